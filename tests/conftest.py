@@ -1,0 +1,7 @@
+"""Settings that every test shares: one thread and float32, so that results are the same on a busy machine."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")

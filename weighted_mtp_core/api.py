@@ -1,0 +1,490 @@
+"""What a plugin imports, and all it imports: component kinds, the tensors they exchange, the hook marker.
+
+Importing this module imports neither torch nor transformers nor mlflow.
+
+Shape letters: B batch rows, T positions, K heads (`n_future`), H hidden, V vocabulary.
+
+Index convention: every `[B, T]` tensor is indexed *by the token itself*; `[B, T, K]` tensors are indexed
+(source position t, head k) and line up with the target `x[b, t + k]`. Only the core shifts.
+"""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+import pluggy
+from attrs import field, frozen
+from attrs import validators as v
+
+from weighted_mtp_core.errors import WmtpError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = [
+    "Batch",
+    "BuildContext",
+    "Component",
+    "Critic",
+    "CriticLoss",
+    "DataSource",
+    "DatasetVersion",
+    "Example",
+    "MetricPoint",
+    "ModelContext",
+    "Problem",
+    "RunInfo",
+    "RunOutcome",
+    "SandboxSettings",
+    "Scores",
+    "Signal",
+    "Split",
+    "Stateful",
+    "StepView",
+    "Tracker",
+    "Verdict",
+    "VerdictKind",
+    "WeightingStrategy",
+    "Weights",
+    "WmtpError",
+    "hookimpl",
+]
+
+hookimpl = pluggy.HookimplMarker("weighted_mtp_core")
+"""Marks a plugin's function as the implementation of a hook of `weighted_mtp_core.hookspecs`."""
+
+OptionsT = TypeVar("OptionsT")
+BuiltT_co = TypeVar("BuiltT_co", covariant=True)
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+class Signal(enum.Enum):
+    """What may be known about a batch; a weighting declares which of it the core must compute."""
+
+    REWARD = "reward"
+    VALUE = "value"
+    GROUP = "group"
+    TOKEN_LOSS = "token_loss"  # noqa: S105 - a kind of signal, no secret
+    REFERENCE_LOSS = "reference_loss"
+
+
+# --------------------------------------------------------------------------- data
+
+
+@frozen(kw_only=True)
+class Example:
+    """One labelled response to one problem.
+
+    Attributes:
+        example_id: Unique within the data source and stable across runs.
+        problem_id: Shared by all responses to one problem.
+        prompt: Text before the response; never a target.
+        response: Text that the policy learns to write; the core appends EOS.
+        reward: Verified outcome of the whole response, in [0, 1].
+    """
+
+    example_id: str
+    problem_id: str
+    prompt: str
+    response: str
+    reward: float = field(validator=[v.ge(0.0), v.le(1.0)])
+
+
+@frozen(kw_only=True)
+class Problem:
+    """One task whose completions can be judged.
+
+    Attributes:
+        prompt: Text handed to the policy.
+        entry_point: Name of the function that the tests call.
+        tests: Python source that defines `check(candidate)` and raises AssertionError on a wrong answer.
+        solution: A completion of `prompt` known to be right, if there is one.
+    """
+
+    problem_id: str
+    prompt: str
+    entry_point: str
+    tests: str
+    solution: str | None = None
+
+
+class VerdictKind(enum.Enum):
+    """How judging one completion ended. Only the first three say anything about the program."""
+
+    PASSED = "passed"
+    WRONG = "wrong"
+    ERROR = "error"
+    CPU_LIMIT = "cpu_limit"
+    WALL_LIMIT = "wall_limit"
+    MEMORY = "memory"
+    OUTPUT = "output"
+    VIOLATION = "violation"
+    UNENCODABLE = "unencodable"
+    JUDGE_ERROR = "judge_error"
+
+
+@frozen(kw_only=True)
+class Verdict:
+    """The judgement of one completion, with one line of `detail` for people."""
+
+    kind: VerdictKind
+    detail: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether every test passed."""
+        return self.kind is VerdictKind.PASSED
+
+    @property
+    def is_label(self) -> bool:
+        """Whether the verdict may be used as a training label (passed, wrong or error)."""
+        return self.kind in {VerdictKind.PASSED, VerdictKind.WRONG, VerdictKind.ERROR}
+
+
+@frozen(kw_only=True)
+class DatasetVersion:
+    """Name, version and SHA-256 (hex) of the data that a run used."""
+
+    name: str
+    version: str
+    sha256: str
+
+
+# --------------------------------------------------------------------------- tensors
+
+
+@frozen(kw_only=True, eq=False)
+class Batch:
+    """Rows of tokens with what is known about each token. All tensors live on one device.
+
+    Attributes:
+        ids_BT: int64 token ids; padding on the right.
+        document_BT: int64 number of the document within its row, from 0; -1 on padding.
+        response_BT: bool, True on response tokens (EOS included): the tokens that are targets.
+        reward_BT: float32 reward of the response that a response token belongs to; 0 elsewhere.
+        group_BT: int64, equal exactly for tokens of the same problem within this batch; -1 on padding.
+        example_ids: The examples in the batch, row by row, for messages.
+    """
+
+    ids_BT: Tensor
+    document_BT: Tensor
+    response_BT: Tensor
+    reward_BT: Tensor
+    group_BT: Tensor
+    example_ids: tuple[str, ...] = ()
+
+
+@frozen(kw_only=True, eq=False)
+class StepView:
+    """What a weighting sees: the whole global batch of one step. A signal it did not declare is None.
+
+    Attributes:
+        ids_BT: int64 token ids.
+        document_BT: int64 document number within the row; -1 on padding.
+        response_BT: bool, True on the tokens that are targets.
+        target_BTK: bool, True where the pair (source t, head k) counts, i.e. `x[t + k]` is a response
+            token of the document of `x[t]`.
+        n_future: K.
+        step: Optimiser steps done in this stage.
+        training: False during validation; moving statistics must then stay as they are.
+        reward_BT: float32, `Signal.REWARD`: see `Batch.reward_BT`.
+        group_BT: int64, `Signal.GROUP`: see `Batch.group_BT`.
+        value_BT: float32, `Signal.VALUE`: V_t, the critic's value of the prefix that ends at token t.
+        token_loss_BTK: float32, `Signal.TOKEN_LOSS`: the policy's current cross-entropy, 0 off `target_BTK`.
+        reference_loss_BT: float32, `Signal.REFERENCE_LOSS`: a reference model's next-token cross-entropy
+            of token t, 0 off `response_BT`.
+    """
+
+    ids_BT: Tensor
+    document_BT: Tensor
+    response_BT: Tensor
+    target_BTK: Tensor
+    n_future: int
+    step: int
+    training: bool
+    reward_BT: Tensor | None = None
+    group_BT: Tensor | None = None
+    value_BT: Tensor | None = None
+    token_loss_BTK: Tensor | None = None
+    reference_loss_BT: Tensor | None = None
+
+
+@frozen(kw_only=True, eq=False)
+class Weights:
+    """Weights of target tokens.
+
+    Attributes:
+        weight: float32, detached, finite, >= 0. `[B, T]` (indexed by the target token, 0 off
+            `response_BT`) or `[B, T, K]` (indexed by source and head, 0 off `target_BTK`).
+        metrics: Scalars to log, as 0-dim tensors or floats; read after the step, so that nothing waits.
+    """
+
+    weight: Tensor
+    metrics: Mapping[str, Tensor | float] = field(factory=dict)
+
+
+@frozen(kw_only=True, eq=False)
+class Scores:
+    """What a critic says of each token; it fills exactly the fields whose signals it `provides`."""
+
+    value_BT: Tensor | None = None
+    reference_loss_BT: Tensor | None = None
+
+
+@frozen(kw_only=True, eq=False)
+class CriticLoss:
+    """A critic's scalar training loss (fp32, with gradient) and scalars to log."""
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor | float] = field(factory=dict)
+
+
+# --------------------------------------------------------------------------- building
+
+
+@frozen(kw_only=True, eq=False)
+class ModelContext:
+    """The policy as far as a component may know it while it is being built.
+
+    Attributes:
+        n_future: K.
+        hidden_size: H of the trunk's states.
+        vocab_size: V.
+        device: Where the component's tensors must live.
+        frozen_trunk: Returns an independent copy of the trunk as it is now, without gradients:
+            a function from a `Batch` to float32 states `[B, T, H]`.
+    """
+
+    n_future: int
+    hidden_size: int
+    vocab_size: int
+    device: torch.device
+    frozen_trunk: Callable[[], Callable[[Batch], Tensor]]
+
+
+@frozen(kw_only=True)
+class SandboxSettings:
+    """`[sandbox]`: where untrusted programs run, and what one program may use.
+
+    `backend = "auto"` takes the first of bubblewrap and landlock that works and refuses where neither does;
+    `"trusted"` runs programs without a sandbox, for data whose every program you trust.
+    """
+
+    backend: Literal["auto", "bubblewrap", "landlock", "trusted"] = "auto"
+    cpu_seconds: float = field(default=5.0, validator=v.gt(0))
+    wall_seconds: float = field(default=30.0, validator=v.gt(0))
+    memory_mb: int = field(default=512, validator=v.ge(64))
+    workers: int = field(default=0, validator=v.ge(0))  # 0: one a core
+
+
+@frozen(kw_only=True, eq=False)
+class BuildContext:
+    """What `Component.build` gets beside its options.
+
+    Attributes:
+        seed: For the component's own generator.
+        storage: The storage root (`storage/`), for caches.
+        sandbox: How programs are judged.
+    """
+
+    seed: int
+    storage: Path
+    sandbox: SandboxSettings = SandboxSettings()
+    _model: ModelContext | None = field(default=None, alias="model")
+
+    @property
+    def model(self) -> ModelContext:
+        """The policy's side.
+
+        Raises:
+            WmtpError: The component is built before there is a policy (data sources and trackers are).
+        """
+        if self._model is None:
+            raise WmtpError("this component is built before the policy exists, so `context.model` is empty")
+        return self._model
+
+
+@frozen(kw_only=True)
+class Component(Generic[OptionsT, BuiltT_co]):
+    """One thing a plugin offers, declared without importing anything heavy.
+
+    Attributes:
+        name: `[a-z][a-z0-9_]*`; the address is `<plugin>.<name>`.
+        summary: One line for `plugins list`.
+        options: A frozen attrs class; the recipe's `options` table is structured into it strictly.
+        build: Makes the object; imports torch inside.
+        needs: Signals that must be computed for it (weightings).
+        provides: Signals that it can fill (critics).
+    """
+
+    name: str = field(validator=v.matches_re(r"[a-z][a-z0-9_]*"))
+    summary: str
+    options: type[OptionsT]
+    build: Callable[[OptionsT, BuildContext], BuiltT_co] = field(validator=v.is_callable())
+    needs: frozenset[Signal] = frozenset()
+    provides: frozenset[Signal] = frozenset()
+
+
+# --------------------------------------------------------------------------- kinds
+
+
+class Stateful(ABC):  # noqa: B024 - both methods have a default: most components keep no state
+    """Keeps state across checkpoints. The default keeps none and refuses any."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and plain values that `load_state_dict` restores exactly."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict()`'s result.
+
+        Raises:
+            WmtpError: `state` holds what this component does not keep.
+        """
+        if state:
+            raise WmtpError(
+                f"`{type(self).__name__}` keeps no state, but a checkpoint holds "
+                + ", ".join(f"`{key}`" for key in sorted(state))
+            )
+
+
+class WeightingStrategy(Stateful):
+    """Turns what is known about a batch into weights on target tokens."""
+
+    @abstractmethod
+    def weigh(self, view: StepView) -> Weights:
+        """Weigh the whole global batch of a step. Called without gradients, once a step."""
+
+
+class Critic(Stateful):
+    """Scores positions: a value head, a value model, a reference model.
+
+    Attributes:
+        trainable: Whether stage 1 trains it; if so `loss` and `parameters` are used.
+        reads_policy: Whether `score` and `loss` want the policy's trunk states; if not, `hidden_BTH` is None.
+        batching: How stage 1 composes batches: `"pointwise"`, or `"pairs"`: rows 2i and 2i + 1 are a
+            correct and an incorrect response to one problem.
+    """
+
+    trainable: bool = False
+    reads_policy: bool = True
+    batching: Literal["pointwise", "pairs"] = "pointwise"
+
+    @abstractmethod
+    def score(self, batch: Batch, hidden_BTH: Tensor | None) -> Scores:
+        """Score a batch without gradients; the trunk states `[B, T, H]` are detached."""
+
+    def loss(self, batch: Batch, hidden_BTH: Tensor | None) -> CriticLoss:  # noqa: ARG002 - no default
+        """Return the training loss of a batch; gradients must reach `parameters()` and nothing else."""
+        raise WmtpError(f"critic `{type(self).__name__}` says it is trainable, but has no `loss`")
+
+    def parameters(self) -> Iterable[torch.nn.Parameter]:
+        """Return the parameters that stage 1 trains."""
+        return ()
+
+
+class DataSource(Stateful):
+    """Examples to learn from and problems to be judged on: random access, deterministic order."""
+
+    @abstractmethod
+    def examples(self, split: Split) -> Sequence[Example]:
+        """Return every labelled response of the split, right and wrong ones: the critic's data."""
+
+    def policy_examples(self, split: Split) -> Sequence[Example]:
+        """Return what the policy imitates; by default the responses with full reward."""
+        return [example for example in self.examples(split) if example.reward >= 1.0]
+
+    @abstractmethod
+    def version(self) -> DatasetVersion:
+        """Return what identifies this data, after preparation."""
+
+    def problems(self, split: Split) -> Sequence[Problem]:  # noqa: ARG002 - the default has none
+        """Return the problems of the split; empty where the source cannot verify."""
+        return ()
+
+    def verify(self, attempts: Sequence[tuple[Problem, str]]) -> list[Verdict]:
+        """Judge completions, one verdict per (problem, completion), in the same order.
+
+        Raises:
+            WmtpError: The source cannot verify.
+        """
+        raise WmtpError(f"data source `{type(self).__name__}` cannot verify its {len(attempts)} completions")
+
+
+class RunOutcome(enum.Enum):
+    """How a run ended, in MLflow's words."""
+
+    FINISHED = "FINISHED"
+    FAILED = "FAILED"
+    KILLED = "KILLED"
+
+
+@frozen(kw_only=True)
+class RunInfo:
+    """A run as trackers see it.
+
+    Attributes:
+        run_id: Unique id, also the name of the run folder.
+        name: The recipe's `run.name`.
+        experiment: `<experiment_prefix>/<weighting plugin>`, or the recipe's own.
+        params: The resolved recipe flattened to dotted keys, and dataset version and checksum.
+        tags: See the README's table of tags.
+        datasets: Recorded as dataset inputs.
+        folder: The run folder.
+    """
+
+    run_id: str
+    name: str
+    experiment: str
+    params: Mapping[str, str]
+    tags: Mapping[str, str]
+    datasets: tuple[DatasetVersion, ...]
+    folder: Path
+
+
+@frozen(kw_only=True)
+class MetricPoint:
+    """One finite value of one metric; `time_ms` is when it was measured, not when it is sent."""
+
+    name: str
+    value: float
+    step: int
+    time_ms: int
+
+
+class Tracker(Stateful):
+    """Sends a run elsewhere. Called from one background thread, behind the core's durable journal.
+
+    Every method may raise to say "not delivered": the core tries again later with the same arguments, so
+    each must bear being repeated. A tracker that groups runs takes an option `experiment_prefix`.
+    """
+
+    @abstractmethod
+    def start(self, run: RunInfo) -> None:
+        """Open the run, or reopen it if `run.run_id` was opened before."""
+
+    @abstractmethod
+    def log_metrics(self, points: Sequence[MetricPoint]) -> None:
+        """Record up to 1000 points in order."""
+
+    @abstractmethod
+    def log_artifact(self, path: Path, subdir: str) -> None:
+        """Store a file under `subdir`."""
+
+    @abstractmethod
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set or overwrite tags."""
+
+    @abstractmethod
+    def finish(self, outcome: RunOutcome) -> None:
+        """Close the run."""
+
+    def where(self) -> str:
+        """Return one line that tells a person how to look at the run."""
+        return ""

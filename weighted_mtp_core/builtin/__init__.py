@@ -1,0 +1,1 @@
+"""Plugin `core`: the data sources and trackers that every algorithm shares."""

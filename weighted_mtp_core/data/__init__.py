@@ -1,0 +1,1 @@
+"""From text to batches: tokenised examples, their order, and rows of tensors."""

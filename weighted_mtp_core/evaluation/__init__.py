@@ -1,0 +1,1 @@
+"""Judging what a policy writes: generation, the sandbox, pass@k."""

@@ -1,0 +1,1 @@
+"""The policy: trunk, heads, shared unembedding, and its weighted loss."""

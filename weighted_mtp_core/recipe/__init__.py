@@ -1,0 +1,1 @@
+"""Recipes: TOML files, layered and structured strictly into attrs classes."""

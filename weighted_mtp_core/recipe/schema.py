@@ -1,0 +1,137 @@
+"""The recipe's tables as classes: every key, its type, default and range. No dict crosses this boundary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from attrs import field, frozen
+from attrs import validators as v
+
+from weighted_mtp_core.api import SandboxSettings
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+
+
+@frozen(kw_only=True)
+class RunTable:
+    """`[run]`: what the run is called and where it goes.
+
+    `output_dir` is `<storage>/runs` unless given; `experiment` is `<experiment_prefix>/<weighting plugin>`.
+    """
+
+    name: str = field(validator=v.matches_re(NAME))
+    seed: int = field(default=42, validator=v.ge(0))
+    tags: tuple[str, ...] = ()
+    storage: str = "storage"
+    output_dir: str | None = None
+    experiment: str | None = None
+
+
+@frozen(kw_only=True)
+class MicroTable:
+    """`[model.micro]`: the shape of `base = "micro"`, a small Llama with its own byte-level BPE."""
+
+    vocab_size: int = field(default=512, validator=v.ge(300))
+    hidden_size: int = field(default=128, validator=v.ge(8))
+    layers: int = field(default=4, validator=v.ge(2))
+    attention_heads: int = field(default=4, validator=v.ge(1))
+
+
+@frozen(kw_only=True)
+class ModelTable:
+    """`[model]`: the policy's base and its heads.
+
+    `base` is `micro`, a folder under `storage/models_v2`, a transformers directory, a `.gguf` file
+    or a hub id.
+    """
+
+    base: str = "micro"
+    n_future: int = field(default=4, validator=[v.ge(1), v.le(16)])
+    head: Literal["transformer", "linear"] = "transformer"
+    micro: MicroTable = MicroTable()
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+@frozen(kw_only=True)
+class Selection:
+    """`use` names a component (`<plugin>.<component>`, or `<plugin>` if it offers one of the kind)."""
+
+    use: str
+    options: Mapping[str, Any] = field(factory=dict)
+
+
+@frozen(kw_only=True)
+class DataTable(Selection):
+    """`[data]`: the data source. Documents over `max_tokens` are left out and counted."""
+
+    max_tokens: int = field(default=512, validator=v.ge(8))
+
+
+@frozen(kw_only=True)
+class TrainTable:
+    """`[train]` and `[critic.train]`: one optimisation. `batch_size` is the global batch, in rows."""
+
+    steps: int = field(default=300, validator=v.ge(1))
+    batch_size: int = field(default=16, validator=v.ge(1))
+    accumulation: int = field(default=1, validator=v.ge(1))
+    learning_rate: float = field(default=3e-4, validator=v.gt(0))
+    warmup_steps: int = field(default=20, validator=v.ge(0))
+    final_learning_rate: float = field(default=0.1, validator=[v.ge(0), v.le(1)])
+    weight_decay: float = field(default=0.01, validator=v.ge(0))
+    max_grad_norm: float = field(default=1.0, validator=v.gt(0))
+    validate_every: int = field(default=100, validator=v.ge(1))
+    validation_examples: int = field(default=128, validator=v.ge(2))
+    log_every: int = field(default=10, validator=v.ge(1))
+
+
+@frozen(kw_only=True)
+class LossTable:
+    """`[loss]`: what the weighted cross-entropies are divided by, and the heads' shares (alpha).
+
+    An empty `head_weights` means equal shares.
+    """
+
+    normalise: Literal["weights", "tokens"] = "weights"
+    head_weights: tuple[float, ...] = ()
+
+
+@frozen(kw_only=True)
+class CriticTable(Selection):
+    """`[critic]`: the critic and its own optimisation (stage 1)."""
+
+    train: TrainTable = TrainTable()
+
+
+@frozen(kw_only=True)
+class EvaluateTable:
+    """`[evaluate]`: stage 3. `problems = 0` means the whole split."""
+
+    pass_at_k: tuple[int, ...] = (1,)
+    samples: int = field(default=1, validator=v.ge(1))
+    temperature: float = field(default=0.0, validator=v.ge(0))
+    max_new_tokens: int = field(default=128, validator=v.ge(1))
+    batch_size: int = field(default=32, validator=v.ge(1))
+    problems: int = field(default=0, validator=v.ge(0))
+
+
+@frozen(kw_only=True)
+class TrackerTable(Selection):
+    """`[[tracker]]`: one destination; any number of them."""
+
+
+@frozen(kw_only=True)
+class Recipe:
+    """A whole recipe, resolved: what `extends`, presets and `--set` left."""
+
+    run: RunTable
+    model: ModelTable = ModelTable()
+    data: DataTable
+    weighting: Selection
+    critic: CriticTable | None = None
+    loss: LossTable = LossTable()
+    train: TrainTable = TrainTable()
+    evaluate: EvaluateTable = EvaluateTable()
+    sandbox: SandboxSettings = SandboxSettings()
+    tracker: tuple[TrackerTable, ...] = ()

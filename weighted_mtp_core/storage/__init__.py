@@ -1,0 +1,1 @@
+"""Versioned, checksummed files under `storage/`."""

@@ -1,0 +1,1 @@
+"""Conformance suites that a plugin's own tests subclass."""

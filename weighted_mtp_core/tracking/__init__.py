@@ -1,0 +1,1 @@
+"""The run folder, the durable journal, and its delivery to trackers."""
