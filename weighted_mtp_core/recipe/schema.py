@@ -133,5 +133,5 @@ class Recipe:
     loss: LossTable = LossTable()
     train: TrainTable = TrainTable()
     evaluate: EvaluateTable = EvaluateTable()
-    sandbox: SandboxSettings = SandboxSettings()
+    sandbox: SandboxSettings = field(factory=SandboxSettings)
     tracker: tuple[TrackerTable, ...] = ()
