@@ -1,0 +1,158 @@
+"""Which documents are in which batch, and the batch as tensors.
+
+The order is a pure function of (seed, epoch, position): nothing but the step needs saving, and every number
+of processes that divides the batch sees the same documents in the same order.
+
+Shape letters: B rows, T positions, D documents.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import attrs
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from weighted_mtp_core.api import Batch
+from weighted_mtp_core.data.tokens import TokenSet
+from weighted_mtp_core.errors import WmtpError
+
+Rows = NDArray[np.int64]
+
+# Lengths are sorted within this many batches: enough for 1.04 computed over real tokens on HumanEval's
+# lengths, few enough that batches stay random.
+_SORTED_BATCHES = 50
+
+
+class Sampler:
+    """Endless batches of document numbers, grouped by length.
+
+    Args:
+        units: `[U, r]` document numbers; the r documents of a unit stay together (a pair: r = 2).
+        length_D: Tokens of each document.
+        batch_size: Rows of the global batch; an epoch's last batch may have fewer.
+        seed: Of the order.
+
+    Raises:
+        WmtpError: There is no unit, or a batch cannot hold one.
+    """
+
+    def __init__(self, units: Rows, length_D: Rows, *, batch_size: int, seed: int) -> None:
+        if not len(units):
+            raise WmtpError("there is nothing to train on in the split `train`")
+        if batch_size < units.shape[1]:
+            raise WmtpError(
+                f"a batch of {batch_size} rows cannot hold {units.shape[1]} rows that belong together",
+                hint="raise `batch_size`",
+            )
+        self._units = units
+        self._length_U: Rows = length_D[units].max(axis=1)
+        self._per_batch: int = batch_size // units.shape[1]
+        self._seed = seed
+        self._epoch: tuple[int, list[Rows]] = (-1, [])
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches that together hold every unit once."""
+        return -(-len(self._units) // self._per_batch)
+
+    def rows(self, step: int) -> Rows:
+        """Return the document numbers of the batch of a step (from 0)."""
+        epoch, position = divmod(step, self.batches_per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._order(epoch))
+        return self._epoch[1][position]
+
+    def _order(self, epoch: int) -> list[Rows]:
+        generator = np.random.default_rng((self._seed, epoch))
+        shuffled = generator.permutation(len(self._units))
+        block = _SORTED_BATCHES * self._per_batch
+        batches: list[Rows] = []
+        for first in range(0, len(shuffled), block):
+            members = shuffled[first : first + block]
+            members = members[np.argsort(self._length_U[members], kind="stable")]
+            batches += [members[i : i + self._per_batch] for i in range(0, len(members), self._per_batch)]
+        return [self._units[batches[i]].reshape(-1) for i in generator.permutation(len(batches))]
+
+
+def pointwise(token_set: TokenSet) -> Rows:
+    """Return every document as a unit of its own, `[D, 1]`."""
+    return np.arange(len(token_set), dtype=np.int64)[:, None]
+
+
+def pairs(token_set: TokenSet) -> Rows:
+    """Return unique pairs (correct, incorrect) of responses to one problem, `[P, 2]`.
+
+    Each response of the larger side meets one of the smaller side, in turn.
+
+    Raises:
+        WmtpError: No problem has both a correct and an incorrect response.
+    """
+    correct_D = token_set.reward_D >= 0.5
+    found: list[tuple[int, int]] = []
+    for problem in np.unique(token_set.problem_D):
+        members = np.flatnonzero(token_set.problem_D == problem)
+        right, wrong = members[correct_D[members]], members[~correct_D[members]]
+        if len(right) and len(wrong):
+            count = max(len(right), len(wrong))
+            found += [(int(right[i % len(right)]), int(wrong[i % len(wrong)])) for i in range(count)]
+    if not found:
+        raise WmtpError(
+            "no problem has both a correct and an incorrect response, so there are no pairs to learn from",
+            hint="choose data with several labelled responses a problem, or a pointwise critic objective",
+        )
+    return np.asarray(found, dtype=np.int64)
+
+
+def collate(token_set: TokenSet, rows: Sequence[int] | Rows, *, device: torch.device) -> Batch:
+    """Return the documents as a right-padded batch, one document a row."""
+    starts, lengths = token_set.start_D1[rows], token_set.length_D[rows]
+    width = int(lengths.max())
+    position_T = np.arange(width)
+    real_BT = position_T[None, :] < lengths[:, None]
+    index_BT = np.minimum(starts[:, None] + position_T[None, :], len(token_set.ids_N) - 1)
+    response_BT = real_BT & (position_T[None, :] >= token_set.prompt_D[rows][:, None])
+    _, group_B = np.unique(token_set.problem_D[rows], return_inverse=True)
+
+    def tensor(array: NDArray[np.generic]) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+
+    return Batch(
+        ids_BT=tensor(np.where(real_BT, token_set.ids_N[index_BT], 0).astype(np.int64)),
+        document_BT=tensor(np.where(real_BT, 0, -1).astype(np.int64)),
+        response_BT=tensor(response_BT),
+        reward_BT=tensor(np.where(response_BT, token_set.reward_D[rows][:, None], 0).astype(np.float32)),
+        group_BT=tensor(np.where(real_BT, group_B[:, None], -1).astype(np.int64)),
+        example_ids=tuple(token_set.example_ids[row] for row in rows),
+    )
+
+
+def split_rows(batch: Batch, parts: int) -> Iterator[Batch]:
+    """Yield the batch in up to `parts` runs of rows of nearly equal size."""
+    count = len(batch.ids_BT)
+    bounds = np.linspace(0, count, min(parts, count) + 1).round().astype(int)
+    for first, last in itertools.pairwise(bounds):
+        yield attrs.evolve(
+            batch,
+            ids_BT=batch.ids_BT[first:last],
+            document_BT=batch.document_BT[first:last],
+            response_BT=batch.response_BT[first:last],
+            reward_BT=batch.reward_BT[first:last],
+            group_BT=batch.group_BT[first:last],
+            example_ids=batch.example_ids[first:last],
+        )
+
+
+def in_order(token_set: TokenSet, *, batch_size: int, limit: int = 0) -> Iterator[Rows]:
+    """Yield document numbers in batches of similar length, each document once; `limit` 0 means all.
+
+    A limit takes documents evenly spread over the set, so that it is a sample and not its beginning.
+    """
+    count = min(limit, len(token_set)) if limit else len(token_set)
+    chosen = np.linspace(0, len(token_set) - 1, count).round().astype(np.int64)
+    chosen = chosen[np.argsort(token_set.length_D[chosen], kind="stable")]
+    for first in range(0, count, batch_size):
+        yield chosen[first : first + batch_size]
