@@ -1,0 +1,125 @@
+"""Batches: each document once an epoch, an order that depends on the seed alone, exact masks."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from weighted_mtp_core.api import WmtpError
+from weighted_mtp_core.data.batches import Sampler, collate, in_order, pairs, pointwise, split_rows
+from weighted_mtp_core.data.tokens import TokenSet
+
+CPU = torch.device("cpu")
+
+
+def token_set(lengths, rewards=None, problems=None, prompt=1):
+    count = len(lengths)
+    return TokenSet(
+        ids_N=np.arange(10, 10 + sum(lengths), dtype=np.int32),
+        start_D1=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        prompt_D=np.full(count, prompt, dtype=np.int64),
+        reward_D=np.asarray(rewards if rewards is not None else [1.0] * count, dtype=np.float32),
+        problem_D=np.asarray(problems if problems is not None else range(count), dtype=np.int64),
+        example_ids=tuple(f"e{i}" for i in range(count)),
+    )
+
+
+@given(
+    lengths=st.lists(st.integers(2, 40), min_size=1, max_size=200),
+    batch_size=st.integers(1, 17),
+    seed=st.integers(0, 5),
+)
+def test_an_epoch_holds_every_document_exactly_once(lengths, batch_size, seed):
+    tokens = token_set(lengths)
+    sampler = Sampler(pointwise(tokens), tokens.length_D, batch_size=batch_size, seed=seed)
+
+    for epoch in range(2):
+        first = epoch * sampler.batches_per_epoch
+        seen = np.concatenate([sampler.rows(first + i) for i in range(sampler.batches_per_epoch)])
+
+        assert sorted(seen.tolist()) == list(range(len(lengths)))
+
+
+def test_the_order_depends_on_seed_and_step_only():
+    tokens = token_set(np.random.default_rng(0).integers(2, 50, size=300))
+    asked_in_order = Sampler(pointwise(tokens), tokens.length_D, batch_size=8, seed=3)
+    asked_once = Sampler(pointwise(tokens), tokens.length_D, batch_size=8, seed=3)
+    for step in range(100):
+        asked_in_order.rows(step)
+
+    assert np.array_equal(asked_in_order.rows(100), asked_once.rows(100))
+
+
+def test_epochs_and_seeds_differ_in_order():
+    tokens = token_set([5] * 64)
+    one = Sampler(pointwise(tokens), tokens.length_D, batch_size=64, seed=0)
+    other = Sampler(pointwise(tokens), tokens.length_D, batch_size=64, seed=1)
+
+    assert not np.array_equal(one.rows(0), one.rows(1))
+    assert not np.array_equal(one.rows(0), other.rows(0))
+
+
+def test_batches_hold_documents_of_similar_length():
+    lengths = np.random.default_rng(1).integers(10, 600, size=800)
+    tokens = token_set(lengths)
+    sampler = Sampler(pointwise(tokens), tokens.length_D, batch_size=8, seed=0)
+    computed = sum(8 * lengths[sampler.rows(step)].max() for step in range(sampler.batches_per_epoch))
+
+    assert computed / lengths.sum() < 1.06
+
+
+def test_rows_of_a_pair_stay_together_and_right_comes_first():
+    tokens = token_set([4] * 6, rewards=[1, 0, 0, 1, 1, 0], problems=[0, 0, 0, 1, 1, 1])
+    found = pairs(tokens)
+
+    assert len({tuple(pair) for pair in found.tolist()}) == len(found) == 4
+    for right, wrong in found:
+        assert tokens.problem_D[right] == tokens.problem_D[wrong]
+        assert (tokens.reward_D[right], tokens.reward_D[wrong]) == (1, 0)
+
+    sampler = Sampler(found, tokens.length_D, batch_size=4, seed=0)
+    drawn = sampler.rows(0).reshape(-1, 2).tolist()
+
+    assert all(pair in found.tolist() for pair in drawn)
+
+
+def test_no_pair_is_an_error():
+    with pytest.raises(WmtpError, match="no problem has both a correct and an incorrect response"):
+        pairs(token_set([4, 4], rewards=[1, 0], problems=[0, 1]))
+
+
+def test_a_batch_too_small_for_a_pair_is_an_error():
+    with pytest.raises(WmtpError, match="a batch of 1 rows cannot hold 2 rows"):
+        Sampler(np.asarray([[0, 1]]), np.asarray([3, 3]), batch_size=1, seed=0)
+
+
+def test_collate_pads_on_the_right_and_marks_response_tokens():
+    tokens = token_set([3, 5], rewards=[1.0, 0.5], problems=[7, 9], prompt=2)
+    batch = collate(tokens, np.asarray([0, 1]), device=CPU)
+
+    assert batch.ids_BT.tolist() == [[10, 11, 12, 0, 0], [13, 14, 15, 16, 17]]
+    assert batch.document_BT.tolist() == [[0, 0, 0, -1, -1], [0, 0, 0, 0, 0]]
+    assert batch.response_BT.int().tolist() == [[0, 0, 1, 0, 0], [0, 0, 1, 1, 1]]
+    assert batch.reward_BT.tolist() == [[0, 0, 1, 0, 0], [0, 0, 0.5, 0.5, 0.5]]
+    assert batch.group_BT.tolist() == [[0, 0, 0, -1, -1], [1, 1, 1, 1, 1]]
+    assert batch.example_ids == ("e0", "e1")
+
+
+@given(rows=st.integers(1, 9), parts=st.integers(1, 12))
+def test_the_parts_of_a_batch_are_the_batch(rows, parts):
+    batch = collate(token_set([4] * rows), np.arange(rows), device=CPU)
+    split = list(split_rows(batch, parts))
+
+    assert len(split) == min(parts, rows)
+    assert torch.equal(torch.cat([part.ids_BT for part in split]), batch.ids_BT)
+    assert tuple(itertools.chain.from_iterable(part.example_ids for part in split)) == batch.example_ids
+
+
+@given(count=st.integers(1, 60), limit=st.integers(0, 80))
+def test_validation_order_has_no_repeats(count, limit):
+    tokens = token_set(list(range(2, 2 + count)))
+    seen = np.concatenate(list(in_order(tokens, batch_size=7, limit=limit)))
+
+    assert len(set(seen.tolist())) == len(seen) == (min(limit, count) if limit else count)

@@ -1,0 +1,74 @@
+"""The critic's report: AUC with an honest interval, and the constant it must beat."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from weighted_mtp_core.api import WmtpError
+from weighted_mtp_core.stages.critic import report_critic
+
+
+def naive_auc(values, rewards):
+    right = [value for value, reward in zip(values, rewards, strict=True) if reward >= 0.5]
+    wrong = [value for value, reward in zip(values, rewards, strict=True) if reward < 0.5]
+    wins = sum((r > w) + 0.5 * (r == w) for r in right for w in wrong)
+    return wins / (len(right) * len(wrong))
+
+
+def report(values, rewards, problems=None):
+    count = len(values)
+    return report_critic(
+        np.asarray(values, dtype=np.float64),
+        np.asarray(rewards, dtype=np.float64),
+        np.asarray(problems if problems is not None else range(count), dtype=np.int64),
+    )
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=2, max_size=40))
+def test_auc_is_the_share_of_pairs_in_the_right_order(scored):
+    values = [value / 10 for value, _ in scored]
+    rewards = [float(reward) for _, reward in scored]
+    if len(set(rewards)) == 2:
+        assert report(values, rewards).auc == pytest.approx(naive_auc(values, rewards))
+
+
+def test_a_constant_critic_has_auc_one_half_and_the_constants_loss():
+    found = report([0.25] * 100, [1.0] * 25 + [0.0] * 75)
+
+    assert found.auc == 0.5
+    assert found.value_bce == pytest.approx(found.constant_bce)
+    assert found.constant_bce == pytest.approx(-(0.25 * math.log(0.25) + 0.75 * math.log(0.75)))
+    assert not found.informative
+
+
+def test_a_random_critic_is_not_informative():
+    generator = np.random.default_rng(0)
+    found = report(generator.random(400), generator.random(400) < 0.5)
+
+    assert found.auc_low < 0.5 < found.auc_high
+    assert not found.informative
+
+
+def test_a_good_critic_is_informative_and_its_margin_positive():
+    rewards = np.tile([1.0, 0.0], 100)
+    values = 0.5 + 0.3 * (rewards - 0.5) + 0.1 * np.random.default_rng(0).standard_normal(200)
+    found = report(values, rewards)
+
+    assert found.informative
+    assert found.value_margin == pytest.approx(0.3, abs=0.05)
+
+
+def test_the_interval_resamples_problems_so_copies_of_a_response_add_nothing():
+    generator = np.random.default_rng(2)
+    values, rewards = generator.random(40), (generator.random(40) < 0.5).astype(float)
+    once = report(values, rewards, problems=range(40))
+    copied = report(np.repeat(values, 25), np.repeat(rewards, 25), problems=np.repeat(np.arange(40), 25))
+
+    assert copied.auc_high - copied.auc_low == pytest.approx(once.auc_high - once.auc_low)
+
+
+def test_one_kind_of_response_is_an_error():
+    with pytest.raises(WmtpError, match="all 3 validation responses are correct"):
+        report([0.1, 0.2, 0.3], [1.0, 1.0, 1.0])

@@ -1,0 +1,80 @@
+"""What is checked and logged of weights, against hand-computed numbers."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from weighted_mtp_core.api import WmtpError
+from weighted_mtp_core.stages.weights import check_weights, weight_metrics
+
+LABEL = "weighting `my.own` (my-dist 1.0)"
+
+
+def metrics(*weights):
+    weight = torch.tensor(weights).reshape(1, -1, 1)
+    return {
+        name: float(value)
+        for name, value in weight_metrics(weight, torch.ones_like(weight, dtype=torch.bool)).items()
+    }
+
+
+def test_equal_weights_have_entropy_one_and_a_full_effective_sample():
+    found = metrics(2.0, 2.0, 2.0, 2.0)
+
+    assert found["weight_entropy"] == pytest.approx(1)
+    assert found["effective_sample_share"] == pytest.approx(1)
+    assert found["weight_mean"] == 2
+
+
+def test_all_weight_on_one_pair_has_entropy_zero():
+    found = metrics(0.0, 5.0, 0.0, 0.0)
+
+    assert found["weight_entropy"] == 0
+    assert found["effective_sample_share"] == pytest.approx(0.25)
+
+
+def test_entropy_and_effective_sample_by_hand():
+    found = metrics(1.0, 3.0)
+
+    assert found["weight_entropy"] == pytest.approx(
+        -(0.25 * math.log(0.25) + 0.75 * math.log(0.75)) / math.log(2)
+    )
+    assert found["effective_sample_share"] == pytest.approx(16 / 10 / 2)
+
+
+@given(st.lists(st.floats(0.01, 10), min_size=2, max_size=30), st.floats(0.1, 10))
+def test_scaling_all_weights_moves_neither_entropy_nor_effective_sample(weights, scale):
+    one, other = metrics(*weights), metrics(*(scale * weight for weight in weights))
+
+    assert one["weight_entropy"] == pytest.approx(other["weight_entropy"], abs=1e-4)
+    assert one["effective_sample_share"] == pytest.approx(other["effective_sample_share"], abs=1e-4)
+
+
+def test_pairs_that_do_not_count_do_not_count():
+    weight = torch.tensor([[[1.0], [9.0]]])
+    target = torch.tensor([[[True], [False]]])
+
+    assert float(weight_metrics(weight, target)["weight_mean"]) == 1
+
+
+def test_no_pairs_give_no_metrics():
+    assert weight_metrics(torch.zeros(1, 2, 1), torch.zeros(1, 2, 1, dtype=torch.bool)) == {}
+
+
+@pytest.mark.parametrize(
+    ("weight", "fault"),
+    [
+        (torch.ones(2, 4), r"shape \(2, 4\), expected \(2, 3\) or \(2, 3, 5\)"),
+        (torch.ones(2, 3, dtype=torch.bfloat16), "dtype torch.bfloat16, expected torch.float32"),
+        (torch.ones(2, 3, requires_grad=True), "a gradient; weights must be detached"),
+        (torch.full((2, 3), float("nan")), "NaN or infinity"),
+        (-torch.ones(2, 3), "a negative weight"),
+    ],
+)
+def test_a_bad_weight_tensor_is_named_with_its_maker(weight, fault):
+    with pytest.raises(
+        WmtpError, match=rf"`my.own` \(my-dist 1.0\) returned weights with .*{fault}"
+    ):
+        check_weights(weight, torch.ones(2, 3, dtype=torch.bool), n_future=5, label=LABEL)
