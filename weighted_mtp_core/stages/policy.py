@@ -1,0 +1,247 @@
+"""Stage 2: weighted multi-token training of the policy.
+
+Shape letters: B rows, T positions, K heads, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from attrs import define, field, frozen
+from torch import Tensor, nn
+
+from weighted_mtp_core.api import Batch, Critic, Scores, Signal, StepView, WeightingStrategy
+from weighted_mtp_core.data.batches import split_rows
+from weighted_mtp_core.model.loss import head_shares, normalisers, token_losses, weighted_mtp_loss
+from weighted_mtp_core.model.policy import Policy
+from weighted_mtp_core.model.targets import align_labels, align_weights, target_mask
+from weighted_mtp_core.recipe.schema import LossTable
+from weighted_mtp_core.stages.loop import Learner, Validation
+from weighted_mtp_core.stages.weights import check_weights, weight_metrics
+
+
+@frozen(kw_only=True, eq=False)
+class Arm:
+    """What makes one training differ from another: the weighting, the signals it reads, the critic.
+
+    Attributes:
+        weighting: Called once a step with the whole global batch.
+        needs: The signals that the weighting declared.
+        critic: Fills the needed signals that the core does not know itself.
+        label: Names the weighting in messages: address, distribution and version.
+    """
+
+    weighting: WeightingStrategy
+    needs: frozenset[Signal]
+    critic: Critic | None
+    label: str
+
+    @property
+    def scores(self) -> bool:
+        """Whether the critic is asked at each step."""
+        return self.critic is not None and bool(self.needs & {Signal.VALUE, Signal.REFERENCE_LOSS})
+
+
+@define(kw_only=True, eq=False)
+class PolicyLearner(Learner):
+    """Trains trunk, heads and unembedding on weighted multi-token losses.
+
+    Attributes:
+        policy: What is trained.
+        arm: Where the weights come from.
+        loss: Normalisation and head weights.
+        accumulation: In how many parts the global batch goes through the policy.
+        autocast: Makes the context of each forward pass (bf16 on devices that like it).
+        validation: Batches of the validation split, made anew at each call.
+        save: Writes the policy as the best one.
+        restore: Loads it back.
+    """
+
+    policy: Policy
+    arm: Arm
+    loss: LossTable
+    accumulation: int
+    autocast: Callable[[], torch.autocast]
+    validation: Callable[[], Iterable[Batch]]
+    save: Callable[[], None]
+    restore: Callable[[], None]
+    stage: str = field(default="policy", init=False)
+    headline: str = field(default="train_loss", init=False)
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Return the policy's parameters."""
+        return self.policy.parameters()
+
+    def learn(self, batch: Batch, *, step: int) -> Mapping[str, Tensor | float]:
+        """Weigh the whole batch, then send its parts through the fused loss.
+
+        The weights need the global batch (whitening, `Z_k`), so parts whose signals need the trunk run
+        twice when the batch is accumulated; a batch in one part runs once.
+        """
+        self.policy.train()
+        n_future = self.policy.n_future
+        parts = list(split_rows(batch, self.accumulation))
+        states = [self._trunk(parts[0])] if len(parts) == 1 else [None] * len(parts)
+        labels_BTK = self._labels(batch)
+        target_BTK = target_mask(labels_BTK)
+        view = self._view(batch, target_BTK, self._signals(parts, states), step=step, training=True)
+        weights = self.arm.weighting.weigh(view)
+        check_weights(weights.weight, batch.response_BT, n_future=n_future, label=self.arm.label)
+        weight_BTK = align_weights(weights.weight, target_BTK)
+        normaliser_K = normalisers(weight_BTK, target_BTK, normalise=self.loss.normalise)
+        share_K = head_shares(self.loss.head_weights, n_future).to(normaliser_K.device)
+        total = torch.zeros((), device=normaliser_K.device)
+        ce_K = torch.zeros_like(normaliser_K)
+        count_K = torch.zeros_like(normaliser_K)
+        first = 0
+        for part, known in zip(parts, states, strict=True):
+            rows = slice(first, first + len(part.ids_BT))
+            with self.autocast():
+                hidden_BTH = self._trunk(part) if known is None else known
+                result = weighted_mtp_loss(
+                    self.policy,
+                    hidden_BTH,
+                    labels_BTK=labels_BTK[rows],
+                    weight_BTK=weight_BTK[rows],
+                    normaliser_K=normaliser_K,
+                    head_share_K=share_K,
+                )
+            result.loss.backward()  # type: ignore[no-untyped-call]
+            total += result.loss.detach()
+            ce_K += result.ce_sum_K
+            count_K += result.count_K
+            first = rows.stop
+        return {
+            "train_loss": total,
+            **_per_head("train_ce", ce_K / count_K.clamp(min=1)),
+            **weight_metrics(weight_BTK, target_BTK),
+            **weights.metrics,
+        }
+
+    @torch.no_grad()
+    def validate(self, *, step: int) -> Validation:
+        """Measure unweighted cross-entropy and accuracy of each head; head 1's selects the checkpoint."""
+        del step
+        ce_K, accuracy_K = head_quality(self.policy, self.validation(), autocast=self.autocast)
+        return Validation(
+            metrics={
+                name: float(value)
+                for name, value in (
+                    _per_head("validation_ce", ce_K) | _per_head("validation_accuracy", accuracy_K)
+                ).items()
+            },
+            score=-float(ce_K[0]),
+        )
+
+    def save_best(self) -> None:
+        """Write the policy's weights."""
+        self.save()
+
+    def load_best(self) -> None:
+        """Load them back."""
+        self.restore()
+
+    def _labels(self, batch: Batch) -> Tensor:
+        return align_labels(
+            batch.ids_BT,
+            document_BT=batch.document_BT,
+            response_BT=batch.response_BT,
+            n_future=self.policy.n_future,
+        )
+
+    def _trunk(self, batch: Batch) -> Tensor:
+        with self.autocast():
+            return self.policy.trunk_states(batch.ids_BT)
+
+    @torch.no_grad()
+    def _signals(self, parts: Sequence[Batch], states: Sequence[Tensor | None]) -> _Signals:
+        """Compute the signals that the weighting needs, for all parts, in row order."""
+        scores: list[Scores] = []
+        losses: list[Tensor] = []
+        for part, known in zip(parts, states, strict=True):
+            reads = self.arm.critic is not None and self.arm.scores and self.arm.critic.reads_policy
+            wants_loss = Signal.TOKEN_LOSS in self.arm.needs
+            hidden_BTH = known
+            if hidden_BTH is None and (reads or wants_loss):
+                hidden_BTH = self._trunk(part)
+            if self.arm.critic is not None and self.arm.scores:
+                state = hidden_BTH.detach().float() if reads and hidden_BTH is not None else None
+                scores.append(self.arm.critic.score(part, state))
+            if wants_loss and hidden_BTH is not None:
+                with self.autocast():
+                    losses.append(token_losses(self.policy, hidden_BTH.detach(), self._labels(part)))
+        return _Signals(
+            value_BT=_joined([score.value_BT for score in scores]),
+            reference_loss_BT=_joined([score.reference_loss_BT for score in scores]),
+            token_loss_BTK=_joined(losses),
+        )
+
+    def _view(
+        self, batch: Batch, target_BTK: Tensor, signals: _Signals, *, step: int, training: bool
+    ) -> StepView:
+        needs = self.arm.needs
+        return StepView(
+            ids_BT=batch.ids_BT,
+            document_BT=batch.document_BT,
+            response_BT=batch.response_BT,
+            target_BTK=target_BTK,
+            n_future=self.policy.n_future,
+            step=step,
+            training=training,
+            reward_BT=batch.reward_BT if Signal.REWARD in needs else None,
+            group_BT=batch.group_BT if Signal.GROUP in needs else None,
+            value_BT=signals.value_BT if Signal.VALUE in needs else None,
+            token_loss_BTK=signals.token_loss_BTK,
+            reference_loss_BT=signals.reference_loss_BT if Signal.REFERENCE_LOSS in needs else None,
+        )
+
+
+@frozen(kw_only=True, eq=False)
+class _Signals:
+    value_BT: Tensor | None
+    reference_loss_BT: Tensor | None
+    token_loss_BTK: Tensor | None
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    known = [part for part in parts if part is not None]
+    return torch.cat(known) if known else None
+
+
+def _per_head(name: str, value_K: Tensor) -> dict[str, Tensor]:
+    return {f"{name}_head_{k + 1}": value for k, value in enumerate(value_K.unbind())}
+
+
+@torch.no_grad()
+def head_quality(
+    policy: Policy, batches: Iterable[Batch], *, autocast: Callable[[], torch.autocast]
+) -> tuple[Tensor, Tensor]:
+    """Return unweighted cross-entropy and top-1 accuracy of each head over all targets of the batches.
+
+    Returns:
+        `ce_K` (nats a target) and `accuracy_K`, float32; 0 for a head without targets.
+    """
+    policy.eval()
+    sums: list[tuple[Tensor, Tensor, Tensor]] = []
+    for batch in batches:
+        labels_BTK = align_labels(
+            batch.ids_BT,
+            document_BT=batch.document_BT,
+            response_BT=batch.response_BT,
+            n_future=policy.n_future,
+        )
+        share_K = torch.ones(policy.n_future, device=labels_BTK.device)
+        with autocast():
+            result = weighted_mtp_loss(
+                policy,
+                policy.trunk_states(batch.ids_BT),
+                labels_BTK=labels_BTK,
+                weight_BTK=None,
+                normaliser_K=share_K,
+                head_share_K=share_K,
+            )
+        sums.append((result.ce_sum_K, result.correct_K, result.count_K))
+    ce_K, correct_K, count_K = (torch.stack(column).sum(dim=0) for column in zip(*sums, strict=True))
+    policy.train()
+    return ce_K / count_K.clamp(min=1), correct_K / count_K.clamp(min=1)

@@ -1,0 +1,172 @@
+"""Stage 0, second half: a valid plan becomes data, policy, critic and weighting, all in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import define, field
+from numpy.typing import NDArray
+from torch import Tensor
+
+from weighted_mtp_core.api import (
+    Batch,
+    BuildContext,
+    Critic,
+    DataSource,
+    Example,
+    ModelContext,
+    Split,
+    WeightingStrategy,
+)
+from weighted_mtp_core.data.batches import collate, in_order
+from weighted_mtp_core.data.tokens import TokenSet, tokenise
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.model.device import resolve_device, resolve_dtype
+from weighted_mtp_core.model.load import load_policy
+from weighted_mtp_core.model.policy import Policy
+from weighted_mtp_core.plan import Plan
+from weighted_mtp_core.recipe.schema import TrainTable
+
+
+@define(kw_only=True, eq=False, slots=False)
+class Prepared:
+    """Everything that the stages work with.
+
+    Attributes:
+        plan: What was asked for.
+        storage: The storage root.
+        source: The data source.
+        device: Where tensors live.
+        dtype: What forward passes compute in; parameters and sums stay float32.
+        policy: The model, on the device.
+        tokenizer: Its transformers tokenizer.
+        base_name: Name and version of the base model, for the tag `model_version`.
+        say: Tells the person and the log.
+    """
+
+    plan: Plan
+    storage: Path
+    source: DataSource
+    device: torch.device
+    dtype: torch.dtype
+    policy: Policy
+    tokenizer: Any
+    base_name: str
+    say: Callable[[str], None]
+    _token_sets: dict[tuple[str, Split], TokenSet] = field(factory=dict, init=False)
+
+    def policy_tokens(self, split: Split) -> TokenSet:
+        """Return what the policy imitates, as tokens."""
+        return self._tokens("policy", split, self.source.policy_examples)
+
+    def critic_tokens(self, split: Split) -> TokenSet:
+        """Return every labelled response, as tokens."""
+        return self._tokens("critic", split, self.source.examples)
+
+    def _tokens(self, purpose: str, split: Split, read: Callable[[Split], Any]) -> TokenSet:
+        if (purpose, split) not in self._token_sets:
+            examples: list[Example] = list(read(split))
+            if not examples:
+                raise WmtpError(
+                    f"data source `{self.plan.data.address}` has no {purpose} examples in the split `{split}`"
+                )
+            tokens = tokenise(examples, self.tokenizer, max_tokens=self.plan.recipe.data.max_tokens)
+            if tokens.left_out:
+                self.say(
+                    f"{split}: left out {tokens.left_out} of {len(examples)} {purpose} examples longer than "
+                    f"{self.plan.recipe.data.max_tokens} tokens"
+                )
+            self._token_sets[purpose, split] = tokens
+        return self._token_sets[purpose, split]
+
+    def autocast(self) -> torch.autocast:
+        """Return the context of a forward pass."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def batch(self, tokens: TokenSet, rows: NDArray[np.int64]) -> Batch:
+        """Return documents as a batch on the device."""
+        return collate(tokens, rows, device=self.device)
+
+    def validation_batches(
+        self, tokens: TokenSet, table: TrainTable, *, limit: int
+    ) -> Iterator[tuple[Batch, NDArray[np.int64]]]:
+        """Yield batches of similar length with the problem number of each row; `limit` 0 means all."""
+        for rows in in_order(tokens, batch_size=table.batch_size, limit=limit):
+            yield self.batch(tokens, rows), tokens.problem_D[rows]
+
+    @torch.no_grad()
+    def trunk(self, batch: Batch) -> Tensor:
+        """Return the policy's trunk states, float32 `[B, T, H]`, without a gradient."""
+        self.policy.eval()
+        with self.autocast():
+            return self.policy.trunk_states(batch.ids_BT).float()
+
+    @cached_property
+    def _component_context(self) -> BuildContext:
+        return BuildContext(
+            seed=self.plan.recipe.run.seed,
+            storage=self.storage,
+            sandbox=self.plan.recipe.sandbox,
+            model=ModelContext(
+                n_future=self.policy.n_future,
+                hidden_size=self.policy.hidden_size,
+                vocab_size=self.policy.vocab_size,
+                device=self.device,
+                frozen_trunk=self.policy.frozen_trunk,
+            ),
+        )
+
+    def build_critic(self) -> Critic | None:
+        """Build the recipe's critic, if it names one."""
+        chosen = self.plan.critic
+        return None if chosen is None else chosen.build(self._component_context)
+
+    def build_weighting(self) -> WeightingStrategy:
+        """Build the recipe's weighting."""
+        built: WeightingStrategy = self.plan.weighting.build(self._component_context)
+        return built
+
+
+def prepare(plan: Plan, *, say: Callable[[str], None]) -> Prepared:
+    """Make data and policy ready; nothing is trained yet.
+
+    Raises:
+        WmtpError: Data, base model or device is missing or broken.
+    """
+    recipe = plan.recipe
+    storage = Path(recipe.run.storage)
+    device = resolve_device(recipe.model.device)
+    dtype = resolve_dtype(recipe.model.dtype, device)
+    source: DataSource = plan.data.build(
+        BuildContext(seed=recipe.run.seed, storage=storage, sandbox=recipe.sandbox)
+    )
+    version = source.version()
+    say(f"data {version.name} {version.version} (sha256 {version.sha256[:12]})")
+    loaded = load_policy(
+        recipe.model, storage=storage, texts=partial(_training_texts, source), seed=recipe.run.seed
+    )
+    policy = loaded.policy.to(device)
+    millions = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
+    say(f"policy {loaded.base_name}: {millions:.1f} M parameters, {policy.n_future} heads on {device}")
+    return Prepared(
+        plan=plan,
+        storage=storage,
+        source=source,
+        device=device,
+        dtype=dtype,
+        policy=policy,
+        tokenizer=loaded.tokenizer,
+        base_name=loaded.base_name,
+        say=say,
+    )
+
+
+def _training_texts(source: DataSource) -> Iterator[str]:
+    for example in source.examples("train"):
+        yield example.prompt
+        yield example.response
