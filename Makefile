@@ -1,0 +1,61 @@
+# `make run` and `make test` need Python 3.11, pip and make, and nothing prepared: everything else goes to .venv.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+RECIPE ?= configs/verifiable.toml
+ARGS ?=
+PYTEST_ARGS ?=
+
+PLUGINS := $(sort $(patsubst plugins/%/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml)))
+INSTALLED := .venv/.installed
+PYTEST := bin/python -m pytest $(PYTEST_ARGS)
+
+# Two workers with one thread each beat one with two, and sums come out the same on every machine.
+test test-%: export OMP_NUM_THREADS := 1
+
+.PHONY: help run test test-core test-plugins $(PLUGINS:%=test-%) test-e2e lint format clean
+.DEFAULT_GOAL := help
+
+help:  ## Show this list
+	@sed -nE 's/^([a-z][a-z0-9-]*):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
+
+run: $(INSTALLED)  ## Train, evaluate and track the recipe RECIPE (configs/verifiable.toml); ARGS go to `run`
+	.venv/bin/python -m weighted_mtp_core run $(RECIPE) $(ARGS)
+
+test: test-core test-plugins test-e2e  ## Run all tests: core alone, each plugin with core, everything together
+
+test-core: .venv/only/core/.made  ## Run core's tests where no plugin is installed
+	.venv/only/core/$(PYTEST) -n 2 tests/unit $(wildcard tests/integration)
+
+test-plugins: $(PLUGINS:%=test-%)  ## Run each plugin's tests where only core and that plugin are installed
+
+$(PLUGINS:%=test-%): test-%: .venv/only/%/.made
+	.venv/only/$*/$(PYTEST) plugins/$*/tests
+
+test-e2e: $(INSTALLED)  ## Run the tests of everything together
+	.venv/$(PYTEST) -n 2 tests/e2e
+
+lint: $(INSTALLED)  ## Check style (ruff) and types (mypy --strict)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: $(INSTALLED)  ## Repair what ruff can repair
+	.venv/bin/ruff check --fix-only .
+	.venv/bin/ruff format .
+
+clean:  ## Delete .venv and caches; storage/ (models, data, runs) stays
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Without its own pip at first: Debian's python3 cannot add one (ensurepip is a package of its own there).
+$(INSTALLED): requirements-dev.txt constraints.txt pyproject.toml $(PLUGINS:%=plugins/%/pyproject.toml)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: $(PYTHON) is older than Python 3.11")'
+	@echo "Installing into .venv; the first time takes a few minutes."
+	$(PYTHON) -m venv --without-pip .venv
+	$(PYTHON) -m pip --python .venv/bin/python install -r requirements-dev.txt -c constraints.txt
+	@touch $@
+
+# Environments with only core, or core and one plugin: links into .venv, made in a moment (see tests/isolate.py).
+.venv/only/%/.made: $(INSTALLED) tests/isolate.py
+	.venv/bin/python tests/isolate.py $(@D) weighted-mtp-core $(if $(filter-out core,$*),weighted-mtp-$(subst _,-,$*))
+	@touch $@

@@ -1,0 +1,51 @@
+"""Make an environment in which only the named packages of this repository are installed.
+
+    python tests/isolate.py FOLDER weighted-mtp-core [weighted-mtp-verifiable ...]
+
+Core must work with no plugin installed, and each plugin with core alone. Installing 140 dependencies again for
+every such combination would take minutes, so the new venv's site-packages *links* to everything in that of the
+running interpreter, except this repository's own (editable) packages that were not named. For `import` and for
+`importlib.metadata`, in the venv's processes and in those that they start, the others do not exist.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import sysconfig
+import venv
+from importlib.metadata import Distribution, distributions
+from pathlib import Path
+
+from packaging.utils import canonicalize_name
+
+
+def is_editable(distribution: Distribution) -> bool:
+    """Tell whether a distribution was installed with `pip install -e`."""
+    origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+    return bool(origin.get("dir_info", {}).get("editable", False))
+
+
+def isolate(folder: Path, keep: set[str]) -> None:
+    """Make (or remake) the venv `folder` with all dependencies, and of the editable packages just `keep`."""
+    site_packages = Path(sysconfig.get_path("purelib"))
+    editable = {
+        canonicalize_name(found.name): found
+        for found in distributions(path=[str(site_packages)])
+        if is_editable(found)
+    }
+    if missing := keep - editable.keys():
+        sys.exit(f"error: not installed with `pip install -e`: {', '.join(sorted(missing))}")
+    hidden = {
+        file.parts[0] for name, found in editable.items() if name not in keep for file in found.files or ()
+    }
+
+    venv.create(folder, clear=True, symlinks=True, with_pip=False)
+    links = Path(sysconfig.get_path("purelib", vars={"base": str(folder.resolve())}))
+    for entry in site_packages.iterdir():
+        if entry.name not in hidden:
+            (links / entry.name).symlink_to(entry)
+
+
+if __name__ == "__main__":
+    isolate(Path(sys.argv[1]), {canonicalize_name(name) for name in sys.argv[2:]})
