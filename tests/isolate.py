@@ -2,9 +2,9 @@
 
     python tests/isolate.py FOLDER weighted-mtp-core [weighted-mtp-verifiable ...]
 
-Core must work with no plugin installed, and each plugin with core alone. Installing 140 dependencies again for
-every such combination would take minutes, so the new venv's site-packages *links* to everything in that of the
-running interpreter, except this repository's own (editable) packages that were not named. For `import` and for
+Core must work with no plugin installed, and each plugin with core alone. Installing 140 dependencies for
+every such combination would take minutes, so the new venv's site-packages *links* to everything in that of
+the running interpreter, except this repository's own (editable) packages that were not named. To `import` and
 `importlib.metadata`, in the venv's processes and in those that they start, the others do not exist.
 """
 
