@@ -11,6 +11,7 @@ Index convention: every `[B, T]` tensor is indexed *by the token itself*; `[B, T
 from __future__ import annotations
 
 import enum
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -437,6 +438,7 @@ class RunInfo:
         tags: See the README's table of tags.
         datasets: Recorded as dataset inputs.
         folder: The run folder.
+        started_ms: When it began, in milliseconds since 1970.
     """
 
     run_id: str
@@ -446,6 +448,7 @@ class RunInfo:
     tags: Mapping[str, str]
     datasets: tuple[DatasetVersion, ...]
     folder: Path
+    started_ms: int = field(factory=lambda: time.time_ns() // 1_000_000)
 
 
 @frozen(kw_only=True)
@@ -459,15 +462,16 @@ class MetricPoint:
 
 
 class Tracker(Stateful):
-    """Sends a run elsewhere. Called from one background thread, behind the core's durable journal.
+    """Sends a run elsewhere. Called from one thread at a time, behind the core's durable journal.
 
     Every method may raise to say "not delivered": the core tries again later with the same arguments, so
-    each must bear being repeated. A tracker that groups runs takes an option `experiment_prefix`.
+    each must bear being repeated. A `WmtpError` says "never will be": before training it stops the run, later
+    the lines are left out, loudly. A tracker that groups runs takes an option `experiment_prefix`.
     """
 
     @abstractmethod
     def start(self, run: RunInfo) -> None:
-        """Open the run, or reopen it if `run.run_id` was opened before."""
+        """Open the run, or reopen it if `run.run_id` was opened before; repeated as more becomes known."""
 
     @abstractmethod
     def log_metrics(self, points: Sequence[MetricPoint]) -> None:
@@ -475,15 +479,15 @@ class Tracker(Stateful):
 
     @abstractmethod
     def log_artifact(self, path: Path, subdir: str) -> None:
-        """Store a file under `subdir`."""
+        """Store a file under `subdir` (may be empty); may come after `finish` if it failed before."""
 
     @abstractmethod
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set or overwrite tags."""
 
     @abstractmethod
-    def finish(self, outcome: RunOutcome) -> None:
-        """Close the run."""
+    def finish(self, outcome: RunOutcome, *, time_ms: int | None = None) -> None:
+        """Close the run, which ended at `time_ms` (now, if that is None)."""
 
     def where(self) -> str:
         """Return one line that tells a person how to look at the run."""
