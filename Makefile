@@ -32,7 +32,7 @@ $(PLUGINS:%=test-%): test-%: .venv/only/%/.made
 	.venv/only/$*/$(PYTEST) plugins/$*/tests
 
 test-e2e: $(INSTALLED)  ## Run the tests of everything together
-	.venv/$(PYTEST) -n 2 tests/e2e
+	.venv/$(PYTEST) -n 2 --dist loadfile tests/e2e
 
 lint: $(INSTALLED)  ## Check style (ruff) and types (mypy --strict)
 	.venv/bin/ruff check .

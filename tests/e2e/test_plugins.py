@@ -1,0 +1,74 @@
+"""Installed is not active: what is missing or broken matters only to the recipes that name it."""
+
+from pathlib import Path
+
+import pytest
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+BASELINE, VERIFIABLE = str(CONFIGS / "baseline.toml"), str(CONFIGS / "verifiable.toml")
+CORE, BASELINE_MTP = "weighted-mtp-core", "weighted-mtp-baseline-mtp"
+RAISES_AT_IMPORT = 'raise RuntimeError("this plugin is broken")\n'
+QUICK = ("--preset", "ci", "--set", "train.steps=4")
+
+
+@pytest.fixture(scope="module")
+def without_verifiable(isolated):
+    return isolated(CORE, BASELINE_MTP)
+
+
+def test_with_core_alone_only_core_is_listed(wmtp, isolated, tmp_path):
+    listed = wmtp("plugins", "list", cwd=tmp_path, python=isolated(CORE))
+
+    assert listed.returncode == 0, listed.stderr
+    assert "core.micro_code" in listed.stdout
+    assert "baseline_mtp" not in listed.stdout
+    assert "verifiable" not in listed.stdout
+
+
+def test_the_baseline_runs_without_the_other_plugin_and_beside_a_broken_one(
+    wmtp, without_verifiable, install, tracked, tmp_path
+):
+    broken = install("broken", RAISES_AT_IMPORT)
+
+    run = wmtp("run", BASELINE, *QUICK, cwd=tmp_path, python=without_verifiable, env=broken)
+
+    assert run.returncode == 0, run.stderr
+    assert "broken" not in run.stdout + run.stderr
+    assert run.folder.parts[-4:-2] == ("weighted_mtp", "baseline_mtp")
+    assert tracked(run.storage).info.status == "FINISHED"
+    assert tracked(run.storage).data.tags["algo"] == "baseline_mtp"
+    assert "wmtp.critic" not in tracked(run.storage).data.tags
+
+
+def test_naming_a_plugin_that_is_not_installed_says_which_are(wmtp, without_verifiable, tmp_path):
+    run = wmtp("run", VERIFIABLE, *QUICK, cwd=tmp_path, python=without_verifiable)
+
+    assert run.returncode == 2
+    assert run.stderr.startswith(
+        "error: no plugin named `verifiable` is installed; installed: `baseline_mtp`, `core`\n"
+    )
+    assert not (tmp_path / "storage").exists()
+
+
+def test_a_plugin_that_raises_at_import_changes_nothing_for_recipes_that_do_not_name_it(
+    wmtp, install, tmp_path
+):
+    alone = wmtp("check", VERIFIABLE, cwd=tmp_path)
+
+    beside_a_broken_one = wmtp("check", VERIFIABLE, cwd=tmp_path, env=install("broken", RAISES_AT_IMPORT))
+
+    assert alone.returncode == 0, alone.stderr
+    assert beside_a_broken_one == alone
+
+
+def test_a_recipe_that_names_the_broken_plugin_stops_and_says_what_broke(wmtp, install, tmp_path):
+    broken = install("broken", RAISES_AT_IMPORT)
+
+    run = wmtp("run", BASELINE, "--set", "weighting.use=broken.any", cwd=tmp_path, env=broken)
+
+    assert run.returncode == 2
+    assert run.stderr.startswith(
+        "error: plugin `broken` (wmtp-broken 0.3.0) failed to import `wmtp_broken`: "
+        "RuntimeError: this plugin is broken\n"
+    )
+    assert "Traceback" not in run.stderr
