@@ -99,8 +99,14 @@ class LossTable:
 
 @frozen(kw_only=True)
 class CriticTable(Selection):
-    """`[critic]`: the critic and its own optimisation (stage 1)."""
+    """`[critic]`: the critic and its own optimisation (stage 1).
 
+    `checkpoint` is the folder `checkpoints/critic` of an earlier run: stage 1 is then skipped. A critic that
+    is not better than a constant stops the run unless `allow_uninformative_critic` is set.
+    """
+
+    checkpoint: str | None = None
+    allow_uninformative_critic: bool = False
     train: TrainTable = TrainTable()
 
 
