@@ -1,1 +1,99 @@
-"""The command line: one module a command."""
+"""The command line: one module a command, and the one place where errors become text and exit codes.
+
+A command is a module with `add_parser(subparsers)`, which returns its parser, and `main(args) -> int`; list
+it in `COMMANDS`. Neither may import torch, transformers or mlflow at its top: `--help` imports all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+import weighted_mtp_core
+from weighted_mtp_core.cli import check, plugins, run
+from weighted_mtp_core.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_RUN_FAILED, WmtpError
+from weighted_mtp_core.suggest import did_you_mean, quoted
+
+COMMANDS = (run, check, plugins)
+PROGRAM = "python -m weighted_mtp_core"
+
+_DESCRIPTION = """\
+Weighted multi-token prediction: a recipe names a data source, a weighting and, if the weighting
+needs one, a critic; plugins bring them; a run trains, evaluates and records the policy."""
+_EPILOG = f"""\
+examples:
+  {PROGRAM} plugins list                      what is installed
+  {PROGRAM} check configs/my_recipe.toml      is the recipe right? (under a second)
+  {PROGRAM} run configs/my_recipe.toml        train, evaluate, record
+
+exit codes: 0 done, 1 the run failed, 2 the input is wrong, 130 interrupted"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command and return its exit code; errors go to stderr as an `error:` and a `hint:` line."""
+    # Taken out first, so that it works on either side of the command.
+    arguments = [each for each in argv if each != "--traceback"]
+    want_traceback = len(arguments) < len(argv)
+    try:
+        return _command(arguments)
+    except KeyboardInterrupt:
+        return _report("interrupted", code=EXIT_INTERRUPTED, want_traceback=want_traceback)
+    except WmtpError as error:
+        return _report(str(error), hint=error.hint, code=error.exit_code, want_traceback=want_traceback)
+    except Exception as error:  # noqa: BLE001 - the last stop before the user: nothing carries on after it
+        return _report(
+            f"{type(error).__name__}: {error}",
+            hint="add --traceback to see where it happened",
+            code=EXIT_RUN_FAILED,
+            want_traceback=want_traceback,
+        )
+
+
+def _command(arguments: Sequence[str]) -> int:
+    parser, names = _parser()
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return EXIT_BAD_INPUT
+    if not arguments[0].startswith("-") and arguments[0] not in names:
+        hint = did_you_mean(arguments[0], names) or f"see: {PROGRAM} --help"
+        raise WmtpError(f"there is no command `{arguments[0]}`; commands: {quoted(names)}", hint=hint)
+    args = parser.parse_args(arguments)
+    code: int = args.main(args)
+    return code
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports wrong usage like every other error, and shows examples as they are written."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type] # passed on untouched
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing usage and leaving the process."""
+        raise WmtpError(message, hint=f"see: {self.prog} --help")
+
+
+def _parser() -> tuple[Parser, list[str]]:
+    parser = Parser(prog=PROGRAM, description=_DESCRIPTION, epilog=_EPILOG)
+    parser.add_argument(
+        "--version", action="version", version=f"weighted-mtp-core {weighted_mtp_core.__version__}"
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in COMMANDS:
+        module.add_parser(subparsers).set_defaults(main=module.main)
+    return parser, list(subparsers.choices)
+
+
+def _report(message: str, *, hint: str | None = None, code: int, want_traceback: bool) -> int:
+    if want_traceback:
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)
+    return code

@@ -21,7 +21,7 @@ class RunTable:
     """
 
     name: str = field(validator=v.matches_re(NAME))
-    seed: int = field(default=42, validator=v.ge(0))
+    seed: int = field(default=42, validator=[v.ge(0), v.lt(2**32)])
     tags: tuple[str, ...] = ()
     storage: str = "storage"
     output_dir: str | None = None
@@ -36,6 +36,11 @@ class MicroTable:
     hidden_size: int = field(default=128, validator=v.ge(8))
     layers: int = field(default=4, validator=v.ge(2))
     attention_heads: int = field(default=4, validator=v.ge(1))
+
+    @attention_heads.validator
+    def _divide_hidden_size(self, _: object, value: int) -> None:
+        if self.hidden_size % (2 * value):  # rotary embeddings turn pairs of dimensions
+            raise ValueError(f"must divide `hidden_size` = {self.hidden_size} into even parts: {value}")
 
 
 @frozen(kw_only=True)
@@ -85,6 +90,11 @@ class TrainTable:
     validation_examples: int = field(default=128, validator=v.ge(2))
     log_every: int = field(default=10, validator=v.ge(1))
 
+    @accumulation.validator
+    def _divide_batch_size(self, _: object, value: int) -> None:
+        if self.batch_size % value:
+            raise ValueError(f"must divide `batch_size` = {self.batch_size} evenly: {value}")
+
 
 @frozen(kw_only=True)
 class LossTable:
@@ -95,6 +105,11 @@ class LossTable:
 
     normalise: Literal["weights", "tokens"] = "weights"
     head_weights: tuple[float, ...] = ()
+
+    @head_weights.validator
+    def _be_shares(self, _: object, value: tuple[float, ...]) -> None:
+        if any(share < 0 for share in value) or (value and not sum(value)):
+            raise ValueError(f"must be >= 0 and not all 0: {list(value)}")
 
 
 @frozen(kw_only=True)
@@ -120,6 +135,18 @@ class EvaluateTable:
     max_new_tokens: int = field(default=128, validator=v.ge(1))
     batch_size: int = field(default=32, validator=v.ge(1))
     problems: int = field(default=0, validator=v.ge(0))
+
+    @pass_at_k.validator
+    def _have_enough_samples(self, _: object, value: tuple[int, ...]) -> None:
+        if any(not 1 <= k <= self.samples for k in value):
+            raise ValueError(f"must be between 1 and `samples` = {self.samples}: {list(value)}")
+
+    @temperature.validator
+    def _make_samples_differ(self, _: object, value: float) -> None:
+        if self.samples > 1 and value == 0:
+            raise ValueError(
+                f"must be > 0 for `samples` = {self.samples}, or every sample is the same: {value}"
+            )
 
 
 @frozen(kw_only=True)

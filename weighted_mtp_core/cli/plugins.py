@@ -1,0 +1,118 @@
+"""`plugins`: what is installed, what one plugin offers, and whether all of them load."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import attrs
+
+from weighted_mtp_core.cli.table import print_rows
+from weighted_mtp_core.errors import EXIT_BAD_INPUT, EXIT_DONE, WmtpError
+from weighted_mtp_core.plugins import AnyComponent, FoundPlugin, Kind, find, load
+from weighted_mtp_core.recipe.describe import expected
+from weighted_mtp_core.recipe.structure import has_factory, plain
+
+_DESCRIPTION = """\
+Look at installed plugins. Installed is not active: a recipe names the components it uses,
+and only the plugins that offer those are imported."""
+_EPILOG = """\
+examples:
+  plugins list             name, distribution, version; imports nothing
+  plugins show core        components and their options
+  plugins check            load each plugin and report what is wrong with it"""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the command to the parser."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "plugins", help="list, show and check installed plugins", description=_DESCRIPTION, epilog=_EPILOG
+    )
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    listing = actions.add_parser("list", help="list what is installed, without importing it")
+    listing.set_defaults(action=_list)
+    showing = actions.add_parser("show", help="show what a plugin offers")
+    showing.add_argument("name", metavar="NAME", help="a name from `plugins list`")
+    showing.set_defaults(action=_show)
+    checking = actions.add_parser("check", help="load each plugin, or those named, and report")
+    checking.add_argument("names", metavar="NAME", nargs="*")
+    checking.set_defaults(action=_check)
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    """Do the action that was asked for."""
+    code: int = args.action(args)
+    return code
+
+
+def _list(_: argparse.Namespace) -> int:
+    rows = [("NAME", "DISTRIBUTION", "VERSION", "WORKS WITH CORE")]
+    for plugin in find().values():
+        rows += [_listed(each) for each in (plugin, *plugin.rivals)]
+    print_rows(rows)
+    return EXIT_DONE
+
+
+def _listed(plugin: FoundPlugin) -> tuple[str, str, str, str]:
+    try:
+        works_with = plugin.core_range or "any"
+    except WmtpError as error:
+        works_with = str(error)
+    if plugin.rivals:
+        works_with += "  (name claimed twice)"
+    return plugin.name, plugin.distribution, plugin.version, works_with
+
+
+def _show(args: argparse.Namespace) -> int:
+    plugin = load(find(), [args.name])[args.name]
+    print(f"{plugin.found.name}: {plugin.found.distribution} {plugin.found.version}, `{plugin.found.module}`")
+    for kind in Kind:
+        for address, component in zip(plugin.addresses(kind), _sorted(plugin.components[kind]), strict=True):
+            print(f"\n{kind.label} {address}\n  {component.summary}")
+            _print_signals("needs", component.needs)
+            _print_signals("provides", component.provides)
+            print_rows(_option_rows(component), indent="    ")
+    return EXIT_DONE
+
+
+def _sorted(components: Any) -> list[AnyComponent]:
+    return [components[name] for name in sorted(components)]
+
+
+def _print_signals(verb: str, signals: Any) -> None:
+    if signals:
+        print(f"  {verb} {', '.join(sorted(signal.value for signal in signals))}")
+
+
+def _option_rows(component: AnyComponent) -> list[tuple[str, ...]]:
+    return [
+        (str(attribute.alias), expected(attribute.type), _default(attribute))
+        for attribute in attrs.fields(attrs.resolve_types(component.options))
+        if attribute.init
+    ]
+
+
+def _default(attribute: Any) -> str:
+    if attribute.default is attrs.NOTHING:
+        return "required"
+    value = attribute.default.factory() if has_factory(attribute) else attribute.default
+    return "optional" if value is None else f"default {plain(value)!r}"
+
+
+def _check(args: argparse.Namespace) -> int:
+    found = find()
+    code = EXIT_DONE
+    for name in args.names or found:
+        try:
+            plugin = load(found, [name])[name]
+        except WmtpError as error:
+            code = EXIT_BAD_INPUT
+            print(f"FAIL {name}: {error}")
+            if error.hint:
+                print(f"     hint: {error.hint}")
+            continue
+        offers = [address for kind in Kind for address in plugin.addresses(kind)]
+        origin = f"{plugin.found.distribution} {plugin.found.version}"
+        print(f"ok   {name} ({origin}): {', '.join(offers) or 'offers nothing'}")
+    return code

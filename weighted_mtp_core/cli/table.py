@@ -1,0 +1,17 @@
+"""Print rows in aligned columns: the same text in a terminal, a pipe and a log, without colour."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def print_rows(rows: Sequence[tuple[str, ...]], *, indent: str = "") -> None:
+    """Print rows; every column but a row's last is padded to its widest cell."""
+    widths: dict[int, int] = {}
+    for row in rows:
+        for column, cell in enumerate(row[:-1]):
+            widths[column] = max(widths.get(column, 0), len(cell))
+    for row in rows:
+        *front, last = row
+        cells = [cell.ljust(widths[column]) for column, cell in enumerate(front)]
+        print((indent + "  ".join([*cells, last])).rstrip())

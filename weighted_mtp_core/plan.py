@@ -1,0 +1,277 @@
+"""Turn a recipe into a plan: every component chosen and checked, nothing built. Imports no torch.
+
+What can be known to be wrong is an error here, in half a second, before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import attrs
+from attrs import frozen
+
+from weighted_mtp_core.api import BuildContext, Signal
+from weighted_mtp_core.errors import RunFailedError, WmtpError
+from weighted_mtp_core.naming import flat, name_faults, own_pairs, tag_faults
+from weighted_mtp_core.plugins import (
+    AnyComponent,
+    FoundPlugin,
+    Kind,
+    LoadedPlugin,
+    find,
+    load,
+    providers,
+    resolve,
+)
+from weighted_mtp_core.recipe.layers import Document, read_document
+from weighted_mtp_core.recipe.lines import KeyPath
+from weighted_mtp_core.recipe.load import CREDENTIALS_HINT, recipe_to_toml
+from weighted_mtp_core.recipe.schema import Recipe, Selection
+from weighted_mtp_core.recipe.structure import Fault, credential_faults, plain, structure
+
+DEFAULT_EXPERIMENT_PREFIX = "weighted_mtp"
+CRITIC_SIGNALS = (Signal.VALUE, Signal.REFERENCE_LOSS)
+"""Signals that only a critic can fill; the core computes the others itself."""
+
+ADDRESS_TAGS = ("weighting", "critic", "data")
+SelectionT = TypeVar("SelectionT", bound=Selection)
+
+
+@frozen(kw_only=True)
+class Chosen:
+    """One component of a plan with its options.
+
+    Attributes:
+        address: `<plugin>.<component>`.
+        plugin: Where it comes from.
+        component: Its declaration.
+        options: An instance of `component.options`.
+    """
+
+    address: str
+    plugin: FoundPlugin
+    component: AnyComponent
+    options: Any
+
+    def build(self, context: BuildContext) -> Any:
+        """Build the component.
+
+        Raises:
+            WmtpError: It cannot be built; names plugin, distribution and version.
+        """
+        try:
+            return self.component.build(self.options, context)
+        except RunFailedError as error:
+            raise RunFailedError(
+                f"{self.plugin} could not build `{self.address}`: {error}", hint=error.hint
+            ) from error
+        except WmtpError as error:
+            raise WmtpError(
+                f"{self.plugin} could not build `{self.address}`: {error}", hint=error.hint
+            ) from error
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise WmtpError(f"{self.plugin} could not build `{self.address}`: {reason}") from error
+
+
+@frozen(kw_only=True)
+class Plan:
+    """A recipe of which everything has been checked that can be without building anything.
+
+    Attributes:
+        recipe: The resolved recipe: full addresses, every option filled in.
+        experiment: `run.experiment`, or `<experiment_prefix>/<weighting plugin>`.
+        tags: What every tracker tags the run with.
+        params: The resolved recipe as dotted keys.
+        recipe_toml: The resolved recipe as text; it runs again to the same result.
+        recipe_sha256: Of that text.
+        files: Every file that the recipe was read from, lowest layer first.
+    """
+
+    recipe: Recipe
+    weighting: Chosen
+    critic: Chosen | None
+    data: Chosen
+    trackers: tuple[Chosen, ...]
+    experiment: str
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+    recipe_toml: str
+    recipe_sha256: str
+    files: tuple[str, ...] = ()
+
+
+def make_plan(
+    path: Path, *, preset: str | None = None, overrides: Sequence[str] = (), run_name: str | None = None
+) -> Plan:
+    """Read a recipe, load the plugins it names and check that all of it fits together.
+
+    Raises:
+        WmtpError: Lists every fault of the recipe and of the components' options at once; or says which
+            plugin cannot be used, or which signal no critic provides.
+    """
+    document = read_document(path, preset=preset, overrides=overrides, run_name=run_name)
+    secrets = credential_faults(document.table)
+    recipe, faults = structure(Recipe, document.table)
+    picks = _picks(document.table)
+    if recipe is None or secrets:
+        faults += secrets
+        with suppress(WmtpError):  # a plugin's own error can wait until the recipe is one
+            faults += _Choice.make(document, picks).faults
+        raise document.error(faults, hint=CREDENTIALS_HINT if secrets else None)
+    choice = _Choice.make(document, picks)
+    faults = choice.faults + _cross_faults(recipe) + tag_faults(recipe.run.tags)
+    if faults:
+        raise document.error(faults)
+    plan = _plan(recipe, choice, document)
+    _match_signals(plan, choice.loaded)
+    return plan
+
+
+# --------------------------------------------------------------------------- choosing components
+
+
+@frozen
+class _Pick:
+    """A table of the recipe that names a component."""
+
+    kind: Kind
+    at: KeyPath
+    use: str
+    options: Mapping[str, Any]
+
+
+def _picks(table: Mapping[str, Any]) -> list[_Pick]:
+    """Collect every well-formed selection, also from a recipe that is wrong elsewhere."""
+    places: list[tuple[Kind, KeyPath, Any]] = [
+        (kind, (kind.value,), table.get(kind.value)) for kind in Kind if kind is not Kind.TRACKER
+    ]
+    trackers = table.get("tracker")
+    if isinstance(trackers, list):
+        places += [(Kind.TRACKER, ("tracker", i), each) for i, each in enumerate(trackers)]
+    return [
+        _Pick(kind, at, selection["use"], selection.get("options", {}))
+        for kind, at, selection in places
+        if isinstance(selection, dict)
+        and isinstance(selection.get("use"), str)
+        and isinstance(selection.get("options", {}), dict)
+    ]
+
+
+@frozen
+class _Choice:
+    """The components that a recipe names, and what is wrong with their options."""
+
+    loaded: Mapping[str, LoadedPlugin]
+    chosen: Mapping[KeyPath, Chosen]
+    faults: list[Fault]
+
+    @classmethod
+    def make(cls, document: Document, picks: Sequence[_Pick]) -> _Choice:
+        found = find()
+        loaded: dict[str, LoadedPlugin] = {}
+        chosen: dict[KeyPath, Chosen] = {}
+        faults: list[Fault] = []
+        for pick in picks:
+            with _naming_place(document, (*pick.at, "use")):
+                name = pick.use.partition(".")[0]
+                if name not in loaded:
+                    loaded |= load(found, [name])
+                plugin, component = resolve(loaded, pick.kind, pick.use)
+            options, wrong = structure(component.options, pick.options, at=(*pick.at, "options"))
+            faults += wrong
+            address = f"{name}.{component.name}"
+            chosen[pick.at] = Chosen(address=address, plugin=plugin, component=component, options=options)
+        return cls(loaded, chosen, faults)
+
+
+@contextmanager
+def _naming_place(document: Document, path: KeyPath) -> Iterator[None]:
+    """Add a line with the recipe's file, line and key to an error about a component."""
+    try:
+        yield
+    except WmtpError as error:
+        raise WmtpError(f"{error}\n  {document.name}, {document.where(path)}", hint=error.hint) from error
+
+
+def _match_signals(plan: Plan, loaded: Mapping[str, LoadedPlugin]) -> None:
+    needed = [signal for signal in CRITIC_SIGNALS if signal in plan.weighting.component.needs]
+    provided = plan.critic.component.provides if plan.critic else frozenset()
+    for signal in needed:
+        if signal in provided:
+            continue
+        lacking = f"critic `{plan.critic.address}` does not provide" if plan.critic else "no critic provides"
+        able = providers(loaded, signal)
+        use = able[0] if able else "<plugin>.<critic>"
+        raise WmtpError(
+            f"weighting `{plan.weighting.address}` needs the signal `{signal.value}`, which {lacking}",
+            hint=f'in table `[critic]`: use = "{use}"',
+        )
+
+
+# --------------------------------------------------------------------------- resolving
+
+
+def _cross_faults(recipe: Recipe) -> list[Fault]:
+    """Find what no table can see alone."""
+    heads, n_future = recipe.loss.head_weights, recipe.model.n_future
+    if heads and len(heads) != n_future:
+        text = f"expected one number for each of `model.n_future` = {n_future} heads, got {len(heads)}"
+        return [Fault(("loss", "head_weights"), text)]
+    return []
+
+
+def _plan(recipe: Recipe, choice: _Choice, document: Document) -> Plan:
+    chosen = choice.chosen
+    trackers = tuple(chosen["tracker", i] for i in range(len(recipe.tracker)))
+    weighting, data, critic = chosen["weighting",], chosen["data",], chosen.get(("critic",))
+    resolved = attrs.evolve(
+        recipe,
+        weighting=_resolved(recipe.weighting, weighting),
+        data=_resolved(recipe.data, data),
+        critic=_resolved(recipe.critic, critic) if recipe.critic and critic else None,
+        tracker=tuple(_resolved(table, each) for table, each in zip(recipe.tracker, trackers, strict=True)),
+    )
+    text = recipe_to_toml(resolved)
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    own_tags = {"algo": weighting.plugin.name, "wmtp.recipe_sha256": sha256}
+    own_tags |= {f"wmtp.{each}": chosen[each,].address for each in ADDRESS_TAGS if (each,) in chosen}
+    for name, plugin in sorted(choice.loaded.items()):
+        own_tags[f"wmtp.plugin.{name}"] = f"{plugin.found.distribution}=={plugin.found.version}"
+    return Plan(
+        recipe=resolved,
+        weighting=weighting,
+        critic=critic,
+        data=data,
+        trackers=trackers,
+        experiment=_experiment(recipe, weighting, trackers, document),
+        tags=dict(own_pairs(recipe.run.tags)) | own_tags,
+        params=dict(flat(plain(resolved))),
+        recipe_toml=text,
+        recipe_sha256=sha256,
+        files=tuple(document.files),
+    )
+
+
+def _resolved(table: SelectionT, chosen: Chosen) -> SelectionT:
+    return attrs.evolve(table, use=chosen.address, options=plain(chosen.options))
+
+
+def _experiment(recipe: Recipe, weighting: Chosen, trackers: Sequence[Chosen], document: Document) -> str:
+    at: KeyPath = ("run", "experiment")
+    name = recipe.run.experiment
+    if name is None:
+        prefix = DEFAULT_EXPERIMENT_PREFIX
+        for i, tracker in enumerate(trackers):
+            if hasattr(tracker.options, "experiment_prefix"):
+                at, prefix = ("tracker", i, "options", "experiment_prefix"), tracker.options.experiment_prefix
+                break
+        name = f"{prefix}/{weighting.plugin.name}"
+    faults = name_faults(name, at=at)
+    if faults:
+        raise document.error(faults)
+    return name

@@ -1,0 +1,52 @@
+"""Types and values in words, for messages and for `plugins show`."""
+
+from __future__ import annotations
+
+import enum
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+
+from weighted_mtp_core.suggest import quoted
+from weighted_mtp_core.tracking.redact import redact
+
+_LONGEST = 60
+
+
+def shown(value: Any) -> str:
+    """Return a value's TOML type and, unless it is long or secret, the value: "float 3.5", "table"."""
+    if isinstance(value, dict):
+        return "table"
+    if isinstance(value, list):
+        return "array"
+    text = repr(redact(value)) if isinstance(value, str) else str(value)
+    if len(text) > _LONGEST:
+        text = text[:_LONGEST] + "..."
+    return f"{type(value).__name__} {text}"
+
+
+def expected(kind: Any) -> str:
+    """Return a field's type in words: "int", "one of `a`, `b`", "array of float"."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if choices := _choices(kind):
+        return f"one of {quoted(choices)}"
+    if origin in {typing.Union, types.UnionType}:
+        return " or ".join(expected(each) for each in arguments if each is not types.NoneType)
+    if origin is tuple and arguments[-1] is not Ellipsis:
+        return f"array of {len(arguments)}: " + ", ".join(expected(each) for each in arguments)
+    if origin in {tuple, list, Sequence}:
+        return f"array of {expected(arguments[0])}"
+    if origin in {dict, Mapping} or attrs.has(kind):
+        return "table"
+    return str(getattr(kind, "__name__", kind))
+
+
+def _choices(kind: Any) -> list[str]:
+    if typing.get_origin(kind) is typing.Literal:
+        return [str(choice) for choice in typing.get_args(kind)]
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return [str(member.value) for member in kind]
+    return []
