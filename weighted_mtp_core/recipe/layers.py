@@ -74,6 +74,12 @@ class Document:
         """Put a layer on top."""
         self._merge(self.table, table, places, at=())
 
+    def drop_unnamed(self, key: str) -> None:
+        """Drop a component's table without `use`: a preset shortens the critic's training only if there is one."""
+        if "use" not in self.table.get(key, {"use": ""}):
+            del self.table[key]
+            self._forget((key,))
+
     def set(self, keys: Sequence[str], value: Any, *, source: str) -> None:
         """Put one value on top; tables on the way to it are made if they are missing.
 
@@ -136,7 +142,10 @@ def read_document(
     document = Document(name=str(path))
     _add_file(document, path, reached_from=())
     if preset is not None:
+        has_critic = "critic" in document.table
         _add_file(document, _find_preset(preset, beside=path), reached_from=())
+        if not has_critic:
+            document.drop_unnamed("critic")
     parsed = [_parse_override(text) for text in overrides]
     # A new `use` drops the options of the old one, so it must not drop what the same command line sets.
     for keys, value in sorted(parsed, key=lambda each: each[0][-1] != "use"):

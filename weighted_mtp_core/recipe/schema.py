@@ -104,7 +104,7 @@ class LossTable:
     """
 
     normalise: Literal["weights", "tokens"] = "weights"
-    head_weights: tuple[float, ...] = ()
+    head_weights: tuple[float, ...] = field(default=())
 
     @head_weights.validator
     def _be_shares(self, _: object, value: tuple[float, ...]) -> None:
@@ -129,7 +129,7 @@ class CriticTable(Selection):
 class EvaluateTable:
     """`[evaluate]`: stage 3. `problems = 0` means the whole split."""
 
-    pass_at_k: tuple[int, ...] = (1,)
+    pass_at_k: tuple[int, ...] = field(default=(1,))
     samples: int = field(default=1, validator=v.ge(1))
     temperature: float = field(default=0.0, validator=v.ge(0))
     max_new_tokens: int = field(default=128, validator=v.ge(1))
