@@ -1,0 +1,33 @@
+"""What the documents say is true: links lead somewhere, and the README's recipe is one."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+DOCUMENTS = [
+    *REPOSITORY.glob("*.md"),
+    *REPOSITORY.glob("docs/**/*.md"),
+    *REPOSITORY.glob("plugins/*/README.md"),
+]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_relative_links_lead_to_files(document):
+    links = re.findall(r"\]\((?!\w+:|#)([^)#]+)", document.read_text(encoding="utf-8"))
+
+    assert [link for link in links if not (document.parent / link).exists()] == []
+
+
+def test_the_recipe_in_the_readme_is_valid(wmtp, tmp_path):
+    (text,) = re.findall(
+        r"```toml\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    (tmp_path / "mine.toml").write_text(text)
+    (tmp_path / "defaults.toml").write_bytes((REPOSITORY / "configs" / "defaults.toml").read_bytes())
+
+    checked = wmtp("check", "mine.toml", cwd=tmp_path)
+
+    assert checked.stderr == ""
+    assert checked.returncode == 0
