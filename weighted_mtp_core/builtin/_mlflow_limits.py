@@ -1,0 +1,61 @@
+"""Fit params and tags into what every MLflow store holds. Nothing is cut in silence: a cut value says so."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+
+PARAM_VALUE, TAG_VALUE, KEY = 6000, 5000, 250
+_BATCH, _BATCH_BYTES = 100, 400_000  # MLflow's limit is 100 of a kind and a megabyte of JSON a request
+_ILLEGAL_KEY = re.compile(r"[^A-Za-z0-9_\-. :/]")
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")  # PostgreSQL refuses NUL with a 500
+
+
+def legal(values: Mapping[str, str], *, longest: int) -> dict[str, str]:
+    """Return keys and values that every store takes, in order."""
+    fitted: dict[str, str] = {}
+    for key, value in values.items():
+        name = legal_key(key)
+        if name in fitted:
+            name = f"{name[: KEY - 9]}-{_digest(key)}"
+        fitted[name] = legal_value(value, longest=longest)
+    return fitted
+
+
+def legal_key(key: str) -> str:
+    """Replace what MLflow refuses in a key; a key that is too long ends in a digest of itself."""
+    name = _ILLEGAL_KEY.sub("_", key).strip("/ ") or "_"
+    parts = [part if part.strip(".") else "_" for part in name.split("/")]
+    name = "/".join(parts)
+    return name if len(name) <= KEY else f"{name[: KEY - 9]}-{_digest(key)}"
+
+
+def legal_value(value: str, *, longest: int) -> str:
+    """Replace characters that PostgreSQL refuses, and mark a value that had to be cut."""
+    value = _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", value)
+    if len(value) <= longest:
+        return value
+    mark = f"... [cut: {len(value)} characters, sha256 {_digest(value)}; whole in recipe.toml]"
+    return value[: longest - len(mark)] + mark
+
+
+def batches(values: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """Split into requests that MLflow takes."""
+    batch: dict[str, str] = {}
+    size = 0
+    for key, value in values.items():
+        weight = 6 * (
+            len(key) + len(value)
+        )  # a character is at most six bytes of JSON, or twelve beyond the BMP
+        if batch and (len(batch) == _BATCH or size + weight > _BATCH_BYTES):
+            yield batch
+            batch, size = {}, 0
+        batch[key] = value
+        size += weight
+    if batch:
+        yield batch
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]

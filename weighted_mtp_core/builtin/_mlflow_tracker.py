@@ -1,0 +1,212 @@
+"""The MLflow side of `core.mlflow`. Importing this module imports mlflow (two seconds, 160 MB).
+
+`MlflowClient` with an explicit run id throughout: the fluent API prints, ends runs, and adds tags of others.
+Retries are the core's: left alone, the client blocks 247 s a call on a dead server.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+_CLIENT_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # presigned transfers need an S3 that the client can reach, which a proxied store is to spare it
+    "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "false",
+    "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
+}
+os.environ.update({name: value for name, value in _CLIENT_SETTINGS.items() if name not in os.environ})
+
+from attrs import asdict  # noqa: E402 - mlflow reads some settings when it is imported
+from filelock import FileLock  # noqa: E402
+from mlflow import MlflowClient  # noqa: E402
+from mlflow.entities import (  # noqa: E402
+    Dataset,
+    DatasetInput,
+    Experiment,
+    InputTag,
+    LifecycleStage,
+    Metric,
+    Param,
+    Run,
+    RunTag,
+    ViewType,
+)
+from mlflow.exceptions import MlflowException  # noqa: E402
+
+from weighted_mtp_core.api import DatasetVersion, MetricPoint, RunInfo, RunOutcome, Tracker  # noqa: E402
+from weighted_mtp_core.builtin import _mlflow_limits as limits  # noqa: E402
+from weighted_mtp_core.builtin.mlflow import local_path  # noqa: E402
+from weighted_mtp_core.errors import WmtpError  # noqa: E402
+from weighted_mtp_core.tracking.names import check_path_name  # noqa: E402
+
+RUN_ID_TAG = "wmtp.run_id"
+_DIGEST = 36  # characters; the whole SHA-256 is the param `data.sha256`
+
+
+class MlflowTracker(Tracker):
+    """Keeps a run in an MLflow store.
+
+    A run is found again by its tag `wmtp.run_id`. Points that the store already has (by the highest step of
+    their metric) are not sent again, so that neither a lost answer nor a resumed run doubles any.
+
+    Args:
+        uri: The tracking URI.
+        artifact_root: Where a new experiment keeps its files, if not in the default place.
+    """
+
+    def __init__(self, *, uri: str, artifact_root: str | None) -> None:
+        self._uri = uri
+        self._artifact_root = artifact_root
+        self._path = local_path(uri)
+        self._client: MlflowClient | None = None
+        self._experiment_id = ""
+        self._run_id = ""
+        self._last_step: dict[str, int] | None = None
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+
+    def start(self, run: RunInfo) -> None:
+        """Create the run in its experiment, or reopen it, and bring its description up to date."""
+        check_path_name(run.experiment, what="an experiment")
+        with self._migrating():
+            if self._client is None:
+                self._client = MlflowClient(tracking_uri=self._uri)
+            self._experiment_id = self._find_experiment(run.experiment)
+            self._run_id = (self._find(run) or self._create(run)).info.run_id
+        self._describe(run)
+
+    def log_metrics(self, points: Sequence[MetricPoint]) -> None:
+        """Record points that the store does not have yet."""
+        last = self._known_steps()
+        new = [point for point in points if point.step > last.get(point.name, -1)]
+        self._last_step = None  # until the store confirms, it may have taken some, all or none
+        if new:
+            metrics = [Metric(point.name, point.value, point.time_ms, point.step) for point in new]
+            self._open.log_batch(self._run_id, metrics=metrics)
+        self._last_step = {**last, **{point.name: point.step for point in new}}
+
+    def log_artifact(self, path: Path, subdir: str) -> None:
+        """Store a file below the run's artifacts."""
+        self._open.log_artifact(self._run_id, str(path), subdir or None)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set or overwrite tags."""
+        for batch in limits.batches(limits.legal(tags, longest=limits.TAG_VALUE)):
+            self._open.log_batch(self._run_id, tags=[RunTag(key, value) for key, value in batch.items()])
+
+    def finish(self, outcome: RunOutcome, *, time_ms: int | None = None) -> None:
+        """Set status and end time."""
+        self._open.set_terminated(self._run_id, outcome.value, end_time=time_ms)
+
+    def where(self) -> str:
+        """Return the page of the run, or the command that shows the store."""
+        if self._path is None and not self._uri.startswith("postgresql"):
+            return f"{self._uri.rstrip('/')}/#/experiments/{self._experiment_id}/runs/{self._run_id}"
+        allow = "MLFLOW_ALLOW_FILE_STORE=true " if self._uri.startswith("file:") else ""
+        return f"{allow}mlflow ui --backend-store-uri {self._uri}"
+
+    # ------------------------------------------------------------------- experiment and run
+
+    @property
+    def _open(self) -> MlflowClient:
+        if self._client is None:
+            raise AssertionError("`start` makes the client first")
+        return self._client
+
+    @contextmanager
+    def _migrating(self) -> Iterator[None]:
+        """Let one process at a time open a local store: two that migrate a fresh file crash."""
+        if self._path is None:
+            yield
+            return
+        if self._uri.startswith("file:"):
+            os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{self._path}.lock", timeout=120):
+            yield
+
+    def _find_experiment(self, name: str) -> str:
+        """Return the id of an experiment, creating it unless another process was faster."""
+        client = self._open
+        experiment: Experiment | None = client.get_experiment_by_name(name)
+        if experiment is None:
+            try:
+                return str(client.create_experiment(name, artifact_location=self._artifact_location(name)))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                experiment = client.get_experiment_by_name(name)
+        if experiment is None or experiment.lifecycle_stage == LifecycleStage.DELETED:
+            known = experiment.experiment_id if experiment else "ID"
+            raise WmtpError(
+                f"the experiment `{name}` was deleted",
+                hint=f"restore it: mlflow experiments restore --experiment-id {known}; "
+                "or choose another one: --set run.experiment=NAME",
+            )
+        return str(experiment.experiment_id)
+
+    def _artifact_location(self, experiment: str) -> str | None:
+        if self._artifact_root is not None:
+            return f"{self._artifact_root.rstrip('/')}/{experiment}"
+        if self._path is None or self._uri.startswith("file:"):
+            return None
+        return (self._path.parent / "mlartifacts" / experiment).as_uri()
+
+    def _find(self, run: RunInfo) -> Run | None:
+        found = self._open.search_runs(
+            [self._experiment_id],
+            filter_string=f"tags.`{RUN_ID_TAG}` = '{run.run_id}'",
+            run_view_type=ViewType.ACTIVE_ONLY,
+            max_results=1,
+        )
+        return found[0] if found else None
+
+    def _create(self, run: RunInfo) -> Run:
+        return self._open.create_run(
+            self._experiment_id,
+            start_time=run.started_ms,
+            run_name=run.name,
+            tags={RUN_ID_TAG: run.run_id, "mlflow.source.name": "weighted_mtp_core"},
+        )
+
+    def _describe(self, run: RunInfo) -> None:
+        """Add what the store lacks; tags last, so that ours win over those of context providers."""
+        client = self._open
+        kept = client.get_run(self._run_id)
+        if kept.info.status != "RUNNING":
+            client.update_run(self._run_id, status="RUNNING")
+        params = limits.legal(run.params, longest=limits.PARAM_VALUE)
+        missing = {key: value for key, value in params.items() if key not in kept.data.params}
+        for batch in limits.batches(missing):
+            client.log_batch(self._run_id, params=[Param(key, value) for key, value in batch.items()])
+        if run.datasets:
+            client.log_inputs(self._run_id, datasets=[_dataset_input(version) for version in run.datasets])
+        self.set_tags(run.tags)
+
+    def _known_steps(self) -> dict[str, int]:
+        """Return the highest step of every metric in the store."""
+        if self._last_step is None:
+            metrics = self._open.get_run(self._run_id).data._metric_objs  # noqa: SLF001 - with steps
+            self._last_step = {metric.key: metric.step for metric in metrics}
+        return self._last_step
+
+
+def _dataset_input(version: DatasetVersion) -> DatasetInput:
+    return DatasetInput(
+        dataset=Dataset(
+            name=version.name,
+            digest=version.sha256[:_DIGEST],
+            source_type="local",
+            source=json.dumps(asdict(version)),
+        ),
+        tags=[InputTag("mlflow.data.context", "training")],
+    )

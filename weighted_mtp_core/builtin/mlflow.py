@@ -1,0 +1,108 @@
+"""Tracker `core.mlflow`: options, and where a run goes. Importing this module does not import mlflow."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from attrs import Attribute, field, frozen
+from attrs import validators as v
+
+from weighted_mtp_core.api import BuildContext, Tracker
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.tracking.environment import load_dotenv
+from weighted_mtp_core.tracking.off import Untracked
+from weighted_mtp_core.tracking.redact import redact
+
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
+_SCHEME = re.compile(r"(https?|file|sqlite|postgresql(\+\w+)?)://?")
+_SEGMENT = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+
+
+def _is_uri(instance: object, attribute: Attribute[str | None], value: str | None) -> None:
+    del instance
+    if value is not None:
+        try:
+            check_uri(value)
+        except WmtpError as error:
+            raise ValueError(f"{attribute.name}: {error}") from error
+
+
+@frozen(kw_only=True)
+class MlflowOptions:
+    """`[tracker.options]` of `core.mlflow`.
+
+    Attributes:
+        tracking_uri: The server or store; else MLFLOW_TRACKING_URI from the environment or `.env`; else
+            `<storage>/mlflow.db`.
+        experiment_prefix: The experiment is `<experiment_prefix>/<weighting plugin>`.
+        artifact_root: Where a new experiment keeps files; else the server's default, or `mlartifacts`
+            beside a local store.
+        enabled: False leaves the run untracked, but for its run folder.
+    """
+
+    tracking_uri: str | None = field(default=None, validator=_is_uri)
+    experiment_prefix: str = field(
+        default="weighted_mtp", validator=v.matches_re(f"{_SEGMENT}(/{_SEGMENT})*")
+    )
+    artifact_root: str | None = None
+    enabled: bool = True
+
+
+def build_mlflow(options: MlflowOptions, context: BuildContext) -> Tracker:
+    """Build the tracker; nothing is contacted yet.
+
+    Raises:
+        WmtpError: The tracking URI cannot be used.
+    """
+    if not options.enabled:
+        return Untracked()
+    load_dotenv()
+    uri = options.tracking_uri or os.environ.get(URI_VARIABLE) or embedded_uri(context.storage)
+    check_uri(uri)
+    from weighted_mtp_core.builtin._mlflow_tracker import MlflowTracker
+
+    return MlflowTracker(uri=uri, artifact_root=options.artifact_root)
+
+
+def embedded_uri(storage: Path) -> str:
+    """Return the store that is used when nothing is configured."""
+    return f"sqlite:///{storage.absolute() / 'mlflow.db'}"
+
+
+def check_uri(uri: str) -> None:
+    """Refuse a tracking URI that MLflow would misunderstand, or that holds a password.
+
+    Raises:
+        WmtpError: It has another scheme, or user and password in it.
+    """
+    if not _SCHEME.match(uri):
+        raise WmtpError(
+            f"`{redact(uri)}` is no tracking URI",
+            hint="for example https://mlflow.example.org, sqlite:////data/mlflow.db, file:///tmp/mlflow or "
+            "postgresql+psycopg2://user@host/mlflow",
+        )
+    parts = urlsplit(uri)
+    web = parts.scheme in {"http", "https"}
+    if parts.password is not None or (web and parts.username is not None):
+        raise WmtpError(
+            f"the tracking URI `{redact(uri)}` holds a user or a password, which MLflow would print",
+            hint="take it out of the URI and set "
+            + (
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment or in `.env`"
+                if web
+                else "PGPASSWORD in the environment, or write it into ~/.pgpass"
+            ),
+        )
+
+
+def local_path(uri: str) -> Path | None:
+    """Return the file or folder of a `sqlite:` or `file:` URI; None for a server."""
+    scheme, _, rest = uri.partition(":")
+    if scheme == "sqlite":
+        return Path(rest.removeprefix("///")).absolute()
+    if scheme == "file":
+        return Path(rest.removeprefix("//").removeprefix("localhost")).absolute()
+    return None

@@ -1,0 +1,124 @@
+"""Bring the journal to one tracker: `Outbox` sends the next lines, `Delivery` does it in the background.
+
+The journal file is the queue, so neither an outage nor a killed process loses anything, and memory does not
+grow. The position is kept beside the journal.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from attrs import define, field
+
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.tracking.outbox import Outbox, Pending
+from weighted_mtp_core.tracking.redact import redact
+
+_PAUSE_S = 1.0  # between two batches: a metric a second costs a tracker as much as a thousand
+_BACK_OFF_S = (0.5, 1.0, 2.0, 5.0)  # the last one repeats: at most 5 s behind a tracker that came back
+
+
+@define(kw_only=True, eq=False)
+class Delivery:
+    """One background thread that empties one outbox; training never waits for it.
+
+    Attributes:
+        name: The tracker's address, for messages.
+        outbox: What it empties.
+        say: Tells the person and the log; called from the thread too.
+    """
+
+    name: str
+    outbox: Outbox
+    say: Callable[[str], None]
+    _wake: threading.Event = field(init=False, factory=threading.Event)
+    _closing: bool = field(init=False, default=False)
+    _abandoned: bool = field(init=False, default=False)
+    _failures: int = field(init=False, default=0)
+    _last_success: float = field(init=False, factory=time.monotonic)
+    _thread: threading.Thread | None = field(init=False, default=None)
+
+    def start(self) -> None:
+        """Open the run at the tracker, then go on in the background.
+
+        Raises:
+            WmtpError: The tracker will never take this run; a tracker that is only away is said to be, once.
+        """
+        try:
+            self.outbox.open()
+        except WmtpError:
+            raise
+        except Exception as error:  # noqa: BLE001 - by contract any exception means "not delivered"
+            self._failed(error)
+        self._thread = threading.Thread(target=self._run, name=f"delivery-{self.name}", daemon=True)
+        self._thread.start()
+
+    def hurry(self) -> None:
+        """Say that the journal is complete, so that the rest is sent without pauses."""
+        self._closing = True
+        self._wake.set()
+
+    def close(self, limit_s: float) -> Pending:
+        """Deliver what is left, giving up `limit_s` seconds after the last success; return the rest."""
+        self.hurry()
+        if self._thread is None:
+            return self.outbox.pending()
+        began = time.monotonic()
+        try:
+            while self._thread.is_alive():
+                self._thread.join(0.05)
+                if time.monotonic() - max(began, self._last_success) > limit_s + self.outbox.allowance_s():
+                    break
+        finally:
+            self._abandoned = True
+            self._wake.set()
+        return self.outbox.pending()
+
+    def _run(self) -> None:
+        while not self._abandoned:
+            try:
+                worked = self.outbox.step()
+            except Exception as error:  # noqa: BLE001 - by contract any exception means "not delivered"
+                self._failed(error)
+                self._rest(_BACK_OFF_S[min(self._failures, len(_BACK_OFF_S)) - 1])
+                continue
+            self._succeeded()
+            for refusal in self.outbox.take_refusals():
+                self.say(f"`{self.name}` refused {refusal}")
+            if not worked:
+                if self._closing:
+                    return
+                self._rest(_PAUSE_S)
+            elif not self.outbox.full:
+                self._rest(_PAUSE_S)
+
+    def _rest(self, seconds: float) -> None:
+        """Wait; the start of closing ends one wait, so that the last lines leave at once."""
+        if not (self._closing and self._failures == 0):
+            self._wake.wait(seconds)
+            if self._failures or not self._closing:
+                self._wake.clear()
+
+    def _failed(self, error: Exception) -> None:
+        self._failures += 1
+        self.outbox.reason = one_line(error)
+        if self._failures == 1:
+            self.say(
+                f"`{self.name}` is away ({self.outbox.reason}); the run goes on, and what it records is kept "
+                "in the run folder and sent later"
+            )
+
+    def _succeeded(self) -> None:
+        self._last_success = time.monotonic()
+        if self._failures:
+            self.say(f"`{self.name}` is back; sending what it missed")
+        self._failures = 0
+        self.outbox.reason = ""
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception as one short line without secrets."""
+    text = " ".join(redact(str(error)).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."

@@ -1,0 +1,175 @@
+"""What a person sees while a run goes on: a live bar on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Self
+
+from attrs import define, field
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+PLAIN_EVERY_S = 5.0
+"""How often a stage writes a line where nothing can be redrawn (a file, a pipe, CI)."""
+
+_BARS = "▁▂▃▄▅▆▇█"
+_CURVE = 32
+_INDENT = " " * 11
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """Draw finite values as bars between their least and their greatest."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return ""
+    low, span = min(finite), max(finite) - min(finite)
+    return "".join(_BARS[round((len(_BARS) - 1) * (value - low) / span)] if span else "▄" for value in finite)
+
+
+def show(value: float | str) -> str:
+    """Write a number the way a person reads it."""
+    if isinstance(value, str):
+        return value
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """Write seconds as `12 s`, `3:05` or `1:02:03`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+@define(eq=False)
+class _Stage:
+    """The stage that is going on."""
+
+    name: str
+    total: int
+    task: TaskID
+    began: float = field(factory=time.monotonic)
+    step: int = 0
+    values: dict[str, float | str] = field(factory=dict)
+    curve: deque[float] = field(factory=lambda: deque(maxlen=_CURVE))
+
+    def facts(self) -> str:
+        return "  ".join(f"{name} {show(value)}" for name, value in self.values.items())
+
+    def remaining(self) -> str:
+        spent = time.monotonic() - self.began
+        return duration(spent / self.step * (self.total - self.step)) if self.step else "?"
+
+
+@define(eq=False)
+class Display:
+    """Shows a run on a console; only the first of several processes shows anything.
+
+    On a terminal it redraws one block at the bottom; elsewhere it writes lines. Use it as a context manager.
+    """
+
+    console: Console = field(factory=Console)
+    _live: Live | None = field(init=False, default=None)
+    _progress: Progress = field(init=False)
+    _stage: _Stage | None = field(init=False, default=None)
+    _spoke: float = field(init=False, default=0.0)
+
+    def __attrs_post_init__(self) -> None:
+        if os.environ.get("RANK", "0") != "0":
+            self.console = Console(quiet=True)
+        self._progress = Progress(
+            TextColumn("[bold]{task.description:<10}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            auto_refresh=False,
+        )
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._live = Live(
+                console=self.console, refresh_per_second=4, transient=True, get_renderable=self._draw
+            )
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._end_stage(done=error is None)
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def stage(self, name: str, total: int) -> None:
+        """Begin a stage of `total` steps; the stage before it is done."""
+        self._end_stage(done=True)
+        self._stage = _Stage(name, total, self._progress.add_task(name, total=total))
+        self._spoke = time.monotonic()
+        if self._live is None:
+            self.note(f"{name}: {total} steps")
+
+    def update(self, step: int, values: Mapping[str, float | str]) -> None:
+        """Show that `step` steps are done; the first value is drawn as a curve."""
+        stage = self._stage
+        if stage is None:
+            return
+        stage.step = step
+        stage.values.update(values)
+        head = next(iter(values.values()), None)
+        if isinstance(head, float | int):
+            stage.curve.append(head)
+        self._progress.update(stage.task, completed=step)
+        if self._live is None and time.monotonic() - self._spoke >= PLAIN_EVERY_S:
+            self._spoke = time.monotonic()
+            self.note(f"{stage.name} {step}/{stage.total}  {stage.facts()}  {stage.remaining()} left")
+
+    def note(self, text: str) -> None:
+        """Write a line that stays."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def summary(self, rows: Sequence[tuple[str, str]], *, title: str = "summary") -> None:
+        """Show what came out, as a panel of names and values."""
+        self._end_stage(done=True)
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in rows:
+            table.add_row(Text(name), Text(value))
+        self.console.print(Panel(table, title=title, title_align="left", expand=False))
+
+    def _end_stage(self, *, done: bool) -> None:
+        stage, self._stage = self._stage, None
+        if stage is None:
+            return
+        self._progress.remove_task(stage.task)
+        mark = "done" if done else "stopped"
+        spent = duration(time.monotonic() - stage.began)
+        self.note(f"{stage.name} {mark}: {stage.step} steps in {spent}  {stage.facts()}")
+
+    def _draw(self) -> Group:
+        stage = self._stage
+        if stage is None:
+            return Group()
+        facts = Text(_INDENT + stage.facts(), style="dim", no_wrap=True, overflow="ellipsis")
+        facts.append("  " + sparkline(stage.curve), style="cyan")
+        return Group(self._progress, facts)

@@ -1,0 +1,56 @@
+"""Read `.env`: only the names listed here, without interpolation; the real environment wins."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from attrs import frozen
+
+NAMES = (
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_DEFAULT_REGION",
+    "MLFLOW_S3_ENDPOINT_URL",
+)
+
+
+@frozen(kw_only=True)
+class DotEnv:
+    """What a `.env` file gave.
+
+    Attributes:
+        path: The file.
+        taken: Names that it set.
+        ignored: Names in it that this framework does not read.
+        exposed: Whether others than the owner can read it.
+    """
+
+    path: Path
+    taken: tuple[str, ...]
+    ignored: tuple[str, ...]
+    exposed: bool
+
+
+def load_dotenv(path: Path = Path(".env")) -> DotEnv | None:
+    """Put the known names of `.env` that are not set yet into the environment; None without a file."""
+    if not path.is_file():
+        return None
+    from dotenv import dotenv_values
+
+    # Without interpolation: `a${HOME}c` may be part of a password. With a list of names: a file must not
+    # be able to set PATH or LD_PRELOAD.
+    values = {name: value for name, value in dotenv_values(path, interpolate=False).items() if value}
+    taken = tuple(name for name in NAMES if name in values and not os.environ.get(name))
+    for name in taken:
+        os.environ[name] = values[name]
+    return DotEnv(
+        path=path,
+        taken=taken,
+        ignored=tuple(sorted(values.keys() - set(NAMES))),
+        exposed=bool(path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO)),
+    )

@@ -1,0 +1,159 @@
+"""The journal `metrics.jsonl`: what a run did, one checksummed JSON object a line, written before it is sent.
+
+A line is `{"kind": ..., <fields>, "time": <seconds since 1970>, "crc": "<8 hex digits>"}`. The checksum
+covers everything but `time`, so two runs of one recipe have the same `metrics` lines but for `time`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import define, field, frozen
+
+from weighted_mtp_core.errors import RunFailedError
+
+_TIME = b',"time":'
+
+
+@frozen(kw_only=True)
+class Entry:
+    """One line of the journal.
+
+    Attributes:
+        kind: `run`, `params`, `tags`, `datasets`, `metrics`, `timings`, `artifact` or `status`.
+        fields: The line without kind, time and checksum.
+        time_ms: When it was written, in milliseconds since 1970.
+        start: Where the line begins in the file, in bytes.
+        end: Where the next line begins.
+    """
+
+    kind: str
+    fields: Mapping[str, Any]
+    time_ms: int
+    start: int
+    end: int
+
+
+@frozen(kw_only=True)
+class Damage:
+    """A whole line that is not what was written: the bytes from `start` to `end`."""
+
+    start: int
+    end: int
+
+
+def encode(kind: str, fields: Mapping[str, Any], *, time_ms: int) -> bytes:
+    """Return one line; values must be finite (see `plain_number`)."""
+    body = json.dumps(
+        {"kind": kind, **fields}, ensure_ascii=False, allow_nan=False, separators=(",", ":")
+    ).encode()
+    seconds, milliseconds = divmod(time_ms, 1000)
+    return b'%s,"time":%d.%03d,"crc":"%08x"}\n' % (body[:-1], seconds, milliseconds, zlib.crc32(body))
+
+
+def decode(line: bytes, *, start: int) -> Entry | Damage:
+    """Read one line back, or say that it is damaged."""
+    end = start + len(line)
+    body = line[: line.rfind(_TIME)] + b"}"
+    try:
+        fields = json.loads(line)
+        if fields.pop("crc") != f"{zlib.crc32(body):08x}":
+            return Damage(start=start, end=end)
+        time_ms = round(fields.pop("time") * 1000)
+        return Entry(kind=fields.pop("kind"), fields=fields, time_ms=time_ms, start=start, end=end)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return Damage(start=start, end=end)
+
+
+def plain_number(value: float) -> float | str:
+    """Return what JSON can hold: the value itself, or `"nan"`, `"inf"`, `"-inf"`, which are never sent."""
+    return value if math.isfinite(value) else str(value)
+
+
+def read_journal(path: Path, start: int = 0, *, kinds: Sequence[str] = ()) -> Iterator[Entry | Damage]:
+    """Yield whole lines from a byte position on; a last line that is still being written is left alone.
+
+    With `kinds`, only lines of these kinds are parsed and yielded.
+    """
+    wanted = tuple(f'{{"kind":"{kind}"'.encode() for kind in kinds) or (b"",)
+    with path.open("rb") as file:
+        file.seek(start)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            if line.startswith(wanted):
+                yield decode(line, start=start)
+            start += len(line)
+
+
+def now_ms() -> int:
+    """Return the time in milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
+
+
+def _open_whole(path: Path) -> int:
+    """Open for appending; cut off what a killed writer left of its last line."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    size = os.fstat(descriptor).st_size
+    keep = size
+    while keep and os.pread(descriptor, 1, keep - 1) != b"\n":
+        keep -= 1
+    if keep != size:
+        os.ftruncate(descriptor, keep)
+    return descriptor
+
+
+@define(eq=False)
+class Journal:
+    """Appends lines; any thread may call. What `append` returned from survives the process.
+
+    A power cut is survived by what was sent: the delivery syncs the file before it sends.
+    """
+
+    path: Path
+    _descriptor: int = field(init=False)
+    _lock: threading.Lock = field(init=False, factory=threading.Lock)
+
+    def __attrs_post_init__(self) -> None:
+        self._descriptor = _open_whole(self.path)
+
+    def append(self, kind: str, fields: Mapping[str, Any]) -> None:
+        """Write one line.
+
+        Raises:
+            RunFailedError: The file cannot be written, for example because the disk is full.
+        """
+        with self._lock:
+            line = encode(kind, fields, time_ms=now_ms())
+            size = os.fstat(self._descriptor).st_size
+            try:
+                while line:  # a disk that fills up takes a part of a line first, and refuses the rest
+                    line = line[os.write(self._descriptor, line) :]
+            except OSError as error:
+                os.ftruncate(self._descriptor, size)
+                raise RunFailedError(
+                    f"cannot write the journal `{self.path}`: {error.strerror}",
+                    hint="free some disk space; what was recorded so far is kept",
+                ) from error
+
+    def cut_back(self, position: int) -> None:
+        """Drop everything from a byte position on: a resumed run writes it again."""
+        with self._lock:
+            os.ftruncate(self._descriptor, position)
+
+    @property
+    def position(self) -> int:
+        """The size in bytes: where the next line begins."""
+        return os.fstat(self._descriptor).st_size
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)

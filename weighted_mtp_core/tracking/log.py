@@ -1,0 +1,59 @@
+"""`logs/training.log`: everything that was said, warned and logged in a run, without secrets."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from pathlib import Path
+
+from attrs import define, field
+
+from weighted_mtp_core.tracking.redact import redact
+
+LOGGER = "weighted_mtp_core"
+_SAID = "weighted_mtp_core.run"
+_LISTENED = (LOGGER, "py.warnings")
+
+
+class _Formatter(logging.Formatter):
+    """Formats a record, then takes the secrets out of all of it, tracebacks included."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+@define(eq=False)
+class RunLog:
+    """The open log file; listens to the framework's loggers and to Python's warnings until it is closed."""
+
+    _handler: logging.FileHandler
+    _level_before: int = field(init=False, default=logging.NOTSET)
+
+    @classmethod
+    def open(cls, path: Path) -> RunLog:
+        """Append to the file at `path`."""
+        handler = logging.FileHandler(path, encoding="utf-8")
+        handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log = cls(handler)
+        log._level_before = logging.getLogger(LOGGER).level
+        logging.getLogger(LOGGER).setLevel(logging.INFO)
+        for name in _LISTENED:
+            logging.getLogger(name).addHandler(handler)
+        logging.captureWarnings(capture=True)
+        return log
+
+    def write(self, text: str) -> None:
+        """Add one line."""
+        self._handler.handle(logging.LogRecord(_SAID, logging.INFO, "", 0, text, None, None))
+
+    def write_failure(self, error: BaseException) -> None:
+        """Add the whole traceback of what ended the run."""
+        self.write("".join(traceback.format_exception(error)).rstrip())
+
+    def close(self) -> None:
+        """Stop listening and close the file."""
+        for name in _LISTENED:
+            logging.getLogger(name).removeHandler(self._handler)
+        logging.getLogger(LOGGER).setLevel(self._level_before)
+        logging.captureWarnings(capture=False)
+        self._handler.close()

@@ -1,0 +1,43 @@
+"""Check names before anything is created: MLflow itself accepts `../../evil` and names with NUL."""
+
+from __future__ import annotations
+
+import re
+
+from weighted_mtp_core.errors import WmtpError
+
+_SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_METRIC = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_. :-]|/(?=[A-Za-z0-9_]))*")
+_LONGEST = 250  # the width of MLflow's columns
+
+
+def check_path_name(text: str, *, what: str) -> str:
+    """Return `text` if it is segments of `[A-Za-z0-9][A-Za-z0-9._-]*` joined by `/`.
+
+    Raises:
+        WmtpError: It is not, so it must not become a folder, an experiment or an artifact path.
+    """
+    if len(text) > _LONGEST or not all(_SEGMENT.fullmatch(segment) for segment in text.split("/")):
+        raise WmtpError(
+            f"`{_shown(text)}` is no name for {what}",
+            hint="use letters, digits, `.`, `_` and `-`; each part between `/` begins with a letter or digit",
+        )
+    return text
+
+
+def check_metric_name(name: str) -> str:
+    """Return `name` if every tracker can hold a metric of this name.
+
+    Raises:
+        WmtpError: It is empty, too long, or has a character that MLflow refuses.
+    """
+    if len(name) > _LONGEST or not _METRIC.fullmatch(name):
+        raise WmtpError(
+            f"`{_shown(name)}` is no name for a metric",
+            hint="use letters, digits, `_`, `-`, `.`, `:`, spaces and `/` between parts",
+        )
+    return name
+
+
+def _shown(text: str) -> str:
+    return text.encode("unicode_escape").decode()[:80]

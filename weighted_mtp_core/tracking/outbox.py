@@ -1,0 +1,282 @@
+"""What one tracker has not got yet: the journal from a position on, and files that could not be stored.
+
+`step` sends the next batch and moves the position. A batch whose answer was lost is sent again, so trackers
+must bear repetition (`weighted_mtp_core.api.Tracker`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from attrs import define, evolve, field, frozen
+
+from weighted_mtp_core.api import DatasetVersion, MetricPoint, RunInfo, RunOutcome, Tracker
+from weighted_mtp_core.errors import RunFailedError, WmtpError
+from weighted_mtp_core.storage.manifest import atomic_write
+from weighted_mtp_core.tracking.journal import Damage, Entry, read_journal
+from weighted_mtp_core.tracking.redact import redact
+
+BATCH = 1000
+"""The most points that a tracker gets at once."""
+
+_DESCRIBING = ("run", "params", "tags", "datasets")
+_POINTS = ("metrics", "timings")
+_SLOWEST_UPLOAD = 1e6  # bytes a second
+
+
+@frozen(kw_only=True)
+class Pending:
+    """What a tracker has not got: lines of the journal, files, and why (empty: nothing failed)."""
+
+    lines: int
+    files: int
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.lines > 0 or self.files > 0
+
+    def __str__(self) -> str:
+        return f"{self.lines} journal lines and {self.files} files"
+
+
+@define(kw_only=True, eq=False)
+class Outbox:
+    """Sends a run's journal to one tracker; used by one thread at a time.
+
+    Attributes:
+        tracker: Where to.
+        folder: The run folder; artifacts are named relative to it.
+        journal: The journal in it.
+        state: Where the position is kept.
+        reason: Why the tracker is away, for people; empty while it is not.
+        full: Whether the last batch was a full one, so that more may be waiting.
+    """
+
+    tracker: Tracker
+    folder: Path
+    journal: Path
+    state: Path
+    reason: str = field(init=False, default="")
+    full: bool = field(init=False, default=False)
+    _position: int = field(init=False, default=0)
+    _aside: list[int] = field(init=False, factory=list)
+    _refused: list[tuple[int, int]] = field(init=False, factory=list)
+    _refusals: list[str] = field(init=False, factory=list)
+    _info: RunInfo | None = field(init=False, default=None)
+    _uploading: int = field(init=False, default=0)
+
+    def __attrs_post_init__(self) -> None:
+        if self.state.is_file():
+            kept = json.loads(self.state.read_text(encoding="utf-8"))
+            # a resumed run may have cut the journal back behind the position
+            self._position = min(kept["position"], self.journal.stat().st_size)
+            self._aside = [start for start in kept["aside"] if start < self._position]
+            self._refused = [(start, end) for start, end in kept["refused"] if end <= self._position]
+
+    def open(self) -> None:
+        """Open the run at the tracker, described by all that the journal knows of it by now."""
+        info = describe(self.journal, self.folder)
+        self.tracker.start(info)
+        self._info = info
+
+    def step(self) -> bool:
+        """Send the next batch of lines or, if there is none, one file that could not be stored before.
+
+        Returns:
+            Whether there was anything to send.
+
+        Raises:
+            Exception: Whatever the tracker raised: not delivered, to be repeated.
+        """
+        if self._info is None:
+            self.open()
+        batch = self._next_batch()
+        if not batch:
+            return self._store_aside()
+        self._sync_journal()
+        try:
+            self._send(batch)
+        except WmtpError as error:
+            self._refused.append((batch[0].start, batch[-1].end))
+            self._refusals.append(f"{_what(batch)}: {redact(str(error))}")
+        self._advance(batch[-1].end)
+        return True
+
+    def take_refusals(self) -> list[str]:
+        """Return what was refused since the last call, in words."""
+        taken, self._refusals = self._refusals, []
+        return taken
+
+    def allowance_s(self) -> float:
+        """Return how long the file that is being stored may take beyond the usual patience."""
+        return self._uploading / _SLOWEST_UPLOAD
+
+    def pending(self) -> Pending:
+        """Count what is not delivered."""
+        lines = [e for e in read_journal(self.journal, self._position) if isinstance(e, Entry)]
+        files = sum(entry.kind == "artifact" for entry in lines) + len(self._aside)
+        rows = len(lines) - files + len(self._aside)
+        for start, end in self._refused:
+            rows += self._count(start, end)
+        return Pending(lines=rows, files=files, reason=self.reason)
+
+    def _count(self, start: int, end: int) -> int:
+        return sum(1 for entry in read_journal(self.journal, start) if entry.end <= end)
+
+    def _next_batch(self) -> list[Entry]:
+        batch: list[Entry] = []
+        points = 0
+        for entry in read_journal(self.journal, self._position):
+            if isinstance(entry, Damage):
+                if batch:
+                    break
+                self._refusals.append(f"bytes {entry.start} to {entry.end} of the journal: they are damaged")
+                self._position = entry.end
+                continue
+            together = entry.kind in _POINTS
+            if batch and not together:
+                break
+            batch.append(entry)
+            points += len(entry.fields["metrics"]) if together else BATCH
+            if points >= BATCH:
+                break
+        self.full = points >= BATCH
+        return batch
+
+    def _send(self, batch: Sequence[Entry]) -> None:
+        first = batch[0]
+        match first.kind:
+            case "metrics" | "timings":
+                points = [point for entry in batch for point in to_points(entry)]
+                for start in range(0, len(points), BATCH):
+                    self.tracker.log_metrics(points[start : start + BATCH])
+            case "tags":
+                self.tracker.set_tags(first.fields["tags"])
+            case "artifact":
+                self._store_or_set_aside(first)
+            case "status":
+                self.tracker.finish(RunOutcome(first.fields["status"]), time_ms=first.time_ms)
+            case "run" | "params" | "datasets":
+                self._describe_again(first)
+            case _:
+                raise RunFailedError(f"this release does not know lines of the kind `{first.kind}`")
+
+    def _describe_again(self, entry: Entry) -> None:
+        if self._info is None:
+            raise AssertionError("lines are sent after `open`")
+        info = fold(self._info, entry)
+        if info != self._info:
+            self.tracker.start(info)
+            self._info = info
+
+    def _store_or_set_aside(self, entry: Entry) -> None:
+        """Store a file; one that fails must not hold up the lines behind it."""
+        try:
+            self._store(entry)
+        except WmtpError:
+            raise
+        except Exception as error:  # noqa: BLE001 - by contract any exception means "not delivered"
+            self._aside.append(entry.start)
+            self.reason = redact(str(error))
+
+    def _store_aside(self) -> bool:
+        if not self._aside:
+            return False
+        entry = next(read_journal(self.journal, self._aside[0]))
+        if isinstance(entry, Entry):
+            try:
+                self._store(entry)
+            except WmtpError as error:
+                self._refused.append((entry.start, entry.end))
+                self._refusals.append(f"{_what([entry])}: {redact(str(error))}")
+        self._aside.pop(0)
+        self._save()
+        return True
+
+    def _store(self, entry: Entry) -> None:
+        path = self.folder / entry.fields["path"]
+        if not path.is_file():
+            raise RunFailedError(f"`{path}` is gone")
+        self._uploading = path.stat().st_size
+        try:
+            self.tracker.log_artifact(path, entry.fields["subdir"])
+        finally:
+            self._uploading = 0
+
+    def _sync_journal(self) -> None:
+        """What a tracker gets must outlive a power cut here too, or a resumed run would send it twice."""
+        descriptor = os.open(self.journal, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _advance(self, position: int) -> None:
+        self._position = position
+        self._save()
+
+    def _save(self) -> None:
+        self.state.parent.mkdir(exist_ok=True)
+        kept = {"position": self._position, "aside": self._aside, "refused": self._refused}
+        atomic_write(self.state, json.dumps(kept) + "\n")
+
+
+def describe(journal: Path, folder: Path) -> RunInfo:
+    """Return the run as its journal describes it.
+
+    Raises:
+        WmtpError: The journal does not begin with a run.
+    """
+    info: RunInfo | None = None
+    for entry in read_journal(journal, kinds=_DESCRIBING):
+        if isinstance(entry, Entry) and entry.kind == "run":
+            info = RunInfo(
+                run_id=entry.fields["run_id"],
+                name=entry.fields["name"],
+                experiment=entry.fields["experiment"],
+                params={},
+                tags={},
+                datasets=(),
+                folder=folder,
+                started_ms=entry.time_ms,
+            )
+        elif isinstance(entry, Entry) and info is not None:
+            info = fold(info, entry)
+    if info is None:
+        raise WmtpError(f"the journal `{journal}` does not begin with a line of the kind `run`")
+    return info
+
+
+def fold(info: RunInfo, entry: Entry) -> RunInfo:
+    """Return the run as it is known after one more line."""
+    match entry.kind:
+        case "params":
+            return evolve(info, params={**info.params, **entry.fields["params"]})
+        case "tags":
+            return evolve(info, tags={**info.tags, **entry.fields["tags"]})
+        case "datasets":
+            datasets = tuple(DatasetVersion(**dataset) for dataset in entry.fields["datasets"])
+            return evolve(info, datasets=datasets)
+        case _:
+            return info
+
+
+def to_points(entry: Entry) -> list[MetricPoint]:
+    """Return the finite values of one line; `nan` and `inf` are strings in the journal and stay there."""
+    return [
+        MetricPoint(name=name, value=value, step=entry.fields["step"], time_ms=entry.time_ms)
+        for name, value in entry.fields["metrics"].items()
+        if not isinstance(value, str)
+    ]
+
+
+def _what(batch: Sequence[Entry]) -> str:
+    first, last = batch[0], batch[-1]
+    if first.kind in _POINTS:
+        return f"the metrics of steps {first.fields['step']} to {last.fields['step']}"
+    if first.kind == "artifact":
+        return f"the file `{first.fields['path']}`"
+    return f"a line of the kind `{first.kind}`"

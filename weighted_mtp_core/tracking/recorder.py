@@ -1,0 +1,304 @@
+"""What the stages tell a run: metrics, timings, tags, files and words; written to the run folder, then sent.
+
+    with open_recorder(plan, display) as record:
+        record.metrics("policy", 10, {"policy_loss": 1.25})
+
+Leaving the block closes the run: FINISHED, or FAILED after an exception, or KILLED after a signal.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from attrs import asdict, define, field
+
+from weighted_mtp_core.api import BuildContext, DatasetVersion, RunInfo, RunOutcome, Tracker
+from weighted_mtp_core.errors import RunFailedError
+from weighted_mtp_core.storage.manifest import atomic_write
+from weighted_mtp_core.tracking.delivery import Delivery
+from weighted_mtp_core.tracking.display import Display
+from weighted_mtp_core.tracking.journal import Journal, now_ms, plain_number
+from weighted_mtp_core.tracking.log import RunLog
+from weighted_mtp_core.tracking.names import check_metric_name, check_path_name
+from weighted_mtp_core.tracking.outbox import Outbox
+from weighted_mtp_core.tracking.redact import redact
+from weighted_mtp_core.tracking.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from weighted_mtp_core.plan import Plan
+
+CLOSE_LIMIT_S = 30.0
+"""How long the end of a run waits for trackers that take nothing any more."""
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was told to stop by SIGTERM."""
+
+
+@define(kw_only=True, eq=False)
+class Recorder:
+    """One run being recorded. The thread that trains never waits for a tracker.
+
+    Attributes:
+        folder: The run folder, locked.
+        display: What a person sees.
+    """
+
+    folder: RunFolder
+    display: Display
+    _journal: Journal
+    _log: RunLog
+    _trackers: Mapping[str, Tracker]
+    _deliveries: list[Delivery] = field(init=False, factory=list)
+    _last_step: dict[str, int] = field(init=False, factory=dict)
+    _lost_finite: set[str] = field(init=False, factory=set)
+    _closed: bool = field(init=False, default=False)
+    _restore_signal: Any = field(init=False, default=None)
+
+    @classmethod
+    def open(
+        cls,
+        folder: RunFolder,
+        info: RunInfo,
+        *,
+        trackers: Mapping[str, Tracker],
+        recipe_toml: str,
+        display: Display,
+    ) -> Recorder:
+        """Begin a run: write down what it is, then open it at every tracker.
+
+        Args:
+            folder: The new run folder.
+            info: What the run is.
+            trackers: Where it goes too, by address.
+            recipe_toml: The resolved recipe.
+            display: What a person sees.
+
+        Raises:
+            WmtpError: A tracker will never take this run; it is closed as FAILED everywhere else.
+        """
+        atomic_write(folder.recipe, recipe_toml)
+        recorder = cls(
+            folder=folder,
+            display=display,
+            journal=Journal(folder.journal),
+            log=RunLog.open(folder.log),
+            trackers=trackers,
+        )
+        folder.record(
+            run_id=info.run_id,
+            name=info.name,
+            experiment=info.experiment,
+            status="RUNNING",
+            started_ms=info.started_ms,
+        )
+        recorder._describe(info)
+        try:
+            recorder._start_deliveries()
+        except BaseException as error:
+            recorder._end(error)
+            raise
+        return recorder
+
+    def _describe(self, info: RunInfo) -> None:
+        run = {"run_id": info.run_id, "name": info.name, "experiment": info.experiment}
+        self._journal.append("run", run)
+        self._journal.append("params", {"params": _without_secrets(info.params)})
+        self._journal.append("tags", {"tags": _without_secrets(info.tags)})
+        if info.datasets:
+            self.datasets(info.datasets)
+        self.artifact(self.folder.recipe, "")
+
+    def _start_deliveries(self) -> None:
+        for number, (address, tracker) in enumerate(self._trackers.items()):
+            outbox = Outbox(
+                tracker=tracker,
+                folder=self.folder.path,
+                journal=self.folder.journal,
+                state=self.folder.delivery(f"{number}-{address}"),
+            )
+            delivery = Delivery(name=address, outbox=outbox, say=self.say)
+            delivery.start()
+            self._deliveries.append(delivery)
+
+    # ------------------------------------------------------------------- what the stages call
+
+    def metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Record scalars that are the same in every run of a recipe.
+
+        Raises:
+            RunFailedError: A metric comes a second time for its step, or for an earlier one.
+        """
+        self._record("metrics", stage, step, values)
+
+    def timings(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Record wall-clock measurements, which differ from run to run."""
+        self._record("timings", stage, step, values)
+
+    def progress(self, step: int, values: Mapping[str, float]) -> None:
+        """Move the display."""
+        self.display.update(step, values)
+
+    def tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags on the run."""
+        self._journal.append("tags", {"tags": _without_secrets(tags)})
+
+    def datasets(self, versions: Sequence[DatasetVersion]) -> None:
+        """Record the data that the run uses, as dataset inputs and as params (`data.version`, ...)."""
+        self._journal.append("datasets", {"datasets": [asdict(version) for version in versions]})
+        params: dict[str, str] = {}
+        for number, version in enumerate(versions):
+            prefix = "data" if number == 0 else f"data.{number}"
+            params |= {f"{prefix}.{key}": value for key, value in asdict(version).items()}
+        self._journal.append("params", {"params": params})
+
+    def artifact(self, path: Path, subdir: str) -> None:
+        """Store a file of the run folder at every tracker, as it is when its turn comes."""
+        if subdir:
+            check_path_name(subdir, what="an artifact folder")
+        check_path_name(path.name, what="an artifact")
+        relative = path.absolute().relative_to(self.folder.path)
+        self._journal.append("artifact", {"path": relative.as_posix(), "subdir": subdir})
+
+    def say(self, text: str) -> None:
+        """Tell the person and the log."""
+        text = redact(text)
+        self._log.write(text)
+        self.display.note(text)
+
+    def where(self) -> list[str]:
+        """Return a line for each tracker that says how to look at the run there."""
+        return [redact(line) for tracker in self._trackers.values() if (line := tracker.where())]
+
+    def _record(self, kind: str, stage: str, step: int, values: Mapping[str, float]) -> None:
+        numbers: dict[str, float | str] = {}
+        for name, value in values.items():
+            last = self._last_step.get(name)
+            if last is None:
+                check_metric_name(name)
+            elif step <= last:
+                raise RunFailedError(
+                    f"metric `{name}` was recorded for step {step} of stage `{stage}` after step {last}"
+                )
+            self._last_step[name] = step
+            numbers[name] = plain_number(float(value))
+            if isinstance(numbers[name], str) and name not in self._lost_finite:
+                self._lost_finite.add(name)
+                self.say(f"`{name}` is {numbers[name]} at step {step}; such values stay in the run folder")
+        if numbers:
+            self._journal.append(kind, {"step": step, "stage": stage, "metrics": numbers})
+
+    # ------------------------------------------------------------------- the end
+
+    def finish(
+        self, outcome: RunOutcome, *, error_class: str | None = None, limit_s: float = CLOSE_LIMIT_S
+    ) -> None:
+        """Close the run everywhere; a second call does nothing.
+
+        Args:
+            outcome: How it ended.
+            error_class: The class of the exception that ended it; becomes the tag `wmtp.error_class`.
+            limit_s: How long to wait for a tracker that takes nothing any more.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if error_class is not None:
+                self.tags({"wmtp.error_class": error_class})
+            self._log.write(f"run {outcome.value}")
+            self.artifact(self.folder.log, "logs")
+            self._journal.append("status", {"status": outcome.value})
+            self.folder.record(status=outcome.value, ended_ms=now_ms())
+            self._close_deliveries(limit_s)
+        finally:
+            self._journal.close()
+            self._log.close()
+            self.folder.close()
+
+    def _end(self, error: BaseException | None) -> None:
+        outcome, error_class = _outcome(error)
+        if error is not None and not self._closed:
+            self._log.write_failure(error)
+        self.finish(outcome, error_class=error_class)
+
+    def _close_deliveries(self, limit_s: float) -> None:
+        for delivery in self._deliveries:
+            delivery.hurry()
+        for delivery in self._deliveries:
+            pending = delivery.close(limit_s)
+            if pending:
+                self.say(
+                    f"`{delivery.name}` did not get {pending}"
+                    + (f" ({pending.reason})" if pending.reason else "")
+                    + f"; they are kept in `{self.folder.path}`"
+                )
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._restore_signal = signal.signal(signal.SIGTERM, _raise_terminated)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self._end(error)
+        finally:
+            if self._restore_signal is not None:
+                signal.signal(signal.SIGTERM, self._restore_signal)
+
+
+def open_recorder(plan: Plan, display: Display) -> Recorder:
+    """Make the run folder of a plan, build its trackers and begin the run.
+
+    Raises:
+        WmtpError: The folder cannot be made, or a tracker will never take this run.
+    """
+    recipe = plan.recipe
+    storage = Path(recipe.run.storage)
+    runs = Path(recipe.run.output_dir) if recipe.run.output_dir else storage / "runs"
+    context = BuildContext(seed=recipe.run.seed, storage=storage, sandbox=recipe.sandbox)
+    trackers: dict[str, Tracker] = {}
+    for chosen in plan.trackers:
+        address = chosen.address
+        while address in trackers:
+            address += "+"
+        trackers[address] = chosen.build(context)
+    folder = RunFolder.create(runs, experiment=plan.experiment, name=recipe.run.name)
+    info = RunInfo(
+        run_id=folder.run_id,
+        name=recipe.run.name,
+        experiment=plan.experiment,
+        params=plan.params,
+        tags=plan.tags,
+        datasets=(),
+        folder=folder.path,
+    )
+    return Recorder.open(folder, info, trackers=trackers, recipe_toml=plan.recipe_toml, display=display)
+
+
+def _outcome(error: BaseException | None) -> tuple[RunOutcome, str | None]:
+    """Return how a run ended that this exception left; `sys.exit(0)` is a regular end."""
+    if error is None or (isinstance(error, SystemExit) and error.code in {None, 0}):
+        return RunOutcome.FINISHED, None
+    if isinstance(error, KeyboardInterrupt):
+        return RunOutcome.KILLED, None
+    return RunOutcome.FAILED, type(error).__name__
+
+
+def _raise_terminated(number: int, frame: object) -> None:
+    del number, frame
+    raise Terminated
+
+
+def _without_secrets(values: Mapping[str, str]) -> dict[str, str]:
+    return {key: redact(str(value)) for key, value in values.items()}

@@ -1,0 +1,46 @@
+"""Take secrets out of text before anybody reads it. Secrets live in the environment and nowhere else."""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+from urllib.parse import quote
+
+SECRET_VARIABLES = ("MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID")
+"""Variables whose values must never be shown."""
+
+_SHORTEST = 4  # a shorter "secret" would blank out ordinary words
+_PATTERNS = (
+    # https://user:password@host, also https://token@host and a password that holds an `@`
+    (re.compile(r"(?<=://)[^\s/'\"`<>]*@"), "***@"),
+    # https://host/?private_token=..., presigned URLs
+    (
+        re.compile(
+            r"(?i)((?:private_token|access_token|auth_token|token|password|x-amz-signature|x-amz-credential"
+            r"|x-amz-security-token|awsaccesskeyid|signature)=)[^&\s'\"`<>]+"
+        ),
+        r"\1***",
+    ),
+    (re.compile(r"(?i)\b(basic|bearer) [a-z0-9+/=._~-]{8,}"), r"\1 ***"),
+)
+
+
+def secrets() -> list[str]:
+    """Return every spelling of the secrets in the environment, longest first."""
+    found = {value for name in SECRET_VARIABLES if len(value := os.environ.get(name, "")) >= _SHORTEST}
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME", "")
+    password = os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
+    if user and password:
+        found.add(base64.b64encode(f"{user}:{password}".encode()).decode())
+    found |= {quote(secret, safe="") for secret in found} | {repr(secret)[1:-1] for secret in found}
+    return sorted(found, key=len, reverse=True)
+
+
+def redact(text: str) -> str:
+    """Return the text with `***` in the place of passwords, tokens, signatures and known secrets."""
+    for secret in secrets():
+        text = text.replace(secret, "***")
+    for pattern, replacement in _PATTERNS:
+        text = pattern.sub(replacement, text)
+    return text

@@ -1,0 +1,159 @@
+"""The run folder `<runs>/<experiment>/<run name>/<run id>/`: all that a run leaves, and who may write it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import socket
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from attrs import define, field
+
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.storage.manifest import atomic_write
+from weighted_mtp_core.tracking.names import check_path_name
+
+_RUN_FILE = "run.json"
+_LOCK_FILE = "lock"
+
+
+def new_run_id() -> str:
+    """Return a unique id that sorts by time: `20261123-121856-4f1c9a`."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+
+
+@define(kw_only=True, eq=False)
+class RunFolder:
+    """A run's folder, held by this process until `close`.
+
+    The lock is one of the kernel's (a POSIX record lock): it ends with its process, however that dies, and
+    children do not inherit it.
+
+    Attributes:
+        path: The folder, absolute.
+    """
+
+    path: Path
+    _lock: int | None = field(default=None, alias="lock")
+
+    @classmethod
+    def create(cls, runs: Path, *, experiment: str, name: str) -> RunFolder:
+        """Make and lock a new run folder below `runs`.
+
+        Raises:
+            WmtpError: A name cannot be a folder, or the folder cannot be made.
+        """
+        check_path_name(experiment, what="an experiment")
+        check_path_name(name, what="a run")
+        path = (runs / experiment / name / new_run_id()).absolute()
+        try:
+            path.mkdir(parents=True)
+            (path / "checkpoints").mkdir()
+            (path / "logs").mkdir()
+        except OSError as error:
+            raise WmtpError(
+                f"cannot make the run folder `{path}`: {error.strerror}",
+                hint="choose another `run.output_dir`, for example: --set run.output_dir=/tmp/runs",
+            ) from error
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Lock an existing run folder.
+
+        Raises:
+            WmtpError: It is not there, or another process holds it.
+        """
+        path = path.absolute()
+        if not path.is_dir():
+            raise WmtpError(f"there is no run folder `{path}`")
+        return cls(path=path, lock=_acquire(path))
+
+    @property
+    def run_id(self) -> str:
+        """The run's id: the folder's name."""
+        return self.path.name
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.toml"
+
+    @property
+    def journal(self) -> Path:
+        """The journal."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints go."""
+        return self.path / "checkpoints"
+
+    @property
+    def log(self) -> Path:
+        """Everything that was said."""
+        return self.path / "logs" / "training.log"
+
+    def delivery(self, tracker: str) -> Path:
+        """Where a tracker's delivery keeps its position in the journal."""
+        return self.path / "delivery" / f"{tracker}.json"
+
+    def record(self, **facts: Any) -> None:
+        """Merge facts into `run.json`."""
+        facts = {**read_run(self.path), "pid": os.getpid(), "host": socket.gethostname(), **facts}
+        atomic_write(self.path / _RUN_FILE, json.dumps(facts, indent=1) + "\n")
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def read_run(path: Path) -> Mapping[str, Any]:
+    """Return the contents of a run folder's `run.json`; empty if there is none yet."""
+    try:
+        facts: Mapping[str, Any] = json.loads((path / _RUN_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return facts
+
+
+def is_held(path: Path) -> bool:
+    """Return whether a living process holds the run folder."""
+    descriptor = os.open(path / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        return not _try_lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def find_runs(runs: Path) -> Iterator[Path]:
+    """Yield every run folder below `runs`, oldest first."""
+    yield from sorted((file.parent for file in runs.rglob(_RUN_FILE)), key=lambda path: path.name)
+
+
+def _acquire(path: Path) -> int:
+    descriptor = os.open(path / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    if not _try_lock(descriptor):
+        os.close(descriptor)
+        holder = read_run(path)
+        raise WmtpError(
+            f"the run folder `{path}` is in use by process `{holder.get('pid', '?')}` "
+            f"on `{holder.get('host', '?')}`",
+            hint="wait until that run ends, or stop it",
+        )
+    return descriptor
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
