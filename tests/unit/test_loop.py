@@ -91,6 +91,7 @@ def test_the_best_validated_state_is_kept_and_restored():
     best, _ = run(learner)
 
     assert best.best_step == 4
+    assert best.start.metrics == {"validation": 0.0}
     assert torch.equal(learner.number, learner.saved)
     assert learner.number.item() != 0
 

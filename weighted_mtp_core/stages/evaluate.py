@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from attrs import frozen
 
 from weighted_mtp_core.api import DataSource, Problem, Verdict, VerdictKind
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.evaluation.generate import sample_completions
 from weighted_mtp_core.evaluation.pass_at_k import pass_at_k
 from weighted_mtp_core.recipe.schema import EvaluateTable
+from weighted_mtp_core.stages.policy import head_quality
+from weighted_mtp_core.stages.prepare import Prepared
 from weighted_mtp_core.storage.manifest import atomic_write
+from weighted_mtp_core.tracking.display import Display
 
 
 @frozen(kw_only=True)
@@ -41,8 +45,8 @@ class Judged:
         }
         return rates | shares
 
-    def save(self, folder: Path) -> None:
-        """Write `samples.jsonl` (HumanEval's sample format) and `verdicts.jsonl`."""
+    def save(self, folder: Path) -> tuple[Path, Path]:
+        """Write `samples.jsonl` (HumanEval's sample format) and `verdicts.jsonl`; return their paths."""
         folder.mkdir(parents=True, exist_ok=True)
         samples, verdicts = [], []
         for problem, completions, row in zip(self.problems, self.completions, self.verdicts, strict=True):
@@ -56,8 +60,10 @@ class Judged:
                         "detail": verdict.detail,
                     }
                 )
-        atomic_write(folder / "samples.jsonl", _jsonl(samples))
-        atomic_write(folder / "verdicts.jsonl", _jsonl(verdicts))
+        files = folder / "samples.jsonl", folder / "verdicts.jsonl"
+        atomic_write(files[0], _jsonl(samples))
+        atomic_write(files[1], _jsonl(verdicts))
+        return files
 
 
 def _jsonl(rows: Sequence[Mapping[str, object]]) -> str:
@@ -83,7 +89,59 @@ def check_evaluation(table: EvaluateTable) -> None:
         )
 
 
-def chosen_problems(source: DataSource, table: EvaluateTable) -> tuple[tuple[Problem, ...], bool]:
+@frozen(kw_only=True)
+class Evaluation:
+    """What stage 3 found.
+
+    Attributes:
+        metrics: Scalars that are the same in every run of a recipe.
+        timings: Wall-clock measurements.
+        files: What was written: samples and verdicts.
+    """
+
+    metrics: Mapping[str, float]
+    timings: Mapping[str, float]
+    files: tuple[Path, ...]
+
+    def summary(self) -> list[tuple[str, str]]:
+        """Return the lines of the closing summary."""
+        rows = [(name.replace("_", " "), f"{v:.3f}") for name, v in self.metrics.items() if "pass_at" in name]
+        if "tokens_per_forward" in self.metrics:
+            rows.append(("decoding", f"{self.metrics['tokens_per_forward']:.2f} tokens per forward pass"))
+        return rows
+
+
+def evaluate(prepared: Prepared, table: EvaluateTable, *, display: Display, folder: Path) -> Evaluation:
+    """Measure every head on the split `test`, and solve its problems if the source can judge them."""
+    tokens = prepared.policy_tokens("test")
+    batches = prepared.validation_batches(tokens, batch_size=table.batch_size)
+    ce_K, accuracy_K = head_quality(prepared.policy, (b for b, _ in batches), autocast=prepared.autocast)
+    metrics = {f"test_ce_head_{k + 1}": float(value) for k, value in enumerate(ce_K)}
+    metrics |= {f"test_accuracy_head_{k + 1}": float(value) for k, value in enumerate(accuracy_K)}
+    problems, whole_split = _problems(prepared.source, table)
+    if not problems:
+        return Evaluation(metrics=metrics, timings={}, files=())
+    display.stage("evaluate", len(problems) * table.samples)
+    sampled = sample_completions(
+        prepared.policy,
+        prepared.tokenizer,
+        problems,
+        samples=table.samples,
+        temperature=table.temperature,
+        seed=prepared.plan.recipe.run.seed,
+        max_new_tokens=table.max_new_tokens,
+        batch_size=table.batch_size,
+        on_done=lambda done: display.update(done, {}),
+    )
+    judged = judge(prepared.source, problems, sampled.completions, whole_split=whole_split)
+    return Evaluation(
+        metrics=metrics | judged.metrics(table.pass_at_k) | sampled.metrics(),
+        timings=sampled.timings(),
+        files=judged.save(folder),
+    )
+
+
+def _problems(source: DataSource, table: EvaluateTable) -> tuple[tuple[Problem, ...], bool]:
     """Return the problems of the split `test` to solve, and whether that is all of them."""
     problems = tuple(source.problems("test"))
     if not table.problems or table.problems >= len(problems):
@@ -97,10 +155,8 @@ def judge(
     completions: Sequence[Sequence[str]],
     *,
     whole_split: bool,
-    say: Callable[[str], None],
 ) -> Judged:
     """Run every completion against its problem's tests."""
-    say(f"judging {sum(map(len, completions))} programs of {len(problems)} problems")
     flat = source.verify(
         [(problem, text) for problem, row in zip(problems, completions, strict=True) for text in row]
     )

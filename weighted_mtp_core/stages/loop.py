@@ -71,8 +71,9 @@ class Reporter(Protocol):
 
 @frozen(kw_only=True)
 class Trained:
-    """How a training ended: the step and the validation of the checkpoint that was kept."""
+    """How a training went: the validation before its first step, and that of the state that was kept."""
 
+    start: Validation
     best_step: int
     best: Validation
 
@@ -117,7 +118,7 @@ def train(
     """
     parameters = [parameter for parameter in learner.parameters() if parameter.requires_grad]
     optimiser = make_optimiser(parameters, table)
-    best: Trained | None = None
+    trained = _validate(learner, 0, reporter=reporter, before=None)
     clock, tokens = time.perf_counter(), 0
     for step in range(table.steps):
         for group in optimiser.param_groups:
@@ -140,13 +141,17 @@ def train(
             clock, tokens = time.perf_counter(), 0
         if done % table.validate_every == 0 or done == table.steps:
             paused = time.perf_counter()
-            validation = learner.validate(step=done)
-            reporter.metrics(learner.stage, done, validation.metrics)
-            if best is None or validation.score > best.best.score:
-                best = Trained(best_step=done, best=validation)
-                learner.save_best()
+            trained = _validate(learner, done, reporter=reporter, before=trained)
             clock += time.perf_counter() - paused
-    if best is None:
-        raise AssertionError("a training has at least one step, so it was validated")
     learner.load_best()
-    return best
+    return trained
+
+
+def _validate(learner: Learner, step: int, *, reporter: Reporter, before: Trained | None) -> Trained:
+    """Validate; keep the state if it is the best so far."""
+    found = learner.validate(step=step)
+    reporter.metrics(learner.stage, step, found.metrics)
+    if before is not None and found.score <= before.best.score:
+        return before
+    learner.save_best()
+    return Trained(start=found if before is None else before.start, best_step=step, best=found)

@@ -30,7 +30,6 @@ from weighted_mtp_core.model.device import resolve_device, resolve_dtype
 from weighted_mtp_core.model.load import load_policy
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.plan import Plan
-from weighted_mtp_core.recipe.schema import TrainTable
 
 
 @define(kw_only=True, eq=False, slots=False)
@@ -93,10 +92,10 @@ class Prepared:
         return collate(tokens, rows, device=self.device)
 
     def validation_batches(
-        self, tokens: TokenSet, table: TrainTable, *, limit: int
+        self, tokens: TokenSet, *, batch_size: int, limit: int = 0
     ) -> Iterator[tuple[Batch, NDArray[np.int64]]]:
         """Yield batches of similar length with the problem number of each row; `limit` 0 means all."""
-        for rows in in_order(tokens, batch_size=table.batch_size, limit=limit):
+        for rows in in_order(tokens, batch_size=batch_size, limit=limit):
             yield self.batch(tokens, rows), tokens.problem_D[rows]
 
     @torch.no_grad()

@@ -1,0 +1,184 @@
+"""A plan carried out: prepare, critic, policy, evaluate; recorded from the first line to the last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from attrs import frozen
+
+from weighted_mtp_core.api import Batch, Critic, Signal
+from weighted_mtp_core.data.batches import Rows, Sampler, pairs, pointwise
+from weighted_mtp_core.errors import RunFailedError
+from weighted_mtp_core.plan import Chosen, Plan
+from weighted_mtp_core.recipe.schema import CriticTable, TrainTable
+from weighted_mtp_core.stages.checkpoint import load_component, load_model, save_component, save_model
+from weighted_mtp_core.stages.critic import CriticLearner, CriticReport
+from weighted_mtp_core.stages.evaluate import Evaluation, check_evaluation, evaluate
+from weighted_mtp_core.stages.loop import Learner, Trained, train
+from weighted_mtp_core.stages.policy import Arm, PolicyLearner
+from weighted_mtp_core.stages.prepare import Prepared, prepare
+from weighted_mtp_core.tracking.display import Display
+from weighted_mtp_core.tracking.recorder import Recorder, open_recorder
+
+
+def run_plan(plan: Plan) -> None:
+    """Carry out a plan and show a summary.
+
+    Raises:
+        WmtpError: Something it needs is missing or wrong; nothing was trained.
+        RunFailedError: It failed on the way; the run is closed as FAILED.
+    """
+    check_evaluation(plan.recipe.evaluate)
+    with Display() as display, open_recorder(plan, display) as record:
+        stages = _Stages(plan=plan, record=record, display=display)
+        prepared = stages.prepare()
+        critic, report = stages.critic(prepared)
+        trained = stages.policy(prepared, critic)
+        evaluation = stages.evaluate(prepared)
+        display.summary(_summary(record, report, trained, evaluation))
+
+
+@frozen(kw_only=True, eq=False)
+class _Stages:
+    """The four stages of one run."""
+
+    plan: Plan
+    record: Recorder
+    display: Display
+
+    def prepare(self) -> Prepared:
+        """Stage 0: data and policy."""
+        torch.manual_seed(self.plan.recipe.run.seed)
+        prepared = prepare(self.plan, say=self.record.say)
+        self.record.datasets([prepared.source.version()])
+        self.record.tags({"model_version": prepared.base_name})
+        return prepared
+
+    def critic(self, prepared: Prepared) -> tuple[Critic | None, CriticReport | None]:
+        """Stage 1: train the critic, or load it, or do without."""
+        table, chosen = self.plan.recipe.critic, self.plan.critic
+        critic = prepared.build_critic()
+        if table is None or chosen is None or critic is None:
+            return None, None
+        learner = self._critic_learner(prepared, critic, table)
+        if table.checkpoint is not None:
+            load_component(critic, Path(table.checkpoint))
+            self.record.say(f"critic loaded from `{table.checkpoint}`")
+        elif critic.trainable:
+            tokens = prepared.critic_tokens("train")
+            units = pairs(tokens) if critic.batching == "pairs" else pointwise(tokens)
+            sampler = self._sampler(units, tokens.length_D, table.train)
+            self._train(learner, table.train, lambda step: prepared.batch(tokens, sampler.rows(step)))
+        if Signal.VALUE not in chosen.component.provides:
+            return critic, None
+        report = learner.measure()
+        self._judge_critic(report, table, chosen)
+        return critic, report
+
+    def policy(self, prepared: Prepared, critic: Critic | None) -> Trained:
+        """Stage 2: weighted multi-token training."""
+        recipe, chosen = self.plan.recipe, self.plan.weighting
+        tokens, held_out = prepared.policy_tokens("train"), prepared.policy_tokens("validation")
+        sampler = self._sampler(pointwise(tokens), tokens.length_D, recipe.train)
+        best = self.record.folder.checkpoints / "best_model.pt"
+        learner = PolicyLearner(
+            policy=prepared.policy,
+            arm=Arm(
+                weighting=prepared.build_weighting(),
+                needs=chosen.component.needs,
+                critic=critic,
+                label=f"weighting `{chosen.address}` ({chosen.plugin.distribution} {chosen.plugin.version})",
+            ),
+            loss=recipe.loss,
+            accumulation=recipe.train.accumulation,
+            autocast=prepared.autocast,
+            validation=lambda: (
+                batch
+                for batch, _ in prepared.validation_batches(
+                    held_out,
+                    batch_size=recipe.train.batch_size,
+                    limit=recipe.train.validation_examples,
+                )
+            ),
+            save=partial(save_model, prepared.policy, best),
+            restore=partial(load_model, prepared.policy, best),
+        )
+        trained = self._train(learner, recipe.train, lambda step: prepared.batch(tokens, sampler.rows(step)))
+        self.record.artifact(best, "checkpoints")
+        return trained
+
+    def evaluate(self, prepared: Prepared) -> Evaluation:
+        """Stage 3: the best policy on held-out problems."""
+        table = self.plan.recipe.evaluate
+        evaluation = evaluate(
+            prepared, table, display=self.display, folder=self.record.folder.path / "evaluation"
+        )
+        step = self.plan.recipe.train.steps
+        self.record.metrics("evaluate", step, evaluation.metrics)
+        self.record.timings("evaluate", step, evaluation.timings)
+        for file in evaluation.files:
+            self.record.artifact(file, "evaluation")
+        return evaluation
+
+    def _train(self, learner: Learner, table: TrainTable, batch_of: Callable[[int], Batch]) -> Trained:
+        self.display.stage(learner.stage, table.steps)
+        torch.manual_seed(self.plan.recipe.run.seed)
+        trained = train(learner, table, batch_of=batch_of, reporter=self.record)
+        self.record.say(f"{learner.stage}: kept step {trained.best_step} of {table.steps}")
+        return trained
+
+    def _sampler(self, units: Rows, length_D: Rows, table: TrainTable) -> Sampler:
+        return Sampler(units, length_D, batch_size=table.batch_size, seed=self.plan.recipe.run.seed)
+
+    def _critic_learner(self, prepared: Prepared, critic: Critic, table: CriticTable) -> CriticLearner:
+        folder = self.record.folder.checkpoints / "critic"
+        return CriticLearner(
+            critic=critic,
+            trunk=prepared.trunk,
+            accumulation=table.train.accumulation,
+            validation=lambda: prepared.validation_batches(
+                prepared.critic_tokens("validation"),
+                batch_size=table.train.batch_size,
+                limit=table.train.validation_examples,
+            ),
+            save=partial(save_component, critic, folder),
+            restore=partial(load_component, critic, folder),
+        )
+
+    def _judge_critic(self, report: CriticReport, table: CriticTable, chosen: Chosen) -> None:
+        """Say what the critic knows; stop before stage 2 if that is nothing."""
+        says = f"AUC {report.auc:.3f} [{report.auc_low:.3f}, {report.auc_high:.3f}] on held-out responses"
+        if report.informative:
+            self.record.say(
+                f"critic: {says}; loss {report.value_bce:.3f}, of a constant {report.constant_bce:.3f}"
+            )
+            return
+        verdict = f"critic `{chosen.address}` is no better than a constant: {says}"
+        if not table.allow_uninformative_critic:
+            raise RunFailedError(
+                verdict,
+                hint="train it longer or on more data, or set `critic.allow_uninformative_critic = true`",
+            )
+        self.record.say(f"WARNING: {verdict}")
+        self.record.tags({"wmtp.uninformative_critic": "true"})
+
+
+def _summary(
+    record: Recorder, report: CriticReport | None, trained: Trained, evaluation: Evaluation
+) -> list[tuple[str, str]]:
+    """Return what a person wants to know when a run is done."""
+    rows: list[tuple[str, str]] = []
+    if report is not None:
+        auc = f"AUC {report.auc:.3f} [{report.auc_low:.3f}, {report.auc_high:.3f}]"
+        rows.append(
+            ("critic", f"{auc}, loss {report.value_bce:.3f} (of a constant: {report.constant_bce:.3f})")
+        )
+    before, after = (v.metrics["validation_ce_head_1"] for v in (trained.start, trained.best))
+    rows.append(("policy", f"held-out loss {before:.3f} -> {after:.3f} at step {trained.best_step}"))
+    rows += evaluation.summary()
+    rows.append(("run", str(record.folder.path)))
+    rows += [("look at it", line) for line in record.where()]
+    return rows
