@@ -1,1 +1,20 @@
 """Plugin `core`: the data sources and trackers that every algorithm shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from weighted_mtp_core.api import Component, Tracker, hookimpl
+from weighted_mtp_core.builtin.mlflow import MlflowOptions, build_mlflow
+
+
+@hookimpl
+def wmtp_trackers() -> Iterable[Component[Any, Tracker]]:
+    """Offer MLflow."""
+    yield Component(
+        name="mlflow",
+        summary="An MLflow server, or a store of its own below the storage root.",
+        options=MlflowOptions,
+        build=build_mlflow,
+    )
