@@ -10,45 +10,43 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from weighted_mtp_core.recipe.lines import KeyPath
-from weighted_mtp_core.recipe.schema import NAME
-from weighted_mtp_core.recipe.structure import Fault
-
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _WRITTEN_BY_THE_RUN = re.compile(r"algo|model_version|wmtp\..*|mlflow\..*")
 _TAG_KEY = re.compile(r"[A-Za-z0-9_./ -]+")  # what every MLflow store accepts
 
 
-def name_faults(name: str, *, at: KeyPath) -> list[Fault]:
-    """Find parts of an experiment's name that could not be a folder's name."""
-    return [
-        Fault(
-            at,
-            f"`{part}` cannot be part of an experiment's name: expected `{NAME}`, without `..`",
-        )
-        for part in name.split("/")
-        if ".." in part or not re.fullmatch(NAME, part)
-    ]
+def check_path(name: str) -> None:
+    """Check a name of parts joined by `/`, such as an experiment's: each part becomes a folder.
+
+    Raises:
+        ValueError: A part could not be, or should not be, a folder's name.
+    """
+    for part in name.split("/"):
+        if ".." in part or not re.fullmatch(NAME, part):
+            raise ValueError(f"each part of {name!r} must match `{NAME}`, without `..`; {part!r} does not")
 
 
-def own_pairs(tags: Sequence[str]) -> list[tuple[str, str]]:
-    """Split the recipe's "key:value" tags; a value may hold further colons."""
-    pairs = [tag.partition(":") for tag in tags]
-    return [(key.strip(), value.strip()) for key, _, value in pairs]
+def check_tags(tags: Sequence[str]) -> None:
+    """Check a recipe's own tags.
 
-
-def tag_faults(tags: Sequence[str]) -> list[Fault]:
-    """Find tags that are no "key:value", or whose key is taken."""
-    faults, seen = [], set()
-    for i, (key, value) in enumerate(own_pairs(tags)):
-        at: KeyPath = ("run", "tags", i)
+    Raises:
+        ValueError: One is no "key:value", or its key is taken.
+    """
+    seen = set()
+    for tag, (key, value) in zip(tags, tag_pairs(tags), strict=True):
         if not value or not _TAG_KEY.fullmatch(key):
-            faults.append(Fault(at, f'expected "key:value", got {tags[i]!r}'))
-        elif _WRITTEN_BY_THE_RUN.fullmatch(key):
-            faults.append(Fault(at, f"tag `{key}` is written by the run itself; choose another key"))
-        elif key in seen:
-            faults.append(Fault(at, f"tag `{key}` is given twice"))
+            raise ValueError(f'expected "key:value", got {tag!r}')
+        if _WRITTEN_BY_THE_RUN.fullmatch(key):
+            raise ValueError(f"tag `{key}` is written by the run itself; choose another key")
+        if key in seen:
+            raise ValueError(f"tag `{key}` is given twice")
         seen.add(key)
-    return faults
+
+
+def tag_pairs(tags: Sequence[str]) -> list[tuple[str, str]]:
+    """Split "key:value" tags; a value may hold further colons."""
+    split = [tag.partition(":") for tag in tags]
+    return [(key.strip(), value.strip()) for key, _, value in split]
 
 
 def flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -16,7 +16,7 @@ from attrs import frozen
 
 from weighted_mtp_core.api import BuildContext, Signal
 from weighted_mtp_core.errors import RunFailedError, WmtpError
-from weighted_mtp_core.naming import flat, name_faults, own_pairs, tag_faults
+from weighted_mtp_core.naming import check_path, flat, tag_pairs
 from weighted_mtp_core.plugins import (
     AnyComponent,
     FoundPlugin,
@@ -124,7 +124,7 @@ def make_plan(
             faults += _Choice.make(document, picks).faults
         raise document.error(faults, hint=CREDENTIALS_HINT if secrets else None)
     choice = _Choice.make(document, picks)
-    faults = choice.faults + _cross_faults(recipe) + tag_faults(recipe.run.tags)
+    faults = choice.faults + _cross_faults(recipe)
     if faults:
         raise document.error(faults)
     plan = _plan(recipe, choice, document)
@@ -249,7 +249,7 @@ def _plan(recipe: Recipe, choice: _Choice, document: Document) -> Plan:
         data=data,
         trackers=trackers,
         experiment=_experiment(recipe, weighting, trackers, document),
-        tags=dict(own_pairs(recipe.run.tags)) | own_tags,
+        tags=dict(tag_pairs(recipe.run.tags)) | own_tags,
         params=dict(flat(plain(resolved))),
         recipe_toml=text,
         recipe_sha256=sha256,
@@ -262,16 +262,15 @@ def _resolved(table: SelectionT, chosen: Chosen) -> SelectionT:
 
 
 def _experiment(recipe: Recipe, weighting: Chosen, trackers: Sequence[Chosen], document: Document) -> str:
-    at: KeyPath = ("run", "experiment")
-    name = recipe.run.experiment
-    if name is None:
-        prefix = DEFAULT_EXPERIMENT_PREFIX
-        for i, tracker in enumerate(trackers):
-            if hasattr(tracker.options, "experiment_prefix"):
-                at, prefix = ("tracker", i, "options", "experiment_prefix"), tracker.options.experiment_prefix
-                break
-        name = f"{prefix}/{weighting.plugin.name}"
-    faults = name_faults(name, at=at)
-    if faults:
-        raise document.error(faults)
-    return name
+    if recipe.run.experiment is not None:
+        return recipe.run.experiment
+    for i, tracker in enumerate(trackers):
+        prefix = getattr(tracker.options, "experiment_prefix", None)
+        if isinstance(prefix, str):
+            try:
+                check_path(prefix)
+            except ValueError as error:
+                at = ("tracker", i, "options", "experiment_prefix")
+                raise document.error([Fault(at, str(error))]) from error
+            return f"{prefix}/{weighting.plugin.name}"
+    return f"{DEFAULT_EXPERIMENT_PREFIX}/{weighting.plugin.name}"

@@ -75,7 +75,7 @@ class Document:
         self._merge(self.table, table, places, at=())
 
     def drop_unnamed(self, key: str) -> None:
-        """Drop a component's table without `use`: a preset shortens the critic's training only if there is one."""
+        """Drop a table that names no component: a preset changes the parts a recipe has, it adds none."""
         if "use" not in self.table.get(key, {"use": ""}):
             del self.table[key]
             self._forget((key,))

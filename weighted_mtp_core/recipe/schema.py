@@ -9,8 +9,7 @@ from attrs import field, frozen
 from attrs import validators as v
 
 from weighted_mtp_core.api import SandboxSettings
-
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+from weighted_mtp_core.naming import NAME, check_path, check_tags
 
 
 @frozen(kw_only=True)
@@ -22,10 +21,19 @@ class RunTable:
 
     name: str = field(validator=v.matches_re(NAME))
     seed: int = field(default=42, validator=[v.ge(0), v.lt(2**32)])
-    tags: tuple[str, ...] = ()
+    tags: tuple[str, ...] = field(default=())
     storage: str = "storage"
     output_dir: str | None = None
-    experiment: str | None = None
+    experiment: str | None = field(default=None)
+
+    @tags.validator
+    def _be_tags(self, _: object, value: tuple[str, ...]) -> None:
+        check_tags(value)
+
+    @experiment.validator
+    def _be_a_path(self, _: object, value: str | None) -> None:
+        if value is not None:
+            check_path(value)
 
 
 @frozen(kw_only=True)
