@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,7 @@ from mlflow.exceptions import MlflowException  # noqa: E402
 
 from weighted_mtp_core.api import DatasetVersion, MetricPoint, RunInfo, RunOutcome, Tracker  # noqa: E402
 from weighted_mtp_core.builtin import _mlflow_limits as limits  # noqa: E402
+from weighted_mtp_core.builtin._mlflow_errors import NotDeliveredError, diagnose  # noqa: E402
 from weighted_mtp_core.builtin.mlflow import local_path  # noqa: E402
 from weighted_mtp_core.errors import WmtpError  # noqa: E402
 from weighted_mtp_core.tracking.names import check_path_name  # noqa: E402
@@ -71,41 +73,54 @@ class MlflowTracker(Tracker):
         self._experiment_id = ""
         self._run_id = ""
         self._last_step: dict[str, int] | None = None
+        warnings.filterwarnings("ignore", message="The ``noload`` loader")  # of MLflow's own making
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)
 
     def start(self, run: RunInfo) -> None:
-        """Create the run in its experiment, or reopen it, and bring its description up to date."""
+        """Create the run in its experiment, or reopen it, and bring its description up to date.
+
+        Raises:
+            WmtpError: Waiting will not help: wrong login, unknown host, deleted experiment.
+            NotDeliveredError: It may.
+        """
         check_path_name(run.experiment, what="an experiment")
-        with self._migrating():
+        with self._diagnosed(starting=not self._run_id), self._alone_with_a_file():
             if self._client is None:
                 self._client = MlflowClient(tracking_uri=self._uri)
             self._experiment_id = self._find_experiment(run.experiment)
             self._run_id = (self._find(run) or self._create(run)).info.run_id
-        self._describe(run)
+            self._describe(run)
 
     def log_metrics(self, points: Sequence[MetricPoint]) -> None:
         """Record points that the store does not have yet."""
-        last = self._known_steps()
-        new = [point for point in points if point.step > last.get(point.name, -1)]
-        self._last_step = None  # until the store confirms, it may have taken some, all or none
-        if new:
-            metrics = [Metric(point.name, point.value, point.time_ms, point.step) for point in new]
-            self._open.log_batch(self._run_id, metrics=metrics)
-        self._last_step = {**last, **{point.name: point.step for point in new}}
+        with self._diagnosed():
+            last = self._known_steps()
+            new = [point for point in points if point.step > last.get(point.name, -1)]
+            self._last_step = None  # until the store confirms, it may have taken some, all or none
+            if new:
+                metrics = [Metric(point.name, point.value, point.time_ms, point.step) for point in new]
+                self._open.log_batch(self._run_id, metrics=metrics)
+            self._last_step = {**last, **{point.name: point.step for point in new}}
 
     def log_artifact(self, path: Path, subdir: str) -> None:
         """Store a file below the run's artifacts."""
-        self._open.log_artifact(self._run_id, str(path), subdir or None)
+        with self._diagnosed():
+            self._open.log_artifact(self._run_id, str(path), subdir or None)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set or overwrite tags."""
+        with self._diagnosed():
+            self._send_tags(tags)
+
+    def _send_tags(self, tags: Mapping[str, str]) -> None:
         for batch in limits.batches(limits.legal(tags, longest=limits.TAG_VALUE)):
             self._open.log_batch(self._run_id, tags=[RunTag(key, value) for key, value in batch.items()])
 
     def finish(self, outcome: RunOutcome, *, time_ms: int | None = None) -> None:
         """Set status and end time."""
-        self._open.set_terminated(self._run_id, outcome.value, end_time=time_ms)
+        with self._diagnosed():
+            self._open.set_terminated(self._run_id, outcome.value, end_time=time_ms)
 
     def where(self) -> str:
         """Return the page of the run, or the command that shows the store."""
@@ -123,7 +138,20 @@ class MlflowTracker(Tracker):
         return self._client
 
     @contextmanager
-    def _migrating(self) -> Iterator[None]:
+    def _diagnosed(self, *, starting: bool = False) -> Iterator[None]:
+        """Turn what MLflow raises into one line, and decide whether it stops the run."""
+        try:
+            yield
+        except WmtpError:
+            raise
+        except Exception as error:
+            found = diagnose(error, self._uri)
+            if found.hopeless or (starting and found.lasting):
+                raise found.as_error() from error
+            raise NotDeliveredError(found.text) from error
+
+    @contextmanager
+    def _alone_with_a_file(self) -> Iterator[None]:
         """Let one process at a time open a local store: two that migrate a fresh file crash."""
         if self._path is None:
             yield
@@ -190,7 +218,7 @@ class MlflowTracker(Tracker):
             client.log_batch(self._run_id, params=[Param(key, value) for key, value in batch.items()])
         if run.datasets:
             client.log_inputs(self._run_id, datasets=[_dataset_input(version) for version in run.datasets])
-        self.set_tags(run.tags)
+        self._send_tags(run.tags)
 
     def _known_steps(self) -> dict[str, int]:
         """Return the highest step of every metric in the store."""

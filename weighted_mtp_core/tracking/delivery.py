@@ -33,9 +33,8 @@ class Delivery:
     name: str
     outbox: Outbox
     say: Callable[[str], None]
-    _wake: threading.Event = field(init=False, factory=threading.Event)
-    _closing: bool = field(init=False, default=False)
-    _abandoned: bool = field(init=False, default=False)
+    _closing: threading.Event = field(init=False, factory=threading.Event)
+    _abandoned: threading.Event = field(init=False, factory=threading.Event)
     _failures: int = field(init=False, default=0)
     _last_success: float = field(init=False, factory=time.monotonic)
     _thread: threading.Thread | None = field(init=False, default=None)
@@ -57,8 +56,7 @@ class Delivery:
 
     def hurry(self) -> None:
         """Say that the journal is complete, so that the rest is sent without pauses."""
-        self._closing = True
-        self._wake.set()
+        self._closing.set()
 
     def close(self, limit_s: float) -> Pending:
         """Deliver what is left, giving up `limit_s` seconds after the last success; return the rest."""
@@ -72,34 +70,23 @@ class Delivery:
                 if time.monotonic() - max(began, self._last_success) > limit_s + self.outbox.allowance_s():
                     break
         finally:
-            self._abandoned = True
-            self._wake.set()
+            self._abandoned.set()
         return self.outbox.pending()
 
     def _run(self) -> None:
-        while not self._abandoned:
+        while not self._abandoned.is_set():
+            last_look = self._closing.is_set()
             try:
                 worked = self.outbox.step()
             except Exception as error:  # noqa: BLE001 - by contract any exception means "not delivered"
                 self._failed(error)
-                self._rest(_BACK_OFF_S[min(self._failures, len(_BACK_OFF_S)) - 1])
+                self._abandoned.wait(_BACK_OFF_S[min(self._failures, len(_BACK_OFF_S)) - 1])
                 continue
             self._succeeded()
-            for refusal in self.outbox.take_refusals():
-                self.say(f"`{self.name}` refused {refusal}")
-            if not worked:
-                if self._closing:
-                    return
-                self._rest(_PAUSE_S)
-            elif not self.outbox.full:
-                self._rest(_PAUSE_S)
-
-    def _rest(self, seconds: float) -> None:
-        """Wait; the start of closing ends one wait, so that the last lines leave at once."""
-        if not (self._closing and self._failures == 0):
-            self._wake.wait(seconds)
-            if self._failures or not self._closing:
-                self._wake.clear()
+            if not worked and last_look:
+                return
+            if not self.outbox.full:
+                self._closing.wait(_PAUSE_S)
 
     def _failed(self, error: Exception) -> None:
         self._failures += 1
@@ -111,6 +98,8 @@ class Delivery:
             )
 
     def _succeeded(self) -> None:
+        for refusal in self.outbox.take_refusals():
+            self.say(f"`{self.name}` refused {refusal}")
         self._last_success = time.monotonic()
         if self._failures:
             self.say(f"`{self.name}` is back; sending what it missed")

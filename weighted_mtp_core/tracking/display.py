@@ -142,6 +142,8 @@ class Display:
 
     def note(self, text: str) -> None:
         """Write a line that stays."""
+        if self._live is not None:
+            self._live.refresh()  # or the block is drawn again below the line as it was
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def summary(self, rows: Sequence[tuple[str, str]], *, title: str = "summary") -> None:

@@ -5,23 +5,25 @@ from __future__ import annotations
 import re
 
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.naming import check_path
 
-_SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _METRIC = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_. :-]|/(?=[A-Za-z0-9_]))*")
 _LONGEST = 250  # the width of MLflow's columns
 
 
 def check_path_name(text: str, *, what: str) -> str:
-    """Return `text` if it is segments of `[A-Za-z0-9][A-Za-z0-9._-]*` joined by `/`.
+    """Return `text` if it can be a path: an experiment's, a run's, an artifact's.
 
     Raises:
         WmtpError: It is not, so it must not become a folder, an experiment or an artifact path.
     """
-    if len(text) > _LONGEST or not all(_SEGMENT.fullmatch(segment) for segment in text.split("/")):
+    try:
+        check_path(text)
+    except ValueError as error:
         raise WmtpError(
             f"`{_shown(text)}` is no name for {what}",
             hint="use letters, digits, `.`, `_` and `-`; each part between `/` begins with a letter or digit",
-        )
+        ) from error
     return text
 
 

@@ -1,0 +1,149 @@
+"""A tracker that writes into a list and can be switched off, and a run folder with a journal to deliver."""
+
+import io
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from weighted_mtp_core.api import RunInfo, Tracker, WmtpError
+from weighted_mtp_core.tracking.display import Display
+from weighted_mtp_core.tracking.journal import Journal
+from weighted_mtp_core.tracking.outbox import Outbox
+from weighted_mtp_core.tracking.recorder import Recorder
+from weighted_mtp_core.tracking.run_folder import RunFolder
+
+
+class Notebook(Tracker):
+    """Keeps what it was told, in order.
+
+    `away` makes every call raise; `no_files` only those that store a file; `refuses` says which call will
+    never succeed; `answer_lost` takes the next batch of metrics and raises all the same.
+    """
+
+    def __init__(self) -> None:
+        self.told = []
+        self.away = False
+        self.no_files = False
+        self.answer_lost = False
+        self.refuses = ""
+        self.threads = set()
+
+    def _tell(self, what, value):
+        self.threads.add(threading.current_thread())
+        if self.away:
+            raise ConnectionError("nobody there")
+        if what == self.refuses:
+            raise WmtpError(f"no {what} here")
+        self.told.append((what, value))
+
+    def start(self, run):
+        self._tell("start", run)
+
+    def log_metrics(self, points):
+        self._tell("metrics", [(point.name, point.step, point.value) for point in points])
+        if self.answer_lost:
+            self.answer_lost = False
+            raise TimeoutError("no answer")
+
+    def log_artifact(self, path, subdir):
+        if self.no_files:
+            raise ConnectionError("no room for files")
+        self._tell("artifact", f"{subdir}/{path.name}")
+
+    def set_tags(self, tags):
+        self._tell("tags", dict(tags))
+
+    def finish(self, outcome, *, time_ms=None):
+        self._tell("finish", outcome)
+
+    def where(self):
+        return "look at the notebook"
+
+    def all(self, what):
+        return [value for kind, value in self.told if kind == what]
+
+    def points(self):
+        return [point for points in self.all("metrics") for point in points]
+
+
+@pytest.fixture
+def notebook() -> Notebook:
+    return Notebook()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    """A new run folder, held by this process."""
+    folder = RunFolder.create(tmp_path / "runs", experiment="weighted_mtp/flat", name="first")
+    yield folder
+    folder.close()
+
+
+@pytest.fixture
+def journal(folder: RunFolder) -> Journal:
+    """The folder's journal, with the line that describes the run."""
+    journal = Journal(folder.journal)
+    journal.append("run", {"run_id": folder.run_id, "name": "first", "experiment": "weighted_mtp/flat"})
+    yield journal
+    journal.close()
+
+
+@pytest.fixture
+def outbox(folder: RunFolder, journal: Journal, notebook: Notebook) -> Outbox:
+    return make_outbox(folder, notebook)
+
+
+@pytest.fixture
+def new_outbox(folder: RunFolder) -> Callable[[Tracker], Outbox]:
+    """Make another outbox on the same folder, as the next process would."""
+    return lambda tracker: make_outbox(folder, tracker)
+
+
+def make_outbox(folder, tracker):
+    return Outbox(
+        tracker=tracker, folder=folder.path, journal=folder.journal, state=folder.delivery("notebook")
+    )
+
+
+@pytest.fixture
+def screen() -> io.StringIO:
+    """What a display wrote."""
+    return io.StringIO()
+
+
+@pytest.fixture
+def info(folder: RunFolder) -> RunInfo:
+    return RunInfo(
+        run_id=folder.run_id,
+        name="first",
+        experiment="weighted_mtp/flat",
+        params={"train.steps": "3"},
+        tags={"algo": "flat"},
+        datasets=(),
+        folder=folder.path,
+    )
+
+
+@pytest.fixture
+def open_recorder(folder, info, screen) -> Callable[..., Recorder]:
+    """Open a recorder on the folder with trackers by address."""
+
+    def open_recorder(**trackers: Tracker) -> Recorder:
+        display = Display(Console(file=screen, width=200))
+        return Recorder.open(folder, info, trackers=trackers, recipe_toml="seed = 1\n", display=display)
+
+    return open_recorder
+
+
+@pytest.fixture
+def wait_until() -> Callable[[Callable[[], bool]], None]:
+    def wait_until(condition: Callable[[], bool], *, seconds: float = 10.0) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, "it did not happen in time"
+            time.sleep(0.01)
+
+    return wait_until

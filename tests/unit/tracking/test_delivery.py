@@ -1,0 +1,134 @@
+"""The delivery: a thread that never makes training wait and never gives up before the end."""
+
+import threading
+import time
+
+import pytest
+from weighted_mtp_core.api import WmtpError
+from weighted_mtp_core.tracking import delivery as module
+from weighted_mtp_core.tracking.delivery import Delivery
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+@pytest.fixture
+def delivery(outbox, said, monkeypatch):
+    monkeypatch.setattr(module, "_PAUSE_S", 0.02)
+    monkeypatch.setattr(module, "_BACK_OFF_S", (0.01, 0.05))
+    delivery = Delivery(name="notebook", outbox=outbox, say=said.append)
+    yield delivery
+    delivery.close(0)
+
+
+def metrics(journal, *steps):
+    for step in steps:
+        journal.append("metrics", {"step": step, "stage": "policy", "metrics": {"loss": float(step)}})
+
+
+def steps(notebook):
+    return [step for _, step, _ in notebook.points()]
+
+
+def test_lines_arrive_while_the_run_goes_on(delivery, journal, notebook, wait_until):
+    delivery.start()
+    metrics(journal, 1, 2)
+
+    wait_until(lambda: steps(notebook) == [1, 2])
+
+
+def test_points_are_sent_from_another_thread(delivery, journal, notebook, wait_until):
+    delivery.start()
+    notebook.threads.clear()
+    metrics(journal, 1)
+    wait_until(lambda: steps(notebook) == [1])
+
+    assert threading.current_thread() not in notebook.threads
+
+
+def test_a_tracker_that_will_never_take_the_run_stops_it(delivery, notebook):
+    notebook.refuses = "start"
+
+    with pytest.raises(WmtpError, match="no start here"):
+        delivery.start()
+
+
+def test_an_outage_is_said_once_and_its_end_once_and_loses_nothing(
+    delivery, journal, notebook, said, wait_until
+):
+    delivery.start()
+    metrics(journal, 1)
+    wait_until(lambda: steps(notebook) == [1])
+    notebook.away = True
+    metrics(journal, 2, 3)
+    time.sleep(0.3)
+    notebook.away = False
+    metrics(journal, 4)
+    wait_until(lambda: steps(notebook) == [1, 2, 3, 4])
+
+    away, back = said
+    assert away == (
+        "`notebook` is away (nobody there); the run goes on, and what it records is kept in the run folder "
+        "and sent later"
+    )
+    assert back == "`notebook` is back; sending what it missed"
+
+
+def test_a_tracker_that_is_away_at_the_start_is_opened_later(delivery, journal, notebook, wait_until):
+    notebook.away = True
+    delivery.start()
+    metrics(journal, 1)
+    notebook.away = False
+
+    wait_until(lambda: steps(notebook) == [1])
+
+    assert notebook.told[0][0] == "start"
+
+
+def test_closing_sends_the_rest_without_a_pause(delivery, journal, notebook, monkeypatch):
+    monkeypatch.setattr(module, "_PAUSE_S", 60.0)
+    delivery.start()
+    metrics(journal, *range(50))
+
+    pending = delivery.close(5.0)
+
+    assert not pending
+    assert steps(notebook) == list(range(50))
+
+
+def test_closing_gives_up_at_the_limit_and_says_what_is_pending(delivery, journal, notebook):
+    delivery.start()
+    notebook.away = True
+    metrics(journal, 1, 2)
+    began = time.monotonic()
+
+    pending = delivery.close(0.5)
+
+    assert time.monotonic() - began < 2
+    assert pending.lines == 2
+    assert pending.reason == "nobody there"
+
+
+def test_closing_outlasts_an_outage_shorter_than_the_limit(delivery, journal, notebook):
+    delivery.start()
+    notebook.away = True
+    metrics(journal, 1)
+    threading.Timer(0.5, lambda: setattr(notebook, "away", False)).start()
+
+    assert not delivery.close(10)
+
+    assert steps(notebook) == [1]
+
+
+def test_reasons_hold_no_secret(delivery, notebook, said, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2-hunter2")
+    notebook.away = True
+    notebook._tell = lambda *_: (_ for _ in ()).throw(
+        ConnectionError("https://ann:hunter2-hunter2@host/?token=abc hunter2-hunter2")
+    )
+
+    delivery.start()
+
+    assert "https://***@host/?token=*** ***" in said[0]

@@ -1,0 +1,108 @@
+"""The run folder: where it lies, what it holds, and that one process at a time writes it."""
+
+import subprocess
+import sys
+from textwrap import dedent
+
+import pytest
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.tracking.run_folder import RunFolder, find_runs, is_held, new_run_id, read_run
+
+HOLD = """
+    import sys, time
+    from pathlib import Path
+    from weighted_mtp_core.tracking.run_folder import RunFolder
+    folder = RunFolder.open(Path(sys.argv[1]))
+    folder.record(name="held")
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(folder):
+    """Another process that holds the folder."""
+    folder.close()
+    process = subprocess.Popen(
+        [sys.executable, "-c", dedent(HOLD), folder.path], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_the_folder_is_named_by_experiment_run_and_id(tmp_path, folder):
+    assert folder.path == tmp_path / "runs" / "weighted_mtp" / "flat" / "first" / folder.run_id
+    assert folder.checkpoints.is_dir()
+    assert folder.log.parent.is_dir()
+
+
+def test_run_ids_are_unique_and_sort_by_time():
+    ids = [new_run_id() for _ in range(50)]
+
+    assert len(set(ids)) == 50
+    assert [each[:15] for each in ids] == sorted(each[:15] for each in ids)
+
+
+@pytest.mark.parametrize("experiment", ["../evil", "a//b", "a/../b", "/a", "", "a\0b", "-x"])
+def test_names_that_leave_the_folder_are_refused(tmp_path, experiment):
+    with pytest.raises(WmtpError, match="is no name for an experiment"):
+        RunFolder.create(tmp_path, experiment=experiment, name="first")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_facts_are_merged_into_run_json(folder):
+    folder.record(status="RUNNING")
+    folder.record(status="FINISHED", ended_ms=5)
+
+    facts = read_run(folder.path)
+
+    assert facts["status"] == "FINISHED"
+    assert facts["ended_ms"] == 5
+    assert facts["pid"] > 0
+
+
+def test_runs_are_found_oldest_first(tmp_path):
+    made = []
+    for name in ("b", "a"):
+        folder = RunFolder.create(tmp_path, experiment="x", name=name)
+        folder.record(name=name)
+        made.append(folder.path)
+
+    assert sorted(made, key=lambda path: path.name) == list(find_runs(tmp_path))
+
+
+def test_a_second_process_is_refused(folder, holder):
+    with pytest.raises(WmtpError, match=f"is in use by process `{holder.pid}`"):
+        RunFolder.open(folder.path)
+
+    assert is_held(folder.path)
+
+
+def test_a_killed_holder_keeps_nothing(folder, holder):
+    holder.kill()
+    holder.wait()
+
+    RunFolder.open(folder.path).close()
+
+    assert not is_held(folder.path)
+
+
+def test_a_child_that_outlives_a_killed_holder_does_not_hold_the_folder(folder):
+    folder.close()
+    program = dedent(HOLD).replace("print(", "import os\nif os.fork() == 0: time.sleep(60)\nprint(")
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, folder.path], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    children = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+
+    process.kill()
+    process.wait()
+
+    RunFolder.open(folder.path).close()
+    subprocess.run(["kill", "-KILL", *children], check=True)

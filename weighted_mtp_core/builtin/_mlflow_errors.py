@@ -1,0 +1,179 @@
+"""Say in one line what an exception of MLflow's client means, and whether waiting can help.
+
+MLflow raises one class for everything; what happened is in the status code, in the text, or in the exception
+underneath. Bodies (nginx answers in HTML) and URLs with secrets never get into the line.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+
+from attrs import evolve, frozen
+
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.tracking.redact import redact
+
+_STATUS = re.compile(r"error code (\d{3}) != \d{3}|\b(\d{3}) (?:Client|Server) Error")
+_MALFORMED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
+_LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+
+
+class NotDeliveredError(Exception):
+    """The store did not take something; later it may."""
+
+
+@frozen(kw_only=True)
+class Diagnosis:
+    """What went wrong.
+
+    Attributes:
+        text: In one line.
+        hint: What to do about it, if a person can do something.
+        lasting: Whether waiting will hardly help: it stops a run that starts; one that goes on waits.
+        hopeless: Whether the same request will never succeed.
+    """
+
+    text: str
+    hint: str | None = None
+    lasting: bool = False
+    hopeless: bool = False
+
+    def as_error(self) -> WmtpError:
+        """Return what stops a run."""
+        return WmtpError(self.text, hint=self.hint)
+
+
+def diagnose(error: BaseException, uri: str) -> Diagnosis:
+    """Return what an exception from MLflow, requests or a database driver means."""
+    found = _diagnose(error)
+    server = "the tracking server" if uri.startswith("http") else "the MLflow store"
+    return evolve(found, text=found.text.replace("{server}", f"{server} `{redact(uri)}`"))
+
+
+def _diagnose(error: BaseException) -> Diagnosis:
+    text = " ".join(f"{type(each).__name__} {each}" for each in causes(error))
+    if getattr(error, "error_code", "") in _MALFORMED and "'active' state" not in text:
+        return Diagnosis(text=f"{{server}} refuses it: {_first_line(error)}", hopeless=True)
+    status = http_status(error)
+    if status is not None:
+        return _diagnose_status(status, str(error))
+    for pattern, said in _NETWORK:
+        if re.search(pattern, text):
+            return said
+    return Diagnosis(text=f"{{server}}: {_first_line(error)}")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = redact(str(error)).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
+
+
+_NETWORK = (
+    (
+        r"NameResolutionError|Name or service not known|getaddrinfo|name resolution|nodename nor servname",
+        Diagnosis(
+            text="the host of {server} is not known",
+            hint="check the host in MLFLOW_TRACKING_URI or `tracking_uri`",
+            lasting=True,
+        ),
+    ),
+    (
+        r"SSLError|CERTIFICATE_VERIFY_FAILED|WRONG_VERSION_NUMBER",
+        Diagnosis(
+            text="no secure connection to {server}: an unknown certificate, or no TLS there",
+            hint="check `https://` in MLFLOW_TRACKING_URI; for an own certificate set REQUESTS_CA_BUNDLE",
+            lasting=True,
+        ),
+    ),
+    (
+        r"Connection refused|ECONNREFUSED",
+        Diagnosis(
+            text="nothing answers at {server}",
+            hint="start it, correct MLFLOW_TRACKING_URI, or run untracked with `enabled = false`",
+            lasting=True,
+        ),
+    ),
+    (
+        r"No module named|NoSuchModuleError",
+        Diagnosis(
+            text="no database driver for {server} is installed",
+            hint="install one and name it, for example postgresql+psycopg2://user@host/mlflow",
+            lasting=True,
+        ),
+    ),
+    (
+        r"password authentication failed|no password supplied",
+        Diagnosis(
+            text="{server} refuses the login",
+            hint="set PGPASSWORD in the environment, or write the password into ~/.pgpass",
+            lasting=True,
+        ),
+    ),
+    (r"(?i)timed? ?out|timeout", Diagnosis(text="{server} did not answer in time")),
+    (r"(?i)connection|RemoteDisconnected|reset by peer", Diagnosis(text="the connection to {server} broke")),
+)
+_STATUSES = {
+    401: Diagnosis(
+        text=f"{{server}} refuses the login in {_LOGIN}",
+        hint="correct them in the environment or in `.env`",
+        lasting=True,
+    ),
+    403: Diagnosis(text="{server} forbids this (403)", hint=f"check {_LOGIN}", lasting=True),
+    404: Diagnosis(
+        text="{server} is no MLflow server (404)",
+        hint="check the path in MLFLOW_TRACKING_URI",
+        lasting=True,
+    ),
+    413: Diagnosis(
+        text="{server} refuses a request of this size (413)",
+        hint="raise `client_max_body_size` in nginx (0 means no limit), then run `track sync`",
+        hopeless=True,
+    ),
+    429: Diagnosis(text="{server} is overloaded (429)"),
+    502: Diagnosis(text="{server} is not running behind its proxy (502)"),
+    503: Diagnosis(text="{server} is not available (503)"),
+}
+_NO_LOGIN = Diagnosis(
+    text=f"{{server}} wants a login, but {_LOGIN} are not both set",
+    hint="set them in the environment or in `.env`",
+    lasting=True,
+)
+_HOST_NAME = Diagnosis(
+    text="{server} refuses requests for this host name (403)",
+    hint="add the host, and host:port, to `--allowed-hosts` of `mlflow server`",
+    lasting=True,
+)
+
+
+def _diagnose_status(status: int, text: str) -> Diagnosis:
+    logged_in = os.environ.get("MLFLOW_TRACKING_USERNAME") and os.environ.get("MLFLOW_TRACKING_PASSWORD")
+    if status == 401 and not logged_in:
+        return _NO_LOGIN
+    if status == 403 and "Invalid Host" in text:
+        return _HOST_NAME
+    if status in _STATUSES and not (status == 404 and "RESOURCE_DOES_NOT_EXIST" in text):
+        return _STATUSES[status]
+    return Diagnosis(text=f"{{server}} failed ({status})")
+
+
+def http_status(error: BaseException) -> int | None:
+    """Return the HTTP status that an exception stands for, if it stands for one."""
+    for each in causes(error):
+        response = getattr(each, "response", None)
+        if response is not None and isinstance(getattr(response, "status_code", None), int):
+            return int(response.status_code)
+        if found := _STATUS.search(str(each)):
+            return int(found[1] or found[2])
+        if type(each).__name__ == "RestException":
+            return int(each.get_http_status_code())  # type: ignore[attr-defined]
+    return None
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an exception and those that it came from."""
+    each: BaseException | None = error
+    while each is not None:
+        yield each
+        each = each.__cause__ or each.__context__
