@@ -32,6 +32,7 @@ from weighted_mtp_core.recipe.lines import KeyPath
 from weighted_mtp_core.recipe.load import CREDENTIALS_HINT, recipe_to_toml
 from weighted_mtp_core.recipe.schema import Recipe, Selection
 from weighted_mtp_core.recipe.structure import Fault, credential_faults, plain, structure
+from weighted_mtp_core.wording import reason
 
 DEFAULT_EXPERIMENT_PREFIX = "weighted_mtp"
 CRITIC_SIGNALS = (Signal.VALUE, Signal.REFERENCE_LOSS)
@@ -63,19 +64,15 @@ class Chosen:
         Raises:
             WmtpError: It cannot be built; names plugin, distribution and version.
         """
+        failed = f"{self.plugin} could not build `{self.address}`"
         try:
             return self.component.build(self.options, context)
         except RunFailedError as error:
-            raise RunFailedError(
-                f"{self.plugin} could not build `{self.address}`: {error}", hint=error.hint
-            ) from error
+            raise RunFailedError(f"{failed}: {error}", hint=error.hint) from error
         except WmtpError as error:
-            raise WmtpError(
-                f"{self.plugin} could not build `{self.address}`: {error}", hint=error.hint
-            ) from error
+            raise WmtpError(f"{failed}: {error}", hint=error.hint) from error
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise WmtpError(f"{self.plugin} could not build `{self.address}`: {reason}") from error
+            raise WmtpError(f"{failed}: {reason(error)}") from error
 
 
 @frozen(kw_only=True)
@@ -238,10 +235,11 @@ def _plan(recipe: Recipe, choice: _Choice, document: Document) -> Plan:
     )
     text = recipe_to_toml(resolved)
     sha256 = hashlib.sha256(text.encode()).hexdigest()
-    own_tags = {"algo": weighting.plugin.name, "wmtp.recipe_sha256": sha256}
+    own_tags = {"algo": weighting.plugin.name}
     own_tags |= {f"wmtp.{each}": chosen[each,].address for each in ADDRESS_TAGS if (each,) in chosen}
     for name, plugin in sorted(choice.loaded.items()):
         own_tags[f"wmtp.plugin.{name}"] = f"{plugin.found.distribution}=={plugin.found.version}"
+    own_tags["wmtp.recipe_sha256"] = sha256
     return Plan(
         recipe=resolved,
         weighting=weighting,

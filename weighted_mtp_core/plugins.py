@@ -17,7 +17,7 @@ import importlib.metadata
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -30,7 +30,7 @@ import weighted_mtp_core
 from weighted_mtp_core import hookspecs
 from weighted_mtp_core.api import Component, Signal
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.suggest import did_you_mean, nearest, quoted
+from weighted_mtp_core.wording import did_you_mean, nearest, quoted, reason
 
 GROUP = "weighted_mtp_core"
 CORE_DISTRIBUTION = "weighted-mtp-core"
@@ -232,19 +232,21 @@ def _import(plugin: FoundPlugin) -> object:
     try:
         return entry.load()
     except (Exception, SystemExit) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise WmtpError(f"{plugin} failed to import `{plugin.module}`: {reason}") from error
+        raise WmtpError(f"{plugin} failed to import `{plugin.module}`: {reason(error)}") from error
 
 
 def _register(plugin: FoundPlugin, module: object) -> pluggy.PluginManager:
     """Register with a manager of its own: one plugin's mistake is never another's."""
+    for name in dir(module):
+        function = getattr(module, name)
+        if name.startswith("wmtp_") and inspect.isroutine(function):
+            _check_function(plugin, name, function)
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
     try:
         manager.register(module, name=plugin.name)
     except pluggy.PluginValidationError as error:
-        reason = str(error).splitlines()[-1]
-        raise WmtpError(f"{plugin} declares a hook with wrong arguments: {reason}") from error
+        raise WmtpError(f"{plugin} declares a hook wrongly: {str(error).splitlines()[-1]}") from error
     # What `check_pending` looks for, with the near miss and without the module's repr.
     for caller in manager.get_hookcallers(module) or []:
         if not caller.has_spec() and not all(impl.optionalhook for impl in caller.get_hookimpls()):
@@ -252,19 +254,19 @@ def _register(plugin: FoundPlugin, module: object) -> pluggy.PluginManager:
                 f"{plugin} declares a hook core does not have: unknown hook `{caller.name}`",
                 hint=did_you_mean(caller.name, _HOOKS.values()) or f"core has {quoted(_HOOKS.values())}",
             )
-    # pluggy ignores an undecorated function, and `check_pending` cannot see it.
-    for name in dir(module):
-        function = getattr(module, name)
-        if (
-            name.startswith("wmtp_")
-            and inspect.isroutine(function)
-            and not hasattr(function, f"{GROUP}_impl")
-        ):
-            raise WmtpError(
-                f"{plugin} defines `{name}` without @hookimpl, so core would never call it",
-                hint="from weighted_mtp_core.api import hookimpl",
-            )
     return manager
+
+
+def _check_function(plugin: FoundPlugin, name: str, function: Callable[..., object]) -> None:
+    # pluggy ignores an undecorated function, and `check_pending` cannot see it.
+    if not hasattr(function, f"{GROUP}_impl"):
+        raise WmtpError(
+            f"{plugin} defines `{name}` without @hookimpl, so core would never call it",
+            hint="from weighted_mtp_core.api import hookimpl",
+        )
+    parameters = inspect.signature(function).parameters
+    if name in _HOOKS.values() and parameters:
+        raise WmtpError(f"{plugin} wants arguments in `{name}`: {quoted(parameters)}; a hook gets none")
 
 
 def _declared(plugin: FoundPlugin, manager: pluggy.PluginManager, kind: Kind) -> dict[str, AnyComponent]:
@@ -292,8 +294,7 @@ def _call(plugin: FoundPlugin, manager: pluggy.PluginManager, kind: Kind) -> lis
             declared = impl.function()
             results += list(declared)
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise WmtpError(f"{plugin} failed in `{kind.hook}`: {reason}") from error
+            raise WmtpError(f"{plugin} failed in `{kind.hook}`: {reason(error)}") from error
     return results
 
 
@@ -320,7 +321,9 @@ def resolve(loaded: Mapping[str, LoadedPlugin], kind: Kind, use: str) -> tuple[F
     if name in offered:
         return plugin.found, offered[name]
     if not offered:
-        raise WmtpError(f"plugin `{plugin_name}` has no {kind.label}", hint=_elsewhere(plugin, name))
+        others = [address for each in Kind for address in plugin.addresses(each)]
+        hint = _elsewhere(plugin, name) or (f"it has {quoted(others)}" if others else None)
+        raise WmtpError(f"plugin `{plugin_name}` has no {kind.label}", hint=hint)
     if not dot:
         raise WmtpError(
             f"plugin `{plugin_name}` has {len(offered)} {kind.label}s: {quoted(addresses)}",
@@ -338,8 +341,7 @@ def _elsewhere(plugin: LoadedPlugin, name: str) -> str | None:
     for kind in Kind:
         if name in plugin.components[kind]:
             return f"`{plugin.found.name}.{name}` is a {kind.label}: name it in `[{kind.value}]`"
-    offered = [address for kind in Kind for address in plugin.addresses(kind)]
-    return f"it has {quoted(offered)}" if offered else None
+    return None
 
 
 def providers(loaded: Mapping[str, LoadedPlugin], signal: Signal) -> list[str]:

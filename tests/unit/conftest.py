@@ -127,3 +127,9 @@ def write_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the repository, for tests of `configs/` and `docs/`."""
+    return Path(__file__).parents[2]

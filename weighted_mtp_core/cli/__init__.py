@@ -15,7 +15,7 @@ from typing import NoReturn
 import weighted_mtp_core
 from weighted_mtp_core.cli import check, plugins, run
 from weighted_mtp_core.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_RUN_FAILED, WmtpError
-from weighted_mtp_core.suggest import did_you_mean, quoted
+from weighted_mtp_core.wording import did_you_mean, quoted, reason
 
 COMMANDS = (run, check, plugins)
 PROGRAM = "python -m weighted_mtp_core"
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
         return _report(str(error), hint=error.hint, code=error.exit_code, want_traceback=want_traceback)
     except Exception as error:  # noqa: BLE001 - the last stop before the user: nothing carries on after it
         return _report(
-            f"{type(error).__name__}: {error}",
+            reason(error),
             hint="add --traceback to see where it happened",
             code=EXIT_RUN_FAILED,
             want_traceback=want_traceback,

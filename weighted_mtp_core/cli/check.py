@@ -41,6 +41,8 @@ def main(args: argparse.Namespace) -> int:
         print(plan.recipe_toml, end="")
     else:
         print_rows(_rows(plan))
+        print("\ntags")
+        print_rows(list(plan.tags.items()), indent="  ")
     return EXIT_DONE
 
 
@@ -62,7 +64,6 @@ def _rows(plan: Plan) -> list[tuple[str, ...]]:
         )
     rows.append(("policy training", f"{recipe.train.steps} steps of {recipe.train.batch_size} rows"))
     rows.append(("evaluation", "pass@" + ", @".join(str(k) for k in recipe.evaluate.pass_at_k)))
-    rows += [("tag", f"{key} = {value}") for key, value in plan.tags.items()]
     return rows
 
 

@@ -11,7 +11,7 @@ from weighted_mtp_core.cli.table import print_rows
 from weighted_mtp_core.errors import EXIT_BAD_INPUT, EXIT_DONE, WmtpError
 from weighted_mtp_core.plugins import AnyComponent, FoundPlugin, Kind, find, load
 from weighted_mtp_core.recipe.describe import expected
-from weighted_mtp_core.recipe.structure import has_factory, plain
+from weighted_mtp_core.recipe.structure import default_of, plain
 
 _DESCRIPTION = """\
 Look at installed plugins. Installed is not active: a recipe names the components it uses,
@@ -49,19 +49,18 @@ def main(args: argparse.Namespace) -> int:
 def _list(_: argparse.Namespace) -> int:
     rows = [("NAME", "DISTRIBUTION", "VERSION", "WORKS WITH CORE")]
     for plugin in find().values():
-        rows += [_listed(each) for each in (plugin, *plugin.rivals)]
+        note = "  (name claimed twice)" if plugin.rivals else ""
+        rows += [_listed(each, note) for each in (plugin, *plugin.rivals)]
     print_rows(rows)
     return EXIT_DONE
 
 
-def _listed(plugin: FoundPlugin) -> tuple[str, str, str, str]:
+def _listed(plugin: FoundPlugin, note: str) -> tuple[str, str, str, str]:
     try:
         works_with = plugin.core_range or "any"
     except WmtpError as error:
         works_with = str(error)
-    if plugin.rivals:
-        works_with += "  (name claimed twice)"
-    return plugin.name, plugin.distribution, plugin.version, works_with
+    return plugin.name, plugin.distribution, plugin.version, works_with + note
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -94,9 +93,9 @@ def _option_rows(component: AnyComponent) -> list[tuple[str, ...]]:
 
 
 def _default(attribute: Any) -> str:
-    if attribute.default is attrs.NOTHING:
+    value = default_of(attribute)
+    if value is attrs.NOTHING:
         return "required"
-    value = attribute.default.factory() if has_factory(attribute) else attribute.default
     return "optional" if value is None else f"default {plain(value)!r}"
 
 

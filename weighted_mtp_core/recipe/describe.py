@@ -10,8 +10,8 @@ from typing import Any
 
 import attrs
 
-from weighted_mtp_core.suggest import quoted
 from weighted_mtp_core.tracking.redact import redact
+from weighted_mtp_core.wording import quoted
 
 _LONGEST = 60
 

@@ -21,7 +21,7 @@ import cattrs
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.recipe.describe import expected, shown
 from weighted_mtp_core.recipe.lines import KeyPath
-from weighted_mtp_core.suggest import did_you_mean
+from weighted_mtp_core.wording import did_you_mean
 
 T = TypeVar("T")
 Hook = Callable[[Any, Any], Any]
@@ -84,9 +84,12 @@ def credential_faults(value: Any, *, at: KeyPath = ()) -> list[Fault]:
     return []
 
 
-def has_factory(attribute: Any) -> bool:
-    """Tell whether an attrs field's default is made by a function."""
-    return isinstance(attribute.default, type(attrs.Factory(list)))
+def default_of(attribute: Any) -> Any:
+    """Return the default of an attrs field, or `attrs.NOTHING`."""
+    default: Any = attribute.default
+    if hasattr(default, "takes_self"):  # an attrs Factory
+        return attrs.NOTHING if default.takes_self else default.factory()
+    return default
 
 
 # --------------------------------------------------------------------------- scalars
@@ -230,13 +233,12 @@ def _unknown(key: str, fields: Iterable[str]) -> Fault:
 def _refused(cls: type[Any], fields: Mapping[str, Any], values: Mapping[str, Any]) -> list[Fault]:
     """Run each key's validator: the constructor would stop at the first that refuses."""
     probe = object.__new__(cls)
-    for key, attribute in fields.items():
-        if key in values:
-            object.__setattr__(probe, attribute.name, values[key])
-        elif not has_factory(attribute) and attribute.default is not attrs.NOTHING:
-            object.__setattr__(probe, attribute.name, attribute.default)
+    known = {key: default_of(attribute) for key, attribute in fields.items()} | dict(values)
+    known = {key: value for key, value in known.items() if value is not attrs.NOTHING}
+    for key, value in known.items():
+        object.__setattr__(probe, fields[key].name, value)
     faults = []
-    for key, value in values.items():
+    for key, value in known.items():
         attribute = fields[key]
         if attribute.validator is None or attribute.converter is not None:
             continue
@@ -245,8 +247,7 @@ def _refused(cls: type[Any], fields: Mapping[str, Any], values: Mapping[str, Any
         except (ValueError, TypeError) as error:
             faults.append(Fault((key,), _words(error, attribute.name)))
         except AttributeError:
-            # It compares with a key that is itself at fault, or made by a factory: the constructor decides.
-            continue
+            continue  # it compares with a key that is itself at fault
     return faults
 
 

@@ -1,4 +1,4 @@
-"""Names in messages: quoted in backticks, with the near miss that was probably meant."""
+"""Words for messages: names in backticks, the near miss that was probably meant, an error in one line."""
 
 from __future__ import annotations
 
@@ -21,3 +21,9 @@ def did_you_mean(word: str, names: Iterable[str]) -> str | None:
     """Return "did you mean `x`?" for the name closest to `word`, or None."""
     close = nearest(word, names)
     return f"did you mean `{close}`?" if close else None
+
+
+def reason(error: BaseException) -> str:
+    """Return "ValueError: text" for somebody else's error, without the objects that attrs adds to its text."""
+    text = error.args[0] if len(error.args) > 1 and isinstance(error.args[0], str) else str(error)
+    return f"{type(error).__name__}: {text}"

@@ -1,0 +1,499 @@
+"""The exact text of everything that a user can get wrong before a run starts."""
+
+import pytest
+from weighted_mtp_core.api import BuildContext
+from weighted_mtp_core.cli import main
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.plan import make_plan
+from weighted_mtp_core.plugins import Kind, find, load, resolve
+
+RECIPE = """
+    [run]
+    name = "first"
+    [data]
+    use = "example"
+    options = { folder = "f" }
+    [weighting]
+    use = "example.flat"
+"""
+OPTIONS = """
+    from attrs import frozen
+    from weighted_mtp_core.api import Component, hookimpl
+
+    @frozen(kw_only=True)
+    class Options:
+        pass
+
+    def declare(name, options=Options, build=lambda options, context: None):
+        return Component(name=name, summary="", options=options, build=build)
+"""
+NUMBERED = "its elements are numbered from 0; to replace the whole array: --set 'tracker=[...]'"
+NOT_CALLABLE = "'build' must be callable (got None that is a <class 'NoneType'>)."
+
+
+def error_of(action):
+    with pytest.raises(WmtpError) as caught:
+        action()
+    return f"error: {caught.value}" + (f"\nhint: {caught.value.hint}" if caught.value.hint else "")
+
+
+@pytest.fixture
+def load_error(install_plugin, site):
+    """Install plugin `mine` with the given source; return the error of loading it."""
+
+    def load_error(source, **metadata):
+        install_plugin("mine", source, **metadata)
+        return error_of(lambda: load(find([str(site)]), ["mine"]))
+
+    return load_error
+
+
+@pytest.fixture
+def resolve_error(example_plugin, site):
+    """Return the error of looking an address up in plugin `example`."""
+
+    def resolve_error(kind, use):
+        loaded = load(find([str(site)]), [example_plugin])
+        return error_of(lambda: resolve(loaded, kind, use))
+
+    return resolve_error
+
+
+@pytest.fixture
+def plan_error(example_plugin, write_recipe):
+    """Return the error of planning a recipe."""
+
+    def plan_error(*overrides, text=RECIPE, preset=None):
+        path = write_recipe(text)
+        return error_of(lambda: make_plan(path, overrides=overrides, preset=preset))
+
+    return plan_error
+
+
+# --------------------------------------------------------------------------- finding and loading plugins
+
+
+def test_no_such_plugin(install_plugin, site):
+    for name in ("first", "second", "third"):
+        install_plugin(name, "")
+    found = find([str(site)])
+
+    assert error_of(lambda: load(found, ["secnd"])) == (
+        "error: no plugin named `secnd` is installed; installed: `first`, `second`, `third`\n"
+        "hint: did you mean `second`?"
+    )
+    assert error_of(lambda: load(found, ["x"])) == (
+        "error: no plugin named `x` is installed; installed: `first`, `second`, `third`\n"
+        "hint: install the package that offers it, then: plugins list"
+    )
+
+
+def test_two_packages_claim_a_name(install_plugin, site):
+    install_plugin("mine", distribution="wmtp-dup", version="0.3.0")
+    install_plugin("mine", distribution="weighted-mtp-mine", version="0.1.0")
+
+    assert error_of(lambda: load(find([str(site)]), ["mine"])) == (
+        "error: two installed packages both claim the plugin name `mine`: "
+        "weighted-mtp-mine 0.1.0 and wmtp-dup 0.3.0\n"
+        "hint: uninstall one, for example: pip uninstall wmtp-dup"
+    )
+
+
+def test_a_name_that_is_no_address(install_plugin, site):
+    install_plugin("My-Plugin", "", distribution="mine")
+
+    assert error_of(lambda: load(find([str(site)]), ["My-Plugin"])) == (
+        "error: plugin `My-Plugin` (mine 0.3.0) has a name that is no address: expected `[a-z][a-z0-9_]*`"
+    )
+
+
+@pytest.mark.parametrize("written", [">=0.4,<0.5", "<0.5,>=0.4"])
+def test_made_for_another_core(load_error, written):
+    """Build back ends sort the range; it is shown as people write it."""
+    assert load_error("", requires=f"weighted-mtp-core{written}") == (
+        "error: plugin `mine` (wmtp-mine 0.3.0) needs weighted-mtp-core>=0.4,<0.5, but 0.1.0 is installed\n"
+        "hint: install a version of wmtp-mine made for weighted-mtp-core 0.1.0"
+    )
+
+
+def test_metadata_that_cannot_be_read(load_error):
+    assert load_error("", requires="weighted-mtp-core >>> 1") == (
+        "error: plugin `mine` (wmtp-mine 0.3.0) has metadata that cannot be read: `weighted-mtp-core >>> 1`"
+    )
+
+
+def test_a_failing_import(load_error):
+    assert load_error("import package_that_does_not_exist") == (
+        "error: plugin `mine` (wmtp-mine 0.3.0) failed to import `wmtp_mine`: "
+        "ModuleNotFoundError: No module named 'package_that_does_not_exist'"
+    )
+
+
+def test_an_import_that_leaves_the_program(load_error):
+    assert load_error("raise SystemExit('bye')") == (
+        "error: plugin `mine` (wmtp-mine 0.3.0) failed to import `wmtp_mine`: SystemExit: bye"
+    )
+
+
+def test_a_hook_that_core_does_not_have(load_error):
+    source = """
+        from weighted_mtp_core.api import hookimpl
+
+        @hookimpl
+        def wmtp_weighting_strategy():
+            return []
+    """
+
+    assert load_error(source) == (
+        "error: plugin `mine` (wmtp-mine 0.3.0) declares a hook core does not have: "
+        "unknown hook `wmtp_weighting_strategy`\n"
+        "hint: did you mean `wmtp_weighting_strategies`?"
+    )
+
+
+def test_a_hook_that_nobody_could_have_meant(load_error):
+    assert load_error("from weighted_mtp_core.api import hookimpl\n@hookimpl\ndef zzz(): pass\n") == (
+        "error: plugin `mine` (wmtp-mine 0.3.0) declares a hook core does not have: unknown hook `zzz`\n"
+        "hint: core has `wmtp_data_sources`, `wmtp_critics`, `wmtp_weighting_strategies`, `wmtp_trackers`"
+    )
+
+
+def test_a_hook_with_arguments(load_error):
+    assert load_error(
+        "from weighted_mtp_core.api import hookimpl\n@hookimpl\ndef wmtp_critics(config): return []\n"
+    ) == (
+        "error: plugin `mine` (wmtp-mine 0.3.0) wants arguments in `wmtp_critics`: `config`; a hook gets none"
+    )
+
+
+def test_an_undecorated_hook(load_error):
+    assert load_error("def wmtp_weighting_strategies(): return []") == (
+        "error: plugin `mine` (wmtp-mine 0.3.0) defines `wmtp_weighting_strategies` without @hookimpl, "
+        "so core would never call it\n"
+        "hint: from weighted_mtp_core.api import hookimpl"
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ("raise KeyError('x')", "failed in `wmtp_critics`: KeyError: 'x'"),
+        ("pass", "failed in `wmtp_critics`: TypeError: 'NoneType' object is not iterable"),
+        ("return [Options]", "offers a type in `wmtp_critics`; expected a Component"),
+        ("return [declare('a'), declare('a')]", "offers two critics named `mine.a`"),
+        (
+            "return [declare('a', options=dict)]",
+            "gives `mine.a` options that are no attrs class: <class 'dict'>",
+        ),
+        (
+            "return [declare('A-b')]",
+            "failed in `wmtp_critics`: ValueError: 'name' must match regex '[a-z][a-z0-9_]*' ('A-b' doesn't)",
+        ),
+        (
+            "return [declare('a', build=None)]",
+            f"failed in `wmtp_critics`: NotCallableError: {NOT_CALLABLE}",
+        ),
+    ],
+)
+def test_a_hook_that_declares_nonsense(load_error, body, text):
+    source = f"{OPTIONS}\n    @hookimpl\n    def wmtp_critics():\n        {body}\n"
+
+    assert load_error(source) == f"error: plugin `mine` (wmtp-mine 0.3.0) {text}"
+
+
+# --------------------------------------------------------------------------- addresses
+
+
+def test_no_such_component(resolve_error):
+    assert resolve_error(Kind.WEIGHTING, "example.valud") == (
+        "error: plugin `example` has no weighting named `valud`; it has `example.flat`, `example.valued`\n"
+        "hint: did you mean `example.valued`?"
+    )
+    assert resolve_error(Kind.WEIGHTING, "example.zzz") == (
+        "error: plugin `example` has no weighting named `zzz`; it has `example.flat`, `example.valued`"
+    )
+
+
+def test_a_component_of_another_kind(resolve_error):
+    assert resolve_error(Kind.WEIGHTING, "example.judge") == (
+        "error: plugin `example` has no weighting named `judge`; it has `example.flat`, `example.valued`\n"
+        "hint: `example.judge` is a critic: name it in `[critic]`"
+    )
+
+
+def test_a_plugin_alone_that_offers_several(resolve_error):
+    assert resolve_error(Kind.WEIGHTING, "example") == (
+        "error: plugin `example` has 2 weightings: `example.flat`, `example.valued`\n"
+        'hint: name one: use = "example.flat"'
+    )
+
+
+def test_a_plugin_that_offers_none_of_the_kind(install_plugin, site):
+    install_plugin(
+        "mine", f"{OPTIONS}\n    @hookimpl\n    def wmtp_critics():\n        return [declare('a')]\n"
+    )
+    loaded = load(find([str(site)]), ["mine"])
+
+    assert error_of(lambda: resolve(loaded, Kind.DATA, "mine")) == (
+        "error: plugin `mine` has no data source\nhint: it has `mine.a`"
+    )
+
+
+# --------------------------------------------------------------------------- plans
+
+
+def test_an_address_in_a_recipe_says_where_it_stands(plan_error):
+    assert plan_error("weighting.use=exmaple.flat").splitlines()[1:] == [
+        "  recipe.toml, --set, weighting.use",
+        "hint: did you mean `example`?",
+    ]
+    assert plan_error(text=RECIPE.replace("example.flat", "example.flt")) == (
+        "error: plugin `example` has no weighting named `flt`; it has `example.flat`, `example.valued`\n"
+        "  recipe.toml, line 7, weighting.use\n"
+        "hint: did you mean `example.flat`?"
+    )
+
+
+def test_a_signal_that_no_critic_provides(plan_error):
+    assert plan_error("weighting.use=example.valued") == (
+        "error: weighting `example.valued` needs the signal `value`, which no critic provides\n"
+        'hint: in table `[critic]`: use = "example.judge"'
+    )
+
+
+def test_a_signal_that_the_critic_does_not_provide(plan_error):
+    assert plan_error("weighting.use=example.valued", "critic.use=example.reference") == (
+        "error: weighting `example.valued` needs the signal `value`, "
+        "which critic `example.reference` does not provide\n"
+        'hint: in table `[critic]`: use = "example.judge"'
+    )
+
+
+def test_options_of_a_component(plan_error):
+    assert plan_error("weighting.options.beta=-1.0", "weighting.options.clp=[1, 2]") == (
+        "error: recipe.toml: 2 problems\n"
+        "  --set, weighting.options.beta: must be > 0: -1.0\n"
+        "  --set, weighting.options.clp: unknown key `clp`; known keys: beta, clip, mode; "
+        "did you mean `clip`?"
+    )
+
+
+@pytest.mark.parametrize(
+    ("tags", "text"),
+    [
+        ('["env"]', "expected \"key:value\", got 'env'"),
+        ('["env:"]', "expected \"key:value\", got 'env:'"),
+        ('[":x"]', "expected \"key:value\", got ':x'"),
+        ('["a:1", "a:2"]', "tag `a` is given twice"),
+        ('["algo:mine"]', "tag `algo` is written by the run itself; choose another key"),
+        ('["wmtp.data:x"]', "tag `wmtp.data` is written by the run itself; choose another key"),
+        ('["model_version:x"]', "tag `model_version` is written by the run itself; choose another key"),
+        ('["mlflow.user:x"]', "tag `mlflow.user` is written by the run itself; choose another key"),
+    ],
+)
+def test_tags(plan_error, tags, text):
+    assert plan_error(f"run.tags={tags}") == f"error: recipe.toml: 1 problem\n  --set, run.tags: {text}"
+
+
+def test_an_experiment_that_is_no_path(plan_error):
+    assert plan_error("run.experiment=../evil") == (
+        "error: recipe.toml: 1 problem\n"
+        "  --set, run.experiment: each part of '../evil' must match `[A-Za-z0-9][A-Za-z0-9._-]*`, "
+        "without `..`; '..' does not"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("evaluate.pass_at_k=[1, 5]", "evaluate.pass_at_k: must be between 1 and `samples` = 1: [1, 5]"),
+        (
+            "evaluate.samples=2",
+            "evaluate.temperature: must be > 0 for `samples` = 2, or every sample is the same: 0.0",
+        ),
+        ("train.accumulation=3", "train.accumulation: must divide `batch_size` = 16 evenly: 3"),
+        ("loss.head_weights=[0, 0]", "loss.head_weights: must be >= 0 and not all 0: [0.0, 0.0]"),
+        (
+            "loss.head_weights=[1, 2]",
+            "loss.head_weights: expected one number for each of `model.n_future` = 4 heads, got 2",
+        ),
+        (
+            "model.micro.hidden_size=60",
+            "model.micro.attention_heads: must divide `hidden_size` = 60 into even parts: 4",
+        ),
+        ("run.seed=-1", "run.seed: must be >= 0: -1"),
+    ],
+)
+def test_keys_that_do_not_fit_each_other(plan_error, override, text):
+    assert plan_error(override) == f"error: recipe.toml: 1 problem\n  --set, {text}"
+
+
+def test_a_password_in_a_recipe(plan_error):
+    assert plan_error(
+        text=RECIPE
+        + '    [[tracker]]\n    use = "example.paper"\n    options = { tracking_uri = "https://a:b@c" }'
+    ) == (
+        "error: recipe.toml: 1 problem\n"
+        "  line 10, tracker.0.options.tracking_uri: holds a user name and password: str 'https://***@c'\n"
+        "hint: a recipe holds no secrets: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the "
+        "environment or in `.env`"
+    )
+
+
+# --------------------------------------------------------------------------- files and overrides
+
+
+def test_no_such_recipe(write_recipe):
+    write_recipe("", "configs/first.toml")
+    write_recipe("", "configs/second.toml")
+
+    assert cli_error("check", "configs/frist.toml") == (
+        "error: there is no recipe `configs/frist.toml`\nhint: did you mean `first.toml`?\n"
+    )
+    assert cli_error("check", "configs/zzz") == (
+        "error: there is no recipe `configs/zzz`\nhint: `configs` holds `first.toml`, `second.toml`\n"
+    )
+    assert cli_error("check", "nowhere/x.toml") == "error: there is no recipe `nowhere/x.toml`\n"
+
+
+def test_no_such_file_to_extend(write_recipe):
+    write_recipe('extends = ["default.toml"]')
+
+    assert cli_error("check", "recipe.toml") == (
+        "error: there is no recipe `default.toml`, which `recipe.toml` extends\n"
+        "hint: `.` holds `recipe.toml`\n"
+    )
+
+
+def test_a_folder_or_bytes_instead_of_a_recipe(write_recipe):
+    path = write_recipe("", "configs/first.toml")
+    path.write_bytes(b"\xff")
+
+    assert cli_error("check", "configs") == (
+        "error: cannot read the recipe `configs`: [Errno 21] Is a directory: 'configs'\n"
+    )
+    assert cli_error("check", str(path)) == (
+        "error: cannot read the recipe `configs/first.toml`: 'utf-8' codec can't decode byte 0xff in "
+        "position 0: invalid start byte\n"
+    )
+
+
+def test_a_file_that_is_no_toml(write_recipe):
+    write_recipe("[run]\nname = first")
+
+    assert cli_error("check", "recipe.toml") == (
+        "error: recipe.toml: not valid TOML: Invalid value (at line 2, column 8)\n"
+    )
+
+
+def test_extends_that_is_no_array(write_recipe):
+    write_recipe('\nextends = "defaults.toml"')
+
+    assert cli_error("check", "recipe.toml") == (
+        "error: recipe.toml: line 1, extends: expected array of str, got str 'defaults.toml'\n"
+    )
+
+
+def test_recipes_that_extend_each_other(write_recipe):
+    write_recipe('extends = ["b.toml"]', "a.toml")
+    write_recipe('extends = ["a.toml"]', "b.toml")
+
+    assert cli_error("check", "a.toml") == (
+        "error: recipes extend each other in a circle: `a.toml` -> `b.toml` -> `a.toml`\n"
+    )
+
+
+def test_no_such_preset(write_recipe):
+    write_recipe(RECIPE)
+
+    assert cli_error("check", "recipe.toml", "--preset", "ci") == (
+        "error: there is no preset `ci`; none are available\n"
+        "hint: presets are files like `presets/NAME.toml`\n"
+    )
+
+    write_recipe("", "presets/local-light.toml")
+    write_recipe("", "configs/presets/ci.toml")
+
+    assert cli_error("check", "recipe.toml", "--preset", "local-lite") == (
+        "error: there is no preset `local-lite`; available: `ci`, `local-light`\n"
+        "hint: did you mean `local-light`?\n"
+    )
+    assert cli_error("check", "recipe.toml", "--preset", "../x") == (
+        "error: there is no preset `../x`; available: `ci`, `local-light`\n"
+        "hint: presets are files like `presets/NAME.toml`\n"
+    )
+
+
+@pytest.mark.parametrize("text", ["train.steps", "=3", "train..steps=3", "train.st eps=3"])
+def test_an_override_that_is_no_key_and_value(write_recipe, text):
+    write_recipe(RECIPE)
+
+    assert cli_error("check", "recipe.toml", "--set", text) == (
+        f"error: cannot read `--set {text}`\nhint: write --set KEY=VALUE, for example: --set train.steps=50\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "loss.head_weights=[1, 2",
+            "cannot read the value in `--set loss.head_weights=[1, 2`: Unclosed array (at end of document)",
+        ),
+        ("run.name.x=3", "--set run.name.x: `run.name` is no table but str 'first'"),
+        ("run.name.x.y=3", "--set run.name.x: `run.name` is no table but str 'first'"),
+        (
+            "tracker.1.use=x",
+            f"--set tracker.1: `tracker` is an array of 1\nhint: {NUMBERED}",
+        ),
+        (
+            "tracker.use=x",
+            f"--set tracker.use: `tracker` is an array of 1\nhint: {NUMBERED}",
+        ),
+    ],
+)
+def test_an_override_that_leads_nowhere(write_recipe, text, message):
+    write_recipe(RECIPE + '    [[tracker]]\n    use = "example.paper"\n')
+
+    assert cli_error("check", "recipe.toml", "--set", text) == f"error: {message}\n"
+
+
+# --------------------------------------------------------------------------- the command line
+
+
+@pytest.fixture(autouse=True)
+def read_errors(capsys):
+    """Let `cli_error` read what `main` printed."""
+    cli_error.capsys = capsys
+
+
+def cli_error(*arguments):
+    assert main(arguments) == 2
+    return cli_error.capsys.readouterr().err
+
+
+def test_no_such_command():
+    assert cli_error("chek", "x") == (
+        "error: there is no command `chek`; commands: `run`, `check`, `plugins`\n"
+        "hint: did you mean `check`?\n"
+    )
+    assert cli_error("zzz") == (
+        "error: there is no command `zzz`; commands: `run`, `check`, `plugins`\n"
+        "hint: see: python -m weighted_mtp_core --help\n"
+    )
+
+
+def test_wrong_arguments():
+    assert cli_error("check") == (
+        "error: the following arguments are required: RECIPE\n"
+        "hint: see: python -m weighted_mtp_core check --help\n"
+    )
+    assert cli_error("run", "x.toml", "--fast") == (
+        "error: unrecognized arguments: --fast\nhint: see: python -m weighted_mtp_core --help\n"
+    )
+
+
+def test_building_too_early(tmp_path):
+    assert error_of(lambda: BuildContext(seed=0, storage=tmp_path).model) == (
+        "error: this component is built before the policy exists, so `context.model` is empty"
+    )

@@ -1,0 +1,193 @@
+"""Finding imports nothing, loading imports what is named, and an address means one thing."""
+
+import sys
+
+import pytest
+import weighted_mtp_core
+from packaging.version import Version
+from weighted_mtp_core.api import Signal
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.plugins import FoundPlugin, Kind, find, load, providers, resolve
+
+RAISES = "raise RuntimeError('imported')"
+
+
+@pytest.fixture
+def load_named(site):
+    """Load plugins by name out of what the test installed, and nothing else."""
+    return lambda *names: load(find([str(site)]), names)
+
+
+def test_found_plugins_are_sorted_and_described_by_metadata_alone(install_plugin, site):
+    install_plugin("zebra", RAISES, distribution="Wmtp_Zebra.Plus", version="2.0")
+    install_plugin("ape", RAISES)
+
+    found = find([str(site)])
+
+    assert list(found) == ["ape", "zebra"]
+    assert found["zebra"] == FoundPlugin(
+        name="zebra",
+        distribution="wmtp-zebra-plus",
+        version="2.0",
+        module="wmtp_zebra",
+        requires=("weighted-mtp-core>=0.1,<0.2",),
+    )
+    assert "wmtp_zebra" not in sys.modules
+
+
+def test_installed_means_on_the_path(example_plugin):
+    assert example_plugin in find()
+    assert find()["core"].distribution == "weighted-mtp-core"
+
+
+def test_one_distribution_listed_twice_is_one_plugin(install_plugin, site, tmp_path):
+    """A virtual environment with a `lib64` link lists everything twice; stale metadata stays behind."""
+    install_plugin("twice")
+    again = tmp_path / "lib64"
+    again.symlink_to(site)
+    install_plugin("twice", version="0.2.0")
+
+    (plugin,) = find([str(site), str(again)]).values()
+
+    assert plugin.rivals == ()
+
+
+@pytest.mark.parametrize(
+    "entry_points",
+    [
+        "nonsense [\n=\n[weighted_mtp_core\nx",
+        "[weighted_mtp_core]\nno equals sign\n# comment = x\n",
+        "[console_scripts]\nx = weighted_mtp_core:main\n",
+    ],
+)
+def test_entry_points_that_make_no_sense_are_somebody_elses(install_plugin, site, entry_points):
+    (install_plugin("odd") / "entry_points.txt").write_text(entry_points)
+
+    assert find([str(site)]) == {}
+
+
+def test_metadata_without_a_name_breaks_nothing(install_plugin, site):
+    (install_plugin("odd") / "METADATA").write_text("")
+    install_plugin("fine")
+
+    assert set(find([str(site)])) == {"fine", "odd"}
+
+
+def test_only_named_plugins_are_imported(install_plugin, example_plugin, load_named):
+    install_plugin("broken", RAISES)
+
+    assert set(load_named(example_plugin)) == {example_plugin}
+
+
+def test_two_claims_to_a_name_matter_only_to_who_names_it(install_plugin, example_plugin, load_named):
+    install_plugin("claimed", RAISES, distribution="one")
+    install_plugin("claimed", RAISES, distribution="two")
+
+    load_named(example_plugin)
+
+    with pytest.raises(WmtpError, match="both claim the plugin name `claimed`"):
+        load_named("claimed")
+
+
+@pytest.mark.parametrize(
+    ("requires", "fits"),
+    [
+        (None, True),
+        ("weighted-mtp-core", True),
+        ("weighted-mtp-core>=0.1,<0.2", True),
+        ("Weighted_MTP.core ~= 0.1", True),
+        ("weighted-mtp-core[testing]>=9; extra == 'testing'", True),
+        ("attrs>=9999", True),
+        ("weighted-mtp-core>=0.2", False),
+        ("weighted-mtp-core<0.1", False),
+        ("weighted-mtp-core!=0.1.*", False),
+    ],
+)
+def test_the_range_of_core_versions_is_checked_before_import(
+    install_plugin, load_named, monkeypatch, requires, fits
+):
+    monkeypatch.setattr(weighted_mtp_core, "__version__", "0.1.7")
+    install_plugin("ranged", "" if fits else RAISES, requires=requires)
+
+    if fits:
+        load_named("ranged")
+    else:
+        with pytest.raises(WmtpError, match=r"needs weighted-mtp-core.*, but 0\.1\.7 is installed"):
+            load_named("ranged")
+
+
+def test_core_knows_its_own_version(repository):
+    assert Version(weighted_mtp_core.__version__) == Version(find()["core"].version)
+
+
+def test_components_are_indexed_by_kind_and_address(example_plugin, load_named):
+    loaded = load_named(example_plugin)
+
+    assert {kind: loaded[example_plugin].addresses(kind) for kind in Kind} == {
+        Kind.DATA: ["example.lines"],
+        Kind.CRITIC: ["example.judge", "example.reference"],
+        Kind.WEIGHTING: ["example.flat", "example.valued"],
+        Kind.TRACKER: ["example.paper"],
+    }
+
+
+def test_a_plugin_alone_names_its_only_component_of_the_kind(example_plugin, load_named):
+    loaded = load_named(example_plugin)
+
+    plugin, component = resolve(loaded, Kind.DATA, "example")
+
+    assert (plugin.name, plugin.version, component.name) == ("example", "1.2.3", "lines")
+    assert resolve(loaded, Kind.DATA, "example.lines") == (plugin, component)
+
+
+def test_one_name_may_serve_two_kinds(install_plugin, load_named):
+    install_plugin(
+        "both",
+        """
+        from attrs import frozen
+        from weighted_mtp_core.api import Component, hookimpl
+
+        @frozen
+        class Options:
+            pass
+
+        same = Component(name="same", summary="", options=Options, build=lambda options, context: None)
+
+        @hookimpl
+        def wmtp_critics():
+            return [same]
+
+        @hookimpl
+        def wmtp_weighting_strategies():
+            return [same]
+        """,
+    )
+
+    assert resolve(load_named("both"), Kind.CRITIC, "both.same")[1].name == "same"
+
+
+def test_a_plugin_may_be_an_object_in_a_module(install_plugin, load_named):
+    metadata = install_plugin(
+        "object",
+        """
+        from weighted_mtp_core.api import hookimpl
+
+        class Plugin:
+            @hookimpl
+            def wmtp_critics(self):
+                return []
+
+        plugin = Plugin()
+        """,
+    )
+    (metadata / "entry_points.txt").write_text("[weighted_mtp_core]\nobject = wmtp_object:plugin\n")
+
+    assert load_named("object")["object"].addresses(Kind.CRITIC) == []
+
+
+def test_providers_of_a_signal_are_the_loaded_critics_that_say_so(example_plugin, load_named):
+    loaded = load_named(example_plugin)
+
+    assert providers(loaded, Signal.VALUE) == ["example.judge"]
+    assert providers(loaded, Signal.REFERENCE_LOSS) == ["example.reference"]
+    assert providers(loaded, Signal.GROUP) == []

@@ -1,0 +1,286 @@
+"""A recipe is its files, preset and `--set`, later layers winning; what is resolved runs again."""
+
+import attrs
+import pytest
+import tomli
+from hypothesis import given
+from hypothesis import strategies as st
+from weighted_mtp_core.api import SandboxSettings
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.recipe.load import load_recipe, recipe_to_toml
+from weighted_mtp_core.recipe.schema import (
+    CriticTable,
+    DataTable,
+    EvaluateTable,
+    LossTable,
+    MicroTable,
+    ModelTable,
+    Recipe,
+    RunTable,
+    Selection,
+    TrackerTable,
+    TrainTable,
+)
+from weighted_mtp_core.recipe.structure import structure
+
+SMALLEST = """
+    run.name = "r"
+    data.use = "p.data"
+    weighting.use = "p.weights"
+"""
+
+
+def test_a_recipe_needs_a_name_a_source_and_a_weighting_and_nothing_else(write_recipe):
+    recipe = load_recipe(write_recipe(SMALLEST)).recipe
+
+    assert recipe == Recipe(
+        run=RunTable(name="r"), data=DataTable(use="p.data"), weighting=Selection(use="p.weights")
+    )
+
+
+def test_later_layers_win_tables_merge_and_arrays_replace(write_recipe):
+    write_recipe("model.n_future = 2\nmodel.base = 'low'\n[run]\ntags = ['a:1', 'b:2']\nseed = 1", "low.toml")
+    write_recipe("model.n_future = 3\n[run]\nseed = 2", "middle.toml")
+    path = write_recipe(
+        f"extends = ['low.toml', 'middle.toml']\n{SMALLEST}\nrun.tags = ['c:3']".replace("    ", "")
+    )
+
+    recipe = load_recipe(path).recipe
+
+    assert (recipe.model.n_future, recipe.model.base, recipe.run.seed) == (3, "low", 2)
+    assert recipe.run.tags == ("c:3",)
+
+
+def test_extends_is_relative_to_the_file_that_says_it(write_recipe):
+    write_recipe("model.n_future = 7", "configs/deep/low.toml")
+    write_recipe("extends = ['deep/low.toml']", "configs/defaults.toml")
+    path = write_recipe(
+        "extends = ['../configs/defaults.toml']" + SMALLEST.replace("    ", ""), "mine/recipe.toml"
+    )
+
+    loaded = load_recipe(path)
+
+    assert loaded.recipe.model.n_future == 7
+    assert loaded.files == ("configs/deep/low.toml", "configs/defaults.toml", "mine/recipe.toml")
+
+
+def test_a_preset_wins_over_the_recipe_and_set_wins_over_all(write_recipe):
+    write_recipe("train.steps = 8\ntrain.batch_size = 2", "presets/quick.toml")
+    path = write_recipe(SMALLEST + "    train.steps = 100")
+
+    recipe = load_recipe(path, preset="quick", overrides=["train.batch_size=4"]).recipe
+
+    assert (recipe.train.steps, recipe.train.batch_size) == (8, 4)
+
+
+def test_a_recipes_own_preset_wins_over_the_one_in_configs(write_recipe):
+    write_recipe("train.steps = 1", "configs/presets/quick.toml")
+    write_recipe("train.steps = 2", "mine/presets/quick.toml")
+    path = write_recipe(SMALLEST, "mine/recipe.toml")
+
+    assert load_recipe(path, preset="quick").recipe.train.steps == 2
+
+
+def test_presets_of_configs_serve_recipes_elsewhere(write_recipe):
+    write_recipe("train.steps = 1", "configs/presets/quick.toml")
+    path = write_recipe(SMALLEST, "mine/recipe.toml")
+
+    assert load_recipe(path, preset="quick").recipe.train.steps == 1
+
+
+def test_a_preset_shortens_the_critics_training_only_where_there_is_a_critic(write_recipe):
+    write_recipe("[critic.train]\nsteps = 8", "presets/quick.toml")
+    without = write_recipe(SMALLEST, "without.toml")
+    with_critic = write_recipe(SMALLEST + "    critic.use = 'p.critic'", "with.toml")
+
+    assert load_recipe(without, preset="quick").recipe.critic is None
+    assert load_recipe(with_critic, preset="quick").recipe.critic.train.steps == 8
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("model.base=micro", "micro"),
+        ("model.base = some/folder/model.gguf", "some/folder/model.gguf"),
+        ("model.base='1'", "1"),
+        ('model.base="a=b"', "a=b"),
+        ("model.base=", ""),
+        ("model.base=a\ninjected = 1", "a\ninjected = 1"),
+    ],
+)
+def test_set_takes_toml_and_a_bare_word_is_a_string(write_recipe, override, value):
+    assert load_recipe(write_recipe(SMALLEST), overrides=[override]).recipe.model.base == value
+
+
+def test_set_takes_numbers_arrays_and_inline_tables(write_recipe):
+    overrides = ["train.learning_rate=1e-3", "loss.head_weights=[1, 2, 3, 4]", "critic={use = 'p.c'}"]
+
+    recipe = load_recipe(write_recipe(SMALLEST), overrides=overrides).recipe
+
+    assert recipe.train.learning_rate == 1e-3
+    assert recipe.loss.head_weights == (1.0, 2.0, 3.0, 4.0)
+    assert recipe.critic == CriticTable(use="p.c")
+
+
+def test_set_reaches_into_arrays_of_tables_and_makes_missing_tables(write_recipe):
+    path = write_recipe(SMALLEST + "    tracker = [{use = 'p.a'}, {use = 'p.b'}]")
+
+    recipe = load_recipe(path, overrides=["tracker.1.options.deep.x=1", "tracker.0.use=p.c"]).recipe
+
+    assert recipe.tracker == (TrackerTable(use="p.c"), TrackerTable(use="p.b", options={"deep": {"x": 1}}))
+
+
+def test_options_belong_to_their_component_and_leave_with_it(write_recipe):
+    write_recipe(
+        "[weighting]\nuse = 'p.old'\noptions = {beta = 1.0}\n[data]\nuse = 'p.d'\noptions = {n = 1}",
+        "low.toml",
+    )
+    path = write_recipe("extends = ['low.toml']\nrun.name = 'r'\nweighting.use = 'p.new'\ndata.use = 'p.d'")
+
+    recipe = load_recipe(path).recipe
+
+    assert recipe.weighting == Selection(use="p.new")
+    assert recipe.data == DataTable(use="p.d", options={"n": 1})
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_set_may_choose_a_component_and_its_options_in_any_order(write_recipe, swap):
+    path = write_recipe(SMALLEST + "    weighting.options.old = 1")
+    overrides = ["weighting.use=p.new", "weighting.options.beta=2"]
+
+    recipe = load_recipe(path, overrides=overrides[::-1] if swap else overrides).recipe
+
+    assert recipe.weighting == Selection(use="p.new", options={"beta": 2})
+
+
+def test_every_fault_names_its_own_file_and_line(write_recipe):
+    write_recipe("[train]\n\nsteps = true\nbatch_size = 0", "configs/defaults.toml")
+    write_recipe("[evaluate]\nsampels = 2", "configs/presets/quick.toml")
+    path = write_recipe(
+        """
+        extends = ["defaults.toml"]
+        [run]
+        name = "not a name"
+        [data]
+        use = 3
+        [model]
+        micro = { layers = 1 }
+        [[tracker]]
+        ues = "core.mlflow"
+        """,
+        "configs/recipe.toml",
+    )
+
+    with pytest.raises(WmtpError) as caught:
+        load_recipe(path, preset="quick", overrides=["loss.normalise=mean"])
+
+    keys = "pass_at_k, samples, temperature, max_new_tokens, batch_size, problems"
+    unknown = f"unknown key `sampels`; known keys: {keys}"
+    assert str(caught.value).splitlines() == [
+        "configs/recipe.toml: 10 problems",
+        "  weighting.use: missing; expected str",
+        "  line 3, run.name: must match regex '[A-Za-z0-9][A-Za-z0-9._-]*' ('not a name' doesn't)",
+        "  line 5, data.use: expected str, got int 3",
+        "  line 7, model.micro.layers: must be >= 2: 1",
+        "  line 8, tracker.0.use: missing; expected str",
+        "  line 9, tracker.0.ues: unknown key `ues`; known keys: use, options; did you mean `use`?",
+        "  configs/defaults.toml, line 3, train.steps: expected int, got bool True",
+        "  configs/defaults.toml, line 4, train.batch_size: must be >= 1: 0",
+        f"  configs/presets/quick.toml, line 2, evaluate.sampels: {unknown}; did you mean `samples`?",
+        "  --set, loss.normalise: expected one of `weights`, `tokens`, got str 'mean'",
+    ]
+
+
+def test_a_key_that_a_later_layer_replaced_is_not_at_fault(write_recipe):
+    write_recipe("train.steps = true", "low.toml")
+    path = write_recipe("extends = ['low.toml']\ntrain.steps = 3" + SMALLEST.replace("    ", ""))
+
+    assert load_recipe(path).recipe.train.steps == 3
+
+
+# --------------------------------------------------------------------------- resolved recipes
+
+words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+finite = st.floats(allow_nan=False, allow_infinity=False)
+option_values = st.recursive(
+    words | st.booleans() | st.integers(-(2**63), 2**63 - 1) | finite,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(words, inner, max_size=2),
+    max_leaves=5,
+)
+options = st.dictionaries(words, option_values, max_size=3)
+addresses = st.from_regex(r"[a-z]{1,5}\.[a-z]{1,5}", fullmatch=True)
+trains = st.builds(
+    TrainTable,
+    steps=st.integers(1, 10**6),
+    batch_size=st.just(16),
+    accumulation=st.sampled_from([1, 2, 4, 16]),
+    learning_rate=st.floats(1e-12, 1e12),
+    final_learning_rate=st.floats(0, 1),
+)
+
+
+def key_of(tag):
+    return tag.split(":")[0]
+
+
+recipes = st.builds(
+    Recipe,
+    run=st.builds(
+        RunTable,
+        name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]*", fullmatch=True),
+        seed=st.integers(0, 2**32 - 1),
+        tags=st.lists(st.from_regex(r"t[a-z]{1,5}:[a-z:]{1,5}", fullmatch=True), unique_by=key_of).map(tuple),
+        storage=words,
+        output_dir=st.none() | words,
+        experiment=st.none() | st.just("a/b"),
+    ),
+    model=st.builds(
+        ModelTable, base=words, n_future=st.integers(1, 16), micro=st.just(MicroTable(hidden_size=64))
+    ),
+    data=st.builds(DataTable, use=addresses, options=options),
+    weighting=st.builds(Selection, use=addresses, options=options),
+    critic=st.none() | st.builds(CriticTable, use=addresses, options=options, train=trains),
+    loss=st.builds(LossTable, head_weights=st.lists(st.floats(0.1, 1e6), max_size=4).map(tuple)),
+    train=trains,
+    evaluate=st.builds(
+        EvaluateTable, samples=st.just(5), temperature=st.floats(0.1, 2), pass_at_k=st.just((1, 5))
+    ),
+    sandbox=st.builds(SandboxSettings, cpu_seconds=st.floats(0.1, 100)),
+    tracker=st.lists(st.builds(TrackerTable, use=addresses, options=options), max_size=2).map(tuple),
+)
+
+
+@given(recipes)
+def test_a_written_recipe_reads_back_equal(recipe):
+    assert structure(Recipe, tomli.loads(recipe_to_toml(recipe))) == (recipe, [])
+
+
+def test_defaults_toml_says_what_the_schema_says(repository):
+    """A key missing in a recipe must mean the same with and without `extends`."""
+    said = tomli.loads((repository / "configs" / "defaults.toml").read_text())
+    recipe = Recipe(run=RunTable(name="r"), data=DataTable(use="p"), weighting=Selection(use="p"))
+
+    for table, keys in said.items():
+        if table == "tracker":
+            continue
+        default = getattr(recipe, table)
+        required = {"run": {"name": "r"}, "data": {"use": "p"}}.get(table, {})
+        assert structure(type(default), keys | required) == (default, [])
+
+
+def test_every_default_is_shown_in_defaults_toml(repository):
+    said = tomli.loads((repository / "configs" / "defaults.toml").read_text())
+
+    for table in attrs.fields(Recipe):
+        if table.name in {"weighting", "critic", "tracker"}:
+            continue
+        for key in attrs.fields(table.type):
+            has_default = key.default is not attrs.NOTHING and key.default is not None
+            assert key.name in said[table.name] or not has_default or key.name == "options", key.name
+
+
+@pytest.mark.parametrize("table", [RunTable, ModelTable, TrainTable, EvaluateTable, LossTable, MicroTable])
+def test_every_number_in_the_schema_has_a_range(table):
+    for key in attrs.fields(attrs.resolve_types(table)):
+        if key.type in {int, float}:
+            assert key.validator is not None, key.name
