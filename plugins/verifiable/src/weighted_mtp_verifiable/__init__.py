@@ -1,1 +1,119 @@
-"""Plugin."""
+"""Weights from a critic that learnt from verifiable rewards which tokens make a response succeed.
+
+Offers the critic `verifiable.value_head` and the weighting `verifiable.td_error`. This module declares;
+the algorithms stand beside it and are imported when something is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from attrs import field, frozen
+from attrs import validators as v
+
+from weighted_mtp_core.api import (
+    BuildContext,
+    Component,
+    Critic,
+    Signal,
+    WeightingStrategy,
+    hookimpl,
+)
+
+
+@frozen(kw_only=True)
+class TdErrorOptions:
+    """`[weighting.options]` of `verifiable.td_error`.
+
+    Attributes:
+        estimator: `"gae"` sums TD errors with `lam`; `"td"` takes each TD error alone (as `lam = 0` would).
+        gamma: Discount a token.
+        lam: Trade between the critic's word (0) and the reward's (1).
+        beta: Temperature: the smaller, the further weights lie apart.
+        clip: Smallest and largest weight.
+        whiten: Whether advantages are brought to mean 0 and standard deviation 1: with the statistics of the
+            batch, with moving ones, or not at all.
+        ema_decay: Share of the moving statistics that a training step keeps.
+    """
+
+    estimator: Literal["gae", "td"] = "gae"
+    gamma: float = field(default=1.0, validator=[v.gt(0), v.le(1)])
+    lam: float = field(default=0.95, validator=[v.ge(0), v.le(1)])
+    beta: float = field(default=1.0, validator=v.gt(0))
+    clip: tuple[float, float] = field(default=(0.1, 3.0))
+    whiten: Literal["batch", "ema", "none"] = "batch"
+    ema_decay: float = field(default=0.99, validator=[v.ge(0), v.lt(1)])
+
+    @clip.validator
+    def _be_a_range(self, _: object, value: tuple[float, float]) -> None:
+        low, high = value
+        if not 0 <= low <= high or high == 0:
+            raise ValueError(f"must be [low, high] with 0 <= low <= high and high > 0: {list(value)}")
+
+
+def build_td_error(options: TdErrorOptions, context: BuildContext) -> WeightingStrategy:
+    """Build the weighting."""
+    from weighted_mtp_verifiable._td_error import TdError
+
+    return TdError(options, device=context.model.device)
+
+
+@hookimpl
+def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
+    """Offer `verifiable.td_error`."""
+    yield Component(
+        name="td_error",
+        summary="exp(advantage / beta), clipped; advantages from a critic's values and the reward.",
+        options=TdErrorOptions,
+        build=build_td_error,
+        needs=frozenset({Signal.REWARD, Signal.VALUE}),
+    )
+
+
+@frozen(kw_only=True)
+class ValueHeadOptions:
+    """`[critic.options]` of `verifiable.value_head`.
+
+    Attributes:
+        objective: `"monte_carlo"` predicts the reward from every prefix; `"lambda_return"` predicts a mixture
+            of the reward and the critic's own later values; `"bradley_terry"` only ranks a correct response
+            above an incorrect one to the same problem.
+        lam: Share of later values' word that `"lambda_return"` passes on to the reward (1: Monte Carlo).
+        body: What the head stands on: `"own"`, a small transformer trained with it; `"policy"`, the states of
+            the policy's trunk as it is now; `"frozen"`, those of the trunk as it was at the start.
+        layers: Own trainable transformer layers; 0 leaves just the head on the body's states.
+        hidden_size: Width of the own layers.
+        heads: Attention heads of the own layers.
+    """
+
+    objective: Literal["monte_carlo", "lambda_return", "bradley_terry"] = "monte_carlo"
+    lam: float = field(default=0.95, validator=[v.ge(0), v.le(1)])
+    body: Literal["own", "policy", "frozen"] = "own"
+    layers: int = field(default=3, validator=v.ge(0))
+    hidden_size: int = field(default=128, validator=v.ge(8))
+    heads: int = field(default=4, validator=v.ge(1))
+
+    @heads.validator
+    def _divide_hidden_size(self, _: object, value: int) -> None:
+        if self.hidden_size % (2 * value):  # rotary embeddings turn pairs of dimensions
+            raise ValueError(f"must divide `hidden_size` = {self.hidden_size} into even parts: {value}")
+
+
+def build_value_head(options: ValueHeadOptions, context: BuildContext) -> Critic:
+    """Build the critic."""
+    from weighted_mtp_verifiable._value_head import ValueHead
+
+    return ValueHead(options, context)
+
+
+@hookimpl
+def wmtp_critics() -> Iterable[Component[Any, Critic]]:
+    """Offer `verifiable.value_head`."""
+    yield Component(
+        name="value_head",
+        summary="Predicts at every token whether the response will be verified as right.",
+        options=ValueHeadOptions,
+        build=build_value_head,
+        provides=frozenset({Signal.VALUE}),
+    )

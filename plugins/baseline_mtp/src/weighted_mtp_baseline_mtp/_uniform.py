@@ -1,0 +1,19 @@
+"""Uniform weights: the loss of Gloeckle et al. 2024, "Better & Faster Large Language Models via Multi-token
+Prediction" (https://arxiv.org/abs/2404.19737), eq. 2, which weighs every target alike.
+
+Shape letters: B batch rows, T positions.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from weighted_mtp_core.api import StepView, WeightingStrategy, Weights
+
+
+class Uniform(WeightingStrategy):
+    """Weighs each response token 1 and everything else 0."""
+
+    def weigh(self, view: StepView) -> Weights:
+        """Return weights `[B, T]`, indexed by the target token, whichever head predicts it."""
+        return Weights(weight=view.response_BT.to(torch.float32))

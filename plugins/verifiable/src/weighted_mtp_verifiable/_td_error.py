@@ -1,0 +1,114 @@
+"""Weights from advantages: `w = clip(exp(A / beta))`.
+
+That is advantage-weighted regression (Peng et al. 2019, https://arxiv.org/abs/1910.00177, eq. 10) on the
+tokens of multi-token prediction (Gloeckle et al. 2024, https://arxiv.org/abs/2404.19737): imitate what did
+better than the critic expected more than what did worse.
+
+Shape letters: B batch rows, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from weighted_mtp_core.api import StepView, WeightingStrategy, Weights, WmtpError
+from weighted_mtp_verifiable._advantage import advantages, td_errors
+
+if TYPE_CHECKING:
+    from weighted_mtp_verifiable import TdErrorOptions
+
+_SMALLEST_STD = 1e-6  # below this all advantages are the same but for rounding: they are left unscaled
+
+
+class TdError(WeightingStrategy):
+    """Turns values and rewards into weights of response tokens.
+
+    Args:
+        options: See `TdErrorOptions`.
+        device: Where moving statistics live.
+    """
+
+    def __init__(self, options: TdErrorOptions, *, device: torch.device) -> None:
+        self._options = options
+        # Sums of decayed shares, means and mean squares: their ratios are free of the bias of the zero start
+        # (as in Adam, Kingma and Ba 2015, section 3).
+        self._moments = torch.zeros(3, device=device)
+
+    def weigh(self, view: StepView) -> Weights:
+        """Return `[B, T]` weights; see `advantages` for what A is."""
+        assert view.value_BT is not None  # noqa: S101 - declared as needed
+        assert view.reward_BT is not None  # noqa: S101
+        options = self._options
+        response_BT, document_BT = view.response_BT, view.document_BT
+        delta_BT = td_errors(
+            view.value_BT.float(),
+            view.reward_BT.float(),
+            document_BT=document_BT,
+            response_BT=response_BT,
+            gamma=options.gamma,
+        )
+        advantage_BT = delta_BT
+        if options.estimator == "gae":
+            advantage_BT = advantages(
+                delta_BT, document_BT=document_BT, gamma=options.gamma, lam=options.lam
+            )
+        mean, std = self._statistics(advantage_BT, response_BT, training=view.training)
+        low, high = options.clip
+        raw_BT = torch.exp((advantage_BT - mean) / std / options.beta)
+        weight_BT = raw_BT.clamp(low, high).where(response_BT, 0.0)
+        return Weights(
+            weight=weight_BT,
+            metrics={
+                "td_error_mean": _mean(delta_BT, response_BT),
+                "td_error_abs_mean": _mean(delta_BT.abs(), response_BT),
+                "advantage_mean": _mean(advantage_BT, response_BT),
+                "advantage_std": _moments(advantage_BT, response_BT)[1],
+                "value_mean": _mean(view.value_BT.float(), response_BT),
+                "clipped_fraction": _mean(((raw_BT < low) | (raw_BT > high)).float(), response_BT),
+            },
+        )
+
+    def _statistics(self, advantage_BT: Tensor, response_BT: Tensor, *, training: bool) -> tuple[Tensor, Tensor]:
+        """Return what advantages are whitened with: mean and standard deviation."""
+        mean, std = _moments(advantage_BT, response_BT)
+        if self._options.whiten == "none":
+            return torch.zeros_like(mean), torch.ones_like(std)
+        if self._options.whiten == "ema":
+            if training:
+                kept = self._options.ema_decay
+                now = torch.stack([torch.ones_like(mean), mean, std.square() + mean.square()])
+                moved = kept * self._moments + (1 - kept) * now
+                self._moments = torch.where(response_BT.any(), moved, self._moments)
+            share, mean_sum, square_sum = self._moments.unbind()
+            share = share.clamp(min=torch.finfo(torch.float32).tiny)
+            mean = mean_sum / share
+            std = (square_sum / share - mean.square()).clamp(min=0).sqrt()
+        return mean, std.where(std > _SMALLEST_STD, 1.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the moving statistics, if there are any."""
+        return {"moments": self._moments.clone()} if self._options.whiten == "ema" else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore them."""
+        if self._options.whiten != "ema":
+            super().load_state_dict(state)
+            return
+        if set(state) != {"moments"}:
+            raise WmtpError(f"state of `td_error` must hold `moments`, got {sorted(state)}")
+        self._moments = state["moments"].to(self._moments.device, copy=True)
+
+
+def _mean(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Return the mean where the mask is True; 0 where it never is."""
+    return x_BT.where(mask_BT, 0.0).sum() / mask_BT.sum().clamp(min=1)
+
+
+def _moments(x_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and (population) standard deviation where the mask is True."""
+    mean = _mean(x_BT, mask_BT)
+    return mean, _mean((x_BT - mean).square(), mask_BT).sqrt()
