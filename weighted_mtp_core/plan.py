@@ -29,9 +29,9 @@ from weighted_mtp_core.plugins import (
 )
 from weighted_mtp_core.recipe.layers import Document, read_document
 from weighted_mtp_core.recipe.lines import KeyPath
-from weighted_mtp_core.recipe.load import CREDENTIALS_HINT, recipe_to_toml
+from weighted_mtp_core.recipe.load import read_tables, recipe_to_toml
 from weighted_mtp_core.recipe.schema import Recipe, Selection
-from weighted_mtp_core.recipe.structure import Fault, credential_faults, plain, structure
+from weighted_mtp_core.recipe.structure import Fault, plain, structure
 from weighted_mtp_core.wording import reason
 
 DEFAULT_EXPERIMENT_PREFIX = "weighted_mtp"
@@ -112,14 +112,12 @@ def make_plan(
             plugin cannot be used, or which signal no critic provides.
     """
     document = read_document(path, preset=preset, overrides=overrides, run_name=run_name)
-    secrets = credential_faults(document.table)
-    recipe, faults = structure(Recipe, document.table)
+    recipe, faults = read_tables(document)
     picks = _picks(document.table)
-    if recipe is None or secrets:
-        faults += secrets
+    if recipe is None:
         with suppress(WmtpError):  # a plugin's own error can wait until the recipe is one
             faults += _Choice.make(document, picks).faults
-        raise document.error(faults, hint=CREDENTIALS_HINT if secrets else None)
+        raise document.error(faults)
     choice = _Choice.make(document, picks)
     faults = choice.faults + _cross_faults(recipe)
     if faults:

@@ -24,6 +24,6 @@ def did_you_mean(word: str, names: Iterable[str]) -> str | None:
 
 
 def reason(error: BaseException) -> str:
-    """Return "ValueError: text" for somebody else's error, without the objects that attrs adds to its text."""
+    """Return "ValueError: text" for somebody else's error, without the objects that attrs adds."""
     text = error.args[0] if len(error.args) > 1 and isinstance(error.args[0], str) else str(error)
     return f"{type(error).__name__}: {text}"

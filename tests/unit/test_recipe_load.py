@@ -1,5 +1,7 @@
 """A recipe is its files, preset and `--set`, later layers winning; what is resolved runs again."""
 
+from pathlib import Path
+
 import attrs
 import pytest
 import tomli
@@ -284,3 +286,15 @@ def test_every_number_in_the_schema_has_a_range(table):
     for key in attrs.fields(attrs.resolve_types(table)):
         if key.type in {int, float}:
             assert key.validator is not None, key.name
+
+
+def test_every_shipped_recipe_loads_with_and_without_every_preset(repository, monkeypatch):
+    monkeypatch.chdir(repository)
+    recipes = [path for path in Path("configs").glob("*.toml") if path.name != "defaults.toml"]
+    presets = [path.stem for path in Path("configs/presets").glob("*.toml")]
+
+    assert {"baseline", "verifiable", "smollm2_humaneval"} <= {path.stem for path in recipes}
+    assert {"ci", "local-light"} <= set(presets)
+    for path in recipes:
+        for preset in [None, *presets]:
+            assert load_recipe(path, preset=preset).files[0] == "configs/defaults.toml"

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import pytest
 from attrs import field, frozen
 from attrs import validators as v
-from weighted_mtp_core.recipe.structure import credential_faults, plain, structure
+from weighted_mtp_core.recipe.credentials import credential_faults
+from weighted_mtp_core.recipe.structure import plain, structure
 
 
 class Colour(enum.Enum):

@@ -63,12 +63,13 @@ class Document:
         key = ".".join(str(part) for part in path)
         return f"{place.named(self.name)}, {key}" if place else key
 
-    def error(self, faults: Sequence[Fault], *, hint: str | None = None) -> WmtpError:
+    def error(self, faults: Sequence[Fault]) -> WmtpError:
         """Return one error that lists every fault with its place, in the order of the files."""
         ordered = sorted(dict.fromkeys(faults), key=self._order)
         lines = [f"  {self.where(fault.path)}: {fault.text}" for fault in ordered]
         count = f"{len(lines)} problem{'s' * (len(lines) > 1)}"
-        return WmtpError("\n".join([f"{self.name}: {count}", *lines]), hint=hint)
+        hints = [fault.hint for fault in ordered if fault.hint]
+        return WmtpError("\n".join([f"{self.name}: {count}", *lines]), hint=next(iter(hints), None))
 
     def add(self, table: Table, places: Mapping[KeyPath, Place]) -> None:
         """Put a layer on top."""

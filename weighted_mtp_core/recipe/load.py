@@ -8,14 +8,10 @@ from pathlib import Path
 import tomli_w
 from attrs import frozen
 
+from weighted_mtp_core.recipe.credentials import credential_faults
 from weighted_mtp_core.recipe.layers import Document, read_document
 from weighted_mtp_core.recipe.schema import Recipe
-from weighted_mtp_core.recipe.structure import credential_faults, plain, structure
-
-CREDENTIALS_HINT = (
-    "a recipe holds no secrets: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD "
-    "in the environment or in `.env`"
-)
+from weighted_mtp_core.recipe.structure import Fault, plain, structure
 
 
 @frozen(kw_only=True)
@@ -40,11 +36,17 @@ def load_recipe(path: Path, *, preset: str | None = None, overrides: Sequence[st
         WmtpError: Lists every fault with file, line, key, what was expected and the nearest valid name.
     """
     document = read_document(path, preset=preset, overrides=overrides)
-    secrets = credential_faults(document.table)
-    recipe, faults = structure(Recipe, document.table)
-    if recipe is None or secrets:
-        raise document.error([*secrets, *faults], hint=CREDENTIALS_HINT if secrets else None)
+    recipe, faults = read_tables(document)
+    if recipe is None:
+        raise document.error(faults)
     return LoadedRecipe(recipe=recipe, files=tuple(document.files), document=document)
+
+
+def read_tables(document: Document) -> tuple[Recipe | None, list[Fault]]:
+    """Structure a document; the recipe, or everything that is wrong with what core knows of it."""
+    recipe, faults = structure(Recipe, document.table)
+    faults += credential_faults(document.table)
+    return (None if faults else recipe), faults
 
 
 def recipe_to_toml(recipe: Recipe) -> str:

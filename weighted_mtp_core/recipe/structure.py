@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import enum
 import math
-import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,15 +24,15 @@ from weighted_mtp_core.wording import did_you_mean
 
 T = TypeVar("T")
 Hook = Callable[[Any, Any], Any]
-_USER_AND_PASSWORD = re.compile(r"://[^/\s:@]*:[^/\s]*@")
 
 
 @attrs.frozen
 class Fault:
-    """One thing wrong with a recipe: at which key, and what."""
+    """One thing wrong with a recipe: at which key, what, and perhaps what to do about it."""
 
     path: KeyPath
     text: str
+    hint: str | None = None
 
 
 class _FaultsError(Exception):
@@ -71,17 +70,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, enum.Enum):
         return value.value
     return str(value) if isinstance(value, Path) else value
-
-
-def credential_faults(value: Any, *, at: KeyPath = ()) -> list[Fault]:
-    """Find `scheme://user:password@host`: recipes are logged and shared, so they hold no secrets."""
-    if isinstance(value, Mapping):
-        return [fault for key, item in value.items() for fault in credential_faults(item, at=(*at, key))]
-    if isinstance(value, list):
-        return [fault for i, item in enumerate(value) for fault in credential_faults(item, at=(*at, i))]
-    if isinstance(value, str) and _USER_AND_PASSWORD.search(value):
-        return [Fault(at, f"holds a user name and password: {shown(value)}")]
-    return []
 
 
 def default_of(attribute: Any) -> Any:

@@ -1,0 +1,28 @@
+"""Recipes are logged, uploaded and shared: no secrets in them. Those come from the environment or `.env`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from weighted_mtp_core.recipe.describe import shown
+from weighted_mtp_core.recipe.lines import KeyPath
+from weighted_mtp_core.recipe.structure import Fault
+
+_USER_AND_PASSWORD = re.compile(r"://[^/\s:@]*:[^/\s]*@")
+_HINT = (
+    "a recipe holds no secrets: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD "
+    "in the environment or in `.env`"
+)
+
+
+def credential_faults(value: Any, *, at: KeyPath = ()) -> list[Fault]:
+    """Find `scheme://user:password@host` in a table, whatever the key; the faults do not show it."""
+    if isinstance(value, Mapping):
+        return [fault for key, item in value.items() for fault in credential_faults(item, at=(*at, key))]
+    if isinstance(value, list):
+        return [fault for i, item in enumerate(value) for fault in credential_faults(item, at=(*at, i))]
+    if isinstance(value, str) and _USER_AND_PASSWORD.search(value):
+        return [Fault(at, f"holds a user name and password: {shown(value)}", hint=_HINT)]
+    return []
