@@ -190,7 +190,7 @@ def _naming_place(document: Document, path: KeyPath) -> Iterator[None]:
     try:
         yield
     except WmtpError as error:
-        raise WmtpError(f"{error}\n  {document.name}, {document.where(path)}", hint=error.hint) from error
+        raise WmtpError(f"{error}\n  {document.where(path)}", hint=error.hint) from error
 
 
 def _match_signals(plan: Plan, loaded: Mapping[str, LoadedPlugin]) -> None:

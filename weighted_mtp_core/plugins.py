@@ -282,6 +282,10 @@ def _declared(plugin: FoundPlugin, manager: pluggy.PluginManager, kind: Kind) ->
             raise WmtpError(
                 f"{plugin} gives `{address}` options that are no attrs class: {component.options!r}"
             )
+        try:
+            attrs.resolve_types(component.options)
+        except NameError as error:
+            raise WmtpError(f"{plugin} gives `{address}` an option of an unknown type: {error}") from error
         components[component.name] = component
     return components
 

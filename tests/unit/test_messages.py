@@ -1,11 +1,13 @@
 """The exact text of everything that a user can get wrong before a run starts."""
 
 import pytest
+from weighted_mtp_core import cli
 from weighted_mtp_core.api import BuildContext
 from weighted_mtp_core.cli import main
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.plan import make_plan
 from weighted_mtp_core.plugins import Kind, find, load, resolve
+from weighted_mtp_core.wording import quoted
 
 RECIPE = """
     [run]
@@ -27,6 +29,7 @@ OPTIONS = """
     def declare(name, options=Options, build=lambda options, context: None):
         return Component(name=name, summary="", options=options, build=build)
 """
+COMMANDS = quoted(module.__name__.rpartition(".")[2] for module in cli.COMMANDS)
 NUMBERED = "its elements are numbered from 0; to replace the whole array: --set 'tracker=[...]'"
 NOT_CALLABLE = "'build' must be callable (got None that is a <class 'NoneType'>)."
 
@@ -201,6 +204,27 @@ def test_a_hook_that_declares_nonsense(load_error, body, text):
     assert load_error(source) == f"error: plugin `mine` (wmtp-mine 0.3.0) {text}"
 
 
+def test_options_of_a_type_that_cannot_be_found(load_error):
+    source = """
+        from __future__ import annotations
+        from attrs import frozen
+        from weighted_mtp_core.api import Component, hookimpl
+
+        @frozen
+        class Options:
+            size: Missing = 1
+
+        @hookimpl
+        def wmtp_critics():
+            yield Component(name="a", summary="", options=Options, build=print)
+    """
+
+    assert load_error(source) == (
+        "error: plugin `mine` (wmtp-mine 0.3.0) gives `mine.a` an option of an unknown type: "
+        "name 'Missing' is not defined"
+    )
+
+
 # --------------------------------------------------------------------------- addresses
 
 
@@ -244,7 +268,7 @@ def test_a_plugin_that_offers_none_of_the_kind(install_plugin, site):
 
 def test_an_address_in_a_recipe_says_where_it_stands(plan_error):
     assert plan_error("weighting.use=exmaple.flat").splitlines()[1:] == [
-        "  recipe.toml, --set, weighting.use",
+        "  --set, weighting.use",
         "hint: did you mean `example`?",
     ]
     assert plan_error(text=RECIPE.replace("example.flat", "example.flt")) == (
@@ -474,11 +498,10 @@ def cli_error(*arguments):
 
 def test_no_such_command():
     assert cli_error("chek", "x") == (
-        "error: there is no command `chek`; commands: `run`, `check`, `plugins`\n"
-        "hint: did you mean `check`?\n"
+        f"error: there is no command `chek`; commands: {COMMANDS}\nhint: did you mean `check`?\n"
     )
     assert cli_error("zzz") == (
-        "error: there is no command `zzz`; commands: `run`, `check`, `plugins`\n"
+        f"error: there is no command `zzz`; commands: {COMMANDS}\n"
         "hint: see: python -m weighted_mtp_core --help\n"
     )
 

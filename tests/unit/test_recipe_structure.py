@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from attrs import field, frozen
+from attrs import field, fields, frozen
 from attrs import validators as v
 from weighted_mtp_core.recipe.credentials import credential_faults
 from weighted_mtp_core.recipe.structure import plain, structure
@@ -34,6 +34,7 @@ class Options:
     clip: tuple[float, float] = (0.1, 3.0)
     ks: tuple[int, ...] = ()
     words: list[str] = field(factory=list)
+    names: frozenset[str] = frozenset()
     maybe: int | None = None
     either: int | str = 0
     shares: Mapping[str, float] = field(factory=dict)
@@ -42,7 +43,7 @@ class Options:
     anything: Any = None
 
 
-KEYS = "steps, rate, name, flag, mode, colour, clip, ks, words, maybe, either, shares, file, inner, anything"
+KEYS = ", ".join(each.name for each in fields(Options))
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,7 @@ KEYS = "steps, rate, name, flag, mode, colour, clip, ks, words, maybe, either, s
         ("clip", [1, 2.5], (1.0, 2.5)),
         ("ks", [1, 2], (1, 2)),
         ("words", ["a"], ["a"]),
+        ("names", ["b", "a"], frozenset({"a", "b"})),
         ("maybe", 4, 4),
         ("either", "a", "a"),
         ("shares", {"a": 1}, {"a": 1.0}),
@@ -89,6 +91,7 @@ def test_what_toml_can_say_becomes_the_type_of_the_field(key, toml, value):
         ("clip", [1.0], "expected array of 2: float, float, got 1 elements"),
         ("ks", 1, "expected array of int, got int 1"),
         ("words", "word", "expected array of str, got str 'word'"),
+        ("names", "ab", "expected array of str, got str 'ab'"),
         ("maybe", "a", "expected int, got str 'a'"),
         ("either", 1.5, "expected int or str, got float 1.5"),
         ("shares", [], "expected table, got array"),
@@ -169,7 +172,7 @@ def test_plain_gives_back_what_toml_would_say():
 
     assert plain(options) == {
         "steps": 3, "rate": 1.0, "name": "x", "flag": False, "mode": "mean", "ks": [], "words": [],
-        "either": 0, "shares": {},
+        "either": 0, "shares": {}, "names": [],
     } | table  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def expected(kind: Any) -> str:
         return " or ".join(expected(each) for each in arguments if each is not types.NoneType)
     if origin is tuple and arguments[-1] is not Ellipsis:
         return f"array of {len(arguments)}: " + ", ".join(expected(each) for each in arguments)
-    if origin in {tuple, list, Sequence}:
+    if origin in {tuple, list, set, frozenset, Sequence}:
         return f"array of {expected(arguments[0])}"
     if origin in {dict, Mapping} or attrs.has(kind):
         return "table"

@@ -34,10 +34,10 @@ class Place:
     source: str
     line: int | None = None
 
-    def named(self, recipe: str) -> str:
-        """Return the place in words; the recipe's own file goes without saying."""
+    def name_key(self, path: KeyPath) -> str:
+        """Return "file, line 3, a.key" or "--set, a.key"."""
         line = [] if self.line is None else [f"line {self.line}"]
-        return ", ".join(line if self.source == recipe else [self.source, *line])
+        return ", ".join([self.source, *line, _dotted(path)])
 
 
 @define
@@ -56,17 +56,20 @@ class Document:
     _places: dict[KeyPath, Place] = field(factory=dict)
 
     def where(self, path: KeyPath) -> str:
-        """Return the place of a key, or of the nearest table around it, with the key."""
-        place = next(
-            (self._places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self._places), None
-        )
-        key = ".".join(str(part) for part in path)
-        return f"{place.named(self.name)}, {key}" if place else key
+        """Return a key with the file and line, or the option, that wrote it or the table around it."""
+        place = self._place(path)
+        return place.name_key(path) if place else f"{self.name}, {_dotted(path)}"
+
+    def _place(self, path: KeyPath) -> Place | None:
+        """Return the place of a key, or of the nearest table around it that anybody wrote."""
+        written = (path[:n] for n in range(len(path), 0, -1) if path[:n] in self._places)
+        return next((self._places[each] for each in written), None)
 
     def error(self, faults: Sequence[Fault]) -> WmtpError:
         """Return one error that lists every fault with its place, in the order of the files."""
         ordered = sorted(dict.fromkeys(faults), key=self._order)
-        lines = [f"  {self.where(fault.path)}: {fault.text}" for fault in ordered]
+        # the file that the first line names goes without saying
+        lines = [f"  {self.where(each.path).removeprefix(self.name + ', ')}: {each.text}" for each in ordered]
         count = f"{len(lines)} problem{'s' * (len(lines) > 1)}"
         hints = [fault.hint for fault in ordered if fault.hint]
         return WmtpError("\n".join([f"{self.name}: {count}", *lines]), hint=next(iter(hints), None))
@@ -123,13 +126,10 @@ class Document:
             del self._places[below]
 
     def _order(self, fault: Fault) -> tuple[int, int, str]:
-        path = fault.path
-        while path and path not in self._places:
-            path = path[:-1]
-        place = self._places.get(path, Place(self.name, 0))
-        file = self.files.index(place.source) if place.source in self.files else len(self.files)
-        own_file_first = -1 if place.source == self.name else file
-        return own_file_first, place.line or 0, ".".join(str(part) for part in fault.path)
+        """Sort the recipe's own faults first, then lower layers, then options, each by line."""
+        place = self._place(fault.path) or Place(self.name, 0)
+        layer = self.files.index(place.source) if place.source in self.files else len(self.files)
+        return -1 if place.source == self.name else layer, place.line or 0, _dotted(fault.path)
 
 
 def read_document(
@@ -221,11 +221,15 @@ def _parse_value(raw: str, *, text: str) -> Any:
     return table["value"] if len(table) == 1 else raw
 
 
+def _dotted(path: KeyPath) -> str:
+    return ".".join(str(part) for part in path)
+
+
 def _step(parent: Any, key: str, *, at: KeyPath, source: str) -> str | int:
     """Return `key` as what `parent` is indexed by: a name, or a number in an array."""
     if isinstance(parent, dict):
         return key
-    name = ".".join(str(part) for part in at)
+    name = _dotted(at)
     if not isinstance(parent, list):
         raise WmtpError(f"{source} {name}.{key}: `{name}` is no table but {shown(parent)}")
     if key.isdecimal() and int(key) < len(parent):

@@ -67,6 +67,8 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(plain(item) for item in value)
     if isinstance(value, enum.Enum):
         return value.value
     return str(value) if isinstance(value, Path) else value
@@ -155,9 +157,9 @@ def _each(items: Iterable[tuple[str | int, Any, Any]]) -> tuple[list[Any], list[
 
 
 def _array(kind: Any) -> Hook:
-    into: Callable[[list[Any]], Any] = list if typing.get_origin(kind) is list else tuple
-    arguments = typing.get_args(kind)
-    fixed = typing.get_origin(kind) is tuple and arguments[-1] is not Ellipsis
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    into: Callable[[list[Any]], Any] = tuple if origin is Sequence else origin
+    fixed = origin is tuple and arguments[-1] is not Ellipsis
 
     def hook(value: Any, _: Any) -> Any:
         if not isinstance(value, list):
@@ -262,7 +264,7 @@ def _is_choice(kind: Any) -> bool:
 
 
 def _is_array(kind: Any) -> bool:
-    return typing.get_origin(kind) in {tuple, list, Sequence}
+    return typing.get_origin(kind) in {tuple, list, set, frozenset, Sequence}
 
 
 def _is_mapping(kind: Any) -> bool:
