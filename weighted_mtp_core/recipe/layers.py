@@ -80,7 +80,8 @@ class Document:
 
     def drop_unnamed(self, key: str) -> None:
         """Drop a table that names no component: a preset changes the parts a recipe has, it adds none."""
-        if "use" not in self.table.get(key, {"use": ""}):
+        table = self.table.get(key)
+        if isinstance(table, dict) and "use" not in table:
             del self.table[key]
             self._forget((key,))
 
