@@ -22,12 +22,12 @@ _SEGMENT = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
 def _is_uri(instance: object, attribute: Attribute[str | None], value: str | None) -> None:
-    del instance
+    del instance, attribute
     if value is not None:
         try:
             check_uri(value)
         except WmtpError as error:
-            raise ValueError(f"{attribute.name}: {error}") from error
+            raise ValueError(str(error)) from error
 
 
 @frozen(kw_only=True)

@@ -12,9 +12,11 @@ from collections.abc import Callable
 
 from attrs import define, field
 
+from weighted_mtp_core.api import Tracker
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.tracking.outbox import Outbox, Pending
 from weighted_mtp_core.tracking.redact import redact
+from weighted_mtp_core.tracking.run_folder import RunFolder
 
 _PAUSE_S = 1.0  # between two batches: a metric a second costs a tracker as much as a thousand
 _BACK_OFF_S = (0.5, 1.0, 2.0, 5.0)  # the last one repeats: at most 5 s behind a tracker that came back
@@ -38,6 +40,14 @@ class Delivery:
     _failures: int = field(init=False, default=0)
     _last_success: float = field(init=False, factory=time.monotonic)
     _thread: threading.Thread | None = field(init=False, default=None)
+
+    @classmethod
+    def to(cls, tracker: Tracker, name: str, folder: RunFolder, *, say: Callable[[str], None]) -> Delivery:
+        """Return the delivery of a run folder to a tracker named `<number>-<address>`."""
+        outbox = Outbox(
+            tracker=tracker, folder=folder.path, journal=folder.journal, state=folder.delivery(name)
+        )
+        return cls(name=name.partition("-")[2] or name, outbox=outbox, say=say)
 
     def start(self) -> None:
         """Open the run at the tracker, then go on in the background.

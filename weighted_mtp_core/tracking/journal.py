@@ -125,14 +125,14 @@ class Journal:
     def __attrs_post_init__(self) -> None:
         self._descriptor = _open_whole(self.path)
 
-    def append(self, kind: str, fields: Mapping[str, Any]) -> None:
-        """Write one line.
+    def append(self, kind: str, fields: Mapping[str, Any], *, time_ms: int | None = None) -> None:
+        """Write one line; it happened at `time_ms` (now, if that is None).
 
         Raises:
             RunFailedError: The file cannot be written, for example because the disk is full.
         """
         with self._lock:
-            line = encode(kind, fields, time_ms=now_ms())
+            line = encode(kind, fields, time_ms=now_ms() if time_ms is None else time_ms)
             size = os.fstat(self._descriptor).st_size
             try:
                 while line:  # a disk that fills up takes a part of a line first, and refuses the rest

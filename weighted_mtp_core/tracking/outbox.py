@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from attrs import define, evolve, field, frozen
+from attrs import asdict, define, evolve, field, frozen
 
 from weighted_mtp_core.api import DatasetVersion, MetricPoint, RunInfo, RunOutcome, Tracker
 from weighted_mtp_core.errors import RunFailedError, WmtpError
@@ -39,7 +39,38 @@ class Pending:
         return self.lines > 0 or self.files > 0
 
     def __str__(self) -> str:
-        return f"{self.lines} journal lines and {self.files} files"
+        counts = {"journal line": self.lines, "file": self.files}
+        return " and ".join(f"{n} {noun}{'s' * (n > 1)}" for noun, n in counts.items() if n) or "nothing"
+
+
+@define(kw_only=True, eq=False)
+class _Kept:
+    """How far a delivery has come.
+
+    Attributes:
+        position: Where the next line to send begins.
+        aside: Where lines before it begin that are to be sent again.
+        refused: From where to where lines lie that the tracker will not take.
+    """
+
+    position: int = 0
+    aside: list[int] = field(factory=list)
+    refused: list[tuple[int, int]] = field(factory=list)
+
+    @classmethod
+    def read(cls, state: Path, journal: Path) -> _Kept:
+        if not state.is_file():
+            return cls()
+        kept = cls(**json.loads(state.read_text(encoding="utf-8")))
+        # a resumed run may have cut the journal back behind the position
+        kept.position = min(kept.position, journal.stat().st_size)
+        kept.aside = [start for start in kept.aside if start < kept.position]
+        kept.refused = [(start, end) for start, end in kept.refused if end <= kept.position]
+        return kept
+
+    def write(self, state: Path) -> None:
+        state.parent.mkdir(exist_ok=True)
+        atomic_write(state, json.dumps(asdict(self)) + "\n")
 
 
 @define(kw_only=True, eq=False)
@@ -61,26 +92,22 @@ class Outbox:
     state: Path
     reason: str = field(init=False, default="")
     full: bool = field(init=False, default=False)
-    _position: int = field(init=False, default=0)
-    _aside: list[int] = field(init=False, factory=list)
-    _refused: list[tuple[int, int]] = field(init=False, factory=list)
+    _kept: _Kept = field(init=False)
     _refusals: list[str] = field(init=False, factory=list)
     _info: RunInfo | None = field(init=False, default=None)
     _uploading: int = field(init=False, default=0)
 
     def __attrs_post_init__(self) -> None:
-        if self.state.is_file():
-            kept = json.loads(self.state.read_text(encoding="utf-8"))
-            # a resumed run may have cut the journal back behind the position
-            self._position = min(kept["position"], self.journal.stat().st_size)
-            self._aside = [start for start in kept["aside"] if start < self._position]
-            self._refused = [(start, end) for start, end in kept["refused"] if end <= self._position]
+        self._kept = _Kept.read(self.state, self.journal)
 
     def open(self) -> None:
         """Open the run at the tracker, described by all that the journal knows of it by now."""
         info = describe(self.journal, self.folder)
         self.tracker.start(info)
         self._info = info
+        end = last_entry(self.journal)
+        if end is not None and end.kind == "status" and end.end <= self._kept.position:
+            self._kept.aside.append(end.start)  # opening made the run a running one again
 
     def step(self) -> bool:
         """Send the next batch of lines or, if there is none, one file that could not be stored before.
@@ -95,15 +122,20 @@ class Outbox:
             self.open()
         batch = self._next_batch()
         if not batch:
-            return self._store_aside()
+            return self._send_aside()
         self._sync_journal()
         try:
             self._send(batch)
         except WmtpError as error:
-            self._refused.append((batch[0].start, batch[-1].end))
-            self._refusals.append(f"{_what(batch)}: {redact(str(error))}")
-        self._advance(batch[-1].end)
+            self._refuse(batch, error)
+        self._kept.position = batch[-1].end
+        self._kept.write(self.state)
         return True
+
+    def _refuse(self, batch: Sequence[Entry], error: WmtpError) -> None:
+        self._kept.refused.append((batch[0].start, batch[-1].end))
+        hint = f"; {error.hint}" if error.hint else ""
+        self._refusals.append(redact(f"{_what(batch)}: {error}{hint}"))
 
     def take_refusals(self) -> list[str]:
         """Return what was refused since the last call, in words."""
@@ -116,25 +148,27 @@ class Outbox:
 
     def pending(self) -> Pending:
         """Count what is not delivered."""
-        lines = [e for e in read_journal(self.journal, self._position) if isinstance(e, Entry)]
-        files = sum(entry.kind == "artifact" for entry in lines) + len(self._aside)
-        rows = len(lines) - files + len(self._aside)
-        for start, end in self._refused:
-            rows += self._count(start, end)
-        return Pending(lines=rows, files=files, reason=self.reason)
+        return evolve(count_pending(self.journal, self.state), reason=self.reason)
 
-    def _count(self, start: int, end: int) -> int:
-        return sum(1 for entry in read_journal(self.journal, start) if entry.end <= end)
+    def try_refused_again(self) -> None:
+        """Take up what was refused before: somebody may have raised a limit since."""
+        refused, self._kept.refused = self._kept.refused, []
+        for start, end in refused:
+            for entry in read_journal(self.journal, start):
+                if entry.end > end:
+                    break
+                self._kept.aside.append(entry.start)
+        self._kept.write(self.state)
 
     def _next_batch(self) -> list[Entry]:
         batch: list[Entry] = []
         points = 0
-        for entry in read_journal(self.journal, self._position):
+        for entry in read_journal(self.journal, self._kept.position):
             if isinstance(entry, Damage):
                 if batch:
                     break
                 self._refusals.append(f"bytes {entry.start} to {entry.end} of the journal: they are damaged")
-                self._position = entry.end
+                self._kept.position = entry.end
                 continue
             together = entry.kind in _POINTS
             if batch and not together:
@@ -179,21 +213,23 @@ class Outbox:
         except WmtpError:
             raise
         except Exception as error:  # noqa: BLE001 - by contract any exception means "not delivered"
-            self._aside.append(entry.start)
+            self._kept.aside.append(entry.start)
             self.reason = redact(str(error))
 
-    def _store_aside(self) -> bool:
-        if not self._aside:
+    def _send_aside(self) -> bool:
+        if not self._kept.aside:
             return False
-        entry = next(read_journal(self.journal, self._aside[0]))
+        entry = next(read_journal(self.journal, self._kept.aside[0]))
         if isinstance(entry, Entry):
             try:
-                self._store(entry)
+                if entry.kind == "artifact":
+                    self._store(entry)
+                else:
+                    self._send([entry])
             except WmtpError as error:
-                self._refused.append((entry.start, entry.end))
-                self._refusals.append(f"{_what([entry])}: {redact(str(error))}")
-        self._aside.pop(0)
-        self._save()
+                self._refuse([entry], error)
+        self._kept.aside.pop(0)
+        self._kept.write(self.state)
         return True
 
     def _store(self, entry: Entry) -> None:
@@ -214,14 +250,26 @@ class Outbox:
         finally:
             os.close(descriptor)
 
-    def _advance(self, position: int) -> None:
-        self._position = position
-        self._save()
 
-    def _save(self) -> None:
-        self.state.parent.mkdir(exist_ok=True)
-        kept = {"position": self._position, "aside": self._aside, "refused": self._refused}
-        atomic_write(self.state, json.dumps(kept) + "\n")
+def count_pending(journal: Path, state: Path) -> Pending:
+    """Count what a tracker has not got, from the files alone."""
+    kept = _Kept.read(state, journal)
+    entries = list(read_journal(journal, kept.position))
+    entries += [next(read_journal(journal, start)) for start in kept.aside]
+    for start, end in kept.refused:
+        entries += [entry for entry in read_journal(journal, start) if entry.end <= end]
+    whole = [entry for entry in entries if isinstance(entry, Entry)]
+    files = sum(entry.kind == "artifact" for entry in whole)
+    return Pending(lines=len(whole) - files, files=files, reason="")
+
+
+def last_entry(journal: Path) -> Entry | None:
+    """Return the last undamaged line."""
+    last = None
+    for entry in read_journal(journal):
+        if isinstance(entry, Entry):
+            last = entry
+    return last
 
 
 def describe(journal: Path, folder: Path) -> RunInfo:

@@ -25,7 +25,6 @@ from weighted_mtp_core.tracking.display import Display
 from weighted_mtp_core.tracking.journal import Journal, now_ms, plain_number
 from weighted_mtp_core.tracking.log import RunLog
 from weighted_mtp_core.tracking.names import check_metric_name, check_path_name
-from weighted_mtp_core.tracking.outbox import Outbox
 from weighted_mtp_core.tracking.redact import redact
 from weighted_mtp_core.tracking.run_folder import RunFolder
 
@@ -75,7 +74,7 @@ class Recorder:
         Args:
             folder: The new run folder.
             info: What the run is.
-            trackers: Where it goes too, by address.
+            trackers: Where it goes too, by the names of `build_trackers`.
             recipe_toml: The resolved recipe.
             display: What a person sees.
 
@@ -96,6 +95,7 @@ class Recorder:
             experiment=info.experiment,
             status="RUNNING",
             started_ms=info.started_ms,
+            trackers=list(trackers),
         )
         recorder._describe(info)
         try:
@@ -115,14 +115,8 @@ class Recorder:
         self.artifact(self.folder.recipe, "")
 
     def _start_deliveries(self) -> None:
-        for number, (address, tracker) in enumerate(self._trackers.items()):
-            outbox = Outbox(
-                tracker=tracker,
-                folder=self.folder.path,
-                journal=self.folder.journal,
-                state=self.folder.delivery(f"{number}-{address}"),
-            )
-            delivery = Delivery(name=address, outbox=outbox, say=self.say)
+        for name, tracker in self._trackers.items():
+            delivery = Delivery.to(tracker, name, self.folder, say=self.say)
             delivery.start()
             self._deliveries.append(delivery)
 
@@ -236,7 +230,7 @@ class Recorder:
                 self.say(
                     f"`{delivery.name}` did not get {pending}"
                     + (f" ({pending.reason})" if pending.reason else "")
-                    + f"; they are kept in `{self.folder.path}`"
+                    + f"; it is kept: python -m weighted_mtp_core track sync {self.folder.path}"
                 )
 
     def __enter__(self) -> Self:
@@ -264,15 +258,8 @@ def open_recorder(plan: Plan, display: Display) -> Recorder:
         WmtpError: The folder cannot be made, or a tracker will never take this run.
     """
     recipe = plan.recipe
-    storage = Path(recipe.run.storage)
-    runs = Path(recipe.run.output_dir) if recipe.run.output_dir else storage / "runs"
-    context = BuildContext(seed=recipe.run.seed, storage=storage, sandbox=recipe.sandbox)
-    trackers: dict[str, Tracker] = {}
-    for chosen in plan.trackers:
-        address = chosen.address
-        while address in trackers:
-            address += "+"
-        trackers[address] = chosen.build(context)
+    runs = Path(recipe.run.output_dir) if recipe.run.output_dir else Path(recipe.run.storage) / "runs"
+    trackers = build_trackers(plan)
     folder = RunFolder.create(runs, experiment=plan.experiment, name=recipe.run.name)
     info = RunInfo(
         run_id=folder.run_id,
@@ -284,6 +271,13 @@ def open_recorder(plan: Plan, display: Display) -> Recorder:
         folder=folder.path,
     )
     return Recorder.open(folder, info, trackers=trackers, recipe_toml=plan.recipe_toml, display=display)
+
+
+def build_trackers(plan: Plan) -> dict[str, Tracker]:
+    """Build a plan's trackers, named `<number>-<address>`: the names that their deliveries keep."""
+    recipe = plan.recipe
+    context = BuildContext(seed=recipe.run.seed, storage=Path(recipe.run.storage), sandbox=recipe.sandbox)
+    return {f"{i}-{chosen.address}": chosen.build(context) for i, chosen in enumerate(plan.trackers)}
 
 
 def _outcome(error: BaseException | None) -> tuple[RunOutcome, str | None]:

@@ -1,10 +1,13 @@
 """A tracker that writes into a list and can be switched off, and a run folder with a journal to deliver."""
 
 import io
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 from rich.console import Console
@@ -14,6 +17,16 @@ from weighted_mtp_core.tracking.journal import Journal
 from weighted_mtp_core.tracking.outbox import Outbox
 from weighted_mtp_core.tracking.recorder import Recorder
 from weighted_mtp_core.tracking.run_folder import RunFolder
+
+HOLD = """
+    import sys, time
+    from pathlib import Path
+    from weighted_mtp_core.tracking.run_folder import RunFolder
+    folder = RunFolder.open(Path(sys.argv[1]))
+    folder.record(name="held")
+    print("held", flush=True)
+    time.sleep(60)
+"""
 
 
 class Notebook(Tracker):
@@ -147,3 +160,16 @@ def wait_until() -> Callable[[Callable[[], bool]], None]:
             time.sleep(0.01)
 
     return wait_until
+
+
+@pytest.fixture
+def holder(folder):
+    """Another process that holds the folder."""
+    folder.close()
+    process = subprocess.Popen(
+        [sys.executable, "-c", dedent(HOLD), folder.path], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()

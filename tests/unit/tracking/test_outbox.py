@@ -164,7 +164,7 @@ def test_pending_counts_lines_and_files(outbox, journal, folder):
     pending = outbox.pending()
 
     assert (pending.lines, pending.files) == (3, 1)  # two steps and the line that describes the run
-    assert str(pending) == "3 journal lines and 1 files"
+    assert str(pending) == "3 journal lines and 1 file"
 
 
 def test_a_run_is_described_by_all_its_lines(journal: Journal, folder):

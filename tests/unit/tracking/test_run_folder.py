@@ -8,28 +8,16 @@ import pytest
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.tracking.run_folder import RunFolder, find_runs, is_held, new_run_id, read_run
 
-HOLD = """
-    import sys, time
+HOLD_WITH_A_CHILD = """
+    import os, sys, time
     from pathlib import Path
     from weighted_mtp_core.tracking.run_folder import RunFolder
     folder = RunFolder.open(Path(sys.argv[1]))
-    folder.record(name="held")
+    if os.fork() == 0:
+        time.sleep(60)
     print("held", flush=True)
     time.sleep(60)
 """
-
-
-@pytest.fixture
-def holder(folder):
-    """Another process that holds the folder."""
-    folder.close()
-    process = subprocess.Popen(
-        [sys.executable, "-c", dedent(HOLD), folder.path], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.wait()
 
 
 def test_the_folder_is_named_by_experiment_run_and_id(tmp_path, folder):
@@ -92,9 +80,8 @@ def test_a_killed_holder_keeps_nothing(folder, holder):
 
 def test_a_child_that_outlives_a_killed_holder_does_not_hold_the_folder(folder):
     folder.close()
-    program = dedent(HOLD).replace("print(", "import os\nif os.fork() == 0: time.sleep(60)\nprint(")
     process = subprocess.Popen(
-        [sys.executable, "-c", program, folder.path], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", dedent(HOLD_WITH_A_CHILD), folder.path], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "held\n"
     children = subprocess.run(

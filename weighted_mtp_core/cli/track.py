@@ -1,0 +1,85 @@
+"""`track`: what the trackers of earlier runs have not got, and sending it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from weighted_mtp_core.cli.table import print_rows
+from weighted_mtp_core.errors import EXIT_DONE, EXIT_RUN_FAILED
+
+_DESCRIPTION = """\
+A run writes everything into its run folder first and sends it from there. `track status` shows what
+trackers have not got; `track sync` sends it, and closes runs that died without a word as KILLED.
+RUN is a run folder, a run id, or a part of one."""
+_EPILOG = """\
+examples:
+  track status
+  track sync 20261123-121856-4f1c9a
+  track sync --all"""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the command to the parser."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "track", help="show and send what trackers have not got", description=_DESCRIPTION, epilog=_EPILOG
+    )
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
+    status = actions.add_parser("status", help="show runs and what their trackers have not got")
+    status.add_argument("run", metavar="RUN", nargs="?", help="only this run")
+    sync = actions.add_parser("sync", help="send what the trackers of a run have not got")
+    which = sync.add_mutually_exclusive_group(required=True)
+    which.add_argument("run", metavar="RUN", nargs="?", help="the run")
+    which.add_argument("--all", action="store_true", help="every run that has something pending")
+    sync.add_argument(
+        "--limit", metavar="SECONDS", type=float, default=60.0, help="give up on a tracker after (60)"
+    )
+    for action in (status, sync):
+        action.add_argument(
+            "--runs", metavar="FOLDER", type=Path, default=Path("storage/runs"), help="(storage/runs)"
+        )
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    """Show or send."""
+    return _status(args) if args.action == "status" else _sync(args)
+
+
+def _status(args: argparse.Namespace) -> int:
+    from weighted_mtp_core.tracking.run_folder import find_runs
+    from weighted_mtp_core.tracking.sync import find_run, run_status
+
+    paths = [find_run(args.runs, args.run)] if args.run else list(find_runs(args.runs))
+    rows = []
+    for path in paths:
+        found = run_status(path)
+        waiting = [
+            f"{name.partition('-')[2]}: {pending}" for name, pending in found.pending.items() if pending
+        ]
+        rows.append((path.name, found.status, "; ".join(waiting) or "-", str(path)))
+    print_rows([("run", "status", "pending", "folder"), *rows])
+    return EXIT_DONE
+
+
+def _sync(args: argparse.Namespace) -> int:
+    from weighted_mtp_core.tracking.run_folder import find_runs
+    from weighted_mtp_core.tracking.sync import DIED, find_run, run_status, sync_run
+
+    paths = [find_run(args.runs, args.run)] if args.run else list(find_runs(args.runs))
+    code = EXIT_DONE
+    for path in paths:
+        found = run_status(path)
+        if args.all and (
+            found.status == "RUNNING" or not (any(found.pending.values()) or found.status == DIED)
+        ):
+            continue
+        for name, pending in sync_run(path, say=print, limit_s=args.limit).items():
+            address = name.partition("-")[2]
+            if pending:
+                code = EXIT_RUN_FAILED
+                print(f"{path.name}: `{address}` still lacks {pending} ({pending.reason})")
+            else:
+                print(f"{path.name}: `{address}` has everything")
+    return code
