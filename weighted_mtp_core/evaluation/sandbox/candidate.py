@@ -1,0 +1,132 @@
+"""Inside the sandbox: run one untrusted program and answer questions about it.
+
+Everything here shares a process with the program, so nothing here is trusted: whatever it answers is read on
+the other side as plain data and judged there.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import types
+from collections.abc import Callable
+from socket import socket
+
+from .wire import FrameError, UnencodableError, decode, encode, receive_frame, send_frame
+
+PROGRAM_FILE = "<program>"
+_MUTABLE = (list, dict, set)
+_MESSAGE_CHARACTERS = 300
+
+
+def serve(channel: socket) -> None:
+    """Answer requests until the other end closes; then end the process, threads and all."""
+    program = Program()
+    try:
+        while True:
+            send_frame(channel, program.answer(receive_frame(channel)))
+            if program.ended:
+                break
+    except (EOFError, OSError, FrameError):
+        pass
+    os._exit(0)
+
+
+class Program:
+    """The program's module and the objects of it that the other side holds by number.
+
+    Attributes:
+        ended: Whether a whole run (`main`) is over.
+    """
+
+    def __init__(self) -> None:
+        self.ended = False
+        self._module = types.ModuleType("candidate")
+        self._objects: list[object] = []
+        self._number_of: dict[int, int] = {}
+        self._operations: dict[object, Callable[..., object]] = {
+            "load": self._load,
+            "main": self._main,
+            "call": self._call,
+            "get": getattr,
+            "set": setattr,
+        }
+
+    def answer(self, frame: bytes) -> bytes:
+        """Carry out one request and return the encoded answer, whatever happens."""
+        try:
+            operation, *operands = decode(frame, self._objects.__getitem__)  # type: ignore[misc]
+            changes: dict[int, object] = {}
+            watched = self._mutable(operands[1]) if operation == "call" else {}
+            value = self._operations[operation](*operands)
+            for position, (argument, before) in watched.items():
+                if self._encode(argument) != before:
+                    changes[position] = argument
+            return self._encode(("value", value, changes))
+        except UnencodableError as error:
+            return encode(("unencodable", str(error)))
+        except BaseException as error:  # noqa: BLE001 - it crosses as data and is raised again over there
+            return encode(("raise", *_described(error)))
+
+    def _load(self, source: str) -> None:
+        self._run(source, "candidate")
+
+    def _main(self, source: str) -> None:
+        self.ended = True
+        try:
+            self._run(source, "__main__")
+        finally:
+            threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001 - as at the end of any program
+            sys.stdout.flush()
+            sys.stderr.flush()
+
+    def _run(self, source: str, name: str) -> None:
+        self._module.__name__ = name
+        sys.modules[name] = self._module
+        exec(compile(source, PROGRAM_FILE, "exec", dont_inherit=True), self._module.__dict__)  # noqa: S102
+
+    def _call(self, target: object, arguments: list[object], keywords: dict[str, object]) -> object:
+        if isinstance(target, str):
+            if target not in self._module.__dict__:
+                raise NameError(f"name '{target}' is not defined")
+            target = self._module.__dict__[target]
+        return target(*arguments, **keywords)  # type: ignore[operator]
+
+    def _mutable(self, arguments: list[object]) -> dict[int, tuple[object, bytes]]:
+        return {
+            position: (argument, self._encode(argument))
+            for position, argument in enumerate(arguments)
+            if isinstance(argument, _MUTABLE)
+        }
+
+    def _encode(self, value: object) -> bytes:
+        return encode(value, self._number)
+
+    def _number(self, value: object) -> int:
+        """Keep an object that is not plain data and return the number that stands for it."""
+        if id(value) not in self._number_of:
+            self._number_of[id(value)] = len(self._objects)
+            self._objects.append(value)
+        return self._number_of[id(value)]
+
+
+def _described(error: BaseException) -> tuple[list[str], str, int, int]:
+    """Return an exception's class names, nearest first, its message, the program's line and the errno."""
+    try:
+        message = str(error)[:_MESSAGE_CHARACTERS]
+    except BaseException:  # noqa: BLE001 - its `__str__` is the program's
+        message = ""
+    names = [str(kind.__name__)[:80] for kind in type(error).__mro__[:8]]
+    number = error.errno if isinstance(error, OSError) else None
+    return names, message, _line(error), number if type(number) is int else 0
+
+
+def _line(error: BaseException) -> int:
+    line = error.lineno or 0 if isinstance(error, SyntaxError) else 0
+    traceback = error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename == PROGRAM_FILE:
+            line = traceback.tb_lineno
+        traceback = traceback.tb_next
+    return line

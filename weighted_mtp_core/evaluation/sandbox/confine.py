@@ -1,0 +1,195 @@
+"""What the kernel is asked to enforce: namespaces, Landlock, capabilities, limits; through ctypes alone.
+
+Standard library only: this module runs in the bare interpreter of the zygote, never beside torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import resource
+import stat
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import seccomp
+
+SCRATCH_BYTES = 16 * 1024 * 1024
+SCRATCH_FILES = 2048
+OPEN_FILES = 64
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
+_SIGKILL = 9
+_CAPABILITY_VERSION_3 = 0x20080522
+
+_CLONE_NEWNS, _CLONE_NEWUTS, _CLONE_NEWIPC = 0x20000, 0x4000000, 0x8000000
+_CLONE_NEWUSER, _CLONE_NEWPID, _CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
+_NAMESPACES = _CLONE_NEWUSER | _CLONE_NEWNS | _CLONE_NEWPID | _CLONE_NEWNET | _CLONE_NEWIPC | _CLONE_NEWUTS
+_INNER_ID = 1000
+
+_MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REC, _MS_PRIVATE = 2, 4, 8, 0x4000, 0x40000
+_MNT_DETACH = 2
+_AT_FDCWD, _AT_RECURSIVE, _MOUNT_ATTR_RDONLY = -100, 0x8000, 1
+_SYS_MOUNT_SETATTR = 442
+
+_SYS_LANDLOCK_CREATE, _SYS_LANDLOCK_ADD, _SYS_LANDLOCK_RESTRICT = 444, 445, 446
+_READ_FILE, _READ_DIR = 1 << 2, 1 << 3
+# ABI 1 knows 13 rights of the file system, 2 adds REFER, 3 TRUNCATE, 5 IOCTL_DEV.
+_RIGHTS_BY_ABI = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
+# write, read, list, remove folder and file, make folder, file and symbolic link, move, truncate
+_SCRATCH_RIGHTS = sum(1 << bit for bit in (1, 2, 3, 4, 5, 7, 8, 12, 13, 14))
+_FILE_RIGHTS = sum(1 << bit for bit in (1, 2, 14))
+
+
+class ConfinementError(Exception):
+    """The kernel refused to confine."""
+
+
+def _checked(result: int, what: str) -> int:
+    if result < 0:
+        raise ConfinementError(f"{what}: {os.strerror(ctypes.get_errno())}")
+    return result
+
+
+def _syscall(number: int, *arguments: int | ctypes.Array[ctypes.c_char] | None) -> int:
+    words = [ctypes.c_long(each) if isinstance(each, int) else each for each in arguments]
+    return int(_libc.syscall(ctypes.c_long(number), *words))
+
+
+def _bytes(content: bytes) -> ctypes.Array[ctypes.c_char]:
+    return ctypes.create_string_buffer(content, len(content))
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends, however it ends."""
+    _checked(_libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0), "PR_SET_PDEATHSIG")
+
+
+# --------------------------------------------------------------------------- namespaces
+
+
+def enter_namespaces() -> None:
+    """Move this process into namespaces of its own, all mounts private and read-only.
+
+    Children that it forks from now on are in its PID namespace; it is not itself.
+
+    Raises:
+        ConfinementError: Not permitted here (containers and some distributions forbid user namespaces).
+    """
+    uid, gid = os.getuid(), os.getgid()
+    _checked(_libc.unshare(_NAMESPACES), "unshare")
+    try:
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"{_INNER_ID} {uid} 1")
+        Path("/proc/self/gid_map").write_text(f"{_INNER_ID} {gid} 1")
+    except OSError as error:
+        raise ConfinementError(f"user namespace: {error}") from None
+    _checked(_libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None), "private mounts")
+    attributes = _bytes(struct.pack("<QQQQ", _MOUNT_ATTR_RDONLY, 0, 0, 0))
+    done = _syscall(_SYS_MOUNT_SETATTR, _AT_FDCWD, _bytes(b"/\0"), _AT_RECURSIVE, attributes, 32)
+    _checked(done, "read-only mounts")
+
+
+def mount_scratch(path: str) -> None:
+    """Mount an empty, small tmpfs on `path`."""
+    options = f"size={SCRATCH_BYTES},nr_inodes={SCRATCH_FILES},mode=700".encode()
+    flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
+    _checked(_libc.mount(b"tmpfs", os.fsencode(path), b"tmpfs", flags, options), f"tmpfs on {path}")
+
+
+def unmount_scratch(path: str) -> None:
+    """Take the tmpfs away, with everything in it."""
+    _checked(_libc.umount2(os.fsencode(path), _MNT_DETACH), f"umount {path}")
+
+
+# --------------------------------------------------------------------------- landlock
+
+
+def landlock_abi() -> int:
+    """Return the kernel's Landlock ABI, 0 where there is none."""
+    return max(0, _syscall(_SYS_LANDLOCK_CREATE, None, 0, 1))
+
+
+def restrict_files(readable: Sequence[int], writable: Sequence[int], *, scratch: str) -> None:
+    """Allow reading below `readable`, reading and writing the files `writable` and all below `scratch`.
+
+    Forbids TCP, abstract Unix sockets and signals to the outside too, where the ABI knows them.
+
+    Args:
+        readable: Open `O_PATH` descriptors of files and folders.
+        writable: Open `O_PATH` descriptors of files (`/dev/null`).
+        scratch: The candidate's own folder.
+
+    Raises:
+        ConfinementError: The kernel has no Landlock or refuses.
+    """
+    abi = landlock_abi()
+    if abi < 1:
+        raise ConfinementError("this kernel has no Landlock")
+    handled = (1 << _RIGHTS_BY_ABI[min(abi, 5)]) - 1
+    attributes = struct.pack("<QQQ", handled, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
+    size = 8 if abi < 4 else 16 if abi < 6 else 24
+    ruleset = _checked(_syscall(_SYS_LANDLOCK_CREATE, _bytes(attributes), size, 0), "landlock ruleset")
+    for descriptor in readable:
+        folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        _allow(ruleset, descriptor, _READ_FILE | _READ_DIR if folder else _READ_FILE)
+    for descriptor in writable:
+        _allow(ruleset, descriptor, _FILE_RIGHTS & handled)
+    folder_descriptor = os.open(scratch, os.O_PATH | os.O_DIRECTORY)
+    _allow(ruleset, folder_descriptor, _SCRATCH_RIGHTS & handled)
+    os.close(folder_descriptor)
+    _checked(_syscall(_SYS_LANDLOCK_RESTRICT, ruleset, 0), "landlock_restrict_self")
+    os.close(ruleset)
+
+
+def _allow(ruleset: int, descriptor: int, rights: int) -> None:
+    rule = _bytes(struct.pack("<Qi", rights, descriptor))  # struct landlock_path_beneath_attr, packed
+    _checked(_syscall(_SYS_LANDLOCK_ADD, ruleset, 1, rule, 0), "landlock_add_rule")
+
+
+# --------------------------------------------------------------------------- for good
+
+
+def limit(*, cpu_seconds: float, memory_bytes: int) -> None:
+    """Set the kernel's limits on this process; the CPU limit is a backstop behind the worker's own."""
+    cpu = int(cpu_seconds) + 2
+    for kind, value in (
+        (resource.RLIMIT_CPU, cpu),
+        (resource.RLIMIT_AS, memory_bytes),
+        (resource.RLIMIT_FSIZE, SCRATCH_BYTES),
+        (resource.RLIMIT_NOFILE, OPEN_FILES),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_MEMLOCK, 0),
+        (resource.RLIMIT_MSGQUEUE, 0),
+    ):
+        hard = resource.getrlimit(kind)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (value, value))
+
+
+def forbid_new_privileges() -> None:
+    """Give up setuid programs, now and in all children; Landlock and seccomp ask for it."""
+    _checked(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
+
+
+def drop_capabilities() -> None:
+    """Give up every capability; root keeps its user id, which then is one like any other."""
+    header = _bytes(struct.pack("<Ii", _CAPABILITY_VERSION_3, 0))
+    _checked(_libc.capset(header, _bytes(bytes(24))), "capset")
+
+
+def filter_system_calls() -> None:
+    """Install the seccomp filter.
+
+    Raises:
+        ConfinementError: The kernel refuses.
+    """
+    code = seccomp.build_filter(os.getpid(), platform.machine())
+    buffer = _bytes(code)
+    # struct sock_fprog: unsigned short length, then a pointer
+    program = _bytes(struct.pack("<HxxxxxxQ", len(code) // 8, ctypes.addressof(buffer)))
+    _checked(_libc.prctl(22, 2, program, 0, 0), "PR_SET_SECCOMP")

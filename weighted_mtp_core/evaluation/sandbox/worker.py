@@ -1,0 +1,137 @@
+"""One worker: reads jobs from stdin, has each run and watched, answers on stdout.
+
+Trusted and single-threaded; forks a judge for each job and has the zygote fork a candidate.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import socket
+import struct
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from . import judge, zygote
+from .messages import read_message, write_message
+from .watch import CallerGoneError, Limits, run_cases, run_check
+
+_CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
+# What tests import most; a judge's fork gets them for nothing.
+_WARM_FOR_TESTS = ("collections", "copy", "itertools", "math", "random", "re", "string", "typing")
+
+
+def start(arguments: list[str]) -> NoReturn:
+    """Run from the bootstrap line: a JSON configuration."""
+    main(json.loads(arguments[0]))
+
+
+def main(configuration: Mapping[str, Any]) -> NoReturn:
+    """Answer jobs until stdin closes, then end everything that was started."""
+    commands = os.fdopen(os.dup(0), "rb", buffering=0)
+    results = os.fdopen(os.dup(1), "wb", buffering=0)
+    nothing = os.open("/dev/null", os.O_RDWR)
+    os.dup2(nothing, 0)
+    os.dup2(nothing, 1)
+    for name in _WARM_FOR_TESTS:
+        importlib.import_module(name)
+    limits = Limits(**configuration["limits"], caller=commands.fileno())
+    candidates = Zygote(configuration["zygote"])
+    gc.collect()
+    gc.freeze()
+    try:
+        candidates.start()
+        write_message(results, {"ready": True})
+        while (job := read_message(commands)) is not None:
+            kind, detail = _run(job, candidates, limits)
+            write_message(results, {"kind": kind, "detail": judge.one_line(detail)})
+    except (BrokenPipeError, CallerGoneError):
+        pass  # nobody waits for an answer any more
+    finally:
+        candidates.stop()
+    os._exit(0)
+
+
+def _run(job: Mapping[str, Any], candidates: Zygote, limits: Limits) -> tuple[str, str]:
+    """Judge one job; a zygote that failed or could not clean up is replaced."""
+    try:
+        return run_cases(job, candidates, limits) if "cases" in job else run_check(job, candidates, limits)
+    except ZygoteDiedError as error:
+        candidates.start()
+        return "judge_error", f"the sandbox failed: {error}"
+
+
+class ZygoteDiedError(Exception):
+    """The zygote is gone."""
+
+
+class Zygote:
+    """The zygote as its worker sees it.
+
+    Args:
+        command: Command line, to which the number of the control descriptor is added.
+    """
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = command
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control = socket.socket()
+
+    def start(self) -> None:
+        """Start a fresh one, with nothing of this process but one descriptor."""
+        self.stop()
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        with theirs:
+            self._process = subprocess.Popen(
+                [*self._command, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            )
+
+    def stop(self) -> None:
+        """End it; the kernel ends its children with it."""
+        self._control.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def spawn(self, channel: int, *, stdin: int, output: int) -> int:
+        """Have a candidate's process forked and confined; it waits for its program on `channel`.
+
+        Returns:
+            Its process id as this process sees it: the kernel writes the sender's, whatever its namespace.
+
+        Raises:
+            ZygoteDiedError: It could not.
+        """
+        try:
+            socket.send_fds(self._control, [zygote.SPAWN], [channel, stdin, output])
+            message, ancillary, _, _ = self._control.recvmsg(1024, socket.CMSG_SPACE(_CREDENTIALS.size))
+        except OSError as error:
+            raise ZygoteDiedError(str(error)) from error
+        if message != zygote.STARTED:
+            raise ZygoteDiedError(message.decode(errors="replace") or "the zygote ended")
+        data = next(data for _, kind, data in ancillary if kind == socket.SCM_CREDENTIALS)
+        return int(_CREDENTIALS.unpack(data)[0])
+
+    def reap(self) -> tuple[int, float]:
+        """Return the wait status and the CPU seconds of the candidate, which has ended or was killed.
+
+        Raises:
+            ZygoteDiedError: It could not clean up behind the candidate.
+        """
+        try:
+            self._control.send(zygote.REAP)
+            message = self._control.recv(1024)
+        except OSError as error:
+            raise ZygoteDiedError(str(error)) from error
+        if len(message) != zygote.EXIT_STATUS.size:
+            raise ZygoteDiedError("the zygote ended while it cleaned up")
+        status, seconds = zygote.EXIT_STATUS.unpack(message)
+        return int(status), float(seconds)
