@@ -45,11 +45,17 @@ class Diagnosis:
         return WmtpError(self.text, hint=self.hint)
 
 
-def diagnose(error: BaseException, uri: str) -> Diagnosis:
-    """Return what an exception from MLflow, requests or a database driver means."""
+def diagnose(error: BaseException, uri: str, *, what: str = "") -> Diagnosis:
+    """Return what an exception from MLflow, requests, botocore or a database driver means.
+
+    Args:
+        error: The exception.
+        uri: The tracking URI.
+        what: What of the server it is about, such as "the artifact store of ".
+    """
     found = _diagnose(error)
     server = "the tracking server" if uri.startswith("http") else "the MLflow store"
-    return evolve(found, text=found.text.replace("{server}", f"{server} `{redact(uri)}`"))
+    return evolve(found, text=found.text.replace("{server}", f"{what}{server} `{redact(uri)}`"))
 
 
 def _diagnose(error: BaseException) -> Diagnosis:
@@ -88,7 +94,7 @@ _NETWORK = (
         ),
     ),
     (
-        r"Connection refused|ECONNREFUSED",
+        r"Connection refused|ECONNREFUSED|Could not connect to the endpoint URL",
         Diagnosis(
             text="nothing answers at {server}",
             hint="start it, correct MLFLOW_TRACKING_URI, or run untracked with `enabled = false`",

@@ -45,6 +45,7 @@ from mlflow.exceptions import MlflowException  # noqa: E402
 
 from weighted_mtp_core.api import DatasetVersion, MetricPoint, RunInfo, RunOutcome, Tracker  # noqa: E402
 from weighted_mtp_core.builtin import _mlflow_limits as limits  # noqa: E402
+from weighted_mtp_core.builtin._mlflow_artifacts import check_store, drop_local_checkpoint, store  # noqa: E402
 from weighted_mtp_core.builtin._mlflow_errors import NotDeliveredError, diagnose  # noqa: E402
 from weighted_mtp_core.builtin.mlflow import local_path  # noqa: E402
 from weighted_mtp_core.errors import WmtpError  # noqa: E402
@@ -63,10 +64,12 @@ class MlflowTracker(Tracker):
     Args:
         uri: The tracking URI.
         artifact_root: Where a new experiment keeps its files, if not in the default place.
+        keep_local: False deletes the best checkpoint once a remote store has it.
     """
 
-    def __init__(self, *, uri: str, artifact_root: str | None) -> None:
+    def __init__(self, *, uri: str, artifact_root: str | None, keep_local: bool = True) -> None:
         self._uri = uri
+        self._keep_local = keep_local
         self._artifact_root = artifact_root
         self._path = local_path(uri)
         self._client: MlflowClient | None = None
@@ -89,7 +92,10 @@ class MlflowTracker(Tracker):
             if self._client is None:
                 self._client = MlflowClient(tracking_uri=self._uri)
             self._experiment_id = self._find_experiment(run.experiment)
-            self._run_id = (self._find(run) or self._create(run)).info.run_id
+            run_id = (self._find(run) or self._create(run)).info.run_id
+            if not self._run_id:
+                check_store(self._open, run_id)
+            self._run_id = run_id
             self._describe(run)
 
     def log_metrics(self, points: Sequence[MetricPoint]) -> None:
@@ -105,8 +111,10 @@ class MlflowTracker(Tracker):
 
     def log_artifact(self, path: Path, subdir: str) -> None:
         """Store a file below the run's artifacts."""
-        with self._diagnosed():
-            self._open.log_artifact(self._run_id, str(path), subdir or None)
+        with self._diagnosed(what="the artifact store of "):
+            store(self._open, self._run_id, path, subdir)
+            if not self._keep_local:
+                drop_local_checkpoint(self._open, self._run_id, path, subdir)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set or overwrite tags."""
@@ -138,14 +146,14 @@ class MlflowTracker(Tracker):
         return self._client
 
     @contextmanager
-    def _diagnosed(self, *, starting: bool = False) -> Iterator[None]:
+    def _diagnosed(self, *, starting: bool = False, what: str = "") -> Iterator[None]:
         """Turn what MLflow raises into one line, and decide whether it stops the run."""
         try:
             yield
         except WmtpError:
             raise
         except Exception as error:
-            found = diagnose(error, self._uri)
+            found = diagnose(error, self._uri, what=what)
             if found.hopeless or (starting and found.lasting):
                 raise found.as_error() from error
             raise NotDeliveredError(found.text) from error

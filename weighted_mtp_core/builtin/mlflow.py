@@ -40,6 +40,8 @@ class MlflowOptions:
         experiment_prefix: The experiment is `<experiment_prefix>/<weighting plugin>`.
         artifact_root: Where a new experiment keeps files; else the server's default, or `mlartifacts`
             beside a local store.
+        keep_local: False deletes `checkpoints/best_model.pt` from the run folder once a remote artifact
+            store has every byte of it.
         enabled: False leaves the run untracked, but for its run folder.
     """
 
@@ -48,6 +50,7 @@ class MlflowOptions:
         default="weighted_mtp", validator=v.matches_re(f"{_SEGMENT}(/{_SEGMENT})*")
     )
     artifact_root: str | None = None
+    keep_local: bool = True
     enabled: bool = True
 
 
@@ -64,7 +67,7 @@ def build_mlflow(options: MlflowOptions, context: BuildContext) -> Tracker:
     check_uri(uri)
     from weighted_mtp_core.builtin._mlflow_tracker import MlflowTracker
 
-    return MlflowTracker(uri=uri, artifact_root=options.artifact_root)
+    return MlflowTracker(uri=uri, artifact_root=options.artifact_root, keep_local=options.keep_local)
 
 
 def embedded_uri(storage: Path) -> str:

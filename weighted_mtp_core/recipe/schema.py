@@ -159,7 +159,12 @@ class EvaluateTable:
 
 @frozen(kw_only=True)
 class TrackerTable(Selection):
-    """`[[tracker]]`: one destination; any number of them."""
+    """`[[tracker]]`: one destination; any number of them.
+
+    The end of a run waits `close_seconds` for a tracker that is away; `track sync` sends the rest later.
+    """
+
+    close_seconds: float = field(default=30.0, validator=v.ge(0))
 
 
 @frozen(kw_only=True)

@@ -31,9 +31,6 @@ from weighted_mtp_core.tracking.run_folder import RunFolder
 if TYPE_CHECKING:
     from weighted_mtp_core.plan import Plan
 
-CLOSE_LIMIT_S = 30.0
-"""How long the end of a run waits for trackers that take nothing any more."""
-
 
 class Terminated(KeyboardInterrupt):
     """The process was told to stop by SIGTERM."""
@@ -53,6 +50,7 @@ class Recorder:
     _journal: Journal
     _log: RunLog
     _trackers: Mapping[str, Tracker]
+    _close_seconds: float
     _deliveries: list[Delivery] = field(init=False, factory=list)
     _last_step: dict[str, int] = field(init=False, factory=dict)
     _lost_finite: set[str] = field(init=False, factory=set)
@@ -68,6 +66,7 @@ class Recorder:
         trackers: Mapping[str, Tracker],
         recipe_toml: str,
         display: Display,
+        close_seconds: float = 30.0,
     ) -> Recorder:
         """Begin a run: write down what it is, then open it at every tracker.
 
@@ -77,6 +76,7 @@ class Recorder:
             trackers: Where it goes too, by the names of `build_trackers`.
             recipe_toml: The resolved recipe.
             display: What a person sees.
+            close_seconds: How long the end of the run waits for trackers that take nothing any more.
 
         Raises:
             WmtpError: A tracker will never take this run; it is closed as FAILED everywhere else.
@@ -88,6 +88,7 @@ class Recorder:
             journal=Journal(folder.journal),
             log=RunLog.open(folder.log),
             trackers=trackers,
+            close_seconds=close_seconds,
         )
         folder.record(
             run_id=info.run_id,
@@ -189,15 +190,12 @@ class Recorder:
 
     # ------------------------------------------------------------------- the end
 
-    def finish(
-        self, outcome: RunOutcome, *, error_class: str | None = None, limit_s: float = CLOSE_LIMIT_S
-    ) -> None:
+    def finish(self, outcome: RunOutcome, *, error_class: str | None = None) -> None:
         """Close the run everywhere; a second call does nothing.
 
         Args:
             outcome: How it ended.
             error_class: The class of the exception that ended it; becomes the tag `wmtp.error_class`.
-            limit_s: How long to wait for a tracker that takes nothing any more.
         """
         if self._closed:
             return
@@ -209,7 +207,7 @@ class Recorder:
             self.artifact(self.folder.log, "logs")
             self._journal.append("status", {"status": outcome.value})
             self.folder.record(status=outcome.value, ended_ms=now_ms())
-            self._close_deliveries(limit_s)
+            self._close_deliveries()
         finally:
             self._journal.close()
             self._log.close()
@@ -221,11 +219,11 @@ class Recorder:
             self._log.write_failure(error)
         self.finish(outcome, error_class=error_class)
 
-    def _close_deliveries(self, limit_s: float) -> None:
+    def _close_deliveries(self) -> None:
         for delivery in self._deliveries:
             delivery.hurry()
         for delivery in self._deliveries:
-            pending = delivery.close(limit_s)
+            pending = delivery.close(self._close_seconds)
             if pending:
                 self.say(
                     f"`{delivery.name}` did not get {pending}"
@@ -270,7 +268,14 @@ def open_recorder(plan: Plan, display: Display) -> Recorder:
         datasets=(),
         folder=folder.path,
     )
-    return Recorder.open(folder, info, trackers=trackers, recipe_toml=plan.recipe_toml, display=display)
+    return Recorder.open(
+        folder,
+        info,
+        trackers=trackers,
+        recipe_toml=plan.recipe_toml,
+        display=display,
+        close_seconds=max((table.close_seconds for table in recipe.tracker), default=0.0),
+    )
 
 
 def build_trackers(plan: Plan) -> dict[str, Tracker]:

@@ -144,9 +144,15 @@ def info(folder: RunFolder) -> RunInfo:
 def open_recorder(folder, info, screen) -> Callable[..., Recorder]:
     """Open a recorder on the folder with trackers by address."""
 
-    def open_recorder(**trackers: Tracker) -> Recorder:
-        display = Display(Console(file=screen, width=200))
-        return Recorder.open(folder, info, trackers=trackers, recipe_toml="seed = 1\n", display=display)
+    def open_recorder(*, close_seconds: float = 10.0, **trackers: Tracker) -> Recorder:
+        return Recorder.open(
+            folder,
+            info,
+            trackers=trackers,
+            recipe_toml="seed = 1\n",
+            display=Display(Console(file=screen, width=200)),
+            close_seconds=close_seconds,
+        )
 
     return open_recorder
 

@@ -66,7 +66,7 @@ def test_an_outage_is_said_once_and_its_end_once_and_loses_nothing(
     time.sleep(0.3)
     notebook.away = False
     metrics(journal, 4)
-    wait_until(lambda: steps(notebook) == [1, 2, 3, 4])
+    wait_until(lambda: steps(notebook) == [1, 2, 3, 4] and len(said) == 2)
 
     away, back = said
     assert away == (

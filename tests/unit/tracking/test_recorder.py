@@ -174,11 +174,11 @@ def test_a_tracker_that_refuses_the_run_fails_it_everywhere(open_recorder, folde
 
 
 def test_the_end_says_what_a_tracker_did_not_get(open_recorder, folder, notebook, screen):
-    record = open_recorder(notebook=notebook)
+    record = open_recorder(close_seconds=0.2, notebook=notebook)
     notebook.away = True
     record.metrics("policy", 1, {"policy_loss": 1.0})
 
-    record.finish(RunOutcome.FINISHED, limit_s=0.2)
+    record.finish(RunOutcome.FINISHED)
 
     last = screen.getvalue().splitlines()[-1]
     assert last.startswith("`notebook` did not get ")

@@ -23,11 +23,11 @@ def finished(open_recorder, notebook, folder, monkeypatch):
     monkeypatch.setattr(module, "build_trackers", lambda _: {"0-notebook": notebook})
 
     def finished(**state):
-        record = open_recorder(**{"0-notebook": notebook})
+        record = open_recorder(close_seconds=0.1, **{"0-notebook": notebook})
         for name, value in state.items():
             setattr(notebook, name, value)
         record.metrics("policy", 1, {"policy_loss": 0.5})
-        record.finish(RunOutcome.FINISHED, limit_s=0.1)
+        record.finish(RunOutcome.FINISHED)
         notebook.told.clear()
         notebook.away, notebook.no_files, notebook.refuses = False, False, ""
 

@@ -1,0 +1,431 @@
+"""PostgreSQL, SeaweedFS, an MLflow server and nginx with Basic Auth, on loopback: started, broken, stopped.
+
+Everything lives in one folder below the temporary directory and listens on free ports of 127.0.0.1 only.
+Every server is stopped by the process group that was started for it.
+"""
+
+import os
+import pwd
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from base64 import b64encode
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from attrs import define, field
+
+USER = "wmtp"
+BUCKET = "wmtp"
+DEBIAN = ("nginx", "apache2-utils", "postgresql")
+_BINARIES = ("nginx", "htpasswd", "initdb")
+
+_NGINX = """
+daemon off;
+pid {state}/nginx.pid;
+error_log {state}/log/nginx.log warn;
+worker_processes 1;
+{user}
+events {{ worker_connections 256; }}
+http {{
+    access_log off;
+    client_body_temp_path {state}/nginx-body;
+    proxy_temp_path {state}/nginx-proxy;
+    fastcgi_temp_path {state}/nginx-fastcgi;
+    uwsgi_temp_path {state}/nginx-uwsgi;
+    scgi_temp_path {state}/nginx-scgi;
+    upstream mlflow {{ server unix:{socket}; keepalive 16; }}
+    server {{
+        listen 127.0.0.1:{port};
+        auth_basic "MLflow";
+        auth_basic_user_file {state}/htpasswd;
+        client_max_body_size {body};      # the default, 1m, turns a checkpoint into a 413
+        proxy_request_buffering off;      # stream uploads instead of keeping them on disk first
+        proxy_buffering off;
+        proxy_http_version 1.1;
+        proxy_read_timeout 300s;
+        location / {{
+            {extra}
+            proxy_pass http://mlflow;
+            proxy_set_header Host $http_host;          # with the port: MLflow checks it
+            proxy_set_header Connection "";
+            proxy_set_header X-Forwarded-Proto $scheme;
+            proxy_set_header Authorization "";         # the password is nginx's business
+        }}
+    }}
+}}
+"""
+
+
+def missing() -> list[str]:
+    """Return the programs that are not installed."""
+    return [name for name in _BINARIES if _binary(name) is None] + ([] if _weed() else ["weed"])
+
+
+def install() -> None:
+    """Install what is missing with apt, where that is possible."""
+    if not missing() or shutil.which("apt-get") is None:
+        return
+    root = [] if os.getuid() == 0 else ["sudo", "-n"]
+    for command in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", *DEBIAN]):
+        subprocess.run(
+            [*root, "apt-get", *command], env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, check=False
+        )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@define
+class Server:
+    """One server: a command, run in a process group of its own."""
+
+    name: str
+    command: list[str]
+    ready: Callable[[], bool]
+    log: Path
+    environment: dict[str, str] = field(factory=dict)
+    process: "subprocess.Popen[bytes] | None" = None
+
+    def launch(self) -> None:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={"PATH": os.environ["PATH"], "HOME": "/nonexistent", **self.environment},
+                start_new_session=True,
+            )
+
+    def wait(self, *, seconds: float = 180) -> None:
+        end = time.monotonic() + seconds
+        while not self.ready():
+            if self.process is None or self.process.poll() is not None or time.monotonic() > end:
+                tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+                pytest.fail(f"{self.name} did not start:\n{tail}")
+            time.sleep(0.1)
+
+    def start(self) -> None:
+        self.launch()
+        self.wait()
+
+    def send(self, number: int) -> None:
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, number)
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        self.send(number)
+        self.send(signal.SIGCONT)
+        if self.process is not None:
+            try:
+                self.process.wait(15)
+            except subprocess.TimeoutExpired:
+                self.send(signal.SIGKILL)
+                self.process.wait()
+
+    def kill(self) -> None:
+        self.stop(signal.SIGKILL)
+
+
+class Stack:
+    """The whole stack. Each server can be stopped and started alone."""
+
+    def __init__(self) -> None:
+        self.state = Path(tempfile.mkdtemp(prefix="wmtp-stack-"))
+        self.state.chmod(0o755)
+        (self.state / "log").mkdir()
+        self.password, self.access_key, self.secret_key, self.database_password = (
+            secrets.token_urlsafe(18) for _ in range(4)
+        )
+        self.ports = {name: free_port() for name in ("nginx", "postgres", "s3", "master", "volume", "filer")}
+        self.root = os.getuid() == 0
+        self.socket = self.state / "run" / "mlflow.sock"
+        self.postgres = self._postgres()
+        self.s3 = self._s3()
+        self.mlflow = self._mlflow()
+        self.nginx = self._nginx()
+
+    # ------------------------------------------------------------------- what a client needs
+
+    @property
+    def uri(self) -> str:
+        return f"http://127.0.0.1:{self.ports['nginx']}"
+
+    @property
+    def s3_endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.ports['s3']}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "MLFLOW_TRACKING_URI": self.uri,
+            "MLFLOW_TRACKING_USERNAME": USER,
+            "MLFLOW_TRACKING_PASSWORD": self.password,
+            **self.s3_environment,
+        }
+
+    @property
+    def s3_environment(self) -> dict[str, str]:
+        return {
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "MLFLOW_S3_ENDPOINT_URL": self.s3_endpoint,
+            # keep boto3 away from ~/.aws and from the address of the instance metadata
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_CONFIG_FILE": "/dev/null",
+            "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+        }
+
+    def s3_client(self):
+        import boto3
+
+        return boto3.client(
+            "s3",
+            endpoint_url=self.s3_endpoint,
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+            region_name="us-east-1",
+        )
+
+    # ------------------------------------------------------------------- up, down, faults
+
+    def up(self) -> None:
+        self.postgres.launch()
+        self.s3.launch()
+        self.postgres.wait()
+        self._create_database()
+        self.mlflow.launch()
+        self.s3.wait()
+        self._create_bucket()
+        self.mlflow.wait()
+        self.nginx.start()
+
+    def down(self) -> None:
+        for server in (self.nginx, self.mlflow):
+            server.stop()
+        self.s3.kill()  # a graceful stop takes 16 s
+        self.postgres.stop(signal.SIGINT)
+        shutil.rmtree(self.state, ignore_errors=True)
+
+    def configure_nginx(self, *, body: str = "0", extra: str = "") -> None:
+        """Change the body limit or add a directive such as `return 503;`, and reload."""
+        user = "user www-data;" if self.root else ""
+        text = _NGINX.format(
+            state=self.state, socket=self.socket, port=self.ports["nginx"], user=user, body=body, extra=extra
+        )
+        (self.state / "nginx.conf").write_text(text)
+        if self.nginx.process is not None:
+            os.kill(self.nginx.process.pid, signal.SIGHUP)
+            time.sleep(0.5)
+
+    # ------------------------------------------------------------------- the servers
+
+    def _as(self, user: str, command: list[str]) -> list[str]:
+        """PostgreSQL refuses to run as root."""
+        return (
+            ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", *command]
+            if self.root
+            else command
+        )
+
+    def _postgres(self) -> Server:
+        data, sockets = self.state / "pg", self.state / "pgsock"
+        for folder, mode in ((data, 0o700), (sockets, 0o755)):
+            folder.mkdir(mode=mode)
+            if self.root:
+                account = pwd.getpwnam("postgres")
+                os.chown(folder, account.pw_uid, account.pw_gid)
+        password = sockets / "password"
+        password.write_text(self.database_password)
+        if self.root:
+            os.chown(password, account.pw_uid, account.pw_gid)
+        password.chmod(0o600)
+        initdb = [
+            _binary("initdb"),
+            "-D",
+            data,
+            "-U",
+            "mlflow",
+            "--auth=scram-sha-256",
+            f"--pwfile={password}",
+        ]
+        subprocess.run(
+            self._as(
+                "postgres", [str(part) for part in [*initdb, "-E", "UTF8", "--locale=C.UTF-8", "--no-sync"]]
+            ),
+            stdout=subprocess.DEVNULL,
+            check=True,
+            cwd="/",
+        )
+        port = self.ports["postgres"]
+        with (data / "postgresql.conf").open("a") as settings:
+            settings.write(
+                f"port = {port}\nlisten_addresses = '127.0.0.1'\nunix_socket_directories = '{sockets}'\n"
+            )
+        binary = str(Path(_binary("initdb")).resolve().parent / "postgres")
+        return Server(
+            "PostgreSQL",
+            self._as("postgres", [binary, "-D", str(data)]),
+            lambda: (sockets / f".s.PGSQL.{port}").exists() and self._psql("select 1"),
+            self.state / "log" / "postgres.log",
+        )
+
+    def _psql(self, statement: str) -> bool:
+        import psycopg2
+
+        try:
+            connection = psycopg2.connect(
+                host="127.0.0.1",
+                port=self.ports["postgres"],
+                user="mlflow",
+                password=self.database_password,
+                dbname="postgres",
+            )
+        except psycopg2.OperationalError:
+            return False
+        connection.autocommit = True
+        with connection.cursor() as cursor:
+            cursor.execute(statement)
+        connection.close()
+        return True
+
+    def _create_database(self) -> None:
+        assert self._psql("create database mlflow")
+
+    def _s3(self) -> Server:
+        folder = self.state / "weed"
+        folder.mkdir()
+        actions = '["Admin", "Read", "List", "Tagging", "Write"]'
+        (folder / "s3.json").write_text(
+            f'{{"identities": [{{"name": "wmtp", "actions": {actions}, "credentials": '
+            f'[{{"accessKey": "{self.access_key}", "secretKey": "{self.secret_key}"}}]}}]}}'
+        )
+        ports = self.ports
+        command = [
+            *(str(_weed()), "-logtostderr=true", "server", f"-dir={folder}"),
+            # the defaults are the machine's outside address, and telemetry
+            *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"),
+            *(f"-master.port={ports['master']}", "-master.volumeSizeLimitMB=512"),
+            *(f"-master.port.grpc={free_port()}", f"-volume.port.grpc={free_port()}"),
+            *(f"-volume.port={ports['volume']}", "-volume.max=20", "-volume.preStopSeconds=0"),
+            *(f"-filer.port={ports['filer']}", f"-filer.port.grpc={free_port()}"),
+            *(f"-filer.localSocket={folder}/filer.sock", f"-s3.localSocket={folder}/s3.sock"),
+            *(
+                "-s3",
+                f"-s3.port={ports['s3']}",
+                f"-s3.port.grpc={free_port()}",
+                f"-s3.config={folder}/s3.json",
+            ),
+            *("-s3.port.iceberg=0", "-s3.port.lance=0"),
+        ]
+        return Server(
+            "SeaweedFS",
+            command,
+            lambda: _answers(f"{self.s3_endpoint}/healthz"),
+            self.state / "log" / "weed.log",
+        )
+
+    def _create_bucket(self) -> None:
+        import botocore.exceptions
+
+        client, end = self.s3_client(), time.monotonic() + 60
+        while True:
+            try:
+                client.create_bucket(Bucket=BUCKET)
+                client.put_object(Bucket=BUCKET, Key="probe", Body=b"1")
+                client.delete_object(Bucket=BUCKET, Key="probe")
+            except (botocore.exceptions.ClientError, botocore.exceptions.EndpointConnectionError):
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.5)
+            else:
+                return
+
+    def _mlflow(self) -> Server:
+        self.socket.parent.mkdir(mode=0o750)  # the socket itself is open to all, so its folder is not
+        if self.root:
+            os.chown(self.socket.parent, 0, pwd.getpwnam("www-data").pw_gid)
+        # no password on the command line, which every user of the machine can read
+        pgpass = self.state / "pgpass"
+        pgpass.write_text(f"127.0.0.1:{self.ports['postgres']}:mlflow:mlflow:{self.database_password}\n")
+        pgpass.chmod(0o600)
+        host = f"127.0.0.1:{self.ports['nginx']}"
+        command = [
+            *(sys.executable, "-m", "mlflow", "server", "--workers", "1"),
+            *(
+                "--backend-store-uri",
+                f"postgresql+psycopg2://mlflow@127.0.0.1:{self.ports['postgres']}/mlflow",
+            ),
+            *("--serve-artifacts", "--artifacts-destination", f"s3://{BUCKET}/mlflow-artifacts"),
+            *("--allowed-hosts", f"{host},127.0.0.1"),
+            *("--uvicorn-opts", f"--uds {self.socket}"),
+        ]
+        environment = {
+            "PGPASSFILE": str(pgpass),
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_MODEL_CATALOG_URI": "",
+            **self.s3_environment,
+        }
+        return Server("MLflow", command, self._mlflow_answers, self.state / "log" / "mlflow.log", environment)
+
+    def _mlflow_answers(self) -> bool:
+        """`/health` says OK without the database; a query does not."""
+        query = "/api/2.0/mlflow/experiments/search?max_results=1"
+        request = f"GET {query} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
+        try:
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.settimeout(10)
+                connection.connect(str(self.socket))
+                connection.sendall(request.encode())
+                return connection.recv(15).startswith(b"HTTP/1.1 200")
+        except OSError:
+            return False
+
+    def _nginx(self) -> Server:
+        hashed = subprocess.run(
+            ["htpasswd", "-nbB", "-C", "5", USER, self.password], capture_output=True, text=True, check=True
+        ).stdout
+        (self.state / "htpasswd").write_text(hashed)
+        nginx = Server(
+            "nginx",
+            [str(_binary("nginx")), "-p", str(self.state), "-c", str(self.state / "nginx.conf")],
+            lambda: _answers(f"{self.uri}/health", self.password),
+            self.state / "log" / "nginx.log",
+        )
+        self.nginx = nginx
+        self.configure_nginx()
+        return nginx
+
+
+def _binary(name: str) -> str | None:
+    places = [os.environ["PATH"], "/usr/sbin", *map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin")))]
+    return shutil.which(name, path=os.pathsep.join(places))
+
+
+def _weed() -> Path | None:
+    path = Path(sys.executable).parent / "weed"
+    return path if path.exists() else None
+
+
+def _answers(url: str, password: str | None = None) -> bool:
+    login = b64encode(f"{USER}:{password}".encode()).decode()
+    request = urllib.request.Request(url, headers={"Authorization": f"Basic {login}"} if password else {})
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
