@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from attrs import frozen
-
 from weighted_mtp_core.api import BuildContext, Component, WeightingStrategy, hookimpl
 
 

@@ -1,5 +1,7 @@
-"""Uniform weights: the loss of Gloeckle et al. 2024, "Better & Faster Large Language Models via Multi-token
-Prediction" (https://arxiv.org/abs/2404.19737), eq. 2, which weighs every target alike.
+"""Uniform weights: the loss that weighs every target alike.
+
+It is eq. 2 of Gloeckle et al. 2024, "Better & Faster Large Language Models via Multi-token Prediction"
+(https://arxiv.org/abs/2404.19737).
 
 Shape letters: B batch rows, T positions.
 """
@@ -7,7 +9,6 @@ Shape letters: B batch rows, T positions.
 from __future__ import annotations
 
 import torch
-
 from weighted_mtp_core.api import StepView, WeightingStrategy, Weights
 
 

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from attrs import field, frozen
 from attrs import validators as v
-
 from weighted_mtp_core.api import (
     BuildContext,
     Component,
@@ -85,6 +84,9 @@ class ValueHeadOptions:
         layers: Own trainable transformer layers; 0 leaves just the head on the body's states.
         hidden_size: Width of the own layers.
         heads: Attention heads of the own layers.
+        writing: Weight of a second loss, that of writing correct responses. The head then reads how much
+            each token surprised the writer, which is most of what it knows after a short training; 0 leaves
+            it out.
     """
 
     objective: Literal["monte_carlo", "lambda_return", "bradley_terry"] = "monte_carlo"
@@ -93,6 +95,12 @@ class ValueHeadOptions:
     layers: int = field(default=3, validator=v.ge(0))
     hidden_size: int = field(default=128, validator=v.ge(8))
     heads: int = field(default=4, validator=v.ge(1))
+    writing: float = field(default=1.0, validator=v.ge(0))
+
+    @layers.validator
+    def _be_some_for_an_own_body(self, _: object, value: int) -> None:
+        if self.body == "own" and value < 1:
+            raise ValueError(f'must be >= 1 for `body = "own"`: {value}')
 
     @heads.validator
     def _divide_hidden_size(self, _: object, value: int) -> None:

@@ -1,7 +1,7 @@
 """TD errors and advantages of tokens, for whole batches at once.
 
-A response is an episode: the state before token t is the prefix that ends at t - 1, the action is token t, and
-the only reward R comes with the last response token, after which the value is 0.
+A response is an episode: the state before token t is the prefix that ends at t - 1, the action is token t,
+and the only reward R comes with the last response token, after which the value is 0.
 
 Shape letters: B batch rows, T positions.
 """
@@ -29,10 +29,9 @@ def td_errors(
         errors too, and so do those between two parts of one, so that sums over a document telescope. A
         document that begins with its response has no value before it: 0 stands there.
     """
-    remaining_BT = discounted_sums(response_BT.to(value_BT.dtype), document_BT=document_BT, discount=1.0)
+    remaining_BT = remaining(response_BT, document_BT)
     last_BT = response_BT & (remaining_BT == 1)
-    same_document_BT = F.pad(document_BT[:, 1:] == document_BT[:, :-1], (1, 0))
-    before_BT = F.pad(value_BT[:, :-1], (1, 0)).where(same_document_BT, 0.0)
+    before_BT = F.pad(value_BT[:, :-1], (1, 0)).where(same_as_previous(document_BT), 0.0)
     after_BT = reward_BT.where(last_BT, gamma * value_BT)
     return (after_BT - before_BT).where(remaining_BT >= 1, 0.0)
 
@@ -44,6 +43,16 @@ def advantages(delta_BT: Tensor, *, document_BT: Tensor, gamma: float, lam: floa
     With `gamma = lam = 1` it telescopes to `R - V_{t-1}`.
     """
     return discounted_sums(delta_BT, document_BT=document_BT, discount=gamma * lam)
+
+
+def remaining(response_BT: Tensor, document_BT: Tensor) -> Tensor:
+    """Return how many response tokens the rest of each token's document has, itself included, as float32."""
+    return discounted_sums(response_BT.float(), document_BT=document_BT, discount=1.0)
+
+
+def same_as_previous(document_BT: Tensor) -> Tensor:
+    """Return True where the token before belongs to the same document."""
+    return F.pad(document_BT[:, 1:] == document_BT[:, :-1], (1, 0))
 
 
 def discounted_sums(x_BT: Tensor, *, document_BT: Tensor, discount: float) -> Tensor:

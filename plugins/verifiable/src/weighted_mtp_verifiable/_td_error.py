@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-
 from weighted_mtp_core.api import StepView, WeightingStrategy, Weights, WmtpError
+
 from weighted_mtp_verifiable._advantage import advantages, td_errors
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ class TdError(WeightingStrategy):
 
     def weigh(self, view: StepView) -> Weights:
         """Return `[B, T]` weights; see `advantages` for what A is."""
-        assert view.value_BT is not None  # noqa: S101 - declared as needed
-        assert view.reward_BT is not None  # noqa: S101
+        assert view.value_BT is not None
+        assert view.reward_BT is not None
         options = self._options
         response_BT, document_BT = view.response_BT, view.document_BT
         delta_BT = td_errors(
@@ -53,9 +53,7 @@ class TdError(WeightingStrategy):
         )
         advantage_BT = delta_BT
         if options.estimator == "gae":
-            advantage_BT = advantages(
-                delta_BT, document_BT=document_BT, gamma=options.gamma, lam=options.lam
-            )
+            advantage_BT = advantages(delta_BT, document_BT=document_BT, gamma=options.gamma, lam=options.lam)
         mean, std = self._statistics(advantage_BT, response_BT, training=view.training)
         low, high = options.clip
         raw_BT = torch.exp((advantage_BT - mean) / std / options.beta)
@@ -72,7 +70,9 @@ class TdError(WeightingStrategy):
             },
         )
 
-    def _statistics(self, advantage_BT: Tensor, response_BT: Tensor, *, training: bool) -> tuple[Tensor, Tensor]:
+    def _statistics(
+        self, advantage_BT: Tensor, response_BT: Tensor, *, training: bool
+    ) -> tuple[Tensor, Tensor]:
         """Return what advantages are whitened with: mean and standard deviation."""
         mean, std = _moments(advantage_BT, response_BT)
         if self._options.whiten == "none":

@@ -1,6 +1,8 @@
 """A critic that predicts at every token whether the response will be verified as right.
 
-Shape letters: B batch rows, T positions, H hidden, D width of the own layers.
+The values of the prefixes are what `verifiable.td_error` turns into advantages.
+
+Shape letters: B batch rows, T positions, H hidden.
 """
 
 from __future__ import annotations
@@ -10,17 +12,28 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - torch's own name for it
+from weighted_mtp_core.api import Batch, BuildContext, Critic, CriticLoss, Scores, WmtpError
 
-from weighted_mtp_core.api import Batch, BuildContext, Critic, CriticLoss, Scores
-from weighted_mtp_verifiable._transformer import CausalTransformer
+from weighted_mtp_verifiable import _objective
+from weighted_mtp_verifiable._value_net import Judgement, ValueNet
 
 if TYPE_CHECKING:
     from weighted_mtp_verifiable import ValueHeadOptions
 
+_OBJECTIVES = {
+    "monte_carlo": _objective.monte_carlo,
+    "lambda_return": _objective.lambda_return,
+    "bradley_terry": _objective.bradley_terry,
+}
+
 
 class ValueHead(Critic):
-    """First version."""
+    """Values `V_t = sigmoid(logit_t)` from a `ValueNet` on token ids or on detached states of the policy.
+
+    Args:
+        options: See `ValueHeadOptions`.
+        context: Seed, sizes, device, and the frozen trunk if the options ask for it.
+    """
 
     trainable = True
 
@@ -31,47 +44,68 @@ class ValueHead(Critic):
             "pairs" if options.objective == "bradley_terry" else "pointwise"
         )
         self.reads_policy = options.body == "policy"
-        self._frozen = model.frozen_trunk() if options.body == "frozen" else None
+        self._frozen_trunk = model.frozen_trunk() if options.body == "frozen" else None
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(context.seed)
-            self._net = CausalTransformer(
-                vocab_size=model.vocab_size if options.body == "own" else None,
-                input_size=options.hidden_size if options.body == "own" else model.hidden_size,
-                width=options.hidden_size,
-                layers=options.layers,
-                heads=options.heads,
-            ).to(model.device)
-
-    def _logits(self, batch: Batch, hidden_BTH: Tensor | None) -> Tensor:
-        source = batch.ids_BT
-        if self._options.body == "frozen" and self._frozen is not None:
-            source = self._frozen(batch)
-        elif self._options.body == "policy" and hidden_BTH is not None:
-            source = hidden_BTH.detach()
-        return self._net(source, batch.document_BT)
+            # Not torch.manual_seed: it would reseed every accelerator's global generator as well.
+            torch.default_generator.manual_seed(context.seed)
+            net = ValueNet(
+                options,
+                vocab_size=model.vocab_size,
+                state_size=None if options.body == "own" else model.hidden_size,
+            )
+        self._net = net.to(model.device)
 
     @torch.no_grad()
     def score(self, batch: Batch, hidden_BTH: Tensor | None) -> Scores:
-        """Return the probability that the response ends right, at each token."""
-        return Scores(value_BT=torch.sigmoid(self._logits(batch, hidden_BTH).float()))
+        """Return V_t, float32, in (0, 1)."""
+        return Scores(value_BT=torch.sigmoid(self._judge(batch, hidden_BTH).logit_BT.float()))
 
     def loss(self, batch: Batch, hidden_BTH: Tensor | None) -> CriticLoss:
-        """Return the objective's loss."""
-        logit_BT = self._logits(batch, hidden_BTH).float()
-        before_BT = F.pad(batch.response_BT[:, 1:], (0, 1)) & (batch.document_BT >= 0)
-        mask_BT = batch.response_BT | before_BT
-        row_reward_B1 = batch.reward_BT.amax(dim=1, keepdim=True)
-        bce_BT = F.binary_cross_entropy_with_logits(logit_BT, row_reward_B1.expand_as(logit_BT), reduction="none")
-        return CriticLoss(loss=bce_BT[mask_BT].mean())
+        """Return the objective's loss, plus that of writing correct responses."""
+        judgement = self._judge(batch, hidden_BTH)
+        objective = _OBJECTIVES[self._options.objective](judgement.logit_BT, batch, lam=self._options.lam)
+        correct_BT = batch.response_BT & (batch.reward_BT >= _objective.CORRECT)
+        writing = _objective.mean(judgement.surprise_BT, correct_BT)
+        return CriticLoss(
+            loss=objective + self._options.writing * writing,
+            metrics={
+                "value_objective": objective.detach(),
+                "value_accuracy": _objective.final_accuracy(judgement.logit_BT.detach(), batch),
+                "value_writing_loss": writing.detach(),
+            },
+        )
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        """Return what stage 1 trains."""
+        """Return the network's parameters; a frozen trunk has none."""
         return self._net.parameters()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the weights."""
+        """Return the network's tensors."""
         return dict(self._net.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the weights."""
-        self._net.load_state_dict(state)
+        """Restore them.
+
+        Raises:
+            WmtpError: They are those of a network of another shape.
+        """
+        try:
+            self._net.load_state_dict(state)
+        except RuntimeError as error:
+            raise WmtpError(
+                "the state is not that of this `value_head`: " + str(error).splitlines()[-1].strip(),
+                hint="use the `[critic.options]` and the base model of the run that wrote it",
+            ) from error
+
+    def _judge(self, batch: Batch, hidden_BTH: Tensor | None) -> Judgement:
+        judgement: Judgement = self._net(self._source(batch, hidden_BTH), batch)
+        return judgement
+
+    def _source(self, batch: Batch, hidden_BTH: Tensor | None) -> Tensor:
+        if self._frozen_trunk is not None:
+            return self._frozen_trunk(batch)
+        if not self.reads_policy:
+            return batch.ids_BT
+        if hidden_BTH is None:
+            raise WmtpError('`value_head` with `body = "policy"` needs the policy\'s trunk states')
+        return hidden_BTH.detach()
