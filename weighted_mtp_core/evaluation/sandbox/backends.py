@@ -125,7 +125,7 @@ def choose_backend(wanted: Literal["auto", "bubblewrap", "landlock", "trusted"])
     reasons = "; ".join(f"{each.name}: {each.detail}" for each in found if wanted in {"auto", each.name})
     raise WmtpError(
         f'no sandbox for untrusted programs (`sandbox.backend = "{wanted}"`): {reasons}',
-        hint="install bubblewrap (`apt-get install bubblewrap`) or use a kernel with Landlock (5.13 or newer); "
+        hint="install bubblewrap (`apt-get install bubblewrap`) or use a kernel with Landlock (5.13); "
         'only if you trust every program: `sandbox.backend = "trusted"`',
     )
 

@@ -12,6 +12,7 @@ import threading
 import types
 from collections.abc import Callable
 from socket import socket
+from typing import Any, NoReturn
 
 from .wire import FrameError, UnencodableError, decode, encode, receive_frame, send_frame
 
@@ -20,7 +21,7 @@ _MUTABLE = (list, dict, set)
 _MESSAGE_CHARACTERS = 300
 
 
-def serve(channel: socket) -> None:
+def serve(channel: socket) -> NoReturn:
     """Answer requests until the other end closes; then end the process, threads and all."""
     program = Program()
     try:
@@ -56,18 +57,27 @@ class Program:
     def answer(self, frame: bytes) -> bytes:
         """Carry out one request and return the encoded answer, whatever happens."""
         try:
-            operation, *operands = decode(frame, self._objects.__getitem__)  # type: ignore[misc]
-            changes: dict[int, object] = {}
-            watched = self._mutable(operands[1]) if operation == "call" else {}
-            value = self._operations[operation](*operands)
-            for position, (argument, before) in watched.items():
-                if self._encode(argument) != before:
-                    changes[position] = argument
-            return self._encode(("value", value, changes))
+            return self._answered(*self._request(frame))
         except UnencodableError as error:
             return encode(("unencodable", str(error)))
         except BaseException as error:  # noqa: BLE001 - it crosses as data and is raised again over there
             return encode(("raise", *_described(error)))
+
+    def _request(self, frame: bytes) -> tuple[str, list[Any]]:
+        request = decode(frame, self._objects.__getitem__)
+        if not isinstance(request, tuple):
+            raise FrameError("a request is a tuple")
+        return request[0], list(request[1:])
+
+    def _answered(self, operation: str, operands: list[Any]) -> bytes:
+        watched = self._mutable(operands[1]) if operation == "call" else {}
+        value = self._operations[operation](*operands)
+        changes = {
+            position: argument
+            for position, (argument, before) in watched.items()
+            if self._encode(argument) != before
+        }
+        return self._encode(("value", value, changes))
 
     def _load(self, source: str) -> None:
         self._run(source, "candidate")

@@ -24,7 +24,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 _SIGKILL = 9
-_CAPABILITY_VERSION_3 = 0x20080522
+_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 
 _CLONE_NEWNS, _CLONE_NEWUTS, _CLONE_NEWIPC = 0x20000, 0x4000000, 0x8000000
 _CLONE_NEWUSER, _CLONE_NEWPID, _CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
@@ -67,6 +67,10 @@ def _bytes(content: bytes) -> ctypes.Array[ctypes.c_char]:
 def die_with_parent() -> None:
     """Have the kernel kill this process when its parent ends, however it ends."""
     _checked(_libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0), "PR_SET_PDEATHSIG")
+
+
+_CAPABILITY_HEADER = _bytes(struct.pack("<Ii", 0x20080522, 0))  # _LINUX_CAPABILITY_VERSION_3, this process
+_NO_CAPABILITIES = _bytes(bytes(24))
 
 
 # --------------------------------------------------------------------------- namespaces
@@ -114,10 +118,10 @@ def landlock_abi() -> int:
     return max(0, _syscall(_SYS_LANDLOCK_CREATE, None, 0, 1))
 
 
-def restrict_files(readable: Sequence[int], writable: Sequence[int], *, scratch: str) -> None:
-    """Allow reading below `readable`, reading and writing the files `writable` and all below `scratch`.
+def make_ruleset(readable: Sequence[int], writable: Sequence[int], *, scratch: str) -> int:
+    """Return a ruleset: read below `readable`, read and write the files `writable` and all below `scratch`.
 
-    Forbids TCP, abstract Unix sockets and signals to the outside too, where the ABI knows them.
+    It forbids TCP, abstract Unix sockets and signals to the outside too, where the ABI knows them.
 
     Args:
         readable: Open `O_PATH` descriptors of files and folders.
@@ -142,8 +146,16 @@ def restrict_files(readable: Sequence[int], writable: Sequence[int], *, scratch:
     folder_descriptor = os.open(scratch, os.O_PATH | os.O_DIRECTORY)
     _allow(ruleset, folder_descriptor, _SCRATCH_RIGHTS & handled)
     os.close(folder_descriptor)
+    return ruleset
+
+
+def restrict_files(ruleset: int) -> None:
+    """Put a ruleset on this process for good; needs `forbid_new_privileges` before.
+
+    Raises:
+        ConfinementError: The kernel refuses.
+    """
     _checked(_syscall(_SYS_LANDLOCK_RESTRICT, ruleset, 0), "landlock_restrict_self")
-    os.close(ruleset)
 
 
 def _allow(ruleset: int, descriptor: int, rights: int) -> None:
@@ -157,7 +169,7 @@ def _allow(ruleset: int, descriptor: int, rights: int) -> None:
 def limit(*, cpu_seconds: float, memory_bytes: int) -> None:
     """Set the kernel's limits on this process; the CPU limit is a backstop behind the worker's own."""
     cpu = int(cpu_seconds) + 2
-    for kind, value in (
+    for kind, wanted in (
         (resource.RLIMIT_CPU, cpu),
         (resource.RLIMIT_AS, memory_bytes),
         (resource.RLIMIT_FSIZE, SCRATCH_BYTES),
@@ -167,7 +179,7 @@ def limit(*, cpu_seconds: float, memory_bytes: int) -> None:
         (resource.RLIMIT_MSGQUEUE, 0),
     ):
         hard = resource.getrlimit(kind)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        value = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(kind, (value, value))
 
 
@@ -178,18 +190,25 @@ def forbid_new_privileges() -> None:
 
 def drop_capabilities() -> None:
     """Give up every capability; root keeps its user id, which then is one like any other."""
-    header = _bytes(struct.pack("<Ii", _CAPABILITY_VERSION_3, 0))
-    _checked(_libc.capset(header, _bytes(bytes(24))), "capset")
+    _checked(_libc.capset(_CAPABILITY_HEADER, _NO_CAPABILITIES), "capset")
 
 
-def filter_system_calls() -> None:
-    """Install the seccomp filter.
+class SystemCallFilter:
+    """The seccomp filter, built once and given each candidate's own process id."""
 
-    Raises:
-        ConfinementError: The kernel refuses.
-    """
-    code = seccomp.build_filter(os.getpid(), platform.machine())
-    buffer = _bytes(code)
-    # struct sock_fprog: unsigned short length, then a pointer
-    program = _bytes(struct.pack("<HxxxxxxQ", len(code) // 8, ctypes.addressof(buffer)))
-    _checked(_libc.prctl(22, 2, program, 0, 0), "PR_SET_SECCOMP")
+    _ANY_PID = 0x7EADBEEF
+
+    def __init__(self) -> None:
+        self._code = seccomp.build_filter(self._ANY_PID, platform.machine())
+
+    def install(self) -> None:
+        """Put it on this process for good; needs `forbid_new_privileges` before.
+
+        Raises:
+            ConfinementError: The kernel refuses.
+        """
+        code = self._code.replace(struct.pack("<I", self._ANY_PID), struct.pack("<I", os.getpid()))
+        buffer = _bytes(code)
+        # struct sock_fprog: unsigned short length, then a pointer
+        program = _bytes(struct.pack("<HxxxxxxQ", len(code) // 8, ctypes.addressof(buffer)))
+        _checked(_libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, program, 0, 0), "PR_SET_SECCOMP")

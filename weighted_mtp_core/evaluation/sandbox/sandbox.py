@@ -110,7 +110,7 @@ class Sandbox:
         self._judge_errors += verdict.kind is VerdictKind.JUDGE_ERROR
         if self._judge_errors > max(_TOLERATED_JUDGE_ERRORS, _TOLERATED_SHARE * self._judged):
             raise RunFailedError(
-                f"{self._judge_errors} of {self._judged} programs could not be judged; the last: {verdict.detail}",
+                f"{self._judge_errors} of {self._judged} programs could not be judged: {verdict.detail}",
                 hint="the tests are broken, or this machine is: judge a known solution first",
             )
         return verdict
@@ -187,7 +187,7 @@ class _Worker:
             self._start()
             self.wait_until_ready()
             return Verdict(kind=VerdictKind.JUDGE_ERROR, detail=f"the worker ended: {why}")
-        return Verdict(kind=VerdictKind(message["kind"]), detail=message["detail"])
+        return Verdict(kind=VerdictKind(message["kind"]), detail=str(message["detail"]))
 
     def _read(self) -> dict[str, object] | None:
         assert self._process.stdout is not None

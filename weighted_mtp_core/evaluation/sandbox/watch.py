@@ -1,4 +1,4 @@
-"""Run one job and watch it: the candidate's CPU time, threads, output and disk, and the wall clock behind all.
+"""Run one job and watch it: the candidate's CPU time, threads, output, disk; the wall clock behind all.
 
 The limits are enforced from here, where the candidate cannot reach them; the kernel's own are a backstop.
 """

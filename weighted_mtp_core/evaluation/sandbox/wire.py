@@ -1,8 +1,8 @@
 """Plain data between the trusted side and a candidate: bounded, never pickle, exact types only.
 
-A value is a tag byte and its content; nothing that is decoded can run code, and whoever sits at the other end
-can at most answer with *values*. Limits hold on both sides: the encoder's spare an honest program, the
-decoder's bind a hostile one.
+A value is a tag byte and its content; nothing that is decoded can run code, so whoever sits at the other end
+can at most answer with *values*. The encoder's limits spare an honest program, the decoder's bind a hostile
+one.
 """
 
 from __future__ import annotations
@@ -10,26 +10,17 @@ from __future__ import annotations
 import socket
 import struct
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from typing import Any
 
 MAX_DEPTH = 64
 MAX_NODES = 1_000_000
 MAX_INT_BYTES = 128 * 1024
 MAX_FRAME_BYTES = 8 * 1024 * 1024
 
-_FLOAT = struct.Struct("<d")
+_FLOAT = struct.Struct("<d")  # bit for bit, NaN and -0.0 included
 _COMPLEX = struct.Struct("<dd")
 _SIZE = struct.Struct("<I")
-
-_SEQUENCES: dict[type, bytes] = {list: b"l", tuple: b"t", set: b"S", frozenset: b"Z"}
-_BUILDERS: dict[bytes, Callable[[Iterable[object]], object]] = {
-    b"l": list,
-    b"t": tuple,
-    b"S": set,
-    b"Z": frozenset,
-}
-_PLAIN = (bool, int, float, complex, str, bytes, *_SEQUENCES, dict)
-_SAME_AS_DICT = (Counter, OrderedDict)
 
 
 class UnencodableError(Exception):
@@ -40,99 +31,139 @@ class FrameError(Exception):
     """The bytes that arrived are no message: too long, cut off or malformed."""
 
 
+# --------------------------------------------------------------------------- encoding
+
+
 def encode(value: object, reference: Callable[[object], int | None] = lambda _: None) -> bytes:
     """Return the bytes of a plain value.
 
     Args:
         value: None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset or dict of such.
             A subclass is taken as its plain base if it does not bring its own notion of equality.
-        reference: Names objects that cross as a number only (handles), or None for everything else.
+        reference: Returns the number that stands for any other object, or None if there is none.
 
     Raises:
         UnencodableError: Another type, or too deep, too many or too large.
     """
-    out = bytearray()
+    encoder = _Encoder(reference)
     try:
-        _Encoder(out, reference).write(value, MAX_DEPTH)
+        encoder.write(value, MAX_DEPTH)
     except RuntimeError as error:  # another thread of the program changes a container meanwhile
         raise UnencodableError(f"the value changed while it was read: {error}") from None
-    return bytes(out)
+    return bytes(encoder.out)
 
 
 class _Encoder:
-    def __init__(self, out: bytearray, reference: Callable[[object], int | None]) -> None:
-        self._out = out
+    def __init__(self, reference: Callable[[object], int | None]) -> None:
+        self.out = bytearray()
         self._reference = reference
         self._nodes = 0
 
     def write(self, value: object, depth: int) -> None:
         self._nodes += 1
-        if depth == 0 or self._nodes > MAX_NODES or len(self._out) > MAX_FRAME_BYTES:
+        if depth == 0 or self._nodes > MAX_NODES or len(self.out) > MAX_FRAME_BYTES:
             raise UnencodableError(f"deeper than {MAX_DEPTH} or larger than {MAX_NODES} values")
-        out = self._out
         kind = type(value)
-        if kind not in _PLAIN and value is not None:
-            base = _plain_base(kind)
-            number = self._reference(value) if base is None else None
-            if number is not None:
-                out += b"h" + _SIZE.pack(number)
-                return
-            if base is None:
-                raise UnencodableError(f"a `{kind.__name__}` is not plain data")
-            kind = base
-        if value is None:
-            out += b"N"
-        elif kind is bool:
-            out += b"T" if value else b"F"
-        elif kind is int:
-            self._sized(b"i", _int_bytes(int.__index__(value)))  # type: ignore[arg-type]
-        elif kind is float:
-            out += b"f" + _FLOAT.pack(float.__float__(value))  # type: ignore[arg-type]
-        elif kind is complex:
-            out += b"c" + _COMPLEX.pack(*complex.__getnewargs__(value))  # type: ignore[arg-type]
-        elif kind is str:
-            self._sized(b"s", str.encode(value, "utf-8", "surrogatepass"))  # type: ignore[arg-type]
-        elif kind is bytes:
-            self._sized(b"b", bytes.__getitem__(value, slice(None)))  # type: ignore[arg-type]
-        elif kind is dict:
-            self._items(value, depth)
+        write = _WRITERS.get(kind) or _WRITERS.get(_plain_base(kind))
+        if write is not None:
+            write(self, value, depth - 1)
+        elif (number := self._reference(value)) is not None:
+            self.out += b"h" + _SIZE.pack(number)
         else:
-            self._sequence(kind, value, depth)
+            raise UnencodableError(f"a `{kind.__name__}` is not plain data")
 
-    def _sized(self, tag: bytes, content: bytes) -> None:
-        if len(content) > MAX_FRAME_BYTES:
-            raise UnencodableError(f"longer than {MAX_FRAME_BYTES} bytes")
-        self._out += tag + _SIZE.pack(len(content)) + content
-
-    def _items(self, value: object, depth: int) -> None:
-        self._out += b"d" + _SIZE.pack(dict.__len__(value))  # type: ignore[arg-type]
-        for key, item in dict.items(value):  # type: ignore[arg-type]
-            self.write(key, depth - 1)
-            self.write(item, depth - 1)
-
-    def _sequence(self, kind: type, value: object, depth: int) -> None:
-        self._out += _SEQUENCES[kind] + _SIZE.pack(kind.__len__(value))  # type: ignore[attr-defined]
-        for item in kind.__iter__(value):  # type: ignore[attr-defined]
-            self.write(item, depth - 1)
+    def sized(self, tag: bytes, content: bytes, *, at_most: int = MAX_FRAME_BYTES) -> None:
+        if len(content) > at_most:
+            raise UnencodableError(f"a value of more than {at_most} bytes")
+        self.out += tag + _SIZE.pack(len(content)) + content
 
 
-def _plain_base(kind: type) -> type | None:
-    """Return the built-in type as which an instance of the subclass `kind` may cross."""
-    for base in _PLAIN:
-        if issubclass(kind, base) and (kind.__eq__ is base.__eq__ or kind in _SAME_AS_DICT):
+def _plain_base(kind: type) -> type:
+    """Return the built-in type as which an instance of the subclass `kind` may cross, or `kind`."""
+    for base in _WRITERS:
+        if issubclass(kind, base) and (_equality(kind) is _equality(base) or kind in (Counter, OrderedDict)):
             return base
-    return None
+    return kind
 
 
-def _int_bytes(value: int) -> bytes:
-    length = value.bit_length() // 8 + 1
-    if length > MAX_INT_BYTES:
+def _equality(kind: Any) -> object:
+    return kind.__eq__
+
+
+def _write_none(encoder: _Encoder, _: object, __: int) -> None:
+    encoder.out += b"N"
+
+
+def _write_bool(encoder: _Encoder, value: object, _: int) -> None:
+    encoder.out += b"T" if value else b"F"
+
+
+def _write_int(encoder: _Encoder, value: int, _: int) -> None:
+    if int.bit_length(value) >= 8 * MAX_INT_BYTES:
         raise UnencodableError(f"an int of more than {MAX_INT_BYTES} bytes")
-    return value.to_bytes(length, "little", signed=True)
+    length = int.bit_length(value) // 8 + 1
+    encoder.sized(b"i", int.to_bytes(value, length, "little", signed=True))
+
+
+def _write_float(encoder: _Encoder, value: float, _: int) -> None:
+    encoder.out += b"f" + _FLOAT.pack(float.__float__(value))
+
+
+def _write_complex(encoder: _Encoder, value: complex, _: int) -> None:
+    plain = complex.__complex__(value)
+    encoder.out += b"c" + _COMPLEX.pack(plain.real, plain.imag)
+
+
+def _write_str(encoder: _Encoder, value: str, _: int) -> None:
+    encoder.sized(b"s", str.encode(value, "utf-8", "surrogatepass"))
+
+
+def _write_bytes(encoder: _Encoder, value: bytes, _: int) -> None:
+    encoder.sized(b"b", bytes.__getitem__(value, slice(None)))
+
+
+def _write_dict(encoder: _Encoder, value: dict[object, object], depth: int) -> None:
+    encoder.out += b"d" + _SIZE.pack(dict.__len__(value))
+    for key, item in dict.items(value):
+        encoder.write(key, depth)
+        encoder.write(item, depth)
+
+
+def _sequence_writer(kind: Any, tag: bytes) -> Callable[[_Encoder, Any, int], None]:
+    def write(encoder: _Encoder, value: object, depth: int) -> None:
+        encoder.out += tag + _SIZE.pack(kind.__len__(value))
+        for item in kind.__iter__(value):
+            encoder.write(item, depth)
+
+    return write
+
+
+# The methods of the built-in types are called, never a subclass's own. bool comes before int, its base.
+_WRITERS: dict[type, Callable[[_Encoder, Any, int], None]] = {
+    type(None): _write_none,
+    bool: _write_bool,
+    int: _write_int,
+    float: _write_float,
+    complex: _write_complex,
+    str: _write_str,
+    bytes: _write_bytes,
+    dict: _write_dict,
+    list: _sequence_writer(list, b"l"),
+    tuple: _sequence_writer(tuple, b"t"),
+    set: _sequence_writer(set, b"S"),
+    frozenset: _sequence_writer(frozenset, b"Z"),
+}
+
+
+# --------------------------------------------------------------------------- decoding
 
 
 def decode(data: bytes, resolve: Callable[[int], object] | None = None) -> object:
-    """Return the value of `encode`'s bytes; `resolve` turns the number of a handle into its object.
+    """Return the value of `encode`'s bytes.
+
+    Args:
+        data: One whole value.
+        resolve: Returns the object that a number stands for; without it there may be none.
 
     Raises:
         FrameError: The bytes are no value, or are beyond the limits.
@@ -142,7 +173,7 @@ def decode(data: bytes, resolve: Callable[[int], object] | None = None) -> objec
         value = decoder.read(MAX_DEPTH)
     except (struct.error, IndexError, UnicodeDecodeError, TypeError, KeyError) as error:
         raise FrameError(f"malformed value: {error}") from None
-    if not decoder.at_end:
+    if not decoder.at_end():
         raise FrameError("malformed value: bytes left over")
     return value
 
@@ -154,7 +185,6 @@ class _Decoder:
         self._resolve = resolve
         self._nodes = 0
 
-    @property
     def at_end(self) -> bool:
         return self._at == len(self._data)
 
@@ -162,48 +192,62 @@ class _Decoder:
         self._nodes += 1
         if depth == 0 or self._nodes > MAX_NODES:
             raise FrameError(f"deeper than {MAX_DEPTH} or larger than {MAX_NODES} values")
-        tag = self._take(1)
-        if tag in _BUILDERS:
-            return _BUILDERS[tag]([self.read(depth - 1) for _ in range(self._count())])
-        match tag:
-            case b"N":
-                return None
-            case b"T" | b"F":
-                return tag == b"T"
-            case b"i":
-                content = self._take(self._size())
-                if len(content) > MAX_INT_BYTES:
-                    raise FrameError(f"an int of more than {MAX_INT_BYTES} bytes")
-                return int.from_bytes(content, "little", signed=True)
-            case b"f":
-                return _FLOAT.unpack(self._take(8))[0]
-            case b"c":
-                return complex(*_COMPLEX.unpack(self._take(16)))
-            case b"s":
-                return self._take(self._size()).decode("utf-8", "surrogatepass")
-            case b"b":
-                return self._take(self._size())
-            case b"d":
-                return {self.read(depth - 1): self.read(depth - 1) for _ in range(self._count())}
-            case b"h" if self._resolve is not None:
-                return self._resolve(self._size())
-        raise FrameError(f"malformed value: no such tag {tag!r}")
+        return _READERS[self.take(1)](self, depth - 1)
 
-    def _size(self) -> int:
-        return int(_SIZE.unpack(self._take(4))[0])
+    def size(self) -> int:
+        return int(_SIZE.unpack(self.take(4))[0])
 
-    def _count(self) -> int:
-        count = self._size()
-        if count > MAX_NODES:
-            raise FrameError(f"larger than {MAX_NODES} values")
-        return count
+    def items(self, depth: int, *, each: int = 1) -> list[object]:
+        """Read a count and `each` times as many values; the bytes that are left must be able to hold them."""
+        count = self.size() * each
+        if count > len(self._data) - self._at:
+            raise FrameError("malformed value: cut off")
+        return [self.read(depth) for _ in range(count)]
 
-    def _take(self, length: int) -> bytes:
+    def take(self, length: int) -> bytes:
         content = self._data[self._at : self._at + length]
         if len(content) != length:
             raise FrameError("malformed value: cut off")
         self._at += length
         return content
+
+    def resolved(self) -> object:
+        if self._resolve is None:
+            raise FrameError("malformed value: a handle where none may be")
+        return self._resolve(self.size())
+
+
+def _read_int(decoder: _Decoder, _: int) -> int:
+    content = decoder.take(decoder.size())
+    if len(content) > MAX_INT_BYTES:
+        raise FrameError(f"an int of more than {MAX_INT_BYTES} bytes")
+    return int.from_bytes(content, "little", signed=True)
+
+
+def _read_dict(decoder: _Decoder, depth: int) -> dict[object, object]:
+    flat = iter(decoder.items(depth, each=2))
+    return dict(zip(flat, flat, strict=True))
+
+
+_READERS: dict[bytes, Callable[[_Decoder, int], object]] = {
+    b"N": lambda _, __: None,
+    b"T": lambda _, __: True,
+    b"F": lambda _, __: False,
+    b"i": _read_int,
+    b"f": lambda decoder, _: _FLOAT.unpack(decoder.take(8))[0],
+    b"c": lambda decoder, _: complex(*_COMPLEX.unpack(decoder.take(16))),
+    b"s": lambda decoder, _: decoder.take(decoder.size()).decode("utf-8", "surrogatepass"),
+    b"b": lambda decoder, _: decoder.take(decoder.size()),
+    b"d": _read_dict,
+    b"l": lambda decoder, depth: decoder.items(depth),
+    b"t": lambda decoder, depth: tuple(decoder.items(depth)),
+    b"S": lambda decoder, depth: set(decoder.items(depth)),
+    b"Z": lambda decoder, depth: frozenset(decoder.items(depth)),
+    b"h": lambda decoder, _: decoder.resolved(),
+}
+
+
+# --------------------------------------------------------------------------- framing
 
 
 def send_frame(channel: socket.socket, content: bytes) -> None:
@@ -216,7 +260,7 @@ def receive_frame(channel: socket.socket) -> bytes:
 
     Raises:
         EOFError: The other end is closed.
-        FrameError: It is longer than `MAX_FRAME_BYTES` allows.
+        FrameError: It is longer than any message may be.
     """
     size = int(_SIZE.unpack(_receive_exactly(channel, 4))[0])
     if size > MAX_FRAME_BYTES + 4096:

@@ -15,8 +15,9 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from . import judge, zygote
+from . import zygote
 from .messages import read_message, write_message
+from .remote import one_line
 from .watch import CallerGoneError, Limits, run_cases, run_check
 
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
@@ -47,7 +48,7 @@ def main(configuration: Mapping[str, Any]) -> NoReturn:
         write_message(results, {"ready": True})
         while (job := read_message(commands)) is not None:
             kind, detail = _run(job, candidates, limits)
-            write_message(results, {"kind": kind, "detail": judge.one_line(detail)})
+            write_message(results, {"kind": kind, "detail": one_line(detail)})
     except (BrokenPipeError, CallerGoneError):
         pass  # nobody waits for an answer any more
     finally:

@@ -12,37 +12,48 @@ import json
 import os
 import random
 import shutil
-import signal
 import socket
 import struct
-import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 from . import candidate, confine
 
-# What programs import most; a fork gets them for nothing.
-WARM = (
-    "abc array bisect calendar cmath collections contextlib copy dataclasses datetime decimal enum fractions "
-    "functools hashlib heapq io itertools json math numbers operator queue re statistics string struct "
-    "textwrap threading time traceback types typing unicodedata"
-).split()
-EXIT_STATUS = struct.Struct("<id")
 REAP, SPAWN = b"reap", b"spawn"
 STARTED, FAILED = b"started", b"failed: "
+EXIT_STATUS = struct.Struct("<id")
+
+# What programs import most; a fork gets them for nothing.
+_WARM = """
+    abc array bisect calendar cmath collections contextlib copy dataclasses datetime decimal enum fractions
+    functools hashlib heapq io itertools json math numbers operator queue re statistics string struct
+    textwrap threading time traceback types typing unicodedata
+"""
+
+
+def start(arguments: list[str]) -> NoReturn:
+    """Run from the bootstrap line: a JSON configuration and the number of the control descriptor."""
+    if arguments[0] == "--try":
+        os._exit(0)
+    if arguments[0] == "--try-namespaces":
+        confine.enter_namespaces()
+        _become_first_process()
+        confine.mount_scratch(arguments[1])
+        os._exit(0)
+    main(json.loads(arguments[0]), int(arguments[1]))
 
 
 def main(configuration: Mapping[str, Any], descriptor: int) -> NoReturn:
     """Serve the worker at the other end of `descriptor` until it goes away."""
     confine.die_with_parent()
-    sys.setswitchinterval(0.005)
-    control = socket.socket(fileno=descriptor)
-    for name in WARM:
+    for name in _WARM.split():
         importlib.import_module(name)
-    zygote = Zygote(configuration, control)
+    readable = [os.open(path, os.O_PATH) for path in configuration["readable"]]
     if configuration["namespaces"]:
         confine.enter_namespaces()
         _become_first_process()
+    zygote = Zygote(configuration, socket.socket(fileno=descriptor), readable)
     gc.collect()
     gc.freeze()
     zygote.serve()
@@ -61,101 +72,88 @@ class Zygote:
     """Forks, confines, reaps, and leaves the scratch folder empty.
 
     Args:
-        configuration: `backend`, `namespaces`, `scratch`, `readable`, `cpu_seconds`, `memory_bytes`.
+        configuration: `backend`, `namespaces`, `scratch`, `cpu_seconds`, `memory_bytes`.
         control: Messages from and to the worker, with descriptors.
+        readable: Open `O_PATH` descriptors of what programs may read.
     """
 
-    def __init__(self, configuration: Mapping[str, Any], control: socket.socket) -> None:
-        self._configuration = configuration
-        self._control = control
+    def __init__(self, configuration: Mapping[str, Any], control: socket.socket, readable: list[int]) -> None:
+        self._backend: str = configuration["backend"]
+        self._namespaces: bool = configuration["namespaces"]
         self._scratch: str = configuration["scratch"]
-        paths = [path for path in configuration["readable"] if os.path.exists(path)]
-        self._readable = [os.open(path, os.O_PATH) for path in paths]
-        self._writable = [os.open("/dev/null", os.O_PATH)]
+        self._cpu_seconds: float = configuration["cpu_seconds"]
+        self._memory_bytes: int = configuration["memory_bytes"]
+        self._control = control
+        self._readable = readable
+        self._writable = [os.open(os.devnull, os.O_PATH)]
+        self._ruleset = -1
+        self._filter = confine.SystemCallFilter() if self._backend != "trusted" else None
+        self._open_scratch()
 
     def serve(self) -> None:
         """Answer `spawn` and `reap` until the worker closes its end."""
         child = 0
-        while message := self._receive():
-            kind, descriptors = message
+        while True:
+            kind, descriptors, _, _ = socket.recv_fds(self._control, 64, 3)
             if kind == SPAWN:
-                self._open_scratch()
                 child = os.fork()
                 if child == 0:
-                    self._child(descriptors)
+                    self._become_candidate(*descriptors)
                 for descriptor in descriptors:
                     os.close(descriptor)
             elif kind == REAP:
                 _, status, usage = os.wait4(child, 0)
-                self._clear_scratch()
+                self._empty_scratch()
                 self._control.send(EXIT_STATUS.pack(status, usage.ru_utime + usage.ru_stime))
-
-    def _receive(self) -> tuple[bytes, list[int]] | None:
-        kind, descriptors, _, _ = socket.recv_fds(self._control, 64, 3)
-        return (kind, descriptors) if kind else None
+            else:
+                return
 
     def _open_scratch(self) -> None:
-        if self._configuration["namespaces"]:
+        if self._namespaces:
             confine.mount_scratch(self._scratch)
+        if self._backend == "landlock":
+            self._ruleset = confine.make_ruleset(self._readable, self._writable, scratch=self._scratch)
 
-    def _clear_scratch(self) -> None:
-        """Empty the scratch folder, or end: the worker then starts a new zygote with a new one."""
-        if self._configuration["namespaces"]:
-            confine.unmount_scratch(self._scratch)
+    def _empty_scratch(self) -> None:
+        """Leave nothing to the next program; if that fails this process ends and another takes its place."""
+        left = list(Path(self._scratch).iterdir())
+        if not left:
             return
-        for entry in os.scandir(self._scratch):
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path)
+        if self._namespaces:
+            confine.unmount_scratch(self._scratch)
+            os.close(self._ruleset)
+            self._open_scratch()
+            return
+        for path in left:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
             else:
-                os.unlink(entry.path)
+                path.unlink()
 
-    def _child(self, descriptors: list[int]) -> NoReturn:
-        """Become the candidate's process."""
-        channel_descriptor, stdin, stdout = descriptors
+    def _become_candidate(self, channel: int, stdin: int, output: int) -> NoReturn:
         try:
-            for number, descriptor in ((0, stdin), (1, stdout), (2, stdout)):
+            for number, descriptor in ((0, stdin), (1, output), (2, output)):
                 os.dup2(descriptor, number)
-            self._confine(channel_descriptor)
+            self._confine(channel)
         except (OSError, confine.ConfinementError) as error:
-            self._fail(error)
-        random.seed(0)  # forking reseeds from the system, and a verdict must not depend on that
-        candidate.serve(socket.socket(fileno=channel_descriptor))
-        os._exit(0)
+            self._control.send(FAILED + str(error).encode()[:500])
+            os._exit(1)
+        random.seed(0)  # forking reseeds from the system, and no verdict may depend on that
+        candidate.serve(socket.socket(fileno=channel))
 
-    def _confine(self, channel_descriptor: int) -> None:
-        configuration = self._configuration
+    def _confine(self, channel: int) -> None:
         confine.die_with_parent()
         os.setsid()
         os.chdir(self._scratch)
-        signal.set_wakeup_fd(-1)
-        confine.limit(cpu_seconds=configuration["cpu_seconds"], memory_bytes=configuration["memory_bytes"])
-        backend = configuration["backend"]
-        if backend != "trusted":
+        confine.limit(cpu_seconds=self._cpu_seconds, memory_bytes=self._memory_bytes)
+        if self._filter is not None:
             confine.forbid_new_privileges()
-        if backend == "landlock":
-            confine.restrict_files(self._readable, self._writable, scratch=self._scratch)
-        if backend != "trusted":
+        if self._backend == "landlock":
+            confine.restrict_files(self._ruleset)
+        if self._filter is not None:
             confine.drop_capabilities()
         self._control.send(STARTED)
-        os.closerange(3, channel_descriptor)
-        os.closerange(channel_descriptor + 1, 1024)
-        if backend != "trusted":
-            confine.filter_system_calls()
-
-    def _fail(self, error: Exception) -> NoReturn:
-        try:
-            self._control.send(FAILED + str(error).encode()[:500])
-        finally:
-            os._exit(1)
-
-
-def start(arguments: list[str]) -> NoReturn:
-    """Run from the bootstrap line: a JSON configuration and the number of the control descriptor."""
-    if arguments == ["--try"]:
-        os._exit(0)
-    if arguments[0] == "--try-namespaces":
-        confine.enter_namespaces()
-        _become_first_process()
-        confine.mount_scratch(arguments[1])
-        os._exit(0)
-    main(json.loads(arguments[0]), int(arguments[1]))
+        os.closerange(3, channel)
+        os.closerange(channel + 1, 1024)
+        if self._filter is not None:
+            self._filter.install()

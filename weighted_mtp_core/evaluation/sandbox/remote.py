@@ -1,0 +1,211 @@
+"""The candidate's process as trusted tests see it: functions behind whose calls only plain data crosses."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+from .wire import FrameError, UnencodableError, decode, encode, receive_frame, send_frame
+
+Outcome = tuple[str, str]  # kind of verdict, detail
+
+_DETAIL_CHARACTERS = 300
+_NO_ANSWER = "the program answered with something that is no answer"
+
+
+class Stop(BaseException):
+    """Ends the tests with a verdict; not an Exception, so that `except Exception` does not swallow it."""
+
+
+def one_line(text: str) -> str:
+    """Return a text as one short printable line."""
+    flat = " ".join(text[: 10 * _DETAIL_CHARACTERS].split())
+    return "".join(each if each.isprintable() else "?" for each in flat)[:_DETAIL_CHARACTERS]
+
+
+def exception_outcome(names: Sequence[str], message: str, *, line: int, number: int) -> Outcome:
+    """Return the verdict on a program that ended with an exception.
+
+    Args:
+        names: Its class's name and those of the bases, nearest first.
+        message: Its text.
+        line: The program's line, or 0.
+        number: The errno of an OSError, or 0.
+    """
+    kind = "error"
+    if "MemoryError" in names:
+        kind = "memory"
+    elif "PermissionError" in names or (names[:1] == ["RuntimeError"] and "start new thread" in message):
+        kind = "violation"
+    elif "OSError" in names and number in {errno.EFBIG, errno.ENOSPC, errno.EDQUOT}:
+        kind = "output"
+    place = f" (line {line})" if line else ""
+    return kind, one_line(f"{names[0] if names else 'an exception'}: {message}{place}")
+
+
+class Remote:
+    """The candidate's process, asked one question at a time.
+
+    Args:
+        channel: To that process.
+        deadline: `time.monotonic()` by which it must have answered.
+
+    Attributes:
+        answered: How many questions the program's functions have answered with a value.
+        raised: The exception of the program that was raised here last.
+        raised_as: The verdict if nothing catches it.
+        stopped: The verdict once there is nothing left to ask.
+    """
+
+    def __init__(self, channel: socket.socket, *, deadline: float) -> None:
+        self._channel = channel
+        self._deadline = deadline
+        self.answered = 0
+        self.raised: Exception | None = None
+        self.raised_as: Outcome = ("error", "")
+        self.stopped: Outcome | None = None
+
+    def stop(self, kind: str, detail: str) -> NoReturn:
+        """End the tests with this verdict, whatever they catch."""
+        self.stopped = self.stopped or (kind, one_line(detail))
+        raise Stop
+
+    def load(self, program: str) -> None:
+        """Run the program's top level.
+
+        Raises:
+            Stop: It failed.
+        """
+        try:
+            self.ask("load", program)
+        except Exception:  # noqa: BLE001 - whatever the program raised, it is the verdict
+            self.stop(*self.raised_as)
+        self.answered = 0
+
+    def call(self, target: object, arguments: Sequence[object], keywords: Mapping[str, object]) -> object:
+        """Call a function and carry over what it did to its mutable arguments."""
+        return self.ask("call", target, list(arguments), dict(keywords))
+
+    def ask(self, operation: str, *operands: object) -> object:
+        """Ask and return the answer's value, or raise the program's exception here.
+
+        Raises:
+            Stop: There is no answer that could be used.
+        """
+        if self.stopped:
+            raise Stop
+        match self._exchange((operation, *operands)):
+            case ("value", value, dict(changes)):
+                self.answered += 1
+                self._apply(operands, changes)
+                return value
+            case ("unencodable", str(why)):
+                self.stop("unencodable", why)
+            case ("raise", list(names), str(message), int(line), int(number)):
+                self._raise([str(name) for name in names], message, line=line, number=number)
+        return self.stop("unencodable", _NO_ANSWER)
+
+    def _exchange(self, request: tuple[object, ...]) -> object:
+        try:
+            content = encode(request, _number_of_opaque)
+        except UnencodableError as error:
+            self.stop("judge_error", f"the tests pass what cannot cross: {error}")
+        try:
+            self._channel.settimeout(max(0.001, self._deadline - time.monotonic()))
+            send_frame(self._channel, content)
+            return decode(receive_frame(self._channel), lambda number: Opaque(self, number))
+        except TimeoutError:
+            self.stop("wall_limit", "no answer in time")
+        except (EOFError, ConnectionError):
+            self.stop("gone", "")
+        except FrameError as error:
+            self.stop("unencodable", str(error))
+
+    def _apply(self, operands: Sequence[object], changes: Mapping[object, object]) -> None:
+        """Give the caller's lists, dicts and sets the content that the call left in their copies."""
+        arguments = operands[1] if len(operands) == 3 and isinstance(operands[1], list) else []
+        for position, changed in changes.items():
+            if type(position) is not int or not 0 <= position < len(arguments):
+                self.stop("unencodable", _NO_ANSWER)
+            match arguments[position], changed:
+                case list() as argument, list():
+                    argument[:] = changed
+                case dict() as argument, dict():
+                    argument.clear()
+                    argument.update(changed)
+                case set() as argument, set():
+                    argument.clear()
+                    argument.update(changed)
+                case _:
+                    self.stop("unencodable", _NO_ANSWER)
+
+    def _raise(self, names: list[str], message: str, *, line: int, number: int) -> NoReturn:
+        """Raise the built-in exception that is nearest to the program's."""
+        self.raised_as = exception_outcome(names, message, line=line, number=number)
+        for name in names:
+            kind = getattr(builtins, name, None)
+            if not (isinstance(kind, type) and issubclass(kind, Exception)):
+                continue
+            try:
+                self.raised = kind(message)
+            except TypeError:  # UnicodeDecodeError and its like want more arguments: take the base
+                continue
+            raise self.raised
+        self.stop(*self.raised_as)  # SystemExit, KeyboardInterrupt
+
+
+class RemoteFunction:
+    """A function of the program, by name; calling it asks the program."""
+
+    __slots__ = ("_name", "_remote")
+
+    def __init__(self, remote: Remote, name: str) -> None:
+        self._remote = remote
+        self._name = name
+
+    def __call__(self, *arguments: object, **keywords: object) -> object:  # noqa: D102 - see the class
+        return self._remote.call(self._name, arguments, keywords)
+
+
+class Opaque:
+    """An object of the program that is not plain data: to be handed back; any look at it ends the tests."""
+
+    __slots__ = ("_number", "_remote")
+    _number: int
+    _remote: Remote
+
+    def __init__(self, remote: Remote, number: int) -> None:
+        object.__setattr__(self, "_remote", remote)
+        object.__setattr__(self, "_number", number)
+
+    def __getattr__(self, name: str) -> object:
+        return self._remote.ask("get", self, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        self._remote.ask("set", self, name, value)
+
+    def __call__(self, *arguments: object, **keywords: object) -> object:  # noqa: D102 - see the class
+        return self._remote.call(self, arguments, keywords)
+
+
+def _number_of_opaque(value: object) -> int | None:
+    return value._number if type(value) is Opaque else None  # noqa: SLF001 - of this module
+
+
+def _looked_at(opaque: Opaque, *_: object) -> NoReturn:
+    opaque._remote.stop("unencodable", "the tests look at a value that is not bounded plain data")  # noqa: SLF001
+
+
+# Python asks the class, not `__getattr__`, for what operators and built-in functions need.
+_SPECIAL = """
+    abs add and bool bytes ceil complex contains delitem divmod enter eq exit float floor floordiv format ge
+    getitem gt hash index int invert iter le len lshift lt matmul mod mul ne neg next or pos pow radd rand
+    rdivmod repr reversed rfloordiv rlshift rmatmul rmod rmul ror round rpow rrshift rshift rsub rtruediv rxor
+    setitem str sub truediv trunc xor
+"""
+for _name in _SPECIAL.split():
+    setattr(Opaque, f"__{_name}__", _looked_at)
