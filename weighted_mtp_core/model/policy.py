@@ -1,0 +1,254 @@
+"""The policy: a trunk, K heads and one shared unembedding, made from any transformers causal LM.
+
+Head 1 is the ordinary language model. With `transformer` heads the trunk is every layer but the last, and each
+head is one layer of the trunk's own kind: head 1 the pretrained last layer, the others copies of it
+(Gloeckle et al. 2024, section 2). With `linear` heads the trunk is the whole body, head 1 the identity and the
+others residual blocks that start as identity (Medusa, Cai et al. 2024, section 3.1).
+
+Rows are right-padded and hold one document each, so causal attention needs no mask.
+
+Shape letters: B rows, T positions, K heads, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+
+from weighted_mtp_core.api import Batch
+from weighted_mtp_core.errors import WmtpError
+
+HeadKind = Literal["transformer", "linear"]
+_TOLERANCE = 1e-4  # of head 1's logits against the base model's, fp32
+
+
+@frozen(kw_only=True, eq=False)
+class PolicyCache:
+    """Key-value caches of the trunk and of each transformer head, transformers `DynamicCache` objects."""
+
+    trunk: Any
+    heads: tuple[Any, ...]
+
+
+class Policy(nn.Module):
+    """Trunk, heads and unembedding.
+
+    Attributes:
+        n_future: K.
+        head_kind: `transformer` or `linear`.
+        hidden_size: H.
+        vocab_size: V.
+        trunk: The shared body.
+        heads: One module a head; with linear heads, head 1 is the identity.
+        norm: The final norm of transformer heads; the identity with linear heads, whose trunk ends in it.
+        unembedding: Shared by all heads.
+    """
+
+    def __init__(self, base: nn.Module, *, n_future: int, head_kind: HeadKind) -> None:
+        """Take a causal LM apart; its modules are used, not copied.
+
+        Raises:
+            WmtpError: The model is not built of layers and a final norm, or head 1 would not equal it.
+        """
+        super().__init__()
+        body, layers_name, norm_name = _anatomy(base)
+        layers = getattr(body, layers_name)
+        self.n_future = n_future
+        self.head_kind = head_kind
+        self.config = base.config
+        self.hidden_size = int(body.config.hidden_size)
+        self.unembedding: nn.Linear = base.get_output_embeddings()
+        self.vocab_size = int(self.unembedding.weight.shape[0])
+        if self.unembedding.bias is not None:
+            raise WmtpError("the base model's unembedding has a bias, which multi-token heads do not share")
+        if head_kind == "linear":
+            self.norm: nn.Module = nn.Identity()
+            self.heads = nn.ModuleList(
+                [nn.Identity() if k == 0 else ResidualHead(self.hidden_size) for k in range(n_future)]
+            )
+        else:
+            if len(layers) < 2:
+                raise WmtpError(
+                    "a model of one layer has no trunk left when its last layer becomes the head",
+                    hint='use a deeper model, or `model.head = "linear"`',
+                )
+            self.norm = getattr(body, norm_name)
+            last = layers[-1]
+            setattr(body, layers_name, layers[:-1])
+            setattr(body, norm_name, nn.Identity())
+            self.heads = nn.ModuleList(
+                [
+                    _one_layer_body(body, last if k == 0 else copy.deepcopy(last), layers_name, norm_name)
+                    for k in range(n_future)
+                ]
+            )
+            body.config = _with_layers(body.config, len(layers) - 1)
+        self.trunk = body
+
+    def trunk_states(self, ids_BT: Tensor, *, position_BT: Tensor | None = None, cache: Any = None) -> Tensor:
+        """Return the trunk's states `[B, T, H]` of token ids.
+
+        Args:
+            ids_BT: int64 token ids.
+            position_BT: Positions, where they are not 0, 1, ... or the cache's continuation.
+            cache: The trunk's cache; extended in place.
+        """
+        states: Tensor = self.trunk(
+            input_ids=ids_BT, position_ids=position_BT, past_key_values=cache, use_cache=cache is not None
+        ).last_hidden_state
+        return states
+
+    def head_states(
+        self, k: int, hidden_BTH: Tensor, *, position_BT: Tensor | None = None, cache: Any = None
+    ) -> Tensor:
+        """Return what head k (from 1) hands to the unembedding, `[B, T, H]`."""
+        head = self.heads[k - 1]
+        if self.head_kind == "linear":
+            linear: Tensor = head(hidden_BTH)
+            return linear
+        states = head(
+            inputs_embeds=hidden_BTH,
+            position_ids=position_BT,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+        normed: Tensor = self.norm(states)
+        return normed
+
+    def logits(
+        self, k: int, hidden_BTH: Tensor, *, position_BT: Tensor | None = None, cache: Any = None
+    ) -> Tensor:
+        """Return head k's logits `[B, T, V]`; for generation, not for training."""
+        logits: Tensor = self.unembedding(
+            self.head_states(k, hidden_BTH, position_BT=position_BT, cache=cache)
+        )
+        return logits
+
+    def new_caches(self) -> PolicyCache:
+        """Return empty caches of the trunk and of each transformer head."""
+        from transformers import DynamicCache
+
+        heads = self.n_future if self.head_kind == "transformer" else 0
+        return PolicyCache(trunk=DynamicCache(), heads=tuple(DynamicCache() for _ in range(heads)))
+
+    def frozen_trunk(self) -> Callable[[Batch], Tensor]:
+        """Return a copy of the trunk as it is now: from a batch to float32 states, without gradients."""
+        trunk = copy.deepcopy(self.trunk).eval().requires_grad_(requires_grad=False)
+
+        @torch.no_grad()
+        def states(batch: Batch) -> Tensor:
+            hidden: Tensor = trunk(input_ids=batch.ids_BT, use_cache=False).last_hidden_state
+            return hidden.float()
+
+        return states
+
+
+class ResidualHead(nn.Module):
+    """`h + W silu(U h)`, the identity at first because W starts at 0."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.outer = nn.Linear(hidden_size, hidden_size, bias=False)
+        nn.init.zeros_(self.outer.weight)
+
+    def forward(self, hidden_BTH: Tensor) -> Tensor:
+        """Return states `[B, T, H]`."""
+        result: Tensor = hidden_BTH + self.outer(nn.functional.silu(self.inner(hidden_BTH)))
+        return result
+
+
+def make_policy(base: nn.Module, *, n_future: int, head_kind: HeadKind) -> Policy:
+    """Make a policy of a causal LM and check that head 1 still is that model.
+
+    Raises:
+        WmtpError: The model's kind does not fit this kind of head.
+    """
+    ids_BT = torch.arange(2, 10).remainder(int(base.config.vocab_size)).unsqueeze(0)
+    was_training = base.training
+    base.eval()
+    with torch.no_grad():
+        expected = base(input_ids=ids_BT, use_cache=False).logits.float()
+        policy = Policy(base, n_future=n_future, head_kind=head_kind).eval()
+        actual = policy.logits(1, policy.trunk_states(ids_BT)).float()
+    policy.train(was_training)
+    gap = float((actual - expected).abs().max() / expected.abs().max().clamp(min=1.0))
+    if gap > _TOLERANCE:
+        raise WmtpError(
+            f"head 1 of a `{base.config.model_type}` model with `{head_kind}` heads is not the model itself "
+            f"(logits differ by {gap:.2g})",
+            hint='try `model.head = "linear"`' if head_kind == "transformer" else "use another base model",
+        )
+    return policy
+
+
+def _anatomy(base: nn.Module) -> tuple[nn.Module, str, str]:
+    """Return the body of a causal LM and the names of its layers and its final norm."""
+    body = base.base_model
+    layers = [name for name, child in body.named_children() if isinstance(child, nn.ModuleList)]
+    norms = [
+        name
+        for name, child in body.named_children()
+        if "norm" in type(child).__name__.lower() and not isinstance(child, nn.ModuleList)
+    ]
+    if len(layers) != 1 or not norms:
+        raise WmtpError(
+            f"a `{base.config.model_type}` model is not a stack of layers with a final norm, "
+            "so it cannot be a trunk"
+        )
+    return body, layers[0], norms[-1]
+
+
+def _with_layers(config: Any, count: int) -> Any:
+    """Return a copy of a model config for another number of layers."""
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = count
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = list(config.layer_types)[-count:] if count == 1 else config.layer_types[:count]
+    return config
+
+
+def _one_layer_body(body: nn.Module, layer: nn.Module, layers_name: str, norm_name: str) -> nn.Module:
+    """Return a body of the same kind with this one layer, fed by states instead of embeddings.
+
+    Everything but the layer is shared-nothing: embeddings are dropped, the final norm is the policy's.
+    """
+    kept = {
+        name: child
+        for name, child in body.named_children()
+        if name not in {layers_name, norm_name} and not isinstance(child, nn.Embedding)
+    }
+    head = copy.copy(body)
+    head._modules, head._parameters, head._buffers = {}, dict(body._parameters), dict(body._buffers)
+    for name, child in body.named_children():
+        if name in kept:
+            head._modules[name] = copy.deepcopy(child)
+        elif isinstance(child, nn.Embedding):
+            # Learned positions are in the trunk's states already: zero what the body would add again.
+            if child.num_embeddings != body.config.vocab_size:
+                head._modules[name] = _ZeroEmbedding(child.embedding_dim)
+        elif name == layers_name:
+            head._modules[name] = nn.ModuleList([layer])
+        else:
+            head._modules[name] = nn.Identity()
+    head.config = _with_layers(body.config, 1)
+    for module in layer.modules():
+        if hasattr(module, "layer_idx"):
+            module.layer_idx = 0
+    return head
+
+
+class _ZeroEmbedding(nn.Module):
+    """Stands where a body adds learned positions."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, positions: Tensor) -> Tensor:
+        return torch.zeros(*positions.shape, self.width, device=positions.device)

@@ -1,0 +1,51 @@
+"""Who predicts what: the one place that shifts tokens to the sources that predict them.
+
+Shape letters: B rows, T positions, K heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+"""The label of a pair that does not count, as everywhere in PyTorch."""
+
+
+def align_labels(ids_BT: Tensor, *, document_BT: Tensor, response_BT: Tensor, n_future: int) -> Tensor:
+    """Return `labels_BTK[b, t, k - 1] = x[b, t + k]` where the pair counts, -100 elsewhere.
+
+    A pair counts if its target is a response token of the source's own document; sources inside the prompt
+    count, padding (document -1) and targets across a document boundary never do.
+
+    Args:
+        ids_BT: int64 token ids.
+        document_BT: int64 document number within the row, -1 on padding.
+        response_BT: bool, True on response tokens.
+        n_future: K.
+    """
+    labels_BTK = ids_BT.new_full((*ids_BT.shape, n_future), IGNORED)
+    for k in range(1, min(n_future, ids_BT.shape[1] - 1) + 1):
+        counts = response_BT[:, k:] & (document_BT[:, k:] == document_BT[:, :-k]) & (document_BT[:, :-k] >= 0)
+        labels_BTK[:, :-k, k - 1] = torch.where(counts, ids_BT[:, k:], IGNORED)
+    return labels_BTK
+
+
+def target_mask(labels_BTK: Tensor) -> Tensor:
+    """Return bool `[B, T, K]`, True where the pair counts."""
+    return labels_BTK != IGNORED
+
+
+def align_weights(weight: Tensor, target_BTK: Tensor) -> Tensor:
+    """Return weights by (source, head), 0 where the pair does not count.
+
+    Args:
+        weight: `[B, T]`, by the target token itself, or `[B, T, K]`, already by (source, head).
+        target_BTK: The pairs that count.
+    """
+    if weight.ndim == 3:
+        return torch.where(target_BTK, weight, 0.0)
+    weight_BTK = weight.new_zeros(target_BTK.shape)
+    for k in range(1, min(target_BTK.shape[2], weight.shape[1] - 1) + 1):
+        weight_BTK[:, :-k, k - 1] = weight[:, k:]
+    return torch.where(target_BTK, weight_BTK, 0.0)
