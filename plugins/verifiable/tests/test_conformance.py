@@ -1,0 +1,30 @@
+"""The plugin's components keep what core promises of their kinds, with each of their ways to work."""
+
+import pytest
+
+from weighted_mtp_core.testing import CriticSuite, WeightingStrategySuite
+
+
+class TestTdError(WeightingStrategySuite):
+    address = "verifiable.td_error"
+
+    @pytest.fixture(params=["batch", "ema", "none"])
+    def options(self, request):
+        return {"whiten": request.param}
+
+
+class TestValueHead(CriticSuite):
+    address = "verifiable.value_head"
+
+    @pytest.fixture(
+        params=[
+            {},
+            {"objective": "lambda_return"},
+            {"objective": "bradley_terry"},
+            {"body": "policy", "layers": 0, "writing": 0.0},
+            {"body": "frozen", "layers": 1},
+        ],
+        ids=["monte_carlo", "lambda_return", "bradley_terry", "policy", "frozen"],
+    )
+    def options(self, request):
+        return {"hidden_size": 16, "heads": 2, "layers": 2, **request.param}

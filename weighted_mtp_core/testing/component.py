@@ -1,0 +1,186 @@
+"""What core promises of every component, whatever its kind."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import random
+import subprocess
+import sys
+import tomllib
+import typing
+from abc import ABC
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import attrs
+import numpy as np
+import pytest
+import tomli_w
+import torch
+
+from weighted_mtp_core.api import (
+    BuildContext,
+    Critic,
+    DataSource,
+    Stateful,
+    Tracker,
+    WeightingStrategy,
+    WmtpError,
+)
+from weighted_mtp_core.plugins import AnyComponent, Kind, find, load, resolve
+from weighted_mtp_core.recipe.structure import plain, structure
+
+_CLASSES: Mapping[Kind, type[ABC]] = {
+    Kind.WEIGHTING: WeightingStrategy,
+    Kind.CRITIC: Critic,
+    Kind.DATA: DataSource,
+    Kind.TRACKER: Tracker,
+}
+_HEAVY = ("torch", "transformers", "mlflow", "boto3")
+_LOAD = """
+import sys
+from weighted_mtp_core.plugins import find, load
+load(find(), [sys.argv[1]])
+print(*(name for name in sys.argv[2:] if name in sys.modules))
+"""
+
+
+@functools.cache
+def load_component(kind: Kind, address: str) -> AnyComponent:
+    """Return a component's declaration; a process loads it once."""
+    return resolve(load(find(), [address.partition(".")[0]]), kind, address)[1]
+
+
+@functools.cache
+def heavy_imports(plugin: str) -> tuple[str, ...]:
+    """Return which heavy packages a fresh interpreter has imported after it loaded a plugin."""
+    command = [sys.executable, "-c", _LOAD, plugin, *_HEAVY]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return tuple(done.stdout.split())
+
+
+@contextmanager
+def random_numbers_untouched() -> Iterator[None]:
+    """Fail if the block draws from or reseeds a generator that other code uses too."""
+
+    def states() -> list[Any]:
+        legacy = np.random.get_state()[1]  # noqa: NPY002 - it is the global state that is watched
+        return [random.getstate(), bytes(np.asarray(legacy)), torch.get_rng_state().tolist()]
+
+    before = states()
+    yield
+    for name, then, now in zip(("random", "numpy.random", "torch"), before, states(), strict=True):
+        assert then == now, (
+            f"the global generator of `{name}` moved: use one of your own, from `context.seed`"
+        )
+
+
+def carry_over(source: Stateful, target: Stateful, folder: Path) -> None:
+    """Bring a component's state to another through a checkpoint on disk, as a resumed run does."""
+    from weighted_mtp_core.stages import checkpoint
+
+    checkpoint.save_component(source, folder)
+    checkpoint.load_component(target, folder)
+
+
+class ComponentSuite:
+    """Checks of a component's declaration, its options, and how it is built.
+
+    Attributes:
+        address: `<plugin>.<component>` of an installed plugin.
+        kind: Set by the suite of each kind.
+    """
+
+    address: ClassVar[str]
+    kind: ClassVar[Kind]
+
+    @pytest.fixture
+    def options(self) -> Mapping[str, Any]:
+        """The recipe's options table; override it to test other options than the defaults."""
+        return {}
+
+    @pytest.fixture
+    def context(self, tmp_path: Path) -> BuildContext:
+        """What the component is built with."""
+        return BuildContext(seed=7, storage=tmp_path / "storage")
+
+    @pytest.fixture
+    def component(self) -> AnyComponent:
+        """The declaration that the plugin's hook returned."""
+        return load_component(self.kind, self.address)
+
+    @pytest.fixture
+    def structured(self, component: AnyComponent, options: Mapping[str, Any]) -> Any:
+        """The options as an instance of the component's class."""
+        structured, faults = structure(component.options, options)
+        assert not faults, [f"{'.'.join(map(str, fault.path))}: {fault.text}" for fault in faults]
+        return structured
+
+    @pytest.fixture
+    def build(self, component: AnyComponent, structured: Any, context: BuildContext) -> Callable[[], Any]:
+        """Build a fresh object, as often as a test likes."""
+        return lambda: component.build(structured, context)
+
+    def test_summary_is_one_line(self, component: AnyComponent) -> None:
+        """`plugins list` shows it in a table."""
+        assert component.summary.strip()
+        assert "\n" not in component.summary
+
+    def test_importing_the_plugin_imports_nothing_heavy(self) -> None:
+        """`plugins list`, `check` and `--help` stay quick: torch is imported by the build function."""
+        assert heavy_imports(self.address.partition(".")[0]) == ()
+
+    def test_options_are_frozen(self, structured: Any) -> None:
+        """A resolved recipe says what ran; nothing changes it later."""
+        fields = attrs.fields(type(structured))
+        name = fields[0].name if fields else "anything"
+        with pytest.raises((attrs.exceptions.FrozenInstanceError, AttributeError)):
+            setattr(structured, name, getattr(structured, name, None))
+
+    def test_options_are_keyword_only(self, component: AnyComponent) -> None:
+        """So that an option may be added anywhere later."""
+        assert [each.name for each in attrs.fields(component.options) if each.init and not each.kw_only] == []
+
+    def test_options_are_typed(self, component: AnyComponent) -> None:
+        """A recipe is checked against the types."""
+        types = typing.get_type_hints(component.options)
+        fields = [each.name for each in attrs.fields(component.options)]
+
+        assert [name for name in fields if types.get(name, Any) is Any] == []
+
+    def test_options_survive_a_resolved_recipe(self, component: AnyComponent, structured: Any) -> None:
+        """The resolved recipe is TOML, and runs again to the same result."""
+        table = tomllib.loads(tomli_w.dumps(plain(structured)))
+        again, faults = structure(component.options, table)
+
+        assert faults == []
+        assert again == structured
+
+    def test_builds_its_kind(self, build: Callable[[], Any]) -> None:
+        """Core calls the methods of the kind's class."""
+        assert isinstance(build(), _CLASSES[self.kind])
+
+    def test_building_leaves_global_random_numbers_alone(self, build: Callable[[], Any]) -> None:
+        """The same recipe and seed give the same numbers, whatever else is built."""
+        with random_numbers_untouched():
+            build()
+
+    def test_builds_a_new_object_each_time(self, build: Callable[[], Any]) -> None:
+        """Two runs in one process share nothing."""
+        assert build() is not build()
+
+    def test_refuses_state_that_it_does_not_keep(self, build: Callable[[], Any]) -> None:
+        """A checkpoint of something else is a mistake that must not pass for a resume."""
+        built = build()
+        state = {**built.state_dict(), "left_by_something_else": 1}
+
+        with pytest.raises(WmtpError):
+            built.load_state_dict(state)
+
+    def test_build_takes_options_and_context(self, component: AnyComponent) -> None:
+        """Core calls `build(options, context)`."""
+        inspect.signature(component.build).bind(None, None)

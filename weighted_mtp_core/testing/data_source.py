@@ -1,0 +1,185 @@
+"""What core promises of every data source."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from weighted_mtp_core.api import SPLITS, BuildContext, DataSource, Example, Problem, Split, WmtpError
+from weighted_mtp_core.plugins import AnyComponent, Kind
+from weighted_mtp_core.recipe.structure import structure
+from weighted_mtp_core.testing.component import ComponentSuite, load_component
+
+Build = Callable[[], DataSource]
+_JUDGED = 3  # problems a split: each costs a sandboxed program
+_DIGEST = """
+import json, sys
+from pathlib import Path
+from weighted_mtp_core.testing.data_source import digest
+print(digest(sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])))
+"""
+
+
+def digest(address: str, options: Mapping[str, Any], storage: Path) -> str:
+    """Build a source from nothing and return a digest of all its examples, in order."""
+    component = load_component(Kind.DATA, address)
+    structured, faults = structure(component.options, options)
+    assert not faults, faults
+    source = component.build(structured, BuildContext(seed=7, storage=storage))
+    seen = hashlib.sha256()
+    for split in SPLITS:
+        for example in source.examples(split):
+            seen.update(repr(example).encode())
+    return seen.hexdigest()
+
+
+class DataSourceSuite(ComponentSuite):
+    """Checks of examples, splits, version and, where the source can verify, of its verdicts.
+
+    Override `changed_options` to have it checked that the version tells changed data from unchanged.
+    """
+
+    kind: ClassVar[Kind] = Kind.DATA
+
+    @pytest.fixture
+    def changed_options(self) -> Mapping[str, Any] | None:
+        """Options that give other data, for example a copy of the file with one byte changed."""
+        return None
+
+    @pytest.fixture
+    def source(self, build: Build) -> DataSource:
+        """The source as a run has it."""
+        return build()
+
+    @pytest.fixture(params=SPLITS)
+    def split(self, request: pytest.FixtureRequest) -> Split:
+        """Each split in turn."""
+        split: Split = request.param
+        return split
+
+    # ------------------------------------------------------------------ examples
+
+    def test_there_is_something_to_train_on(self, source: DataSource) -> None:
+        """The split `train` is not empty, for the critic and for the policy."""
+        assert len(source.examples("train")) > 0
+        assert len(source.policy_examples("train")) > 0
+
+    def test_examples_are_random_access(self, source: DataSource, split: Split) -> None:
+        """The order of batches is a function of the position alone."""
+        examples = source.examples(split)
+        in_order = list(examples)
+
+        assert len(examples) == len(in_order)
+        assert [examples[i] for i in reversed(range(len(examples)))] == in_order[::-1]
+        assert all(isinstance(example, Example) for example in in_order)
+
+    def test_prompts_and_responses_hold_text(self, source: DataSource, split: Split) -> None:
+        """There is something to read and something to predict."""
+        empty = [e.example_id for e in source.examples(split) if not e.prompt or not e.response]
+
+        assert empty == []
+
+    def test_the_same_examples_come_twice_in_the_same_order(self, build: Build, split: Split) -> None:
+        """From one object, and from another that was built anew."""
+        source = build()
+        first = list(source.examples(split))
+
+        assert list(source.examples(split)) == first
+        assert list(build().examples(split)) == first
+
+    def test_examples_do_not_depend_on_the_hash_seed(
+        self, options: Mapping[str, Any], tmp_path: Path
+    ) -> None:
+        """The order of a set of strings differs from process to process."""
+        found = set()
+        for seed in ("0", "1"):
+            command = [sys.executable, "-c", _DIGEST, self.address, json.dumps(dict(options))]
+            done = subprocess.run(
+                [*command, str(tmp_path / f"storage-{seed}")],
+                env={**os.environ, "PYTHONHASHSEED": seed},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr
+            found.add(done.stdout.strip().splitlines()[-1])
+
+        assert len(found) == 1
+
+    def test_example_ids_are_unique(self, source: DataSource) -> None:
+        """Over all splits: caches and reports name examples by them."""
+        ids = [example.example_id for split in SPLITS for example in source.examples(split)]
+
+        assert len(ids) == len(set(ids))
+
+    def test_splits_share_no_problem(self, source: DataSource) -> None:
+        """A held-out number is worth nothing if its problems were trained on."""
+        owners: dict[str, set[Split]] = {}
+        for split in SPLITS:
+            for example in [*source.examples(split), *source.policy_examples(split)]:
+                owners.setdefault(example.problem_id, set()).add(split)
+            for problem in source.problems(split):
+                owners.setdefault(problem.problem_id, set()).add(split)
+
+        assert {problem: splits for problem, splits in owners.items() if len(splits) > 1} == {}
+
+    # ------------------------------------------------------------------ version
+
+    def test_the_version_names_the_data(self, build: Build) -> None:
+        """Name, version and a SHA-256 that every tracker records; the same whenever it is asked."""
+        version = build().version()
+
+        assert version.name.strip()
+        assert version.version.strip()
+        assert re.fullmatch(r"[0-9a-f]{64}", version.sha256)
+        assert build().version() == version
+
+    def test_other_data_have_another_sha256(
+        self,
+        component: AnyComponent,
+        build: Build,
+        changed_options: Mapping[str, Any] | None,
+        context: BuildContext,
+    ) -> None:
+        """One changed byte is another data set."""
+        if changed_options is None:
+            pytest.skip("override the fixture `changed_options` to have this checked")
+        structured, faults = structure(component.options, changed_options)
+        assert not faults, faults
+        changed = component.build(structured, context)
+
+        assert changed.version().sha256 != build().version().sha256
+
+    # ------------------------------------------------------------------ verification
+
+    def test_verdicts_tell_right_from_wrong_in_order(self, source: DataSource, split: Split) -> None:
+        """A known solution passes; an empty completion does not; verdicts come in the order of attempts."""
+        problems = [each for each in source.problems(split) if each.solution is not None][:_JUDGED]
+        if not problems:
+            pytest.skip("no problem of this split has a known solution")
+        attempts = [attempt for problem in problems for attempt in _right_and_wrong(problem)]
+        verdicts = source.verify(attempts)
+
+        assert [verdict.passed for verdict in verdicts] == [True, False] * len(problems)
+
+    def test_a_source_without_problems_says_so(self, source: DataSource) -> None:
+        """Verifying without any is a mistake that a user must hear of, not an empty result."""
+        if any(source.problems(split) for split in SPLITS):
+            return
+        problem = Problem(problem_id="none", prompt="", entry_point="f", tests="")
+        with pytest.raises(WmtpError):
+            source.verify([(problem, "")])
+
+
+def _right_and_wrong(problem: Problem) -> tuple[tuple[Problem, str], tuple[Problem, str]]:
+    assert problem.solution is not None
+    return (problem, problem.solution), (problem, "")

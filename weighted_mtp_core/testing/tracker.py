@@ -1,0 +1,150 @@
+"""What core promises of every tracker."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import attrs
+import pytest
+
+from weighted_mtp_core.api import DatasetVersion, MetricPoint, RunInfo, RunOutcome, Tracker, WmtpError
+from weighted_mtp_core.plugins import Kind
+from weighted_mtp_core.testing.component import ComponentSuite
+
+Build = Callable[[], Tracker]
+Stored = Mapping[str, list[tuple[int, float]]]
+
+
+def point(name: str, value: float, *, step: int = 1) -> MetricPoint:
+    """Return a metric measured at a fixed time."""
+    return MetricPoint(name=name, value=value, step=step, time_ms=1_700_000_000_000 + step)
+
+
+class TrackerSuite(ComponentSuite):
+    """Checks that a tracker bears what core's delivery does to it: repetition, any order, odd values.
+
+    Override `read_back` to have it checked that what was sent is what is stored.
+    """
+
+    kind: ClassVar[Kind] = Kind.TRACKER
+
+    @pytest.fixture
+    def read_back(self) -> Callable[[RunInfo], Stored] | None:
+        """Return from the store the history (step, value) of each metric of a run."""
+        return None
+
+    @pytest.fixture
+    def run(self, tmp_path: Path) -> RunInfo:
+        """A run as core describes it."""
+        folder = tmp_path / "runs" / "run-1"
+        folder.mkdir(parents=True)
+        return RunInfo(
+            run_id="0123456789abcdef0123456789abcdef",
+            name="first_run",
+            experiment="weighted_mtp/conformance",
+            params={"train.steps": "10", "data.sha256": "0" * 64, "model.base": "micro"},
+            tags={"algo": "conformance", "wmtp.data": "core.micro_code", "team": "a: b/c d"},
+            datasets=(DatasetVersion(name="numbers", version="1", sha256="0" * 64),),
+            folder=folder,
+            started_ms=1_700_000_000_000,
+        )
+
+    @pytest.fixture
+    def artifact(self, run: RunInfo) -> Path:
+        """A file of the run."""
+        path = run.folder / "training.log"
+        path.write_text("step 1\n")
+        return path
+
+    @pytest.fixture
+    def started(self, build: Build, run: RunInfo) -> Tracker:
+        """A tracker with an open run."""
+        tracker = build()
+        tracker.start(run)
+        return tracker
+
+    @pytest.mark.parametrize("outcome", RunOutcome)
+    def test_a_run_ends_in_every_outcome(self, started: Tracker, outcome: RunOutcome) -> None:
+        """Finished, failed or killed."""
+        started.finish(outcome)
+
+    def test_a_run_ends_at_a_time_that_is_told(self, started: Tracker) -> None:
+        """It may be delivered long after."""
+        started.finish(RunOutcome.FINISHED, time_ms=1_700_000_060_000)
+
+    def test_starting_again_reopens_the_run(self, started: Tracker, run: RunInfo) -> None:
+        """`start` comes again as more becomes known, and after every resume."""
+        started.start(attrs.evolve(run, tags={**run.tags, "model_version": "micro-1"}))
+        started.log_metrics([point("loss", 1.0)])
+        started.finish(RunOutcome.FINISHED)
+        started.start(run)
+        started.log_metrics([point("loss", 0.5, step=2)])
+        started.finish(RunOutcome.FINISHED)
+
+    def test_another_object_reopens_the_run(self, build: Build, started: Tracker, run: RunInfo) -> None:
+        """The process that resumes a run is not the one that began it."""
+        started.log_metrics([point("loss", 1.0)])
+        again = build()
+        again.start(run)
+        again.log_metrics([point("loss", 0.5, step=2)])
+        again.finish(RunOutcome.FINISHED)
+
+    def test_everything_may_be_sent_twice(self, started: Tracker, artifact: Path) -> None:
+        """Core sends again what it is not sure of."""
+        for _ in range(2):
+            started.log_metrics([point("loss", 1.0)])
+            started.set_tags({"state": "going on"})
+            started.log_artifact(artifact, "logs")
+        for _ in range(2):
+            started.finish(RunOutcome.FINISHED)
+
+    def test_artifacts_may_come_after_the_end(self, started: Tracker, artifact: Path) -> None:
+        """An upload that failed before is tried again then; `subdir` may be empty."""
+        started.finish(RunOutcome.FINISHED)
+        started.log_artifact(artifact, "")
+        started.log_artifact(artifact, "logs")
+
+    def test_ending_what_never_began_is_no_crash(self, build: Build) -> None:
+        """It is done or refused in words."""
+        try:
+            build().finish(RunOutcome.FAILED)
+        except WmtpError as error:
+            assert str(error)  # noqa: PT017 - either ending is allowed
+
+    def test_a_thousand_points_come_at_once(self, started: Tracker) -> None:
+        """No more than that, and none is no mistake either."""
+        started.log_metrics([point("loss", float(i), step=i) for i in range(1000)])
+        started.log_metrics([])
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    def test_a_value_that_is_not_finite_does_no_harm(self, started: Tracker, value: float) -> None:
+        """A loss that blew up is when one wants to look at the others."""
+        started.log_metrics([point("loss", value), point("accuracy", 0.5)])
+        started.finish(RunOutcome.FAILED)
+
+    def test_tags_may_be_overwritten(self, started: Tracker) -> None:
+        """A resumed run has another state."""
+        started.set_tags({"state": "one"})
+        started.set_tags({"state": "two", "note": ""})
+
+    def test_says_where_to_look_in_one_line(self, started: Tracker) -> None:
+        """It is printed at the end of a run."""
+        where: Any = started.where()
+
+        assert isinstance(where, str)
+        assert "\n" not in where
+
+    def test_what_was_sent_is_stored_under_its_name(
+        self, started: Tracker, run: RunInfo, read_back: Callable[[RunInfo], Stored] | None
+    ) -> None:
+        """Names may hold letters, digits, `_`, `-`, `.`, `/` and spaces."""
+        if read_back is None:
+            pytest.skip("override the fixture `read_back` to have this checked")
+        sent = {"value_loss": 0.25, "head.1/ce": 1.5, "a b-c": -3.0}
+        started.log_metrics([point(name, value, step=7) for name, value in sent.items()])
+        started.finish(RunOutcome.FINISHED)
+
+        assert {name: read_back(run)[name] for name in sent} == {n: [(7, v)] for n, v in sent.items()}
