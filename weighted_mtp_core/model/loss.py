@@ -15,8 +15,7 @@ from typing import Any, Literal
 
 import torch
 from attrs import frozen
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.targets import target_mask
@@ -91,7 +90,7 @@ def weighted_mtp_loss(
             if weight_BTK is None
             else weight_BTK[:, :, k - 1][counts_BT].float()
         )
-        loss, ce_N, correct_N = _FusedCrossEntropy.apply(
+        loss, ce_N, correct_N = _FusedCrossEntropy.apply(  # type: ignore[no-untyped-call]
             state_NH, policy.unembedding.weight, label_N, weight_N * scale_K[k - 1]
         )
         losses.append(loss)
@@ -115,16 +114,18 @@ def token_losses(policy: Policy, hidden_BTH: Tensor, labels_BTK: Tensor) -> Tens
         counts_BT = target_mask(labels_BTK[:, :, k - 1])
         state_NH = policy.head_states(k, hidden_BTH)[counts_BT]
         label_N = labels_BTK[:, :, k - 1][counts_BT]
-        parts = [
-            F.cross_entropy(F.linear(state, policy.unembedding.weight).float(), label, reduction="none")
-            for state, label in zip(state_NH.split(CHUNK), label_N.split(CHUNK), strict=True)
-        ]
+        chunks = zip(torch.split(state_NH, CHUNK), torch.split(label_N, CHUNK), strict=True)
+        parts = [_cross_entropies(state, policy.unembedding, label) for state, label in chunks]
         loss_BTK[:, :, k - 1][counts_BT] = torch.cat(parts)
     return loss_BTK
 
 
+def _cross_entropies(state_NH: Tensor, unembedding: nn.Linear, label_N: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(unembedding(state_NH).float(), label_N, reduction="none")
+
+
 class _FusedCrossEntropy(torch.autograd.Function):
-    """`sum_n c_n * CE(state_n W^T, label_n)` over chunks of rows, its gradients formed in the forward pass."""
+    """`sum_n c_n * CE(state_n W^T, label_n)` by chunks of rows, its gradients formed in the forward pass."""
 
     @staticmethod
     def forward(
@@ -142,7 +143,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
             for first in range(0, len(label_N), CHUNK):
                 rows = slice(first, first + CHUNK)
                 state, label = state_NH[rows].to(dtype), label_N[rows, None]
-                logits = F.linear(state, matrix).float()
+                logits = nn.functional.linear(state, matrix).float()
                 correct_N[rows] = logits.argmax(dim=-1) == label[:, 0]
                 log_total = logits.logsumexp(dim=-1, keepdim=True)
                 ce_N[rows] = (log_total - logits.gather(1, label))[:, 0]

@@ -1,9 +1,9 @@
 """The policy: a trunk, K heads and one shared unembedding, made from any transformers causal LM.
 
-Head 1 is the ordinary language model. With `transformer` heads the trunk is every layer but the last, and each
-head is one layer of the trunk's own kind: head 1 the pretrained last layer, the others copies of it
-(Gloeckle et al. 2024, section 2). With `linear` heads the trunk is the whole body, head 1 the identity and the
-others residual blocks that start as identity (Medusa, Cai et al. 2024, section 3.1).
+Head 1 is the ordinary language model. With `transformer` heads the trunk is every layer but the last, and
+each head is one layer of the trunk's own kind: head 1 the pretrained last layer, the others copies of it
+(Gloeckle et al. 2024, section 2). With `linear` heads the trunk is the whole body, head 1 the identity and
+the others residual blocks that start as identity (Medusa, Cai et al. 2024, section 3.1).
 
 Rows are right-padded and hold one document each, so causal attention needs no mask.
 
@@ -49,7 +49,7 @@ class Policy(nn.Module):
         unembedding: Shared by all heads.
     """
 
-    def __init__(self, base: nn.Module, *, n_future: int, head_kind: HeadKind) -> None:
+    def __init__(self, base: Any, *, n_future: int, head_kind: HeadKind) -> None:
         """Take a causal LM apart; its modules are used, not copied.
 
         Raises:
@@ -83,12 +83,17 @@ class Policy(nn.Module):
             setattr(body, norm_name, nn.Identity())
             self.heads = nn.ModuleList(
                 [
-                    _one_layer_body(body, last if k == 0 else copy.deepcopy(last), layers_name, norm_name)
+                    _one_layer_body(
+                        body,
+                        last if k == 0 else copy.deepcopy(last),
+                        layers_name=layers_name,
+                        norm_name=norm_name,
+                    )
                     for k in range(n_future)
                 ]
             )
             body.config = _with_layers(body.config, len(layers) - 1)
-        self.trunk = body
+        self.trunk: nn.Module = body
 
     def trunk_states(self, ids_BT: Tensor, *, position_BT: Tensor | None = None, cache: Any = None) -> Tensor:
         """Return the trunk's states `[B, T, H]` of token ids.
@@ -163,7 +168,7 @@ class ResidualHead(nn.Module):
         return result
 
 
-def make_policy(base: nn.Module, *, n_future: int, head_kind: HeadKind) -> Policy:
+def make_policy(base: Any, *, n_future: int, head_kind: HeadKind) -> Policy:
     """Make a policy of a causal LM and check that head 1 still is that model.
 
     Raises:
@@ -187,7 +192,7 @@ def make_policy(base: nn.Module, *, n_future: int, head_kind: HeadKind) -> Polic
     return policy
 
 
-def _anatomy(base: nn.Module) -> tuple[nn.Module, str, str]:
+def _anatomy(base: Any) -> tuple[Any, str, str]:
     """Return the body of a causal LM and the names of its layers and its final norm."""
     body = base.base_model
     layers = [name for name, child in body.named_children() if isinstance(child, nn.ModuleList)]
@@ -213,33 +218,21 @@ def _with_layers(config: Any, count: int) -> Any:
     return config
 
 
-def _one_layer_body(body: nn.Module, layer: nn.Module, layers_name: str, norm_name: str) -> nn.Module:
-    """Return a body of the same kind with this one layer, fed by states instead of embeddings.
-
-    Everything but the layer is shared-nothing: embeddings are dropped, the final norm is the policy's.
-    """
-    kept = {
-        name: child
-        for name, child in body.named_children()
-        if name not in {layers_name, norm_name} and not isinstance(child, nn.Embedding)
-    }
-    head = copy.copy(body)
-    head._modules, head._parameters, head._buffers = {}, dict(body._parameters), dict(body._buffers)
-    for name, child in body.named_children():
-        if name in kept:
-            head._modules[name] = copy.deepcopy(child)
-        elif isinstance(child, nn.Embedding):
-            # Learned positions are in the trunk's states already: zero what the body would add again.
-            if child.num_embeddings != body.config.vocab_size:
-                head._modules[name] = _ZeroEmbedding(child.embedding_dim)
+def _one_layer_body(body: Any, layer: nn.Module, *, layers_name: str, norm_name: str) -> nn.Module:
+    """Return a body of the same kind with this one layer, fed by states instead of embeddings."""
+    head: nn.Module = type(body)(_with_layers(body.config, 1))
+    for name, child in list(head.named_children()):
+        if isinstance(child, nn.Embedding):
+            # Learned positions are in the trunk's states already; the body would add them again.
+            is_position = child.num_embeddings != body.config.vocab_size
+            setattr(head, name, _ZeroEmbedding(child.embedding_dim) if is_position else nn.Identity())
+        elif name == norm_name:
+            setattr(head, name, nn.Identity())
         elif name == layers_name:
-            head._modules[name] = nn.ModuleList([layer])
-        else:
-            head._modules[name] = nn.Identity()
-    head.config = _with_layers(body.config, 1)
+            setattr(head, name, nn.ModuleList([layer]))
     for module in layer.modules():
         if hasattr(module, "layer_idx"):
-            module.layer_idx = 0
+            setattr(module, "layer_idx", 0)  # noqa: B010 - an attribute that nn.Module's type does not know
     return head
 
 
@@ -251,4 +244,5 @@ class _ZeroEmbedding(nn.Module):
         self.width = width
 
     def forward(self, positions: Tensor) -> Tensor:
+        """Return zeros `[..., H]`."""
         return torch.zeros(*positions.shape, self.width, device=positions.device)

@@ -1,0 +1,119 @@
+"""Files that matter: written atomically, and listed with their SHA-256 so that a changed byte is noticed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from weighted_mtp_core.errors import WmtpError
+
+MANIFEST = "manifest.json"
+_BLOCK = 1 << 20
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def atomic_write(path: Path, data: bytes | str) -> None:
+    """Write a file so that a reader, or a crash at any moment, finds old or new contents, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path`, with a manifest, if the block ends without an error.
+
+    A folder that another process put there meanwhile is left as it is.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        write_manifest(temporary)
+        temporary.chmod(0o755)
+        try:
+            temporary.rename(path)
+        except OSError:
+            if not (path / MANIFEST).is_file():
+                raise
+        _sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_manifest(folder: Path) -> str:
+    """List every file of a folder with size and SHA-256 in `manifest.json`; return the folder's own SHA-256.
+
+    The folder's sum is that of the list, so it moves with any byte of any file.
+    """
+    files = {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        for file in _files(folder)
+    }
+    text = json.dumps({"format": 1, "files": files}, indent=1, sort_keys=True) + "\n"
+    atomic_write(folder / MANIFEST, text)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def verify_manifest(folder: Path) -> str:
+    """Compare a folder with its manifest; return the folder's own SHA-256.
+
+    Raises:
+        WmtpError: A file changed, is missing or was added, or there is no manifest.
+    """
+    manifest = folder / MANIFEST
+    fix = f"delete `{folder}` so that it is made anew, or restore the file"
+    try:
+        text = manifest.read_text(encoding="utf-8")
+        listed = json.loads(text)["files"]
+    except FileNotFoundError as error:
+        raise WmtpError(f"`{folder}` has no `{MANIFEST}`", hint=fix) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise WmtpError(f"`{manifest}` cannot be read: {error}", hint=fix) from error
+    found = {file.relative_to(folder).as_posix(): file for file in _files(folder)}
+    for name in sorted(listed.keys() | found.keys()):
+        if name not in found:
+            raise WmtpError(f"`{folder / name}` is missing", hint=fix)
+        if name not in listed:
+            raise WmtpError(f"`{folder / name}` is not in the manifest", hint=fix)
+        if sha256_of(found[name]) != listed[name]["sha256"]:
+            raise WmtpError(f"`{folder / name}` changed since it was written: its SHA-256 differs", hint=fix)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(
+        file for file in folder.rglob("*") if file.is_file() and file.relative_to(folder) != Path(MANIFEST)
+    )
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
