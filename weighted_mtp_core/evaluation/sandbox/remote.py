@@ -39,9 +39,9 @@ def exception_outcome(names: Sequence[str], message: str, *, line: int, number: 
     kind = "error"
     if "MemoryError" in names:
         kind = "memory"
-    elif "PermissionError" in names or (names[:1] == ["RuntimeError"] and "start new thread" in message):
+    elif "PermissionError" in names or number == errno.EROFS or "can't start new thread" in message:
         kind = "violation"
-    elif "OSError" in names and number in {errno.EFBIG, errno.ENOSPC, errno.EDQUOT}:
+    elif number in {errno.EFBIG, errno.ENOSPC, errno.EDQUOT}:
         kind = "output"
     place = f" (line {line})" if line else ""
     return kind, one_line(f"{names[0] if names else 'an exception'}: {message}{place}")

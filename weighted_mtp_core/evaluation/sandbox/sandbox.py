@@ -26,18 +26,21 @@ _CANARIES = (
     ("opens a socket", "import socket\ndef f():\n    socket.socket()\n"),
     ("starts a process", "import os\ndef f():\n    os.fork()\n"),
 )
-_TOLERATED_JUDGE_ERRORS = 5
 _TOLERATED_SHARE = 0.05
 
 
 class Sandbox:
     """Judges programs that nobody trusts; use as a context manager, which ends every process it started.
 
+    Args:
+        settings: Back end and limits.
+        judge_errors_tolerated: So many programs, or 5 % of all if that is more, may be left unjudged.
+
     Attributes:
         provenance: Back end, versions and limits, to be recorded with each label.
     """
 
-    def __init__(self, settings: SandboxSettings) -> None:
+    def __init__(self, settings: SandboxSettings, *, judge_errors_tolerated: int = 5) -> None:
         """Choose the back end.
 
         Raises:
@@ -48,6 +51,7 @@ class Sandbox:
         self._workers: list[_Worker] = []
         self._judged = 0
         self._judge_errors = 0
+        self._judge_errors_tolerated = judge_errors_tolerated
         self.provenance: Mapping[str, str] = backends.provenance(self._backend, settings)
 
     def __enter__(self) -> Self:
@@ -108,7 +112,7 @@ class Sandbox:
     def _counted(self, verdict: Verdict) -> Verdict:
         self._judged += 1
         self._judge_errors += verdict.kind is VerdictKind.JUDGE_ERROR
-        if self._judge_errors > max(_TOLERATED_JUDGE_ERRORS, _TOLERATED_SHARE * self._judged):
+        if self._judge_errors > max(self._judge_errors_tolerated, _TOLERATED_SHARE * self._judged):
             raise RunFailedError(
                 f"{self._judge_errors} of {self._judged} programs could not be judged: {verdict.detail}",
                 hint="the tests are broken, or this machine is: judge a known solution first",

@@ -24,7 +24,7 @@ OUTPUT_BYTES = 1024 * 1024
 MAX_THREADS = 64
 _TICK_SECONDS = 0.05
 _FIRST_TICK_SECONDS = 0.02
-_GRACE_SECONDS = 2.0
+_GRACE_SECONDS = 1.0
 _CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 _CPU_SIGNALS = {signal.SIGKILL, signal.SIGXCPU}
 
@@ -323,7 +323,7 @@ def _judge_and_exit(work: Callable[[], Outcome], limits: Limits, writer: int) ->
         nothing = os.open(os.devnull, os.O_RDWR)
         for number in (0, 1, 2):
             os.dup2(nothing, number)
-        cpu = int(limits.cpu_seconds) + 2
+        cpu = int(limits.cpu_seconds) + 1
         resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu))
         resource.setrlimit(resource.RLIMIT_AS, (limits.memory_bytes, limits.memory_bytes))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

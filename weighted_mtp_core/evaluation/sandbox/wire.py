@@ -72,6 +72,11 @@ class _Encoder:
         else:
             raise UnencodableError(f"a `{kind.__name__}` is not plain data")
 
+    def container(self, tag: bytes, length: int) -> None:
+        if self._nodes + length > MAX_NODES:
+            raise UnencodableError(f"more than {MAX_NODES} values")
+        self.out += tag + _SIZE.pack(length)
+
     def sized(self, tag: bytes, content: bytes, *, at_most: int = MAX_FRAME_BYTES) -> None:
         if len(content) > at_most:
             raise UnencodableError(f"a value of more than {at_most} bytes")
@@ -123,7 +128,7 @@ def _write_bytes(encoder: _Encoder, value: bytes, _: int) -> None:
 
 
 def _write_dict(encoder: _Encoder, value: dict[object, object], depth: int) -> None:
-    encoder.out += b"d" + _SIZE.pack(dict.__len__(value))
+    encoder.container(b"d", dict.__len__(value))
     for key, item in dict.items(value):
         encoder.write(key, depth)
         encoder.write(item, depth)
@@ -131,7 +136,7 @@ def _write_dict(encoder: _Encoder, value: dict[object, object], depth: int) -> N
 
 def _sequence_writer(kind: Any, tag: bytes) -> Callable[[_Encoder, Any, int], None]:
     def write(encoder: _Encoder, value: object, depth: int) -> None:
-        encoder.out += tag + _SIZE.pack(kind.__len__(value))
+        encoder.container(tag, kind.__len__(value))
         for item in kind.__iter__(value):
             encoder.write(item, depth)
 
