@@ -23,6 +23,7 @@ from attrs import frozen
 from weighted_mtp_core.api import SandboxSettings
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.evaluation.sandbox import confine, seccomp
+from weighted_mtp_core.evaluation.sandbox.scratch import MAX_BYTES
 
 SANDBOX_VERSION = "1"
 """Raised whenever the same program could get another verdict; recorded with every label."""
@@ -211,7 +212,7 @@ def _bubblewrap_command(scratch: str) -> list[str]:
         *("--unshare-all", "--unshare-user", "--uid", "1000", "--gid", "1000", "--cap-drop", "ALL"),
         *("--die-with-parent", "--new-session", "--clearenv", *variables),
         *("--dev", "/dev", *binds),
-        *("--size", str(confine.SCRATCH_BYTES), "--tmpfs", scratch, "--chdir", scratch),
+        *("--size", str(MAX_BYTES), "--tmpfs", scratch, "--chdir", scratch),
         *("--remount-ro", "/", "--"),
     ]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import types
 from collections.abc import Callable
 from socket import socket
@@ -87,7 +86,8 @@ class Program:
         try:
             self._run(source, "__main__")
         finally:
-            threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001 - as at the end of any program
+            if "threading" in sys.modules:
+                sys.modules["threading"]._shutdown()  # noqa: SLF001 - waits for threads, as at any program's end
             sys.stdout.flush()
             sys.stderr.flush()
 

@@ -14,10 +14,8 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import seccomp
+from . import scratch, seccomp
 
-SCRATCH_BYTES = 16 * 1024 * 1024
-SCRATCH_FILES = 2048
 OPEN_FILES = 64
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -100,7 +98,7 @@ def enter_namespaces() -> None:
 
 def mount_scratch(path: str) -> None:
     """Mount an empty, small tmpfs on `path`."""
-    options = f"size={SCRATCH_BYTES},nr_inodes={SCRATCH_FILES},mode=700".encode()
+    options = f"size={scratch.MAX_BYTES},nr_inodes={scratch.MAX_FILES},mode=700".encode()
     flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
     _checked(_libc.mount(b"tmpfs", os.fsencode(path), b"tmpfs", flags, options), f"tmpfs on {path}")
 
@@ -118,15 +116,15 @@ def landlock_abi() -> int:
     return max(0, _syscall(_SYS_LANDLOCK_CREATE, None, 0, 1))
 
 
-def make_ruleset(readable: Sequence[int], writable: Sequence[int], *, scratch: str) -> int:
-    """Return a ruleset: read below `readable`, read and write the files `writable` and all below `scratch`.
+def make_ruleset(readable: Sequence[int], writable: Sequence[int], *, folder: str) -> int:
+    """Return a ruleset: read below `readable`, read and write the files `writable` and all below `folder`.
 
     It forbids TCP, abstract Unix sockets and signals to the outside too, where the ABI knows them.
 
     Args:
         readable: Open `O_PATH` descriptors of files and folders.
         writable: Open `O_PATH` descriptors of files (`/dev/null`).
-        scratch: The candidate's own folder.
+        folder: The candidate's own folder.
 
     Raises:
         ConfinementError: The kernel has no Landlock or refuses.
@@ -139,13 +137,13 @@ def make_ruleset(readable: Sequence[int], writable: Sequence[int], *, scratch: s
     size = 8 if abi < 4 else 16 if abi < 6 else 24
     ruleset = _checked(_syscall(_SYS_LANDLOCK_CREATE, _bytes(attributes), size, 0), "landlock ruleset")
     for descriptor in readable:
-        folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
-        _allow(ruleset, descriptor, _READ_FILE | _READ_DIR if folder else _READ_FILE)
+        lists = _READ_DIR if stat.S_ISDIR(os.fstat(descriptor).st_mode) else 0
+        _allow(ruleset, descriptor, _READ_FILE | lists)
     for descriptor in writable:
         _allow(ruleset, descriptor, _FILE_RIGHTS & handled)
-    folder_descriptor = os.open(scratch, os.O_PATH | os.O_DIRECTORY)
-    _allow(ruleset, folder_descriptor, _SCRATCH_RIGHTS & handled)
-    os.close(folder_descriptor)
+    own = os.open(folder, os.O_PATH | os.O_DIRECTORY)
+    _allow(ruleset, own, _SCRATCH_RIGHTS & handled)
+    os.close(own)
     return ruleset
 
 
@@ -172,7 +170,7 @@ def limit(*, cpu_seconds: float, memory_bytes: int) -> None:
     for kind, wanted in (
         (resource.RLIMIT_CPU, cpu),
         (resource.RLIMIT_AS, memory_bytes),
-        (resource.RLIMIT_FSIZE, SCRATCH_BYTES),
+        (resource.RLIMIT_FSIZE, scratch.MAX_BYTES),
         (resource.RLIMIT_NOFILE, OPEN_FILES),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_MEMLOCK, 0),

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import os
 import selectors
-import shutil
 import subprocess
 import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from weighted_mtp_core.api import SandboxSettings, Verdict, VerdictKind
 from weighted_mtp_core.errors import RunFailedError
-from weighted_mtp_core.evaluation.sandbox import backends
+from weighted_mtp_core.evaluation.sandbox import backends, scratch
 from weighted_mtp_core.evaluation.sandbox.jobs import AnyJob, Job
 from weighted_mtp_core.evaluation.sandbox.messages import read_message, write_message
 
@@ -216,4 +216,5 @@ class _Worker:
         self._process.stdout.close()
         self._errors.close()
         if self._scratch_is_real:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            scratch.empty(self._scratch)
+            Path(self._scratch).rmdir()

@@ -17,7 +17,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn, Protocol, Self
 
-from . import confine, judge
+from . import confine, judge, scratch
 from .wire import FrameError, decode, encode, receive_frame, send_frame
 
 OUTPUT_BYTES = 1024 * 1024
@@ -237,10 +237,8 @@ class Candidate:
             self.stop("cpu_limit", f"more than {self._limits.cpu_seconds:g} s of CPU time")
         if int(fields[17]) > MAX_THREADS:
             self.stop("violation", f"more than {MAX_THREADS} threads")
-        if self._limits.scratch and _is_too_much(self._limits.scratch):
-            self.stop(
-                "output", f"more than {confine.SCRATCH_BYTES} bytes or {confine.SCRATCH_FILES} files on disk"
-            )
+        if self._limits.scratch and scratch.is_too_full(self._limits.scratch):
+            self.stop("output", f"more than {scratch.MAX_BYTES} bytes or {scratch.MAX_FILES} files on disk")
 
     def ending(self) -> Outcome:
         """Say why a process ended that should not have, after the context."""
@@ -253,23 +251,8 @@ class Candidate:
         if number == signal.SIGSYS:
             return "violation", "a forbidden system call"
         if number == signal.SIGXFSZ:
-            return "output", f"a file of more than {confine.SCRATCH_BYTES} bytes"
+            return "output", f"a file of more than {scratch.MAX_BYTES} bytes"
         return "error", f"the program's process ended by {number.name}"
-
-
-def _is_too_much(folder: str) -> bool:
-    size = count = 0
-    folders = [folder]
-    with suppress(OSError):  # the program is at work in there
-        while folders:
-            for entry in os.scandir(folders.pop()):
-                count += 1
-                size += entry.stat(follow_symlinks=False).st_blocks * 512
-                if size > confine.SCRATCH_BYTES or count > confine.SCRATCH_FILES:
-                    return True
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.path)
-    return False
 
 
 class JudgeProcess:

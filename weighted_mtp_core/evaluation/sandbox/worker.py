@@ -9,10 +9,10 @@ import gc
 import importlib
 import json
 import os
+import signal
 import socket
 import struct
-import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from . import zygote
@@ -73,12 +73,12 @@ class Zygote:
     """The zygote as its worker sees it.
 
     Args:
-        command: Command line, to which the number of the control descriptor is added.
+        command: Its command line.
     """
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: list[str]) -> None:
         self._command = command
-        self._process: subprocess.Popen[bytes] | None = None
+        self._pid = 0
         self._control = socket.socket()
 
     def start(self) -> None:
@@ -87,20 +87,18 @@ class Zygote:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         with theirs:
-            self._process = subprocess.Popen(
-                [*self._command, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-            )
+            # Not `subprocess`: it imports `threading`, which makes each fork of a judge dearer. All other
+            # descriptors are closed on exec.
+            keep = [(os.POSIX_SPAWN_DUP2, theirs.fileno(), zygote.CONTROL)]
+            self._pid = os.posix_spawn(self._command[0], self._command, os.environ, file_actions=keep)
 
     def stop(self) -> None:
         """End it; the kernel ends its children with it."""
         self._control.close()
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+        if self._pid:
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+            self._pid = 0
 
     def spawn(self, channel: int, *, stdin: int, output: int) -> int:
         """Have a candidate's process forked and confined; it waits for its program on `channel`.

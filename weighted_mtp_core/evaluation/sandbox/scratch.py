@@ -1,0 +1,60 @@
+"""The folder that a program may write to: how full it is, and how it is emptied whatever is in it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from contextlib import suppress
+from pathlib import Path
+
+MAX_BYTES = 16 * 1024 * 1024
+MAX_FILES = 2048
+
+
+def is_too_full(folder: str) -> bool:
+    """Whether there is more in the folder than a program may write, which may be at work meanwhile."""
+    size = count = 0
+    folders = [folder]
+    with suppress(OSError):
+        while folders:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    count += 1
+                    size += entry.stat(follow_symlinks=False).st_blocks * 512
+                    if size > MAX_BYTES or count > MAX_FILES:
+                        return True
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+    return False
+
+
+def empty(folder: str) -> None:
+    """Remove everything in a folder in which nobody is at work.
+
+    `shutil.rmtree` recurs, and a program can nest folders deeper than Python recurs: here each folder that is
+    found in another is first moved up to the top.
+
+    Raises:
+        OSError: Something cannot be removed.
+    """
+    top = Path(folder)
+    names = itertools.count()
+    while entries := list(top.iterdir()):
+        for entry in entries:
+            if entry.is_symlink() or not entry.is_dir():
+                entry.unlink()
+                continue
+            entry.chmod(0o700)
+            for inner in list(entry.iterdir()):
+                if inner.is_symlink() or not inner.is_dir():
+                    inner.unlink()
+                else:
+                    inner.chmod(0o700)  # a folder can be moved only by who may write to it
+                    inner.rename(_unused(top, names))
+            entry.rmdir()
+
+
+def _unused(top: Path, names: itertools.count[int]) -> Path:
+    while os.path.lexists(path := top / f"up-{next(names)}"):
+        pass
+    return path
