@@ -12,19 +12,19 @@ PYTEST := bin/python -m pytest $(PYTEST_ARGS)
 # Two workers with one thread each beat one with two, and sums come out the same on every machine.
 test test-%: export OMP_NUM_THREADS := 1
 
-.PHONY: help run test test-core test-plugins $(PLUGINS:%=test-%) test-e2e lint format clean
+.PHONY: help run test test-core test-plugins $(PLUGINS:%=test-%) test-e2e test-integration lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
-	@sed -nE 's/^([a-z][a-z0-9-]*):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
+	@sed -nE 's/^([a-z][a-z0-9-]*):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-25s %s\n", $$1, $$2}'
 
 run: $(INSTALLED)  ## Train, evaluate and track the recipe RECIPE (configs/verifiable.toml); ARGS go to `run`
 	.venv/bin/python -m weighted_mtp_core run $(RECIPE) $(ARGS)
 
-test: test-core test-plugins test-e2e  ## Run all tests: core alone, each plugin with core, everything together
+test: test-core test-plugins test-e2e test-integration  ## Run all tests: what these four do
 
 test-core: .venv/only/core/.made  ## Run core's tests where no plugin is installed
-	.venv/only/core/$(PYTEST) -n 2 tests/unit $(wildcard tests/integration)
+	.venv/only/core/$(PYTEST) -n 2 tests/unit
 
 test-plugins: $(PLUGINS:%=test-%)  ## Run each plugin's tests where only core and that plugin are installed
 
@@ -33,6 +33,9 @@ $(PLUGINS:%=test-%): test-%: .venv/only/%/.made
 
 test-e2e: $(INSTALLED)  ## Run the tests of everything together
 	.venv/$(PYTEST) -n 2 --dist loadfile tests/e2e
+
+test-integration: $(INSTALLED)  ## Run the tests against real servers: PostgreSQL, S3, MLflow, nginx
+	.venv/$(PYTEST) tests/integration
 
 lint: $(INSTALLED)  ## Check style (ruff) and types (mypy --strict)
 	.venv/bin/ruff check .
