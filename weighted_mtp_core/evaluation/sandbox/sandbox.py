@@ -123,7 +123,7 @@ class Sandbox:
         for what, program in _CANARIES:
             self._workers[0].send(Job(program, "f", _CHECK_NOTHING))
             verdict = self._workers[0].receive()
-            if verdict.kind is not VerdictKind.VIOLATION:
+            if verdict.kind not in {VerdictKind.VIOLATION, VerdictKind.ERROR}:
                 raise RunFailedError(
                     f"the sandbox `{self._backend.name}` does not hold: a program that {what} was judged "
                     f"`{verdict.kind.value}` ({verdict.detail})",
@@ -147,7 +147,8 @@ class _Worker:
                 "cpu_seconds": self._settings.cpu_seconds,
                 "wall_seconds": self._settings.wall_seconds,
                 "memory_bytes": self._settings.memory_mb * 1024 * 1024,
-                "scratch": self._scratch if self._scratch_is_real else "",
+                "scratch": self._scratch,
+                "scratch_is_mount": not self._scratch_is_real,
             },
         }
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `close`

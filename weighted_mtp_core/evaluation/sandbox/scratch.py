@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-from contextlib import suppress
 from pathlib import Path
 
 MAX_BYTES = 16 * 1024 * 1024
@@ -15,17 +14,31 @@ def is_too_full(folder: str) -> bool:
     """Whether there is more in the folder than a program may write, which may be at work meanwhile."""
     size = count = 0
     folders = [folder]
-    with suppress(OSError):
-        while folders:
+    while folders:
+        try:
             with os.scandir(folders.pop()) as entries:
                 for entry in entries:
                     count += 1
                     size += entry.stat(follow_symlinks=False).st_blocks * 512
-                    if size > MAX_BYTES or count > MAX_FILES:
-                        return True
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(entry.path)
+        except FileNotFoundError:  # removed meanwhile
+            continue
+        except OSError:  # so deep that no path leads there, or shut
+            return True
+        if size > MAX_BYTES or count > MAX_FILES:
+            return True
     return False
+
+
+def is_mount_too_full(folder: str) -> bool:
+    """Whether there is more in the file system mounted on the folder than a program may write."""
+    try:
+        found = os.statvfs(folder)
+    except OSError:  # the process through whose view we look is gone
+        return False
+    used = (found.f_blocks - found.f_bfree) * found.f_frsize
+    return used > MAX_BYTES or found.f_files - found.f_ffree > MAX_FILES
 
 
 def empty(folder: str) -> None:

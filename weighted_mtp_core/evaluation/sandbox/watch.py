@@ -42,7 +42,8 @@ class Limits(NamedTuple):
         cpu_seconds: CPU time of the candidate, over all its threads.
         wall_seconds: The backstop.
         memory_bytes: Address space, of the candidate and of the judge.
-        scratch: A real folder whose size must be watched; empty where a tmpfs bounds it.
+        scratch: The folder that the program may write to.
+        scratch_is_mount: Whether it is a mount that only the candidate and the zygote see.
         caller: Descriptor whose hanging up means that nobody waits any more.
     """
 
@@ -50,6 +51,7 @@ class Limits(NamedTuple):
     wall_seconds: float
     memory_bytes: int
     scratch: str
+    scratch_is_mount: bool
     caller: int
 
 
@@ -237,8 +239,14 @@ class Candidate:
             self.stop("cpu_limit", f"more than {self._limits.cpu_seconds:g} s of CPU time")
         if int(fields[17]) > MAX_THREADS:
             self.stop("violation", f"more than {MAX_THREADS} threads")
-        if self._limits.scratch and scratch.is_too_full(self._limits.scratch):
+        if self._wrote_too_much():
             self.stop("output", f"more than {scratch.MAX_BYTES} bytes or {scratch.MAX_FILES} files on disk")
+
+    def _wrote_too_much(self) -> bool:
+        folder = self._limits.scratch
+        if self._limits.scratch_is_mount:
+            return scratch.is_mount_too_full(f"/proc/{self.pid}/root{folder}")
+        return scratch.is_too_full(folder)
 
     def ending(self) -> Outcome:
         """Say why a process ended that should not have, after the context."""
