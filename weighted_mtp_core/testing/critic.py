@@ -103,7 +103,7 @@ class CriticSuite(ComponentSuite):
         """V_t is the value of the prefix that ends at token t; the loss of token t is predicted from it."""
         for cut in (3, 5, 8):
             batch, other = APART.batch(), APART.batch()
-            later_BT = torch.arange(batch.ids_BT.shape[1])[None, :] > cut
+            later_BT = (torch.arange(batch.ids_BT.shape[1]) > cut) & (batch.document_BT >= 0)
             other_ids_BT = (other.ids_BT + 7 * later_BT) % documents.VOCAB_SIZE
             other = attrs.evolve(other, ids_BT=other_ids_BT)
             scores, changed = score(critic, batch), score(critic, other)

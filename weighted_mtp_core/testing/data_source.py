@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -17,29 +16,28 @@ import pytest
 from weighted_mtp_core.api import SPLITS, BuildContext, DataSource, Example, Problem, Split, WmtpError
 from weighted_mtp_core.plugins import AnyComponent, Kind
 from weighted_mtp_core.recipe.structure import structure
-from weighted_mtp_core.testing.component import ComponentSuite, load_component
+from weighted_mtp_core.testing.component import ComponentSuite
 
 Build = Callable[[], DataSource]
 _JUDGED = 3  # problems a split: each costs a sandboxed program
+# Builds the source from nothing and prints a digest of all its examples, in order.
 _DIGEST = """
-import json, sys
+import hashlib, json, sys
 from pathlib import Path
-from weighted_mtp_core.testing.data_source import digest
-print(digest(sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])))
+from weighted_mtp_core.api import SPLITS, BuildContext
+from weighted_mtp_core.plugins import Kind, find, load, resolve
+from weighted_mtp_core.recipe.structure import structure
+
+address, options, storage = sys.argv[1:]
+_, component = resolve(load(find(), [address.partition(".")[0]]), Kind.DATA, address)
+structured, faults = structure(component.options, json.loads(options))
+source = component.build(structured, BuildContext(seed=7, storage=Path(storage)))
+seen = hashlib.sha256()
+for split in SPLITS:
+    for example in source.examples(split):
+        seen.update(repr(example).encode())
+print(seen.hexdigest())
 """
-
-
-def digest(address: str, options: Mapping[str, Any], storage: Path) -> str:
-    """Build a source from nothing and return a digest of all its examples, in order."""
-    component = load_component(Kind.DATA, address)
-    structured, faults = structure(component.options, options)
-    assert not faults, faults
-    source = component.build(structured, BuildContext(seed=7, storage=storage))
-    seen = hashlib.sha256()
-    for split in SPLITS:
-        for example in source.examples(split):
-            seen.update(repr(example).encode())
-    return seen.hexdigest()
 
 
 class DataSourceSuite(ComponentSuite):

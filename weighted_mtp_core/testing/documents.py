@@ -202,7 +202,8 @@ def trunk_states(batch: Batch) -> Tensor:
         length, length, dtype=torch.bool
     ).tril()
     share_BTT = sees_BTT / sees_BTT.sum(dim=-1, keepdim=True)
-    return token_VH[batch.ids_BT] + share_BTT @ mean_VH[batch.ids_BT]
+    states_BTH: Tensor = token_VH[batch.ids_BT] + share_BTT @ mean_VH[batch.ids_BT]
+    return states_BTH
 
 
 def model_context() -> ModelContext:

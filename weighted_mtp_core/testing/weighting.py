@@ -5,6 +5,7 @@ Shape letters: B batch rows, T positions, K heads.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,24 +22,6 @@ from weighted_mtp_core.testing.component import ComponentSuite, carry_over, rand
 from weighted_mtp_core.testing.documents import APART, NO_RESPONSE, PACKED, SINGLE_TOKEN, Layout
 
 Build = Callable[[], WeightingStrategy]
-
-
-def watched(view: StepView) -> tuple[StepView, set[str]]:
-    """Return the view and a set that fills with the names of the fields that are read from it."""
-    read: set[str] = set()
-
-    class Watched(StepView):
-        def __getattribute__(self, name: str) -> Any:
-            read.add(name)
-            return super().__getattribute__(name)
-
-    fields = {each.name: getattr(view, each.name) for each in attrs.fields(StepView)}
-    return Watched(**fields), read
-
-
-def field_of(signal: Signal) -> str:
-    """Return the field of `StepView` that holds a signal."""
-    return {Signal.TOKEN_LOSS: "token_loss_BTK"}.get(signal, f"{signal.value}_BT")
 
 
 class WeightingStrategySuite(ComponentSuite):
@@ -86,6 +69,8 @@ class WeightingStrategySuite(ComponentSuite):
         """Prompt tokens and padding are no targets."""
         view = PACKED.view(())
         mask = view.response_BT if weights.weight.ndim == 2 else view.target_BTK
+        if weights.weight.shape != mask.shape:
+            pytest.skip("the shape is wrong, which another check says")
 
         assert not weights.weight[~mask].nan_to_num(nan=1.0).any()
 
@@ -103,14 +88,6 @@ class WeightingStrategySuite(ComponentSuite):
         assert [name for name, value in values.items() if value.ndim] == []
         assert [name for name, value in values.items() if value.requires_grad] == []
         assert [name for name, value in values.items() if not value.isfinite().all()] == []
-
-    def test_reads_only_declared_signals(self, build: Build, needs: frozenset[Signal]) -> None:
-        """Core computes nothing else; in a run an undeclared signal is None."""
-        view, read = watched(PACKED.view(Signal))
-        build().weigh(view)
-        undeclared = {field_of(signal) for signal in Signal if signal not in needs}
-
-        assert read & undeclared == set()
 
     def test_leaves_the_view_as_it_is(self, build: Build, needs: frozenset[Signal]) -> None:
         """The same tensors go into the loss."""
@@ -146,10 +123,17 @@ class WeightingStrategySuite(ComponentSuite):
         if view.value_BT is None:
             return
         next_is_response_BT = torch.roll(view.response_BT, -1, dims=1)
-        counts_BT = view.response_BT | next_is_response_BT
+        counts_BT = view.response_BT | next_is_response_BT | (view.document_BT < 0)
         other = attrs.evolve(view, value_BT=view.value_BT.where(counts_BT, 40.0))
 
         self._assert_alike([build().weigh(view).weight], [build().weigh(other).weight])
+
+    def test_signals_that_were_not_declared_have_no_say(self, build: Build, needs: frozenset[Signal]) -> None:
+        """In a run they are None, because core computes nothing that nobody asked for."""
+        everything = build().weigh(PACKED.view(tuple(Signal)))
+        declared = build().weigh(PACKED.view(needs))
+
+        self._assert_alike([everything.weight], [declared.weight])
 
     def test_packing_has_no_say(self, build: Build, needs: frozenset[Signal]) -> None:
         """Documents that share a row get the weights that they get in rows of their own."""
@@ -161,12 +145,13 @@ class WeightingStrategySuite(ComponentSuite):
     def test_a_batch_without_responses_weighs_nothing(self, build: Build, needs: frozenset[Signal]) -> None:
         """All weights are 0, and the next batch is weighed as ever."""
         empty = Layout(rows=[[NO_RESPONSE], [NO_RESPONSE]])
-        strategy = build()
+        strategy, fresh = build(), build()
         weights = strategy.weigh(empty.view(needs))
+        after, as_ever = strategy.weigh(PACKED.view(needs)), fresh.weigh(PACKED.view(needs))
 
         assert not weights.weight.any()
         assert [n for n, v in weights.metrics.items() if not torch.as_tensor(v).isfinite().all()] == []
-        assert strategy.weigh(PACKED.view(needs, step=1)).weight.isfinite().all()
+        assert torch.equal(after.weight.isfinite(), as_ever.weight.isfinite())
 
     def test_a_single_token_is_weighed(self, build: Build, needs: frozenset[Signal]) -> None:
         """One response token has no spread, no neighbour and no prompt."""
@@ -196,8 +181,9 @@ class WeightingStrategySuite(ComponentSuite):
     def test_validation_moves_no_state(self, build: Build, needs: frozenset[Signal]) -> None:
         """Weighing with `training = False` leaves no trace in later weights."""
         strategy, never_validated = build(), build()
-        strategy.weigh(PACKED.view(needs))
-        never_validated.weigh(PACKED.view(needs))
+        for each in (strategy, never_validated):
+            each.weigh(PACKED.view(needs))
+        never_validated.load_state_dict(copy.deepcopy(strategy.state_dict()))
         strategy.weigh(APART.view(needs, step=1, training=False))
         strategy.weigh(Layout(rows=[[documents.FIRST]]).view(needs, step=1, training=False))
 
@@ -206,10 +192,10 @@ class WeightingStrategySuite(ComponentSuite):
     # ------------------------------------------------------------------ helpers
 
     @staticmethod
-    def _steps(strategy: WeightingStrategy, needs: frozenset[Signal], *, first: int = 0) -> list[Any]:
-        """Return the weights of two different batches in a row, as plain numbers."""
+    def _steps(strategy: WeightingStrategy, needs: frozenset[Signal], *, first: int = 0) -> list[bytes]:
+        """Return the weights of two different batches in a row, as bits: a NaN too equals itself."""
         return [
-            strategy.weigh(layout.view(needs, step=first + i)).weight.tolist()
+            strategy.weigh(layout.view(needs, step=first + i)).weight.detach().float().numpy().tobytes()
             for i, layout in enumerate((PACKED, Layout(rows=[[documents.FIRST], [documents.FOURTH]])))
         ]
 
@@ -217,4 +203,4 @@ class WeightingStrategySuite(ComponentSuite):
     def _assert_alike(left: Sequence[Tensor] | Any, right: Sequence[Tensor] | Any) -> None:
         """Equal but for the rounding of sums taken in another order."""
         for one, other in zip(left, right, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6, equal_nan=True)

@@ -1,10 +1,10 @@
 """`baseline_mtp.uniform` keeps core's promises, and weighs as worked out by hand."""
 
 import torch
-from weighted_mtp_baseline_mtp import UniformOptions, build_uniform
-
 from weighted_mtp_core.api import StepView
 from weighted_mtp_core.testing import WeightingStrategySuite
+
+from weighted_mtp_baseline_mtp import UniformOptions, build_uniform
 
 
 class TestUniform(WeightingStrategySuite):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from weighted_mtp_verifiable._advantage import advantages, discounted_sums, td_errors
 
 # V before each of four actions is .2, .5, .4, .9 and R = 1: one prompt token, then the response.
@@ -63,18 +64,14 @@ def batches(draw):
 
 
 def test_td_errors_by_hand():
-    delta_BT = td_errors(
-        VALUE_BT, REWARD_BT, document_BT=DOCUMENT_BT, response_BT=RESPONSE_BT, gamma=1.0
-    )
+    delta_BT = td_errors(VALUE_BT, REWARD_BT, document_BT=DOCUMENT_BT, response_BT=RESPONSE_BT, gamma=1.0)
 
     # .5 - .2, .4 - .5, .9 - .4, 1 - .9; the value behind the last token (.7) counts for nothing.
     torch.testing.assert_close(delta_BT[0, 1:], torch.tensor([0.3, -0.1, 0.5, 0.1], dtype=torch.float64))
 
 
 def test_td_errors_with_a_discount_by_hand():
-    delta_BT = td_errors(
-        VALUE_BT, REWARD_BT, document_BT=DOCUMENT_BT, response_BT=RESPONSE_BT, gamma=0.5
-    )
+    delta_BT = td_errors(VALUE_BT, REWARD_BT, document_BT=DOCUMENT_BT, response_BT=RESPONSE_BT, gamma=0.5)
 
     # .25 - .2, .2 - .5, .45 - .4, 1 - .9: the reward comes with the last token, undiscounted.
     torch.testing.assert_close(delta_BT[0, 1:], torch.tensor([0.05, -0.3, 0.05, 0.1], dtype=torch.float64))
@@ -146,9 +143,7 @@ def test_values_of_another_document_in_the_row_change_nothing():
         torch.cat([RESPONSE_BT, RESPONSE_BT], dim=1),
     )
 
-    assert torch.equal(
-        estimate(value_BT, *rest, lam=0.9)[:, :5], estimate(other_BT, *rest, lam=0.9)[:, :5]
-    )
+    assert torch.equal(estimate(value_BT, *rest, lam=0.9)[:, :5], estimate(other_BT, *rest, lam=0.9)[:, :5])
 
 
 def test_a_response_in_two_parts_telescopes_over_what_lies_between():
@@ -159,9 +154,7 @@ def test_a_response_in_two_parts_telescopes_over_what_lies_between():
     advantage_BT = estimate(value_BT, reward_BT, DOCUMENT_BT, response_BT)
 
     # R - V before: 1 - .2, 1 - .1, 1 - .9.
-    torch.testing.assert_close(
-        advantage_BT[response_BT], torch.tensor([0.8, 0.9, 0.1], dtype=torch.float64)
-    )
+    torch.testing.assert_close(advantage_BT[response_BT], torch.tensor([0.8, 0.9, 0.1], dtype=torch.float64))
 
 
 def test_discounted_sums_by_hand():

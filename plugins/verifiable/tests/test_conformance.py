@@ -1,7 +1,6 @@
 """The plugin's components keep what core promises of their kinds, with each of their ways to work."""
 
 import pytest
-
 from weighted_mtp_core.testing import CriticSuite, WeightingStrategySuite
 
 

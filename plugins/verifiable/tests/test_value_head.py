@@ -1,0 +1,186 @@
+"""`verifiable.value_head`: where it starts, what it learns, what it refuses."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+from weighted_mtp_core.api import Batch, BuildContext, ModelContext, WmtpError
+
+from weighted_mtp_verifiable import ValueHeadOptions, build_value_head
+from weighted_mtp_verifiable._transformer import Sight, positions
+from weighted_mtp_verifiable._value_net import sums_so_far
+
+LETTERS = 12
+SMALL = {"layers": 2, "hidden_size": 32, "heads": 2}
+
+
+def build(*, seed=0, **options):
+    model = ModelContext(
+        n_future=2,
+        hidden_size=8,
+        vocab_size=LETTERS,
+        device=torch.device("cpu"),
+        frozen_trunk=lambda: lambda batch: torch.zeros(*batch.ids_BT.shape, 8),
+    )
+    context = BuildContext(seed=seed, storage=Path("storage"), model=model)
+    return build_value_head(ValueHeadOptions(**(SMALL | options)), context)
+
+
+def copies(rows, *, seed):
+    """Four letters to be copied; in every other row one letter of the copy is another."""
+    generator = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(0, LETTERS, (rows, 4), generator=generator)
+    response = prompt.clone()
+    place = torch.randint(0, 4, (rows,), generator=generator)
+    offset = torch.randint(1, LETTERS, (rows,), generator=generator)
+    wrong = torch.arange(rows) % 2 == 1
+    response[wrong, place[wrong]] = (response[wrong, place[wrong]] + offset[wrong]) % LETTERS
+    response_BT = torch.tensor([False] * 4 + [True] * 4).expand(rows, 8)
+    return Batch(
+        ids_BT=torch.cat([prompt, response], dim=1),
+        document_BT=torch.zeros(rows, 8, dtype=torch.long),
+        response_BT=response_BT,
+        reward_BT=(~wrong).float()[:, None] * response_BT,
+        group_BT=torch.zeros(rows, 8, dtype=torch.long),
+    )
+
+
+def final_auc(critic, batch):
+    value_B = critic.score(batch, None).value_BT[:, -1]
+    return roc_auc_score(batch.reward_BT[:, -1] > 0.5, value_B)
+
+
+def train(critic, *, steps):
+    optimiser = torch.optim.AdamW(critic.parameters(), lr=3e-3)
+    for step in range(steps):
+        critic.loss(copies(32, seed=step), None).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+
+@pytest.mark.parametrize("objective", ["monte_carlo", "lambda_return", "bradley_terry"])
+def test_every_value_starts_at_one_half(objective):
+    value_BT = build(objective=objective).score(copies(4, seed=0), None).value_BT
+
+    assert torch.equal(value_BT, torch.full((4, 8), 0.5))
+
+
+@pytest.mark.parametrize("objective", ["monte_carlo", "lambda_return", "bradley_terry"])
+def test_learns_to_tell_true_copies_from_false_ones(objective):
+    critic = build(objective=objective)
+    held_out = copies(256, seed=10_000)
+
+    before = final_auc(critic, held_out)
+    train(critic, steps=150)
+
+    assert before == 0.5
+    assert final_auc(critic, held_out) > 0.9
+
+
+def test_a_wrong_letter_lowers_the_value_where_it_stands():
+    critic = build()
+    train(critic, steps=150)
+    held_out = copies(256, seed=10_000)
+    value_BT = critic.score(held_out, None).value_BT
+    wrong_BT = held_out.ids_BT[:, 4:] != held_out.ids_BT[:, :4]
+
+    step_BT = (value_BT[:, 4:] - value_BT[:, 3:-1])[1::2]
+
+    assert float(step_BT[wrong_BT[1::2]].mean()) < -0.3
+    assert abs(float(step_BT[~wrong_BT[1::2]].mean())) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("body", "reads_policy", "batching"),
+    [("own", False, "pointwise"), ("policy", True, "pointwise"), ("frozen", False, "pointwise")],
+)
+def test_only_the_body_policy_reads_the_policy(body, reads_policy, batching):
+    critic = build(body=body)
+
+    assert critic.reads_policy is reads_policy
+    assert critic.batching == batching
+
+
+def test_bradley_terry_asks_for_pairs():
+    assert build(objective="bradley_terry").batching == "pairs"
+
+
+def test_without_layers_and_writing_only_the_head_is_left():
+    critic = build(body="policy", layers=0, writing=0.0)
+
+    names = {name.partition(".")[0] for name in critic.state_dict()}
+
+    assert names == {"entrance", "norm", "value"}
+
+
+def test_the_state_of_another_shape_is_refused():
+    with pytest.raises(WmtpError, match="the state is not that of this `value_head`") as caught:
+        build(hidden_size=64).load_state_dict(build().state_dict())
+
+    assert caught.value.hint == "use the `[critic.options]` and the base model of the run that wrote it"
+
+
+def test_the_writers_loss_is_that_of_correct_responses_only():
+    critic, batch = build(), copies(8, seed=0)
+    right = Batch(
+        ids_BT=batch.ids_BT[::2],
+        document_BT=batch.document_BT[::2],
+        response_BT=batch.response_BT[::2],
+        reward_BT=batch.reward_BT[::2],
+        group_BT=batch.group_BT[::2],
+    )
+
+    all_of_them = critic.loss(batch, None).metrics["value_writing_loss"]
+
+    torch.testing.assert_close(all_of_them, critic.loss(right, None).metrics["value_writing_loss"])
+
+
+def test_positions_start_anew_with_each_document():
+    document_BT = torch.tensor([[0, 0, 0, 1, 1, -1]])
+
+    assert positions(document_BT).tolist() == [[0, 1, 2, 0, 1, 0]]
+
+
+def test_a_token_sees_itself_and_what_came_before_in_its_document():
+    mask_TT = Sight.of(torch.tensor([[0, 0, 1, -1]]), size=4).mask_B1TT[0, 0]
+
+    assert mask_TT.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+
+
+def test_rotated_products_depend_on_the_distance_alone():
+    x, y = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0))
+    sight = Sight.of(torch.zeros(1, 6, dtype=torch.long), size=8)
+    turned_x, turned_y = (sight.turn(each.expand(1, 1, 6, 8))[0, 0] for each in (x, y))
+
+    products_TT = turned_x @ turned_y.T
+
+    torch.testing.assert_close(products_TT.diagonal(2), products_TT[0, 2].expand(4))
+
+
+@given(st.lists(st.tuples(st.integers(1, 4)), min_size=1, max_size=4), st.integers(0, 100))
+def test_sums_so_far_equal_a_loop(lengths, seed):
+    document_T = torch.cat([torch.full((length,), n) for n, (length,) in enumerate(lengths)])
+    x_T = torch.rand(len(document_T), generator=torch.Generator().manual_seed(seed))
+    expected = [
+        sum(float(x_T[s]) for s in range(t + 1) if document_T[s] == document_T[t])
+        for t in range(len(document_T))
+    ]
+
+    torch.testing.assert_close(sums_so_far(x_T[None], document_T[None]), torch.tensor([expected]))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"heads": 3}, "must divide `hidden_size` = 128 into even parts: 3"),
+        ({"layers": 0}, 'must be >= 1 for `body = "own"`: 0'),
+        ({"writing": -1.0}, "must be >= 0: -1.0"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, expected):
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        ValueHeadOptions(**options)

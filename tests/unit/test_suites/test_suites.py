@@ -1,0 +1,171 @@
+"""The conformance suites catch what they are meant to catch, and let pass what is sound.
+
+All mutants are checked in one pytest process of their own, as a plugin author would check them.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+from weighted_mtp_core.api import Critic, DataSource, Tracker
+from weighted_mtp_core.testing import (
+    ComponentSuite,
+    CriticSuite,
+    DataSourceSuite,
+    TrackerSuite,
+    WeightingStrategySuite,
+)
+
+HERE = Path(__file__).parent
+SUITES = (WeightingStrategySuite, CriticSuite, DataSourceSuite, TrackerSuite)
+
+
+def import_mutants():
+    spec = importlib.util.spec_from_file_location("wmtp_mutants", HERE / "wmtp_mutants.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["wmtp_mutants"] = module  # dataclass-like decorators look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+MUTANTS = import_mutants()
+CLASSES = MUTANTS.every_class()
+
+
+def suite_of(cls):
+    kinds = {Critic: CriticSuite, DataSource: DataSourceSuite, Tracker: TrackerSuite}
+    return next((suite for kind, suite in kinds.items() if issubclass(cls, kind)), WeightingStrategySuite)
+
+
+HEADER = """
+import json
+import pytest
+from weighted_mtp_core.testing import CriticSuite, DataSourceSuite, TrackerSuite, WeightingStrategySuite
+
+class WithOtherData(DataSourceSuite):
+    @pytest.fixture
+    def changed_options(self):
+        return {"shift": 1}
+
+class WithStore(TrackerSuite):
+    @pytest.fixture
+    def read_back(self, context):
+        def read(run):
+            stored = json.loads((context.storage / "tracked" / f"{run.run_id}.json").read_text())
+            histories = {}
+            for key, value in stored["metrics"].items():
+                name, _, step = key.rpartition("@")
+                histories.setdefault(name, []).append((int(step), value))
+            return histories
+        return read
+
+class TestHeavy(WeightingStrategySuite):
+    address = "heavy.weighting"
+"""
+HEAVY = """
+import torch
+from wmtp_mutants import NoOptions, SoundStateless
+from weighted_mtp_core.api import Component, hookimpl
+
+@hookimpl
+def wmtp_weighting_strategies():
+    yield Component(
+        name="weighting", summary="Imports torch.", options=NoOptions, build=SoundStateless,
+        needs=SoundStateless.needs,
+    )
+"""
+OWN_SUITES = {DataSourceSuite: "WithOtherData", TrackerSuite: "WithStore"}
+
+
+def install(site, name):
+    metadata = site / f"wmtp_{name}-0.1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: wmtp-{name}\nVersion: 0.1.0\n")
+    (metadata / "entry_points.txt").write_text(f"[weighted_mtp_core]\n{name} = wmtp_{name}\n")
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """Outcome by class and check: `passed`, `skipped` or `failed`."""
+    folder = tmp_path_factory.mktemp("suites")
+    site = folder / "site-packages"
+    site.mkdir()
+    (site / "wmtp_mutants.py").write_text((HERE / "wmtp_mutants.py").read_text())
+    (site / "wmtp_heavy.py").write_text(HEAVY)
+    install(site, "mutants")
+    install(site, "heavy")
+    tests = [HEADER]
+    for cls in CLASSES:
+        suite = suite_of(cls)
+        tests.append(f"class Test{cls.__name__}({OWN_SUITES.get(suite, suite.__name__)}):")
+        tests.append(f'    address = "mutants.{MUTANTS.name_of(cls)}"\n')
+    (folder / "test_mutants.py").write_text("\n".join(tests))
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--import-mode=importlib", "--rootdir=."]
+    options += ["-o", "tmp_path_retention_policy=none"]  # 2,400 folders to number anew take half the time
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "--junitxml=results.xml", "test_mutants.py"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(site), "PYTEST_ADDOPTS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    return read_outcomes(folder / "results.xml")
+
+
+def read_outcomes(path):
+    found = {}
+    for case in ET.parse(path).iter("testcase"):
+        name = case.get("name").partition("[")[0]
+        kinds = {child.tag for child in case}
+        outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
+        checks = found.setdefault(case.get("classname").rpartition(".")[2], {})
+        if checks.get(name) != "failed":
+            checks[name] = outcome
+    return found
+
+
+def failed(checks):
+    return {name for name, outcome in checks.items() if outcome == "failed"}
+
+
+@pytest.mark.parametrize("cls", [cls for cls in CLASSES if cls.caught_by], ids=lambda cls: cls.__name__)
+def test_a_mutant_is_caught_by_exactly_the_check_meant_for_it(outcomes, cls):
+    assert failed(outcomes[f"Test{cls.__name__}"]) == cls.caught_by
+
+
+@pytest.mark.parametrize("cls", [cls for cls in CLASSES if not cls.caught_by], ids=lambda cls: cls.__name__)
+def test_a_sound_component_passes(outcomes, cls):
+    assert failed(outcomes[f"Test{cls.__name__}"]) == set()
+
+
+def test_a_plugin_that_imports_torch_is_caught(outcomes):
+    assert failed(outcomes["TestHeavy"]) == {"test_importing_the_plugin_imports_nothing_heavy"}
+
+
+@pytest.mark.parametrize("suite", SUITES, ids=lambda suite: suite.__name__)
+def test_every_check_of_a_suite_has_a_mutant_that_it_catches(outcomes, suite):
+    checks = {name for name in dir(suite) if name.startswith("test_")}
+    own = checks if suite is WeightingStrategySuite else checks - set(dir(ComponentSuite))
+    caught = {name for cls in CLASSES if suite_of(cls) is suite for name in cls.caught_by}
+
+    assert own - caught - {"test_importing_the_plugin_imports_nothing_heavy"} == set()
+
+
+@pytest.mark.parametrize("suite", SUITES, ids=lambda suite: suite.__name__)
+def test_every_check_runs_on_some_sound_component(outcomes, suite):
+    checks = {name for name in dir(suite) if name.startswith("test_")}
+    sound = [cls for cls in CLASSES if suite_of(cls) is suite and not cls.caught_by]
+    ran = {
+        name
+        for cls in sound
+        for name, outcome in outcomes[f"Test{cls.__name__}"].items()
+        if outcome == "passed"
+    }
+
+    assert checks - ran == set()
