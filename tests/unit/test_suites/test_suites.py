@@ -91,9 +91,19 @@ def install(site, name):
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """Outcome by class and check: `passed`, `skipped` or `failed`."""
-    folder = tmp_path_factory.mktemp("suites")
-    site = folder / "site-packages"
-    site.mkdir()
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # of all workers: the first to come checks the mutants for the others
+    results = shared / "suites" / "results.xml"
+    with FileLock(shared / "suites.lock"):
+        if not results.exists():
+            check_mutants(results)
+    return read_outcomes(results)
+
+
+def check_mutants(results):
+    site = results.parent / "site-packages"
+    site.mkdir(parents=True)
     (site / "wmtp_mutants.py").write_text((HERE / "wmtp_mutants.py").read_text())
     (site / "wmtp_heavy.py").write_text(HEAVY)
     install(site, "mutants")
@@ -103,19 +113,20 @@ def outcomes(tmp_path_factory):
         suite = suite_of(cls)
         tests.append(f"class Test{cls.__name__}({OWN_SUITES.get(suite, suite.__name__)}):")
         tests.append(f'    address = "mutants.{MUTANTS.name_of(cls)}"\n')
-    (folder / "test_mutants.py").write_text("\n".join(tests))
-    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--import-mode=importlib", "--rootdir=."]
-    options += ["-o", "tmp_path_retention_policy=none"]  # 2,400 folders to number anew take half the time
+    (results.parent / "test_mutants.py").write_text("\n".join(tests))
+    # 2,400 tests: whatever pytest does around each of them counts.
+    off = ["cacheprovider", "xdist", "timeout", "hypothesispytest", "logging"]
+    options = [*(f"-pno:{name}" for name in off), "--assert=plain", "--tb=no", "-qq"]
+    options += ["--import-mode=importlib", "--rootdir=.", "--override-ini=tmp_path_retention_policy=none"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, "--junitxml=results.xml", "test_mutants.py"],
-        cwd=folder,
+        [sys.executable, "-m", "pytest", *options, f"--junitxml={results.name}", "test_mutants.py"],
+        cwd=results.parent,
         env={**os.environ, "PYTHONPATH": str(site), "PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 1, done.stdout + done.stderr
-    return read_outcomes(folder / "results.xml")
 
 
 def read_outcomes(path):
