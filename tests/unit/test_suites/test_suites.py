@@ -11,6 +11,7 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
+from filelock import FileLock
 from weighted_mtp_core.api import Critic, DataSource, Tracker
 from weighted_mtp_core.testing import (
     ComponentSuite,
@@ -44,6 +45,7 @@ def suite_of(cls):
 HEADER = """
 import json
 import pytest
+from filelock import FileLock
 from weighted_mtp_core.testing import CriticSuite, DataSourceSuite, TrackerSuite, WeightingStrategySuite
 
 class WithOtherData(DataSourceSuite):
