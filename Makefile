@@ -9,7 +9,9 @@ PLUGINS := $(sort $(patsubst plugins/%/pyproject.toml,%,$(wildcard plugins/*/pyp
 INSTALLED := .venv/.installed
 PYTEST := bin/python -m pytest $(PYTEST_ARGS)
 
-# Two workers with one thread each beat one with two, and sums come out the same on every machine.
+# Two workers with one thread each beat one with two, and sums come out the same on every machine. A worker
+# takes whole files, so that tests which share a run or a server share it.
+WORKERS := -n 2 --dist loadfile
 test test-%: export OMP_NUM_THREADS := 1
 
 .PHONY: help run test test-core test-plugins $(PLUGINS:%=test-%) test-e2e test-integration lint format clean
@@ -24,7 +26,7 @@ run: $(INSTALLED)  ## Train, evaluate and track the recipe RECIPE (configs/verif
 test: test-core test-plugins test-e2e test-integration  ## Run all tests: what these four do
 
 test-core: .venv/only/core/.made  ## Run core's tests where no plugin is installed
-	.venv/only/core/$(PYTEST) -n 2 tests/unit
+	.venv/only/core/$(PYTEST) $(WORKERS) tests/unit
 
 test-plugins: $(PLUGINS:%=test-%)  ## Run each plugin's tests where only core and that plugin are installed
 
@@ -32,7 +34,7 @@ $(PLUGINS:%=test-%): test-%: .venv/only/%/.made
 	.venv/only/$*/$(PYTEST) plugins/$*/tests
 
 test-e2e: $(INSTALLED)  ## Run the tests of everything together
-	.venv/$(PYTEST) -n 2 --dist loadfile tests/e2e
+	.venv/$(PYTEST) $(WORKERS) tests/e2e
 
 test-integration: $(INSTALLED)  ## Run the tests against real servers: PostgreSQL, S3, MLflow, nginx
 	.venv/$(PYTEST) tests/integration
