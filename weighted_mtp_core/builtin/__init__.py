@@ -5,8 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from weighted_mtp_core.api import Component, Tracker, hookimpl
+from weighted_mtp_core.api import Component, DataSource, Tracker, hookimpl
+from weighted_mtp_core.builtin.micro_code import MicroCodeOptions, build_micro_code
 from weighted_mtp_core.builtin.mlflow import MlflowOptions, build_mlflow
+
+
+@hookimpl
+def wmtp_data_sources() -> Iterable[Component[Any, DataSource]]:
+    """Offer problems made by a grammar."""
+    yield Component(
+        name="micro_code",
+        summary="Small Python functions made by a grammar; right and broken ones, labelled by running them.",
+        options=MicroCodeOptions,
+        build=build_micro_code,
+    )
 
 
 @hookimpl
