@@ -933,11 +933,16 @@ class NoArtifactAfterTheEnd(EndsOnce):
         self.ended = True
 
 
-class CrashesBeforeTheStart(SoundFile):
-    caught_by: ClassVar = {"test_ending_what_never_began_is_no_crash"}
+class SpoiltByAnEarlyEnd(SoundFile):
+    caught_by: ClassVar = {"test_an_end_before_the_start_spoils_nothing"}
+
+    def start(self, run: Any) -> None:
+        if self.path == self.folder:
+            raise RuntimeError("already ended")
+        super().start(run)
 
     def finish(self, outcome: Any, *, time_ms: int | None = None) -> None:
-        assert self.path is not None
+        self.path = self.path or self.folder
         super().finish(outcome)
 
 
