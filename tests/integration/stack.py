@@ -220,12 +220,23 @@ class Stack:
         self.postgres.stop(signal.SIGINT)
         shutil.rmtree(self.state, ignore_errors=True)
 
+    def repair(self) -> None:
+        """Start again what a test stopped."""
+        self.mlflow.send(signal.SIGCONT)
+        for server in (self.postgres, self.s3, self.mlflow, self.nginx):
+            if server.process is None or server.process.poll() is not None:
+                server.start()
+        self.configure_nginx()
+        self.nginx.wait()
+
     def configure_nginx(self, *, body: str = "0", extra: str = "") -> None:
         """Change the body limit or add a directive such as `return 503;`, and reload."""
         user = "user www-data;" if self.root else ""
         text = _NGINX.format(
             state=self.state, socket=self.socket, port=self.ports["nginx"], user=user, body=body, extra=extra
         )
+        if (self.state / "nginx.conf").exists() and text == (self.state / "nginx.conf").read_text():
+            return
         (self.state / "nginx.conf").write_text(text)
         if self.nginx.process is not None:
             os.kill(self.nginx.process.pid, signal.SIGHUP)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from mlflow import MlflowClient
 
 from weighted_mtp_core.storage import s3
+from weighted_mtp_core.storage.manifest import sha256_of
 
 CHECKPOINT = "best_model.pt"
 _TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
@@ -67,9 +67,8 @@ def drop_local_checkpoint(client: MlflowClient, run_id: str, path: Path, subdir:
         return
     with tempfile.TemporaryDirectory() as folder, _patience(path.stat().st_size):
         stored = Path(client.download_artifacts(run_id, f"{subdir}/{path.name}", folder))
-        with stored.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != s3.sha256(path):
+        same = sha256_of(stored) == sha256_of(path)
+    if not same:
         raise NotStoredError(f"`{subdir}/{path.name}` is stored with other bytes")
     path.unlink()
 

@@ -15,7 +15,9 @@ from attrs import evolve, frozen
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.tracking.redact import redact
 
-_STATUS = re.compile(r"error code (\d{3}) != \d{3}|\b(\d{3}) (?:Client|Server) Error")
+_STATUS = re.compile(
+    r"error code (\d{3}) != |\b(\d{3}) (?:Client|Server) Error|too many (\d{3}) error responses"
+)
 _MALFORMED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
 _LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 
@@ -171,7 +173,7 @@ def http_status(error: BaseException) -> int | None:
         if response is not None and isinstance(getattr(response, "status_code", None), int):
             return int(response.status_code)
         if found := _STATUS.search(str(each)):
-            return int(found[1] or found[2])
+            return int(next(filter(None, found.groups())))
         if type(each).__name__ == "RestException":
             return int(each.get_http_status_code())  # type: ignore[attr-defined]
     return None

@@ -1,4 +1,4 @@
-"""The MLflow side of `core.mlflow`. Importing this module imports mlflow (two seconds, 160 MB).
+"""The MLflow side of `core.mlflow`. Importing this module imports mlflow: two seconds, 160 MB.
 
 `MlflowClient` with an explicit run id throughout: the fluent API prints, ends runs, and adds tags of others.
 Retries are the core's: left alone, the client blocks 247 s a call on a dead server.
@@ -14,22 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-_CLIENT_SETTINGS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    # presigned transfers need an S3 that the client can reach, which a proxied store is to spare it
-    "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "false",
-    "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
-}
-os.environ.update({name: value for name, value in _CLIENT_SETTINGS.items() if name not in os.environ})
-
-from attrs import asdict  # noqa: E402 - mlflow reads some settings when it is imported
-from filelock import FileLock  # noqa: E402
-from mlflow import MlflowClient  # noqa: E402
-from mlflow.entities import (  # noqa: E402
+from attrs import asdict
+from filelock import FileLock
+from mlflow import MlflowClient
+from mlflow.entities import (
     Dataset,
     DatasetInput,
     Experiment,
@@ -41,15 +29,15 @@ from mlflow.entities import (  # noqa: E402
     RunTag,
     ViewType,
 )
-from mlflow.exceptions import MlflowException  # noqa: E402
+from mlflow.exceptions import MlflowException
 
-from weighted_mtp_core.api import DatasetVersion, MetricPoint, RunInfo, RunOutcome, Tracker  # noqa: E402
-from weighted_mtp_core.builtin import _mlflow_limits as limits  # noqa: E402
-from weighted_mtp_core.builtin._mlflow_artifacts import check_store, drop_local_checkpoint, store  # noqa: E402
-from weighted_mtp_core.builtin._mlflow_errors import NotDeliveredError, diagnose  # noqa: E402
-from weighted_mtp_core.builtin.mlflow import local_path  # noqa: E402
-from weighted_mtp_core.errors import WmtpError  # noqa: E402
-from weighted_mtp_core.tracking.names import check_path_name  # noqa: E402
+from weighted_mtp_core.api import DatasetVersion, MetricPoint, RunInfo, RunOutcome, Tracker
+from weighted_mtp_core.builtin import _mlflow_limits as limits
+from weighted_mtp_core.builtin._mlflow_artifacts import check_store, drop_local_checkpoint, store
+from weighted_mtp_core.builtin._mlflow_errors import NotDeliveredError, diagnose
+from weighted_mtp_core.builtin.mlflow import local_path
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.tracking.names import check_path_name
 
 RUN_ID_TAG = "wmtp.run_id"
 _DIGEST = 36  # characters; the whole SHA-256 is the param `data.sha256`

@@ -17,6 +17,16 @@ from weighted_mtp_core.tracking.off import Untracked
 from weighted_mtp_core.tracking.redact import redact
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
+_CLIENT_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # presigned transfers need an S3 that the client can reach, which a proxied store is to spare it
+    "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "false",
+    "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
+}
 _SCHEME = re.compile(r"(https?|file|sqlite|postgresql(\+\w+)?)://?")
 _SEGMENT = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
@@ -65,7 +75,9 @@ def build_mlflow(options: MlflowOptions, context: BuildContext) -> Tracker:
     load_dotenv()
     uri = options.tracking_uri or os.environ.get(URI_VARIABLE) or embedded_uri(context.storage)
     check_uri(uri)
-    from weighted_mtp_core.builtin._mlflow_tracker import MlflowTracker
+    for name, value in _CLIENT_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    from weighted_mtp_core.builtin._mlflow_tracker import MlflowTracker  # reads some of them when imported
 
     return MlflowTracker(uri=uri, artifact_root=options.artifact_root, keep_local=options.keep_local)
 

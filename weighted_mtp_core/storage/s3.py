@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from attrs import frozen
 
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.storage.manifest import sha256_of
 
 PART_BYTES = 8 * 1024 * 1024  # boto3's own: the ETag of a larger object depends on it
 _CHUNK = 1024 * 1024
@@ -110,7 +111,7 @@ def is_stored(client: Any, bucket: str, key: str, path: Path) -> bool:
     digest = hashlib.sha256()
     for chunk in body.iter_chunks(_CHUNK):
         digest.update(chunk)
-    return digest.hexdigest() == sha256(path)
+    return digest.hexdigest() == sha256_of(path)
 
 
 def etag(path: Path) -> str:
@@ -123,9 +124,3 @@ def etag(path: Path) -> str:
         return (parts[0] if parts else hashlib.md5(b"", usedforsecurity=False)).hexdigest()
     joined = hashlib.md5(b"".join(part.digest() for part in parts), usedforsecurity=False)
     return f"{joined.hexdigest()}-{len(parts)}"
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

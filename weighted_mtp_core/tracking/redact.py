@@ -12,8 +12,8 @@ SECRET_VARIABLES = ("MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "AWS_AC
 
 _SHORTEST = 4  # a shorter "secret" would blank out ordinary words
 _PATTERNS = (
-    # https://user:password@host, also https://token@host and a password that holds an `@`
-    (re.compile(r"(?<=://)[^\s/'\"`<>]*@"), "***@"),
+    # https://user:password@host, also https://token@host and a password that holds an `@` or a `/`
+    (re.compile(r"(?<=://)(?:[^\s/'\"`<>]*|[^\s/'\"`<>]*:[^\s'\"`<>]*)@"), "***@"),
     # https://host/?private_token=..., presigned URLs
     (
         re.compile(
