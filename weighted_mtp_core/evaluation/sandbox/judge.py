@@ -66,15 +66,21 @@ def _run_tests(code: CodeType, names: dict[str, object], *, entry_point: str, re
 
 
 def _program_names(tests: str, remote: Remote) -> dict[str, object]:
-    """Bind the names that asserts use: a library's module by its name, else the program's function."""
-    nodes = ast.walk(ast.parse(tests))
+    """Bind the names that asserts use: a library's module by its name, else the program's function.
+
+    Built-in functions stay the interpreter's, or a program could bring a `set` or an `all` with which it
+    passes; but asserts that use nothing else must mean the program's (MBPP 126 tests its own `sum`).
+    """
+    nodes = list(ast.walk(ast.parse(tests)))
     used = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    return {
-        name: importlib.import_module(name)
-        if name in sys.stdlib_module_names
-        else RemoteFunction(remote, name)
-        for name in sorted(used - set(dir(builtins)))
+    called = {
+        node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
     }
+    return {name: _bound(name, remote) for name in sorted(used - set(dir(builtins)) or called)}
+
+
+def _bound(name: str, remote: Remote) -> object:
+    return importlib.import_module(name) if name in sys.stdlib_module_names else RemoteFunction(remote, name)
 
 
 def _judged(error: BaseException, remote: Remote, tests: str) -> Outcome:

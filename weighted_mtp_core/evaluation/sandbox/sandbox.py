@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -75,6 +76,8 @@ class Sandbox:
     def close(self) -> None:
         """End all processes."""
         for worker in self._workers:
+            worker.hang_up()
+        for worker in self._workers:
             worker.close()
         self._workers.clear()
 
@@ -91,6 +94,15 @@ class Sandbox:
         Raises:
             RunFailedError: So many jobs could not be judged that the rest would be of no use.
         """
+        if not self._workers:
+            raise RuntimeError("a Sandbox judges only as a context manager, and no more once it failed")
+        try:
+            return self._judge(jobs, on_done)
+        except BaseException:
+            self.close()  # workers are still at work on what nobody will ask for
+            raise
+
+    def _judge(self, jobs: Sequence[AnyJob], on_done: Callable[[], None] | None) -> list[Verdict]:
         verdicts: list[Verdict | None] = [None] * len(jobs)
         waiting = deque(range(len(jobs)))
         with selectors.DefaultSelector() as busy:
@@ -181,7 +193,8 @@ class _Worker:
     def send(self, job: AnyJob) -> None:
         """Send a job, which `receive` answers."""
         assert self._process.stdin is not None
-        write_message(self._process.stdin, job.message())
+        with suppress(BrokenPipeError):  # the worker died; `receive` sees that
+            write_message(self._process.stdin, job.message())
 
     def receive(self) -> Verdict:
         """Wait for the verdict; a worker that died is replaced."""
@@ -204,11 +217,15 @@ class _Worker:
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else f"exit status {self._process.returncode}"
 
-    def close(self) -> None:
-        """End the worker; it takes everything else with it."""
+    def hang_up(self) -> None:
+        """Have the worker end, and take everything else with it."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.close()
+
+    def close(self) -> None:
+        """Wait for the worker's end and leave nothing behind."""
+        assert self._process.stdout is not None
+        self.hang_up()
         try:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:

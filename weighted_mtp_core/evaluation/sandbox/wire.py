@@ -38,7 +38,8 @@ def encode(value: object, reference: Callable[[object], int | None] = lambda _: 
     """Return the bytes of a plain value.
 
     Args:
-        value: None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset or dict of such.
+        value: None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset or dict of such, or
+            one of these classes.
             A subclass is taken as its plain base if it does not bring its own notion of equality.
         reference: Returns the number that stands for any other object, or None if there is none.
 
@@ -67,6 +68,8 @@ class _Encoder:
         write = _WRITERS.get(kind) or _WRITERS.get(_plain_base(kind))
         if write is not None:
             write(self, value, depth - 1)
+        elif kind is type and value in _TYPES:
+            self.sized(b"y", value.__name__.encode())
         elif (number := self._reference(value)) is not None:
             self.out += b"h" + _SIZE.pack(number)
         else:
@@ -158,6 +161,8 @@ _WRITERS: dict[type, Callable[[_Encoder, Any, int], None]] = {
     set: _sequence_writer(set, b"S"),
     frozenset: _sequence_writer(frozenset, b"Z"),
 }
+_TYPES = (bool, int, float, complex, str, bytes, dict, list, tuple, set, frozenset)
+_TYPE_NAMED = {kind.__name__.encode(): kind for kind in _TYPES}
 
 
 # --------------------------------------------------------------------------- decoding
@@ -248,6 +253,7 @@ _READERS: dict[bytes, Callable[[_Decoder, int], object]] = {
     b"t": lambda decoder, depth: tuple(decoder.items(depth)),
     b"S": lambda decoder, depth: set(decoder.items(depth)),
     b"Z": lambda decoder, depth: frozenset(decoder.items(depth)),
+    b"y": lambda decoder, _: _TYPE_NAMED[decoder.take(decoder.size())],
     b"h": lambda decoder, _: decoder.resolved(),
 }
 

@@ -9,6 +9,7 @@ import gc
 import importlib
 import json
 import os
+import select
 import signal
 import socket
 import struct
@@ -17,10 +18,12 @@ from typing import Any, NoReturn
 
 from . import zygote
 from .messages import read_message, write_message
+from .modes import run_cases, run_check
 from .remote import one_line
-from .watch import CallerGoneError, Limits, run_cases, run_check
+from .watch import CallerGoneError, Limits
 
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
+_SECONDS_TO_LEAVE = 1.0
 # What tests import most; a judge's fork gets them for nothing.
 _WARM_FOR_TESTS = ("collections", "copy", "itertools", "math", "random", "re", "string", "typing")
 
@@ -93,14 +96,17 @@ class Zygote:
             self._pid = os.posix_spawn(self._command[0], self._command, os.environ, file_actions=keep)
 
     def stop(self) -> None:
-        """End it; the kernel ends its children with it."""
-        self._control.close()
+        """End it and wait; the kernel ends its children with it."""
+        self._control.close()  # on which it leaves by itself
         if self._pid:
-            os.kill(self._pid, signal.SIGKILL)
+            ended = os.pidfd_open(self._pid)
+            if not select.select([ended], [], [], _SECONDS_TO_LEAVE)[0]:
+                os.kill(self._pid, signal.SIGKILL)
+            os.close(ended)
             os.waitpid(self._pid, 0)
             self._pid = 0
 
-    def spawn(self, channel: int, *, stdin: int, output: int) -> int:
+    def spawn(self, channel: int, *, stdin: int, output: int, errors: int) -> int:
         """Have a candidate's process forked and confined; it waits for its program on `channel`.
 
         Returns:
@@ -110,7 +116,7 @@ class Zygote:
             ZygoteDiedError: It could not.
         """
         try:
-            socket.send_fds(self._control, [zygote.SPAWN], [channel, stdin, output])
+            socket.send_fds(self._control, [zygote.SPAWN], [channel, stdin, output, errors])
             message, ancillary, _, _ = self._control.recvmsg(1024, socket.CMSG_SPACE(_CREDENTIALS.size))
         except OSError as error:
             raise ZygoteDiedError(str(error)) from error

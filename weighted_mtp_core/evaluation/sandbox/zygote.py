@@ -94,7 +94,7 @@ class Zygote:
         """Answer `spawn` and `reap` until the worker closes its end."""
         child = 0
         while True:
-            kind, descriptors, _, _ = socket.recv_fds(self._control, 64, 3)
+            kind, descriptors, _, _ = socket.recv_fds(self._control, 64, 4)
             if kind == SPAWN:
                 child = os.fork()
                 if child == 0:
@@ -125,9 +125,9 @@ class Zygote:
         os.close(self._ruleset)
         self._open_scratch()
 
-    def _become_candidate(self, channel: int, stdin: int, output: int) -> NoReturn:
+    def _become_candidate(self, channel: int, stdin: int, output: int, errors: int) -> NoReturn:
         try:
-            for number, descriptor in ((0, stdin), (1, output), (2, output)):
+            for number, descriptor in ((0, stdin), (1, output), (2, errors)):
                 os.dup2(descriptor, number)
             self._confine(channel)
         except (OSError, confine.ConfinementError) as error:
