@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import weighted_mtp_core
-from weighted_mtp_core.cli import check, plugins, run, track
+from weighted_mtp_core.cli import check, doctor, plugins, run, storage, track
 from weighted_mtp_core.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_RUN_FAILED, WmtpError
 from weighted_mtp_core.wording import did_you_mean, quoted, reason
 
-COMMANDS = (run, check, plugins, track)
+COMMANDS = (run, check, plugins, doctor, track, storage)
 PROGRAM = "python -m weighted_mtp_core"
 
 _DESCRIPTION = """\

@@ -19,7 +19,7 @@ from weighted_mtp_core.tracking.redact import redact
 from weighted_mtp_core.tracking.run_folder import RunFolder
 
 _PAUSE_S = 1.0  # between two batches: a metric a second costs a tracker as much as a thousand
-_BACK_OFF_S = (0.5, 1.0, 2.0, 5.0)  # the last one repeats: at most 5 s behind a tracker that came back
+_BACK_OFF_S = (0.5, 1.0, 2.0, 3.0)  # the last one repeats: at most 3 s behind a tracker that came back
 
 
 @define(kw_only=True, eq=False)

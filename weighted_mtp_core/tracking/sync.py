@@ -101,6 +101,33 @@ def sync_run(path: Path, *, say: Callable[[str], None], limit_s: float) -> Mappi
         folder.close()
 
 
+def amend_run(
+    path: Path, *, tags: Mapping[str, str], outcome: RunOutcome | None, say: Callable[[str], None]
+) -> None:
+    """Add tags to a run that is over, change its outcome unless that is None, and send it.
+
+    Raises:
+        WmtpError: The run is going on, or a tracker will never take it.
+    """
+    folder = RunFolder.open(path)
+    try:
+        _close_the_dead(folder)
+        end = last_entry(folder.journal)
+        if end is None:
+            raise WmtpError(f"the run `{path}` has an empty journal")
+        status = outcome or RunOutcome(end.fields["status"])
+        journal = Journal(folder.journal)
+        journal.append("tags", {"tags": dict(tags)})
+        journal.append("status", {"status": status.value}, time_ms=end.time_ms)
+        journal.close()
+        folder.record(status=status.value)
+    finally:
+        folder.close()
+    for name, pending in sync_run(path, say=say, limit_s=30).items():
+        if pending:
+            say(f"`{name.partition('-')[2]}` did not get {pending}; it is kept: track sync {path}")
+
+
 def _close_the_dead(folder: RunFolder) -> None:
     """Write the end that a killed process could not write."""
     last = last_entry(folder.journal)

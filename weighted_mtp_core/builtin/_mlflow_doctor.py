@@ -1,0 +1,103 @@
+"""Try a tracking server and its artifact store: login, database, clock, and one small file in and out."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from email.utils import parsedate_to_datetime
+
+import requests
+from mlflow import MlflowClient
+
+from weighted_mtp_core.builtin._mlflow_errors import diagnose
+from weighted_mtp_core.doctor import Finding
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.storage import s3
+
+_TIMEOUT_S = 5
+_WORST_SKEW_S = 300.0  # S3 refuses requests that are 15 minutes off
+_PROBE = b"written by `doctor`"
+
+
+def examine_server(uri: str) -> list[Finding]:
+    """Ask `/health` with the login, then the database; look at the server's clock."""
+    try:
+        if not uri.startswith("http"):
+            MlflowClient(uri).search_experiments(max_results=1)
+            return [Finding(mark="ok", name="tracking", text=f"the database `{uri}` answers")]
+        health = _request("GET", f"{uri.rstrip('/')}/health")
+        _request("GET", f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1")
+    except Exception as error:  # noqa: BLE001 - whatever it is becomes a line of the checklist
+        found = diagnose(error, uri)
+        return [Finding(mark="FAILED", name="tracking", text=found.text, hint=found.hint)]
+    findings = [
+        Finding(mark="ok", name="tracking", text=f"`{uri}` answers, takes the login and has its database")
+    ]
+    if date := health.headers.get("Date"):
+        skew = abs(parsedate_to_datetime(date).timestamp() - time.time())
+        findings.append(
+            Finding(
+                mark="ok" if skew < _WORST_SKEW_S else "FAILED",
+                name="clock",
+                text=f"{skew:.0f} s between this machine and the server",
+                hint=None if skew < _WORST_SKEW_S else "set the clock: S3 refuses requests of another time",
+            )
+        )
+    return findings
+
+
+def examine_artifacts(uri: str, artifact_root: str | None) -> Iterator[Finding]:
+    """Create, write, read and delete a small file where a new experiment would keep its files."""
+    root = artifact_root or MlflowClient(uri).get_experiment("0").artifact_location
+    name = f"wmtp-doctor/{uuid.uuid4().hex}.txt"
+    try:
+        if root.startswith("s3://"):
+            _try_s3(root, name)
+        elif root.startswith("mlflow-artifacts:"):
+            _try_proxy(uri, name)
+        else:
+            yield Finding(
+                mark="warning",
+                name="artifacts",
+                text=f"the server keeps files in `{root}`, which only it can reach",
+                hint="start it with --serve-artifacts and --artifacts-destination",
+            )
+            return
+    except WmtpError as error:
+        yield Finding(mark="FAILED", name="artifacts", text=str(error), hint=error.hint)
+    except Exception as error:  # noqa: BLE001 - whatever it is becomes a line of the checklist
+        found = diagnose(error, uri, what="the artifact store of ")
+        yield Finding(mark="FAILED", name="artifacts", text=found.text, hint=found.hint)
+    else:
+        yield Finding(mark="ok", name="artifacts", text=f"a file was stored in `{root}`, read and deleted")
+
+
+def _try_s3(root: str, name: str) -> None:
+    place = s3.S3Place.parse(root)
+    client = s3.connect()
+    s3.check_bucket(client, place.bucket)
+    at = {"Bucket": place.bucket, "Key": place.prefix + name}
+    client.put_object(**at, Body=_PROBE)
+    read = client.get_object(**at)["Body"].read()
+    client.delete_object(**at)
+    if read != _PROBE:
+        raise WmtpError(f"what was read from `{root}` is not what was written")
+
+
+def _try_proxy(uri: str, name: str) -> None:
+    address = f"{uri.rstrip('/')}/api/2.0/mlflow-artifacts/artifacts/{name}"
+    _request("PUT", address, data=_PROBE)
+    read = _request("GET", address).content
+    _request("DELETE", address)
+    if read != _PROBE:
+        raise WmtpError(f"what was read from the artifact store of `{uri}` is not what was written")
+
+
+def _request(method: str, address: str, *, data: bytes | None = None) -> requests.Response:
+    user, password = (os.environ.get(f"MLFLOW_TRACKING_{part}") for part in ("USERNAME", "PASSWORD"))
+    login = (user, password) if user and password else None
+    answer = requests.request(method, address, data=data, auth=login, timeout=_TIMEOUT_S)
+    answer.raise_for_status()
+    return answer

@@ -1,0 +1,132 @@
+"""`storage`: models and data sets by version and checksum, here and in S3."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from weighted_mtp_core.cli.table import print_rows
+from weighted_mtp_core.errors import EXIT_DONE, EXIT_RUN_FAILED, WmtpError
+
+_DESCRIPTION = """\
+Storage v2 keeps models_v2/<name>/<version>/ and datasets_v2/<name>/<version>/, each with a manifest of
+SHA-256 sums. A version never changes: a changed byte is an error before training."""
+_EPILOG = """\
+examples:
+  storage verify
+  storage add-model smollm2 1 ~/downloads/SmolLM2-135M
+  storage sync --to s3://team-bucket/storage --dry-run
+  storage sync --to s3://team-bucket/storage --run 20261123-121856-4f1c9a"""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the command to the parser."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "storage",
+        help="verify, add and upload models and data sets",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+    )
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
+    verify = actions.add_parser("verify", help="compare every version with its manifest")
+    add_model = actions.add_parser("add-model", help="copy a model into storage as a new version")
+    add_dataset = actions.add_parser("add-dataset", help="copy a data set into storage as a new version")
+    for add in (add_model, add_dataset):
+        add.add_argument("name", metavar="NAME")
+        add.add_argument("version", metavar="VERSION")
+        add.add_argument("source", metavar="PATH", type=Path, help="a file or a folder")
+    sync = actions.add_parser("sync", help="upload what S3 does not have yet")
+    sync.add_argument("--to", metavar="S3URI", required=True, help="for example s3://bucket/storage")
+    sync.add_argument("--dry-run", action="store_true", help="only say what would be uploaded")
+    sync.add_argument(
+        "--run",
+        metavar="RUN",
+        help="tag this run `storage_sync=True` after success; after a failure it becomes FAILED",
+    )
+    sync.add_argument(
+        "--runs",
+        metavar="FOLDER",
+        type=Path,
+        default=Path("storage/runs"),
+        help="where RUN is (storage/runs)",
+    )
+    for action in (verify, add_model, add_dataset, sync):
+        action.add_argument(
+            "--storage", metavar="FOLDER", type=Path, default=Path("storage"), help="(storage)"
+        )
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    """Do what was asked."""
+    return {"verify": _verify, "add-model": _add, "add-dataset": _add, "sync": _sync}[args.action](args)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from weighted_mtp_core.storage.manifest import verify_manifest
+    from weighted_mtp_core.storage.versions import versions
+
+    rows: list[tuple[str, ...]] = []
+    faults = 0
+    for version in versions(args.storage):
+        try:
+            rows.append(("ok", version.address, f"sha256 {verify_manifest(version.path)[:12]}"))
+        except WmtpError as error:
+            faults += 1
+            rows.append(("FAILED", version.address, str(error)))
+    print_rows(rows or [("nothing to verify in", f"`{args.storage}`")])
+    return EXIT_RUN_FAILED if faults else EXIT_DONE
+
+
+def _add(args: argparse.Namespace) -> int:
+    from weighted_mtp_core.storage.versions import add_version
+
+    version = add_version(
+        args.storage,
+        args.source,
+        kind="models_v2" if args.action == "add-model" else "datasets_v2",
+        name=args.name,
+        version=args.version,
+    )
+    print(f"added {version.address}")
+    return EXIT_DONE
+
+
+def _sync(args: argparse.Namespace) -> int:
+    if args.run is None or args.dry_run:
+        return _upload(args)
+    from weighted_mtp_core.api import RunOutcome
+    from weighted_mtp_core.tracking.sync import amend_run, find_run
+
+    run = find_run(args.runs, args.run)
+    try:
+        code = _upload(args)
+    except BaseException:
+        # whatever ended it, an alarm that watches for FAILED runs must fire
+        amend_run(run, tags={"storage_sync": "False"}, outcome=RunOutcome.FAILED, say=print)
+        raise
+    amend_run(run, tags={"storage_sync": "True"}, outcome=None, say=print)
+    return code
+
+
+def _upload(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    from weighted_mtp_core.storage.sync import plan_sync, upload
+    from weighted_mtp_core.tracking.environment import load_dotenv
+
+    load_dotenv()
+    plan = plan_sync(args.storage, args.to)
+    print(f"{plan.place}: {plan.there} files are there, {len(plan.new)} are new ({plan.size:,} bytes)")
+    if args.dry_run:
+        print_rows([(f"{item.size:,}".rjust(15), item.key) for item in plan.new])
+        return EXIT_DONE
+    columns = (TextColumn("uploading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("upload", total=plan.size)
+        upload(plan, on_done=lambda item: progress.update(task, advance=item.size))
+    print(f"{plan.place}: everything is there, confirmed by checksum")
+    return EXIT_DONE

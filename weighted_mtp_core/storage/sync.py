@@ -1,0 +1,146 @@
+"""Upload storage v2 to S3: what is new by checksum, in parallel, confirmed; run again to go on.
+
+A version's manifest goes last, so a version whose manifest is there is there whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+
+from weighted_mtp_core.errors import RunFailedError, WmtpError
+from weighted_mtp_core.storage import s3
+from weighted_mtp_core.storage.manifest import MANIFEST, sha256_of, verify_manifest
+from weighted_mtp_core.storage.versions import versions
+from weighted_mtp_core.tracking.redact import redact
+
+_WORKERS = 4
+_DIGEST = "sha256"  # the name of an object's metadata that we set
+
+
+@frozen(kw_only=True)
+class Item:
+    """One file and where it goes."""
+
+    path: Path
+    key: str
+    size: int
+
+
+@frozen(kw_only=True)
+class Plan:
+    """What a sync would do.
+
+    Attributes:
+        place: Where to.
+        new: Files that S3 does not have yet.
+        there: How many it has.
+    """
+
+    place: s3.S3Place
+    new: tuple[Item, ...]
+    there: int
+
+    @property
+    def size(self) -> int:
+        """Bytes to upload."""
+        return sum(item.size for item in self.new)
+
+
+def plan_sync(storage: Path, to: str) -> Plan:
+    """Verify every version here, then find out which files S3 lacks.
+
+    Raises:
+        WmtpError: A file changed since its manifest was written, or the bucket cannot be used.
+    """
+    place = s3.S3Place.parse(to)
+    client = s3.connect()
+    s3.check_bucket(client, place.bucket)
+    items = list(_items(storage, place))
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        stored = list(pool.map(lambda item: _is_there(client, place.bucket, item), items))
+    new = tuple(item for item, there in zip(items, stored, strict=True) if not there)
+    return Plan(place=place, new=new, there=sum(stored))
+
+
+def upload(plan: Plan, *, on_done: Callable[[Item], None]) -> None:
+    """Upload what a plan found missing and confirm every file; manifests last.
+
+    Args:
+        plan: From `plan_sync`.
+        on_done: Called after each file, from several threads.
+
+    Raises:
+        RunFailedError: A file could not be uploaded or did not arrive whole; what arrived stays.
+    """
+    client = s3.connect()
+    manifests = [item for item in plan.new if item.path.name == MANIFEST]
+    files = [item for item in plan.new if item.path.name != MANIFEST]
+    for group in (files, manifests):
+        _upload_all(client, plan.place.bucket, group, on_done=on_done)
+
+
+def _upload_all(client: Any, bucket: str, items: Sequence[Item], *, on_done: Callable[[Item], None]) -> None:
+    def one(item: Item) -> None:
+        _upload(client, bucket, item)
+        on_done(item)
+
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        futures = [pool.submit(one, item) for item in items]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _upload(client: Any, bucket: str, item: Item) -> None:
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        client.upload_file(
+            str(item.path), bucket, item.key, ExtraArgs={"Metadata": {_DIGEST: sha256_of(item.path)}}
+        )
+        whole = s3.is_stored(client, bucket, item.key, item.path)
+    except (Boto3Error, BotoCoreError, ClientError) as error:
+        raise RunFailedError(
+            f"`{item.path}` could not be uploaded: {redact(str(error))}",
+            hint="run the same command again: it goes on with what is missing",
+        ) from error
+    if not whole:
+        raise RunFailedError(f"`s3://{bucket}/{item.key}` has other bytes than `{item.path}`")
+
+
+def _items(storage: Path, place: s3.S3Place) -> Iterator[Item]:
+    found = list(versions(storage))
+    if not found:
+        raise WmtpError(
+            f"there is no model or data set in `{storage}`",
+            hint="add one: python -m weighted_mtp_core storage add-model NAME VERSION FOLDER",
+        )
+    for version in found:
+        verify_manifest(version.path)
+        for path in sorted(file for file in version.path.rglob("*") if file.is_file()):
+            key = place.prefix + path.relative_to(storage).as_posix()
+            yield Item(path=path, key=key, size=path.stat().st_size)
+
+
+def _is_there(client: Any, bucket: str, item: Item) -> bool:
+    from botocore.exceptions import ClientError
+
+    try:
+        head = client.head_object(Bucket=bucket, Key=item.key)
+    except ClientError as error:
+        if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 404:
+            return False
+        raise
+    digest = head.get("Metadata", {}).get(_DIGEST)
+    if digest is None:  # put there by somebody else
+        return s3.is_stored(client, bucket, item.key, item.path)
+    return bool(head["ContentLength"] == item.size and digest == sha256_of(item.path))
