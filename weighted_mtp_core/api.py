@@ -50,6 +50,7 @@ __all__ = [
     "Tracker",
     "Verdict",
     "VerdictKind",
+    "WeightingChoice",
     "WeightingStrategy",
     "Weights",
     "WmtpError",
@@ -215,6 +216,21 @@ class StepView:
     token_loss_BTK: Tensor | None = None
     reference_loss_BT: Tensor | None = None
 
+    def to_pairs(self, x_BT: Tensor) -> Tensor:
+        """Lay what belongs to target tokens onto the pairs that predict them: `[B, T, K]`, 0 elsewhere."""
+        from weighted_mtp_core.model.targets import align_weights
+
+        return align_weights(x_BT, self.target_BTK)
+
+    def to_targets(self, x_BTK: Tensor) -> Tensor:
+        """Lay what belongs to pairs onto their targets: entry (t, k) of the result is of head k for token t.
+
+        It is 0 where head k has no source for token t, which lies too near the start of its document.
+        """
+        from weighted_mtp_core.model.targets import gather_by_target
+
+        return gather_by_target(x_BTK, self.target_BTK)
+
 
 @frozen(kw_only=True, eq=False)
 class Weights:
@@ -284,6 +300,22 @@ class SandboxSettings:
     workers: int = field(default=0, validator=v.ge(0))  # 0: one a core
 
 
+@frozen(kw_only=True)
+class WeightingChoice:
+    """An option that names another weighting, as the table `[weighting]` does.
+
+    A component whose options hold one (or a tuple of them) wraps it. Core knows by the type: before anything
+    is built it loads the named plugin, checks its options and adds its needs to those of the component.
+
+    Attributes:
+        use: `<plugin>.<component>`, or `<plugin>` if it offers just one weighting.
+        options: The options table of that weighting.
+    """
+
+    use: str
+    options: Mapping[str, Any] = field(factory=dict)
+
+
 @frozen(kw_only=True, eq=False)
 class BuildContext:
     """What `Component.build` gets beside its options.
@@ -298,6 +330,9 @@ class BuildContext:
     storage: Path
     sandbox: SandboxSettings = SandboxSettings()
     _model: ModelContext | None = field(default=None, alias="model")
+    _weightings: Callable[[WeightingChoice], WeightingStrategy] | None = field(
+        default=None, alias="weightings"
+    )
 
     @property
     def model(self) -> ModelContext:
@@ -309,6 +344,16 @@ class BuildContext:
         if self._model is None:
             raise WmtpError("this component is built before the policy exists, so `context.model` is empty")
         return self._model
+
+    def build_weighting(self, choice: WeightingChoice) -> WeightingStrategy:
+        """Build a weighting that the component's own options name; each call gives a new object.
+
+        Raises:
+            WmtpError: It cannot be built.
+        """
+        if self._weightings is None:
+            raise WmtpError(f"`{choice.use}` is named by no option that core has checked")
+        return self._weightings(choice)
 
 
 @frozen(kw_only=True)

@@ -14,25 +14,16 @@ from typing import Any, TypeVar
 import attrs
 from attrs import frozen
 
-from weighted_mtp_core.api import BuildContext, Signal
-from weighted_mtp_core.errors import RunFailedError, WmtpError
+from weighted_mtp_core.api import Signal
+from weighted_mtp_core.chosen import Chooser, Chosen
+from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.naming import check_path, flat, tag_pairs
-from weighted_mtp_core.plugins import (
-    AnyComponent,
-    FoundPlugin,
-    Kind,
-    LoadedPlugin,
-    find,
-    load,
-    providers,
-    resolve,
-)
+from weighted_mtp_core.plugins import Kind, LoadedPlugin, providers
 from weighted_mtp_core.recipe.layers import Document, read_document
 from weighted_mtp_core.recipe.lines import KeyPath
 from weighted_mtp_core.recipe.load import read_tables, recipe_to_toml
 from weighted_mtp_core.recipe.schema import Recipe, Selection
-from weighted_mtp_core.recipe.structure import Fault, plain, structure
-from weighted_mtp_core.wording import reason
+from weighted_mtp_core.recipe.structure import Fault, plain
 
 DEFAULT_EXPERIMENT_PREFIX = "weighted_mtp"
 CRITIC_SIGNALS = (Signal.VALUE, Signal.REFERENCE_LOSS)
@@ -40,39 +31,6 @@ CRITIC_SIGNALS = (Signal.VALUE, Signal.REFERENCE_LOSS)
 
 ADDRESS_TAGS = ("weighting", "critic", "data")
 SelectionT = TypeVar("SelectionT", bound=Selection)
-
-
-@frozen(kw_only=True)
-class Chosen:
-    """One component of a plan with its options.
-
-    Attributes:
-        address: `<plugin>.<component>`.
-        plugin: Where it comes from.
-        component: Its declaration.
-        options: An instance of `component.options`.
-    """
-
-    address: str
-    plugin: FoundPlugin
-    component: AnyComponent
-    options: Any
-
-    def build(self, context: BuildContext) -> Any:
-        """Build the component.
-
-        Raises:
-            WmtpError: It cannot be built; names plugin, distribution and version.
-        """
-        failed = f"{self.plugin} could not build `{self.address}`"
-        try:
-            return self.component.build(self.options, context)
-        except RunFailedError as error:
-            raise RunFailedError(f"{failed}: {error}", hint=error.hint) from error
-        except WmtpError as error:
-            raise WmtpError(f"{failed}: {error}", hint=error.hint) from error
-        except Exception as error:
-            raise WmtpError(f"{failed}: {reason(error)}") from error
 
 
 @frozen(kw_only=True)
@@ -167,21 +125,11 @@ class _Choice:
 
     @classmethod
     def make(cls, document: Document, picks: Sequence[_Pick]) -> _Choice:
-        found = find()
-        loaded: dict[str, LoadedPlugin] = {}
-        chosen: dict[KeyPath, Chosen] = {}
-        faults: list[Fault] = []
-        for pick in picks:
-            with _naming_place(document, (*pick.at, "use")):
-                name = pick.use.partition(".")[0]
-                if name not in loaded:
-                    loaded |= load(found, [name])
-                plugin, component = resolve(loaded, pick.kind, pick.use)
-            options, wrong = structure(component.options, pick.options, at=(*pick.at, "options"))
-            faults += wrong
-            address = f"{name}.{component.name}"
-            chosen[pick.at] = Chosen(address=address, plugin=plugin, component=component, options=options)
-        return cls(loaded, chosen, faults)
+        chooser = Chooser(place=lambda path: _naming_place(document, path))
+        chosen = {
+            pick.at: chooser.choose(pick.kind, pick.use, options=pick.options, at=pick.at) for pick in picks
+        }
+        return cls(chooser.loaded, chosen, chooser.faults)
 
 
 @contextmanager
@@ -194,7 +142,7 @@ def _naming_place(document: Document, path: KeyPath) -> Iterator[None]:
 
 
 def _match_signals(plan: Plan, loaded: Mapping[str, LoadedPlugin]) -> None:
-    needed = [signal for signal in CRITIC_SIGNALS if signal in plan.weighting.component.needs]
+    needed = [signal for signal in CRITIC_SIGNALS if signal in plan.weighting.needs]
     provided = plan.critic.component.provides if plan.critic else frozenset()
     for signal in needed:
         if signal in provided:
@@ -254,7 +202,7 @@ def _plan(recipe: Recipe, choice: _Choice, document: Document) -> Plan:
 
 
 def _resolved(table: SelectionT, chosen: Chosen) -> SelectionT:
-    return attrs.evolve(table, use=chosen.address, options=plain(chosen.options))
+    return attrs.evolve(table, use=chosen.address, options=chosen.plain_options())
 
 
 def _experiment(recipe: Recipe, weighting: Chosen, trackers: Sequence[Chosen], document: Document) -> str:

@@ -88,7 +88,7 @@ class _Stages:
             policy=prepared.policy,
             arm=Arm(
                 weighting=prepared.build_weighting(),
-                needs=chosen.component.needs,
+                needs=chosen.needs,
                 critic=critic,
                 label=f"weighting `{chosen.address}` ({chosen.plugin.distribution} {chosen.plugin.version})",
             ),
