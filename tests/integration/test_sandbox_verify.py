@@ -211,6 +211,7 @@ def test_a_missing_sandbox_is_an_error_and_no_failed_sample(
 
     assert text.startswith(
         'no sandbox for untrusted programs (`sandbox.backend = "auto"`): '
-        "bubblewrap: `bwrap` is not installed; landlock: this kernel has no Landlock\nhint: install bubblewrap"
+        "bubblewrap: `bwrap` is not installed; landlock: this kernel has no Landlock\n"
+        "hint: install bubblewrap"
     )
     assert not any(each.available for each in backends.available_backends())
