@@ -1,4 +1,4 @@
-"""What the documents say is true: links lead somewhere, and the README's recipe is one."""
+"""What the documents say is true: links lead somewhere, commands are listed, the README's recipe is valid."""
 
 import re
 from pathlib import Path
@@ -31,3 +31,12 @@ def test_the_recipe_in_the_readme_is_valid(wmtp, tmp_path):
 
     assert checked.stderr == ""
     assert checked.returncode == 0
+
+
+def test_the_readme_lists_every_command(wmtp, tmp_path):
+    described = re.findall(r"^    (\w+)  ", wmtp("--help", cwd=tmp_path).stdout, re.MULTILINE)
+    listed = re.findall(
+        r"^python -m weighted_mtp_core (\w+)", (REPOSITORY / "README.md").read_text(), re.MULTILINE
+    )
+
+    assert {"run", "check"} <= set(described) <= set(listed)
