@@ -29,10 +29,10 @@ from weighted_mtp_core.api import (
     WeightingStrategy,
     WmtpError,
 )
-from weighted_mtp_core.plugins import AnyComponent, Kind, find, load, resolve
+from weighted_mtp_core.chosen import Chooser, Chosen
+from weighted_mtp_core.plugins import AnyComponent, Kind, LoadedPlugin, find
 from weighted_mtp_core.recipe.structure import plain, structure
-from weighted_mtp_core.stages.checkpoint import load_component as load_state
-from weighted_mtp_core.stages.checkpoint import save_component
+from weighted_mtp_core.stages.checkpoint import load_component, save_component
 
 _CLASSES: Mapping[Kind, type[ABC]] = {
     Kind.WEIGHTING: WeightingStrategy,
@@ -49,10 +49,16 @@ print(*(name for name in sys.argv[2:] if name in sys.modules))
 """
 
 
-@functools.cache
-def load_component(kind: Kind, address: str) -> AnyComponent:
-    """Return a component's declaration; a process loads it once."""
-    return resolve(load(find(), [address.partition(".")[0]]), kind, address)[1]
+installed = functools.cache(find)  # reading all metadata takes a while, and there are many tests
+loaded: dict[str, LoadedPlugin] = {}
+
+
+def choose(kind: Kind, address: str, options: Mapping[str, Any]) -> Chosen:
+    """Return a component of an installed plugin; wrong options fail the test."""
+    chooser = Chooser(found=installed(), loaded=loaded)
+    chosen = chooser.choose(kind, address, options=options)
+    assert not chooser.faults, [f"{'.'.join(map(str, each.path))}: {each.text}" for each in chooser.faults]
+    return chosen
 
 
 @functools.cache
@@ -85,7 +91,7 @@ def random_numbers_untouched() -> Iterator[None]:
 def carry_over(source: Stateful, target: Stateful, folder: Path) -> None:
     """Bring a component's state to another through a checkpoint on disk, as a resumed run does."""
     save_component(source, folder)
-    load_state(target, folder)
+    load_component(target, folder)
 
 
 class ComponentSuite:
@@ -110,21 +116,24 @@ class ComponentSuite:
         return BuildContext(seed=7, storage=tmp_path / "storage")
 
     @pytest.fixture
-    def component(self) -> AnyComponent:
+    def component(self, chosen: Chosen) -> AnyComponent:
         """The declaration that the plugin's hook returned."""
-        return load_component(self.kind, self.address)
+        return chosen.component
 
     @pytest.fixture
-    def structured(self, component: AnyComponent, options: Mapping[str, Any]) -> Any:
+    def chosen(self, options: Mapping[str, Any]) -> Chosen:
+        """The component with its options, as a plan has it."""
+        return choose(self.kind, self.address, options)
+
+    @pytest.fixture
+    def structured(self, chosen: Chosen) -> Any:
         """The options as an instance of the component's class."""
-        structured, faults = structure(component.options, options)
-        assert not faults, [f"{'.'.join(map(str, fault.path))}: {fault.text}" for fault in faults]
-        return structured
+        return chosen.options
 
     @pytest.fixture
-    def build(self, component: AnyComponent, structured: Any, context: BuildContext) -> Callable[[], Any]:
+    def build(self, chosen: Chosen, context: BuildContext) -> Callable[[], Any]:
         """Build a fresh object, as often as a test likes."""
-        return lambda: component.build(structured, context)
+        return lambda: chosen.build(context)
 
     def test_summary_is_one_line(self, component: AnyComponent) -> None:
         """`plugins list` shows it in a table."""

@@ -14,9 +14,8 @@ from typing import Any, ClassVar
 import pytest
 
 from weighted_mtp_core.api import SPLITS, BuildContext, DataSource, Example, Problem, Split, WmtpError
-from weighted_mtp_core.plugins import AnyComponent, Kind
-from weighted_mtp_core.recipe.structure import structure
-from weighted_mtp_core.testing.component import ComponentSuite
+from weighted_mtp_core.plugins import Kind
+from weighted_mtp_core.testing.component import ComponentSuite, choose
 
 Build = Callable[[], DataSource]
 _JUDGED = 3  # problems a split: each costs a sandboxed program
@@ -143,7 +142,6 @@ class DataSourceSuite(ComponentSuite):
 
     def test_other_data_have_another_sha256(
         self,
-        component: AnyComponent,
         build: Build,
         changed_options: Mapping[str, Any] | None,
         context: BuildContext,
@@ -151,9 +149,7 @@ class DataSourceSuite(ComponentSuite):
         """One changed byte is another data set."""
         if changed_options is None:
             pytest.skip("override the fixture `changed_options` to have this checked")
-        structured, faults = structure(component.options, changed_options)
-        assert not faults, faults
-        changed = component.build(structured, context)
+        changed = choose(self.kind, self.address, changed_options).build(context)
 
         assert changed.version().sha256 != build().version().sha256
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from weighted_mtp_core.api import BuildContext, Signal, StepView, WeightingStrategy, Weights
-from weighted_mtp_core.plugins import AnyComponent, Kind
+from weighted_mtp_core.chosen import Chosen
+from weighted_mtp_core.plugins import Kind
 from weighted_mtp_core.testing import documents
 from weighted_mtp_core.testing.component import ComponentSuite, carry_over, random_numbers_untouched
 from weighted_mtp_core.testing.documents import APART, NO_RESPONSE, PACKED, SINGLE_TOKEN, Layout
@@ -35,9 +36,9 @@ class WeightingStrategySuite(ComponentSuite):
         return BuildContext(seed=7, storage=tmp_path / "storage", model=documents.model_context())
 
     @pytest.fixture
-    def needs(self, component: AnyComponent) -> frozenset[Signal]:
-        """The signals that the component declared."""
-        return component.needs
+    def needs(self, chosen: Chosen) -> frozenset[Signal]:
+        """The signals that the component and what it wraps declared."""
+        return chosen.needs
 
     @pytest.fixture
     def weights(self, build: Build, needs: frozenset[Signal]) -> Weights:
