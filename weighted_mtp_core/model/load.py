@@ -19,7 +19,7 @@ from weighted_mtp_core.recipe.schema import MicroTable, ModelTable
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder, sha256_of, verify_manifest
 
 PAD, EOS = "<pad>", "<eos>"
-_MICRO_FORMAT = 1  # raise it when the same texts and shape would give other weights or tokens
+_MICRO_FORMAT = 2  # raise it when the same texts and shape would give other weights or tokens
 _MAX_POSITIONS = 2048
 
 
@@ -159,6 +159,8 @@ def _new_llama(shape: MicroTable, tokenizer: Any, *, seed: int) -> Any:
         num_attention_heads=shape.attention_heads,
         num_key_value_heads=shape.attention_heads,
         max_position_embeddings=_MAX_POSITIONS,
+        # 0.02, the default, is for widths of thousands: at 128 attention starts too flat to learn copying.
+        initializer_range=shape.hidden_size**-0.5,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -95,29 +95,48 @@ class Policy(nn.Module):
             body.config = _with_layers(body.config, len(layers) - 1)
         self.trunk: nn.Module = body
 
-    def trunk_states(self, ids_BT: Tensor, *, position_BT: Tensor | None = None, cache: Any = None) -> Tensor:
+    def trunk_states(
+        self,
+        ids_BT: Tensor,
+        *,
+        position_BT: Tensor | None = None,
+        cache: Any = None,
+        seen_BS: Tensor | None = None,
+    ) -> Tensor:
         """Return the trunk's states `[B, T, H]` of token ids.
 
         Args:
             ids_BT: int64 token ids.
             position_BT: Positions, where they are not 0, 1, ... or the cache's continuation.
             cache: The trunk's cache; extended in place.
+            seen_BS: Which of the cached and new tokens may be looked at, where that is not all of them.
         """
         states: Tensor = self.trunk(
-            input_ids=ids_BT, position_ids=position_BT, past_key_values=cache, use_cache=cache is not None
+            input_ids=ids_BT,
+            attention_mask=seen_BS,
+            position_ids=position_BT,
+            past_key_values=cache,
+            use_cache=cache is not None,
         ).last_hidden_state
         return states
 
     def head_states(
-        self, k: int, hidden_BTH: Tensor, *, position_BT: Tensor | None = None, cache: Any = None
+        self,
+        k: int,
+        hidden_BTH: Tensor,
+        *,
+        position_BT: Tensor | None = None,
+        cache: Any = None,
+        seen_BS: Tensor | None = None,
     ) -> Tensor:
-        """Return what head k (from 1) hands to the unembedding, `[B, T, H]`."""
+        """Return what head k (from 1) hands to the unembedding, `[B, T, H]`; see `trunk_states`."""
         head = self.heads[k - 1]
         if self.head_kind == "linear":
             linear: Tensor = head(hidden_BTH)
             return linear
         states = head(
             inputs_embeds=hidden_BTH,
+            attention_mask=seen_BS,
             position_ids=position_BT,
             past_key_values=cache,
             use_cache=cache is not None,
@@ -125,13 +144,9 @@ class Policy(nn.Module):
         normed: Tensor = self.norm(states)
         return normed
 
-    def logits(
-        self, k: int, hidden_BTH: Tensor, *, position_BT: Tensor | None = None, cache: Any = None
-    ) -> Tensor:
-        """Return head k's logits `[B, T, V]`; for generation, not for training."""
-        logits: Tensor = self.unembedding(
-            self.head_states(k, hidden_BTH, position_BT=position_BT, cache=cache)
-        )
+    def logits(self, k: int, hidden_BTH: Tensor) -> Tensor:
+        """Return head k's logits `[B, T, V]`; training never makes them whole."""
+        logits: Tensor = self.unembedding(self.head_states(k, hidden_BTH))
         return logits
 
     def new_caches(self) -> PolicyCache:

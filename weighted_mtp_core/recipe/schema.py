@@ -141,6 +141,7 @@ class EvaluateTable:
     samples: int = field(default=1, validator=v.ge(1))
     temperature: float = field(default=0.0, validator=v.ge(0))
     max_new_tokens: int = field(default=128, validator=v.ge(1))
+    decoding: Literal["plain", "self_speculative"] = "self_speculative"
     batch_size: int = field(default=32, validator=v.ge(1))
     problems: int = field(default=0, validator=v.ge(0))
 

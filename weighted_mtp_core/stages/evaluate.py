@@ -130,6 +130,7 @@ def evaluate(prepared: Prepared, table: EvaluateTable, *, display: Display, fold
         temperature=table.temperature,
         seed=prepared.plan.recipe.run.seed,
         max_new_tokens=table.max_new_tokens,
+        decoding=table.decoding,
         batch_size=table.batch_size,
         on_done=lambda done: display.update(done, {}),
     )

@@ -10,9 +10,10 @@ import torch
 from attrs import frozen
 
 from weighted_mtp_core.api import Batch, Critic, Signal
+from weighted_mtp_core.chosen import Chosen
 from weighted_mtp_core.data.batches import Rows, Sampler, pairs, pointwise
 from weighted_mtp_core.errors import RunFailedError
-from weighted_mtp_core.plan import Chosen, Plan
+from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.recipe.schema import CriticTable, TrainTable
 from weighted_mtp_core.stages.checkpoint import load_component, load_model, save_component, save_model
 from weighted_mtp_core.stages.critic import CriticLearner, CriticReport

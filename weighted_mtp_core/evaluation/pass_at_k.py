@@ -1,0 +1,21 @@
+"""The chance that one of k samples solves a problem."""
+
+from __future__ import annotations
+
+import math
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Return the unbiased estimate `1 - C(n - c, k) / C(n, k)` (Chen et al. 2021, eq. 1).
+
+    Args:
+        n: Samples drawn.
+        c: Samples that passed.
+        k: Samples a user would try; at most n.
+
+    Raises:
+        ValueError: Not `0 <= c <= n` and `1 <= k <= n`.
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass@{k} of {c} passed among {n} samples is not defined")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
