@@ -28,41 +28,7 @@ BUCKET = "wmtp"
 DEBIAN = ("nginx", "apache2-utils", "postgresql")
 _BINARIES = ("nginx", "htpasswd", "initdb")
 
-_NGINX = """
-daemon off;
-pid {state}/nginx.pid;
-error_log {state}/log/nginx.log warn;
-worker_processes 1;
-{user}
-events {{ worker_connections 256; }}
-http {{
-    access_log off;
-    client_body_temp_path {state}/nginx-body;
-    proxy_temp_path {state}/nginx-proxy;
-    fastcgi_temp_path {state}/nginx-fastcgi;
-    uwsgi_temp_path {state}/nginx-uwsgi;
-    scgi_temp_path {state}/nginx-scgi;
-    upstream mlflow {{ server unix:{socket}; keepalive 16; }}
-    server {{
-        listen 127.0.0.1:{port};
-        auth_basic "MLflow";
-        auth_basic_user_file {state}/htpasswd;
-        client_max_body_size {body};      # the default, 1m, turns a checkpoint into a 413
-        proxy_request_buffering off;      # stream uploads instead of keeping them on disk first
-        proxy_buffering off;
-        proxy_http_version 1.1;
-        proxy_read_timeout 300s;
-        location / {{
-            {extra}
-            proxy_pass http://mlflow;
-            proxy_set_header Host $http_host;          # with the port: MLflow checks it
-            proxy_set_header Connection "";
-            proxy_set_header X-Forwarded-Proto $scheme;
-            proxy_set_header Authorization "";         # the password is nginx's business
-        }}
-    }}
-}}
-"""
+NGINX = Path(__file__).parents[2] / "docs" / "tracking" / "nginx.conf"
 
 
 def missing() -> list[str]:
@@ -232,9 +198,10 @@ class Stack:
     def configure_nginx(self, *, body: str = "0", extra: str = "") -> None:
         """Change the body limit or add a directive such as `return 503;`, and reload."""
         user = "user www-data;" if self.root else ""
-        text = _NGINX.format(
-            state=self.state, socket=self.socket, port=self.ports["nginx"], user=user, body=body, extra=extra
-        )
+        text = NGINX.read_text()
+        values = {"STATE": self.state, "SOCKET": self.socket, "PORT": self.ports["nginx"], "USER": user}
+        for name, value in {**values, "BODY": body, "EXTRA": extra}.items():
+            text = text.replace(f"@{name}@", str(value))
         if (self.state / "nginx.conf").exists() and text == (self.state / "nginx.conf").read_text():
             return
         (self.state / "nginx.conf").write_text(text)

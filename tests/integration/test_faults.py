@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 class Training:
     """A thread that records five metrics a step, as a training loop does, and keeps the slowest step."""
 
-    def __init__(self, record, *, step_seconds=0.02):
+    def __init__(self, record, *, step_seconds=0.05):
         self.record = record
         self.step = 0
         self.slowest = 0.0
@@ -57,7 +57,7 @@ def assert_whole(stored, record, screen):
 
 def test_a_server_killed_for_a_minute(stack, open_recorder, stored, wait):
     with open_recorder() as record, Training(record) as loop:
-        wait.until(lambda: loop.step > 50)
+        wait.until(lambda: loop.step > 20)
         stack.mlflow.kill()
         time.sleep(60)
         stack.mlflow.start()
@@ -72,7 +72,7 @@ def test_a_server_killed_for_a_minute(stack, open_recorder, stored, wait):
 
 def test_a_server_that_hangs_for_half_a_minute(stack, open_recorder, stored, wait):
     with open_recorder() as record, Training(record) as loop:
-        wait.until(lambda: loop.step > 50)
+        wait.until(lambda: loop.step > 20)
         stack.mlflow.send(signal.SIGSTOP)
         time.sleep(30)
         stack.mlflow.send(signal.SIGCONT)
@@ -84,7 +84,7 @@ def test_a_server_that_hangs_for_half_a_minute(stack, open_recorder, stored, wai
 
 def test_a_database_restarted_after_five_seconds(stack, open_recorder, stored, wait):
     with open_recorder() as record, Training(record) as loop:
-        wait.until(lambda: loop.step > 50)
+        wait.until(lambda: loop.step > 20)
         stack.postgres.stop(signal.SIGINT)
         time.sleep(5)
         stack.postgres.start()
@@ -96,7 +96,7 @@ def test_a_database_restarted_after_five_seconds(stack, open_recorder, stored, w
 @pytest.mark.parametrize("status", [503, 429])
 def test_a_proxy_that_turns_requests_away(stack, open_recorder, stored, wait, status):
     with open_recorder() as record, Training(record) as loop:
-        wait.until(lambda: loop.step > 50)
+        wait.until(lambda: loop.step > 20)
         stack.configure_nginx(extra=f"return {status};")
         wait.for_words(f"({status})")
         stack.configure_nginx()
@@ -108,7 +108,7 @@ def test_a_proxy_that_turns_requests_away(stack, open_recorder, stored, wait, st
 
 def test_a_login_that_is_revoked_and_given_back(stack, open_recorder, stored, wait, monkeypatch):
     with open_recorder() as record, Training(record) as loop:
-        wait.until(lambda: loop.step > 50)
+        wait.until(lambda: loop.step > 20)
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "not-the-password")
         wait.for_words("refuses the login")
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", stack.password)
@@ -122,9 +122,9 @@ def test_a_server_gone_for_good_leaves_a_run_that_can_be_sent_later(
 ):
     with open_recorder(close_seconds=3.0) as record:
         with Training(record) as loop:
-            wait.until(lambda: loop.step > 50)
+            wait.until(lambda: loop.step > 20)
             stack.mlflow.kill()
-            wait.until(lambda: loop.step > 100)
+            wait.until(lambda: loop.step > 40)
         began = time.monotonic()
     took = time.monotonic() - began
     before = run_status(record.folder.path)
@@ -149,14 +149,13 @@ def test_s3_killed_during_the_upload_of_a_checkpoint(stack, open_recorder, store
     with open_recorder(**options) as record, Training(record) as loop:
         best = record.folder.checkpoints / "best_model.pt"
         best.write_bytes(os.urandom(50_000_000))
-        killer = threading.Timer(0.1, stack.s3.kill)
-        killer.start()
         record.artifact(best, "checkpoints")
-        killer.join()
+        time.sleep(0.5)
+        stack.s3.kill()
         behind = loop.step
-        wait.until(lambda: last_step(stored, record) > behind, seconds=30)
-        time.sleep(10)
+        time.sleep(20)
         stack.s3.start()
+        assert last_step(stored, record) > behind
         wait.until(lambda: run_status(record.folder.path).pending["0-core.mlflow"].files == 0, seconds=60)
 
     run = stored(record.folder.path)

@@ -1,4 +1,4 @@
-"""`storage sync` against a real S3 server: uploads once, goes on with a half, and the run says how it went."""
+"""`storage sync` against a real S3 server: uploads once, goes on with half, and the run says how it went."""
 
 import os
 import subprocess

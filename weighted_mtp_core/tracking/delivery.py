@@ -14,8 +14,7 @@ from attrs import define, field
 
 from weighted_mtp_core.api import Tracker
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.tracking.outbox import Outbox, Pending
-from weighted_mtp_core.tracking.redact import redact
+from weighted_mtp_core.tracking.outbox import Outbox, Pending, one_line
 from weighted_mtp_core.tracking.run_folder import RunFolder
 
 _PAUSE_S = 1.0  # between two batches: a metric a second costs a tracker as much as a thousand
@@ -38,6 +37,8 @@ class Delivery:
     _closing: threading.Event = field(init=False, factory=threading.Event)
     _abandoned: threading.Event = field(init=False, factory=threading.Event)
     _failures: int = field(init=False, default=0)
+    _retries: int = field(init=False, default=0)
+    _retry_at: float = field(init=False, default=0.0)
     _last_success: float = field(init=False, factory=time.monotonic)
     _thread: threading.Thread | None = field(init=False, default=None)
 
@@ -88,15 +89,31 @@ class Delivery:
             last_look = self._closing.is_set()
             try:
                 worked = self.outbox.step()
+                if not worked or not self.outbox.full:
+                    self._retry_aside()
             except Exception as error:  # noqa: BLE001 - by contract any exception means "not delivered"
                 self._failed(error)
-                self._abandoned.wait(_BACK_OFF_S[min(self._failures, len(_BACK_OFF_S)) - 1])
+                self._abandoned.wait(_back_off(self._failures))
                 continue
-            self._succeeded()
-            if not worked and last_look:
+            self._reached()
+            if worked:
+                self._last_success = time.monotonic()
+            if worked and (last_look or self.outbox.full):
+                continue
+            if last_look and not self.outbox.waiting:
                 return
-            if not self.outbox.full:
-                self._closing.wait(_PAUSE_S)
+            (self._abandoned if last_look else self._closing).wait(_PAUSE_S)
+
+    def _retry_aside(self) -> None:
+        """Try again what was set aside, if its time has come."""
+        if not self.outbox.waiting or time.monotonic() < self._retry_at:
+            return
+        if self.outbox.retry_aside():
+            self._last_success = time.monotonic()
+            self._retries = 0
+        else:
+            self._retries += 1
+        self._retry_at = time.monotonic() + _back_off(self._retries)
 
     def _failed(self, error: Exception) -> None:
         self._failures += 1
@@ -107,17 +124,17 @@ class Delivery:
                 "in the run folder and sent later"
             )
 
-    def _succeeded(self) -> None:
-        for refusal in self.outbox.take_refusals():
-            self.say(f"`{self.name}` refused {refusal}")
-        self._last_success = time.monotonic()
+    def _tell_notes(self) -> None:
+        for note in self.outbox.take_notes():
+            self.say(f"`{self.name}` {note}")
+
+    def _reached(self) -> None:
+        self._tell_notes()
         if self._failures:
             self.say(f"`{self.name}` is back; sending what it missed")
         self._failures = 0
         self.outbox.reason = ""
 
 
-def one_line(error: BaseException) -> str:
-    """Return an exception as one short line without secrets."""
-    text = " ".join(redact(str(error)).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
+def _back_off(failures: int) -> float:
+    return _BACK_OFF_S[min(failures, len(_BACK_OFF_S) - 1)]

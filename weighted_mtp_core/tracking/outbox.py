@@ -83,6 +83,7 @@ class Outbox:
         journal: The journal in it.
         state: Where the position is kept.
         reason: Why the tracker is away, for people; empty while it is not.
+        file_reason: The same for its store of files.
         full: Whether the last batch was a full one, so that more may be waiting.
     """
 
@@ -91,9 +92,10 @@ class Outbox:
     journal: Path
     state: Path
     reason: str = field(init=False, default="")
+    file_reason: str = field(init=False, default="")
     full: bool = field(init=False, default=False)
     _kept: _Kept = field(init=False)
-    _refusals: list[str] = field(init=False, factory=list)
+    _notes: list[str] = field(init=False, factory=list)
     _info: RunInfo | None = field(init=False, default=None)
     _uploading: int = field(init=False, default=0)
 
@@ -110,7 +112,7 @@ class Outbox:
             self._kept.aside.append(end.start)  # opening made the run a running one again
 
     def step(self) -> bool:
-        """Send the next batch of lines or, if there is none, one file that could not be stored before.
+        """Send the next batch of lines.
 
         Returns:
             Whether there was anything to send.
@@ -122,25 +124,33 @@ class Outbox:
             self.open()
         batch = self._next_batch()
         if not batch:
-            return self._send_aside()
+            return False
         self._sync_journal()
-        try:
-            self._send(batch)
-        except WmtpError as error:
-            self._refuse(batch, error)
+        self._send_or_refuse(batch)
         self._kept.position = batch[-1].end
         self._kept.write(self.state)
         return True
 
+    def _send_or_refuse(self, batch: Sequence[Entry]) -> None:
+        try:
+            self._send(batch)
+        except WmtpError as error:
+            self._refuse(batch, error)
+
     def _refuse(self, batch: Sequence[Entry], error: WmtpError) -> None:
         self._kept.refused.append((batch[0].start, batch[-1].end))
         hint = f"; {error.hint}" if error.hint else ""
-        self._refusals.append(redact(f"{_what(batch)}: {error}{hint}"))
+        self._notes.append(redact(f"refused {_what(batch)}: {error}{hint}"))
 
-    def take_refusals(self) -> list[str]:
-        """Return what was refused since the last call, in words."""
-        taken, self._refusals = self._refusals, []
+    def take_notes(self) -> list[str]:
+        """Return what a person should know and was not told yet; each follows the tracker's name."""
+        taken, self._notes = self._notes, []
         return taken
+
+    @property
+    def waiting(self) -> bool:
+        """Whether something was set aside."""
+        return bool(self._kept.aside)
 
     def allowance_s(self) -> float:
         """Return how long the file that is being stored may take beyond the usual patience."""
@@ -148,7 +158,7 @@ class Outbox:
 
     def pending(self) -> Pending:
         """Count what is not delivered."""
-        return evolve(count_pending(self.journal, self.state), reason=self.reason)
+        return evolve(count_pending(self.journal, self.state), reason=self.reason or self.file_reason)
 
     def try_refused_again(self) -> None:
         """Take up what was refused before: somebody may have raised a limit since."""
@@ -167,7 +177,7 @@ class Outbox:
             if isinstance(entry, Damage):
                 if batch:
                     break
-                self._refusals.append(f"bytes {entry.start} to {entry.end} of the journal: they are damaged")
+                self._notes.append(f"does not get bytes {entry.start} to {entry.end} of the journal: damaged")
                 self._kept.position = entry.end
                 continue
             together = entry.kind in _POINTS
@@ -214,22 +224,46 @@ class Outbox:
             raise
         except Exception as error:  # noqa: BLE001 - by contract any exception means "not delivered"
             self._kept.aside.append(entry.start)
-            self.reason = redact(str(error))
+            self.file_reason = one_line(error)
+            self._notes.append(
+                f"cannot store `{entry.fields['path']}` yet ({self.file_reason}); it is kept and sent later"
+            )
 
-    def _send_aside(self) -> bool:
-        if not self._kept.aside:
+    def retry_aside(self) -> bool:
+        """Try once more what was set aside, up to the first file that fails.
+
+        Returns:
+            Whether anything got through.
+
+        Raises:
+            Exception: Whatever the tracker raised for a line; a file that fails only waits longer.
+        """
+        delivered = False
+        for entry in sorted(self._aside_entries(), key=lambda entry: entry.kind == "artifact"):
+            if entry.kind != "artifact":
+                self._send_or_refuse([entry])
+            elif not self._try_to_store(entry):
+                break
+            delivered = True
+            self._kept.aside.remove(entry.start)
+            self._kept.write(self.state)
+        return delivered
+
+    def _aside_entries(self) -> list[Entry]:
+        entries = (next(read_journal(self.journal, start)) for start in self._kept.aside)
+        return [entry for entry in entries if isinstance(entry, Entry)]
+
+    def _try_to_store(self, entry: Entry) -> bool:
+        try:
+            self._store(entry)
+        except WmtpError as error:
+            self._refuse([entry], error)
+        except Exception as error:  # noqa: BLE001 - by contract any exception means "not delivered"
+            self.file_reason = one_line(error)
             return False
-        entry = next(read_journal(self.journal, self._kept.aside[0]))
-        if isinstance(entry, Entry):
-            try:
-                if entry.kind == "artifact":
-                    self._store(entry)
-                else:
-                    self._send([entry])
-            except WmtpError as error:
-                self._refuse([entry], error)
-        self._kept.aside.pop(0)
-        self._kept.write(self.state)
+        else:
+            self.file_reason = ""
+            self._notes.append(f"has `{entry.fields['path']}` now")
         return True
 
     def _store(self, entry: Entry) -> None:
@@ -261,6 +295,12 @@ def count_pending(journal: Path, state: Path) -> Pending:
     whole = [entry for entry in entries if isinstance(entry, Entry)]
     files = sum(entry.kind == "artifact" for entry in whole)
     return Pending(lines=len(whole) - files, files=files, reason="")
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception as one short line without secrets."""
+    text = " ".join(redact(str(error)).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def last_entry(journal: Path) -> Entry | None:

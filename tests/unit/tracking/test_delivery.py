@@ -23,6 +23,18 @@ def delivery(outbox, said, monkeypatch):
     delivery.close(0)
 
 
+@pytest.fixture
+def checkpoint(folder, journal):
+    """Write a checkpoint and journal that it is to be stored; return the journal."""
+
+    def checkpoint():
+        (folder.checkpoints / "best_model.pt").write_bytes(b"weights")
+        journal.append("artifact", {"path": "checkpoints/best_model.pt", "subdir": "checkpoints"})
+        return journal
+
+    return checkpoint
+
+
 def metrics(journal, *steps):
     for step in steps:
         journal.append("metrics", {"step": step, "stage": "policy", "metrics": {"loss": float(step)}})
@@ -119,6 +131,38 @@ def test_closing_outlasts_an_outage_shorter_than_the_limit(delivery, journal, no
 
     assert not delivery.close(10)
 
+    assert steps(notebook) == [1]
+
+
+def test_a_file_that_cannot_be_stored_is_said_once_and_stored_when_it_can_be(
+    delivery, checkpoint, notebook, said, wait_until
+):
+    delivery.start()
+    notebook.no_files = True
+    journal = checkpoint()
+    for step in range(30):  # lines that keep coming must not keep the file waiting
+        metrics(journal, step)
+        time.sleep(0.01)
+    notebook.no_files = False
+    wait_until(lambda: len(said) == 2)
+
+    best = "`checkpoints/best_model.pt`"
+    assert said[0] == f"`notebook` cannot store {best} yet (no room for files); it is kept and sent later"
+    assert said[1] == f"`notebook` has {best} now"
+    assert notebook.all("artifact") == ["checkpoints/best_model.pt"]
+
+
+def test_closing_gives_up_on_a_file_too(delivery, checkpoint, notebook):
+    delivery.start()
+    notebook.no_files = True
+    journal = checkpoint()
+    metrics(journal, 1)
+    began = time.monotonic()
+
+    pending = delivery.close(0.5)
+
+    assert time.monotonic() - began < 2
+    assert (pending.lines, pending.files, pending.reason) == (0, 1, "no room for files")
     assert steps(notebook) == [1]
 
 
