@@ -6,13 +6,20 @@ from collections.abc import Iterable
 from typing import Any
 
 from weighted_mtp_core.api import Component, DataSource, Tracker, hookimpl
+from weighted_mtp_core.builtin.humaneval import HumanEvalOptions, build_humaneval
 from weighted_mtp_core.builtin.micro_code import MicroCodeOptions, build_micro_code
 from weighted_mtp_core.builtin.mlflow import MlflowOptions, build_mlflow
 
 
 @hookimpl
 def wmtp_data_sources() -> Iterable[Component[Any, DataSource]]:
-    """Offer problems made by a grammar."""
+    """Offer sources of programs that were run, and the team's own files."""
+    yield Component(
+        name="humaneval",
+        summary="HumanEval's 164 problems; solutions and broken variants, labelled by running them.",
+        options=HumanEvalOptions,
+        build=build_humaneval,
+    )
     yield Component(
         name="micro_code",
         summary="Small Python functions made by a grammar; right and broken ones, labelled by running them.",
