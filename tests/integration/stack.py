@@ -36,15 +36,15 @@ def missing() -> list[str]:
     return [name for name in _BINARIES if _binary(name) is None] + ([] if _weed() else ["weed"])
 
 
-def install() -> None:
-    """Install what is missing with apt, where that is possible."""
-    if not missing() or shutil.which("apt-get") is None:
+def install(*packages: str) -> None:
+    """Install Debian packages that are missing, where that is possible; without names, the stack's."""
+    lacking = [name for name in packages if shutil.which(name) is None] if packages else missing()
+    if not lacking or shutil.which("apt-get") is None:
         return
     root = [] if os.getuid() == 0 else ["sudo", "-n"]
-    for command in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", *DEBIAN]):
-        subprocess.run(
-            [*root, "apt-get", *command], env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, check=False
-        )
+    settings = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for command in (["update"], ["install", "-y", "--no-install-recommends", *(packages or DEBIAN)]):
+        subprocess.run([*root, "apt-get", "-qq", *command], env=settings, check=False)
 
 
 def free_port() -> int:

@@ -15,6 +15,7 @@ from typing import NoReturn
 import weighted_mtp_core
 from weighted_mtp_core.cli import check, doctor, plugins, run, storage, track
 from weighted_mtp_core.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_RUN_FAILED, WmtpError
+from weighted_mtp_core.tracking.redact import redact
 from weighted_mtp_core.wording import did_you_mean, quoted, reason
 
 COMMANDS = (run, check, plugins, doctor, track, storage)
@@ -92,8 +93,8 @@ def _parser() -> tuple[Parser, list[str]]:
 
 def _report(message: str, *, hint: str | None = None, code: int, want_traceback: bool) -> int:
     if want_traceback:
-        traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr)
+        print(redact(traceback.format_exc()), end="", file=sys.stderr)
+    print(f"error: {redact(message)}", file=sys.stderr)
     if hint:
         print(f"hint: {hint}", file=sys.stderr)
     return code

@@ -25,7 +25,7 @@ from weighted_mtp_core.tracking.display import Display
 from weighted_mtp_core.tracking.journal import Journal, now_ms, plain_number
 from weighted_mtp_core.tracking.log import RunLog
 from weighted_mtp_core.tracking.names import check_metric_name, check_path_name
-from weighted_mtp_core.tracking.redact import redact
+from weighted_mtp_core.tracking.redact import redact, redact_log_records
 from weighted_mtp_core.tracking.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -255,6 +255,7 @@ def open_recorder(plan: Plan, display: Display) -> Recorder:
     Raises:
         WmtpError: The folder cannot be made, or a tracker will never take this run.
     """
+    redact_log_records()
     recipe = plan.recipe
     runs = Path(recipe.run.output_dir) if recipe.run.output_dir else Path(recipe.run.storage) / "runs"
     trackers = build_trackers(plan)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import logging
 import os
 import re
+from collections.abc import Callable
 from urllib.parse import quote
 
 SECRET_VARIABLES = ("MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID")
@@ -35,6 +37,32 @@ def secrets() -> list[str]:
         found.add(base64.b64encode(f"{user}:{password}".encode()).decode())
     found |= {quote(secret, safe="") for secret in found} | {repr(secret)[1:-1] for secret in found}
     return sorted(found, key=len, reverse=True)
+
+
+def redact_log_records() -> None:
+    """Take secrets out of every log record of this process, whoever writes it and whoever listens.
+
+    Debug logging of botocore and urllib3 would show signatures, keys and headers.
+    """
+    make = logging.getLogRecordFactory()
+    if isinstance(make, _RedactedRecords):
+        return
+    logging.setLogRecordFactory(_RedactedRecords(make))
+
+
+class _RedactedRecords:
+    """A log record factory around another one."""
+
+    def __init__(self, make: Callable[..., logging.LogRecord]) -> None:
+        self._make = make
+
+    def __call__(self, *args: object, **kwargs: object) -> logging.LogRecord:
+        record = self._make(*args, **kwargs)
+        try:
+            record.msg, record.args = redact(record.getMessage()), None
+        except (TypeError, ValueError):  # a record that does not fit its own format: logging reports it
+            return record
+        return record
 
 
 def redact(text: str) -> str:

@@ -1,7 +1,9 @@
 """Secrets are taken out of text, and ordinary text is left alone."""
 
+import logging
+
 import pytest
-from weighted_mtp_core.tracking.redact import redact
+from weighted_mtp_core.tracking.redact import redact, redact_log_records
 
 
 @pytest.mark.parametrize(
@@ -49,3 +51,17 @@ def test_a_value_too_short_to_be_a_secret_blanks_out_nothing(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "a")
 
     assert redact("a value") == "a value"
+
+
+def test_log_records_of_others_are_redacted(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "sk-planted")
+    before = logging.getLogRecordFactory()
+    redact_log_records()
+    redact_log_records()
+    logger = logging.getLogger("botocore.planted")
+    try:
+        record = logger.makeRecord(logger.name, 10, "f", 1, "headers %s %d", ({"x": "sk-planted"}, 5), None)
+    finally:
+        logging.setLogRecordFactory(before)
+
+    assert record.getMessage() == "headers {'x': '***'} 5"

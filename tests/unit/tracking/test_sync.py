@@ -63,7 +63,7 @@ def test_a_file_that_could_not_be_stored_is_stored_and_the_run_closed_again(fini
 
     assert (before.lines, before.files) == (0, 2)
     assert notebook.all("artifact") == ["/recipe.toml", "logs/training.log"]
-    assert notebook.told[-1] == ("finish", RunOutcome.FINISHED)
+    assert notebook.all("finish") == [RunOutcome.FINISHED]
     assert notebook.points() == []
     assert not pending(folder)
 
