@@ -7,6 +7,7 @@ from typing import Any
 
 from weighted_mtp_core.api import Component, DataSource, Tracker, hookimpl
 from weighted_mtp_core.builtin.humaneval import HumanEvalOptions, build_humaneval
+from weighted_mtp_core.builtin.jsonl import JsonlOptions, build_jsonl
 from weighted_mtp_core.builtin.micro_code import MicroCodeOptions, build_micro_code
 from weighted_mtp_core.builtin.mlflow import MlflowOptions, build_mlflow
 
@@ -19,6 +20,12 @@ def wmtp_data_sources() -> Iterable[Component[Any, DataSource]]:
         summary="HumanEval's 164 problems; solutions and broken variants, labelled by running them.",
         options=HumanEvalOptions,
         build=build_humaneval,
+    )
+    yield Component(
+        name="jsonl",
+        summary="Your own examples: one JSON object a line with instruction, output and is_correct.",
+        options=JsonlOptions,
+        build=build_jsonl,
     )
     yield Component(
         name="micro_code",
