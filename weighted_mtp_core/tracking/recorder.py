@@ -30,6 +30,7 @@ from weighted_mtp_core.tracking.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from weighted_mtp_core.plan import Plan
+    from weighted_mtp_core.tracking.earlier import Earlier
 
 
 class Terminated(KeyboardInterrupt):
@@ -54,6 +55,7 @@ class Recorder:
     _deliveries: list[Delivery] = field(init=False, factory=list)
     _last_step: dict[str, int] = field(init=False, factory=dict)
     _lost_finite: set[str] = field(init=False, factory=set)
+    _earlier: Earlier | None = field(init=False, default=None)
     _closed: bool = field(init=False, default=False)
     _restore_signal: Any = field(init=False, default=None)
 
@@ -188,6 +190,12 @@ class Recorder:
         if numbers:
             self._journal.append(kind, {"step": step, "stage": stage, "metrics": numbers})
 
+    def send_earlier(self, experiment: Path) -> None:
+        """Send, in the background, what trackers of earlier runs in the experiment's folder did not get."""
+        from weighted_mtp_core.tracking.earlier import Earlier  # which knows how to plan a run
+
+        self._earlier = Earlier(experiment, self.folder.path, self.say)
+
     # ------------------------------------------------------------------- the end
 
     def finish(self, outcome: RunOutcome, *, error_class: str | None = None) -> None:
@@ -208,6 +216,8 @@ class Recorder:
             self._journal.append("status", {"status": outcome.value})
             self.folder.record(status=outcome.value, ended_ms=now_ms())
             self._close_deliveries()
+            if self._earlier is not None:
+                self._earlier.wait(self._close_seconds)
         finally:
             self._journal.close()
             self._log.close()
@@ -269,7 +279,7 @@ def open_recorder(plan: Plan, display: Display) -> Recorder:
         datasets=(),
         folder=folder.path,
     )
-    return Recorder.open(
+    recorder = Recorder.open(
         folder,
         info,
         trackers=trackers,
@@ -277,6 +287,8 @@ def open_recorder(plan: Plan, display: Display) -> Recorder:
         display=display,
         close_seconds=max((table.close_seconds for table in recipe.tracker), default=0.0),
     )
+    recorder.send_earlier(runs / plan.experiment)
+    return recorder
 
 
 def build_trackers(plan: Plan) -> dict[str, Tracker]:

@@ -10,14 +10,18 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from rich.console import Console
 from weighted_mtp_core.api import RunOutcome, WmtpError
 from weighted_mtp_core.cli import main
+from weighted_mtp_core.plan import make_plan
+from weighted_mtp_core.tracking import recorder
 from weighted_mtp_core.tracking import sync as module
+from weighted_mtp_core.tracking.display import Display
 from weighted_mtp_core.tracking.sync import DIED, find_run, run_status, sync_run
 
 
 @pytest.fixture
-def finished(open_recorder, notebook, folder, monkeypatch):
+def finished(open_recorder, notebook, monkeypatch):
     """Record a run whose tracker is in a state; return what `sync_run` then told the notebook."""
     monkeypatch.setattr(module, "make_plan", lambda _: None)
     monkeypatch.setattr(module, "build_trackers", lambda _: {"0-notebook": notebook})
@@ -141,6 +145,20 @@ def test_a_killed_run_is_shown_as_dead_then_sent_whole_and_closed_as_killed(dead
     assert json.loads((dead / "run.json").read_text())["status"] == "KILLED"
     assert main(["track", "sync", "--all"]) == 0
     assert run_status(dead).status == "KILLED"
+
+
+def test_the_next_run_sends_what_an_earlier_one_could_not(write_recipe, example_plugin, monkeypatch, screen):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "")
+    recipe = write_recipe(RECIPE.replace("FOLDER", str(Path.cwd())))
+    with recorder.open_recorder(make_plan(recipe), Display(Console(file=screen, width=300))) as record:
+        earlier = record.folder
+    earlier.delivery("0-core.mlflow").unlink()  # as if nothing had been delivered
+
+    with recorder.open_recorder(make_plan(recipe), Display(Console(file=screen, width=300))):
+        pass
+
+    assert not run_status(earlier.path).pending["0-core.mlflow"]
+    assert f"sent what trackers of the earlier run `{earlier.run_id}` had not got" in screen.getvalue()
 
 
 def test_runs_are_found_by_path_id_or_part(dead):
