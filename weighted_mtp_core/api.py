@@ -265,6 +265,10 @@ class CriticLoss:
 # --------------------------------------------------------------------------- building
 
 
+def _no_frozen_losses(_: Path | None) -> Callable[[Batch], Tensor]:
+    raise WmtpError("there is no policy here whose losses could be frozen")
+
+
 @frozen(kw_only=True, eq=False)
 class ModelContext:
     """The policy as far as a component may know it while it is being built.
@@ -276,6 +280,9 @@ class ModelContext:
         device: Where the component's tensors must live.
         frozen_trunk: Returns an independent copy of the trunk as it is now, without gradients:
             a function from a `Batch` to float32 states `[B, T, H]`.
+        frozen_losses: Returns the next-token loss of an independent copy of the policy, as it is now or as
+            a `best_model.pt` holds it: a function from a `Batch` to float32 losses `[B, T]`, indexed by the
+            token, 0 where no response token follows another.
     """
 
     n_future: int
@@ -283,6 +290,7 @@ class ModelContext:
     vocab_size: int
     device: torch.device
     frozen_trunk: Callable[[], Callable[[Batch], Tensor]]
+    frozen_losses: Callable[[Path | None], Callable[[Batch], Tensor]] = field(default=_no_frozen_losses)
 
 
 @frozen(kw_only=True)

@@ -27,9 +27,11 @@ from weighted_mtp_core.data.batches import collate, in_order
 from weighted_mtp_core.data.tokens import TokenSet, tokenise
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.model.device import resolve_device, resolve_dtype
+from weighted_mtp_core.model.frozen import frozen_losses
 from weighted_mtp_core.model.load import load_policy
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.plan import Plan
+from weighted_mtp_core.stages.checkpoint import load_model
 
 
 @define(kw_only=True, eq=False, slots=False)
@@ -117,6 +119,7 @@ class Prepared:
                 vocab_size=self.policy.vocab_size,
                 device=self.device,
                 frozen_trunk=self.policy.frozen_trunk,
+                frozen_losses=partial(frozen_losses, self.policy, load=load_model),
             ),
         )
 

@@ -206,6 +206,20 @@ def trunk_states(batch: Batch) -> Tensor:
     return states_BTH
 
 
+def next_token_losses(batch: Batch) -> Tensor:
+    """Return losses `[B, T]` of a stand-in for a frozen language model, 0 off response tokens."""
+    state_BTH = trunk_states(batch)
+    generator = torch.Generator().manual_seed(1)
+    log_p_BTV = torch.log_softmax(
+        state_BTH @ torch.randn(HIDDEN_SIZE, VOCAB_SIZE, generator=generator), dim=-1
+    )
+    loss_BT = torch.zeros_like(batch.reward_BT)
+    loss_BT[:, 1:] = -log_p_BTV[:, :-1].gather(-1, batch.ids_BT[:, 1:, None]).squeeze(-1)
+    follows_BT = torch.zeros_like(batch.response_BT)
+    follows_BT[:, 1:] = batch.document_BT[:, 1:] == batch.document_BT[:, :-1]
+    return loss_BT.where(batch.response_BT & follows_BT, 0.0)
+
+
 def model_context() -> ModelContext:
     """Return the stand-in's side of a `BuildContext`."""
     return ModelContext(
@@ -214,4 +228,5 @@ def model_context() -> ModelContext:
         vocab_size=VOCAB_SIZE,
         device=torch.device("cpu"),
         frozen_trunk=lambda: trunk_states,
+        frozen_losses=lambda _: next_token_losses,
     )

@@ -92,7 +92,7 @@ class ValueHeadOptions:
     objective: Literal["monte_carlo", "lambda_return", "bradley_terry"] = "monte_carlo"
     lam: float = field(default=0.95, validator=[v.ge(0), v.le(1)])
     body: Literal["own", "policy", "frozen"] = "own"
-    layers: int = field(default=3, validator=v.ge(0))
+    layers: int = field(default=2, validator=v.ge(0))
     hidden_size: int = field(default=128, validator=v.ge(8))
     heads: int = field(default=4, validator=v.ge(1))
     writing: float = field(default=1.0, validator=v.ge(0))

@@ -1,0 +1,154 @@
+"""Controls for any weighting, and combinators of weightings.
+
+A control answers *would any weights like these have done as well?* Wrap the arm in `controls.shuffled` (the
+same weights on other tokens of the same responses) or `controls.random_matched` (other weights, with the same
+mean and deviation). The combinators `product`, `clip` and `anneal` make one weighting of others.
+
+Each names what it wraps as a recipe's table `[weighting]` does:
+
+    [weighting]
+    use = "controls.shuffled"
+    [weighting.options.of]
+    use = "verifiable.td_error"
+    options.beta = 0.5
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from attrs import field, frozen
+from attrs import validators as v
+from weighted_mtp_core.api import BuildContext, Component, WeightingChoice, WeightingStrategy, hookimpl
+
+
+@frozen(kw_only=True)
+class ShuffledOptions:
+    """`[weighting.options]` of `controls.shuffled`: `of` is the weighting whose weights are shuffled."""
+
+    of: WeightingChoice
+
+
+def build_shuffled(options: ShuffledOptions, context: BuildContext) -> WeightingStrategy:
+    """Build the control."""
+    from weighted_mtp_controls._shuffled import Shuffled
+
+    return Shuffled(context.build_weighting(options.of), seed=context.seed)
+
+
+@frozen(kw_only=True)
+class RandomMatchedOptions:
+    """`[weighting.options]` of `controls.random_matched`: `of` is the weighting that is matched."""
+
+    of: WeightingChoice
+
+
+def build_random_matched(options: RandomMatchedOptions, context: BuildContext) -> WeightingStrategy:
+    """Build the control."""
+    from weighted_mtp_controls._random_matched import RandomMatched
+
+    return RandomMatched(context.build_weighting(options.of), seed=context.seed)
+
+
+@frozen(kw_only=True)
+class ProductOptions:
+    """`[weighting.options]` of `controls.product`: `of` lists the weightings that are multiplied."""
+
+    of: tuple[WeightingChoice, ...] = field(validator=v.min_len(1))
+
+
+def build_product(options: ProductOptions, context: BuildContext) -> WeightingStrategy:
+    """Build the combinator."""
+    from weighted_mtp_controls._combinators import Product
+
+    return Product([context.build_weighting(each) for each in options.of])
+
+
+@frozen(kw_only=True)
+class ClipOptions:
+    """`[weighting.options]` of `controls.clip`.
+
+    Attributes:
+        of: The weighting that is clipped.
+        low: Smallest weight of a target.
+        high: Largest weight.
+    """
+
+    of: WeightingChoice
+    low: float = field(default=0.0, validator=v.ge(0))
+    high: float = field(default=3.0, validator=v.gt(0))
+
+    @high.validator
+    def _be_above_low(self, _: object, value: float) -> None:
+        if value < self.low:
+            raise ValueError(f"must be >= `low` = {self.low}: {value}")
+
+
+def build_clip(options: ClipOptions, context: BuildContext) -> WeightingStrategy:
+    """Build the combinator."""
+    from weighted_mtp_controls._combinators import Clip
+
+    return Clip(context.build_weighting(options.of), low=options.low, high=options.high)
+
+
+@frozen(kw_only=True)
+class AnnealOptions:
+    """`[weighting.options]` of `controls.anneal`.
+
+    Attributes:
+        of: The weighting that training passes to.
+        start: Step of the policy's training until which all weights are 1.
+        end: Step from which they are those of `of`.
+    """
+
+    of: WeightingChoice
+    start: int = field(default=0, validator=v.ge(0))
+    end: int = field(validator=v.ge(1))
+
+    @end.validator
+    def _come_after_the_start(self, _: object, value: int) -> None:
+        if value <= self.start:
+            raise ValueError(f"must be > `start` = {self.start}: {value}")
+
+
+def build_anneal(options: AnnealOptions, context: BuildContext) -> WeightingStrategy:
+    """Build the combinator."""
+    from weighted_mtp_controls._combinators import Anneal
+
+    return Anneal(context.build_weighting(options.of), start=options.start, end=options.end)
+
+
+@hookimpl
+def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
+    """Offer two controls and three combinators."""
+    yield Component(
+        name="shuffled",
+        summary="Control: the weights of another weighting, shuffled within each response.",
+        options=ShuffledOptions,
+        build=build_shuffled,
+    )
+    yield Component(
+        name="random_matched",
+        summary="Control: random weights with the mean, deviation and range of another weighting's.",
+        options=RandomMatchedOptions,
+        build=build_random_matched,
+    )
+    yield Component(
+        name="product",
+        summary="The product of several weightings.",
+        options=ProductOptions,
+        build=build_product,
+    )
+    yield Component(
+        name="clip",
+        summary="Another weighting, clipped to a range.",
+        options=ClipOptions,
+        build=build_clip,
+    )
+    yield Component(
+        name="anneal",
+        summary="From uniform weights to another weighting's, over a span of steps.",
+        options=AnnealOptions,
+        build=build_anneal,
+    )

@@ -1,0 +1,244 @@
+"""The controls keep what they say they keep; the combinators do the arithmetic of their names."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from weighted_mtp_controls import AnnealOptions, ClipOptions
+from weighted_mtp_controls._combinators import Anneal, Clip, Product
+from weighted_mtp_controls._random_matched import RandomMatched
+from weighted_mtp_controls._random_numbers import uniform
+from weighted_mtp_controls._shuffled import Shuffled
+from weighted_mtp_core.api import StepView, WeightingChoice, WeightingStrategy, Weights, WmtpError
+
+K = 2
+
+
+class Fixed(WeightingStrategy):
+    """Gives the weights that it was made of."""
+
+    def __init__(self, weight, **state):
+        self.weight = weight
+        self.state = state
+
+    def weigh(self, view):
+        return Weights(weight=self.weight, metrics={"known": 1.0})
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = dict(state)
+
+
+def make_view(documents, *, step=0, seed=0):
+    """One row a list of (prompt, response) lengths; ids drawn from a seed."""
+    width = max(sum(map(sum, row)) for row in documents)
+    document_BT = torch.full((len(documents), width), -1)
+    response_BT = torch.zeros(len(documents), width, dtype=torch.bool)
+    for b, row in enumerate(documents):
+        start = 0
+        for number, (prompt, response) in enumerate(row):
+            document_BT[b, start : start + prompt + response] = number
+            response_BT[b, start + prompt : start + prompt + response] = True
+            start += prompt + response
+    target_BTK = torch.zeros(len(documents), width, K, dtype=torch.bool)
+    for k in range(1, K + 1):
+        if width > k:
+            same_BT = document_BT[:, k:] == document_BT[:, :-k]
+            target_BTK[:, :-k, k - 1] = same_BT & response_BT[:, k:]
+    generator = torch.Generator().manual_seed(seed)
+    return StepView(
+        ids_BT=torch.randint(0, 50, (len(documents), width), generator=generator),
+        document_BT=document_BT,
+        response_BT=response_BT,
+        target_BTK=target_BTK,
+        n_future=K,
+        step=step,
+        training=True,
+    )
+
+
+def random_weights(view, *, seed=0):
+    """Log-normal weights, clipped, by token."""
+    generator = torch.Generator().manual_seed(seed)
+    weight_BT = torch.randn(view.ids_BT.shape, generator=generator).exp().clamp(0.1, 3.0)
+    return weight_BT * view.response_BT
+
+
+PACKED = make_view([[(3, 5), (2, 4)], [(4, 6)]])
+LARGE = make_view([[(5, 40)] for _ in range(32)])
+layouts = st.lists(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 6)), min_size=1, max_size=3), min_size=1, max_size=3
+).filter(lambda rows: any(map(sum, row) for row in rows) and max(sum(map(sum, row)) for row in rows) > 0)
+
+
+@settings(deadline=None)
+@given(layouts, st.integers(0, 50))
+def test_shuffling_keeps_the_weights_of_each_response(rows, seed):
+    view = make_view(rows, step=seed, seed=seed)
+    weight_BT = random_weights(view, seed=seed)
+
+    shuffled_BT = Shuffled(Fixed(weight_BT), seed=seed).weigh(view).weight
+
+    for b, row in enumerate(rows):
+        for number in range(len(row)):
+            tokens = view.response_BT[b] & (view.document_BT[b] == number)
+            assert sorted(shuffled_BT[b, tokens].tolist()) == sorted(weight_BT[b, tokens].tolist())
+    assert not shuffled_BT[~view.response_BT].any()
+
+
+def test_shuffling_pairs_keeps_the_weights_of_each_head():
+    weight_BTK = torch.rand(PACKED.target_BTK.shape) * PACKED.target_BTK
+
+    shuffled_BTK = Shuffled(Fixed(weight_BTK), seed=0).weigh(PACKED).weight
+
+    for k in range(K):
+        for b, document in ((0, 0), (0, 1), (1, 0)):
+            pairs = PACKED.target_BTK[b, :, k] & (PACKED.document_BT[b] == document)
+            assert sorted(shuffled_BTK[b, pairs, k].tolist()) == sorted(weight_BTK[b, pairs, k].tolist())
+    assert not shuffled_BTK[~PACKED.target_BTK].any()
+    assert not torch.equal(shuffled_BTK, weight_BTK)
+
+
+def test_every_place_is_as_likely():
+    # Three weights, one of them 1: over many steps it lies on each of the three tokens a third of the time.
+    view = make_view([[(1, 3)]])
+    weight_BT = torch.tensor([[0.0, 1.0, 0.0, 0.0]])
+
+    places = [
+        int(Shuffled(Fixed(weight_BT), seed=0).weigh(make_view([[(1, 3)]], step=step)).weight.argmax())
+        for step in range(900)
+    ]
+
+    assert all(abs(places.count(place) - 300) < 60 for place in (1, 2, 3))  # four standard deviations
+    assert view.response_BT[0, 1:].all()
+
+
+@pytest.mark.parametrize("control", [Shuffled, RandomMatched])
+def test_another_step_or_seed_gives_other_weights(control):
+    weight_BT = random_weights(LARGE)
+    later = make_view([[(5, 40)] for _ in range(32)], step=1)
+
+    first = control(Fixed(weight_BT), seed=0).weigh(LARGE).weight
+
+    assert torch.equal(control(Fixed(weight_BT), seed=0).weigh(LARGE).weight, first)
+    assert not torch.equal(control(Fixed(weight_BT), seed=1).weigh(LARGE).weight, first)
+    assert not torch.equal(control(Fixed(weight_BT), seed=0).weigh(later).weight, first)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_weights_have_the_arms_moments_after_clipping(seed):
+    weight_BT = random_weights(LARGE, seed=seed)
+
+    drawn_BT = RandomMatched(Fixed(weight_BT), seed=seed).weigh(LARGE).weight
+
+    arm, drawn = weight_BT[LARGE.response_BT], drawn_BT[LARGE.response_BT]
+    torch.testing.assert_close(drawn.mean(), arm.mean(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(drawn.std(), arm.std(), rtol=1e-4, atol=0)
+    assert float(drawn.min()) >= float(arm.min())
+    assert float(drawn.max()) <= float(arm.max())
+    assert not drawn_BT[~LARGE.response_BT].any()
+
+
+def test_random_weights_say_nothing_of_the_arms():
+    weight_BT = random_weights(LARGE)
+    drawn_BT = RandomMatched(Fixed(weight_BT), seed=0).weigh(LARGE).weight
+
+    both = torch.stack([weight_BT[LARGE.response_BT], drawn_BT[LARGE.response_BT]])
+
+    assert abs(float(torch.corrcoef(both)[0, 1])) < 0.1  # 1,280 tokens: 0.028 is one standard deviation
+
+
+def test_equal_weights_are_matched_by_equal_weights():
+    drawn_BT = RandomMatched(Fixed(2.0 * PACKED.response_BT), seed=0).weigh(PACKED).weight
+
+    torch.testing.assert_close(drawn_BT, 2.0 * PACKED.response_BT)
+
+
+def test_two_valued_weights_are_matched():
+    # All mass on the bounds: the largest deviation that there is.
+    weight_BT = (torch.rand(LARGE.ids_BT.shape, generator=torch.Generator().manual_seed(0)) < 0.3).float()
+    weight_BT = (0.1 + 2.9 * weight_BT) * LARGE.response_BT
+
+    drawn_BT = RandomMatched(Fixed(weight_BT), seed=0).weigh(LARGE).weight
+
+    arm, drawn = weight_BT[LARGE.response_BT], drawn_BT[LARGE.response_BT]
+    torch.testing.assert_close(drawn.mean(), arm.mean(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(drawn.std(), arm.std(), rtol=1e-3, atol=0)
+
+
+def test_random_numbers_are_uniform_and_unlike_each_other():
+    numbers = uniform(LARGE, seed=3, heads=4)
+
+    assert numbers.shape == (32, 45, 4)
+    assert 0 < float(numbers.min()) < 1e-2
+    assert 0.99 < float(numbers.max()) < 1
+    assert abs(float(numbers.mean()) - 0.5) < 0.015  # 5,760 numbers: 0.0038 is one standard deviation
+    assert len(numbers.unique()) == numbers.numel()
+    assert abs(float(torch.corrcoef(numbers.view(-1, 4).T)[0, 1])) < 0.1
+
+
+def test_a_product_multiplies_token_by_token():
+    two = Product([Fixed(2.0 * PACKED.response_BT), Fixed(3.0 * PACKED.response_BT)]).weigh(PACKED)
+
+    assert torch.equal(two.weight, 6.0 * PACKED.response_BT)
+    assert set(two.metrics) == {"known_1", "known_2"}
+
+
+def test_a_product_of_tokens_and_pairs_lays_tokens_onto_pairs():
+    view = make_view([[(1, 2)]])
+    by_token = torch.tensor([[0.0, 2.0, 3.0]])
+    by_pair = torch.tensor([[[5.0, 7.0], [11.0, 0.0], [0.0, 0.0]]])
+
+    weight_BTK = Product([Fixed(by_token), Fixed(by_pair)]).weigh(view).weight
+
+    # Source 0 predicts token 1 (head 1) and token 2 (head 2); source 1 predicts token 2.
+    assert weight_BTK.tolist() == [[[10.0, 21.0], [33.0, 0.0], [0.0, 0.0]]]
+
+
+def test_clipping_by_hand():
+    view = make_view([[(1, 3)]])
+
+    weights = Clip(Fixed(torch.tensor([[0.0, 0.1, 1.0, 9.0]])), low=0.5, high=2.0).weigh(view)
+
+    assert weights.weight.tolist() == [[0.0, 0.5, 1.0, 2.0]]
+    assert float(weights.metrics["outside_clip_fraction"]) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(("step", "expected"), [(0, 1.0), (10, 1.0), (15, 2.0), (20, 3.0), (99, 3.0)])
+def test_annealing_passes_from_one_to_the_weights(step, expected):
+    view = make_view([[(1, 3)]], step=step)
+
+    weights = Anneal(Fixed(3.0 * view.response_BT), start=10, end=20).weigh(view)
+
+    assert torch.equal(weights.weight, expected * view.response_BT)
+    assert weights.metrics["anneal_share"] == (expected - 1) / 2
+
+
+def test_the_state_of_the_parts_is_kept_apart():
+    first, second = Fixed(None, count=1), Fixed(None, count=2, note="x")
+    kept = Product([first, second]).state_dict()
+
+    restored = Product([Fixed(None), Fixed(None)])
+    restored.load_state_dict(kept)
+
+    assert kept == {"0.count": 1, "1.count": 2, "1.note": "x"}
+    assert restored.state_dict() == kept
+
+
+def test_state_of_no_part_is_refused():
+    with pytest.raises(WmtpError, match=r"`2\.count` is state of none of the 2 wrapped weightings"):
+        Product([Fixed(None), Fixed(None)]).load_state_dict({"2.count": 1})
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda of: ClipOptions(of=of, low=2.0, high=1.0), "must be >= `low` = 2.0: 1.0"),
+        (lambda of: AnnealOptions(of=of, start=5, end=5), "must be > `start` = 5: 5"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(make, expected):
+    with pytest.raises(ValueError, match=expected):
+        make(WeightingChoice(use="any.thing"))

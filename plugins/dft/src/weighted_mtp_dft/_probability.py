@@ -1,0 +1,40 @@
+"""Weights that are the policy's own probabilities: `w = max(p(target), floor)`.
+
+Wu et al. 2025, "On the Generalization of SFT: A Reinforcement Learning Perspective with Reward Rectification"
+(https://arxiv.org/abs/2508.05629), eq. 9: the gradient of plain fine-tuning weighs a token by the inverse of
+its probability, and the probability takes that back. Here each head weighs by its own probability.
+
+Shape letters: B batch rows, T positions, K heads.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from weighted_mtp_core.api import StepView, WeightingStrategy, Weights
+
+if TYPE_CHECKING:
+    from weighted_mtp_dft import ProbabilityOptions
+
+
+class Probability(WeightingStrategy):
+    """Weighs each pair of source and head by what that head gave its target."""
+
+    def __init__(self, options: ProbabilityOptions) -> None:
+        self._floor = options.floor
+
+    def weigh(self, view: StepView) -> Weights:
+        """Return weights `[B, T, K]` in `[floor, 1]`."""
+        assert view.token_loss_BTK is not None
+        target_BTK = view.target_BTK
+        probability_BTK = torch.exp(-view.token_loss_BTK)
+        weight_BTK = probability_BTK.clamp(min=self._floor).where(target_BTK, 0.0)
+        count = target_BTK.sum().clamp(min=1)
+        return Weights(
+            weight=weight_BTK,
+            metrics={
+                "own_probability_mean": probability_BTK.where(target_BTK, 0.0).sum() / count,
+                "floored_fraction": ((probability_BTK < self._floor) & target_BTK).sum() / count,
+            },
+        )

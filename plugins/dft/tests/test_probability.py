@@ -1,0 +1,83 @@
+"""`dft.probability` keeps core's promises, and weighs as worked out by hand."""
+
+import math
+
+import pytest
+import torch
+from weighted_mtp_core.api import StepView
+from weighted_mtp_core.testing import WeightingStrategySuite
+from weighted_mtp_dft import ProbabilityOptions, build_probability
+
+
+class TestProbability(WeightingStrategySuite):
+    address = "dft.probability"
+
+    @pytest.fixture(params=[0.0, 0.3])
+    def options(self, request):
+        return {"floor": request.param}
+
+
+def view(probability):
+    """A prompt token and three response tokens, two heads; what head k at t gives its target."""
+    probability_BTK = torch.tensor([probability])
+    target_BTK = probability_BTK > 0
+    return StepView(
+        ids_BT=torch.arange(4)[None],
+        document_BT=torch.zeros(1, 4, dtype=torch.long),
+        response_BT=torch.tensor([[False, True, True, True]]),
+        target_BTK=target_BTK,
+        n_future=2,
+        step=0,
+        training=True,
+        token_loss_BTK=(-probability_BTK.log()).where(target_BTK, 0.0),
+    )
+
+
+BY_HAND = [[0.5, 0.2], [0.9, 0.05], [0.01, 0.0], [0.0, 0.0]]
+
+
+def test_a_pair_weighs_what_the_head_believes():
+    weights = build_probability(ProbabilityOptions(), None).weigh(view(BY_HAND))
+
+    torch.testing.assert_close(weights.weight, torch.tensor([BY_HAND]))
+
+
+def test_the_floor_lifts_what_lies_below():
+    weights = build_probability(ProbabilityOptions(floor=0.1), None).weigh(view(BY_HAND))
+
+    expected = [[0.5, 0.2], [0.9, 0.1], [0.1, 0.0], [0.0, 0.0]]
+    torch.testing.assert_close(weights.weight, torch.tensor([expected]))
+    assert float(weights.metrics["floored_fraction"]) == pytest.approx(2 / 5)
+    assert float(weights.metrics["own_probability_mean"]) == pytest.approx(
+        (0.5 + 0.2 + 0.9 + 0.05 + 0.01) / 5
+    )
+
+
+def test_a_floor_of_one_is_plain_training():
+    weights = build_probability(ProbabilityOptions(floor=1.0), None).weigh(view(BY_HAND))
+
+    assert torch.equal(weights.weight, view(BY_HAND).target_BTK.float())
+
+
+def test_the_weighted_gradient_is_that_of_the_probability():
+    # Wu et al. 2025: sum of sg(p) * (-log p) has the gradient of sum of -p.
+    logits = torch.randn(6, 11, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    label = torch.arange(6)
+    loss_N = torch.nn.functional.cross_entropy(logits, label, reduction="none")
+    one_row = StepView(
+        ids_BT=torch.zeros(1, 6, dtype=torch.long),
+        document_BT=torch.zeros(1, 6, dtype=torch.long),
+        response_BT=torch.ones(1, 6, dtype=torch.bool),
+        target_BTK=torch.ones(1, 6, 1, dtype=torch.bool),
+        n_future=1,
+        step=0,
+        training=True,
+        token_loss_BTK=loss_N.detach()[None, :, None],
+    )
+    weight_N = build_probability(ProbabilityOptions(), None).weigh(one_row).weight.flatten()
+
+    (weighted,) = torch.autograd.grad((weight_N * loss_N).sum(), logits, retain_graph=True)
+    (of_probability,) = torch.autograd.grad(-torch.exp(-loss_N).sum(), logits)
+
+    torch.testing.assert_close(weighted, of_probability)
+    assert math.isfinite(float(weighted.sum()))

@@ -1,0 +1,82 @@
+"""Selective language modelling (Rho-1, Lin et al. 2024): train where the policy lags behind a reference.
+
+Offers the critic `rho1.reference`, a frozen model's losses, and the weighting `rho1.excess_loss`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from attrs import field, frozen
+from attrs import validators as v
+from weighted_mtp_core.api import BuildContext, Component, Critic, Signal, WeightingStrategy, hookimpl
+
+
+@frozen(kw_only=True)
+class ExcessLossOptions:
+    """`[weighting.options]` of `rho1.excess_loss`.
+
+    Attributes:
+        keep: Share of the batch's targets that is trained on.
+        per: Whether each head keeps its own share of targets (`"head"`), or all heads keep the targets on
+            which head 1 lags most (`"target"`).
+        selection: `"top"` keeps or drops; `"soft"` passes from 0 to 1 around the same threshold.
+        temperature: How wide that passage is, in nats.
+    """
+
+    keep: float = field(default=0.6, validator=[v.gt(0), v.le(1)])
+    per: Literal["head", "target"] = "head"
+    selection: Literal["top", "soft"] = "top"
+    temperature: float = field(default=0.5, validator=v.gt(0))
+
+
+def build_excess_loss(options: ExcessLossOptions, context: BuildContext) -> WeightingStrategy:
+    """Build the weighting."""
+    del context
+    from weighted_mtp_rho1._excess_loss import ExcessLoss
+
+    return ExcessLoss(options)
+
+
+@hookimpl
+def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
+    """Offer `rho1.excess_loss`."""
+    yield Component(
+        name="excess_loss",
+        summary="Keeps the targets on which the policy's loss exceeds a reference model's most.",
+        options=ExcessLossOptions,
+        build=build_excess_loss,
+        needs=frozenset({Signal.TOKEN_LOSS, Signal.REFERENCE_LOSS}),
+    )
+
+
+@frozen(kw_only=True)
+class ReferenceOptions:
+    """`[critic.options]` of `rho1.reference`.
+
+    Attributes:
+        checkpoint: `checkpoints/best_model.pt` of an earlier run with the same `[model]` table, trained on
+            what is worth learning; without it, the policy's own base model as it is before training.
+    """
+
+    checkpoint: str | None = None
+
+
+def build_reference(options: ReferenceOptions, context: BuildContext) -> Critic:
+    """Build the critic."""
+    from weighted_mtp_rho1._reference import Reference
+
+    return Reference(options, context)
+
+
+@hookimpl
+def wmtp_critics() -> Iterable[Component[Any, Critic]]:
+    """Offer `rho1.reference`."""
+    yield Component(
+        name="reference",
+        summary="Next-token losses of a frozen model: an earlier run's, or the base model.",
+        options=ReferenceOptions,
+        build=build_reference,
+        provides=frozenset({Signal.REFERENCE_LOSS}),
+    )

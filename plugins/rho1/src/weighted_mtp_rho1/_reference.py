@@ -1,0 +1,30 @@
+"""Next-token losses of a model that does not learn any more.
+
+Shape letters: B batch rows, T positions, H hidden.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from weighted_mtp_core.api import Batch, BuildContext, Critic, Scores
+
+if TYPE_CHECKING:
+    from weighted_mtp_rho1 import ReferenceOptions
+
+
+class Reference(Critic):
+    """A frozen copy of the policy, as an earlier run left it or as it is before training."""
+
+    reads_policy = False
+
+    def __init__(self, options: ReferenceOptions, context: BuildContext) -> None:
+        checkpoint = None if options.checkpoint is None else Path(options.checkpoint)
+        self._losses = context.model.frozen_losses(checkpoint)
+
+    def score(self, batch: Batch, hidden_BTH: Tensor | None) -> Scores:
+        """Return the loss of each response token, float32 `[B, T]`, 0 elsewhere."""
+        del hidden_BTH
+        return Scores(reference_loss_BT=self._losses(batch))
