@@ -74,7 +74,5 @@ def test_no_pairs_give_no_metrics():
     ],
 )
 def test_a_bad_weight_tensor_is_named_with_its_maker(weight, fault):
-    with pytest.raises(
-        WmtpError, match=rf"`my.own` \(my-dist 1.0\) returned weights with .*{fault}"
-    ):
+    with pytest.raises(WmtpError, match=rf"`my.own` \(my-dist 1.0\) returned weights with .*{fault}"):
         check_weights(weight, torch.ones(2, 3, dtype=torch.bool), n_future=5, label=LABEL)

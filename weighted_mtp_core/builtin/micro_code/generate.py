@@ -17,7 +17,7 @@ FORMAT = 1
 
 _TESTS = 10
 _PROBES = 24  # arguments that tell functions apart; the tests are the first of them
-_ATTEMPTS = 40  # draws a wanted function before the grammar counts as exhausted
+_PATIENCE = 3000  # draws in a row without a new function before the grammar counts as exhausted
 
 
 def draw_problems(
@@ -30,14 +30,17 @@ def draw_problems(
     """
     generator = random.Random(seed)  # noqa: S311 - data, not secrets
     found: dict[tuple[str, str], LabelledProblem] = {}
-    for _ in range(_ATTEMPTS * problems):
+    unlucky = 0
+    while len(found) < problems and unlucky < _PATIENCE:
         function = random_function(generator, level=level)
         arguments = [random_argument(function.kind, random.Random(i)) for i in range(_PROBES)]  # noqa: S311
         reference = function.reference()
         values = [reference(argument) for argument in arguments]
         behaviour = (function.kind, repr(values))
         if behaviour in found or _is_dull(values):
+            unlucky += 1
             continue
+        unlucky = 0
         found[behaviour] = _problem(
             function,
             f"micro_{len(found):05d}",
@@ -45,12 +48,12 @@ def draw_problems(
             candidates=_candidates(function, generator, solutions, mutants_per_solution),
             split=_split(len(found)),
         )
-        if len(found) == problems:
-            return list(found.values())
-    raise WmtpError(
-        f"the grammar has only {len(found)} distinct functions of level {level}, not {problems}",
-        hint="lower `data.options.problems` or raise `data.options.level`",
-    )
+    if len(found) < problems:
+        raise WmtpError(
+            f"the grammar has only {len(found)} distinct functions of level {level}, not {problems}",
+            hint="lower `data.options.problems` or raise `data.options.level`",
+        )
+    return list(found.values())
 
 
 def _is_dull(values: list[Any]) -> bool:

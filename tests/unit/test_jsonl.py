@@ -1,0 +1,151 @@
+"""A team's own examples: one JSON object a line, checked line by line."""
+
+import json
+
+import pytest
+from weighted_mtp_core.api import BuildContext, SandboxSettings, WmtpError
+from weighted_mtp_core.builtin.jsonl import JsonlOptions, build_jsonl
+
+ROW = {
+    "instruction": "Double a number.",
+    "input": "",
+    "output": "def f(n):\n    return 2 * n\n",
+    "problem_id": "double",
+    "is_correct": True,
+    "metadata": {"level": 1},
+}
+TESTED = {
+    **ROW,
+    "tests": "def check(candidate):\n    assert candidate(2) == 4\n",
+    "entry_point": "f",
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(*rows, name="data.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        return path
+
+    return write
+
+
+def build(tmp_path, **options):
+    context = BuildContext(seed=0, storage=tmp_path, sandbox=SandboxSettings(workers=1))
+    return build_jsonl(JsonlOptions(**{key: str(value) for key, value in options.items()}), context)
+
+
+def test_a_row_becomes_an_alpaca_prompt_and_a_labelled_response(tmp_path, write):
+    example = build(tmp_path, train=write(ROW)).examples("train")[0]
+
+    assert example.prompt == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the "
+        "request.\n\n### Instruction:\nDouble a number.\n\n### Response:\n"
+    )
+    assert (example.response, example.reward, example.problem_id) == (ROW["output"], 1.0, "double")
+
+
+def test_an_input_has_a_place_of_its_own_in_the_prompt(tmp_path, write):
+    example = build(tmp_path, train=write({**ROW, "input": "21"})).examples("train")[0]
+
+    assert "### Input:\n21\n\n### Response:\n" in example.prompt
+    assert "paired with an input" in example.prompt
+
+
+def test_task_id_serves_for_problem_id(tmp_path, write):
+    row = {key: value for key, value in ROW.items() if key != "problem_id"} | {"task_id": 7}
+
+    assert build(tmp_path, train=write(row)).examples("train")[0].problem_id == "7"
+
+
+def test_wrong_responses_have_no_reward_and_the_policy_does_not_imitate_them(tmp_path, write):
+    data = build(tmp_path, train=write(ROW, {**ROW, "is_correct": False}))
+
+    assert [example.reward for example in data.examples("train")] == [1.0, 0.0]
+    assert len(data.policy_examples("train")) == 1
+
+
+def test_every_bad_line_is_reported_with_its_number(tmp_path, write):
+    path = write(
+        ROW,
+        "{not json",
+        "[1]",
+        {**ROW, "problem_id": None},
+        {**ROW, "output": ""},
+        {**ROW, "is_correct": "true"},
+        "",
+        {**ROW, "tests": "def check(candidate): pass"},
+        {**ROW, "metadata": 3},
+        {**ROW, "input": 4},
+    )
+    with pytest.raises(WmtpError) as caught:
+        build(tmp_path, train=path)
+
+    assert str(caught.value) == (
+        f"{path}: 8 bad lines\n"
+        "  line 2: not JSON: Expecting property name enclosed in double quotes at column 2\n"
+        "  line 3: expected an object, got list\n"
+        "  line 4: needs `problem_id` (or `task_id`), a string or a number\n"
+        "  line 5: needs `output`, a string that is not empty\n"
+        "  line 6: needs `is_correct`, true or false\n"
+        "  line 8: has `tests`, so it needs `entry_point`, the function that they call\n"
+        "  line 9: `metadata` must be an object\n"
+        "  line 10: `input` must be a string, got int"
+    )
+
+
+def test_after_twenty_bad_lines_the_rest_is_counted(tmp_path, write):
+    with pytest.raises(WmtpError, match=r"25 bad lines[\s\S]*line 20: [^\n]*\n  and 5 more$"):
+        build(tmp_path, train=write(*["{}"] * 25))
+
+
+def test_a_missing_file_is_an_error(tmp_path):
+    with pytest.raises(WmtpError, match=r"there is no file `.*none\.jsonl`"):
+        build(tmp_path, train=tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_either_one_file_or_a_file_a_split(tmp_path, write, both):
+    options = {"path": write(ROW), "train": write(ROW)} if both else {}
+
+    with pytest.raises(WmtpError, match="name either one file"):
+        build(tmp_path, **options)
+
+
+def test_one_file_is_split_by_problem_whatever_else_is_in_it(tmp_path, write):
+    rows = [{**ROW, "problem_id": f"p{i // 2}"} for i in range(400)]
+    data = build(tmp_path, path=write(*rows))
+    names = {s: {e.problem_id for e in data.examples(s)} for s in ("train", "validation", "test")}
+
+    assert sum(map(len, names.values())) == 200
+    assert 10 <= len(names["test"]) <= 30
+
+    fewer = build(tmp_path, path=write(*rows[:100], name="fewer.jsonl"))
+
+    assert {e.problem_id for e in fewer.examples("test")} <= names["test"]
+
+
+def test_a_problem_in_two_files_is_an_error(tmp_path, write):
+    with pytest.raises(WmtpError, match="problem `double` is in both `train` and `test`"):
+        build(tmp_path, train=write(ROW, name="a"), test=write(ROW, name="b"))
+
+
+def test_the_version_moves_with_one_byte(tmp_path, write):
+    before = build(tmp_path, train=write(ROW)).version()
+    after = build(tmp_path, train=write({**ROW, "output": ROW["output"] + " "})).version()
+
+    assert before.sha256 != after.sha256
+    assert build(tmp_path, train=write(ROW)).version() == before
+
+
+def test_rows_with_tests_are_problems_that_can_be_judged(tmp_path, write):
+    data = build(
+        tmp_path,
+        test=write(TESTED, ROW | {"problem_id": "untested"}),
+        train=write(ROW | {"problem_id": "o"}, name="t"),
+    )
+    (problem,) = data.problems("test")
+    verdicts = data.verify([(problem, TESTED["output"]), (problem, "def f(n):\n    return n\n")])
+
+    assert [verdict.passed for verdict in verdicts] == [True, False]

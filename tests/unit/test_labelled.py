@@ -1,0 +1,66 @@
+"""Labels come from running programs, whatever was known of how they were made."""
+
+import json
+
+import pytest
+from weighted_mtp_core.api import Problem, SandboxSettings, WmtpError
+from weighted_mtp_core.builtin.labelled import Candidate, LabelledProblem, LabelledSource
+
+PROBLEM = Problem(
+    problem_id="double",
+    prompt='def f(n):\n    """Double it."""\n',
+    entry_point="f",
+    tests="def check(candidate):\n    assert candidate(3) == 6\n    assert candidate(-1) == -2\n",
+    solution="    return 2 * n\n",
+)
+
+
+def source(tmp_path, *candidates):
+    return LabelledSource(
+        name="planted",
+        recipe={},
+        draw=lambda: [LabelledProblem(problem=PROBLEM, split="train", candidates=candidates)],
+        storage=tmp_path,
+        sandbox=SandboxSettings(workers=1, cpu_seconds=1),
+    )
+
+
+def solution(text):
+    return Candidate(response=text, made="solution")
+
+
+def mutant(text):
+    return Candidate(response=text, made="mutant")
+
+
+RIGHT = solution("    return 2 * n\n")
+
+
+def test_a_mutant_that_passes_every_test_is_labelled_right(tmp_path):
+    data = source(tmp_path, RIGHT, mutant("    return n + n\n"), mutant("    return n * n\n"))
+
+    assert [example.reward for example in data.examples("train")] == [1.0, 1.0, 0.0]
+
+
+def test_a_solution_that_fails_its_own_tests_is_refused(tmp_path):
+    with pytest.raises(WmtpError) as caught:
+        source(tmp_path, solution("    return n\n"))
+
+    assert str(caught.value).startswith(
+        "1 of 1 reference solutions of `planted` fail their own tests, for example `double`: wrong"
+    )
+    assert not list((tmp_path / "datasets_v2" / "planted").glob("*/manifest.json"))
+
+
+def test_a_program_that_ran_out_of_time_is_no_label(tmp_path):
+    data = source(tmp_path, RIGHT, mutant("    while True:\n        pass\n"))
+    statistics = json.loads((data.folder / "statistics.json").read_text())
+
+    assert len(data.examples("train")) == 1
+    assert statistics["mutant"] == {"cpu_limit": 1}
+
+
+def test_the_labels_remember_the_sandbox_that_made_them(tmp_path):
+    provenance = json.loads((source(tmp_path, RIGHT).folder / "provenance.json").read_text())
+
+    assert provenance["sandbox"]["backend"] in {"bubblewrap", "landlock"}
