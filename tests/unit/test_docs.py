@@ -20,6 +20,7 @@ TABLES = {
     "[weighting]": schema.Selection,
     "[loss]": schema.LossTable,
     "[train]": schema.TrainTable,
+    "[checkpoint]": schema.CheckpointTable,
     "[evaluate]": schema.EvaluateTable,
     "[sandbox]": SandboxSettings,
     "[[tracker]]": schema.TrackerTable,

@@ -17,6 +17,7 @@ class RunTable:
     """`[run]`: what the run is called and where it goes.
 
     `output_dir` is `<storage>/runs` unless given; `experiment` is `<experiment_prefix>/<weighting plugin>`.
+    `resume = "auto"` goes on with the latest unfinished run of the same recipe, if there is one.
     """
 
     name: str = field(validator=v.matches_re(NAME))
@@ -25,6 +26,7 @@ class RunTable:
     storage: str = "storage"
     output_dir: str | None = None
     experiment: str | None = field(default=None)
+    resume: Literal["never", "auto"] = "never"
 
     @tags.validator
     def _be_tags(self, _: object, value: tuple[str, ...]) -> None:
@@ -84,7 +86,10 @@ class DataTable(Selection):
 
 @frozen(kw_only=True)
 class TrainTable:
-    """`[train]` and `[critic.train]`: one optimisation. `batch_size` is the global batch, in rows."""
+    """`[train]` and `[critic.train]`: one optimisation. `batch_size` is the global batch, in rows.
+
+    A step whose loss or gradient is not finite is skipped; `max_bad_steps` in a row stop the run.
+    """
 
     steps: int = field(default=300, validator=v.ge(1))
     batch_size: int = field(default=16, validator=v.ge(1))
@@ -97,6 +102,7 @@ class TrainTable:
     validate_every: int = field(default=100, validator=v.ge(1))
     validation_examples: int = field(default=128, validator=v.ge(2))
     log_every: int = field(default=10, validator=v.ge(1))
+    max_bad_steps: int = field(default=5, validator=v.ge(1))
 
     @accumulation.validator
     def _divide_batch_size(self, _: object, value: int) -> None:
@@ -131,6 +137,19 @@ class CriticTable(Selection):
     checkpoint: str | None = None
     allow_uninformative_critic: bool = False
     train: TrainTable = TrainTable()
+
+
+@frozen(kw_only=True)
+class CheckpointTable:
+    """`[checkpoint]`: what `run --resume` goes on from, in both trainings.
+
+    `every = 0` means at the end of each training only. The last `keep` are kept, and those at multiples of
+    `keep_every` steps.
+    """
+
+    every: int = field(default=100, validator=v.ge(0))
+    keep: int = field(default=2, validator=v.ge(1))
+    keep_every: int = field(default=0, validator=v.ge(0))
 
 
 @frozen(kw_only=True)
@@ -179,6 +198,7 @@ class Recipe:
     critic: CriticTable | None = None
     loss: LossTable = LossTable()
     train: TrainTable = TrainTable()
+    checkpoint: CheckpointTable = CheckpointTable()
     evaluate: EvaluateTable = EvaluateTable()
     sandbox: SandboxSettings = field(factory=SandboxSettings)
     tracker: tuple[TrackerTable, ...] = ()
