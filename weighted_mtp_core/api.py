@@ -456,7 +456,11 @@ class DataSource(Stateful):
 
     @abstractmethod
     def version(self) -> DatasetVersion:
-        """Return what identifies this data, after preparation."""
+        """Return what identifies this data, after preparation.
+
+        Core keeps the tokens of a version, of a plugin's version and of its options, and does not read the
+        examples again: data that depend on anything else must have another `sha256`.
+        """
 
     def problems(self, split: Split) -> Sequence[Problem]:  # noqa: ARG002 - the default has none
         """Return the problems of the split; empty where the source cannot verify."""

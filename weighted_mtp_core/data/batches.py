@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from weighted_mtp_core.api import Batch
+from weighted_mtp_core.data.arrays import let_go
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import WmtpError
 
@@ -52,7 +53,7 @@ class Sampler:
         self._length_U: Rows = length_D[units].max(axis=1)
         self._per_batch: int = batch_size // units.shape[1]
         self._seed = seed
-        self._epoch: tuple[int, list[Rows]] = (-1, [])
+        self._epoch: tuple[int, Rows, Rows] = (-1, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 
     @property
     def batches_per_epoch(self) -> int:
@@ -62,20 +63,20 @@ class Sampler:
     def rows(self, step: int) -> Rows:
         """Return the document numbers of the batch of a step (from 0)."""
         epoch, position = divmod(step, self.batches_per_epoch)
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, self._order(epoch))
-        return self._epoch[1][position]
+        shuffled_U, order = self._shuffles(epoch)
+        block, place = divmod(int(order[position]), _SORTED_BATCHES)
+        size = _SORTED_BATCHES * self._per_batch
+        members = shuffled_U[block * size : (block + 1) * size]
+        members = members[np.argsort(self._length_U[members], kind="stable")]
+        return self._units[members[place * self._per_batch : (place + 1) * self._per_batch]].reshape(-1)
 
-    def _order(self, epoch: int) -> list[Rows]:
-        generator = np.random.default_rng((self._seed, epoch))
-        shuffled = generator.permutation(len(self._units))
-        block = _SORTED_BATCHES * self._per_batch
-        batches: list[Rows] = []
-        for first in range(0, len(shuffled), block):
-            members = shuffled[first : first + block]
-            members = members[np.argsort(self._length_U[members], kind="stable")]
-            batches += [members[i : i + self._per_batch] for i in range(0, len(members), self._per_batch)]
-        return [self._units[batches[i]].reshape(-1) for i in generator.permutation(len(batches))]
+    def _shuffles(self, epoch: int) -> tuple[Rows, Rows]:
+        """Return the order of an epoch's units, from which batches are cut, and that of its batches."""
+        if self._epoch[0] != epoch:
+            generator = np.random.default_rng((self._seed, epoch))
+            shuffled_U = generator.permutation(len(self._units))
+            self._epoch = (epoch, shuffled_U, generator.permutation(self.batches_per_epoch))
+        return self._epoch[1:]
 
 
 def pointwise(token_set: TokenSet) -> Rows:
@@ -92,9 +93,10 @@ def pairs(token_set: TokenSet) -> Rows:
         WmtpError: No problem has both a correct and an incorrect response.
     """
     correct_D = token_set.reward_D >= 0.5
+    order_D = np.argsort(token_set.problem_D, kind="stable")
+    problems = np.split(order_D, np.flatnonzero(np.diff(token_set.problem_D[order_D])) + 1)
     found: list[tuple[int, int]] = []
-    for problem in np.unique(token_set.problem_D):
-        members = np.flatnonzero(token_set.problem_D == problem)
+    for members in problems:
         right, wrong = members[correct_D[members]], members[~correct_D[members]]
         if len(right) and len(wrong):
             count = max(len(right), len(wrong))
@@ -109,24 +111,26 @@ def pairs(token_set: TokenSet) -> Rows:
 
 def collate(token_set: TokenSet, rows: Sequence[int] | Rows, *, device: torch.device) -> Batch:
     """Return the documents as a right-padded batch, one document a row."""
-    starts, lengths = token_set.start_D1[rows], token_set.length_D[rows]
+    starts, lengths = token_set.start_D1[rows], token_set.lengths(rows)
     width = int(lengths.max())
     position_T = np.arange(width)
     real_BT = position_T[None, :] < lengths[:, None]
     index_BT = np.minimum(starts[:, None] + position_T[None, :], len(token_set.ids_N) - 1)
     response_BT = real_BT & (position_T[None, :] >= token_set.prompt_D[rows][:, None])
+    ids_BT = np.where(real_BT, token_set.ids_N[index_BT], 0)
+    let_go(token_set.ids_N)
     _, group_B = np.unique(token_set.problem_D[rows], return_inverse=True)
 
     def tensor(array: NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
     return Batch(
-        ids_BT=tensor(np.where(real_BT, token_set.ids_N[index_BT], 0).astype(np.int64)),
+        ids_BT=tensor(ids_BT.astype(np.int64)),
         document_BT=tensor(np.where(real_BT, 0, -1).astype(np.int64)),
         response_BT=tensor(response_BT),
         reward_BT=tensor(np.where(response_BT, token_set.reward_D[rows][:, None], 0).astype(np.float32)),
         group_BT=tensor(np.where(real_BT, group_B[:, None], -1).astype(np.int64)),
-        example_ids=tuple(token_set.example_ids[row] for row in rows),
+        example_ids=tuple(token_set.example_ids[int(row)] for row in rows),
     )
 
 
@@ -153,6 +157,6 @@ def in_order(token_set: TokenSet, *, batch_size: int, limit: int = 0) -> Iterato
     """
     count = min(limit, len(token_set)) if limit else len(token_set)
     chosen = np.linspace(0, len(token_set) - 1, count).round().astype(np.int64)
-    chosen = chosen[np.argsort(token_set.length_D[chosen], kind="stable")]
+    chosen = chosen[np.argsort(token_set.lengths(chosen), kind="stable")]
     for first in range(0, count, batch_size):
         yield chosen[first : first + batch_size]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from weighted_mtp_core.api import (
     WeightingStrategy,
 )
 from weighted_mtp_core.data.batches import collate, in_order
-from weighted_mtp_core.data.tokens import TokenSet, tokenise
+from weighted_mtp_core.data.cache import TokenCache, make_token_cache
+from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.model.device import resolve_device, resolve_dtype
 from weighted_mtp_core.model.frozen import frozen_losses
@@ -47,6 +48,7 @@ class Prepared:
         policy: The model, on the device.
         tokenizer: Its transformers tokenizer.
         base_name: Name and version of the base model, for the tag `model_version`.
+        cache: The data as tokens.
         say: Tells the person and the log.
     """
 
@@ -58,6 +60,7 @@ class Prepared:
     policy: Policy
     tokenizer: Any
     base_name: str
+    cache: TokenCache
     say: Callable[[str], None]
     _token_sets: dict[tuple[str, Split], TokenSet] = field(factory=dict, init=False)
 
@@ -69,21 +72,26 @@ class Prepared:
         """Return every labelled response, as tokens."""
         return self._tokens("critic", split, self.source.examples)
 
-    def _tokens(self, purpose: str, split: Split, read: Callable[[Split], Any]) -> TokenSet:
+    def _tokens(self, purpose: str, split: Split, read: Callable[[Split], Sequence[Example]]) -> TokenSet:
         if (purpose, split) not in self._token_sets:
-            examples: list[Example] = list(read(split))
-            if not examples:
-                raise WmtpError(
-                    f"data source `{self.plan.data.address}` has no {purpose} examples in the split `{split}`"
-                )
-            tokens = tokenise(examples, self.tokenizer, max_tokens=self.plan.recipe.data.max_tokens)
+            tokens = self.cache.open(purpose, split, examples=partial(self._examples, purpose, split, read))
             if tokens.left_out:
                 self.say(
-                    f"{split}: left out {tokens.left_out} of {len(examples)} {purpose} examples longer than "
-                    f"{self.plan.recipe.data.max_tokens} tokens"
+                    f"{split}: left out {tokens.left_out} of {tokens.examples} {purpose} examples longer "
+                    f"than {self.cache.max_tokens} tokens"
                 )
             self._token_sets[purpose, split] = tokens
         return self._token_sets[purpose, split]
+
+    def _examples(
+        self, purpose: str, split: Split, read: Callable[[Split], Sequence[Example]]
+    ) -> Sequence[Example]:
+        examples = read(split)
+        if not len(examples):
+            raise WmtpError(
+                f"data source `{self.plan.data.address}` has no {purpose} examples in the split `{split}`"
+            )
+        return examples
 
     def autocast(self) -> torch.autocast:
         """Return the context of a forward pass."""
@@ -164,6 +172,13 @@ def prepare(plan: Plan, *, say: Callable[[str], None]) -> Prepared:
         policy=policy,
         tokenizer=loaded.tokenizer,
         base_name=loaded.base_name,
+        cache=make_token_cache(
+            storage,
+            version,
+            data=plan.data,
+            tokenizer=loaded.tokenizer,
+            max_tokens=recipe.data.max_tokens,
+        ),
         say=say,
     )
 

@@ -14,6 +14,9 @@ from pathlib import Path
 from weighted_mtp_core.errors import WmtpError
 
 MANIFEST = "manifest.json"
+DERIVED = "derived"
+"""What is made from a folder may lie in this subfolder; each part of it has a manifest of its own."""
+
 _BLOCK = 1 << 20
 
 
@@ -72,7 +75,7 @@ def write_manifest(folder: Path) -> str:
     """
     files = {
         file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
-        for file in _files(folder)
+        for file in files_of(folder)
     }
     text = json.dumps({"format": 1, "files": files}, indent=1, sort_keys=True) + "\n"
     atomic_write(folder / MANIFEST, text)
@@ -94,7 +97,7 @@ def verify_manifest(folder: Path) -> str:
         raise WmtpError(f"`{folder}` has no `{MANIFEST}`", hint=fix) from error
     except (ValueError, KeyError, TypeError) as error:
         raise WmtpError(f"`{manifest}` cannot be read: {error}", hint=fix) from error
-    found = {file.relative_to(folder).as_posix(): file for file in _files(folder)}
+    found = {file.relative_to(folder).as_posix(): file for file in files_of(folder)}
     for name in sorted(listed.keys() | found.keys()):
         if name not in found:
             raise WmtpError(f"`{folder / name}` is missing", hint=fix)
@@ -105,9 +108,14 @@ def verify_manifest(folder: Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _files(folder: Path) -> list[Path]:
+def files_of(folder: Path) -> list[Path]:
+    """Return the files that a manifest lists, sorted: all but itself and what is derived from them."""
     return sorted(
-        file for file in folder.rglob("*") if file.is_file() and file.relative_to(folder) != Path(MANIFEST)
+        file
+        for file in folder.rglob("*")
+        if file.is_file()
+        and file.relative_to(folder) != Path(MANIFEST)
+        and file.relative_to(folder).parts[0] != DERIVED
     )
 
 

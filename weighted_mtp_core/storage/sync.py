@@ -14,7 +14,7 @@ from attrs import frozen
 
 from weighted_mtp_core.errors import RunFailedError, WmtpError
 from weighted_mtp_core.storage import s3
-from weighted_mtp_core.storage.manifest import MANIFEST, sha256_of, verify_manifest
+from weighted_mtp_core.storage.manifest import MANIFEST, files_of, sha256_of, verify_manifest
 from weighted_mtp_core.storage.versions import versions
 from weighted_mtp_core.tracking.redact import redact
 
@@ -126,7 +126,7 @@ def _items(storage: Path, place: s3.S3Place) -> Iterator[Item]:
         )
     for version in found:
         verify_manifest(version.path)
-        for path in sorted(file for file in version.path.rglob("*") if file.is_file()):
+        for path in [*files_of(version.path), version.path / MANIFEST]:
             key = place.prefix + path.relative_to(storage).as_posix()
             yield Item(path=path, key=key, size=path.stat().st_size)
 

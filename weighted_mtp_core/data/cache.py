@@ -1,0 +1,109 @@
+"""Token sets that are made once and mapped by every later run.
+
+They lie under the data's version, `datasets_v2/<name>/<version>/derived/`, in a folder whose name holds
+everything they depend on. Nothing is ever changed there: other data, options or tokenizers have other names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from attrs import frozen
+
+from weighted_mtp_core.api import DatasetVersion, Example, Split
+from weighted_mtp_core.chosen import Chosen
+from weighted_mtp_core.data.tokens import TokenSet, open_tokens, tokenise
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.naming import check_path
+from weighted_mtp_core.storage.checked import verify_once
+from weighted_mtp_core.storage.manifest import DERIVED, MANIFEST, atomic_folder
+
+_FORMAT = 1  # raise it when the same examples and tokenizer would give other arrays
+
+# What a tokenizer writes down that does not change ids without special tokens: how the last call padded and
+# cut, and where it was loaded from.
+_NOT_OURS = frozenset({"padding", "truncation", "is_local", "local_files_only", "name_or_path"})
+
+
+@frozen(kw_only=True)
+class TokenCache:
+    """The token sets of one data source for one tokenizer.
+
+    Attributes:
+        folder: `derived/` of the data's version.
+        fingerprint: SHA-256 of the data, of what chose examples from it, and of the tokenizer.
+        tokenizer: A transformers tokenizer.
+        max_tokens: Documents above are left out.
+    """
+
+    folder: Path
+    fingerprint: str
+    tokenizer: Any
+    max_tokens: int
+
+    def open(self, purpose: str, split: Split, *, examples: Callable[[], Iterable[Example]]) -> TokenSet:
+        """Return the tokens of a split; `examples` is called only the first time.
+
+        Raises:
+            WmtpError: There are no examples, or a byte of the arrays changed.
+        """
+        folder = self.folder / f"tokens-{self.fingerprint[:12]}-{self.max_tokens}-{purpose}-{split}"
+        if not (folder / MANIFEST).is_file():
+            with atomic_folder(folder) as temporary:
+                tokenise(examples(), self.tokenizer, max_tokens=self.max_tokens, folder=temporary)
+        return open_tokens(folder, sha256=verify_once(folder))
+
+
+def make_token_cache(
+    storage: Path, version: DatasetVersion, *, data: Chosen, tokenizer: Any, max_tokens: int
+) -> TokenCache:
+    """Return the cache of a data source.
+
+    Args:
+        storage: The storage root.
+        version: Of the data.
+        data: Which source it is; its options choose examples, and so does the plugin's code.
+        tokenizer: A transformers tokenizer.
+        max_tokens: Documents above are left out.
+
+    Raises:
+        WmtpError: The data's name or version cannot be a folder's.
+    """
+    try:
+        check_path(version.name)
+        check_path(version.version)
+    except ValueError as error:
+        raise WmtpError(f"data source `{data.address}` has a version that is no name: {error}") from error
+    depends = {
+        "format": _FORMAT,
+        "data": version.sha256,
+        "source": [data.address, data.plugin.distribution, data.plugin.version, data.plain_options()],
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+    }
+    return TokenCache(
+        folder=storage / "datasets_v2" / version.name / version.version / DERIVED,
+        fingerprint=hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest(),
+        tokenizer=tokenizer,
+        max_tokens=max_tokens,
+    )
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Return the SHA-256 of everything that a tokenizer's ids depend on."""
+    digest = hashlib.sha256(f"{tokenizers.__version__} {tokenizer.eos_token_id}".encode())
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for file in sorted(each for each in Path(folder).rglob("*") if each.is_file()):
+            content = file.read_bytes()
+            if file.suffix == ".json":
+                table = json.loads(content)
+                kept = {key: value for key, value in table.items() if key not in _NOT_OURS}
+                content = json.dumps(kept, sort_keys=True).encode()
+            digest.update(f"{file.name} {hashlib.sha256(content).hexdigest()}".encode())
+    return digest.hexdigest()
