@@ -172,6 +172,8 @@ class Batch:
         reward_BT: float32 reward of the response that a response token belongs to; 0 elsewhere.
         group_BT: int64, equal exactly for tokens of the same problem within this batch; -1 on padding.
         example_ids: The examples in the batch, row by row, for messages.
+        position_BT: int64 position of each token in its document where rows hold several documents, 0 on
+            padding; None where each row holds one, whose positions are 0, 1, ...
     """
 
     ids_BT: Tensor
@@ -180,6 +182,7 @@ class Batch:
     reward_BT: Tensor
     group_BT: Tensor
     example_ids: tuple[str, ...] = ()
+    position_BT: Tensor | None = None
 
 
 @frozen(kw_only=True, eq=False)

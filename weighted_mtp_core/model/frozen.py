@@ -44,7 +44,8 @@ def frozen_losses(
         labels_BTK = align_labels(
             batch.ids_BT, document_BT=batch.document_BT, response_BT=batch.response_BT, n_future=1
         )
-        loss_BTK = token_losses(twin, twin.trunk_states(batch.ids_BT), labels_BTK)
+        hidden_BTH = twin.trunk_states(batch.ids_BT, position_BT=batch.position_BT)
+        loss_BTK = token_losses(twin, hidden_BTH, labels_BTK, position_BT=batch.position_BT)
         return gather_by_target(loss_BTK, target_mask(labels_BTK)).squeeze(-1)
 
     return losses

@@ -67,6 +67,7 @@ def weighted_mtp_loss(
     weight_BTK: Tensor | None,
     normaliser_K: Tensor,
     head_share_K: Tensor,
+    position_BT: Tensor | None = None,
 ) -> MtpLoss:
     """Return the loss of trunk states; heads run one after the other.
 
@@ -77,13 +78,14 @@ def weighted_mtp_loss(
         weight_BTK: float32, 0 where nothing counts; None means 1 everywhere.
         normaliser_K: Z by head, of the *global* batch: parts of an accumulated batch add up exactly.
         head_share_K: alpha by head.
+        position_BT: From `Batch.position_BT`.
     """
     target_BTK = target_mask(labels_BTK)
     scale_K = head_share_K / normaliser_K
     losses, ce_sums, correct, weight_sums = [], [], [], []
     for k in range(1, policy.n_future + 1):
         counts_BT = target_BTK[:, :, k - 1]
-        state_NH = policy.head_states(k, hidden_BTH)[counts_BT]
+        state_NH = policy.head_states(k, hidden_BTH, position_BT=position_BT)[counts_BT]
         label_N = labels_BTK[:, :, k - 1][counts_BT]
         weight_N = (
             torch.ones_like(label_N, dtype=torch.float32)
@@ -107,12 +109,14 @@ def weighted_mtp_loss(
 
 
 @torch.no_grad()
-def token_losses(policy: Policy, hidden_BTH: Tensor, labels_BTK: Tensor) -> Tensor:
+def token_losses(
+    policy: Policy, hidden_BTH: Tensor, labels_BTK: Tensor, *, position_BT: Tensor | None = None
+) -> Tensor:
     """Return each pair's unweighted cross-entropy, float32 `[B, T, K]`, 0 where nothing counts."""
     loss_BTK = torch.zeros(labels_BTK.shape, dtype=torch.float32, device=labels_BTK.device)
     for k in range(1, policy.n_future + 1):
         counts_BT = target_mask(labels_BTK[:, :, k - 1])
-        state_NH = policy.head_states(k, hidden_BTH)[counts_BT]
+        state_NH = policy.head_states(k, hidden_BTH, position_BT=position_BT)[counts_BT]
         label_N = labels_BTK[:, :, k - 1][counts_BT]
         chunks = zip(torch.split(state_NH, CHUNK), torch.split(label_N, CHUNK), strict=True)
         parts = [_cross_entropies(state, policy.unembedding, label) for state, label in chunks]

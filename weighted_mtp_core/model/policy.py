@@ -5,7 +5,8 @@ each head is one layer of the trunk's own kind: head 1 the pretrained last layer
 (Gloeckle et al. 2024, section 2). With `linear` heads the trunk is the whole body, head 1 the identity and
 the others residual blocks that start as identity (Medusa, Cai et al. 2024, section 3.1).
 
-Rows are right-padded and hold one document each, so causal attention needs no mask.
+Rows are right-padded. Where each holds one document, causal attention needs no mask; where positions start
+anew within a row, transformers keeps what lies before and behind apart.
 
 Shape letters: B rows, T positions, K heads, H hidden, V vocabulary.
 """
@@ -107,7 +108,8 @@ class Policy(nn.Module):
 
         Args:
             ids_BT: int64 token ids.
-            position_BT: Positions, where they are not 0, 1, ... or the cache's continuation.
+            position_BT: Positions, where they are not 0, 1, ... or the cache's continuation; in training,
+                tokens whose position is not one above their neighbour's begin another document.
             cache: The trunk's cache; extended in place.
             seen_BS: Which of the cached and new tokens may be looked at, where that is not all of them.
         """
@@ -162,7 +164,9 @@ class Policy(nn.Module):
 
         @torch.no_grad()
         def states(batch: Batch) -> Tensor:
-            hidden: Tensor = trunk(input_ids=batch.ids_BT, use_cache=False).last_hidden_state
+            hidden: Tensor = trunk(
+                input_ids=batch.ids_BT, position_ids=batch.position_BT, use_cache=False
+            ).last_hidden_state
             return hidden.float()
 
         return states
