@@ -6,6 +6,7 @@ EXIT_DONE = 0
 EXIT_RUN_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 
 class WmtpError(Exception):
@@ -27,3 +28,7 @@ class RunFailedError(WmtpError):
     """The input was right and the run failed all the same."""
 
     exit_code = EXIT_RUN_FAILED
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was told to stop by SIGTERM."""

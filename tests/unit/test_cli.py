@@ -116,15 +116,17 @@ def test_check_prints_the_resolved_recipe_if_asked(recipe, capsys, write_recipe)
 
 
 def test_run_hands_the_plan_to_the_stages(recipe, monkeypatch):
-    plans = []
+    calls = []
     stages = type(sys)("weighted_mtp_core.stages.run")
-    stages.run_plan = plans.append
+    stages.run_plan = lambda plan, **options: calls.append((plan, options))
     monkeypatch.setitem(sys.modules, stages.__name__, stages)
 
-    code = main(["run", recipe, "--set", "model.base=big", "--micro", "--run-name", "second"])
+    code = main(["run", recipe, "--set", "model.base=big", "--run-name", "second", "--resume", "2026"])
 
     assert code == 0
-    assert [(plan.recipe.run.name, plan.recipe.model.base) for plan in plans] == [("second", "big")]
+    [(plan, options)] = calls
+    assert (plan.recipe.run.name, plan.recipe.model.base) == ("second", "big")
+    assert options == {"resume": "2026", "allow_change": []}
 
 
 def test_micro_chooses_the_small_model(recipe, capsys, write_recipe):

@@ -1,9 +1,16 @@
 """The training loop on a model small enough to follow by hand."""
 
+import json
+import os
+import signal
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
-from weighted_mtp_core.recipe.schema import TrainTable
+from weighted_mtp_core.errors import RunFailedError, Terminated
+from weighted_mtp_core.recipe.schema import CheckpointTable, TrainTable
+from weighted_mtp_core.stages.checkpoints import Checkpoints
 from weighted_mtp_core.stages.loop import Learner, Validation, learning_rate, make_optimiser, train
 
 
@@ -25,11 +32,15 @@ def test_only_matrices_are_decayed():
 
 
 class Seen:
-    def __init__(self):
+    """Collects what the loop reports; calls `at[step]` while a step's scalars are reported."""
+
+    def __init__(self, at=None):
         self.logged, self.timed, self.shown = [], [], []
+        self.at = at or {}
 
     def metrics(self, stage, step, values):
         self.logged.append((stage, step, dict(values)))
+        self.at.get(step, lambda: None)()
 
     def timings(self, stage, step, values):
         self.timed.append((stage, step, dict(values)))
@@ -39,66 +50,193 @@ class Seen:
 
 
 class Fit(Learner):
-    """Fits one number to 3; its validation score gets worse after step 4."""
+    """Fits one number to 3, with noise from the global generator; its score gets worse after step 4."""
 
     stage, headline = "policy", "train_loss"
 
-    def __init__(self):
+    def __init__(self, folder, bad=()):
         self.number = nn.Parameter(torch.zeros(1))
-        self.saved = None
+        self.best = folder / "best.safetensors"
+        self.bad = bad
 
     def parameters(self):
         return [self.number]
 
     def learn(self, batch, *, step):
-        loss = (self.number - 3).square().sum()
+        loss = (self.number - 3 + 0.01 * torch.randn(1)).square().sum()
+        if step in self.bad:
+            loss = loss * float("nan")
         loss.backward()
         return {"train_loss": loss.detach()}
 
     def validate(self, *, step):
         return Validation(metrics={"validation": float(step)}, score=-abs(step - 4))
 
+    def state_dict(self):
+        return {"number": self.number}
+
+    def load_state_dict(self, state):
+        with torch.no_grad():
+            self.number.copy_(state["number"])
+
     def save_best(self):
-        self.saved = self.number.detach().clone()
+        temporary = self.best.with_suffix(".new")
+        save_file({"number": self.number.detach().clone()}, temporary)
+        temporary.replace(self.best)
 
     def load_best(self):
-        with torch.no_grad():
-            self.number.copy_(self.saved)
+        self.load_state_dict(load_file(self.best))
 
 
 class Row:
     ids_BT = torch.zeros(1, 5)
 
+    def __init__(self, step):
+        self.example_ids = (f"example {step}",)
 
-TABLE = TrainTable(steps=10, validate_every=2, log_every=5, learning_rate=0.1, warmup_steps=0)
+
+TABLE = TrainTable(
+    steps=10, validate_every=2, log_every=5, learning_rate=0.1, warmup_steps=0, max_bad_steps=3
+)
 
 
-def run(learner):
-    seen = Seen()
-    best = train(learner, TABLE, batch_of=lambda step: Row, reporter=seen)
+@pytest.fixture
+def checkpoints(tmp_path):
+    said = []
+    with Checkpoints(folder=tmp_path, table=CheckpointTable(every=3, keep=2), say=said.append) as checkpoints:
+        yield checkpoints
+    assert said == []
+
+
+def run(learner, checkpoints, *, table=TABLE, at=None, resume=None):
+    seen = Seen(at)
+    if resume is None:
+        torch.manual_seed(1)
+    best = train(learner, table, batch_of=Row, reporter=seen, checkpoints=checkpoints, resume=resume)
     return best, seen
 
 
-def test_training_lowers_the_loss():
-    _, seen = run(Fit())
+def kill_myself(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+def test_training_lowers_the_loss(tmp_path, checkpoints):
+    _, seen = run(Fit(tmp_path), checkpoints)
     losses = [values["train_loss"] for _, _, values in seen.logged if "train_loss" in values]
 
     assert losses[-1] < losses[0]
 
 
-def test_the_best_validated_state_is_kept_and_restored():
-    learner = Fit()
-    best, _ = run(learner)
+def test_the_best_validated_state_is_kept_and_restored(tmp_path, checkpoints):
+    learner = Fit(tmp_path)
+    best, _ = run(learner, checkpoints)
 
     assert best.best_step == 4
     assert best.start.metrics == {"validation": 0.0}
-    assert torch.equal(learner.number, learner.saved)
+    assert torch.equal(learner.number, load_file(learner.best)["number"])
     assert learner.number.item() != 0
 
 
-def test_scalars_are_logged_every_log_every_steps_and_timings_apart():
-    _, seen = run(Fit())
+def test_scalars_are_logged_every_log_every_steps_and_timings_apart(tmp_path, checkpoints):
+    _, seen = run(Fit(tmp_path), checkpoints)
 
     assert [step for _, step, values in seen.logged if "train_loss" in values] == [5, 10]
     assert [step for _, step, _ in seen.timed] == [5, 10]
     assert all("tokens_per_second" not in name for _, _, values in seen.logged for name in values)
+
+
+def test_a_training_goes_on_from_each_checkpoint_to_the_same_bits(tmp_path, checkpoints):
+    whole = Fit(tmp_path)
+    best, seen = run(whole, checkpoints, table=TABLE)
+    last = load_file(tmp_path / "policy-00000010" / "state.safetensors")
+    snapshot = checkpoints.newest()
+    while snapshot.step != 9:  # the one before the last
+        (tmp_path / f"policy-{snapshot.step:08d}").rename(tmp_path / "aside")
+        snapshot = checkpoints.newest()
+
+    again, resumed = run(Fit(tmp_path), checkpoints, resume=snapshot)
+
+    assert load_file(tmp_path / "policy-00000010" / "state.safetensors").keys() == last.keys()
+    assert all(
+        torch.equal(tensor, last[name])
+        for name, tensor in load_file(tmp_path / "policy-00000010" / "state.safetensors").items()
+    )
+    assert again == best
+    assert resumed.logged == [each for each in seen.logged if each[1] > 9]
+
+
+def test_the_best_state_of_a_checkpoint_outlives_a_better_one_that_was_lost(tmp_path, checkpoints):
+    def after_step_4():
+        raise RuntimeError("the node is gone")
+
+    with pytest.raises(RuntimeError, match="gone"):
+        run(Fit(tmp_path), checkpoints, at={5: after_step_4})
+    snapshot = checkpoints.newest()
+    lost = load_file(tmp_path / "best.safetensors")["number"]
+
+    assert (snapshot.step, snapshot.values["trained"]["best_step"]) == (3, 2)
+    snapshot.restore_best(tmp_path / "best.safetensors")
+    assert not torch.equal(load_file(tmp_path / "best.safetensors")["number"], lost)
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
+)
+def test_a_signal_ends_training_after_the_step_with_a_checkpoint(tmp_path, checkpoints, number, raised):
+    with pytest.raises(raised) as caught:
+        run(Fit(tmp_path), checkpoints, at={4: kill_myself(number)})
+
+    assert type(caught.value) is raised
+    assert checkpoints.newest().step == 4
+
+
+def test_a_second_signal_ends_training_at_once(tmp_path, checkpoints):
+    def twice():
+        kill_myself(signal.SIGTERM)()
+        kill_myself(signal.SIGTERM)()
+
+    with pytest.raises(Terminated):
+        run(Fit(tmp_path), checkpoints, at={4: twice})
+
+    checkpoints.wait()
+    assert checkpoints.newest().step == 3
+
+
+def test_sigusr1_takes_a_checkpoint_and_training_goes_on(tmp_path, checkpoints):
+    taken = []
+
+    def look():
+        checkpoints.wait()
+        taken.extend(path.name for path in tmp_path.glob("policy-*"))
+
+    run(Fit(tmp_path), checkpoints, at={4: kill_myself(signal.SIGUSR1), 5: look})
+
+    assert "policy-00000004" in taken
+
+
+def test_a_step_without_a_finite_loss_changes_nothing_and_is_counted(tmp_path, checkpoints):
+    learner = Fit(tmp_path, bad={0, 1})
+    after = {}
+
+    def look():
+        after[2] = learner.number.item()
+
+    _, seen = run(learner, checkpoints, at={2: look})
+
+    assert after == {2: 0.0}
+    assert [v["policy_skipped_steps"] for _, _, v in seen.logged if "policy_skipped_steps" in v] == [2, 2]
+
+
+def test_too_many_steps_in_a_row_without_a_finite_loss_stop_the_run_and_name_the_examples(
+    tmp_path, checkpoints
+):
+    with pytest.raises(
+        RunFailedError, match="3 steps in a row, up to step 7 of stage `policy`, had no finite"
+    ):
+        run(Fit(tmp_path, bad={1, 4, 5, 6}), checkpoints)
+
+    assert json.loads((tmp_path / "bad_steps.json").read_text()) == {
+        "5": ["example 4"],
+        "6": ["example 5"],
+        "7": ["example 6"],
+    }

@@ -14,7 +14,14 @@ from typing import NoReturn
 
 import weighted_mtp_core
 from weighted_mtp_core.cli import check, doctor, plugins, run, storage, track
-from weighted_mtp_core.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_RUN_FAILED, WmtpError
+from weighted_mtp_core.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_INTERRUPTED,
+    EXIT_RUN_FAILED,
+    EXIT_TERMINATED,
+    Terminated,
+    WmtpError,
+)
 from weighted_mtp_core.tracking.redact import redact
 from weighted_mtp_core.wording import did_you_mean, quoted, reason
 
@@ -30,7 +37,7 @@ examples:
   {PROGRAM} check configs/my_recipe.toml      is the recipe right? (under a second)
   {PROGRAM} run configs/my_recipe.toml        train, evaluate, record
 
-exit codes: 0 done, 1 the run failed, 2 the input is wrong, 130 interrupted"""
+exit codes: 0 done, 1 the run failed, 2 the input is wrong, 130 interrupted, 143 terminated"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,6 +47,8 @@ def main(argv: Sequence[str]) -> int:
     want_traceback = len(arguments) < len(argv)
     try:
         return _command(arguments)
+    except Terminated:
+        return _report("terminated", code=EXIT_TERMINATED, want_traceback=want_traceback)
     except KeyboardInterrupt:
         return _report("interrupted", code=EXIT_INTERRUPTED, want_traceback=want_traceback)
     except WmtpError as error:

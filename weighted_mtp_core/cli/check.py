@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from weighted_mtp_core.chosen import Chosen
 from weighted_mtp_core.cli.recipe_arguments import add_recipe_arguments, plan_from
 from weighted_mtp_core.cli.table import print_rows
 from weighted_mtp_core.errors import EXIT_DONE
 from weighted_mtp_core.naming import flat
-from weighted_mtp_core.plan import Chosen, Plan
+from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.recipe.structure import plain
 
 _DESCRIPTION = """\

@@ -20,7 +20,10 @@ examples:
   run configs/baseline.toml
   run configs/baseline.toml --preset local-light            a quick look on a laptop
   run configs/baseline.toml --set train.steps=50 --set run.seed=7
-  run configs/baseline.toml --run-name my_second_try"""
+  run configs/baseline.toml --run-name my_second_try
+  run configs/baseline.toml --resume 20261123-140924        go on where that run stopped
+
+SIGINT (Ctrl-C) and SIGTERM end a run after the step, with a checkpoint; SIGUSR1 takes a checkpoint."""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -29,6 +32,16 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "run", help="carry out a recipe", description=_DESCRIPTION, epilog=_EPILOG
     )
     add_recipe_arguments(parser)
+    parser.add_argument(
+        "--resume", metavar="RUN", help="go on with this run (folder, id or the beginning of an id)"
+    )
+    parser.add_argument(
+        "--allow-change",
+        metavar="KEY",
+        action="append",
+        default=[],
+        help="go on although this key differs from the run's own recipe; repeatable",
+    )
     return parser
 
 
@@ -37,5 +50,5 @@ def main(args: argparse.Namespace) -> int:
     plan = plan_from(args)
     from weighted_mtp_core.stages.run import run_plan  # imports torch
 
-    run_plan(plan)
+    run_plan(plan, resume=args.resume, allow_change=args.allow_change)
     return EXIT_DONE

@@ -6,6 +6,8 @@ Shape letters: B rows, T positions, H hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,6 +124,7 @@ class CriticLearner(Learner):
         trunk: The policy's trunk states of a batch, float32; used where the critic reads them.
         accumulation: In how many parts a global batch goes through the critic.
         validation: Batches of the validation split, with the problem number of each row.
+        best: The folder of the best critic.
         save: Writes the critic as the best one.
         restore: Loads it back.
         report: The last validation.
@@ -131,6 +134,7 @@ class CriticLearner(Learner):
     trunk: Callable[[Batch], Tensor]
     accumulation: int
     validation: Callable[[], Iterable[tuple[Batch, NDArray[np.int64]]]]
+    best: Path
     save: Callable[[], None]
     restore: Callable[[], None]
     stage: str = field(default="critic", init=False)
@@ -173,6 +177,14 @@ class CriticLearner(Learner):
             rewards.append(batch.reward_BT[row_B, last_B].double().cpu().numpy())
             problems.append(problem_B)
         return report_critic(np.concatenate(values), np.concatenate(rewards), np.concatenate(problems))
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Return what the critic keeps."""
+        return self.critic.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`'s result."""
+        self.critic.load_state_dict(state)
 
     def save_best(self) -> None:
         """Write the critic's state."""

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from attrs import frozen
+from attrs import asdict, define, field, frozen
 from torch import Tensor, nn
 
 from weighted_mtp_core.api import Batch
+from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.recipe.schema import TrainTable
+from weighted_mtp_core.stages.bad_steps import BadSteps
+from weighted_mtp_core.stages.checkpoints import Checkpoints
+from weighted_mtp_core.stages.signals import StopRequest
+from weighted_mtp_core.stages.snapshot import (
+    Snapshot,
+    load_optimiser_state,
+    optimiser_state,
+    random_state,
+    restore_random_state,
+    split_state,
+)
+from weighted_mtp_core.storage.manifest import atomic_write
 
 
 @frozen(kw_only=True)
@@ -29,11 +44,13 @@ class Learner(ABC):
 
     Attributes:
         stage: `critic` or `policy`, as the journal names it.
-        headline: The metric shown while it trains.
+        headline: The loss: shown while it trains, and a step where it is not finite is skipped.
+        best: The file or folder that `save_best` writes.
     """
 
     stage: str
     headline: str
+    best: Path
 
     @abstractmethod
     def parameters(self) -> Iterable[nn.Parameter]:
@@ -46,6 +63,14 @@ class Learner(ABC):
     @abstractmethod
     def validate(self, *, step: int) -> Validation:
         """Measure on the validation split, changing nothing."""
+
+    @abstractmethod
+    def state_dict(self) -> Mapping[str, Any]:
+        """Return tensors and plain values that a resumed training goes on from."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`'s result."""
 
     @abstractmethod
     def save_best(self) -> None:
@@ -101,57 +126,177 @@ def make_optimiser(parameters: Iterable[nn.Parameter], table: TrainTable) -> tor
         [group for group in groups if group["params"]],
         lr=table.learning_rate,
         betas=(0.9, 0.95),
-        fused=all(p.device.type in {"cpu", "cuda"} for p in trained),
+        fused=True,  # also what makes skipping a step possible, see BadSteps
     )
 
 
 def train(
-    learner: Learner, table: TrainTable, *, batch_of: Callable[[int], Batch], reporter: Reporter
+    learner: Learner,
+    table: TrainTable,
+    *,
+    batch_of: Callable[[int], Batch],
+    reporter: Reporter,
+    checkpoints: Checkpoints,
+    resume: Snapshot | None = None,
 ) -> Trained:
     """Optimise for `table.steps` steps and leave the learner at its best validated state.
+
+    SIGINT and SIGTERM end it after the step, with a checkpoint; SIGUSR1 takes a checkpoint and goes on.
 
     Args:
         learner: The critic or the policy.
         table: Its optimisation.
         batch_of: The global batch of a step, from 0.
         reporter: Told every `log_every` steps and at each validation.
+        checkpoints: Where snapshots go.
+        resume: Where to go on from; None begins.
+
+    Raises:
+        RunFailedError: Too many steps in a row had no finite loss or gradient, or a checkpoint failed.
+        KeyboardInterrupt: A signal asked for the end.
     """
-    parameters = [parameter for parameter in learner.parameters() if parameter.requires_grad]
-    optimiser = make_optimiser(parameters, table)
-    trained = _validate(learner, 0, reporter=reporter, before=None)
-    clock, tokens = time.perf_counter(), 0
-    for step in range(table.steps):
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(table, step)
-        batch = batch_of(step)
-        tokens += batch.ids_BT.numel()
-        scalars = learner.learn(batch, step=step)
-        gradient_norm = nn.utils.clip_grad_norm_(parameters, table.max_grad_norm)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        done = step + 1
-        if done % table.log_every == 0 or done == table.steps:
-            values = {name: float(value) for name, value in scalars.items()}
-            values[f"{learner.stage}_learning_rate"] = learning_rate(table, step)
-            values[f"{learner.stage}_gradient_norm"] = float(gradient_norm)
-            reporter.metrics(learner.stage, done, values)
-            rate = tokens / max(time.perf_counter() - clock, 1e-9)
-            reporter.timings(learner.stage, done, {f"{learner.stage}_tokens_per_second": rate})
-            reporter.progress(done, {learner.headline: values[learner.headline], "tokens/s": rate})
-            clock, tokens = time.perf_counter(), 0
-        if done % table.validate_every == 0 or done == table.steps:
-            paused = time.perf_counter()
-            trained = _validate(learner, done, reporter=reporter, before=trained)
-            clock += time.perf_counter() - paused
+    training = _Training.begin(learner, table, batch_of=batch_of, reporter=reporter, checkpoints=checkpoints)
+    first = training.validate(0) if resume is None else training.restore(resume)
+    with StopRequest() as signals:
+        for step in range(first, table.steps):
+            training.step(step)
+            done = step + 1
+            if signals.requested:
+                training.snapshot(done)
+                checkpoints.wait()
+                signals.stop()
+            if signals.checkpoint_now or checkpoints.due(done, table.steps):
+                signals.checkpoint_now = False
+                training.snapshot(done)
+    checkpoints.wait()
     learner.load_best()
-    return trained
+    return training.trained
 
 
-def _validate(learner: Learner, step: int, *, reporter: Reporter, before: Trained | None) -> Trained:
-    """Validate; keep the state if it is the best so far."""
-    found = learner.validate(step=step)
-    reporter.metrics(learner.stage, step, found.metrics)
-    if before is not None and found.score <= before.best.score:
-        return before
-    learner.save_best()
-    return Trained(start=found if before is None else before.start, best_step=step, best=found)
+@define(kw_only=True, eq=False)
+class _Training:
+    """The state of one `train`."""
+
+    learner: Learner
+    table: TrainTable
+    batch_of: Callable[[int], Batch]
+    reporter: Reporter
+    checkpoints: Checkpoints
+    parameters: list[nn.Parameter]
+    optimiser: torch.optim.AdamW
+    bad: BadSteps
+    trained: Trained = field(init=False)
+    clock: float = field(init=False, factory=time.perf_counter)
+    tokens: int = field(init=False, default=0)
+
+    @classmethod
+    def begin(
+        cls,
+        learner: Learner,
+        table: TrainTable,
+        *,
+        batch_of: Callable[[int], Batch],
+        reporter: Reporter,
+        checkpoints: Checkpoints,
+    ) -> _Training:
+        parameters = [parameter for parameter in learner.parameters() if parameter.requires_grad]
+        return cls(
+            learner=learner,
+            table=table,
+            batch_of=batch_of,
+            reporter=reporter,
+            checkpoints=checkpoints,
+            parameters=parameters,
+            optimiser=make_optimiser(parameters, table),
+            bad=BadSteps(limit=table.max_bad_steps, device=parameters[0].device),
+        )
+
+    def step(self, step: int) -> None:
+        """Take one step, and log and validate where it is time to."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(self.table, step)
+        batch = self.batch_of(step)
+        self.tokens += batch.ids_BT.numel()
+        scalars = self.learner.learn(batch, step=step)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.table.max_grad_norm)
+        self.bad.skip_if_not_finite(self.optimiser, scalars[self.learner.headline], norm)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        done = step + 1
+        if self.bad.too_many(done):
+            self._give_up(done)
+        if done % self.table.log_every == 0 or done == self.table.steps:
+            self._log(done, {**scalars, f"{self.learner.stage}_gradient_norm": norm})
+        if done % self.table.validate_every == 0 or done == self.table.steps:
+            paused = time.perf_counter()
+            self.validate(done)
+            self.clock += time.perf_counter() - paused
+
+    def validate(self, step: int) -> int:
+        """Validate; keep the state if it is the best so far. Returns the step."""
+        found = self.learner.validate(step=step)
+        self.reporter.metrics(self.learner.stage, step, found.metrics)
+        first = step == 0
+        if first or found.score > self.trained.best.score:
+            self.checkpoints.wait()  # a snapshot on its way links the best state that it was taken with
+            self.learner.save_best()
+            start = found if first else self.trained.start
+            self.trained = Trained(start=start, best_step=step, best=found)
+        return step
+
+    def snapshot(self, step: int) -> None:
+        """Copy everything that the next step depends on; it is written while training goes on."""
+        learner, learner_values = split_state(self.learner.state_dict(), "learner")
+        optimiser, _ = split_state(optimiser_state(self.optimiser), "optimiser")
+        random, random_values = random_state()
+        self.checkpoints.save(
+            Snapshot(
+                stage=self.learner.stage,
+                step=step,
+                tensors={**learner, **optimiser, **random},
+                values={
+                    "learner": learner_values,
+                    "rng": random_values,
+                    "trained": asdict(self.trained),
+                    "bad": self.bad.state(),
+                },
+                best=self.learner.best,
+            )
+        )
+
+    def restore(self, snapshot: Snapshot) -> int:
+        """Put everything back to where a snapshot was taken; return how many steps are done."""
+        self.learner.load_state_dict(snapshot.part("learner"))
+        load_optimiser_state(self.optimiser, snapshot.part("optimiser"))
+        restore_random_state(snapshot.tensors, snapshot.values["rng"])
+        kept = snapshot.values["trained"]
+        self.trained = Trained(
+            start=Validation(**kept["start"]), best_step=kept["best_step"], best=Validation(**kept["best"])
+        )
+        self.bad.restore(snapshot.values["bad"])
+        snapshot.restore_best(self.learner.best)
+        return snapshot.step
+
+    def _log(self, done: int, scalars: Mapping[str, Tensor | float]) -> None:
+        stage = self.learner.stage
+        values = {name: float(value) for name, value in scalars.items()}
+        values[f"{stage}_learning_rate"] = learning_rate(self.table, done - 1)
+        values[f"{stage}_skipped_steps"] = float(self.bad.total)
+        self.reporter.metrics(stage, done, values)
+        rate = self.tokens / max(time.perf_counter() - self.clock, 1e-9)
+        self.reporter.timings(stage, done, {f"{stage}_tokens_per_second": rate})
+        headline = self.learner.headline
+        self.reporter.progress(done, {headline: values[headline], "tokens/s": rate})
+        self.clock, self.tokens = time.perf_counter(), 0
+
+    def _give_up(self, done: int) -> None:
+        """Name the examples of the steps that were skipped, and end the run."""
+        steps = range(done - self.table.max_bad_steps, done)
+        file = self.checkpoints.folder / "bad_steps.json"
+        examples = {str(step + 1): self.batch_of(step).example_ids for step in steps}
+        atomic_write(file, json.dumps(examples, indent=1, ensure_ascii=False) + "\n")
+        raise RunFailedError(
+            f"{len(steps)} steps in a row, up to step {done} of stage `{self.learner.stage}`, had no finite "
+            f"loss and gradient; their examples are listed in `{file}`",
+            hint="lower the learning rate, or look at those examples; `max_bad_steps` sets the limit",
+        )

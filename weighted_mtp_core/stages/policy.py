@@ -6,6 +6,8 @@ Shape letters: B rows, T positions, K heads, H hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from attrs import define, field, frozen
@@ -18,6 +20,7 @@ from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.targets import align_labels, align_weights, target_mask
 from weighted_mtp_core.recipe.schema import LossTable
 from weighted_mtp_core.stages.loop import Learner, Validation
+from weighted_mtp_core.stages.snapshot import below, load_module_state, module_state
 from weighted_mtp_core.stages.weights import check_weights, weight_metrics
 
 
@@ -54,6 +57,7 @@ class PolicyLearner(Learner):
         accumulation: In how many parts the global batch goes through the policy.
         autocast: Makes the context of each forward pass (bf16 on devices that like it).
         validation: Batches of the validation split, made anew at each call.
+        best: The file of the best policy.
         save: Writes the policy as the best one.
         restore: Loads it back.
     """
@@ -64,6 +68,7 @@ class PolicyLearner(Learner):
     accumulation: int
     autocast: Callable[[], torch.autocast]
     validation: Callable[[], Iterable[Batch]]
+    best: Path
     save: Callable[[], None]
     restore: Callable[[], None]
     stage: str = field(default="policy", init=False)
@@ -133,6 +138,17 @@ class PolicyLearner(Learner):
             },
             score=-float(ce_K[0]),
         )
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Return the policy's parameters and what the weighting keeps."""
+        policy = {f"policy.{name}": tensor for name, tensor in module_state(self.policy).items()}
+        weighting = {f"weighting.{name}": value for name, value in self.arm.weighting.state_dict().items()}
+        return policy | weighting
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`'s result."""
+        load_module_state(self.policy, below(state, "policy"))
+        self.arm.weighting.load_state_dict(below(state, "weighting"))
 
     def save_best(self) -> None:
         """Write the policy's weights."""

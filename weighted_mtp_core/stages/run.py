@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,30 +16,74 @@ from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.recipe.schema import CriticTable, TrainTable
 from weighted_mtp_core.stages.checkpoint import load_component, load_model, save_component, save_model
+from weighted_mtp_core.stages.checkpoints import Checkpoints
 from weighted_mtp_core.stages.critic import CriticLearner, CriticReport
-from weighted_mtp_core.stages.evaluate import Evaluation, check_evaluation, evaluate
+from weighted_mtp_core.stages.evaluate import Evaluation, evaluate
 from weighted_mtp_core.stages.loop import Learner, Trained, train
 from weighted_mtp_core.stages.policy import Arm, PolicyLearner
 from weighted_mtp_core.stages.prepare import Prepared, prepare
+from weighted_mtp_core.stages.resume import (
+    fingerprint,
+    identity,
+    other_machine,
+    refuse_changes,
+    refuse_other_data,
+    run_to_resume,
+)
+from weighted_mtp_core.stages.snapshot import Snapshot
 from weighted_mtp_core.tracking.display import Display
 from weighted_mtp_core.tracking.recorder import Recorder, open_recorder
 
 
-def run_plan(plan: Plan) -> None:
+def run_plan(plan: Plan, *, resume: str | None = None, allow_change: Sequence[str] = ()) -> None:
     """Carry out a plan and show a summary.
+
+    Args:
+        plan: What to do.
+        resume: The run to go on with, as a person names it; None leaves it to the recipe.
+        allow_change: Keys that may differ from the run that goes on.
 
     Raises:
         WmtpError: Something it needs is missing or wrong; nothing was trained.
         RunFailedError: It failed on the way; the run is closed as FAILED.
     """
-    check_evaluation(plan.recipe.evaluate)
-    with Display() as display, open_recorder(plan, display) as record:
-        stages = _Stages(plan=plan, record=record, display=display)
-        prepared = stages.prepare()
+    old = run_to_resume(plan, resume)
+    if old is not None:
+        refuse_changes(old, plan, allowed=allow_change)
+    with (
+        Display() as display,
+        open_recorder(plan, display, resume=old) as record,
+        Checkpoints(
+            folder=record.folder.checkpoints, table=plan.recipe.checkpoint, say=record.say
+        ) as checkpoints,
+    ):
+        snapshot = _begin_or_go_on(plan, record, checkpoints, old)
+        stages = _Stages(
+            plan=plan, record=record, display=display, checkpoints=checkpoints, snapshot=snapshot
+        )
+        prepared = stages.prepare(allow_change)
         critic, report = stages.critic(prepared)
         trained = stages.policy(prepared, critic)
         evaluation = stages.evaluate(prepared)
         display.summary(_summary(record, report, trained, evaluation))
+
+
+def _begin_or_go_on(
+    plan: Plan, record: Recorder, checkpoints: Checkpoints, old: Path | None
+) -> Snapshot | None:
+    """Write down what the run is; of an old one, find where it goes on."""
+    if old is not None and (changed := other_machine(old)):
+        record.say(
+            f"WARNING: this machine differs from the one that the run began on ({changed}): what follows is "
+            "equal up to rounding (about 1e-4 after some hundred steps), no longer bit for bit"
+        )
+    record.folder.record(**identity(plan), fingerprint=fingerprint())
+    if old is None:
+        return None
+    snapshot = checkpoints.newest()
+    where = "the beginning" if snapshot is None else f"step {snapshot.step} of stage `{snapshot.stage}`"
+    record.say(f"going on with run {record.folder.run_id} from {where}")
+    return snapshot
 
 
 @frozen(kw_only=True, eq=False)
@@ -49,12 +93,16 @@ class _Stages:
     plan: Plan
     record: Recorder
     display: Display
+    checkpoints: Checkpoints
+    snapshot: Snapshot | None
 
-    def prepare(self) -> Prepared:
+    def prepare(self, allow_change: Sequence[str]) -> Prepared:
         """Stage 0: data and policy."""
         torch.manual_seed(self.plan.recipe.run.seed)
         prepared = prepare(self.plan, say=self.record.say)
-        self.record.datasets([prepared.source.version()])
+        version = prepared.source.version()
+        if refuse_other_data(self.record.folder, version, allowed=allow_change):
+            self.record.datasets([version])
         self.record.tags({"model_version": prepared.base_name})
         return prepared
 
@@ -72,7 +120,10 @@ class _Stages:
             tokens = prepared.critic_tokens("train")
             units = pairs(tokens) if critic.batching == "pairs" else pointwise(tokens)
             sampler = self._sampler(units, tokens.length_D, table.train)
-            self._train(learner, table.train, lambda step: prepared.batch(tokens, sampler.rows(step)))
+            if self.snapshot is not None and self.snapshot.stage == "policy":
+                learner.load_best()
+            else:
+                self._train(learner, table.train, lambda step: prepared.batch(tokens, sampler.rows(step)))
         if Signal.VALUE not in chosen.component.provides:
             return critic, None
         report = learner.measure()
@@ -104,6 +155,7 @@ class _Stages:
                     limit=recipe.train.validation_examples,
                 )
             ),
+            best=best,
             save=partial(save_model, prepared.policy, best),
             restore=partial(load_model, prepared.policy, best),
         )
@@ -127,7 +179,15 @@ class _Stages:
     def _train(self, learner: Learner, table: TrainTable, batch_of: Callable[[int], Batch]) -> Trained:
         self.display.stage(learner.stage, table.steps)
         torch.manual_seed(self.plan.recipe.run.seed)
-        trained = train(learner, table, batch_of=batch_of, reporter=self.record)
+        here = self.snapshot if self.snapshot is not None and self.snapshot.stage == learner.stage else None
+        trained = train(
+            learner,
+            table,
+            batch_of=batch_of,
+            reporter=self.record,
+            checkpoints=self.checkpoints,
+            resume=here,
+        )
         self.record.say(f"{learner.stage}: kept step {trained.best_step} of {table.steps}")
         return trained
 
@@ -145,6 +205,7 @@ class _Stages:
                 batch_size=table.train.batch_size,
                 limit=table.train.validation_examples,
             ),
+            best=folder,
             save=partial(save_component, critic, folder),
             restore=partial(load_component, critic, folder),
         )

@@ -144,16 +144,6 @@ class Journal:
                     hint="free some disk space; what was recorded so far is kept",
                 ) from error
 
-    def cut_back(self, position: int) -> None:
-        """Drop everything from a byte position on: a resumed run writes it again."""
-        with self._lock:
-            os.ftruncate(self._descriptor, position)
-
-    @property
-    def position(self) -> int:
-        """The size in bytes: where the next line begins."""
-        return os.fstat(self._descriptor).st_size
-
     def close(self) -> None:
         """Close the file."""
         os.close(self._descriptor)

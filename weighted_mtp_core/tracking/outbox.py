@@ -62,7 +62,7 @@ class _Kept:
         if not state.is_file():
             return cls()
         kept = cls(**json.loads(state.read_text(encoding="utf-8")))
-        # a resumed run may have cut the journal back behind the position
+        # the end of the journal may be gone: a disk that filled up, a line cut off after a kill
         kept.position = min(kept.position, journal.stat().st_size)
         kept.aside = [start for start in kept.aside if start < kept.position]
         kept.refused = [(start, end) for start, end in kept.refused if end <= kept.position]

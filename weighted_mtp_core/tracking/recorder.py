@@ -18,23 +18,19 @@ from typing import TYPE_CHECKING, Any, Self
 from attrs import asdict, define, field
 
 from weighted_mtp_core.api import BuildContext, DatasetVersion, RunInfo, RunOutcome, Tracker
-from weighted_mtp_core.errors import RunFailedError
+from weighted_mtp_core.errors import RunFailedError, Terminated
 from weighted_mtp_core.storage.manifest import atomic_write
 from weighted_mtp_core.tracking.delivery import Delivery
 from weighted_mtp_core.tracking.display import Display
-from weighted_mtp_core.tracking.journal import Journal, now_ms, plain_number
+from weighted_mtp_core.tracking.journal import Damage, Journal, now_ms, plain_number, read_journal
 from weighted_mtp_core.tracking.log import RunLog
 from weighted_mtp_core.tracking.names import check_metric_name, check_path_name
 from weighted_mtp_core.tracking.redact import redact, redact_log_records
-from weighted_mtp_core.tracking.run_folder import RunFolder
+from weighted_mtp_core.tracking.run_folder import RunFolder, read_run
 
 if TYPE_CHECKING:
     from weighted_mtp_core.plan import Plan
     from weighted_mtp_core.tracking.earlier import Earlier
-
-
-class Terminated(KeyboardInterrupt):
-    """The process was told to stop by SIGTERM."""
 
 
 @define(kw_only=True, eq=False)
@@ -54,6 +50,7 @@ class Recorder:
     _close_seconds: float
     _deliveries: list[Delivery] = field(init=False, factory=list)
     _last_step: dict[str, int] = field(init=False, factory=dict)
+    _recorded_before: dict[str, int] = field(init=False, factory=dict)
     _lost_finite: set[str] = field(init=False, factory=set)
     _earlier: Earlier | None = field(init=False, default=None)
     _closed: bool = field(init=False, default=False)
@@ -70,10 +67,10 @@ class Recorder:
         display: Display,
         close_seconds: float = 30.0,
     ) -> Recorder:
-        """Begin a run: write down what it is, then open it at every tracker.
+        """Begin a run, or go on with one: write down what it is, then open it at every tracker.
 
         Args:
-            folder: The new run folder.
+            folder: The run folder.
             info: What the run is.
             trackers: Where it goes too, by the names of `build_trackers`.
             recipe_toml: The resolved recipe.
@@ -97,16 +94,32 @@ class Recorder:
             name=info.name,
             experiment=info.experiment,
             status="RUNNING",
-            started_ms=info.started_ms,
+            started_ms=read_run(folder.path).get("started_ms", info.started_ms),
             trackers=list(trackers),
         )
-        recorder._describe(info)
+        recorder._describe_or_go_on(info)
         try:
             recorder._start_deliveries()
         except BaseException as error:
             recorder._end(error)
             raise
         return recorder
+
+    def _describe_or_go_on(self, info: RunInfo) -> None:
+        """Describe a new run; of an old one, find out what it has recorded already."""
+        described = False
+        for entry in read_journal(self.folder.journal, kinds=("run", "metrics", "timings")):
+            if isinstance(entry, Damage):
+                self.say(f"WARNING: a damaged line in `{self.folder.journal}` is left out")
+            elif entry.kind == "run":
+                described = True
+            else:
+                for name in entry.fields["metrics"]:
+                    self._recorded_before[name] = entry.fields["step"]
+        if described:
+            self.tags({"wmtp.resumed": "true"})
+        else:
+            self._describe(info)
 
     def _describe(self, info: RunInfo) -> None:
         run = {"run_id": info.run_id, "name": info.name, "experiment": info.experiment}
@@ -127,6 +140,8 @@ class Recorder:
 
     def metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Record scalars that are the same in every run of a recipe.
+
+        What a run recorded before it was resumed is not recorded again.
 
         Raises:
             RunFailedError: A metric comes a second time for its step, or for an earlier one.
@@ -183,6 +198,8 @@ class Recorder:
                     f"metric `{name}` was recorded for step {step} of stage `{stage}` after step {last}"
                 )
             self._last_step[name] = step
+            if step <= self._recorded_before.get(name, -1):
+                continue
             numbers[name] = plain_number(float(value))
             if isinstance(numbers[name], str) and name not in self._lost_finite:
                 self._lost_finite.add(name)
@@ -259,17 +276,20 @@ class Recorder:
                 signal.signal(signal.SIGTERM, self._restore_signal)
 
 
-def open_recorder(plan: Plan, display: Display) -> Recorder:
-    """Make the run folder of a plan, build its trackers and begin the run.
+def open_recorder(plan: Plan, display: Display, *, resume: Path | None = None) -> Recorder:
+    """Make the run folder of a plan, build its trackers and begin the run; or go on with an old folder.
 
     Raises:
-        WmtpError: The folder cannot be made, or a tracker will never take this run.
+        WmtpError: The folder cannot be made or is in use, or a tracker will never take this run.
     """
     redact_log_records()
     recipe = plan.recipe
     runs = Path(recipe.run.output_dir) if recipe.run.output_dir else Path(recipe.run.storage) / "runs"
     trackers = build_trackers(plan)
-    folder = RunFolder.create(runs, experiment=plan.experiment, name=recipe.run.name)
+    if resume is None:
+        folder = RunFolder.create(runs, experiment=plan.experiment, name=recipe.run.name)
+    else:
+        folder = RunFolder.open(resume)
     info = RunInfo(
         run_id=folder.run_id,
         name=recipe.run.name,

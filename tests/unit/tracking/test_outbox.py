@@ -91,22 +91,6 @@ def test_another_process_goes_on_where_the_last_one_stopped(outbox, journal, not
     assert notebook.points() == [("loss", 1, 0.5), ("loss", 2, 1.0)]
 
 
-def test_a_journal_cut_back_behind_the_position_is_read_from_its_new_end(
-    outbox, journal, notebook, new_outbox
-):
-    metrics(journal, 1)
-    position = journal.position
-    metrics(journal, 2, 3)
-    send_all(outbox)
-    journal.cut_back(position)
-    resumed = new_outbox(notebook)
-    metrics(journal, 2)
-
-    send_all(resumed)
-
-    assert [step for _, step, _ in notebook.points()] == [1, 2, 3, 2]
-
-
 def test_a_file_that_cannot_be_stored_does_not_hold_up_the_lines_behind_it(outbox, journal, notebook, folder):
     (folder.checkpoints / "best_model.pt").write_bytes(b"weights")
     notebook.no_files = True

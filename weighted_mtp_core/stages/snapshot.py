@@ -1,0 +1,199 @@
+"""What a training needs to go on as if it had never stopped, taken between two steps, and its files.
+
+A snapshot lies in a folder of its own, `<stage>-<step>`: tensors as safetensors, plain values as JSON, the
+best state so far (a hard link, so it costs nothing), and a manifest. Reading one runs no code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import frozen
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import weighted_mtp_core
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.storage.manifest import verify_manifest
+
+FORMAT = 1
+"""Raise it when snapshots change so that this release cannot read older ones."""
+
+_TENSORS, _VALUES, _BEST = "state.safetensors", "state.json", "best"
+
+
+@frozen(kw_only=True, eq=False)
+class Snapshot:
+    """A training between two steps.
+
+    Attributes:
+        stage: `critic` or `policy`.
+        step: How many steps are done.
+        tensors: By dotted name: `learner.*`, `optimiser.*`, `rng.*`; copies, on the CPU.
+        values: What is no tensor; plain JSON.
+        best: The file or folder with the best state when it was taken.
+    """
+
+    stage: str
+    step: int
+    tensors: Mapping[str, Tensor]
+    values: Mapping[str, Any]
+    best: Path
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    def part(self, prefix: str) -> dict[str, Any]:
+        """Return the tensors below a dotted prefix and the values that go with them."""
+        return below(self.tensors, prefix) | dict(self.values.get(prefix, {}))
+
+    def write(self, folder: Path) -> None:
+        """Write it into an empty folder."""
+        save_file(dict(self.tensors), folder / _TENSORS)
+        head = {
+            "format": FORMAT,
+            "core": weighted_mtp_core.__version__,
+            "stage": self.stage,
+            "step": self.step,
+        }
+        text = json.dumps({**head, "values": self.values}, indent=1, sort_keys=True)
+        (folder / _VALUES).write_text(text + "\n", encoding="utf-8")
+        _link(self.best, folder / _BEST / self.best.name)
+
+    @classmethod
+    def read(cls, folder: Path) -> Snapshot:
+        """Read a snapshot whose every byte is what was written.
+
+        Raises:
+            WmtpError: A file changed, is missing, or comes from a newer release.
+        """
+        verify_manifest(folder)
+        try:
+            head = json.loads((folder / _VALUES).read_text(encoding="utf-8"))
+            if head["format"] > FORMAT:
+                raise WmtpError(
+                    f"checkpoint `{folder}` was written by weighted-mtp-core {head['core']}, "
+                    f"which is newer than this one ({weighted_mtp_core.__version__})",
+                    hint=f"pip install 'weighted-mtp-core>={head['core']}'",
+                )
+            return cls(
+                stage=head["stage"],
+                step=head["step"],
+                tensors=load_file(folder / _TENSORS),
+                values=head["values"],
+                best=next((folder / _BEST).iterdir()),
+            )
+        except (OSError, ValueError, KeyError, TypeError, StopIteration, SafetensorError) as error:
+            raise WmtpError(f"checkpoint `{folder}` cannot be read: {error}") from error
+
+    def restore_best(self, path: Path) -> None:
+        """Put the best state back to where training keeps it."""
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+        _link(self.best, path)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a file, or the files of a folder, a second name; copy where the file system has no links."""
+    if source.is_dir():
+        for file in sorted(source.iterdir()):
+            _link(file, target / file.name)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def below(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Return what a state holds below a dotted prefix, without the prefix."""
+    start = f"{prefix}."
+    return {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
+
+
+def split_state(state: Mapping[str, Any], prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return copies of a state's tensors under dotted names, and its plain values."""
+    tensors = {
+        f"{prefix}.{name}": value.detach().to("cpu", copy=True).contiguous()
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }
+    return tensors, {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+
+
+def module_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's parameters and kept buffers, each once, however many names share it."""
+    kept = module.state_dict(keep_vars=True)
+    unique = {id(tensor): name for name, tensor in reversed(kept.items())}
+    return {name: tensor for name, tensor in kept.items() if unique[id(tensor)] == name}
+
+
+@torch.no_grad()
+def load_module_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy `module_state`'s result back into the same module.
+
+    Raises:
+        WmtpError: The state is of another module.
+    """
+    own = module_state(module)
+    if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
+        raise WmtpError(
+            "the checkpoint holds another model than the recipe describes",
+            hint="use the recipe of the run that wrote it (its `recipe.toml`)",
+        )
+    for name, tensor in own.items():
+        tensor.copy_(state[name])
+
+
+def optimiser_state(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return an optimiser's moments as `<parameter number>.<name>`; rates and decay come from the recipe."""
+    state = optimiser.state_dict()["state"]
+    return {f"{number}.{name}": tensor for number, each in state.items() for name, tensor in each.items()}
+
+
+def load_optimiser_state(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Restore `optimiser_state`'s result."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = tensor
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+
+
+def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the state of every global random generator: tensors and plain values."""
+    tensors = {"rng.torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"rng.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the global one is meant
+    values = {
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
+    }
+    return tensors, values
+
+
+def restore_random_state(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    """Restore `random_state`'s result."""
+    torch.set_rng_state(tensors["rng.torch"])
+    cuda = [tensors[name] for name in sorted(tensors) if name.startswith("rng.cuda.")]
+    if cuda and torch.cuda.device_count() == len(cuda):
+        torch.cuda.set_rng_state_all(cuda)
+    version, numbers, gauss = values["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, position, has_gauss, cached = values["numpy"]
+    np.random.set_state((name, np.asarray(keys, dtype=np.uint32), position, has_gauss, cached))  # noqa: NPY002
