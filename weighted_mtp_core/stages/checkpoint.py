@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle  # only for the name of its error: nothing is unpickled here
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,19 @@ def load_model(model: nn.Module, path: Path) -> None:
     """Load what `save_model` wrote.
 
     Raises:
-        WmtpError: The file is missing, or belongs to another model.
+        WmtpError: The file is missing, holds something else than tensors, or belongs to another model.
     """
     if not path.is_file():
         raise WmtpError(f"there is no checkpoint `{path}`")
     try:
-        model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise WmtpError(
+            f"`{path}` is not a checkpoint of tensors: {str(error).splitlines()[0]}",
+            hint="it may be damaged: take another one, or begin the run anew",
+        ) from error
+    try:
+        model.load_state_dict(state)
     except RuntimeError as error:
         raise WmtpError(
             f"checkpoint `{path}` does not fit this model: {str(error).splitlines()[0]}",
