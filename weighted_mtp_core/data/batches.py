@@ -3,13 +3,14 @@
 The order is a pure function of (seed, epoch, position): nothing but the step needs saving, and every number
 of processes that divides the batch sees the same documents in the same order.
 
-Shape letters: B rows, T positions, D documents.
+Shape letters: B rows, T positions, D documents, N tokens of the batch's documents.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import attrs
 import numpy as np
@@ -111,27 +112,68 @@ def pairs(token_set: TokenSet) -> Rows:
 
 def collate(token_set: TokenSet, rows: Sequence[int] | Rows, *, device: torch.device) -> Batch:
     """Return the documents as a right-padded batch, one document a row."""
-    starts, lengths = token_set.start_D1[rows], token_set.lengths(rows)
-    width = int(lengths.max())
-    position_T = np.arange(width)
-    real_BT = position_T[None, :] < lengths[:, None]
-    index_BT = np.minimum(starts[:, None] + position_T[None, :], len(token_set.ids_N) - 1)
-    response_BT = real_BT & (position_T[None, :] >= token_set.prompt_D[rows][:, None])
-    ids_BT = np.where(real_BT, token_set.ids_N[index_BT], 0)
-    let_go(token_set.ids_N)
-    _, group_B = np.unique(token_set.problem_D[rows], return_inverse=True)
-
-    def tensor(array: NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
-
-    return Batch(
-        ids_BT=tensor(ids_BT.astype(np.int64)),
-        document_BT=tensor(np.where(real_BT, 0, -1).astype(np.int64)),
-        response_BT=tensor(response_BT),
-        reward_BT=tensor(np.where(response_BT, token_set.reward_D[rows][:, None], 0).astype(np.float32)),
-        group_BT=tensor(np.where(real_BT, group_B[:, None], -1).astype(np.int64)),
-        example_ids=tuple(token_set.example_ids[int(row)] for row in rows),
+    rows = np.asarray(rows)
+    nothing = np.zeros_like(rows)
+    batch, _ = _lay(
+        token_set, rows, row_D=np.arange(len(rows)), offset_D=nothing, number_D=nothing, device=device
     )
+    return batch
+
+
+def collate_packed(token_set: TokenSet, rows: Sequence[Rows], *, device: torch.device) -> Batch:
+    """Return the documents as a right-padded batch, each row's documents one after the other."""
+    ends = [np.cumsum(token_set.lengths(row)) for row in rows]
+    batch, position_BT = _lay(
+        token_set,
+        np.concatenate(rows),
+        row_D=np.repeat(np.arange(len(rows)), [len(row) for row in rows]),
+        offset_D=np.concatenate([np.concatenate([[0], end[:-1]]) for end in ends]),
+        number_D=np.concatenate([np.arange(len(row)) for row in rows]),
+        device=device,
+    )
+    names = tuple(" + ".join(token_set.example_ids[int(d)] for d in row) for row in rows)
+    return attrs.evolve(batch, position_BT=position_BT, example_ids=names)
+
+
+def _lay(
+    token_set: TokenSet, documents: Rows, *, row_D: Rows, offset_D: Rows, number_D: Rows, device: torch.device
+) -> tuple[Batch, torch.Tensor]:
+    """Lay documents into rows.
+
+    Args:
+        token_set: Where they are.
+        documents: Their numbers, `[D]`.
+        row_D: Which row each goes into.
+        offset_D: Where in the row it begins.
+        number_D: The how manieth of its row it is.
+        device: Of the tensors.
+
+    Returns:
+        The batch, with a name for each document, and int64 `[B, T]` positions within documents.
+    """
+    length_D = token_set.lengths(documents)
+    shape = int(row_D.max()) + 1, int((offset_D + length_D).max())
+    position_N = np.arange(length_D.sum()) - np.repeat(np.cumsum(length_D) - length_D, length_D)
+    place_N = np.repeat(row_D * shape[1] + offset_D, length_D) + position_N
+    ids_N = token_set.ids_N[np.repeat(token_set.start_D1[documents], length_D) + position_N]
+    let_go(token_set.ids_N)
+    response_N = position_N >= np.repeat(token_set.prompt_D[documents], length_D)
+    _, group_D = np.unique(token_set.problem_D[documents], return_inverse=True)
+
+    def tensor(value_N: NDArray[Any], dtype: type[np.generic], *, padding: int = 0) -> torch.Tensor:
+        laid_BT = np.full(shape, padding, dtype=dtype)
+        laid_BT.reshape(-1)[place_N] = value_N
+        return torch.from_numpy(laid_BT).to(device, non_blocking=True)
+
+    batch = Batch(
+        ids_BT=tensor(ids_N, np.int64),
+        document_BT=tensor(np.repeat(number_D, length_D), np.int64, padding=-1),
+        response_BT=tensor(response_N, np.bool_),
+        reward_BT=tensor(np.repeat(token_set.reward_D[documents], length_D) * response_N, np.float32),
+        group_BT=tensor(np.repeat(group_D, length_D), np.int64, padding=-1),
+        example_ids=tuple(token_set.example_ids[int(d)] for d in documents),
+    )
+    return batch, tensor(position_N, np.int64)
 
 
 def split_rows(batch: Batch, parts: int) -> Iterator[Batch]:
@@ -147,6 +189,7 @@ def split_rows(batch: Batch, parts: int) -> Iterator[Batch]:
             reward_BT=batch.reward_BT[first:last],
             group_BT=batch.group_BT[first:last],
             example_ids=batch.example_ids[first:last],
+            position_BT=None if batch.position_BT is None else batch.position_BT[first:last],
         )
 
 

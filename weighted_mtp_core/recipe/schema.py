@@ -79,9 +79,19 @@ class Selection:
 
 @frozen(kw_only=True)
 class DataTable(Selection):
-    """`[data]`: the data source. Documents over `max_tokens` are left out and counted."""
+    """`[data]`: the data source. Documents over `max_tokens` are left out and counted.
+
+    `packing = "documents"` lays several documents into each row of stage 2, up to `pack_tokens` of them.
+    """
 
     max_tokens: int = field(default=512, validator=v.ge(8))
+    packing: Literal["none", "documents"] = "none"
+    pack_tokens: int = field(default=2048, validator=v.ge(8))
+
+    @pack_tokens.validator
+    def _hold_every_document(self, _: object, value: int) -> None:
+        if self.packing == "documents" and value < self.max_tokens:
+            raise ValueError(f"must be >= `max_tokens` = {self.max_tokens}, or a row is too short: {value}")
 
 
 @frozen(kw_only=True)

@@ -111,6 +111,7 @@ class PolicyLearner(Learner):
                     weight_BTK=weight_BTK[rows],
                     normaliser_K=normaliser_K,
                     head_share_K=share_K,
+                    position_BT=part.position_BT,
                 )
             result.loss.backward()  # type: ignore[no-untyped-call]
             total += result.loss.detach()
@@ -168,7 +169,7 @@ class PolicyLearner(Learner):
 
     def _trunk(self, batch: Batch) -> Tensor:
         with self.autocast():
-            return self.policy.trunk_states(batch.ids_BT)
+            return self.policy.trunk_states(batch.ids_BT, position_BT=batch.position_BT)
 
     @torch.no_grad()
     def _signals(self, parts: Sequence[Batch], states: Sequence[Tensor | None]) -> _Signals:
@@ -186,7 +187,14 @@ class PolicyLearner(Learner):
                 scores.append(self.arm.critic.score(part, state))
             if wants_loss and hidden_BTH is not None:
                 with self.autocast():
-                    losses.append(token_losses(self.policy, hidden_BTH.detach(), self._labels(part)))
+                    losses.append(
+                        token_losses(
+                            self.policy,
+                            hidden_BTH.detach(),
+                            self._labels(part),
+                            position_BT=part.position_BT,
+                        )
+                    )
         return _Signals(
             value_BT=_joined([score.value_BT for score in scores]),
             reference_loss_BT=_joined([score.reference_loss_BT for score in scores]),
@@ -251,11 +259,12 @@ def head_quality(
         with autocast():
             result = weighted_mtp_loss(
                 policy,
-                policy.trunk_states(batch.ids_BT),
+                policy.trunk_states(batch.ids_BT, position_BT=batch.position_BT),
                 labels_BTK=labels_BTK,
                 weight_BTK=None,
                 normaliser_K=share_K,
                 head_share_K=share_K,
+                position_BT=batch.position_BT,
             )
         sums.append((result.ce_sum_K, result.correct_K, result.count_K))
     ce_K, correct_K, count_K = (torch.stack(column).sum(dim=0) for column in zip(*sums, strict=True))

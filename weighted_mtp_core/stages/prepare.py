@@ -23,13 +23,15 @@ from weighted_mtp_core.api import (
     Split,
     WeightingStrategy,
 )
-from weighted_mtp_core.data.batches import collate, in_order
+from weighted_mtp_core.data.batches import Sampler, collate, collate_packed, in_order, pointwise
 from weighted_mtp_core.data.cache import TokenCache, make_token_cache
+from weighted_mtp_core.data.packing import PackedSampler
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.model.device import resolve_device, resolve_dtype
 from weighted_mtp_core.model.frozen import frozen_losses
 from weighted_mtp_core.model.load import load_policy
+from weighted_mtp_core.model.packing import check_packing
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.stages.checkpoint import load_model
@@ -101,6 +103,15 @@ class Prepared:
         """Return documents as a batch on the device."""
         return collate(tokens, rows, device=self.device)
 
+    def policy_batches(self, tokens: TokenSet) -> Callable[[int], Batch]:
+        """Return the global batch of each step of stage 2: a document a row, or packed."""
+        data, size, seed = self.plan.recipe.data, self.plan.recipe.train.batch_size, self.plan.recipe.run.seed
+        if data.packing == "documents":
+            packed = PackedSampler(tokens.length_D, row_tokens=data.pack_tokens, batch_size=size, seed=seed)
+            return lambda step: collate_packed(tokens, packed.rows(step), device=self.device)
+        apart = Sampler(pointwise(tokens), tokens.length_D, batch_size=size, seed=seed)
+        return lambda step: self.batch(tokens, apart.rows(step))
+
     def validation_batches(
         self, tokens: TokenSet, *, batch_size: int, limit: int = 0
     ) -> Iterator[tuple[Batch, NDArray[np.int64]]]:
@@ -113,7 +124,7 @@ class Prepared:
         """Return the policy's trunk states, float32 `[B, T, H]`, without a gradient."""
         self.policy.eval()
         with self.autocast():
-            return self.policy.trunk_states(batch.ids_BT).float()
+            return self.policy.trunk_states(batch.ids_BT, position_BT=batch.position_BT).float()
 
     @cached_property
     def _component_context(self) -> BuildContext:
@@ -161,6 +172,8 @@ def prepare(plan: Plan, *, say: Callable[[str], None]) -> Prepared:
         recipe.model, storage=storage, texts=partial(_training_texts, source), seed=recipe.run.seed
     )
     policy = loaded.policy.to(device)
+    if recipe.data.packing == "documents":
+        check_packing(policy)
     millions = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
     say(f"policy {loaded.base_name}: {millions:.1f} M parameters, {policy.n_future} heads on {device}")
     return Prepared(

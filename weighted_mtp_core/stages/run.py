@@ -134,7 +134,6 @@ class _Stages:
         """Stage 2: weighted multi-token training."""
         recipe, chosen = self.plan.recipe, self.plan.weighting
         tokens, held_out = prepared.policy_tokens("train"), prepared.policy_tokens("validation")
-        sampler = self._sampler(pointwise(tokens), tokens.length_D, recipe.train)
         best = self.record.folder.checkpoints / "best_model.pt"
         learner = PolicyLearner(
             policy=prepared.policy,
@@ -159,7 +158,7 @@ class _Stages:
             save=partial(save_model, prepared.policy, best),
             restore=partial(load_model, prepared.policy, best),
         )
-        trained = self._train(learner, recipe.train, lambda step: prepared.batch(tokens, sampler.rows(step)))
+        trained = self._train(learner, recipe.train, prepared.policy_batches(tokens))
         self.record.artifact(best, "checkpoints")
         return trained
 

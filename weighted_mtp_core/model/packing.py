@@ -1,0 +1,46 @@
+"""Whether a model keeps documents apart that share a row: found out by trying, before anything is trained.
+
+Shape letters: B rows, T positions, H hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.model.policy import Policy
+
+_TOLERANCE = 1e-4  # of the second document's states against those that it has alone, fp32
+_LENGTH = 8
+
+
+@torch.no_grad()
+def check_packing(policy: Policy) -> None:
+    """Compare a document behind another one with the same document alone, in trunk and heads.
+
+    Raises:
+        WmtpError: The model sees the document before, or counts positions through the row.
+    """
+    device = policy.unembedding.weight.device
+    ids_BT = torch.arange(2, 2 + 2 * _LENGTH, device=device).remainder(policy.vocab_size)[None]
+    position_BT = torch.arange(_LENGTH, device=device).repeat(2)[None]
+    was_training = policy.training
+    policy.eval()
+    packed = _states(policy, ids_BT, position_BT=position_BT)[:, _LENGTH:]
+    alone = _states(policy, ids_BT[:, _LENGTH:], position_BT=None)
+    policy.train(was_training)
+    gap = float((packed - alone).abs().max() / alone.abs().max().clamp(min=1e-6))
+    if gap > _TOLERANCE:
+        raise WmtpError(
+            f"a `{policy.config.model_type}` model does not keep documents apart that share a row "
+            f"(states differ by {gap:.2g})",
+            hint='set `data.packing = "none"`: documents are then grouped by length',
+        )
+
+
+def _states(policy: Policy, ids_BT: Tensor, *, position_BT: Tensor | None) -> Tensor:
+    """Return what all heads hand to the unembedding, side by side."""
+    hidden_BTH = policy.trunk_states(ids_BT, position_BT=position_BT)
+    heads = [policy.head_states(k + 1, hidden_BTH, position_BT=position_BT) for k in range(policy.n_future)]
+    return torch.cat(heads, dim=-1)
