@@ -59,9 +59,9 @@ def run_to_resume(plan: Plan, named: str | None) -> Path | None:
 
 def _unfinished(path: Path, plan: Plan) -> bool:
     facts = read_run(path)
-    return (
-        facts.get("status") != "FINISHED" and not is_held(path) and facts.get("params") == dict(plan.params)
-    )
+    if facts.get("status") == "FINISHED" or "params" not in facts or is_held(path):
+        return False
+    return not _differences(facts["params"], plan.params, allowed=SAFE)
 
 
 def identity(plan: Plan) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class Earlier:
 
     def _run(self) -> None:
         for file in sorted(self.experiment.glob("*/*/run.json")):
-            if file.parent != self.but:
+            if file.parent.absolute() != self.but:
                 self._send(file.parent)
 
     def _send(self, path: Path) -> None:

@@ -20,6 +20,8 @@ from weighted_mtp_core.tracking.names import check_path_name
 
 _RUN_FILE = "run.json"
 _LOCK_FILE = "lock"
+_HELD: set[Path] = set()
+"""Folders that this process holds: closing any descriptor of a file ends all record locks on it."""
 
 
 def new_run_id() -> str:
@@ -113,6 +115,7 @@ class RunFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+            _HELD.discard(self.path)
 
 
 def read_run(path: Path) -> Mapping[str, Any]:
@@ -125,7 +128,9 @@ def read_run(path: Path) -> Mapping[str, Any]:
 
 
 def is_held(path: Path) -> bool:
-    """Return whether a living process holds the run folder."""
+    """Return whether a living process, this one included, holds the run folder."""
+    if path.absolute() in _HELD:
+        return True
     descriptor = os.open(path / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         return not _try_lock(descriptor)
@@ -139,16 +144,18 @@ def find_runs(runs: Path) -> Iterator[Path]:
 
 
 def _acquire(path: Path) -> int:
-    descriptor = os.open(path / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    if not _try_lock(descriptor):
+    if path not in _HELD:
+        descriptor = os.open(path / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        if _try_lock(descriptor):
+            _HELD.add(path)
+            return descriptor
         os.close(descriptor)
-        holder = read_run(path)
-        raise WmtpError(
-            f"the run folder `{path}` is in use by process `{holder.get('pid', '?')}` "
-            f"on `{holder.get('host', '?')}`",
-            hint="wait until that run ends, or stop it",
-        )
-    return descriptor
+    holder = read_run(path)
+    raise WmtpError(
+        f"the run folder `{path}` is in use by process `{holder.get('pid', '?')}` "
+        f"on `{holder.get('host', '?')}`",
+        hint="wait until that run ends, or stop it",
+    )
 
 
 def _try_lock(descriptor: int) -> bool:

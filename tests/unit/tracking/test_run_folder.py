@@ -93,3 +93,19 @@ def test_a_child_that_outlives_a_killed_holder_does_not_hold_the_folder(folder):
 
     RunFolder.open(folder.path).close()
     subprocess.run(["kill", "-KILL", *children], check=True)
+
+
+def test_looking_whether_a_folder_is_held_does_not_let_go_of_it(tmp_path):
+    folder = RunFolder.create(tmp_path, experiment="group/idea", name="first")
+
+    held = is_held(folder.path)
+    other = (
+        "from weighted_mtp_core.tracking.run_folder import is_held; import sys; from pathlib import Path; "
+    )
+    code = other + "print(is_held(Path(sys.argv[1])))"
+    seen = subprocess.run(
+        [sys.executable, "-c", code, folder.path], capture_output=True, text=True, check=True
+    ).stdout
+
+    assert held
+    assert seen == "True\n"
