@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 
 import pytest
 from weighted_mtp_core.builtin.mlflow import MlflowOptions, build_mlflow
@@ -145,25 +146,34 @@ def test_a_server_gone_for_good_leaves_a_run_that_can_be_sent_later(
     assert run.points() == run.journalled()
 
 
-def test_s3_killed_during_the_upload_of_a_checkpoint(stack, open_recorder, stored, wait, options):
-    with open_recorder(**options) as record, Training(record) as loop:
-        best = record.folder.checkpoints / "best_model.pt"
-        best.write_bytes(os.urandom(50_000_000))
-        record.artifact(best, "checkpoints")
+def test_s3_killed_during_the_upload_of_a_checkpoint(stack, open_recorder, stored, wait, direct):
+    """Two runs at once, one whose files the server stores, one that stores them itself."""
+    with open_recorder() as proxied, open_recorder(**direct) as straight, Training(proxied) as loop:
+        checkpoint = os.urandom(50_000_000)
+        for record in (proxied, straight):
+            best = record.folder.checkpoints / "best_model.pt"
+            best.write_bytes(checkpoint)
+            record.artifact(best, "checkpoints")
         time.sleep(0.5)
         stack.s3.kill()
         behind = loop.step
         time.sleep(20)
         stack.s3.start()
-        assert last_step(stored, record) > behind
-        wait.until(lambda: run_status(record.folder.path).pending["0-core.mlflow"].files == 0, seconds=60)
+        assert last_step(stored, proxied) > behind
+        for record in (proxied, straight):
+            wait.until(partial(has_every_file, record), seconds=60)
 
-    run = stored(record.folder.path)
-    files = run.client.list_artifacts(run.run.info.run_id, "checkpoints")
-    assert [file.path for file in files] == ["checkpoints/best_model.pt"]
-    assert run.file("checkpoints/best_model.pt") == best.read_bytes()
-    assert run.status == "FINISHED"
-    assert run.points() == run.journalled()
+    for record in (proxied, straight):
+        run = stored(record.folder.path)
+        files = run.client.list_artifacts(run.run.info.run_id, "checkpoints")
+        assert [file.path for file in files] == ["checkpoints/best_model.pt"]
+        assert run.file("checkpoints/best_model.pt") == checkpoint
+        assert run.status == "FINISHED"
+        assert run.points() == run.journalled()
+
+
+def has_every_file(record):
+    return run_status(record.folder.path).pending["0-core.mlflow"].files == 0
 
 
 def test_s3_gone_for_good_keeps_the_local_file_and_says_so(stack, open_recorder, screen, stored):
