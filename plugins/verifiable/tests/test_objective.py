@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from attrs import evolve
 from weighted_mtp_core.api import Batch
 
 from weighted_mtp_verifiable._objective import (
@@ -62,7 +63,7 @@ def test_monte_carlo_by_hand():
 
     right = [-math.log(value) for value in (0.2, 0.5, 0.4, 0.9)]
     wrong = [-math.log(1 - value) for value in (0.3, 0.6, 0.1)]
-    assert float(loss) == pytest.approx(sum(right + wrong) / 7)
+    assert float(loss) == pytest.approx((sum(right) / 4 + sum(wrong) / 3) / 2)
 
 
 def test_lambda_return_by_hand():
@@ -72,9 +73,9 @@ def test_lambda_return_by_hand():
     # One token before the end the next reward is R itself; the whole response is worth R.
     right = {3: 1.0, 2: 1.0, 1: 0.5 * 0.4 + 0.5 * 1.0, 0: 0.5 * 0.5 + 0.5 * 0.7}
     wrong = {3: 0.0, 2: 0.0, 1: 0.5 * 0.6 + 0.5 * 0.0}
-    expected = [_cross_entropy(VALUES[0][t], target) for t, target in right.items()]
-    expected += [_cross_entropy(VALUES[1][t], target) for t, target in wrong.items()]
-    assert float(loss) == pytest.approx(sum(expected) / 7)
+    first = [_cross_entropy(VALUES[0][t], target) for t, target in right.items()]
+    second = [_cross_entropy(VALUES[1][t], target) for t, target in wrong.items()]
+    assert float(loss) == pytest.approx((sum(first) / 4 + sum(second) / 3) / 2)
 
 
 def _cross_entropy(value, target):
@@ -90,7 +91,7 @@ def test_targets_of_the_lambda_return_carry_no_gradient():
     lambda_return(logit_BT, TWO, lam=0.0).backward()
 
     # d/dlogit of a cross-entropy is V - target; with lam 0 the target of token 1 is V_2 = .4.
-    assert float(logit_BT.grad[0, 1]) == pytest.approx((0.5 - 0.4) / 7)
+    assert float(logit_BT.grad[0, 1]) == pytest.approx((0.5 - 0.4) / 4 / 2)
 
 
 def test_bradley_terry_by_hand():
@@ -125,3 +126,25 @@ def test_without_responses_loss_and_gradient_are_zero(objective):
 
     assert float(loss.detach()) == 0.0
     assert not logit_BT.grad.any()
+
+
+@pytest.mark.parametrize("objective", [monte_carlo, lambda_return, bradley_terry])
+def test_parts_of_a_batch_add_up_by_their_share_of_the_rows(objective):
+    four = batch(
+        [[0, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 0], [0, 1, 0, 0]], [[1.0] * 4, [0.0] * 4, [1.0] * 4, [0.0] * 4]
+    )
+    logit_BT = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    parts = [
+        evolve(
+            four,
+            **{
+                name: getattr(four, name)[rows]
+                for name in ("ids_BT", "document_BT", "response_BT", "reward_BT", "group_BT")
+            },
+        )
+        for rows in (slice(2), slice(2, 4))
+    ]
+
+    halves = objective(logit_BT[:2], parts[0], lam=0.5) + objective(logit_BT[2:], parts[1], lam=0.5)
+
+    torch.testing.assert_close(halves / 2, objective(logit_BT, four, lam=0.5))

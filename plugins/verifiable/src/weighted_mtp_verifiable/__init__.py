@@ -95,7 +95,7 @@ class ValueHeadOptions:
     layers: int = field(default=2, validator=v.ge(0))
     hidden_size: int = field(default=128, validator=v.ge(8))
     heads: int = field(default=4, validator=v.ge(1))
-    writing: float = field(default=1.0, validator=v.ge(0))
+    writing: float = field(default=2.0, validator=v.ge(0))
 
     @layers.validator
     def _be_some_for_an_own_body(self, _: object, value: int) -> None:

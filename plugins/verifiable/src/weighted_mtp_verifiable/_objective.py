@@ -53,7 +53,7 @@ def bradley_terry(logit_BT: Tensor, batch: Batch, *, lam: float) -> Tensor:
     final_B = logit_BT.gather(1, last_B[:, None]).squeeze(1)
     answered_P = batch.response_BT.any(dim=1).view(-1, 2).all(dim=1)
     correct_P, incorrect_P = final_B.view(-1, 2).unbind(dim=1)
-    return mean(F.softplus(incorrect_P - correct_P), answered_P)
+    return F.softplus(incorrect_P - correct_P).where(answered_P, 0.0).mean()
 
 
 def outcome(batch: Batch) -> Tensor:
@@ -82,6 +82,15 @@ def mean(x: Tensor, mask: Tensor) -> Tensor:
     return x.where(mask, 0.0).sum() / mask.sum().clamp(min=1)
 
 
+def row_mean(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Return the mean over all rows of each row's mean where the mask is True (0 if it never is).
+
+    Means over rows, unlike means over tokens, are the same however a batch is cut into parts of rows.
+    """
+    total_B = x_BT.where(mask_BT, 0.0).sum(dim=1)
+    return (total_B / mask_BT.sum(dim=1).clamp(min=1)).mean()
+
+
 def _cross_entropy(logit_BT: Tensor, target_BT: Tensor, batch: Batch) -> Tensor:
     loss_BT = F.binary_cross_entropy_with_logits(logit_BT, target_BT, reduction="none")
-    return mean(loss_BT, prefixes(batch))
+    return row_mean(loss_BT, prefixes(batch))

@@ -36,6 +36,7 @@ class ValueHead(Critic):
     """
 
     trainable = True
+    cacheable = True
 
     def __init__(self, options: ValueHeadOptions, context: BuildContext) -> None:
         model = context.model
@@ -65,7 +66,7 @@ class ValueHead(Critic):
         judgement = self._judge(batch, hidden_BTH)
         objective = _OBJECTIVES[self._options.objective](judgement.logit_BT, batch, lam=self._options.lam)
         correct_BT = batch.response_BT & (batch.reward_BT >= _objective.CORRECT)
-        writing = _objective.mean(judgement.surprise_BT, correct_BT)
+        writing = _objective.row_mean(judgement.surprise_BT, correct_BT)
         return CriticLoss(
             loss=objective + self._options.writing * writing,
             metrics={
