@@ -24,7 +24,9 @@ from attrs import validators as v
 from weighted_mtp_core.errors import WmtpError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor
 
 __all__ = [
@@ -174,6 +176,8 @@ class Batch:
         example_ids: The examples in the batch, row by row, for messages.
         position_BT: int64 position of each token in its document where rows hold several documents, 0 on
             padding; None where each row holds one, whose positions are 0, 1, ...
+        place_BT: int64 array, on the host: where each token lies in the arrays that the batch was made from,
+            -1 on padding; None if it was not made from any.
     """
 
     ids_BT: Tensor
@@ -183,6 +187,7 @@ class Batch:
     group_BT: Tensor
     example_ids: tuple[str, ...] = ()
     position_BT: Tensor | None = None
+    place_BT: NDArray[np.int64] | None = None
 
 
 @frozen(kw_only=True, eq=False)
@@ -427,10 +432,15 @@ class Critic(Stateful):
         reads_policy: Whether `score` and `loss` want the policy's trunk states; if not, `hidden_BTH` is None.
         batching: How stage 1 composes batches: `"pointwise"`, or `"pairs"`: rows 2i and 2i + 1 are a
             correct and an incorrect response to one problem.
+        cacheable: Whether scores depend on nothing but the batch, `state_dict()`, the options and what
+            `ModelContext` gave. If so, and if it does not read the policy, core computes them once for each
+            document and run, and not again in later runs; not so, for example, of a model read from a file
+            that is not in the state.
     """
 
     trainable: bool = False
     reads_policy: bool = True
+    cacheable: bool = False
     batching: Literal["pointwise", "pairs"] = "pointwise"
 
     @abstractmethod

@@ -71,6 +71,16 @@ class Sampler:
         members = members[np.argsort(self._length_U[members], kind="stable")]
         return self._units[members[place * self._per_batch : (place + 1) * self._per_batch]].reshape(-1)
 
+    def first_steps(self) -> Rows:
+        """Return for each document the step of the first epoch that draws it, `[D]`; units of one only."""
+        shuffled_U, order = self._shuffles(0)
+        place_U = np.arange(len(shuffled_U))
+        block_U = place_U // (_SORTED_BATCHES * self._per_batch)
+        sorted_U = shuffled_U[np.lexsort((place_U, self._length_U[shuffled_U], block_U))]
+        step_D = np.empty(len(shuffled_U), dtype=np.int64)
+        step_D[self._units[sorted_U, 0]] = np.argsort(order)[place_U // self._per_batch]
+        return step_D
+
     def _shuffles(self, epoch: int) -> tuple[Rows, Rows]:
         """Return the order of an epoch's units, from which batches are cut, and that of its batches."""
         if self._epoch[0] != epoch:
@@ -155,15 +165,19 @@ def _lay(
     shape = int(row_D.max()) + 1, int((offset_D + length_D).max())
     position_N = np.arange(length_D.sum()) - np.repeat(np.cumsum(length_D) - length_D, length_D)
     place_N = np.repeat(row_D * shape[1] + offset_D, length_D) + position_N
-    ids_N = token_set.ids_N[np.repeat(token_set.start_D1[documents], length_D) + position_N]
+    source_N = np.repeat(token_set.start_D1[documents], length_D) + position_N
+    ids_N = token_set.ids_N[source_N]
     let_go(token_set.ids_N)
     response_N = position_N >= np.repeat(token_set.prompt_D[documents], length_D)
     _, group_D = np.unique(token_set.problem_D[documents], return_inverse=True)
 
-    def tensor(value_N: NDArray[Any], dtype: type[np.generic], *, padding: int = 0) -> torch.Tensor:
+    def laid(value_N: NDArray[Any], dtype: type[np.generic], *, padding: int = 0) -> NDArray[Any]:
         laid_BT = np.full(shape, padding, dtype=dtype)
         laid_BT.reshape(-1)[place_N] = value_N
-        return torch.from_numpy(laid_BT).to(device, non_blocking=True)
+        return laid_BT
+
+    def tensor(value_N: NDArray[Any], dtype: type[np.generic], *, padding: int = 0) -> torch.Tensor:
+        return torch.from_numpy(laid(value_N, dtype, padding=padding)).to(device, non_blocking=True)
 
     batch = Batch(
         ids_BT=tensor(ids_N, np.int64),
@@ -172,6 +186,7 @@ def _lay(
         reward_BT=tensor(np.repeat(token_set.reward_D[documents], length_D) * response_N, np.float32),
         group_BT=tensor(np.repeat(group_D, length_D), np.int64, padding=-1),
         example_ids=tuple(token_set.example_ids[int(d)] for d in documents),
+        place_BT=laid(source_N, np.int64, padding=-1),
     )
     return batch, tensor(position_N, np.int64)
 
@@ -190,6 +205,7 @@ def split_rows(batch: Batch, parts: int) -> Iterator[Batch]:
             group_BT=batch.group_BT[first:last],
             example_ids=batch.example_ids[first:last],
             position_BT=None if batch.position_BT is None else batch.position_BT[first:last],
+            place_BT=None if batch.place_BT is None else batch.place_BT[first:last],
         )
 
 

@@ -57,6 +57,14 @@ class PackedSampler:
         block = bisect.bisect_right(self._end, step) - 1
         return self._batches(block)[step - self._end[block]]
 
+    def first_steps(self) -> Rows:
+        """Return for each document the step of the first epoch that draws it, `[D]`."""
+        step_D = np.empty(len(self._length_D), dtype=np.int64)
+        batches = [batch for block in range(self._blocks_per_epoch) for batch in self._batches(block)]
+        for step, batch in enumerate(batches):
+            step_D[np.concatenate(batch)] = step
+        return step_D
+
     def _batches(self, number: int) -> list[list[Rows]]:
         """Return the batches of a block, counted over all epochs."""
         if self._block[0] != number:

@@ -141,9 +141,11 @@ class CriticTable(Selection):
     """`[critic]`: the critic and its own optimisation (stage 1).
 
     `checkpoint` is the folder `checkpoints/critic` of an earlier run: stage 1 is then skipped. A critic that
-    is not better than a constant stops the run unless `allow_uninformative_critic` is set.
+    is not better than a constant stops the run unless `allow_uninformative_critic` is set. `cache` keeps the
+    scores of a critic that does not read the policy under `<storage>/signals`.
     """
 
+    cache: bool = True
     checkpoint: str | None = None
     allow_uninformative_critic: bool = False
     train: TrainTable = TrainTable()

@@ -23,9 +23,9 @@ from weighted_mtp_core.api import (
     Split,
     WeightingStrategy,
 )
-from weighted_mtp_core.data.batches import Sampler, collate, collate_packed, in_order, pointwise
+from weighted_mtp_core.data.batches import collate, in_order
 from weighted_mtp_core.data.cache import TokenCache, make_token_cache
-from weighted_mtp_core.data.packing import PackedSampler
+from weighted_mtp_core.data.steps import StepBatches, make_step_batches
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.model.device import resolve_device, resolve_dtype
@@ -34,7 +34,9 @@ from weighted_mtp_core.model.load import load_policy
 from weighted_mtp_core.model.packing import check_packing
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.plan import Plan
+from weighted_mtp_core.stages.cached_critic import CachedCritic, scores_key, state_sha256
 from weighted_mtp_core.stages.checkpoint import load_model
+from weighted_mtp_core.storage.manifest import sha256_of
 
 
 @define(kw_only=True, eq=False, slots=False)
@@ -65,6 +67,7 @@ class Prepared:
     cache: TokenCache
     say: Callable[[str], None]
     _token_sets: dict[tuple[str, Split], TokenSet] = field(factory=dict, init=False)
+    _given: list[str] = field(factory=list, init=False)
 
     def policy_tokens(self, split: Split) -> TokenSet:
         """Return what the policy imitates, as tokens."""
@@ -103,14 +106,28 @@ class Prepared:
         """Return documents as a batch on the device."""
         return collate(tokens, rows, device=self.device)
 
-    def policy_batches(self, tokens: TokenSet) -> Callable[[int], Batch]:
-        """Return the global batch of each step of stage 2: a document a row, or packed."""
-        data, size, seed = self.plan.recipe.data, self.plan.recipe.train.batch_size, self.plan.recipe.run.seed
-        if data.packing == "documents":
-            packed = PackedSampler(tokens.length_D, row_tokens=data.pack_tokens, batch_size=size, seed=seed)
-            return lambda step: collate_packed(tokens, packed.rows(step), device=self.device)
-        apart = Sampler(pointwise(tokens), tokens.length_D, batch_size=size, seed=seed)
-        return lambda step: self.batch(tokens, apart.rows(step))
+    def policy_batches(self, tokens: TokenSet) -> StepBatches:
+        """Return the global batch of each step of stage 2."""
+        recipe = self.plan.recipe
+        return make_step_batches(
+            tokens,
+            recipe.data,
+            batch_size=recipe.train.batch_size,
+            seed=recipe.run.seed,
+            device=self.device,
+        )
+
+    def cached(self, critic: Critic | None, batches: StepBatches) -> Critic | None:
+        """Return the critic, or what reads its scores from a table if recipe and critic allow it."""
+        recipe, chosen = self.plan.recipe, self.plan.critic
+        if critic is None or chosen is None or recipe.critic is None:
+            return critic
+        if not recipe.critic.cache or not critic.cacheable or critic.reads_policy:
+            return critic
+        accumulation = recipe.train.accumulation
+        key = scores_key(critic, chosen, given=self._given, batches=batches, accumulation=accumulation)
+        folder = self.storage / "signals" / key[:16]
+        return CachedCritic(critic, batches, accumulation=accumulation, folder=folder)
 
     def validation_batches(
         self, tokens: TokenSet, *, batch_size: int, limit: int = 0
@@ -137,10 +154,25 @@ class Prepared:
                 hidden_size=self.policy.hidden_size,
                 vocab_size=self.policy.vocab_size,
                 device=self.device,
-                frozen_trunk=self.policy.frozen_trunk,
-                frozen_losses=partial(frozen_losses, self.policy, load=load_model),
+                frozen_trunk=self._frozen_trunk,
+                frozen_losses=self._frozen_losses,
             ),
         )
+
+    def _frozen_trunk(self) -> Callable[[Batch], Tensor]:
+        self._note_given(None)
+        return self.policy.frozen_trunk()
+
+    def _frozen_losses(self, checkpoint: Path | None) -> Callable[[Batch], Tensor]:
+        losses = frozen_losses(self.policy, checkpoint, load=load_model)
+        self._note_given(checkpoint)
+        return losses
+
+    def _note_given(self, checkpoint: Path | None) -> None:
+        """Note what a component stands on, for the key of its scores: the policy as it is, or a file."""
+        if self.plan.recipe.critic is not None and self.plan.recipe.critic.cache:
+            weights = state_sha256(self.policy.state_dict()) if checkpoint is None else sha256_of(checkpoint)
+            self._given += [weights, self.policy.config.to_json_string()]
 
     def build_critic(self) -> Critic | None:
         """Build the recipe's critic, if it names one."""

@@ -134,13 +134,14 @@ class _Stages:
         """Stage 2: weighted multi-token training."""
         recipe, chosen = self.plan.recipe, self.plan.weighting
         tokens, held_out = prepared.policy_tokens("train"), prepared.policy_tokens("validation")
+        batches = prepared.policy_batches(tokens)
         best = self.record.folder.checkpoints / "best_model.pt"
         learner = PolicyLearner(
             policy=prepared.policy,
             arm=Arm(
                 weighting=prepared.build_weighting(),
                 needs=chosen.needs,
-                critic=critic,
+                critic=prepared.cached(critic, batches),
                 label=f"weighting `{chosen.address}` ({chosen.plugin.distribution} {chosen.plugin.version})",
             ),
             loss=recipe.loss,
@@ -158,7 +159,7 @@ class _Stages:
             save=partial(save_model, prepared.policy, best),
             restore=partial(load_model, prepared.policy, best),
         )
-        trained = self._train(learner, recipe.train, prepared.policy_batches(tokens))
+        trained = self._train(learner, recipe.train, batches)
         self.record.artifact(best, "checkpoints")
         return trained
 

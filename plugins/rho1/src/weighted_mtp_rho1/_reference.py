@@ -19,6 +19,7 @@ class Reference(Critic):
     """A frozen copy of the policy, as an earlier run left it or as it is before training."""
 
     reads_policy = False
+    cacheable = True
 
     def __init__(self, options: ReferenceOptions, context: BuildContext) -> None:
         checkpoint = None if options.checkpoint is None else Path(options.checkpoint)
