@@ -1,6 +1,8 @@
 """Examples become flat arrays of ids on disk: prompt, response, EOS; made once, mapped afterwards."""
 
 import os
+import re
+from pathlib import Path
 
 import attrs
 import numpy as np
@@ -11,7 +13,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from weighted_mtp_core.api import DatasetVersion, Example, WmtpError
 from weighted_mtp_core.chosen import Chooser
-from weighted_mtp_core.data.arrays import ArrayWriter, mapped
+from weighted_mtp_core.data.arrays import ArrayWriter, let_go, mapped
 from weighted_mtp_core.data.cache import make_token_cache, tokenizer_fingerprint
 from weighted_mtp_core.data.tokens import open_tokens, tokenise
 from weighted_mtp_core.plugins import Kind
@@ -140,6 +142,26 @@ def test_an_array_that_grew_reads_as_one_that_was_saved(tmp_path_factory, parts)
 
     assert np.load(path).tolist() == [value for part in parts for value in part]
     assert mapped(path).dtype == np.int32
+
+
+def mapped_megabytes():
+    """Return how much of this process's memory is pages of files."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssFile:\s+(\d+)", status).group(1)) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="told by Linux alone")
+def test_what_was_read_does_not_stay_in_memory(tmp_path):
+    np.save(tmp_path / "large.npy", np.zeros(2**25, dtype=np.uint8))
+    array = mapped(tmp_path / "large.npy")
+    before = mapped_megabytes()
+    array.sum()
+    read = mapped_megabytes()
+    let_go(array)
+
+    assert read - before > 30
+    assert mapped_megabytes() - before < 2
+    assert array.sum() == 0
 
 
 def test_the_tokenizer_works_on_all_cores_unless_told_otherwise(make, monkeypatch):
