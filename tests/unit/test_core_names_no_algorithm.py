@@ -5,7 +5,7 @@ from pathlib import Path
 
 import weighted_mtp_core
 
-ALGORITHMS = re.compile(r"verifiable|baseline_mtp|td_error(?!_mean\b)|rho1")
+ALGORITHMS = re.compile(r"verifiable|baseline_mtp|td_error(?!_mean\b)|rho1|excess_loss|random_matched")
 
 
 def test_no_module_of_the_core_names_an_algorithm():

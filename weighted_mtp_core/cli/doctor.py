@@ -15,7 +15,7 @@ missing that a run needs."""
 _EPILOG = """\
 examples:
   doctor                               with the tracker that is configured
-  doctor configs/verifiable.toml       with the trackers of a recipe"""
+  doctor configs/my_recipe.toml        with the trackers of a recipe"""
 _TICKS = {"ok": "✓", "warning": "!", "FAILED": "✗"}
 
 

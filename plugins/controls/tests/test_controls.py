@@ -4,12 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from weighted_mtp_core.api import StepView, WeightingChoice, WeightingStrategy, Weights, WmtpError
+
 from weighted_mtp_controls import AnnealOptions, ClipOptions
 from weighted_mtp_controls._combinators import Anneal, Clip, Product
 from weighted_mtp_controls._random_matched import RandomMatched
 from weighted_mtp_controls._random_numbers import uniform
 from weighted_mtp_controls._shuffled import Shuffled
-from weighted_mtp_core.api import StepView, WeightingChoice, WeightingStrategy, Weights, WmtpError
 
 K = 2
 

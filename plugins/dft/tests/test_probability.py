@@ -6,6 +6,7 @@ import pytest
 import torch
 from weighted_mtp_core.api import StepView
 from weighted_mtp_core.testing import WeightingStrategySuite
+
 from weighted_mtp_dft import ProbabilityOptions, build_probability
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from weighted_mtp_core.api import BuildContext
 from weighted_mtp_core.testing import CriticSuite, documents
+
 from weighted_mtp_rho1 import ReferenceOptions, build_reference
 
 
