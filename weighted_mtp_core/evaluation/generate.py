@@ -31,7 +31,7 @@ class Generations:
         emitted: All new tokens, EOS included.
         passes: Forward passes, counted row by row, the prompt's own included.
         verified: Passes that verified drafts: those after the prompt's.
-        accepted: How many of those kept the first, second, ... draft.
+        accepted: How many of those kept the first, second, ... draft; a draft behind the text's end is not.
         seconds: Wall clock.
     """
 
@@ -52,6 +52,11 @@ class Generations:
     def acceptance(self) -> tuple[float, ...]:
         """Share of verifying passes that kept the first, second, ... draft."""
         return tuple(count / max(self.verified, 1) for count in self.accepted)
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens that a verifying pass gives: its own and the drafts it kept; 1 for plain decoding."""
+        return 1.0 + sum(self.acceptance)
 
 
 @define(kw_only=True)
@@ -182,13 +187,18 @@ class Sampled:
     generations: Generations
 
     def metrics(self) -> dict[str, float]:
-        """Return what is the same in every run of a recipe."""
+        """Return what is the same in every run of a recipe.
+
+        `acceptance_position_k` is the share of verifying passes that kept what head k drafted.
+        """
         found = {
             "tokens_per_forward": self.generations.tokens_per_forward,
             "finished_share": sum(self.generations.finished) / max(len(self.generations.finished), 1),
         }
-        for position, share in enumerate(self.generations.acceptance, start=1):
-            found[f"acceptance_draft_{position}"] = share
+        if self.generations.accepted:
+            found["acceptance_length"] = self.generations.acceptance_length
+        for head, share in enumerate(self.generations.acceptance, start=2):
+            found[f"acceptance_position_{head}"] = share
         return found
 
     def timings(self) -> dict[str, float]:

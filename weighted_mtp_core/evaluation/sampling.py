@@ -52,4 +52,6 @@ def accept(
     target_RV = target_RDV[row_R, count_R]
     padded_RDV = torch.cat([draft_RDV, torch.zeros_like(target_RDV[:, -1:])], dim=1)
     rest_RV = (target_RV - padded_RDV[row_R, count_R]).clamp(min=0)
-    return count_R, rest_RV
+    # Where q is p up to rounding, a draft may be refused with nothing left over: p itself is then right.
+    is_left_R1 = rest_RV.sum(dim=-1, keepdim=True) > 0
+    return count_R, torch.where(is_left_R1, rest_RV, target_RV)

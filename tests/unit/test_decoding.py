@@ -1,0 +1,173 @@
+"""Cached, batched and self-speculative decoding writes what one forward pass a token would have written."""
+
+import copy
+import functools
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from weighted_mtp_core.evaluation.generate import generate
+from weighted_mtp_core.model.policy import make_policy
+
+V, K = 40, 4
+SMALL = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+BASES = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=32, num_key_value_heads=1)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL, intermediate_size=32, num_key_value_heads=1)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=16, n_layer=3, n_head=2)),
+}
+POLICIES = [(name, head) for name in BASES for head in ("transformer", "linear")]
+DECODINGS = ("plain", "self_speculative")
+PROMPTS = ((5, 9, 4, 31), (7,), (3, 3, 8, 1, 2, 39, 6), (12, 30), (20, 21, 22))
+EOS = 0
+
+
+@functools.cache
+def models(name, head):
+    """A base model and a policy of it, whose heads 2.. have learnt nothing but are not the base's copies."""
+    torch.manual_seed(1)
+    base = BASES[name]().eval()
+    for parameter in base.parameters():  # far from the initial scale, where every position looks alike
+        torch.nn.init.normal_(parameter, std=0.2)
+    policy = make_policy(copy.deepcopy(base), n_future=K, head_kind=head).eval()
+    for parameter in policy.heads[2:].parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return base, policy
+
+
+@torch.no_grad()
+def naive(base, prompt, *, limit, eos_id=EOS):
+    """Argmax of the whole text, again for every token, until EOS; what transformers' own model says."""
+    ids = list(prompt)
+    for _ in range(limit):
+        ids.append(int(base(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        if ids[-1] == eos_id:
+            return tuple(ids[len(prompt) : -1]), True
+    return tuple(ids[len(prompt) :]), False
+
+
+@pytest.mark.parametrize(("name", "head"), POLICIES)
+@pytest.mark.parametrize("decoding", DECODINGS)
+@pytest.mark.parametrize("limit", [1, 2, 11])
+def test_greedy_text_is_that_of_a_loop_without_a_cache(name, head, decoding, limit):
+    base, policy = models(name, head)
+    expected = [naive(base, prompt, limit=limit) for prompt in PROMPTS]
+
+    written = generate(policy, PROMPTS, max_new_tokens=limit, eos_id=EOS, decoding=decoding, batch_size=3)
+
+    assert list(zip(written.tokens, written.finished, strict=True)) == expected
+
+
+@pytest.mark.parametrize(("name", "head"), POLICIES)
+@pytest.mark.parametrize("decoding", DECODINGS)
+def test_every_token_of_a_text_may_be_the_eos_that_ends_it(name, head, decoding):
+    base, policy = models(name, head)
+    for eos_id in set(naive(base, PROMPTS[0], limit=8, eos_id=-1)[0]):
+        written = generate(policy, PROMPTS[:1], max_new_tokens=9, eos_id=eos_id, decoding=decoding)
+
+        assert (written.tokens[0], written.finished[0]) == naive(base, PROMPTS[0], limit=9, eos_id=eos_id)
+
+
+def sample(policy, prompts, streams, *, decoding, batch_size=32, seed=3, limit=9):
+    return generate(
+        policy,
+        prompts,
+        max_new_tokens=limit,
+        eos_id=EOS,
+        temperature=1.0,
+        seed=seed,
+        streams=streams,
+        decoding=decoding,
+        batch_size=batch_size,
+    ).tokens
+
+
+@pytest.mark.parametrize(("name", "head"), POLICIES)
+@pytest.mark.parametrize("decoding", DECODINGS)
+def test_a_sampled_text_does_not_depend_on_its_batch(name, head, decoding):
+    _, policy = models(name, head)
+    streams = [f"stream {i}" for i in range(len(PROMPTS))]
+    alone = [
+        sample(policy, [prompt], [stream], decoding=decoding)[0]
+        for prompt, stream in zip(PROMPTS, streams, strict=True)
+    ]
+
+    assert list(sample(policy, PROMPTS, streams, decoding=decoding)) == alone
+    assert list(sample(policy, PROMPTS, streams, decoding=decoding, batch_size=2)) == alone
+    assert list(sample(policy, PROMPTS[::-1], streams[::-1], decoding=decoding))[::-1] == alone
+
+
+@pytest.mark.parametrize("decoding", DECODINGS)
+def test_seed_and_stream_decide_a_sampled_text(decoding):
+    _, policy = models("llama", "linear")
+    prompts = [PROMPTS[0]] * 3
+
+    twice = sample(policy, prompts, ["a", "a", "b"], decoding=decoding)
+    other_seed = sample(policy, prompts, ["a", "a", "b"], decoding=decoding, seed=4)
+
+    assert twice[0] == twice[1]
+    assert twice[0] != twice[2]
+    assert twice[0] != other_seed[0]
+
+
+@functools.cache
+def coin():
+    """A model of four tokens and its policy; drafts agree with it now and then."""
+    torch.manual_seed(2)
+    config = LlamaConfig(
+        vocab_size=4,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=16,
+    )
+    base = LlamaForCausalLM(config).eval()
+    for parameter in base.parameters():
+        torch.nn.init.normal_(parameter, std=0.25)
+    policy = make_policy(copy.deepcopy(base), n_future=3, head_kind="transformer").eval()
+    for parameter in policy.heads[1:].parameters():
+        torch.nn.init.normal_(parameter, std=0.25)
+    return base, policy
+
+
+@torch.no_grad()
+def exact_distribution(base, prompt, *, length, temperature):
+    """Probability of each text of so many tokens, `[4 ** length]`, from the model's own conditionals."""
+    texts = torch.cartesian_prod(*[torch.arange(4)] * length)
+    rows = torch.cat([torch.tensor([prompt]).expand(len(texts), -1), texts], dim=1)
+    log_p = (base(input_ids=rows).logits / temperature).log_softmax(dim=-1)[:, len(prompt) - 1 : -1]
+    return log_p.gather(2, texts[:, :, None]).sum(dim=(1, 2)).exp().double().numpy()
+
+
+@pytest.mark.parametrize("decoding", DECODINGS)
+def test_sampled_texts_follow_exactly_the_models_distribution(decoding):
+    base, policy = coin()
+    prompt, count, length = (1, 3, 2), 6000, 4
+    expected = exact_distribution(base, prompt, length=length, temperature=0.8)
+    written = generate(
+        policy,
+        [prompt] * count,
+        max_new_tokens=length,
+        eos_id=-1,
+        temperature=0.8,
+        seed=11,
+        decoding=decoding,
+        batch_size=2000,
+    )
+    numbers = np.array(written.tokens) @ (4 ** np.arange(length)[::-1])
+    observed = np.bincount(numbers, minlength=len(expected))
+
+    assert (expected * count).min() >= 5  # what the approximation of the test statistic asks for
+    assert chisquare(observed, expected / expected.sum() * count).pvalue > 0.01
+    if decoding == "self_speculative":
+        assert all(0.2 < share < 0.95 for share in written.acceptance)
