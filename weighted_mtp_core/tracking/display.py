@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from attrs import define, field
+from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
@@ -24,6 +25,7 @@ PLAIN_EVERY_S = 5.0
 _BARS = "▁▂▃▄▅▆▇█"
 _CURVE = 32
 _INDENT = " " * 11
+_FRAME = 6  # what a panel of two columns is wider than they are
 
 
 def sparkline(values: Sequence[float]) -> str:
@@ -71,6 +73,15 @@ class _Stage:
     def remaining(self) -> str:
         spent = time.monotonic() - self.began
         return duration(spent / self.step * (self.total - self.step)) if self.step else "?"
+
+
+def _panel(rows: Sequence[tuple[str, str]], *, title: str) -> Panel:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(no_wrap=True)
+    for name, value in rows:
+        table.add_row(Text(name), Text(value))
+    return Panel(table, title=title, title_align="left", expand=False)
 
 
 @define(eq=False)
@@ -147,17 +158,18 @@ class Display:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def summary(self, rows: Sequence[tuple[str, str]], *, title: str = "summary") -> None:
-        """Show what came out, as a panel of names and values."""
+        """Show what came out as names and values: in a panel, if this is a terminal and every row fits."""
         self._end_stage(done=True)
         if self._live is not None:
             self._live.stop()
             self._live = None
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style="bold", no_wrap=True)
-        table.add_column(overflow="fold")
-        for name, value in rows:
-            table.add_row(Text(name), Text(value))
-        self.console.print(Panel(table, title=title, title_align="left", expand=False))
+        width = max((cell_len(name) for name, _ in rows), default=0)
+        longest = max((cell_len(value) for _, value in rows), default=0)
+        if self.console.is_terminal and width + longest + _FRAME <= self.console.width:
+            self.console.print(_panel(rows, title=title))
+            return
+        for name, value in rows:  # in one piece each, so that a path can be copied
+            self.note(f"{name:<{width}}  {value}")
 
     def _end_stage(self, *, done: bool) -> None:
         stage, self._stage = self._stage, None

@@ -76,12 +76,26 @@ def test_notes_are_shown_as_they_are(plain):
     assert text(plain) == "[red] `x[0]` " + "long " * 40 + "\n"
 
 
-def test_the_summary_shows_every_row_whole(plain):
+def test_without_a_terminal_the_summary_is_lines_that_can_be_copied(plain):
     with Display(plain) as display:
-        display.summary([("pass@1", "0.62"), ("run", "x" * 200)])
+        display.summary([("pass@1", "0.62"), ("run", "/" + "x" * 200)])
 
-    assert "pass@1  0.62" in text(plain)
-    assert text(plain).count("x") == 200
+    assert text(plain).splitlines() == ["pass@1  0.62", "run     /" + "x" * 200]
+
+
+def test_on_a_terminal_the_summary_is_a_panel(terminal):
+    with Display(terminal) as display:
+        display.summary([("pass@1", "0.62"), ("run", "/tmp/run")])
+
+    assert "summary" in text(terminal)
+    assert "/tmp/run" in text(terminal)
+
+
+def test_a_row_that_does_not_fit_the_terminal_is_not_cut_to_pieces(terminal):
+    with Display(terminal) as display:
+        display.summary([("pass@1", "0.62"), ("run", "/" + "x" * 200)])
+
+    assert "run     /" + "x" * 200 in text(terminal)
 
 
 def test_only_the_first_of_several_processes_shows_anything(plain, monkeypatch):
