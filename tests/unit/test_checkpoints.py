@@ -257,12 +257,13 @@ def test_an_optimiser_goes_on_as_if_it_had_not_stopped():
         module = nn.Linear(4, 4) if start is None else start
         optimiser = torch.optim.AdamW(module.parameters(), fused=True)
         if state is not None:
-            load_optimiser_state(optimiser, state)
+            load_optimiser_state(optimiser, list(module.parameters()), state)
         for _ in range(count):
             module(torch.ones(4)).square().sum().backward()
             optimiser.step()
             optimiser.zero_grad()
-        return module, {name: tensor.clone() for name, tensor in optimiser_state(optimiser).items()}
+        moments = optimiser_state(optimiser, list(module.parameters()))
+        return module, {name: tensor.clone() for name, tensor in moments.items()}
 
     whole, _ = stepped(4)
     half, state = stepped(2)

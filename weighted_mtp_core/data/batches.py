@@ -191,10 +191,10 @@ def _lay(
     return batch, tensor(position_N, np.int64)
 
 
-def split_rows(batch: Batch, parts: int) -> Iterator[Batch]:
-    """Yield the batch in up to `parts` runs of rows of nearly equal size."""
-    count = len(batch.ids_BT)
-    bounds = np.linspace(0, count, min(parts, count) + 1).round().astype(int)
+def split_rows(batch: Batch, parts: int, *, together: int = 1) -> Iterator[Batch]:
+    """Yield the batch in up to `parts` runs of rows of nearly equal size, never cutting `together` rows."""
+    count = len(batch.ids_BT) // together
+    bounds = together * np.linspace(0, count, min(parts, count) + 1).round().astype(int)
     for first, last in itertools.pairwise(bounds):
         yield attrs.evolve(
             batch,

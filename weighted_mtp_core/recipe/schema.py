@@ -58,7 +58,7 @@ class ModelTable:
     """`[model]`: the policy's base and its heads.
 
     `base` is `micro`, a folder under `storage/models_v2`, a transformers directory, a `.gguf` file
-    or a hub id.
+    or a hub id. `shard` splits the layers' parameters over the processes of `torchrun` (FSDP2).
     """
 
     base: str = "micro"
@@ -67,6 +67,7 @@ class ModelTable:
     micro: MicroTable = MicroTable()
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    shard: bool = False
 
 
 @frozen(kw_only=True)

@@ -16,17 +16,22 @@ from torch import Tensor, nn
 
 from weighted_mtp_core.api import Stateful
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.stages.world import ALONE, World, full, like
 from weighted_mtp_core.storage.manifest import atomic_write, verify_manifest, write_manifest
 
 _TENSORS, _VALUES = "state.safetensors", "state.json"
 
 
-def save_model(model: nn.Module, path: Path) -> None:
-    """Write the model's tensors as a plain dict that `torch.load(path, weights_only=True)` reads."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    torch.save({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}, buffer)
-    atomic_write(path, buffer.getvalue())
+def save_model(model: nn.Module, path: Path, *, world: World = ALONE) -> None:
+    """Write the model's tensors as a plain dict that `torch.load(path, weights_only=True)` reads.
+
+    Of several processes all take part, and the first writes.
+    """
+    tensors = {name: full(tensor.detach()).cpu() for name, tensor in model.state_dict().items()}
+    if world.first:
+        buffer = io.BytesIO()
+        torch.save(tensors, buffer)
+        atomic_write(path, buffer.getvalue())
 
 
 def load_model(model: nn.Module, path: Path) -> None:
@@ -44,8 +49,11 @@ def load_model(model: nn.Module, path: Path) -> None:
             f"`{path}` is not a checkpoint of tensors: {str(error).splitlines()[0]}",
             hint="it may be damaged: take another one, or begin the run anew",
         ) from error
+    own = model.state_dict()
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(
+            {name: like(own[name], tensor) if name in own else tensor for name, tensor in state.items()}
+        )
     except RuntimeError as error:
         raise WmtpError(
             f"checkpoint `{path}` does not fit this model: {str(error).splitlines()[0]}",
@@ -53,8 +61,13 @@ def load_model(model: nn.Module, path: Path) -> None:
         ) from error
 
 
-def save_component(component: Stateful, folder: Path) -> None:
-    """Write a component's state: tensors as safetensors, plain values as JSON, and a manifest."""
+def save_component(component: Stateful, folder: Path, *, world: World = ALONE) -> None:
+    """Write a component's state: tensors as safetensors, plain values as JSON, and a manifest.
+
+    Of several processes the first writes.
+    """
+    if not world.first:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     state = component.state_dict()
     tensors = {

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from weighted_mtp_core.errors import RunFailedError, WmtpError
 from weighted_mtp_core.recipe.schema import CheckpointTable
 from weighted_mtp_core.stages.snapshot import Snapshot
+from weighted_mtp_core.stages.world import ALONE, World
 from weighted_mtp_core.storage.manifest import atomic_folder
 
 STAGES = ("critic", "policy")
@@ -31,11 +32,13 @@ class Checkpoints:
         folder: `checkpoints/` of the run folder.
         table: How often, and how many are kept.
         say: Tells the person and the log.
+        world: The processes that train together; the first one writes.
     """
 
     folder: Path
     table: CheckpointTable
     say: Callable[[str], None]
+    world: World = ALONE
     _writer: ThreadPoolExecutor = field(init=False, factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
     _writing: Future[None] | None = field(init=False, default=None)
 
@@ -50,6 +53,8 @@ class Checkpoints:
             RunFailedError: The one before it could not be written.
         """
         self.wait()
+        if not self.world.first:
+            return
         self._writing = self._writer.submit(self._write, snapshot)
 
     def wait(self) -> None:

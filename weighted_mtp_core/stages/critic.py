@@ -20,6 +20,7 @@ from weighted_mtp_core.api import Batch, Critic
 from weighted_mtp_core.data.batches import split_rows
 from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.stages.loop import Learner, Validation
+from weighted_mtp_core.stages.world import ALONE, World
 
 Floats = NDArray[np.float64]
 _RESAMPLES = 1000
@@ -123,6 +124,7 @@ class CriticLearner(Learner):
         critic: What is trained.
         trunk: The policy's trunk states of a batch, float32; used where the critic reads them.
         accumulation: In how many parts a global batch goes through the critic.
+        world: The processes that train together.
         validation: Batches of the validation split, with the problem number of each row.
         best: The folder of the best critic.
         save: Writes the critic as the best one.
@@ -133,6 +135,7 @@ class CriticLearner(Learner):
     critic: Critic
     trunk: Callable[[Batch], Tensor]
     accumulation: int
+    world: World = ALONE
     validation: Callable[[], Iterable[tuple[Batch, NDArray[np.int64]]]]
     best: Path
     save: Callable[[], None]
@@ -148,13 +151,17 @@ class CriticLearner(Learner):
         """Accumulate the gradient of the critic's own loss, each part by its share of the rows."""
         del step
         totals: dict[str, Tensor | float] = {}
-        for part in split_rows(batch, self.accumulation):
-            share = len(part.ids_BT) / len(batch.ids_BT)
+        together = 2 if self.critic.batching == "pairs" else 1
+        parts = list(split_rows(batch, self.accumulation * self.world.size, together=together))
+        mine = self.world.share(parts)
+        for part in mine or parts[:1]:  # every process takes part, if with nothing
+            share = len(part.ids_BT) / len(batch.ids_BT) if mine else 0.0
             result = self.critic.loss(part, self._states(part))
             (result.loss * share).backward()  # type: ignore[no-untyped-call]
             for name, value in {"value_loss": result.loss.detach(), **result.metrics}.items():
                 totals[name] = totals.get(name, 0.0) + share * value
-        return totals
+        self.world.sum_gradients(self.parameters())
+        return self.world.sum_scalars(totals)
 
     def validate(self, *, step: int) -> Validation:
         """Judge the final values on the validation split; their cross-entropy selects the checkpoint."""

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from attrs import asdict, define, field, frozen
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from weighted_mtp_core.api import Batch
 from weighted_mtp_core.errors import RunFailedError
@@ -28,6 +29,7 @@ from weighted_mtp_core.stages.snapshot import (
     restore_random_state,
     split_state,
 )
+from weighted_mtp_core.stages.world import ALONE, World, clip_gradients
 from weighted_mtp_core.storage.manifest import atomic_write
 
 
@@ -117,13 +119,16 @@ def learning_rate(table: TrainTable, step: int) -> float:
 
 def make_optimiser(parameters: Iterable[nn.Parameter], table: TrainTable) -> torch.optim.AdamW:
     """Return AdamW that decays matrices only: norms and biases have no scale to hold down."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": table.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.requires_grad:  # the fused kernel takes no mixture of sharded and whole parameters
+            key = parameter.ndim >= 2, isinstance(parameter, DTensor)
+            groups.setdefault(key, []).append(parameter)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [
+            {"params": members, "weight_decay": table.weight_decay if is_matrix else 0.0}
+            for (is_matrix, _), members in sorted(groups.items(), reverse=True)
+        ],
         lr=table.learning_rate,
         betas=(0.9, 0.95),
         fused=True,  # also what makes skipping a step possible, see BadSteps
@@ -138,6 +143,7 @@ def train(
     reporter: Reporter,
     checkpoints: Checkpoints,
     resume: Snapshot | None = None,
+    world: World = ALONE,
 ) -> Trained:
     """Optimise for `table.steps` steps and leave the learner at its best validated state.
 
@@ -150,25 +156,29 @@ def train(
         reporter: Told every `log_every` steps and at each validation.
         checkpoints: Where snapshots go.
         resume: Where to go on from; None begins.
+        world: The processes that train together.
 
     Raises:
         RunFailedError: Too many steps in a row had no finite loss or gradient, or a checkpoint failed.
         KeyboardInterrupt: A signal asked for the end.
     """
-    training = _Training.begin(learner, table, batch_of=batch_of, reporter=reporter, checkpoints=checkpoints)
+    training = _Training.begin(
+        learner, table, batch_of=batch_of, reporter=reporter, checkpoints=checkpoints, world=world
+    )
     first = training.validate(0) if resume is None else training.restore(resume)
     with StopRequest() as signals:
         for step in range(first, table.steps):
             training.step(step)
             done = step + 1
-            if signals.requested:
+            if world.any(flag=signals.requested):
                 training.snapshot(done)
                 checkpoints.wait()
                 signals.stop()
-            if signals.checkpoint_now or checkpoints.due(done, table.steps):
+            if checkpoints.due(done, table.steps) or world.any(flag=signals.checkpoint_now):
                 signals.checkpoint_now = False
                 training.snapshot(done)
     checkpoints.wait()
+    world.wait()
     learner.load_best()
     return training.trained
 
@@ -182,6 +192,7 @@ class _Training:
     batch_of: Callable[[int], Batch]
     reporter: Reporter
     checkpoints: Checkpoints
+    world: World
     parameters: list[nn.Parameter]
     optimiser: torch.optim.AdamW
     bad: BadSteps
@@ -198,6 +209,7 @@ class _Training:
         batch_of: Callable[[int], Batch],
         reporter: Reporter,
         checkpoints: Checkpoints,
+        world: World,
     ) -> _Training:
         parameters = [parameter for parameter in learner.parameters() if parameter.requires_grad]
         return cls(
@@ -206,6 +218,7 @@ class _Training:
             batch_of=batch_of,
             reporter=reporter,
             checkpoints=checkpoints,
+            world=world,
             parameters=parameters,
             optimiser=make_optimiser(parameters, table),
             bad=BadSteps(limit=table.max_bad_steps, device=parameters[0].device),
@@ -218,7 +231,7 @@ class _Training:
         batch = self.batch_of(step)
         self.tokens += batch.ids_BT.numel()
         scalars = self.learner.learn(batch, step=step)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.table.max_grad_norm)
+        norm = clip_gradients(self.parameters, self.table.max_grad_norm)
         self.bad.skip_if_not_finite(self.optimiser, scalars[self.learner.headline], norm)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
@@ -247,7 +260,7 @@ class _Training:
     def snapshot(self, step: int) -> None:
         """Copy everything that the next step depends on; it is written while training goes on."""
         learner, learner_values = split_state(self.learner.state_dict(), "learner")
-        optimiser, _ = split_state(optimiser_state(self.optimiser), "optimiser")
+        optimiser, _ = split_state(optimiser_state(self.optimiser, self.parameters), "optimiser")
         random, random_values = random_state()
         self.checkpoints.save(
             Snapshot(
@@ -267,14 +280,15 @@ class _Training:
     def restore(self, snapshot: Snapshot) -> int:
         """Put everything back to where a snapshot was taken; return how many steps are done."""
         self.learner.load_state_dict(snapshot.part("learner"))
-        load_optimiser_state(self.optimiser, snapshot.part("optimiser"))
+        load_optimiser_state(self.optimiser, self.parameters, snapshot.part("optimiser"))
         restore_random_state(snapshot.tensors, snapshot.values["rng"])
         kept = snapshot.values["trained"]
         self.trained = Trained(
             start=Validation(**kept["start"]), best_step=kept["best_step"], best=Validation(**kept["best"])
         )
         self.bad.restore(snapshot.values["bad"])
-        snapshot.restore_best(self.learner.best)
+        if self.world.first:
+            snapshot.restore_best(self.learner.best)
         return snapshot.step
 
     def _log(self, done: int, scalars: Mapping[str, Tensor | float]) -> None:

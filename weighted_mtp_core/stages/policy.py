@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 from torch import Tensor, nn
 
 from weighted_mtp_core.api import Batch, Critic, Scores, Signal, StepView, WeightingStrategy
 from weighted_mtp_core.data.batches import split_rows
 from weighted_mtp_core.model.loss import head_shares, normalisers, token_losses, weighted_mtp_loss
 from weighted_mtp_core.model.policy import Policy
-from weighted_mtp_core.model.targets import align_labels, align_weights, target_mask
+from weighted_mtp_core.model.targets import IGNORED, align_labels, align_weights, target_mask
 from weighted_mtp_core.recipe.schema import LossTable
 from weighted_mtp_core.stages.loop import Learner, Validation
 from weighted_mtp_core.stages.snapshot import below, load_module_state, module_state
 from weighted_mtp_core.stages.weights import check_weights, weight_metrics
+from weighted_mtp_core.stages.world import ALONE, World
 
 
 @frozen(kw_only=True, eq=False)
@@ -55,6 +56,7 @@ class PolicyLearner(Learner):
         arm: Where the weights come from.
         loss: Normalisation and head weights.
         accumulation: In how many parts the global batch goes through the policy.
+        world: The processes that train together.
         autocast: Makes the context of each forward pass (bf16 on devices that like it).
         validation: Batches of the validation split, made anew at each call.
         best: The file of the best policy.
@@ -66,6 +68,7 @@ class PolicyLearner(Learner):
     arm: Arm
     loss: LossTable
     accumulation: int
+    world: World = ALONE
     autocast: Callable[[], torch.autocast]
     validation: Callable[[], Iterable[Batch]]
     best: Path
@@ -86,11 +89,12 @@ class PolicyLearner(Learner):
         """
         self.policy.train()
         n_future = self.policy.n_future
-        parts = list(split_rows(batch, self.accumulation))
-        states = [self._trunk(parts[0])] if len(parts) == 1 else [None] * len(parts)
+        parts = self._parts(batch)
+        states = [self._trunk(parts[0].batch)] if len(parts) == 1 else [None] * len(parts)
         labels_BTK = self._labels(batch)
         target_BTK = target_mask(labels_BTK)
-        view = self._view(batch, target_BTK, self._signals(parts, states), step=step, training=True)
+        signals = self._signals(parts, states, rows=len(batch.ids_BT))
+        view = self._view(batch, target_BTK, signals, step=step, training=True)
         weights = self.arm.weighting.weigh(view)
         check_weights(weights.weight, batch.response_BT, n_future=n_future, label=self.arm.label)
         weight_BTK = align_weights(weights.weight, target_BTK)
@@ -99,25 +103,24 @@ class PolicyLearner(Learner):
         total = torch.zeros((), device=normaliser_K.device)
         ce_K = torch.zeros_like(normaliser_K)
         count_K = torch.zeros_like(normaliser_K)
-        first = 0
         for part, known in zip(parts, states, strict=True):
-            rows = slice(first, first + len(part.ids_BT))
             with self.autocast():
-                hidden_BTH = self._trunk(part) if known is None else known
+                hidden_BTH = self._trunk(part.batch) if known is None else known
                 result = weighted_mtp_loss(
                     self.policy,
                     hidden_BTH,
-                    labels_BTK=labels_BTK[rows],
-                    weight_BTK=weight_BTK[rows],
+                    labels_BTK=part.of(labels_BTK, nothing=IGNORED),
+                    weight_BTK=part.of(weight_BTK, nothing=0),
                     normaliser_K=normaliser_K,
                     head_share_K=share_K,
-                    position_BT=part.position_BT,
+                    position_BT=part.batch.position_BT,
                 )
             result.loss.backward()  # type: ignore[no-untyped-call]
             total += result.loss.detach()
             ce_K += result.ce_sum_K
             count_K += result.count_K
-            first = rows.stop
+        self.world.sum_gradients(self.parameters())
+        self.world.sum_(total, ce_K, count_K)
         return {
             "train_loss": total,
             **_per_head("train_ce", ce_K / count_K.clamp(min=1)),
@@ -172,8 +175,8 @@ class PolicyLearner(Learner):
             return self.policy.trunk_states(batch.ids_BT, position_BT=batch.position_BT)
 
     @torch.no_grad()
-    def _signals(self, parts: Sequence[Batch], states: Sequence[Tensor | None]) -> _Signals:
-        """Compute the signals that the weighting needs, for all parts, in row order."""
+    def _signals(self, parts: Sequence[_Part], states: Sequence[Tensor | None], *, rows: int) -> _Signals:
+        """Compute the signals that the weighting needs, for the rows of the global batch."""
         scores: list[Scores] = []
         losses: list[Tensor] = []
         for part, known in zip(parts, states, strict=True):
@@ -181,25 +184,49 @@ class PolicyLearner(Learner):
             wants_loss = Signal.TOKEN_LOSS in self.arm.needs
             hidden_BTH = known
             if hidden_BTH is None and (reads or wants_loss):
-                hidden_BTH = self._trunk(part)
+                hidden_BTH = self._trunk(part.batch)
             if self.arm.critic is not None and self.arm.scores:
                 state = hidden_BTH.detach().float() if reads and hidden_BTH is not None else None
-                scores.append(self.arm.critic.score(part, state))
+                scores.append(self.arm.critic.score(part.batch, state))
             if wants_loss and hidden_BTH is not None:
                 with self.autocast():
                     losses.append(
                         token_losses(
                             self.policy,
                             hidden_BTH.detach(),
-                            self._labels(part),
-                            position_BT=part.position_BT,
+                            self._labels(part.batch),
+                            position_BT=part.batch.position_BT,
                         )
                     )
         return _Signals(
-            value_BT=_joined([score.value_BT for score in scores]),
-            reference_loss_BT=_joined([score.reference_loss_BT for score in scores]),
-            token_loss_BTK=_joined(losses),
+            value_BT=self._everywhere(parts, [score.value_BT for score in scores], rows),
+            reference_loss_BT=self._everywhere(parts, [score.reference_loss_BT for score in scores], rows),
+            token_loss_BTK=self._everywhere(parts, losses, rows),
         )
+
+    def _everywhere(
+        self, parts: Sequence[_Part], values: Sequence[Tensor | None], rows: int
+    ) -> Tensor | None:
+        """Lay the values of this process's parts, and of all others, into the rows of the global batch."""
+        known = [(part, value) for part, value in zip(parts, values, strict=False) if value is not None]
+        if not known:
+            return None
+        first = known[0][1]
+        laid = first.new_zeros((rows, *first.shape[1:]))
+        for part, value in known:
+            if part.counts:
+                laid[part.rows] = value
+        self.world.sum_(laid)
+        return laid
+
+    def _parts(self, batch: Batch) -> list[_Part]:
+        """Return this process's parts of the global batch; at least one, so that all keep step."""
+        parts, first = [], 0
+        for part in split_rows(batch, self.accumulation * self.world.size):
+            rows = slice(first, first + len(part.ids_BT))
+            parts.append(_Part(rows=rows, batch=part, counts=True))
+            first = rows.stop
+        return list(self.world.share(parts)) or [evolve(parts[0], counts=False)]
 
     def _view(
         self, batch: Batch, target_BTK: Tensor, signals: _Signals, *, step: int, training: bool
@@ -222,15 +249,23 @@ class PolicyLearner(Learner):
 
 
 @frozen(kw_only=True, eq=False)
+class _Part:
+    """Some rows of the global batch; `counts` is False for a stand-in with nothing to learn from."""
+
+    rows: slice
+    batch: Batch
+    counts: bool
+
+    def of(self, tensor: Tensor, *, nothing: float) -> Tensor:
+        """Return these rows of a tensor of the global batch."""
+        return tensor[self.rows] if self.counts else torch.full_like(tensor[self.rows], nothing)
+
+
+@frozen(kw_only=True, eq=False)
 class _Signals:
     value_BT: Tensor | None
     reference_loss_BT: Tensor | None
     token_loss_BTK: Tensor | None
-
-
-def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
-    known = [part for part in parts if part is not None]
-    return torch.cat(known) if known else None
 
 
 def _per_head(name: str, value_K: Tensor) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from weighted_mtp_core.api import DatasetVersion
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.plan import Plan
+from weighted_mtp_core.stages.world import ALONE, World
 from weighted_mtp_core.tracking.run_folder import RunFolder, is_held, read_run
 from weighted_mtp_core.tracking.sync import find_run
 
@@ -112,7 +113,7 @@ def refuse_other_data(folder: RunFolder, version: DatasetVersion, *, allowed: Se
     return was != version.sha256
 
 
-def fingerprint() -> dict[str, str]:
+def fingerprint(world: World = ALONE) -> dict[str, str]:
     """Return what the bits of a training depend on beside its recipe."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
@@ -120,12 +121,13 @@ def fingerprint() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "device": device,
+        "processes": str(world.size),
     }
 
 
-def other_machine(path: Path) -> str | None:
-    """Say how this machine differs from the one that a run began on; None if it does not."""
-    was, now = read_run(path).get("fingerprint", {}), fingerprint()
+def other_machine(path: Path, world: World) -> str | None:
+    """Say how machine and processes differ from those of the run so far; None if they do not."""
+    was, now = read_run(path).get("fingerprint", {}), fingerprint(world)
     differing = [f"{key} {was[key]} -> {now[key]}" for key in now if key in was and was[key] != now[key]]
     return ", ".join(differing) or None
 

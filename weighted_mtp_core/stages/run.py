@@ -31,7 +31,9 @@ from weighted_mtp_core.stages.resume import (
     run_to_resume,
 )
 from weighted_mtp_core.stages.snapshot import Snapshot
+from weighted_mtp_core.stages.world import World, shard
 from weighted_mtp_core.tracking.display import Display
+from weighted_mtp_core.tracking.follower import Follower
 from weighted_mtp_core.tracking.recorder import Recorder, open_recorder
 
 
@@ -47,40 +49,58 @@ def run_plan(plan: Plan, *, resume: str | None = None, allow_change: Sequence[st
         WmtpError: Something it needs is missing or wrong; nothing was trained.
         RunFailedError: It failed on the way; the run is closed as FAILED.
     """
-    old = run_to_resume(plan, resume)
+    world = World.join()
+    old = run_to_resume(plan, resume) if world.first else None
     if old is not None:
         refuse_changes(old, plan, allowed=allow_change)
     with (
         Display() as display,
-        open_recorder(plan, display, resume=old) as record,
+        _open_record(plan, display, old, world) as record,
         Checkpoints(
-            folder=record.folder.checkpoints, table=plan.recipe.checkpoint, say=record.say
+            folder=record.folder.checkpoints, table=plan.recipe.checkpoint, say=record.say, world=world
         ) as checkpoints,
     ):
-        snapshot = _begin_or_go_on(plan, record, checkpoints, old)
+        snapshot = _begin_or_go_on(plan, record, checkpoints, old, world)
         stages = _Stages(
-            plan=plan, record=record, display=display, checkpoints=checkpoints, snapshot=snapshot
+            plan=plan,
+            record=record,
+            display=display,
+            checkpoints=checkpoints,
+            snapshot=snapshot,
+            world=world,
         )
         prepared = stages.prepare(allow_change)
         critic, report = stages.critic(prepared)
         trained = stages.policy(prepared, critic)
         evaluation = stages.evaluate(prepared)
         display.summary(_summary(record, report, trained, evaluation))
+    world.leave()
+
+
+def _open_record(plan: Plan, display: Display, old: Path | None, world: World) -> Recorder | Follower:
+    """Open the run in the first process, and tell the others where it lies."""
+    if world.first:
+        record = open_recorder(plan, display, resume=old)
+        world.tell(str(record.folder.path))
+        return record
+    return Follower(Path(world.tell("")), world.rank)
 
 
 def _begin_or_go_on(
-    plan: Plan, record: Recorder, checkpoints: Checkpoints, old: Path | None
+    plan: Plan, record: Recorder | Follower, checkpoints: Checkpoints, old: Path | None, world: World
 ) -> Snapshot | None:
     """Write down what the run is; of an old one, find where it goes on."""
-    if old is not None and (changed := other_machine(old)):
+    if old is not None and (changed := other_machine(old, world)):
         record.say(
             f"WARNING: this machine differs from the one that the run began on ({changed}): what follows is "
             "equal up to rounding (about 1e-4 after some hundred steps), no longer bit for bit"
         )
-    record.folder.record(**identity(plan), fingerprint=fingerprint())
-    if old is None:
+    if world.first:
+        record.folder.record(**identity(plan), fingerprint=fingerprint(world))
+    if not world.any(flag=old is not None):
         return None
-    snapshot = checkpoints.newest()
+    with world.first_goes_ahead():
+        snapshot = checkpoints.newest()
     where = "the beginning" if snapshot is None else f"step {snapshot.step} of stage `{snapshot.stage}`"
     record.say(f"going on with run {record.folder.run_id} from {where}")
     return snapshot
@@ -91,17 +111,19 @@ class _Stages:
     """The four stages of one run."""
 
     plan: Plan
-    record: Recorder
+    record: Recorder | Follower
     display: Display
     checkpoints: Checkpoints
     snapshot: Snapshot | None
+    world: World
 
     def prepare(self, allow_change: Sequence[str]) -> Prepared:
         """Stage 0: data and policy."""
         torch.manual_seed(self.plan.recipe.run.seed)
-        prepared = prepare(self.plan, say=self.record.say)
+        with self.world.first_goes_ahead():
+            prepared = prepare(self.plan, say=self.record.say)
         version = prepared.source.version()
-        if refuse_other_data(self.record.folder, version, allowed=allow_change):
+        if self.world.first and refuse_other_data(self.record.folder, version, allowed=allow_change):
             self.record.datasets([version])
         self.record.tags({"model_version": prepared.base_name})
         return prepared
@@ -117,7 +139,8 @@ class _Stages:
             load_component(critic, Path(table.checkpoint))
             self.record.say(f"critic loaded from `{table.checkpoint}`")
         elif critic.trainable:
-            tokens = prepared.critic_tokens("train")
+            with self.world.first_goes_ahead():
+                tokens = prepared.critic_tokens("train")
             units = pairs(tokens) if critic.batching == "pairs" else pointwise(tokens)
             sampler = self._sampler(units, tokens.length_D, table.train)
             if self.snapshot is not None and self.snapshot.stage == "policy":
@@ -133,7 +156,8 @@ class _Stages:
     def policy(self, prepared: Prepared, critic: Critic | None) -> Trained:
         """Stage 2: weighted multi-token training."""
         recipe, chosen = self.plan.recipe, self.plan.weighting
-        tokens, held_out = prepared.policy_tokens("train"), prepared.policy_tokens("validation")
+        with self.world.first_goes_ahead():
+            tokens, held_out = prepared.policy_tokens("train"), prepared.policy_tokens("validation")
         batches = prepared.policy_batches(tokens)
         best = self.record.folder.checkpoints / "best_model.pt"
         learner = PolicyLearner(
@@ -141,7 +165,7 @@ class _Stages:
             arm=Arm(
                 weighting=prepared.build_weighting(),
                 needs=chosen.needs,
-                critic=prepared.cached(critic, batches),
+                critic=prepared.cached(critic, batches) if self.world.alone else critic,
                 label=f"weighting `{chosen.address}` ({chosen.plugin.distribution} {chosen.plugin.version})",
             ),
             loss=recipe.loss,
@@ -155,10 +179,13 @@ class _Stages:
                     limit=recipe.train.validation_examples,
                 )
             ),
+            world=self.world,
             best=best,
-            save=partial(save_model, prepared.policy, best),
+            save=partial(save_model, prepared.policy, best, world=self.world),
             restore=partial(load_model, prepared.policy, best),
         )
+        if recipe.model.shard and not self.world.alone:
+            shard(prepared.policy, self.world)  # now: critic and weighting have made their copies
         trained = self._train(learner, recipe.train, batches)
         self.record.artifact(best, "checkpoints")
         return trained
@@ -166,6 +193,8 @@ class _Stages:
     def evaluate(self, prepared: Prepared) -> Evaluation:
         """Stage 3: the best policy on held-out problems."""
         table = self.plan.recipe.evaluate
+        if not self.world.first and not self.plan.recipe.model.shard:
+            return Evaluation(metrics={}, timings={}, files=())
         evaluation = evaluate(
             prepared, table, display=self.display, folder=self.record.folder.path / "evaluation"
         )
@@ -187,6 +216,7 @@ class _Stages:
             reporter=self.record,
             checkpoints=self.checkpoints,
             resume=here,
+            world=self.world,
         )
         self.record.say(f"{learner.stage}: kept step {trained.best_step} of {table.steps}")
         return trained
@@ -205,8 +235,9 @@ class _Stages:
                 batch_size=table.train.batch_size,
                 limit=table.train.validation_examples,
             ),
+            world=self.world,
             best=folder,
-            save=partial(save_component, critic, folder),
+            save=partial(save_component, critic, folder, world=self.world),
             restore=partial(load_component, critic, folder),
         )
 
@@ -229,7 +260,7 @@ class _Stages:
 
 
 def _summary(
-    record: Recorder, report: CriticReport | None, trained: Trained, evaluation: Evaluation
+    record: Recorder | Follower, report: CriticReport | None, trained: Trained, evaluation: Evaluation
 ) -> list[tuple[str, str]]:
     """Return what a person wants to know when a run is done."""
     rows: list[tuple[str, str]] = []

@@ -10,7 +10,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import weighted_mtp_core
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.stages.world import full, like
 from weighted_mtp_core.storage.manifest import verify_manifest
 
 FORMAT = 1
@@ -125,9 +126,9 @@ def below(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def split_state(state: Mapping[str, Any], prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return copies of a state's tensors under dotted names, and its plain values."""
+    """Return copies of a state's tensors under dotted names, and its plain values; sharded tensors whole."""
     tensors = {
-        f"{prefix}.{name}": value.detach().to("cpu", copy=True).contiguous()
+        f"{prefix}.{name}": full(value.detach()).to("cpu", copy=True).contiguous()
         for name, value in state.items()
         if isinstance(value, Tensor)
     }
@@ -155,22 +156,29 @@ def load_module_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
             hint="use the recipe of the run that wrote it (its `recipe.toml`)",
         )
     for name, tensor in own.items():
-        tensor.copy_(state[name])
+        tensor.copy_(like(tensor, state[name]))
 
 
-def optimiser_state(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimiser_state(
+    optimiser: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]
+) -> dict[str, Tensor]:
     """Return an optimiser's moments as `<parameter number>.<name>`; rates and decay come from the recipe."""
-    state = optimiser.state_dict()["state"]
-    return {f"{number}.{name}": tensor for number, each in state.items() for name, tensor in each.items()}
+    return {
+        f"{number}.{name}": tensor
+        for number, parameter in enumerate(parameters)
+        for name, tensor in optimiser.state[parameter].items()
+    }
 
 
-def load_optimiser_state(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def load_optimiser_state(
+    optimiser: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], tensors: Mapping[str, Tensor]
+) -> None:
     """Restore `optimiser_state`'s result."""
-    state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         number, _, name = key.partition(".")
-        state.setdefault(int(number), {})[name] = tensor
-    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+        parameter = parameters[int(number)]
+        own = tensor if tensor.shape != parameter.shape else like(parameter, tensor.to(parameter.device))
+        optimiser.state[parameter][name] = own
 
 
 def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:

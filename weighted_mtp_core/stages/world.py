@@ -1,0 +1,189 @@
+"""The processes that train together, as `torchrun` starts them; alone, nothing here communicates.
+
+Every process holds the whole global batch as token ids, which costs nothing, and computes its share of the
+rows. What the weighting sees, and so its statistics, normalisers and state, is then the same everywhere, and
+equal to that of one process but for the order of sums.
+
+Shape letters: B rows.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from attrs import frozen
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+Item = TypeVar("Item")
+_TIMEOUT = timedelta(minutes=30)  # the longest that one process prepares or judges while others wait
+
+
+@frozen(kw_only=True)
+class World:
+    """One of `size` processes.
+
+    Attributes:
+        rank: Which one, from 0.
+        size: How many.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def join(cls) -> World:
+        """Meet the other processes that `torchrun` started; without it, be alone."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls()
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            backend = "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+        return cls(rank=dist.get_rank(), size=dist.get_world_size())
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one process."""
+        return self.size == 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes, tracks and speaks."""
+        return self.rank == 0
+
+    def leave(self) -> None:
+        """Part from the others."""
+        if not self.alone:
+            dist.destroy_process_group()
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Return this process's consecutive share; shares differ by one item at most."""
+        bounds = [round(len(items) * rank / self.size) for rank in (self.rank, self.rank + 1)]
+        return items[bounds[0] : bounds[1]]
+
+    def sum_(self, *tensors: Tensor) -> None:
+        """Add up tensors over all processes, in place."""
+        if not self.alone:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def sum_scalars(self, scalars: Mapping[str, Tensor | float]) -> Mapping[str, Tensor | float]:
+        """Add up scalars of the same names over all processes."""
+        if self.alone:
+            return scalars
+        values = torch.stack([torch.as_tensor(value, dtype=torch.float32) for value in scalars.values()])
+        dist.all_reduce(values)
+        return dict(zip(scalars, values.unbind(), strict=True))
+
+    def any(self, *, flag: bool) -> bool:
+        """Say whether the flag is set in some process; all must ask together."""
+        if self.alone:
+            return flag
+        counter = torch.tensor([float(flag)])
+        dist.all_reduce(counter)
+        return bool(counter > 0)
+
+    def tell(self, text: str) -> str:
+        """Return the first process's text everywhere."""
+        if self.alone:
+            return text
+        content = text.encode()
+        size = torch.tensor([len(content)])
+        dist.broadcast(size, 0)
+        buffer = torch.zeros(int(size), dtype=torch.uint8)
+        if self.first:
+            buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        dist.broadcast(buffer, 0)
+        return bytes(buffer.tolist()).decode()
+
+    def wait(self) -> None:
+        """Wait for all processes."""
+        if not self.alone:
+            self.any(flag=False)
+
+    @contextmanager
+    def first_goes_ahead(self) -> Iterator[None]:
+        """Let the first process through before the others: it makes files that they then find."""
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Add up the gradients of parameters that every process holds; sharded ones are added already."""
+        if self.alone:
+            return
+        works = []
+        for parameter in parameters:
+            if parameter.requires_grad and not isinstance(parameter, DTensor):
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                works.append(dist.all_reduce(parameter.grad, async_op=True))
+        for work in works:
+            work.wait()
+
+
+ALONE = World()
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale gradients down to a total norm; return the norm that they had, scalar.
+
+    Sharded and whole parameters cannot be stacked, so each kind is measured by itself.
+    """
+    sharded = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
+    if not sharded:
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
+    whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+    norms = [
+        full(nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]))
+        for kind in (sharded, whole)
+    ]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    for kind in (sharded, whole):
+        nn.utils.clip_grads_with_norm_(kind, max_norm, norm)
+    total: Tensor = norm
+    return total
+
+
+def shard(policy: nn.Module, world: World) -> None:
+    """Split the parameters of every decoder layer over the processes (FSDP2); the others stay whole.
+
+    Gradients are added up, as those of whole parameters are. Copies of the policy must be made before.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mesh = init_device_mesh(device, (world.size,))
+    for blocks in [module for module in policy.modules() if isinstance(module, nn.ModuleList)]:
+        for block in blocks:
+            if not any(isinstance(child, nn.ModuleList) for child in block.modules()) and any(
+                True for _ in block.parameters()
+            ):
+                sharded = fully_shard(block, mesh=mesh)
+                sharded.set_gradient_divide_factor(1.0)
+                sharded.set_force_sum_reduction_for_comms(enable=True)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """Return a sharded tensor whole, in every process; all must ask together."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    whole: Tensor = tensor.full_tensor()
+    return whole
+
+
+def like(tensor: Tensor, whole: Tensor) -> Tensor:
+    """Return a whole tensor laid out as another one is."""
+    if not isinstance(tensor, DTensor):
+        return whole
+    return distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements)
