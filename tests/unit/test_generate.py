@@ -5,7 +5,6 @@ import functools
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from weighted_mtp_core.api import Problem
 from weighted_mtp_core.evaluation.generate import Generations, Sampled, generate, sample_completions
 from weighted_mtp_core.model.policy import make_policy
 
@@ -149,14 +148,10 @@ class Characters:
 
 
 def completions(prompts, **settings):
-    problems = [
-        Problem(problem_id=f"p/{prompt}", prompt=prompt, entry_point="f", tests="", solution="")
-        for prompt in prompts
-    ]
     return sample_completions(
         counting_policy(),
         Characters(),
-        problems,
+        [(f"p/{prompt}", prompt) for prompt in prompts],
         **{
             "samples": 1,
             "temperature": 0.0,
@@ -169,13 +164,13 @@ def completions(prompts, **settings):
     )
 
 
-def test_completions_are_grouped_by_problem():
+def test_completions_are_grouped_by_prompt():
     sampled = completions(["a", "kl"], samples=2)
 
     assert sampled.completions == (("bcd", "bcd"), ("mno", "mno"))
 
 
-def test_samples_of_a_problem_are_the_same_whatever_other_problems_there_are():
+def test_samples_of_a_prompt_are_the_same_whatever_other_prompts_there_are():
     alone = completions(["c"], samples=3, temperature=3.0)
     among = completions(["a", "c", "abc"], samples=3, temperature=3.0)
 

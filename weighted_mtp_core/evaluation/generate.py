@@ -14,7 +14,6 @@ from typing import Any, Literal
 import torch
 from attrs import define, field, frozen
 
-from weighted_mtp_core.api import Problem
 from weighted_mtp_core.evaluation.decoding import Decoder
 from weighted_mtp_core.model.policy import Policy
 
@@ -181,7 +180,7 @@ def _generator(seed: int, stream: str) -> torch.Generator:
 
 @frozen(kw_only=True)
 class Sampled:
-    """Completions of problems: `completions[p][s]` is sample s of problem p."""
+    """Completions of prompts: `completions[p][s]` is sample s of prompt p."""
 
     completions: tuple[tuple[str, ...], ...]
     generations: Generations
@@ -210,7 +209,7 @@ class Sampled:
 def sample_completions(
     policy: Policy,
     tokenizer: Any,
-    problems: Sequence[Problem],
+    prompts: Sequence[tuple[str, str]],
     *,
     samples: int,
     temperature: float,
@@ -220,8 +219,11 @@ def sample_completions(
     batch_size: int,
     on_done: Callable[[int], None] | None = None,
 ) -> Sampled:
-    """Write `samples` completions of each problem; the text is not stripped, so indentation stays."""
-    encoded = tokenizer([problem.prompt for problem in problems], add_special_tokens=False)["input_ids"]
+    """Write `samples` completions of each prompt; the text is not stripped, so indentation stays.
+
+    A prompt is a name, which with `seed` decides its samples, and a text.
+    """
+    encoded = tokenizer([text for _, text in prompts], add_special_tokens=False)["input_ids"]
     found = generate(
         policy,
         [ids for ids in encoded for _ in range(samples)],
@@ -229,7 +231,7 @@ def sample_completions(
         eos_id=tokenizer.eos_token_id,
         temperature=temperature,
         seed=seed,
-        streams=[f"{problem.problem_id}/{sample}" for problem in problems for sample in range(samples)],
+        streams=[f"{name}/{sample}" for name, _ in prompts for sample in range(samples)],
         decoding=decoding,
         batch_size=batch_size,
         on_done=on_done,

