@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -64,10 +65,27 @@ def direct() -> dict[str, str]:
     return {"artifact_root": f"s3://{servers.BUCKET}/direct", "experiment_prefix": "direct"}
 
 
-@pytest.fixture(params=["proxied", "direct"])
-def options(request: pytest.FixtureRequest, direct: dict[str, str]) -> dict[str, str]:
-    """Options for each of the two artifact modes."""
-    return direct if request.param == "direct" else {}
+@pytest.fixture(params=["proxied", "direct", "postgresql", "sqlite", "file"])
+def store(
+    request: pytest.FixtureRequest,
+    stack: servers.Stack,
+    direct: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> dict[str, str]:
+    """Options for the server in both artifact modes, and for every store that needs no server."""
+    monkeypatch.setenv("PGPASSWORD", stack.database_password)
+    return {
+        "proxied": {},
+        "direct": direct,
+        "postgresql": {
+            "tracking_uri": stack.database_uri,
+            "artifact_root": f"s3://{servers.BUCKET}/database",
+            "experiment_prefix": "database",
+        },
+        "sqlite": {"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"},
+        "file": {"tracking_uri": f"file://{tmp_path}/mlflow"},
+    }[request.param]
 
 
 @pytest.fixture
@@ -107,12 +125,12 @@ def open_recorder(tmp_path: Path, screen: io.StringIO) -> Callable[..., Recorder
 
 
 class Stored:
-    """A run as MLflow's own client reads it from the server."""
+    """A run as MLflow's own client reads it, from the server unless a store is named."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, uri: str | None = None) -> None:
         from mlflow import MlflowClient
 
-        self.client = MlflowClient()
+        self.client = MlflowClient(uri)
         self.folder = folder
         experiments = [each.experiment_id for each in self.client.search_experiments()]
         (self.run,) = self.client.search_runs(
@@ -172,16 +190,16 @@ def wait(screen: io.StringIO) -> Wait:
     return Wait(screen)
 
 
-@pytest.fixture
-def wmtp(tmp_path: Path, environment: dict[str, str]) -> Callable[..., "subprocess.Popen[str]"]:
-    """Start `python -m weighted_mtp_core ...` in an empty folder, with the stack's environment."""
+@pytest.fixture(scope="session")
+def start(stack: servers.Stack) -> Callable[..., "subprocess.Popen[str]"]:
+    """Start `python ARGUMENTS...` in a folder, with the stack's environment."""
 
-    def wmtp(*arguments: str, **changes: str | None) -> "subprocess.Popen[str]":
+    def start(*arguments: object, cwd: Path, **changes: str | None) -> "subprocess.Popen[str]":
         kept = {k: v for k, v in os.environ.items() if not k.startswith((*FOREIGN, "PYTEST_"))}
-        env = {**kept, **environment, "OMP_NUM_THREADS": "1", **changes}
+        env = {**kept, **stack.environment, "OMP_NUM_THREADS": "1", **changes}
         return subprocess.Popen(
-            [sys.executable, "-m", "weighted_mtp_core", *arguments],
-            cwd=tmp_path,
+            [sys.executable, *map(str, arguments)],
+            cwd=cwd,
             env={name: value for name, value in env.items() if value is not None},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -189,4 +207,10 @@ def wmtp(tmp_path: Path, environment: dict[str, str]) -> Callable[..., "subproce
             text=True,
         )
 
-    return wmtp
+    return start
+
+
+@pytest.fixture(scope="session")
+def wmtp(start: Callable[..., "subprocess.Popen[str]"]) -> Callable[..., "subprocess.Popen[str]"]:
+    """Start `python -m weighted_mtp_core ...`."""
+    return partial(start, "-m", "weighted_mtp_core")

@@ -23,7 +23,6 @@ from pathlib import Path
 import pytest
 from attrs import define, field
 
-USER = "wmtp"
 BUCKET = "wmtp"
 DEBIAN = ("nginx", "apache2-utils", "postgresql")
 _BINARIES = ("nginx", "htpasswd", "initdb")
@@ -112,8 +111,8 @@ class Stack:
         self.state = Path(tempfile.mkdtemp(prefix="wmtp-stack-"))
         self.state.chmod(0o755)
         (self.state / "log").mkdir()
-        self.password, self.access_key, self.secret_key, self.database_password = (
-            secrets.token_urlsafe(18) for _ in range(4)
+        self.user, self.password, self.access_key, self.secret_key, self.database_password = (
+            secrets.token_urlsafe(18) for _ in range(5)
         )
         self.ports = {name: free_port() for name in ("nginx", "postgres", "s3", "master", "volume", "filer")}
         self.root = os.getuid() == 0
@@ -130,6 +129,11 @@ class Stack:
         return f"http://127.0.0.1:{self.ports['nginx']}"
 
     @property
+    def database_uri(self) -> str:
+        """The database itself, for a client that goes around the server; its password is in PGPASSWORD."""
+        return f"postgresql+psycopg2://mlflow@127.0.0.1:{self.ports['postgres']}/mlflow"
+
+    @property
     def s3_endpoint(self) -> str:
         return f"http://127.0.0.1:{self.ports['s3']}"
 
@@ -137,7 +141,7 @@ class Stack:
     def environment(self) -> dict[str, str]:
         return {
             "MLFLOW_TRACKING_URI": self.uri,
-            "MLFLOW_TRACKING_USERNAME": USER,
+            "MLFLOW_TRACKING_USERNAME": self.user,
             "MLFLOW_TRACKING_PASSWORD": self.password,
             **self.s3_environment,
         }
@@ -343,10 +347,7 @@ class Stack:
         host = f"127.0.0.1:{self.ports['nginx']}"
         command = [
             *(sys.executable, "-m", "mlflow", "server", "--workers", "1"),
-            *(
-                "--backend-store-uri",
-                f"postgresql+psycopg2://mlflow@127.0.0.1:{self.ports['postgres']}/mlflow",
-            ),
+            *("--backend-store-uri", self.database_uri),
             *("--serve-artifacts", "--artifacts-destination", f"s3://{BUCKET}/mlflow-artifacts"),
             *("--allowed-hosts", f"{host},127.0.0.1"),
             *("--uvicorn-opts", f"--uds {self.socket}"),
@@ -375,13 +376,16 @@ class Stack:
 
     def _nginx(self) -> Server:
         hashed = subprocess.run(
-            ["htpasswd", "-nbB", "-C", "5", USER, self.password], capture_output=True, text=True, check=True
+            ["htpasswd", "-nbB", "-C", "5", self.user, self.password],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         (self.state / "htpasswd").write_text(hashed)
         nginx = Server(
             "nginx",
             [str(_binary("nginx")), "-p", str(self.state), "-c", str(self.state / "nginx.conf")],
-            lambda: _answers(f"{self.uri}/health", self.password),
+            lambda: _answers(f"{self.uri}/health", f"{self.user}:{self.password}"),
             self.state / "log" / "nginx.log",
         )
         self.nginx = nginx
@@ -399,11 +403,10 @@ def _weed() -> Path | None:
     return path if path.exists() else None
 
 
-def _answers(url: str, password: str | None = None) -> bool:
-    login = b64encode(f"{USER}:{password}".encode()).decode()
-    request = urllib.request.Request(url, headers={"Authorization": f"Basic {login}"} if password else {})
+def _answers(url: str, login: str = "") -> bool:
+    headers = {"Authorization": f"Basic {b64encode(login.encode()).decode()}"} if login else {}
     try:
-        with urllib.request.urlopen(request, timeout=5) as answer:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=5) as answer:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False

@@ -98,8 +98,12 @@ def test_an_s3_server_that_is_not_there(start_error, direct, monkeypatch):
     assert "check MLFLOW_S3_ENDPOINT_URL" in start_error(**direct)
 
 
-def test_the_command_line_says_it_in_two_lines_before_a_model_is_loaded(wmtp):
-    process = wmtp("run", BASELINE, "--preset", "ci", MLFLOW_TRACKING_PASSWORD="planted-wrong-password")
+def test_the_command_line_says_it_in_two_lines_before_a_model_is_loaded(wmtp, tmp_path):
+    process = wmtp(
+        *("run", BASELINE, "--preset", "ci"),
+        cwd=tmp_path,
+        MLFLOW_TRACKING_PASSWORD="planted-wrong-password",
+    )
     stdout, stderr = process.communicate(timeout=60)
 
     assert process.returncode == 2

@@ -30,8 +30,7 @@ def check_store(client: MlflowClient, run_id: str) -> None:
     """
     uri = client.get_run(run_id).info.artifact_uri
     if uri.startswith("s3://"):
-        place = s3.S3Place.parse(uri)
-        s3.check_bucket(s3.connect(), place.bucket)
+        s3.open_bucket(s3.S3Place.parse(uri).bucket)
     else:
         client.list_artifacts(run_id)  # asks a server that stores for us whether it can
 
@@ -50,7 +49,8 @@ def store(client: MlflowClient, run_id: str, path: Path, subdir: str) -> None:
         place = s3.S3Place.parse(f"{uri}/{subdir}")
         whole = s3.is_stored(s3.connect(), place.bucket, f"{place.prefix}{path.name}", path)
     else:
-        sizes = {file.path: file.file_size for file in client.list_artifacts(run_id, subdir or None)}
+        listed = client.list_artifacts(run_id, subdir or None)
+        sizes = {file.path: file.file_size or 0 for file in listed}  # of an empty file, a server says nothing
         whole = sizes.get(name) == path.stat().st_size
     if not whole:
         raise NotStoredError(f"`{name}` did not arrive whole")

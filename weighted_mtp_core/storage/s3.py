@@ -57,8 +57,8 @@ def connect() -> Any:
     )
 
 
-def check_bucket(client: Any, bucket: str) -> None:
-    """Make sure that a bucket is there and may be read.
+def open_bucket(bucket: str) -> Any:
+    """Return a client after making sure that the bucket is there and may be read.
 
     Raises:
         WmtpError: Says which variable to look at.
@@ -69,6 +69,7 @@ def check_bucket(client: Any, bucket: str) -> None:
     at = f" at `{endpoint}`" if endpoint else ""
     keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     try:
+        client = connect()  # finds a half of the credentials wanting
         client.head_bucket(Bucket=bucket)
     except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError) as error:
         raise WmtpError(
@@ -90,6 +91,7 @@ def check_bucket(client: Any, bucket: str) -> None:
             f"no S3 server answers{at or ' for the bucket `' + bucket + '`'}",
             hint="check MLFLOW_S3_ENDPOINT_URL and AWS_DEFAULT_REGION",
         ) from error
+    return client
 
 
 def is_stored(client: Any, bucket: str, key: str, path: Path) -> bool:

@@ -58,9 +58,14 @@ def plan_sync(storage: Path, to: str) -> Plan:
         WmtpError: A file changed since its manifest was written, or the bucket cannot be used.
     """
     place = s3.S3Place.parse(to)
-    client = s3.connect()
-    s3.check_bucket(client, place.bucket)
-    items = list(_items(storage, place))
+    found = list(versions(storage))
+    if not found:
+        raise WmtpError(
+            f"there is no model or data set in `{storage}`",
+            hint="add one: python -m weighted_mtp_core storage add-model NAME VERSION FOLDER",
+        )
+    client = s3.open_bucket(place.bucket)
+    items = [item for version in found for item in _items(version.path, storage, place)]
     with ThreadPoolExecutor(_WORKERS) as pool:
         stored = list(pool.map(lambda item: _is_there(client, place.bucket, item), items))
     new = tuple(item for item, there in zip(items, stored, strict=True) if not there)
@@ -117,18 +122,11 @@ def _upload(client: Any, bucket: str, item: Item) -> None:
         raise RunFailedError(f"`s3://{bucket}/{item.key}` has other bytes than `{item.path}`")
 
 
-def _items(storage: Path, place: s3.S3Place) -> Iterator[Item]:
-    found = list(versions(storage))
-    if not found:
-        raise WmtpError(
-            f"there is no model or data set in `{storage}`",
-            hint="add one: python -m weighted_mtp_core storage add-model NAME VERSION FOLDER",
-        )
-    for version in found:
-        verify_manifest(version.path)
-        for path in [*files_of(version.path), version.path / MANIFEST]:
-            key = place.prefix + path.relative_to(storage).as_posix()
-            yield Item(path=path, key=key, size=path.stat().st_size)
+def _items(version: Path, storage: Path, place: s3.S3Place) -> Iterator[Item]:
+    verify_manifest(version)
+    for path in [*files_of(version), version / MANIFEST]:
+        key = place.prefix + path.relative_to(storage).as_posix()
+        yield Item(path=path, key=key, size=path.stat().st_size)
 
 
 def _is_there(client: Any, bucket: str, item: Item) -> bool:

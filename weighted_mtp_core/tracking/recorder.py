@@ -242,7 +242,7 @@ class Recorder:
 
     def _end(self, error: BaseException | None) -> None:
         outcome, error_class = _outcome(error)
-        if error is not None and not self._closed:
+        if error is not None and outcome is not RunOutcome.FINISHED and not self._closed:
             self._log.write_failure(error)
         self.finish(outcome, error_class=error_class)
 
