@@ -10,7 +10,7 @@ import argparse
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import weighted_mtp_core
 from weighted_mtp_core.cli import check, doctor, plugins, run, storage, track
@@ -76,12 +76,28 @@ def _command(arguments: Sequence[str]) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports wrong usage like every other error, and shows examples as they are written."""
+    """Reports wrong usage like every other error, and shows examples as they are written.
+
+    Attributes:
+        intermixed: Whether optional positional arguments may follow options, which argparse does not see.
+    """
+
+    intermixed = False
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)  # type: ignore[arg-type] # passed on untouched
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse what belongs to this parser."""
+        if not self.intermixed:
+            return super().parse_known_args(args, namespace)
+        self.intermixed = False  # it calls this method for either half
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self.intermixed = True
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing usage and leaving the process."""

@@ -1,8 +1,9 @@
-"""`plugins`: what is installed, what one plugin offers, and whether all of them load."""
+"""`plugins`: what is installed, what one plugin offers, whether all of them load, and how one begins."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -12,21 +13,26 @@ from weighted_mtp_core.errors import EXIT_BAD_INPUT, EXIT_DONE, WmtpError
 from weighted_mtp_core.plugins import AnyComponent, FoundPlugin, Kind, find, load
 from weighted_mtp_core.recipe.describe import expected
 from weighted_mtp_core.recipe.structure import default_of, plain
+from weighted_mtp_core.scaffold import Scaffold, check_name
 
 _DESCRIPTION = """\
-Look at installed plugins. Installed is not active: a recipe names the components it uses,
+Look at installed plugins, and begin new ones. Installed is not active: a recipe names the components it uses,
 and only the plugins that offer those are imported."""
 _EPILOG = """\
 examples:
   plugins list             name, distribution, version; imports nothing
   plugins show core        components and their options
-  plugins check            load each plugin and report what is wrong with it"""
+  plugins check            load each plugin and report what is wrong with it
+  plugins new top_k --kind weighting     write a package to begin with"""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add the command to the parser."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
-        "plugins", help="list, show and check installed plugins", description=_DESCRIPTION, epilog=_EPILOG
+        "plugins",
+        help="list, show and check installed plugins; write a new one",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     listing = actions.add_parser("list", help="list what is installed, without importing it")
@@ -37,6 +43,16 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     checking = actions.add_parser("check", help="load each plugin, or those named, and report")
     checking.add_argument("names", metavar="NAME", nargs="*")
     checking.set_defaults(action=_check)
+    beginning: Any = actions.add_parser("new", help="write a plugin package that works at once")
+    beginning.add_argument(
+        "name", metavar="NAME", help="what recipes will call it: small letters, digits, `_`"
+    )
+    beginning.add_argument(
+        "--kind", required=True, choices=[each.value for each in Kind], help="what it offers, to begin with"
+    )
+    beginning.add_argument("folder", metavar="DIR", nargs="?", help="default: weighted-mtp-NAME")
+    beginning.intermixed = True  # NAME --kind KIND DIR
+    beginning.set_defaults(action=_new)
     return parser
 
 
@@ -115,3 +131,23 @@ def _check(args: argparse.Namespace) -> int:
         origin = f"{plugin.found.distribution} {plugin.found.version}"
         print(f"ok   {name} ({origin}): {', '.join(offers) or 'offers nothing'}")
     return code
+
+
+def _new(args: argparse.Namespace) -> int:
+    check_name(args.name, find())
+    scaffold = Scaffold(name=args.name, kind=Kind(args.kind))
+    folder = Path(args.folder or scaffold.distribution)
+    scaffold.write(folder)
+    print(
+        f"{folder}: a package `{scaffold.distribution}` that offers the {scaffold.kind.label} `{args.name}`\n"
+    )
+    print("next:")
+    steps = [
+        (f"cd {folder}", ""),
+        ("pip install -e '.[dev]'", "beside core"),
+        (f"python -m weighted_mtp_core plugins check {args.name}", ""),
+        ("pytest", "core's promises, and numbers worked out by hand"),
+        (f"edit src/{scaffold.module}/_{args.name}.py", "and put your idea there"),
+    ]
+    print_rows(steps, indent="  ")
+    return EXIT_DONE
