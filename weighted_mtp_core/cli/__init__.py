@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import weighted_mtp_core
-from weighted_mtp_core.cli import check, doctor, plugins, run, storage, track
+from weighted_mtp_core.cli import check, doctor, evaluate, generate, plugins, run, storage, track, verify
 from weighted_mtp_core.errors import (
     EXIT_BAD_INPUT,
     EXIT_INTERRUPTED,
@@ -25,7 +25,7 @@ from weighted_mtp_core.errors import (
 from weighted_mtp_core.tracking.redact import redact
 from weighted_mtp_core.wording import did_you_mean, quoted, reason
 
-COMMANDS = (run, check, plugins, doctor, track, storage)
+COMMANDS = (run, check, evaluate, generate, plugins, doctor, track, storage, verify)
 PROGRAM = "python -m weighted_mtp_core"
 
 _DESCRIPTION = """\

@@ -9,6 +9,7 @@ from pathlib import Path
 from attrs import frozen
 
 from weighted_mtp_core.api import DataSource, Problem, Split, Verdict, VerdictKind
+from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.evaluation.generate import Decoding, Sampled, sample_completions
 from weighted_mtp_core.evaluation.pass_at_k import pass_at_k
 from weighted_mtp_core.recipe.schema import EvaluateTable
@@ -29,15 +30,19 @@ class Judged:
     verdicts: tuple[tuple[Verdict, ...], ...]
     whole_split: bool
 
+    def pass_rate(self, k: int) -> float:
+        """Return mean pass@k over the problems."""
+        rates = [pass_at_k(len(row), sum(verdict.passed for verdict in row), k) for row in self.verdicts]
+        return sum(rates) / len(rates)
+
     def metrics(self, ks: Sequence[int]) -> dict[str, float]:
         """Return mean pass@k over the problems and the share of each verdict.
 
         A limited set says so in the metric's name (`pass_at_1_of_20_problems`): a figure on part of a
         benchmark is another figure.
         """
-        passed = [(len(row), sum(verdict.passed for verdict in row)) for row in self.verdicts]
         suffix = "" if self.whole_split else f"_of_{len(self.problems)}_problems"
-        rates = {f"pass_at_{k}{suffix}": sum(pass_at_k(n, c, k) for n, c in passed) / len(passed) for k in ks}
+        rates = {f"pass_at_{k}{suffix}": self.pass_rate(k) for k in ks}
         everything = [verdict.kind for row in self.verdicts for verdict in row]
         shares = {
             f"verdict_{kind.value}": everything.count(kind) / len(everything)
@@ -112,6 +117,47 @@ def evaluate(
         timings=sampled.timings() | _speeds(prepared, problems, table),
         files=judged.save(folder),
     )
+
+
+@frozen(kw_only=True)
+class Trial:
+    """The validation problems solved at one temperature; `pass_rate` is pass@k of the largest k."""
+
+    table: EvaluateTable
+    pass_rate: float
+    metrics: Mapping[str, float]
+
+
+def try_temperatures(
+    prepared: Prepared, tables: Sequence[EvaluateTable], *, display: Display
+) -> tuple[Trial, ...]:
+    """Solve the validation problems with each table.
+
+    Raises:
+        WmtpError: There are no validation problems.
+    """
+    limit = tables[0].problems
+    problems, whole_split = some_problems(prepared.source, "validation", limit=limit)
+    if not problems:
+        raise WmtpError(
+            f"data source `{prepared.plan.data.address}` has no problems in the split `validation`, "
+            "so no temperature can be chosen",
+            hint="name the temperature",
+        )
+    trials = []
+    for table in tables:
+        display.stage(f"at {table.temperature:g}", len(problems) * table.samples)
+        _, judged = solve(prepared, problems, table, display=display, whole_split=whole_split)
+        ks = table.pass_at_k
+        trials.append(
+            Trial(table=table, pass_rate=judged.pass_rate(max(ks, default=1)), metrics=judged.metrics(ks))
+        )
+    return tuple(trials)
+
+
+def best_trial(trials: Sequence[Trial]) -> Trial:
+    """Return the trial with the best pass rate; of equal ones that with the lowest temperature."""
+    return max(trials, key=lambda trial: (trial.pass_rate, -trial.table.temperature))
 
 
 def some_problems(source: DataSource, split: Split, *, limit: int) -> tuple[tuple[Problem, ...], bool]:

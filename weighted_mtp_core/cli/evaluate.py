@@ -1,0 +1,135 @@
+"""`evaluate`: measure the policy of a finished run again, on other settings or another split."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weighted_mtp_core.cli.run_arguments import add_run_arguments, evaluate_overrides, list_of
+from weighted_mtp_core.cli.table import print_rows
+from weighted_mtp_core.errors import EXIT_DONE, WmtpError
+from weighted_mtp_core.recipe.structure import plain
+
+if TYPE_CHECKING:
+    from weighted_mtp_core.api import Split
+    from weighted_mtp_core.plan import Plan
+
+_DESCRIPTION = """\
+Measure the best policy of a finished run: every head's loss, pass@k by running what it writes, and decoding.
+What is not given is as in the run's recipe. Writes samples.jsonl (HumanEval's format), verdicts.jsonl and
+metrics.json. RUN itself is left as it is."""
+_EPILOG = """\
+examples:
+  evaluate 20261123-140924 --split validation
+  evaluate 20261123-140924 --samples 10 --temperature 0.8 --pass-at-k 1,5
+  evaluate 20261123-140924 --samples 10 --pass-at-k 1,10 --choose-temperature 0.2,0.6,0.8
+
+A temperature that is chosen by its result must not be chosen on what is reported: --choose-temperature
+solves the validation problems at each, and the test problems at the one with the best pass@k (largest k)."""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the command to the parser."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "evaluate", help="measure a finished run again", description=_DESCRIPTION, epilog=_EPILOG
+    )
+    add_run_arguments(parser)
+    parser.add_argument("--split", choices=("test", "validation"), default="test", help="(test)")
+    parser.add_argument("--samples", metavar="N", type=int, help="completions a problem")
+    heat = parser.add_mutually_exclusive_group()
+    heat.add_argument("--temperature", metavar="T", type=float, help="0 is greedy")
+    heat.add_argument(
+        "--choose-temperature", metavar="T,T,...", type=list_of(float), help="the best on validation"
+    )
+    parser.add_argument(
+        "--pass-at-k", metavar="K,K,...", type=list_of(int), help="each k needs at least k samples"
+    )
+    parser.add_argument("--problems", metavar="N", type=int, help="the first N of a split; 0 means all")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="(RUN/evaluations/<time>)")
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure, write the files and print a table."""
+    if args.choose_temperature and args.split != "test":
+        raise WmtpError(
+            "`--choose-temperature` chooses on the split `validation`, so only `test` can be reported",
+            hint="leave out `--split`, or give each temperature alone: --split validation --temperature 0.2",
+        )
+    from weighted_mtp_core.tracking.run_folder import new_run_id
+    from weighted_mtp_core.tracking.sync import find_run
+
+    run = find_run(args.runs, args.run)
+    out: Path = args.out or run / "evaluations" / new_run_id()
+    report = _measure(run, _plans(run, args), split=args.split, out=out)
+    _print(report, out)
+    return EXIT_DONE
+
+
+def _plans(run: Path, args: argparse.Namespace) -> list[Plan]:
+    """Return the run's plan with the arguments' changes, once for each temperature to try."""
+    from weighted_mtp_core.stages.finished import plan_of
+
+    changes = evaluate_overrides(args, "samples", "temperature", "pass_at_k", "problems")
+    if args.choose_temperature is None:
+        return [plan_of(run, overrides=changes)]
+    return [plan_of(run, overrides=[*changes, f"evaluate.temperature={t}"]) for t in args.choose_temperature]
+
+
+def _measure(run: Path, plans: Sequence[Plan], *, split: Split, out: Path) -> dict[str, Any]:
+    """Choose among the plans on validation if there are several, measure, and write all files."""
+    from rich.console import Console
+
+    from weighted_mtp_core.stages.evaluate import best_trial, evaluate, try_temperatures
+    from weighted_mtp_core.stages.finished import prepare_finished
+    from weighted_mtp_core.storage.manifest import atomic_write
+    from weighted_mtp_core.tracking.display import Display
+
+    _make_folder(out)
+    tables = [plan.recipe.evaluate for plan in plans]
+    with Display(Console(stderr=True)) as display:
+        prepared = prepare_finished(run, plans[0], say=display.note)
+        trials = try_temperatures(prepared, tables, display=display) if len(tables) > 1 else ()
+        table = best_trial(trials).table if trials else tables[0]
+        found = evaluate(prepared, table, display=display, folder=out, split=split)
+    version = prepared.source.version()
+    report = {
+        "run": run.name,
+        "data": {"name": version.name, "version": version.version, "sha256": version.sha256},
+        "split": split,
+        "seed": plans[0].recipe.run.seed,
+        "evaluate": plain(table),
+        "chosen_on_validation": [
+            {"temperature": trial.table.temperature, "metrics": dict(trial.metrics)} for trial in trials
+        ],
+        "metrics": dict(found.metrics),
+        "timings": dict(found.timings),
+    }
+    atomic_write(out / "metrics.json", json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WmtpError(
+            f"cannot make the folder `{out}`: {error.strerror}", hint="choose another `--out`"
+        ) from error
+
+
+def _print(report: Mapping[str, Any], out: Path) -> None:
+    for trial in report["chosen_on_validation"]:
+        rates = "  ".join(f"{k} {v:.3f}" for k, v in trial["metrics"].items() if k.startswith("pass_at"))
+        print(f"validation at temperature {trial['temperature']:g}  {rates}")
+    print_rows(
+        [
+            ("split", report["split"]),
+            ("temperature", f"{report['evaluate']['temperature']:g}"),
+            *((name, f"{value:.4g}") for name, value in (report["metrics"] | report["timings"]).items()),
+            ("files", str(out)),
+        ]
+    )

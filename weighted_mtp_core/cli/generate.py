@@ -1,0 +1,72 @@
+"""`generate`: let the policy of a finished run continue a prompt."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from weighted_mtp_core.cli.run_arguments import add_run_arguments, evaluate_overrides
+from weighted_mtp_core.errors import EXIT_DONE, WmtpError
+
+_DESCRIPTION = """\
+Continue a prompt with the best policy of a finished run. What is not given is as in the run's recipe.
+The text goes to stdout, all else to stderr."""
+_EPILOG = """\
+examples:
+  generate 20261123-140924 --prompt 'def add(a, b):'
+  generate 20261123-140924 --samples 3 --temperature 0.8 < prompt.txt
+  generate 20261123-140924 --prompt 'def f(x):' --decoding plain      the same text, a token a forward pass"""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the command to the parser."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "generate", help="continue a prompt with a finished run", description=_DESCRIPTION, epilog=_EPILOG
+    )
+    add_run_arguments(parser)
+    parser.add_argument("--prompt", metavar="TEXT", help="(all of stdin, without its last line break)")
+    parser.add_argument("--max-new-tokens", metavar="N", type=int)
+    parser.add_argument("--temperature", metavar="T", type=float, help="0 is greedy")
+    parser.add_argument("--samples", metavar="N", type=int, default=1, help="texts to write (1)")
+    parser.add_argument("--decoding", choices=("plain", "self_speculative"))
+    parser.add_argument("--seed", metavar="S", type=int, help="of the samples")
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print what the policy writes."""
+    from weighted_mtp_core.evaluation.generate import sample_completions
+    from weighted_mtp_core.stages.finished import plan_of, prepare_finished
+    from weighted_mtp_core.tracking.sync import find_run
+
+    run = find_run(args.runs, args.run)
+    changes = evaluate_overrides(args, "max_new_tokens", "temperature", "samples", "decoding")
+    plan = plan_of(run, overrides=["evaluate.pass_at_k=[1]", *changes])
+    prompt = args.prompt if args.prompt is not None else sys.stdin.read().removesuffix("\n")
+    if not prompt:
+        raise WmtpError("the prompt is empty", hint="give one: --prompt 'def add(a, b):'")
+    prepared = prepare_finished(run, plan, say=_say)
+    table = plan.recipe.evaluate
+    written = sample_completions(
+        prepared.policy,
+        prepared.tokenizer,
+        [("prompt", prompt)],
+        samples=table.samples,
+        temperature=table.temperature,
+        seed=plan.recipe.run.seed if args.seed is None else args.seed,
+        max_new_tokens=table.max_new_tokens,
+        decoding=table.decoding,
+        batch_size=table.batch_size,
+    )
+    for number, text in enumerate(written.completions[0], start=1):
+        if table.samples > 1:
+            print(f"--- sample {number} of {table.samples}")
+        print(text)
+    count, rate = written.generations.emitted, written.generations.tokens_per_forward
+    _say(f"{count} tokens, {rate:.2f} a forward pass, {written.generations.seconds:.1f} s")
+    return EXIT_DONE
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
