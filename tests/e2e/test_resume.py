@@ -14,7 +14,7 @@ VERIFIABLE, BASELINE = str(CONFIGS / "verifiable.toml"), str(CONFIGS / "baseline
 CI = ("--preset", "ci", "--set", "checkpoint.every=1")
 STEPS = 20
 UNTRACKED = (
-    *("--set", "tracker=[]", "--set", "critic.allow_uninformative_critic=true"),
+    *("--set", "tracker=[]"),
     *("--set", f"critic.train.steps={STEPS}", "--set", f"train.steps={STEPS}"),
 )
 
