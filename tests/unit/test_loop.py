@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from contextlib import suppress
 
 import pytest
 import torch
@@ -32,15 +33,15 @@ def test_only_matrices_are_decayed():
 
 
 class Seen:
-    """Collects what the loop reports; calls `at[step]` while a step's scalars are reported."""
+    """Collects what the loop reports; calls `at[step]` when a step's scalars are reported first."""
 
     def __init__(self, at=None):
         self.logged, self.timed, self.shown = [], [], []
-        self.at = at or {}
+        self.at = dict(at or {})
 
     def metrics(self, stage, step, values):
         self.logged.append((stage, step, dict(values)))
-        self.at.get(step, lambda: None)()
+        self.at.pop(step, lambda: None)()
 
     def timings(self, stage, step, values):
         self.timed.append((stage, step, dict(values)))
@@ -240,3 +241,32 @@ def test_too_many_steps_in_a_row_without_a_finite_loss_stop_the_run_and_name_the
         "6": ["example 5"],
         "7": ["example 6"],
     }
+
+
+def test_fifty_resumes_in_a_row_change_nothing(tmp_path):
+    folders = tmp_path / "whole", tmp_path / "resumed"
+    table = TrainTable(steps=50, validate_every=7, log_every=1, learning_rate=0.1, warmup_steps=5)
+    logged = []
+    for folder in folders:
+        folder.mkdir()
+    with Checkpoints(folder=folders[0], table=CheckpointTable(), say=print) as checkpoints:
+        _, seen = run(Fit(folders[0]), checkpoints, table=table)
+
+    for step in range(1, 51):
+        with Checkpoints(folder=folders[1], table=CheckpointTable(), say=print) as checkpoints:
+            at = {step: kill_myself(signal.SIGTERM)} if step < 50 else {}
+            torch.manual_seed(1 if step == 1 else 99)
+            resumed = Seen(at)
+            with suppress(Terminated):
+                train(
+                    Fit(folders[1]),
+                    table,
+                    batch_of=Row,
+                    reporter=resumed,
+                    checkpoints=checkpoints,
+                    resume=checkpoints.newest(),
+                )
+            logged += resumed.logged
+
+    assert logged == seen.logged
+    assert (folders[1] / "best.safetensors").read_bytes() == (folders[0] / "best.safetensors").read_bytes()
