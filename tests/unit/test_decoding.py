@@ -15,6 +15,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.evaluation.generate import generate
 from weighted_mtp_core.model.policy import make_policy
 
@@ -75,6 +76,30 @@ def test_every_token_of_a_text_may_be_the_eos_that_ends_it(name, head, decoding)
         written = generate(policy, PROMPTS[:1], max_new_tokens=9, eos_id=eos_id, decoding=decoding)
 
         assert (written.tokens[0], written.finished[0]) == naive(base, PROMPTS[0], limit=9, eos_id=eos_id)
+
+
+@pytest.mark.parametrize("decoding", DECODINGS)
+def test_a_text_ends_where_the_models_positions_end(decoding):
+    torch.manual_seed(1)
+    config = GPT2Config(vocab_size=V, n_embd=16, n_layer=3, n_head=2, n_positions=16)
+    base = GPT2LMHeadModel(config).eval()
+    policy = make_policy(copy.deepcopy(base), n_future=K, head_kind="transformer").eval()
+    lengths = [16 - (K - 1) - len(prompt) for prompt in PROMPTS]
+
+    written = generate(policy, PROMPTS, max_new_tokens=50, eos_id=-1, decoding=decoding)
+
+    assert list(written.tokens) == [
+        naive(base, prompt, limit=length, eos_id=-1)[0]
+        for prompt, length in zip(PROMPTS, lengths, strict=True)
+    ]
+    assert not any(written.finished)
+
+
+def test_a_prompt_that_leaves_no_position_is_an_error():
+    _, policy = models("gpt2", "linear")
+
+    with pytest.raises(WmtpError, match=r"a prompt of 1021 tokens leaves no room .* reads up to 1021"):
+        generate(policy, [[1] * 1021], max_new_tokens=1, eos_id=EOS)
 
 
 def sample(policy, prompts, streams, *, decoding, batch_size=32, seed=3, limit=9):

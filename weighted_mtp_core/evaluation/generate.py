@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from attrs import define, field, frozen
 
+from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.evaluation.decoding import Decoder
 from weighted_mtp_core.model.policy import Policy
 
@@ -60,25 +61,27 @@ class Generations:
 
 @define(kw_only=True)
 class _Row:
-    """A prompt on its way."""
+    """A prompt on its way to `limit` new tokens."""
 
     index: int
+    limit: int
     tokens: list[int] = field(factory=list)
     finished: bool = False
 
-    def take(self, new: Sequence[int], *, eos_id: int, limit: int) -> int:
+    def take(self, new: Sequence[int], *, eos_id: int) -> int:
         """Append tokens up to EOS or the limit; return how many were taken, EOS included."""
         for taken, token in enumerate(new, start=1):
             if token == eos_id:
                 self.finished = True
                 return taken
             self.tokens.append(token)
-            if len(self.tokens) == limit:
+            if len(self.tokens) == self.limit:
                 return taken
         return len(new)
 
-    def is_done(self, limit: int) -> bool:
-        return self.finished or len(self.tokens) >= limit
+    @property
+    def is_done(self) -> bool:
+        return self.finished or len(self.tokens) >= self.limit
 
 
 @torch.no_grad()
@@ -100,7 +103,8 @@ def generate(
     Args:
         policy: Left in the mode it was in.
         prompts: Token ids; none may be empty.
-        max_new_tokens: The limit for each.
+        max_new_tokens: The limit for each; a text also ends where the model's positions end, with room kept
+            for drafts, so that both ways of decoding end it at the same place.
         eos_id: Ends a row, also inside a draft.
         temperature: 0 is greedy.
         seed: With a prompt's stream it decides its samples, whatever else is in the batch.
@@ -108,13 +112,17 @@ def generate(
         decoding: Plain, or drafted by heads 2..K.
         batch_size: Prompts decoded together, longest with longest.
         on_done: Told how many prompts are done.
+
+    Raises:
+        WmtpError: A prompt leaves no position to write at.
     """
     began = time.perf_counter()
     was_training = policy.training
     policy.eval()
     names = list(streams) if streams is not None else [str(i) for i in range(len(prompts))]
     drafts = policy.n_future - 1 if decoding == "self_speculative" else 0
-    rows = [_Row(index=i) for i in range(len(prompts))]
+    room = _room(policy)
+    rows = [_Row(index=i, limit=_limit(len(ids), max_new_tokens, room=room)) for i, ids in enumerate(prompts)]
     tally = _Tally(accepted=[0] * drafts)
     done = 0
     by_length = sorted(rows, key=lambda row: len(prompts[row.index]))
@@ -127,9 +135,9 @@ def generate(
             generators=[_generator(seed, names[row.index]) for row in live],
         )
         gained = decoder.start([prompts[row.index] for row in live])
-        tally.count(live, gained, eos_id=eos_id, limit=max_new_tokens, verifying=False)
+        tally.count(live, gained, eos_id=eos_id, verifying=False)
         while True:
-            staying = [i for i, row in enumerate(live) if not row.is_done(max_new_tokens)]
+            staying = [i for i, row in enumerate(live) if not row.is_done]
             if len(staying) < len(live):
                 done += len(live) - len(staying)
                 if on_done is not None:
@@ -138,7 +146,7 @@ def generate(
                 if not live:
                     break
                 decoder.keep(staying)
-            tally.count(live, decoder.step(), eos_id=eos_id, limit=max_new_tokens, verifying=True)
+            tally.count(live, decoder.step(), eos_id=eos_id, verifying=True)
     policy.train(was_training)
     return Generations(
         tokens=tuple(tuple(row.tokens) for row in rows),
@@ -151,6 +159,23 @@ def generate(
     )
 
 
+def _room(policy: Policy) -> int | None:
+    """Return how long a prompt with its text may become, if the model says so."""
+    positions: int | None = getattr(policy.config, "max_position_embeddings", None)
+    return None if positions is None else positions - (policy.n_future - 1)
+
+
+def _limit(length: int, max_new_tokens: int, *, room: int | None) -> int:
+    if room is None:
+        return max_new_tokens
+    if length >= room:
+        raise WmtpError(
+            f"a prompt of {length} tokens leaves no room to write: this model reads up to {room}",
+            hint="shorten the prompt, or use a base model with more positions",
+        )
+    return min(max_new_tokens, room - length)
+
+
 @define(kw_only=True)
 class _Tally:
     """Counts for `Generations`."""
@@ -161,11 +186,11 @@ class _Tally:
     verified: int = 0
 
     def count(
-        self, rows: Sequence[_Row], gained: Sequence[list[int]], *, eos_id: int, limit: int, verifying: bool
+        self, rows: Sequence[_Row], gained: Sequence[list[int]], *, eos_id: int, verifying: bool
     ) -> None:
         """Give each row its new tokens and count them."""
         for row, new in zip(rows, gained, strict=True):
-            taken = row.take(new, eos_id=eos_id, limit=limit)
+            taken = row.take(new, eos_id=eos_id)
             self.emitted += taken
             self.passes += 1
             self.verified += verifying
