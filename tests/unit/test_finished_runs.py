@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from textwrap import dedent
@@ -154,6 +155,18 @@ def test_evaluate_repeats_what_the_run_measured(wmtp, trained, tmp_path):
     ]
     for name in ("samples.jsonl", "verdicts.jsonl"):
         assert (tmp_path / "out" / name).read_bytes() == (trained / "evaluation" / name).read_bytes()
+
+
+def test_every_metric_and_timing_is_documented(wmtp, repository, tmp_path):
+    def pattern(name):
+        return re.sub(r"^verdict_.*|\d+", lambda found: "verdict_*" if found[0][0] == "v" else "#", name)
+
+    wmtp("evaluate", "--samples", "2", "--temperature", "1", "--out", str(tmp_path))
+    report = json.loads((tmp_path / "metrics.json").read_text())
+    document = (repository / "docs" / "evaluation.md").read_text()
+
+    documented = {pattern(name) for name in re.findall(r"`(\w+)`", document)}
+    assert {pattern(name) for name in report["metrics"] | report["timings"]} - documented == set()
 
 
 def test_evaluate_takes_split_samples_temperature_ks_and_problems(wmtp, tmp_path):
