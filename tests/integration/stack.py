@@ -24,6 +24,7 @@ import pytest
 from attrs import define, field
 
 BUCKET = "wmtp"
+FOREIGN = ("MLFLOW_", "AWS_")  # what a developer's shell may say is not for the tests
 DEBIAN = ("nginx", "apache2-utils", "postgresql")
 _BINARIES = ("nginx", "htpasswd", "initdb")
 
@@ -158,6 +159,14 @@ class Stack:
             "AWS_CONFIG_FILE": "/dev/null",
             "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
         }
+
+    def configure(self, patch: pytest.MonkeyPatch) -> None:
+        """Configure this process for the stack, as a user's shell would be."""
+        for name in list(os.environ):
+            if name.startswith(FOREIGN):
+                patch.delenv(name)
+        for name, value in self.environment.items():
+            patch.setenv(name, value)
 
     def s3_client(self):
         import boto3
@@ -300,7 +309,9 @@ class Stack:
             *(str(_weed()), "-logtostderr=true", "server", f"-dir={folder}"),
             # the defaults are the machine's outside address, and telemetry
             *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"),
-            *(f"-master.port={ports['master']}", "-master.volumeSizeLimitMB=512"),
+            # the only master waits that long for others before it rules, at the start and after each kill
+            *(f"-master.port={ports['master']}", "-master.electionTimeout=1s"),
+            "-master.volumeSizeLimitMB=512",
             *(f"-master.port.grpc={free_port()}", f"-volume.port.grpc={free_port()}"),
             *(f"-volume.port={ports['volume']}", "-volume.max=20", "-volume.preStopSeconds=0"),
             *(f"-filer.port={ports['filer']}", f"-filer.port.grpc={free_port()}"),

@@ -66,12 +66,12 @@ def process_list():
     return "\n".join(lines)
 
 
-def test_planted_secrets_are_nowhere(stack, environment, tmp_path):
+def test_planted_secrets_are_nowhere(stack, tmp_path):
     planted = [stack.password, stack.access_key, stack.secret_key]
     remote_secrets = ["planted-remote-1", "planted-remote-2", "planted-remote-3"]
     process = subprocess.Popen(
         [sys.executable, "-c", dedent(RUN), *REMOTES],
-        env={**os.environ, **environment},
+        env={**os.environ, **stack.environment},
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -40,6 +40,7 @@ class Delivery:
     _retries: int = field(init=False, default=0)
     _retry_at: float = field(init=False, default=0.0)
     _last_success: float = field(init=False, factory=time.monotonic)
+    _hurried: float = field(init=False, default=0.0)
     _thread: threading.Thread | None = field(init=False, default=None)
 
     @classmethod
@@ -66,7 +67,8 @@ class Delivery:
         self._thread.start()
 
     def hurry(self) -> None:
-        """Say that the journal is complete, so that the rest is sent without pauses."""
+        """Say that the journal is complete: the rest is sent without pauses, and the limit runs from now."""
+        self._hurried = self._hurried or time.monotonic()
         self._closing.set()
 
     def close(self, limit_s: float) -> Pending:
@@ -74,11 +76,13 @@ class Delivery:
         self.hurry()
         if self._thread is None:
             return self.outbox.pending()
-        began = time.monotonic()
         try:
             while self._thread.is_alive():
                 self._thread.join(0.05)
-                if time.monotonic() - max(began, self._last_success) > limit_s + self.outbox.allowance_s():
+                if (
+                    time.monotonic() - max(self._hurried, self._last_success)
+                    > limit_s + self.outbox.allowance_s()
+                ):
                     break
         finally:
             self._abandoned.set()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -232,9 +233,10 @@ class Recorder:
             self.artifact(self.folder.log, "logs")
             self._journal.append("status", {"status": outcome.value})
             self.folder.record(status=outcome.value, ended_ms=now_ms())
+            began = time.monotonic()
             self._close_deliveries()
             if self._earlier is not None:
-                self._earlier.wait(self._close_seconds)
+                self._earlier.wait(max(0.0, began + self._close_seconds - time.monotonic()))
         finally:
             self._journal.close()
             self._log.close()

@@ -123,6 +123,22 @@ def test_closing_gives_up_at_the_limit_and_says_what_is_pending(delivery, journa
     assert pending.reason == "nobody there"
 
 
+def test_several_that_are_away_share_the_limit(delivery, new_outbox, journal, notebook):
+    other = Delivery(name="other", outbox=new_outbox(notebook), say=print)
+    notebook.away = True
+    for each in (delivery, other):
+        each.start()
+    metrics(journal, 1)
+    began = time.monotonic()
+    for each in (delivery, other):
+        each.hurry()
+
+    pending = [each.close(1.0) for each in (delivery, other)]
+
+    assert time.monotonic() - began < 1.5
+    assert all(pending)
+
+
 def test_closing_outlasts_an_outage_shorter_than_the_limit(delivery, journal, notebook):
     delivery.start()
     notebook.away = True

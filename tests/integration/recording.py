@@ -1,0 +1,128 @@
+"""Runs as tests record them, what they said, and what MLflow's own client reads back."""
+
+import io
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+from rich.console import Console
+from weighted_mtp_core.api import BuildContext, RunInfo
+from weighted_mtp_core.builtin.mlflow import MlflowOptions, build_mlflow
+from weighted_mtp_core.tracking.display import Display
+from weighted_mtp_core.tracking.journal import read_journal
+from weighted_mtp_core.tracking.outbox import to_points
+from weighted_mtp_core.tracking.recorder import Recorder
+from weighted_mtp_core.tracking.run_folder import RunFolder
+
+TRACKER = "0-core.mlflow"
+
+
+def open_recorder(
+    cwd: Path, *, close_seconds: float = 60.0, params: dict | None = None, **options: object
+) -> Recorder:
+    """Begin a run below a folder that `core.mlflow` tracks, with options and limits of its own."""
+    tracker = build_mlflow(MlflowOptions(**options), BuildContext(seed=0, storage=cwd / "storage"))
+    experiment = f"{options.get('experiment_prefix', 'weighted_mtp')}/{cwd.name}"
+    folder = RunFolder.create(cwd / "runs", experiment=experiment, name="run")
+    info = RunInfo(
+        run_id=folder.run_id,
+        name="run",
+        experiment=experiment,
+        params=params or {"train.steps": "3"},
+        tags={"algo": "flat"},
+        datasets=(),
+        folder=folder.path,
+    )
+    return Recorder.open(
+        folder,
+        info,
+        trackers={TRACKER: tracker},
+        recipe_toml="seed = 1\n",
+        display=Display(Console(file=io.StringIO(), width=300)),
+        close_seconds=close_seconds,
+    )
+
+
+def shown(record: Recorder) -> str:
+    """Return what a run said on its screen."""
+    return str(record.display.console.file.getvalue())
+
+
+def wait_until(condition: Callable[[], bool], *, seconds: float = 30.0, said: str = "") -> None:
+    """Wait for what should happen soon."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"it did not happen in time {said}"
+        time.sleep(0.05)
+
+
+def wait_for_words(record: Recorder, words: str, *, seconds: float = 30.0) -> None:
+    """Wait until a run says something."""
+    wait_until(lambda: words in shown(record), seconds=seconds, said=f"({words})")
+
+
+class Training:
+    """A thread that records five metrics a step, as a training loop does, and keeps the slowest step."""
+
+    def __init__(self, record: Recorder, *, step_seconds: float = 0.05) -> None:
+        self.record = record
+        self.step = 0
+        self.slowest = 0.0
+        self.step_seconds = step_seconds
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._end.wait(self.step_seconds):
+            self.step += 1
+            began = time.perf_counter()
+            self.record.metrics("policy", self.step, {f"m{i}": self.step / (i + 1) for i in range(5)})
+            self.slowest = max(self.slowest, time.perf_counter() - began)
+
+
+class Stored:
+    """A run as MLflow's own client reads it, from the server unless a store is named."""
+
+    def __init__(self, folder: Path, uri: str | None = None) -> None:
+        from mlflow import MlflowClient
+
+        self.client = MlflowClient(uri)
+        self.folder = folder
+        experiments = [each.experiment_id for each in self.client.search_experiments()]
+        (self.run,) = self.client.search_runs(
+            experiments, filter_string=f"tags.`wmtp.run_id` = '{folder.name}'"
+        )
+
+    @property
+    def status(self) -> str:
+        return self.run.info.status
+
+    def points(self) -> list[tuple[str, int, float, int]]:
+        """Every point, as often as the server holds it."""
+        return sorted(
+            (name, point.step, point.value, point.timestamp)
+            for name in self.run.data.metrics
+            for point in self.client.get_metric_history(self.run.info.run_id, name)
+        )
+
+    def file(self, path: str) -> bytes:
+        return Path(self.client.download_artifacts(self.run.info.run_id, path)).read_bytes()
+
+    def journalled(self) -> list[tuple[str, int, float, int]]:
+        """Every finite point of the journal, once."""
+        return sorted(
+            (point.name, point.step, point.value, point.time_ms)
+            for entry in read_journal(self.folder / "metrics.jsonl")
+            if entry.kind in {"metrics", "timings"}
+            for point in to_points(entry)
+        )
