@@ -46,6 +46,9 @@ def load_policy(
     Raises:
         WmtpError: There is no such model, a byte of it changed, or it cannot be a policy.
     """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # it breaks lines of a log, and the display
     models = storage / "models_v2"
     folder: Path | str
     if table.base == "micro":
