@@ -45,6 +45,8 @@ def isolate(folder: Path, keep: set[str]) -> None:
     for entry in site_packages.iterdir():
         if entry.name not in hidden:
             (links / entry.name).symlink_to(entry)
+    # A program of its own, which `python -m ruff` looks for beside the interpreter.
+    (folder / "bin" / "ruff").symlink_to(Path(sysconfig.get_path("scripts")) / "ruff")
 
 
 if __name__ == "__main__":

@@ -52,6 +52,12 @@ def environment(**extra: str) -> dict[str, str]:
     }
 
 
+@pytest.fixture(scope="session", name="environment")
+def environment_fixture() -> Callable[..., dict[str, str]]:
+    """What a process started by a test gets as its environment, with further variables."""
+    return environment
+
+
 @pytest.fixture(scope="session")
 def start() -> Callable[..., "subprocess.Popen[str]"]:
     """Start `python -m weighted_mtp_core ...` and return the process."""

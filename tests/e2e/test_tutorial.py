@@ -1,0 +1,105 @@
+"""Following docs/tutorial.md to the letter, outside the repository, leads where it says.
+
+Its blocks are carried out in order: `sh` by bash, one after the other in the folder where the last one ended;
+a block with a title is a file of that name; a line of `text` stands in what the `sh` before it printed.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from attrs import frozen
+
+REPOSITORY = Path(__file__).parents[2]
+TUTORIAL = REPOSITORY / "docs" / "tutorial.md"
+BLOCK = re.compile(
+    r'^```(?P<kind>\w+)(?: title="(?P<title>[^"]+)")?\n(?P<text>.*?)^```$', re.DOTALL | re.MULTILINE
+)
+pytestmark = pytest.mark.timeout(600)
+
+
+@frozen(kw_only=True)
+class Followed:
+    """What following the tutorial left.
+
+    Attributes:
+        folder: Where it ended.
+        python: The interpreter of its environment.
+        missing: Lines that the tutorial shows and nobody printed.
+    """
+
+    folder: Path
+    python: str
+    missing: list[str]
+
+
+@pytest.fixture(scope="module")
+def followed(isolated, environment, tmp_path_factory):
+    python = isolated("weighted-mtp-core", "weighted-mtp-baseline-mtp", "weighted-mtp-controls")
+    settings = environment(
+        PIP_NO_INDEX="1",  # everything that is needed is there
+        PIP_NO_BUILD_ISOLATION="0",  # 0 turns isolation off: pip reads it as `--no-build-isolation`
+        MYPY_CACHE_DIR=str(REPOSITORY / ".mypy_cache" / "scaffold"),
+    )
+    settings["PATH"] = f"{Path(python).parent}:{settings['PATH']}"
+    folder = tmp_path_factory.mktemp("tutorial")
+    printed, missing = "", []
+    for block in BLOCK.finditer(TUTORIAL.read_text(encoding="utf-8")):
+        text = block["text"]
+        if block["title"]:
+            (folder / block["title"]).write_text(text, encoding="utf-8")
+        elif block["kind"] == "sh":
+            printed, folder = carry_out(text, folder, settings)
+        else:
+            assert block["kind"] == "text", f"nobody knows what to do with {block[0]}"
+            missing += [line for line in text.splitlines() if line not in printed]
+    return Followed(folder=folder, python=python, missing=missing)
+
+
+def carry_out(commands, folder, settings):
+    """Run commands as a person types them; return what they printed and the folder they ended in."""
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", f"{commands}\necho; pwd"],
+        cwd=folder,
+        env=settings,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{commands}\n{done.stdout}"
+    printed, ended_in = done.stdout.removesuffix("\n").rsplit("\n", maxsplit=1)
+    return printed, Path(ended_in)
+
+
+def test_everything_is_printed_that_the_tutorial_shows(followed):
+    assert followed.missing == []
+
+
+def test_the_plugin_is_listed(followed, wmtp):
+    listed = wmtp("plugins", "list", cwd=followed.folder, python=followed.python)
+
+    assert "focal" in [line.split()[0] for line in listed.stdout.splitlines()]
+
+
+def test_each_arm_is_in_mlflow_under_its_own_experiment_and_tags(followed):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{followed.folder / 'storage' / 'mlflow.db'}")
+    arms = {each.name: each.experiment_id for each in client.search_experiments()}
+    names = {"weighted_mtp/focal", "weighted_mtp/baseline_mtp", "weighted_mtp/controls"}
+
+    assert set(arms) - {"Default"} == names
+    (run,) = client.search_runs([arms["weighted_mtp/focal"]])
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["algo"] == "focal"
+    assert run.data.tags["wmtp.weighting"] == "focal.focal"
+    assert run.data.tags["wmtp.plugin.focal"] == "weighted-mtp-focal==0.1.0"
+
+
+def test_a_wheel_is_left_to_give_away(followed):
+    assert [wheel.name for wheel in (followed.folder / "dist").iterdir()] == [
+        "weighted_mtp_focal-0.1.0-py3-none-any.whl"
+    ]
