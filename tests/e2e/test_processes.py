@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CI = ("--preset", "ci", "--set", "checkpoint.every=2", "--set", "tracker=[]")
+LAUNCH = Path(__file__).parents[2] / "scripts" / "launch.sh"
 TOLERANCE = 1e-5
 
 
@@ -59,6 +61,13 @@ def differences(first, second):
     }
 
 
+@pytest.fixture
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def cwd(tmp_path_factory):
     return tmp_path_factory.mktemp("processes")
@@ -81,6 +90,35 @@ def test_two_processes_have_the_losses_of_one(alone, cwd, shard):
     assert process.returncode == 0, stderr
     assert differences(metrics(cwd, f"alone-{alone}"), metrics(cwd, name)) == {}
     assert (folder_of(cwd, name) / "logs" / "rank-1.log").is_file()
+
+
+@pytest.mark.parametrize("alone", ["baseline"], indirect=True)
+def test_two_nodes_that_the_launch_script_starts_are_one_run(alone, cwd, free_port):
+    name = f"nodes-{alone}"
+    nodes = [
+        subprocess.Popen(
+            ["bash", str(LAUNCH), *recipe(alone), "--run-name", name],
+            cwd=cwd,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHON": sys.executable,
+                "PORT": str(free_port),
+                "NODES": "2",
+                "NODE_RANK": str(rank),
+                "PROCESSES": "1",
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    ends = [node.communicate(timeout=240) for node in nodes]
+
+    assert [node.returncode for node in nodes] == [0, 0], ends
+    assert differences(metrics(cwd, f"alone-{alone}"), metrics(cwd, name)) == {}
 
 
 def stop_at(process, cwd, name, checkpoint):

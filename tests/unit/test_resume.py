@@ -1,0 +1,173 @@
+"""Which run goes on, and what may have changed meanwhile."""
+
+import json
+
+import pytest
+from weighted_mtp_core.api import DatasetVersion, WmtpError
+from weighted_mtp_core.plan import make_plan
+from weighted_mtp_core.stages.resume import (
+    fingerprint,
+    identity,
+    other_machine,
+    refuse_changes,
+    refuse_other_data,
+    run_to_resume,
+)
+from weighted_mtp_core.stages.world import World
+from weighted_mtp_core.tracking.run_folder import RunFolder
+
+RECIPE = """
+    [run]
+    name = "first"
+    storage = "{storage}"
+    resume = "{resume}"
+    [data]
+    use = "{plugin}.lines"
+    [data.options]
+    folder = "x"
+    [weighting]
+    use = "{plugin}.flat"
+"""
+
+
+@pytest.fixture
+def plan(example_plugin, write_recipe, tmp_path):
+    """Make a plan; `resume` and overrides as a person would give them."""
+
+    def plan(*overrides, resume="never"):
+        text = RECIPE.format(storage=tmp_path / "storage", resume=resume, plugin=example_plugin)
+        return make_plan(write_recipe(text, "recipe.toml"), overrides=overrides)
+
+    return plan
+
+
+@pytest.fixture
+def leave(tmp_path):
+    """Leave a run folder as a process of that plan would, with this status."""
+
+    def leave(plan, status):
+        folder = RunFolder.create(
+            tmp_path / "storage" / "runs", experiment=plan.experiment, name=plan.recipe.run.name
+        )
+        folder.record(status=status, **identity(plan), fingerprint=fingerprint())
+        folder.close()
+        return folder.path
+
+    return leave
+
+
+def test_never_begins_anew(plan, leave):
+    leave(plan(), "KILLED")
+
+    assert run_to_resume(plan(), None) is None
+
+
+@pytest.mark.parametrize("status", ["KILLED", "FAILED", "RUNNING"])
+def test_auto_goes_on_with_an_unfinished_run_of_the_same_recipe(plan, leave, status):
+    path = leave(plan(resume="auto"), status)
+
+    assert run_to_resume(plan(resume="auto"), None) == path
+
+
+def test_auto_goes_on_with_the_latest(plan, leave):
+    paths = sorted(leave(plan(resume="auto"), "KILLED") for _ in range(3))
+
+    assert run_to_resume(plan(resume="auto"), None) == paths[-1]
+
+
+def test_auto_leaves_finished_runs_and_those_of_other_recipes(plan, leave):
+    leave(plan(resume="auto"), "FINISHED")
+    leave(plan("run.seed=7", resume="auto"), "KILLED")
+
+    assert run_to_resume(plan(resume="auto"), None) is None
+
+
+def test_auto_leaves_a_run_that_goes_on_elsewhere(plan, leave):
+    path = leave(plan(resume="auto"), "RUNNING")
+    folder = RunFolder.open(path)
+
+    assert run_to_resume(plan(resume="auto"), None) is None
+    folder.close()
+
+
+def test_a_run_is_named_by_the_beginning_of_its_id(plan, leave):
+    path = leave(plan(), "KILLED")
+
+    assert run_to_resume(plan(), path.name[:15]) == path
+    with pytest.raises(WmtpError, match="there is no run `1999`"):
+        run_to_resume(plan(), "1999")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "train.steps=900",
+        "train.max_bad_steps=1",
+        "checkpoint.every=7",
+        "evaluate.samples=1",
+        'run.tags=["a:b"]',
+    ],
+)
+def test_what_moves_no_step_that_is_done_may_change(plan, leave, change):
+    path = leave(plan(), "KILLED")
+
+    refuse_changes(path, plan(change), allowed=())
+
+
+def test_everything_else_is_refused_and_listed(plan, leave):
+    path = leave(plan(), "KILLED")
+
+    with pytest.raises(WmtpError) as caught:
+        refuse_changes(path, plan("train.learning_rate=0.5", "run.seed=7"), allowed=())
+
+    assert str(caught.value) == (
+        f"the run `{path}` cannot go on as another one:\n"
+        "  run.seed: 42 -> 7\n"
+        "  train.learning_rate: 0.0003 -> 0.5"
+    )
+    assert caught.value.hint.endswith("--allow-change run.seed")
+
+
+def test_a_change_that_is_allowed_by_name_is_taken(plan, leave):
+    path = leave(plan(), "KILLED")
+
+    refuse_changes(path, plan("model.micro.layers=3"), allowed=["model"])
+    with pytest.raises(WmtpError, match=r"model\.micro\.layers: 4 -> 3"):
+        refuse_changes(path, plan("model.micro.layers=3"), allowed=["mod"])
+
+
+def test_another_version_of_a_plugin_is_refused(plan, leave):
+    path = leave(plan(), "KILLED")
+    facts = json.loads((path / "run.json").read_text())
+    facts["plugins"]["example"] = "wmtp-example==1.2.2"
+    (path / "run.json").write_text(json.dumps(facts))
+
+    with pytest.raises(WmtpError, match=r"plugins\.example: wmtp-example==1\.2\.2 -> wmtp-example==1\.2\.3"):
+        refuse_changes(path, plan(), allowed=())
+
+
+def test_a_finished_run_does_not_go_on_unless_it_is_to_train_further(plan, leave):
+    path = leave(plan(), "FINISHED")
+
+    with pytest.raises(WmtpError, match="is finished"):
+        refuse_changes(path, plan(), allowed=())
+    refuse_changes(path, plan("train.steps=900"), allowed=())
+
+
+def test_other_data_are_refused(plan, leave):
+    folder = RunFolder.open(leave(plan(), "KILLED"))
+    first = DatasetVersion(name="lines", version="1", sha256="a" * 64)
+    second = DatasetVersion(name="lines", version="1", sha256="b" * 64)
+
+    assert refuse_other_data(folder, first, allowed=())
+    assert not refuse_other_data(folder, first, allowed=())
+    with pytest.raises(WmtpError, match=r"data\.sha256: a{64} -> b{64}"):
+        refuse_other_data(folder, second, allowed=())
+    assert refuse_other_data(folder, second, allowed=["data.sha256"])
+
+
+def test_another_number_of_processes_is_told(plan, leave):
+    path = leave(plan(), "KILLED")
+
+    assert other_machine(path, World()) is None
+    assert other_machine(path, World(rank=0, size=2)) == "processes 1 -> 2"
