@@ -12,7 +12,7 @@ import importlib
 import random
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import CodeType, TracebackType
 from typing import Any
 
@@ -23,7 +23,9 @@ TESTS_FILE = "<tests>"
 _NOT_ABOUT_VALUES = (NameError, ImportError, SyntaxError, MemoryError, RecursionError)
 
 
-def run_check(job: Mapping[str, Any], channel: socket.socket, *, deadline: float) -> Outcome:
+def run_check(
+    job: Mapping[str, Any], channel: socket.socket, *, deadline: float, reading: memoryview
+) -> Outcome:
     """Load the program, then run `check(candidate)` or the module-level asserts of the tests.
 
     Args:
@@ -31,11 +33,12 @@ def run_check(job: Mapping[str, Any], channel: socket.socket, *, deadline: float
             `tests`.
         channel: To the candidate's process.
         deadline: `time.monotonic()` by which the candidate must have answered.
+        reading: See `Remote`.
 
     Returns:
         The kind of verdict and its detail; kind `gone` if the candidate's process ended.
     """
-    remote = Remote(channel, deadline=deadline)
+    remote = Remote(channel, deadline=deadline, reading=reading)
     random.seed(0)
     try:
         code = compile(job["tests"], TESTS_FILE, "exec", dont_inherit=True)
@@ -85,7 +88,7 @@ def _bound(name: str, remote: Remote) -> object:
 
 def _judged(error: BaseException, remote: Remote, tests: str) -> Outcome:
     """Say whose fault an exception is that ended the tests."""
-    if error is remote.raised:
+    if remote.raised is not None and remote.raised in _chain(error):
         return remote.raised_as
     where = _where(error.__traceback__, tests)
     if isinstance(error, AssertionError):
@@ -94,6 +97,13 @@ def _judged(error: BaseException, remote: Remote, tests: str) -> Outcome:
     if not isinstance(error, Exception) or isinstance(error, _NOT_ABOUT_VALUES) or not remote.answered:
         return "judge_error", shown
     return "wrong", shown  # the tests stumbled over a value of the program
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an exception and what Python itself turned into it (StopIteration in a generator)."""
+    yield error
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, StopIteration):
+        yield error.__cause__
 
 
 def _where(traceback: TracebackType | None, tests: str) -> str:
@@ -111,7 +121,7 @@ def main_outcome(answer: object) -> Outcome:
     match answer:
         case ("raise", ["SystemExit", *_], "" | "0" | "None", int(), int()):
             return "passed", ""
-        case ("raise", list(names), str(message), int(line), int(number)):
+        case ("raise", list(names), str(message), int(line), int(number)) if 0 <= line < 1_000_000_000:
             return exception_outcome([str(name) for name in names], message, line=line, number=number)
     return "passed", ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import resource
 import signal
@@ -27,11 +28,13 @@ def run_check(job: Mapping[str, Any], candidates: Candidates, limits: Limits) ->
     with (
         _closing(os.open(os.devnull, os.O_RDONLY)) as nothing,
         Candidate(candidates, limits, stdin=nothing) as candidate,
-        JudgeProcess(lambda: judge.run_check(job, candidate.channel, deadline=deadline), limits) as process,
+        JudgeProcess(job, candidate.channel, deadline=deadline, limits=limits) as process,
     ):
         candidate.channel.close()  # the judge's copy must be the last one
         finished = candidate.watch(process.results, deadline=deadline + _GRACE_SECONDS)
         outcome = process.outcome() if finished else ("judge_error", "the tests did not end in time")
+        if outcome[0] == "gone" and not candidate.wait(_GRACE_SECONDS):
+            outcome = "error", "the program closed its channel"
     if candidate.stopped:
         return candidate.stopped
     return candidate.ending() if outcome[0] == "gone" else outcome
@@ -102,12 +105,19 @@ class JudgeProcess:
         results: Descriptor on which its outcome arrives; closed without one if it dies.
     """
 
-    def __init__(self, work: Callable[[], Outcome], limits: Limits) -> None:
+    def __init__(
+        self, job: Mapping[str, Any], channel: socket.socket, *, deadline: float, limits: Limits
+    ) -> None:
         self.results, writer = os.pipe()
+        self._reading = memoryview(mmap.mmap(-1, 1))  # shared with the process
         self._status: int | None = None
         self._pid = os.fork()
         if self._pid == 0:
-            _judge_and_exit(work, limits, writer)
+            _become_judge(
+                lambda: judge.run_check(job, channel, deadline=deadline, reading=self._reading),
+                limits,
+                writer,
+            )
         os.close(writer)
 
     def __enter__(self) -> Self:
@@ -134,13 +144,15 @@ class JudgeProcess:
             kind, detail = json.loads(content)
             return str(kind), str(detail)
         self._status = os.waitpid(self._pid, 0)[1]
+        if self._reading[0]:
+            return "unencodable", "the value could not be read within the limits"
         code = os.waitstatus_to_exitcode(self._status)
         if code in (-signal.SIGXCPU, -signal.SIGKILL):
             return "judge_error", "the tests used too much CPU time"
         return "judge_error", f"the tests ended their process ({code})"
 
 
-def _judge_and_exit(work: Callable[[], Outcome], limits: Limits, writer: int) -> NoReturn:
+def _become_judge(work: Callable[[], Outcome], limits: Limits, writer: int) -> NoReturn:
     try:
         confine.die_with_parent()
         nothing = os.open(os.devnull, os.O_RDWR)

@@ -14,6 +14,7 @@ from .wire import FrameError, UnencodableError, decode, encode, receive_frame, s
 Outcome = tuple[str, str]  # kind of verdict, detail
 
 _DETAIL_CHARACTERS = 300
+_MAX_LINE = 1_000_000_000
 _NO_ANSWER = "the program answered with something that is no answer"
 
 
@@ -53,18 +54,21 @@ class Remote:
     Args:
         channel: To that process.
         deadline: `time.monotonic()` by which it must have answered.
+        reading: Its element 0 is 1 while an answer is decoded. Whoever shares that memory knows whom to blame
+            when this process dies of it (a set of a million colliding numbers takes hours to build).
 
     Attributes:
-        answered: How many questions the program's functions have answered with a value.
+        answered: Whether the program's functions have answered anything.
         raised: The exception of the program that was raised here last.
         raised_as: The verdict if nothing catches it.
         stopped: The verdict once there is nothing left to ask.
     """
 
-    def __init__(self, channel: socket.socket, *, deadline: float) -> None:
+    def __init__(self, channel: socket.socket, *, deadline: float, reading: memoryview | None = None) -> None:
         self._channel = channel
         self._deadline = deadline
-        self.answered = 0
+        self._reading = memoryview(bytearray(1)) if reading is None else reading
+        self.answered = False
         self.raised: Exception | None = None
         self.raised_as: Outcome = ("error", "")
         self.stopped: Outcome | None = None
@@ -84,7 +88,7 @@ class Remote:
             self.ask("load", program)
         except Exception:  # noqa: BLE001 - whatever the program raised, it is the verdict
             self.stop(*self.raised_as)
-        self.answered = 0
+        self.answered = False
 
     def call(self, target: object, arguments: Sequence[object], keywords: Mapping[str, object]) -> object:
         """Call a function and carry over what it did to its mutable arguments."""
@@ -98,14 +102,15 @@ class Remote:
         """
         if self.stopped:
             raise Stop
-        match self._exchange((operation, *operands)):
+        answer = self._exchange((operation, *operands))
+        self.answered = True
+        match answer:
             case ("value", value, dict(changes)):
-                self.answered += 1
                 self._apply(operands, changes)
                 return value
             case ("unencodable", str(why)):
                 self.stop("unencodable", why)
-            case ("raise", list(names), str(message), int(line), int(number)):
+            case ("raise", list(names), str(message), int(line), int(number)) if 0 <= line < _MAX_LINE:
                 self._raise([str(name) for name in names], message, line=line, number=number)
         return self.stop("unencodable", _NO_ANSWER)
 
@@ -117,13 +122,17 @@ class Remote:
         try:
             self._channel.settimeout(max(0.001, self._deadline - time.monotonic()))
             send_frame(self._channel, content)
-            return decode(receive_frame(self._channel), lambda number: Opaque(self, number))
+            answer = receive_frame(self._channel)
+            self._reading[0] = 1
+            value = decode(answer, lambda number: Opaque(self, number))
+            self._reading[0] = 0
         except TimeoutError:
             self.stop("wall_limit", "no answer in time")
         except (EOFError, ConnectionError):
             self.stop("gone", "")
         except FrameError as error:
             self.stop("unencodable", str(error))
+        return value
 
     def _apply(self, operands: Sequence[object], changes: Mapping[object, object]) -> None:
         """Give the caller's lists, dicts and sets the content that the call left in their copies."""

@@ -151,6 +151,14 @@ class Candidate:
                 next_look = time.monotonic() + _TICK_SECONDS
         return False
 
+    def wait(self, seconds: float) -> bool:
+        """Wait for the process to end by itself; False if it does not in time."""
+        ended = os.pidfd_open(self.pid)
+        try:
+            return bool(select.select([ended], [], [], seconds)[0])
+        finally:
+            os.close(ended)
+
     def _read(self) -> bool:
         """Take what the program wrote; False at the end."""
         part = os.read(self._reader, 1 << 16)
@@ -182,15 +190,22 @@ class Candidate:
         return scratch.is_too_full(folder)
 
     def ending(self) -> Outcome:
-        """Say why a process ended that should not have, after the context."""
+        """Say why a process ended that nobody stopped, after the context."""
         code = os.waitstatus_to_exitcode(self.status)
         if code >= 0:
             return "error", f"the program ended its process with status {code}"
-        number = signal.Signals(-code)
+        number = -code
         if number in _CPU_SIGNALS and self._cpu_seconds >= self._limits.cpu_seconds:
             return "cpu_limit", f"more than {self._limits.cpu_seconds:g} s of CPU time"
         if number == signal.SIGSYS:
             return "violation", "a forbidden system call"
+        if number == signal.SIGKILL:
+            return "memory", "killed by the kernel for lack of memory, or by itself"
         if number == signal.SIGXFSZ:
             return "output", f"a file of more than {scratch.MAX_BYTES} bytes"
-        return "error", f"the program's process ended by {number.name}"
+        return "error", f"the program's process ended by {_name_of(number)}"
+
+
+def _name_of(number: int) -> str:
+    named = {each.value: each.name for each in signal.Signals}
+    return named.get(number, f"signal {number}")
