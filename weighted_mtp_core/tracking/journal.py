@@ -120,10 +120,12 @@ class Journal:
 
     path: Path
     _descriptor: int = field(init=False)
+    _size: int = field(init=False)
     _lock: threading.Lock = field(init=False, factory=threading.Lock)
 
     def __attrs_post_init__(self) -> None:
         self._descriptor = _open_whole(self.path)
+        self._size = os.fstat(self._descriptor).st_size
 
     def append(self, kind: str, fields: Mapping[str, Any], *, time_ms: int | None = None) -> None:
         """Write one line; it happened at `time_ms` (now, if that is None).
@@ -133,16 +135,17 @@ class Journal:
         """
         with self._lock:
             line = encode(kind, fields, time_ms=now_ms() if time_ms is None else time_ms)
-            size = os.fstat(self._descriptor).st_size
+            size = self._size + len(line)
             try:
                 while line:  # a disk that fills up takes a part of a line first, and refuses the rest
                     line = line[os.write(self._descriptor, line) :]
             except OSError as error:
-                os.ftruncate(self._descriptor, size)
+                os.ftruncate(self._descriptor, self._size)
                 raise RunFailedError(
                     f"cannot write the journal `{self.path}`: {error.strerror}",
                     hint="free some disk space; what was recorded so far is kept",
                 ) from error
+            self._size = size
 
     def close(self) -> None:
         """Close the file."""

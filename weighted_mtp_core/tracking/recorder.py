@@ -9,6 +9,7 @@ Leaving the block closes the run: FINISHED, or FAILED after an exception, or KIL
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from weighted_mtp_core.plan import Plan
     from weighted_mtp_core.tracking.earlier import Earlier
 
+_SWITCH_S = 0.0005
+"""How long a delivery keeps the interpreter from the thread that trains; Python's own 5 ms would be felt."""
+
 
 @define(kw_only=True, eq=False)
 class Recorder:
@@ -56,6 +60,7 @@ class Recorder:
     _earlier: Earlier | None = field(init=False, default=None)
     _closed: bool = field(init=False, default=False)
     _restore_signal: Any = field(init=False, default=None)
+    _switch_interval: float = field(init=False, factory=sys.getswitchinterval)
 
     @classmethod
     def open(
@@ -132,6 +137,8 @@ class Recorder:
         self.artifact(self.folder.recipe, "")
 
     def _start_deliveries(self) -> None:
+        if self._trackers:
+            sys.setswitchinterval(_SWITCH_S)
         for name, tracker in self._trackers.items():
             delivery = Delivery.to(tracker, name, self.folder, say=self.say)
             delivery.start()
@@ -238,6 +245,7 @@ class Recorder:
             if self._earlier is not None:
                 self._earlier.wait(max(0.0, began + self._close_seconds - time.monotonic()))
         finally:
+            sys.setswitchinterval(self._switch_interval)
             self._journal.close()
             self._log.close()
             self.folder.close()

@@ -195,6 +195,15 @@ def test_closing_twice_closes_once(open_recorder, notebook):
     assert notebook.all("finish") == [RunOutcome.FINISHED]
 
 
+def test_a_delivery_must_hand_the_interpreter_back_quickly_while_a_run_goes_on(open_recorder, notebook):
+    usual = sys.getswitchinterval()
+    with open_recorder(notebook=notebook):
+        during = sys.getswitchinterval()
+
+    assert during < 0.001
+    assert sys.getswitchinterval() == usual
+
+
 def test_trackers_say_where_the_run_is(open_recorder, notebook):
     with open_recorder(notebook=notebook) as record:
         where = record.where()
