@@ -14,7 +14,7 @@ PYTEST := bin/python -m pytest $(PYTEST_ARGS)
 WORKERS := -n 2 --dist loadfile
 test test-%: export OMP_NUM_THREADS := 1
 
-.PHONY: help run test test-core test-plugins $(PLUGINS:%=test-%) test-e2e test-integration lint format clean
+.PHONY: help run test test-core test-plugins $(PLUGINS:%=test-%) test-e2e test-integration lint format docs clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -48,8 +48,11 @@ format: $(INSTALLED)  ## Repair what ruff can repair
 	.venv/bin/ruff check --fix-only .
 	.venv/bin/ruff format .
 
+docs: $(INSTALLED)  ## Build the documentation as a site: site/index.html
+	.venv/bin/python -m sphinx -q -W --keep-going -b html docs site
+
 clean:  ## Delete .venv and caches; storage/ (models, data, runs) stays
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Without its own pip at first: Debian's python3 cannot add one (ensurepip is a package of its own there).

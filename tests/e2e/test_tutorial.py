@@ -1,7 +1,7 @@
 """Following docs/tutorial.md to the letter, outside the repository, leads where it says.
 
 Its blocks are carried out in order: `sh` by bash, one after the other in the folder where the last one ended;
-a block with a title is a file of that name; a line of `text` stands in what the `sh` before it printed.
+a block below the name of a file is that file; a line of `text` stands in what the `sh` before it printed.
 """
 
 import re
@@ -14,7 +14,7 @@ from attrs import frozen
 REPOSITORY = Path(__file__).parents[2]
 TUTORIAL = REPOSITORY / "docs" / "tutorial.md"
 BLOCK = re.compile(
-    r'^```(?P<kind>\w+)(?: title="(?P<title>[^"]+)")?\n(?P<text>.*?)^```$', re.DOTALL | re.MULTILINE
+    r"^(?:`(?P<file>[^`\n]+)`:\n\n)?```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
 )
 pytestmark = pytest.mark.timeout(600)
 
@@ -47,8 +47,8 @@ def followed(isolated, environment, tmp_path_factory):
     printed, missing = "", []
     for block in BLOCK.finditer(TUTORIAL.read_text(encoding="utf-8")):
         text = block["text"]
-        if block["title"]:
-            (folder / block["title"]).write_text(text, encoding="utf-8")
+        if block["file"]:
+            (folder / block["file"]).write_text(text, encoding="utf-8")
         elif block["kind"] == "sh":
             printed, folder = carry_out(text, folder, settings)
         else:
