@@ -1,17 +1,18 @@
-"""The weighted multi-token loss, without ever holding the `[B, T, K, V]` logits.
+"""The weighted multi-token loss and its gradients, without ever holding the `[B, T, K, V]` logits.
 
 `L = sum_k alpha_k * sum_t w[t, k] * CE(head_k(h_t), x[t + k]) / Z_k`, after Gloeckle et al. 2024 (eq. 2) with
-weights. Two things make it cheap: rows that predict nothing are left out before the unembedding, and the
-gradient of a chunk's logits is formed while they are there, in the forward pass, so that nothing is
-kept or computed twice.
+weights. Heads run forward and backward one after the other (their section 2.2): the gradient of the trunk's
+states adds up in one `[B, T, H]` buffer and goes through the trunk once, so that memory does not grow with K.
+Rows that predict nothing are left out before the unembedding, and the gradient of a chunk's logits is formed
+while they are there, so that nothing is kept or computed twice. `loss_reference` is the same in plain words.
 
 Shape letters: B rows, T positions, K heads, N counted pairs of one head, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from attrs import frozen
@@ -26,27 +27,32 @@ CHUNK = 256
 
 @frozen(kw_only=True, eq=False)
 class MtpLoss:
-    """The loss of a batch and its sums by head, all fp32; only `loss` carries a gradient.
+    """The loss of a batch and its sums by head, all fp32 and without gradient.
 
     Attributes:
         loss: Scalar.
         ce_sum_K: Sum of the unweighted cross-entropies, in nats.
         count_K: How many pairs counted.
-        weight_sum_K: Sum of the weights.
-        correct_K: How many targets were the most likely token.
     """
 
     loss: Tensor
     ce_sum_K: Tensor
     count_K: Tensor
-    weight_sum_K: Tensor
+
+
+@frozen(kw_only=True, eq=False)
+class HeadSums:
+    """What the heads are worth, as float32 sums over the counted pairs.
+
+    Attributes:
+        ce_sum_K: Of the unweighted cross-entropies, in nats.
+        correct_K: Of the pairs whose target was the most likely token.
+        count_K: Of the pairs.
+    """
+
+    ce_sum_K: Tensor
     correct_K: Tensor
-
-
-def head_shares(head_weights: Sequence[float], n_future: int) -> Tensor:
-    """Return `alpha_K`, float32, summing to 1; no weights mean equal shares."""
-    weights = torch.tensor(head_weights or (1.0,) * n_future, dtype=torch.float32)
-    return weights / weights.sum()
+    count_K: Tensor
 
 
 def normalisers(weight_BTK: Tensor, target_BTK: Tensor, *, normalise: Literal["weights", "tokens"]) -> Tensor:
@@ -67,44 +73,87 @@ def weighted_mtp_loss(
     weight_BTK: Tensor | None,
     normaliser_K: Tensor,
     head_share_K: Tensor,
+    detach_trunk: bool = False,
     position_BT: Tensor | None = None,
 ) -> MtpLoss:
-    """Return the loss of trunk states; heads run one after the other.
+    """Return the loss of trunk states, having added its gradient to every parameter's `grad`.
+
+    There is no `backward` to call: it is done, head by head, then through the trunk, whose graph is used up.
 
     Args:
         policy: Heads and unembedding.
-        hidden_BTH: Trunk states, with gradient.
+        hidden_BTH: Trunk states, with their graph; without one, the trunk gets no gradient.
         labels_BTK: From `align_labels`.
         weight_BTK: float32, 0 where nothing counts; None means 1 everywhere.
         normaliser_K: Z by head, of the *global* batch: parts of an accumulated batch add up exactly.
         head_share_K: alpha by head.
+        detach_trunk: Whether heads 2..K leave the trunk alone.
         position_BT: From `Batch.position_BT`.
     """
     target_BTK = target_mask(labels_BTK)
     scale_K = head_share_K / normaliser_K
-    losses, ce_sums, correct, weight_sums = [], [], [], []
+    source_BTH = hidden_BTH.detach().requires_grad_(hidden_BTH.requires_grad)
+    unembedding = _Unembedding.of(policy, hidden_BTH)
+    losses, ce_sums = [], []
     for k in range(1, policy.n_future + 1):
         counts_BT = target_BTK[:, :, k - 1]
-        state_NH = policy.head_states(k, hidden_BTH, position_BT=position_BT)[counts_BT]
-        label_N = labels_BTK[:, :, k - 1][counts_BT]
-        weight_N = (
-            torch.ones_like(label_N, dtype=torch.float32)
-            if weight_BTK is None
-            else weight_BTK[:, :, k - 1][counts_BT].float()
-        )
-        loss, ce_N, correct_N = _FusedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            state_NH, policy.unembedding.weight, label_N, weight_N * scale_K[k - 1]
+        scale_BT = scale_K[k - 1].expand(counts_BT.shape)
+        loss, ce_sum = _learn_head(
+            policy.head_states(
+                k, source_BTH.detach() if detach_trunk and k > 1 else source_BTH, position_BT=position_BT
+            ),
+            unembedding,
+            counts_BT=counts_BT,
+            label_BT=labels_BTK[:, :, k - 1],
+            scale_BT=scale_BT if weight_BTK is None else weight_BTK[:, :, k - 1].float() * scale_BT,
         )
         losses.append(loss)
-        ce_sums.append(ce_N.sum())
-        correct.append(correct_N.sum(dtype=torch.float32))
-        weight_sums.append(weight_N.sum())
+        ce_sums.append(ce_sum)
+    if source_BTH.grad is not None:
+        _backward(hidden_BTH, source_BTH.grad)
     return MtpLoss(
         loss=torch.stack(losses).sum(),
         ce_sum_K=torch.stack(ce_sums),
         count_K=target_BTK.sum(dim=(0, 1), dtype=torch.float32),
-        weight_sum_K=torch.stack(weight_sums),
+    )
+
+
+def _learn_head(
+    state_BTH: Tensor, unembedding: _Unembedding, *, counts_BT: Tensor, label_BT: Tensor, scale_BT: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Take a head's states back to what they came from; return its loss and its sum of cross-entropies."""
+    scale_N = scale_BT[counts_BT]
+    ce_N, gradient_NH = unembedding.learn(state_BTH.detach()[counts_BT], label_BT[counts_BT], scale_N=scale_N)
+    if state_BTH.requires_grad:
+        gradient_BTH = torch.zeros_like(state_BTH)
+        gradient_BTH[counts_BT] = gradient_NH
+        _backward(state_BTH, gradient_BTH)
+    return (ce_N * scale_N).sum(), ce_N.sum()
+
+
+def _backward(tensor: Tensor, gradient: Tensor) -> None:
+    """Go backward outside of autocast, which is for forward passes."""
+    with torch.autocast(tensor.device.type, enabled=False):
+        torch.autograd.backward([tensor], [gradient])
+
+
+@torch.no_grad()
+def head_sums(
+    policy: Policy, hidden_BTH: Tensor, labels_BTK: Tensor, *, position_BT: Tensor | None = None
+) -> HeadSums:
+    """Measure each head on trunk states, unweighted; arguments are those of `weighted_mtp_loss`."""
+    target_BTK = target_mask(labels_BTK)
+    unembedding = _Unembedding.of(policy, hidden_BTH)
+    sums = []
+    for k in range(1, policy.n_future + 1):
+        counts_BT = target_BTK[:, :, k - 1]
+        state_NH = policy.head_states(k, hidden_BTH, position_BT=position_BT)[counts_BT]
+        sums.append(unembedding.measure(state_NH, labels_BTK[:, :, k - 1][counts_BT]))
+    ce_sums, correct = zip(*sums, strict=True)
+    return HeadSums(
+        ce_sum_K=torch.stack(ce_sums),
         correct_K=torch.stack(correct),
+        count_K=target_BTK.sum(dim=(0, 1), dtype=torch.float32),
     )
 
 
@@ -114,69 +163,86 @@ def token_losses(
 ) -> Tensor:
     """Return each pair's unweighted cross-entropy, float32 `[B, T, K]`, 0 where nothing counts."""
     loss_BTK = torch.zeros(labels_BTK.shape, dtype=torch.float32, device=labels_BTK.device)
+    unembedding = _Unembedding.of(policy, hidden_BTH)
     for k in range(1, policy.n_future + 1):
         counts_BT = target_mask(labels_BTK[:, :, k - 1])
         state_NH = policy.head_states(k, hidden_BTH, position_BT=position_BT)[counts_BT]
-        label_N = labels_BTK[:, :, k - 1][counts_BT]
-        chunks = zip(torch.split(state_NH, CHUNK), torch.split(label_N, CHUNK), strict=True)
-        parts = [_cross_entropies(state, policy.unembedding, label) for state, label in chunks]
-        loss_BTK[:, :, k - 1][counts_BT] = torch.cat(parts)
+        loss_BTK[:, :, k - 1][counts_BT] = unembedding.losses(state_NH, labels_BTK[:, :, k - 1][counts_BT])
     return loss_BTK
 
 
-def _cross_entropies(state_NH: Tensor, unembedding: nn.Linear, label_N: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(unembedding(state_NH).float(), label_N, reduction="none")
+@frozen(kw_only=True, eq=False)
+class _Unembedding:
+    """The unembedding's matrix for one pass over all heads, chunk by chunk of the rows it is given.
 
+    Attributes:
+        parameter: The matrix that learns, `[V, H]`.
+        matrix_VH: The same in the dtype that is computed in.
+    """
 
-class _FusedCrossEntropy(torch.autograd.Function):
-    """`sum_n c_n * CE(state_n W^T, label_n)` by chunks of rows, its gradients formed in the forward pass."""
+    parameter: Tensor
+    matrix_VH: Tensor
 
-    @staticmethod
-    def forward(
-        ctx: Any, state_NH: Tensor, weight_VH: Tensor, label_N: Tensor, scale_N: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the scalar loss, and without gradient each row's cross-entropy and correctness."""
-        wants_state, wants_weight = ctx.needs_input_grad[:2]
-        state_gradient = torch.empty_like(state_NH) if wants_state else None
-        weight_gradient = torch.zeros_like(weight_VH) if wants_weight else None
+    @classmethod
+    def of(cls, policy: Policy, hidden_BTH: Tensor) -> _Unembedding:
+        """Cast it as a matrix product would be here: to autocast's dtype, or not at all."""
+        parameter = policy.unembedding.weight
+        device = hidden_BTH.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameter.dtype
+        return cls(parameter=parameter, matrix_VH=parameter.detach().to(dtype))
+
+    @torch.no_grad()
+    def learn(self, state_NH: Tensor, label_N: Tensor, *, scale_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each row's cross-entropy, and the states' gradient of `sum_n scale_n * CE_n`.
+
+        The matrix's own gradient is added to its `grad`: a buffer a head would cost two passes over it each.
+        """
         ce_N = torch.empty(len(label_N), dtype=torch.float32, device=label_N.device)
-        correct_N = torch.empty(len(label_N), dtype=torch.bool, device=label_N.device)
-        dtype = _compute_dtype(state_NH)
-        with torch.autocast(state_NH.device.type, enabled=False):
-            matrix = weight_VH.to(dtype)
-            for first in range(0, len(label_N), CHUNK):
-                rows = slice(first, first + CHUNK)
-                state, label = state_NH[rows].to(dtype), label_N[rows, None]
-                logits = nn.functional.linear(state, matrix).float()
-                correct_N[rows] = logits.argmax(dim=-1) == label[:, 0]
-                log_total = logits.logsumexp(dim=-1, keepdim=True)
-                ce_N[rows] = (log_total - logits.gather(1, label))[:, 0]
-                if not (wants_state or wants_weight):
-                    continue
-                gradient = logits.sub_(log_total).exp_()
-                gradient.scatter_add_(1, label, -torch.ones_like(label, dtype=gradient.dtype))
-                gradient = gradient.mul_(scale_N[rows, None]).to(dtype)
-                if state_gradient is not None:
-                    state_gradient[rows] = gradient @ matrix
-                if weight_gradient is not None:
-                    weight_gradient += gradient.T @ state
-        ctx.gradients = (state_gradient, weight_gradient)
-        ctx.mark_non_differentiable(ce_N, correct_N)
-        return (ce_N * scale_N).sum(), ce_N, correct_N
+        gradient_NH = torch.empty_like(state_NH)
+        gradient_VH = self._gradient()
+        for rows, state, logits in self._chunks(state_NH):
+            label = label_N[rows, None]
+            log_total = logits.logsumexp(dim=-1, keepdim=True)
+            ce_N[rows] = (log_total - logits.gather(1, label))[:, 0]
+            gradient = logits.sub_(log_total).exp_()
+            gradient.scatter_add_(1, label, -torch.ones_like(label, dtype=gradient.dtype))
+            gradient = gradient.mul_(scale_N[rows, None]).to(self.matrix_VH.dtype)
+            gradient_NH[rows] = gradient @ self.matrix_VH
+            if gradient_VH is not None and gradient_VH.dtype == gradient.dtype:
+                gradient_VH.addmm_(gradient.T, state)
+            elif gradient_VH is not None:
+                gradient_VH += gradient.T @ state
+        return ce_N, gradient_NH
 
-    @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        """Scale what the forward pass formed, and let go of it (autograd would clone it otherwise)."""
-        upstream = outputs[0]
-        gradients, ctx.gradients = ctx.gradients, None
-        state_gradient, weight_gradient = (
-            None if gradient is None else gradient.mul_(upstream.to(gradient.dtype)) for gradient in gradients
-        )
-        return state_gradient, weight_gradient, None, None
+    @torch.no_grad()
+    def losses(self, state_NH: Tensor, label_N: Tensor) -> Tensor:
+        """Return each row's cross-entropy, float32 `[N]`."""
+        parts = [
+            nn.functional.cross_entropy(logits, label_N[rows], reduction="none")
+            for rows, _, logits in self._chunks(state_NH)
+        ]
+        return torch.cat(parts) if parts else torch.zeros(0, device=state_NH.device)
 
+    @torch.no_grad()
+    def measure(self, state_NH: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the float32 sums of the rows' cross-entropies and of how many labels were the top token."""
+        ce, correct = torch.zeros(2, device=state_NH.device).unbind()
+        for rows, _, logits in self._chunks(state_NH):
+            ce = ce + nn.functional.cross_entropy(logits, label_N[rows], reduction="sum")
+            correct = correct + (logits.argmax(dim=-1) == label_N[rows]).sum(dtype=torch.float32)
+        return ce, correct
 
-def _compute_dtype(tensor: Tensor) -> torch.dtype:
-    """Return what a matrix product of the tensor would compute in here: autocast's dtype, or its own."""
-    if torch.is_autocast_enabled(tensor.device.type):
-        return torch.get_autocast_dtype(tensor.device.type)
-    return tensor.dtype
+    def _chunks(self, state_NH: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield runs of rows, their states in the computing dtype and their float32 logits."""
+        for first in range(0, len(state_NH), CHUNK):
+            rows = slice(first, first + CHUNK)
+            state = state_NH[rows].to(self.matrix_VH.dtype)
+            yield rows, state, nn.functional.linear(state, self.matrix_VH).float()
+
+    def _gradient(self) -> Tensor | None:
+        """Return the buffer of the matrix's gradient, made if there is none; None if it does not learn."""
+        if not self.parameter.requires_grad:
+            return None
+        if self.parameter.grad is None:
+            self.parameter.grad = torch.zeros_like(self.parameter)
+        return self.parameter.grad

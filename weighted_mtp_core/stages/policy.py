@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from weighted_mtp_core.api import Batch, Critic, Scores, Signal, StepView, WeightingStrategy
 from weighted_mtp_core.data.batches import split_rows
-from weighted_mtp_core.model.loss import head_shares, normalisers, token_losses, weighted_mtp_loss
+from weighted_mtp_core.model.head_weights import head_shares
+from weighted_mtp_core.model.loss import HeadSums, head_sums, normalisers, token_losses, weighted_mtp_loss
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.targets import IGNORED, align_labels, align_weights, target_mask
 from weighted_mtp_core.recipe.schema import LossTable
@@ -115,8 +116,7 @@ class PolicyLearner(Learner):
                     head_share_K=share_K,
                     position_BT=part.batch.position_BT,
                 )
-            result.loss.backward()  # type: ignore[no-untyped-call]
-            total += result.loss.detach()
+            total += result.loss
             ce_K += result.ce_sum_K
             count_K += result.count_K
         self.world.sum_gradients(self.parameters())
@@ -282,7 +282,7 @@ def head_quality(
         `ce_K` (nats a target) and `accuracy_K`, float32; 0 for a head without targets.
     """
     policy.eval()
-    sums: list[tuple[Tensor, Tensor, Tensor]] = []
+    sums: list[HeadSums] = []
     for batch in batches:
         labels_BTK = align_labels(
             batch.ids_BT,
@@ -290,18 +290,12 @@ def head_quality(
             response_BT=batch.response_BT,
             n_future=policy.n_future,
         )
-        share_K = torch.ones(policy.n_future, device=labels_BTK.device)
         with autocast():
-            result = weighted_mtp_loss(
-                policy,
-                policy.trunk_states(batch.ids_BT, position_BT=batch.position_BT),
-                labels_BTK=labels_BTK,
-                weight_BTK=None,
-                normaliser_K=share_K,
-                head_share_K=share_K,
-                position_BT=batch.position_BT,
-            )
-        sums.append((result.ce_sum_K, result.correct_K, result.count_K))
-    ce_K, correct_K, count_K = (torch.stack(column).sum(dim=0) for column in zip(*sums, strict=True))
+            hidden_BTH = policy.trunk_states(batch.ids_BT, position_BT=batch.position_BT)
+            sums.append(head_sums(policy, hidden_BTH, labels_BTK, position_BT=batch.position_BT))
+    ce_K, correct_K, count_K = (
+        torch.stack([getattr(each, name) for each in sums]).sum(dim=0)
+        for name in ("ce_sum_K", "correct_K", "count_K")
+    )
     policy.train()
     return ce_K / count_K.clamp(min=1), correct_K / count_K.clamp(min=1)

@@ -1,0 +1,313 @@
+"""The fused loss is the plain one, values and every gradient, for any shapes, masks, weights and chunks."""
+
+import copy
+import functools
+import math
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+from weighted_mtp_core.model import loss as loss_module
+from weighted_mtp_core.model.loss import head_sums, normalisers, token_losses, weighted_mtp_loss
+from weighted_mtp_core.model.loss_reference import reference_loss
+from weighted_mtp_core.model.policy import make_policy
+from weighted_mtp_core.model.targets import IGNORED, target_mask
+
+V = 23
+
+
+@functools.cache
+def policy(n_future=3, head="transformer", *, tied=False):
+    """Return a small policy whose parameters are far from their initial scale, where heads look alike."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=V,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=tied,
+    )
+    made = make_policy(LlamaForCausalLM(config), n_future=n_future, head_kind=head)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return made.train()
+
+
+def case(seed, *, rows=2, length=7, n_future=3, share=0.6):
+    """Return ids, and the loss's arguments with labels on a share of the pairs and uneven weights."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = rows, length, n_future
+    labels_BTK = torch.randint(0, V, shape, generator=generator)
+    labels_BTK[torch.rand(shape, generator=generator) >= share] = IGNORED
+    target_BTK = target_mask(labels_BTK)
+    weight_BTK = torch.rand(shape, generator=generator).mul(3).where(target_BTK, 0.0)
+    return torch.randint(0, V, shape[:2], generator=generator), {
+        "labels_BTK": labels_BTK,
+        "weight_BTK": weight_BTK,
+        "normaliser_K": normalisers(weight_BTK, target_BTK, normalise="weights"),
+        "head_share_K": torch.arange(1.0, n_future + 1) / sum(range(1, n_future + 1)),
+    }
+
+
+def with_unembedding(model, weight_VH):
+    """Return a copy of a policy with another unembedding."""
+    twin = copy.deepcopy(model)
+    twin.unembedding.weight = torch.nn.Parameter(weight_VH)
+    return twin
+
+
+def gradients(model):
+    """Return every parameter's gradient, 0 for None."""
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def fused(model, ids_BT, **arguments):
+    """Return the loss and every gradient of the fused path."""
+    model.zero_grad()
+    loss = weighted_mtp_loss(model, model.trunk_states(ids_BT), **arguments).loss
+    return loss, gradients(model)
+
+
+def plain(model, ids_BT, **arguments):
+    """Return the loss and every gradient of the formula."""
+    model.zero_grad()
+    loss = reference_loss(model, model.trunk_states(ids_BT), **arguments)
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+def close(one, other, *, rtol=1e-4, atol=1e-6):
+    torch.testing.assert_close(one[0], other[0], rtol=rtol, atol=atol)
+    torch.testing.assert_close(one[1], other[1], rtol=rtol, atol=atol)
+
+
+# ------------------------------------------------------------------ the same as the formula
+
+
+SHAPES = st.fixed_dictionaries(
+    {
+        "rows": st.integers(1, 3),
+        "length": st.integers(1, 9),
+        "n_future": st.integers(1, 4),
+        "share": st.floats(0, 1),
+    }
+)
+MODELS = st.tuples(st.sampled_from(["transformer", "linear"]), st.booleans())
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 2**16), SHAPES, MODELS, st.integers(1, 12), st.booleans())
+def test_loss_and_every_gradient_are_those_of_the_formula(seed, shape, kind, chunk, detach_trunk):
+    model = policy(shape["n_future"], kind[0], tied=kind[1])
+    ids_BT, arguments = case(seed, **shape)
+    arguments["detach_trunk"] = detach_trunk
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_module, "CHUNK", chunk)
+        close(fused(model, ids_BT, **arguments), plain(model, ids_BT, **arguments))
+
+
+@pytest.mark.parametrize("chunk", [13, 14, 15, 7, 1])
+def test_no_boundary_between_chunks_shows(chunk, monkeypatch):
+    ids_BT, arguments = case(3, share=1.0)  # 14 pairs a head
+    whole = fused(policy(), ids_BT, **arguments)
+    monkeypatch.setattr(loss_module, "CHUNK", chunk)
+
+    close(fused(policy(), ids_BT, **arguments), whole)
+
+
+def test_gradients_add_up_over_calls():
+    ids_BT, arguments = case(4)
+    model = policy(tied=True)
+    once = fused(model, ids_BT, **arguments)[1]
+
+    weighted_mtp_loss(model, model.trunk_states(ids_BT), **arguments)
+
+    torch.testing.assert_close(gradients(model), {name: 2 * grad for name, grad in once.items()})
+
+
+@given(seed=st.integers(0, 2**16), n_future=st.integers(1, 4), chunk=st.integers(1, 9))
+def test_token_losses_and_head_sums_are_those_of_a_loop_over_pairs(seed, n_future, chunk):
+    model = policy(n_future)
+    ids_BT, arguments = case(seed, n_future=n_future)
+    labels_BTK = arguments["labels_BTK"]
+    expected_BTK = torch.zeros(labels_BTK.shape)
+    correct_BTK = torch.zeros(labels_BTK.shape)
+    with torch.no_grad():
+        hidden_BTH = model.trunk_states(ids_BT)
+        for b, t, k in target_mask(labels_BTK).nonzero().tolist():
+            logits_V = model.logits(k + 1, hidden_BTH)[b, t]
+            expected_BTK[b, t, k] = -logits_V.log_softmax(dim=0)[labels_BTK[b, t, k]]
+            correct_BTK[b, t, k] = logits_V.argmax() == labels_BTK[b, t, k]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_module, "CHUNK", chunk)
+        losses_BTK = token_losses(model, hidden_BTH, labels_BTK)
+        sums = head_sums(model, hidden_BTH, labels_BTK)
+
+    torch.testing.assert_close(losses_BTK, expected_BTK, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sums.ce_sum_K, expected_BTK.sum(dim=(0, 1)), rtol=1e-4, atol=1e-5)
+    assert sums.correct_K.tolist() == correct_BTK.sum(dim=(0, 1)).tolist()
+    assert sums.count_K.tolist() == target_mask(labels_BTK).sum(dim=(0, 1)).tolist()
+
+
+# ------------------------------------------------------------------ known answers
+
+
+@pytest.mark.parametrize("normalise", ["weights", "tokens"])
+def test_uniform_logits_lose_ln_v(normalise):
+    model = with_unembedding(policy(), torch.zeros(V, 16))
+    ids_BT, arguments = case(5)
+    weight_BTK = arguments["weight_BTK"] if normalise == "weights" else None
+    target_BTK = target_mask(arguments["labels_BTK"])
+    arguments |= {
+        "weight_BTK": weight_BTK,
+        "normaliser_K": normalisers(arguments["weight_BTK"], target_BTK, normalise=normalise),
+    }
+
+    loss, _ = fused(model, ids_BT, **arguments)
+
+    assert float(loss) == pytest.approx(math.log(V), rel=1e-6)
+
+
+def test_weights_move_the_optimum_as_a_unigram_model_says():
+    """Counts (10, 5, 1) under weights (0.1, 1, 3) of tokens: mass 1, 5, 3, so the best is (1/9, 5/9, 3/9)."""
+    labels_BTK = torch.tensor([0] * 10 + [1] * 5 + [2]).reshape(1, 16, 1)
+    weight_BTK = torch.tensor([0.1, 1.0, 3.0])[labels_BTK]
+    logits_V = torch.full((V,), -1e4)
+    logits_V[:3] = torch.tensor([1.0, 5.0, 3.0]).log()
+    hidden_BTH = torch.zeros(1, 16, 16)
+    hidden_BTH[..., 0] = 1.0
+    weight_VH = torch.zeros(V, 16)
+    weight_VH[:, 0] = logits_V
+
+    model = with_unembedding(policy(1, "linear"), weight_VH)
+
+    loss = weighted_mtp_loss(
+        model,
+        hidden_BTH,
+        labels_BTK=labels_BTK,
+        weight_BTK=weight_BTK,
+        normaliser_K=normalisers(weight_BTK, labels_BTK >= 0, normalise="weights"),
+        head_share_K=torch.ones(1),
+    ).loss
+
+    gradient_VH = model.unembedding.weight.grad
+    shares = (1 / 9, 5 / 9, 3 / 9)
+    assert float(loss) == pytest.approx(-sum(share * math.log(share) for share in shares), rel=1e-6)
+    torch.testing.assert_close(gradient_VH, torch.zeros_like(gradient_VH), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("count", [257, 1001, 24003])
+def test_counts_are_exact_whatever_the_model_computes_in(count):
+    model = with_unembedding(policy(1, "linear"), torch.zeros(V, 16))
+    labels_BTK = torch.arange(count).remainder(V).reshape(1, count, 1)
+    hidden_BTH = torch.zeros(1, count, 16)
+    ones_BTK = torch.ones(1, count, 1)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        normaliser_K = normalisers(ones_BTK, labels_BTK >= 0, normalise="weights")
+        result = weighted_mtp_loss(
+            model,
+            hidden_BTH,
+            labels_BTK=labels_BTK,
+            weight_BTK=ones_BTK,
+            normaliser_K=normaliser_K,
+            head_share_K=torch.ones(1),
+        )
+        sums = head_sums(model, hidden_BTH, labels_BTK)
+
+    assert normaliser_K.tolist() == result.count_K.tolist() == sums.count_K.tolist() == [count]
+    assert {result.loss.dtype, result.ce_sum_K.dtype, sums.correct_K.dtype} == {torch.float32}
+    assert float(sums.ce_sum_K) == pytest.approx(count * math.log(V), rel=1e-5)  # a bf16 sum is off by 4e-3
+
+
+# ------------------------------------------------------------------ laws of weights
+
+
+def test_weights_of_1_are_the_unweighted_loss_bit_for_bit():
+    ids_BT, arguments = case(6)
+    target_BTK = target_mask(arguments["labels_BTK"])
+    arguments |= {
+        "weight_BTK": target_BTK.float(),
+        "normaliser_K": normalisers(target_BTK.float(), target_BTK, normalise="weights"),
+    }
+    weighted = fused(policy(), ids_BT, **arguments)
+
+    arguments |= {
+        "weight_BTK": None,
+        "normaliser_K": normalisers(target_BTK.float(), target_BTK, normalise="tokens"),
+    }
+    unweighted = fused(policy(), ids_BT, **arguments)
+
+    close(weighted, unweighted, rtol=0, atol=0)
+
+
+@given(seed=st.integers(0, 2**16), scale=st.floats(0.01, 100))
+@example(seed=0, scale=10.0)
+def test_the_scale_of_all_weights_changes_nothing(seed, scale):
+    ids_BT, arguments = case(seed)
+    target_BTK = target_mask(arguments["labels_BTK"])
+    scaled_BTK = scale * arguments["weight_BTK"]
+    once = fused(policy(), ids_BT, **arguments)
+    arguments |= {
+        "weight_BTK": scaled_BTK,
+        "normaliser_K": normalisers(scaled_BTK, target_BTK, normalise="weights"),
+    }
+
+    close(fused(policy(), ids_BT, **arguments), once)
+
+
+def test_the_scale_of_one_weight_changes_loss_and_gradient():
+    ids_BT, arguments = case(7)
+    target_BTK = target_mask(arguments["labels_BTK"])
+    before, gradients_before = fused(policy(), ids_BT, **arguments)
+    weight_BTK = arguments["weight_BTK"].clone()
+    weight_BTK[tuple(target_BTK.nonzero()[0])] *= 10
+    arguments |= {
+        "weight_BTK": weight_BTK,
+        "normaliser_K": normalisers(weight_BTK, target_BTK, normalise="weights"),
+    }
+    after, gradients_after = fused(policy(), ids_BT, **arguments)
+
+    assert abs(float(after - before)) > 1e-3
+    assert not torch.allclose(
+        gradients_after["unembedding.weight"], gradients_before["unembedding.weight"], rtol=1e-3
+    )
+
+
+@pytest.mark.parametrize("normalise", ["weights", "tokens"])
+@pytest.mark.parametrize("nothing", ["no targets", "no weights"])
+def test_nothing_to_learn_is_a_loss_of_0_and_gradients_of_0(nothing, normalise):
+    ids_BT, arguments = case(8, share=0.0 if nothing == "no targets" else 1.0)
+    target_BTK = target_mask(arguments["labels_BTK"])
+    zero_BTK = torch.zeros_like(arguments["weight_BTK"])
+    arguments |= {
+        "weight_BTK": zero_BTK,
+        "normaliser_K": normalisers(zero_BTK, target_BTK, normalise=normalise),
+    }
+
+    loss, found = fused(policy(), ids_BT, **arguments)
+
+    assert float(loss) == 0
+    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in found.values())
+
+
+def test_a_head_without_targets_leaves_the_others_alone():
+    ids_BT, arguments = case(9)
+    arguments["labels_BTK"][:, :, 1] = IGNORED
+    arguments["weight_BTK"][:, :, 1] = 0
+    arguments["normaliser_K"][1] = 1
+
+    loss, found = fused(policy(), ids_BT, **arguments)
+
+    assert 0 < float(loss) < math.inf
+    assert all(not grad.any() for name, grad in found.items() if name.startswith("heads.1."))
+    close((loss, found), plain(policy(), ids_BT, **arguments))
