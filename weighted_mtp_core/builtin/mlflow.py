@@ -12,7 +12,7 @@ from attrs import validators as v
 
 from weighted_mtp_core.api import BuildContext, Tracker
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.tracking.environment import load_dotenv
+from weighted_mtp_core.tracking.environment import use_dotenv
 from weighted_mtp_core.tracking.off import Untracked
 from weighted_mtp_core.tracking.redact import redact
 
@@ -72,7 +72,7 @@ def build_mlflow(options: MlflowOptions, context: BuildContext) -> Tracker:
     """
     if not options.enabled:
         return Untracked()
-    load_dotenv()
+    use_dotenv()
     uri = options.tracking_uri or os.environ.get(URI_VARIABLE) or embedded_uri(context.storage)
     check_uri(uri)
     for name, value in _CLIENT_SETTINGS.items():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from weighted_mtp_core.errors import EXIT_DONE, EXIT_RUN_FAILED
+from weighted_mtp_core.tracking.redact import redact
 
 _DESCRIPTION = """\
 Try everything that a run needs on this machine: .env, plugins, disk, device, sandbox, the tracking
@@ -46,9 +47,10 @@ def main(args: argparse.Namespace) -> int:
             if finding in seen:
                 continue
             seen.add(finding)
-            print(f"{_TICKS[finding.mark]} {finding.mark:<7} {finding.name}: {finding.text}", flush=True)
+            line = f"{_TICKS[finding.mark]} {finding.mark:<7} {finding.name}: {finding.text}"
+            print(redact(line), flush=True)
             if finding.hint:
-                print(f"          hint: {finding.hint}")
+                print(redact(f"          hint: {finding.hint}"))
             if finding.mark == "FAILED":
                 code = EXIT_RUN_FAILED
     return code

@@ -115,9 +115,9 @@ def _upload(args: argparse.Namespace) -> int:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     from weighted_mtp_core.storage.sync import plan_sync, upload
-    from weighted_mtp_core.tracking.environment import load_dotenv
+    from weighted_mtp_core.tracking.environment import use_dotenv
 
-    load_dotenv()
+    use_dotenv()
     plan = plan_sync(args.storage, args.to)
     print(f"{plan.place}: {plan.there} files are there, {len(plan.new)} are new ({plan.size:,} bytes)")
     if args.dry_run:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
+from functools import cache
 from pathlib import Path
 
 from attrs import frozen
@@ -54,3 +56,15 @@ def load_dotenv(path: Path = Path(".env")) -> DotEnv | None:
         ignored=tuple(sorted(values.keys() - set(NAMES))),
         exposed=bool(path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO)),
     )
+
+
+def use_dotenv() -> None:
+    """Load `.env`, and warn once if others can read it."""
+    found = load_dotenv()
+    if found is not None and found.exposed:
+        _warn_of(found.path.absolute())
+
+
+@cache
+def _warn_of(path: Path) -> None:
+    logging.getLogger(__name__).warning("WARNING: `%s` can be read by others: chmod 600 %s", path, path)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain, takewhile
 from pathlib import Path
 
 from attrs import asdict, define, evolve, field, frozen
@@ -164,10 +165,7 @@ class Outbox:
         """Take up what was refused before: somebody may have raised a limit since."""
         refused, self._kept.refused = self._kept.refused, []
         for start, end in refused:
-            for entry in read_journal(self.journal, start):
-                if entry.end > end:
-                    break
-                self._kept.aside.append(entry.start)
+            self._kept.aside += [entry.start for entry in _between(self.journal, start, end)]
         self._kept.write(self.state)
 
     def _next_batch(self) -> list[Entry]:
@@ -288,13 +286,18 @@ class Outbox:
 def count_pending(journal: Path, state: Path) -> Pending:
     """Count what a tracker has not got, from the files alone."""
     kept = _Kept.read(state, journal)
-    entries = list(read_journal(journal, kept.position))
-    entries += [next(read_journal(journal, start)) for start in kept.aside]
-    for start, end in kept.refused:
-        entries += [entry for entry in read_journal(journal, start) if entry.end <= end]
-    whole = [entry for entry in entries if isinstance(entry, Entry)]
-    files = sum(entry.kind == "artifact" for entry in whole)
-    return Pending(lines=len(whole) - files, files=files, reason="")
+    aside = (next(read_journal(journal, start)) for start in kept.aside)
+    refused = (_between(journal, start, end) for start, end in kept.refused)
+    lines = files = 0
+    for entry in chain(read_journal(journal, kept.position), aside, *refused):
+        if isinstance(entry, Entry):
+            files += entry.kind == "artifact"
+            lines += entry.kind != "artifact"
+    return Pending(lines=lines, files=files, reason="")
+
+
+def _between(journal: Path, start: int, end: int) -> Iterator[Entry | Damage]:
+    return takewhile(lambda entry: entry.end <= end, read_journal(journal, start))
 
 
 def one_line(error: BaseException) -> str:

@@ -9,7 +9,15 @@ import re
 from collections.abc import Callable
 from urllib.parse import quote
 
-SECRET_VARIABLES = ("MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID")
+SECRET_VARIABLES = (
+    "MLFLOW_TRACKING_PASSWORD",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_ACCESS_KEY_ID",
+    # not read from `.env`, but MLflow, boto3 and PostgreSQL take them from the environment
+    "MLFLOW_TRACKING_TOKEN",
+    "AWS_SESSION_TOKEN",
+    "PGPASSWORD",
+)
 """Variables whose values must never be shown."""
 
 _SHORTEST = 4  # a shorter "secret" would blank out ordinary words

@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from weighted_mtp_core.tracking.environment import NAMES, load_dotenv
+from weighted_mtp_core.tracking.environment import NAMES, load_dotenv, use_dotenv
 
 
 @pytest.fixture
@@ -56,3 +56,14 @@ def test_a_file_that_others_can_read_is_noticed(dotenv, mode, exposed):
 
 def test_no_file_is_no_fault(tmp_path):
     assert load_dotenv(tmp_path / ".env") is None
+
+
+def test_a_run_warns_once_of_a_file_that_others_can_read(dotenv, tmp_path, monkeypatch, caplog):
+    dotenv("MLFLOW_TRACKING_USERNAME=ann\n", 0o644)
+    monkeypatch.chdir(tmp_path)
+
+    use_dotenv()
+    use_dotenv()
+
+    (said,) = caplog.messages
+    assert said == f"WARNING: `{tmp_path}/.env` can be read by others: chmod 600 {tmp_path}/.env"

@@ -1,5 +1,7 @@
 """The outbox: what one tracker gets, in which order and how often."""
 
+import tracemalloc
+
 import pytest
 from weighted_mtp_core.api import DatasetVersion, RunOutcome
 from weighted_mtp_core.tracking.journal import Journal
@@ -163,3 +165,17 @@ def test_a_run_is_described_by_all_its_lines(journal: Journal, folder):
     assert info.params == {"a": "1"}
     assert info.tags == {"algo": "flat", "model_version": "micro"}
     assert info.started_ms > 0
+
+
+def test_what_waits_takes_disk_and_no_memory(outbox, journal):
+    outbox.open()
+    metrics(journal, *range(20_000))
+    tracemalloc.start()
+
+    pending = outbox.pending()
+    outbox.step()
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert pending.lines > 20_000
+    assert most < 4_000_000
