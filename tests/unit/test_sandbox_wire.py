@@ -106,7 +106,7 @@ class Quiet(int):
         Exception("x"),
         ...,
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_what_is_not_plain_does_not_cross(value: object) -> None:
     with pytest.raises(UnencodableError):
