@@ -75,6 +75,7 @@ class Signal(enum.Enum):
     VALUE = "value"
     GROUP = "group"
     TOKEN_LOSS = "token_loss"  # noqa: S105 - a kind of signal, no secret
+    TOKEN_ENTROPY = "token_entropy"  # noqa: S105
     REFERENCE_LOSS = "reference_loss"
 
 
@@ -207,6 +208,8 @@ class StepView:
         group_BT: int64, `Signal.GROUP`: see `Batch.group_BT`.
         value_BT: float32, `Signal.VALUE`: V_t, the critic's value of the prefix that ends at token t.
         token_loss_BTK: float32, `Signal.TOKEN_LOSS`: the policy's current cross-entropy, 0 off `target_BTK`.
+        token_entropy_BTK: float32, `Signal.TOKEN_ENTROPY`: the entropy, in nats, of what the policy's head
+            expects there, whatever the target is; 0 off `target_BTK`.
         reference_loss_BT: float32, `Signal.REFERENCE_LOSS`: a reference model's next-token cross-entropy
             of token t, 0 off `response_BT`.
     """
@@ -222,6 +225,7 @@ class StepView:
     group_BT: Tensor | None = None
     value_BT: Tensor | None = None
     token_loss_BTK: Tensor | None = None
+    token_entropy_BTK: Tensor | None = None
     reference_loss_BT: Tensor | None = None
 
     def to_pairs(self, x_BT: Tensor) -> Tensor:

@@ -10,7 +10,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.model import loss as loss_module
-from weighted_mtp_core.model.loss import head_sums, normalisers, token_losses, weighted_mtp_loss
+from weighted_mtp_core.model.loss import (
+    head_sums,
+    normalisers,
+    token_entropies,
+    token_losses,
+    weighted_mtp_loss,
+)
 from weighted_mtp_core.model.loss_reference import reference_loss
 from weighted_mtp_core.model.policy import make_policy
 from weighted_mtp_core.model.targets import IGNORED, target_mask
@@ -134,25 +140,29 @@ def test_gradients_add_up_over_calls():
 
 
 @given(seed=st.integers(0, 2**16), n_future=st.integers(1, 4), chunk=st.integers(1, 9))
-def test_token_losses_and_head_sums_are_those_of_a_loop_over_pairs(seed, n_future, chunk):
+def test_losses_entropies_and_head_sums_are_those_of_a_loop_over_pairs(seed, n_future, chunk):
     model = policy(n_future)
     ids_BT, arguments = case(seed, n_future=n_future)
     labels_BTK = arguments["labels_BTK"]
     expected_BTK = torch.zeros(labels_BTK.shape)
     correct_BTK = torch.zeros(labels_BTK.shape)
+    entropy_BTK = torch.zeros(labels_BTK.shape)
     with torch.no_grad():
         hidden_BTH = model.trunk_states(ids_BT)
         for b, t, k in target_mask(labels_BTK).nonzero().tolist():
             logits_V = model.logits(k + 1, hidden_BTH)[b, t]
             expected_BTK[b, t, k] = -logits_V.log_softmax(dim=0)[labels_BTK[b, t, k]]
+            entropy_BTK[b, t, k] = torch.distributions.Categorical(logits=logits_V).entropy()
             correct_BTK[b, t, k] = logits_V.argmax() == labels_BTK[b, t, k]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss_module, "CHUNK", chunk)
         losses_BTK = token_losses(model, hidden_BTH, labels_BTK)
+        entropies_BTK = token_entropies(model, hidden_BTH, labels_BTK)
         sums = head_sums(model, hidden_BTH, labels_BTK)
 
     torch.testing.assert_close(losses_BTK, expected_BTK, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(entropies_BTK, entropy_BTK, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(sums.ce_sum_K, expected_BTK.sum(dim=(0, 1)), rtol=1e-4, atol=1e-5)
     assert sums.correct_K.tolist() == correct_BTK.sum(dim=(0, 1)).tolist()
     assert sums.count_K.tolist() == target_mask(labels_BTK).sum(dim=(0, 1)).tolist()

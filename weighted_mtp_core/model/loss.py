@@ -11,7 +11,7 @@ Shape letters: B rows, T positions, K heads, N counted pairs of one head, H hidd
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -162,13 +162,34 @@ def token_losses(
     policy: Policy, hidden_BTH: Tensor, labels_BTK: Tensor, *, position_BT: Tensor | None = None
 ) -> Tensor:
     """Return each pair's unweighted cross-entropy, float32 `[B, T, K]`, 0 where nothing counts."""
-    loss_BTK = torch.zeros(labels_BTK.shape, dtype=torch.float32, device=labels_BTK.device)
+    return _by_pair(policy, hidden_BTH, labels_BTK, position_BT=position_BT, measure=_Unembedding.losses)
+
+
+@torch.no_grad()
+def token_entropies(
+    policy: Policy, hidden_BTH: Tensor, labels_BTK: Tensor, *, position_BT: Tensor | None = None
+) -> Tensor:
+    """Return the entropy of each pair's prediction in nats, float32 `[B, T, K]`, 0 where nothing counts."""
+    return _by_pair(policy, hidden_BTH, labels_BTK, position_BT=position_BT, measure=_Unembedding.entropies)
+
+
+def _by_pair(
+    policy: Policy,
+    hidden_BTH: Tensor,
+    labels_BTK: Tensor,
+    *,
+    position_BT: Tensor | None,
+    measure: Callable[[_Unembedding, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Measure the states `[N, H]` and labels `[N]` of each head's pairs; return it by pair, 0 elsewhere."""
+    measured_BTK = torch.zeros(labels_BTK.shape, dtype=torch.float32, device=labels_BTK.device)
     unembedding = _Unembedding.of(policy, hidden_BTH)
     for k in range(1, policy.n_future + 1):
         counts_BT = target_mask(labels_BTK[:, :, k - 1])
         state_NH = policy.head_states(k, hidden_BTH, position_BT=position_BT)[counts_BT]
-        loss_BTK[:, :, k - 1][counts_BT] = unembedding.losses(state_NH, labels_BTK[:, :, k - 1][counts_BT])
-    return loss_BTK
+        label_N = labels_BTK[:, :, k - 1][counts_BT]
+        measured_BTK[:, :, k - 1][counts_BT] = measure(unembedding, state_NH, label_N)
+    return measured_BTK
 
 
 @frozen(kw_only=True, eq=False)
@@ -222,6 +243,15 @@ class _Unembedding:
             for rows, _, logits in self._chunks(state_NH)
         ]
         return torch.cat(parts) if parts else torch.zeros(0, device=state_NH.device)
+
+    @torch.no_grad()
+    def entropies(self, state_NH: Tensor, _: Tensor) -> Tensor:
+        """Return the entropy of each row's prediction, float32 `[N]`; labels have no say in it."""
+        entropy_N = torch.zeros(len(state_NH), device=state_NH.device)
+        for rows, _state, logits in self._chunks(state_NH):
+            log_p = logits.log_softmax(dim=-1)
+            entropy_N[rows] = -(log_p.exp() * log_p).sum(dim=-1)
+        return entropy_N
 
     @torch.no_grad()
     def measure(self, state_NH: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from weighted_mtp_core.api import Batch, Critic, Scores, Signal, StepView, WeightingStrategy
 from weighted_mtp_core.data.batches import split_rows
 from weighted_mtp_core.model.head_weights import head_shares
-from weighted_mtp_core.model.loss import HeadSums, head_sums, normalisers, token_losses, weighted_mtp_loss
+from weighted_mtp_core.model.loss import (
+    HeadSums,
+    head_sums,
+    normalisers,
+    token_entropies,
+    token_losses,
+    weighted_mtp_loss,
+)
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.targets import IGNORED, align_labels, align_weights, target_mask
 from weighted_mtp_core.recipe.schema import LossTable
@@ -178,30 +185,27 @@ class PolicyLearner(Learner):
     def _signals(self, parts: Sequence[_Part], states: Sequence[Tensor | None], *, rows: int) -> _Signals:
         """Compute the signals that the weighting needs, for the rows of the global batch."""
         scores: list[Scores] = []
-        losses: list[Tensor] = []
+        asked = {signal: read for signal, read in _OF_THE_POLICY.items() if signal in self.arm.needs}
+        own: dict[Signal, list[Tensor]] = {signal: [] for signal in _OF_THE_POLICY}
         for part, known in zip(parts, states, strict=True):
             reads = self.arm.critic is not None and self.arm.scores and self.arm.critic.reads_policy
-            wants_loss = Signal.TOKEN_LOSS in self.arm.needs
             hidden_BTH = known
-            if hidden_BTH is None and (reads or wants_loss):
+            if hidden_BTH is None and (reads or asked):
                 hidden_BTH = self._trunk(part.batch)
             if self.arm.critic is not None and self.arm.scores:
                 state = hidden_BTH.detach().float() if reads and hidden_BTH is not None else None
                 scores.append(self.arm.critic.score(part.batch, state))
-            if wants_loss and hidden_BTH is not None:
-                with self.autocast():
-                    losses.append(
-                        token_losses(
-                            self.policy,
-                            hidden_BTH.detach(),
-                            self._labels(part.batch),
-                            position_BT=part.batch.position_BT,
-                        )
-                    )
+            if asked and hidden_BTH is not None:
+                state, labels_BTK = hidden_BTH.detach(), self._labels(part.batch)
+                for signal, read in asked.items():
+                    with self.autocast():
+                        position_BT = part.batch.position_BT
+                        own[signal].append(read(self.policy, state, labels_BTK, position_BT=position_BT))
         return _Signals(
             value_BT=self._everywhere(parts, [score.value_BT for score in scores], rows),
             reference_loss_BT=self._everywhere(parts, [score.reference_loss_BT for score in scores], rows),
-            token_loss_BTK=self._everywhere(parts, losses, rows),
+            token_loss_BTK=self._everywhere(parts, own[Signal.TOKEN_LOSS], rows),
+            token_entropy_BTK=self._everywhere(parts, own[Signal.TOKEN_ENTROPY], rows),
         )
 
     def _everywhere(
@@ -244,6 +248,7 @@ class PolicyLearner(Learner):
             group_BT=batch.group_BT if Signal.GROUP in needs else None,
             value_BT=signals.value_BT if Signal.VALUE in needs else None,
             token_loss_BTK=signals.token_loss_BTK,
+            token_entropy_BTK=signals.token_entropy_BTK,
             reference_loss_BT=signals.reference_loss_BT if Signal.REFERENCE_LOSS in needs else None,
         )
 
@@ -266,6 +271,11 @@ class _Signals:
     value_BT: Tensor | None
     reference_loss_BT: Tensor | None
     token_loss_BTK: Tensor | None
+    token_entropy_BTK: Tensor | None
+
+
+# What the policy itself is asked for, in a pass of its own before the weighted one.
+_OF_THE_POLICY = {Signal.TOKEN_LOSS: token_losses, Signal.TOKEN_ENTROPY: token_entropies}
 
 
 def _per_head(name: str, value_K: Tensor) -> dict[str, Tensor]:

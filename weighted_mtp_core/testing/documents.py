@@ -31,6 +31,7 @@ class Document:
         problem: Number of the problem that the response answers.
         value_T: V_t on every token.
         token_loss_TK: The policy's cross-entropies, 0 where no target is.
+        token_entropy_TK: The entropies of the policy's predictions, 0 where no target is.
         reference_loss_T: Of each response token, 0 elsewhere.
     """
 
@@ -40,6 +41,7 @@ class Document:
     problem: int
     value_T: Tensor
     token_loss_TK: Tensor
+    token_entropy_TK: Tensor
     reference_loss_T: Tensor
 
     @property
@@ -66,9 +68,11 @@ def make_document(number: int, *, prompt: int, response: int, reward: float, pro
         problem=problem,
         value_T=torch.rand(length, generator=generator),
         token_loss_TK=torch.empty(0),
+        token_entropy_TK=torch.empty(0),
         reference_loss_T=3 * torch.rand(length, generator=generator) * response_T,
     )
     loss_TK = 3 * torch.rand(length, N_FUTURE, generator=generator) * draft.target_TK
+    entropy_TK = 3 * torch.rand(length, N_FUTURE, generator=generator) * draft.target_TK
     return Document(
         ids_T=draft.ids_T,
         response_T=response_T,
@@ -76,6 +80,7 @@ def make_document(number: int, *, prompt: int, response: int, reward: float, pro
         problem=problem,
         value_T=draft.value_T,
         token_loss_TK=loss_TK,
+        token_entropy_TK=entropy_TK,
         reference_loss_T=draft.reference_loss_T,
     )
 
@@ -145,6 +150,9 @@ class Layout:
             Signal.GROUP: batch.group_BT,
             Signal.VALUE: self._spread(value_BT, lambda document, _: document.value_T),
             Signal.TOKEN_LOSS: self._spread(torch.zeros(pairs), lambda document, _: document.token_loss_TK),
+            Signal.TOKEN_ENTROPY: self._spread(
+                torch.zeros(pairs), lambda document, _: document.token_entropy_TK
+            ),
             Signal.REFERENCE_LOSS: self._spread(
                 torch.zeros(shape), lambda document, _: document.reference_loss_T
             ),
@@ -163,6 +171,7 @@ class Layout:
             group_BT=known[Signal.GROUP] if Signal.GROUP in signals else None,
             value_BT=known[Signal.VALUE] if Signal.VALUE in signals else None,
             token_loss_BTK=known[Signal.TOKEN_LOSS] if Signal.TOKEN_LOSS in signals else None,
+            token_entropy_BTK=known[Signal.TOKEN_ENTROPY] if Signal.TOKEN_ENTROPY in signals else None,
             reference_loss_BT=known[Signal.REFERENCE_LOSS] if Signal.REFERENCE_LOSS in signals else None,
         )
 

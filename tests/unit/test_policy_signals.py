@@ -1,0 +1,87 @@
+"""A weighting sees the signals of the policy that it declared, for the whole batch, and no others."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from weighted_mtp_core.api import Batch, Signal, WeightingStrategy, Weights
+from weighted_mtp_core.model.loss import token_entropies, token_losses
+from weighted_mtp_core.model.policy import make_policy
+from weighted_mtp_core.model.targets import align_labels
+from weighted_mtp_core.recipe.schema import LossTable
+from weighted_mtp_core.stages.policy import Arm, PolicyLearner
+
+FIELDS = {
+    Signal.TOKEN_LOSS: ("token_loss_BTK", token_losses),
+    Signal.TOKEN_ENTROPY: ("token_entropy_BTK", token_entropies),
+}
+
+
+class Remembering(WeightingStrategy):
+    """Weighs all alike and keeps what it saw."""
+
+    def weigh(self, view):
+        self.view = view
+        return Weights(weight=view.response_BT.float())
+
+
+@pytest.fixture(scope="module")
+def policy():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=19,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    return make_policy(LlamaForCausalLM(config), n_future=2, head_kind="linear")
+
+
+@pytest.fixture(scope="module")
+def batch():
+    ids_BT = torch.arange(4 * 6).view(4, 6) % 19
+    response_BT = (torch.arange(6) >= 2).expand(4, 6)
+    zeros = torch.zeros(4, 6, dtype=torch.long)
+    return Batch(
+        ids_BT=ids_BT,
+        document_BT=zeros,
+        response_BT=response_BT,
+        reward_BT=response_BT.float(),
+        group_BT=zeros,
+        example_ids=("a", "b", "c", "d"),
+    )
+
+
+def seen(policy, batch, needs, *, accumulation):
+    weighting = Remembering()
+    learner = PolicyLearner(
+        policy=policy,
+        arm=Arm(weighting=weighting, needs=frozenset(needs), critic=None, label="`remembering`"),
+        loss=LossTable(),
+        accumulation=accumulation,
+        autocast=lambda: torch.autocast("cpu", enabled=False),
+        validation=list,
+        best=None,
+        save=lambda: None,
+        restore=lambda: None,
+    )
+    learner.learn(batch, step=0)
+    return weighting.view
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("needs", [set(), {Signal.TOKEN_LOSS}, {Signal.TOKEN_ENTROPY}, set(FIELDS)])
+def test_the_view_holds_what_was_declared(policy, batch, needs, accumulation):
+    view = seen(policy, batch, needs, accumulation=accumulation)
+
+    for signal, (field, compute) in FIELDS.items():
+        if signal not in needs:
+            assert getattr(view, field) is None
+            continue
+        labels_BTK = align_labels(
+            batch.ids_BT, document_BT=batch.document_BT, response_BT=batch.response_BT, n_future=2
+        )
+        with torch.no_grad():
+            expected_BTK = compute(policy, policy.trunk_states(batch.ids_BT), labels_BTK)
+        torch.testing.assert_close(getattr(view, field), expected_BTK)
