@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from weighted_mtp_core.api import WmtpError
+from weighted_mtp_core.api import Weights, WmtpError
 from weighted_mtp_core.stages.weights import check_weights, weight_metrics
 
 LABEL = "weighting `my.own` (my-dist 1.0)"
@@ -75,4 +75,19 @@ def test_no_pairs_give_no_metrics():
 )
 def test_a_bad_weight_tensor_is_named_with_its_maker(weight, fault):
     with pytest.raises(WmtpError, match=rf"`my.own` \(my-dist 1.0\) returned weights with .*{fault}"):
-        check_weights(weight, torch.ones(2, 3, dtype=torch.bool), n_future=5, label=LABEL)
+        check_weights(Weights(weight=weight), torch.ones(2, 3, dtype=torch.bool), n_future=5, label=LABEL)
+
+
+@pytest.mark.parametrize(
+    ("returned", "text"),
+    [
+        (None, "returned a `NoneType`, expected `Weights`"),
+        (torch.ones(2, 3), "returned a `Tensor`, expected `Weights`"),
+        (Weights(weight=[1.0]), "returned weights in a `list`, expected a tensor"),
+    ],
+)
+def test_what_is_no_weights_is_refused_and_its_maker_named(returned, text):
+    with pytest.raises(WmtpError) as failed:
+        check_weights(returned, torch.ones(2, 3, dtype=torch.bool), n_future=5, label=LABEL)
+
+    assert str(failed.value) == f"{LABEL} {text}"

@@ -13,8 +13,9 @@ import torch
 from attrs import define, evolve, field, frozen
 from torch import Tensor, nn
 
-from weighted_mtp_core.api import Batch, Critic, Scores, Signal, StepView, WeightingStrategy
+from weighted_mtp_core.api import Batch, Critic, Scores, Signal, StepView, WeightingStrategy, Weights
 from weighted_mtp_core.data.batches import split_rows
+from weighted_mtp_core.errors import RunFailedError, WmtpError
 from weighted_mtp_core.model.head_weights import head_shares
 from weighted_mtp_core.model.loss import (
     HeadSums,
@@ -31,6 +32,7 @@ from weighted_mtp_core.stages.loop import Learner, Validation
 from weighted_mtp_core.stages.snapshot import below, load_module_state, module_state
 from weighted_mtp_core.stages.weights import check_weights, weight_metrics
 from weighted_mtp_core.stages.world import ALONE, World
+from weighted_mtp_core.wording import reason
 
 
 @frozen(kw_only=True, eq=False)
@@ -41,7 +43,7 @@ class Arm:
         weighting: Called once a step with the whole global batch.
         needs: The signals that the weighting declared.
         critic: Fills the needed signals that the core does not know itself.
-        label: Names the weighting in messages: address, distribution and version.
+        label: Names the weighting in messages: address, plugin, distribution and version.
     """
 
     weighting: WeightingStrategy
@@ -53,6 +55,21 @@ class Arm:
     def scores(self) -> bool:
         """Whether the critic is asked at each step."""
         return self.critic is not None and bool(self.needs & {Signal.VALUE, Signal.REFERENCE_LOSS})
+
+    def weigh(self, view: StepView) -> Weights:
+        """Ask the weighting, and check what it says.
+
+        Raises:
+            RunFailedError: It failed, or its weights are none; says whose fault that is.
+        """
+        try:
+            weights = self.weighting.weigh(view)
+        except WmtpError as error:
+            raise RunFailedError(f"{self.label} failed: {error}", hint=error.hint) from error
+        except Exception as error:
+            raise RunFailedError(f"{self.label} failed: {reason(error)}") from error
+        check_weights(weights, view.response_BT, n_future=view.n_future, label=self.label)
+        return weights
 
 
 @define(kw_only=True, eq=False)
@@ -103,8 +120,7 @@ class PolicyLearner(Learner):
         target_BTK = target_mask(labels_BTK)
         signals = self._signals(parts, states, rows=len(batch.ids_BT))
         view = self._view(batch, target_BTK, signals, step=step, training=True)
-        weights = self.arm.weighting.weigh(view)
-        check_weights(weights.weight, batch.response_BT, n_future=n_future, label=self.arm.label)
+        weights = self.arm.weigh(view)
         weight_BTK = align_weights(weights.weight, target_BTK)
         normaliser_K = normalisers(weight_BTK, target_BTK, normalise=self.loss.normalise)
         share_K = head_shares(self.loss.head_weights, n_future).to(normaliser_K.device)

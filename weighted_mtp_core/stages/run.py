@@ -166,7 +166,7 @@ class _Stages:
                 weighting=prepared.build_weighting(),
                 needs=chosen.needs,
                 critic=prepared.cached(critic, batches) if self.world.alone else critic,
-                label=f"weighting `{chosen.address}` ({chosen.plugin.distribution} {chosen.plugin.version})",
+                label=f"weighting `{chosen.address}` of {chosen.plugin}",
             ),
             loss=recipe.loss,
             accumulation=recipe.train.accumulation,

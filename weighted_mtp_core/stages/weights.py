@@ -8,23 +8,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from weighted_mtp_core.api import Weights
 from weighted_mtp_core.errors import RunFailedError
 
 _QUANTILES = (0.05, 0.5, 0.95)
 
 
-def check_weights(weight: Tensor, response_BT: Tensor, *, n_future: int, label: str) -> None:
-    """Refuse what is not a weight tensor of this batch.
+def check_weights(weights: object, response_BT: Tensor, *, n_future: int, label: str) -> None:
+    """Refuse what is no `Weights`, or holds no weight tensor of this batch.
 
     Args:
-        weight: What the weighting returned: float32 `[B, T]` or `[B, T, K]`.
+        weights: What the weighting returned; its tensor is float32 `[B, T]` or `[B, T, K]`.
         response_BT: The batch's response mask.
         n_future: K.
-        label: Names the weighting, its distribution and version.
+        label: Names the weighting, its plugin, distribution and version.
 
     Raises:
-        RunFailedError: Wrong shape or dtype, or the weights carry a gradient.
+        RunFailedError: Wrong type, shape, dtype or values, or the weights carry a gradient.
     """
+    if not isinstance(weights, Weights):
+        raise RunFailedError(f"{label} returned a `{type(weights).__name__}`, expected `Weights`")
+    weight = weights.weight
+    if not isinstance(weight, Tensor):
+        raise RunFailedError(f"{label} returned weights in a `{type(weight).__name__}`, expected a tensor")
     expected = tuple(response_BT.shape)
     if tuple(weight.shape) not in {expected, (*expected, n_future)}:
         fault = f"shape {tuple(weight.shape)}, expected {expected} or {(*expected, n_future)}"

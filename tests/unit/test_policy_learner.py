@@ -1,0 +1,227 @@
+"""Stage 2's step: parts of a batch add up to it, and plain settings give transformers' own training."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from weighted_mtp_core.api import Batch, Signal, WeightingStrategy, Weights, WmtpError
+from weighted_mtp_core.errors import RunFailedError
+from weighted_mtp_core.model.loss_reference import reference_loss
+from weighted_mtp_core.model.policy import make_policy
+from weighted_mtp_core.model.targets import align_labels, align_weights, target_mask
+from weighted_mtp_core.recipe.schema import LossTable
+from weighted_mtp_core.stages.policy import Arm, PolicyLearner
+
+V, B, T = 31, 4, 12
+SMALL = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+BASES = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=32, num_key_value_heads=1)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL, intermediate_size=32, num_key_value_heads=1)),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=V, n_embd=16, n_layer=3, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    ),
+}
+LABEL = "weighting `failing.late` of plugin `failing` (wmtp-failing 0.3.0)"
+
+
+@functools.cache
+def base(name):
+    torch.manual_seed(0)
+    made = BASES[name]()
+    for parameter in made.parameters():  # far from the initial scale, where gradients are all alike
+        torch.nn.init.normal_(parameter, std=0.3)
+    return made
+
+
+def policy(name="llama", *, n_future=3, head="transformer"):
+    """Return a policy whose heads differ from each other."""
+    made = make_policy(copy.deepcopy(base(name)), n_future=n_future, head_kind=head)
+    torch.manual_seed(1)
+    for parameter in made.heads.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return made
+
+
+@pytest.fixture
+def batch():
+    """Rows of uneven length: a prompt of two to five tokens, a response, padding."""
+    generator = torch.Generator().manual_seed(0)
+    place_T = torch.arange(T)
+    length_B1, prompt_B1 = torch.tensor([[12], [7], [9], [6]]), torch.tensor([[2], [5], [3], [3]])
+    inside_BT = place_T < length_B1
+    response_BT = inside_BT & (place_T >= prompt_B1)
+    return Batch(
+        ids_BT=torch.randint(0, V, (B, T), generator=generator).where(inside_BT, 0),
+        document_BT=torch.where(inside_BT, 0, -1),
+        response_BT=response_BT,
+        reward_BT=response_BT.float(),
+        group_BT=torch.arange(B)[:, None].expand(B, T).where(inside_BT, -1),
+    )
+
+
+class Uniform(WeightingStrategy):
+    """1 on every target."""
+
+    def weigh(self, view):
+        return Weights(weight=view.response_BT.float())
+
+
+class Fixed(WeightingStrategy):
+    """Uneven weights that depend on the token alone."""
+
+    def weigh(self, view):
+        return Weights(weight=(0.1 + view.ids_BT % 5).where(view.response_BT, 0.0))
+
+
+class ByLoss(WeightingStrategy):
+    """More where the policy is worse than the mean of the whole batch."""
+
+    def weigh(self, view):
+        loss_BTK = view.token_loss_BTK
+        mean = loss_BTK[view.target_BTK].mean()
+        return Weights(weight=torch.sigmoid(loss_BTK - mean).where(view.target_BTK, 0.0))
+
+
+class Failing(WeightingStrategy):
+    """Raises what it is given."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def weigh(self, view):
+        raise self.error
+
+
+def learner(model, weighting, **changes):
+    arguments = {
+        "policy": model,
+        "arm": Arm(
+            weighting=weighting,
+            needs=frozenset({Signal.TOKEN_LOSS} if isinstance(weighting, ByLoss) else ()),
+            critic=None,
+            label=LABEL,
+        ),
+        "loss": LossTable(),
+        "accumulation": 1,
+        "autocast": lambda: torch.autocast("cpu", enabled=False),
+        "validation": list,
+        "best": None,
+        "save": lambda: None,
+        "restore": lambda: None,
+    }
+    return PolicyLearner(**arguments | changes)
+
+
+def learnt(model, batch, weighting, **changes):
+    """Return the loss of one step, and every gradient."""
+    model.zero_grad()
+    scalars = learner(model, weighting, **changes).learn(batch, step=0)
+    return float(scalars["train_loss"]), {name: p.grad for name, p in model.named_parameters()}
+
+
+def formula(model, batch, weigh):
+    """Return the same by the formula, the whole batch at once; `weigh` maps losses `[B, T, K]` to weights."""
+    labels_BTK = align_labels(
+        batch.ids_BT, document_BT=batch.document_BT, response_BT=batch.response_BT, n_future=model.n_future
+    )
+    target_BTK = target_mask(labels_BTK)
+    share_K = torch.full((model.n_future,), 1 / model.n_future)
+    model.zero_grad()
+    hidden_BTH = model.trunk_states(batch.ids_BT)
+    logits_BTKV = torch.stack([model.logits(k + 1, hidden_BTH) for k in range(model.n_future)], dim=2)
+    log_BTKV = logits_BTKV.detach().log_softmax(dim=-1)
+    loss_BTK = -log_BTKV.gather(3, labels_BTK.clamp(min=0)[..., None])[..., 0]
+    weight_BTK = weigh(loss_BTK.where(target_BTK, 0.0), target_BTK)
+    loss = reference_loss(
+        model,
+        hidden_BTH,
+        labels_BTK=labels_BTK,
+        weight_BTK=weight_BTK,
+        normaliser_K=weight_BTK.sum(dim=(0, 1)),
+        head_share_K=share_K,
+    )
+    loss.backward()
+    return float(loss.detach()), {name: p.grad for name, p in model.named_parameters()}
+
+
+def close(one, other, *, rtol=1e-5, atol=1e-6):
+    assert one[0] == pytest.approx(other[0], rel=rtol)
+    torch.testing.assert_close(one[1], other[1], rtol=rtol, atol=atol)
+
+
+# ------------------------------------------------------------------ one step
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 3, 4])
+@pytest.mark.parametrize("head", ["transformer", "linear"])
+def test_parts_of_a_batch_add_up_to_the_formula_of_the_whole(batch, head, accumulation):
+    weight_BT = (0.1 + batch.ids_BT % 5).where(batch.response_BT, 0.0)
+    whole = formula(policy(head=head), batch, lambda _, target_BTK: align_weights(weight_BT, target_BTK))
+
+    close(learnt(policy(head=head), batch, Fixed(), accumulation=accumulation), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_weights_from_current_losses_see_the_whole_batch_however_it_is_split(batch, accumulation):
+    def weigh(loss_BTK, target_BTK):
+        return torch.sigmoid(loss_BTK - loss_BTK[target_BTK].mean()).where(target_BTK, 0.0)
+
+    whole = formula(policy(), batch, weigh)
+
+    close(learnt(policy(), batch, ByLoss(), accumulation=accumulation), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["transformer", "linear"])
+@pytest.mark.parametrize("name", BASES)
+def test_one_head_and_equal_weights_are_transformers_own_training(batch, name, head):
+    model = copy.deepcopy(base(name))
+    labels_BT = batch.ids_BT.where(batch.response_BT, -100)
+    loss = model(input_ids=batch.ids_BT, labels=labels_BT).loss
+    loss.backward()
+    parameters = list(model.parameters())
+    gradients = [parameter.grad.clone() for parameter in parameters]
+
+    found, _ = learnt(make_policy(model, n_future=1, head_kind=head), batch, Uniform())
+
+    close((found, [parameter.grad for parameter in parameters]), (float(loss.detach()), gradients))
+
+
+def test_the_trunk_runs_once_where_the_batch_is_in_one_part(batch):
+    for weighting, accumulation, runs in (
+        (Fixed(), 1, 1),
+        (ByLoss(), 1, 1),
+        (Fixed(), 2, 2),
+        (ByLoss(), 2, 4),
+    ):
+        model, calls = policy(), []
+        model.trunk.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        learnt(model, batch, weighting, accumulation=accumulation)
+
+        assert len(calls) == runs
+
+
+# ------------------------------------------------------------------ a weighting's faults
+
+
+def test_a_weighting_that_raises_is_named_with_what_it_raised(batch):
+    with pytest.raises(RunFailedError) as failed:
+        learnt(policy(), batch, Failing(ZeroDivisionError("no weights at step 3")))
+
+    assert str(failed.value) == f"{LABEL} failed: ZeroDivisionError: no weights at step 3"
+
+
+def test_a_weighting_that_explains_itself_keeps_its_hint(batch):
+    with pytest.raises(RunFailedError) as failed:
+        learnt(policy(), batch, Failing(WmtpError("no values", hint="add a critic")))
+
+    assert str(failed.value) == f"{LABEL} failed: no values"
+    assert failed.value.hint == "add a critic"
