@@ -1,4 +1,8 @@
-"""Dynamic fine-tuning (Wu et al. 2025): each target weighs as much as the policy believes in it."""
+"""Fine-tuning that follows what the policy believes at the moment.
+
+Offers the weightings `dft.probability` (dynamic fine-tuning, Wu et al. 2025), by how much it believes in the
+target, and `dft.entropy` (Wang et al. 2025), by how undecided it is.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +33,39 @@ def build_probability(options: ProbabilityOptions, context: BuildContext) -> Wei
     return Probability(options)
 
 
+@frozen(kw_only=True)
+class EntropyOptions:
+    """`[weighting.options]` of `dft.entropy`.
+
+    Attributes:
+        keep: Share of each head's targets that is trained on; 1 is plain training.
+    """
+
+    keep: float = field(default=0.2, validator=[v.gt(0), v.le(1)])
+
+
+def build_entropy(options: EntropyOptions, context: BuildContext) -> WeightingStrategy:
+    """Build the weighting."""
+    del context
+    from weighted_mtp_dft._entropy import Entropy
+
+    return Entropy(options)
+
+
 @hookimpl
 def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
-    """Offer `dft.probability`."""
+    """Offer `dft.probability` and `dft.entropy`."""
     yield Component(
         name="probability",
         summary="The policy's own probability of the target, with a floor (dynamic fine-tuning).",
         options=ProbabilityOptions,
         build=build_probability,
         needs=frozenset({Signal.TOKEN_LOSS}),
+    )
+    yield Component(
+        name="entropy",
+        summary="Keeps the targets at which the policy is most undecided (high-entropy tokens).",
+        options=EntropyOptions,
+        build=build_entropy,
+        needs=frozenset({Signal.TOKEN_ENTROPY}),
     )
