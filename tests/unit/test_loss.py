@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+import weakref
 
 import pytest
 import torch
@@ -166,6 +167,35 @@ def test_losses_entropies_and_head_sums_are_those_of_a_loop_over_pairs(seed, n_f
     torch.testing.assert_close(sums.ce_sum_K, expected_BTK.sum(dim=(0, 1)), rtol=1e-4, atol=1e-5)
     assert sums.correct_K.tolist() == correct_BTK.sum(dim=(0, 1)).tolist()
     assert sums.count_K.tolist() == target_mask(labels_BTK).sum(dim=(0, 1)).tolist()
+
+
+def most_held_for_backward(n_future):
+    """Return the most bytes that autograd holds at one time while the heads learn, parameters aside."""
+    model = policy(n_future)
+    ids_BT, arguments = case(0, n_future=n_future)
+    parameters = {parameter.data_ptr() for parameter in model.parameters()}
+    held = {"now": 0, "most": 0}
+
+    def release(size):
+        held["now"] -= size
+
+    def pack(tensor):
+        kept = tensor.detach()
+        size = 0 if tensor.data_ptr() in parameters else tensor.nbytes
+        weakref.finalize(kept, release, size)
+        held["now"] += size
+        held["most"] = max(held.values())
+        return kept
+
+    with torch.no_grad():
+        hidden_BTH = model.trunk_states(ids_BT)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        weighted_mtp_loss(model, hidden_BTH.requires_grad_(), **arguments)
+    return held["most"]
+
+
+def test_what_is_held_for_backward_does_not_grow_with_the_number_of_heads():
+    assert most_held_for_backward(4) == most_held_for_backward(1) > 0
 
 
 # ------------------------------------------------------------------ known answers

@@ -225,3 +225,63 @@ def test_a_weighting_that_explains_itself_keeps_its_hint(batch):
 
     assert str(failed.value) == f"{LABEL} failed: no values"
     assert failed.value.hint == "add a critic"
+
+
+# ------------------------------------------------------------------ whatever the trunk runs under
+
+
+def compiled(model):
+    model.trunk.compile(backend="aot_eager")  # what inductor compiles, without waiting for a C++ compiler
+    return model
+
+
+def checkpointed(model):
+    for body in (model.trunk, *model.heads):
+        body.activation_checkpointing_enable()
+    return model
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("weighting", [Fixed, ByLoss])
+@pytest.mark.parametrize("prepare", [compiled, checkpointed])
+def test_a_compiled_trunk_and_recomputed_activations_change_nothing(batch, prepare, weighting, accumulation):
+    expected = learnt(policy(), batch, weighting())
+
+    close(learnt(prepare(policy()), batch, weighting(), accumulation=accumulation), expected, atol=1e-5)
+
+
+def test_activation_checkpointing_runs_each_layer_again(batch):
+    model, calls = checkpointed(policy()), []
+    for body in (model.trunk, *model.heads):
+        body.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    learnt(model, batch, Fixed())
+
+    assert len(calls) == 2 * (1 + model.n_future)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "weighting", "accumulation"),
+    [
+        (lambda model: model, Fixed, 1),
+        (lambda model: model, ByLoss, 2),
+        (compiled, ByLoss, 1),
+        (checkpointed, Fixed, 2),
+    ],
+)
+def test_bf16_autocast_costs_no_more_than_bf16_rounding(batch, prepare, weighting, accumulation):
+    loss, gradients = learnt(policy(), batch, weighting())
+
+    found_loss, found = learnt(
+        prepare(policy()),
+        batch,
+        weighting(),
+        accumulation=accumulation,
+        autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    )
+
+    assert found_loss == pytest.approx(loss, rel=0.02)
+    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+    for name, gradient in gradients.items():
+        error = (found[name] - gradient).norm() / gradient.norm().clamp(min=1e-3)
+        assert error < 0.08, name

@@ -222,12 +222,11 @@ class _Unembedding:
         gradient_NH = torch.empty_like(state_NH)
         gradient_VH = self._gradient()
         for rows, state, logits in self._chunks(state_NH):
-            label = label_N[rows, None]
-            log_total = logits.logsumexp(dim=-1, keepdim=True)
-            ce_N[rows] = (log_total - logits.gather(1, label))[:, 0]
-            gradient = logits.sub_(log_total).exp_()
-            gradient.scatter_add_(1, label, -torch.ones_like(label, dtype=gradient.dtype))
-            gradient = gradient.mul_(scale_N[rows, None]).to(self.matrix_VH.dtype)
+            label, scale = label_N[rows, None], scale_N[rows, None]
+            target = logits.sub_(logits.amax(dim=-1, keepdim=True)).gather(1, label)
+            total = logits.exp_().sum(dim=-1, keepdim=True)  # in place: each pass over a chunk counts
+            ce_N[rows] = (total.log() - target)[:, 0]
+            gradient = logits.mul_(scale / total).scatter_add_(1, label, -scale).to(self.matrix_VH.dtype)
             gradient_NH[rows] = gradient @ self.matrix_VH
             if gradient_VH is not None and gradient_VH.dtype == gradient.dtype:
                 gradient_VH.addmm_(gradient.T, state)
