@@ -36,6 +36,11 @@ class TestAnneal(WrapperSuite):
     own_options = {"end": 3}  # noqa: RUF012
 
 
+class TestRecord(WrapperSuite):
+    address = "controls.record"
+    own_options = {"name": "kept"}  # noqa: RUF012
+
+
 class TestProduct(WeightingStrategySuite):
     address = "controls.product"
 

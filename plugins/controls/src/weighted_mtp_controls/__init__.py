@@ -2,7 +2,8 @@
 
 A control answers *would any weights like these have done as well?* Wrap the arm in `controls.shuffled` (the
 same weights on other tokens of the same responses) or `controls.random_matched` (other weights, with the same
-mean and deviation). The combinators `product`, `clip` and `anneal` make one weighting of others.
+mean and deviation). For an exact ablation, `controls.record` keeps every step's weights and `controls.replay`
+gives them to another run. The combinators `product`, `clip` and `anneal` make one weighting of others.
 
 Each names what it wraps as a recipe's table `[weighting]` does:
 
@@ -21,6 +22,8 @@ from typing import Any
 from attrs import field, frozen
 from attrs import validators as v
 from weighted_mtp_core.api import BuildContext, Component, WeightingChoice, WeightingStrategy, hookimpl
+
+_FOLDER = r"[A-Za-z0-9][A-Za-z0-9_-]*"
 
 
 @frozen(kw_only=True)
@@ -119,9 +122,48 @@ def build_anneal(options: AnnealOptions, context: BuildContext) -> WeightingStra
     return Anneal(context.build_weighting(options.of), start=options.start, end=options.end)
 
 
+@frozen(kw_only=True)
+class RecordOptions:
+    """`[weighting.options]` of `controls.record`.
+
+    Attributes:
+        of: The weighting whose weights are kept.
+        name: The folder `<storage>/weights/<name>/` that keeps them.
+    """
+
+    of: WeightingChoice
+    name: str = field(validator=v.matches_re(_FOLDER))
+
+
+def build_record(options: RecordOptions, context: BuildContext) -> WeightingStrategy:
+    """Build the recorder."""
+    from weighted_mtp_controls._recorded import Record
+
+    folder = context.storage / "weights" / options.name
+    return Record(context.build_weighting(options.of), folder=folder)
+
+
+@frozen(kw_only=True)
+class ReplayOptions:
+    """`[weighting.options]` of `controls.replay`: `name` as `controls.record` had it."""
+
+    name: str = field(validator=v.matches_re(_FOLDER))
+
+
+def build_replay(options: ReplayOptions, context: BuildContext) -> WeightingStrategy:
+    """Build the replay.
+
+    Raises:
+        WmtpError: Nothing was recorded under that name.
+    """
+    from weighted_mtp_controls._recorded import Replay
+
+    return Replay(folder=context.storage / "weights" / options.name)
+
+
 @hookimpl
 def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
-    """Offer two controls and three combinators."""
+    """Offer two controls, three combinators, and weights recorded and replayed."""
     yield Component(
         name="shuffled",
         summary="Control: the weights of another weighting, shuffled within each response.",
@@ -151,4 +193,16 @@ def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
         summary="From uniform weights to another weighting's, over a span of steps.",
         options=AnnealOptions,
         build=build_anneal,
+    )
+    yield Component(
+        name="record",
+        summary="Another weighting, its weights kept step by step.",
+        options=RecordOptions,
+        build=build_record,
+    )
+    yield Component(
+        name="replay",
+        summary="The weights that `record` kept, step by step.",
+        options=ReplayOptions,
+        build=build_replay,
     )
