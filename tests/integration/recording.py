@@ -10,12 +10,14 @@ from typing import Self
 from rich.console import Console
 from weighted_mtp_core.api import BuildContext, RunInfo
 from weighted_mtp_core.builtin.mlflow import MlflowOptions, build_mlflow
+from weighted_mtp_core.plan import make_plan
 from weighted_mtp_core.tracking.display import Display
 from weighted_mtp_core.tracking.journal import read_journal
 from weighted_mtp_core.tracking.outbox import to_points
 from weighted_mtp_core.tracking.recorder import Recorder
 from weighted_mtp_core.tracking.run_folder import RunFolder
 
+RECIPE = Path(__file__).parents[2] / "configs" / "baseline.toml"
 TRACKER = "0-core.mlflow"
 
 
@@ -39,7 +41,7 @@ def open_recorder(
         folder,
         info,
         trackers={TRACKER: tracker},
-        recipe_toml="seed = 1\n",
+        recipe_toml=make_plan(RECIPE).recipe_toml,
         display=Display(Console(file=io.StringIO(), width=300)),
         close_seconds=close_seconds,
     )

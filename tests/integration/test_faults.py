@@ -38,7 +38,7 @@ def has_every_file(record):
 def test_s3_killed_during_an_upload_and_back_after_20_seconds_or_gone_while_the_server_hangs_for_30(
     stack, open_recorder, direct
 ):
-    """Four runs at once: one without files, one in each artifact mode, one that ends while S3 is away."""
+    """Five runs: one without files, one in each artifact mode; one ends while S3 is away, one begins then."""
     checkpoint = os.urandom(50_000_000)
     plain, proxied, straight = open_recorder(), open_recorder(), open_recorder(**direct)
     gone = open_recorder(keep_local=False, close_seconds=2)
@@ -54,6 +54,9 @@ def test_s3_killed_during_an_upload_and_back_after_20_seconds_or_gone_while_the_
         with gone:
             gone.artifact(gone.folder.checkpoints / "best_model.pt", "checkpoints")
             wait_for_words(gone, "cannot store `checkpoints/best_model.pt` yet")
+        with open_recorder(close_seconds=1) as late:
+            late.metrics("policy", 1, {"m0": 1.0})
+            wait_until(lambda: last_step(late) == 1)
         stack.mlflow.send(signal.SIGSTOP)
         hung = time.monotonic()
         time.sleep(max(0.0, killed + 20 - time.monotonic()))

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from textwrap import dedent
 
@@ -12,8 +11,10 @@ import stack as servers
 
 pytestmark = pytest.mark.slow
 
+BASELINE = Path(__file__).parents[2] / "configs" / "baseline.toml"
+
 RUN = """
-    import logging, sys, time
+    import logging, os, sys, time
     logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
     from pathlib import Path
     from weighted_mtp_core.api import BuildContext, RunInfo
@@ -35,13 +36,16 @@ RUN = """
     try:
         with Recorder.open(
             folder, info, trackers={"0-core.mlflow": tracker}, recipe_toml="", display=Display(),
-            close_seconds=10,
+            close_seconds=5,
         ) as record:
             record.metrics("policy", 1, {"loss": 1.0})
             (folder.checkpoints / "best_model.pt").write_bytes(b"x" * 9_000_000)
             record.artifact(folder.checkpoints / "best_model.pt", "checkpoints")
             time.sleep(2)
-            import os
+            print("S3, please go", flush=True)
+            sys.stdin.readline()
+            record.artifact(folder.checkpoints / "best_model.pt", "again")
+            time.sleep(2)
             raise RuntimeError(
                 f"failed at https://{os.environ['MLFLOW_TRACKING_USERNAME']}:"
                 f"{os.environ['MLFLOW_TRACKING_PASSWORD']}@host with {os.environ['AWS_SECRET_ACCESS_KEY']}"
@@ -66,36 +70,64 @@ def process_list():
     return "\n".join(lines)
 
 
-def test_planted_secrets_are_nowhere(stack, tmp_path):
-    planted = [stack.password, stack.access_key, stack.secret_key]
-    remote_secrets = ["planted-remote-1", "planted-remote-2", "planted-remote-3"]
+@pytest.fixture
+def repository(tmp_path):
+    """A Git repository whose remote holds a secret, as MLflow would note it down."""
+    for command in (["init", "-q"], ["remote", "add", "origin", REMOTES[0]]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    return tmp_path
+
+
+def test_planted_secrets_are_nowhere(stack, repository):
+    """A run with debug logging, an upload that fails and an exception that quotes secrets."""
     process = subprocess.Popen(
         [sys.executable, "-c", dedent(RUN), *REMOTES],
-        env={**os.environ, **stack.environment},
-        cwd=tmp_path,
+        env={**os.environ, **stack.environment, "AWS_SESSION_TOKEN": "", "MLFLOW_TRACKING_TOKEN": ""},
+        cwd=repository,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    time.sleep(4)
+    lines = list(iter(process.stdout.readline, "S3, please go\n"))
     processes = process_list()
-    stdout, _ = process.communicate(timeout=120)
+    stack.s3.kill()
+    rest, _ = process.communicate("gone\n", timeout=120)
+    stack.s3.start()
+    stdout = "".join(lines) + rest
 
     texts = {"screen": stdout, "process list": processes, "database": dump(stack)}
-    for path in tmp_path.rglob("*"):
+    for path in (repository / "runs").rglob("*"):
         if path.is_file() and path.name != "best_model.pt":
-            texts[str(path.relative_to(tmp_path))] = path.read_text(errors="replace")
+            texts[str(path.relative_to(repository))] = path.read_text(errors="replace")
     client = stack.s3_client()
     for each in client.list_objects_v2(Bucket=servers.BUCKET, Prefix="secrets/")["Contents"]:
         body = client.get_object(Bucket=servers.BUCKET, Key=each["Key"])["Body"].read()
         texts[each["Key"]] = body.decode(errors="replace")
 
     assert "DEBUG:" in stdout
+    assert "cannot store `checkpoints/best_model.pt` yet" in stdout
     assert "RuntimeError: failed at https://***@host with ***" in "\n".join(texts.values())
-    for secret in planted:
+    assert any(name.endswith("logs/training.log") for name in texts)
+    for secret in (stack.user, stack.password, stack.access_key, stack.secret_key):
         assert [where for where, text in texts.items() if secret in text] == []
-    for secret in remote_secrets:
+    for secret in ("planted-remote-1", "planted-remote-2", "planted-remote-3"):
+        # the test itself put them on the command line
         assert [where for where, text in texts.items() if secret in text and where != "process list"] == []
+
+
+def test_a_tracking_uri_with_a_password_is_refused_without_showing_it(stack, wmtp, tmp_path):
+    uri = stack.uri.replace("http://", "http://planted-user:planted-password@")
+
+    for process in (
+        wmtp("run", BASELINE, "--preset", "ci", "--traceback", cwd=tmp_path, MLFLOW_TRACKING_URI=uri),
+        wmtp("doctor", cwd=tmp_path, MLFLOW_TRACKING_URI=uri),
+    ):
+        stdout, stderr = process.communicate(timeout=60)
+
+        assert process.returncode != 0
+        assert "holds a user or a password" in stdout + stderr
+        assert "planted" not in stdout + stderr
 
 
 def dump(stack):

@@ -3,21 +3,20 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import stack as servers
-from weighted_mtp_core.builtin.mlflow import MlflowOptions, build_mlflow
+from recording import wait_until
 from weighted_mtp_core.cli import main
-from weighted_mtp_core.tracking import sync as module
+from weighted_mtp_core.storage.s3 import etag
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
 def storage(tmp_path):
-    for name, megabytes in (("small", 1), ("large", 30)):
+    for name, megabytes in (("small", 1), ("large", 60)):
         source = tmp_path / name
         source.mkdir()
         (source / "weights.bin").write_bytes(os.urandom(megabytes * 1_000_000))
@@ -44,15 +43,28 @@ def objects(stack, to):
 
 
 @pytest.fixture
-def run(open_recorder, monkeypatch):
+def run(open_recorder):
     """The folder of a finished run that the server has."""
     with open_recorder() as record:
         pass
-    monkeypatch.setattr(module, "make_plan", lambda _: None)
-    monkeypatch.setattr(
-        module, "build_trackers", lambda _: {"0-core.mlflow": build_mlflow(MlflowOptions(), None)}
-    )
     return record.folder.path
+
+
+@pytest.fixture
+def syncing(storage, to, objects, wmtp):
+    """Start a sync; return it half done, and what tells whether S3 has exactly what is here."""
+
+    def whole():
+        return {key: tag.strip('"') for key, (tag, _) in objects().items()} == {
+            path.relative_to(storage).as_posix(): etag(path) for path in storage.glob("models_v2/*/1/*")
+        }
+
+    def syncing(*options):
+        process = wmtp("storage", "sync", "--to", to, *options, cwd=storage.parent)
+        wait_until(objects)
+        return process, whole
+
+    return syncing
 
 
 def sync(to, *more):
@@ -84,17 +96,16 @@ def test_what_was_uploaded_has_every_byte(stack, storage, to):
     assert stored == (storage / "models_v2/large/1/weights.bin").read_bytes()
 
 
-def test_killed_half_way_it_goes_on(storage, to, objects):
-    process = subprocess.Popen([sys.executable, "-m", "weighted_mtp_core", "storage", "sync", "--to", to])
-    end = time.monotonic() + 30
-    while not objects() and time.monotonic() < end:
-        time.sleep(0.01)
+def test_killed_half_way_it_goes_on(syncing, to):
+    process, whole = syncing()
     process.kill()
     process.wait()
+    half = whole()
 
     assert sync(to) == 0
 
-    assert len(objects()) == 6
+    assert not half
+    assert whole()
 
 
 def test_success_is_a_tag_on_the_run(storage, to, run, stored):
@@ -103,6 +114,24 @@ def test_success_is_a_tag_on_the_run(storage, to, run, stored):
     kept = stored(run)
     assert kept.run.data.tags["storage_sync"] == "True"
     assert kept.status == "FINISHED"
+
+
+def test_s3_killed_half_way_makes_the_run_failed_and_syncing_again_goes_on(stack, syncing, to, run, stored):
+    process, whole = syncing("--run", run)
+    stack.s3.kill()
+    _, stderr = process.communicate(timeout=100)
+    failed = stored(run)
+    stack.s3.start()
+    half = whole()
+
+    assert sync(to, "--run", str(run)) == 0
+
+    assert process.returncode == 1
+    assert "hint: run the same command again: it goes on with what is missing" in stderr
+    assert (failed.status, failed.run.data.tags["storage_sync"]) == ("FAILED", "False")
+    assert not half
+    assert whole()
+    assert stored(run).run.data.tags["storage_sync"] == "True"
 
 
 def test_a_failure_makes_the_run_failed(stack, storage, to, run, stored):

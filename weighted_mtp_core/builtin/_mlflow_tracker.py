@@ -80,10 +80,10 @@ class MlflowTracker(Tracker):
             if self._client is None:
                 self._client = MlflowClient(tracking_uri=self._uri)
             self._experiment_id = self._find_experiment(run.experiment)
-            run_id = (self._find(run) or self._create(run)).info.run_id
-            if not self._run_id:
-                check_store(self._open, run_id)
-            self._run_id = run_id
+            found = self._find(run)
+            self._run_id = (found or self._create(run)).info.run_id
+            if found is None:
+                self._check_store()
             self._describe(run)
 
     def log_metrics(self, points: Sequence[MetricPoint]) -> None:
@@ -126,6 +126,17 @@ class MlflowTracker(Tracker):
         return f"{allow}mlflow ui --backend-store-uri {self._uri}"
 
     # ------------------------------------------------------------------- experiment and run
+
+    def _check_store(self) -> None:
+        """Stop a new run whose files will never be stored; a store that is only away gets them later."""
+        try:
+            check_store(self._open, self._run_id)
+        except WmtpError:
+            raise
+        except Exception as error:
+            found = diagnose(error, self._uri, what="the artifact store of ")
+            if found.lasting:
+                raise found.as_error() from error
 
     @property
     def _open(self) -> MlflowClient:
