@@ -342,6 +342,10 @@ def test_an_experiment_that_is_no_path(plan_error):
             "loss.head_weights: expected one number for each of `model.n_future` = 4 heads, got 2",
         ),
         (
+            "loss={head_weights=[0, 1, 1, 1], head_schedule='forward'}",
+            "loss.head_schedule: must be `constant` where head 1 weighs nothing: forward",
+        ),
+        (
             "model.micro.hidden_size=60",
             "model.micro.attention_heads: must divide `hidden_size` = 60 into even parts: 4",
         ),

@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+from attrs import evolve
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -111,6 +112,7 @@ def learner(model, weighting, **changes):
             label=LABEL,
         ),
         "loss": LossTable(),
+        "steps": 100,
         "accumulation": 1,
         "autocast": lambda: torch.autocast("cpu", enabled=False),
         "validation": list,
@@ -285,3 +287,31 @@ def test_bf16_autocast_costs_no_more_than_bf16_rounding(batch, prepare, weightin
     for name, gradient in gradients.items():
         error = (found[name] - gradient).norm() / gradient.norm().clamp(min=1e-3)
         assert error < 0.08, name
+
+
+# ------------------------------------------------------------------ heads
+
+
+def test_the_shares_follow_the_step(batch):
+    forward = LossTable(head_schedule="forward", head_schedule_end=1.0)
+    first = learnt(policy(), batch, Fixed(), loss=forward)
+    alone = learnt(policy(), batch, Fixed(), loss=LossTable(head_weights=(1.0, 0.0, 0.0)))
+    model = policy()
+    learner(model, Fixed(), loss=forward).learn(batch, step=99)
+    last = {name: p.grad for name, p in model.named_parameters()}
+
+    close(first, alone, rtol=0, atol=0)
+    torch.testing.assert_close(last, learnt(policy(), batch, Fixed())[1], rtol=0, atol=0)
+
+
+def test_detached_heads_learn_and_leave_the_trunk_to_head_1(batch):
+    shared = LossTable(head_weights=(1.0, 1.0, 2.0))
+    _, together = learnt(policy(), batch, Fixed(), loss=shared)
+    _, detached = learnt(policy(), batch, Fixed(), loss=evolve(shared, detach_trunk=True))
+    _, head_1 = learnt(policy(), batch, Fixed(), loss=LossTable(head_weights=(1.0, 0.0, 0.0)))
+
+    for name, gradient in detached.items():
+        if name.startswith("trunk."):
+            torch.testing.assert_close(gradient, head_1[name] / 4, rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(gradient, together[name]), name

@@ -59,6 +59,7 @@ def seen(policy, batch, needs, *, accumulation):
         policy=policy,
         arm=Arm(weighting=weighting, needs=frozenset(needs), critic=None, label="`remembering`"),
         loss=LossTable(),
+        steps=21,
         accumulation=accumulation,
         autocast=lambda: torch.autocast("cpu", enabled=False),
         validation=list,

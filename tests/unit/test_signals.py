@@ -112,6 +112,7 @@ def training(tokens, critic, table, *, accumulation):
             label="weighting `test.whitened`",
         ),
         loss=LossTable(),
+        steps=21,
         accumulation=accumulation,
         autocast=lambda: torch.autocast("cpu", enabled=False),
         validation=list,

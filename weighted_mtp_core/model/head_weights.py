@@ -1,14 +1,44 @@
-"""The heads' shares of the loss (alpha). K heads."""
+"""The heads' shares of the loss (alpha), which may change while training goes on. K heads."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from weighted_mtp_core.recipe.schema import LossTable
 
-def head_shares(head_weights: Sequence[float], n_future: int) -> Tensor:
-    """Return `alpha_K`, float32, summing to 1; no weights mean equal shares."""
-    weights = torch.tensor(head_weights or (1.0,) * n_future, dtype=torch.float32)
-    return weights / weights.sum()
+
+def head_shares(table: LossTable, n_future: int, *, progress: float) -> Tensor:
+    """Return `alpha_K`, float32, summing to 1, proportional to `head_weights[k] * head_decay^(k-1)`.
+
+    The schedule scales that. `forward` and `reverse` are the curricula of Aynetdinov and Akbik 2025: K phases
+    of equal length, in which heads join one by one, the nearest first, or leave, the furthest first.
+
+    Args:
+        table: The recipe's `[loss]`.
+        n_future: K.
+        progress: The share of the training's steps that are done, in [0, 1).
+    """
+    base_K = torch.tensor(table.head_weights or (1.0,) * n_future, dtype=torch.float64)
+    decay_K = table.head_decay ** torch.arange(n_future, dtype=torch.float64)
+    weight_K = base_K * decay_K * _presence(table, n_future, progress=progress)
+    return (weight_K / weight_K.sum()).float()
+
+
+def _presence(table: LossTable, n_future: int, *, progress: float) -> Tensor:
+    """Return how much of each head the schedule lets through, float64 `[K]` in [0, 1]; all of head 1."""
+    done = min(1.0, progress / table.head_schedule_end)
+    phase = min(n_future, int(done * n_future) + 1)  # 1 to K
+    number_K = torch.arange(1, n_future + 1)
+    match table.head_schedule:
+        case "constant":
+            presence_K = torch.ones(n_future)
+        case "linear":
+            presence_K = torch.full((n_future,), done)
+        case "step":
+            presence_K = torch.full((n_future,), float(done == 1.0))
+        case "forward":
+            presence_K = number_K <= phase
+        case "reverse":
+            presence_K = number_K <= n_future + 1 - phase
+    return torch.where(number_K == 1, 1.0, presence_K.double())

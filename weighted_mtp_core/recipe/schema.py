@@ -125,7 +125,9 @@ class TrainTable:
 class LossTable:
     """`[loss]`: what the weighted cross-entropies are divided by, and the heads' shares (alpha).
 
-    An empty `head_weights` means equal shares.
+    Head k's share is `head_weights[k - 1] * head_decay^(k - 1)`, all divided by their sum; an empty
+    `head_weights` is a 1 for each head. `head_schedule` lets heads 2..K come or go in the first
+    `head_schedule_end` of the steps. With `detach_trunk` they learn from the trunk without shaping it.
     """
 
     normalise: Literal["weights", "tokens"] = "weights"
@@ -135,6 +137,16 @@ class LossTable:
     def _be_shares(self, _: object, value: tuple[float, ...]) -> None:
         if any(share < 0 for share in value) or (value and not sum(value)):
             raise ValueError(f"must be >= 0 and not all 0: {list(value)}")
+
+    head_decay: float = field(default=1.0, validator=[v.ge(0.01), v.le(100)])
+    head_schedule: Literal["constant", "linear", "step", "forward", "reverse"] = field(default="constant")
+    head_schedule_end: float = field(default=0.5, validator=[v.gt(0), v.le(1)])
+    detach_trunk: bool = False
+
+    @head_schedule.validator
+    def _have_something_to_begin_with(self, _: object, value: str) -> None:
+        if value != "constant" and self.head_weights and not self.head_weights[0]:
+            raise ValueError(f"must be `constant` where head 1 weighs nothing: {value}")
 
 
 @frozen(kw_only=True)

@@ -79,7 +79,8 @@ class PolicyLearner(Learner):
     Attributes:
         policy: What is trained.
         arm: Where the weights come from.
-        loss: Normalisation and head weights.
+        loss: Normalisation, the heads' shares and what they may shape.
+        steps: How many there are in all, which head schedules go by.
         accumulation: In how many parts the global batch goes through the policy.
         world: The processes that train together.
         autocast: Makes the context of each forward pass (bf16 on devices that like it).
@@ -92,6 +93,7 @@ class PolicyLearner(Learner):
     policy: Policy
     arm: Arm
     loss: LossTable
+    steps: int
     accumulation: int
     world: World = ALONE
     autocast: Callable[[], torch.autocast]
@@ -123,7 +125,7 @@ class PolicyLearner(Learner):
         weights = self.arm.weigh(view)
         weight_BTK = align_weights(weights.weight, target_BTK)
         normaliser_K = normalisers(weight_BTK, target_BTK, normalise=self.loss.normalise)
-        share_K = head_shares(self.loss.head_weights, n_future).to(normaliser_K.device)
+        share_K = head_shares(self.loss, n_future, progress=step / self.steps).to(normaliser_K.device)
         total = torch.zeros((), device=normaliser_K.device)
         ce_K = torch.zeros_like(normaliser_K)
         count_K = torch.zeros_like(normaliser_K)
@@ -137,6 +139,7 @@ class PolicyLearner(Learner):
                     weight_BTK=part.of(weight_BTK, nothing=0),
                     normaliser_K=normaliser_K,
                     head_share_K=share_K,
+                    detach_trunk=self.loss.detach_trunk,
                     position_BT=part.batch.position_BT,
                 )
             total += result.loss

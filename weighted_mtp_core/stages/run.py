@@ -169,6 +169,7 @@ class _Stages:
                 label=f"weighting `{chosen.address}` of {chosen.plugin}",
             ),
             loss=recipe.loss,
+            steps=recipe.train.steps,
             accumulation=recipe.train.accumulation,
             autocast=prepared.autocast,
             validation=lambda: (
