@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import requests
 from mlflow import MlflowClient
+from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.rest_utils import augmented_raise_for_status, http_request
 
 from weighted_mtp_core.storage import s3
 from weighted_mtp_core.storage.manifest import sha256_of
 
 CHECKPOINT = "best_model.pt"
-_TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+_PROXIED = "mlflow-artifacts:"
+_CHUNK = 1024 * 1024
 _SLOWEST_BYTES_A_SECOND = 1_000_000
 
 
@@ -35,18 +39,21 @@ def check_store(client: MlflowClient, run_id: str) -> None:
         client.list_artifacts(run_id)  # asks a server that stores for us whether it can
 
 
-def store(client: MlflowClient, run_id: str, path: Path, subdir: str) -> None:
+def store(client: MlflowClient, run_id: str, path: Path, subdir: str, *, uri: str) -> None:
     """Upload a file and confirm it: by ETag where S3 is reached directly, by size elsewhere.
 
     Raises:
         NotStoredError: What is stored is not what was sent; to be sent again.
     """
-    with _patience(path.stat().st_size):
-        client.log_artifact(run_id, str(path), subdir or None)
-    uri = client.get_run(run_id).info.artifact_uri
+    root = client.get_run(run_id).info.artifact_uri
     name = f"{subdir}/{path.name}" if subdir else path.name
-    if uri.startswith("s3://"):
-        place = s3.S3Place.parse(f"{uri}/{subdir}")
+    if root.startswith(_PROXIED):
+        with path.open("rb") as file:
+            _ask_proxy(uri, f"{root}/{name}", "PUT", size=path.stat().st_size, data=file)
+    else:
+        client.log_artifact(run_id, str(path), subdir or None)
+    if root.startswith("s3://"):
+        place = s3.S3Place.parse(f"{root}/{subdir}")
         whole = s3.is_stored(s3.connect(), place.bucket, f"{place.prefix}{path.name}", path)
     else:
         listed = client.list_artifacts(run_id, subdir or None)
@@ -56,29 +63,35 @@ def store(client: MlflowClient, run_id: str, path: Path, subdir: str) -> None:
         raise NotStoredError(f"`{name}` did not arrive whole")
 
 
-def drop_local_checkpoint(client: MlflowClient, run_id: str, path: Path, subdir: str) -> None:
-    """Delete the local best checkpoint if a remote store has every byte of it.
+def drop_local_checkpoint(client: MlflowClient, run_id: str, path: Path, subdir: str, *, uri: str) -> None:
+    """Delete the local best checkpoint, which `store` has stored, if a remote store has every byte of it.
 
     Raises:
         NotStoredError: The stored file differs.
     """
-    uri = client.get_run(run_id).info.artifact_uri
-    if path.name != CHECKPOINT or uri.startswith(("file:", "/")):
+    root = client.get_run(run_id).info.artifact_uri
+    if path.name != CHECKPOINT or not root.startswith((_PROXIED, "s3://")):
         return
-    with tempfile.TemporaryDirectory() as folder, _patience(path.stat().st_size):
-        stored = Path(client.download_artifacts(run_id, f"{subdir}/{path.name}", folder))
-        same = sha256_of(stored) == sha256_of(path)
-    if not same:
-        raise NotStoredError(f"`{subdir}/{path.name}` is stored with other bytes")
+    if root.startswith(_PROXIED):
+        name = f"{subdir}/{path.name}"
+        answer = _ask_proxy(uri, f"{root}/{name}", "GET", size=path.stat().st_size, stream=True)
+        digest = hashlib.sha256()
+        for chunk in answer.iter_content(_CHUNK):
+            digest.update(chunk)
+        if digest.hexdigest() != sha256_of(path):
+            raise NotStoredError(f"`{name}` is stored with other bytes")
     path.unlink()
 
 
-@contextmanager
-def _patience(size: int) -> Iterator[None]:
-    """Give a large file more time than a small request gets."""
-    before = os.environ.get(_TIMEOUT, "10")
-    os.environ[_TIMEOUT] = str(int(before) + size // _SLOWEST_BYTES_A_SECOND)
-    try:
-        yield
-    finally:
-        os.environ[_TIMEOUT] = before
+def _ask_proxy(uri: str, address: str, method: str, *, size: int, **body: Any) -> requests.Response:
+    """Ask the tracking server about a file that it stores for us.
+
+    It answers when S3 has the file, so a large one takes longer than the timeout of MLflow's own request,
+    which comes from the environment and so is the same for every thread.
+    """
+    folder, _, name = address.rpartition("/")
+    creds = get_default_host_creds(MlflowArtifactsRepository.resolve_uri(folder, uri))
+    timeout = int(os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")) + size // _SLOWEST_BYTES_A_SECOND
+    answer: requests.Response = http_request(creds, f"/{name}", method, timeout=timeout, **body)
+    augmented_raise_for_status(answer)
+    return answer

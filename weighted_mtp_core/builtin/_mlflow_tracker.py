@@ -100,9 +100,9 @@ class MlflowTracker(Tracker):
     def log_artifact(self, path: Path, subdir: str) -> None:
         """Store a file below the run's artifacts."""
         with self._diagnosed(what="the artifact store of "):
-            store(self._open, self._run_id, path, subdir)
+            store(self._open, self._run_id, path, subdir, uri=self._uri)
             if not self._keep_local:
-                drop_local_checkpoint(self._open, self._run_id, path, subdir)
+                drop_local_checkpoint(self._open, self._run_id, path, subdir, uri=self._uri)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set or overwrite tags."""

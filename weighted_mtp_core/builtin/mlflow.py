@@ -23,9 +23,6 @@ _CLIENT_SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    # presigned transfers need an S3 that the client can reach, which a proxied store is to spare it
-    "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "false",
-    "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
 }
 _SCHEME = re.compile(r"(https?|file|sqlite|postgresql(\+\w+)?)://?")
 _SEGMENT = r"[A-Za-z0-9][A-Za-z0-9._-]*"
