@@ -13,11 +13,11 @@ one of two plugins of the same name in silence.
 from __future__ import annotations
 
 import enum
-import importlib.metadata
 import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import EntryPoint, distributions
 from typing import Any
 
 import attrs
@@ -134,7 +134,7 @@ def find(path: Sequence[str] | None = None) -> Mapping[str, FoundPlugin]:
     claims: dict[str, list[FoundPlugin]] = {}
     seen = set()
     folders = sys.path if path is None else path
-    for distribution in importlib.metadata.distributions(path=list(folders)):
+    for distribution in distributions(path=list(folders)):
         entries = _entries(distribution.read_text("entry_points.txt") or "")
         if not entries:
             continue
@@ -228,7 +228,7 @@ def _check_core_range(plugin: FoundPlugin) -> None:
 
 
 def _import(plugin: FoundPlugin) -> object:
-    entry = importlib.metadata.EntryPoint(plugin.name, plugin.module, GROUP)
+    entry = EntryPoint(plugin.name, plugin.module, GROUP)
     try:
         return entry.load()
     except (Exception, SystemExit) as error:

@@ -1,7 +1,5 @@
 """Plugins to test with: a module and a `dist-info` folder on `sys.path`, as an installer would leave them."""
 
-import importlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
@@ -66,42 +64,17 @@ EXAMPLE_PLUGIN = """
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def site(wmtp_site: Path) -> Path:
     """A folder of installed packages, on `sys.path` for this test only."""
-    folder = tmp_path / "site-packages"
-    folder.mkdir()
-    monkeypatch.syspath_prepend(str(folder))
-    before = set(sys.modules)
-    yield folder
-    for name in set(sys.modules) - before:
-        if (file := getattr(sys.modules[name], "__file__", None)) and Path(file).is_relative_to(folder):
-            del sys.modules[name]
+    return wmtp_site
 
 
 @pytest.fixture
-def install_plugin(site: Path) -> Callable[..., Path]:
-    """Install a plugin `name` whose module holds `source`; return its `dist-info` folder."""
+def install_plugin(wmtp_install_plugin: Callable[..., Path]) -> Callable[..., Path]:
+    """Install a plugin `name`, by default `EXAMPLE_PLUGIN`; return its `dist-info` folder."""
 
-    def install(
-        name: str,
-        source: str = EXAMPLE_PLUGIN,
-        *,
-        distribution: str | None = None,
-        version: str = "0.3.0",
-        module: str | None = None,
-        requires: str | None = "weighted-mtp-core>=0.1,<0.2",
-    ) -> Path:
-        distribution = distribution or f"wmtp-{name}"
-        module = module or f"wmtp_{name.replace('-', '_')}"
-        (site / f"{module}.py").write_text(dedent(source))
-        metadata = site / f"{distribution.replace('-', '_')}-{version}.dist-info"
-        metadata.mkdir()
-        lines = ["Metadata-Version: 2.1", f"Name: {distribution}", f"Version: {version}"]
-        lines += [f"Requires-Dist: {requires}"] if requires else []
-        (metadata / "METADATA").write_text("\n".join([*lines, ""]))
-        (metadata / "entry_points.txt").write_text(f"[weighted_mtp_core]\n{name} = {module}\n")
-        importlib.invalidate_caches()
-        return metadata
+    def install(name: str, source: str = EXAMPLE_PLUGIN, **metadata: str | None) -> Path:
+        return wmtp_install_plugin(name, source, **metadata)
 
     return install
 

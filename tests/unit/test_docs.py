@@ -81,7 +81,7 @@ def test_the_smallest_recipe_is_one(recipes_md):
 
 def test_the_plugin_in_the_documentation_loads(plugins_md, install_plugin, site):
     pyproject, _ = (tomli.loads(each) for each in re.findall(r"```toml\n(.*?)```", plugins_md, re.DOTALL))
-    (source,) = re.findall(r"```python\n(.*?)```", plugins_md, re.DOTALL)
+    source, _ = re.findall(r"```python\n(.*?)```", plugins_md, re.DOTALL)
     project = pyproject["project"]
     ((name, module),) = project["entry-points"]["weighted_mtp_core"].items()
     install_plugin(
