@@ -440,12 +440,16 @@ class Critic(Stateful):
             `ModelContext` gave. If so, and if it does not read the policy, core computes them once for each
             document and run, and not again in later runs; not so, for example, of a model read from a file
             that is not in the state.
+        blocks: Modules of the critic, decoder layers for example, whose parameters core may split over
+            several processes (FSDP2) before stage 1. `state_dict()` then holds sharded tensors for them, and
+            `load_state_dict` is given tensors laid out like those.
     """
 
     trainable: bool = False
     reads_policy: bool = True
     cacheable: bool = False
     batching: Literal["pointwise", "pairs"] = "pointwise"
+    blocks: Sequence[torch.nn.Module] = ()
 
     @abstractmethod
     def score(self, batch: Batch, hidden_BTH: Tensor | None) -> Scores:

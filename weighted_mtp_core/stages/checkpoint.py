@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from weighted_mtp_core.api import Stateful
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.stages.world import ALONE, World, full, like
+from weighted_mtp_core.stages.world import ALONE, World, full, laid_out
 from weighted_mtp_core.storage.manifest import atomic_write, verify_manifest, write_manifest
 
 _TENSORS, _VALUES = "state.safetensors", "state.json"
@@ -49,11 +49,8 @@ def load_model(model: nn.Module, path: Path) -> None:
             f"`{path}` is not a checkpoint of tensors: {str(error).splitlines()[0]}",
             hint="it may be damaged: take another one, or begin the run anew",
         ) from error
-    own = model.state_dict()
     try:
-        model.load_state_dict(
-            {name: like(own[name], tensor) if name in own else tensor for name, tensor in state.items()}
-        )
+        model.load_state_dict(laid_out(state, model.state_dict()))
     except RuntimeError as error:
         raise WmtpError(
             f"checkpoint `{path}` does not fit this model: {str(error).splitlines()[0]}",
@@ -64,16 +61,18 @@ def load_model(model: nn.Module, path: Path) -> None:
 def save_component(component: Stateful, folder: Path, *, world: World = ALONE) -> None:
     """Write a component's state: tensors as safetensors, plain values as JSON, and a manifest.
 
-    Of several processes the first writes.
+    Of several processes all take part, and the first writes.
     """
+    state = component.state_dict()
+    tensors = {
+        name: full(value.detach()).cpu().contiguous()
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }
+    values = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
     if not world.first:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    state = component.state_dict()
-    tensors = {
-        name: value.detach().cpu().contiguous() for name, value in state.items() if isinstance(value, Tensor)
-    }
-    values = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
     atomic_write(folder / _TENSORS, save_safetensors(tensors))
     atomic_write(folder / _VALUES, json.dumps(values, indent=1, sort_keys=True))
     write_manifest(folder)
@@ -92,4 +91,5 @@ def load_component(component: Stateful, folder: Path) -> None:
         )
     verify_manifest(folder)
     values: Mapping[str, Any] = json.loads((folder / _VALUES).read_text(encoding="utf-8"))
-    component.load_state_dict({**load_safetensors((folder / _TENSORS).read_bytes()), **values})
+    state = {**load_safetensors((folder / _TENSORS).read_bytes()), **values}
+    component.load_state_dict(laid_out(state, component.state_dict()))

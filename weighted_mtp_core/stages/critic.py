@@ -20,7 +20,7 @@ from weighted_mtp_core.api import Batch, Critic
 from weighted_mtp_core.data.batches import split_rows
 from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.stages.loop import Learner, Validation
-from weighted_mtp_core.stages.world import ALONE, World
+from weighted_mtp_core.stages.world import ALONE, World, laid_out
 
 Floats = NDArray[np.float64]
 _RESAMPLES = 1000
@@ -191,7 +191,7 @@ class CriticLearner(Learner):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`'s result."""
-        self.critic.load_state_dict(state)
+        self.critic.load_state_dict(laid_out(state, self.critic.state_dict()))
 
     def save_best(self) -> None:
         """Write the critic's state."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from attrs import frozen
+from torch import nn
 
 from weighted_mtp_core.api import Batch, Critic, Signal
 from weighted_mtp_core.chosen import Chosen
@@ -31,7 +32,7 @@ from weighted_mtp_core.stages.resume import (
     run_to_resume,
 )
 from weighted_mtp_core.stages.snapshot import Snapshot
-from weighted_mtp_core.stages.world import World, shard
+from weighted_mtp_core.stages.world import World, decoder_layers, shard
 from weighted_mtp_core.tracking.display import Display
 from weighted_mtp_core.tracking.follower import Follower
 from weighted_mtp_core.tracking.recorder import Recorder, open_recorder
@@ -134,6 +135,7 @@ class _Stages:
         critic = prepared.build_critic()
         if table is None or chosen is None or critic is None:
             return None, None
+        self._shard(critic.blocks)
         learner = self._critic_learner(prepared, critic, table)
         if table.checkpoint is not None:
             load_component(critic, Path(table.checkpoint))
@@ -185,8 +187,7 @@ class _Stages:
             save=partial(save_model, prepared.policy, best, world=self.world),
             restore=partial(load_model, prepared.policy, best),
         )
-        if recipe.model.shard and not self.world.alone:
-            shard(prepared.policy, self.world)  # now: critic and weighting have made their copies
+        self._shard(decoder_layers(prepared.policy))  # now: critic and weighting have made their copies
         trained = self._train(learner, recipe.train, batches)
         self.record.artifact(best, "checkpoints")
         return trained
@@ -205,6 +206,10 @@ class _Stages:
         for file in evaluation.files:
             self.record.artifact(file, "evaluation")
         return evaluation
+
+    def _shard(self, blocks: Sequence[nn.Module]) -> None:
+        if self.plan.recipe.model.shard and not self.world.alone:
+            shard(blocks, self.world)
 
     def _train(self, learner: Learner, table: TrainTable, batch_of: Callable[[int], Batch]) -> Trained:
         self.display.stage(learner.stage, table.steps)

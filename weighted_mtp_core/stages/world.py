@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -157,21 +157,28 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tenso
     return total
 
 
-def shard(policy: nn.Module, world: World) -> None:
-    """Split the parameters of every decoder layer over the processes (FSDP2); the others stay whole.
+def shard(blocks: Iterable[nn.Module], world: World) -> None:
+    """Split the parameters of modules over the processes (FSDP2), each module by itself.
 
-    Gradients are added up, as those of whole parameters are. Copies of the policy must be made before.
+    Gradients are added up, as those of whole parameters are. Copies of the modules must be made before.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mesh = init_device_mesh(device, (world.size,))
-    for blocks in [module for module in policy.modules() if isinstance(module, nn.ModuleList)]:
-        for block in blocks:
-            if not any(isinstance(child, nn.ModuleList) for child in block.modules()) and any(
-                True for _ in block.parameters()
-            ):
-                sharded = fully_shard(block, mesh=mesh)
-                sharded.set_gradient_divide_factor(1.0)
-                sharded.set_force_sum_reduction_for_comms(enable=True)
+    for block in blocks:
+        sharded = fully_shard(block, mesh=mesh)
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(enable=True)
+
+
+def decoder_layers(policy: nn.Module) -> list[nn.Module]:
+    """Return the innermost modules of a policy's lists of modules: the layers of trunk and heads."""
+    listed = [each for module in policy.modules() if isinstance(module, nn.ModuleList) for each in module]
+    return [
+        block
+        for block in listed
+        if any(True for _ in block.parameters())
+        and not any(isinstance(child, nn.ModuleList) for child in block.modules())
+    ]
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -180,6 +187,15 @@ def full(tensor: Tensor) -> Tensor:
         return tensor
     whole: Tensor = tensor.full_tensor()
     return whole
+
+
+def laid_out(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state whose tensors are laid out as those of the same names are now; all must ask together."""
+    laid = dict(state)
+    for name in sorted(state):  # a file may give its tensors in another order to each process
+        if isinstance(state[name], Tensor) and isinstance(own.get(name), Tensor):
+            laid[name] = like(own[name], state[name])
+    return laid
 
 
 def like(tensor: Tensor, whole: Tensor) -> Tensor:

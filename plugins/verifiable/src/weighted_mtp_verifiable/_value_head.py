@@ -55,6 +55,7 @@ class ValueHead(Critic):
                 state_size=None if options.body == "own" else model.hidden_size,
             )
         self._net = net.to(model.device)
+        self.blocks = tuple(self._net.layers)
 
     @torch.no_grad()
     def score(self, batch: Batch, hidden_BTH: Tensor | None) -> Scores:
