@@ -185,8 +185,10 @@ def test_every_fault_names_its_own_file_and_line(write_recipe):
         "  line 5, data.use: expected str, got int 3",
         "  line 7, model.micro.layers: must be >= 2: 1",
         "  line 8, tracker.0.use: missing; expected str",
-        "  line 9, tracker.0.ues: unknown key `ues`; known keys: use, options, close_seconds; "
-        "did you mean `use`?",
+        (
+            "  line 9, tracker.0.ues: unknown key `ues`; known keys: use, options, close_seconds; "
+            "did you mean `use`?"
+        ),
         "  configs/defaults.toml, line 3, train.steps: expected int, got bool True",
         "  configs/defaults.toml, line 4, train.batch_size: must be >= 1: 0",
         f"  configs/presets/quick.toml, line 2, evaluate.sampels: {unknown}; did you mean `samples`?",
