@@ -1,0 +1,176 @@
+"""The fused weighted loss: its time over the three products it cannot do without, its memory.
+
+    python benchmarks/loss.py
+
+Heads here hand on the trunk's states as they are, so that only the loss is measured: V = 49152, D = 576,
+40 % of the pairs supervised, weights that differ from token to token.
+
+Shape letters: B rows, T positions, K heads, N supervised pairs of all heads, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from attrs import frozen
+from harness import MIB, Row, in_turns, main, peak_mib, ratio_row, row
+from torch import Tensor, nn
+from weighted_mtp_core.model.loss import CHUNK, normalisers, token_losses, weighted_mtp_loss
+from weighted_mtp_core.model.loss_reference import reference_loss
+from weighted_mtp_core.model.targets import IGNORED, target_mask
+
+D, SUPERVISED = 576, 0.4
+
+
+class BareHeads(nn.Module):
+    """As much of a policy as the loss looks at: heads that do nothing, and an unembedding."""
+
+    def __init__(self, n_future: int, vocabulary: int) -> None:
+        super().__init__()
+        self.n_future = n_future
+        self.unembedding = nn.Linear(D, vocabulary, bias=False)
+
+    def head_states(self, k: int, hidden_BTD: Tensor, *, position_BT: Tensor | None = None) -> Tensor:
+        """Hand on the trunk's states."""
+        del k, position_BT
+        return hidden_BTD
+
+
+@frozen(kw_only=True, eq=False)
+class Case:
+    """Inputs of one size, and what can be done with them."""
+
+    policy: BareHeads
+    hidden_BTD: Tensor
+    labels_BTK: Tensor
+    weight_BTK: Tensor
+
+    @classmethod
+    def of(cls, positions: int, n_future: int, vocabulary: int) -> Case:
+        """Make states, labels and weights from a fixed seed."""
+        torch.manual_seed(0)
+        shape = 1, positions, n_future
+        counts_BTK = torch.rand(shape) < SUPERVISED
+        return cls(
+            policy=BareHeads(n_future, vocabulary),
+            hidden_BTD=torch.randn(1, positions, D),
+            labels_BTK=torch.randint(vocabulary, shape).where(counts_BTK, IGNORED),
+            weight_BTK=torch.rand(shape).where(counts_BTK, 0.0),
+        )
+
+    def fused(self, weight_BTK: Tensor | None = None) -> None:
+        """Loss and gradients as training computes them."""
+        weight_BTK = self.weight_BTK if weight_BTK is None else weight_BTK
+        target_BTK = target_mask(self.labels_BTK)
+        weighted_mtp_loss(
+            self.policy,  # type: ignore[arg-type]  # a Policy as far as the loss looks
+            self._leaf(),
+            labels_BTK=self.labels_BTK,
+            weight_BTK=weight_BTK,
+            normaliser_K=normalisers(weight_BTK, target_BTK, normalise="weights"),
+            head_share_K=torch.full((self.policy.n_future,), 1 / self.policy.n_future),
+        )
+
+    def losses_first(self) -> None:
+        """The same where the weights depend on the policy's current losses, as in Rho-1."""
+        losses_BTK = token_losses(self.policy, self._leaf().detach(), self.labels_BTK)  # type: ignore[arg-type]
+        self.fused(losses_BTK)
+
+    def full(self) -> None:
+        """The same through all `[B, T, K, V]` logits and autograd."""
+        target_BTK = target_mask(self.labels_BTK)
+        reference_loss(
+            self.policy,  # type: ignore[arg-type]
+            self._leaf(),
+            labels_BTK=self.labels_BTK,
+            weight_BTK=self.weight_BTK,
+            normaliser_K=normalisers(self.weight_BTK, target_BTK, normalise="weights"),
+            head_share_K=torch.full((self.policy.n_future,), 1 / self.policy.n_future),
+        ).backward()
+
+    def _leaf(self) -> Tensor:
+        """Return the states as where a trunk's gradient would arrive, and forget the last gradients."""
+        self.policy.zero_grad(set_to_none=True)
+        return self.hidden_BTD.detach().requires_grad_()
+
+
+def three_products(pairs: int, vocabulary: int) -> Callable[[], None]:
+    """Return only the products: logits, the states' gradient, the unembedding's, chunk by chunk, in place."""
+    weight_VD, state_ND = torch.randn(vocabulary, D), torch.randn(pairs, D)
+    logits_NV, gradient_ND = torch.empty(min(CHUNK, pairs), vocabulary), torch.empty(pairs, D)
+    gradient_VD = torch.zeros(vocabulary, D)
+
+    def work() -> None:
+        for first in range(0, pairs, CHUNK):
+            rows = slice(first, min(first + CHUNK, pairs))
+            part_NV = logits_NV[: rows.stop - rows.start]
+            torch.mm(state_ND[rows], weight_VD.T, out=part_NV)
+            torch.mm(part_NV, weight_VD, out=gradient_ND[rows])
+            gradient_VD.addmm_(part_NV.T, state_ND[rows], beta=0.5, alpha=1e-6)
+
+    return work
+
+
+def prepare(arm: str, positions: int, n_future: int, vocabulary: int) -> Callable[[], object]:
+    """Return one arm, for a process of its own; code that is loaded at its first use is loaded before."""
+
+    def of(case: Case) -> Callable[[], object]:
+        return {"fused": case.fused, "full": case.full}[arm]
+
+    of(Case.of(16, n_future, 64))()
+    return of(Case.of(positions, n_future, vocabulary))
+
+
+def flatness(name: str, sizes: dict[int, tuple[int, int]], vocabulary: int) -> list[Row]:
+    """Return how much memory each size takes, and the largest over the smallest.
+
+    The unembedding's gradient, `[V, D]` whatever the size, is taken off: with it any peak would look flat.
+    """
+    gradient = vocabulary * D * 4 / MIB
+    peaks = {
+        size: peak_mib(prepare, "fused", positions, n_future, vocabulary) - gradient
+        for size, (positions, n_future) in sizes.items()
+    }
+    rows = [row(f"loss: peak at {name} = {size}", [peak], unit="MiB") for size, peak in peaks.items()]
+    worst = max(peaks.values()) / min(peaks.values())
+    return [*rows, row(f"loss: largest over smallest peak, over {name}", [worst], reach="<= 1.1", unit="x")]
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """Measure the group."""
+    positions, n_future, vocabulary, rounds = (64, 4, 512, 2) if args.quick else (512, 4, 49152, 5)
+    case = Case.of(positions, n_future, vocabulary)
+    pairs = int(target_mask(case.labels_BTK).sum())
+    times = in_turns(
+        {
+            "products": three_products(pairs, vocabulary),
+            "fused": case.fused,
+            "losses first": case.losses_first,
+            "full": case.full,
+        },
+        rounds=rounds,
+    )
+    peaks = {arm: peak_mib(prepare, arm, positions, n_future, vocabulary) for arm in ("fused", "full")}
+    sizes = (16, 32) if args.quick else (512, 1024, 2048, 4096)
+    heads = (1, 2) if args.quick else (1, 2, 4, 8)
+    return [
+        ratio_row("loss: time over three products", times["fused"], times["products"], reach="<= 1.3"),
+        ratio_row("loss: time over full logits", times["fused"], times["full"], reach="<= 0.4"),
+        ratio_row(
+            "loss: time over three products, weights from current losses",
+            times["losses first"],
+            times["products"],
+            reach="<= 1.6",
+        ),
+        row("loss: peak", [peaks["fused"]], unit="MiB"),
+        row("loss: peak of full logits", [peaks["full"]], unit="MiB"),
+        row("loss: peak over full logits", [peaks["fused"] / peaks["full"]], reach="<= 0.15", unit="x"),
+        *flatness("T", {size: (size, n_future) for size in sizes}, vocabulary),
+        *flatness("K", {size: (positions, size) for size in heads}, vocabulary),
+    ]
+
+
+if __name__ == "__main__":
+    main(measure, __doc__)
