@@ -103,7 +103,7 @@ def test_params_tags_and_data_are_there(kept, run):
 def test_every_file_is_there_with_every_byte(kept, run, store):
     stored = sorted(walk(kept.client, kept.run.info.run_id))
 
-    assert {"recipe.toml", "checkpoints/best_model.pt", "logs/training.log"} < set(stored)
+    assert {"recipe.toml", "report.md", "checkpoints/best_model.pt", "logs/training.log"} < set(stored)
     assert any(name.startswith("evaluation/") for name in stored)
     assert kept.run.info.artifact_uri.startswith(ARTIFACTS[store])
     for name in stored:

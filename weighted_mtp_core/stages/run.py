@@ -74,7 +74,9 @@ def run_plan(plan: Plan, *, resume: str | None = None, allow_change: Sequence[st
         critic, report = stages.critic(prepared)
         trained = stages.policy(prepared, critic)
         evaluation = stages.evaluate(prepared)
-        display.summary(_summary(record, report, trained, evaluation))
+        rows = _summary(record, report, trained, evaluation)
+        record.report(rows)
+        display.summary(rows)
     world.leave()
 
 

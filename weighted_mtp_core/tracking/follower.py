@@ -52,6 +52,9 @@ class Follower:
     def artifact(self, path: Path, subdir: str) -> None:
         """Leave it to the first process."""
 
+    def report(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Leave it to the first process."""
+
     def say(self, text: str) -> None:
         """Write it to this process's log."""
         self._log.write(redact(text))

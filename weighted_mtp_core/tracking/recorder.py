@@ -185,6 +185,12 @@ class Recorder:
         relative = path.absolute().relative_to(self.folder.path)
         self._journal.append("artifact", {"path": relative.as_posix(), "subdir": subdir})
 
+    def report(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Store what came out, as names and values, in `report.md`."""
+        path = self.folder.path / "report.md"
+        atomic_write(path, "".join(f"- **{name}**: {redact(value)}\n" for name, value in rows))
+        self.artifact(path, "")
+
     def say(self, text: str) -> None:
         """Tell the person and the log."""
         text = redact(text)

@@ -195,6 +195,16 @@ def test_closing_twice_closes_once(open_recorder, notebook):
     assert notebook.all("finish") == [RunOutcome.FINISHED]
 
 
+def test_a_report_is_a_file_that_trackers_get(open_recorder, folder, notebook):
+    with open_recorder(notebook=notebook) as record:
+        record.report([("critic", "AUC 0.7"), ("policy", "held-out loss 5 -> 4")])
+
+    assert (folder.path / "report.md").read_text() == (
+        "- **critic**: AUC 0.7\n- **policy**: held-out loss 5 -> 4\n"
+    )
+    assert "/report.md" in notebook.all("artifact")
+
+
 def test_a_delivery_must_hand_the_interpreter_back_quickly_while_a_run_goes_on(open_recorder, notebook):
     usual = sys.getswitchinterval()
     with open_recorder(notebook=notebook):
