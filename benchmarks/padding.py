@@ -1,0 +1,77 @@
+"""Tokens computed over real tokens on HumanEval's lengths, batch 8.
+
+    python benchmarks/padding.py
+
+Counts; the machine has no say in it. `shuffled` is what a shuffled loader does that pads to the longest row.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from harness import Row, main, row
+from humaneval_lengths import humaneval_tokens
+from weighted_mtp_core.api import Batch
+from weighted_mtp_core.data.batches import Sampler, collate, collate_packed, pointwise
+from weighted_mtp_core.data.packing import PackedSampler
+from weighted_mtp_core.data.tokens import TokenSet
+
+BATCH, ROW_TOKENS, VOCABULARY, EPOCHS = 8, 2048, 49152, 20
+
+
+def share(batches: list[Batch]) -> float:
+    """Return the tokens of the rectangles over those that are not padding."""
+    computed = sum(batch.ids_BT.numel() for batch in batches)
+    return computed / sum(int((batch.document_BT >= 0).sum()) for batch in batches)
+
+
+def shuffled(tokens: TokenSet, seed: int) -> list[Batch]:
+    """Return an epoch in random batches."""
+    order = np.random.default_rng(seed).permutation(len(tokens))
+    return [collate(tokens, order[i : i + BATCH], device=_CPU) for i in range(0, len(order), BATCH)]
+
+
+def grouped(tokens: TokenSet, seed: int) -> list[Batch]:
+    """Return an epoch in batches of similar length."""
+    sampler = Sampler(pointwise(tokens), tokens.length_D, batch_size=BATCH, seed=seed)
+    return [collate(tokens, sampler.rows(step), device=_CPU) for step in range(sampler.batches_per_epoch)]
+
+
+def packed(tokens: TokenSet, seed: int) -> list[Batch]:
+    """Return an epoch in rows of several documents."""
+    sampler = PackedSampler(tokens.length_D, row_tokens=ROW_TOKENS, batch_size=BATCH, seed=seed)
+    steps = int(sampler.first_steps().max()) + 1
+    return [collate_packed(tokens, sampler.rows(step), device=_CPU) for step in range(steps)]
+
+
+_CPU = torch.device("cpu")
+_WAYS: dict[str, tuple[Callable[[TokenSet, int], list[Batch]], str]] = {
+    "shuffled": (shuffled, ""),
+    "grouped by length": (grouped, "<= 1.05"),
+    f"packed at {ROW_TOKENS}": (packed, "<= 1.02"),
+}
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """Measure the group over many seeds."""
+    tokens = humaneval_tokens(VOCABULARY)
+    lengths = tokens.length_D
+    seeds = range(2 if args.quick else EPOCHS)
+    note = f"mean {lengths.mean():.0f}, longest {lengths.max()} tokens"
+    return [
+        row(
+            f"padding: computed over real tokens, {way}",
+            [share(batches(tokens, seed)) for seed in seeds],
+            reach=reach,
+            unit="x",
+            note=note,
+        )
+        for way, (batches, reach) in _WAYS.items()
+    ]
+
+
+if __name__ == "__main__":
+    main(measure, __doc__)

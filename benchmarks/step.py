@@ -1,0 +1,277 @@
+"""Whole training steps on a model of SmolLM2-135M's shape, against transformers' own next-token step.
+
+    python benchmarks/step.py
+
+B = 1, T = 256, 40 % of the tokens supervised, AdamW, random weights. All arms train the same parameters with
+one optimiser, so that memory holds one model. Needs the plugins `baseline_mtp` and `verifiable`, 5 GB of
+memory.
+
+Shape letters: B rows, T positions, K heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import frozen
+from harness import Row, Times, in_turns, main, ratio_row, row
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+from weighted_mtp_core.api import Batch, BuildContext, Critic, ModelContext, Signal, WeightingStrategy
+from weighted_mtp_core.data.steps import StepBatches, make_step_batches
+from weighted_mtp_core.data.tokens import TokenSet
+from weighted_mtp_core.model.policy import Policy
+from weighted_mtp_core.recipe.schema import DataTable, LossTable, TrainTable
+from weighted_mtp_core.stages.cached_critic import CachedCritic
+from weighted_mtp_core.stages.loop import make_optimiser
+from weighted_mtp_core.stages.policy import Arm, PolicyLearner
+from weighted_mtp_core.stages.world import clip_gradients
+
+from weighted_mtp_baseline_mtp import UniformOptions, build_uniform
+from weighted_mtp_verifiable import TdErrorOptions, ValueHeadOptions, build_td_error, build_value_head
+
+DOCUMENTS, SUPERVISED = 4, 0.4
+SQUARE = 2048  # of the product that stands for the machine's rate
+SMOLLM2 = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+}
+TINY = {
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+NEEDS = frozenset({Signal.REWARD, Signal.VALUE})
+TRUNK_HEAD = ValueHeadOptions(body="policy", layers=0, writing=0.0)
+SEPARATE = ValueHeadOptions(body="frozen", layers=0, writing=0.0)
+
+
+def documents(vocabulary: int, positions: int) -> TokenSet:
+    """Return documents of one length whose last 40 % are the response."""
+    generator = np.random.default_rng(0)
+    return TokenSet(
+        ids_N=generator.integers(vocabulary, size=DOCUMENTS * positions).astype(np.int32),
+        start_D1=np.arange(DOCUMENTS + 1) * positions,
+        prompt_D=np.full(DOCUMENTS, round(positions * (1 - SUPERVISED)), dtype=np.int32),
+        reward_D=np.arange(DOCUMENTS, dtype=np.float32) % 2,
+        problem_D=np.arange(DOCUMENTS),
+        example_ids=[str(d) for d in range(DOCUMENTS)],
+    )
+
+
+def sharing(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Return a copy with the very same parameters, for a policy takes its model apart."""
+    shared: LlamaForCausalLM = copy.deepcopy(model, {id(each): each for each in model.parameters()})
+    return shared
+
+
+@frozen(kw_only=True, eq=False)
+class Bench:
+    """One model, one optimiser, and the batches."""
+
+    base: LlamaForCausalLM
+    four: Policy
+    one: Policy
+    batches: StepBatches
+    optimiser: torch.optim.Optimizer
+    scratch: Path
+
+    @classmethod
+    @contextmanager
+    def of(cls, shape: dict[str, int], positions: int) -> Iterator[Bench]:
+        """Make everything but critics."""
+        config = LlamaConfig(**shape, tie_word_embeddings=True, max_position_embeddings=2048)
+        base = LlamaForCausalLM(config).train()
+        four = Policy(sharing(base), n_future=4, head_kind="transformer").train()
+        batches = make_step_batches(
+            documents(shape["vocab_size"], positions),
+            DataTable(use="benchmark"),
+            batch_size=1,
+            seed=0,
+            device=torch.device("cpu"),
+        )
+        with tempfile.TemporaryDirectory() as scratch:
+            yield cls(
+                base=base,
+                four=four,
+                one=Policy(sharing(base), n_future=1, head_kind="transformer").train(),
+                batches=batches,
+                optimiser=make_optimiser(four.parameters(), TrainTable(learning_rate=1e-5)),
+                scratch=Path(scratch),
+            )
+
+    def context(self) -> BuildContext:
+        """Return what components are built with."""
+        model = ModelContext(
+            n_future=4,
+            hidden_size=self.four.hidden_size,
+            vocab_size=self.four.vocab_size,
+            device=torch.device("cpu"),
+            frozen_trunk=self.four.frozen_trunk,
+        )
+        return BuildContext(seed=0, storage=self.scratch, model=model)
+
+    def transformers_step(self) -> Callable[[int], None]:
+        """Return the step of a plain loop around transformers' model and its loss: all logits."""
+        parameters = list(self.base.parameters())
+
+        def step(number: int) -> None:
+            batch = self.batches(number)
+            labels_BT = batch.ids_BT.where(batch.response_BT, -100)
+            self.base(input_ids=batch.ids_BT, labels=labels_BT, use_cache=False).loss.backward()
+            self._update(parameters)
+
+        return step
+
+    def our_step(
+        self,
+        policy: Policy,
+        weighting: WeightingStrategy,
+        *,
+        needs: frozenset[Signal] = frozenset(),
+        critic: Critic | None = None,
+    ) -> Callable[[int], None]:
+        """Return the step of stage 2."""
+        parameters = list(policy.parameters())
+        learner = PolicyLearner(
+            policy=policy,
+            arm=Arm(weighting=weighting, needs=needs, critic=critic, label="benchmark"),
+            loss=LossTable(),
+            steps=1000,
+            accumulation=1,
+            autocast=lambda: torch.autocast("cpu", enabled=False),
+            validation=_no_batches,
+            best=self.scratch / "best",
+            save=_nothing,
+            restore=_nothing,
+        )
+
+        def step(number: int) -> None:
+            learner.learn(self.batches(number), step=number)
+            self._update(parameters)
+
+        return step
+
+    def cached(self, critic: Critic) -> Critic:
+        """Return a critic whose scores are in its table."""
+        table = CachedCritic(critic, self.batches, accumulation=1, folder=self.scratch / "signals")
+        for number in range(DOCUMENTS):
+            table.score(self.batches(number), None)
+        return table
+
+    def _update(self, parameters: list[torch.nn.Parameter]) -> None:
+        clip_gradients(parameters, 1.0)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+
+
+def _no_batches() -> list[Batch]:
+    return []
+
+
+def _nothing() -> None:
+    return None
+
+
+def flops(step: Callable[[int], None]) -> int:
+    """Return the floating-point operations of a step's matrix products; attention's own are left out."""
+
+    def accumulated(_: Any, left: tuple[int, ...], right: tuple[int, ...], *_rest: Any, **_more: Any) -> int:
+        return 2 * left[0] * left[1] * right[1]
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: accumulated}) as counter:
+        step(0)
+    return counter.get_total_flops()
+
+
+def numbered(step: Callable[[int], None]) -> Callable[[], None]:
+    """Return a step that goes from batch to batch."""
+    done = 0
+
+    def work() -> None:
+        nonlocal done
+        step(done)
+        done += 1
+
+    return work
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """Measure the group."""
+    shape, positions, rounds = (TINY, 32, 3) if args.quick else (SMOLLM2, 256, 7)
+    with Bench.of(shape, positions) as bench:
+        context = bench.context()
+        uniform = build_uniform(UniformOptions(), context)
+
+        def weighted(critic: Critic) -> Callable[[int], None]:
+            td_error = build_td_error(TdErrorOptions(), context)
+            return bench.our_step(bench.four, td_error, needs=NEEDS, critic=critic)
+
+        steps = {
+            "transformers": bench.transformers_step(),
+            "K = 1": bench.our_step(bench.one, uniform),
+            "K = 4": bench.our_step(bench.four, uniform),
+            "cached": weighted(bench.cached(build_value_head(ValueHeadOptions(), context))),
+            "trunk": weighted(build_value_head(TRUNK_HEAD, context)),
+            "separate": weighted(build_value_head(SEPARATE, context)),
+        }
+        counts = {name: flops(step) for name, step in steps.items()}
+        left, right = torch.randn(2, SQUARE, SQUARE).unbind()
+        arms: dict[str, Callable[[], object]] = {name: numbered(step) for name, step in steps.items()}
+        times = in_turns({**arms, "product": lambda: left @ right}, rounds=rounds)
+    return rows_of(times, counts)
+
+
+def rows_of(times: dict[str, Times], counts: dict[str, int]) -> list[Row]:
+    """Return the table of measured steps and their counted operations."""
+    own, peer = times["K = 4"], times["transformers"]
+    rate = [2 * SQUARE**3 / seconds / 1e9 for seconds in times["product"].cpu]
+    return [
+        ratio_row("step: K = 4 over transformers' next-token step", own, peer, reach="<= 1.15"),
+        ratio_row("step: K = 1 over transformers' next-token step", times["K = 1"], peer, reach="<= 0.9"),
+        ratio_row(
+            "step: K = 4 over K = 1, over the ratio of their operations",
+            own,
+            times["K = 1"],
+            scale=counts["K = 1"] / counts["K = 4"],
+            reach="<= 1.05",
+            note=f"{counts['K = 4'] / 1e9:.0f} and {counts['K = 1'] / 1e9:.0f} GFLOP",
+        ),
+        ratio_row(
+            "step: share of the product rate that K = 4 reaches",
+            times["product"],
+            own,
+            scale=counts["K = 4"] / (2 * SQUARE**3),
+            reach=">= 0.75",
+        ),
+        ratio_row(
+            "step: share of the product rate that transformers reaches",
+            times["product"],
+            peer,
+            scale=counts["transformers"] / (2 * SQUARE**3),
+        ),
+        row(f"step: product rate, {SQUARE} cubed", rate, unit="GFLOP/s"),
+        row("step: transformers' next-token step", peer.cpu, unit="s"),
+        ratio_row("step: verifiable over baseline, values cached", times["cached"], own, reach="<= 1.03"),
+        ratio_row("step: verifiable over baseline, head on the trunk", times["trunk"], own, reach="<= 1.05"),
+        ratio_row("step: verifiable over baseline, separate body", times["separate"], own, reach="<= 1.3"),
+    ]
+
+
+if __name__ == "__main__":
+    main(measure, __doc__)
