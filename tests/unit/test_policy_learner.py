@@ -15,7 +15,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 from weighted_mtp_core.api import Batch, Signal, WeightingStrategy, Weights, WmtpError
+from weighted_mtp_core.data.batches import split_rows
 from weighted_mtp_core.errors import RunFailedError
+from weighted_mtp_core.model.loss import token_losses
 from weighted_mtp_core.model.loss_reference import reference_loss
 from weighted_mtp_core.model.policy import make_policy
 from weighted_mtp_core.model.targets import align_labels, align_weights, target_mask
@@ -130,11 +132,15 @@ def learnt(model, batch, weighting, **changes):
     return float(scalars["train_loss"]), {name: p.grad for name, p in model.named_parameters()}
 
 
-def formula(model, batch, weigh):
-    """Return the same by the formula, the whole batch at once; `weigh` maps losses `[B, T, K]` to weights."""
-    labels_BTK = align_labels(
+def labels_of(model, batch):
+    return align_labels(
         batch.ids_BT, document_BT=batch.document_BT, response_BT=batch.response_BT, n_future=model.n_future
     )
+
+
+def formula(model, batch, weigh):
+    """Return the same by the formula, the whole batch at once; `weigh` maps losses `[B, T, K]` to weights."""
+    labels_BTK = labels_of(model, batch)
     target_BTK = target_mask(labels_BTK)
     share_K = torch.full((model.n_future,), 1 / model.n_future)
     model.zero_grad()
@@ -211,6 +217,26 @@ def test_the_trunk_runs_once_where_the_batch_is_in_one_part(batch):
         assert len(calls) == runs
 
 
+def test_validation_averages_over_targets_not_over_batches(batch):
+    model = policy()
+    rows = list(split_rows(batch, 4))  # 10, 2, 6 and 3 response tokens
+    with torch.no_grad():
+        hidden_BTH = model.trunk_states(batch.ids_BT)
+        labels_BTK = labels_of(model, batch)
+        loss_BTK = token_losses(model, hidden_BTH, labels_BTK)
+        top_BTK = torch.stack([model.logits(k + 1, hidden_BTH).argmax(dim=-1) for k in range(3)], dim=2)
+    count_K = target_mask(labels_BTK).sum(dim=(0, 1))
+    ce_K = loss_BTK.sum(dim=(0, 1)) / count_K
+    accuracy_K = (top_BTK == labels_BTK).sum(dim=(0, 1)) / count_K
+
+    found = learner(model, Fixed(), validation=lambda: rows).validate(step=0)
+
+    for k in range(3):
+        assert found.metrics[f"validation_ce_head_{k + 1}"] == pytest.approx(float(ce_K[k]), rel=1e-5)
+        assert found.metrics[f"validation_accuracy_head_{k + 1}"] == pytest.approx(float(accuracy_K[k]))
+    assert found.score == pytest.approx(-float(ce_K[0]), rel=1e-5)
+
+
 # ------------------------------------------------------------------ a weighting's faults
 
 
@@ -243,8 +269,7 @@ def checkpointed(model):
     return model
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("weighting", [Fixed, ByLoss])
+@pytest.mark.parametrize(("weighting", "accumulation"), [(Fixed, 1), (ByLoss, 2)])
 @pytest.mark.parametrize("prepare", [compiled, checkpointed])
 def test_a_compiled_trunk_and_recomputed_activations_change_nothing(batch, prepare, weighting, accumulation):
     expected = learnt(policy(), batch, weighting())
