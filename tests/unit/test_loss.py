@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.model import loss as loss_module
 from weighted_mtp_core.model.loss import (
@@ -196,6 +197,32 @@ def most_held_for_backward(n_future):
 
 def test_what_is_held_for_backward_does_not_grow_with_the_number_of_heads():
     assert most_held_for_backward(4) == most_held_for_backward(1) > 0
+
+
+class WidestLogits(TorchDispatchMode):
+    """Keeps the most rows of logits that any one tensor had."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        if isinstance(result, torch.Tensor) and result.ndim > 1 and result.shape[-1] == V:
+            self.rows = max(self.rows, result.numel() // V)
+        return result
+
+
+@pytest.mark.parametrize("measure", [token_losses, head_sums])
+def test_no_more_than_one_chunk_of_logits_ever_exists(measure, monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK", 17)  # more than H: a transposed matrix is [H, V]
+    ids_BT, arguments = case(0, length=40, share=1.0)
+    model = policy()
+
+    with WidestLogits() as learning:
+        weighted_mtp_loss(model, model.trunk_states(ids_BT), **arguments)
+    with WidestLogits() as measuring:
+        measure(model, model.trunk_states(ids_BT), arguments["labels_BTK"])
+
+    assert learning.rows == measuring.rows == 17
 
 
 # ------------------------------------------------------------------ known answers
