@@ -199,10 +199,12 @@ class _Unembedding:
     Attributes:
         parameter: The matrix that learns, `[V, H]`.
         matrix_VH: The same in the dtype that is computed in.
+        logits_NV: Room for the logits of one chunk; room made anew for each would be page faults for each.
     """
 
     parameter: Tensor
     matrix_VH: Tensor
+    logits_NV: Tensor
 
     @classmethod
     def of(cls, policy: Policy, hidden_BTH: Tensor) -> _Unembedding:
@@ -210,7 +212,10 @@ class _Unembedding:
         parameter = policy.unembedding.weight
         device = hidden_BTH.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameter.dtype
-        return cls(parameter=parameter, matrix_VH=parameter.detach().to(dtype))
+        matrix_VH = parameter.detach().to(dtype)
+        return cls(
+            parameter=parameter, matrix_VH=matrix_VH, logits_NV=matrix_VH.new_empty(CHUNK, len(matrix_VH))
+        )
 
     @torch.no_grad()
     def learn(self, state_NH: Tensor, label_N: Tensor, *, scale_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,35 +225,40 @@ class _Unembedding:
         """
         ce_N = torch.empty(len(label_N), dtype=torch.float32, device=label_N.device)
         gradient_NH = torch.empty_like(state_NH)
-        gradient_VH = self._gradient()
-        for rows, state, logits in self._chunks(state_NH):
-            label, scale = label_N[rows, None], scale_N[rows, None]
-            target = logits.sub_(logits.amax(dim=-1, keepdim=True)).gather(1, label)
-            total = logits.exp_().sum(dim=-1, keepdim=True)  # in place: each pass over a chunk counts
-            ce_N[rows] = (total.log() - target)[:, 0]
-            gradient = logits.mul_(scale / total).scatter_add_(1, label, -scale).to(self.matrix_VH.dtype)
-            gradient_NH[rows] = gradient @ self.matrix_VH
-            if gradient_VH is not None and gradient_VH.dtype == gradient.dtype:
-                gradient_VH.addmm_(gradient.T, state)
-            elif gradient_VH is not None:
-                gradient_VH += gradient.T @ state
+        for rows in _chunks(len(label_N)):
+            ce_N[rows], gradient_NH[rows] = self._learn_chunk(
+                state_NH[rows].to(self.matrix_VH.dtype), label_N[rows, None], scale=scale_N[rows, None]
+            )
         return ce_N, gradient_NH
+
+    def _learn_chunk(self, state: Tensor, label: Tensor, *, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Do what `learn` does with one chunk, on its logits in place: each pass over them counts."""
+        logits = self._logits(state)
+        target = logits.sub_(logits.amax(dim=-1, keepdim=True)).gather(1, label)
+        total = logits.exp_().sum(dim=-1, keepdim=True)
+        gradient = logits.mul_(scale / total).scatter_add_(1, label, -scale).to(state.dtype)
+        gradient_VH = self._gradient()
+        if gradient_VH is not None and gradient_VH.dtype == gradient.dtype:
+            gradient_VH.addmm_(gradient.T, state)
+        elif gradient_VH is not None:
+            gradient_VH += gradient.T @ state
+        return (total.log() - target)[:, 0], gradient @ self.matrix_VH
 
     @torch.no_grad()
     def losses(self, state_NH: Tensor, label_N: Tensor) -> Tensor:
         """Return each row's cross-entropy, float32 `[N]`."""
-        parts = [
-            nn.functional.cross_entropy(logits, label_N[rows], reduction="none")
-            for rows, _, logits in self._chunks(state_NH)
-        ]
-        return torch.cat(parts) if parts else torch.zeros(0, device=state_NH.device)
+        ce_N = torch.zeros(len(state_NH), device=state_NH.device)
+        for rows in _chunks(len(state_NH)):
+            logits = self._logits(state_NH[rows])
+            ce_N[rows] = nn.functional.cross_entropy(logits, label_N[rows], reduction="none")
+        return ce_N
 
     @torch.no_grad()
     def entropies(self, state_NH: Tensor, _: Tensor) -> Tensor:
         """Return the entropy of each row's prediction, float32 `[N]`; labels have no say in it."""
         entropy_N = torch.zeros(len(state_NH), device=state_NH.device)
-        for rows, _state, logits in self._chunks(state_NH):
-            log_p = logits.log_softmax(dim=-1)
+        for rows in _chunks(len(state_NH)):
+            log_p = self._logits(state_NH[rows]).log_softmax(dim=-1)
             entropy_N[rows] = -(log_p.exp() * log_p).sum(dim=-1)
         return entropy_N
 
@@ -256,17 +266,16 @@ class _Unembedding:
     def measure(self, state_NH: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor]:
         """Return the float32 sums of the rows' cross-entropies and of how many labels were the top token."""
         ce, correct = torch.zeros(2, device=state_NH.device).unbind()
-        for rows, _, logits in self._chunks(state_NH):
+        for rows in _chunks(len(state_NH)):
+            logits = self._logits(state_NH[rows])
             ce = ce + nn.functional.cross_entropy(logits, label_N[rows], reduction="sum")
             correct = correct + (logits.argmax(dim=-1) == label_N[rows]).sum(dtype=torch.float32)
         return ce, correct
 
-    def _chunks(self, state_NH: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield runs of rows, their states in the computing dtype and their float32 logits."""
-        for first in range(0, len(state_NH), CHUNK):
-            rows = slice(first, first + CHUNK)
-            state = state_NH[rows].to(self.matrix_VH.dtype)
-            yield rows, state, nn.functional.linear(state, self.matrix_VH).float()
+    def _logits(self, state_NH: Tensor) -> Tensor:
+        """Return the rows' logits, float32 `[N, V]`; they last until the next call."""
+        room = self.logits_NV[: len(state_NH)]
+        return torch.mm(state_NH.to(self.matrix_VH.dtype), self.matrix_VH.T, out=room).float()
 
     def _gradient(self) -> Tensor | None:
         """Return the buffer of the matrix's gradient, made if there is none; None if it does not learn."""
@@ -275,3 +284,9 @@ class _Unembedding:
         if self.parameter.grad is None:
             self.parameter.grad = torch.zeros_like(self.parameter)
         return self.parameter.grad
+
+
+def _chunks(count: int) -> Iterator[slice]:
+    """Yield runs of rows that cover `count` of them."""
+    for first in range(0, count, CHUNK):
+        yield slice(first, first + CHUNK)
