@@ -14,7 +14,7 @@ PYTEST := bin/python -m pytest $(PYTEST_ARGS)
 WORKERS := -n 2 --dist loadfile
 test test-%: export OMP_NUM_THREADS := 1
 
-.PHONY: help run test test-core test-plugins $(PLUGINS:%=test-%) test-e2e test-integration lint format docs clean
+.PHONY: help run test test-core test-plugins $(PLUGINS:%=test-%) test-together lint format docs clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -23,7 +23,7 @@ help:  ## Show this list
 run: $(INSTALLED)  ## Train, evaluate and track the recipe RECIPE (configs/verifiable.toml); ARGS go to `run`
 	.venv/bin/python -m weighted_mtp_core run $(RECIPE) $(ARGS)
 
-test: test-core test-plugins test-e2e test-integration  ## Run all tests: what these four do
+test: test-core test-plugins test-together  ## Run all tests: what these three do
 
 test-core: .venv/only/core/.made  ## Run core's tests where no plugin is installed
 	.venv/only/core/$(PYTEST) $(WORKERS) tests/unit
@@ -33,11 +33,10 @@ test-plugins: $(PLUGINS:%=test-%)  ## Run each plugin's tests where only core an
 $(PLUGINS:%=test-%): test-%: .venv/only/%/.made
 	.venv/only/$*/$(PYTEST) plugins/$*/tests
 
-test-e2e: $(INSTALLED)  ## Run the tests of everything together
-	.venv/$(PYTEST) $(WORKERS) tests/e2e
-
-test-integration: $(INSTALLED)  ## Run the tests against real servers: PostgreSQL, S3, MLflow, nginx
-	.venv/$(PYTEST) tests/integration
+# The tests against servers mostly wait for what was broken to come back, so they share the machine with the
+# others; tests/conftest.py keeps those together that share a server or a run.
+test-together: $(INSTALLED)  ## Run the tests of everything together: servers, runs as a person starts them, sandbox
+	.venv/$(PYTEST) -n 3 --dist loadgroup tests/integration tests/e2e tests/sandbox
 
 lint: $(INSTALLED)  ## Check style (ruff) and types (mypy --strict)
 	.venv/bin/ruff check .
