@@ -13,7 +13,18 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import weighted_mtp_core
-from weighted_mtp_core.cli import check, doctor, evaluate, generate, plugins, run, storage, track, verify
+from weighted_mtp_core.cli import (
+    check,
+    doctor,
+    evaluate,
+    generate,
+    plugins,
+    report,
+    run,
+    storage,
+    track,
+    verify,
+)
 from weighted_mtp_core.errors import (
     EXIT_BAD_INPUT,
     EXIT_INTERRUPTED,
@@ -25,7 +36,7 @@ from weighted_mtp_core.errors import (
 from weighted_mtp_core.tracking.redact import redact
 from weighted_mtp_core.wording import did_you_mean, quoted, reason
 
-COMMANDS = (run, check, evaluate, generate, plugins, doctor, track, storage, verify)
+COMMANDS = (run, check, evaluate, generate, report, plugins, doctor, track, storage, verify)
 PROGRAM = "python -m weighted_mtp_core"
 
 _DESCRIPTION = """\

@@ -1,0 +1,35 @@
+"""`report`: write the page that shows a run, from what lies in its folder."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from weighted_mtp_core.cli.run_arguments import add_run_arguments
+from weighted_mtp_core.errors import EXIT_DONE
+
+_DESCRIPTION = """\
+Write `report.html` into a run's folder and print its path: the run's story, its curves, its heads and
+its critic on one page that needs no network."""
+_EPILOG = """\
+examples:
+  report 20261123-140924
+  report storage/runs/weighted_mtp/baseline_mtp/baseline/20261123-140924-0b4a16"""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the command to the parser."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "report", help="write the page that shows a run", description=_DESCRIPTION, epilog=_EPILOG
+    )
+    add_run_arguments(parser)
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    """Write the page."""
+    from weighted_mtp_core.report.page import write_report
+    from weighted_mtp_core.tracking.sync import find_run
+
+    print(write_report(find_run(args.runs, args.run)))
+    return EXIT_DONE

@@ -1,0 +1,112 @@
+"""Which metrics of a run are drawn together, under what title, and which are worth a first look."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from attrs import frozen
+from markupsafe import Markup
+
+from weighted_mtp_core.report.drawing import Series, line_chart
+
+Points = Sequence[tuple[float, float]]
+
+
+@frozen(kw_only=True)
+class Chart:
+    """One drawing on the page.
+
+    Attributes:
+        title: What it shows, in words.
+        note: How to read it; may be empty.
+        svg: The drawing.
+    """
+
+    title: str
+    note: str
+    svg: Markup
+
+
+@frozen(kw_only=True)
+class _Group:
+    title: str
+    note: str
+    members: Mapping[str, str]  # metric -> label of its line
+
+
+_GROUPS = (
+    _Group(title="Training loss", note="weighted, in nats", members={"train_loss": "loss"}),
+    _Group(title="Critic's loss", note="on training batches", members={"value_loss": "loss"}),
+    _Group(
+        title="Critic's AUC on held-out responses",
+        note="with its 95 % interval; a constant has 0.5",
+        members={"critic_auc_high": "high", "critic_auc": "AUC", "critic_auc_low": "low"},
+    ),
+    _Group(
+        title="Critic's cross-entropy on held-out responses",
+        note="it should stay below the constant's",
+        members={"critic_value_bce": "critic", "critic_constant_bce": "constant"},
+    ),
+    _Group(
+        title="How even the weights are",
+        note="entropy and effective share of the pairs: 1 means equal weights",
+        members={"weight_entropy": "entropy", "effective_sample_share": "eff. share"},
+    ),
+    _Group(
+        title="Quantiles of the weights",
+        note="of counted pairs",
+        members={"weight_p95": "95 %", "weight_p50": "50 %", "weight_p05": "5 %"},
+    ),
+    _Group(title="Mean TD error", note="0: outcomes are as expected", members={"td_error_mean": "TD error"}),
+)
+_HEADS = {
+    "validation_ce": ("Held-out loss of each head", "unweighted cross-entropy, nats a target"),
+    "train_ce": ("Training loss of each head", "unweighted cross-entropy, nats a target"),
+    "validation_accuracy": ("Held-out accuracy of each head", "share of targets that are the first guess"),
+}
+_FIRST = (
+    "Training loss",
+    "Held-out loss of each head",
+    "Mean TD error",
+    "How even the weights are",
+    "Quantiles of the weights",
+    "Held-out accuracy of each head",
+    "Critic's loss",
+    "Critic's AUC on held-out responses",
+    "Critic's cross-entropy on held-out responses",
+)
+
+
+def charts_of(metrics: Mapping[str, Points]) -> tuple[list[Chart], list[Chart]]:
+    """Draw all metrics of a stage: those to look at first, then the others by name."""
+    charts: dict[str, Chart] = {}
+    for group in (*_head_groups(metrics), *_GROUPS):
+        _add(charts, group, metrics)
+    known = {name for group in (*_head_groups(metrics), *_GROUPS) for name in group.members}
+    for name in sorted(set(metrics) - known):
+        _add(charts, _Group(title=name.replace("_", " "), note="", members={name: name}), metrics)
+    first = [charts.pop(title) for title in _FIRST if title in charts]
+    return first, list(charts.values())
+
+
+def _head_groups(metrics: Mapping[str, Points]) -> list[_Group]:
+    """Return a group for each metric that is there once a head."""
+    heads: dict[str, dict[str, str]] = {}
+    for name in metrics:
+        if match := re.fullmatch(r"(.+)_head_(\d+)", name):
+            heads.setdefault(match[1], {})[name] = f"head {match[2]}"
+    return [
+        _Group(title=title, note=note, members=members)
+        for base, members in heads.items()
+        for title, note in [_HEADS.get(base, (base.replace("_", " "), "of each head"))]
+    ]
+
+
+def _add(charts: dict[str, Chart], group: _Group, metrics: Mapping[str, Points]) -> None:
+    series = [
+        Series(label=label, points=metrics[name]) for name, label in group.members.items() if name in metrics
+    ]
+    svg = line_chart(series, title=group.title)
+    if svg:
+        charts[group.title] = Chart(title=group.title, note=group.note, svg=svg)

@@ -1,0 +1,184 @@
+"""The report of a run: one HTML file, readable without network, in light and dark, without colour vision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from weighted_mtp_core.report.charts import charts_of
+from weighted_mtp_core.report.drawing import bar_chart
+from weighted_mtp_core.report.story import Story, read_story
+from weighted_mtp_core.storage.manifest import atomic_write
+
+FILE = "report.html"
+_FATES = {"FINISHED": "✓ finished", "FAILED": "✗ failed", "KILLED": "■ interrupted"}
+
+
+def write_report(run: Path) -> Path:
+    """Write `report.html` into a run folder, from what lies there; return its path.
+
+    Raises:
+        WmtpError: The folder holds no journal of a run.
+    """
+    story = read_story(run)
+    environment = Environment(
+        loader=PackageLoader("weighted_mtp_core.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = _number
+    template = environment.get_template("report.html.j2")
+    path = run / FILE
+    atomic_write(path, template.render(_contents(story)))
+    return path
+
+
+@frozen(kw_only=True)
+class _Head:
+    """A row of the table of heads; None where it was not measured."""
+
+    number: int
+    start: float | None
+    best: float | None
+    test: float | None
+    accuracy: float | None
+
+
+@frozen(kw_only=True)
+class _StageCharts:
+    title: str
+    first: Sequence[Any]
+    others: Sequence[Any]
+
+
+def _contents(story: Story) -> dict[str, Any]:
+    """Return what the template shows."""
+    return {
+        "name": story.run["name"],
+        "experiment": story.run["experiment"],
+        "run_id": story.run["run_id"],
+        "fate": _fate(story),
+        "began": f"{datetime.fromtimestamp(story.began_ms / 1000, UTC):%d %B %Y, %H:%M} UTC",
+        "lasted": _duration((story.ended_ms - story.began_ms) / 1000),
+        "damaged": story.damaged,
+        "figures": _figures(story),
+        "facts": _facts(story),
+        "params": sorted(story.params.items()),
+        "tags": sorted(story.tags.items()),
+        "stages": _stages(story),
+        "heads": _heads(story),
+        "acceptance": _acceptance(story),
+        "critic": _critic(story),
+    }
+
+
+def _fate(story: Story) -> str:
+    if story.status is not None:
+        return _FATES.get(story.status, story.status.lower())
+    return "✓ evaluated" if "evaluate" in story.curves else "… not finished when this was written"
+
+
+def _figures(story: Story) -> list[tuple[str, str, str]]:
+    """Return the figures at the top: what it is, its value, what to compare it with."""
+    figures = []
+    for name, points in story.curves.get("evaluate", {}).items():
+        if name.startswith("pass_at_"):
+            figures.append((name.replace("_", " "), f"{points[-1][1]:.1%}", "of problems solved"))
+    losses = _finite(story.points("policy", "validation_ce_head_1"))
+    if losses:
+        best = min(losses)
+        figures.append(("held-out loss, head 1", f"{best:.3f}", f"{losses[0]:.3f} at the start"))
+    auc = story.last("critic", "critic_auc")
+    if auc is not None:
+        figures.append(("critic's AUC", f"{auc:.3f}", "0.5 for a constant"))
+    speed = story.last("evaluate", "tokens_per_forward")
+    if speed is not None:
+        figures.append(("tokens a forward pass", f"{speed:.2f}", "1 without the extra heads"))
+    return figures
+
+
+def _facts(story: Story) -> list[tuple[str, str]]:
+    """Return the run's story in a few lines; what it does not have is left out."""
+    tags, params = story.tags, story.params
+    data = " ".join(
+        filter(None, [tags.get("wmtp.data"), params.get("data.name"), params.get("data.version")])
+    )
+    plugins = [value for name, value in sorted(tags.items()) if name.startswith("wmtp.plugin.") and value]
+    facts = [
+        ("weighting", tags.get("wmtp.weighting", "")),
+        ("critic", tags.get("wmtp.critic", "")),
+        ("data", data),
+        ("data's SHA-256", params.get("data.sha256", "")),
+        ("base model", tags.get("model_version", params.get("model.base", ""))),
+        ("heads", params.get("model.n_future", "")),
+        ("steps, batch", f"{params.get('train.steps', '?')} x {params.get('train.batch_size', '?')}"),
+        ("seed", params.get("run.seed", "")),
+        ("plugins", ", ".join(plugins)),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def _stages(story: Story) -> list[_StageCharts]:
+    titles = {"policy": "Policy", "critic": "Critic"}
+    stages = []
+    for stage, title in titles.items():
+        first, others = charts_of(story.curves.get(stage, {}))
+        if first or others:
+            stages.append(_StageCharts(title=title, first=first, others=others))
+    return stages
+
+
+def _heads(story: Story) -> list[_Head]:
+    """Return what is known of each head; `best` is at the step that head 1 was best at, which is kept."""
+    validated = story.numbered("policy", "validation_ce_head_")
+    kept: int | None = None
+    if validated:
+        finite = [(value, step) for step, value in validated[0][1] if math.isfinite(value)]
+        kept = min(finite)[1] if finite else None
+    return [
+        _Head(
+            number=number,
+            start=points[0][1],
+            best=dict(points).get(kept) if kept is not None else None,
+            test=story.last("evaluate", f"test_ce_head_{number}"),
+            accuracy=story.last("evaluate", f"test_accuracy_head_{number}"),
+        )
+        for number, points in validated
+    ]
+
+
+def _acceptance(story: Story) -> Markup:
+    """Draw how often each position of a self-speculative draft was right."""
+    drafts = story.numbered("evaluate", "acceptance_draft_")
+    bars = [(f"draft token {number}", points[-1][1]) for number, points in drafts]
+    return bar_chart(bars, title="Accepted draft tokens by position") if bars else Markup()
+
+
+def _critic(story: Story) -> dict[str, float | None] | None:
+    """Return the last measure of the critic, if there is one."""
+    names = ("auc", "auc_low", "auc_high", "value_bce", "constant_bce", "value_margin")
+    found = {name: story.last("critic", f"critic_{name}") for name in names}
+    return None if found["auc"] is None else found
+
+
+def _finite(points: Sequence[tuple[int, float]]) -> list[float]:
+    return [value for _, value in points if math.isfinite(value)]
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"  # noqa: RUF001
