@@ -38,10 +38,11 @@ $(PLUGINS:%=test-%): test-%: .venv/only/%/.made
 test-together: $(INSTALLED)  ## Run the tests of everything together: servers, runs as a person starts them, sandbox
 	.venv/$(PYTEST) -n 3 --dist loadgroup tests/integration tests/e2e tests/sandbox
 
-lint: $(INSTALLED)  ## Check style (ruff) and types (mypy --strict)
+lint: $(INSTALLED)  ## Check style (ruff, hadolint) and types (mypy --strict)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/hadolint Dockerfile
 
 format: $(INSTALLED)  ## Repair what ruff can repair
 	.venv/bin/ruff check --fix-only .
