@@ -1,0 +1,127 @@
+"""What checkpoints cost a training: the same loop with one every 10 steps, and with none but the last.
+
+    python benchmarks/checkpointing.py
+
+The micro model of the default recipes, 32 rows a step on HumanEval's lengths, AdamW; snapshots go to the
+temporary folder (choose its disk with TMPDIR). They are written by a thread of their own, so the CPU time of
+all threads is the price on a machine with no core to spare, the clock that on an idle one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from harness import Row, in_turns, main, ratio_row, row
+from humaneval_lengths import humaneval_tokens
+from transformers import LlamaConfig, LlamaForCausalLM
+from weighted_mtp_core.api import BuildContext
+from weighted_mtp_core.data.steps import make_step_batches
+from weighted_mtp_core.model.policy import Policy
+from weighted_mtp_core.recipe.schema import CheckpointTable, DataTable, LossTable, MicroTable, TrainTable
+from weighted_mtp_core.stages.checkpoint import load_model, save_model
+from weighted_mtp_core.stages.checkpoints import Checkpoints
+from weighted_mtp_core.stages.loop import Learner, Validation, train
+from weighted_mtp_core.stages.policy import Arm, PolicyLearner
+
+from weighted_mtp_baseline_mtp import UniformOptions, build_uniform
+
+ROWS, EVERY = 32, 10
+
+
+class Quiet:
+    """A reporter that tells nobody."""
+
+    def metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Forget them."""
+
+    def timings(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Forget them."""
+
+    def progress(self, step: int, values: Mapping[str, float]) -> None:
+        """Forget it."""
+
+
+class Unvalidated(PolicyLearner):
+    """Stage 2 without its validations, which are the same in both arms."""
+
+    def validate(self, *, step: int) -> Validation:
+        """Say that every state is as good as the first, so that the best one is written once."""
+        del step
+        return Validation(metrics={}, score=0.0)
+
+
+def micro_learner(folder: Path, *, steps: int) -> Learner:
+    """Return stage 2 on a model of the micro shape."""
+    shape = MicroTable()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=4 * shape.hidden_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.attention_heads,
+        num_key_value_heads=shape.attention_heads,
+        tie_word_embeddings=True,
+    )
+    policy = Policy(LlamaForCausalLM(config), n_future=4, head_kind="transformer")
+    best = folder / "best_model.pt"
+    weighting = build_uniform(UniformOptions(), BuildContext(seed=0, storage=folder))
+    return Unvalidated(
+        policy=policy,
+        arm=Arm(weighting=weighting, needs=frozenset(), critic=None, label="benchmark"),
+        loss=LossTable(),
+        steps=steps,
+        accumulation=1,
+        autocast=lambda: torch.autocast("cpu", enabled=False),
+        validation=list,
+        best=best,
+        save=partial(save_model, policy, best),
+        restore=partial(load_model, policy, best),
+    )
+
+
+def training(every: int, *, steps: int) -> Callable[[], None]:
+    """Return a whole training that takes a snapshot every so many steps; 0 is only at the end."""
+    table = DataTable(use="benchmark")
+    tokens = humaneval_tokens(MicroTable().vocab_size)
+    batches = make_step_batches(tokens, table, batch_size=ROWS, seed=0, device=torch.device("cpu"))
+
+    def work() -> None:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            with Checkpoints(folder=folder, table=CheckpointTable(every=every), say=print) as checkpoints:
+                train(
+                    micro_learner(folder, steps=steps),
+                    TrainTable(steps=steps, batch_size=ROWS),
+                    batch_of=batches,
+                    reporter=Quiet(),
+                    checkpoints=checkpoints,
+                )
+
+    return work
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """Measure the group."""
+    steps, rounds = (20, 2) if args.quick else (40, 5)
+    times = in_turns({"every": training(EVERY, steps=steps), "last": training(0, steps=steps)}, rounds=rounds)
+    walls = [a / b for a, b in zip(times["every"].wall, times["last"].wall, strict=True)]
+    return [
+        row(
+            f"checkpoints: one every {EVERY} steps over none, by the clock", walls, reach="<= 1.05", unit="x"
+        ),
+        ratio_row(
+            f"checkpoints: one every {EVERY} steps over none, CPU time of all threads",
+            times["every"],
+            times["last"],
+        ),
+    ]
+
+
+if __name__ == "__main__":
+    main(measure, __doc__)

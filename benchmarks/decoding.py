@@ -1,0 +1,90 @@
+"""Self-speculative over plain decoding, greedy, on a finished run.
+
+    make run
+    python benchmarks/decoding.py --run storage/runs/...
+
+The policy continues prompts that it was not trained on, both ways, one prompt at a time and in batches, in
+turns; the texts must be the same. The larger the batch, the more a verified draft costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from harness import Row, in_turns, main, ratio_row, row
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.evaluation.generate import Decoding, Generations, generate
+from weighted_mtp_core.stages.finished import plan_of, prepare_finished
+
+PROMPTS, BATCHES = 32, (1, 8)
+
+
+def newest_run(folder: Path) -> Path:
+    """Return the run that was begun last.
+
+    Raises:
+        WmtpError: There is none.
+    """
+    found = sorted(path.parent.parent for path in folder.rglob("checkpoints/best_model.pt"))
+    if not found:
+        raise WmtpError(f"there is no finished run below `{folder}`", hint="make run")
+    return max(found, key=lambda path: path.name)
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """Measure the group.
+
+    Raises:
+        RuntimeError: The two ways wrote different texts.
+    """
+    run = args.run or newest_run(Path("storage/runs"))
+    prepared = prepare_finished(run, plan_of(run), say=lambda text: print(text, file=sys.stderr))
+    problems = prepared.source.problems("test")[: 4 if args.quick else PROMPTS]
+    texts = [problem.prompt for problem in problems]
+    prompts = prepared.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    rows = []
+    for size in BATCHES:
+        found: dict[Decoding, Generations] = {}
+
+        def write(decoding: Decoding, size: int, kept: dict[Decoding, Generations]) -> None:
+            kept[decoding] = generate(
+                prepared.policy,
+                prompts,
+                max_new_tokens=prepared.plan.recipe.evaluate.max_new_tokens,
+                eos_id=prepared.tokenizer.eos_token_id,
+                decoding=decoding,
+                batch_size=size,
+            )
+
+        ways: tuple[Decoding, ...] = ("plain", "self_speculative")
+        arms: dict[str, Callable[[], object]] = {way: partial(write, way, size, found) for way in ways}
+        times = in_turns(arms, rounds=2 if args.quick else 7)
+        plain, drafted = found["plain"], found["self_speculative"]
+        if plain.tokens != drafted.tokens:
+            raise RuntimeError("self-speculative decoding wrote another text than plain decoding")
+        aim = ">= 1.5" if size == 1 else ""
+        rows += [
+            ratio_row(
+                f"decoding: plain over self-speculative, batch {size}",
+                times["plain"],
+                times["self_speculative"],
+                reach=aim,
+                note=f"{plain.emitted} tokens of {len(prompts)} prompts",
+            ),
+            row(
+                f"decoding: tokens a forward pass, batch {size}",
+                [drafted.tokens_per_forward],
+                reach=">= 2.5" if size == 1 else "",
+                unit="tokens",
+                note="passes over prompts included",
+            ),
+        ]
+    return rows
+
+
+if __name__ == "__main__":
+    main(measure, __doc__)
