@@ -7,9 +7,12 @@ from weighted_mtp_core.testing import CriticSuite, WeightingStrategySuite
 class TestTdError(WeightingStrategySuite):
     address = "verifiable.td_error"
 
-    @pytest.fixture(params=["batch", "ema", "none"])
+    @pytest.fixture(
+        params=[{"whiten": "batch"}, {"whiten": "ema"}, {"whiten": "none"}, {"positives_only": True}],
+        ids=["batch", "ema", "none", "positives_only"],
+    )
     def options(self, request):
-        return {"whiten": request.param}
+        return request.param
 
 
 class TestValueHead(CriticSuite):

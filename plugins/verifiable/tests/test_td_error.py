@@ -74,6 +74,18 @@ def test_weights_are_clipped_and_the_clipped_are_counted():
     assert float(weights.metrics["clipped_fraction"]) == 0.5
 
 
+def test_positives_only_leaves_weights_of_right_responses_as_they_are():
+    right = view(BY_HAND)
+
+    torch.testing.assert_close(
+        build(positives_only=True).weigh(right).weight, build().weigh(right).weight, rtol=0, atol=0
+    )
+
+
+def test_positives_only_gives_wrong_responses_no_weight():
+    assert not build(positives_only=True).weigh(view(BY_HAND, reward=0.0)).weight.any()
+
+
 def test_metrics_by_hand():
     metrics = build(estimator="td").weigh(view(BY_HAND)).metrics
 

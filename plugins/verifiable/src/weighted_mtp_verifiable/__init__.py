@@ -34,6 +34,7 @@ class TdErrorOptions:
         whiten: Whether advantages are brought to mean 0 and standard deviation 1: with the statistics of the
             batch, with moving ones, or not at all.
         ema_decay: Share of the moving statistics that a training step keeps.
+        positives_only: Whether responses without a reward weigh nothing. They still count in the statistics.
     """
 
     estimator: Literal["gae", "td"] = "gae"
@@ -43,6 +44,7 @@ class TdErrorOptions:
     clip: tuple[float, float] = field(default=(0.1, 3.0))
     whiten: Literal["batch", "ema", "none"] = "batch"
     ema_decay: float = field(default=0.99, validator=[v.ge(0), v.lt(1)])
+    positives_only: bool = False
 
     @clip.validator
     def _be_a_range(self, _: object, value: tuple[float, float]) -> None:

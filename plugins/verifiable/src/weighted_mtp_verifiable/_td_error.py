@@ -57,7 +57,8 @@ class TdError(WeightingStrategy):
         mean, std = self._statistics(advantage_BT, response_BT, training=view.training)
         low, high = options.clip
         raw_BT = torch.exp((advantage_BT - mean) / std / options.beta)
-        weight_BT = raw_BT.clamp(low, high).where(response_BT, 0.0)
+        learnt_BT = response_BT & (view.reward_BT > 0) if options.positives_only else response_BT
+        weight_BT = raw_BT.clamp(low, high).where(learnt_BT, 0.0)
         return Weights(
             weight=weight_BT,
             metrics={
