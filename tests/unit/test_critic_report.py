@@ -72,3 +72,25 @@ def test_the_interval_resamples_problems_so_copies_of_a_response_add_nothing():
 def test_one_kind_of_response_is_an_error():
     with pytest.raises(WmtpError, match="all 3 validation responses are correct"):
         report([0.1, 0.2, 0.3], [1.0, 1.0, 1.0])
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=2, max_size=60))
+def test_reliability_bins_hold_each_response_once_and_compare_like_with_like(scored):
+    values, rewards = [value for value, _ in scored], [float(reward) for _, reward in scored]
+    if len(set(rewards)) < 2:
+        return
+    bins = report(values, rewards).reliability
+
+    assert sum(each.count for each in bins) == len(values)
+    assert [each.value for each in bins] == sorted(each.value for each in bins)
+    assert sum(each.count * each.value for each in bins) == pytest.approx(sum(values))
+    assert sum(each.count * each.reward for each in bins) == pytest.approx(sum(rewards))
+
+
+def test_a_bins_interval_is_wilsons():
+    (found,) = report([0.55] * 10, [1.0] * 8 + [0.0] * 2).reliability
+
+    assert (found.count, found.reward) == (10, 0.8)
+    for end in (found.low, found.high):  # where the observed rate is 1.96 standard errors off
+        assert abs(found.reward - end) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / 10))
+    assert found.low < 0.8 < found.high

@@ -53,9 +53,8 @@ def batch():
     )
 
 
-def seen(policy, batch, needs, *, accumulation):
-    weighting = Remembering()
-    learner = PolicyLearner(
+def learner_of(policy, weighting, needs, *, accumulation):
+    return PolicyLearner(
         policy=policy,
         arm=Arm(weighting=weighting, needs=frozenset(needs), critic=None, label="`remembering`"),
         loss=LossTable(),
@@ -67,7 +66,11 @@ def seen(policy, batch, needs, *, accumulation):
         save=lambda: None,
         restore=lambda: None,
     )
-    learner.learn(batch, step=0)
+
+
+def seen(policy, batch, needs, *, accumulation):
+    weighting = Remembering()
+    learner_of(policy, weighting, needs, accumulation=accumulation).learn(batch, step=0)
     return weighting.view
 
 
@@ -86,3 +89,15 @@ def test_the_view_holds_what_was_declared(policy, batch, needs, accumulation):
         with torch.no_grad():
             expected_BTK = compute(policy, policy.trunk_states(batch.ids_BT), labels_BTK)
         torch.testing.assert_close(getattr(view, field), expected_BTK)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_looking_at_weights_shows_the_same_signals_and_is_no_training(policy, batch, accumulation):
+    weighting = Remembering()
+
+    weights = learner_of(policy, weighting, FIELDS, accumulation=accumulation).weigh(batch, step=7)
+
+    assert torch.equal(weights.weight, batch.response_BT.float())
+    assert (weighting.view.step, weighting.view.training) == (7, False)
+    learnt_from = seen(policy, batch, FIELDS, accumulation=accumulation)
+    torch.testing.assert_close(weighting.view.token_loss_BTK, learnt_from.token_loss_BTK)

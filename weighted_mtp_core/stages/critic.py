@@ -5,7 +5,8 @@ Shape letters: B rows, T positions, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,28 @@ from weighted_mtp_core.stages.world import ALONE, World, laid_out
 
 Floats = NDArray[np.float64]
 _RESAMPLES = 1000
+_BINS = 10
+_Z = 1.96  # of a 95 % interval
 _PROBABILITY_FLOOR = 1e-6  # keeps the logarithm of a saturated value finite
+
+
+@frozen(kw_only=True)
+class ReliabilityBin:
+    """Responses whose final values are alike, and how they turned out.
+
+    Attributes:
+        count: How many responses.
+        value: Their mean value.
+        reward: Their mean reward; that of a calibrated critic is `value`.
+        low: Lower end of the 95 % interval of `reward` (Wilson 1927), responses taken as independent.
+        high: Upper end.
+    """
+
+    count: int
+    value: float
+    reward: float
+    low: float
+    high: float
 
 
 @frozen(kw_only=True)
@@ -38,6 +60,7 @@ class CriticReport:
         value_bce: Mean binary cross-entropy of the final values, in nats.
         constant_bce: The same for the constant that knows this split's mean reward.
         value_margin: Mean value of correct minus mean value of incorrect responses.
+        reliability: Ten bins of equal width from 0 to 1, without those that hold no response.
     """
 
     auc: float
@@ -46,6 +69,7 @@ class CriticReport:
     value_bce: float
     constant_bce: float
     value_margin: float
+    reliability: tuple[ReliabilityBin, ...]
 
     @property
     def informative(self) -> bool:
@@ -87,7 +111,24 @@ def report_critic(value_D: Floats, reward_D: Floats, problem_D: NDArray[np.int64
         value_bce=_bce(value_D, reward_D),
         constant_bce=_bce(np.full_like(value_D, reward_D.mean()), reward_D),
         value_margin=float(value_D[correct_D].mean() - value_D[~correct_D].mean()),
+        reliability=tuple(_reliability(value_D, reward_D)),
     )
+
+
+def _reliability(value_D: Floats, reward_D: Floats) -> Iterator[ReliabilityBin]:
+    bin_D = (value_D * _BINS).astype(int).clip(0, _BINS - 1)
+    for each in np.unique(bin_D):
+        inside_D = bin_D == each
+        count, rate = int(inside_D.sum()), float(reward_D[inside_D].mean())
+        spread = _Z * math.sqrt(rate * (1 - rate) / count + (_Z / (2 * count)) ** 2)
+        middle, scale = rate + _Z**2 / (2 * count), 1 + _Z**2 / count
+        yield ReliabilityBin(
+            count=count,
+            value=float(value_D[inside_D].mean()),
+            reward=rate,
+            low=(middle - spread) / scale,
+            high=(middle + spread) / scale,
+        )
 
 
 def _bce(value_D: Floats, reward_D: Floats) -> float:

@@ -169,6 +169,17 @@ class PolicyLearner(Learner):
             score=-float(ce_K[0]),
         )
 
+    @torch.no_grad()
+    def weigh(self, batch: Batch, *, step: int) -> Weights:
+        """Return the weights of a batch that is looked at, as one global batch, and not learnt from."""
+        self.policy.eval()
+        parts = self._parts(batch)
+        signals = self._signals(parts, [None] * len(parts), rows=len(batch.ids_BT))
+        target_BTK = target_mask(self._labels(batch))
+        weights = self.arm.weigh(self._view(batch, target_BTK, signals, step=step, training=False))
+        self.policy.train()
+        return weights
+
     def state_dict(self) -> Mapping[str, Any]:
         """Return the policy's parameters and what the weighting keeps."""
         policy = {f"policy.{name}": tensor for name, tensor in module_state(self.policy).items()}
