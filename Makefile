@@ -14,7 +14,7 @@ PYTEST := bin/python -m pytest $(PYTEST_ARGS)
 WORKERS := -n 2 --dist loadfile
 test test-%: export OMP_NUM_THREADS := 1
 
-.PHONY: help run test test-core test-plugins $(PLUGINS:%=test-%) test-together lint format docs clean
+.PHONY: help run test test-core test-plugins $(PLUGINS:%=test-%) test-together lint format bench docs clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -48,6 +48,10 @@ format: $(INSTALLED)  ## Repair what ruff can repair
 	.venv/bin/ruff check --fix-only .
 	.venv/bin/ruff format .
 
+bench: $(INSTALLED) .venv/bench-packages/.made  ## Measure speed and memory against peers: benchmarks/results.*
+	@test -n "$$(find storage/runs -name best_model.pt -print -quit 2>/dev/null)" || $(MAKE) run
+	.venv/bin/python benchmarks/bench.py $(ARGS)
+
 docs: $(INSTALLED)  ## Build the documentation as a site: site/index.html
 	.venv/bin/python -m sphinx -q -W --keep-going -b html docs site
 
@@ -61,6 +65,11 @@ $(INSTALLED): requirements-dev.txt constraints.txt pyproject.toml $(PLUGINS:%=pl
 	@echo "Installing into .venv; the first time takes a few minutes."
 	$(PYTHON) -m venv --without-pip .venv
 	$(PYTHON) -m pip --python .venv/bin/python install -r requirements-dev.txt -c constraints.txt
+	@touch $@
+
+# Peers that only `make bench` needs, apart from everything else; their own needs are core's or stand there too.
+.venv/bench-packages/.made: $(INSTALLED) benchmarks/requirements.txt
+	.venv/bin/pip install --quiet --upgrade --no-deps --target $(@D) -r benchmarks/requirements.txt
 	@touch $@
 
 # Environments with only core, or core and one plugin: links into .venv, made in a moment (see tests/isolate.py).

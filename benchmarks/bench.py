@@ -1,0 +1,127 @@
+"""Measure everything: each group in a process of its own, one after the other.
+
+    make bench
+    python benchmarks/bench.py loss step      some groups; what was measured of the others stays
+
+Writes results.json, results.md and results.png beside this file. Exit code 1 if a row misses its reach or a
+group fails. The machine should do nothing else: each group's load stands in results.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness import table
+
+HERE = Path(__file__).parent
+GROUPS = ("loss", "advantages", "step", "padding", "checkpointing", "decoding", "trainers")
+RESULTS = HERE / "results.json"
+Group = dict[str, Any]
+
+
+def measure(name: str, options: Sequence[str]) -> Group | None:
+    """Run one group on one thread; return what it measured, or None if it failed."""
+    print(f"--- {name}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        command = [sys.executable, str(HERE / f"{name}.py"), "--json", str(file), *options]
+        subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+        if not file.is_file():
+            return None
+        found: Group = json.loads(file.read_text())
+        return found
+
+
+def keep(groups: Mapping[str, Group]) -> None:
+    """Write what is known as JSON, as a table and as a plot."""
+    rows = [{"group": name, **row} for name, group in groups.items() for row in group["rows"]]
+    machines = {name: {**group["machine"], "seconds": group["seconds"]} for name, group in groups.items()}
+    RESULTS.write_text(json.dumps({"machines": machines, "rows": rows}, indent=1) + "\n")
+    RESULTS.with_suffix(".md").write_text(table(rows))
+    plot(rows, RESULTS.with_suffix(".png"))
+
+
+def known() -> dict[str, Group]:
+    """Return what was measured before."""
+    if not RESULTS.is_file():
+        return {}
+    found = json.loads(RESULTS.read_text())
+    return {
+        name: {
+            "machine": machine,
+            "seconds": machine.pop("seconds"),
+            "rows": [
+                {key: value for key, value in row.items() if key != "group"}
+                for row in found["rows"]
+                if row["group"] == name
+            ],
+        }
+        for name, machine in found["machines"].items()
+    }
+
+
+def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Draw each row that has a reach as a share of it: below 1 is within, whichever way the limit points."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    limited = [row for row in reversed(rows) if row["reach"]]
+    if not limited:
+        return
+
+    def share(row: Mapping[str, Any], value: float) -> float:
+        sign, limit = row["reach"].split()
+        ratio = max(value, 1e-12) / float(limit)
+        return ratio if sign == "<=" else 1 / ratio
+
+    figure, axes = plt.subplots(figsize=(10, 0.32 * len(limited) + 1.2), layout="constrained")
+    for y, row in enumerate(limited):
+        value = share(row, row["value"])
+        ends = sorted(share(row, end) for end in row["spread"])
+        axes.barh(y, value, color="tab:blue" if row["ok"] else "tab:red", height=0.6)
+        axes.plot(ends, [y, y], color="black", linewidth=1)
+    axes.set_yticks(range(len(limited)), [f"{row['name']} ({row['reach']})" for row in limited], fontsize=7)
+    axes.axvline(1, color="black", linestyle=":")
+    axes.set_xscale("log")
+    axes.set_xlim(left=0.02)
+    axes.set_xlabel("share of the limit; left of the line is within it")
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def main() -> int:
+    """Measure, write, and say how it went."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; all by default")
+    parser.add_argument("--run", metavar="FOLDER", help="the finished run that `decoding` takes")
+    args = parser.parse_args()
+    if unknown := set(args.groups) - set(GROUPS):
+        parser.error(f"no group {', '.join(sorted(unknown))}")
+    groups, failed = known(), []
+    for name in args.groups or GROUPS:
+        found = measure(name, ["--run", args.run] if args.run and name == "decoding" else [])
+        if found is None:
+            failed.append(name)
+            continue
+        groups[name] = found
+        keep({each: groups[each] for each in GROUPS if each in groups})
+    missed = [row["name"] for group in groups.values() for row in group["rows"] if row["ok"] is False]
+    for name in failed:
+        print(f"FAILED {name}: see above")
+    for name in missed:
+        print(f"MISSED {name}")
+    return int(bool(failed or missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,261 @@
+"""Whole trainings with one head against transformers' Trainer and TRL's SFTTrainer.
+
+    python benchmarks/trainers.py
+
+Documents as long as HumanEval's, batch 8, the same model, optimiser and dtype, losses on the response only.
+The peers pad shuffled batches, as their defaults do; ours groups by length. The model has a third of
+SmolLM2-135M's layers and vocabulary, so that the unembedding's share of the work stays. TRL comes from
+benchmarks/requirements.txt; `make bench` installs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkpointing import Quiet, Unvalidated
+from harness import Row, in_turns, main, ratio_row, row
+from humaneval_lengths import humaneval_tokens
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
+from weighted_mtp_core.api import Batch, BuildContext
+from weighted_mtp_core.data.batches import collate
+from weighted_mtp_core.data.steps import StepBatches, make_step_batches
+from weighted_mtp_core.data.tokens import TokenSet
+from weighted_mtp_core.model.policy import Policy
+from weighted_mtp_core.recipe.schema import CheckpointTable, DataTable, LossTable, TrainTable
+from weighted_mtp_core.stages.checkpoints import Checkpoints
+from weighted_mtp_core.stages.loop import train
+from weighted_mtp_core.stages.policy import Arm
+
+from weighted_mtp_baseline_mtp import UniformOptions, build_uniform
+
+PACKAGES = Path(__file__).parents[1] / ".venv" / "bench-packages"
+BATCH = 8
+Record = dict[str, list[int]]
+
+
+def small_model(*, quick: bool) -> LlamaForCausalLM:
+    """Return a model of SmolLM2's proportions with random weights."""
+    torch.manual_seed(0)
+    width, layers, vocabulary = (32, 2, 512) if quick else (576, 10, 16384)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=width * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 16 if quick else 9,
+        num_key_value_heads=1 if quick else 3,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    return LlamaForCausalLM(config)
+
+
+def records(tokens: TokenSet) -> list[Record]:
+    """Return the documents as the peers read them: ids, and labels of -100 on prompts."""
+    found = []
+    for d, prompt in enumerate(tokens.prompt_D.tolist()):
+        ids = tokens.ids_N[tokens.start_D1[d] : tokens.start_D1[d + 1]].tolist()
+        found.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return found
+
+
+def padded(batch: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
+    """Pad to the longest, as transformers' collators do."""
+    width = max(len(each["input_ids"]) for each in batch)
+
+    def laid(key: str, nothing: int) -> Tensor:
+        rows = [[*each[key], *[nothing] * (width - len(each[key]))] for each in batch]
+        return torch.tensor(rows)
+
+    mask = [[1] * len(each["input_ids"]) + [0] * (width - len(each["input_ids"])) for each in batch]
+    return {
+        "input_ids": laid("input_ids", 0),
+        "labels": laid("labels", -100),
+        "attention_mask": torch.tensor(mask),
+    }
+
+
+def common_arguments(folder: Path) -> dict[str, Any]:
+    """Return the arguments of both peers: our optimiser, and nothing beside training."""
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": BATCH,
+        "num_train_epochs": 1,
+        "optim": "adamw_torch_fused",
+        "adam_beta2": 0.95,
+        "weight_decay": 0.01,
+        "learning_rate": 3e-4,
+        "max_grad_norm": 1.0,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "remove_unused_columns": False,
+    }
+
+
+def transformers_trainer(model: LlamaForCausalLM, data: list[Record], folder: Path) -> Trainer:
+    """Return transformers' own."""
+    return Trainer(
+        model=model,
+        args=TrainingArguments(**common_arguments(folder)),
+        train_dataset=data,  # type: ignore[arg-type]  # a list is a dataset
+        data_collator=padded,
+    )
+
+
+def sft_trainer(model: LlamaForCausalLM, data: list[Record], folder: Path) -> Trainer:
+    """Return TRL's, on data that are tokens already."""
+    sys.path.append(str(PACKAGES))
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1}, unk_token="<pad>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>")
+    trainer: Trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            **common_arguments(folder), max_length=None, dataset_kwargs={"skip_prepare_dataset": True}
+        ),
+        train_dataset=Dataset.from_list(data),
+        processing_class=tokenizer,
+    )
+    return trainer
+
+
+PEERS: dict[str, Callable[[LlamaForCausalLM, list[Record], Path], Trainer]] = {
+    "Trainer": transformers_trainer,
+    "SFTTrainer": sft_trainer,
+}
+
+
+def our_learner(model: LlamaForCausalLM, folder: Path, *, steps: int) -> Unvalidated:
+    """Return stage 2 with one head and equal weights."""
+    return Unvalidated(
+        policy=Policy(model, n_future=1, head_kind="transformer"),
+        arm=Arm(
+            weighting=build_uniform(UniformOptions(), BuildContext(seed=0, storage=folder)),
+            needs=frozenset(),
+            critic=None,
+            label="benchmark",
+        ),
+        loss=LossTable(),
+        steps=steps,
+        accumulation=1,
+        autocast=lambda: torch.autocast("cpu", enabled=False),
+        validation=list,
+        best=folder / "best_model.pt",
+        save=_nothing,
+        restore=_nothing,
+    )
+
+
+def _nothing() -> None:
+    return None
+
+
+def train_ours(model: LlamaForCausalLM, batches: StepBatches, *, steps: int) -> None:
+    """Train for an epoch with the loop of the framework."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with NoCheckpoints(folder=folder, table=CheckpointTable(every=0), say=print) as checkpoints:
+            train(
+                our_learner(copy.deepcopy(model), folder, steps=steps),
+                TrainTable(steps=steps, batch_size=BATCH),
+                batch_of=batches,
+                reporter=Quiet(),
+                checkpoints=checkpoints,
+            )
+
+
+class NoCheckpoints(Checkpoints):
+    """The peers save nothing either."""
+
+    def due(self, step: int, steps: int) -> bool:
+        """Say no."""
+        del step, steps
+        return False
+
+
+def train_peer(name: str, model: LlamaForCausalLM, data: list[Record]) -> None:
+    """Train for an epoch with a peer."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = PEERS[name](copy.deepcopy(model), data, Path(folder))
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+
+
+def loss_gap(model: LlamaForCausalLM, tokens: TokenSet, data: list[Record]) -> float:
+    """Return by how much the three losses of the first batch differ at most, relative to ours."""
+    batch: Batch = collate(tokens, range(BATCH), device=torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        learner = our_learner(copy.deepcopy(model), folder, steps=1)
+        ours = float(learner.learn(batch, step=0)["train_loss"])
+        gaps = []
+        for peer in PEERS.values():
+            trainer = peer(copy.deepcopy(model), data, folder)
+            inputs = trainer.data_collator([dict(each) for each in data[:BATCH]])
+            gaps.append(abs(float(trainer.compute_loss(trainer.model, inputs)) - ours) / ours)
+    return max(gaps)
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """Measure the group."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    limit, rounds = (16, 2) if args.quick else (64, 3)
+    model = small_model(quick=args.quick)
+    tokens = humaneval_tokens(model.config.vocab_size, limit=limit)
+    data = records(tokens)
+    batches = make_step_batches(
+        tokens, DataTable(use="benchmark"), batch_size=BATCH, seed=0, device=torch.device("cpu")
+    )
+    steps = -(-limit // BATCH)
+    gap = loss_gap(model, tokens, data)
+    arms: dict[str, Callable[[], object]] = {"ours": partial(train_ours, model, batches, steps=steps)}
+    arms |= {name: partial(train_peer, name, model, data) for name in PEERS}
+    times = in_turns(arms, rounds=rounds, warmup=0)
+    real = int(tokens.start_D1[-1])
+    better = min(PEERS, key=lambda name: sum(times[name].cpu))
+    return [
+        row("trainers: losses of one batch, largest relative gap", [gap], reach="<= 1e-5", unit=""),
+        ratio_row(
+            f"trainers: real tokens a second over the better of the two ({better})",
+            times[better],
+            times["ours"],
+            reach=">= 1.6",
+        ),
+        ratio_row("trainers: over transformers' Trainer", times["Trainer"], times["ours"]),
+        ratio_row("trainers: over TRL's SFTTrainer", times["SFTTrainer"], times["ours"]),
+        row(
+            "trainers: ours",
+            [real / seconds for seconds in times["ours"].cpu],
+            unit="real tokens/s",
+            note=f"{limit} documents, {real} tokens",
+        ),
+    ]
+
+
+if __name__ == "__main__":
+    main(measure, __doc__)
