@@ -159,11 +159,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| what | median | quartiles | by the clock | reach | |", "|---|---|---|---|---|---|"]
     for each in rows:
         first, third = each["spread"]
-        wall = "" if each["wall"] is None else f"{each['wall']:.3g}"
+        wall = "" if each["wall"] is None else f"{each['wall']:.4g}"
         verdict = {True: "ok", False: "**missed**", None: ""}[each["ok"]]
         note = f" ({each['note']})" if each["note"] else ""
         lines.append(
-            f"| {each['name']}{note} | {each['value']:.3g} {each['unit']} | {first:.3g} to {third:.3g} "
+            f"| {each['name']}{note} | {each['value']:.4g} {each['unit']} | {first:.4g} to {third:.4g} "
             f"| {wall} | {each['reach']} | {verdict} |"
         )
     return "\n".join(lines) + "\n"
