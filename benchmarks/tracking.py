@@ -4,7 +4,8 @@
 
 Starts the servers of tests/integration on loopback. Exit code 1 if a limit is missed: 200 us at the median
 and 2 ms at p99 for recording one step; 1.05 for the time of a step while the server is down over that of a
-step that is not tracked, both in this process, in turns. Shared machines are noisy: read the load beside it.
+step that is not tracked, both in this process, in turns. Shared machines are noisy: read the
+load and the untracked line, which is this machine's floor, beside it.
 """
 
 import io
@@ -108,7 +109,8 @@ def main() -> int:
             stack.configure(patch)
             patch.setenv("PGPASSWORD", stack.database_password)
             s3 = f"s3://{servers.BUCKET}/benchmark"
-            stores: dict[str, dict[str, str]] = {
+            stores: dict[str, dict[str, str] | None] = {
+                "untracked, journal": None,
                 "server, its files": {},
                 "server, files to S3": {"artifact_root": s3, "experiment_prefix": "direct"},
                 "postgresql": {"tracking_uri": stack.database_uri, "artifact_root": s3},
@@ -119,7 +121,7 @@ def main() -> int:
                 with begin(folder, options) as record:
                     took = measure_recording(record, work)
                 median, p99 = statistics.median(took), statistics.quantiles(took, n=100)[98]
-                missed |= median > MEDIAN_US or p99 > P99_US
+                missed |= options is not None and (median > MEDIAN_US or p99 > P99_US)
                 print(f"{store:20} median {median:6.0f} us   p99 {p99:6.0f} us   worst {max(took):6.0f} us")
             ratio = slowdown_without_server(stack, folder, work)
             missed |= ratio > SLOWDOWN
