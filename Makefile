@@ -36,7 +36,7 @@ $(PLUGINS:%=test-%): test-%: .venv/only/%/.made
 # The tests against servers mostly wait for what was broken to come back, so they share the machine with the
 # others; tests/conftest.py keeps those together that share a server or a run.
 test-together: $(INSTALLED)  ## Run the tests of everything together: servers, runs as a person starts them, sandbox
-	.venv/$(PYTEST) -n 3 --dist loadgroup tests/integration tests/e2e tests/sandbox
+	.venv/$(PYTEST) -n 2 --dist loadgroup tests/integration tests/e2e tests/sandbox
 
 lint: $(INSTALLED)  ## Check style (ruff, hadolint) and types (mypy --strict)
 	.venv/bin/ruff check .

@@ -13,6 +13,7 @@ settings.register_profile("shared machine", deadline=None)  # first calls are sl
 settings.load_profile("shared machine")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep tests on one worker that share servers, or the runs of a file."""
     for item in items:
