@@ -132,5 +132,5 @@ def _report(message: str, *, hint: str | None = None, code: int, want_traceback:
         print(redact(traceback.format_exc()), end="", file=sys.stderr)
     print(f"error: {redact(message)}", file=sys.stderr)
     if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+        print(f"hint: {redact(hint)}", file=sys.stderr)
     return code
