@@ -9,8 +9,9 @@ from weighted_mtp_core.cli.run_arguments import add_run_arguments
 from weighted_mtp_core.errors import EXIT_DONE
 
 _DESCRIPTION = """\
-Write `report.html` into a run's folder and print its path: the run's story, its curves, its heads and
-its critic on one page that needs no network."""
+Write `report.html` into a run's folder and print its path: the run's story, its curves, its heads, its
+critic and its tokens on one page that needs no network. A run writes it at its end; this writes it anew, or for
+a run that did not get there."""
 _EPILOG = """\
 examples:
   report 20261123-140924

@@ -23,7 +23,7 @@ class Series:
 
 
 @frozen(kw_only=True)
-class _Frame:
+class Frame:
     """Where values lie within a drawing, in its own units."""
 
     x: tuple[float, float]
@@ -54,13 +54,13 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str = "step") -
         return Markup()
     ticks = nice_ticks(min(y for _, y in finite), max(y for _, y in finite))
     x_low, x_high = min(x for x, _ in finite), max(x for x, _ in finite)
-    frame = _Frame(
+    frame = Frame(
         x=(x_low, x_high if x_high > x_low else x_low + 1),
         y=(ticks[0], ticks[-1]),
         ticks=ticks,
         right=72.0 if len(series) > 1 else 12.0,
     )
-    parts = [_axes(frame, x_label=x_label)]
+    parts = [axes(frame, x_label=x_label)]
     ends = []
     for number, (label, points) in enumerate(drawn):
         style = f"s{number % 6 + 1}"
@@ -71,12 +71,12 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str = "step") -
             ends.append((frame.at(*last[-1])[1], style, label))
     if len(series) > 1:
         parts += _end_labels(frame, ends)
-    return _drawing(frame, title, parts)
+    return drawing(frame, title, parts)
 
 
 def bar_chart(bars: Sequence[tuple[str, float]], *, title: str) -> Markup:
     """Draw shares from 0 to 1 as labelled bars."""
-    frame = _Frame(x=(0, 1), y=(0, 1), height=26.0 * len(bars) + 12, left=92, top=6, bottom=6, right=60)
+    frame = Frame(x=(0, 1), y=(0, 1), height=26.0 * len(bars) + 12, left=92, top=6, bottom=6, right=60)
     parts: list[Markup] = []
     for number, (label, share) in enumerate(bars):
         top = frame.top + 26.0 * number
@@ -92,7 +92,7 @@ def bar_chart(bars: Sequence[tuple[str, float]], *, title: str) -> Markup:
                 start, top, max(end - start, 0), frame.at(1, 0)[0] + 8, top + 12.5, share,
             )
         )  # fmt: skip
-    return _drawing(frame, title, parts)
+    return drawing(frame, title, parts)
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
@@ -114,7 +114,7 @@ def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return [*points[:-1:stride], points[-1]]
 
 
-def _path(frame: _Frame, points: Sequence[tuple[float, float]]) -> str:
+def _path(frame: Frame, points: Sequence[tuple[float, float]]) -> str:
     """Return the line's path; what is not finite is a gap in it."""
     words, pen_down = [], False
     for x, y in points:
@@ -125,7 +125,7 @@ def _path(frame: _Frame, points: Sequence[tuple[float, float]]) -> str:
     return "".join(words)
 
 
-def _dot(frame: _Frame, style: str, x: float, y: float, text: str) -> Markup:
+def _dot(frame: Frame, style: str, x: float, y: float, text: str) -> Markup:
     if not math.isfinite(y):
         return Markup()
     across, down = frame.at(x, y)
@@ -134,7 +134,8 @@ def _dot(frame: _Frame, style: str, x: float, y: float, text: str) -> Markup:
     )
 
 
-def _axes(frame: _Frame, *, x_label: str) -> Markup:
+def axes(frame: Frame, *, x_label: str) -> Markup:
+    """Draw the grid, the numbers at both axes and the name of the lower one."""
     left, right = frame.left, frame.width - frame.right
     base = frame.height - frame.bottom
     parts = []
@@ -160,7 +161,7 @@ def _axes(frame: _Frame, *, x_label: str) -> Markup:
     return Markup().join(parts)
 
 
-def _end_labels(frame: _Frame, ends: Sequence[tuple[float, str, str]]) -> list[Markup]:
+def _end_labels(frame: Frame, ends: Sequence[tuple[float, str, str]]) -> list[Markup]:
     """Write each line's name beside its end, in the order of the ends, 13 units apart or more."""
     labels, free = [], frame.top
     room = frame.height - frame.bottom
@@ -176,7 +177,8 @@ def _end_labels(frame: _Frame, ends: Sequence[tuple[float, str, str]]) -> list[M
     return labels
 
 
-def _drawing(frame: _Frame, title: str, parts: Sequence[Markup]) -> Markup:
+def drawing(frame: Frame, title: str, parts: Sequence[Markup]) -> Markup:
+    """Put parts into one drawing, which says its title to those who cannot see it."""
     return Markup('<svg role="img" aria-label="{}" viewBox="0 0 {:g} {:g}">{}</svg>').format(
         escape(title), frame.width, frame.height, Markup().join(parts)
     )

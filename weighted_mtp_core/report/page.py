@@ -14,6 +14,9 @@ from markupsafe import Markup
 
 from weighted_mtp_core.report.charts import charts_of
 from weighted_mtp_core.report.drawing import bar_chart
+from weighted_mtp_core.report.look import Look, load_look
+from weighted_mtp_core.report.reliability import reliability_chart
+from weighted_mtp_core.report.shading import shade
 from weighted_mtp_core.report.story import Story, read_story
 from weighted_mtp_core.storage.manifest import atomic_write
 
@@ -38,7 +41,7 @@ def write_report(run: Path) -> Path:
     environment.filters["number"] = _number
     template = environment.get_template("report.html.j2")
     path = run / FILE
-    atomic_write(path, template.render(_contents(story)))
+    atomic_write(path, template.render(_contents(story, load_look(run))))
     return path
 
 
@@ -60,7 +63,7 @@ class _StageCharts:
     others: Sequence[Any]
 
 
-def _contents(story: Story) -> dict[str, Any]:
+def _contents(story: Story, look: Look | None) -> dict[str, Any]:
     """Return what the template shows."""
     return {
         "name": story.run["name"],
@@ -78,6 +81,8 @@ def _contents(story: Story) -> dict[str, Any]:
         "heads": _heads(story),
         "acceptance": _acceptance(story),
         "critic": _critic(story),
+        "reliability": reliability_chart(look.reliability) if look and look.reliability else Markup(),
+        "shaded": shade(look) if look else None,
     }
 
 

@@ -16,6 +16,9 @@ from weighted_mtp_core.data.batches import Rows, Sampler, pairs, pointwise
 from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.recipe.schema import CriticTable, TrainTable
+from weighted_mtp_core.report.look import save_look
+from weighted_mtp_core.report.measure import look_at_tokens
+from weighted_mtp_core.report.page import write_report
 from weighted_mtp_core.stages.checkpoint import load_component, load_model, save_component, save_model
 from weighted_mtp_core.stages.checkpoints import Checkpoints
 from weighted_mtp_core.stages.critic import CriticLearner, CriticReport
@@ -72,8 +75,9 @@ def run_plan(plan: Plan, *, resume: str | None = None, allow_change: Sequence[st
         )
         prepared = stages.prepare(allow_change)
         critic, report = stages.critic(prepared)
-        trained = stages.policy(prepared, critic)
+        trained, learner = stages.policy(prepared, critic)
         evaluation = stages.evaluate(prepared)
+        stages.show(prepared, learner, critic, report)
         rows = _summary(record, report, trained, evaluation)
         record.report(rows)
         display.summary(rows)
@@ -157,7 +161,7 @@ class _Stages:
         self._judge_critic(report, table, chosen)
         return critic, report
 
-    def policy(self, prepared: Prepared, critic: Critic | None) -> Trained:
+    def policy(self, prepared: Prepared, critic: Critic | None) -> tuple[Trained, PolicyLearner]:
         """Stage 2: weighted multi-token training."""
         recipe, chosen = self.plan.recipe, self.plan.weighting
         with self.world.first_goes_ahead():
@@ -192,7 +196,7 @@ class _Stages:
         self._shard(decoder_layers(prepared.policy))  # now: critic and weighting have made their copies
         trained = self._train(learner, recipe.train, batches)
         self.record.artifact(best, "checkpoints")
-        return trained
+        return trained, learner
 
     def evaluate(self, prepared: Prepared) -> Evaluation:
         """Stage 3: the best policy on held-out problems."""
@@ -208,6 +212,19 @@ class _Stages:
         for file in evaluation.files:
             self.record.artifact(file, "evaluation")
         return evaluation
+
+    def show(
+        self, prepared: Prepared, learner: PolicyLearner, critic: Critic | None, report: CriticReport | None
+    ) -> None:
+        """After stage 3: the page that shows the run."""
+        if not self.world.first and not self.plan.recipe.model.shard:
+            return
+        reliability = () if report is None else report.reliability
+        look = look_at_tokens(prepared, learner, critic=critic, reliability=reliability)
+        if self.world.first:
+            folder = self.record.folder.path
+            self.record.artifact(save_look(look, folder), "")
+            self.record.artifact(write_report(folder), "")
 
     def _shard(self, blocks: Sequence[nn.Module]) -> None:
         if self.plan.recipe.model.shard and not self.world.alone:

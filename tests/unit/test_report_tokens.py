@@ -1,0 +1,190 @@
+"""The tokens on a run's page carry the weights, values and losses that training would have used."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import ByteLevelBPETokenizer
+from transformers import PreTrainedTokenizerFast
+from weighted_mtp_core.data.tokens import TokenSet
+from weighted_mtp_core.report.look import Look, ProblemLook, Solution, Token, load_look, save_look
+from weighted_mtp_core.report.measure import changes, choose_problems, token_texts
+from weighted_mtp_core.report.shading import shade
+from weighted_mtp_core.stages.finished import plan_of, prepare_finished
+
+PLUGIN = """
+    from attrs import frozen
+    from weighted_mtp_core.api import Component, Critic, Scores, Signal, WeightingStrategy, Weights, hookimpl
+
+    @frozen(kw_only=True)
+    class Options:
+        pass
+
+    class ByReward(WeightingStrategy):
+        def weigh(self, view):
+            assert view.value_BT is not None
+            return Weights(weight=(1 + view.reward_BT) * view.response_BT)
+
+    class Rising(Critic):
+        reads_policy = False
+
+        def score(self, batch, hidden_BTH):
+            place_BT = (batch.document_BT >= 0).cumsum(dim=1)
+            return Scores(value_BT=place_BT / 1024)
+
+    @hookimpl
+    def wmtp_weighting_strategies():
+        needs = frozenset({Signal.VALUE, Signal.REWARD})
+        yield Component(
+            name="by_reward", summary="1 + R.", options=Options, build=lambda o, c: ByReward(), needs=needs
+        )
+
+    @hookimpl
+    def wmtp_critics():
+        yield Component(name="rising", summary="Rises.", options=Options, build=lambda o, c: Rising(),
+                        provides=frozenset({Signal.VALUE}))
+"""
+
+
+@pytest.fixture
+def run(wmtp_tiny_run, install_plugin):
+    install_plugin("shown", PLUGIN)
+    return wmtp_tiny_run(
+        {
+            "weighting": {"use": "shown.by_reward"},
+            "critic": {"use": "shown.rising", "allow_uninformative_critic": True, "train": {}},
+        }
+    ).folder
+
+
+def test_a_run_keeps_what_its_page_shows_of_tokens(run):
+    look = load_look(run)
+    prepared = prepare_finished(run, plan_of(run), say=lambda _: None)
+
+    assert (run / "report.html").is_file()
+    for problem in look.problems:
+        right, wrong = problem.solutions
+        assert (right.reward, wrong.reward) == (1.0, 0.0)
+        assert {token.weight for token in right.tokens} == {2.0}
+        assert {token.weight for token in wrong.tokens} == {1.0}
+        for solution in problem.solutions:
+            check_solution(prepared, problem.prompt, solution)
+
+
+def check_solution(prepared, prompt, solution):
+    """Compare with the definition: one forward pass over the text, a token at a time."""
+    tokenizer, policy = prepared.tokenizer, prepared.policy
+    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    response = "".join(token.text for token in solution.tokens).removesuffix(tokenizer.eos_token)
+    ids = [*before, *tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    assert len(ids) == len(before) + len(solution.tokens)
+    policy.eval()
+    with torch.no_grad():
+        hidden_BTH = policy.trunk_states(torch.tensor([ids]))
+        expected_KTV = [policy.logits(k, hidden_BTH)[0].log_softmax(-1) for k in (1, 2)]
+    for t, token in enumerate(solution.tokens, start=len(before)):
+        for k, found in enumerate(token.loss_K, start=1):
+            assert found == pytest.approx(-float(expected_KTV[k - 1][t - k, ids[t]]), rel=1e-3, abs=1e-5)
+        assert token.value == pytest.approx((t + 1) / 1024, rel=1e-4)
+        rise = 1 / 1024 if t + 1 < len(ids) else solution.reward - t / 1024
+        assert token.change == pytest.approx(rise, rel=1e-3)
+
+
+@given(st.lists(st.floats(0, 1), min_size=3, max_size=20), st.integers(1, 19), st.floats(0, 1))
+def test_td_errors_add_up_to_the_reward_less_the_value_of_the_prompt(values, prompt, reward):
+    prompt = min(prompt, len(values) - 1)
+    places = np.arange(prompt, len(values))
+
+    found = changes(np.array(values), places, reward)
+
+    assert np.isnan(found[:prompt]).all()
+    assert found[prompt:].sum() == pytest.approx(reward - values[prompt - 1])
+    assert found[prompt:-1] == pytest.approx(np.diff(values)[prompt - 1 : -1])
+
+
+def test_the_first_token_of_a_text_without_prompt_has_no_td_error():
+    found = changes(np.array([0.5, 0.25]), np.array([0, 1]), 1.0)
+
+    assert math.isnan(found[0])
+    assert found[1] == 0.5
+
+
+def token_set(problems, rewards):
+    count = len(problems)
+    return TokenSet(
+        ids_N=np.zeros(count, dtype=np.uint16),
+        start_D1=np.arange(count + 1),
+        prompt_D=np.zeros(count, dtype=np.int32),
+        reward_D=np.array(rewards, dtype=np.float32),
+        problem_D=np.array(problems),
+        example_ids=[str(d) for d in range(count)],
+    )
+
+
+def test_problems_with_a_right_and_a_wrong_response_come_first_the_right_one_first():
+    tokens = token_set([0, 1, 1, 1, 0, 2, 2], [1, 0, 0, 1, 1, 0, 1])
+
+    assert choose_problems(tokens, at_most=9) == [(3, 1), (6, 5), (0,)]
+    assert choose_problems(tokens, at_most=1) == [(3, 1)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Bytes and a few merges: most characters beyond ASCII take several tokens."""
+    bytes_and_merges = ByteLevelBPETokenizer()
+    bytes_and_merges.train_from_iterator(["def f(x):\n    return x + 1\n" * 20], vocab_size=290)
+    return PreTrainedTokenizerFast(tokenizer_object=bytes_and_merges._tokenizer)
+
+
+@given(st.text(max_size=40))
+def test_texts_of_tokens_add_up_to_the_text(tokenizer, text):
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    texts = token_texts(tokenizer, ids)
+
+    assert len(texts) == len(ids)
+    assert "".join(texts) == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def test_a_character_of_several_tokens_belongs_to_the_last_of_them(tokenizer):
+    assert token_texts(tokenizer, tokenizer("xπy")["input_ids"]) == ["x", "", "π", "y"]
+
+
+def token(**known):
+    return Token(**{"text": "x", "weight": 1.0, "loss_K": (0.5,), **known})
+
+
+def look_of(*tokens):
+    return Look(
+        step=1,
+        rows=1,
+        problems=(ProblemLook(prompt="p", solutions=(Solution(name="s", reward=1.0, tokens=tokens),)),),
+    )
+
+
+def test_what_is_saved_is_what_is_read(tmp_path):
+    look = look_of(
+        token(weight=None, loss_K=(None, 0.25)), token(value=0.5, change=-0.125, weight_K=(1.0, None))
+    )
+    save_look(look, tmp_path)
+
+    assert load_look(tmp_path) == look
+
+
+def test_without_a_critic_there_is_no_switch_for_values():
+    assert [each.key for each in shade(look_of(token())).quantities] == ["weight", "loss1"]
+
+
+def test_shades_are_shares_of_the_largest_and_falls_are_told_from_rises_by_a_mark():
+    look = look_of(token(weight=2.0, value=0.5, change=0.25), token(weight=0.5, value=0.25, change=-0.5))
+    (problem,) = shade(look).problems
+    first, second = problem.solutions[0].tokens
+
+    assert "--weight:1.00" in first.style
+    assert "--weight:0.25" in second.style
+    assert "--change:0.50" in first.style
+    assert (first.marks, second.marks) == ("up", "down")
+    assert "TD error -0.500" in second.numbers

@@ -1,0 +1,200 @@
+"""Weight, value, TD error and losses of each token of some validation responses, right beside wrong ones.
+
+Shape letters: D documents, B rows, T positions, K heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import asdict, evolve, frozen
+from numpy.typing import NDArray
+from torch import Tensor
+
+from weighted_mtp_core.api import Batch, Critic
+from weighted_mtp_core.data.batches import split_rows
+from weighted_mtp_core.data.tokens import TokenSet
+from weighted_mtp_core.model.loss import token_losses
+from weighted_mtp_core.model.targets import align_labels, align_weights, gather_by_target, target_mask
+from weighted_mtp_core.report.look import Look, ProblemLook, Reliability, Solution, Token
+from weighted_mtp_core.stages.critic import ReliabilityBin
+from weighted_mtp_core.stages.policy import PolicyLearner
+from weighted_mtp_core.stages.prepare import Prepared
+from weighted_mtp_core.stages.world import ALONE
+
+_WEIGHED = 16  # problems in the batch that is weighed: a weighting may compare its responses
+_SHOWN = 6  # problems on the page
+_LONGEST = 800  # tokens of a response on the page
+
+
+@torch.no_grad()
+def look_at_tokens(
+    prepared: Prepared,
+    learner: PolicyLearner,
+    *,
+    critic: Critic | None,
+    reliability: Sequence[ReliabilityBin] = (),
+) -> Look:
+    """Weigh some validation responses as one batch, and measure the tokens of the first of them.
+
+    Args:
+        prepared: Data, tokenizer and policy, whose parameters are the best ones.
+        learner: Stage 2, with the weighting as it was at its end.
+        critic: Scores any batch, not only those of stage 2.
+        reliability: What is known of the critic's values.
+    """
+    labelled = len(prepared.source.examples("validation")) > 0
+    tokens = prepared.critic_tokens("validation") if labelled else prepared.policy_tokens("validation")
+    problems = choose_problems(tokens, at_most=_WEIGHED)
+    batch = prepared.batch(tokens, np.array([row for rows in problems for row in rows]))
+    learner = evolve(learner, arm=evolve(learner.arm, critic=critic), world=ALONE)
+    weights = learner.weigh(batch, step=learner.steps)
+    prepared.policy.eval()
+    rows = iter(zip(split_rows(batch, len(batch.ids_BT)), torch.split(weights.weight, 1), strict=True))
+    shown = []
+    for numbers in problems[:_SHOWN]:
+        seen = [
+            _Row.measure(prepared, part, weight, critic) for _ in numbers for part, weight in [next(rows)]
+        ]
+        solutions = tuple(each.solution(prepared.tokenizer) for each in seen)
+        shown.append(ProblemLook(prompt=seen[0].prompt(prepared.tokenizer), solutions=solutions))
+    prepared.policy.train()
+    return Look(
+        step=learner.steps,
+        rows=len(batch.ids_BT),
+        problems=tuple(shown),
+        reliability=tuple(Reliability(**asdict(each)) for each in reliability),
+    )
+
+
+def choose_problems(tokens: TokenSet, *, at_most: int) -> list[tuple[int, ...]]:
+    """Return, for each problem, its first right and its first wrong response; problems with both go first."""
+    right_D = tokens.reward_D >= 0.5
+    firsts: dict[int, list[int]] = {}
+    for correct_D in (right_D, ~right_D):
+        rows = np.flatnonzero(correct_D)
+        _, first = np.unique(tokens.problem_D[rows], return_index=True)
+        for row in rows[np.sort(first)]:
+            firsts.setdefault(int(tokens.problem_D[row]), []).append(int(row))
+    return [
+        tuple(rows) for rows in sorted(firsts.values(), key=lambda rows: (-len(rows), min(rows)))[:at_most]
+    ]
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Return what each token adds to the text; all together are the decoded text.
+
+    A token that ends within a character adds nothing, and the token that completes it adds all of it.
+    """
+    texts, start, known = [], 0, ""
+    for end in range(1, len(ids) + 1):
+        text = _decode(tokenizer, ids[start:end])
+        if text.endswith("\ufffd") and end < len(ids):
+            texts.append("")
+            continue
+        texts.append(text[len(known) :])
+        start = end - 1  # one token of context: decoders drop a space at the very beginning
+        known = _decode(tokenizer, ids[start:end])
+        if known.endswith("\ufffd"):  # no whole character of its own, so it cannot be context
+            start, known = end, ""
+    return texts
+
+
+def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    text: str = tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+    return text
+
+
+@frozen(kw_only=True, eq=False)
+class _Row:
+    """One document, `[1, T]`, and what was measured of it by the token itself; NaN where there is nothing."""
+
+    batch: Batch
+    weight_TK: NDArray[np.float64]
+    per_head: bool
+    loss_TK: NDArray[np.float64]
+    value_T: NDArray[np.float64]
+
+    @classmethod
+    def measure(cls, prepared: Prepared, batch: Batch, weight: Tensor, critic: Critic | None) -> _Row:
+        """Measure a batch of one row; the weight is that of the row, `[1, T]` or `[1, T, K]`."""
+        policy = prepared.policy
+        labels_BTK = align_labels(
+            batch.ids_BT,
+            document_BT=batch.document_BT,
+            response_BT=batch.response_BT,
+            n_future=policy.n_future,
+        )
+        target_BTK = target_mask(labels_BTK)
+        with prepared.autocast():
+            hidden_BTH = policy.trunk_states(batch.ids_BT, position_BT=batch.position_BT)
+            loss_BTK = token_losses(policy, hidden_BTH, labels_BTK, position_BT=batch.position_BT)
+        value_BT = None
+        if critic is not None:
+            value_BT = critic.score(batch, hidden_BTH.float() if critic.reads_policy else None).value_BT
+        return cls(
+            batch=batch,
+            weight_TK=_by_target(align_weights(weight, target_BTK), target_BTK),
+            per_head=weight.ndim == 3,
+            loss_TK=_by_target(loss_BTK, target_BTK),
+            value_T=np.full(batch.ids_BT.shape[1], np.nan) if value_BT is None else _array(value_BT[0]),
+        )
+
+    def prompt(self, tokenizer: Any) -> str:
+        """Return the text before the response."""
+        ids_T, response_T = self.batch.ids_BT[0], self.batch.response_BT[0]
+        return _decode(tokenizer, ids_T[: int(response_T.int().argmax())].tolist())
+
+    def solution(self, tokenizer: Any) -> Solution:
+        """Return the response, token by token."""
+        places = np.flatnonzero(self.batch.response_BT[0].cpu().numpy())
+        reward = float(self.batch.reward_BT[0, int(places[-1])])
+        change_T = changes(self.value_T, places, reward)
+        texts = token_texts(tokenizer, self.batch.ids_BT[0].cpu()[places].tolist())
+        tokens = tuple(
+            Token(
+                text=text,
+                weight=_plain(np.nan if np.isnan(self.weight_TK[t]).all() else np.nanmean(self.weight_TK[t])),
+                weight_K=tuple(map(_plain, self.weight_TK[t])) if self.per_head else (),
+                loss_K=tuple(map(_plain, self.loss_TK[t])),
+                value=_plain(self.value_T[t]),
+                change=_plain(change_T[t]),
+            )
+            for t, text in list(zip(places, texts, strict=True))[:_LONGEST]
+        )
+        name = self.batch.example_ids[0]
+        return Solution(name=name, reward=reward, tokens=tokens, more=len(places) - len(tokens))
+
+
+def changes(value_T: NDArray[np.float64], places: NDArray[np.int64], reward: float) -> NDArray[np.float64]:
+    """Return the TD error of each response token with gamma = 1, NaN elsewhere.
+
+    Args:
+        value_T: V_t, the value of the prefix that ends at token t.
+        places: The response's tokens.
+        reward: R, paid with the last of them; V is 0 after it.
+    """
+    change_T = np.full_like(value_T, np.nan)
+    before = np.where(places > 0, value_T[places - 1], np.nan)
+    after = value_T[places].copy()
+    after[-1] = reward
+    change_T[places] = after - before
+    return change_T
+
+
+def _by_target(x_BTK: Tensor, target_BTK: Tensor) -> NDArray[np.float64]:
+    """Return what the pairs of the one row hold, `[T, K]` by their target, NaN where there is no pair."""
+    found_BTK = gather_by_target(torch.ones_like(x_BTK), target_BTK) > 0
+    return np.where(_array(found_BTK[0]) > 0, _array(gather_by_target(x_BTK, target_BTK)[0]), np.nan)
+
+
+def _array(x: Tensor) -> NDArray[np.float64]:
+    return x.double().cpu().numpy()
+
+
+def _plain(value: float) -> float | None:
+    """Return a number as the file keeps it: five digits, None for NaN."""
+    return None if np.isnan(value) else float(f"{value:.5g}")
