@@ -10,12 +10,12 @@ from weighted_mtp_core.errors import EXIT_DONE
 
 _DESCRIPTION = """\
 Write `report.html` into a run's folder and print its path: the run's story, its curves, its heads, its
-critic and its tokens on one page that needs no network. A run writes it at its end; this writes it anew, or for
-a run that did not get there."""
+critic and its tokens on one page that needs no network. A run writes it at its end; this writes it anew,
+or for a run that did not get there."""
 _EPILOG = """\
 examples:
   report 20261123-140924
-  report storage/runs/weighted_mtp/baseline_mtp/baseline/20261123-140924-0b4a16"""
+  report storage/runs/weighted_mtp/my_plugin/my_run/20261123-140924-0b4a16"""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
