@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import time
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,13 +38,46 @@ class Browser:
         os.close(writes)
         target = self._do("Target.createTarget", url="about:blank")["targetId"]
         self._session = self._do("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.complaints: list[dict[str, Any]] = []
+        self.requests: list[str] = []
+        for domain in ("Runtime", "Log", "Network"):
+            self._do(f"{domain}.enable", session=self._session)
 
-    def open(self, url: str, *, login: str) -> None:
-        """Go to a page as somebody who gave `user:password` to the browser."""
-        headers = {"Authorization": f"Basic {b64encode(login.encode()).decode()}"}
-        self._do("Network.enable", session=self._session)
-        self._do("Network.setExtraHTTPHeaders", session=self._session, headers=headers)
+    def open(self, url: str, *, login: str | None = None) -> None:
+        """Go to a page, if need be as somebody who gave `user:password` to the browser."""
+        if login is not None:
+            headers = {"Authorization": f"Basic {b64encode(login.encode()).decode()}"}
+            self._do("Network.setExtraHTTPHeaders", session=self._session, headers=headers)
         self._do("Page.navigate", session=self._session, url=url)
+
+    def prefer(self, scheme: str) -> None:
+        """Become somebody who likes `light` or `dark`."""
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        self._do("Emulation.setEmulatedMedia", session=self._session, features=[feature])
+
+    def tell(self, expression: str) -> Any:
+        """Return what a JavaScript expression is in the page."""
+        found = self._do("Runtime.evaluate", session=self._session, expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def point(self, x: float, y: float, *, click: bool = False) -> None:
+        """Move the mouse somewhere in the window, and click there."""
+        for kind in ("mouseMoved", "mousePressed", "mouseReleased")[: 3 if click else 1]:
+            self._do(
+                "Input.dispatchMouseEvent",
+                session=self._session,
+                type=kind,
+                x=x,
+                y=y,
+                button="left" if kind != "mouseMoved" else "none",
+                clickCount=int(kind != "mouseMoved"),
+            )
+
+    def picture(self, path: Path) -> None:
+        """Keep what the window shows as PNG."""
+        found = self._do("Page.captureScreenshot", session=self._session, format="png")
+        path.write_bytes(b64decode(found["data"]))
 
     def shown(self, words: tuple[str, ...], *, seconds: float = 60) -> str:
         """Wait until the page shows all words; return what it shows in any case."""
@@ -66,6 +99,20 @@ class Browser:
             answer = self._read()
             if answer.get("id") == self._number:
                 return dict(answer["result"])
+            self._note(answer)
+
+    def _note(self, event: dict[str, Any]) -> None:
+        """Keep what the page fetches, and what goes wrong in it."""
+        params = event.get("params", {})
+        if event.get("method") == "Network.requestWillBeSent":
+            self.requests.append(params["request"]["url"])
+        wrong = {
+            "Runtime.exceptionThrown": True,
+            "Runtime.consoleAPICalled": params.get("type") in {"error", "warning", "assert"},
+            "Log.entryAdded": params.get("entry", {}).get("level") in {"error", "warning"},
+        }
+        if wrong.get(str(event.get("method"))):
+            self.complaints.append(event)
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._rest:

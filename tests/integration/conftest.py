@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+import browser as browsers
 import recording
 import stack as servers
 from weighted_mtp_core.tracking.recorder import Recorder
@@ -108,3 +109,18 @@ def start(stack: servers.Stack) -> Callable[..., "subprocess.Popen[str]"]:
 def wmtp(start: Callable[..., "subprocess.Popen[str]"]) -> Callable[..., "subprocess.Popen[str]"]:
     """Start `python -m weighted_mtp_core ...`."""
     return partial(start, "-m", "weighted_mtp_core")
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[browsers.Browser]:
+    """A browser, installed if it can be, skipped loudly if not."""
+    if browsers.find() is None:
+        servers.install("chromium")
+    program = browsers.find()
+    if program is None:
+        reason = "NO BROWSER: chromium is not installed. On Debian: apt-get install chromium"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with browsers.Browser(program, tmp_path / "browser") as browser:
+        yield browser

@@ -1,11 +1,9 @@
 """The whole recipe `verifiable` on every kind of store: MLflow's client reads back what the run recorded."""
 
 import hashlib
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import browser as browsers
 import pytest
 import stack as servers
 from attrs import frozen
@@ -117,20 +115,6 @@ def walk(client, run_id, folder=None):
             yield from walk(client, run_id, each.path)
         else:
             yield each.path
-
-
-@pytest.fixture
-def browser(tmp_path):
-    if browsers.find() is None:
-        servers.install("chromium")
-    program = browsers.find()
-    if program is None:
-        reason = "NO BROWSER: chromium is not installed. On Debian: apt-get install chromium"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    with browsers.Browser(program, tmp_path / "browser") as browser:
-        yield browser
 
 
 def test_the_page_of_the_run_shows_its_metrics_in_a_browser(stack, runs, stored, browser):

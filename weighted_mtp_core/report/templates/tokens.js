@@ -3,7 +3,7 @@ shaded.addEventListener("change", ({ target }) => {
   shaded.dataset.quantity = target.value;
   for (const legend of shaded.querySelectorAll(".legend")) legend.hidden = legend.dataset.for !== target.value;
 });
-shaded.addEventListener("pointerover", ({ target }) => {
+document.addEventListener("pointerover", ({ target }) => {
   const token = target.closest(".t");
   numbers.hidden = !token;
   if (!token) return;

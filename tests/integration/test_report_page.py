@@ -1,0 +1,172 @@
+"""The page that shows a run, in a real browser: it renders, switches, fetches and complains of nothing."""
+
+import pytest
+from weighted_mtp_core.report.look import Look, ProblemLook, Reliability, Solution, Token, save_look
+from weighted_mtp_core.report.page import write_report
+from weighted_mtp_core.tracking.journal import Journal
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """A page of its own folder needs no tracking stack, which these tests have elsewhere."""
+
+
+def solution(name, reward, text, numbers):
+    words = text.split("|")
+    tokens = tuple(
+        Token(text=word, weight=weight, loss_K=(loss, 2 * loss), value=value, change=change)
+        for word, (weight, value, change, loss) in zip(words, numbers, strict=True)
+    )
+    return Solution(name=name, reward=reward, tokens=tokens)
+
+
+RIGHT = solution(
+    "p1/right",
+    1.0,
+    "    return| a| +| b|\n",
+    [
+        (0.5, 0.5, 0.0, 0.1),
+        (1.0, 0.5, 0.0, 0.2),
+        (2.0, 0.9, 0.4, 1.5),
+        (1.0, 0.8, -0.1, 0.1),
+        (1.5, 0.9, 0.1, 0.1),
+    ],
+)
+WRONG = solution(
+    "p1/wrong",
+    0.0,
+    "    return| a| -| b|\n",
+    [
+        (0.5, 0.5, 0.0, 0.1),
+        (1.0, 0.5, 0.0, 0.2),
+        (0.1, 0.1, -0.4, 2.5),
+        (0.5, 0.1, 0.0, 0.1),
+        (0.5, 0.1, -0.1, 0.1),
+    ],
+)
+LOOK = Look(
+    step=20,
+    rows=2,
+    problems=(ProblemLook(prompt="def add(a, b):\n", solutions=(RIGHT, WRONG)),),
+    reliability=(Reliability(count=9, value=0.2, reward=0.1, low=0.02, high=0.4),),
+)
+
+
+@pytest.fixture
+def page(tmp_path, browser):
+    """The browser with the page of a small run open; a test ends with nothing fetched and no complaint."""
+    run = tmp_path / "run"
+    run.mkdir()
+    journal = Journal(run / "metrics.jsonl")
+    journal.append("run", {"run_id": "1", "name": "small one", "experiment": "weighted_mtp/example"})
+    for step in range(0, 30, 10):
+        metrics = {"train_loss": 3 / (step + 1), "validation_ce_head_1": 2.0, "validation_ce_head_2": 3.0}
+        journal.append("metrics", {"stage": "policy", "step": step, "metrics": metrics})
+    critic = {f"critic_{name}": 0.7 for name in ("auc", "auc_low", "auc_high", "value_bce", "constant_bce")}
+    journal.append(
+        "metrics", {"stage": "critic", "step": 10, "metrics": critic | {"critic_value_margin": 0.2}}
+    )
+    journal.close()
+    save_look(LOOK, run)
+    url = write_report(run).as_uri()
+    browser.open(url)
+    assert "small one" in browser.shown(("small one", "p1/wrong"), seconds=20)
+    yield browser
+    assert [each for each in browser.requests if not each.startswith("data:")] == [url]
+    assert browser.complaints == []
+
+
+def middle(page, selector):
+    box = page.tell(
+        f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])"
+        f"(document.querySelector({selector!r}).getBoundingClientRect())"
+    )
+    return tuple(box)
+
+
+def test_curves_and_tokens_are_seen(page):
+    shown = page.shown(())
+
+    assert {"✓ correct p1/right, reward 1", "✗ incorrect p1/wrong, reward 0"} <= set(shown.splitlines())
+    assert page.tell(
+        "[...document.querySelectorAll('svg')].every(e => e.getBoundingClientRect().height > 50)"
+    )
+    assert page.tell("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_the_switch_changes_what_shades_the_tokens(page):
+    shades = []
+    for key in ("weight", "value", "change", "loss1", "loss2"):
+        page.point(*middle(page, f"input[value={key}]"), click=True)
+        shades.append(
+            tuple(
+                page.tell(
+                    "[...document.querySelectorAll('.t')].map(e => getComputedStyle(e).backgroundColor)"
+                )
+            )
+        )
+        legends = page.tell("[...document.querySelectorAll('.legend')].filter(e => e.offsetHeight).length")
+        assert legends == 1
+
+    assert len(set(shades[:4])) == 4
+    assert shades[3] == shades[4]  # head 2 loses twice as much everywhere: the same shares of its largest
+    assert all(len(set(each)) >= 3 for each in shades)
+
+
+def test_a_token_shows_its_numbers_when_pointed_at(page):
+    page.tell("document.querySelectorAll('.t')[2].scrollIntoView({block: 'center'})")
+    assert page.tell("document.getElementById('numbers').hidden")
+
+    page.tell("document.querySelectorAll('.t')[2].id = 'plus'")
+    page.point(*middle(page, "#plus"))
+
+    numbers = page.tell("document.getElementById('numbers').innerText")
+    assert "weight    2.000" in numbers
+    assert "TD error +0.400" in numbers
+    assert page.tell("document.getElementById('numbers').offsetHeight") > 20
+    page.point(1, 1)
+    assert page.tell("document.getElementById('numbers').hidden")
+
+
+def test_rises_and_falls_are_told_apart_without_colour(page):
+    page.point(*middle(page, "input[value=change]"), click=True)
+
+    up, down = page.tell(
+        "['.up', '.down'].map(e => getComputedStyle(document.querySelector(e)).textDecorationStyle)"
+    )
+    assert (up, down) == ("solid", "dashed")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read_in_light_and_in_dark(page, scheme):
+    page.prefer(scheme)
+
+    for key in ("weight", "change", "loss1"):
+        page.point(*middle(page, f"input[value={key}]"), click=True)
+        assert page.tell(LEAST_CONTRAST) >= 4.5, key
+
+
+# The least contrast (WCAG 2.1) between a text and what lies behind it, over all texts of the page.
+LEAST_CONTRAST = """(() => {
+  const parse = text => { const [r, g, b, a = 1] = text.match(/[\\d.]+/g).map(Number); return [r, g, b, a]; };
+  const over = (top, below) => below.map((each, i) => i < 3 ? top[i] * top[3] + each * (1 - top[3]) : 1);
+  const light = colour => colour.slice(0, 3)
+    .map(each => each / 255).map(each => each <= 0.04045 ? each / 12.92 : ((each + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, each, i) => sum + each * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = element => {
+    const layers = [];
+    for (let each = element; each; each = each.parentElement)
+      layers.unshift(parse(getComputedStyle(each).backgroundColor));
+    return layers.reduce((below, top) => over(top, below), [255, 255, 255, 1]);
+  };
+  const contrasts = [...document.querySelectorAll("body *")]
+    .filter(each => each.checkVisibility() && !["SCRIPT", "STYLE", "title"].includes(each.tagName))
+    .filter(each => [...each.childNodes].some(child => child.nodeType === 3 && child.data.trim()))
+    .map(each => {
+      const style = getComputedStyle(each), back = behind(each);
+      const ink = light(over(parse(each.closest("svg") ? style.fill : style.color), back));
+      const [low, high] = [ink, light(back)].sort((a, b) => a - b);
+      return (high + 0.05) / (low + 0.05);
+    });
+  return Math.min(...contrasts);
+})()"""
