@@ -178,13 +178,22 @@ def test_without_a_critic_there_is_no_switch_for_values():
     assert [each.key for each in shade(look_of(token())).quantities] == ["weight", "loss1"]
 
 
-def test_shades_are_shares_of_the_largest_and_falls_are_told_from_rises_by_a_mark():
-    look = look_of(token(weight=2.0, value=0.5, change=0.25), token(weight=0.5, value=0.25, change=-0.5))
-    (problem,) = shade(look).problems
+def test_shades_are_shares_of_the_largest():
+    (problem,) = shade(look_of(token(weight=2.0, value=0.5), token(weight=0.5, value=0.25))).problems
     first, second = problem.solutions[0].tokens
 
-    assert "--weight:1.00" in first.style
-    assert "--weight:0.25" in second.style
-    assert "--change:0.50" in first.style
-    assert (first.marks, second.marks) == ("up", "down")
-    assert "TD error -0.500" in second.numbers
+    assert first.style == "--weight:1.00;--value:0.50;--loss1:1.00"
+    assert second.style == "--weight:0.25;--value:0.25;--loss1:1.00"
+
+
+def test_falls_are_told_from_rises_by_a_mark_and_the_reward_at_the_end_does_not_pale_them():
+    moves = [0.0] * 7 + [0.25, -0.125, 0.25, -0.75]
+    (problem,) = shade(look_of(*(token(change=move) for move in moves))).problems
+    up, down, _, last = problem.solutions[0].tokens[-4:]
+
+    assert "--change:1.00" in up.style
+    assert "--change:0.50" in down.style
+    assert "--change:1.00" in last.style
+    assert [each.marks for each in (up, down, last)] == ["up", "down", "down"]
+    assert problem.solutions[0].tokens[0].marks == ""
+    assert "TD error -0.750" in last.numbers

@@ -8,7 +8,7 @@ from attrs import frozen
 
 from weighted_mtp_core.report.look import Look, Solution, Token
 
-_CLEAR = 0.08  # of the largest TD error: below it a token is not marked as up or down
+_CLEAR = 0.2  # of the TD error that is shaded fully: below it a token is not marked as up or down
 
 
 @frozen(kw_only=True)
@@ -89,8 +89,8 @@ class _Scale:
 
 def shade(look: Look) -> Shaded:
     """Scale every quantity over all tokens that are shown, so that shades can be compared."""
-    tokens = [token for each in look.problems for solution in each.solutions for token in solution.tokens]
-    scales = list(_scales(tokens))
+    solutions = [solution for each in look.problems for solution in each.solutions]
+    scales = list(_scales([token for each in solutions for token in each.tokens]))
     return Shaded(
         quantities=[scale.quantity for scale in scales],
         problems=[
@@ -135,24 +135,29 @@ def _scales(tokens: Sequence[Token]) -> Iterator[_Scale]:
             bottom=low,
             top=high,
         )
-    moves = [abs(token.change) for token in tokens if token.change is not None]
+    yield from _change_scale(tokens)
+    for k in range(max((len(token.loss_K) for token in tokens), default=0)):
+        yield from _loss_scale(tokens, k)
+
+
+def _change_scale(tokens: Sequence[Token]) -> Iterator[_Scale]:
+    """Scale by the 90 % that are smallest: at last tokens, which learn the reward, it is far larger."""
+    moves = sorted(abs(token.change) for token in tokens if token.change is not None)
     if moves:
-        top = max(moves) or 1.0
+        top = moves[int(0.9 * (len(moves) - 1))] or moves[-1] or 1.0
         yield _Scale(
             quantity=Quantity(
                 key="change",
                 title="TD error",
                 note="how the token moved the value; at the last token, reward less value",
-                low="0",
-                high=f"±{top:.3g}",
+                low=f"-{top:.2g} or less",
+                high=f"+{top:.2g} or more",
                 signed=True,
             ),
             read=lambda token: token.change,
             bottom=0.0,
             top=top,
         )
-    for k in range(max((len(token.loss_K) for token in tokens), default=0)):
-        yield from _loss_scale(tokens, k)
 
 
 def _loss_scale(tokens: Sequence[Token], k: int) -> Iterator[_Scale]:
