@@ -46,7 +46,14 @@ WHOLE = (
     metrics("policy", 10, validation_ce_head_1=1.25, validation_ce_head_2=2.125),
     metrics("policy", 20, train_loss=2.0, my_metric=2.0),
     metrics("policy", 20, validation_ce_head_1=1.5, validation_ce_head_2=2.0),
-    metrics("evaluate", 20, test_ce_head_1=1.375, pass_at_1=0.625, acceptance_draft_1=0.875),
+    metrics(
+        "evaluate",
+        20,
+        test_ce_head_1=1.375,
+        pass_at_1=0.625,
+        acceptance_position_2=0.875,
+        verdict_cpu_limit=0.25,
+    ),
     ("status", {"status": "FINISHED"}),
 )
 
@@ -89,11 +96,12 @@ def test_the_loss_that_counts_is_that_of_the_step_that_was_kept(write_journal):
     assert "2 3.500 2.125 –" in shown  # noqa: RUF001 - head 2: its own best came later, nothing was tested
 
 
-def test_pass_rate_acceptance_and_auc_are_shown(write_journal):
+def test_pass_rate_acceptance_verdicts_and_auc_are_shown(write_journal):
     shown = text(page(write_journal(*WHOLE)))
 
     assert "pass at 1 62.5%" in shown
-    assert "draft token 1 87.5%" in shown
+    assert "head 2 87.5%" in shown
+    assert "cpu limit 25.0%" in shown
     assert "0.810 [0.700, 0.900]" in shown
 
 

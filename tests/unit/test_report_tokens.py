@@ -64,7 +64,6 @@ def test_a_run_keeps_what_its_page_shows_of_tokens(run):
     look = load_look(run)
     prepared = prepare_finished(run, plan_of(run), say=lambda _: None)
 
-    assert (run / "report.html").is_file()
     for problem in look.problems:
         right, wrong = problem.solutions
         assert (right.reward, wrong.reward) == (1.0, 0.0)
@@ -72,6 +71,14 @@ def test_a_run_keeps_what_its_page_shows_of_tokens(run):
         assert {token.weight for token in wrong.tokens} == {1.0}
         for solution in problem.solutions:
             check_solution(prepared, problem.prompt, solution)
+
+
+def test_the_page_of_a_run_finds_what_the_stages_measured(run):
+    html = (run / "report.html").read_text()
+
+    titles = ("Drafts that were kept, by head", "Verdicts on what the policy wrote", "Training loss")
+    for title in (*titles, "Held-out loss of each head", "How even the weights are"):
+        assert f'aria-label="{title}"' in html
 
 
 def check_solution(prepared, prompt, solution):

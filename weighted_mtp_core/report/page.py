@@ -80,6 +80,7 @@ def _contents(story: Story, look: Look | None) -> dict[str, Any]:
         "stages": _stages(story),
         "heads": _heads(story),
         "acceptance": _acceptance(story),
+        "verdicts": _verdicts(story),
         "critic": _critic(story),
         "reliability": reliability_chart(look.reliability) if look and look.reliability else Markup(),
         "shaded": shade(look) if look else None,
@@ -162,10 +163,20 @@ def _heads(story: Story) -> list[_Head]:
 
 
 def _acceptance(story: Story) -> Markup:
-    """Draw how often each position of a self-speculative draft was right."""
-    drafts = story.numbered("evaluate", "acceptance_draft_")
-    bars = [(f"draft token {number}", points[-1][1]) for number, points in drafts]
-    return bar_chart(bars, title="Accepted draft tokens by position") if bars else Markup()
+    """Draw how often what each head drafted was kept."""
+    drafts = story.numbered("evaluate", "acceptance_position_")
+    bars = [(f"head {number}", points[-1][1]) for number, points in drafts]
+    return bar_chart(bars, title="Drafts that were kept, by head") if bars else Markup()
+
+
+def _verdicts(story: Story) -> Markup:
+    """Draw how judging what the policy wrote ended."""
+    shares = {
+        name.removeprefix("verdict_").replace("_", " "): points[-1][1]
+        for name, points in story.curves.get("evaluate", {}).items()
+        if name.startswith("verdict_")
+    }
+    return bar_chart(list(shares.items()), title="Verdicts on what the policy wrote") if shares else Markup()
 
 
 def _critic(story: Story) -> dict[str, float | None] | None:

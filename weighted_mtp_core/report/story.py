@@ -49,11 +49,10 @@ class Story:
         return points[-1][1] if points else None
 
     def numbered(self, stage: str, prefix: str) -> list[tuple[int, list[tuple[int, float]]]]:
-        """Return the metrics `<prefix>1`, `<prefix>2`, ... with their numbers."""
-        found: list[tuple[int, list[tuple[int, float]]]] = []
-        while points := self.points(stage, f"{prefix}{len(found) + 1}"):
-            found.append((len(found) + 1, points))
-        return found
+        """Return the metrics `<prefix><number>` with their numbers, in order."""
+        metrics = self.curves.get(stage, {})
+        named = ((name.removeprefix(prefix), name) for name in metrics if name.startswith(prefix))
+        return sorted((int(number), metrics[name]) for number, name in named if number.isdecimal())
 
 
 def read_story(run: Path) -> Story:
