@@ -17,7 +17,9 @@ from weighted_mtp_core.stages.finished import plan_of, prepare_finished
 
 PLUGIN = """
     from attrs import frozen
-    from weighted_mtp_core.api import Component, Critic, Scores, Signal, WeightingStrategy, Weights, hookimpl
+    from weighted_mtp_core.api import (
+        Component, Critic, Scores, Signal, WeightingStrategy, Weights, WmtpError, hookimpl,
+    )
 
     @frozen(kw_only=True)
     class Options:
@@ -27,6 +29,12 @@ PLUGIN = """
         def weigh(self, view):
             assert view.value_BT is not None
             return Weights(weight=(1 + view.reward_BT) * view.response_BT)
+
+    class OnlyItsSteps(WeightingStrategy):
+        def weigh(self, view):
+            if not view.training:
+                raise WmtpError("step <2> was not recorded")
+            return Weights(weight=view.response_BT.float())
 
     class Rising(Critic):
         reads_policy = False
@@ -40,6 +48,10 @@ PLUGIN = """
         needs = frozenset({Signal.VALUE, Signal.REWARD})
         yield Component(
             name="by_reward", summary="1 + R.", options=Options, build=lambda o, c: ByReward(), needs=needs
+        )
+
+        yield Component(
+            name="own", summary="Own steps.", options=Options, build=lambda o, c: OnlyItsSteps()
         )
 
     @hookimpl
@@ -79,6 +91,17 @@ def test_the_page_of_a_run_finds_what_the_stages_measured(run):
     titles = ("Drafts that were kept, by head", "Verdicts on what the policy wrote", "Training loss")
     for title in (*titles, "Held-out loss of each head", "How even the weights are"):
         assert f'aria-label="{title}"' in html
+
+
+def test_a_weighting_that_refuses_other_batches_costs_the_page_its_weights_and_no_run(
+    wmtp_tiny_run, install_plugin
+):
+    install_plugin("shown", PLUGIN)
+    run = wmtp_tiny_run({"weighting": {"use": "shown.own"}}).folder
+
+    assert {token.weight for token in load_look(run).problems[0].solutions[0].tokens} == {None}
+    assert "step &lt;2&gt; was not recorded" in (run / "report.html").read_text()
+    assert "WARNING: the page shows no weights" in (run / "logs" / "training.log").read_text()
 
 
 def check_solution(prepared, prompt, solution):

@@ -71,12 +71,14 @@ class Look:
     Attributes:
         step: Of stage 2 that the weighting was told.
         rows: How many responses were weighed together.
+        unweighed: Why there are no weights; empty if there are.
         problems: What is shown of them.
         reliability: The critic's bins; empty without a critic that gives values.
     """
 
     step: int
     rows: int
+    unweighed: str = ""
     problems: tuple[ProblemLook, ...]
     reliability: tuple[Reliability, ...] = ()
 

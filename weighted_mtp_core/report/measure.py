@@ -17,6 +17,7 @@ from torch import Tensor
 from weighted_mtp_core.api import Batch, Critic
 from weighted_mtp_core.data.batches import split_rows
 from weighted_mtp_core.data.tokens import TokenSet
+from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.model.loss import token_losses
 from weighted_mtp_core.model.targets import align_labels, align_weights, gather_by_target, target_mask
 from weighted_mtp_core.report.look import Look, ProblemLook, Reliability, Solution, Token
@@ -51,9 +52,11 @@ def look_at_tokens(
     problems = choose_problems(tokens, at_most=_WEIGHED)
     batch = prepared.batch(tokens, np.array([row for rows in problems for row in rows]))
     learner = evolve(learner, arm=evolve(learner.arm, critic=critic), world=ALONE)
-    weights = learner.weigh(batch, step=learner.steps)
+    weight_D, unweighed = _weigh(learner, batch)
+    if unweighed:
+        prepared.say(f"WARNING: the page shows no weights: {unweighed}")
     prepared.policy.eval()
-    rows = iter(zip(split_rows(batch, len(batch.ids_BT)), torch.split(weights.weight, 1), strict=True))
+    rows = iter(zip(split_rows(batch, len(batch.ids_BT)), weight_D, strict=True))
     shown = []
     for numbers in problems[:_SHOWN]:
         seen = [
@@ -65,9 +68,21 @@ def look_at_tokens(
     return Look(
         step=learner.steps,
         rows=len(batch.ids_BT),
+        unweighed=unweighed,
         problems=tuple(shown),
         reliability=tuple(Reliability(**asdict(each)) for each in reliability),
     )
+
+
+def _weigh(learner: PolicyLearner, batch: Batch) -> tuple[Sequence[Tensor | None], str]:
+    """Return each row's weights, or None for each and why: some weightings know their own steps only.
+
+    The run has trained and was measured by now; that its page lacks weights must not fail it.
+    """
+    try:
+        return torch.split(learner.weigh(batch, step=learner.steps).weight, 1), ""
+    except RunFailedError as error:
+        return [None] * len(batch.ids_BT), str(error)
 
 
 def choose_problems(tokens: TokenSet, *, at_most: int) -> list[tuple[int, ...]]:
@@ -119,8 +134,8 @@ class _Row:
     value_T: NDArray[np.float64]
 
     @classmethod
-    def measure(cls, prepared: Prepared, batch: Batch, weight: Tensor, critic: Critic | None) -> _Row:
-        """Measure a batch of one row; the weight is that of the row, `[1, T]` or `[1, T, K]`."""
+    def measure(cls, prepared: Prepared, batch: Batch, weight: Tensor | None, critic: Critic | None) -> _Row:
+        """Measure a batch of one row; the weight is that of the row, `[1, T]` or `[1, T, K]`, if known."""
         policy = prepared.policy
         labels_BTK = align_labels(
             batch.ids_BT,
@@ -137,8 +152,12 @@ class _Row:
             value_BT = critic.score(batch, hidden_BTH.float() if critic.reads_policy else None).value_BT
         return cls(
             batch=batch,
-            weight_TK=_by_target(align_weights(weight, target_BTK), target_BTK),
-            per_head=weight.ndim == 3,
+            weight_TK=(
+                np.full(target_BTK.shape[1:], np.nan)
+                if weight is None
+                else _by_target(align_weights(weight, target_BTK), target_BTK)
+            ),
+            per_head=weight is not None and weight.ndim == 3,
             loss_TK=_by_target(loss_BTK, target_BTK),
             value_T=np.full(batch.ids_BT.shape[1], np.nan) if value_BT is None else _array(value_BT[0]),
         )

@@ -67,6 +67,7 @@ class Shaded:
     quantities: Sequence[Quantity]
     problems: Sequence[ShadedProblem]
     rows: int
+    unweighed: str
 
 
 @frozen(kw_only=True)
@@ -100,6 +101,7 @@ def shade(look: Look) -> Shaded:
             for each in look.problems
         ],
         rows=look.rows,
+        unweighed=look.unweighed,
     )
 
 
