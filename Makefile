@@ -14,7 +14,7 @@ PYTEST := bin/python -m pytest $(PYTEST_ARGS)
 WORKERS := -n 2 --dist loadfile
 test test-%: export OMP_NUM_THREADS := 1
 
-.PHONY: help run test test-core test-plugins $(PLUGINS:%=test-%) test-together lint format bench docs clean
+.PHONY: help run test test-core test-plugins $(PLUGINS:%=test-%) test-together test-integration test-e2e lint format bench docs clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -33,10 +33,15 @@ test-plugins: $(PLUGINS:%=test-%)  ## Run each plugin's tests where only core an
 $(PLUGINS:%=test-%): test-%: .venv/only/%/.made
 	.venv/only/$*/$(PYTEST) plugins/$*/tests
 
-# The tests against servers mostly wait for what was broken to come back, so they share the machine with the
-# others; tests/conftest.py keeps those together that share a server or a run.
-test-together: $(INSTALLED)  ## Run the tests of everything together: servers, runs as a person starts them, sandbox
-	.venv/$(PYTEST) -n 2 --dist loadgroup tests/integration tests/e2e tests/sandbox
+# The tests against servers mostly wait for what was broken to come back, so they share the machine with the others.
+test-together: $(INSTALLED)  ## Run the tests of everything together: the next two, side by side
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-integration test-e2e
+
+test-integration: $(INSTALLED)  ## Run the tests against real servers: PostgreSQL, S3, MLflow, nginx
+	.venv/$(PYTEST) tests/integration
+
+test-e2e: $(INSTALLED)  ## Run runs as a person starts them, and the sandbox against hostile programs
+	.venv/$(PYTEST) $(WORKERS) tests/e2e tests/sandbox
 
 lint: $(INSTALLED)  ## Check style (ruff, hadolint) and types (mypy --strict)
 	.venv/bin/ruff check .
