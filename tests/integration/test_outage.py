@@ -113,7 +113,7 @@ def test_a_run_that_ends_without_the_server_has_its_own_exit_code_and_says_what_
     found, *_ = outage
 
     assert found.codes[name] == code
-    assert found.closing_s[name] < CLOSE_SECONDS + 10  # leaving Python takes its time on a busy machine
+    assert found.closing_s[name] < 10  # the limit, and leaving Python on a busy machine
     assert "`core.mlflow` did not get " in found.stdout[name]
     assert f"track sync {found.folders[name]}" in found.stdout[name]
 
