@@ -15,6 +15,14 @@ class TestTdError(WeightingStrategySuite):
         return request.param
 
 
+class TestGroupAdvantage(WeightingStrategySuite):
+    address = "verifiable.group_advantage"
+
+    @pytest.fixture(params=[{}, {"positives_only": True}], ids=["all", "positives_only"])
+    def options(self, request):
+        return request.param
+
+
 class TestValueHead(CriticSuite):
     address = "verifiable.value_head"
 

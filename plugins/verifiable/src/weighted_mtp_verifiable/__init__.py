@@ -1,7 +1,8 @@
 """Weights from a critic that learnt from verifiable rewards which tokens make a response succeed.
 
-Offers the critic `verifiable.value_head` and the weighting `verifiable.td_error`. This module declares;
-the algorithms stand beside it and are imported when something is built.
+Offers the critic `verifiable.value_head` and the weightings `verifiable.td_error` and
+`verifiable.group_advantage`. This module declares; the algorithms stand beside it and are imported when
+something is built.
 """
 
 from __future__ import annotations
@@ -19,6 +20,12 @@ from weighted_mtp_core.api import (
     WeightingStrategy,
     hookimpl,
 )
+
+
+def _be_a_range(_: object, __: object, value: tuple[float, float]) -> None:
+    low, high = value
+    if not 0 <= low <= high or high == 0:
+        raise ValueError(f"must be [low, high] with 0 <= low <= high and high > 0: {list(value)}")
 
 
 @frozen(kw_only=True)
@@ -41,16 +48,10 @@ class TdErrorOptions:
     gamma: float = field(default=1.0, validator=[v.gt(0), v.le(1)])
     lam: float = field(default=0.95, validator=[v.ge(0), v.le(1)])
     beta: float = field(default=1.0, validator=v.gt(0))
-    clip: tuple[float, float] = field(default=(0.1, 3.0))
+    clip: tuple[float, float] = field(default=(0.1, 3.0), validator=_be_a_range)
     whiten: Literal["batch", "ema", "none"] = "batch"
     ema_decay: float = field(default=0.99, validator=[v.ge(0), v.lt(1)])
     positives_only: bool = False
-
-    @clip.validator
-    def _be_a_range(self, _: object, value: tuple[float, float]) -> None:
-        low, high = value
-        if not 0 <= low <= high or high == 0:
-            raise ValueError(f"must be [low, high] with 0 <= low <= high and high > 0: {list(value)}")
 
 
 def build_td_error(options: TdErrorOptions, context: BuildContext) -> WeightingStrategy:
@@ -60,15 +61,45 @@ def build_td_error(options: TdErrorOptions, context: BuildContext) -> WeightingS
     return TdError(options, device=context.model.device)
 
 
+@frozen(kw_only=True)
+class GroupAdvantageOptions:
+    """`[weighting.options]` of `verifiable.group_advantage`.
+
+    Attributes:
+        beta: Temperature: the smaller, the further weights lie apart.
+        clip: Smallest and largest weight.
+        positives_only: Whether responses without a reward weigh nothing. They still count in the means.
+    """
+
+    beta: float = field(default=1.0, validator=v.gt(0))
+    clip: tuple[float, float] = field(default=(0.1, 3.0), validator=_be_a_range)
+    positives_only: bool = False
+
+
+def build_group_advantage(options: GroupAdvantageOptions, context: BuildContext) -> WeightingStrategy:
+    """Build the weighting."""
+    from weighted_mtp_verifiable._group_advantage import GroupAdvantage
+
+    del context
+    return GroupAdvantage(options)
+
+
 @hookimpl
 def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
-    """Offer `verifiable.td_error`."""
+    """Offer `verifiable.td_error` and `verifiable.group_advantage`."""
     yield Component(
         name="td_error",
         summary="exp(advantage / beta), clipped; advantages from a critic's values and the reward.",
         options=TdErrorOptions,
         build=build_td_error,
         needs=frozenset({Signal.REWARD, Signal.VALUE}),
+    )
+    yield Component(
+        name="group_advantage",
+        summary="exp((reward - mean reward of the same problem) / beta), clipped: one weight a response.",
+        options=GroupAdvantageOptions,
+        build=build_group_advantage,
+        needs=frozenset({Signal.REWARD, Signal.GROUP}),
     )
 
 
