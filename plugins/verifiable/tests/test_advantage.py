@@ -1,11 +1,13 @@
 """TD errors and advantages: numbers worked out by hand, laws, and equality with a loop over tokens."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weighted_mtp_verifiable._advantage import advantages, discounted_sums, td_errors
+from weighted_mtp_verifiable._advantage import advantages, discounted_sums, document_sums, td_errors
 
 # V before each of four actions is .2, .5, .4, .9 and R = 1: one prompt token, then the response.
 VALUE_BT = torch.tensor([[0.2, 0.5, 0.4, 0.9, 0.7]], dtype=torch.float64)
@@ -165,3 +167,13 @@ def test_discounted_sums_by_hand():
 
     # 1 + 2/2 + 4/4, 2 + 4/2, 4, and 8 in a document of its own.
     assert sums_BT.tolist() == [[3.0, 4.0, 4.0, 8.0]]
+
+
+@given(batches())
+def test_document_sums_equal_a_loop(batch):
+    value_BT, _, document_BT, _ = batch
+    expected_BT = torch.zeros_like(value_BT)
+    for b, t in itertools.product(range(value_BT.shape[0]), range(value_BT.shape[1])):
+        expected_BT[b, t] = value_BT[b][document_BT[b] == document_BT[b, t]].sum()
+
+    torch.testing.assert_close(document_sums(value_BT, document_BT), expected_BT)

@@ -8,8 +8,14 @@ class TestTdError(WeightingStrategySuite):
     address = "verifiable.td_error"
 
     @pytest.fixture(
-        params=[{"whiten": "batch"}, {"whiten": "ema"}, {"whiten": "none"}, {"positives_only": True}],
-        ids=["batch", "ema", "none", "positives_only"],
+        params=[
+            {"whiten": "batch"},
+            {"whiten": "ema"},
+            {"whiten": "none"},
+            {"positives_only": True, "per_response": True},
+            {"sign": "reward"},
+        ],
+        ids=["batch", "ema", "none", "positives_only", "sign"],
     )
     def options(self, request):
         return request.param

@@ -4,8 +4,11 @@ import math
 import re
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from weighted_mtp_core.api import BuildContext, ModelContext, StepView, WmtpError
 
@@ -35,6 +38,21 @@ def view(value, *, reward=1.0, training=True):
         training=training,
         reward_BT=reward * response_BT,
         value_BT=value_BT,
+    )
+
+
+def packed(lengths, *, seed):
+    """One row of documents, two prompt tokens before each response, every other one right."""
+    generator = torch.Generator().manual_seed(seed)
+    document = [number for number, length in enumerate(lengths) for _ in range(2 + length)]
+    answers = [place >= 2 for length in lengths for place in range(2 + length)]
+    document_BT, response_BT = torch.tensor([[*document, -1]]), torch.tensor([[*answers, False]])
+    return attrs.evolve(
+        view([0.0] * document_BT.shape[1]),
+        document_BT=document_BT,
+        response_BT=response_BT,
+        reward_BT=(document_BT % 2 == 0) * response_BT.float(),
+        value_BT=torch.rand(document_BT.shape, generator=generator),
     )
 
 
@@ -84,6 +102,31 @@ def test_positives_only_leaves_weights_of_right_responses_as_they_are():
 
 def test_positives_only_gives_wrong_responses_no_weight():
     assert not build(positives_only=True).weigh(view(BY_HAND, reward=0.0)).weight.any()
+
+
+def test_signed_by_reward_right_responses_never_fall_below_one_and_wrong_ones_never_rise_above():
+    options = {"estimator": "td", "whiten": "none", "sign": "reward", "clip": (0.0, 100.0)}
+    right = build(**options).weigh(view(BY_HAND)).weight
+    wrong = build(**options).weigh(view(BY_HAND, reward=0.0)).weight
+
+    # TD errors .3, -.1, .5, .1, and -.9 at the end of a wrong response.
+    torch.testing.assert_close(right, torch.tensor([[0.0, *(math.exp(a) for a in (0.3, 0.0, 0.5, 0.1))]]))
+    torch.testing.assert_close(wrong, torch.tensor([[0.0, *(math.exp(a) for a in (0.0, -0.1, 0.0, -0.9))]]))
+
+
+@given(seed=st.integers(0, 2**16), lengths=st.lists(st.integers(0, 5), min_size=1, max_size=4))
+def test_per_response_weights_are_those_of_a_loop_over_responses(seed, lengths):
+    seen = packed(lengths, seed=seed)
+    plain = build(positives_only=True).weigh(seen).weight
+    expected = plain.clone()
+    for number, _ in enumerate(lengths):
+        mine = seen.response_BT & (seen.document_BT == number)
+        if plain[mine].any():
+            expected[mine] = plain[mine] * int(mine.sum()) / plain[mine].sum()
+
+    found = build(positives_only=True, per_response=True).weigh(seen).weight
+
+    torch.testing.assert_close(found, expected)
 
 
 def test_metrics_by_hand():

@@ -41,7 +41,13 @@ class TdErrorOptions:
         whiten: Whether advantages are brought to mean 0 and standard deviation 1: with the statistics of the
             batch, with moving ones, or not at all.
         ema_decay: Share of the moving statistics that a training step keeps.
+        sign: Whose sign a whitened advantage A may have: `"advantage"`, its own; `"reward"`, that of the
+            outcome: max(A, 0) in a right response (R >= 1/2), so that none of its tokens weighs less than 1,
+            and min(A, 0) in a wrong one, so that none of its tokens weighs more.
         positives_only: Whether responses without a reward weigh nothing. They still count in the statistics.
+        per_response: Whether the weights of each response, once clipped, are scaled to the mean 1, so that
+            they sum to its number of tokens: what is left is which of its tokens matter. Responses that
+            weigh nothing still do.
     """
 
     estimator: Literal["gae", "td"] = "gae"
@@ -51,7 +57,9 @@ class TdErrorOptions:
     clip: tuple[float, float] = field(default=(0.1, 3.0), validator=_be_a_range)
     whiten: Literal["batch", "ema", "none"] = "batch"
     ema_decay: float = field(default=0.99, validator=[v.ge(0), v.lt(1)])
+    sign: Literal["advantage", "reward"] = "advantage"
     positives_only: bool = False
+    per_response: bool = False
 
 
 def build_td_error(options: TdErrorOptions, context: BuildContext) -> WeightingStrategy:

@@ -50,6 +50,13 @@ def remaining(response_BT: Tensor, document_BT: Tensor) -> Tensor:
     return discounted_sums(response_BT.float(), document_BT=document_BT, discount=1.0)
 
 
+def document_sums(x_BT: Tensor, document_BT: Tensor) -> Tensor:
+    """Return for each token the sum over all of its document."""
+    rest_BT = discounted_sums(x_BT, document_BT=document_BT, discount=1.0)
+    so_far_BT = discounted_sums(x_BT.flip(1), document_BT=document_BT.flip(1), discount=1.0).flip(1)
+    return rest_BT + so_far_BT - x_BT
+
+
 def same_as_previous(document_BT: Tensor) -> Tensor:
     """Return True where the token before belongs to the same document."""
     return F.pad(document_BT[:, 1:] == document_BT[:, :-1], (1, 0))

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from weighted_mtp_core.api import StepView, WeightingStrategy, Weights, WmtpError
 
-from weighted_mtp_verifiable._advantage import advantages, td_errors
+from weighted_mtp_verifiable._advantage import advantages, document_sums, td_errors
+from weighted_mtp_verifiable._objective import CORRECT
 
 if TYPE_CHECKING:
     from weighted_mtp_verifiable import TdErrorOptions
@@ -56,9 +57,14 @@ class TdError(WeightingStrategy):
             advantage_BT = advantages(delta_BT, document_BT=document_BT, gamma=options.gamma, lam=options.lam)
         mean, std = self._statistics(advantage_BT, response_BT, training=view.training)
         low, high = options.clip
-        raw_BT = torch.exp((advantage_BT - mean) / std / options.beta)
+        whitened_BT = (advantage_BT - mean) / std
+        if options.sign == "reward":
+            whitened_BT = _signed_by_reward(whitened_BT, view.reward_BT)
+        raw_BT = torch.exp(whitened_BT / options.beta)
         learnt_BT = response_BT & (view.reward_BT > 0) if options.positives_only else response_BT
         weight_BT = raw_BT.clamp(low, high).where(learnt_BT, 0.0)
+        if options.per_response:
+            weight_BT = _per_response(weight_BT, response_BT, document_BT)
         return Weights(
             weight=weight_BT,
             metrics={
@@ -102,6 +108,18 @@ class TdError(WeightingStrategy):
         if set(state) != {"moments"}:
             raise WmtpError(f"state of `td_error` must hold `moments`, got {sorted(state)}")
         self._moments = state["moments"].to(self._moments.device, copy=True)
+
+
+def _signed_by_reward(advantage_BT: Tensor, reward_BT: Tensor) -> Tensor:
+    """Return what agrees with the outcome: max(A, 0) in right responses, min(A, 0) in wrong ones."""
+    return torch.where(reward_BT >= CORRECT, advantage_BT.clamp(min=0), advantage_BT.clamp(max=0))
+
+
+def _per_response(weight_BT: Tensor, response_BT: Tensor, document_BT: Tensor) -> Tensor:
+    """Return weights whose mean over each response is 1; those of a response without any stay 0."""
+    total_BT = document_sums(weight_BT, document_BT)
+    count_BT = document_sums(response_BT.float(), document_BT)
+    return weight_BT / total_BT.clamp(min=torch.finfo(torch.float32).tiny) * count_BT
 
 
 def _mean(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
