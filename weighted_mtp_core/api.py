@@ -487,6 +487,13 @@ class DataSource(Stateful):
         """Return the problems of the split; empty where the source cannot verify."""
         return ()
 
+    def completion(self, problem: Problem, text: str) -> str:  # noqa: ARG002 - the default takes all
+        """Return what counts of a text that the policy wrote after a problem's prompt; by default all of it.
+
+        What it returns is saved and handed to `verify`, which must not change it.
+        """
+        return text
+
     def verify(self, attempts: Sequence[tuple[Problem, str]]) -> list[Verdict]:
         """Judge completions, one verdict per (problem, completion), in the same order.
 

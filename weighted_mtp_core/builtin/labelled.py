@@ -30,6 +30,7 @@ from weighted_mtp_core.api import (
     Verdict,
 )
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.evaluation.completion import cut_completion
 from weighted_mtp_core.evaluation.sandbox import Job, Sandbox
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder, verify_manifest
 
@@ -124,6 +125,10 @@ class LabelledSource(DataSource):
     def problems(self, split: Split) -> Sequence[Problem]:
         """Return the problems of the split."""
         return [Problem(**row["problem"]) for row in self._rows("problems.jsonl") if row["split"] == split]
+
+    def completion(self, problem: Problem, text: str) -> str:
+        """Return the code that continues the prompt, without fences and talk."""
+        return cut_completion(text, prompt=problem.prompt, entry_point=problem.entry_point)
 
     def verify(self, attempts: Sequence[tuple[Problem, str]]) -> list[Verdict]:
         """Run each completion after its prompt against the problem's tests."""

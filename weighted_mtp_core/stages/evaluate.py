@@ -189,7 +189,11 @@ def solve(
         batch_size=table.batch_size,
         on_done=lambda done: display.update(done, {}),
     )
-    return sampled, judge(prepared.source, problems, sampled.completions, whole_split=whole_split)
+    completions = [
+        [prepared.source.completion(problem, text) for text in texts]
+        for problem, texts in zip(problems, sampled.completions, strict=True)
+    ]
+    return sampled, judge(prepared.source, problems, completions, whole_split=whole_split)
 
 
 def _speeds(prepared: Prepared, problems: Sequence[Problem], table: EvaluateTable) -> dict[str, float]:

@@ -18,6 +18,7 @@ from weighted_mtp_core.api import (
 from weighted_mtp_core.builtin.jsonl import JsonlOptions
 from weighted_mtp_core.builtin.jsonl.rows import Row, read_rows
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.evaluation.completion import cut_completion
 from weighted_mtp_core.evaluation.sandbox import Job, Sandbox
 from weighted_mtp_core.storage.manifest import sha256_of
 
@@ -73,6 +74,10 @@ class JsonlSource(DataSource):
                     solution=row.output if row.is_correct else known.solution if known else None,
                 )
         return list(found.values())
+
+    def completion(self, problem: Problem, text: str) -> str:
+        """Return the program in the text, an Alpaca prompt being none."""
+        return cut_completion(text, prompt="", entry_point=problem.entry_point)
 
     def verify(self, attempts: Sequence[tuple[Problem, str]]) -> list[Verdict]:
         """Run each completion alone, an Alpaca prompt being no program, against the problem's tests."""

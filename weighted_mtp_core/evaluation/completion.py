@@ -1,0 +1,205 @@
+"""Find the program in what a model wrote: it may have fenced it, repeated the signature, or talked.
+
+Works on text before it is saved and judged, never while judging, so that every judge sees one program.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import textwrap
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+
+_FENCE = re.compile(r"[ ]{0,3}```")
+_BEGINS_CODE = re.compile(r"(?:def|async def|class|import|from|@)\b|@\w")
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def cut_completion(text: str, *, prompt: str, entry_point: str) -> str:
+    """Return the part of a completion that makes `prompt + completion` the program that was meant.
+
+    Indentation stays as it is. Text and fences around the code are dropped, and so is what follows the
+    function, apart from the definitions, imports and assignments that it uses. A repeated signature stays:
+    the later definition replaces the prompt's.
+
+    Args:
+        text: What the model wrote.
+        prompt: The program's beginning; it may end within the function, or before it, or be empty.
+        entry_point: The function that is asked for.
+
+    Returns:
+        The completion; `text` itself if there is no such function in it.
+    """
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    is_whole = _parse(prompt) is not None
+    margin = _margin(prompt, entry_point)
+    for start in _starts(lines):
+        code = "\n".join(lines[start:])
+        if start and prompt and not prompt.endswith("\n"):
+            code = "\n" + code
+        for forms in _forms(code, margin, is_whole=is_whole):
+            cuts = [_longest(form, prompt=prompt, entry_point=entry_point) for form in forms]
+            found = [cut for cut in cuts if cut is not None]
+            if found:
+                return max(found, key=len)
+    return text
+
+
+def _starts(lines: Sequence[str]) -> list[int]:
+    """Return where code may begin: at once, after a fence, at a line that looks like a definition."""
+    after_fence = (number + 1 for number, line in enumerate(lines) if _FENCE.match(line))
+    definitions = (number for number, line in enumerate(lines) if _BEGINS_CODE.match(line))
+    return sorted({0, *after_fence, *definitions})
+
+
+def _forms(code: str, margin: str, *, is_whole: bool) -> Iterator[list[str]]:
+    """Yield ways to put code behind the prompt, the likeliest first; of those in one list the longest counts.
+
+    Args:
+        code: What follows the prompt.
+        margin: Indentation of the function's body if the prompt has begun it.
+        is_whole: Whether the prompt is a program without more.
+    """
+    yield [code]
+    stripped = code.lstrip("\n")
+    if not margin or not stripped or stripped[0].isspace():
+        return
+    newline = "\n" * (len(code) > len(stripped))
+    if _BEGINS_CODE.match(stripped):
+        if not is_whole:  # it repeats a signature that still waits for its body
+            yield [f"{newline}{margin}pass\n\n\n{stripped}"]
+        return
+    # A body that lost its margin: in its first line, as `str.strip` leaves it, or in all of them.
+    yield [newline + margin + stripped, newline + textwrap.indent(stripped, margin)]
+
+
+def _margin(prompt: str, entry_point: str) -> str:
+    """Return the indentation of the body that the prompt has begun; empty if it has begun none."""
+    begun = re.search(rf"^(?:async )?def {re.escape(entry_point)}\b", prompt, re.MULTILINE)
+    if begun is None:
+        return ""
+    indented = re.search(r"\n([ \t]+)\S", prompt[begun.end() :])
+    return indented[1] if indented else "    "
+
+
+def _longest(code: str, *, prompt: str, entry_point: str) -> str | None:
+    """Return what `_prune` keeps of the code, less as many of its last lines as keep it from parsing."""
+    lines = code.split("\n")
+    for count in range(len(lines), 0, -1):
+        kept = "\n".join(lines[:count])
+        tree = _parse(prompt + kept)
+        if tree is not None:
+            return _prune(tree, kept, given=prompt.count("\n"), entry_point=entry_point)
+    return None
+
+
+def _prune(tree: ast.Module, code: str, *, given: int, entry_point: str) -> str | None:
+    """Return the lines of the function and of what it uses; None if the code does not write the function.
+
+    Args:
+        tree: The prompt and the code.
+        code: The code.
+        given: Newlines in the prompt: the code's first line is this one, counted from 0.
+        entry_point: The function.
+    """
+    new = [node for node in tree.body if _end(node) > given]
+    place = next((i for i, node in enumerate(new) if _writes(node, entry_point, given=given)), None)
+    if place is None:
+        return None
+    kept = [*(node for node in new[:place] if not _is_idle(node)), new[place]]
+    kept += _used(new[place + 1 :], by=kept, entry_point=entry_point)
+    lines = code.split("\n")
+    parts = ["\n".join(lines[max(_begin(node) - given - 1, 0) : _end(node) - given]) for node in kept]
+    return "\n\n\n".join(parts) + "\n"
+
+
+def _begin(node: ast.stmt) -> int:
+    decorators: list[ast.expr] = getattr(node, "decorator_list", [])
+    return min([node.lineno, *(each.lineno for each in decorators)])
+
+
+def _end(node: ast.stmt) -> int:
+    return node.end_lineno or node.lineno
+
+
+def _writes(node: ast.stmt, entry_point: str, *, given: int) -> bool:
+    """Say whether a statement is the function, with something to do that the prompt did not give."""
+    return (
+        isinstance(node, _FUNCTIONS)
+        and node.name == entry_point
+        and any(
+            _end(each) > given and not _is_idle(each) and not _is_function(each, entry_point)
+            for each in node.body
+        )
+    )
+
+
+def _is_function(node: ast.stmt, name: str) -> bool:
+    return isinstance(node, _FUNCTIONS) and node.name == name
+
+
+def _is_idle(node: ast.stmt) -> bool:
+    """Say whether a statement does nothing: prose may parse as such (`Solution`, `Answer: below`)."""
+    match node:
+        case ast.Expr(value=ast.Call() | ast.Await() | ast.Yield() | ast.YieldFrom()):
+            return False
+        case ast.Expr() | ast.Pass() | ast.AnnAssign(value=None):
+            return True
+    return False
+
+
+def _used(later: Iterable[ast.stmt], *, by: Sequence[ast.stmt], entry_point: str) -> list[ast.stmt]:
+    """Return the definitions, imports and assignments that the statements `by` need, in order.
+
+    What calls the function itself is a trial of it and no part of it.
+    """
+    offered = [
+        node
+        for node in later
+        if not _is_function(node, entry_point)
+        and (
+            isinstance(node, (*_FUNCTIONS, ast.ClassDef, ast.Import, ast.ImportFrom))
+            or (isinstance(node, ast.Assign | ast.AnnAssign) and entry_point not in _needs([node]))
+        )
+    ]
+    kept: list[ast.stmt] = []
+    while True:
+        needed = _needs([*by, *kept])
+        more = [node for node in offered if node not in kept and _binds(node) & needed]
+        if not more:
+            return [node for node in offered if node in kept]
+        kept += more
+
+
+def _needs(nodes: Iterable[ast.stmt]) -> set[str]:
+    """Return the names that statements read and do not set, scopes left aside."""
+    reads, sets = set(), set()
+    for node in (each for statement in nodes for each in ast.walk(statement)):
+        match node:
+            case ast.Name(id=name, ctx=ast.Load()):
+                reads.add(name)
+            case ast.Name(id=name) | ast.arg(arg=name):
+                sets.add(name)
+    return reads - sets
+
+
+def _binds(node: ast.stmt) -> set[str]:
+    """Return the names that a definition, import or assignment gives to the module."""
+    match node:
+        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+            return {name}
+        case ast.Import(names=names) | ast.ImportFrom(names=names):
+            return {(alias.asname or alias.name).split(".")[0] for alias in names}
+    return {
+        each.id for each in ast.walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)
+    }
+
+
+def _parse(source: str) -> ast.Module | None:
+    """Return the tree, or None where Python cannot read the source."""
+    try:
+        with warnings.catch_warnings(action="ignore", category=SyntaxWarning):
+            return ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
