@@ -14,6 +14,7 @@ from attrs import frozen
 from torch import nn
 
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.model.export import is_export, refuse_other_heads, restore_heads
 from weighted_mtp_core.model.policy import Policy, make_policy
 from weighted_mtp_core.recipe.schema import MicroTable, ModelTable
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder, sha256_of, verify_manifest
@@ -57,12 +58,18 @@ def load_policy(
         folder = _gguf_folder(Path(table.base), models)
     else:
         folder = _transformers_folder(table.base, models)
-    if isinstance(folder, Path) and (folder / MANIFEST).is_file():
+    exported = folder if isinstance(folder, Path) and is_export(folder) else None
+    if exported is not None:
+        verify_manifest(exported)
+        refuse_other_heads(exported, n_future=table.n_future, head_kind=table.head)
+    elif isinstance(folder, Path) and (folder / MANIFEST).is_file():
         verify_manifest(folder)
     tokenizer, base = _from_transformers(folder)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         policy = make_policy(base, n_future=table.n_future, head_kind=table.head)
+    if exported is not None:
+        restore_heads(policy, exported)
     name = f"{folder.parent.name}/{folder.name}" if isinstance(folder, Path) else folder
     return LoadedPolicy(policy=policy, tokenizer=tokenizer, base_name=name)
 

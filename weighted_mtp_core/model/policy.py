@@ -211,6 +211,27 @@ def make_policy(base: Any, *, n_future: int, head_kind: HeadKind) -> Policy:
     return policy
 
 
+def language_model(policy: Policy) -> Any:
+    """Return trunk, head 1 and unembedding as the transformers model that `make_policy` takes apart.
+
+    Its modules are the policy's own, so it costs no memory. It is to be saved, not run: its last layer still
+    believes to be the first.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(copy.deepcopy(policy.config))
+    body, layers_name, norm_name = _anatomy(base)
+    for name, child in policy.trunk.named_children():
+        setattr(body, name, child)
+    if policy.head_kind == "transformer":
+        last = getattr(policy.heads[0], layers_name)
+        setattr(body, layers_name, nn.ModuleList([*getattr(policy.trunk, layers_name), *last]))
+        setattr(body, norm_name, policy.norm)
+    base.set_output_embeddings(policy.unembedding)
+    return base
+
+
 def _anatomy(base: Any) -> tuple[Any, str, str]:
     """Return the body of a causal LM and the names of its layers and its final norm."""
     body = base.base_model

@@ -47,10 +47,11 @@ def atomic_write(path: Path, data: bytes | str) -> None:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path`, with a manifest, if the block ends without an error.
 
-    A folder that another process put there meanwhile is left as it is.
+    A folder that is there, or that another process put there meanwhile, is left as it is, unless it is to be
+    replaced: it then steps aside for the moment of two renames, and is deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -60,14 +61,29 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             _sync(file)
         write_manifest(temporary)
         temporary.chmod(0o755)
-        try:
-            temporary.rename(path)
-        except OSError:
-            if not (path / MANIFEST).is_file():
-                raise
+        if replace and path.exists():
+            _swap(temporary, path)
+        else:
+            try:
+                temporary.rename(path)
+            except OSError:
+                if not (path / MANIFEST).is_file():
+                    raise
         _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(new: Path, old: Path) -> None:
+    """Let a folder take the place of another one, which is deleted; if it cannot, the other one stays."""
+    aside = Path(tempfile.mkdtemp(dir=old.parent, prefix=f".{old.name}."))
+    old.rename(aside)
+    try:
+        new.rename(old)
+    except OSError:
+        aside.rename(old)
+        raise
+    shutil.rmtree(aside)
 
 
 def write_manifest(folder: Path) -> str:

@@ -1,0 +1,280 @@
+"""An exported policy is an ordinary language model to transformers, and the whole policy to a recipe."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+import torch
+from attrs import evolve
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.evaluation.generate import generate
+from weighted_mtp_core.model.export import ExportFacts, read_facts, refuse_to_replace, write_export
+from weighted_mtp_core.model.load import load_policy
+from weighted_mtp_core.model.policy import make_policy
+from weighted_mtp_core.recipe.schema import ModelTable
+
+V, K, EOS = 40, 3, 1
+SMALL = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+
+
+def llama(*, tied):
+    config = {**SMALL, "intermediate_size": 32, "num_key_value_heads": 1, "tie_word_embeddings": tied}
+    return LlamaForCausalLM(LlamaConfig(**config))
+
+
+def qwen2(*, tied):
+    config = {**SMALL, "intermediate_size": 32, "num_key_value_heads": 1, "tie_word_embeddings": tied}
+    return Qwen2ForCausalLM(Qwen2Config(**config))
+
+
+def gpt2(*, tied):
+    return GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=16, n_layer=3, n_head=2, tie_word_embeddings=tied))
+
+
+KINDS = [
+    (base, tied, head)
+    for base in (llama, qwen2, gpt2)
+    for tied in (True, False)
+    for head in ("transformer", "linear")
+]
+IDS = [f"{base.__name__}-{'tied' if tied else 'untied'}-{head}" for base, tied, head in KINDS]
+
+
+def tokenizer():
+    words = {"<pad>": 0, "<eos>": EOS, **{f"w{i}": i for i in range(2, V)}}
+    made = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>")
+
+
+def trained(base=llama, *, tied=True, head="transformer"):
+    """A policy whose every parameter is far from its start, and each head another."""
+    policy = make_policy(base(tied=tied), n_future=K, head_kind=head).eval()
+    torch.manual_seed(0)
+    for parameter in policy.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return policy
+
+
+def exported(policy, path):
+    facts = ExportFacts(
+        n_future=policy.n_future,
+        head=policy.head_kind,
+        run="20261123-140924-abcdef",
+        recipe_sha256="0" * 64,
+        base="micro/1",
+        data_sha256=None,
+    )
+    write_export(policy, tokenizer(), path, facts=facts, recipe=b"# the recipe\n")
+    return path
+
+
+def loaded(path, **changes):
+    table = evolve(ModelTable(base=str(path), n_future=K), **changes)
+    return load_policy(table, storage=path.parent, texts=tuple, seed=1).policy.eval()
+
+
+def logits(policy, *, heads=K):
+    ids_BT = torch.randint(0, V, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        hidden_BTH = policy.trunk_states(ids_BT)
+        return [policy.logits(k, hidden_BTH) for k in range(1, heads + 1)]
+
+
+@pytest.mark.parametrize(("base", "tied", "head"), KINDS, ids=IDS)
+def test_every_head_comes_back_as_it_was(base, tied, head, tmp_path):
+    policy = trained(base, tied=tied, head=head)
+
+    restored = loaded(exported(policy, tmp_path / "out"), head=head)
+
+    assert all(torch.equal(one, other) for one, other in zip(logits(policy), logits(restored), strict=True))
+    shared = restored.trunk.get_input_embeddings().weight is restored.unembedding.weight
+    assert shared == tied
+
+
+@pytest.mark.parametrize(("base", "tied", "head"), KINDS, ids=IDS)
+def test_head_1_is_an_ordinary_language_model(base, tied, head, tmp_path):
+    policy = trained(base, tied=tied, head=head)
+
+    model = AutoModelForCausalLM.from_pretrained(exported(policy, tmp_path / "out")).eval()
+
+    ids_BT = torch.randint(0, V, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids_BT).logits, logits(policy)[0], rtol=1e-6, atol=1e-6)
+
+
+def test_exporting_leaves_the_policy_as_it_was(tmp_path):
+    policy = trained()
+    before = logits(policy)
+
+    exported(policy, tmp_path / "out")
+
+    assert all(torch.equal(one, other) for one, other in zip(before, logits(policy), strict=True))
+
+
+def test_plain_transformers_writes_the_text_of_head_1_in_a_fresh_process(tmp_path):
+    policy = trained(tied=False)
+    path = exported(policy, tmp_path / "out")
+    prompts = [[5, 9, 17], [30, 2], [11, 12, 13, 14]]
+    written = generate(policy, prompts, max_new_tokens=24, eos_id=EOS).tokens
+    texts = [" ".join(f"w{token}" for token in ids) for ids in prompts]
+    program = """
+        import json, sys, torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        path, prompts = sys.argv[1], json.loads(sys.argv[2])
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+        written = []
+        for prompt in prompts:
+            ids_BT = tokenizer(prompt, return_tensors="pt").input_ids
+            ids = model.generate(ids_BT, max_new_tokens=24)[0, ids_BT.shape[1]:].tolist()
+            written.append([token for token in ids if token != tokenizer.eos_token_id])
+        assert not any(name.startswith("weighted_mtp") for name in sys.modules)
+        print(json.dumps(written))
+    """
+
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", dedent(program), str(path), json.dumps(texts)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+
+    assert json.loads(done.stdout) == [list(ids) for ids in written]
+    assert len(set(written)) == 3
+
+
+def test_the_tokenizer_and_the_end_of_texts_go_with_it(tmp_path):
+    path = exported(trained(), tmp_path / "out")
+
+    assert AutoTokenizer.from_pretrained(path).decode([5, 6]) == "w5 w6"
+    assert json.loads((path / "generation_config.json").read_text())["eos_token_id"] == EOS
+
+
+def test_a_recipe_may_ask_for_fewer_heads(tmp_path):
+    policy = trained()
+
+    restored = loaded(exported(policy, tmp_path / "out"), n_future=2)
+
+    assert len(restored.heads) == restored.n_future == 2
+    for one, other in zip(logits(policy, heads=2), logits(restored, heads=2), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_more_heads_than_there_are_is_an_error(tmp_path):
+    path = exported(trained(), tmp_path / "out")
+
+    with pytest.raises(WmtpError) as caught:
+        loaded(path, n_future=4)
+
+    assert str(caught.value) == f"the exported model `{path}` has 3 heads, `model.n_future` is 4"
+    assert caught.value.hint.startswith("set `model.n_future = 3` or less; to begin with fresh heads, copy")
+
+
+def test_another_kind_of_heads_is_an_error(tmp_path):
+    path = exported(trained(), tmp_path / "out")
+
+    with pytest.raises(WmtpError) as caught:
+        loaded(path, head="linear")
+
+    assert (
+        str(caught.value) == f"the exported model `{path}` has `transformer` heads, `model.head` is `linear`"
+    )
+
+
+def test_a_copy_without_the_facts_is_an_ordinary_base_model(tmp_path):
+    policy = trained()
+    path = exported(policy, tmp_path / "out")
+    (path / "weighted_mtp.json").unlink()
+    (path / "manifest.json").unlink()
+
+    restored = loaded(path, n_future=4, head="linear")
+
+    assert torch.allclose(logits(restored)[0], logits(policy)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "extra_heads.safetensors", "weighted_mtp.json"])
+def test_a_changed_byte_is_an_error(name, tmp_path):
+    path = exported(trained(), tmp_path / "out")
+    content = bytearray((path / name).read_bytes())
+    content[-1] ^= 1
+    (path / name).write_bytes(content)
+
+    with pytest.raises(WmtpError, match=f"{name}` changed since it was written"):
+        loaded(path)
+
+
+def test_a_missing_manifest_is_an_error(tmp_path):
+    path = exported(trained(), tmp_path / "out")
+    (path / "manifest.json").unlink()
+
+    with pytest.raises(WmtpError, match=r"has no `manifest\.json`"):
+        loaded(path)
+
+
+def test_a_newer_format_is_an_error_that_says_what_to_install(tmp_path):
+    path = exported(trained(), tmp_path / "out")
+    about = json.loads((path / "weighted_mtp.json").read_text())
+    (path / "weighted_mtp.json").write_text(json.dumps({**about, "format": 99, "core": "9.0.0"}))
+
+    with pytest.raises(WmtpError, match=r"written by weighted-mtp-core 9\.0\.0, which is newer") as caught:
+        read_facts(path)
+
+    assert caught.value.hint == "pip install 'weighted-mtp-core>=9.0.0'"
+
+
+def test_a_failed_export_leaves_nothing_and_the_old_one_whole(tmp_path):
+    path = exported(trained(), tmp_path / "out")
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    unwritable = trained(head="linear")
+    unwritable.heads[1].register_buffer("odd", torch.empty(2, device="meta"))
+
+    with pytest.raises(NotImplementedError):
+        exported(unwritable, path)
+
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    assert [child.name for child in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_export_replaces_the_one_that_is_there(tmp_path):
+    exported(trained(), tmp_path / "out")
+
+    restored = loaded(exported(trained(head="linear"), tmp_path / "out"), head="linear")
+
+    assert restored.head_kind == "linear"
+    assert [child.name for child in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_there_is_replaced_by_force_only_and_only_if_it_is_an_export(tmp_path):
+    path, other = exported(trained(), tmp_path / "out"), tmp_path / "other"
+    other.mkdir()
+    refuse_to_replace(tmp_path / "new", force=False)
+    refuse_to_replace(path, force=True)
+    refuse_to_replace(other, force=True)
+    (other / "thesis.txt").write_text("years of work")
+
+    with pytest.raises(WmtpError, match="is there already") as caught:
+        refuse_to_replace(path, force=False)
+    with pytest.raises(WmtpError, match="is no exported model, so `--force` does not replace it"):
+        refuse_to_replace(other, force=True)
+    with pytest.raises(WmtpError, match="is no exported model"):
+        refuse_to_replace(Path(other / "thesis.txt"), force=True)
+
+    assert caught.value.hint == "choose another `--to`, or replace it: --force"
