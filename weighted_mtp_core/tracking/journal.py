@@ -21,6 +21,7 @@ from attrs import define, field, frozen
 from weighted_mtp_core.errors import RunFailedError
 
 _TIME = b',"time":'
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 @frozen(kw_only=True)
@@ -52,9 +53,7 @@ class Damage:
 
 def encode(kind: str, fields: Mapping[str, Any], *, time_ms: int) -> bytes:
     """Return one line; values must be finite (see `plain_number`)."""
-    body = json.dumps(
-        {"kind": kind, **fields}, ensure_ascii=False, allow_nan=False, separators=(",", ":")
-    ).encode()
+    body = _ENCODER.encode({"kind": kind, **fields}).encode()
     seconds, milliseconds = divmod(time_ms, 1000)
     return b'%s,"time":%d.%03d,"crc":"%08x"}\n' % (body[:-1], seconds, milliseconds, zlib.crc32(body))
 

@@ -8,6 +8,7 @@ Leaving the block closes the run: FINISHED, or FAILED after an exception, or KIL
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import threading
@@ -202,24 +203,37 @@ class Recorder:
         return [redact(line) for tracker in self._trackers.values() if (line := tracker.where())]
 
     def _record(self, kind: str, stage: str, step: int, values: Mapping[str, float]) -> None:
-        numbers: dict[str, float | str] = {}
-        for name, value in values.items():
-            last = self._last_step.get(name)
-            if last is None:
-                check_metric_name(name)
-            elif step <= last:
-                raise RunFailedError(
-                    f"metric `{name}` was recorded for step {step} of stage `{stage}` after step {last}"
-                )
-            self._last_step[name] = step
-            if step <= self._recorded_before.get(name, -1):
-                continue
-            numbers[name] = plain_number(float(value))
-            if isinstance(numbers[name], str) and name not in self._lost_finite:
-                self._lost_finite.add(name)
-                self.say(f"`{name}` is {numbers[name]} at step {step}; such values stay in the run folder")
+        # The thread that trains comes here at every step: no loop over names unless something is new.
+        self._check_order(stage, step, values)
+        numbers: dict[str, float | str] = dict(zip(values, map(float, values.values()), strict=True))
+        if self._recorded_before:
+            before = self._recorded_before
+            numbers = {name: value for name, value in numbers.items() if step > before.get(name, -1)}
+        if not math.isfinite(sum(map(float, numbers.values()))):
+            numbers = self._as_plain_numbers(step, numbers)
         if numbers:
             self._journal.append(kind, {"step": step, "stage": stage, "metrics": numbers})
+
+    def _check_order(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        last = self._last_step
+        if not (last.keys() >= values.keys() and max(map(last.__getitem__, values), default=-1) < step):
+            for name in values:
+                if name not in last:
+                    check_metric_name(name)
+                elif step <= last[name]:
+                    raise RunFailedError(
+                        f"metric `{name}` was recorded for step {step} of stage `{stage}` "
+                        f"after step {last[name]}"
+                    )
+        last.update(dict.fromkeys(values, step))
+
+    def _as_plain_numbers(self, step: int, numbers: Mapping[str, float | str]) -> dict[str, float | str]:
+        plain = {name: plain_number(float(value)) for name, value in numbers.items()}
+        for name, value in plain.items():
+            if isinstance(value, str) and name not in self._lost_finite:
+                self._lost_finite.add(name)
+                self.say(f"`{name}` is {value} at step {step}; such values stay in the run folder")
+        return plain
 
     def send_earlier(self, experiment: Path) -> None:
         """Send, in the background, what trackers of earlier runs in the experiment's folder did not get."""
