@@ -1,6 +1,7 @@
 """The critic's report: AUC with an honest interval, and the constant it must beat."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from weighted_mtp_core.api import WmtpError
 from weighted_mtp_core.stages.critic import report_critic
+from weighted_mtp_core.stages.critic_measures import Judged, LengthOnly
 
 
 def naive_auc(values, rewards):
@@ -18,12 +20,16 @@ def naive_auc(values, rewards):
 
 
 def report(values, rewards, problems=None):
+    """Responses of one token each, so that their values are the final ones."""
     count = len(values)
-    return report_critic(
-        np.asarray(values, dtype=np.float64),
-        np.asarray(rewards, dtype=np.float64),
-        np.asarray(problems if problems is not None else range(count), dtype=np.int64),
+    judged = Judged(
+        value_N=np.asarray(values, dtype=np.float64),
+        before_D=np.full(count, 0.5),
+        length_D=np.ones(count, dtype=np.int64),
+        reward_D=np.asarray(rewards, dtype=np.float64),
+        problem_D=np.asarray(problems if problems is not None else range(count), dtype=np.int64),
     )
+    return report_critic(judged, LengthOnly(slope=0.0, intercept=0.0))
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=2, max_size=40))
@@ -31,15 +37,15 @@ def test_auc_is_the_share_of_pairs_in_the_right_order(scored):
     values = [value / 10 for value, _ in scored]
     rewards = [float(reward) for _, reward in scored]
     if len(set(rewards)) == 2:
-        assert report(values, rewards).auc == pytest.approx(naive_auc(values, rewards))
+        assert report(values, rewards).critic.auc == pytest.approx(naive_auc(values, rewards))
 
 
 def test_a_constant_critic_has_auc_one_half_and_the_constants_loss():
     found = report([0.25] * 100, [1.0] * 25 + [0.0] * 75)
 
-    assert found.auc == 0.5
-    assert found.value_bce == pytest.approx(found.constant_bce)
-    assert found.constant_bce == pytest.approx(-(0.25 * math.log(0.25) + 0.75 * math.log(0.75)))
+    assert found.critic.auc == 0.5
+    assert found.critic.bce == pytest.approx(found.constant.bce)
+    assert found.constant.bce == pytest.approx(-(0.25 * math.log(0.25) + 0.75 * math.log(0.75)))
     assert not found.informative
 
 
@@ -57,7 +63,7 @@ def test_a_good_critic_is_informative_and_its_margin_positive():
     found = report(values, rewards)
 
     assert found.informative
-    assert found.value_margin == pytest.approx(0.3, abs=0.05)
+    assert found.critic.margin == pytest.approx(0.3, abs=0.05)
 
 
 def test_the_interval_resamples_problems_so_copies_of_a_response_add_nothing():
@@ -94,3 +100,21 @@ def test_a_bins_interval_is_wilsons():
     for end in (found.low, found.high):  # where the observed rate is 1.96 standard errors off
         assert abs(found.reward - end) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / 10))
     assert found.low < 0.8 < found.high
+
+
+def test_metrics_stand_beside_those_of_a_constant_and_of_length_alone():
+    metrics = report([0.2, 0.9, 0.4], [0.0, 1.0, 0.0]).metrics()
+
+    assert metrics["critic_auc"] == 1.0
+    assert metrics["critic_constant_auc"] == metrics["critic_length_only_auc"] == 0.5
+    assert metrics["critic_constant_brier"] == pytest.approx(2 / 9)
+    assert all(re.fullmatch(r"[a-z_]+", name) for name in metrics)
+    assert "critic_pairwise_accuracy" not in metrics  # no problem has both
+
+
+def test_its_words_give_the_interval_and_the_rivals():
+    found = report([0.2, 0.9] * 10, [0.0, 1.0] * 10)
+
+    assert found.words == (
+        "AUC 1.000 [1.000, 1.000] on held-out responses (a constant: 0.5, length alone: 0.500)"
+    )

@@ -41,6 +41,7 @@ WHOLE = (
     ("params", {"params": PARAMS}),
     ("tags", {"tags": TAGS}),
     metrics("critic", 10, critic_auc=0.81, critic_auc_low=0.7, critic_auc_high=0.9),
+    metrics("critic", 10, critic_brier=0.125, critic_constant_brier=0.25, critic_length_only_brier=0.1875),
     metrics("policy", 0, validation_ce_head_1=2.5, validation_ce_head_2=3.5),
     metrics("policy", 10, train_loss=2.25, my_metric=1.0),
     metrics("policy", 10, validation_ce_head_1=1.25, validation_ce_head_2=2.125),
@@ -103,6 +104,7 @@ def test_pass_rate_acceptance_verdicts_and_auc_are_shown(write_journal):
     assert "head 2 87.5%" in shown
     assert "cpu limit 25.0%" in shown
     assert "0.810 [0.700, 0.900]" in shown
+    assert "Brier score 0.125 0.250 0.188" in shown
 
 
 def test_a_metric_that_only_a_plugin_knows_has_a_curve(write_journal):

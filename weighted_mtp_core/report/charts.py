@@ -35,19 +35,36 @@ class _Group:
     members: Mapping[str, str]  # metric -> label of its line
 
 
+def _rivals(measure: str, title: str, note: str) -> _Group:
+    """Return the group of a measure of the critic and of what it must beat."""
+    members = {"critic": "critic", "critic_constant": "constant", "critic_length_only": "length"}
+    return _Group(
+        title=title, note=note, members={f"{who}_{measure}": label for who, label in members.items()}
+    )
+
+
 _GROUPS = (
     _Group(title="Training loss", note="weighted, in nats", members={"train_loss": "loss"}),
     _Group(title="Critic's loss", note="on training batches", members={"value_loss": "loss"}),
     _Group(
         title="Critic's AUC on held-out responses",
         note="with its 95 % interval; a constant has 0.5",
-        members={"critic_auc_high": "high", "critic_auc": "AUC", "critic_auc_low": "low"},
+        members={
+            "critic_auc_high": "high",
+            "critic_auc": "AUC",
+            "critic_auc_low": "low",
+            "critic_length_only_auc": "length",
+            "critic_constant_auc": "constant",
+        },
     ),
-    _Group(
-        title="Critic's cross-entropy on held-out responses",
-        note="it should stay below the constant's",
-        members={"critic_value_bce": "critic", "critic_constant_bce": "constant"},
-    ),
+    _rivals("bce", "Critic's cross-entropy on held-out responses", "it should stay below the others"),
+    _rivals("pairwise_accuracy", "Right above wrong, within a problem", "share of held-out pairs"),
+    _rivals("brier", "Critic's Brier score", "mean squared difference of value and reward"),
+    _rivals("ece", "Critic's calibration error", "mean distance of value and reward, 15 bins"),
+    _rivals("margin", "Critic's margin", "mean value of right less that of wrong responses"),
+    _rivals("td_spikiness", "Spikiness of TD errors", "largest over mean size in a response"),
+    _rivals("position_correlation", "Value and position", "rank correlation within a response"),
+    _rivals("length_correlation", "Value and length", "rank correlation over responses"),
     _Group(
         title="How even the weights are",
         note="entropy and effective share of the pairs: 1 means equal weights",

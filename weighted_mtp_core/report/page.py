@@ -105,7 +105,9 @@ def _figures(story: Story) -> list[tuple[str, str, str]]:
         figures.append(("held-out loss, head 1", f"{best:.3f}", f"{losses[0]:.3f} at the start"))
     auc = story.last("critic", "critic_auc")
     if auc is not None:
-        figures.append(("critic's AUC", f"{auc:.3f}", "0.5 for a constant"))
+        length = story.last("critic", "critic_length_only_auc")
+        beside = "0.5 for a constant" + ("" if length is None else f", {length:.3f} for length alone")
+        figures.append(("critic's AUC", f"{auc:.3f}", beside))
     speed = story.last("evaluate", "tokens_per_forward")
     if speed is not None:
         figures.append(("tokens a forward pass", f"{speed:.2f}", "1 without the extra heads"))
@@ -179,11 +181,47 @@ def _verdicts(story: Story) -> Markup:
     return bar_chart(list(shares.items()), title="Verdicts on what the policy wrote") if shares else Markup()
 
 
-def _critic(story: Story) -> dict[str, float | None] | None:
-    """Return the last measure of the critic, if there is one."""
-    names = ("auc", "auc_low", "auc_high", "value_bce", "constant_bce", "value_margin")
-    found = {name: story.last("critic", f"critic_{name}") for name in names}
-    return None if found["auc"] is None else found
+_MEASURES = {
+    "auc": "AUC",
+    "pairwise_accuracy": "right above wrong, within a problem",
+    "bce": "cross-entropy, nats",
+    "brier": "Brier score",
+    "ece": "calibration error, 15 bins",
+    "margin": "value of right less value of wrong",
+    "td_spikiness": "largest over mean TD error",
+    "position_correlation": "rank correlation with position",
+    "length_correlation": "rank correlation with length",
+}
+
+
+@frozen(kw_only=True)
+class _Measure:
+    """A row of the table of the critic; None where it was not measured.
+
+    `interval` is the 95 % interval of the critic's figure, where there is one.
+    """
+
+    name: str
+    critic: float | None
+    constant: float | None
+    length_only: float | None
+    interval: tuple[float | None, float | None] | None = None
+
+
+def _critic(story: Story) -> list[_Measure]:
+    """Return the last measures of the critic beside those of its rivals; none without a critic."""
+    interval = story.last("critic", "critic_auc_low"), story.last("critic", "critic_auc_high")
+    rows = [
+        _Measure(
+            name=title,
+            critic=story.last("critic", f"critic_{measure}"),
+            constant=story.last("critic", f"critic_constant_{measure}"),
+            length_only=story.last("critic", f"critic_length_only_{measure}"),
+            interval=interval if measure == "auc" else None,
+        )
+        for measure, title in _MEASURES.items()
+    ]
+    return [row for row in rows if row.critic is not None]
 
 
 def _finite(points: Sequence[tuple[int, float]]) -> list[float]:

@@ -6,28 +6,26 @@ Shape letters: B rows, T positions, H hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from attrs import define, field, frozen
+from attrs import define, field, fields, frozen
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from weighted_mtp_core.api import Batch, Critic
 from weighted_mtp_core.data.batches import split_rows
 from weighted_mtp_core.errors import RunFailedError
+from weighted_mtp_core.stages.critic_measures import Floats, Judged, LengthOnly, Measures
 from weighted_mtp_core.stages.loop import Learner, Validation
 from weighted_mtp_core.stages.world import ALONE, World, laid_out
 
-Floats = NDArray[np.float64]
 _RESAMPLES = 1000
 _BINS = 10
 _Z = 1.96  # of a 95 % interval
-_PROBABILITY_FLOOR = 1e-6  # keeps the logarithm of a saturated value finite
 
 
 @frozen(kw_only=True)
@@ -51,24 +49,22 @@ class ReliabilityBin:
 
 @frozen(kw_only=True)
 class CriticReport:
-    """How well final values tell right responses from wrong ones, beside the best constant.
+    """How well values tell right responses from wrong ones, beside two critics that know next to nothing.
 
     Attributes:
-        auc: Area under the ROC curve of the value after the last response token; a constant has 0.5.
-        auc_low: Lower end of its 95 % interval (bootstrap over problems).
+        critic: Measures of the critic.
+        constant: Those of the constant that knows this split's mean reward.
+        length_only: Those of a logistic regression on the number of tokens, fitted on the training split.
+        auc_low: Lower end of the 95 % interval of the critic's AUC (bootstrap over problems).
         auc_high: Upper end.
-        value_bce: Mean binary cross-entropy of the final values, in nats.
-        constant_bce: The same for the constant that knows this split's mean reward.
-        value_margin: Mean value of correct minus mean value of incorrect responses.
         reliability: Ten bins of equal width from 0 to 1, without those that hold no response.
     """
 
-    auc: float
+    critic: Measures
+    constant: Measures
+    length_only: Measures
     auc_low: float
     auc_high: float
-    value_bce: float
-    constant_bce: float
-    value_margin: float
     reliability: tuple[ReliabilityBin, ...]
 
     @property
@@ -76,42 +72,52 @@ class CriticReport:
         """Whether the interval of the AUC lies above chance."""
         return self.auc_low > 0.5
 
+    @property
+    def words(self) -> str:
+        """What a person wants to know first."""
+        return (
+            f"AUC {self.critic.auc:.3f} [{self.auc_low:.3f}, {self.auc_high:.3f}] on held-out responses "
+            f"(a constant: 0.5, length alone: {self.length_only.auc:.3f})"
+        )
+
     def metrics(self) -> dict[str, float]:
         """Return the report as metrics."""
         return {
-            "critic_auc": self.auc,
             "critic_auc_low": self.auc_low,
             "critic_auc_high": self.auc_high,
-            "critic_value_bce": self.value_bce,
-            "critic_constant_bce": self.constant_bce,
-            "critic_value_margin": self.value_margin,
+            **self.critic.metrics("critic_"),
+            **self.constant.metrics("critic_constant_"),
+            **self.length_only.metrics("critic_length_only_"),
         }
 
 
-def report_critic(value_D: Floats, reward_D: Floats, problem_D: NDArray[np.int64]) -> CriticReport:
-    """Compare final values with rewards.
+def report_critic(judged: Judged, rule: LengthOnly) -> CriticReport:
+    """Compare values with rewards.
 
     Responses to one problem are not independent, so the interval resamples problems, not responses.
+
+    Args:
+        judged: Values and rewards of held-out responses.
+        rule: What lengths alone say, by the training split.
 
     Raises:
         RunFailedError: The responses are all right or all wrong, so nothing can be told.
     """
-    correct_D = reward_D >= 0.5
+    correct_D = judged.correct_D
     if correct_D.all() or not correct_D.any():
         raise RunFailedError(
-            f"all {len(reward_D)} validation responses are {'correct' if correct_D.any() else 'incorrect'}: "
+            f"all {len(correct_D)} validation responses are {'correct' if correct_D.any() else 'incorrect'}: "
             "a critic cannot be validated on them",
             hint="choose data with right and wrong responses in the split `validation`",
         )
-    low, high = _auc_interval(value_D, correct_D, problem_D)
+    low, high = _auc_interval(judged.final_D, correct_D, judged.problem_D)
     return CriticReport(
-        auc=float(roc_auc_score(correct_D, value_D)),
+        critic=Measures.of(judged),
+        constant=Measures.of(judged.by_constant()),
+        length_only=Measures.of(judged.by_length(rule)),
         auc_low=low,
         auc_high=high,
-        value_bce=_bce(value_D, reward_D),
-        constant_bce=_bce(np.full_like(value_D, reward_D.mean()), reward_D),
-        value_margin=float(value_D[correct_D].mean() - value_D[~correct_D].mean()),
-        reliability=tuple(_reliability(value_D, reward_D)),
+        reliability=tuple(_reliability(judged.final_D, judged.reward_D)),
     )
 
 
@@ -129,11 +135,6 @@ def _reliability(value_D: Floats, reward_D: Floats) -> Iterator[ReliabilityBin]:
             low=(middle - spread) / scale,
             high=(middle + spread) / scale,
         )
-
-
-def _bce(value_D: Floats, reward_D: Floats) -> float:
-    value_D = value_D.clip(_PROBABILITY_FLOOR, 1 - _PROBABILITY_FLOOR)
-    return float(-(reward_D * np.log(value_D) + (1 - reward_D) * np.log1p(-value_D)).mean())
 
 
 def _auc_interval(
@@ -167,6 +168,7 @@ class CriticLearner(Learner):
         accumulation: In how many parts a global batch goes through the critic.
         world: The processes that train together.
         validation: Batches of the validation split, with the problem number of each row.
+        length_only: What lengths alone say of a response, by the training split.
         best: The folder of the best critic.
         save: Writes the critic as the best one.
         restore: Loads it back.
@@ -178,6 +180,7 @@ class CriticLearner(Learner):
     accumulation: int
     world: World = ALONE
     validation: Callable[[], Iterable[tuple[Batch, NDArray[np.int64]]]]
+    length_only: Callable[[], LengthOnly]
     best: Path
     save: Callable[[], None]
     restore: Callable[[], None]
@@ -208,23 +211,19 @@ class CriticLearner(Learner):
         """Judge the final values on the validation split; their cross-entropy selects the checkpoint."""
         del step
         report = self.measure()
-        return Validation(metrics=report.metrics(), score=report.auc)
+        return Validation(metrics=report.metrics(), score=report.critic.auc)
 
     @torch.no_grad()
     def measure(self) -> CriticReport:
         """Return the report of the critic as it is now."""
-        values, rewards, problems = [], [], []
+        parts = []
         for batch, problem_B in self.validation():
             scores = self.critic.score(batch, self._states(batch))
             if scores.value_BT is None:
                 name = type(self.critic).__name__
                 raise RunFailedError(f"critic `{name}` was trained, but gives no values")
-            last_B = _last_response_token(batch)
-            row_B = torch.arange(len(last_B), device=last_B.device)
-            values.append(scores.value_BT[row_B, last_B].double().cpu().numpy())
-            rewards.append(batch.reward_BT[row_B, last_B].double().cpu().numpy())
-            problems.append(problem_B)
-        return report_critic(np.concatenate(values), np.concatenate(rewards), np.concatenate(problems))
+            parts.append(_judged(batch, scores.value_BT, problem_B))
+        return report_critic(_together(parts), self.length_only())
 
     def state_dict(self) -> Mapping[str, Any]:
         """Return what the critic keeps."""
@@ -247,6 +246,23 @@ class CriticLearner(Learner):
         return self.trunk(batch) if self.critic.reads_policy else None
 
 
-def _last_response_token(batch: Batch) -> Tensor:
-    position_T = torch.arange(batch.response_BT.shape[1], device=batch.response_BT.device)
-    return (batch.response_BT * position_T).argmax(dim=1)
+def _judged(batch: Batch, value_BT: Tensor, problem_B: NDArray[np.int64]) -> Judged:
+    """Return the values of a batch with one document a row; rows without a response are left out."""
+    response_BT = batch.response_BT.cpu().numpy()
+    values_BT, rewards_BT = value_BT.double().cpu().numpy(), batch.reward_BT.double().cpu().numpy()
+    length_B = response_BT.sum(axis=1)
+    row_B = np.flatnonzero(length_B)
+    first_B = response_BT.argmax(axis=1)[row_B]
+    return Judged(
+        value_N=values_BT[response_BT],
+        before_D=values_BT[row_B, np.maximum(first_B - 1, 0)],
+        length_D=length_B[row_B],
+        reward_D=rewards_BT[row_B, first_B],
+        problem_D=problem_B[row_B],
+    )
+
+
+def _together(parts: Sequence[Judged]) -> Judged:
+    return Judged(
+        **{each.name: np.concatenate([getattr(p, each.name) for p in parts]) for each in fields(Judged)}
+    )

@@ -36,6 +36,7 @@ from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.stages.cached_critic import CachedCritic, scores_key, state_sha256
 from weighted_mtp_core.stages.checkpoint import load_model
+from weighted_mtp_core.stages.critic_measures import LengthOnly
 from weighted_mtp_core.storage.manifest import sha256_of
 
 
@@ -97,6 +98,12 @@ class Prepared:
                 f"data source `{self.plan.data.address}` has no {purpose} examples in the split `{split}`"
             )
         return examples
+
+    @cached_property
+    def length_only(self) -> LengthOnly:
+        """What the lengths of training responses say of their rewards."""
+        tokens = self.critic_tokens("train")
+        return LengthOnly.fit(tokens.length_D - tokens.prompt_D, np.asarray(tokens.reward_D, np.float64))
 
     def autocast(self) -> torch.autocast:
         """Return the context of a forward pass."""

@@ -260,6 +260,7 @@ class _Stages:
                 batch_size=table.train.batch_size,
                 limit=table.train.validation_examples,
             ),
+            length_only=lambda: prepared.length_only,
             world=self.world,
             best=folder,
             save=partial(save_component, critic, folder, world=self.world),
@@ -268,13 +269,11 @@ class _Stages:
 
     def _judge_critic(self, report: CriticReport, table: CriticTable, chosen: Chosen) -> None:
         """Say what the critic knows; stop before stage 2 if that is nothing."""
-        says = f"AUC {report.auc:.3f} [{report.auc_low:.3f}, {report.auc_high:.3f}] on held-out responses"
         if report.informative:
-            self.record.say(
-                f"critic: {says}; loss {report.value_bce:.3f}, of a constant {report.constant_bce:.3f}"
-            )
+            losses = f"loss {report.critic.bce:.3f}, of a constant {report.constant.bce:.3f}"
+            self.record.say(f"critic: {report.words}; {losses}")
             return
-        verdict = f"critic `{chosen.address}` is no better than a constant: {says}"
+        verdict = f"critic `{chosen.address}` is no better than a constant: {report.words}"
         if not table.allow_uninformative_critic:
             raise RunFailedError(
                 verdict,
@@ -290,10 +289,10 @@ def _summary(
     """Return what a person wants to know when a run is done."""
     rows: list[tuple[str, str]] = []
     if report is not None:
-        auc = f"AUC {report.auc:.3f} [{report.auc_low:.3f}, {report.auc_high:.3f}]"
-        rows.append(
-            ("critic", f"{auc}, loss {report.value_bce:.3f} (of a constant: {report.constant_bce:.3f})")
-        )
+        auc = f"AUC {report.critic.auc:.3f} [{report.auc_low:.3f}, {report.auc_high:.3f}]"
+        beside = f"length alone: {report.length_only.auc:.3f}"
+        loss = f"loss {report.critic.bce:.3f} (a constant: {report.constant.bce:.3f})"
+        rows.append(("critic", f"{auc} ({beside}), {loss}"))
     before, after = (v.metrics["validation_ce_head_1"] for v in (trained.start, trained.best))
     rows.append(("policy", f"held-out loss {before:.3f} -> {after:.3f} at step {trained.best_step}"))
     rows += evaluation.summary()
