@@ -1,9 +1,11 @@
-"""`evaluate` and `generate` on a run that the real stages made: two steps of a tiny model on tiny data."""
+"""`evaluate`, `generate` and `export` on a run that the real stages made: two steps of a tiny model."""
 
+import hashlib
 import io
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from textwrap import dedent
 
@@ -267,3 +269,82 @@ def test_an_unusable_folder_is_an_error_before_anything_is_loaded(wmtp, tmp_path
 
     assert code == 2
     assert err.startswith("error: cannot make the folder")
+
+
+# ------------------------------------------------------------------ export
+
+
+@pytest.fixture(scope="module")
+def exported(trained):
+    """The run as an exported model."""
+    path = trained.parents[4] / "models" / "tiny"
+    assert main(["export", trained.name, "--to", str(path)]) == 0
+    return path
+
+
+def test_an_exported_model_says_where_it_comes_from(exported, trained):
+    facts = json.loads((exported / "weighted_mtp.json").read_text())
+
+    assert (facts["format"], facts["n_future"], facts["head"], facts["run"]) == (
+        1,
+        3,
+        "transformer",
+        trained.name,
+    )
+    assert facts["base"].startswith("micro/")
+    assert facts["recipe_sha256"] == hashlib.sha256((trained / "recipe.toml").read_bytes()).hexdigest()
+    assert (exported / "recipe.toml").read_bytes() == (trained / "recipe.toml").read_bytes()
+    assert facts["data_sha256"] == json.loads((trained / "run.json").read_text())["data.sha256"]
+
+
+def test_an_exported_model_writes_the_runs_text_without_its_data_and_plugins(
+    wmtp, exported, tmp_path, monkeypatch
+):
+    settings = ("--prompt", "def f(x):\n", "--max-new-tokens", "20")
+    text = generated(wmtp, *settings)
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if not each.endswith("site")])
+    monkeypatch.chdir(tmp_path)
+
+    code, out, err = wmtp("generate", *settings, run=str(exported))
+
+    assert code == 0, err
+    assert out == text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_exported_model_measures_like_its_run_and_stays_as_it_is(wmtp, exported, trained, tmp_path):
+    before = {path.name: path.read_bytes() for path in exported.iterdir()}
+
+    wmtp("evaluate", "--out", str(tmp_path))
+    code, _, err = wmtp("evaluate", run=str(exported))
+    (out,) = (trained.parents[4] / "evaluations" / "tiny").iterdir()
+
+    assert code == 0, err
+    reports = [json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path, out)]
+    assert reports[0]["metrics"] == reports[1]["metrics"]
+    assert (out / "samples.jsonl").read_bytes() == (tmp_path / "samples.jsonl").read_bytes()
+    assert {path.name: path.read_bytes() for path in exported.iterdir()} == before
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate"])
+def test_a_changed_exported_model_is_an_error(wmtp, command, exported, tmp_path):
+    changed = Path(shutil.copytree(exported, tmp_path / "changed"))
+    with (changed / "extra_heads.safetensors").open("ab") as file:
+        file.write(b"x")
+
+    code, out, err = wmtp(command, *(["--prompt", "a"] if command == "generate" else []), run=str(changed))
+
+    assert (code, out) == (2, "")
+    assert f"error: `{changed}/extra_heads.safetensors` changed since it was written" in err
+
+
+def test_export_replaces_an_exported_model_only_if_told_so(wmtp, exported):
+    before = {path.name: path.read_bytes() for path in exported.iterdir()}
+
+    code, _, err = wmtp("export", "--to", str(exported))
+    forced, out, _ = wmtp("export", "--to", str(exported), "--force")
+
+    assert code == 2
+    assert err.startswith(f"error: `{exported}` is there already\nhint: ")
+    assert (forced, out) == (0, f"{exported}\n")
+    assert {path.name: path.read_bytes() for path in exported.iterdir()} == before

@@ -17,6 +17,7 @@ from weighted_mtp_core.cli import (
     check,
     doctor,
     evaluate,
+    export,
     generate,
     plugins,
     report,
@@ -36,7 +37,7 @@ from weighted_mtp_core.errors import (
 from weighted_mtp_core.tracking.redact import redact
 from weighted_mtp_core.wording import did_you_mean, quoted, reason
 
-COMMANDS = (run, check, evaluate, generate, report, plugins, doctor, track, storage, verify)
+COMMANDS = (run, check, evaluate, generate, export, report, plugins, doctor, track, storage, verify)
 PROGRAM = "python -m weighted_mtp_core"
 
 _DESCRIPTION = """\

@@ -1,4 +1,4 @@
-"""`evaluate`: measure the policy of a finished run again, on other settings or another split."""
+"""`evaluate`: measure the policy of a finished run, or an exported one, on other settings or splits."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Measure the best policy of a finished run: every head's loss, pass@k by running what it writes, and decoding.
 What is not given is as in the run's recipe. Writes samples.jsonl (HumanEval's format), verdicts.jsonl and
-metrics.json. RUN itself is left as it is."""
+metrics.json. RUN itself, which may also be an exported model, is left as it is."""
 _EPILOG = """\
 examples:
   evaluate 20261123-140924 --split validation
   evaluate 20261123-140924 --samples 10 --temperature 0.8 --pass-at-k 1,5
   evaluate 20261123-140924 --samples 10 --pass-at-k 1,10 --choose-temperature 0.2,0.6,0.8
+  evaluate models/sorter                                   what `export` wrote, on the run's data
 
 A temperature that is chosen by its result must not be chosen on what is reported: --choose-temperature
 solves the validation problems at each, and the test problems at the one with the best pass@k (largest k)."""
@@ -36,7 +37,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "evaluate", help="measure a finished run again", description=_DESCRIPTION, epilog=_EPILOG
     )
-    add_run_arguments(parser)
+    add_run_arguments(parser, also=", or an exported model")
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="(test)")
     parser.add_argument("--samples", metavar="N", type=int, help="completions a problem")
     heat = parser.add_mutually_exclusive_group()
@@ -48,7 +49,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--pass-at-k", metavar="K,K,...", type=list_of(int), help="each k needs at least k samples"
     )
     parser.add_argument("--problems", metavar="N", type=int, help="the first N of a split; 0 means all")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="(RUN/evaluations/<time>)")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="(RUN/evaluations/<time>, of a model <storage>/evaluations/<its name>/<time>)",
+    )
     return parser
 
 
@@ -59,12 +65,13 @@ def main(args: argparse.Namespace) -> int:
             "`--choose-temperature` chooses on the split `validation`, so only `test` can be reported",
             hint="leave out `--split`, or give each temperature alone: --split validation --temperature 0.2",
         )
+    from weighted_mtp_core.stages.finished import find_finished
     from weighted_mtp_core.tracking.run_folder import new_run_id
-    from weighted_mtp_core.tracking.sync import find_run
 
-    run = find_run(args.runs, args.run)
-    out: Path = args.out or run / "evaluations" / new_run_id()
-    report = _measure(run, _plans(run, args), split=args.split, out=out)
+    run = find_finished(args.runs, args.run)
+    plans = _plans(run, args)
+    out: Path = args.out or _evaluations(run, plans[0]) / new_run_id()
+    report = _measure(run, plans, split=args.split, out=out)
     _print(report, out)
     return EXIT_DONE
 
@@ -77,6 +84,15 @@ def _plans(run: Path, args: argparse.Namespace) -> list[Plan]:
     if args.choose_temperature is None:
         return [plan_of(run, overrides=changes)]
     return [plan_of(run, overrides=[*changes, f"evaluate.temperature={t}"]) for t in args.choose_temperature]
+
+
+def _evaluations(run: Path, plan: Plan) -> Path:
+    """Return where evaluations go; an exported model is complete, and nothing is added to it."""
+    from weighted_mtp_core.model.export import is_export
+
+    if is_export(run):
+        return Path(plan.recipe.run.storage) / "evaluations" / run.name
+    return run / "evaluations"
 
 
 def _measure(run: Path, plans: Sequence[Plan], *, split: Split, out: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`generate`: let the policy of a finished run continue a prompt."""
+"""`generate`: let the policy of a finished run, or an exported one, continue a prompt."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from weighted_mtp_core.errors import EXIT_DONE, WmtpError
 
 _DESCRIPTION = """\
 Continue a prompt with the best policy of a finished run. What is not given is as in the run's recipe.
-The text goes to stdout, all else to stderr."""
+RUN may also be an exported model, which needs neither data nor plugins. The text goes to stdout, all else
+to stderr."""
 _EPILOG = """\
 examples:
   generate 20261123-140924 --prompt 'def add(a, b):'
+  generate models/sorter --prompt 'def add(a, b):'                    what `export` wrote
   generate 20261123-140924 --samples 3 --temperature 0.8 < prompt.txt
   generate 20261123-140924 --prompt 'def f(x):' --decoding plain      the same text, a token a forward pass"""
 
@@ -24,7 +26,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "generate", help="continue a prompt with a finished run", description=_DESCRIPTION, epilog=_EPILOG
     )
-    add_run_arguments(parser)
+    add_run_arguments(parser, also=", or an exported model")
     parser.add_argument("--prompt", metavar="TEXT", help="(all of stdin, without its last line break)")
     parser.add_argument("--max-new-tokens", metavar="N", type=int)
     parser.add_argument("--temperature", metavar="T", type=float, help="0 is greedy")
@@ -37,24 +39,23 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> int:
     """Print what the policy writes."""
     from weighted_mtp_core.evaluation.generate import sample_completions
-    from weighted_mtp_core.stages.finished import plan_of, prepare_finished
-    from weighted_mtp_core.tracking.sync import find_run
+    from weighted_mtp_core.stages.finished import find_finished, writer_of
 
-    run = find_run(args.runs, args.run)
+    run = find_finished(args.runs, args.run)
     changes = evaluate_overrides(args, "max_new_tokens", "temperature", "samples", "decoding")
-    plan = plan_of(run, overrides=["evaluate.pass_at_k=[1]", *changes])
+    writer = writer_of(run, overrides=["evaluate.pass_at_k=[1]", *changes])
     prompt = args.prompt if args.prompt is not None else sys.stdin.read().removesuffix("\n")
     if not prompt:
         raise WmtpError("the prompt is empty", hint="give one: --prompt 'def add(a, b):'")
-    prepared = prepare_finished(run, plan, say=_say)
-    table = plan.recipe.evaluate
+    policy, tokenizer = writer.load(_say)
+    table = writer.recipe.evaluate
     written = sample_completions(
-        prepared.policy,
-        prepared.tokenizer,
+        policy,
+        tokenizer,
         [("prompt", prompt)],
         samples=table.samples,
         temperature=table.temperature,
-        seed=plan.recipe.run.seed if args.seed is None else args.seed,
+        seed=writer.recipe.run.seed if args.seed is None else args.seed,
         max_new_tokens=table.max_new_tokens,
         decoding=table.decoding,
         batch_size=table.batch_size,

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add RUN and `--runs`."""
-    parser.add_argument("run", metavar="RUN", help="a run folder, a run id, or a part of one")
+def add_run_arguments(parser: argparse.ArgumentParser, *, also: str = "") -> None:
+    """Add RUN and `--runs`; `also` says what else RUN may be."""
+    parser.add_argument("run", metavar="RUN", help=f"a run folder, a run id, or a part of one{also}")
     parser.add_argument(
         "--runs", metavar="FOLDER", type=Path, default=Path("storage/runs"), help="(storage/runs)"
     )

@@ -13,11 +13,12 @@ from typing import Any
 
 import attrs
 from attrs import frozen
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import weighted_mtp_core
-from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.errors import RunFailedError, WmtpError
 from weighted_mtp_core.model.policy import HeadKind, Policy, language_model
 from weighted_mtp_core.storage.manifest import atomic_folder
 
@@ -78,16 +79,22 @@ def write_export(policy: Policy, tokenizer: Any, path: Path, *, facts: ExportFac
         path: Where to.
         facts: What is not in the policy.
         recipe: Contents of the run's `recipe.toml`.
+
+    Raises:
+        RunFailedError: There is no room, or no permission.
     """
-    with atomic_folder(path, replace=True) as folder:
-        model = language_model(policy)
-        model.generation_config = _generation_config(tokenizer)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        save_file(_extra_heads(policy), folder / EXTRA_HEADS)
-        about = {"format": FORMAT, "core": weighted_mtp_core.__version__, **attrs.asdict(facts)}
-        (folder / FACTS).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        (folder / RECIPE).write_bytes(recipe)
+    model = language_model(policy)
+    model.generation_config = _generation_config(tokenizer)
+    about = {"format": FORMAT, "core": weighted_mtp_core.__version__, **attrs.asdict(facts)}
+    try:
+        with atomic_folder(path, replace=True) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            save_file(_extra_heads(policy), folder / EXTRA_HEADS)
+            (folder / FACTS).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+            (folder / RECIPE).write_bytes(recipe)
+    except (OSError, SafetensorError) as error:
+        raise RunFailedError(f"cannot write the exported model `{path}`: {error}") from error
 
 
 def read_facts(folder: Path) -> ExportFacts:

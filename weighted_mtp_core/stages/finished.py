@@ -130,9 +130,7 @@ def export_run(run: Path, to: Path, *, say: Callable[[str], None]) -> None:
 
 def _load_export(folder: Path, recipe: Recipe, say: Callable[[str], None]) -> tuple[Policy, Any]:
     device = resolve_device(recipe.model.device)
-    loaded = load_policy(
-        recipe.model, storage=Path(recipe.run.storage), texts=tuple, seed=recipe.run.seed
-    )
+    loaded = load_policy(recipe.model, storage=Path(recipe.run.storage), texts=tuple, seed=recipe.run.seed)
     say(f"policy {folder.name}: {loaded.policy.n_future} heads on {device}")
     return loaded.policy.to(device), loaded.tokenizer
 
