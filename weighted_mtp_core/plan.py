@@ -29,6 +29,7 @@ DEFAULT_EXPERIMENT_PREFIX = "weighted_mtp"
 CRITIC_SIGNALS = (Signal.VALUE, Signal.REFERENCE_LOSS)
 """Signals that only a critic can fill; the core computes the others itself."""
 
+_PLUGIN_TAG = "wmtp.plugin."
 ADDRESS_TAGS = ("weighting", "critic", "data")
 SelectionT = TypeVar("SelectionT", bound=Selection)
 
@@ -58,6 +59,22 @@ class Plan:
     recipe_toml: str
     recipe_sha256: str
     files: tuple[str, ...] = ()
+
+    @property
+    def runs_folder(self) -> Path:
+        """Where the plan's runs lie, those of all experiments."""
+        table = self.recipe.run
+        return Path(table.output_dir) if table.output_dir else Path(table.storage) / "runs"
+
+    @property
+    def identity(self) -> dict[str, dict[str, str]]:
+        """What makes a run the same run: the resolved recipe and the plugins' versions."""
+        plugins = {
+            key.removeprefix(_PLUGIN_TAG): value
+            for key, value in self.tags.items()
+            if key.startswith(_PLUGIN_TAG)
+        }
+        return {"params": dict(self.params), "plugins": plugins}
 
 
 def make_plan(
@@ -184,7 +201,7 @@ def _plan(recipe: Recipe, choice: _Choice, document: Document) -> Plan:
     own_tags = {"algo": weighting.plugin.name}
     own_tags |= {f"wmtp.{each}": chosen[each,].address for each in ADDRESS_TAGS if (each,) in chosen}
     for name, plugin in sorted(choice.loaded.items()):
-        own_tags[f"wmtp.plugin.{name}"] = f"{plugin.found.distribution}=={plugin.found.version}"
+        own_tags[f"{_PLUGIN_TAG}{name}"] = f"{plugin.found.distribution}=={plugin.found.version}"
     own_tags["wmtp.recipe_sha256"] = sha256
     return Plan(
         recipe=resolved,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,14 +28,6 @@ SAFE = (
 )
 """Keys that a resumed run may have changed: none of them moves a step that is done."""
 
-_PLUGIN = "wmtp.plugin."
-
-
-def runs_folder(plan: Plan) -> Path:
-    """Return where a plan's runs lie."""
-    table = plan.recipe.run
-    return Path(table.output_dir) if table.output_dir else Path(table.storage) / "runs"
-
 
 def run_to_resume(plan: Plan, named: str | None) -> Path | None:
     """Return the folder of the run to go on with; None means a new run.
@@ -48,7 +39,7 @@ def run_to_resume(plan: Plan, named: str | None) -> Path | None:
     Raises:
         WmtpError: There is no such run.
     """
-    runs = runs_folder(plan)
+    runs = plan.runs_folder
     if named is not None:
         return find_run(runs, named)
     if plan.recipe.run.resume == "never":
@@ -65,12 +56,9 @@ def _unfinished(path: Path, plan: Plan) -> bool:
     return not _differences(facts["params"], plan.params, allowed=SAFE)
 
 
-def identity(plan: Plan) -> dict[str, Any]:
-    """Return what makes a run the same run: the resolved recipe and the plugins' versions."""
-    plugins = {
-        key.removeprefix(_PLUGIN): value for key, value in plan.tags.items() if key.startswith(_PLUGIN)
-    }
-    return {"params": dict(plan.params), "plugins": plugins}
+def identity(plan: Plan) -> dict[str, dict[str, str]]:
+    """Return what makes a run the same run."""
+    return plan.identity
 
 
 def refuse_changes(path: Path, plan: Plan, *, allowed: Sequence[str]) -> None:
@@ -84,7 +72,7 @@ def refuse_changes(path: Path, plan: Plan, *, allowed: Sequence[str]) -> None:
     Raises:
         WmtpError: Lists what differs.
     """
-    was, now = read_run(path), identity(plan)
+    was, now = read_run(path), plan.identity
     if was.get("status") == "FINISHED" and was.get("params") == now["params"]:
         raise WmtpError(f"the run `{path}` is finished", hint="raise `train.steps` to train it further")
     faults = _differences(was.get("params", {}), now["params"], allowed=(*SAFE, *allowed))

@@ -314,10 +314,9 @@ def open_recorder(plan: Plan, display: Display, *, resume: Path | None = None) -
     """
     redact_log_records()
     recipe = plan.recipe
-    runs = Path(recipe.run.output_dir) if recipe.run.output_dir else Path(recipe.run.storage) / "runs"
     trackers = build_trackers(plan)
     if resume is None:
-        folder = RunFolder.create(runs, experiment=plan.experiment, name=recipe.run.name)
+        folder = RunFolder.create(plan.runs_folder, experiment=plan.experiment, name=recipe.run.name)
     else:
         folder = RunFolder.open(resume)
     info = RunInfo(
@@ -337,7 +336,7 @@ def open_recorder(plan: Plan, display: Display, *, resume: Path | None = None) -
         display=display,
         close_seconds=max((table.close_seconds for table in recipe.tracker), default=0.0),
     )
-    recorder.send_earlier(runs / plan.experiment)
+    recorder.send_earlier(plan.runs_folder / plan.experiment)
     return recorder
 
 
