@@ -107,3 +107,17 @@ def test_of_two_that_make_a_folder_the_first_stays(tmp_path):
 
     assert (tmp_path / "made" / "x").read_text() == "faster"
     assert [one.name for one in tmp_path.iterdir()] == ["made"]
+
+
+def test_a_linked_file_that_changed_in_place_is_summed_anew(tmp_path):
+    best, snapshot = tmp_path / "best.pt", tmp_path / "snapshot"
+    best.write_bytes(b"old")
+    snapshot.mkdir()
+    os.link(best, snapshot / "best.pt")
+    first = write_manifest(snapshot)
+    assert write_manifest(snapshot) == first
+
+    best.write_bytes(b"new and longer")
+
+    assert write_manifest(snapshot) != first
+    verify_manifest(snapshot)

@@ -68,7 +68,7 @@ class Snapshot:
             "stage": self.stage,
             "step": self.step,
         }
-        text = json.dumps({**head, "values": self.values}, indent=1, sort_keys=True)
+        text = json.dumps({**head, "values": self.values}, sort_keys=True)
         (folder / _VALUES).write_text(text + "\n", encoding="utf-8")
         _link(self.best, folder / _BEST / self.best.name)
 

@@ -18,6 +18,8 @@ DERIVED = "derived"
 """What is made from a folder may lie in this subfolder; each part of it has a manifest of its own."""
 
 _BLOCK = 1 << 20
+_LINKED: dict[tuple[int, ...], str] = {}
+"""The sums of files with several names, by device, inode, size and time: a new best state comes seldom."""
 
 
 def sha256_of(path: Path) -> str:
@@ -92,12 +94,23 @@ def write_manifest(folder: Path) -> str:
     The folder's sum is that of the list, so it moves with any byte of any file.
     """
     files = {
-        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": _sum_when_written(file)}
         for file in files_of(folder)
     }
     text = json.dumps({"format": 1, "files": files}, indent=1, sort_keys=True) + "\n"
     atomic_write(folder / MANIFEST, text)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sum_when_written(file: Path) -> str:
+    """Return the SHA-256 of a file; a further link to a file that was summed is not read again."""
+    found = file.stat()
+    if found.st_nlink == 1:
+        return sha256_of(file)
+    identity = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    if identity not in _LINKED:
+        _LINKED[identity] = sha256_of(file)
+    return _LINKED[identity]
 
 
 def verify_manifest(folder: Path) -> str:
