@@ -1,5 +1,6 @@
 """The tokens on a run's page carry the weights, values and losses that training would have used."""
 
+import json
 import math
 
 import numpy as np
@@ -13,6 +14,7 @@ from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.report.look import Look, ProblemLook, Solution, Token, load_look, save_look
 from weighted_mtp_core.report.measure import changes, choose_problems, token_texts
 from weighted_mtp_core.report.shading import shade
+from weighted_mtp_core.report.token_values import mean_over_heads
 from weighted_mtp_core.stages.finished import plan_of, prepare_finished
 
 PLUGIN = """
@@ -85,6 +87,39 @@ def test_a_run_keeps_what_its_page_shows_of_tokens(run):
             check_solution(prepared, problem.prompt, solution)
 
 
+def test_a_run_with_a_critic_keeps_a_table_of_values_and_weights(run):
+    lines = [
+        json.loads(line) for line in (run / "evaluation" / "token_values.jsonl").read_text().splitlines()
+    ]
+    examples = {example.example_id: example for example in prepared_source(run).examples("validation")}
+    by_example = {}
+    for line in lines:
+        by_example.setdefault(line["example"], []).append(line)
+
+    assert len(by_example) == 4  # `validation_examples` of the tiny run
+    for name, tokens in by_example.items():
+        example = examples[name]
+        assert "".join(token["token"] for token in tokens).startswith(example.response)
+        assert {token["reward"] for token in tokens} == {example.reward}
+        assert {token["weight"] for token in tokens} == {1 + example.reward}
+        assert [token["position"] for token in tokens] == list(range(len(tokens)))
+        rises = [token["change"] for token in tokens[:-1]]
+        assert rises == pytest.approx([1 / 1024] * len(rises), rel=1e-3)
+        assert tokens[-1]["change"] == pytest.approx(
+            example.reward - tokens[-1]["value"] + 1 / 1024, abs=1e-4
+        )
+
+
+def test_the_weight_of_a_token_is_the_mean_over_the_heads_that_predict_it():
+    # Four tokens, the last three a response; head 2 has no source for the first of them.
+    target_BTK = torch.tensor([[[True, True], [True, True], [True, False], [False, False]]])
+    weight_BTK = torch.tensor([[[1.0, 10.0], [2.0, 20.0], [3.0, 0.0], [0.0, 0.0]]])
+
+    found_BT = mean_over_heads(weight_BTK, target_BTK)
+
+    torch.testing.assert_close(found_BT, torch.tensor([[math.nan, 1.0, 6.0, 11.5]]), equal_nan=True)
+
+
 def test_the_page_of_a_run_finds_what_the_stages_measured(run):
     html = (run / "report.html").read_text()
 
@@ -102,6 +137,10 @@ def test_a_weighting_that_refuses_other_batches_costs_the_page_its_weights_and_n
     assert {token.weight for token in load_look(run).problems[0].solutions[0].tokens} == {None}
     assert "step &lt;2&gt; was not recorded" in (run / "report.html").read_text()
     assert "WARNING: the page shows no weights" in (run / "logs" / "training.log").read_text()
+
+
+def prepared_source(run):
+    return prepare_finished(run, plan_of(run), say=lambda _: None).source
 
 
 def check_solution(prepared, prompt, solution):

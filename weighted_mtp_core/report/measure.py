@@ -159,7 +159,7 @@ class _Row:
             ),
             per_head=weight is not None and weight.ndim == 3,
             loss_TK=_by_target(loss_BTK, target_BTK),
-            value_T=np.full(batch.ids_BT.shape[1], np.nan) if value_BT is None else _array(value_BT[0]),
+            value_T=np.full(batch.ids_BT.shape[1], np.nan) if value_BT is None else array(value_BT[0]),
         )
 
     def prompt(self, tokenizer: Any) -> str:
@@ -176,11 +176,11 @@ class _Row:
         tokens = tuple(
             Token(
                 text=text,
-                weight=_plain(np.nan if np.isnan(self.weight_TK[t]).all() else np.nanmean(self.weight_TK[t])),
-                weight_K=tuple(map(_plain, self.weight_TK[t])) if self.per_head else (),
-                loss_K=tuple(map(_plain, self.loss_TK[t])),
-                value=_plain(self.value_T[t]),
-                change=_plain(change_T[t]),
+                weight=plain(np.nan if np.isnan(self.weight_TK[t]).all() else np.nanmean(self.weight_TK[t])),
+                weight_K=tuple(map(plain, self.weight_TK[t])) if self.per_head else (),
+                loss_K=tuple(map(plain, self.loss_TK[t])),
+                value=plain(self.value_T[t]),
+                change=plain(change_T[t]),
             )
             for t, text in list(zip(places, texts, strict=True))[:_LONGEST]
         )
@@ -207,13 +207,14 @@ def changes(value_T: NDArray[np.float64], places: NDArray[np.int64], reward: flo
 def _by_target(x_BTK: Tensor, target_BTK: Tensor) -> NDArray[np.float64]:
     """Return what the pairs of the one row hold, `[T, K]` by their target, NaN where there is no pair."""
     found_BTK = gather_by_target(torch.ones_like(x_BTK), target_BTK) > 0
-    return np.where(_array(found_BTK[0]) > 0, _array(gather_by_target(x_BTK, target_BTK)[0]), np.nan)
+    return np.where(array(found_BTK[0]) > 0, array(gather_by_target(x_BTK, target_BTK)[0]), np.nan)
 
 
-def _array(x: Tensor) -> NDArray[np.float64]:
+def array(x: Tensor) -> NDArray[np.float64]:
+    """Return a tensor as an array of float64 on the host."""
     return x.double().cpu().numpy()
 
 
-def _plain(value: float) -> float | None:
+def plain(value: float) -> float | None:
     """Return a number as the file keeps it: five digits, None for NaN."""
     return None if np.isnan(value) else float(f"{value:.5g}")

@@ -19,6 +19,7 @@ from weighted_mtp_core.recipe.schema import CriticTable, TrainTable
 from weighted_mtp_core.report.look import save_look
 from weighted_mtp_core.report.measure import look_at_tokens
 from weighted_mtp_core.report.page import write_report
+from weighted_mtp_core.report.token_values import VALUES_FILE, table_of_values
 from weighted_mtp_core.stages.checkpoint import load_component, load_model, save_component, save_model
 from weighted_mtp_core.stages.checkpoints import Checkpoints
 from weighted_mtp_core.stages.critic import CriticLearner, CriticReport
@@ -36,6 +37,7 @@ from weighted_mtp_core.stages.resume import (
 )
 from weighted_mtp_core.stages.snapshot import Snapshot
 from weighted_mtp_core.stages.world import World, decoder_layers, shard
+from weighted_mtp_core.storage.manifest import atomic_write
 from weighted_mtp_core.tracking.display import Display
 from weighted_mtp_core.tracking.follower import Follower
 from weighted_mtp_core.tracking.recorder import Recorder, open_recorder
@@ -225,6 +227,24 @@ class _Stages:
             folder = self.record.folder.path
             self.record.artifact(save_look(look, folder), "")
             self.record.artifact(write_report(folder), "")
+        if critic is not None and report is not None:
+            self._table_values(prepared, learner, critic)
+
+    def _table_values(self, prepared: Prepared, learner: PolicyLearner, critic: Critic) -> None:
+        """Keep the values and weights of the responses that the critic was measured on."""
+        recipe = self.plan.recipe
+        assert recipe.critic is not None
+        batches = prepared.validation_batches(
+            prepared.critic_tokens("validation"),
+            batch_size=recipe.train.batch_size,
+            limit=recipe.critic.train.validation_examples,
+        )
+        table = table_of_values(prepared, learner, critic=critic, batches=(batch for batch, _ in batches))
+        if self.world.first:
+            file = self.record.folder.path / "evaluation" / VALUES_FILE
+            file.parent.mkdir(exist_ok=True)
+            atomic_write(file, table)
+            self.record.artifact(file, "evaluation")
 
     def _shard(self, blocks: Sequence[nn.Module]) -> None:
         if self.plan.recipe.model.shard and not self.world.alone:

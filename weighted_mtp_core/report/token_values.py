@@ -1,0 +1,105 @@
+"""The table `token_values.jsonl`: what critic and weighting make of each token of validation responses.
+
+Shape letters: B rows, T positions, K heads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import evolve
+from numpy.typing import NDArray
+from torch import Tensor
+
+from weighted_mtp_core.api import Batch, Critic
+from weighted_mtp_core.data.batches import split_rows
+from weighted_mtp_core.errors import RunFailedError
+from weighted_mtp_core.model.targets import align_labels, align_weights, gather_by_target, target_mask
+from weighted_mtp_core.report.measure import array, changes, plain, token_texts
+from weighted_mtp_core.stages.policy import PolicyLearner
+from weighted_mtp_core.stages.prepare import Prepared
+from weighted_mtp_core.stages.world import ALONE
+
+VALUES_FILE = "token_values.jsonl"
+Floats = NDArray[np.float64]
+
+
+def table_of_values(
+    prepared: Prepared, learner: PolicyLearner, *, critic: Critic, batches: Iterable[Batch]
+) -> str:
+    """Return the file's text, a line for each response token.
+
+    A line holds `example`, `reward` (of the whole response), `position` (in the response, from 0), `token`
+    (its text), `value` (of the prefix that ends with it), `change` (its TD error with gamma = 1) and `weight`
+    (mean over the heads; null where no head predicts it, or the weighting knows its own steps only).
+
+    Args:
+        prepared: Tokenizer and policy.
+        learner: Stage 2, with the weighting as it was at its end.
+        critic: Gives values for any batch, not only those of stage 2.
+        batches: Responses, one a row; each batch is weighed as one.
+    """
+    learner = evolve(learner, arm=evolve(learner.arm, critic=critic), world=ALONE)
+    lines: list[str] = []
+    for batch in batches:
+        parts = split_rows(batch, len(batch.ids_BT))
+        rows = zip(parts, _values(prepared, critic, batch), _weights(learner, batch), strict=True)
+        for part, value_T, weight_T in rows:
+            tokens = _tokens(prepared.tokenizer, part, value_T=value_T, weight_T=weight_T)
+            lines += [json.dumps(token, ensure_ascii=False) + "\n" for token in tokens]
+    return "".join(lines)
+
+
+@torch.no_grad()
+def _values(prepared: Prepared, critic: Critic, batch: Batch) -> Floats:
+    value_BT = critic.score(batch, prepared.trunk(batch) if critic.reads_policy else None).value_BT
+    assert value_BT is not None
+    return array(value_BT)
+
+
+def _weights(learner: PolicyLearner, batch: Batch) -> Floats:
+    """Return each token's weight, `[B, T]`, NaN where there is none."""
+    labels_BTK = align_labels(
+        batch.ids_BT,
+        document_BT=batch.document_BT,
+        response_BT=batch.response_BT,
+        n_future=learner.policy.n_future,
+    )
+    try:
+        weight = learner.weigh(batch, step=learner.steps).weight
+    except RunFailedError:  # some weightings know their own steps only, which the page of the run says
+        return np.full(tuple(batch.ids_BT.shape), np.nan)
+    return array(mean_over_heads(weight, target_mask(labels_BTK)))
+
+
+def mean_over_heads(weight: Tensor, target_BTK: Tensor) -> Tensor:
+    """Return the mean weight of the pairs that predict a token, `[B, T]`, NaN where none does.
+
+    Args:
+        weight: `[B, T]` or `[B, T, K]`, as a weighting gives it.
+        target_BTK: The pairs that count.
+    """
+    total_BT = gather_by_target(align_weights(weight, target_BTK), target_BTK).sum(dim=-1)
+    return total_BT / gather_by_target(target_BTK.float(), target_BTK).sum(dim=-1)
+
+
+def _tokens(tokenizer: Any, row: Batch, *, value_T: Floats, weight_T: Floats) -> Iterator[dict[str, Any]]:
+    """Yield what the table says of each response token of a batch of one row."""
+    places = np.flatnonzero(array(row.response_BT[0]) > 0)
+    reward = float(row.reward_BT[0, int(places[-1])])
+    change_T = changes(value_T, places, reward)
+    texts: Sequence[str] = token_texts(tokenizer, row.ids_BT[0].cpu()[places].tolist())
+    for position, (t, text) in enumerate(zip(places, texts, strict=True)):
+        yield {
+            "example": row.example_ids[0],
+            "reward": reward,
+            "position": position,
+            "token": text,
+            "value": plain(value_T[t]),
+            "change": plain(change_T[t]),
+            "weight": plain(weight_T[t]),
+        }
