@@ -53,7 +53,10 @@ def variants(draw):
     code = draw(
         st.sampled_from([BODY, SIGNATURE + BODY, SIGNATURE + DOCSTRING + BODY, textwrap.dedent(BODY)])
     )
-    before, after = draw(st.sampled_from(BEFORE)), draw(st.sampled_from(AFTER))
+    before = draw(st.sampled_from(BEFORE))
+    # A body without a margin is one only as long as no definition stands beside it.
+    has_margin = code.startswith((" ", "def"))
+    after = draw(st.sampled_from([each for each in AFTER if has_margin or "def count" not in each]))
     fence = draw(st.sampled_from([None, "```", "```python", "```py"]))
     if fence:
         text = f"{before}{fence}\n{code}```{after or draw(st.sampled_from(['', chr(10)]))}"

@@ -32,13 +32,13 @@ def cut_completion(text: str, *, prompt: str, entry_point: str) -> str:
         The completion; `text` itself if there is no such function in it.
     """
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    is_whole = _parse(prompt) is not None
+    is_whole = parsed(prompt) is not None
     margin = _margin(prompt, entry_point)
     for start in _starts(lines):
         code = "\n".join(lines[start:])
         if start and prompt and not prompt.endswith("\n"):
             code = "\n" + code
-        for forms in _forms(code, margin, is_whole=is_whole):
+        for forms in _forms(code, margin, entry_point=entry_point, is_whole=is_whole):
             cuts = [_longest(form, prompt=prompt, entry_point=entry_point) for form in forms]
             found = [cut for cut in cuts if cut is not None]
             if found:
@@ -53,12 +53,13 @@ def _starts(lines: Sequence[str]) -> list[int]:
     return sorted({0, *after_fence, *definitions})
 
 
-def _forms(code: str, margin: str, *, is_whole: bool) -> Iterator[list[str]]:
+def _forms(code: str, margin: str, *, entry_point: str, is_whole: bool) -> Iterator[list[str]]:
     """Yield ways to put code behind the prompt, the likeliest first; of those in one list the longest counts.
 
     Args:
         code: What follows the prompt.
         margin: Indentation of the function's body if the prompt has begun it.
+        entry_point: The function.
         is_whole: Whether the prompt is a program without more.
     """
     yield [code]
@@ -70,17 +71,23 @@ def _forms(code: str, margin: str, *, is_whole: bool) -> Iterator[list[str]]:
         if not is_whole:  # it repeats a signature that still waits for its body
             yield [f"{newline}{margin}pass\n\n\n{stripped}"]
         return
+    if _signature(code, entry_point):
+        return  # prose before a definition, not a body
     # A body that lost its margin: in its first line, as `str.strip` leaves it, or in all of them.
     yield [newline + margin + stripped, newline + textwrap.indent(stripped, margin)]
 
 
 def _margin(prompt: str, entry_point: str) -> str:
     """Return the indentation of the body that the prompt has begun; empty if it has begun none."""
-    begun = re.search(rf"^(?:async )?def {re.escape(entry_point)}\b", prompt, re.MULTILINE)
+    begun = _signature(prompt, entry_point)
     if begun is None:
         return ""
     indented = re.search(r"\n([ \t]+)\S", prompt[begun.end() :])
     return indented[1] if indented else "    "
+
+
+def _signature(code: str, entry_point: str) -> re.Match[str] | None:
+    return re.search(rf"^(?:async )?def {re.escape(entry_point)}\b", code, re.MULTILINE)
 
 
 def _longest(code: str, *, prompt: str, entry_point: str) -> str | None:
@@ -88,7 +95,7 @@ def _longest(code: str, *, prompt: str, entry_point: str) -> str | None:
     lines = code.split("\n")
     for count in range(len(lines), 0, -1):
         kept = "\n".join(lines[:count])
-        tree = _parse(prompt + kept)
+        tree = parsed(prompt + kept)
         if tree is not None:
             return _prune(tree, kept, given=prompt.count("\n"), entry_point=entry_point)
     return None
@@ -196,10 +203,10 @@ def _binds(node: ast.stmt) -> set[str]:
     }
 
 
-def _parse(source: str) -> ast.Module | None:
-    """Return the tree, or None where Python cannot read the source."""
+def parsed(source: str) -> ast.Module | None:
+    """Return the tree of a source, without a word about its style; None where Python cannot read it."""
     try:
-        with warnings.catch_warnings(action="ignore", category=SyntaxWarning):
+        with warnings.catch_warnings(action="ignore"):
             return ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
