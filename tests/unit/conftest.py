@@ -1,5 +1,6 @@
 """Plugins to test with: a module and a `dist-info` folder on `sys.path`, as an installer would leave them."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
@@ -106,3 +107,12 @@ def write_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
 def repository() -> Path:
     """The root of the repository, for tests of `configs/` and `docs/`."""
     return Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def shared_data(repository: Path) -> Path:
+    """Public data sets that are not part of the repository: `WMTP_TEST_DATA`, or `shared/data` beside it."""
+    folder = Path(os.environ.get("WMTP_TEST_DATA", repository.parent / "shared" / "data"))
+    if not (folder / "mbpp.jsonl").is_file():
+        pytest.skip(f"no public data in `{folder}`; set WMTP_TEST_DATA to a folder with mbpp.jsonl")
+    return folder

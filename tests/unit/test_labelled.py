@@ -4,6 +4,7 @@ import json
 
 import pytest
 from weighted_mtp_core.api import Problem, SandboxSettings, WmtpError
+from weighted_mtp_core.builtin.judging import FunctionJudge
 from weighted_mtp_core.builtin.labelled import Candidate, LabelledProblem, LabelledSource
 
 PROBLEM = Problem(
@@ -21,7 +22,7 @@ def source(tmp_path, *candidates):
         recipe={},
         draw=lambda: [LabelledProblem(problem=PROBLEM, split="train", candidates=candidates)],
         storage=tmp_path,
-        sandbox=SandboxSettings(workers=1, cpu_seconds=1),
+        judge=FunctionJudge(sandbox=SandboxSettings(workers=1, cpu_seconds=1)),
     )
 
 

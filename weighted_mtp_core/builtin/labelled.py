@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import attrs
 from attrs import define, field, frozen
@@ -25,24 +25,23 @@ from weighted_mtp_core.api import (
     DataSource,
     Example,
     Problem,
-    SandboxSettings,
     Split,
     Verdict,
 )
+from weighted_mtp_core.builtin.judging import Judge
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.evaluation.completion import cut_completion
-from weighted_mtp_core.evaluation.sandbox import Job, Sandbox
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder, verify_manifest
 
 _FORMAT = 1
+Made = Literal["solution", "mutant", "sample"]
 
 
 @frozen(kw_only=True)
 class Candidate:
-    """A response before it is judged, and whether it was written as a solution or made by breaking one."""
+    """A response before it is judged, and where it comes from: a solution, one that was broken, a model."""
 
     response: str
-    made: Literal["solution", "mutant"]
+    made: Made
 
 
 @frozen(kw_only=True)
@@ -63,7 +62,7 @@ class LabelledSource(DataSource):
         recipe: What the programs depend on; its hash is the version.
         draw: Makes problems and candidates; only called when the folder is not there yet.
         storage: The storage root.
-        sandbox: How programs are judged.
+        judge: Gives responses their labels.
         incorrect_fraction: Share of wrong responses among what the policy imitates.
     """
 
@@ -71,7 +70,7 @@ class LabelledSource(DataSource):
     recipe: Mapping[str, Any]
     draw: Callable[[], list[LabelledProblem]]
     storage: Path
-    sandbox: SandboxSettings
+    judge: Judge
     incorrect_fraction: float = 0.0
     _sha256: str = field(init=False, default="")
 
@@ -127,13 +126,12 @@ class LabelledSource(DataSource):
         return [Problem(**row["problem"]) for row in self._rows("problems.jsonl") if row["split"] == split]
 
     def completion(self, problem: Problem, text: str) -> str:
-        """Return the code that continues the prompt, without fences and talk."""
-        return cut_completion(text, prompt=problem.prompt, entry_point=problem.entry_point)
+        """Return what counts of a text, without fences and talk."""
+        return self.judge.completion(problem, text)
 
     def verify(self, attempts: Sequence[tuple[Problem, str]]) -> list[Verdict]:
-        """Run each completion after its prompt against the problem's tests."""
-        with Sandbox(self.sandbox) as sandbox:
-            return sandbox.judge([_job(problem, text) for problem, text in attempts])
+        """Judge completions as the labelled responses were."""
+        return self.judge.judge(attempts).verdicts
 
     @cached_property
     def _examples(self) -> Mapping[Split, list[Example]]:
@@ -150,9 +148,7 @@ class LabelledSource(DataSource):
 
     def _prepare(self) -> None:
         drawn = self.draw()
-        with Sandbox(self.sandbox) as sandbox:
-            verdicts = _judge_all(drawn, sandbox, title=f"labelling {self.name}")
-            provenance = dict(sandbox.provenance)
+        verdicts, provenance = _judge_all(drawn, self.judge, title=f"labelling {self.name}")
         kept = [pair for pair in zip(drawn, verdicts, strict=True) if pair[1][0].passed]
         self._check_solutions(drawn, verdicts, kept_count=len(kept))
         with atomic_folder(self.folder) as folder:
@@ -162,7 +158,9 @@ class LabelledSource(DataSource):
             )
             _write_rows(folder / "examples.jsonl", [row for pair in kept for row in _example_rows(*pair)])
             _write_json(folder / "statistics.json", _statistics(drawn, verdicts))
-            _write_json(folder / "provenance.json", {"recipe": dict(self.recipe), "sandbox": provenance})
+            _write_json(
+                folder / "provenance.json", {"recipe": dict(self.recipe), "sandbox": dict(provenance)}
+            )
 
     def _check_solutions(
         self, drawn: Sequence[LabelledProblem], verdicts: Sequence[Sequence[Verdict]], *, kept_count: int
@@ -189,20 +187,19 @@ class LabelledSource(DataSource):
             )
 
 
-def _job(problem: Problem, completion: str) -> Job:
-    return Job(program=problem.prompt + completion, entry_point=problem.entry_point, tests=problem.tests)
-
-
-def _judge_all(drawn: Sequence[LabelledProblem], sandbox: Sandbox, *, title: str) -> list[list[Verdict]]:
-    """Judge every candidate; return the verdicts problem by problem, the reference solution's first."""
-    jobs = [_job(one.problem, candidate.response) for one in drawn for candidate in one.candidates]
+def _judge_all(
+    drawn: Sequence[LabelledProblem], judge: Judge, *, title: str
+) -> tuple[list[list[Verdict]], Mapping[str, str]]:
+    """Judge every candidate; return the verdicts problem by problem, and what they depend on."""
+    attempts = [(one.problem, candidate.response) for one in drawn for candidate in one.candidates]
     console = Console(stderr=True)
     if not console.is_terminal:
-        console.print(f"{title}: {len(jobs)} programs", highlight=False)
+        console.print(f"{title}: {len(attempts)} responses", highlight=False)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=len(jobs))
-        flat = iter(sandbox.judge(jobs, on_done=lambda: progress.advance(task)))
-    return [[next(flat) for _ in one.candidates] for one in drawn]
+        task = progress.add_task(title, total=len(attempts))
+        judgement = judge.judge(attempts, on_done=lambda: progress.advance(task))
+    flat = iter(judgement.verdicts)
+    return [[next(flat) for _ in one.candidates] for one in drawn], judgement.provenance
 
 
 def _example_rows(one: LabelledProblem, verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
@@ -231,7 +228,7 @@ def _statistics(
     drawn: Sequence[LabelledProblem], verdicts: Sequence[Sequence[Verdict]]
 ) -> dict[str, dict[str, int]]:
     """Count problems by split, and verdicts by how the program was made."""
-    made: dict[str, Counter[str]] = {"solution": Counter(), "mutant": Counter()}
+    made: dict[str, Counter[str]] = {name: Counter() for name in get_args(Made)}
     for one, row in zip(drawn, verdicts, strict=True):
         for candidate, verdict in zip(one.candidates, row, strict=True):
             made[candidate.made][verdict.kind.value] += 1

@@ -31,6 +31,7 @@ class HumanEvalOptions:
 def build_humaneval(options: HumanEvalOptions, context: BuildContext) -> DataSource:
     """Build the data source; the first time, label its programs."""
     from weighted_mtp_core.builtin.humaneval.problems import FORMAT, SOURCE, read_problems
+    from weighted_mtp_core.builtin.judging import FunctionJudge
     from weighted_mtp_core.builtin.labelled import LabelledSource
 
     drawing = {"mutants_per_solution": options.mutants, "seed": options.seed}
@@ -39,6 +40,6 @@ def build_humaneval(options: HumanEvalOptions, context: BuildContext) -> DataSou
         recipe={"humaneval": FORMAT, "source": SOURCE, **drawing},
         draw=partial(read_problems, **drawing),
         storage=context.storage,
-        sandbox=context.sandbox,
+        judge=FunctionJudge(sandbox=context.sandbox),
         incorrect_fraction=options.incorrect_fraction,
     )

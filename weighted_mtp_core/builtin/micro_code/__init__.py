@@ -36,6 +36,7 @@ class MicroCodeOptions:
 
 def build_micro_code(options: MicroCodeOptions, context: BuildContext) -> DataSource:
     """Build the data source; the first time, draw and label its programs."""
+    from weighted_mtp_core.builtin.judging import FunctionJudge
     from weighted_mtp_core.builtin.labelled import LabelledSource
     from weighted_mtp_core.builtin.micro_code.generate import FORMAT, draw_problems
 
@@ -51,6 +52,6 @@ def build_micro_code(options: MicroCodeOptions, context: BuildContext) -> DataSo
         recipe={"grammar": FORMAT, **drawing},
         draw=partial(draw_problems, **drawing),
         storage=context.storage,
-        sandbox=context.sandbox,
+        judge=FunctionJudge(sandbox=context.sandbox),
         incorrect_fraction=options.incorrect_fraction,
     )
