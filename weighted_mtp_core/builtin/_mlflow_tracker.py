@@ -68,6 +68,11 @@ class MlflowTracker(Tracker):
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)
 
+    @property
+    def run_id(self) -> str:
+        """The store's own id of the run; empty before `start`."""
+        return self._run_id
+
     def start(self, run: RunInfo) -> None:
         """Create the run in its experiment, or reopen it, and bring its description up to date.
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import weighted_mtp_core
 from weighted_mtp_core.cli import (
     check,
+    compare,
     doctor,
     evaluate,
     export,
@@ -37,7 +38,7 @@ from weighted_mtp_core.errors import (
 from weighted_mtp_core.tracking.redact import redact
 from weighted_mtp_core.wording import did_you_mean, quoted, reason
 
-COMMANDS = (run, check, evaluate, generate, export, report, plugins, doctor, track, storage, verify)
+COMMANDS = (run, check, compare, evaluate, generate, export, report, plugins, doctor, track, storage, verify)
 PROGRAM = "python -m weighted_mtp_core"
 
 _DESCRIPTION = """\

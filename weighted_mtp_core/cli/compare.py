@@ -1,0 +1,195 @@
+"""`compare`: arms side by side, with paired seeds, intervals and curves."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weighted_mtp_core.compare.arms import Arm, read_arms
+from weighted_mtp_core.compare.runs import Outcome, Runner, plan_jobs, share_cores
+from weighted_mtp_core.errors import EXIT_DONE, EXIT_RUN_FAILED, RunFailedError, WmtpError
+
+if TYPE_CHECKING:
+    from weighted_mtp_core.compare.measures import Measures
+    from weighted_mtp_core.compare.table import Comparison
+
+_DESCRIPTION = """\
+Run several recipes with the same seeds on the same data and budget, and compare them to the first one:
+means over seeds, 95 % intervals, paired differences with an exact permutation test, at equal steps and at
+equal wall clock, and learning curves. Runs that are finished already are not run again; a comparison that
+was stopped goes on when it is called again. Writes compare.md, compare.json, compare.csv and the curves."""
+_EPILOG = """\
+examples:
+  compare configs/baseline.toml configs/verifiable.toml --seeds 5
+  compare configs/study/*.toml --seeds 5 --set data.options.incorrect_fraction=0.4
+  compare configs/baseline.toml configs/verifiable.toml --metrics pass_at_1,test_ce_head_1
+
+Seeds count up from the `run.seed` of the first recipe. Exit code 1 if a run
+failed; the others are compared."""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the command to the parser."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "compare", help="run recipes side by side and compare them", description=_DESCRIPTION, epilog=_EPILOG
+    )
+    parser.add_argument("recipes", metavar="RECIPE", nargs="+", type=Path, help="an arm each")
+    parser.add_argument("--seeds", metavar="N", type=int, default=5, help="(5)")
+    parser.add_argument("--jobs", metavar="N", type=int, help="runs at once (one a core)")
+    parser.add_argument("--preset", metavar="NAME", help="for every arm, as in `run`")
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        dest="overrides",
+        help="for every arm, as in `run`; repeatable",
+    )
+    parser.add_argument(
+        "--metrics",
+        metavar="NAME,NAME,...",
+        type=lambda text: text.split(","),
+        help="(pass@k, losses per head, speed)",
+    )
+    parser.add_argument(
+        "--allow-difference",
+        metavar="KEY",
+        action="append",
+        default=[],
+        help="compare although this key of data, model, train or evaluate differs; repeatable",
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, help="(<storage>/comparisons/<first arm>-<digest of all>)"
+    )
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run what is missing, then compare."""
+    _check(args)
+    arms = read_arms(
+        args.recipes, preset=args.preset, overrides=args.overrides, allowed=args.allow_difference
+    )
+    first = arms[0].plan.recipe.run
+    seeds = [first.seed + number for number in range(args.seeds)]
+    out: Path = args.out or Path(first.storage) / "comparisons" / f"{arms[0].name}-{_digest(arms, seeds)}"
+    outcome = _carry_out(arms, seeds, jobs=args.jobs, out=out)
+    if not outcome.finished:
+        raise RunFailedError(
+            f"every run failed, the first with: {outcome.failures[0].reason}",
+            hint=f"see {outcome.failures[0].log}",
+        )
+    return _report(arms, seeds, outcome, metrics=args.metrics, out=out)
+
+
+def _check(args: argparse.Namespace) -> None:
+    from weighted_mtp_core.compare.statistics import MOST_SEEDS
+
+    if not 1 <= args.seeds <= MOST_SEEDS:
+        raise WmtpError(f"`--seeds {args.seeds}`: expected 1 to {MOST_SEEDS}")
+    if args.jobs is not None and args.jobs < 1:
+        raise WmtpError(f"`--jobs {args.jobs}`: expected 1 or more")
+    if any(each.split("=")[0].strip() == "run.seed" for each in args.overrides):
+        raise WmtpError("`--set run.seed` would give every run the same seed", hint="use --seeds N")
+
+
+def _digest(arms: Sequence[Arm], seeds: Sequence[int]) -> str:
+    from weighted_mtp_core.compare.tracking import digest
+
+    return digest(arms, seeds)
+
+
+def _carry_out(arms: Sequence[Arm], seeds: Sequence[int], *, jobs: int | None, out: Path) -> Outcome:
+    """Run what is not finished, and show how far it is."""
+    from rich.console import Console
+
+    from weighted_mtp_core.tracking.display import Display
+
+    every = plan_jobs(arms, seeds)
+    at_once, threads = share_cores(jobs, len(every))
+    with Display(Console(stderr=True)) as display:
+        display.note(
+            f"{len(arms)} arms x {len(seeds)} seeds: {at_once} runs at once, {threads} threads each; to {out}"
+        )
+        display.stage("compare", len(every))
+        runner = Runner(
+            at_once=at_once,
+            threads=threads,
+            logs=out / "logs",
+            say=display.note,
+            moved=lambda done: display.update(done, {}),
+        )
+        return runner.run(every)
+
+
+def _report(
+    arms: Sequence[Arm], seeds: Sequence[int], outcome: Outcome, *, metrics: Sequence[str] | None, out: Path
+) -> int:
+    """Write and show tables and plots, and log them."""
+    from weighted_mtp_core.compare.tracking import track
+
+    runs = _measure(arms, outcome)
+    comparison, files = _write(runs, seeds, outcome, metrics=metrics, out=out)
+    print(comparison.markdown())
+    track(arms, comparison, runs=outcome.finished, files=files, folder=out, say=print)
+    print(f"written to {out}")
+    return EXIT_RUN_FAILED if outcome.failures else EXIT_DONE
+
+
+def _measure(arms: Sequence[Arm], outcome: Outcome) -> dict[str, dict[int, Measures]]:
+    """Read every finished run, by arm and seed; an arm without any is left out."""
+    from weighted_mtp_core.compare.measures import read_measures
+
+    runs: dict[str, dict[int, Measures]] = {}
+    for job in sorted(outcome.finished, key=lambda job: (arms.index(job.arm), job.seed)):
+        runs.setdefault(job.arm.name, {})[job.seed] = read_measures(outcome.finished[job])
+    if arms[0].name not in runs:
+        raise RunFailedError(
+            f"no run of the first arm `{arms[0].name}` finished, so there is nothing to compare to",
+            hint=f"see {outcome.failures[0].log}",
+        )
+    return runs
+
+
+def _write(
+    runs: dict[str, dict[int, Measures]],
+    seeds: Sequence[int],
+    outcome: Outcome,
+    *,
+    metrics: Sequence[str] | None,
+    out: Path,
+) -> tuple[Comparison, list[Path]]:
+    from weighted_mtp_core.compare.measures import default_metrics
+    from weighted_mtp_core.compare.plots import plot_curves
+    from weighted_mtp_core.compare.table import Comparison
+    from weighted_mtp_core.storage.manifest import atomic_write
+
+    everything = [run for by_seed in runs.values() for run in by_seed.values()]
+    known = set.union(*(set(run.last) for run in everything))
+    for name in metrics or ():
+        if name not in known:
+            raise _unknown_metric(name, known)
+    comparison = Comparison.make(
+        runs,
+        metrics=metrics or default_metrics(everything),
+        seeds=seeds,
+        missing=[f"{each.job.label}: {each.reason} (`{each.log}`)" for each in outcome.failures],
+    )
+    tables = {
+        "compare.md": comparison.markdown(),
+        "compare.json": comparison.json(),
+        "compare.csv": comparison.csv(),
+    }
+    for name, text in tables.items():
+        atomic_write(out / name, text)
+    shown = list(dict.fromkeys(row.metric for row in comparison.rows))
+    return comparison, [*(out / name for name in tables), *plot_curves(runs, shown, out)]
+
+
+def _unknown_metric(name: str, known: set[str]) -> WmtpError:
+    from weighted_mtp_core.wording import did_you_mean, quoted
+
+    hint = did_you_mean(name, sorted(known)) or f"they have {quoted(sorted(known))}"
+    return WmtpError(f"no run has the metric `{name}`", hint=hint)

@@ -1,0 +1,98 @@
+"""The arms of a comparison: one recipe each, which must differ in nothing that would make it unfair."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from attrs import frozen
+
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.plan import Plan, make_plan
+
+EQUAL = ("data", "evaluate", "model", "sandbox", "train")
+"""Tables of a recipe that all arms share: the data, the budget, and how the result is measured."""
+_NOT_A_BUDGET = ("sandbox.workers",)
+
+
+@frozen(kw_only=True, eq=False)
+class Arm:
+    """One recipe of a comparison.
+
+    Attributes:
+        recipe: The file.
+        preset: As on the command line of `run`.
+        overrides: As on the command line of `run`, without the seed.
+        plan: What they come to, with the recipe's own seed.
+    """
+
+    recipe: Path
+    preset: str | None
+    overrides: tuple[str, ...]
+    plan: Plan
+
+    @property
+    def name(self) -> str:
+        """What tables and plots call it: the recipe's `run.name`."""
+        return self.plan.recipe.run.name
+
+    def identity(self, seed: int) -> dict[str, dict[str, str]]:
+        """Return what makes a run the run of this arm and a seed; see `Plan.identity`."""
+        whole = self.plan.identity
+        return {**whole, "params": {**whole["params"], "run.seed": str(seed)}}
+
+
+def read_arms(
+    recipes: Sequence[Path], *, preset: str | None, overrides: Sequence[str], allowed: Sequence[str]
+) -> tuple[Arm, ...]:
+    """Plan every recipe, and refuse arms that cannot be compared.
+
+    Args:
+        recipes: One for each arm; the others are compared to the first.
+        preset: For all arms.
+        overrides: `key=value` changes for all arms.
+        allowed: Keys that may differ although that is unfair.
+
+    Raises:
+        WmtpError: A recipe is wrong, two have the same name, or their data or budgets differ.
+    """
+    changes = (*overrides, 'run.resume="auto"')
+    arms = tuple(
+        Arm(
+            recipe=recipe,
+            preset=preset,
+            overrides=changes,
+            plan=make_plan(recipe, preset=preset, overrides=changes),
+        )
+        for recipe in recipes
+    )
+    by_name: dict[str, Arm] = {}
+    for arm in arms:
+        if other := by_name.get(arm.name):
+            raise WmtpError(
+                f"`{other.recipe}` and `{arm.recipe}` are both called `{arm.name}`",
+                hint="give each arm a `run.name` of its own",
+            )
+        by_name[arm.name] = arm
+    for arm in arms[1:]:
+        _refuse_unequal(arms[0], arm, allowed=allowed)
+    return arms
+
+
+def _refuse_unequal(first: Arm, other: Arm, *, allowed: Sequence[str]) -> None:
+    was, now = first.plan.params, other.plan.params
+    faults = [
+        f"{key}: {was.get(key, 'absent')} in `{first.name}`, {now.get(key, 'absent')} in `{other.name}`"
+        for key in sorted(was.keys() | now.keys())
+        if was.get(key) != now.get(key) and _below(key, EQUAL) and not _below(key, (*_NOT_A_BUDGET, *allowed))
+    ]
+    if faults:
+        key = faults[0].partition(":")[0]
+        raise WmtpError(
+            f"`{other.recipe}` cannot be compared to `{first.recipe}`:\n  " + "\n  ".join(faults),
+            hint=f"make them equal, or take it upon yourself: --allow-difference {key}",
+        )
+
+
+def _below(key: str, tables: Sequence[str]) -> bool:
+    return any(key == each or key.startswith(f"{each}.") for each in tables)

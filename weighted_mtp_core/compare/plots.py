@@ -1,0 +1,99 @@
+"""Learning curves of the arms with bands. Importing this module imports matplotlib."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from attrs import frozen
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from weighted_mtp_core.compare.measures import Measures
+from weighted_mtp_core.compare.statistics import Estimate, estimate
+
+# Okabe and Ito's colours, which most colour-blind people tell apart; dashes and markers do without any.
+_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+_DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)))
+_MARKERS = "osD^vX*"
+
+
+def plot_curves(
+    runs: Mapping[str, Mapping[int, Measures]], metrics: Sequence[str], folder: Path
+) -> list[Path]:
+    """Draw each metric that is a curve of stage 2: mean and 95 % interval of each arm, and its end larger.
+
+    Args:
+        runs: By arm and seed.
+        metrics: Which to draw; those that are no curve in every run are left out.
+        folder: Where `<metric>.svg` goes.
+
+    Returns:
+        The files.
+    """
+    everything = [run for by_seed in runs.values() for run in by_seed.values()]
+    files = []
+    for metric in metrics:
+        if not all(metric in run.curves for run in everything):
+            continue
+        bands = {arm: _Band.of(metric, tuple(by_seed.values())) for arm, by_seed in runs.items()}
+        files.append(folder / f"{metric}.svg")
+        # fixed names and no date: the same numbers give the same file
+        with rc_context({"svg.hashsalt": metric}):
+            _figure(metric, bands).savefig(files[-1], metadata={"Date": None})
+    return files
+
+
+@frozen(kw_only=True)
+class _Band:
+    """One arm's curve."""
+
+    steps: Sequence[int]
+    found: Sequence[Estimate]
+
+    @classmethod
+    def of(cls, metric: str, runs: Sequence[Measures]) -> _Band:
+        """Average over the steps that all runs have."""
+        curves = [dict(run.curves[metric]) for run in runs]
+        steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+        return cls(steps=steps, found=[estimate([curve[step] for curve in curves]) for step in steps])
+
+    def from_step(self, first: float) -> _Band:
+        """Return the part from a step on."""
+        kept = [(step, each) for step, each in zip(self.steps, self.found, strict=True) if step >= first]
+        return _Band(steps=[step for step, _ in kept], found=[each for _, each in kept])
+
+
+def _figure(metric: str, bands: Mapping[str, _Band]) -> Figure:
+    half = max(band.steps[-1] for band in bands.values()) / 2
+    figure = Figure(figsize=(9.6, 4.0), layout="constrained")
+    whole, end = figure.subplots(1, 2)
+    for number, (arm, band) in enumerate(bands.items()):
+        _draw(whole, band, number, label=arm)
+        _draw(end, band.from_step(half), number, label=arm)
+    whole.set_ylabel(metric.replace("_", " "))
+    end.set_title("second half of the steps", fontsize=9)
+    whole.set_title("mean over seeds, band: 95 % interval", fontsize=9)
+    end.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    for axes in (whole, end):
+        axes.set_xlabel("step")
+        axes.grid(visible=True, alpha=0.25)
+    return figure
+
+
+def _draw(axes: Axes, band: _Band, number: int, *, label: str) -> None:
+    colour = _COLOURS[number % len(_COLOURS)]
+    axes.plot(
+        band.steps,
+        [each.mean for each in band.found],
+        color=colour,
+        linestyle=_DASHES[number % len(_DASHES)],
+        marker=_MARKERS[number % len(_MARKERS)],
+        markersize=4,
+        label=label,
+    )
+    if not any(math.isnan(each.low) for each in band.found):
+        low, high = [each.low for each in band.found], [each.high for each in band.found]
+        axes.fill_between(band.steps, low, high, color=colour, alpha=0.12, linewidth=0)

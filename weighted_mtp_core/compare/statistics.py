@@ -1,0 +1,86 @@
+"""Means over seeds, differences between arms with the same seeds, and how sure they are.
+
+Shape letters: N seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from attrs import frozen
+from scipy.special import stdtrit  # type: ignore[import-untyped] # scipy has no types
+
+CONFIDENCE = 0.95
+MOST_SEEDS = 20
+"""With more, the exact test would go through more than a million signs."""
+
+
+@frozen(kw_only=True)
+class Estimate:
+    """A mean with its interval; `low` and `high` are NaN where one value has no spread.
+
+    Attributes:
+        mean: Over the seeds.
+        low: Lower end of the 95 % interval of Student's t.
+        high: Upper end.
+        count: How many values there were.
+    """
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+
+@frozen(kw_only=True)
+class Difference:
+    """How an arm differs from the first one, seed by seed.
+
+    Attributes:
+        estimate: Of the mean difference.
+        p_value: Two-sided, of the exact sign-flip test.
+    """
+
+    estimate: Estimate
+    p_value: float
+
+
+def estimate(value_N: Sequence[float]) -> Estimate:
+    """Return the mean and the 95 % interval of Student's t with N - 1 degrees of freedom."""
+    count = len(value_N)
+    mean = math.fsum(value_N) / count
+    if count < 2:
+        return Estimate(mean=mean, low=math.nan, high=math.nan, count=count)
+    error = float(np.std(value_N, ddof=1)) / math.sqrt(count)
+    # scipy.stats has this quantile too, and takes a second to import
+    half = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * error
+    return Estimate(mean=mean, low=mean - half, high=mean + half, count=count)
+
+
+def difference(arm_N: Sequence[float], first_N: Sequence[float]) -> Difference:
+    """Compare two arms, value by value of the same seeds."""
+    change_N = [a - b for a, b in zip(arm_N, first_N, strict=True)]
+    return Difference(estimate=estimate(change_N), p_value=sign_flip_p(change_N))
+
+
+def sign_flip_p(change_N: Sequence[float]) -> float:
+    """Return the exact two-sided p-value of the paired permutation test.
+
+    If an arm did nothing, each difference would be as likely with the other sign: the p-value is the share
+    of all 2^N choices of signs whose mean is at least as far from 0 as the one that was seen. It cannot be
+    below 2 / 2^N (0.0625 for five seeds).
+    """
+    change = np.asarray(change_N, np.float64)
+    sums = np.zeros(1)
+    for each in change:
+        sums = np.concatenate([sums + each, sums - each])
+    # sums of the same numbers in another order differ in the last digits
+    tolerance = 1e-9 * float(np.abs(change).sum())
+    return float(np.mean(np.abs(sums) >= abs(change.sum()) - tolerance))
+
+
+def smallest_p(count: int) -> float:
+    """Return the smallest p-value that N pairs can have."""
+    return float(min(1.0, 2.0 / 2.0**count))

@@ -1,0 +1,200 @@
+"""The table of a comparison: for each metric and arm the mean, its interval, the difference to the first."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from attrs import asdict, frozen
+
+from weighted_mtp_core.compare.measures import Measures
+from weighted_mtp_core.compare.statistics import Difference, Estimate, difference, estimate, smallest_p
+
+EQUAL_STEPS = "equal steps"
+EQUAL_TIME = "equal wall clock"
+_NONE = "-"
+
+
+@frozen(kw_only=True)
+class Row:
+    """One arm's line for one metric.
+
+    Attributes:
+        metric: The metric.
+        at: `equal steps` or `equal wall clock`.
+        arm: The arm.
+        values: By seed.
+        estimate: Over the seeds.
+        difference: To the first arm, over the seeds that both have; None for the first itself, and where
+            they share none.
+    """
+
+    metric: str
+    at: str
+    arm: str
+    values: Mapping[int, float]
+    estimate: Estimate
+    difference: Difference | None
+
+
+@frozen(kw_only=True)
+class Comparison:
+    """All that was found.
+
+    Attributes:
+        arms: Names; the first is what the others are compared to.
+        seeds: Of the runs.
+        seconds: The shortest stage 2 of all runs: the wall clock of the second half of the table.
+        rows: In the order of the table.
+        missing: What did not finish, in words.
+    """
+
+    arms: Sequence[str]
+    seeds: Sequence[int]
+    seconds: float
+    rows: Sequence[Row]
+    missing: Sequence[str] = ()
+
+    @classmethod
+    def make(
+        cls,
+        runs: Mapping[str, Mapping[int, Measures]],
+        *,
+        metrics: Sequence[str],
+        seeds: Sequence[int],
+        missing: Sequence[str] = (),
+    ) -> Comparison:
+        """Compare runs, given by arm and seed, by some metrics, at equal steps and at equal wall clock."""
+        everything = [run for by_seed in runs.values() for run in by_seed.values()]
+        seconds = min(run.policy_seconds for run in everything)
+        rows: list[Row] = []
+        for metric in metrics:
+            rows += _rows(runs, metric, EQUAL_STEPS, partial(_last, metric))
+        for metric in metrics:
+            if all(metric in run.curves for run in everything):
+                rows += _rows(runs, metric, EQUAL_TIME, partial(_after, metric, seconds))
+        return cls(arms=tuple(runs), seeds=seeds, seconds=seconds, rows=rows, missing=missing)
+
+    def markdown(self) -> str:
+        """Return the tables as a Markdown page."""
+        parts = ["# Comparison", "", *self._explanation()]
+        shown = ("", "")
+        for row in self.rows:
+            if (row.metric, row.at) != shown:
+                shown = (row.metric, row.at)
+                parts += ["", f"## `{row.metric}`, at {row.at}", "", _HEAD, _RULE]
+            parts.append(_line(row))
+        return "\n".join(parts) + "\n"
+
+    def json(self) -> str:
+        """Return everything as JSON, with all values by seed; what is not known is null."""
+        table = asdict(self, value_serializer=lambda _, __, value: _plain(value))
+        return json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def csv(self) -> str:
+        """Return one line for each row."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        for row in self.rows:
+            mine, theirs = row.estimate, row.difference
+            other = theirs.estimate if theirs else None
+            writer.writerow(
+                [
+                    *(row.metric, row.at, row.arm, mine.count, mine.mean, _cell(mine.low), _cell(mine.high)),
+                    *((other.mean, _cell(other.low), _cell(other.high)) if other else ("", "", "")),
+                    theirs.p_value if theirs else "",
+                ]
+            )
+        return text.getvalue()
+
+    def _explanation(self) -> list[str]:
+        count = len(self.seeds)
+        several = "s" * (count > 1)
+        what = (
+            f"{len(self.arms)} arms, {count} seed{several} ({', '.join(map(str, self.seeds))}). "
+            f"Differences are to `{self.arms[0]}`, paired by seed; intervals are 95 % (Student's t over "
+            "seeds); p is that of the exact two-sided sign-flip test, not corrected for the number of rows. "
+            f"With {count} pair{several} it cannot be below {smallest_p(count):.4g}."
+        )
+        when = (
+            "At equal steps: the last value of each run. At equal wall clock: the value after "
+            f"{self.seconds:.1f} s of stage 2, the time of the fastest run."
+        )
+        lines = [what, "", when]
+        if self.missing:
+            lines += ["", "**Incomplete**, for these runs failed:", ""]
+            lines += [f"- {each}" for each in self.missing]
+        return lines
+
+
+_COLUMNS = (
+    *("metric", "at", "arm", "seeds", "mean", "low", "high"),
+    *("difference", "difference_low", "difference_high", "p_value"),
+)
+_HEAD = "| arm | seeds | mean | 95 % interval | difference | 95 % interval | p |"
+_RULE = "|---|---|---|---|---|---|---|"
+
+
+def _last(metric: str, run: Measures) -> float | None:
+    return run.last.get(metric)
+
+
+def _after(metric: str, seconds: float, run: Measures) -> float | None:
+    return run.at_seconds(metric, seconds)
+
+
+def _rows(
+    runs: Mapping[str, Mapping[int, Measures]], metric: str, at: str, read: Callable[[Measures], float | None]
+) -> list[Row]:
+    found = {
+        arm: {seed: value for seed, run in by_seed.items() if (value := read(run)) is not None}
+        for arm, by_seed in runs.items()
+    }
+    first = next(iter(found))
+    return [
+        Row(
+            metric=metric,
+            at=at,
+            arm=arm,
+            values=values,
+            estimate=estimate(tuple(values.values())),
+            difference=None if arm == first else _paired(values, found[first]),
+        )
+        for arm, values in found.items()
+        if values
+    ]
+
+
+def _paired(arm: Mapping[int, float], first: Mapping[int, float]) -> Difference | None:
+    common = [seed for seed in arm if seed in first]
+    if not common:
+        return None
+    return difference([arm[seed] for seed in common], [first[seed] for seed in common])
+
+
+def _line(row: Row) -> str:
+    other = row.difference
+    cells = [f"`{row.arm}`", str(row.estimate.count), f"{row.estimate.mean:.4g}", _interval(row.estimate)]
+    if other is None:
+        cells += [_NONE, _NONE, _NONE]
+    else:
+        cells += [f"{other.estimate.mean:+.4g}", _interval(other.estimate), f"{other.p_value:.4g}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def _interval(found: Estimate) -> str:
+    return _NONE if math.isnan(found.low) else f"[{found.low:.4g}, {found.high:.4g}]"
+
+
+def _cell(value: float) -> float | str:
+    return "" if math.isnan(value) else value
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
