@@ -22,9 +22,9 @@ equal wall clock, and learning curves. Runs that are finished already are not ru
 was stopped goes on when it is called again. Writes compare.md, compare.json, compare.csv and the curves."""
 _EPILOG = """\
 examples:
-  compare configs/baseline.toml configs/verifiable.toml --seeds 5
+  compare configs/baseline.toml configs/my_recipe.toml --seeds 5
   compare configs/study/*.toml --seeds 5 --set data.options.incorrect_fraction=0.4
-  compare configs/baseline.toml configs/verifiable.toml --metrics pass_at_1,test_ce_head_1
+  compare configs/baseline.toml configs/my_recipe.toml --metrics pass_at_1,test_ce_head_1
 
 Seeds count up from the `run.seed` of the first recipe. Exit code 1 if a run
 failed; the others are compared."""

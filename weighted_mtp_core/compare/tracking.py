@@ -17,7 +17,7 @@ from weighted_mtp_core.tracking.journal import Entry, now_ms, read_journal
 from weighted_mtp_core.tracking.run_folder import RunFolder
 
 EXPERIMENT = "compare"
-"""Comparisons of runs in several experiments lie in `<experiment_prefix>/compare`; others in that of the runs."""
+"""Comparisons of runs in several experiments lie in `<experiment_prefix>/compare`, others beside them."""
 PARENT_TAG = "mlflow.parentRunId"
 
 
