@@ -179,6 +179,8 @@ class Batch:
             padding; None where each row holds one, whose positions are 0, 1, ...
         place_BT: int64 array, on the host: where each token lies in the arrays that the batch was made from,
             -1 on padding; None if it was not made from any.
+        reach_BT: int64 array, on the host: how many tokens of its document lie before each response token, 0
+            elsewhere, so that nobody asks the device which pairs count; None where it is not known.
     """
 
     ids_BT: Tensor
@@ -189,6 +191,7 @@ class Batch:
     example_ids: tuple[str, ...] = ()
     position_BT: Tensor | None = None
     place_BT: NDArray[np.int64] | None = None
+    reach_BT: NDArray[np.int64] | None = None
 
 
 @frozen(kw_only=True, eq=False)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from weighted_mtp_core.api import Weights, WmtpError
-from weighted_mtp_core.stages.weights import check_weights, weight_metrics
+from weighted_mtp_core.stages.weights import ValueCheck, check_weights, weight_metrics
 
 LABEL = "weighting `my.own` (my-dist 1.0)"
 
@@ -69,13 +69,27 @@ def test_no_pairs_give_no_metrics():
         (torch.ones(2, 4), r"shape \(2, 4\), expected \(2, 3\) or \(2, 3, 5\)"),
         (torch.ones(2, 3, dtype=torch.bfloat16), "dtype torch.bfloat16, expected torch.float32"),
         (torch.ones(2, 3, requires_grad=True), "a gradient; weights must be detached"),
-        (torch.full((2, 3), float("nan")), "NaN or infinity"),
-        (-torch.ones(2, 3), "a negative weight"),
     ],
 )
 def test_a_bad_weight_tensor_is_named_with_its_maker(weight, fault):
     with pytest.raises(WmtpError, match=rf"`my.own` \(my-dist 1.0\) returned weights with .*{fault}"):
         check_weights(Weights(weight=weight), torch.ones(2, 3, dtype=torch.bool), n_future=5, label=LABEL)
+
+
+@pytest.mark.parametrize(
+    ("weight", "fault"),
+    [
+        (torch.full((2, 3), float("nan")), "NaN or infinity"),
+        (torch.tensor([1.0, float("inf"), -1.0]), "NaN or infinity"),
+        (torch.tensor([1.0, -1e-30]), "a negative weight"),
+    ],
+)
+def test_bad_values_are_named_with_their_maker(weight, fault):
+    check = ValueCheck(label=LABEL)
+    check.note(weight)
+
+    with pytest.raises(WmtpError, match=rf"`my.own` \(my-dist 1.0\) returned weights with {fault} in them"):
+        check.look()
 
 
 @pytest.mark.parametrize(

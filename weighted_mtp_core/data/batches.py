@@ -187,6 +187,7 @@ def _lay(
         group_BT=tensor(np.repeat(group_D, length_D), np.int64, padding=-1),
         example_ids=tuple(token_set.example_ids[int(d)] for d in documents),
         place_BT=laid(source_N, np.int64, padding=-1),
+        reach_BT=laid(position_N * response_N, np.int64),
     )
     return batch, tensor(position_N, np.int64)
 
@@ -206,6 +207,7 @@ def split_rows(batch: Batch, parts: int, *, together: int = 1) -> Iterator[Batch
             example_ids=batch.example_ids[first:last],
             position_BT=None if batch.position_BT is None else batch.position_BT[first:last],
             place_BT=None if batch.place_BT is None else batch.place_BT[first:last],
+            reach_BT=None if batch.reach_BT is None else batch.reach_BT[first:last],
         )
 
 

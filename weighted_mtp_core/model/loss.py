@@ -14,12 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Literal
 
+import numpy as np
 import torch
 from attrs import frozen
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from weighted_mtp_core.model.policy import Policy
-from weighted_mtp_core.model.targets import target_mask
+from weighted_mtp_core.model.targets import source_index, target_mask
 
 CHUNK = 256
 """Pairs whose logits exist at one time: 256 x 49152 in fp32 are 48 MiB."""
@@ -75,6 +77,7 @@ def weighted_mtp_loss(
     head_share_K: Tensor,
     detach_trunk: bool = False,
     position_BT: Tensor | None = None,
+    reach_BT: NDArray[np.int64] | None = None,
 ) -> MtpLoss:
     """Return the loss of trunk states, having added its gradient to every parameter's `grad`.
 
@@ -89,6 +92,7 @@ def weighted_mtp_loss(
         head_share_K: alpha by head.
         detach_trunk: Whether heads 2..K leave the trunk alone.
         position_BT: From `Batch.position_BT`.
+        reach_BT: From `Batch.reach_BT`; without it, each head waits for the device.
     """
     target_BTK = target_mask(labels_BTK)
     scale_K = head_share_K / normaliser_K
@@ -96,15 +100,15 @@ def weighted_mtp_loss(
     unembedding = _Unembedding.of(policy, hidden_BTH)
     losses, ce_sums = [], []
     for k in range(1, policy.n_future + 1):
-        counts_BT = target_BTK[:, :, k - 1]
-        scale_BT = scale_K[k - 1].expand(counts_BT.shape)
+        label_BT = labels_BTK[:, :, k - 1]
+        scale_BT = scale_K[k - 1].expand(label_BT.shape)
         loss, ce_sum = _learn_head(
             policy.head_states(
                 k, source_BTH.detach() if detach_trunk and k > 1 else source_BTH, position_BT=position_BT
             ),
             unembedding,
-            counts_BT=counts_BT,
-            label_BT=labels_BTK[:, :, k - 1],
+            index_N=source_index(label_BT, k=k, reach_BT=reach_BT),
+            label_BT=label_BT,
             scale_BT=scale_BT if weight_BTK is None else weight_BTK[:, :, k - 1].float() * scale_BT,
         )
         losses.append(loss)
@@ -119,16 +123,23 @@ def weighted_mtp_loss(
 
 
 def _learn_head(
-    state_BTH: Tensor, unembedding: _Unembedding, *, counts_BT: Tensor, label_BT: Tensor, scale_BT: Tensor
+    state_BTH: Tensor, unembedding: _Unembedding, *, index_N: Tensor, label_BT: Tensor, scale_BT: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Take a head's states back to what they came from; return its loss and its sum of cross-entropies."""
-    scale_N = scale_BT[counts_BT]
-    ce_N, gradient_NH = unembedding.learn(state_BTH.detach()[counts_BT], label_BT[counts_BT], scale_N=scale_N)
+    scale_N = _at(scale_BT, index_N)
+    ce_N, gradient_NH = unembedding.learn(
+        _at(state_BTH.detach(), index_N), _at(label_BT, index_N), scale_N=scale_N
+    )
     if state_BTH.requires_grad:
-        gradient_BTH = torch.zeros_like(state_BTH)
-        gradient_BTH[counts_BT] = gradient_NH
+        gradient_BTH = torch.zeros_like(state_BTH, memory_format=torch.contiguous_format)
+        gradient_BTH.flatten(0, 1).index_copy_(0, index_N, gradient_NH)
         _backward(state_BTH, gradient_BTH)
     return (ce_N * scale_N).sum(), ce_N.sum()
+
+
+def _at(x_BT: Tensor, index_N: Tensor) -> Tensor:
+    """Return what lies at places of the flattened rows, `[N, ...]`."""
+    return x_BT.flatten(0, 1).index_select(0, index_N)
 
 
 def _backward(tensor: Tensor, gradient: Tensor) -> None:
@@ -139,16 +150,22 @@ def _backward(tensor: Tensor, gradient: Tensor) -> None:
 
 @torch.no_grad()
 def head_sums(
-    policy: Policy, hidden_BTH: Tensor, labels_BTK: Tensor, *, position_BT: Tensor | None = None
+    policy: Policy,
+    hidden_BTH: Tensor,
+    labels_BTK: Tensor,
+    *,
+    position_BT: Tensor | None = None,
+    reach_BT: NDArray[np.int64] | None = None,
 ) -> HeadSums:
     """Measure each head on trunk states, unweighted; arguments are those of `weighted_mtp_loss`."""
     target_BTK = target_mask(labels_BTK)
     unembedding = _Unembedding.of(policy, hidden_BTH)
     sums = []
     for k in range(1, policy.n_future + 1):
-        counts_BT = target_BTK[:, :, k - 1]
-        state_NH = policy.head_states(k, hidden_BTH, position_BT=position_BT)[counts_BT]
-        sums.append(unembedding.measure(state_NH, labels_BTK[:, :, k - 1][counts_BT]))
+        label_BT = labels_BTK[:, :, k - 1]
+        index_N = source_index(label_BT, k=k, reach_BT=reach_BT)
+        state_BTH = policy.head_states(k, hidden_BTH, position_BT=position_BT)
+        sums.append(unembedding.measure(_at(state_BTH, index_N), _at(label_BT, index_N)))
     ce_sums, correct = zip(*sums, strict=True)
     return HeadSums(
         ce_sum_K=torch.stack(ce_sums),
@@ -159,18 +176,42 @@ def head_sums(
 
 @torch.no_grad()
 def token_losses(
-    policy: Policy, hidden_BTH: Tensor, labels_BTK: Tensor, *, position_BT: Tensor | None = None
+    policy: Policy,
+    hidden_BTH: Tensor,
+    labels_BTK: Tensor,
+    *,
+    position_BT: Tensor | None = None,
+    reach_BT: NDArray[np.int64] | None = None,
 ) -> Tensor:
     """Return each pair's unweighted cross-entropy, float32 `[B, T, K]`, 0 where nothing counts."""
-    return _by_pair(policy, hidden_BTH, labels_BTK, position_BT=position_BT, measure=_Unembedding.losses)
+    return _by_pair(
+        policy,
+        hidden_BTH,
+        labels_BTK,
+        position_BT=position_BT,
+        reach_BT=reach_BT,
+        measure=_Unembedding.losses,
+    )
 
 
 @torch.no_grad()
 def token_entropies(
-    policy: Policy, hidden_BTH: Tensor, labels_BTK: Tensor, *, position_BT: Tensor | None = None
+    policy: Policy,
+    hidden_BTH: Tensor,
+    labels_BTK: Tensor,
+    *,
+    position_BT: Tensor | None = None,
+    reach_BT: NDArray[np.int64] | None = None,
 ) -> Tensor:
     """Return the entropy of each pair's prediction in nats, float32 `[B, T, K]`, 0 where nothing counts."""
-    return _by_pair(policy, hidden_BTH, labels_BTK, position_BT=position_BT, measure=_Unembedding.entropies)
+    return _by_pair(
+        policy,
+        hidden_BTH,
+        labels_BTK,
+        position_BT=position_BT,
+        reach_BT=reach_BT,
+        measure=_Unembedding.entropies,
+    )
 
 
 def _by_pair(
@@ -179,16 +220,18 @@ def _by_pair(
     labels_BTK: Tensor,
     *,
     position_BT: Tensor | None,
+    reach_BT: NDArray[np.int64] | None,
     measure: Callable[[_Unembedding, Tensor, Tensor], Tensor],
 ) -> Tensor:
     """Measure the states `[N, H]` and labels `[N]` of each head's pairs; return it by pair, 0 elsewhere."""
     measured_BTK = torch.zeros(labels_BTK.shape, dtype=torch.float32, device=labels_BTK.device)
     unembedding = _Unembedding.of(policy, hidden_BTH)
     for k in range(1, policy.n_future + 1):
-        counts_BT = target_mask(labels_BTK[:, :, k - 1])
-        state_NH = policy.head_states(k, hidden_BTH, position_BT=position_BT)[counts_BT]
-        label_N = labels_BTK[:, :, k - 1][counts_BT]
-        measured_BTK[:, :, k - 1][counts_BT] = measure(unembedding, state_NH, label_N)
+        label_BT = labels_BTK[:, :, k - 1]
+        index_N = source_index(label_BT, k=k, reach_BT=reach_BT)
+        state_BTH = policy.head_states(k, hidden_BTH, position_BT=position_BT)
+        measured_N = measure(unembedding, _at(state_BTH, index_N), _at(label_BT, index_N))
+        measured_BTK.flatten(0, 1)[:, k - 1].index_copy_(0, index_N, measured_N)
     return measured_BTK
 
 

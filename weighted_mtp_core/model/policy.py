@@ -14,6 +14,7 @@ Shape letters: B rows, T positions, K heads, H hidden, V vocabulary.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -117,7 +118,7 @@ class Policy(nn.Module):
             input_ids=ids_BT,
             attention_mask=seen_BS,
             position_ids=position_BT,
-            past_key_values=cache,
+            past_key_values=_memory(cache, position_BT),
             use_cache=cache is not None,
         ).last_hidden_state
         return states
@@ -140,7 +141,7 @@ class Policy(nn.Module):
             inputs_embeds=hidden_BTH,
             attention_mask=seen_BS,
             position_ids=position_BT,
-            past_key_values=cache,
+            past_key_values=_memory(cache, position_BT),
             use_cache=cache is not None,
         ).last_hidden_state
         normed: Tensor = self.norm(states)
@@ -170,6 +171,26 @@ class Policy(nn.Module):
             return hidden.float()
 
         return states
+
+
+def _memory(cache: Any, position_BT: Tensor | None) -> Any:
+    """Return the cache, or without one and without positions a cache that keeps nothing.
+
+    With no cache at all, transformers looks into the positions that it made itself for packed documents, and
+    so waits for an accelerator in every forward pass of every body.
+    """
+    return _keep_nothing() if cache is None and position_BT is None else cache
+
+
+@functools.cache
+def _keep_nothing() -> Any:
+    from transformers import DynamicCache
+
+    class KeepNothing(DynamicCache):  # type: ignore[misc] # transformers gives it no type
+        def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            return key, value
+
+    return KeepNothing()
 
 
 class ResidualHead(nn.Module):

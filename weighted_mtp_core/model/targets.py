@@ -5,7 +5,9 @@ Shape letters: B rows, T positions, K heads.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 IGNORED = -100
@@ -34,6 +36,32 @@ def align_labels(ids_BT: Tensor, *, document_BT: Tensor, response_BT: Tensor, n_
 def target_mask(labels_BTK: Tensor) -> Tensor:
     """Return bool `[B, T, K]`, True where the pair counts."""
     return labels_BTK != IGNORED
+
+
+def source_index(label_BT: Tensor, *, k: int, reach_BT: NDArray[np.int64] | None) -> Tensor:
+    """Return where the pairs of head k that count have their sources, int64 `[N]` into the flattened rows.
+
+    Args:
+        label_BT: Labels of head k.
+        k: From 1.
+        reach_BT: From `Batch.reach_BT`; without it the device is asked, which waits for it.
+    """
+    if reach_BT is None:
+        return target_mask(label_BT).flatten().nonzero()[:, 0]
+    return _sent(np.flatnonzero(reach_BT >= k) - k, label_BT.device)
+
+
+def pair_index(target_BTK: Tensor, *, reach_BT: NDArray[np.int64] | None) -> Tensor:
+    """Return where the pairs that count lie in the flattened `[B, T, K]`, int64 `[N]`; see `source_index`."""
+    if reach_BT is None:
+        return target_BTK.flatten().nonzero()[:, 0]
+    heads = target_BTK.shape[2]
+    place = [(np.flatnonzero(reach_BT >= k) - k) * heads + k - 1 for k in range(1, heads + 1)]
+    return _sent(np.sort(np.concatenate(place)), target_BTK.device)
+
+
+def _sent(index_N: NDArray[np.int64], device: torch.device) -> Tensor:
+    return torch.from_numpy(index_N).to(device, non_blocking=True)
 
 
 def align_weights(weight: Tensor, target_BTK: Tensor) -> Tensor:

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from attrs import define, evolve, field, frozen
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from weighted_mtp_core.api import Batch, Critic, Scores, Signal, StepView, WeightingStrategy, Weights
@@ -30,7 +32,7 @@ from weighted_mtp_core.model.targets import IGNORED, align_labels, align_weights
 from weighted_mtp_core.recipe.schema import LossTable
 from weighted_mtp_core.stages.loop import Learner, Validation
 from weighted_mtp_core.stages.snapshot import below, load_module_state, module_state
-from weighted_mtp_core.stages.weights import check_weights, weight_metrics
+from weighted_mtp_core.stages.weights import ValueCheck, check_weights, weight_metrics
 from weighted_mtp_core.stages.world import ALONE, World
 from weighted_mtp_core.wording import reason
 
@@ -57,7 +59,7 @@ class Arm:
         return self.critic is not None and bool(self.needs & {Signal.VALUE, Signal.REFERENCE_LOSS})
 
     def weigh(self, view: StepView) -> Weights:
-        """Ask the weighting, and check what it says.
+        """Ask the weighting, and check what it says, but for the values.
 
         Raises:
             RunFailedError: It failed, or its weights are none; says whose fault that is.
@@ -103,6 +105,11 @@ class PolicyLearner(Learner):
     restore: Callable[[], None]
     stage: str = field(default="policy", init=False)
     headline: str = field(default="train_loss", init=False)
+    _values: ValueCheck = field(init=False)
+
+    @_values.default
+    def _check_values(self) -> ValueCheck:
+        return ValueCheck(label=self.arm.label)
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """Return the policy's parameters."""
@@ -123,9 +130,13 @@ class PolicyLearner(Learner):
         signals = self._signals(parts, states, rows=len(batch.ids_BT))
         view = self._view(batch, target_BTK, signals, step=step, training=True)
         weights = self.arm.weigh(view)
+        self._values.note(weights.weight)
+        if self._values.due(step, self.steps):
+            self._values.look()
         weight_BTK = align_weights(weights.weight, target_BTK)
         normaliser_K = normalisers(weight_BTK, target_BTK, normalise=self.loss.normalise)
-        share_K = head_shares(self.loss, n_future, progress=step / self.steps).to(normaliser_K.device)
+        share_K = head_shares(self.loss, n_future, progress=step / self.steps)
+        share_K = share_K.to(normaliser_K.device, non_blocking=True)
         total = torch.zeros((), device=normaliser_K.device)
         ce_K = torch.zeros_like(normaliser_K)
         count_K = torch.zeros_like(normaliser_K)
@@ -141,6 +152,7 @@ class PolicyLearner(Learner):
                     head_share_K=share_K,
                     detach_trunk=self.loss.detach_trunk,
                     position_BT=part.batch.position_BT,
+                    reach_BT=part.reach_BT,
                 )
             total += result.loss
             ce_K += result.ce_sum_K
@@ -150,7 +162,7 @@ class PolicyLearner(Learner):
         return {
             "train_loss": total,
             **_per_head("train_ce", ce_K / count_K.clamp(min=1)),
-            **weight_metrics(weight_BTK, target_BTK),
+            **weight_metrics(weight_BTK, target_BTK, reach_BT=batch.reach_BT),
             **weights.metrics,
         }
 
@@ -177,6 +189,8 @@ class PolicyLearner(Learner):
         signals = self._signals(parts, [None] * len(parts), rows=len(batch.ids_BT))
         target_BTK = target_mask(self._labels(batch))
         weights = self.arm.weigh(self._view(batch, target_BTK, signals, step=step, training=False))
+        self._values.note(weights.weight)
+        self._values.look()
         self.policy.train()
         return weights
 
@@ -229,8 +243,15 @@ class PolicyLearner(Learner):
                 state, labels_BTK = hidden_BTH.detach(), self._labels(part.batch)
                 for signal, read in asked.items():
                     with self.autocast():
-                        position_BT = part.batch.position_BT
-                        own[signal].append(read(self.policy, state, labels_BTK, position_BT=position_BT))
+                        own[signal].append(
+                            read(
+                                self.policy,
+                                state,
+                                labels_BTK,
+                                position_BT=part.batch.position_BT,
+                                reach_BT=part.batch.reach_BT,
+                            )
+                        )
         return _Signals(
             value_BT=self._everywhere(parts, [score.value_BT for score in scores], rows),
             reference_loss_BT=self._everywhere(parts, [score.reference_loss_BT for score in scores], rows),
@@ -295,6 +316,12 @@ class _Part:
         """Return these rows of a tensor of the global batch."""
         return tensor[self.rows] if self.counts else torch.full_like(tensor[self.rows], nothing)
 
+    @property
+    def reach_BT(self) -> NDArray[np.int64] | None:
+        """Which pairs of these rows count, see `Batch.reach_BT`."""
+        reach_BT = self.batch.reach_BT
+        return reach_BT if self.counts or reach_BT is None else np.zeros_like(reach_BT)
+
 
 @frozen(kw_only=True, eq=False)
 class _Signals:
@@ -332,7 +359,15 @@ def head_quality(
         )
         with autocast():
             hidden_BTH = policy.trunk_states(batch.ids_BT, position_BT=batch.position_BT)
-            sums.append(head_sums(policy, hidden_BTH, labels_BTK, position_BT=batch.position_BT))
+            sums.append(
+                head_sums(
+                    policy,
+                    hidden_BTH,
+                    labels_BTK,
+                    position_BT=batch.position_BT,
+                    reach_BT=batch.reach_BT,
+                )
+            )
     ce_K, correct_K, count_K = (
         torch.stack([getattr(each, name) for each in sums]).sum(dim=0)
         for name in ("ce_sum_K", "correct_K", "count_K")
