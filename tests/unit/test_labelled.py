@@ -5,7 +5,8 @@ import json
 import pytest
 from weighted_mtp_core.api import Problem, SandboxSettings, WmtpError
 from weighted_mtp_core.builtin.judging import FunctionJudge
-from weighted_mtp_core.builtin.labelled import Candidate, LabelledProblem, LabelledSource
+from weighted_mtp_core.builtin.labelled import LabelledSource
+from weighted_mtp_core.builtin.labelling import Candidate, LabelledProblem
 
 PROBLEM = Problem(
     problem_id="double",
@@ -65,3 +66,34 @@ def test_the_labels_remember_the_sandbox_that_made_them(tmp_path):
     provenance = json.loads((source(tmp_path, RIGHT).folder / "provenance.json").read_text())
 
     assert provenance["sandbox"]["backend"] in {"bubblewrap", "landlock"}
+
+
+def test_the_labels_remember_their_tests(tmp_path):
+    folders = [source(tmp_path / name, RIGHT).folder for name in ("one", "two")]
+    digests = {json.loads((folder / "provenance.json").read_text())["tests_sha256"] for folder in folders}
+
+    assert len(digests) == 1
+    assert len(digests.pop()) == 64
+
+
+def test_statistics_count_responses_rewards_lengths_and_how_difficult_problems_are(tmp_path):
+    data = source(tmp_path, RIGHT, mutant("    return n\n"), mutant("    return n * n\n"))
+    found = json.loads((data.folder / "statistics.json").read_text())["splits"]["train"]
+
+    assert found["responses"] == 3
+    assert found["reward_rate"] == pytest.approx(1 / 3)
+    assert found["difficulty"] == {"0-20 %": 0, "20-40 %": 1, "40-60 %": 0, "60-80 %": 0, "80-100 %": 0}
+    assert found["response_characters"] == {"least": 13, "median": 17, "p95": 17, "most": 17}
+
+
+def test_a_problem_stays_if_another_of_its_solutions_passes(tmp_path):
+    data = source(tmp_path, solution("    return n\n"), RIGHT)
+    (problem,) = data.problems("train")
+
+    assert problem.solution == RIGHT.response
+
+
+def test_line_separators_inside_a_response_do_not_break_a_line(tmp_path):
+    text = '    return 2 * n  # "\u2028"\n'
+
+    assert source(tmp_path, RIGHT, mutant(text)).examples("train")[1].response == text

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from weighted_mtp_core.api import Component, DataSource, Tracker, hookimpl
+from weighted_mtp_core.builtin.code_contests import CodeContestsOptions, build_code_contests
 from weighted_mtp_core.builtin.gsm8k import Gsm8kOptions, build_gsm8k
 from weighted_mtp_core.builtin.humaneval import HumanEvalOptions, build_humaneval
 from weighted_mtp_core.builtin.jsonl import JsonlOptions, build_jsonl
@@ -17,6 +18,12 @@ from weighted_mtp_core.builtin.mlflow import MlflowOptions, build_mlflow
 @hookimpl
 def wmtp_data_sources() -> Iterable[Component[Any, DataSource]]:
     """Offer sources of programs that were run, and the team's own files."""
+    yield Component(
+        name="code_contests",
+        summary="Contest programs in Python 3 that read stdin, right and wrong, labelled by running them.",
+        options=CodeContestsOptions,
+        build=build_code_contests,
+    )
     yield Component(
         name="gsm8k",
         summary="School mathematics in words; solutions and model samples, labelled by their final number.",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
 from attrs import define, frozen
 
 from weighted_mtp_core.api import Problem, SandboxSettings, Verdict
-from weighted_mtp_core.evaluation.completion import cut_completion
-from weighted_mtp_core.evaluation.sandbox import AssertsJob, Job, Sandbox
+from weighted_mtp_core.evaluation.completion import cut_completion, cut_program
+from weighted_mtp_core.evaluation.sandbox import AssertsJob, Job, Sandbox, StdinJob
 from weighted_mtp_core.evaluation.sandbox.jobs import AnyJob
 
 Attempts = Sequence[tuple[Problem, str]]
@@ -63,3 +64,16 @@ class AssertsJudge(FunctionJudge):
     def job(self, problem: Problem, completion: str) -> AnyJob:
         """Return what the sandbox runs."""
         return AssertsJob(program=completion, tests=problem.tests)
+
+
+@define(kw_only=True)
+class StdinJudge(FunctionJudge):
+    """Runs the completion alone, once a case; the tests are JSON: pairs of stdin and expected stdout."""
+
+    def completion(self, problem: Problem, text: str) -> str:  # noqa: ARG002 - the same for every problem
+        """Return the program in the text."""
+        return cut_program(text)
+
+    def job(self, problem: Problem, completion: str) -> AnyJob:
+        """Return what the sandbox runs."""
+        return StdinJob(program=completion, cases=[(given, out) for given, out in json.loads(problem.tests)])

