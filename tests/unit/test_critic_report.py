@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from weighted_mtp_core.api import WmtpError
 from weighted_mtp_core.stages.critic import report_critic
@@ -32,6 +32,7 @@ def report(values, rewards, problems=None):
     return report_critic(judged, LengthOnly(slope=0.0, intercept=0.0))
 
 
+@settings(max_examples=30)  # each draws a thousand resamples
 @given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=2, max_size=40))
 def test_auc_is_the_share_of_pairs_in_the_right_order(scored):
     values = [value / 10 for value, _ in scored]
@@ -80,6 +81,7 @@ def test_one_kind_of_response_is_an_error():
         report([0.1, 0.2, 0.3], [1.0, 1.0, 1.0])
 
 
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=2, max_size=60))
 def test_reliability_bins_hold_each_response_once_and_compare_like_with_like(scored):
     values, rewards = [value for value, _ in scored], [float(reward) for _, reward in scored]
@@ -116,5 +118,6 @@ def test_its_words_give_the_interval_and_the_rivals():
     found = report([0.2, 0.9] * 10, [0.0, 1.0] * 10)
 
     assert found.words == (
-        "AUC 1.000 [1.000, 1.000] on held-out responses (a constant: 0.5, length alone: 0.500)"
+        "AUC 1.000, 95 % interval [1.000, 1.000], on held-out responses "
+        "(a constant has 0.5, length alone 0.500)"
     )

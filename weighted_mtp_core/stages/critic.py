@@ -76,8 +76,8 @@ class CriticReport:
     def words(self) -> str:
         """What a person wants to know first."""
         return (
-            f"AUC {self.critic.auc:.3f} [{self.auc_low:.3f}, {self.auc_high:.3f}] on held-out responses "
-            f"(a constant: 0.5, length alone: {self.length_only.auc:.3f})"
+            f"AUC {self.critic.auc:.3f}, 95 % interval [{self.auc_low:.3f}, {self.auc_high:.3f}], "
+            f"on held-out responses (a constant has 0.5, length alone {self.length_only.auc:.3f})"
         )
 
     def metrics(self) -> dict[str, float]:
