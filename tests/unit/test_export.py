@@ -168,6 +168,12 @@ def test_the_tokenizer_and_the_end_of_texts_go_with_it(tmp_path):
     assert json.loads((path / "generation_config.json").read_text())["eos_token_id"] == EOS
 
 
+def test_others_may_read_every_file(tmp_path):
+    path = exported(trained(), tmp_path / "out")
+
+    assert {oct(file.stat().st_mode & 0o444) for file in (path, *path.iterdir())} == {oct(0o444)}
+
+
 def test_a_recipe_may_ask_for_fewer_heads(tmp_path):
     policy = trained()
 

@@ -1,6 +1,9 @@
 """Base models: made on the spot, from a directory, from a GGUF file; the same bytes or an error."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -263,3 +266,16 @@ def test_the_default_dtype_follows_the_device():
     assert resolve_dtype("auto", torch.device("mps")) is torch.float32
     assert resolve_dtype("bfloat16", torch.device("cpu")) is torch.bfloat16
     assert resolve_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("own", "expected"), [({}, "1"), ({"PYTORCH_ENABLE_MPS_FALLBACK": "0"}, "0")])
+def test_what_mps_cannot_do_falls_back_to_the_cpu_before_torch_is_there(own, expected):
+    name = "PYTORCH_ENABLE_MPS_FALLBACK"
+    environment = {key: value for key, value in os.environ.items() if key != name} | own
+    program = f"import os, sys, weighted_mtp_core; print(os.environ['{name}'], 'torch' in sys.modules)"
+
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+
+    assert done.stdout == f"{expected} False\n"

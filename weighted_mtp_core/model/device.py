@@ -10,6 +10,8 @@ from weighted_mtp_core.errors import WmtpError
 def resolve_device(name: str) -> torch.device:
     """Return the named device; `auto` takes CUDA, then MPS, then the CPU.
 
+    What MPS cannot do runs on the CPU: the package's own `__init__` says so to torch.
+
     Raises:
         WmtpError: There is no such device here.
     """

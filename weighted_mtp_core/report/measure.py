@@ -212,7 +212,7 @@ def _by_target(x_BTK: Tensor, target_BTK: Tensor) -> NDArray[np.float64]:
 
 def array(x: Tensor) -> NDArray[np.float64]:
     """Return a tensor as an array of float64 on the host."""
-    return x.double().cpu().numpy()
+    return x.cpu().double().numpy()  # in this order: MPS has no float64
 
 
 def plain(value: float) -> float | None:

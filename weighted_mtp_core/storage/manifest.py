@@ -60,6 +60,7 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         for file in files_of(temporary):
+            file.chmod(file.stat().st_mode | 0o444)  # safetensors writes for its owner alone
             _sync(file)
         write_manifest(temporary)
         temporary.chmod(0o755)
