@@ -1,0 +1,270 @@
+"""A comparison: fair arms, values from journals, the table, and only those runs that are missing."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from weighted_mtp_core.compare.arms import read_arms
+from weighted_mtp_core.compare.measures import default_metrics, read_measures
+from weighted_mtp_core.compare.runs import Job, find_finished, plan_jobs, share_cores
+from weighted_mtp_core.compare.table import Comparison
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.tracking.journal import Journal
+from weighted_mtp_core.tracking.run_folder import RunFolder
+
+RECIPE = """
+    [run]
+    name = "{name}"
+    [data]
+    use = "example.lines"
+    options.folder = "here"
+    [weighting]
+    use = "example.flat"
+    {more}
+"""
+
+
+@pytest.fixture
+def arms(write_recipe, example_plugin):
+    """Write recipes from (name, more) and read them as arms."""
+
+    def arms(*recipes, **settings):
+        paths = [
+            write_recipe(RECIPE.format(name=name, more=more), f"{name}_{i}.toml")
+            for i, (name, more) in enumerate(recipes)
+        ]
+        return read_arms(paths, **{"preset": None, "overrides": (), "allowed": (), **settings})
+
+    return arms
+
+
+@pytest.fixture
+def write_run(tmp_path):
+    """Write a run's journal: validations of stage 2 at steps 0, 10 and 20, with so many seconds a step."""
+
+    def write(name, losses, *, step_seconds=1.0, **final):
+        folder = tmp_path / name
+        folder.mkdir()
+        journal = Journal(folder / "metrics.jsonl")
+        for step, loss in zip((0, 10, 20), losses, strict=True):
+            at = {"step": step, "stage": "policy"}
+            time_ms = round(1_000_000 + 1000 * step_seconds * step)
+            if step:
+                journal.append("metrics", {**at, "metrics": {"policy_learning_rate": 1e-3}}, time_ms=time_ms)
+            journal.append("metrics", {**at, "metrics": {"validation_ce_head_1": loss}}, time_ms=time_ms)
+        journal.append("metrics", {"step": 20, "stage": "evaluate", "metrics": final})
+        journal.close()
+        return read_measures(folder)
+
+    return write
+
+
+# --------------------------------------------------------------------------- arms
+
+
+def test_an_arm_is_called_as_its_run(arms):
+    assert [arm.name for arm in arms(("one", ""), ("two", "options.beta = 0.5"))] == ["one", "two"]
+
+
+def test_arms_that_share_a_name_are_refused(arms):
+    with pytest.raises(WmtpError, match="are both called `one`") as error:
+        arms(("one", ""), ("one", ""))
+
+    assert "run.name" in error.value.hint
+
+
+def test_every_difference_in_data_and_budget_is_listed(arms):
+    other = "options.beta = 0.5\n[train]\nsteps = 7\n[model]\nn_future = 2\n[loss]\ndetach_trunk = true"
+
+    with pytest.raises(WmtpError, match="cannot be compared") as error:
+        arms(("one", ""), ("two", other))
+
+    assert str(error.value).splitlines()[1:] == [
+        "  model.n_future: 4 in `one`, 2 in `two`",
+        "  train.steps: 300 in `one`, 7 in `two`",
+    ]
+    assert error.value.hint.endswith("--allow-difference model.n_future")
+
+
+def test_a_difference_can_be_allowed(arms):
+    one, two = arms(("one", ""), ("two", "[train]\nsteps = 7"), allowed=["train.steps"])
+
+    assert (one.plan.recipe.train.steps, two.plan.recipe.train.steps) == (300, 7)
+
+
+# --------------------------------------------------------------------------- runs
+
+
+def test_all_arms_come_equally_far(arms):
+    jobs = plan_jobs(arms(("one", ""), ("two", "")), [42, 43])
+
+    assert [job.label for job in jobs] == ["one-seed42", "two-seed42", "one-seed43", "two-seed43"]
+
+
+def finish(job, *, status="FINISHED", seed=None, plugins=None, **params):
+    plan = job.arm.plan
+    folder = RunFolder.create(plan.runs_folder, experiment=plan.experiment, name=job.arm.name)
+    identity = job.arm.identity(job.seed if seed is None else seed)
+    identity["params"] |= {key.replace("__", "."): value for key, value in params.items()}
+    folder.record(status=status, **identity | ({"plugins": plugins} if plugins else {}))
+    folder.close()
+    return folder.path
+
+
+def test_a_finished_run_is_found_by_its_recipe_and_seed(arms):
+    job = Job(arm=arms(("one", ""))[0], seed=43)
+    finish(job, seed=42)
+    path = finish(job)
+
+    assert find_finished(job).absolute() == path
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"status": "KILLED"},
+        {"train__steps": "7"},
+        {"weighting__options__beta": "0.1"},
+        {"plugins": {"x": "2"}},
+    ],
+)
+def test_another_run_is_not_taken_for_it(arms, other):
+    job = Job(arm=arms(("one", ""))[0], seed=43)
+    finish(job, **other)
+
+    assert find_finished(job) is None
+
+
+def test_where_a_run_was_tracked_does_not_matter(arms):
+    job = Job(arm=arms(("one", ""))[0], seed=43)
+    path = finish(job, run__resume="never", tracker__0__use="example.paper", run__tags='["a:b"]')
+
+    assert find_finished(job).absolute() == path
+
+
+def test_cores_are_shared_out(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+    assert share_cores(None, 35) == (8, 1)
+    assert share_cores(None, 2) == (2, 4)
+    assert share_cores(3, 35) == (3, 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert share_cores(None, 35) == (2, 4)
+
+
+# --------------------------------------------------------------------------- measures
+
+
+def test_a_run_is_read_from_its_journal(write_run):
+    run = write_run("slow", (6.0, 4.0, 3.0), step_seconds=2.0, pass_at_1=0.25)
+
+    assert run.last["pass_at_1"] == 0.25
+    assert run.last["validation_ce_head_1"] == 3.0
+    assert run.policy_seconds == pytest.approx(40)
+    assert run.last["critic_seconds"] == 0
+
+
+def test_between_two_validations_a_curve_is_a_line(write_run):
+    run = write_run("slow", (6.0, 4.0, 3.0), step_seconds=2.0)
+
+    found = [run.at_seconds("validation_ce_head_1", seconds) for seconds in (0, 10, 20, 30, 40, 99)]
+    assert found == pytest.approx([6.0, 5.0, 4.0, 3.5, 3.0, 3.0])
+
+
+def test_the_metrics_of_a_comparison_are_those_that_all_runs_have(write_run):
+    runs = [
+        write_run("one", (1, 1, 1), pass_at_1=0.5, test_ce_head_10=1.0, test_ce_head_2=1.0, unrelated=3.0),
+        write_run("two", (1, 1, 1), pass_at_1=0.5, test_ce_head_10=1.0, test_ce_head_2=1.0, pass_at_5=0.5),
+    ]
+
+    assert default_metrics(runs) == [
+        *("pass_at_1", "test_ce_head_2", "test_ce_head_10", "validation_ce_head_1"),
+        *("policy_seconds", "critic_seconds"),
+    ]
+
+
+# --------------------------------------------------------------------------- the table
+
+
+@pytest.fixture
+def comparison(write_run):
+    """Arm `slow` is better by 0.5 at equal steps, but takes twice as long for a step."""
+    runs = {
+        "fast": {s: write_run(f"f{s}", (6.0, 4.0, 3.0 + s), step_seconds=1.0) for s in (0, 1)},
+        "slow": {s: write_run(f"s{s}", (6.0, 4.0, 2.5 + s), step_seconds=2.0) for s in (0, 1)},
+    }
+    return Comparison.make(runs, metrics=["validation_ce_head_1"], seeds=(0, 1))
+
+
+def test_equal_steps_and_equal_wall_clock_are_different_questions(comparison):
+    found = [(row.at, row.arm, row.estimate.mean) for row in comparison.rows]
+
+    assert comparison.seconds == pytest.approx(20)
+    assert found == [
+        ("equal steps", "fast", pytest.approx(3.5)),
+        ("equal steps", "slow", pytest.approx(3.0)),
+        ("equal wall clock", "fast", pytest.approx(3.5)),
+        ("equal wall clock", "slow", pytest.approx(4.0)),  # step 10 of 20
+    ]
+
+
+def test_the_page_shows_differences_and_says_what_two_seeds_cannot_show(comparison):
+    text = comparison.markdown()
+
+    assert "| `slow` | 2 | 3 | [-3.353, 9.353] | -0.5 | [-0.5, -0.5] | 0.5 |" in text
+    assert "With 2 pairs it cannot be below 0.5." in text
+
+
+def test_the_files_hold_every_value(comparison):
+    rows = list(csv.DictReader(comparison.csv().splitlines()))
+    table = json.loads(comparison.json())
+
+    assert [(row["arm"], row["at"]) for row in rows][1] == ("slow", "equal steps")
+    assert float(rows[1]["difference"]) == pytest.approx(-0.5)
+    assert rows[0]["difference"] == ""
+    assert table["rows"][1]["values"] == {"0": 2.5, "1": 3.5}
+
+
+def test_an_arm_is_compared_on_the_seeds_that_both_have(write_run):
+    runs = {
+        "first": {0: write_run("a", (1, 1, 1)), 1: write_run("b", (1, 1, 9))},
+        "other": {0: write_run("c", (1, 1, 2))},
+    }
+
+    found = Comparison.make(
+        runs, metrics=["validation_ce_head_1"], seeds=(0, 1), missing=["other-seed1: it fell over"]
+    )
+
+    assert found.rows[1].difference.estimate.mean == 1
+    assert "- other-seed1: it fell over" in found.markdown()
+
+
+def test_curves_are_drawn_the_same_each_time(write_run, tmp_path):
+    from weighted_mtp_core.compare.plots import plot_curves
+
+    runs = {
+        arm: {s: write_run(f"{arm}{s}", (6.0, 4.0 + s, 3.0 + s / 2)) for s in (0, 1)}
+        for arm in ("one", "two")
+    }
+    (first,) = plot_curves(runs, ["validation_ce_head_1", "no_curve"], tmp_path)
+    drawn = first.read_bytes()
+    (again,) = plot_curves(runs, ["validation_ce_head_1"], tmp_path)
+
+    assert first.name == "validation_ce_head_1.svg"
+    assert again.read_bytes() == drawn
+
+
+def test_the_recipes_of_the_study_are_fair(repository):
+    """Their plugins may not be installed here, so only what they say themselves is read."""
+    import tomli
+
+    arms = sorted(Path(repository / "configs" / "study").glob("*.toml"))
+    names = {tomli.loads(each.read_text())["run"]["name"]: each.stem for each in arms}
+
+    assert all(name == stem for name, stem in names.items())
+    for each in arms:
+        table = tomli.loads(each.read_text())
+        if each.stem not in {"uniform", "reference"}:
+            assert set(table) <= {"extends", "run", "critic", "weighting"}

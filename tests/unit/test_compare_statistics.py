@@ -1,0 +1,73 @@
+"""Means, intervals and p-values of few seeds, against scipy and against their definitions."""
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from weighted_mtp_core.compare.statistics import difference, estimate, sign_flip_p, smallest_p
+
+VALUES = st.lists(st.floats(-100, 100).map(lambda x: round(x, 3)), min_size=2, max_size=7)
+
+
+@given(VALUES)
+def test_the_interval_is_that_of_students_t(values):
+    found = estimate(values)
+
+    error = stats.sem(values)
+    low, high = stats.t.interval(0.95, len(values) - 1, loc=sum(values) / len(values), scale=error or 1e-300)
+    assert (found.mean, found.low, found.high) == pytest.approx(
+        (sum(values) / len(values), low, high), abs=1e-6
+    )
+
+
+def test_one_value_has_no_interval():
+    found = estimate([0.5])
+
+    assert found.mean == 0.5
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)
+
+
+@given(VALUES)
+def test_the_p_value_is_the_share_of_signs_that_go_as_far(values):
+    whole = [round(1000 * value) for value in values]  # whole numbers have exact sums
+    far = [
+        abs(sum(sign * value for sign, value in zip(signs, whole, strict=True))) >= abs(sum(whole))
+        for signs in itertools.product((1, -1), repeat=len(whole))
+    ]
+
+    assert sign_flip_p(values) == pytest.approx(sum(far) / len(far))
+
+
+@given(VALUES)
+def test_the_p_value_is_that_of_scipys_permutation_test(values):
+    found = stats.permutation_test(
+        ([round(1000 * value) for value in values],),
+        sum,
+        permutation_type="samples",
+        n_resamples=math.inf,
+        axis=0,
+        vectorized=False,
+    )
+
+    # scipy doubles the smaller tail; the distribution is symmetric, so that is the same up to its middle
+    assert sign_flip_p(values) == pytest.approx(min(1.0, found.pvalue))
+
+
+@pytest.mark.parametrize(("count", "smallest"), [(1, 1.0), (2, 0.5), (5, 0.0625), (10, 2 / 1024)])
+def test_equal_signs_give_the_smallest_p_value_that_there_is(count, smallest):
+    assert sign_flip_p([0.1 * (i + 1) for i in range(count)]) == smallest == smallest_p(count)
+
+
+def test_arms_that_do_the_same_have_p_1():
+    assert sign_flip_p([0.0, 0.0, 0.0]) == 1.0
+
+
+def test_a_difference_is_paired():
+    found = difference([1.0, 5.0, 9.0], [0.5, 4.5, 8.5])  # far apart by seed, the same distance in each
+
+    assert found.estimate.mean == found.estimate.low == found.estimate.high == 0.5
+    assert found.p_value == 0.25
