@@ -82,6 +82,7 @@ def test_statistics_count_responses_rewards_lengths_and_how_difficult_problems_a
 
     assert found["responses"] == 3
     assert found["reward_rate"] == pytest.approx(1 / 3)
+    assert found["problems"] == 1
     assert found["difficulty"] == {"0-20 %": 0, "20-40 %": 1, "40-60 %": 0, "60-80 %": 0, "80-100 %": 0}
     assert found["response_characters"] == {"least": 13, "median": 17, "p95": 17, "most": 17}
 

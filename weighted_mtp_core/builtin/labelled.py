@@ -35,6 +35,7 @@ from weighted_mtp_core.builtin.labelling import (
 )
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder, verify_manifest
+from weighted_mtp_core.storage.versions import dataset_folder
 
 _FORMAT = 2
 PROBLEMS, EXAMPLES = "problems.jsonl", "examples.jsonl"
@@ -74,7 +75,7 @@ class LabelledSource(DataSource):
     @property
     def folder(self) -> Path:
         """Where the labelled data lies."""
-        return self.storage / "datasets_v2" / self.name / self._version
+        return dataset_folder(self.storage, self.name, self._version)
 
     @property
     def _version(self) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import statistics as numbers
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -16,7 +15,7 @@ from rich.progress import Progress
 
 from weighted_mtp_core.api import SPLITS, Example, Problem, Split, Verdict
 from weighted_mtp_core.builtin.judging import Judge
-from weighted_mtp_core.data.difficulty import BINS, bin_of
+from weighted_mtp_core.data.statistics import statistics_of
 from weighted_mtp_core.errors import WmtpError
 
 Made = Literal["solution", "mutant", "sample"]
@@ -60,7 +59,7 @@ class Judged:
         passed = (c.response for _, c, verdict in self.labels() if c.made == "solution" and verdict.passed)
         return next(passed, None)
 
-    def rows(self) -> Iterator[dict[str, Any]]:
+    def examples(self) -> Iterator[tuple[Candidate, Verdict, Example]]:
         """Yield the labelled responses."""
         for number, candidate, verdict in self.labels():
             example = Example(
@@ -70,6 +69,11 @@ class Judged:
                 response=candidate.response,
                 reward=1.0 if verdict.passed else 0.0,
             )
+            yield candidate, verdict, example
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield the labelled responses as they are written down."""
+        for candidate, verdict, example in self.examples():
             yield {
                 "split": self.split,
                 "made": candidate.made,
@@ -147,8 +151,7 @@ def statistics(judged: Sequence[Judged], *, kept: Sequence[Judged]) -> dict[str,
         kept: Those that became data.
 
     Returns:
-        `problems` by split, verdicts by how a response was made, and of what became data, by split:
-        `responses`, their `reward_rate` and lengths, and `difficulty`, problems by their share of right ones.
+        `problems` by split, verdicts by how a response was made, and `statistics_of` the data, by split.
     """
     made: dict[str, Counter[str]] = {name: Counter() for name in get_args(Made)}
     for one in judged:
@@ -157,28 +160,9 @@ def statistics(judged: Sequence[Judged], *, kept: Sequence[Judged]) -> dict[str,
     by_split = {split: [one for one in kept if one.split == split] for split in SPLITS}
     return {
         "problems": {split: len(members) for split, members in by_split.items()},
-        "splits": {split: _of_split(members) for split, members in by_split.items() if members},
+        "splits": {
+            split: statistics_of(example for one in members for _, _, example in one.examples())
+            for split, members in by_split.items()
+        },
         **{name: dict(counter) for name, counter in made.items()},
-    }
-
-
-def _of_split(members: Sequence[Judged]) -> dict[str, Any]:
-    rewards = [[verdict.passed for _, _, verdict in one.labels()] for one in members]
-    bins = Counter(bin_of(numbers.fmean(row)) for row in rewards)
-    return {
-        "responses": sum(len(row) for row in rewards),
-        "reward_rate": numbers.fmean(reward for row in rewards for reward in row),
-        "prompt_characters": _spread([len(one.problem.prompt) for one in members]),
-        "response_characters": _spread([len(c.response) for one in members for _, c, _ in one.labels()]),
-        "difficulty": {name: bins[number] for number, name in enumerate(BINS)},
-    }
-
-
-def _spread(lengths: Sequence[int]) -> dict[str, float]:
-    ordered = sorted(lengths)
-    return {
-        "least": ordered[0],
-        "median": numbers.median(ordered),
-        "p95": ordered[round(0.95 * (len(ordered) - 1))],
-        "most": ordered[-1],
     }

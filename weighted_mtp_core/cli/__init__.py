@@ -16,6 +16,7 @@ import weighted_mtp_core
 from weighted_mtp_core.cli import (
     check,
     compare,
+    data,
     doctor,
     evaluate,
     export,
@@ -38,7 +39,10 @@ from weighted_mtp_core.errors import (
 from weighted_mtp_core.tracking.redact import redact
 from weighted_mtp_core.wording import did_you_mean, quoted, reason
 
-COMMANDS = (run, check, compare, evaluate, generate, export, report, plugins, doctor, track, storage, verify)
+COMMANDS = (
+    *(run, check, compare, evaluate, generate, export, report, plugins),
+    *(doctor, track, data, storage, verify),
+)
 PROGRAM = "python -m weighted_mtp_core"
 
 _DESCRIPTION = """\

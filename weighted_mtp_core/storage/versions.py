@@ -30,6 +30,11 @@ class Version:
     address: str
 
 
+def dataset_folder(storage: Path, name: str, version: str) -> Path:
+    """Return where a version of a data set lies, if it does."""
+    return storage / "datasets_v2" / name / version
+
+
 def versions(storage: Path) -> Iterator[Version]:
     """Yield every version below a storage root, sorted; a folder without a manifest is not one."""
     for kind in KINDS:
