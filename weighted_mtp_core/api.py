@@ -458,6 +458,13 @@ class Critic(Stateful):
     def score(self, batch: Batch, hidden_BTH: Tensor | None) -> Scores:
         """Score a batch without gradients; the trunk states `[B, T, H]` are detached."""
 
+    def begin_step(self, step: int, *, steps: int) -> None:
+        """Hear that step `step` (from 0) of the `steps` of stage 1 begins, also after a resumed one.
+
+        For schedules; what a step changes must follow from these two numbers. It may be told of no step at
+        all, and is then to act as at the end.
+        """
+
     def loss(self, batch: Batch, hidden_BTH: Tensor | None) -> CriticLoss:  # noqa: ARG002 - no default
         """Return the training loss of a batch; gradients must reach `parameters()` and nothing else."""
         raise WmtpError(f"critic `{type(self).__name__}` says it is trainable, but has no `loss`")

@@ -165,6 +165,7 @@ class CriticLearner(Learner):
     Attributes:
         critic: What is trained.
         trunk: The policy's trunk states of a batch, float32; used where the critic reads them.
+        steps: How many there are in all, which schedules go by.
         accumulation: In how many parts a global batch goes through the critic.
         world: The processes that train together.
         validation: Batches of the validation split, with the problem number of each row.
@@ -177,6 +178,7 @@ class CriticLearner(Learner):
 
     critic: Critic
     trunk: Callable[[Batch], Tensor]
+    steps: int
     accumulation: int
     world: World = ALONE
     validation: Callable[[], Iterable[tuple[Batch, NDArray[np.int64]]]]
@@ -193,7 +195,7 @@ class CriticLearner(Learner):
 
     def learn(self, batch: Batch, *, step: int) -> Mapping[str, Tensor | float]:
         """Accumulate the gradient of the critic's own loss, each part by its share of the rows."""
-        del step
+        self.critic.begin_step(step, steps=self.steps)
         totals: dict[str, Tensor | float] = {}
         together = 2 if self.critic.batching == "pairs" else 1
         parts = list(split_rows(batch, self.accumulation * self.world.size, together=together))

@@ -274,6 +274,7 @@ class _Stages:
         return CriticLearner(
             critic=critic,
             trunk=prepared.trunk,
+            steps=table.train.steps,
             accumulation=table.train.accumulation,
             validation=lambda: prepared.validation_batches(
                 prepared.critic_tokens("validation"),

@@ -94,6 +94,31 @@ def test_a_wrong_letter_lowers_the_value_where_it_stands():
     assert abs(float(step_BT[~wrong_BT[1::2]].mean())) < 0.1
 
 
+def losses_by_step(steps, **options):
+    """The loss of one batch at each step, of a critic whose values are not all alike, and which stays so."""
+    critic, trained = build(objective="lambda_return", **options), build()
+    train(trained, steps=3)
+    critic.load_state_dict(trained.state_dict())
+    found = []
+    for step in range(steps):
+        critic.begin_step(step, steps=steps)
+        found.append(float(critic.loss(copies(8, seed=0), None).loss.detach()))
+    return found
+
+
+def test_lambda_goes_in_equal_steps_from_its_start_to_its_end():
+    constant = {lam: losses_by_step(1, lam=lam)[0] for lam in (1.0, 0.75, 0.5)}
+
+    found = losses_by_step(3, lam=0.5, lam_schedule="linear", lam_start=1.0)
+
+    assert len(set(constant.values())) == 3
+    assert found == [constant[1.0], constant[0.75], constant[0.5]]
+
+
+def test_a_constant_lambda_stays():
+    assert len(set(losses_by_step(3, lam=0.5))) == 1
+
+
 @pytest.mark.parametrize(
     ("body", "reads_policy", "batching"),
     [("own", False, "pointwise"), ("policy", True, "pointwise"), ("frozen", False, "pointwise")],

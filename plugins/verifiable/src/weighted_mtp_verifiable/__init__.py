@@ -120,6 +120,9 @@ class ValueHeadOptions:
             of the reward and the critic's own later values; `"bradley_terry"` only ranks a correct response
             above an incorrect one to the same problem.
         lam: Share of later values' word that `"lambda_return"` passes on to the reward (1: Monte Carlo).
+        lam_schedule: `"constant"`, or `"linear"`: from `lam_start` at the first step to `lam` at the last.
+            Values are worth listening to only once they have learnt something from the reward.
+        lam_start: Where `"linear"` begins.
         body: What the head stands on: `"own"`, a small transformer trained with it; `"policy"`, the states of
             the policy's trunk as it is now; `"frozen"`, those of the trunk as it was at the start.
         layers: Own trainable transformer layers; 0 leaves just the head on the body's states.
@@ -132,6 +135,8 @@ class ValueHeadOptions:
 
     objective: Literal["monte_carlo", "lambda_return", "bradley_terry"] = "monte_carlo"
     lam: float = field(default=0.95, validator=[v.ge(0), v.le(1)])
+    lam_schedule: Literal["constant", "linear"] = "constant"
+    lam_start: float = field(default=1.0, validator=[v.ge(0), v.le(1)])
     body: Literal["own", "policy", "frozen"] = "own"
     layers: int = field(default=2, validator=v.ge(0))
     hidden_size: int = field(default=128, validator=v.ge(8))

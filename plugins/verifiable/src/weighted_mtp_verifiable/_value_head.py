@@ -56,16 +56,23 @@ class ValueHead(Critic):
             )
         self._net = net.to(model.device)
         self.blocks = tuple(self._net.layers)
+        self._lam = options.lam
 
     @torch.no_grad()
     def score(self, batch: Batch, hidden_BTH: Tensor | None) -> Scores:
         """Return V_t, float32, in (0, 1)."""
         return Scores(value_BT=torch.sigmoid(self._judge(batch, hidden_BTH).logit_BT.float()))
 
+    def begin_step(self, step: int, *, steps: int) -> None:
+        """Move lambda along its schedule."""
+        if self._options.lam_schedule == "linear":
+            share = step / max(steps - 1, 1)
+            self._lam = (1 - share) * self._options.lam_start + share * self._options.lam
+
     def loss(self, batch: Batch, hidden_BTH: Tensor | None) -> CriticLoss:
         """Return the objective's loss, plus that of writing correct responses."""
         judgement = self._judge(batch, hidden_BTH)
-        objective = _OBJECTIVES[self._options.objective](judgement.logit_BT, batch, lam=self._options.lam)
+        objective = _OBJECTIVES[self._options.objective](judgement.logit_BT, batch, lam=self._lam)
         correct_BT = batch.response_BT & (batch.reward_BT >= _objective.CORRECT)
         writing = _objective.row_mean(judgement.surprise_BT, correct_BT)
         return CriticLoss(
