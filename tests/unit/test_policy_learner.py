@@ -264,8 +264,7 @@ def compiled(model):
 
 
 def checkpointed(model):
-    for body in (model.trunk, *model.heads):
-        body.activation_checkpointing_enable()
+    model.recompute_activations()
     return model
 
 
@@ -277,6 +276,23 @@ def test_a_compiled_trunk_and_recomputed_activations_change_nothing(batch, prepa
     expected = learnt(policy(), batch, weighting())
 
     close(learnt(prepare(policy()), batch, weighting(), accumulation=accumulation), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["transformer", "linear"])
+@pytest.mark.parametrize("name", BASES)
+def test_recomputed_activations_change_no_bit_and_keep_less(batch, name, head, caplog):
+    def step(model):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
+            return learnt(model, batch, Fixed()), sum(kept)
+
+    expected, plain = step(policy(name, head=head))
+    found, recomputed = step(checkpointed(policy(name, head=head)))
+
+    assert found[0] == expected[0]
+    assert all(torch.equal(found[1][name], gradient) for name, gradient in expected[1].items())
+    assert recomputed < plain / 2
+    assert not [text for text in caplog.messages if "incompatible" in text]
 
 
 def test_activation_checkpointing_runs_each_layer_again(batch):

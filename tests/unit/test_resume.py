@@ -104,6 +104,7 @@ def test_a_run_is_named_by_the_beginning_of_its_id(plan, leave):
         "train.steps=900",
         "train.max_bad_steps=1",
         "checkpoint.every=7",
+        "model.activation_checkpointing=true",
         "evaluate.samples=1",
         'run.tags=["a:b"]',
     ],

@@ -152,6 +152,26 @@ class Policy(nn.Module):
         logits: Tensor = self.unembedding(self.head_states(k, hidden_BTH))
         return logits
 
+    def recompute_activations(self) -> None:
+        """From now on, in training, keep only the inputs of decoder layers, and compute the rest again backward.
+
+        Raises:
+            WmtpError: The model's layers cannot do that.
+        """
+        bodies: list[Any] = [self.trunk, *self.heads] if self.head_kind == "transformer" else [self.trunk]
+        try:
+            for body in bodies:
+                body.activation_checkpointing_enable()
+        except ValueError as error:
+            raise WmtpError(
+                f"a `{self.config.model_type}` model cannot compute activations again: {error}",
+                hint="set `model.activation_checkpointing = false`",
+            ) from error
+        for module in self.modules():
+            if hasattr(module, "_can_checkpoint_with_cache"):
+                # Else layers drop the cache that keeps nothing, and warn that they do.
+                setattr(module, "_can_checkpoint_with_cache", True)  # noqa: B010 - as below
+
     def new_caches(self) -> PolicyCache:
         """Return empty caches of the trunk and of each transformer head."""
         from transformers import DynamicCache

@@ -59,6 +59,7 @@ class ModelTable:
 
     `base` is `micro`, a folder under `storage/models_v2`, a transformers directory, a `.gguf` file
     or a hub id. `shard` splits the layers' parameters over the processes of `torchrun` (FSDP2).
+    `activation_checkpointing` computes each layer twice, to keep only its input between the two.
     """
 
     base: str = "micro"
@@ -68,6 +69,7 @@ class ModelTable:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     shard: bool = False
+    activation_checkpointing: bool = False
 
 
 @frozen(kw_only=True)
@@ -150,6 +152,30 @@ class LossTable:
 
 
 @frozen(kw_only=True)
+class PairsTable:
+    """`[critic.pairs]`: which responses meet, for a critic that learns from pairs (right, wrong) of a problem.
+
+    Lengths of a pair differ by less than the factor `length_ratio` (1: equal, 0: any), so that a critic cannot
+    go by them. `difficulty_weights` are one for each fifth of the share of right responses to a problem, the
+    hardest first: of the pairs of such problems, so much is kept, relative to the largest weight.
+    """
+
+    length_ratio: float = field(default=1.25)
+    max_pairs_per_problem: int = field(default=0, validator=v.ge(0))
+    difficulty_weights: tuple[float, ...] = field(default=())
+
+    @length_ratio.validator
+    def _be_a_ratio(self, _: object, value: float) -> None:
+        if value != 0 and not 1 <= value < float("inf"):
+            raise ValueError(f"must be 0 or at least 1: {value}")
+
+    @difficulty_weights.validator
+    def _be_one_a_bin(self, _: object, value: tuple[float, ...]) -> None:
+        if value and (len(value) != 5 or min(value) < 0 or not 0 < max(value) < float("inf")):
+            raise ValueError(f"must be 5 numbers >= 0 and not all 0, or none: {list(value)}")
+
+
+@frozen(kw_only=True)
 class CriticTable(Selection):
     """`[critic]`: the critic and its own optimisation (stage 1).
 
@@ -161,6 +187,7 @@ class CriticTable(Selection):
     cache: bool = True
     checkpoint: str | None = None
     allow_uninformative_critic: bool = False
+    pairs: PairsTable = PairsTable()
     train: TrainTable = TrainTable()
 
 

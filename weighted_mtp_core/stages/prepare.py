@@ -211,6 +211,8 @@ def prepare(plan: Plan, *, say: Callable[[str], None]) -> Prepared:
         recipe.model, storage=storage, texts=partial(_training_texts, source), seed=recipe.run.seed
     )
     policy = loaded.policy.to(device)
+    if recipe.model.activation_checkpointing:
+        policy.recompute_activations()
     if recipe.data.packing == "documents":
         check_packing(policy)
     millions = sum(parameter.numel() for parameter in policy.parameters()) / 1e6

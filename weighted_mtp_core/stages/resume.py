@@ -19,6 +19,7 @@ SAFE = (
     "critic.train.max_bad_steps",
     "critic.train.steps",
     "evaluate",
+    "model.activation_checkpointing",
     "run.resume",
     "run.tags",
     "sandbox.workers",
