@@ -137,6 +137,11 @@ def steps(cwd, name):
     return [int(path.name.removeprefix("policy-")) for path in found if path.name[-1].isdigit()]
 
 
+def parts_of_the_newest(cwd, name):
+    newest = folder_of(cwd, name) / "checkpoints" / f"policy-{max(steps(cwd, name)):08d}"
+    return [path for path in newest.rglob("*.safetensors") if path.parent.name != "best"]
+
+
 def test_a_run_goes_on_with_any_number_of_processes(wmtp, cwd):
     long = (*recipe("baseline"), "--set", "train.steps=60", "--set", "model.shard=true", "--run-name")
     whole = wmtp("run", *long, "whole", cwd=cwd)
@@ -145,6 +150,7 @@ def test_a_run_goes_on_with_any_number_of_processes(wmtp, cwd):
     going_on = ()
     for processes, checkpoint in ((2, 4), (4, 8), (1, 12)):
         stop_at(torchrun(processes, *long, "moved", *going_on, cwd=cwd), cwd, "moved", checkpoint)
+        assert len(parts_of_the_newest(cwd, "moved")) == processes
         going_on = ("--resume", str(folder_of(cwd, "moved")))
     stdout, stderr = (process := torchrun(2, *long, "moved", *going_on, cwd=cwd)).communicate(timeout=240)
 

@@ -32,7 +32,7 @@ class Checkpoints:
         folder: `checkpoints/` of the run folder.
         table: How often, and how many are kept.
         say: Tells the person and the log.
-        world: The processes that train together; the first one writes.
+        world: The processes that train together. The first one writes what is whole.
     """
 
     folder: Path
@@ -53,9 +53,10 @@ class Checkpoints:
             RunFailedError: The one before it could not be written.
         """
         self.wait()
-        if not self.world.first:
-            return
-        self._writing = self._writer.submit(self._write, snapshot)
+        if self.world.first:
+            self._writing = self._writer.submit(self._write, snapshot)
+        elif snapshot.sharded:
+            self._writing = self._writer.submit(snapshot.write_share, self.world)
 
     def wait(self) -> None:
         """Wait until everything is on disk.
@@ -103,7 +104,7 @@ class Checkpoints:
             raise self._failure(path, needed, "not enough space")
         try:
             with atomic_folder(path) as temporary:
-                snapshot.write(temporary)
+                snapshot.write(temporary, self.world)
         except (OSError, SafetensorError) as error:
             raise self._failure(path, needed, str(error)) from error
         self._retire()

@@ -1,7 +1,8 @@
 """What a training needs to go on as if it had never stopped, taken between two steps, and its files.
 
-A snapshot lies in a folder of its own, `<stage>-<step>`: tensors as safetensors, plain values as JSON, the
-best state so far (a hard link, so it costs nothing), and a manifest. Reading one runs no code.
+A snapshot lies in a folder of its own, `<stage>-<step>`: tensors as safetensors, with a file for each process
+where they are split over processes; plain values as JSON; the best state so far, a hard link, so it costs
+nothing; and a manifest. Reading one runs no code.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,18 @@ from attrs import frozen
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import weighted_mtp_core
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.stages.world import full, like
+from weighted_mtp_core.stages.shards import Shards, write_shards
+from weighted_mtp_core.stages.world import ALONE, World, like, on_host
 from weighted_mtp_core.storage.manifest import verify_manifest
 
 FORMAT = 1
 """Raise it when snapshots change so that this release cannot read older ones."""
 
-_TENSORS, _VALUES, _BEST = "state.safetensors", "state.json", "best"
+_TENSORS, _SHARDS, _VALUES, _BEST = "state.safetensors", "shards", "state.json", "best"
 
 
 @frozen(kw_only=True, eq=False)
@@ -39,7 +43,8 @@ class Snapshot:
     Attributes:
         stage: `critic` or `policy`.
         step: How many steps are done.
-        tensors: By dotted name: `learner.*`, `optimiser.*`, `rng.*`; copies, on the CPU.
+        tensors: By dotted name: `learner.*`, `optimiser.*`, `rng.*`; copies, on the CPU. Those of a snapshot
+            that was read are whole; where files are split, a tensor is read when it is asked for.
         values: What is no tensor; plain JSON.
         best: The file or folder with the best state when it was taken.
     """
@@ -55,13 +60,25 @@ class Snapshot:
         """Size of the tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
-    def part(self, prefix: str) -> dict[str, Any]:
-        """Return the tensors below a dotted prefix and the values that go with them."""
-        return below(self.tensors, prefix) | dict(self.values.get(prefix, {}))
+    @property
+    def sharded(self) -> bool:
+        """Whether some tensors are split over the processes, so that all of them must write."""
+        return any(isinstance(tensor, DTensor) for tensor in self.tensors.values())
 
-    def write(self, folder: Path) -> None:
-        """Write it into an empty folder."""
-        save_file(dict(self.tensors), folder / _TENSORS)
+    def part(self, prefix: str) -> Mapping[str, Any]:
+        """Return the tensors below a dotted prefix and the values that go with them."""
+        return ChainMap(dict(self.values.get(prefix, {})), below(self.tensors, prefix))  # type: ignore[arg-type]
+
+    def write_share(self, world: World) -> None:
+        """Write what this process holds of it, to where the first process is writing it."""
+        write_shards(self.tensors, None, world)
+
+    def write(self, folder: Path, world: World = ALONE) -> None:
+        """Write it into an empty folder, together with what the other processes write of it."""
+        if self.sharded:
+            write_shards(self.tensors, folder / _SHARDS, world)
+        else:
+            save_file(dict(self.tensors), folder / _TENSORS)
         head = {
             "format": FORMAT,
             "core": weighted_mtp_core.__version__,
@@ -91,7 +108,7 @@ class Snapshot:
             return cls(
                 stage=head["stage"],
                 step=head["step"],
-                tensors=load_file(folder / _TENSORS),
+                tensors=_read_tensors(folder),
                 values=head["values"],
                 best=next((folder / _BEST).iterdir()),
             )
@@ -104,6 +121,10 @@ class Snapshot:
             shutil.rmtree(path)
         path.unlink(missing_ok=True)
         _link(self.best, path)
+
+
+def _read_tensors(folder: Path) -> Mapping[str, Tensor]:
+    return Shards(folder / _SHARDS) if (folder / _SHARDS).is_dir() else load_file(folder / _TENSORS)
 
 
 def _link(source: Path, target: Path) -> None:
@@ -119,18 +140,31 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def below(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+class _Below(Mapping[str, Any]):
+    """What a mapping holds below a prefix, read from it when it is asked for."""
+
+    def __init__(self, state: Mapping[str, Any], start: str) -> None:
+        self._state, self._start = state, start
+
+    def __getitem__(self, name: str) -> Any:
+        return self._state[self._start + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self._start) for name in self._state if name.startswith(self._start))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def below(state: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
     """Return what a state holds below a dotted prefix, without the prefix."""
-    start = f"{prefix}."
-    return {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
+    return _Below(state, f"{prefix}.")
 
 
 def split_state(state: Mapping[str, Any], prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return copies of a state's tensors under dotted names, and its plain values; sharded tensors whole."""
+    """Return copies of a state's tensors under dotted names, sharded as they are, and its plain values."""
     tensors = {
-        f"{prefix}.{name}": full(value.detach()).to("cpu", copy=True).contiguous()
-        for name, value in state.items()
-        if isinstance(value, Tensor)
+        f"{prefix}.{name}": on_host(value) for name, value in state.items() if isinstance(value, Tensor)
     }
     return tensors, {name: value for name, value in state.items() if not isinstance(value, Tensor)}
 

@@ -13,13 +13,14 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from attrs import frozen
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -34,10 +35,12 @@ class World:
     Attributes:
         rank: Which one, from 0.
         size: How many.
+        aside: The same processes once more, for what goes on beside the training; None if alone.
     """
 
     rank: int = 0
     size: int = 1
+    aside: dist.ProcessGroup | None = None
 
     @classmethod
     def join(cls) -> World:
@@ -49,7 +52,8 @@ class World:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=_TIMEOUT)
-        return cls(rank=dist.get_rank(), size=dist.get_world_size())
+        aside = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        return cls(rank=dist.get_rank(), size=dist.get_world_size(), aside=aside)
 
     @property
     def alone(self) -> bool:
@@ -187,6 +191,27 @@ def full(tensor: Tensor) -> Tensor:
         return tensor
     whole: Tensor = tensor.full_tensor()
     return whole
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """Return a copy in main memory; of a sharded tensor, this process's part stays a part."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().to("cpu", copy=True).contiguous()
+    part = tensor.to_local().detach().to("cpu", copy=True)
+    copied: Tensor = DTensor.from_local(
+        part,
+        _host_mesh(tensor.device_mesh.size()),
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+    return copied
+
+
+@cache
+def _host_mesh(size: int) -> DeviceMesh:
+    return init_device_mesh("cpu", (size,))
 
 
 def laid_out(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,88 @@
+"""Checkpoints whose tensors are split over processes."""
+
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from weighted_mtp_core.api import WmtpError
+from weighted_mtp_core.stages.shards import Shards, write_shards
+from weighted_mtp_core.stages.snapshot import Snapshot
+from weighted_mtp_core.stages.world import World
+from weighted_mtp_core.storage.manifest import write_manifest
+
+WHOLE = {
+    "learner.matrix": torch.arange(35.0).view(7, 5),
+    "learner.half": torch.ones(3, dtype=torch.bfloat16),
+    "optimiser.0.step": torch.tensor(4.0),
+    "rng.torch": torch.arange(16, dtype=torch.uint8),
+}
+
+
+@pytest.fixture(scope="module")
+def world():
+    """Return a group of one process; groups of several are in tests/e2e/test_processes.py."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield World(aside=dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def tensors(world):
+    mesh = init_device_mesh("cpu", (1,))
+    return {**WHOLE, "learner.matrix": distribute_tensor(WHOLE["learner.matrix"], mesh, [Shard(0)])}
+
+
+def test_each_tensor_comes_back_whole_with_its_type(world, tensors, tmp_path):
+    write_shards(tensors, tmp_path / "shards", world)
+
+    read = Shards(tmp_path / "shards")
+
+    assert read.keys() == WHOLE.keys()
+    for name, tensor in WHOLE.items():
+        assert torch.equal(read[name], tensor)
+        assert read[name].dtype == tensor.dtype
+
+
+def test_a_part_that_cannot_be_written_is_an_error_of_the_system(world, tensors, tmp_path):
+    (tmp_path / "shards").write_text("in the way")
+
+    with pytest.raises(OSError, match="could not write its part"):
+        write_shards(tensors, tmp_path / "shards", world)
+
+
+@pytest.fixture
+def snapshot(world, tensors, tmp_path):
+    best = tmp_path / "best_model.pt"
+    best.write_bytes(b"the best")
+    folder = tmp_path / "policy-00000004"
+    folder.mkdir()
+    taken = Snapshot(stage="policy", step=4, tensors=tensors, values={"learner": {"n": 3}}, best=best)
+    taken.write(folder, world)
+    write_manifest(folder)
+    return folder
+
+
+def test_a_snapshot_of_split_tensors_gives_its_parts_by_name(snapshot):
+    part = Snapshot.read(snapshot).part("learner")
+
+    assert set(part) == {"matrix", "half", "n"}
+    assert part["n"] == 3
+    assert torch.equal(part["matrix"], WHOLE["learner.matrix"])
+
+
+def test_a_payload_in_place_of_a_part_never_runs(snapshot, tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    (part,) = (snapshot / "shards").iterdir()
+    part.write_bytes(pickle.dumps(Payload()))
+    write_manifest(snapshot)
+
+    with pytest.raises(WmtpError, match="cannot be read"):
+        Snapshot.read(snapshot)
+
+    assert not (tmp_path / "ran").exists()
