@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from attrs import frozen
-from scipy.special import stdtrit  # type: ignore[import-untyped] # scipy has no types
+from scipy.special import stdtrit
 
 CONFIDENCE = 0.95
 MOST_SEEDS = 20
