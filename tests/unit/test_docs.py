@@ -17,6 +17,7 @@ TABLES = {
     "[model.micro]": schema.MicroTable,
     "[data]": schema.DataTable,
     "[critic]": schema.CriticTable,
+    "[critic.pairs]": schema.PairsTable,
     "[weighting]": schema.Selection,
     "[loss]": schema.LossTable,
     "[train]": schema.TrainTable,
@@ -51,7 +52,10 @@ def rows(text, table):
 def test_the_tables_of_the_documentation_are_those_of_a_recipe(recipes_md):
     documented = {re.sub(r"[\[\]]", "", each) for each in re.findall(r"### `(\[.*\])`", recipes_md)}
 
-    assert documented == {field.name for field in attrs.fields(schema.Recipe)} | {"model.micro"}
+    assert documented == {field.name for field in attrs.fields(schema.Recipe)} | {
+        "model.micro",
+        "critic.pairs",
+    }
 
 
 @pytest.mark.parametrize("table", TABLES)

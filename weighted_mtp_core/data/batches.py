@@ -95,31 +95,6 @@ def pointwise(token_set: TokenSet) -> Rows:
     return np.arange(len(token_set), dtype=np.int64)[:, None]
 
 
-def pairs(token_set: TokenSet) -> Rows:
-    """Return unique pairs (correct, incorrect) of responses to one problem, `[P, 2]`.
-
-    Each response of the larger side meets one of the smaller side, in turn.
-
-    Raises:
-        WmtpError: No problem has both a correct and an incorrect response.
-    """
-    correct_D = token_set.reward_D >= 0.5
-    order_D = np.argsort(token_set.problem_D, kind="stable")
-    problems = np.split(order_D, np.flatnonzero(np.diff(token_set.problem_D[order_D])) + 1)
-    found: list[tuple[int, int]] = []
-    for members in problems:
-        right, wrong = members[correct_D[members]], members[~correct_D[members]]
-        if len(right) and len(wrong):
-            count = max(len(right), len(wrong))
-            found += [(int(right[i % len(right)]), int(wrong[i % len(wrong)])) for i in range(count)]
-    if not found:
-        raise WmtpError(
-            "no problem has both a correct and an incorrect response, so there are no pairs to learn from",
-            hint="choose data with several labelled responses a problem, or a pointwise critic objective",
-        )
-    return np.asarray(found, dtype=np.int64)
-
-
 def collate(token_set: TokenSet, rows: Sequence[int] | Rows, *, device: torch.device) -> Batch:
     """Return the documents as a right-padded batch, one document a row."""
     rows = np.asarray(rows)

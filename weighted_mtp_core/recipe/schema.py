@@ -153,11 +153,12 @@ class LossTable:
 
 @frozen(kw_only=True)
 class PairsTable:
-    """`[critic.pairs]`: which responses meet, for a critic that learns from pairs (right, wrong) of a problem.
+    """`[critic.pairs]`: which responses to a problem meet, for a critic that learns from pairs.
 
-    Lengths of a pair differ by less than the factor `length_ratio` (1: equal, 0: any), so that a critic cannot
-    go by them. `difficulty_weights` are one for each fifth of the share of right responses to a problem, the
-    hardest first: of the pairs of such problems, so much is kept, relative to the largest weight.
+    Lengths of a pair differ by less than the factor `length_ratio` (1: not at all), and the right one is the
+    longer as often as the shorter one; 0 leaves lengths aside. `difficulty_weights` are one for each fifth of
+    the share of right responses to a problem, the hardest first: of the pairs of such problems so much is
+    kept, relative to the largest weight.
     """
 
     length_ratio: float = field(default=1.25)

@@ -12,7 +12,8 @@ from torch import nn
 
 from weighted_mtp_core.api import Batch, Critic, Signal
 from weighted_mtp_core.chosen import Chosen
-from weighted_mtp_core.data.batches import Rows, Sampler, pairs, pointwise
+from weighted_mtp_core.data.batches import Rows, Sampler, pointwise
+from weighted_mtp_core.data.pairs import make_pairs
 from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.recipe.schema import CriticTable, TrainTable
@@ -151,7 +152,7 @@ class _Stages:
         elif critic.trainable:
             with self.world.first_goes_ahead():
                 tokens = prepared.critic_tokens("train")
-            units = pairs(tokens) if critic.batching == "pairs" else pointwise(tokens)
+            units = make_pairs(tokens, table.pairs) if critic.batching == "pairs" else pointwise(tokens)
             sampler = self._sampler(units, tokens.length_D, table.train)
             if self.snapshot is not None and self.snapshot.stage == "policy":
                 learner.load_best()

@@ -1,0 +1,100 @@
+"""Pairs of a correct and an incorrect response to one problem, in which length is no shortcut.
+
+A pure function of the data and the recipe: the same pairs in the same order in every process.
+
+Shape letters: D documents, P pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weighted_mtp_core.data.difficulty import BINS, bin_of
+from weighted_mtp_core.data.tokens import TokenSet
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.recipe.schema import PairsTable
+
+Rows = NDArray[np.int64]
+Pair = tuple[int, int]
+
+
+def make_pairs(token_set: TokenSet, table: PairsTable) -> Rows:
+    """Return unique pairs (correct, incorrect) of responses to one problem, `[P, 2]`.
+
+    Only responses of one length bin meet: their lengths differ by less than the factor `length_ratio`. In a
+    bin, each response of the larger side meets one of the smaller side, in turn. So many pairs are then left
+    out that the correct response is the longer one as often as the shorter one.
+
+    Args:
+        token_set: Responses with rewards; 0.5 and more is correct.
+        table: How pairs are chosen.
+
+    Raises:
+        WmtpError: There is no pair.
+    """
+    correct_D = token_set.reward_D >= 0.5
+    length_D = token_set.length_D - token_set.prompt_D
+    bin_D = length_bins(length_D, ratio=table.length_ratio)
+    order_D = np.argsort(token_set.problem_D, kind="stable")
+    problems = np.split(order_D, np.flatnonzero(np.diff(token_set.problem_D[order_D])) + 1)
+    found: list[list[Pair]] = [[] for _ in BINS]
+    for members in problems:
+        chosen = list(_of_problem(members, correct_D, bin_D))
+        most = table.max_pairs_per_problem or len(chosen)
+        found[bin_of(float(correct_D[members].mean()))] += _some(chosen, min(most, len(chosen)))
+    weights = table.difficulty_weights or (1.0,) * len(BINS)
+    kept = [
+        pair
+        for pairs, weight in zip(found, weights, strict=True)
+        for pair in _some(pairs, math.floor(weight / max(weights) * len(pairs) + 0.5))
+    ]
+    if table.length_ratio:
+        kept = _balanced(kept, length_D)
+    if not kept:
+        raise WmtpError(
+            "no problem has both a correct and an incorrect response"
+            + (" of similar length" if table.length_ratio else "")
+            + ", so there are no pairs to learn from",
+            hint="choose data with several labelled responses a problem, a larger "
+            "`critic.pairs.length_ratio`, or a pointwise critic objective",
+        )
+    return np.asarray(kept, dtype=np.int64)
+
+
+def length_bins(length_D: NDArray[np.integer[Any]], *, ratio: float) -> Rows:
+    """Return each length's bin; bounds grow by `ratio`; 1 gives each length its own bin, 0 one to all."""
+    if ratio == 0:
+        return np.zeros(len(length_D), dtype=np.int64)
+    if ratio == 1:
+        return length_D.astype(np.int64)
+    bin_D: Rows = np.floor(np.log(np.maximum(length_D, 1)) / math.log(ratio)).astype(np.int64)
+    return bin_D
+
+
+def _of_problem(members: Rows, correct_D: NDArray[np.bool_], bin_D: Rows) -> Iterator[Pair]:
+    """Yield the pairs of a problem, length bin by length bin."""
+    for number in np.unique(bin_D[members]):
+        inside = members[bin_D[members] == number]
+        right, wrong = inside[correct_D[inside]], inside[~correct_D[inside]]
+        if len(right) and len(wrong):
+            for i in range(max(len(right), len(wrong))):
+                yield int(right[i % len(right)]), int(wrong[i % len(wrong)])
+
+
+def _some(pairs: Sequence[Pair], count: int) -> list[Pair]:
+    """Return so many of the pairs, evenly spread over them."""
+    return [pairs[i * len(pairs) // count] for i in range(count)]
+
+
+def _balanced(pairs: Sequence[Pair], length_D: NDArray[np.integer[Any]]) -> list[Pair]:
+    """Return all pairs of equal length, and as many with a longer as with a shorter correct response."""
+    ways: dict[int, list[Pair]] = {-1: [], 0: [], 1: []}
+    for right, wrong in pairs:
+        ways[int(np.sign(length_D[right] - length_D[wrong]))].append((right, wrong))
+    count = min(len(ways[-1]), len(ways[1]))
+    return sorted([*_some(ways[-1], count), *ways[0], *_some(ways[1], count)])
