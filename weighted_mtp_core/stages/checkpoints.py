@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -39,7 +42,9 @@ class Checkpoints:
     table: CheckpointTable
     say: Callable[[str], None]
     world: World = ALONE
-    _writer: ThreadPoolExecutor = field(init=False, factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
+    _writer: ThreadPoolExecutor = field(
+        init=False, factory=lambda: ThreadPoolExecutor(1, "checkpoint", initializer=_step_back)
+    )
     _writing: Future[None] | None = field(init=False, default=None)
 
     def due(self, step: int, steps: int) -> bool:
@@ -126,6 +131,12 @@ class Checkpoints:
                 continue
             with suppress(FileNotFoundError):
                 shutil.rmtree(path)
+
+
+def _step_back() -> None:
+    """Leave the processor to the thread that trains: there is time until the next checkpoint."""
+    if sys.platform == "linux":  # elsewhere priorities belong to processes
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def _size(count: int) -> str:
