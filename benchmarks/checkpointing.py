@@ -3,9 +3,9 @@
     python benchmarks/checkpointing.py
 
 The micro model of the default recipes (8 rows of some 200 tokens a step) and a model of SmolLM2-135M's shape
-(2 rows), AdamW; snapshots go to the temporary folder (choose its disk with TMPDIR) and need 6 GB there. Training
-has one thread and writing another, so the CPU time of all threads is the price on a machine with no core to
-spare, the clock that on one with two.
+(2 rows), AdamW; snapshots go to the temporary folder (choose its disk with TMPDIR) and need 6 GB there.
+Training has one thread and writing another, so the CPU time of all threads is the price on a machine with no
+core to spare, the clock that on one with two.
 """
 
 from __future__ import annotations
