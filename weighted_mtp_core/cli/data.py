@@ -19,8 +19,8 @@ their labels depend on: the sandbox and its limits, and the SHA-256 of the tests
 `prepare` does it alone, for example on a machine without an accelerator."""
 _EPILOG = """\
 examples:
-  data prepare configs/verifiable.toml
-  data prepare configs/verifiable.toml --set data.use=core.mbpp --set data.options.path=mbpp.jsonl
+  data prepare configs/baseline.toml
+  data prepare configs/baseline.toml --set data.use=core.mbpp --set data.options.path=mbpp.jsonl
   data show
   data show mbpp"""
 
