@@ -153,7 +153,7 @@ class Policy(nn.Module):
         return logits
 
     def recompute_activations(self) -> None:
-        """From now on, in training, keep only the inputs of decoder layers, and compute the rest again backward.
+        """From now on, training keeps only the inputs of decoder layers and computes the rest again backward.
 
         Raises:
             WmtpError: The model's layers cannot do that.
