@@ -284,6 +284,10 @@ def _no_frozen_losses(_: Path | None) -> Callable[[Batch], Tensor]:
     raise WmtpError("there is no policy here whose losses could be frozen")
 
 
+def _no_trainable_trunk(_: str | None) -> torch.nn.Module:
+    raise WmtpError("there is no policy here whose trunk could be trained")
+
+
 @frozen(kw_only=True, eq=False)
 class ModelContext:
     """The policy as far as a component may know it while it is being built.
@@ -298,6 +302,10 @@ class ModelContext:
         frozen_losses: Returns the next-token loss of an independent copy of the policy, as it is now or as
             a `best_model.pt` holds it: a function from a `Batch` to float32 losses `[B, T]`, indexed by the
             token, 0 where no response token follows another.
+        trainable_trunk: Returns an independent copy of the trunk as it is now, or the body of the model that
+            is named as `model.base` is (its tokenizer must be the policy's): a module that is called with a
+            `Batch` and returns float32 states `[B, T, H]`, with gradients and without dropout. H is its
+            attribute `hidden_size`. Its parameters are the component's to train and to keep.
     """
 
     n_future: int
@@ -306,6 +314,7 @@ class ModelContext:
     device: torch.device
     frozen_trunk: Callable[[], Callable[[Batch], Tensor]]
     frozen_losses: Callable[[Path | None], Callable[[Batch], Tensor]] = field(default=_no_frozen_losses)
+    trainable_trunk: Callable[[str | None], torch.nn.Module] = field(default=_no_trainable_trunk)
 
 
 @frozen(kw_only=True)

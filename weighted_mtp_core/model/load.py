@@ -50,20 +50,15 @@ def load_policy(
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # it breaks lines of a log, and the display
-    models = storage / "models_v2"
     folder: Path | str
     if table.base == "micro":
-        folder = _micro_folder(table.micro, models, texts=texts, seed=seed)
-    elif table.base.endswith(".gguf"):
-        folder = _gguf_folder(Path(table.base), models)
+        folder = _micro_folder(table.micro, storage / "models_v2", texts=texts, seed=seed)
+        verify_manifest(folder)
     else:
-        folder = _transformers_folder(table.base, models)
+        folder = find_base(table.base, storage=storage)
     exported = folder if isinstance(folder, Path) and is_export(folder) else None
     if exported is not None:
-        verify_manifest(exported)
         refuse_other_heads(exported, n_future=table.n_future, head_kind=table.head)
-    elif isinstance(folder, Path) and (folder / MANIFEST).is_file():
-        verify_manifest(folder)
     tokenizer, base = _from_transformers(folder)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -72,6 +67,24 @@ def load_policy(
         restore_heads(policy, exported)
     name = f"{folder.parent.name}/{folder.name}" if isinstance(folder, Path) else folder
     return LoadedPolicy(policy=policy, tokenizer=tokenizer, base_name=name)
+
+
+def find_base(base: str, *, storage: Path) -> Path | str:
+    """Return the verified directory of a transformers model, or the hub id that is left to transformers.
+
+    Args:
+        base: A folder under `models_v2/`, a directory, a `.gguf` file, which is converted once, or a hub id.
+        storage: The storage root.
+
+    Raises:
+        WmtpError: There is no such model, or a byte of it changed.
+    """
+    models = storage / "models_v2"
+    gguf = base.endswith(".gguf")
+    folder = _gguf_folder(Path(base), models) if gguf else _transformers_folder(base, models)
+    if isinstance(folder, Path) and (is_export(folder) or (folder / MANIFEST).is_file()):
+        verify_manifest(folder)
+    return folder
 
 
 def _from_transformers(source: Path | str) -> tuple[Any, nn.Module]:

@@ -33,6 +33,7 @@ from weighted_mtp_core.model.frozen import frozen_losses
 from weighted_mtp_core.model.load import load_policy
 from weighted_mtp_core.model.packing import check_packing
 from weighted_mtp_core.model.policy import Policy
+from weighted_mtp_core.model.trunk import Trunk, trainable_trunk
 from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.stages.cached_critic import CachedCritic, scores_key, state_sha256
 from weighted_mtp_core.stages.checkpoint import load_model
@@ -163,6 +164,7 @@ class Prepared:
                 device=self.device,
                 frozen_trunk=self._frozen_trunk,
                 frozen_losses=self._frozen_losses,
+                trainable_trunk=self._trainable_trunk,
             ),
         )
 
@@ -174,6 +176,9 @@ class Prepared:
         losses = frozen_losses(self.policy, checkpoint, load=load_model)
         self._note_given(checkpoint)
         return losses
+
+    def _trainable_trunk(self, base: str | None) -> Trunk:
+        return trainable_trunk(self.policy, base, storage=self.storage, tokenizer=self.tokenizer)
 
     def _note_given(self, checkpoint: Path | None) -> None:
         """Note what a component stands on, for the key of its scores: the policy as it is, or a file."""

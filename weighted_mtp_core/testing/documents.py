@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from attrs import field, frozen
-from torch import Tensor
+from torch import Tensor, nn
 
 from weighted_mtp_core.api import Batch, ModelContext, Signal, StepView
 
@@ -215,6 +215,25 @@ def trunk_states(batch: Batch) -> Tensor:
     return states_BTH
 
 
+class TrainableTrunk(nn.Module):
+    """A stand-in for a trunk that a component trains: it begins as `trunk_states`."""
+
+    hidden_size = HIDDEN_SIZE
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.eye(HIDDEN_SIZE))
+        with torch.random.fork_rng(devices=[]):  # a layer is drawn from the global generator
+            self.mean = nn.Linear(HIDDEN_SIZE, HIDDEN_SIZE, bias=False)
+        nn.init.eye_(self.mean.weight)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return states `[B, T, H]`, with gradients."""
+        states_BTH = trunk_states(batch)
+        mixed_BTH: Tensor = 0.5 * (states_BTH @ self.token + self.mean(states_BTH))
+        return mixed_BTH
+
+
 def next_token_losses(batch: Batch) -> Tensor:
     """Return losses `[B, T]` of a stand-in for a frozen language model, 0 off response tokens."""
     state_BTH = trunk_states(batch)
@@ -238,4 +257,5 @@ def model_context() -> ModelContext:
         device=torch.device("cpu"),
         frozen_trunk=lambda: trunk_states,
         frozen_losses=lambda _: next_token_losses,
+        trainable_trunk=lambda _: TrainableTrunk(),
     )
