@@ -33,9 +33,18 @@ def completions(problem):
     return problem.solution, f"{problem.solution}\n\n{more}", wrong, broken
 
 
+def written(problem):
+    """The solution and a wrong one as chat models write them: fenced, whole, with prose around."""
+    wrong = problem.prompt + "    return None\n"
+    return [
+        f"Here it is:\n\n```python\n{program}```\nThis is `{problem.entry_point}`.\n"
+        for program in (problem.prompt + problem.solution, wrong)
+    ]
+
+
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory):
-    """The first problems with four completions each, judged in the sandbox."""
+    """The first problems with six completions each, judged in the sandbox."""
     source = LabelledSource(
         name="few",
         recipe={"count": COUNT},
@@ -44,7 +53,11 @@ def judged(tmp_path_factory):
         judge=FunctionJudge(sandbox=SandboxSettings(cpu_seconds=OUR_SECONDS)),
     )
     problems = [problem for split in ("train", "validation", "test") for problem in source.problems(split)]
-    return judge(source, problems, [completions(problem) for problem in problems], whole_split=True)
+    texts = [
+        [*completions(problem), *(source.completion(problem, text) for text in written(problem))]
+        for problem in problems
+    ]
+    return judge(source, problems, texts, whole_split=True)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +89,13 @@ def test_every_sample_has_the_same_verdict(judged, checked):
 
     assert ours == [(row["task_id"], row["completion"], row["passed"]) for row in rows]
     assert {passed for _, _, passed in ours} == {True, False}
+
+
+def test_what_a_chat_model_wrote_passes_for_both_where_it_is_right(judged, checked):
+    theirs = [row["passed"] for row in checked[0]]
+
+    assert [[verdict.passed for verdict in row[4:]] for row in judged.verdicts] == [[True, False]] * COUNT
+    assert [theirs[i : i + 2] for i in range(4, 6 * COUNT, 6)] == [[True, False]] * COUNT
 
 
 def test_a_program_that_never_ends_is_timed_out_by_both(judged, checked):
