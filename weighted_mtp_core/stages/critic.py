@@ -251,7 +251,7 @@ class CriticLearner(Learner):
 def _judged(batch: Batch, value_BT: Tensor, problem_B: NDArray[np.int64]) -> Judged:
     """Return the values of a batch with one document a row; rows without a response are left out."""
     response_BT = batch.response_BT.cpu().numpy()
-    values_BT, rewards_BT = value_BT.double().cpu().numpy(), batch.reward_BT.double().cpu().numpy()
+    values_BT, rewards_BT = value_BT.cpu().double().numpy(), batch.reward_BT.cpu().double().numpy()
     length_B = response_BT.sum(axis=1)
     row_B = np.flatnonzero(length_B)
     first_B = response_BT.argmax(axis=1)[row_B]
