@@ -39,8 +39,10 @@ class TestValueHead(CriticSuite):
             {"objective": "bradley_terry"},
             {"body": "policy", "layers": 0, "writing": 0.0},
             {"body": "frozen", "layers": 1},
+            {"body": "trunk", "layers": 0, "writing": 0.0},
+            {"body": "trunk", "layers": 1, "lora_rank": 2},
         ],
-        ids=["monte_carlo", "lambda_return", "bradley_terry", "policy", "frozen"],
+        ids=["monte_carlo", "lambda_return", "bradley_terry", "policy", "frozen", "trunk", "lora"],
     )
     def options(self, request):
         return {"hidden_size": 16, "heads": 2, "layers": 2, **request.param}

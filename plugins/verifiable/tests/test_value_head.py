@@ -204,6 +204,8 @@ def test_sums_so_far_equal_a_loop(lengths, seed):
     [
         ({"heads": 3}, "must divide `hidden_size` = 128 into even parts: 3"),
         ({"layers": 0}, 'must be >= 1 for `body = "own"`: 0'),
+        ({"base": "other/model"}, 'is for `body = "trunk"`, not for `body = "own"`: other/model'),
+        ({"body": "frozen", "lora_rank": 4}, 'is for `body = "trunk"`, not for `body = "frozen"`: 4'),
         ({"writing": -1.0}, "must be >= 0: -1.0"),
     ],
 )

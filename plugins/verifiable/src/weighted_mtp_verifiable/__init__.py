@@ -124,7 +124,11 @@ class ValueHeadOptions:
             Values are worth listening to only once they have learnt something from the reward.
         lam_start: Where `"linear"` begins.
         body: What the head stands on: `"own"`, a small transformer trained with it; `"policy"`, the states of
-            the policy's trunk as it is now; `"frozen"`, those of the trunk as it was at the start.
+            the policy's trunk as it is now; `"frozen"`, those of the trunk as it was at the start; `"trunk"`,
+            a copy of that trunk, trained with it.
+        base: For `"trunk"`, another model to copy instead, named as `model.base` is; it must read the same
+            tokens.
+        lora_rank: For `"trunk"`, the rank of adapters that are trained in its place; 0 trains all of it.
         layers: Own trainable transformer layers; 0 leaves just the head on the body's states.
         hidden_size: Width of the own layers.
         heads: Attention heads of the own layers.
@@ -137,11 +141,19 @@ class ValueHeadOptions:
     lam: float = field(default=0.95, validator=[v.ge(0), v.le(1)])
     lam_schedule: Literal["constant", "linear"] = "constant"
     lam_start: float = field(default=1.0, validator=[v.ge(0), v.le(1)])
-    body: Literal["own", "policy", "frozen"] = "own"
+    body: Literal["own", "policy", "frozen", "trunk"] = "own"
+    base: str | None = field(default=None)
+    lora_rank: int = field(default=0, validator=v.ge(0))
     layers: int = field(default=2, validator=v.ge(0))
     hidden_size: int = field(default=128, validator=v.ge(8))
     heads: int = field(default=4, validator=v.ge(1))
     writing: float = field(default=2.0, validator=v.ge(0))
+
+    @base.validator
+    @lora_rank.validator
+    def _belong_to_a_trunk(self, _: object, value: str | int | None) -> None:
+        if value and self.body != "trunk":
+            raise ValueError(f'is for `body = "trunk"`, not for `body = "{self.body}"`: {value}')
 
     @layers.validator
     def _be_some_for_an_own_body(self, _: object, value: int) -> None:

@@ -7,7 +7,7 @@ Shape letters: B batch rows, T positions, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -28,7 +28,7 @@ _OBJECTIVES = {
 
 
 class ValueHead(Critic):
-    """Values `V_t = sigmoid(logit_t)` from a `ValueNet` on token ids or on detached states of the policy.
+    """Values `V_t = sigmoid(logit_t)` from a `ValueNet` on token ids, on an own trunk or on detached states.
 
     Args:
         options: See `ValueHeadOptions`.
@@ -49,13 +49,12 @@ class ValueHead(Critic):
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed: it would reseed every accelerator's global generator as well.
             torch.default_generator.manual_seed(context.seed)
+            self._trunk = _trunk(options, context) if options.body == "trunk" else None
             net = ValueNet(
-                options,
-                vocab_size=model.vocab_size,
-                state_size=None if options.body == "own" else model.hidden_size,
+                options, vocab_size=model.vocab_size, state_size=self._state_size(model.hidden_size)
             )
         self._net = net.to(model.device)
-        self.blocks = tuple(self._net.layers)
+        self.blocks = (*self._net.layers, *_layers(self._trunk))
         self._lam = options.lam
 
     @torch.no_grad()
@@ -85,12 +84,13 @@ class ValueHead(Critic):
         )
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        """Return the network's parameters; a frozen trunk has none."""
-        return self._net.parameters()
+        """Return those of the network and of its own trunk; of one with adapters, theirs alone."""
+        trunk = () if self._trunk is None else self._trunk.parameters()
+        return (each for each in (*self._net.parameters(), *trunk) if each.requires_grad)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the network's tensors."""
-        return dict(self._net.state_dict())
+        """Return the tensors of the network and of its own trunk, of what adapters leave alone too."""
+        return dict(self._modules.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore them.
@@ -99,12 +99,23 @@ class ValueHead(Critic):
             WmtpError: They are those of a network of another shape.
         """
         try:
-            self._net.load_state_dict(state)
+            self._modules.load_state_dict(state)
         except RuntimeError as error:
             raise WmtpError(
                 "the state is not that of this `value_head`: " + str(error).splitlines()[-1].strip(),
                 hint="use the `[critic.options]` and the base model of the run that wrote it",
             ) from error
+
+    @property
+    def _modules(self) -> nn.Module:
+        return self._net if self._trunk is None else nn.ModuleDict({"net": self._net, "trunk": self._trunk})
+
+    def _state_size(self, policys: int) -> int | None:
+        """Return the width of the states that the network reads; None for token ids."""
+        if self._trunk is not None:
+            size: int = getattr(self._trunk, "hidden_size")  # noqa: B009 - nn.Module's type knows only tensors
+            return size
+        return None if self._options.body == "own" else policys
 
     def _judge(self, batch: Batch, hidden_BTH: Tensor | None) -> Judgement:
         judgement: Judgement = self._net(self._source(batch, hidden_BTH), batch)
@@ -113,8 +124,26 @@ class ValueHead(Critic):
     def _source(self, batch: Batch, hidden_BTH: Tensor | None) -> Tensor:
         if self._frozen_trunk is not None:
             return self._frozen_trunk(batch)
+        if self._trunk is not None:
+            states_BTH: Tensor = self._trunk(batch)
+            return states_BTH
         if not self.reads_policy:
             return batch.ids_BT
         if hidden_BTH is None:
             raise WmtpError('`value_head` with `body = "policy"` needs the policy\'s trunk states')
         return hidden_BTH.detach()
+
+
+def _trunk(options: ValueHeadOptions, context: BuildContext) -> nn.Module:
+    trunk = context.model.trainable_trunk(options.base)
+    if options.lora_rank:
+        from weighted_mtp_verifiable._lora import add_lora
+
+        add_lora(trunk, rank=options.lora_rank)
+    return trunk.to(context.model.device)
+
+
+def _layers(trunk: nn.Module | None) -> Sequence[nn.Module]:
+    """Return the trunk's stack of layers; none where it has no such list."""
+    modules = () if trunk is None else trunk.modules()
+    return next((tuple(each) for each in modules if isinstance(each, nn.ModuleList)), ())

@@ -1,0 +1,171 @@
+"""`verifiable.value_head` on each body, for each objective, beside a real policy: what learns of it."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from weighted_mtp_core.api import Batch, BuildContext, ModelContext, WmtpError
+from weighted_mtp_core.model.policy import make_policy
+from weighted_mtp_core.model.trunk import trainable_trunk
+
+from weighted_mtp_verifiable import ValueHeadOptions, build_value_head
+
+VOCAB, RIGHT, WRONG = 16, 14, 15
+BODIES = {
+    "policy": {"body": "policy"},
+    "frozen": {"body": "frozen"},
+    "own": {"body": "own"},
+    "trunk": {"body": "trunk", "layers": 0},
+    "lora": {"body": "trunk", "layers": 0, "lora_rank": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def policy():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        initializer_range=0.25,
+    )
+    return make_policy(LlamaForCausalLM(config), n_future=2, head_kind="transformer").eval()
+
+
+def build(policy, *, asked=None, **options):
+    def trunk(base):
+        if asked is not None:
+            asked.append(base)
+        return trainable_trunk(policy, None, storage=Path("storage"), tokenizer=None)
+
+    model = ModelContext(
+        n_future=2,
+        hidden_size=16,
+        vocab_size=VOCAB,
+        device=torch.device("cpu"),
+        frozen_trunk=policy.frozen_trunk,
+        trainable_trunk=trunk,
+    )
+    context = BuildContext(seed=0, storage=Path("storage"), model=model)
+    small = {"layers": 1, "hidden_size": 16, "heads": 2, "writing": 0.0}
+    return build_value_head(ValueHeadOptions(**(small | options)), context)
+
+
+def planted(rows, *, seed):
+    """Two prompt and six response tokens of noise; one of the response decides: `RIGHT` in even rows."""
+    generator = torch.Generator().manual_seed(seed)
+    ids_BT = torch.randint(0, 14, (rows, 8), generator=generator)
+    place_B = torch.randint(2, 8, (rows,), generator=generator)
+    right_B = torch.arange(rows) % 2 == 0
+    ids_BT[torch.arange(rows), place_B] = torch.where(right_B, RIGHT, WRONG)
+    response_BT = torch.tensor([False] * 2 + [True] * 6).expand(rows, 8)
+    return Batch(
+        ids_BT=ids_BT,
+        document_BT=torch.zeros(rows, 8, dtype=torch.long),
+        response_BT=response_BT,
+        reward_BT=right_B[:, None] * response_BT.float(),
+        group_BT=torch.arange(rows)[:, None].div(2, rounding_mode="floor").expand(rows, 8),
+    )
+
+
+def loss(critic, policy, batch):
+    hidden_BTH = policy.trunk_states(batch.ids_BT).detach() if critic.reads_policy else None
+    return critic.loss(batch, hidden_BTH).loss
+
+
+def train(critic, policy, *, steps):
+    optimiser = torch.optim.AdamW(critic.parameters(), lr=1e-2)
+    for step in range(steps):
+        loss(critic, policy, planted(32, seed=step)).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+
+@pytest.mark.parametrize("objective", ["monte_carlo", "lambda_return", "bradley_terry"])
+@pytest.mark.parametrize("body", BODIES)
+def test_every_objective_learns_on_every_body(policy, body, objective):
+    critic, held_out = build(policy, objective=objective, **BODIES[body]), planted(128, seed=10_000)
+    before = float(loss(critic, policy, held_out).detach())
+
+    train(critic, policy, steps=80)
+
+    after = float(loss(critic, policy, held_out).detach())
+    # Before the token that decides nothing can be known, and a random policy's states tell little of it.
+    assert after < 0.95 * before
+
+
+def states(critic):
+    return {name: tensor.clone() for name, tensor in critic.state_dict().items()}
+
+
+def moved(critic, policy):
+    """The parts of the state that three steps of training change."""
+    before = states(critic)
+    train(critic, policy, steps=3)
+    return {name for name, tensor in critic.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+def test_all_of_an_own_trunk_learns_and_the_policy_does_not(policy):
+    was = copy.deepcopy(policy.state_dict())
+    critic = build(policy, **BODIES["trunk"])
+
+    changed = moved(critic, policy)
+
+    assert {name for name in critic.state_dict() if name.startswith("trunk.")} <= changed
+    assert all(torch.equal(tensor, was[name]) for name, tensor in policy.state_dict().items())
+
+
+def test_with_adapters_only_they_and_the_head_learn(policy):
+    critic = build(policy, **BODIES["lora"])
+
+    changed = moved(critic, policy)
+
+    assert {name for name in changed if name.startswith("trunk.")} == {
+        name for name in critic.state_dict() if "lora_" in name
+    }
+    assert any(name.startswith("net.") for name in changed)
+
+
+def test_adapters_start_as_the_trunk_that_they_adapt(policy):
+    batch = planted(4, seed=0)
+    values = []
+    for body in ("trunk", "lora"):
+        critic = build(policy, **BODIES[body])
+        critic.load_state_dict(
+            {
+                name: torch.full_like(tensor, 0.1) if name.startswith("net.") else tensor
+                for name, tensor in critic.state_dict().items()
+            }
+        )
+        values.append(critic.score(batch, None).value_BT)
+
+    torch.testing.assert_close(values[0], values[1])
+
+
+def test_a_trunk_of_another_model_is_asked_for_by_its_name(policy):
+    asked = []
+
+    build(policy, asked=asked, body="trunk", base="other/model")
+    build(policy, asked=asked, body="trunk")
+
+    assert asked == ["other/model", None]
+
+
+def test_the_layers_of_its_own_trunk_may_be_split_over_processes(policy):
+    assert len(build(policy, **BODIES["trunk"]).blocks) == len(policy.trunk.layers)
+    assert len(build(policy, body="frozen").blocks) == 1
+
+
+def test_adapters_without_peft_are_an_error_that_says_how_to_get_it(policy, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+
+    with pytest.raises(WmtpError, match=r"`lora_rank = 4` needs the package `peft`") as caught:
+        build(policy, **BODIES["lora"])
+
+    assert caught.value.hint == "pip install 'weighted-mtp-verifiable[lora]'"
