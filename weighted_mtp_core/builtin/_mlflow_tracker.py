@@ -69,6 +69,11 @@ class MlflowTracker(Tracker):
             logging.getLogger(name).setLevel(logging.WARNING)
 
     @property
+    def uri(self) -> str:
+        """The tracking URI."""
+        return self._uri
+
+    @property
     def run_id(self) -> str:
         """The store's own id of the run; empty before `start`."""
         return self._run_id

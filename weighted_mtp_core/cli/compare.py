@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weighted_mtp_core.compare.arms import Arm, read_arms
-from weighted_mtp_core.compare.runs import Outcome, Runner, plan_jobs, share_cores
+from weighted_mtp_core.compare.runs import MOST_SEEDS, Outcome, Runner, plan_jobs, share_cores
 from weighted_mtp_core.errors import EXIT_DONE, EXIT_RUN_FAILED, RunFailedError, WmtpError
+from weighted_mtp_core.wording import did_you_mean, quoted
 
 if TYPE_CHECKING:
     from weighted_mtp_core.compare.measures import Measures
@@ -25,6 +27,7 @@ examples:
   compare configs/baseline.toml configs/my_recipe.toml --seeds 5
   compare configs/study/*.toml --seeds 5 --set data.options.incorrect_fraction=0.4
   compare configs/baseline.toml configs/my_recipe.toml --metrics pass_at_1,test_ce_head_1
+  compare --experiment my_group/my_study
 
 Seeds count up from the `run.seed` of the first recipe. Exit code 1 if a run
 failed; the others are compared."""
@@ -35,7 +38,21 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "compare", help="run recipes side by side and compare them", description=_DESCRIPTION, epilog=_EPILOG
     )
-    parser.add_argument("recipes", metavar="RECIPE", nargs="+", type=Path, help="an arm each")
+    parser.add_argument("recipes", metavar="RECIPE", nargs="*", type=Path, help="an arm each")
+    parser.add_argument(
+        "--experiment",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="instead: the finished runs of an experiment in MLflow, an arm for each run name; repeatable",
+    )
+    parser.add_argument(
+        "--runs",
+        metavar="ID,ID,...",
+        type=lambda text: text.split(","),
+        default=[],
+        help="instead, or with --experiment: these runs in MLflow, by its id or ours",
+    )
     parser.add_argument("--seeds", metavar="N", type=int, default=5, help="(5)")
     parser.add_argument("--jobs", metavar="N", type=int, help="runs at once (one a core)")
     parser.add_argument("--preset", metavar="NAME", help="for every arm, as in `run`")
@@ -69,6 +86,27 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> int:
     """Run what is missing, then compare."""
     _check(args)
+    return _compare_recipes(args) if args.recipes else _compare_stored(args)
+
+
+def _check(args: argparse.Namespace) -> None:
+    stored = bool(args.experiment or args.runs)
+    if stored == bool(args.recipes):
+        raise WmtpError(
+            "name either recipes, or runs that are in MLflow with `--experiment` and `--runs`",
+            hint="see: python -m weighted_mtp_core compare --help",
+        )
+    if stored and (args.preset or args.overrides or args.jobs):
+        raise WmtpError("`--preset`, `--set` and `--jobs` are for recipes; runs in MLflow are as they are")
+    if not 1 <= args.seeds <= MOST_SEEDS:
+        raise WmtpError(f"`--seeds {args.seeds}`: expected 1 to {MOST_SEEDS}")
+    if args.jobs is not None and args.jobs < 1:
+        raise WmtpError(f"`--jobs {args.jobs}`: expected 1 or more")
+    if any(each.split("=")[0].strip() == "run.seed" for each in args.overrides):
+        raise WmtpError("`--set run.seed` would give every run the same seed", hint="use --seeds N")
+
+
+def _compare_recipes(args: argparse.Namespace) -> int:
     arms = read_arms(
         args.recipes, preset=args.preset, overrides=args.overrides, allowed=args.allow_difference
     )
@@ -81,18 +119,35 @@ def main(args: argparse.Namespace) -> int:
             f"every run failed, the first with: {outcome.failures[0].reason}",
             hint=f"see {outcome.failures[0].log}",
         )
-    return _report(arms, seeds, outcome, metrics=args.metrics, out=out)
+    from weighted_mtp_core.compare.tracking import track
+
+    comparison, files = _write(
+        _measure(arms, outcome),
+        seeds,
+        missing=[f"{each.job.label}: {each.reason} (`{each.log}`)" for each in outcome.failures],
+        metrics=args.metrics,
+        out=out,
+    )
+    track(arms, comparison, runs=outcome.finished, files=files, folder=out, say=print)
+    return EXIT_RUN_FAILED if outcome.failures else EXIT_DONE
 
 
-def _check(args: argparse.Namespace) -> None:
-    from weighted_mtp_core.compare.statistics import MOST_SEEDS
+def _compare_stored(args: argparse.Namespace) -> int:
+    from weighted_mtp_core.compare.stored import read_stored
+    from weighted_mtp_core.compare.tracking import log
 
-    if not 1 <= args.seeds <= MOST_SEEDS:
-        raise WmtpError(f"`--seeds {args.seeds}`: expected 1 to {MOST_SEEDS}")
-    if args.jobs is not None and args.jobs < 1:
-        raise WmtpError(f"`--jobs {args.jobs}`: expected 1 or more")
-    if any(each.split("=")[0].strip() == "run.seed" for each in args.overrides):
-        raise WmtpError("`--set run.seed` would give every run the same seed", hint="use --seeds N")
+    storage = Path("storage")
+    stored = read_stored(
+        experiments=args.experiment, run_ids=args.runs, allowed=args.allow_difference, storage=storage
+    )
+    ids = sorted(run.info.run_id for by_seed in stored.runs.values() for run in by_seed.values())
+    digest = hashlib.sha256(" ".join(ids).encode()).hexdigest()[:8]
+    out: Path = args.out or storage / "comparisons" / f"{next(iter(stored.runs))}-{digest}"
+    comparison, files = _write(stored.measures, stored.seeds, missing=(), metrics=args.metrics, out=out)
+    if log(stored.tracker, stored.describe(out), comparison, files=files, say=print):
+        stored.adopt(stored.tracker.run_id)
+        print(f"look at it: {stored.tracker.where()}")
+    return EXIT_DONE
 
 
 def _digest(arms: Sequence[Arm], seeds: Sequence[int]) -> str:
@@ -124,20 +179,6 @@ def _carry_out(arms: Sequence[Arm], seeds: Sequence[int], *, jobs: int | None, o
         return runner.run(every)
 
 
-def _report(
-    arms: Sequence[Arm], seeds: Sequence[int], outcome: Outcome, *, metrics: Sequence[str] | None, out: Path
-) -> int:
-    """Write and show tables and plots, and log them."""
-    from weighted_mtp_core.compare.tracking import track
-
-    runs = _measure(arms, outcome)
-    comparison, files = _write(runs, seeds, outcome, metrics=metrics, out=out)
-    print(comparison.markdown())
-    track(arms, comparison, runs=outcome.finished, files=files, folder=out, say=print)
-    print(f"written to {out}")
-    return EXIT_RUN_FAILED if outcome.failures else EXIT_DONE
-
-
 def _measure(arms: Sequence[Arm], outcome: Outcome) -> dict[str, dict[int, Measures]]:
     """Read every finished run, by arm and seed; an arm without any is left out."""
     from weighted_mtp_core.compare.measures import read_measures
@@ -154,13 +195,14 @@ def _measure(arms: Sequence[Arm], outcome: Outcome) -> dict[str, dict[int, Measu
 
 
 def _write(
-    runs: dict[str, dict[int, Measures]],
+    runs: Mapping[str, Mapping[int, Measures]],
     seeds: Sequence[int],
-    outcome: Outcome,
     *,
+    missing: Sequence[str],
     metrics: Sequence[str] | None,
     out: Path,
 ) -> tuple[Comparison, list[Path]]:
+    """Compare, print the table, and write it with its plots; return it and the files."""
     from weighted_mtp_core.compare.measures import default_metrics
     from weighted_mtp_core.compare.plots import plot_curves
     from weighted_mtp_core.compare.table import Comparison
@@ -170,26 +212,18 @@ def _write(
     known = set.union(*(set(run.last) for run in everything))
     for name in metrics or ():
         if name not in known:
-            raise _unknown_metric(name, known)
-    comparison = Comparison.make(
-        runs,
-        metrics=metrics or default_metrics(everything),
-        seeds=seeds,
-        missing=[f"{each.job.label}: {each.reason} (`{each.log}`)" for each in outcome.failures],
-    )
+            hint = did_you_mean(name, sorted(known)) or f"they have {quoted(sorted(known))}"
+            raise WmtpError(f"no run has the metric `{name}`", hint=hint)
+    shown = metrics or default_metrics(everything)
+    comparison = Comparison.make(runs, metrics=shown, seeds=seeds, missing=missing)
     tables = {
         "compare.md": comparison.markdown(),
         "compare.json": comparison.json(),
         "compare.csv": comparison.csv(),
     }
+    out.mkdir(parents=True, exist_ok=True)
     for name, text in tables.items():
         atomic_write(out / name, text)
-    shown = list(dict.fromkeys(row.metric for row in comparison.rows))
+    print(tables["compare.md"])
+    print(f"written to {out}")
     return comparison, [*(out / name for name in tables), *plot_curves(runs, shown, out)]
-
-
-def _unknown_metric(name: str, known: set[str]) -> WmtpError:
-    from weighted_mtp_core.wording import did_you_mean, quoted
-
-    hint = did_you_mean(name, sorted(known)) or f"they have {quoted(sorted(known))}"
-    return WmtpError(f"no run has the metric `{name}`", hint=hint)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from attrs import frozen
@@ -75,21 +75,28 @@ def read_arms(
             )
         by_name[arm.name] = arm
     for arm in arms[1:]:
-        _refuse_unequal(arms[0], arm, allowed=allowed)
+        refuse_unequal((arms[0].name, arms[0].plan.params), (arm.name, arm.plan.params), allowed=allowed)
     return arms
 
 
-def _refuse_unequal(first: Arm, other: Arm, *, allowed: Sequence[str]) -> None:
-    was, now = first.plan.params, other.plan.params
+def refuse_unequal(
+    first: tuple[str, Mapping[str, str]], other: tuple[str, Mapping[str, str]], *, allowed: Sequence[str]
+) -> None:
+    """Refuse two arms, given as names and dotted keys, that differ in more than an algorithm.
+
+    Raises:
+        WmtpError: Lists what differs in data, model, budget or evaluation.
+    """
+    (first_name, was), (other_name, now) = first, other
     faults = [
-        f"{key}: {was.get(key, 'absent')} in `{first.name}`, {now.get(key, 'absent')} in `{other.name}`"
+        f"{key}: {was.get(key, 'absent')} in `{first_name}`, {now.get(key, 'absent')} in `{other_name}`"
         for key in sorted(was.keys() | now.keys())
         if was.get(key) != now.get(key) and _below(key, EQUAL) and not _below(key, (*_NOT_A_BUDGET, *allowed))
     ]
     if faults:
         key = faults[0].partition(":")[0]
         raise WmtpError(
-            f"`{other.recipe}` cannot be compared to `{first.recipe}`:\n  " + "\n  ".join(faults),
+            f"`{other_name}` cannot be compared to `{first_name}`:\n  " + "\n  ".join(faults),
             hint=f"make them equal, or take it upon yourself: --allow-difference {key}",
         )
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
-from attrs import field, frozen
+from attrs import frozen
 
 from weighted_mtp_core.tracking.journal import Entry, read_journal
 from weighted_mtp_core.tracking.run_folder import RunFolder
@@ -16,7 +18,12 @@ from weighted_mtp_core.tracking.run_folder import RunFolder
 _DEFAULT = re.compile(
     r"pass_at_\d+.*|(test|validation)_ce_head_\d+|tokens_per_forward|(policy|critic)_seconds"
 )
+_EACH_LOGGED_STEP = "_learning_rate"  # what the loop logs with every line, as opposed to a validation
 _CURVE = re.compile(r"validation_.+")
+
+
+Point = tuple[int, float, float]
+"""A step, a value, and when it was measured, in seconds."""
 
 
 @frozen(kw_only=True)
@@ -33,6 +40,23 @@ class Measures:
     curves: Mapping[str, Sequence[tuple[int, float]]]
     step_seconds: float
 
+    @classmethod
+    def make(cls, series: Mapping[str, Sequence[Point]]) -> Measures:
+        """Digest all points of a run, by metric and in order."""
+        last = {name: points[-1][1] for name, points in series.items()}
+        for stage in ("policy", "critic"):
+            points = series.get(f"{stage}{_EACH_LOGGED_STEP}", ())
+            last[f"{stage}_seconds"] = _step_seconds(points) * points[-1][0] if points else 0.0
+        return cls(
+            last=last,
+            curves={
+                name: [(step, value) for step, value, _ in points]
+                for name, points in series.items()
+                if _CURVE.fullmatch(name)
+            },
+            step_seconds=_step_seconds(series.get(f"policy{_EACH_LOGGED_STEP}", ())),
+        )
+
     @property
     def policy_seconds(self) -> float:
         """How long stage 2 took."""
@@ -40,51 +64,29 @@ class Measures:
 
     def at_seconds(self, metric: str, seconds: float) -> float:
         """Return a curve's value after so many seconds of stage 2, on the line between two validations."""
-        return _on_line(self.curves[metric], seconds / self.step_seconds)
-
-
-@frozen(kw_only=True)
-class _Clock:
-    """When the steps of one stage were logged: (step, seconds since 1970)."""
-
-    lines: list[tuple[int, float]] = field(factory=list)
-
-    @property
-    def step_seconds(self) -> float:
-        """Seconds a step: the median between two lines, which neither a validation nor a pause moves."""
-        rates = [
-            (later[1] - earlier[1]) / (later[0] - earlier[0])
-            for earlier, later in zip(self.lines, self.lines[1:], strict=False)
-            if later[0] > earlier[0]
-        ]
-        return statistics.median(rates) if rates else 0.0
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of all steps."""
-        return self.step_seconds * self.lines[-1][0] if self.lines else 0.0
+        step = seconds / self.step_seconds if self.step_seconds else math.inf
+        return _on_line(self.curves[metric], step)
 
 
 def read_measures(run: Path) -> Measures:
     """Read the journal of a run folder; values that are not finite are left out."""
-    last: dict[str, float] = {}
-    curves: dict[str, list[tuple[int, float]]] = {}
-    clocks = {"critic": _Clock(), "policy": _Clock()}
+    series: dict[str, list[Point]] = {}
     for entry in read_journal(RunFolder(path=run).journal, kinds=("metrics",)):
-        if not isinstance(entry, Entry):
-            continue
-        step, stage = entry.fields["step"], entry.fields["stage"]
-        values = {
-            name: value for name, value in entry.fields["metrics"].items() if not isinstance(value, str)
-        }
-        last |= values
-        if f"{stage}_learning_rate" in values:  # what the loop logs, as opposed to a validation
-            clocks[stage].lines.append((step, entry.time_ms / 1000))
-        if stage == "policy":
-            for name in filter(_CURVE.fullmatch, values):
-                curves.setdefault(name, []).append((step, values[name]))
-    last |= {f"{stage}_seconds": clock.seconds for stage, clock in clocks.items()}
-    return Measures(last=last, curves=curves, step_seconds=clocks["policy"].step_seconds)
+        if isinstance(entry, Entry):
+            for name, value in entry.fields["metrics"].items():
+                if not isinstance(value, str):
+                    series.setdefault(name, []).append((entry.fields["step"], value, entry.time_ms / 1000))
+    return Measures.make(series)
+
+
+def _step_seconds(points: Sequence[Point]) -> float:
+    """Return seconds a step: the median between two lines, which neither a validation nor a pause moves."""
+    rates = [
+        (later[2] - earlier[2]) / (later[0] - earlier[0])
+        for earlier, later in pairwise(points)
+        if later[0] > earlier[0]
+    ]
+    return statistics.median(rates) if rates else 0.0
 
 
 def default_metrics(runs: Sequence[Measures]) -> list[str]:

@@ -24,6 +24,9 @@ from weighted_mtp_core.tracking.run_folder import is_held, read_run
 _SAME_RESULT = ("checkpoint", "run.resume", "run.tags", "sandbox.workers", "tracker")
 """Keys that a run may have differently and still be the same: its numbers do not depend on them."""
 
+MOST_SEEDS = 20
+"""With more, the exact test would go through more than a million signs."""
+
 _POLL_S = 0.2
 _PATIENCE_S = 60.0  # a child that was asked to stop ends its step and writes a checkpoint
 

@@ -13,8 +13,6 @@ from attrs import frozen
 from scipy.special import stdtrit
 
 CONFIDENCE = 0.95
-MOST_SEEDS = 20
-"""With more, the exact test would go through more than a million signs."""
 
 
 @frozen(kw_only=True)

@@ -50,6 +50,7 @@ class Comparison:
         arms: Names; the first is what the others are compared to.
         seeds: Of the runs.
         seconds: The shortest stage 2 of all runs: the wall clock of the second half of the table.
+        count: Of the runs.
         rows: In the order of the table.
         missing: What did not finish, in words.
     """
@@ -57,6 +58,7 @@ class Comparison:
     arms: Sequence[str]
     seeds: Sequence[int]
     seconds: float
+    count: int
     rows: Sequence[Row]
     missing: Sequence[str] = ()
 
@@ -78,7 +80,14 @@ class Comparison:
         for metric in metrics:
             if all(metric in run.curves for run in everything):
                 rows += _rows(runs, metric, EQUAL_TIME, partial(_after, metric, seconds))
-        return cls(arms=tuple(runs), seeds=seeds, seconds=seconds, rows=rows, missing=missing)
+        return cls(
+            arms=tuple(runs),
+            seeds=seeds,
+            seconds=seconds,
+            count=len(everything),
+            rows=rows,
+            missing=missing,
+        )
 
     def markdown(self) -> str:
         """Return the tables as a Markdown page."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from weighted_mtp_core.api import MetricPoint, RunInfo, RunOutcome
 from weighted_mtp_core.builtin.mlflow import MlflowOptions
@@ -15,6 +16,9 @@ from weighted_mtp_core.compare.table import EQUAL_TIME, Comparison
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.tracking.journal import Entry, now_ms, read_journal
 from weighted_mtp_core.tracking.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from weighted_mtp_core.builtin._mlflow_tracker import MlflowTracker
 
 EXPERIMENT = "compare"
 """Comparisons of runs in several experiments lie in `<experiment_prefix>/compare`, others beside them."""
@@ -43,7 +47,6 @@ def track(
         folder: Where they lie.
         say: Tells the person.
     """
-    from weighted_mtp_core.builtin._mlflow_errors import NotDeliveredError
     from weighted_mtp_core.builtin._mlflow_tracker import MlflowTracker
     from weighted_mtp_core.tracking.recorder import build_trackers
 
@@ -52,17 +55,32 @@ def track(
         if not isinstance(tracker, MlflowTracker) or not isinstance(chosen.options, MlflowOptions):
             continue
         info = _describe(arms, comparison, prefix=chosen.options.experiment_prefix, folder=folder)
-        try:
-            tracker.start(info)
-            tracker.log_metrics(_points(comparison, step=len(runs)))
-            for file in files:
-                tracker.log_artifact(file, "compare")
-            tracker.finish(RunOutcome.FAILED if comparison.missing else RunOutcome.FINISHED)
-        except (WmtpError, NotDeliveredError) as error:
-            say(f"WARNING: MLflow did not get the comparison: {error}")
-            continue
-        _adopt(list(runs.values()), tracker.run_id, say=say)
-        say(f"look at it: {tracker.where()}")
+        if log(tracker, info, comparison, files=files, say=say):
+            _adopt(list(runs.values()), tracker.run_id, say=say)
+            say(f"look at it: {tracker.where()}")
+
+
+def log(
+    tracker: MlflowTracker,
+    info: RunInfo,
+    comparison: Comparison,
+    *,
+    files: Sequence[Path],
+    say: Callable[[str], None],
+) -> bool:
+    """Log a comparison as a run; return whether the store took it."""
+    from weighted_mtp_core.builtin._mlflow_errors import NotDeliveredError
+
+    try:
+        tracker.start(info)
+        tracker.log_metrics(_points(comparison))
+        for file in files:
+            tracker.log_artifact(file, "compare")
+        tracker.finish(RunOutcome.FAILED if comparison.missing else RunOutcome.FINISHED)
+    except (WmtpError, NotDeliveredError) as error:
+        say(f"WARNING: MLflow did not get the comparison: {error}")
+        return False
+    return True
 
 
 def digest(arms: Sequence[Arm], seeds: Sequence[int]) -> str:
@@ -87,12 +105,13 @@ def _describe(arms: Sequence[Arm], comparison: Comparison, *, prefix: str, folde
     )
 
 
-def _points(comparison: Comparison, *, step: int) -> list[MetricPoint]:
+def _points(comparison: Comparison) -> list[MetricPoint]:
     """Return means, differences and p-values as `<metric>/<arm>` and the like.
 
     The step is the number of runs: a comparison that is called again with more of them adds to the curve.
     """
     time_ms = now_ms()
+    step = comparison.count
     points = []
     for row in comparison.rows:
         metric = f"{row.metric}_at_equal_time" if row.at == EQUAL_TIME else row.metric
