@@ -161,6 +161,8 @@ class _Stages:
         if Signal.VALUE not in chosen.component.provides:
             return critic, None
         report = learner.measure()
+        if self.snapshot is None and (table.checkpoint is not None or not critic.trainable):
+            self.record.metrics(learner.stage, 0, report.metrics())  # no training did
         self._judge_critic(report, table, chosen)
         return critic, report
 
