@@ -22,6 +22,7 @@ from weighted_mtp_core.cli import (
     export,
     generate,
     plugins,
+    recipe,
     report,
     run,
     storage,
@@ -41,7 +42,7 @@ from weighted_mtp_core.wording import did_you_mean, quoted, reason
 
 COMMANDS = (
     *(run, check, compare, evaluate, generate, export, report, plugins),
-    *(doctor, track, data, storage, verify),
+    *(recipe, doctor, track, data, storage, verify),
 )
 PROGRAM = "python -m weighted_mtp_core"
 
