@@ -221,7 +221,7 @@ class Runner:
     def _stop(self) -> None:
         """Ask every child to stop, and wait until it has; the impatient interrupt again."""
         for child in self._children.values():
-            child.send_signal(signal.SIGINT)
+            child.terminate()  # not SIGINT, which a child of a background job ignores
         if self._children:
             self.say(f"stopping {len(self._children)} runs; the same command goes on with them")
         until = time.monotonic() + _PATIENCE_S
