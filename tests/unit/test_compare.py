@@ -2,12 +2,14 @@
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import pytest
+from weighted_mtp_core.cli import main
 from weighted_mtp_core.compare.arms import read_arms
 from weighted_mtp_core.compare.measures import default_metrics, read_measures
-from weighted_mtp_core.compare.runs import Job, find_finished, plan_jobs, share_cores
+from weighted_mtp_core.compare.runs import Job, Runner, find_finished, plan_jobs, share_machine
 from weighted_mtp_core.compare.table import Comparison
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.tracking.journal import Journal
@@ -147,11 +149,61 @@ def test_cores_are_shared_out(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
-    assert share_cores(None, 35) == (8, 1)
-    assert share_cores(None, 2) == (2, 4)
-    assert share_cores(3, 35) == (3, 2)
+    assert share_machine(None, 35) == (8, 1)
+    assert share_machine(None, 2) == (2, 4)
+    assert share_machine(3, 35) == (3, 2)
+    assert share_machine(None, 35, gpus=2) == (2, 4)
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    assert share_cores(None, 35) == (2, 4)
+    assert share_machine(None, 35) == (2, 4)
+
+
+def test_runs_share_out_the_gpus(arms, tmp_path, monkeypatch):
+    """Each run is a process that writes down which GPU it sees; none of them trains."""
+    script = "import os, sys; print('gpu', os.environ['CUDA_VISIBLE_DEVICES']); sys.exit(1)"
+    monkeypatch.setattr(Job, "command", lambda _, workers: [sys.executable, "-c", script])
+    runner = Runner(
+        at_once=4, threads=1, gpus=("3", "5"), logs=tmp_path, say=lambda _: None, moved=lambda _: None
+    )
+
+    outcome = runner.run(plan_jobs(arms(("one", ""), ("two", "")), [1, 2]))
+
+    seen = sorted(
+        (tmp_path / f"{failure.job.label}.log").read_text().split()[1] for failure in outcome.failures
+    )
+    assert seen == ["3", "3", "5", "5"]
+
+
+def test_a_run_that_fails_is_named_with_its_log_and_stops_no_other(arms, tmp_path, monkeypatch):
+    script = "print('error: no luck'); raise SystemExit(1)"
+    monkeypatch.setattr(Job, "command", lambda _, workers: [sys.executable, "-c", script])
+    jobs = plan_jobs(arms(("one", ""), ("two", "")), [1])
+    good = finish(jobs[1])
+    said = []
+    runner = Runner(at_once=1, threads=1, logs=tmp_path, say=said.append, moved=lambda _: None)
+
+    outcome = runner.run(jobs)
+
+    assert {job.label: path.absolute() for job, path in outcome.finished.items()} == {"two-seed1": good}
+    assert [(each.job.label, each.code, each.reason) for each in outcome.failures] == [
+        ("one-seed1", 1, "no luck")
+    ]
+    assert said[-1] == f"one-seed1: FAILED (exit code 1), no luck; log {tmp_path / 'one-seed1.log'}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name either recipes, or runs that are in MLflow with `--experiment` and `--runs`"),
+        (["a.toml", "--runs", "1"], "name either recipes, or runs that are in MLflow"),
+        (["--runs", "1", "--jobs", "2"], "`--preset`, `--set` and `--jobs` are for recipes"),
+        (["a.toml", "--seeds", "21"], "`--seeds 21`: expected 1 to 20"),
+        (["a.toml", "--jobs", "0"], "`--jobs 0`: expected 1 or more"),
+        (["a.toml", "--set", "run.seed=1"], "`--set run.seed` would give every run the same seed"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(arguments, message, capsys):
+    assert main(["compare", *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------- measures

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weighted_mtp_core.compare.arms import Arm, read_arms
-from weighted_mtp_core.compare.runs import MOST_SEEDS, Outcome, Runner, plan_jobs, share_cores
+from weighted_mtp_core.compare.runs import MOST_SEEDS, Outcome, Runner, plan_jobs, share_machine, visible_gpus
 from weighted_mtp_core.errors import EXIT_DONE, EXIT_RUN_FAILED, RunFailedError, WmtpError
 from weighted_mtp_core.wording import did_you_mean, quoted
 
@@ -54,7 +54,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="instead, or with --experiment: these runs in MLflow, by its id or ours",
     )
     parser.add_argument("--seeds", metavar="N", type=int, default=5, help="(5)")
-    parser.add_argument("--jobs", metavar="N", type=int, help="runs at once (one a core)")
+    parser.add_argument("--jobs", metavar="N", type=int, help="runs at once (one a GPU, else a core)")
     parser.add_argument("--preset", metavar="NAME", help="for every arm, as in `run`")
     parser.add_argument(
         "--set",
@@ -163,7 +163,8 @@ def _carry_out(arms: Sequence[Arm], seeds: Sequence[int], *, jobs: int | None, o
     from weighted_mtp_core.tracking.display import Display
 
     every = plan_jobs(arms, seeds)
-    at_once, threads = share_cores(jobs, len(every))
+    gpus = visible_gpus(arms)
+    at_once, threads = share_machine(jobs, len(every), gpus=len(gpus))
     with Display(Console(stderr=True)) as display:
         display.note(
             f"{len(arms)} arms x {len(seeds)} seeds: {at_once} runs at once, {threads} threads each; to {out}"
@@ -172,6 +173,7 @@ def _carry_out(arms: Sequence[Arm], seeds: Sequence[int], *, jobs: int | None, o
         runner = Runner(
             at_once=at_once,
             threads=threads,
+            gpus=gpus,
             logs=out / "logs",
             say=display.note,
             moved=lambda done: display.update(done, {}),

@@ -81,16 +81,27 @@ def plan_jobs(arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:
     return [Job(arm=arm, seed=seed) for seed in seeds for arm in arms]
 
 
-def share_cores(jobs: int | None, runs: int) -> tuple[int, int]:
+def visible_gpus(arms: Sequence[Arm]) -> list[str]:
+    """Return the GPUs that runs may use, as CUDA_VISIBLE_DEVICES names them; none if all arms say `cpu`."""
+    if all(arm.plan.recipe.model.device == "cpu" for arm in arms):
+        return []
+    import torch
+
+    count = torch.cuda.device_count()
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return (given.split(",") if given else [str(number) for number in range(count)])[:count]
+
+
+def share_machine(jobs: int | None, runs: int, *, gpus: int = 0) -> tuple[int, int]:
     """Return how many runs go on at once, and how many threads each has.
 
-    OMP_NUM_THREADS of the environment wins. Neither number depends on what is finished already: with other
-    threads a run has other last digits.
+    One a GPU if there are any, else one a core. OMP_NUM_THREADS of the environment wins. Neither number
+    depends on what is finished already: with other threads a run has other last digits.
     """
     cores = len(os.sched_getaffinity(0))
     given = os.environ.get("OMP_NUM_THREADS", "")
     threads = int(given) if given.isdecimal() and int(given) else 0
-    at_once = jobs or max(1, min(cores // max(threads, 1), runs))
+    at_once = jobs or max(1, min(gpus or cores // max(threads, 1), runs))
     return at_once, threads or max(1, cores // at_once)
 
 
@@ -128,6 +139,7 @@ class Runner:
     Attributes:
         at_once: How many.
         threads: Of each.
+        gpus: Names of GPUs, which runs take in turn; may be empty.
         logs: Where the output of each goes.
         say: Tells the person; called when a job begins, ends or fails.
         moved: Told how many jobs are done whenever one more is.
@@ -135,11 +147,13 @@ class Runner:
 
     at_once: int
     threads: int
+    gpus: Sequence[str] = ()
     logs: Path
     say: Callable[[str], None]
     moved: Callable[[int], None]
     _finished: dict[Job, Path] = field(init=False, factory=dict)
     _failures: list[Failure] = field(init=False, factory=list)
+    _gpus_taken: dict[Job, str] = field(init=False, factory=dict)
     _children: dict[Job, subprocess.Popen[bytes]] = field(init=False, factory=dict)
 
     def run(self, jobs: Sequence[Job]) -> Outcome:
@@ -193,9 +207,17 @@ class Runner:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": str(self.threads)},
+                env={**os.environ, "OMP_NUM_THREADS": str(self.threads), **self._gpu_of(job)},
                 start_new_session=True,  # Ctrl-C reaches a child once, from here
             )
+
+    def _gpu_of(self, job: Job) -> dict[str, str]:
+        """Give a run the GPU that the fewest others have."""
+        if not self.gpus:
+            return {}
+        taken = [self._gpus_taken[each] for each in self._children]
+        self._gpus_taken[job] = min(self.gpus, key=taken.count)
+        return {"CUDA_VISIBLE_DEVICES": self._gpus_taken[job]}
 
     def _collect(self) -> None:
         for job, child in tuple(self._children.items()):
