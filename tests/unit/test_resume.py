@@ -7,7 +7,6 @@ from weighted_mtp_core.api import DatasetVersion, WmtpError
 from weighted_mtp_core.plan import make_plan
 from weighted_mtp_core.stages.resume import (
     fingerprint,
-    identity,
     other_machine,
     refuse_changes,
     refuse_other_data,
@@ -49,7 +48,7 @@ def leave(tmp_path):
         folder = RunFolder.create(
             tmp_path / "storage" / "runs", experiment=plan.experiment, name=plan.recipe.run.name
         )
-        folder.record(status=status, **identity(plan), fingerprint=fingerprint())
+        folder.record(status=status, **plan.identity, fingerprint=fingerprint())
         folder.close()
         return folder.path
 

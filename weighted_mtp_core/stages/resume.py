@@ -57,11 +57,6 @@ def _unfinished(path: Path, plan: Plan) -> bool:
     return not _differences(facts["params"], plan.params, allowed=SAFE)
 
 
-def identity(plan: Plan) -> dict[str, dict[str, str]]:
-    """Return what makes a run the same run."""
-    return plan.identity
-
-
 def refuse_changes(path: Path, plan: Plan, *, allowed: Sequence[str]) -> None:
     """Compare a run's recipe and plugins with the plan that is to go on with it.
 

@@ -30,7 +30,6 @@ from weighted_mtp_core.stages.policy import Arm, PolicyLearner
 from weighted_mtp_core.stages.prepare import Prepared, prepare
 from weighted_mtp_core.stages.resume import (
     fingerprint,
-    identity,
     other_machine,
     refuse_changes,
     refuse_other_data,
@@ -106,7 +105,7 @@ def _begin_or_go_on(
             "equal up to rounding (about 1e-4 after some hundred steps), no longer bit for bit"
         )
     if world.first:
-        record.folder.record(**identity(plan), fingerprint=fingerprint(world))
+        record.folder.record(**plan.identity, fingerprint=fingerprint(world))
     if not world.any(flag=old is not None):
         return None
     with world.first_goes_ahead():
