@@ -210,7 +210,7 @@ class CriticLearner(Learner):
         return self.world.sum_scalars(totals)
 
     def validate(self, *, step: int) -> Validation:
-        """Judge the final values on the validation split; their cross-entropy selects the checkpoint."""
+        """Judge the final values on the validation split; their AUC selects the checkpoint."""
         del step
         report = self.measure()
         return Validation(metrics=report.metrics(), score=report.critic.auc)
