@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from weighted_mtp_core.evaluation.sampling import accept, draw, probabilities
+from weighted_mtp_core.evaluation.sampling import accept, accept_greedy, draw, probabilities
 
 GRID = 1000  # uniform numbers in the middle of so many equal steps
 
@@ -20,8 +20,17 @@ def grid():
     return (torch.arange(GRID) + 0.5) / GRID
 
 
-def test_temperature_zero_puts_all_on_the_likeliest_token():
-    assert probabilities(torch.tensor([1.0, 3.0, 2.0]), temperature=0).tolist() == [0, 1, 0]
+@given(
+    st.lists(st.integers(0, 1), min_size=3, max_size=3), st.lists(st.integers(0, 1), min_size=4, max_size=4)
+)
+def test_greedy_drafts_stay_up_to_the_first_that_is_not_the_likeliest(draft, best):
+    stays = 0
+    while stays < 3 and draft[stays] == best[stays]:
+        stays += 1
+
+    count_R, token_R = accept_greedy(torch.tensor([draft]), torch.tensor([best]))
+
+    assert (count_R.item(), token_R.item()) == (stays, best[stays])
 
 
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=6), st.floats(0.1, 3))

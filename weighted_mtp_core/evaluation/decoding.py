@@ -14,7 +14,8 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
-from weighted_mtp_core.evaluation.sampling import accept, draw, probabilities
+from weighted_mtp_core.evaluation.all_heads import all_head_states
+from weighted_mtp_core.evaluation.sampling import accept, accept_greedy, draw, probabilities
 from weighted_mtp_core.model.policy import Policy, PolicyCache
 
 
@@ -37,7 +38,7 @@ class Decoder:
     _seen_RS: Tensor = field(init=False)
     _position_R: Tensor = field(init=False)
     _block_RT: Tensor = field(init=False)
-    _draft_RDV: Tensor = field(init=False)
+    _draft_RDV: Tensor | None = field(init=False, default=None)
 
     def start(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """Read the prompts, padded on the left; return each row's first token."""
@@ -49,13 +50,10 @@ class Decoder:
         self._position_R = length_R
         self._cache = self.policy.new_caches()
         position_RT = (self._seen_RS.long().cumsum(dim=1) - 1).clamp(min=0)
-        hidden_RTH = self._trunk(ids_RT, position_RT)
-        uniform = self._uniform(self.drafts + 1)
-        state_RTH = self._head(1, hidden_RTH, position_RT)[:, -1:]
-        first_RV = self._probabilities(state_RTH)[:, 0]
-        token_R = draw(first_RV, uniform[:, 0])
-        last_R = torch.full_like(length_R, width - 1)
-        self._draft(token_R, hidden_RTH, position_RT, at_R=last_R, uniform_RD=uniform[:, 1:])
+        states = self._states(ids_RT, position_RT)
+        uniform_RU = self._uniform(self.drafts + 1)
+        token_R, _ = self._choose(states[0][:, -1], uniform_RU[:, 0])
+        self._draft(token_R, states, at_R=torch.full_like(length_R, width - 1), uniform_RD=uniform_RU[:, 1:])
         return [[token] for token in token_R.tolist()]
 
     def step(self) -> list[list[int]]:
@@ -64,16 +62,10 @@ class Decoder:
         grown = torch.ones(rows, width, dtype=torch.bool, device=self._seen_RS.device)
         self._seen_RS = torch.cat([self._seen_RS, grown], dim=1)
         slot_T = torch.arange(width, device=self._seen_RS.device)
-        position_RT = self._position_R[:, None] + slot_T
-        hidden_RTH = self._trunk(self._block_RT, position_RT)
-        target_RTV = self._probabilities(self._head(1, hidden_RTH, position_RT))
-        uniform = self._uniform(2 * self.drafts + 1)
-        count_R, next_RV = accept(
-            self._block_RT[:, 1:], self._draft_RDV, target_RTV, uniform[:, : self.drafts]
-        )
-        token_R = draw(next_RV, uniform[:, self.drafts])
-        stays_RT = slot_T <= count_R[:, None]
-        self._seen_RS[:, -width:] = stays_RT
+        states = self._states(self._block_RT, self._position_R[:, None] + slot_T)
+        uniform_RU = self._uniform(2 * self.drafts + 1)
+        count_R, token_R = self._verify(states[0], uniform_RU[:, : self.drafts + 1])
+        self._seen_RS[:, -width:] = slot_T <= count_R[:, None]
         self._position_R = self._position_R + count_R + 1
         kept = [
             [*block[1 : count + 1], token]
@@ -81,7 +73,7 @@ class Decoder:
                 self._block_RT.tolist(), count_R.tolist(), token_R.tolist(), strict=True
             )
         ]
-        self._draft(token_R, hidden_RTH, position_RT, at_R=count_R, uniform_RD=uniform[:, self.drafts + 1 :])
+        self._draft(token_R, states, at_R=count_R, uniform_RD=uniform_RU[:, self.drafts + 1 :])
         return kept
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -90,44 +82,54 @@ class Decoder:
         for cache in (self._cache.trunk, *self._cache.heads):
             cache.batch_select_indices(index)
         self._seen_RS, self._position_R = self._seen_RS[index], self._position_R[index]
-        self._block_RT, self._draft_RDV = self._block_RT[index], self._draft_RDV[index]
+        self._block_RT = self._block_RT[index]
+        self._draft_RDV = None if self._draft_RDV is None else self._draft_RDV[index]
         self.generators = [self.generators[row] for row in rows]
 
-    def _draft(
-        self, token_R: Tensor, hidden_RTH: Tensor, position_RT: Tensor, *, at_R: Tensor, uniform_RD: Tensor
-    ) -> None:
-        """Form the next block: the newest token, and what heads 2, 3, ... expect after it.
+    def _states(self, ids_RT: Tensor, position_RT: Tensor) -> list[Tensor]:
+        """Return what the heads that are used hand to the unembedding, `[R, T, H]` each.
 
-        Every head reads the whole block, so that its cache has no gaps; only the states at `at_R` draft.
+        Every head reads the whole block, so that its cache has no gaps.
         """
-        row_R = torch.arange(len(token_R), device=token_R.device)
-        tokens, sources = [token_R], []
-        for k in range(2, self.drafts + 2):
-            state_RTH = self._head(k, hidden_RTH, position_RT)[row_R, at_R][:, None]
-            source_RV = self._probabilities(state_RTH)[:, 0]
-            tokens.append(draw(source_RV, uniform_RD[:, k - 2]))
-            sources.append(source_RV)
-        self._block_RT = torch.stack(tokens, dim=1)
-        vocabulary = self.policy.vocab_size
-        self._draft_RDV = (
-            torch.stack(sources, dim=1)
-            if sources
-            else torch.zeros(len(token_R), 0, vocabulary, device=token_R.device)
-        )
-
-    def _trunk(self, ids_RT: Tensor, position_RT: Tensor) -> Tensor:
-        return self.policy.trunk_states(
+        hidden_RTH = self.policy.trunk_states(
             ids_RT, position_BT=position_RT, cache=self._cache.trunk, seen_BS=self._seen_RS
         )
+        if self.drafts:
+            return all_head_states(
+                self.policy, hidden_RTH, position_RT=position_RT, cache=self._cache, seen_RS=self._seen_RS
+            )
+        own = self._cache.heads[0] if self._cache.heads else None
+        return [
+            self.policy.head_states(1, hidden_RTH, position_BT=position_RT, cache=own, seen_BS=self._seen_RS)
+        ]
 
-    def _head(self, k: int, hidden_RTH: Tensor, position_RT: Tensor) -> Tensor:
-        cache = self._cache.heads[k - 1] if self._cache.heads else None
-        return self.policy.head_states(
-            k, hidden_RTH, position_BT=position_RT, cache=cache, seen_BS=self._seen_RS
-        )
+    def _verify(self, state_RTH: Tensor, uniform_RT: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how many drafts of each row head 1 keeps, and the token that it puts after them."""
+        logits_RTV = self.policy.unembedding(state_RTH)
+        draft_RD = self._block_RT[:, 1:]
+        if self._draft_RDV is None:
+            return accept_greedy(draft_RD, logits_RTV.argmax(dim=-1))
+        target_RTV = probabilities(logits_RTV, temperature=self.temperature)
+        count_R, next_RV = accept(draft_RD, self._draft_RDV, target_RTV, uniform_RT[:, :-1])
+        return count_R, draw(next_RV, uniform_RT[:, -1])
 
-    def _probabilities(self, state_RTH: Tensor) -> Tensor:
-        return probabilities(self.policy.unembedding(state_RTH), temperature=self.temperature)
+    def _draft(self, token_R: Tensor, states: list[Tensor], *, at_R: Tensor, uniform_RD: Tensor) -> None:
+        """Form the next block: the newest token, and what heads 2, 3, ... at `at_R` expect after it."""
+        row_R = torch.arange(len(token_R), device=token_R.device)
+        if self.drafts:
+            state_RDH = torch.stack([state_RTH[row_R, at_R] for state_RTH in states[1:]], dim=1)
+        else:
+            state_RDH = states[0][:, :0]
+        draft_RD, self._draft_RDV = self._choose(state_RDH, uniform_RD)
+        self._block_RT = torch.cat([token_R[:, None], draft_RD], dim=1)
+
+    def _choose(self, state: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return tokens `[...]` of states `[..., H]`, and the probabilities that they were drawn from."""
+        logits = self.policy.unembedding(state)
+        if self.temperature == 0:
+            return logits.argmax(dim=-1), None
+        probability = probabilities(logits, temperature=self.temperature)
+        return draw(probability, uniform), probability
 
     def _uniform(self, count: int) -> Tensor:
         """Return `count` uniform numbers a row, from each row's own stream; greedy decoding reads none."""

@@ -12,18 +12,30 @@ from torch import Tensor
 
 
 def probabilities(logits: Tensor, *, temperature: float) -> Tensor:
-    """Return float32 probabilities over the last dimension; temperature 0 puts all on the likeliest token."""
-    if temperature == 0:
-        return torch.nn.functional.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float()
+    """Return float32 probabilities over the last dimension, for a temperature above 0."""
     return torch.softmax(logits.float() / temperature, dim=-1)
 
 
-def draw(probability_RV: Tensor, uniform_R: Tensor) -> Tensor:
-    """Return a token of each row by inverting its cumulative distribution, int64 `[R]`."""
-    cumulative_RV = probability_RV.cumsum(dim=-1)
-    point_R1 = (uniform_R * cumulative_RV[:, -1])[:, None]
-    token_R = torch.searchsorted(cumulative_RV, point_R1, right=True)[:, 0]
-    return token_R.clamp(max=probability_RV.shape[-1] - 1)
+def draw(probability: Tensor, uniform: Tensor) -> Tensor:
+    """Return tokens by inverting cumulative distributions: int64 `[...]`, of `[..., V]` and `[...]`."""
+    cumulative = probability.cumsum(dim=-1)
+    point = (uniform * cumulative[..., -1])[..., None]
+    token = torch.searchsorted(cumulative, point, right=True)[..., 0]
+    return token.clamp(max=probability.shape[-1] - 1)
+
+
+def accept_greedy(draft_RD: Tensor, best_RT: Tensor) -> tuple[Tensor, Tensor]:
+    """Decide how many drafted tokens stay where each should be the likeliest, and which token follows them.
+
+    Args:
+        draft_RD: Drafted tokens, int64.
+        best_RT: `[R, D + 1]`, the likeliest tokens; the last for the token after all drafts.
+
+    Returns:
+        How many drafts stay and the token after them, both int64 `[R]`.
+    """
+    count_R = (draft_RD == best_RT[:, :-1]).long().cumprod(dim=1).sum(dim=1)
+    return count_R, best_RT.gather(1, count_R[:, None])[:, 0]
 
 
 def accept(
