@@ -1,6 +1,6 @@
 """The states of all heads for one block of tokens, with the work that they share done once.
 
-Heads are bodies of one layer. What a body does before its layer, masks and rotary angles, depends on positions
+Heads are bodies of one layer. What a body does before its layer, masks and rotary angles, depends on places
 only, and for a few tokens it takes about as long as the layer itself. So head 1 runs as it is, and what its
 layer was called with is handed to the layers of the others.
 
