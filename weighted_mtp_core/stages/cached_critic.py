@@ -35,7 +35,7 @@ from weighted_mtp_core.stages.resume import fingerprint
 from weighted_mtp_core.storage.checked import verify_once
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder
 
-_FORMAT = 1  # raise it when the same key would stand for other numbers
+_FORMAT = 2  # raise it when the same key would stand for other numbers
 _FIELDS = ("value_BT", "reference_loss_BT")
 Floats = NDArray[np.float32]
 
