@@ -99,9 +99,18 @@ class Evaluation:
 
 
 def evaluate(
-    prepared: Prepared, table: EvaluateTable, *, display: Display, folder: Path, split: Split = "test"
+    prepared: Prepared, table: EvaluateTable, *, display: Display, folder: Path | None, split: Split = "test"
 ) -> Evaluation:
-    """Measure every head on a split, and solve its problems if the source can judge them."""
+    """Measure every head on a split, and solve its problems if the source can judge them.
+
+    Args:
+        prepared: Data and policy.
+        table: What to measure.
+        display: Shows the progress.
+        folder: Where samples and verdicts go; None in a process that only computes its part of a split
+            policy, and leaves judging to the first one.
+        split: Which one.
+    """
     tokens = prepared.policy_tokens(split)
     batches = prepared.validation_batches(tokens, batch_size=table.batch_size)
     ce_K, accuracy_K = head_quality(prepared.policy, (b for b, _ in batches), autocast=prepared.autocast)
@@ -111,12 +120,15 @@ def evaluate(
     if not problems:
         return Evaluation(metrics=metrics, timings={}, files=())
     display.stage("evaluate", len(problems) * table.samples)
-    sampled, judged = solve(prepared, problems, table, display=display, whole_split=whole_split)
-    return Evaluation(
-        metrics=metrics | judged.metrics(table.pass_at_k) | sampled.metrics(),
-        timings=sampled.timings() | _speeds(prepared, problems, table),
-        files=judged.save(folder),
-    )
+    sampled = _sample(prepared, problems, table, display=display)
+    files: tuple[Path, ...] = ()
+    if folder is not None:
+        judged = _judge_samples(prepared, problems, sampled, whole_split=whole_split)
+        metrics |= judged.metrics(table.pass_at_k)
+        files = judged.save(folder)
+    metrics |= sampled.metrics()
+    timings = sampled.timings() | _speeds(prepared, problems, table)
+    return Evaluation(metrics=metrics, timings=timings, files=files)
 
 
 @frozen(kw_only=True)
@@ -177,7 +189,14 @@ def solve(
     whole_split: bool,
 ) -> tuple[Sampled, Judged]:
     """Let the policy solve problems, and judge what it writes; the display's stage counts samples."""
-    sampled = sample_completions(
+    sampled = _sample(prepared, problems, table, display=display)
+    return sampled, _judge_samples(prepared, problems, sampled, whole_split=whole_split)
+
+
+def _sample(
+    prepared: Prepared, problems: Sequence[Problem], table: EvaluateTable, *, display: Display
+) -> Sampled:
+    return sample_completions(
         prepared.policy,
         prepared.tokenizer,
         [(problem.problem_id, problem.prompt) for problem in problems],
@@ -189,11 +208,16 @@ def solve(
         batch_size=table.batch_size,
         on_done=lambda done: display.update(done, {}),
     )
+
+
+def _judge_samples(
+    prepared: Prepared, problems: Sequence[Problem], sampled: Sampled, *, whole_split: bool
+) -> Judged:
     completions = [
         [prepared.source.completion(problem, text) for text in texts]
         for problem, texts in zip(problems, sampled.completions, strict=True)
     ]
-    return sampled, judge(prepared.source, problems, completions, whole_split=whole_split)
+    return judge(prepared.source, problems, completions, whole_split=whole_split)
 
 
 def _speeds(prepared: Prepared, problems: Sequence[Problem], table: EvaluateTable) -> dict[str, float]:

@@ -250,7 +250,9 @@ class _Training:
         found = self.learner.validate(step=step)
         self.reporter.metrics(self.learner.stage, step, found.metrics)
         first = step == 0
-        if first or found.score > self.trained.best.score:
+        better = first or found.score > self.trained.best.score
+        # The first process decides: scores of others may differ by rounding, and saving takes all of them.
+        if self.world.any(flag=better and self.world.first):
             self.checkpoints.wait()  # a snapshot on its way links the best state that it was taken with
             self.learner.save_best()
             start = found if first else self.trained.start

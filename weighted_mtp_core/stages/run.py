@@ -207,9 +207,8 @@ class _Stages:
         table = self.plan.recipe.evaluate
         if not self.world.first and not self.plan.recipe.model.shard:
             return Evaluation(metrics={}, timings={}, files=())
-        evaluation = evaluate(
-            prepared, table, display=self.display, folder=self.record.folder.path / "evaluation"
-        )
+        folder = self.record.folder.path / "evaluation" if self.world.first else None
+        evaluation = evaluate(prepared, table, display=self.display, folder=folder)
         step = self.plan.recipe.train.steps
         self.record.metrics("evaluate", step, evaluation.metrics)
         self.record.timings("evaluate", step, evaluation.timings)

@@ -207,8 +207,9 @@ def optimiser_state(
 def load_optimiser_state(
     optimiser: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Restore `optimiser_state`'s result."""
-    for key, tensor in tensors.items():
+    """Restore `optimiser_state`'s result; of several processes all must ask together."""
+    for key in sorted(tensors):  # files may be listed in another order to each process
+        tensor = tensors[key]
         number, _, name = key.partition(".")
         parameter = parameters[int(number)]
         own = tensor if tensor.shape != parameter.shape else like(parameter, tensor.to(parameter.device))

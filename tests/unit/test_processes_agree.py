@@ -1,0 +1,94 @@
+"""What several processes must decide alike, though their numbers differ by rounding."""
+
+import multiprocessing
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from weighted_mtp_core.recipe.schema import CheckpointTable, TrainTable
+from weighted_mtp_core.stages.checkpoints import Checkpoints
+from weighted_mtp_core.stages.loop import Learner, Validation, train
+from weighted_mtp_core.stages.world import World
+
+
+class Together(Learner):
+    """Saves with all processes; its scores go up in the first process and down in the second one."""
+
+    stage, headline = "policy", "train_loss"
+
+    def __init__(self, folder, world):
+        self.number, self.world = nn.Parameter(torch.zeros(1)), world
+        self.best = folder / "best"
+        self.saved = 0
+
+    def parameters(self):
+        return [self.number]
+
+    def learn(self, batch, *, step):
+        loss = (self.number - 3).square().sum()
+        loss.backward()
+        return {"train_loss": loss.detach()}
+
+    def validate(self, *, step):
+        return Validation(metrics={}, score=step * 1e-9 * (1 - 2 * self.world.rank))
+
+    def state_dict(self):
+        return {"number": self.number}
+
+    def load_state_dict(self, state):
+        raise AssertionError
+
+    def save_best(self):
+        self.world.wait()
+        self.saved += 1
+        if self.world.first:
+            self.best.write_text(str(self.saved))
+
+    def load_best(self):
+        pass
+
+
+class Silence:
+    def metrics(self, stage, step, values):
+        pass
+
+    timings = metrics
+
+    def progress(self, step, values):
+        pass
+
+
+def train_as(rank, folder, results):
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    world = World(rank=rank, size=2, aside=dist.new_group(backend="gloo"))
+    learner = Together(folder, world)
+    table = TrainTable(steps=4, validate_every=2)
+    with Checkpoints(folder=folder, table=CheckpointTable(), say=print, world=world) as checkpoints:
+        trained = train(
+            learner,
+            table,
+            batch_of=lambda _: type("Row", (), {"ids_BT": torch.zeros(1, 1)}),
+            reporter=Silence(),
+            checkpoints=checkpoints,
+            world=world,
+        )
+    results.put((rank, learner.saved, trained.best_step))
+    world.leave()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_the_first_process_decides_for_all_which_state_is_the_best(tmp_path):
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [context.Process(target=train_as, args=(rank, tmp_path, results)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+
+    found = sorted(results.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join(60)
+
+    assert found == [(0, 3, 4), (1, 3, 4)]
