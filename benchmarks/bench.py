@@ -22,7 +22,7 @@ from typing import Any
 from harness import table
 
 HERE = Path(__file__).parent
-GROUPS = ("loss", "advantages", "step", "padding", "checkpointing", "decoding", "trainers")
+GROUPS = ("loss", "advantages", "step", "padding", "corpus", "checkpointing", "decoding", "trainers")
 RESULTS = HERE / "results.json"
 Group = dict[str, Any]
 

@@ -1,0 +1,136 @@
+"""A large corpus against a small one: time until the first batch is there, and memory while batches are read.
+
+    python benchmarks/corpus.py
+
+The corpora are tokenised before the count begins, as they are from a recipe's second run on. Start-up is that
+of a process of its own, from the interpreter's start; processes with the small and with the large corpus take
+turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from harness import MIB, Row, Times, main, peak_mib, ratio_row, row
+from weighted_mtp_core.data.arrays import ArrayWriter
+from weighted_mtp_core.data.steps import StepBatches, make_step_batches
+from weighted_mtp_core.data.tokens import open_tokens
+from weighted_mtp_core.recipe.schema import DataTable
+from weighted_mtp_core.storage.checked import verify_once
+from weighted_mtp_core.storage.manifest import atomic_folder
+
+BATCH, LONGEST, SMALL_MIB, WHOLE_MIB = 8, 1024, 2, 2048
+READ = 4000  # batches: some 32 MiB of tokens, and pages of 4 KiB around each document
+
+
+def write_corpus(folder: Path, *, mib: int) -> None:
+    """Write arrays of so many MiB of ids as tokenising leaves them; ids repeat, which nothing depends on."""
+    generator = np.random.default_rng(0)
+    ids_N = generator.integers(2, 49152, size=MIB // 2, dtype=np.uint16)
+    length_D = generator.integers(LONGEST // 8, LONGEST, size=2 * mib * ids_N.size // LONGEST)
+    start_D1 = np.concatenate([[0], np.cumsum(length_D)])
+    start_D1 = start_D1[start_D1 <= mib * ids_N.size]
+    documents = len(start_D1) - 1
+    names = [b"%08d" % d for d in range(documents)]
+    columns = {
+        "start": start_D1,
+        "prompt": np.full(documents, LONGEST // 16, dtype=np.int32),
+        "reward": np.ones(documents, dtype=np.float32),
+        "problem": np.arange(documents),
+        "name": np.frombuffer(b"".join(names), dtype=np.uint8),
+        "name_start": 8 * np.arange(documents + 1),
+    }
+    with atomic_folder(folder) as temporary:
+        for name, values in columns.items():
+            np.save(temporary / f"{name}.npy", values)
+        with ArrayWriter(temporary / "ids.npy", np.uint16) as writer:
+            for _ in range(mib):
+                writer.append(ids_N)
+        (temporary / "meta.json").write_text(json.dumps({"examples": documents, "left_out": 0}))
+
+
+def batches_of(folder: str) -> StepBatches:
+    """Open a corpus as a run does."""
+    return make_step_batches(
+        open_tokens(Path(folder), sha256=verify_once(Path(folder))),
+        DataTable(use="core.jsonl"),
+        batch_size=BATCH,
+        seed=0,
+        device=torch.device("cpu"),
+    )
+
+
+def started(folder: Path, times: Times) -> None:
+    """Time a process that makes the first batch."""
+    code = f"import corpus, time; corpus.batches_of({str(folder)!r})(0); print(time.process_time())"
+    wall = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, check=True, capture_output=True, text=True
+    )
+    times.wall.append(time.perf_counter() - wall)
+    times.cpu.append(float(done.stdout))
+
+
+def reading(folder: str, count: int) -> Callable[[], object]:
+    """Read some batches, then return what reads `count` others."""
+    batches = batches_of(folder)
+
+    def read(first: int, last: int) -> None:
+        for step in range(first, last):
+            batches(step)
+
+    read(0, 200)
+    return partial(read, 200, 200 + count)
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """Measure the group."""
+    small, whole, count, rounds = (1, 4, 20, 2) if args.quick else (SMALL_MIB, WHOLE_MIB, READ, 9)
+    sizes = {"small": small, "large": 4 if args.quick else 100 * small, "whole": whole}
+    with tempfile.TemporaryDirectory() as made:
+        folders = {name: Path(made) / name for name in sizes}
+        for name, mib in sizes.items():
+            write_corpus(folders[name], mib=mib)
+            verify_once(folders[name])
+        times = {name: Times() for name in ("small", "large")}
+        for turn in range(rounds):
+            for name in sorted(times, reverse=bool(turn % 2)):
+                started(folders[name], times[name])
+        seconds = statistics.median(times["small"].cpu)
+        grown = {mib: peak_mib(reading, str(folders[name]), count) for name, mib in sizes.items()}
+    return [
+        ratio_row(
+            "corpus: start-up with 100 times the data",
+            times["large"],
+            times["small"],
+            reach="<= 1.05",
+            note=f"{sizes['large']} MiB of ids over {small}, until the first batch; {seconds:.1f} s of CPU",
+        ),
+        *(
+            row(
+                f"corpus: memory gained over {count} batches, {mib} MiB of ids",
+                [peak],
+                reach="<= 16" if mib == whole else "",
+                unit="MiB",
+                note="resident, mapped pages included",
+            )
+            for mib, peak in grown.items()
+        ),
+    ]
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main(measure, __doc__)
