@@ -9,7 +9,7 @@ from weighted_mtp_core.api import StepView, WeightingChoice, WeightingStrategy, 
 from weighted_mtp_controls import AnnealOptions, ClipOptions
 from weighted_mtp_controls._combinators import Anneal, Clip, Product
 from weighted_mtp_controls._random_matched import RandomMatched
-from weighted_mtp_controls._random_numbers import uniform
+from weighted_mtp_controls._random_numbers import uniform, whole, with_float64
 from weighted_mtp_controls._shuffled import Shuffled
 
 K = 2
@@ -177,6 +177,18 @@ def test_random_numbers_are_uniform_and_unlike_each_other():
     assert abs(float(numbers.mean()) - 0.5) < 0.015  # 5,760 numbers: 0.0038 is one standard deviation
     assert len(numbers.unique()) == numbers.numel()
     assert abs(float(torch.corrcoef(numbers.view(-1, 4).T)[0, 1])) < 0.1
+
+
+def test_the_numbers_that_shuffle_are_whole_and_in_the_order_of_the_uniform_ones():
+    numbers, fractions = whole(LARGE, seed=3, heads=4).flatten(), uniform(LARGE, seed=3, heads=4).flatten()
+
+    assert numbers.dtype == torch.int64
+    assert torch.equal(numbers.argsort(stable=True), fractions.argsort(stable=True))
+
+
+@pytest.mark.parametrize(("device", "computes"), [("cpu", "cpu"), ("cuda", "cuda"), ("mps", "cpu")])
+def test_what_needs_float64_is_computed_on_the_cpu_where_a_device_lacks_it(device, computes):
+    assert with_float64(torch.device(device)).type == computes
 
 
 def test_a_product_multiplies_token_by_token():

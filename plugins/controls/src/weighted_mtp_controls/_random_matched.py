@@ -36,9 +36,9 @@ class RandomMatched(Wrapper):
         mask = counted(view, weights.weight)
         heads = 1 if weights.weight.ndim == 2 else view.n_future
         uniform_BTC = uniform(view, seed=self._seed, heads=heads)
-        normal = (torch.special.ndtri(uniform_BTC)).view(weights.weight.shape)
-        drawn = match(normal, like=weights.weight.double(), mask=mask)
-        return Weights(weight=drawn.float(), metrics=weights.metrics)
+        normal, device = torch.special.ndtri(uniform_BTC).view(weights.weight.shape), uniform_BTC.device
+        drawn = match(normal, like=weights.weight.to(device).double(), mask=mask.to(device))
+        return Weights(weight=drawn.float().to(weights.weight.device), metrics=weights.metrics)
 
 
 def match(normal: Tensor, *, like: Tensor, mask: Tensor) -> Tensor:

@@ -13,12 +13,24 @@ from torch import Tensor
 from weighted_mtp_core.api import StepView
 
 _WORD = 1 << 64
+_BITS = 52  # of a float64's fraction
 _GOLDEN = 0x9E3779B97F4A7C15
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def uniform(view: StepView, *, seed: int, heads: int) -> Tensor:
-    """Return float64 numbers in (0, 1), `[B, T, heads]`.
+    """Return `whole` numbers as float64 in (0, 1), `[B, T, heads]`, on a device that has float64."""
+    numbers_BTK = whole(view, seed=seed, heads=heads)
+    return (numbers_BTK.to(with_float64(numbers_BTK.device)).double() + 0.5) / (1 << _BITS)
+
+
+def with_float64(device: torch.device) -> torch.device:
+    """Return the device, or the CPU where it has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def whole(view: StepView, *, seed: int, heads: int) -> Tensor:
+    """Return int64 numbers from 0 to 2^52 - 1, `[B, T, heads]`.
 
     Args:
         view: Its document numbers, ids and step count.
@@ -30,8 +42,7 @@ def uniform(view: StepView, *, seed: int, heads: int) -> Tensor:
         _GOLDEN * seed
     )
     head_K = torch.arange(1, heads + 1, device=words_BT.device)
-    bits_BTK = _shift(_mix(words_BT[..., None] + head_K * _word(_GOLDEN)), 12)
-    return (bits_BTK.double() + 0.5) / (1 << 52)
+    return _shift(_mix(words_BT[..., None] + head_K * _word(_GOLDEN)), 64 - _BITS)
 
 
 def _places(view: StepView) -> tuple[Tensor, Tensor]:
