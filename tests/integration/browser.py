@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import time
 from base64 import b64decode, b64encode
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -81,10 +82,27 @@ class Browser:
 
     def shown(self, words: tuple[str, ...], *, seconds: float = 60) -> str:
         """Wait until the page shows all words; return what it shows in any case."""
+        return self._waited(lambda: self._session, words, seconds)
+
+    def shown_in_frame(self, words: tuple[str, ...], *, seconds: float = 60) -> str:
+        """The same of the page that is shown within the page."""
+        return self._waited(self._frame, words, seconds)
+
+    def _frame(self) -> str | None:
+        """Attach to the page within the page, once it is there."""
+        targets = self._do("Target.getTargets")["targetInfos"]
+        found = next((each["targetId"] for each in targets if each["type"] == "iframe"), None)
+        if found is None:
+            return None
+        return str(self._do("Target.attachToTarget", targetId=found, flatten=True)["sessionId"])
+
+    def _waited(self, find: Callable[[], str | None], words: tuple[str, ...], seconds: float) -> str:
         end = time.monotonic() + seconds
         while True:
-            found = self._do("Runtime.evaluate", session=self._session, expression="document.body.innerText")
-            text = str(found["result"].get("value", ""))
+            text, session = "", find()
+            if session is not None:
+                found = self._do("Runtime.evaluate", session=session, expression="document.body.innerText")
+                text = str(found["result"].get("value", ""))
             if all(word in text for word in words) or time.monotonic() > end:
                 return text
             time.sleep(0.2)

@@ -63,9 +63,7 @@ def page(tmp_path, browser):
         metrics = {"train_loss": 3 / (step + 1), "validation_ce_head_1": 2.0, "validation_ce_head_2": 3.0}
         journal.append("metrics", {"stage": "policy", "step": step, "metrics": metrics})
     critic = {f"critic_{name}": 0.7 for name in ("auc", "auc_low", "auc_high", "bce", "constant_bce")}
-    journal.append(
-        "metrics", {"stage": "critic", "step": 10, "metrics": critic | {"critic_margin": 0.2}}
-    )
+    journal.append("metrics", {"stage": "critic", "step": 10, "metrics": critic | {"critic_margin": 0.2}})
     journal.close()
     save_look(LOOK, run)
     url = write_report(run).as_uri()

@@ -128,3 +128,16 @@ def test_the_page_of_the_run_shows_its_metrics_in_a_browser(stack, runs, stored,
     shown = browser.shown(words)
 
     assert [word for word in words if word not in shown] == []
+
+
+def test_the_report_can_be_read_in_mlflows_own_viewer(stack, runs, stored, browser):
+    info = stored(runs["proxied"].folder).run.info
+    words = ("The run", "verifiable.td_error", "verifiable.value_head")
+
+    browser.open(
+        f"{stack.uri}/#/experiments/{info.experiment_id}/runs/{info.run_id}/artifacts/report.html",
+        login=f"{stack.user}:{stack.password}",
+    )
+    shown = browser.shown_in_frame(words)
+
+    assert [word for word in words if word not in shown] == []
