@@ -81,6 +81,12 @@ def test_one_kind_of_response_is_an_error():
         report([0.1, 0.2, 0.3], [1.0, 1.0, 1.0])
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_value_that_is_not_finite_is_an_error(value):
+    with pytest.raises(WmtpError, match="the critic gives values that are not finite"):
+        report([0.1, value, 0.3], [1.0, 0.0, 1.0])
+
+
 @settings(max_examples=30)
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=2, max_size=60))
 def test_reliability_bins_hold_each_response_once_and_compare_like_with_like(scored):

@@ -54,6 +54,17 @@ def test_a_solution_that_fails_its_own_tests_is_refused(tmp_path):
     assert not list((tmp_path / "datasets_v2" / "planted").glob("*/manifest.json"))
 
 
+def test_files_without_a_problem_are_refused(tmp_path):
+    with pytest.raises(WmtpError, match="the files of `planted` hold no problem of any split"):
+        LabelledSource(
+            name="planted",
+            recipe={},
+            draw=list,
+            storage=tmp_path,
+            judge=FunctionJudge(sandbox=SandboxSettings(workers=1)),
+        )
+
+
 def test_a_program_that_ran_out_of_time_is_no_label(tmp_path):
     data = source(tmp_path, RIGHT, mutant("    while True:\n        pass\n"))
     statistics = json.loads((data.folder / "statistics.json").read_text())

@@ -255,6 +255,14 @@ def test_a_weighting_that_explains_itself_keeps_its_hint(batch):
     assert failed.value.hint == "add a critic"
 
 
+def test_weights_that_were_bad_since_the_last_look_are_found_before_a_checkpoint():
+    trained = learner(policy(), Failing(AssertionError()))
+    trained._values.note(torch.tensor([1.0, -1.0]))  # as on an accelerator, which is looked at now and then
+
+    with pytest.raises(RunFailedError, match="returned weights with a negative weight in them"):
+        trained.state_dict()
+
+
 # ------------------------------------------------------------------ whatever the trunk runs under
 
 

@@ -1,9 +1,11 @@
 """What core promises of every data source, held by those that read public files."""
 
+import gzip
 import json
 
 import pytest
-from weighted_mtp_core.api import BuildContext, SandboxSettings
+from weighted_mtp_core.api import BuildContext, SandboxSettings, WmtpError
+from weighted_mtp_core.builtin.public_files import read_records
 from weighted_mtp_core.testing import DataSourceSuite
 
 
@@ -92,3 +94,14 @@ class TestCodeContests(PublicFileSuite):
     @pytest.fixture
     def changed_options(self, options):
         return {**options, "incorrect": 0}
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda whole: whole[:-12], lambda whole: whole[:10] + b"\xff" + whole[11:]]
+)
+def test_a_damaged_compressed_file_is_named(tmp_path, damage):
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(damage(gzip.compress(json.dumps({"text": "x" * 999}).encode())))
+
+    with pytest.raises(WmtpError, match=r"cannot read `.*rows\.jsonl\.gz`: "):
+        read_records(path, dict)

@@ -110,8 +110,14 @@ def with_a_solution(judged: Sequence[Judged], *, name: str, tolerated: float) ->
     """Return the problems of which a solution passes, that one being their solution from now on.
 
     Raises:
-        WmtpError: More than the tolerated share have none: then the tests or the sandbox are wrong.
+        WmtpError: More than the tolerated share have none: then the tests or the sandbox are wrong. Or there
+            is no problem at all.
     """
+    if not judged:
+        raise WmtpError(
+            f"the files of `{name}` hold no problem of any split",
+            hint="name other files in `[data.options]`",
+        )
     solved = [(one, one.solution()) for one in judged]
     failed = [one for one, solution in solved if solution is None]
     kept = [

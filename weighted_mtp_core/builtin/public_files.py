@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,7 +36,7 @@ def read_records(path: str | Path, parse: Callable[[Record], RowT]) -> list[RowT
                 rows.append(parse(_object(record)))
             except ValueError as error:
                 faults.append(f"  record {number}: {error}")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise WmtpError(f"cannot read `{path}`: {error}") from error
     if faults:
         more = f"\n  and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""

@@ -101,8 +101,14 @@ def report_critic(judged: Judged, rule: LengthOnly) -> CriticReport:
         rule: What lengths alone say, by the training split.
 
     Raises:
-        RunFailedError: The responses are all right or all wrong, so nothing can be told.
+        RunFailedError: The responses are all right or all wrong, so nothing can be told; or values are not
+            finite.
     """
+    if not (np.isfinite(judged.value_N).all() and np.isfinite(judged.before_D).all()):
+        raise RunFailedError(
+            "the critic gives values that are not finite: NaN or infinity",
+            hint="lower its learning rate (`critic.train.learning_rate`)",
+        )
     correct_D = judged.correct_D
     if correct_D.all() or not correct_D.any():
         raise RunFailedError(

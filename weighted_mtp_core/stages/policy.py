@@ -195,7 +195,12 @@ class PolicyLearner(Learner):
         return weights
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Return the policy's parameters and what the weighting keeps."""
+        """Return the policy's parameters and what the weighting keeps.
+
+        Raises:
+            RunFailedError: Some weights since the last look were bad: what they made is not to be kept.
+        """
+        self._values.look()
         policy = {f"policy.{name}": tensor for name, tensor in module_state(self.policy).items()}
         weighting = {f"weighting.{name}": value for name, value in self.arm.weighting.state_dict().items()}
         return policy | weighting
