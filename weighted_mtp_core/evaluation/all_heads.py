@@ -9,7 +9,7 @@ Shape letters: R rows, T tokens of a block, S slots of the caches, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from weighted_mtp_core.model.policy import Policy, PolicyCache
 
 
-def all_head_states(
+def first_head_states(
     policy: Policy, hidden_RTH: Tensor, *, position_RT: Tensor, cache: PolicyCache, seen_RS: Tensor
-) -> list[Tensor]:
-    """Return what each head hands to the unembedding, `[R, T, H]`: the same as `Policy.head_states`."""
+) -> tuple[Tensor, Callable[[], list[Tensor]]]:
+    """Return what head 1 hands to the unembedding, `[R, T, H]`, and what gives that of the others.
+
+    The others are to be asked once, before the caches change; what they say is that of `Policy.head_states`.
+    """
     if policy.head_kind == "linear":
-        return [policy.head_states(k, hidden_RTH) for k in range(1, policy.n_future + 1)]
+        return hidden_RTH, lambda: [policy.head_states(k, hidden_RTH) for k in range(2, policy.n_future + 1)]
     called: list[tuple[tuple[Any, ...], Mapping[str, Any]]] = []
 
     def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -37,13 +40,17 @@ def all_head_states(
     finally:
         hook.remove()
     ((args, kwargs),) = called
-    states = [first]
-    for layer, own in zip(layers[1:], cache.heads[1:], strict=True):
-        mine = [own if value is cache.heads[0] else value for value in args]
-        named = {name: own if value is cache.heads[0] else value for name, value in kwargs.items()}
-        found = layer(*mine, **named)
-        states.append(policy.norm(found[0] if isinstance(found, tuple) else found))
-    return states
+
+    def others() -> list[Tensor]:
+        states = []
+        for layer, own in zip(layers[1:], cache.heads[1:], strict=True):
+            mine = [own if value is cache.heads[0] else value for value in args]
+            named = {name: own if value is cache.heads[0] else value for name, value in kwargs.items()}
+            found = layer(*mine, **named)
+            states.append(policy.norm(found[0] if isinstance(found, tuple) else found))
+        return states
+
+    return first, others
 
 
 def _layer_of(head: nn.Module) -> nn.Module:

@@ -8,13 +8,14 @@ Shape letters: R rows, T tokens of a block, S slots of the caches, D drafted tok
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from attrs import define, field
 from torch import Tensor
 
-from weighted_mtp_core.evaluation.all_heads import all_head_states
+from weighted_mtp_core.evaluation.all_heads import first_head_states
 from weighted_mtp_core.evaluation.sampling import accept, accept_greedy, draw, probabilities
 from weighted_mtp_core.model.policy import Policy, PolicyCache
 
@@ -37,8 +38,10 @@ class Decoder:
     _cache: PolicyCache = field(init=False)
     _seen_RS: Tensor = field(init=False)
     _position_R: Tensor = field(init=False)
+    _newest_R: Tensor = field(init=False)
     _block_RT: Tensor = field(init=False)
     _draft_RDV: Tensor | None = field(init=False, default=None)
+    _draft_states: Callable[[], Tensor] | None = field(init=False, default=None)
 
     def start(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """Read the prompts, padded on the left; return each row's first token."""
@@ -50,34 +53,35 @@ class Decoder:
         self._position_R = length_R
         self._cache = self.policy.new_caches()
         position_RT = (self._seen_RS.long().cumsum(dim=1) - 1).clamp(min=0)
-        states = self._states(ids_RT, position_RT)
-        uniform_RU = self._uniform(self.drafts + 1)
-        token_R, _ = self._choose(states[0][:, -1], uniform_RU[:, 0])
-        self._draft(token_R, states, at_R=torch.full_like(length_R, width - 1), uniform_RD=uniform_RU[:, 1:])
-        return [[token] for token in token_R.tolist()]
+        state_RTH, others = self._states(ids_RT, position_RT)
+        self._newest_R, _ = self._choose(state_RTH[:, -1], self._uniform(1)[:, 0])
+        self._draft_states = partial(_at, torch.full_like(length_R, width - 1), others)
+        return [[token] for token in self._newest_R.tolist()]
 
     def step(self) -> list[list[int]]:
-        """Verify the drafts and draft anew; return the 1 to `drafts + 1` tokens that each row gained."""
+        """Draft and verify the drafts; return the 1 to `drafts + 1` tokens that each row gained."""
+        self._draft()
         rows, width = self._block_RT.shape
         grown = torch.ones(rows, width, dtype=torch.bool, device=self._seen_RS.device)
-        self._seen_RS = torch.cat([self._seen_RS, grown], dim=1)
+        before_RS = self._seen_RS
+        self._seen_RS = torch.cat([before_RS, grown], dim=1)
         slot_T = torch.arange(width, device=self._seen_RS.device)
-        states = self._states(self._block_RT, self._position_R[:, None] + slot_T)
-        uniform_RU = self._uniform(2 * self.drafts + 1)
-        count_R, token_R = self._verify(states[0], uniform_RU[:, : self.drafts + 1])
-        self._seen_RS[:, -width:] = slot_T <= count_R[:, None]
+        state_RTH, others = self._states(self._block_RT, self._position_R[:, None] + slot_T)
+        count_R, self._newest_R = self._verify(state_RTH, self._uniform(self.drafts + 1))
+        # Not in place: the drafting heads have yet to look at what the block could see.
+        self._seen_RS = torch.cat([before_RS, slot_T <= count_R[:, None]], dim=1)
         self._position_R = self._position_R + count_R + 1
-        kept = [
+        self._draft_states = partial(_at, count_R, others)
+        return [
             [*block[1 : count + 1], token]
             for block, count, token in zip(
-                self._block_RT.tolist(), count_R.tolist(), token_R.tolist(), strict=True
+                self._block_RT.tolist(), count_R.tolist(), self._newest_R.tolist(), strict=True
             )
         ]
-        self._draft(token_R, states, at_R=count_R, uniform_RD=uniform_RU[:, self.drafts + 1 :])
-        return kept
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows only."""
+        self._draft()  # first: what the heads draft from is that of all rows
         index = torch.tensor(rows, device=self._seen_RS.device)
         for cache in (self._cache.trunk, *self._cache.heads):
             cache.batch_select_indices(index)
@@ -86,8 +90,8 @@ class Decoder:
         self._draft_RDV = None if self._draft_RDV is None else self._draft_RDV[index]
         self.generators = [self.generators[row] for row in rows]
 
-    def _states(self, ids_RT: Tensor, position_RT: Tensor) -> list[Tensor]:
-        """Return what the heads that are used hand to the unembedding, `[R, T, H]` each.
+    def _states(self, ids_RT: Tensor, position_RT: Tensor) -> tuple[Tensor, Callable[[], list[Tensor]]]:
+        """Return what head 1 hands to the unembedding, `[R, T, H]`, and what gives that of drafting heads.
 
         Every head reads the whole block, so that its cache has no gaps.
         """
@@ -95,16 +99,20 @@ class Decoder:
             ids_RT, position_BT=position_RT, cache=self._cache.trunk, seen_BS=self._seen_RS
         )
         if self.drafts:
-            return all_head_states(
+            return first_head_states(
                 self.policy, hidden_RTH, position_RT=position_RT, cache=self._cache, seen_RS=self._seen_RS
             )
         own = self._cache.heads[0] if self._cache.heads else None
-        return [
-            self.policy.head_states(1, hidden_RTH, position_BT=position_RT, cache=own, seen_BS=self._seen_RS)
-        ]
+        state_RTH = self.policy.head_states(
+            1, hidden_RTH, position_BT=position_RT, cache=own, seen_BS=self._seen_RS
+        )
+        return state_RTH, list
 
     def _verify(self, state_RTH: Tensor, uniform_RT: Tensor) -> tuple[Tensor, Tensor]:
         """Return how many drafts of each row head 1 keeps, and the token that it puts after them."""
+        if not self.drafts:
+            token_R, _ = self._choose(state_RTH[:, -1], uniform_RT[:, 0])
+            return torch.zeros_like(token_R), token_R
         logits_RTV = self.policy.unembedding(state_RTH)
         draft_RD = self._block_RT[:, 1:]
         if self._draft_RDV is None:
@@ -113,15 +121,19 @@ class Decoder:
         count_R, next_RV = accept(draft_RD, self._draft_RDV, target_RTV, uniform_RT[:, :-1])
         return count_R, draw(next_RV, uniform_RT[:, -1])
 
-    def _draft(self, token_R: Tensor, states: list[Tensor], *, at_R: Tensor, uniform_RD: Tensor) -> None:
-        """Form the next block: the newest token, and what heads 2, 3, ... at `at_R` expect after it."""
-        row_R = torch.arange(len(token_R), device=token_R.device)
+    def _draft(self) -> None:
+        """Form the next block: the newest token, and what heads 2, 3, ... expect after it.
+
+        Nothing if that is done. It waits until another step is sure to come: no text's last step drafts.
+        """
+        if self._draft_states is None:
+            return
+        self._block_RT = self._newest_R[:, None]
         if self.drafts:
-            state_RDH = torch.stack([state_RTH[row_R, at_R] for state_RTH in states[1:]], dim=1)
-        else:
-            state_RDH = states[0][:, :0]
-        draft_RD, self._draft_RDV = self._choose(state_RDH, uniform_RD)
-        self._block_RT = torch.cat([token_R[:, None], draft_RD], dim=1)
+            uniform_RD = self._uniform(self.drafts)
+            draft_RD, self._draft_RDV = self._choose(self._draft_states(), uniform_RD)
+            self._block_RT = torch.cat([self._block_RT, draft_RD], dim=1)
+        self._draft_states = None
 
     def _choose(self, state: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return tokens `[...]` of states `[..., H]`, and the probabilities that they were drawn from."""
@@ -138,3 +150,9 @@ class Decoder:
             return torch.zeros(len(self._seen_RS), count, device=device)
         drawn = [torch.rand(count, generator=generator) for generator in self.generators]
         return torch.stack(drawn).to(device)
+
+
+def _at(place_R: Tensor, others: Callable[[], list[Tensor]]) -> Tensor:
+    """Return what the drafting heads hand to the unembedding at one place of each row, `[R, D, H]`."""
+    row_R = torch.arange(len(place_R), device=place_R.device)
+    return torch.stack([state_RTH[row_R, place_R] for state_RTH in others()], dim=1)
