@@ -46,6 +46,14 @@ def test_a_row_becomes_an_alpaca_prompt_and_a_labelled_response(tmp_path, write)
     assert (example.response, example.reward, example.problem_id) == (ROW["output"], 1.0, "double")
 
 
+def test_line_separators_inside_a_text_do_not_break_a_line(tmp_path, write):
+    row = {**ROW, "output": "a\u2028b\x85c\n"}
+
+    (example,) = build(tmp_path, train=write(json.dumps(row, ensure_ascii=False))).examples("train")
+
+    assert example.response == "a\u2028b\x85c\n"
+
+
 def test_an_input_has_a_place_of_its_own_in_the_prompt(tmp_path, write):
     example = build(tmp_path, train=write({**ROW, "input": "21"})).examples("train")[0]
 

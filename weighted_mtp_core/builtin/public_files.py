@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ from weighted_mtp_core.storage.manifest import atomic_write, sha256_of
 
 Record = Mapping[str, Any]
 RowT = TypeVar("RowT")
-_SHOWN = 10
+_SHOWN = 20
 
 
 def read_records(path: str | Path, parse: Callable[[Record], RowT]) -> list[RowT]:
@@ -25,7 +25,7 @@ def read_records(path: str | Path, parse: Callable[[Record], RowT]) -> list[RowT
         parse: Makes a row of a record; a ValueError of it says what is wrong with the record.
 
     Raises:
-        WmtpError: The file cannot be read or has no record, or lists its bad records (the first 10).
+        WmtpError: The file cannot be read or has no record, or lists its bad records (the first 20).
     """
     path = Path(path)
     rows: list[RowT] = []
@@ -38,13 +38,27 @@ def read_records(path: str | Path, parse: Callable[[Record], RowT]) -> list[RowT
                 faults.append(f"  record {number}: {error}")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise WmtpError(f"cannot read `{path}`: {error}") from error
-    if faults:
-        more = f"\n  and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        count = "1 bad record" if len(faults) == 1 else f"{len(faults)} bad records"
-        raise WmtpError(f"{path}: {count}\n" + "\n".join(faults[:_SHOWN]) + more)
+    refuse_faults(path, faults, what="record")
     if not rows:
         raise WmtpError(f"`{path}` has no records")
     return rows
+
+
+def refuse_faults(path: Path, faults: Sequence[str], *, what: str) -> None:
+    """Refuse a file with faults: list the first 20, indented lines, and count the others.
+
+    Args:
+        path: The file.
+        faults: What is wrong, a text for each bad part of the file.
+        what: Such a part: `line`, `record`.
+
+    Raises:
+        WmtpError: There are faults.
+    """
+    if faults:
+        more = f"\n  and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        count = f"1 bad {what}" if len(faults) == 1 else f"{len(faults)} bad {what}s"
+        raise WmtpError(f"{path}: {count}\n" + "\n".join(faults[:_SHOWN]) + more)
 
 
 def _records(path: Path) -> Iterator[tuple[int, object]]:

@@ -9,9 +9,8 @@ from typing import Any
 
 from attrs import frozen
 
+from weighted_mtp_core.builtin.public_files import refuse_faults
 from weighted_mtp_core.errors import WmtpError
-
-_SHOWN = 20
 
 _WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -61,7 +60,7 @@ def read_rows(path: Path) -> list[Row]:
         WmtpError: The file is missing or empty, or lists every bad line (the first 20) with its number.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # texts may hold other line separators
     except FileNotFoundError as error:
         raise WmtpError(
             f"there is no file `{path}`", hint="paths count from where you start the run"
@@ -78,10 +77,7 @@ def read_rows(path: Path) -> list[Row]:
             faults.append(f"  line {number}: {fault}")
         else:
             rows.append(row)
-    if faults:
-        more = f"\n  and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        count = "1 bad line" if len(faults) == 1 else f"{len(faults)} bad lines"
-        raise WmtpError(f"{path}: {count}\n" + "\n".join(faults[:_SHOWN]) + more)
+    refuse_faults(path, faults, what="line")
     if not rows:
         raise WmtpError(f"`{path}` has no examples")
     return rows
