@@ -6,6 +6,8 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from weighted_mtp_core.recipe.schema import CheckpointTable, TrainTable
 from weighted_mtp_core.stages.checkpoints import Checkpoints
@@ -92,3 +94,13 @@ def test_the_first_process_decides_for_all_which_state_is_the_best(tmp_path):
         process.join(60)
 
     assert found == [(0, 3, 4), (1, 3, 4)]
+
+
+@given(st.integers(1, 40), st.integers(1, 9))
+def test_shares_hold_each_item_once_and_are_filled_up_to_the_same_number(count, size):
+    items = list(range(count))
+    shares = [World(rank=rank, size=size).share_evenly(items, spare=-1) for rank in range(size)]
+
+    assert len({len(share) for share in shares}) == 1
+    assert [item for share in shares for item in share if item >= 0] == items
+    assert all(share.count(-1) <= 1 for share in shares)

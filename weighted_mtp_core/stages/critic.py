@@ -204,10 +204,12 @@ class CriticLearner(Learner):
         self.critic.begin_step(step, steps=self.steps)
         totals: dict[str, Tensor | float] = {}
         together = 2 if self.critic.batching == "pairs" else 1
-        parts = list(split_rows(batch, self.accumulation * self.world.size, together=together))
-        mine = self.world.share(parts)
-        for part in mine or parts[:1]:  # every process takes part, if with nothing
-            share = len(part.ids_BT) / len(batch.ids_BT) if mine else 0.0
+        rows = len(batch.ids_BT)
+        parts = [
+            (part, len(part.ids_BT) / rows)
+            for part in split_rows(batch, self.accumulation * self.world.size, together=together)
+        ]
+        for part, share in self.world.share_evenly(parts, spare=(parts[0][0], 0.0)):
             result = self.critic.loss(part, self._states(part))
             (result.loss * share).backward()  # type: ignore[no-untyped-call]
             for name, value in {"value_loss": result.loss.detach(), **result.metrics}.items():

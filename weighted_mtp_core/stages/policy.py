@@ -280,13 +280,13 @@ class PolicyLearner(Learner):
         return laid
 
     def _parts(self, batch: Batch) -> list[_Part]:
-        """Return this process's parts of the global batch; at least one, so that all keep step."""
+        """Return this process's parts of the global batch; as many as any other's, so that all keep step."""
         parts, first = [], 0
         for part in split_rows(batch, self.accumulation * self.world.size):
             rows = slice(first, first + len(part.ids_BT))
             parts.append(_Part(rows=rows, batch=part, counts=True))
             first = rows.stop
-        return list(self.world.share(parts)) or [evolve(parts[0], counts=False)]
+        return self.world.share_evenly(parts, spare=evolve(parts[0], counts=False))
 
     def _view(
         self, batch: Batch, target_BTK: Tensor, signals: _Signals, *, step: int, training: bool

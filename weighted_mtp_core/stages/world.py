@@ -75,6 +75,14 @@ class World:
         bounds = [round(len(items) * rank / self.size) for rank in (self.rank, self.rank + 1)]
         return items[bounds[0] : bounds[1]]
 
+    def share_evenly(self, items: Sequence[Item], *, spare: Item) -> list[Item]:
+        """Return this process's share, filled up with a spare item to as many as any process has.
+
+        Each item takes all processes where parameters are split over them.
+        """
+        mine = list(self.share(items))
+        return mine + [spare] * (-(-len(items) // self.size) - len(mine))
+
     def sum_(self, *tensors: Tensor) -> None:
         """Add up tensors over all processes, in place."""
         if not self.alone:
