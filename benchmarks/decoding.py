@@ -4,7 +4,8 @@
     python benchmarks/decoding.py --run storage/runs/...
 
 The policy continues prompts that it was not trained on, both ways, one prompt at a time and in batches, in
-turns; the texts must be the same. The larger the batch, the more a verified draft costs.
+turns; the texts must be the same. The larger the batch, the more a verified draft costs. A finished run of
+configs/smollm2_humaneval.toml, where there is one, is measured too, and reported only.
 """
 
 from __future__ import annotations
@@ -15,35 +16,51 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from attrs import evolve
 from harness import Row, in_turns, main, ratio_row, row
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.evaluation.generate import Decoding, Generations, generate
 from weighted_mtp_core.stages.finished import plan_of, prepare_finished
 
 PROMPTS, BATCHES = 32, (1, 8)
+PRETRAINED, PRETRAINED_PROMPTS = "smollm2_humaneval", 4
 
 
-def newest_run(folder: Path) -> Path:
-    """Return the run that was begun last.
-
-    Raises:
-        WmtpError: There is none.
-    """
-    found = sorted(path.parent.parent for path in folder.rglob("checkpoints/best_model.pt"))
-    if not found:
-        raise WmtpError(f"there is no finished run below `{folder}`", hint="make run")
-    return max(found, key=lambda path: path.name)
+def newest_run(folder: Path, *, pretrained: bool) -> Path | None:
+    """Return the run that was begun last, of the recipe with the pretrained model or of others."""
+    runs = [path.parent.parent for path in folder.rglob("checkpoints/best_model.pt")]
+    found = [run for run in runs if (run.parent.name == PRETRAINED) == pretrained]
+    return max(found, key=lambda run: run.name, default=None)
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
     """Measure the group.
 
     Raises:
+        WmtpError: There is no finished run.
+    """
+    folder = Path("storage/runs")
+    run = args.run or newest_run(folder, pretrained=False)
+    if run is None:
+        raise WmtpError(f"there is no finished run below `{folder}`", hint="make run")
+    rows = measure_run(run, "decoding", count=4 if args.quick else PROMPTS, rounds=2 if args.quick else 7)
+    pretrained = newest_run(folder, pretrained=True)
+    if pretrained is None:
+        print(f"SmolLM2 is left out: no finished run of configs/{PRETRAINED}.toml", file=sys.stderr)
+        return rows
+    count, rounds = (1, 1) if args.quick else (PRETRAINED_PROMPTS, 3)
+    found = measure_run(pretrained, "decoding, SmolLM2", count=count, rounds=rounds)
+    return [*rows, *(evolve(each, reach="", ok=None) for each in found)]
+
+
+def measure_run(run: Path, name: str, *, count: int, rounds: int) -> list[Row]:
+    """Measure one run's policy on so many prompts.
+
+    Raises:
         RuntimeError: The two ways wrote different texts.
     """
-    run = args.run or newest_run(Path("storage/runs"))
     prepared = prepare_finished(run, plan_of(run), say=lambda text: print(text, file=sys.stderr))
-    problems = prepared.source.problems("test")[: 4 if args.quick else PROMPTS]
+    problems = prepared.source.problems("test")[:count]
     texts = [problem.prompt for problem in problems]
     prompts = prepared.tokenizer(texts, add_special_tokens=False)["input_ids"]
     rows = []
@@ -62,21 +79,21 @@ def measure(args: argparse.Namespace) -> list[Row]:
 
         ways: tuple[Decoding, ...] = ("plain", "self_speculative")
         arms: dict[str, Callable[[], object]] = {way: partial(write, way, size, found) for way in ways}
-        times = in_turns(arms, rounds=2 if args.quick else 7)
+        times = in_turns(arms, rounds=rounds)
         plain, drafted = found["plain"], found["self_speculative"]
         if plain.tokens != drafted.tokens:
             raise RuntimeError("self-speculative decoding wrote another text than plain decoding")
         aim = ">= 1.5" if size == 1 else ""
         rows += [
             ratio_row(
-                f"decoding: plain over self-speculative, batch {size}",
+                f"{name}: plain over self-speculative, batch {size}",
                 times["plain"],
                 times["self_speculative"],
                 reach=aim,
                 note=f"{plain.emitted} tokens of {len(prompts)} prompts",
             ),
             row(
-                f"decoding: tokens a forward pass, batch {size}",
+                f"{name}: tokens a forward pass, batch {size}",
                 [drafted.tokens_per_forward],
                 reach=">= 2.5" if size == 1 else "",
                 unit="tokens",
