@@ -124,7 +124,7 @@ class Decoder:
     def _draft(self) -> None:
         """Form the next block: the newest token, and what heads 2, 3, ... expect after it.
 
-        Nothing if that is done. It waits until another step is sure to come: no text's last step drafts.
+        Nothing if that is done. It waits until another step is sure to come: a batch's last drafts nothing.
         """
         if self._draft_states is None:
             return
