@@ -17,7 +17,7 @@ CI = ("--preset", "ci", "--set", "checkpoint.every=2", "--set", "tracker=[]")
 LAUNCH = Path(__file__).parents[2] / "scripts" / "launch.sh"
 TOLERANCE = 1e-5
 RANKS = {"auc", "accuracy", "correlation"}  # jump where the order of two values turns on rounding
-RANK_TOLERANCE = 1e-2
+RANK_TOLERANCE = 0.1  # of 16 responses, one swap of a right and a wrong one moves an AUC by 1/64 or more
 
 
 def torchrun(processes, *arguments, cwd):
@@ -63,9 +63,8 @@ def differences(first, second):
     }
 
 
-def tolerance(stage, _, metric):
-    ranks = stage == "critic" and RANKS & set(metric.split("_"))
-    return RANK_TOLERANCE if ranks else TOLERANCE
+def tolerance(_, __, metric):
+    return RANK_TOLERANCE if RANKS & set(metric.split("_")) else TOLERANCE
 
 
 @pytest.fixture
