@@ -1,31 +1,13 @@
 """The documentation says what the code does: every key, type and default, and a plugin that works."""
 
+import importlib.util
 import re
-import typing
 
 import attrs
 import pytest
 import tomli
-from weighted_mtp_core.api import SandboxSettings
 from weighted_mtp_core.plugins import Kind, find, load
 from weighted_mtp_core.recipe import schema
-from weighted_mtp_core.recipe.structure import default_of, plain
-
-TABLES = {
-    "[run]": schema.RunTable,
-    "[model]": schema.ModelTable,
-    "[model.micro]": schema.MicroTable,
-    "[data]": schema.DataTable,
-    "[critic]": schema.CriticTable,
-    "[critic.pairs]": schema.PairsTable,
-    "[weighting]": schema.Selection,
-    "[loss]": schema.LossTable,
-    "[train]": schema.TrainTable,
-    "[checkpoint]": schema.CheckpointTable,
-    "[evaluate]": schema.EvaluateTable,
-    "[sandbox]": SandboxSettings,
-    "[[tracker]]": schema.TrackerTable,
-}
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +20,6 @@ def plugins_md(repository):
     return (repository / "docs" / "plugins.md").read_text()
 
 
-def rows(text, table):
-    """Return {key: (type, default)} of a table of keys."""
-    section = text.split(f"### `{table}`\n")[1].split("\n### ")[0]
-    cells = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in section.splitlines()
-        if line[:3] == "| `"
-    ]
-    return {cell[0].strip("`"): (cell[1], cell[2].strip("`")) for cell in cells}
-
-
 def test_the_tables_of_the_documentation_are_those_of_a_recipe(recipes_md):
     documented = {re.sub(r"[\[\]]", "", each) for each in re.findall(r"### `(\[.*\])`", recipes_md)}
 
@@ -58,21 +29,24 @@ def test_the_tables_of_the_documentation_are_those_of_a_recipe(recipes_md):
     }
 
 
-@pytest.mark.parametrize("table", TABLES)
-def test_every_key_is_documented_with_its_default(recipes_md, table):
-    documented = rows(recipes_md, table)
+@pytest.fixture(scope="module")
+def reference(repository):
+    """scripts/recipe_reference.py, which writes the tables."""
+    spec = importlib.util.spec_from_file_location("reference", repository / "scripts" / "recipe_reference.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-    fields = attrs.fields(attrs.resolve_types(TABLES[table]))
-    assert set(documented) == {field.name for field in fields}
-    for field in fields:
-        kind, default = documented[field.name]
-        value = default_of(field)
-        if kind == "table":
-            continue
-        shown = None if value is attrs.NOTHING or value is None else plain(value)
-        assert (None if default == "-" else tomli.loads(f"x = {default}")["x"]) == shown, field.name
-        if typing.get_origin(field.type) is typing.Literal:
-            assert kind == ", ".join(f'`"{choice}"`' for choice in typing.get_args(field.type))
+
+def test_keys_types_defaults_and_ranges_are_those_of_the_classes(reference, recipes_md):
+    assert reference.generated(recipes_md) == recipes_md, "run: python scripts/recipe_reference.py"
+
+
+def test_a_key_that_nobody_explained_is_an_error(reference, recipes_md):
+    (row,) = re.findall(r"^\| `seed` .*\n", recipes_md, re.MULTILINE)
+
+    with pytest.raises(SystemExit, match="does not say what `seed`"):
+        reference.generated(recipes_md.replace(row, ""))
 
 
 def test_the_smallest_recipe_is_one(recipes_md):

@@ -1,0 +1,100 @@
+"""Write the tables of docs/recipes.md from the classes that recipes are checked against.
+
+    python scripts/recipe_reference.py
+
+Keys, types, defaults and ranges come from the classes, in their order. What a key means is kept from the
+file, so write it there; a key without a meaning is an error, one that is gone disappears.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+from weighted_mtp_core.api import SandboxSettings
+from weighted_mtp_core.recipe import schema
+from weighted_mtp_core.recipe.describe import expected
+from weighted_mtp_core.recipe.structure import default_of, plain
+
+FILE = Path(__file__).parents[1] / "docs" / "recipes.md"
+TABLES: dict[str, type] = {
+    "[run]": schema.RunTable,
+    "[model]": schema.ModelTable,
+    "[model.micro]": schema.MicroTable,
+    "[data]": schema.DataTable,
+    "[critic]": schema.CriticTable,
+    "[critic.pairs]": schema.PairsTable,
+    "[weighting]": schema.Selection,
+    "[loss]": schema.LossTable,
+    "[train]": schema.TrainTable,
+    "[checkpoint]": schema.CheckpointTable,
+    "[evaluate]": schema.EvaluateTable,
+    "[sandbox]": SandboxSettings,
+    "[[tracker]]": schema.TrackerTable,
+}
+HEAD = ("| key | type | default | range | meaning |", "|---|---|---|---|---|")
+
+
+def kind(field: attrs.Attribute[Any]) -> str:
+    """Return a field's type for people."""
+    if typing.get_origin(field.type) is typing.Literal:
+        return ", ".join(f'`"{choice}"`' for choice in typing.get_args(field.type))
+    return expected(field.type)
+
+
+def default(field: attrs.Attribute[Any]) -> str:
+    """Return a field's default as it stands in TOML; a dash where there is none."""
+    value = default_of(field)
+    if value is attrs.NOTHING or value is None:
+        return "-"
+    if attrs.has(type(value)):
+        return ""
+    written = plain(value)
+    if isinstance(written, bool):
+        return f"`{str(written).lower()}`"
+    return f'`"{written}"`' if isinstance(written, str) else f"`{written}`"
+
+
+def bounds(validator: Any) -> Iterator[str]:
+    """Yield the bounds that a field's validators set."""
+    for each in getattr(validator, "_validators", ()):
+        yield from bounds(each)
+    if hasattr(validator, "compare_op"):
+        yield f"{validator.compare_op} {validator.bound}"
+
+
+def generated(text: str) -> str:
+    """Return the file with its tables written anew.
+
+    Raises:
+        SystemExit: A table or the meaning of a key is missing.
+    """
+    for title, table in TABLES.items():
+        before, found, after = text.partition(f"### `{title}`\n")
+        if not found:
+            sys.exit(f"error: {FILE.name} has no section `{title}`")
+        section, end, rest = after.partition("\n### ")
+        first = section.index("| key |")
+        length = len(re.match(r"(\|.*\n?)*", section[first:])[0])  # type: ignore[index]
+        lines = section[first : first + length].splitlines()[2:]
+        cells = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+        meaning = {row[0].strip("`"): row[-1] for row in cells if row[-1]}
+        written = [*HEAD]
+        for field in attrs.fields(attrs.resolve_types(table)):
+            if field.name not in meaning:
+                sys.exit(f"error: {FILE.name} does not say what `{field.name}` of `{title}` means: add a row")
+            limits = ", ".join(f"`{bound}`" for bound in bounds(field.validator))
+            cell = (f"`{field.name}`", kind(field), default(field), limits, meaning[field.name])
+            written.append("| " + " | ".join(cell) + " |")
+        tail = section[first + length :]
+        text = before + found + section[:first] + "\n".join(written) + "\n" + tail + end + rest
+    return text
+
+
+if __name__ == "__main__":
+    FILE.write_text(generated(FILE.read_text(encoding="utf-8")), encoding="utf-8")
