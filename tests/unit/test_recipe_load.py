@@ -90,6 +90,17 @@ def test_presets_of_configs_serve_recipes_elsewhere(write_recipe):
     assert load_recipe(path, preset="quick").recipe.train.steps == 1
 
 
+@pytest.mark.parametrize(("named", "max_tokens"), [("p.data", 9), ("p.other", 512)])
+def test_a_presets_table_for_one_component_is_left_aside_where_another_is_used(
+    write_recipe, named, max_tokens
+):
+    write_recipe(f"[data]\nuse = '{named}'\nmax_tokens = 9", "presets/quick.toml")
+
+    data = load_recipe(write_recipe(SMALLEST), preset="quick").recipe.data
+
+    assert (data.use, data.max_tokens) == ("p.data", max_tokens)
+
+
 def test_a_preset_shortens_the_critics_training_only_where_there_is_a_critic(write_recipe):
     write_recipe("[critic.train]\nsteps = 8", "presets/quick.toml")
     without = write_recipe(SMALLEST, "without.toml")

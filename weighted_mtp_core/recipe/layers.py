@@ -78,6 +78,18 @@ class Document:
         """Put a layer on top."""
         self._merge(self.table, table, places, at=())
 
+    def speaks_of(self, table: Table) -> Table:
+        """Return a layer without its tables that name another component than the one in use."""
+        return {
+            key: value
+            for key, value in table.items()
+            if not (isinstance(value, dict) and "use" in value and self._used(key) != value["use"])
+        }
+
+    def _used(self, key: str) -> Any:
+        table = self.table.get(key)
+        return table.get("use") if isinstance(table, dict) else None
+
     def drop_unnamed(self, key: str) -> None:
         """Drop a table that names no component: a preset changes the parts a recipe has, it adds none."""
         table = self.table.get(key)
@@ -145,7 +157,7 @@ def read_document(
     _add_file(document, path, reached_from=())
     if preset is not None:
         has_critic = "critic" in document.table
-        _add_file(document, _find_preset(preset, beside=path), reached_from=())
+        _add_file(document, _find_preset(preset, beside=path), reached_from=(), is_preset=True)
         if not has_critic:
             document.drop_unnamed("critic")
     parsed = [_parse_override(text) for text in overrides]
@@ -157,7 +169,9 @@ def read_document(
     return document
 
 
-def _add_file(document: Document, path: Path, *, reached_from: tuple[Path, ...]) -> None:
+def _add_file(
+    document: Document, path: Path, *, reached_from: tuple[Path, ...], is_preset: bool = False
+) -> None:
     if path.resolve() in [each.resolve() for each in reached_from]:
         chain = " -> ".join(f"`{each}`" for each in (*reached_from, path))
         raise WmtpError(f"recipes extend each other in a circle: {chain}")
@@ -174,7 +188,9 @@ def _add_file(document: Document, path: Path, *, reached_from: tuple[Path, ...])
     for name in base_names:
         # normpath folds `a/../b`: messages show the path that a person would write
         _add_file(document, Path(os.path.normpath(path.parent / name)), reached_from=(*reached_from, path))
-    document.add(table, {keys: place for keys, place in places.items() if keys[0] != "extends"})
+    if is_preset:
+        table = document.speaks_of(table)
+    document.add(table, {keys: place for keys, place in places.items() if keys[0] in table})
     document.files.append(str(path))
 
 
