@@ -16,12 +16,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import orjson
 from attrs import define, field, frozen
 
 from weighted_mtp_core.errors import RunFailedError
 
 _TIME = b',"time":'
-_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 @frozen(kw_only=True)
@@ -53,7 +53,7 @@ class Damage:
 
 def encode(kind: str, fields: Mapping[str, Any], *, time_ms: int) -> bytes:
     """Return one line; values must be finite (see `plain_number`)."""
-    body = _ENCODER.encode({"kind": kind, **fields}).encode()
+    body = orjson.dumps({"kind": kind, **fields})
     seconds, milliseconds = divmod(time_ms, 1000)
     return b'%s,"time":%d.%03d,"crc":"%08x"}\n' % (body[:-1], seconds, milliseconds, zlib.crc32(body))
 
