@@ -113,7 +113,7 @@ class Stack:
         self.state.chmod(0o755)
         (self.state / "log").mkdir()
         self.user, self.password, self.access_key, self.secret_key, self.database_password = (
-            secrets.token_urlsafe(18) for _ in range(5)
+            secrets.token_hex(18) for _ in range(5)
         )
         self.ports = {name: free_port() for name in ("nginx", "postgres", "s3", "master", "volume", "filer")}
         self.root = os.getuid() == 0
@@ -168,8 +168,9 @@ class Stack:
         for name, value in self.environment.items():
             patch.setenv(name, value)
 
-    def s3_client(self):
+    def s3_client(self, **config: object):
         import boto3
+        from botocore.config import Config
 
         return boto3.client(
             "s3",
@@ -177,6 +178,7 @@ class Stack:
             aws_access_key_id=self.access_key,
             aws_secret_access_key=self.secret_key,
             region_name="us-east-1",
+            config=Config(**config),
         )
 
     # ------------------------------------------------------------------- up, down, faults
@@ -188,7 +190,6 @@ class Stack:
         self._create_database()
         self.mlflow.launch()
         self.s3.wait()
-        self._create_bucket()
         self.mlflow.wait()
         self.nginx.start()
 
@@ -327,25 +328,28 @@ class Stack:
         return Server(
             "SeaweedFS",
             command,
-            lambda: _answers(f"{self.s3_endpoint}/healthz"),
+            self._s3_works,
             self.state / "log" / "weed.log",
         )
 
-    def _create_bucket(self) -> None:
+    def _s3_works(self) -> bool:
+        """`/healthz` says OK before the volumes are there; an object that can be read back does not."""
         import botocore.exceptions
 
-        client, end = self.s3_client(), time.monotonic() + 60
-        while True:
-            try:
-                client.create_bucket(Bucket=BUCKET)
-                client.put_object(Bucket=BUCKET, Key="probe", Body=b"1")
-                client.delete_object(Bucket=BUCKET, Key="probe")
-            except (botocore.exceptions.ClientError, botocore.exceptions.EndpointConnectionError):
-                if time.monotonic() > end:
-                    raise
-                time.sleep(0.5)
-            else:
-                return
+        if not _answers(f"{self.s3_endpoint}/healthz"):
+            return False
+        client = self.s3_client(retries={"total_max_attempts": 1})
+        try:
+            client.create_bucket(Bucket=BUCKET)
+        except client.exceptions.BucketAlreadyOwnedByYou:
+            pass
+        except (botocore.exceptions.ClientError, botocore.exceptions.HTTPClientError):
+            return False
+        try:
+            client.put_object(Bucket=BUCKET, Key="probe", Body=b"1")
+            return client.get_object(Bucket=BUCKET, Key="probe")["Body"].read() == b"1"
+        except (botocore.exceptions.ClientError, botocore.exceptions.HTTPClientError):
+            return False
 
     def _mlflow(self) -> Server:
         self.socket.parent.mkdir(mode=0o750)  # the socket itself is open to all, so its folder is not

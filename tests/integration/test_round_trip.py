@@ -68,11 +68,12 @@ def test_awkward_params_start_a_run_in_under_five_seconds(open_recorder, stored)
 TWENTY = """
     import multiprocessing, os, sys
     from pathlib import Path
-    from weighted_mtp_core.api import BuildContext, MetricPoint, RunInfo, RunOutcome
+    from weighted_mtp_core.api import BuildContext, DatasetVersion, MetricPoint, RunInfo, RunOutcome
     from weighted_mtp_core.builtin import _mlflow_tracker
     from weighted_mtp_core.builtin.mlflow import MlflowOptions, build_mlflow
 
     uri, folder = sys.argv[1:]
+    data = DatasetVersion(name="data", version="1", sha256="f" * 64)
     # imports and mappings, once instead of twenty times on two cores
     _mlflow_tracker.MlflowClient(f"sqlite:///{folder}/warm.db").search_experiments()
 
@@ -81,7 +82,7 @@ TWENTY = """
         tracker = build_mlflow(MlflowOptions(tracking_uri=uri), context)
         tracker.start(RunInfo(
             run_id=f"{os.getpid()}-{number}", name="r", experiment="twenty/at_once",
-            params={"number": str(number)}, tags={}, datasets=(), folder=Path(folder),
+            params={"number": str(number)}, tags={}, datasets=(data,), folder=Path(folder),
         ))
         tracker.log_metrics([MetricPoint(name="loss", value=1.0, step=1, time_ms=1)])
         tracker.finish(RunOutcome.FINISHED)
@@ -96,7 +97,7 @@ TWENTY = """
 
 
 @pytest.mark.parametrize("store", ["server", "sqlite"])
-def test_twenty_processes_start_in_a_new_experiment_at_once(stack, tmp_path, store):
+def test_twenty_processes_start_in_a_new_experiment_with_the_same_data_at_once(stack, tmp_path, store):
     uri = stack.uri if store == "server" else f"sqlite:///{tmp_path}/fresh.db"
 
     failed = subprocess.run(
@@ -111,3 +112,4 @@ def test_twenty_processes_start_in_a_new_experiment_at_once(stack, tmp_path, sto
     assert failed.returncode == 0, failed.stderr[-3000:]
     assert len(experiments) == 1
     assert [run.info.status for run in runs] == ["FINISHED"] * 20
+    assert [[used.dataset.digest for used in run.inputs.dataset_inputs] for run in runs] == [["f" * 36]] * 20

@@ -20,9 +20,15 @@ RUN = """
     from weighted_mtp_core.api import BuildContext, RunInfo
     from weighted_mtp_core.builtin.mlflow import MlflowOptions, build_mlflow
     from weighted_mtp_core.tracking.display import Display
+    from weighted_mtp_core.tracking.outbox import count_pending
     from weighted_mtp_core.tracking.recorder import Recorder
     from weighted_mtp_core.tracking.redact import redact_log_records
     from weighted_mtp_core.tracking.run_folder import RunFolder
+
+    def wait_until(condition):
+        end = time.monotonic() + 60
+        while not condition() and time.monotonic() < end:
+            time.sleep(0.1)
 
     redact_log_records()
     options = MlflowOptions(artifact_root="s3://wmtp/secrets", experiment_prefix="secrets")
@@ -41,11 +47,11 @@ RUN = """
             record.metrics("policy", 1, {"loss": 1.0})
             (folder.checkpoints / "best_model.pt").write_bytes(b"x" * 9_000_000)
             record.artifact(folder.checkpoints / "best_model.pt", "checkpoints")
-            time.sleep(2)
+            wait_until(lambda: not count_pending(folder.journal, folder.delivery("0-core.mlflow")))
             print("S3, please go", flush=True)
             sys.stdin.readline()
             record.artifact(folder.checkpoints / "best_model.pt", "again")
-            time.sleep(2)
+            wait_until(lambda: "cannot store" in folder.log.read_text())
             raise RuntimeError(
                 f"failed at https://{os.environ['MLFLOW_TRACKING_USERNAME']}:"
                 f"{os.environ['MLFLOW_TRACKING_PASSWORD']}@host with {os.environ['AWS_SECRET_ACCESS_KEY']}"

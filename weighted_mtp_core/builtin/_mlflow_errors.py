@@ -19,6 +19,9 @@ _STATUS = re.compile(
     r"error code (\d{3}) != |\b(\d{3}) (?:Client|Server) Error|too many (\d{3}) error responses"
 )
 _MALFORMED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
+# MLflow's server calls these bad requests too, though the next try finds the row that another client wrote,
+# or a free connection
+_CROWDED = re.compile(r"UniqueViolation|UNIQUE constraint failed|Duplicate entry|QueuePool limit")
 _LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 
 
@@ -62,6 +65,8 @@ def diagnose(error: BaseException, uri: str, *, what: str = "") -> Diagnosis:
 
 def _diagnose(error: BaseException) -> Diagnosis:
     text = " ".join(f"{type(each).__name__} {each}" for each in causes(error))
+    if is_crowded(error):
+        return Diagnosis(text="{server} is used by too many at once")
     if getattr(error, "error_code", "") in _MALFORMED and "'active' state" not in text:
         return Diagnosis(text=f"{{server}} refuses it: {_first_line(error)}", hopeless=True)
     status = http_status(error)
@@ -164,6 +169,11 @@ def _diagnose_status(status: int, text: str) -> Diagnosis:
     if status in _STATUSES and not (status == 404 and "RESOURCE_DOES_NOT_EXIST" in text):
         return _STATUSES[status]
     return Diagnosis(text=f"{{server}} failed ({status})")
+
+
+def is_crowded(error: BaseException) -> bool:
+    """Tell whether another client was in the way: it wrote the same row, or held the last connection."""
+    return any(_CROWDED.search(str(each)) for each in causes(error))
 
 
 def http_status(error: BaseException) -> int | None:

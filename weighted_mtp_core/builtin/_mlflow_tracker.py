@@ -34,7 +34,7 @@ from mlflow.exceptions import MlflowException
 from weighted_mtp_core.api import DatasetVersion, MetricPoint, RunInfo, RunOutcome, Tracker
 from weighted_mtp_core.builtin import _mlflow_limits as limits
 from weighted_mtp_core.builtin._mlflow_artifacts import check_store, drop_local_checkpoint, store
-from weighted_mtp_core.builtin._mlflow_errors import NotDeliveredError, diagnose
+from weighted_mtp_core.builtin._mlflow_errors import NotDeliveredError, diagnose, is_crowded
 from weighted_mtp_core.builtin.mlflow import local_path
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.tracking.names import check_path_name
@@ -234,8 +234,18 @@ class MlflowTracker(Tracker):
         for batch in limits.batches(missing):
             client.log_batch(self._run_id, params=[Param(key, value) for key, value in batch.items()])
         if run.datasets:
-            client.log_inputs(self._run_id, datasets=[_dataset_input(version) for version in run.datasets])
+            self._describe_data(run.datasets)
         self._send_tags(run.tags)
+
+    def _describe_data(self, versions: Sequence[DatasetVersion]) -> None:
+        """Name the run's data; runs that start together on new data may all try to write its one row."""
+        datasets = [_dataset_input(version) for version in versions]
+        try:
+            self._open.log_inputs(self._run_id, datasets=datasets)
+        except MlflowException as error:
+            if not is_crowded(error):
+                raise
+            self._open.log_inputs(self._run_id, datasets=datasets)
 
     def _known_steps(self) -> dict[str, int]:
         """Return the highest step of every metric in the store."""
