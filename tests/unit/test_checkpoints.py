@@ -24,6 +24,7 @@ from weighted_mtp_core.stages.snapshot import (
     optimiser_state,
     random_state,
     restore_random_state,
+    split_state,
 )
 from weighted_mtp_core.storage.manifest import atomic_write, write_manifest
 
@@ -232,6 +233,19 @@ def test_saving_returns_before_the_checkpoint_is_on_disk(open_checkpoints, tmp_p
 
 class Free:
     free = 1 << 40
+
+
+def test_copies_go_where_the_last_ones_were_unless_they_grew():
+    state = {"weight": torch.arange(4.0), "bias": torch.zeros(2), "count": 1}
+    first, _ = split_state(state, "learner", over={})
+    state = {"weight": torch.arange(4.0).flip(0), "bias": torch.ones(3), "count": 2}
+
+    second, values = split_state(state, "learner", over=first)
+
+    assert second["learner.weight"].data_ptr() == first["learner.weight"].data_ptr()
+    assert second["learner.weight"].tolist() == [3, 2, 1, 0]
+    assert second["learner.bias"].tolist() == [1, 1, 1]
+    assert values == {"count": 2}
 
 
 def test_shared_parameters_are_kept_once_and_restored_everywhere():

@@ -199,6 +199,7 @@ class _Training:
     trained: Trained = field(init=False)
     clock: float = field(init=False, factory=time.perf_counter)
     tokens: int = field(init=False, default=0)
+    copies: dict[str, Tensor] = field(init=False, factory=dict)
 
     @classmethod
     def begin(
@@ -261,14 +262,17 @@ class _Training:
 
     def snapshot(self, step: int) -> None:
         """Copy everything that the next step depends on; it is written while training goes on."""
-        learner, learner_values = split_state(self.learner.state_dict(), "learner")
-        optimiser, _ = split_state(optimiser_state(self.optimiser, self.parameters), "optimiser")
+        self.checkpoints.wait()  # what it writes is overwritten now
+        learner, learner_values = split_state(self.learner.state_dict(), "learner", over=self.copies)
+        moments = optimiser_state(self.optimiser, self.parameters)
+        optimiser, _ = split_state(moments, "optimiser", over=self.copies)
+        self.copies = {**learner, **optimiser}
         random, random_values = random_state()
         self.checkpoints.save(
             Snapshot(
                 stage=self.learner.stage,
                 step=step,
-                tensors={**learner, **optimiser, **random},
+                tensors={**self.copies, **random},
                 values={
                     "learner": learner_values,
                     "rng": random_values,

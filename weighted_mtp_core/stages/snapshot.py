@@ -161,11 +161,18 @@ def below(state: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
     return _Below(state, f"{prefix}.")
 
 
-def split_state(state: Mapping[str, Any], prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return copies of a state's tensors under dotted names, sharded as they are, and its plain values."""
-    tensors = {
-        f"{prefix}.{name}": on_host(value) for name, value in state.items() if isinstance(value, Tensor)
-    }
+def split_state(
+    state: Mapping[str, Any], prefix: str, *, over: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return copies of a state's tensors under dotted names, sharded as they are, and its plain values.
+
+    Args:
+        state: The state.
+        prefix: Of the names.
+        over: Earlier copies by their dotted names; those that fit are overwritten.
+    """
+    found = {f"{prefix}.{name}": value for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = {name: on_host(value, over.get(name)) for name, value in found.items()}
     return tensors, {name: value for name, value in state.items() if not isinstance(value, Tensor)}
 
 

@@ -201,11 +201,20 @@ def full(tensor: Tensor) -> Tensor:
     return whole
 
 
-def on_host(tensor: Tensor) -> Tensor:
-    """Return a copy in main memory; of a sharded tensor, this process's part stays a part."""
+def on_host(tensor: Tensor, into: Tensor | None = None) -> Tensor:
+    """Return a copy in main memory; of a sharded tensor, this process's part stays a part.
+
+    Args:
+        tensor: What to copy.
+        into: An earlier copy that is not needed any more: it is overwritten and returned, if it fits.
+            Fresh memory costs the system several times what the copy costs.
+    """
+    if into is not None and (into.shape, into.dtype) == (tensor.shape, tensor.dtype):
+        _local(into).copy_(_local(tensor))
+        return into
+    part = _local(tensor).to("cpu", copy=True).contiguous()
     if not isinstance(tensor, DTensor):
-        return tensor.detach().to("cpu", copy=True).contiguous()
-    part = tensor.to_local().detach().to("cpu", copy=True)
+        return part
     copied: Tensor = DTensor.from_local(
         part,
         _host_mesh(tensor.device_mesh.size()),
@@ -215,6 +224,12 @@ def on_host(tensor: Tensor) -> Tensor:
         stride=tensor.stride(),
     )
     return copied
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor, without its history."""
+    held: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return held.detach()
 
 
 @cache
