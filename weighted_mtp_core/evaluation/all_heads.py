@@ -1,8 +1,8 @@
 """The states of all heads for one block of tokens, with the work that they share done once.
 
 Heads are bodies of one layer. What a body does before its layer, masks and rotary angles, depends on places
-only, and for a few tokens it takes about as long as the layer itself. So head 1 runs as it is, and what its
-layer was called with is handed to the layers of the others.
+only, and for a few tokens it takes about as long as the layer itself. So the trunk runs as it is, and what
+its last layer was called with is handed to the layers of the heads.
 
 Shape letters: R rows, T tokens of a block, S slots of the caches, H hidden.
 """
@@ -10,50 +10,79 @@ Shape letters: R rows, T tokens of a block, S slots of the caches, H hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+from attrs import frozen
 from torch import Tensor, nn
 
 from weighted_mtp_core.model.policy import Policy, PolicyCache
 
 
-def first_head_states(
-    policy: Policy, hidden_RTH: Tensor, *, position_RT: Tensor, cache: PolicyCache, seen_RS: Tensor
-) -> tuple[Tensor, Callable[[], list[Tensor]]]:
-    """Return what head 1 hands to the unembedding, `[R, T, H]`, and what gives that of the others.
+def head_states_of(
+    policy: Policy, ids_RT: Tensor, *, position_RT: Tensor, cache: PolicyCache, seen_RS: Tensor
+) -> list[Callable[[], Tensor]]:
+    """Run the trunk over a block; return what gives each head's states for the unembedding, `[R, T, H]`.
 
-    The others are to be asked once, before the caches change; what they say is that of `Policy.head_states`.
+    Each is to be asked once, and before the caches change: every head reads the whole block, so that its
+    cache has no gaps. What they say is that of `Policy.head_states`.
     """
-    if policy.head_kind == "linear":
-        return hidden_RTH, lambda: [policy.head_states(k, hidden_RTH) for k in range(2, policy.n_future + 1)]
-    called: list[tuple[tuple[Any, ...], Mapping[str, Any]]] = []
+    shared = _shared_layer(policy)
+    called: list[_Call] = []
 
     def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        called.append((args, kwargs))
+        called.append(_Call(args=args, kwargs=kwargs))
 
-    layers = [_layer_of(head) for head in policy.heads]
-    hook = layers[0].register_forward_pre_hook(remember, with_kwargs=True)
+    hook = None if shared is None else shared.register_forward_pre_hook(remember, with_kwargs=True)
     try:
-        first = policy.head_states(
-            1, hidden_RTH, position_BT=position_RT, cache=cache.heads[0], seen_BS=seen_RS
-        )
+        hidden_RTH = policy.trunk_states(ids_RT, position_BT=position_RT, cache=cache.trunk, seen_BS=seen_RS)
     finally:
-        hook.remove()
-    ((args, kwargs),) = called
+        if hook is not None:
+            hook.remove()
 
-    def others() -> list[Tensor]:
-        states = []
-        for layer, own in zip(layers[1:], cache.heads[1:], strict=True):
-            mine = [own if value is cache.heads[0] else value for value in args]
-            named = {name: own if value is cache.heads[0] else value for name, value in kwargs.items()}
-            found = layer(*mine, **named)
-            states.append(policy.norm(found[0] if isinstance(found, tuple) else found))
+    def states(k: int) -> Tensor:
+        own = cache.heads[k - 1] if cache.heads else None
+        if not called:
+            return policy.head_states(k, hidden_RTH, position_BT=position_RT, cache=own, seen_BS=seen_RS)
+        (layer,) = _layers(policy.heads[k - 1])
+        found = called[0].again(layer, hidden_RTH, instead_of=cache.trunk, cache=own)
+        normed: Tensor = policy.norm(found)
+        return normed
+
+    return [partial(states, k) for k in range(1, policy.n_future + 1)]
+
+
+@frozen(kw_only=True, eq=False)
+class _Call:
+    """What a layer was called with; the states come first."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def again(self, layer: nn.Module, hidden: Tensor, *, instead_of: Any, cache: Any) -> Tensor:
+        """Call another layer like this, with other states and another cache."""
+        rest = [cache if value is instead_of else value for value in self.args[1:]]
+        named = {name: cache if value is instead_of else value for name, value in self.kwargs.items()}
+        found = layer(hidden, *rest, **named)
+        states: Tensor = found[0] if isinstance(found, tuple) else found
         return states
 
-    return first, others
+
+def _shared_layer(policy: Policy) -> nn.Module | None:
+    """Return a layer of the trunk that looks at what the heads' layers look at, all of it or a window."""
+    if policy.head_kind == "linear":
+        return None
+    layers = _layers(policy.trunk)
+    trunk: Any = policy.trunk
+    head: Any = policy.heads[0]
+    kinds = getattr(trunk.config, "layer_types", None)
+    if kinds is None:
+        return layers[-1]
+    (kind,) = head.config.layer_types
+    alike = [layer for layer, own in zip(layers, kinds, strict=True) if own == kind]
+    return alike[-1] if alike else None
 
 
-def _layer_of(head: nn.Module) -> nn.Module:
-    (layers,) = (child for child in head.children() if isinstance(child, nn.ModuleList))
-    (layer,) = layers
-    return layer
+def _layers(body: nn.Module) -> nn.ModuleList:
+    (layers,) = (child for child in body.children() if isinstance(child, nn.ModuleList))
+    return layers

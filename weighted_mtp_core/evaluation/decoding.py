@@ -15,7 +15,7 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
-from weighted_mtp_core.evaluation.all_heads import first_head_states
+from weighted_mtp_core.evaluation.all_heads import head_states_of
 from weighted_mtp_core.evaluation.sampling import accept, accept_greedy, draw, probabilities
 from weighted_mtp_core.model.policy import Policy, PolicyCache
 
@@ -90,23 +90,12 @@ class Decoder:
         self._draft_RDV = None if self._draft_RDV is None else self._draft_RDV[index]
         self.generators = [self.generators[row] for row in rows]
 
-    def _states(self, ids_RT: Tensor, position_RT: Tensor) -> tuple[Tensor, Callable[[], list[Tensor]]]:
-        """Return what head 1 hands to the unembedding, `[R, T, H]`, and what gives that of drafting heads.
-
-        Every head reads the whole block, so that its cache has no gaps.
-        """
-        hidden_RTH = self.policy.trunk_states(
-            ids_RT, position_BT=position_RT, cache=self._cache.trunk, seen_BS=self._seen_RS
+    def _states(self, ids_RT: Tensor, position_RT: Tensor) -> tuple[Tensor, list[Callable[[], Tensor]]]:
+        """Return what head 1 hands to the unembedding, `[R, T, H]`, and what gives that of drafting heads."""
+        first, *others = head_states_of(
+            self.policy, ids_RT, position_RT=position_RT, cache=self._cache, seen_RS=self._seen_RS
         )
-        if self.drafts:
-            return first_head_states(
-                self.policy, hidden_RTH, position_RT=position_RT, cache=self._cache, seen_RS=self._seen_RS
-            )
-        own = self._cache.heads[0] if self._cache.heads else None
-        state_RTH = self.policy.head_states(
-            1, hidden_RTH, position_BT=position_RT, cache=own, seen_BS=self._seen_RS
-        )
-        return state_RTH, list
+        return first(), others[: self.drafts]
 
     def _verify(self, state_RTH: Tensor, uniform_RT: Tensor) -> tuple[Tensor, Tensor]:
         """Return how many drafts of each row head 1 keeps, and the token that it puts after them."""
@@ -152,7 +141,7 @@ class Decoder:
         return torch.stack(drawn).to(device)
 
 
-def _at(place_R: Tensor, others: Callable[[], list[Tensor]]) -> Tensor:
+def _at(place_R: Tensor, others: Sequence[Callable[[], Tensor]]) -> Tensor:
     """Return what the drafting heads hand to the unembedding at one place of each row, `[R, D, H]`."""
     row_R = torch.arange(len(place_R), device=place_R.device)
-    return torch.stack([state_RTH[row_R, place_R] for state_RTH in others()], dim=1)
+    return torch.stack([states()[row_R, place_R] for states in others], dim=1)
