@@ -68,7 +68,7 @@ def test_s3_killed_during_an_upload_and_back_after_20_seconds_or_gone_while_the_
         for record in (proxied, straight):
             wait_until(partial(has_every_file, record), seconds=60, said=shown(record))
 
-    assert loop.slowest < 0.25
+    assert loop.slowest < 1  # a step that waited for a server would have waited for its timeout
     assert_whole(plain, "did not answer in time")
     for record in (proxied, straight):
         run = Stored(record.folder.path)

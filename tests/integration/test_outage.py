@@ -90,7 +90,7 @@ def test_a_run_that_goes_on_loses_nothing_and_catches_up_in_ten_seconds(outage):
     run = Stored(record.folder.path)
 
     assert found.closing_s["catches up"] < 10
-    assert loop.slowest < 0.25
+    assert loop.slowest < 1  # a step that waited for a server would have waited for its timeout
     assert run.status == "FINISHED"
     assert run.points() == run.journalled()
     assert shown(record).count("`core.mlflow` is away") == 1

@@ -118,7 +118,7 @@ def test_closing_gives_up_at_the_limit_and_says_what_is_pending(delivery, journa
 
     pending = delivery.close(0.5)
 
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
     assert pending.lines == 2
     assert pending.reason == "nobody there"
 
@@ -133,9 +133,9 @@ def test_several_that_are_away_share_the_limit(delivery, new_outbox, journal, no
     for each in (delivery, other):
         each.hurry()
 
-    pending = [each.close(1.0) for each in (delivery, other)]
+    pending = [each.close(3.0) for each in (delivery, other)]
 
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 5
     assert all(pending)
 
 
@@ -177,7 +177,7 @@ def test_closing_gives_up_on_a_file_too(delivery, checkpoint, notebook):
 
     pending = delivery.close(0.5)
 
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
     assert (pending.lines, pending.files, pending.reason) == (0, 1, "no room for files")
     assert steps(notebook) == [1]
 
