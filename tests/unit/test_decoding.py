@@ -21,9 +21,19 @@ from weighted_mtp_core.model.policy import make_policy
 
 V, K = 40, 4
 SMALL = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+
+
+def windowed(window):
+    """A model with one layer that looks at everything and two that look at a window."""
+    layers = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1}
+    return Qwen2ForCausalLM(Qwen2Config(**SMALL, intermediate_size=32, num_key_value_heads=1, **layers))
+
+
 BASES = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=32, num_key_value_heads=1)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL, intermediate_size=32, num_key_value_heads=1)),
+    "qwen2, narrow windows": lambda: windowed(5),
+    "qwen2, wide windows": lambda: windowed(100),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=16, n_layer=3, n_head=2)),
 }
 POLICIES = [(name, head) for name in BASES for head in ("transformer", "linear")]
@@ -93,6 +103,15 @@ def test_a_text_ends_where_the_models_positions_end(decoding):
         for prompt, length in zip(PROMPTS, lengths, strict=True)
     ]
     assert not any(written.finished)
+
+
+@pytest.mark.parametrize(("name", "drafts"), [("qwen2, narrow windows", 0), ("qwen2, wide windows", K - 1)])
+def test_nothing_is_drafted_where_refused_drafts_would_fill_a_window(name, drafts):
+    _, policy = models(name, "transformer")
+
+    written = generate(policy, PROMPTS, max_new_tokens=11, eos_id=EOS, decoding="self_speculative")
+
+    assert len(written.accepted) == drafts
 
 
 def test_a_prompt_that_leaves_no_position_is_an_error():

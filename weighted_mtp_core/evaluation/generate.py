@@ -7,6 +7,7 @@ parallel decoding, Stern et al. 2018; Gloeckle et al. 2024, section 3.2).
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -109,7 +110,8 @@ def generate(
         temperature: 0 is greedy.
         seed: With a prompt's stream it decides its samples, whatever else is in the batch.
         streams: A name for each prompt's random stream; its number by default.
-        decoding: Plain, or drafted by heads 2..K.
+        decoding: Plain, or drafted by heads 2..K. Texts that may leave a model's attention window are decoded
+            plainly: refused drafts would take places in it.
         batch_size: Prompts decoded together, longest with longest.
         on_done: Told how many prompts are done.
 
@@ -120,7 +122,7 @@ def generate(
     was_training = policy.training
     policy.eval()
     names = list(streams) if streams is not None else [str(i) for i in range(len(prompts))]
-    drafts = policy.n_future - 1 if decoding == "self_speculative" else 0
+    drafts = _drafts(policy, decoding, longest=max(map(len, prompts), default=0), new=max_new_tokens)
     room = _room(policy)
     rows = [_Row(index=i, limit=_limit(len(ids), max_new_tokens, room=room)) for i, ids in enumerate(prompts)]
     tally = _Tally(accepted=[0] * drafts)
@@ -157,6 +159,18 @@ def generate(
         accepted=tuple(tally.accepted),
         seconds=time.perf_counter() - began,
     )
+
+
+def _drafts(policy: Policy, decoding: Decoding, *, longest: int, new: int) -> int:
+    """Return how many tokens heads 2, 3, ... draft for each step."""
+    window: int | None = getattr(policy.config, "sliding_window", None)
+    if decoding == "plain":
+        return 0
+    if window is not None and longest + new * policy.n_future > window:
+        log = logging.getLogger(__name__)
+        log.warning("decoding is not self-speculative: the model looks at a window of %d tokens", window)
+        return 0
+    return policy.n_future - 1
 
 
 def _room(policy: Policy) -> int | None:
