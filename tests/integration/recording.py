@@ -53,11 +53,20 @@ def shown(record: Recorder) -> str:
 
 
 def wait_until(condition: Callable[[], bool], *, seconds: float = 30.0, said: str = "") -> None:
-    """Wait for what should happen soon."""
+    """Wait for what should happen soon; a server that is being broken or comes back may fail to answer."""
     end = time.monotonic() + seconds
-    while not condition():
+    while not _holds(condition):
         assert time.monotonic() < end, f"it did not happen in time {said}"
         time.sleep(0.05)
+
+
+def _holds(condition: Callable[[], bool]) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return condition()
+    except MlflowException:
+        return False
 
 
 def wait_for_words(record: Recorder, words: str, *, seconds: float = 30.0) -> None:

@@ -365,7 +365,7 @@ class Stack:
             *("--backend-store-uri", self.database_uri),
             *("--serve-artifacts", "--artifacts-destination", f"s3://{BUCKET}/mlflow-artifacts"),
             *("--allowed-hosts", f"{host},127.0.0.1"),
-            *("--uvicorn-opts", f"--uds {self.socket}"),
+            *("--uvicorn-opts", f"--uds {self.socket} --timeout-keep-alive 75"),
         ]
         environment = {
             "PGPASSFILE": str(pgpass),
