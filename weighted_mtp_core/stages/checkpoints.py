@@ -20,7 +20,7 @@ from weighted_mtp_core.errors import RunFailedError, WmtpError
 from weighted_mtp_core.recipe.schema import CheckpointTable
 from weighted_mtp_core.stages.snapshot import Snapshot
 from weighted_mtp_core.stages.world import ALONE, World
-from weighted_mtp_core.storage.manifest import atomic_folder
+from weighted_mtp_core.storage.manifest import atomic_folder, files_of
 
 STAGES = ("critic", "policy")
 _NAME = re.compile(r"(critic|policy)-(\d{8})")
@@ -110,6 +110,7 @@ class Checkpoints:
         try:
             with atomic_folder(path) as temporary:
                 snapshot.write(temporary, self.world)
+            _forget(path)
         except (OSError, SafetensorError) as error:
             raise self._failure(path, needed, str(error)) from error
         self._retire()
@@ -131,6 +132,14 @@ class Checkpoints:
                 continue
             with suppress(FileNotFoundError):
                 shutil.rmtree(path)
+
+
+def _forget(path: Path) -> None:
+    """Drop the copies of files that the system keeps in memory: the next ones would need fresh memory."""
+    if sys.platform == "linux":
+        for file in files_of(path):
+            with file.open("rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _step_back() -> None:
