@@ -16,7 +16,7 @@ from typing import Any
 from attrs import frozen
 from torch import Tensor, nn
 
-from weighted_mtp_core.model.policy import Policy, PolicyCache
+from weighted_mtp_core.model.policy import Policy, PolicyCache, layers_of
 
 
 def head_states_of(
@@ -44,7 +44,7 @@ def head_states_of(
         own = cache.heads[k - 1] if cache.heads else None
         if not called:
             return policy.head_states(k, hidden_RTH, position_BT=position_RT, cache=own, seen_BS=seen_RS)
-        (layer,) = _layers(policy.heads[k - 1])
+        (layer,) = layers_of(policy.heads[k - 1])
         found = called[0].again(layer, hidden_RTH, instead_of=cache.trunk, cache=own)
         normed: Tensor = policy.norm(found)
         return normed
@@ -72,7 +72,7 @@ def _shared_layer(policy: Policy) -> nn.Module | None:
     """Return a layer of the trunk that looks at what the heads' layers look at, all of it or a window."""
     if policy.head_kind == "linear":
         return None
-    layers = _layers(policy.trunk)
+    layers = layers_of(policy.trunk)
     trunk: Any = policy.trunk
     head: Any = policy.heads[0]
     kinds = getattr(trunk.config, "layer_types", None)
@@ -81,8 +81,3 @@ def _shared_layer(policy: Policy) -> nn.Module | None:
     (kind,) = head.config.layer_types
     alike = [layer for layer, own in zip(layers, kinds, strict=True) if own == kind]
     return alike[-1] if alike else None
-
-
-def _layers(body: nn.Module) -> nn.ModuleList:
-    (layers,) = (child for child in body.children() if isinstance(child, nn.ModuleList))
-    return layers

@@ -24,7 +24,10 @@ from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.targets import source_index, target_mask
 
 CHUNK = 256
-"""Pairs whose logits exist at one time: 256 x 49152 in fp32 are 48 MiB."""
+"""The most pairs whose logits exist at one time: 256 x 49152 in fp32 are 48 MiB."""
+
+_ROOM = 48 << 20  # bytes that logits and the states' gradients share, where CHUNK rows do not need more
+_FEWEST = 64  # rows, below which the products are slower than the memory saved is worth
 
 
 @frozen(kw_only=True, eq=False)
@@ -97,20 +100,23 @@ def weighted_mtp_loss(
     target_BTK = target_mask(labels_BTK)
     scale_K = head_share_K / normaliser_K
     source_BTH = hidden_BTH.detach().requires_grad_(hidden_BTH.requires_grad)
-    unembedding = _Unembedding.of(policy, hidden_BTH)
+    # Of the states' gradient there are two at one time: a head's, and the sum over heads.
+    unembedding = _Unembedding.of(policy, hidden_BTH, beside=2 * hidden_BTH.nbytes)
     losses, ce_sums = [], []
     for k in range(1, policy.n_future + 1):
         label_BT = labels_BTK[:, :, k - 1]
         scale_BT = scale_K[k - 1].expand(label_BT.shape)
-        loss, ce_sum = _learn_head(
-            policy.head_states(
-                k, source_BTH.detach() if detach_trunk and k > 1 else source_BTH, position_BT=position_BT
-            ),
-            unembedding,
-            index_N=source_index(label_BT, k=k, reach_BT=reach_BT),
-            label_BT=label_BT,
-            scale_BT=scale_BT if weight_BTK is None else weight_BTK[:, :, k - 1].float() * scale_BT,
-        )
+        index_N = source_index(label_BT, k=k, reach_BT=reach_BT)
+        with policy.asked_of_head(k, index_N):
+            loss, ce_sum = _learn_head(
+                policy.head_states(
+                    k, source_BTH.detach() if detach_trunk and k > 1 else source_BTH, position_BT=position_BT
+                ),
+                unembedding,
+                index_N=index_N,
+                label_BT=label_BT,
+                scale_BT=scale_BT if weight_BTK is None else weight_BTK[:, :, k - 1].float() * scale_BT,
+            )
         losses.append(loss)
         ce_sums.append(ce_sum)
     if source_BTH.grad is not None:
@@ -127,12 +133,11 @@ def _learn_head(
 ) -> tuple[Tensor, Tensor]:
     """Take a head's states back to what they came from; return its loss and its sum of cross-entropies."""
     scale_N = _at(scale_BT, index_N)
-    ce_N, gradient_NH = unembedding.learn(
-        _at(state_BTH.detach(), index_N), _at(label_BT, index_N), scale_N=scale_N
+    gradient_BTH = torch.zeros_like(state_BTH, memory_format=torch.contiguous_format)
+    ce_N = unembedding.learn(
+        state_BTH.detach(), index_N, _at(label_BT, index_N), scale_N=scale_N, gradient_BTH=gradient_BTH
     )
     if state_BTH.requires_grad:
-        gradient_BTH = torch.zeros_like(state_BTH, memory_format=torch.contiguous_format)
-        gradient_BTH.flatten(0, 1).index_copy_(0, index_N, gradient_NH)
         _backward(state_BTH, gradient_BTH)
     return (ce_N * scale_N).sum(), ce_N.sum()
 
@@ -164,8 +169,9 @@ def head_sums(
     for k in range(1, policy.n_future + 1):
         label_BT = labels_BTK[:, :, k - 1]
         index_N = source_index(label_BT, k=k, reach_BT=reach_BT)
-        state_BTH = policy.head_states(k, hidden_BTH, position_BT=position_BT)
-        sums.append(unembedding.measure(_at(state_BTH, index_N), _at(label_BT, index_N)))
+        with policy.asked_of_head(k, index_N):
+            state_BTH = policy.head_states(k, hidden_BTH, position_BT=position_BT)
+        sums.append(unembedding.measure(state_BTH, index_N, _at(label_BT, index_N)))
     ce_sums, correct = zip(*sums, strict=True)
     return HeadSums(
         ce_sum_K=torch.stack(ce_sums),
@@ -221,23 +227,27 @@ def _by_pair(
     *,
     position_BT: Tensor | None,
     reach_BT: NDArray[np.int64] | None,
-    measure: Callable[[_Unembedding, Tensor, Tensor], Tensor],
+    measure: Callable[[_Unembedding, Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """Measure the states `[N, H]` and labels `[N]` of each head's pairs; return it by pair, 0 elsewhere."""
+    """Measure the states and labels of each head's pairs; return it by pair, 0 elsewhere."""
     measured_BTK = torch.zeros(labels_BTK.shape, dtype=torch.float32, device=labels_BTK.device)
     unembedding = _Unembedding.of(policy, hidden_BTH)
     for k in range(1, policy.n_future + 1):
         label_BT = labels_BTK[:, :, k - 1]
         index_N = source_index(label_BT, k=k, reach_BT=reach_BT)
-        state_BTH = policy.head_states(k, hidden_BTH, position_BT=position_BT)
-        measured_N = measure(unembedding, _at(state_BTH, index_N), _at(label_BT, index_N))
+        with policy.asked_of_head(k, index_N):
+            state_BTH = policy.head_states(k, hidden_BTH, position_BT=position_BT)
+        measured_N = measure(unembedding, state_BTH, index_N, _at(label_BT, index_N))
         measured_BTK.flatten(0, 1)[:, k - 1].index_copy_(0, index_N, measured_N)
     return measured_BTK
 
 
 @frozen(kw_only=True, eq=False)
 class _Unembedding:
-    """The unembedding's matrix for one pass over all heads, chunk by chunk of the rows it is given.
+    """The unembedding's matrix for one pass over all heads, chunk by chunk of the pairs it is given.
+
+    Pairs are given as states `[B, T, H]` and the index of their sources, int64 `[N]` into the flattened rows;
+    a chunk's states are gathered when it is its turn.
 
     Attributes:
         parameter: The matrix that learns, `[V, H]`.
@@ -250,29 +260,42 @@ class _Unembedding:
     logits_NV: Tensor
 
     @classmethod
-    def of(cls, policy: Policy, hidden_BTH: Tensor) -> _Unembedding:
-        """Cast it as a matrix product would be here: to autocast's dtype, or not at all."""
+    def of(cls, policy: Policy, hidden_BTH: Tensor, *, beside: int = 0) -> _Unembedding:
+        """Cast it as a matrix product would be here: to autocast's dtype, or not at all.
+
+        Args:
+            policy: Whose unembedding it is.
+            hidden_BTH: Trunk states, for their device.
+            beside: Bytes that grow with the batch and exist beside the logits: chunks get smaller by them,
+                so that memory does not grow with the batch.
+        """
         parameter = policy.unembedding.weight
         device = hidden_BTH.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameter.dtype
         matrix_VH = parameter.detach().to(dtype)
+        row = len(matrix_VH) * matrix_VH.element_size()
+        rows = min(CHUNK, max(_FEWEST, (max(_ROOM, CHUNK * row) - beside) // row))
         return cls(
-            parameter=parameter, matrix_VH=matrix_VH, logits_NV=matrix_VH.new_empty(CHUNK, len(matrix_VH))
+            parameter=parameter, matrix_VH=matrix_VH, logits_NV=matrix_VH.new_empty(rows, len(matrix_VH))
         )
 
     @torch.no_grad()
-    def learn(self, state_NH: Tensor, label_N: Tensor, *, scale_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each row's cross-entropy, and the states' gradient of `sum_n scale_n * CE_n`.
+    def learn(
+        self, state_BTH: Tensor, index_N: Tensor, label_N: Tensor, *, scale_N: Tensor, gradient_BTH: Tensor
+    ) -> Tensor:
+        """Return each pair's cross-entropy, float32 `[N]`.
 
-        The matrix's own gradient is added to its `grad`: a buffer a head would cost two passes over it each.
+        The states' gradient of `sum_n scale_n * CE_n` goes to `gradient_BTH`, that of the matrix is added to
+        its `grad`: a buffer a head would cost two passes over it each.
         """
+        state_SH, gradient_SH = state_BTH.flatten(0, 1), gradient_BTH.flatten(0, 1)
         ce_N = torch.empty(len(label_N), dtype=torch.float32, device=label_N.device)
-        gradient_NH = torch.empty_like(state_NH)
-        for rows in _chunks(len(label_N)):
-            ce_N[rows], gradient_NH[rows] = self._learn_chunk(
-                state_NH[rows].to(self.matrix_VH.dtype), label_N[rows, None], scale=scale_N[rows, None]
-            )
-        return ce_N, gradient_NH
+        for rows in self._chunks(len(label_N)):
+            index = index_N[rows]
+            state = state_SH.index_select(0, index).to(self.matrix_VH.dtype)
+            ce_N[rows], gradient = self._learn_chunk(state, label_N[rows, None], scale=scale_N[rows, None])
+            gradient_SH.index_copy_(0, index, gradient.to(gradient_SH.dtype))
+        return ce_N
 
     def _learn_chunk(self, state: Tensor, label: Tensor, *, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Do what `learn` does with one chunk, on its logits in place: each pass over them counts."""
@@ -288,32 +311,36 @@ class _Unembedding:
         return (total.log() - target)[:, 0], gradient @ self.matrix_VH
 
     @torch.no_grad()
-    def losses(self, state_NH: Tensor, label_N: Tensor) -> Tensor:
-        """Return each row's cross-entropy, float32 `[N]`."""
-        ce_N = torch.zeros(len(state_NH), device=state_NH.device)
-        for rows in _chunks(len(state_NH)):
-            logits = self._logits(state_NH[rows])
+    def losses(self, state_BTH: Tensor, index_N: Tensor, label_N: Tensor) -> Tensor:
+        """Return each pair's cross-entropy, float32 `[N]`."""
+        ce_N = torch.zeros(len(index_N), device=index_N.device)
+        for rows, logits in self._all_logits(state_BTH, index_N):
             ce_N[rows] = nn.functional.cross_entropy(logits, label_N[rows], reduction="none")
         return ce_N
 
     @torch.no_grad()
-    def entropies(self, state_NH: Tensor, _: Tensor) -> Tensor:
-        """Return the entropy of each row's prediction, float32 `[N]`; labels have no say in it."""
-        entropy_N = torch.zeros(len(state_NH), device=state_NH.device)
-        for rows in _chunks(len(state_NH)):
-            log_p = self._logits(state_NH[rows]).log_softmax(dim=-1)
+    def entropies(self, state_BTH: Tensor, index_N: Tensor, _: Tensor) -> Tensor:
+        """Return the entropy of each pair's prediction, float32 `[N]`; labels have no say in it."""
+        entropy_N = torch.zeros(len(index_N), device=index_N.device)
+        for rows, logits in self._all_logits(state_BTH, index_N):
+            log_p = logits.log_softmax(dim=-1)
             entropy_N[rows] = -(log_p.exp() * log_p).sum(dim=-1)
         return entropy_N
 
     @torch.no_grad()
-    def measure(self, state_NH: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the float32 sums of the rows' cross-entropies and of how many labels were the top token."""
-        ce, correct = torch.zeros(2, device=state_NH.device).unbind()
-        for rows in _chunks(len(state_NH)):
-            logits = self._logits(state_NH[rows])
+    def measure(self, state_BTH: Tensor, index_N: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the float32 sums of the pairs' cross-entropies and of how many labels were the top token."""
+        ce, correct = torch.zeros(2, device=index_N.device).unbind()
+        for rows, logits in self._all_logits(state_BTH, index_N):
             ce = ce + nn.functional.cross_entropy(logits, label_N[rows], reduction="sum")
             correct = correct + (logits.argmax(dim=-1) == label_N[rows]).sum(dtype=torch.float32)
         return ce, correct
+
+    def _all_logits(self, state_BTH: Tensor, index_N: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield chunks of pairs and their logits, which last until the next chunk's."""
+        state_SH = state_BTH.flatten(0, 1)
+        for rows in self._chunks(len(index_N)):
+            yield rows, self._logits(state_SH.index_select(0, index_N[rows]))
 
     def _logits(self, state_NH: Tensor) -> Tensor:
         """Return the rows' logits, float32 `[N, V]`; they last until the next call."""
@@ -328,8 +355,7 @@ class _Unembedding:
             self.parameter.grad = torch.zeros_like(self.parameter)
         return self.parameter.grad
 
-
-def _chunks(count: int) -> Iterator[slice]:
-    """Yield runs of rows that cover `count` of them."""
-    for first in range(0, count, CHUNK):
-        yield slice(first, first + CHUNK)
+    def _chunks(self, count: int) -> Iterator[slice]:
+        """Yield runs of pairs that cover `count` of them."""
+        for first in range(0, count, len(self.logits_NV)):
+            yield slice(first, first + len(self.logits_NV))

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -147,6 +148,44 @@ class Policy(nn.Module):
         normed: Tensor = self.norm(states)
         return normed
 
+    @contextmanager
+    def asked_of_head(self, k: int, index_N: Tensor) -> Iterator[None]:
+        """Within, only some of head k's states will be read, so only those are computed to the end.
+
+        Attention has to look at every place, the feed-forward network behind it, three quarters of a Llama
+        layer, works place by place: what nobody reads is left out there, and so are its gradients.
+
+        Args:
+            k: From 1.
+            index_N: The places that are read, int64 into the flattened `[B, T]`; other states are not right.
+        """
+        head = self.heads[k - 1]
+        feed_forward = getattr(layers_of(head)[0], "mlp", None) if self.head_kind == "transformer" else None
+        if feed_forward is None:
+            yield
+            return
+        shapes: list[torch.Size] = []
+
+        def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            shapes[:] = [args[0].shape]
+            return args[0].flatten(0, 1).index_select(0, index_N)[None], *args[1:]
+
+        def scatter(_: nn.Module, __: Any, found: Any) -> Any:
+            if isinstance(found, tuple):  # mixtures of experts add what their router said
+                return scatter(_, __, found[0]), *found[1:]
+            (shape,), state_1NH = shapes, found
+            return state_1NH.new_zeros(shape).flatten(0, 1).index_copy(0, index_N, state_1NH[0]).view(shape)
+
+        hooks = [
+            feed_forward.register_forward_pre_hook(gather),
+            feed_forward.register_forward_hook(scatter),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def logits(self, k: int, hidden_BTH: Tensor) -> Tensor:
         """Return head k's logits `[B, T, V]`; training never makes them whole."""
         logits: Tensor = self.unembedding(self.head_states(k, hidden_BTH))
@@ -191,6 +230,12 @@ class Policy(nn.Module):
             return hidden.float()
 
         return states
+
+
+def layers_of(body: nn.Module) -> nn.ModuleList:
+    """Return the decoder layers of a trunk or of a transformer head, which has one."""
+    (layers,) = (child for child in body.children() if isinstance(child, nn.ModuleList))
+    return layers
 
 
 def _memory(cache: Any, position_BT: Tensor | None) -> Any:

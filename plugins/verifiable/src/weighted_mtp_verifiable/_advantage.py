@@ -8,6 +8,9 @@ Shape letters: B batch rows, T positions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
@@ -46,8 +49,16 @@ def advantages(delta_BT: Tensor, *, document_BT: Tensor, gamma: float, lam: floa
 
 
 def remaining(response_BT: Tensor, document_BT: Tensor) -> Tensor:
-    """Return how many response tokens the rest of each token's document has, itself included, as float32."""
-    return discounted_sums(response_BT.float(), document_BT=document_BT, discount=1.0)
+    """Return how many response tokens the rest of each token's document has, itself included, as int64."""
+    from_here_BT = _backward_cumulative(torch.cumsum, response_BT.long())
+    is_end_BT = ~F.pad(same_as_previous(document_BT)[:, 1:], (0, 1))
+    behind_BT = (from_here_BT - response_BT.long()).where(is_end_BT, 0)
+    # Counts fall along a row: of the ends that follow, the nearest, the document's own, has the largest.
+    return from_here_BT - _backward_cumulative(lambda x, dim: x.cummax(dim).values, behind_BT)
+
+
+def _backward_cumulative(cumulative: Callable[[Tensor, int], Tensor], x_BT: Tensor) -> Tensor:
+    return cumulative(x_BT.flip(1), 1).flip(1)
 
 
 def document_sums(x_BT: Tensor, document_BT: Tensor) -> Tensor:
@@ -65,13 +76,19 @@ def same_as_previous(document_BT: Tensor) -> Tensor:
 def discounted_sums(x_BT: Tensor, *, document_BT: Tensor, discount: float) -> Tensor:
     """Return `sum_l discount^l * x_{t+l}` over the rest of each token's document.
 
-    Doubles the span of the sums log2(T) times: at B = 8, T = 2048 that takes 0.7 ms where a loop over t takes
-    33 (measured on 2 CPU cores).
+    The recurrence `S_t = x_t + c_t S_{t+1}`, with c = 0 at a document's end, is solved by doubling its span
+    log2(T) times (Hillis and Steele 1986): no loop over tokens (`benchmarks/advantages.py`).
+
+    Args:
+        x_BT: float32 and finite, also where nothing is asked for.
+        document_BT: Number of the document within the row.
+        discount: A token.
     """
     sum_BT = x_BT.clone()
+    carry = discount * (document_BT[:, :-1] == document_BT[:, 1:]).to(x_BT.dtype)  # c over `span` tokens
     span = 1
     while span < x_BT.shape[1]:
-        same_BT = document_BT[:, :-span] == document_BT[:, span:]
-        sum_BT[:, :-span] += discount**span * sum_BT[:, span:].where(same_BT, 0.0)
+        sum_BT[:, :-span] += carry * sum_BT[:, span:]
+        carry = carry[:, :-span] * carry[:, span:]
         span *= 2
     return sum_BT

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from attrs import frozen
 from torch import Tensor
 from weighted_mtp_core.api import StepView, WeightingStrategy, Weights, WmtpError
 
@@ -55,9 +56,11 @@ class TdError(WeightingStrategy):
         advantage_BT = delta_BT
         if options.estimator == "gae":
             advantage_BT = advantages(delta_BT, document_BT=document_BT, gamma=options.gamma, lam=options.lam)
-        mean, std = self._statistics(advantage_BT, response_BT, training=view.training)
+        responses = _Responses.of(response_BT)
+        mean, std = responses.moments(advantage_BT)
+        shift, scale = self._whitening(mean, std, any_response=response_BT.any(), training=view.training)
         low, high = options.clip
-        whitened_BT = (advantage_BT - mean) / std
+        whitened_BT = (advantage_BT - shift) / scale
         if options.sign == "reward":
             whitened_BT = _signed_by_reward(whitened_BT, view.reward_BT)
         raw_BT = torch.exp(whitened_BT / options.beta)
@@ -68,20 +71,19 @@ class TdError(WeightingStrategy):
         return Weights(
             weight=weight_BT,
             metrics={
-                "td_error_mean": _mean(delta_BT, response_BT),
-                "td_error_abs_mean": _mean(delta_BT.abs(), response_BT),
-                "advantage_mean": _mean(advantage_BT, response_BT),
-                "advantage_std": _moments(advantage_BT, response_BT)[1],
-                "value_mean": _mean(view.value_BT.float(), response_BT),
-                "clipped_fraction": _mean(((raw_BT < low) | (raw_BT > high)).float(), response_BT),
+                "td_error_mean": responses.mean(delta_BT),
+                "td_error_abs_mean": responses.mean(delta_BT.abs()),
+                "advantage_mean": mean,
+                "advantage_std": std,
+                "value_mean": responses.mean(view.value_BT.float()),
+                "clipped_fraction": responses.mean(((raw_BT < low) | (raw_BT > high)).float()),
             },
         )
 
-    def _statistics(
-        self, advantage_BT: Tensor, response_BT: Tensor, *, training: bool
+    def _whitening(
+        self, mean: Tensor, std: Tensor, *, any_response: Tensor, training: bool
     ) -> tuple[Tensor, Tensor]:
-        """Return what advantages are whitened with: mean and standard deviation."""
-        mean, std = _moments(advantage_BT, response_BT)
+        """Return what advantages are whitened with, given the batch's mean and standard deviation."""
         if self._options.whiten == "none":
             return torch.zeros_like(mean), torch.ones_like(std)
         if self._options.whiten == "ema":
@@ -89,7 +91,7 @@ class TdError(WeightingStrategy):
                 kept = self._options.ema_decay
                 now = torch.stack([torch.ones_like(mean), mean, std.square() + mean.square()])
                 moved = kept * self._moments + (1 - kept) * now
-                self._moments = torch.where(response_BT.any(), moved, self._moments)
+                self._moments = torch.where(any_response, moved, self._moments)
             share, mean_sum, square_sum = self._moments.unbind()
             share = share.clamp(min=torch.finfo(torch.float32).tiny)
             mean = mean_sum / share
@@ -122,12 +124,23 @@ def _per_response(weight_BT: Tensor, response_BT: Tensor, document_BT: Tensor) -
     return weight_BT / total_BT.clamp(min=torch.finfo(torch.float32).tiny) * count_BT
 
 
-def _mean(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return the mean where the mask is True; 0 where it never is."""
-    return x_BT.where(mask_BT, 0.0).sum() / mask_BT.sum().clamp(min=1)
+@frozen(eq=False)
+class _Responses:
+    """The response tokens of a batch, 1 where there is one, and their number, at least 1; float32."""
 
+    is_one_BT: Tensor
+    count: Tensor
 
-def _moments(x_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and (population) standard deviation where the mask is True."""
-    mean = _mean(x_BT, mask_BT)
-    return mean, _mean((x_BT - mean).square(), mask_BT).sqrt()
+    @classmethod
+    def of(cls, mask_BT: Tensor) -> _Responses:
+        is_one_BT = mask_BT.float()
+        return cls(is_one_BT, is_one_BT.sum().clamp(min=1))
+
+    def mean(self, x_BT: Tensor) -> Tensor:
+        """Return the mean over response tokens, of what is finite; 0 where there are none."""
+        return (x_BT * self.is_one_BT).sum() / self.count
+
+    def moments(self, x_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and (population) standard deviation over response tokens."""
+        mean = self.mean(x_BT)
+        return mean, self.mean((x_BT - mean).square()).sqrt()
