@@ -3,7 +3,7 @@
     python benchmarks/checkpointing.py
 
 The micro model of the default recipes (8 rows of some 200 tokens a step) and a model of SmolLM2-135M's shape
-(2 rows), AdamW. Both kinds of ten steps take turns in one training, on one and the same batch, so that only
+(1 row), AdamW. Both kinds of ten steps take turns in one training, on one and the same batch, so that only
 the checkpoint is between them. The first checkpoint is not counted: memory for the copies is taken once.
 Snapshots go to the temporary folder (choose its disk with TMPDIR) and need 6 GB there. Training has one
 thread and writing another, so the CPU time of all threads is the price on a machine with no core to spare,
@@ -71,7 +71,7 @@ def micro_shape() -> dict[str, int]:
 
 MODELS = (
     Model(name="micro", rows=8, pairs=9, shape=micro_shape()),
-    Model(name="SmolLM2's shape", rows=2, pairs=1, shape=SMOLLM2),
+    Model(name="SmolLM2's shape", rows=1, pairs=1, shape=SMOLLM2),
 )
 
 

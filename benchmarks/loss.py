@@ -147,7 +147,7 @@ def flatness(name: str, sizes: dict[int, tuple[int, int]], vocabulary: int) -> l
 
 def measure(args: argparse.Namespace) -> list[Row]:
     """Measure the group."""
-    positions, n_future, vocabulary, rounds = (64, 4, 512, 2) if args.quick else (512, 4, 49152, 5)
+    positions, n_future, vocabulary, rounds = (64, 4, 512, 2) if args.quick else (512, 4, 49152, 4)
     case = Case.of(positions, n_future, vocabulary)
     pairs = int(target_mask(case.labels_BTK).sum())
     times = in_turns(

@@ -213,7 +213,7 @@ def numbered(step: Callable[[int], None]) -> Callable[[], None]:
 
 def measure(args: argparse.Namespace) -> list[Row]:
     """Measure the group."""
-    shape, positions, rounds = (TINY, 32, 3) if args.quick else (SMOLLM2, 256, 7)
+    shape, positions, rounds = (TINY, 32, 3) if args.quick else (SMOLLM2, 256, 4)
     with Bench.of(shape, positions) as bench:
         context = bench.context()
         uniform = build_uniform(UniformOptions(), context)

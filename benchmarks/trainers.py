@@ -224,7 +224,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    limit, rounds = (16, 2) if args.quick else (64, 3)
+    limit, rounds = (16, 2) if args.quick else (48, 2)
     model = small_model(quick=args.quick)
     tokens = humaneval_tokens(model.config.vocab_size, limit=limit)
     data = records(tokens)

@@ -9,47 +9,96 @@ Shape letters: R rows, T tokens of a block, S slots of the caches, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from attrs import frozen
 from torch import Tensor, nn
 
 from weighted_mtp_core.model.policy import Policy, PolicyCache, layers_of
 
 
-def head_states_of(
-    policy: Policy, ids_RT: Tensor, *, position_RT: Tensor, cache: PolicyCache, seen_RS: Tensor
-) -> list[Callable[[], Tensor]]:
-    """Run the trunk over a block; return what gives each head's states for the unembedding, `[R, T, H]`.
+@frozen(kw_only=True, eq=False)
+class AllHeads:
+    """What the heads say of one block; each head is to be asked once, before the caches change.
 
-    Each is to be asked once, and before the caches change: every head reads the whole block, so that its
-    cache has no gaps. What they say is that of `Policy.head_states`.
+    Every head reads the whole block, so that its cache has no gaps. States are those of `Policy.head_states`.
     """
-    shared = _shared_layer(policy)
-    called: list[_Call] = []
 
-    def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        called.append(_Call(args=args, kwargs=kwargs))
+    policy: Policy
+    cache: PolicyCache
+    hidden_RTH: Tensor
+    position_RT: Tensor
+    seen: Tensor
+    call: _Call | None
 
-    hook = None if shared is None else shared.register_forward_pre_hook(remember, with_kwargs=True)
-    try:
-        hidden_RTH = policy.trunk_states(ids_RT, position_BT=position_RT, cache=cache.trunk, seen_BS=seen_RS)
-    finally:
-        if hook is not None:
-            hook.remove()
+    @classmethod
+    def read(
+        cls, policy: Policy, ids_RT: Tensor, *, position_RT: Tensor, cache: PolicyCache, seen: Tensor
+    ) -> AllHeads:
+        """Run the trunk over a block.
 
-    def states(k: int) -> Tensor:
-        own = cache.heads[k - 1] if cache.heads else None
-        if not called:
-            return policy.head_states(k, hidden_RTH, position_BT=position_RT, cache=own, seen_BS=seen_RS)
-        (layer,) = layers_of(policy.heads[k - 1])
-        found = called[0].again(layer, hidden_RTH, instead_of=cache.trunk, cache=own)
-        normed: Tensor = policy.norm(found)
+        Args:
+            policy: Whose trunk and heads.
+            ids_RT: The block.
+            position_RT: Its positions.
+            cache: Extended in place.
+            seen: Which slots may be looked at: bool `[R, S]`, or for each of the block's tokens as what is
+                added to attention's scores, `[R, 1, T, S]`.
+        """
+        shared = _shared_layer(policy)
+        called: list[_Call] = []
+
+        def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            called.append(_Call(args=args, kwargs=kwargs))
+
+        hook = None if shared is None else shared.register_forward_pre_hook(remember, with_kwargs=True)
+        try:
+            hidden_RTH = policy.trunk_states(ids_RT, position_BT=position_RT, cache=cache.trunk, seen_BS=seen)
+        finally:
+            if hook is not None:
+                hook.remove()
+        return cls(
+            policy=policy,
+            cache=cache,
+            hidden_RTH=hidden_RTH,
+            position_RT=position_RT,
+            seen=seen,
+            call=called[0] if called else None,
+        )
+
+    def first(self) -> Tensor:
+        """Return head 1's states, `[R, T, H]`."""
+        normed: Tensor = self.policy.norm(self._outputs(1))
         return normed
 
-    return [partial(states, k) for k in range(1, policy.n_future + 1)]
+    def first_at(self, place_R: Tensor) -> Tensor:
+        """Return head 1's states at one place of each row, `[R, 1, H]`."""
+        return self._at(place_R, heads=[1])
+
+    def drafting(self, count: int, place_R: Tensor) -> Tensor:
+        """Return the states of the first `count` drafting heads at one place of each row, `[R, D, H]`."""
+        return self._at(place_R, heads=range(2, count + 2))
+
+    def _at(self, place_R: Tensor, *, heads: Iterable[int]) -> Tensor:
+        row_R = torch.arange(len(place_R), device=place_R.device)
+        outputs = []
+        for k in heads:
+            with self.policy.asked_at(k, place_R):
+                outputs.append(self._outputs(k)[row_R, place_R])
+        normed: Tensor = self.policy.norm(torch.stack(outputs, dim=1))
+        return normed
+
+    def _outputs(self, k: int) -> Tensor:
+        """Return head k's states before the final norm, `[R, T, H]`."""
+        own = self.cache.heads[k - 1] if self.cache.heads else None
+        if self.call is None:
+            return self.policy.head_outputs(
+                k, self.hidden_RTH, position_BT=self.position_RT, cache=own, seen_BS=self.seen
+            )
+        (layer,) = layers_of(self.policy.heads[k - 1])
+        return self.call.again(layer, self.hidden_RTH, instead_of=self.cache.trunk, cache=own)
 
 
 @frozen(kw_only=True, eq=False)

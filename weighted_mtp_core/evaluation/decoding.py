@@ -8,14 +8,13 @@ Shape letters: R rows, T tokens of a block, S slots of the caches, D drafted tok
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from attrs import define, field
 from torch import Tensor
 
-from weighted_mtp_core.evaluation.all_heads import head_states_of
+from weighted_mtp_core.evaluation.all_heads import AllHeads
 from weighted_mtp_core.evaluation.sampling import accept, accept_greedy, draw, probabilities
 from weighted_mtp_core.model.policy import Policy, PolicyCache
 
@@ -41,7 +40,9 @@ class Decoder:
     _newest_R: Tensor = field(init=False)
     _block_RT: Tensor = field(init=False)
     _draft_RDV: Tensor | None = field(init=False, default=None)
-    _draft_states: Callable[[], Tensor] | None = field(init=False, default=None)
+    _undrafted: tuple[AllHeads, Tensor] | None = field(init=False, default=None)
+    _slot_T: Tensor = field(init=False)
+    _later_TT: Tensor = field(init=False)
 
     def start(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """Read the prompts, padded on the left; return each row's first token."""
@@ -49,35 +50,33 @@ class Decoder:
         width = max(map(len, prompts))
         ids_RT = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
         length_R = torch.tensor([len(ids) for ids in prompts], device=device)
+        block = self.drafts + 1
+        self._slot_T = torch.arange(block, device=device)
+        self._later_TT = torch.full((block, block), -torch.inf, device=device).triu(diagonal=1)
         self._seen_RS = torch.arange(width, device=device) >= (width - length_R)[:, None]
         self._position_R = length_R
         self._cache = self.policy.new_caches()
         position_RT = (self._seen_RS.long().cumsum(dim=1) - 1).clamp(min=0)
-        state_RTH, others = self._states(ids_RT, position_RT)
-        self._newest_R, _ = self._choose(state_RTH[:, -1], self._uniform(1)[:, 0])
-        self._draft_states = partial(_at, torch.full_like(length_R, width - 1), others)
+        heads = self._read(ids_RT, position_RT, self._seen_RS)
+        last_R = torch.full_like(length_R, width - 1)
+        newest_R1, _ = self._choose(heads.first_at(last_R))
+        self._newest_R = newest_R1[:, 0]
+        self._undrafted = heads, last_R
         return [[token] for token in self._newest_R.tolist()]
 
     def step(self) -> list[list[int]]:
         """Draft and verify the drafts; return the 1 to `drafts + 1` tokens that each row gained."""
         self._draft()
-        rows, width = self._block_RT.shape
-        grown = torch.ones(rows, width, dtype=torch.bool, device=self._seen_RS.device)
-        before_RS = self._seen_RS
-        self._seen_RS = torch.cat([before_RS, grown], dim=1)
-        slot_T = torch.arange(width, device=self._seen_RS.device)
-        state_RTH, others = self._states(self._block_RT, self._position_R[:, None] + slot_T)
-        count_R, self._newest_R = self._verify(state_RTH, self._uniform(self.drafts + 1))
-        # Not in place: the drafting heads have yet to look at what the block could see.
-        self._seen_RS = torch.cat([before_RS, slot_T <= count_R[:, None]], dim=1)
+        position_RT = self._position_R[:, None] + self._slot_T
+        heads = self._read(self._block_RT, position_RT, self._seen_by_block())
+        count_R, self._newest_R = self._verify(heads.first())
+        stays_RT = self._slot_T <= count_R[:, None]
+        self._seen_RS = torch.cat([self._seen_RS, stays_RT], dim=1)
         self._position_R = self._position_R + count_R + 1
-        self._draft_states = partial(_at, count_R, others)
-        return [
-            [*block[1 : count + 1], token]
-            for block, count, token in zip(
-                self._block_RT.tolist(), count_R.tolist(), self._newest_R.tolist(), strict=True
-            )
-        ]
+        self._undrafted = heads, count_R
+        # One tensor, so that the device is waited for once.
+        found = torch.cat([count_R[:, None], self._newest_R[:, None], self._block_RT], dim=1).tolist()
+        return [[*block[1 : count + 1], token] for count, token, *block in found]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows only."""
@@ -90,23 +89,37 @@ class Decoder:
         self._draft_RDV = None if self._draft_RDV is None else self._draft_RDV[index]
         self.generators = [self.generators[row] for row in rows]
 
-    def _states(self, ids_RT: Tensor, position_RT: Tensor) -> tuple[Tensor, list[Callable[[], Tensor]]]:
-        """Return what head 1 hands to the unembedding, `[R, T, H]`, and what gives that of drafting heads."""
-        first, *others = head_states_of(
-            self.policy, ids_RT, position_RT=position_RT, cache=self._cache, seen_RS=self._seen_RS
-        )
-        return first(), others[: self.drafts]
+    def _read(self, ids_RT: Tensor, position_RT: Tensor, seen: Tensor) -> AllHeads:
+        return AllHeads.read(self.policy, ids_RT, position_RT=position_RT, cache=self._cache, seen=seen)
 
-    def _verify(self, state_RTH: Tensor, uniform_RT: Tensor) -> tuple[Tensor, Tensor]:
+    def _seen_by_block(self) -> Tensor:
+        """Return which slots the block's tokens may look at: those seen so far, and the block's up to theirs.
+
+        With drafts, as what is added to scores, made once here; made of a mask by transformers and by torch
+        it would be made anew in each layer. Windows have no say in that, but where one is left nothing is
+        drafted. Models that read distances from the mask (ALiBi) need the mask.
+        """
+        rows, width = self._block_RT.shape
+        if not self.drafts or self.policy.config.model_type in _READS_MASK:
+            new = torch.ones(rows, width, dtype=torch.bool, device=self._seen_RS.device)
+            return torch.cat([self._seen_RS, new], dim=1)
+        dtype = self.policy.unembedding.weight.dtype
+        before_RS = torch.zeros(self._seen_RS.shape, dtype=dtype, device=self._seen_RS.device)
+        before_RS = before_RS.masked_fill_(~self._seen_RS, -torch.inf)
+        before_R1TS = before_RS[:, None, None].expand(-1, -1, width, -1)
+        return torch.cat([before_R1TS, self._later_TT.to(dtype).expand(rows, 1, -1, -1)], dim=-1)
+
+    def _verify(self, state_RTH: Tensor) -> tuple[Tensor, Tensor]:
         """Return how many drafts of each row head 1 keeps, and the token that it puts after them."""
         if not self.drafts:
-            token_R, _ = self._choose(state_RTH[:, -1], uniform_RT[:, 0])
-            return torch.zeros_like(token_R), token_R
+            token_R1, _ = self._choose(state_RTH)
+            return torch.zeros_like(token_R1[:, 0]), token_R1[:, 0]
         logits_RTV = self.policy.unembedding(state_RTH)
         draft_RD = self._block_RT[:, 1:]
         if self._draft_RDV is None:
             return accept_greedy(draft_RD, logits_RTV.argmax(dim=-1))
         target_RTV = probabilities(logits_RTV, temperature=self.temperature)
+        uniform_RT = self._uniform(self.drafts + 1)
         count_R, next_RV = accept(draft_RD, self._draft_RDV, target_RTV, uniform_RT[:, :-1])
         return count_R, draw(next_RV, uniform_RT[:, -1])
 
@@ -115,33 +128,27 @@ class Decoder:
 
         Nothing if that is done. It waits until another step is sure to come: a batch's last drafts nothing.
         """
-        if self._draft_states is None:
+        if self._undrafted is None:
             return
+        heads, place_R = self._undrafted
         self._block_RT = self._newest_R[:, None]
         if self.drafts:
-            uniform_RD = self._uniform(self.drafts)
-            draft_RD, self._draft_RDV = self._choose(self._draft_states(), uniform_RD)
+            draft_RD, self._draft_RDV = self._choose(heads.drafting(self.drafts, place_R))
             self._block_RT = torch.cat([self._block_RT, draft_RD], dim=1)
-        self._draft_states = None
+        self._undrafted = None
 
-    def _choose(self, state: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return tokens `[...]` of states `[..., H]`, and the probabilities that they were drawn from."""
-        logits = self.policy.unembedding(state)
+    def _choose(self, state_RTH: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return tokens `[R, T]` of states, and the probabilities that they were drawn from."""
+        logits_RTV = self.policy.unembedding(state_RTH)
         if self.temperature == 0:
-            return logits.argmax(dim=-1), None
-        probability = probabilities(logits, temperature=self.temperature)
-        return draw(probability, uniform), probability
+            return logits_RTV.argmax(dim=-1), None
+        probability = probabilities(logits_RTV, temperature=self.temperature)
+        return draw(probability, self._uniform(state_RTH.shape[1])), probability
 
     def _uniform(self, count: int) -> Tensor:
-        """Return `count` uniform numbers a row, from each row's own stream; greedy decoding reads none."""
-        device = self._seen_RS.device
-        if self.temperature == 0:
-            return torch.zeros(len(self._seen_RS), count, device=device)
+        """Return `count` uniform numbers a row, from each row's own stream."""
         drawn = [torch.rand(count, generator=generator) for generator in self.generators]
-        return torch.stack(drawn).to(device)
+        return torch.stack(drawn).to(self._seen_RS.device)
 
 
-def _at(place_R: Tensor, others: Sequence[Callable[[], Tensor]]) -> Tensor:
-    """Return what the drafting heads hand to the unembedding at one place of each row, `[R, D, H]`."""
-    row_R = torch.arange(len(place_R), device=place_R.device)
-    return torch.stack([states()[row_R, place_R] for states in others], dim=1)
+_READS_MASK = {"bloom", "falcon", "mpt"}

@@ -85,7 +85,7 @@ class _Row:
         return self.finished or len(self.tokens) >= self.limit
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(
     policy: Policy,
     prompts: Sequence[Sequence[int]],

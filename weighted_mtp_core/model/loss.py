@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.targets import source_index, target_mask
 
-CHUNK = 256
-"""The most pairs whose logits exist at one time: 256 x 49152 in fp32 are 48 MiB."""
+CHUNK = 192
+"""The most pairs whose logits exist at one time: 192 x 49152 in fp32 are 36 MiB."""
 
-_ROOM = 48 << 20  # bytes that logits and the states' gradients share, where CHUNK rows do not need more
+_ROOM = 36 << 20  # bytes that logits and the states' gradients share, where CHUNK rows do not need more
 _FEWEST = 64  # rows, below which the products are slower than the memory saved is worth
 
 

@@ -134,19 +134,32 @@ class Policy(nn.Module):
         seen_BS: Tensor | None = None,
     ) -> Tensor:
         """Return what head k (from 1) hands to the unembedding, `[B, T, H]`; see `trunk_states`."""
+        states = self.head_outputs(k, hidden_BTH, position_BT=position_BT, cache=cache, seen_BS=seen_BS)
+        normed: Tensor = self.norm(states)
+        return normed
+
+    def head_outputs(
+        self,
+        k: int,
+        hidden_BTH: Tensor,
+        *,
+        position_BT: Tensor | None = None,
+        cache: Any = None,
+        seen_BS: Tensor | None = None,
+    ) -> Tensor:
+        """Return head k's states `[B, T, H]` before the final norm."""
         head = self.heads[k - 1]
         if self.head_kind == "linear":
             linear: Tensor = head(hidden_BTH)
             return linear
-        states = head(
+        outputs: Tensor = head(
             inputs_embeds=hidden_BTH,
             attention_mask=seen_BS,
             position_ids=position_BT,
             past_key_values=_memory(cache, position_BT),
             use_cache=cache is not None,
         ).last_hidden_state
-        normed: Tensor = self.norm(states)
-        return normed
+        return outputs
 
     @contextmanager
     def asked_of_head(self, k: int, index_N: Tensor) -> Iterator[None]:
@@ -159,8 +172,7 @@ class Policy(nn.Module):
             k: From 1.
             index_N: The places that are read, int64 into the flattened `[B, T]`; other states are not right.
         """
-        head = self.heads[k - 1]
-        feed_forward = getattr(layers_of(head)[0], "mlp", None) if self.head_kind == "transformer" else None
+        feed_forward = self._feed_forward(k)
         if feed_forward is None:
             yield
             return
@@ -185,6 +197,35 @@ class Policy(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    @contextmanager
+    def asked_at(self, k: int, place_R: Tensor) -> Iterator[None]:
+        """Within, one of head k's states will be read in each row: `asked_of_head`, for a few tokens.
+
+        What the network says of that place is added to the whole row, which is right there and nowhere else,
+        and costs less than laying it into a row of zeros.
+        """
+        feed_forward = self._feed_forward(k)
+        if feed_forward is None:
+            yield
+            return
+        row_R = torch.arange(len(place_R), device=place_R.device)
+
+        def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return args[0][row_R, place_R][:, None], *args[1:]
+
+        hook = feed_forward.register_forward_pre_hook(gather)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _feed_forward(self, k: int) -> nn.Module | None:
+        """Return the feed-forward network of head k's layer, where it is a module of its own."""
+        if self.head_kind == "linear":
+            return None
+        found: nn.Module | None = getattr(layers_of(self.heads[k - 1])[0], "mlp", None)
+        return found
 
     def logits(self, k: int, hidden_BTH: Tensor) -> Tensor:
         """Return head k's logits `[B, T, V]`; training never makes them whole."""
