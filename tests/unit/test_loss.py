@@ -225,6 +225,22 @@ def test_no_more_than_one_chunk_of_logits_ever_exists(measure, monkeypatch):
     assert learning.rows == measuring.rows == 17
 
 
+@pytest.mark.parametrize(("length", "rows"), [(45, 37), (55, 23), (1000, 20)])
+def test_chunks_make_room_for_what_grows_with_the_batch(length, rows, monkeypatch):
+    room = 100 * V * 4
+    monkeypatch.setattr(loss_module, "CHUNK", 100)
+    monkeypatch.setattr(loss_module, "_ROOM", room)
+    monkeypatch.setattr(loss_module, "_FEWEST", 20)
+    ids_BT, arguments = case(0, rows=1, length=length, share=1.0)
+    model = policy()
+
+    with WidestLogits() as seen:
+        weighted_mtp_loss(model, model.trunk_states(ids_BT), **arguments)
+
+    states = 2 * length * 16 * 4  # a head's gradient of [1, T, 16] and the sum over heads, float32
+    assert seen.rows == rows == max(20, (room - states) // (V * 4))
+
+
 # ------------------------------------------------------------------ known answers
 
 

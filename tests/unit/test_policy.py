@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -39,6 +40,7 @@ def gpt2(*, tied):
     )
 
 
+MLP = {llama: "layers.0.mlp", qwen2: "layers.0.mlp", gpt2: "h.0.mlp"}
 KINDS = [
     (base, tied, head)
     for base in (llama, qwen2, gpt2)
@@ -70,6 +72,41 @@ def test_head_1_is_the_model_that_the_policy_was_made_of(base, tied, head):
     logits = policy.logits(1, policy.trunk_states(ids()))
 
     torch.testing.assert_close(logits, model(input_ids=ids()).logits, rtol=1e-5, atol=1e-5)
+
+
+@every_kind
+def test_states_that_a_head_is_asked_for_are_those_of_the_whole(base, tied, head):
+    _, policy = made(base, tied, head)
+    hidden_BTH = policy.trunk_states(ids())
+    index_N, index_R = torch.tensor([1, 3, 8, 9, 17]), torch.tensor([2, 9 + 7])
+
+    for k in range(1, K + 1):
+        whole_BTH = policy.head_states(k, hidden_BTH)
+        with policy.asked_of_head(k, index_N):
+            some_BTH = policy.head_states(k, hidden_BTH)
+        with policy.asked_in_each_row(k, index_R):
+            one_BTH = policy.head_states(k, hidden_BTH)
+
+        torch.testing.assert_close(some_BTH.flatten(0, 1)[index_N], whole_BTH.flatten(0, 1)[index_N])
+        torch.testing.assert_close(one_BTH.flatten(0, 1)[index_R], whole_BTH.flatten(0, 1)[index_R])
+        assert torch.equal(policy.head_states(k, hidden_BTH), whole_BTH)
+
+
+@pytest.mark.parametrize("base", [llama, qwen2, gpt2])
+def test_the_feed_forward_network_of_a_head_computes_only_what_it_is_asked_for(base):
+    _, policy = made(base, False, "transformer")
+    hidden_BTH = policy.trunk_states(ids())
+    with FlopCounterMode(display=False) as whole:
+        policy.head_states(2, hidden_BTH)
+    with FlopCounterMode(display=False) as some, policy.asked_of_head(2, torch.tensor([4])):
+        policy.head_states(2, hidden_BTH)
+
+    weights = sum(
+        each.numel() for each in policy.heads[1].get_submodule(MLP[base]).parameters() if each.ndim == 2
+    )
+    places = ids().numel()
+
+    assert whole.get_total_flops() - some.get_total_flops() == 2 * weights * (places - 1)
 
 
 @every_kind

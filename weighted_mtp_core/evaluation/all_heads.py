@@ -82,11 +82,12 @@ class AllHeads:
         return self._at(place_R, heads=range(2, count + 2))
 
     def _at(self, place_R: Tensor, *, heads: Iterable[int]) -> Tensor:
-        row_R = torch.arange(len(place_R), device=place_R.device)
+        rows, width = self.position_RT.shape
+        index_R = torch.arange(0, rows * width, width, device=place_R.device) + place_R
         outputs = []
         for k in heads:
-            with self.policy.asked_at(k, place_R):
-                outputs.append(self._outputs(k)[row_R, place_R])
+            with self.policy.asked_in_each_row(k, index_R):
+                outputs.append(self._outputs(k).flatten(0, 1).index_select(0, index_R))
         normed: Tensor = self.policy.norm(torch.stack(outputs, dim=1))
         return normed
 

@@ -199,20 +199,23 @@ class Policy(nn.Module):
                 hook.remove()
 
     @contextmanager
-    def asked_at(self, k: int, place_R: Tensor) -> Iterator[None]:
+    def asked_in_each_row(self, k: int, index_R: Tensor) -> Iterator[None]:
         """Within, one of head k's states will be read in each row: `asked_of_head`, for a few tokens.
 
         What the network says of that place is added to the whole row, which is right there and nowhere else,
         and costs less than laying it into a row of zeros.
+
+        Args:
+            k: From 1.
+            index_R: The place of each row, int64 into the flattened `[R, T]`.
         """
         feed_forward = self._feed_forward(k)
         if feed_forward is None:
             yield
             return
-        row_R = torch.arange(len(place_R), device=place_R.device)
 
         def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return args[0][row_R, place_R][:, None], *args[1:]
+            return args[0].flatten(0, 1).index_select(0, index_R)[:, None], *args[1:]
 
         hook = feed_forward.register_forward_pre_hook(gather)
         try:
@@ -326,7 +329,11 @@ def make_policy(base: Any, *, n_future: int, head_kind: HeadKind) -> Policy:
     with torch.no_grad():
         expected = base(input_ids=ids_BT, use_cache=False).logits.float()
         policy = Policy(base, n_future=n_future, head_kind=head_kind).eval()
-        actual = policy.logits(1, policy.trunk_states(ids_BT)).float()
+        hidden_BTH = policy.trunk_states(ids_BT)
+        actual = policy.logits(1, hidden_BTH).float()
+        asked_N = torch.tensor([2, 5])
+        with policy.asked_of_head(1, asked_N):
+            actual[:, asked_N] = policy.logits(1, hidden_BTH)[:, asked_N].float()
     policy.train(was_training)
     gap = float((actual - expected).abs().max() / expected.abs().max().clamp(min=1.0))
     if gap > _TOLERANCE:

@@ -7,7 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weighted_mtp_verifiable._advantage import advantages, discounted_sums, document_sums, td_errors
+from weighted_mtp_verifiable._advantage import (
+    advantages,
+    discounted_sums,
+    document_sums,
+    remaining,
+    td_errors,
+)
 
 # V before each of four actions is .2, .5, .4, .9 and R = 1: one prompt token, then the response.
 VALUE_BT = torch.tensor([[0.2, 0.5, 0.4, 0.9, 0.7]], dtype=torch.float64)
@@ -167,6 +173,16 @@ def test_discounted_sums_by_hand():
 
     # 1 + 2/2 + 4/4, 2 + 4/2, 4, and 8 in a document of its own.
     assert sums_BT.tolist() == [[3.0, 4.0, 4.0, 8.0]]
+
+
+@given(batches())
+def test_what_remains_of_a_response_is_counted_exactly(batch):
+    _, _, document_BT, response_BT = batch
+    expected_BT = torch.zeros_like(document_BT)
+    for b, t in itertools.product(range(document_BT.shape[0]), range(document_BT.shape[1])):
+        expected_BT[b, t] = response_BT[b, t:][document_BT[b, t:] == document_BT[b, t]].sum()
+
+    assert torch.equal(remaining(response_BT, document_BT), expected_BT)
 
 
 @given(batches())
