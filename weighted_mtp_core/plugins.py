@@ -17,7 +17,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import EntryPoint, distributions
+from importlib.metadata import Distribution, EntryPoint, distributions
 from typing import Any
 
 import attrs
@@ -138,7 +138,8 @@ def find(path: Sequence[str] | None = None) -> Mapping[str, FoundPlugin]:
         entries = _entries(distribution.read_text("entry_points.txt") or "")
         if not entries:
             continue
-        canonical = canonicalize_name(distribution.metadata["Name"] or "unnamed")
+        title, version, requires = _described(distribution)
+        canonical = canonicalize_name(title)
         # A virtual environment can list one distribution twice (lib64 links, stale metadata): the first one
         # on the path is the one that would be imported.
         if canonical in seen:
@@ -148,12 +149,23 @@ def find(path: Sequence[str] | None = None) -> Mapping[str, FoundPlugin]:
             found = FoundPlugin(
                 name=name,
                 distribution=canonical,
-                version=distribution.metadata["Version"] or "?",
+                version=version,
                 module=module,
-                requires=tuple(distribution.requires or ()),
+                requires=requires,
             )
             claims.setdefault(name, []).append(found)
     return {name: _with_rivals(claims[name]) for name in sorted(claims)}
+
+
+def _described(distribution: Distribution) -> tuple[str, str, tuple[str, ...]]:
+    """Return a distribution's name, version and `Requires-Dist` lines, or stand-ins if it has no metadata."""
+    try:
+        metadata = distribution.metadata
+        return metadata["Name"] or "unnamed", metadata["Version"] or "?", tuple(distribution.requires or ())
+    # The standard library gives an empty message. Its backport, which answers in its place once anything has
+    # imported it (mlflow's packages do), raises.
+    except FileNotFoundError:
+        return "unnamed", "?", ()
 
 
 def _entries(text: str) -> dict[str, str]:

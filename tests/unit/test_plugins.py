@@ -1,7 +1,9 @@
 """Finding imports nothing, loading imports what is named, and an address means one thing."""
 
+import importlib.metadata
 import sys
 
+import importlib_metadata
 import pytest
 import weighted_mtp_core
 from packaging.version import Version
@@ -66,7 +68,11 @@ def test_entry_points_that_make_no_sense_are_somebody_elses(install_plugin, site
     assert find([str(site)]) == {}
 
 
-def test_metadata_without_a_name_breaks_nothing(install_plugin, site):
+# Importing the backport (mlflow's packages do) makes its finder answer for the standard library's.
+@pytest.mark.parametrize("package", [importlib.metadata, importlib_metadata])
+def test_metadata_without_a_name_breaks_nothing(install_plugin, site, monkeypatch, package):
+    others = [each for each in sys.meta_path if not hasattr(each, "find_distributions")]
+    monkeypatch.setattr(sys, "meta_path", [package.MetadataPathFinder(), *others])
     (install_plugin("odd") / "METADATA").write_text("")
     install_plugin("fine")
 
