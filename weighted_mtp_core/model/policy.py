@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from weighted_mtp_core.api import Batch
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.model.feed_forward import once_a_row, only_at
 
 HeadKind = Literal["transformer", "linear"]
 _TOLERANCE = 1e-4  # of head 1's logits against the base model's, fp32
@@ -161,67 +162,20 @@ class Policy(nn.Module):
         ).last_hidden_state
         return outputs
 
-    @contextmanager
-    def asked_of_head(self, k: int, index_N: Tensor) -> Iterator[None]:
+    def asked_of_head(self, k: int, index_N: Tensor) -> AbstractContextManager[None]:
         """Within, only some of head k's states will be read, so only those are computed to the end.
-
-        Attention has to look at every place, the feed-forward network behind it, three quarters of a Llama
-        layer, works place by place: what nobody reads is left out there, and so are its gradients.
 
         Args:
             k: From 1.
             index_N: The places that are read, int64 into the flattened `[B, T]`; other states are not right.
         """
-        feed_forward = self._feed_forward(k)
-        if feed_forward is None:
-            yield
-            return
-        shapes: list[torch.Size] = []
+        network = self._feed_forward(k)
+        return nullcontext() if network is None else only_at(network, index_N)
 
-        def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            shapes[:] = [args[0].shape]
-            return args[0].flatten(0, 1).index_select(0, index_N)[None], *args[1:]
-
-        def scatter(_: nn.Module, __: Any, found: Any) -> Any:
-            if isinstance(found, tuple):  # mixtures of experts add what their router said
-                return scatter(_, __, found[0]), *found[1:]
-            (shape,), state_1NH = shapes, found
-            return state_1NH.new_zeros(shape).flatten(0, 1).index_copy(0, index_N, state_1NH[0]).view(shape)
-
-        hooks = [
-            feed_forward.register_forward_pre_hook(gather),
-            feed_forward.register_forward_hook(scatter),
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    @contextmanager
-    def asked_in_each_row(self, k: int, index_R: Tensor) -> Iterator[None]:
-        """Within, one of head k's states will be read in each row: `asked_of_head`, for a few tokens.
-
-        What the network says of that place is added to the whole row, which is right there and nowhere else,
-        and costs less than laying it into a row of zeros.
-
-        Args:
-            k: From 1.
-            index_R: The place of each row, int64 into the flattened `[R, T]`.
-        """
-        feed_forward = self._feed_forward(k)
-        if feed_forward is None:
-            yield
-            return
-
-        def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return args[0].flatten(0, 1).index_select(0, index_R)[:, None], *args[1:]
-
-        hook = feed_forward.register_forward_pre_hook(gather)
-        try:
-            yield
-        finally:
-            hook.remove()
+    def asked_in_each_row(self, k: int, index_B: Tensor) -> AbstractContextManager[None]:
+        """Within, one of head k's states will be read in each row: `asked_of_head`, for a few tokens."""
+        network = self._feed_forward(k)
+        return nullcontext() if network is None else once_a_row(network, index_B)
 
     def _feed_forward(self, k: int) -> nn.Module | None:
         """Return the feed-forward network of head k's layer, where it is a module of its own."""
