@@ -71,7 +71,7 @@ def micro_shape() -> dict[str, int]:
 
 MODELS = (
     Model(name="micro", rows=8, pairs=9, shape=micro_shape()),
-    Model(name="SmolLM2's shape", rows=1, pairs=1, shape=SMOLLM2),
+    Model(name="SmolLM2's shape", rows=1, pairs=3, shape=SMOLLM2),
 )
 
 
