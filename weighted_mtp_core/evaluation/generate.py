@@ -16,6 +16,7 @@ import torch
 from attrs import define, field, frozen
 
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.evaluation.all_heads import AllHeads
 from weighted_mtp_core.evaluation.decoding import Decoder
 from weighted_mtp_core.model.policy import Policy
 
@@ -123,6 +124,7 @@ def generate(
     policy.eval()
     names = list(streams) if streams is not None else [str(i) for i in range(len(prompts))]
     drafts = _drafts(policy, decoding, longest=max(map(len, prompts), default=0), new=max_new_tokens)
+    heads = AllHeads.of(policy, drafts=drafts)
     room = _room(policy)
     rows = [_Row(index=i, limit=_limit(len(ids), max_new_tokens, room=room)) for i, ids in enumerate(prompts)]
     tally = _Tally(accepted=[0] * drafts)
@@ -131,8 +133,7 @@ def generate(
     for first in range(0, len(rows), batch_size):
         live = by_length[first : first + batch_size]
         decoder = Decoder(
-            policy=policy,
-            drafts=drafts,
+            heads=heads,
             temperature=temperature,
             generators=[_generator(seed, names[row.index]) for row in live],
         )

@@ -2,7 +2,7 @@
 
 Attention has to look at every place; the network behind it, three quarters of a Llama layer, works place by
 place: what nobody reads is left out there, and so are its gradients. Hooks do it, so that any transformers
-layer whose network is a module of its own is served.
+layer whose network is a module of its own, `mlp`, is served; of another all is computed.
 
 Shape letters: B rows, T positions, H hidden, N places in the flattened [B, T].
 """
@@ -18,8 +18,12 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def only_at(network: nn.Module, index_N: Tensor) -> Iterator[None]:
-    """Within, compute the network at the places `index_N` (int64) of `[B, T, H]`; it says 0 elsewhere."""
+def only_at(layer: nn.Module, index_N: Tensor) -> Iterator[None]:
+    """Within, compute a layer's network at the places `index_N` (int64) of `[B, T]`; it adds 0 elsewhere."""
+    network = getattr(layer, "mlp", None)
+    if network is None:
+        yield
+        return
     shapes: list[torch.Size] = []
 
     def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -37,19 +41,23 @@ def only_at(network: nn.Module, index_N: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def once_a_row(network: nn.Module, index_B: Tensor) -> Iterator[None]:
-    """Within, compute the network at one place of each row: `only_at`, for a few tokens.
+def once_a_row(layer: nn.Module, index_B: Tensor) -> Iterator[None]:
+    """Within, compute a layer's network at one place of each row: `only_at`, for a few tokens.
 
     What it says of that place is added to the whole row, which is right there and nowhere else, and costs
     less than laying it into a row of zeros.
 
     Args:
-        network: Of a head's layer.
+        layer: Of a head.
         index_B: The place of each row, int64 into the flattened `[B, T]`.
     """
 
     def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return args[0].flatten(0, 1).index_select(0, index_B)[:, None], *args[1:]
 
+    network = getattr(layer, "mlp", None)
+    if network is None:
+        yield
+        return
     with network.register_forward_pre_hook(gather):
         yield

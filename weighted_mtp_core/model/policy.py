@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -169,20 +169,16 @@ class Policy(nn.Module):
             k: From 1.
             index_N: The places that are read, int64 into the flattened `[B, T]`; other states are not right.
         """
-        network = self._feed_forward(k)
-        return nullcontext() if network is None else only_at(network, index_N)
+        return only_at(self.layer(k), index_N)
 
     def asked_in_each_row(self, k: int, index_B: Tensor) -> AbstractContextManager[None]:
         """Within, one of head k's states will be read in each row: `asked_of_head`, for a few tokens."""
-        network = self._feed_forward(k)
-        return nullcontext() if network is None else once_a_row(network, index_B)
+        return once_a_row(self.layer(k), index_B)
 
-    def _feed_forward(self, k: int) -> nn.Module | None:
-        """Return the feed-forward network of head k's layer, where it is a module of its own."""
-        if self.head_kind == "linear":
-            return None
-        found: nn.Module | None = getattr(layers_of(self.heads[k - 1])[0], "mlp", None)
-        return found
+    def layer(self, k: int) -> nn.Module:
+        """Return the one layer of transformer head k, from 1; of linear heads, the head."""
+        head = self.heads[k - 1]
+        return head if self.head_kind == "linear" else layers_of(head)[0]
 
     def logits(self, k: int, hidden_BTH: Tensor) -> Tensor:
         """Return head k's logits `[B, T, V]`; training never makes them whole."""

@@ -1,0 +1,103 @@
+"""Layers called as one say what each says alone; where they cannot be, nobody notices."""
+
+import copy
+
+import attrs
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from weighted_mtp_core.evaluation.all_heads import AllHeads
+from weighted_mtp_core.model.policy import make_policy
+from weighted_mtp_core.model.stacked import stack
+
+V, K = 40, 4
+SMALL = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+GATED = {**SMALL, "intermediate_size": 32, "num_key_value_heads": 1, "head_dim": 8}
+BASES = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**GATED)),
+    "qwen2, with biases": lambda: Qwen2ForCausalLM(Qwen2Config(**GATED)),
+    "qwen3, with norms of queries": lambda: Qwen3ForCausalLM(Qwen3Config(**GATED)),
+    "gemma, whose norms add 1": lambda: GemmaForCausalLM(GemmaConfig(**GATED)),
+    "gpt-neox, with torch's norms": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, intermediate_size=32)),
+}
+
+
+def drifted(base):
+    """A policy of this model whose heads differ."""
+    torch.manual_seed(0)
+    policy = make_policy(base.eval(), n_future=K, head_kind="transformer").eval()
+    for parameter in policy.parameters():  # far from the initial scale, where every position looks alike
+        nn.init.normal_(parameter, std=0.2)
+    return policy
+
+
+def drafted(heads):
+    """The drafting heads' states of a prompt, of a block behind it, and of one when a row has left."""
+    first_RT = torch.tensor([[5, 9, 4, 31], [7, 1, 12, 30]])
+    cache = heads.new_caches()
+    states = []
+    for begin, ids_RT, place_R in (
+        (0, first_RT, torch.tensor([3, 1])),
+        (4, first_RT.flip(1)[:, :2], torch.tensor([0, 1])),
+        (6, first_RT[1:, :3], torch.tensor([2])),
+    ):
+        rows, width = ids_RT.shape
+        if rows == 1:
+            heads.keep(cache, torch.tensor([1]), rows=2)
+        seen_RS = torch.ones(rows, begin + width, dtype=torch.bool)
+        position_RT = torch.arange(begin, begin + width).expand(rows, -1)
+        block = heads.read(ids_RT, position_RT=position_RT, cache=cache, seen=seen_RS)
+        block.first()
+        states.append(block.drafting(place_R))
+    return states
+
+
+@pytest.mark.parametrize("name", BASES)
+@torch.inference_mode()
+def test_drafting_heads_called_as_one_say_what_each_says_alone(name):
+    together = AllHeads.of(drifted(BASES[name]()), drafts=K - 1)
+    alone = attrs.evolve(together, stacked=None)
+
+    assert together.stacked is not None
+    for ours, expected in zip(drafted(together), drafted(alone), strict=True):
+        assert ours.std() > 0.1
+        torch.testing.assert_close(ours, expected)
+
+
+def test_layers_with_a_part_of_no_known_kind_are_not_stacked():
+    policy = drifted(GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=16, n_layer=3, n_head=2)))
+
+    assert AllHeads.of(policy, drafts=K - 1).stacked is None
+
+
+def test_stacking_draws_no_random_numbers():
+    layers = [nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)) for _ in range(2)]
+    before = torch.get_rng_state()
+
+    assert stack(layers) is not None
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_stacking_leaves_the_layers_as_they_were():
+    layers = [nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)) for _ in range(2)]
+    before = copy.deepcopy(layers)
+
+    stack(layers)
+
+    for layer, copied in zip(layers, before, strict=True):
+        assert [type(part) for part in layer] == [nn.Linear, nn.LayerNorm]
+        assert all(map(torch.equal, layer.parameters(), copied.parameters()))
