@@ -14,14 +14,18 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 
 def stack(layers: Sequence[nn.Module]) -> nn.Module | None:
     """Return a layer of `[L R, T, H]` states; None if these layers have a part that cannot be stacked.
 
-    Parameters of linear parts are copied, so what is learnt later is not in it.
+    Parameters of linear parts are copied, so what is learnt later is not in it. Layers whose parameters are
+    split over processes are whole only while they are called, one by one.
     """
     first = layers[0]
+    if any(isinstance(part, FSDPModule) for part in first.modules()):
+        return None
     stacked = copy.deepcopy(first, {id(each): each for each in first.parameters()})
     for name, part in first.named_modules():
         if not any(True for _ in part.parameters(recurse=False)):
