@@ -11,6 +11,7 @@ Shape letters: R rows, T tokens of a block, S slots of the caches, D drafting he
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -77,16 +78,14 @@ class AllHeads:
         def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             called.append(_Call(args=args, kwargs=kwargs))
 
-        hook = (
-            None if self.shared is None else self.shared.register_forward_pre_hook(remember, with_kwargs=True)
-        )
-        try:
+        with (
+            nullcontext()
+            if self.shared is None
+            else self.shared.register_forward_pre_hook(remember, with_kwargs=True)
+        ):
             hidden_RTH = self.policy.trunk_states(
                 ids_RT, position_BT=position_RT, cache=cache.trunk, seen_BS=seen
             )
-        finally:
-            if hook is not None:
-                hook.remove()
         return Block(
             heads=self,
             cache=cache,
