@@ -134,14 +134,16 @@ def flatness(name: str, sizes: dict[int, tuple[int, int]], vocabulary: int) -> l
     """Return how much memory each size takes, and the largest over the smallest.
 
     The unembedding's gradient, `[V, D]` whatever the size, is taken off: with it any peak would look flat.
+    Each size is measured in three processes, for a peak is now and then some MiB higher.
     """
     gradient = vocabulary * D * 4 / MIB
     peaks = {
-        size: peak_mib(prepare, "fused", positions, n_future, vocabulary) - gradient
+        size: [peak_mib(prepare, "fused", positions, n_future, vocabulary) - gradient for _ in range(3)]
         for size, (positions, n_future) in sizes.items()
     }
-    rows = [row(f"loss: peak at {name} = {size}", [peak], unit="MiB") for size, peak in peaks.items()]
-    worst = max(peaks.values()) / min(peaks.values())
+    rows = [row(f"loss: peak at {name} = {size}", found, unit="MiB") for size, found in peaks.items()]
+    medians = [each.value for each in rows]
+    worst = max(medians) / min(medians)
     return [*rows, row(f"loss: largest over smallest peak, over {name}", [worst], reach="<= 1.1", unit="x")]
 
 
