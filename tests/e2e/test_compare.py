@@ -87,9 +87,11 @@ def test_mlflow_has_the_comparison_as_the_parent_of_its_runs(two_seeds, folder):
     }
 
 
-def test_runs_in_mlflow_give_the_same_table(wmtp, two_seeds, folder):
+def test_runs_in_mlflow_give_the_same_table(wmtp, two_seeds, folder, tmp_path):
+    # A copy, for the runs of a comparison have the latest one as their parent.
+    copied = shutil.copytree(folder, tmp_path / "copied")
     experiments = ("--experiment", "weighted_mtp/baseline_mtp", "--experiment", "weighted_mtp/dft")
-    stored = wmtp("compare", *experiments, "--out", "stored", cwd=folder)
+    stored = wmtp("compare", *experiments, "--out", "stored", cwd=copied)
 
     assert stored.returncode == 0, stored.stderr
-    assert rows(folder / "stored" / "compare.csv") == rows(folder / "two" / "compare.csv")
+    assert rows(copied / "stored" / "compare.csv") == rows(folder / "two" / "compare.csv")
