@@ -14,8 +14,6 @@ import attrs
 import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -89,6 +87,8 @@ class LengthOnly:
         handful of perfectly separated responses feels. Where lengths or outcomes are all alike, lengths say
         nothing, and the slope is 0.
         """
+        from sklearn.linear_model import LogisticRegression  # a second, which runs without a critic save
+
         correct_D = reward_D >= CORRECT
         mean, std = float(length_D.mean()), float(length_D.std())
         if std == 0 or correct_D.all() or not correct_D.any():
@@ -138,6 +138,8 @@ class Measures:
     @classmethod
     def of(cls, judged: Judged) -> Measures:
         """Measure; there are right and wrong responses."""
+        from sklearn.metrics import roc_auc_score
+
         final_D, reward_D, correct_D = judged.final_D, judged.reward_D, judged.correct_D
         return cls(
             auc=float(roc_auc_score(correct_D, final_D)),
