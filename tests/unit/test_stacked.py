@@ -84,6 +84,12 @@ def test_layers_with_a_part_of_no_known_kind_are_not_stacked():
     assert AllHeads.of(policy, drafts=K - 1).stacked is None
 
 
+def test_layers_with_experts_that_get_some_of_the_rows_are_not_stacked():
+    layers = [nn.Sequential(nn.LayerNorm(4), nn.ModuleList([nn.Linear(4, 4)])) for _ in range(2)]
+
+    assert stack(layers) is None
+
+
 def test_stacking_draws_no_random_numbers():
     layers = [nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)) for _ in range(2)]
     before = torch.get_rng_state()

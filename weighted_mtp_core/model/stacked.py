@@ -21,10 +21,11 @@ def stack(layers: Sequence[nn.Module]) -> nn.Module | None:
     """Return a layer of `[L R, T, H]` states; None if these layers have a part that cannot be stacked.
 
     Parameters of linear parts are copied, so what is learnt later is not in it. Layers whose parameters are
-    split over processes are whole only while they are called, one by one.
+    split over processes are whole only while they are called, one by one. Of a list of parts, experts say,
+    each is called with the rows that chose it, and groups would no longer be of one size.
     """
     first = layers[0]
-    if any(isinstance(part, FSDPModule) for part in first.modules()):
+    if any(isinstance(part, FSDPModule | nn.ModuleList) for part in first.modules()):
         return None
     stacked = copy.deepcopy(first, {id(each): each for each in first.parameters()})
     for name, part in first.named_modules():
