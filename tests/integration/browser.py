@@ -7,15 +7,21 @@ import subprocess
 import time
 from base64 import b64decode, b64encode
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 NAMES = ("chromium", "google-chrome", "chromium-browser")
+TEXT = "document.body.innerText"
 
 
 def find() -> str | None:
     """Return the browser that is installed, if there is one."""
     return next(filter(None, map(shutil.which, NAMES)), None)
+
+
+class RefusedError(Exception):
+    """The browser refused a command, for instance because its page has just gone."""
 
 
 class Browser:
@@ -26,8 +32,9 @@ class Browser:
         self._rest = b""
         reads, self._to = os.pipe()
         self._from, writes = os.pipe()
-        flags = ("--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe")
-        command = [program, *flags, f"--user-data-dir={profile}", "--window-size=1600,4000"]
+        flags = ("--headless", "--no-sandbox", "--no-first-run", "--disable-gpu", "--remote-debugging-pipe")
+        # about:blank: the page of a new tab has frames of its own
+        command = [program, *flags, f"--user-data-dir={profile}", "--window-size=1600,4000", "about:blank"]
         # the pipe is on descriptors 3 and 4, by agreement
         self._process = subprocess.Popen(
             ["bash", "-c", f'exec "$@" 3<&{reads} 4>&{writes}', "bash", *command],
@@ -38,7 +45,8 @@ class Browser:
         os.close(reads)
         os.close(writes)
         target = self._do("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self._do("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = self._attach(target)
+        self._frames: dict[str, str] = {}
         self.complaints: list[dict[str, Any]] = []
         self.requests: list[str] = []
         for domain in ("Runtime", "Log", "Network"):
@@ -84,25 +92,31 @@ class Browser:
         """Wait until the page shows all words; return what it shows in any case."""
         return self._waited(lambda: self._session, words, seconds)
 
-    def shown_in_frame(self, words: tuple[str, ...], *, seconds: float = 60) -> str:
-        """The same of the page that is shown within the page."""
-        return self._waited(self._frame, words, seconds)
+    def shown_in_frame(self, scheme: str, words: tuple[str, ...], *, seconds: float = 60) -> str:
+        """Do the same for the frame that shows a URL of this scheme, such as `blob`."""
+        return self._waited(lambda: self._frame(scheme), words, seconds)
 
-    def _frame(self) -> str | None:
-        """Attach to the page within the page, once it is there."""
-        targets = self._do("Target.getTargets")["targetInfos"]
-        found = next((each["targetId"] for each in targets if each["type"] == "iframe"), None)
-        if found is None:
-            return None
-        return str(self._do("Target.attachToTarget", targetId=found, flatten=True)["sessionId"])
+    def _frame(self, scheme: str) -> str | None:
+        """Return the session of the frame that shows a URL of this scheme, if there is one by now."""
+        for target in self._do("Target.getTargets")["targetInfos"]:
+            if target["type"] == "iframe" and target["url"].startswith(f"{scheme}:"):
+                name = target["targetId"]
+                self._frames[name] = self._frames.get(name) or self._attach(name)
+                return self._frames[name]
+        return None
+
+    def _attach(self, target: str) -> str:
+        return str(self._do("Target.attachToTarget", targetId=target, flatten=True)["sessionId"])
 
     def _waited(self, find: Callable[[], str | None], words: tuple[str, ...], seconds: float) -> str:
         end = time.monotonic() + seconds
         while True:
-            text, session = "", find()
-            if session is not None:
-                found = self._do("Runtime.evaluate", session=session, expression="document.body.innerText")
-                text = str(found["result"].get("value", ""))
+            text = ""
+            with suppress(RefusedError):  # a frame can be replaced between two commands
+                session = find()
+                if session is not None:
+                    found = self._do("Runtime.evaluate", session=session, expression=TEXT)
+                    text = str(found["result"].get("value", ""))
             if all(word in text for word in words) or time.monotonic() > end:
                 return text
             time.sleep(0.2)
@@ -116,6 +130,8 @@ class Browser:
         while True:
             answer = self._read()
             if answer.get("id") == self._number:
+                if "error" in answer:
+                    raise RefusedError(f"{method}: {answer['error']['message']}")
                 return dict(answer["result"])
             self._note(answer)
 

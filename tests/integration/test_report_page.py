@@ -74,6 +74,26 @@ def page(tmp_path, browser):
     assert browser.complaints == []
 
 
+def test_a_frame_is_found_by_what_it_shows_and_not_by_its_order(tmp_path, browser):
+    page = tmp_path / "frames.html"
+    page.write_text(
+        """<body><script>
+          const show = (url) => {
+            const frame = document.body.appendChild(document.createElement("iframe"));
+            frame.sandbox = "allow-scripts";
+            frame.src = url;
+          };
+          show("data:text/html,another frame");
+          show(URL.createObjectURL(new Blob(["the report"], {type: "text/html"})));
+        </script>"""
+    )
+
+    browser.open(page.as_uri())
+
+    assert browser.shown_in_frame("blob", ("the report",), seconds=20) == "the report"
+    assert browser.shown_in_frame("data", ("another frame",), seconds=20) == "another frame"
+
+
 def middle(page, selector):
     box = page.tell(
         f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])"

@@ -138,6 +138,6 @@ def test_the_report_can_be_read_in_mlflows_own_viewer(stack, runs, stored, brows
         f"{stack.uri}/#/experiments/{info.experiment_id}/runs/{info.run_id}/artifacts/report.html",
         login=f"{stack.user}:{stack.password}",
     )
-    shown = browser.shown_in_frame(words)
+    shown = browser.shown_in_frame("blob", words)
 
     assert [word for word in words if word not in shown] == []
