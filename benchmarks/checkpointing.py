@@ -26,13 +26,13 @@ from humaneval_lengths import humaneval_tokens
 from step import SMOLLM2, TINY
 from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.api import Batch, BuildContext
+from weighted_mtp_core.checkpointing.best_model import load_model, save_model
+from weighted_mtp_core.checkpointing.manager import Checkpoints
 from weighted_mtp_core.data.steps import make_step_batches
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.recipe.schema import CheckpointTable, DataTable, LossTable, MicroTable, TrainTable
-from weighted_mtp_core.stages.checkpoint import load_model, save_model
-from weighted_mtp_core.stages.checkpoints import Checkpoints
-from weighted_mtp_core.stages.loop import Learner, Validation, train
-from weighted_mtp_core.stages.policy import Arm, PolicyLearner
+from weighted_mtp_core.training.loop import Learner, Validation, train
+from weighted_mtp_core.training.policy_learner import Arm, PolicyLearner
 
 from weighted_mtp_baseline_mtp import UniformOptions, build_uniform
 
@@ -134,7 +134,7 @@ def times_of(model: Model) -> tuple[Times, Times]:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with Checkpoints(folder=folder, table=CheckpointTable(every=2 * EVERY), say=print) as checkpoints:
+        with Checkpoints(folder=folder, table=CheckpointTable(every=2 * EVERY), log=print) as checkpoints:
             train(
                 learner_of(model.shape, folder, steps=steps),
                 TrainTable(steps=steps, batch_size=model.rows),

@@ -19,8 +19,8 @@ from pathlib import Path
 from attrs import evolve
 from harness import Row, in_turns, main, ratio_row, row
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.evaluation.generate import Decoding, Generations, generate
-from weighted_mtp_core.stages.finished import plan_of, prepare_finished
+from weighted_mtp_core.evaluation.finished_run import plan_of, prepare_finished
+from weighted_mtp_core.generation.generate import Decoding, Generations, generate
 
 PROMPTS, BATCHES = 32, (1, 8)
 PRETRAINED, PRETRAINED_PROMPTS = "smollm2_humaneval", 4
@@ -59,7 +59,7 @@ def measure_run(run: Path, name: str, *, count: int, rounds: int) -> list[Row]:
     Raises:
         RuntimeError: The two ways wrote different texts.
     """
-    prepared = prepare_finished(run, plan_of(run), say=lambda text: print(text, file=sys.stderr))
+    prepared = prepare_finished(run, plan_of(run), log=lambda text: print(text, file=sys.stderr))
     problems = prepared.source.problems("test")[:count]
     texts = [problem.prompt for problem in problems]
     prompts = prepared.tokenizer(texts, add_special_tokens=False)["input_ids"]

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from weighted_mtp_core.api import SandboxSettings, Verdict
-from weighted_mtp_core.evaluation.sandbox import AssertsJob, Sandbox
+
+from weighted_mtp_code_tasks.sandbox import AssertsJob, Sandbox
 
 
 def read(path: Path) -> list[dict[str, Any]]:

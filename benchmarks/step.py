@@ -30,10 +30,10 @@ from weighted_mtp_core.data.steps import StepBatches, make_step_batches
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.recipe.schema import DataTable, LossTable, TrainTable
-from weighted_mtp_core.stages.cached_critic import CachedCritic
-from weighted_mtp_core.stages.loop import make_optimiser
-from weighted_mtp_core.stages.policy import Arm, PolicyLearner
-from weighted_mtp_core.stages.world import clip_gradients
+from weighted_mtp_core.runtime.distributed import clip_gradients
+from weighted_mtp_core.training.loop import make_optimiser
+from weighted_mtp_core.training.policy_learner import Arm, PolicyLearner
+from weighted_mtp_core.training.score_cache import CachedCritic
 
 from weighted_mtp_baseline_mtp import UniformOptions, build_uniform
 from weighted_mtp_verifiable import TdErrorOptions, ValueHeadOptions, build_td_error, build_value_head

@@ -29,14 +29,14 @@ from humaneval_lengths import humaneval_tokens
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
 from weighted_mtp_core.api import Batch, BuildContext
+from weighted_mtp_core.checkpointing.manager import Checkpoints
 from weighted_mtp_core.data.batches import collate
 from weighted_mtp_core.data.steps import StepBatches, make_step_batches
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.recipe.schema import CheckpointTable, DataTable, LossTable, TrainTable
-from weighted_mtp_core.stages.checkpoints import Checkpoints
-from weighted_mtp_core.stages.loop import train
-from weighted_mtp_core.stages.policy import Arm
+from weighted_mtp_core.training.loop import train
+from weighted_mtp_core.training.policy_learner import Arm
 
 from weighted_mtp_baseline_mtp import UniformOptions, build_uniform
 
@@ -177,7 +177,7 @@ def train_ours(model: LlamaForCausalLM, batches: StepBatches, *, steps: int) -> 
     """Train for an epoch with the loop of the framework."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with NoCheckpoints(folder=folder, table=CheckpointTable(every=0), say=print) as checkpoints:
+        with NoCheckpoints(folder=folder, table=CheckpointTable(every=0), log=print) as checkpoints:
             train(
                 our_learner(copy.deepcopy(model), folder, steps=steps),
                 TrainTable(steps=steps, batch_size=BATCH),

@@ -12,7 +12,7 @@ from attrs import frozen
 
 from weighted_mtp_core.builtin.mlflow import URI_VARIABLE, MlflowOptions, check_uri, embedded_uri, local_path
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.plugins import find, load
+from weighted_mtp_core.plugins.loading import find, load
 from weighted_mtp_core.tracking.environment import DotEnv, load_dotenv
 
 Mark = Literal["ok", "warning", "FAILED"]
@@ -43,7 +43,6 @@ def examine(options: MlflowOptions, storage: Path) -> Iterator[Finding]:
     yield from _plugins()
     yield _disk(storage)
     yield _device()
-    yield _sandbox()
     if not options.enabled:
         yield Finding(mark="warning", name="tracking", text="is switched off (`enabled = false`)")
         return
@@ -93,21 +92,10 @@ def _disk(storage: Path) -> Finding:
 
 
 def _device() -> Finding:
-    from weighted_mtp_core.model.device import resolve_device, resolve_dtype
+    from weighted_mtp_core.runtime.device import resolve_device, resolve_dtype
 
     device = resolve_device("auto")
     return Finding(mark="ok", name="device", text=f"{device}, {resolve_dtype('auto', device)}")
-
-
-def _sandbox() -> Finding:
-    from weighted_mtp_core.evaluation.sandbox.backends import available_backends
-
-    states = available_backends()
-    able = [state.name for state in states if state.available]
-    if able:
-        return Finding(mark="ok", name="sandbox", text=", ".join(able))
-    why = "; ".join(f"{state.name}: {state.detail}" for state in states)
-    return Finding(mark="FAILED", name="sandbox", text=f"no back end works ({why})")
 
 
 def _tracking(uri: str, options: MlflowOptions) -> Iterator[Finding]:

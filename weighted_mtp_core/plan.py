@@ -15,10 +15,10 @@ import attrs
 from attrs import frozen
 
 from weighted_mtp_core.api import Signal
-from weighted_mtp_core.chosen import Chooser, Chosen
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.naming import check_path, flat, tag_pairs
-from weighted_mtp_core.plugins import Kind, LoadedPlugin, providers
+from weighted_mtp_core.identifiers import check_path, flat, tag_pairs
+from weighted_mtp_core.plugins.loading import Kind, LoadedPlugin, providers
+from weighted_mtp_core.plugins.selection import ComponentSelector, SelectedComponent
 from weighted_mtp_core.recipe.layers import Document, read_document
 from weighted_mtp_core.recipe.lines import KeyPath
 from weighted_mtp_core.recipe.load import read_tables, recipe_to_toml
@@ -49,10 +49,10 @@ class Plan:
     """
 
     recipe: Recipe
-    weighting: Chosen
-    critic: Chosen | None
-    data: Chosen
-    trackers: tuple[Chosen, ...]
+    weighting: SelectedComponent
+    critic: SelectedComponent | None
+    data: SelectedComponent
+    trackers: tuple[SelectedComponent, ...]
     experiment: str
     tags: Mapping[str, str]
     params: Mapping[str, str]
@@ -137,12 +137,12 @@ class _Choice:
     """The components that a recipe names, and what is wrong with their options."""
 
     loaded: Mapping[str, LoadedPlugin]
-    chosen: Mapping[KeyPath, Chosen]
+    chosen: Mapping[KeyPath, SelectedComponent]
     faults: list[Fault]
 
     @classmethod
     def make(cls, document: Document, picks: Sequence[_Pick]) -> _Choice:
-        chooser = Chooser(place=lambda path: _naming_place(document, path))
+        chooser = ComponentSelector(place=lambda path: _naming_place(document, path))
         chosen = {
             pick.at: chooser.choose(pick.kind, pick.use, options=pick.options, at=pick.at) for pick in picks
         }
@@ -218,11 +218,13 @@ def _plan(recipe: Recipe, choice: _Choice, document: Document) -> Plan:
     )
 
 
-def _resolved(table: SelectionT, chosen: Chosen) -> SelectionT:
+def _resolved(table: SelectionT, chosen: SelectedComponent) -> SelectionT:
     return attrs.evolve(table, use=chosen.address, options=chosen.plain_options())
 
 
-def _experiment(recipe: Recipe, weighting: Chosen, trackers: Sequence[Chosen], document: Document) -> str:
+def _experiment(
+    recipe: Recipe, weighting: SelectedComponent, trackers: Sequence[SelectedComponent], document: Document
+) -> str:
     if recipe.run.experiment is not None:
         return recipe.run.experiment
     for i, tracker in enumerate(trackers):

@@ -62,7 +62,7 @@ def test_tags_name_algorithm_components_plugins_and_recipe(mlflow_run):
     assert tags["algo"] == "verifiable"
     assert tags["wmtp.weighting"] == "verifiable.td_error"
     assert tags["wmtp.critic"] == "verifiable.value_head"
-    assert tags["wmtp.data"] == "core.micro_code"
+    assert tags["wmtp.data"] == "code_tasks.micro_code"
     assert tags["wmtp.plugin.verifiable"] == "weighted-mtp-verifiable==0.1.0"
     assert tags["wmtp.plugin.core"] == "weighted-mtp-core==0.1.0"
     assert len(tags["wmtp.recipe_sha256"]) == 64

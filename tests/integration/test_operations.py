@@ -12,8 +12,8 @@ import stack as servers
 import yaml
 from recording import Stored
 from weighted_mtp_core.api import RunOutcome
+from weighted_mtp_core.redaction import SECRET_VARIABLES
 from weighted_mtp_core.tracking.environment import NAMES
-from weighted_mtp_core.tracking.redact import SECRET_VARIABLES
 
 pytestmark = pytest.mark.slow
 

@@ -1,8 +1,8 @@
 """The page that shows a run, in a real browser: it renders, switches, fetches and complains of nothing."""
 
 import pytest
-from weighted_mtp_core.report.look import Look, ProblemLook, Reliability, Solution, Token, save_look
 from weighted_mtp_core.report.page import write_report
+from weighted_mtp_core.report.token_report import Look, ProblemLook, Reliability, Solution, Token, save_look
 from weighted_mtp_core.tracking.journal import Journal
 
 

@@ -12,11 +12,9 @@ import threading
 import pytest
 import torch
 from torch import nn
-from weighted_mtp_core.errors import RunFailedError, WmtpError
-from weighted_mtp_core.recipe.schema import CheckpointTable
-from weighted_mtp_core.stages.checkpoint import load_model, save_model
-from weighted_mtp_core.stages.checkpoints import Checkpoints
-from weighted_mtp_core.stages.snapshot import (
+from weighted_mtp_core.checkpointing.best_model import load_model, save_model
+from weighted_mtp_core.checkpointing.manager import Checkpoints
+from weighted_mtp_core.checkpointing.snapshot import (
     Snapshot,
     load_module_state,
     load_optimiser_state,
@@ -26,6 +24,8 @@ from weighted_mtp_core.stages.snapshot import (
     restore_random_state,
     split_state,
 )
+from weighted_mtp_core.errors import RunFailedError, WmtpError
+from weighted_mtp_core.recipe.schema import CheckpointTable
 from weighted_mtp_core.storage.manifest import atomic_write, write_manifest
 
 
@@ -37,7 +37,7 @@ def said():
 @pytest.fixture
 def open_checkpoints(tmp_path, said):
     def open_checkpoints(**table):
-        return Checkpoints(folder=tmp_path, table=CheckpointTable(**table), say=said.append)
+        return Checkpoints(folder=tmp_path, table=CheckpointTable(**table), log=said.append)
 
     return open_checkpoints
 
@@ -165,8 +165,8 @@ from pathlib import Path
 import torch
 from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.recipe.schema import CheckpointTable
-from weighted_mtp_core.stages.checkpoints import Checkpoints
-from weighted_mtp_core.stages.snapshot import Snapshot
+from weighted_mtp_core.checkpointing.manager import Checkpoints
+from weighted_mtp_core.checkpointing.snapshot import Snapshot
 folder = Path(sys.argv[1])
 (folder / "best_model.pt").write_bytes(b"best")
 with Checkpoints(folder=folder, table=CheckpointTable(), say=print) as checkpoints:

@@ -117,7 +117,7 @@ def test_check_prints_the_resolved_recipe_if_asked(recipe, capsys, write_recipe)
 
 def test_run_hands_the_plan_to_the_stages(recipe, monkeypatch):
     calls = []
-    stages = type(sys)("weighted_mtp_core.stages.run")
+    stages = type(sys)("weighted_mtp_core.run")
     stages.run_plan = lambda plan, **options: calls.append((plan, options))
     monkeypatch.setitem(sys.modules, stages.__name__, stages)
 

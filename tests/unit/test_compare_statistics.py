@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from weighted_mtp_core.compare.statistics import difference, estimate, sign_flip_p, smallest_p
+from weighted_mtp_core.metrics.statistics import difference, estimate, sign_flip_p, smallest_p
 
 VALUES = st.lists(st.floats(-100, 100).map(lambda x: round(x, 3)), min_size=2, max_size=7)
 

@@ -4,8 +4,9 @@ import re
 from xml.etree import ElementTree as ET
 
 import torch
+from weighted_mtp_core.api.alignment import align_weights
 from weighted_mtp_core.model.loss import normalisers
-from weighted_mtp_core.model.targets import align_labels, align_weights, target_mask
+from weighted_mtp_core.model.targets import align_labels, target_mask
 
 WEIGHT_BT = torch.tensor([[0.0, 0.0, 0.0, 0.5, 2.0, 1.0, 0.0]])
 TARGET_BTK = target_mask(

@@ -11,12 +11,12 @@ from scipy.stats import spearmanr
 from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
-from weighted_mtp_core.stages.critic_measures import Judged, LengthOnly, Measures, changes
+from weighted_mtp_core.metrics.critic import CriticMeasures, LengthOnly, ScoredResponses, changes
 
 
 def judge(responses):
     """Responses as (problem, reward, value of the prompt, values of the tokens)."""
-    return Judged(
+    return ScoredResponses(
         value_N=np.concatenate([values for *_, values in responses]).astype(np.float64),
         before_D=np.array([before for _, _, before, _ in responses], dtype=np.float64),
         length_D=np.array([len(values) for *_, values in responses]),
@@ -49,7 +49,7 @@ def rewards(responses):
 @settings(max_examples=50)
 @given(RESPONSES)
 def test_auc_brier_and_cross_entropy_are_those_of_scikit_learn(responses):
-    found = Measures.of(judge(responses))
+    found = CriticMeasures.of(judge(responses))
 
     assert found.auc == pytest.approx(roc_auc_score(rewards(responses), finals(responses)))
     assert found.brier == pytest.approx(brier_score_loss(rewards(responses), finals(responses)))
@@ -63,7 +63,7 @@ def test_pairwise_accuracy_is_that_of_a_loop_over_pairs_within_problems(response
         if problem == other and reward > rival:
             scores.append((values[-1] > others[-1]) + 0.5 * (values[-1] == others[-1]))
 
-    found = Measures.of(judge(responses)).pairwise_accuracy
+    found = CriticMeasures.of(judge(responses)).pairwise_accuracy
 
     assert found == (pytest.approx(sum(scores) / len(scores)) if scores else None)
 
@@ -75,7 +75,7 @@ def test_calibration_error_is_that_of_scikit_learns_bins():
     counts = np.histogram(values, bins=15, range=(0, 1))[0]
     rate, mean = calibration_curve(right, values, n_bins=15)
 
-    found = Measures.of(
+    found = CriticMeasures.of(
         judge([(0, reward, 0.5, [value]) for value, reward in zip(values, right, strict=True)])
     )
 
@@ -96,7 +96,7 @@ def test_td_errors_and_their_spikiness_are_those_of_a_loop_over_tokens(responses
     judged = judge(responses)
 
     assert changes(judged).tolist() == pytest.approx(expected)
-    assert Measures.of(judged).td_spikiness == pytest.approx(sum(spikes) / len(spikes))
+    assert CriticMeasures.of(judged).td_spikiness == pytest.approx(sum(spikes) / len(spikes))
 
 
 def spearman(x, y):
@@ -110,7 +110,7 @@ def test_rank_correlations_are_those_of_scipy(responses):
     lengths = [len(values) for *_, values in responses]
     by_position = [spearman(values, range(len(values))) for *_, values in responses]
 
-    found = Measures.of(judge(responses))
+    found = CriticMeasures.of(judge(responses))
 
     assert found.position_correlation == pytest.approx(sum(by_position) / len(by_position))
     assert found.length_correlation == pytest.approx(spearman(finals(responses), lengths))
@@ -118,7 +118,7 @@ def test_rank_correlations_are_those_of_scipy(responses):
 
 def test_the_constant_is_the_mean_reward_everywhere_and_tells_nothing():
     judged = judge([(0, 1.0, 0.1, [0.2, 0.9]), (0, 0.0, 0.1, [0.3] * 4), (1, 0.0, 0.1, [0.1])])
-    found = Measures.of(judged.by_constant())
+    found = CriticMeasures.of(judged.by_constant())
 
     assert (found.auc, found.pairwise_accuracy, found.margin) == (0.5, 0.5, 0.0)
     assert found.ece == pytest.approx(0.0)
@@ -165,4 +165,4 @@ def test_the_value_of_length_alone_counts_the_tokens_so_far():
 def test_ties_are_no_advantage_of_length_alone():
     judged = judge([(0, 1.0, 0.5, [0.5] * 3), (0, 0.0, 0.5, [0.9] * 3)])
 
-    assert Measures.of(judged.by_length(LengthOnly(slope=2.0, intercept=0.0))).pairwise_accuracy == 0.5
+    assert CriticMeasures.of(judged.by_length(LengthOnly(slope=2.0, intercept=0.0))).pairwise_accuracy == 0.5

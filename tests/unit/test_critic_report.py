@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from weighted_mtp_core.api import WmtpError
-from weighted_mtp_core.stages.critic import report_critic
-from weighted_mtp_core.stages.critic_measures import Judged, LengthOnly
+from weighted_mtp_core.metrics.critic import LengthOnly, ScoredResponses
+from weighted_mtp_core.training.critic_learner import report_critic
 
 
 def naive_auc(values, rewards):
@@ -22,7 +22,7 @@ def naive_auc(values, rewards):
 def report(values, rewards, problems=None):
     """Responses of one token each, so that their values are the final ones."""
     count = len(values)
-    judged = Judged(
+    judged = ScoredResponses(
         value_N=np.asarray(values, dtype=np.float64),
         before_D=np.full(count, 0.5),
         length_D=np.ones(count, dtype=np.int64),

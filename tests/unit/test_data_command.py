@@ -9,7 +9,7 @@ RECIPE = """
     [run]
     name = "small"
     [data]
-    use = "core.mbpp"
+    use = "code_tasks.mbpp"
     options = { path = "mbpp.jsonl", mutants = 0 }
     [weighting]
     use = "core.none"

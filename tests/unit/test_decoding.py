@@ -16,7 +16,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.evaluation.generate import generate
+from weighted_mtp_core.generation.generate import generate
 from weighted_mtp_core.model.policy import make_policy
 
 V, K = 40, 4

@@ -6,7 +6,7 @@ import re
 import attrs
 import pytest
 import tomli
-from weighted_mtp_core.plugins import Kind, find, load
+from weighted_mtp_core.plugins.loading import Kind, find, load
 from weighted_mtp_core.recipe import schema
 
 

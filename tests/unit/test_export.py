@@ -23,8 +23,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.evaluation.generate import generate
-from weighted_mtp_core.model.export import ExportFacts, read_facts, refuse_to_replace, write_export
+from weighted_mtp_core.export.transformers import ExportFacts, read_facts, refuse_to_replace, write_export
+from weighted_mtp_core.generation.generate import generate
 from weighted_mtp_core.model.load import load_policy
 from weighted_mtp_core.model.policy import make_policy
 from weighted_mtp_core.recipe.schema import ModelTable

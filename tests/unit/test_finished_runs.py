@@ -11,8 +11,8 @@ from textwrap import dedent
 
 import pytest
 from weighted_mtp_core.cli import main
+from weighted_mtp_core.evaluation.evaluate import Trial, best_trial
 from weighted_mtp_core.recipe.schema import EvaluateTable
-from weighted_mtp_core.stages.evaluate import Trial, best_trial
 
 FLAT_PLUGIN = """
     from attrs import frozen
@@ -40,7 +40,7 @@ RECIPE = """
     n_future = 3
     micro = { hidden_size = 16, layers = 2, attention_heads = 2, vocab_size = 300 }
     [data]
-    use = "core.micro_code"
+    use = "code_tasks.micro_code"
     options = { problems = 20, mutants = 1 }
     [weighting]
     use = "flat_weights"

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from weighted_mtp_core.evaluation.generate import Generations, Sampled, generate, sample_completions
+from weighted_mtp_core.generation.generate import Generations, Sampled, generate, sample_completions
 from weighted_mtp_core.model.policy import make_policy
 
 V = 16

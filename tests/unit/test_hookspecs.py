@@ -19,7 +19,7 @@ from weighted_mtp_core.api import (
     Tracker,
     WeightingStrategy,
 )
-from weighted_mtp_core.plugins import Kind, find, load
+from weighted_mtp_core.plugins.loading import Kind, find, load
 
 KINDS = {
     Kind.WEIGHTING: WeightingStrategy,

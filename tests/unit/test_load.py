@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.model.device import resolve_device, resolve_dtype
 from weighted_mtp_core.model.load import load_policy
 from weighted_mtp_core.recipe.schema import MicroTable, ModelTable
+from weighted_mtp_core.runtime.device import resolve_device, resolve_dtype
 
 MICRO = ModelTable(micro=MicroTable(vocab_size=300, hidden_size=16, layers=2, attention_heads=2), n_future=2)
 TEXTS = ("def f(xs):\n    return sorted(xs)\n", "Sum 12 and 345. Héllo wörld ☃")

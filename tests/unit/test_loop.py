@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from weighted_mtp_core.checkpointing.manager import Checkpoints
 from weighted_mtp_core.errors import RunFailedError, Terminated
 from weighted_mtp_core.recipe.schema import CheckpointTable, TrainTable
-from weighted_mtp_core.stages.checkpoints import Checkpoints
-from weighted_mtp_core.stages.loop import Learner, Validation, learning_rate, make_optimiser, train
+from weighted_mtp_core.training.loop import Learner, Validation, learning_rate, make_optimiser, train
 
 
 def test_the_rate_warms_up_linearly_and_falls_to_its_final_share():
@@ -53,7 +53,7 @@ class Seen:
 class Fit(Learner):
     """Fits one number to 3, with noise from the global generator; its score gets worse after step 4."""
 
-    stage, headline = "policy", "train_loss"
+    stage, loss_name = "policy", "train_loss"
 
     def __init__(self, folder, bad=()):
         self.number = nn.Parameter(torch.zeros(1))
@@ -104,7 +104,7 @@ TABLE = TrainTable(
 @pytest.fixture
 def checkpoints(tmp_path):
     said = []
-    with Checkpoints(folder=tmp_path, table=CheckpointTable(every=3, keep=2), say=said.append) as checkpoints:
+    with Checkpoints(folder=tmp_path, table=CheckpointTable(every=3, keep=2), log=said.append) as checkpoints:
         yield checkpoints
     assert said == []
 
@@ -249,11 +249,11 @@ def test_fifty_resumes_in_a_row_change_nothing(tmp_path):
     logged = []
     for folder in folders:
         folder.mkdir()
-    with Checkpoints(folder=folders[0], table=CheckpointTable(), say=print) as checkpoints:
+    with Checkpoints(folder=folders[0], table=CheckpointTable(), log=print) as checkpoints:
         _, seen = run(Fit(folders[0]), checkpoints, table=table)
 
     for step in range(1, 51):
-        with Checkpoints(folder=folders[1], table=CheckpointTable(), say=print) as checkpoints:
+        with Checkpoints(folder=folders[1], table=CheckpointTable(), log=print) as checkpoints:
             at = {step: kill_myself(signal.SIGTERM)} if step < 50 else {}
             torch.manual_seed(1 if step == 1 else 99)
             resumed = Seen(at)

@@ -5,9 +5,9 @@ from weighted_mtp_core import cli
 from weighted_mtp_core.api import BuildContext
 from weighted_mtp_core.cli import main
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.messages import quoted
 from weighted_mtp_core.plan import make_plan
-from weighted_mtp_core.plugins import Kind, find, load, resolve
-from weighted_mtp_core.wording import quoted
+from weighted_mtp_core.plugins.loading import Kind, find, load, resolve
 
 RECIPE = """
     [run]
@@ -351,7 +351,7 @@ def test_an_experiment_that_is_no_path(plan_error):
         ),
         ("run.seed=-1", "run.seed: must be >= 0: -1"),
         (
-            "data={use='core.micro_code',packing='documents',pack_tokens=100}",
+            "data={use='code_tasks.micro_code',packing='documents',pack_tokens=100}",
             "data.pack_tokens: must be >= `max_tokens` = 512, or a row is too short: 100",
         ),
     ],

@@ -27,11 +27,11 @@ from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.model.policy import make_policy
 from weighted_mtp_core.model.targets import align_labels, pair_index, source_index, target_mask
 from weighted_mtp_core.recipe.schema import LossTable, TrainTable
-from weighted_mtp_core.stages.bad_steps import BadSteps
-from weighted_mtp_core.stages.loop import make_optimiser
-from weighted_mtp_core.stages.policy import Arm, PolicyLearner
-from weighted_mtp_core.stages.weights import ValueCheck
-from weighted_mtp_core.stages.world import clip_gradients
+from weighted_mtp_core.runtime.distributed import clip_gradients
+from weighted_mtp_core.training.loop import make_optimiser
+from weighted_mtp_core.training.nonfinite_steps import NonfiniteSteps
+from weighted_mtp_core.training.policy_learner import Arm, PolicyLearner
+from weighted_mtp_core.training.weight_checks import ValueCheck
 
 V = 31
 SMALL = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -137,7 +137,7 @@ def test_a_step_asks_the_device_nothing_but_for_the_look_at_the_weights(name, he
     training = learner(weighting, name=name, head=head, accumulation=accumulation)
     parameters = list(training.parameters())
     optimiser = make_optimiser(parameters, TrainTable())
-    bad = BadSteps(limit=5, device=CPU)
+    bad = NonfiniteSteps(limit=5, device=CPU)
     before = parameters[0].detach().clone()
 
     with NoWaiting() as watched:

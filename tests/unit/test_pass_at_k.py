@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from weighted_mtp_core.evaluation.pass_at_k import pass_at_k
+from weighted_mtp_core.metrics.pass_at_k import pass_at_k
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import weighted_mtp_core
 from packaging.version import Version
 from weighted_mtp_core.api import Signal
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.plugins import FoundPlugin, Kind, find, load, providers, resolve
+from weighted_mtp_core.plugins.loading import FoundPlugin, Kind, find, load, providers, resolve
 
 RAISES = "raise RuntimeError('imported')"
 
@@ -51,7 +51,7 @@ def test_one_distribution_listed_twice_is_one_plugin(install_plugin, site, tmp_p
 
     (plugin,) = find([str(site), str(again)]).values()
 
-    assert plugin.rivals == ()
+    assert plugin.conflicts == ()
 
 
 @pytest.mark.parametrize(

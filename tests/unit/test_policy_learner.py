@@ -15,14 +15,15 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 from weighted_mtp_core.api import Batch, Signal, WeightingStrategy, Weights, WmtpError
+from weighted_mtp_core.api.alignment import align_weights
 from weighted_mtp_core.data.batches import split_rows
 from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.model.loss import token_losses
 from weighted_mtp_core.model.loss_reference import reference_loss
 from weighted_mtp_core.model.policy import make_policy
-from weighted_mtp_core.model.targets import align_labels, align_weights, target_mask
+from weighted_mtp_core.model.targets import align_labels, target_mask
 from weighted_mtp_core.recipe.schema import LossTable
-from weighted_mtp_core.stages.policy import Arm, PolicyLearner
+from weighted_mtp_core.training.policy_learner import Arm, PolicyLearner
 
 V, B, T = 31, 4, 12
 SMALL = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}

@@ -8,7 +8,7 @@ from weighted_mtp_core.model.loss import token_entropies, token_losses
 from weighted_mtp_core.model.policy import make_policy
 from weighted_mtp_core.model.targets import align_labels
 from weighted_mtp_core.recipe.schema import LossTable
-from weighted_mtp_core.stages.policy import Arm, PolicyLearner
+from weighted_mtp_core.training.policy_learner import Arm, PolicyLearner
 
 FIELDS = {
     Signal.TOKEN_LOSS: ("token_loss_BTK", token_losses),

@@ -9,19 +9,19 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from weighted_mtp_core.checkpointing.manager import Checkpoints
 from weighted_mtp_core.recipe.schema import CheckpointTable, TrainTable
-from weighted_mtp_core.stages.checkpoints import Checkpoints
-from weighted_mtp_core.stages.loop import Learner, Validation, train
-from weighted_mtp_core.stages.world import World
+from weighted_mtp_core.runtime.distributed import Distributed
+from weighted_mtp_core.training.loop import Learner, Validation, train
 
 
 class Together(Learner):
     """Saves with all processes; its scores go up in the first process and down in the second one."""
 
-    stage, headline = "policy", "train_loss"
+    stage, loss_name = "policy", "train_loss"
 
-    def __init__(self, folder, world):
-        self.number, self.world = nn.Parameter(torch.zeros(1)), world
+    def __init__(self, folder, distributed):
+        self.number, self.distributed = nn.Parameter(torch.zeros(1)), distributed
         self.best = folder / "best"
         self.saved = 0
 
@@ -34,7 +34,7 @@ class Together(Learner):
         return {"train_loss": loss.detach()}
 
     def validate(self, *, step):
-        return Validation(metrics={}, score=step * 1e-9 * (1 - 2 * self.world.rank))
+        return Validation(metrics={}, score=step * 1e-9 * (1 - 2 * self.distributed.rank))
 
     def state_dict(self):
         return {"number": self.number}
@@ -43,9 +43,9 @@ class Together(Learner):
         raise AssertionError
 
     def save_best(self):
-        self.world.wait()
+        self.distributed.barrier()
         self.saved += 1
-        if self.world.first:
+        if self.distributed.is_rank_zero:
             self.best.write_text(str(self.saved))
 
     def load_best(self):
@@ -65,20 +65,22 @@ class Silence:
 def train_as(rank, folder, results):
     store = dist.FileStore(str(folder / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    world = World(rank=rank, size=2, aside=dist.new_group(backend="gloo"))
-    learner = Together(folder, world)
+    distributed = Distributed(rank=rank, size=2, aside=dist.new_group(backend="gloo"))
+    learner = Together(folder, distributed)
     table = TrainTable(steps=4, validate_every=2)
-    with Checkpoints(folder=folder, table=CheckpointTable(), say=print, world=world) as checkpoints:
+    with Checkpoints(
+        folder=folder, table=CheckpointTable(), log=print, distributed=distributed
+    ) as checkpoints:
         trained = train(
             learner,
             table,
             batch_of=lambda _: type("Row", (), {"ids_BT": torch.zeros(1, 1)}),
             reporter=Silence(),
             checkpoints=checkpoints,
-            world=world,
+            distributed=distributed,
         )
     results.put((rank, learner.saved, trained.best_step))
-    world.leave()
+    distributed.shutdown()
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -99,7 +101,7 @@ def test_the_first_process_decides_for_all_which_state_is_the_best(tmp_path):
 @given(st.integers(1, 40), st.integers(1, 9))
 def test_shares_hold_each_item_once_and_are_filled_up_to_the_same_number(count, size):
     items = list(range(count))
-    shares = [World(rank=rank, size=size).share_evenly(items, spare=-1) for rank in range(size)]
+    shares = [Distributed(rank=rank, size=size).shard_evenly(items, spare=-1) for rank in range(size)]
 
     assert len({len(share) for share in shares}) == 1
     assert [item for share in shares for item in share if item >= 0] == items

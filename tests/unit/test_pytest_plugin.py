@@ -6,7 +6,7 @@ import sys
 from importlib.metadata import entry_points
 
 import pytest
-from weighted_mtp_core.plugins import find, load
+from weighted_mtp_core.plugins.loading import find, load
 
 HALVES = """
     from attrs import frozen

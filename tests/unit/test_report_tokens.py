@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 from weighted_mtp_core.data.tokens import TokenSet
-from weighted_mtp_core.report.look import Look, ProblemLook, Solution, Token, load_look, save_look
+from weighted_mtp_core.evaluation.finished_run import plan_of, prepare_finished
 from weighted_mtp_core.report.measure import changes, choose_problems, token_texts
 from weighted_mtp_core.report.shading import shade
+from weighted_mtp_core.report.token_report import Look, ProblemLook, Solution, Token, load_look, save_look
 from weighted_mtp_core.report.token_values import mean_over_heads
-from weighted_mtp_core.stages.finished import plan_of, prepare_finished
 
 PLUGIN = """
     from attrs import frozen
@@ -76,7 +76,7 @@ def run(wmtp_tiny_run, install_plugin):
 
 def test_a_run_keeps_what_its_page_shows_of_tokens(run):
     look = load_look(run)
-    prepared = prepare_finished(run, plan_of(run), say=lambda _: None)
+    prepared = prepare_finished(run, plan_of(run), log=lambda _: None)
 
     for problem in look.problems:
         right, wrong = problem.solutions
@@ -140,7 +140,7 @@ def test_a_weighting_that_refuses_other_batches_costs_the_page_its_weights_and_n
 
 
 def prepared_source(run):
-    return prepare_finished(run, plan_of(run), say=lambda _: None).source
+    return prepare_finished(run, plan_of(run), log=lambda _: None).source
 
 
 def check_solution(prepared, prompt, solution):

@@ -4,15 +4,15 @@ import json
 
 import pytest
 from weighted_mtp_core.api import DatasetVersion, WmtpError
-from weighted_mtp_core.plan import make_plan
-from weighted_mtp_core.stages.resume import (
+from weighted_mtp_core.checkpointing.resume import (
     fingerprint,
     other_machine,
     refuse_changes,
     refuse_other_data,
     run_to_resume,
 )
-from weighted_mtp_core.stages.world import World
+from weighted_mtp_core.plan import make_plan
+from weighted_mtp_core.runtime.distributed import Distributed
 from weighted_mtp_core.tracking.run_folder import RunFolder
 
 RECIPE = """
@@ -169,5 +169,5 @@ def test_other_data_are_refused(plan, leave):
 def test_another_number_of_processes_is_told(plan, leave):
     path = leave(plan(), "KILLED")
 
-    assert other_machine(path, World()) is None
-    assert other_machine(path, World(rank=0, size=2)) == "processes 1 -> 2"
+    assert other_machine(path, Distributed()) is None
+    assert other_machine(path, Distributed(rank=0, size=2)) == "processes 1 -> 2"

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from weighted_mtp_core.evaluation.sampling import accept, accept_greedy, draw, probabilities
+from weighted_mtp_core.generation.sampling import accept, accept_greedy, draw, probabilities
 
 GRID = 1000  # uniform numbers in the middle of so many equal steps
 

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from weighted_mtp_core.api import WmtpError
-from weighted_mtp_core.stages.shards import Shards, write_shards
-from weighted_mtp_core.stages.snapshot import Snapshot
-from weighted_mtp_core.stages.world import World
+from weighted_mtp_core.checkpointing.shards import Shards, write_shards
+from weighted_mtp_core.checkpointing.snapshot import Snapshot
+from weighted_mtp_core.runtime.distributed import Distributed
 from weighted_mtp_core.storage.manifest import write_manifest
 
 WHOLE = {
@@ -22,21 +22,21 @@ WHOLE = {
 
 
 @pytest.fixture(scope="module")
-def world():
+def distributed():
     """Return a group of one process; groups of several are in tests/e2e/test_processes.py."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield World(aside=dist.group.WORLD)
+    yield Distributed(aside=dist.group.WORLD)
     dist.destroy_process_group()
 
 
 @pytest.fixture
-def tensors(world):
+def tensors(distributed):
     mesh = init_device_mesh("cpu", (1,))
     return {**WHOLE, "learner.matrix": distribute_tensor(WHOLE["learner.matrix"], mesh, [Shard(0)])}
 
 
-def test_each_tensor_comes_back_whole_with_its_type(world, tensors, tmp_path):
-    write_shards(tensors, tmp_path / "shards", world)
+def test_each_tensor_comes_back_whole_with_its_type(distributed, tensors, tmp_path):
+    write_shards(tensors, tmp_path / "shards", distributed)
 
     read = Shards(tmp_path / "shards")
 
@@ -46,21 +46,21 @@ def test_each_tensor_comes_back_whole_with_its_type(world, tensors, tmp_path):
         assert read[name].dtype == tensor.dtype
 
 
-def test_a_part_that_cannot_be_written_is_an_error_of_the_system(world, tensors, tmp_path):
+def test_a_part_that_cannot_be_written_is_an_error_of_the_system(distributed, tensors, tmp_path):
     (tmp_path / "shards").write_text("in the way")
 
     with pytest.raises(OSError, match="could not write its part"):
-        write_shards(tensors, tmp_path / "shards", world)
+        write_shards(tensors, tmp_path / "shards", distributed)
 
 
 @pytest.fixture
-def snapshot(world, tensors, tmp_path):
+def snapshot(distributed, tensors, tmp_path):
     best = tmp_path / "best_model.pt"
     best.write_bytes(b"the best")
     folder = tmp_path / "policy-00000004"
     folder.mkdir()
     taken = Snapshot(stage="policy", step=4, tensors=tensors, values={"learner": {"n": 3}}, best=best)
-    taken.write(folder, world)
+    taken.write(folder, distributed)
     write_manifest(folder)
     return folder
 

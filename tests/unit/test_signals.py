@@ -7,16 +7,16 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.api import Critic, Scores, Signal, WeightingStrategy, Weights, WmtpError
-from weighted_mtp_core.chosen import Chooser
 from weighted_mtp_core.data.batches import Sampler, pointwise, split_rows
 from weighted_mtp_core.data.packing import PackedSampler
 from weighted_mtp_core.data.steps import make_step_batches
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.model.policy import make_policy
-from weighted_mtp_core.plugins import Kind
+from weighted_mtp_core.plugins.loading import Kind
+from weighted_mtp_core.plugins.selection import ComponentSelector
 from weighted_mtp_core.recipe.schema import DataTable, LossTable
-from weighted_mtp_core.stages.cached_critic import CachedCritic, scores_key, state_sha256
-from weighted_mtp_core.stages.policy import Arm, PolicyLearner
+from weighted_mtp_core.training.policy_learner import Arm, PolicyLearner
+from weighted_mtp_core.training.score_cache import CachedCritic, scores_key, state_sha256
 
 CPU = torch.device("cpu")
 V = 40
@@ -223,7 +223,7 @@ def test_a_batch_of_unknown_origin_is_refused(tokens, tmp_path):
 
 
 def key(tokens, *, critic=None, given=(), accumulation=1, table=APART, options=None, **changes):
-    chosen = Chooser().choose(Kind.DATA, "core.micro_code", options=options or {})
+    chosen = ComponentSelector().choose(Kind.DATA, "code_tasks.micro_code", options=options or {})
     order = batches(tokens, table, **changes)
     return scores_key(critic or Judge(), chosen, given=given, batches=order, accumulation=accumulation)
 

@@ -20,7 +20,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from weighted_mtp_core.evaluation.all_heads import AllHeads
+from weighted_mtp_core.generation.draft_heads import AllHeads
 from weighted_mtp_core.model.policy import make_policy
 from weighted_mtp_core.model.stacked import stack
 

@@ -3,13 +3,8 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from weighted_mtp_core.model.targets import (
-    IGNORED,
-    align_labels,
-    align_weights,
-    gather_by_target,
-    target_mask,
-)
+from weighted_mtp_core.api.alignment import align_weights, gather_by_target
+from weighted_mtp_core.model.targets import IGNORED, align_labels, target_mask
 
 
 def one_row(length, *, prompt=0):

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from weighted_mtp_core.api import DatasetVersion, Example, WmtpError
-from weighted_mtp_core.chosen import Chooser
-from weighted_mtp_core.data.arrays import ArrayWriter, let_go, mapped
+from weighted_mtp_core.data.arrays import ArrayWriter, drop_pages, mapped
 from weighted_mtp_core.data.cache import make_token_cache, tokenizer_fingerprint
 from weighted_mtp_core.data.tokens import open_tokens, tokenise
-from weighted_mtp_core.plugins import Kind
+from weighted_mtp_core.plugins.loading import Kind
+from weighted_mtp_core.plugins.selection import ComponentSelector
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -157,7 +157,7 @@ def test_what_was_read_does_not_stay_in_memory(tmp_path):
     before = mapped_megabytes()
     array.sum()
     read = mapped_megabytes()
-    let_go(array)
+    drop_pages(array)
 
     assert read - before > 30
     assert mapped_megabytes() - before < 2
@@ -182,7 +182,7 @@ VERSION = DatasetVersion(name="words", version="1", sha256="0" * 64)
 
 
 def cache(storage, *, version=VERSION, tokenizer=None, options=None, max_tokens=20):
-    data = Chooser().choose(Kind.DATA, "core.micro_code", options=options or {})
+    data = ComponentSelector().choose(Kind.DATA, "code_tasks.micro_code", options=options or {})
     return make_token_cache(
         storage, version, data=data, tokenizer=tokenizer or fast_tokenizer(), max_tokens=max_tokens
     )

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from weighted_mtp_core.api import Weights, WmtpError
-from weighted_mtp_core.stages.weights import ValueCheck, check_weights, weight_metrics
+from weighted_mtp_core.training.weight_checks import ValueCheck, check_weights, weight_metrics
 
 LABEL = "weighting `my.own` (my-dist 1.0)"
 

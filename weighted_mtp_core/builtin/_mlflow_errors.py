@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from attrs import evolve, frozen
 
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.tracking.redact import redact
+from weighted_mtp_core.redaction import redact
 
 _STATUS = re.compile(
     r"error code (\d{3}) != |\b(\d{3}) (?:Client|Server) Error|too many (\d{3}) error responses"

@@ -12,9 +12,9 @@ from attrs import validators as v
 
 from weighted_mtp_core.api import BuildContext, Tracker
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.redaction import redact
 from weighted_mtp_core.tracking.environment import use_dotenv
-from weighted_mtp_core.tracking.off import Untracked
-from weighted_mtp_core.tracking.redact import redact
+from weighted_mtp_core.tracking.noop import Untracked
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 _CLIENT_SETTINGS = {

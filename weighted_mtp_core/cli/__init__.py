@@ -37,8 +37,8 @@ from weighted_mtp_core.errors import (
     Terminated,
     WmtpError,
 )
-from weighted_mtp_core.tracking.redact import redact
-from weighted_mtp_core.wording import did_you_mean, quoted, reason
+from weighted_mtp_core.messages import did_you_mean, quoted, reason
+from weighted_mtp_core.redaction import redact
 
 COMMANDS = (
     *(run, check, compare, evaluate, generate, export, report, plugins),

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from weighted_mtp_core.chosen import Chosen
 from weighted_mtp_core.cli.recipe_arguments import add_recipe_arguments, plan_from
 from weighted_mtp_core.cli.table import print_rows
 from weighted_mtp_core.errors import EXIT_DONE
-from weighted_mtp_core.naming import flat
+from weighted_mtp_core.identifiers import flat
 from weighted_mtp_core.plan import Plan
+from weighted_mtp_core.plugins.selection import SelectedComponent
 from weighted_mtp_core.recipe.structure import plain
 
 _DESCRIPTION = """\
@@ -68,7 +68,7 @@ def _rows(plan: Plan) -> list[tuple[str, ...]]:
     return rows
 
 
-def _describe(chosen: Chosen) -> tuple[str, str]:
+def _describe(chosen: SelectedComponent) -> tuple[str, str]:
     options = ", ".join(f"{key} = {value}" for key, value in flat(plain(chosen.options)))
     origin = f"{chosen.plugin.distribution} {chosen.plugin.version}"
     return chosen.address, f"{origin}; {options}" if options else origin

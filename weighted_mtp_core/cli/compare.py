@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from weighted_mtp_core.compare.arms import Arm, read_arms
 from weighted_mtp_core.compare.runs import MOST_SEEDS, Outcome, Runner, plan_jobs, share_machine, visible_gpus
 from weighted_mtp_core.errors import EXIT_DONE, EXIT_RUN_FAILED, RunFailedError, WmtpError
-from weighted_mtp_core.wording import did_you_mean, quoted
+from weighted_mtp_core.messages import did_you_mean, quoted
 
 if TYPE_CHECKING:
-    from weighted_mtp_core.compare.measures import Measures
+    from weighted_mtp_core.compare.measures import RunMeasures
     from weighted_mtp_core.compare.table import Comparison
 
 _DESCRIPTION = """\
@@ -128,13 +128,13 @@ def _compare_recipes(args: argparse.Namespace) -> int:
         metrics=args.metrics,
         out=out,
     )
-    track(arms, comparison, runs=outcome.finished, files=files, folder=out, say=print)
+    track(arms, comparison, runs=outcome.finished, files=files, folder=out, log=print)
     return EXIT_RUN_FAILED if outcome.failures else EXIT_DONE
 
 
 def _compare_stored(args: argparse.Namespace) -> int:
     from weighted_mtp_core.compare.stored import read_stored
-    from weighted_mtp_core.compare.tracking import log
+    from weighted_mtp_core.compare.tracking import record_comparison
 
     storage = Path("storage")
     stored = read_stored(
@@ -144,7 +144,7 @@ def _compare_stored(args: argparse.Namespace) -> int:
     digest = hashlib.sha256(" ".join(ids).encode()).hexdigest()[:8]
     out: Path = args.out or storage / "comparisons" / f"{next(iter(stored.runs))}-{digest}"
     comparison, files = _write(stored.measures, stored.seeds, missing=(), metrics=args.metrics, out=out)
-    if log(stored.tracker, stored.describe(out), comparison, files=files, say=print):
+    if record_comparison(stored.tracker, stored.describe(out), comparison, files=files, log=print):
         stored.adopt(stored.tracker.run_id)
         print(f"look at it: {stored.tracker.where()}")
     return EXIT_DONE
@@ -175,17 +175,17 @@ def _carry_out(arms: Sequence[Arm], seeds: Sequence[int], *, jobs: int | None, o
             threads=threads,
             gpus=gpus,
             logs=out / "logs",
-            say=display.note,
+            log=display.note,
             moved=lambda done: display.update(done, {}),
         )
         return runner.run(every)
 
 
-def _measure(arms: Sequence[Arm], outcome: Outcome) -> dict[str, dict[int, Measures]]:
+def _measure(arms: Sequence[Arm], outcome: Outcome) -> dict[str, dict[int, RunMeasures]]:
     """Read every finished run, by arm and seed; an arm without any is left out."""
     from weighted_mtp_core.compare.measures import read_measures
 
-    runs: dict[str, dict[int, Measures]] = {}
+    runs: dict[str, dict[int, RunMeasures]] = {}
     for job in sorted(outcome.finished, key=lambda job: (arms.index(job.arm), job.seed)):
         runs.setdefault(job.arm.name, {})[job.seed] = read_measures(outcome.finished[job])
     if arms[0].name not in runs:
@@ -197,7 +197,7 @@ def _measure(arms: Sequence[Arm], outcome: Outcome) -> dict[str, dict[int, Measu
 
 
 def _write(
-    runs: Mapping[str, Mapping[int, Measures]],
+    runs: Mapping[str, Mapping[int, RunMeasures]],
     seeds: Sequence[int],
     *,
     missing: Sequence[str],

@@ -11,7 +11,7 @@ from typing import Any
 from weighted_mtp_core.cli.recipe_arguments import add_recipe_arguments, plan_from
 from weighted_mtp_core.cli.table import print_rows
 from weighted_mtp_core.errors import EXIT_DONE, WmtpError
-from weighted_mtp_core.wording import did_you_mean
+from weighted_mtp_core.messages import did_you_mean
 
 _DESCRIPTION = """\
 Data are labelled once and kept under datasets_v2/<name>/<version>/ with a manifest, statistics and what
@@ -20,7 +20,7 @@ their labels depend on: the sandbox and its limits, and the SHA-256 of the tests
 _EPILOG = """\
 examples:
   data prepare configs/baseline.toml
-  data prepare configs/baseline.toml --set data.use=core.mbpp --set data.options.path=mbpp.jsonl
+  data prepare configs/baseline.toml --set data.use=code_tasks.mbpp --set data.options.path=mbpp.jsonl
   data show
   data show mbpp"""
 
@@ -51,7 +51,7 @@ def _prepare(args: argparse.Namespace) -> int:
     plan = plan_from(args)
     recipe = plan.recipe
     storage = Path(recipe.run.storage)
-    source = plan.data.build(BuildContext(seed=recipe.run.seed, storage=storage, sandbox=recipe.sandbox))
+    source = plan.data.build(BuildContext(seed=recipe.run.seed, storage=storage))
     version = source.version()
     folder = dataset_folder(storage, version.name, version.version)
     kept = folder / "statistics.json"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from weighted_mtp_core.errors import EXIT_DONE, EXIT_RUN_FAILED
-from weighted_mtp_core.tracking.redact import redact
+from weighted_mtp_core.redaction import redact
 
 _DESCRIPTION = """\
 Try everything that a run needs on this machine: .env, plugins, disk, device, sandbox, the tracking

@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
             "`--choose-temperature` chooses on the split `validation`, so only `test` can be reported",
             hint="leave out `--split`, or give each temperature alone: --split validation --temperature 0.2",
         )
-    from weighted_mtp_core.stages.finished import find_finished
+    from weighted_mtp_core.evaluation.finished_run import find_finished
     from weighted_mtp_core.tracking.run_folder import new_run_id
 
     run = find_finished(args.runs, args.run)
@@ -78,7 +78,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _plans(run: Path, args: argparse.Namespace) -> list[Plan]:
     """Return the run's plan with the arguments' changes, once for each temperature to try."""
-    from weighted_mtp_core.stages.finished import plan_of
+    from weighted_mtp_core.evaluation.finished_run import plan_of
 
     changes = evaluate_overrides(args, "samples", "temperature", "pass_at_k", "problems")
     if args.choose_temperature is None:
@@ -88,7 +88,7 @@ def _plans(run: Path, args: argparse.Namespace) -> list[Plan]:
 
 def _evaluations(run: Path, plan: Plan) -> Path:
     """Return where evaluations go; an exported model is complete, and nothing is added to it."""
-    from weighted_mtp_core.model.export import is_export
+    from weighted_mtp_core.export.transformers import is_export
 
     if is_export(run):
         return Path(plan.recipe.run.storage) / "evaluations" / run.name
@@ -99,15 +99,15 @@ def _measure(run: Path, plans: Sequence[Plan], *, split: Split, out: Path) -> di
     """Choose among the plans on validation if there are several, measure, and write all files."""
     from rich.console import Console
 
-    from weighted_mtp_core.stages.evaluate import best_trial, evaluate, try_temperatures
-    from weighted_mtp_core.stages.finished import prepare_finished
+    from weighted_mtp_core.evaluation.evaluate import best_trial, evaluate, try_temperatures
+    from weighted_mtp_core.evaluation.finished_run import prepare_finished
     from weighted_mtp_core.storage.manifest import atomic_write
     from weighted_mtp_core.tracking.display import Display
 
     _make_folder(out)
     tables = [plan.recipe.evaluate for plan in plans]
     with Display(Console(stderr=True)) as display:
-        prepared = prepare_finished(run, plans[0], say=display.note)
+        prepared = prepare_finished(run, plans[0], log=display.note)
         trials = try_temperatures(prepared, tables, display=display) if len(tables) > 1 else ()
         table = best_trial(trials).table if trials else tables[0]
         found = evaluate(prepared, table, display=display, folder=out, split=split)

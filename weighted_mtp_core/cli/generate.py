@@ -38,8 +38,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """Print what the policy writes."""
-    from weighted_mtp_core.evaluation.generate import sample_completions
-    from weighted_mtp_core.stages.finished import find_finished, writer_of
+    from weighted_mtp_core.evaluation.finished_run import find_finished, writer_of
+    from weighted_mtp_core.generation.generate import sample_completions
 
     run = find_finished(args.runs, args.run)
     changes = evaluate_overrides(args, "max_new_tokens", "temperature", "samples", "decoding")

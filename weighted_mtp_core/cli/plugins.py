@@ -10,7 +10,7 @@ import attrs
 
 from weighted_mtp_core.cli.table import print_rows
 from weighted_mtp_core.errors import EXIT_BAD_INPUT, EXIT_DONE, WmtpError
-from weighted_mtp_core.plugins import AnyComponent, FoundPlugin, Kind, find, load
+from weighted_mtp_core.plugins.loading import AnyComponent, FoundPlugin, Kind, find, load
 from weighted_mtp_core.recipe.describe import expected
 from weighted_mtp_core.recipe.structure import default_of, plain
 from weighted_mtp_core.scaffold import Scaffold, check_name
@@ -65,8 +65,8 @@ def main(args: argparse.Namespace) -> int:
 def _list(_: argparse.Namespace) -> int:
     rows = [("NAME", "DISTRIBUTION", "VERSION", "WORKS WITH CORE")]
     for plugin in find().values():
-        note = "  (name claimed twice)" if plugin.rivals else ""
-        rows += [_listed(each, note) for each in (plugin, *plugin.rivals)]
+        note = "  (name claimed twice)" if plugin.conflicts else ""
+        rows += [_listed(each, note) for each in (plugin, *plugin.conflicts)]
     print_rows(rows)
     return EXIT_DONE
 

@@ -76,7 +76,7 @@ def _options_of(use: str) -> tuple[str, ...]:
     """Return the names of a weighting's options."""
     import attrs
 
-    from weighted_mtp_core.plugins import Kind, find, load, resolve
+    from weighted_mtp_core.plugins.loading import Kind, find, load, resolve
 
     _, component = resolve(load(find(), [use.partition(".")[0]]), Kind.WEIGHTING, use)
     return tuple(each.name for each in attrs.fields(component.options))

@@ -48,7 +48,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> int:
     """Plan the recipe, then run it."""
     plan = plan_from(args)
-    from weighted_mtp_core.stages.run import run_plan  # imports torch
+    from weighted_mtp_core.run import run_plan  # imports torch
 
     run_plan(plan, resume=args.resume, allow_change=args.allow_change)
     return EXIT_DONE

@@ -104,9 +104,9 @@ def _sync(args: argparse.Namespace) -> int:
         code = _upload(args)
     except BaseException:
         # whatever ended it, an alarm that watches for FAILED runs must fire
-        amend_run(run, tags={"storage_sync": "False"}, outcome=RunOutcome.FAILED, say=print)
+        amend_run(run, tags={"storage_sync": "False"}, outcome=RunOutcome.FAILED, log=print)
         raise
-    amend_run(run, tags={"storage_sync": "True"}, outcome=None, say=print)
+    amend_run(run, tags={"storage_sync": "True"}, outcome=None, log=print)
     return code
 
 

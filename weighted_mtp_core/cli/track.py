@@ -75,7 +75,7 @@ def _sync(args: argparse.Namespace) -> int:
             found.status == "RUNNING" or not (any(found.pending.values()) or found.status == DIED)
         ):
             continue
-        for name, pending in sync_run(path, say=print, limit_s=args.limit).items():
+        for name, pending in sync_run(path, log=print, limit_s=args.limit).items():
             address = name.partition("-")[2]
             if pending:
                 code = EXIT_RUN_FAILED

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weighted_mtp_core.errors import EXIT_DONE, WmtpError
-from weighted_mtp_core.wording import did_you_mean
+from weighted_mtp_core.messages import did_you_mean
 
 if TYPE_CHECKING:
-    from weighted_mtp_core.api import SandboxSettings, Verdict
+    from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
+    from weighted_mtp_core.api import Verdict
 
 _DESCRIPTION = """\
 Judge samples in a sandbox. Problems: JSON lines with task_id, prompt, entry_point and test, which defines
@@ -64,7 +65,7 @@ def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
 
 def main(args: argparse.Namespace) -> int:
     """Judge and write the results."""
-    from weighted_mtp_core.api import SandboxSettings
+    from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
     from weighted_mtp_core.storage.manifest import atomic_write
 
     if args.memory < 64:
@@ -108,7 +109,7 @@ def judge(
     from rich.console import Console
     from rich.progress import Progress
 
-    from weighted_mtp_core.evaluation.sandbox import Job, Sandbox, humaneval_tests
+    from weighted_mtp_code_tasks.sandbox import Job, Sandbox, humaneval_tests
 
     tests = {
         name: humaneval_tests(

@@ -10,9 +10,9 @@ from attrs import frozen
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.plan import Plan, make_plan
 
-EQUAL = ("data", "evaluate", "model", "sandbox", "train")
+EQUAL = ("data", "evaluate", "model", "train")
 """Tables of a recipe that all arms share: the data, the budget, and how the result is measured."""
-_NOT_A_BUDGET = ("sandbox.workers",)
+_NOT_A_BUDGET: tuple[str, ...] = ()
 
 
 @frozen(kw_only=True, eq=False)

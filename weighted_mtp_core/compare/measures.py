@@ -27,7 +27,7 @@ Point = tuple[int, float, float]
 
 
 @frozen(kw_only=True)
-class Measures:
+class RunMeasures:
     """What is compared of one run.
 
     Attributes:
@@ -41,7 +41,7 @@ class Measures:
     step_seconds: float
 
     @classmethod
-    def make(cls, series: Mapping[str, Sequence[Point]]) -> Measures:
+    def make(cls, series: Mapping[str, Sequence[Point]]) -> RunMeasures:
         """Digest all points of a run, by metric and in order."""
         last = {name: points[-1][1] for name, points in series.items()}
         for stage in ("policy", "critic"):
@@ -68,7 +68,7 @@ class Measures:
         return _on_line(self.curves[metric], step)
 
 
-def read_measures(run: Path) -> Measures:
+def read_measures(run: Path) -> RunMeasures:
     """Read the journal of a run folder; values that are not finite are left out."""
     series: dict[str, list[Point]] = {}
     for entry in read_journal(RunFolder(path=run).journal, kinds=("metrics",)):
@@ -76,7 +76,7 @@ def read_measures(run: Path) -> Measures:
             for name, value in entry.fields["metrics"].items():
                 if not isinstance(value, str):
                     series.setdefault(name, []).append((entry.fields["step"], value, entry.time_ms / 1000))
-    return Measures.make(series)
+    return RunMeasures.make(series)
 
 
 def _step_seconds(points: Sequence[Point]) -> float:
@@ -89,7 +89,7 @@ def _step_seconds(points: Sequence[Point]) -> float:
     return statistics.median(rates) if rates else 0.0
 
 
-def default_metrics(runs: Sequence[Measures]) -> list[str]:
+def default_metrics(runs: Sequence[RunMeasures]) -> list[str]:
     """Return the metrics that every run has and a comparison is about, pass@k first."""
     common = set.intersection(*(set(run.last) for run in runs))
     order = ("pass_at", "test_ce", "validation_ce", "tokens_per", "policy_s", "critic_s")

@@ -11,8 +11,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from weighted_mtp_core.compare.measures import Measures
-from weighted_mtp_core.compare.statistics import Estimate, estimate
+from weighted_mtp_core.compare.measures import RunMeasures
+from weighted_mtp_core.metrics.statistics import Estimate, estimate
 
 # Okabe and Ito's colours, which most colour-blind people tell apart; dashes and markers do without any.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -21,7 +21,7 @@ _MARKERS = "osD^vX*"
 
 
 def plot_curves(
-    runs: Mapping[str, Mapping[int, Measures]], metrics: Sequence[str], folder: Path
+    runs: Mapping[str, Mapping[int, RunMeasures]], metrics: Sequence[str], folder: Path
 ) -> list[Path]:
     """Draw each metric that is a curve of stage 2: mean and 95 % interval of each arm, and its end larger.
 
@@ -54,7 +54,7 @@ class _Band:
     found: Sequence[Estimate]
 
     @classmethod
-    def of(cls, metric: str, runs: Sequence[Measures]) -> _Band:
+    def of(cls, metric: str, runs: Sequence[RunMeasures]) -> _Band:
         """Average over the steps that all runs have."""
         curves = [dict(run.curves[metric]) for run in runs]
         steps = sorted(set.intersection(*(set(curve) for curve in curves)))

@@ -21,7 +21,7 @@ from weighted_mtp_core.compare.arms import Arm
 from weighted_mtp_core.errors import Terminated
 from weighted_mtp_core.tracking.run_folder import is_held, read_run
 
-_SAME_RESULT = ("checkpoint", "run.resume", "run.tags", "sandbox.workers", "tracker")
+_SAME_RESULT = ("checkpoint", "run.resume", "run.tags", "tracker")
 """Keys that a run may have differently and still be the same: its numbers do not depend on them."""
 
 MOST_SEEDS = 20
@@ -46,7 +46,7 @@ class Job:
     def command(self, *, workers: int) -> list[str]:
         """Return the command that carries it out, or goes on with it."""
         preset = ["--preset", self.arm.preset] if self.arm.preset else []
-        changes = [f"sandbox.workers={workers}", *self.arm.overrides, f"run.seed={self.seed}"]
+        changes = [*self.arm.overrides, f"run.seed={self.seed}"]
         sets = [part for change in changes for part in ("--set", change)]
         return [sys.executable, "-m", "weighted_mtp_core", "run", str(self.arm.recipe), *preset, *sets]
 
@@ -141,7 +141,7 @@ class Runner:
         threads: Of each.
         gpus: Names of GPUs, which runs take in turn; may be empty.
         logs: Where the output of each goes.
-        say: Tells the person; called when a job begins, ends or fails.
+        log: Tells the person; called when a job begins, ends or fails.
         moved: Told how many jobs are done whenever one more is.
     """
 
@@ -149,7 +149,7 @@ class Runner:
     threads: int
     gpus: Sequence[str] = ()
     logs: Path
-    say: Callable[[str], None]
+    log: Callable[[str], None]
     moved: Callable[[int], None]
     _finished: dict[Job, Path] = field(init=False, factory=dict)
     _failures: list[Failure] = field(init=False, factory=list)
@@ -190,7 +190,7 @@ class Runner:
             if _is_going_on(job):
                 if job not in elsewhere:
                     elsewhere.add(job)
-                    self.say(f"{job.label}: another process is at it; waiting for that")
+                    self.log(f"{job.label}: another process is at it; waiting for that")
                 continue
             waiting.remove(job)
             found = find_finished(job) if job in elsewhere else None
@@ -200,7 +200,7 @@ class Runner:
                 self._end(job, found)
 
     def _start(self, job: Job) -> None:
-        self.say(f"{job.label}: begins, log {self._log(job)}")
+        self.log(f"{job.label}: begins, log {self._log(job)}")
         with self._log(job).open("wb") as log:
             self._children[job] = subprocess.Popen(
                 job.command(workers=self.threads),
@@ -237,7 +237,7 @@ class Runner:
     def _fail(self, job: Job, code: int) -> None:
         reason = _last_error(self._log(job))
         self._failures.append(Failure(job=job, code=code, reason=reason, log=self._log(job)))
-        self.say(f"{job.label}: FAILED (exit code {code}), {reason}; log {self._log(job)}")
+        self.log(f"{job.label}: FAILED (exit code {code}), {reason}; log {self._log(job)}")
         self.moved(len(self._finished) + len(self._failures))
 
     def _stop(self) -> None:
@@ -245,7 +245,7 @@ class Runner:
         for child in self._children.values():
             child.terminate()  # not SIGINT, which a child of a background job ignores
         if self._children:
-            self.say(f"stopping {len(self._children)} runs; the same command goes on with them")
+            self.log(f"stopping {len(self._children)} runs; the same command goes on with them")
         until = time.monotonic() + _PATIENCE_S
         try:
             for child in self._children.values():

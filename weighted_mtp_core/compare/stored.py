@@ -10,15 +10,15 @@ from attrs import frozen
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from weighted_mtp_core.api import BuildContext, RunInfo, SandboxSettings
+from weighted_mtp_core.api import BuildContext, RunInfo
 from weighted_mtp_core.builtin._mlflow_errors import diagnose
 from weighted_mtp_core.builtin._mlflow_tracker import RUN_ID_TAG, MlflowTracker
 from weighted_mtp_core.builtin.mlflow import MlflowOptions, build_mlflow
 from weighted_mtp_core.compare.arms import refuse_unequal
-from weighted_mtp_core.compare.measures import Measures
+from weighted_mtp_core.compare.measures import RunMeasures
 from weighted_mtp_core.compare.tracking import PARENT_TAG
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.wording import did_you_mean, quoted
+from weighted_mtp_core.messages import did_you_mean, quoted
 
 _MOST = 1000
 
@@ -35,7 +35,7 @@ class Stored:
 
     tracker: MlflowTracker
     runs: dict[str, dict[int, Run]]
-    measures: dict[str, dict[int, Measures]]
+    measures: dict[str, dict[int, RunMeasures]]
 
     @property
     def seeds(self) -> list[int]:
@@ -90,7 +90,7 @@ def read_stored(
     Raises:
         WmtpError: Nothing is found, the store cannot be read, or the arms are not comparable.
     """
-    context = BuildContext(seed=0, storage=storage, sandbox=SandboxSettings())
+    context = BuildContext(seed=0, storage=storage)
     tracker = build_mlflow(MlflowOptions(), context)
     assert isinstance(tracker, MlflowTracker)  # it is enabled
     client = MlflowClient(tracking_uri=tracker.uri)
@@ -147,8 +147,8 @@ def _group(found: Sequence[Run]) -> dict[str, dict[int, Run]]:
     return arms
 
 
-def _measure(client: MlflowClient, run: Run) -> Measures:
-    return Measures.make(
+def _measure(client: MlflowClient, run: Run) -> RunMeasures:
+    return RunMeasures.make(
         {
             name: sorted(
                 (point.step, point.value, point.timestamp / 1000)

@@ -12,8 +12,8 @@ from typing import Any
 
 from attrs import asdict, frozen
 
-from weighted_mtp_core.compare.measures import Measures
-from weighted_mtp_core.compare.statistics import Difference, Estimate, difference, estimate, smallest_p
+from weighted_mtp_core.compare.measures import RunMeasures
+from weighted_mtp_core.metrics.statistics import Difference, Estimate, difference, estimate, smallest_p
 
 EQUAL_STEPS = "equal steps"
 EQUAL_TIME = "equal wall clock"
@@ -65,7 +65,7 @@ class Comparison:
     @classmethod
     def make(
         cls,
-        runs: Mapping[str, Mapping[int, Measures]],
+        runs: Mapping[str, Mapping[int, RunMeasures]],
         *,
         metrics: Sequence[str],
         seeds: Sequence[int],
@@ -150,16 +150,19 @@ _HEAD = "| arm | seeds | mean | 95 % interval | difference | 95 % interval | p |
 _RULE = "|---|---|---|---|---|---|---|"
 
 
-def _last(metric: str, run: Measures) -> float | None:
+def _last(metric: str, run: RunMeasures) -> float | None:
     return run.last.get(metric)
 
 
-def _after(metric: str, seconds: float, run: Measures) -> float | None:
+def _after(metric: str, seconds: float, run: RunMeasures) -> float | None:
     return run.at_seconds(metric, seconds)
 
 
 def _rows(
-    runs: Mapping[str, Mapping[int, Measures]], metric: str, at: str, read: Callable[[Measures], float | None]
+    runs: Mapping[str, Mapping[int, RunMeasures]],
+    metric: str,
+    at: str,
+    read: Callable[[RunMeasures], float | None],
 ) -> list[Row]:
     found = {
         arm: {seed: value for seed, run in by_seed.items() if (value := read(run)) is not None}

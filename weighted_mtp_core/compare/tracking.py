@@ -32,7 +32,7 @@ def track(
     runs: Mapping[Job, Path],
     files: Sequence[Path],
     folder: Path,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
     """Log a comparison to the first arm's MLflow, and make the runs its children.
 
@@ -45,7 +45,7 @@ def track(
         runs: The run folders.
         files: Tables and plots.
         folder: Where they lie.
-        say: Tells the person.
+        log: Tells the person.
     """
     from weighted_mtp_core.builtin._mlflow_tracker import MlflowTracker
     from weighted_mtp_core.tracking.recorder import build_trackers
@@ -55,18 +55,18 @@ def track(
         if not isinstance(tracker, MlflowTracker) or not isinstance(chosen.options, MlflowOptions):
             continue
         info = _describe(arms, comparison, prefix=chosen.options.experiment_prefix, folder=folder)
-        if log(tracker, info, comparison, files=files, say=say):
-            _adopt(list(runs.values()), tracker.run_id, say=say)
-            say(f"look at it: {tracker.where()}")
+        if record_comparison(tracker, info, comparison, files=files, log=log):
+            _adopt(list(runs.values()), tracker.run_id, log=log)
+            log(f"look at it: {tracker.where()}")
 
 
-def log(
+def record_comparison(
     tracker: MlflowTracker,
     info: RunInfo,
     comparison: Comparison,
     *,
     files: Sequence[Path],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> bool:
     """Log a comparison as a run; return whether the store took it."""
     from weighted_mtp_core.builtin._mlflow_errors import NotDeliveredError
@@ -78,7 +78,7 @@ def log(
             tracker.log_artifact(file, "compare")
         tracker.finish(RunOutcome.FAILED if comparison.missing else RunOutcome.FINISHED)
     except (WmtpError, NotDeliveredError) as error:
-        say(f"WARNING: MLflow did not get the comparison: {error}")
+        log(f"WARNING: MLflow did not get the comparison: {error}")
         return False
     return True
 
@@ -125,7 +125,7 @@ def _points(comparison: Comparison) -> list[MetricPoint]:
     return points
 
 
-def _adopt(runs: Sequence[Path], parent: str, *, say: Callable[[str], None]) -> None:
+def _adopt(runs: Sequence[Path], parent: str, *, log: Callable[[str], None]) -> None:
     """Tag runs as children; through their journals, so that an outage delays that and loses nothing."""
     from weighted_mtp_core.tracking.sync import amend_run
 
@@ -135,4 +135,4 @@ def _adopt(runs: Sequence[Path], parent: str, *, say: Callable[[str], None]) -> 
             if isinstance(entry, Entry):
                 tags |= entry.fields["tags"]
         if tags.get(PARENT_TAG) != parent:
-            amend_run(run, tags={PARENT_TAG: parent}, outcome=None, say=say)
+            amend_run(run, tags={PARENT_TAG: parent}, outcome=None, log=log)

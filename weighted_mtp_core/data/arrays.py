@@ -58,7 +58,7 @@ def mapped(path: Path) -> NDArray[Any]:
     return array
 
 
-def let_go(array: NDArray[Any]) -> None:
+def drop_pages(array: NDArray[Any]) -> None:
     """Let the process forget the pages of a mapped array that it looked at; other arrays stay as they are.
 
     They stay in the operating system's cache, but no longer count as this process's memory, which would

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from weighted_mtp_core.api import Batch
-from weighted_mtp_core.data.arrays import let_go
+from weighted_mtp_core.data.arrays import drop_pages
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import WmtpError
 
@@ -188,7 +188,7 @@ def _lay(
     place_N = np.repeat(row_D * shape[1] + offset_D, length_D) + position_N
     source_N = np.repeat(token_set.start_D1[documents], length_D) + position_N
     ids_N = token_set.ids_N[source_N]
-    let_go(token_set.ids_N)
+    drop_pages(token_set.ids_N)
     response_N = position_N >= np.repeat(token_set.prompt_D[documents], length_D)
     _, group_D = np.unique(token_set.problem_D[documents], return_inverse=True)
 

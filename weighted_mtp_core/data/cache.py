@@ -17,10 +17,10 @@ import tokenizers
 from attrs import frozen
 
 from weighted_mtp_core.api import DatasetVersion, Example, Split
-from weighted_mtp_core.chosen import Chosen
 from weighted_mtp_core.data.tokens import TokenSet, open_tokens, tokenise
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.naming import check_path
+from weighted_mtp_core.identifiers import check_path
+from weighted_mtp_core.plugins.selection import SelectedComponent
 from weighted_mtp_core.storage.checked import verify_once
 from weighted_mtp_core.storage.manifest import DERIVED, MANIFEST, atomic_folder
 
@@ -61,7 +61,7 @@ class TokenCache:
 
 
 def make_token_cache(
-    storage: Path, version: DatasetVersion, *, data: Chosen, tokenizer: Any, max_tokens: int
+    storage: Path, version: DatasetVersion, *, data: SelectedComponent, tokenizer: Any, max_tokens: int
 ) -> TokenCache:
     """Return the cache of a data source.
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from weighted_mtp_core.api import Batch
+from weighted_mtp_core.api.alignment import gather_by_target
 from weighted_mtp_core.model.loss import token_losses
 from weighted_mtp_core.model.policy import Policy
-from weighted_mtp_core.model.targets import align_labels, gather_by_target, target_mask
+from weighted_mtp_core.model.targets import align_labels, target_mask
 
 
 def frozen_losses(

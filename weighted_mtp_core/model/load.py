@@ -14,7 +14,7 @@ from attrs import frozen
 from torch import nn
 
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.model.export import is_export, refuse_other_heads, restore_heads
+from weighted_mtp_core.export.transformers import is_export, refuse_other_heads, restore_heads
 from weighted_mtp_core.model.policy import Policy, make_policy
 from weighted_mtp_core.recipe.schema import MicroTable, ModelTable
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder, sha256_of, verify_manifest

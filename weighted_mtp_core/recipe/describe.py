@@ -10,8 +10,8 @@ from typing import Any
 
 import attrs
 
-from weighted_mtp_core.tracking.redact import redact
-from weighted_mtp_core.wording import quoted
+from weighted_mtp_core.messages import quoted
+from weighted_mtp_core.redaction import redact
 
 _LONGEST = 60
 

@@ -18,10 +18,10 @@ import tomli
 from attrs import define, field, frozen
 
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.messages import did_you_mean, quoted
 from weighted_mtp_core.recipe.describe import shown
 from weighted_mtp_core.recipe.lines import KeyPath, find_lines
 from weighted_mtp_core.recipe.structure import Fault
-from weighted_mtp_core.wording import did_you_mean, quoted
 
 PRESETS = Path("configs/presets")
 Table = dict[str, Any]

@@ -14,7 +14,7 @@ from typing import Any
 
 from attrs import field, frozen
 
-from weighted_mtp_core.naming import NAME, check_path
+from weighted_mtp_core.identifiers import NAME, check_path
 from weighted_mtp_core.recipe.credentials import credential_faults
 
 

@@ -8,8 +8,7 @@ from typing import Any, Literal
 from attrs import field, frozen
 from attrs import validators as v
 
-from weighted_mtp_core.api import SandboxSettings
-from weighted_mtp_core.naming import NAME, check_path, check_tags
+from weighted_mtp_core.identifiers import NAME, check_path, check_tags
 
 
 @frozen(kw_only=True)
@@ -253,5 +252,4 @@ class Recipe:
     train: TrainTable = TrainTable()
     checkpoint: CheckpointTable = CheckpointTable()
     evaluate: EvaluateTable = EvaluateTable()
-    sandbox: SandboxSettings = field(factory=SandboxSettings)
     tracker: tuple[TrackerTable, ...] = ()

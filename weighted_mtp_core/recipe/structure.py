@@ -18,9 +18,9 @@ import attrs
 import cattrs
 
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.messages import did_you_mean
 from weighted_mtp_core.recipe.describe import expected, shown
 from weighted_mtp_core.recipe.lines import KeyPath
-from weighted_mtp_core.wording import did_you_mean
 
 T = TypeVar("T")
 Hook = Callable[[Any, Any], Any]

@@ -15,16 +15,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from weighted_mtp_core.api import Batch, Critic
+from weighted_mtp_core.api.alignment import align_weights, gather_by_target
 from weighted_mtp_core.data.batches import split_rows
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.model.loss import token_losses
-from weighted_mtp_core.model.targets import align_labels, align_weights, gather_by_target, target_mask
-from weighted_mtp_core.report.look import Look, ProblemLook, Reliability, Solution, Token
-from weighted_mtp_core.stages.critic import ReliabilityBin
-from weighted_mtp_core.stages.policy import PolicyLearner
-from weighted_mtp_core.stages.prepare import Prepared
-from weighted_mtp_core.stages.world import ALONE
+from weighted_mtp_core.model.targets import align_labels, target_mask
+from weighted_mtp_core.report.token_report import Look, ProblemLook, Reliability, Solution, Token
+from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS
+from weighted_mtp_core.training.critic_learner import ReliabilityBin
+from weighted_mtp_core.training.policy_learner import PolicyLearner
+from weighted_mtp_core.training.prepare import Prepared
 
 _WEIGHED = 16  # problems in the batch that is weighed: a weighting may compare its responses
 _SHOWN = 6  # problems on the page
@@ -51,10 +52,10 @@ def look_at_tokens(
     tokens = prepared.critic_tokens("validation") if labelled else prepared.policy_tokens("validation")
     problems = choose_problems(tokens, at_most=_WEIGHED)
     batch = prepared.batch(tokens, np.array([row for rows in problems for row in rows]))
-    learner = evolve(learner, arm=evolve(learner.arm, critic=critic), world=ALONE)
+    learner = evolve(learner, arm=evolve(learner.arm, critic=critic), distributed=SINGLE_PROCESS)
     weight_D, unweighed = _weigh(learner, batch)
     if unweighed:
-        prepared.say(f"WARNING: the page shows no weights: {unweighed}")
+        prepared.log(f"WARNING: the page shows no weights: {unweighed}")
     prepared.policy.eval()
     rows = iter(zip(split_rows(batch, len(batch.ids_BT)), weight_D, strict=True))
     shown = []

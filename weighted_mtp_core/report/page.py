@@ -14,10 +14,10 @@ from markupsafe import Markup
 
 from weighted_mtp_core.report.charts import charts_of
 from weighted_mtp_core.report.drawing import bar_chart
-from weighted_mtp_core.report.look import Look, load_look
 from weighted_mtp_core.report.reliability import reliability_chart
+from weighted_mtp_core.report.run_history import Story, read_story
 from weighted_mtp_core.report.shading import shade
-from weighted_mtp_core.report.story import Story, read_story
+from weighted_mtp_core.report.token_report import Look, load_look
 from weighted_mtp_core.storage.manifest import atomic_write
 
 FILE = "report.html"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from weighted_mtp_core.report.drawing import Frame, axes, drawing
-from weighted_mtp_core.report.look import Reliability
+from weighted_mtp_core.report.token_report import Reliability
 
 
 def reliability_chart(bins: Sequence[Reliability]) -> Markup:

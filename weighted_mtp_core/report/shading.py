@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from attrs import frozen
 
-from weighted_mtp_core.report.look import Look, Solution, Token
+from weighted_mtp_core.report.token_report import Look, Solution, Token
 
 _CLEAR = 0.2  # of the TD error that is shaded fully: below it a token is not marked as up or down
 

@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from weighted_mtp_core.api import Batch, Critic
+from weighted_mtp_core.api.alignment import align_weights, gather_by_target
 from weighted_mtp_core.data.batches import split_rows
 from weighted_mtp_core.errors import RunFailedError
-from weighted_mtp_core.model.targets import align_labels, align_weights, gather_by_target, target_mask
+from weighted_mtp_core.model.targets import align_labels, target_mask
 from weighted_mtp_core.report.measure import array, changes, plain, token_texts
-from weighted_mtp_core.stages.policy import PolicyLearner
-from weighted_mtp_core.stages.prepare import Prepared
-from weighted_mtp_core.stages.world import ALONE
+from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS
+from weighted_mtp_core.training.policy_learner import PolicyLearner
+from weighted_mtp_core.training.prepare import Prepared
 
 VALUES_FILE = "token_values.jsonl"
 Floats = NDArray[np.float64]
@@ -43,7 +44,7 @@ def table_of_values(
         critic: Gives values for any batch, not only those of stage 2.
         batches: Responses, one a row; each batch is weighed as one.
     """
-    learner = evolve(learner, arm=evolve(learner.arm, critic=critic), world=ALONE)
+    learner = evolve(learner, arm=evolve(learner.arm, critic=critic), distributed=SINGLE_PROCESS)
     lines: list[str] = []
     for batch in batches:
         parts = split_rows(batch, len(batch.ids_BT))

@@ -13,10 +13,10 @@ from typing import Any
 from attrs import frozen
 
 from weighted_mtp_core.errors import RunFailedError, WmtpError
+from weighted_mtp_core.redaction import redact
 from weighted_mtp_core.storage import s3
 from weighted_mtp_core.storage.manifest import MANIFEST, files_of, sha256_of, verify_manifest
 from weighted_mtp_core.storage.versions import versions
-from weighted_mtp_core.tracking.redact import redact
 
 _WORKERS = 4
 _DIGEST = "sha256"  # the name of an object's metadata that we set
@@ -32,7 +32,7 @@ class Item:
 
 
 @frozen(kw_only=True)
-class Plan:
+class UploadPlan:
     """What a sync would do.
 
     Attributes:
@@ -51,7 +51,7 @@ class Plan:
         return sum(item.size for item in self.new)
 
 
-def plan_sync(storage: Path, to: str) -> Plan:
+def plan_sync(storage: Path, to: str) -> UploadPlan:
     """Verify every version here, then find out which files S3 lacks.
 
     Raises:
@@ -69,10 +69,10 @@ def plan_sync(storage: Path, to: str) -> Plan:
     with ThreadPoolExecutor(_WORKERS) as pool:
         stored = list(pool.map(lambda item: _is_there(client, place.bucket, item), items))
     new = tuple(item for item, there in zip(items, stored, strict=True) if not there)
-    return Plan(place=place, new=new, there=sum(stored))
+    return UploadPlan(place=place, new=new, there=sum(stored))
 
 
-def upload(plan: Plan, *, on_done: Callable[[Item], None]) -> None:
+def upload(plan: UploadPlan, *, on_done: Callable[[Item], None]) -> None:
     """Upload what a plan found missing and confirm every file; manifests last.
 
     Args:

@@ -10,7 +10,7 @@ from typing import Literal
 from attrs import frozen
 
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.naming import check_path
+from weighted_mtp_core.identifiers import check_path
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder, verify_manifest
 
 Kind = Literal["models_v2", "datasets_v2"]

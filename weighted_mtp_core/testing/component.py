@@ -29,10 +29,10 @@ from weighted_mtp_core.api import (
     WeightingStrategy,
     WmtpError,
 )
-from weighted_mtp_core.chosen import Chooser, Chosen
-from weighted_mtp_core.plugins import AnyComponent, Kind, LoadedPlugin, find
+from weighted_mtp_core.checkpointing.best_model import load_component, save_component
+from weighted_mtp_core.plugins.loading import AnyComponent, Kind, LoadedPlugin, find
+from weighted_mtp_core.plugins.selection import ComponentSelector, SelectedComponent
 from weighted_mtp_core.recipe.structure import plain, structure
-from weighted_mtp_core.stages.checkpoint import load_component, save_component
 
 _CLASSES: Mapping[Kind, type[ABC]] = {
     Kind.WEIGHTING: WeightingStrategy,
@@ -43,7 +43,7 @@ _CLASSES: Mapping[Kind, type[ABC]] = {
 _HEAVY = ("torch", "transformers", "mlflow", "boto3")
 _LOAD = """
 import sys
-from weighted_mtp_core.plugins import find, load
+from weighted_mtp_core.plugins.loading import find, load
 load(find(), [sys.argv[1]])
 print(*(name for name in sys.argv[2:] if name in sys.modules))
 """
@@ -53,9 +53,9 @@ installed = functools.cache(find)  # reading all metadata takes a while, and the
 loaded: dict[str, LoadedPlugin] = {}
 
 
-def choose(kind: Kind, address: str, options: Mapping[str, Any]) -> Chosen:
+def choose(kind: Kind, address: str, options: Mapping[str, Any]) -> SelectedComponent:
     """Return a component of an installed plugin; wrong options fail the test."""
-    chooser = Chooser(found=installed(), loaded=loaded)
+    chooser = ComponentSelector(found=installed(), loaded=loaded)
     chosen = chooser.choose(kind, address, options=options)
     assert not chooser.faults, [f"{'.'.join(map(str, each.path))}: {each.text}" for each in chooser.faults]
     return chosen
@@ -116,22 +116,22 @@ class ComponentSuite:
         return BuildContext(seed=7, storage=tmp_path / "storage")
 
     @pytest.fixture
-    def component(self, chosen: Chosen) -> AnyComponent:
+    def component(self, chosen: SelectedComponent) -> AnyComponent:
         """The declaration that the plugin's hook returned."""
         return chosen.component
 
     @pytest.fixture
-    def chosen(self, options: Mapping[str, Any]) -> Chosen:
+    def chosen(self, options: Mapping[str, Any]) -> SelectedComponent:
         """The component with its options, as a plan has it."""
         return choose(self.kind, self.address, options)
 
     @pytest.fixture
-    def structured(self, chosen: Chosen) -> Any:
+    def structured(self, chosen: SelectedComponent) -> Any:
         """The options as an instance of the component's class."""
         return chosen.options
 
     @pytest.fixture
-    def build(self, chosen: Chosen, context: BuildContext) -> Callable[[], Any]:
+    def build(self, chosen: SelectedComponent, context: BuildContext) -> Callable[[], Any]:
         """Build a fresh object, as often as a test likes."""
         return lambda: chosen.build(context)
 

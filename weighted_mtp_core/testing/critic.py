@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from weighted_mtp_core.api import Batch, BuildContext, Critic, Scores, Signal
-from weighted_mtp_core.plugins import AnyComponent, Kind
+from weighted_mtp_core.plugins.loading import AnyComponent, Kind
 from weighted_mtp_core.testing import documents
 from weighted_mtp_core.testing.component import ComponentSuite, carry_over, random_numbers_untouched
 from weighted_mtp_core.testing.documents import APART, NO_RESPONSE, PACKED, PAIRS, Layout, trunk_states

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import pytest
 
 from weighted_mtp_core.api import SPLITS, BuildContext, DataSource, Example, Problem, Split, WmtpError
-from weighted_mtp_core.plugins import Kind
+from weighted_mtp_core.plugins.loading import Kind
 from weighted_mtp_core.testing.component import ComponentSuite, choose
 
 Build = Callable[[], DataSource]
@@ -24,7 +24,7 @@ _DIGEST = """
 import hashlib, json, sys
 from pathlib import Path
 from weighted_mtp_core.api import SPLITS, BuildContext
-from weighted_mtp_core.plugins import Kind, find, load, resolve
+from weighted_mtp_core.plugins.loading import Kind, find, load, resolve
 from weighted_mtp_core.recipe.structure import structure
 
 address, options, storage = sys.argv[1:]

@@ -12,7 +12,7 @@ import attrs
 import pytest
 
 from weighted_mtp_core.api import DatasetVersion, MetricPoint, RunInfo, RunOutcome, Tracker
-from weighted_mtp_core.plugins import Kind
+from weighted_mtp_core.plugins.loading import Kind
 from weighted_mtp_core.testing.component import ComponentSuite
 
 Build = Callable[[], Tracker]
@@ -47,7 +47,7 @@ class TrackerSuite(ComponentSuite):
             name="first_run",
             experiment="weighted_mtp/conformance",
             params={"train.steps": "10", "data.sha256": "0" * 64, "model.base": "micro"},
-            tags={"algo": "conformance", "wmtp.data": "core.micro_code", "team": "a: b/c d"},
+            tags={"algo": "conformance", "wmtp.data": "code_tasks.micro_code", "team": "a: b/c d"},
             datasets=(DatasetVersion(name="numbers", version="1", sha256="0" * 64),),
             folder=folder,
             started_ms=1_700_000_000_000,

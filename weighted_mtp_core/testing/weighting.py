@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from weighted_mtp_core.api import BuildContext, Signal, StepView, WeightingStrategy, Weights
-from weighted_mtp_core.chosen import Chosen
-from weighted_mtp_core.plugins import Kind
+from weighted_mtp_core.plugins.loading import Kind
+from weighted_mtp_core.plugins.selection import SelectedComponent
 from weighted_mtp_core.testing import documents
 from weighted_mtp_core.testing.component import ComponentSuite, carry_over, random_numbers_untouched
 from weighted_mtp_core.testing.documents import APART, NO_RESPONSE, PACKED, SINGLE_TOKEN, Layout
@@ -36,7 +36,7 @@ class WeightingStrategySuite(ComponentSuite):
         return BuildContext(seed=7, storage=tmp_path / "storage", model=documents.model_context())
 
     @pytest.fixture
-    def needs(self, chosen: Chosen) -> frozenset[Signal]:
+    def needs(self, chosen: SelectedComponent) -> frozenset[Signal]:
         """The signals that the component and what it wraps declared."""
         return chosen.needs
 

@@ -28,12 +28,12 @@ class Delivery:
     Attributes:
         name: The tracker's address, for messages.
         outbox: What it empties.
-        say: Tells the person and the log; called from the thread too.
+        log: Tells the person and the log; called from the thread too.
     """
 
     name: str
     outbox: Outbox
-    say: Callable[[str], None]
+    log: Callable[[str], None]
     _closing: threading.Event = field(init=False, factory=threading.Event)
     _abandoned: threading.Event = field(init=False, factory=threading.Event)
     _failures: int = field(init=False, default=0)
@@ -44,12 +44,12 @@ class Delivery:
     _thread: threading.Thread | None = field(init=False, default=None)
 
     @classmethod
-    def to(cls, tracker: Tracker, name: str, folder: RunFolder, *, say: Callable[[str], None]) -> Delivery:
+    def to(cls, tracker: Tracker, name: str, folder: RunFolder, *, log: Callable[[str], None]) -> Delivery:
         """Return the delivery of a run folder to a tracker named `<number>-<address>`."""
         outbox = Outbox(
             tracker=tracker, folder=folder.path, journal=folder.journal, state=folder.delivery(name)
         )
-        return cls(name=name.partition("-")[2] or name, outbox=outbox, say=say)
+        return cls(name=name.partition("-")[2] or name, outbox=outbox, log=log)
 
     def start(self) -> None:
         """Open the run at the tracker, then go on in the background.
@@ -66,14 +66,14 @@ class Delivery:
         self._thread = threading.Thread(target=self._run, name=f"delivery-{self.name}", daemon=True)
         self._thread.start()
 
-    def hurry(self) -> None:
+    def flush(self) -> None:
         """Say that the journal is complete: the rest is sent without pauses, and the limit runs from now."""
         self._hurried = self._hurried or time.monotonic()
         self._closing.set()
 
     def close(self, limit_s: float) -> Pending:
         """Deliver what is left, giving up `limit_s` seconds after the last success; return the rest."""
-        self.hurry()
+        self.flush()
         if self._thread is None:
             return self.outbox.pending()
         try:
@@ -123,19 +123,19 @@ class Delivery:
         self._failures += 1
         self.outbox.reason = one_line(error)
         if self._failures == 1:
-            self.say(
+            self.log(
                 f"`{self.name}` is away ({self.outbox.reason}); the run goes on, and what it records is kept "
                 "in the run folder and sent later"
             )
 
     def _tell_notes(self) -> None:
         for note in self.outbox.take_notes():
-            self.say(f"`{self.name}` {note}")
+            self.log(f"`{self.name}` {note}")
 
     def _reached(self) -> None:
         self._tell_notes()
         if self._failures:
-            self.say(f"`{self.name}` is back; sending what it missed")
+            self.log(f"`{self.name}` is back; sending what it missed")
         self._failures = 0
         self.outbox.reason = ""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from attrs import define, field
 
-from weighted_mtp_core.tracking.redact import redact
+from weighted_mtp_core.redaction import redact
 
 LOGGER = "weighted_mtp_core"
 _SAID = "weighted_mtp_core.run"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.naming import check_path
+from weighted_mtp_core.identifiers import check_path
 
 _METRIC = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_. :-]|/(?=[A-Za-z0-9_]))*")
 _LONGEST = 250  # the width of MLflow's columns

@@ -22,18 +22,18 @@ from attrs import asdict, define, field
 
 from weighted_mtp_core.api import BuildContext, DatasetVersion, RunInfo, RunOutcome, Tracker
 from weighted_mtp_core.errors import RunFailedError, Terminated
+from weighted_mtp_core.redaction import redact, redact_log_records
 from weighted_mtp_core.storage.manifest import atomic_write
 from weighted_mtp_core.tracking.delivery import Delivery
 from weighted_mtp_core.tracking.display import Display
 from weighted_mtp_core.tracking.journal import Damage, Journal, now_ms, plain_number, read_journal
 from weighted_mtp_core.tracking.log import RunLog
 from weighted_mtp_core.tracking.names import check_metric_name, check_path_name
-from weighted_mtp_core.tracking.redact import redact, redact_log_records
 from weighted_mtp_core.tracking.run_folder import RunFolder, read_run
 
 if TYPE_CHECKING:
     from weighted_mtp_core.plan import Plan
-    from weighted_mtp_core.tracking.earlier import Earlier
+    from weighted_mtp_core.tracking.backfill import Earlier
 
 _SWITCH_S = 0.0005
 """How long a delivery keeps the interpreter from the thread that trains; Python's own 5 ms would be felt."""
@@ -117,7 +117,7 @@ class Recorder:
         described = False
         for entry in read_journal(self.folder.journal, kinds=("run", "metrics", "timings")):
             if isinstance(entry, Damage):
-                self.say(f"WARNING: a damaged line in `{self.folder.journal}` is left out")
+                self.log(f"WARNING: a damaged line in `{self.folder.journal}` is left out")
             elif entry.kind == "run":
                 described = True
             else:
@@ -141,7 +141,7 @@ class Recorder:
         if self._trackers:
             sys.setswitchinterval(_SWITCH_S)
         for name, tracker in self._trackers.items():
-            delivery = Delivery.to(tracker, name, self.folder, say=self.say)
+            delivery = Delivery.to(tracker, name, self.folder, log=self.log)
             delivery.start()
             self._deliveries.append(delivery)
 
@@ -192,7 +192,7 @@ class Recorder:
         atomic_write(path, "".join(f"- **{name}**: {redact(value)}\n" for name, value in rows))
         self.artifact(path, "")
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Tell the person and the log."""
         text = redact(text)
         self._log.write(text)
@@ -232,14 +232,14 @@ class Recorder:
         for name, value in plain.items():
             if isinstance(value, str) and name not in self._lost_finite:
                 self._lost_finite.add(name)
-                self.say(f"`{name}` is {value} at step {step}; such values stay in the run folder")
+                self.log(f"`{name}` is {value} at step {step}; such values stay in the run folder")
         return plain
 
     def send_earlier(self, experiment: Path) -> None:
         """Send, in the background, what trackers of earlier runs in the experiment's folder did not get."""
-        from weighted_mtp_core.tracking.earlier import Earlier  # which knows how to plan a run
+        from weighted_mtp_core.tracking.backfill import Earlier  # which knows how to plan a run
 
-        self._earlier = Earlier(experiment, self.folder.path, self.say)
+        self._earlier = Earlier(experiment, self.folder.path, self.log)
 
     # ------------------------------------------------------------------- the end
 
@@ -278,11 +278,11 @@ class Recorder:
 
     def _close_deliveries(self) -> None:
         for delivery in self._deliveries:
-            delivery.hurry()
+            delivery.flush()
         for delivery in self._deliveries:
             pending = delivery.close(self._close_seconds)
             if pending:
-                self.say(
+                self.log(
                     f"`{delivery.name}` did not get {pending}"
                     + (f" ({pending.reason})" if pending.reason else "")
                     + f"; it is kept: python -m weighted_mtp_core track sync {self.folder.path}"
@@ -343,7 +343,7 @@ def open_recorder(plan: Plan, display: Display, *, resume: Path | None = None) -
 def build_trackers(plan: Plan) -> dict[str, Tracker]:
     """Build a plan's trackers, named `<number>-<address>`: the names that their deliveries keep."""
     recipe = plan.recipe
-    context = BuildContext(seed=recipe.run.seed, storage=Path(recipe.run.storage), sandbox=recipe.sandbox)
+    context = BuildContext(seed=recipe.run.seed, storage=Path(recipe.run.storage))
     return {f"{i}-{chosen.address}": chosen.build(context) for i, chosen in enumerate(plan.trackers)}
 
 

@@ -69,14 +69,14 @@ def find_run(runs: Path, text: str) -> Path:
     )
 
 
-def sync_run(path: Path, *, say: Callable[[str], None], limit_s: float) -> Mapping[str, Pending]:
+def sync_run(path: Path, *, log: Callable[[str], None], limit_s: float) -> Mapping[str, Pending]:
     """Send what a run's trackers have not got, also what they refused before.
 
     A run that died is closed as KILLED, at the time of its last line.
 
     Args:
         path: The run folder.
-        say: Tells the person.
+        log: Tells the person.
         limit_s: How long to wait for a tracker that takes nothing.
 
     Returns:
@@ -92,7 +92,7 @@ def sync_run(path: Path, *, say: Callable[[str], None], limit_s: float) -> Mappi
         for name, tracker in build_trackers(make_plan(folder.recipe)).items():
             if not count_pending(folder.journal, folder.delivery(name)):
                 continue
-            delivery = Delivery.to(tracker, name, folder, say=say)
+            delivery = Delivery.to(tracker, name, folder, log=log)
             delivery.outbox.try_refused_again()
             delivery.start()
             left[name] = delivery.close(limit_s)
@@ -102,7 +102,7 @@ def sync_run(path: Path, *, say: Callable[[str], None], limit_s: float) -> Mappi
 
 
 def amend_run(
-    path: Path, *, tags: Mapping[str, str], outcome: RunOutcome | None, say: Callable[[str], None]
+    path: Path, *, tags: Mapping[str, str], outcome: RunOutcome | None, log: Callable[[str], None]
 ) -> None:
     """Add tags to a run that is over, change its outcome unless that is None, and send it.
 
@@ -123,9 +123,9 @@ def amend_run(
         folder.record(status=status.value)
     finally:
         folder.close()
-    for name, pending in sync_run(path, say=say, limit_s=30).items():
+    for name, pending in sync_run(path, log=log, limit_s=30).items():
         if pending:
-            say(f"`{name.partition('-')[2]}` did not get {pending}; it is kept: track sync {path}")
+            log(f"`{name.partition('-')[2]}` did not get {pending}; it is kept: track sync {path}")
 
 
 def _close_the_dead(folder: RunFolder) -> None:

@@ -18,7 +18,7 @@ def said():
 def delivery(outbox, said, monkeypatch):
     monkeypatch.setattr(module, "_PAUSE_S", 0.02)
     monkeypatch.setattr(module, "_BACK_OFF_S", (0.01, 0.05))
-    delivery = Delivery(name="notebook", outbox=outbox, say=said.append)
+    delivery = Delivery(name="notebook", outbox=outbox, log=said.append)
     yield delivery
     delivery.close(0)
 
@@ -124,14 +124,14 @@ def test_closing_gives_up_at_the_limit_and_says_what_is_pending(delivery, journa
 
 
 def test_several_that_are_away_share_the_limit(delivery, new_outbox, journal, notebook):
-    other = Delivery(name="other", outbox=new_outbox(notebook), say=print)
+    other = Delivery(name="other", outbox=new_outbox(notebook), log=print)
     notebook.away = True
     for each in (delivery, other):
         each.start()
     metrics(journal, 1)
     began = time.monotonic()
     for each in (delivery, other):
-        each.hurry()
+        each.flush()
 
     pending = [each.close(3.0) for each in (delivery, other)]
 

@@ -8,7 +8,7 @@ from textwrap import dedent
 import pytest
 from weighted_mtp_core.api import BuildContext, DatasetVersion, MetricPoint, RunInfo, RunOutcome, WmtpError
 from weighted_mtp_core.builtin.mlflow import MlflowOptions, build_mlflow
-from weighted_mtp_core.tracking.off import Untracked
+from weighted_mtp_core.tracking.noop import Untracked
 
 EXPERIMENT = "weighted_mtp/flat"
 

@@ -102,7 +102,7 @@ def test_usual_names_are_taken(open_recorder, folder, name):
 
 def test_the_log_holds_what_was_said_logged_and_warned(open_recorder, folder, screen):
     with open_recorder() as record:
-        record.say("critic informative")
+        record.log("critic informative")
         logging.getLogger("weighted_mtp_core.data").info("12 examples left out")
         warnings.warn("old format", stacklevel=1)
 

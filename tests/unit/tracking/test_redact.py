@@ -3,7 +3,7 @@
 import logging
 
 import pytest
-from weighted_mtp_core.tracking.redact import redact, redact_log_records
+from weighted_mtp_core.redaction import redact, redact_log_records
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_a_delivered_run_has_nothing_pending(finished, folder):
 def test_what_an_outage_kept_back_is_sent_in_order(finished, folder, notebook):
     finished(away=True)
 
-    left = sync_run(folder.path, say=print, limit_s=5)
+    left = sync_run(folder.path, log=print, limit_s=5)
 
     assert not left["0-notebook"]
     assert [what for what, _ in notebook.told][-3:] == ["metrics", "artifact", "finish"]
@@ -63,7 +63,7 @@ def test_a_file_that_could_not_be_stored_is_stored_and_the_run_closed_again(fini
     finished(no_files=True)
     before = pending(folder)
 
-    sync_run(folder.path, say=print, limit_s=5)
+    sync_run(folder.path, log=print, limit_s=5)
 
     assert (before.lines, before.files) == (0, 2)
     assert notebook.all("artifact") == ["/recipe.toml", "logs/training.log"]
@@ -75,7 +75,7 @@ def test_a_file_that_could_not_be_stored_is_stored_and_the_run_closed_again(fini
 def test_what_was_refused_is_tried_again(finished, folder, notebook):
     finished(refuses="artifact")
 
-    sync_run(folder.path, say=print, limit_s=5)
+    sync_run(folder.path, log=print, limit_s=5)
 
     assert "logs/training.log" in notebook.all("artifact")
     assert not pending(folder)
@@ -83,7 +83,7 @@ def test_what_was_refused_is_tried_again(finished, folder, notebook):
 
 def test_a_run_that_goes_on_is_left_alone(folder, journal, holder):
     with pytest.raises(WmtpError, match="is in use by process"):
-        sync_run(folder.path, say=print, limit_s=1)
+        sync_run(folder.path, log=print, limit_s=1)
 
 
 DIES = """

@@ -31,7 +31,7 @@ class JsonlOptions:
     seed: int = field(default=0, validator=v.ge(0))
 
 
-def build_jsonl(options: JsonlOptions, context: BuildContext) -> DataSource:
+def build_jsonl(options: JsonlOptions, context: BuildContext) -> DataSource:  # noqa: ARG001 - the same for all
     """Build the data source; every line is read and checked."""
     from weighted_mtp_core.builtin.jsonl.source import JsonlSource
 
@@ -41,4 +41,4 @@ def build_jsonl(options: JsonlOptions, context: BuildContext) -> DataSource:
             "name either one file (`path`) or a file for each split (`train`, `validation`, `test`)",
             hint='for example `path = "data/solutions.jsonl"` in `[data.options]`',
         )
-    return JsonlSource(options, context.sandbox)
+    return JsonlSource(options)

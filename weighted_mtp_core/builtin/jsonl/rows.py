@@ -9,7 +9,7 @@ from typing import Any
 
 from attrs import frozen
 
-from weighted_mtp_core.builtin.public_files import refuse_faults
+from weighted_mtp_core.api.records import refuse_faults
 from weighted_mtp_core.errors import WmtpError
 
 _WITH_INPUT = (

@@ -10,24 +10,18 @@ from weighted_mtp_core.api import (
     DatasetVersion,
     DataSource,
     Example,
-    Problem,
-    SandboxSettings,
     Split,
-    Verdict,
 )
 from weighted_mtp_core.builtin.jsonl import JsonlOptions
 from weighted_mtp_core.builtin.jsonl.rows import Row, read_rows
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.evaluation.completion import cut_completion
-from weighted_mtp_core.evaluation.sandbox import Job, Sandbox
 from weighted_mtp_core.storage.manifest import sha256_of
 
 
 class JsonlSource(DataSource):
     """Examples from files, in the files' order."""
 
-    def __init__(self, options: JsonlOptions, sandbox: SandboxSettings) -> None:
-        self._sandbox = sandbox
+    def __init__(self, options: JsonlOptions) -> None:
         files: dict[Split, str | None] = {
             "train": options.train,
             "validation": options.validation,
@@ -59,34 +53,6 @@ class JsonlSource(DataSource):
         """Return the SHA-256 of the files' bytes; the version is its beginning."""
         digest = hashlib.sha256("".join(sha256_of(path) for path in self._files).encode()).hexdigest()
         return DatasetVersion(name=self._files[0].stem, version=digest[:12], sha256=digest)
-
-    def problems(self, split: Split) -> Sequence[Problem]:
-        """Return the problems of the split whose rows bring tests, each once."""
-        found: dict[str, Problem] = {}
-        for row in self._rows.get(split, ()):
-            if row.tests and (row.problem_id not in found or row.is_correct):
-                known = found.get(row.problem_id)
-                found[row.problem_id] = Problem(
-                    problem_id=row.problem_id,
-                    prompt=row.prompt,
-                    entry_point=row.entry_point,
-                    tests=row.tests,
-                    solution=row.output if row.is_correct else known.solution if known else None,
-                )
-        return list(found.values())
-
-    def completion(self, problem: Problem, text: str) -> str:
-        """Return the program in the text, an Alpaca prompt being none."""
-        return cut_completion(text, prompt="", entry_point=problem.entry_point)
-
-    def verify(self, attempts: Sequence[tuple[Problem, str]]) -> list[Verdict]:
-        """Run each completion alone, an Alpaca prompt being no program, against the problem's tests."""
-        jobs = [
-            Job(program=text, entry_point=problem.entry_point, tests=problem.tests)
-            for problem, text in attempts
-        ]
-        with Sandbox(self._sandbox) as sandbox:
-            return sandbox.judge(jobs)
 
 
 def _split_by_problem(rows: Sequence[Row], options: JsonlOptions) -> dict[Split, list[Row]]:

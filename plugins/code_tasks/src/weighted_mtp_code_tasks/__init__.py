@@ -1,0 +1,49 @@
+"""Plugin `code_tasks`: data sources of programs, and of numbers, that are judged by running or reading them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from weighted_mtp_core.api import Component, DataSource, hookimpl
+
+from weighted_mtp_code_tasks.code_contests import CodeContestsOptions, build_code_contests
+from weighted_mtp_code_tasks.gsm8k import Gsm8kOptions, build_gsm8k
+from weighted_mtp_code_tasks.humaneval import HumanEvalOptions, build_humaneval
+from weighted_mtp_code_tasks.mbpp import MbppOptions, build_mbpp
+from weighted_mtp_code_tasks.micro_code import MicroCodeOptions, build_micro_code
+
+
+@hookimpl
+def wmtp_data_sources() -> Iterable[Component[Any, DataSource]]:
+    """Offer the judged data sources."""
+    yield Component(
+        name="code_contests",
+        summary="Contest programs in Python 3 that read stdin, right and wrong, labelled by running them.",
+        options=CodeContestsOptions,
+        build=build_code_contests,
+    )
+    yield Component(
+        name="gsm8k",
+        summary="School mathematics in words; solutions and model samples, labelled by their final number.",
+        options=Gsm8kOptions,
+        build=build_gsm8k,
+    )
+    yield Component(
+        name="humaneval",
+        summary="HumanEval's 164 problems; solutions and broken variants, labelled by running them.",
+        options=HumanEvalOptions,
+        build=build_humaneval,
+    )
+    yield Component(
+        name="mbpp",
+        summary="MBPP's 964 problems; solutions, broken variants, model samples, labelled by running them.",
+        options=MbppOptions,
+        build=build_mbpp,
+    )
+    yield Component(
+        name="micro_code",
+        summary="Small Python functions made by a grammar; right and broken ones, labelled by running them.",
+        options=MicroCodeOptions,
+        build=build_micro_code,
+    )

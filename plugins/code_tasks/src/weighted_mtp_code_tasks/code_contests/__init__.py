@@ -1,0 +1,85 @@
+"""`code_tasks.code_contests`: programs of contestants that read stdin and write stdout, right and wrong ones.
+
+Source: Li et al. 2022, "Competition-Level Code Generation with AlphaCode".
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from attrs import field, frozen
+from attrs import validators as v
+from weighted_mtp_core.api import BuildContext, DataSource, WmtpError
+
+from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
+
+
+@frozen(kw_only=True)
+class CodeContestsOptions:
+    """`[data.options]` of `code_tasks.code_contests`; only programs in Python 3 are read.
+
+    Attributes:
+        train: Public files of the split `train`: `.parquet`, or JSON lines.
+        validation: Those of the split `valid`.
+        test: Those of the split `test`.
+        problems: The first so many problems of a split; 0 means all.
+        cases: Tests a problem: public ones first, then private, then generated.
+        solutions: Programs said to be right, a problem.
+        incorrect: Programs said to be wrong, a problem.
+        incorrect_fraction: Share of wrong responses among what the policy imitates.
+        sandbox: Where programs run, and what one may use.
+    """
+
+    train: tuple[str, ...] = field(default=())
+    validation: tuple[str, ...] = field(default=())
+    test: tuple[str, ...] = field(default=())
+    problems: int = field(default=0, validator=v.ge(0))
+    cases: int = field(default=10, validator=v.ge(1))
+    solutions: int = field(default=4, validator=v.ge(1))
+    incorrect: int = field(default=4, validator=v.ge(0))
+    incorrect_fraction: float = field(default=0.0, validator=[v.ge(0), v.lt(1)])
+    sandbox: SandboxSettings = SandboxSettings()
+
+
+def build_code_contests(options: CodeContestsOptions, context: BuildContext) -> DataSource:
+    """Build the data source; the first time, label its programs."""
+    from pathlib import Path
+
+    from weighted_mtp_core.api import Split
+
+    from weighted_mtp_code_tasks.code_contests.problems import FORMAT, Limits, read_problems
+    from weighted_mtp_code_tasks.judging import StdinJudge
+    from weighted_mtp_code_tasks.labelled import LabelledSource
+    from weighted_mtp_code_tasks.public_files import sha256_of_file
+
+    named: dict[Split, tuple[str, ...]] = {
+        "train": options.train,
+        "validation": options.validation,
+        "test": options.test,
+    }
+    files = {split: [Path(path) for path in paths] for split, paths in named.items() if paths}
+    if not files:
+        raise WmtpError(
+            "name the public files of a split (`train`, `validation`, `test`): they are too large to fetch",
+            hint='for example `train = ["data/train-00000-of-00039.parquet"]` in `[data.options]`',
+        )
+    limits = Limits(
+        problems=options.problems,
+        cases=options.cases,
+        solutions=options.solutions,
+        incorrect=options.incorrect,
+    )
+    return LabelledSource(
+        name="code_contests",
+        recipe={
+            "code_contests": FORMAT,
+            "files": {split: [sha256_of_file(path) for path in paths] for split, paths in files.items()},
+            **limits.as_dict(),
+        },
+        draw=partial(read_problems, files, limits),
+        storage=context.storage,
+        judge=StdinJudge(sandbox=options.sandbox),
+        incorrect_fraction=options.incorrect_fraction,
+        # Many of its problems have several right answers, of which the tests know one.
+        tolerated_failures=0.5,
+    )

@@ -1,0 +1,124 @@
+"""Read CodeContests from its public files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import attrs
+from attrs import frozen
+from weighted_mtp_core.api import Problem, Split
+from weighted_mtp_core.api.records import Record, read_records, text, texts
+from weighted_mtp_core.errors import WmtpError
+
+from weighted_mtp_code_tasks.labelling import Candidate, LabelledProblem, Made
+
+FORMAT = 1
+"""Part of the data's version: raise it when the same files would give other programs."""
+
+_PYTHON_3 = (3, "PYTHON3")  # the label's number in tables, its name in text
+_LONGEST_CASE = 100_000  # characters; generated tests may have megabytes
+
+
+@frozen(kw_only=True)
+class Limits:
+    """How much is taken; see the options."""
+
+    problems: int
+    cases: int
+    solutions: int
+    incorrect: int
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the limits by name."""
+        return attrs.asdict(self)
+
+
+def read_problems(files: Mapping[Split, Sequence[Path]], limits: Limits) -> list[LabelledProblem]:
+    """Return the problems that read stdin, have tests, and have a solution in Python 3.
+
+    Raises:
+        WmtpError: A file is missing or malformed, or there is no such problem.
+    """
+    found: dict[str, LabelledProblem] = {}
+    for split, paths in files.items():
+        parse = partial(_problem, split=split, limits=limits)
+        rows = [row for path in paths for row in read_records(path, parse) if row is not None]
+        for row in rows[: limits.problems or None]:
+            known = found.setdefault(row.problem.problem_id, row)
+            if known is not row and known.split != split:
+                raise WmtpError(
+                    f"problem `{row.problem.problem_id}` is in both `{known.split}` and `{split}`",
+                    hint="give each file to one split",
+                )
+    if not found:
+        raise WmtpError("no problem has tests and a solution in Python 3 that reads stdin")
+    return list(found.values())
+
+
+def _problem(record: Record, *, split: Split, limits: Limits) -> LabelledProblem | None:
+    name, description = text(record, "name"), text(record, "description")
+    cases = _cases(record)[: limits.cases]
+    solutions = _programs(record, "solutions")[: limits.solutions]
+    if not cases or not solutions or record.get("input_file") or record.get("output_file"):
+        return None
+    incorrect = [each for each in _programs(record, "incorrect_solutions") if each not in solutions]
+    return LabelledProblem(
+        problem=Problem(
+            problem_id=f"code_contests/{name}",
+            prompt=f'"""\n{_docstring(description)}\n"""\n',
+            entry_point="",
+            tests=json.dumps(cases, ensure_ascii=False),
+            solution=solutions[0],
+        ),
+        split=split,
+        candidates=(
+            *_candidates(solutions, "solution"),
+            *_candidates(incorrect[: limits.incorrect], "sample"),
+        ),
+    )
+
+
+def _candidates(programs: Sequence[str], made: Made) -> list[Candidate]:
+    return [Candidate(response=each, made=made) for each in programs]
+
+
+def _docstring(description: str) -> str:
+    return description.strip().replace('"""', "'''")
+
+
+def _cases(record: Record) -> list[tuple[str, str]]:
+    """Return (stdin, stdout) of all tests that are not huge."""
+    found = []
+    for key in ("public_tests", "private_tests", "generated_tests"):
+        tests = _table(record, key)
+        given, expected = texts(tests, "input"), texts(tests, "output")
+        if len(given) != len(expected):
+            raise ValueError(f"`{key}` has {len(given)} inputs and {len(expected)} outputs")
+        found += list(zip(given, expected, strict=True))
+    return [case for case in found if len(case[0]) + len(case[1]) <= _LONGEST_CASE]
+
+
+def _programs(record: Record, key: str) -> list[str]:
+    """Return the different programs in Python 3, in an order that says nothing of them."""
+    programs = _table(record, key)
+    languages, sources = programs.get("language"), texts(programs, "solution")
+    if not isinstance(languages, list) or len(languages) != len(sources):
+        raise ValueError(f"`{key}` needs a `language` for each `solution`")
+    chosen = {
+        source.rstrip() + "\n"
+        for language, source in zip(languages, sources, strict=True)
+        if language in _PYTHON_3 and source.strip()
+    }
+    return sorted(chosen, key=lambda source: hashlib.sha256(source.encode("utf-8", "replace")).digest())
+
+
+def _table(record: Record, key: str) -> Mapping[str, Any]:
+    value = record.get(key)
+    if not isinstance(value, dict):
+        raise ValueError(f"needs `{key}`, an object of lists")  # noqa: TRY004 - a fault of the file
+    return value

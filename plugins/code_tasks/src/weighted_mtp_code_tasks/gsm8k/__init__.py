@@ -1,0 +1,78 @@
+"""`code_tasks.gsm8k`: school mathematics in words; a response is right if its final number is.
+
+Source: Cobbe et al. 2021, "Training Verifiers to Solve Math Word Problems".
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from attrs import field, frozen
+from attrs import validators as v
+from weighted_mtp_core.api import BuildContext, DataSource, WmtpError
+
+
+@frozen(kw_only=True)
+class Gsm8kOptions:
+    """`[data.options]` of `code_tasks.gsm8k`: `train` and `test`, or `path`; fetched from the hub if none is given.
+
+    A file holds the public records (`question`, `answer`) or those with solutions of models (`question`,
+    `ground_truth`, `solutions`), whose correctness is judged here.
+
+    Attributes:
+        train: The public `train.jsonl`.
+        test: The public `test.jsonl`.
+        path: One file, split by question.
+        validation_share: Share of the questions of `train`, or of `path`, that validate.
+        test_share: Share of the questions of `path` that test.
+        incorrect_fraction: Share of wrong responses among what the policy imitates.
+    """
+
+    train: str | None = None
+    test: str | None = None
+    path: str | None = None
+    validation_share: float = field(default=0.1, validator=[v.ge(0), v.lt(1)])
+    test_share: float = field(default=0.1, validator=[v.ge(0), v.lt(1)])
+    incorrect_fraction: float = field(default=0.0, validator=[v.ge(0), v.lt(1)])
+
+
+def build_gsm8k(options: Gsm8kOptions, context: BuildContext) -> DataSource:
+    """Build the data source; the first time, judge its responses."""
+    from pathlib import Path
+
+    from weighted_mtp_code_tasks.gsm8k.numbers import NumberJudge
+    from weighted_mtp_code_tasks.gsm8k.problems import FORMAT, Shares, read_problems
+    from weighted_mtp_code_tasks.labelled import LabelledSource
+    from weighted_mtp_code_tasks.public_files import from_hub, sha256_of_file
+
+    if (options.train is None) != (options.test is None) or (options.path and options.train):
+        raise WmtpError(
+            "name both public files (`train`, `test`) or one file (`path`)",
+            hint='for example `train = "train.jsonl"` and `test = "test.jsonl"` in `[data.options]`',
+        )
+    if options.path is not None:
+        shares = Shares(validation=options.validation_share, test=options.test_share)
+        files = {Path(options.path): shares}
+    elif options.train is not None and options.test is not None:
+        train = Shares(validation=options.validation_share, test=0.0)
+        files = {Path(options.train): train, Path(options.test): Shares(validation=0.0, test=1.0)}
+    else:
+        files = {
+            from_hub("openai/gsm8k", "main", split=split, folder=context.storage / "downloads"): Shares(
+                validation=options.validation_share if split == "train" else 0.0, test=float(split == "test")
+            )
+            for split in ("train", "test")
+        }
+    return LabelledSource(
+        name="gsm8k",
+        recipe={
+            "gsm8k": FORMAT,
+            "files": [
+                [sha256_of_file(path), shares.validation, shares.test] for path, shares in files.items()
+            ],
+        },
+        draw=partial(read_problems, files),
+        storage=context.storage,
+        judge=NumberJudge(),
+        incorrect_fraction=options.incorrect_fraction,
+    )

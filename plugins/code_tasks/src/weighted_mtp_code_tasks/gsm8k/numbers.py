@@ -1,0 +1,66 @@
+"""Read the number that a text ends up with, and judge by it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from decimal import Decimal
+
+from attrs import define
+from weighted_mtp_core.api import Problem, Verdict, VerdictKind
+
+from weighted_mtp_code_tasks.judging import Attempts, Judge, Judgement
+
+MARK = "####"
+# A sign counts where no word or number stands before it: `2-3` are two numbers without one.
+_NUMBER = re.compile(
+    r"(?<![\w.])([-\u2212]?)[$€£]?\s?([-\u2212]?)((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
+)
+_LONGEST = 40  # digits; no answer has more, and a model may write thousands
+
+
+def final_number(text: str) -> Decimal | None:
+    """Return the first number after the last `####`, else the last number; None if there is none.
+
+    Thousands may have commas; a currency, a `%`, a full stop behind it do not matter.
+    """
+    _, mark, answer = text.rpartition(MARK)
+    marked = _numbers(answer)[:1] if mark else []
+    found = marked or _numbers(text)[-1:]
+    return found[0] if found else None
+
+
+def _numbers(text: str) -> list[Decimal]:
+    return [
+        Decimal(("-" if one or other else "") + digits.replace(",", ""))
+        for one, other, digits in _NUMBER.findall(text)
+        if len(digits) <= _LONGEST
+    ]
+
+
+@define(kw_only=True)
+class NumberJudge(Judge):
+    """Compares a response's final number with the problem's `tests`, which is one; runs nothing."""
+
+    def completion(self, problem: Problem, text: str) -> str:  # noqa: ARG002 - the same for every problem
+        """Return the text up to its answer; models go on with questions of their own."""
+        text = re.split(r"\n\s*Question:", text, maxsplit=1)[0]
+        before, mark, answer = text.partition(MARK)
+        return before + mark + answer.split("\n", 1)[0] + "\n" if mark else text
+
+    def judge(self, attempts: Attempts, *, on_done: Callable[[], None] | None = None) -> Judgement:
+        """Compare numbers exactly."""
+        verdicts = []
+        for problem, text in attempts:
+            verdicts.append(_verdict(final_number(text), Decimal(problem.tests)))
+            if on_done is not None:
+                on_done()
+        return Judgement(verdicts=verdicts, provenance={"backend": "final number"})
+
+
+def _verdict(found: Decimal | None, wanted: Decimal) -> Verdict:
+    if found is None:
+        return Verdict(kind=VerdictKind.WRONG, detail="there is no number")
+    if found == wanted:
+        return Verdict(kind=VerdictKind.PASSED)
+    return Verdict(kind=VerdictKind.WRONG, detail=f"expected {wanted}, got {found}")

@@ -1,0 +1,94 @@
+"""Read GSM8K from its public files, with or without what models wrote."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from attrs import frozen
+from weighted_mtp_core.api import Problem, Split
+from weighted_mtp_core.api.records import Record, read_records, text
+
+from weighted_mtp_code_tasks.gsm8k.numbers import final_number
+from weighted_mtp_code_tasks.labelling import Candidate, LabelledProblem
+
+FORMAT = 1
+"""Part of the data's version: raise it when the same files would give other responses."""
+
+
+@frozen(kw_only=True)
+class Shares:
+    """How a file's questions are split, by a hash of the question; the rest trains."""
+
+    validation: float
+    test: float
+
+
+@frozen(kw_only=True)
+class Row:
+    """A question, its reference answer, and answers of models, of unknown worth."""
+
+    question: str
+    answer: str
+    written: tuple[str, ...]
+
+
+def read_problems(files: Mapping[Path, Shares]) -> list[LabelledProblem]:
+    """Return each question once, with its answers; a question that two files hold is the first one's.
+
+    Raises:
+        WmtpError: A file is missing or malformed.
+    """
+    found: dict[str, LabelledProblem] = {}
+    for path, shares in files.items():
+        for row in read_records(path, _row):
+            digest = hashlib.sha256(row.question.encode()).digest()
+            name = f"gsm8k/{digest.hex()[:12]}"
+            share = int.from_bytes(digest[-8:], "big") / 2**64
+            found.setdefault(name, _problem(row, name, _split(share, shares)))
+    return list(found.values())
+
+
+def _split(share: float, shares: Shares) -> Split:
+    if share < shares.test:
+        return "test"
+    return "validation" if share < shares.test + shares.validation else "train"
+
+
+def _row(record: Record) -> Row:
+    answer = text(record, "ground_truth" if "ground_truth" in record else "answer")
+    if final_number(answer) is None:
+        raise ValueError("the answer has no number")
+    solutions = record.get("solutions") or []
+    if not isinstance(solutions, list) or not all(isinstance(each, dict) for each in solutions):
+        raise ValueError("`solutions` must be a list of objects")
+    return Row(
+        question=text(record, "question").strip(),
+        answer=_response(answer),
+        written=tuple(
+            _response(written) for each in solutions if (written := text(each, "solution")).strip()
+        ),
+    )
+
+
+def _response(answer: str) -> str:
+    return answer.strip() + "\n"
+
+
+def _problem(row: Row, name: str, split: Split) -> LabelledProblem:
+    candidates = [Candidate(response=row.answer, made="solution")]
+    candidates += [
+        Candidate(response=each, made="sample") for each in dict.fromkeys(row.written) if each != row.answer
+    ]
+    return LabelledProblem(
+        problem=Problem(
+            problem_id=name,
+            prompt=f"Question: {row.question}\nAnswer:\n",
+            entry_point="",
+            tests=str(final_number(row.answer)),
+            solution=row.answer,
+        ),
+        split=split,
+        candidates=tuple(candidates),
+    )

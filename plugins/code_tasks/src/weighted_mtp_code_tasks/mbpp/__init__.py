@@ -1,0 +1,71 @@
+"""`code_tasks.mbpp`: MBPP's 964 problems with their splits, their solutions, and wrong ones.
+
+Source: Austin et al. 2021, "Program Synthesis with Large Language Models".
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from attrs import field, frozen
+from attrs import validators as v
+from weighted_mtp_core.api import BuildContext, DataSource
+
+from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
+
+
+@frozen(kw_only=True)
+class MbppOptions:
+    """`[data.options]` of `code_tasks.mbpp`.
+
+    Attributes:
+        path: The public `mbpp.jsonl`; fetched from the hub if not given.
+        samples: Programs of models: JSON lines with `task_id` and `program`. They are judged here.
+        mutants: Broken variants made of each solution.
+        incorrect_fraction: Share of wrong responses among what the policy imitates.
+        seed: Of the mutations.
+        sandbox: Where programs run, and what one may use.
+    """
+
+    path: str | None = None
+    samples: str | None = None
+    mutants: int = field(default=3, validator=v.ge(0))
+    incorrect_fraction: float = field(default=0.0, validator=[v.ge(0), v.lt(1)])
+    seed: int = field(default=0, validator=v.ge(0))
+    sandbox: SandboxSettings = SandboxSettings()
+
+
+def build_mbpp(options: MbppOptions, context: BuildContext) -> DataSource:
+    """Build the data source; the first time, label its programs."""
+    from pathlib import Path
+
+    from weighted_mtp_code_tasks.judging import AssertsJudge
+    from weighted_mtp_code_tasks.labelled import LabelledSource
+    from weighted_mtp_code_tasks.mbpp.problems import FORMAT, read_problems
+    from weighted_mtp_code_tasks.public_files import from_hub, sha256_of_file
+
+    path = (
+        Path(options.path)
+        if options.path is not None
+        else from_hub(
+            "google-research-datasets/mbpp",
+            "full",
+            split="test+validation+train",
+            folder=context.storage / "downloads",
+        )
+    )
+    samples = None if options.samples is None else Path(options.samples)
+    drawing = {"mutants_per_solution": options.mutants, "seed": options.seed}
+    return LabelledSource(
+        name="mbpp",
+        recipe={
+            "mbpp": FORMAT,
+            "source": sha256_of_file(path),
+            "samples": samples and sha256_of_file(samples),
+            **drawing,
+        },
+        draw=partial(read_problems, path, samples=samples, **drawing),
+        storage=context.storage,
+        judge=AssertsJudge(sandbox=options.sandbox),
+        incorrect_fraction=options.incorrect_fraction,
+    )

@@ -1,0 +1,137 @@
+"""Read MBPP from the file of its public release, break its solutions, and add what models wrote."""
+
+from __future__ import annotations
+
+import ast
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from attrs import frozen
+from weighted_mtp_core.api import Problem, Split
+from weighted_mtp_core.api.records import Record, read_records, text, texts, whole_number
+from weighted_mtp_core.errors import WmtpError
+
+from weighted_mtp_code_tasks.completion import parsed
+from weighted_mtp_code_tasks.labelling import Candidate, LabelledProblem
+from weighted_mtp_code_tasks.mutation import mutants
+
+FORMAT = 1
+"""Part of the data's version: raise it when the same files would give other programs."""
+
+
+@frozen(kw_only=True)
+class Row:
+    """A problem as published; `task_id` is what the paper's splits go by."""
+
+    task_id: int
+    text: str
+    code: str
+    tests: tuple[str, ...]
+    setup: str
+    entry_point: str
+
+    @property
+    def split(self) -> Split | None:
+        """The split of the paper; None for the ten problems of its prompts."""
+        if self.task_id <= 10:
+            return None
+        if self.task_id <= 510:
+            return "test"
+        return "validation" if self.task_id <= 600 else "train"
+
+    @property
+    def prompt(self) -> str:
+        """The task and its tests, which name the function, as a docstring."""
+        inside = "\n".join([self.text.strip(), *self.tests]).replace('"""', "'''")
+        return f'"""\n{inside}\n"""\n'
+
+
+def read_problems(
+    path: Path, *, samples: Path | None, mutants_per_solution: int, seed: int
+) -> list[LabelledProblem]:
+    """Return the problems with their solution as published, as `ast` spells it, broken, and by models.
+
+    Raises:
+        WmtpError: A file is missing or malformed, or a sample has no problem.
+    """
+    rows = read_records(path, _row)
+    written = _samples(samples, {row.task_id for row in rows})
+    return [
+        _problem(row, split, written[row.task_id], mutants_per_solution=mutants_per_solution, seed=seed)
+        for row in rows
+        if (split := row.split) is not None
+    ]
+
+
+def _row(record: Record) -> Row:
+    code, tests = text(record, "code"), texts(record, "test_list")
+    return Row(
+        task_id=whole_number(record, "task_id"),
+        text=text(record, "text"),
+        code=code.rstrip() + "\n",
+        tests=tuple(tests),
+        setup=text(record, "test_setup_code"),
+        entry_point=_entry_point(code, tests),
+    )
+
+
+def _entry_point(code: str, tests: Sequence[str]) -> str:
+    """Return the last function of the solution that the tests call."""
+    program, asserts = parsed(code), parsed("\n".join(tests))
+    if program is None or asserts is None:
+        raise ValueError(f"`{'code' if program is None else 'test_list'}` is no Python")
+    called = {
+        node.func.id
+        for node in ast.walk(asserts)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    defined = [node.name for node in program.body if isinstance(node, ast.FunctionDef)]
+    found = [name for name in defined if name in called]
+    if not found:
+        raise ValueError("`test_list` calls no function that `code` defines")
+    return found[-1]
+
+
+def _samples(path: Path | None, known: set[int]) -> defaultdict[int, list[str]]:
+    """Return programs by problem; what else a file says of them, verdicts too, is not read."""
+    found: defaultdict[int, list[str]] = defaultdict(list)
+    if path is None:
+        return found
+    for task_id, program in read_records(path, lambda r: (whole_number(r, "task_id"), text(r, "program"))):
+        if task_id not in known:
+            raise WmtpError(f"{path}: no problem has the task_id `{task_id}`")
+        if program.strip():
+            found[task_id].append(program.rstrip() + "\n")
+    return found
+
+
+def _problem(
+    row: Row, split: Split, samples: Sequence[str], *, mutants_per_solution: int, seed: int
+) -> LabelledProblem:
+    generator = random.Random(f"{seed}/{row.task_id}")  # noqa: S311 - data, not secrets
+    candidates = [Candidate(response=row.code, made="solution")]
+    broken: list[str] = []
+    tree = parsed(row.code)
+    if tree is not None and mutants_per_solution:
+        candidates.append(Candidate(response=_spelt(tree.body), made="solution"))
+        broken = [_spelt(mutant) for mutant in mutants(tree.body, generator, count=mutants_per_solution)]
+    candidates += [Candidate(response=each, made="mutant") for each in broken]
+    candidates += [Candidate(response=each, made="sample") for each in samples]
+    unique = {candidate.response: candidate for candidate in reversed(candidates)}
+    return LabelledProblem(
+        problem=Problem(
+            problem_id=f"mbpp/{row.task_id}",
+            prompt=row.prompt,
+            entry_point=row.entry_point,
+            tests="\n".join([row.setup, *row.tests]),
+            solution=row.code,
+        ),
+        split=split,
+        candidates=tuple(each for each in candidates if unique[each.response] is each),
+    )
+
+
+def _spelt(body: list[ast.stmt]) -> str:
+    return ast.unparse(ast.fix_missing_locations(ast.Module(body=body, type_ignores=[]))) + "\n"

@@ -1,0 +1,60 @@
+"""`code_tasks.micro_code`: problems made procedurally, for experiments that take minutes.
+
+`level` is the number of steps a function takes: 1 is learnt by everything, more steps are harder.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from attrs import field, frozen
+from attrs import validators as v
+from weighted_mtp_core.api import BuildContext, DataSource
+
+from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
+
+
+@frozen(kw_only=True)
+class MicroCodeOptions:
+    """`[data.options]` of `code_tasks.micro_code`.
+
+    Attributes:
+        problems: Distinct functions, split 8 : 1 : 1 by function.
+        level: Steps a function takes.
+        solutions: Right bodies written for each function, in different forms.
+        mutants: Broken bodies made of each right one.
+        incorrect_fraction: Share of wrong responses among what the policy imitates.
+        seed: Of the grammar; apart from `run.seed`, so that seeds of a study share their data.
+        sandbox: Where programs run, and what one may use.
+    """
+
+    problems: int = field(default=2000, validator=v.ge(10))
+    level: int = field(default=2, validator=[v.ge(1), v.le(5)])
+    solutions: int = field(default=2, validator=v.ge(1))
+    mutants: int = field(default=1, validator=v.ge(0))
+    incorrect_fraction: float = field(default=0.0, validator=[v.ge(0), v.lt(1)])
+    seed: int = field(default=0, validator=v.ge(0))
+    sandbox: SandboxSettings = SandboxSettings()
+
+
+def build_micro_code(options: MicroCodeOptions, context: BuildContext) -> DataSource:
+    """Build the data source; the first time, draw and label its programs."""
+    from weighted_mtp_code_tasks.judging import FunctionJudge
+    from weighted_mtp_code_tasks.labelled import LabelledSource
+    from weighted_mtp_code_tasks.micro_code.generate import FORMAT, draw_problems
+
+    drawing = {
+        "problems": options.problems,
+        "level": options.level,
+        "solutions": options.solutions,
+        "mutants_per_solution": options.mutants,
+        "seed": options.seed,
+    }
+    return LabelledSource(
+        name="micro_code",
+        recipe={"grammar": FORMAT, **drawing},
+        draw=partial(draw_problems, **drawing),
+        storage=context.storage,
+        judge=FunctionJudge(sandbox=options.sandbox),
+        incorrect_fraction=options.incorrect_fraction,
+    )

@@ -1,0 +1,107 @@
+"""Draw the problems of `code_tasks.micro_code`: distinct functions with tests, right bodies and broken ones."""
+
+from __future__ import annotations
+
+import ast
+import random
+from typing import Any
+
+from weighted_mtp_core.api import Problem, Split
+from weighted_mtp_core.errors import WmtpError
+
+from weighted_mtp_code_tasks.labelling import Candidate, LabelledProblem
+from weighted_mtp_code_tasks.micro_code.grammar import Function, indented, random_argument, random_function
+from weighted_mtp_code_tasks.mutation import mutants
+
+FORMAT = 1
+"""Part of the data's version: raise it when the same options would give other programs."""
+
+_TESTS = 10
+_PROBES = 24  # arguments that tell functions apart; the tests are the first of them
+_PATIENCE = 3000  # draws in a row without a new function before the grammar counts as exhausted
+
+
+def draw_problems(
+    *, problems: int, level: int, solutions: int, mutants_per_solution: int, seed: int
+) -> list[LabelledProblem]:
+    """Draw functions that are distinct in text and in behaviour, each with right and broken bodies.
+
+    Raises:
+        WmtpError: The grammar has not that many functions of this level.
+    """
+    generator = random.Random(seed)  # noqa: S311 - data, not secrets
+    found: dict[tuple[str, str], LabelledProblem] = {}
+    unlucky = 0
+    while len(found) < problems and unlucky < _PATIENCE:
+        function = random_function(generator, level=level)
+        arguments = [random_argument(function.kind, random.Random(i)) for i in range(_PROBES)]  # noqa: S311
+        reference = function.reference()
+        values = [reference(argument) for argument in arguments]
+        behaviour = (function.kind, repr(values))
+        if behaviour in found or _is_dull(values):
+            unlucky += 1
+            continue
+        unlucky = 0
+        found[behaviour] = _problem(
+            function,
+            f"micro_{len(found):05d}",
+            cases=list(zip(arguments, values, strict=True))[:_TESTS],
+            candidates=_candidates(function, generator, solutions, mutants_per_solution),
+            split=_split(len(found)),
+        )
+    if len(found) < problems:
+        raise WmtpError(
+            f"the grammar has only {len(found)} distinct functions of level {level}, not {problems}",
+            hint="lower `data.options.problems` or raise `data.options.level`",
+        )
+    return list(found.values())
+
+
+def _is_dull(values: list[Any]) -> bool:
+    """Say whether too few values come out for tests to tell the function from a constant."""
+    return len({repr(value) for value in values}) < len(values) // 3
+
+
+def _split(number: int) -> Split:
+    """Every tenth function is for validation, every tenth for the test."""
+    return {8: "validation", 9: "test"}.get(number % 10, "train")  # type: ignore[return-value]
+
+
+def _candidates(
+    function: Function, generator: random.Random, solutions: int, mutants_per_solution: int
+) -> list[Candidate]:
+    right = function.bodies(solutions, generator)
+    broken: dict[str, None] = {}
+    for body in right:
+        statements = ast.parse(f"def f():\n{body}").body[0].body  # type: ignore[attr-defined]
+        for mutant in mutants(statements, generator, count=mutants_per_solution):
+            text = indented(ast.unparse(ast.Module(body=mutant, type_ignores=[])))
+            if text not in right:
+                broken[text] = None
+    return [Candidate(response=text, made="solution") for text in right] + [
+        Candidate(response=text, made="mutant") for text in broken
+    ]
+
+
+def _problem(
+    function: Function,
+    problem_id: str,
+    *,
+    cases: list[tuple[Any, Any]],
+    candidates: list[Candidate],
+    split: Split,
+) -> LabelledProblem:
+    tests = "def check(candidate):\n" + "".join(
+        f"    assert candidate({argument!r}) == {value!r}\n" for argument, value in cases
+    )
+    return LabelledProblem(
+        problem=Problem(
+            problem_id=problem_id,
+            prompt=function.prompt,
+            entry_point="f",
+            tests=tests,
+            solution=candidates[0].response,
+        ),
+        split=split,
+        candidates=tuple(candidates),
+    )

@@ -1,0 +1,233 @@
+"""Which sandboxes this machine can run, and how a zygote is started in each.
+
+`bubblewrap` confines a whole zygote from outside; `landlock` has the zygote confine itself (namespaces where
+the kernel permits them, Landlock and seccomp always). There is no third: without either, judging is refused
+unless the settings say `trusted`.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from attrs import frozen
+from weighted_mtp_core.errors import WmtpError
+
+from weighted_mtp_code_tasks.sandbox import confine, seccomp
+from weighted_mtp_code_tasks.sandbox.scratch import MAX_BYTES
+from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
+
+SANDBOX_VERSION = "1"
+"""Raised whenever the same program could get another verdict; recorded with every label."""
+
+BackendName = Literal["bubblewrap", "landlock", "trusted"]
+
+# Loads the modules beside this one under a package name of their own, without the packages above, whose
+# imports (attrs, pluggy) the bare interpreter does not have.
+_BOOTSTRAP = (
+    "import importlib, sys, types; "
+    "package = sys.modules['wmtp_sandbox'] = types.ModuleType('wmtp_sandbox'); "
+    "package.__path__ = [sys.argv[1]]; "
+    "importlib.import_module('wmtp_sandbox.' + sys.argv[2]).start(sys.argv[3:])"
+)
+_LIBRARIES = ("/usr/lib", "/lib", "/usr/lib64", "/lib64")
+_DATA = ("/usr/share/zoneinfo", "/etc/localtime", "/etc/ld.so.cache")
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
+_PLACES_FOR_SCRATCH = ("/tmp", "/var/tmp", "/mnt", "/srv")  # noqa: S108 - a private tmpfs is mounted on it
+
+
+@frozen(kw_only=True)
+class BackendStatus:
+    """Whether a back end works here.
+
+    Attributes:
+        name: `bubblewrap` or `landlock`.
+        available: Whether it can be used.
+        detail: Its version, or why it cannot.
+    """
+
+    name: BackendName
+    available: bool
+    detail: str
+
+
+@frozen(kw_only=True)
+class Backend:
+    """A chosen back end.
+
+    Attributes:
+        name: Its name.
+        detail: Its version.
+        namespaces: Whether programs run in namespaces of their own (bubblewrap: always).
+    """
+
+    name: BackendName
+    detail: str
+    namespaces: bool
+
+
+def available_backends() -> tuple[BackendStatus, ...]:
+    """Return the state of both back ends, the preferred one first."""
+    if not seccomp.supported():
+        why = f"no system call filter for `{platform.machine()}`"
+        return (
+            BackendStatus(name="bubblewrap", available=False, detail=why),
+            BackendStatus(name="landlock", available=False, detail=why),
+        )
+    return (_bubblewrap(), _landlock())
+
+
+def _bubblewrap() -> BackendStatus:
+    program = shutil.which("bwrap")
+    if program is None:
+        return BackendStatus(name="bubblewrap", available=False, detail="`bwrap` is not installed")
+    version = subprocess.run(
+        [program, "--version"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    scratch = scratch_place()
+    command = [*_bubblewrap_command(scratch), *python_command("zygote", "--try")]
+    attempt = subprocess.run(command, env={}, capture_output=True, text=True, check=False)
+    if attempt.returncode != 0:
+        why = (attempt.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+        return BackendStatus(
+            name="bubblewrap", available=False, detail=f"{version} does not work here: {why}"
+        )
+    return BackendStatus(name="bubblewrap", available=True, detail=version)
+
+
+def _landlock() -> BackendStatus:
+    abi = confine.landlock_abi()
+    if abi < 1:
+        return BackendStatus(name="landlock", available=False, detail="this kernel has no Landlock")
+    return BackendStatus(name="landlock", available=True, detail=f"Landlock ABI {abi}")
+
+
+def choose_backend(wanted: Literal["auto", "bubblewrap", "landlock", "trusted"]) -> Backend:
+    """Return the back end to use.
+
+    Raises:
+        WmtpError: It, or with `auto` every one, is not available.
+    """
+    if wanted == "trusted":
+        return Backend(name="trusted", detail="no sandbox", namespaces=False)
+    found = available_backends()
+    for status in found:
+        if status.available and wanted in {"auto", status.name}:
+            namespaces = status.name == "bubblewrap" or _namespaces_work()
+            return Backend(name=status.name, detail=status.detail, namespaces=namespaces)
+    reasons = "; ".join(f"{each.name}: {each.detail}" for each in found if wanted in {"auto", each.name})
+    raise WmtpError(
+        f'no sandbox for untrusted programs (`sandbox.backend = "{wanted}"`): {reasons}',
+        hint="install bubblewrap (`apt-get install bubblewrap`) or use a kernel with Landlock (5.13); "
+        'only if you trust every program: `sandbox.backend = "trusted"`',
+    )
+
+
+def _namespaces_work() -> bool:
+    """Try, in a process of its own, whether the kernel lets us make namespaces."""
+    command = python_command("zygote", "--try-namespaces", scratch_place())
+    return subprocess.run(command, env={}, capture_output=True, check=False).returncode == 0
+
+
+def interpreter() -> str:
+    """Return the interpreter behind a virtual environment: programs get the standard library and no more."""
+    return str(Path(getattr(sys, "_base_executable", sys.executable)).resolve())
+
+
+def python_command(module: str, *arguments: str) -> list[str]:
+    """Return the command line that runs one of the standalone modules in a bare interpreter."""
+    options = ["-s", "-S", "-P", "-B", "-X", "utf8"]
+    return [interpreter(), *options, "-c", _BOOTSTRAP, str(Path(__file__).parent), module, *arguments]
+
+
+def environment(scratch: str) -> dict[str, str]:
+    """Return the whole environment of a zygote.
+
+    The hash seed is fixed, so that no verdict depends on the order of a set. One malloc arena: another for
+    each thread would take 64 MiB of the address space each.
+    """
+    return {
+        "PYTHONHASHSEED": "0",
+        "LC_ALL": "C.UTF-8",
+        "HOME": scratch,
+        "TMPDIR": scratch,
+        "MALLOC_ARENA_MAX": "1",
+    }
+
+
+def readable_paths() -> list[str]:
+    """Return what a program may read: the standard library, shared libraries, harmless devices."""
+    own = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), str(Path(sys.base_prefix) / "lib")}
+    return sorted(own) + [path for path in (*_LIBRARIES, *_DATA, *_DEVICES) if Path(path).exists()]
+
+
+def scratch_place() -> str:
+    """Return a folder on which a private tmpfs hides nothing that a program needs."""
+    needed = [Path(path).resolve() for path in (*readable_paths(), interpreter(), str(Path(__file__).parent))]
+    for place in map(Path, _PLACES_FOR_SCRATCH):
+        if place.is_dir() and not any(path.is_relative_to(place.resolve()) for path in needed):
+            return str(place)
+    raise WmtpError(f"no place for a private scratch folder among {', '.join(_PLACES_FOR_SCRATCH)}")
+
+
+def make_scratch(backend: Backend) -> tuple[str, bool]:
+    """Return a worker's scratch folder, and whether it is a real folder that the caller must remove."""
+    if backend.namespaces:
+        return scratch_place(), False
+    return tempfile.mkdtemp(prefix="wmtp-sandbox-"), True
+
+
+def zygote_command(backend: Backend, settings: SandboxSettings, *, scratch: str) -> list[str]:
+    """Return the command line of a zygote in its sandbox."""
+    configuration = {
+        "backend": backend.name,
+        "namespaces": backend.name == "landlock" and backend.namespaces,
+        "scratch": scratch,
+        "readable": readable_paths(),
+        "cpu_seconds": settings.cpu_seconds,
+        "memory_bytes": settings.memory_mb * 1024 * 1024,
+    }
+    command = python_command("zygote", json.dumps(configuration))
+    return [*_bubblewrap_command(scratch), *command] if backend.name == "bubblewrap" else command
+
+
+def _bubblewrap_command(scratch: str) -> list[str]:
+    """Return bwrap's command line: all namespaces, nothing writable but a small tmpfs, no capabilities.
+
+    It must be started with an empty environment: bwrap's own is readable in the sandbox's /proc/1/environ.
+    """
+    shown = [*readable_paths(), interpreter(), str(Path(__file__).parent)]
+    binds = [part for path in shown if not path.startswith("/dev/") for part in ("--ro-bind", path, path)]
+    variables = [part for item in environment(scratch).items() for part in ("--setenv", *item)]
+    return [
+        shutil.which("bwrap") or "bwrap",
+        *("--unshare-all", "--unshare-user", "--uid", "1000", "--gid", "1000", "--cap-drop", "ALL"),
+        *("--die-with-parent", "--new-session", "--clearenv", *variables),
+        *("--dev", "/dev", *binds),
+        *("--size", str(MAX_BYTES), "--tmpfs", scratch, "--chdir", scratch),
+        *("--remount-ro", "/", "--"),
+    ]
+
+
+def provenance(backend: Backend, settings: SandboxSettings) -> Mapping[str, str]:
+    """Return what a label must be recorded with so that somebody else can repeat it."""
+    return {
+        "sandbox_version": SANDBOX_VERSION,
+        "backend": backend.name,
+        "backend_detail": backend.detail,
+        "namespaces": str(backend.namespaces).lower(),
+        "kernel": platform.release(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "cpu_seconds": f"{settings.cpu_seconds:g}",
+        "wall_seconds": f"{settings.wall_seconds:g}",
+        "memory_mb": str(settings.memory_mb),
+    }

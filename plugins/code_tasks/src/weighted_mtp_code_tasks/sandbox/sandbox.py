@@ -1,0 +1,240 @@
+"""Judge many programs in parallel: one worker process a core, each with a warm zygote in a sandbox."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import subprocess
+import tempfile
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from weighted_mtp_core.api import Verdict, VerdictKind
+from weighted_mtp_core.errors import RunFailedError
+
+from weighted_mtp_code_tasks.sandbox import backends, scratch
+from weighted_mtp_code_tasks.sandbox.jobs import AnyJob, Job
+from weighted_mtp_code_tasks.sandbox.messages import read_message, write_message
+from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
+
+_CHECK_NOTHING = "def check(candidate):\n    candidate()\n"
+# Programs that must not come through: what the kernel promises is tried before anything relies on it.
+_CANARIES = (
+    ("reads a file outside", "def f():\n    open('/etc/passwd').read()\n"),
+    ("opens a socket", "import socket\ndef f():\n    socket.socket()\n"),
+    ("starts a process", "import os\ndef f():\n    os.fork()\n"),
+)
+_TOLERATED_SHARE = 0.05
+
+
+class Sandbox:
+    """Judges programs that nobody trusts; use as a context manager, which ends every process it started.
+
+    Args:
+        settings: Back end and limits.
+        judge_errors_tolerated: So many programs, or 5 % of all if that is more, may be left unjudged.
+
+    Attributes:
+        provenance: Back end, versions and limits, to be recorded with each label.
+    """
+
+    def __init__(self, settings: SandboxSettings, *, judge_errors_tolerated: int = 5) -> None:
+        """Choose the back end.
+
+        Raises:
+            WmtpError: This machine has no sandbox and the settings do not say `trusted`.
+        """
+        self._settings = settings
+        self._backend = backends.choose_backend(settings.backend)
+        self._workers: list[_Worker] = []
+        self._judged = 0
+        self._judge_errors = 0
+        self._judge_errors_tolerated = judge_errors_tolerated
+        self.provenance: Mapping[str, str] = backends.provenance(self._backend, settings)
+
+    def __enter__(self) -> Self:
+        try:
+            for _ in range(self._settings.workers or len(os.sched_getaffinity(0))):
+                self._workers.append(_Worker(self._backend, self._settings))
+            for worker in self._workers:
+                worker.wait_until_ready()
+            if self._backend.name != "trusted":
+                self._try_canaries()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all processes."""
+        for worker in self._workers:
+            worker.hang_up()
+        for worker in self._workers:
+            worker.close()
+        self._workers.clear()
+
+    def judge(self, jobs: Sequence[AnyJob], *, on_done: Callable[[], None] | None = None) -> list[Verdict]:
+        """Judge programs in parallel.
+
+        Args:
+            jobs: What to judge.
+            on_done: Called in this thread after each verdict.
+
+        Returns:
+            One verdict a job, in the order of the jobs.
+
+        Raises:
+            RunFailedError: So many jobs could not be judged that the rest would be of no use.
+        """
+        if not self._workers:
+            raise RuntimeError("a Sandbox judges only as a context manager, and no more once it failed")
+        try:
+            return self._judge(jobs, on_done)
+        except BaseException:
+            self.close()  # workers are still at work on what nobody will ask for
+            raise
+
+    def _judge(self, jobs: Sequence[AnyJob], on_done: Callable[[], None] | None) -> list[Verdict]:
+        verdicts: list[Verdict | None] = [None] * len(jobs)
+        waiting = deque(range(len(jobs)))
+        with selectors.DefaultSelector() as busy:
+            idle = list(self._workers)
+            while waiting or busy.get_map():
+                while waiting and idle:
+                    worker, index = idle.pop(), waiting.popleft()
+                    worker.send(jobs[index])
+                    busy.register(worker.results, selectors.EVENT_READ, (worker, index))
+                for key, _ in busy.select():
+                    worker, index = key.data
+                    busy.unregister(key.fileobj)
+                    verdicts[index] = self._counted(worker.receive())
+                    idle.append(worker)
+                    if on_done is not None:
+                        on_done()
+        return [verdict for verdict in verdicts if verdict is not None]
+
+    def _counted(self, verdict: Verdict) -> Verdict:
+        self._judged += 1
+        self._judge_errors += verdict.kind is VerdictKind.JUDGE_ERROR
+        if self._judge_errors > max(self._judge_errors_tolerated, _TOLERATED_SHARE * self._judged):
+            raise RunFailedError(
+                f"{self._judge_errors} of {self._judged} programs could not be judged: {verdict.detail}",
+                hint="the tests are broken, or this machine is: judge a known solution first",
+            )
+        return verdict
+
+    def _try_canaries(self) -> None:
+        for what, program in _CANARIES:
+            self._workers[0].send(Job(program, "f", _CHECK_NOTHING))
+            verdict = self._workers[0].receive()
+            if verdict.kind not in {VerdictKind.VIOLATION, VerdictKind.ERROR}:
+                raise RunFailedError(
+                    f"the sandbox `{self._backend.name}` does not hold: a program that {what} was judged "
+                    f"`{verdict.kind.value}` ({verdict.detail})",
+                    hint="choose another `sandbox.backend`",
+                )
+
+
+class _Worker:
+    """The caller's end of one worker process; started again if it dies."""
+
+    def __init__(self, backend: backends.Backend, settings: SandboxSettings) -> None:
+        self._backend = backend
+        self._settings = settings
+        self._start()
+
+    def _start(self) -> None:
+        self._scratch, self._scratch_is_real = backends.make_scratch(self._backend)
+        configuration = {
+            "zygote": backends.zygote_command(self._backend, self._settings, scratch=self._scratch),
+            "limits": {
+                "cpu_seconds": self._settings.cpu_seconds,
+                "wall_seconds": self._settings.wall_seconds,
+                "memory_bytes": self._settings.memory_mb * 1024 * 1024,
+                "scratch": self._scratch,
+                "scratch_is_mount": not self._scratch_is_real,
+            },
+        }
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `close`
+        self._process = subprocess.Popen(
+            backends.python_command("worker", json.dumps(configuration)),
+            env=backends.environment(self._scratch),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            bufsize=0,
+            cwd="/",
+            start_new_session=True,  # Ctrl-C is for the caller, who then closes us
+        )
+
+    @property
+    def results(self) -> int:
+        """The descriptor on which a verdict arrives."""
+        assert self._process.stdout is not None
+        return self._process.stdout.fileno()
+
+    def wait_until_ready(self) -> None:
+        """Wait until jobs can be sent.
+
+        Raises:
+            RunFailedError: The worker ended instead.
+        """
+        if self._read() is None:
+            raise RunFailedError(f"a sandbox worker did not start: {self._last_words()}")
+
+    def send(self, job: AnyJob) -> None:
+        """Send a job, which `receive` answers."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # the worker died; `receive` sees that
+            write_message(self._process.stdin, job.message())
+
+    def receive(self) -> Verdict:
+        """Wait for the verdict; a worker that died is replaced."""
+        message = self._read()
+        if message is None:
+            why = self._last_words()
+            self.close()
+            self._start()
+            self.wait_until_ready()
+            return Verdict(kind=VerdictKind.JUDGE_ERROR, detail=f"the worker ended: {why}")
+        return Verdict(kind=VerdictKind(message["kind"]), detail=str(message["detail"]))
+
+    def _read(self) -> dict[str, object] | None:
+        assert self._process.stdout is not None
+        return read_message(self._process.stdout)
+
+    def _last_words(self) -> str:
+        self._process.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else f"exit status {self._process.returncode}"
+
+    def hang_up(self) -> None:
+        """Have the worker end, and take everything else with it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
+    def close(self) -> None:
+        """Wait for the worker's end and leave nothing behind."""
+        assert self._process.stdout is not None
+        self.hang_up()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+        self._errors.close()
+        if self._scratch_is_real:
+            scratch.empty(self._scratch)
+            Path(self._scratch).rmdir()

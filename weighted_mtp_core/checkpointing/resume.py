@@ -1,0 +1,135 @@
+"""Which run to go on with, and whether it still is the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from weighted_mtp_core.api import DatasetVersion
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.plan import Plan
+from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
+from weighted_mtp_core.tracking.run_folder import RunFolder, is_held, read_run
+from weighted_mtp_core.tracking.sync import find_run
+
+SAFE = (
+    "checkpoint",
+    "critic.train.max_bad_steps",
+    "critic.train.steps",
+    "evaluate",
+    "model.activation_checkpointing",
+    "run.resume",
+    "run.tags",
+    "tracker",
+    "train.max_bad_steps",
+    "train.steps",
+)
+"""Keys that a resumed run may have changed: none of them moves a step that is done."""
+
+
+def run_to_resume(plan: Plan, named: str | None) -> Path | None:
+    """Return the folder of the run to go on with; None means a new run.
+
+    Args:
+        plan: What is to be run.
+        named: A run's folder or id (`--resume`); None leaves it to the recipe's `run.resume`.
+
+    Raises:
+        WmtpError: There is no such run.
+    """
+    runs = plan.runs_folder
+    if named is not None:
+        return find_run(runs, named)
+    if plan.recipe.run.resume == "never":
+        return None
+    folder = runs / plan.experiment / plan.recipe.run.name
+    found = sorted(file.parent for file in folder.glob("*/run.json"))
+    return next((path.absolute() for path in reversed(found) if _unfinished(path, plan)), None)
+
+
+def _unfinished(path: Path, plan: Plan) -> bool:
+    facts = read_run(path)
+    if facts.get("status") == "FINISHED" or "params" not in facts or is_held(path):
+        return False
+    return not _differences(facts["params"], plan.params, allowed=SAFE)
+
+
+def refuse_changes(path: Path, plan: Plan, *, allowed: Sequence[str]) -> None:
+    """Compare a run's recipe and plugins with the plan that is to go on with it.
+
+    Args:
+        path: The run's folder.
+        plan: The plan.
+        allowed: Keys whose change the person takes upon themselves (`--allow-change`).
+
+    Raises:
+        WmtpError: Lists what differs.
+    """
+    was, now = read_run(path), plan.identity
+    if was.get("status") == "FINISHED" and was.get("params") == now["params"]:
+        raise WmtpError(f"the run `{path}` is finished", hint="raise `train.steps` to train it further")
+    faults = _differences(was.get("params", {}), now["params"], allowed=(*SAFE, *allowed))
+    faults += _differences(
+        {f"plugins.{name}": version for name, version in was.get("plugins", {}).items()},
+        {f"plugins.{name}": version for name, version in now["plugins"].items()},
+        allowed=allowed,
+    )
+    _refuse(path, faults)
+
+
+def refuse_other_data(folder: RunFolder, version: DatasetVersion, *, allowed: Sequence[str]) -> bool:
+    """Compare the data with those that a run began with; write them down if it begins now.
+
+    Returns:
+        Whether these data are new to the run.
+
+    Raises:
+        WmtpError: They differ.
+    """
+    key = "data.sha256"
+    was = read_run(folder.path).get(key)
+    if was is not None:
+        _refuse(folder.path, _differences({key: was}, {key: version.sha256}, allowed=allowed))
+    folder.record(**{key: version.sha256})
+    return was != version.sha256
+
+
+def fingerprint(distributed: Distributed = SINGLE_PROCESS) -> dict[str, str]:
+    """Return what the bits of a training depend on beside its recipe."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "torch": torch.__version__,
+        "threads": str(torch.get_num_threads()),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "device": device,
+        "processes": str(distributed.size),
+    }
+
+
+def other_machine(path: Path, distributed: Distributed) -> str | None:
+    """Say how machine and processes differ from those of the run so far; None if they do not."""
+    was, now = read_run(path).get("fingerprint", {}), fingerprint(distributed)
+    differing = [f"{key} {was[key]} -> {now[key]}" for key in now if key in was and was[key] != now[key]]
+    return ", ".join(differing) or None
+
+
+def _differences(was: Mapping[str, str], now: Mapping[str, str], *, allowed: Sequence[str]) -> list[str]:
+    def is_allowed(key: str) -> bool:
+        return any(key == each or key.startswith(f"{each}.") for each in allowed)
+
+    return [
+        f"{key}: {was.get(key, 'absent')} -> {now.get(key, 'absent')}"
+        for key in sorted(was.keys() | now.keys())
+        if was.get(key) != now.get(key) and not is_allowed(key)
+    ]
+
+
+def _refuse(path: Path, faults: Sequence[str]) -> None:
+    if faults:
+        key = faults[0].partition(":")[0]
+        raise WmtpError(
+            f"the run `{path}` cannot go on as another one:\n  " + "\n  ".join(faults),
+            hint=f"undo the change, begin a new run, or take it upon yourself: --allow-change {key}",
+        )

@@ -1,0 +1,144 @@
+"""A run that is over, or a model exported from one, taken up again: its recipe, its data, its best policy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+
+from weighted_mtp_core.checkpointing.best_model import load_model
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.export.transformers import RECIPE, ExportFacts, is_export, read_facts, write_export
+from weighted_mtp_core.model.load import load_policy
+from weighted_mtp_core.model.policy import Policy
+from weighted_mtp_core.plan import Plan, make_plan
+from weighted_mtp_core.recipe.load import load_recipe
+from weighted_mtp_core.recipe.schema import Recipe
+from weighted_mtp_core.runtime.device import resolve_device
+from weighted_mtp_core.storage.manifest import sha256_of
+from weighted_mtp_core.tracking.run_folder import RunFolder, read_run
+from weighted_mtp_core.tracking.sync import find_run
+from weighted_mtp_core.training.prepare import Prepared, prepare
+
+
+def find_finished(runs: Path, text: str) -> Path:
+    """Return the exported model or the run folder that a person means.
+
+    Raises:
+        WmtpError: It is no exported model, and no run fits, or several do.
+    """
+    path = Path(text)
+    return path.absolute() if is_export(path) else find_run(runs, text)
+
+
+def plan_of(folder: Path, *, overrides: Sequence[str] = ()) -> Plan:
+    """Return the plan of the resolved recipe of a run or of an exported model.
+
+    Args:
+        folder: The run folder, or the exported model.
+        overrides: `key=value` changes, checked like those of `--set`.
+
+    Raises:
+        WmtpError: The run left no checkpoint, or an override is wrong.
+    """
+    if is_export(folder):
+        return make_plan(folder / RECIPE, overrides=[*_of_the_export(folder), *overrides])
+    checkpoint = _checkpoint(folder)
+    if not checkpoint.is_file():
+        raise WmtpError(
+            f"the run `{folder}` has no `{checkpoint.relative_to(folder)}`",
+            hint="its stage 2 never validated, or the file lies with a tracker only: put it there again",
+        )
+    return make_plan(RunFolder(path=folder).recipe, overrides=overrides)
+
+
+def prepare_finished(folder: Path, plan: Plan, *, log: Callable[[str], None]) -> Prepared:
+    """Make the data of a run or exported model ready, and its best policy.
+
+    Raises:
+        WmtpError: The data are not those of the run, or the policy is damaged.
+    """
+    exported = is_export(folder)
+    prepared = prepare(plan, log=log)
+    was = read_facts(folder).data_sha256 if exported else read_run(folder).get("data.sha256")
+    now = prepared.source.version().sha256
+    if was is not None and was != now:
+        raise WmtpError(
+            f"the data of {'the model' if exported else 'the run'} `{folder}` had the SHA-256 {was[:12]}..., "
+            f"now they have {now[:12]}...",
+            hint="restore the data that it was trained on, so that nothing it has seen is taken for unseen",
+        )
+    if not exported:
+        load_model(prepared.policy, _checkpoint(folder))
+    return prepared
+
+
+@frozen(kw_only=True, eq=False)
+class Writer:
+    """A policy that is only to write.
+
+    Attributes:
+        recipe: How it writes.
+        load: Loads policy and tokenizer; is given what tells the person.
+    """
+
+    recipe: Recipe
+    load: Callable[[Callable[[str], None]], tuple[Policy, Any]]
+
+
+def writer_of(folder: Path, *, overrides: Sequence[str]) -> Writer:
+    """Return the writer of a run; that of an exported model needs neither data nor plugins.
+
+    Raises:
+        WmtpError: See `plan_of`.
+    """
+    if is_export(folder):
+        recipe = load_recipe(folder / RECIPE, overrides=[*_of_the_export(folder), *overrides]).recipe
+        return Writer(recipe=recipe, load=partial(_load_export, folder, recipe))
+    plan = plan_of(folder, overrides=overrides)
+
+    def load(log: Callable[[str], None]) -> tuple[Policy, Any]:
+        prepared = prepare_finished(folder, plan, log=log)
+        return prepared.policy, prepared.tokenizer
+
+    return Writer(recipe=plan.recipe, load=load)
+
+
+def export_run(run: Path, to: Path, *, log: Callable[[str], None]) -> None:
+    """Write the best policy of a run as a transformers directory; an exported model there is replaced.
+
+    Raises:
+        WmtpError: The run left no policy, or its data or base model are not there any more.
+        RunFailedError: The directory cannot be written.
+    """
+    prepared = prepare_finished(run, plan_of(run, overrides=['model.device="cpu"']), log=log)
+    recipe = RunFolder(path=run).recipe
+    facts = ExportFacts(
+        n_future=prepared.policy.n_future,
+        head=prepared.policy.head_kind,
+        run=run.name,
+        recipe_sha256=sha256_of(recipe),
+        base=prepared.base_name,
+        data_sha256=read_run(run).get("data.sha256"),
+    )
+    write_export(prepared.policy, prepared.tokenizer, to, facts=facts, recipe=recipe.read_bytes())
+
+
+def _load_export(folder: Path, recipe: Recipe, log: Callable[[str], None]) -> tuple[Policy, Any]:
+    device = resolve_device(recipe.model.device)
+    loaded = load_policy(recipe.model, storage=Path(recipe.run.storage), texts=tuple, seed=recipe.run.seed)
+    log(f"policy {folder.name}: {loaded.policy.n_future} heads on {device}")
+    return loaded.policy.to(device), loaded.tokenizer
+
+
+def _of_the_export(folder: Path) -> list[str]:
+    """Return what differs from the run's recipe: the model, and the machine, which need not be the run's."""
+    return [f"model.base={json.dumps(str(folder), ensure_ascii=False)}", 'model.device="auto"']
+
+
+def _checkpoint(run: Path) -> Path:
+    return RunFolder(path=run).checkpoints / "best_model.pt"

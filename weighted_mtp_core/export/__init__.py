@@ -1,0 +1,1 @@
+"""A trained policy as a model that other tools load."""

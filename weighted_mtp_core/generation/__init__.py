@@ -1,0 +1,1 @@
+"""Text from a policy: plain and self-speculative decoding."""

@@ -1,0 +1,1 @@
+"""Formulas of what is measured."""

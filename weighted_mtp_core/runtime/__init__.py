@@ -1,0 +1,1 @@
+"""What a process runs on: device, distributed processes, OS signals."""

@@ -1,0 +1,134 @@
+"""Fixtures for tests of plugins; pytest loads them wherever core is installed.
+
+In *every* pytest there, so this module stands beside `weighted_mtp_core.testing`, not in it, and
+imports next to nothing: torch comes with the first test that needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pytest
+from attrs import frozen
+
+TINY: Mapping[str, Any] = {
+    "run": {"name": "tiny"},
+    "model": {
+        "n_future": 2,
+        "micro": {"vocab_size": 300, "hidden_size": 16, "layers": 2, "attention_heads": 2},
+    },
+    "data": {"use": "code_tasks.micro_code", "options": {"problems": 20}},
+    "train": {"steps": 2, "batch_size": 4, "warmup_steps": 1, "validation_examples": 4, "log_every": 1},
+    "evaluate": {"problems": 1, "max_new_tokens": 4},
+    "tracker": [],
+}
+"""The lowest layer of every tiny run."""
+
+
+@frozen(kw_only=True)
+class TinyRun:
+    """A run that has ended well.
+
+    Attributes:
+        folder: The run folder.
+        metrics: What was logged last under each name.
+    """
+
+    folder: Path
+    metrics: Mapping[str, float]
+
+
+@pytest.fixture
+def wmtp_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, Any]], TinyRun]:
+    """Run a recipe through every stage in a few seconds: a tiny model, two steps, an empty working folder.
+
+    The recipe is a table, `{"weighting": {"use": "my_plugin"}}`; what it leaves out is in `TINY`.
+    """
+
+    def run(recipe: Mapping[str, Any]) -> TinyRun:
+        import tomli_w
+
+        from weighted_mtp_core.cli import main
+
+        working = tmp_path / "tiny"
+        working.mkdir()
+        monkeypatch.chdir(working)
+        critic = {"critic": {"train": TINY["train"]}} if "critic" in recipe else {}
+        Path("lowest.toml").write_text(tomli_w.dumps({**TINY, **critic}), encoding="utf-8")
+        Path("recipe.toml").write_text(
+            tomli_w.dumps({"extends": ["lowest.toml"], **recipe}), encoding="utf-8"
+        )
+        assert main(["run", "recipe.toml"]) == 0, "the run failed; what it said is in the captured output"
+        (journal,) = working.rglob("metrics.jsonl")
+        lines = map(json.loads, journal.read_text(encoding="utf-8").splitlines())
+        metrics = {
+            name: value
+            for line in lines
+            if line["kind"] == "metrics"
+            for name, value in line["metrics"].items()
+        }
+        return TinyRun(folder=journal.parent, metrics=metrics)
+
+    return run
+
+
+@pytest.fixture
+def wmtp_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of installed packages, on `sys.path` for this test only."""
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(str(folder))
+    before = set(sys.modules)
+    yield folder
+    for name in set(sys.modules) - before:
+        if (file := getattr(sys.modules[name], "__file__", None)) and Path(file).is_relative_to(folder):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def wmtp_install_plugin(wmtp_site: Path) -> Callable[..., Path]:
+    """Install a plugin `name` whose module holds `source`, for this test only; return its `dist-info` folder.
+
+    Nothing is built: a module and its metadata lie in a folder, as an installer would leave them.
+    """
+
+    def install(
+        name: str,
+        source: str,
+        *,
+        distribution: str | None = None,
+        version: str = "0.3.0",
+        module: str | None = None,
+        requires: str | None = "weighted-mtp-core>=0.1,<0.2",
+    ) -> Path:
+        distribution = distribution or f"wmtp-{name}"
+        module = module or f"wmtp_{name.replace('-', '_')}"
+        (wmtp_site / f"{module}.py").write_text(dedent(source), encoding="utf-8")
+        metadata = wmtp_site / f"{distribution.replace('-', '_')}-{version}.dist-info"
+        metadata.mkdir()
+        lines = ["Metadata-Version: 2.1", f"Name: {distribution}", f"Version: {version}"]
+        lines += [f"Requires-Dist: {requires}"] if requires else []
+        (metadata / "METADATA").write_text("\n".join([*lines, ""]), encoding="utf-8")
+        (metadata / "entry_points.txt").write_text(
+            f"[weighted_mtp_core]\n{name} = {module}\n", encoding="utf-8"
+        )
+        importlib.invalidate_caches()
+        return metadata
+
+    return install
+
+
+@pytest.fixture
+def wmtp_no_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail the test as soon as it looks for installed plugins: it must not depend on what is there."""
+
+    def refuse(**_: object) -> None:
+        pytest.fail("this test must not look for installed plugins")
+
+    monkeypatch.setattr("weighted_mtp_core.plugins.loading.distributions", refuse)

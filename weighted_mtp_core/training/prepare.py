@@ -1,0 +1,245 @@
+"""Stage 0, second half: a valid plan becomes data, policy, critic and weighting, all in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import define, field
+from numpy.typing import NDArray
+from torch import Tensor
+
+from weighted_mtp_core.api import (
+    Batch,
+    BuildContext,
+    Critic,
+    DataSource,
+    Example,
+    ModelContext,
+    Split,
+    WeightingStrategy,
+)
+from weighted_mtp_core.checkpointing.best_model import load_model
+from weighted_mtp_core.data.batches import collate, in_order
+from weighted_mtp_core.data.cache import TokenCache, make_token_cache
+from weighted_mtp_core.data.steps import StepBatches, make_step_batches
+from weighted_mtp_core.data.tokens import TokenSet
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.metrics.critic import LengthOnly
+from weighted_mtp_core.model.frozen import frozen_losses
+from weighted_mtp_core.model.load import load_policy
+from weighted_mtp_core.model.packing import check_packing
+from weighted_mtp_core.model.policy import Policy
+from weighted_mtp_core.model.trunk import Trunk, trainable_trunk
+from weighted_mtp_core.plan import Plan
+from weighted_mtp_core.runtime.device import resolve_device, resolve_dtype
+from weighted_mtp_core.storage.manifest import sha256_of
+from weighted_mtp_core.training.score_cache import CachedCritic, scores_key, state_sha256
+
+
+@define(kw_only=True, eq=False, slots=False)
+class Prepared:
+    """Everything that the stages work with.
+
+    Attributes:
+        plan: What was asked for.
+        storage: The storage root.
+        source: The data source.
+        device: Where tensors live.
+        dtype: What forward passes compute in; parameters and sums stay float32.
+        policy: The model, on the device.
+        tokenizer: Its transformers tokenizer.
+        base_name: Name and version of the base model, for the tag `model_version`.
+        cache: The data as tokens.
+        log: Tells the person and the log.
+    """
+
+    plan: Plan
+    storage: Path
+    source: DataSource
+    device: torch.device
+    dtype: torch.dtype
+    policy: Policy
+    tokenizer: Any
+    base_name: str
+    cache: TokenCache
+    log: Callable[[str], None]
+    _token_sets: dict[tuple[str, Split], TokenSet] = field(factory=dict, init=False)
+    _given: list[str] = field(factory=list, init=False)
+
+    def policy_tokens(self, split: Split) -> TokenSet:
+        """Return what the policy imitates, as tokens."""
+        return self._tokens("policy", split, self.source.policy_examples)
+
+    def critic_tokens(self, split: Split) -> TokenSet:
+        """Return every labelled response, as tokens."""
+        return self._tokens("critic", split, self.source.examples)
+
+    def _tokens(self, purpose: str, split: Split, read: Callable[[Split], Sequence[Example]]) -> TokenSet:
+        if (purpose, split) not in self._token_sets:
+            tokens = self.cache.open(purpose, split, examples=partial(self._examples, purpose, split, read))
+            if tokens.left_out:
+                self.log(
+                    f"{split}: left out {tokens.left_out} of {tokens.examples} {purpose} examples longer "
+                    f"than {self.cache.max_tokens} tokens"
+                )
+            self._token_sets[purpose, split] = tokens
+        return self._token_sets[purpose, split]
+
+    def _examples(
+        self, purpose: str, split: Split, read: Callable[[Split], Sequence[Example]]
+    ) -> Sequence[Example]:
+        examples = read(split)
+        if not len(examples):
+            raise WmtpError(
+                f"data source `{self.plan.data.address}` has no {purpose} examples in the split `{split}`"
+            )
+        return examples
+
+    @cached_property
+    def length_only(self) -> LengthOnly:
+        """What the lengths of training responses say of their rewards."""
+        tokens = self.critic_tokens("train")
+        return LengthOnly.fit(tokens.length_D - tokens.prompt_D, np.asarray(tokens.reward_D, np.float64))
+
+    def autocast(self) -> torch.autocast:
+        """Return the context of a forward pass."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def batch(self, tokens: TokenSet, rows: NDArray[np.int64]) -> Batch:
+        """Return documents as a batch on the device."""
+        return collate(tokens, rows, device=self.device)
+
+    def policy_batches(self, tokens: TokenSet) -> StepBatches:
+        """Return the global batch of each step of stage 2."""
+        recipe = self.plan.recipe
+        return make_step_batches(
+            tokens,
+            recipe.data,
+            batch_size=recipe.train.batch_size,
+            seed=recipe.run.seed,
+            device=self.device,
+        )
+
+    def cached(self, critic: Critic | None, batches: StepBatches) -> Critic | None:
+        """Return the critic, or what reads its scores from a table if recipe and critic allow it."""
+        recipe, chosen = self.plan.recipe, self.plan.critic
+        if critic is None or chosen is None or recipe.critic is None:
+            return critic
+        if not recipe.critic.cache or not critic.cacheable or critic.reads_policy:
+            return critic
+        accumulation = recipe.train.accumulation
+        key = scores_key(critic, chosen, given=self._given, batches=batches, accumulation=accumulation)
+        folder = self.storage / "signals" / key[:16]
+        return CachedCritic(critic, batches, accumulation=accumulation, folder=folder)
+
+    def validation_batches(
+        self, tokens: TokenSet, *, batch_size: int, limit: int = 0
+    ) -> Iterator[tuple[Batch, NDArray[np.int64]]]:
+        """Yield batches of similar length with the problem number of each row; `limit` 0 means all."""
+        for rows in in_order(tokens, batch_size=batch_size, limit=limit):
+            yield self.batch(tokens, rows), tokens.problem_D[rows]
+
+    @torch.no_grad()
+    def trunk(self, batch: Batch) -> Tensor:
+        """Return the policy's trunk states, float32 `[B, T, H]`, without a gradient."""
+        self.policy.eval()
+        with self.autocast():
+            return self.policy.trunk_states(batch.ids_BT, position_BT=batch.position_BT).float()
+
+    @cached_property
+    def _component_context(self) -> BuildContext:
+        return BuildContext(
+            seed=self.plan.recipe.run.seed,
+            storage=self.storage,
+            model=ModelContext(
+                n_future=self.policy.n_future,
+                hidden_size=self.policy.hidden_size,
+                vocab_size=self.policy.vocab_size,
+                device=self.device,
+                frozen_trunk=self._frozen_trunk,
+                frozen_losses=self._frozen_losses,
+                trainable_trunk=self._trainable_trunk,
+            ),
+        )
+
+    def _frozen_trunk(self) -> Callable[[Batch], Tensor]:
+        self._note_given(None)
+        return self.policy.frozen_trunk()
+
+    def _frozen_losses(self, checkpoint: Path | None) -> Callable[[Batch], Tensor]:
+        losses = frozen_losses(self.policy, checkpoint, load=load_model)
+        self._note_given(checkpoint)
+        return losses
+
+    def _trainable_trunk(self, base: str | None) -> Trunk:
+        return trainable_trunk(self.policy, base, storage=self.storage, tokenizer=self.tokenizer)
+
+    def _note_given(self, checkpoint: Path | None) -> None:
+        """Note what a component stands on, for the key of its scores: the policy as it is, or a file."""
+        if self.plan.recipe.critic is not None and self.plan.recipe.critic.cache:
+            weights = state_sha256(self.policy.state_dict()) if checkpoint is None else sha256_of(checkpoint)
+            self._given += [weights, self.policy.config.to_json_string()]
+
+    def build_critic(self) -> Critic | None:
+        """Build the recipe's critic, if it names one."""
+        chosen = self.plan.critic
+        return None if chosen is None else chosen.build(self._component_context)
+
+    def build_weighting(self) -> WeightingStrategy:
+        """Build the recipe's weighting."""
+        built: WeightingStrategy = self.plan.weighting.build(self._component_context)
+        return built
+
+
+def prepare(plan: Plan, *, log: Callable[[str], None]) -> Prepared:
+    """Make data and policy ready; nothing is trained yet.
+
+    Raises:
+        WmtpError: Data, base model or device is missing or broken.
+    """
+    recipe = plan.recipe
+    storage = Path(recipe.run.storage)
+    device = resolve_device(recipe.model.device)
+    dtype = resolve_dtype(recipe.model.dtype, device)
+    source: DataSource = plan.data.build(BuildContext(seed=recipe.run.seed, storage=storage))
+    version = source.version()
+    log(f"data {version.name} {version.version} (sha256 {version.sha256[:12]})")
+    loaded = load_policy(
+        recipe.model, storage=storage, texts=partial(_training_texts, source), seed=recipe.run.seed
+    )
+    policy = loaded.policy.to(device)
+    if recipe.model.activation_checkpointing:
+        policy.recompute_activations()
+    if recipe.data.packing == "documents":
+        check_packing(policy)
+    millions = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
+    log(f"policy {loaded.base_name}: {millions:.1f} M parameters, {policy.n_future} heads on {device}")
+    return Prepared(
+        plan=plan,
+        storage=storage,
+        source=source,
+        device=device,
+        dtype=dtype,
+        policy=policy,
+        tokenizer=loaded.tokenizer,
+        base_name=loaded.base_name,
+        cache=make_token_cache(
+            storage,
+            version,
+            data=plan.data,
+            tokenizer=loaded.tokenizer,
+            max_tokens=recipe.data.max_tokens,
+        ),
+        log=log,
+    )
+
+
+def _training_texts(source: DataSource) -> Iterator[str]:
+    for example in source.examples("train"):
+        yield example.prompt
+        yield example.response

@@ -1,0 +1,197 @@
+"""A critic's scores, computed once and read from a memory map afterwards.
+
+A critic that does not read the policy says of a token in stage 2 the same at every step: its parameters rest.
+So each document is scored in the batch that first draws it, with just the numbers that scoring at every step
+would give there; later epochs, and later runs with the same critic, data and batches, read them. (A forward
+pass in another batch would give the same but for the rounding of sums taken in another order, 1e-6.)
+
+Shape letters: B rows, T positions, N tokens of the token set, D documents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from numpy.typing import NDArray
+from torch import Tensor
+
+from weighted_mtp_core.api import Batch, Critic, Scores
+from weighted_mtp_core.checkpointing.resume import fingerprint
+from weighted_mtp_core.data.arrays import drop_pages, mapped
+from weighted_mtp_core.data.batches import split_rows
+from weighted_mtp_core.data.steps import StepBatches
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.plugins.selection import SelectedComponent
+from weighted_mtp_core.storage.checked import verify_once
+from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder
+
+_FORMAT = 2  # raise it when the same key would stand for other numbers
+_FIELDS = ("value_BT", "reference_loss_BT")
+Floats = NDArray[np.float32]
+
+
+class CachedCritic(Critic):
+    """Stands in for a critic that does not read the policy; padding is scored 0.
+
+    Args:
+        critic: What scores; it must not be trained any more.
+        batches: The batches of stage 2, whose parts alone can be scored.
+        accumulation: In how many parts a batch is scored.
+        folder: Where complete tables lie: read if it is there, else made when every document was scored.
+    """
+
+    trainable = False
+    reads_policy = False
+
+    def __init__(self, critic: Critic, batches: StepBatches, *, accumulation: int, folder: Path) -> None:
+        self._critic = critic
+        self._batches = batches
+        self._accumulation = accumulation
+        self._folder = folder
+        self._table: dict[str, Floats] = {}
+        self._scored_D = np.zeros(len(batches.tokens), dtype=np.bool_)
+        self._first_step_D: NDArray[np.int64] | None = None
+        self._workshop: Path | None = None
+        if (folder / MANIFEST).is_file():
+            verify_once(folder)
+            self._open()
+
+    @torch.no_grad()
+    def score(self, batch: Batch, hidden_BTH: Tensor | None) -> Scores:
+        """Return each token's scores, from the table.
+
+        Raises:
+            WmtpError: The batch was not made from the token set.
+        """
+        del hidden_BTH
+        if batch.place_BT is None:
+            raise WmtpError("scores of a batch that no token set knows cannot be read from a table")
+        real_BT = batch.place_BT >= 0
+        documents = _documents(batch, self._batches.tokens.start_D1)
+        lacking = documents[~self._scored_D[documents]]
+        if len(lacking):
+            for step in np.unique(self._first_steps()[lacking]):
+                self._score(int(step))
+            if self._scored_D.all():
+                self._keep()
+        found = {
+            name: torch.from_numpy(np.where(real_BT, values_N[batch.place_BT], np.float32(0))).to(
+                batch.ids_BT.device, non_blocking=True
+            )
+            for name, values_N in self._table.items()
+        }
+        self._let_go()
+        return Scores(**found)
+
+    def _first_steps(self) -> NDArray[np.int64]:
+        if self._first_step_D is None:
+            self._first_step_D = self._batches.first_steps()
+        return self._first_step_D
+
+    def _score(self, step: int) -> None:
+        """Score the documents of a step of the first epoch."""
+        batch = self._batches(step)
+        for part in split_rows(batch, self._accumulation):
+            assert part.place_BT is not None
+            real_BT = part.place_BT >= 0
+            for name, value_BT in _filled(self._critic.score(part, None)).items():
+                self._column(name)[part.place_BT[real_BT]] = value_BT.cpu().numpy()[real_BT]
+        self._scored_D[_documents(batch, self._batches.tokens.start_D1)] = True
+
+    def _column(self, name: str) -> Floats:
+        """Return the table's column of a score; begin it if it is new."""
+        if name not in self._table:
+            if self._workshop is None:
+                self._folder.parent.mkdir(parents=True, exist_ok=True)
+                made = tempfile.mkdtemp(dir=self._folder.parent, prefix=f".{self._folder.name}.")
+                self._workshop = Path(made)
+                weakref.finalize(self, shutil.rmtree, self._workshop, ignore_errors=True)
+            # On disk from the start: a corpus may be larger than memory.
+            self._table[name] = open_memmap(
+                self._workshop / f"{name}.npy",
+                mode="w+",
+                dtype=np.float32,
+                shape=(len(self._batches.tokens.ids_N),),
+            )
+        return self._table[name]
+
+    def _keep(self) -> None:
+        """Make the complete table one that later runs find."""
+        assert self._workshop is not None
+        for values_N in self._table.values():
+            assert isinstance(values_N, np.memmap)
+            values_N.flush()
+        with atomic_folder(self._folder) as folder:
+            for file in self._workshop.iterdir():
+                file.rename(folder / file.name)
+        self._open()
+
+    def _open(self) -> None:
+        self._table = {file.stem: mapped(file) for file in sorted(self._folder.glob("*.npy"))}
+        self._scored_D[:] = True
+
+    def _let_go(self) -> None:
+        for values_N in self._table.values():
+            drop_pages(values_N)
+
+
+def scores_key(
+    critic: Critic,
+    chosen: SelectedComponent,
+    *,
+    given: Sequence[str],
+    batches: StepBatches,
+    accumulation: int,
+) -> str:
+    """Return the SHA-256 of everything that a critic's scores depend on.
+
+    Args:
+        critic: With the state that it scores with.
+        chosen: Its address, version and options.
+        given: What core gave it to stand on, as SHA-256 sums.
+        batches: The batches of stage 2.
+        accumulation: In how many parts a batch is scored.
+    """
+    depends = {
+        "format": _FORMAT,
+        "critic": [chosen.address, chosen.plugin.distribution, chosen.plugin.version, chosen.plain_options()],
+        "state": state_sha256(critic.state_dict()),
+        "given": list(given),
+        "tokens": batches.tokens.sha256,
+        "batches": {**batches.order, "accumulation": accumulation},
+        "machine": fingerprint(),
+    }
+    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+
+
+def state_sha256(state: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a state's names, tensors (dtype, shape and bytes) and plain values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        else:
+            digest.update(f"{name} {json.dumps(value, sort_keys=True)}\n".encode())
+    return digest.hexdigest()
+
+
+def _filled(scores: Scores) -> dict[str, Tensor]:
+    return {name: value for name in _FIELDS if (value := getattr(scores, name)) is not None}
+
+
+def _documents(batch: Batch, start_D1: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the numbers of the documents in a batch."""
+    assert batch.place_BT is not None
+    place_N = batch.place_BT[batch.place_BT >= 0]
+    return np.unique(np.searchsorted(start_D1, place_N, side="right") - 1)
