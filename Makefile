@@ -43,9 +43,10 @@ test-integration: $(INSTALLED)  ## Run the tests against real servers: PostgreSQ
 test-e2e: $(INSTALLED)  ## Run runs as a person starts them, and the sandbox against hostile programs
 	.venv/$(PYTEST) $(WORKERS) tests/e2e tests/sandbox
 
-lint: $(INSTALLED)  ## Check style (ruff, hadolint) and types (mypy --strict)
+lint: $(INSTALLED)  ## Check style (ruff, hadolint), imports (import-linter) and types (mypy --strict)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/lint-imports --no-logo --no-cache
 	.venv/bin/mypy
 	.venv/bin/hadolint Dockerfile
 
