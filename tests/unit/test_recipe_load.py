@@ -7,7 +7,6 @@ import pytest
 import tomli
 from hypothesis import given
 from hypothesis import strategies as st
-from weighted_mtp_core.api import SandboxSettings
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.recipe.load import load_recipe, recipe_to_toml
 from weighted_mtp_core.recipe.schema import (
@@ -261,7 +260,6 @@ recipes = st.builds(
     evaluate=st.builds(
         EvaluateTable, samples=st.just(5), temperature=st.floats(0.1, 2), pass_at_k=st.just((1, 5))
     ),
-    sandbox=st.builds(SandboxSettings, cpu_seconds=st.floats(0.1, 100)),
     tracker=st.lists(st.builds(TrackerTable, use=addresses, options=options), max_size=2).map(tuple),
 )
 

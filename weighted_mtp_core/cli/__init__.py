@@ -22,7 +22,6 @@ from weighted_mtp_core.cli import (
     export,
     generate,
     plugins,
-    recipe,
     report,
     run,
     storage,
@@ -42,7 +41,7 @@ from weighted_mtp_core.redaction import redact
 
 COMMANDS = (
     *(run, check, compare, evaluate, generate, export, report, plugins),
-    *(recipe, doctor, track, data, storage, verify),
+    *(doctor, track, data, storage, verify),
 )
 PROGRAM = "python -m weighted_mtp_core"
 
