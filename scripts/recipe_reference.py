@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-from weighted_mtp_core.api import SandboxSettings
 from weighted_mtp_core.recipe import schema
 from weighted_mtp_core.recipe.describe import expected
 from weighted_mtp_core.recipe.structure import default_of, plain
@@ -34,7 +33,6 @@ TABLES: dict[str, type] = {
     "[train]": schema.TrainTable,
     "[checkpoint]": schema.CheckpointTable,
     "[evaluate]": schema.EvaluateTable,
-    "[sandbox]": SandboxSettings,
     "[[tracker]]": schema.TrackerTable,
 }
 HEAD = ("| key | type | default | range | meaning |", "|---|---|---|---|---|")

@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
+import tomli
 
 REPOSITORY = Path(__file__).parents[2]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [
     *REPOSITORY.glob("*.md"),
     *REPOSITORY.glob("docs/**/*.md"),
@@ -21,9 +23,7 @@ def test_relative_links_lead_to_files(document):
 
 
 def test_the_recipe_in_the_readme_is_valid(wmtp, tmp_path):
-    (text,) = re.findall(
-        r"```toml\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL
-    )
+    text, _ = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
     (tmp_path / "mine.toml").write_text(text)
     (tmp_path / "defaults.toml").write_bytes((REPOSITORY / "configs" / "defaults.toml").read_bytes())
 
@@ -33,10 +33,27 @@ def test_the_recipe_in_the_readme_is_valid(wmtp, tmp_path):
     assert checked.returncode == 0
 
 
-def test_the_readme_lists_every_command(wmtp, tmp_path):
+def test_the_plugin_in_the_readme_is_small_and_trains(wmtp_install_plugin, wmtp_tiny_run):
+    _, pyproject = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    (source,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    project = tomli.loads(pyproject)["project"]
+    ((name, module),) = project["entry-points"]["weighted_mtp_core"].items()
+    (requires,) = project["dependencies"]
+    wmtp_install_plugin(name, source, module=module, distribution=project["name"], requires=requires)
+
+    run = wmtp_tiny_run({"weighting": {"use": name}})
+
+    assert run.metrics["train_loss"] > 0
+    assert len([line for line in (pyproject + source).splitlines() if line]) < 30
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+def test_the_documentation_lists_every_command(wmtp, tmp_path):
     described = re.findall(r"^    (\w+)  ", wmtp("--help", cwd=tmp_path).stdout, re.MULTILINE)
-    listed = re.findall(
-        r"^python -m weighted_mtp_core (\w+)", (REPOSITORY / "README.md").read_text(), re.MULTILINE
-    )
+    commands = (REPOSITORY / "docs" / "commands.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^python -m weighted_mtp_core (\w+)", commands, re.MULTILINE)
 
     assert {"run", "check"} <= set(described) <= set(listed)

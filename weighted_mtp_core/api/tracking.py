@@ -31,7 +31,7 @@ class RunInfo:
         name: The recipe's `run.name`.
         experiment: `<experiment_prefix>/<weighting plugin>`, or the recipe's own.
         params: The resolved recipe flattened to dotted keys, and dataset version and checksum.
-        tags: See the README's table of tags.
+        tags: The table of tags in docs/commands.md lists them.
         datasets: Recorded as dataset inputs.
         folder: The run folder.
         started_ms: When it began, in milliseconds since 1970.

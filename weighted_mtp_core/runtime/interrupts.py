@@ -1,7 +1,4 @@
-"""OS signals during training: the first one requests a stop after the step, the second one stops at once.
-
-The exit codes that follow, 130 and 143, are in `exit_codes.py`.
-"""
+"""Signals while training: the first one asks for an end after the step, the second one ends at once."""
 
 from __future__ import annotations
 
