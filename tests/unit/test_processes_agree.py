@@ -65,7 +65,7 @@ class Silence:
 def train_as(rank, folder, results):
     store = dist.FileStore(str(folder / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    distributed = Distributed(rank=rank, size=2, aside=dist.new_group(backend="gloo"))
+    distributed = Distributed(rank=rank, size=2, control_group=dist.new_group(backend="gloo"))
     learner = Together(folder, distributed)
     table = TrainTable(steps=4, validate_every=2)
     with Checkpoints(

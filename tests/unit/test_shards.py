@@ -25,7 +25,7 @@ WHOLE = {
 def distributed():
     """Return a group of one process; groups of several are in tests/e2e/test_processes.py."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield Distributed(aside=dist.group.WORLD)
+    yield Distributed(control_group=dist.group.WORLD)
     dist.destroy_process_group()
 
 
