@@ -1,12 +1,8 @@
-"""The one exception family for what a user can get wrong, and its exit codes."""
+"""The exceptions for what a user can repair. Each one knows its exit code (`exit_codes.py`)."""
 
 from __future__ import annotations
 
-EXIT_DONE = 0
-EXIT_RUN_FAILED = 1
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
+from weighted_mtp_core.exit_codes import EXIT_BAD_INPUT, EXIT_RUN_FAILED
 
 
 class WmtpError(Exception):
@@ -25,10 +21,10 @@ class WmtpError(Exception):
 
 
 class RunFailedError(WmtpError):
-    """The input was right and the run failed all the same."""
+    """The input was valid and the run failed all the same."""
 
     exit_code = EXIT_RUN_FAILED
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was told to stop by SIGTERM."""
+    """SIGTERM ended the process (`runtime/interrupts.py`); the exit code is `EXIT_TERMINATED`, 143."""

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import attrs
 from attrs import frozen
 
-from weighted_mtp_core.api import Signal
+from weighted_mtp_core.api import SAME_RESULT, Signal
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.identifiers import check_path, flat, tag_pairs
 from weighted_mtp_core.plugins.loading import Kind, LoadedPlugin, providers
@@ -46,6 +46,7 @@ class Plan:
         recipe_toml: The resolved recipe as text; it runs again to the same result.
         recipe_sha256: Of that text.
         files: Every file that the recipe was read from, lowest layer first.
+        same_result: Dotted keys of the options that do not change the result (`api.SAME_RESULT`), sorted.
     """
 
     recipe: Recipe
@@ -59,6 +60,7 @@ class Plan:
     recipe_toml: str
     recipe_sha256: str
     files: tuple[str, ...] = ()
+    same_result: tuple[str, ...] = ()
 
     @property
     def runs_folder(self) -> Path:
@@ -215,7 +217,25 @@ def _plan(recipe: Recipe, choice: _Choice, document: Document) -> Plan:
         recipe_toml=text,
         recipe_sha256=sha256,
         files=tuple(document.files),
+        same_result=tuple(sorted(key for at, each in chosen.items() for key in _same_result(each, at))),
     )
+
+
+def _same_result(chosen: SelectedComponent, at: KeyPath) -> Iterator[str]:
+    """Yield the dotted keys of the options marked `SAME_RESULT`, of a component and of its parts."""
+    at = (*at, "options")
+    for path in _marked(chosen.options):
+        yield ".".join(map(str, (*at, *path)))
+    for part in chosen.parts:
+        yield from _same_result(part.chosen, (*at, *part.path))
+
+
+def _marked(options: Any) -> Iterator[KeyPath]:
+    for each in attrs.fields(type(options)) if attrs.has(type(options)) else ():
+        if SAME_RESULT.items() <= each.metadata.items():
+            yield (str(each.alias),)
+        else:
+            yield from ((str(each.alias), *path) for path in _marked(getattr(options, each.name)))
 
 
 def _resolved(table: SelectionT, chosen: SelectedComponent) -> SelectionT:

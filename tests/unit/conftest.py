@@ -10,7 +10,7 @@ import pytest
 EXAMPLE_PLUGIN = """
     from attrs import field, frozen
     from attrs import validators as v
-    from weighted_mtp_core.api import Component, Signal, hookimpl
+    from weighted_mtp_core.api import SAME_RESULT, Component, Signal, hookimpl
 
     @frozen(kw_only=True)
     class WeightOptions:
@@ -22,6 +22,7 @@ EXAMPLE_PLUGIN = """
     class DataOptions:
         folder: str
         count: int = 3
+        workers: int = field(default=0, metadata=SAME_RESULT)
 
     @frozen(kw_only=True)
     class TrackerOptions:

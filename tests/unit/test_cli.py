@@ -90,7 +90,7 @@ def test_check_prints_the_plan_as_plain_aligned_text(recipe, capsys):
         "run              first (seed 42)",
         "experiment       weighted_mtp/example",
         "model            micro, 4 transformer heads",
-        "data             example.lines  wmtp-example 1.2.3; folder = f, count = 3",
+        "data             example.lines  wmtp-example 1.2.3; folder = f, count = 3, workers = 0",
         "critic           example.judge  wmtp-example 1.2.3",
         "weighting        example.flat   wmtp-example 1.2.3; beta = 0.9, clip = [0.1, 3.0]",
         "tracker          none",
@@ -171,8 +171,9 @@ example: wmtp-example 1.2.3, `wmtp_example`
 
 data source example.lines
   Lines of a file.
-    folder  str  required
-    count   int  default 3
+    folder   str  required
+    count    int  default 3
+    workers  int  default 0
 
 critic example.judge
   Values.

@@ -20,7 +20,7 @@ RECIPE = """
     name = "{name}"
     [data]
     use = "example.lines"
-    options.folder = "here"
+    options = {{ folder = "here", workers = {workers} }}
     [weighting]
     use = "example.flat"
     {more}
@@ -33,8 +33,10 @@ def arms(write_recipe, example_plugin):
 
     def arms(*recipes, **settings):
         paths = [
-            write_recipe(RECIPE.format(name=name, more=more), f"{name}_{i}.toml")
-            for i, (name, more) in enumerate(recipes)
+            write_recipe(
+                RECIPE.format(name=name, more=more, workers=workers[0] if workers else 0), f"{name}_{i}.toml"
+            )
+            for i, (name, more, *workers) in enumerate(recipes)
         ]
         return read_arms(paths, **{"preset": None, "overrides": (), "allowed": (), **settings})
 
@@ -93,6 +95,14 @@ def test_a_difference_can_be_allowed(arms):
     one, two = arms(("one", ""), ("two", "[train]\nsteps = 7"), allowed=["train.steps"])
 
     assert (one.plan.recipe.train.steps, two.plan.recipe.train.steps) == (300, 7)
+
+
+def test_an_option_that_does_not_change_the_result_may_differ(arms):
+    one, two = arms(("one", ""), ("two", "", 3))
+
+    assert [arm.plan.params["data.options.workers"] for arm in (one, two)] == ["0", "3"]
+    finish(Job(arm=one, seed=1), data__options__workers="7")
+    assert find_finished(Job(arm=one, seed=1)) is not None
 
 
 # --------------------------------------------------------------------------- runs
@@ -160,7 +170,7 @@ def test_cores_are_shared_out(monkeypatch):
 def test_runs_share_out_the_gpus(arms, tmp_path, monkeypatch):
     """Each run is a process that writes down which GPU it sees; none of them trains."""
     script = "import os, sys; print('gpu', os.environ['CUDA_VISIBLE_DEVICES']); sys.exit(1)"
-    monkeypatch.setattr(Job, "command", lambda _, workers: [sys.executable, "-c", script])
+    monkeypatch.setattr(Job, "command", lambda _: [sys.executable, "-c", script])
     runner = Runner(
         at_once=4, threads=1, gpus=("3", "5"), logs=tmp_path, log=lambda _: None, moved=lambda _: None
     )
@@ -175,7 +185,7 @@ def test_runs_share_out_the_gpus(arms, tmp_path, monkeypatch):
 
 def test_a_run_that_fails_is_named_with_its_log_and_stops_no_other(arms, tmp_path, monkeypatch):
     script = "print('error: no luck'); raise SystemExit(1)"
-    monkeypatch.setattr(Job, "command", lambda _, workers: [sys.executable, "-c", script])
+    monkeypatch.setattr(Job, "command", lambda _: [sys.executable, "-c", script])
     jobs = plan_jobs(arms(("one", ""), ("two", "")), [1])
     good = finish(jobs[1])
     said = []

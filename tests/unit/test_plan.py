@@ -67,7 +67,7 @@ def test_the_resolved_recipe_has_full_addresses_and_every_option(plan):
     recipe = plan().recipe
 
     assert recipe.data.use == "example.lines"
-    assert recipe.data.options == {"folder": "f", "count": 3}
+    assert recipe.data.options == {"folder": "f", "count": 3, "workers": 0}
     assert recipe.weighting.options == {"beta": 0.9, "clip": [0.1, 3.0]}
 
 
@@ -165,7 +165,7 @@ def test_faults_of_options_and_of_tables_come_together(plan):
     assert str(caught.value).splitlines() == [
         "recipe.toml: 4 problems",
         "  line 6, data.options.folder: expected str, got int 3",
-        "  line 6, data.options.size: unknown key `size`; known keys: folder, count",
+        "  line 6, data.options.size: unknown key `size`; known keys: folder, count, workers",
         "  line 13, train.steps: expected int, got str 'x'",
         "  line 15, weighting.options.beta: must be > 0: -1.0",
     ]

@@ -105,6 +105,7 @@ def test_a_run_is_named_by_the_beginning_of_its_id(plan, leave):
         "checkpoint.every=7",
         "model.activation_checkpointing=true",
         "evaluate.samples=1",
+        "data.options.workers=2",
         'run.tags=["a:b"]',
     ],
 )

@@ -6,9 +6,11 @@ Importing this package imports neither torch nor transformers nor mlflow.
 from __future__ import annotations
 
 from weighted_mtp_core.api.components import (
+    SAME_RESULT,
     BuildContext,
     Component,
     Critic,
+    Finding,
     ModelContext,
     Stateful,
     WeightingChoice,
@@ -24,12 +26,15 @@ from weighted_mtp_core.api.data import (
     Split,
     Verdict,
     VerdictKind,
+    is_correct,
 )
 from weighted_mtp_core.api.tensors import Batch, CriticLoss, Scores, Signal, StepView, Weights
 from weighted_mtp_core.api.tracking import MetricPoint, RunInfo, RunOutcome, Tracker
 from weighted_mtp_core.errors import RunFailedError, WmtpError
 
 __all__ = [
+    "SAME_RESULT",
+    "SPLITS",
     "Batch",
     "BuildContext",
     "Component",
@@ -38,13 +43,13 @@ __all__ = [
     "DataSource",
     "DatasetVersion",
     "Example",
+    "Finding",
     "MetricPoint",
     "ModelContext",
     "Problem",
     "RunFailedError",
     "RunInfo",
     "RunOutcome",
-    "SPLITS",
     "Scores",
     "Signal",
     "Split",
@@ -58,4 +63,5 @@ __all__ = [
     "Weights",
     "WmtpError",
     "hookimpl",
+    "is_correct",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import pluggy
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
 
 hookimpl = pluggy.HookimplMarker("weighted_mtp_core")
 """Marks a plugin's function as the implementation of a hook of `weighted_mtp_core.hookspecs`."""
+
+SAME_RESULT: Mapping[str, bool] = MappingProxyType({"weighted_mtp_core.same_result": True})
+"""Marks an option that does not change the result of a run: `field(default=0, metadata=SAME_RESULT)`.
+
+A run can be resumed with another value of it, and compared with runs that have another value.
+"""
 
 OptionsT = TypeVar("OptionsT")
 BuiltT_co = TypeVar("BuiltT_co", covariant=True)
@@ -120,6 +127,23 @@ class BuildContext:
 
 
 @frozen(kw_only=True)
+class Finding:
+    """One line of the checklist that `doctor` prints.
+
+    Attributes:
+        mark: `FAILED` if a run that uses the component cannot work here; `doctor` then exits with code 1.
+        name: What was tried, in one or two words.
+        text: The result. It must contain no secret.
+        hint: What to do about it.
+    """
+
+    mark: Literal["ok", "warning", "FAILED"]
+    name: str
+    text: str
+    hint: str | None = None
+
+
+@frozen(kw_only=True)
 class Component(Generic[OptionsT, BuiltT_co]):
     """One thing a plugin offers, declared without importing anything heavy.
 
@@ -130,6 +154,8 @@ class Component(Generic[OptionsT, BuiltT_co]):
         build: Makes the object; imports torch inside.
         needs: Signals that must be computed for it (weightings).
         provides: Signals that it can fill (critics).
+        examine: Tries what the component needs on this machine (a server, a sandbox), for `doctor`. Gets the
+            options and the storage root, builds nothing, and yields one finding a line.
     """
 
     name: str = field(validator=v.matches_re(r"[a-z][a-z0-9_]*"))
@@ -138,6 +164,7 @@ class Component(Generic[OptionsT, BuiltT_co]):
     build: Callable[[OptionsT, BuildContext], BuiltT_co] = field(validator=v.is_callable())
     needs: frozenset[Signal] = frozenset()
     provides: frozenset[Signal] = frozenset()
+    examine: Callable[[OptionsT, Path], Iterable[Finding]] | None = None
 
 
 class Stateful(ABC):  # noqa: B024 - both methods have a default: most components keep no state

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from attrs import field, frozen
 from attrs import validators as v
@@ -13,8 +13,31 @@ from attrs import validators as v
 from weighted_mtp_core.api.components import Stateful
 from weighted_mtp_core.errors import WmtpError
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+@overload
+def is_correct(reward: float) -> bool: ...
+@overload
+def is_correct(reward: NDArray[np.floating[Any]]) -> NDArray[np.bool_]: ...
+@overload
+def is_correct(reward: Tensor) -> Tensor: ...
+def is_correct(reward: Any) -> Any:
+    """Return whether a response with this reward counts as correct: whether the reward is at least 0.5.
+
+    Args:
+        reward: Rewards in [0, 1]: a number, or an array or tensor of any shape.
+
+    Returns:
+        A bool, or a boolean array or tensor of the same shape.
+    """
+    return reward >= 0.5
 
 
 @frozen(kw_only=True)
@@ -104,8 +127,8 @@ class DataSource(Stateful):
         """Return every labelled response of the split, right and wrong ones: the critic's data."""
 
     def policy_examples(self, split: Split) -> Sequence[Example]:
-        """Return what the policy imitates; by default the responses with full reward."""
-        return [example for example in self.examples(split) if example.reward >= 1.0]
+        """Return what the policy imitates; by default the correct responses."""
+        return [example for example in self.examples(split) if is_correct(example.reward)]
 
     @abstractmethod
     def version(self) -> DatasetVersion:

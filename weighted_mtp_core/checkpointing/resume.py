@@ -26,7 +26,7 @@ SAFE = (
     "train.max_bad_steps",
     "train.steps",
 )
-"""Keys that a resumed run may have changed: none of them moves a step that is done."""
+"""Keys that may differ in a resumed run, beside `Plan.same_result`: none changes a step that is done."""
 
 
 def run_to_resume(plan: Plan, named: str | None) -> Path | None:
@@ -53,7 +53,7 @@ def _unfinished(path: Path, plan: Plan) -> bool:
     facts = read_run(path)
     if facts.get("status") == "FINISHED" or "params" not in facts or is_held(path):
         return False
-    return not _differences(facts["params"], plan.params, allowed=SAFE)
+    return not _differences(facts["params"], plan.params, allowed=(*SAFE, *plan.same_result))
 
 
 def refuse_changes(path: Path, plan: Plan, *, allowed: Sequence[str]) -> None:
@@ -70,7 +70,7 @@ def refuse_changes(path: Path, plan: Plan, *, allowed: Sequence[str]) -> None:
     was, now = read_run(path), plan.identity
     if was.get("status") == "FINISHED" and was.get("params") == now["params"]:
         raise WmtpError(f"the run `{path}` is finished", hint="raise `train.steps` to train it further")
-    faults = _differences(was.get("params", {}), now["params"], allowed=(*SAFE, *allowed))
+    faults = _differences(was.get("params", {}), now["params"], allowed=(*SAFE, *plan.same_result, *allowed))
     faults += _differences(
         {f"plugins.{name}": version for name, version in was.get("plugins", {}).items()},
         {f"plugins.{name}": version for name, version in now["plugins"].items()},

@@ -28,14 +28,8 @@ from weighted_mtp_core.cli import (
     track,
     verify,
 )
-from weighted_mtp_core.errors import (
-    EXIT_BAD_INPUT,
-    EXIT_INTERRUPTED,
-    EXIT_RUN_FAILED,
-    EXIT_TERMINATED,
-    Terminated,
-    WmtpError,
-)
+from weighted_mtp_core.errors import Terminated, WmtpError
+from weighted_mtp_core.exit_codes import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_RUN_FAILED, EXIT_TERMINATED
 from weighted_mtp_core.messages import did_you_mean, quoted, reason
 from weighted_mtp_core.redaction import redact
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from weighted_mtp_core.cli.recipe_arguments import add_recipe_arguments, plan_from
 from weighted_mtp_core.cli.table import print_rows
-from weighted_mtp_core.errors import EXIT_DONE
+from weighted_mtp_core.exit_codes import EXIT_DONE
 from weighted_mtp_core.identifiers import flat
 from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.plugins.selection import SelectedComponent

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from weighted_mtp_core.compare.arms import Arm, read_arms
 from weighted_mtp_core.compare.runs import MOST_SEEDS, Outcome, Runner, plan_jobs, share_machine, visible_gpus
-from weighted_mtp_core.errors import EXIT_DONE, EXIT_RUN_FAILED, RunFailedError, WmtpError
+from weighted_mtp_core.errors import RunFailedError, WmtpError
+from weighted_mtp_core.exit_codes import EXIT_DONE, EXIT_RUN_FAILED
 from weighted_mtp_core.messages import did_you_mean, quoted
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from typing import Any
 
 from weighted_mtp_core.cli.recipe_arguments import add_recipe_arguments, plan_from
 from weighted_mtp_core.cli.table import print_rows
-from weighted_mtp_core.errors import EXIT_DONE, WmtpError
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.exit_codes import EXIT_DONE
 from weighted_mtp_core.messages import did_you_mean
 
 _DESCRIPTION = """\

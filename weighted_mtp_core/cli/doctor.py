@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from weighted_mtp_core.errors import EXIT_DONE, EXIT_RUN_FAILED
+from weighted_mtp_core.exit_codes import EXIT_DONE, EXIT_RUN_FAILED
 from weighted_mtp_core.redaction import redact
 
 _DESCRIPTION = """\

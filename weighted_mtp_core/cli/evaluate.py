@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from weighted_mtp_core.cli.run_arguments import add_run_arguments, evaluate_overrides, list_of
 from weighted_mtp_core.cli.table import print_rows
-from weighted_mtp_core.errors import EXIT_DONE, WmtpError
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.exit_codes import EXIT_DONE
 from weighted_mtp_core.recipe.structure import plain
 
 if TYPE_CHECKING:

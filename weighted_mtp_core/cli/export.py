@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from weighted_mtp_core.cli.run_arguments import add_run_arguments
-from weighted_mtp_core.errors import EXIT_DONE
+from weighted_mtp_core.exit_codes import EXIT_DONE
 
 _DESCRIPTION = """\
 Write the best policy of a finished run as a transformers directory: head 1 as an ordinary language model,

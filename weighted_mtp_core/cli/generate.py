@@ -7,7 +7,8 @@ import sys
 from typing import Any
 
 from weighted_mtp_core.cli.run_arguments import add_run_arguments, evaluate_overrides
-from weighted_mtp_core.errors import EXIT_DONE, WmtpError
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.exit_codes import EXIT_DONE
 
 _DESCRIPTION = """\
 Continue a prompt with the best policy of a finished run. What is not given is as in the run's recipe.

@@ -9,7 +9,8 @@ from typing import Any
 import attrs
 
 from weighted_mtp_core.cli.table import print_rows
-from weighted_mtp_core.errors import EXIT_BAD_INPUT, EXIT_DONE, WmtpError
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.exit_codes import EXIT_BAD_INPUT, EXIT_DONE
 from weighted_mtp_core.plugins.loading import AnyComponent, FoundPlugin, Kind, find, load
 from weighted_mtp_core.recipe.describe import expected
 from weighted_mtp_core.recipe.structure import default_of, plain

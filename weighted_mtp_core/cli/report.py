@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from weighted_mtp_core.cli.run_arguments import add_run_arguments
-from weighted_mtp_core.errors import EXIT_DONE
+from weighted_mtp_core.exit_codes import EXIT_DONE
 
 _DESCRIPTION = """\
 Write `report.html` into a run's folder and print its path: the run's story, its curves, its heads, its

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from weighted_mtp_core.cli.recipe_arguments import add_recipe_arguments, plan_from
-from weighted_mtp_core.errors import EXIT_DONE
+from weighted_mtp_core.exit_codes import EXIT_DONE
 
 _DESCRIPTION = """\
 Train, evaluate and record what a recipe describes:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from weighted_mtp_core.cli.table import print_rows
-from weighted_mtp_core.errors import EXIT_DONE, EXIT_RUN_FAILED, WmtpError
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.exit_codes import EXIT_DONE, EXIT_RUN_FAILED
 
 _DESCRIPTION = """\
 Storage v2 keeps models_v2/<name>/<version>/ and datasets_v2/<name>/<version>/, each with a manifest of

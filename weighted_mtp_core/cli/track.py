@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from weighted_mtp_core.cli.table import print_rows
-from weighted_mtp_core.errors import EXIT_DONE, EXIT_RUN_FAILED
+from weighted_mtp_core.exit_codes import EXIT_DONE, EXIT_RUN_FAILED
 
 _DESCRIPTION = """\
 A run writes everything into its run folder first and sends it from there. `track status` shows what

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weighted_mtp_core.errors import EXIT_DONE, WmtpError
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.exit_codes import EXIT_DONE
 from weighted_mtp_core.messages import did_you_mean
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ from weighted_mtp_core.plan import Plan, make_plan
 
 EQUAL = ("data", "evaluate", "model", "train")
 """Tables of a recipe that all arms share: the data, the budget, and how the result is measured."""
-_NOT_A_BUDGET: tuple[str, ...] = ()
 
 
 @frozen(kw_only=True, eq=False)
@@ -75,7 +74,11 @@ def read_arms(
             )
         by_name[arm.name] = arm
     for arm in arms[1:]:
-        refuse_unequal((arms[0].name, arms[0].plan.params), (arm.name, arm.plan.params), allowed=allowed)
+        refuse_unequal(
+            (arms[0].name, arms[0].plan.params),
+            (arm.name, arm.plan.params),
+            allowed=(*allowed, *arm.plan.same_result),
+        )
     return arms
 
 
@@ -91,7 +94,7 @@ def refuse_unequal(
     faults = [
         f"{key}: {was.get(key, 'absent')} in `{first_name}`, {now.get(key, 'absent')} in `{other_name}`"
         for key in sorted(was.keys() | now.keys())
-        if was.get(key) != now.get(key) and _below(key, EQUAL) and not _below(key, (*_NOT_A_BUDGET, *allowed))
+        if was.get(key) != now.get(key) and _below(key, EQUAL) and not _below(key, allowed)
     ]
     if faults:
         key = faults[0].partition(":")[0]

@@ -22,7 +22,7 @@ from weighted_mtp_core.errors import Terminated
 from weighted_mtp_core.tracking.run_folder import is_held, read_run
 
 _SAME_RESULT = ("checkpoint", "run.resume", "run.tags", "tracker")
-"""Keys that a run may have differently and still be the same: its numbers do not depend on them."""
+"""Keys that may differ in the same run, beside `Plan.same_result`: its numbers do not depend on them."""
 
 MOST_SEEDS = 20
 """With more, the exact test would go through more than a million signs."""
@@ -43,7 +43,7 @@ class Job:
         """What messages and logs call it."""
         return f"{self.arm.name}-seed{self.seed}"
 
-    def command(self, *, workers: int) -> list[str]:
+    def command(self) -> list[str]:
         """Return the command that carries it out, or goes on with it."""
         preset = ["--preset", self.arm.preset] if self.arm.preset else []
         changes = [*self.arm.overrides, f"run.seed={self.seed}"]
@@ -118,15 +118,18 @@ def _is_going_on(job: Job) -> bool:
 def _runs_of(job: Job) -> Iterator[Path]:
     plan = job.arm.plan
     folder = plan.runs_folder / plan.experiment / job.arm.name
-    wanted = _comparable(job.arm.identity(job.seed))
+    same_result = (*_SAME_RESULT, *plan.same_result)
+    wanted = _comparable(job.arm.identity(job.seed), same_result)
     for file in sorted(folder.glob("*/run.json"), reverse=True):
-        if _comparable(read_run(file.parent)) == wanted:
+        if _comparable(read_run(file.parent), same_result) == wanted:
             yield file.parent
 
 
-def _comparable(facts: Mapping[str, Mapping[str, str]]) -> tuple[dict[str, str], dict[str, str]]:
+def _comparable(
+    facts: Mapping[str, Mapping[str, str]], same_result: Sequence[str]
+) -> tuple[dict[str, str], dict[str, str]]:
     def matters(key: str) -> bool:
-        return not any(key == each or key.startswith(f"{each}.") for each in _SAME_RESULT)
+        return not any(key == each or key.startswith(f"{each}.") for each in same_result)
 
     params = {key: value for key, value in facts.get("params", {}).items() if matters(key)}
     return params, dict(facts.get("plugins", {}))
@@ -203,7 +206,7 @@ class Runner:
         self.log(f"{job.label}: begins, log {self._log(job)}")
         with self._log(job).open("wb") as log:
             self._children[job] = subprocess.Popen(
-                job.command(workers=self.threads),
+                job.command(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from weighted_mtp_core.api import is_correct
 from weighted_mtp_core.data.difficulty import BINS, bin_of
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import WmtpError
@@ -37,7 +38,7 @@ def make_pairs(token_set: TokenSet, table: PairsTable) -> Rows:
     Raises:
         WmtpError: There is no pair.
     """
-    correct_D = token_set.reward_D >= 0.5
+    correct_D = is_correct(token_set.reward_D)
     length_D = token_set.length_D - token_set.prompt_D
     bin_D = length_bins(length_D, ratio=table.length_ratio)
     order_D = np.argsort(token_set.problem_D, kind="stable")

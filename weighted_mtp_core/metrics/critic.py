@@ -15,9 +15,10 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
+from weighted_mtp_core.api import is_correct
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-CORRECT = 0.5  # rewards from here on count as correct
 _BINS = 15
 _PROBABILITY_FLOOR = 1e-6  # keeps the logarithm of a saturated value finite
 
@@ -55,7 +56,7 @@ class ScoredResponses:
     @property
     def correct_D(self) -> NDArray[np.bool_]:
         """Which responses are right."""
-        right: NDArray[np.bool_] = self.reward_D >= CORRECT
+        right: NDArray[np.bool_] = is_correct(self.reward_D)
         return right
 
     def by_constant(self) -> ScoredResponses:
@@ -89,7 +90,7 @@ class LengthOnly:
         """
         from sklearn.linear_model import LogisticRegression  # a second, which runs without a critic save
 
-        correct_D = reward_D >= CORRECT
+        correct_D = is_correct(reward_D)
         mean, std = float(length_D.mean()), float(length_D.std())
         if std == 0 or correct_D.all() or not correct_D.any():
             rate = (correct_D.sum() + 0.5) / (len(correct_D) + 1)  # Krichevsky-Trofimov: finite log-odds

@@ -14,7 +14,7 @@ from attrs import asdict, evolve, frozen
 from numpy.typing import NDArray
 from torch import Tensor
 
-from weighted_mtp_core.api import Batch, Critic
+from weighted_mtp_core.api import Batch, Critic, is_correct
 from weighted_mtp_core.api.alignment import align_weights, gather_by_target
 from weighted_mtp_core.data.batches import split_rows
 from weighted_mtp_core.data.tokens import TokenSet
@@ -88,7 +88,7 @@ def _weigh(learner: PolicyLearner, batch: Batch) -> tuple[Sequence[Tensor | None
 
 def choose_problems(tokens: TokenSet, *, at_most: int) -> list[tuple[int, ...]]:
     """Return, for each problem, its first right and its first wrong response; problems with both go first."""
-    right_D = tokens.reward_D >= 0.5
+    right_D = is_correct(tokens.reward_D)
     firsts: dict[int, list[int]] = {}
     for correct_D in (right_D, ~right_D):
         rows = np.flatnonzero(correct_D)

@@ -1,4 +1,7 @@
-"""Signals while training: the first one asks for an end after the step, the second one ends at once."""
+"""OS signals during training: the first one requests a stop after the step, the second one stops at once.
+
+The exit codes that follow, 130 and 143, are in `exit_codes.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,13 @@
+"""Exit codes of the commands. `cli/__init__.py` returns them; `runtime/interrupts.py` handles SIGINT and SIGTERM."""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_RUN_FAILED = 1
+"""The input was valid and the run failed, for example because a loss became NaN or a server is down."""
+EXIT_BAD_INPUT = 2
+"""The user can repair the input: a recipe, an argument, an installed plugin."""
+EXIT_INTERRUPTED = 130
+"""After SIGINT (Ctrl-C): 128 + 2, the shell's code for a process that signal 2 ended."""
+EXIT_TERMINATED = 143
+"""After SIGTERM (a scheduler or `docker stop`): 128 + 15."""
