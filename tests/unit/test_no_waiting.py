@@ -20,7 +20,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
-from weighted_mtp_core.api import Signal, WeightingStrategy, Weights
+from weighted_mtp_core.api import Batch, Signal, WeightingStrategy, Weights
 from weighted_mtp_core.data.batches import collate, collate_packed, split_rows
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import RunFailedError
@@ -151,16 +151,20 @@ def test_a_step_asks_the_device_nothing_but_for_the_look_at_the_weights(name, he
     assert not torch.equal(parameters[0], before)
 
 
+def as_a_plugin_makes_it(one):
+    return Batch(**{each.name: getattr(one, each.name) for each in attrs.fields(Batch)})
+
+
 def test_what_the_host_knows_changes_no_bit():
     def learnt(one):
         training = learner(ByLoss(), accumulation=2)
         scalars = training.learn(one, step=0)
         return dict(scalars) | {name: p.grad for name, p in training.policy.named_parameters()}
 
-    with_reach, without = learnt(batch()), learnt(attrs.evolve(batch(), reach_BT=None))
+    with_known, without = learnt(batch()), learnt(as_a_plugin_makes_it(batch()))
 
-    assert with_reach.keys() == without.keys()
-    for name, value in with_reach.items():
+    assert with_known.keys() == without.keys()
+    for name, value in with_known.items():
         assert value is without[name] is None or torch.equal(value, without[name]), name
 
 
@@ -184,12 +188,16 @@ def test_the_host_knows_the_pairs_that_count(documents, packed, parts, n_future)
         )
         target_BTK = target_mask(labels_BTK)
 
+        with NoWaiting():
+            known = one.target_positions()
+        for found, expected in zip(known, as_a_plugin_makes_it(one).target_positions(), strict=True):
+            assert torch.equal(found, expected)
         assert torch.equal(
-            pair_index(target_BTK, reach_BT=one.reach_BT), target_BTK.flatten().nonzero()[:, 0]
+            pair_index(target_BTK, preceding_BT=one.preceding_BT), target_BTK.flatten().nonzero()[:, 0]
         )
         for k in range(1, n_future + 1):
             label_BT = labels_BTK[:, :, k - 1]
-            found = source_index(label_BT, k=k, reach_BT=one.reach_BT)
+            found = source_index(label_BT, k=k, preceding_BT=one.preceding_BT)
             assert torch.equal(found, target_mask(label_BT).flatten().nonzero()[:, 0])
 
 

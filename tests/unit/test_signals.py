@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
-from weighted_mtp_core.api import Critic, Scores, Signal, WeightingStrategy, Weights, WmtpError
+from weighted_mtp_core.api import Batch, Critic, Scores, Signal, WeightingStrategy, Weights, WmtpError
 from weighted_mtp_core.data.batches import Sampler, pointwise, split_rows
 from weighted_mtp_core.data.packing import PackedSampler
 from weighted_mtp_core.data.steps import make_step_batches
@@ -163,7 +163,7 @@ def test_each_document_is_scored_in_the_batch_that_first_draws_it(tokens, tmp_pa
 
 
 def _documents(tokens, batch):
-    return np.unique(np.searchsorted(tokens.start_D1, batch.place_BT[batch.place_BT >= 0], side="right") - 1)
+    return np.unique(np.searchsorted(tokens.start_D1, batch.token_BT[batch.token_BT >= 0], side="right") - 1)
 
 
 @pytest.mark.parametrize("kind", [Judge, Reference])
@@ -213,7 +213,8 @@ def test_a_flipped_bit_stops_the_run(tokens, tmp_path):
 
 def test_a_batch_of_unknown_origin_is_refused(tokens, tmp_path):
     order = batches(tokens)
-    batch = attrs.evolve(order(0), place_BT=None)
+    one = order(0)
+    batch = Batch(**{each.name: getattr(one, each.name) for each in attrs.fields(Batch)})
 
     with pytest.raises(WmtpError, match="scores of a batch that no token set knows"):
         cached(Judge(), order, tmp_path / "scores").score(batch, None)

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 import numpy as np
 import torch
+from attrs import frozen
 from numpy.typing import NDArray
 
 from weighted_mtp_core.api import Batch
@@ -23,10 +24,38 @@ from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import WmtpError
 
 Rows = NDArray[np.int64]
+BatchT = TypeVar("BatchT", bound=Batch)
 
 # Lengths are sorted within this many batches: enough for 1.05 computed over real tokens on HumanEval's
 # lengths, few enough that batches stay random.
 _SORTED_BATCHES = 50
+
+
+@frozen(kw_only=True, eq=False)
+class CollatedBatch(Batch):
+    """A batch made of a token set, with facts that the host would otherwise wait for the device to read.
+
+    Attributes:
+        token_BT: int64, index of each token in `TokenSet.ids_N`; -1 on padding.
+        preceding_BT: int64, for each response token the number of tokens that precede it in its document; 0
+            elsewhere. Where it is at least k, the token is a target of head k.
+    """
+
+    token_BT: Rows
+    preceding_BT: Rows
+
+    def target_positions(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return rows and columns of the targets of head 1; see `Batch`."""
+        row_N, column_N = (
+            torch.from_numpy(each).to(self.ids_BT.device, non_blocking=True)
+            for each in (self.preceding_BT >= 1).nonzero()
+        )
+        return row_N, column_N
+
+
+def preceding(batch: Batch) -> Rows | None:
+    """Return `CollatedBatch.preceding_BT`, or None for a batch made elsewhere."""
+    return batch.preceding_BT if isinstance(batch, CollatedBatch) else None
 
 
 class Sampler:
@@ -141,7 +170,7 @@ def pointwise(token_set: TokenSet) -> Rows:
     return np.arange(len(token_set), dtype=np.int64)[:, None]
 
 
-def collate(token_set: TokenSet, rows: Sequence[int] | Rows, *, device: torch.device) -> Batch:
+def collate(token_set: TokenSet, rows: Sequence[int] | Rows, *, device: torch.device) -> CollatedBatch:
     """Return the documents as a right-padded batch, one document a row."""
     rows = np.asarray(rows)
     nothing = np.zeros_like(rows)
@@ -151,7 +180,7 @@ def collate(token_set: TokenSet, rows: Sequence[int] | Rows, *, device: torch.de
     return batch
 
 
-def collate_packed(token_set: TokenSet, rows: Sequence[Rows], *, device: torch.device) -> Batch:
+def collate_packed(token_set: TokenSet, rows: Sequence[Rows], *, device: torch.device) -> CollatedBatch:
     """Return the documents as a right-padded batch, each row's documents one after the other."""
     ends = [np.cumsum(token_set.lengths(row)) for row in rows]
     batch, position_BT = _lay(
@@ -168,7 +197,7 @@ def collate_packed(token_set: TokenSet, rows: Sequence[Rows], *, device: torch.d
 
 def _lay(
     token_set: TokenSet, documents: Rows, *, row_D: Rows, offset_D: Rows, number_D: Rows, device: torch.device
-) -> tuple[Batch, torch.Tensor]:
+) -> tuple[CollatedBatch, torch.Tensor]:
     """Lay documents into rows.
 
     Args:
@@ -200,36 +229,27 @@ def _lay(
     def tensor(value_N: NDArray[Any], dtype: type[np.generic], *, padding: int = 0) -> torch.Tensor:
         return torch.from_numpy(laid(value_N, dtype, padding=padding)).to(device, non_blocking=True)
 
-    batch = Batch(
+    batch = CollatedBatch(
         ids_BT=tensor(ids_N, np.int64),
         document_BT=tensor(np.repeat(number_D, length_D), np.int64, padding=-1),
         response_BT=tensor(response_N, np.bool_),
         reward_BT=tensor(np.repeat(token_set.reward_D[documents], length_D) * response_N, np.float32),
         group_BT=tensor(np.repeat(group_D, length_D), np.int64, padding=-1),
         example_ids=tuple(token_set.example_ids[int(d)] for d in documents),
-        place_BT=laid(source_N, np.int64, padding=-1),
-        reach_BT=laid(position_N * response_N, np.int64),
+        token_BT=laid(source_N, np.int64, padding=-1),
+        preceding_BT=laid(position_N * response_N, np.int64),
     )
     return batch, tensor(position_N, np.int64)
 
 
-def split_rows(batch: Batch, parts: int, *, together: int = 1) -> Iterator[Batch]:
+def split_rows(batch: BatchT, parts: int, *, together: int = 1) -> Iterator[BatchT]:
     """Yield the batch in up to `parts` runs of rows of nearly equal size, never cutting `together` rows."""
     count = len(batch.ids_BT) // together
     bounds = together * np.linspace(0, count, min(parts, count) + 1).round().astype(int)
+    by_row = {each.name: getattr(batch, each.name) for each in attrs.fields(type(batch))}
     for first, last in itertools.pairwise(bounds):
-        yield attrs.evolve(
-            batch,
-            ids_BT=batch.ids_BT[first:last],
-            document_BT=batch.document_BT[first:last],
-            response_BT=batch.response_BT[first:last],
-            reward_BT=batch.reward_BT[first:last],
-            group_BT=batch.group_BT[first:last],
-            example_ids=batch.example_ids[first:last],
-            position_BT=None if batch.position_BT is None else batch.position_BT[first:last],
-            place_BT=None if batch.place_BT is None else batch.place_BT[first:last],
-            reach_BT=None if batch.reach_BT is None else batch.reach_BT[first:last],
-        )
+        part = {name: value[first:last] for name, value in by_row.items() if value is not None}
+        yield attrs.evolve(batch, **part)
 
 
 def in_order(token_set: TokenSet, *, batch_size: int, limit: int = 0) -> Iterator[Rows]:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from attrs import frozen
 
-from weighted_mtp_core.api import Batch
-from weighted_mtp_core.data.batches import Rows, Sampler, collate, collate_packed, pointwise
+from weighted_mtp_core.data.batches import CollatedBatch, Rows, Sampler, collate, collate_packed, pointwise
 from weighted_mtp_core.data.packing import PackedSampler
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.recipe.schema import DataTable
@@ -27,9 +26,9 @@ class StepBatches:
     tokens: TokenSet
     order: dict[str, int | str]
     _sampler: Sampler | PackedSampler
-    _collate: Callable[[Any], Batch]
+    _collate: Callable[[Any], CollatedBatch]
 
-    def __call__(self, step: int) -> Batch:
+    def __call__(self, step: int) -> CollatedBatch:
         """Return the batch of a step (from 0)."""
         return self._collate(self._sampler.rows(step))
 

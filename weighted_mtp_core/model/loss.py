@@ -80,7 +80,7 @@ def weighted_mtp_loss(
     head_share_K: Tensor,
     detach_trunk: bool = False,
     position_BT: Tensor | None = None,
-    reach_BT: NDArray[np.int64] | None = None,
+    preceding_BT: NDArray[np.int64] | None = None,
 ) -> MtpLoss:
     """Return the loss of trunk states, having added its gradient to every parameter's `grad`.
 
@@ -95,7 +95,7 @@ def weighted_mtp_loss(
         head_share_K: alpha by head.
         detach_trunk: Whether heads 2..K leave the trunk alone.
         position_BT: From `Batch.position_BT`.
-        reach_BT: From `Batch.reach_BT`; without it, each head waits for the device.
+        preceding_BT: From `CollatedBatch.preceding_BT`; without it, each head waits for the device.
     """
     target_BTK = target_mask(labels_BTK)
     scale_K = head_share_K / normaliser_K
@@ -106,7 +106,7 @@ def weighted_mtp_loss(
     for k in range(1, policy.n_future + 1):
         label_BT = labels_BTK[:, :, k - 1]
         scale_BT = scale_K[k - 1].expand(label_BT.shape)
-        index_N = source_index(label_BT, k=k, reach_BT=reach_BT)
+        index_N = source_index(label_BT, k=k, preceding_BT=preceding_BT)
         with policy.asked_of_head(k, index_N):
             loss, ce_sum = _learn_head(
                 policy.head_states(
@@ -160,7 +160,7 @@ def head_sums(
     labels_BTK: Tensor,
     *,
     position_BT: Tensor | None = None,
-    reach_BT: NDArray[np.int64] | None = None,
+    preceding_BT: NDArray[np.int64] | None = None,
 ) -> HeadSums:
     """Measure each head on trunk states, unweighted; arguments are those of `weighted_mtp_loss`."""
     target_BTK = target_mask(labels_BTK)
@@ -168,7 +168,7 @@ def head_sums(
     sums = []
     for k in range(1, policy.n_future + 1):
         label_BT = labels_BTK[:, :, k - 1]
-        index_N = source_index(label_BT, k=k, reach_BT=reach_BT)
+        index_N = source_index(label_BT, k=k, preceding_BT=preceding_BT)
         with policy.asked_of_head(k, index_N):
             state_BTH = policy.head_states(k, hidden_BTH, position_BT=position_BT)
         sums.append(unembedding.measure(state_BTH, index_N, _at(label_BT, index_N)))
@@ -187,7 +187,7 @@ def token_losses(
     labels_BTK: Tensor,
     *,
     position_BT: Tensor | None = None,
-    reach_BT: NDArray[np.int64] | None = None,
+    preceding_BT: NDArray[np.int64] | None = None,
 ) -> Tensor:
     """Return each pair's unweighted cross-entropy, float32 `[B, T, K]`, 0 where nothing counts."""
     return _by_pair(
@@ -195,7 +195,7 @@ def token_losses(
         hidden_BTH,
         labels_BTK,
         position_BT=position_BT,
-        reach_BT=reach_BT,
+        preceding_BT=preceding_BT,
         measure=_Unembedding.losses,
     )
 
@@ -207,7 +207,7 @@ def token_entropies(
     labels_BTK: Tensor,
     *,
     position_BT: Tensor | None = None,
-    reach_BT: NDArray[np.int64] | None = None,
+    preceding_BT: NDArray[np.int64] | None = None,
 ) -> Tensor:
     """Return the entropy of each pair's prediction in nats, float32 `[B, T, K]`, 0 where nothing counts."""
     return _by_pair(
@@ -215,7 +215,7 @@ def token_entropies(
         hidden_BTH,
         labels_BTK,
         position_BT=position_BT,
-        reach_BT=reach_BT,
+        preceding_BT=preceding_BT,
         measure=_Unembedding.entropies,
     )
 
@@ -226,7 +226,7 @@ def _by_pair(
     labels_BTK: Tensor,
     *,
     position_BT: Tensor | None,
-    reach_BT: NDArray[np.int64] | None,
+    preceding_BT: NDArray[np.int64] | None,
     measure: Callable[[_Unembedding, Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
     """Measure the states and labels of each head's pairs; return it by pair, 0 elsewhere."""
@@ -234,7 +234,7 @@ def _by_pair(
     unembedding = _Unembedding.of(policy, hidden_BTH)
     for k in range(1, policy.n_future + 1):
         label_BT = labels_BTK[:, :, k - 1]
-        index_N = source_index(label_BT, k=k, reach_BT=reach_BT)
+        index_N = source_index(label_BT, k=k, preceding_BT=preceding_BT)
         with policy.asked_of_head(k, index_N):
             state_BTH = policy.head_states(k, hidden_BTH, position_BT=position_BT)
         measured_N = measure(unembedding, state_BTH, index_N, _at(label_BT, index_N))

@@ -38,25 +38,25 @@ def target_mask(labels_BTK: Tensor) -> Tensor:
     return labels_BTK != IGNORED
 
 
-def source_index(label_BT: Tensor, *, k: int, reach_BT: NDArray[np.int64] | None) -> Tensor:
+def source_index(label_BT: Tensor, *, k: int, preceding_BT: NDArray[np.int64] | None) -> Tensor:
     """Return where the pairs of head k that count have their sources, int64 `[N]` into the flattened rows.
 
     Args:
         label_BT: Labels of head k.
         k: From 1.
-        reach_BT: From `Batch.reach_BT`; without it the device is asked, which waits for it.
+        preceding_BT: From `CollatedBatch.preceding_BT`; without it the device is asked, which waits for it.
     """
-    if reach_BT is None:
+    if preceding_BT is None:
         return target_mask(label_BT).flatten().nonzero()[:, 0]
-    return _sent(np.flatnonzero(reach_BT >= k) - k, label_BT.device)
+    return _sent(np.flatnonzero(preceding_BT >= k) - k, label_BT.device)
 
 
-def pair_index(target_BTK: Tensor, *, reach_BT: NDArray[np.int64] | None) -> Tensor:
+def pair_index(target_BTK: Tensor, *, preceding_BT: NDArray[np.int64] | None) -> Tensor:
     """Return where the pairs that count lie in the flattened `[B, T, K]`, int64 `[N]`; see `source_index`."""
-    if reach_BT is None:
+    if preceding_BT is None:
         return target_BTK.flatten().nonzero()[:, 0]
     heads = target_BTK.shape[2]
-    place = [(np.flatnonzero(reach_BT >= k) - k) * heads + k - 1 for k in range(1, heads + 1)]
+    place = [(np.flatnonzero(preceding_BT >= k) - k) * heads + k - 1 for k in range(1, heads + 1)]
     return _sent(np.sort(np.concatenate(place)), target_BTK.device)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from weighted_mtp_core.api import Batch, Critic, Scores, Signal, StepView, WeightingStrategy, Weights
 from weighted_mtp_core.api.alignment import align_weights
 from weighted_mtp_core.checkpointing.snapshot import below, load_module_state, module_state
-from weighted_mtp_core.data.batches import split_rows
+from weighted_mtp_core.data.batches import preceding, split_rows
 from weighted_mtp_core.errors import RunFailedError, WmtpError
 from weighted_mtp_core.messages import reason
 from weighted_mtp_core.model.head_weights import head_shares
@@ -153,7 +153,7 @@ class PolicyLearner(Learner):
                     head_share_K=share_K,
                     detach_trunk=self.loss.detach_trunk,
                     position_BT=part.batch.position_BT,
-                    reach_BT=part.reach_BT,
+                    preceding_BT=part.preceding_BT,
                 )
             total += result.loss
             ce_K += result.ce_sum_K
@@ -163,7 +163,7 @@ class PolicyLearner(Learner):
         return {
             "train_loss": total,
             **_per_head("train_ce", ce_K / count_K.clamp(min=1)),
-            **weight_metrics(weight_BTK, target_BTK, reach_BT=batch.reach_BT),
+            **weight_metrics(weight_BTK, target_BTK, preceding_BT=preceding(batch)),
             **weights.metrics,
         }
 
@@ -255,7 +255,7 @@ class PolicyLearner(Learner):
                                 state,
                                 labels_BTK,
                                 position_BT=part.batch.position_BT,
-                                reach_BT=part.batch.reach_BT,
+                                preceding_BT=preceding(part.batch),
                             )
                         )
         return _Signals(
@@ -323,10 +323,10 @@ class _Part:
         return tensor[self.rows] if self.counts else torch.full_like(tensor[self.rows], nothing)
 
     @property
-    def reach_BT(self) -> NDArray[np.int64] | None:
-        """Which pairs of these rows count, see `Batch.reach_BT`."""
-        reach_BT = self.batch.reach_BT
-        return reach_BT if self.counts or reach_BT is None else np.zeros_like(reach_BT)
+    def preceding_BT(self) -> NDArray[np.int64] | None:
+        """Which pairs of these rows count, see `CollatedBatch.preceding_BT`."""
+        preceding_BT = preceding(self.batch)
+        return preceding_BT if self.counts or preceding_BT is None else np.zeros_like(preceding_BT)
 
 
 @frozen(kw_only=True, eq=False)
@@ -371,7 +371,7 @@ def head_quality(
                     hidden_BTH,
                     labels_BTK,
                     position_BT=batch.position_BT,
-                    reach_BT=batch.reach_BT,
+                    preceding_BT=preceding(batch),
                 )
             )
     ce_K, correct_K, count_K = (

@@ -28,7 +28,7 @@ from torch import Tensor
 from weighted_mtp_core.api import Batch, Critic, Scores
 from weighted_mtp_core.checkpointing.resume import fingerprint
 from weighted_mtp_core.data.arrays import drop_pages, mapped
-from weighted_mtp_core.data.batches import split_rows
+from weighted_mtp_core.data.batches import CollatedBatch, split_rows
 from weighted_mtp_core.data.steps import StepBatches
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.plugins.selection import SelectedComponent
@@ -74,9 +74,9 @@ class CachedCritic(Critic):
             WmtpError: The batch was not made from the token set.
         """
         del hidden_BTH
-        if batch.place_BT is None:
+        if not isinstance(batch, CollatedBatch):
             raise WmtpError("scores of a batch that no token set knows cannot be read from a table")
-        real_BT = batch.place_BT >= 0
+        real_BT = batch.token_BT >= 0
         documents = _documents(batch, self._batches.tokens.start_D1)
         lacking = documents[~self._scored_D[documents]]
         if len(lacking):
@@ -85,7 +85,7 @@ class CachedCritic(Critic):
             if self._scored_D.all():
                 self._keep()
         found = {
-            name: torch.from_numpy(np.where(real_BT, values_N[batch.place_BT], np.float32(0))).to(
+            name: torch.from_numpy(np.where(real_BT, values_N[batch.token_BT], np.float32(0))).to(
                 batch.ids_BT.device, non_blocking=True
             )
             for name, values_N in self._table.items()
@@ -102,10 +102,9 @@ class CachedCritic(Critic):
         """Score the documents of a step of the first epoch."""
         batch = self._batches(step)
         for part in split_rows(batch, self._accumulation):
-            assert part.place_BT is not None
-            real_BT = part.place_BT >= 0
+            real_BT = part.token_BT >= 0
             for name, value_BT in _filled(self._critic.score(part, None)).items():
-                self._column(name)[part.place_BT[real_BT]] = value_BT.cpu().numpy()[real_BT]
+                self._column(name)[part.token_BT[real_BT]] = value_BT.cpu().numpy()[real_BT]
         self._scored_D[_documents(batch, self._batches.tokens.start_D1)] = True
 
     def _column(self, name: str) -> Floats:
@@ -190,8 +189,7 @@ def _filled(scores: Scores) -> dict[str, Tensor]:
     return {name: value for name in _FIELDS if (value := getattr(scores, name)) is not None}
 
 
-def _documents(batch: Batch, start_D1: NDArray[np.int64]) -> NDArray[np.int64]:
+def _documents(batch: CollatedBatch, start_D1: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the numbers of the documents in a batch."""
-    assert batch.place_BT is not None
-    place_N = batch.place_BT[batch.place_BT >= 0]
-    return np.unique(np.searchsorted(start_D1, place_N, side="right") - 1)
+    token_N = batch.token_BT[batch.token_BT >= 0]
+    return np.unique(np.searchsorted(start_D1, token_N, side="right") - 1)

@@ -88,7 +88,7 @@ class ValueCheck:
 
 
 def weight_metrics(
-    weight_BTK: Tensor, target_BTK: Tensor, *, reach_BT: NDArray[np.int64] | None = None
+    weight_BTK: Tensor, target_BTK: Tensor, *, preceding_BT: NDArray[np.int64] | None = None
 ) -> dict[str, Tensor]:
     """Describe the weights of the counted pairs, as float32 scalars.
 
@@ -96,7 +96,7 @@ def weight_metrics(
     weights, 0 for all weight on one pair. `effective_sample_share` is (sum w)^2 / sum w^2 (Kish 1965) divided
     by the number of pairs.
     """
-    weight_N = weight_BTK.flatten()[pair_index(target_BTK, reach_BT=reach_BT)].float()
+    weight_N = weight_BTK.flatten()[pair_index(target_BTK, preceding_BT=preceding_BT)].float()
     if not len(weight_N):
         return {}
     total = weight_N.sum()

@@ -79,7 +79,7 @@ class ValueNet(nn.Module):
         logit_BT = self.value(state_BTD).squeeze(-1)
         if self.writer is None or self.evidence is None:
             return Judgement(logit_BT=logit_BT, surprise_BT=torch.zeros_like(logit_BT))
-        at = predicted(batch)
+        at = batch.target_positions()
         surprise_N, described_NS = self._surprise(state_BTD, batch.ids_BT, at=at)
         evidence_N = self.evidence(torch.cat([state_BTD[at], described_NS], dim=-1)).squeeze(-1)
         nothing_BT = torch.zeros_like(logit_BT)
@@ -105,17 +105,6 @@ class ValueNet(nn.Module):
             entropy_N = -(log_p_NV.exp() * log_p_NV).sum(dim=-1)
             described_NS = torch.stack([own_N, own_N - log_p_NV.amax(dim=-1), entropy_N], dim=-1)
         return -own_N, described_NS.detach()
-
-
-def predicted(batch: Batch) -> tuple[Tensor, ...]:
-    """Return rows and columns `[N]` of response tokens that a token of their document predicts.
-
-    The device is asked where they are, and waited for, only if the host does not know.
-    """
-    if batch.reach_BT is None:
-        return (batch.response_BT & same_as_previous(batch.document_BT)).nonzero(as_tuple=True)
-    places = (batch.reach_BT >= 1).nonzero()
-    return tuple(torch.from_numpy(each).to(batch.ids_BT.device, non_blocking=True) for each in places)
 
 
 def sums_so_far(x_BT: Tensor, document_BT: Tensor) -> Tensor:
