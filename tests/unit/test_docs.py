@@ -72,6 +72,34 @@ def test_the_plugin_in_the_documentation_loads(plugins_md, install_plugin, site)
     assert len([line for line in source.splitlines() if line]) <= 30
 
 
+@pytest.fixture(scope="module")
+def architecture_md(repository):
+    return (repository / "docs" / "architecture.md").read_text()
+
+
+def test_the_files_in_the_table_of_features_exist(repository, architecture_md):
+    table = architecture_md.partition("## Where to find a feature")[2].partition("## Layers")[0]
+    files = re.findall(r"`([\w./]+/[\w./]*|\w+\.py)`", table)
+
+    assert len(files) > 40
+    assert [
+        file
+        for file in files
+        if not (repository / "weighted_mtp_core" / file).exists() and not (repository / file).exists()
+    ] == []
+
+
+def test_the_documented_layers_are_those_that_are_checked(repository, architecture_md):
+    table = architecture_md.partition("## Layers")[2].partition("`make lint`")[0]
+    rows = [
+        set(re.findall(r"`(\w+)`", row.split("|")[1])) for row in table.splitlines() if row.startswith("| `")
+    ]
+    settings = tomli.loads((repository / "pyproject.toml").read_text())["tool"]["importlinter"]
+    (layers,) = (each["layers"] for each in settings["contracts"] if each["type"] == "layers")
+
+    assert rows == [set(re.split(r"\W+", layer)) for layer in layers]
+
+
 def test_every_kind_is_documented_with_its_hook(plugins_md):
     for kind in Kind:
         assert f"| {kind.label} | `{kind.hook}` |" in plugins_md
