@@ -1,4 +1,4 @@
-"""Exit codes of the commands. `cli/__init__.py` returns them; `runtime/interrupts.py` handles SIGINT and SIGTERM."""
+"""The exit codes of the commands. `runtime/interrupts.py` handles the OS signals that lead to 130 and 143."""
 
 from __future__ import annotations
 

@@ -19,9 +19,10 @@ from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.identifiers import check_path, flat, tag_pairs
 from weighted_mtp_core.plugins.loading import Kind, LoadedPlugin, providers
 from weighted_mtp_core.plugins.selection import ComponentSelector, SelectedComponent
-from weighted_mtp_core.recipe.layers import Document, read_document
-from weighted_mtp_core.recipe.lines import KeyPath
-from weighted_mtp_core.recipe.load import read_tables, recipe_to_toml
+from weighted_mtp_core.recipe.document import Document
+from weighted_mtp_core.recipe.layers import read_document
+from weighted_mtp_core.recipe.line_numbers import KeyPath
+from weighted_mtp_core.recipe.load import recipe_to_toml, structure_recipe
 from weighted_mtp_core.recipe.schema import Recipe, Selection
 from weighted_mtp_core.recipe.structure import Fault, plain
 
@@ -89,7 +90,7 @@ def make_plan(
             plugin cannot be used, or which signal no critic provides.
     """
     document = read_document(path, preset=preset, overrides=overrides, run_name=run_name)
-    recipe, faults = read_tables(document)
+    recipe, faults = structure_recipe(document)
     picks = _picks(document.table)
     if recipe is None:
         with suppress(WmtpError):  # a plugin's own error can wait until the recipe is one
@@ -157,7 +158,7 @@ def _naming_place(document: Document, path: KeyPath) -> Iterator[None]:
     try:
         yield
     except WmtpError as error:
-        raise WmtpError(f"{error}\n  {document.where(path)}", hint=error.hint) from error
+        raise WmtpError(f"{error}\n  {document.locate(path)}", hint=error.hint) from error
 
 
 def _match_signals(plan: Plan, loaded: Mapping[str, LoadedPlugin]) -> None:

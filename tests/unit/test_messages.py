@@ -472,8 +472,8 @@ def test_an_override_that_is_no_key_and_value(write_recipe, text):
             "loss.head_weights=[1, 2",
             "cannot read the value in `--set loss.head_weights=[1, 2`: Unclosed array (at end of document)",
         ),
-        ("run.name.x=3", "--set run.name.x: `run.name` is no table but str 'first'"),
-        ("run.name.x.y=3", "--set run.name.x: `run.name` is no table but str 'first'"),
+        ("run.name.x=3", "--set run.name.x: `run.name` is not a table but str 'first'"),
+        ("run.name.x.y=3", "--set run.name.x: `run.name` is not a table but str 'first'"),
         (
             "tracker.1.use=x",
             f"--set tracker.1: `tracker` is an array of 1\nhint: {NUMBERED}",

@@ -4,7 +4,7 @@ import tomli
 import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
-from weighted_mtp_core.recipe.lines import find_lines
+from weighted_mtp_core.recipe.line_numbers import find_lines
 
 TEXT = '''\
 # comment [not.a.table]

@@ -8,6 +8,7 @@ import tomli
 from hypothesis import given
 from hypothesis import strategies as st
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.recipe.layers import read_document
 from weighted_mtp_core.recipe.load import load_recipe, recipe_to_toml
 from weighted_mtp_core.recipe.schema import (
     CriticTable,
@@ -32,7 +33,7 @@ SMALLEST = """
 
 
 def test_a_recipe_needs_a_name_a_source_and_a_weighting_and_nothing_else(write_recipe):
-    recipe = load_recipe(write_recipe(SMALLEST)).recipe
+    recipe = load_recipe(write_recipe(SMALLEST))
 
     assert recipe == Recipe(
         run=RunTable(name="r"), data=DataTable(use="p.data"), weighting=Selection(use="p.weights")
@@ -46,7 +47,7 @@ def test_later_layers_win_tables_merge_and_arrays_replace(write_recipe):
         f"extends = ['low.toml', 'middle.toml']\n{SMALLEST}\nrun.tags = ['c:3']".replace("    ", "")
     )
 
-    recipe = load_recipe(path).recipe
+    recipe = load_recipe(path)
 
     assert (recipe.model.n_future, recipe.model.base, recipe.run.seed) == (3, "low", 2)
     assert recipe.run.tags == ("c:3",)
@@ -59,17 +60,17 @@ def test_extends_is_relative_to_the_file_that_says_it(write_recipe):
         "extends = ['../configs/defaults.toml']" + SMALLEST.replace("    ", ""), "mine/recipe.toml"
     )
 
-    loaded = load_recipe(path)
+    files = ["configs/deep/low.toml", "configs/defaults.toml", "mine/recipe.toml"]
 
-    assert loaded.recipe.model.n_future == 7
-    assert loaded.files == ("configs/deep/low.toml", "configs/defaults.toml", "mine/recipe.toml")
+    assert load_recipe(path).model.n_future == 7
+    assert read_document(path).files == files
 
 
 def test_a_preset_wins_over_the_recipe_and_set_wins_over_all(write_recipe):
     write_recipe("train.steps = 8\ntrain.batch_size = 2", "presets/quick.toml")
     path = write_recipe(SMALLEST + "    train.steps = 100")
 
-    recipe = load_recipe(path, preset="quick", overrides=["train.batch_size=4"]).recipe
+    recipe = load_recipe(path, preset="quick", overrides=["train.batch_size=4"])
 
     assert (recipe.train.steps, recipe.train.batch_size) == (8, 4)
 
@@ -79,14 +80,14 @@ def test_a_recipes_own_preset_wins_over_the_one_in_configs(write_recipe):
     write_recipe("train.steps = 2", "mine/presets/quick.toml")
     path = write_recipe(SMALLEST, "mine/recipe.toml")
 
-    assert load_recipe(path, preset="quick").recipe.train.steps == 2
+    assert load_recipe(path, preset="quick").train.steps == 2
 
 
 def test_presets_of_configs_serve_recipes_elsewhere(write_recipe):
     write_recipe("train.steps = 1", "configs/presets/quick.toml")
     path = write_recipe(SMALLEST, "mine/recipe.toml")
 
-    assert load_recipe(path, preset="quick").recipe.train.steps == 1
+    assert load_recipe(path, preset="quick").train.steps == 1
 
 
 @pytest.mark.parametrize(("named", "max_tokens"), [("p.data", 9), ("p.other", 512)])
@@ -95,7 +96,7 @@ def test_a_presets_table_for_one_component_is_left_aside_where_another_is_used(
 ):
     write_recipe(f"[data]\nuse = '{named}'\nmax_tokens = 9", "presets/quick.toml")
 
-    data = load_recipe(write_recipe(SMALLEST), preset="quick").recipe.data
+    data = load_recipe(write_recipe(SMALLEST), preset="quick").data
 
     assert (data.use, data.max_tokens) == ("p.data", max_tokens)
 
@@ -105,8 +106,8 @@ def test_a_preset_shortens_the_critics_training_only_where_there_is_a_critic(wri
     without = write_recipe(SMALLEST, "without.toml")
     with_critic = write_recipe(SMALLEST + "    critic.use = 'p.critic'", "with.toml")
 
-    assert load_recipe(without, preset="quick").recipe.critic is None
-    assert load_recipe(with_critic, preset="quick").recipe.critic.train.steps == 8
+    assert load_recipe(without, preset="quick").critic is None
+    assert load_recipe(with_critic, preset="quick").critic.train.steps == 8
 
 
 @pytest.mark.parametrize(
@@ -121,13 +122,13 @@ def test_a_preset_shortens_the_critics_training_only_where_there_is_a_critic(wri
     ],
 )
 def test_set_takes_toml_and_a_bare_word_is_a_string(write_recipe, override, value):
-    assert load_recipe(write_recipe(SMALLEST), overrides=[override]).recipe.model.base == value
+    assert load_recipe(write_recipe(SMALLEST), overrides=[override]).model.base == value
 
 
 def test_set_takes_numbers_arrays_and_inline_tables(write_recipe):
     overrides = ["train.learning_rate=1e-3", "loss.head_weights=[1, 2, 3, 4]", "critic={use = 'p.c'}"]
 
-    recipe = load_recipe(write_recipe(SMALLEST), overrides=overrides).recipe
+    recipe = load_recipe(write_recipe(SMALLEST), overrides=overrides)
 
     assert recipe.train.learning_rate == 1e-3
     assert recipe.loss.head_weights == (1.0, 2.0, 3.0, 4.0)
@@ -137,7 +138,7 @@ def test_set_takes_numbers_arrays_and_inline_tables(write_recipe):
 def test_set_reaches_into_arrays_of_tables_and_makes_missing_tables(write_recipe):
     path = write_recipe(SMALLEST + "    tracker = [{use = 'p.a'}, {use = 'p.b'}]")
 
-    recipe = load_recipe(path, overrides=["tracker.1.options.deep.x=1", "tracker.0.use=p.c"]).recipe
+    recipe = load_recipe(path, overrides=["tracker.1.options.deep.x=1", "tracker.0.use=p.c"])
 
     assert recipe.tracker == (TrackerTable(use="p.c"), TrackerTable(use="p.b", options={"deep": {"x": 1}}))
 
@@ -149,7 +150,7 @@ def test_options_belong_to_their_component_and_leave_with_it(write_recipe):
     )
     path = write_recipe("extends = ['low.toml']\nrun.name = 'r'\nweighting.use = 'p.new'\ndata.use = 'p.d'")
 
-    recipe = load_recipe(path).recipe
+    recipe = load_recipe(path)
 
     assert recipe.weighting == Selection(use="p.new")
     assert recipe.data == DataTable(use="p.d", options={"n": 1})
@@ -160,7 +161,7 @@ def test_set_may_choose_a_component_and_its_options_in_any_order(write_recipe, s
     path = write_recipe(SMALLEST + "    weighting.options.old = 1")
     overrides = ["weighting.use=p.new", "weighting.options.beta=2"]
 
-    recipe = load_recipe(path, overrides=overrides[::-1] if swap else overrides).recipe
+    recipe = load_recipe(path, overrides=overrides[::-1] if swap else overrides)
 
     assert recipe.weighting == Selection(use="p.new", options={"beta": 2})
 
@@ -210,7 +211,7 @@ def test_a_key_that_a_later_layer_replaced_is_not_at_fault(write_recipe):
     write_recipe("train.steps = true", "low.toml")
     path = write_recipe("extends = ['low.toml']\ntrain.steps = 3" + SMALLEST.replace("    ", ""))
 
-    assert load_recipe(path).recipe.train.steps == 3
+    assert load_recipe(path).train.steps == 3
 
 
 # --------------------------------------------------------------------------- resolved recipes
@@ -309,4 +310,5 @@ def test_every_shipped_recipe_loads_with_and_without_every_preset(repository, mo
     assert {"ci", "local-light"} <= set(presets)
     for path in recipes:
         for preset in [None, *presets]:
-            assert load_recipe(path, preset=preset).files[0] == "configs/defaults.toml"
+            load_recipe(path, preset=preset)
+            assert read_document(path, preset=preset).files[0] == "configs/defaults.toml"

@@ -97,7 +97,7 @@ def writer_of(folder: Path, *, overrides: Sequence[str]) -> Writer:
         WmtpError: See `plan_of`.
     """
     if is_export(folder):
-        recipe = load_recipe(folder / RECIPE, overrides=[*_of_the_export(folder), *overrides]).recipe
+        recipe = load_recipe(folder / RECIPE, overrides=[*_of_the_export(folder), *overrides])
         return Writer(recipe=recipe, load=partial(_load_export, folder, recipe))
     plan = plan_of(folder, overrides=overrides)
 

@@ -25,7 +25,7 @@ from weighted_mtp_core.plugins.loading import (
     load,
     resolve,
 )
-from weighted_mtp_core.recipe.lines import KeyPath
+from weighted_mtp_core.recipe.line_numbers import KeyPath
 from weighted_mtp_core.recipe.structure import Fault, plain, structure
 
 

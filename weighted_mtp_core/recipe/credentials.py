@@ -1,4 +1,4 @@
-"""Recipes are logged, uploaded and shared: no secrets in them. Those come from the environment or `.env`."""
+"""Refuse credentials in recipes, which are logged and shared: they belong in the environment or `.env`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from weighted_mtp_core.recipe.describe import shown
-from weighted_mtp_core.recipe.lines import KeyPath
+from weighted_mtp_core.recipe.line_numbers import KeyPath
 from weighted_mtp_core.recipe.structure import Fault
 
 _USER_AND_PASSWORD = re.compile(r"://[^/\s:@]*:[^/\s]*@")
@@ -18,7 +18,7 @@ _HINT = (
 
 
 def credential_faults(value: Any, *, at: KeyPath = ()) -> list[Fault]:
-    """Find `scheme://user:password@host` in a table, whatever the key; the faults do not show it."""
+    """Find every `scheme://user:password@host` below `value`; the faults do not show the password."""
     if isinstance(value, Mapping):
         return [fault for key, item in value.items() for fault in credential_faults(item, at=(*at, key))]
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Read a recipe file into a `Recipe`, and write a resolved recipe back. Loads no plugin."""
+"""Read a recipe file into a `Recipe`, and write a resolved recipe. No plugin is loaded."""
 
 from __future__ import annotations
 
@@ -6,44 +6,31 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tomli_w
-from attrs import frozen
 
 from weighted_mtp_core.recipe.credentials import credential_faults
-from weighted_mtp_core.recipe.layers import Document, read_document
+from weighted_mtp_core.recipe.document import Document
+from weighted_mtp_core.recipe.layers import read_document
 from weighted_mtp_core.recipe.schema import Recipe
 from weighted_mtp_core.recipe.structure import Fault, plain, structure
 
 
-@frozen(kw_only=True)
-class LoadedRecipe:
-    """A recipe and where its keys were written.
+def load_recipe(path: Path, *, preset: str | None = None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe with the files that it extends, the preset and the `--set` overrides on top.
 
-    Attributes:
-        recipe: The tables; options of components are still as they were written.
-        files: Every file read, lowest layer first.
-        document: Finds the file and line of a key, for faults that only a component's options class can see.
-    """
-
-    recipe: Recipe
-    files: tuple[str, ...]
-    document: Document
-
-
-def load_recipe(path: Path, *, preset: str | None = None, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """Read a recipe with all that it extends, the preset and the `--set` overrides on top.
+    The options of components stay as written: only `make_plan` loads the plugins that check them.
 
     Raises:
-        WmtpError: Lists every fault with file, line, key, what was expected and the nearest valid name.
+        WmtpError: Lists every fault with file, line, key, expected value and the nearest valid name.
     """
     document = read_document(path, preset=preset, overrides=overrides)
-    recipe, faults = read_tables(document)
+    recipe, faults = structure_recipe(document)
     if recipe is None:
         raise document.error(faults)
-    return LoadedRecipe(recipe=recipe, files=tuple(document.files), document=document)
+    return recipe
 
 
-def read_tables(document: Document) -> tuple[Recipe | None, list[Fault]]:
-    """Structure a document; the recipe, or everything that is wrong with what core knows of it."""
+def structure_recipe(document: Document) -> tuple[Recipe | None, list[Fault]]:
+    """Return the recipe, or None and every fault that can be found without plugins."""
     recipe, faults = structure(Recipe, document.table)
     faults += credential_faults(document.table)
     return (None if faults else recipe), faults

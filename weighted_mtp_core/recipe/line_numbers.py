@@ -1,6 +1,6 @@
-"""Where in a TOML file each key stands. tomli tells values but no positions; a message needs the line.
+"""The line of every key of a TOML file. tomli gives values without positions; error messages need the line.
 
-`find_lines` reads text that tomli has accepted already, so it only has to know where things end.
+`find_lines` reads text that tomli has already accepted, so it only has to find where each token ends.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ KeyPath = tuple[str | int, ...]
 _BLANK = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
 _SPACE = re.compile(r"[ \t]*")
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_OPENING, _CLOSING = re.compile(r"\[{1,2}"), re.compile(r"\]{1,2}")
 _STRING = re.compile(
-    r'"""(?:[^\\]|\\.)*?""""{0,2}'  # up to two quotes may stand right before the closing three
+    r'"""(?:[^\\]|\\.)*?""""{0,2}'  # up to two quotes may precede the closing three
     r"|'''.*?''''{0,2}"
     r'|"(?:[^"\\\n]|\\.)*"'
     r"|'[^'\n]*'",
@@ -36,45 +37,44 @@ def find_lines(text: str) -> Mapping[KeyPath, int]:
 
 @define
 class _Scanner:
+    """A cursor (`at`) that moves through the text and notes the line of each key that it passes."""
+
     text: str
     at: int = 0
     lines: dict[KeyPath, int] = field(factory=dict)
-    _array_tables: dict[KeyPath, int] = field(factory=dict)  # `[[path]]` -> index of its last element
+    _last_index: dict[KeyPath, int] = field(factory=dict)  # of the array that `[[path]]` extends
 
     def document(self) -> None:
         table: KeyPath = ()
-        self._skip(_BLANK)
+        self._take(_BLANK)
         while self.at < len(self.text):
-            if self.text.startswith("[[", self.at):
-                table = self._header(brackets=2)
-            elif self.text[self.at] == "[":
-                table = self._header(brackets=1)
+            if self.text[self.at] == "[":
+                table = self._header()
             else:
                 self._pair(table)
-            self._skip(_BLANK)
+            self._take(_BLANK)
 
-    def _header(self, *, brackets: int) -> KeyPath:
+    def _header(self) -> KeyPath:
+        """Read `[a.b]` or `[[a.b]]` and return the path of the table that it opens."""
         line = self._line()
-        self.at += brackets
+        brackets = self._take(_OPENING)
         *parents, last = self._key()
-        self.at += brackets
+        self._take(_CLOSING)
         table: KeyPath = ()
         for name in parents:
             table = self._last_element((*table, name))
             self.lines.setdefault(table, line)
         table = (*table, last)
-        if brackets == 1:
-            table = self._last_element(table)
-        else:
+        if brackets == "[[":
             self.lines.setdefault(table, line)
-            self._array_tables[table] = self._array_tables.get(table, -1) + 1
-            table = self._last_element(table)
+            self._last_index[table] = self._last_index.get(table, -1) + 1
+        table = self._last_element(table)
         self.lines[table] = line
         return table
 
     def _last_element(self, path: KeyPath) -> KeyPath:
-        """`[tracker.options]` after `[[tracker]]` means the last tracker."""
-        return (*path, self._array_tables[path]) if path in self._array_tables else path
+        """Return `path`, or its last element if it is an array: `[tracker.options]` is the last tracker's."""
+        return (*path, self._last_index[path]) if path in self._last_index else path
 
     def _pair(self, table: KeyPath) -> None:
         line = self._line()
@@ -83,19 +83,19 @@ class _Scanner:
             path = (*path, name)
             self.lines.setdefault(path, line)
         self.at += 1  # the equals sign
-        self._skip(_SPACE)
+        self._take(_SPACE)
         self._value(path)
 
     def _key(self) -> list[str]:
         """Read `a."b c".d` and the blanks around it."""
         names = []
         while True:
-            self._skip(_SPACE)
+            self._take(_SPACE)
             if self.text[self.at] in "\"'":
                 names.append(str(tomli.loads(f"key = {self._take(_STRING)}")["key"]))
             else:
                 names.append(self._take(_BARE_KEY))
-            self._skip(_SPACE)
+            self._take(_SPACE)
             if self.text[self.at] != ".":
                 return names
             self.at += 1
@@ -107,7 +107,7 @@ class _Scanner:
         elif opening == "{":
             self._inline_table(path)
         else:
-            self._skip(_STRING if opening in "\"'" else _SCALAR)
+            self._take(_STRING if opening in "\"'" else _SCALAR)
 
     def _array(self, path: KeyPath) -> None:
         self.at += 1
@@ -125,25 +125,19 @@ class _Scanner:
         self.at += 1
 
     def _closes(self, bracket: str) -> bool:
-        """Skip blanks and a comma; tell whether the array or inline table ends here."""
-        self._skip(_BLANK)
+        """Skip blanks and a comma; return whether the array or inline table ends here."""
+        self._take(_BLANK)
         if self.text[self.at] == ",":
             self.at += 1
-            self._skip(_BLANK)
+            self._take(_BLANK)
         return self.text[self.at] == bracket
 
     def _line(self) -> int:
         return self.text.count("\n", 0, self.at) + 1
 
     def _take(self, pattern: re.Pattern[str]) -> str:
-        start = self.at
-        self._skip(pattern)
-        return self.text[start : self.at]
-
-    def _skip(self, pattern: re.Pattern[str]) -> None:
+        """Move behind the match at the cursor and return it."""
         match = pattern.match(self.text, self.at)
-        if match is None:  # cannot happen in text that tomli accepts
-            raise ValueError(
-                f"line {self._line()}: cannot read TOML at {self.text[self.at : self.at + 20]!r}"
-            )
+        assert match is not None, f"line {self._line()}: tomli accepts this text"
         self.at = match.end()
+        return match[0]
