@@ -7,7 +7,7 @@ from typing import Any
 
 from weighted_mtp_core.api import Component, DataSource, Tracker, hookimpl
 from weighted_mtp_core.builtin.jsonl import JsonlOptions, build_jsonl
-from weighted_mtp_core.builtin.mlflow import MlflowOptions, build_mlflow
+from weighted_mtp_core.builtin.mlflow import MlflowOptions, build_mlflow, examine_mlflow
 
 
 @hookimpl
@@ -29,4 +29,5 @@ def wmtp_trackers() -> Iterable[Component[Any, Tracker]]:
         summary="An MLflow server, or a store of its own below the storage root.",
         options=MlflowOptions,
         build=build_mlflow,
+        examine=examine_mlflow,
     )

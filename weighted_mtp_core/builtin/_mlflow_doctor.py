@@ -11,8 +11,8 @@ from email.utils import parsedate_to_datetime
 import requests
 from mlflow import MlflowClient
 
+from weighted_mtp_core.api import Finding
 from weighted_mtp_core.builtin._mlflow_errors import diagnose
-from weighted_mtp_core.doctor import Finding
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.storage import s3
 

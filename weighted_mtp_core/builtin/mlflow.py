@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from attrs import Attribute, field, frozen
 from attrs import validators as v
 
-from weighted_mtp_core.api import BuildContext, Tracker
+from weighted_mtp_core.api import BuildContext, Finding, Tracker
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.redaction import redact
 from weighted_mtp_core.tracking.environment import use_dotenv
@@ -77,6 +78,39 @@ def build_mlflow(options: MlflowOptions, context: BuildContext) -> Tracker:
     from weighted_mtp_core.builtin._mlflow_tracker import MlflowTracker  # reads some of them when imported
 
     return MlflowTracker(uri=uri, artifact_root=options.artifact_root, keep_local=options.keep_local)
+
+
+def examine_mlflow(options: MlflowOptions, storage: Path) -> Iterator[Finding]:
+    """Try the store or server that a run would use: login, database, clock, and a file in and out."""
+    if not options.enabled:
+        yield Finding(mark="warning", name="tracking", text="is switched off (`enabled = false`)")
+        return
+    uri = options.tracking_uri or os.environ.get(URI_VARIABLE) or embedded_uri(storage)
+    try:
+        check_uri(uri)
+    except WmtpError as error:
+        yield Finding(mark="FAILED", name="tracking", text=str(error), hint=error.hint)
+        return
+    path = local_path(uri)
+    if path is not None:
+        yield _examine_local_store(uri, path)
+        return
+    from weighted_mtp_core.builtin._mlflow_doctor import examine_artifacts, examine_server
+
+    server = examine_server(uri)
+    yield from server
+    if any(finding.mark == "FAILED" for finding in server):
+        return
+    yield from examine_artifacts(uri, options.artifact_root)
+
+
+def _examine_local_store(uri: str, path: Path) -> Finding:
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        return Finding(mark="FAILED", name="tracking", text=f"the store `{uri}` cannot be written")
+    return Finding(mark="ok", name="tracking", text=f"the store `{uri}`")
 
 
 def embedded_uri(storage: Path) -> str:

@@ -1,23 +1,42 @@
-"""`doctor`: the operations checklist, tried for real."""
+"""`doctor`: the operations checklist, tried for real, one line each. Never shows a secret."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import attrs
+
+from weighted_mtp_core.api import Finding
+from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.exit_codes import EXIT_DONE, EXIT_RUN_FAILED
+from weighted_mtp_core.messages import reason
+from weighted_mtp_core.plan import Plan, make_plan
+from weighted_mtp_core.plugins.loading import AnyComponent, LoadedPlugin, find, load
+from weighted_mtp_core.plugins.selection import SelectedComponent
 from weighted_mtp_core.redaction import redact
 
+if TYPE_CHECKING:
+    from weighted_mtp_core.tracking.environment import DotEnv
+
 _DESCRIPTION = """\
-Try everything that a run needs on this machine: .env, plugins, disk, device, sandbox, the tracking
-server and its login, the artifact store, the clock. Shows no secret. Exit code 1 if something is
-missing that a run needs."""
+Try everything that a run needs on this machine: .env, plugins, disk, device, and what the components in use
+need, such as a sandbox, the tracking server and its login, the artifact store, the clock. Without a recipe,
+the components of all installed plugins are tried, with their default options. Shows no secret. Exit code 1
+if something is missing that a run needs."""
 _EPILOG = """\
 examples:
-  doctor                               with the tracker that is configured
-  doctor configs/my_recipe.toml        with the trackers of a recipe"""
+  doctor                               everything that is installed
+  doctor configs/my_recipe.toml        the components of a recipe, with its options"""
 _TICKS = {"ok": "✓", "warning": "!", "FAILED": "✗"}
+
+_LOGIN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+_S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+_LITTLE_DISK, _LEAST_DISK = 10e9, 1e9  # bytes: a checkpoint of a small model fits into the latter
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -31,26 +50,105 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """Print the checklist."""
-    from weighted_mtp_core.builtin.mlflow import MlflowOptions
-    from weighted_mtp_core.doctor import examine
-    from weighted_mtp_core.plan import make_plan
-
-    storage, every = Path("storage"), [MlflowOptions()]
-    if args.recipe is not None:
-        plan = make_plan(args.recipe)
-        storage = Path(plan.recipe.run.storage)
-        every = [each.options for each in plan.trackers if isinstance(each.options, MlflowOptions)]
     code = EXIT_DONE
     seen = set()
-    for options in every or [MlflowOptions(enabled=False)]:
-        for finding in examine(options, storage):
-            if finding in seen:
-                continue
-            seen.add(finding)
-            line = f"{_TICKS[finding.mark]} {finding.mark:<7} {finding.name}: {finding.text}"
-            print(redact(line), flush=True)
-            if finding.hint:
-                print(redact(f"          hint: {finding.hint}"))
-            if finding.mark == "FAILED":
-                code = EXIT_RUN_FAILED
+    for finding in _examine(None if args.recipe is None else make_plan(args.recipe)):
+        if finding in seen:
+            continue
+        seen.add(finding)
+        line = f"{_TICKS[finding.mark]} {finding.mark:<7} {finding.name}: {finding.text}"
+        print(redact(line), flush=True)
+        if finding.hint:
+            print(redact(f"          hint: {finding.hint}"))
+        if finding.mark == "FAILED":
+            code = EXIT_RUN_FAILED
     return code
+
+
+def _examine(plan: Plan | None) -> Iterator[Finding]:
+    """Yield the findings for a plan, or for everything that is installed."""
+    from weighted_mtp_core.tracking.environment import load_dotenv
+
+    storage = Path("storage" if plan is None else plan.recipe.run.storage)
+    yield from _environment(load_dotenv())
+    loaded: list[LoadedPlugin] = []
+    yield from _plugins(loaded)
+    yield _disk(storage)
+    yield _device()
+    for component, options in _of_installed(loaded) if plan is None else _of_plan(plan):
+        if component.examine is None:
+            continue
+        try:
+            yield from component.examine(options, storage)
+        except Exception as error:  # noqa: BLE001 - whatever it is becomes a line of the checklist
+            yield Finding(mark="FAILED", name=component.name, text=reason(error))
+    if plan is not None and not plan.trackers:
+        yield Finding(mark="warning", name="tracking", text="the recipe names no tracker")
+
+
+def _environment(found: DotEnv | None) -> Iterator[Finding]:
+    if found is None:
+        yield Finding(mark="ok", name=".env", text="none; only the environment is read")
+    else:
+        taken = ", ".join(found.taken) or "nothing that the environment does not set"
+        yield Finding(mark="ok", name=".env", text=f"gives {taken}")
+        if found.ignored:
+            yield Finding(mark="warning", name=".env", text=f"is not read for {', '.join(found.ignored)}")
+        if found.exposed:
+            yield Finding(
+                mark="warning", name=".env", text="can be read by others", hint=f"chmod 600 {found.path}"
+            )
+    for names in (_LOGIN, _S3_KEYS):
+        given = [name for name in names if os.environ.get(name)]
+        if len(given) == 1:
+            lacking = next(name for name in names if name not in given)
+            yield Finding(mark="FAILED", name="environment", text=f"{given[0]} is set, but {lacking} is not")
+
+
+def _plugins(loaded: list[LoadedPlugin]) -> Iterator[Finding]:
+    """Load every installed plugin and yield a finding for each; those that can be used go to `loaded`."""
+    found = find()
+    for name, plugin in found.items():
+        try:
+            loaded += load(found, [name]).values()
+        except WmtpError as error:
+            yield Finding(mark="warning", name="plugin", text=str(error), hint=error.hint)
+        else:
+            yield Finding(mark="ok", name="plugin", text=f"{name} ({plugin.distribution} {plugin.version})")
+
+
+def _disk(storage: Path) -> Finding:
+    folder = storage.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if not os.access(folder, os.W_OK):
+        return Finding(mark="FAILED", name="storage", text=f"`{folder}` cannot be written")
+    mark: Literal["ok", "warning", "FAILED"] = (
+        "FAILED" if free < _LEAST_DISK else "warning" if free < _LITTLE_DISK else "ok"
+    )
+    return Finding(mark=mark, name="disk", text=f"{free / 1e9:.0f} GB free at `{folder}`")
+
+
+def _device() -> Finding:
+    from weighted_mtp_core.runtime.device import resolve_device, resolve_dtype
+
+    device = resolve_device("auto")
+    return Finding(mark="ok", name="device", text=f"{device}, {resolve_dtype('auto', device)}")
+
+
+def _of_plan(plan: Plan) -> Iterator[tuple[AnyComponent, Any]]:
+    """Yield the components of a plan, the parts that they wrap included, with their options."""
+    waiting: list[SelectedComponent | None] = [plan.data, plan.critic, plan.weighting, *plan.trackers]
+    while waiting:
+        if selected := waiting.pop(0):
+            yield selected.component, selected.options
+            waiting += [part.chosen for part in selected.parts]
+
+
+def _of_installed(loaded: list[LoadedPlugin]) -> Iterator[tuple[AnyComponent, Any]]:
+    """Yield the components that need no option, with their default options."""
+    for plugin in loaded:
+        for component in (each for by_name in plugin.components.values() for each in by_name.values()):
+            if all(each.default is not attrs.NOTHING for each in attrs.fields(component.options)):
+                yield component, component.options()

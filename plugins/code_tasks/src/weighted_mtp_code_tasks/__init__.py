@@ -12,6 +12,7 @@ from weighted_mtp_code_tasks.gsm8k import Gsm8kOptions, build_gsm8k
 from weighted_mtp_code_tasks.humaneval import HumanEvalOptions, build_humaneval
 from weighted_mtp_code_tasks.mbpp import MbppOptions, build_mbpp
 from weighted_mtp_code_tasks.micro_code import MicroCodeOptions, build_micro_code
+from weighted_mtp_code_tasks.sandbox.examine import examine_sandbox
 
 
 @hookimpl
@@ -22,6 +23,7 @@ def wmtp_data_sources() -> Iterable[Component[Any, DataSource]]:
         summary="Contest programs in Python 3 that read stdin, right and wrong, labelled by running them.",
         options=CodeContestsOptions,
         build=build_code_contests,
+        examine=examine_sandbox,
     )
     yield Component(
         name="gsm8k",
@@ -34,16 +36,19 @@ def wmtp_data_sources() -> Iterable[Component[Any, DataSource]]:
         summary="HumanEval's 164 problems; solutions and broken variants, labelled by running them.",
         options=HumanEvalOptions,
         build=build_humaneval,
+        examine=examine_sandbox,
     )
     yield Component(
         name="mbpp",
         summary="MBPP's 964 problems; solutions, broken variants, model samples, labelled by running them.",
         options=MbppOptions,
         build=build_mbpp,
+        examine=examine_sandbox,
     )
     yield Component(
         name="micro_code",
         summary="Small Python functions made by a grammar; right and broken ones, labelled by running them.",
         options=MicroCodeOptions,
         build=build_micro_code,
+        examine=examine_sandbox,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import selectors
 import subprocess
 import tempfile
@@ -59,7 +58,7 @@ class Sandbox:
 
     def __enter__(self) -> Self:
         try:
-            for _ in range(self._settings.workers or len(os.sched_getaffinity(0))):
+            for _ in range(self._settings.worker_count()):
                 self._workers.append(_Worker(self._backend, self._settings))
             for worker in self._workers:
                 worker.wait_until_ready()

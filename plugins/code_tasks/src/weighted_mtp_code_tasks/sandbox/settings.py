@@ -1,23 +1,39 @@
-"""Where untrusted programs run, and what one program may use."""
+"""The options `sandbox` of the data sources that run programs."""
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 from attrs import field, frozen
 from attrs import validators as v
+from weighted_mtp_core.api import SAME_RESULT
 
 
 @frozen(kw_only=True)
 class SandboxSettings:
     """`[data.options.sandbox]`: where untrusted programs run, and what one program may use.
 
-    `backend = "auto"` takes the first of bubblewrap and landlock that works and refuses where neither does;
-    `"trusted"` runs programs without a sandbox, for data whose every program you trust.
+    Attributes:
+        backend: `auto` is the first of bubblewrap and landlock that works; where neither does, judging is
+            refused. `trusted` runs programs without a sandbox, for data that contain only trusted programs.
+        cpu_seconds: CPU time of a program.
+        wall_seconds: Time until a program must have answered; the backstop for programs that sleep.
+        memory_mb: Address space of a program, in MiB.
+        workers: Programs that run at the same time; 0 means OMP_NUM_THREADS if it is set, else one a core.
     """
 
     backend: Literal["auto", "bubblewrap", "landlock", "trusted"] = "auto"
     cpu_seconds: float = field(default=5.0, validator=v.gt(0))
     wall_seconds: float = field(default=30.0, validator=v.gt(0))
     memory_mb: int = field(default=512, validator=v.ge(64))
-    workers: int = field(default=0, validator=v.ge(0))  # 0: one a core
+    workers: int = field(default=0, validator=v.ge(0), metadata=SAME_RESULT)
+
+    def worker_count(self) -> int:
+        """Return how many programs run at the same time on this machine.
+
+        OMP_NUM_THREADS is what a process may use of a machine that it shares, as the runs of `compare` do.
+        """
+        given = os.environ.get("OMP_NUM_THREADS", "")
+        threads = int(given) if given.isdecimal() else 0
+        return self.workers or threads or len(os.sched_getaffinity(0))
