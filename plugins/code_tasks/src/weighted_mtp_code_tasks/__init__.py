@@ -1,4 +1,4 @@
-"""Plugin `code_tasks`: data sources of programs, and of numbers, that are judged by running or reading them."""
+"""Plugin `code_tasks`: data sources of programs and of numbers, judged by running or reading them."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class CodeContestsOptions:
     solutions: int = field(default=4, validator=v.ge(1))
     incorrect: int = field(default=4, validator=v.ge(0))
     incorrect_fraction: float = field(default=0.0, validator=[v.ge(0), v.lt(1)])
-    sandbox: SandboxSettings = SandboxSettings()
+    sandbox: SandboxSettings = field(factory=SandboxSettings)
 
 
 def build_code_contests(options: CodeContestsOptions, context: BuildContext) -> DataSource:

@@ -14,7 +14,7 @@ from weighted_mtp_core.api import BuildContext, DataSource, WmtpError
 
 @frozen(kw_only=True)
 class Gsm8kOptions:
-    """`[data.options]` of `code_tasks.gsm8k`: `train` and `test`, or `path`; fetched from the hub if none is given.
+    """`[data.options]` of `code_tasks.gsm8k`: `train` and `test`, or `path`, or none to fetch them from the hub.
 
     A file holds the public records (`question`, `answer`) or those with solutions of models (`question`,
     `ground_truth`, `solutions`), whose correctness is judged here.

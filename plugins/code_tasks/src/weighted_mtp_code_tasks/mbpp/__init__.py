@@ -32,7 +32,7 @@ class MbppOptions:
     mutants: int = field(default=3, validator=v.ge(0))
     incorrect_fraction: float = field(default=0.0, validator=[v.ge(0), v.lt(1)])
     seed: int = field(default=0, validator=v.ge(0))
-    sandbox: SandboxSettings = SandboxSettings()
+    sandbox: SandboxSettings = field(factory=SandboxSettings)
 
 
 def build_mbpp(options: MbppOptions, context: BuildContext) -> DataSource:

@@ -34,7 +34,7 @@ class MicroCodeOptions:
     mutants: int = field(default=1, validator=v.ge(0))
     incorrect_fraction: float = field(default=0.0, validator=[v.ge(0), v.lt(1)])
     seed: int = field(default=0, validator=v.ge(0))
-    sandbox: SandboxSettings = SandboxSettings()
+    sandbox: SandboxSettings = field(factory=SandboxSettings)
 
 
 def build_micro_code(options: MicroCodeOptions, context: BuildContext) -> DataSource:

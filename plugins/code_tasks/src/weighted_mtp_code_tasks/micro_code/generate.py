@@ -1,4 +1,4 @@
-"""Draw the problems of `code_tasks.micro_code`: distinct functions with tests, right bodies and broken ones."""
+"""Draw the problems of `code_tasks.micro_code`: distinct functions with tests, right and broken bodies."""
 
 from __future__ import annotations
 
