@@ -28,8 +28,8 @@ from weighted_mtp_core.data.arrays import ArrayWriter
 from weighted_mtp_core.data.steps import StepBatches, make_step_batches
 from weighted_mtp_core.data.tokens import open_tokens
 from weighted_mtp_core.recipe.schema import DataTable
-from weighted_mtp_core.storage.checked import verify_once
 from weighted_mtp_core.storage.manifest import atomic_folder
+from weighted_mtp_core.storage.verify_once import verify_once
 
 BATCH, LONGEST, SMALL_MIB, WHOLE_MIB = 8, 1024, 2, 2048
 READ = 4000  # batches: some 32 MiB of tokens, and pages of 4 KiB around each document

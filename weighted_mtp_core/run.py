@@ -28,12 +28,12 @@ from weighted_mtp_core.evaluation.evaluate import Evaluation, evaluate
 from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.plugins.selection import SelectedComponent
 from weighted_mtp_core.recipe.schema import CriticTable, TrainTable
-from weighted_mtp_core.report.measure import look_at_tokens
 from weighted_mtp_core.report.page import write_report
-from weighted_mtp_core.report.token_report import save_look
+from weighted_mtp_core.report.token_measures import measure_tokens
+from weighted_mtp_core.report.token_report import save_token_report
 from weighted_mtp_core.report.token_values import VALUES_FILE, table_of_values
 from weighted_mtp_core.runtime.distributed import Distributed, decoder_layers, shard
-from weighted_mtp_core.storage.manifest import atomic_write
+from weighted_mtp_core.storage.atomic import atomic_write
 from weighted_mtp_core.tracking.display import Display
 from weighted_mtp_core.tracking.rank_log import RankLog
 from weighted_mtp_core.tracking.recorder import Recorder, open_recorder
@@ -234,10 +234,10 @@ class _Stages:
         if not self.distributed.is_rank_zero and not self.plan.recipe.model.shard:
             return
         reliability = () if report is None else report.reliability
-        look = look_at_tokens(prepared, learner, critic=critic, reliability=reliability)
+        look = measure_tokens(prepared, learner, critic=critic, reliability=reliability)
         if self.distributed.is_rank_zero:
             folder = self.record.folder.path
-            self.record.artifact(save_look(look, folder), "")
+            self.record.artifact(save_token_report(look, folder), "")
             self.record.artifact(write_report(folder), "")
         if critic is not None and report is not None:
             self._table_values(prepared, learner, critic)

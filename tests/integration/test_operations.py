@@ -13,7 +13,7 @@ import yaml
 from recording import Stored
 from weighted_mtp_core.api import RunOutcome
 from weighted_mtp_core.redaction import SECRET_VARIABLES
-from weighted_mtp_core.tracking.environment import NAMES
+from weighted_mtp_core.tracking.dotenv import NAMES
 
 pytestmark = pytest.mark.slow
 

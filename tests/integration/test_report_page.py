@@ -2,7 +2,14 @@
 
 import pytest
 from weighted_mtp_core.report.page import write_report
-from weighted_mtp_core.report.token_report import Look, ProblemLook, Reliability, Solution, Token, save_look
+from weighted_mtp_core.report.token_report import (
+    ProblemTokens,
+    Reliability,
+    Solution,
+    Token,
+    TokenReport,
+    save_token_report,
+)
 from weighted_mtp_core.tracking.journal import Journal
 
 
@@ -44,10 +51,10 @@ WRONG = solution(
         (0.5, 0.1, -0.1, 0.1),
     ],
 )
-LOOK = Look(
+LOOK = TokenReport(
     step=20,
     rows=2,
-    problems=(ProblemLook(prompt="def add(a, b):\n", solutions=(RIGHT, WRONG)),),
+    problems=(ProblemTokens(prompt="def add(a, b):\n", solutions=(RIGHT, WRONG)),),
     reliability=(Reliability(count=9, value=0.2, reward=0.1, low=0.02, high=0.4),),
 )
 
@@ -65,7 +72,7 @@ def page(tmp_path, browser):
     critic = {f"critic_{name}": 0.7 for name in ("auc", "auc_low", "auc_high", "bce", "constant_bce")}
     journal.append("metrics", {"stage": "critic", "step": 10, "metrics": critic | {"critic_margin": 0.2}})
     journal.close()
-    save_look(LOOK, run)
+    save_token_report(LOOK, run)
     url = write_report(run).as_uri()
     browser.open(url)
     assert "small one" in browser.shown(("small one", "p1/wrong"), seconds=20)

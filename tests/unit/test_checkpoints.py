@@ -26,7 +26,8 @@ from weighted_mtp_core.checkpointing.snapshot import (
 )
 from weighted_mtp_core.errors import RunFailedError, WmtpError
 from weighted_mtp_core.recipe.schema import CheckpointTable
-from weighted_mtp_core.storage.manifest import atomic_write, write_manifest
+from weighted_mtp_core.storage.atomic import atomic_write
+from weighted_mtp_core.storage.manifest import write_manifest
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from weighted_mtp_core.cli import main
 from weighted_mtp_core.compare.arms import read_arms
 from weighted_mtp_core.compare.measures import default_metrics, read_measures
-from weighted_mtp_core.compare.runs import Job, Runner, find_finished, plan_jobs, share_machine
+from weighted_mtp_core.compare.runner import Job, Runner, find_finished, plan_jobs, share_machine
 from weighted_mtp_core.compare.table import Comparison
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.tracking.journal import Journal

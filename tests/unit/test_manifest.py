@@ -4,7 +4,8 @@ import os
 
 import pytest
 from weighted_mtp_core.api import WmtpError
-from weighted_mtp_core.storage.manifest import atomic_folder, atomic_write, verify_manifest, write_manifest
+from weighted_mtp_core.storage.atomic import atomic_write
+from weighted_mtp_core.storage.manifest import atomic_folder, verify_manifest, write_manifest
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.report.drawing import Series, line_chart, nice_ticks
 from weighted_mtp_core.report.page import write_report
-from weighted_mtp_core.report.run_history import read_story
+from weighted_mtp_core.report.run_history import read_history
 from weighted_mtp_core.tracking.journal import Journal
 
 RUN = {"run_id": "20261123-120000-abcdef", "name": "<arm> one", "experiment": "weighted_mtp/example"}
@@ -132,7 +132,7 @@ def test_a_run_that_died_is_called_unfinished(write_journal):
 def test_a_run_that_goes_on_after_its_end_is_not_finished(write_journal):
     run = write_journal(*WHOLE[:6], ("status", {"status": "KILLED"}), *WHOLE[6:8])
 
-    assert read_story(run).status is None
+    assert read_history(run).status is None
 
 
 def test_a_damaged_line_is_counted_and_left_out(write_journal):
@@ -141,7 +141,7 @@ def test_a_damaged_line_is_counted_and_left_out(write_journal):
     journal.write_bytes(journal.read_bytes().replace(b'"train_loss":2.25', b'"train_loss":9.25'))
 
     assert "left out: 1" in text(page(run))
-    assert read_story(run).points("policy", "train_loss") == [(20, 2.0)]
+    assert read_history(run).points("policy", "train_loss") == [(20, 2.0)]
 
 
 def test_a_folder_without_a_journal_is_refused(tmp_path):

@@ -12,9 +12,16 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.evaluation.finished_run import plan_of, prepare_finished
-from weighted_mtp_core.report.measure import changes, choose_problems, token_texts
 from weighted_mtp_core.report.shading import shade
-from weighted_mtp_core.report.token_report import Look, ProblemLook, Solution, Token, load_look, save_look
+from weighted_mtp_core.report.token_measures import changes, choose_problems, token_texts
+from weighted_mtp_core.report.token_report import (
+    ProblemTokens,
+    Solution,
+    Token,
+    TokenReport,
+    load_token_report,
+    save_token_report,
+)
 from weighted_mtp_core.report.token_values import mean_over_heads
 
 PLUGIN = """
@@ -75,7 +82,7 @@ def run(wmtp_tiny_run, install_plugin):
 
 
 def test_a_run_keeps_what_its_page_shows_of_tokens(run):
-    look = load_look(run)
+    look = load_token_report(run)
     prepared = prepare_finished(run, plan_of(run), log=lambda _: None)
 
     for problem in look.problems:
@@ -134,7 +141,7 @@ def test_a_weighting_that_refuses_other_batches_costs_the_page_its_weights_and_n
     install_plugin("shown", PLUGIN)
     run = wmtp_tiny_run({"weighting": {"use": "shown.own"}}).folder
 
-    assert {token.weight for token in load_look(run).problems[0].solutions[0].tokens} == {None}
+    assert {token.weight for token in load_token_report(run).problems[0].solutions[0].tokens} == {None}
     assert "step &lt;2&gt; was not recorded" in (run / "report.html").read_text()
     assert "WARNING: the page shows no weights" in (run / "logs" / "training.log").read_text()
 
@@ -227,10 +234,10 @@ def token(**known):
 
 
 def look_of(*tokens):
-    return Look(
+    return TokenReport(
         step=1,
         rows=1,
-        problems=(ProblemLook(prompt="p", solutions=(Solution(name="s", reward=1.0, tokens=tokens),)),),
+        problems=(ProblemTokens(prompt="p", solutions=(Solution(name="s", reward=1.0, tokens=tokens),)),),
     )
 
 
@@ -238,9 +245,9 @@ def test_what_is_saved_is_what_is_read(tmp_path):
     look = look_of(
         token(weight=None, loss_K=(None, 0.25)), token(value=0.5, change=-0.125, weight_K=(1.0, None))
     )
-    save_look(look, tmp_path)
+    save_token_report(look, tmp_path)
 
-    assert load_look(tmp_path) == look
+    assert load_token_report(tmp_path) == look
 
 
 def test_without_a_critic_there_is_no_switch_for_values():

@@ -34,7 +34,7 @@ def check_store(client: MlflowClient, run_id: str) -> None:
     """
     uri = client.get_run(run_id).info.artifact_uri
     if uri.startswith("s3://"):
-        s3.open_bucket(s3.S3Place.parse(uri).bucket)
+        s3.open_bucket(s3.S3Location.parse(uri).bucket)
     else:
         client.list_artifacts(run_id)  # asks a server that stores for us whether it can
 
@@ -53,7 +53,7 @@ def store(client: MlflowClient, run_id: str, path: Path, subdir: str, *, uri: st
     else:
         client.log_artifact(run_id, str(path), subdir or None)
     if root.startswith("s3://"):
-        place = s3.S3Place.parse(f"{root}/{subdir}")
+        place = s3.S3Location.parse(f"{root}/{subdir}")
         whole = s3.is_stored(s3.connect(), place.bucket, f"{place.prefix}{path.name}", path)
     else:
         listed = client.list_artifacts(run_id, subdir or None)

@@ -75,7 +75,7 @@ def examine_artifacts(uri: str, artifact_root: str | None) -> Iterator[Finding]:
 
 
 def _try_s3(root: str, name: str) -> None:
-    place = s3.S3Place.parse(root)
+    place = s3.S3Location.parse(root)
     client = s3.open_bucket(place.bucket)
     at = {"Bucket": place.bucket, "Key": place.prefix + name}
     client.put_object(**at, Body=_PROBE)

@@ -14,8 +14,8 @@ from attrs import validators as v
 from weighted_mtp_core.api import BuildContext, Finding, Tracker
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.redaction import redact
-from weighted_mtp_core.tracking.environment import use_dotenv
-from weighted_mtp_core.tracking.noop import Untracked
+from weighted_mtp_core.tracking.dotenv import use_dotenv
+from weighted_mtp_core.tracking.noop import NoopTracker
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 _CLIENT_SETTINGS = {
@@ -69,7 +69,7 @@ def build_mlflow(options: MlflowOptions, context: BuildContext) -> Tracker:
         WmtpError: The tracking URI cannot be used.
     """
     if not options.enabled:
-        return Untracked()
+        return NoopTracker()
     use_dotenv()
     uri = options.tracking_uri or os.environ.get(URI_VARIABLE) or embedded_uri(context.storage)
     check_uri(uri)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from weighted_mtp_core.api import Stateful
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed, full, laid_out
-from weighted_mtp_core.storage.manifest import atomic_write, verify_manifest, write_manifest
+from weighted_mtp_core.storage.atomic import atomic_write
+from weighted_mtp_core.storage.manifest import verify_manifest, write_manifest
 
 _TENSORS, _VALUES = "state.safetensors", "state.json"
 

@@ -11,8 +11,7 @@ from weighted_mtp_core.api import DatasetVersion
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
-from weighted_mtp_core.tracking.run_folder import RunFolder, is_held, read_run
-from weighted_mtp_core.tracking.sync import find_run
+from weighted_mtp_core.tracking.run_folder import RunFolder, find_run, is_held, read_run
 
 SAFE = (
     "checkpoint",

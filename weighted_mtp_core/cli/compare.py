@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weighted_mtp_core.compare.arms import Arm, read_arms
-from weighted_mtp_core.compare.runs import MOST_SEEDS, Outcome, Runner, plan_jobs, share_machine, visible_gpus
+from weighted_mtp_core.compare.runner import (
+    MOST_SEEDS,
+    Outcome,
+    Runner,
+    plan_jobs,
+    share_machine,
+    visible_gpus,
+)
 from weighted_mtp_core.errors import RunFailedError, WmtpError
 from weighted_mtp_core.exit_codes import EXIT_DONE, EXIT_RUN_FAILED
 from weighted_mtp_core.messages import did_you_mean, quoted
@@ -120,7 +127,7 @@ def _compare_recipes(args: argparse.Namespace) -> int:
             f"every run failed, the first with: {outcome.failures[0].reason}",
             hint=f"see {outcome.failures[0].log}",
         )
-    from weighted_mtp_core.compare.tracking import track
+    from weighted_mtp_core.compare.mlflow_record import track
 
     comparison, files = _write(
         _measure(arms, outcome),
@@ -134,8 +141,8 @@ def _compare_recipes(args: argparse.Namespace) -> int:
 
 
 def _compare_stored(args: argparse.Namespace) -> int:
-    from weighted_mtp_core.compare.stored import read_stored
-    from weighted_mtp_core.compare.tracking import record_comparison
+    from weighted_mtp_core.compare.mlflow_record import record_comparison
+    from weighted_mtp_core.compare.mlflow_runs import read_stored
 
     storage = Path("storage")
     stored = read_stored(
@@ -152,7 +159,7 @@ def _compare_stored(args: argparse.Namespace) -> int:
 
 
 def _digest(arms: Sequence[Arm], seeds: Sequence[int]) -> str:
-    from weighted_mtp_core.compare.tracking import digest
+    from weighted_mtp_core.compare.mlflow_record import digest
 
     return digest(arms, seeds)
 
@@ -209,7 +216,7 @@ def _write(
     from weighted_mtp_core.compare.measures import default_metrics
     from weighted_mtp_core.compare.plots import plot_curves
     from weighted_mtp_core.compare.table import Comparison
-    from weighted_mtp_core.storage.manifest import atomic_write
+    from weighted_mtp_core.storage.atomic import atomic_write
 
     everything = [run for by_seed in runs.values() for run in by_seed.values()]
     known = set.union(*(set(run.last) for run in everything))

@@ -102,7 +102,7 @@ def _measure(run: Path, plans: Sequence[Plan], *, split: Split, out: Path) -> di
 
     from weighted_mtp_core.evaluation.evaluate import best_trial, evaluate, try_temperatures
     from weighted_mtp_core.evaluation.finished_run import prepare_finished
-    from weighted_mtp_core.storage.manifest import atomic_write
+    from weighted_mtp_core.storage.atomic import atomic_write
     from weighted_mtp_core.tracking.display import Display
 
     _make_folder(out)

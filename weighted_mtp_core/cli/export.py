@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> int:
     """Write the directory and print its path."""
     from weighted_mtp_core.evaluation.finished_run import export_run
     from weighted_mtp_core.export.transformers import refuse_to_replace
-    from weighted_mtp_core.tracking.sync import find_run
+    from weighted_mtp_core.tracking.run_folder import find_run
 
     refuse_to_replace(args.to, force=args.force)
     export_run(find_run(args.runs, args.run), args.to, log=lambda text: print(text, file=sys.stderr))

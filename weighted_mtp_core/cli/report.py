@@ -30,7 +30,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> int:
     """Write the page."""
     from weighted_mtp_core.report.page import write_report
-    from weighted_mtp_core.tracking.sync import find_run
+    from weighted_mtp_core.tracking.run_folder import find_run
 
     print(write_report(find_run(args.runs, args.run)))
     return EXIT_DONE

@@ -98,7 +98,8 @@ def _sync(args: argparse.Namespace) -> int:
     if args.run is None or args.dry_run:
         return _upload(args)
     from weighted_mtp_core.api import RunOutcome
-    from weighted_mtp_core.tracking.sync import amend_run, find_run
+    from weighted_mtp_core.tracking.run_folder import find_run
+    from weighted_mtp_core.tracking.sync import amend_run
 
     run = find_run(args.runs, args.run)
     try:
@@ -115,8 +116,8 @@ def _upload(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    from weighted_mtp_core.storage.sync import plan_sync, upload
-    from weighted_mtp_core.tracking.environment import use_dotenv
+    from weighted_mtp_core.storage.s3_upload import plan_sync, upload
+    from weighted_mtp_core.tracking.dotenv import use_dotenv
 
     use_dotenv()
     plan = plan_sync(args.storage, args.to)

@@ -48,8 +48,8 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    from weighted_mtp_core.tracking.run_folder import find_runs
-    from weighted_mtp_core.tracking.sync import find_run, run_status
+    from weighted_mtp_core.tracking.run_folder import find_run, find_runs
+    from weighted_mtp_core.tracking.sync import run_status
 
     paths = [find_run(args.runs, args.run)] if args.run else list(find_runs(args.runs))
     rows = []
@@ -64,8 +64,8 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _sync(args: argparse.Namespace) -> int:
-    from weighted_mtp_core.tracking.run_folder import find_runs
-    from weighted_mtp_core.tracking.sync import DIED, find_run, run_status, sync_run
+    from weighted_mtp_core.tracking.run_folder import find_run, find_runs
+    from weighted_mtp_core.tracking.sync import DIED, run_status, sync_run
 
     paths = [find_run(args.runs, args.run)] if args.run else list(find_runs(args.runs))
     code = EXIT_DONE

@@ -67,7 +67,7 @@ def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
 def main(args: argparse.Namespace) -> int:
     """Judge and write the results."""
     from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
-    from weighted_mtp_core.storage.manifest import atomic_write
+    from weighted_mtp_core.storage.atomic import atomic_write
 
     if args.memory < 64:
         raise WmtpError(f"`--memory {args.memory}`: an interpreter needs at least 64 MB")

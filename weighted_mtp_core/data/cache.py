@@ -21,8 +21,8 @@ from weighted_mtp_core.data.tokens import TokenSet, open_tokens, tokenise
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.identifiers import check_path
 from weighted_mtp_core.plugins.selection import SelectedComponent
-from weighted_mtp_core.storage.checked import verify_once
 from weighted_mtp_core.storage.manifest import DERIVED, MANIFEST, atomic_folder
+from weighted_mtp_core.storage.verify_once import verify_once
 
 _FORMAT = 1  # raise it when the same examples and tokenizer would give other arrays
 

@@ -13,7 +13,7 @@ from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.generation.generate import Decoding, Sampled, sample_completions
 from weighted_mtp_core.metrics.pass_at_k import pass_at_k
 from weighted_mtp_core.recipe.schema import EvaluateTable
-from weighted_mtp_core.storage.manifest import atomic_write
+from weighted_mtp_core.storage.atomic import atomic_write
 from weighted_mtp_core.tracking.display import Display
 from weighted_mtp_core.training.policy_learner import head_quality
 from weighted_mtp_core.training.prepare import Prepared

@@ -20,8 +20,7 @@ from weighted_mtp_core.recipe.load import load_recipe
 from weighted_mtp_core.recipe.schema import Recipe
 from weighted_mtp_core.runtime.device import resolve_device
 from weighted_mtp_core.storage.manifest import sha256_of
-from weighted_mtp_core.tracking.run_folder import RunFolder, read_run
-from weighted_mtp_core.tracking.sync import find_run
+from weighted_mtp_core.tracking.run_folder import RunFolder, find_run, read_run
 from weighted_mtp_core.training.prepare import Prepared, prepare
 
 

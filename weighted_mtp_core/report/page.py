@@ -15,10 +15,10 @@ from markupsafe import Markup
 from weighted_mtp_core.report.charts import charts_of
 from weighted_mtp_core.report.drawing import bar_chart
 from weighted_mtp_core.report.reliability import reliability_chart
-from weighted_mtp_core.report.run_history import Story, read_story
+from weighted_mtp_core.report.run_history import RunHistory, read_history
 from weighted_mtp_core.report.shading import shade
-from weighted_mtp_core.report.token_report import Look, load_look
-from weighted_mtp_core.storage.manifest import atomic_write
+from weighted_mtp_core.report.token_report import TokenReport, load_token_report
+from weighted_mtp_core.storage.atomic import atomic_write
 
 FILE = "report.html"
 _FATES = {"FINISHED": "✓ finished", "FAILED": "✗ failed", "KILLED": "■ interrupted"}
@@ -30,7 +30,7 @@ def write_report(run: Path) -> Path:
     Raises:
         WmtpError: The folder holds no journal of a run.
     """
-    story = read_story(run)
+    story = read_history(run)
     environment = Environment(
         loader=PackageLoader("weighted_mtp_core.report"),
         autoescape=True,
@@ -41,7 +41,7 @@ def write_report(run: Path) -> Path:
     environment.filters["number"] = _number
     template = environment.get_template("report.html.j2")
     path = run / FILE
-    atomic_write(path, template.render(_contents(story, load_look(run))))
+    atomic_write(path, template.render(_contents(story, load_token_report(run))))
     return path
 
 
@@ -63,7 +63,7 @@ class _StageCharts:
     others: Sequence[Any]
 
 
-def _contents(story: Story, look: Look | None) -> dict[str, Any]:
+def _contents(story: RunHistory, look: TokenReport | None) -> dict[str, Any]:
     """Return what the template shows."""
     return {
         "name": story.run["name"],
@@ -87,13 +87,13 @@ def _contents(story: Story, look: Look | None) -> dict[str, Any]:
     }
 
 
-def _fate(story: Story) -> str:
+def _fate(story: RunHistory) -> str:
     if story.status is not None:
         return _FATES.get(story.status, story.status.lower())
     return "✓ evaluated" if "evaluate" in story.curves else "… not finished when this was written"
 
 
-def _figures(story: Story) -> list[tuple[str, str, str]]:
+def _figures(story: RunHistory) -> list[tuple[str, str, str]]:
     """Return the figures at the top: what it is, its value, what to compare it with."""
     figures = []
     for name, points in story.curves.get("evaluate", {}).items():
@@ -114,7 +114,7 @@ def _figures(story: Story) -> list[tuple[str, str, str]]:
     return figures
 
 
-def _facts(story: Story) -> list[tuple[str, str]]:
+def _facts(story: RunHistory) -> list[tuple[str, str]]:
     """Return the run's story in a few lines; what it does not have is left out."""
     tags, params = story.tags, story.params
     data = " ".join(
@@ -135,7 +135,7 @@ def _facts(story: Story) -> list[tuple[str, str]]:
     return [(name, value) for name, value in facts if value]
 
 
-def _stages(story: Story) -> list[_StageCharts]:
+def _stages(story: RunHistory) -> list[_StageCharts]:
     titles = {"policy": "Policy", "critic": "Critic"}
     stages = []
     for stage, title in titles.items():
@@ -145,7 +145,7 @@ def _stages(story: Story) -> list[_StageCharts]:
     return stages
 
 
-def _heads(story: Story) -> list[_Head]:
+def _heads(story: RunHistory) -> list[_Head]:
     """Return what is known of each head; `best` is at the step that head 1 was best at, which is kept."""
     validated = story.numbered("policy", "validation_ce_head_")
     kept: int | None = None
@@ -164,14 +164,14 @@ def _heads(story: Story) -> list[_Head]:
     ]
 
 
-def _acceptance(story: Story) -> Markup:
+def _acceptance(story: RunHistory) -> Markup:
     """Draw how often what each head drafted was kept."""
     drafts = story.numbered("evaluate", "acceptance_position_")
     bars = [(f"head {number}", points[-1][1]) for number, points in drafts]
     return bar_chart(bars, title="Drafts that were kept, by head") if bars else Markup()
 
 
-def _verdicts(story: Story) -> Markup:
+def _verdicts(story: RunHistory) -> Markup:
     """Draw how judging what the policy wrote ended."""
     shares = {
         name.removeprefix("verdict_").replace("_", " "): points[-1][1]
@@ -208,7 +208,7 @@ class _Measure:
     interval: tuple[float | None, float | None] | None = None
 
 
-def _critic(story: Story) -> list[_Measure]:
+def _critic(story: RunHistory) -> list[_Measure]:
     """Return the last measures of the critic beside those of its rivals; none without a critic."""
     interval = story.last("critic", "critic_auc_low"), story.last("critic", "critic_auc_high")
     rows = [

@@ -14,7 +14,7 @@ from weighted_mtp_core.tracking.run_folder import RunFolder
 
 
 @define(kw_only=True, eq=False)
-class Story:
+class RunHistory:
     """A run as its journal tells it.
 
     Attributes:
@@ -55,7 +55,7 @@ class Story:
         return sorted((int(number), metrics[name]) for number, name in named if number.isdecimal())
 
 
-def read_story(run: Path) -> Story:
+def read_history(run: Path) -> RunHistory:
     """Read a run folder's journal.
 
     Raises:
@@ -64,7 +64,7 @@ def read_story(run: Path) -> Story:
     path = RunFolder(path=run).journal
     if not path.is_file():
         raise WmtpError(f"`{run}` has no `{path.name}`", hint="name the folder of a run")
-    story = Story()
+    story = RunHistory()
     for entry in _whole(path, story):
         if not story.began_ms:
             story.began_ms = entry.time_ms
@@ -75,7 +75,7 @@ def read_story(run: Path) -> Story:
     return story
 
 
-def _whole(path: Path, story: Story) -> Iterator[Entry]:
+def _whole(path: Path, story: RunHistory) -> Iterator[Entry]:
     for entry in read_journal(path):
         if isinstance(entry, Damage):
             story.damaged += 1
@@ -83,7 +83,7 @@ def _whole(path: Path, story: Story) -> Iterator[Entry]:
             yield entry
 
 
-def _add(story: Story, kind: str, fields: Mapping[str, Any]) -> None:
+def _add(story: RunHistory, kind: str, fields: Mapping[str, Any]) -> None:
     if kind == "run":
         story.run.update(fields)
     elif kind == "params":

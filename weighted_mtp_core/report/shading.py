@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from attrs import frozen
 
-from weighted_mtp_core.report.token_report import Look, Solution, Token
+from weighted_mtp_core.report.token_report import Solution, Token, TokenReport
 
 _CLEAR = 0.2  # of the TD error that is shaded fully: below it a token is not marked as up or down
 
@@ -88,7 +88,7 @@ class _Scale:
         return min(max((size - self.bottom) / (self.top - self.bottom), 0.0), 1.0)
 
 
-def shade(look: Look) -> Shaded:
+def shade(look: TokenReport) -> Shaded:
     """Scale every quantity over all tokens that are shown, so that shades can be compared."""
     solutions = [solution for each in look.problems for solution in each.solutions]
     scales = list(_scales([token for each in solutions for token in each.tokens]))

@@ -8,7 +8,7 @@ from pathlib import Path
 import cattrs
 from attrs import frozen
 
-from weighted_mtp_core.storage.manifest import atomic_write
+from weighted_mtp_core.storage.atomic import atomic_write
 
 FILE = "report_tokens.json"
 
@@ -46,7 +46,7 @@ class Solution:
 
 
 @frozen(kw_only=True)
-class ProblemLook:
+class ProblemTokens:
     """A validation problem, with a right response before a wrong one where there are both."""
 
     prompt: str
@@ -65,7 +65,7 @@ class Reliability:
 
 
 @frozen(kw_only=True)
-class Look:
+class TokenReport:
     """Everything in the file.
 
     Attributes:
@@ -79,20 +79,20 @@ class Look:
     step: int
     rows: int
     unweighed: str = ""
-    problems: tuple[ProblemLook, ...]
+    problems: tuple[ProblemTokens, ...]
     reliability: tuple[Reliability, ...] = ()
 
 
-def save_look(look: Look, run: Path) -> Path:
+def save_token_report(look: TokenReport, run: Path) -> Path:
     """Write it into a run folder and return the file's path."""
     path = run / FILE
     atomic_write(path, json.dumps(cattrs.unstructure(look), ensure_ascii=False, separators=(",", ":")))
     return path
 
 
-def load_look(run: Path) -> Look | None:
+def load_token_report(run: Path) -> TokenReport | None:
     """Read it back; None if the run did not get that far."""
     path = run / FILE
     if not path.is_file():
         return None
-    return cattrs.structure(json.loads(path.read_text(encoding="utf-8")), Look)
+    return cattrs.structure(json.loads(path.read_text(encoding="utf-8")), TokenReport)

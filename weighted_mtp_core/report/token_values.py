@@ -20,7 +20,7 @@ from weighted_mtp_core.api.alignment import align_weights, gather_by_target
 from weighted_mtp_core.data.batches import split_rows
 from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.model.targets import align_labels, target_mask
-from weighted_mtp_core.report.measure import array, changes, plain, token_texts
+from weighted_mtp_core.report.token_measures import array, changes, plain, token_texts
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS
 from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.prepare import Prepared

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.storage.atomic import atomic_write, sync_to_disk
 
 MANIFEST = "manifest.json"
 DERIVED = "derived"
@@ -31,23 +31,6 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def atomic_write(path: Path, data: bytes | str) -> None:
-    """Write a file so that a reader, or a crash at any moment, finds old or new contents, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
-
-
 @contextmanager
 def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path`, with a manifest, if the block ends without an error.
@@ -61,7 +44,7 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         yield temporary
         for file in files_of(temporary):
             file.chmod(file.stat().st_mode | 0o444)  # safetensors writes for its owner alone
-            _sync(file)
+            sync_to_disk(file)
         write_manifest(temporary)
         temporary.chmod(0o755)
         if replace and path.exists():
@@ -72,7 +55,7 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
             except OSError:
                 if not (path / MANIFEST).is_file():
                     raise
-        _sync(path.parent)
+        sync_to_disk(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -149,12 +132,3 @@ def files_of(folder: Path) -> list[Path]:
         and file.relative_to(folder) != Path(MANIFEST)
         and file.relative_to(folder).parts[0] != DERIVED
     )
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's contents, or a folder's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -22,14 +22,14 @@ _CHUNK = 1024 * 1024
 
 
 @frozen
-class S3Place:
+class S3Location:
     """A bucket and a prefix in it, which is empty or ends in `/`."""
 
     bucket: str
     prefix: str
 
     @classmethod
-    def parse(cls, uri: str) -> S3Place:
+    def parse(cls, uri: str) -> S3Location:
         """Read `s3://bucket/prefix`.
 
         Raises:

@@ -17,7 +17,7 @@ _OVER = ("FINISHED", "FAILED", "KILLED")  # a run that died may be going on wher
 
 
 @define(eq=False)
-class Earlier:
+class Backfill:
     """A background thread that looks through the runs of one experiment, once.
 
     Attributes:

@@ -8,7 +8,7 @@ from pathlib import Path
 from weighted_mtp_core.api import MetricPoint, RunInfo, RunOutcome, Tracker
 
 
-class Untracked(Tracker):
+class NoopTracker(Tracker):
     """Takes everything and keeps nothing: what `enabled = false` asks for."""
 
     def start(self, run: RunInfo) -> None:

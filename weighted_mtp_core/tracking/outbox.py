@@ -17,7 +17,7 @@ from attrs import asdict, define, evolve, field, frozen
 from weighted_mtp_core.api import DatasetVersion, MetricPoint, RunInfo, RunOutcome, Tracker
 from weighted_mtp_core.errors import RunFailedError, WmtpError
 from weighted_mtp_core.redaction import redact
-from weighted_mtp_core.storage.manifest import atomic_write
+from weighted_mtp_core.storage.atomic import atomic_write
 from weighted_mtp_core.tracking.journal import Damage, Entry, read_journal
 
 BATCH = 1000

@@ -11,8 +11,8 @@ from attrs import define, field
 
 from weighted_mtp_core.api import DatasetVersion
 from weighted_mtp_core.redaction import redact, redact_log_records
-from weighted_mtp_core.tracking.log import RunLog
 from weighted_mtp_core.tracking.run_folder import RunFolder
+from weighted_mtp_core.tracking.run_log import RunLog
 
 
 @define(eq=False)

@@ -16,24 +16,23 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from attrs import asdict, define, field
 
-from weighted_mtp_core.api import BuildContext, DatasetVersion, RunInfo, RunOutcome, Tracker
+from weighted_mtp_core.api import DatasetVersion, RunInfo, RunOutcome, Tracker
 from weighted_mtp_core.errors import RunFailedError, Terminated
+from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.redaction import redact, redact_log_records
-from weighted_mtp_core.storage.manifest import atomic_write
-from weighted_mtp_core.tracking.delivery import Delivery
+from weighted_mtp_core.storage.atomic import atomic_write
+from weighted_mtp_core.tracking.backfill import Backfill
 from weighted_mtp_core.tracking.display import Display
 from weighted_mtp_core.tracking.journal import Damage, Journal, now_ms, plain_number, read_journal
-from weighted_mtp_core.tracking.log import RunLog
 from weighted_mtp_core.tracking.names import check_metric_name, check_path_name
+from weighted_mtp_core.tracking.retrying_uploader import RetryingUploader
 from weighted_mtp_core.tracking.run_folder import RunFolder, read_run
-
-if TYPE_CHECKING:
-    from weighted_mtp_core.plan import Plan
-    from weighted_mtp_core.tracking.backfill import Earlier
+from weighted_mtp_core.tracking.run_log import RunLog
+from weighted_mtp_core.tracking.trackers import build_trackers
 
 _SWITCH_S = 0.0005
 """How long a delivery keeps the interpreter from the thread that trains; Python's own 5 ms would be felt."""
@@ -54,11 +53,11 @@ class Recorder:
     _log: RunLog
     _trackers: Mapping[str, Tracker]
     _close_seconds: float
-    _deliveries: list[Delivery] = field(init=False, factory=list)
+    _deliveries: list[RetryingUploader] = field(init=False, factory=list)
     _last_step: dict[str, int] = field(init=False, factory=dict)
     _recorded_before: dict[str, int] = field(init=False, factory=dict)
     _lost_finite: set[str] = field(init=False, factory=set)
-    _earlier: Earlier | None = field(init=False, default=None)
+    _earlier: Backfill | None = field(init=False, default=None)
     _closed: bool = field(init=False, default=False)
     _restore_signal: Any = field(init=False, default=None)
     _switch_interval: float = field(init=False, factory=sys.getswitchinterval)
@@ -141,7 +140,7 @@ class Recorder:
         if self._trackers:
             sys.setswitchinterval(_SWITCH_S)
         for name, tracker in self._trackers.items():
-            delivery = Delivery.to(tracker, name, self.folder, log=self.log)
+            delivery = RetryingUploader.to(tracker, name, self.folder, log=self.log)
             delivery.start()
             self._deliveries.append(delivery)
 
@@ -237,9 +236,7 @@ class Recorder:
 
     def send_earlier(self, experiment: Path) -> None:
         """Send, in the background, what trackers of earlier runs in the experiment's folder did not get."""
-        from weighted_mtp_core.tracking.backfill import Earlier  # which knows how to plan a run
-
-        self._earlier = Earlier(experiment, self.folder.path, self.log)
+        self._earlier = Backfill(experiment, self.folder.path, self.log)
 
     # ------------------------------------------------------------------- the end
 
@@ -338,13 +335,6 @@ def open_recorder(plan: Plan, display: Display, *, resume: Path | None = None) -
     )
     recorder.send_earlier(plan.runs_folder / plan.experiment)
     return recorder
-
-
-def build_trackers(plan: Plan) -> dict[str, Tracker]:
-    """Build a plan's trackers, named `<number>-<address>`: the names that their deliveries keep."""
-    recipe = plan.recipe
-    context = BuildContext(seed=recipe.run.seed, storage=Path(recipe.run.storage))
-    return {f"{i}-{chosen.address}": chosen.build(context) for i, chosen in enumerate(plan.trackers)}
 
 
 def _outcome(error: BaseException | None) -> tuple[RunOutcome, str | None]:

@@ -15,7 +15,7 @@ from typing import Any
 from attrs import define, field
 
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.storage.manifest import atomic_write
+from weighted_mtp_core.storage.atomic import atomic_write
 from weighted_mtp_core.tracking.names import check_path_name
 
 _RUN_FILE = "run.json"
@@ -141,6 +141,27 @@ def is_held(path: Path) -> bool:
 def find_runs(runs: Path) -> Iterator[Path]:
     """Yield every run folder below `runs`, oldest first."""
     yield from sorted((file.parent for file in runs.rglob(_RUN_FILE)), key=lambda path: path.name)
+
+
+def find_run(runs: Path, text: str) -> Path:
+    """Return the run folder that a person means: a path, a run id, or a part of one that fits one run only.
+
+    Raises:
+        WmtpError: No run fits, or several do.
+    """
+    if (Path(text) / "run.json").is_file():
+        return Path(text).absolute()
+    found = [path for path in find_runs(runs) if text in path.name]
+    if len(found) == 1:
+        return found[0].absolute()
+    if found:
+        raise WmtpError(
+            f"`{text}` fits {len(found)} runs: {', '.join(f'`{path.name}`' for path in found[:5])}",
+            hint="name one of them",
+        )
+    raise WmtpError(
+        f"there is no run `{text}` in `{runs}`", hint="list them: python -m weighted_mtp_core track status"
+    )
 
 
 def _acquire(path: Path) -> int:

@@ -10,11 +10,11 @@ from attrs import frozen
 from weighted_mtp_core.api import RunOutcome
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.plan import make_plan
-from weighted_mtp_core.tracking.delivery import Delivery
 from weighted_mtp_core.tracking.journal import Journal
 from weighted_mtp_core.tracking.outbox import Pending, count_pending, last_entry
-from weighted_mtp_core.tracking.recorder import build_trackers
-from weighted_mtp_core.tracking.run_folder import RunFolder, find_runs, is_held, read_run
+from weighted_mtp_core.tracking.retrying_uploader import RetryingUploader
+from weighted_mtp_core.tracking.run_folder import RunFolder, is_held, read_run
+from weighted_mtp_core.tracking.trackers import build_trackers
 
 DIED = "DIED"
 """The status of a run whose process ended without a word: killed, or the machine went down."""
@@ -48,27 +48,6 @@ def run_status(path: Path) -> RunStatus:
     return RunStatus(path=path, status=status, pending=pending)
 
 
-def find_run(runs: Path, text: str) -> Path:
-    """Return the run folder that a person means: a path, a run id, or a part of one that fits one run only.
-
-    Raises:
-        WmtpError: No run fits, or several do.
-    """
-    if (Path(text) / "run.json").is_file():
-        return Path(text).absolute()
-    found = [path for path in find_runs(runs) if text in path.name]
-    if len(found) == 1:
-        return found[0].absolute()
-    if found:
-        raise WmtpError(
-            f"`{text}` fits {len(found)} runs: {', '.join(f'`{path.name}`' for path in found[:5])}",
-            hint="name one of them",
-        )
-    raise WmtpError(
-        f"there is no run `{text}` in `{runs}`", hint="list them: python -m weighted_mtp_core track status"
-    )
-
-
 def sync_run(path: Path, *, log: Callable[[str], None], limit_s: float) -> Mapping[str, Pending]:
     """Send what a run's trackers have not got, also what they refused before.
 
@@ -92,7 +71,7 @@ def sync_run(path: Path, *, log: Callable[[str], None], limit_s: float) -> Mappi
         for name, tracker in build_trackers(make_plan(folder.recipe)).items():
             if not count_pending(folder.journal, folder.delivery(name)):
                 continue
-            delivery = Delivery.to(tracker, name, folder, log=log)
+            delivery = RetryingUploader.to(tracker, name, folder, log=log)
             delivery.outbox.try_refused_again()
             delivery.start()
             left[name] = delivery.close(limit_s)

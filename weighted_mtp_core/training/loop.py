@@ -29,7 +29,7 @@ from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.recipe.schema import TrainTable
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed, clip_gradients
 from weighted_mtp_core.runtime.interrupts import StopRequest
-from weighted_mtp_core.storage.manifest import atomic_write
+from weighted_mtp_core.storage.atomic import atomic_write
 from weighted_mtp_core.training.nonfinite_steps import NonfiniteSteps
 
 

@@ -32,8 +32,8 @@ from weighted_mtp_core.data.batches import CollatedBatch, split_rows
 from weighted_mtp_core.data.steps import StepBatches
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.plugins.selection import SelectedComponent
-from weighted_mtp_core.storage.checked import verify_once
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder
+from weighted_mtp_core.storage.verify_once import verify_once
 
 _FORMAT = 2  # raise it when the same key would stand for other numbers
 _FIELDS = ("value_BT", "reference_loss_BT")

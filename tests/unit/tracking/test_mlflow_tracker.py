@@ -8,7 +8,7 @@ from textwrap import dedent
 import pytest
 from weighted_mtp_core.api import BuildContext, DatasetVersion, MetricPoint, RunInfo, RunOutcome, WmtpError
 from weighted_mtp_core.builtin.mlflow import MlflowOptions, build_mlflow
-from weighted_mtp_core.tracking.noop import Untracked
+from weighted_mtp_core.tracking.noop import NoopTracker
 
 EXPERIMENT = "weighted_mtp/flat"
 
@@ -251,7 +251,7 @@ def test_an_artifact_root_of_ones_own(storage, tmp_path):
 
 
 def test_disabled_means_untracked(storage):
-    assert isinstance(build(storage, enabled=False), Untracked)
+    assert isinstance(build(storage, enabled=False), NoopTracker)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from weighted_mtp_core.plan import make_plan
 from weighted_mtp_core.tracking import recorder
 from weighted_mtp_core.tracking import sync as module
 from weighted_mtp_core.tracking.display import Display
-from weighted_mtp_core.tracking.sync import DIED, find_run, run_status, sync_run
+from weighted_mtp_core.tracking.run_folder import find_run
+from weighted_mtp_core.tracking.sync import DIED, run_status, sync_run
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.storage.manifest import atomic_write, sha256_of
+from weighted_mtp_core.storage.atomic import atomic_write
+from weighted_mtp_core.storage.manifest import sha256_of
 
 
 def sha256_of_file(path: Path) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from weighted_mtp_core.api import MetricPoint, RunInfo, RunOutcome
 from weighted_mtp_core.builtin.mlflow import MlflowOptions
 from weighted_mtp_core.compare.arms import Arm
-from weighted_mtp_core.compare.runs import Job
+from weighted_mtp_core.compare.runner import Job
 from weighted_mtp_core.compare.table import EQUAL_TIME, Comparison
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.tracking.journal import Entry, now_ms, read_journal
@@ -48,7 +48,7 @@ def track(
         log: Tells the person.
     """
     from weighted_mtp_core.builtin._mlflow_tracker import MlflowTracker
-    from weighted_mtp_core.tracking.recorder import build_trackers
+    from weighted_mtp_core.tracking.trackers import build_trackers
 
     plan = arms[0].plan
     for tracker, chosen in zip(build_trackers(plan).values(), plan.trackers, strict=True):

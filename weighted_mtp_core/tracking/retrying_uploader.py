@@ -1,7 +1,7 @@
-"""Bring the journal to one tracker: `Outbox` sends the next lines, `Delivery` does it in the background.
+"""Upload a run's journal and files to one tracker in the background, and retry with back-off what fails.
 
 The journal file is the queue, so neither an outage nor a killed process loses anything, and memory does not
-grow. The position is kept beside the journal.
+grow. `outbox.py` keeps the position beside the journal.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BACK_OFF_S = (0.5, 1.0, 2.0, 3.0)  # the last one repeats: at most 3 s behind a
 
 
 @define(kw_only=True, eq=False)
-class Delivery:
+class RetryingUploader:
     """One background thread that empties one outbox; training never waits for it.
 
     Attributes:
@@ -44,7 +44,9 @@ class Delivery:
     _thread: threading.Thread | None = field(init=False, default=None)
 
     @classmethod
-    def to(cls, tracker: Tracker, name: str, folder: RunFolder, *, log: Callable[[str], None]) -> Delivery:
+    def to(
+        cls, tracker: Tracker, name: str, folder: RunFolder, *, log: Callable[[str], None]
+    ) -> RetryingUploader:
         """Return the delivery of a run folder to a tracker named `<number>-<address>`."""
         outbox = Outbox(
             tracker=tracker, folder=folder.path, journal=folder.journal, state=folder.delivery(name)

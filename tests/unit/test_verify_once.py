@@ -2,9 +2,9 @@
 
 import pytest
 from weighted_mtp_core.api import WmtpError
-from weighted_mtp_core.storage import checked
-from weighted_mtp_core.storage.checked import verify_once
+from weighted_mtp_core.storage import verify_once as module
 from weighted_mtp_core.storage.manifest import DERIVED, verify_manifest, write_manifest
+from weighted_mtp_core.storage.verify_once import verify_once
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def test_the_sum_is_that_of_the_manifest_each_time(folder):
 
 def test_an_untouched_folder_is_hashed_once(folder, monkeypatch):
     verify_once(folder)
-    monkeypatch.setattr(checked, "verify_manifest", None)
+    monkeypatch.setattr(module, "verify_manifest", None)
 
     assert verify_once(folder)
 

@@ -21,7 +21,7 @@ from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.model.loss import token_losses
 from weighted_mtp_core.model.targets import align_labels, target_mask
-from weighted_mtp_core.report.token_report import Look, ProblemLook, Reliability, Solution, Token
+from weighted_mtp_core.report.token_report import ProblemTokens, Reliability, Solution, Token, TokenReport
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS
 from weighted_mtp_core.training.critic_learner import ReliabilityBin
 from weighted_mtp_core.training.policy_learner import PolicyLearner
@@ -33,13 +33,13 @@ _LONGEST = 800  # tokens of a response on the page
 
 
 @torch.no_grad()
-def look_at_tokens(
+def measure_tokens(
     prepared: Prepared,
     learner: PolicyLearner,
     *,
     critic: Critic | None,
     reliability: Sequence[ReliabilityBin] = (),
-) -> Look:
+) -> TokenReport:
     """Weigh some validation responses as one batch, and measure the tokens of the first of them.
 
     Args:
@@ -64,9 +64,9 @@ def look_at_tokens(
             _Row.measure(prepared, part, weight, critic) for _ in numbers for part, weight in [next(rows)]
         ]
         solutions = tuple(each.solution(prepared.tokenizer) for each in seen)
-        shown.append(ProblemLook(prompt=seen[0].prompt(prepared.tokenizer), solutions=solutions))
+        shown.append(ProblemTokens(prompt=seen[0].prompt(prepared.tokenizer), solutions=solutions))
     prepared.policy.train()
-    return Look(
+    return TokenReport(
         step=learner.steps,
         rows=len(batch.ids_BT),
         unweighed=unweighed,

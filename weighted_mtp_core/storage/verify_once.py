@@ -10,7 +10,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from weighted_mtp_core.storage.manifest import MANIFEST, atomic_write, files_of, verify_manifest
+from weighted_mtp_core.storage.atomic import atomic_write
+from weighted_mtp_core.storage.manifest import MANIFEST, files_of, verify_manifest
 
 
 def verify_once(folder: Path) -> str:

@@ -5,8 +5,8 @@ import time
 
 import pytest
 from weighted_mtp_core.api import WmtpError
-from weighted_mtp_core.tracking import delivery as module
-from weighted_mtp_core.tracking.delivery import Delivery
+from weighted_mtp_core.tracking import retrying_uploader as module
+from weighted_mtp_core.tracking.retrying_uploader import RetryingUploader
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def said():
 def delivery(outbox, said, monkeypatch):
     monkeypatch.setattr(module, "_PAUSE_S", 0.02)
     monkeypatch.setattr(module, "_BACK_OFF_S", (0.01, 0.05))
-    delivery = Delivery(name="notebook", outbox=outbox, log=said.append)
+    delivery = RetryingUploader(name="notebook", outbox=outbox, log=said.append)
     yield delivery
     delivery.close(0)
 
@@ -124,7 +124,7 @@ def test_closing_gives_up_at_the_limit_and_says_what_is_pending(delivery, journa
 
 
 def test_several_that_are_away_share_the_limit(delivery, new_outbox, journal, notebook):
-    other = Delivery(name="other", outbox=new_outbox(notebook), log=print)
+    other = RetryingUploader(name="other", outbox=new_outbox(notebook), log=print)
     notebook.away = True
     for each in (delivery, other):
         each.start()

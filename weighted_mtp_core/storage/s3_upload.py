@@ -41,7 +41,7 @@ class UploadPlan:
         there: How many it has.
     """
 
-    place: s3.S3Place
+    place: s3.S3Location
     new: tuple[Item, ...]
     there: int
 
@@ -57,7 +57,7 @@ def plan_sync(storage: Path, to: str) -> UploadPlan:
     Raises:
         WmtpError: A file changed since its manifest was written, or the bucket cannot be used.
     """
-    place = s3.S3Place.parse(to)
+    place = s3.S3Location.parse(to)
     found = list(versions(storage))
     if not found:
         raise WmtpError(
@@ -122,7 +122,7 @@ def _upload(client: Any, bucket: str, item: Item) -> None:
         raise RunFailedError(f"`s3://{bucket}/{item.key}` has other bytes than `{item.path}`")
 
 
-def _items(version: Path, storage: Path, place: s3.S3Place) -> Iterator[Item]:
+def _items(version: Path, storage: Path, place: s3.S3Location) -> Iterator[Item]:
     verify_manifest(version)
     for path in [*files_of(version), version / MANIFEST]:
         key = place.prefix + path.relative_to(storage).as_posix()

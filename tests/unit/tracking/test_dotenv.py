@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from weighted_mtp_core.tracking.environment import NAMES, load_dotenv, use_dotenv
+from weighted_mtp_core.tracking.dotenv import NAMES, load_dotenv, use_dotenv
 
 
 @pytest.fixture

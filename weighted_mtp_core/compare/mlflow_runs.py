@@ -16,7 +16,7 @@ from weighted_mtp_core.builtin._mlflow_tracker import RUN_ID_TAG, MlflowTracker
 from weighted_mtp_core.builtin.mlflow import MlflowOptions, build_mlflow
 from weighted_mtp_core.compare.arms import refuse_unequal
 from weighted_mtp_core.compare.measures import RunMeasures
-from weighted_mtp_core.compare.tracking import PARENT_TAG
+from weighted_mtp_core.compare.mlflow_record import PARENT_TAG
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import did_you_mean, quoted
 
