@@ -21,7 +21,7 @@ from weighted_mtp_core.plugins.selection import SelectedComponent
 from weighted_mtp_core.redaction import redact
 
 if TYPE_CHECKING:
-    from weighted_mtp_core.tracking.environment import DotEnv
+    from weighted_mtp_core.tracking.dotenv import DotEnv
 
 _DESCRIPTION = """\
 Try everything that a run needs on this machine: .env, plugins, disk, device, and what the components in use
@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _examine(plan: Plan | None) -> Iterator[Finding]:
     """Yield the findings for a plan, or for everything that is installed."""
-    from weighted_mtp_core.tracking.environment import load_dotenv
+    from weighted_mtp_core.tracking.dotenv import load_dotenv
 
     storage = Path("storage" if plan is None else plan.recipe.run.storage)
     yield from _environment(load_dotenv())
