@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Start a recipe on one node of a cluster, with the same line for every scheduler (see docs/cluster.md):
+# Start a recipe on one node of a cluster, with the same command for every scheduler (see docs/cluster.md):
 #
 #   NODES=2 NODE_RANK=0 FIRST_NODE=node-0 scripts/launch.sh configs/verifiable.toml [options of `run`]
 #
-# NODES       how many nodes there are (1)
-# NODE_RANK   which one this is, from 0 (0)
-# FIRST_NODE  host name of node 0 (this one)
+# NODES       number of nodes (1)
+# NODE_RANK   index of this node, from 0 (0)
+# FIRST_NODE  host name of node 0 (this node)
 # PORT        a free port on node 0 (29500)
-# PROCESSES   on this node: a number, or auto for one a GPU (auto)
+# PROCESSES   processes on this node: a number, or auto for one per GPU (auto)
 #
-# A node that was lost and comes back goes on where the run stopped, because of run.resume=auto.
+# run.resume=auto: a node that was lost and restarts resumes the run.
 set -euo pipefail
 
 exec "${PYTHON:-python}" -m torch.distributed.run \

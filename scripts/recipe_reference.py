@@ -1,9 +1,9 @@
-"""Write the tables of docs/recipes.md from the classes that recipes are checked against.
+"""Write the tables of docs/recipes.md from the classes that define a recipe.
 
     python scripts/recipe_reference.py
 
-Keys, types, defaults and ranges come from the classes, in their order. What a key means is kept from the
-file, so write it there; a key without a meaning is an error, one that is gone disappears.
+Keys, types, defaults and ranges come from the classes, in the order of their fields. The meaning of a key is written
+by hand in the file and kept. A key without a meaning is an error; a row whose key no longer exists is removed.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ HEAD = ("| key | type | default | range | meaning |", "|---|---|---|---|---|")
 
 
 def kind(field: attrs.Attribute[Any]) -> str:
-    """Return a field's type for people."""
+    """Return a field's type as a reader of the documentation needs it."""
     if typing.get_origin(field.type) is typing.Literal:
         return ", ".join(f'`"{choice}"`' for choice in typing.get_args(field.type))
     return expected(field.type)
 
 
 def default(field: attrs.Attribute[Any]) -> str:
-    """Return a field's default as it stands in TOML; a dash where there is none."""
+    """Return a field's default in TOML; a dash if there is none."""
     value = default_of(field)
     if value is attrs.NOTHING or value is None:
         return "-"
@@ -59,7 +59,7 @@ def default(field: attrs.Attribute[Any]) -> str:
 
 
 def bounds(validator: Any) -> Iterator[str]:
-    """Yield the bounds that a field's validators set."""
+    """Yield the bounds that a field's validators check."""
     for each in getattr(validator, "_validators", ()):
         yield from bounds(each)
     if hasattr(validator, "compare_op"):
@@ -67,10 +67,10 @@ def bounds(validator: Any) -> Iterator[str]:
 
 
 def generated(text: str) -> str:
-    """Return the file with its tables written anew.
+    """Return the text of the file with its tables rewritten.
 
     Raises:
-        SystemExit: A table or the meaning of a key is missing.
+        SystemExit: The file lacks a table or the meaning of a key.
     """
     for title, table in TABLES.items():
         before, found, after = text.partition(f"### `{title}`\n")
