@@ -40,8 +40,8 @@ test-together: $(INSTALLED)  ## Run the tests of everything together: the next t
 test-integration: $(INSTALLED)  ## Run the tests against real servers: PostgreSQL, S3, MLflow, nginx
 	.venv/$(PYTEST) tests/integration
 
-test-e2e: $(INSTALLED)  ## Run runs as a person starts them, and the sandbox against hostile programs
-	.venv/$(PYTEST) $(WORKERS) tests/e2e tests/sandbox
+test-e2e: $(INSTALLED)  ## Run the program as a user starts it, with everything installed
+	.venv/$(PYTEST) $(WORKERS) tests/e2e
 
 lint: $(INSTALLED)  ## Check style (ruff, hadolint), imports (import-linter) and types (mypy --strict)
 	.venv/bin/ruff check .

@@ -2,8 +2,8 @@
 
     python scripts/recipe_reference.py
 
-Keys, types, defaults and ranges come from the classes, in the order of their fields. The meaning of a key is written
-by hand in the file and kept. A key without a meaning is an error; a row whose key no longer exists is removed.
+Keys, types, defaults and ranges come from the classes, in the order of their fields. The meaning of a key is
+written by hand in the file and kept. A key without a meaning is an error; rows of removed keys are deleted.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Upload storage v2 to the team's S3 storage: the same as `python -m weighted_mtp_core storage sync`.
 
-Kept because existing jobs call it by this name:  python scripts/sync_to_vessl_storage.py --to s3://bucket/storage
+Existing jobs call this file:  python scripts/sync_to_vessl_storage.py --to s3://bucket/storage
 """
 
 import sys
