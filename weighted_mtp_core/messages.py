@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def quoted(names: Iterable[str]) -> str:
@@ -11,16 +11,22 @@ def quoted(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-def nearest(word: str, names: Iterable[str]) -> str | None:
-    """Return the name closest to `word`, or None if none is close."""
-    close = difflib.get_close_matches(word, list(names), n=1)
-    return close[0] if close else None
+def nearest(word: str, names: Iterable[str]) -> list[str]:
+    """Return the name closest to `word`; no name if none is close."""
+    return difflib.get_close_matches(word, list(names), n=1)
+
+
+def suggest(names: Sequence[str]) -> str | None:
+    """Return "did you mean `a`, `b` or `c`?", or None if there are no names."""
+    if not names:
+        return None
+    *others, last = names
+    return f"did you mean {quoted(others)} or `{last}`?" if others else f"did you mean `{last}`?"
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str | None:
-    """Return "did you mean `x`?" for the name closest to `word`, or None."""
-    close = nearest(word, names)
-    return f"did you mean `{close}`?" if close else None
+    """Return "did you mean `x`?" for the name closest to `word`, or None if none is close."""
+    return suggest(nearest(word, names))
 
 
 def reason(error: BaseException) -> str:

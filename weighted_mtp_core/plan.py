@@ -17,7 +17,7 @@ from attrs import frozen
 from weighted_mtp_core.api import SAME_RESULT, Signal
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.identifiers import check_path, flat, tag_pairs
-from weighted_mtp_core.plugins.loading import Kind, LoadedPlugin, providers
+from weighted_mtp_core.plugins.loading import Kind, PluginRegistry
 from weighted_mtp_core.plugins.selection import ComponentSelector, SelectedComponent
 from weighted_mtp_core.recipe.document import Document
 from weighted_mtp_core.recipe.layers import read_document
@@ -101,7 +101,7 @@ def make_plan(
     if faults:
         raise document.error(faults)
     plan = _plan(recipe, choice, document)
-    _match_signals(plan, choice.loaded)
+    _match_signals(plan, choice.registry)
     return plan
 
 
@@ -139,17 +139,17 @@ def _picks(table: Mapping[str, Any]) -> list[_Pick]:
 class _Choice:
     """The components that a recipe names, and what is wrong with their options."""
 
-    loaded: Mapping[str, LoadedPlugin]
+    registry: PluginRegistry
     chosen: Mapping[KeyPath, SelectedComponent]
     faults: list[Fault]
 
     @classmethod
     def make(cls, document: Document, picks: Sequence[_Pick]) -> _Choice:
-        chooser = ComponentSelector(place=lambda path: _naming_place(document, path))
+        selector = ComponentSelector(locate=lambda path: _naming_place(document, path))
         chosen = {
-            pick.at: chooser.choose(pick.kind, pick.use, options=pick.options, at=pick.at) for pick in picks
+            pick.at: selector.select(pick.kind, pick.use, options=pick.options, at=pick.at) for pick in picks
         }
-        return cls(chooser.loaded, chosen, chooser.faults)
+        return cls(selector.registry, chosen, selector.faults)
 
 
 @contextmanager
@@ -161,14 +161,14 @@ def _naming_place(document: Document, path: KeyPath) -> Iterator[None]:
         raise WmtpError(f"{error}\n  {document.locate(path)}", hint=error.hint) from error
 
 
-def _match_signals(plan: Plan, loaded: Mapping[str, LoadedPlugin]) -> None:
+def _match_signals(plan: Plan, registry: PluginRegistry) -> None:
     needed = [signal for signal in CRITIC_SIGNALS if signal in plan.weighting.needs]
     provided = plan.critic.component.provides if plan.critic else frozenset()
     for signal in needed:
         if signal in provided:
             continue
         lacking = f"critic `{plan.critic.address}` does not provide" if plan.critic else "no critic provides"
-        able = providers(loaded, signal)
+        able = registry.providers(signal)
         use = able[0] if able else "<plugin>.<critic>"
         raise WmtpError(
             f"weighting `{plan.weighting.address}` needs the signal `{signal.value}`, which {lacking}",
@@ -203,7 +203,7 @@ def _plan(recipe: Recipe, choice: _Choice, document: Document) -> Plan:
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     own_tags = {"algo": weighting.plugin.name}
     own_tags |= {f"wmtp.{each}": chosen[each,].address for each in ADDRESS_TAGS if (each,) in chosen}
-    for name, plugin in sorted(choice.loaded.items()):
+    for name, plugin in sorted(choice.registry.loaded.items()):
         own_tags[f"{_PLUGIN_TAG}{name}"] = f"{plugin.found.distribution}=={plugin.found.version}"
     own_tags["wmtp.recipe_sha256"] = sha256
     return Plan(
@@ -223,12 +223,12 @@ def _plan(recipe: Recipe, choice: _Choice, document: Document) -> Plan:
 
 
 def _same_result(chosen: SelectedComponent, at: KeyPath) -> Iterator[str]:
-    """Yield the dotted keys of the options marked `SAME_RESULT`, of a component and of its parts."""
+    """Yield the dotted keys of the options marked `SAME_RESULT`, of a component and of what it wraps."""
     at = (*at, "options")
     for path in _marked(chosen.options):
         yield ".".join(map(str, (*at, *path)))
-    for part in chosen.parts:
-        yield from _same_result(part.chosen, (*at, *part.path))
+    for path, weighting in chosen.wrapped.items():
+        yield from _same_result(weighting, (*at, *path))
 
 
 def _marked(options: Any) -> Iterator[KeyPath]:

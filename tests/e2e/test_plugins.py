@@ -6,14 +6,14 @@ import pytest
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 BASELINE, VERIFIABLE = str(CONFIGS / "baseline.toml"), str(CONFIGS / "verifiable.toml")
-CORE, BASELINE_MTP = "weighted-mtp-core", "weighted-mtp-baseline-mtp"
+CORE, BASELINE_MTP, CODE_TASKS = (f"weighted-mtp-{name}" for name in ("core", "baseline-mtp", "code-tasks"))
 RAISES_AT_IMPORT = 'raise RuntimeError("this plugin is broken")\n'
 QUICK = ("--preset", "ci", "--set", "train.steps=4")
 
 
 @pytest.fixture(scope="module")
 def without_verifiable(isolated):
-    return isolated(CORE, BASELINE_MTP)
+    return isolated(CORE, BASELINE_MTP, CODE_TASKS)
 
 
 def test_with_core_alone_only_core_is_listed(wmtp, isolated, tmp_path):
@@ -43,9 +43,20 @@ def test_naming_a_plugin_that_is_not_installed_says_which_are(wmtp, without_veri
 
     assert run.returncode == 2
     assert run.stderr.startswith(
-        "error: no plugin named `verifiable` is installed; installed: `baseline_mtp`, `core`\n"
+        "error: no plugin named `verifiable` is installed; installed: `baseline_mtp`, `code_tasks`, `core`\n"
     )
     assert not (tmp_path / "storage").exists()
+
+
+def test_a_data_source_that_moved_to_a_plugin_is_found_by_its_name(wmtp, tmp_path):
+    check = wmtp("check", BASELINE, "--set", "data.use=core.micro_code", cwd=tmp_path)
+
+    assert check.returncode == 2
+    assert check.stderr == (
+        "error: plugin `core` has no data source named `micro_code`; it has `core.jsonl`\n"
+        "  --set, data.use\n"
+        "hint: did you mean `code_tasks.micro_code`?\n"
+    )
 
 
 def test_a_plugin_that_raises_at_import_changes_nothing_for_recipes_that_do_not_name_it(

@@ -6,7 +6,7 @@ import re
 import attrs
 import pytest
 import tomli
-from weighted_mtp_core.plugins.loading import Kind, find, load
+from weighted_mtp_core.plugins.loading import Kind, PluginRegistry
 from weighted_mtp_core.recipe import schema
 
 
@@ -57,7 +57,7 @@ def test_the_smallest_recipe_is_one(recipes_md):
     assert set(table) == {"run", "data", "weighting"}
 
 
-def test_the_plugin_in_the_documentation_loads(plugins_md, install_plugin, site):
+def test_the_plugin_in_the_documentation_loads(plugins_md, install_plugin):
     pyproject, _ = (tomli.loads(each) for each in re.findall(r"```toml\n(.*?)```", plugins_md, re.DOTALL))
     source, _ = re.findall(r"```python\n(.*?)```", plugins_md, re.DOTALL)
     project = pyproject["project"]
@@ -66,9 +66,9 @@ def test_the_plugin_in_the_documentation_loads(plugins_md, install_plugin, site)
         name, source, module=module, distribution=project["name"], requires=project["dependencies"][1]
     )
 
-    loaded = load(find([str(site)]), [name])
+    loaded = PluginRegistry().load(name)
 
-    assert loaded[name].addresses(Kind.WEIGHTING) == ["reward_floor.reward_floor"]
+    assert loaded.addresses(Kind.WEIGHTING) == ["reward_floor.reward_floor"]
     assert len([line for line in source.splitlines() if line]) <= 30
 
 

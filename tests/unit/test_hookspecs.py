@@ -2,7 +2,10 @@
 
 import inspect
 import types
+import typing
+from collections.abc import Iterable
 from textwrap import dedent
+from typing import Any
 
 import pytest
 import torch
@@ -10,23 +13,12 @@ from weighted_mtp_core import hookspecs
 from weighted_mtp_core.api import (
     BuildContext,
     Component,
-    Critic,
-    DataSource,
     MetricPoint,
     RunInfo,
     RunOutcome,
     StepView,
-    Tracker,
-    WeightingStrategy,
 )
-from weighted_mtp_core.plugins.loading import Kind, find, load
-
-KINDS = {
-    Kind.WEIGHTING: WeightingStrategy,
-    Kind.CRITIC: Critic,
-    Kind.DATA: DataSource,
-    Kind.TRACKER: Tracker,
-}
+from weighted_mtp_core.plugins.loading import Kind, PluginRegistry
 
 
 def example(kind):
@@ -34,12 +26,12 @@ def example(kind):
 
 
 @pytest.fixture
-def build(install_plugin, site, tmp_path):
+def build(install_plugin, tmp_path):
     """Install the example of a kind as a plugin, load it, build its component."""
 
     def build(kind, **options):
         install_plugin("shown", example(kind))
-        (component,) = load(find([str(site)]), ["shown"])["shown"].components[kind].values()
+        (component,) = PluginRegistry().load("shown").components[kind].values()
         assert isinstance(component, Component)
         return component.build(component.options(**options), BuildContext(seed=0, storage=tmp_path))
 
@@ -53,6 +45,14 @@ def test_there_is_one_hook_a_kind():
 
 
 @pytest.mark.parametrize("kind", Kind)
+def test_a_kinds_row_is_what_its_hook_declares(kind):
+    declares = typing.get_type_hints(getattr(hookspecs, kind.hook))["return"]
+
+    assert declares == Iterable[Component[Any, kind.interface]]
+    assert f"[{kind.value}]" in getattr(hookspecs, kind.hook).__doc__
+
+
+@pytest.mark.parametrize("kind", Kind)
 def test_a_hook_has_no_arguments_and_says_when_it_is_called(kind):
     hook = getattr(hookspecs, kind.hook)
 
@@ -63,7 +63,7 @@ def test_a_hook_has_no_arguments_and_says_when_it_is_called(kind):
 
 @pytest.mark.parametrize("kind", Kind)
 def test_the_example_builds_a_component_of_its_kind(build, kind):
-    assert isinstance(build(kind), KINDS[kind])
+    assert isinstance(build(kind), kind.interface)
 
 
 def test_the_example_weighting_weighs(build):

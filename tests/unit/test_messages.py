@@ -7,7 +7,9 @@ from weighted_mtp_core.cli import main
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import quoted
 from weighted_mtp_core.plan import make_plan
-from weighted_mtp_core.plugins.loading import Kind, find, load, resolve
+from weighted_mtp_core.plugins.discovery import find
+from weighted_mtp_core.plugins.loading import Kind, PluginRegistry
+from weighted_mtp_core.plugins.selection import resolve
 
 RECIPE = """
     [run]
@@ -41,25 +43,27 @@ def error_of(action):
 
 
 @pytest.fixture
-def load_error(install_plugin, site):
+def registry(site):
+    """Return a registry of the plugins that the test has installed so far."""
+    return lambda: PluginRegistry(found=find([str(site)]))
+
+
+@pytest.fixture
+def load_error(install_plugin, registry):
     """Install plugin `mine` with the given source; return the error of loading it."""
 
     def load_error(source, **metadata):
         install_plugin("mine", source, **metadata)
-        return error_of(lambda: load(find([str(site)]), ["mine"]))
+        return error_of(lambda: registry().load("mine"))
 
     return load_error
 
 
 @pytest.fixture
-def resolve_error(example_plugin, site):
+def resolve_error(example_plugin, registry):
     """Return the error of looking an address up in plugin `example`."""
 
-    def resolve_error(kind, use):
-        loaded = load(find([str(site)]), [example_plugin])
-        return error_of(lambda: resolve(loaded, kind, use))
-
-    return resolve_error
+    return lambda kind, use: error_of(lambda: resolve(registry(), kind, use))
 
 
 @pytest.fixture
@@ -76,36 +80,35 @@ def plan_error(example_plugin, write_recipe):
 # --------------------------------------------------------------------------- finding and loading plugins
 
 
-def test_no_such_plugin(install_plugin, site):
+def test_no_such_plugin(install_plugin, registry):
     for name in ("first", "second", "third"):
         install_plugin(name, "")
-    found = find([str(site)])
 
-    assert error_of(lambda: load(found, ["secnd"])) == (
+    assert error_of(lambda: registry().load("secnd")) == (
         "error: no plugin named `secnd` is installed; installed: `first`, `second`, `third`\n"
         "hint: did you mean `second`?"
     )
-    assert error_of(lambda: load(found, ["x"])) == (
+    assert error_of(lambda: registry().load("x")) == (
         "error: no plugin named `x` is installed; installed: `first`, `second`, `third`\n"
         "hint: install the package that offers it, then: plugins list"
     )
 
 
-def test_two_packages_claim_a_name(install_plugin, site):
+def test_two_packages_claim_a_name(install_plugin, registry):
     install_plugin("mine", distribution="wmtp-dup", version="0.3.0")
     install_plugin("mine", distribution="weighted-mtp-mine", version="0.1.0")
 
-    assert error_of(lambda: load(find([str(site)]), ["mine"])) == (
+    assert error_of(lambda: registry().load("mine")) == (
         "error: two installed packages both claim the plugin name `mine`: "
         "weighted-mtp-mine 0.1.0 and wmtp-dup 0.3.0\n"
         "hint: uninstall one, for example: pip uninstall wmtp-dup"
     )
 
 
-def test_a_name_that_is_no_address(install_plugin, site):
+def test_a_name_that_is_no_address(install_plugin, registry):
     install_plugin("My-Plugin", "", distribution="mine")
 
-    assert error_of(lambda: load(find([str(site)]), ["My-Plugin"])) == (
+    assert error_of(lambda: registry().load("My-Plugin")) == (
         "error: plugin `My-Plugin` (mine 0.3.0) has a name that is no address: expected `[a-z][a-z0-9_]*`"
     )
 
@@ -174,6 +177,17 @@ def test_an_undecorated_hook(load_error):
         "error: plugin `mine` (wmtp-mine 0.3.0) defines `wmtp_weighting_strategies` without @hookimpl, "
         "so core would never call it\n"
         "hint: from weighted_mtp_core.api import hookimpl"
+    )
+
+
+def test_two_plugins_that_are_one_module(install_plugin, registry):
+    install_plugin("first", "")
+    install_plugin("second", "", module="wmtp_first")
+    both = registry()
+    both.load("first")
+
+    assert error_of(lambda: both.load("second")) == (
+        "error: plugin `second` (wmtp-second 0.3.0) and plugin `first` are both `wmtp_first`"
     )
 
 
@@ -252,14 +266,83 @@ def test_a_plugin_alone_that_offers_several(resolve_error):
     )
 
 
-def test_a_plugin_that_offers_none_of_the_kind(install_plugin, site):
+def test_a_plugin_that_offers_none_of_the_kind(install_plugin, registry):
     install_plugin(
         "mine", f"{OPTIONS}\n    @hookimpl\n    def wmtp_critics():\n        return [declare('a')]\n"
     )
-    loaded = load(find([str(site)]), ["mine"])
 
-    assert error_of(lambda: resolve(loaded, Kind.DATA, "mine")) == (
+    assert error_of(lambda: resolve(registry(), Kind.DATA, "mine")) == (
         "error: plugin `mine` has no data source\nhint: it has `mine.a`"
+    )
+
+
+BROKEN = "raise RuntimeError('broken')"
+
+
+def declaring(hook, *names):
+    """Return a plugin's source whose one hook declares components of these names."""
+    return f"{OPTIONS}\n    @hookimpl\n    def {hook}():\n        return [declare(n) for n in {names}]\n"
+
+
+@pytest.fixture
+def moved(install_plugin, registry):
+    """`core_like` has data `jsonl`, `tasks` has data `micro` and weighting `jsonl`; `broken` raises."""
+    install_plugin("broken", BROKEN)
+    install_plugin("core_like", declaring("wmtp_data_sources", "jsonl"))
+    install_plugin(
+        "tasks",
+        declaring("wmtp_data_sources", "micro")
+        + "\n    @hookimpl\n    def wmtp_weighting_strategies():\n        return [declare('jsonl')]\n",
+    )
+    return lambda use: error_of(lambda: resolve(registry(), Kind.DATA, use))
+
+
+def test_a_component_that_another_plugin_has(moved):
+    assert moved("core_like.micro") == (
+        "error: plugin `core_like` has no data source named `micro`; it has `core_like.jsonl`\n"
+        "hint: did you mean `tasks.micro`?"
+    )
+    # A weighting named `jsonl` is no data source: only components of the same kind are suggested.
+    assert moved("tasks.jsonl") == (
+        "error: plugin `tasks` has no data source named `jsonl`; it has `tasks.micro`\n"
+        "hint: `tasks.jsonl` is a weighting: name it in `[weighting]`"
+    )
+
+
+def test_a_component_of_a_plugin_that_is_not_installed(moved):
+    none_named = "is installed; installed: `broken`, `core_like`, `tasks`"
+
+    assert moved("zzz.micro") == (
+        f"error: no plugin named `zzz` {none_named}\nhint: did you mean `tasks.micro`?"
+    )
+    assert moved("micro") == f"error: no plugin named `micro` {none_named}\nhint: did you mean `tasks.micro`?"
+    assert moved("core_lik.micro") == (
+        f"error: no plugin named `core_lik` {none_named}\nhint: did you mean `core_like` or `tasks.micro`?"
+    )
+    assert moved("task.micro") == f"error: no plugin named `task` {none_named}\nhint: did you mean `tasks`?"
+    assert moved("zzz.zzz") == (
+        f"error: no plugin named `zzz` {none_named}\n"
+        "hint: install the package that offers it, then: plugins list"
+    )
+
+
+def test_a_near_miss_beside_a_component_that_other_plugins_have(install_plugin, registry):
+    install_plugin("one", declaring("wmtp_critics", "value_heads"))
+    install_plugin("two", declaring("wmtp_critics", "value_head"))
+    install_plugin("three", declaring("wmtp_critics", "value_head"))
+
+    assert error_of(lambda: resolve(registry(), Kind.CRITIC, "one.value_head")) == (
+        "error: plugin `one` has no critic named `value_head`; it has `one.value_heads`\n"
+        "hint: did you mean `one.value_heads`, `three.value_head` or `two.value_head`?"
+    )
+
+
+def test_a_plugin_that_has_nothing_of_the_kind_and_one_that_has(install_plugin, registry):
+    install_plugin("one", declaring("wmtp_critics", "head"))
+    install_plugin("two", declaring("wmtp_data_sources", "micro"))
+
+    assert error_of(lambda: resolve(registry(), Kind.DATA, "one.micro")) == (
+        "error: plugin `one` has no data source\nhint: did you mean `two.micro`?"
     )
 
 

@@ -9,15 +9,24 @@ import weighted_mtp_core
 from packaging.version import Version
 from weighted_mtp_core.api import Signal
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.plugins.loading import FoundPlugin, Kind, find, load, providers, resolve
+from weighted_mtp_core.plugins.discovery import FoundPlugin, find
+from weighted_mtp_core.plugins.loading import Kind, PluginRegistry
+from weighted_mtp_core.plugins.selection import resolve
 
 RAISES = "raise RuntimeError('imported')"
 
 
 @pytest.fixture
 def load_named(site):
-    """Load plugins by name out of what the test installed, and nothing else."""
-    return lambda *names: load(find([str(site)]), names)
+    """Load plugins by name from what the test installed, and nothing else; return the registry."""
+
+    def load_named(*names):
+        registry = PluginRegistry(found=find([str(site)]))
+        for name in names:
+            registry.load(name)
+        return registry
+
+    return load_named
 
 
 def test_found_plugins_are_sorted_and_described_by_metadata_alone(install_plugin, site):
@@ -82,7 +91,42 @@ def test_metadata_without_a_name_breaks_nothing(install_plugin, site, monkeypatc
 def test_only_named_plugins_are_imported(install_plugin, example_plugin, load_named):
     install_plugin("broken", RAISES)
 
-    assert set(load_named(example_plugin)) == {example_plugin}
+    assert set(load_named(example_plugin).loaded) == {example_plugin}
+
+
+def test_only_an_error_looks_into_plugins_that_nobody_named(install_plugin, example_plugin, site):
+    install_plugin("other", "")
+    registry = PluginRegistry(found=find([str(site)]))
+
+    resolve(registry, Kind.WEIGHTING, "example.flat")
+    assert set(registry.loaded) == {"example"}
+    assert "wmtp_other" not in sys.modules
+
+    with pytest.raises(WmtpError):
+        resolve(registry, Kind.WEIGHTING, "example.zzz")
+    assert "wmtp_other" in sys.modules
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        "@hookimpl\ndef wmtp_critics(): return None",
+        "@hookimpl\ndef wmtp_critics(): return [1]",
+        "@hookimpl\ndef wmtp_crtics(): return []",
+        "@hookimpl(specname='wmtp_critics')\ndef other(argument): return []",
+        "def wmtp_critics(): return []",
+    ],
+)
+def test_one_plugins_mistake_is_never_anothers(install_plugin, example_plugin, site, mistake):
+    install_plugin("mistaken", f"from weighted_mtp_core.api import hookimpl\n{mistake}")
+    registry = PluginRegistry(found=find([str(site)]))
+
+    for _ in range(2):  # the second time as the first: nothing of the plugin stays registered
+        with pytest.raises(WmtpError, match="mistaken"):
+            registry.load("mistaken")
+
+    assert registry.load(example_plugin).addresses(Kind.CRITIC) == ["example.judge", "example.reference"]
+    assert set(registry.loaded) == {example_plugin}
 
 
 def test_two_claims_to_a_name_matter_only_to_who_names_it(install_plugin, example_plugin, load_named):
@@ -127,9 +171,9 @@ def test_core_knows_its_own_version(repository):
 
 
 def test_components_are_indexed_by_kind_and_address(example_plugin, load_named):
-    loaded = load_named(example_plugin)
+    registry = load_named(example_plugin)
 
-    assert {kind: loaded[example_plugin].addresses(kind) for kind in Kind} == {
+    assert {kind: registry.loaded[example_plugin].addresses(kind) for kind in Kind} == {
         Kind.DATA: ["example.lines"],
         Kind.CRITIC: ["example.judge", "example.reference"],
         Kind.WEIGHTING: ["example.flat", "example.valued"],
@@ -138,12 +182,12 @@ def test_components_are_indexed_by_kind_and_address(example_plugin, load_named):
 
 
 def test_a_plugin_alone_names_its_only_component_of_the_kind(example_plugin, load_named):
-    loaded = load_named(example_plugin)
+    registry = load_named(example_plugin)
 
-    plugin, component = resolve(loaded, Kind.DATA, "example")
+    plugin, component = resolve(registry, Kind.DATA, "example")
 
     assert (plugin.name, plugin.version, component.name) == ("example", "1.2.3", "lines")
-    assert resolve(loaded, Kind.DATA, "example.lines") == (plugin, component)
+    assert resolve(registry, Kind.DATA, "example.lines") == (plugin, component)
 
 
 def test_one_name_may_serve_two_kinds(install_plugin, load_named):
@@ -188,12 +232,12 @@ def test_a_plugin_may_be_an_object_in_a_module(install_plugin, load_named):
     )
     (metadata / "entry_points.txt").write_text("[weighted_mtp_core]\nobject = wmtp_object:plugin\n")
 
-    assert load_named("object")["object"].addresses(Kind.CRITIC) == []
+    assert load_named("object").loaded["object"].addresses(Kind.CRITIC) == []
 
 
 def test_providers_of_a_signal_are_the_loaded_critics_that_say_so(example_plugin, load_named):
-    loaded = load_named(example_plugin)
+    registry = load_named(example_plugin)
 
-    assert providers(loaded, Signal.VALUE) == ["example.judge"]
-    assert providers(loaded, Signal.REFERENCE_LOSS) == ["example.reference"]
-    assert providers(loaded, Signal.GROUP) == []
+    assert registry.providers(Signal.VALUE) == ["example.judge"]
+    assert registry.providers(Signal.REFERENCE_LOSS) == ["example.reference"]
+    assert registry.providers(Signal.GROUP) == []

@@ -6,7 +6,8 @@ import sys
 from importlib.metadata import entry_points
 
 import pytest
-from weighted_mtp_core.plugins.loading import find, load
+from weighted_mtp_core.plugins.discovery import find
+from weighted_mtp_core.plugins.loading import PluginRegistry
 
 HALVES = """
     from attrs import frozen
@@ -33,7 +34,7 @@ HALVES = """
 def test_a_plugin_is_installed_without_an_installer(wmtp_install_plugin):
     wmtp_install_plugin("halves", HALVES, version="1.2.3")
 
-    assert load(find(), ["halves"])["halves"].found.version == "1.2.3"
+    assert PluginRegistry().load("halves").found.version == "1.2.3"
 
 
 def test_it_is_gone_in_the_next_test():

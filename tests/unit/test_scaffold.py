@@ -12,7 +12,7 @@ from attrs import frozen
 from packaging.version import Version
 from weighted_mtp_core import scaffold
 from weighted_mtp_core.cli import main
-from weighted_mtp_core.plugins.loading import find
+from weighted_mtp_core.plugins.discovery import find
 
 KINDS = ("weighting", "critic", "data", "tracker")
 SHORTEST, LONGEST = "x", "a_name_of_20_letters"

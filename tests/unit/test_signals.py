@@ -224,7 +224,7 @@ def test_a_batch_of_unknown_origin_is_refused(tokens, tmp_path):
 
 
 def key(tokens, *, critic=None, given=(), accumulation=1, table=APART, options=None, **changes):
-    chosen = ComponentSelector().choose(Kind.DATA, "code_tasks.micro_code", options=options or {})
+    chosen = ComponentSelector().select(Kind.DATA, "code_tasks.micro_code", options=options or {})
     order = batches(tokens, table, **changes)
     return scores_key(critic or Judge(), chosen, given=given, batches=order, accumulation=accumulation)
 

@@ -182,7 +182,7 @@ VERSION = DatasetVersion(name="words", version="1", sha256="0" * 64)
 
 
 def cache(storage, *, version=VERSION, tokenizer=None, options=None, max_tokens=20):
-    data = ComponentSelector().choose(Kind.DATA, "code_tasks.micro_code", options=options or {})
+    data = ComponentSelector().select(Kind.DATA, "code_tasks.micro_code", options=options or {})
     return make_token_cache(
         storage, version, data=data, tokenizer=tokenizer or fast_tokenizer(), max_tokens=max_tokens
     )

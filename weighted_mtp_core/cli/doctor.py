@@ -16,7 +16,7 @@ from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.exit_codes import EXIT_DONE, EXIT_RUN_FAILED
 from weighted_mtp_core.messages import reason
 from weighted_mtp_core.plan import Plan, make_plan
-from weighted_mtp_core.plugins.loading import AnyComponent, LoadedPlugin, find, load
+from weighted_mtp_core.plugins.loading import AnyComponent, LoadedPlugin, PluginRegistry
 from weighted_mtp_core.plugins.selection import SelectedComponent
 from weighted_mtp_core.redaction import redact
 
@@ -107,10 +107,10 @@ def _environment(found: DotEnv | None) -> Iterator[Finding]:
 
 def _plugins(loaded: list[LoadedPlugin]) -> Iterator[Finding]:
     """Load every installed plugin and yield a finding for each; those that can be used go to `loaded`."""
-    found = find()
-    for name, plugin in found.items():
+    registry = PluginRegistry()
+    for name, plugin in registry.found.items():
         try:
-            loaded += load(found, [name]).values()
+            loaded.append(registry.load(name))
         except WmtpError as error:
             yield Finding(mark="warning", name="plugin", text=str(error), hint=error.hint)
         else:
@@ -138,12 +138,12 @@ def _device() -> Finding:
 
 
 def _of_plan(plan: Plan) -> Iterator[tuple[AnyComponent, Any]]:
-    """Yield the components of a plan, the parts that they wrap included, with their options."""
+    """Yield the components of a plan with their options, wrapped weightings included."""
     waiting: list[SelectedComponent | None] = [plan.data, plan.critic, plan.weighting, *plan.trackers]
     while waiting:
         if selected := waiting.pop(0):
             yield selected.component, selected.options
-            waiting += [part.chosen for part in selected.parts]
+            waiting += selected.wrapped.values()
 
 
 def _of_installed(loaded: list[LoadedPlugin]) -> Iterator[tuple[AnyComponent, Any]]:

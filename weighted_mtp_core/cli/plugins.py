@@ -11,7 +11,8 @@ import attrs
 from weighted_mtp_core.cli.table import print_rows
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.exit_codes import EXIT_BAD_INPUT, EXIT_DONE
-from weighted_mtp_core.plugins.loading import AnyComponent, FoundPlugin, Kind, find, load
+from weighted_mtp_core.plugins.discovery import FoundPlugin, find
+from weighted_mtp_core.plugins.loading import AnyComponent, Kind, PluginRegistry
 from weighted_mtp_core.recipe.describe import expected
 from weighted_mtp_core.recipe.structure import default_of, plain
 from weighted_mtp_core.scaffold import Scaffold, check_name
@@ -81,7 +82,7 @@ def _listed(plugin: FoundPlugin, note: str) -> tuple[str, str, str, str]:
 
 
 def _show(args: argparse.Namespace) -> int:
-    plugin = load(find(), [args.name])[args.name]
+    plugin = PluginRegistry().load(args.name)
     print(f"{plugin.found.name}: {plugin.found.distribution} {plugin.found.version}, `{plugin.found.module}`")
     for kind in Kind:
         for address, component in zip(plugin.addresses(kind), _sorted(plugin.components[kind]), strict=True):
@@ -117,11 +118,11 @@ def _default(attribute: Any) -> str:
 
 
 def _check(args: argparse.Namespace) -> int:
-    found = find()
+    registry = PluginRegistry()
     code = EXIT_DONE
-    for name in args.names or found:
+    for name in args.names or registry.found:
         try:
-            plugin = load(found, [name])[name]
+            plugin = registry.load(name)
         except WmtpError as error:
             code = EXIT_BAD_INPUT
             print(f"FAIL {name}: {error}")
@@ -136,7 +137,7 @@ def _check(args: argparse.Namespace) -> int:
 
 def _new(args: argparse.Namespace) -> int:
     check_name(args.name, find())
-    scaffold = Scaffold(name=args.name, kind=Kind(args.kind))
+    scaffold = Scaffold(name=args.name, kind=next(each for each in Kind if each.value == args.kind))
     folder = Path(args.folder or scaffold.distribution)
     scaffold.write(folder)
     print(

@@ -1,1 +1,1 @@
-"""Find, load and select plugins."""
+"""Find installed plugins, load those that a recipe names, and select their components."""

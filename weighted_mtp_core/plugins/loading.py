@@ -1,13 +1,9 @@
-"""Find, load and index plugins. `find` imports nothing; `load` imports only what it is told to.
+"""Import plugins, register them with pluggy and check what they declare.
 
-A plugin is a distribution with an entry point in the group `weighted_mtp_core`:
-
-    [project.entry-points.weighted_mtp_core]
-    my_plugin = "my_package"
-
-Installed is not active: a plugin that nobody names cannot break anything, and one that a recipe names works
-or stops the run. pluggy's own `load_setuptools_entrypoints` would import every installed plugin and keep
-one of two plugins of the same name in silence.
+Installed is not active: only plugins that are loaded by name are imported. A plugin that no recipe names
+cannot break anything, and one that a recipe names works or stops the run. For this reason
+`pluggy.PluginManager.load_setuptools_entrypoints` is not used: it imports every installed plugin, and of two
+plugins with one name it silently keeps one.
 """
 
 from __future__ import annotations
@@ -15,104 +11,61 @@ from __future__ import annotations
 import enum
 import inspect
 import re
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import Distribution, EntryPoint, distributions
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import EntryPoint
+from typing import Any, Self
 
 import attrs
 import pluggy
-from attrs import field, frozen
-from packaging.requirements import InvalidRequirement, Requirement
-from packaging.utils import canonicalize_name
+from attrs import define, field, frozen
+from packaging.requirements import Requirement
 
 import weighted_mtp_core
 from weighted_mtp_core import hookspecs
-from weighted_mtp_core.api import Component, Signal
+from weighted_mtp_core.api import Component, Critic, DataSource, Signal, Stateful, Tracker, WeightingStrategy
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.messages import did_you_mean, nearest, quoted, reason
+from weighted_mtp_core.messages import did_you_mean, nearest, quoted, reason, suggest
+from weighted_mtp_core.plugins.discovery import CORE_DISTRIBUTION, GROUP, FoundPlugin, find
 
-GROUP = "weighted_mtp_core"
-CORE_DISTRIBUTION = "weighted-mtp-core"
 AnyComponent = Component[Any, Any]
 
 
 class Kind(enum.Enum):
-    """What a component is; the value is its table in a recipe."""
+    """The kinds of component; the value is the kind's table in a recipe.
 
-    DATA = "data"
-    CRITIC = "critic"
-    WEIGHTING = "weighting"
-    TRACKER = "tracker"
-
-    @property
-    def hook(self) -> str:
-        """The hook that declares components of this kind."""
-        return _HOOKS[self]
-
-    @property
-    def label(self) -> str:
-        """The kind in words."""
-        return "data source" if self is Kind.DATA else self.value
-
-
-_HOOKS = {
-    Kind.DATA: "wmtp_data_sources",
-    Kind.CRITIC: "wmtp_critics",
-    Kind.WEIGHTING: "wmtp_weighting_strategies",
-    Kind.TRACKER: "wmtp_trackers",
-}
-
-
-@frozen(kw_only=True)
-class FoundPlugin:
-    """A plugin as its installed metadata describes it; nothing of it is imported.
+    A fifth kind adds its class to `weighted_mtp_core.api`, its hook to `weighted_mtp_core.hookspecs` and a
+    row here. Discovery, loading, addresses, error messages and the `plugins` commands work for it as they
+    are; the recipe's schema and the code that runs the component are new in any case.
 
     Attributes:
-        name: The entry point's name, the first half of every address.
-        distribution: Canonical name of the distribution, as `pip list` shows it.
-        version: The distribution's version.
-        module: What the entry point names.
-        requires: The distribution's `Requires-Dist` lines.
-        rivals: Other distributions that claim the same name.
+        label: The kind in words.
+        hook: Name of the hook that declares components of this kind.
+        interface: The class that `Component.build` returns an instance of.
     """
 
-    name: str
-    distribution: str
-    version: str
-    module: str
-    requires: tuple[str, ...] = ()
-    conflicts: tuple[FoundPlugin, ...] = ()
+    _value_: str
+    label: str
+    hook: str
+    interface: type[Stateful]
 
-    def __str__(self) -> str:
-        return f"plugin `{self.name}` ({self.distribution} {self.version})"
+    DATA = "data", "data source", "wmtp_data_sources", DataSource
+    CRITIC = "critic", "critic", "wmtp_critics", Critic
+    WEIGHTING = "weighting", "weighting", "wmtp_weighting_strategies", WeightingStrategy
+    TRACKER = "tracker", "tracker", "wmtp_trackers", Tracker
 
-    @property
-    def core_range(self) -> str:
-        """The versions of core that it works with, floor first; empty if it names none.
+    def __new__(cls, table: str, label: str, hook: str, interface: type[Stateful]) -> Self:
+        """Make the table's name the value."""
+        kind = object.__new__(cls)
+        kind._value_, kind.label, kind.hook, kind.interface = table, label, hook, interface
+        return kind
 
-        Raises:
-            WmtpError: The metadata cannot be read.
-        """
-        for line in self.requires:
-            try:
-                requirement = Requirement(line)
-            except InvalidRequirement as error:
-                raise WmtpError(f"{self} has metadata that cannot be read: `{line}`") from error
-            if canonicalize_name(requirement.name) == CORE_DISTRIBUTION and "extra" not in str(
-                requirement.marker
-            ):
-                # Authors write `>=0.1,<0.2`; packaging and build back ends sort it the other way round.
-                floor_first = sorted(
-                    requirement.specifier, key=lambda each: (each.operator[0] in "<!", str(each))
-                )
-                return ",".join(str(each) for each in floor_first)
-        return ""
+
+_HOOKS = [kind.hook for kind in Kind]
 
 
 @frozen(kw_only=True)
 class LoadedPlugin:
-    """An imported plugin and the components it offers, by kind and name."""
+    """An imported plugin and the components that it declares, by kind and name."""
 
     found: FoundPlugin
     components: Mapping[Kind, Mapping[str, AnyComponent]] = field(eq=False)
@@ -122,103 +75,130 @@ class LoadedPlugin:
         return [f"{self.found.name}.{name}" for name in sorted(self.components[kind])]
 
 
-# --------------------------------------------------------------------------- find
+@define(kw_only=True)
+class PluginRegistry:
+    """Loads plugins by name, each once, into one `pluggy.PluginManager`.
+
+    A plugin that cannot be loaded is unregistered, so that it affects no other plugin.
+
+    Attributes:
+        found: The installed plugins by name.
+        loaded: The plugins that were loaded so far, by name.
+    """
+
+    found: Mapping[str, FoundPlugin] = field(factory=find)
+    loaded: dict[str, LoadedPlugin] = field(factory=dict, init=False)
+    _manager: pluggy.PluginManager = field(init=False)
+
+    @_manager.default
+    def _new_manager(self) -> pluggy.PluginManager:
+        manager = pluggy.PluginManager(GROUP)
+        manager.add_hookspecs(hookspecs)
+        return manager
+
+    def load(self, name: str) -> LoadedPlugin:
+        """Import a plugin, register its hooks and collect the components that it declares.
+
+        Raises:
+            WmtpError: The plugin is not installed, two distributions claim its name, it needs another core,
+                it fails to import, or it declares something that core would never call.
+        """
+        if name not in self.loaded:
+            if name not in self.found:
+                raise not_installed(name, self.found)
+            plugin = self.found[name]
+            _check_name(plugin)
+            _check_core_range(plugin)
+            self.loaded[name] = LoadedPlugin(found=plugin, components=self._register(plugin))
+        return self.loaded[name]
+
+    def providers(self, signal: Signal) -> list[str]:
+        """Return the addresses of the loaded critics that provide a signal."""
+        return [
+            f"{plugin.found.name}.{name}"
+            for plugin in self.loaded.values()
+            for name, component in sorted(plugin.components[Kind.CRITIC].items())
+            if signal in component.provides
+        ]
+
+    def _register(self, plugin: FoundPlugin) -> Mapping[Kind, Mapping[str, AnyComponent]]:
+        module = _import(plugin)
+        _check_functions(plugin, module)
+        if registered := self._manager.get_name(module):
+            raise WmtpError(f"{plugin} and plugin `{registered}` are both `{plugin.module}`")
+        try:
+            self._manager.register(module, name=plugin.name)
+        except pluggy.PluginValidationError as error:  # registration is atomic: nothing is registered
+            raise WmtpError(f"{plugin} declares a hook wrongly: {str(error).splitlines()[-1]}") from error
+        try:
+            self._check_pending(plugin)
+            return {kind: self._declared(plugin, kind) for kind in Kind}
+        except BaseException:
+            self._manager.unregister(name=plugin.name)
+            raise
+
+    def _check_pending(self, plugin: FoundPlugin) -> None:
+        """Refuse hooks that core does not have, with the near miss and without the module's repr."""
+        try:
+            self._manager.check_pending()
+        except pluggy.PluginValidationError as error:
+            callers = self._manager.get_hookcallers(error.plugin) or ()
+            unknown = next(caller.name for caller in callers if not caller.has_spec())
+            raise WmtpError(
+                f"{plugin} declares a hook core does not have: unknown hook `{unknown}`",
+                hint=did_you_mean(unknown, _HOOKS) or f"core has {quoted(_HOOKS)}",
+            ) from error
+
+    def _declared(self, plugin: FoundPlugin, kind: Kind) -> dict[str, AnyComponent]:
+        components: dict[str, AnyComponent] = {}
+        for component in self._results(plugin, kind):
+            if not isinstance(component, Component):
+                got = type(component).__name__
+                raise WmtpError(f"{plugin} offers a {got} in `{kind.hook}`; expected a Component")
+            address = f"{plugin.name}.{component.name}"
+            if component.name in components:
+                raise WmtpError(f"{plugin} offers two {kind.label}s named `{address}`")
+            _check_options(plugin, address, component.options)
+            components[component.name] = component
+        return components
+
+    def _results(self, plugin: FoundPlugin, kind: Kind) -> list[Any]:
+        """Call the plugin's implementations of a kind's hook.
+
+        Each is called directly: `manager.hook` drops a result of None, which would hide a forgotten `return`.
+        """
+        results = []
+        for impl in getattr(self._manager.hook, kind.hook).get_hookimpls():
+            if impl.plugin_name == plugin.name:
+                try:
+                    results += list(impl.function())
+                except Exception as error:
+                    raise WmtpError(f"{plugin} failed in `{kind.hook}`: {reason(error)}") from error
+        return results
 
 
-def find(path: Sequence[str] | None = None) -> Mapping[str, FoundPlugin]:
-    """Return every installed plugin by name, sorted. Reads metadata only, and nothing found there raises.
+def not_installed(name: str, found: Iterable[str], *, alternatives: Iterable[str] = ()) -> WmtpError:
+    """Return the error that no plugin of this name is installed.
 
     Args:
-        path: Folders to look in; `sys.path` unless given.
+        name: The name that was asked for.
+        found: Names of the installed plugins; the hint suggests the nearest.
+        alternatives: Addresses that the hint suggests too.
     """
-    claims: dict[str, list[FoundPlugin]] = {}
-    seen = set()
-    folders = sys.path if path is None else path
-    for distribution in distributions(path=list(folders)):
-        entries = _entries(distribution.read_text("entry_points.txt") or "")
-        if not entries:
-            continue
-        title, version, requires = _described(distribution)
-        canonical = canonicalize_name(title)
-        # A virtual environment can list one distribution twice (lib64 links, stale metadata): the first one
-        # on the path is the one that would be imported.
-        if canonical in seen:
-            continue
-        seen.add(canonical)
-        for name, module in entries.items():
-            found = FoundPlugin(
-                name=name,
-                distribution=canonical,
-                version=version,
-                module=module,
-                requires=requires,
-            )
-            claims.setdefault(name, []).append(found)
-    return {name: _with_rivals(claims[name]) for name in sorted(claims)}
-
-
-def _described(distribution: Distribution) -> tuple[str, str, tuple[str, ...]]:
-    """Return a distribution's name, version and `Requires-Dist` lines, or stand-ins if it has no metadata."""
-    try:
-        metadata = distribution.metadata
-        return metadata["Name"] or "unnamed", metadata["Version"] or "?", tuple(distribution.requires or ())
-    # The standard library gives an empty message. Its backport, which answers in its place once anything has
-    # imported it (mlflow's packages do), raises.
-    except FileNotFoundError:
-        return "unnamed", "?", ()
-
-
-def _entries(text: str) -> dict[str, str]:
-    """Read our group of an `entry_points.txt`; lines that make no sense are another tool's concern."""
-    entries: dict[str, str] = {}
-    group = ""
-    for line in text.splitlines():
-        if header := re.fullmatch(r"\s*\[(.*)\]\s*", line):
-            group = header[1].strip()
-        elif group == GROUP and "=" in line and not line.lstrip().startswith("#"):
-            name, _, module = line.partition("=")
-            entries[name.strip()] = module.strip()
-    return entries
-
-
-def _with_rivals(claims: list[FoundPlugin]) -> FoundPlugin:
-    first, *others = sorted(claims, key=lambda each: each.distribution)
-    return attrs.evolve(first, conflicts=tuple(others))
-
-
-# --------------------------------------------------------------------------- load
-
-
-def load(found: Mapping[str, FoundPlugin], names: Iterable[str]) -> dict[str, LoadedPlugin]:
-    """Import the named plugins, register their hooks and collect what they offer.
-
-    Raises:
-        WmtpError: A plugin is not installed, claimed twice, made for another core, fails to import, or
-            declares something that core would never call.
-    """
-    return {name: _load_one(found, name) for name in sorted(set(names))}
-
-
-def _load_one(found: Mapping[str, FoundPlugin], name: str) -> LoadedPlugin:
-    if name not in found:
-        raise WmtpError(
-            f"no plugin named `{name}` is installed; installed: {quoted(found) or 'none'}",
-            hint=did_you_mean(name, found) or "install the package that offers it, then: plugins list",
-        )
-    plugin = found[name]
-    _check_name(plugin)
-    _check_core_range(plugin)
-    manager = _register(plugin, _import(plugin))
-    return LoadedPlugin(found=plugin, components={kind: _declared(plugin, manager, kind) for kind in Kind})
+    near = nearest(name, found)
+    others = [address for address in alternatives if address.partition(".")[0] not in near]
+    return WmtpError(
+        f"no plugin named `{name}` is installed; installed: {quoted(found) or 'none'}",
+        hint=suggest(near + others) or "install the package that offers it, then: plugins list",
+    )
 
 
 def _check_name(plugin: FoundPlugin) -> None:
     if plugin.conflicts:
         claims = [plugin, *plugin.conflicts]
         listed = " and ".join(f"{each.distribution} {each.version}" for each in claims)
-        number = "two" if len(claims) == 2 else str(len(claims))
-        both = "both" if len(claims) == 2 else "all"
-        # core cannot know which of them is wanted, but never advises to remove itself
+        number, both = ("two", "both") if len(claims) == 2 else (str(len(claims)), "all")
+        # Core cannot know which one is wanted, but never suggests uninstalling itself.
         spare = next(each.distribution for each in reversed(claims) if each.distribution != CORE_DISTRIBUTION)
         raise WmtpError(
             f"{number} installed packages {both} claim the plugin name `{plugin.name}`: {listed}",
@@ -231,8 +211,7 @@ def _check_name(plugin: FoundPlugin) -> None:
 def _check_core_range(plugin: FoundPlugin) -> None:
     version = weighted_mtp_core.__version__
     core_range = plugin.core_range
-    specifier = Requirement(CORE_DISTRIBUTION + core_range).specifier
-    if not specifier.contains(version, prereleases=True):
+    if not Requirement(CORE_DISTRIBUTION + core_range).specifier.contains(version, prereleases=True):
         raise WmtpError(
             f"{plugin} needs {CORE_DISTRIBUTION}{core_range}, but {version} is installed",
             hint=f"install a version of {plugin.distribution} made for {CORE_DISTRIBUTION} {version}",
@@ -240,131 +219,32 @@ def _check_core_range(plugin: FoundPlugin) -> None:
 
 
 def _import(plugin: FoundPlugin) -> object:
-    entry = EntryPoint(plugin.name, plugin.module, GROUP)
     try:
-        return entry.load()
+        return EntryPoint(plugin.name, plugin.module, GROUP).load()
     except (Exception, SystemExit) as error:
         raise WmtpError(f"{plugin} failed to import `{plugin.module}`: {reason(error)}") from error
 
 
-def _register(plugin: FoundPlugin, module: object) -> pluggy.PluginManager:
-    """Register with a manager of its own: one plugin's mistake is never another's."""
+def _check_functions(plugin: FoundPlugin, module: object) -> None:
+    """Refuse hooks with arguments, and functions without the marker, which `check_pending` cannot see."""
     for name in dir(module):
-        function = getattr(module, name)
-        if name.startswith("wmtp_") and inspect.isroutine(function):
-            _check_function(plugin, name, function)
-    manager = pluggy.PluginManager(GROUP)
-    manager.add_hookspecs(hookspecs)
+        function: Callable[..., object] = getattr(module, name)
+        if not (name.startswith("wmtp_") and inspect.isroutine(function)):
+            continue
+        if not hasattr(function, f"{GROUP}_impl"):
+            raise WmtpError(
+                f"{plugin} defines `{name}` without @hookimpl, so core would never call it",
+                hint="from weighted_mtp_core.api import hookimpl",
+            )
+        parameters = inspect.signature(function).parameters
+        if name in _HOOKS and parameters:
+            raise WmtpError(f"{plugin} wants arguments in `{name}`: {quoted(parameters)}; a hook gets none")
+
+
+def _check_options(plugin: FoundPlugin, address: str, options: type[Any]) -> None:
+    if not attrs.has(options):
+        raise WmtpError(f"{plugin} gives `{address}` options that are no attrs class: {options!r}")
     try:
-        manager.register(module, name=plugin.name)
-    except pluggy.PluginValidationError as error:
-        raise WmtpError(f"{plugin} declares a hook wrongly: {str(error).splitlines()[-1]}") from error
-    # What `check_pending` looks for, with the near miss and without the module's repr.
-    for caller in manager.get_hookcallers(module) or []:
-        if not caller.has_spec() and not all(impl.optionalhook for impl in caller.get_hookimpls()):
-            raise WmtpError(
-                f"{plugin} declares a hook core does not have: unknown hook `{caller.name}`",
-                hint=did_you_mean(caller.name, _HOOKS.values()) or f"core has {quoted(_HOOKS.values())}",
-            )
-    return manager
-
-
-def _check_function(plugin: FoundPlugin, name: str, function: Callable[..., object]) -> None:
-    # pluggy ignores an undecorated function, and `check_pending` cannot see it.
-    if not hasattr(function, f"{GROUP}_impl"):
-        raise WmtpError(
-            f"{plugin} defines `{name}` without @hookimpl, so core would never call it",
-            hint="from weighted_mtp_core.api import hookimpl",
-        )
-    parameters = inspect.signature(function).parameters
-    if name in _HOOKS.values() and parameters:
-        raise WmtpError(f"{plugin} wants arguments in `{name}`: {quoted(parameters)}; a hook gets none")
-
-
-def _declared(plugin: FoundPlugin, manager: pluggy.PluginManager, kind: Kind) -> dict[str, AnyComponent]:
-    components: dict[str, AnyComponent] = {}
-    for component in _call(plugin, manager, kind):
-        if not isinstance(component, Component):
-            got = type(component).__name__
-            raise WmtpError(f"{plugin} offers a {got} in `{kind.hook}`; expected a Component")
-        address = f"{plugin.name}.{component.name}"
-        if component.name in components:
-            raise WmtpError(f"{plugin} offers two {kind.label}s named `{address}`")
-        if not attrs.has(component.options):
-            raise WmtpError(
-                f"{plugin} gives `{address}` options that are no attrs class: {component.options!r}"
-            )
-        try:
-            attrs.resolve_types(component.options)
-        except NameError as error:
-            raise WmtpError(f"{plugin} gives `{address}` an option of an unknown type: {error}") from error
-        components[component.name] = component
-    return components
-
-
-def _call(plugin: FoundPlugin, manager: pluggy.PluginManager, kind: Kind) -> list[Any]:
-    """Call the plugin's hook. pluggy drops a result of None, which here would hide a forgotten `return`."""
-    results = []
-    for impl in getattr(manager.hook, kind.hook).get_hookimpls():
-        try:
-            declared = impl.function()
-            results += list(declared)
-        except Exception as error:
-            raise WmtpError(f"{plugin} failed in `{kind.hook}`: {reason(error)}") from error
-    return results
-
-
-# --------------------------------------------------------------------------- index
-
-
-def resolve(loaded: Mapping[str, LoadedPlugin], kind: Kind, use: str) -> tuple[FoundPlugin, AnyComponent]:
-    """Return the component that `use` names: `<plugin>.<component>`, or `<plugin>` if it offers just one.
-
-    Args:
-        loaded: Must hold the plugin that `use` names.
-        kind: The table that `use` stands in.
-        use: The address.
-
-    Raises:
-        WmtpError: The plugin offers no such component, or several and `use` names none of them.
-    """
-    plugin_name, dot, name = use.partition(".")
-    plugin = loaded[plugin_name]
-    offered = plugin.components[kind]
-    addresses = plugin.addresses(kind)
-    if not dot and len(offered) == 1:
-        return plugin.found, next(iter(offered.values()))
-    if name in offered:
-        return plugin.found, offered[name]
-    if not offered:
-        others = [address for each in Kind for address in plugin.addresses(each)]
-        hint = _elsewhere(plugin, name) or (f"it has {quoted(others)}" if others else None)
-        raise WmtpError(f"plugin `{plugin_name}` has no {kind.label}", hint=hint)
-    if not dot:
-        raise WmtpError(
-            f"plugin `{plugin_name}` has {len(offered)} {kind.label}s: {quoted(addresses)}",
-            hint=f'name one: use = "{addresses[0]}"',
-        )
-    near = nearest(name, offered)
-    raise WmtpError(
-        f"plugin `{plugin_name}` has no {kind.label} named `{name}`; it has {quoted(addresses)}",
-        hint=f"did you mean `{plugin_name}.{near}`?" if near else _elsewhere(plugin, name),
-    )
-
-
-def _elsewhere(plugin: LoadedPlugin, name: str) -> str | None:
-    """Point to the table that the component belongs in, if it is of another kind."""
-    for kind in Kind:
-        if name in plugin.components[kind]:
-            return f"`{plugin.found.name}.{name}` is a {kind.label}: name it in `[{kind.value}]`"
-    return None
-
-
-def providers(loaded: Mapping[str, LoadedPlugin], signal: Signal) -> list[str]:
-    """Return the addresses of the loaded critics that provide a signal."""
-    return [
-        f"{plugin.found.name}.{name}"
-        for plugin in loaded.values()
-        for name, component in sorted(plugin.components[Kind.CRITIC].items())
-        if signal in component.provides
-    ]
+        attrs.resolve_types(options)
+    except NameError as error:
+        raise WmtpError(f"{plugin} gives `{address}` an option of an unknown type: {error}") from error

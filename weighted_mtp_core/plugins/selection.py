@@ -1,81 +1,64 @@
-"""Components that a recipe names, with their options, and the weightings that other components wrap.
+"""The components that a recipe selects, with their options and the weightings that they wrap.
 
-A component whose options hold a `WeightingChoice` wraps another weighting. What it wraps is chosen and
-checked with it, so everything that is known of a plan before it is built includes the parts.
+A component that has a `WeightingChoice` among its options wraps another weighting. The wrapped weighting is
+selected and checked together with the component, before anything is built.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import attrs
 from attrs import define, field, frozen
 
-from weighted_mtp_core.api import BuildContext, Signal, WeightingChoice
-from weighted_mtp_core.errors import RunFailedError, WmtpError
-from weighted_mtp_core.messages import reason
+from weighted_mtp_core.api import BuildContext, RunFailedError, Signal, WeightingChoice, WmtpError
+from weighted_mtp_core.messages import nearest, quoted, reason, suggest
+from weighted_mtp_core.plugins.discovery import FoundPlugin
 from weighted_mtp_core.plugins.loading import (
     AnyComponent,
-    FoundPlugin,
     Kind,
     LoadedPlugin,
-    find,
-    load,
-    resolve,
+    PluginRegistry,
+    not_installed,
 )
 from weighted_mtp_core.recipe.line_numbers import KeyPath
 from weighted_mtp_core.recipe.structure import Fault, plain, structure
 
 
 @frozen(kw_only=True)
-class Part:
-    """A weighting that a component's options name.
-
-    Attributes:
-        path: Where in the options.
-        choice: What stands there.
-        chosen: What it comes to.
-    """
-
-    path: KeyPath
-    choice: WeightingChoice
-    chosen: SelectedComponent
-
-
-@frozen(kw_only=True)
 class SelectedComponent:
-    """One component of a plan with its options.
+    """A component with the options that a recipe gives it.
 
     Attributes:
         address: `<plugin>.<component>`.
-        plugin: Where it comes from.
+        plugin: The plugin that declares it.
         component: Its declaration.
         options: An instance of `component.options`.
-        parts: The weightings that its options name.
+        wrapped: The weightings that its options name, by the path of the option within the options.
     """
 
     address: str
     plugin: FoundPlugin
     component: AnyComponent
     options: Any
-    parts: tuple[Part, ...] = ()
+    wrapped: Mapping[KeyPath, SelectedComponent] = field(factory=dict)
 
     @property
     def needs(self) -> frozenset[Signal]:
-        """The signals that must be computed for it and for its parts."""
-        return self.component.needs.union(*(part.chosen.needs for part in self.parts))
+        """The signals that it and the weightings it wraps need."""
+        return self.component.needs.union(*(each.needs for each in self.wrapped.values()))
 
     def plain_options(self) -> dict[str, Any]:
-        """Return the options as TOML would hold them: those of its parts too, with full addresses."""
-        table: dict[str, Any] = plain(self.options)
-        for part in self.parts:
-            place: Any = table
-            for key in part.path:
-                place = place[key]
-            place |= {"use": part.chosen.address, "options": part.chosen.plain_options()}
-        return table
+        """Return the options as a TOML table, with the address and all options of wrapped weightings."""
+        options: dict[str, Any] = plain(self.options)
+        for path, weighting in self.wrapped.items():
+            table: Any = options
+            for key in path:
+                table = table[key]
+            table |= {"use": weighting.address, "options": weighting.plain_options()}
+        return options
 
     def build(self, context: BuildContext) -> Any:
         """Build the component.
@@ -84,13 +67,13 @@ class SelectedComponent:
             WmtpError: It cannot be built; names plugin, distribution and version.
         """
 
-        def build_part(choice: WeightingChoice) -> Any:
-            chosen = next(part.chosen for part in self.parts if part.choice == choice)
-            return chosen.build(context)
+        def build_wrapped(choice: WeightingChoice) -> Any:
+            path = next(path for path, own in weighting_choices(self.options) if own == choice)
+            return self.wrapped[path].build(context)
 
         failed = f"{self.plugin} could not build `{self.address}`"
         try:
-            return self.component.build(self.options, attrs.evolve(context, weightings=build_part))
+            return self.component.build(self.options, attrs.evolve(context, weightings=build_wrapped))
         except RunFailedError as error:
             raise RunFailedError(f"{failed}: {error}", hint=error.hint) from error
         except WmtpError as error:
@@ -101,57 +84,52 @@ class SelectedComponent:
 
 @define(kw_only=True)
 class ComponentSelector:
-    """Chooses components by address, loads each plugin once and collects what is wrong with options.
+    """Selects components by address and collects the faults of their options.
 
     Attributes:
-        place: Makes a context that adds to an error where its key was written.
-        loaded: The plugins that were named so far.
-        faults: What is wrong with the options so far.
+        registry: Loads the plugins that addresses name.
+        locate: Returns a context for a key; the context adds the key's file and line to an error.
+        faults: The faults of all options so far.
     """
 
-    place: Callable[[KeyPath], AbstractContextManager[None]] = field(default=lambda _: nullcontext())
-    loaded: dict[str, LoadedPlugin] = field(factory=dict)
+    registry: PluginRegistry = field(factory=PluginRegistry)
+    locate: Callable[[KeyPath], AbstractContextManager[None]] = field(default=lambda _: nullcontext())
     faults: list[Fault] = field(factory=list)
-    _found: Mapping[str, FoundPlugin] = field(factory=find)
 
-    def choose(
+    def select(
         self, kind: Kind, use: str, *, options: Mapping[str, Any], at: KeyPath = ()
     ) -> SelectedComponent:
         """Return the component that `use` names; faults of its options are collected, not raised.
 
         Args:
-            kind: The table that `use` stands in.
+            kind: The table of the recipe that `use` is a key of.
             use: `<plugin>.<component>`, or `<plugin>`.
-            options: The table beside it.
-            at: Where both lie in the recipe.
+            options: The table `options` beside it.
+            at: Path of that table's parent in the recipe.
 
         Raises:
-            WmtpError: There is no such component, or its plugin cannot be used.
+            WmtpError: There is no such component, or its plugin cannot be loaded.
         """
-        with self.place((*at, "use")):
-            name = use.partition(".")[0]
-            if name not in self.loaded:
-                self.loaded |= load(self._found, [name])
-            plugin, component = resolve(self.loaded, kind, use)
-        structured, wrong = structure(component.options, options, at=(*at, "options"))
-        self.faults += wrong
+        with self.locate((*at, "use")):
+            plugin, component = resolve(self.registry, kind, use)
+        structured, faults = structure(component.options, options, at=(*at, "options"))
+        self.faults += faults
         return SelectedComponent(
-            address=f"{name}.{component.name}",
+            address=f"{plugin.name}.{component.name}",
             plugin=plugin,
             component=component,
             options=structured,
-            parts=tuple(
-                Part(path=path, choice=choice, chosen=self._part(choice, (*at, "options", *path)))
+            wrapped={
+                path: self.select(
+                    Kind.WEIGHTING, choice.use, options=choice.options, at=(*at, "options", *path)
+                )
                 for path, choice in weighting_choices(structured)
-            ),
+            },
         )
-
-    def _part(self, choice: WeightingChoice, at: KeyPath) -> SelectedComponent:
-        return self.choose(Kind.WEIGHTING, choice.use, options=choice.options, at=at)
 
 
 def weighting_choices(value: Any) -> Iterator[tuple[KeyPath, WeightingChoice]]:
-    """Find the weightings that structured options name, each with the path to it."""
+    """Yield the weightings that structured options name, each with its path."""
     if isinstance(value, WeightingChoice):
         yield (), value
     elif attrs.has(type(value)):
@@ -162,3 +140,57 @@ def weighting_choices(value: Any) -> Iterator[tuple[KeyPath, WeightingChoice]]:
         for i, item in enumerate(value):
             for path, choice in weighting_choices(item):
                 yield (i, *path), choice
+
+
+def resolve(registry: PluginRegistry, kind: Kind, use: str) -> tuple[FoundPlugin, AnyComponent]:
+    """Return the component that `use` names: `<plugin>.<component>`, or `<plugin>` if it has just one.
+
+    Raises:
+        WmtpError: The plugin cannot be loaded, has no such component, or has several and `use` names none.
+    """
+    plugin_name, dot, name = use.partition(".")
+    if plugin_name not in registry.found:
+        same_name = _same_name(registry, kind, name or plugin_name)
+        raise not_installed(plugin_name, registry.found, alternatives=same_name)
+    plugin = registry.load(plugin_name)
+    offered = plugin.components[kind]
+    if not dot and len(offered) == 1:
+        return plugin.found, next(iter(offered.values()))
+    if name in offered:
+        return plugin.found, offered[name]
+    addresses = plugin.addresses(kind)
+    if offered and not dot:
+        raise WmtpError(
+            f"plugin `{plugin_name}` has {len(offered)} {kind.label}s: {quoted(addresses)}",
+            hint=f'name one: use = "{addresses[0]}"',
+        )
+    named = f" named `{name}`; it has {quoted(addresses)}" if offered else ""
+    raise WmtpError(
+        f"plugin `{plugin_name}` has no {kind.label}{named}", hint=_hint(registry, plugin, kind, name)
+    )
+
+
+def _hint(registry: PluginRegistry, plugin: LoadedPlugin, kind: Kind, name: str) -> str | None:
+    """Return what a recipe that names a missing component may have meant."""
+    plugin_name, offered = plugin.found.name, plugin.components[kind]
+    near = [f"{plugin_name}.{each}" for each in nearest(name, offered)]
+    for other in Kind:
+        if not near and name in plugin.components[other]:
+            return f"`{plugin_name}.{name}` is a {other.label}: name it in `[{other.value}]`"
+    if meant := near + _same_name(registry, kind, name):
+        return suggest(meant)
+    others = [address for other in Kind for address in plugin.addresses(other)]
+    return f"it has {quoted(others)}" if others and not offered else None
+
+
+def _same_name(registry: PluginRegistry, kind: Kind, name: str) -> list[str]:
+    """Return the addresses of the components of this kind and name in all installed plugins.
+
+    Loads every installed plugin and skips those that fail: only for the hint of an error.
+    """
+    addresses = []
+    for plugin in registry.found:
+        with suppress(WmtpError):
+            if name in registry.load(plugin).components[kind]:
+                addresses.append(f"{plugin}.{name}")
+    return addresses

@@ -18,7 +18,8 @@ from packaging.version import Version
 
 import weighted_mtp_core
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.plugins.loading import FoundPlugin, Kind
+from weighted_mtp_core.plugins.discovery import FoundPlugin
+from weighted_mtp_core.plugins.loading import Kind
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 _LONGEST = 20  # so that lines which hold it three times stay lines

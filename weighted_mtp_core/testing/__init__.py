@@ -1,26 +1,25 @@
-"""Conformance suites: what core promises of each kind of component, as tests that a plugin subclasses.
+"""Conformance suites: the tests that every component must pass, as classes that a plugin's tests subclass.
 
     from weighted_mtp_core.testing import WeightingStrategySuite
 
     class TestMyWeighting(WeightingStrategySuite):
         address = "my_plugin.my_weighting"
 
-Components with required options override the fixture `options`, a recipe's `[<kind>.options]` table.
-Needs the extra `testing` (`pip install weighted-mtp-core[testing]`).
+A component with required options overrides the fixture `options`, which returns a recipe's `[<kind>.options]`
+table. Needs the extra `testing` (`pip install weighted-mtp-core[testing]`).
 """
 
 from __future__ import annotations
 
-import pytest
+import importlib
+from typing import TYPE_CHECKING, Any
 
-for _module in ("component", "critic", "data_source", "tracker", "weighting"):
-    pytest.register_assert_rewrite(f"{__name__}.{_module}")
-
-from weighted_mtp_core.testing.component import ComponentSuite  # noqa: E402 - rewritten first
-from weighted_mtp_core.testing.critic import CriticSuite  # noqa: E402
-from weighted_mtp_core.testing.data_source import DataSourceSuite  # noqa: E402
-from weighted_mtp_core.testing.tracker import TrackerSuite  # noqa: E402
-from weighted_mtp_core.testing.weighting import WeightingStrategySuite  # noqa: E402
+if TYPE_CHECKING:
+    from weighted_mtp_core.testing.component import ComponentSuite
+    from weighted_mtp_core.testing.critic import CriticSuite
+    from weighted_mtp_core.testing.data_source import DataSourceSuite
+    from weighted_mtp_core.testing.tracker import TrackerSuite
+    from weighted_mtp_core.testing.weighting import WeightingStrategySuite
 
 __all__ = [
     "ComponentSuite",
@@ -29,3 +28,11 @@ __all__ = [
     "TrackerSuite",
     "WeightingStrategySuite",
 ]
+_MODULES = dict(zip(__all__, ("component", "critic", "data_source", "tracker", "weighting"), strict=True))
+
+
+def __getattr__(name: str) -> Any:
+    """Import a suite on first use: pytest imports this package, for its plugin, in every run."""
+    if name not in _MODULES:
+        raise AttributeError(f"module `{__name__}` has no attribute `{name}`")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

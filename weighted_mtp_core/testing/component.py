@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tomllib
 import typing
-from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,43 +21,32 @@ import torch
 
 from weighted_mtp_core.api import (
     BuildContext,
-    Critic,
-    DataSource,
     Stateful,
-    Tracker,
-    WeightingStrategy,
     WmtpError,
 )
 from weighted_mtp_core.checkpointing.best_model import load_component, save_component
-from weighted_mtp_core.plugins.loading import AnyComponent, Kind, LoadedPlugin, find
+from weighted_mtp_core.plugins.loading import AnyComponent, Kind, PluginRegistry
 from weighted_mtp_core.plugins.selection import ComponentSelector, SelectedComponent
 from weighted_mtp_core.recipe.structure import plain, structure
 
-_CLASSES: Mapping[Kind, type[ABC]] = {
-    Kind.WEIGHTING: WeightingStrategy,
-    Kind.CRITIC: Critic,
-    Kind.DATA: DataSource,
-    Kind.TRACKER: Tracker,
-}
 _HEAVY = ("torch", "transformers", "mlflow", "boto3")
 _LOAD = """
 import sys
-from weighted_mtp_core.plugins.loading import find, load
-load(find(), [sys.argv[1]])
+from weighted_mtp_core.plugins.loading import PluginRegistry
+PluginRegistry().load(sys.argv[1])
 print(*(name for name in sys.argv[2:] if name in sys.modules))
 """
 
 
-installed = functools.cache(find)  # reading all metadata takes a while, and there are many tests
-loaded: dict[str, LoadedPlugin] = {}
+registry = functools.cache(PluginRegistry)  # reading all metadata takes a while, and there are many tests
 
 
 def choose(kind: Kind, address: str, options: Mapping[str, Any]) -> SelectedComponent:
     """Return a component of an installed plugin; wrong options fail the test."""
-    chooser = ComponentSelector(found=installed(), loaded=loaded)
-    chosen = chooser.choose(kind, address, options=options)
-    assert not chooser.faults, [f"{'.'.join(map(str, each.path))}: {each.text}" for each in chooser.faults]
-    return chosen
+    selector = ComponentSelector(registry=registry())
+    selected = selector.select(kind, address, options=options)
+    assert not selector.faults, [f"{'.'.join(map(str, each.path))}: {each.text}" for each in selector.faults]
+    return selected
 
 
 @functools.cache
@@ -172,7 +160,7 @@ class ComponentSuite:
 
     def test_builds_its_kind(self, build: Callable[[], Any]) -> None:
         """Core calls the methods of the kind's class."""
-        assert isinstance(build(), _CLASSES[self.kind])
+        assert isinstance(build(), self.kind.interface)
 
     def test_building_leaves_global_random_numbers_alone(self, build: Callable[[], Any]) -> None:
         """The same recipe and seed give the same numbers, whatever else is built."""

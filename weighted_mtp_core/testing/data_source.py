@@ -24,11 +24,12 @@ _DIGEST = """
 import hashlib, json, sys
 from pathlib import Path
 from weighted_mtp_core.api import SPLITS, BuildContext
-from weighted_mtp_core.plugins.loading import Kind, find, load, resolve
+from weighted_mtp_core.plugins.loading import Kind, PluginRegistry
+from weighted_mtp_core.plugins.selection import resolve
 from weighted_mtp_core.recipe.structure import structure
 
 address, options, storage = sys.argv[1:]
-_, component = resolve(load(find(), [address.partition(".")[0]]), Kind.DATA, address)
+_, component = resolve(PluginRegistry(), Kind.DATA, address)
 structured, faults = structure(component.options, json.loads(options))
 source = component.build(structured, BuildContext(seed=7, storage=Path(storage)))
 seen = hashlib.sha256()

@@ -1,7 +1,7 @@
-"""Fixtures for tests of plugins; pytest loads them wherever core is installed.
+"""Pytest fixtures for tests of plugins.
 
-In *every* pytest there, so this module stands beside `weighted_mtp_core.testing`, not in it, and
-imports next to nothing: torch comes with the first test that needs it.
+Every pytest run imports this module wherever core is installed, so it imports neither torch nor numpy; the
+first test that needs them does. Measured: 12 ms, most of it attrs, beside 140 ms for pytest itself.
 """
 
 from __future__ import annotations
@@ -16,6 +16,13 @@ from typing import Any
 
 import pytest
 from attrs import frozen
+
+pytest.register_assert_rewrite(
+    *(
+        f"weighted_mtp_core.testing.{name}"
+        for name in ("component", "critic", "data_source", "tracker", "weighting")
+    )
+)
 
 TINY: Mapping[str, Any] = {
     "run": {"name": "tiny"},
@@ -131,4 +138,4 @@ def wmtp_no_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(**_: object) -> None:
         pytest.fail("this test must not look for installed plugins")
 
-    monkeypatch.setattr("weighted_mtp_core.plugins.loading.distributions", refuse)
+    monkeypatch.setattr("weighted_mtp_core.plugins.discovery.distributions", refuse)
