@@ -1,4 +1,4 @@
-"""Lay numbers of target tokens onto the pairs that predict them, and back.
+"""Convert between tensors indexed by target token and tensors indexed by (source, head).
 
 Shape letters: B rows, T positions, K heads.
 """
@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 def align_weights(weight: Tensor, target_BTK: Tensor) -> Tensor:
-    """Return weights by (source, head), 0 where the pair does not count.
+    """Return weights `[B, T, K]` indexed by (source, head), 0 where the pair does not count.
 
     Args:
-        weight: `[B, T]`, by the target token itself, or `[B, T, K]`, already by (source, head).
-        target_BTK: The pairs that count.
+        weight: `[B, T]`, indexed by the target token, or `[B, T, K]`, already indexed by (source, head).
+        target_BTK: bool, True for the pairs that count.
     """
     if weight.ndim == 3:
         return torch.where(target_BTK, weight, 0.0)
@@ -25,11 +25,11 @@ def align_weights(weight: Tensor, target_BTK: Tensor) -> Tensor:
 
 
 def gather_by_target(x_BTK: Tensor, target_BTK: Tensor) -> Tensor:
-    """Return what pairs hold, by the target: entry (t, k) is of the pair (t - k, k), 0 if it does not count.
+    """Return the numbers of pairs indexed by (target, head), `[B, T, K]`, 0 where the pair does not count.
 
     Args:
-        x_BTK: By (source, head).
-        target_BTK: The pairs that count.
+        x_BTK: Numbers indexed by (source, head).
+        target_BTK: bool, True for the pairs that count.
     """
     counted_BTK = torch.where(target_BTK, x_BTK, 0.0)
     by_target_BTK = torch.zeros_like(counted_BTK)

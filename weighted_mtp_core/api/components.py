@@ -1,4 +1,4 @@
-"""What a plugin declares (`Component`), what building gets, and the kinds `WeightingStrategy` and `Critic`.
+"""Declaring and building components; the base classes of weightings and critics.
 
 Shape letters: B batch rows, T positions, K heads (`n_future`), H hidden, V vocabulary.
 """
@@ -28,7 +28,7 @@ hookimpl = pluggy.HookimplMarker("weighted_mtp_core")
 SAME_RESULT: Mapping[str, bool] = MappingProxyType({"weighted_mtp_core.same_result": True})
 """Marks an option that does not change the result of a run: `field(default=0, metadata=SAME_RESULT)`.
 
-A run can be resumed with another value of it, and compared with runs that have another value.
+A run can resume with another value of it, and be compared with runs that have another value.
 """
 
 OptionsT = TypeVar("OptionsT")
@@ -45,22 +45,22 @@ def _no_trainable_trunk(_: str | None) -> torch.nn.Module:
 
 @frozen(kw_only=True, eq=False)
 class ModelContext:
-    """The policy as far as a component may know it while it is being built.
+    """Sizes, device and copies of the policy, for a component that is being built.
 
     Attributes:
-        n_future: K.
-        hidden_size: H of the trunk's states.
+        n_future: K, the number of heads.
+        hidden_size: H, the size of the trunk's states.
         vocab_size: V.
-        device: Where the component's tensors must live.
-        frozen_trunk: Returns an independent copy of the trunk as it is now, without gradients:
-            a function from a `Batch` to float32 states `[B, T, H]`.
-        frozen_losses: Returns the next-token loss of an independent copy of the policy, as it is now or as
-            a `best_model.pt` holds it: a function from a `Batch` to float32 losses `[B, T]`, indexed by the
-            token, 0 where no response token follows another.
-        trainable_trunk: Returns an independent copy of the trunk as it is now, or the body of the model that
-            is named as `model.base` is (its tokenizer must be the policy's): a module that is called with a
-            `Batch` and returns float32 states `[B, T, H]`, with gradients and without dropout. H is its
-            attribute `hidden_size`. Its parameters are the component's to train and to keep.
+        device: The component's tensors must be on this device.
+        frozen_trunk: `frozen_trunk()` copies the present trunk. Returns a function from a `Batch` to float32
+            states `[B, T, H]` without gradient.
+        frozen_losses: `frozen_losses(None)` copies the present policy; `frozen_losses(path)` loads a
+            `best_model.pt`. Returns a function from a `Batch` to float32 next-token losses `[B, T]` in nats,
+            indexed by the predicted token; 0 except on response tokens that follow another token.
+        trainable_trunk: `trainable_trunk(None)` copies the present trunk; `trainable_trunk(base)` loads the
+            trunk of another model, named like a recipe's `model.base`, with the policy's tokenizer. Returns a
+            module that maps a `Batch` to float32 states `[B, T, H]`, with gradients and without dropout; its
+            attribute `hidden_size` is H. The component trains and saves its parameters.
     """
 
     n_future: int
@@ -74,14 +74,15 @@ class ModelContext:
 
 @frozen(kw_only=True)
 class WeightingChoice:
-    """An option that names another weighting, as the table `[weighting]` does.
+    """An option that names another weighting, with the keys of a recipe's table `[weighting]`.
 
-    A component whose options hold one (or a tuple of them) wraps it. Core knows by the type: before anything
-    is built it loads the named plugin, checks its options and adds its needs to those of the component.
+    A component with options of this type, or tuples of it, wraps these weightings. Before anything is built,
+    core loads their plugins, checks their options and adds their needs to those of the component. Build them
+    with `BuildContext.build_weighting`.
 
     Attributes:
-        use: `<plugin>.<component>`, or `<plugin>` if it offers just one weighting.
-        options: The options table of that weighting.
+        use: `<plugin>.<component>`, or `<plugin>` if it has just one weighting.
+        options: The options of that weighting.
     """
 
     use: str
@@ -90,11 +91,11 @@ class WeightingChoice:
 
 @frozen(kw_only=True, eq=False)
 class BuildContext:
-    """What `Component.build` gets beside its options.
+    """What `Component.build` receives besides the options.
 
     Attributes:
-        seed: For the component's own generator.
-        storage: The storage root (`storage/`), for caches.
+        seed: Seed for the component's own random generator.
+        storage: The storage root, by default `storage/`, for files and caches.
     """
 
     seed: int
@@ -106,20 +107,20 @@ class BuildContext:
 
     @property
     def model(self) -> ModelContext:
-        """The policy's side.
+        """The policy, for weightings and critics.
 
         Raises:
-            WmtpError: The component is built before there is a policy (data sources and trackers are).
+            WmtpError: The component is a data source or a tracker; these are built before the policy.
         """
         if self._model is None:
             raise WmtpError("this component is built before the policy exists, so `context.model` is empty")
         return self._model
 
     def build_weighting(self, choice: WeightingChoice) -> WeightingStrategy:
-        """Build a weighting that the component's own options name; each call gives a new object.
+        """Build a weighting that the component's own options name; each call returns a new object.
 
         Raises:
-            WmtpError: It cannot be built.
+            WmtpError: It cannot be built, or the options do not name it.
         """
         if self._weightings is None:
             raise WmtpError(f"`{choice.use}` is named by no option that core has checked")
@@ -132,7 +133,7 @@ class Finding:
 
     Attributes:
         mark: `FAILED` if a run that uses the component cannot work here; `doctor` then exits with code 1.
-        name: What was tried, in one or two words.
+        name: What was checked, in one or two words.
         text: The result. It must contain no secret.
         hint: What to do about it.
     """
@@ -145,17 +146,18 @@ class Finding:
 
 @frozen(kw_only=True)
 class Component(Generic[OptionsT, BuiltT_co]):
-    """One thing a plugin offers, declared without importing anything heavy.
+    """The declaration of a component. Declaring one must not import torch or anything else that is slow.
 
     Attributes:
         name: `[a-z][a-z0-9_]*`; the address is `<plugin>.<name>`.
-        summary: One line for `plugins list`.
-        options: A frozen attrs class; the recipe's `options` table is structured into it strictly.
-        build: Makes the object; imports torch inside.
-        needs: Signals that must be computed for it (weightings).
-        provides: Signals that it can fill (critics).
-        examine: Tries what the component needs on this machine (a server, a sandbox), for `doctor`. Gets the
-            options and the storage root, builds nothing, and yields one finding a line.
+        summary: One line for `plugins show`.
+        options: A frozen, keyword-only attrs class. The recipe's table `options` becomes an instance of it;
+            unknown keys and values of another type are errors.
+        build: Returns the object. Import torch inside this function.
+        needs: Signals that a weighting reads.
+        provides: Signals that a critic provides.
+        examine: Checks for `doctor` what the component needs on this machine, such as a server or a sandbox.
+            Receives the options and the storage root, builds nothing, and yields one finding for each check.
     """
 
     name: str = field(validator=v.matches_re(r"[a-z][a-z0-9_]*"))
@@ -168,17 +170,17 @@ class Component(Generic[OptionsT, BuiltT_co]):
 
 
 class Stateful(ABC):  # noqa: B024 - both methods have a default: most components keep no state
-    """Keeps state across checkpoints. The default keeps none and refuses any."""
+    """A component with state that checkpoints save. By default there is none."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain values that `load_state_dict` restores exactly."""
+        """Return the state as tensors and plain values; `load_state_dict` restores it exactly."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict()`'s result.
+        """Restore a state that `state_dict` returned.
 
         Raises:
-            WmtpError: `state` holds what this component does not keep.
+            WmtpError: `state` is the state of another component.
         """
         if state:
             raise WmtpError(
@@ -188,28 +190,28 @@ class Stateful(ABC):  # noqa: B024 - both methods have a default: most component
 
 
 class WeightingStrategy(Stateful):
-    """Turns what is known about a batch into weights on target tokens."""
+    """Computes the weights of target tokens from the signals of a batch."""
 
     @abstractmethod
     def weigh(self, view: StepView) -> Weights:
-        """Weigh the whole global batch of a step. Called without gradients, once a step."""
+        """Return the weights of the global batch. Called once per step of stage 2, without gradients."""
 
 
 class Critic(Stateful):
-    """Scores positions: a value head, a value model, a reference model.
+    """Scores every token of a batch, for example with a value head, a value model or a reference model.
 
     Attributes:
-        trainable: Whether stage 1 trains it; if so `loss` and `parameters` are used.
-        reads_policy: Whether `score` and `loss` want the policy's trunk states; if not, `hidden_BTH` is None.
-        batching: How stage 1 composes batches: `"pointwise"`, or `"pairs"`: rows 2i and 2i + 1 are a
-            correct and an incorrect response to one problem.
-        cacheable: Whether scores depend on nothing but the batch, `state_dict()`, the options and what
-            `ModelContext` gave. If so, and if it does not read the policy, core computes them once for each
-            document and run, and not again in later runs; not so, for example, of a model read from a file
-            that is not in the state.
-        blocks: Modules of the critic, decoder layers for example, whose parameters core may split over
-            several processes (FSDP2) before stage 1. `state_dict()` then holds sharded tensors for them, and
-            `load_state_dict` is given tensors laid out like those.
+        trainable: Whether stage 1 trains the critic, with `loss` and `parameters`.
+        reads_policy: Whether `score` and `loss` use the policy's trunk states. If not, `hidden_BTH` is None.
+        batching: Composition of the batches of stage 1: `"pointwise"`, or `"pairs"`, where rows 2i and 2i + 1
+            are a correct and an incorrect response to one problem.
+        cacheable: Whether scores depend only on the batch, the options, `state_dict()` and the copies that
+            `ModelContext` returned. A model that is loaded from a file and is not part of the state breaks
+            this. If True and `reads_policy` is False, core computes the scores of each document once and
+            reuses them in later runs.
+        blocks: Modules, such as decoder layers, that core may shard over several processes (FSDP2) before
+            stage 1. `state_dict()` then contains sharded tensors for their parameters, and `load_state_dict`
+            receives tensors with the same sharding.
     """
 
     trainable: bool = False
@@ -220,19 +222,35 @@ class Critic(Stateful):
 
     @abstractmethod
     def score(self, batch: Batch, hidden_BTH: Tensor | None) -> Scores:
-        """Score a batch without gradients; the trunk states `[B, T, H]` are detached."""
+        """Return the scores of a batch, without gradient.
+
+        Args:
+            batch: Some rows of the global batch, on the policy's device.
+            hidden_BTH: The policy's trunk states, float32 and detached, if `reads_policy`; else None.
+        """
 
     def begin_step(self, step: int, *, steps: int) -> None:
-        """Hear that step `step` (from 0) of the `steps` of stage 1 begins, also after a resumed one.
+        """Start a stage-1 step, for schedules; called at the start of each one, including after a resume.
 
-        For schedules; what a step changes must follow from these two numbers. It may be told of no step at
-        all, and is then to act as at the end.
+        The effect must depend only on the arguments. If this is never called, behave as in the last step.
+
+        Args:
+            step: 0-based index of the step.
+            steps: Number of steps of stage 1.
         """
 
     def loss(self, batch: Batch, hidden_BTH: Tensor | None) -> CriticLoss:  # noqa: ARG002 - no default
-        """Return the training loss of a batch; gradients must reach `parameters()` and nothing else."""
+        """Return the training loss of a batch; its gradient must reach all of `parameters()` and no others.
+
+        Args:
+            batch: See `score`.
+            hidden_BTH: See `score`.
+
+        Raises:
+            WmtpError: The critic is not trainable.
+        """
         raise WmtpError(f"critic `{type(self).__name__}` says it is trainable, but has no `loss`")
 
     def parameters(self) -> Iterable[torch.nn.Parameter]:
-        """Return the parameters that stage 1 trains."""
+        """Return the parameters that stage 1 trains; none if the critic is not trainable."""
         return ()

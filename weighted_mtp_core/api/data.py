@@ -1,4 +1,4 @@
-"""Examples, problems and verdicts, and the kind of component that offers them: the data source."""
+"""Data sources, the components that supply examples to learn from and problems to be evaluated on."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class Example:
     """One labelled response to one problem.
 
     Attributes:
-        example_id: Unique within the data source and stable across runs.
-        problem_id: Shared by all responses to one problem.
-        prompt: Text before the response; never a target.
-        response: Text that the policy learns to write; the core appends EOS.
+        example_id: Unique within the data source and the same in every run.
+        problem_id: The same for all responses to one problem.
+        prompt: Text before the response; its tokens are never targets.
+        response: Text that the policy learns to write, without EOS, which core appends.
         reward: Verified outcome of the whole response, in [0, 1].
     """
 
@@ -61,13 +61,14 @@ class Example:
 
 @frozen(kw_only=True)
 class Problem:
-    """One task whose completions can be judged.
+    """One task with a way to verify completions of its prompt.
 
     Attributes:
-        prompt: Text handed to the policy.
+        problem_id: Unique within the data source and the same in every run.
+        prompt: Text that the policy completes.
         entry_point: Name of the function that the tests call.
-        tests: Python source that defines `check(candidate)` and raises AssertionError on a wrong answer.
-        solution: A completion of `prompt` known to be right, if there is one.
+        tests: Python source that defines `check(candidate)`, which raises AssertionError if it is wrong.
+        solution: A correct completion of the prompt, if one is known.
     """
 
     problem_id: str
@@ -78,7 +79,12 @@ class Problem:
 
 
 class VerdictKind(enum.Enum):
-    """How judging one completion ended. Only the first three say anything about the program."""
+    """The result of verifying one completion. Only the first three are statements about the completion.
+
+    PASSED: every test passed. WRONG: a test failed. ERROR: the program raised an exception. The others: it
+    exceeded a limit of CPU time, wall-clock time, memory or output; it attempted something forbidden; its
+    text cannot be encoded as UTF-8; verification itself failed.
+    """
 
     PASSED = "passed"
     WRONG = "wrong"
@@ -94,7 +100,7 @@ class VerdictKind(enum.Enum):
 
 @frozen(kw_only=True)
 class Verdict:
-    """The judgement of one completion, with one line of `detail` for people."""
+    """The verdict on one completion, with one line of explanation in `detail`."""
 
     kind: VerdictKind
     detail: str = ""
@@ -106,13 +112,13 @@ class Verdict:
 
     @property
     def is_label(self) -> bool:
-        """Whether the verdict may be used as a training label (passed, wrong or error)."""
+        """Whether the verdict may become a training label: PASSED, WRONG or ERROR."""
         return self.kind in {VerdictKind.PASSED, VerdictKind.WRONG, VerdictKind.ERROR}
 
 
 @frozen(kw_only=True)
 class DatasetVersion:
-    """Name, version and SHA-256 (hex) of the data that a run used."""
+    """Name, version and SHA-256 (64 hexadecimal digits) of the data of a run."""
 
     name: str
     version: str
@@ -120,39 +126,42 @@ class DatasetVersion:
 
 
 class DataSource(Stateful):
-    """Examples to learn from and problems to be judged on: random access, deterministic order."""
+    """Supplies examples to learn from, and problems to be evaluated on, by split.
+
+    Sequences support random access and have the same order in every process. No problem is in two splits.
+    """
 
     @abstractmethod
     def examples(self, split: Split) -> Sequence[Example]:
-        """Return every labelled response of the split, right and wrong ones: the critic's data."""
+        """Return all examples of the split, correct and incorrect ones. The critic learns from them."""
 
     def policy_examples(self, split: Split) -> Sequence[Example]:
-        """Return what the policy imitates; by default the correct responses."""
+        """Return the examples that the policy learns from; by default those with a correct response."""
         return [example for example in self.examples(split) if is_correct(example.reward)]
 
     @abstractmethod
     def version(self) -> DatasetVersion:
-        """Return what identifies this data, after preparation.
+        """Return the name, version and checksum of the data.
 
-        Core keeps the tokens of a version, of a plugin's version and of its options, and does not read the
-        examples again: data that depend on anything else must have another `sha256`.
+        Core caches tokens under this version, the plugin's version and the options, and does not read the
+        examples again. If anything else changes the data, it must change `sha256`.
         """
 
     def problems(self, split: Split) -> Sequence[Problem]:  # noqa: ARG002 - the default has none
-        """Return the problems of the split; empty where the source cannot verify."""
+        """Return the problems of the split; none, the default, if the source cannot verify completions."""
         return ()
 
     def completion(self, problem: Problem, text: str) -> str:  # noqa: ARG002 - the default takes all
-        """Return what counts of a text that the policy wrote after a problem's prompt; by default all of it.
+        """Return the completion within a text that the policy wrote after a prompt; by default all of it.
 
-        What it returns is saved and handed to `verify`, which must not change it.
+        The result is saved, and passed to `verify` as it is.
         """
         return text
 
     def verify(self, attempts: Sequence[tuple[Problem, str]]) -> list[Verdict]:
-        """Judge completions, one verdict per (problem, completion), in the same order.
+        """Return a verdict for each (problem, completion), in the same order.
 
         Raises:
-            WmtpError: The source cannot verify.
+            WmtpError: The source cannot verify completions.
         """
         raise WmtpError(f"data source `{type(self).__name__}` cannot verify its {len(attempts)} completions")

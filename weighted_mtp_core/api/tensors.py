@@ -1,9 +1,10 @@
-"""Tensors that core and plugins exchange: a batch, what a weighting sees of it, weights, scores.
+"""Tensors that core and plugins exchange: batches, views of them for weightings, weights, scores, losses.
 
 Shape letters: B batch rows, T positions, K heads (`n_future`), H hidden, V vocabulary.
 
-Index convention: every `[B, T]` tensor is indexed *by the token itself*; `[B, T, K]` tensors are indexed
-(source position t, head k) and line up with the target `x[b, t + k]`. Only the core shifts.
+Index convention: entry (b, t) of a `[B, T]` tensor belongs to the token `x[b, t]` itself. Entry (b, t, k - 1)
+of a `[B, T, K]` tensor belongs to the pair of source t and head k, which predicts `x[b, t + k]`. Only core
+shifts tensors along T.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ if TYPE_CHECKING:
 
 
 class Signal(enum.Enum):
-    """What may be known about a batch; a weighting declares which of it the core must compute."""
+    """What may be known about a batch. A weighting receives the signals that its component `needs`.
+
+    Core computes all of them except `VALUE` and `REFERENCE_LOSS`, which a critic `provides`. `StepView`
+    describes the tensor of each.
+    """
 
     REWARD = "reward"
     VALUE = "value"
@@ -31,17 +36,18 @@ class Signal(enum.Enum):
 
 @frozen(kw_only=True, eq=False)
 class Batch:
-    """Rows of tokens with what is known about each token. All tensors live on one device.
+    """Rows of tokens with the labels of each token. All tensors are on one device.
 
     Attributes:
-        ids_BT: int64 token ids; padding on the right.
-        document_BT: int64 number of the document within its row, from 0; -1 on padding.
-        response_BT: bool, True on response tokens (EOS included): the tokens that are targets.
-        reward_BT: float32 reward of the response that a response token belongs to; 0 elsewhere.
-        group_BT: int64, equal exactly for tokens of the same problem within this batch; -1 on padding.
-        example_ids: The examples in the batch, row by row, for messages.
-        position_BT: int64 position of each token in its document where rows hold several documents, 0 on
-            padding; None where each row holds one, whose positions are 0, 1, ...
+        ids_BT: int64 token ids; padding is on the right.
+        document_BT: int64 index of the document within its row, from 0; -1 on padding.
+        response_BT: bool, True on response tokens, EOS included. These are the target tokens.
+        reward_BT: float32 reward of the response, on each of its tokens; 0 on prompts and padding.
+        group_BT: int64 number of the problem: tokens of this batch have equal numbers if and only if they
+            belong to the same problem; -1 on padding.
+        example_ids: The examples of the batch, row by row, for messages.
+        position_BT: int64 index of each token within its document, 0 on padding. None if each row holds one
+            document, with positions 0, 1, ...
     """
 
     ids_BT: Tensor
@@ -53,10 +59,10 @@ class Batch:
     position_BT: Tensor | None = None
 
     def target_positions(self) -> tuple[Tensor, Tensor]:
-        """Return rows and columns, int64 `[N]`, of the response tokens that follow one of their document.
+        """Return the rows and columns, int64 `[N]`, of the N targets of head 1, row by row.
 
-        These are the targets of head 1, row by row. On an accelerator use this method instead of a mask: for
-        batches made by core it does not wait for the device.
+        These are the response tokens that follow another token of their document. On an accelerator, prefer
+        this to a boolean mask: for batches made by core it does not wait for the device.
         """
         follows_BT = self.document_BT[:, 1:] == self.document_BT[:, :-1]
         row_N, column_N = (self.response_BT[:, 1:] & follows_BT).nonzero(as_tuple=True)
@@ -65,25 +71,26 @@ class Batch:
 
 @frozen(kw_only=True, eq=False)
 class StepView:
-    """What a weighting sees: the whole global batch of one step. A signal it did not declare is None.
+    """The global batch of one step, as a weighting receives it. Signals that it does not need are None.
 
     Attributes:
         ids_BT: int64 token ids.
-        document_BT: int64 document number within the row; -1 on padding.
-        response_BT: bool, True on the tokens that are targets.
-        target_BTK: bool, True where the pair (source t, head k) counts, i.e. `x[t + k]` is a response
-            token of the document of `x[t]`.
-        n_future: K.
-        step: Optimiser steps done in this stage.
-        training: False during validation; moving statistics must then stay as they are.
+        document_BT: int64 index of the document within its row, from 0; -1 on padding.
+        response_BT: bool, True on target tokens.
+        target_BTK: bool, True where the pair (source t, head k) counts: `x[t + k]` is a response token of the
+            document of `x[t]`.
+        n_future: K, the number of heads.
+        step: Optimiser steps completed in this stage.
+        training: False during validation, where moving statistics must not change.
         reward_BT: float32, `Signal.REWARD`: see `Batch.reward_BT`.
         group_BT: int64, `Signal.GROUP`: see `Batch.group_BT`.
         value_BT: float32, `Signal.VALUE`: V_t, the critic's value of the prefix that ends at token t.
-        token_loss_BTK: float32, `Signal.TOKEN_LOSS`: the policy's current cross-entropy, 0 off `target_BTK`.
-        token_entropy_BTK: float32, `Signal.TOKEN_ENTROPY`: the entropy, in nats, of what the policy's head
-            expects there, whatever the target is; 0 off `target_BTK`.
-        reference_loss_BT: float32, `Signal.REFERENCE_LOSS`: a reference model's next-token cross-entropy
-            of token t, 0 off `response_BT`.
+        token_loss_BTK: float32, `Signal.TOKEN_LOSS`: the policy's current cross-entropy of the pair, in nats;
+            0 where `target_BTK` is False.
+        token_entropy_BTK: float32, `Signal.TOKEN_ENTROPY`: entropy of the distribution that the head predicts
+            for the pair, in nats, whatever the target is; 0 where `target_BTK` is False.
+        reference_loss_BT: float32, `Signal.REFERENCE_LOSS`: a reference model's next-token cross-entropy of
+            token t, in nats; 0 where `response_BT` is False.
     """
 
     ids_BT: Tensor
@@ -101,15 +108,16 @@ class StepView:
     reference_loss_BT: Tensor | None = None
 
     def to_pairs(self, x_BT: Tensor) -> Tensor:
-        """Lay what belongs to target tokens onto the pairs that predict them: `[B, T, K]`, 0 elsewhere."""
+        """Copy numbers of target tokens to the pairs that predict them: `[B, T, K]`, 0 elsewhere."""
         from weighted_mtp_core.api.alignment import align_weights
 
         return align_weights(x_BT, self.target_BTK)
 
     def to_targets(self, x_BTK: Tensor) -> Tensor:
-        """Lay what belongs to pairs onto their targets: entry (t, k) of the result is of head k for token t.
+        """Return numbers of pairs, `[B, T, K]`, indexed by target token and head instead of source and head.
 
-        It is 0 where head k has no source for token t, which lies too near the start of its document.
+        Entry (t, k) is the number of head k for target token t; 0 where head k does not predict that token,
+        for example because it is too near the start of its document.
         """
         from weighted_mtp_core.api.alignment import gather_by_target
 
@@ -118,12 +126,13 @@ class StepView:
 
 @frozen(kw_only=True, eq=False)
 class Weights:
-    """Weights of target tokens.
+    """The weights that a weighting returns for one step.
 
     Attributes:
-        weight: float32, detached, finite, >= 0. `[B, T]` (indexed by the target token, 0 off
-            `response_BT`) or `[B, T, K]` (indexed by source and head, 0 off `target_BTK`).
-        metrics: Scalars to log, as 0-dim tensors or floats; read after the step, so that nothing waits.
+        weight: float32, finite, >= 0, without gradient. Either `[B, T]`, indexed by target token, 0 where
+            `response_BT` is False; or `[B, T, K]`, indexed by (source, head), 0 where `target_BTK` is False.
+        metrics: Scalars to log, as floats or 0-dim tensors. Tensors are read after the step, so they may stay
+            on the device.
     """
 
     weight: Tensor
@@ -132,7 +141,10 @@ class Weights:
 
 @frozen(kw_only=True, eq=False)
 class Scores:
-    """What a critic says of each token; it fills exactly the fields whose signals it `provides`."""
+    """A critic's scores, float32 `[B, T]`, for every token; see the fields of the same names in `StepView`.
+
+    Exactly the fields of the signals that the component `provides` are set; the others are None.
+    """
 
     value_BT: Tensor | None = None
     reference_loss_BT: Tensor | None = None
@@ -140,7 +152,12 @@ class Scores:
 
 @frozen(kw_only=True, eq=False)
 class CriticLoss:
-    """A critic's scalar training loss (fp32, with gradient) and scalars to log."""
+    """A critic's training loss of one batch.
+
+    Attributes:
+        loss: float32 scalar, with gradient.
+        metrics: Scalars to log, as floats or 0-dim tensors without gradient.
+    """
 
     loss: Tensor
     metrics: Mapping[str, Tensor | float] = field(factory=dict)

@@ -1,4 +1,4 @@
-"""What trackers get of a run, and the kind of component that sends it somewhere: the tracker."""
+"""Trackers, the components that send a run to another system, and the data that they receive."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from weighted_mtp_core.api.data import DatasetVersion
 
 
 class RunOutcome(enum.Enum):
-    """How a run ended, in MLflow's words."""
+    """How a run ended; the values are MLflow's run states."""
 
     FINISHED = "FINISHED"
     FAILED = "FAILED"
@@ -24,17 +24,17 @@ class RunOutcome(enum.Enum):
 
 @frozen(kw_only=True)
 class RunInfo:
-    """A run as trackers see it.
+    """The description of a run that trackers receive.
 
     Attributes:
         run_id: Unique id, also the name of the run folder.
         name: The recipe's `run.name`.
-        experiment: `<experiment_prefix>/<weighting plugin>`, or the recipe's own.
-        params: The resolved recipe flattened to dotted keys, and dataset version and checksum.
-        tags: The table of tags in docs/commands.md lists them.
-        datasets: Recorded as dataset inputs.
+        experiment: `<experiment_prefix>/<weighting plugin>`, or the recipe's `run.experiment`.
+        params: The resolved recipe as dotted keys, and the version and checksum of the data.
+        tags: The tags that docs/commands.md lists.
+        datasets: The data that the run uses.
         folder: The run folder.
-        started_ms: When it began, in milliseconds since 1970.
+        started_ms: Time of the start, in milliseconds since 1970.
     """
 
     run_id: str
@@ -49,7 +49,14 @@ class RunInfo:
 
 @frozen(kw_only=True)
 class MetricPoint:
-    """One finite value of one metric; `time_ms` is when it was measured, not when it is sent."""
+    """One value of one metric.
+
+    Attributes:
+        name: Letters, digits, `_`, `-`, `.`, `/` and spaces.
+        value: Finite.
+        step: Step at which it was measured.
+        time_ms: Time of the measurement, in milliseconds since 1970; it may be sent much later.
+    """
 
     name: str
     value: float
@@ -58,16 +65,17 @@ class MetricPoint:
 
 
 class Tracker(Stateful):
-    """Sends a run elsewhere. Called from one thread at a time, behind the core's durable journal.
+    """Sends a run to another system. Its methods are called from one thread at a time.
 
-    Every method may raise to say "not delivered": the core tries again later with the same arguments, so
-    each must bear being repeated. A `WmtpError` says "never will be": before training it stops the run, later
-    the lines are left out, loudly. A tracker that groups runs takes an option `experiment_prefix`.
+    Core writes everything to a journal on disk first. If a method raises, core calls it again later with the
+    same arguments, possibly in another process, so every method must tolerate repeated calls. A `WmtpError`
+    means that a later call would fail too: before training it stops the run; during training core skips the
+    data and logs a warning. A tracker that groups runs takes the option `experiment_prefix`.
     """
 
     @abstractmethod
     def start(self, run: RunInfo) -> None:
-        """Open the run, or reopen it if `run.run_id` was opened before; repeated as more becomes known."""
+        """Open the run, or reopen it if `run.run_id` exists. Called again when tags or data become known."""
 
     @abstractmethod
     def log_metrics(self, points: Sequence[MetricPoint]) -> None:
@@ -75,16 +83,16 @@ class Tracker(Stateful):
 
     @abstractmethod
     def log_artifact(self, path: Path, subdir: str) -> None:
-        """Store a file under `subdir` (may be empty); may come after `finish` if it failed before."""
+        """Store a file in the run's folder `subdir`, which may be empty. A retry may come after `finish`."""
 
     @abstractmethod
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Set or overwrite tags."""
+        """Set tags; existing tags of these names are overwritten."""
 
     @abstractmethod
     def finish(self, outcome: RunOutcome, *, time_ms: int | None = None) -> None:
-        """Close the run, which ended at `time_ms` (now, if that is None)."""
+        """Close the run. It ended at `time_ms`, in milliseconds since 1970, or now if that is None."""
 
     def where(self) -> str:
-        """Return one line that tells a person how to look at the run."""
+        """Return one line that tells a user where to find the run, such as a URL; may be empty."""
         return ""
