@@ -1,9 +1,9 @@
-# One image for every scheduler of docs/cluster.md; `scripts/launch.sh` is what it starts.
+# One image for every scheduler of docs/cluster.md. It starts `scripts/launch.sh`.
 #   docker build -t weighted-mtp .
 #   docker run --rm -v "$PWD/storage:/app/storage" -e PROCESSES=2 weighted-mtp configs/baseline.toml --preset ci
 FROM python:3.11-slim-bookworm
 
-# bubblewrap: the stricter of the two sandboxes that judge programs; without it Landlock does.
+# bubblewrap: the stricter of the two sandboxes for judged programs. Landlock is used if it does not work.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends bubblewrap \

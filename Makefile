@@ -1,4 +1,4 @@
-# `make run` and `make test` need Python 3.11, pip and make, and nothing prepared: everything else goes to .venv.
+# `make run` and `make test` need only Python 3.11, pip and make; everything else is installed into .venv.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RECIPE ?= configs/verifiable.toml
@@ -9,8 +9,8 @@ PLUGINS := $(sort $(patsubst plugins/%/pyproject.toml,%,$(wildcard plugins/*/pyp
 INSTALLED := .venv/.installed
 PYTEST := bin/python -m pytest $(PYTEST_ARGS)
 
-# Two workers with one thread each beat one with two, and sums come out the same on every machine. A worker
-# takes whole files, so that tests which share a run or a server share it.
+# Two workers with one thread each are faster than one with two threads, and sums are the same on every machine. A worker
+# takes whole files, because the tests of a file may share a run or a server.
 WORKERS := -n 2 --dist loadfile
 test test-%: export OMP_NUM_THREADS := 1
 
@@ -20,21 +20,21 @@ test test-%: export OMP_NUM_THREADS := 1
 help:  ## Show this list
 	@sed -nE 's/^([a-z][a-z0-9-]*):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-25s %s\n", $$1, $$2}'
 
-run: $(INSTALLED)  ## Train, evaluate and track the recipe RECIPE (configs/verifiable.toml); ARGS go to `run`
+run: $(INSTALLED)  ## Train, evaluate and track the recipe RECIPE (configs/verifiable.toml); ARGS are options of `run`
 	.venv/bin/python -m weighted_mtp_core run $(RECIPE) $(ARGS)
 
-test: test-core test-plugins test-together  ## Run all tests: what these three do
+test: test-core test-plugins test-together  ## Run all tests: the next three
 
-test-core: .venv/only/core/.made  ## Run core's tests where no plugin is installed
+test-core: .venv/only/core/.made  ## Run the tests of core, with no plugin installed
 	.venv/only/core/$(PYTEST) $(WORKERS) tests/unit
 
-test-plugins: $(PLUGINS:%=test-%)  ## Run each plugin's tests where only core and that plugin are installed
+test-plugins: $(PLUGINS:%=test-%)  ## Run the tests of each plugin, with only core and that plugin installed
 
 $(PLUGINS:%=test-%): test-%: .venv/only/%/.made
 	.venv/only/$*/$(PYTEST) plugins/$*/tests
 
-# The tests against servers mostly wait for what was broken to come back, so they share the machine with the others.
-test-together: $(INSTALLED)  ## Run the tests of everything together: the next two, side by side
+# The tests against servers spend most of their time waiting for a server to return, so both run at the same time.
+test-together: $(INSTALLED)  ## Run the next two at the same time
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-integration test-e2e
 
 test-integration: $(INSTALLED)  ## Run the tests against real servers: PostgreSQL, S3, MLflow, nginx
@@ -50,11 +50,11 @@ lint: $(INSTALLED)  ## Check style (ruff, hadolint), imports (import-linter) and
 	.venv/bin/mypy
 	.venv/bin/hadolint Dockerfile
 
-format: $(INSTALLED)  ## Repair what ruff can repair
+format: $(INSTALLED)  ## Fix what ruff can fix
 	.venv/bin/ruff check --fix-only .
 	.venv/bin/ruff format .
 
-bench: $(INSTALLED) .venv/bench-packages/.made  ## Measure speed and memory against peers: benchmarks/results.*
+bench: $(INSTALLED) .venv/bench-packages/.made  ## Measure speed and memory, also of other libraries: benchmarks/results.*
 	@test -n "$$(find storage/runs -name best_model.pt -print -quit 2>/dev/null)" || $(MAKE) run
 	.venv/bin/python benchmarks/bench.py $(ARGS)
 
@@ -65,7 +65,7 @@ clean:  ## Delete .venv and caches; storage/ (models, data, runs) stays
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Without its own pip at first: Debian's python3 cannot add one (ensurepip is a package of its own there).
+# Created without pip, because Debian's python3 cannot add it (there, ensurepip is a separate package).
 $(INSTALLED): requirements-dev.txt constraints.txt pyproject.toml $(PLUGINS:%=plugins/%/pyproject.toml)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: $(PYTHON) is older than Python 3.11")'
 	@echo "Installing into .venv; the first time takes a few minutes."
@@ -73,12 +73,12 @@ $(INSTALLED): requirements-dev.txt constraints.txt pyproject.toml $(PLUGINS:%=pl
 	$(PYTHON) -m pip --python .venv/bin/python install -r requirements-dev.txt -c constraints.txt
 	@touch $@
 
-# Peers that only `make bench` needs, apart from everything else; their own needs are core's or stand there too.
+# Libraries that only `make bench` needs, in a folder of their own. What they depend on is installed with core or listed there.
 .venv/bench-packages/.made: $(INSTALLED) benchmarks/requirements.txt
 	.venv/bin/pip install --quiet --upgrade --no-deps --target $(@D) -r benchmarks/requirements.txt
 	@touch $@
 
-# Environments with only core, or core and one plugin: links into .venv, made in a moment (see tests/isolate.py).
+# Environments with only core, or with core and one plugin. They consist of links into .venv (see tests/isolate.py).
 .venv/only/%/.made: $(INSTALLED) tests/isolate.py
 	.venv/bin/python tests/isolate.py $(@D) weighted-mtp-core $(if $(filter-out core,$*),weighted-mtp-$(subst _,-,$*))
 	@touch $@
