@@ -1,4 +1,4 @@
-"""Settings of the site that `make docs` builds from the Markdown files beside this one."""
+"""Configuration of the site that `make docs` builds from the Markdown files in this folder."""
 
 from importlib.metadata import version as installed_version
 
@@ -7,7 +7,7 @@ version = release = installed_version("weighted-mtp-core")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinxcontrib.mermaid"]
 myst_enable_extensions = ["dollarmath"]
-myst_fence_as_directive = ["mermaid"]  # as GitHub shows it
+myst_fence_as_directive = ["mermaid"]  # the fence that GitHub renders
 myst_heading_anchors = 3
 default_role = "code"  # docstrings write `code` as Markdown does
 
