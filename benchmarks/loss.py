@@ -18,9 +18,11 @@ import torch
 from attrs import frozen
 from harness import MIB, Row, in_turns, main, peak_mib, ratio_row, row
 from torch import Tensor, nn
-from weighted_mtp_core.model.loss import CHUNK, normalisers, token_losses, weighted_mtp_loss
-from weighted_mtp_core.model.loss_reference import reference_loss
+from weighted_mtp_core.model.chunked_unembedding import CHUNK
+from weighted_mtp_core.model.loss import normalisers, weighted_mtp_loss
+from weighted_mtp_core.model.plain_loss import plain_mtp_loss
 from weighted_mtp_core.model.targets import IGNORED, target_mask
+from weighted_mtp_core.model.token_signals import token_losses
 
 D, SUPERVISED = 576, 0.4
 
@@ -33,7 +35,7 @@ class BareHeads(nn.Module):
         self.n_future = n_future
         self.unembedding = nn.Linear(D, vocabulary, bias=False)
 
-    def asked_of_head(self, k: int, index_N: Tensor) -> AbstractContextManager[None]:
+    def sparse_rows(self, k: int, index_N: Tensor) -> AbstractContextManager[None]:
         """Leave nothing out: there is nothing to compute."""
         del k, index_N
         return nullcontext()
@@ -88,7 +90,7 @@ class Case:
     def full(self) -> None:
         """The same through all `[B, T, K, V]` logits and autograd."""
         target_BTK = target_mask(self.labels_BTK)
-        reference_loss(
+        plain_mtp_loss(
             self.policy,  # type: ignore[arg-type]
             self._leaf(),
             labels_BTK=self.labels_BTK,

@@ -16,6 +16,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.api import Batch, BuildContext, Critic, ModelContext, Signal, WeightingStrategy
 from weighted_mtp_core.data.steps import StepBatches, make_step_batches
 from weighted_mtp_core.data.tokens import TokenSet
+from weighted_mtp_core.model.frozen_copies import frozen_trunk
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.recipe.schema import DataTable, LossTable, TrainTable
 from weighted_mtp_core.runtime.distributed import clip_gradients
@@ -122,7 +124,7 @@ class Bench:
             hidden_size=self.four.hidden_size,
             vocab_size=self.four.vocab_size,
             device=torch.device("cpu"),
-            frozen_trunk=self.four.frozen_trunk,
+            frozen_trunk=partial(frozen_trunk, self.four),
         )
         return BuildContext(seed=0, storage=self.scratch, model=model)
 

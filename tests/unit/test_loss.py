@@ -11,17 +11,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
-from weighted_mtp_core.model import loss as loss_module
-from weighted_mtp_core.model.loss import (
-    head_sums,
-    normalisers,
-    token_entropies,
-    token_losses,
-    weighted_mtp_loss,
-)
-from weighted_mtp_core.model.loss_reference import reference_loss
+from weighted_mtp_core.model import chunked_unembedding
+from weighted_mtp_core.model.loss import normalisers, weighted_mtp_loss
+from weighted_mtp_core.model.plain_loss import plain_mtp_loss
 from weighted_mtp_core.model.policy import make_policy
 from weighted_mtp_core.model.targets import IGNORED, target_mask
+from weighted_mtp_core.model.token_signals import head_sums, token_entropies, token_losses
 
 V = 23
 
@@ -86,7 +81,7 @@ def fused(model, ids_BT, **arguments):
 def plain(model, ids_BT, **arguments):
     """Return the loss and every gradient of the formula."""
     model.zero_grad()
-    loss = reference_loss(model, model.trunk_states(ids_BT), **arguments)
+    loss = plain_mtp_loss(model, model.trunk_states(ids_BT), **arguments)
     loss.backward()
     return loss.detach(), gradients(model)
 
@@ -118,7 +113,7 @@ def test_loss_and_every_gradient_are_those_of_the_formula(seed, shape, kind, chu
     arguments["detach_trunk"] = detach_trunk
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss_module, "CHUNK", chunk)
+        patch.setattr(chunked_unembedding, "CHUNK", chunk)
         close(fused(model, ids_BT, **arguments), plain(model, ids_BT, **arguments))
 
 
@@ -126,7 +121,7 @@ def test_loss_and_every_gradient_are_those_of_the_formula(seed, shape, kind, chu
 def test_no_boundary_between_chunks_shows(chunk, monkeypatch):
     ids_BT, arguments = case(3, share=1.0)  # 14 pairs a head
     whole = fused(policy(), ids_BT, **arguments)
-    monkeypatch.setattr(loss_module, "CHUNK", chunk)
+    monkeypatch.setattr(chunked_unembedding, "CHUNK", chunk)
 
     close(fused(policy(), ids_BT, **arguments), whole)
 
@@ -158,7 +153,7 @@ def test_losses_entropies_and_head_sums_are_those_of_a_loop_over_pairs(seed, n_f
             correct_BTK[b, t, k] = logits_V.argmax() == labels_BTK[b, t, k]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss_module, "CHUNK", chunk)
+        patch.setattr(chunked_unembedding, "CHUNK", chunk)
         losses_BTK = token_losses(model, hidden_BTH, labels_BTK)
         entropies_BTK = token_entropies(model, hidden_BTH, labels_BTK)
         sums = head_sums(model, hidden_BTH, labels_BTK)
@@ -213,7 +208,7 @@ class WidestLogits(TorchDispatchMode):
 
 @pytest.mark.parametrize("measure", [token_losses, head_sums])
 def test_no_more_than_one_chunk_of_logits_ever_exists(measure, monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK", 17)  # more than H: a transposed matrix is [H, V]
+    monkeypatch.setattr(chunked_unembedding, "CHUNK", 17)  # more than H: a transposed matrix is [H, V]
     ids_BT, arguments = case(0, length=40, share=1.0)
     model = policy()
 
@@ -228,9 +223,9 @@ def test_no_more_than_one_chunk_of_logits_ever_exists(measure, monkeypatch):
 @pytest.mark.parametrize(("length", "rows"), [(45, 37), (55, 23), (1000, 20)])
 def test_chunks_make_room_for_what_grows_with_the_batch(length, rows, monkeypatch):
     room = 100 * V * 4
-    monkeypatch.setattr(loss_module, "CHUNK", 100)
-    monkeypatch.setattr(loss_module, "_ROOM", room)
-    monkeypatch.setattr(loss_module, "_FEWEST", 20)
+    monkeypatch.setattr(chunked_unembedding, "CHUNK", 100)
+    monkeypatch.setattr(chunked_unembedding, "_BUDGET", room)
+    monkeypatch.setattr(chunked_unembedding, "_FEWEST", 20)
     ids_BT, arguments = case(0, rows=1, length=length, share=1.0)
     model = policy()
 

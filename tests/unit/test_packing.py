@@ -21,11 +21,12 @@ from weighted_mtp_core.data import packing
 from weighted_mtp_core.data.batches import collate_packed, split_rows
 from weighted_mtp_core.data.packing import PackedSampler, first_fit
 from weighted_mtp_core.data.tokens import TokenSet
-from weighted_mtp_core.model.frozen import frozen_losses
-from weighted_mtp_core.model.loss import token_losses, weighted_mtp_loss
-from weighted_mtp_core.model.packing import check_packing
+from weighted_mtp_core.model.frozen_copies import frozen_losses, frozen_trunk
+from weighted_mtp_core.model.loss import weighted_mtp_loss
+from weighted_mtp_core.model.packing_probe import check_packing
 from weighted_mtp_core.model.policy import make_policy
 from weighted_mtp_core.model.targets import align_labels
+from weighted_mtp_core.model.token_signals import token_losses
 
 V = 50
 SMALL = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -118,7 +119,7 @@ def test_a_packed_document_has_the_losses_that_it_has_alone(name, head, alone):
 @torch.no_grad()
 def test_frozen_copies_see_the_same_documents(name, head, alone):
     model, rows = policy(name, head), documents()
-    states, reference = model.frozen_trunk(), frozen_losses(model, None, load=None)
+    states, reference = frozen_trunk(model), frozen_losses(model, None, load=None)
     for function in (states, reference):
         for one, other in zip(alone, cut(function(batch(rows)), rows), strict=True):
             torch.testing.assert_close(other, function(one)[0], rtol=1e-4, atol=1e-5)

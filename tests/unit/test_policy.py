@@ -18,6 +18,7 @@ from transformers import (
 )
 from weighted_mtp_core.api import Batch
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.model.frozen_copies import frozen_trunk
 from weighted_mtp_core.model.policy import make_policy
 
 V, K, LAYERS = 40, 3, 3
@@ -82,9 +83,9 @@ def test_states_that_a_head_is_asked_for_are_those_of_the_whole(base, tied, head
 
     for k in range(1, K + 1):
         whole_BTH = policy.head_states(k, hidden_BTH)
-        with policy.asked_of_head(k, index_N):
+        with policy.sparse_rows(k, index_N):
             some_BTH = policy.head_states(k, hidden_BTH)
-        with policy.asked_in_each_row(k, index_R):
+        with policy.one_position_per_row(k, index_R):
             one_BTH = policy.head_states(k, hidden_BTH)
 
         torch.testing.assert_close(some_BTH.flatten(0, 1)[index_N], whole_BTH.flatten(0, 1)[index_N])
@@ -98,7 +99,7 @@ def test_the_feed_forward_network_of_a_head_computes_only_what_it_is_asked_for(b
     hidden_BTH = policy.trunk_states(ids())
     with FlopCounterMode(display=False) as whole:
         policy.head_states(2, hidden_BTH)
-    with FlopCounterMode(display=False) as some, policy.asked_of_head(2, torch.tensor([4])):
+    with FlopCounterMode(display=False) as some, policy.sparse_rows(2, torch.tensor([4])):
         policy.head_states(2, hidden_BTH)
 
     weights = sum(
@@ -181,7 +182,7 @@ def test_a_frozen_trunk_stays_as_it_was(base, tied, head):
         reward_BT=nothing,
         group_BT=nothing.long(),
     )
-    frozen = policy.frozen_trunk()
+    frozen = frozen_trunk(policy)
     before = frozen(batch)
     with torch.no_grad():
         for parameter in policy.parameters():

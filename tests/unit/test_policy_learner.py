@@ -18,10 +18,10 @@ from weighted_mtp_core.api import Batch, Signal, WeightingStrategy, Weights, Wmt
 from weighted_mtp_core.api.alignment import align_weights
 from weighted_mtp_core.data.batches import split_rows
 from weighted_mtp_core.errors import RunFailedError
-from weighted_mtp_core.model.loss import token_losses
-from weighted_mtp_core.model.loss_reference import reference_loss
+from weighted_mtp_core.model.plain_loss import plain_mtp_loss
 from weighted_mtp_core.model.policy import make_policy
 from weighted_mtp_core.model.targets import align_labels, target_mask
+from weighted_mtp_core.model.token_signals import token_losses
 from weighted_mtp_core.recipe.schema import LossTable
 from weighted_mtp_core.training.policy_learner import Arm, PolicyLearner
 
@@ -150,7 +150,7 @@ def formula(model, batch, weigh):
     log_BTKV = logits_BTKV.detach().log_softmax(dim=-1)
     loss_BTK = -log_BTKV.gather(3, labels_BTK.clamp(min=0)[..., None])[..., 0]
     weight_BTK = weigh(loss_BTK.where(target_BTK, 0.0), target_BTK)
-    loss = reference_loss(
+    loss = plain_mtp_loss(
         model,
         hidden_BTH,
         labels_BTK=labels_BTK,

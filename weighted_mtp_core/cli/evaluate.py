@@ -89,9 +89,9 @@ def _plans(run: Path, args: argparse.Namespace) -> list[Plan]:
 
 def _evaluations(run: Path, plan: Plan) -> Path:
     """Return where evaluations go; an exported model is complete, and nothing is added to it."""
-    from weighted_mtp_core.export.transformers import is_export
+    from weighted_mtp_core.model.saved_policy import is_saved_policy
 
-    if is_export(run):
+    if is_saved_policy(run):
         return Path(plan.recipe.run.storage) / "evaluations" / run.name
     return run / "evaluations"
 

@@ -14,8 +14,9 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
-from weighted_mtp_core.generation.draft_heads import READS_MASK, AllHeads, Block
+from weighted_mtp_core.generation.draft_heads import AllHeads, Block
 from weighted_mtp_core.generation.sampling import accept, accept_greedy, draw, probabilities
+from weighted_mtp_core.model.families import READS_MASK
 from weighted_mtp_core.model.policy import PolicyCache
 
 

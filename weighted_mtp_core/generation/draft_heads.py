@@ -18,12 +18,10 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from weighted_mtp_core.model.feed_forward import once_a_row
-from weighted_mtp_core.model.policy import Policy, PolicyCache, layers_of
-from weighted_mtp_core.model.stacked import stack
-
-# Models that read distances from the mask itself (ALiBi); their layers are called with one a row and head.
-READS_MASK = frozenset({"bloom", "falcon", "mpt"})
+from weighted_mtp_core.generation.stacked_layers import stack
+from weighted_mtp_core.model.families import READS_MASK, layers_of
+from weighted_mtp_core.model.policy import Policy, PolicyCache
+from weighted_mtp_core.model.sparse_feed_forward import one_position_per_row
 
 
 @frozen(kw_only=True, eq=False)
@@ -47,7 +45,7 @@ class AllHeads:
         """Return those of a policy."""
         shared = _shared_layer(policy)
         stackable = shared is not None and drafts > 1 and policy.config.model_type not in READS_MASK
-        stacked = stack([policy.layer(k) for k in range(2, drafts + 2)]) if stackable else None
+        stacked = stack([policy.heads.layer(k) for k in range(2, drafts + 2)]) if stackable else None
         return cls(policy=policy, drafts=drafts, shared=shared, stacked=stacked)
 
     def new_caches(self) -> PolicyCache:
@@ -138,7 +136,7 @@ class Block:
 
     def _outputs_at(self, k: int, index_R: Tensor) -> Tensor:
         """Return head k's states before the final norm, `[R, H]`."""
-        with self.heads.policy.asked_in_each_row(k, index_R):
+        with self.heads.policy.one_position_per_row(k, index_R):
             return self._outputs(k).flatten(0, 1).index_select(0, index_R)
 
     def _outputs(self, k: int) -> Tensor:
@@ -149,13 +147,13 @@ class Block:
             return policy.head_outputs(
                 k, self.hidden_RTH, position_BT=self.position_RT, cache=own, seen_BS=self.seen
             )
-        return self.call.again(policy.layer(k), self.hidden_RTH, instead_of=self.cache.trunk, cache=own)
+        return self.call.again(policy.heads.layer(k), self.hidden_RTH, instead_of=self.cache.trunk, cache=own)
 
     def _together(self, stacked: nn.Module, call: _Call, index_R: Tensor) -> Tensor:
         """Return the drafting heads' states before the final norm, `[R, D, H]`, from one call."""
         heads, (rows, width) = self.heads.drafts, self.position_RT.shape
         index_X = of_each_group(index_R, count=heads, step=rows * width)
-        with once_a_row(stacked, index_X):
+        with one_position_per_row(stacked, index_X):
             output_XTH = call.for_groups(heads, rows=rows).again(
                 stacked,
                 of_groups(self.hidden_RTH, heads),

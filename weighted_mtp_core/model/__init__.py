@@ -1,1 +1,1 @@
-"""The policy: trunk, heads, shared unembedding, and its weighted loss."""
+"""The policy, its base model and its loss."""

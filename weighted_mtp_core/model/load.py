@@ -1,32 +1,26 @@
-"""Turn `[model]` into a policy and its tokenizer: `micro`, a directory, a `.gguf` file or a hub id."""
+"""Load the model that `[model]` names: `micro`, a directory, a `.gguf` file or a hub id."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import attrs
 import torch
 from attrs import frozen
 from torch import nn
 
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.export.transformers import is_export, refuse_other_heads, restore_heads
+from weighted_mtp_core.model.micro import micro_folder
 from weighted_mtp_core.model.policy import Policy, make_policy
-from weighted_mtp_core.recipe.schema import MicroTable, ModelTable
+from weighted_mtp_core.model.saved_policy import is_saved_policy, load_extra_heads, refuse_other_heads
+from weighted_mtp_core.recipe.schema import ModelTable
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder, sha256_of, verify_manifest
-
-PAD, EOS = "<pad>", "<eos>"
-_MICRO_FORMAT = 2  # raise it when the same texts and shape would give other weights or tokens
-_MAX_POSITIONS = 2048
 
 
 @frozen(kw_only=True, eq=False)
 class LoadedPolicy:
-    """A policy, its tokenizer and what to call its base in tags (name and version)."""
+    """A policy, its tokenizer, and the base model's name and version for tags."""
 
     policy: Policy
     tokenizer: Any
@@ -36,44 +30,44 @@ class LoadedPolicy:
 def load_policy(
     table: ModelTable, *, storage: Path, texts: Callable[[], Iterable[str]], seed: int
 ) -> LoadedPolicy:
-    """Load or make the base model, and give it its heads.
+    """Load or make the base model and make a policy of it.
 
     Args:
         table: The recipe's `[model]`.
-        storage: The storage root; what is made or converted stays under its `models_v2/`.
-        texts: The run's own texts, for the tokenizer of `micro`.
-        seed: Of initial weights.
+        storage: The storage root; models that are made or converted are kept under its `models_v2/`.
+        texts: Returns the training texts, for the tokenizer of `micro`.
+        seed: Seed of initial weights.
 
     Raises:
-        WmtpError: There is no such model, a byte of it changed, or it cannot be a policy.
+        WmtpError: There is no such model, a byte of it changed, or it cannot become a policy.
     """
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # it breaks lines of a log, and the display
+    logging.disable_progress_bar()  # it breaks the lines of logs and of the display
     folder: Path | str
     if table.base == "micro":
-        folder = _micro_folder(table.micro, storage / "models_v2", texts=texts, seed=seed)
+        folder = micro_folder(table.micro, storage / "models_v2", texts=texts, seed=seed)
         verify_manifest(folder)
     else:
         folder = find_base(table.base, storage=storage)
-    exported = folder if isinstance(folder, Path) and is_export(folder) else None
-    if exported is not None:
-        refuse_other_heads(exported, n_future=table.n_future, head_kind=table.head)
+    saved = folder if isinstance(folder, Path) and is_saved_policy(folder) else None
+    if saved is not None:
+        refuse_other_heads(saved, n_future=table.n_future, head_kind=table.head)
     tokenizer, base = _from_transformers(folder)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         policy = make_policy(base, n_future=table.n_future, head_kind=table.head)
-    if exported is not None:
-        restore_heads(policy, exported)
+    if saved is not None:
+        load_extra_heads(policy, saved)
     name = f"{folder.parent.name}/{folder.name}" if isinstance(folder, Path) else folder
     return LoadedPolicy(policy=policy, tokenizer=tokenizer, base_name=name)
 
 
 def find_base(base: str, *, storage: Path) -> Path | str:
-    """Return the verified directory of a transformers model, or the hub id that is left to transformers.
+    """Return the verified directory of a transformers model; a hub id is returned as it is.
 
     Args:
-        base: A folder under `models_v2/`, a directory, a `.gguf` file, which is converted once, or a hub id.
+        base: A folder under `models_v2/`, a directory, a `.gguf` file (converted once) or a hub id.
         storage: The storage root.
 
     Raises:
@@ -82,13 +76,17 @@ def find_base(base: str, *, storage: Path) -> Path | str:
     models = storage / "models_v2"
     gguf = base.endswith(".gguf")
     folder = _gguf_folder(Path(base), models) if gguf else _transformers_folder(base, models)
-    if isinstance(folder, Path) and (is_export(folder) or (folder / MANIFEST).is_file()):
+    if isinstance(folder, Path) and (is_saved_policy(folder) or (folder / MANIFEST).is_file()):
         verify_manifest(folder)
     return folder
 
 
 def _from_transformers(source: Path | str) -> tuple[Any, nn.Module]:
-    """Load tokenizer and model, in fp32; the tokenizer has an EOS, and a padding token that is not it."""
+    """Load tokenizer and model, in float32.
+
+    Raises:
+        WmtpError: They cannot be loaded, or the tokenizer has no EOS token.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -105,7 +103,7 @@ def _from_transformers(source: Path | str) -> tuple[Any, nn.Module]:
 
 
 def _transformers_folder(base: str, models: Path) -> Path | str:
-    """Return the directory that `base` means, or `base` itself if it can only be a hub id."""
+    """Return the directory that `base` names, or `base` itself if it can only be a hub id."""
     stored = models / base
     for folder in (Path(base), stored):
         if (folder / "config.json").is_file():
@@ -126,76 +124,8 @@ def _transformers_folder(base: str, models: Path) -> Path | str:
     )
 
 
-def _micro_folder(shape: MicroTable, models: Path, *, texts: Callable[[], Iterable[str]], seed: int) -> Path:
-    """Return the folder of the small Llama of this shape, seed and text; make it if it is not there."""
-    corpus = list(texts())
-    digest = hashlib.sha256(
-        json.dumps([_MICRO_FORMAT, attrs.asdict(shape), seed, corpus], sort_keys=True).encode()
-    )
-    folder = models / "micro" / digest.hexdigest()[:12]
-    if not (folder / MANIFEST).is_file():
-        with atomic_folder(folder) as temporary:
-            tokenizer = _train_tokenizer(corpus, vocab_size=shape.vocab_size)
-            tokenizer.save_pretrained(temporary)
-            _new_llama(shape, tokenizer, seed=seed).save_pretrained(temporary)
-    return folder
-
-
-def _train_tokenizer(corpus: list[str], *, vocab_size: int) -> Any:
-    """Train a byte-level BPE; digits stay single, so that numbers are spelt one way."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[PAD, EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        eos_token=EOS,
-        clean_up_tokenization_spaces=False,
-        model_max_length=_MAX_POSITIONS,
-    )
-
-
-def _new_llama(shape: MicroTable, tokenizer: Any, *, seed: int) -> Any:
-    """Return a Llama with random weights that depend on shape and seed alone."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=4 * shape.hidden_size,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.attention_heads,
-        num_key_value_heads=shape.attention_heads,
-        max_position_embeddings=_MAX_POSITIONS,
-        # 0.02, the default, is for widths of thousands: at 128 attention starts too flat to learn copying.
-        initializer_range=shape.hidden_size**-0.5,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
-
-
 def _gguf_folder(file: Path, models: Path) -> Path:
-    """Return the folder with a GGUF file's weights as safetensors; dequantising takes a minute, so once."""
+    """Return the folder with a GGUF file's weights as safetensors, converted once: it takes a minute."""
     if not file.is_file():
         raise WmtpError(
             f"there is no file `{file}`",
@@ -208,7 +138,7 @@ def _gguf_folder(file: Path, models: Path) -> Path:
         with atomic_folder(folder) as temporary:
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
             base = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-            # transformers refuses to save what it believes quantised; the weights are plain fp32 now.
+            # transformers refuses to save a quantised model; the weights are plain fp32 by now.
             if hasattr(base.config, "quantization_config"):
                 del base.config.quantization_config
             base.hf_quantizer = None

@@ -1,6 +1,8 @@
-"""Who predicts what: the one place that shifts tokens to the sources that predict them.
+"""Which head predicts which token, and the mask that forbids targets in another document.
 
-Shape letters: B rows, T positions, K heads.
+This is the only module that shifts tokens to the sources that predict them.
+
+Shape letters: B rows, T positions, K heads, N selected positions or pairs.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+Counts = NDArray[np.int64]
+
 IGNORED = -100
 """The label of a pair that does not count, as everywhere in PyTorch."""
 
@@ -17,8 +21,8 @@ IGNORED = -100
 def align_labels(ids_BT: Tensor, *, document_BT: Tensor, response_BT: Tensor, n_future: int) -> Tensor:
     """Return `labels_BTK[b, t, k - 1] = x[b, t + k]` where the pair counts, -100 elsewhere.
 
-    A pair counts if its target is a response token of the source's own document; sources inside the prompt
-    count, padding (document -1) and targets across a document boundary never do.
+    A pair counts if its target is a response token of the source's own document. Sources inside the prompt
+    count; padding (document -1) and targets in another document of the row never do.
 
     Args:
         ids_BT: int64 token ids.
@@ -38,27 +42,33 @@ def target_mask(labels_BTK: Tensor) -> Tensor:
     return labels_BTK != IGNORED
 
 
-def source_index(label_BT: Tensor, *, k: int, preceding_BT: NDArray[np.int64] | None) -> Tensor:
-    """Return where the pairs of head k that count have their sources, int64 `[N]` into the flattened rows.
+def source_index(label_BT: Tensor, *, k: int, preceding_BT: Counts | None) -> Tensor:
+    """Return the sources of head k's counted pairs, int64 `[N]` into the flattened `[B, T]`.
 
     Args:
         label_BT: Labels of head k.
-        k: From 1.
-        preceding_BT: From `CollatedBatch.preceding_BT`; without it the device is asked, which waits for it.
+        k: Head, from 1.
+        preceding_BT: `CollatedBatch.preceding_BT`; without it, the index is read from the device, which
+            waits.
     """
     if preceding_BT is None:
         return target_mask(label_BT).flatten().nonzero()[:, 0]
-    return _sent(np.flatnonzero(preceding_BT >= k) - k, label_BT.device)
+    return _to_device(np.flatnonzero(preceding_BT >= k) - k, label_BT.device)
 
 
-def pair_index(target_BTK: Tensor, *, preceding_BT: NDArray[np.int64] | None) -> Tensor:
-    """Return where the pairs that count lie in the flattened `[B, T, K]`, int64 `[N]`; see `source_index`."""
+def pair_index(target_BTK: Tensor, *, preceding_BT: Counts | None) -> Tensor:
+    """Return the counted pairs, int64 `[N]` into the flattened `[B, T, K]`; see `source_index`."""
     if preceding_BT is None:
         return target_BTK.flatten().nonzero()[:, 0]
     heads = target_BTK.shape[2]
-    place = [(np.flatnonzero(preceding_BT >= k) - k) * heads + k - 1 for k in range(1, heads + 1)]
-    return _sent(np.sort(np.concatenate(place)), target_BTK.device)
+    pairs = [(np.flatnonzero(preceding_BT >= k) - k) * heads + k - 1 for k in range(1, heads + 1)]
+    return _to_device(np.sort(np.concatenate(pairs)), target_BTK.device)
 
 
-def _sent(index_N: NDArray[np.int64], device: torch.device) -> Tensor:
+def take(x_BT: Tensor, index_N: Tensor) -> Tensor:
+    """Return the values `[N, ...]` at positions of the flattened `[B, T]`."""
+    return x_BT.flatten(0, 1).index_select(0, index_N)
+
+
+def _to_device(index_N: Counts, device: torch.device) -> Tensor:
     return torch.from_numpy(index_N).to(device, non_blocking=True)

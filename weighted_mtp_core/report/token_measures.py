@@ -19,8 +19,8 @@ from weighted_mtp_core.api.alignment import align_weights, gather_by_target
 from weighted_mtp_core.data.batches import split_rows
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import RunFailedError
-from weighted_mtp_core.model.loss import token_losses
 from weighted_mtp_core.model.targets import align_labels, target_mask
+from weighted_mtp_core.model.token_signals import token_losses
 from weighted_mtp_core.report.token_report import ProblemTokens, Reliability, Solution, Token, TokenReport
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS
 from weighted_mtp_core.training.critic_learner import ReliabilityBin

@@ -21,17 +21,11 @@ from weighted_mtp_core.checkpointing.snapshot import below, load_module_state, m
 from weighted_mtp_core.data.batches import preceding, split_rows
 from weighted_mtp_core.errors import RunFailedError, WmtpError
 from weighted_mtp_core.messages import reason
-from weighted_mtp_core.model.head_weights import head_shares
-from weighted_mtp_core.model.loss import (
-    HeadSums,
-    head_sums,
-    normalisers,
-    token_entropies,
-    token_losses,
-    weighted_mtp_loss,
-)
+from weighted_mtp_core.model.loss import normalisers, weighted_mtp_loss
+from weighted_mtp_core.model.loss_shares import loss_shares
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.targets import IGNORED, align_labels, target_mask
+from weighted_mtp_core.model.token_signals import HeadSums, head_sums, token_entropies, token_losses
 from weighted_mtp_core.recipe.schema import LossTable
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
 from weighted_mtp_core.training.loop import Learner, Validation
@@ -136,7 +130,7 @@ class PolicyLearner(Learner):
             self._values.look()
         weight_BTK = align_weights(weights.weight, target_BTK)
         normaliser_K = normalisers(weight_BTK, target_BTK, normalise=self.loss.normalise)
-        share_K = head_shares(self.loss, n_future, progress=step / self.steps)
+        share_K = loss_shares(self.loss, n_future, progress=step / self.steps)
         share_K = share_K.to(normaliser_K.device, non_blocking=True)
         total = torch.zeros((), device=normaliser_K.device)
         ce_K = torch.zeros_like(normaliser_K)

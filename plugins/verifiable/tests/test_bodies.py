@@ -2,14 +2,16 @@
 
 import copy
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.api import Batch, BuildContext, ModelContext, WmtpError
+from weighted_mtp_core.model.frozen_copies import frozen_trunk
 from weighted_mtp_core.model.policy import make_policy
-from weighted_mtp_core.model.trunk import trainable_trunk
+from weighted_mtp_core.model.trainable_trunk import trainable_trunk
 
 from weighted_mtp_verifiable import ValueHeadOptions, build_value_head
 
@@ -49,7 +51,7 @@ def build(policy, *, asked=None, **options):
         hidden_size=16,
         vocab_size=VOCAB,
         device=torch.device("cpu"),
-        frozen_trunk=policy.frozen_trunk,
+        frozen_trunk=partial(frozen_trunk, policy),
         trainable_trunk=trunk,
     )
     context = BuildContext(seed=0, storage=Path("storage"), model=model)

@@ -1,4 +1,6 @@
-"""The weighted multi-token loss as its formula reads, for tests: all logits at once, gradients by autograd.
+"""The weighted multi-token loss as its formula reads: all logits at once, gradients by autograd.
+
+Tests and benchmarks compare `weighted_mtp_loss` with it.
 
 Shape letters: B rows, T positions, K heads, H hidden, V vocabulary.
 """
@@ -12,7 +14,7 @@ from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.targets import IGNORED
 
 
-def reference_loss(
+def plain_mtp_loss(
     policy: Policy,
     hidden_BTH: Tensor,
     *,
@@ -23,7 +25,7 @@ def reference_loss(
     detach_trunk: bool = False,
     position_BT: Tensor | None = None,
 ) -> Tensor:
-    """Return what `weighted_mtp_loss` computes, as a float32 scalar with its graph; the arguments are its."""
+    """Return the loss, a float32 scalar with its graph; arguments are those of `weighted_mtp_loss`."""
     logits_BTKV = torch.stack(
         [
             policy.unembedding(

@@ -1,4 +1,4 @@
-"""Whether a model keeps documents apart that share a row: found out by trying, before anything is trained.
+"""Test before training whether a model keeps documents apart that share a row.
 
 Shape letters: B rows, T positions, H hidden.
 """
@@ -11,16 +11,16 @@ from torch import Tensor
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.model.policy import Policy
 
-_TOLERANCE = 1e-4  # of the second document's states against those that it has alone, fp32
+_TOLERANCE = 1e-4  # of the second document's states against its states alone, fp32
 _LENGTH = 8
 
 
 @torch.no_grad()
 def check_packing(policy: Policy) -> None:
-    """Compare a document behind another one with the same document alone, in trunk and heads.
+    """Compare the states of a document that follows another one with those of the document alone.
 
     Raises:
-        WmtpError: The model sees the document before, or counts positions through the row.
+        WmtpError: The model attends to the previous document, or counts positions through the row.
     """
     device = policy.unembedding.weight.device
     ids_BT = torch.arange(2, 2 + 2 * _LENGTH, device=device).remainder(policy.vocab_size)[None]
@@ -40,7 +40,7 @@ def check_packing(policy: Policy) -> None:
 
 
 def _states(policy: Policy, ids_BT: Tensor, *, position_BT: Tensor | None) -> Tensor:
-    """Return what all heads hand to the unembedding, side by side."""
+    """Return the states of all heads, concatenated."""
     hidden_BTH = policy.trunk_states(ids_BT, position_BT=position_BT)
     heads = [policy.head_states(k + 1, hidden_BTH, position_BT=position_BT) for k in range(policy.n_future)]
     return torch.cat(heads, dim=-1)

@@ -1,4 +1,4 @@
-"""The heads' shares of the loss (alpha), which may change while training goes on. K heads."""
+"""The heads' shares of the loss (alpha), which may follow a schedule. K heads."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import Tensor
 from weighted_mtp_core.recipe.schema import LossTable
 
 
-def head_shares(table: LossTable, n_future: int, *, progress: float) -> Tensor:
+def loss_shares(table: LossTable, n_future: int, *, progress: float) -> Tensor:
     """Return `alpha_K`, float32, summing to 1, proportional to `head_weights[k] * head_decay^(k-1)`.
 
-    The schedule scales that. `forward` and `reverse` are the curricula of Aynetdinov and Akbik 2025: K phases
-    of equal length, in which heads join one by one, the nearest first, or leave, the furthest first.
+    The schedule multiplies these. `forward` and `reverse` are the curricula of Aynetdinov and Akbik 2025: K
+    phases of equal length; heads join one by one, the nearest first, or leave, the furthest first.
 
     Args:
         table: The recipe's `[loss]`.
         n_future: K.
-        progress: The share of the training's steps that are done, in [0, 1).
+        progress: Share of the training steps that are done, in [0, 1).
     """
     base_K = torch.tensor(table.head_weights or (1.0,) * n_future, dtype=torch.float64)
     decay_K = table.head_decay ** torch.arange(n_future, dtype=torch.float64)
@@ -26,7 +26,7 @@ def head_shares(table: LossTable, n_future: int, *, progress: float) -> Tensor:
 
 
 def _presence(table: LossTable, n_future: int, *, progress: float) -> Tensor:
-    """Return how much of each head the schedule lets through, float64 `[K]` in [0, 1]; all of head 1."""
+    """Return the schedule's factor of each head, float64 `[K]` in [0, 1]; head 1's is 1."""
     done = min(1.0, progress / table.head_schedule_end)
     phase = min(n_future, int(done * n_future) + 1)  # 1 to K
     number_K = torch.arange(1, n_future + 1)

@@ -1,6 +1,6 @@
-"""The policy's ordinary language model, frozen: a reference that does not learn any more.
+"""Copies of the policy that never change: its trunk, and its ordinary language model as a reference.
 
-Shape letters: B rows, T positions.
+Shape letters: B rows, T positions, H hidden.
 """
 
 from __future__ import annotations
@@ -14,29 +14,43 @@ from torch import Tensor
 
 from weighted_mtp_core.api import Batch
 from weighted_mtp_core.api.alignment import gather_by_target
-from weighted_mtp_core.model.loss import token_losses
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.targets import align_labels, target_mask
+from weighted_mtp_core.model.token_signals import token_losses
+
+
+def frozen_trunk(policy: Policy) -> Callable[[Batch], Tensor]:
+    """Copy the trunk; return a function from a batch to its float32 states `[B, T, H]`, without gradients."""
+    trunk = copy.deepcopy(policy.trunk).eval().requires_grad_(requires_grad=False)
+
+    @torch.no_grad()
+    def states(batch: Batch) -> Tensor:
+        hidden: Tensor = trunk(
+            input_ids=batch.ids_BT, position_ids=batch.position_BT, use_cache=False
+        ).last_hidden_state
+        return hidden.float()
+
+    return states
 
 
 def frozen_losses(
     policy: Policy, checkpoint: Path | None, *, load: Callable[[Policy, Path], None]
 ) -> Callable[[Batch], Tensor]:
-    """Return the next-token losses of a copy of the policy that never changes.
+    """Copy the policy and return its next-token losses.
 
     Args:
-        policy: What is copied.
-        checkpoint: Weights for the copy; None keeps those that the policy has now.
-        load: Reads them into the copy.
+        policy: The policy to copy.
+        checkpoint: Weights for the copy; None keeps the policy's present ones.
+        load: Reads a checkpoint into a policy.
 
     Returns:
-        A function from a batch to float32 `[B, T]`: the loss of each response token that has a token of its
-        document before it, 0 elsewhere.
+        A function from a batch to float32 `[B, T]`: the loss of each response token that follows a token of
+        its document, 0 elsewhere.
     """
     twin = copy.deepcopy(policy)
     if checkpoint is not None:
         load(twin, checkpoint)
-    twin.heads = twin.heads[:1]
+    twin.heads = type(twin.heads)(twin.heads[:1])
     twin.n_future = 1
     twin.eval().requires_grad_(requires_grad=False)
 

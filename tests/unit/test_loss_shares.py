@@ -4,14 +4,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from weighted_mtp_core.model.head_weights import head_shares
+from weighted_mtp_core.model.loss_shares import loss_shares
 from weighted_mtp_core.recipe.schema import LossTable
 
 SCHEDULES = ("constant", "linear", "step", "forward", "reverse")
 
 
 def shares(n_future, progress=0.0, **keys):
-    return head_shares(LossTable(**keys), n_future, progress=progress).tolist()
+    return loss_shares(LossTable(**keys), n_future, progress=progress).tolist()
 
 
 def test_shares_are_equal_unless_a_recipe_says_otherwise():
@@ -104,7 +104,7 @@ def test_a_schedule_may_take_the_whole_training_and_keeps_the_weights_it_scales(
 )
 def test_shares_sum_to_1_and_head_1_always_has_one(schedule, n_future, progress, decay, end):
     table = LossTable(head_schedule=schedule, head_decay=decay, head_schedule_end=end)
-    share_K = head_shares(table, n_future, progress=progress)
+    share_K = loss_shares(table, n_future, progress=progress)
 
     assert share_K.dtype == torch.float32
     assert float(share_K.sum()) == pytest.approx(1, abs=1e-5)

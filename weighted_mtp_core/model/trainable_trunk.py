@@ -1,4 +1,4 @@
-"""A trunk that a component may train as its own: a copy of the policy's, or another model's body.
+"""A trunk that a component trains as its own: a copy of the policy's, or the body of another model.
 
 Shape letters: B rows, T positions, H hidden.
 """
@@ -21,10 +21,10 @@ from weighted_mtp_core.model.policy import Policy
 class Trunk(nn.Module):
     """From a batch to float32 states `[B, T, H]`, with gradients.
 
-    It has no dropout, whatever its configuration says: what scores a text twice gives it one score.
+    It has no dropout, whatever its config says: a text always gets the same score.
 
     Args:
-        body: A transformers model without its unembedding; it is the trunk's from now on.
+        body: A transformers model without its unembedding; used, not copied.
     """
 
     def __init__(self, body: Any) -> None:
@@ -33,7 +33,7 @@ class Trunk(nn.Module):
         self.hidden_size = int(body.config.hidden_size)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return the states of a batch; documents that share a row do not see each other."""
+        """Return the states of a batch; documents that share a row do not attend to each other."""
         states: Tensor = self.body(
             input_ids=batch.ids_BT, position_ids=batch.position_BT, use_cache=False
         ).last_hidden_state
@@ -44,21 +44,18 @@ def trainable_trunk(policy: Policy, base: str | None, *, storage: Path, tokenize
     """Return a trunk that shares nothing with the policy.
 
     Args:
-        policy: Its trunk as it is now is copied, unless `base` names another model.
-        base: Named as `model.base` is; all of its layers, its final norm included.
-        storage: The storage root, where models are looked for.
-        tokenizer: The policy's, whose ids the trunk will read.
+        policy: Its present trunk is copied, unless `base` names another model.
+        base: A model, named as in `model.base`; all of its layers and its final norm are used.
+        storage: The storage root, where models are looked up.
+        tokenizer: The policy's.
 
     Raises:
-        WmtpError: There is no such model, or it reads other tokens.
+        WmtpError: There is no such model, or its tokenizer differs from the policy's.
     """
     if base is None:
         return Trunk(copy.deepcopy(policy.trunk))
-    return Trunk(_load_body(base, storage=storage, tokenizer=tokenizer).to(_device_of(policy)))
-
-
-def _device_of(policy: Policy) -> torch.device:
-    return next(policy.parameters()).device
+    device: torch.device = policy.unembedding.weight.device
+    return Trunk(_load_body(base, storage=storage, tokenizer=tokenizer).to(device))
 
 
 def _load_body(base: str, *, storage: Path, tokenizer: Any) -> Any:
@@ -66,14 +63,14 @@ def _load_body(base: str, *, storage: Path, tokenizer: Any) -> Any:
 
     folder = find_base(base, storage=storage)
     try:
-        theirs = AutoTokenizer.from_pretrained(folder)
+        own_tokenizer = AutoTokenizer.from_pretrained(folder)
         body = AutoModel.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise WmtpError(
             f"`{folder}` cannot be loaded as a transformer: {str(error).splitlines()[0]}",
             hint="name a transformers directory, a `.gguf` file or a reachable hub id",
         ) from error
-    if theirs.get_vocab() != tokenizer.get_vocab():
+    if own_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise WmtpError(
             f"the tokenizer of `{folder}` is not the policy's, so it reads other tokens",
             hint="take a model of the policy's family",

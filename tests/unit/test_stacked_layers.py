@@ -21,8 +21,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 from weighted_mtp_core.generation.draft_heads import AllHeads
+from weighted_mtp_core.generation.stacked_layers import stack
 from weighted_mtp_core.model.policy import make_policy
-from weighted_mtp_core.model.stacked import stack
 
 V, K = 40, 4
 SMALL = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}

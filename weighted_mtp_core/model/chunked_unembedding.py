@@ -1,0 +1,137 @@
+"""Logits of selected positions chunk by chunk, so that the `[B, T, K, V]` logits never exist at once.
+
+The gradient of a chunk's logits is formed while the logits exist: nothing is stored or computed twice.
+
+Shape letters: B rows, T positions, N selected positions in the flattened [B, T], H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+
+from weighted_mtp_core.model.policy import Policy
+
+CHUNK = 192
+"""The most rows of logits that exist at a time: 192 x 49152 in fp32 are 36 MiB."""
+
+_BUDGET = 36 << 20  # bytes for logits and states' gradients together, if CHUNK rows do not need more
+_FEWEST = 64  # rows; with fewer, matrix products get slower than the saved memory is worth
+
+
+@frozen(kw_only=True, eq=False)
+class ChunkedUnembedding:
+    """The unembedding's matrix for one pass over all heads.
+
+    States come whole, as `[B, T, H]`, with the int64 index `[N]` of the selected positions; each chunk
+    gathers its own states.
+
+    Attributes:
+        parameter: The trained matrix, `[V, H]`.
+        matrix_VH: The same in the dtype of the products.
+        logits_NV: Buffer for one chunk of logits, reused: allocating one per chunk costs page faults.
+    """
+
+    parameter: Tensor
+    matrix_VH: Tensor
+    logits_NV: Tensor
+
+    @classmethod
+    def of(cls, policy: Policy, hidden_BTH: Tensor, *, extra_bytes: int = 0) -> ChunkedUnembedding:
+        """Cast the matrix to autocast's dtype, if autocast is on.
+
+        Args:
+            policy: The policy.
+            hidden_BTH: Trunk states, for their device.
+            extra_bytes: Memory that exists at the same time as the logits and grows with the batch. Chunks
+                shrink by it, so that the total does not grow with the batch.
+        """
+        parameter = policy.unembedding.weight
+        device = hidden_BTH.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameter.dtype
+        matrix_VH = parameter.detach().to(dtype)
+        row_bytes = len(matrix_VH) * matrix_VH.element_size()
+        rows = (max(_BUDGET, CHUNK * row_bytes) - extra_bytes) // row_bytes
+        logits_NV = matrix_VH.new_empty(min(CHUNK, max(_FEWEST, rows)), len(matrix_VH))
+        return cls(parameter=parameter, matrix_VH=matrix_VH, logits_NV=logits_NV)
+
+    @torch.no_grad()
+    def learn(
+        self, state_BTH: Tensor, index_N: Tensor, label_N: Tensor, *, scale_N: Tensor, gradient_BTH: Tensor
+    ) -> Tensor:
+        """Return each cross-entropy, float32 `[N]`, and compute the gradients of `sum_n scale_n * CE_n`.
+
+        The states' gradient is written to `gradient_BTH`, the matrix's is added to its `grad`: a buffer per
+        head would cost two more passes over it.
+        """
+        state_SH, gradient_SH = state_BTH.flatten(0, 1), gradient_BTH.flatten(0, 1)
+        ce_N = torch.empty(len(label_N), dtype=torch.float32, device=label_N.device)
+        for rows in self._chunks(len(label_N)):
+            index = index_N[rows]
+            state = state_SH.index_select(0, index).to(self.matrix_VH.dtype)
+            ce_N[rows], gradient = self._learn_chunk(state, label_N[rows, None], scale=scale_N[rows, None])
+            gradient_SH.index_copy_(0, index, gradient.to(gradient_SH.dtype))
+        return ce_N
+
+    def _learn_chunk(self, state: Tensor, label: Tensor, *, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Do what `learn` does for one chunk, in place on its logits: each pass over them costs time."""
+        logits = self._logits(state)
+        target = logits.sub_(logits.amax(dim=-1, keepdim=True)).gather(1, label)
+        total = logits.exp_().sum(dim=-1, keepdim=True)
+        gradient = logits.mul_(scale / total).scatter_add_(1, label, -scale).to(state.dtype)
+        gradient_VH = self._matrix_gradient()
+        if gradient_VH is not None and gradient_VH.dtype == gradient.dtype:
+            gradient_VH.addmm_(gradient.T, state)
+        elif gradient_VH is not None:
+            gradient_VH += gradient.T @ state
+        return (total.log() - target)[:, 0], gradient @ self.matrix_VH
+
+    def losses(self, state_BTH: Tensor, index_N: Tensor, label_N: Tensor) -> Tensor:
+        """Return each cross-entropy, float32 `[N]`."""
+        ce_N = torch.zeros(len(index_N), device=index_N.device)
+        for rows, logits in self._all_logits(state_BTH, index_N):
+            ce_N[rows] = nn.functional.cross_entropy(logits, label_N[rows], reduction="none")
+        return ce_N
+
+    def entropies(self, state_BTH: Tensor, index_N: Tensor, _: Tensor) -> Tensor:
+        """Return the entropy of each prediction in nats, float32 `[N]`; labels do not affect it."""
+        entropy_N = torch.zeros(len(index_N), device=index_N.device)
+        for rows, logits in self._all_logits(state_BTH, index_N):
+            log_p = logits.log_softmax(dim=-1)
+            entropy_N[rows] = -(log_p.exp() * log_p).sum(dim=-1)
+        return entropy_N
+
+    def sums(self, state_BTH: Tensor, index_N: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Return float32 sums: of the cross-entropies, and of the labels that are the likeliest token."""
+        ce, correct = torch.zeros(2, device=index_N.device).unbind()
+        for rows, logits in self._all_logits(state_BTH, index_N):
+            ce = ce + nn.functional.cross_entropy(logits, label_N[rows], reduction="sum")
+            correct = correct + (logits.argmax(dim=-1) == label_N[rows]).sum(dtype=torch.float32)
+        return ce, correct
+
+    def _all_logits(self, state_BTH: Tensor, index_N: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield each chunk and its logits, which are valid until the next chunk."""
+        state_SH = state_BTH.flatten(0, 1)
+        for rows in self._chunks(len(index_N)):
+            yield rows, self._logits(state_SH.index_select(0, index_N[rows]))
+
+    def _logits(self, state_NH: Tensor) -> Tensor:
+        """Return the rows' logits, float32 `[N, V]`, valid until the next call."""
+        buffer = self.logits_NV[: len(state_NH)]
+        return torch.mm(state_NH.to(self.matrix_VH.dtype), self.matrix_VH.T, out=buffer).float()
+
+    def _matrix_gradient(self) -> Tensor | None:
+        """Return the buffer of the matrix's gradient, allocated at need; None if the matrix is frozen."""
+        if not self.parameter.requires_grad:
+            return None
+        if self.parameter.grad is None:
+            self.parameter.grad = torch.zeros_like(self.parameter)
+        return self.parameter.grad
+
+    def _chunks(self, count: int) -> Iterator[slice]:
+        """Yield slices that cover `count` rows."""
+        for first in range(0, count, len(self.logits_NV)):
+            yield slice(first, first + len(self.logits_NV))

@@ -1,0 +1,67 @@
+"""The kinds of heads, one file each.
+
+A kind defines what of the base model becomes the trunk, what head 1 is and what heads 2..K start as. Another
+kind is a subclass of `Heads`, listed in `model.policy.HEADS` and in the recipe's `model.head`.
+
+Shape letters: B rows, T positions, S cached and new tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+from attrs import frozen
+from torch import Tensor, nn
+
+HeadKind = Literal["transformer", "linear"]
+
+
+@frozen(kw_only=True, eq=False)
+class SplitModel:
+    """A causal LM's body, taken apart; `norm` stands between heads and unembedding."""
+
+    trunk: nn.Module
+    heads: Heads
+    norm: nn.Module
+
+
+class Heads(nn.ModuleList, ABC):
+    """Heads 1..K, one module each; head 1 is the base model's own.
+
+    Attributes:
+        kind: The value of the recipe's `model.head`.
+    """
+
+    kind: ClassVar[HeadKind]
+
+    @classmethod
+    @abstractmethod
+    def split(cls, base: Any, *, n_future: int) -> SplitModel:
+        """Take a causal LM apart and make K heads; its modules are used, not copied.
+
+        Raises:
+            WmtpError: The model cannot be split for this kind of head.
+        """
+
+    @abstractmethod
+    def run(
+        self, k: int, hidden_BTH: Tensor, *, position_BT: Tensor | None, cache: Any, seen_BS: Tensor | None
+    ) -> Tensor:
+        """Return head k's (from 1) states `[B, T, H]` before the final norm; see `Policy.trunk_states`."""
+
+    @abstractmethod
+    def layer(self, k: int) -> nn.Module:
+        """Return the module that computes head k, from 1: of a body, its one layer."""
+
+    @property
+    def bodies(self) -> Sequence[nn.Module]:
+        """The heads that are transformers bodies, with a key-value cache each."""
+        return ()
+
+    def rejoin(self, base: Any, *, trunk: nn.Module, norm: nn.Module) -> None:
+        """Put trunk, head 1 and norm into a causal LM of the base model's kind: undo `split`."""
+        del norm
+        for name, child in trunk.named_children():
+            setattr(base.base_model, name, child)

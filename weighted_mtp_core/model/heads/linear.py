@@ -1,0 +1,56 @@
+"""`linear` heads: the trunk is the whole body, head 1 the identity, heads 2..K residual blocks.
+
+After Medusa (Cai et al. 2024, section 3.1).
+
+Shape letters: B rows, T positions, S cached and new tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from weighted_mtp_core.model.families import anatomy
+from weighted_mtp_core.model.heads import Heads, SplitModel
+
+
+class LinearHeads(Heads):
+    """Residual blocks that start as the identity."""
+
+    kind = "linear"
+
+    @classmethod
+    def split(cls, base: Any, *, n_future: int) -> SplitModel:
+        """Take the body as it is, its final norm included."""
+        body, _, _ = anatomy(base)
+        width = int(body.config.hidden_size)
+        heads = cls([nn.Identity(), *(ResidualHead(width) for _ in range(n_future - 1))])
+        return SplitModel(trunk=body, heads=heads, norm=nn.Identity())
+
+    def run(
+        self, k: int, hidden_BTH: Tensor, *, position_BT: Tensor | None, cache: Any, seen_BS: Tensor | None
+    ) -> Tensor:
+        """Return head k's states `[B, T, H]`; each depends on the trunk's state at its own position only."""
+        del position_BT, cache, seen_BS
+        states: Tensor = self[k - 1](hidden_BTH)
+        return states
+
+    def layer(self, k: int) -> nn.Module:
+        """Return head k."""
+        return self[k - 1]
+
+
+class ResidualHead(nn.Module):
+    """`h + W silu(U h)`, the identity at first because W starts at 0."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.outer = nn.Linear(hidden_size, hidden_size, bias=False)
+        nn.init.zeros_(self.outer.weight)
+
+    def forward(self, hidden_BTH: Tensor) -> Tensor:
+        """Return states `[B, T, H]`."""
+        result: Tensor = hidden_BTH + self.outer(nn.functional.silu(self.inner(hidden_BTH)))
+        return result

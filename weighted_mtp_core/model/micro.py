@@ -1,0 +1,85 @@
+"""The base model `micro`: a small random Llama, and a tokenizer trained on the run's own texts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+
+from weighted_mtp_core.recipe.schema import MicroTable
+from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder
+
+PAD, EOS = "<pad>", "<eos>"
+_FORMAT = 2  # raise it when the same texts and shape would give other weights or tokens
+_MAX_POSITIONS = 2048
+
+
+def micro_folder(shape: MicroTable, models: Path, *, texts: Callable[[], Iterable[str]], seed: int) -> Path:
+    """Return the folder of the model for this shape, seed and these texts; make it if it does not exist."""
+    corpus = list(texts())
+    digest = hashlib.sha256(json.dumps([_FORMAT, attrs.asdict(shape), seed, corpus], sort_keys=True).encode())
+    folder = models / "micro" / digest.hexdigest()[:12]
+    if not (folder / MANIFEST).is_file():
+        with atomic_folder(folder) as temporary:
+            tokenizer = _train_tokenizer(corpus, vocab_size=shape.vocab_size)
+            tokenizer.save_pretrained(temporary)
+            _new_llama(shape, tokenizer, seed=seed).save_pretrained(temporary)
+    return folder
+
+
+def _train_tokenizer(corpus: list[str], *, vocab_size: int) -> Any:
+    """Train a byte-level BPE; each digit is a token, so that a number is spelt one way only."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        clean_up_tokenization_spaces=False,
+        model_max_length=_MAX_POSITIONS,
+    )
+
+
+def _new_llama(shape: MicroTable, tokenizer: Any, *, seed: int) -> Any:
+    """Return a Llama with random weights that depend on shape and seed only."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=4 * shape.hidden_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.attention_heads,
+        num_key_value_heads=shape.attention_heads,
+        max_position_embeddings=_MAX_POSITIONS,
+        # 0.02, the default, is for widths of thousands: at 128 attention starts too flat to learn copying.
+        initializer_range=shape.hidden_size**-0.5,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)

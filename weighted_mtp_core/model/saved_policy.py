@@ -1,0 +1,111 @@
+"""Read a saved policy: head 1 as an ordinary transformers model, the other heads in a file beside it.
+
+`export.transformers` writes such directories. `weighted_mtp.json` describes the heads and their origin,
+`extra_heads.safetensors` holds heads 2..K as `head_<k>.<name>`, and `recipe.toml` is the recipe that trained
+them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import attrs
+from attrs import frozen
+from safetensors.torch import load_file
+
+import weighted_mtp_core
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.model.heads import HeadKind
+from weighted_mtp_core.model.policy import Policy
+
+FORMAT = 1
+"""Raise it when a change makes older directories unreadable for this release."""
+
+FACTS, EXTRA_HEADS, RECIPE = "weighted_mtp.json", "extra_heads.safetensors", "recipe.toml"
+
+
+@frozen(kw_only=True)
+class PolicyFacts:
+    """The contents of `weighted_mtp.json`.
+
+    Attributes:
+        n_future: K.
+        head: Kind of heads 2..K.
+        run: Id of the run that trained the policy.
+        recipe_sha256: SHA-256 of `recipe.toml`.
+        base: Name and version of the base model.
+        data_sha256: SHA-256 of the training data; None if the run did not record it.
+    """
+
+    n_future: int
+    head: HeadKind
+    run: str
+    recipe_sha256: str
+    base: str
+    data_sha256: str | None
+
+
+def is_saved_policy(folder: Path) -> bool:
+    """Return whether a folder holds a saved policy."""
+    return (folder / FACTS).is_file()
+
+
+def read_facts(folder: Path) -> PolicyFacts:
+    """Read `weighted_mtp.json`.
+
+    Raises:
+        WmtpError: It cannot be read, or a newer release wrote it.
+    """
+    path = folder / FACTS
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        core = about["core"]
+        if about["format"] > FORMAT:
+            raise WmtpError(
+                f"`{folder}` was written by weighted-mtp-core {core}, which is newer than this one "
+                f"({weighted_mtp_core.__version__})",
+                hint=f"pip install 'weighted-mtp-core>={core}'",
+            )
+        return PolicyFacts(**{each.name: about[each.name] for each in attrs.fields(PolicyFacts)})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WmtpError(f"`{path}` cannot be read: {error!r}", hint="restore it, or export anew") from error
+
+
+def refuse_other_heads(folder: Path, *, n_future: int, head_kind: HeadKind) -> None:
+    """Refuse a saved policy that lacks heads which the recipe asks for; it may have more.
+
+    Raises:
+        WmtpError: The heads are of another kind, or too few.
+    """
+    facts = read_facts(folder)
+    afresh = f"to begin with fresh heads, copy the directory without `{FACTS}` and `manifest.json`"
+    if n_future > facts.n_future:
+        raise WmtpError(
+            f"the exported model `{folder}` has {facts.n_future} heads, `model.n_future` is {n_future}",
+            hint=f"set `model.n_future = {facts.n_future}` or less; {afresh}",
+        )
+    if n_future > 1 and head_kind != facts.head:
+        raise WmtpError(
+            f"the exported model `{folder}` has `{facts.head}` heads, `model.head` is `{head_kind}`",
+            hint=f'set `model.head = "{facts.head}"`; {afresh}',
+        )
+
+
+def load_extra_heads(policy: Policy, folder: Path) -> None:
+    """Load the weights of heads 2..K.
+
+    Raises:
+        WmtpError: The tensors in the file do not fit these heads.
+    """
+    state = load_file(folder / EXTRA_HEADS)
+    for k, head in enumerate(policy.heads[1:], start=2):
+        start = f"head_{k}."
+        own = {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
+        try:
+            head.load_state_dict(own)
+        except RuntimeError as error:
+            raise WmtpError(
+                f"head {k} in `{folder / EXTRA_HEADS}` does not fit its trunk: {str(error).splitlines()[0]}",
+                hint="export it anew",
+            ) from error
