@@ -59,8 +59,8 @@ TINY = {
     "num_key_value_heads": 2,
 }
 NEEDS = frozenset({Signal.REWARD, Signal.VALUE})
-TRUNK_HEAD = ValueHeadOptions(body="policy", layers=0, writing=0.0)
-SEPARATE = ValueHeadOptions(body="frozen", layers=0, writing=0.0)
+TRUNK_HEAD = ValueHeadOptions(body="policy", layers=0, lm_loss_weight=0.0)
+SEPARATE = ValueHeadOptions(body="frozen", layers=0, lm_loss_weight=0.0)
 
 
 def documents(vocabulary: int, positions: int) -> TokenSet:

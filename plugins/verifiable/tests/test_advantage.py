@@ -7,13 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weighted_mtp_verifiable._advantage import (
-    advantages,
-    discounted_sums,
-    document_sums,
-    remaining,
-    td_errors,
-)
+from weighted_mtp_verifiable._advantage import advantages, td_errors
+from weighted_mtp_verifiable._reductions import discounted_sums, document_sums, remaining_response_tokens
 
 # V before each of four actions is .2, .5, .4, .9 and R = 1: one prompt token, then the response.
 VALUE_BT = torch.tensor([[0.2, 0.5, 0.4, 0.9, 0.7]], dtype=torch.float64)
@@ -182,7 +177,7 @@ def test_what_remains_of_a_response_is_counted_exactly(batch):
     for b, t in itertools.product(range(document_BT.shape[0]), range(document_BT.shape[1])):
         expected_BT[b, t] = response_BT[b, t:][document_BT[b, t:] == document_BT[b, t]].sum()
 
-    assert torch.equal(remaining(response_BT, document_BT), expected_BT)
+    assert torch.equal(remaining_response_tokens(response_BT, document_BT), expected_BT)
 
 
 @given(batches())

@@ -1,17 +1,14 @@
-"""`verifiable.value_head` on each body, for each objective, beside a real policy: what learns of it."""
+"""`verifiable.value_head` on each body, for each objective: which parameters learn."""
 
 import copy
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.api import Batch, BuildContext, ModelContext, WmtpError
-from weighted_mtp_core.model.frozen_copies import frozen_trunk
-from weighted_mtp_core.model.policy import make_policy
-from weighted_mtp_core.model.trainable_trunk import trainable_trunk
 
 from weighted_mtp_verifiable import ValueHeadOptions, build_value_head
 
@@ -25,37 +22,52 @@ BODIES = {
 }
 
 
+class Trunk(nn.Module):
+    """The trunk of a trunk, as `ModelContext.trainable_trunk` describes it."""
+
+    hidden_size = 16
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=self.hidden_size,
+            intermediate_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            initializer_range=0.25,
+        )
+        self.model = LlamaForCausalLM(config).model
+        del self.model.layers[-1]  # the policy's heads take the last layer and the norm
+        self.model.norm = nn.Identity()
+
+    def forward(self, batch):
+        return self.model(batch.ids_BT).last_hidden_state
+
+
 @pytest.fixture(scope="module")
-def policy():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        initializer_range=0.25,
-    )
-    return make_policy(LlamaForCausalLM(config), n_future=2, head_kind="transformer").eval()
+def trunk():
+    return Trunk()
 
 
-def build(policy, *, asked=None, **options):
-    def trunk(base):
-        if asked is not None:
-            asked.append(base)
-        return trainable_trunk(policy, None, storage=Path("storage"), tokenizer=None)
+def build(trunk, *, requested=None, **options):
+    def trainable_trunk(base):
+        if requested is not None:
+            requested.append(base)
+        return copy.deepcopy(trunk)
 
     model = ModelContext(
         n_future=2,
-        hidden_size=16,
+        hidden_size=trunk.hidden_size,
         vocab_size=VOCAB,
         device=torch.device("cpu"),
-        frozen_trunk=partial(frozen_trunk, policy),
-        trainable_trunk=trunk,
+        frozen_trunk=lambda: torch.no_grad()(copy.deepcopy(trunk)),
+        trainable_trunk=trainable_trunk,
     )
     context = BuildContext(seed=0, storage=Path("storage"), model=model)
-    small = {"layers": 1, "hidden_size": 16, "heads": 2, "writing": 0.0}
+    small = {"layers": 1, "hidden_size": 16, "heads": 2, "lm_loss_weight": 0.0}
     return build_value_head(ValueHeadOptions(**(small | options)), context)
 
 
@@ -76,28 +88,28 @@ def planted(rows, *, seed):
     )
 
 
-def loss(critic, policy, batch):
-    hidden_BTH = policy.trunk_states(batch.ids_BT).detach() if critic.reads_policy else None
+def loss(critic, trunk, batch):
+    hidden_BTH = trunk(batch).detach() if critic.reads_policy else None
     return critic.loss(batch, hidden_BTH).loss
 
 
-def train(critic, policy, *, steps):
+def train(critic, trunk, *, steps):
     optimiser = torch.optim.AdamW(critic.parameters(), lr=1e-2)
     for step in range(steps):
-        loss(critic, policy, planted(32, seed=step)).backward()
+        loss(critic, trunk, planted(32, seed=step)).backward()
         optimiser.step()
         optimiser.zero_grad()
 
 
 @pytest.mark.parametrize("objective", ["monte_carlo", "lambda_return", "bradley_terry"])
 @pytest.mark.parametrize("body", BODIES)
-def test_every_objective_learns_on_every_body(policy, body, objective):
-    critic, held_out = build(policy, objective=objective, **BODIES[body]), planted(128, seed=10_000)
-    before = float(loss(critic, policy, held_out).detach())
+def test_every_objective_learns_on_every_body(trunk, body, objective):
+    critic, held_out = build(trunk, objective=objective, **BODIES[body]), planted(128, seed=10_000)
+    before = float(loss(critic, trunk, held_out).detach())
 
-    train(critic, policy, steps=80)
+    train(critic, trunk, steps=80)
 
-    after = float(loss(critic, policy, held_out).detach())
+    after = float(loss(critic, trunk, held_out).detach())
     # Before the token that decides nothing can be known, and a random policy's states tell little of it.
     assert after < 0.95 * before
 
@@ -106,27 +118,27 @@ def states(critic):
     return {name: tensor.clone() for name, tensor in critic.state_dict().items()}
 
 
-def moved(critic, policy):
+def moved(critic, trunk):
     """The parts of the state that three steps of training change."""
     before = states(critic)
-    train(critic, policy, steps=3)
+    train(critic, trunk, steps=3)
     return {name for name, tensor in critic.state_dict().items() if not torch.equal(tensor, before[name])}
 
 
-def test_all_of_an_own_trunk_learns_and_the_policy_does_not(policy):
-    was = copy.deepcopy(policy.state_dict())
-    critic = build(policy, **BODIES["trunk"])
+def test_all_of_an_own_trunk_learns_and_the_policy_does_not(trunk):
+    was = copy.deepcopy(trunk.state_dict())
+    critic = build(trunk, **BODIES["trunk"])
 
-    changed = moved(critic, policy)
+    changed = moved(critic, trunk)
 
     assert {name for name in critic.state_dict() if name.startswith("trunk.")} <= changed
-    assert all(torch.equal(tensor, was[name]) for name, tensor in policy.state_dict().items())
+    assert all(torch.equal(tensor, was[name]) for name, tensor in trunk.state_dict().items())
 
 
-def test_with_adapters_only_they_and_the_head_learn(policy):
-    critic = build(policy, **BODIES["lora"])
+def test_with_adapters_only_they_and_the_head_learn(trunk):
+    critic = build(trunk, **BODIES["lora"])
 
-    changed = moved(critic, policy)
+    changed = moved(critic, trunk)
 
     assert {name for name in changed if name.startswith("trunk.")} == {
         name for name in critic.state_dict() if "lora_" in name
@@ -134,11 +146,11 @@ def test_with_adapters_only_they_and_the_head_learn(policy):
     assert any(name.startswith("net.") for name in changed)
 
 
-def test_adapters_start_as_the_trunk_that_they_adapt(policy):
+def test_adapters_start_as_the_trunk_that_they_adapt(trunk):
     batch = planted(4, seed=0)
     values = []
     for body in ("trunk", "lora"):
-        critic = build(policy, **BODIES[body])
+        critic = build(trunk, **BODIES[body])
         critic.load_state_dict(
             {
                 name: torch.full_like(tensor, 0.1) if name.startswith("net.") else tensor
@@ -150,24 +162,24 @@ def test_adapters_start_as_the_trunk_that_they_adapt(policy):
     torch.testing.assert_close(values[0], values[1])
 
 
-def test_a_trunk_of_another_model_is_asked_for_by_its_name(policy):
-    asked = []
+def test_a_trunk_of_another_model_is_requested_by_its_name(trunk):
+    requested = []
 
-    build(policy, asked=asked, body="trunk", base="other/model")
-    build(policy, asked=asked, body="trunk")
+    build(trunk, requested=requested, body="trunk", base="other/model")
+    build(trunk, requested=requested, body="trunk")
 
-    assert asked == ["other/model", None]
-
-
-def test_the_layers_of_its_own_trunk_may_be_split_over_processes(policy):
-    assert len(build(policy, **BODIES["trunk"]).blocks) == len(policy.trunk.layers)
-    assert len(build(policy, body="frozen").blocks) == 1
+    assert requested == ["other/model", None]
 
 
-def test_adapters_without_peft_are_an_error_that_says_how_to_get_it(policy, monkeypatch):
+def test_the_layers_of_its_own_trunk_may_be_split_over_processes(trunk):
+    assert len(build(trunk, **BODIES["trunk"]).blocks) == len(trunk.model.layers)
+    assert len(build(trunk, body="frozen").blocks) == 1
+
+
+def test_adapters_without_peft_are_an_error_that_says_how_to_get_it(trunk, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
 
     with pytest.raises(WmtpError, match=r"`lora_rank = 4` needs the package `peft`") as caught:
-        build(policy, **BODIES["lora"])
+        build(trunk, **BODIES["lora"])
 
     assert caught.value.hint == "pip install 'weighted-mtp-verifiable[lora]'"

@@ -1,4 +1,4 @@
-"""`verifiable.group_advantage`: one weight a response, against loops over responses."""
+"""`verifiable.group_advantage`: one weight per response, against loops over responses."""
 
 import math
 from pathlib import Path
@@ -74,13 +74,13 @@ def naive(responses, *, beta, low, high, positives_only):
             group = [other for other, _ in answered]
         advantage = reward - sum(group) / len(group)
         weight = min(max(math.exp(advantage / beta), low), high)
-        weights.append(0.0 if positives_only and reward == 0 else weight)
+        weights.append(0.0 if positives_only and reward < 0.5 else weight)
     return weights
 
 
 @given(
     st.lists(
-        st.tuples(st.integers(0, 4), st.sampled_from([0.0, 0.25, 1.0]), st.sampled_from([0, 3, 10**12])),
+        st.tuples(st.integers(0, 4), st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.sampled_from([0, 3, 10**12])),
         min_size=1,
         max_size=7,
     ),

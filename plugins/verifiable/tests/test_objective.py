@@ -13,7 +13,7 @@ from weighted_mtp_verifiable._objective import (
     lambda_return,
     monte_carlo,
     outcome,
-    prefixes,
+    trained_prefixes,
 )
 
 
@@ -42,14 +42,16 @@ LOGIT_BT = torch.tensor([[logit(value) for value in row] for row in VALUES])
 
 
 def test_values_are_trained_on_response_tokens_and_on_the_token_before():
-    assert prefixes(TWO).tolist() == [[True, True, True, True], [False, True, True, True]]
+    assert trained_prefixes(TWO).tolist() == [[True, True, True, True], [False, True, True, True]]
 
 
 def test_a_response_at_the_start_of_a_document_has_no_token_before():
     packed = batch([[0, 1, 1, 1]], [[1.0] * 4], document=[[0, 0, 1, 1]])
 
-    assert prefixes(packed).tolist() == [[True, True, True, True]]
-    assert prefixes(batch([[0, 0, 1]], [[1.0] * 3], document=[[0, 0, 1]])).tolist() == [[False, False, True]]
+    assert trained_prefixes(packed).tolist() == [[True, True, True, True]]
+    assert trained_prefixes(batch([[0, 0, 1]], [[1.0] * 3], document=[[0, 0, 1]])).tolist() == [
+        [False, False, True]
+    ]
 
 
 def test_the_outcome_stands_on_the_whole_document():

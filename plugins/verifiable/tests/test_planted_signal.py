@@ -48,7 +48,7 @@ def recipe(folder, *, steps, validation):
         "weighting": {"use": "verifiable.td_error"},
         "critic": {
             "use": "verifiable.value_head",
-            "options": {"hidden_size": 32, "heads": 2, "layers": 2, "writing": 0.0},
+            "options": {"hidden_size": 32, "heads": 2, "layers": 2, "lm_loss_weight": 0.0},
             "train": {
                 "steps": steps,
                 "batch_size": 32,

@@ -11,8 +11,8 @@ from sklearn.metrics import roc_auc_score
 from weighted_mtp_core.api import Batch, BuildContext, ModelContext, WmtpError
 
 from weighted_mtp_verifiable import ValueHeadOptions, build_value_head
-from weighted_mtp_verifiable._transformer import Sight, positions
-from weighted_mtp_verifiable._value_net import sums_so_far
+from weighted_mtp_verifiable._reductions import document_cumsum
+from weighted_mtp_verifiable._transformer import AttentionContext, positions
 
 LETTERS = 12
 SMALL = {"layers": 2, "hidden_size": 32, "heads": 2}
@@ -134,12 +134,12 @@ def test_bradley_terry_asks_for_pairs():
     assert build(objective="bradley_terry").batching == "pairs"
 
 
-def test_without_layers_and_writing_only_the_head_is_left():
-    critic = build(body="policy", layers=0, writing=0.0)
+def test_without_layers_and_language_model_only_the_head_is_left():
+    critic = build(body="policy", layers=0, lm_loss_weight=0.0)
 
     names = {name.partition(".")[0] for name in critic.state_dict()}
 
-    assert names == {"entrance", "norm", "value"}
+    assert names == {"input", "norm", "value"}
 
 
 def test_the_state_of_another_shape_is_refused():
@@ -149,7 +149,7 @@ def test_the_state_of_another_shape_is_refused():
     assert caught.value.hint == "use the `[critic.options]` and the base model of the run that wrote it"
 
 
-def test_the_writers_loss_is_that_of_correct_responses_only():
+def test_the_language_model_loss_is_that_of_correct_responses_only():
     critic, batch = build(), copies(8, seed=0)
     right = Batch(
         ids_BT=batch.ids_BT[::2],
@@ -196,24 +196,24 @@ def test_positions_start_anew_with_each_document():
     assert positions(document_BT).tolist() == [[0, 1, 2, 0, 1, 0]]
 
 
-def test_a_token_sees_itself_and_what_came_before_in_its_document():
-    mask_TT = Sight.of(torch.tensor([[0, 0, 1, -1]]), size=4).mask_B1TT[0, 0]
+def test_a_token_attends_to_itself_and_earlier_tokens_of_its_document():
+    mask_TT = AttentionContext.of_documents(torch.tensor([[0, 0, 1, -1]]), head_size=4).mask_B1TT[0, 0]
 
     assert mask_TT.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
 
 
 def test_rotated_products_depend_on_the_distance_alone():
     x, y = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0))
-    sight = Sight.of(torch.zeros(1, 6, dtype=torch.long), size=8)
-    turned_x, turned_y = (sight.turn(each.expand(1, 1, 6, 8))[0, 0] for each in (x, y))
+    context = AttentionContext.of_documents(torch.zeros(1, 6, dtype=torch.long), head_size=8)
+    rotated_x, rotated_y = (context.apply_rotary(each.expand(1, 1, 6, 8))[0, 0] for each in (x, y))
 
-    products_TT = turned_x @ turned_y.T
+    products_TT = rotated_x @ rotated_y.T
 
     torch.testing.assert_close(products_TT.diagonal(2), products_TT[0, 2].expand(4))
 
 
 @given(st.lists(st.tuples(st.integers(1, 4)), min_size=1, max_size=4), st.integers(0, 100))
-def test_sums_so_far_equal_a_loop(lengths, seed):
+def test_document_cumsum_equal_a_loop(lengths, seed):
     document_T = torch.cat([torch.full((length,), n) for n, (length,) in enumerate(lengths)])
     x_T = torch.rand(len(document_T), generator=torch.Generator().manual_seed(seed))
     expected = [
@@ -221,7 +221,7 @@ def test_sums_so_far_equal_a_loop(lengths, seed):
         for t in range(len(document_T))
     ]
 
-    torch.testing.assert_close(sums_so_far(x_T[None], document_T[None]), torch.tensor([expected]))
+    torch.testing.assert_close(document_cumsum(x_T[None], document_T[None]), torch.tensor([expected]))
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_sums_so_far_equal_a_loop(lengths, seed):
         ({"layers": 0}, 'must be >= 1 for `body = "own"`: 0'),
         ({"base": "other/model"}, 'is for `body = "trunk"`, not for `body = "own"`: other/model'),
         ({"body": "frozen", "lora_rank": 4}, 'is for `body = "trunk"`, not for `body = "frozen"`: 4'),
-        ({"writing": -1.0}, "must be >= 0: -1.0"),
+        ({"lm_loss_weight": -1.0}, "must be >= 0: -1.0"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, expected):

@@ -1,8 +1,7 @@
-"""Weights from a critic that learnt from verifiable rewards which tokens make a response succeed.
+"""Weights from verifiable rewards: a critic learns which tokens make a response correct.
 
 Offers the critic `verifiable.value_head` and the weightings `verifiable.td_error` and
-`verifiable.group_advantage`. This module declares; the algorithms stand beside it and are imported when
-something is built.
+`verifiable.group_advantage`. This module only declares them; the build functions import the algorithms.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from weighted_mtp_core.api import (
 )
 
 
-def _be_a_range(_: object, __: object, value: tuple[float, float]) -> None:
+def _check_range(_: object, __: object, value: tuple[float, float]) -> None:
     low, high = value
     if not 0 <= low <= high or high == 0:
         raise ValueError(f"must be [low, high] with 0 <= low <= high and high > 0: {list(value)}")
@@ -33,28 +32,27 @@ class TdErrorOptions:
     """`[weighting.options]` of `verifiable.td_error`.
 
     Attributes:
-        estimator: `"gae"` sums TD errors with `lam`; `"td"` takes each TD error alone (as `lam = 0` would).
-        gamma: Discount a token.
-        lam: Trade between the critic's word (0) and the reward's (1).
-        beta: Temperature: the smaller, the further weights lie apart.
+        estimator: `"gae"` sums TD errors with `lam`; `"td"` uses each TD error alone (like `lam = 0`).
+        gamma: Discount per token.
+        lam: 0 relies on the critic alone, 1 on the reward alone.
+        beta: Temperature: a smaller one spreads the weights further apart.
         clip: Smallest and largest weight.
-        whiten: Whether advantages are brought to mean 0 and standard deviation 1: with the statistics of the
-            batch, with moving ones, or not at all.
-        ema_decay: Share of the moving statistics that a training step keeps.
-        sign: Whose sign a whitened advantage A may have: `"advantage"`, its own; `"reward"`, that of the
-            outcome: max(A, 0) in a right response (R >= 1/2), so that none of its tokens weighs less than 1,
-            and min(A, 0) in a wrong one, so that none of its tokens weighs more.
-        positives_only: Whether responses without a reward weigh nothing. They still count in the statistics.
-        per_response: Whether the weights of each response, once clipped, are scaled to the mean 1, so that
-            they sum to its number of tokens: what is left is which of its tokens matter. Responses that
-            weigh nothing still do.
+        whiten: Whether advantages are whitened to mean 0 and standard deviation 1: with the statistics of the
+            batch, with moving statistics, or not at all.
+        ema_decay: Weight of the old moving statistics in each training step.
+        sign: `"advantage"` keeps a whitened advantage A as it is; `"reward"` keeps it only where it has the
+            sign of the outcome: max(A, 0) in a correct response, so that none of its tokens weighs less than
+            1, and min(A, 0) in an incorrect one, so that none of its tokens weighs more.
+        positives_only: Whether incorrect responses get weight 0. They still count in the statistics.
+        per_response: Whether the clipped weights of each response are scaled to mean 1, so that they only
+            tell its tokens apart and sum to its number of tokens. Responses with weight 0 keep it.
     """
 
     estimator: Literal["gae", "td"] = "gae"
     gamma: float = field(default=1.0, validator=[v.gt(0), v.le(1)])
     lam: float = field(default=0.95, validator=[v.ge(0), v.le(1)])
     beta: float = field(default=1.0, validator=v.gt(0))
-    clip: tuple[float, float] = field(default=(0.1, 3.0), validator=_be_a_range)
+    clip: tuple[float, float] = field(default=(0.1, 3.0), validator=_check_range)
     whiten: Literal["batch", "ema", "none"] = "batch"
     ema_decay: float = field(default=0.99, validator=[v.ge(0), v.lt(1)])
     sign: Literal["advantage", "reward"] = "advantage"
@@ -74,13 +72,13 @@ class GroupAdvantageOptions:
     """`[weighting.options]` of `verifiable.group_advantage`.
 
     Attributes:
-        beta: Temperature: the smaller, the further weights lie apart.
+        beta: Temperature: a smaller one spreads the weights further apart.
         clip: Smallest and largest weight.
-        positives_only: Whether responses without a reward weigh nothing. They still count in the means.
+        positives_only: Whether incorrect responses get weight 0. They still count in the means.
     """
 
     beta: float = field(default=1.0, validator=v.gt(0))
-    clip: tuple[float, float] = field(default=(0.1, 3.0), validator=_be_a_range)
+    clip: tuple[float, float] = field(default=(0.1, 3.0), validator=_check_range)
     positives_only: bool = False
 
 
@@ -104,7 +102,7 @@ def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
     )
     yield Component(
         name="group_advantage",
-        summary="exp((reward - mean reward of the same problem) / beta), clipped: one weight a response.",
+        summary="exp((reward - mean reward of the same problem) / beta), clipped: one weight per response.",
         options=GroupAdvantageOptions,
         build=build_group_advantage,
         needs=frozenset({Signal.REWARD, Signal.GROUP}),
@@ -119,22 +117,20 @@ class ValueHeadOptions:
         objective: `"monte_carlo"` predicts the reward from every prefix; `"lambda_return"` predicts a mixture
             of the reward and the critic's own later values; `"bradley_terry"` only ranks a correct response
             above an incorrect one to the same problem.
-        lam: Share of later values' word that `"lambda_return"` passes on to the reward (1: Monte Carlo).
+        lam: For `"lambda_return"`: 0 is the next value alone, 1 the reward alone (Monte Carlo).
         lam_schedule: `"constant"`, or `"linear"`: from `lam_start` at the first step to `lam` at the last.
-            Values are worth listening to only once they have learnt something from the reward.
-        lam_start: Where `"linear"` begins.
-        body: What the head stands on: `"own"`, a small transformer trained with it; `"policy"`, the states of
-            the policy's trunk as it is now; `"frozen"`, those of the trunk as it was at the start; `"trunk"`,
-            a copy of that trunk, trained with it.
-        base: For `"trunk"`, another model to copy instead, named as `model.base` is; it must read the same
-            tokens.
-        lora_rank: For `"trunk"`, the rank of adapters that are trained in its place; 0 trains all of it.
-        layers: Own trainable transformer layers; 0 leaves just the head on the body's states.
+            Later values are useful targets only after they have learnt something from the reward.
+        lam_start: Lambda of the first step for `"linear"`.
+        body: Input of the head: `"own"`, a small transformer trained with it; `"policy"`, the current states
+            of the policy's trunk; `"frozen"`, the states of the trunk as it was at the start; `"trunk"`, a
+            copy of that trunk, trained with the head.
+        base: For `"trunk"`, another model to copy, named like `model.base`; it must use the same tokenizer.
+        lora_rank: For `"trunk"`, the rank of adapters to train instead of the trunk; 0 trains all of it.
+        layers: Number of own transformer layers, also on top of a trunk's states; 0 is the head alone.
         hidden_size: Width of the own layers.
         heads: Attention heads of the own layers.
-        writing: Weight of a second loss, that of writing correct responses. The head then reads how much
-            each token surprised the writer, which is most of what it knows after a short training; 0 leaves
-            it out.
+        lm_loss_weight: Weight of a language-model loss on correct responses. The head then also reads each
+            token's negative log-likelihood, its best feature after a short training; 0 disables both.
     """
 
     objective: Literal["monte_carlo", "lambda_return", "bradley_terry"] = "monte_carlo"
@@ -147,22 +143,22 @@ class ValueHeadOptions:
     layers: int = field(default=2, validator=v.ge(0))
     hidden_size: int = field(default=128, validator=v.ge(8))
     heads: int = field(default=4, validator=v.ge(1))
-    writing: float = field(default=2.0, validator=v.ge(0))
+    lm_loss_weight: float = field(default=2.0, validator=v.ge(0))
 
     @base.validator
     @lora_rank.validator
-    def _belong_to_a_trunk(self, _: object, value: str | int | None) -> None:
+    def _check_trunk_options(self, _: object, value: str | int | None) -> None:
         if value and self.body != "trunk":
             raise ValueError(f'is for `body = "trunk"`, not for `body = "{self.body}"`: {value}')
 
     @layers.validator
-    def _be_some_for_an_own_body(self, _: object, value: int) -> None:
+    def _check_own_layers(self, _: object, value: int) -> None:
         if self.body == "own" and value < 1:
             raise ValueError(f'must be >= 1 for `body = "own"`: {value}')
 
     @heads.validator
-    def _divide_hidden_size(self, _: object, value: int) -> None:
-        if self.hidden_size % (2 * value):  # rotary embeddings turn pairs of dimensions
+    def _check_heads(self, _: object, value: int) -> None:
+        if self.hidden_size % (2 * value):  # rotary embeddings rotate pairs of dimensions
             raise ValueError(f"must divide `hidden_size` = {self.hidden_size} into even parts: {value}")
 
 
@@ -178,7 +174,7 @@ def wmtp_critics() -> Iterable[Component[Any, Critic]]:
     """Offer `verifiable.value_head`."""
     yield Component(
         name="value_head",
-        summary="Predicts at every token whether the response will be verified as right.",
+        summary="Predicts at every token whether the response will be verified as correct.",
         options=ValueHeadOptions,
         build=build_value_head,
         provides=frozenset({Signal.VALUE}),

@@ -1,8 +1,9 @@
-"""One weight for each whole response: how much better it did than others to the same problem.
+"""One weight for each response: how much better it did than the other responses to the same problem.
 
-That is the advantage of group-relative methods (Shao et al. 2024, https://arxiv.org/abs/2402.03300, 4.1.1),
-not divided by the group's deviation (Liu et al. 2025, https://arxiv.org/abs/2503.20783, 3.2). It knows
-nothing of positions, and so is the simple arm that a critic's weights must beat.
+This is the advantage of group-relative methods (Shao et al. 2024, https://arxiv.org/abs/2402.03300, 4.1.1),
+without the division by the group's standard deviation (Liu et al. 2025, https://arxiv.org/abs/2503.20783,
+3.2). All tokens of a response weigh the same, which makes it the baseline that the weights of a critic must
+beat.
 
 Shape letters: B batch rows, T positions, N all tokens of the batch.
 """
@@ -14,10 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
-from weighted_mtp_core.api import StepView, WeightingStrategy, Weights
+from weighted_mtp_core.api import StepView, WeightingStrategy, Weights, is_correct
 
-from weighted_mtp_verifiable._advantage import remaining
-from weighted_mtp_verifiable._objective import mean
+from weighted_mtp_verifiable._reductions import masked_mean, remaining_response_tokens
 
 if TYPE_CHECKING:
     from weighted_mtp_verifiable import GroupAdvantageOptions
@@ -26,47 +26,47 @@ if TYPE_CHECKING:
 class GroupAdvantage(WeightingStrategy):
     """Weighs every token of a response with `w = clip(exp((R - baseline) / beta))`.
 
-    A weight is never negative, so a signed advantage becomes an exponential one, as in advantage-weighted
-    regression: 1 for a response that did as well as its group, less for a worse one, never against it.
+    Weights cannot be negative, so the signed advantage becomes an exponential one, as in advantage-weighted
+    regression: 1 for a response that did as well as its group, less than 1 for a worse one.
 
-    The baseline is the mean reward of the batch's responses to the same problem. A response that is alone
-    with its problem would be its own mean, and its reward would say nothing: its baseline is the mean reward
-    of all responses in the batch. That is the usual case with batches drawn at random from many problems;
-    `lone_fraction` says how usual.
+    The baseline is the mean reward of the batch's responses to the same problem. For a response that is alone
+    with its problem this mean would be its own reward and every weight 1; its baseline is the mean reward of
+    all responses in the batch. With batches drawn at random from many problems this is the usual case; the
+    metric `lone_fraction` shows how often it occurs.
     """
 
     def __init__(self, options: GroupAdvantageOptions) -> None:
         self._options = options
 
     def weigh(self, view: StepView) -> Weights:
-        """Return `[B, T]` weights, equal within each response."""
+        """Return weights `[B, T]`, equal within each response."""
         assert view.reward_BT is not None
         assert view.group_BT is not None
         options = self._options
         reward_BT, response_BT = view.reward_BT.float(), view.response_BT
-        # Each response counts once, however long it is: with its last token.
-        last_BT = response_BT & (remaining(response_BT, view.document_BT) == 1)
+        # The last token stands for its response: each response counts once, however long it is.
+        last_BT = response_BT & (remaining_response_tokens(response_BT, view.document_BT) == 1)
         total_BT, count_BT = group_sums(reward_BT.where(last_BT, 0.0), last_BT.float(), view.group_BT)
         lone_BT = count_BT == 1
-        baseline_BT = (total_BT / count_BT.clamp(min=1)).where(~lone_BT, mean(reward_BT, last_BT))
-        advantage_BT = reward_BT - baseline_BT
+        group_mean_BT = total_BT / count_BT.clamp(min=1)
+        advantage_BT = reward_BT - group_mean_BT.where(~lone_BT, masked_mean(reward_BT, last_BT))
         low, high = options.clip
         raw_BT = torch.exp(advantage_BT / options.beta)
-        learnt_BT = response_BT & (reward_BT > 0) if options.positives_only else response_BT
+        learnt_BT = response_BT & is_correct(reward_BT) if options.positives_only else response_BT
         return Weights(
             weight=raw_BT.clamp(low, high).where(learnt_BT, 0.0),
             metrics={
-                "advantage_abs_mean": mean(advantage_BT.abs(), last_BT),
-                "clipped_fraction": mean(((raw_BT < low) | (raw_BT > high)).float(), response_BT),
-                "lone_fraction": mean(lone_BT.float(), last_BT),
+                "advantage_abs_mean": masked_mean(advantage_BT.abs(), last_BT),
+                "clipped_fraction": masked_mean(((raw_BT < low) | (raw_BT > high)).float(), response_BT),
+                "lone_fraction": masked_mean(lone_BT.float(), last_BT),
             },
         )
 
 
 def group_sums(x_BT: Tensor, y_BT: Tensor, group_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Return for each token the sums of x and of y over all tokens of its group, wherever they are.
+    """Return, at each token, the sums of x and of y over all tokens of its group in the batch.
 
-    Group numbers may be any; sorting them gives slots without asking the device how many there are.
+    Group numbers are arbitrary. Sorting turns them into slots without waiting for the device to count them.
     """
     sorted_N, order_N = group_BT.reshape(-1).sort()
     new_N = F.pad((sorted_N[1:] != sorted_N[:-1]).long(), (1, 0))

@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al. 2021, https://arxiv.org/abs/2106.09685) in a trunk, by `peft`."""
+"""Low-rank adapters (Hu et al. 2021, https://arxiv.org/abs/2106.09685) for a trunk, with `peft`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from weighted_mtp_core.api import WmtpError
 
 
 def add_lora(trunk: nn.Module, *, rank: int) -> None:
-    """Put an adapter beside each linear layer, and leave nothing else of the trunk to be trained.
+    """Add an adapter to each linear layer of a trunk and freeze all other parameters.
 
-    An adapter adds `2 * B A x`, with A of `rank` rows; B starts at 0, so the trunk starts as it was.
+    An adapter adds `2 * B A x`, where A has `rank` rows. B starts at 0, so the trunk's outputs do not change.
 
     Raises:
-        WmtpError: `peft` is not installed, or there is no linear layer.
+        WmtpError: `peft` is not installed, or the trunk has no linear layer.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model

@@ -1,8 +1,8 @@
 """Weights from advantages: `w = clip(exp(A / beta))`.
 
-That is advantage-weighted regression (Peng et al. 2019, https://arxiv.org/abs/1910.00177, eq. 10) on the
-tokens of multi-token prediction (Gloeckle et al. 2024, https://arxiv.org/abs/2404.19737): imitate what did
-better than the critic expected more than what did worse.
+This is advantage-weighted regression (Peng et al. 2019, https://arxiv.org/abs/1910.00177, eq. 10) on the
+tokens of multi-token prediction (Gloeckle et al. 2024, https://arxiv.org/abs/2404.19737): tokens that did
+better than the critic expected are imitated more than tokens that did worse.
 
 Shape letters: B batch rows, T positions.
 """
@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from attrs import frozen
 from torch import Tensor
-from weighted_mtp_core.api import StepView, WeightingStrategy, Weights, WmtpError
+from weighted_mtp_core.api import StepView, WeightingStrategy, Weights, is_correct
 
-from weighted_mtp_verifiable._advantage import advantages, document_sums, td_errors
-from weighted_mtp_verifiable._objective import CORRECT
+from weighted_mtp_verifiable._advantage import advantages, td_errors
+from weighted_mtp_verifiable._reductions import document_sums
+from weighted_mtp_verifiable._whitening import MovingStatistics, whiten
 
 if TYPE_CHECKING:
     from weighted_mtp_verifiable import TdErrorOptions
-
-_SMALLEST_STD = 1e-6  # below this all advantages are the same but for rounding: they are left unscaled
 
 
 class TdError(WeightingStrategy):
@@ -31,17 +30,15 @@ class TdError(WeightingStrategy):
 
     Args:
         options: See `TdErrorOptions`.
-        device: Where moving statistics live.
+        device: Device of the moving statistics.
     """
 
     def __init__(self, options: TdErrorOptions, *, device: torch.device) -> None:
         self._options = options
-        # Sums of decayed shares, means and mean squares: their ratios are free of the bias of the zero start
-        # (as in Adam, Kingma and Ba 2015, section 3).
-        self._moments = torch.zeros(3, device=device)
+        self._moving = MovingStatistics(options.ema_decay, device=device)
 
     def weigh(self, view: StepView) -> Weights:
-        """Return `[B, T]` weights; see `advantages` for what A is."""
+        """Return weights `[B, T]`; `advantages` defines A."""
         assert view.value_BT is not None
         assert view.reward_BT is not None
         options = self._options
@@ -56,18 +53,19 @@ class TdError(WeightingStrategy):
         advantage_BT = delta_BT
         if options.estimator == "gae":
             advantage_BT = advantages(delta_BT, document_BT=document_BT, gamma=options.gamma, lam=options.lam)
-        responses = _Responses.of(response_BT)
-        mean, std = responses.moments(advantage_BT)
-        shift, scale = self._whitening(mean, std, any_response=response_BT.any(), training=view.training)
-        low, high = options.clip
-        whitened_BT = (advantage_BT - shift) / scale
+        responses = _ResponseMean.over(response_BT)
+        mean, std = responses.mean_and_std(advantage_BT)
+        if options.whiten == "ema" and view.training:
+            self._moving.update(mean, std, where=response_BT.any())
+        whitened_BT = self._whiten(advantage_BT, mean, std)
         if options.sign == "reward":
             whitened_BT = _signed_by_reward(whitened_BT, view.reward_BT)
+        low, high = options.clip
         raw_BT = torch.exp(whitened_BT / options.beta)
-        learnt_BT = response_BT & (view.reward_BT > 0) if options.positives_only else response_BT
+        learnt_BT = response_BT & is_correct(view.reward_BT) if options.positives_only else response_BT
         weight_BT = raw_BT.clamp(low, high).where(learnt_BT, 0.0)
         if options.per_response:
-            weight_BT = _per_response(weight_BT, response_BT, document_BT)
+            weight_BT = _scaled_per_response(weight_BT, response_BT, document_BT)
         return Weights(
             weight=weight_BT,
             metrics={
@@ -80,67 +78,59 @@ class TdError(WeightingStrategy):
             },
         )
 
-    def _whitening(
-        self, mean: Tensor, std: Tensor, *, any_response: Tensor, training: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Return what advantages are whitened with, given the batch's mean and standard deviation."""
+    def _whiten(self, advantage_BT: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         if self._options.whiten == "none":
-            return torch.zeros_like(mean), torch.ones_like(std)
+            return advantage_BT
         if self._options.whiten == "ema":
-            if training:
-                kept = self._options.ema_decay
-                now = torch.stack([torch.ones_like(mean), mean, std.square() + mean.square()])
-                moved = kept * self._moments + (1 - kept) * now
-                self._moments = torch.where(any_response, moved, self._moments)
-            share, mean_sum, square_sum = self._moments.unbind()
-            share = share.clamp(min=torch.finfo(torch.float32).tiny)
-            mean = mean_sum / share
-            std = (square_sum / share - mean.square()).clamp(min=0).sqrt()
-        return mean, std.where(std > _SMALLEST_STD, 1.0)
+            mean, std = self._moving.mean_and_std()
+        return whiten(advantage_BT, mean, std)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the moving statistics, if there are any."""
-        return {"moments": self._moments.clone()} if self._options.whiten == "ema" else {}
+        """Return the moving statistics, if they are used."""
+        return self._moving.state_dict() if self._options.whiten == "ema" else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore them."""
-        if self._options.whiten != "ema":
+        """Restore the moving statistics."""
+        if self._options.whiten == "ema":
+            self._moving.load_state_dict(state)
+        else:
             super().load_state_dict(state)
-            return
-        if set(state) != {"moments"}:
-            raise WmtpError(f"state of `td_error` must hold `moments`, got {sorted(state)}")
-        self._moments = state["moments"].to(self._moments.device, copy=True)
 
 
 def _signed_by_reward(advantage_BT: Tensor, reward_BT: Tensor) -> Tensor:
-    """Return what agrees with the outcome: max(A, 0) in right responses, min(A, 0) in wrong ones."""
-    return torch.where(reward_BT >= CORRECT, advantage_BT.clamp(min=0), advantage_BT.clamp(max=0))
+    """Return max(A, 0) in correct responses and min(A, 0) in incorrect ones."""
+    return torch.where(is_correct(reward_BT), advantage_BT.clamp(min=0), advantage_BT.clamp(max=0))
 
 
-def _per_response(weight_BT: Tensor, response_BT: Tensor, document_BT: Tensor) -> Tensor:
-    """Return weights whose mean over each response is 1; those of a response without any stay 0."""
+def _scaled_per_response(weight_BT: Tensor, response_BT: Tensor, document_BT: Tensor) -> Tensor:
+    """Return weights with a mean of 1 over each response; a response whose weights are 0 keeps them."""
     total_BT = document_sums(weight_BT, document_BT)
     count_BT = document_sums(response_BT.float(), document_BT)
     return weight_BT / total_BT.clamp(min=torch.finfo(torch.float32).tiny) * count_BT
 
 
 @frozen(eq=False)
-class _Responses:
-    """The response tokens of a batch, 1 where there is one, and their number, at least 1; float32."""
+class _ResponseMean:
+    """Means over the response tokens of a batch.
 
-    is_one_BT: Tensor
+    Attributes:
+        mask_BT: 1.0 on response tokens, 0.0 elsewhere.
+        count: Number of response tokens, at least 1.
+    """
+
+    mask_BT: Tensor
     count: Tensor
 
     @classmethod
-    def of(cls, mask_BT: Tensor) -> _Responses:
-        is_one_BT = mask_BT.float()
-        return cls(is_one_BT, is_one_BT.sum().clamp(min=1))
+    def over(cls, response_BT: Tensor) -> _ResponseMean:
+        mask_BT = response_BT.float()
+        return cls(mask_BT, mask_BT.sum().clamp(min=1))
 
     def mean(self, x_BT: Tensor) -> Tensor:
-        """Return the mean over response tokens, of what is finite; 0 where there are none."""
-        return (x_BT * self.is_one_BT).sum() / self.count
+        """Return the mean of x, which must be finite; 0 if there are no response tokens."""
+        return (x_BT * self.mask_BT).sum() / self.count
 
-    def moments(self, x_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and (population) standard deviation over response tokens."""
+    def mean_and_std(self, x_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean and the population standard deviation."""
         mean = self.mean(x_BT)
         return mean, self.mean((x_BT - mean).square()).sqrt()

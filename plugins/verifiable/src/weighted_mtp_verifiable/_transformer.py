@@ -1,6 +1,6 @@
-"""A small causal transformer for a critic of its own: pre-norm, rotary positions, documents kept apart.
+"""A small causal transformer for a critic: pre-norm, rotary position embeddings, documents kept apart.
 
-Shape letters: B batch rows, T positions, A attention heads, E size of one, D width.
+Shape letters: B batch rows, T positions, A attention heads, E size of one head, D width.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ from attrs import frozen
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
-_BASE = 10000.0  # longest wavelength of rotary positions, as in the paper
+from weighted_mtp_verifiable._reductions import same_as_previous
+
+_ROTARY_BASE = 10000.0  # longest wavelength of the rotary embedding, as in the paper
 
 
 @frozen(kw_only=True, eq=False)
-class Sight:
-    """What each token sees, and from where.
+class AttentionContext:
+    """Attention mask and rotary position embedding of a batch, shared by all layers.
 
     Attributes:
-        mask_B1TT: True where a token (row) may look at another (column): not later, and in its own document.
-        cos_B1TE: Cosines of rotary positions, counted from the start of the document.
+        mask_B1TT: True where a token (row) may attend to another (column): not later, and of its document.
+        cos_B1TE: Cosines of the rotary embedding; positions count from the start of the document.
         sin_B1TE: Sines.
     """
 
@@ -28,20 +30,20 @@ class Sight:
     sin_B1TE: Tensor
 
     @classmethod
-    def of(cls, document_BT: Tensor, *, size: int) -> Sight:
-        """Return the sight of attention heads of `size` (Su et al. 2021, arXiv:2104.09864, eq. 34)."""
+    def of_documents(cls, document_BT: Tensor, *, head_size: int) -> AttentionContext:
+        """Return the context of attention heads of size E (Su et al. 2021, arXiv:2104.09864, eq. 34)."""
         position_BT = positions(document_BT)
         same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
-        rate_E = _BASE ** -(torch.arange(0, size, 2, device=document_BT.device) / size)
-        angle_BTE = (position_BT[:, :, None] * rate_E).repeat(1, 1, 2)
+        frequency_E = _ROTARY_BASE ** -(torch.arange(0, head_size, 2, device=document_BT.device) / head_size)
+        angle_BTE = (position_BT[:, :, None] * frequency_E).repeat(1, 1, 2)
         return cls(
             mask_B1TT=same_BTT.tril()[:, None],
             cos_B1TE=angle_BTE.cos()[:, None],
             sin_B1TE=angle_BTE.sin()[:, None],
         )
 
-    def turn(self, x_BATE: Tensor) -> Tensor:
-        """Rotate pairs of dimensions by their position."""
+    def apply_rotary(self, x_BATE: Tensor) -> Tensor:
+        """Rotate pairs of dimensions of queries or keys by their position."""
         first, second = x_BATE.chunk(2, dim=-1)
         return x_BATE * self.cos_B1TE + torch.cat([-second, first], dim=-1) * self.sin_B1TE
 
@@ -49,13 +51,11 @@ class Sight:
 def positions(document_BT: Tensor) -> Tensor:
     """Return each token's int64 position in its document, from 0."""
     index_T = torch.arange(document_BT.shape[1], device=document_BT.device)
-    starts_BT = torch.ones_like(document_BT, dtype=torch.bool)
-    starts_BT[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
-    return index_T - (starts_BT * index_T).cummax(dim=1).values
+    return index_T - (~same_as_previous(document_BT) * index_T).cummax(dim=1).values
 
 
 class Layer(nn.Module):
-    """Attention and a feed-forward network, each behind a norm and beside the residual stream."""
+    """Self-attention and a feed-forward network, each after a norm and added to the residual stream."""
 
     def __init__(self, *, width: int, heads: int) -> None:
         super().__init__()
@@ -63,22 +63,25 @@ class Layer(nn.Module):
         self.attention_norm = nn.RMSNorm(width)
         self.query_key_value = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
-        self.forward_norm = nn.RMSNorm(width)
+        self.feed_forward_norm = nn.RMSNorm(width)
         self.up = nn.Linear(width, 4 * width, bias=False)
         self.down = nn.Linear(4 * width, width, bias=False)
 
-    def forward(self, x_BTD: Tensor, sight: Sight) -> Tensor:
-        """Return the residual stream behind this layer."""
-        x_BTD = x_BTD + self._attend(self.attention_norm(x_BTD), sight)
-        step_BTD: Tensor = self.down(F.gelu(self.up(self.forward_norm(x_BTD))))
-        return x_BTD + step_BTD
+    def forward(self, x_BTD: Tensor, context: AttentionContext) -> Tensor:
+        """Return the residual stream after this layer."""
+        x_BTD = x_BTD + self._attention(self.attention_norm(x_BTD), context)
+        feed_forward_BTD: Tensor = self.down(F.gelu(self.up(self.feed_forward_norm(x_BTD))))
+        return x_BTD + feed_forward_BTD
 
-    def _attend(self, x_BTD: Tensor, sight: Sight) -> Tensor:
+    def _attention(self, x_BTD: Tensor, context: AttentionContext) -> Tensor:
         rows, length, width = x_BTD.shape
         split = self.query_key_value(x_BTD).view(rows, length, 3, self.heads, width // self.heads)
         query_BATE, key_BATE, value_BATE = split.permute(2, 0, 3, 1, 4).unbind()
         mixed_BATE = F.scaled_dot_product_attention(
-            sight.turn(query_BATE), sight.turn(key_BATE), value_BATE, attn_mask=sight.mask_B1TT
+            context.apply_rotary(query_BATE),
+            context.apply_rotary(key_BATE),
+            value_BATE,
+            attn_mask=context.mask_B1TT,
         )
         out_BTD: Tensor = self.out(mixed_BATE.transpose(1, 2).reshape(rows, length, width))
         return out_BTD

@@ -1,6 +1,6 @@
-"""A critic that predicts at every token whether the response will be verified as right.
+"""A critic that predicts, at every token, whether the response will be verified as correct.
 
-The values of the prefixes are what `verifiable.td_error` turns into advantages.
+`verifiable.td_error` turns these values of prefixes into advantages.
 
 Shape letters: B batch rows, T positions, H hidden.
 """
@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from weighted_mtp_core.api import Batch, BuildContext, Critic, CriticLoss, Scores, WmtpError
+from weighted_mtp_core.api import Batch, BuildContext, Critic, CriticLoss, Scores, WmtpError, is_correct
 
 from weighted_mtp_verifiable import _objective
-from weighted_mtp_verifiable._value_net import Judgement, ValueNet
+from weighted_mtp_verifiable._reductions import mean_of_row_means
+from weighted_mtp_verifiable._value_net import ValueNet, ValueNetOutput
 
 if TYPE_CHECKING:
     from weighted_mtp_verifiable import ValueHeadOptions
@@ -28,11 +29,11 @@ _OBJECTIVES = {
 
 
 class ValueHead(Critic):
-    """Values `V_t = sigmoid(logit_t)` from a `ValueNet` on token ids, on an own trunk or on detached states.
+    """Values `V_t = sigmoid(logit_t)` from a `ValueNet` on token ids or on the states of a trunk.
 
     Args:
         options: See `ValueHeadOptions`.
-        context: Seed, sizes, device, and the frozen trunk if the options ask for it.
+        context: Seed, sizes, device, and the policy's trunk if the options use it.
     """
 
     trainable = True
@@ -47,7 +48,7 @@ class ValueHead(Critic):
         self.reads_policy = options.body == "policy"
         self._frozen_trunk = model.frozen_trunk() if options.body == "frozen" else None
         with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed: it would reseed every accelerator's global generator as well.
+            # torch.manual_seed would reseed every accelerator's global generator as well.
             torch.default_generator.manual_seed(context.seed)
             self._trunk = _trunk(options, context) if options.body == "trunk" else None
             net = ValueNet(
@@ -59,44 +60,44 @@ class ValueHead(Critic):
 
     @torch.no_grad()
     def score(self, batch: Batch, hidden_BTH: Tensor | None) -> Scores:
-        """Return V_t, float32, in (0, 1)."""
-        return Scores(value_BT=torch.sigmoid(self._judge(batch, hidden_BTH).logit_BT.float()))
+        """Return V_t, float32 `[B, T]`, in (0, 1)."""
+        return Scores(value_BT=torch.sigmoid(self._forward(batch, hidden_BTH).logit_BT.float()))
 
     def begin_step(self, step: int, *, steps: int) -> None:
-        """Move lambda along its schedule."""
+        """Set lambda to its value in this step of the schedule."""
         if self._options.lam_schedule == "linear":
             share = step / max(steps - 1, 1)
             self._lam = (1 - share) * self._options.lam_start + share * self._options.lam
 
     def loss(self, batch: Batch, hidden_BTH: Tensor | None) -> CriticLoss:
-        """Return the objective's loss, plus that of writing correct responses."""
-        judgement = self._judge(batch, hidden_BTH)
-        objective = _OBJECTIVES[self._options.objective](judgement.logit_BT, batch, lam=self._lam)
-        correct_BT = batch.response_BT & (batch.reward_BT >= _objective.CORRECT)
-        writing = _objective.row_mean(judgement.surprise_BT, correct_BT)
+        """Return the objective's loss plus the weighted language-model loss on correct responses."""
+        output = self._forward(batch, hidden_BTH)
+        objective = _OBJECTIVES[self._options.objective](output.logit_BT, batch, lam=self._lam)
+        correct_BT = batch.response_BT & is_correct(batch.reward_BT)
+        lm_loss = mean_of_row_means(output.token_nll_BT, correct_BT)
         return CriticLoss(
-            loss=objective + self._options.writing * writing,
+            loss=objective + self._options.lm_loss_weight * lm_loss,
             metrics={
                 "value_objective": objective.detach(),
-                "value_accuracy": _objective.final_accuracy(judgement.logit_BT.detach(), batch),
-                "value_writing_loss": writing.detach(),
+                "value_accuracy": _objective.final_accuracy(output.logit_BT.detach(), batch),
+                "value_writing_loss": lm_loss.detach(),
             },
         )
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        """Return those of the network and of its own trunk; of one with adapters, theirs alone."""
+        """Return the trained parameters of the network and of its own trunk or the trunk's adapters."""
         trunk = () if self._trunk is None else self._trunk.parameters()
         return (each for each in (*self._net.parameters(), *trunk) if each.requires_grad)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the tensors of the network and of its own trunk, of what adapters leave alone too."""
+        """Return all tensors of the network and of its own trunk, trained or not."""
         return dict(self._modules.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore them.
+        """Restore the tensors.
 
         Raises:
-            WmtpError: They are those of a network of another shape.
+            WmtpError: They belong to a network of another shape.
         """
         try:
             self._modules.load_state_dict(state)
@@ -110,18 +111,19 @@ class ValueHead(Critic):
     def _modules(self) -> nn.Module:
         return self._net if self._trunk is None else nn.ModuleDict({"net": self._net, "trunk": self._trunk})
 
-    def _state_size(self, policys: int) -> int | None:
-        """Return the width of the states that the network reads; None for token ids."""
+    def _state_size(self, policy_hidden_size: int) -> int | None:
+        """Return H of the states that the network reads; None for token ids."""
         if self._trunk is not None:
-            size: int = getattr(self._trunk, "hidden_size")  # noqa: B009 - nn.Module's type knows only tensors
+            size: int = getattr(self._trunk, "hidden_size")  # noqa: B009 - nn.Module is typed as tensors
             return size
-        return None if self._options.body == "own" else policys
+        return None if self._options.body == "own" else policy_hidden_size
 
-    def _judge(self, batch: Batch, hidden_BTH: Tensor | None) -> Judgement:
-        judgement: Judgement = self._net(self._source(batch, hidden_BTH), batch)
-        return judgement
+    def _forward(self, batch: Batch, hidden_BTH: Tensor | None) -> ValueNetOutput:
+        output: ValueNetOutput = self._net(self._inputs(batch, hidden_BTH), batch)
+        return output
 
-    def _source(self, batch: Batch, hidden_BTH: Tensor | None) -> Tensor:
+    def _inputs(self, batch: Batch, hidden_BTH: Tensor | None) -> Tensor:
+        """Return what the network reads: token ids `[B, T]` or states `[B, T, H]`."""
         if self._frozen_trunk is not None:
             return self._frozen_trunk(batch)
         if self._trunk is not None:
@@ -144,6 +146,6 @@ def _trunk(options: ValueHeadOptions, context: BuildContext) -> nn.Module:
 
 
 def _layers(trunk: nn.Module | None) -> Sequence[nn.Module]:
-    """Return the trunk's stack of layers; none where it has no such list."""
+    """Return the trunk's list of layers; empty if it has none."""
     modules = () if trunk is None else trunk.modules()
     return next((tuple(each) for each in modules if isinstance(each, nn.ModuleList)), ())

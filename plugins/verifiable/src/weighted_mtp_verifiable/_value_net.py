@@ -1,14 +1,15 @@
-"""The network of the value head: states, a value read off each, and evidence summed along the response.
+"""The network of the value head: states, a value for each state, and log-odds summed along the response.
 
-A head on the state alone learns to compare a program with its description slowly: on 1,280 labelled programs
-200 steps left it at AUC 0.53. So the network also learns to *write* correct responses (next-token
-cross-entropy), and reads from each token how much it surprised that writer. The log-odds of success are
+A head on the state alone is slow to learn how a program differs from its description: on 1,280 labelled
+programs, 200 steps left it at AUC 0.53. So the network also learns a language-model head on correct responses
+(next-token cross-entropy) and reads each token's negative log-likelihood (NLL). The log-odds of success are
 
-    logit V_t = head(state_t) + sum of evidence(state_s, surprise_s) over response tokens s <= t,
+    logit V_t = value(state_t) + sum of log_odds_delta(state_s, NLL_s) over response tokens s <= t,
 
 as Bayes' rule adds up log-odds token by token. The same 200 steps then reach AUC 0.95.
 
-Shape letters: B batch rows, T positions, D width, V vocabulary, N predicted tokens.
+Shape letters: B batch rows, T positions, H hidden, D width, V vocabulary, N targets, S token
+statistics.
 """
 
 from __future__ import annotations
@@ -20,99 +21,93 @@ from attrs import frozen
 from torch import Tensor, nn
 from weighted_mtp_core.api import Batch
 
-from weighted_mtp_verifiable._advantage import same_as_previous
-from weighted_mtp_verifiable._transformer import Layer, Sight
+from weighted_mtp_verifiable._reductions import document_cumsum
+from weighted_mtp_verifiable._transformer import AttentionContext, Layer
 
 if TYPE_CHECKING:
     from weighted_mtp_verifiable import ValueHeadOptions
 
-_SURPRISES = 3
+_TOKEN_STATISTICS = 3
 _EMBEDDING_STD = 0.02
 
 
 @frozen(kw_only=True, eq=False)
-class Judgement:
-    """What the network says of a batch.
+class ValueNetOutput:
+    """The network's output for a batch.
 
     Attributes:
-        logit_BT: Log-odds, at each token, that the response ends right.
-        surprise_BT: Cross-entropy of each response token for the writer of correct responses, with gradient;
-            0 elsewhere, and everywhere without a writer.
+        logit_BT: Log-odds, at each token, that the response is correct.
+        token_nll_BT: The language-model head's NLL of each response token, with gradient; 0 elsewhere, and
+            everywhere without that head.
     """
 
     logit_BT: Tensor
-    surprise_BT: Tensor
+    token_nll_BT: Tensor
 
 
 class ValueNet(nn.Module):
-    """Token ids or another model's states in, judgements out.
+    """Maps token ids, or the states of another model, to log-odds.
 
     Args:
-        options: Width, layers, and whether there is a writer.
+        options: Width, number of layers, and whether there is a language-model head.
         vocab_size: V.
-        state_size: Width of the states that go in; None for token ids.
+        state_size: H of the states that are the input; None for token ids.
     """
 
     def __init__(self, options: ValueHeadOptions, *, vocab_size: int, state_size: int | None) -> None:
         super().__init__()
         width = options.hidden_size
         self.head_size = width // options.heads
-        self.entrance: nn.Module
+        self.input: nn.Module
         if state_size is None:
-            self.entrance = nn.Embedding(vocab_size, width)
-            nn.init.normal_(self.entrance.weight, std=_EMBEDDING_STD)
+            self.input = nn.Embedding(vocab_size, width)
+            nn.init.normal_(self.input.weight, std=_EMBEDDING_STD)
         else:
-            self.entrance = nn.Sequential(nn.RMSNorm(state_size), nn.Linear(state_size, width))
+            self.input = nn.Sequential(nn.RMSNorm(state_size), nn.Linear(state_size, width))
         self.layers = nn.ModuleList(Layer(width=width, heads=options.heads) for _ in range(options.layers))
         self.norm = nn.RMSNorm(width)
         self.value = _mlp(width, width)
-        self.writer = nn.Linear(width, vocab_size, bias=False) if options.writing > 0 else None
-        self.evidence = _mlp(width + _SURPRISES, width) if options.writing > 0 else None
+        has_lm_head = options.lm_loss_weight > 0
+        self.lm_head = nn.Linear(width, vocab_size, bias=False) if has_lm_head else None
+        self.log_odds_delta = _mlp(width + _TOKEN_STATISTICS, width) if has_lm_head else None
 
-    def forward(self, source: Tensor, batch: Batch) -> Judgement:
-        """Judge a batch; `source` holds token ids `[B, T]` or states `[B, T, H]`."""
-        x_BTD = self.entrance(source)
-        sight = Sight.of(batch.document_BT, size=self.head_size)
+    def forward(self, inputs: Tensor, batch: Batch) -> ValueNetOutput:
+        """Return log-odds and NLLs; `inputs` are token ids `[B, T]` or states `[B, T, H]`."""
+        x_BTD = self.input(inputs)
+        context = AttentionContext.of_documents(batch.document_BT, head_size=self.head_size)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, sight)
+            x_BTD = layer(x_BTD, context)
         state_BTD = self.norm(x_BTD)
         logit_BT = self.value(state_BTD).squeeze(-1)
-        if self.writer is None or self.evidence is None:
-            return Judgement(logit_BT=logit_BT, surprise_BT=torch.zeros_like(logit_BT))
+        zero_BT = torch.zeros_like(logit_BT)
+        if self.lm_head is None or self.log_odds_delta is None:
+            return ValueNetOutput(logit_BT=logit_BT, token_nll_BT=zero_BT)
         at = batch.target_positions()
-        surprise_N, described_NS = self._surprise(state_BTD, batch.ids_BT, at=at)
-        evidence_N = self.evidence(torch.cat([state_BTD[at], described_NS], dim=-1)).squeeze(-1)
-        nothing_BT = torch.zeros_like(logit_BT)
-        evidence_BT = nothing_BT.index_put(at, evidence_N)
-        return Judgement(
-            logit_BT=logit_BT + sums_so_far(evidence_BT, batch.document_BT),
-            surprise_BT=nothing_BT.index_put(at, surprise_N),
+        token_nll_N, statistics_NS = self._token_nll(state_BTD, batch.ids_BT, at=at)
+        delta_N = self.log_odds_delta(torch.cat([state_BTD[at], statistics_NS], dim=-1)).squeeze(-1)
+        delta_BT = zero_BT.index_put(at, delta_N)
+        return ValueNetOutput(
+            logit_BT=logit_BT + document_cumsum(delta_BT, batch.document_BT),
+            token_nll_BT=zero_BT.index_put(at, token_nll_N),
         )
 
-    def _surprise(
-        self, state_BTD: Tensor, ids_BT: Tensor, *, at: tuple[Tensor, ...]
+    def _token_nll(
+        self, state_BTD: Tensor, ids_BT: Tensor, *, at: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Return cross-entropies `[N]` of the tokens at `at`, and what is told of them, detached, `[N, 3]`.
+        """Return the NLLs `[N]` of the tokens at `at` and detached statistics of their predictions `[N, S]`.
 
-        Told are the token's log-probability, by how much another token was likelier, and the entropy: a rare
-        token where many would do is no mistake.
+        The statistics are the token's log-probability, its difference from the most likely token's, and the
+        entropy: an unlikely token need not be a mistake where many tokens are plausible.
         """
-        assert self.writer is not None
+        assert self.lm_head is not None
         row_N, column_N = at
-        log_p_NV = torch.log_softmax(self.writer(state_BTD[row_N, column_N - 1]), dim=-1)
-        own_N = log_p_NV.gather(1, ids_BT[at][:, None]).squeeze(1)
+        log_p_NV = torch.log_softmax(self.lm_head(state_BTD[row_N, column_N - 1]), dim=-1)
+        token_log_p_N = log_p_NV.gather(1, ids_BT[at][:, None]).squeeze(1)
         with torch.no_grad():
             entropy_N = -(log_p_NV.exp() * log_p_NV).sum(dim=-1)
-            described_NS = torch.stack([own_N, own_N - log_p_NV.amax(dim=-1), entropy_N], dim=-1)
-        return -own_N, described_NS.detach()
-
-
-def sums_so_far(x_BT: Tensor, document_BT: Tensor) -> Tensor:
-    """Return for each token the sum over its document up to and with it."""
-    total_BT = x_BT.cumsum(dim=1)
-    index_T = torch.arange(x_BT.shape[1], device=x_BT.device)
-    start_BT = (~same_as_previous(document_BT) * index_T).cummax(dim=1).values
-    return total_BT - (total_BT - x_BT).gather(1, start_BT)
+            gap_N = token_log_p_N - log_p_NV.amax(dim=-1)
+            statistics_NS = torch.stack([token_log_p_N, gap_N, entropy_N], dim=-1)
+        return -token_log_p_N, statistics_NS.detach()
 
 
 def _mlp(inputs: int, width: int) -> nn.Sequential:

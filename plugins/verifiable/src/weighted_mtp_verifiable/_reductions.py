@@ -1,0 +1,81 @@
+"""Sums and means over documents, rows and masks, without a loop over tokens.
+
+Shape letters: B batch rows, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - torch's own name for it
+
+
+def same_as_previous(document_BT: Tensor) -> Tensor:
+    """Return True where the previous token belongs to the same document."""
+    return F.pad(document_BT[:, 1:] == document_BT[:, :-1], (1, 0))
+
+
+def discounted_sums(x_BT: Tensor, *, document_BT: Tensor, discount: float) -> Tensor:
+    """Return `sum_l discount^l * x_{t+l}` over the rest of each token's document.
+
+    The recurrence `S_t = x_t + c_t S_{t+1}`, with c = 0 at the end of a document, is solved by doubling its
+    span log2(T) times (Hillis and Steele 1986); `benchmarks/advantages.py` measures it.
+
+    Args:
+        x_BT: float32 and finite everywhere.
+        document_BT: Number of the document within the row.
+        discount: Factor per token.
+    """
+    sum_BT = x_BT.clone()
+    carry = discount * (document_BT[:, :-1] == document_BT[:, 1:]).to(x_BT.dtype)  # c over `span` tokens
+    span = 1
+    while span < x_BT.shape[1]:
+        sum_BT[:, :-span] += carry * sum_BT[:, span:]
+        carry = carry[:, :-span] * carry[:, span:]
+        span *= 2
+    return sum_BT
+
+
+def document_sums(x_BT: Tensor, document_BT: Tensor) -> Tensor:
+    """Return, at each token, the sum over its whole document."""
+    rest_BT = discounted_sums(x_BT, document_BT=document_BT, discount=1.0)
+    so_far_BT = discounted_sums(x_BT.flip(1), document_BT=document_BT.flip(1), discount=1.0).flip(1)
+    return rest_BT + so_far_BT - x_BT
+
+
+def document_cumsum(x_BT: Tensor, document_BT: Tensor) -> Tensor:
+    """Return, at each token, the sum over its document up to and including the token."""
+    total_BT = x_BT.cumsum(dim=1)
+    index_T = torch.arange(x_BT.shape[1], device=x_BT.device)
+    start_BT = (~same_as_previous(document_BT) * index_T).cummax(dim=1).values
+    return total_BT - (total_BT - x_BT).gather(1, start_BT)
+
+
+def remaining_response_tokens(response_BT: Tensor, document_BT: Tensor) -> Tensor:
+    """Return the number of response tokens from each token to the end of its document, as int64."""
+    from_here_BT = _backward_cumulative(torch.cumsum, response_BT.long())
+    is_end_BT = ~F.pad(same_as_previous(document_BT)[:, 1:], (0, 1))
+    behind_BT = (from_here_BT - response_BT.long()).where(is_end_BT, 0)
+    # Counts fall along a row, so the largest of all following document ends is that of the token's own
+    # document.
+    return from_here_BT - _backward_cumulative(lambda x, dim: x.cummax(dim).values, behind_BT)
+
+
+def _backward_cumulative(cumulative: Callable[[Tensor, int], Tensor], x_BT: Tensor) -> Tensor:
+    return cumulative(x_BT.flip(1), 1).flip(1)
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean where the mask is True; 0, with a gradient of 0, if it is True nowhere."""
+    return x.where(mask, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def mean_of_row_means(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Return the mean over all rows of each row's masked mean (0 for a row whose mask is False).
+
+    Unlike a mean over tokens, it does not depend on how a batch is split into parts of equally many rows.
+    """
+    total_B = x_BT.where(mask_BT, 0.0).sum(dim=1)
+    return (total_B / mask_BT.sum(dim=1).clamp(min=1)).mean()
