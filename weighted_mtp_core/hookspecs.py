@@ -1,10 +1,10 @@
-"""The four hooks. All alike: no arguments, and the result declares what a plugin offers.
+"""The four hooks. A plugin implements them to declare its components; they take no arguments.
 
-A hook is called once, right after its plugin was loaded. Nothing is built there, and the training loop never
-goes through a hook: what the recipe chose is built by `Component.build`, everything else is left alone. So a
-plugin's module, and what it imports at its top, stays light; torch is imported inside the build function.
+Core calls a hook once, right after it has imported the plugin. A hook builds nothing: `Component.build`
+builds the components that the recipe selects, and no others. The training loop never calls a hook. Importing
+a plugin must be quick, so import torch inside the build function.
 
-Each example below is a whole plugin module; a test runs it.
+Each example below is a complete plugin module. A test runs it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ hookspec = pluggy.HookspecMarker("weighted_mtp_core")
 
 @hookspec
 def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
-    """Offer weightings: what turns the signals of a batch into weights on its target tokens.
+    """Declare weightings, which compute the weights of a batch's target tokens from its signals.
 
-    Called once when a recipe names the plugin (or `plugins show` and `plugins check` do). The weighting that
-    `[weighting] use` names is built after the policy; its `weigh` is called once a step, without gradients,
-    with the signals that the component `needs` and no others.
+    Called once, when a recipe or a `plugins` command names the plugin. The weighting that `[weighting] use`
+    names is built after the policy. Its `weigh` is called once per step of stage 2, without gradients and
+    with the signals that the component `needs`.
 
     Example:
         from attrs import field, frozen
@@ -52,7 +52,7 @@ def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
         @hookimpl
         def wmtp_weighting_strategies():
             yield Component(
-                name="reward", summary="Weighs a token by the reward of its response.",
+                name="reward", summary="The reward of the response, but not less than a floor.",
                 options=RewardOptions, build=build_reward, needs=frozenset({Signal.REWARD}),
             )
     """
@@ -61,11 +61,11 @@ def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
 
 @hookspec
 def wmtp_critics() -> Iterable[Component[Any, Critic]]:
-    """Offer critics: what scores every position of a batch, such as a value head or a reference model.
+    """Declare critics, which score every token of a batch: value heads, reference models.
 
-    Called once when a recipe names the plugin. The critic that `[critic] use` names is built after the
-    policy, trained in stage 1 if it says it is trainable, and asked for scores when the weighting needs a
-    signal that the component `provides`.
+    Called once, when a recipe or a `plugins` command names the plugin. The critic that `[critic] use` names
+    is built after the policy and, if it is `trainable`, trained in stage 1. In stage 2 its `score` is called
+    if the weighting needs a signal that the component `provides`.
 
     Example:
         from attrs import frozen
@@ -88,7 +88,7 @@ def wmtp_critics() -> Iterable[Component[Any, Critic]]:
         @hookimpl
         def wmtp_critics():
             yield Component(
-                name="length", summary="Believes that long responses fail.", options=LengthOptions,
+                name="length", summary="A value that falls with the length.", options=LengthOptions,
                 build=lambda options, context: Length(options), provides=frozenset({Signal.VALUE}),
             )
     """
@@ -97,10 +97,10 @@ def wmtp_critics() -> Iterable[Component[Any, Critic]]:
 
 @hookspec
 def wmtp_data_sources() -> Iterable[Component[Any, DataSource]]:
-    """Offer data sources: labelled responses to learn from and problems to be judged on.
+    """Declare data sources, which supply labelled responses to learn from and problems to be evaluated on.
 
-    Called once when a recipe names the plugin. The source that `[data] use` names is built before the model,
-    asked for the examples of each split once, and for its version, which every tracker records.
+    Called once, when a recipe or a `plugins` command names the plugin. The source that `[data] use` names is
+    built before the model. Core reads the examples of each split once, and records the version with the run.
 
     Example:
         import hashlib
@@ -142,11 +142,11 @@ def wmtp_data_sources() -> Iterable[Component[Any, DataSource]]:
 
 @hookspec
 def wmtp_trackers() -> Iterable[Component[Any, Tracker]]:
-    """Offer trackers: where runs are sent.
+    """Declare trackers, which send runs to other systems.
 
-    Called once when a recipe names the plugin. Each `[[tracker]]` of the recipe is built before anything is
-    trained and then fed from one background thread, behind the core's journal: a method that raises is
-    called again later with the same arguments.
+    Called once, when a recipe or a `plugins` command names the plugin. Each `[[tracker]]` of the recipe is
+    built before training. One background thread calls its methods; if a method raises, it is called again
+    later with the same arguments.
 
     Example:
         import json

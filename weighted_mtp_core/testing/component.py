@@ -1,4 +1,4 @@
-"""What core promises of every component, whatever its kind."""
+"""The checks that every component must pass, whatever its kind."""
 
 from __future__ import annotations
 
@@ -19,15 +19,12 @@ import pytest
 import tomli_w
 import torch
 
-from weighted_mtp_core.api import (
-    BuildContext,
-    Stateful,
-    WmtpError,
-)
+from weighted_mtp_core.api import BuildContext, Stateful, WmtpError
 from weighted_mtp_core.checkpointing.best_model import load_component, save_component
 from weighted_mtp_core.plugins.loading import AnyComponent, Kind, PluginRegistry
 from weighted_mtp_core.plugins.selection import ComponentSelector, SelectedComponent
 from weighted_mtp_core.recipe.structure import plain, structure
+from weighted_mtp_core.testing import documents
 
 _HEAVY = ("torch", "transformers", "mlflow", "boto3")
 _LOAD = """
@@ -38,10 +35,10 @@ print(*(name for name in sys.argv[2:] if name in sys.modules))
 """
 
 
-registry = functools.cache(PluginRegistry)  # reading all metadata takes a while, and there are many tests
+registry = functools.cache(PluginRegistry)  # a suite has many tests, and reading all metadata is slow
 
 
-def choose(kind: Kind, address: str, options: Mapping[str, Any]) -> SelectedComponent:
+def select(kind: Kind, address: str, options: Mapping[str, Any]) -> SelectedComponent:
     """Return a component of an installed plugin; wrong options fail the test."""
     selector = ComponentSelector(registry=registry())
     selected = selector.select(kind, address, options=options)
@@ -51,7 +48,7 @@ def choose(kind: Kind, address: str, options: Mapping[str, Any]) -> SelectedComp
 
 @functools.cache
 def heavy_imports(plugin: str) -> tuple[str, ...]:
-    """Return which heavy packages a fresh interpreter has imported after it loaded a plugin."""
+    """Return the heavy packages that loading a plugin imports, in a new interpreter."""
     command = [sys.executable, "-c", _LOAD, plugin, *_HEAVY]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -60,24 +57,29 @@ def heavy_imports(plugin: str) -> tuple[str, ...]:
 
 @contextmanager
 def random_numbers_untouched() -> Iterator[None]:
-    """Fail if the block draws from or reseeds a generator that other code uses too."""
+    """Fail if the block draws from a global random generator or seeds it."""
 
     def states() -> list[Any]:
-        legacy = repr(np.random.get_state(legacy=True))  # noqa: NPY002 - the global state is watched
+        legacy = repr(np.random.get_state(legacy=True))  # noqa: NPY002 - the global state is compared
         return [random.getstate(), legacy, torch.get_rng_state().tolist()]
 
-    # One draw each first: otherwise a block that seeds them as an earlier one did would leave no trace.
+    # Draw once from each: otherwise a block that sets the seed of an earlier block would leave no trace.
     random.random(), np.random.random(), torch.rand(1)  # noqa: NPY002, S311
     before = states()
     yield
     for name, then, now in zip(("random", "numpy.random", "torch"), before, states(), strict=True):
-        assert then == now, (
-            f"the global generator of `{name}` moved: use one of your own, from `context.seed`"
-        )
+        assert then == now, f"the global generator of `{name}` changed: use one seeded by `context.seed`"
 
 
-def carry_over(source: Stateful, target: Stateful, folder: Path) -> None:
-    """Bring a component's state to another through a checkpoint on disk, as a resumed run does."""
+def assert_unchanged(now: Any, before: Any) -> None:
+    """Compare two objects of one attrs class, tensors included."""
+    for each in attrs.fields(type(now)):
+        one, other = getattr(now, each.name), getattr(before, each.name)
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, each.name
+
+
+def copy_state(source: Stateful, target: Stateful, folder: Path) -> None:
+    """Copy a component's state to another through a checkpoint on disk, as a resumed run does."""
     save_component(source, folder)
     load_component(target, folder)
 
@@ -95,68 +97,65 @@ class ComponentSuite:
 
     @pytest.fixture
     def options(self) -> Mapping[str, Any]:
-        """The recipe's options table; override it to test other options than the defaults."""
+        """The component's `options` table in a recipe; override it to test other options."""
         return {}
 
     @pytest.fixture
     def context(self, tmp_path: Path) -> BuildContext:
-        """What the component is built with."""
-        return BuildContext(seed=7, storage=tmp_path / "storage")
+        """The context for `Component.build`; weightings and critics get a stand-in for the policy."""
+        has_policy = self.kind in {Kind.WEIGHTING, Kind.CRITIC}
+        model = documents.model_context() if has_policy else None
+        return BuildContext(seed=7, storage=tmp_path / "storage", model=model)
 
     @pytest.fixture
-    def component(self, chosen: SelectedComponent) -> AnyComponent:
-        """The declaration that the plugin's hook returned."""
-        return chosen.component
+    def selected(self, options: Mapping[str, Any]) -> SelectedComponent:
+        """The component with its options, as in a plan."""
+        return select(self.kind, self.address, options)
 
     @pytest.fixture
-    def chosen(self, options: Mapping[str, Any]) -> SelectedComponent:
-        """The component with its options, as a plan has it."""
-        return choose(self.kind, self.address, options)
+    def component(self, selected: SelectedComponent) -> AnyComponent:
+        """The declaration that the plugin's hook returns."""
+        return selected.component
 
     @pytest.fixture
-    def structured(self, chosen: SelectedComponent) -> Any:
-        """The options as an instance of the component's class."""
-        return chosen.options
-
-    @pytest.fixture
-    def build(self, chosen: SelectedComponent, context: BuildContext) -> Callable[[], Any]:
-        """Build a fresh object, as often as a test likes."""
-        return lambda: chosen.build(context)
+    def build(self, selected: SelectedComponent, context: BuildContext) -> Callable[[], Any]:
+        """A function that builds a new object at each call."""
+        return lambda: selected.build(context)
 
     def test_summary_is_one_line(self, component: AnyComponent) -> None:
-        """`plugins list` shows it in a table."""
+        """`plugins show` prints it."""
         assert component.summary.strip()
         assert "\n" not in component.summary
 
     def test_importing_the_plugin_imports_nothing_heavy(self) -> None:
-        """`plugins list`, `check` and `--help` stay quick: torch is imported by the build function."""
+        """`plugins list`, `check` and `--help` must be quick: import torch in the build function."""
         assert heavy_imports(self.address.partition(".")[0]) == ()
 
-    def test_options_are_frozen(self, structured: Any) -> None:
-        """A resolved recipe says what ran; nothing changes it later."""
-        fields = attrs.fields(type(structured))
+    def test_options_are_frozen(self, selected: SelectedComponent) -> None:
+        """A resolved recipe records what ran, so nothing may change the options later."""
+        fields = attrs.fields(type(selected.options))
         name = fields[0].name if fields else "anything"
         with pytest.raises((attrs.exceptions.FrozenInstanceError, AttributeError)):
-            setattr(structured, name, getattr(structured, name, None))
+            setattr(selected.options, name, getattr(selected.options, name, None))
 
     def test_options_are_keyword_only(self, component: AnyComponent) -> None:
-        """So that an option may be added anywhere later."""
+        """Otherwise a new option could only be added at the end."""
         assert [each.name for each in attrs.fields(component.options) if each.init and not each.kw_only] == []
 
     def test_options_are_typed(self, component: AnyComponent) -> None:
-        """A recipe is checked against the types."""
+        """A recipe's values are checked against the types."""
         types = typing.get_type_hints(component.options)
         fields = [each.name for each in attrs.fields(component.options)]
 
         assert [name for name in fields if types.get(name, Any) is Any] == []
 
-    def test_options_survive_a_resolved_recipe(self, component: AnyComponent, structured: Any) -> None:
-        """The resolved recipe is TOML, and runs again to the same result."""
-        table = tomllib.loads(tomli_w.dumps(plain(structured)))
-        again, faults = structure(component.options, table)
+    def test_options_survive_a_resolved_recipe(self, selected: SelectedComponent) -> None:
+        """The resolved recipe is TOML, and running it again gives the same result."""
+        table = tomllib.loads(tomli_w.dumps(plain(selected.options)))
+        again, faults = structure(selected.component.options, table)
 
         assert faults == []
-        assert again == structured
+        assert again == selected.options
 
     def test_builds_its_kind(self, build: Callable[[], Any]) -> None:
         """Core calls the methods of the kind's class."""
@@ -168,11 +167,11 @@ class ComponentSuite:
             build()
 
     def test_builds_a_new_object_each_time(self, build: Callable[[], Any]) -> None:
-        """Two runs in one process share nothing."""
+        """Two runs in one process share no state."""
         assert build() is not build()
 
     def test_refuses_state_that_it_does_not_keep(self, build: Callable[[], Any]) -> None:
-        """A checkpoint of something else is a mistake that must not pass for a resume."""
+        """Loading the checkpoint of another component must fail."""
         built = build()
         state = {**built.state_dict(), "left_by_something_else": 1}
 

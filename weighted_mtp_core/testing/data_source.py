@@ -15,7 +15,7 @@ import pytest
 
 from weighted_mtp_core.api import SPLITS, BuildContext, DataSource, Example, Problem, Split, WmtpError
 from weighted_mtp_core.plugins.loading import Kind
-from weighted_mtp_core.testing.component import ComponentSuite, choose
+from weighted_mtp_core.testing.component import ComponentSuite, select
 
 Build = Callable[[], DataSource]
 _JUDGED = 3  # problems a split: each costs a sandboxed program
@@ -150,7 +150,7 @@ class DataSourceSuite(ComponentSuite):
         """One changed byte is another data set."""
         if changed_options is None:
             pytest.skip("override the fixture `changed_options` to have this checked")
-        changed = choose(self.kind, self.address, changed_options).build(context)
+        changed = select(self.kind, self.address, changed_options).build(context)
 
         assert changed.version().sha256 != build().version().sha256
 

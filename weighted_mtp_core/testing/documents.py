@@ -1,16 +1,16 @@
-"""Documents with known signals, laid out in batches as core would: packed or one a row, with any padding.
+"""Documents with known signals, in batches laid out as core does it: packed or one per row, with any padding.
 
-What a document holds depends on the document alone, so a test can move it about and compare.
+The content of a document does not depend on its position, so a test can move documents and compare results.
 
-Shape letters: B batch rows, T positions, K heads, H hidden.
+Shape letters: B batch rows, T positions, L tokens of one document, K heads, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
-from attrs import field, frozen
+from attrs import frozen
 from torch import Tensor, nn
 
 from weighted_mtp_core.api import Batch, ModelContext, Signal, StepView
@@ -22,66 +22,44 @@ HIDDEN_SIZE = 16
 
 @frozen(kw_only=True, eq=False)
 class Document:
-    """One prompt with its response, and everything that can be known about its tokens.
+    """One prompt with its response. The tensors have the meaning of those of `Batch` and `StepView`."""
 
-    Attributes:
-        ids_T: Token ids.
-        response_T: True on response tokens.
-        reward: Of the response.
-        problem: Number of the problem that the response answers.
-        value_T: V_t on every token.
-        token_loss_TK: The policy's cross-entropies, 0 where no target is.
-        token_entropy_TK: The entropies of the policy's predictions, 0 where no target is.
-        reference_loss_T: Of each response token, 0 elsewhere.
-    """
+    ids_L: Tensor
+    response_L: Tensor
+    reward_L: Tensor
+    group_L: Tensor
+    value_L: Tensor
+    target_LK: Tensor
+    token_loss_LK: Tensor
+    token_entropy_LK: Tensor
+    reference_loss_L: Tensor
 
-    ids_T: Tensor
-    response_T: Tensor
-    reward: float
-    problem: int
-    value_T: Tensor
-    token_loss_TK: Tensor
-    token_entropy_TK: Tensor
-    reference_loss_T: Tensor
 
-    @property
-    def target_TK(self) -> Tensor:
-        """True where the token k places after t is a response token, k from 1."""
-        length = len(self.ids_T)
-        columns = []
-        for k in range(1, N_FUTURE + 1):
-            column_T = torch.zeros(length, dtype=torch.bool)
-            column_T[: max(length - k, 0)] = self.response_T[k:]
-            columns.append(column_T)
-        return torch.stack(columns, dim=1)
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def make_document(number: int, *, prompt: int, response: int, reward: float, problem: int) -> Document:
-    """Return a document of so many prompt and response tokens; `number` seeds its content."""
-    generator = torch.Generator().manual_seed(number)
+    """Return a document with the given numbers of tokens; `number` seeds its content."""
+    generator = _seeded(number)
     length = prompt + response
-    response_T = torch.arange(length) >= prompt
-    draft = Document(
-        ids_T=torch.randint(2, VOCAB_SIZE, (length,), generator=generator),
-        response_T=response_T,
-        reward=reward,
-        problem=problem,
-        value_T=torch.rand(length, generator=generator),
-        token_loss_TK=torch.empty(0),
-        token_entropy_TK=torch.empty(0),
-        reference_loss_T=3 * torch.rand(length, generator=generator) * response_T,
-    )
-    loss_TK = 3 * torch.rand(length, N_FUTURE, generator=generator) * draft.target_TK
-    entropy_TK = 3 * torch.rand(length, N_FUTURE, generator=generator) * draft.target_TK
+    response_L = torch.arange(length) >= prompt
+    ids_L = torch.randint(2, VOCAB_SIZE, (length,), generator=generator)
+    value_L = torch.rand(length, generator=generator)
+    reference_loss_L = 3 * torch.rand(length, generator=generator) * response_L
+    target_LK = torch.zeros(length, N_FUTURE, dtype=torch.bool)
+    for k in range(1, N_FUTURE + 1):
+        target_LK[: max(length - k, 0), k - 1] = response_L[k:]
     return Document(
-        ids_T=draft.ids_T,
-        response_T=response_T,
-        reward=reward,
-        problem=problem,
-        value_T=draft.value_T,
-        token_loss_TK=loss_TK,
-        token_entropy_TK=entropy_TK,
-        reference_loss_T=draft.reference_loss_T,
+        ids_L=ids_L,
+        response_L=response_L,
+        reward_L=reward * response_L.float(),
+        group_L=torch.full_like(ids_L, problem),
+        value_L=value_L,
+        target_LK=target_LK,
+        token_loss_LK=3 * torch.rand(length, N_FUTURE, generator=generator) * target_LK,
+        token_entropy_LK=3 * torch.rand(length, N_FUTURE, generator=generator) * target_LK,
+        reference_loss_L=reference_loss_L,
     )
 
 
@@ -99,98 +77,78 @@ class Layout:
 
     Attributes:
         rows: The documents of each row, left to right.
-        padding: Positions to the right of the longest row.
-        filler: Seeds what stands on padding where nothing is promised (ids and values); None for zeros.
+        padding: Number of padding positions to the right of the longest row.
+        filler: Seed of the ids and values on padding, where any content is allowed; None for zeros.
     """
 
     rows: Sequence[Sequence[Document]]
     padding: int = 2
-    filler: int | None = field(default=None)
-
-    @property
-    def width(self) -> int:
-        """T."""
-        longest = max(sum(len(document.ids_T) for document in row) for row in self.rows)
-        return longest + self.padding
+    filler: int | None = None
 
     def batch(self) -> Batch:
-        """Return the batch; rows 2i and 2i + 1 are what their documents are."""
-        shape = (len(self.rows), self.width)
-        ids_BT = torch.zeros(shape, dtype=torch.long)
+        """Return the batch that core would make."""
+        ids_BT = self._lay("ids_L")
         if self.filler is not None:
-            generator = torch.Generator().manual_seed(self.filler)
-            ids_BT = torch.randint(2, VOCAB_SIZE, shape, generator=generator)
+            ids_BT = torch.randint(2, VOCAB_SIZE, ids_BT.shape, generator=_seeded(self.filler))
+        document_BT = torch.full_like(ids_BT, -1)
+        for b, n, position, _ in self._positions():
+            document_BT[b, position] = n
         return Batch(
-            ids_BT=self._spread(ids_BT, lambda document, _: document.ids_T),
-            document_BT=self._spread(
-                torch.full(shape, -1), lambda document, n: torch.full_like(document.ids_T, n)
-            ),
-            response_BT=self._spread(
-                torch.zeros(shape, dtype=torch.bool), lambda document, _: document.response_T
-            ),
-            reward_BT=self._spread(
-                torch.zeros(shape), lambda document, _: document.reward * document.response_T.float()
-            ),
-            group_BT=self._spread(
-                torch.full(shape, -1), lambda document, _: torch.full_like(document.ids_T, document.problem)
-            ),
+            ids_BT=self._lay("ids_L", ids_BT),
+            document_BT=document_BT,
+            response_BT=self._lay("response_L"),
+            reward_BT=self._lay("reward_L"),
+            group_BT=self._lay("group_L", torch.full_like(ids_BT, -1)),
             example_ids=tuple(f"row {b}" for b in range(len(self.rows))),
         )
 
     def view(self, signals: Collection[Signal], *, step: int = 0, training: bool = True) -> StepView:
-        """Return what a weighting that declared `signals` sees."""
+        """Return the view that a weighting receives if it needs `signals`."""
         batch = self.batch()
-        shape = batch.ids_BT.shape
-        value_BT = torch.zeros(shape)
+        value_BT = self._lay("value_L")
         if self.filler is not None:
-            value_BT = 50 * torch.randn(shape, generator=torch.Generator().manual_seed(self.filler))
-        pairs = (*shape, N_FUTURE)
-        known: Mapping[Signal, Tensor] = {
-            Signal.REWARD: batch.reward_BT,
-            Signal.GROUP: batch.group_BT,
-            Signal.VALUE: self._spread(value_BT, lambda document, _: document.value_T),
-            Signal.TOKEN_LOSS: self._spread(torch.zeros(pairs), lambda document, _: document.token_loss_TK),
-            Signal.TOKEN_ENTROPY: self._spread(
-                torch.zeros(pairs), lambda document, _: document.token_entropy_TK
-            ),
-            Signal.REFERENCE_LOSS: self._spread(
-                torch.zeros(shape), lambda document, _: document.reference_loss_T
-            ),
+            value_BT = 50 * torch.randn(value_BT.shape, generator=_seeded(self.filler))
+        known = {
+            Signal.REWARD: ("reward_BT", batch.reward_BT),
+            Signal.GROUP: ("group_BT", batch.group_BT),
+            Signal.VALUE: ("value_BT", self._lay("value_L", value_BT)),
+            Signal.TOKEN_LOSS: ("token_loss_BTK", self._lay("token_loss_LK")),
+            Signal.TOKEN_ENTROPY: ("token_entropy_BTK", self._lay("token_entropy_LK")),
+            Signal.REFERENCE_LOSS: ("reference_loss_BT", self._lay("reference_loss_L")),
         }
         return StepView(
             ids_BT=batch.ids_BT,
             document_BT=batch.document_BT,
             response_BT=batch.response_BT,
-            target_BTK=self._spread(
-                torch.zeros(pairs, dtype=torch.bool), lambda document, _: document.target_TK
-            ),
+            target_BTK=self._lay("target_LK"),
             n_future=N_FUTURE,
             step=step,
             training=training,
-            reward_BT=known[Signal.REWARD] if Signal.REWARD in signals else None,
-            group_BT=known[Signal.GROUP] if Signal.GROUP in signals else None,
-            value_BT=known[Signal.VALUE] if Signal.VALUE in signals else None,
-            token_loss_BTK=known[Signal.TOKEN_LOSS] if Signal.TOKEN_LOSS in signals else None,
-            token_entropy_BTK=known[Signal.TOKEN_ENTROPY] if Signal.TOKEN_ENTROPY in signals else None,
-            reference_loss_BT=known[Signal.REFERENCE_LOSS] if Signal.REFERENCE_LOSS in signals else None,
+            **dict(known[signal] for signal in signals),
         )
 
     def cut(self, tensor: Tensor) -> Iterator[Tensor]:
-        """Yield the part of a `[B, T, ...]` tensor that belongs to each document, row by row."""
-        for b, _, start, document in self._places():
-            yield tensor[b, start : start + len(document.ids_T)]
+        """Yield each document's slice of a `[B, T, ...]` tensor, row by row."""
+        for b, _, position, _ in self._positions():
+            yield tensor[b, position]
 
-    def _places(self) -> Iterator[tuple[int, int, int, Document]]:
+    def _positions(self) -> Iterator[tuple[int, int, slice, Document]]:
+        """Yield for each document its row, its index in the row, its positions and itself."""
         for b, row in enumerate(self.rows):
             start = 0
             for n, document in enumerate(row):
-                yield b, n, start, document
-                start += len(document.ids_T)
+                end = start + len(document.ids_L)
+                yield b, n, slice(start, end), document
+                start = end
 
-    def _spread(self, tensor: Tensor, content: Callable[[Document, int], Tensor]) -> Tensor:
-        """Write each document's content to its place in `tensor`."""
-        for b, n, start, document in self._places():
-            tensor[b, start : start + len(document.ids_T)] = content(document, n)
+    def _lay(self, name: str, tensor: Tensor | None = None) -> Tensor:
+        """Write a tensor of every document into `tensor` `[B, T, ...]`, by default zeros."""
+        if tensor is None:
+            content = getattr(self.rows[0][0], name)
+            width = max(sum(len(document.ids_L) for document in row) for row in self.rows) + self.padding
+            tensor = content.new_zeros(len(self.rows), width, *content.shape[1:])
+        for b, _, position, document in self._positions():
+            tensor[b, position] = getattr(document, name)
         return tensor
 
 
@@ -200,11 +158,11 @@ PAIRS = Layout(rows=[[FIRST], [SECOND], [THIRD], [FOURTH]])
 
 
 def trunk_states(batch: Batch) -> Tensor:
-    """Return states `[B, T, H]` of a stand-in for the policy's trunk: causal, apart by document, float32.
+    """Return float32 states `[B, T, H]` of a stand-in for the policy's trunk.
 
-    A state is the token's embedding plus the mean of all embeddings up to it in its document.
+    A state is the token's embedding plus the mean of the embeddings of its document up to the token.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = _seeded(0)
     token_VH, mean_VH = torch.randn(2, VOCAB_SIZE, HIDDEN_SIZE, generator=generator)
     length = batch.ids_BT.shape[1]
     sees_BTT = (batch.document_BT[:, :, None] == batch.document_BT[:, None, :]) & torch.ones(
@@ -216,14 +174,14 @@ def trunk_states(batch: Batch) -> Tensor:
 
 
 class TrainableTrunk(nn.Module):
-    """A stand-in for a trunk that a component trains: it begins as `trunk_states`."""
+    """A stand-in for a trunk that a component trains; at first it returns the states of `trunk_states`."""
 
     hidden_size = HIDDEN_SIZE
 
     def __init__(self) -> None:
         super().__init__()
         self.token = nn.Parameter(torch.eye(HIDDEN_SIZE))
-        with torch.random.fork_rng(devices=[]):  # a layer is drawn from the global generator
+        with torch.random.fork_rng(devices=[]):  # layers are initialised from the global generator
             self.mean = nn.Linear(HIDDEN_SIZE, HIDDEN_SIZE, bias=False)
         nn.init.eye_(self.mean.weight)
 
@@ -235,9 +193,9 @@ class TrainableTrunk(nn.Module):
 
 
 def next_token_losses(batch: Batch) -> Tensor:
-    """Return losses `[B, T]` of a stand-in for a frozen language model, 0 off response tokens."""
+    """Return losses `[B, T]` of a stand-in for a frozen language model, 0 except on response tokens."""
     state_BTH = trunk_states(batch)
-    generator = torch.Generator().manual_seed(1)
+    generator = _seeded(1)
     log_p_BTV = torch.log_softmax(
         state_BTH @ torch.randn(HIDDEN_SIZE, VOCAB_SIZE, generator=generator), dim=-1
     )
@@ -249,7 +207,7 @@ def next_token_losses(batch: Batch) -> Tensor:
 
 
 def model_context() -> ModelContext:
-    """Return the stand-in's side of a `BuildContext`."""
+    """Return the stand-in for the policy that a `BuildContext` contains."""
     return ModelContext(
         n_future=N_FUTURE,
         hidden_size=HIDDEN_SIZE,

@@ -1,4 +1,4 @@
-"""What core promises of every tracker."""
+"""The checks that every tracker must pass."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ Stored = Mapping[str, list[tuple[int, float]]]
 
 
 def point(name: str, value: float, *, step: int = 1) -> MetricPoint:
-    """Return a metric measured at a fixed time."""
+    """Return a metric with a fixed time."""
     return MetricPoint(name=name, value=value, step=step, time_ms=1_700_000_000_000 + step)
 
 
 class TrackerSuite(ComponentSuite):
-    """Checks that a tracker bears what core's delivery does to it: repetition, any order, odd values.
+    """Checks that a tracker tolerates repeated calls, any order of calls and unusual values.
 
-    Override `read_back` to have it checked that what was sent is what is stored.
+    Override `read_back` to check that everything that is sent is also stored.
     """
 
     kind: ClassVar[Kind] = Kind.TRACKER
 
     @pytest.fixture
     def read_back(self) -> Callable[[RunInfo], Stored] | None:
-        """Return from the store the history (step, value) of each metric of a run."""
+        """Return a function that reads the history (step, value) of each metric of a run from the store."""
         return None
 
     @pytest.fixture
     def run(self, tmp_path: Path) -> RunInfo:
-        """A run as core describes it."""
+        """The description of a run that core sends."""
         folder = tmp_path / "runs" / "run-1"
         folder.mkdir(parents=True)
         return RunInfo(
@@ -47,7 +47,7 @@ class TrackerSuite(ComponentSuite):
             name="first_run",
             experiment="weighted_mtp/conformance",
             params={"train.steps": "10", "data.sha256": "0" * 64, "model.base": "micro"},
-            tags={"algo": "conformance", "wmtp.data": "code_tasks.micro_code", "team": "a: b/c d"},
+            tags={"algo": "conformance", "wmtp.data": "my_plugin.numbers", "team": "a: b/c d"},
             datasets=(DatasetVersion(name="numbers", version="1", sha256="0" * 64),),
             folder=folder,
             started_ms=1_700_000_000_000,
@@ -69,15 +69,15 @@ class TrackerSuite(ComponentSuite):
 
     @pytest.mark.parametrize("outcome", RunOutcome)
     def test_a_run_ends_in_every_outcome(self, started: Tracker, outcome: RunOutcome) -> None:
-        """Finished, failed or killed."""
+        """FINISHED, FAILED or KILLED."""
         started.finish(outcome)
 
-    def test_a_run_ends_at_a_time_that_is_told(self, started: Tracker) -> None:
-        """It may be delivered long after."""
+    def test_a_run_ends_at_a_given_time(self, started: Tracker) -> None:
+        """The end may be delivered much later."""
         started.finish(RunOutcome.FINISHED, time_ms=1_700_000_060_000)
 
     def test_starting_again_reopens_the_run(self, started: Tracker, run: RunInfo) -> None:
-        """`start` comes again as more becomes known, and after every resume."""
+        """Core calls `start` again when tags or data become known, and after every resume."""
         started.start(attrs.evolve(run, tags={**run.tags, "model_version": "micro-1"}))
         started.log_metrics([point("loss", 1.0)])
         started.finish(RunOutcome.FINISHED)
@@ -86,7 +86,7 @@ class TrackerSuite(ComponentSuite):
         started.finish(RunOutcome.FINISHED)
 
     def test_another_object_reopens_the_run(self, build: Build, started: Tracker, run: RunInfo) -> None:
-        """The process that resumes a run is not the one that began it."""
+        """A resumed run continues in another process."""
         started.log_metrics([point("loss", 1.0)])
         again = build()
         again.start(run)
@@ -94,7 +94,7 @@ class TrackerSuite(ComponentSuite):
         again.finish(RunOutcome.FINISHED)
 
     def test_everything_may_be_sent_twice(self, started: Tracker, artifact: Path) -> None:
-        """Core sends again what it is not sure of."""
+        """Core sends data again if it does not know whether they were delivered."""
         for _ in range(2):
             started.log_metrics([point("loss", 1.0)])
             started.set_tags({"state": "going on"})
@@ -103,13 +103,13 @@ class TrackerSuite(ComponentSuite):
             started.finish(RunOutcome.FINISHED)
 
     def test_artifacts_may_come_after_the_end(self, started: Tracker, artifact: Path) -> None:
-        """An upload that failed before is tried again then; `subdir` may be empty."""
+        """An upload that failed is retried after the end; `subdir` may be empty."""
         started.finish(RunOutcome.FINISHED)
         started.log_artifact(artifact, "")
         started.log_artifact(artifact, "logs")
 
-    def test_an_end_before_the_start_spoils_nothing(self, build: Build, run: RunInfo) -> None:
-        """It may be refused, by any exception; the run can still begin and end."""
+    def test_finishing_before_the_start_breaks_nothing(self, build: Build, run: RunInfo) -> None:
+        """It may raise any exception; the run can still start and finish."""
         tracker = build()
         with contextlib.suppress(Exception):
             tracker.finish(RunOutcome.FAILED)
@@ -118,22 +118,22 @@ class TrackerSuite(ComponentSuite):
         tracker.finish(RunOutcome.FINISHED)
 
     def test_a_thousand_points_come_at_once(self, started: Tracker) -> None:
-        """No more than that, and none is no mistake either."""
+        """Core sends at most that many, and possibly none."""
         started.log_metrics([point("loss", float(i), step=i) for i in range(1000)])
         started.log_metrics([])
 
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-    def test_a_value_that_is_not_finite_does_no_harm(self, started: Tracker, value: float) -> None:
-        """A loss that blew up is when one wants to look at the others."""
+    def test_a_value_that_is_not_finite_breaks_nothing(self, started: Tracker, value: float) -> None:
+        """The other metrics are needed most when a loss has diverged."""
         started.log_metrics([point("loss", value), point("accuracy", 0.5)])
         started.finish(RunOutcome.FAILED)
 
     def test_tags_may_be_overwritten(self, started: Tracker) -> None:
-        """A resumed run has another state."""
+        """The state of a run changes when it is resumed."""
         started.set_tags({"state": "one"})
         started.set_tags({"state": "two", "note": ""})
 
-    def test_says_where_to_look_in_one_line(self, started: Tracker) -> None:
+    def test_where_is_one_line(self, started: Tracker) -> None:
         """It is printed at the end of a run."""
         where: Any = started.where()
 
@@ -143,9 +143,9 @@ class TrackerSuite(ComponentSuite):
     def test_what_was_sent_is_stored_under_its_name(
         self, started: Tracker, run: RunInfo, read_back: Callable[[RunInfo], Stored] | None
     ) -> None:
-        """Names may hold letters, digits, `_`, `-`, `.`, `/` and spaces."""
+        """Names may contain letters, digits, `_`, `-`, `.`, `/` and spaces."""
         if read_back is None:
-            pytest.skip("override the fixture `read_back` to have this checked")
+            pytest.skip("override the fixture `read_back` to run this check")
         sent = {"value_loss": 0.25, "head.1/ce": 1.5, "a b-c": -3.0}
         started.log_metrics([point(name, value, step=7) for name, value in sent.items()])
         started.finish(RunOutcome.FINISHED)

@@ -280,7 +280,7 @@ class MetricThatIsNotFinite(SoundStateless):
 
 
 class PeeksAtUndeclared(SoundStateless):
-    caught_by: ClassVar = {"test_signals_that_were_not_declared_have_no_say"}
+    caught_by: ClassVar = {"test_undeclared_signals_change_no_weight"}
 
     def weigh(self, view: Any) -> Weights:
         return super().weigh(view) if view.reward_BT is None else Weights(weight=view.response_BT.float())
@@ -302,7 +302,7 @@ class DrawsFromEverybody(SoundStateless):
 
 
 class ReadsPadding(SoundStateless):
-    caught_by: ClassVar = {"test_padding_has_no_say"}
+    caught_by: ClassVar = {"test_padding_changes_no_weight"}
 
     def weigh(self, view: Any) -> Weights:
         scale = 1 + view.value_BT[view.document_BT < 0].abs().sum()
@@ -310,7 +310,7 @@ class ReadsPadding(SoundStateless):
 
 
 class ReadsPromptValues(SoundStateless):
-    caught_by: ClassVar = {"test_values_inside_the_prompt_have_no_say"}
+    caught_by: ClassVar = {"test_values_inside_the_prompt_change_no_weight"}
 
     def weigh(self, view: Any) -> Weights:
         scale = 1 + view.value_BT[(view.document_BT >= 0) & ~view.response_BT].sum()
@@ -318,7 +318,7 @@ class ReadsPromptValues(SoundStateless):
 
 
 class AddsUpOverDocuments(SoundStateless):
-    caught_by: ClassVar = {"test_packing_has_no_say"}
+    caught_by: ClassVar = {"test_packing_changes_no_weight"}
 
     def weigh(self, view: Any) -> Weights:
         sum_BT = (view.value_BT * view.response_BT).cumsum(dim=1)
@@ -326,14 +326,14 @@ class AddsUpOverDocuments(SoundStateless):
 
 
 class DividesByNothing(SoundStateless):
-    caught_by: ClassVar = {"test_a_batch_without_responses_weighs_nothing"}
+    caught_by: ClassVar = {"test_a_batch_without_responses_has_no_weights"}
 
     def weigh(self, view: Any) -> Weights:
         return Weights(weight=view.response_BT / view.response_BT.sum())
 
 
 class NeverForgetsAnEmptyBatch(SoundStateless):
-    caught_by: ClassVar = {"test_a_batch_without_responses_weighs_nothing"}
+    caught_by: ClassVar = {"test_a_batch_without_responses_has_no_weights"}
 
     def __init__(self, options: Any, context: Any) -> None:
         super().__init__(options, context)
@@ -346,7 +346,7 @@ class NeverForgetsAnEmptyBatch(SoundStateless):
 
 
 class SpreadOfOneToken(SoundStateless):
-    caught_by: ClassVar = {"test_a_single_token_is_weighed"}
+    caught_by: ClassVar = {"test_a_single_token_gets_a_weight"}
 
     def weigh(self, view: Any) -> Weights:
         if not view.response_BT.any():
@@ -398,7 +398,7 @@ class StateThatNoCheckpointHolds(SoundWeighting):
 
 
 class LearnsFromValidation(SoundWeighting):
-    caught_by: ClassVar = {"test_validation_moves_no_state"}
+    caught_by: ClassVar = {"test_validation_changes_no_state"}
 
     def weigh(self, view: Any) -> Weights:
         return super().weigh(attrs.evolve(view, training=True))
@@ -514,7 +514,7 @@ class ScoresWithGradient(SoundCritic):
 
 
 class SeesTheNextToken(SoundCritic):
-    caught_by: ClassVar = {"test_a_score_knows_only_the_tokens_up_to_its_own"}
+    caught_by: ClassVar = {"test_a_score_depends_only_on_the_tokens_up_to_its_own"}
 
     def logit(self, batch: Any, hidden_BTH: Any) -> Any:
         logit_BT = super().logit(batch, hidden_BTH)
@@ -523,21 +523,21 @@ class SeesTheNextToken(SoundCritic):
 
 
 class SeesTheReward(SoundCritic):
-    caught_by: ClassVar = {"test_scores_do_not_see_the_reward"}
+    caught_by: ClassVar = {"test_scores_do_not_depend_on_the_reward"}
 
     def score(self, batch: Any, hidden_BTH: Any) -> Scores:
         return Scores(value_BT=super().score(batch, hidden_BTH).value_BT + batch.reward_BT)
 
 
 class SeesPadding(SoundCritic):
-    caught_by: ClassVar = {"test_padding_has_no_say"}
+    caught_by: ClassVar = {"test_padding_changes_no_score"}
 
     def logit(self, batch: Any, hidden_BTH: Any) -> Any:
         return super().logit(batch, hidden_BTH) + batch.ids_BT[batch.document_BT < 0].sum()
 
 
 class CountsColumns(SoundCritic):
-    caught_by: ClassVar = {"test_packing_has_no_say"}
+    caught_by: ClassVar = {"test_packing_changes_no_score"}
 
     def logit(self, batch: Any, hidden_BTH: Any) -> Any:
         return super().logit(batch, hidden_BTH) + 0.1 * self.torch.arange(batch.ids_BT.shape[1])
@@ -582,7 +582,7 @@ class SavesHalf(SoundCritic):
 
 
 class WantsTriples(SoundCritic):
-    caught_by: ClassVar = {"test_asks_for_batches_that_core_makes"}
+    caught_by: ClassVar = {"test_batching_is_a_known_one"}
     batching = "triples"
 
 
@@ -607,7 +607,7 @@ class MetricWithGradient(SoundCritic):
 
 
 class TrainsTheTrunk(SoundReader):
-    caught_by: ClassVar = {"test_gradients_reach_the_trunk_nowhere"}
+    caught_by: ClassVar = {"test_gradients_do_not_reach_the_trunk"}
 
     def logit(self, batch: Any, hidden_BTH: Any) -> Any:
         return SoundCritic.logit(self, batch, None) + hidden_BTH.mean(dim=-1)
@@ -881,7 +881,7 @@ class KilledIsNoEnd(SoundFile):
 
 
 class EndsNow(SoundFile):
-    caught_by: ClassVar = {"test_a_run_ends_at_a_time_that_is_told"}
+    caught_by: ClassVar = {"test_a_run_ends_at_a_given_time"}
 
     def finish(self, outcome: Any) -> None:  # type: ignore[override]
         super().finish(outcome)
@@ -934,7 +934,7 @@ class NoArtifactAfterTheEnd(EndsOnce):
 
 
 class SpoiltByAnEarlyEnd(SoundFile):
-    caught_by: ClassVar = {"test_an_end_before_the_start_spoils_nothing"}
+    caught_by: ClassVar = {"test_finishing_before_the_start_breaks_nothing"}
 
     def start(self, run: Any) -> None:
         if self.path == self.folder:
@@ -956,7 +956,7 @@ class FewAtATime(SoundFile):
 
 
 class FiniteOnly(SoundFile):
-    caught_by: ClassVar = {"test_a_value_that_is_not_finite_does_no_harm"}
+    caught_by: ClassVar = {"test_a_value_that_is_not_finite_breaks_nothing"}
 
     def log_metrics(self, points: Any) -> None:
         json.dumps([point.value for point in points], allow_nan=False)
@@ -975,7 +975,7 @@ class TagsForEver(SoundFile):
 
 
 class LooksInManyLines(SoundFile):
-    caught_by: ClassVar = {"test_says_where_to_look_in_one_line"}
+    caught_by: ClassVar = {"test_where_is_one_line"}
 
     def where(self) -> str:
         return "here\nand there"
