@@ -9,6 +9,8 @@ import tomli
 from weighted_mtp_core.plugins.loading import Kind, PluginRegistry
 from weighted_mtp_core.recipe import schema
 
+FILE = r"`([\w./]+/[\w./]*|\w+\.py)`"
+
 
 @pytest.fixture(scope="module")
 def recipes_md(repository):
@@ -78,15 +80,15 @@ def architecture_md(repository):
 
 
 def test_the_files_in_the_table_of_features_exist(repository, architecture_md):
-    table = architecture_md.partition("## Where to find a feature")[2].partition("## Layers")[0]
-    files = re.findall(r"`([\w./]+/[\w./]*|\w+\.py)`", table)
+    section = architecture_md.partition("## Where to find a feature")[2].partition("## Layers")[0]
+    _, core, plugins = section.split("|---|---|")
+    files = [
+        *(repository / "weighted_mtp_core" / file for file in re.findall(FILE, core)),
+        *(repository / "plugins" / file for file in re.findall(FILE, plugins)),
+    ]
 
-    assert len(files) > 40
-    assert [
-        file
-        for file in files
-        if not (repository / "weighted_mtp_core" / file).exists() and not (repository / file).exists()
-    ] == []
+    assert len(files) > 60
+    assert [file for file in files if not file.exists()] == []
 
 
 def test_the_documented_layers_are_those_that_are_checked(repository, architecture_md):
