@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.api import Batch, BuildContext
 from weighted_mtp_core.checkpointing.best_model import load_model, save_model
 from weighted_mtp_core.checkpointing.manager import Checkpoints
-from weighted_mtp_core.data.steps import make_step_batches
+from weighted_mtp_core.data.batches import make_step_batches
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.recipe.schema import CheckpointTable, DataTable, LossTable, MicroTable, TrainTable
 from weighted_mtp_core.training.loop import Learner, Validation, train

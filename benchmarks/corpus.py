@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from harness import MIB, Row, Times, main, peak_mib, ratio_row, row
-from weighted_mtp_core.data.arrays import ArrayWriter
-from weighted_mtp_core.data.steps import StepBatches, make_step_batches
+from weighted_mtp_core.data.array_files import ArrayWriter
+from weighted_mtp_core.data.batches import StepBatches, make_step_batches
 from weighted_mtp_core.data.tokens import open_tokens
 from weighted_mtp_core.recipe.schema import DataTable
 from weighted_mtp_core.storage.manifest import atomic_folder

@@ -15,8 +15,8 @@ import torch
 from harness import Row, main, row
 from humaneval_lengths import humaneval_tokens
 from weighted_mtp_core.api import Batch
-from weighted_mtp_core.data.batches import Sampler, collate, collate_packed, pointwise
-from weighted_mtp_core.data.packing import PackedSampler
+from weighted_mtp_core.data.batches import collate, collate_packed
+from weighted_mtp_core.data.samplers import PackedSampler, Sampler, pointwise
 from weighted_mtp_core.data.tokens import TokenSet
 
 BATCH, ROW_TOKENS, VOCABULARY, EPOCHS = 8, 2048, 49152, 20

@@ -27,7 +27,7 @@ from harness import Row, Times, in_turns, main, ratio_row, row
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.api import Batch, BuildContext, Critic, ModelContext, Signal, WeightingStrategy
-from weighted_mtp_core.data.steps import StepBatches, make_step_batches
+from weighted_mtp_core.data.batches import StepBatches, make_step_batches
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.model.frozen_copies import frozen_trunk
 from weighted_mtp_core.model.policy import Policy

@@ -30,8 +30,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
 from weighted_mtp_core.api import Batch, BuildContext
 from weighted_mtp_core.checkpointing.manager import Checkpoints
-from weighted_mtp_core.data.batches import collate
-from weighted_mtp_core.data.steps import StepBatches, make_step_batches
+from weighted_mtp_core.data.batches import StepBatches, collate, make_step_batches
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.recipe.schema import CheckpointTable, DataTable, LossTable, TrainTable

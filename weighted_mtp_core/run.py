@@ -21,8 +21,8 @@ from weighted_mtp_core.checkpointing.resume import (
     run_to_resume,
 )
 from weighted_mtp_core.checkpointing.snapshot import Snapshot
-from weighted_mtp_core.data.batches import Rows, Sampler, pointwise
 from weighted_mtp_core.data.pairs import make_pairs
+from weighted_mtp_core.data.samplers import Rows, Sampler, pointwise
 from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.evaluation.evaluate import Evaluation, evaluate
 from weighted_mtp_core.plan import Plan

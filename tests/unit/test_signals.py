@@ -7,9 +7,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.api import Batch, Critic, Scores, Signal, WeightingStrategy, Weights, WmtpError
-from weighted_mtp_core.data.batches import Sampler, pointwise, split_rows
-from weighted_mtp_core.data.packing import PackedSampler
-from weighted_mtp_core.data.steps import make_step_batches
+from weighted_mtp_core.data.batches import make_step_batches, split_rows
+from weighted_mtp_core.data.samplers import PackedSampler, Sampler, pointwise
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.model.policy import make_policy
 from weighted_mtp_core.plugins.loading import Kind

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from weighted_mtp_core.api import DatasetVersion, Example, WmtpError
-from weighted_mtp_core.data.arrays import ArrayWriter, drop_pages, mapped
-from weighted_mtp_core.data.cache import make_token_cache, tokenizer_fingerprint
+from weighted_mtp_core.data.array_files import ArrayWriter, drop_pages, mapped
+from weighted_mtp_core.data.token_cache import make_token_cache, tokenizer_fingerprint
 from weighted_mtp_core.data.tokens import open_tokens, tokenise
 from weighted_mtp_core.plugins.loading import Kind
 from weighted_mtp_core.plugins.selection import ComponentSelector

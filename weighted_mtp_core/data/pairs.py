@@ -1,6 +1,6 @@
-"""Pairs of a correct and an incorrect response to one problem, in which length is no shortcut.
+"""Pairs of a correct and an incorrect response to one problem, balanced by length.
 
-A pure function of the data and the recipe: the same pairs in the same order in every process.
+They are a pure function of the data and the recipe: every process gets the same pairs in the same order.
 
 Shape letters: D documents, P pairs.
 """
@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weighted_mtp_core.api import is_correct
-from weighted_mtp_core.data.difficulty import BINS, bin_of
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.recipe.schema import PairsTable
@@ -23,17 +22,26 @@ from weighted_mtp_core.recipe.schema import PairsTable
 Rows = NDArray[np.int64]
 Pair = tuple[int, int]
 
+DIFFICULTIES = ("0-20 %", "20-40 %", "40-60 %", "60-80 %", "80-100 %")
+"""Bins of a problem's share of correct responses, hard problems first; the last includes 100 %."""
+
+
+def difficulty_bin(correct_share: float) -> int:
+    """Return the index in `DIFFICULTIES` of a share of correct responses."""
+    return min(int(correct_share * len(DIFFICULTIES)), len(DIFFICULTIES) - 1)
+
 
 def make_pairs(token_set: TokenSet, table: PairsTable) -> Rows:
     """Return unique pairs (correct, incorrect) of responses to one problem, `[P, 2]`.
 
-    Only responses of one length bin meet: their lengths differ by less than the factor `length_ratio`. In a
-    bin, each response of the larger side meets one of the smaller side, in turn. So many pairs are then left
-    out that the correct response is the longer one as often as the shorter one.
+    Both responses come from one length bin: their lengths differ by less than the factor `length_ratio`.
+        Within a
+    bin, each response of the larger side is paired with one of the smaller side, in turn. Then pairs are
+    dropped until the correct response is the longer one as often as the shorter one.
 
     Args:
-        token_set: Responses with rewards; 0.5 and more is correct.
-        table: How pairs are chosen.
+        token_set: Responses with rewards.
+        table: The recipe's `[critic.pairs]`.
 
     Raises:
         WmtpError: There is no pair.
@@ -43,16 +51,16 @@ def make_pairs(token_set: TokenSet, table: PairsTable) -> Rows:
     bin_D = length_bins(length_D, ratio=table.length_ratio)
     order_D = np.argsort(token_set.problem_D, kind="stable")
     problems = np.split(order_D, np.flatnonzero(np.diff(token_set.problem_D[order_D])) + 1)
-    found: list[list[Pair]] = [[] for _ in BINS]
+    found: list[list[Pair]] = [[] for _ in DIFFICULTIES]
     for members in problems:
         chosen = list(_of_problem(members, correct_D, bin_D))
         most = table.max_pairs_per_problem or len(chosen)
-        found[bin_of(float(correct_D[members].mean()))] += _some(chosen, min(most, len(chosen)))
-    weights = table.difficulty_weights or (1.0,) * len(BINS)
+        found[difficulty_bin(float(correct_D[members].mean()))] += _evenly(chosen, min(most, len(chosen)))
+    weights = table.difficulty_weights or (1.0,) * len(DIFFICULTIES)
     kept = [
         pair
         for pairs, weight in zip(found, weights, strict=True)
-        for pair in _some(pairs, math.floor(weight / max(weights) * len(pairs) + 0.5))
+        for pair in _evenly(pairs, math.floor(weight / max(weights) * len(pairs) + 0.5))
     ]
     if table.length_ratio:
         kept = _balanced(kept, length_D)
@@ -68,7 +76,7 @@ def make_pairs(token_set: TokenSet, table: PairsTable) -> Rows:
 
 
 def length_bins(length_D: NDArray[np.integer[Any]], *, ratio: float) -> Rows:
-    """Return each length's bin; bounds grow by `ratio`; 1 gives each length its own bin, 0 one to all."""
+    """Return the bin of each length. Bounds grow by `ratio`; 1 means a bin a length, 0 one bin for all."""
     if ratio == 0:
         return np.zeros(len(length_D), dtype=np.int64)
     if ratio == 1:
@@ -87,8 +95,8 @@ def _of_problem(members: Rows, correct_D: NDArray[np.bool_], bin_D: Rows) -> Ite
                 yield int(right[i % len(right)]), int(wrong[i % len(wrong)])
 
 
-def _some(pairs: Sequence[Pair], count: int) -> list[Pair]:
-    """Return so many of the pairs, evenly spread over them."""
+def _evenly(pairs: Sequence[Pair], count: int) -> list[Pair]:
+    """Return `count` of the pairs, evenly spread."""
     return [pairs[i * len(pairs) // count] for i in range(count)]
 
 
@@ -98,4 +106,4 @@ def _balanced(pairs: Sequence[Pair], length_D: NDArray[np.integer[Any]]) -> list
     for right, wrong in pairs:
         ways[int(np.sign(length_D[right] - length_D[wrong]))].append((right, wrong))
     count = min(len(ways[-1]), len(ways[1]))
-    return sorted([*_some(ways[-1], count), *ways[0], *_some(ways[1], count)])
+    return sorted([*_evenly(ways[-1], count), *ways[0], *_evenly(ways[1], count)])

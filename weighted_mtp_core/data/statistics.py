@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from weighted_mtp_core.api import Example
-from weighted_mtp_core.data.difficulty import BINS, bin_of
+from weighted_mtp_core.data.pairs import DIFFICULTIES, difficulty_bin
 
 
 def statistics_of(examples: Iterable[Example]) -> dict[str, Any]:
@@ -28,12 +28,12 @@ def statistics_of(examples: Iterable[Example]) -> dict[str, Any]:
     counts = {"problems": len(rewards), "responses": len(lengths)}
     if not lengths:
         return counts
-    bins = Counter(bin_of(statistics.fmean(row)) for row in rewards.values())
+    bins = Counter(difficulty_bin(statistics.fmean(row)) for row in rewards.values())
     return counts | {
         "reward_rate": statistics.fmean(reward for row in rewards.values() for reward in row),
         "prompt_characters": _spread(list(prompts.values())),
         "response_characters": _spread(lengths),
-        "difficulty": {name: bins[number] for number, name in enumerate(BINS)},
+        "difficulty": {name: bins[number] for number, name in enumerate(DIFFICULTIES)},
     }
 
 

@@ -1,7 +1,8 @@
-"""Examples as token ids: one flat array for the whole split, so that documents are slices and never lists.
+"""Examples as token ids: one flat array for a whole split, in which documents are slices.
 
-The arrays are written once, a chunk of examples at a time, and mapped into memory afterwards: neither making
-nor reading them needs memory for the whole split.
+The arrays are written chunk by chunk and mapped into memory afterwards: neither writing nor reading them
+    needs
+memory for the whole split.
 
 Shape letters: N tokens of the split, D documents.
 """
@@ -22,7 +23,7 @@ from attrs import frozen
 from numpy.typing import ArrayLike, NDArray
 
 from weighted_mtp_core.api import Example
-from weighted_mtp_core.data.arrays import ArrayWriter, Names, mapped
+from weighted_mtp_core.data.array_files import ArrayWriter, MappedStrings, mapped
 from weighted_mtp_core.errors import WmtpError
 
 _CHUNK = 1024  # documents per tokenizer call: batches are 1.5x faster than single texts
@@ -31,12 +32,12 @@ _META = "meta.json"
 
 
 class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer."""
+    """The interface of transformers tokenizers that is used here."""
 
     eos_token_id: int
 
     def __len__(self) -> int:
-        """Return V: every id is below it."""
+        """Return V; every id is below it."""
 
     def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any:
         """Encode texts; the result maps `input_ids` to lists of ids."""
@@ -52,10 +53,10 @@ class TokenSet:
         prompt_D: int32 number of prompt tokens of each document.
         reward_D: float32 reward of each response.
         problem_D: int64, equal exactly for documents of one problem.
-        example_ids: The source's names of the documents.
-        examples: How many examples there were.
-        left_out: How many of them were longer than `max_tokens`.
-        sha256: Of the folder of arrays.
+        example_ids: The example id of each document.
+        examples: Number of examples.
+        left_out: Number of examples longer than `max_tokens`.
+        sha256: SHA-256 of the folder of arrays.
     """
 
     ids_N: NDArray[np.integer[Any]]
@@ -74,33 +75,34 @@ class TokenSet:
 
     @property
     def length_D(self) -> NDArray[np.int64]:
-        """Tokens of each document, int64; made anew at each call."""
+        """Number of tokens of each document, int64; computed at each call."""
         return np.diff(self.start_D1)
 
     def lengths(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the tokens of some documents, int64."""
+        """Return the number of tokens of some documents, int64."""
         first = np.asarray(rows)
         lengths: NDArray[np.int64] = self.start_D1[first + 1] - self.start_D1[first]
         return lengths
 
 
 def tokenise(examples: Iterable[Example], tokenizer: Tokenizer, *, max_tokens: int, folder: Path) -> None:
-    """Write examples as arrays of ids that `open_tokens` maps.
+    """Write examples as arrays of ids for `open_tokens`.
 
-    Prompt and response are encoded apart, as they are when the policy generates, so that no token spans
-    the boundary; the response ends with EOS. Documents longer than `max_tokens` are left out and counted:
-    a truncated response would be a wrong label.
+    Prompt and response are encoded separately, as when the policy generates, so that no token spans the
+    boundary; the response ends with EOS. Documents longer than `max_tokens` are left out and counted: a
+    truncated response would be a wrong label.
 
     Args:
-        examples: Gone through once.
-        tokenizer: Encodes batches on all cores, unless `TOKENIZERS_PARALLELISM` says otherwise.
-        max_tokens: Of a document that is kept.
-        folder: Where to; it exists.
+        examples: Iterated once.
+        tokenizer: Encodes batches on all cores, unless `TOKENIZERS_PARALLELISM` is set to `false`.
+        max_tokens: The most tokens of a document, EOS included.
+        folder: An existing folder.
 
     Raises:
-        WmtpError: Nothing is left.
+        WmtpError: No example is short enough.
     """
-    # Said before the first use, or the library warns, and goes serial, in every process that a run forks.
+    # Set before the first use; otherwise the library warns, and turns serial, in every process that a run
+    # forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     count = kept = 0
     with _Writer(folder, wide=len(tokenizer) > _SMALL) as writer:
@@ -127,7 +129,7 @@ def tokenise(examples: Iterable[Example], tokenizer: Tokenizer, *, max_tokens: i
 
 
 def open_tokens(folder: Path, *, sha256: str) -> TokenSet:
-    """Map what `tokenise` wrote, which has this SHA-256; nothing is read until it is looked at."""
+    """Map the arrays that `tokenise` wrote into memory; `sha256` is that of the folder."""
     meta = json.loads((folder / _META).read_text(encoding="utf-8"))
     arrays = {name: mapped(folder / f"{name}.npy") for name in (*_DTYPES, "ids")}
     return TokenSet(
@@ -136,7 +138,7 @@ def open_tokens(folder: Path, *, sha256: str) -> TokenSet:
         prompt_D=arrays["prompt"],
         reward_D=arrays["reward"],
         problem_D=arrays["problem"],
-        example_ids=Names(arrays["name"], arrays["name_start"]),
+        example_ids=MappedStrings(arrays["name"], arrays["name_start"]),
         examples=meta["examples"],
         left_out=meta["left_out"],
         sha256=sha256,
@@ -196,12 +198,12 @@ class _Writer(ExitStack):
 
 
 def _digest(problem_id: str) -> int:
-    """Return 64 bits that stand for a name: a table of all names would grow with the corpus."""
+    """Return a 64-bit hash of a name: a table of all names would grow with the corpus."""
     return int.from_bytes(hashlib.blake2b(problem_id.encode(), digest_size=8).digest(), signed=True)
 
 
 def _number_problems(folder: Path) -> None:
-    """Replace the digests of problems by numbers, in the order in which problems first appear."""
+    """Replace the hashes of problems by numbers, in order of first appearance."""
     path = folder / "problem.npy"
     _, first, inverse_D = np.unique(np.load(path), return_index=True, return_inverse=True)
     number = np.empty(len(first), dtype=np.int64)

@@ -24,9 +24,9 @@ from weighted_mtp_core.api import (
     WeightingStrategy,
 )
 from weighted_mtp_core.checkpointing.best_model import load_model
-from weighted_mtp_core.data.batches import collate, in_order
-from weighted_mtp_core.data.cache import TokenCache, make_token_cache
-from weighted_mtp_core.data.steps import StepBatches, make_step_batches
+from weighted_mtp_core.data.batches import StepBatches, collate, make_step_batches
+from weighted_mtp_core.data.samplers import in_order
+from weighted_mtp_core.data.token_cache import TokenCache, make_token_cache
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.metrics.critic import LengthOnly

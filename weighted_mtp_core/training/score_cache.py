@@ -27,9 +27,8 @@ from torch import Tensor
 
 from weighted_mtp_core.api import Batch, Critic, Scores
 from weighted_mtp_core.checkpointing.resume import fingerprint
-from weighted_mtp_core.data.arrays import drop_pages, mapped
-from weighted_mtp_core.data.batches import CollatedBatch, split_rows
-from weighted_mtp_core.data.steps import StepBatches
+from weighted_mtp_core.data.array_files import drop_pages, mapped
+from weighted_mtp_core.data.batches import CollatedBatch, StepBatches, split_rows
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.plugins.selection import SelectedComponent
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder

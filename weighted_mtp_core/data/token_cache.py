@@ -1,7 +1,7 @@
-"""Token sets that are made once and mapped by every later run.
+"""Token sets on disk, made once and mapped by every later run.
 
-They lie under the data's version, `datasets_v2/<name>/<version>/derived/`, in a folder whose name holds
-everything they depend on. Nothing is ever changed there: other data, options or tokenizers have other names.
+They are stored with the data, in `datasets_v2/<name>/<version>/derived/`, in a folder named by everything
+that they depend on. A folder never changes: other data, options or tokenizers give another name.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from weighted_mtp_core.storage.verify_once import verify_once
 
 _FORMAT = 1  # raise it when the same examples and tokenizer would give other arrays
 
-# What a tokenizer writes down that does not change ids without special tokens: how the last call padded and
-# cut, and where it was loaded from.
-_NOT_OURS = frozenset({"padding", "truncation", "is_local", "local_files_only", "name_or_path"})
+# Settings that a tokenizer saves but that do not change ids without special tokens: padding and truncation of
+# the last call, and where it was loaded from.
+_IRRELEVANT = frozenset({"padding", "truncation", "is_local", "local_files_only", "name_or_path"})
 
 
 @frozen(kw_only=True)
@@ -37,9 +37,9 @@ class TokenCache:
 
     Attributes:
         folder: `derived/` of the data's version.
-        fingerprint: SHA-256 of the data, of what chose examples from it, and of the tokenizer.
+        fingerprint: SHA-256 of the data, of the source and its options, and of the tokenizer.
         tokenizer: A transformers tokenizer.
-        max_tokens: Documents above are left out.
+        max_tokens: Longer documents are left out.
     """
 
     folder: Path
@@ -48,7 +48,7 @@ class TokenCache:
     max_tokens: int
 
     def open(self, purpose: str, split: Split, *, examples: Callable[[], Iterable[Example]]) -> TokenSet:
-        """Return the tokens of a split; `examples` is called only the first time.
+        """Return the tokens of a split; `examples` is called only if they are not stored yet.
 
         Raises:
             WmtpError: There are no examples, or a byte of the arrays changed.
@@ -67,13 +67,13 @@ def make_token_cache(
 
     Args:
         storage: The storage root.
-        version: Of the data.
-        data: Which source it is; its options choose examples, and so does the plugin's code.
+        version: Version of the data.
+        data: The data source; examples depend on its options and on the plugin's version.
         tokenizer: A transformers tokenizer.
-        max_tokens: Documents above are left out.
+        max_tokens: Longer documents are left out.
 
     Raises:
-        WmtpError: The data's name or version cannot be a folder's.
+        WmtpError: The data's name or version cannot name a folder.
     """
     try:
         check_path(version.name)
@@ -95,7 +95,7 @@ def make_token_cache(
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Return the SHA-256 of everything that a tokenizer's ids depend on."""
+    """Return the SHA-256 of everything that ids depend on."""
     digest = hashlib.sha256(f"{tokenizers.__version__} {tokenizer.eos_token_id}".encode())
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -103,7 +103,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
             content = file.read_bytes()
             if file.suffix == ".json":
                 table = json.loads(content)
-                kept = {key: value for key, value in table.items() if key not in _NOT_OURS}
+                kept = {key: value for key, value in table.items() if key not in _IRRELEVANT}
                 content = json.dumps(kept, sort_keys=True).encode()
             digest.update(f"{file.name} {hashlib.sha256(content).hexdigest()}".encode())
     return digest.hexdigest()

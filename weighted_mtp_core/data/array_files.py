@@ -1,4 +1,4 @@
-"""Arrays on disk: appended to while they are made, mapped into memory when they are read."""
+"""`.npy` files that grow while they are written, and are mapped into memory when they are read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 
 class ArrayWriter:
-    """A one-dimensional `.npy` file that grows: neither its values nor its length are known at first."""
+    """Writes a one-dimensional `.npy` file of any length, without holding its values."""
 
     def __init__(self, path: Path, dtype: DTypeLike) -> None:
         self._dtype = np.dtype(dtype)
@@ -24,7 +24,7 @@ class ArrayWriter:
         self._begin = self._file.tell()
 
     def append(self, values: ArrayLike) -> None:
-        """Write values after those before.
+        """Append values.
 
         Raises:
             OverflowError: An integer does not fit.
@@ -39,7 +39,7 @@ class ArrayWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # numpy pads the header so that a length of any number of digits fits in its place.
+        # numpy pads the header, so that a length with more digits fits.
         self._file.seek(0)
         self._write_header()
         assert self._file.tell() == self._begin
@@ -53,23 +53,23 @@ class ArrayWriter:
 
 
 def mapped(path: Path) -> NDArray[Any]:
-    """Return a `.npy` file's array, read from disk where it is looked at."""
+    """Return the array of a `.npy` file, mapped into memory."""
     array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     return array
 
 
 def drop_pages(array: NDArray[Any]) -> None:
-    """Let the process forget the pages of a mapped array that it looked at; other arrays stay as they are.
+    """Release the pages of a mapped array that were read; do nothing for other arrays.
 
-    They stay in the operating system's cache, but no longer count as this process's memory, which would
-    otherwise grow with the file.
+    The pages stay in the operating system's cache but no longer count as this process's memory, which would
+    otherwise grow to the size of the file.
     """
     if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         array.base.madvise(mmap.MADV_DONTNEED)
 
 
-class Names(Sequence[str]):
-    """Strings in two mapped arrays: the bytes of all, and where each begins."""
+class MappedStrings(Sequence[str]):
+    """Strings in two mapped arrays: the bytes of all, and the start of each, `[D + 1]`."""
 
     def __init__(self, text: NDArray[np.uint8], start: NDArray[np.int64]) -> None:
         self._text = text
@@ -85,5 +85,5 @@ class Names(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | Sequence[str]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
-        return self._text[self._start[place] : self._start[place + 1]].tobytes().decode()
+        i = range(len(self))[index]
+        return self._text[self._start[i] : self._start[i + 1]].tobytes().decode()
