@@ -1,4 +1,4 @@
-"""`baseline_mtp.uniform` keeps core's promises, and weighs as worked out by hand."""
+"""`baseline_mtp.uniform`: conformance to core, and weights worked out by hand."""
 
 import torch
 from weighted_mtp_core.api import StepView
@@ -11,7 +11,7 @@ class TestUniform(WeightingStrategySuite):
     address = "baseline_mtp.uniform"
 
 
-def test_every_response_token_weighs_one_and_everything_else_nothing():
+def test_response_tokens_have_weight_one_and_all_others_zero():
     # Two documents in the first row (prompt, prompt, response | prompt, response), one in the second, padded.
     response_BT = torch.tensor(
         [[False, False, True, False, True], [False, True, True, False, False]],

@@ -9,14 +9,14 @@ from weighted_mtp_core.api import StepView, WeightingChoice, WeightingStrategy, 
 from weighted_mtp_controls import AnnealOptions, ClipOptions
 from weighted_mtp_controls._combinators import Anneal, Clip, Product
 from weighted_mtp_controls._random_matched import RandomMatched
-from weighted_mtp_controls._random_numbers import uniform, whole, with_float64
+from weighted_mtp_controls._random_numbers import random_integers, uniform, with_float64
 from weighted_mtp_controls._shuffled import Shuffled
 
 K = 2
 
 
 class Fixed(WeightingStrategy):
-    """Gives the weights that it was made of."""
+    """Returns the weights that it is given."""
 
     def __init__(self, weight, **state):
         self.weight = weight
@@ -101,17 +101,19 @@ def test_shuffling_pairs_keeps_the_weights_of_each_head():
     assert not torch.equal(shuffled_BTK, weight_BTK)
 
 
-def test_every_place_is_as_likely():
+def test_every_position_is_equally_likely():
     # Three weights, one of them 1: over many steps it lies on each of the three tokens a third of the time.
     view = make_view([[(1, 3)]])
     weight_BT = torch.tensor([[0.0, 1.0, 0.0, 0.0]])
 
-    places = [
+    positions = [
         int(Shuffled(Fixed(weight_BT), seed=0).weigh(make_view([[(1, 3)]], step=step)).weight.argmax())
         for step in range(900)
     ]
 
-    assert all(abs(places.count(place) - 300) < 60 for place in (1, 2, 3))  # four standard deviations
+    assert all(
+        abs(positions.count(position) - 300) < 60 for position in (1, 2, 3)
+    )  # four standard deviations
     assert view.response_BT[0, 1:].all()
 
 
@@ -128,20 +130,20 @@ def test_another_step_or_seed_gives_other_weights(control):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_random_weights_have_the_arms_moments_after_clipping(seed):
+def test_random_weights_have_the_wrapped_moments_after_clipping(seed):
     weight_BT = random_weights(LARGE, seed=seed)
 
     drawn_BT = RandomMatched(Fixed(weight_BT), seed=seed).weigh(LARGE).weight
 
-    arm, drawn = weight_BT[LARGE.response_BT], drawn_BT[LARGE.response_BT]
-    torch.testing.assert_close(drawn.mean(), arm.mean(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(drawn.std(), arm.std(), rtol=1e-4, atol=0)
-    assert float(drawn.min()) >= float(arm.min())
-    assert float(drawn.max()) <= float(arm.max())
+    wrapped, drawn = weight_BT[LARGE.response_BT], drawn_BT[LARGE.response_BT]
+    torch.testing.assert_close(drawn.mean(), wrapped.mean(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(drawn.std(), wrapped.std(), rtol=1e-4, atol=0)
+    assert float(drawn.min()) >= float(wrapped.min())
+    assert float(drawn.max()) <= float(wrapped.max())
     assert not drawn_BT[~LARGE.response_BT].any()
 
 
-def test_random_weights_say_nothing_of_the_arms():
+def test_random_weights_do_not_correlate_with_the_wrapped_ones():
     weight_BT = random_weights(LARGE)
     drawn_BT = RandomMatched(Fixed(weight_BT), seed=0).weigh(LARGE).weight
 
@@ -163,9 +165,9 @@ def test_two_valued_weights_are_matched():
 
     drawn_BT = RandomMatched(Fixed(weight_BT), seed=0).weigh(LARGE).weight
 
-    arm, drawn = weight_BT[LARGE.response_BT], drawn_BT[LARGE.response_BT]
-    torch.testing.assert_close(drawn.mean(), arm.mean(), rtol=1e-4, atol=0)
-    torch.testing.assert_close(drawn.std(), arm.std(), rtol=1e-3, atol=0)
+    wrapped, drawn = weight_BT[LARGE.response_BT], drawn_BT[LARGE.response_BT]
+    torch.testing.assert_close(drawn.mean(), wrapped.mean(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(drawn.std(), wrapped.std(), rtol=1e-3, atol=0)
 
 
 def test_random_numbers_are_uniform_and_unlike_each_other():
@@ -179,15 +181,16 @@ def test_random_numbers_are_uniform_and_unlike_each_other():
     assert abs(float(torch.corrcoef(numbers.view(-1, 4).T)[0, 1])) < 0.1
 
 
-def test_the_numbers_that_shuffle_are_whole_and_in_the_order_of_the_uniform_ones():
-    numbers, fractions = whole(LARGE, seed=3, heads=4).flatten(), uniform(LARGE, seed=3, heads=4).flatten()
+def test_random_integers_have_the_order_of_the_uniform_numbers():
+    numbers = random_integers(LARGE, seed=3, heads=4).flatten()
+    fractions = uniform(LARGE, seed=3, heads=4).flatten()
 
     assert numbers.dtype == torch.int64
     assert torch.equal(numbers.argsort(stable=True), fractions.argsort(stable=True))
 
 
 @pytest.mark.parametrize(("device", "computes"), [("cpu", "cpu"), ("cuda", "cuda"), ("mps", "cpu")])
-def test_what_needs_float64_is_computed_on_the_cpu_where_a_device_lacks_it(device, computes):
+def test_float64_is_computed_on_the_cpu_if_the_device_lacks_it(device, computes):
     assert with_float64(torch.device(device)).type == computes
 
 
@@ -198,7 +201,7 @@ def test_a_product_multiplies_token_by_token():
     assert set(two.metrics) == {"known_1", "known_2"}
 
 
-def test_a_product_of_tokens_and_pairs_lays_tokens_onto_pairs():
+def test_a_product_of_tokens_and_pairs_expands_tokens_to_pairs():
     view = make_view([[(1, 2)]])
     by_token = torch.tensor([[0.0, 2.0, 3.0]])
     by_pair = torch.tensor([[[5.0, 7.0], [11.0, 0.0], [0.0, 0.0]]])
@@ -219,7 +222,7 @@ def test_clipping_by_hand():
 
 
 @pytest.mark.parametrize(("step", "expected"), [(0, 1.0), (10, 1.0), (15, 2.0), (20, 3.0), (99, 3.0)])
-def test_annealing_passes_from_one_to_the_weights(step, expected):
+def test_annealing_goes_from_one_to_the_wrapped_weights(step, expected):
     view = make_view([[(1, 3)]], step=step)
 
     weights = Anneal(Fixed(3.0 * view.response_BT), start=10, end=20).weigh(view)
@@ -228,7 +231,7 @@ def test_annealing_passes_from_one_to_the_weights(step, expected):
     assert weights.metrics["anneal_share"] == (expected - 1) / 2
 
 
-def test_the_state_of_the_parts_is_kept_apart():
+def test_the_states_of_wrapped_weightings_are_separate():
     first, second = Fixed(None, count=1), Fixed(None, count=2, note="x")
     kept = Product([first, second]).state_dict()
 
@@ -239,7 +242,7 @@ def test_the_state_of_the_parts_is_kept_apart():
     assert restored.state_dict() == kept
 
 
-def test_state_of_no_part_is_refused():
+def test_state_of_no_wrapped_weighting_is_refused():
     with pytest.raises(WmtpError, match=r"`2\.count` is state of none of the 2 wrapped weightings"):
         Product([Fixed(None), Fixed(None)]).load_state_dict({"2.count": 1})
 

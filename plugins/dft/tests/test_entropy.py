@@ -1,4 +1,4 @@
-"""`dft.entropy` keeps core's promises, and the pairs worked out by hand."""
+"""`dft.entropy`: conformance to core, and selections worked out by hand."""
 
 import pytest
 import torch
@@ -48,21 +48,21 @@ TARGET = [[True, True], [True, True], [True, False], [True, False], [False, Fals
     [
         (0.5, [[0, 0], [1, 1], [0, 0], [1, 0], [0, 0]]),  # two of four: 2.0 and 1.5; one of two: 0.4
         (0.01, [[0, 0], [1, 1], [0, 0], [0, 0], [0, 0]]),  # at least one each
-        (1.0, [[1, 1], [1, 1], [1, 0], [1, 0], [0, 0]]),  # plain training
+        (1.0, [[1, 1], [1, 1], [1, 0], [1, 0], [0, 0]]),  # unweighted training
     ],
 )
-def test_each_head_keeps_its_most_undecided_targets(keep, expected):
+def test_each_head_keeps_its_targets_with_the_largest_entropy(keep, expected):
     assert weigh(keep, view(ENTROPY, TARGET)).weight.tolist() == [expected]
 
 
-def test_what_is_logged_by_hand():
+def test_metrics_by_hand():
     metrics = weigh(0.5, view(ENTROPY, TARGET)).metrics
 
     assert float(metrics["entropy_mean"]) == pytest.approx((1.0 + 0.3 + 2.0 + 0.4 + 0.5 + 1.5) / 6)
     assert float(metrics["entropy_kept_mean"]) == pytest.approx((2.0 + 1.5 + 0.4) / 3)
 
 
-def test_equals_are_treated_alike():
+def test_ties_with_the_threshold_are_kept():
     seen = view([[1.0], [1.0], [1.0], [0.5]], [[True]] * 4)
 
     assert weigh(0.25, seen).weight.flatten().tolist() == [1.0, 1.0, 1.0, 0.0]
@@ -72,7 +72,7 @@ def test_equals_are_treated_alike():
     st.lists(st.floats(0, 4, width=32), min_size=1, max_size=12, unique=True),
     st.floats(0.01, 1.0),
 )
-def test_what_is_kept_is_more_undecided_than_what_is_not(entropies, keep):
+def test_kept_targets_have_more_entropy_than_dropped_ones(entropies, keep):
     weights = weigh(keep, view([[each] for each in entropies], [[True]] * len(entropies))).weight.flatten()
     kept = [entropy for entropy, weight in zip(entropies, weights, strict=True) if weight]
     left = [entropy for entropy, weight in zip(entropies, weights, strict=True) if not weight]

@@ -1,4 +1,4 @@
-"""`dft.probability` keeps core's promises, and weighs as worked out by hand."""
+"""`dft.probability`: conformance to core, and weights worked out by hand."""
 
 import math
 
@@ -19,7 +19,7 @@ class TestProbability(WeightingStrategySuite):
 
 
 def view(probability):
-    """A prompt token and three response tokens, two heads; what head k at t gives its target."""
+    """A prompt and three response tokens; `probability[t][k - 1]` is the target's under head k at t."""
     probability_BTK = torch.tensor([probability])
     target_BTK = probability_BTK > 0
     return StepView(
@@ -37,13 +37,13 @@ def view(probability):
 BY_HAND = [[0.5, 0.2], [0.9, 0.05], [0.01, 0.0], [0.0, 0.0]]
 
 
-def test_a_pair_weighs_what_the_head_believes():
+def test_the_weight_of_a_pair_is_the_probability_of_its_target():
     weights = build_probability(ProbabilityOptions(), None).weigh(view(BY_HAND))
 
     torch.testing.assert_close(weights.weight, torch.tensor([BY_HAND]))
 
 
-def test_the_floor_lifts_what_lies_below():
+def test_the_floor_is_the_smallest_weight():
     weights = build_probability(ProbabilityOptions(floor=0.1), None).weigh(view(BY_HAND))
 
     expected = [[0.5, 0.2], [0.9, 0.1], [0.1, 0.0], [0.0, 0.0]]
@@ -54,7 +54,7 @@ def test_the_floor_lifts_what_lies_below():
     )
 
 
-def test_a_floor_of_one_is_plain_training():
+def test_a_floor_of_one_is_unweighted_training():
     weights = build_probability(ProbabilityOptions(floor=1.0), None).weigh(view(BY_HAND))
 
     assert torch.equal(weights.weight, view(BY_HAND).target_BTK.float())

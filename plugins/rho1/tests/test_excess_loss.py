@@ -1,4 +1,4 @@
-"""`rho1.excess_loss` keeps core's promises, and selects as worked out by hand."""
+"""`rho1.excess_loss`: conformance to core, and selections worked out by hand."""
 
 import math
 
@@ -57,7 +57,7 @@ SELECTED = {0, 2, 3, 5, 6, 7}
 def test_the_papers_selection_by_hand():
     weights = weigh(one_response([POLICY], REFERENCE), keep=0.6)
 
-    # Head 1 predicts response token i from position i, since one prompt token stands before it.
+    # Head 1 predicts response token i from position i, because one prompt token precedes it.
     assert {int(t) for t in weights.weight[0, :, 0].nonzero()} == SELECTED
     assert set(weights.weight.unique().tolist()) == {0.0, 1.0}
     assert float(weights.metrics["selected_fraction"]) == pytest.approx(0.6)
@@ -94,7 +94,7 @@ def test_soft_selection_by_hand():
 
 
 def test_a_soft_selection_hardens_as_the_temperature_falls():
-    # No two excess losses are equal here, so only the threshold itself is undecided.
+    # No two excess losses are equal here, so only the target at the threshold gets 0.5.
     policy = [2.0, 1.0, 0.5, 3.0, 0.2]
     view = one_response([policy], [0.0] * 5)
 
@@ -103,13 +103,13 @@ def test_a_soft_selection_hardens_as_the_temperature_falls():
     torch.testing.assert_close(soft_BTK[0, :5, 0], torch.tensor([1.0, 0.5, 0.0, 1.0, 0.0]))
 
 
-def test_keeping_everything_is_plain_training():
+def test_keeping_everything_is_unweighted_training():
     view = one_response([POLICY, POLICY], REFERENCE)
 
     assert torch.equal(weigh(view, keep=1.0).weight, view.target_BTK.float())
 
 
-def test_something_is_always_kept():
+def test_at_least_one_target_is_kept():
     view = one_response([POLICY[:2]], REFERENCE[:2])
 
     assert float(weigh(view, keep=0.01).weight.sum()) == 1.0

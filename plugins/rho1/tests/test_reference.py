@@ -1,4 +1,4 @@
-"""`rho1.reference` keeps core's promises, and is the model that it says."""
+"""`rho1.reference`: conformance to core, and the losses of the frozen model."""
 
 from pathlib import Path
 
@@ -17,10 +17,10 @@ class TestReference(CriticSuite):
 
 @pytest.mark.parametrize("checkpoint", [None, "runs/first/checkpoints/best_model.pt"])
 def test_its_losses_are_those_of_the_frozen_model(checkpoint):
-    asked = []
+    requested = []
 
     def frozen_losses(path):
-        asked.append(path)
+        requested.append(path)
         return lambda batch: 0.5 * batch.response_BT
 
     model = attrs.evolve(documents.model_context(), frozen_losses=frozen_losses)
@@ -29,6 +29,6 @@ def test_its_losses_are_those_of_the_frozen_model(checkpoint):
 
     scores = build_reference(ReferenceOptions(checkpoint=checkpoint), context).score(batch, None)
 
-    assert asked == [checkpoint and Path(checkpoint)]
+    assert requested == [checkpoint and Path(checkpoint)]
     assert torch.equal(scores.reference_loss_BT, 0.5 * batch.response_BT)
     assert scores.value_BT is None

@@ -1,7 +1,7 @@
-"""The baseline of weighted multi-token prediction: every response token counts the same.
+"""The baseline of weighted multi-token prediction: all response tokens have the same weight.
 
-This is the smallest whole plugin. It declares what it offers and imports nothing heavy; the algorithm stands
-beside it in `_uniform.py`.
+This is the smallest complete plugin. This module declares its component and does not import torch; the
+algorithm is in `_uniform.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class UniformOptions:
 
 
 def build_uniform(options: UniformOptions, context: BuildContext) -> WeightingStrategy:
-    """Build the weighting; torch is imported here and not on the way to `plugins list`."""
+    """Build the weighting. torch is imported here, so that `plugins list` and `check` stay fast."""
     del options, context
     from weighted_mtp_baseline_mtp._uniform import Uniform
 
@@ -31,7 +31,7 @@ def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
     """Offer `baseline_mtp.uniform`."""
     yield Component(
         name="uniform",
-        summary="The same weight for every response token: plain multi-token prediction.",
+        summary="The same weight for every response token: unweighted multi-token prediction.",
         options=UniformOptions,
         build=build_uniform,
     )

@@ -1,6 +1,6 @@
-"""Uniform weights: the loss that weighs every target alike.
+"""Uniform weights: unweighted multi-token prediction.
 
-It is eq. 2 of Gloeckle et al. 2024, "Better & Faster Large Language Models via Multi-token Prediction"
+The loss is eq. 2 of Gloeckle et al. 2024, "Better & Faster Large Language Models via Multi-token Prediction"
 (https://arxiv.org/abs/2404.19737).
 
 Shape letters: B batch rows, T positions.
@@ -13,8 +13,8 @@ from weighted_mtp_core.api import StepView, WeightingStrategy, Weights
 
 
 class Uniform(WeightingStrategy):
-    """Weighs each response token 1 and everything else 0."""
+    """Gives each response token the weight 1 and all other tokens 0."""
 
     def weigh(self, view: StepView) -> Weights:
-        """Return weights `[B, T]`, indexed by the target token, whichever head predicts it."""
+        """Return weights `[B, T]`, indexed by the target token: the same for every head that predicts it."""
         return Weights(weight=view.response_BT.to(torch.float32))

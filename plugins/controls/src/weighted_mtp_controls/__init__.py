@@ -1,11 +1,12 @@
 """Controls for any weighting, and combinators of weightings.
 
-A control answers *would any weights like these have done as well?* Wrap the arm in `controls.shuffled` (the
-same weights on other tokens of the same responses) or `controls.random_matched` (other weights, with the same
-mean and deviation). For an exact ablation, `controls.record` keeps every step's weights and `controls.replay`
-gives them to another run. The combinators `product`, `clip` and `anneal` make one weighting of others.
+A control answers: *would any weights like these have done as well?* Wrap the weighting under test in
+`controls.shuffled` (the same weights on other tokens of the same responses) or in `controls.random_matched`
+(random weights with the same mean and standard deviation). For an exact ablation, `controls.record` saves the
+weights of every step and `controls.replay` loads them in another run. The combinators `product`, `clip` and
+`anneal` build a weighting from others.
 
-Each names what it wraps as a recipe's table `[weighting]` does:
+The option `of` names the wrapped weighting, in the form of a recipe's table `[weighting]`:
 
     [weighting]
     use = "controls.shuffled"
@@ -28,7 +29,7 @@ _FOLDER = r"[A-Za-z0-9][A-Za-z0-9_-]*"
 
 @frozen(kw_only=True)
 class ShuffledOptions:
-    """`[weighting.options]` of `controls.shuffled`: `of` is the weighting whose weights are shuffled."""
+    """`[weighting.options]` of `controls.shuffled`: `of` is the weighting to shuffle."""
 
     of: WeightingChoice
 
@@ -42,7 +43,7 @@ def build_shuffled(options: ShuffledOptions, context: BuildContext) -> Weighting
 
 @frozen(kw_only=True)
 class RandomMatchedOptions:
-    """`[weighting.options]` of `controls.random_matched`: `of` is the weighting that is matched."""
+    """`[weighting.options]` of `controls.random_matched`: `of` is the weighting to match."""
 
     of: WeightingChoice
 
@@ -56,7 +57,7 @@ def build_random_matched(options: RandomMatchedOptions, context: BuildContext) -
 
 @frozen(kw_only=True)
 class ProductOptions:
-    """`[weighting.options]` of `controls.product`: `of` lists the weightings that are multiplied."""
+    """`[weighting.options]` of `controls.product`: `of` lists the weightings to multiply."""
 
     of: tuple[WeightingChoice, ...] = field(validator=v.min_len(1))
 
@@ -73,9 +74,9 @@ class ClipOptions:
     """`[weighting.options]` of `controls.clip`.
 
     Attributes:
-        of: The weighting that is clipped.
+        of: The weighting to clip.
         low: Smallest weight of a target.
-        high: Largest weight.
+        high: Largest weight of a target.
     """
 
     of: WeightingChoice
@@ -83,7 +84,7 @@ class ClipOptions:
     high: float = field(default=3.0, validator=v.gt(0))
 
     @high.validator
-    def _be_above_low(self, _: object, value: float) -> None:
+    def _check_order(self, _: object, value: float) -> None:
         if value < self.low:
             raise ValueError(f"must be >= `low` = {self.low}: {value}")
 
@@ -100,9 +101,9 @@ class AnnealOptions:
     """`[weighting.options]` of `controls.anneal`.
 
     Attributes:
-        of: The weighting that training passes to.
-        start: Step of the policy's training until which all weights are 1.
-        end: Step from which they are those of `of`.
+        of: The weighting to anneal to.
+        start: Step of the policy's training up to which all weights are 1.
+        end: Step from which all weights are those of `of`.
     """
 
     of: WeightingChoice
@@ -110,7 +111,7 @@ class AnnealOptions:
     end: int = field(validator=v.ge(1))
 
     @end.validator
-    def _come_after_the_start(self, _: object, value: int) -> None:
+    def _check_order(self, _: object, value: int) -> None:
         if value <= self.start:
             raise ValueError(f"must be > `start` = {self.start}: {value}")
 
@@ -127,8 +128,8 @@ class RecordOptions:
     """`[weighting.options]` of `controls.record`.
 
     Attributes:
-        of: The weighting whose weights are kept.
-        name: The folder `<storage>/weights/<name>/` that keeps them.
+        of: The weighting to record.
+        name: The weights go to the folder `<storage>/weights/<name>/`.
     """
 
     of: WeightingChoice
@@ -145,7 +146,7 @@ def build_record(options: RecordOptions, context: BuildContext) -> WeightingStra
 
 @frozen(kw_only=True)
 class ReplayOptions:
-    """`[weighting.options]` of `controls.replay`: `name` as `controls.record` had it."""
+    """`[weighting.options]` of `controls.replay`: `name` is that of `controls.record`."""
 
     name: str = field(validator=v.matches_re(_FOLDER))
 
@@ -154,7 +155,7 @@ def build_replay(options: ReplayOptions, context: BuildContext) -> WeightingStra
     """Build the replay.
 
     Raises:
-        WmtpError: Nothing was recorded under that name.
+        WmtpError: There are no weights recorded under that name.
     """
     from weighted_mtp_controls._recorded import Replay
 
@@ -163,16 +164,16 @@ def build_replay(options: ReplayOptions, context: BuildContext) -> WeightingStra
 
 @hookimpl
 def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
-    """Offer two controls, three combinators, and weights recorded and replayed."""
+    """Offer two controls, three combinators, and recording and replaying of weights."""
     yield Component(
         name="shuffled",
-        summary="Control: the weights of another weighting, shuffled within each response.",
+        summary="Control: another weighting's weights, shuffled within each response.",
         options=ShuffledOptions,
         build=build_shuffled,
     )
     yield Component(
         name="random_matched",
-        summary="Control: random weights with the mean, deviation and range of another weighting's.",
+        summary="Control: random weights with the mean, standard deviation and range of another weighting's.",
         options=RandomMatchedOptions,
         build=build_random_matched,
     )
@@ -196,13 +197,13 @@ def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
     )
     yield Component(
         name="record",
-        summary="Another weighting, its weights kept step by step.",
+        summary="Another weighting; saves its weights at every step.",
         options=RecordOptions,
         build=build_record,
     )
     yield Component(
         name="replay",
-        summary="The weights that `record` kept, step by step.",
+        summary="The weights that `record` saved, step by step.",
         options=ReplayOptions,
         build=build_replay,
     )

@@ -1,4 +1,4 @@
-"""One weighting made of others.
+"""Combinators: a weighting built from others.
 
 Shape letters: B batch rows, T positions, K heads.
 """
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from weighted_mtp_core.api import StepView, WeightingStrategy, Weights
 
-from weighted_mtp_controls._wrapper import Wrapper, counted
+from weighted_mtp_controls._wrapper import Wrapper, target_mask
 
 
 class Product(Wrapper):
-    """Multiplies weights; those by token are laid onto pairs if any other is by pair."""
+    """Multiplies weights. Weights `[B, T]` are expanded to pairs if another factor is `[B, T, K]`."""
 
     def weigh(self, view: StepView) -> Weights:
-        """Return the product; metrics of part i (from 1) end in `_i`."""
-        each = [part.weigh(view) for part in self._parts]
+        """Return the product; the metrics of factor i (from 1) get the suffix `_i`."""
+        each = [weighting.weigh(view) for weighting in self._wrapped]
         factors: list[Tensor] = [weights.weight for weights in each]
         if any(factor.ndim == 3 for factor in factors):
             factors = [view.to_pairs(factor) if factor.ndim == 2 else factor for factor in factors]
@@ -36,14 +36,14 @@ class Product(Wrapper):
 class Clip(Wrapper):
     """Clips the weights of targets to `[low, high]`."""
 
-    def __init__(self, inner: WeightingStrategy, *, low: float, high: float) -> None:
-        super().__init__([inner])
+    def __init__(self, of: WeightingStrategy, *, low: float, high: float) -> None:
+        super().__init__([of])
         self._low, self._high = low, high
 
     def weigh(self, view: StepView) -> Weights:
-        """Return the clipped weights and how many of them were outside."""
-        weights = self._parts[0].weigh(view)
-        mask = counted(view, weights.weight)
+        """Return the clipped weights and, as a metric, the share that was outside the range."""
+        weights = self._wrapped[0].weigh(view)
+        mask = target_mask(view, weights.weight)
         outside = (weights.weight < self._low) | (weights.weight > self._high)
         return Weights(
             weight=weights.weight.clamp(self._low, self._high).where(mask, 0.0),
@@ -55,17 +55,17 @@ class Clip(Wrapper):
 
 
 class Anneal(Wrapper):
-    """Mixes weights of 1 with the inner ones, whose share grows linearly from step `start` to step `end`."""
+    """Mixes weights of 1 with the wrapped weights; their share grows linearly from step `start` to `end`."""
 
-    def __init__(self, inner: WeightingStrategy, *, start: int, end: int) -> None:
-        super().__init__([inner])
+    def __init__(self, of: WeightingStrategy, *, start: int, end: int) -> None:
+        super().__init__([of])
         self._start, self._end = start, end
 
     def weigh(self, view: StepView) -> Weights:
-        """Return the mixture and the share of the inner weights."""
-        weights = self._parts[0].weigh(view)
+        """Return the mixture and, as a metric, the share of the wrapped weights."""
+        weights = self._wrapped[0].weigh(view)
         share = min(max((view.step - self._start) / (self._end - self._start), 0.0), 1.0)
-        ones = counted(view, weights.weight).to(torch.float32)
+        ones = target_mask(view, weights.weight).to(torch.float32)
         return Weights(
             weight=(1 - share) * ones + share * weights.weight,
             metrics={**weights.metrics, "anneal_share": share},

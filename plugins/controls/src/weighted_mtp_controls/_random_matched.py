@@ -1,4 +1,4 @@
-"""The control that keeps an arm's mean, standard deviation and range, and nothing else.
+"""Random-matched control: random weights with the mean, standard deviation and range of the wrapped weights.
 
 Shape letters: B batch rows, T positions, C columns: K heads, or 1 for weights by token.
 """
@@ -12,28 +12,28 @@ from torch import Tensor
 from weighted_mtp_core.api import StepView, WeightingStrategy, Weights
 
 from weighted_mtp_controls._random_numbers import uniform
-from weighted_mtp_controls._wrapper import Wrapper, counted
+from weighted_mtp_controls._wrapper import Wrapper, target_mask
 
 _HALVINGS = 24
-# Deviation before clipping, in powers of two of the one after: 2^14 leaves hardly a number off the bounds.
+# log2 of the standard deviation before clipping over that after it; at 14, almost every number is on a bound.
 _SMALLEST_EXPONENT, _LARGEST_EXPONENT = -1.0, 14.0
 
 
 class RandomMatched(Wrapper):
-    """Draws weights `clip(m + s z)`, z normal, with the moments of the arm's weights *after* clipping.
+    """Draws weights `clip(m + s z)`, z normal, that have the wrapped weights' moments *after* clipping.
 
-    Mean and deviation are those of the arm over the whole batch, and so are the bounds. To match moments
-    before clipping would change them: E[clip(exp z, 0.1, 3)] is 1.296, E[exp z] 1.649.
+    Mean, standard deviation and bounds are those of the wrapped weights over the whole batch. Moments matched
+    before clipping would be others after it: E[clip(exp z, 0.1, 3)] is 1.296, E[exp z] 1.649.
     """
 
-    def __init__(self, arm: WeightingStrategy, *, seed: int) -> None:
-        super().__init__([arm])
+    def __init__(self, of: WeightingStrategy, *, seed: int) -> None:
+        super().__init__([of])
         self._seed = seed
 
     def weigh(self, view: StepView) -> Weights:
-        """Return random weights like the arm's, with the arm's metrics."""
-        weights = self._parts[0].weigh(view)
-        mask = counted(view, weights.weight)
+        """Return random weights, and the metrics of the wrapped weighting."""
+        weights = self._wrapped[0].weigh(view)
+        mask = target_mask(view, weights.weight)
         heads = 1 if weights.weight.ndim == 2 else view.n_future
         uniform_BTC = uniform(view, seed=self._seed, heads=heads)
         normal, device = torch.special.ndtri(uniform_BTC).view(weights.weight.shape), uniform_BTC.device
@@ -42,15 +42,15 @@ class RandomMatched(Wrapper):
 
 
 def match(normal: Tensor, *, like: Tensor, mask: Tensor) -> Tensor:
-    """Return `clip(m + s * normal)` with mean, deviation and range of `like` where the mask is True.
+    """Return `clip(m + s * normal)` with the mean, standard deviation and range of `like`, both masked.
 
-    It is 0 elsewhere. For each s there is one m that gives the mean, and the deviation grows with s: two
-    nested bisections, which also end where almost everything lies on a bound, as with weights 0 and 1.
+    It is 0 where the mask is False. For each s exactly one m gives the mean, and the standard deviation grows
+    with s. So two nested bisections find them, also where almost all weights lie on a bound, as with 0 and 1.
     """
     mean, std = _moments(like, mask)
     low = like.where(mask, torch.inf).amin()
     high = like.where(mask, -torch.inf).amax()
-    reach = normal.abs().where(mask, 0.0).amax()
+    largest = normal.abs().where(mask, 0.0).amax()
     total = mean * mask.sum()
 
     def with_mean(scale: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def match(normal: Tensor, *, like: Tensor, mask: Tensor) -> Tensor:
         def sums_to_less(shift: Tensor) -> Tensor:
             return ((shift + scaled).clamp(low, high) * mask).sum() < total
 
-        shift = _bisect(sums_to_less, low - scale * reach, high + scale * reach)
+        shift = _bisect(sums_to_less, low - scale * largest, high + scale * largest)
         return (shift + scaled).clamp(low, high)
 
     exponent = _bisect(
@@ -71,7 +71,7 @@ def match(normal: Tensor, *, like: Tensor, mask: Tensor) -> Tensor:
 
 
 def _bisect(too_low: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:
-    """Return where `too_low` turns False between two bounds, without waiting for the device."""
+    """Return the point between two bounds where `too_low` becomes False, without waiting for the device."""
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         below = too_low(middle)

@@ -1,4 +1,4 @@
-"""Weights kept in a file a step, to be used again as they were.
+"""Record the weights of every step, one file each, and replay them in another run.
 
 Shape letters: B batch rows, T positions, K heads.
 """
@@ -18,27 +18,27 @@ from weighted_mtp_controls._wrapper import Wrapper
 
 
 class Record(Wrapper):
-    """Keeps the weights of each training step as a weighting gave them, with the tokens they belong to."""
+    """Saves the weights of each training step together with the tokens of the batch."""
 
-    def __init__(self, inner: WeightingStrategy, *, folder: Path) -> None:
-        super().__init__([inner])
+    def __init__(self, of: WeightingStrategy, *, folder: Path) -> None:
+        super().__init__([of])
         self._folder = folder
 
     def weigh(self, view: StepView) -> Weights:
-        """Return the weights, having written them down."""
-        weights = self._parts[0].weigh(view)
+        """Save and return the wrapped weights."""
+        weights = self._wrapped[0].weigh(view)
         if view.training:
             self._folder.mkdir(parents=True, exist_ok=True)
             file = _file(self._folder, view.step)
-            # Whole or not there; several processes write the same.
+            # The rename is atomic; several processes may write the same file.
             temporary = file.with_suffix(f".{os.getpid()}")
-            save_file({"weight": weights.weight.cpu().contiguous(), "ids": _tokens(view)}, temporary)
+            save_file({"weight": weights.weight.cpu().contiguous(), "ids": _masked_ids(view)}, temporary)
             temporary.replace(file)
         return weights
 
 
 class Replay(WeightingStrategy):
-    """Gives each step the weights that `Record` kept."""
+    """Returns, at each step, the weights that `Record` saved."""
 
     def __init__(self, *, folder: Path) -> None:
         if not folder.is_dir():
@@ -52,12 +52,12 @@ class Replay(WeightingStrategy):
         """Return the recorded weights of this step.
 
         Raises:
-            WmtpError: The step was not recorded, or had another batch.
+            WmtpError: The step was not recorded, or it was recorded with another batch.
         """
         file = _file(self._folder, view.step)
         try:
-            kept = load_file(file)
-            weight, ids_BT = kept["weight"], kept["ids"]
+            saved = load_file(file)
+            weight, ids_BT = saved["weight"], saved["ids"]
         except FileNotFoundError as error:
             raise WmtpError(
                 f"the weights of step {view.step} were not recorded in `{self._folder}`",
@@ -65,7 +65,7 @@ class Replay(WeightingStrategy):
             ) from error
         except (SafetensorError, KeyError) as error:
             raise WmtpError(f"`{file}` holds no recorded weights: {error}") from error
-        if not torch.equal(ids_BT, _tokens(view)):
+        if not torch.equal(ids_BT, _masked_ids(view)):
             raise WmtpError(
                 f"the weights of step {view.step} in `{self._folder}` belong to another batch",
                 hint="replay with the data, seed, batch size and tokenizer of the run that recorded them",
@@ -77,6 +77,6 @@ def _file(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}.safetensors"
 
 
-def _tokens(view: StepView) -> Tensor:
-    """Return the batch's tokens, int32 `[B, T]`, -1 on padding."""
+def _masked_ids(view: StepView) -> Tensor:
+    """Return the token ids, int32 `[B, T]`, -1 on padding."""
     return view.ids_BT.where(view.document_BT >= 0, -1).to("cpu", torch.int32).contiguous()

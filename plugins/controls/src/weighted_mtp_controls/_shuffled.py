@@ -1,4 +1,4 @@
-"""The control that keeps an arm's weights and gives them to other tokens of the same response.
+"""Shuffled control: the wrapped weights, moved to other tokens of the same response.
 
 Shape letters: B batch rows, T positions, C columns: K heads, or 1 for weights by token.
 """
@@ -8,36 +8,36 @@ from __future__ import annotations
 from torch import Tensor
 from weighted_mtp_core.api import StepView, WeightingStrategy, Weights
 
-from weighted_mtp_controls._random_numbers import whole
-from weighted_mtp_controls._wrapper import Wrapper, counted
+from weighted_mtp_controls._random_numbers import random_integers
+from weighted_mtp_controls._wrapper import Wrapper, target_mask
 
 
 class Shuffled(Wrapper):
-    """Permutes the weights over the response tokens of each document: the same multiset, so the same sum.
+    """Permutes weights `[B, T]` over the response tokens of each document, so that their sum is the same.
 
-    Weights `[B, T, K]` are permuted over each head's own targets of the document.
+    Weights `[B, T, K]` are permuted over each head's own targets in the document.
     """
 
-    def __init__(self, arm: WeightingStrategy, *, seed: int) -> None:
-        super().__init__([arm])
+    def __init__(self, of: WeightingStrategy, *, seed: int) -> None:
+        super().__init__([of])
         self._seed = seed
 
     def weigh(self, view: StepView) -> Weights:
-        """Return the arm's weights, shuffled, with the arm's metrics."""
-        weights = self._parts[0].weigh(view)
+        """Return the shuffled weights, and the metrics of the wrapped weighting."""
+        weights = self._wrapped[0].weigh(view)
         weight_BTC = weights.weight.view(*view.ids_BT.shape, -1)
-        counted_BTC = counted(view, weights.weight).view(weight_BTC.shape)
-        key_BTC = whole(view, seed=self._seed, heads=weight_BTC.shape[-1])
-        shuffled_BTC = _permute(weight_BTC, key_BTC, document_BT=view.document_BT, counted_BTC=counted_BTC)
+        target_BTC = target_mask(view, weights.weight).view(weight_BTC.shape)
+        key_BTC = random_integers(view, seed=self._seed, heads=weight_BTC.shape[-1])
+        shuffled_BTC = _permute(weight_BTC, key_BTC, document_BT=view.document_BT, target_BTC=target_BTC)
         return Weights(weight=shuffled_BTC.view(weights.weight.shape), metrics=weights.metrics)
 
 
-def _permute(x_BTC: Tensor, key_BTC: Tensor, *, document_BT: Tensor, counted_BTC: Tensor) -> Tensor:
-    """Permute within the counted entries of each document and column, in the order of the keys."""
-    # What does not count goes behind all documents, and is put back where it was.
-    group_BTC = document_BT[..., None].where(counted_BTC, x_BTC.shape[1])
-    in_place_BTC = group_BTC.argsort(dim=1, stable=True)
-    by_key_BTC = key_BTC.where(counted_BTC, 0).argsort(dim=1, stable=True)
-    in_groups_BTC = group_BTC.gather(1, by_key_BTC).argsort(dim=1, stable=True)
-    drawn_BTC = by_key_BTC.gather(1, in_groups_BTC)
-    return x_BTC.scatter(1, in_place_BTC, x_BTC.gather(1, drawn_BTC))
+def _permute(x_BTC: Tensor, key_BTC: Tensor, *, document_BT: Tensor, target_BTC: Tensor) -> Tensor:
+    """Permute within the targets of each document and column, in the order of the keys."""
+    # Entries that are no targets form a group behind all documents and keep their positions.
+    group_BTC = document_BT[..., None].where(target_BTC, x_BTC.shape[1])
+    old_order_BTC = group_BTC.argsort(dim=1, stable=True)
+    by_key_BTC = key_BTC.where(target_BTC, 0).argsort(dim=1, stable=True)
+    group_order_BTC = group_BTC.gather(1, by_key_BTC).argsort(dim=1, stable=True)
+    new_order_BTC = by_key_BTC.gather(1, group_order_BTC)
+    return x_BTC.scatter(1, old_order_BTC, x_BTC.gather(1, new_order_BTC))

@@ -1,4 +1,4 @@
-"""What all of this plugin's weightings share: they keep the state of what they wrap.
+"""Base class of weightings that wrap others.
 
 Shape letters: B batch rows, T positions, K heads.
 """
@@ -13,35 +13,35 @@ from weighted_mtp_core.api import StepView, WeightingStrategy, WmtpError
 
 
 class Wrapper(WeightingStrategy):
-    """Keeps the state of its parts, each key with the number of its part in front."""
+    """Saves and restores the state of the wrapped weightings: each key is prefixed with their number."""
 
-    def __init__(self, parts: Sequence[WeightingStrategy]) -> None:
-        self._parts = tuple(parts)
+    def __init__(self, wrapped: Sequence[WeightingStrategy]) -> None:
+        self._wrapped = tuple(wrapped)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the parts' states."""
+        """Return the states of the wrapped weightings."""
         return {
             f"{i}.{key}": value
-            for i, part in enumerate(self._parts)
-            for key, value in part.state_dict().items()
+            for i, weighting in enumerate(self._wrapped)
+            for key, value in weighting.state_dict().items()
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore them.
+        """Restore the states of the wrapped weightings.
 
         Raises:
-            WmtpError: A part refuses its state, or there is state of no part.
+            WmtpError: A weighting refuses its state, or a key belongs to none of them.
         """
-        of_parts: list[dict[str, Any]] = [{} for _ in self._parts]
+        states: list[dict[str, Any]] = [{} for _ in self._wrapped]
         for name, value in state.items():
             number, _, key = name.partition(".")
-            if not number.isdigit() or int(number) >= len(of_parts):
-                raise WmtpError(f"`{name}` is state of none of the {len(of_parts)} wrapped weightings")
-            of_parts[int(number)][key] = value
-        for part, own in zip(self._parts, of_parts, strict=True):
-            part.load_state_dict(own)
+            if not number.isdigit() or int(number) >= len(states):
+                raise WmtpError(f"`{name}` is state of none of the {len(states)} wrapped weightings")
+            states[int(number)][key] = value
+        for weighting, own in zip(self._wrapped, states, strict=True):
+            weighting.load_state_dict(own)
 
 
-def counted(view: StepView, weight: Tensor) -> Tensor:
-    """Return where weights of this shape, `[B, T]` or `[B, T, K]`, belong to something that is predicted."""
+def target_mask(view: StepView, weight: Tensor) -> Tensor:
+    """Return the mask of targets in the shape of `weight`, `[B, T]` or `[B, T, K]`."""
     return view.response_BT if weight.ndim == 2 else view.target_BTK

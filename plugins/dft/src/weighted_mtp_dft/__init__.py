@@ -1,7 +1,7 @@
-"""Fine-tuning that follows what the policy believes at the moment.
+"""Weights from the policy's current predictions.
 
-Offers the weightings `dft.probability` (dynamic fine-tuning, Wu et al. 2025), by how much it believes in the
-target, and `dft.entropy` (Wang et al. 2025), by how undecided it is.
+Offers the weightings `dft.probability` (dynamic fine-tuning, Wu et al. 2025), by the probability of the
+target, and `dft.entropy` (Wang et al. 2025), by the entropy of the prediction.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class ProbabilityOptions:
     """`[weighting.options]` of `dft.probability`.
 
     Attributes:
-        floor: Smallest weight; 0 is the paper's, 1 is plain training.
+        floor: Smallest weight; 0 is the paper's choice, 1 is unweighted training.
     """
 
     floor: float = field(default=0.0, validator=[v.ge(0), v.le(1)])
@@ -38,7 +38,7 @@ class EntropyOptions:
     """`[weighting.options]` of `dft.entropy`.
 
     Attributes:
-        keep: Share of each head's targets that is trained on; 1 is plain training.
+        keep: Share of each head's targets to train on; 1 is unweighted training.
     """
 
     keep: float = field(default=0.2, validator=[v.gt(0), v.le(1)])
@@ -57,14 +57,14 @@ def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
     """Offer `dft.probability` and `dft.entropy`."""
     yield Component(
         name="probability",
-        summary="The policy's own probability of the target, with a floor (dynamic fine-tuning).",
+        summary="The policy's probability of the target, with a floor (dynamic fine-tuning).",
         options=ProbabilityOptions,
         build=build_probability,
         needs=frozenset({Signal.TOKEN_LOSS}),
     )
     yield Component(
         name="entropy",
-        summary="Keeps the targets at which the policy is most undecided (high-entropy tokens).",
+        summary="Keeps the targets where the policy's entropy is largest (high-entropy tokens).",
         options=EntropyOptions,
         build=build_entropy,
         needs=frozenset({Signal.TOKEN_ENTROPY}),

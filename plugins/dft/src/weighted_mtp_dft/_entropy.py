@@ -1,9 +1,9 @@
-"""Weights that keep the forks: 1 where the policy is most undecided, 0 elsewhere.
+"""Weights by entropy: 1 for the targets where the policy's entropy is largest, 0 elsewhere.
 
 Wang et al. 2025, "Beyond the 80/20 Rule: High-Entropy Minority Tokens Drive Effective Reinforcement Learning
-for LLM Reasoning" (https://arxiv.org/abs/2506.01939): learning from the fifth of the tokens with the largest
-entropy is enough, because those are where a text may go one way or another. There it is a rule for
-reinforcement learning; here the same tokens are chosen for imitation, by each head for itself.
+for LLM Reasoning" (https://arxiv.org/abs/2506.01939): training on the fifth of the tokens with the largest
+entropy is enough, because at those tokens a text branches. The paper does so in reinforcement learning; here
+each head selects the same kind of tokens for imitation.
 
 Shape letters: B batch rows, T positions, K heads, N pairs of the batch.
 """
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 
 class Entropy(WeightingStrategy):
-    """Keeps a share of each head's targets, those with the largest entropy in the whole batch."""
+    """Keeps, for each head, the share of the batch's targets with the largest entropy."""
 
     def __init__(self, options: EntropyOptions) -> None:
         self._keep = options.keep
 
     def weigh(self, view: StepView) -> Weights:
-        """Return weights `[B, T, K]`, 1 or 0; targets as undecided as the last one kept are kept too."""
+        """Return weights `[B, T, K]`, 1 or 0. Targets whose entropy ties with the threshold are all kept."""
         assert view.token_entropy_BTK is not None
         target_BTK, entropy_BTK = view.target_BTK, view.token_entropy_BTK
         kept_K = (self._keep * target_BTK.sum(dim=(0, 1))).round().clamp(min=1).long()
         ranked_NK = (
             entropy_BTK.where(target_BTK, -torch.inf).flatten(0, 1).sort(dim=0, descending=True).values
         )
-        least_K = ranked_NK.gather(0, kept_K[None] - 1)[0]
-        kept_BTK = (entropy_BTK >= least_K) & target_BTK
+        threshold_K = ranked_NK.gather(0, kept_K[None] - 1)[0]
+        kept_BTK = (entropy_BTK >= threshold_K) & target_BTK
         count = target_BTK.sum().clamp(min=1)
         return Weights(
             weight=kept_BTK.float(),

@@ -1,8 +1,8 @@
-"""Weights that are the policy's own probabilities: `w = max(p(target), floor)`.
+"""Weights by probability: `w = max(p(target), floor)`, with the policy's own p.
 
 Wu et al. 2025, "On the Generalization of SFT: A Reinforcement Learning Perspective with Reward Rectification"
 (https://arxiv.org/abs/2508.05629), eq. 9: the gradient of plain fine-tuning weighs a token by the inverse of
-its probability, and the probability takes that back. Here each head weighs by its own probability.
+its probability; weighting with the probability cancels that. Each head uses its own probability.
 
 Shape letters: B batch rows, T positions, K heads.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Probability(WeightingStrategy):
-    """Weighs each pair of source and head by what that head gave its target."""
+    """Weighs each pair of source and head by the probability that the head assigns to its target."""
 
     def __init__(self, options: ProbabilityOptions) -> None:
         self._floor = options.floor

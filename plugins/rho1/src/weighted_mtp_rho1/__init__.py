@@ -1,6 +1,6 @@
-"""Selective language modelling (Rho-1, Lin et al. 2024): train where the policy lags behind a reference.
+"""Selective language modelling (Rho-1, Lin et al. 2024): train where the policy's loss exceeds a reference's.
 
-Offers the critic `rho1.reference`, a frozen model's losses, and the weighting `rho1.excess_loss`.
+Offers the critic `rho1.reference`, the losses of a frozen model, and the weighting `rho1.excess_loss`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ class ExcessLossOptions:
     """`[weighting.options]` of `rho1.excess_loss`.
 
     Attributes:
-        keep: Share of the batch's targets that is trained on.
-        per: Whether each head keeps its own share of targets (`"head"`), or all heads keep the targets on
-            which head 1 lags most (`"target"`).
-        selection: `"top"` keeps or drops; `"soft"` passes from 0 to 1 around the same threshold.
-        temperature: How wide that passage is, in nats.
+        keep: Share of the batch's targets to train on.
+        per: `"head"`: each head keeps its own share of targets; `"target"`: all heads keep the targets with
+            head 1's largest excess loss.
+        selection: `"top"`: weights 1 and 0; `"soft"`: a sigmoid around the same threshold.
+        temperature: Width of the sigmoid, in nats.
     """
 
     keep: float = field(default=0.6, validator=[v.gt(0), v.le(1)])
@@ -44,7 +44,7 @@ def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
     """Offer `rho1.excess_loss`."""
     yield Component(
         name="excess_loss",
-        summary="Keeps the targets on which the policy's loss exceeds a reference model's most.",
+        summary="Keeps the targets where the policy's loss exceeds a reference model's the most.",
         options=ExcessLossOptions,
         build=build_excess_loss,
         needs=frozenset({Signal.TOKEN_LOSS, Signal.REFERENCE_LOSS}),
@@ -57,7 +57,7 @@ class ReferenceOptions:
 
     Attributes:
         checkpoint: `checkpoints/best_model.pt` of an earlier run with the same `[model]` table, trained on
-            what is worth learning; without it, the policy's own base model as it is before training.
+            high-quality data; without it, the policy's base model before training.
     """
 
     checkpoint: str | None = None

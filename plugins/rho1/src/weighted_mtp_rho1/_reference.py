@@ -1,4 +1,4 @@
-"""Next-token losses of a model that does not learn any more.
+"""Next-token losses of a frozen reference model.
 
 Shape letters: B batch rows, T positions, H hidden.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Reference(Critic):
-    """A frozen copy of the policy, as an earlier run left it or as it is before training."""
+    """A frozen copy of the policy: of an earlier run, or before training."""
 
     reads_policy = False
     cacheable = True
