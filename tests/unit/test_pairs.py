@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from weighted_mtp_core.data.pairs import difficulty_bin, length_bins, make_pairs
+from weighted_mtp_core.api.datasets import difficulty_bin
+from weighted_mtp_core.data.pairs import length_bins, make_pairs
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.recipe.schema import PairsTable

@@ -74,6 +74,21 @@ from weighted_mtp_core.api.data import (
     VerdictKind,
     is_correct,
 )
+from weighted_mtp_core.api.datasets import (
+    StoredDataset,
+    example_statistics,
+    sha256_of_file,
+    store_dataset,
+)
+from weighted_mtp_core.api.jsonl import JsonlOptions, JsonlRow, JsonlSource
+from weighted_mtp_core.api.records import (
+    Record,
+    int_field,
+    json_lines,
+    read_records,
+    text_field,
+    text_list_field,
+)
 from weighted_mtp_core.api.tensors import Batch, CriticLoss, Scores, Signal, StepView, Weights
 from weighted_mtp_core.api.tracking import MetricPoint, RunInfo, RunOutcome, Tracker
 from weighted_mtp_core.errors import RunFailedError, WmtpError
@@ -90,9 +105,13 @@ __all__ = [
     "DatasetVersion",
     "Example",
     "Finding",
+    "JsonlOptions",
+    "JsonlRow",
+    "JsonlSource",
     "MetricPoint",
     "ModelContext",
     "Problem",
+    "Record",
     "RunFailedError",
     "RunInfo",
     "RunOutcome",
@@ -101,6 +120,7 @@ __all__ = [
     "Split",
     "Stateful",
     "StepView",
+    "StoredDataset",
     "Tracker",
     "Verdict",
     "VerdictKind",
@@ -108,6 +128,14 @@ __all__ = [
     "WeightingStrategy",
     "Weights",
     "WmtpError",
+    "example_statistics",
     "hookimpl",
+    "int_field",
     "is_correct",
+    "json_lines",
+    "read_records",
+    "sha256_of_file",
+    "store_dataset",
+    "text_field",
+    "text_list_field",
 ]

@@ -1,11 +1,11 @@
-"""Read files of records (JSON lines or parquet) for a data source, with every fault named by line."""
+"""Read files of records for a data source, and report every bad record of a file at once."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,12 +16,31 @@ RowT = TypeVar("RowT")
 _SHOWN = 20
 
 
-def read_records(path: str | Path, parse: Callable[[Record], RowT]) -> list[RowT]:
-    """Read a file of records: `.jsonl` or `.json` (one object a line), either gzipped, or `.parquet`.
+def json_lines(path: Path) -> Iterator[tuple[int, object]]:
+    """Yield the lines of a UTF-8 file that are not empty, as text, with their numbers from 1.
+
+    A file named `*.gz` is decompressed first. Only a line feed ends a line: texts may contain other separators.
+    """
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    for number, line in enumerate(content.decode("utf-8").split("\n"), start=1):
+        if line.strip():
+            yield number, line
+
+
+def read_records(
+    path: str | Path,
+    parse: Callable[[Record], RowT],
+    *,
+    what: str = "record",
+    read: Callable[[Path], Iterable[tuple[int, object]]] = json_lines,
+) -> list[RowT]:
+    """Read a file of records: by default JSON lines, one object a line, gzipped (`*.gz`) or not.
 
     Args:
         path: The file; relative to where the program was started.
-        parse: Makes a row of a record; a ValueError of it says what is wrong with the record.
+        parse: Makes a row of a record. A ValueError that it raises says what is wrong with the record.
+        what: What messages call a record: `record`, `line`.
+        read: Yields numbered records; a text among them is parsed as JSON. For files of another format.
 
     Raises:
         WmtpError: The file cannot be read or has no record, or lists its bad records (the first 20).
@@ -30,77 +49,43 @@ def read_records(path: str | Path, parse: Callable[[Record], RowT]) -> list[RowT
     rows: list[RowT] = []
     faults: list[str] = []
     try:
-        for number, record in _records(path):
+        for number, record in read(path):
             try:
                 rows.append(parse(_object(record)))
             except ValueError as error:
-                faults.append(f"  record {number}: {error}")
+                faults.append(f"  {what} {number}: {error}")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise WmtpError(f"cannot read `{path}`: {error}") from error
-    refuse_faults(path, faults, what="record")
-    if not rows:
-        raise WmtpError(f"`{path}` has no records")
-    return rows
-
-
-def refuse_faults(path: Path, faults: Sequence[str], *, what: str) -> None:
-    """Refuse a file with faults: list the first 20, indented lines, and count the others.
-
-    Args:
-        path: The file.
-        faults: What is wrong, a text for each bad part of the file.
-        what: Such a part: `line`, `record`.
-
-    Raises:
-        WmtpError: There are faults.
-    """
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise WmtpError(f"cannot read `{path}`: {reason}") from error
     if faults:
-        more = f"\n  and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         count = f"1 bad {what}" if len(faults) == 1 else f"{len(faults)} bad {what}s"
-        raise WmtpError(f"{path}: {count}\n" + "\n".join(faults[:_SHOWN]) + more)
-
-
-def _records(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield each record with its number, from 1; text that is no JSON is yielded as text."""
-    if path.suffix == ".parquet":
-        yield from enumerate(_parquet_records(path), start=1)
-        return
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    for number, line in enumerate(content.decode("utf-8").split("\n"), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError:
-                yield number, line
-
-
-def _parquet_records(path: Path) -> Iterator[object]:
-    from pyarrow import ArrowInvalid, parquet
-
-    try:
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=64):
-            yield from batch.to_pylist()
-    except ArrowInvalid as error:
-        raise WmtpError(f"cannot read `{path}`: {error}") from error
+        more = [f"  and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
+        raise WmtpError("\n".join([f"{path}: {count}", *faults[:_SHOWN], *more]))
+    if not rows:
+        raise WmtpError(f"`{path}` has no {what}s")
+    return rows
 
 
 def _object(record: object) -> Record:
     if isinstance(record, str):
-        raise ValueError("not JSON")  # noqa: TRY004 - a fault of the file like any other
+        try:
+            record = json.loads(record)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
     if not isinstance(record, dict):
-        raise ValueError(f"expected an object, got {type(record).__name__}")  # noqa: TRY004
+        raise ValueError(f"expected an object, got {type(record).__name__}")  # noqa: TRY004 - a fault of the file
     return record
 
 
-def text(record: Record, key: str) -> str:
+def text_field(record: Record, key: str) -> str:
     """Return a text with Python's line ends; ValueError if there is none."""
     value = record.get(key)
     if not isinstance(value, str):
         raise ValueError(f"`{key}` must be a string" if key in record else f"needs `{key}`, a string")  # noqa: TRY004
-    return value.replace("\r\n", "\n").replace("\r", "\n")
+    return _newlines(value)
 
 
-def whole_number(record: Record, key: str) -> int:
+def int_field(record: Record, key: str) -> int:
     """Return a whole number; ValueError if there is none."""
     value = record.get(key)
     if not isinstance(value, int) or isinstance(value, bool):
@@ -108,9 +93,13 @@ def whole_number(record: Record, key: str) -> int:
     return value
 
 
-def texts(record: Record, key: str) -> list[str]:
+def text_list_field(record: Record, key: str) -> list[str]:
     """Return a list of texts with Python's line ends; ValueError if there is none."""
     value = record.get(key)
     if not isinstance(value, list) or any(not isinstance(each, str) for each in value):
         raise ValueError(f"needs `{key}`, a list of strings")
-    return [each.replace("\r\n", "\n").replace("\r", "\n") for each in value]
+    return [_newlines(each) for each in value]
+
+
+def _newlines(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from weighted_mtp_core.api import Component, DataSource, Tracker, hookimpl
-from weighted_mtp_core.builtin.jsonl import JsonlOptions, build_jsonl
+from weighted_mtp_core.api import Component, DataSource, JsonlOptions, Tracker, hookimpl
+from weighted_mtp_core.builtin.jsonl import build_jsonl
 from weighted_mtp_core.builtin.mlflow import MlflowOptions, build_mlflow, examine_mlflow
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weighted_mtp_core.api import is_correct
+from weighted_mtp_core.api.datasets import DIFFICULTIES, difficulty_bin
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.recipe.schema import PairsTable
@@ -22,22 +23,13 @@ from weighted_mtp_core.recipe.schema import PairsTable
 Rows = NDArray[np.int64]
 Pair = tuple[int, int]
 
-DIFFICULTIES = ("0-20 %", "20-40 %", "40-60 %", "60-80 %", "80-100 %")
-"""Bins of a problem's share of correct responses, hard problems first; the last includes 100 %."""
-
-
-def difficulty_bin(correct_share: float) -> int:
-    """Return the index in `DIFFICULTIES` of a share of correct responses."""
-    return min(int(correct_share * len(DIFFICULTIES)), len(DIFFICULTIES) - 1)
-
 
 def make_pairs(token_set: TokenSet, table: PairsTable) -> Rows:
     """Return unique pairs (correct, incorrect) of responses to one problem, `[P, 2]`.
 
     Both responses come from one length bin: their lengths differ by less than the factor `length_ratio`.
-        Within a
-    bin, each response of the larger side is paired with one of the smaller side, in turn. Then pairs are
-    dropped until the correct response is the longer one as often as the shorter one.
+    Within a bin, each response of the larger side is paired with one of the smaller side, in turn. Then pairs
+    are dropped until the correct response is the longer one as often as the shorter one.
 
     Args:
         token_set: Responses with rewards.

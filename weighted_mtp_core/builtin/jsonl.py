@@ -1,0 +1,31 @@
+"""`core.jsonl`: your own examples, one JSON object a line."""
+
+from __future__ import annotations
+
+from weighted_mtp_core.api import SPLITS, BuildContext, DataSource, JsonlOptions, JsonlSource, WmtpError
+
+
+def build_jsonl(options: JsonlOptions, context: BuildContext) -> DataSource:  # noqa: ARG001 - every builder gets one
+    """Build the data source; every line is read and checked.
+
+    Raises:
+        WmtpError: See `JsonlSource`; or a row has `tests`, which this source would ignore.
+    """
+    source = JsonlSource(options)
+    for split in SPLITS:
+        for row in source.rows(split):
+            if row.tests:
+                raise WmtpError(
+                    f"problem `{row.problem_id}` has `tests`, but this data source runs no programs", hint=_hint()
+                )
+    return source
+
+
+def _hint() -> str:
+    from weighted_mtp_core.messages import quoted
+    from weighted_mtp_core.plugins.loading import Kind, PluginRegistry
+    from weighted_mtp_core.plugins.selection import same_name
+
+    others = [each for each in same_name(PluginRegistry(), Kind.DATA, "jsonl") if each != "core.jsonl"]
+    judging = f"{quoted(others)} reads the same rows" if others else "use a plugin that judges such rows"
+    return f"{judging}; or remove `tests` from the rows"
