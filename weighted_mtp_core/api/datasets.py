@@ -32,16 +32,15 @@ class StoredDataset:
     version: DatasetVersion
 
 
-def store_dataset(
-    storage: Path, *, name: str, version: str, write: Callable[[Path], None]
-) -> StoredDataset:
+def store_dataset(storage: Path, *, name: str, version: str, write: Callable[[Path], None]) -> StoredDataset:
     """Return the folder `<storage>/datasets_v2/<name>/<version>/`; write it first if it is missing.
 
     A version never changes. While one process writes it, others that need it wait. The folder gets a manifest
-    with the SHA-256 of each file, and every file is compared with it on each call. If `write` raises, nothing
-    is left behind. `data show` prints the files `statistics.json` and `provenance.json` of a folder, if it has
-    them: objects of numbers and texts, and of such objects; `splits` of the former is `example_statistics`
-    by split.
+    with the SHA-256 of each file, and each call compares every file with it. If `write` raises, nothing
+    remains.
+
+    `data show` prints two files of the folder, if they exist: `provenance.json`, an object, and
+    `statistics.json`, an object with `splits` (`example_statistics` by split) and whatever else was counted.
 
     Args:
         storage: The storage root, `BuildContext.storage`.
@@ -61,9 +60,7 @@ def store_dataset(
             with atomic_folder(folder) as unfinished:
                 write(unfinished)
     sha256 = verify_manifest(folder)
-    return StoredDataset(
-        folder=folder, version=DatasetVersion(name=name, version=version, sha256=sha256)
-    )
+    return StoredDataset(folder=folder, version=DatasetVersion(name=name, version=version, sha256=sha256))
 
 
 def sha256_of_file(path: str | Path) -> str:

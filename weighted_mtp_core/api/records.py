@@ -19,7 +19,7 @@ _SHOWN = 20
 def json_lines(path: Path) -> Iterator[tuple[int, object]]:
     """Yield the lines of a UTF-8 file that are not empty, as text, with their numbers from 1.
 
-    A file named `*.gz` is decompressed first. Only a line feed ends a line: texts may contain other separators.
+    A file named `*.gz` is decompressed. Only a line feed ends a line, because texts contain other separators.
     """
     content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     for number, line in enumerate(content.decode("utf-8").split("\n"), start=1):

@@ -16,7 +16,8 @@ def build_jsonl(options: JsonlOptions, context: BuildContext) -> DataSource:  # 
         for row in source.rows(split):
             if row.tests:
                 raise WmtpError(
-                    f"problem `{row.problem_id}` has `tests`, but this data source runs no programs", hint=_hint()
+                    f"problem `{row.problem_id}` has `tests`, but this data source runs no programs",
+                    hint=_hint(),
                 )
     return source
 

@@ -150,8 +150,8 @@ def resolve(registry: PluginRegistry, kind: Kind, use: str) -> tuple[FoundPlugin
     """
     plugin_name, dot, name = use.partition(".")
     if plugin_name not in registry.found:
-        same_name = _same_name(registry, kind, name or plugin_name)
-        raise not_installed(plugin_name, registry.found, alternatives=same_name)
+        alternatives = same_name(registry, kind, name or plugin_name)
+        raise not_installed(plugin_name, registry.found, alternatives=alternatives)
     plugin = registry.load(plugin_name)
     offered = plugin.components[kind]
     if not dot and len(offered) == 1:
@@ -177,13 +177,13 @@ def _hint(registry: PluginRegistry, plugin: LoadedPlugin, kind: Kind, name: str)
     for other in Kind:
         if not near and name in plugin.components[other]:
             return f"`{plugin_name}.{name}` is a {other.label}: name it in `[{other.value}]`"
-    if meant := near + _same_name(registry, kind, name):
+    if meant := near + same_name(registry, kind, name):
         return suggest(meant)
     others = [address for other in Kind for address in plugin.addresses(other)]
     return f"it has {quoted(others)}" if others and not offered else None
 
 
-def _same_name(registry: PluginRegistry, kind: Kind, name: str) -> list[str]:
+def same_name(registry: PluginRegistry, kind: Kind, name: str) -> list[str]:
     """Return the addresses of the components of this kind and name in all installed plugins.
 
     Loads every installed plugin and skips those that fail: only for the hint of an error.

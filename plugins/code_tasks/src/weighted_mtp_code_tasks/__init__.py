@@ -10,8 +10,10 @@ from weighted_mtp_core.api import Component, DataSource, hookimpl
 from weighted_mtp_code_tasks.code_contests import CodeContestsOptions, build_code_contests
 from weighted_mtp_code_tasks.gsm8k import Gsm8kOptions, build_gsm8k
 from weighted_mtp_code_tasks.humaneval import HumanEvalOptions, build_humaneval
+from weighted_mtp_code_tasks.jsonl import JudgedJsonlOptions, build_jsonl
 from weighted_mtp_code_tasks.mbpp import MbppOptions, build_mbpp
 from weighted_mtp_code_tasks.micro_code import MicroCodeOptions, build_micro_code
+from weighted_mtp_code_tasks.problems import ProblemsOptions, build_problems
 from weighted_mtp_code_tasks.sandbox.examine import examine_sandbox
 
 
@@ -39,6 +41,13 @@ def wmtp_data_sources() -> Iterable[Component[Any, DataSource]]:
         examine=examine_sandbox,
     )
     yield Component(
+        name="jsonl",
+        summary="Your own examples, as core.jsonl reads them; rows with tests are judged by running them.",
+        options=JudgedJsonlOptions,
+        build=build_jsonl,
+        examine=examine_sandbox,
+    )
+    yield Component(
         name="mbpp",
         summary="MBPP's 964 problems; solutions, broken variants, model samples, labelled by running them.",
         options=MbppOptions,
@@ -50,5 +59,12 @@ def wmtp_data_sources() -> Iterable[Component[Any, DataSource]]:
         summary="Small Python functions made by a grammar; right and broken ones, labelled by running them.",
         options=MicroCodeOptions,
         build=build_micro_code,
+        examine=examine_sandbox,
+    )
+    yield Component(
+        name="problems",
+        summary="Problems of a file in HumanEval's format, to judge completions; nothing to train on.",
+        options=ProblemsOptions,
+        build=build_problems,
         examine=examine_sandbox,
     )

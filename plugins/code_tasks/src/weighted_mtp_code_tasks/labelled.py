@@ -15,18 +15,18 @@ from typing import Any
 
 import attrs
 from attrs import define, field
-from filelock import FileLock
 from weighted_mtp_core.api import (
     DatasetVersion,
     DataSource,
     Example,
     Problem,
     Split,
+    StoredDataset,
     Verdict,
+    WmtpError,
+    is_correct,
+    store_dataset,
 )
-from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder, verify_manifest
-from weighted_mtp_core.storage.versions import dataset_folder
 
 from weighted_mtp_code_tasks.judging import Judge
 from weighted_mtp_code_tasks.labelling import (
@@ -63,28 +63,21 @@ class LabelledSource(DataSource):
     judge: Judge
     incorrect_fraction: float = 0.0
     tolerated_failures: float = 0.02
-    _sha256: str = field(init=False, default="")
+    _stored: StoredDataset = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder.with_name(f"{self.folder.name}.lock")):
-            if not (self.folder / MANIFEST).is_file():
-                self._prepare()
-        self._sha256 = verify_manifest(self.folder)
+        recipe = json.dumps({"format": _FORMAT, **self.recipe}, sort_keys=True)
+        version = hashlib.sha256(recipe.encode()).hexdigest()[:12]
+        self._stored = store_dataset(self.storage, name=self.name, version=version, write=self._write)
 
     @property
     def folder(self) -> Path:
-        """Where the labelled data lies."""
-        return dataset_folder(self.storage, self.name, self._version)
-
-    @property
-    def _version(self) -> str:
-        text = json.dumps({"format": _FORMAT, **self.recipe}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        """The folder of the labelled data."""
+        return self._stored.folder
 
     def version(self) -> DatasetVersion:
         """Return name, version and the SHA-256 of the folder's manifest."""
-        return DatasetVersion(name=self.name, version=self._version, sha256=self._sha256)
+        return self._stored.version
 
     def examples(self, split: Split) -> Sequence[Example]:
         """Return every labelled response of the split."""
@@ -99,10 +92,10 @@ class LabelledSource(DataSource):
             WmtpError: There are not enough wrong responses for the fraction.
         """
         examples = self._examples[split]
-        right = [example for example in examples if example.reward >= 1]
+        right = [example for example in examples if is_correct(example.reward)]
         if split != "train" or self.incorrect_fraction == 0:
             return right
-        wrong = [example for example in examples if example.reward < 1]
+        wrong = [example for example in examples if not is_correct(example.reward)]
         wanted = round(len(right) * self.incorrect_fraction / (1 - self.incorrect_fraction))
         if wanted > len(wrong):
             raise WmtpError(
@@ -137,24 +130,21 @@ class LabelledSource(DataSource):
 
     # ----------------------------------------------------------------- preparation
 
-    def _prepare(self) -> None:
+    def _write(self, folder: Path) -> None:
         judged, provenance = judge_all(self.draw(), self.judge, title=f"labelling {self.name}")
         kept = with_a_solution(judged, name=self.name, tolerated=self.tolerated_failures)
-        with atomic_folder(self.folder) as folder:
-            _write_rows(
-                folder / PROBLEMS,
-                [{"split": one.split, "problem": attrs.asdict(one.problem)} for one in kept],
-            )
-            _write_rows(folder / EXAMPLES, [row for one in kept for row in one.rows()])
-            _write_json(folder / STATISTICS, statistics(judged, kept=kept))
-            _write_json(
-                folder / PROVENANCE,
-                {
-                    "recipe": dict(self.recipe),
-                    "sandbox": dict(provenance),
-                    "tests_sha256": sha256_of_tests([one.problem for one in kept]),
-                },
-            )
+        problems = [{"split": one.split, "problem": attrs.asdict(one.problem)} for one in kept]
+        _write_rows(folder / PROBLEMS, problems)
+        _write_rows(folder / EXAMPLES, [row for one in kept for row in one.rows()])
+        _write_json(folder / STATISTICS, statistics(judged, kept=kept))
+        _write_json(
+            folder / PROVENANCE,
+            {
+                "recipe": dict(self.recipe),
+                "sandbox": dict(provenance),
+                "tests_sha256": sha256_of_tests([one.problem for one in kept]),
+            },
+        )
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

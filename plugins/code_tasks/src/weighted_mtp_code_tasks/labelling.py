@@ -12,9 +12,7 @@ import attrs
 from attrs import frozen
 from rich.console import Console
 from rich.progress import Progress
-from weighted_mtp_core.api import SPLITS, Example, Problem, Split, Verdict
-from weighted_mtp_core.data.statistics import statistics_of
-from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.api import SPLITS, Example, Problem, Split, Verdict, WmtpError, example_statistics
 
 from weighted_mtp_code_tasks.judging import Judge
 
@@ -130,7 +128,7 @@ def with_a_solution(judged: Sequence[JudgedProblem], *, name: str, tolerated: fl
         raise WmtpError(
             f"{len(failed)} of {len(judged)} reference solutions of `{name}` fail their own tests, "
             f"for example `{example}`: {verdict.kind.value} {verdict.detail}",
-            hint="raise the limits in `[sandbox]`, e.g. `sandbox.cpu_seconds`",
+            hint="raise the limits in `[data.options.sandbox]`, for example `cpu_seconds`",
         )
     if failed:
         names = ", ".join(f"`{one.problem.problem_id}`" for one in failed[:_NAMED])
@@ -157,7 +155,7 @@ def statistics(judged: Sequence[JudgedProblem], *, kept: Sequence[JudgedProblem]
         kept: Those that became data.
 
     Returns:
-        `problems` by split, verdicts by how a response was made, and `statistics_of` the data, by split.
+        `problems` by split, verdicts by how a response was made, and `example_statistics` the data, by split.
     """
     made: dict[str, Counter[str]] = {name: Counter() for name in get_args(Made)}
     for one in judged:
@@ -167,7 +165,7 @@ def statistics(judged: Sequence[JudgedProblem], *, kept: Sequence[JudgedProblem]
     return {
         "problems": {split: len(members) for split, members in by_split.items()},
         "splits": {
-            split: statistics_of(example for one in members for _, _, example in one.examples())
+            split: example_statistics(example for one in members for _, _, example in one.examples())
             for split, members in by_split.items()
         },
         **{name: dict(counter) for name, counter in made.items()},

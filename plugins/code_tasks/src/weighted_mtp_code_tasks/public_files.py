@@ -1,27 +1,36 @@
-"""Fetch public data sets from the hub, and tell files apart by content."""
+"""Public data sets: fetched from the hub, read from JSON lines or parquet."""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
-from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.storage.atomic import atomic_write
-from weighted_mtp_core.storage.manifest import sha256_of
+from weighted_mtp_core.api import Record, WmtpError, json_lines, read_records
+
+RowT = TypeVar("RowT")
 
 
-def sha256_of_file(path: Path) -> str:
-    """Return the SHA-256 of a file that a user named.
+def read_public_file(path: str | Path, parse: Callable[[Record], RowT]) -> list[RowT]:
+    """Read a file with `read_records`: `.parquet`, or JSON lines, gzipped (`.gz`) or not.
 
     Raises:
-        WmtpError: It is not there.
+        WmtpError: See `read_records`.
     """
+    path = Path(path)
+    return read_records(path, parse, read=_parquet if path.suffix == ".parquet" else json_lines)
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, object]]:
+    from pyarrow import ArrowInvalid, parquet
+
     try:
-        return sha256_of(path)
-    except OSError as error:
-        raise WmtpError(
-            f"cannot read `{path}`: {error.strerror}", hint="paths count from where you start the program"
-        ) from error
+        batches = parquet.ParquetFile(path).iter_batches(batch_size=64)
+        yield from enumerate((record for batch in batches for record in batch.to_pylist()), start=1)
+    except ArrowInvalid as error:
+        raise WmtpError(f"cannot read `{path}`: {error}") from error
 
 
 def from_hub(repository: str, configuration: str, *, split: str, folder: Path) -> Path:
@@ -45,7 +54,7 @@ def from_hub(repository: str, configuration: str, *, split: str, folder: Path) -
     except ImportError as error:
         raise WmtpError(
             f"`{repository}` must be fetched from the hub, which needs the package `datasets`",
-            hint=f"pip install 'weighted-mtp-core[hub]', {instead}",
+            hint=f"pip install 'weighted-mtp-code-tasks[hub]', {instead}",
         ) from error
     try:
         rows = datasets.load_dataset(repository, configuration, split=split)
@@ -53,5 +62,10 @@ def from_hub(repository: str, configuration: str, *, split: str, folder: Path) -
         raise WmtpError(
             f"cannot fetch `{repository}` from the hub: {error}", hint=f"connect this machine, {instead}"
         ) from error
-    atomic_write(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    unfinished.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
+    unfinished.replace(file)
     return file

@@ -9,7 +9,7 @@ from functools import partial
 
 from attrs import field, frozen
 from attrs import validators as v
-from weighted_mtp_core.api import BuildContext, DataSource, WmtpError
+from weighted_mtp_core.api import BuildContext, DataSource, WmtpError, sha256_of_file
 
 from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
 
@@ -50,7 +50,6 @@ def build_code_contests(options: CodeContestsOptions, context: BuildContext) -> 
     from weighted_mtp_code_tasks.code_contests.problems import FORMAT, Limits, read_problems
     from weighted_mtp_code_tasks.judging import StdinJudge
     from weighted_mtp_code_tasks.labelled import LabelledSource
-    from weighted_mtp_code_tasks.public_files import sha256_of_file
 
     named: dict[Split, tuple[str, ...]] = {
         "train": options.train,

@@ -11,11 +11,10 @@ from typing import Any
 
 import attrs
 from attrs import frozen
-from weighted_mtp_core.api import Problem, Split
-from weighted_mtp_core.api.records import Record, read_records, text, texts
-from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.api import Problem, Record, Split, WmtpError, text_field, text_list_field
 
 from weighted_mtp_code_tasks.labelling import Candidate, LabelledProblem, Made
+from weighted_mtp_code_tasks.public_files import read_public_file
 
 FORMAT = 1
 """Part of the data's version: raise it when the same files would give other programs."""
@@ -47,7 +46,7 @@ def read_problems(files: Mapping[Split, Sequence[Path]], limits: Limits) -> list
     found: dict[str, LabelledProblem] = {}
     for split, paths in files.items():
         parse = partial(_problem, split=split, limits=limits)
-        rows = [row for path in paths for row in read_records(path, parse) if row is not None]
+        rows = [row for path in paths for row in read_public_file(path, parse) if row is not None]
         for row in rows[: limits.problems or None]:
             known = found.setdefault(row.problem.problem_id, row)
             if known is not row and known.split != split:
@@ -61,7 +60,7 @@ def read_problems(files: Mapping[Split, Sequence[Path]], limits: Limits) -> list
 
 
 def _problem(record: Record, *, split: Split, limits: Limits) -> LabelledProblem | None:
-    name, description = text(record, "name"), text(record, "description")
+    name, description = text_field(record, "name"), text_field(record, "description")
     cases = _cases(record)[: limits.cases]
     solutions = _programs(record, "solutions")[: limits.solutions]
     if not cases or not solutions or record.get("input_file") or record.get("output_file"):
@@ -96,7 +95,7 @@ def _cases(record: Record) -> list[tuple[str, str]]:
     found = []
     for key in ("public_tests", "private_tests", "generated_tests"):
         tests = _table(record, key)
-        given, expected = texts(tests, "input"), texts(tests, "output")
+        given, expected = text_list_field(tests, "input"), text_list_field(tests, "output")
         if len(given) != len(expected):
             raise ValueError(f"`{key}` has {len(given)} inputs and {len(expected)} outputs")
         found += list(zip(given, expected, strict=True))
@@ -106,7 +105,7 @@ def _cases(record: Record) -> list[tuple[str, str]]:
 def _programs(record: Record, key: str) -> list[str]:
     """Return the different programs in Python 3, in an order that says nothing of them."""
     programs = _table(record, key)
-    languages, sources = programs.get("language"), texts(programs, "solution")
+    languages, sources = programs.get("language"), text_list_field(programs, "solution")
     if not isinstance(languages, list) or len(languages) != len(sources):
         raise ValueError(f"`{key}` needs a `language` for each `solution`")
     chosen = {

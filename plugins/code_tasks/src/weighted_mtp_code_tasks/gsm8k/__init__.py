@@ -9,12 +9,12 @@ from functools import partial
 
 from attrs import field, frozen
 from attrs import validators as v
-from weighted_mtp_core.api import BuildContext, DataSource, WmtpError
+from weighted_mtp_core.api import BuildContext, DataSource, WmtpError, sha256_of_file
 
 
 @frozen(kw_only=True)
 class Gsm8kOptions:
-    """`[data.options]` of `code_tasks.gsm8k`: `train` and `test`, or `path`, or none to fetch them from the hub.
+    """`[data.options]` of `code_tasks.gsm8k`: `train` and `test`, or `path`, or none: both come from the hub.
 
     A file holds the public records (`question`, `answer`) or those with solutions of models (`question`,
     `ground_truth`, `solutions`), whose correctness is judged here.
@@ -43,7 +43,7 @@ def build_gsm8k(options: Gsm8kOptions, context: BuildContext) -> DataSource:
     from weighted_mtp_code_tasks.gsm8k.numbers import NumberJudge
     from weighted_mtp_code_tasks.gsm8k.problems import FORMAT, Shares, read_problems
     from weighted_mtp_code_tasks.labelled import LabelledSource
-    from weighted_mtp_code_tasks.public_files import from_hub, sha256_of_file
+    from weighted_mtp_code_tasks.public_files import from_hub
 
     if (options.train is None) != (options.test is None) or (options.path and options.train):
         raise WmtpError(

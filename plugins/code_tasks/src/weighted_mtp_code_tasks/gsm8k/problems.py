@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from attrs import frozen
-from weighted_mtp_core.api import Problem, Split
-from weighted_mtp_core.api.records import Record, read_records, text
+from weighted_mtp_core.api import Problem, Record, Split, text_field
 
 from weighted_mtp_code_tasks.gsm8k.numbers import final_number
 from weighted_mtp_code_tasks.labelling import Candidate, LabelledProblem
+from weighted_mtp_code_tasks.public_files import read_public_file
 
 FORMAT = 1
 """Part of the data's version: raise it when the same files would give other responses."""
@@ -42,7 +42,7 @@ def read_problems(files: Mapping[Path, Shares]) -> list[LabelledProblem]:
     """
     found: dict[str, LabelledProblem] = {}
     for path, shares in files.items():
-        for row in read_records(path, _row):
+        for row in read_public_file(path, _row):
             digest = hashlib.sha256(row.question.encode()).digest()
             name = f"gsm8k/{digest.hex()[:12]}"
             share = int.from_bytes(digest[-8:], "big") / 2**64
@@ -57,17 +57,17 @@ def _split(share: float, shares: Shares) -> Split:
 
 
 def _row(record: Record) -> Row:
-    answer = text(record, "ground_truth" if "ground_truth" in record else "answer")
+    answer = text_field(record, "ground_truth" if "ground_truth" in record else "answer")
     if final_number(answer) is None:
         raise ValueError("the answer has no number")
     solutions = record.get("solutions") or []
     if not isinstance(solutions, list) or not all(isinstance(each, dict) for each in solutions):
         raise ValueError("`solutions` must be a list of objects")
     return Row(
-        question=text(record, "question").strip(),
+        question=text_field(record, "question").strip(),
         answer=_response(answer),
         written=tuple(
-            _response(written) for each in solutions if (written := text(each, "solution")).strip()
+            _response(written) for each in solutions if (written := text_field(each, "solution")).strip()
         ),
     )
 

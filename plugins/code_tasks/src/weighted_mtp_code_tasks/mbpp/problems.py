@@ -9,13 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attrs import frozen
-from weighted_mtp_core.api import Problem, Split
-from weighted_mtp_core.api.records import Record, read_records, text, texts, whole_number
-from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.api import (
+    Problem,
+    Record,
+    Split,
+    WmtpError,
+    int_field,
+    text_field,
+    text_list_field,
+)
 
 from weighted_mtp_code_tasks.completion import parsed
 from weighted_mtp_code_tasks.labelling import Candidate, LabelledProblem
 from weighted_mtp_code_tasks.mutation import mutants
+from weighted_mtp_code_tasks.public_files import read_public_file
 
 FORMAT = 1
 """Part of the data's version: raise it when the same files would give other programs."""
@@ -56,7 +63,7 @@ def read_problems(
     Raises:
         WmtpError: A file is missing or malformed, or a sample has no problem.
     """
-    rows = read_records(path, _row)
+    rows = read_public_file(path, _row)
     written = _samples(samples, {row.task_id for row in rows})
     return [
         _problem(row, split, written[row.task_id], mutants_per_solution=mutants_per_solution, seed=seed)
@@ -66,13 +73,13 @@ def read_problems(
 
 
 def _row(record: Record) -> Row:
-    code, tests = text(record, "code"), texts(record, "test_list")
+    code, tests = text_field(record, "code"), text_list_field(record, "test_list")
     return Row(
-        task_id=whole_number(record, "task_id"),
-        text=text(record, "text"),
+        task_id=int_field(record, "task_id"),
+        text=text_field(record, "text"),
         code=code.rstrip() + "\n",
         tests=tuple(tests),
-        setup=text(record, "test_setup_code"),
+        setup=text_field(record, "test_setup_code"),
         entry_point=_entry_point(code, tests),
     )
 
@@ -99,7 +106,9 @@ def _samples(path: Path | None, known: set[int]) -> defaultdict[int, list[str]]:
     found: defaultdict[int, list[str]] = defaultdict(list)
     if path is None:
         return found
-    for task_id, program in read_records(path, lambda r: (whole_number(r, "task_id"), text(r, "program"))):
+    for task_id, program in read_public_file(
+        path, lambda r: (int_field(r, "task_id"), text_field(r, "program"))
+    ):
         if task_id not in known:
             raise WmtpError(f"{path}: no problem has the task_id `{task_id}`")
         if program.strip():

@@ -6,8 +6,7 @@ import ast
 import random
 from typing import Any
 
-from weighted_mtp_core.api import Problem, Split
-from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.api import Problem, Split, WmtpError
 
 from weighted_mtp_code_tasks.labelling import Candidate, LabelledProblem
 from weighted_mtp_code_tasks.micro_code.grammar import Function, indented, random_argument, random_function

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from attrs import frozen
-from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.api import WmtpError
 
 from weighted_mtp_code_tasks.sandbox import confine, seccomp
 from weighted_mtp_code_tasks.sandbox.scratch import MAX_BYTES

@@ -13,8 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from weighted_mtp_core.api import Verdict, VerdictKind
-from weighted_mtp_core.errors import RunFailedError
+from weighted_mtp_core.api import RunFailedError, Verdict, VerdictKind
 
 from weighted_mtp_code_tasks.sandbox import backends, scratch
 from weighted_mtp_code_tasks.sandbox.jobs import AnyJob, Job

@@ -1,0 +1,82 @@
+"""`code_tasks.jsonl`: the rows of `core.jsonl`, judged by their own tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from attrs import define, field, frozen
+from weighted_mtp_core.api import (
+    BuildContext,
+    DataSource,
+    JsonlOptions,
+    JsonlSource,
+    Problem,
+    Split,
+    Verdict,
+)
+
+from weighted_mtp_code_tasks.completion import cut_completion
+from weighted_mtp_code_tasks.judging import FunctionJudge
+from weighted_mtp_code_tasks.sandbox import Job
+from weighted_mtp_code_tasks.sandbox.jobs import AnyJob
+from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
+
+
+@frozen(kw_only=True)
+class JudgedJsonlOptions(JsonlOptions):
+    """`[data.options]` of `code_tasks.jsonl`: those of `core.jsonl`, and where programs run.
+
+    Attributes:
+        sandbox: Where programs run, and what one may use.
+    """
+
+    sandbox: SandboxSettings = field(factory=SandboxSettings)
+
+
+def build_jsonl(options: JudgedJsonlOptions, context: BuildContext) -> DataSource:  # noqa: ARG001 - every builder gets one
+    """Build the data source; every line is read and checked, nothing is run yet."""
+    return JudgedJsonlSource(options)
+
+
+@define(kw_only=True)
+class _ProgramJudge(FunctionJudge):
+    """Runs the completion alone, the Alpaca prompt being prose; the tests' `check` calls the function."""
+
+    def completion(self, problem: Problem, text: str) -> str:
+        """Return the program in the text."""
+        return cut_completion(text, prompt="", entry_point=problem.entry_point)
+
+    def job(self, problem: Problem, completion: str) -> AnyJob:
+        """Return what the sandbox runs."""
+        return Job(program=completion, entry_point=problem.entry_point, tests=problem.tests)
+
+
+class JudgedJsonlSource(JsonlSource):
+    """Examples from rows, labelled by `is_correct`; the rows with `tests` are problems."""
+
+    def __init__(self, options: JudgedJsonlOptions) -> None:
+        super().__init__(options)
+        self._judge = _ProgramJudge(sandbox=options.sandbox)
+
+    def problems(self, split: Split) -> Sequence[Problem]:
+        """Return the problems of the split whose rows have tests, each once."""
+        found: dict[str, Problem] = {}
+        for row in self.rows(split):
+            if row.tests and (row.problem_id not in found or row.is_correct):
+                known = found.get(row.problem_id)
+                found[row.problem_id] = Problem(
+                    problem_id=row.problem_id,
+                    prompt=row.prompt,
+                    entry_point=row.entry_point,
+                    tests=row.tests,
+                    solution=row.output if row.is_correct else known.solution if known else None,
+                )
+        return list(found.values())
+
+    def completion(self, problem: Problem, text: str) -> str:
+        """Return the program in a text that the policy wrote."""
+        return self._judge.completion(problem, text)
+
+    def verify(self, attempts: Sequence[tuple[Problem, str]]) -> list[Verdict]:
+        """Run each completion alone against the tests of its problem."""
+        return self._judge.judge(attempts).verdicts
