@@ -1,6 +1,5 @@
 """Plugins to test with: a module and a `dist-info` folder on `sys.path`, as an installer would leave them."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
@@ -64,6 +63,83 @@ EXAMPLE_PLUGIN = """
         yield Component(name="paper", summary="Writes runs down.", options=TrackerOptions, build=build)
 """
 
+JUDGED_PLUGIN = """
+    from attrs import frozen
+    from weighted_mtp_core.api import (
+        Component, DatasetVersion, DataSource, Example, Problem, Verdict, VerdictKind, hookimpl
+    )
+
+    NUMBERS = {"train": range(16), "validation": range(16, 18), "test": range(18, 20)}
+
+    @frozen(kw_only=True)
+    class SumsOptions:
+        pass
+
+    class Sums(DataSource):
+        # A completion passes if it is the sum.
+
+        def examples(self, split):
+            return [
+                Example(
+                    example_id=f"{problem.problem_id}/{more}",
+                    problem_id=problem.problem_id,
+                    prompt=problem.prompt,
+                    response=str(int(problem.tests) + more),
+                    reward=1.0 - more,
+                )
+                for problem in self.problems(split)
+                for more in (0, 1)
+            ]
+
+        def version(self):
+            return DatasetVersion(name="sums", version="1", sha256="5" * 64)
+
+        def problems(self, split):
+            return [
+                Problem(
+                    problem_id=f"sums/{n}", prompt=f"What is {n} and {n}?", entry_point="", tests=str(2 * n),
+                    solution=str(2 * n),
+                )
+                for n in NUMBERS[split]
+            ]
+
+        def verify(self, attempts):
+            return [self.judge(problem, text) for problem, text in attempts]
+
+        def judge(self, problem, text):
+            if text == problem.tests:
+                return Verdict(kind=VerdictKind.PASSED)
+            return Verdict(kind=VerdictKind.WRONG, detail=f"expected {problem.tests}")
+
+    @hookimpl
+    def wmtp_data_sources():
+        yield Component(
+            name="sums", summary="Sums.", options=SumsOptions, build=lambda options, context: Sums()
+        )
+"""
+
+HUMANEVAL_CHARACTERS = """
+    600 925 355 579 531 479 772 380 512 525 795 410 531 267 314 271 298 638 457 690 1026 485 322 156 249
+    684 390 208 241 368 265 438 1073 483 181 263 432 550 610 633 687 663 244 608 398 161 676 309 363 302
+    415 466 301 132 461 229 535 335 372 522 263 535 337 580 573 422 453 889 1328 672 551 605 894 599 796
+    670 559 421 1087 602 565 1899 469 220 528 240 612 935 671 614 432 491 568 619 946 1359 643 383 356
+    1014 514 626 434 586 511 1187 656 1053 635 1557 891 768 681 805 476 1113 530 985 863 998 695 339 446
+    1123 1342 681 854 1337 538 1993 919 468 948 571 637 468 648 715 295 464 908 1156 859 946 781 617 655
+    732 1254 918 390 513 843 1490 623 415 714 451 528 1115 961 637 325 414
+"""
+
+
+@pytest.fixture(scope="session")
+def judged_plugin() -> str:
+    """The source of a plugin whose one data source, 20 sums, judges completions by itself."""
+    return dedent(JUDGED_PLUGIN)
+
+
+@pytest.fixture(scope="session")
+def humaneval_characters() -> list[int]:
+    """The lengths of HumanEval's 164 prompts and solutions, in characters."""
+    return [int(length) for length in HUMANEVAL_CHARACTERS.split()]
+
 
 @pytest.fixture
 def site(wmtp_site: Path) -> Path:
@@ -108,12 +184,3 @@ def write_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
 def repository() -> Path:
     """The root of the repository, for tests of `configs/` and `docs/`."""
     return Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="session")
-def shared_data(repository: Path) -> Path:
-    """Public data sets that are not part of the repository: `WMTP_TEST_DATA`, or `shared/data` beside it."""
-    folder = Path(os.environ.get("WMTP_TEST_DATA", repository.parent / "shared" / "data"))
-    if not (folder / "mbpp.jsonl").is_file():
-        pytest.skip(f"no public data in `{folder}`; set WMTP_TEST_DATA to a folder with mbpp.jsonl")
-    return folder

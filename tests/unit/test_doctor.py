@@ -1,4 +1,4 @@
-"""`doctor`: general checks, then what the components of a recipe, or all installed ones, say of this machine."""
+"""`doctor`: general checks, then the checks of a recipe's components, or of all that are installed."""
 
 import pytest
 from weighted_mtp_core.cli import main

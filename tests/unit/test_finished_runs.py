@@ -40,8 +40,7 @@ RECIPE = """
     n_future = 3
     micro = { hidden_size = 16, layers = 2, attention_heads = 2, vocab_size = 300 }
     [data]
-    use = "code_tasks.micro_code"
-    options = { problems = 20, mutants = 1 }
+    use = "sums"
     [weighting]
     use = "flat_weights"
     [train]
@@ -54,16 +53,21 @@ RECIPE = """
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, judged_plugin):
     """The folder of a finished run; its storage lies four folders up. The working folder holds `storage/`."""
     folder = tmp_path_factory.mktemp("trained")
-    metadata = folder / "site" / "wmtp_flat-0.3.0.dist-info"
-    metadata.mkdir(parents=True)
-    (folder / "site" / "wmtp_flat.py").write_text(dedent(FLAT_PLUGIN))
-    (metadata / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: wmtp-flat\nVersion: 0.3.0\nRequires-Dist: weighted-mtp-core>=0.1,<0.2\n"
-    )
-    (metadata / "entry_points.txt").write_text("[weighted_mtp_core]\nflat_weights = wmtp_flat\n")
+    for plugin, module, source in (
+        ("flat_weights", "wmtp_flat", dedent(FLAT_PLUGIN)),
+        ("sums", "wmtp_sums", judged_plugin),
+    ):
+        metadata = folder / "site" / f"{module}-0.3.0.dist-info"
+        metadata.mkdir(parents=True)
+        (folder / "site" / f"{module}.py").write_text(source)
+        (metadata / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {module}\nVersion: 0.3.0\n"
+            "Requires-Dist: weighted-mtp-core>=0.1,<0.2\n"
+        )
+        (metadata / "entry_points.txt").write_text(f"[weighted_mtp_core]\n{plugin} = {module}\n")
     (folder / "recipe.toml").write_text(dedent(RECIPE))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

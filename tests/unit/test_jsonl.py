@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from weighted_mtp_core.api import BuildContext, SandboxSettings, WmtpError
-from weighted_mtp_core.builtin.jsonl import JsonlOptions, build_jsonl
+from weighted_mtp_core.api import BuildContext, JsonlOptions, JsonlSource, WmtpError
+from weighted_mtp_core.builtin.jsonl import build_jsonl
 
 ROW = {
     "instruction": "Double a number.",
@@ -32,7 +32,7 @@ def write(tmp_path):
 
 
 def build(tmp_path, **options):
-    context = BuildContext(seed=0, storage=tmp_path, sandbox=SandboxSettings(workers=1))
+    context = BuildContext(seed=0, storage=tmp_path)
     return build_jsonl(JsonlOptions(**{key: str(value) for key, value in options.items()}), context)
 
 
@@ -147,13 +147,48 @@ def test_the_version_moves_with_one_byte(tmp_path, write):
     assert build(tmp_path, train=write(ROW)).version() == before
 
 
-def test_rows_with_tests_are_problems_that_can_be_judged(tmp_path, write):
-    data = build(
-        tmp_path,
-        test=write(TESTED, ROW | {"problem_id": "untested"}),
-        train=write(ROW | {"problem_id": "o"}, name="t"),
-    )
-    (problem,) = data.problems("test")
-    verdicts = data.verify([(problem, TESTED["output"]), (problem, "def f(n):\n    return n\n")])
+JUDGING_PLUGIN = """
+    from weighted_mtp_core.api import Component, JsonlOptions, JsonlSource, hookimpl
 
-    assert [verdict.passed for verdict in verdicts] == [True, False]
+    @hookimpl
+    def wmtp_data_sources():
+        yield Component(
+            name="jsonl", summary="Judges rows.", options=JsonlOptions,
+            build=lambda options, context: JsonlSource(options),
+        )
+"""
+
+
+def test_rows_with_tests_are_refused_and_a_source_that_reads_them_is_named(tmp_path, write, install_plugin):
+    install_plugin("judging", JUDGING_PLUGIN)
+
+    with pytest.raises(WmtpError) as caught:
+        build(tmp_path, train=write(ROW | {"problem_id": "untested"}, TESTED))
+
+    assert str(caught.value) == "problem `double` has `tests`, but this data source runs no programs"
+    assert "`judging.jsonl`" in caught.value.hint
+    assert caught.value.hint.endswith("reads the same rows; or remove `tests` from the rows")
+
+
+def test_without_such_a_source_the_error_says_what_to_look_for(tmp_path, write, monkeypatch):
+    monkeypatch.setattr("weighted_mtp_core.plugins.selection.same_name", lambda *_: ["core.jsonl"])
+
+    with pytest.raises(WmtpError) as caught:
+        build(tmp_path, train=write(TESTED))
+
+    assert caught.value.hint == "use a plugin that judges such rows; or remove `tests` from the rows"
+
+
+def test_empty_tests_are_none(tmp_path, write):
+    data = build(tmp_path, train=write({**ROW, "tests": "", "entry_point": None}))
+
+    assert len(data.examples("train")) == 1
+    assert data.problems("train") == ()
+
+
+def test_other_sources_can_use_the_rows(write):
+    options = JsonlOptions(test=str(write(TESTED)))
+
+    (row,) = JsonlSource(options).rows("test")
+
+    assert (row.tests, row.entry_point, row.output) == (TESTED["tests"], "f", TESTED["output"])

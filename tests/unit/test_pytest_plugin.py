@@ -42,16 +42,33 @@ def test_it_is_gone_in_the_next_test():
     assert "wmtp_halves" not in sys.modules
 
 
-def test_a_tiny_run_goes_through_every_stage(wmtp_install_plugin, wmtp_tiny_run):
+def test_a_tiny_run_needs_nothing_but_a_weighting(wmtp_install_plugin, wmtp_tiny_run):
     wmtp_install_plugin("halves", HALVES)
 
-    run = wmtp_tiny_run({"weighting": {"use": "halves", "options": {"weight": 0.25}}})
+    run = wmtp_tiny_run({"weighting": {"use": "halves"}})
+
+    assert run.metrics["given_weight"] == 0.5
+    assert math.isfinite(run.metrics["test_ce_head_1"])
+
+
+def test_a_tiny_run_goes_through_every_stage(wmtp_install_plugin, wmtp_tiny_run, judged_plugin):
+    wmtp_install_plugin("halves", HALVES)
+    wmtp_install_plugin("sums", judged_plugin)
+
+    run = wmtp_tiny_run(
+        {"weighting": {"use": "halves", "options": {"weight": 0.25}}, "data": {"use": "sums"}}
+    )
 
     assert run.metrics["given_weight"] == 0.25
     assert run.metrics["weight_mean"] == 0.25
     assert math.isfinite(run.metrics["train_loss"])
     assert run.metrics["tokens_per_forward"] >= 1
     assert (run.folder / "checkpoints" / "best_model.pt").exists()
+
+
+def test_a_command_runs_in_this_process(wmtp_cli, capsys):
+    assert wmtp_cli("plugins", "show", "core") == 0
+    assert "core.jsonl" in capsys.readouterr().out
 
 
 def test_looking_for_plugins_can_be_made_a_failure(wmtp_no_plugins):

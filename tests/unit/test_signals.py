@@ -223,7 +223,7 @@ def test_a_batch_of_unknown_origin_is_refused(tokens, tmp_path):
 
 
 def key(tokens, *, critic=None, given=(), accumulation=1, table=APART, options=None, **changes):
-    chosen = ComponentSelector().select(Kind.DATA, "code_tasks.micro_code", options=options or {})
+    chosen = ComponentSelector().select(Kind.DATA, "core.jsonl", options=options or {})
     order = batches(tokens, table, **changes)
     return scores_key(critic or Judge(), chosen, given=given, batches=order, accumulation=accumulation)
 
@@ -239,7 +239,7 @@ def test_equal_critics_data_and_batches_share_a_table(tokens):
         {"given": ["another base model"]},
         {"accumulation": 2},
         {"table": PACKED},
-        {"options": {"mutants": 2}},
+        {"options": {"seed": 2}},
         {"seed": 2},
         {"batch_size": 5},
     ],

@@ -182,7 +182,7 @@ VERSION = DatasetVersion(name="words", version="1", sha256="0" * 64)
 
 
 def cache(storage, *, version=VERSION, tokenizer=None, options=None, max_tokens=20):
-    data = ComponentSelector().select(Kind.DATA, "code_tasks.micro_code", options=options or {})
+    data = ComponentSelector().select(Kind.DATA, "core.jsonl", options=options or {})
     return make_token_cache(
         storage, version, data=data, tokenizer=tokenizer or fast_tokenizer(), max_tokens=max_tokens
     )
@@ -213,7 +213,7 @@ def test_the_arrays_lie_under_the_version_of_the_data(tmp_path):
     "other",
     [
         {"version": attrs.evolve(VERSION, sha256="1" * 64)},
-        {"options": {"incorrect_fraction": 0.5}},
+        {"options": {"validation_share": 0.5}},
         {"tokenizer": fast_tokenizer(LETTERS[::-1])},
         {"tokenizer": fast_tokenizer(eos="<pad>")},
         {"max_tokens": 19},
@@ -256,7 +256,7 @@ def test_what_failed_leaves_nothing_behind(tmp_path):
 
 
 def test_a_version_that_is_no_folder_is_an_error(tmp_path):
-    with pytest.raises(WmtpError, match=r"data source `core\.micro_code` has a version that is no name"):
+    with pytest.raises(WmtpError, match=r"data source `core\.jsonl` has a version that is no name"):
         cache(tmp_path, version=attrs.evolve(VERSION, name="../up"))
 
 

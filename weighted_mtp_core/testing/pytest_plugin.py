@@ -30,12 +30,12 @@ TINY: Mapping[str, Any] = {
         "n_future": 2,
         "micro": {"vocab_size": 300, "hidden_size": 16, "layers": 2, "attention_heads": 2},
     },
-    "data": {"use": "code_tasks.micro_code", "options": {"problems": 20}},
+    "data": {"use": "core.jsonl", "options": {"path": "tiny.jsonl"}},
     "train": {"steps": 2, "batch_size": 4, "warmup_steps": 1, "validation_examples": 4, "log_every": 1},
     "evaluate": {"problems": 1, "max_new_tokens": 4},
     "tracker": [],
 }
-"""The lowest layer of every tiny run."""
+"""The lowest layer of every tiny run. `tiny.jsonl` is in the working folder."""
 
 
 @frozen(kw_only=True)
@@ -66,6 +66,7 @@ def wmtp_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[
         working = tmp_path / "tiny"
         working.mkdir()
         monkeypatch.chdir(working)
+        Path("tiny.jsonl").write_text("".join(map(_tiny_rows, range(40))), encoding="utf-8")
         critic = {"critic": {"train": TINY["train"]}} if "critic" in recipe else {}
         Path("lowest.toml").write_text(tomli_w.dumps({**TINY, **critic}), encoding="utf-8")
         Path("recipe.toml").write_text(
@@ -81,6 +82,26 @@ def wmtp_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[
             for name, value in line["metrics"].items()
         }
         return TinyRun(folder=journal.parent, metrics=metrics)
+
+    return run
+
+
+def _tiny_rows(number: int) -> str:
+    """Return two lines: a correct and an incorrect response to one problem."""
+    problem = {"instruction": f"Add {number % 7} and {number}.", "problem_id": number}
+    answers = (number % 7 + number, True), (number % 7 + number + 1 + number % 3, False)
+    rows = [{**problem, "output": f"It is {answer}.", "is_correct": right} for answer, right in answers]
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture
+def wmtp_cli() -> Callable[..., int]:
+    """Run a command in this process, for example `wmtp_cli("data", "show")`; return its exit code."""
+
+    def run(*arguments: str) -> int:
+        from weighted_mtp_core.cli import main
+
+        return main(arguments)
 
     return run
 

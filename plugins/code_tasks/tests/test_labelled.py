@@ -3,11 +3,12 @@
 import json
 
 import pytest
-from weighted_mtp_core.api import Problem, SandboxSettings, WmtpError
+from weighted_mtp_core.api import Problem, WmtpError
 
 from weighted_mtp_code_tasks.judging import FunctionJudge
 from weighted_mtp_code_tasks.labelled import LabelledSource
 from weighted_mtp_code_tasks.labelling import Candidate, LabelledProblem
+from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
 
 PROBLEM = Problem(
     problem_id="double",

@@ -4,9 +4,10 @@ import json
 from collections import Counter
 
 import pytest
-from weighted_mtp_core.api import BuildContext, SandboxSettings, WmtpError
+from weighted_mtp_core.api import BuildContext, WmtpError
 
 from weighted_mtp_code_tasks.mbpp import MbppOptions, build_mbpp
+from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
 
 SQUARE = {
     "text": "Write a function to square a number.",
@@ -43,10 +44,9 @@ def read(path):
 
 
 def build(folder, **options):
-    context = BuildContext(
-        seed=0, storage=folder / "storage", sandbox=SandboxSettings(workers=1, cpu_seconds=2)
-    )
-    return build_mbpp(MbppOptions(**options), context)
+    sandbox = SandboxSettings(workers=1, cpu_seconds=2)
+    context = BuildContext(seed=0, storage=folder / "storage")
+    return build_mbpp(MbppOptions(sandbox=sandbox, **options), context)
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
-from weighted_mtp_core.api import BuildContext, SandboxSettings, WmtpError
+from weighted_mtp_core.api import BuildContext, WmtpError
 
 from weighted_mtp_code_tasks.micro_code import MicroCodeOptions, build_micro_code
 from weighted_mtp_code_tasks.micro_code.generate import draw_problems
 from weighted_mtp_code_tasks.micro_code.grammar import random_argument, random_function
+from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +113,8 @@ def storage(tmp_path_factory):
 
 
 def source(storage: Path, **options):
-    options = MicroCodeOptions(**{"problems": 60, "mutants": 2, **options})
-    return build_micro_code(options, BuildContext(seed=0, storage=storage, sandbox=LIMITS))
+    options = MicroCodeOptions(**{"problems": 60, "mutants": 2, "sandbox": LIMITS, **options})
+    return build_micro_code(options, BuildContext(seed=0, storage=storage))
 
 
 def test_splits_share_no_function(storage):

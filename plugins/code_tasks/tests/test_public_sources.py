@@ -4,8 +4,7 @@ import gzip
 import json
 
 import pytest
-from weighted_mtp_core.api import BuildContext, SandboxSettings, WmtpError
-from weighted_mtp_core.api.records import read_records
+from weighted_mtp_core.api import BuildContext, WmtpError, read_records
 from weighted_mtp_core.testing import DataSourceSuite
 
 
@@ -56,7 +55,7 @@ class PublicFileSuite(DataSourceSuite):
     @pytest.fixture
     def context(self, folder):
         """Labels of the module's first test serve all."""
-        return BuildContext(seed=7, storage=folder, sandbox=SandboxSettings(workers=1))
+        return BuildContext(seed=7, storage=folder)
 
 
 class TestMbpp(PublicFileSuite):

