@@ -67,8 +67,12 @@ def wmtp_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[
         working.mkdir()
         monkeypatch.chdir(working)
         Path("tiny.jsonl").write_text("".join(map(_tiny_rows, range(40))), encoding="utf-8")
-        critic = {"critic": {"train": TINY["train"]}} if "critic" in recipe else {}
-        Path("lowest.toml").write_text(tomli_w.dumps({**TINY, **critic}), encoding="utf-8")
+        lowest = dict(TINY)
+        if "critic" in recipe:
+            lowest["critic"] = {"train": TINY["train"]}
+        if "use" in recipe.get("data", {}):
+            del lowest["data"]  # its options would be those of the recipe's `core.jsonl` too
+        Path("lowest.toml").write_text(tomli_w.dumps(lowest), encoding="utf-8")
         Path("recipe.toml").write_text(
             tomli_w.dumps({"extends": ["lowest.toml"], **recipe}), encoding="utf-8"
         )
