@@ -20,7 +20,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from weighted_mtp_core.generation.draft_heads import AllHeads
+from weighted_mtp_core.generation.draft_heads import DecodingHeads
 from weighted_mtp_core.generation.stacked_layers import stack
 from weighted_mtp_core.model.policy import make_policy
 
@@ -61,15 +61,15 @@ def drafted(heads):
         seen_RS = torch.ones(rows, begin + width, dtype=torch.bool)
         position_RT = torch.arange(begin, begin + width).expand(rows, -1)
         block = heads.read(ids_RT, position_RT=position_RT, cache=cache, seen=seen_RS)
-        block.first()
-        states.append(block.drafting(place_R))
+        block.head_1()
+        states.append(block.drafting_heads_at(place_R))
     return states
 
 
 @pytest.mark.parametrize("name", BASES)
 @torch.inference_mode()
 def test_drafting_heads_called_as_one_say_what_each_says_alone(name):
-    together = AllHeads.of(drifted(BASES[name]()), drafts=K - 1)
+    together = DecodingHeads.of(drifted(BASES[name]()), drafts=K - 1)
     alone = attrs.evolve(together, stacked=None)
 
     assert together.stacked is not None
@@ -81,7 +81,7 @@ def test_drafting_heads_called_as_one_say_what_each_says_alone(name):
 def test_layers_with_a_part_of_no_known_kind_are_not_stacked():
     policy = drifted(GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=16, n_layer=3, n_head=2)))
 
-    assert AllHeads.of(policy, drafts=K - 1).stacked is None
+    assert DecodingHeads.of(policy, drafts=K - 1).stacked is None
 
 
 def test_layers_with_experts_that_get_some_of_the_rows_are_not_stacked():

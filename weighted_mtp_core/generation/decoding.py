@@ -1,7 +1,7 @@
-"""One batch of rows being decoded: caches, what may be looked at, and one step after the other.
+"""Decode the rows of one batch step by step: caches, the attention mask, drafts and their verification.
 
-A step sends each row's newest token and its drafts through the policy. Slots of drafts that did not stay
-remain in the caches and are never looked at again, so rows of one batch may be of any length.
+A step passes each row's newest token and its drafts through the policy. Cache slots of rejected drafts stay
+and are masked from then on, so rows of one batch may have any lengths.
 
 Shape letters: R rows, T tokens of a block, S slots of the caches, D drafted tokens, H hidden, V vocabulary.
 """
@@ -14,7 +14,7 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
-from weighted_mtp_core.generation.draft_heads import AllHeads, Block
+from weighted_mtp_core.generation.draft_heads import Block, DecodingHeads
 from weighted_mtp_core.generation.sampling import accept, accept_greedy, draw, probabilities
 from weighted_mtp_core.model.families import READS_MASK
 from weighted_mtp_core.model.policy import PolicyCache
@@ -25,12 +25,12 @@ class Decoder:
     """Decodes the rows of one batch together.
 
     Attributes:
-        heads: Of a policy in evaluation mode; where none of them drafts, decoding is plain.
+        heads: Heads of a policy in evaluation mode; if none of them drafts, decoding is plain.
         temperature: 0 is greedy.
-        generators: One source of uniform numbers a row.
+        generators: One source of uniform numbers per row.
     """
 
-    heads: AllHeads
+    heads: DecodingHeads
     temperature: float
     generators: list[torch.Generator]
     _cache: PolicyCache = field(init=False)
@@ -39,9 +39,9 @@ class Decoder:
     _newest_R: Tensor = field(init=False)
     _block_RT: Tensor = field(init=False)
     _draft_RDV: Tensor | None = field(init=False, default=None)
-    _undrafted: tuple[Block, Tensor] | None = field(init=False, default=None)
+    _draft_from: tuple[Block, Tensor] | None = field(init=False, default=None)
     _slot_T: Tensor = field(init=False)
-    _later_TT: Tensor = field(init=False)
+    _future_TT: Tensor = field(init=False)
 
     def start(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """Read the prompts, padded on the left; return each row's first token."""
@@ -51,35 +51,34 @@ class Decoder:
         length_R = torch.tensor([len(ids) for ids in prompts], device=device)
         block = self.heads.drafts + 1
         self._slot_T = torch.arange(block, device=device)
-        self._later_TT = torch.full((block, block), -torch.inf, device=device).triu(diagonal=1)
+        self._future_TT = torch.full((block, block), -torch.inf, device=device).triu(diagonal=1)
         self._seen_RS = torch.arange(width, device=device) >= (width - length_R)[:, None]
         self._position_R = length_R
         self._cache = self.heads.new_caches()
         position_RT = (self._seen_RS.long().cumsum(dim=1) - 1).clamp(min=0)
         prompt = self._read(ids_RT, position_RT, self._seen_RS)
         last_R = torch.full_like(length_R, width - 1)
-        newest_R1, _ = self._choose(prompt.first_at(last_R))
+        newest_R1, _ = self._choose(prompt.head_1_at(last_R))
         self._newest_R = newest_R1[:, 0]
-        self._undrafted = prompt, last_R
+        self._draft_from = prompt, last_R
         return [[token] for token in self._newest_R.tolist()]
 
     def step(self) -> list[list[int]]:
-        """Draft and verify the drafts; return the 1 to `drafts + 1` tokens that each row gained."""
+        """Draft tokens and verify them; return the 1 to `drafts + 1` tokens that each row gained."""
         self._draft()
         position_RT = self._position_R[:, None] + self._slot_T
-        block = self._read(self._block_RT, position_RT, self._seen_by_block())
-        count_R, self._newest_R = self._verify(block.first())
-        stays_RT = self._slot_T <= count_R[:, None]
-        self._seen_RS = torch.cat([self._seen_RS, stays_RT], dim=1)
+        block = self._read(self._block_RT, position_RT, self._block_mask())
+        count_R, self._newest_R = self._verify(block.head_1())
+        self._seen_RS = torch.cat([self._seen_RS, self._slot_T <= count_R[:, None]], dim=1)
         self._position_R = self._position_R + count_R + 1
-        self._undrafted = block, count_R
-        # One tensor, so that the device is waited for once.
-        found = torch.cat([count_R[:, None], self._newest_R[:, None], self._block_RT], dim=1).tolist()
-        return [[*ids[1 : count + 1], token] for count, token, *ids in found]
+        self._draft_from = block, count_R
+        # One tensor, so that the host waits for the device once.
+        rows = torch.cat([count_R[:, None], self._newest_R[:, None], self._block_RT], dim=1).tolist()
+        return [[*ids[1 : count + 1], token] for count, token, *ids in rows]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only."""
-        self._draft()  # first: what the heads draft from is that of all rows
+        """Continue with these rows only."""
+        self._draft()  # first, because the states to draft from are those of all rows
         index = torch.tensor(rows, device=self._seen_RS.device)
         self.heads.keep(self._cache, index, rows=len(self.generators))
         self._seen_RS, self._position_R = self._seen_RS[index], self._position_R[index]
@@ -90,25 +89,26 @@ class Decoder:
     def _read(self, ids_RT: Tensor, position_RT: Tensor, seen: Tensor) -> Block:
         return self.heads.read(ids_RT, position_RT=position_RT, cache=self._cache, seen=seen)
 
-    def _seen_by_block(self) -> Tensor:
-        """Return which slots the block's tokens may look at: those seen so far, and the block's up to theirs.
+    def _block_mask(self) -> Tensor:
+        """Return the mask of the block's tokens over all slots: seen ones, and earlier ones of the block.
 
-        With drafts, as what is added to scores, made once here; made of a mask by transformers and by torch
-        it would be made anew in each layer. Windows have no say in that, but where one is left nothing is
-        drafted. Models that read distances from the mask (ALiBi) need the mask.
+        With drafts, the mask is returned as a summand of attention scores: given a boolean mask, transformers
+            and
+        torch would convert it again in each layer. It ignores sliding windows, because drafting is disabled
+        once the text may leave one. Families that read distances from the mask (ALiBi) need the boolean mask.
         """
         rows, width = self._block_RT.shape
         if not self.heads.drafts or self.heads.policy.config.model_type in READS_MASK:
             new = torch.ones(rows, width, dtype=torch.bool, device=self._seen_RS.device)
             return torch.cat([self._seen_RS, new], dim=1)
         dtype = self.heads.policy.unembedding.weight.dtype
-        before_RS = torch.zeros(self._seen_RS.shape, dtype=dtype, device=self._seen_RS.device)
-        before_RS = before_RS.masked_fill_(~self._seen_RS, -torch.inf)
-        before_R1TS = before_RS[:, None, None].expand(-1, -1, width, -1)
-        return torch.cat([before_R1TS, self._later_TT.to(dtype).expand(rows, 1, -1, -1)], dim=-1)
+        past_RS = torch.zeros(self._seen_RS.shape, dtype=dtype, device=self._seen_RS.device)
+        past_RS = past_RS.masked_fill_(~self._seen_RS, -torch.inf)
+        past_R1TS = past_RS[:, None, None].expand(-1, -1, width, -1)
+        return torch.cat([past_R1TS, self._future_TT.to(dtype).expand(rows, 1, -1, -1)], dim=-1)
 
     def _verify(self, state_RTH: Tensor) -> tuple[Tensor, Tensor]:
-        """Return how many drafts of each row head 1 keeps, and the token that it puts after them."""
+        """Return how many drafts of each row head 1 accepts, and the token that follows them."""
         if not self.heads.drafts:
             token_R1, _ = self._choose(state_RTH)
             return torch.zeros_like(token_R1[:, 0]), token_R1[:, 0]
@@ -122,21 +122,22 @@ class Decoder:
         return count_R, draw(next_RV, uniform_RT[:, -1])
 
     def _draft(self) -> None:
-        """Form the next block: the newest token, and what heads 2, 3, ... expect after it.
+        """Form the next block: the newest token, and the tokens that heads 2, 3, ... predict after it.
 
-        Nothing if that is done. It waits until another step is sure to come: a batch's last drafts nothing.
+        Does nothing if the block exists. Runs only once another step is certain: nothing is drafted after the
+        last.
         """
-        if self._undrafted is None:
+        if self._draft_from is None:
             return
-        read, place_R = self._undrafted
+        block, position_R = self._draft_from
         self._block_RT = self._newest_R[:, None]
         if self.heads.drafts:
-            draft_RD, self._draft_RDV = self._choose(read.drafting(place_R))
+            draft_RD, self._draft_RDV = self._choose(block.drafting_heads_at(position_R))
             self._block_RT = torch.cat([self._block_RT, draft_RD], dim=1)
-        self._undrafted = None
+        self._draft_from = None
 
     def _choose(self, state_RTH: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return tokens `[R, T]` of states, and the probabilities that they were drawn from."""
+        """Return a token `[R, T]` for each state, and the probabilities that it was drawn from."""
         logits_RTV = self.heads.policy.unembedding(state_RTH)
         if self.temperature == 0:
             return logits_RTV.argmax(dim=-1), None
@@ -144,6 +145,6 @@ class Decoder:
         return draw(probability, self._uniform(state_RTH.shape[1])), probability
 
     def _uniform(self, count: int) -> Tensor:
-        """Return `count` uniform numbers a row, from each row's own stream."""
+        """Return `count` uniform numbers per row, each row from its own generator."""
         drawn = [torch.rand(count, generator=generator) for generator in self.generators]
         return torch.stack(drawn).to(self._seen_RS.device)

@@ -1,7 +1,7 @@
-"""Write text with a policy: plain, or self-speculative, where its own extra heads draft and head 1 verifies.
+"""Generate text with a policy: plain, or self-speculative: the extra heads draft and head 1 verifies.
 
-Both give the same text: token for token when greedy, from the same distribution when sampled (blockwise
-parallel decoding, Stern et al. 2018; Gloeckle et al. 2024, section 3.2).
+Both give the same text: token for token if greedy, from the same distribution if sampled (blockwise parallel
+decoding, Stern et al. 2018; Gloeckle et al. 2024, section 3.2).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from attrs import define, field, frozen
 
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.generation.decoding import Decoder
-from weighted_mtp_core.generation.draft_heads import AllHeads
+from weighted_mtp_core.generation.draft_heads import DecodingHeads
 from weighted_mtp_core.model.policy import Policy
 
 Decoding = Literal["plain", "self_speculative"]
@@ -25,16 +25,17 @@ Decoding = Literal["plain", "self_speculative"]
 
 @frozen(kw_only=True)
 class Generations:
-    """What was written, and what it took.
+    """Generated tokens and statistics of decoding.
 
     Attributes:
         tokens: New tokens of each prompt, without EOS.
-        finished: Whether each ended with EOS, not at the limit.
-        emitted: All new tokens, EOS included.
-        passes: Forward passes, counted row by row, the prompt's own included.
-        verified: Passes that verified drafts: those after the prompt's.
-        accepted: How many of those kept the first, second, ... draft; a draft behind the text's end is not.
-        seconds: Wall clock.
+        finished: Whether each text ended with EOS, not at the limit.
+        emitted: Number of new tokens, EOS included.
+        passes: Number of forward passes, summed over rows; the prompt's pass included.
+        verified: Number of passes that verified drafts: all but the prompts'.
+        accepted: Number of verifying passes that accepted the first, second, ... draft; drafts after the end
+            of the text do not count.
+        seconds: Wall-clock time.
     """
 
     tokens: tuple[tuple[int, ...], ...]
@@ -47,23 +48,23 @@ class Generations:
 
     @property
     def tokens_per_forward(self) -> float:
-        """New tokens over passes, row by row: 1 for plain decoding."""
+        """New tokens per row and forward pass: 1 for plain decoding."""
         return self.emitted / max(self.passes, 1)
 
     @property
     def acceptance(self) -> tuple[float, ...]:
-        """Share of verifying passes that kept the first, second, ... draft."""
+        """Share of verifying passes that accepted the first, second, ... draft."""
         return tuple(count / max(self.verified, 1) for count in self.accepted)
 
     @property
     def acceptance_length(self) -> float:
-        """Tokens that a verifying pass gives: its own and the drafts it kept; 1 for plain decoding."""
+        """Tokens per verifying pass: head 1's own and the accepted drafts; 1 for plain decoding."""
         return 1.0 + sum(self.acceptance)
 
 
 @define(kw_only=True)
 class _Row:
-    """A prompt on its way to `limit` new tokens."""
+    """The new tokens of one prompt, at most `limit`."""
 
     index: int
     limit: int
@@ -71,7 +72,7 @@ class _Row:
     finished: bool = False
 
     def take(self, new: Sequence[int], *, eos_id: int) -> int:
-        """Append tokens up to EOS or the limit; return how many were taken, EOS included."""
+        """Append tokens up to EOS or the limit; return the number of tokens used, EOS included."""
         for taken, token in enumerate(new, start=1):
             if token == eos_id:
                 self.finished = True
@@ -103,30 +104,33 @@ def generate(
     """Continue prompts of any lengths.
 
     Args:
-        policy: Left in the mode it was in.
+        policy: Its training mode is restored afterwards.
         prompts: Token ids; none may be empty.
-        max_new_tokens: The limit for each; a text also ends where the model's positions end, with room kept
-            for drafts, so that both ways of decoding end it at the same place.
-        eos_id: Ends a row, also inside a draft.
+        max_new_tokens: The limit per prompt. A text also ends at the model's last position, less K - 1
+            positions for drafts, so that both kinds of decoding give the same text.
+        eos_id: Ends a text, also inside a draft.
         temperature: 0 is greedy.
-        seed: With a prompt's stream it decides its samples, whatever else is in the batch.
-        streams: A name for each prompt's random stream; its number by default.
-        decoding: Plain, or drafted by heads 2..K. Texts that may leave a model's attention window are decoded
-            plainly: refused drafts would take places in it.
-        batch_size: Prompts decoded together, longest with longest.
-        on_done: Told how many prompts are done.
+        seed: Together with a prompt's stream it fixes the samples, whatever else is in the batch.
+        streams: A name for each prompt's random stream; its index by default.
+        decoding: `plain`, or `self_speculative` with drafts of heads 2..K. Texts that may leave a sliding
+            window are decoded plainly, because rejected drafts would take slots of the window.
+        batch_size: Prompts decoded together; prompts of similar length are grouped.
+        on_done: Called with the number of finished prompts.
 
     Raises:
-        WmtpError: A prompt leaves no position to write at.
+        WmtpError: A prompt leaves no position for new tokens.
     """
     began = time.perf_counter()
     was_training = policy.training
     policy.eval()
     names = list(streams) if streams is not None else [str(i) for i in range(len(prompts))]
     drafts = _drafts(policy, decoding, longest=max(map(len, prompts), default=0), new=max_new_tokens)
-    heads = AllHeads.of(policy, drafts=drafts)
-    room = _room(policy)
-    rows = [_Row(index=i, limit=_limit(len(ids), max_new_tokens, room=room)) for i, ids in enumerate(prompts)]
+    heads = DecodingHeads.of(policy, drafts=drafts)
+    longest = _longest_text(policy)
+    rows = [
+        _Row(index=i, limit=_limit(len(ids), max_new_tokens, longest=longest))
+        for i, ids in enumerate(prompts)
+    ]
     tally = _Tally(accepted=[0] * drafts)
     done = 0
     by_length = sorted(rows, key=lambda row: len(prompts[row.index]))
@@ -163,7 +167,7 @@ def generate(
 
 
 def _drafts(policy: Policy, decoding: Decoding, *, longest: int, new: int) -> int:
-    """Return how many tokens heads 2, 3, ... draft for each step."""
+    """Return the number of tokens that are drafted in each step."""
     window: int | None = getattr(policy.config, "sliding_window", None)
     if decoding == "plain":
         return 0
@@ -174,21 +178,21 @@ def _drafts(policy: Policy, decoding: Decoding, *, longest: int, new: int) -> in
     return policy.n_future - 1
 
 
-def _room(policy: Policy) -> int | None:
-    """Return how long a prompt with its text may become, if the model says so."""
+def _longest_text(policy: Policy) -> int | None:
+    """Return the most tokens of a prompt and its text together, if the model has a limit."""
     positions: int | None = getattr(policy.config, "max_position_embeddings", None)
     return None if positions is None else positions - (policy.n_future - 1)
 
 
-def _limit(length: int, max_new_tokens: int, *, room: int | None) -> int:
-    if room is None:
+def _limit(length: int, max_new_tokens: int, *, longest: int | None) -> int:
+    if longest is None:
         return max_new_tokens
-    if length >= room:
+    if length >= longest:
         raise WmtpError(
-            f"a prompt of {length} tokens leaves no room to write: this model reads up to {room}",
+            f"a prompt of {length} tokens leaves no room to write: this model reads up to {longest}",
             hint="shorten the prompt, or use a base model with more positions",
         )
-    return min(max_new_tokens, room - length)
+    return min(max_new_tokens, longest - length)
 
 
 @define(kw_only=True)
@@ -203,7 +207,7 @@ class _Tally:
     def count(
         self, rows: Sequence[_Row], gained: Sequence[list[int]], *, eos_id: int, verifying: bool
     ) -> None:
-        """Give each row its new tokens and count them."""
+        """Append each row's new tokens and count them."""
         for row, new in zip(rows, gained, strict=True):
             taken = row.take(new, eos_id=eos_id)
             self.emitted += taken
@@ -226,19 +230,19 @@ class Sampled:
     generations: Generations
 
     def metrics(self) -> dict[str, float]:
-        """Return what is the same in every run of a recipe.
+        """Return the metrics that are equal in every run of a recipe.
 
-        `acceptance_position_k` is the share of verifying passes that kept what head k drafted.
+        `acceptance_position_k` is the share of verifying passes that accepted head k's draft.
         """
-        found = {
+        metrics = {
             "tokens_per_forward": self.generations.tokens_per_forward,
             "finished_share": sum(self.generations.finished) / max(len(self.generations.finished), 1),
         }
         if self.generations.accepted:
-            found["acceptance_length"] = self.generations.acceptance_length
+            metrics["acceptance_length"] = self.generations.acceptance_length
         for head, share in enumerate(self.generations.acceptance, start=2):
-            found[f"acceptance_position_{head}"] = share
-        return found
+            metrics[f"acceptance_position_{head}"] = share
+        return metrics
 
     def timings(self) -> dict[str, float]:
         """Return the measured speed."""
@@ -259,12 +263,12 @@ def sample_completions(
     batch_size: int,
     on_done: Callable[[int], None] | None = None,
 ) -> Sampled:
-    """Write `samples` completions of each prompt; the text is not stripped, so indentation stays.
+    """Return `samples` completions of each prompt, with their leading whitespace.
 
-    A prompt is a name, which with `seed` decides its samples, and a text.
+    A prompt is a name, which together with `seed` fixes its samples, and a text.
     """
     encoded = tokenizer([text for _, text in prompts], add_special_tokens=False)["input_ids"]
-    found = generate(
+    generations = generate(
         policy,
         [ids for ids in encoded for _ in range(samples)],
         max_new_tokens=max_new_tokens,
@@ -276,8 +280,10 @@ def sample_completions(
         batch_size=batch_size,
         on_done=on_done,
     )
-    texts = tokenizer.batch_decode([list(ids) for ids in found.tokens], clean_up_tokenization_spaces=False)
+    texts = tokenizer.batch_decode(
+        [list(ids) for ids in generations.tokens], clean_up_tokenization_spaces=False
+    )
     return Sampled(
         completions=tuple(tuple(texts[first : first + samples]) for first in range(0, len(texts), samples)),
-        generations=found,
+        generations=generations,
     )

@@ -1,6 +1,6 @@
-"""Choose tokens: greedy or sampled, and keep or replace drafted ones without changing the distribution.
+"""Sample tokens, and accept or replace drafted tokens without changing the distribution.
 
-All randomness comes in as uniform numbers, so that what a row gets depends on its own stream alone.
+All randomness comes in as uniform numbers, so that a row's tokens depend on its own random stream only.
 
 Shape letters: R rows, D drafted tokens, V vocabulary.
 """
@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 def probabilities(logits: Tensor, *, temperature: float) -> Tensor:
-    """Return float32 probabilities over the last dimension, for a temperature above 0."""
+    """Return float32 probabilities over the last dimension; the temperature is above 0."""
     return torch.softmax(logits.float() / temperature, dim=-1)
 
 
 def draw(probability: Tensor, uniform: Tensor) -> Tensor:
-    """Return tokens by inverting cumulative distributions: int64 `[...]`, of `[..., V]` and `[...]`."""
+    """Return tokens, int64 `[...]`, by inverting the cumulative distribution of `[..., V]` at `[...]`."""
     cumulative = probability.cumsum(dim=-1)
     point = (uniform * cumulative[..., -1])[..., None]
     token = torch.searchsorted(cumulative, point, right=True)[..., 0]
@@ -25,14 +25,14 @@ def draw(probability: Tensor, uniform: Tensor) -> Tensor:
 
 
 def accept_greedy(draft_RD: Tensor, best_RT: Tensor) -> tuple[Tensor, Tensor]:
-    """Decide how many drafted tokens stay where each should be the likeliest, and which token follows them.
+    """Accept drafted tokens up to the first that is not the likeliest.
 
     Args:
         draft_RD: Drafted tokens, int64.
-        best_RT: `[R, D + 1]`, the likeliest tokens; the last for the token after all drafts.
+        best_RT: int64 `[R, D + 1]`, the likeliest tokens; the last one follows all drafts.
 
     Returns:
-        How many drafts stay and the token after them, both int64 `[R]`.
+        The number of accepted drafts and the token that follows them, both int64 `[R]`.
     """
     count_R = (draft_RD == best_RT[:, :-1]).long().cumprod(dim=1).sum(dim=1)
     return count_R, best_RT.gather(1, count_R[:, None])[:, 0]
@@ -41,29 +41,30 @@ def accept_greedy(draft_RD: Tensor, best_RT: Tensor) -> tuple[Tensor, Tensor]:
 def accept(
     draft_RD: Tensor, draft_RDV: Tensor, target_RDV: Tensor, uniform_RD: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Decide how many drafted tokens stay, and from what distribution the token after them comes.
+    """Accept drafted tokens at random, and return the distribution of the token that follows them.
 
-    Draft i stays with probability `min(1, p_i / q_i)`; the first that does not is replaced by a draw from
-    `max(p_i - q_i, 0)`, normalised (Leviathan et al. 2023, algorithm 1). What results is distributed as p.
+    Draft i is accepted with probability `min(1, p_i / q_i)`; the first rejected draft is replaced by a draw
+    from `max(p_i - q_i, 0)`, normalised (Leviathan et al. 2023, algorithm 1). The result is distributed as p.
 
     Args:
         draft_RD: Drafted tokens, int64.
-        draft_RDV: What each was drawn from, q.
-        target_RDV: `[R, D + 1, V]`, what it should be distributed as, p; the last for the token after all.
+        draft_RDV: The distribution q that each was drawn from.
+        target_RDV: `[R, D + 1, V]`, the target distribution p; the last one is for the token after all
+            drafts.
         uniform_RD: Uniform numbers in [0, 1).
 
     Returns:
-        How many drafts stay, int64 `[R]`, and the distribution of the next token, `[R, V]`.
+        The number of accepted drafts, int64 `[R]`, and the distribution of the next token, `[R, V]`.
     """
     rows, drafts = draft_RD.shape
     p_RD = target_RDV[:, :drafts].gather(2, draft_RD[:, :, None])[:, :, 0]
     q_RD = draft_RDV.gather(2, draft_RD[:, :, None])[:, :, 0]
-    stays_RD = uniform_RD * q_RD < p_RD
-    count_R = stays_RD.long().cumprod(dim=1).sum(dim=1)
+    accepted_RD = uniform_RD * q_RD < p_RD
+    count_R = accepted_RD.long().cumprod(dim=1).sum(dim=1)
     row_R = torch.arange(rows, device=draft_RD.device)
     target_RV = target_RDV[row_R, count_R]
     padded_RDV = torch.cat([draft_RDV, torch.zeros_like(target_RDV[:, -1:])], dim=1)
     rest_RV = (target_RV - padded_RDV[row_R, count_R]).clamp(min=0)
-    # Where q is p up to rounding, a draft may be refused with nothing left over: p itself is then right.
+    # If q equals p up to rounding, a rejected draft may leave nothing over: then p itself is correct.
     is_left_R1 = rest_RV.sum(dim=-1, keepdim=True) > 0
     return count_R, torch.where(is_left_R1, rest_RV, target_RV)

@@ -1,10 +1,11 @@
-"""Several layers as one: a layer that does for groups of rows what each layer does for its own.
+"""Several layers as one: rows come in groups, and each group uses the parameters of its own layer.
 
-For a few tokens a layer costs its calls, not its arithmetic, and three layers cost three times as many. Where
-their inputs are known together, one call does: rows that were the first layer's come first, then those of
-the second. Attention and whatever else has no parameters does not care whose rows they are.
+For a few tokens a layer's time is that of its kernel launches, not of its arithmetic, and three layers take
+three times as long. If their inputs are known together, one call is enough: the first layer's rows come
+first, then those of the second. Attention, and everything else without parameters, does not depend on the
+group.
 
-Shape letters: L layers, R rows of each, T positions, I inputs, O outputs.
+Shape letters: L layers, R rows of each, X = L R rows, T positions, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -18,43 +19,44 @@ from torch.distributed.fsdp import FSDPModule
 
 
 def stack(layers: Sequence[nn.Module]) -> nn.Module | None:
-    """Return a layer of `[L R, T, H]` states; None if these layers have a part that cannot be stacked.
+    """Return a layer of `[L R, T, H]` states, or None if these layers cannot be stacked.
 
-    Parameters of linear parts are copied, so what is learnt later is not in it. Layers whose parameters are
-    split over processes are whole only while they are called, one by one. Of a list of parts, experts say,
-    each is called with the rows that chose it, and groups would no longer be of one size.
+    Parameters of linear modules are copied, so later updates do not reach them. Layers with sharded
+    parameters (FSDP2) cannot be stacked, because they are whole only during a call of their own; nor can
+    layers with lists of
+    modules, such as experts: each expert gets the rows that chose it, and groups would differ in size.
     """
     first = layers[0]
-    if any(isinstance(part, FSDPModule | nn.ModuleList) for part in first.modules()):
+    if any(isinstance(module, FSDPModule | nn.ModuleList) for module in first.modules()):
         return None
     stacked = copy.deepcopy(first, {id(each): each for each in first.parameters()})
-    for name, part in first.named_modules():
-        if not any(True for _ in part.parameters(recurse=False)):
+    for name, module in first.named_modules():
+        if not any(True for _ in module.parameters(recurse=False)):
             continue
-        if not name or any(True for _ in part.children()):
+        if not name or any(True for _ in module.children()):
             return None
-        parts = [layer.get_submodule(name) for layer in layers]
-        if type(part) is nn.Linear:  # of a subclass nobody knows what else it does
-            stacked.set_submodule(name, _Linears(parts))
-        elif all(parameter.dim() == 1 for parameter in part.parameters()):
-            stacked.set_submodule(name, _norm(parts))
+        modules = [layer.get_submodule(name) for layer in layers]
+        if type(module) is nn.Linear:  # a subclass may compute something else
+            stacked.set_submodule(name, _Linears(modules))
+        elif all(parameter.dim() == 1 for parameter in module.parameters()):
+            stacked.set_submodule(name, _stack_norms(modules))
         else:
             return None
     return stacked
 
 
 class _Linears(nn.Module):
-    """Linear layers of one shape."""
+    """Linear modules of one shape."""
 
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__()
-        # Seen from the other side, not laid out anew: products with few rows are faster so.
-        self.weight_LIO = torch.stack([part.get_parameter("weight") for part in parts]).mT
-        biases: list[Tensor] = [part.get_parameter("bias") for part in parts if part.bias is not None]
+        # A transposed view, not a contiguous copy: products with few rows are faster with it.
+        self.weight_LIO = torch.stack([each.get_parameter("weight") for each in modules]).mT
+        biases: list[Tensor] = [each.get_parameter("bias") for each in modules if each.bias is not None]
         self.bias_L1O = torch.stack(biases)[:, None] if biases else None
 
     def forward(self, input_XTI: Tensor) -> Tensor:
-        """Return `[L R, T, O]`."""
+        """Return `[X, T, O]`."""
         input_LXI = input_XTI.reshape(self.weight_LIO.shape[0], -1, input_XTI.shape[-1])
         if self.bias_L1O is None:
             output_LXO = torch.bmm(input_LXI, self.weight_LIO)
@@ -63,44 +65,43 @@ class _Linears(nn.Module):
         return output_LXO.view(*input_XTI.shape[:-1], -1)
 
 
-def _norm(parts: Sequence[nn.Module]) -> nn.Module:
-    """Return norms of one kind as one, where that kind can multiply by a weight for each group of rows."""
-    one = _Norms(parts)
-    width = next(parts[0].parameters())
-    # Not random numbers: those of a training that decodes in between are to stay as they are.
-    probe_L1H = torch.linspace(-1, 1, len(parts) * len(width)).view(len(parts), 1, -1).to(width)
-    each = _OneByOne(parts)
+def _stack_norms(modules: Sequence[nn.Module]) -> nn.Module:
+    """Return norms as one module, if a probe shows that their code works with a weight per group of rows."""
+    stacked, one_by_one = _Norms(modules), _OneByOne(modules)
+    weight = next(modules[0].parameters())
+    # No random numbers, which would change those of a training run that decodes in between.
+    probe_L1H = torch.linspace(-1, 1, len(modules) * len(weight)).view(len(modules), 1, -1).to(weight)
     try:
-        return one if torch.equal(one(probe_L1H), each(probe_L1H)) else each
+        return stacked if torch.equal(stacked(probe_L1H), one_by_one(probe_L1H)) else one_by_one
     except RuntimeError:  # torch's own kernels take one weight
-        return each
+        return one_by_one
 
 
 class _Norms(nn.Module):
-    """Norms that multiply what is normalised by a weight, whatever its shape, as transformers' own do."""
+    """Norms that multiply by a weight of any shape, as transformers' own do."""
 
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.count = len(parts)
-        self.part = copy.deepcopy(parts[0])
-        for name, _ in parts[0].named_parameters():
-            together = torch.stack([part.get_parameter(name) for part in parts])[:, None]
-            setattr(self.part, name, nn.Parameter(together, requires_grad=False))
+        self.count = len(modules)
+        self.norm = copy.deepcopy(modules[0])
+        for name, _ in modules[0].named_parameters():
+            parameter_L1H = torch.stack([each.get_parameter(name) for each in modules])[:, None]
+            setattr(self.norm, name, nn.Parameter(parameter_L1H, requires_grad=False))
 
     def forward(self, input_XTI: Tensor) -> Tensor:
-        """Return the rows, normed group by group."""
-        normed: Tensor = self.part(input_XTI.reshape(self.count, -1, input_XTI.shape[-1]))
+        """Return `[X, T, I]`."""
+        normed: Tensor = self.norm(input_XTI.reshape(self.count, -1, input_XTI.shape[-1]))
         return normed.view(input_XTI.shape)
 
 
 class _OneByOne(nn.Module):
-    """Parts that work row by row, called one after the other."""
+    """Modules that work row by row, called one after the other."""
 
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.parts = nn.ModuleList(parts)
+        self.each = nn.ModuleList(modules)
 
     def forward(self, input_XTI: Tensor) -> Tensor:
-        """Return what each part says of its rows."""
-        groups = input_XTI.chunk(len(self.parts))
-        return torch.cat([part(group) for part, group in zip(self.parts, groups, strict=True)])
+        """Return the outputs of all groups."""
+        groups = input_XTI.chunk(len(self.each))
+        return torch.cat([module(group) for module, group in zip(self.each, groups, strict=True)])
