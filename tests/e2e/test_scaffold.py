@@ -45,10 +45,12 @@ def workplace(tmp_path_factory):
 
 @pytest.fixture
 def recipe(workplace, tmp_path):
-    """The recipe that came with the weighting, beside the preset `ci`."""
+    """The recipe and the data that came with the weighting, beside the preset `ci`."""
     (tmp_path / "presets").mkdir()
+    package = workplace / "weighted-mtp-my-weighting"
     for source, target in (
-        (workplace / "weighted-mtp-my-weighting" / "recipe.toml", tmp_path / "recipe.toml"),
+        (package / "recipe.toml", tmp_path / "recipe.toml"),
+        (package / "examples.jsonl", tmp_path / "examples.jsonl"),
         (REPOSITORY / "configs" / "presets" / "ci.toml", tmp_path / "presets" / "ci.toml"),
     ):
         target.write_bytes(source.read_bytes())

@@ -36,7 +36,9 @@ class Followed:
 
 @pytest.fixture(scope="module")
 def followed(isolated, environment, tmp_path_factory):
-    python = isolated("weighted-mtp-core", "weighted-mtp-baseline-mtp", "weighted-mtp-controls")
+    python = isolated(
+        *(f"weighted-mtp-{name}" for name in ("core", "code-tasks", "baseline-mtp", "controls"))
+    )
     settings = environment(
         PIP_NO_INDEX="1",  # everything that is needed is there
         PIP_NO_BUILD_ISOLATION="0",  # 0 turns isolation off: pip reads it as `--no-build-isolation`

@@ -109,7 +109,8 @@ def test_a_name_that_is_no_address(install_plugin, registry):
     install_plugin("My-Plugin", "", distribution="mine")
 
     assert error_of(lambda: registry().load("My-Plugin")) == (
-        "error: plugin `My-Plugin` (mine 0.3.0) has a name that is no address: expected `[a-z][a-z0-9_]*`"
+        "error: plugin `My-Plugin` (mine 0.3.0) has a name that is not valid in an address: "
+        "expected `[a-z][a-z0-9_]*`"
     )
 
 
@@ -168,7 +169,8 @@ def test_a_hook_with_arguments(load_error):
     assert load_error(
         "from weighted_mtp_core.api import hookimpl\n@hookimpl\ndef wmtp_critics(config): return []\n"
     ) == (
-        "error: plugin `mine` (wmtp-mine 0.3.0) wants arguments in `wmtp_critics`: `config`; a hook gets none"
+        "error: plugin `mine` (wmtp-mine 0.3.0) declares arguments of `wmtp_critics`: `config`; "
+        "hooks have none"
     )
 
 
@@ -187,7 +189,7 @@ def test_two_plugins_that_are_one_module(install_plugin, registry):
     both.load("first")
 
     assert error_of(lambda: both.load("second")) == (
-        "error: plugin `second` (wmtp-second 0.3.0) and plugin `first` are both `wmtp_first`"
+        "error: plugin `second` (wmtp-second 0.3.0) and plugin `first` are the same module: `wmtp_first`"
     )
 
 
@@ -196,11 +198,11 @@ def test_two_plugins_that_are_one_module(install_plugin, registry):
     [
         ("raise KeyError('x')", "failed in `wmtp_critics`: KeyError: 'x'"),
         ("pass", "failed in `wmtp_critics`: TypeError: 'NoneType' object is not iterable"),
-        ("return [Options]", "offers a type in `wmtp_critics`; expected a Component"),
-        ("return [declare('a'), declare('a')]", "offers two critics named `mine.a`"),
+        ("return [Options]", "returns a type from `wmtp_critics`; expected a Component"),
+        ("return [declare('a'), declare('a')]", "declares two critics named `mine.a`"),
         (
             "return [declare('a', options=dict)]",
-            "gives `mine.a` options that are no attrs class: <class 'dict'>",
+            "declares options of `mine.a` that are not an attrs class: <class 'dict'>",
         ),
         (
             "return [declare('A-b')]",
@@ -234,7 +236,7 @@ def test_options_of_a_type_that_cannot_be_found(load_error):
     """
 
     assert load_error(source) == (
-        "error: plugin `mine` (wmtp-mine 0.3.0) gives `mine.a` an option of an unknown type: "
+        "error: plugin `mine` (wmtp-mine 0.3.0) declares an option of `mine.a` with an unknown type: "
         "name 'Missing' is not defined"
     )
 

@@ -127,14 +127,14 @@ def test_says_what_to_do_next(tmp_path, monkeypatch, capsys):
     assert main(["plugins", "new", "top_k", "--kind", "weighting"]) == 0
 
     assert capsys.readouterr().out == (
-        "weighted-mtp-top-k: a package `weighted-mtp-top-k` that offers the weighting `top_k`\n"
+        "weighted-mtp-top-k: a package `weighted-mtp-top-k` with the weighting `top_k`\n"
         "\n"
         "next:\n"
         "  cd weighted-mtp-top-k\n"
-        "  pip install -e '.[dev]'                          beside core\n"
+        "  pip install -e '.[dev]'                          where core is installed\n"
         "  python -m weighted_mtp_core plugins check top_k\n"
-        "  pytest                                           core's promises, and numbers worked out by hand\n"
-        "  edit src/weighted_mtp_top_k/_top_k.py            and put your idea there\n"
+        "  pytest                                           core's checks, and numbers worked out by hand\n"
+        "  edit src/weighted_mtp_top_k/_top_k.py            to implement your idea\n"
     )
     assert (tmp_path / "weighted-mtp-top-k" / "src" / "weighted_mtp_top_k" / "_top_k.py").exists()
 
@@ -149,17 +149,17 @@ def test_arguments_come_in_any_order(order, tmp_path):
     assert (tmp_path / "here" / "pyproject.toml").exists()
 
 
-MALFORMED = "cannot be a plugin's name: small letters and digits, in words joined by `_`"
+MALFORMED = "cannot be a plugin's name: expected lower-case words and digits joined by `_`"
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("Top-K", f"error: `Top-K` {MALFORMED}\nhint: `top_k` could\n"),
-        ("../evil", f"error: `../evil` {MALFORMED}\nhint: `evil` could\n"),
+        ("Top-K", f"error: `Top-K` {MALFORMED}\nhint: for example `top_k`\n"),
+        ("../evil", f"error: `../evil` {MALFORMED}\nhint: for example `evil`\n"),
         ("2nd__order_", f"error: `2nd__order_` {MALFORMED}\nhint: for example `top_k`\n"),
-        ("lambda", "error: `lambda` cannot be a plugin's name: it is a word of Python\n"),
-        (LONGEST + "x", f"error: `{LONGEST}x` has 21 characters; a plugin's name has up to 20\n"),
+        ("lambda", "error: `lambda` cannot be a plugin's name: it is a keyword of Python\n"),
+        (LONGEST + "x", f"error: `{LONGEST}x` has 21 characters; the maximum is 20\n"),
     ],
 )
 def test_a_name_that_cannot_be_is_refused(name, expected, tmp_path, capsys):
@@ -173,8 +173,8 @@ def test_a_name_that_is_taken_is_refused(example_plugin, tmp_path, capsys):
     for name in (example_plugin, "core"):
         assert main(["plugins", "new", name, "--kind", "critic", str(tmp_path / "new")]) == 2
         assert capsys.readouterr().err == (
-            f"error: {find()[name]} is installed already, and names are unique\n"
-            "hint: choose another name; `plugins list` shows those that are taken\n"
+            f"error: the name is taken by {find()[name]}\n"
+            "hint: choose another name; `plugins list` shows all that are taken\n"
         )
     assert not (tmp_path / "new").exists()
 

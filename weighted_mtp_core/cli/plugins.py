@@ -1,4 +1,4 @@
-"""`plugins`: what is installed, what one plugin offers, whether all of them load, and how one begins."""
+"""`plugins`: list, show and check installed plugins, and write the package of a new one."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from weighted_mtp_core.recipe.structure import default_of, plain
 from weighted_mtp_core.scaffold import Scaffold, check_name
 
 _DESCRIPTION = """\
-Look at installed plugins, and begin new ones. Installed is not active: a recipe names the components it uses,
-and only the plugins that offer those are imported."""
+List, show and check installed plugins, or write the package of a new one. Installed is not active: a recipe
+names the components it uses, and only the plugins that declare them are imported."""
 _EPILOG = """\
 examples:
-  plugins list             name, distribution, version; imports nothing
-  plugins show core        components and their options
-  plugins check            load each plugin and report what is wrong with it
-  plugins new top_k --kind weighting     write a package to begin with"""
+  plugins list                           names, distributions and versions; imports nothing
+  plugins show core                      components and their options
+  plugins check                          load each plugin and report its mistakes
+  plugins new top_k --kind weighting     write a complete package with one component"""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -37,20 +37,20 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         epilog=_EPILOG,
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    listing = actions.add_parser("list", help="list what is installed, without importing it")
+    listing = actions.add_parser("list", help="list the installed plugins; imports nothing")
     listing.set_defaults(action=_list)
-    showing = actions.add_parser("show", help="show what a plugin offers")
+    showing = actions.add_parser("show", help="show the components of a plugin and their options")
     showing.add_argument("name", metavar="NAME", help="a name from `plugins list`")
     showing.set_defaults(action=_show)
-    checking = actions.add_parser("check", help="load each plugin, or those named, and report")
+    checking = actions.add_parser("check", help="load all plugins, or those given, and report mistakes")
     checking.add_argument("names", metavar="NAME", nargs="*")
     checking.set_defaults(action=_check)
-    beginning: Any = actions.add_parser("new", help="write a plugin package that works at once")
+    beginning: Any = actions.add_parser("new", help="write a complete plugin package")
     beginning.add_argument(
-        "name", metavar="NAME", help="what recipes will call it: small letters, digits, `_`"
+        "name", metavar="NAME", help="the plugin's name in recipes: lower-case letters, digits, `_`"
     )
     beginning.add_argument(
-        "--kind", required=True, choices=[each.value for each in Kind], help="what it offers, to begin with"
+        "--kind", required=True, choices=[each.value for each in Kind], help="the kind of its component"
     )
     beginning.add_argument("folder", metavar="DIR", nargs="?", help="default: weighted-mtp-NAME")
     beginning.intermixed = True  # NAME --kind KIND DIR
@@ -59,7 +59,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Do the action that was asked for."""
+    """Carry out one of the actions."""
     code: int = args.action(args)
     return code
 
@@ -131,7 +131,7 @@ def _check(args: argparse.Namespace) -> int:
             continue
         offers = [address for kind in Kind for address in plugin.addresses(kind)]
         origin = f"{plugin.found.distribution} {plugin.found.version}"
-        print(f"ok   {name} ({origin}): {', '.join(offers) or 'offers nothing'}")
+        print(f"ok   {name} ({origin}): {', '.join(offers) or 'no components'}")
     return code
 
 
@@ -140,16 +140,14 @@ def _new(args: argparse.Namespace) -> int:
     scaffold = Scaffold(name=args.name, kind=next(each for each in Kind if each.value == args.kind))
     folder = Path(args.folder or scaffold.distribution)
     scaffold.write(folder)
-    print(
-        f"{folder}: a package `{scaffold.distribution}` that offers the {scaffold.kind.label} `{args.name}`\n"
-    )
+    print(f"{folder}: a package `{scaffold.distribution}` with the {scaffold.kind.label} `{args.name}`\n")
     print("next:")
     steps = [
         (f"cd {folder}", ""),
-        ("pip install -e '.[dev]'", "beside core"),
+        ("pip install -e '.[dev]'", "where core is installed"),
         (f"python -m weighted_mtp_core plugins check {args.name}", ""),
-        ("pytest", "core's promises, and numbers worked out by hand"),
-        (f"edit src/{scaffold.module}/_{args.name}.py", "and put your idea there"),
+        ("pytest", "core's checks, and numbers worked out by hand"),
+        (f"edit src/{scaffold.module}/_{args.name}.py", "to implement your idea"),
     ]
     print_rows(steps, indent="  ")
     return EXIT_DONE

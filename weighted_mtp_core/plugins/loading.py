@@ -125,7 +125,7 @@ class PluginRegistry:
         module = _import(plugin)
         _check_functions(plugin, module)
         if registered := self._manager.get_name(module):
-            raise WmtpError(f"{plugin} and plugin `{registered}` are both `{plugin.module}`")
+            raise WmtpError(f"{plugin} and plugin `{registered}` are the same module: `{plugin.module}`")
         try:
             self._manager.register(module, name=plugin.name)
         except pluggy.PluginValidationError as error:  # registration is atomic: nothing is registered
@@ -154,10 +154,10 @@ class PluginRegistry:
         for component in self._results(plugin, kind):
             if not isinstance(component, Component):
                 got = type(component).__name__
-                raise WmtpError(f"{plugin} offers a {got} in `{kind.hook}`; expected a Component")
+                raise WmtpError(f"{plugin} returns a {got} from `{kind.hook}`; expected a Component")
             address = f"{plugin.name}.{component.name}"
             if component.name in components:
-                raise WmtpError(f"{plugin} offers two {kind.label}s named `{address}`")
+                raise WmtpError(f"{plugin} declares two {kind.label}s named `{address}`")
             _check_options(plugin, address, component.options)
             components[component.name] = component
         return components
@@ -205,7 +205,7 @@ def _check_name(plugin: FoundPlugin) -> None:
             hint=f"uninstall one, for example: pip uninstall {spare}",
         )
     if not re.fullmatch(r"[a-z][a-z0-9_]*", plugin.name):
-        raise WmtpError(f"{plugin} has a name that is no address: expected `[a-z][a-z0-9_]*`")
+        raise WmtpError(f"{plugin} has a name that is not valid in an address: expected `[a-z][a-z0-9_]*`")
 
 
 def _check_core_range(plugin: FoundPlugin) -> None:
@@ -238,13 +238,15 @@ def _check_functions(plugin: FoundPlugin, module: object) -> None:
             )
         parameters = inspect.signature(function).parameters
         if name in _HOOKS and parameters:
-            raise WmtpError(f"{plugin} wants arguments in `{name}`: {quoted(parameters)}; a hook gets none")
+            raise WmtpError(f"{plugin} declares arguments of `{name}`: {quoted(parameters)}; hooks have none")
 
 
 def _check_options(plugin: FoundPlugin, address: str, options: type[Any]) -> None:
     if not attrs.has(options):
-        raise WmtpError(f"{plugin} gives `{address}` options that are no attrs class: {options!r}")
+        raise WmtpError(f"{plugin} declares options of `{address}` that are not an attrs class: {options!r}")
     try:
         attrs.resolve_types(options)
     except NameError as error:
-        raise WmtpError(f"{plugin} gives `{address}` an option of an unknown type: {error}") from error
+        raise WmtpError(
+            f"{plugin} declares an option of `{address}` with an unknown type: {error}"
+        ) from error

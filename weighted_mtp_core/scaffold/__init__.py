@@ -1,7 +1,7 @@
-"""Write a plugin package that works at once, from the files below `templates/`.
+"""Write a complete plugin package from the files in `templates/`.
 
-`templates/common` goes into every package, `templates/<kind>` into one of that kind. In file names and in
-texts, `{{word}}` is replaced; the suffix `.tmpl` keeps tools from taking a template for what it makes.
+Every package gets the files of `templates/common` and those of `templates/<kind>`. `{{word}}` is replaced in
+names and contents of files. Templates end in `.tmpl`, so that tools do not read them as Python or TOML.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from weighted_mtp_core.plugins.discovery import FoundPlugin
 from weighted_mtp_core.plugins.loading import Kind
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
-_LONGEST = 20  # so that lines which hold it three times stay lines
+_LONGEST = 20  # some lines of the templates contain the name three times
 _SUFFIX = ".tmpl"
 _SUMMARIES = {
     Kind.WEIGHTING: "The policy's own loss of a target, but not less than a floor.",
     Kind.CRITIC: "A linear probe of the policy's states that predicts the reward.",
     Kind.DATA: "Sums of two numbers, with right and wrong answers.",
-    Kind.TRACKER: "A folder with a line of JSON an event.",
+    Kind.TRACKER: "A folder with one line of JSON per event.",
 }
 
 
 @frozen(kw_only=True)
 class Scaffold:
-    """A package that does not exist yet.
+    """A plugin package to be written.
 
     Attributes:
-        name: The plugin's name, and that of its one component.
-        kind: What the component is.
+        name: Name of the plugin and of its only component.
+        kind: Kind of the component.
     """
 
     name: str
@@ -46,19 +46,19 @@ class Scaffold:
 
     @property
     def distribution(self) -> str:
-        """What pip calls it."""
+        """Name of the distribution, for pip."""
         return f"weighted-mtp-{self.name.replace('_', '-')}"
 
     @property
     def module(self) -> str:
-        """What Python imports."""
+        """Name of the module, for Python."""
         return f"weighted_mtp_{self.name}"
 
     def write(self, folder: Path) -> None:
-        """Write the package into a folder that is empty or not there yet.
+        """Write the package to a folder that is empty or does not exist.
 
         Raises:
-            WmtpError: Something lies there already, or nothing can be written there.
+            WmtpError: The folder is not empty, or it cannot be written.
         """
         try:
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -92,25 +92,25 @@ class Scaffold:
 
 
 def check_name(name: str, installed: Mapping[str, FoundPlugin]) -> None:
-    """Check that a new plugin may be called so.
+    """Check that a new plugin may have this name.
 
     Raises:
-        WmtpError: It could not be an address, a module and a distribution, or it is taken.
+        WmtpError: The name is not valid in an address, a module name and a distribution name, or it is taken.
     """
     if not _NAME.fullmatch(name):
         near = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
         raise WmtpError(
-            f"`{name}` cannot be a plugin's name: small letters and digits, in words joined by `_`",
-            hint=f"`{near}` could" if _NAME.fullmatch(near) else "for example `top_k`",
+            f"`{name}` cannot be a plugin's name: expected lower-case words and digits joined by `_`",
+            hint=f"for example `{near if _NAME.fullmatch(near) else 'top_k'}`",
         )
     if keyword.iskeyword(name):
-        raise WmtpError(f"`{name}` cannot be a plugin's name: it is a word of Python")
+        raise WmtpError(f"`{name}` cannot be a plugin's name: it is a keyword of Python")
     if len(name) > _LONGEST:
-        raise WmtpError(f"`{name}` has {len(name)} characters; a plugin's name has up to {_LONGEST}")
+        raise WmtpError(f"`{name}` has {len(name)} characters; the maximum is {_LONGEST}")
     if name in installed:
         raise WmtpError(
-            f"{installed[name]} is installed already, and names are unique",
-            hint="choose another name; `plugins list` shows those that are taken",
+            f"the name is taken by {installed[name]}",
+            hint="choose another name; `plugins list` shows all that are taken",
         )
 
 
@@ -127,7 +127,7 @@ def _fill(text: str, words: Mapping[str, str]) -> str:
 
 
 def _core_range(version: Version) -> str:
-    """Return the range of core that this core's API holds for: before 1.0 a minor version may break."""
+    """Return the range of versions with the API of this one: before 1.0 a minor version may break it."""
     floor = f">={version.major}.{version.minor}"
     ceiling = f"{version.major}.{version.minor + 1}" if version.major == 0 else f"{version.major + 1}"
     return f"{floor},<{ceiling}"

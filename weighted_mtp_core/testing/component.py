@@ -21,6 +21,7 @@ import torch
 
 from weighted_mtp_core.api import BuildContext, Stateful, WmtpError
 from weighted_mtp_core.checkpointing.best_model import load_component, save_component
+from weighted_mtp_core.plugins.discovery import find
 from weighted_mtp_core.plugins.loading import AnyComponent, Kind, PluginRegistry
 from weighted_mtp_core.plugins.selection import ComponentSelector, SelectedComponent
 from weighted_mtp_core.recipe.structure import plain, structure
@@ -29,18 +30,21 @@ from weighted_mtp_core.testing import documents
 _HEAVY = ("torch", "transformers", "mlflow", "boto3")
 _LOAD = """
 import sys
+from weighted_mtp_core.plugins.discovery import find
 from weighted_mtp_core.plugins.loading import PluginRegistry
 PluginRegistry().load(sys.argv[1])
 print(*(name for name in sys.argv[2:] if name in sys.modules))
 """
 
 
-registry = functools.cache(PluginRegistry)  # a suite has many tests, and reading all metadata is slow
+@functools.cache  # a suite has many tests, and reading all metadata is slow
+def _registry(path: tuple[str, ...]) -> PluginRegistry:
+    return PluginRegistry(found=find(path))
 
 
 def select(kind: Kind, address: str, options: Mapping[str, Any]) -> SelectedComponent:
     """Return a component of an installed plugin; wrong options fail the test."""
-    selector = ComponentSelector(registry=registry())
+    selector = ComponentSelector(registry=_registry(tuple(sys.path)))
     selected = selector.select(kind, address, options=options)
     assert not selector.faults, [f"{'.'.join(map(str, each.path))}: {each.text}" for each in selector.faults]
     return selected
