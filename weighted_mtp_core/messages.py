@@ -1,4 +1,4 @@
-"""Words for messages: names in backticks, the near miss that was probably meant, an error in one line."""
+"""Text for messages: names in backticks, "did you mean" for near misses, an error in one line."""
 
 from __future__ import annotations
 
@@ -30,6 +30,6 @@ def did_you_mean(word: str, names: Iterable[str]) -> str | None:
 
 
 def reason(error: BaseException) -> str:
-    """Return "ValueError: text" for somebody else's error, without the objects that attrs adds."""
+    """Return "ValueError: text" for an error of another library, without the objects that attrs adds."""
     text = error.args[0] if len(error.args) > 1 and isinstance(error.args[0], str) else str(error)
     return f"{type(error).__name__}: {text}"

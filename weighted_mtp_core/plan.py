@@ -1,6 +1,6 @@
-"""Turn a recipe into a plan: every component chosen and checked, nothing built. Imports no torch.
+"""Turn a recipe into a plan: every component selected and checked, nothing built. Imports no torch.
 
-What can be known to be wrong is an error here, in half a second, before a model is loaded.
+Every mistake that can be found before a model is loaded is an error here, within half a second.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,33 +20,35 @@ from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.identifiers import check_path, flat, tag_pairs
 from weighted_mtp_core.plugins.loading import Kind, PluginRegistry
 from weighted_mtp_core.plugins.selection import ComponentSelector, SelectedComponent
-from weighted_mtp_core.recipe.document import Document
+from weighted_mtp_core.recipe.document import Document, dotted
 from weighted_mtp_core.recipe.layers import read_document
 from weighted_mtp_core.recipe.line_numbers import KeyPath
 from weighted_mtp_core.recipe.load import recipe_to_toml, structure_recipe
 from weighted_mtp_core.recipe.schema import Recipe, Selection
 from weighted_mtp_core.recipe.structure import Fault, plain
 
-DEFAULT_EXPERIMENT_PREFIX = "weighted_mtp"
-CRITIC_SIGNALS = (Signal.VALUE, Signal.REFERENCE_LOSS)
-"""Signals that only a critic can fill; the core computes the others itself."""
-
+_DEFAULT_EXPERIMENT_PREFIX = "weighted_mtp"
+_CRITIC_SIGNALS = (Signal.VALUE, Signal.REFERENCE_LOSS)  # core computes the other signals
 _PLUGIN_TAG = "wmtp.plugin."
-ADDRESS_TAGS = ("weighting", "critic", "data")
+_ADDRESS_TAGS = ("weighting", "critic", "data")
 SelectionT = TypeVar("SelectionT", bound=Selection)
 
 
 @frozen(kw_only=True)
 class Plan:
-    """A recipe of which everything has been checked that can be without building anything.
+    """A resolved recipe and its components, checked as far as possible without building them.
 
     Attributes:
         recipe: The resolved recipe: full addresses, every option filled in.
+        weighting: The selected weighting.
+        critic: The selected critic, if the recipe has one.
+        data: The selected data source.
+        trackers: The selected trackers.
         experiment: `run.experiment`, or `<experiment_prefix>/<weighting plugin>`.
-        tags: What every tracker tags the run with.
+        tags: The tags that every tracker sets on the run.
         params: The resolved recipe as dotted keys.
-        recipe_toml: The resolved recipe as text; it runs again to the same result.
-        recipe_sha256: Of that text.
+        recipe_toml: The resolved recipe as text; running it gives the same result.
+        recipe_sha256: SHA-256 of that text.
         files: Every file that the recipe was read from, lowest layer first.
         same_result: Dotted keys of the options that do not change the result (`api.SAME_RESULT`), sorted.
     """
@@ -65,13 +68,13 @@ class Plan:
 
     @property
     def runs_folder(self) -> Path:
-        """Where the plan's runs lie, those of all experiments."""
+        """The folder of the runs of all experiments."""
         table = self.recipe.run
         return Path(table.output_dir) if table.output_dir else Path(table.storage) / "runs"
 
     @property
     def identity(self) -> dict[str, dict[str, str]]:
-        """What makes a run the same run: the resolved recipe and the plugins' versions."""
+        """The facts that two runs share if and only if they are the same: params and plugin versions."""
         plugins = {
             key.removeprefix(_PLUGIN_TAG): value
             for key, value in self.tags.items()
@@ -83,93 +86,69 @@ class Plan:
 def make_plan(
     path: Path, *, preset: str | None = None, overrides: Sequence[str] = (), run_name: str | None = None
 ) -> Plan:
-    """Read a recipe, load the plugins it names and check that all of it fits together.
+    """Read a recipe, load the plugins that it names and check that everything fits together.
 
     Raises:
-        WmtpError: Lists every fault of the recipe and of the components' options at once; or says which
-            plugin cannot be used, or which signal no critic provides.
+        WmtpError: Lists every fault of the recipe and of the components' options at once; or names the
+            plugin that cannot be loaded, or the signal that no critic provides.
     """
     document = read_document(path, preset=preset, overrides=overrides, run_name=run_name)
     recipe, faults = structure_recipe(document)
-    picks = _picks(document.table)
+    selector = ComponentSelector(locate=partial(_located, document))
     if recipe is None:
-        with suppress(WmtpError):  # a plugin's own error can wait until the recipe is one
-            faults += _Choice.make(document, picks).faults
+        with suppress(WmtpError):  # the recipe's own faults come before those of plugins
+            _select(document.table, selector)
+        raise document.error(faults + selector.faults)
+    selected = _select(document.table, selector)
+    if faults := selector.faults + _head_faults(recipe):
         raise document.error(faults)
-    choice = _Choice.make(document, picks)
-    faults = choice.faults + _cross_faults(recipe)
-    if faults:
-        raise document.error(faults)
-    plan = _plan(recipe, choice, document)
-    _match_signals(plan, choice.registry)
+    plan = _resolve(recipe, selected, selector.registry, document)
+    _check_signals(plan, selector.registry)
     return plan
 
 
-# --------------------------------------------------------------------------- choosing components
-
-
-@frozen
-class _Pick:
-    """A table of the recipe that names a component."""
-
-    kind: Kind
-    at: KeyPath
-    use: str
-    options: Mapping[str, Any]
-
-
-def _picks(table: Mapping[str, Any]) -> list[_Pick]:
-    """Collect every well-formed selection, also from a recipe that is wrong elsewhere."""
-    places: list[tuple[Kind, KeyPath, Any]] = [
-        (kind, (kind.value,), table.get(kind.value)) for kind in Kind if kind is not Kind.TRACKER
-    ]
-    trackers = table.get("tracker")
-    if isinstance(trackers, list):
-        places += [(Kind.TRACKER, ("tracker", i), each) for i, each in enumerate(trackers)]
-    return [
-        _Pick(kind, at, selection["use"], selection.get("options", {}))
-        for kind, at, selection in places
-        if isinstance(selection, dict)
-        and isinstance(selection.get("use"), str)
-        and isinstance(selection.get("options", {}), dict)
-    ]
-
-
-@frozen
-class _Choice:
-    """The components that a recipe names, and what is wrong with their options."""
-
-    registry: PluginRegistry
-    chosen: Mapping[KeyPath, SelectedComponent]
-    faults: list[Fault]
-
-    @classmethod
-    def make(cls, document: Document, picks: Sequence[_Pick]) -> _Choice:
-        selector = ComponentSelector(locate=lambda path: _naming_place(document, path))
-        chosen = {
-            pick.at: selector.select(pick.kind, pick.use, options=pick.options, at=pick.at) for pick in picks
-        }
-        return cls(selector.registry, chosen, selector.faults)
-
-
 @contextmanager
-def _naming_place(document: Document, path: KeyPath) -> Iterator[None]:
-    """Add a line with the recipe's file, line and key to an error about a component."""
+def _located(document: Document, path: KeyPath) -> Iterator[None]:
+    """Add the file, line and key to an error about a component."""
     try:
         yield
     except WmtpError as error:
         raise WmtpError(f"{error}\n  {document.locate(path)}", hint=error.hint) from error
 
 
-def _match_signals(plan: Plan, registry: PluginRegistry) -> None:
-    needed = [signal for signal in CRITIC_SIGNALS if signal in plan.weighting.needs]
+def _select(table: Mapping[str, Any], selector: ComponentSelector) -> dict[KeyPath, SelectedComponent]:
+    """Select the component of every well-formed table, even if the recipe has faults elsewhere."""
+    tables: list[tuple[Kind, KeyPath, Any]] = [
+        (kind, (kind.value,), table.get(kind.value)) for kind in Kind if kind is not Kind.TRACKER
+    ]
+    if isinstance(trackers := table.get("tracker"), list):
+        tables += [(Kind.TRACKER, ("tracker", i), each) for i, each in enumerate(trackers)]
+    selected = {}
+    for kind, at, selection in tables:
+        if isinstance(selection, dict):
+            use, options = selection.get("use"), selection.get("options", {})
+            if isinstance(use, str) and isinstance(options, dict):
+                selected[at] = selector.select(kind, use, options=options, at=at)
+    return selected
+
+
+def _head_faults(recipe: Recipe) -> list[Fault]:
+    """Check `loss.head_weights` against `model.n_future`; a table's own validators see only that table."""
+    heads, n_future = recipe.loss.head_weights, recipe.model.n_future
+    if heads and len(heads) != n_future:
+        text = f"expected one number for each of `model.n_future` = {n_future} heads, got {len(heads)}"
+        return [Fault(("loss", "head_weights"), text)]
+    return []
+
+
+def _check_signals(plan: Plan, registry: PluginRegistry) -> None:
+    """Refuse a weighting that needs a signal of a critic if the recipe's critic does not provide it."""
     provided = plan.critic.component.provides if plan.critic else frozenset()
-    for signal in needed:
-        if signal in provided:
+    for signal in _CRITIC_SIGNALS:
+        if signal in provided or signal not in plan.weighting.needs:
             continue
         lacking = f"critic `{plan.critic.address}` does not provide" if plan.critic else "no critic provides"
-        able = registry.providers(signal)
-        use = able[0] if able else "<plugin>.<critic>"
+        use = next(iter(registry.providers(signal)), "<plugin>.<critic>")
         raise WmtpError(
             f"weighting `{plan.weighting.address}` needs the signal `{signal.value}`, which {lacking}",
             hint=f'in table `[critic]`: use = "{use}"',
@@ -179,19 +158,14 @@ def _match_signals(plan: Plan, registry: PluginRegistry) -> None:
 # --------------------------------------------------------------------------- resolving
 
 
-def _cross_faults(recipe: Recipe) -> list[Fault]:
-    """Find what no table can see alone."""
-    heads, n_future = recipe.loss.head_weights, recipe.model.n_future
-    if heads and len(heads) != n_future:
-        text = f"expected one number for each of `model.n_future` = {n_future} heads, got {len(heads)}"
-        return [Fault(("loss", "head_weights"), text)]
-    return []
-
-
-def _plan(recipe: Recipe, choice: _Choice, document: Document) -> Plan:
-    chosen = choice.chosen
-    trackers = tuple(chosen["tracker", i] for i in range(len(recipe.tracker)))
-    weighting, data, critic = chosen["weighting",], chosen["data",], chosen.get(("critic",))
+def _resolve(
+    recipe: Recipe,
+    selected: Mapping[KeyPath, SelectedComponent],
+    registry: PluginRegistry,
+    document: Document,
+) -> Plan:
+    trackers = tuple(selected["tracker", i] for i in range(len(recipe.tracker)))
+    weighting, data, critic = selected["weighting",], selected["data",], selected.get(("critic",))
     resolved = attrs.evolve(
         recipe,
         weighting=_resolved(recipe.weighting, weighting),
@@ -202,8 +176,8 @@ def _plan(recipe: Recipe, choice: _Choice, document: Document) -> Plan:
     text = recipe_to_toml(resolved)
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     own_tags = {"algo": weighting.plugin.name}
-    own_tags |= {f"wmtp.{each}": chosen[each,].address for each in ADDRESS_TAGS if (each,) in chosen}
-    for name, plugin in sorted(choice.registry.loaded.items()):
+    own_tags |= {f"wmtp.{each}": selected[each,].address for each in _ADDRESS_TAGS if (each,) in selected}
+    for name, plugin in sorted(registry.loaded.items()):
         own_tags[f"{_PLUGIN_TAG}{name}"] = f"{plugin.found.distribution}=={plugin.found.version}"
     own_tags["wmtp.recipe_sha256"] = sha256
     return Plan(
@@ -218,16 +192,20 @@ def _plan(recipe: Recipe, choice: _Choice, document: Document) -> Plan:
         recipe_toml=text,
         recipe_sha256=sha256,
         files=tuple(document.files),
-        same_result=tuple(sorted(key for at, each in chosen.items() for key in _same_result(each, at))),
+        same_result=tuple(sorted(key for at, each in selected.items() for key in _same_result(each, at))),
     )
 
 
-def _same_result(chosen: SelectedComponent, at: KeyPath) -> Iterator[str]:
-    """Yield the dotted keys of the options marked `SAME_RESULT`, of a component and of what it wraps."""
+def _resolved(table: SelectionT, selected: SelectedComponent) -> SelectionT:
+    return attrs.evolve(table, use=selected.address, options=selected.plain_options())
+
+
+def _same_result(selected: SelectedComponent, at: KeyPath) -> Iterator[str]:
+    """Yield the dotted keys of options marked `SAME_RESULT`, also of wrapped weightings."""
     at = (*at, "options")
-    for path in _marked(chosen.options):
-        yield ".".join(map(str, (*at, *path)))
-    for path, weighting in chosen.wrapped.items():
+    for path in _marked(selected.options):
+        yield dotted((*at, *path))
+    for path, weighting in selected.wrapped.items():
         yield from _same_result(weighting, (*at, *path))
 
 
@@ -237,10 +215,6 @@ def _marked(options: Any) -> Iterator[KeyPath]:
             yield (str(each.alias),)
         else:
             yield from ((str(each.alias), *path) for path in _marked(getattr(options, each.name)))
-
-
-def _resolved(table: SelectionT, chosen: SelectedComponent) -> SelectionT:
-    return attrs.evolve(table, use=chosen.address, options=chosen.plain_options())
 
 
 def _experiment(
@@ -257,4 +231,4 @@ def _experiment(
                 at = ("tracker", i, "options", "experiment_prefix")
                 raise document.error([Fault(at, str(error))]) from error
             return f"{prefix}/{weighting.plugin.name}"
-    return f"{DEFAULT_EXPERIMENT_PREFIX}/{weighting.plugin.name}"
+    return f"{_DEFAULT_EXPERIMENT_PREFIX}/{weighting.plugin.name}"

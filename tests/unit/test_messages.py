@@ -428,7 +428,7 @@ def test_an_experiment_that_is_no_path(plan_error):
         ),
         (
             "loss={head_weights=[0, 1, 1, 1], head_schedule='forward'}",
-            "loss.head_schedule: must be `constant` where head 1 weighs nothing: forward",
+            "loss.head_schedule: must be `constant` if head 1 has weight 0: forward",
         ),
         (
             "model.micro.hidden_size=60",

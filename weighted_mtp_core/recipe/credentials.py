@@ -19,10 +19,9 @@ _HINT = (
 
 def credential_faults(value: Any, *, at: KeyPath = ()) -> list[Fault]:
     """Find every `scheme://user:password@host` below `value`; the faults do not show the password."""
-    if isinstance(value, Mapping):
-        return [fault for key, item in value.items() for fault in credential_faults(item, at=(*at, key))]
-    if isinstance(value, list):
-        return [fault for i, item in enumerate(value) for fault in credential_faults(item, at=(*at, i))]
     if isinstance(value, str) and _USER_AND_PASSWORD.search(value):
         return [Fault(at, f"holds a user name and password: {shown(value)}", hint=_HINT)]
-    return []
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    items = value.items() if isinstance(value, Mapping) else ()
+    return [fault for key, item in items for fault in credential_faults(item, at=(*at, key))]

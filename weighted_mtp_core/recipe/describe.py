@@ -1,4 +1,4 @@
-"""Types and values in words, for messages and for `plugins show`."""
+"""Describe types and values for messages and for `plugins show`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LONGEST = 60
 
 
 def shown(value: Any) -> str:
-    """Return a value's TOML type and, unless it is long or secret, the value: "float 3.5", "table"."""
+    """Return a value's TOML type and the value, shortened and without credentials: "float 3.5", "table"."""
     if isinstance(value, dict):
         return "table"
     if isinstance(value, list):
@@ -29,10 +29,10 @@ def shown(value: Any) -> str:
 
 
 def expected(kind: Any) -> str:
-    """Return a field's type in words: "int", "one of `a`, `b`", "array of float"."""
+    """Return the name of a field's type: "int", "one of `a`, `b`", "array of float"."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if choices := _choices(kind):
-        return f"one of {quoted(choices)}"
+    if members := choices(kind):
+        return f"one of {quoted(members)}"
     if origin in {typing.Union, types.UnionType}:
         return " or ".join(expected(each) for each in arguments if each is not types.NoneType)
     if origin is tuple and arguments[-1] is not Ellipsis:
@@ -44,9 +44,9 @@ def expected(kind: Any) -> str:
     return str(getattr(kind, "__name__", kind))
 
 
-def _choices(kind: Any) -> list[str]:
+def choices(kind: Any) -> dict[Any, Any]:
+    """Return the members of a Literal or Enum by their TOML values; empty for other types."""
     if typing.get_origin(kind) is typing.Literal:
-        return [str(choice) for choice in typing.get_args(kind)]
-    if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        return [str(member.value) for member in kind]
-    return []
+        return {choice: choice for choice in typing.get_args(kind)}
+    is_enum = isinstance(kind, type) and issubclass(kind, enum.Enum)
+    return {member.value: member for member in kind} if is_enum else {}

@@ -27,11 +27,6 @@ class Origin:
     source: str
     line: int | None = None
 
-    def locate(self, path: KeyPath) -> str:
-        """Return "file, line 3, a.key" or "--set, a.key"."""
-        line = [] if self.line is None else [f"line {self.line}"]
-        return ", ".join([self.source, *line, dotted(path)])
-
 
 @define
 class Document:
@@ -75,9 +70,10 @@ class Document:
             self._origins[*at, step] = Origin(source)
 
     def locate(self, path: KeyPath) -> str:
-        """Return a key with the file and line, or the option, that wrote it or the table around it."""
+        """Return "file, line 3, a.key" or "--set, a.key": what wrote the key or the table around it."""
         origin = self._origin(path)
-        return origin.locate(path) if origin else f"{self.name}, {dotted(path)}"
+        line = [] if origin.line is None else [f"line {origin.line}"]
+        return ", ".join([origin.source, *line, dotted(path)])
 
     def error(self, faults: Sequence[Fault]) -> WmtpError:
         """Return one error that lists every fault with its origin, in the order of the files."""
@@ -109,14 +105,14 @@ class Document:
         for below in [p for p in self._origins if p[: len(path)] == path]:
             del self._origins[below]
 
-    def _origin(self, path: KeyPath) -> Origin | None:
+    def _origin(self, path: KeyPath) -> Origin:
         """Return the origin of a key, or of the nearest table around it that a layer wrote."""
         written = (path[:n] for n in range(len(path), 0, -1) if path[:n] in self._origins)
-        return next((self._origins[each] for each in written), None)
+        return next((self._origins[each] for each in written), Origin(self.name))
 
     def _order(self, fault: Fault) -> tuple[int, int, str]:
         """Sort faults of the recipe itself first, then of the lower layers, then of options, each by line."""
-        origin = self._origin(fault.path) or Origin(self.name, 0)
+        origin = self._origin(fault.path)
         layer = self.files.index(origin.source) if origin.source in self.files else len(self.files)
         return -1 if origin.source == self.name else layer, origin.line or 0, dotted(fault.path)
 

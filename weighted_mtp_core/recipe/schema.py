@@ -1,4 +1,4 @@
-"""The recipe's tables as classes: every key, its type, default and range. No dict crosses this boundary."""
+"""The tables of a recipe as classes: every key with its type, default and range."""
 
 from __future__ import annotations
 
@@ -13,26 +13,22 @@ from weighted_mtp_core.identifiers import NAME, check_path, check_tags
 
 @frozen(kw_only=True)
 class RunTable:
-    """`[run]`: what the run is called and where it goes.
+    """`[run]`: the run's name, seed and folders.
 
-    `output_dir` is `<storage>/runs` unless given; `experiment` is `<experiment_prefix>/<weighting plugin>`.
-    `resume = "auto"` goes on with the latest unfinished run of the same recipe, if there is one.
+    `output_dir` defaults to `<storage>/runs`, `experiment` to `<experiment_prefix>/<weighting plugin>`.
+    `resume = "auto"` resumes the latest unfinished run of the same recipe, if there is one.
     """
 
     name: str = field(validator=v.matches_re(NAME))
     seed: int = field(default=42, validator=[v.ge(0), v.lt(2**32)])
-    tags: tuple[str, ...] = field(default=())
+    tags: tuple[str, ...] = field(default=(), validator=lambda _, __, value: check_tags(value))
     storage: str = "storage"
     output_dir: str | None = None
     experiment: str | None = field(default=None)
     resume: Literal["never", "auto"] = "never"
 
-    @tags.validator
-    def _be_tags(self, _: object, value: tuple[str, ...]) -> None:
-        check_tags(value)
-
     @experiment.validator
-    def _be_a_path(self, _: object, value: str | None) -> None:
+    def _check_experiment(self, _: object, value: str | None) -> None:
         if value is not None:
             check_path(value)
 
@@ -47,18 +43,18 @@ class MicroTable:
     attention_heads: int = field(default=4, validator=v.ge(1))
 
     @attention_heads.validator
-    def _divide_hidden_size(self, _: object, value: int) -> None:
-        if self.hidden_size % (2 * value):  # rotary embeddings turn pairs of dimensions
+    def _check_heads(self, _: object, value: int) -> None:
+        if self.hidden_size % (2 * value):  # rotary embeddings rotate pairs of dimensions
             raise ValueError(f"must divide `hidden_size` = {self.hidden_size} into even parts: {value}")
 
 
 @frozen(kw_only=True)
 class ModelTable:
-    """`[model]`: the policy's base and its heads.
+    """`[model]`: the policy's base model and its heads.
 
-    `base` is `micro`, a folder under `storage/models_v2`, a transformers directory, a `.gguf` file
-    or a hub id. `shard` splits the layers' parameters over the processes of `torchrun` (FSDP2).
-    `activation_checkpointing` computes each layer twice, to keep only its input between the two.
+    `base` is `micro`, a folder under `storage/models_v2`, a transformers directory, a `.gguf` file or a hub
+    id. `shard` splits the layers' parameters over the processes of `torchrun` (FSDP2).
+    `activation_checkpointing` keeps only each layer's input and recomputes the rest in the backward pass.
     """
 
     base: str = "micro"
@@ -73,7 +69,7 @@ class ModelTable:
 
 @frozen(kw_only=True)
 class Selection:
-    """`use` names a component (`<plugin>.<component>`, or `<plugin>` if it offers one of the kind)."""
+    """`use` names a component: `<plugin>.<component>`, or `<plugin>` if it has only one of the kind."""
 
     use: str
     options: Mapping[str, Any] = field(factory=dict)
@@ -81,9 +77,9 @@ class Selection:
 
 @frozen(kw_only=True)
 class DataTable(Selection):
-    """`[data]`: the data source. Documents over `max_tokens` are left out and counted.
+    """`[data]`: the data source. Documents longer than `max_tokens` are left out and counted.
 
-    `packing = "documents"` lays several documents into each row of stage 2, up to `pack_tokens` of them.
+    `packing = "documents"` puts several documents into each row of stage 2, up to `pack_tokens` tokens.
     """
 
     max_tokens: int = field(default=512, validator=v.ge(8))
@@ -91,16 +87,16 @@ class DataTable(Selection):
     pack_tokens: int = field(default=2048, validator=v.ge(8))
 
     @pack_tokens.validator
-    def _hold_every_document(self, _: object, value: int) -> None:
+    def _check_row_length(self, _: object, value: int) -> None:
         if self.packing == "documents" and value < self.max_tokens:
             raise ValueError(f"must be >= `max_tokens` = {self.max_tokens}, or a row is too short: {value}")
 
 
 @frozen(kw_only=True)
 class TrainTable:
-    """`[train]` and `[critic.train]`: one optimisation. `batch_size` is the global batch, in rows.
+    """`[train]` and `[critic.train]`: one training. `batch_size` is the global batch size, in rows.
 
-    A step whose loss or gradient is not finite is skipped; `max_bad_steps` in a row stop the run.
+    A step with a non-finite loss or gradient is skipped; `max_bad_steps` such steps in a row stop the run.
     """
 
     steps: int = field(default=300, validator=v.ge(1))
@@ -117,47 +113,46 @@ class TrainTable:
     max_bad_steps: int = field(default=5, validator=v.ge(1))
 
     @accumulation.validator
-    def _divide_batch_size(self, _: object, value: int) -> None:
+    def _check_accumulation(self, _: object, value: int) -> None:
         if self.batch_size % value:
             raise ValueError(f"must divide `batch_size` = {self.batch_size} evenly: {value}")
 
 
 @frozen(kw_only=True)
 class LossTable:
-    """`[loss]`: what the weighted cross-entropies are divided by, and the heads' shares (alpha).
+    """`[loss]`: the divisor of the weighted cross-entropies, and the heads' shares of the loss (alpha).
 
-    Head k's share is `head_weights[k - 1] * head_decay^(k - 1)`, all divided by their sum; an empty
-    `head_weights` is a 1 for each head. `head_schedule` lets heads 2..K come or go in the first
-    `head_schedule_end` of the steps. With `detach_trunk` they learn from the trunk without shaping it.
+    Head k's share is `head_weights[k - 1] * head_decay^(k - 1)`, normalised to sum 1; an empty
+    `head_weights` means 1 for each head. `head_schedule` adds or removes heads 2..K over the first
+    `head_schedule_end` (a fraction) of the steps. `detach_trunk` stops their gradient at the trunk.
     """
 
     normalise: Literal["weights", "tokens"] = "weights"
     head_weights: tuple[float, ...] = field(default=())
-
-    @head_weights.validator
-    def _be_shares(self, _: object, value: tuple[float, ...]) -> None:
-        if any(share < 0 for share in value) or (value and not sum(value)):
-            raise ValueError(f"must be >= 0 and not all 0: {list(value)}")
-
     head_decay: float = field(default=1.0, validator=[v.ge(0.01), v.le(100)])
     head_schedule: Literal["constant", "linear", "step", "forward", "reverse"] = field(default="constant")
     head_schedule_end: float = field(default=0.5, validator=[v.gt(0), v.le(1)])
     detach_trunk: bool = False
 
+    @head_weights.validator
+    def _check_shares(self, _: object, value: tuple[float, ...]) -> None:
+        if any(share < 0 for share in value) or (value and not sum(value)):
+            raise ValueError(f"must be >= 0 and not all 0: {list(value)}")
+
     @head_schedule.validator
-    def _have_something_to_begin_with(self, _: object, value: str) -> None:
+    def _check_first_head(self, _: object, value: str) -> None:
         if value != "constant" and self.head_weights and not self.head_weights[0]:
-            raise ValueError(f"must be `constant` where head 1 weighs nothing: {value}")
+            raise ValueError(f"must be `constant` if head 1 has weight 0: {value}")
 
 
 @frozen(kw_only=True)
 class PairsTable:
-    """`[critic.pairs]`: which responses to a problem meet, for a critic that learns from pairs.
+    """`[critic.pairs]`: pairs of a correct and an incorrect response, for a critic that learns from pairs.
 
-    Lengths of a pair differ by less than the factor `length_ratio` (1: not at all), and the right one is the
-    longer as often as the shorter one; 0 leaves lengths aside. `difficulty_weights` are one for each fifth of
-    the share of right responses to a problem, the hardest first: of the pairs of such problems so much is
-    kept, relative to the largest weight.
+    The lengths of a pair differ by less than the factor `length_ratio` (1: not at all), and the correct one
+    is as often the longer as the shorter; 0 ignores lengths. `difficulty_weights` has one number for each
+    fifth of the share of correct responses to a problem, hardest first: the fraction of the pairs to keep,
+    relative to the largest number.
     """
 
     length_ratio: float = field(default=1.25)
@@ -165,23 +160,23 @@ class PairsTable:
     difficulty_weights: tuple[float, ...] = field(default=())
 
     @length_ratio.validator
-    def _be_a_ratio(self, _: object, value: float) -> None:
+    def _check_ratio(self, _: object, value: float) -> None:
         if value != 0 and not 1 <= value < float("inf"):
             raise ValueError(f"must be 0 or at least 1: {value}")
 
     @difficulty_weights.validator
-    def _be_one_a_bin(self, _: object, value: tuple[float, ...]) -> None:
+    def _check_weights(self, _: object, value: tuple[float, ...]) -> None:
         if value and (len(value) != 5 or min(value) < 0 or not 0 < max(value) < float("inf")):
             raise ValueError(f"must be 5 numbers >= 0 and not all 0, or none: {list(value)}")
 
 
 @frozen(kw_only=True)
 class CriticTable(Selection):
-    """`[critic]`: the critic and its own optimisation (stage 1).
+    """`[critic]`: the critic and its training (stage 1).
 
-    `checkpoint` is the folder `checkpoints/critic` of an earlier run: stage 1 is then skipped. A critic that
-    is not better than a constant stops the run unless `allow_uninformative_critic` is set. `cache` keeps the
-    scores of a critic that does not read the policy under `<storage>/signals`.
+    `checkpoint` is the folder `checkpoints/critic` of an earlier run; stage 1 is then skipped. A critic that
+    is no better than a constant stops the run unless `allow_uninformative_critic` is set. `cache` stores the
+    scores of a critic that does not read the policy in `<storage>/signals`.
     """
 
     cache: bool = True
@@ -193,9 +188,9 @@ class CriticTable(Selection):
 
 @frozen(kw_only=True)
 class CheckpointTable:
-    """`[checkpoint]`: what `run --resume` goes on from, in both trainings.
+    """`[checkpoint]`: the checkpoints that `run --resume` reads, of both trainings.
 
-    `every = 0` means at the end of each training only. The last `keep` are kept, and those at multiples of
+    `every = 0` writes one at the end of each training only. The last `keep` remain, and those at multiples of
     `keep_every` steps.
     """
 
@@ -217,12 +212,12 @@ class EvaluateTable:
     problems: int = field(default=0, validator=v.ge(0))
 
     @pass_at_k.validator
-    def _have_enough_samples(self, _: object, value: tuple[int, ...]) -> None:
+    def _check_samples(self, _: object, value: tuple[int, ...]) -> None:
         if any(not 1 <= k <= self.samples for k in value):
             raise ValueError(f"must be between 1 and `samples` = {self.samples}: {list(value)}")
 
     @temperature.validator
-    def _make_samples_differ(self, _: object, value: float) -> None:
+    def _check_sampling(self, _: object, value: float) -> None:
         if self.samples > 1 and value == 0:
             raise ValueError(
                 f"must be > 0 for `samples` = {self.samples}, or every sample is the same: {value}"
@@ -231,9 +226,9 @@ class EvaluateTable:
 
 @frozen(kw_only=True)
 class TrackerTable(Selection):
-    """`[[tracker]]`: one destination; any number of them.
+    """`[[tracker]]`: one destination of metrics and artifacts; a recipe can have any number.
 
-    The end of a run waits `close_seconds` for a tracker that is away; `track sync` sends the rest later.
+    The end of a run waits `close_seconds` for an unreachable tracker; `track sync` sends the rest later.
     """
 
     close_seconds: float = field(default=30.0, validator=v.ge(0))
@@ -241,7 +236,7 @@ class TrackerTable(Selection):
 
 @frozen(kw_only=True)
 class Recipe:
-    """A whole recipe, resolved: what `extends`, presets and `--set` left."""
+    """A whole recipe, after `extends`, preset and `--set`."""
 
     run: RunTable
     model: ModelTable = ModelTable()

@@ -18,7 +18,7 @@ import attrs
 
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import did_you_mean
-from weighted_mtp_core.recipe.describe import expected, shown
+from weighted_mtp_core.recipe.describe import choices, expected, shown
 from weighted_mtp_core.recipe.line_numbers import KeyPath
 
 T = TypeVar("T")
@@ -91,9 +91,6 @@ def _mismatch(kind: Any, value: Any) -> str:
     return f"expected {expected(kind)}, got {shown(value)}"
 
 
-# --------------------------------------------------------------------------- scalars
-
-
 def _exact(value: Any, kind: Any, at: KeyPath, faults: list[Fault]) -> Any:
     if type(value) is kind:  # isinstance would accept True as an int
         return value
@@ -113,9 +110,7 @@ def _path(value: Any, _: Any, at: KeyPath, faults: list[Fault]) -> Path:
 
 
 def _choice(value: Any, kind: Any, at: KeyPath, faults: list[Fault]) -> Any:
-    """Convert to a member of a Literal or an Enum."""
-    is_literal = typing.get_origin(kind) is typing.Literal
-    members = {each if is_literal else each.value: each for each in typing.get_args(kind) or kind}
+    members = choices(kind)
     for choice, member in members.items():
         if type(value) is type(choice) and value == choice:
             return member
@@ -133,9 +128,6 @@ def _union(value: Any, kind: Any, at: KeyPath, faults: list[Fault]) -> Any:
             return converted
     faults += wrong if len(members) == 1 else [Fault(at, _mismatch(kind, value))]
     return None
-
-
-# --------------------------------------------------------------------------- arrays and tables
 
 
 def _array(value: Any, kind: Any, at: KeyPath, faults: list[Fault]) -> Any:
@@ -219,16 +211,12 @@ def _sentence(error: Exception, name: str) -> str:
     return str(error.args[0] if error.args else error).removeprefix(f"'{name}' ")
 
 
-def _is_enum(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, enum.Enum)
-
-
 _CONVERTERS: tuple[tuple[Callable[[Any], bool], _Converter], ...] = (
     (lambda kind: kind is Any, lambda value, *_: value),
     (lambda kind: kind in {bool, int, str}, _exact),
     (lambda kind: kind is float, _float),
     (lambda kind: kind is Path, _path),
-    (lambda kind: typing.get_origin(kind) is typing.Literal or _is_enum(kind), _choice),
+    (lambda kind: bool(choices(kind)), _choice),
     (lambda kind: typing.get_origin(kind) in {typing.Union, types.UnionType}, _union),
     (lambda kind: typing.get_origin(kind) in {tuple, list, set, frozenset, Sequence}, _array),
     (lambda kind: typing.get_origin(kind) in {dict, Mapping}, _mapping),
