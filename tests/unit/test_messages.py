@@ -436,7 +436,7 @@ def test_an_experiment_that_is_no_path(plan_error):
         ),
         ("run.seed=-1", "run.seed: must be >= 0: -1"),
         (
-            "data={use='example.lines',packing='documents',pack_tokens=100}",
+            "data={use='example.lines',options={folder='f'},packing='documents',pack_tokens=100}",
             "data.pack_tokens: must be >= `max_tokens` = 512, or a row is too short: 100",
         ),
     ],

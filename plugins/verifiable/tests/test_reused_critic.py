@@ -1,10 +1,9 @@
-"""A critic that one run trained serves a later one, whose first stage is then left out."""
+"""A later run reuses the critic that an earlier run trained, and skips stage 1."""
 
 import json
 from pathlib import Path
 
 import pytest
-from weighted_mtp_core.cli import main
 
 CRITIC = {
     "use": "verifiable.value_head",
@@ -27,13 +26,12 @@ def values(folder):
 
 
 @pytest.mark.slow
-def test_a_later_recipe_takes_the_critic_as_it_is_and_measures_it_again(wmtp_tiny_run, capsys):
+def test_a_later_recipe_takes_the_critic_as_it_is_and_measures_it_again(wmtp_tiny_run, wmtp_cli, capsys):
     first = wmtp_tiny_run({"weighting": {"use": "verifiable.td_error"}, "critic": CRITIC}).folder
     checkpoint = first / "checkpoints" / "critic"
 
-    assert (
-        main(["run", "recipe.toml", "--set", f"critic.checkpoint={checkpoint}", "--run-name", "later"]) == 0
-    )
+    override = f"critic.checkpoint={checkpoint}"
+    assert wmtp_cli("run", "recipe.toml", "--set", override, "--run-name", "later") == 0
 
     (later,) = (path.parent for path in Path("storage/runs").glob("*/*/later/*/run.json"))
     assert f"critic loaded from `{checkpoint}`" in capsys.readouterr().out
@@ -46,13 +44,13 @@ def test_a_later_recipe_takes_the_critic_as_it_is_and_measures_it_again(wmtp_tin
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_another_shape_stops_the_run_before_the_policy(wmtp_tiny_run, capsys):
+def test_a_checkpoint_of_another_shape_stops_the_run_before_the_policy(wmtp_tiny_run, wmtp_cli, capsys):
     first = wmtp_tiny_run({"weighting": {"use": "verifiable.td_error"}, "critic": CRITIC}).folder
     checkpoint = first / "checkpoints" / "critic"
     capsys.readouterr()
     changes = (f"critic.checkpoint={checkpoint}", "critic.options.hidden_size=32")
 
-    code = main(["run", "recipe.toml", *(word for change in changes for word in ("--set", change))])
+    code = wmtp_cli("run", "recipe.toml", *(word for change in changes for word in ("--set", change)))
 
     said = capsys.readouterr()
     assert code == 2
