@@ -1,7 +1,8 @@
-"""The command line: one module a command, and the one place where errors become text and exit codes.
+"""The command line: one module per command; `main` turns errors into messages and exit codes.
 
-A command is a module with `add_parser(subparsers)`, which returns its parser, and `main(args) -> int`; list
-it in `COMMANDS`. Neither may import torch, transformers or mlflow at its top: `--help` imports all of them.
+A command is a module with `add_parser(subparsers)`, which returns its parser, and `main(args) -> int`, and is
+listed in `COMMANDS`. `--help` imports all of them, so none may import torch, transformers or mlflow at its
+top.
 """
 
 from __future__ import annotations
@@ -40,20 +41,27 @@ COMMANDS = (
 PROGRAM = "python -m weighted_mtp_core"
 
 _DESCRIPTION = """\
-Weighted multi-token prediction: a recipe names a data source, a weighting and, if the weighting
-needs one, a critic; plugins bring them; a run trains, evaluates and records the policy."""
+Train language models with weighted multi-token prediction. A recipe (a TOML file) names a data
+source, a weighting and, if the weighting needs one, a critic. Plugins provide them. A run trains
+the policy, evaluates it and records the results."""
 _EPILOG = f"""\
 examples:
-  {PROGRAM} plugins list                      what is installed
-  {PROGRAM} check configs/my_recipe.toml      is the recipe right? (under a second)
-  {PROGRAM} run configs/my_recipe.toml        train, evaluate, record
+  {PROGRAM} plugins list                      list the installed plugins and their components
+  {PROGRAM} check configs/verifiable.toml     check a recipe, in less than a second
+  {PROGRAM} run configs/verifiable.toml       train, evaluate and record
+  {PROGRAM} run --help                        show the options of a command
 
-exit codes: 0 done, 1 the run failed, 2 the input is wrong, 130 interrupted, 143 terminated"""
+exit codes:
+  0    done
+  1    the run failed
+  2    the input is wrong: a recipe, an argument or a plugin
+  130  interrupted by SIGINT (Ctrl-C)
+  143  terminated by SIGTERM"""
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one command and return its exit code; errors go to stderr as an `error:` and a `hint:` line."""
-    # Taken out first, so that it works on either side of the command.
+    # Removed before parsing, so that it may precede or follow the command.
     arguments = [each for each in argv if each != "--traceback"]
     want_traceback = len(arguments) < len(argv)
     try:
@@ -64,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
         return _report("interrupted", code=EXIT_INTERRUPTED, want_traceback=want_traceback)
     except WmtpError as error:
         return _report(str(error), hint=error.hint, code=error.exit_code, want_traceback=want_traceback)
-    except Exception as error:  # noqa: BLE001 - the last stop before the user: nothing carries on after it
+    except Exception as error:  # noqa: BLE001 - the process ends here
         return _report(
             reason(error),
             hint="add --traceback to see where it happened",
@@ -87,10 +95,10 @@ def _command(arguments: Sequence[str]) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports wrong usage like every other error, and shows examples as they are written.
+    """Raises wrong usage as a `WmtpError`, and keeps the line breaks of descriptions and examples.
 
     Attributes:
-        intermixed: Whether optional positional arguments may follow options, which argparse does not see.
+        intermixed: Whether positional arguments may follow options; argparse's default refuses some of them.
     """
 
     intermixed = False
@@ -98,20 +106,20 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: object, **kwargs: object) -> None:
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         kwargs.setdefault("allow_abbrev", False)
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type] # passed on untouched
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type] # passed through
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse what belongs to this parser."""
+        """Parse the arguments of this parser, intermixed if it says so."""
         if not self.intermixed:
             return super().parse_known_args(args, namespace)
-        self.intermixed = False  # it calls this method for either half
+        self.intermixed = False  # parse_known_intermixed_args calls this method
         try:
             return self.parse_known_intermixed_args(args, namespace)
         finally:
             self.intermixed = True
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of printing usage and leaving the process."""
+        """Raise a `WmtpError`; argparse would print the usage and exit."""
         raise WmtpError(message, hint=f"see: {self.prog} --help")
 
 
@@ -120,7 +128,7 @@ def _parser() -> tuple[Parser, list[str]]:
     parser.add_argument(
         "--version", action="version", version=f"weighted-mtp-core {weighted_mtp_core.__version__}"
     )
-    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
+    parser.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in COMMANDS:
         module.add_parser(subparsers).set_defaults(main=module.main)

@@ -1,4 +1,4 @@
-"""`check`: everything up to the plan, without torch."""
+"""`check`: make the plan of a recipe and print it, without torch."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from weighted_mtp_core.plugins.selection import SelectedComponent
 from weighted_mtp_core.recipe.structure import plain
 
 _DESCRIPTION = """\
-Check a recipe and show its plan: which components it uses, where the run goes, how it is tagged.
-Loads the plugins that the recipe names, builds nothing, and takes less than a second."""
+Check a recipe and print its plan: the components with their options, the experiment and the tags.
+Every mistake is listed with its file, line and key. Trains nothing and takes less than a second."""
 _EPILOG = """\
 examples:
-  check configs/baseline.toml
-  check configs/baseline.toml --preset ci --set train.learning_rate=1e-3
-  check configs/baseline.toml --resolved         the recipe with every default filled in"""
+  check configs/verifiable.toml
+  check configs/verifiable.toml --preset ci --set train.learning_rate=1e-3
+  check configs/verifiable.toml --resolved > resolved.toml     the recipe with every default filled in"""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add the command to the parser."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
-        "check", help="check a recipe and show its plan", description=_DESCRIPTION, epilog=_EPILOG
+        "check", help="check a recipe and print its plan", description=_DESCRIPTION, epilog=_EPILOG
     )
     add_recipe_arguments(parser)
     parser.add_argument(
-        "--resolved", action="store_true", help="print the whole resolved recipe as TOML instead"
+        "--resolved", action="store_true", help="print the resolved recipe as TOML instead of the plan"
     )
     return parser
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print the plan."""
+    """Print the plan or the resolved recipe."""
     plan = plan_from(args)
     if args.resolved:
         print(plan.recipe_toml, end="")

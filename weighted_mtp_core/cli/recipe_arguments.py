@@ -1,4 +1,4 @@
-"""The arguments that say which recipe is meant; every command that reads a recipe takes the same ones."""
+"""The arguments of every command that reads a recipe."""
 
 from __future__ import annotations
 
@@ -13,21 +13,28 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipe", metavar="RECIPE", type=Path, help="a TOML file such as configs/baseline.toml"
     )
-    parser.add_argument("--preset", metavar="NAME", help="put presets/NAME.toml on top, for example `ci`")
+    parser.add_argument(
+        "--preset", metavar="NAME", help="change the recipe by configs/presets/NAME.toml, for example ci"
+    )
     parser.add_argument(
         "--set",
         metavar="KEY=VALUE",
         action="append",
         default=[],
         dest="overrides",
-        help="change a key, like train.steps=50 or tracker.0.options.x=1; repeatable, wins over all",
+        help="change one key: train.steps=50, weighting.options.clip=[0,2], tracker.0.use=core.mlflow; "
+        "repeatable, overrides files and preset",
     )
-    parser.add_argument("--run-name", metavar="NAME", help="the same as --set run.name=NAME")
-    parser.add_argument("--micro", action="store_true", help="the same as --set model.base=micro")
+    parser.add_argument("--run-name", metavar="NAME", help="short for --set run.name=NAME")
+    parser.add_argument(
+        "--micro",
+        action="store_true",
+        help="short for --set model.base=micro: a small model without download",
+    )
 
 
 def plan_from(args: argparse.Namespace) -> Plan:
-    """Make the plan that the arguments ask for.
+    """Make the plan of the recipe that the arguments name.
 
     Raises:
         WmtpError: See `make_plan`.

@@ -1,4 +1,4 @@
-"""`run`: carry out a recipe."""
+"""`run`: train, evaluate and record what a recipe describes."""
 
 from __future__ import annotations
 
@@ -9,38 +9,41 @@ from weighted_mtp_core.cli.recipe_arguments import add_recipe_arguments, plan_fr
 from weighted_mtp_core.exit_codes import EXIT_DONE
 
 _DESCRIPTION = """\
-Train, evaluate and record what a recipe describes:
-  0 prepare    the data and the model
-  1 critic     trained if the recipe has one
-  2 policy     weighted multi-token training
-  3 evaluate   losses, pass@k by running what the policy writes, decoding speed
-The whole recipe is checked before anything heavy is imported."""
+Run a recipe in four stages:
+  0 prepare    load the data and the base model
+  1 critic     train the critic, if the recipe has one
+  2 policy     train the policy with weighted multi-token prediction
+  3 evaluate   measure held-out losses, pass@k and decoding speed
+A wrong recipe is refused within a second, before torch is imported."""
 _EPILOG = """\
 examples:
-  run configs/baseline.toml
-  run configs/baseline.toml --preset local-light            a quick look on a laptop
-  run configs/baseline.toml --set train.steps=50 --set run.seed=7
-  run configs/baseline.toml --run-name my_second_try
-  run configs/baseline.toml --resume 20261123-140924        go on where that run stopped
+  run configs/verifiable.toml                                 the whole recipe
+  run configs/verifiable.toml --preset ci                     every stage in a few steps, under a minute
+  run configs/verifiable.toml --set train.steps=50 --set run.seed=7
+  run configs/verifiable.toml --run-name my_second_try
+  run configs/verifiable.toml --resume 20261123-140924        continue the run of that id
 
-SIGINT (Ctrl-C) and SIGTERM end a run after the step, with a checkpoint; SIGUSR1 takes a checkpoint."""
+signals:
+  SIGINT (Ctrl-C), SIGTERM   finish the step, write a checkpoint, then exit with 130 or 143;
+                             a second signal exits at once
+  SIGUSR1                    write a checkpoint and continue"""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add the command to the parser."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
-        "run", help="carry out a recipe", description=_DESCRIPTION, epilog=_EPILOG
+        "run", help="train, evaluate and record a recipe", description=_DESCRIPTION, epilog=_EPILOG
     )
     add_recipe_arguments(parser)
     parser.add_argument(
-        "--resume", metavar="RUN", help="go on with this run (folder, id or the beginning of an id)"
+        "--resume", metavar="RUN", help="continue this run: its folder, its id or the beginning of the id"
     )
     parser.add_argument(
         "--allow-change",
         metavar="KEY",
         action="append",
         default=[],
-        help="go on although this key differs from the run's own recipe; repeatable",
+        help="with --resume: accept another value of this key, for example train.steps; repeatable",
     )
     return parser
 

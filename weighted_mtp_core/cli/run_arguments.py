@@ -1,4 +1,4 @@
-"""The arguments that say which finished run is meant, and how text is to be written."""
+"""The arguments of commands that read a finished run."""
 
 from __future__ import annotations
 
@@ -8,25 +8,29 @@ from pathlib import Path
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, *, also: str = "") -> None:
-    """Add RUN and `--runs`; `also` says what else RUN may be."""
+    """Add RUN and `--runs`; `also` names what else RUN may be, for the help text."""
     parser.add_argument("run", metavar="RUN", help=f"a run folder, a run id, or a part of one{also}")
     parser.add_argument(
-        "--runs", metavar="FOLDER", type=Path, default=Path("storage/runs"), help="(storage/runs)"
+        "--runs",
+        metavar="FOLDER",
+        type=Path,
+        default=Path("storage/runs"),
+        help="where runs are looked up by id (default: storage/runs)",
     )
 
 
 def list_of(kind: Callable[[str], float]) -> Callable[[str], list[float]]:
-    """Return an argparse type for numbers with commas between them."""
+    """Return an argparse type for comma-separated numbers."""
 
     def parse(text: str) -> list[float]:
         return [kind(each) for each in text.split(",")]
 
-    parse.__name__ = f"list of {kind.__name__}"  # argparse names it in its messages
+    parse.__name__ = f"list of {kind.__name__}"  # shown in argparse's error messages
     return parse
 
 
 def evaluate_overrides(args: argparse.Namespace, *keys: str) -> list[str]:
-    """Return those arguments that were given as changes of the recipe's table `[evaluate]`."""
+    """Return the given ones of these arguments as overrides of the recipe's table `[evaluate]`."""
     given = {key: getattr(args, key) for key in keys}
     return [f"evaluate.{key}={_toml(value)}" for key, value in given.items() if value is not None]
 
