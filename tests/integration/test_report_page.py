@@ -1,10 +1,10 @@
 """The page that shows a run, in a real browser: it renders, switches, fetches and complains of nothing."""
 
 import pytest
+from weighted_mtp_core.metrics.critic import ReliabilityBin
 from weighted_mtp_core.report.page import write_report
 from weighted_mtp_core.report.token_report import (
     ProblemTokens,
-    Reliability,
     Solution,
     Token,
     TokenReport,
@@ -51,11 +51,11 @@ WRONG = solution(
         (0.5, 0.1, -0.1, 0.1),
     ],
 )
-LOOK = TokenReport(
+REPORT = TokenReport(
     step=20,
     rows=2,
     problems=(ProblemTokens(prompt="def add(a, b):\n", solutions=(RIGHT, WRONG)),),
-    reliability=(Reliability(count=9, value=0.2, reward=0.1, low=0.02, high=0.4),),
+    reliability=(ReliabilityBin(count=9, value=0.2, reward=0.1, low=0.02, high=0.4),),
 )
 
 
@@ -72,7 +72,7 @@ def page(tmp_path, browser):
     critic = {f"critic_{name}": 0.7 for name in ("auc", "auc_low", "auc_high", "bce", "constant_bce")}
     journal.append("metrics", {"stage": "critic", "step": 10, "metrics": critic | {"critic_margin": 0.2}})
     journal.close()
-    save_token_report(LOOK, run)
+    save_token_report(REPORT, run)
     url = write_report(run).as_uri()
     browser.open(url)
     assert "small one" in browser.shown(("small one", "p1/wrong"), seconds=20)

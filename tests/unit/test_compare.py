@@ -51,6 +51,7 @@ def write_run(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         journal = Journal(folder / "metrics.jsonl")
+        journal.append("run", {"run_id": name, "name": name, "experiment": "weighted_mtp/example"})
         for step, loss in zip((0, 10, 20), losses, strict=True):
             at = {"step": step, "stage": "policy"}
             time_ms = round(1_000_000 + 1000 * step_seconds * step)

@@ -12,7 +12,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.evaluation.finished_run import plan_of, prepare_finished
-from weighted_mtp_core.report.shading import shade
+from weighted_mtp_core.report.shading import Shading, numbers
 from weighted_mtp_core.report.token_measures import changes, choose_problems, token_texts
 from weighted_mtp_core.report.token_report import (
     ProblemTokens,
@@ -82,10 +82,10 @@ def run(wmtp_tiny_run, install_plugin):
 
 
 def test_a_run_keeps_what_its_page_shows_of_tokens(run):
-    look = load_token_report(run)
+    report = load_token_report(run)
     prepared = prepare_finished(run, plan_of(run), log=lambda _: None)
 
-    for problem in look.problems:
+    for problem in report.problems:
         right, wrong = problem.solutions
         assert (right.reward, wrong.reward) == (1.0, 0.0)
         assert {token.weight for token in right.tokens} == {2.0}
@@ -233,7 +233,7 @@ def token(**known):
     return Token(**{"text": "x", "weight": 1.0, "loss_K": (0.5,), **known})
 
 
-def look_of(*tokens):
+def report_of(*tokens):
     return TokenReport(
         step=1,
         rows=1,
@@ -242,34 +242,35 @@ def look_of(*tokens):
 
 
 def test_what_is_saved_is_what_is_read(tmp_path):
-    look = look_of(
+    report = report_of(
         token(weight=None, loss_K=(None, 0.25)), token(value=0.5, change=-0.125, weight_K=(1.0, None))
     )
-    save_token_report(look, tmp_path)
+    save_token_report(report, tmp_path)
 
-    assert load_token_report(tmp_path) == look
+    assert load_token_report(tmp_path) == report
 
 
 def test_without_a_critic_there_is_no_switch_for_values():
-    assert [each.key for each in shade(look_of(token())).quantities] == ["weight", "loss1"]
+    assert [each.key for each in Shading.of(report_of(token())).scales] == ["weight", "loss1"]
 
 
 def test_shades_are_shares_of_the_largest():
-    (problem,) = shade(look_of(token(weight=2.0, value=0.5), token(weight=0.5, value=0.25))).problems
-    first, second = problem.solutions[0].tokens
+    first, second = token(weight=2.0, value=0.5), token(weight=0.5, value=0.25)
+    shading = Shading.of(report_of(first, second))
 
-    assert first.style == "--weight:1.00;--value:0.50;--loss1:1.00"
-    assert second.style == "--weight:0.25;--value:0.25;--loss1:1.00"
+    assert shading.style(first) == "--weight:1.00;--value:0.50;--loss1:1.00"
+    assert shading.style(second) == "--weight:0.25;--value:0.25;--loss1:1.00"
 
 
 def test_falls_are_told_from_rises_by_a_mark_and_the_reward_at_the_end_does_not_pale_them():
     moves = [0.0] * 7 + [0.25, -0.125, 0.25, -0.75]
-    (problem,) = shade(look_of(*(token(change=move) for move in moves))).problems
-    up, down, _, last = problem.solutions[0].tokens[-4:]
+    tokens = [token(change=move) for move in moves]
+    shading = Shading.of(report_of(*tokens))
+    up, down, _, last = tokens[-4:]
 
-    assert "--change:1.00" in up.style
-    assert "--change:0.50" in down.style
-    assert "--change:1.00" in last.style
-    assert [each.marks for each in (up, down, last)] == ["up", "down", "down"]
-    assert problem.solutions[0].tokens[0].marks == ""
-    assert "TD error -0.750" in last.numbers
+    assert "--change:1.00" in shading.style(up)
+    assert "--change:0.50" in shading.style(down)
+    assert "--change:1.00" in shading.style(last)
+    assert [shading.mark(each) for each in (up, down, last)] == ["up", "down", "down"]
+    assert shading.mark(tokens[0]) == ""
+    assert "TD error -0.750" in numbers(last)

@@ -1,39 +1,34 @@
-"""What a finished run measured, read from its journal: last values, curves, and how long training took."""
+"""What a finished run measured: last values, curves, and how long training took."""
 
 from __future__ import annotations
 
 import math
 import re
 import statistics
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 from attrs import frozen
 
-from weighted_mtp_core.tracking.journal import Entry, read_journal
-from weighted_mtp_core.tracking.run_folder import RunFolder
+from weighted_mtp_core.tracking.run_history import Point, read_history
 
 _DEFAULT = re.compile(
     r"pass_at_\d+.*|(test|validation)_ce_head_\d+|tokens_per_forward|(policy|critic)_seconds"
 )
-_EACH_LOGGED_STEP = "_learning_rate"  # what the loop logs with every line, as opposed to a validation
+_EACH_LOGGED_STEP = "_learning_rate"  # logged with every line of the loop, but not with validations
 _CURVE = re.compile(r"validation_.+")
-
-
-Point = tuple[int, float, float]
-"""A step, a value, and when it was measured, in seconds."""
 
 
 @frozen(kw_only=True)
 class RunMeasures:
-    """What is compared of one run.
+    """The measures of one run that are compared.
 
     Attributes:
         last: The last value of every metric, and `policy_seconds` and `critic_seconds`.
-        curves: By metric of stage 2's validation, its (step, value) in order.
-        step_seconds: How long a step of stage 2 took.
+        curves: The (step, value) of each validation metric of stage 2, in order.
+        step_seconds: Duration of a step of stage 2.
     """
 
     last: Mapping[str, float]
@@ -42,15 +37,15 @@ class RunMeasures:
 
     @classmethod
     def make(cls, series: Mapping[str, Sequence[Point]]) -> RunMeasures:
-        """Digest all points of a run, by metric and in order."""
-        last = {name: points[-1][1] for name, points in series.items()}
+        """Return the measures of a run with these points, by metric and in order."""
+        last = {name: points[-1].value for name, points in series.items()}
         for stage in ("policy", "critic"):
             points = series.get(f"{stage}{_EACH_LOGGED_STEP}", ())
-            last[f"{stage}_seconds"] = _step_seconds(points) * points[-1][0] if points else 0.0
+            last[f"{stage}_seconds"] = _step_seconds(points) * points[-1].step if points else 0.0
         return cls(
             last=last,
             curves={
-                name: [(step, value) for step, value, _ in points]
+                name: [(point.step, point.value) for point in points]
                 for name, points in series.items()
                 if _CURVE.fullmatch(name)
             },
@@ -59,38 +54,38 @@ class RunMeasures:
 
     @property
     def policy_seconds(self) -> float:
-        """How long stage 2 took."""
+        """Duration of stage 2."""
         return self.last["policy_seconds"]
 
     def at_seconds(self, metric: str, seconds: float) -> float:
-        """Return a curve's value after so many seconds of stage 2, on the line between two validations."""
+        """Return the value of a curve after some seconds of stage 2, interpolated between two validations."""
         step = seconds / self.step_seconds if self.step_seconds else math.inf
-        return _on_line(self.curves[metric], step)
+        steps, values = zip(*self.curves[metric], strict=True)
+        return float(np.interp(step, steps, values))
 
 
 def read_measures(run: Path) -> RunMeasures:
-    """Read the journal of a run folder; values that are not finite are left out."""
+    """Read the measures of a run from its folder, without values that are not finite."""
     series: dict[str, list[Point]] = {}
-    for entry in read_journal(RunFolder(path=run).journal, kinds=("metrics",)):
-        if isinstance(entry, Entry):
-            for name, value in entry.fields["metrics"].items():
-                if not isinstance(value, str):
-                    series.setdefault(name, []).append((entry.fields["step"], value, entry.time_ms / 1000))
+    for metrics in read_history(run).metrics.values():
+        for name, points in metrics.items():
+            if finite := [point for point in points if math.isfinite(point.value)]:
+                series.setdefault(name, []).extend(finite)
     return RunMeasures.make(series)
 
 
 def _step_seconds(points: Sequence[Point]) -> float:
-    """Return seconds a step: the median between two lines, which neither a validation nor a pause moves."""
+    """Return the median of the seconds per step, which neither validations nor a pause affect."""
     rates = [
-        (later[2] - earlier[2]) / (later[0] - earlier[0])
+        (later.time_ms - earlier.time_ms) / 1000 / (later.step - earlier.step)
         for earlier, later in pairwise(points)
-        if later[0] > earlier[0]
+        if later.step > earlier.step
     ]
     return statistics.median(rates) if rates else 0.0
 
 
 def default_metrics(runs: Sequence[RunMeasures]) -> list[str]:
-    """Return the metrics that every run has and a comparison is about, pass@k first."""
+    """Return the metrics of interest that every run has, pass@k first."""
     common = set.intersection(*(set(run.last) for run in runs))
     order = ("pass_at", "test_ce", "validation_ce", "tokens_per", "policy_s", "critic_s")
     found = sorted(filter(_DEFAULT.fullmatch, common), key=lambda name: (_number(name), name))
@@ -100,13 +95,3 @@ def default_metrics(runs: Sequence[RunMeasures]) -> list[str]:
 def _number(name: str) -> int:
     digits = re.search(r"\d+", name)
     return int(digits[0]) if digits else 0
-
-
-def _on_line(points: Sequence[tuple[int, float]], step: float) -> float:
-    after = bisect_right([each[0] for each in points], step + 1e-9)
-    if after == len(points):
-        return points[-1][1]
-    if after == 0:
-        return points[0][1]
-    (x0, y0), (x1, y1) = points[after - 1], points[after]
-    return y0 + (y1 - y0) * (step - x0) / (x1 - x0)

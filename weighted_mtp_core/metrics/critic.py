@@ -159,6 +159,25 @@ class CriticMeasures:
         return {f"{prefix}{name}": value for name, value in attrs.asdict(self).items() if value is not None}
 
 
+@frozen(kw_only=True)
+class ReliabilityBin:
+    """Responses with similar final values, and their rewards.
+
+    Attributes:
+        count: Number of responses.
+        value: Mean value.
+        reward: Mean reward; equal to `value` for a calibrated critic.
+        low: Lower end of the 95 % interval of `reward` (Wilson 1927), responses taken as independent.
+        high: Upper end.
+    """
+
+    count: int
+    value: float
+    reward: float
+    low: float
+    high: float
+
+
 def _pairwise_accuracy(final_D: Floats, correct_D: NDArray[np.bool_], problem_D: Ints) -> float | None:
     won = pairs = 0.0
     for values_P, correct_P in _by_problem(final_D, correct_D, problem_D):

@@ -1,4 +1,4 @@
-"""Which metrics of a run are drawn together, under what title, and which are worth a first look."""
+"""Which metrics of a run share a chart, its title, and which charts the report shows first."""
 
 from __future__ import annotations
 
@@ -9,19 +9,12 @@ from attrs import frozen
 from markupsafe import Markup
 
 from weighted_mtp_core.report.drawing import Series, line_chart
-
-Points = Sequence[tuple[float, float]]
+from weighted_mtp_core.tracking.run_history import Point
 
 
 @frozen(kw_only=True)
 class Chart:
-    """One drawing on the page.
-
-    Attributes:
-        title: What it shows, in words.
-        note: How to read it; may be empty.
-        svg: The drawing.
-    """
+    """A chart on the page: its title, a note on how to read it (may be empty), and the drawing."""
 
     title: str
     note: str
@@ -35,8 +28,8 @@ class _Group:
     members: Mapping[str, str]  # metric -> label of its line
 
 
-def _rivals(measure: str, title: str, note: str) -> _Group:
-    """Return the group of a measure of the critic and of what it must beat."""
+def _baselines(measure: str, title: str, note: str) -> _Group:
+    """Return the group of one measure of the critic and of the baselines that it must beat."""
     members = {"critic": "critic", "critic_constant": "constant", "critic_length_only": "length"}
     return _Group(
         title=title, note=note, members={f"{who}_{measure}": label for who, label in members.items()}
@@ -57,14 +50,14 @@ _GROUPS = (
             "critic_constant_auc": "constant",
         },
     ),
-    _rivals("bce", "Critic's cross-entropy on held-out responses", "it should stay below the others"),
-    _rivals("pairwise_accuracy", "Right above wrong, within a problem", "share of held-out pairs"),
-    _rivals("brier", "Critic's Brier score", "mean squared difference of value and reward"),
-    _rivals("ece", "Critic's calibration error", "mean distance of value and reward, 15 bins"),
-    _rivals("margin", "Critic's margin", "mean value of right less that of wrong responses"),
-    _rivals("td_spikiness", "Spikiness of TD errors", "largest over mean size in a response"),
-    _rivals("position_correlation", "Value and position", "rank correlation within a response"),
-    _rivals("length_correlation", "Value and length", "rank correlation over responses"),
+    _baselines("bce", "Critic's cross-entropy on held-out responses", "it should stay below the others"),
+    _baselines("pairwise_accuracy", "Correct above incorrect, within a problem", "share of held-out pairs"),
+    _baselines("brier", "Critic's Brier score", "mean squared difference between value and reward"),
+    _baselines("ece", "Critic's calibration error", "mean distance between value and reward, 15 bins"),
+    _baselines("margin", "Critic's margin", "mean value of correct minus incorrect responses"),
+    _baselines("td_spikiness", "Spikiness of TD errors", "largest over mean absolute value in a response"),
+    _baselines("position_correlation", "Value and position", "rank correlation within a response"),
+    _baselines("length_correlation", "Value and length", "rank correlation over responses"),
     _Group(
         title="How even the weights are",
         note="entropy and effective share of the pairs: 1 means equal weights",
@@ -78,9 +71,12 @@ _GROUPS = (
     _Group(title="Mean TD error", note="0: outcomes are as expected", members={"td_error_mean": "TD error"}),
 )
 _HEADS = {
-    "validation_ce": ("Held-out loss of each head", "unweighted cross-entropy, nats a target"),
-    "train_ce": ("Training loss of each head", "unweighted cross-entropy, nats a target"),
-    "validation_accuracy": ("Held-out accuracy of each head", "share of targets that are the first guess"),
+    "validation_ce": ("Held-out loss of each head", "unweighted cross-entropy, nats per target"),
+    "train_ce": ("Training loss of each head", "unweighted cross-entropy, nats per target"),
+    "validation_accuracy": (
+        "Held-out accuracy of each head",
+        "share of targets that are the top guess",
+    ),
 }
 _FIRST = (
     "Training loss",
@@ -95,8 +91,8 @@ _FIRST = (
 )
 
 
-def charts_of(metrics: Mapping[str, Points]) -> tuple[list[Chart], list[Chart]]:
-    """Draw all metrics of a stage: those to look at first, then the others by name."""
+def charts_of(metrics: Mapping[str, Sequence[Point]]) -> tuple[list[Chart], list[Chart]]:
+    """Draw all metrics of a stage: the charts to show first, then the others by name."""
     charts: dict[str, Chart] = {}
     for group in (*_head_groups(metrics), *_GROUPS):
         _add(charts, group, metrics)
@@ -107,8 +103,8 @@ def charts_of(metrics: Mapping[str, Points]) -> tuple[list[Chart], list[Chart]]:
     return first, list(charts.values())
 
 
-def _head_groups(metrics: Mapping[str, Points]) -> list[_Group]:
-    """Return a group for each metric that is there once a head."""
+def _head_groups(metrics: Mapping[str, Sequence[Point]]) -> list[_Group]:
+    """Return a group for each metric that exists once per head."""
     heads: dict[str, dict[str, str]] = {}
     for name in metrics:
         if match := re.fullmatch(r"(.+)_head_(\d+)", name):
@@ -120,9 +116,11 @@ def _head_groups(metrics: Mapping[str, Points]) -> list[_Group]:
     ]
 
 
-def _add(charts: dict[str, Chart], group: _Group, metrics: Mapping[str, Points]) -> None:
+def _add(charts: dict[str, Chart], group: _Group, metrics: Mapping[str, Sequence[Point]]) -> None:
     series = [
-        Series(label=label, points=metrics[name]) for name, label in group.members.items() if name in metrics
+        Series(label=label, points=[(point.step, point.value) for point in metrics[name]])
+        for name, label in group.members.items()
+        if name in metrics
     ]
     svg = line_chart(series, title=group.title)
     if svg:

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file, readable without network, in light and dark, without colour vision."""
+"""The report of a run: one HTML file that needs no network, in light and dark, readable without colours."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from attrs import frozen
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from weighted_mtp_core.report.charts import charts_of
-from weighted_mtp_core.report.drawing import bar_chart
-from weighted_mtp_core.report.reliability import reliability_chart
-from weighted_mtp_core.report.run_history import RunHistory, read_history
-from weighted_mtp_core.report.shading import shade
-from weighted_mtp_core.report.token_report import TokenReport, load_token_report
+from weighted_mtp_core.api import is_correct
+from weighted_mtp_core.report.charts import Chart, charts_of
+from weighted_mtp_core.report.drawing import bar_chart, reliability_chart
+from weighted_mtp_core.report.shading import Shading, numbers
+from weighted_mtp_core.report.token_report import load_token_report
 from weighted_mtp_core.storage.atomic import atomic_write
+from weighted_mtp_core.tracking.run_history import Point, RunHistory, read_history
 
 FILE = "report.html"
-_FATES = {"FINISHED": "✓ finished", "FAILED": "✗ failed", "KILLED": "■ interrupted"}
+_STATUSES = {"FINISHED": "✓ finished", "FAILED": "✗ failed", "KILLED": "■ interrupted"}
 
 
 def write_report(run: Path) -> Path:
-    """Write `report.html` into a run folder, from what lies there; return its path.
+    """Write `report.html` into a run folder, from the files in it; return its path.
 
     Raises:
-        WmtpError: The folder holds no journal of a run.
+        WmtpError: The folder has no journal of a run.
     """
-    story = read_history(run)
+    history, tokens = read_history(run), load_token_report(run)
     environment = Environment(
         loader=PackageLoader("weighted_mtp_core.report"),
         autoescape=True,
@@ -38,11 +38,90 @@ def write_report(run: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = _number
-    template = environment.get_template("report.html.j2")
+    environment.filters |= {"number": _number, "numbers": numbers, "is_correct": is_correct}
+    contents = _contents(history) | {
+        "reliability": reliability_chart(tokens.reliability) if tokens and tokens.reliability else Markup(),
+        "tokens": tokens,
+        "shading": Shading.of(tokens) if tokens else None,
+    }
     path = run / FILE
-    atomic_write(path, template.render(_contents(story, load_token_report(run))))
+    atomic_write(path, environment.get_template("report.html.j2").render(contents))
     return path
+
+
+def _contents(history: RunHistory) -> dict[str, Any]:
+    """Return what the template shows of the journal."""
+    return {
+        **history.run,
+        "status": _status(history),
+        "began": f"{datetime.fromtimestamp(history.began_ms / 1000, UTC):%d %B %Y, %H:%M} UTC",
+        "lasted": _duration((history.ended_ms - history.began_ms) / 1000),
+        "damaged": history.damaged,
+        "figures": _figures(history),
+        "facts": _facts(history),
+        "params": sorted(history.params.items()),
+        "tags": sorted(history.tags.items()),
+        "stages": _stages(history),
+        "heads": _heads(history),
+        "acceptance": _acceptance(history),
+        "verdicts": _verdicts(history),
+        "critic": _critic(history),
+    }
+
+
+def _status(history: RunHistory) -> str:
+    if history.status is not None:
+        return _STATUSES.get(history.status, history.status.lower())
+    return "✓ evaluated" if "evaluate" in history.metrics else "… not finished when this was written"
+
+
+def _figures(history: RunHistory) -> list[tuple[str, str, str]]:
+    """Return the figures at the top: name, value, and what to compare the value with."""
+    figures = []
+    for name, points in history.metrics.get("evaluate", {}).items():
+        if name.startswith("pass_at_"):
+            figures.append((name.replace("_", " "), f"{points[-1].value:.1%}", "of problems solved"))
+    losses = _finite(history.points("policy", "validation_ce_head_1"))
+    if losses:
+        best = min(point.value for point in losses)
+        figures.append(("held-out loss, head 1", f"{best:.3f}", f"{losses[0].value:.3f} at the start"))
+    auc = history.last("critic", "critic_auc")
+    if auc is not None:
+        length = history.last("critic", "critic_length_only_auc")
+        beside = "0.5 for a constant" + ("" if length is None else f", {length:.3f} for length alone")
+        figures.append(("critic's AUC", f"{auc:.3f}", beside))
+    speed = history.last("evaluate", "tokens_per_forward")
+    if speed is not None:
+        figures.append(("tokens per forward pass", f"{speed:.2f}", "1 without the extra heads"))
+    return figures
+
+
+def _facts(history: RunHistory) -> list[tuple[str, str]]:
+    """Return what the run was in a few lines, without those that are unknown."""
+    tags, params = history.tags, history.params
+    data = [tags.get("wmtp.data"), params.get("data.name"), params.get("data.version")]
+    plugins = [value for name, value in sorted(tags.items()) if name.startswith("wmtp.plugin.") and value]
+    facts = [
+        ("weighting", tags.get("wmtp.weighting", "")),
+        ("critic", tags.get("wmtp.critic", "")),
+        ("data", " ".join(filter(None, data))),
+        ("SHA-256 of the data", params.get("data.sha256", "")),
+        ("base model", tags.get("model_version", params.get("model.base", ""))),
+        ("heads", params.get("model.n_future", "")),
+        ("steps, batch size", f"{params.get('train.steps', '?')} x {params.get('train.batch_size', '?')}"),
+        ("seed", params.get("run.seed", "")),
+        ("plugins", ", ".join(plugins)),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def _stages(history: RunHistory) -> list[tuple[str, Sequence[Chart], Sequence[Chart]]]:
+    """Return a title, the important charts and the other charts of each stage that was logged."""
+    stages = [
+        (title, *charts_of(history.metrics.get(stage, {})))
+        for stage, title in (("policy", "Policy"), ("critic", "Critic"))
+    ]
+    return [stage for stage in stages if any(stage[1:])]
 
 
 @frozen(kw_only=True)
@@ -56,126 +135,35 @@ class _Head:
     accuracy: float | None
 
 
-@frozen(kw_only=True)
-class _StageCharts:
-    title: str
-    first: Sequence[Any]
-    others: Sequence[Any]
-
-
-def _contents(story: RunHistory, look: TokenReport | None) -> dict[str, Any]:
-    """Return what the template shows."""
-    return {
-        "name": story.run["name"],
-        "experiment": story.run["experiment"],
-        "run_id": story.run["run_id"],
-        "fate": _fate(story),
-        "began": f"{datetime.fromtimestamp(story.began_ms / 1000, UTC):%d %B %Y, %H:%M} UTC",
-        "lasted": _duration((story.ended_ms - story.began_ms) / 1000),
-        "damaged": story.damaged,
-        "figures": _figures(story),
-        "facts": _facts(story),
-        "params": sorted(story.params.items()),
-        "tags": sorted(story.tags.items()),
-        "stages": _stages(story),
-        "heads": _heads(story),
-        "acceptance": _acceptance(story),
-        "verdicts": _verdicts(story),
-        "critic": _critic(story),
-        "reliability": reliability_chart(look.reliability) if look and look.reliability else Markup(),
-        "shaded": shade(look) if look else None,
-    }
-
-
-def _fate(story: RunHistory) -> str:
-    if story.status is not None:
-        return _FATES.get(story.status, story.status.lower())
-    return "✓ evaluated" if "evaluate" in story.curves else "… not finished when this was written"
-
-
-def _figures(story: RunHistory) -> list[tuple[str, str, str]]:
-    """Return the figures at the top: what it is, its value, what to compare it with."""
-    figures = []
-    for name, points in story.curves.get("evaluate", {}).items():
-        if name.startswith("pass_at_"):
-            figures.append((name.replace("_", " "), f"{points[-1][1]:.1%}", "of problems solved"))
-    losses = _finite(story.points("policy", "validation_ce_head_1"))
-    if losses:
-        best = min(losses)
-        figures.append(("held-out loss, head 1", f"{best:.3f}", f"{losses[0]:.3f} at the start"))
-    auc = story.last("critic", "critic_auc")
-    if auc is not None:
-        length = story.last("critic", "critic_length_only_auc")
-        beside = "0.5 for a constant" + ("" if length is None else f", {length:.3f} for length alone")
-        figures.append(("critic's AUC", f"{auc:.3f}", beside))
-    speed = story.last("evaluate", "tokens_per_forward")
-    if speed is not None:
-        figures.append(("tokens a forward pass", f"{speed:.2f}", "1 without the extra heads"))
-    return figures
-
-
-def _facts(story: RunHistory) -> list[tuple[str, str]]:
-    """Return the run's story in a few lines; what it does not have is left out."""
-    tags, params = story.tags, story.params
-    data = " ".join(
-        filter(None, [tags.get("wmtp.data"), params.get("data.name"), params.get("data.version")])
-    )
-    plugins = [value for name, value in sorted(tags.items()) if name.startswith("wmtp.plugin.") and value]
-    facts = [
-        ("weighting", tags.get("wmtp.weighting", "")),
-        ("critic", tags.get("wmtp.critic", "")),
-        ("data", data),
-        ("data's SHA-256", params.get("data.sha256", "")),
-        ("base model", tags.get("model_version", params.get("model.base", ""))),
-        ("heads", params.get("model.n_future", "")),
-        ("steps, batch", f"{params.get('train.steps', '?')} x {params.get('train.batch_size', '?')}"),
-        ("seed", params.get("run.seed", "")),
-        ("plugins", ", ".join(plugins)),
-    ]
-    return [(name, value) for name, value in facts if value]
-
-
-def _stages(story: RunHistory) -> list[_StageCharts]:
-    titles = {"policy": "Policy", "critic": "Critic"}
-    stages = []
-    for stage, title in titles.items():
-        first, others = charts_of(story.curves.get(stage, {}))
-        if first or others:
-            stages.append(_StageCharts(title=title, first=first, others=others))
-    return stages
-
-
-def _heads(story: RunHistory) -> list[_Head]:
-    """Return what is known of each head; `best` is at the step that head 1 was best at, which is kept."""
-    validated = story.numbered("policy", "validation_ce_head_")
-    kept: int | None = None
-    if validated:
-        finite = [(value, step) for step, value in validated[0][1] if math.isfinite(value)]
-        kept = min(finite)[1] if finite else None
+def _heads(history: RunHistory) -> list[_Head]:
+    """Return the losses of each head; `best` is at the step with the lowest loss of head 1, which is kept."""
+    validated = history.numbered("policy", "validation_ce_head_")
+    finite = _finite(validated[0][1]) if validated else []
+    kept = min(finite, key=lambda point: point.value).step if finite else None
     return [
         _Head(
             number=number,
-            start=points[0][1],
-            best=dict(points).get(kept) if kept is not None else None,
-            test=story.last("evaluate", f"test_ce_head_{number}"),
-            accuracy=story.last("evaluate", f"test_accuracy_head_{number}"),
+            start=points[0].value,
+            best=next((point.value for point in points if point.step == kept), None),
+            test=history.last("evaluate", f"test_ce_head_{number}"),
+            accuracy=history.last("evaluate", f"test_accuracy_head_{number}"),
         )
         for number, points in validated
     ]
 
 
-def _acceptance(story: RunHistory) -> Markup:
-    """Draw how often what each head drafted was kept."""
-    drafts = story.numbered("evaluate", "acceptance_position_")
-    bars = [(f"head {number}", points[-1][1]) for number, points in drafts]
+def _acceptance(history: RunHistory) -> Markup:
+    """Draw how often the draft of each head was accepted."""
+    drafts = history.numbered("evaluate", "acceptance_position_")
+    bars = [(f"head {number}", points[-1].value) for number, points in drafts]
     return bar_chart(bars, title="Drafts that were kept, by head") if bars else Markup()
 
 
-def _verdicts(story: RunHistory) -> Markup:
-    """Draw how judging what the policy wrote ended."""
+def _verdicts(history: RunHistory) -> Markup:
+    """Draw the shares of the verdicts on the policy's responses."""
     shares = {
-        name.removeprefix("verdict_").replace("_", " "): points[-1][1]
-        for name, points in story.curves.get("evaluate", {}).items()
+        name.removeprefix("verdict_").replace("_", " "): points[-1].value
+        for name, points in history.metrics.get("evaluate", {}).items()
         if name.startswith("verdict_")
     }
     return bar_chart(list(shares.items()), title="Verdicts on what the policy wrote") if shares else Markup()
@@ -183,11 +171,11 @@ def _verdicts(story: RunHistory) -> Markup:
 
 _MEASURES = {
     "auc": "AUC",
-    "pairwise_accuracy": "right above wrong, within a problem",
+    "pairwise_accuracy": "correct above incorrect, within a problem",
     "bce": "cross-entropy, nats",
     "brier": "Brier score",
     "ece": "calibration error, 15 bins",
-    "margin": "value of right less value of wrong",
+    "margin": "value of correct minus value of incorrect",
     "td_spikiness": "largest over mean TD error",
     "position_correlation": "rank correlation with position",
     "length_correlation": "rank correlation with length",
@@ -198,7 +186,7 @@ _MEASURES = {
 class _Measure:
     """A row of the table of the critic; None where it was not measured.
 
-    `interval` is the 95 % interval of the critic's figure, where there is one.
+    `interval` is the 95 % interval of the critic's figure, if there is one.
     """
 
     name: str
@@ -208,15 +196,15 @@ class _Measure:
     interval: tuple[float | None, float | None] | None = None
 
 
-def _critic(story: RunHistory) -> list[_Measure]:
-    """Return the last measures of the critic beside those of its rivals; none without a critic."""
-    interval = story.last("critic", "critic_auc_low"), story.last("critic", "critic_auc_high")
+def _critic(history: RunHistory) -> list[_Measure]:
+    """Return the last measures of the critic and of its two baselines; none without a critic."""
+    interval = history.last("critic", "critic_auc_low"), history.last("critic", "critic_auc_high")
     rows = [
         _Measure(
             name=title,
-            critic=story.last("critic", f"critic_{measure}"),
-            constant=story.last("critic", f"critic_constant_{measure}"),
-            length_only=story.last("critic", f"critic_length_only_{measure}"),
+            critic=history.last("critic", f"critic_{measure}"),
+            constant=history.last("critic", f"critic_constant_{measure}"),
+            length_only=history.last("critic", f"critic_length_only_{measure}"),
             interval=interval if measure == "auc" else None,
         )
         for measure, title in _MEASURES.items()
@@ -224,8 +212,8 @@ def _critic(story: RunHistory) -> list[_Measure]:
     return [row for row in rows if row.critic is not None]
 
 
-def _finite(points: Sequence[tuple[int, float]]) -> list[float]:
-    return [value for _, value in points if math.isfinite(value)]
+def _finite(points: Sequence[Point]) -> list[Point]:
+    return [point for point in points if math.isfinite(point.value)]
 
 
 def _duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Weight, value, TD error and losses of each token of some validation responses, right beside wrong ones.
+"""Weight, value, TD error and losses of each token of some validation responses, correct and incorrect.
 
 Shape letters: D documents, B rows, T positions, K heads.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from attrs import asdict, evolve, frozen
+from attrs import evolve, frozen
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,17 +19,17 @@ from weighted_mtp_core.api.alignment import align_weights, gather_by_target
 from weighted_mtp_core.data.batches import split_rows
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import RunFailedError
+from weighted_mtp_core.metrics.critic import ReliabilityBin
 from weighted_mtp_core.model.targets import align_labels, target_mask
 from weighted_mtp_core.model.token_signals import token_losses
-from weighted_mtp_core.report.token_report import ProblemTokens, Reliability, Solution, Token, TokenReport
+from weighted_mtp_core.report.token_report import ProblemTokens, Solution, Token, TokenReport
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS
-from weighted_mtp_core.training.critic_learner import ReliabilityBin
 from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.prepare import Prepared
 
-_WEIGHED = 16  # problems in the batch that is weighed: a weighting may compare its responses
-_SHOWN = 6  # problems on the page
-_LONGEST = 800  # tokens of a response on the page
+_WEIGHED = 16  # problems in the batch: some weightings compare its responses
+_SHOWN = 6  # problems in the report
+_LONGEST = 800  # tokens of a response in the report
 
 
 @torch.no_grad()
@@ -43,10 +43,10 @@ def measure_tokens(
     """Weigh some validation responses as one batch, and measure the tokens of the first of them.
 
     Args:
-        prepared: Data, tokenizer and policy, whose parameters are the best ones.
-        learner: Stage 2, with the weighting as it was at its end.
+        prepared: Data, tokenizer and policy, with the best parameters.
+        learner: Stage 2, with the weighting in its final state.
         critic: Scores any batch, not only those of stage 2.
-        reliability: What is known of the critic's values.
+        reliability: Bins of the critic's values.
     """
     labelled = len(prepared.source.examples("validation")) > 0
     tokens = prepared.critic_tokens("validation") if labelled else prepared.policy_tokens("validation")
@@ -71,14 +71,15 @@ def measure_tokens(
         rows=len(batch.ids_BT),
         unweighed=unweighed,
         problems=tuple(shown),
-        reliability=tuple(Reliability(**asdict(each)) for each in reliability),
+        reliability=tuple(reliability),
     )
 
 
 def _weigh(learner: PolicyLearner, batch: Batch) -> tuple[Sequence[Tensor | None], str]:
-    """Return each row's weights, or None for each and why: some weightings know their own steps only.
+    """Return the weights of each row, or None for each and the reason.
 
-    The run has trained and was measured by now; that its page lacks weights must not fail it.
+    Some weightings can weigh the steps of training only. The run is complete at this point, so a report
+    without weights must not fail it.
     """
     try:
         return torch.split(learner.weigh(batch, step=learner.steps).weight, 1), ""
@@ -87,11 +88,14 @@ def _weigh(learner: PolicyLearner, batch: Batch) -> tuple[Sequence[Tensor | None
 
 
 def choose_problems(tokens: TokenSet, *, at_most: int) -> list[tuple[int, ...]]:
-    """Return, for each problem, its first right and its first wrong response; problems with both go first."""
-    right_D = is_correct(tokens.reward_D)
+    """Return the rows of the first correct and the first incorrect response of each problem.
+
+    Problems with both come first.
+    """
+    correct_D = is_correct(tokens.reward_D)
     firsts: dict[int, list[int]] = {}
-    for correct_D in (right_D, ~right_D):
-        rows = np.flatnonzero(correct_D)
+    for chosen_D in (correct_D, ~correct_D):
+        rows = np.flatnonzero(chosen_D)
         _, first = np.unique(tokens.problem_D[rows], return_index=True)
         for row in rows[np.sort(first)]:
             firsts.setdefault(int(tokens.problem_D[row]), []).append(int(row))
@@ -101,9 +105,9 @@ def choose_problems(tokens: TokenSet, *, at_most: int) -> list[tuple[int, ...]]:
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Return what each token adds to the text; all together are the decoded text.
+    """Return what each token adds to the decoded text; joined, the parts are that text.
 
-    A token that ends within a character adds nothing, and the token that completes it adds all of it.
+    A token that ends inside a character adds nothing, and the token that completes it adds the character.
     """
     texts, start, known = [], 0, ""
     for end in range(1, len(ids) + 1):
@@ -112,9 +116,9 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
             texts.append("")
             continue
         texts.append(text[len(known) :])
-        start = end - 1  # one token of context: decoders drop a space at the very beginning
+        start = end - 1  # one token of context: decoders drop a leading space
         known = _decode(tokenizer, ids[start:end])
-        if known.endswith("\ufffd"):  # no whole character of its own, so it cannot be context
+        if known.endswith("\ufffd"):  # ends inside a character, so it cannot be context
             start, known = end, ""
     return texts
 
@@ -126,7 +130,7 @@ def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
 
 @frozen(kw_only=True, eq=False)
 class _Row:
-    """One document, `[1, T]`, and what was measured of it by the token itself; NaN where there is nothing."""
+    """One document, `[1, T]`, and measures by the position of the target; NaN where there is none."""
 
     batch: Batch
     weight_TK: NDArray[np.float64]
@@ -136,7 +140,7 @@ class _Row:
 
     @classmethod
     def measure(cls, prepared: Prepared, batch: Batch, weight: Tensor | None, critic: Critic | None) -> _Row:
-        """Measure a batch of one row; the weight is that of the row, `[1, T]` or `[1, T, K]`, if known."""
+        """Measure a batch of one row with the weights `[1, T]` or `[1, T, K]`, if known."""
         policy = prepared.policy
         labels_BTK = align_labels(
             batch.ids_BT,
@@ -170,10 +174,10 @@ class _Row:
 
     def solution(self, tokenizer: Any) -> Solution:
         """Return the response, token by token."""
-        places = np.flatnonzero(self.batch.response_BT[0].cpu().numpy())
-        reward = float(self.batch.reward_BT[0, int(places[-1])])
-        change_T = changes(self.value_T, places, reward)
-        texts = token_texts(tokenizer, self.batch.ids_BT[0].cpu()[places].tolist())
+        positions = np.flatnonzero(self.batch.response_BT[0].cpu().numpy())
+        reward = float(self.batch.reward_BT[0, int(positions[-1])])
+        change_T = changes(self.value_T, positions, reward)
+        texts = token_texts(tokenizer, self.batch.ids_BT[0].cpu()[positions].tolist())
         tokens = tuple(
             Token(
                 text=text,
@@ -183,39 +187,39 @@ class _Row:
                 value=plain(self.value_T[t]),
                 change=plain(change_T[t]),
             )
-            for t, text in list(zip(places, texts, strict=True))[:_LONGEST]
+            for t, text in list(zip(positions, texts, strict=True))[:_LONGEST]
         )
         name = self.batch.example_ids[0]
-        return Solution(name=name, reward=reward, tokens=tokens, more=len(places) - len(tokens))
+        return Solution(name=name, reward=reward, tokens=tokens, more=len(positions) - len(tokens))
 
 
-def changes(value_T: NDArray[np.float64], places: NDArray[np.int64], reward: float) -> NDArray[np.float64]:
+def changes(value_T: NDArray[np.float64], positions: NDArray[np.int64], reward: float) -> NDArray[np.float64]:
     """Return the TD error of each response token with gamma = 1, NaN elsewhere.
 
     Args:
         value_T: V_t, the value of the prefix that ends at token t.
-        places: The response's tokens.
-        reward: R, paid with the last of them; V is 0 after it.
+        positions: Positions of the response's tokens.
+        reward: R, paid at the last of them; V is 0 after it.
     """
     change_T = np.full_like(value_T, np.nan)
-    before = np.where(places > 0, value_T[places - 1], np.nan)
-    after = value_T[places].copy()
+    before = np.where(positions > 0, value_T[positions - 1], np.nan)
+    after = value_T[positions].copy()
     after[-1] = reward
-    change_T[places] = after - before
+    change_T[positions] = after - before
     return change_T
 
 
 def _by_target(x_BTK: Tensor, target_BTK: Tensor) -> NDArray[np.float64]:
-    """Return what the pairs of the one row hold, `[T, K]` by their target, NaN where there is no pair."""
+    """Return the values of a row's pairs as `[T, K]`, indexed by target; NaN where there is no pair."""
     found_BTK = gather_by_target(torch.ones_like(x_BTK), target_BTK) > 0
     return np.where(array(found_BTK[0]) > 0, array(gather_by_target(x_BTK, target_BTK)[0]), np.nan)
 
 
 def array(x: Tensor) -> NDArray[np.float64]:
-    """Return a tensor as an array of float64 on the host."""
+    """Return a tensor as a float64 array on the host."""
     return x.cpu().double().numpy()  # in this order: MPS has no float64
 
 
 def plain(value: float) -> float | None:
-    """Return a number as the file keeps it: five digits, None for NaN."""
+    """Return a number with the five digits that the file keeps; None for NaN."""
     return None if np.isnan(value) else float(f"{value:.5g}")

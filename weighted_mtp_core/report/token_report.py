@@ -1,4 +1,4 @@
-"""What the page shows of single tokens, and the file `report_tokens.json` that keeps it in the run folder."""
+"""What the report shows of single tokens, kept in the run folder as `report_tokens.json`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import cattrs
 from attrs import frozen
 
+from weighted_mtp_core.metrics.critic import ReliabilityBin
 from weighted_mtp_core.storage.atomic import atomic_write
 
 FILE = "report_tokens.json"
@@ -18,12 +19,13 @@ class Token:
     """A token of a response.
 
     Attributes:
-        text: What it adds to the text; empty within a character of several tokens.
-        weight: Mean weight of the pairs that have it as their target; None if there are none.
-        weight_K: Weight for each head, where the weighting tells heads apart; else empty. None where a head
-            has no source for it, being too near the start.
+        text: What it adds to the text; empty inside a character that takes several tokens.
+        weight: Mean weight of the pairs that have it as their target; None without such a pair.
+        weight_K: Weight for each head if the weighting gives one per head, else empty. None where the token
+            is too near the start for the head to predict it.
         loss_K: Unweighted cross-entropy of each head, in nats; None as above.
-        value: The critic's value of the prefix that ends with it; None without a critic that gives values.
+        value: The critic's value of the prefix that ends with the token; None without a critic that gives
+            values.
         change: Its TD error r_t + V_t - V_{t-1}, where V after the last token is 0 and r there the reward.
     """
 
@@ -37,7 +39,7 @@ class Token:
 
 @frozen(kw_only=True)
 class Solution:
-    """A response with what is known of its tokens; `more` tokens at its end are left out."""
+    """A response and its first tokens; `more` further tokens are left out."""
 
     name: str
     reward: float
@@ -47,51 +49,40 @@ class Solution:
 
 @frozen(kw_only=True)
 class ProblemTokens:
-    """A validation problem, with a right response before a wrong one where there are both."""
+    """A validation problem and up to two responses, a correct one first."""
 
     prompt: str
     solutions: tuple[Solution, ...]
 
 
 @frozen(kw_only=True)
-class Reliability:
-    """A bin of the critic's values, see `stages.critic.ReliabilityBin`."""
-
-    count: int
-    value: float
-    reward: float
-    low: float
-    high: float
-
-
-@frozen(kw_only=True)
 class TokenReport:
-    """Everything in the file.
+    """The contents of the file.
 
     Attributes:
-        step: Of stage 2 that the weighting was told.
-        rows: How many responses were weighed together.
+        step: Step of stage 2 for which the weighting computed the weights.
+        rows: Number of responses that were weighed as one batch.
         unweighed: Why there are no weights; empty if there are.
-        problems: What is shown of them.
-        reliability: The critic's bins; empty without a critic that gives values.
+        problems: The problems on the page.
+        reliability: Bins of the critic's values; empty without a critic that gives values.
     """
 
     step: int
     rows: int
     unweighed: str = ""
     problems: tuple[ProblemTokens, ...]
-    reliability: tuple[Reliability, ...] = ()
+    reliability: tuple[ReliabilityBin, ...] = ()
 
 
-def save_token_report(look: TokenReport, run: Path) -> Path:
-    """Write it into a run folder and return the file's path."""
+def save_token_report(report: TokenReport, run: Path) -> Path:
+    """Write the file into a run folder and return its path."""
     path = run / FILE
-    atomic_write(path, json.dumps(cattrs.unstructure(look), ensure_ascii=False, separators=(",", ":")))
+    atomic_write(path, json.dumps(cattrs.unstructure(report), ensure_ascii=False, separators=(",", ":")))
     return path
 
 
 def load_token_report(run: Path) -> TokenReport | None:
-    """Read it back; None if the run did not get that far."""
+    """Read the file of a run folder; None if the run ended before it was written."""
     path = run / FILE
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""The table `token_values.jsonl`: what critic and weighting make of each token of validation responses.
+"""The table `token_values.jsonl`: value, TD error and weight of each token of validation responses.
 
 Shape letters: B rows, T positions, K heads.
 """
@@ -32,17 +32,18 @@ Floats = NDArray[np.float64]
 def table_of_values(
     prepared: Prepared, learner: PolicyLearner, *, critic: Critic, batches: Iterable[Batch]
 ) -> str:
-    """Return the file's text, a line for each response token.
+    """Return the text of the file, with one line for each response token.
 
     A line holds `example`, `reward` (of the whole response), `position` (in the response, from 0), `token`
     (its text), `value` (of the prefix that ends with it), `change` (its TD error with gamma = 1) and `weight`
-    (mean over the heads; null where no head predicts it, or the weighting knows its own steps only).
+    (mean over the heads; null where no head predicts the token, and for weightings that can weigh the steps
+    of training only).
 
     Args:
         prepared: Tokenizer and policy.
-        learner: Stage 2, with the weighting as it was at its end.
+        learner: Stage 2, with the weighting in its final state.
         critic: Gives values for any batch, not only those of stage 2.
-        batches: Responses, one a row; each batch is weighed as one.
+        batches: Responses, one per row; the weighting weighs each batch as a whole.
     """
     learner = evolve(learner, arm=evolve(learner.arm, critic=critic), distributed=SINGLE_PROCESS)
     lines: list[str] = []
@@ -63,7 +64,7 @@ def _values(prepared: Prepared, critic: Critic, batch: Batch) -> Floats:
 
 
 def _weights(learner: PolicyLearner, batch: Batch) -> Floats:
-    """Return each token's weight, `[B, T]`, NaN where there is none."""
+    """Return the weight of each token, `[B, T]`; NaN where there is none."""
     labels_BTK = align_labels(
         batch.ids_BT,
         document_BT=batch.document_BT,
@@ -72,29 +73,29 @@ def _weights(learner: PolicyLearner, batch: Batch) -> Floats:
     )
     try:
         weight = learner.weigh(batch, step=learner.steps).weight
-    except RunFailedError:  # some weightings know their own steps only, which the page of the run says
+    except RunFailedError:  # some weightings can weigh the steps of training only; the report says why
         return np.full(tuple(batch.ids_BT.shape), np.nan)
     return array(mean_over_heads(weight, target_mask(labels_BTK)))
 
 
 def mean_over_heads(weight: Tensor, target_BTK: Tensor) -> Tensor:
-    """Return the mean weight of the pairs that predict a token, `[B, T]`, NaN where none does.
+    """Return the mean weight of the pairs that predict a token, `[B, T]`; NaN where none does.
 
     Args:
-        weight: `[B, T]` or `[B, T, K]`, as a weighting gives it.
-        target_BTK: The pairs that count.
+        weight: `[B, T]` or `[B, T, K]`, from a weighting.
+        target_BTK: Which pairs count.
     """
     total_BT = gather_by_target(align_weights(weight, target_BTK), target_BTK).sum(dim=-1)
     return total_BT / gather_by_target(target_BTK.float(), target_BTK).sum(dim=-1)
 
 
 def _tokens(tokenizer: Any, row: Batch, *, value_T: Floats, weight_T: Floats) -> Iterator[dict[str, Any]]:
-    """Yield what the table says of each response token of a batch of one row."""
-    places = np.flatnonzero(array(row.response_BT[0]) > 0)
-    reward = float(row.reward_BT[0, int(places[-1])])
-    change_T = changes(value_T, places, reward)
-    texts: Sequence[str] = token_texts(tokenizer, row.ids_BT[0].cpu()[places].tolist())
-    for position, (t, text) in enumerate(zip(places, texts, strict=True)):
+    """Yield the line of each response token of a batch of one row."""
+    positions = np.flatnonzero(array(row.response_BT[0]) > 0)
+    reward = float(row.reward_BT[0, int(positions[-1])])
+    change_T = changes(value_T, positions, reward)
+    texts: Sequence[str] = token_texts(tokenizer, row.ids_BT[0].cpu()[positions].tolist())
+    for position, (t, text) in enumerate(zip(positions, texts, strict=True)):
         yield {
             "example": row.example_ids[0],
             "reward": reward,

@@ -1,1 +1,1 @@
-"""The run folder, the durable journal, and its delivery to trackers."""
+"""Record a run: its folder, the journal in it, the uploads to trackers, and what a person sees."""

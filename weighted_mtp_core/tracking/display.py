@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live bar on a terminal, a plain line now and then elsewhere."""
+"""What a person sees during a run: a progress bar on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from rich.table import Table
 from rich.text import Text
 
 PLAIN_EVERY_S = 5.0
-"""How often a stage writes a line where nothing can be redrawn (a file, a pipe, CI)."""
+"""Interval of the lines where nothing can be redrawn (a file, a pipe, CI)."""
 
 _BARS = "▁▂▃▄▅▆▇█"
 _CURVE = 32
 _INDENT = " " * 11
-_FRAME = 6  # what a panel of two columns is wider than they are
+_FRAME = 6  # columns that a panel adds to the width of its two columns
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """Draw finite values as bars between their least and their greatest."""
+    """Draw finite values as bars, scaled from their minimum to their maximum."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return ""
@@ -38,7 +38,7 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def show(value: float | str) -> str:
-    """Write a number the way a person reads it."""
+    """Return a number with four significant digits, or with thousands separators."""
     if isinstance(value, str):
         return value
     if abs(value) >= 1000:
@@ -47,7 +47,7 @@ def show(value: float | str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Write seconds as `12 s`, `3:05` or `1:02:03`."""
+    """Return seconds as `12 s`, `3:05` or `1:02:03`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -57,7 +57,7 @@ def duration(seconds: float) -> str:
 
 @define(eq=False)
 class _Stage:
-    """The stage that is going on."""
+    """The current stage."""
 
     name: str
     total: int
@@ -86,16 +86,16 @@ def _panel(rows: Sequence[tuple[str, str]], *, title: str) -> Panel:
 
 @define(eq=False)
 class Display:
-    """Shows a run on a console; only the first of several processes shows anything.
+    """Shows a run on a console, as a context manager; with several processes only rank 0 shows anything.
 
-    On a terminal it redraws one block at the bottom; elsewhere it writes lines. Use it as a context manager.
+    On a terminal it redraws one block at the bottom; elsewhere it writes lines.
     """
 
     console: Console = field(factory=Console)
     _live: Live | None = field(init=False, default=None)
     _progress: Progress = field(init=False)
     _stage: _Stage | None = field(init=False, default=None)
-    _spoke: float = field(init=False, default=0.0)
+    _last_line: float = field(init=False, default=0.0)
 
     def __attrs_post_init__(self) -> None:
         if os.environ.get("RANK", "0") != "0":
@@ -129,15 +129,15 @@ class Display:
             self._live = None
 
     def stage(self, name: str, total: int) -> None:
-        """Begin a stage of `total` steps; the stage before it is done."""
+        """Begin a stage of `total` steps and end the stage before it."""
         self._end_stage(done=True)
         self._stage = _Stage(name, total, self._progress.add_task(name, total=total))
-        self._spoke = time.monotonic()
+        self._last_line = time.monotonic()
         if self._live is None:
             self.note(f"{name}: {total} steps")
 
     def update(self, step: int, values: Mapping[str, float | str]) -> None:
-        """Show that `step` steps are done; the first value is drawn as a curve."""
+        """Show that `step` steps are done; the first value is also drawn as a curve."""
         stage = self._stage
         if stage is None:
             return
@@ -147,18 +147,18 @@ class Display:
         if isinstance(head, float | int):
             stage.curve.append(head)
         self._progress.update(stage.task, completed=step)
-        if self._live is None and time.monotonic() - self._spoke >= PLAIN_EVERY_S:
-            self._spoke = time.monotonic()
+        if self._live is None and time.monotonic() - self._last_line >= PLAIN_EVERY_S:
+            self._last_line = time.monotonic()
             self.note(f"{stage.name} {step}/{stage.total}  {stage.facts()}  {stage.remaining()} left")
 
     def note(self, text: str) -> None:
-        """Write a line that stays."""
+        """Write a line above the progress bar."""
         if self._live is not None:
-            self._live.refresh()  # or the block is drawn again below the line as it was
+            self._live.refresh()  # without it, an outdated block is drawn below the line
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def summary(self, rows: Sequence[tuple[str, str]], *, title: str = "summary") -> None:
-        """Show what came out as names and values: in a panel, if this is a terminal and every row fits."""
+        """Show results as names and values: in a panel on a terminal if every row fits, else as lines."""
         self._end_stage(done=True)
         if self._live is not None:
             self._live.stop()
@@ -168,7 +168,7 @@ class Display:
         if self.console.is_terminal and width + longest + _FRAME <= self.console.width:
             self.console.print(_panel(rows, title=title))
             return
-        for name, value in rows:  # in one piece each, so that a path can be copied
+        for name, value in rows:  # each on one line, so that a path can be copied
             self.note(f"{name:<{width}}  {value}")
 
     def _end_stage(self, *, done: bool) -> None:

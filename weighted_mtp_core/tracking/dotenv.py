@@ -1,4 +1,4 @@
-"""Read `.env`: only the names listed here, without interpolation; the real environment wins."""
+"""Read `.env`: only the variables listed here, without interpolation; the environment takes precedence."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ NAMES = (
 
 @frozen(kw_only=True)
 class DotEnv:
-    """What a `.env` file gave.
+    """What was read from a `.env` file.
 
     Attributes:
         path: The file.
-        taken: Names that it set.
-        ignored: Names in it that this framework does not read.
-        exposed: Whether others than the owner can read it.
+        taken: Variables that it set.
+        ignored: Variables in it that this framework does not read.
+        exposed: Whether other users can read it.
     """
 
     path: Path
@@ -39,13 +39,13 @@ class DotEnv:
 
 
 def load_dotenv(path: Path = Path(".env")) -> DotEnv | None:
-    """Put the known names of `.env` that are not set yet into the environment; None without a file."""
+    """Set the listed variables of `.env` that are not set yet; return None without a file."""
     if not path.is_file():
         return None
     from dotenv import dotenv_values
 
-    # Without interpolation: `a${HOME}c` may be part of a password. With a list of names: a file must not
-    # be able to set PATH or LD_PRELOAD.
+    # no interpolation: `a${HOME}c` may be part of a password; a list of names: a file must not be able to
+    # set PATH or LD_PRELOAD
     values = {name: value for name, value in dotenv_values(path, interpolate=False).items() if value}
     taken = tuple(name for name in NAMES if name in values and not os.environ.get(name))
     for name in taken:
@@ -59,7 +59,7 @@ def load_dotenv(path: Path = Path(".env")) -> DotEnv | None:
 
 
 def use_dotenv() -> None:
-    """Load `.env`, and warn once if others can read it."""
+    """Load `.env`, and warn once if other users can read it."""
     found = load_dotenv()
     if found is not None and found.exposed:
         _warn_of(found.path.absolute())

@@ -1,7 +1,7 @@
 """The journal `metrics.jsonl`: what a run did, one checksummed JSON object a line, written before it is sent.
 
 A line is `{"kind": ..., <fields>, "time": <seconds since 1970>, "crc": "<8 hex digits>"}`. The checksum
-covers everything but `time`, so two runs of one recipe have the same `metrics` lines but for `time`.
+covers everything except `time`, so the `metrics` lines of two runs of one recipe differ in `time` only.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Entry:
 
     Attributes:
         kind: `run`, `params`, `tags`, `datasets`, `metrics`, `timings`, `artifact` or `status`.
-        fields: The line without kind, time and checksum.
+        fields: The rest of the line, without time and checksum.
         time_ms: When it was written, in milliseconds since 1970.
-        start: Where the line begins in the file, in bytes.
-        end: Where the next line begins.
+        start: Byte of the file at which the line begins.
+        end: Byte at which the next line begins.
     """
 
     kind: str
@@ -45,21 +45,21 @@ class Entry:
 
 @frozen(kw_only=True)
 class Damage:
-    """A whole line that is not what was written: the bytes from `start` to `end`."""
+    """A complete line that fails its checksum: the bytes from `start` to `end`."""
 
     start: int
     end: int
 
 
 def encode(kind: str, fields: Mapping[str, Any], *, time_ms: int) -> bytes:
-    """Return one line; values must be finite (see `plain_number`)."""
+    """Return one line; numbers must be finite (`plain_number`)."""
     body = orjson.dumps({"kind": kind, **fields})
     seconds, milliseconds = divmod(time_ms, 1000)
     return b'%s,"time":%d.%03d,"crc":"%08x"}\n' % (body[:-1], seconds, milliseconds, zlib.crc32(body))
 
 
 def decode(line: bytes, *, start: int) -> Entry | Damage:
-    """Read one line back, or say that it is damaged."""
+    """Read one line back."""
     end = start + len(line)
     body = line[: line.rfind(_TIME)] + b"}"
     try:
@@ -73,12 +73,12 @@ def decode(line: bytes, *, start: int) -> Entry | Damage:
 
 
 def plain_number(value: float) -> float | str:
-    """Return what JSON can hold: the value itself, or `"nan"`, `"inf"`, `"-inf"`, which are never sent."""
+    """Return what JSON can hold: the value, or `"nan"`, `"inf"`, `"-inf"`, which no tracker receives."""
     return value if math.isfinite(value) else str(value)
 
 
 def read_journal(path: Path, start: int = 0, *, kinds: Sequence[str] = ()) -> Iterator[Entry | Damage]:
-    """Yield whole lines from a byte position on; a last line that is still being written is left alone.
+    """Yield the complete lines from a byte position on; one that is still being written is left out.
 
     With `kinds`, only lines of these kinds are parsed and yielded.
     """
@@ -93,13 +93,22 @@ def read_journal(path: Path, start: int = 0, *, kinds: Sequence[str] = ()) -> It
             start += len(line)
 
 
+def last_entry(path: Path) -> Entry | None:
+    """Return the last undamaged line."""
+    last = None
+    for line in read_journal(path):
+        if isinstance(line, Entry):
+            last = line
+    return last
+
+
 def now_ms() -> int:
     """Return the time in milliseconds since 1970."""
     return time.time_ns() // 1_000_000
 
 
 def _open_whole(path: Path) -> int:
-    """Open for appending; cut off what a killed writer left of its last line."""
+    """Open for appending, and cut off an incomplete last line, which a killed process left."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
     size = os.fstat(descriptor).st_size
     keep = size
@@ -112,9 +121,9 @@ def _open_whole(path: Path) -> int:
 
 @define(eq=False)
 class Journal:
-    """Appends lines; any thread may call. What `append` returned from survives the process.
+    """Appends lines, from any thread. A line survives the process as soon as `append` returns.
 
-    A power cut is survived by what was sent: the delivery syncs the file before it sends.
+    It survives a power cut as soon as it is sent: the outbox syncs the file before it sends.
     """
 
     path: Path
@@ -127,7 +136,7 @@ class Journal:
         self._size = os.fstat(self._descriptor).st_size
 
     def append(self, kind: str, fields: Mapping[str, Any], *, time_ms: int | None = None) -> None:
-        """Write one line; it happened at `time_ms` (now, if that is None).
+        """Write one line about something that happened at `time_ms` (None: now).
 
         Raises:
             RunFailedError: The file cannot be written, for example because the disk is full.
@@ -136,7 +145,7 @@ class Journal:
             line = encode(kind, fields, time_ms=now_ms() if time_ms is None else time_ms)
             size = self._size + len(line)
             try:
-                while line:  # a disk that fills up takes a part of a line first, and refuses the rest
+                while line:  # a disk that fills up accepts the first bytes of a line and refuses the rest
                     line = line[os.write(self._descriptor, line) :]
             except OSError as error:
                 os.ftruncate(self._descriptor, self._size)

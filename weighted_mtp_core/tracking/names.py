@@ -1,4 +1,4 @@
-"""Check names before anything is created: MLflow itself accepts `../../evil` and names with NUL."""
+"""Check the names of runs, artifacts and metrics: MLflow itself accepts `../../evil` and NUL bytes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _LONGEST = 250  # the width of MLflow's columns
 
 
 def check_path_name(text: str, *, what: str) -> str:
-    """Return `text` if it can be a path: an experiment's, a run's, an artifact's.
+    """Return `text` if it can be the path of an experiment, a run or an artifact.
 
     Raises:
-        WmtpError: It is not, so it must not become a folder, an experiment or an artifact path.
+        WmtpError: It cannot.
     """
     try:
         check_path(text)
@@ -28,7 +28,7 @@ def check_path_name(text: str, *, what: str) -> str:
 
 
 def check_metric_name(name: str) -> str:
-    """Return `name` if every tracker can hold a metric of this name.
+    """Return `name` if every tracker accepts it as the name of a metric.
 
     Raises:
         WmtpError: It is empty, too long, or has a character that MLflow refuses.

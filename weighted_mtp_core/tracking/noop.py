@@ -1,4 +1,4 @@
-"""The tracker of a run that is tracked nowhere but in its run folder."""
+"""The tracker of a run that is recorded in its run folder only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from weighted_mtp_core.api import MetricPoint, RunInfo, RunOutcome, Tracker
 
 
 class NoopTracker(Tracker):
-    """Takes everything and keeps nothing: what `enabled = false` asks for."""
+    """Accepts everything and keeps nothing: `enabled = false` selects it."""
 
     def start(self, run: RunInfo) -> None:
         """Do nothing."""

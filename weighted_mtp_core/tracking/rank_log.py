@@ -1,15 +1,13 @@
-"""What a process beside the first one records: its words, in a log of its own."""
+"""What a process other than rank 0 records: its own log, `logs/rank-<N>.log`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from attrs import define, field
 
-from weighted_mtp_core.api import DatasetVersion
 from weighted_mtp_core.redaction import redact, redact_log_records
 from weighted_mtp_core.tracking.run_folder import RunFolder
 from weighted_mtp_core.tracking.run_log import RunLog
@@ -17,11 +15,11 @@ from weighted_mtp_core.tracking.run_log import RunLog
 
 @define(eq=False)
 class RankLog:
-    """Stands where the first process has a `Recorder`; only `say` leaves something, in `logs/rank-N.log`.
+    """Has the methods of the `Recorder` that rank 0 holds; only `log` writes anything.
 
     Args:
-        path: The run folder, which the first process holds.
-        rank: Which process this is.
+        path: The run folder, which rank 0 has locked.
+        rank: Rank of this process.
     """
 
     path: Path
@@ -34,33 +32,17 @@ class RankLog:
         self.folder = RunFolder(path=self.path)
         self._log = RunLog.open(self.path / "logs" / f"rank-{self.rank}.log")
 
-    def metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Leave it to the first process."""
+    def _skip(self, *args: object) -> None:
+        """Do nothing: rank 0 records it."""
 
-    def timings(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Leave it to the first process."""
-
-    def progress(self, step: int, values: Mapping[str, float]) -> None:
-        """Leave it to the first process."""
-
-    def tags(self, tags: Mapping[str, str]) -> None:
-        """Leave it to the first process."""
-
-    def datasets(self, versions: Sequence[DatasetVersion]) -> None:
-        """Leave it to the first process."""
-
-    def artifact(self, path: Path, subdir: str) -> None:
-        """Leave it to the first process."""
-
-    def report(self, rows: Sequence[tuple[str, str]]) -> None:
-        """Leave it to the first process."""
+    metrics = timings = progress = tags = datasets = artifact = report = _skip
 
     def log(self, text: str) -> None:
-        """Write it to this process's log."""
+        """Write a line to this process's log."""
         self._log.write(redact(text))
 
     def where(self) -> list[str]:
-        """Leave it to the first process."""
+        """Return no lines: rank 0 shows where the run is."""
         return []
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""What the stages tell a run: metrics, timings, tags, files and words; written to the run folder, then sent.
+"""Record a run: metrics, timings, tags, files and messages go to the run folder, and from there to trackers.
 
     with open_recorder(plan, display) as record:
         record.metrics("policy", 10, {"policy_loss": 1.25})
@@ -9,38 +9,40 @@ Leaving the block closes the run: FINISHED, or FAILED after an exception, or KIL
 from __future__ import annotations
 
 import math
-import signal
 import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from attrs import asdict, define, field
 
 from weighted_mtp_core.api import DatasetVersion, RunInfo, RunOutcome, Tracker
-from weighted_mtp_core.errors import RunFailedError, Terminated
+from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.redaction import redact, redact_log_records
+from weighted_mtp_core.runtime.interrupts import sigterm_raises
 from weighted_mtp_core.storage.atomic import atomic_write
-from weighted_mtp_core.tracking.backfill import Backfill
+from weighted_mtp_core.tracking.backfill import start_backfill
 from weighted_mtp_core.tracking.display import Display
 from weighted_mtp_core.tracking.journal import Damage, Journal, now_ms, plain_number, read_journal
 from weighted_mtp_core.tracking.names import check_metric_name, check_path_name
 from weighted_mtp_core.tracking.retrying_uploader import RetryingUploader
 from weighted_mtp_core.tracking.run_folder import RunFolder, read_run
+from weighted_mtp_core.tracking.run_history import RunHistory
 from weighted_mtp_core.tracking.run_log import RunLog
 from weighted_mtp_core.tracking.trackers import build_trackers
 
 _SWITCH_S = 0.0005
-"""How long a delivery keeps the interpreter from the thread that trains; Python's own 5 ms would be felt."""
+"""How long an upload may keep the interpreter from the training thread; Python's own 5 ms would be felt."""
 
 
 @define(kw_only=True, eq=False)
 class Recorder:
-    """One run being recorded. The thread that trains never waits for a tracker.
+    """Records one run. The training thread never waits for a tracker.
 
     Attributes:
         folder: The run folder, locked.
@@ -53,13 +55,13 @@ class Recorder:
     _log: RunLog
     _trackers: Mapping[str, Tracker]
     _close_seconds: float
-    _deliveries: list[RetryingUploader] = field(init=False, factory=list)
+    _uploaders: list[RetryingUploader] = field(init=False, factory=list)
     _last_step: dict[str, int] = field(init=False, factory=dict)
-    _recorded_before: dict[str, int] = field(init=False, factory=dict)
-    _lost_finite: set[str] = field(init=False, factory=set)
-    _earlier: Backfill | None = field(init=False, default=None)
+    _recorded_before: Mapping[str, int] = field(init=False, factory=dict)
+    _non_finite: set[str] = field(init=False, factory=set)
+    _backfill: threading.Thread | None = field(init=False, default=None)
     _closed: bool = field(init=False, default=False)
-    _restore_signal: Any = field(init=False, default=None)
+    _signals: ExitStack = field(init=False, factory=ExitStack)
     _switch_interval: float = field(init=False, factory=sys.getswitchinterval)
 
     @classmethod
@@ -73,18 +75,18 @@ class Recorder:
         display: Display,
         close_seconds: float = 30.0,
     ) -> Recorder:
-        """Begin a run, or go on with one: write down what it is, then open it at every tracker.
+        """Begin or resume a run: record what it is, then open it at every tracker.
 
         Args:
             folder: The run folder.
             info: What the run is.
-            trackers: Where it goes too, by the names of `build_trackers`.
+            trackers: Trackers by the names of `build_trackers`.
             recipe_toml: The resolved recipe.
             display: What a person sees.
-            close_seconds: How long the end of the run waits for trackers that take nothing any more.
+            close_seconds: How long the end of the run waits for trackers that accept nothing more.
 
         Raises:
-            WmtpError: A tracker will never take this run; it is closed as FAILED everywhere else.
+            WmtpError: A tracker will never accept this run; the run is closed as FAILED everywhere else.
         """
         atomic_write(folder.recipe, recipe_toml)
         recorder = cls(
@@ -103,31 +105,25 @@ class Recorder:
             started_ms=read_run(folder.path).get("started_ms", info.started_ms),
             trackers=list(trackers),
         )
-        recorder._describe_or_go_on(info)
+        recorder._describe_or_resume(info)
         try:
-            recorder._start_deliveries()
+            recorder._start_uploads()
         except BaseException as error:
             recorder._end(error)
             raise
         return recorder
 
-    def _describe_or_go_on(self, info: RunInfo) -> None:
-        """Describe a new run; of an old one, find out what it has recorded already."""
-        described = False
-        for entry in read_journal(self.folder.journal, kinds=("run", "metrics", "timings")):
-            if isinstance(entry, Damage):
+    def _describe_or_resume(self, info: RunInfo) -> None:
+        """Describe a new run; find out which steps an old one has recorded."""
+        history = RunHistory()
+        for line in read_journal(self.folder.journal, kinds=("run", "metrics", "timings")):
+            history.add(line)
+            if isinstance(line, Damage):
                 self.log(f"WARNING: a damaged line in `{self.folder.journal}` is left out")
-            elif entry.kind == "run":
-                described = True
-            else:
-                for name in entry.fields["metrics"]:
-                    self._recorded_before[name] = entry.fields["step"]
-        if described:
+        self._recorded_before = history.last_step
+        if history.run:
             self.tags({"wmtp.resumed": "true"})
-        else:
-            self._describe(info)
-
-    def _describe(self, info: RunInfo) -> None:
+            return
         run = {"run_id": info.run_id, "name": info.name, "experiment": info.experiment}
         self._journal.append("run", run)
         self._journal.append("params", {"params": _without_secrets(info.params)})
@@ -136,23 +132,27 @@ class Recorder:
             self.datasets(info.datasets)
         self.artifact(self.folder.recipe, "")
 
-    def _start_deliveries(self) -> None:
+    def _start_uploads(self) -> None:
         if self._trackers:
             sys.setswitchinterval(_SWITCH_S)
         for name, tracker in self._trackers.items():
-            delivery = RetryingUploader.to(tracker, name, self.folder, log=self.log)
-            delivery.start()
-            self._deliveries.append(delivery)
+            uploader = RetryingUploader.to(tracker, name, self.folder, log=self.log)
+            uploader.start()
+            self._uploaders.append(uploader)
 
-    # ------------------------------------------------------------------- what the stages call
+    def start_backfill(self, experiment: Path) -> None:
+        """Send in the background what the trackers of earlier runs in the experiment's folder missed."""
+        self._backfill = start_backfill(experiment, skip=self.folder.path, log=self.log)
+
+    # ------------------------------------------------------------------- during the run
 
     def metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Record scalars that are the same in every run of a recipe.
 
-        What a run recorded before it was resumed is not recorded again.
+        Steps that a run recorded before it was resumed are not recorded again.
 
         Raises:
-            RunFailedError: A metric comes a second time for its step, or for an earlier one.
+            RunFailedError: A metric was already recorded for this step or a later one.
         """
         self._record("metrics", stage, step, values)
 
@@ -161,11 +161,11 @@ class Recorder:
         self._record("timings", stage, step, values)
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
-        """Move the display."""
+        """Update the display."""
         self.display.update(step, values)
 
     def tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags on the run."""
+        """Set tags on the run; docs/commands.md lists those of the framework."""
         self._journal.append("tags", {"tags": _without_secrets(tags)})
 
     def datasets(self, versions: Sequence[DatasetVersion]) -> None:
@@ -178,7 +178,7 @@ class Recorder:
         self._journal.append("params", {"params": params})
 
     def artifact(self, path: Path, subdir: str) -> None:
-        """Store a file of the run folder at every tracker, as it is when its turn comes."""
+        """Store a file of the run folder at every tracker, with its contents at the time of the upload."""
         if subdir:
             check_path_name(subdir, what="an artifact folder")
         check_path_name(path.name, what="an artifact")
@@ -186,23 +186,23 @@ class Recorder:
         self._journal.append("artifact", {"path": relative.as_posix(), "subdir": subdir})
 
     def report(self, rows: Sequence[tuple[str, str]]) -> None:
-        """Store what came out, as names and values, in `report.md`."""
+        """Store the results, as names and values, in `report.md`."""
         path = self.folder.path / "report.md"
         atomic_write(path, "".join(f"- **{name}**: {redact(value)}\n" for name, value in rows))
         self.artifact(path, "")
 
     def log(self, text: str) -> None:
-        """Tell the person and the log."""
+        """Write a line to the display and to the log."""
         text = redact(text)
         self._log.write(text)
         self.display.note(text)
 
     def where(self) -> list[str]:
-        """Return a line for each tracker that says how to look at the run there."""
+        """Return a line for each tracker that tells a person how to look at the run."""
         return [redact(line) for tracker in self._trackers.values() if (line := tracker.where())]
 
     def _record(self, kind: str, stage: str, step: int, values: Mapping[str, float]) -> None:
-        # The thread that trains comes here at every step: no loop over names unless something is new.
+        # the training thread runs this at every step: no loop over names unless one is new
         self._check_order(stage, step, values)
         numbers: dict[str, float | str] = dict(zip(values, map(float, values.values()), strict=True))
         if self._recorded_before:
@@ -229,14 +229,10 @@ class Recorder:
     def _as_plain_numbers(self, step: int, numbers: Mapping[str, float | str]) -> dict[str, float | str]:
         plain = {name: plain_number(float(value)) for name, value in numbers.items()}
         for name, value in plain.items():
-            if isinstance(value, str) and name not in self._lost_finite:
-                self._lost_finite.add(name)
+            if isinstance(value, str) and name not in self._non_finite:
+                self._non_finite.add(name)
                 self.log(f"`{name}` is {value} at step {step}; such values stay in the run folder")
         return plain
-
-    def send_earlier(self, experiment: Path) -> None:
-        """Send, in the background, what trackers of earlier runs in the experiment's folder did not get."""
-        self._earlier = Backfill(experiment, self.folder.path, self.log)
 
     # ------------------------------------------------------------------- the end
 
@@ -245,7 +241,7 @@ class Recorder:
 
         Args:
             outcome: How it ended.
-            error_class: The class of the exception that ended it; becomes the tag `wmtp.error_class`.
+            error_class: Class of the exception that ended it; becomes the tag `wmtp.error_class`.
         """
         if self._closed:
             return
@@ -258,14 +254,26 @@ class Recorder:
             self._journal.append("status", {"status": outcome.value})
             self.folder.record(status=outcome.value, ended_ms=now_ms())
             began = time.monotonic()
-            self._close_deliveries()
-            if self._earlier is not None:
-                self._earlier.wait(max(0.0, began + self._close_seconds - time.monotonic()))
+            self._close_uploaders()
+            if self._backfill is not None:
+                self._backfill.join(max(0.0, began + self._close_seconds - time.monotonic()))
         finally:
             sys.setswitchinterval(self._switch_interval)
             self._journal.close()
             self._log.close()
             self.folder.close()
+
+    def _close_uploaders(self) -> None:
+        for uploader in self._uploaders:
+            uploader.flush()
+        for uploader in self._uploaders:
+            pending = uploader.close(self._close_seconds)
+            if pending:
+                self.log(
+                    f"`{uploader.name}` did not get {pending}"
+                    + (f" ({pending.reason})" if pending.reason else "")
+                    + f"; it is kept: python -m weighted_mtp_core track sync {self.folder.path}"
+                )
 
     def _end(self, error: BaseException | None) -> None:
         outcome, error_class = _outcome(error)
@@ -273,21 +281,8 @@ class Recorder:
             self._log.write_failure(error)
         self.finish(outcome, error_class=error_class)
 
-    def _close_deliveries(self) -> None:
-        for delivery in self._deliveries:
-            delivery.flush()
-        for delivery in self._deliveries:
-            pending = delivery.close(self._close_seconds)
-            if pending:
-                self.log(
-                    f"`{delivery.name}` did not get {pending}"
-                    + (f" ({pending.reason})" if pending.reason else "")
-                    + f"; it is kept: python -m weighted_mtp_core track sync {self.folder.path}"
-                )
-
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            self._restore_signal = signal.signal(signal.SIGTERM, _raise_terminated)
+        self._signals.enter_context(sigterm_raises())
         return self
 
     def __exit__(
@@ -296,18 +291,15 @@ class Recorder:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        try:
+        with self._signals:
             self._end(error)
-        finally:
-            if self._restore_signal is not None:
-                signal.signal(signal.SIGTERM, self._restore_signal)
 
 
 def open_recorder(plan: Plan, display: Display, *, resume: Path | None = None) -> Recorder:
-    """Make the run folder of a plan, build its trackers and begin the run; or go on with an old folder.
+    """Create the run folder of a plan, build its trackers and begin the run; or resume the run in a folder.
 
     Raises:
-        WmtpError: The folder cannot be made or is in use, or a tracker will never take this run.
+        WmtpError: The folder cannot be created or is in use, or a tracker will never accept this run.
     """
     redact_log_records()
     recipe = plan.recipe
@@ -333,22 +325,17 @@ def open_recorder(plan: Plan, display: Display, *, resume: Path | None = None) -
         display=display,
         close_seconds=max((table.close_seconds for table in recipe.tracker), default=0.0),
     )
-    recorder.send_earlier(plan.runs_folder / plan.experiment)
+    recorder.start_backfill(plan.runs_folder / plan.experiment)
     return recorder
 
 
 def _outcome(error: BaseException | None) -> tuple[RunOutcome, str | None]:
-    """Return how a run ended that this exception left; `sys.exit(0)` is a regular end."""
+    """Return the outcome after this exception, and its class if it is a failure."""
     if error is None or (isinstance(error, SystemExit) and error.code in {None, 0}):
         return RunOutcome.FINISHED, None
     if isinstance(error, KeyboardInterrupt):
         return RunOutcome.KILLED, None
     return RunOutcome.FAILED, type(error).__name__
-
-
-def _raise_terminated(number: int, frame: object) -> None:
-    del number, frame
-    raise Terminated
 
 
 def _without_secrets(values: Mapping[str, str]) -> dict[str, str]:

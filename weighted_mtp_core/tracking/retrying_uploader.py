@@ -1,7 +1,7 @@
 """Upload a run's journal and files to one tracker in the background, and retry with back-off what fails.
 
 The journal file is the queue, so neither an outage nor a killed process loses anything, and memory does not
-grow. `outbox.py` keeps the position beside the journal.
+grow. `outbox.py` keeps the position in it, and the files to try again.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import Self
 
 from attrs import define, field
 
@@ -27,8 +28,8 @@ class RetryingUploader:
 
     Attributes:
         name: The tracker's address, for messages.
-        outbox: What it empties.
-        log: Tells the person and the log; called from the thread too.
+        outbox: What is uploaded.
+        log: Receives messages for the person and the log, from the thread too.
     """
 
     name: str
@@ -37,27 +38,25 @@ class RetryingUploader:
     _closing: threading.Event = field(init=False, factory=threading.Event)
     _abandoned: threading.Event = field(init=False, factory=threading.Event)
     _failures: int = field(init=False, default=0)
-    _retries: int = field(init=False, default=0)
-    _retry_at: float = field(init=False, default=0.0)
+    _file_failures: int = field(init=False, default=0)
+    _next_file_retry: float = field(init=False, default=0.0)
     _last_success: float = field(init=False, factory=time.monotonic)
-    _hurried: float = field(init=False, default=0.0)
+    _flushed: float = field(init=False, default=0.0)
     _thread: threading.Thread | None = field(init=False, default=None)
 
     @classmethod
-    def to(
-        cls, tracker: Tracker, name: str, folder: RunFolder, *, log: Callable[[str], None]
-    ) -> RetryingUploader:
-        """Return the delivery of a run folder to a tracker named `<number>-<address>`."""
+    def to(cls, tracker: Tracker, name: str, folder: RunFolder, *, log: Callable[[str], None]) -> Self:
+        """Return the uploader of a run folder to a tracker named `<number>-<address>`."""
         outbox = Outbox(
             tracker=tracker, folder=folder.path, journal=folder.journal, state=folder.delivery(name)
         )
         return cls(name=name.partition("-")[2] or name, outbox=outbox, log=log)
 
     def start(self) -> None:
-        """Open the run at the tracker, then go on in the background.
+        """Open the run at the tracker, then continue in the background.
 
         Raises:
-            WmtpError: The tracker will never take this run; a tracker that is only away is said to be, once.
+            WmtpError: The tracker will never accept this run. An outage is only logged.
         """
         try:
             self.outbox.open()
@@ -65,26 +64,24 @@ class RetryingUploader:
             raise
         except Exception as error:  # noqa: BLE001 - by contract any exception means "not delivered"
             self._failed(error)
-        self._thread = threading.Thread(target=self._run, name=f"delivery-{self.name}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"uploader-{self.name}", daemon=True)
         self._thread.start()
 
     def flush(self) -> None:
-        """Say that the journal is complete: the rest is sent without pauses, and the limit runs from now."""
-        self._hurried = self._hurried or time.monotonic()
+        """Declare the journal complete: the rest is sent without pauses, and the limit of `close` begins."""
+        self._flushed = self._flushed or time.monotonic()
         self._closing.set()
 
     def close(self, limit_s: float) -> Pending:
-        """Deliver what is left, giving up `limit_s` seconds after the last success; return the rest."""
+        """Upload the rest, giving up `limit_s` seconds after the last success; return what is left."""
         self.flush()
         if self._thread is None:
             return self.outbox.pending()
         try:
             while self._thread.is_alive():
                 self._thread.join(0.05)
-                if (
-                    time.monotonic() - max(self._hurried, self._last_success)
-                    > limit_s + self.outbox.allowance_s()
-                ):
+                idle = time.monotonic() - max(self._flushed, self._last_success)
+                if idle > limit_s + self.outbox.allowance_s():
                     break
         finally:
             self._abandoned.set()
@@ -92,34 +89,34 @@ class RetryingUploader:
 
     def _run(self) -> None:
         while not self._abandoned.is_set():
-            last_look = self._closing.is_set()
+            closing = self._closing.is_set()
             try:
-                worked = self.outbox.step()
-                if not worked or not self.outbox.full:
+                sent = self.outbox.step()
+                if not sent or not self.outbox.full:
                     self._retry_aside()
             except Exception as error:  # noqa: BLE001 - by contract any exception means "not delivered"
                 self._failed(error)
                 self._abandoned.wait(_back_off(self._failures))
                 continue
-            self._reached()
-            if worked:
+            self._succeeded()
+            if sent:
                 self._last_success = time.monotonic()
-            if worked and (last_look or self.outbox.full):
+            if sent and (closing or self.outbox.full):
                 continue
-            if last_look and not self.outbox.waiting:
+            if closing and not self.outbox.waiting:
                 return
-            (self._abandoned if last_look else self._closing).wait(_PAUSE_S)
+            (self._abandoned if closing else self._closing).wait(_PAUSE_S)
 
     def _retry_aside(self) -> None:
-        """Try again what was set aside, if its time has come."""
-        if not self.outbox.waiting or time.monotonic() < self._retry_at:
+        """Retry what was set aside if its back-off is over."""
+        if not self.outbox.waiting or time.monotonic() < self._next_file_retry:
             return
         if self.outbox.retry_aside():
             self._last_success = time.monotonic()
-            self._retries = 0
+            self._file_failures = 0
         else:
-            self._retries += 1
-        self._retry_at = time.monotonic() + _back_off(self._retries)
+            self._file_failures += 1
+        self._next_file_retry = time.monotonic() + _back_off(self._file_failures)
 
     def _failed(self, error: Exception) -> None:
         self._failures += 1
@@ -130,12 +127,9 @@ class RetryingUploader:
                 "in the run folder and sent later"
             )
 
-    def _tell_notes(self) -> None:
+    def _succeeded(self) -> None:
         for note in self.outbox.take_notes():
             self.log(f"`{self.name}` {note}")
-
-    def _reached(self) -> None:
-        self._tell_notes()
         if self._failures:
             self.log(f"`{self.name}` is back; sending what it missed")
         self._failures = 0

@@ -1,4 +1,4 @@
-"""The run folder `<runs>/<experiment>/<run name>/<run id>/`: all that a run leaves, and who may write it."""
+"""The run folder `<runs>/<experiment>/<run name>/<run id>/`, which holds all files of a run, and its lock."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from weighted_mtp_core.tracking.names import check_path_name
 _RUN_FILE = "run.json"
 _LOCK_FILE = "lock"
 _HELD: set[Path] = set()
-"""Folders that this process holds: closing any descriptor of a file ends all record locks on it."""
+"""Folders that this process has locked: closing any descriptor of a file ends all record locks on it."""
 
 
 def new_run_id() -> str:
@@ -31,10 +31,10 @@ def new_run_id() -> str:
 
 @define(kw_only=True, eq=False)
 class RunFolder:
-    """A run's folder, held by this process until `close`.
+    """A run's folder, locked by this process until `close`.
 
-    The lock is one of the kernel's (a POSIX record lock): it ends with its process, however that dies, and
-    children do not inherit it.
+    The lock is a POSIX record lock: the kernel releases it when the process ends, however it ends, and child
+    processes do not inherit it.
 
     Attributes:
         path: The folder, absolute.
@@ -45,10 +45,10 @@ class RunFolder:
 
     @classmethod
     def create(cls, runs: Path, *, experiment: str, name: str) -> RunFolder:
-        """Make and lock a new run folder below `runs`.
+        """Create and lock a new run folder below `runs`.
 
         Raises:
-            WmtpError: A name cannot be a folder, or the folder cannot be made.
+            WmtpError: A name cannot be a folder, or the folder cannot be created.
         """
         check_path_name(experiment, what="an experiment")
         check_path_name(name, what="a run")
@@ -69,7 +69,7 @@ class RunFolder:
         """Lock an existing run folder.
 
         Raises:
-            WmtpError: It is not there, or another process holds it.
+            WmtpError: It does not exist, or another process has locked it.
         """
         path = path.absolute()
         if not path.is_dir():
@@ -78,7 +78,7 @@ class RunFolder:
 
     @property
     def run_id(self) -> str:
-        """The run's id: the folder's name."""
+        """The id of the run, which is the name of the folder."""
         return self.path.name
 
     @property
@@ -93,16 +93,16 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoints go."""
+        """The folder of the checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def log(self) -> Path:
-        """Everything that was said."""
+        """The log: messages, warnings and log records."""
         return self.path / "logs" / "training.log"
 
     def delivery(self, tracker: str) -> Path:
-        """Where a tracker's delivery keeps its position in the journal."""
+        """The file that keeps the position of a tracker in the journal."""
         return self.path / "delivery" / f"{tracker}.json"
 
     def record(self, **facts: Any) -> None:
@@ -111,7 +111,7 @@ class RunFolder:
         atomic_write(self.path / _RUN_FILE, json.dumps(facts, indent=1) + "\n")
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Unlock the folder."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -119,7 +119,7 @@ class RunFolder:
 
 
 def read_run(path: Path) -> Mapping[str, Any]:
-    """Return the contents of a run folder's `run.json`; empty if there is none yet."""
+    """Return the contents of `run.json` in a run folder; empty if there is none yet."""
     try:
         facts: Mapping[str, Any] = json.loads((path / _RUN_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -128,7 +128,7 @@ def read_run(path: Path) -> Mapping[str, Any]:
 
 
 def is_held(path: Path) -> bool:
-    """Return whether a living process, this one included, holds the run folder."""
+    """Return whether a running process, this one included, has locked the run folder."""
     if path.absolute() in _HELD:
         return True
     descriptor = os.open(path / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -144,10 +144,10 @@ def find_runs(runs: Path) -> Iterator[Path]:
 
 
 def find_run(runs: Path, text: str) -> Path:
-    """Return the run folder that a person means: a path, a run id, or a part of one that fits one run only.
+    """Return the run folder with this path or run id, or with a substring of the id that only one run has.
 
     Raises:
-        WmtpError: No run fits, or several do.
+        WmtpError: No run matches, or several do.
     """
     if (Path(text) / "run.json").is_file():
         return Path(text).absolute()

@@ -1,4 +1,4 @@
-"""`logs/training.log`: everything that was said, warned and logged in a run, without secrets."""
+"""The log of a process, such as `logs/training.log`: messages, warnings and log records, without secrets."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from attrs import define, field
 from weighted_mtp_core.redaction import redact
 
 LOGGER = "weighted_mtp_core"
-_SAID = "weighted_mtp_core.run"
-_LISTENED = (LOGGER, "py.warnings")
+_SOURCES = (LOGGER, "py.warnings")
 
 
 class _Formatter(logging.Formatter):
-    """Formats a record, then takes the secrets out of all of it, tracebacks included."""
+    """Formats a record, then removes secrets from all of it, tracebacks included."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))
@@ -24,7 +23,7 @@ class _Formatter(logging.Formatter):
 
 @define(eq=False)
 class RunLog:
-    """The open log file; listens to the framework's loggers and to Python's warnings until it is closed."""
+    """The open log file; until `close` it also receives the framework's log records and Python's warnings."""
 
     _handler: logging.FileHandler
     _level_before: int = field(init=False, default=logging.NOTSET)
@@ -37,22 +36,22 @@ class RunLog:
         log = cls(handler)
         log._level_before = logging.getLogger(LOGGER).level
         logging.getLogger(LOGGER).setLevel(logging.INFO)
-        for name in _LISTENED:
+        for name in _SOURCES:
             logging.getLogger(name).addHandler(handler)
         logging.captureWarnings(capture=True)
         return log
 
     def write(self, text: str) -> None:
         """Add one line."""
-        self._handler.handle(logging.LogRecord(_SAID, logging.INFO, "", 0, text, None, None))
+        self._handler.handle(logging.LogRecord(LOGGER, logging.INFO, "", 0, text, None, None))
 
     def write_failure(self, error: BaseException) -> None:
-        """Add the whole traceback of what ended the run."""
+        """Add the traceback of the exception that ended the run."""
         self.write("".join(traceback.format_exception(error)).rstrip())
 
     def close(self) -> None:
-        """Stop listening and close the file."""
-        for name in _LISTENED:
+        """Detach from the loggers and close the file."""
+        for name in _SOURCES:
             logging.getLogger(name).removeHandler(self._handler)
         logging.getLogger(LOGGER).setLevel(self._level_before)
         logging.captureWarnings(capture=False)

@@ -1,4 +1,4 @@
-"""After a run: what its trackers have not got, and sending it."""
+"""After a run: what its trackers have not received, and `track sync`, which sends it."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from attrs import frozen
 from weighted_mtp_core.api import RunOutcome
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.plan import make_plan
-from weighted_mtp_core.tracking.journal import Journal
-from weighted_mtp_core.tracking.outbox import Pending, count_pending, last_entry
+from weighted_mtp_core.tracking.journal import Journal, last_entry
+from weighted_mtp_core.tracking.outbox import Pending, count_pending
 from weighted_mtp_core.tracking.retrying_uploader import RetryingUploader
 from weighted_mtp_core.tracking.run_folder import RunFolder, is_held, read_run
 from weighted_mtp_core.tracking.trackers import build_trackers
 
 DIED = "DIED"
-"""The status of a run whose process ended without a word: killed, or the machine went down."""
+"""The status of a run whose process ended without recording it: killed, or the machine went down."""
 
 
 @frozen(kw_only=True)
 class RunStatus:
-    """One run as its folder tells it.
+    """The state of one run, from its folder.
 
     Attributes:
         path: The run folder.
         status: RUNNING, FINISHED, FAILED, KILLED or DIED.
-        pending: By tracker, what it has not got.
+        pending: What each tracker has not received.
     """
 
     path: Path
@@ -36,7 +36,7 @@ class RunStatus:
 
 
 def run_status(path: Path) -> RunStatus:
-    """Read what a run folder says about itself; contacts nobody."""
+    """Read the state of a run from its folder, without contacting a tracker."""
     facts = read_run(path)
     status = facts["status"]
     if status == "RUNNING" and not is_held(path):
@@ -49,32 +49,32 @@ def run_status(path: Path) -> RunStatus:
 
 
 def sync_run(path: Path, *, log: Callable[[str], None], limit_s: float) -> Mapping[str, Pending]:
-    """Send what a run's trackers have not got, also what they refused before.
+    """Send what the trackers of a run have not received, including what they refused before.
 
     A run that died is closed as KILLED, at the time of its last line.
 
     Args:
         path: The run folder.
-        log: Tells the person.
-        limit_s: How long to wait for a tracker that takes nothing.
+        log: Receives messages for the person.
+        limit_s: How many seconds to wait for a tracker that accepts nothing.
 
     Returns:
-        By tracker, what it still has not got.
+        What each tracker still has not received.
 
     Raises:
-        WmtpError: The run is going on, its recipe cannot be used any more, or a tracker will never take it.
+        WmtpError: The run is still running, its recipe is no longer valid, or a tracker will never accept it.
     """
     folder = RunFolder.open(path)
     try:
-        _close_the_dead(folder)
+        _close_if_died(folder)
         left = {}
         for name, tracker in build_trackers(make_plan(folder.recipe)).items():
             if not count_pending(folder.journal, folder.delivery(name)):
                 continue
-            delivery = RetryingUploader.to(tracker, name, folder, log=log)
-            delivery.outbox.try_refused_again()
-            delivery.start()
-            left[name] = delivery.close(limit_s)
+            uploader = RetryingUploader.to(tracker, name, folder, log=log)
+            uploader.outbox.retry_refused()
+            uploader.start()
+            left[name] = uploader.close(limit_s)
         return left
     finally:
         folder.close()
@@ -83,14 +83,14 @@ def sync_run(path: Path, *, log: Callable[[str], None], limit_s: float) -> Mappi
 def amend_run(
     path: Path, *, tags: Mapping[str, str], outcome: RunOutcome | None, log: Callable[[str], None]
 ) -> None:
-    """Add tags to a run that is over, change its outcome unless that is None, and send it.
+    """Add tags to a run that has ended, set its outcome unless that is None, and send both.
 
     Raises:
-        WmtpError: The run is going on, or a tracker will never take it.
+        WmtpError: The run is still running, or a tracker will never accept it.
     """
     folder = RunFolder.open(path)
     try:
-        _close_the_dead(folder)
+        _close_if_died(folder)
         end = last_entry(folder.journal)
         if end is None:
             raise WmtpError(f"the run `{path}` has an empty journal")
@@ -107,8 +107,8 @@ def amend_run(
             log(f"`{name.partition('-')[2]}` did not get {pending}; it is kept: track sync {path}")
 
 
-def _close_the_dead(folder: RunFolder) -> None:
-    """Write the end that a killed process could not write."""
+def _close_if_died(folder: RunFolder) -> None:
+    """Write the end of the journal that a killed process could not write."""
     last = last_entry(folder.journal)
     if last is None or last.kind == "status":
         return

@@ -9,7 +9,7 @@ from weighted_mtp_core.plan import Plan
 
 
 def build_trackers(plan: Plan) -> dict[str, Tracker]:
-    """Build a plan's trackers, named `<number>-<address>`: the names that their deliveries keep."""
+    """Build the trackers of a plan, by the names `<number>-<address>` that `delivery/` keeps too."""
     recipe = plan.recipe
     context = BuildContext(seed=recipe.run.seed, storage=Path(recipe.run.storage))
     return {f"{i}-{chosen.address}": chosen.build(context) for i, chosen in enumerate(plan.trackers)}

@@ -19,32 +19,19 @@ from torch import Tensor, nn
 from weighted_mtp_core.api import Batch, Critic
 from weighted_mtp_core.data.batches import split_rows
 from weighted_mtp_core.errors import RunFailedError
-from weighted_mtp_core.metrics.critic import CriticMeasures, Floats, LengthOnly, ScoredResponses
+from weighted_mtp_core.metrics.critic import (
+    CriticMeasures,
+    Floats,
+    LengthOnly,
+    ReliabilityBin,
+    ScoredResponses,
+)
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed, laid_out
 from weighted_mtp_core.training.loop import Learner, Validation
 
 _RESAMPLES = 1000
 _BINS = 10
 _Z = 1.96  # of a 95 % interval
-
-
-@frozen(kw_only=True)
-class ReliabilityBin:
-    """Responses whose final values are alike, and how they turned out.
-
-    Attributes:
-        count: How many responses.
-        value: Their mean value.
-        reward: Their mean reward; that of a calibrated critic is `value`.
-        low: Lower end of the 95 % interval of `reward` (Wilson 1927), responses taken as independent.
-        high: Upper end.
-    """
-
-    count: int
-    value: float
-    reward: float
-    low: float
-    high: float
 
 
 @frozen(kw_only=True)

@@ -5,7 +5,7 @@ import tracemalloc
 import pytest
 from weighted_mtp_core.api import DatasetVersion, RunOutcome
 from weighted_mtp_core.tracking.journal import Journal
-from weighted_mtp_core.tracking.outbox import describe
+from weighted_mtp_core.tracking.run_history import read_history
 
 
 def metrics(journal, *steps, name="loss", kind="metrics"):
@@ -159,7 +159,7 @@ def test_a_run_is_described_by_all_its_lines(journal: Journal, folder):
     metrics(journal, 1)
     journal.append("tags", {"tags": {"model_version": "micro"}})
 
-    info = describe(folder.journal, folder.path)
+    info = read_history(folder.path).info(folder.path)
 
     assert info.run_id == folder.run_id
     assert info.params == {"a": "1"}

@@ -1,0 +1,128 @@
+"""Read the journal of a run into one object, for the report, for `compare` and for trackers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from attrs import define, field
+
+from weighted_mtp_core.api import DatasetVersion, RunInfo
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.tracking.journal import Damage, Entry, read_journal
+from weighted_mtp_core.tracking.run_folder import RunFolder
+
+
+class Point(NamedTuple):
+    """One value of a metric; it may be NaN or infinite."""
+
+    step: int
+    value: float
+    time_ms: int
+
+
+@define(kw_only=True, eq=False)
+class RunHistory:
+    """What the journal of a run says.
+
+    Attributes:
+        run: The run's `run_id`, `name` and `experiment`; empty if the journal does not name them.
+        params: The resolved recipe with dotted keys, and the name, version and checksum of the data.
+        tags: The run's tags.
+        datasets: The data, as of the last line that names them.
+        metrics: The points of each metric, in order, by stage and metric.
+        last_step: The last step of each metric and of each wall-clock measurement.
+        status: How the run ended; None while it runs, or if it died.
+        began_ms: Time of the first line, in milliseconds since 1970.
+        ended_ms: Time of the last line.
+        damaged: How many lines cannot be read.
+    """
+
+    run: dict[str, str] = field(factory=dict)
+    params: dict[str, str] = field(factory=dict)
+    tags: dict[str, str] = field(factory=dict)
+    datasets: tuple[DatasetVersion, ...] = ()
+    metrics: dict[str, dict[str, list[Point]]] = field(factory=dict)
+    last_step: dict[str, int] = field(factory=dict)
+    status: str | None = None
+    began_ms: int = 0
+    ended_ms: int = 0
+    damaged: int = 0
+
+    def add(self, line: Entry | Damage) -> None:
+        """Add the next line of the journal."""
+        if isinstance(line, Damage):
+            self.damaged += 1
+            return
+        self.began_ms = self.began_ms or line.time_ms
+        self.ended_ms = line.time_ms
+        fields = line.fields
+        match line.kind:
+            case "run":
+                self.run.update(fields)
+            case "params":
+                self.params.update(fields["params"])
+            case "tags":
+                self.tags.update(fields["tags"])
+            case "datasets":
+                self.datasets = tuple(DatasetVersion(**each) for each in fields["datasets"])
+            case "metrics" | "timings":
+                self._add_points(line)
+        if line.kind == "status":
+            self.status = fields["status"]
+        elif line.kind in {"run", "params", "tags", "metrics"}:
+            self.status = None  # a resumed run continues after an end
+
+    def _add_points(self, line: Entry) -> None:
+        step, values = line.fields["step"], line.fields["metrics"]
+        self.last_step.update(dict.fromkeys(values, step))
+        if line.kind == "metrics":
+            stage = self.metrics.setdefault(line.fields["stage"], {})
+            for name, value in values.items():
+                stage.setdefault(name, []).append(Point(step, float(value), line.time_ms))
+
+    def info(self, folder: Path) -> RunInfo:
+        """Return the run as trackers see it."""
+        return RunInfo(
+            run_id=self.run["run_id"],
+            name=self.run["name"],
+            experiment=self.run["experiment"],
+            params=dict(self.params),
+            tags=dict(self.tags),
+            datasets=self.datasets,
+            folder=folder,
+            started_ms=self.began_ms,
+        )
+
+    def points(self, stage: str, metric: str) -> Sequence[Point]:
+        """Return the points of a metric; none if it was not recorded."""
+        return self.metrics.get(stage, {}).get(metric, [])
+
+    def last(self, stage: str, metric: str) -> float | None:
+        """Return the last value of a metric."""
+        points = self.points(stage, metric)
+        return points[-1].value if points else None
+
+    def numbered(self, stage: str, prefix: str) -> list[tuple[int, Sequence[Point]]]:
+        """Return the points of the metrics `<prefix><number>` with their numbers, in order."""
+        metrics = self.metrics.get(stage, {})
+        named = ((name.removeprefix(prefix), name) for name in metrics if name.startswith(prefix))
+        return sorted((int(number), metrics[name]) for number, name in named if number.isdecimal())
+
+
+def read_history(run: Path, *, kinds: Sequence[str] = ()) -> RunHistory:
+    """Read the journal of a run folder; with `kinds`, only lines of these kinds.
+
+    Raises:
+        WmtpError: There is no journal, or it does not name the run.
+    """
+    journal = RunFolder(path=run).journal
+    if not journal.is_file():
+        raise WmtpError(f"`{run}` has no `{journal.name}`", hint="name the folder of a run")
+    history = RunHistory()
+    for line in read_journal(journal, kinds=kinds):
+        history.add(line)
+    if not history.run and (not kinds or "run" in kinds):
+        raise WmtpError(f"the journal `{journal}` does not name its run")
+    return history
