@@ -1,4 +1,4 @@
-"""Take secrets out of text before anybody reads it. Secrets live in the environment and nowhere else."""
+"""Remove secrets from text before it is shown or stored. Secrets come from the environment only."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ SECRET_VARIABLES = (
     "MLFLOW_TRACKING_PASSWORD",
     "AWS_SECRET_ACCESS_KEY",
     "AWS_ACCESS_KEY_ID",
-    # not read from `.env`, but MLflow, boto3 and PostgreSQL take them from the environment
+    # not read from `.env`, but MLflow, boto3 and PostgreSQL read them from the environment
     "MLFLOW_TRACKING_TOKEN",
     "AWS_SESSION_TOKEN",
     "PGPASSWORD",
 )
-"""Variables whose values must never be shown."""
+"""Variables with values that must never be shown."""
 
-_SHORTEST = 4  # a shorter "secret" would blank out ordinary words
+_SHORTEST = 4  # a shorter "secret" would remove ordinary words
 _PATTERNS = (
-    # https://user:password@host, also https://token@host and a password that holds an `@` or a `/`
+    # https://user:password@host, also https://token@host and a password that contains `@` or `/`
     (re.compile(r"(?<=://)(?:[^\s/'\"`<>]*|[^\s/'\"`<>]*:[^\s'\"`<>]*)@"), "***@"),
     # https://host/?private_token=..., presigned URLs
     (
@@ -48,9 +48,9 @@ def secrets() -> list[str]:
 
 
 def redact_log_records() -> None:
-    """Take secrets out of every log record of this process, whoever writes it and whoever listens.
+    """Remove secrets from every log record of this process, for all loggers and handlers.
 
-    Debug logging of botocore and urllib3 would show signatures, keys and headers.
+    Debug records of botocore and urllib3 contain signatures, keys and headers.
     """
     make = logging.getLogRecordFactory()
     if isinstance(make, _RedactedRecords):
@@ -59,7 +59,7 @@ def redact_log_records() -> None:
 
 
 class _RedactedRecords:
-    """A log record factory around another one."""
+    """A log record factory that wraps another one."""
 
     def __init__(self, make: Callable[..., logging.LogRecord]) -> None:
         self._make = make
@@ -68,13 +68,13 @@ class _RedactedRecords:
         record = self._make(*args, **kwargs)
         try:
             record.msg, record.args = redact(record.getMessage()), None
-        except (TypeError, ValueError):  # a record that does not fit its own format: logging reports it
+        except (TypeError, ValueError):  # the arguments do not fit the format: logging reports it
             return record
         return record
 
 
 def redact(text: str) -> str:
-    """Return the text with `***` in the place of passwords, tokens, signatures and known secrets."""
+    """Return the text with `***` instead of passwords, tokens, signatures and known secrets."""
     for secret in secrets():
         text = text.replace(secret, "***")
     for pattern, replacement in _PATTERNS:

@@ -127,7 +127,7 @@ def test_s3_killed_half_way_makes_the_run_failed_and_syncing_again_goes_on(stack
     assert sync(to, "--run", str(run)) == 0
 
     assert process.returncode == 1
-    assert "hint: run the same command again: it goes on with what is missing" in stderr
+    assert "hint: run the same command again: it continues with the missing files" in stderr
     assert (failed.status, failed.run.data.tags["storage_sync"]) == ("FAILED", "False")
     assert not half
     assert whole()

@@ -173,7 +173,7 @@ def test_runs_share_out_the_gpus(arms, tmp_path, monkeypatch):
     script = "import os, sys; print('gpu', os.environ['CUDA_VISIBLE_DEVICES']); sys.exit(1)"
     monkeypatch.setattr(Job, "command", lambda _: [sys.executable, "-c", script])
     runner = Runner(
-        at_once=4, threads=1, gpus=("3", "5"), logs=tmp_path, log=lambda _: None, moved=lambda _: None
+        at_once=4, threads=1, gpus=("3", "5"), logs=tmp_path, log=lambda _: None, on_done=lambda _: None
     )
 
     outcome = runner.run(plan_jobs(arms(("one", ""), ("two", "")), [1, 2]))
@@ -190,7 +190,7 @@ def test_a_run_that_fails_is_named_with_its_log_and_stops_no_other(arms, tmp_pat
     jobs = plan_jobs(arms(("one", ""), ("two", "")), [1])
     good = finish(jobs[1])
     said = []
-    runner = Runner(at_once=1, threads=1, logs=tmp_path, log=said.append, moved=lambda _: None)
+    runner = Runner(at_once=1, threads=1, logs=tmp_path, log=said.append, on_done=lambda _: None)
 
     outcome = runner.run(jobs)
 

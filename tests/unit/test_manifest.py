@@ -31,7 +31,7 @@ def test_a_flipped_bit_is_named_with_its_file(folder):
         verify_manifest(folder)
 
     assert str(caught.value) == f"`{path}` changed since it was written: its SHA-256 differs"
-    assert caught.value.hint == f"delete `{folder}` so that it is made anew, or restore the file"
+    assert caught.value.hint == f"delete `{folder}` so that it is created again, or restore the file"
 
 
 def test_a_missing_file_is_named(folder):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.report.drawing import Series, line_chart, nice_ticks
 from weighted_mtp_core.report.page import write_report
-from weighted_mtp_core.report.run_history import read_history
+from weighted_mtp_core.tracking.run_history import read_history
 from weighted_mtp_core.tracking.journal import Journal
 
 RUN = {"run_id": "20261123-120000-abcdef", "name": "<arm> one", "experiment": "weighted_mtp/example"}

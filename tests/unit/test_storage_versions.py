@@ -41,7 +41,7 @@ def test_one_file_is_a_version_too(storage, model):
 def test_a_version_is_not_overwritten(storage, model):
     add(storage, model)
 
-    with pytest.raises(WmtpError, match="is there already, and a version never changes"):
+    with pytest.raises(WmtpError, match="exists already, and a version never changes"):
         add(storage, model)
 
 
@@ -82,4 +82,4 @@ def test_syncing_an_empty_storage_says_how_to_add(storage, capsys):
 
 def test_a_target_that_is_not_s3_is_refused(storage, capsys):
     assert main(["storage", "sync", "--to", "/tmp/x", "--storage", str(storage)]) == 2
-    assert "error: `/tmp/x` is no place in S3" in capsys.readouterr().err
+    assert "error: `/tmp/x` is no S3 location" in capsys.readouterr().err

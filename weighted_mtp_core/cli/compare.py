@@ -1,4 +1,4 @@
-"""`compare`: arms side by side, with paired seeds, intervals and curves."""
+"""`compare`: run recipes with the same seeds and compare them: paired differences, intervals, curves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weighted_mtp_core.compare.arms import Arm, read_arms
+from weighted_mtp_core.compare.arms import Arm, digest, read_arms
 from weighted_mtp_core.compare.runner import (
     MOST_SEEDS,
     Outcome,
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from weighted_mtp_core.compare.table import Comparison
 
 _DESCRIPTION = """\
-Run several recipes with the same seeds on the same data and budget, and compare them to the first one:
-means over seeds, 95 % intervals, paired differences with an exact permutation test, at equal steps and at
-equal wall clock, and learning curves. Runs that are finished already are not run again; a comparison that
-was stopped goes on when it is called again. Writes compare.md, compare.json, compare.csv and the curves."""
+Run several recipes with the same seeds, data and budget, and compare them to the first one: means over
+seeds, 95 % intervals, paired differences with an exact permutation test, at equal steps and at equal wall
+clock, and learning curves. Finished runs are not repeated, and the same command continues a comparison that
+was stopped. Writes compare.md, compare.json, compare.csv and the curves."""
 _EPILOG = """\
 examples:
   compare configs/baseline.toml configs/my_recipe.toml --seeds 5
@@ -37,8 +37,8 @@ examples:
   compare configs/baseline.toml configs/my_recipe.toml --metrics pass_at_1,test_ce_head_1
   compare --experiment my_group/my_study
 
-Seeds count up from the `run.seed` of the first recipe. Exit code 1 if a run
-failed; the others are compared."""
+Seeds count up from the `run.seed` of the first recipe. If a run fails, the
+others are compared and the exit code is 1."""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -46,23 +46,23 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "compare", help="run recipes side by side and compare them", description=_DESCRIPTION, epilog=_EPILOG
     )
-    parser.add_argument("recipes", metavar="RECIPE", nargs="*", type=Path, help="an arm each")
+    parser.add_argument("recipes", metavar="RECIPE", nargs="*", type=Path, help="a recipe for each arm")
     parser.add_argument(
         "--experiment",
         metavar="NAME",
         action="append",
         default=[],
-        help="instead: the finished runs of an experiment in MLflow, an arm for each run name; repeatable",
+        help="instead of recipes: finished runs of an experiment in MLflow, one arm per run name; repeatable",
     )
     parser.add_argument(
         "--runs",
         metavar="ID,ID,...",
         type=lambda text: text.split(","),
         default=[],
-        help="instead, or with --experiment: these runs in MLflow, by its id or ours",
+        help="instead of recipes, or with --experiment: runs in MLflow, by id (MLflow's or the run folder's)",
     )
     parser.add_argument("--seeds", metavar="N", type=int, default=5, help="(5)")
-    parser.add_argument("--jobs", metavar="N", type=int, help="runs at once (one a GPU, else a core)")
+    parser.add_argument("--jobs", metavar="N", type=int, help="runs at once (one per GPU, else one per core)")
     parser.add_argument("--preset", metavar="NAME", help="for every arm, as in `run`")
     parser.add_argument(
         "--set",
@@ -83,7 +83,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         metavar="KEY",
         action="append",
         default=[],
-        help="compare although this key of data, model, train or evaluate differs; repeatable",
+        help="compare even if this key of data, model, train or evaluate differs; repeatable",
     )
     parser.add_argument(
         "--out", metavar="DIR", type=Path, help="(<storage>/comparisons/<first arm>-<digest of all>)"
@@ -92,7 +92,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run what is missing, then compare."""
+    """Execute the missing runs, then compare."""
     _check(args)
     return _compare_recipes(args) if args.recipes else _compare_stored(args)
 
@@ -120,8 +120,8 @@ def _compare_recipes(args: argparse.Namespace) -> int:
     )
     first = arms[0].plan.recipe.run
     seeds = [first.seed + number for number in range(args.seeds)]
-    out: Path = args.out or Path(first.storage) / "comparisons" / f"{arms[0].name}-{_digest(arms, seeds)}"
-    outcome = _carry_out(arms, seeds, jobs=args.jobs, out=out)
+    out: Path = args.out or Path(first.storage) / "comparisons" / f"{arms[0].name}-{digest(arms, seeds)}"
+    outcome = _execute(arms, seeds, jobs=args.jobs, out=out)
     if not outcome.finished:
         raise RunFailedError(
             f"every run failed, the first with: {outcome.failures[0].reason}",
@@ -148,9 +148,9 @@ def _compare_stored(args: argparse.Namespace) -> int:
     stored = read_stored(
         experiments=args.experiment, run_ids=args.runs, allowed=args.allow_difference, storage=storage
     )
-    ids = sorted(run.info.run_id for by_seed in stored.runs.values() for run in by_seed.values())
-    digest = hashlib.sha256(" ".join(ids).encode()).hexdigest()[:8]
-    out: Path = args.out or storage / "comparisons" / f"{next(iter(stored.runs))}-{digest}"
+    ids = sorted(run.info.run_id for run in stored.all)
+    of_ids = hashlib.sha256(" ".join(ids).encode()).hexdigest()[:8]
+    out: Path = args.out or storage / "comparisons" / f"{next(iter(stored.runs))}-{of_ids}"
     comparison, files = _write(stored.measures, stored.seeds, missing=(), metrics=args.metrics, out=out)
     if record_comparison(stored.tracker, stored.describe(out), comparison, files=files, log=print):
         stored.adopt(stored.tracker.run_id)
@@ -158,14 +158,8 @@ def _compare_stored(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _digest(arms: Sequence[Arm], seeds: Sequence[int]) -> str:
-    from weighted_mtp_core.compare.mlflow_record import digest
-
-    return digest(arms, seeds)
-
-
-def _carry_out(arms: Sequence[Arm], seeds: Sequence[int], *, jobs: int | None, out: Path) -> Outcome:
-    """Run what is not finished, and show how far it is."""
+def _execute(arms: Sequence[Arm], seeds: Sequence[int], *, jobs: int | None, out: Path) -> Outcome:
+    """Execute the runs that are not finished, and show the progress."""
     from rich.console import Console
 
     from weighted_mtp_core.tracking.display import Display
@@ -184,13 +178,13 @@ def _carry_out(arms: Sequence[Arm], seeds: Sequence[int], *, jobs: int | None, o
             gpus=gpus,
             logs=out / "logs",
             log=display.note,
-            moved=lambda done: display.update(done, {}),
+            on_done=lambda done: display.update(done, {}),
         )
         return runner.run(every)
 
 
 def _measure(arms: Sequence[Arm], outcome: Outcome) -> dict[str, dict[int, RunMeasures]]:
-    """Read every finished run, by arm and seed; an arm without any is left out."""
+    """Read the finished runs by arm and seed, without arms that have none."""
     from weighted_mtp_core.compare.measures import read_measures
 
     runs: dict[str, dict[int, RunMeasures]] = {}
@@ -212,7 +206,7 @@ def _write(
     metrics: Sequence[str] | None,
     out: Path,
 ) -> tuple[Comparison, list[Path]]:
-    """Compare, print the table, and write it with its plots; return it and the files."""
+    """Compare, print the table, and write it with its plots; return the comparison and the files."""
     from weighted_mtp_core.compare.measures import default_metrics
     from weighted_mtp_core.compare.plots import plot_curves
     from weighted_mtp_core.compare.table import Comparison

@@ -1,4 +1,4 @@
-"""`report`: write the page that shows a run, from what lies in its folder."""
+"""`report`: write the page that shows a run, from the files in its folder."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from weighted_mtp_core.cli.run_arguments import add_run_arguments
 from weighted_mtp_core.exit_codes import EXIT_DONE
 
 _DESCRIPTION = """\
-Write `report.html` into a run's folder and print its path: the run's story, its curves, its heads, its
-critic and its tokens on one page that needs no network. A run writes it at its end; this writes it anew,
-or for a run that did not get there."""
+Write `report.html` into a run folder and print its path: curves, heads, critic and tokens of a run on one
+page that needs no network. Every run writes it at its end; this command writes it again, or for a run that
+ended early."""
 _EPILOG = """\
 examples:
   report 20261123-140924

@@ -1,4 +1,4 @@
-"""`storage`: models and data sets by version and checksum, here and in S3."""
+"""`storage`: models and data sets with versions and checksums, on this machine and in S3."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.exit_codes import EXIT_DONE, EXIT_RUN_FAILED
 
 _DESCRIPTION = """\
-Storage v2 keeps models_v2/<name>/<version>/ and datasets_v2/<name>/<version>/, each with a manifest of
-SHA-256 sums. A version never changes: a changed byte is an error before training."""
+Models are in models_v2/<name>/<version>/ and data sets in datasets_v2/<name>/<version>/, each with a
+manifest of SHA-256 checksums. A version never changes: a changed byte is an error before training."""
 _EPILOG = """\
 examples:
   storage verify
@@ -37,20 +37,20 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         add.add_argument("name", metavar="NAME")
         add.add_argument("version", metavar="VERSION")
         add.add_argument("source", metavar="PATH", type=Path, help="a file or a folder")
-    sync = actions.add_parser("sync", help="upload what S3 does not have yet")
+    sync = actions.add_parser("sync", help="upload the files that S3 does not have")
     sync.add_argument("--to", metavar="S3URI", required=True, help="for example s3://bucket/storage")
-    sync.add_argument("--dry-run", action="store_true", help="only say what would be uploaded")
+    sync.add_argument("--dry-run", action="store_true", help="only list what would be uploaded")
     sync.add_argument(
         "--run",
         metavar="RUN",
-        help="tag this run `storage_sync=True` after success; after a failure it becomes FAILED",
+        help="set the tag `storage_sync=True` on this run; after a failure the run becomes FAILED",
     )
     sync.add_argument(
         "--runs",
         metavar="FOLDER",
         type=Path,
         default=Path("storage/runs"),
-        help="where RUN is (storage/runs)",
+        help="folder of RUN (storage/runs)",
     )
     for action in (verify, add_model, add_dataset, sync):
         action.add_argument(
@@ -60,7 +60,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Do what was asked."""
+    """Carry out the action."""
     return {"verify": _verify, "add-model": _add, "add-dataset": _add, "sync": _sync}[args.action](args)
 
 
@@ -105,7 +105,7 @@ def _sync(args: argparse.Namespace) -> int:
     try:
         code = _upload(args)
     except BaseException:
-        # whatever ended it, an alarm that watches for FAILED runs must fire
+        # an alarm on FAILED runs must fire, whatever the exception is
         amend_run(run, tags={"storage_sync": "False"}, outcome=RunOutcome.FAILED, log=print)
         raise
     amend_run(run, tags={"storage_sync": "True"}, outcome=None, log=print)
@@ -116,12 +116,12 @@ def _upload(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    from weighted_mtp_core.storage.s3_upload import plan_sync, upload
+    from weighted_mtp_core.storage.s3_upload import plan_upload, upload
     from weighted_mtp_core.tracking.dotenv import use_dotenv
 
     use_dotenv()
-    plan = plan_sync(args.storage, args.to)
-    print(f"{plan.place}: {plan.there} files are there, {len(plan.new)} are new ({plan.size:,} bytes)")
+    plan = plan_upload(args.storage, args.to)
+    print(f"{plan.location}: {plan.stored} files are there, {len(plan.new)} are new ({plan.size:,} bytes)")
     if args.dry_run:
         print_rows([(f"{item.size:,}".rjust(15), item.key) for item in plan.new])
         return EXIT_DONE
@@ -130,5 +130,5 @@ def _upload(args: argparse.Namespace) -> int:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("upload", total=plan.size)
         upload(plan, on_done=lambda item: progress.update(task, advance=item.size))
-    print(f"{plan.place}: everything is there, confirmed by checksum")
+    print(f"{plan.location}: everything is there, confirmed by checksum")
     return EXIT_DONE

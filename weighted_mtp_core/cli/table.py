@@ -1,4 +1,4 @@
-"""Print rows in aligned columns: the same text in a terminal, a pipe and a log, without colour."""
+"""Print rows in aligned columns, without colour: the same text in a terminal, a pipe and a log."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def print_rows(rows: Sequence[tuple[str, ...]], *, indent: str = "") -> None:
-    """Print rows; every column but a row's last is padded to its widest cell."""
+    """Print rows with each column padded to its widest cell, except the last cell of a row."""
     widths: dict[int, int] = {}
     for row in rows:
         for column, cell in enumerate(row[:-1]):

@@ -1,4 +1,4 @@
-"""`track`: what the trackers of earlier runs have not got, and sending it."""
+"""`track`: show what the trackers of earlier runs have not received, and send it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from weighted_mtp_core.exit_codes import EXIT_DONE, EXIT_RUN_FAILED
 
 _DESCRIPTION = """\
 A run writes everything into its run folder first and sends it from there. `track status` shows what
-trackers have not got; `track sync` sends it, and closes runs that died without a word as KILLED.
-RUN is a run folder, a run id, or a part of one."""
+trackers have not received; `track sync` sends it, and closes runs that died as KILLED.
+RUN is a run folder, a run id, or a substring of one."""
 _EPILOG = """\
 examples:
   track status
@@ -23,17 +23,24 @@ examples:
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add the command to the parser."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
-        "track", help="show and send what trackers have not got", description=_DESCRIPTION, epilog=_EPILOG
+        "track",
+        help="show and send what trackers have not received",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
-    status = actions.add_parser("status", help="show runs and what their trackers have not got")
+    status = actions.add_parser("status", help="show runs and what their trackers have not received")
     status.add_argument("run", metavar="RUN", nargs="?", help="only this run")
-    sync = actions.add_parser("sync", help="send what the trackers of a run have not got")
+    sync = actions.add_parser("sync", help="send what the trackers of a run have not received")
     which = sync.add_mutually_exclusive_group(required=True)
     which.add_argument("run", metavar="RUN", nargs="?", help="the run")
-    which.add_argument("--all", action="store_true", help="every run that has something pending")
+    which.add_argument("--all", action="store_true", help="every run with something pending")
     sync.add_argument(
-        "--limit", metavar="SECONDS", type=float, default=60.0, help="give up on a tracker after (60)"
+        "--limit",
+        metavar="SECONDS",
+        type=float,
+        default=60.0,
+        help="give up on a tracker that accepts nothing for so long (60)",
     )
     for action in (status, sync):
         action.add_argument(

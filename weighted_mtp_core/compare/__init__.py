@@ -1,1 +1,1 @@
-"""Arms side by side: the same data, seeds and budget, paired differences, intervals, curves."""
+"""Compare algorithms with the same data, seeds and budget: paired differences, intervals, curves."""

@@ -1,7 +1,9 @@
-"""The arms of a comparison: one recipe each, which must differ in nothing that would make it unfair."""
+"""The arms of a comparison: one recipe each, with equal data, model, budget and evaluation."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.plan import Plan, make_plan
 
 EQUAL = ("data", "evaluate", "model", "train")
-"""Tables of a recipe that all arms share: the data, the budget, and how the result is measured."""
+"""Tables of a recipe that must be equal in all arms."""
 
 
 @frozen(kw_only=True, eq=False)
@@ -19,10 +21,10 @@ class Arm:
     """One recipe of a comparison.
 
     Attributes:
-        recipe: The file.
-        preset: As on the command line of `run`.
-        overrides: As on the command line of `run`, without the seed.
-        plan: What they come to, with the recipe's own seed.
+        recipe: The recipe file.
+        preset: The preset, as on the command line of `run`.
+        overrides: The overrides, as on the command line of `run`, without the seed.
+        plan: The plan of all three, with the recipe's own seed.
     """
 
     recipe: Path
@@ -32,11 +34,11 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """What tables and plots call it: the recipe's `run.name`."""
+        """The name in tables and plots: the recipe's `run.name`."""
         return self.plan.recipe.run.name
 
     def identity(self, seed: int) -> dict[str, dict[str, str]]:
-        """Return what makes a run the run of this arm and a seed; see `Plan.identity`."""
+        """Return what identifies the run of this arm with a seed; see `Plan.identity`."""
         whole = self.plan.identity
         return {**whole, "params": {**whole["params"], "run.seed": str(seed)}}
 
@@ -47,13 +49,13 @@ def read_arms(
     """Plan every recipe, and refuse arms that cannot be compared.
 
     Args:
-        recipes: One for each arm; the others are compared to the first.
-        preset: For all arms.
-        overrides: `key=value` changes for all arms.
+        recipes: One for each arm; the first is the baseline.
+        preset: The preset of all arms.
+        overrides: `key=value` overrides of all arms.
         allowed: Keys that may differ although that is unfair.
 
     Raises:
-        WmtpError: A recipe is wrong, two have the same name, or their data or budgets differ.
+        WmtpError: A recipe is invalid, two arms have the same name, or their data or budgets differ.
     """
     changes = (*overrides, 'run.resume="auto"')
     arms = tuple(
@@ -85,10 +87,10 @@ def read_arms(
 def refuse_unequal(
     first: tuple[str, Mapping[str, str]], other: tuple[str, Mapping[str, str]], *, allowed: Sequence[str]
 ) -> None:
-    """Refuse two arms, given as names and dotted keys, that differ in more than an algorithm.
+    """Refuse two arms, given as names and params, that differ in data, model, budget or evaluation.
 
     Raises:
-        WmtpError: Lists what differs in data, model, budget or evaluation.
+        WmtpError: Lists the keys that differ.
     """
     (first_name, was), (other_name, now) = first, other
     faults = [
@@ -100,8 +102,14 @@ def refuse_unequal(
         key = faults[0].partition(":")[0]
         raise WmtpError(
             f"`{other_name}` cannot be compared to `{first_name}`:\n  " + "\n  ".join(faults),
-            hint=f"make them equal, or take it upon yourself: --allow-difference {key}",
+            hint=f"make them equal, or allow the difference: --allow-difference {key}",
         )
+
+
+def digest(arms: Sequence[Arm], seeds: Sequence[int]) -> str:
+    """Return 8 characters that are the same for the same arms and seeds."""
+    identities = [arm.identity(seed) for arm in arms for seed in seeds]
+    return hashlib.sha256(json.dumps(identities, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _below(key: str, tables: Sequence[str]) -> bool:

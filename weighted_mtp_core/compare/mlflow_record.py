@@ -1,27 +1,23 @@
-"""A comparison as a run of its own at MLflow, with the runs that it compares as its children."""
+"""Record a comparison as a run in MLflow, with the compared runs as its children. Imports mlflow."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from weighted_mtp_core.api import MetricPoint, RunInfo, RunOutcome
+from weighted_mtp_core.builtin._mlflow_errors import NotDeliveredError
+from weighted_mtp_core.builtin._mlflow_tracker import MlflowTracker
 from weighted_mtp_core.builtin.mlflow import MlflowOptions
-from weighted_mtp_core.compare.arms import Arm
+from weighted_mtp_core.compare.arms import Arm, digest
 from weighted_mtp_core.compare.runner import Job
 from weighted_mtp_core.compare.table import EQUAL_TIME, Comparison
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.tracking.journal import Entry, now_ms, read_journal
-from weighted_mtp_core.tracking.run_folder import RunFolder
+from weighted_mtp_core.tracking.journal import now_ms
+from weighted_mtp_core.tracking.run_history import read_history
+from weighted_mtp_core.tracking.sync import amend_run
+from weighted_mtp_core.tracking.trackers import build_trackers
 
-if TYPE_CHECKING:
-    from weighted_mtp_core.builtin._mlflow_tracker import MlflowTracker
-
-EXPERIMENT = "compare"
-"""Comparisons of runs in several experiments lie in `<experiment_prefix>/compare`, others beside them."""
 PARENT_TAG = "mlflow.parentRunId"
 
 
@@ -34,30 +30,61 @@ def track(
     folder: Path,
     log: Callable[[str], None],
 ) -> None:
-    """Log a comparison to the first arm's MLflow, and make the runs its children.
+    """Record a comparison in the MLflow store of the first arm, and make the runs its children.
 
-    The same arms and seeds are the same run there. A server that is away is said to be; the comparison is in
-    its files all the same, and the next call logs it.
+    The same arms and seeds are the same run in MLflow. If the server is down, a warning is logged; the next
+    call records the comparison.
 
     Args:
-        arms: What was compared.
-        comparison: What came out.
+        arms: The arms.
+        comparison: The comparison.
         runs: The run folders.
         files: Tables and plots.
-        folder: Where they lie.
-        log: Tells the person.
+        folder: The folder of the files.
+        log: Receives messages for the person.
     """
-    from weighted_mtp_core.builtin._mlflow_tracker import MlflowTracker
-    from weighted_mtp_core.tracking.trackers import build_trackers
-
     plan = arms[0].plan
     for tracker, chosen in zip(build_trackers(plan).values(), plan.trackers, strict=True):
         if not isinstance(tracker, MlflowTracker) or not isinstance(chosen.options, MlflowOptions):
             continue
-        info = _describe(arms, comparison, prefix=chosen.options.experiment_prefix, folder=folder)
+        info = describe_comparison(
+            comparison.arms,
+            comparison.seeds,
+            run_id=digest(arms, comparison.seeds),
+            experiments={arm.plan.experiment for arm in arms},
+            prefix=chosen.options.experiment_prefix,
+            params=set.intersection(*(set(arm.plan.params.items()) for arm in arms)),
+            folder=folder,
+        )
         if record_comparison(tracker, info, comparison, files=files, log=log):
-            _adopt(list(runs.values()), tracker.run_id, log=log)
+            for run in runs.values():  # via the journals, so that an outage only delays the tag
+                if read_history(run).tags.get(PARENT_TAG) != tracker.run_id:
+                    amend_run(run, tags={PARENT_TAG: tracker.run_id}, outcome=None, log=log)
             log(f"look at it: {tracker.where()}")
+
+
+def describe_comparison(
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    run_id: str,
+    experiments: set[str],
+    prefix: str,
+    params: Iterable[tuple[str, str]] = (),
+    folder: Path,
+) -> RunInfo:
+    """Return a comparison as a run, in the experiment of its runs or else in `<prefix>/compare`."""
+    names = " ".join(arms)
+    own_params = {"compare.arms": names, "compare.seeds": " ".join(map(str, seeds))}
+    return RunInfo(
+        run_id=f"compare-{run_id}",
+        name=folder.name,
+        experiment=next(iter(experiments)) if len(experiments) == 1 else f"{prefix}/compare",
+        params=dict(sorted({**own_params, **dict(params)}.items())),
+        tags={"algo": "compare", "wmtp.compare": names},
+        datasets=(),
+        folder=folder,
+    )
 
 
 def record_comparison(
@@ -68,9 +95,7 @@ def record_comparison(
     files: Sequence[Path],
     log: Callable[[str], None],
 ) -> bool:
-    """Log a comparison as a run; return whether the store took it."""
-    from weighted_mtp_core.builtin._mlflow_errors import NotDeliveredError
-
+    """Record a comparison as a run; return whether the store accepted it."""
     try:
         tracker.start(info)
         tracker.log_metrics(_points(comparison))
@@ -83,56 +108,20 @@ def record_comparison(
     return True
 
 
-def digest(arms: Sequence[Arm], seeds: Sequence[int]) -> str:
-    """Return 8 characters that are the same for the same arms and seeds."""
-    identities = [arm.identity(seed) for arm in arms for seed in seeds]
-    return hashlib.sha256(json.dumps(identities, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def _describe(arms: Sequence[Arm], comparison: Comparison, *, prefix: str, folder: Path) -> RunInfo:
-    names = " ".join(comparison.arms)
-    shared = set.intersection(*(set(arm.plan.params.items()) for arm in arms))
-    experiments = {arm.plan.experiment for arm in arms}
-    params = {"compare.arms": names, "compare.seeds": " ".join(map(str, comparison.seeds)), **dict(shared)}
-    return RunInfo(
-        run_id=f"compare-{digest(arms, comparison.seeds)}",
-        name=folder.name,
-        experiment=experiments.pop() if len(experiments) == 1 else f"{prefix}/{EXPERIMENT}",
-        params=dict(sorted(params.items())),
-        tags={"algo": EXPERIMENT, "wmtp.compare": names},
-        datasets=(),
-        folder=folder,
-    )
-
-
 def _points(comparison: Comparison) -> list[MetricPoint]:
-    """Return means, differences and p-values as `<metric>/<arm>` and the like.
+    """Return means, differences and p-values as `<metric>/<arm>`, `<metric>_difference/<arm>` and so on.
 
-    The step is the number of runs: a comparison that is called again with more of them adds to the curve.
+    The step is the number of runs: a later call with more runs adds to the curve.
     """
-    time_ms = now_ms()
-    step = comparison.count
-    points = []
+    values: dict[str, float] = {}
     for row in comparison.rows:
         metric = f"{row.metric}_at_equal_time" if row.at == EQUAL_TIME else row.metric
-        values = {f"{metric}/{row.arm}": row.estimate.mean}
+        values[f"{metric}/{row.arm}"] = row.estimate.mean
         if row.difference is not None:
             values[f"{metric}_difference/{row.arm}"] = row.difference.estimate.mean
             values[f"{metric}_p/{row.arm}"] = row.difference.p_value
-        points += [
-            MetricPoint(name=name, value=value, step=step, time_ms=time_ms) for name, value in values.items()
-        ]
-    return points
-
-
-def _adopt(runs: Sequence[Path], parent: str, *, log: Callable[[str], None]) -> None:
-    """Tag runs as children; through their journals, so that an outage delays that and loses nothing."""
-    from weighted_mtp_core.tracking.sync import amend_run
-
-    for run in runs:
-        tags: dict[str, str] = {}
-        for entry in read_journal(RunFolder(path=run).journal, kinds=("tags",)):
-            if isinstance(entry, Entry):
-                tags |= entry.fields["tags"]
-        if tags.get(PARENT_TAG) != parent:
-            amend_run(run, tags={PARENT_TAG: parent}, outcome=None, log=log)
+    time_ms = now_ms()
+    return [
+        MetricPoint(name=name, value=value, step=comparison.count, time_ms=time_ms)
+        for name, value in values.items()
+    ]

@@ -1,4 +1,4 @@
-"""Runs that lie in MLflow already, as arms. Importing this module imports mlflow."""
+"""Read finished runs from MLflow as arms of a comparison. Imports mlflow."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from weighted_mtp_core.builtin._mlflow_tracker import RUN_ID_TAG, MlflowTracker
 from weighted_mtp_core.builtin.mlflow import MlflowOptions, build_mlflow
 from weighted_mtp_core.compare.arms import refuse_unequal
 from weighted_mtp_core.compare.measures import RunMeasures
-from weighted_mtp_core.compare.mlflow_record import PARENT_TAG
+from weighted_mtp_core.compare.mlflow_record import PARENT_TAG, describe_comparison
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import did_you_mean, quoted
+from weighted_mtp_core.tracking.run_history import Point
 
-_MOST = 1000
+_MAX_RUNS = 1000
 
 
 @frozen(kw_only=True, eq=False)
-class Stored:
-    """Runs of an MLflow store that can be compared.
+class StoredRuns:
+    """Comparable runs of an MLflow store.
 
     Attributes:
-        tracker: Of the store; no run is open there.
-        runs: By arm, which is the run's name, and seed.
-        measures: The same, as what they measured.
+        tracker: The tracker of the store, with no run open.
+        runs: The runs by arm, which is the name of the run, and seed.
+        measures: Their measures, by arm and seed.
     """
 
     tracker: MlflowTracker
@@ -42,59 +43,49 @@ class Stored:
         """All seeds of all arms."""
         return sorted({seed for by_seed in self.runs.values() for seed in by_seed})
 
+    @property
+    def all(self) -> list[Run]:
+        """The runs as a list."""
+        return [run for by_seed in self.runs.values() for run in by_seed.values()]
+
     def describe(self, folder: Path) -> RunInfo:
         """Return the comparison as a run."""
-        every = [run for by_seed in self.runs.values() for run in by_seed.values()]
-        experiments = {run.info.experiment_id for run in every}
-        prefix = MlflowOptions().experiment_prefix
-        with self._diagnosed():
-            name = self._client.get_experiment(experiments.pop()).name
-        return RunInfo(
-            run_id=f"compare-{folder.name}",
-            name=folder.name,
-            experiment=f"{prefix}/compare" if experiments else name,
-            params={"compare.arms": " ".join(self.runs), "compare.seeds": " ".join(map(str, self.seeds))},
-            tags={"algo": "compare", "wmtp.compare": " ".join(self.runs)},
-            datasets=(),
+        with _client(self.tracker.uri) as client:
+            ids = {run.info.experiment_id for run in self.all}
+            experiments = {client.get_experiment(each).name for each in ids}
+        return describe_comparison(
+            tuple(self.runs),
+            self.seeds,
+            run_id=folder.name,
+            experiments=experiments,
+            prefix=MlflowOptions().experiment_prefix,
             folder=folder,
         )
 
     def adopt(self, parent: str) -> None:
-        """Tag the runs as children."""
-        with self._diagnosed():
-            for by_seed in self.runs.values():
-                for run in by_seed.values():
-                    self._client.set_tag(run.info.run_id, PARENT_TAG, parent)
-
-    @property
-    def _client(self) -> MlflowClient:
-        return MlflowClient(tracking_uri=self.tracker.uri)
-
-    @contextmanager
-    def _diagnosed(self) -> Iterator[None]:
-        with _diagnosed(self.tracker.uri):
-            yield
+        """Tag the runs as children of a run."""
+        with _client(self.tracker.uri) as client:
+            for run in self.all:
+                client.set_tag(run.info.run_id, PARENT_TAG, parent)
 
 
 def read_stored(
     *, experiments: Sequence[str], run_ids: Sequence[str], allowed: Sequence[str], storage: Path
-) -> Stored:
-    """Read the finished runs of experiments, and runs by their id (MLflow's, or the run folder's).
+) -> StoredRuns:
+    """Read the finished runs of experiments, and runs by id (the id in MLflow or of the run folder).
 
     Args:
-        experiments: Names; all their finished runs that have a seed are taken.
-        run_ids: Further runs; the first arm is that of the first run.
+        experiments: Names; all their finished runs that have a seed are read.
+        run_ids: Further runs; the arm of the first run is the baseline.
         allowed: Keys that may differ although that is unfair.
-        storage: Where the store lies if nothing is configured.
+        storage: The storage root, for the store that is used if none is configured.
 
     Raises:
-        WmtpError: Nothing is found, the store cannot be read, or the arms are not comparable.
+        WmtpError: There are no such runs, the store cannot be read, or the arms are not comparable.
     """
-    context = BuildContext(seed=0, storage=storage)
-    tracker = build_mlflow(MlflowOptions(), context)
+    tracker = build_mlflow(MlflowOptions(), BuildContext(seed=0, storage=storage))
     assert isinstance(tracker, MlflowTracker)  # it is enabled
-    client = MlflowClient(tracking_uri=tracker.uri)
-    with _diagnosed(tracker.uri):
+    with _client(tracker.uri) as client:
         found = [run for name in experiments for run in _of_experiment(client, name)]
         found += [_by_id(client, each) for each in run_ids]
         arms = _group(found)
@@ -104,15 +95,12 @@ def read_stored(
         }
     if not arms:
         raise WmtpError("there is no finished run with a seed", hint="see: mlflow runs list")
-    first = next(iter(arms))
+    first, by_seed = next(iter(arms.items()))
+    params = next(iter(by_seed.values())).data.params
     for arm, by_seed in arms.items():
         for run in by_seed.values():
-            refuse_unequal((first, _any(arms[first]).data.params), (arm, run.data.params), allowed=allowed)
-    return Stored(tracker=tracker, runs=arms, measures=measures)
-
-
-def _any(by_seed: dict[int, Run]) -> Run:
-    return next(iter(by_seed.values()))
+            refuse_unequal((first, params), (arm, run.data.params), allowed=allowed)
+    return StoredRuns(tracker=tracker, runs=arms, measures=measures)
 
 
 def _of_experiment(client: MlflowClient, name: str) -> list[Run]:
@@ -121,7 +109,7 @@ def _of_experiment(client: MlflowClient, name: str) -> list[Run]:
         names = [each.name for each in client.search_experiments()]
         hint = did_you_mean(name, names) or f"there are {quoted(sorted(names))}"
         raise WmtpError(f"there is no experiment `{name}`", hint=hint)
-    return list(client.search_runs([experiment.experiment_id], "status = 'FINISHED'", max_results=_MOST))
+    return list(client.search_runs([experiment.experiment_id], "status = 'FINISHED'", max_results=_MAX_RUNS))
 
 
 def _by_id(client: MlflowClient, run_id: str) -> Run:
@@ -134,7 +122,7 @@ def _by_id(client: MlflowClient, run_id: str) -> Run:
 
 
 def _group(found: Sequence[Run]) -> dict[str, dict[int, Run]]:
-    """Return runs by name and seed; of several with the same, the one that began last."""
+    """Return runs by name and seed; of several runs with the same name and seed, the latest."""
     arms: dict[str, dict[int, Run]] = {}
     for run in found:
         seed = run.data.params.get("run.seed")
@@ -151,7 +139,7 @@ def _measure(client: MlflowClient, run: Run) -> RunMeasures:
     return RunMeasures.make(
         {
             name: sorted(
-                (point.step, point.value, point.timestamp / 1000)
+                Point(point.step, point.value, point.timestamp)
                 for point in client.get_metric_history(run.info.run_id, name)
             )
             for name in run.data.metrics
@@ -160,10 +148,10 @@ def _measure(client: MlflowClient, run: Run) -> RunMeasures:
 
 
 @contextmanager
-def _diagnosed(uri: str) -> Iterator[None]:
-    """Turn what MLflow raises into one line."""
+def _client(uri: str) -> Iterator[MlflowClient]:
+    """Yield a client; what MLflow raises in the block becomes a `WmtpError` of one line."""
     try:
-        yield
+        yield MlflowClient(tracking_uri=uri)
     except WmtpError:
         raise
     except Exception as error:

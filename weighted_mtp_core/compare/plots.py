@@ -1,4 +1,4 @@
-"""Learning curves of the arms with bands. Importing this module imports matplotlib."""
+"""Learning curves of the arms with 95 % intervals, as SVG. Imports matplotlib."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from weighted_mtp_core.compare.measures import RunMeasures
 from weighted_mtp_core.metrics.statistics import Estimate, estimate
 
-# Okabe and Ito's colours, which most colour-blind people tell apart; dashes and markers do without any.
+# Okabe and Ito's colours, which most colour-blind people can distinguish; dashes and markers need no colour.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)))
 _MARKERS = "osD^vX*"
@@ -23,12 +23,12 @@ _MARKERS = "osD^vX*"
 def plot_curves(
     runs: Mapping[str, Mapping[int, RunMeasures]], metrics: Sequence[str], folder: Path
 ) -> list[Path]:
-    """Draw each metric that is a curve of stage 2: mean and 95 % interval of each arm, and its end larger.
+    """Draw each metric that is a curve of stage 2: mean and 95 % interval of each arm, and the second half.
 
     Args:
-        runs: By arm and seed.
-        metrics: Which to draw; those that are no curve in every run are left out.
-        folder: Where `<metric>.svg` goes.
+        runs: Measures by arm and seed.
+        metrics: The metrics to draw, except those that are not a curve in every run.
+        folder: Folder of the files `<metric>.svg`.
 
     Returns:
         The files.
@@ -48,20 +48,20 @@ def plot_curves(
 
 @frozen(kw_only=True)
 class _Band:
-    """One arm's curve."""
+    """The curve of one arm."""
 
     steps: Sequence[int]
     found: Sequence[Estimate]
 
     @classmethod
     def of(cls, metric: str, runs: Sequence[RunMeasures]) -> _Band:
-        """Average over the steps that all runs have."""
+        """Average the runs at the steps that all of them have."""
         curves = [dict(run.curves[metric]) for run in runs]
         steps = sorted(set.intersection(*(set(curve) for curve in curves)))
         return cls(steps=steps, found=[estimate([curve[step] for curve in curves]) for step in steps])
 
     def from_step(self, first: float) -> _Band:
-        """Return the part from a step on."""
+        """Return the band from a step on."""
         kept = [(step, each) for step, each in zip(self.steps, self.found, strict=True) if step >= first]
         return _Band(steps=[step for step, _ in kept], found=[each for _, each in kept])
 

@@ -1,34 +1,31 @@
-"""Every run that a comparison needs: found if it is finished, else carried out in a process of its own.
+"""Execute the runs of a comparison, each in its own process, except those that are finished already.
 
-What is finished is found by its recipe, so a comparison that was stopped goes on when it is called again.
+Finished runs are found by their recipe, so the same command continues a comparison that was stopped.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from attrs import define, field, frozen
 
 from weighted_mtp_core.compare.arms import Arm
-from weighted_mtp_core.errors import Terminated
+from weighted_mtp_core.runtime.interrupts import sigterm_raises
 from weighted_mtp_core.tracking.run_folder import is_held, read_run
 
 _SAME_RESULT = ("checkpoint", "run.resume", "run.tags", "tracker")
-"""Keys that may differ in the same run, beside `Plan.same_result`: its numbers do not depend on them."""
+"""Keys that do not change the numbers of a run, in addition to `Plan.same_result`."""
 
 MOST_SEEDS = 20
-"""With more, the exact test would go through more than a million signs."""
+"""The exact test visits all 2^N choices of signs: a million for 20 seeds."""
 
 _POLL_S = 0.2
-_PATIENCE_S = 60.0  # a child that was asked to stop ends its step and writes a checkpoint
+_STOP_LIMIT_S = 60.0  # a child that receives SIGTERM ends its step and writes a checkpoint
 
 
 @frozen(kw_only=True)
@@ -40,11 +37,11 @@ class Job:
 
     @property
     def label(self) -> str:
-        """What messages and logs call it."""
+        """The name in messages and of the log."""
         return f"{self.arm.name}-seed{self.seed}"
 
     def command(self) -> list[str]:
-        """Return the command that carries it out, or goes on with it."""
+        """Return the command that executes or resumes the run."""
         preset = ["--preset", self.arm.preset] if self.arm.preset else []
         changes = [*self.arm.overrides, f"run.seed={self.seed}"]
         sets = [part for change in changes for part in ("--set", change)]
@@ -56,10 +53,10 @@ class Failure:
     """A run that did not finish.
 
     Attributes:
-        job: Which.
-        code: The exit code of its process.
-        reason: The last `error:` line it wrote.
-        log: All that it wrote.
+        job: The job.
+        code: Exit code of its process.
+        reason: Its last `error:` line.
+        log: Its output.
     """
 
     job: Job
@@ -70,19 +67,19 @@ class Failure:
 
 @frozen(kw_only=True)
 class Outcome:
-    """What became of the jobs: the folders of the finished ones, and the failures."""
+    """The result of the jobs: the run folders of the finished ones, and the failures."""
 
     finished: Mapping[Job, Path]
     failures: Sequence[Failure]
 
 
 def plan_jobs(arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:
-    """Return every run, seed by seed, so that all arms come equally far."""
+    """Return all runs, seed by seed, so that all arms make equal progress."""
     return [Job(arm=arm, seed=seed) for seed in seeds for arm in arms]
 
 
 def visible_gpus(arms: Sequence[Arm]) -> list[str]:
-    """Return the GPUs that runs may use, as CUDA_VISIBLE_DEVICES names them; none if all arms say `cpu`."""
+    """Return the GPUs for runs, as CUDA_VISIBLE_DEVICES names them; none if all arms use `cpu`."""
     if all(arm.plan.recipe.model.device == "cpu" for arm in arms):
         return []
     import torch
@@ -93,10 +90,10 @@ def visible_gpus(arms: Sequence[Arm]) -> list[str]:
 
 
 def share_machine(jobs: int | None, runs: int, *, gpus: int = 0) -> tuple[int, int]:
-    """Return how many runs go on at once, and how many threads each has.
+    """Return how many runs are executed at once, and the number of threads of each.
 
-    One a GPU if there are any, else one a core. OMP_NUM_THREADS of the environment wins. Neither number
-    depends on what is finished already: with other threads a run has other last digits.
+    One run per GPU if there are any, else one per core. OMP_NUM_THREADS takes precedence. Neither number
+    depends on which runs are finished: a different number of threads changes the last digits of a run.
     """
     cores = len(os.sched_getaffinity(0))
     given = os.environ.get("OMP_NUM_THREADS", "")
@@ -110,8 +107,8 @@ def find_finished(job: Job) -> Path | None:
     return next((path for path in _runs_of(job) if read_run(path).get("status") == "FINISHED"), None)
 
 
-def _is_going_on(job: Job) -> bool:
-    """Tell whether some process carries out the job: one of another comparison, or of one that was killed."""
+def _is_running(job: Job) -> bool:
+    """Return whether another process executes the job, of another comparison or left by a killed one."""
     return any(read_run(path).get("status") == "RUNNING" and is_held(path) for path in _runs_of(job))
 
 
@@ -137,15 +134,15 @@ def _comparable(
 
 @define(kw_only=True, eq=False)
 class Runner:
-    """Carries out jobs, several at once.
+    """Executes jobs, several at once.
 
     Attributes:
-        at_once: How many.
-        threads: Of each.
-        gpus: Names of GPUs, which runs take in turn; may be empty.
-        logs: Where the output of each goes.
-        log: Tells the person; called when a job begins, ends or fails.
-        moved: Told how many jobs are done whenever one more is.
+        at_once: How many jobs run at once.
+        threads: Number of threads of each.
+        gpus: Names of the GPUs that the runs share; may be empty.
+        logs: Folder of the output of each job.
+        log: Receives a line when a job begins or fails.
+        on_done: Receives the number of completed jobs after each one.
     """
 
     at_once: int
@@ -153,17 +150,17 @@ class Runner:
     gpus: Sequence[str] = ()
     logs: Path
     log: Callable[[str], None]
-    moved: Callable[[int], None]
+    on_done: Callable[[int], None]
     _finished: dict[Job, Path] = field(init=False, factory=dict)
     _failures: list[Failure] = field(init=False, factory=list)
     _gpus_taken: dict[Job, str] = field(init=False, factory=dict)
     _children: dict[Job, subprocess.Popen[bytes]] = field(init=False, factory=dict)
 
     def run(self, jobs: Sequence[Job]) -> Outcome:
-        """Bring every job to its end; one that fails stops no other.
+        """Complete every job; a failure does not stop the others.
 
         Raises:
-            KeyboardInterrupt: SIGINT or SIGTERM asked for the end; the children stopped with a checkpoint.
+            KeyboardInterrupt: After SIGINT or SIGTERM; the children have stopped with a checkpoint.
         """
         waiting = []
         for job in jobs:
@@ -174,7 +171,7 @@ class Runner:
                 self._end(job, found)
         elsewhere: set[Job] = set()
         self.logs.mkdir(parents=True, exist_ok=True)
-        with _terminable():
+        with sigterm_raises():
             try:
                 while waiting or self._children:
                     self._begin(waiting, elsewhere)
@@ -186,14 +183,14 @@ class Runner:
         return Outcome(finished=self._finished, failures=self._failures)
 
     def _begin(self, waiting: list[Job], elsewhere: set[Job]) -> None:
-        """Start jobs while there is room; those that others carry out are looked at again later."""
+        """Start jobs up to the limit, except those that another process executes."""
         for job in tuple(waiting):
             if len(self._children) >= self.at_once:
                 return
-            if _is_going_on(job):
+            if _is_running(job):
                 if job not in elsewhere:
                     elsewhere.add(job)
-                    self.log(f"{job.label}: another process is at it; waiting for that")
+                    self.log(f"{job.label}: another process executes it; waiting for that")
                 continue
             waiting.remove(job)
             found = find_finished(job) if job in elsewhere else None
@@ -215,7 +212,7 @@ class Runner:
             )
 
     def _gpu_of(self, job: Job) -> dict[str, str]:
-        """Give a run the GPU that the fewest others have."""
+        """Assign the GPU with the fewest other runs."""
         if not self.gpus:
             return {}
         taken = [self._gpus_taken[each] for each in self._children]
@@ -235,21 +232,21 @@ class Runner:
 
     def _end(self, job: Job, folder: Path) -> None:
         self._finished[job] = folder
-        self.moved(len(self._finished) + len(self._failures))
+        self.on_done(len(self._finished) + len(self._failures))
 
     def _fail(self, job: Job, code: int) -> None:
         reason = _last_error(self._log(job))
         self._failures.append(Failure(job=job, code=code, reason=reason, log=self._log(job)))
         self.log(f"{job.label}: FAILED (exit code {code}), {reason}; log {self._log(job)}")
-        self.moved(len(self._finished) + len(self._failures))
+        self.on_done(len(self._finished) + len(self._failures))
 
     def _stop(self) -> None:
-        """Ask every child to stop, and wait until it has; the impatient interrupt again."""
+        """Stop every child and wait for it; a second interrupt kills them."""
         for child in self._children.values():
             child.terminate()  # not SIGINT, which a child of a background job ignores
         if self._children:
-            self.log(f"stopping {len(self._children)} runs; the same command goes on with them")
-        until = time.monotonic() + _PATIENCE_S
+            self.log(f"stopping {len(self._children)} runs; the same command resumes them")
+        until = time.monotonic() + _STOP_LIMIT_S
         try:
             for child in self._children.values():
                 child.wait(timeout=max(0.0, until - time.monotonic()))
@@ -266,18 +263,3 @@ def _last_error(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     errors = [line for line in lines if line.startswith("error:")]
     return (errors or lines or ["it wrote nothing"])[-1].removeprefix("error: ")
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM end the block as SIGINT does."""
-
-    def terminate(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

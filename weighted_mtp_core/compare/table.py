@@ -1,4 +1,4 @@
-"""The table of a comparison: for each metric and arm the mean, its interval, the difference to the first."""
+"""The table of a comparison: mean, interval and difference to the first arm, for each metric and arm."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attrs import asdict, frozen
@@ -22,16 +21,16 @@ _NONE = "-"
 
 @frozen(kw_only=True)
 class Row:
-    """One arm's line for one metric.
+    """One arm's row for one metric.
 
     Attributes:
         metric: The metric.
         at: `equal steps` or `equal wall clock`.
         arm: The arm.
-        values: By seed.
-        estimate: Over the seeds.
-        difference: To the first arm, over the seeds that both have; None for the first itself, and where
-            they share none.
+        values: The values by seed.
+        estimate: Mean and interval over the seeds.
+        difference: Difference to the first arm over the seeds that both have; None for the first arm, and
+            without a common seed.
     """
 
     metric: str
@@ -44,15 +43,15 @@ class Row:
 
 @frozen(kw_only=True)
 class Comparison:
-    """All that was found.
+    """The result of a comparison.
 
     Attributes:
-        arms: Names; the first is what the others are compared to.
-        seeds: Of the runs.
-        seconds: The shortest stage 2 of all runs: the wall clock of the second half of the table.
-        count: Of the runs.
-        rows: In the order of the table.
-        missing: What did not finish, in words.
+        arms: Names of the arms; the first is the baseline.
+        seeds: Seeds of the runs.
+        seconds: The shortest stage 2 of all runs, at which values at equal wall clock are read.
+        count: Number of runs.
+        rows: The rows of the table, in order.
+        missing: Runs that did not finish, one sentence each.
     """
 
     arms: Sequence[str]
@@ -71,15 +70,20 @@ class Comparison:
         seeds: Sequence[int],
         missing: Sequence[str] = (),
     ) -> Comparison:
-        """Compare runs, given by arm and seed, by some metrics, at equal steps and at equal wall clock."""
+        """Compare runs, given by arm and seed, in some metrics, at equal steps and at equal wall clock."""
         everything = [run for by_seed in runs.values() for run in by_seed.values()]
         seconds = min(run.policy_seconds for run in everything)
         rows: list[Row] = []
         for metric in metrics:
-            rows += _rows(runs, metric, EQUAL_STEPS, partial(_last, metric))
+            last = {arm: {s: run.last.get(metric) for s, run in each.items()} for arm, each in runs.items()}
+            rows += _rows(metric, EQUAL_STEPS, last)
         for metric in metrics:
             if all(metric in run.curves for run in everything):
-                rows += _rows(runs, metric, EQUAL_TIME, partial(_after, metric, seconds))
+                after = {
+                    arm: {s: run.at_seconds(metric, seconds) for s, run in each.items()}
+                    for arm, each in runs.items()
+                }
+                rows += _rows(metric, EQUAL_TIME, after)
         return cls(
             arms=tuple(runs),
             seeds=seeds,
@@ -101,12 +105,12 @@ class Comparison:
         return "\n".join(parts) + "\n"
 
     def json(self) -> str:
-        """Return everything as JSON, with all values by seed; what is not known is null."""
+        """Return everything as JSON, with all values by seed; unknown values are null."""
         table = asdict(self, value_serializer=lambda _, __, value: _plain(value))
         return json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     def csv(self) -> str:
-        """Return one line for each row."""
+        """Return the rows as CSV."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(_COLUMNS)
@@ -128,16 +132,16 @@ class Comparison:
         what = (
             f"{len(self.arms)} arms, {count} seed{several} ({', '.join(map(str, self.seeds))}). "
             f"Differences are to `{self.arms[0]}`, paired by seed; intervals are 95 % (Student's t over "
-            "seeds); p is that of the exact two-sided sign-flip test, not corrected for the number of rows. "
+            "seeds); p is from the exact two-sided sign-flip test, not corrected for the number of rows. "
             f"With {count} pair{several} it cannot be below {smallest_p(count):.4g}."
         )
         when = (
             "At equal steps: the last value of each run. At equal wall clock: the value after "
-            f"{self.seconds:.1f} s of stage 2, the time of the fastest run."
+            f"{self.seconds:.1f} s of stage 2, the duration of the fastest run."
         )
         lines = [what, "", when]
         if self.missing:
-            lines += ["", "**Incomplete**, for these runs failed:", ""]
+            lines += ["", "**Incomplete**, because these runs failed:", ""]
             lines += [f"- {each}" for each in self.missing]
         return lines
 
@@ -150,23 +154,10 @@ _HEAD = "| arm | seeds | mean | 95 % interval | difference | 95 % interval | p |
 _RULE = "|---|---|---|---|---|---|---|"
 
 
-def _last(metric: str, run: RunMeasures) -> float | None:
-    return run.last.get(metric)
-
-
-def _after(metric: str, seconds: float, run: RunMeasures) -> float | None:
-    return run.at_seconds(metric, seconds)
-
-
-def _rows(
-    runs: Mapping[str, Mapping[int, RunMeasures]],
-    metric: str,
-    at: str,
-    read: Callable[[RunMeasures], float | None],
-) -> list[Row]:
+def _rows(metric: str, at: str, values: Mapping[str, Mapping[int, float | None]]) -> list[Row]:
     found = {
-        arm: {seed: value for seed, run in by_seed.items() if (value := read(run)) is not None}
-        for arm, by_seed in runs.items()
+        arm: {seed: value for seed, value in by_seed.items() if value is not None}
+        for arm, by_seed in values.items()
     }
     first = next(iter(found))
     return [

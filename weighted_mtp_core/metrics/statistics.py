@@ -1,4 +1,4 @@
-"""Means over seeds, differences between arms with the same seeds, and how sure they are.
+"""Means over seeds, paired differences between arms, their 95 % intervals and p-values.
 
 Shape letters: N seeds.
 """
@@ -17,13 +17,13 @@ CONFIDENCE = 0.95
 
 @frozen(kw_only=True)
 class Estimate:
-    """A mean with its interval; `low` and `high` are NaN where one value has no spread.
+    """A mean and its interval; `low` and `high` are NaN for a single value.
 
     Attributes:
-        mean: Over the seeds.
-        low: Lower end of the 95 % interval of Student's t.
-        high: Upper end.
-        count: How many values there were.
+        mean: Mean over the seeds.
+        low: Lower end of the 95 % interval (Student's t).
+        high: Upper end of it.
+        count: Number of values.
     """
 
     mean: float
@@ -34,11 +34,11 @@ class Estimate:
 
 @frozen(kw_only=True)
 class Difference:
-    """How an arm differs from the first one, seed by seed.
+    """The difference of an arm to the first one, paired by seed.
 
     Attributes:
-        estimate: Of the mean difference.
-        p_value: Two-sided, of the exact sign-flip test.
+        estimate: Mean difference and its interval.
+        p_value: Two-sided p-value of the exact sign-flip test.
     """
 
     estimate: Estimate
@@ -52,13 +52,13 @@ def estimate(value_N: Sequence[float]) -> Estimate:
     if count < 2:
         return Estimate(mean=mean, low=math.nan, high=math.nan, count=count)
     error = float(np.std(value_N, ddof=1)) / math.sqrt(count)
-    # scipy.stats has this quantile too, and takes a second to import
+    # scipy.stats.t has this quantile too, but takes a second to import
     half = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * error
     return Estimate(mean=mean, low=mean - half, high=mean + half, count=count)
 
 
 def difference(arm_N: Sequence[float], first_N: Sequence[float]) -> Difference:
-    """Compare two arms, value by value of the same seeds."""
+    """Compare two arms by their values for the same seeds."""
     change_N = [a - b for a, b in zip(arm_N, first_N, strict=True)]
     return Difference(estimate=estimate(change_N), p_value=sign_flip_p(change_N))
 
@@ -66,15 +66,16 @@ def difference(arm_N: Sequence[float], first_N: Sequence[float]) -> Difference:
 def sign_flip_p(change_N: Sequence[float]) -> float:
     """Return the exact two-sided p-value of the paired permutation test.
 
-    If an arm did nothing, each difference would be as likely with the other sign: the p-value is the share
-    of all 2^N choices of signs whose mean is at least as far from 0 as the one that was seen. It cannot be
-    below 2 / 2^N (0.0625 for five seeds).
+    Without an effect, each difference is as likely with the opposite sign: the p-value is the share of all
+    2^N choices of signs with a mean at least as far from 0 as the observed one. It cannot be below 2 / 2^N
+    (0.0625 for five seeds). `scipy.stats.permutation_test` gives the same value, for 20 seeds in 4 s instead
+    of 17 ms.
     """
     change = np.asarray(change_N, np.float64)
     sums = np.zeros(1)
     for each in change:
         sums = np.concatenate([sums + each, sums - each])
-    # sums of the same numbers in another order differ in the last digits
+    # sums of the same numbers in a different order differ in the last digits
     tolerance = 1e-9 * float(np.abs(change).sum())
     return float(np.mean(np.abs(sums) >= abs(change.sum()) - tolerance))
 

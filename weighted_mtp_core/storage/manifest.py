@@ -1,4 +1,4 @@
-"""Files that matter: written atomically, and listed with their SHA-256 so that a changed byte is noticed."""
+"""A manifest lists the files of a folder with their SHA-256, so that a changed byte is noticed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from weighted_mtp_core.storage.atomic import atomic_write, sync_to_disk
 
 MANIFEST = "manifest.json"
 DERIVED = "derived"
-"""What is made from a folder may lie in this subfolder; each part of it has a manifest of its own."""
+"""Subfolder for files derived from a folder, not in its manifest; each folder in it has its own manifest."""
 
 _BLOCK = 1 << 20
 _LINKED: dict[tuple[int, ...], str] = {}
-"""The sums of files with several names, by device, inode, size and time: a new best state comes seldom."""
+"""Checksums of files with several hard links, by device, inode, size and time of change."""
 
 
 def sha256_of(path: Path) -> str:
@@ -35,15 +35,15 @@ def sha256_of(path: Path) -> str:
 def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path`, with a manifest, if the block ends without an error.
 
-    A folder that is there, or that another process put there meanwhile, is left as it is, unless it is to be
-    replaced: it then steps aside for the moment of two renames, and is deleted.
+    A folder that exists already, or that another process creates in the meantime, is kept; with `replace` it
+    is renamed, replaced and deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield temporary
         for file in files_of(temporary):
-            file.chmod(file.stat().st_mode | 0o444)  # safetensors writes for its owner alone
+            file.chmod(file.stat().st_mode | 0o444)  # safetensors creates files that only the owner can read
             sync_to_disk(file)
         write_manifest(temporary)
         temporary.chmod(0o755)
@@ -61,7 +61,7 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def _swap(new: Path, old: Path) -> None:
-    """Let a folder take the place of another one, which is deleted; if it cannot, the other one stays."""
+    """Replace a folder by another one, or keep it if that fails."""
     aside = Path(tempfile.mkdtemp(dir=old.parent, prefix=f".{old.name}."))
     old.rename(aside)
     try:
@@ -73,12 +73,12 @@ def _swap(new: Path, old: Path) -> None:
 
 
 def write_manifest(folder: Path) -> str:
-    """List every file of a folder with size and SHA-256 in `manifest.json`; return the folder's own SHA-256.
+    """List the files of a folder with size and SHA-256 in `manifest.json`; return the folder's SHA-256.
 
-    The folder's sum is that of the list, so it moves with any byte of any file.
+    The folder's checksum is that of the manifest, so it changes with any byte of any file.
     """
     files = {
-        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": _sum_when_written(file)}
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": _sha256_of_link(file)}
         for file in files_of(folder)
     }
     text = json.dumps({"format": 1, "files": files}, indent=1, sort_keys=True) + "\n"
@@ -86,8 +86,8 @@ def write_manifest(folder: Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _sum_when_written(file: Path) -> str:
-    """Return the SHA-256 of a file; a further link to a file that was summed is not read again."""
+def _sha256_of_link(file: Path) -> str:
+    """Return the SHA-256 of a file; another hard link to the same file is not read again."""
     found = file.stat()
     if found.st_nlink == 1:
         return sha256_of(file)
@@ -98,13 +98,13 @@ def _sum_when_written(file: Path) -> str:
 
 
 def verify_manifest(folder: Path) -> str:
-    """Compare a folder with its manifest; return the folder's own SHA-256.
+    """Compare a folder with its manifest; return the folder's SHA-256.
 
     Raises:
-        WmtpError: A file changed, is missing or was added, or there is no manifest.
+        WmtpError: A file has changed, is missing or was added, or there is no manifest.
     """
     manifest = folder / MANIFEST
-    fix = f"delete `{folder}` so that it is made anew, or restore the file"
+    fix = f"delete `{folder}` so that it is created again, or restore the file"
     try:
         text = manifest.read_text(encoding="utf-8")
         listed = json.loads(text)["files"]
@@ -124,7 +124,7 @@ def verify_manifest(folder: Path) -> str:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Return the files that a manifest lists, sorted: all but itself and what is derived from them."""
+    """Return the files that a manifest lists, sorted: all except itself and derived files."""
     return sorted(
         file
         for file in folder.rglob("*")

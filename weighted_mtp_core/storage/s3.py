@@ -1,7 +1,7 @@
-"""S3 and what speaks like it: connect, check a bucket, upload a file and make sure that it arrived.
+"""S3 and compatible stores: connect, check a bucket, and verify that a file was stored.
 
 Credentials come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or boto3's other sources), the endpoint of
-an S3-compatible store from MLFLOW_S3_ENDPOINT_URL. boto3 is imported when something is done.
+an S3-compatible store from MLFLOW_S3_ENDPOINT_URL. boto3 is imported at the first use.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from attrs import frozen
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.storage.manifest import sha256_of
 
-PART_BYTES = 8 * 1024 * 1024  # boto3's own: the ETag of a larger object depends on it
+PART_BYTES = 8 * 1024 * 1024  # boto3's default, on which the ETag of a larger object depends
 _CHUNK = 1024 * 1024
 
 
 @frozen
 class S3Location:
-    """A bucket and a prefix in it, which is empty or ends in `/`."""
+    """A bucket and a prefix in it; the prefix is empty or ends in `/`."""
 
     bucket: str
     prefix: str
 
     @classmethod
     def parse(cls, uri: str) -> S3Location:
-        """Read `s3://bucket/prefix`.
+        """Parse `s3://bucket/prefix`.
 
         Raises:
-            WmtpError: It is something else.
+            WmtpError: The URI is not of this form.
         """
         parts = urlsplit(uri)
         if parts.scheme != "s3" or not parts.netloc:
-            raise WmtpError(f"`{uri}` is no place in S3", hint="for example s3://bucket/folder")
+            raise WmtpError(f"`{uri}` is no S3 location", hint="for example s3://bucket/folder")
         prefix = parts.path.strip("/")
         return cls(parts.netloc, f"{prefix}/" if prefix else "")
 
@@ -46,11 +46,11 @@ class S3Location:
 
 
 def connect() -> Any:
-    """Return a boto3 client that gives up after a few seconds on a server that is not there."""
+    """Return a boto3 client that gives up on an unreachable server after a few seconds."""
     import boto3
     from botocore.config import Config
 
-    return boto3.Session().client(  # a session of its own: the default one keeps the first credentials it saw
+    return boto3.Session().client(  # a new session: the default one keeps the first credentials
         "s3",
         endpoint_url=os.environ.get("MLFLOW_S3_ENDPOINT_URL") or None,
         config=Config(connect_timeout=5, read_timeout=60, retries={"max_attempts": 2, "mode": "standard"}),
@@ -58,10 +58,10 @@ def connect() -> Any:
 
 
 def open_bucket(bucket: str) -> Any:
-    """Return a client after making sure that the bucket is there and may be read.
+    """Return a client, after checking that the bucket exists and can be read.
 
     Raises:
-        WmtpError: Says which variable to look at.
+        WmtpError: It cannot; the message names the variables to check.
     """
     from botocore import exceptions
 
@@ -69,11 +69,11 @@ def open_bucket(bucket: str) -> Any:
     at = f" at `{endpoint}`" if endpoint else ""
     keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     try:
-        client = connect()  # finds a half of the credentials wanting
+        client = connect()  # fails if only half of the credentials is set
         client.head_bucket(Bucket=bucket)
     except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError) as error:
         raise WmtpError(
-            f"the bucket `{bucket}`{at} wants {keys}, which are not both set",
+            f"the bucket `{bucket}`{at} needs {keys}, which are not both set",
             hint="set them in the environment or in `.env`",
         ) from error
     except exceptions.ClientError as error:
@@ -95,7 +95,7 @@ def open_bucket(bucket: str) -> Any:
 
 
 def is_stored(client: Any, bucket: str, key: str, path: Path) -> bool:
-    """Return whether the object has the file's bytes: by size and ETag, or by reading it back."""
+    """Return whether an object equals a file, by size and ETag, or by reading the object."""
     from botocore.exceptions import ClientError
 
     try:
@@ -108,7 +108,7 @@ def is_stored(client: Any, bucket: str, key: str, path: Path) -> bool:
         return False
     if head["ETag"].strip('"') == etag(path):
         return True
-    # an encrypted bucket, or parts of another size: its ETag says nothing
+    # encrypted bucket or parts of another size: the ETag is not comparable
     body = client.get_object(Bucket=bucket, Key=key)["Body"]
     digest = hashlib.sha256()
     for chunk in body.iter_chunks(_CHUNK):
@@ -117,7 +117,7 @@ def is_stored(client: Any, bucket: str, key: str, path: Path) -> bool:
 
 
 def etag(path: Path) -> str:
-    """Return the ETag that S3 gives a file uploaded in parts of `PART_BYTES`."""
+    """Return the ETag of a file that is uploaded in parts of `PART_BYTES`."""
     parts = []
     with path.open("rb") as file:
         while chunk := file.read(PART_BYTES):

@@ -1,6 +1,7 @@
-"""Upload storage v2 to S3: what is new by checksum, in parallel, confirmed; run again to go on.
+"""Upload models and data sets to S3: new files by checksum, in parallel, each one verified.
 
-A version's manifest goes last, so a version whose manifest is there is there whole.
+Manifests are uploaded last, so a version with a manifest is complete. A second call continues an interrupted
+upload.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from weighted_mtp_core.storage.manifest import MANIFEST, files_of, sha256_of, ve
 from weighted_mtp_core.storage.versions import versions
 
 _WORKERS = 4
-_DIGEST = "sha256"  # the name of an object's metadata that we set
+_DIGEST = "sha256"  # name of the metadata that each uploaded object gets
 
 
 @frozen(kw_only=True)
 class Item:
-    """One file and where it goes."""
+    """One file and its key in the bucket."""
 
     path: Path
     key: str
@@ -33,17 +34,17 @@ class Item:
 
 @frozen(kw_only=True)
 class UploadPlan:
-    """What a sync would do.
+    """What an upload will do.
 
     Attributes:
-        place: Where to.
-        new: Files that S3 does not have yet.
-        there: How many it has.
+        location: The target.
+        new: Files that S3 does not have.
+        stored: Number of files that it has.
     """
 
-    place: s3.S3Location
+    location: s3.S3Location
     new: tuple[Item, ...]
-    there: int
+    stored: int
 
     @property
     def size(self) -> int:
@@ -51,42 +52,42 @@ class UploadPlan:
         return sum(item.size for item in self.new)
 
 
-def plan_sync(storage: Path, to: str) -> UploadPlan:
-    """Verify every version here, then find out which files S3 lacks.
+def plan_upload(storage: Path, to: str) -> UploadPlan:
+    """Verify every version on this machine, then find the files that S3 does not have.
 
     Raises:
-        WmtpError: A file changed since its manifest was written, or the bucket cannot be used.
+        WmtpError: A file has changed since its manifest was written, or the bucket cannot be used.
     """
-    place = s3.S3Location.parse(to)
+    location = s3.S3Location.parse(to)
     found = list(versions(storage))
     if not found:
         raise WmtpError(
             f"there is no model or data set in `{storage}`",
             hint="add one: python -m weighted_mtp_core storage add-model NAME VERSION FOLDER",
         )
-    client = s3.open_bucket(place.bucket)
-    items = [item for version in found for item in _items(version.path, storage, place)]
+    client = s3.open_bucket(location.bucket)
+    items = [item for version in found for item in _items(version.path, storage, location)]
     with ThreadPoolExecutor(_WORKERS) as pool:
-        stored = list(pool.map(lambda item: _is_there(client, place.bucket, item), items))
+        stored = list(pool.map(lambda item: _is_there(client, location.bucket, item), items))
     new = tuple(item for item, there in zip(items, stored, strict=True) if not there)
-    return UploadPlan(place=place, new=new, there=sum(stored))
+    return UploadPlan(location=location, new=new, stored=sum(stored))
 
 
 def upload(plan: UploadPlan, *, on_done: Callable[[Item], None]) -> None:
-    """Upload what a plan found missing and confirm every file; manifests last.
+    """Upload the new files of a plan and verify each one; manifests last.
 
     Args:
-        plan: From `plan_sync`.
+        plan: From `plan_upload`.
         on_done: Called after each file, from several threads.
 
     Raises:
-        RunFailedError: A file could not be uploaded or did not arrive whole; what arrived stays.
+        RunFailedError: A file could not be uploaded or is incomplete; uploaded files stay.
     """
     client = s3.connect()
     manifests = [item for item in plan.new if item.path.name == MANIFEST]
     files = [item for item in plan.new if item.path.name != MANIFEST]
     for group in (files, manifests):
-        _upload_all(client, plan.place.bucket, group, on_done=on_done)
+        _upload_all(client, plan.location.bucket, group, on_done=on_done)
 
 
 def _upload_all(client: Any, bucket: str, items: Sequence[Item], *, on_done: Callable[[Item], None]) -> None:
@@ -116,16 +117,16 @@ def _upload(client: Any, bucket: str, item: Item) -> None:
     except (Boto3Error, BotoCoreError, ClientError) as error:
         raise RunFailedError(
             f"`{item.path}` could not be uploaded: {redact(str(error))}",
-            hint="run the same command again: it goes on with what is missing",
+            hint="run the same command again: it continues with the missing files",
         ) from error
     if not whole:
-        raise RunFailedError(f"`s3://{bucket}/{item.key}` has other bytes than `{item.path}`")
+        raise RunFailedError(f"`s3://{bucket}/{item.key}` differs from `{item.path}`")
 
 
-def _items(version: Path, storage: Path, place: s3.S3Location) -> Iterator[Item]:
+def _items(version: Path, storage: Path, location: s3.S3Location) -> Iterator[Item]:
     verify_manifest(version)
     for path in [*files_of(version), version / MANIFEST]:
-        key = place.prefix + path.relative_to(storage).as_posix()
+        key = location.prefix + path.relative_to(storage).as_posix()
         yield Item(path=path, key=key, size=path.stat().st_size)
 
 
@@ -139,6 +140,6 @@ def _is_there(client: Any, bucket: str, item: Item) -> bool:
             return False
         raise
     digest = head.get("Metadata", {}).get(_DIGEST)
-    if digest is None:  # put there by somebody else
+    if digest is None:  # uploaded by another program
         return s3.is_stored(client, bucket, item.key, item.path)
     return bool(head["ContentLength"] == item.size and digest == sha256_of(item.path))

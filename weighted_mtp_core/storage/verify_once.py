@@ -1,7 +1,7 @@
-"""Verify large folders once: hash them again only if a file was touched since.
+"""Verify a large folder once, and again only after a file has changed.
 
-Hashing costs seconds a gigabyte, so a run that starts on a known corpus would wait for its size. A file that
-is written to gets another time of change from the operating system, and no program can set that back.
+Hashing takes seconds per gigabyte, which would delay each run on a large corpus. The operating system updates
+the change time (ctime) of a file that is written to, and no program can set it back.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from weighted_mtp_core.storage.manifest import MANIFEST, files_of, verify_manife
 
 
 def verify_once(folder: Path) -> str:
-    """Return the folder's own SHA-256; compare its files with the manifest unless none changed since.
+    """Return the folder's SHA-256; compare its files with the manifest unless no file changed since the last time.
 
-    What was found lies beside the folder, in `<folder>.verified`; `verify_manifest` hashes in any case.
+    The result is kept beside the folder, in `<folder>.verified`; `verify_manifest` always hashes.
 
     Raises:
         WmtpError: See `verify_manifest`.
     """
     record = folder.with_name(f"{folder.name}.verified")
-    touched = _touched(folder)
-    if record.is_file() and record.read_text(encoding="utf-8") == touched:
+    states = _file_states(folder)
+    if record.is_file() and record.read_text(encoding="utf-8") == states:
         return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
     sha256 = verify_manifest(folder)
-    atomic_write(record, touched)
+    atomic_write(record, states)
     return sha256
 
 
-def _touched(folder: Path) -> str:
-    """Return size, inode and times of change of every file, as text."""
+def _file_states(folder: Path) -> str:
+    """Return size, inode, modification and change time of every file, as text."""
     files = [*files_of(folder), *folder.glob(MANIFEST)]
     states = {file.relative_to(folder).as_posix(): file.stat() for file in files}
     return json.dumps(

@@ -1,4 +1,4 @@
-"""Storage v2: `models_v2/<name>/<version>/` and `datasets_v2/<name>/<version>/`, each with a manifest."""
+"""Versions of models and data sets: `models_v2/<name>/<version>/`, `datasets_v2/<name>/<version>/`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Version:
     """One version of a model or a data set.
 
     Attributes:
-        path: Its folder.
+        path: The folder.
         address: `<kind>/<name>/<version>`.
     """
 
@@ -31,7 +31,7 @@ class Version:
 
 
 def dataset_folder(storage: Path, name: str, version: str) -> Path:
-    """Return where a version of a data set lies, if it does."""
+    """Return the folder of a version of a data set, which may not exist."""
     return storage / "datasets_v2" / name / version
 
 
@@ -47,7 +47,7 @@ def add_version(storage: Path, source: Path, *, kind: Kind, name: str, version: 
     """Copy a file or a folder into storage as a new version, with a manifest.
 
     Raises:
-        WmtpError: A name cannot be a folder, there is nothing to copy, or this version is there already.
+        WmtpError: A name cannot be a folder, there is nothing to copy, or the version exists already.
     """
     try:
         check_path(name)
@@ -59,7 +59,7 @@ def add_version(storage: Path, source: Path, *, kind: Kind, name: str, version: 
     path = storage / kind / name / version
     if path.exists():
         raise WmtpError(
-            f"`{path}` is there already, and a version never changes", hint="add it under another version"
+            f"`{path}` exists already, and a version never changes", hint="add it under another version"
         )
     with atomic_folder(path) as folder:
         if source.is_dir():
