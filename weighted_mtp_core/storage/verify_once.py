@@ -15,7 +15,7 @@ from weighted_mtp_core.storage.manifest import MANIFEST, files_of, verify_manife
 
 
 def verify_once(folder: Path) -> str:
-    """Return the folder's SHA-256; compare its files with the manifest unless no file changed since the last time.
+    """Return the SHA-256 of a folder, after comparing its files with the manifest if one of them has changed.
 
     The result is kept beside the folder, in `<folder>.verified`; `verify_manifest` always hashes.
 
