@@ -27,7 +27,8 @@ from weighted_mtp_core.report.token_values import mean_over_heads
 PLUGIN = """
     from attrs import frozen
     from weighted_mtp_core.api import (
-        Component, Critic, Scores, Signal, WeightingStrategy, Weights, WmtpError, hookimpl,
+        Component, Critic, DataSource, DatasetVersion, Example, Problem, Scores, Signal, Verdict, VerdictKind,
+        WeightingStrategy, Weights, WmtpError, hookimpl,
     )
 
     @frozen(kw_only=True)
@@ -52,6 +53,33 @@ PLUGIN = """
             place_BT = (batch.document_BT >= 0).cumsum(dim=1)
             return Scores(value_BT=place_BT / 1024)
 
+    class Sums(DataSource):
+        def examples(self, split):
+            problems = [problem.problem_id for problem in self.problems(split)]
+            return [
+                Example(
+                    example_id=f"{each}/{reward}", problem_id=each, prompt=f"Add {each}.",
+                    response=f"It is {number + reward}.", reward=reward,
+                )
+                for number, each in enumerate(problems) for reward in (1.0, 0.0)
+            ]
+
+        def problems(self, split):
+            return [
+                Problem(problem_id=f"{split} {number}", prompt="Add.", entry_point="f", tests="")
+                for number in range(12)
+            ]
+
+        def verify(self, attempts):
+            return [Verdict(kind=VerdictKind.WRONG) for _ in attempts]
+
+        def version(self):
+            return DatasetVersion(name="sums", version="1", sha256="0" * 64)
+
+    @hookimpl
+    def wmtp_data_sources():
+        yield Component(name="sums", summary="Sums.", options=Options, build=lambda o, c: Sums())
+
     @hookimpl
     def wmtp_weighting_strategies():
         needs = frozenset({Signal.VALUE, Signal.REWARD})
@@ -75,6 +103,7 @@ def run(wmtp_tiny_run, install_plugin):
     install_plugin("shown", PLUGIN)
     return wmtp_tiny_run(
         {
+            "data": {"use": "shown.sums"},
             "weighting": {"use": "shown.by_reward"},
             "critic": {"use": "shown.rising", "allow_uninformative_critic": True, "train": {}},
         }

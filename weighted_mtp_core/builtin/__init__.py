@@ -1,4 +1,4 @@
-"""Plugin `core`: the data sources and trackers that every algorithm shares."""
+"""Plugin `core`: the data source `core.jsonl` and the tracker `core.mlflow`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from weighted_mtp_core.builtin.mlflow import MlflowOptions, build_mlflow, examin
 
 @hookimpl
 def wmtp_data_sources() -> Iterable[Component[Any, DataSource]]:
-    """Offer the team's own files."""
+    """Offer JSONL files."""
     yield Component(
         name="jsonl",
         summary="Your own examples: one JSON object a line with instruction, output and is_correct.",

@@ -1,4 +1,4 @@
-"""Store files in a run's artifact store, and make sure that they arrived."""
+"""Store files in the artifact store of a run, and verify them."""
 
 from __future__ import annotations
 
@@ -23,48 +23,48 @@ _SLOWEST_BYTES_A_SECOND = 1_000_000
 
 
 class NotStoredError(Exception):
-    """The artifact store has not what was sent."""
+    """The stored file is not the one that was sent."""
 
 
 def check_store(client: MlflowClient, run_id: str) -> None:
-    """Find out before training whether files can be stored.
+    """Check before training that files can be stored.
 
     Raises:
-        WmtpError: The bucket is missing or refuses the credentials.
+        WmtpError: The bucket does not exist or refuses the credentials.
     """
     uri = client.get_run(run_id).info.artifact_uri
     if uri.startswith("s3://"):
         s3.open_bucket(s3.S3Location.parse(uri).bucket)
     else:
-        client.list_artifacts(run_id)  # asks a server that stores for us whether it can
+        client.list_artifacts(run_id)  # fails if the server cannot reach its store
 
 
 def store(client: MlflowClient, run_id: str, path: Path, subdir: str, *, uri: str) -> None:
-    """Upload a file and confirm it: by ETag where S3 is reached directly, by size elsewhere.
+    """Upload a file and verify it, by ETag if S3 is accessed directly, else by size.
 
     Raises:
-        NotStoredError: What is stored is not what was sent; to be sent again.
+        NotStoredError: The stored file is not the one that was sent; send it again.
     """
     root = client.get_run(run_id).info.artifact_uri
     name = f"{subdir}/{path.name}" if subdir else path.name
     if root.startswith(_PROXIED):
         with path.open("rb") as file:
-            _ask_proxy(uri, f"{root}/{name}", "PUT", size=path.stat().st_size, data=file)
+            _request(uri, f"{root}/{name}", "PUT", size=path.stat().st_size, data=file)
     else:
         client.log_artifact(run_id, str(path), subdir or None)
     if root.startswith("s3://"):
-        place = s3.S3Location.parse(f"{root}/{subdir}")
-        whole = s3.is_stored(s3.connect(), place.bucket, f"{place.prefix}{path.name}", path)
+        location = s3.S3Location.parse(f"{root}/{subdir}")
+        whole = s3.is_stored(s3.connect(), location.bucket, f"{location.prefix}{path.name}", path)
     else:
         listed = client.list_artifacts(run_id, subdir or None)
-        sizes = {file.path: file.file_size or 0 for file in listed}  # of an empty file, a server says nothing
+        sizes = {file.path: file.file_size or 0 for file in listed}  # servers give no size for an empty file
         whole = sizes.get(name) == path.stat().st_size
     if not whole:
         raise NotStoredError(f"`{name}` did not arrive whole")
 
 
 def drop_local_checkpoint(client: MlflowClient, run_id: str, path: Path, subdir: str, *, uri: str) -> None:
-    """Delete the local best checkpoint, which `store` has stored, if a remote store has every byte of it.
+    """Delete the local best checkpoint after `store`, if a remote store has every byte of it.
 
     Raises:
         NotStoredError: The stored file differs.
@@ -74,7 +74,7 @@ def drop_local_checkpoint(client: MlflowClient, run_id: str, path: Path, subdir:
         return
     if root.startswith(_PROXIED):
         name = f"{subdir}/{path.name}"
-        answer = _ask_proxy(uri, f"{root}/{name}", "GET", size=path.stat().st_size, stream=True)
+        answer = _request(uri, f"{root}/{name}", "GET", size=path.stat().st_size, stream=True)
         digest = hashlib.sha256()
         for chunk in answer.iter_content(_CHUNK):
             digest.update(chunk)
@@ -83,11 +83,11 @@ def drop_local_checkpoint(client: MlflowClient, run_id: str, path: Path, subdir:
     path.unlink()
 
 
-def _ask_proxy(uri: str, address: str, method: str, *, size: int, **body: Any) -> requests.Response:
-    """Ask the tracking server about a file that it stores for us.
+def _request(uri: str, address: str, method: str, *, size: int, **body: Any) -> requests.Response:
+    """Send a request for a file that the tracking server stores, with a timeout that fits its size.
 
-    It answers when S3 has the file, so a large one takes longer than the timeout of MLflow's own request,
-    which comes from the environment and so is the same for every thread.
+    The server answers after S3 has the file, which for a large file takes longer than the timeout of MLflow's
+    own request; that one comes from the environment, so it is the same for every thread.
     """
     folder, _, name = address.rpartition("/")
     creds = get_default_host_creds(MlflowArtifactsRepository.resolve_uri(folder, uri))

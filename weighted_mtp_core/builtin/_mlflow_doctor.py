@@ -1,4 +1,4 @@
-"""Try a tracking server and its artifact store: login, database, clock, and one small file in and out."""
+"""Check a tracking server and its artifact store: login, database, clock, and one small file in and out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PROBE = b"written by `doctor`"
 
 
 def examine_server(uri: str) -> list[Finding]:
-    """Ask `/health` with the login, then the database; look at the server's clock."""
+    """Check `/health` with the login, then the database and the server's clock."""
     try:
         if not uri.startswith("http"):
             MlflowClient(uri).search_experiments(max_results=1)
@@ -75,9 +75,9 @@ def examine_artifacts(uri: str, artifact_root: str | None) -> Iterator[Finding]:
 
 
 def _try_s3(root: str, name: str) -> None:
-    place = s3.S3Location.parse(root)
-    client = s3.open_bucket(place.bucket)
-    at = {"Bucket": place.bucket, "Key": place.prefix + name}
+    location = s3.S3Location.parse(root)
+    client = s3.open_bucket(location.bucket)
+    at = {"Bucket": location.bucket, "Key": location.prefix + name}
     client.put_object(**at, Body=_PROBE)
     read = client.get_object(**at)["Body"].read()
     client.delete_object(**at)

@@ -1,7 +1,7 @@
-"""Say in one line what an exception of MLflow's client means, and whether waiting can help.
+"""Explain an exception of MLflow's client in one line, and decide whether a retry can help.
 
-MLflow raises one class for everything; what happened is in the status code, in the text, or in the exception
-underneath. Bodies (nginx answers in HTML) and URLs with secrets never get into the line.
+MLflow raises one class for everything; the cause is in the status code, in the text, or in the exception
+underneath. Response bodies (nginx answers in HTML) and URLs with secrets are left out.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ _STATUS = re.compile(
     r"error code (\d{3}) != |\b(\d{3}) (?:Client|Server) Error|too many (\d{3}) error responses"
 )
 _MALFORMED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
-# MLflow's server calls these bad requests too, though the next try finds the row that another client wrote,
-# or a free connection
+# MLflow's server reports these as bad requests too, but a retry finds the row that another client wrote, or a
+# free connection
 _CROWDED = re.compile(r"UniqueViolation|UNIQUE constraint failed|Duplicate entry|QueuePool limit")
 _LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 
 
 class NotDeliveredError(Exception):
-    """The store did not take something; later it may."""
+    """The store did not accept something; a retry may succeed."""
 
 
 @frozen(kw_only=True)
 class Diagnosis:
-    """What went wrong.
+    """The cause of a failure.
 
     Attributes:
-        text: In one line.
-        hint: What to do about it, if a person can do something.
-        lasting: Whether waiting will hardly help: it stops a run that starts; one that goes on waits.
+        text: The cause in one line.
+        hint: What a person can do about it, if anything.
+        lasting: Whether it is unlikely to pass by itself: it stops a run at its start, but not later.
         hopeless: Whether the same request will never succeed.
     """
 
@@ -46,17 +46,17 @@ class Diagnosis:
     hopeless: bool = False
 
     def as_error(self) -> WmtpError:
-        """Return what stops a run."""
+        """Return the error that stops a run."""
         return WmtpError(self.text, hint=self.hint)
 
 
 def diagnose(error: BaseException, uri: str, *, what: str = "") -> Diagnosis:
-    """Return what an exception from MLflow, requests, botocore or a database driver means.
+    """Return the cause of an exception from MLflow, requests, botocore or a database driver.
 
     Args:
         error: The exception.
         uri: The tracking URI.
-        what: What of the server it is about, such as "the artifact store of ".
+        what: Which function of the server failed, such as "the artifact store of ".
     """
     found = _diagnose(error)
     server = "the tracking server" if uri.startswith("http") else "the MLflow store"
@@ -66,7 +66,7 @@ def diagnose(error: BaseException, uri: str, *, what: str = "") -> Diagnosis:
 def _diagnose(error: BaseException) -> Diagnosis:
     text = " ".join(f"{type(each).__name__} {each}" for each in causes(error))
     if is_crowded(error):
-        return Diagnosis(text="{server} is used by too many at once")
+        return Diagnosis(text="{server} is overloaded by other clients")
     if getattr(error, "error_code", "") in _MALFORMED and "'active' state" not in text:
         return Diagnosis(text=f"{{server}} refuses it: {_first_line(error)}", hopeless=True)
     status = http_status(error)
@@ -172,12 +172,12 @@ def _diagnose_status(status: int, text: str) -> Diagnosis:
 
 
 def is_crowded(error: BaseException) -> bool:
-    """Tell whether another client was in the way: it wrote the same row, or held the last connection."""
+    """Return whether another client interfered: it wrote the same row, or held the last connection."""
     return any(_CROWDED.search(str(each)) for each in causes(error))
 
 
 def http_status(error: BaseException) -> int | None:
-    """Return the HTTP status that an exception stands for, if it stands for one."""
+    """Return the HTTP status of an exception, if it has one."""
     for each in causes(error):
         response = getattr(each, "response", None)
         if response is not None and isinstance(getattr(response, "status_code", None), int):
@@ -190,7 +190,7 @@ def http_status(error: BaseException) -> int | None:
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an exception and those that it came from."""
+    """Yield an exception and its causes."""
     each: BaseException | None = error
     while each is not None:
         yield each

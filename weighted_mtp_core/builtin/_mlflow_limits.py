@@ -1,4 +1,4 @@
-"""Fit params and tags into what every MLflow store holds. Nothing is cut in silence: a cut value says so."""
+"""Adapt params and tags to the limits of all MLflow stores. A value that is cut says so."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")  # Postg
 
 
 def legal(values: Mapping[str, str], *, longest: int) -> dict[str, str]:
-    """Return keys and values that every store takes, in order."""
+    """Return keys and values that every store accepts, in order."""
     fitted: dict[str, str] = {}
     for key, value in values.items():
         name = legal_key(key)
@@ -24,7 +24,7 @@ def legal(values: Mapping[str, str], *, longest: int) -> dict[str, str]:
 
 
 def legal_key(key: str) -> str:
-    """Replace what MLflow refuses in a key; a key that is too long ends in a digest of itself."""
+    """Replace characters that MLflow refuses in a key; end a key that is too long in its digest."""
     name = _ILLEGAL_KEY.sub("_", key).strip("/ ") or "_"
     parts = [part if part.strip(".") else "_" for part in name.split("/")]
     name = "/".join(parts)
@@ -41,13 +41,11 @@ def legal_value(value: str, *, longest: int) -> str:
 
 
 def batches(values: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """Split into requests that MLflow takes."""
+    """Split into requests of a size that MLflow accepts."""
     batch: dict[str, str] = {}
     size = 0
     for key, value in values.items():
-        weight = 6 * (
-            len(key) + len(value)
-        )  # a character is at most six bytes of JSON, or twelve beyond the BMP
+        weight = 6 * (len(key) + len(value))  # a character is at most six bytes of JSON, or twelve
         if batch and (len(batch) == _BATCH or size + weight > _BATCH_BYTES):
             yield batch
             batch, size = {}, 0

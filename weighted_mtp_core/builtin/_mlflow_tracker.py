@@ -1,7 +1,7 @@
-"""The MLflow side of `core.mlflow`. Importing this module imports mlflow: two seconds, 160 MB.
+"""The tracker behind `core.mlflow`. Importing this module imports mlflow: two seconds, 160 MB.
 
-`MlflowClient` with an explicit run id throughout: the fluent API prints, ends runs, and adds tags of others.
-Retries are the core's: left alone, the client blocks 247 s a call on a dead server.
+It uses `MlflowClient` with an explicit run id, because the fluent API prints, ends runs and adds other tags.
+Core retries (`tracking/retrying_uploader.py`): the client's own retries block each call for 247 s.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from weighted_mtp_core.api import DatasetVersion, MetricPoint, RunInfo, RunOutco
 from weighted_mtp_core.builtin import _mlflow_limits as limits
 from weighted_mtp_core.builtin._mlflow_artifacts import check_store, drop_local_checkpoint, store
 from weighted_mtp_core.builtin._mlflow_errors import NotDeliveredError, diagnose, is_crowded
-from weighted_mtp_core.builtin.mlflow import local_path
+from weighted_mtp_core.builtin._mlflow_uri import local_path
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.tracking.names import check_path_name
 
 RUN_ID_TAG = "wmtp.run_id"
-_DIGEST = 36  # characters; the whole SHA-256 is the param `data.sha256`
+_DIGEST = 36  # the most characters that MLflow accepts; the param `data.sha256` has all
 
 
 class MlflowTracker(Tracker):
-    """Keeps a run in an MLflow store.
+    """Records a run in an MLflow store.
 
-    A run is found again by its tag `wmtp.run_id`. Points that the store already has (by the highest step of
-    their metric) are not sent again, so that neither a lost answer nor a resumed run doubles any.
+    The tag `wmtp.run_id` identifies a run. Points up to the highest step that the store has of their metric
+    are not sent again, so neither a lost answer nor a resumed run duplicates any.
 
     Args:
         uri: The tracking URI.
-        artifact_root: Where a new experiment keeps its files, if not in the default place.
+        artifact_root: Where a new experiment stores its files; None leaves it to MLflow.
         keep_local: False deletes the best checkpoint once a remote store has it.
     """
 
@@ -64,7 +64,7 @@ class MlflowTracker(Tracker):
         self._experiment_id = ""
         self._run_id = ""
         self._last_step: dict[str, int] | None = None
-        warnings.filterwarnings("ignore", message="The ``noload`` loader")  # of MLflow's own making
+        warnings.filterwarnings("ignore", message="The ``noload`` loader")  # MLflow's own
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -75,18 +75,18 @@ class MlflowTracker(Tracker):
 
     @property
     def run_id(self) -> str:
-        """The store's own id of the run; empty before `start`."""
+        """The id of the run in MLflow; empty before `start`."""
         return self._run_id
 
     def start(self, run: RunInfo) -> None:
         """Create the run in its experiment, or reopen it, and bring its description up to date.
 
         Raises:
-            WmtpError: Waiting will not help: wrong login, unknown host, deleted experiment.
-            NotDeliveredError: It may.
+            WmtpError: A retry will not help: wrong login, unknown host, deleted experiment.
+            NotDeliveredError: A retry may help.
         """
         check_path_name(run.experiment, what="an experiment")
-        with self._diagnosed(starting=not self._run_id), self._alone_with_a_file():
+        with self._diagnosed(starting=not self._run_id), self._local_store_lock():
             if self._client is None:
                 self._client = MlflowClient(tracking_uri=self._uri)
             self._experiment_id = self._find_experiment(run.experiment)
@@ -97,18 +97,18 @@ class MlflowTracker(Tracker):
             self._describe(run)
 
     def log_metrics(self, points: Sequence[MetricPoint]) -> None:
-        """Record points that the store does not have yet."""
+        """Record the points that the store does not have."""
         with self._diagnosed():
             last = self._known_steps()
             new = [point for point in points if point.step > last.get(point.name, -1)]
-            self._last_step = None  # until the store confirms, it may have taken some, all or none
+            self._last_step = None  # unknown until the store confirms
             if new:
                 metrics = [Metric(point.name, point.value, point.time_ms, point.step) for point in new]
                 self._open.log_batch(self._run_id, metrics=metrics)
             self._last_step = {**last, **{point.name: point.step for point in new}}
 
     def log_artifact(self, path: Path, subdir: str) -> None:
-        """Store a file below the run's artifacts."""
+        """Store a file among the artifacts of the run."""
         with self._diagnosed(what="the artifact store of "):
             store(self._open, self._run_id, path, subdir, uri=self._uri)
             if not self._keep_local:
@@ -129,7 +129,7 @@ class MlflowTracker(Tracker):
             self._open.set_terminated(self._run_id, outcome.value, end_time=time_ms)
 
     def where(self) -> str:
-        """Return the page of the run, or the command that shows the store."""
+        """Return the URL of the run, or the command that shows the store."""
         if self._path is None and not self._uri.startswith("postgresql"):
             return f"{self._uri.rstrip('/')}/#/experiments/{self._experiment_id}/runs/{self._run_id}"
         allow = "MLFLOW_ALLOW_FILE_STORE=true " if self._uri.startswith("file:") else ""
@@ -138,7 +138,7 @@ class MlflowTracker(Tracker):
     # ------------------------------------------------------------------- experiment and run
 
     def _check_store(self) -> None:
-        """Stop a new run whose files will never be stored; a store that is only away gets them later."""
+        """Stop a new run if its files can never be stored; an outage only delays them."""
         try:
             check_store(self._open, self._run_id)
         except WmtpError:
@@ -151,12 +151,12 @@ class MlflowTracker(Tracker):
     @property
     def _open(self) -> MlflowClient:
         if self._client is None:
-            raise AssertionError("`start` makes the client first")
+            raise AssertionError("`start` creates the client")
         return self._client
 
     @contextmanager
     def _diagnosed(self, *, starting: bool = False, what: str = "") -> Iterator[None]:
-        """Turn what MLflow raises into one line, and decide whether it stops the run."""
+        """Raise an error of one line for what MLflow raises; its class decides whether to retry."""
         try:
             yield
         except WmtpError:
@@ -168,8 +168,8 @@ class MlflowTracker(Tracker):
             raise NotDeliveredError(found.text) from error
 
     @contextmanager
-    def _alone_with_a_file(self) -> Iterator[None]:
-        """Let one process at a time open a local store: two that migrate a fresh file crash."""
+    def _local_store_lock(self) -> Iterator[None]:
+        """Let one process at a time open a local store: two processes that migrate a new file crash."""
         if self._path is None:
             yield
             return
@@ -180,7 +180,7 @@ class MlflowTracker(Tracker):
             yield
 
     def _find_experiment(self, name: str) -> str:
-        """Return the id of an experiment, creating it unless another process was faster."""
+        """Return the id of an experiment, which is created if it does not exist."""
         client = self._open
         experiment: Experiment | None = client.get_experiment_by_name(name)
         if experiment is None:
@@ -224,7 +224,7 @@ class MlflowTracker(Tracker):
         )
 
     def _describe(self, run: RunInfo) -> None:
-        """Add what the store lacks; tags last, so that ours win over those of context providers."""
+        """Add what the store does not have; tags last, so that they override those of context providers."""
         client = self._open
         kept = client.get_run(self._run_id)
         if kept.info.status != "RUNNING":
@@ -238,7 +238,7 @@ class MlflowTracker(Tracker):
         self._send_tags(run.tags)
 
     def _describe_data(self, versions: Sequence[DatasetVersion]) -> None:
-        """Name the run's data; runs that start together on new data may all try to write its one row."""
+        """Log the data of the run; retry once, since runs that start at once may insert the same row."""
         datasets = [_dataset_input(version) for version in versions]
         try:
             self._open.log_inputs(self._run_id, datasets=datasets)
@@ -250,7 +250,7 @@ class MlflowTracker(Tracker):
     def _known_steps(self) -> dict[str, int]:
         """Return the highest step of every metric in the store."""
         if self._last_step is None:
-            metrics = self._open.get_run(self._run_id).data._metric_objs  # noqa: SLF001 - with steps
+            metrics = self._open.get_run(self._run_id).data._metric_objs  # noqa: SLF001 - the public dict has no steps
             self._last_step = {metric.key: metric.step for metric in metrics}
         return self._last_step
 

@@ -1,23 +1,20 @@
-"""Tracker `core.mlflow`: options, and where a run goes. Importing this module does not import mlflow."""
+"""Tracker `core.mlflow`: its options, how it is built, and its checks. Does not import mlflow."""
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from attrs import Attribute, field, frozen
 from attrs import validators as v
 
 from weighted_mtp_core.api import BuildContext, Finding, Tracker
+from weighted_mtp_core.builtin._mlflow_uri import check_uri, local_path, resolve_uri
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.redaction import redact
 from weighted_mtp_core.tracking.dotenv import use_dotenv
 from weighted_mtp_core.tracking.noop import NoopTracker
 
-URI_VARIABLE = "MLFLOW_TRACKING_URI"
 _CLIENT_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -25,7 +22,6 @@ _CLIENT_SETTINGS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
-_SCHEME = re.compile(r"(https?|file|sqlite|postgresql(\+\w+)?)://?")
 _SEGMENT = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
@@ -43,14 +39,14 @@ class MlflowOptions:
     """`[tracker.options]` of `core.mlflow`.
 
     Attributes:
-        tracking_uri: The server or store; else MLFLOW_TRACKING_URI from the environment or `.env`; else
-            `<storage>/mlflow.db`.
+        tracking_uri: The server or store; by default MLFLOW_TRACKING_URI from the environment or `.env`, or
+            else `<storage>/mlflow.db`.
         experiment_prefix: The experiment is `<experiment_prefix>/<weighting plugin>`.
-        artifact_root: Where a new experiment keeps files; else the server's default, or `mlartifacts`
+        artifact_root: Where a new experiment stores files; by default the server's choice, or `mlartifacts`
             beside a local store.
         keep_local: False deletes `checkpoints/best_model.pt` from the run folder once a remote artifact
             store has every byte of it.
-        enabled: False leaves the run untracked, but for its run folder.
+        enabled: False records the run in its run folder only.
     """
 
     tracking_uri: str | None = field(default=None, validator=_is_uri)
@@ -63,7 +59,7 @@ class MlflowOptions:
 
 
 def build_mlflow(options: MlflowOptions, context: BuildContext) -> Tracker:
-    """Build the tracker; nothing is contacted yet.
+    """Build the tracker without contacting a server.
 
     Raises:
         WmtpError: The tracking URI cannot be used.
@@ -71,11 +67,11 @@ def build_mlflow(options: MlflowOptions, context: BuildContext) -> Tracker:
     if not options.enabled:
         return NoopTracker()
     use_dotenv()
-    uri = options.tracking_uri or os.environ.get(URI_VARIABLE) or embedded_uri(context.storage)
+    uri = resolve_uri(options.tracking_uri, context.storage)
     check_uri(uri)
     for name, value in _CLIENT_SETTINGS.items():
         os.environ.setdefault(name, value)
-    from weighted_mtp_core.builtin._mlflow_tracker import MlflowTracker  # reads some of them when imported
+    from weighted_mtp_core.builtin._mlflow_tracker import MlflowTracker  # mlflow reads settings when imported
 
     return MlflowTracker(uri=uri, artifact_root=options.artifact_root, keep_local=options.keep_local)
 
@@ -85,7 +81,7 @@ def examine_mlflow(options: MlflowOptions, storage: Path) -> Iterator[Finding]:
     if not options.enabled:
         yield Finding(mark="warning", name="tracking", text="is switched off (`enabled = false`)")
         return
-    uri = options.tracking_uri or os.environ.get(URI_VARIABLE) or embedded_uri(storage)
+    uri = resolve_uri(options.tracking_uri, storage)
     try:
         check_uri(uri)
     except WmtpError as error:
@@ -99,9 +95,8 @@ def examine_mlflow(options: MlflowOptions, storage: Path) -> Iterator[Finding]:
 
     server = examine_server(uri)
     yield from server
-    if any(finding.mark == "FAILED" for finding in server):
-        return
-    yield from examine_artifacts(uri, options.artifact_root)
+    if not any(finding.mark == "FAILED" for finding in server):
+        yield from examine_artifacts(uri, options.artifact_root)
 
 
 def _examine_local_store(uri: str, path: Path) -> Finding:
@@ -111,44 +106,3 @@ def _examine_local_store(uri: str, path: Path) -> Finding:
     if not os.access(path if path.exists() else folder, os.W_OK):
         return Finding(mark="FAILED", name="tracking", text=f"the store `{uri}` cannot be written")
     return Finding(mark="ok", name="tracking", text=f"the store `{uri}`")
-
-
-def embedded_uri(storage: Path) -> str:
-    """Return the store that is used when nothing is configured."""
-    return f"sqlite:///{storage.absolute() / 'mlflow.db'}"
-
-
-def check_uri(uri: str) -> None:
-    """Refuse a tracking URI that MLflow would misunderstand, or that holds a password.
-
-    Raises:
-        WmtpError: It has another scheme, or user and password in it.
-    """
-    if not _SCHEME.match(uri):
-        raise WmtpError(
-            f"`{redact(uri)}` is no tracking URI",
-            hint="for example https://mlflow.example.org, sqlite:////data/mlflow.db, file:///tmp/mlflow or "
-            "postgresql+psycopg2://user@host/mlflow",
-        )
-    parts = urlsplit(uri)
-    web = parts.scheme in {"http", "https"}
-    if parts.password is not None or (web and parts.username is not None):
-        raise WmtpError(
-            f"the tracking URI `{redact(uri)}` holds a user or a password, which MLflow would print",
-            hint="take it out of the URI and set "
-            + (
-                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment or in `.env`"
-                if web
-                else "PGPASSWORD in the environment, or write it into ~/.pgpass"
-            ),
-        )
-
-
-def local_path(uri: str) -> Path | None:
-    """Return the file or folder of a `sqlite:` or `file:` URI; None for a server."""
-    scheme, _, rest = uri.partition(":")
-    if scheme == "sqlite":
-        return Path(rest.removeprefix("///")).absolute()
-    if scheme == "file":
-        return Path(rest.removeprefix("//").removeprefix("localhost")).absolute()
-    return None
