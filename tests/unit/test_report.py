@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.report.drawing import Series, line_chart, nice_ticks
 from weighted_mtp_core.report.page import write_report
-from weighted_mtp_core.tracking.run_history import read_history
 from weighted_mtp_core.tracking.journal import Journal
+from weighted_mtp_core.tracking.run_history import read_history
 
 RUN = {"run_id": "20261123-120000-abcdef", "name": "<arm> one", "experiment": "weighted_mtp/example"}
 PARAMS = {"model.n_future": "2", "data.name": "lines", "data.version": "7", "train.steps": "20"}

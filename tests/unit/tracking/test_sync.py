@@ -159,7 +159,9 @@ def test_the_next_run_sends_what_an_earlier_one_could_not(write_recipe, example_
         pass
 
     assert not run_status(earlier.path).pending["0-core.mlflow"]
-    assert f"sent what the trackers of the earlier run `{earlier.run_id}` had not received" in screen.getvalue()
+    assert (
+        f"sent what the trackers of the earlier run `{earlier.run_id}` had not received" in screen.getvalue()
+    )
 
 
 def test_runs_are_found_by_path_id_or_part(dead):
