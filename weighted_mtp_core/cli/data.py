@@ -22,9 +22,9 @@ datasets_v2/<name>/<version>/ with a manifest, statistics and what they depend o
 _EPILOG = """\
 examples:
   data prepare configs/baseline.toml
-  data prepare configs/baseline.toml --set data.use=code_tasks.mbpp --set data.options.path=mbpp.jsonl
+  data prepare configs/baseline.toml --set data.options.seed=1
   data show
-  data show mbpp"""
+  data show micro_code"""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:

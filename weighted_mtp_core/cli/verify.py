@@ -25,12 +25,12 @@ per sample task_id, passed, verdict and detail, in the order of the samples."""
 _EPILOG = """\
 examples:
   verify configs/baseline.toml --samples samples.jsonl --out results.jsonl
-  verify configs/baseline.toml --samples samples.jsonl --out results.jsonl \\
-    --set data.use=code_tasks.problems --set data.options.path=HumanEval.jsonl.gz
+  verify configs/baseline.toml --samples samples.jsonl --out results.jsonl --split validation
 
-verdicts: passed, wrong and error say something about a program; cpu_limit, wall_limit, memory, output,
-violation, unencodable and judge_error leave it undecided. A sample without a problem, a malformed line or
-a missing sandbox is an error, not a failed sample."""
+Only the data source of the recipe is used; name another one with --set data.use=PLUGIN.SOURCE.
+verdicts: passed, wrong and error describe the program; cpu_limit, wall_limit, memory, output, violation,
+unencodable and judge_error leave it undecided. A sample without a problem, a malformed line or a missing
+sandbox is an error, not a failed sample."""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
