@@ -22,7 +22,7 @@ def wmtp_data_sources() -> Iterable[Component[Any, DataSource]]:
     """Offer the judged data sources."""
     yield Component(
         name="code_contests",
-        summary="Contest programs in Python 3 that read stdin, right and wrong, labelled by running them.",
+        summary="Contest programs in Python 3 that read stdin; correct and incorrect, labelled by running.",
         options=CodeContestsOptions,
         build=build_code_contests,
         examine=examine_sandbox,
@@ -56,7 +56,7 @@ def wmtp_data_sources() -> Iterable[Component[Any, DataSource]]:
     )
     yield Component(
         name="micro_code",
-        summary="Small Python functions made by a grammar; right and broken ones, labelled by running them.",
+        summary="Small Python functions made by a grammar; correct and broken, labelled by running them.",
         options=MicroCodeOptions,
         build=build_micro_code,
         examine=examine_sandbox,

@@ -1,6 +1,6 @@
-"""Find the program in what a model wrote: it may have fenced it, repeated the signature, or talked.
+"""Find the program in a model's text, which may have code fences, a repeated signature, or prose.
 
-Works on text before it is saved and judged, never while judging, so that every judge sees one program.
+This happens before a text is saved and judged, never during judging: every judge gets the same program.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def cut_completion(text: str, *, prompt: str, entry_point: str) -> str:
-    """Return the part of a completion that makes `prompt + completion` the program that was meant.
+    """Return the completion for which `prompt + completion` is the program that was meant.
 
-    Indentation stays as it is. Text and fences around the code are dropped, and so is what follows the
-    function, apart from the definitions, imports and assignments that it uses. A repeated signature stays:
-    the later definition replaces the prompt's.
+    Indentation stays as it is. Text and fences around the code are dropped. The function is kept with the
+    definitions, imports and assignments that it uses; everything else after it is dropped. A repeated
+    signature stays: the later definition replaces the prompt's.
 
     Args:
-        text: What the model wrote.
-        prompt: The program's beginning; it may end within the function, or before it, or be empty.
-        entry_point: The function that is asked for.
+        text: The model's text.
+        prompt: The beginning of the program; it may end within the function or before it, or be empty.
+        entry_point: The name of the function.
 
     Returns:
-        The completion; `text` itself if there is no such function in it.
+        The completion; `text` itself if it does not contain the function.
     """
     lines = _normal(text).split("\n")
     is_whole = parsed(prompt) is not None
@@ -47,10 +47,10 @@ def cut_completion(text: str, *, prompt: str, entry_point: str) -> str:
 
 
 def cut_program(text: str) -> str:
-    """Return the program in a text: what a fence holds, or the text without the prose around it.
+    """Return the program in a text: the content of a fence, or the text without the prose around it.
 
     Returns:
-        The program; `text` itself if there is none in it.
+        The program; `text` itself if it contains none.
     """
     lines = _normal(text).split("\n")
     fences = [number for number, line in enumerate(lines) if _FENCE.match(line)]
@@ -74,20 +74,20 @@ def _normal(text: str) -> str:
 
 
 def _starts(lines: Sequence[str]) -> list[int]:
-    """Return where code may begin: at once, after a fence, at a line that looks like a definition."""
+    """Return where code may begin: the first line, a line after a fence, a line like a definition."""
     after_fence = (number + 1 for number, line in enumerate(lines) if _FENCE.match(line))
     definitions = (number for number, line in enumerate(lines) if _BEGINS_CODE.match(line))
     return sorted({0, *after_fence, *definitions})
 
 
 def _forms(code: str, margin: str, *, entry_point: str, is_whole: bool) -> Iterator[list[str]]:
-    """Yield ways to put code behind the prompt, the likeliest first; of those in one list the longest counts.
+    """Yield ways to append code to the prompt, the likeliest first; the longest of each list counts.
 
     Args:
-        code: What follows the prompt.
+        code: The text after the prompt.
         margin: Indentation of the function's body if the prompt has begun it.
         entry_point: The function.
-        is_whole: Whether the prompt is a program without more.
+        is_whole: Whether the prompt alone is a program.
     """
     yield [code]
     stripped = code.lstrip("\n")
@@ -98,12 +98,12 @@ def _forms(code: str, margin: str, *, entry_point: str, is_whole: bool) -> Itera
         if not is_whole and _BEGINS_CODE.match(stripped):  # the signature still waits for its body
             yield [f"{newline}{margin}pass\n\n\n{stripped}"]
         return
-    # A body that lost its margin: in its first line, as `str.strip` leaves it, or in all of them.
+    # A body without its margin: in the first line only, as after `str.strip`, or in all lines.
     yield [newline + margin + stripped, newline + textwrap.indent(stripped, margin)]
 
 
 def _margin(prompt: str, entry_point: str) -> str:
-    """Return the indentation of the body that the prompt has begun; empty if it has begun none."""
+    """Return the indentation of the body that the prompt begins; empty if it begins none."""
     begun = _signature(prompt, entry_point)
     if begun is None:
         return ""
@@ -116,7 +116,7 @@ def _signature(code: str, entry_point: str) -> re.Match[str] | None:
 
 
 def _longest(code: str, *, prompt: str, entry_point: str) -> str | None:
-    """Return what `_prune` keeps of the code, less as many of its last lines as keep it from parsing."""
+    """Drop as many last lines as needed for the code to parse, and return what `_prune` keeps of the rest."""
     lines = code.split("\n")
     for count in range(len(lines), 0, -1):
         kept = "\n".join(lines[:count])
@@ -127,12 +127,12 @@ def _longest(code: str, *, prompt: str, entry_point: str) -> str | None:
 
 
 def _prune(tree: ast.Module, code: str, *, given: int, entry_point: str) -> str | None:
-    """Return the lines of the function and of what it uses; None if the code does not write the function.
+    """Return the lines of the function and of what it uses; None if the code does not define the function.
 
     Args:
         tree: The prompt and the code.
         code: The code.
-        given: Newlines in the prompt: the code's first line is this one, counted from 0.
+        given: Number of newlines in the prompt, which is the 0-based number of the code's first line.
         entry_point: The function.
     """
     new = [node for node in tree.body if _end(node) > given]
@@ -156,7 +156,7 @@ def _end(node: ast.stmt) -> int:
 
 
 def _writes(node: ast.stmt, entry_point: str, *, given: int) -> bool:
-    """Say whether a statement is the function, with something to do that the prompt did not give."""
+    """Return whether a statement is the function with a body that is not only the prompt's."""
     return (
         isinstance(node, _FUNCTIONS)
         and node.name == entry_point
@@ -172,7 +172,7 @@ def _is_function(node: ast.stmt, name: str) -> bool:
 
 
 def _is_idle(node: ast.stmt) -> bool:
-    """Say whether a statement does nothing: prose may parse as such (`Solution`, `Answer: below`)."""
+    """Return whether a statement does nothing; prose may parse as one (`Solution`, `Answer: below`)."""
     match node:
         case ast.Expr(value=ast.Call() | ast.Await() | ast.Yield() | ast.YieldFrom()):
             return False
@@ -188,7 +188,7 @@ def _is_text(node: ast.stmt) -> bool:
 def _used(later: Iterable[ast.stmt], *, by: Sequence[ast.stmt], entry_point: str) -> list[ast.stmt]:
     """Return the definitions, imports and assignments that the statements `by` need, in order.
 
-    What calls the function itself is a trial of it and no part of it.
+    A statement that calls the function itself tries it out and is not needed.
     """
     offered = [
         node
@@ -209,7 +209,7 @@ def _used(later: Iterable[ast.stmt], *, by: Sequence[ast.stmt], entry_point: str
 
 
 def _needs(nodes: Iterable[ast.stmt]) -> set[str]:
-    """Return the names that statements read and do not set, scopes left aside."""
+    """Return the names that statements read and do not set, ignoring scopes."""
     reads, sets = set(), set()
     for node in (each for statement in nodes for each in ast.walk(statement)):
         match node:
@@ -221,7 +221,7 @@ def _needs(nodes: Iterable[ast.stmt]) -> set[str]:
 
 
 def _binds(node: ast.stmt) -> set[str]:
-    """Return the names that a definition, import or assignment gives to the module."""
+    """Return the names that a definition, import or assignment binds in the module."""
     match node:
         case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
             return {name}

@@ -1,4 +1,4 @@
-"""`code_tasks.jsonl`: the rows of `core.jsonl`, judged by their own tests."""
+"""`code_tasks.jsonl`: the rows that `core.jsonl` reads, judged by the tests in them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
 
 @frozen(kw_only=True)
 class JudgedJsonlOptions(JsonlOptions):
-    """`[data.options]` of `code_tasks.jsonl`: those of `core.jsonl`, and where programs run.
+    """`[data.options]` of `code_tasks.jsonl`: those of `core.jsonl`, and the sandbox.
 
     Attributes:
-        sandbox: Where programs run, and what one may use.
+        sandbox: Back end and limits of the sandbox.
     """
 
     sandbox: SandboxSettings = field(factory=SandboxSettings)
@@ -40,7 +40,7 @@ def build_jsonl(options: JudgedJsonlOptions, context: BuildContext) -> DataSourc
 
 @define(kw_only=True)
 class _ProgramJudge(FunctionJudge):
-    """Runs the completion alone, the Alpaca prompt being prose; the tests' `check` calls the function."""
+    """Runs the completion alone, because the prompt is prose; the tests define `check(candidate)`."""
 
     def completion(self, problem: Problem, text: str) -> str:
         """Return the program in the text."""

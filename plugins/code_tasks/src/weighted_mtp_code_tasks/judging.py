@@ -1,4 +1,4 @@
-"""How the completions of one kind of problem are judged: what of a text counts, and who runs or reads it."""
+"""How completions of one kind of problem are judged: the part of a text that counts, and its verdict."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ Attempts = Sequence[tuple[Problem, str]]
 
 @frozen(kw_only=True)
 class Judgement:
-    """Verdicts in the order of the attempts, and what they depend on besides the attempts."""
+    """Verdicts in the order of the attempts, and everything else that they depend on (`provenance`)."""
 
     verdicts: list[Verdict]
     provenance: Mapping[str, str]
 
 
 class Judge(ABC):
-    """Judges completions of problems whose `tests` it can read."""
+    """Judges completions of one kind of problem; the kind decides the format of `Problem.tests`."""
 
     def completion(self, problem: Problem, text: str) -> str:
-        """Return what counts of a text that a policy wrote: the code that continues the prompt."""
+        """Return the part of a policy's text that is judged: the code that continues the prompt."""
         return cut_completion(text, prompt=problem.prompt, entry_point=problem.entry_point)
 
     @abstractmethod
@@ -39,7 +39,7 @@ class Judge(ABC):
 
 @define(kw_only=True)
 class FunctionJudge(Judge):
-    """Runs prompt and completion; the tests' `check` calls the function."""
+    """Runs prompt and completion; the tests define `check(candidate)`."""
 
     sandbox: SandboxSettings
 
@@ -48,7 +48,7 @@ class FunctionJudge(Judge):
         return Job(program=problem.prompt + completion, entry_point=problem.entry_point, tests=problem.tests)
 
     def judge(self, attempts: Attempts, *, on_done: Callable[[], None] | None = None) -> Judgement:
-        """Run them."""
+        """Run the completions in a sandbox."""
         jobs = [self.job(problem, text) for problem, text in attempts]
         with Sandbox(self.sandbox) as sandbox:
             return Judgement(verdicts=sandbox.judge(jobs, on_done=on_done), provenance=sandbox.provenance)
@@ -56,7 +56,7 @@ class FunctionJudge(Judge):
 
 @define(kw_only=True)
 class AssertsJudge(FunctionJudge):
-    """Runs the completion alone, the prompt being prose; the tests are asserts that use its names."""
+    """Runs the completion alone, because the prompt is prose; the tests are asserts that use its names."""
 
     def completion(self, problem: Problem, text: str) -> str:
         """Return the program in the text."""
@@ -69,7 +69,7 @@ class AssertsJudge(FunctionJudge):
 
 @define(kw_only=True)
 class StdinJudge(FunctionJudge):
-    """Runs the completion alone, once a case; the tests are JSON: pairs of stdin and expected stdout."""
+    """Runs the completion alone, once per case; the tests are JSON: pairs of stdin and expected stdout."""
 
     def completion(self, problem: Problem, text: str) -> str:  # noqa: ARG002 - the same for every problem
         """Return the program in the text."""

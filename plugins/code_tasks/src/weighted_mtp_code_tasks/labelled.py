@@ -1,7 +1,7 @@
-"""Programs labelled by running them, kept with their verdicts under `datasets_v2/` and checked when read.
+"""Responses labelled by judging them, stored with their verdicts under `datasets_v2/`.
 
-Right and broken candidates of a problem go through the same sandbox as everything a policy writes; how a
-candidate was made is recorded, but never is its label.
+Correct and broken responses to a problem are judged exactly like a policy's completions. The origin of a
+response is recorded, but it is never the label.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ STATISTICS, PROVENANCE = "statistics.json", "provenance.json"
 
 @define(kw_only=True, eq=False, slots=False)
 class LabelledSource(DataSource):
-    """A data source of executed programs.
+    """A data source of judged responses.
 
     Attributes:
-        name: Of the data, and of its folder under `datasets_v2/`.
-        recipe: What the programs depend on; its hash is the version.
-        draw: Makes problems and candidates; only called when the folder is not there yet.
+        name: Name of the data and of its folder under `datasets_v2/`.
+        recipe: Everything that the responses depend on; its hash is the version.
+        draw: Makes problems and candidates; called only if the version is not in storage.
         storage: The storage root.
-        judge: Gives responses their labels.
-        incorrect_fraction: Share of wrong responses among what the policy imitates.
-        tolerated_failures: Share of the problems none of whose solutions may pass.
+        judge: Judges responses and completions.
+        incorrect_fraction: Share of incorrect responses among the examples that the policy imitates.
+        tolerated_failures: Share of the problems that may have no solution that passes.
     """
 
     name: str
@@ -84,12 +84,12 @@ class LabelledSource(DataSource):
         return self._examples[split]
 
     def policy_examples(self, split: Split) -> Sequence[Example]:
-        """Return the right responses; in training, mixed with `incorrect_fraction` of wrong ones.
+        """Return the correct responses; in training, with a share of `incorrect_fraction` incorrect ones.
 
-        The wrong ones are evenly spread over those there are, in the data's order.
+        The incorrect ones are taken at even distances from all incorrect responses, in the order of the data.
 
         Raises:
-            WmtpError: There are not enough wrong responses for the fraction.
+            WmtpError: There are too few incorrect responses for the fraction.
         """
         examples = self._examples[split]
         right = [example for example in examples if is_correct(example.reward)]
@@ -110,11 +110,11 @@ class LabelledSource(DataSource):
         return [Problem(**row["problem"]) for row in self._rows(PROBLEMS) if row["split"] == split]
 
     def completion(self, problem: Problem, text: str) -> str:
-        """Return what counts of a text, without fences and talk."""
+        """Return the part of a text that is judged, without fences and prose."""
         return self.judge.completion(problem, text)
 
     def verify(self, attempts: Sequence[tuple[Problem, str]]) -> list[Verdict]:
-        """Judge completions as the labelled responses were."""
+        """Judge completions exactly as the labelled responses were judged."""
         return self.judge.judge(attempts).verdicts
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Give responses their labels by judging them, and count what came out."""
+"""Label responses by judging them, and count the results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NAMED = 10
 
 @frozen(kw_only=True)
 class Candidate:
-    """A response before it is judged, and where it comes from: a solution, one that was broken, a model."""
+    """A response before it is judged, and its origin: a solution, a broken solution, or a model."""
 
     response: str
     made: Made
@@ -30,7 +30,7 @@ class Candidate:
 
 @frozen(kw_only=True)
 class LabelledProblem:
-    """A problem, its split, and what is to be judged for it."""
+    """A problem, its split, and the responses to judge."""
 
     problem: Problem
     split: Split
@@ -47,7 +47,7 @@ class JudgedProblem:
     verdicts: tuple[Verdict, ...]
 
     def labels(self) -> Iterator[tuple[int, Candidate, Verdict]]:
-        """Yield number, candidate and verdict; a verdict that says nothing of the program is no label."""
+        """Yield number, candidate and verdict of each response whose verdict is a label."""
         for number, (candidate, verdict) in enumerate(zip(self.candidates, self.verdicts, strict=True)):
             if verdict.is_label:
                 yield number, candidate, verdict
@@ -70,7 +70,7 @@ class JudgedProblem:
             yield candidate, verdict, example
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield the labelled responses as they are written down."""
+        """Yield the labelled responses as rows of a file."""
         for candidate, verdict, example in self.examples():
             yield {
                 "split": self.split,
@@ -83,7 +83,7 @@ class JudgedProblem:
 def judge_all(
     drawn: Sequence[LabelledProblem], judge: Judge, *, title: str
 ) -> tuple[list[JudgedProblem], Mapping[str, str]]:
-    """Judge every candidate; return the problems with verdicts, and what the verdicts depend on."""
+    """Judge every candidate; return the problems with verdicts, and the provenance of the verdicts."""
     attempts = [(one.problem, candidate.response) for one in drawn for candidate in one.candidates]
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -105,11 +105,11 @@ def judge_all(
 
 
 def with_a_solution(judged: Sequence[JudgedProblem], *, name: str, tolerated: float) -> list[JudgedProblem]:
-    """Return the problems of which a solution passes, that one being their solution from now on.
+    """Return the problems with a solution that passes, which becomes `Problem.solution`.
 
     Raises:
-        WmtpError: More than the tolerated share have none: then the tests or the sandbox are wrong. Or there
-            is no problem at all.
+        WmtpError: More than the share `tolerated` of the problems have none, so the tests or the sandbox are
+            wrong. Or there is no problem at all.
     """
     if not judged:
         raise WmtpError(
@@ -142,7 +142,7 @@ def with_a_solution(judged: Sequence[JudgedProblem], *, name: str, tolerated: fl
 
 
 def sha256_of_tests(problems: Sequence[Problem]) -> str:
-    """Return the SHA-256 of all problems' names and tests, in order."""
+    """Return the SHA-256 of the names and tests of all problems, in order."""
     named = [[problem.problem_id, problem.tests] for problem in problems]
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
@@ -152,10 +152,10 @@ def statistics(judged: Sequence[JudgedProblem], *, kept: Sequence[JudgedProblem]
 
     Args:
         judged: All problems.
-        kept: Those that became data.
+        kept: The problems that become data.
 
     Returns:
-        `problems` by split, verdicts by how a response was made, and `example_statistics` the data, by split.
+        `problems` by split, `splits`: `example_statistics` by split, and verdicts by origin of the response.
     """
     made: dict[str, Counter[str]] = {name: Counter() for name in get_args(Made)}
     for one in judged:

@@ -1,6 +1,6 @@
-"""Break programs in ways that people break them: one change of the syntax tree each.
+"""Break programs as people break them: one change of the syntax tree each.
 
-What a mutant is worth is decided by running it, never here: some still pass every test.
+Only running a mutant decides whether it is wrong: some still pass every test.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def mutants(body: list[ast.stmt], generator: random.Random, *, count: int) -> li
         changes = [change for node in ast.walk(module) for change in _changes(node)]
         if not changes:
             break
-        # By kind first: constants are many, conditions few.
+        # Choose the kind first: constants are many, conditions few.
         kind = generator.choice(sorted({kind for kind, _ in changes}))
         generator.choice([change for named, change in changes if named == kind])(generator)
         spelling = _spelling(ast.fix_missing_locations(module).body)
@@ -75,7 +75,7 @@ def mutants(body: list[ast.stmt], generator: random.Random, *, count: int) -> li
 
 
 def _changes(node: ast.AST) -> Iterator[tuple[str, Change]]:  # noqa: C901 - one case a kind of node
-    """Yield every change of this node with its kind; a change edits the tree in place."""
+    """Yield each possible change of this node with its kind; a change edits the tree in place."""
     match node:
         case ast.Constant(value=bool()):
             yield "constant", lambda _: setattr(node, "value", not node.value)

@@ -1,4 +1,4 @@
-"""`code_tasks.problems`: problems of a file in HumanEval's format, to judge completions of them."""
+"""`code_tasks.problems`: the problems of a file in HumanEval's format, to judge completions."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class ProblemsOptions:
     """`[data.options]` of `code_tasks.problems`.
 
     Attributes:
-        path: JSON lines with `task_id`, `prompt`, `entry_point` and `test`, which defines `check(candidate)`;
-            `canonical_solution` is read too if it is there. The file may be gzipped (`.gz`).
-        sandbox: Where programs run, and what one may use.
+        path: JSON lines with `task_id`, `prompt`, `entry_point`, `test` (it defines `check(candidate)`) and
+            optionally `canonical_solution`. The file may be gzipped (`.gz`).
+        sandbox: Back end and limits of the sandbox.
     """
 
     path: str

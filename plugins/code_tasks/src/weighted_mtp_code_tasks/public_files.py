@@ -34,13 +34,13 @@ def _parquet(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def from_hub(repository: str, configuration: str, *, split: str, folder: Path) -> Path:
-    """Return the copy in `folder` of a split of a data set; fetch it from the Hugging Face hub if need be.
+    """Return a local copy of a split of a data set; fetch it from the Hugging Face hub if it is missing.
 
     Args:
-        repository: Its id.
-        configuration: Which of its tables.
+        repository: Id of the data set on the hub.
+        configuration: Name of the table of the data set.
         split: Name of the split, or several joined by `+`.
-        folder: Of the copies, as `.jsonl`.
+        folder: The folder of the copies, which are `.jsonl` files.
 
     Raises:
         WmtpError: The package `datasets` is not installed, or the hub cannot be reached.

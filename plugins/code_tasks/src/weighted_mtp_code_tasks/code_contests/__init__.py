@@ -1,4 +1,4 @@
-"""`code_tasks.code_contests`: programs of contestants that read stdin and write stdout, right and wrong ones.
+"""`code_tasks.code_contests`: contestants' programs that read stdin and write stdout, correct and incorrect.
 
 Source: Li et al. 2022, "Competition-Level Code Generation with AlphaCode".
 """
@@ -20,14 +20,14 @@ class CodeContestsOptions:
 
     Attributes:
         train: Public files of the split `train`: `.parquet`, or JSON lines.
-        validation: Those of the split `valid`.
-        test: Those of the split `test`.
-        problems: The first so many problems of a split; 0 means all.
-        cases: Tests a problem: public ones first, then private, then generated.
-        solutions: Programs said to be right, a problem.
-        incorrect: Programs said to be wrong, a problem.
-        incorrect_fraction: Share of wrong responses among what the policy imitates.
-        sandbox: Where programs run, and what one may use.
+        validation: Public files of the split `valid`.
+        test: Public files of the split `test`.
+        problems: Number of problems per split, from the beginning; 0 means all.
+        cases: Tests per problem: public ones first, then private, then generated.
+        solutions: Programs per problem that the files call correct.
+        incorrect: Programs per problem that the files call incorrect.
+        incorrect_fraction: Share of incorrect responses among the examples that the policy imitates.
+        sandbox: Back end and limits of the sandbox.
     """
 
     train: tuple[str, ...] = field(default=())
@@ -79,6 +79,6 @@ def build_code_contests(options: CodeContestsOptions, context: BuildContext) -> 
         storage=context.storage,
         judge=StdinJudge(sandbox=options.sandbox),
         incorrect_fraction=options.incorrect_fraction,
-        # Many of its problems have several right answers, of which the tests know one.
+        # Many problems have several correct answers, but tests for only one of them.
         tolerated_failures=0.5,
     )

@@ -25,7 +25,7 @@ _LONGEST_CASE = 100_000  # characters; generated tests may have megabytes
 
 @frozen(kw_only=True)
 class Limits:
-    """How much is taken; see the options."""
+    """Limits per split and per problem; see the options."""
 
     problems: int
     cases: int
@@ -38,7 +38,7 @@ class Limits:
 
 
 def read_problems(files: Mapping[Split, Sequence[Path]], limits: Limits) -> list[LabelledProblem]:
-    """Return the problems that read stdin, have tests, and have a solution in Python 3.
+    """Return the problems with tests and a solution in Python 3 that read stdin.
 
     Raises:
         WmtpError: A file is missing or malformed, or there is no such problem.
@@ -91,7 +91,7 @@ def _docstring(description: str) -> str:
 
 
 def _cases(record: Record) -> list[tuple[str, str]]:
-    """Return (stdin, stdout) of all tests that are not huge."""
+    """Return (stdin, stdout) of all tests up to the length limit."""
     found = []
     for key in ("public_tests", "private_tests", "generated_tests"):
         tests = _table(record, key)
@@ -103,7 +103,7 @@ def _cases(record: Record) -> list[tuple[str, str]]:
 
 
 def _programs(record: Record, key: str) -> list[str]:
-    """Return the different programs in Python 3, in an order that says nothing of them."""
+    """Return the distinct programs in Python 3, ordered by hash, so that the order carries no information."""
     programs = _table(record, key)
     languages, sources = programs.get("language"), text_list_field(programs, "solution")
     if not isinstance(languages, list) or len(languages) != len(sources):

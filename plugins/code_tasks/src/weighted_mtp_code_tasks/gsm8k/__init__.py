@@ -23,9 +23,9 @@ class Gsm8kOptions:
         train: The public `train.jsonl`.
         test: The public `test.jsonl`.
         path: One file, split by question.
-        validation_share: Share of the questions of `train`, or of `path`, that validate.
-        test_share: Share of the questions of `path` that test.
-        incorrect_fraction: Share of wrong responses among what the policy imitates.
+        validation_share: Share of the questions of `train`, or of `path`, in the split `validation`.
+        test_share: Share of the questions of `path` in the split `test`.
+        incorrect_fraction: Share of incorrect responses among the examples that the policy imitates.
     """
 
     train: str | None = None

@@ -1,4 +1,4 @@
-"""Read the number that a text ends up with, and judge by it."""
+"""Judge a response by its final number."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from weighted_mtp_core.api import Problem, Verdict, VerdictKind
 from weighted_mtp_code_tasks.judging import Attempts, Judge, Judgement
 
 MARK = "####"
-# A sign counts where no word or number stands before it: `2-3` are two numbers without one.
+# A sign counts if no word or number precedes it: `2-3` is two numbers without a sign.
 _NUMBER = re.compile(
     r"(?<![\w.])([-\u2212]?)[$€£]?\s?([-\u2212]?)((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
 )
-_LONGEST = 40  # digits; no answer has more, and a model may write thousands
+_LONGEST = 40  # digits; no answer has more, but a model may write thousands
 
 
 def final_number(text: str) -> Decimal | None:
     """Return the first number after the last `####`, else the last number; None if there is none.
 
-    Thousands may have commas; a currency, a `%`, a full stop behind it do not matter.
+    Thousands may have commas. A currency, a `%` or a full stop after the number does not matter.
     """
     _, mark, answer = text.rpartition(MARK)
     marked = _numbers(answer)[:1] if mark else []
@@ -40,10 +40,10 @@ def _numbers(text: str) -> list[Decimal]:
 
 @define(kw_only=True)
 class NumberJudge(Judge):
-    """Compares a response's final number with the problem's `tests`, which is one; runs nothing."""
+    """Compares the final number of a response with `Problem.tests`, which is a number; runs nothing."""
 
     def completion(self, problem: Problem, text: str) -> str:  # noqa: ARG002 - the same for every problem
-        """Return the text up to its answer; models go on with questions of their own."""
+        """Return the text up to its answer; models often continue with further questions."""
         text = re.split(r"\n\s*Question:", text, maxsplit=1)[0]
         before, mark, answer = text.partition(MARK)
         return before + mark + answer.split("\n", 1)[0] + "\n" if mark else text

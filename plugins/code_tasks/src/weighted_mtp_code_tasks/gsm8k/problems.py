@@ -1,4 +1,4 @@
-"""Read GSM8K from its public files, with or without what models wrote."""
+"""Read GSM8K from its public files, with or without answers of models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FORMAT = 1
 
 @frozen(kw_only=True)
 class Shares:
-    """How a file's questions are split, by a hash of the question; the rest trains."""
+    """Shares of a file's questions in two splits, by a hash of the question; the rest is for training."""
 
     validation: float
     test: float
@@ -27,7 +27,7 @@ class Shares:
 
 @frozen(kw_only=True)
 class Row:
-    """A question, its reference answer, and answers of models, of unknown worth."""
+    """A question, its reference answer, and answers of models that are not judged yet."""
 
     question: str
     answer: str
@@ -35,7 +35,7 @@ class Row:
 
 
 def read_problems(files: Mapping[Path, Shares]) -> list[LabelledProblem]:
-    """Return each question once, with its answers; a question that two files hold is the first one's.
+    """Return each question once, with its answers; a question in two files counts for the first file.
 
     Raises:
         WmtpError: A file is missing or malformed.

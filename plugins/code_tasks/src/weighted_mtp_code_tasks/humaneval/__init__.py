@@ -19,10 +19,10 @@ class HumanEvalOptions:
     """`[data.options]` of `code_tasks.humaneval`.
 
     Attributes:
-        mutants: Broken variants made of each canonical solution.
-        incorrect_fraction: Share of wrong responses among what the policy imitates.
-        seed: Of the mutations.
-        sandbox: Where programs run, and what one may use.
+        mutants: Broken variants of each canonical solution.
+        incorrect_fraction: Share of incorrect responses among the examples that the policy imitates.
+        seed: Seed of the mutations.
+        sandbox: Back end and limits of the sandbox.
     """
 
     mutants: int = field(default=3, validator=v.ge(0))

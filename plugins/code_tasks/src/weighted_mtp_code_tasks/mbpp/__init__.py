@@ -19,12 +19,12 @@ class MbppOptions:
     """`[data.options]` of `code_tasks.mbpp`.
 
     Attributes:
-        path: The public `mbpp.jsonl`; fetched from the hub if not given.
-        samples: Programs of models: JSON lines with `task_id` and `program`. They are judged here.
-        mutants: Broken variants made of each solution.
-        incorrect_fraction: Share of wrong responses among what the policy imitates.
-        seed: Of the mutations.
-        sandbox: Where programs run, and what one may use.
+        path: The public `mbpp.jsonl`; fetched from the hub if it is not given.
+        samples: Programs of models: JSON lines with `task_id` and `program`. They are judged like all others.
+        mutants: Broken variants of each solution.
+        incorrect_fraction: Share of incorrect responses among the examples that the policy imitates.
+        seed: Seed of the mutations.
+        sandbox: Back end and limits of the sandbox.
     """
 
     path: str | None = None

@@ -1,4 +1,4 @@
-"""Read MBPP from the file of its public release, break its solutions, and add what models wrote."""
+"""Read MBPP from its public file, break its solutions, and add programs of models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FORMAT = 1
 
 @frozen(kw_only=True)
 class Row:
-    """A problem as published; `task_id` is what the paper's splits go by."""
+    """A problem as published; `task_id` decides the split, as in the paper."""
 
     task_id: int
     text: str
@@ -41,7 +41,7 @@ class Row:
 
     @property
     def split(self) -> Split | None:
-        """The split of the paper; None for the ten problems of its prompts."""
+        """The split of the paper; None for the ten problems that are its prompts."""
         if self.task_id <= 10:
             return None
         if self.task_id <= 510:
@@ -58,7 +58,7 @@ class Row:
 def read_problems(
     path: Path, *, samples: Path | None, mutants_per_solution: int, seed: int
 ) -> list[LabelledProblem]:
-    """Return the problems with their solution as published, as `ast` spells it, broken, and by models.
+    """Return the problems with programs: as published, in the layout of `ast.unparse`, broken, by models.
 
     Raises:
         WmtpError: A file is missing or malformed, or a sample has no problem.
@@ -102,7 +102,7 @@ def _entry_point(code: str, tests: Sequence[str]) -> str:
 
 
 def _samples(path: Path | None, known: set[int]) -> defaultdict[int, list[str]]:
-    """Return programs by problem; what else a file says of them, verdicts too, is not read."""
+    """Return programs by problem; other keys of the file, such as verdicts, are ignored."""
     found: defaultdict[int, list[str]] = defaultdict(list)
     if path is None:
         return found

@@ -1,6 +1,6 @@
-"""`code_tasks.micro_code`: problems made procedurally, for experiments that take minutes.
+"""`code_tasks.micro_code`: generated problems, for experiments that take minutes.
 
-`level` is the number of steps a function takes: 1 is learnt by everything, more steps are harder.
+`level` is the number of steps of a function. Every model learns level 1; more steps are harder.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ class MicroCodeOptions:
 
     Attributes:
         problems: Distinct functions, split 8 : 1 : 1 by function.
-        level: Steps a function takes.
-        solutions: Right bodies written for each function, in different forms.
-        mutants: Broken bodies made of each right one.
-        incorrect_fraction: Share of wrong responses among what the policy imitates.
-        seed: Of the grammar; apart from `run.seed`, so that seeds of a study share their data.
-        sandbox: Where programs run, and what one may use.
+        level: Number of steps of each function.
+        solutions: Correct bodies per function, in different forms.
+        mutants: Broken variants of each correct body.
+        incorrect_fraction: Share of incorrect responses among the examples that the policy imitates.
+        seed: Seed of the grammar; separate from `run.seed`, so that all seeds of a study share their data.
+        sandbox: Back end and limits of the sandbox.
     """
 
     problems: int = field(default=2000, validator=v.ge(10))

@@ -16,17 +16,17 @@ FORMAT = 1
 """Part of the data's version: raise it when the same options would give other programs."""
 
 _TESTS = 10
-_PROBES = 24  # arguments that tell functions apart; the tests are the first of them
+_PROBES = 24  # arguments that distinguish functions; the first ones are the tests
 _PATIENCE = 3000  # draws in a row without a new function before the grammar counts as exhausted
 
 
 def draw_problems(
     *, problems: int, level: int, solutions: int, mutants_per_solution: int, seed: int
 ) -> list[LabelledProblem]:
-    """Draw functions that are distinct in text and in behaviour, each with right and broken bodies.
+    """Draw functions that are distinct in text and in behaviour, each with correct and broken bodies.
 
     Raises:
-        WmtpError: The grammar has not that many functions of this level.
+        WmtpError: The grammar has fewer functions of this level.
     """
     generator = random.Random(seed)  # noqa: S311 - data, not secrets
     found: dict[tuple[str, str], LabelledProblem] = {}
@@ -57,12 +57,12 @@ def draw_problems(
 
 
 def _is_dull(values: list[Any]) -> bool:
-    """Say whether too few values come out for tests to tell the function from a constant."""
+    """Return whether there are too few distinct values to tell the function from a constant."""
     return len({repr(value) for value in values}) < len(values) // 3
 
 
 def _split(number: int) -> Split:
-    """Every tenth function is for validation, every tenth for the test."""
+    """Return the split: of ten functions, eight train, one validation, one test."""
     return {8: "validation", 9: "test"}.get(number % 10, "train")  # type: ignore[return-value]
 
 

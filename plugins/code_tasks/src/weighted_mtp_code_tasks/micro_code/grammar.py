@@ -1,7 +1,7 @@
-"""A grammar of small Python functions: each is a chain of steps, said in words and written in code.
+"""A grammar of small Python functions: each is a chain of steps, described in words and written in code.
 
-A function's docstring names its steps in order; its body carries them out, one a line. Held-out functions
-are new chains of steps that training has seen in other chains, so solving them is composition, not recall.
+The docstring of a function names its steps in order; the body has one line per step. Held-out functions are
+new chains of known steps, so solving them takes composition, not recall.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Step:
     """One operation.
 
     Attributes:
-        words: How a docstring says it.
-        forms: Expressions that carry it out on `{v}`, all equal; the first is the reference.
-        result: The kind of value it makes.
+        words: The words for it in a docstring.
+        forms: Equivalent expressions that apply it to `{v}`; the first is the reference.
+        result: The kind of its value.
     """
 
     words: str
@@ -47,10 +47,10 @@ class Function:
         return f'def f({_VARIABLE[self.kind]}):\n    """{words[0].upper()}{words[1:]}."""\n'
 
     def body(self, forms: tuple[int, ...], *, style: Literal["chain", "final"]) -> str:
-        """Write the body, every step in one of its forms.
+        """Return a body with each step in one of its forms.
 
         Args:
-            forms: Which form of each step.
+            forms: Index of the form of each step.
             style: `chain` assigns every step and returns the variable; `final` returns the last expression.
         """
         variable = _VARIABLE[self.kind]
@@ -66,7 +66,7 @@ class Function:
         return indented("\n".join(lines))
 
     def bodies(self, count: int, generator: random.Random) -> list[str]:
-        """Return up to `count` different right bodies, in random order."""
+        """Return up to `count` different correct bodies, in random order."""
         found: dict[str, None] = {}
         for _ in range(8 * count):
             forms = tuple(generator.randrange(2) for _ in self.steps)
@@ -76,16 +76,16 @@ class Function:
         return list(found)
 
     def reference(self) -> Callable[[Any], Any]:
-        """Return the function itself, made of the grammar's own expressions."""
+        """Return the function, compiled from the reference forms."""
         scope: dict[str, Any] = {}
         source = self.prompt + self.body((0,) * len(self.steps), style="final")
-        exec(compile(source, "<grammar>", "exec"), scope)  # noqa: S102 - the grammar's text, nobody else's
+        exec(compile(source, "<grammar>", "exec"), scope)  # noqa: S102 - only the grammar's text
         function: Callable[[Any], Any] = scope["f"]
         return function
 
 
 def indented(code: str) -> str:
-    """Return statements as the body of a function, in the one spelling that `ast.unparse` gives."""
+    """Return statements as the body of a function, in the layout of `ast.unparse`."""
     body = ast.parse("def f():\n" + "".join(f"    {line}\n" for line in code.splitlines())).body[0]
     return "".join(f"{line}\n" for line in ast.unparse(body).splitlines()[1:])
 
@@ -184,7 +184,7 @@ STEPS: dict[Kind, tuple[Step, ...]] = {
 
 
 def random_function(generator: random.Random, *, level: int) -> Function:
-    """Draw a chain of `level` steps on a list (half of them), a text or a number."""
+    """Draw a chain of `level` steps on a list (half of the chains), a text or a number."""
     kind: Kind = generator.choice(("list", "list", "text", "int"))
     steps: list[Step] = []
     while len(steps) < level:
@@ -196,7 +196,7 @@ def random_function(generator: random.Random, *, level: int) -> Function:
 
 
 def random_argument(kind: Kind, generator: random.Random) -> Any:
-    """Draw an argument; long enough, as a rule, for every step to matter."""
+    """Draw an argument that is usually long enough for every step to matter."""
     if kind == "int":
         return generator.randrange(-30, 60)
     if kind == "text":

@@ -1,7 +1,7 @@
-"""Judge programs that nobody trusts.
+"""Judge untrusted programs.
 
-The program runs alone in a sandbox; tests never enter its process. A trusted process runs them, and between
-the two only bounded plain data crosses, so that no program can forge a verdict: it can only answer.
+The program runs alone in a sandbox; tests never enter its process. A trusted process runs the tests, and only
+bounded plain data crosses between the two, so no program can forge a verdict: it can only answer.
 
     with Sandbox(settings) as sandbox:
         verdicts = sandbox.judge([Job(program, "add", "def check(candidate): assert candidate(1, 2) == 3")])

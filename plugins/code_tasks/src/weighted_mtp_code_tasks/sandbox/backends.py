@@ -1,8 +1,8 @@
-"""Which sandboxes this machine can run, and how a zygote is started in each.
+"""The sandboxes that work on this machine, and how a zygote is started in each.
 
-`bubblewrap` confines a whole zygote from outside; `landlock` has the zygote confine itself (namespaces where
-the kernel permits them, Landlock and seccomp always). There is no third: without either, judging is refused
-unless the settings say `trusted`.
+`bubblewrap` confines a whole zygote from outside. With `landlock` the zygote confines itself: namespaces if
+the kernel permits them, Landlock and seccomp always. Without either, judging is refused unless the back end
+is `trusted`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from weighted_mtp_code_tasks.sandbox.scratch import MAX_BYTES
 from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
 
 SANDBOX_VERSION = "1"
-"""Raised whenever the same program could get another verdict; recorded with every label."""
+"""Recorded with every label; raised whenever the same program could get another verdict."""
 
 BackendName = Literal["bubblewrap", "landlock", "trusted"]
 
-# Loads the modules beside this one under a package name of their own, without the packages above, whose
-# imports (attrs, pluggy) the bare interpreter does not have.
+# Loads the modules of this folder as a package of its own. The parent packages import attrs and pluggy, which
+# the bare interpreter does not have.
 _BOOTSTRAP = (
     "import importlib, sys, types; "
     "package = sys.modules['wmtp_sandbox'] = types.ModuleType('wmtp_sandbox'); "
@@ -51,7 +51,7 @@ class BackendStatus:
     Attributes:
         name: `bubblewrap` or `landlock`.
         available: Whether it can be used.
-        detail: Its version, or why it cannot.
+        detail: Its version, or why it cannot be used.
     """
 
     name: BackendName
@@ -66,7 +66,7 @@ class Backend:
     Attributes:
         name: Its name.
         detail: Its version.
-        namespaces: Whether programs run in namespaces of their own (bubblewrap: always).
+        namespaces: Whether programs run in separate namespaces (always with bubblewrap).
     """
 
     name: BackendName
@@ -144,18 +144,18 @@ def choose_backend(wanted: Literal["auto", "bubblewrap", "landlock", "trusted"])
 
 
 def _namespaces_work() -> bool:
-    """Try, in a process of its own, whether the kernel lets us make namespaces."""
+    """Try in a separate process whether the kernel permits namespaces."""
     command = python_command("zygote", "--try-namespaces", scratch_place())
     return subprocess.run(command, env={}, capture_output=True, check=False).returncode == 0
 
 
 def interpreter() -> str:
-    """Return the interpreter behind a virtual environment: programs get the standard library and no more."""
+    """Return the base interpreter of a virtual environment: programs get only the standard library."""
     return str(Path(getattr(sys, "_base_executable", sys.executable)).resolve())
 
 
 def python_command(module: str, *arguments: str) -> list[str]:
-    """Return the command line that runs one of the standalone modules in a bare interpreter."""
+    """Return the command line that runs a module of this folder in a bare interpreter."""
     options = ["-s", "-S", "-P", "-B", "-X", "utf8"]
     return [interpreter(), *options, "-c", _BOOTSTRAP, str(Path(__file__).parent), module, *arguments]
 
@@ -163,8 +163,8 @@ def python_command(module: str, *arguments: str) -> list[str]:
 def environment(scratch: str) -> dict[str, str]:
     """Return the whole environment of a zygote.
 
-    The hash seed is fixed, so that no verdict depends on the order of a set. One malloc arena: another for
-    each thread would take 64 MiB of the address space each.
+    The hash seed is fixed, so that no verdict depends on the order of a set. There is one malloc arena: one
+    per thread would take 64 MiB of address space each.
     """
     return {
         "PYTHONHASHSEED": "0",
@@ -176,13 +176,13 @@ def environment(scratch: str) -> dict[str, str]:
 
 
 def readable_paths() -> list[str]:
-    """Return what a program may read: the standard library, shared libraries, harmless devices."""
+    """Return the paths that a program may read: the standard library, shared libraries, harmless devices."""
     own = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), str(Path(sys.base_prefix) / "lib")}
     return sorted(own) + [path for path in (*_LIBRARIES, *_DATA, *_DEVICES) if Path(path).exists()]
 
 
 def scratch_place() -> str:
-    """Return a folder on which a private tmpfs hides nothing that a program needs."""
+    """Return a folder on which a private tmpfs hides no path that a program needs."""
     needed = [Path(path).resolve() for path in (*readable_paths(), interpreter(), str(Path(__file__).parent))]
     for place in map(Path, _PLACES_FOR_SCRATCH):
         if place.is_dir() and not any(path.is_relative_to(place.resolve()) for path in needed):
@@ -191,7 +191,7 @@ def scratch_place() -> str:
 
 
 def make_scratch(backend: Backend) -> tuple[str, bool]:
-    """Return a worker's scratch folder, and whether it is a real folder that the caller must remove."""
+    """Return the scratch folder of a worker, and whether it is a real folder that the caller must remove."""
     if backend.namespaces:
         return scratch_place(), False
     return tempfile.mkdtemp(prefix="wmtp-sandbox-"), True
@@ -214,7 +214,7 @@ def zygote_command(backend: Backend, settings: SandboxSettings, *, scratch: str)
 def _bubblewrap_command(scratch: str) -> list[str]:
     """Return bwrap's command line: all namespaces, nothing writable but a small tmpfs, no capabilities.
 
-    It must be started with an empty environment: bwrap's own is readable in the sandbox's /proc/1/environ.
+    bwrap must be started with an empty environment: programs can read it in /proc/1/environ.
     """
     shown = [*readable_paths(), interpreter(), str(Path(__file__).parent)]
     binds = [part for path in shown if not path.startswith("/dev/") for part in ("--ro-bind", path, path)]
@@ -230,7 +230,7 @@ def _bubblewrap_command(scratch: str) -> list[str]:
 
 
 def provenance(backend: Backend, settings: SandboxSettings) -> Mapping[str, str]:
-    """Return what a label must be recorded with so that somebody else can repeat it."""
+    """Return everything that must be recorded with a label so that it can be reproduced."""
     return {
         "sandbox_version": SANDBOX_VERSION,
         "backend": backend.name,

@@ -1,7 +1,7 @@
-"""Inside the sandbox: run one untrusted program and answer questions about it.
+"""Inside the sandbox: run one untrusted program and answer requests about it.
 
-Everything here shares a process with the program, so nothing here is trusted: whatever it answers is read on
-the other side as plain data and judged there.
+This code shares a process with the program, so it is not trusted: the other side reads every answer as plain
+data and judges it there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MESSAGE_CHARACTERS = 300
 
 
 def serve(channel: socket) -> NoReturn:
-    """Answer requests until the other end closes; then end the process, threads and all."""
+    """Answer requests until the other end closes; then end the process with all its threads."""
     program = Program()
     try:
         while True:
@@ -34,10 +34,10 @@ def serve(channel: socket) -> NoReturn:
 
 
 class Program:
-    """The program's module and the objects of it that the other side holds by number.
+    """The program's module, and its objects that the other side refers to by number.
 
     Attributes:
-        ended: Whether a whole run (`main`) is over.
+        ended: Whether a run as `__main__` is over.
     """
 
     def __init__(self) -> None:
@@ -54,12 +54,12 @@ class Program:
         }
 
     def answer(self, frame: bytes) -> bytes:
-        """Carry out one request and return the encoded answer, whatever happens."""
+        """Carry out one request and return the encoded answer; never raises."""
         try:
             return self._answered(*self._request(frame))
         except UnencodableError as error:
             return encode(("unencodable", str(error)))
-        except BaseException as error:  # noqa: BLE001 - it crosses as data and is raised again over there
+        except BaseException as error:  # noqa: BLE001 - it is sent as data and raised again on the other side
             return encode(("raise", *_described(error)))
 
     def _request(self, frame: bytes) -> tuple[str, list[Any]]:
@@ -87,7 +87,7 @@ class Program:
             self._run(source, "__main__")
         finally:
             if "threading" in sys.modules:
-                sys.modules["threading"]._shutdown()  # noqa: SLF001 - waits for threads, as at any program's end
+                sys.modules["threading"]._shutdown()  # noqa: SLF001 - waits for threads, as at the end of any program
             sys.stdout.flush()
             sys.stderr.flush()
 
@@ -114,7 +114,7 @@ class Program:
         return encode(value, self._number)
 
     def _number(self, value: object) -> int:
-        """Keep an object that is not plain data and return the number that stands for it."""
+        """Keep an object that is not plain data and return its number."""
         if id(value) not in self._number_of:
             self._number_of[id(value)] = len(self._objects)
             self._objects.append(value)
@@ -122,7 +122,7 @@ class Program:
 
 
 def _described(error: BaseException) -> tuple[list[str], str, int, int]:
-    """Return an exception's class names, nearest first, its message, the program's line and the errno."""
+    """Return an exception's class names (most derived first), message, line in the program, and errno."""
     try:
         message = str(error)[:_MESSAGE_CHARACTERS]
     except BaseException:  # noqa: BLE001 - its `__str__` is the program's

@@ -1,6 +1,6 @@
-"""What the kernel is asked to enforce: namespaces, Landlock, capabilities, limits; through ctypes alone.
+"""Confinement by the kernel: namespaces, Landlock, capabilities and limits, through ctypes.
 
-Standard library only: this module runs in the bare interpreter of the zygote, never beside torch.
+Uses only the standard library: this module runs in the bare interpreter of the zygote.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _bytes(content: bytes) -> ctypes.Array[ctypes.c_char]:
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends, however it ends."""
+    """Make the kernel kill this process when its parent ends, for whatever reason."""
     _checked(_libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0), "PR_SET_PDEATHSIG")
 
 
@@ -75,9 +75,9 @@ _NO_CAPABILITIES = _bytes(bytes(24))
 
 
 def enter_namespaces() -> None:
-    """Move this process into namespaces of its own, all mounts private and read-only.
+    """Move this process into new namespaces, with all mounts private and read-only.
 
-    Children that it forks from now on are in its PID namespace; it is not itself.
+    Children that it forks afterwards are in the new PID namespace; the process itself is not.
 
     Raises:
         ConfinementError: Not permitted here (containers and some distributions forbid user namespaces).
@@ -104,7 +104,7 @@ def mount_scratch(path: str) -> None:
 
 
 def unmount_scratch(path: str) -> None:
-    """Take the tmpfs away, with everything in it."""
+    """Unmount the tmpfs, which deletes everything in it."""
     _checked(_libc.umount2(os.fsencode(path), _MNT_DETACH), f"umount {path}")
 
 
@@ -112,19 +112,19 @@ def unmount_scratch(path: str) -> None:
 
 
 def landlock_abi() -> int:
-    """Return the kernel's Landlock ABI, 0 where there is none."""
+    """Return the kernel's Landlock ABI; 0 if it has none."""
     return max(0, _syscall(_SYS_LANDLOCK_CREATE, None, 0, 1))
 
 
 def make_ruleset(readable: Sequence[int], writable: Sequence[int], *, folder: str) -> int:
     """Return a ruleset: read below `readable`, read and write the files `writable` and all below `folder`.
 
-    It forbids TCP, abstract Unix sockets and signals to the outside too, where the ABI knows them.
+    It also forbids TCP, abstract Unix sockets and signals to the outside if the ABI supports that.
 
     Args:
         readable: Open `O_PATH` descriptors of files and folders.
         writable: Open `O_PATH` descriptors of files (`/dev/null`).
-        folder: The candidate's own folder.
+        folder: The candidate's scratch folder.
 
     Raises:
         ConfinementError: The kernel has no Landlock or refuses.
@@ -148,7 +148,7 @@ def make_ruleset(readable: Sequence[int], writable: Sequence[int], *, folder: st
 
 
 def restrict_files(ruleset: int) -> None:
-    """Put a ruleset on this process for good; needs `forbid_new_privileges` before.
+    """Apply a ruleset to this process irrevocably; call `forbid_new_privileges` first.
 
     Raises:
         ConfinementError: The kernel refuses.
@@ -161,11 +161,11 @@ def _allow(ruleset: int, descriptor: int, rights: int) -> None:
     _checked(_syscall(_SYS_LANDLOCK_ADD, ruleset, 1, rule, 0), "landlock_add_rule")
 
 
-# --------------------------------------------------------------------------- for good
+# --------------------------------------------------------------------------- limits and privileges
 
 
 def limit(*, cpu_seconds: float, memory_bytes: int) -> None:
-    """Set the kernel's limits on this process; the CPU limit is a backstop behind the worker's own."""
+    """Set resource limits on this process; the CPU limit is a backstop for the limit of the worker."""
     cpu = int(cpu_seconds) + 2
     for kind, wanted in (
         (resource.RLIMIT_CPU, cpu),
@@ -182,17 +182,17 @@ def limit(*, cpu_seconds: float, memory_bytes: int) -> None:
 
 
 def forbid_new_privileges() -> None:
-    """Give up setuid programs, now and in all children; Landlock and seccomp ask for it."""
+    """Disable setuid programs for this process and its children, as Landlock and seccomp require."""
     _checked(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
 
 
 def drop_capabilities() -> None:
-    """Give up every capability; root keeps its user id, which then is one like any other."""
+    """Give up every capability; root keeps its user id, but no privileges."""
     _checked(_libc.capset(_CAPABILITY_HEADER, _NO_CAPABILITIES), "capset")
 
 
 class SystemCallFilter:
-    """The seccomp filter, built once and given each candidate's own process id."""
+    """The seccomp filter, built once; each candidate inserts its own process id."""
 
     _ANY_PID = 0x7EADBEEF
 
@@ -200,7 +200,7 @@ class SystemCallFilter:
         self._code = seccomp.build_filter(self._ANY_PID, platform.machine())
 
     def install(self) -> None:
-        """Put it on this process for good; needs `forbid_new_privileges` before.
+        """Apply the filter to this process irrevocably; call `forbid_new_privileges` first.
 
         Raises:
             ConfinementError: The kernel refuses.

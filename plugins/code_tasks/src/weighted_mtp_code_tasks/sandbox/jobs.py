@@ -1,4 +1,4 @@
-"""What is judged: a program and the tests for it."""
+"""The unit of judging: a program and its tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Job:
         program: The whole source (prompt and completion).
         entry_point: Name of the function that the tests get as `candidate`.
         tests: Trusted source that defines `check(candidate)` and raises AssertionError on a wrong answer. It
-            runs outside the program's process and sees none of the program's other names.
+            runs outside the program's process and has no access to other names of the program.
     """
 
     program: str
@@ -24,7 +24,7 @@ class Job:
     tests: str
 
     def message(self) -> dict[str, object]:
-        """Return what a worker reads."""
+        """Return the message to a worker."""
         return {"program": self.program, "entry_point": self.entry_point, "tests": self.tests}
 
 
@@ -41,7 +41,7 @@ class AssertsJob:
     tests: str
 
     def message(self) -> dict[str, object]:
-        """Return what a worker reads."""
+        """Return the message to a worker."""
         return {"program": self.program, "entry_point": "", "tests": self.tests}
 
 
@@ -51,14 +51,14 @@ class StdinJob:
 
     Attributes:
         program: The whole source, run as `__main__` once for each case.
-        cases: (stdin, expected stdout); white space at the ends of lines does not matter.
+        cases: (stdin, expected stdout) pairs; white space at the ends of lines does not matter.
     """
 
     program: str
     cases: Sequence[tuple[str, str]] = field(validator=v.min_len(1))
 
     def message(self) -> dict[str, object]:
-        """Return what a worker reads."""
+        """Return the message to a worker."""
         return {"program": self.program, "cases": [list(case) for case in self.cases]}
 
 
@@ -68,8 +68,8 @@ AnyJob = Job | AssertsJob | StdinJob
 def humaneval_tests(*, prompt: str, entry_point: str, test: str) -> str:
     """Return trusted tests for a problem in HumanEval's format.
 
-    Its `check` may call helpers that the prompt defines (`poly`, `encode_cyclic`): these must be the prompt's
-    own, since a program could bring others that make it pass.
+    `check` may call helpers that the prompt defines (`poly`, `encode_cyclic`). The tests contain the prompt,
+    so these helpers are the prompt's own: a program could define others that make it pass.
     """
     for ending in ("\n    pass\n", "\n\tpass\n", "\n  pass\n", "\n"):
         source = f"{prompt.rstrip()}{ending}"

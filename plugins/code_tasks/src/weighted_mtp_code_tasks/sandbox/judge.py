@@ -1,7 +1,7 @@
-"""Run trusted tests against a candidate that lives in another process, and say how it went.
+"""Run trusted tests against a candidate in another process, and return the outcome.
 
-Runs in a process of its own, forked for each job, so that a test that loops or changes the interpreter's
-state harms nothing else.
+Each job has a separate, forked process, so a test that loops or changes the state of the interpreter affects
+nothing else.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from .remote import Outcome, Remote, RemoteFunction, Stop, exception_outcome, one_line
 
 TESTS_FILE = "<tests>"
-# Tests that end with one of these are broken, whatever value the program gave them.
+# Tests that end with one of these are broken, whatever value the program returned.
 _NOT_ABOUT_VALUES = (NameError, ImportError, SyntaxError, MemoryError, RecursionError)
 
 
@@ -29,9 +29,9 @@ def run_check(
     """Load the program, then run `check(candidate)` or the module-level asserts of the tests.
 
     Args:
-        job: `program`, `entry_point` (empty: the tests are asserts, and their free names are the program's),
-            `tests`.
-        channel: To the candidate's process.
+        job: `program`, `tests`, and `entry_point`, which is empty if the tests are asserts that use names of
+            the program.
+        channel: Channel to the candidate's process.
         deadline: `time.monotonic()` by which the candidate must have answered.
         reading: See `Remote`.
 
@@ -57,7 +57,7 @@ def run_check(
 
 def _run_tests(code: CodeType, names: dict[str, object], *, entry_point: str, remote: Remote) -> Outcome:
     namespace = {"__name__": "tests", **names}
-    exec(code, namespace)  # noqa: S102 - the tests are trusted; the program is elsewhere
+    exec(code, namespace)  # noqa: S102 - the tests are trusted; the program is in another process
     if not entry_point:
         return "passed", ""
     candidate = namespace[entry_point] = RemoteFunction(remote, entry_point)
@@ -69,10 +69,10 @@ def _run_tests(code: CodeType, names: dict[str, object], *, entry_point: str, re
 
 
 def _program_names(tests: str, remote: Remote) -> dict[str, object]:
-    """Bind the names that asserts use: a library's module by its name, else the program's function.
+    """Bind the names that asserts use: a module of the standard library, else a function of the program.
 
-    Built-in functions stay the interpreter's, or a program could bring a `set` or an `all` with which it
-    passes; but asserts that use nothing else must mean the program's (MBPP 126 tests its own `sum`).
+    Built-in functions are the interpreter's: a program could define a `set` or an `all` with which it passes.
+    Asserts that use nothing else mean the program's function (MBPP 126 tests its own `sum`).
     """
     nodes = list(ast.walk(ast.parse(tests)))
     used = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
@@ -87,7 +87,7 @@ def _bound(name: str, remote: Remote) -> object:
 
 
 def _judged(error: BaseException, remote: Remote, tests: str) -> Outcome:
-    """Say whose fault an exception is that ended the tests."""
+    """Return the verdict for an exception that ended the tests: the program's fault, or that of the tests."""
     if remote.raised is not None and remote.raised in _chain(error):
         return remote.raised_as
     where = _where(error.__traceback__, tests)
@@ -96,11 +96,11 @@ def _judged(error: BaseException, remote: Remote, tests: str) -> Outcome:
     shown = one_line(f"{type(error).__name__}: {error} ({where})")
     if not isinstance(error, Exception) or isinstance(error, _NOT_ABOUT_VALUES) or not remote.answered:
         return "judge_error", shown
-    return "wrong", shown  # the tests stumbled over a value of the program
+    return "wrong", shown  # a value of the program made the tests fail
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an exception and what Python itself turned into it (StopIteration in a generator)."""
+    """Yield an exception and the one that Python converted to it (StopIteration in a generator)."""
     yield error
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, StopIteration):
         yield error.__cause__
@@ -117,7 +117,7 @@ def _where(traceback: TracebackType | None, tests: str) -> str:
 
 
 def main_outcome(answer: object) -> Outcome:
-    """Return how a whole program's run ended, by its own account."""
+    """Return the outcome of a whole program's run, as the program reported it."""
     match answer:
         case ("raise", ["SystemExit", *_], "" | "0" | "None", int(), int()):
             return "passed", ""
@@ -127,7 +127,7 @@ def main_outcome(answer: object) -> Outcome:
 
 
 def compare_output(output: bytes, expected: str) -> Outcome:
-    """Compare what a program wrote with what it should have, apart from white space at the ends of lines."""
+    """Compare the output of a program with the expected one, ignoring white space at the ends of lines."""
     written = [line.rstrip() for line in output.decode("utf-8", "replace").rstrip().splitlines()]
     wanted = [line.rstrip() for line in expected.rstrip().splitlines()]
     if written == wanted:

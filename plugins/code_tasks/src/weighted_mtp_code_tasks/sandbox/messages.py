@@ -1,4 +1,4 @@
-"""Messages between the caller and a worker, both trusted: a length and a JSON object, over a pipe."""
+"""Messages between the caller and a worker, both trusted: a length and a JSON object over a pipe."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RawWriter(Protocol):
     """An unbuffered binary file open for writing."""
 
     def write(self, data: memoryview, /) -> int | None:
-        """Write what fits and return how much that was."""
+        """Write as many bytes as fit and return their number."""
 
 
 def read_message(stream: RawReader) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""The ways to judge a program: by tests that call it, or by what it writes to stdout."""
+"""Two ways to judge a program: by tests that call it, or by its stdout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .remote import Outcome
 from .watch import Candidate, Candidates, Limits
 from .wire import FrameError, decode, encode, receive_frame, send_frame
 
-_GRACE_SECONDS = 1.0  # after the candidate's wall limit, for tests that do something else than ask it
+_GRACE_SECONDS = 1.0  # after the candidate's wall limit, for tests that are not waiting for an answer
 
 
 def run_check(job: Mapping[str, Any], candidates: Candidates, limits: Limits) -> Outcome:
@@ -41,7 +41,7 @@ def run_check(job: Mapping[str, Any], candidates: Candidates, limits: Limits) ->
 
 
 def run_cases(job: Mapping[str, Any], candidates: Candidates, limits: Limits) -> Outcome:
-    """Judge a program by what it writes to stdout; it is run anew for each (stdin, stdout) of `cases`."""
+    """Judge a program by its stdout; it runs once for each (stdin, stdout) of `cases`."""
     for number, (given, expected) in enumerate(job["cases"], start=1):
         kind, detail = _run_case(job["program"], given, expected, candidates=candidates, limits=limits)
         if kind != "passed":
@@ -58,7 +58,7 @@ def _run_case(program: str, given: str, expected: str, *, candidates: Candidates
         _closing(os.pidfd_open(candidate.pid)) as ended,
     ):
         candidate.channel.settimeout(limits.wall_seconds)
-        with suppress(OSError):  # it has ended already
+        with suppress(OSError):  # the process has already ended
             send_frame(candidate.channel, encode(("main", program)))
         if not candidate.watch(ended, deadline=deadline):
             candidate.stop("wall_limit", f"more than {limits.wall_seconds:g} s")
@@ -89,7 +89,7 @@ def _file_in_memory(content: str) -> int:
 
 
 def _final_answer(channel: socket.socket) -> Outcome | None:
-    """Return how a program's run ended by its own account; None if it left without one."""
+    """Return the outcome that the program reported; None if it ended without a report."""
     channel.setblocking(False)
     try:
         answer = decode(receive_frame(channel))
@@ -99,10 +99,10 @@ def _final_answer(channel: socket.socket) -> Outcome | None:
 
 
 class JudgeProcess:
-    """A forked process that runs the trusted tests under limits of its own; use as a context manager.
+    """A forked process that runs the trusted tests under its own limits; a context manager.
 
     Attributes:
-        results: Descriptor on which its outcome arrives; closed without one if it dies.
+        results: Descriptor on which its outcome arrives; it closes without one if the process dies.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class JudgeProcess:
         return self._status
 
     def outcome(self) -> Outcome:
-        """Read the outcome, once `results` is readable or closed."""
+        """Read the outcome; call it when `results` is readable or closed."""
         content = b""
         while part := os.read(self.results, 1 << 16):
             content += part

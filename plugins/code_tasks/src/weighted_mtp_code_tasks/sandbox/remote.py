@@ -1,4 +1,4 @@
-"""The candidate's process as trusted tests see it: functions behind whose calls only plain data crosses."""
+"""The candidate's process for trusted tests: functions that exchange only plain data with it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NO_ANSWER = "the program answered with something that is no answer"
 
 
 class Stop(BaseException):
-    """Ends the tests with a verdict; not an Exception, so that `except Exception` does not swallow it."""
+    """Ends the tests with a verdict. It is no Exception, so `except Exception` does not catch it."""
 
 
 def one_line(text: str) -> str:
@@ -32,7 +32,7 @@ def exception_outcome(names: Sequence[str], message: str, *, line: int, number: 
     """Return the verdict on a program that ended with an exception.
 
     Args:
-        names: Its class's name and those of the bases, nearest first.
+        names: Names of its class and of the bases, most derived first.
         message: Its text.
         line: The program's line, or 0.
         number: The errno of an OSError, or 0.
@@ -49,19 +49,19 @@ def exception_outcome(names: Sequence[str], message: str, *, line: int, number: 
 
 
 class Remote:
-    """The candidate's process, asked one question at a time.
+    """The candidate's process; it handles one request at a time.
 
     Args:
-        channel: To that process.
+        channel: Channel to that process.
         deadline: `time.monotonic()` by which it must have answered.
-        reading: Its element 0 is 1 while an answer is decoded. Whoever shares that memory knows whom to blame
-            when this process dies of it (a set of a million colliding numbers takes hours to build).
+        reading: Shared memory; element 0 is 1 while an answer is decoded. If this process dies then, the
+            answer is at fault (a set of a million colliding numbers takes hours to build).
 
     Attributes:
-        answered: Whether the program's functions have answered anything.
-        raised: The exception of the program that was raised here last.
+        answered: Whether a function of the program has answered.
+        raised: The latest exception of the program that was raised here.
         raised_as: The verdict if nothing catches it.
-        stopped: The verdict once there is nothing left to ask.
+        stopped: The verdict, once the tests must end.
     """
 
     def __init__(self, channel: socket.socket, *, deadline: float, reading: memoryview | None = None) -> None:
@@ -74,7 +74,7 @@ class Remote:
         self.stopped: Outcome | None = None
 
     def stop(self, kind: str, detail: str) -> NoReturn:
-        """End the tests with this verdict, whatever they catch."""
+        """End the tests with this verdict, whatever exceptions they catch."""
         self.stopped = self.stopped or (kind, one_line(detail))
         raise Stop
 
@@ -86,19 +86,19 @@ class Remote:
         """
         try:
             self.ask("load", program)
-        except Exception:  # noqa: BLE001 - whatever the program raised, it is the verdict
+        except Exception:  # noqa: BLE001 - any exception of the program decides the verdict
             self.stop(*self.raised_as)
         self.answered = False
 
     def call(self, target: object, arguments: Sequence[object], keywords: Mapping[str, object]) -> object:
-        """Call a function and carry over what it did to its mutable arguments."""
+        """Call a function and apply its changes to mutable arguments."""
         return self.ask("call", target, list(arguments), dict(keywords))
 
     def ask(self, operation: str, *operands: object) -> object:
-        """Ask and return the answer's value, or raise the program's exception here.
+        """Send a request; return the value of the answer, or raise the program's exception here.
 
         Raises:
-            Stop: There is no answer that could be used.
+            Stop: There is no usable answer.
         """
         if self.stopped:
             raise Stop
@@ -135,7 +135,7 @@ class Remote:
         return value
 
     def _apply(self, operands: Sequence[object], changes: Mapping[object, object]) -> None:
-        """Give the caller's lists, dicts and sets the content that the call left in their copies."""
+        """Give the caller's lists, dicts and sets the content of their copies after the call."""
         arguments = operands[1] if len(operands) == 3 and isinstance(operands[1], list) else []
         for position, changed in changes.items():
             if type(position) is not int or not 0 <= position < len(arguments):
@@ -153,7 +153,7 @@ class Remote:
                     self.stop("unencodable", _NO_ANSWER)
 
     def _raise(self, names: list[str], message: str, *, line: int, number: int) -> NoReturn:
-        """Raise the built-in exception that is nearest to the program's."""
+        """Raise the most derived built-in exception among the classes of the program's exception."""
         self.raised_as = exception_outcome(names, message, line=line, number=number)
         for name in names:
             kind = getattr(builtins, name, None)
@@ -161,14 +161,14 @@ class Remote:
                 continue
             try:
                 self.raised = kind(message)
-            except TypeError:  # UnicodeDecodeError and its like want more arguments: take the base
+            except TypeError:  # UnicodeDecodeError and others need more arguments: take the base
                 continue
             raise self.raised
         self.stop(*self.raised_as)  # SystemExit, KeyboardInterrupt
 
 
 class RemoteFunction:
-    """A function of the program, by name; calling it asks the program."""
+    """A function of the program, by name; a call is a request to the program."""
 
     __slots__ = ("_name", "_remote")
 
@@ -181,7 +181,7 @@ class RemoteFunction:
 
 
 class Opaque:
-    """An object of the program that is not plain data: to be handed back; any look at it ends the tests."""
+    """An object of the program that is no plain data: it can be passed back; inspecting it ends the tests."""
 
     __slots__ = ("_number", "_remote")
     _number: int
@@ -209,7 +209,7 @@ def _looked_at(opaque: Opaque, *_: object) -> NoReturn:
     opaque._remote.stop("unencodable", "the tests look at a value that is not bounded plain data")  # noqa: SLF001
 
 
-# Python asks the class, not `__getattr__`, for what operators and built-in functions need.
+# Python looks up the methods of operators and built-in functions in the class, not through `__getattr__`.
 _SPECIAL = """
     abs add and bool bytes ceil complex contains delitem divmod enter eq exit float floor floordiv format ge
     getitem gt hash index int invert iter le len lshift lt matmul mod mul ne neg next or pos pow radd rand

@@ -1,4 +1,4 @@
-"""Judge many programs in parallel: one worker process a core, each with a warm zygote in a sandbox."""
+"""Judge many programs in parallel: worker processes, each with a warm zygote in a sandbox."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from weighted_mtp_code_tasks.sandbox.messages import read_message, write_message
 from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
 
 _CHECK_NOTHING = "def check(candidate):\n    candidate()\n"
-# Programs that must not come through: what the kernel promises is tried before anything relies on it.
+# Programs that must fail: the confinement is tried before anything relies on it.
 _CANARIES = (
     ("reads a file outside", "def f():\n    open('/etc/passwd').read()\n"),
     ("opens a socket", "import socket\ndef f():\n    socket.socket()\n"),
@@ -31,11 +31,11 @@ _TOLERATED_SHARE = 0.05
 
 
 class Sandbox:
-    """Judges programs that nobody trusts; use as a context manager, which ends every process it started.
+    """Judges untrusted programs; a context manager that ends every process it started.
 
     Args:
         settings: Back end and limits.
-        judge_errors_tolerated: So many programs, or 5 % of all if that is more, may be left unjudged.
+        judge_errors_tolerated: Number of programs that may be left unjudged, or 5 % of all if that is more.
 
     Attributes:
         provenance: Back end, versions and limits, to be recorded with each label.
@@ -45,7 +45,7 @@ class Sandbox:
         """Choose the back end.
 
         Raises:
-            WmtpError: This machine has no sandbox and the settings do not say `trusted`.
+            WmtpError: This machine has no sandbox and the back end is not `trusted`.
         """
         self._settings = settings
         self._backend = backends.choose_backend(settings.backend)
@@ -92,14 +92,14 @@ class Sandbox:
             One verdict a job, in the order of the jobs.
 
         Raises:
-            RunFailedError: So many jobs could not be judged that the rest would be of no use.
+            RunFailedError: More jobs could not be judged than is tolerated.
         """
         if not self._workers:
             raise RuntimeError("a Sandbox judges only as a context manager, and no more once it failed")
         try:
             return self._judge(jobs, on_done)
         except BaseException:
-            self.close()  # workers are still at work on what nobody will ask for
+            self.close()  # workers may still be judging jobs whose verdicts are not read
             raise
 
     def _judge(self, jobs: Sequence[AnyJob], on_done: Callable[[], None] | None) -> list[Verdict]:
@@ -144,7 +144,7 @@ class Sandbox:
 
 
 class _Worker:
-    """The caller's end of one worker process; started again if it dies."""
+    """The caller's end of one worker process, which is restarted if it dies."""
 
     def __init__(self, backend: backends.Backend, settings: SandboxSettings) -> None:
         self._backend = backend
@@ -193,7 +193,7 @@ class _Worker:
     def send(self, job: AnyJob) -> None:
         """Send a job, which `receive` answers."""
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # the worker died; `receive` sees that
+        with suppress(BrokenPipeError):  # the worker died; `receive` notices
             write_message(self._process.stdin, job.message())
 
     def receive(self) -> Verdict:
@@ -218,12 +218,12 @@ class _Worker:
         return lines[-1] if lines else f"exit status {self._process.returncode}"
 
     def hang_up(self) -> None:
-        """Have the worker end, and take everything else with it."""
+        """Make the worker end, and with it every process that it started."""
         assert self._process.stdin is not None
         self._process.stdin.close()
 
     def close(self) -> None:
-        """Wait for the worker's end and leave nothing behind."""
+        """Wait until the worker has ended, and remove its files."""
         assert self._process.stdout is not None
         self.hang_up()
         try:

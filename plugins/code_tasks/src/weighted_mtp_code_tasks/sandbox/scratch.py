@@ -1,4 +1,4 @@
-"""The folder that a program may write to: how full it is, and how it is emptied whatever is in it."""
+"""The folder that a program may write to: its limits, and how it is emptied whatever it contains."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MAX_FILES = 2048
 
 
 def is_too_full(folder: str) -> bool:
-    """Whether there is more in the folder than a program may write, which may be at work meanwhile."""
+    """Return whether the folder exceeds the limits; the program may be changing it at the same time."""
     size = count = 0
     folders = [folder]
     while folders:
@@ -24,7 +24,7 @@ def is_too_full(folder: str) -> bool:
                         folders.append(entry.path)
         except FileNotFoundError:  # removed meanwhile
             continue
-        except OSError:  # so deep that no path leads there, or shut
+        except OSError:  # too deep for a path, or not readable
             return True
         if size > MAX_BYTES or count > MAX_FILES:
             return True
@@ -32,20 +32,20 @@ def is_too_full(folder: str) -> bool:
 
 
 def is_mount_too_full(folder: str) -> bool:
-    """Whether there is more in the file system mounted on the folder than a program may write."""
+    """Return whether the file system mounted on the folder exceeds the limits."""
     try:
         found = os.statvfs(folder)
-    except OSError:  # the process through whose view we look is gone
+    except OSError:  # the process with this view of the file system is gone
         return False
     used = (found.f_blocks - found.f_bfree) * found.f_frsize
     return used > MAX_BYTES or found.f_files - found.f_ffree > MAX_FILES
 
 
 def empty(folder: str) -> None:
-    """Remove everything in a folder in which nobody is at work.
+    """Remove everything in a folder that no process uses any more.
 
-    `shutil.rmtree` recurs, and a program can nest folders deeper than Python recurs: here each folder that is
-    found in another is first moved up to the top.
+    `shutil.rmtree` is recursive, and a program can nest folders deeper than Python's recursion limit. Here
+    each nested folder is first moved up to the top.
 
     Raises:
         OSError: Something cannot be removed.
@@ -62,7 +62,7 @@ def empty(folder: str) -> None:
                 if inner.is_symlink() or not inner.is_dir():
                     inner.unlink()
                 else:
-                    inner.chmod(0o700)  # a folder can be moved only by who may write to it
+                    inner.chmod(0o700)  # moving a folder needs write permission on it
                     inner.rename(_unused(top, names))
             entry.rmdir()
 

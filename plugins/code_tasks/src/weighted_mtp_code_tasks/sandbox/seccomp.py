@@ -1,7 +1,7 @@
 """The seccomp filter of a candidate: an allow-list, written as BPF by hand so that no library is needed.
 
-What an honest program has no business to call ends it with SIGSYS (so that the verdict is `violation`
-whatever the program catches); what a library may probe for is answered with an error and does nothing.
+A system call that no honest program needs ends the process with SIGSYS, so the verdict is `violation`
+whatever the program catches. A system call that a library may probe for returns an error and has no effect.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _COLUMN = {"x86_64": 0, "aarch64": 1}
 
 
-# CLONE_VM | CLONE_SIGHAND | CLONE_THREAD must be there, no CLONE_NEW* may.
+# CLONE_VM | CLONE_SIGHAND | CLONE_THREAD must be set, no CLONE_NEW* may be.
 _THREAD_FLAGS = 0x100 | 0x800 | 0x10000
 _NAMESPACE_FLAGS = 0x7E020000
-# dup, flags, record locks, F_DUPFD_CLOEXEC, F_GETPIPE_SZ: nothing that sends signals (F_SETOWN, F_NOTIFY).
+# dup, flags, record locks, F_DUPFD_CLOEXEC, F_GETPIPE_SZ; none that sends signals (F_SETOWN, F_NOTIFY).
 _FCNTL_COMMANDS = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032)
 _IOCTL_COMMANDS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS, TIOCGWINSZ, FIO*
 _PRCTL_OPTIONS = (15, 16)  # PR_SET_NAME, PR_GET_NAME
@@ -41,18 +41,18 @@ _Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, o
 
 
 def supported() -> bool:
-    """Whether there is a filter for this architecture."""
+    """Return whether there is a filter for this architecture."""
     return platform.machine() in _AUDIT_ARCH
 
 
 def build_filter(pid: int, machine: str) -> bytes:
     """Return the filter as an array of `struct sock_filter`.
 
-    The system call's number is looked up in a binary tree: the kernel runs a new filter once for every number
-    (to remember which are always allowed), which made a linear list cost a millisecond a program.
+    A binary tree looks up the number of the system call: the kernel runs a new filter once per number, to
+    remember which are always allowed, so a linear list costs a millisecond per program.
 
     Args:
-        pid: The candidate's own process id (as it sees it itself): the only one it may signal.
+        pid: The candidate's process id in its own namespace: the only process that it may signal.
         machine: `platform.machine()`.
     """
     program: list[_Instruction] = [
@@ -68,7 +68,7 @@ def build_filter(pid: int, machine: str) -> bytes:
 
 
 def _answers(pid: int, column: int) -> dict[int, list[_Instruction]]:
-    """Return what to do for each number that is not simply unknown."""
+    """Return the instructions for each known number."""
     answers: dict[int, list[_Instruction]] = {}
     for table, action in (
         (syscalls.ALLOWED, _RET_ALLOW),
@@ -82,7 +82,7 @@ def _answers(pid: int, column: int) -> dict[int, list[_Instruction]]:
 
 
 def _runs(answers: dict[int, list[_Instruction]]) -> list[tuple[int, list[_Instruction]]]:
-    """Return (first number, what to do from there on), ascending."""
+    """Return (first number, instructions from there on), ascending."""
     unknown = [(_RETURN, 0, 0, _RET_ERRNO | errno.ENOSYS)]
     runs: list[tuple[int, list[_Instruction]]] = []
     for number in range(max(answers) + 2):
@@ -97,7 +97,7 @@ def _tree(runs: list[tuple[int, list[_Instruction]]]) -> list[_Instruction]:
         return runs[0][1]
     middle = len(runs) // 2
     below, above = _tree(runs[:middle]), _tree(runs[middle:])
-    # A conditional jump reaches 255 instructions; an unconditional one any number.
+    # A conditional jump spans at most 255 instructions, an unconditional one any number.
     return [
         (_JUMP_GREATER_EQUAL, 0, 1, runs[middle][0]),
         (_JUMP, 0, 0, len(below)),
@@ -116,7 +116,7 @@ def _conditional_rules(pid: int) -> list[tuple[Numbers, list[_Instruction]]]:
         (_RETURN, 0, 0, _RET_ALLOW),
         (_RETURN, 0, 0, _RET_KILL),
     ]
-    # A stream pair (asyncio's) cannot be addressed elsewhere; a datagram one could reach any socket file.
+    # A stream pair (as in asyncio) cannot be addressed elsewhere; a datagram one could reach any socket file.
     pair = [
         (_LOAD, 0, 0, _argument(0)),
         (_JUMP_EQUAL, 0, 4, family),
@@ -126,7 +126,7 @@ def _conditional_rules(pid: int) -> list[tuple[Numbers, list[_Instruction]]]:
         (_RETURN, 0, 0, _RET_ALLOW),
         (_RETURN, 0, 0, _RET_KILL),
     ]
-    # Reading its own limits is fine; with a new limit or another's pid it is not.
+    # Reading its own limits is allowed; a new limit or the pid of another process is not.
     limits = [
         (_LOAD, 0, 0, _argument(2)),
         (_JUMP_EQUAL, 0, 6, 0),
@@ -156,7 +156,7 @@ def _argument(index: int) -> int:
 
 
 def _one_of(index: int, values: tuple[int, ...], *, otherwise: int) -> list[_Instruction]:
-    """Allow the call if the low word of an argument is one of `values`; the kernel reads these as ints."""
+    """Allow the call if the low word of an argument, which the kernel reads as an int, is one of `values`."""
     compare = [(_JUMP_EQUAL, len(values) - position, 0, value) for position, value in enumerate(values)]
     return [
         (_LOAD, 0, 0, _argument(index)),

@@ -1,7 +1,7 @@
-"""Linux system calls by what a candidate may do with them; numbers for x86_64 and aarch64.
+"""Linux system calls, grouped by whether a candidate may use them; numbers for x86_64 and aarch64.
 
-Numbers: `arch/x86/entry/syscalls/syscall_64.tbl` and `include/uapi/asm-generic/unistd.h` of Linux; -1 where
-an architecture does not have the call.
+Sources of the numbers: `arch/x86/entry/syscalls/syscall_64.tbl` and `include/uapi/asm-generic/unistd.h` of
+Linux; -1 if an architecture does not have the call.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ DEADLY: dict[str, Numbers] = {
     "mount_setattr": (442, 442),
 }
 
-# Answered EPERM: they change what Landlock does not guard (modes, owners, times, others' limits).
+# Return EPERM: they change what Landlock does not protect (modes, owners, times, limits of other processes).
 REFUSED: dict[str, Numbers] = {
     "truncate": (76, 45),
     "chmod": (90, -1),

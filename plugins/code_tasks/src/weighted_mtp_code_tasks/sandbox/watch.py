@@ -1,6 +1,6 @@
-"""Watch a candidate's process: its CPU time, threads, output and disk.
+"""Watch a candidate's process: its CPU time, threads, output and files.
 
-The limits are enforced from here, where the candidate cannot reach them; the kernel's own are a backstop.
+The limits are enforced from outside the candidate, out of its reach; the kernel's limits are a backstop.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _CPU_SIGNALS = {signal.SIGKILL, signal.SIGXCPU}
 
 
 class CallerGoneError(Exception):
-    """Nobody waits for the verdict any more."""
+    """The caller that waits for the verdict is gone."""
 
 
 class Limits(NamedTuple):
-    """What one program may use.
+    """Limits of one program.
 
     Attributes:
         cpu_seconds: CPU time of the candidate, over all its threads.
-        wall_seconds: The backstop.
+        wall_seconds: Elapsed time, a backstop.
         memory_bytes: Address space, of the candidate and of the judge.
         scratch: The folder that the program may write to.
-        scratch_is_mount: Whether it is a mount that only the candidate and the zygote see.
-        caller: Descriptor whose hanging up means that nobody waits any more.
+        scratch_is_mount: Whether it is a mount in the namespace of the candidate and the zygote.
+        caller: Descriptor that hangs up when the caller is gone.
     """
 
     cpu_seconds: float
@@ -50,24 +50,24 @@ class Limits(NamedTuple):
 
 
 class Candidates(Protocol):
-    """Where processes for candidates come from."""
+    """Makes processes for candidates."""
 
     def spawn(self, channel: int, *, stdin: int, output: int, errors: int) -> int:
         """Fork a confined process and return its id."""
 
     def reap(self) -> tuple[int, float]:
-        """Return the wait status and CPU seconds of the process, which has ended, and clean up behind it."""
+        """Return the wait status and CPU seconds of the process, which has ended, and clean up after it."""
 
 
 class Candidate:
-    """One candidate's process from its start to its end; use as a context manager.
+    """One candidate's process from its start to its end; a context manager.
 
     Attributes:
-        channel: Our end of the channel to it.
+        channel: This end of the channel to it.
         pid: Its process id, valid until the end of the context.
-        output: The first `OUTPUT_BYTES` bytes of what it wrote to stdout (and stderr, unless that has a
-            descriptor of its own).
-        stopped: The verdict if it was stopped for breaking a limit.
+        output: The first `OUTPUT_BYTES` bytes of its stdout (and of its stderr, unless that has a separate
+            descriptor).
+        stopped: The verdict if it was stopped because it exceeded a limit.
         status: Its wait status, after the context.
     """
 
@@ -114,13 +114,13 @@ class Candidate:
         os.close(self._reader)
 
     def kill(self) -> None:
-        """End the process now, and with it its threads."""
+        """End the process and its threads now."""
         for end in (os.killpg, os.kill):
             with suppress(ProcessLookupError):
                 end(self.pid, signal.SIGKILL)
 
     def stop(self, kind: str, detail: str) -> None:
-        """End the process for breaking a limit."""
+        """End the process because it exceeded a limit."""
         self.stopped = self.stopped or (kind, detail)
         self.kill()
 
@@ -152,7 +152,7 @@ class Candidate:
         return False
 
     def wait(self, seconds: float) -> bool:
-        """Wait for the process to end by itself; False if it does not in time."""
+        """Wait until the process ends by itself; False if it does not end in time."""
         ended = os.pidfd_open(self.pid)
         try:
             return bool(select.select([ended], [], [], seconds)[0])
@@ -160,7 +160,7 @@ class Candidate:
             os.close(ended)
 
     def _read(self) -> bool:
-        """Take what the program wrote; False at the end."""
+        """Read the program's output; False at the end."""
         part = os.read(self._reader, 1 << 16)
         if len(self.output) + len(part) > OUTPUT_BYTES:
             self.stop("output", f"wrote more than {OUTPUT_BYTES} bytes")
@@ -190,7 +190,7 @@ class Candidate:
         return scratch.is_too_full(folder)
 
     def ending(self) -> Outcome:
-        """Say why a process ended that nobody stopped, after the context."""
+        """Return the verdict on a process that ended without being stopped; call it after the context."""
         code = os.waitstatus_to_exitcode(self.status)
         if code >= 0:
             return "error", f"the program ended its process with status {code}"

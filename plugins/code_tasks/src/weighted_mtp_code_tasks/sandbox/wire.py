@@ -1,8 +1,7 @@
 """Plain data between the trusted side and a candidate: bounded, never pickle, exact types only.
 
-A value is a tag byte and its content; nothing that is decoded can run code, so whoever sits at the other end
-can at most answer with *values*. The encoder's limits spare an honest program, the decoder's bind a hostile
-one.
+A value is a tag byte and its content. Decoding runs no code of the other side, which can only answer with
+*values*. The encoder's limits are for honest programs, the decoder's limits are for hostile ones.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class UnencodableError(Exception):
 
 
 class FrameError(Exception):
-    """The bytes that arrived are no message: too long, cut off or malformed."""
+    """The received bytes are no message: too long, truncated or malformed."""
 
 
 # --------------------------------------------------------------------------- encoding
@@ -39,17 +38,16 @@ def encode(value: object, reference: Callable[[object], int | None] = lambda _: 
 
     Args:
         value: None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset or dict of such, or
-            one of these classes.
-            A subclass is taken as its plain base if it does not bring its own notion of equality.
-        reference: Returns the number that stands for any other object, or None if there is none.
+            one of these classes. A subclass is encoded as its plain base unless it defines its own equality.
+        reference: Returns the number of any other object, or None if it has none.
 
     Raises:
-        UnencodableError: Another type, or too deep, too many or too large.
+        UnencodableError: The value has another type, or is too deep or too large.
     """
     encoder = _Encoder(reference)
     try:
         encoder.write(value, MAX_DEPTH)
-    except RuntimeError as error:  # another thread of the program changes a container meanwhile
+    except RuntimeError as error:  # another thread of the program changed a container
         raise UnencodableError(f"the value changed while it was read: {error}") from None
     return bytes(encoder.out)
 
@@ -87,7 +85,7 @@ class _Encoder:
 
 
 def _plain_base(kind: type) -> type:
-    """Return the built-in type as which an instance of the subclass `kind` may cross, or `kind`."""
+    """Return the built-in type as which an instance of `kind` is encoded, or `kind` itself."""
     for base in _WRITERS:
         if issubclass(kind, base) and (_equality(kind) is _equality(base) or kind in (Counter, OrderedDict)):
             return base
@@ -146,7 +144,7 @@ def _sequence_writer(kind: Any, tag: bytes) -> Callable[[_Encoder, Any, int], No
     return write
 
 
-# The methods of the built-in types are called, never a subclass's own. bool comes before int, its base.
+# The methods of the built-in types are called, never those of a subclass. bool comes before int, its base.
 _WRITERS: dict[type, Callable[[_Encoder, Any, int], None]] = {
     type(None): _write_none,
     bool: _write_bool,
@@ -169,14 +167,14 @@ _TYPE_NAMED = {kind.__name__.encode(): kind for kind in _TYPES}
 
 
 def decode(data: bytes, resolve: Callable[[int], object] | None = None) -> object:
-    """Return the value of `encode`'s bytes.
+    """Return the value that `encode` encoded.
 
     Args:
-        data: One whole value.
-        resolve: Returns the object that a number stands for; without it there may be none.
+        data: The bytes of one value.
+        resolve: Returns the object with a number; without it, numbers of objects are an error.
 
     Raises:
-        FrameError: The bytes are no value, or are beyond the limits.
+        FrameError: The bytes are no value, or exceed the limits.
     """
     decoder = _Decoder(data, resolve)
     try:
@@ -208,7 +206,7 @@ class _Decoder:
         return int(_SIZE.unpack(self.take(4))[0])
 
     def items(self, depth: int, *, each: int = 1) -> list[object]:
-        """Read a count and `each` times as many values; the bytes that are left must be able to hold them."""
+        """Read a count and `each` times as many values; the remaining bytes must suffice for them."""
         count = self.size() * each
         if count > len(self._data) - self._at:
             raise FrameError("malformed value: cut off")
@@ -262,7 +260,7 @@ _READERS: dict[bytes, Callable[[_Decoder, int], object]] = {
 
 
 def send_frame(channel: socket.socket, content: bytes) -> None:
-    """Send one message with its length before it."""
+    """Send one message, preceded by its length."""
     channel.sendall(_SIZE.pack(len(content)) + content)
 
 
@@ -271,7 +269,7 @@ def receive_frame(channel: socket.socket) -> bytes:
 
     Raises:
         EOFError: The other end is closed.
-        FrameError: It is longer than any message may be.
+        FrameError: It is longer than a message may be.
     """
     size = int(_SIZE.unpack(_receive_exactly(channel, 4))[0])
     if size > MAX_FRAME_BYTES + 4096:

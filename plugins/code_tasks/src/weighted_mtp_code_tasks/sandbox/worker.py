@@ -1,6 +1,6 @@
-"""One worker: reads jobs from stdin, has each run and watched, answers on stdout.
+"""One worker: reads jobs from stdin, judges each, writes verdicts to stdout.
 
-Trusted and single-threaded; forks a judge for each job and has the zygote fork a candidate.
+Trusted and single-threaded. For each job it forks a judge, and the zygote forks a candidate.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from .watch import CallerGoneError, Limits
 
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 _SECONDS_TO_LEAVE = 1.0
-# What tests import most; a judge's fork gets them for nothing.
+# The modules that tests import most; the fork of a judge already has them.
 _WARM_FOR_TESTS = ("collections", "copy", "itertools", "math", "random", "re", "string", "typing")
 
 
 def start(arguments: list[str]) -> NoReturn:
-    """Run from the bootstrap line: a JSON configuration."""
+    """Entry point of the bootstrap: the argument is a JSON configuration."""
     main(json.loads(arguments[0]))
 
 
@@ -53,14 +53,14 @@ def main(configuration: Mapping[str, Any]) -> NoReturn:
             kind, detail = _run(job, candidates, limits)
             write_message(results, {"kind": kind, "detail": one_line(detail)})
     except (BrokenPipeError, CallerGoneError):
-        pass  # nobody waits for an answer any more
+        pass  # the caller is gone
     finally:
         candidates.stop()
     os._exit(0)
 
 
 def _run(job: Mapping[str, Any], candidates: Zygote, limits: Limits) -> tuple[str, str]:
-    """Judge one job; a zygote that failed or could not clean up is replaced."""
+    """Judge one job; restart a zygote that failed or could not clean up."""
     try:
         return run_cases(job, candidates, limits) if "cases" in job else run_check(job, candidates, limits)
     except ZygoteDiedError as error:
@@ -73,7 +73,7 @@ class ZygoteDiedError(Exception):
 
 
 class Zygote:
-    """The zygote as its worker sees it.
+    """The worker's end of a zygote.
 
     Args:
         command: Its command line.
@@ -85,19 +85,19 @@ class Zygote:
         self._control = socket.socket()
 
     def start(self) -> None:
-        """Start a fresh one, with nothing of this process but one descriptor."""
+        """Start a new zygote that inherits only one descriptor of this process."""
         self.stop()
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         with theirs:
-            # Not `subprocess`: it imports `threading`, which makes each fork of a judge dearer. All other
+            # Not `subprocess`: it imports `threading`, which makes each fork of a judge slower. All other
             # descriptors are closed on exec.
             keep = [(os.POSIX_SPAWN_DUP2, theirs.fileno(), zygote.CONTROL)]
             self._pid = os.posix_spawn(self._command[0], self._command, os.environ, file_actions=keep)
 
     def stop(self) -> None:
-        """End it and wait; the kernel ends its children with it."""
-        self._control.close()  # on which it leaves by itself
+        """End the zygote and wait; the kernel ends its children with it."""
+        self._control.close()  # then it ends by itself
         if self._pid:
             ended = os.pidfd_open(self._pid)
             if not select.select([ended], [], [], _SECONDS_TO_LEAVE)[0]:
@@ -107,10 +107,10 @@ class Zygote:
             self._pid = 0
 
     def spawn(self, channel: int, *, stdin: int, output: int, errors: int) -> int:
-        """Have a candidate's process forked and confined; it waits for its program on `channel`.
+        """Make the zygote fork and confine a candidate, which waits for its program on `channel`.
 
         Returns:
-            Its process id as this process sees it: the kernel writes the sender's, whatever its namespace.
+            Its process id in the namespace of this process: the kernel translates the id of the sender.
 
         Raises:
             ZygoteDiedError: It could not.
@@ -129,7 +129,7 @@ class Zygote:
         """Return the wait status and the CPU seconds of the candidate, which has ended or was killed.
 
         Raises:
-            ZygoteDiedError: It could not clean up behind the candidate.
+            ZygoteDiedError: It could not clean up after the candidate.
         """
         try:
             self._control.send(zygote.REAP)

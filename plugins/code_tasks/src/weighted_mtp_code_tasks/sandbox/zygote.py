@@ -1,7 +1,8 @@
 """A warm interpreter that forks one confined process per program.
 
-Started fresh (never forked from a process that has seen tests), it reads no program itself: the child gets it
-over its own channel, so that no program can find another's in memory. One program runs at a time.
+It is started anew, never forked from a process that has read tests. It reads no program itself: each child
+gets its program over its own channel, so no program can find another one in memory. One program runs at a
+time.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ REAP, SPAWN = b"reap", b"spawn"
 STARTED, FAILED = b"started", b"failed: "
 EXIT_STATUS = struct.Struct("<id")
 
-# What programs import most; a fork gets them for nothing. Not `threading`: what it does after a fork doubles
-# the fork's cost (0.4 ms).
+# The modules that programs import most; a fork already has them. Not `threading`: its work after a fork
+# doubles the cost of the fork (0.4 ms).
 _WARM = """
     abc array bisect calendar cmath collections contextlib copy dataclasses datetime decimal enum fractions
     functools hashlib heapq io itertools json math numbers operator re statistics string struct
@@ -33,7 +34,7 @@ _WARM = """
 
 
 def start(arguments: list[str]) -> NoReturn:
-    """Run from the bootstrap line: a JSON configuration; the control descriptor is `CONTROL`."""
+    """Entry point of the bootstrap: gets a JSON configuration; the control descriptor is `CONTROL`."""
     if arguments[0] == "--try":
         os._exit(0)
     if arguments[0] == "--try-namespaces":
@@ -45,7 +46,7 @@ def start(arguments: list[str]) -> NoReturn:
 
 
 def main(configuration: Mapping[str, Any]) -> NoReturn:
-    """Serve the worker at the other end of the control descriptor until it goes away."""
+    """Serve the worker at the other end of the control descriptor until it closes."""
     confine.die_with_parent()
     for name in _WARM.split():
         importlib.import_module(name)
@@ -61,7 +62,7 @@ def main(configuration: Mapping[str, Any]) -> NoReturn:
 
 
 def _become_first_process() -> None:
-    """Fork the process that is number 1 of the new PID namespace; this one only waits for it."""
+    """Fork process 1 of the new PID namespace; the present process only waits for it."""
     pid = os.fork()
     if pid:
         os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) & 0xFF)
@@ -74,7 +75,7 @@ class Zygote:
     Args:
         configuration: `backend`, `namespaces`, `scratch`, `cpu_seconds`, `memory_bytes`.
         control: Messages from and to the worker, with descriptors.
-        readable: Open `O_PATH` descriptors of what programs may read.
+        readable: Open `O_PATH` descriptors of the files and folders that programs may read.
     """
 
     def __init__(self, configuration: Mapping[str, Any], control: socket.socket, readable: list[int]) -> None:
@@ -115,7 +116,7 @@ class Zygote:
             self._ruleset = confine.make_ruleset(self._readable, self._writable, folder=self._scratch)
 
     def _empty_scratch(self) -> None:
-        """Leave nothing to the next program; if that fails this process ends and another takes its place."""
+        """Delete all files of a program; if that fails, this process ends and the worker starts another."""
         if not any(os.scandir(self._scratch)):
             return
         if not self._namespaces:
@@ -133,7 +134,7 @@ class Zygote:
         except (OSError, confine.ConfinementError) as error:
             self._control.send(FAILED + str(error).encode()[:500])
             os._exit(1)
-        random.seed(0)  # forking reseeds from the system, and no verdict may depend on that
+        random.seed(0)  # a fork reseeds from the system, and no verdict may depend on that
         candidate.serve(socket.socket(fileno=channel))
 
     def _confine(self, channel: int) -> None:
