@@ -20,9 +20,8 @@ from harness import MIB, Row, in_turns, main, peak_mib, ratio_row, row
 from torch import Tensor, nn
 from weighted_mtp_core.model.chunked_unembedding import CHUNK
 from weighted_mtp_core.model.loss import normalisers, weighted_mtp_loss
-from weighted_mtp_core.model.plain_loss import plain_mtp_loss
+from weighted_mtp_core.model.pair_predictions import PairPredictions
 from weighted_mtp_core.model.targets import IGNORED, target_mask
-from weighted_mtp_core.model.token_signals import token_losses
 
 D, SUPERVISED = 576, 0.4
 
@@ -84,20 +83,23 @@ class Case:
 
     def losses_first(self) -> None:
         """The same where the weights depend on the policy's current losses, as in Rho-1."""
-        losses_BTK = token_losses(self.policy, self._leaf().detach(), self.labels_BTK)  # type: ignore[arg-type]
-        self.fused(losses_BTK)
+        predictions = PairPredictions(self.policy, self._leaf().detach(), self.labels_BTK)  # type: ignore[arg-type]
+        self.fused(predictions.losses())
 
     def full(self) -> None:
         """The same through all `[B, T, K, V]` logits and autograd."""
         target_BTK = target_mask(self.labels_BTK)
-        plain_mtp_loss(
-            self.policy,  # type: ignore[arg-type]
-            self._leaf(),
-            labels_BTK=self.labels_BTK,
-            weight_BTK=self.weight_BTK,
-            normaliser_K=normalisers(self.weight_BTK, target_BTK, normalise="weights"),
-            head_share_K=torch.full((self.policy.n_future,), 1 / self.policy.n_future),
-        ).backward()
+        normaliser_K = normalisers(self.weight_BTK, target_BTK, normalise="weights")
+        states_BTD = self._leaf()
+        heads = range(1, self.policy.n_future + 1)
+        logits = [self.policy.unembedding(self.policy.head_states(k, states_BTD)) for k in heads]
+        ce_BTK = nn.functional.cross_entropy(
+            torch.stack(logits, dim=2).movedim(-1, 1),
+            self.labels_BTK,
+            ignore_index=IGNORED,
+            reduction="none",
+        )
+        ((self.weight_BTK * ce_BTK).sum(dim=(0, 1)) / normaliser_K).mean().backward()
 
     def _leaf(self) -> Tensor:
         """Return the states as where a trunk's gradient would arrive, and forget the last gradients."""

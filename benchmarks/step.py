@@ -29,8 +29,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.api import Batch, BuildContext, Critic, ModelContext, Signal, WeightingStrategy
 from weighted_mtp_core.data.batches import StepBatches, make_step_batches
 from weighted_mtp_core.data.tokens import TokenSet
-from weighted_mtp_core.model.frozen_copies import frozen_trunk
 from weighted_mtp_core.model.policy import Policy
+from weighted_mtp_core.model.trunk import frozen_trunk
 from weighted_mtp_core.recipe.schema import DataTable, LossTable, TrainTable
 from weighted_mtp_core.runtime.distributed import clip_gradients
 from weighted_mtp_core.training.loop import make_optimiser

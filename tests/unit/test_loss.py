@@ -13,10 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.model import chunked_unembedding
 from weighted_mtp_core.model.loss import normalisers, weighted_mtp_loss
-from weighted_mtp_core.model.plain_loss import plain_mtp_loss
+from weighted_mtp_core.model.pair_predictions import PairPredictions
 from weighted_mtp_core.model.policy import make_policy
 from weighted_mtp_core.model.targets import IGNORED, target_mask
-from weighted_mtp_core.model.token_signals import head_sums, token_entropies, token_losses
 
 V = 23
 
@@ -78,10 +77,17 @@ def fused(model, ids_BT, **arguments):
     return loss, gradients(model)
 
 
-def plain(model, ids_BT, **arguments):
-    """Return the loss and every gradient of the formula."""
+def plain(model, ids_BT, *, labels_BTK, weight_BTK, normaliser_K, head_share_K, detach_trunk=False):
+    """Return the loss and every gradient of the formula: all logits at once, gradients by autograd."""
     model.zero_grad()
-    loss = plain_mtp_loss(model, model.trunk_states(ids_BT), **arguments)
+    hidden_BTH = model.trunk_states(ids_BT)
+    states = [hidden_BTH.detach() if detach_trunk and k else hidden_BTH for k in range(model.n_future)]
+    logits_BTKV = torch.stack([model.logits(k + 1, state) for k, state in enumerate(states)], dim=2)
+    ce_BTK = torch.nn.functional.cross_entropy(
+        logits_BTKV.movedim(-1, 1), labels_BTK, ignore_index=IGNORED, reduction="none"
+    )
+    weighted_BTK = ce_BTK if weight_BTK is None else weight_BTK * ce_BTK
+    loss = (head_share_K / normaliser_K * weighted_BTK.sum(dim=(0, 1))).sum()
     loss.backward()
     return loss.detach(), gradients(model)
 
@@ -154,9 +160,8 @@ def test_losses_entropies_and_head_sums_are_those_of_a_loop_over_pairs(seed, n_f
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunked_unembedding, "CHUNK", chunk)
-        losses_BTK = token_losses(model, hidden_BTH, labels_BTK)
-        entropies_BTK = token_entropies(model, hidden_BTH, labels_BTK)
-        sums = head_sums(model, hidden_BTH, labels_BTK)
+        predictions = PairPredictions(model, hidden_BTH, labels_BTK)
+        losses_BTK, entropies_BTK, sums = predictions.losses(), predictions.entropies(), predictions.sums()
 
     torch.testing.assert_close(losses_BTK, expected_BTK, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(entropies_BTK, entropy_BTK, rtol=1e-4, atol=1e-5)
@@ -206,7 +211,7 @@ class WidestLogits(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("measure", [token_losses, head_sums])
+@pytest.mark.parametrize("measure", [PairPredictions.losses, PairPredictions.sums])
 def test_no_more_than_one_chunk_of_logits_ever_exists(measure, monkeypatch):
     monkeypatch.setattr(chunked_unembedding, "CHUNK", 17)  # more than H: a transposed matrix is [H, V]
     ids_BT, arguments = case(0, length=40, share=1.0)
@@ -215,7 +220,7 @@ def test_no_more_than_one_chunk_of_logits_ever_exists(measure, monkeypatch):
     with WidestLogits() as learning:
         weighted_mtp_loss(model, model.trunk_states(ids_BT), **arguments)
     with WidestLogits() as measuring:
-        measure(model, model.trunk_states(ids_BT), arguments["labels_BTK"])
+        measure(PairPredictions(model, model.trunk_states(ids_BT), arguments["labels_BTK"]))
 
     assert learning.rows == measuring.rows == 17
 
@@ -300,7 +305,7 @@ def test_counts_are_exact_whatever_the_model_computes_in(count):
             normaliser_K=normaliser_K,
             head_share_K=torch.ones(1),
         )
-        sums = head_sums(model, hidden_BTH, labels_BTK)
+        sums = PairPredictions(model, hidden_BTH, labels_BTK).sums()
 
     assert normaliser_K.tolist() == result.count_K.tolist() == sums.count_K.tolist() == [count]
     assert {result.loss.dtype, result.ce_sum_K.dtype, sums.correct_K.dtype} == {torch.float32}

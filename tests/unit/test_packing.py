@@ -20,12 +20,13 @@ from weighted_mtp_core.data import samplers
 from weighted_mtp_core.data.batches import collate_packed, split_rows
 from weighted_mtp_core.data.samplers import PackedSampler, first_fit
 from weighted_mtp_core.data.tokens import TokenSet
-from weighted_mtp_core.model.frozen_copies import frozen_losses, frozen_trunk
+from weighted_mtp_core.model.frozen_losses import frozen_losses
 from weighted_mtp_core.model.loss import weighted_mtp_loss
 from weighted_mtp_core.model.packing_probe import check_packing
+from weighted_mtp_core.model.pair_predictions import PairPredictions
 from weighted_mtp_core.model.policy import make_policy
 from weighted_mtp_core.model.targets import align_labels
-from weighted_mtp_core.model.token_signals import token_losses
+from weighted_mtp_core.model.trunk import frozen_trunk
 
 V = 50
 SMALL = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -87,7 +88,7 @@ def labels(one, n_future=3):
 
 def losses(model, one):
     hidden_BTH = model.trunk_states(one.ids_BT, position_BT=one.position_BT)
-    return token_losses(model, hidden_BTH, labels(one), position_BT=one.position_BT)
+    return PairPredictions(model, hidden_BTH, labels(one), position_BT=one.position_BT).losses()
 
 
 def cut(tensor, rows):

@@ -18,8 +18,8 @@ from transformers import (
 )
 from weighted_mtp_core.api import Batch
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.model.frozen_copies import frozen_trunk
 from weighted_mtp_core.model.policy import make_policy
+from weighted_mtp_core.model.trunk import frozen_trunk
 
 V, K, LAYERS = 40, 3, 3
 SMALL = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 2}

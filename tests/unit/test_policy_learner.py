@@ -18,10 +18,9 @@ from weighted_mtp_core.api import Batch, Signal, WeightingStrategy, Weights, Wmt
 from weighted_mtp_core.api.alignment import align_weights
 from weighted_mtp_core.data.batches import split_rows
 from weighted_mtp_core.errors import RunFailedError
-from weighted_mtp_core.model.plain_loss import plain_mtp_loss
+from weighted_mtp_core.model.pair_predictions import PairPredictions
 from weighted_mtp_core.model.policy import make_policy
 from weighted_mtp_core.model.targets import align_labels, target_mask
-from weighted_mtp_core.model.token_signals import token_losses
 from weighted_mtp_core.recipe.schema import LossTable
 from weighted_mtp_core.training.policy_learner import Arm, PolicyLearner
 
@@ -147,17 +146,10 @@ def formula(model, batch, weigh):
     model.zero_grad()
     hidden_BTH = model.trunk_states(batch.ids_BT)
     logits_BTKV = torch.stack([model.logits(k + 1, hidden_BTH) for k in range(model.n_future)], dim=2)
-    log_BTKV = logits_BTKV.detach().log_softmax(dim=-1)
-    loss_BTK = -log_BTKV.gather(3, labels_BTK.clamp(min=0)[..., None])[..., 0]
-    weight_BTK = weigh(loss_BTK.where(target_BTK, 0.0), target_BTK)
-    loss = plain_mtp_loss(
-        model,
-        hidden_BTH,
-        labels_BTK=labels_BTK,
-        weight_BTK=weight_BTK,
-        normaliser_K=weight_BTK.sum(dim=(0, 1)),
-        head_share_K=share_K,
-    )
+    log_BTKV = logits_BTKV.log_softmax(dim=-1)
+    loss_BTK = -log_BTKV.gather(3, labels_BTK.clamp(min=0)[..., None])[..., 0].where(target_BTK, 0.0)
+    weight_BTK = weigh(loss_BTK.detach(), target_BTK)
+    loss = (share_K * (weight_BTK * loss_BTK).sum(dim=(0, 1)) / weight_BTK.sum(dim=(0, 1))).sum()
     loss.backward()
     return float(loss.detach()), {name: p.grad for name, p in model.named_parameters()}
 
@@ -224,7 +216,7 @@ def test_validation_averages_over_targets_not_over_batches(batch):
     with torch.no_grad():
         hidden_BTH = model.trunk_states(batch.ids_BT)
         labels_BTK = labels_of(model, batch)
-        loss_BTK = token_losses(model, hidden_BTH, labels_BTK)
+        loss_BTK = PairPredictions(model, hidden_BTH, labels_BTK).losses()
         top_BTK = torch.stack([model.logits(k + 1, hidden_BTH).argmax(dim=-1) for k in range(3)], dim=2)
     count_K = target_mask(labels_BTK).sum(dim=(0, 1))
     ce_K = loss_BTK.sum(dim=(0, 1)) / count_K

@@ -4,15 +4,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.api import Batch, Signal, WeightingStrategy, Weights
+from weighted_mtp_core.model.pair_predictions import PairPredictions
 from weighted_mtp_core.model.policy import make_policy
 from weighted_mtp_core.model.targets import align_labels
-from weighted_mtp_core.model.token_signals import token_entropies, token_losses
 from weighted_mtp_core.recipe.schema import LossTable
 from weighted_mtp_core.training.policy_learner import Arm, PolicyLearner
 
 FIELDS = {
-    Signal.TOKEN_LOSS: ("token_loss_BTK", token_losses),
-    Signal.TOKEN_ENTROPY: ("token_entropy_BTK", token_entropies),
+    Signal.TOKEN_LOSS: ("token_loss_BTK", PairPredictions.losses),
+    Signal.TOKEN_ENTROPY: ("token_entropy_BTK", PairPredictions.entropies),
 }
 
 
@@ -87,7 +87,7 @@ def test_the_view_holds_what_was_declared(policy, batch, needs, accumulation):
             batch.ids_BT, document_BT=batch.document_BT, response_BT=batch.response_BT, n_future=2
         )
         with torch.no_grad():
-            expected_BTK = compute(policy, policy.trunk_states(batch.ids_BT), labels_BTK)
+            expected_BTK = compute(PairPredictions(policy, policy.trunk_states(batch.ids_BT), labels_BTK))
         torch.testing.assert_close(getattr(view, field), expected_BTK)
 
 

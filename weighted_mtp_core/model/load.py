@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from attrs import frozen
-from torch import nn
 
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.model.micro import micro_folder
@@ -41,6 +40,7 @@ def load_policy(
     Raises:
         WmtpError: There is no such model, a byte of it changed, or it cannot become a policy.
     """
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # it breaks the lines of logs and of the display
@@ -53,7 +53,9 @@ def load_policy(
     saved = folder if isinstance(folder, Path) and is_saved_policy(folder) else None
     if saved is not None:
         refuse_other_heads(saved, n_future=table.n_future, head_kind=table.head)
-    tokenizer, base = _from_transformers(folder)
+    tokenizer, base = load_pretrained(folder, AutoModelForCausalLM, kind="causal language model")
+    if tokenizer.eos_token_id is None:
+        raise WmtpError(f"the tokenizer of `{folder}` has no EOS token, so responses could not end")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         policy = make_policy(base, n_future=table.n_future, head_kind=table.head)
@@ -81,25 +83,27 @@ def find_base(base: str, *, storage: Path) -> Path | str:
     return folder
 
 
-def _from_transformers(source: Path | str) -> tuple[Any, nn.Module]:
-    """Load tokenizer and model, in float32.
+def load_pretrained(source: Path | str, model_class: Any, *, kind: str) -> tuple[Any, Any]:
+    """Load a tokenizer and a model, in float32.
+
+    Args:
+        source: A transformers directory or a hub id.
+        model_class: One of transformers' `Auto...` classes.
+        kind: Its name in messages.
 
     Raises:
-        WmtpError: They cannot be loaded, or the tokenizer has no EOS token.
+        WmtpError: They cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        return tokenizer, model_class.from_pretrained(source, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise WmtpError(
-            f"`{source}` cannot be loaded as a causal language model: {str(error).splitlines()[0]}",
-            hint="`model.base` is `micro`, a transformers directory, a `.gguf` file or a reachable hub id",
+            f"`{source}` cannot be loaded as a {kind}: {str(error).splitlines()[0]}",
+            hint="name a transformers directory, a `.gguf` file or a reachable hub id",
         ) from error
-    if tokenizer.eos_token_id is None:
-        raise WmtpError(f"the tokenizer of `{source}` has no EOS token, so responses could not end")
-    return tokenizer, base
 
 
 def _transformers_folder(base: str, models: Path) -> Path | str:

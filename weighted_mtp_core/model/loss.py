@@ -3,8 +3,7 @@
 `L = sum_k alpha_k * sum_t w[t, k] * CE(head_k(h_t), x[t + k]) / Z_k`, after Gloeckle et al. 2024 (eq. 2) with
 weights. Heads run forward and backward one after the other (their section 2.2): the gradients of the trunk's
 states add up in one `[B, T, H]` buffer and pass through the trunk once, so memory does not grow with K.
-Positions without a target are skipped before the unembedding. `plain_loss` computes the same in the formula's
-own steps.
+Positions without a target are skipped before the unembedding.
 
 Shape letters: B rows, T positions, K heads, N counted pairs of one head, H hidden.
 """

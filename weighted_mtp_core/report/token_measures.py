@@ -20,8 +20,8 @@ from weighted_mtp_core.data.batches import split_rows
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.metrics.critic import ReliabilityBin
+from weighted_mtp_core.model.pair_predictions import PairPredictions
 from weighted_mtp_core.model.targets import align_labels, target_mask
-from weighted_mtp_core.model.token_signals import token_losses
 from weighted_mtp_core.report.token_report import ProblemTokens, Solution, Token, TokenReport
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS
 from weighted_mtp_core.training.policy_learner import PolicyLearner
@@ -151,7 +151,7 @@ class _Row:
         target_BTK = target_mask(labels_BTK)
         with prepared.autocast():
             hidden_BTH = policy.trunk_states(batch.ids_BT, position_BT=batch.position_BT)
-            loss_BTK = token_losses(policy, hidden_BTH, labels_BTK, position_BT=batch.position_BT)
+            loss_BTK = PairPredictions(policy, hidden_BTH, labels_BTK, position_BT=batch.position_BT).losses()
         value_BT = None
         if critic is not None:
             value_BT = critic.score(batch, hidden_BTH.float() if critic.reads_policy else None).value_BT

@@ -23,9 +23,9 @@ from weighted_mtp_core.errors import RunFailedError, WmtpError
 from weighted_mtp_core.messages import reason
 from weighted_mtp_core.model.loss import normalisers, weighted_mtp_loss
 from weighted_mtp_core.model.loss_shares import loss_shares
+from weighted_mtp_core.model.pair_predictions import HeadSums, PairPredictions
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.targets import IGNORED, align_labels, target_mask
-from weighted_mtp_core.model.token_signals import HeadSums, head_sums, token_entropies, token_losses
 from weighted_mtp_core.recipe.schema import LossTable
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
 from weighted_mtp_core.training.loop import Learner, Validation
@@ -240,18 +240,16 @@ class PolicyLearner(Learner):
                 state = hidden_BTH.detach().float() if reads and hidden_BTH is not None else None
                 scores.append(self.arm.critic.score(part.batch, state))
             if asked and hidden_BTH is not None:
-                state, labels_BTK = hidden_BTH.detach(), self._labels(part.batch)
+                predictions = PairPredictions(
+                    self.policy,
+                    hidden_BTH.detach(),
+                    self._labels(part.batch),
+                    position_BT=part.batch.position_BT,
+                    preceding_BT=preceding(part.batch),
+                )
                 for signal, read in asked.items():
                     with self.autocast():
-                        own[signal].append(
-                            read(
-                                self.policy,
-                                state,
-                                labels_BTK,
-                                position_BT=part.batch.position_BT,
-                                preceding_BT=preceding(part.batch),
-                            )
-                        )
+                        own[signal].append(read(predictions))
         return _Signals(
             value_BT=self._everywhere(parts, [score.value_BT for score in scores], rows),
             reference_loss_BT=self._everywhere(parts, [score.reference_loss_BT for score in scores], rows),
@@ -332,7 +330,10 @@ class _Signals:
 
 
 # What the policy itself is asked for, in a pass of its own before the weighted one.
-_OF_THE_POLICY = {Signal.TOKEN_LOSS: token_losses, Signal.TOKEN_ENTROPY: token_entropies}
+_OF_THE_POLICY = {
+    Signal.TOKEN_LOSS: PairPredictions.losses,
+    Signal.TOKEN_ENTROPY: PairPredictions.entropies,
+}
 
 
 def _per_head(name: str, value_K: Tensor) -> dict[str, Tensor]:
@@ -359,15 +360,14 @@ def head_quality(
         )
         with autocast():
             hidden_BTH = policy.trunk_states(batch.ids_BT, position_BT=batch.position_BT)
-            sums.append(
-                head_sums(
-                    policy,
-                    hidden_BTH,
-                    labels_BTK,
-                    position_BT=batch.position_BT,
-                    preceding_BT=preceding(batch),
-                )
+            predictions = PairPredictions(
+                policy,
+                hidden_BTH,
+                labels_BTK,
+                position_BT=batch.position_BT,
+                preceding_BT=preceding(batch),
             )
+            sums.append(predictions.sums())
     ce_K, correct_K, count_K = (
         torch.stack([getattr(each, name) for each in sums]).sum(dim=0)
         for name in ("ce_sum_K", "correct_K", "count_K")

@@ -30,11 +30,11 @@ from weighted_mtp_core.data.token_cache import TokenCache, make_token_cache
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.metrics.critic import LengthOnly
-from weighted_mtp_core.model.frozen_copies import frozen_losses, frozen_trunk
+from weighted_mtp_core.model.frozen_losses import frozen_losses
 from weighted_mtp_core.model.load import load_policy
 from weighted_mtp_core.model.packing_probe import check_packing
 from weighted_mtp_core.model.policy import Policy
-from weighted_mtp_core.model.trainable_trunk import Trunk, trainable_trunk
+from weighted_mtp_core.model.trunk import Trunk, frozen_trunk, trainable_trunk
 from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.runtime.device import resolve_device, resolve_dtype
 from weighted_mtp_core.storage.manifest import sha256_of

@@ -1,4 +1,4 @@
-"""A trunk that a component trains as its own: a copy of the policy's, or the body of another model.
+"""A trunk of a component's own: a frozen or trainable copy of the policy's, or the body of another model.
 
 Shape letters: B rows, T positions, H hidden.
 """
@@ -6,6 +6,7 @@ Shape letters: B rows, T positions, H hidden.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from weighted_mtp_core.api import Batch
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.model.load import find_base
+from weighted_mtp_core.model.load import find_base, load_pretrained
 from weighted_mtp_core.model.policy import Policy
 
 
@@ -40,6 +41,12 @@ class Trunk(nn.Module):
         return states.float()
 
 
+def frozen_trunk(policy: Policy) -> Callable[[Batch], Tensor]:
+    """Copy the trunk; return a function from a batch to its float32 states `[B, T, H]`, without gradients."""
+    trunk = Trunk(copy.deepcopy(policy.trunk)).requires_grad_(requires_grad=False)
+    return torch.no_grad()(trunk.forward)
+
+
 def trainable_trunk(policy: Policy, base: str | None, *, storage: Path, tokenizer: Any) -> Trunk:
     """Return a trunk that shares nothing with the policy.
 
@@ -54,25 +61,13 @@ def trainable_trunk(policy: Policy, base: str | None, *, storage: Path, tokenize
     """
     if base is None:
         return Trunk(copy.deepcopy(policy.trunk))
-    device: torch.device = policy.unembedding.weight.device
-    return Trunk(_load_body(base, storage=storage, tokenizer=tokenizer).to(device))
-
-
-def _load_body(base: str, *, storage: Path, tokenizer: Any) -> Any:
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel
 
     folder = find_base(base, storage=storage)
-    try:
-        own_tokenizer = AutoTokenizer.from_pretrained(folder)
-        body = AutoModel.from_pretrained(folder, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise WmtpError(
-            f"`{folder}` cannot be loaded as a transformer: {str(error).splitlines()[0]}",
-            hint="name a transformers directory, a `.gguf` file or a reachable hub id",
-        ) from error
+    own_tokenizer, body = load_pretrained(folder, AutoModel, kind="transformer")
     if own_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise WmtpError(
             f"the tokenizer of `{folder}` is not the policy's, so it reads other tokens",
             hint="take a model of the policy's family",
         )
-    return body
+    return Trunk(body.to(policy.unembedding.weight.device))

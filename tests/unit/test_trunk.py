@@ -6,7 +6,7 @@ import torch
 from weighted_mtp_core.api import Batch
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.model.load import load_policy
-from weighted_mtp_core.model.trainable_trunk import trainable_trunk
+from weighted_mtp_core.model.trunk import trainable_trunk
 from weighted_mtp_core.recipe.schema import MicroTable, ModelTable
 
 MICRO = ModelTable(micro=MicroTable(vocab_size=300, hidden_size=16, layers=3, attention_heads=2), n_future=2)

@@ -1,6 +1,6 @@
-"""Copies of the policy that never change: its trunk, and its ordinary language model as a reference.
+"""Next-token losses of a frozen copy of the policy: a reference model.
 
-Shape letters: B rows, T positions, H hidden.
+Shape letters: B rows, T positions.
 """
 
 from __future__ import annotations
@@ -14,23 +14,9 @@ from torch import Tensor
 
 from weighted_mtp_core.api import Batch
 from weighted_mtp_core.api.alignment import gather_by_target
+from weighted_mtp_core.model.pair_predictions import PairPredictions
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.targets import align_labels, target_mask
-from weighted_mtp_core.model.token_signals import token_losses
-
-
-def frozen_trunk(policy: Policy) -> Callable[[Batch], Tensor]:
-    """Copy the trunk; return a function from a batch to its float32 states `[B, T, H]`, without gradients."""
-    trunk = copy.deepcopy(policy.trunk).eval().requires_grad_(requires_grad=False)
-
-    @torch.no_grad()
-    def states(batch: Batch) -> Tensor:
-        hidden: Tensor = trunk(
-            input_ids=batch.ids_BT, position_ids=batch.position_BT, use_cache=False
-        ).last_hidden_state
-        return hidden.float()
-
-    return states
 
 
 def frozen_losses(
@@ -60,7 +46,7 @@ def frozen_losses(
             batch.ids_BT, document_BT=batch.document_BT, response_BT=batch.response_BT, n_future=1
         )
         hidden_BTH = twin.trunk_states(batch.ids_BT, position_BT=batch.position_BT)
-        loss_BTK = token_losses(twin, hidden_BTH, labels_BTK, position_BT=batch.position_BT)
-        return gather_by_target(loss_BTK, target_mask(labels_BTK)).squeeze(-1)
+        predictions = PairPredictions(twin, hidden_BTH, labels_BTK, position_BT=batch.position_BT)
+        return gather_by_target(predictions.losses(), target_mask(labels_BTK)).squeeze(-1)
 
     return losses

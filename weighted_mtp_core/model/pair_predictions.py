@@ -1,0 +1,90 @@
+"""What the heads predict for each pair: losses and entropies (two of the signals), and sums per head.
+
+Shape letters: B rows, T positions, K heads, N counted pairs of one head, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+from attrs import field, frozen
+from torch import Tensor
+
+from weighted_mtp_core.model.chunked_unembedding import ChunkedUnembedding
+from weighted_mtp_core.model.policy import Policy
+from weighted_mtp_core.model.targets import Counts, source_index, take, target_mask
+
+Measured = TypeVar("Measured")
+
+
+@frozen(kw_only=True, eq=False)
+class HeadSums:
+    """Float32 sums over the counted pairs of each head.
+
+    Attributes:
+        ce_sum_K: Sum of the unweighted cross-entropies, in nats.
+        correct_K: Number of pairs whose target is the likeliest token.
+        count_K: Number of pairs.
+    """
+
+    ce_sum_K: Tensor
+    correct_K: Tensor
+    count_K: Tensor
+
+
+@frozen(eq=False)
+class PairPredictions:
+    """The heads' predictions for trunk states, without weights or gradients.
+
+    Attributes:
+        policy: Heads and unembedding.
+        hidden_BTH: Trunk states.
+        labels_BTK: The result of `align_labels`.
+        position_BT: `Batch.position_BT`.
+        preceding_BT: `CollatedBatch.preceding_BT`; without it, each head waits for the device.
+    """
+
+    policy: Policy
+    hidden_BTH: Tensor
+    labels_BTK: Tensor
+    position_BT: Tensor | None = field(default=None, kw_only=True)
+    preceding_BT: Counts | None = field(default=None, kw_only=True)
+
+    def losses(self) -> Tensor:
+        """Return each pair's cross-entropy in nats, float32 `[B, T, K]`, 0 where the pair does not count."""
+        return self._by_pair(ChunkedUnembedding.losses)
+
+    def entropies(self) -> Tensor:
+        """Return each prediction's entropy in nats, float32 `[B, T, K]`, 0 where the pair does not count."""
+        return self._by_pair(ChunkedUnembedding.entropies)
+
+    @torch.no_grad()
+    def sums(self) -> HeadSums:
+        """Return each head's summed loss and correct predictions."""
+        ce_sums, correct = zip(*(sums for _, sums in self._measure(ChunkedUnembedding.sums)), strict=True)
+        return HeadSums(
+            ce_sum_K=torch.stack(ce_sums),
+            correct_K=torch.stack(correct),
+            count_K=target_mask(self.labels_BTK).sum(dim=(0, 1), dtype=torch.float32),
+        )
+
+    @torch.no_grad()
+    def _by_pair(self, measure: Callable[[ChunkedUnembedding, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        value_BTK = torch.zeros(self.labels_BTK.shape, dtype=torch.float32, device=self.labels_BTK.device)
+        for head, (index_N, value_N) in enumerate(self._measure(measure)):
+            value_BTK.flatten(0, 1)[:, head].index_copy_(0, index_N, value_N)
+        return value_BTK
+
+    def _measure(
+        self, measure: Callable[[ChunkedUnembedding, Tensor, Tensor, Tensor], Measured]
+    ) -> Iterator[tuple[Tensor, Measured]]:
+        """Yield for each head the sources of its counted pairs, and what `measure` returns for them."""
+        unembedding = ChunkedUnembedding.of(self.policy, self.hidden_BTH)
+        for k in range(1, self.policy.n_future + 1):
+            label_BT = self.labels_BTK[:, :, k - 1]
+            index_N = source_index(label_BT, k=k, preceding_BT=self.preceding_BT)
+            with self.policy.sparse_rows(k, index_N):
+                state_BTH = self.policy.head_states(k, self.hidden_BTH, position_BT=self.position_BT)
+            yield index_N, measure(unembedding, state_BTH, index_N, take(label_BT, index_N))
