@@ -22,6 +22,7 @@ from weighted_mtp_core.model.chunked_unembedding import CHUNK
 from weighted_mtp_core.model.loss import normalisers, weighted_mtp_loss
 from weighted_mtp_core.model.pair_predictions import PairPredictions
 from weighted_mtp_core.model.targets import IGNORED, target_mask
+from weighted_mtp_core.model.unembedding import Unembedding
 
 D, SUPERVISED = 576, 0.4
 
@@ -32,7 +33,7 @@ class BareHeads(nn.Module):
     def __init__(self, n_future: int, vocabulary: int) -> None:
         super().__init__()
         self.n_future = n_future
-        self.unembedding = nn.Linear(D, vocabulary, bias=False)
+        self.unembedding = Unembedding(nn.Linear(D, vocabulary, bias=False))
 
     def sparse_rows(self, k: int, index_N: Tensor) -> AbstractContextManager[None]:
         """Leave nothing out: there is nothing to compute."""

@@ -209,10 +209,12 @@ def test_a_model_of_one_layer_has_no_trunk_for_transformer_heads():
     make_policy(llama(tied=True, layers=1), n_future=2, head_kind="linear")
 
 
-def test_an_unembedding_with_a_bias_is_refused():
+def test_the_bias_of_an_unembedding_is_trained_with_it():
     with_bias = GPTJForCausalLM(
         GPTJConfig(vocab_size=V, n_embd=16, n_layer=2, n_head=2, rotary_dim=4, n_inner=32)
     )
+    bias = with_bias.lm_head.bias
 
-    with pytest.raises(WmtpError, match="unembedding has a bias"):
-        make_policy(with_bias, n_future=2, head_kind="linear")
+    policy = make_policy(with_bias, n_future=2, head_kind="linear")
+
+    assert dict(policy.named_parameters())["unembedding.bias"] is bias

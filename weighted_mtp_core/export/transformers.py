@@ -86,7 +86,7 @@ def language_model(policy: Policy) -> Any:
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(copy.deepcopy(policy.config))
     policy.heads.rejoin(base, trunk=policy.trunk, norm=policy.norm)
-    base.set_output_embeddings(policy.unembedding)
+    base.set_output_embeddings(policy.unembedding.as_linear())
     return base
 
 

@@ -14,6 +14,7 @@ from attrs import frozen
 from torch import Tensor, nn
 
 from weighted_mtp_core.model.policy import Policy
+from weighted_mtp_core.model.unembedding import Unembedding
 
 CHUNK = 192
 """The most rows of logits that exist at a time: 192 x 49152 in fp32 are 36 MiB."""
@@ -24,18 +25,18 @@ _FEWEST = 64  # rows; with fewer, matrix products get slower than the saved memo
 
 @frozen(kw_only=True, eq=False)
 class ChunkedUnembedding:
-    """The unembedding's matrix for one pass over all heads.
+    """The unembedding for one pass over all heads.
 
     States come whole, as `[B, T, H]`, with the int64 index `[N]` of the selected positions; each chunk
     gathers its own states.
 
     Attributes:
-        parameter: The trained matrix, `[V, H]`.
-        matrix_VH: The same in the dtype of the products.
+        unembedding: What is trained.
+        matrix_VH: Its matrix in the dtype of the products.
         logits_NV: Buffer for one chunk of logits, reused: allocating one per chunk costs page faults.
     """
 
-    parameter: Tensor
+    unembedding: Unembedding
     matrix_VH: Tensor
     logits_NV: Tensor
 
@@ -56,7 +57,7 @@ class ChunkedUnembedding:
         row_bytes = len(matrix_VH) * matrix_VH.element_size()
         rows = (max(_BUDGET, CHUNK * row_bytes) - extra_bytes) // row_bytes
         logits_NV = matrix_VH.new_empty(min(CHUNK, max(_FEWEST, rows)), len(matrix_VH))
-        return cls(parameter=parameter, matrix_VH=matrix_VH, logits_NV=logits_NV)
+        return cls(unembedding=policy.unembedding, matrix_VH=matrix_VH, logits_NV=logits_NV)
 
     @torch.no_grad()
     def learn(
@@ -79,10 +80,17 @@ class ChunkedUnembedding:
     def _learn_chunk(self, state: Tensor, label: Tensor, *, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Do what `learn` does for one chunk, in place on its logits: each pass over them costs time."""
         logits = self._logits(state)
+        slope = None if self.unembedding.is_plain else self.unembedding.slope(logits)
         target = logits.sub_(logits.amax(dim=-1, keepdim=True)).gather(1, label)
         total = logits.exp_().sum(dim=-1, keepdim=True)
-        gradient = logits.mul_(scale / total).scatter_add_(1, label, -scale).to(state.dtype)
-        gradient_VH = self._matrix_gradient()
+        gradient = logits.mul_(scale / total).scatter_add_(1, label, -scale)
+        if slope is not None:
+            gradient *= slope
+        gradient = gradient.to(state.dtype)
+        gradient_V = _gradient_of(self.unembedding.bias)
+        if gradient_V is not None:
+            gradient_V += gradient.sum(dim=0, dtype=gradient_V.dtype)
+        gradient_VH = _gradient_of(self.unembedding.weight)
         if gradient_VH is not None and gradient_VH.dtype == gradient.dtype:
             gradient_VH.addmm_(gradient.T, state)
         elif gradient_VH is not None:
@@ -121,17 +129,19 @@ class ChunkedUnembedding:
     def _logits(self, state_NH: Tensor) -> Tensor:
         """Return the rows' logits, float32 `[N, V]`, valid until the next call."""
         buffer = self.logits_NV[: len(state_NH)]
-        return torch.mm(state_NH.to(self.matrix_VH.dtype), self.matrix_VH.T, out=buffer).float()
-
-    def _matrix_gradient(self) -> Tensor | None:
-        """Return the buffer of the matrix's gradient, allocated at need; None if the matrix is frozen."""
-        if not self.parameter.requires_grad:
-            return None
-        if self.parameter.grad is None:
-            self.parameter.grad = torch.zeros_like(self.parameter)
-        return self.parameter.grad
+        product_NV = torch.mm(state_NH.to(self.matrix_VH.dtype), self.matrix_VH.T, out=buffer).float()
+        return product_NV if self.unembedding.is_plain else self.unembedding.shape_(product_NV)
 
     def _chunks(self, count: int) -> Iterator[slice]:
         """Yield slices that cover `count` rows."""
         for first in range(0, count, len(self.logits_NV)):
             yield slice(first, first + len(self.logits_NV))
+
+
+def _gradient_of(parameter: nn.Parameter | None) -> Tensor | None:
+    """Return the buffer of a parameter's gradient, allocated at need; None if it is frozen or missing."""
+    if parameter is None or not parameter.requires_grad:
+        return None
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad

@@ -10,14 +10,63 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
+from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from weighted_mtp_core.errors import WmtpError
 
 READS_MASK = frozenset({"bloom", "falcon", "mpt"})
 """`model_type` of families with ALiBi, which read distances from the attention mask itself."""
+
+
+COUNTS_SLOTS = frozenset({"gpt_neo", "mpt"})
+"""`model_type` of families that measure distances in slots of the cache, which refused drafts stretch."""
+
+REFUSED = {
+    "rwkv": "it rescales its own weights whenever it passes from training to evaluation",
+}
+"""`model_type` of families that cannot be a trunk although their forward pass can, with the reason."""
+
+SCALES_OF_EMBEDDINGS = ("embedding_multiplier", "embed_scale")
+"""Attributes by which some bodies multiply embeddings, and would multiply what a head's body reads."""
+
+_MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
+_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+_SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+def text_config(config: Any) -> Any:
+    """Return the config of a model's text decoder; of a model for text alone, its config."""
+    return config.get_text_config(decoder=True)
+
+
+def logit_forms(config: Any) -> Iterator[tuple[float, float | None]]:
+    """Yield scale and soft-cap of the unembedding as a config may mean them, the likeliest first.
+
+    Some families share the name of an option but do not read it, so what a config says is compared with the
+    model itself.
+    """
+    config = text_config(config)
+
+    def number(name: str) -> float | None:
+        value = getattr(config, name, None)
+        return float(value) if isinstance(value, int | float) and value > 0 else None
+
+    scale = 1.0
+    for name in _MULTIPLIERS:
+        scale *= number(name) or 1.0
+    for name in _DIVISORS:
+        scale /= number(name) or 1.0
+    width = number("dim_model_base")  # MiniCPM3 divides the states by H / dim_model_base
+    if width is not None:
+        scale *= width / config.hidden_size
+    cap = next((value for name in _SOFT_CAPS if (value := number(name)) is not None), None)
+    yield from dict.fromkeys([(scale, cap), (1.0, cap), (scale, None), (1.0, None)])
 
 
 def anatomy(base: Any) -> tuple[Any, str, str]:
@@ -48,13 +97,31 @@ def layers_of(body: nn.Module) -> nn.ModuleList:
     return layers
 
 
-def with_layers(config: Any, count: int) -> Any:
-    """Return a copy of a model's config for its first `count` layers; a count of 1 means the last layer."""
-    config = copy.deepcopy(config)
-    config.num_hidden_layers = count
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = list(config.layer_types)[-count:] if count == 1 else config.layer_types[:count]
-    return config
+def with_layers(config: Any, layers: slice) -> Any:
+    """Return a copy of a model's config for some of its layers.
+
+    Raises:
+        WmtpError: The config derives the kinds of its layers from their numbers.
+    """
+    count = config.num_hidden_layers
+    numbers = range(count)[layers]
+    smaller = copy.deepcopy(config)
+    for name, value in vars(config).items():
+        if isinstance(value, list | tuple) and len(value) == count and _one_for_each_layer(name):
+            setattr(smaller, name, type(value)(value[number] for number in numbers))
+    smaller.num_hidden_layers = len(numbers)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and list(smaller.layer_types) != [kinds[number] for number in numbers]:
+        raise WmtpError(
+            f"the layers of a `{config.model_type}` model are numbered in its config, "
+            "so the last one cannot be taken off",
+            hint='set `model.head = "linear"`',
+        )
+    return smaller
+
+
+def _one_for_each_layer(name: str) -> bool:
+    return "layer" in name or "pattern" in name
 
 
 def body_states(
@@ -65,21 +132,65 @@ def body_states(
     Args:
         body: The body.
         position_BT: Positions, if they are not 0, 1, ... or the cache's continuation.
-        cache: A `DynamicCache`, extended in place; None computes without one.
+        cache: Of `new_cache`, extended in place; None computes without one.
         seen_BS: bool, the tokens that may be attended to; None means all.
         inputs: `input_ids` or `inputs_embeds`.
     """
     # Given neither cache nor positions, transformers searches the positions that it has just made for packed
     # documents, and waits for the accelerator once a forward pass and body.
-    no_search = cache is None and position_BT is None
-    states: Tensor = body(
-        attention_mask=seen_BS,
-        position_ids=position_BT,
-        past_key_values=_empty_cache() if no_search else cache,
-        use_cache=cache is not None,
-        **inputs,
-    ).last_hidden_state
+    if cache is None and position_BT is None and _only_attention(body):
+        cache_or_none = _empty_cache()
+    else:
+        cache_or_none = cache
+    if seen_BS is not None and seen_BS.dtype == torch.bool:
+        seen_BS = seen_BS.long()  # as tokenizers make masks: some families calculate with them
+    optional = {
+        "attention_mask": seen_BS,
+        "position_ids": position_BT,
+        "past_key_values": cache_or_none,
+    }
+    accepted = _arguments(type(body))
+    given = {name: value for name, value in optional.items() if value is not None or name in accepted}
+    states: Tensor = body(**given, use_cache=cache is not None, **inputs).last_hidden_state
     return states
+
+
+@functools.cache
+def _arguments(body: Any) -> frozenset[str]:
+    """Return the names of what a body's forward pass takes."""
+    return frozenset(inspect.signature(body.forward).parameters)
+
+
+def new_cache(config: Any) -> Any:
+    """Return an empty cache for a model's layers, a transformers `DynamicCache`."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=config)
+
+
+def one_layer_cache(config: Any) -> Any:
+    """Return an empty cache for a model's last layer alone, as its layer 0."""
+    cache = new_cache(config)
+    cache.layers = cache.layers[-1:]
+    return cache
+
+
+def _only_attention(body: Any) -> bool:
+    """Return whether every layer of a body keeps keys and values and nothing else; looked up once a body."""
+    known = _ONLY_ATTENTION.get(body)
+    if known is None:
+        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+        try:
+            layers = new_cache(body.config).layers
+        except (KeyError, ValueError, AttributeError):  # layers of a kind that only their own model makes
+            layers = [None]
+        known = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+        _ONLY_ATTENTION[body] = known
+    return known
+
+
+_ONLY_ATTENTION: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @functools.cache

@@ -14,19 +14,19 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from attrs import frozen
 from torch import Tensor, nn
 
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.model.families import body_states
+from weighted_mtp_core.model.families import body_states, new_cache, one_layer_cache
 from weighted_mtp_core.model.heads import HeadKind, Heads
 from weighted_mtp_core.model.heads.linear import LinearHeads
 from weighted_mtp_core.model.heads.transformer import TransformerHeads
+from weighted_mtp_core.model.probe import compare, observe
 from weighted_mtp_core.model.sparse_feed_forward import one_position_per_row, sparse_rows
+from weighted_mtp_core.model.unembedding import Unembedding
 
 HEADS: dict[HeadKind, type[Heads]] = {each.kind: each for each in (TransformerHeads, LinearHeads)}
-_TOLERANCE = 1e-4  # of head 1's logits against the base model's, fp32
 
 
 @frozen(kw_only=True, eq=False)
@@ -42,6 +42,7 @@ class Policy(nn.Module):
 
     Args:
         base: A transformers causal LM; its modules are used, not copied.
+        unembedding: The base model's.
         n_future: K.
         head_kind: `transformer` or `linear`.
 
@@ -59,14 +60,12 @@ class Policy(nn.Module):
         WmtpError: The model is not built of layers and a final norm, or this kind of head does not fit it.
     """
 
-    def __init__(self, base: Any, *, n_future: int, head_kind: HeadKind) -> None:
+    def __init__(self, base: Any, *, unembedding: Unembedding, n_future: int, head_kind: HeadKind) -> None:
         super().__init__()
-        self.unembedding: nn.Linear = base.get_output_embeddings()
-        if self.unembedding.bias is not None:
-            raise WmtpError("the base model's unembedding has a bias, which multi-token heads do not share")
+        self.unembedding = unembedding
         self.n_future = n_future
         self.config = base.config
-        self.hidden_size = int(base.base_model.config.hidden_size)
+        self.hidden_size = int(unembedding.weight.shape[1])
         self.vocab_size = int(self.unembedding.weight.shape[0])
         split = HEADS[head_kind].split(base, n_future=n_future)
         # The order in which modules are assigned is that of `parameters()`, and so of sums over them.
@@ -139,9 +138,8 @@ class Policy(nn.Module):
 
     def new_caches(self) -> PolicyCache:
         """Return empty caches of the trunk and of each transformer head."""
-        from transformers import DynamicCache
-
-        return PolicyCache(trunk=DynamicCache(), heads=tuple(DynamicCache() for _ in self.heads.bodies))
+        heads = tuple(one_layer_cache(self.config) for _ in self.heads.bodies)
+        return PolicyCache(trunk=new_cache(self.trunk.config), heads=heads)
 
     def recompute_activations(self) -> None:
         """From now on, keep only the inputs of decoder layers in training and recompute the rest in backward.
@@ -165,28 +163,12 @@ class Policy(nn.Module):
 
 
 def make_policy(base: Any, *, n_future: int, head_kind: HeadKind) -> Policy:
-    """Make a policy of a causal LM and check that head 1 still is that model.
+    """Make a policy of a causal LM and check that head 1 still is that model: see `probe`.
 
     Raises:
-        WmtpError: The model's family does not fit this kind of head.
+        WmtpError: The model cannot be a trunk, or does not fit this kind of head.
     """
-    ids_BT = torch.arange(2, 10).remainder(int(base.config.vocab_size)).unsqueeze(0)
-    was_training = base.training
-    base.eval()
-    with torch.no_grad():
-        expected = base(input_ids=ids_BT, use_cache=False).logits.float()
-        policy = Policy(base, n_future=n_future, head_kind=head_kind).eval()
-        hidden_BTH = policy.trunk_states(ids_BT)
-        actual = policy.logits(1, hidden_BTH).float()
-        index_N = torch.tensor([2, 5])
-        with policy.sparse_rows(1, index_N):
-            actual[:, index_N] = policy.logits(1, hidden_BTH)[:, index_N].float()
-    policy.train(was_training)
-    gap = float((actual - expected).abs().max() / expected.abs().max().clamp(min=1.0))
-    if gap > _TOLERANCE:
-        raise WmtpError(
-            f"head 1 of a `{base.config.model_type}` model with `{head_kind}` heads is not the model itself "
-            f"(logits differ by {gap:.2g})",
-            hint='try `model.head = "linear"`' if head_kind == "transformer" else "use another base model",
-        )
+    answers = observe(base)
+    policy = Policy(base, unembedding=answers.unembedding, n_future=n_future, head_kind=head_kind)
+    compare(policy, answers)
     return policy

@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from weighted_mtp_core.model.families import anatomy
 from weighted_mtp_core.model.heads import Heads, SplitModel
 
 
@@ -23,8 +22,8 @@ class LinearHeads(Heads):
     @classmethod
     def split(cls, base: Any, *, n_future: int) -> SplitModel:
         """Take the body as it is, its final norm included."""
-        body, _, _ = anatomy(base)
-        width = int(body.config.hidden_size)
+        body = base.base_model
+        width = int(base.get_output_embeddings().weight.shape[1])
         heads = cls([nn.Identity(), *(ResidualHead(width) for _ in range(n_future - 1))])
         return SplitModel(trunk=body, heads=heads, norm=nn.Identity())
 

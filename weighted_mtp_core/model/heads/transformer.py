@@ -15,7 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.model.families import anatomy, body_states, layers_of, with_layers
+from weighted_mtp_core.model.families import (
+    SCALES_OF_EMBEDDINGS,
+    anatomy,
+    body_states,
+    layers_of,
+    with_layers,
+)
 from weighted_mtp_core.model.heads import Heads, SplitModel
 
 
@@ -39,18 +45,20 @@ class TransformerHeads(Heads):
                 hint='use a deeper model, or `model.head = "linear"`',
             )
         last = layers[-1]
-        setattr(body, layers_name, layers[:-1])
-        setattr(body, norm_name, nn.Identity())
+        config = with_layers(body.config, slice(-1, None))
         heads = cls(
             _one_layer_body(
                 body,
                 last if k == 0 else copy.deepcopy(last),
+                config=config,
                 layers_name=layers_name,
                 norm_name=norm_name,
             )
             for k in range(n_future)
         )
-        body.config = with_layers(body.config, len(layers) - 1)
+        setattr(body, layers_name, layers[:-1])
+        setattr(body, norm_name, nn.Identity())
+        body.config = with_layers(body.config, slice(0, -1))
         return SplitModel(trunk=body, heads=heads, norm=norm)
 
     def run(
@@ -78,22 +86,35 @@ class TransformerHeads(Heads):
         setattr(body, norm_name, norm)
 
 
-def _one_layer_body(body: Any, layer: nn.Module, *, layers_name: str, norm_name: str) -> nn.Module:
-    """Return a body of the same family that consists of this layer: no embeddings, no norm."""
-    head: nn.Module = type(body)(with_layers(body.config, 1))
-    for name, child in list(head.named_children()):
-        if isinstance(child, nn.Embedding):
+def _one_layer_body(
+    body: Any, layer: nn.Module, *, config: Any, layers_name: str, norm_name: str
+) -> nn.Module:
+    """Return a body of the same family that consists of this layer: no embeddings, no norm, no dropout."""
+    instead: dict[int, Any] = {id(body.config): config}  # what a copy of the body has in place of its own
+    for name, child in body.named_children():
+        if name == layers_name:
+            instead[id(child)] = nn.ModuleList([layer])
+        elif isinstance(child, nn.Embedding) and child.num_embeddings != body.config.vocab_size:
             # Learned positions are in the trunk's states already; the body would add them again.
-            is_position = child.num_embeddings != body.config.vocab_size
-            setattr(head, name, _ZeroEmbedding(child.embedding_dim) if is_position else nn.Identity())
-        elif name == norm_name:
-            setattr(head, name, nn.Identity())
-        elif name == layers_name:
-            setattr(head, name, nn.ModuleList([layer]))
+            instead[id(child)] = _ZeroEmbedding(child.embedding_dim)
+        elif name == norm_name or isinstance(child, nn.Dropout) or any(True for _ in child.parameters()):
+            instead[id(child)] = nn.Identity()
+    head: nn.Module = copy.deepcopy(body, instead)
+    for name in SCALES_OF_EMBEDDINGS:
+        if hasattr(head, name):
+            setattr(head, name, 1.0)
     for module in layer.modules():
-        if hasattr(module, "layer_idx"):
-            setattr(module, "layer_idx", 0)  # noqa: B010 - an attribute that nn.Module's type does not know
+        _renumber(module, config)
     return head
+
+
+def _renumber(module: nn.Module, config: Any) -> None:
+    """Make a module of the last layer one of the only layer."""
+    for name in ("layer_idx", "layer_id"):
+        if hasattr(module, name):
+            setattr(module, name, 0)
+    if isinstance(getattr(module, "config", None), type(config)):
+        setattr(module, "config", config)  # noqa: B010 - an attribute that nn.Module's type does not know
 
 
 class _ZeroEmbedding(nn.Module):

@@ -1,0 +1,240 @@
+"""Compare a policy with the model that it is made of, before anything is trained.
+
+Families differ in ways that no config tells: scaled or capped logits, dropout between layers, windows, layers
+that read their own number. So the model is run on a few tokens first, and the policy must give the same
+logits: in evaluation, in training, where states are scaled up, where only some positions are read. Windows of
+attention are narrowed meanwhile, so that the text leaves them. How a policy may be decoded is found in
+`generation.manner`, whether rows may hold several documents in `packing_probe`.
+
+Shape letters: B rows, T positions, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.messages import reason
+from weighted_mtp_core.model.families import REFUSED, logit_forms, text_config
+from weighted_mtp_core.model.unembedding import Unembedding
+
+if TYPE_CHECKING:
+    from weighted_mtp_core.model.policy import Policy
+
+_TOLERANCE = 1e-4  # of the largest logit, fp32
+_LENGTH = 24
+_WINDOW = 8
+_WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size")
+_CAPPED = 60.0  # logits are scaled up to this size; soft-caps in use are 15 to 50
+_OTHER_MODEL = "use another base model, for example one of the Llama, Qwen or Gemma families"
+
+
+@frozen(kw_only=True, eq=False)
+class Answers:
+    """The model's own logits for the probe's text, float32 `[B, T, V]`, and its unembedding.
+
+    Attributes:
+        ids_BT: The text; its rows agree in the first half.
+        logits_BTV: In evaluation mode.
+        training_BTV: In training mode, with dropout from `seed`.
+        seed: Seed of the dropout.
+        unembedding: Computes `logits_BTV` of the body's states.
+    """
+
+    ids_BT: Tensor
+    logits_BTV: Tensor
+    training_BTV: Tensor
+    seed: int
+    unembedding: Unembedding
+
+
+def probe_ids(config: Any, *, rows: int = 2) -> Tensor:
+    """Return token ids `[B, T]` without special tokens; rows agree in the first half."""
+    config = text_config(config)
+    named = [value for name, value in vars(config).items() if name.endswith("_token_id")]
+    special = {each for value in named for each in (value if isinstance(value, list) else [value])}
+    usual = [token for token in range(min(int(config.vocab_size), 4096)) if token not in special]
+    length = min(_LENGTH, getattr(config, "max_position_embeddings", None) or _LENGTH)
+    start_T = torch.arange(length) * 37
+    start_T[length // 2 :] += 11
+    ids_BT = start_T.repeat(rows, 1)
+    ids_BT[:, length // 2 :] += 5 * torch.arange(rows)[:, None]
+    return torch.tensor(usual)[ids_BT.remainder(len(usual))]
+
+
+@torch.no_grad()
+def observe(base: Any) -> Answers:
+    """Run a causal LM on the probe's text.
+
+    Raises:
+        WmtpError: The model fails, looks ahead, or its logits are not an `Unembedding` of its body's states.
+    """
+    name = base.config.model_type
+    why = REFUSED.get(name)
+    linear = base.get_output_embeddings()
+    if why is None and base.base_model is base:
+        why = "it has no body apart from its unembedding"
+    if why is None and not isinstance(getattr(linear, "weight", None), nn.Parameter):
+        why = "it has no matrix that turns states into logits"
+    if why is not None:
+        raise WmtpError(f"a `{name}` model cannot be a trunk: {why}", hint=_OTHER_MODEL)
+    ids_BT = probe_ids(base.config).to(linear.weight.device)
+    was_training = base.training
+    try:
+        with narrow_windows(base):
+            base.eval()
+            states_BTH, logits_BTV = _run(base, ids_BT)
+            up = max(2.0, _CAPPED / float(logits_BTV.abs().max().clamp(min=1e-6)))
+            _, scaled_BTV = _run(base, ids_BT, scale=up)
+            base.train()
+            with seeded():
+                _, training_BTV = _run(base, ids_BT)
+    except Exception as error:  # of any model at all, so of any kind
+        raise WmtpError(
+            f"a `{name}` model cannot be a trunk: it cannot be run on token ids alone ({reason(error)})",
+            hint=_OTHER_MODEL,
+        ) from error
+    finally:
+        base.train(was_training)
+    if not bool(logits_BTV.isfinite().all()):
+        raise WmtpError(
+            f"the logits of this `{name}` model are not finite: some of its weights are damaged",
+            hint="restore the model's files, or use another base model",
+        )
+    half = ids_BT.shape[1] // 2
+    if not _near(logits_BTV[1, :half], logits_BTV[0, :half]):
+        raise WmtpError(
+            f"a `{name}` model cannot be a trunk: its predictions depend on later tokens", hint=_OTHER_MODEL
+        )
+    for scale, soft_cap in logit_forms(base.config):
+        unembedding = Unembedding(linear, scale=scale, soft_cap=soft_cap)
+        if states_BTH.shape[-1] != linear.weight.shape[1]:
+            break
+        if _near(unembedding(states_BTH), logits_BTV) and _near(unembedding(up * states_BTH), scaled_BTV):
+            return Answers(
+                ids_BT=ids_BT,
+                logits_BTV=logits_BTV,
+                training_BTV=training_BTV,
+                seed=0,
+                unembedding=unembedding,
+            )
+    raise WmtpError(
+        f"a `{name}` model cannot be a trunk: between its body and its logits there is more than "
+        "a matrix, a bias, a scale and a soft-cap",
+        hint=_OTHER_MODEL,
+    )
+
+
+@torch.no_grad()
+def compare(policy: Policy, answers: Answers) -> None:
+    """Check that head 1 of a policy gives the model's own logits.
+
+    Raises:
+        WmtpError: It does not, or fails.
+    """
+    was_training = policy.training
+    try:
+        with narrow_windows(policy):
+            policy.eval()
+            hidden_BTH = policy.trunk_states(answers.ids_BT)
+            logits_BTV = policy.logits(1, hidden_BTH)
+            found = {"": _gap(logits_BTV, answers.logits_BTV)}
+            gaps = [_sparse_gap(policy, k, hidden_BTH) for k in range(1, min(policy.n_future, 2) + 1)]
+            found[" where only some positions are read"] = max(gaps)
+            policy.train()
+            with seeded():
+                training_BTV = policy.logits(1, policy.trunk_states(answers.ids_BT))
+            found[" in training"] = _gap(training_BTV, answers.training_BTV)
+    except Exception as error:  # of any model at all, so of any kind
+        raise _unfit(policy, f"cannot be run ({reason(error)})") from error
+    finally:
+        policy.train(was_training)
+    for where, gap in found.items():
+        if not gap <= _TOLERANCE:  # NaN, too
+            raise _unfit(policy, f"is not the model itself{where} (logits differ by {gap:.2g})")
+
+
+@contextmanager
+def narrow_windows(model: nn.Module) -> Iterator[None]:
+    """Inside this context, layers with a window of attention see a few tokens only."""
+    configs = {id(each): each for module in model.modules() for each in _configs(module)}
+    holders: list[Any] = [*model.modules(), *configs.values()]
+    changed = [
+        (holder, name, value)
+        for holder in holders
+        for name in _WINDOWS
+        if type(value := vars(holder).get(name)) is int and value > _WINDOW
+    ]
+    try:
+        for holder, name, _ in changed:
+            setattr(holder, name, _WINDOW)
+        yield
+    finally:
+        for holder, name, value in changed:
+            setattr(holder, name, value)
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """Inside this context, random numbers are always the same; outside they go on as if nothing happened."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def _configs(module: nn.Module) -> Iterator[Any]:
+    """Yield a module's transformers configs."""
+    config = vars(module).get("config")
+    if config is not None:
+        yield config
+        yield from (value for value in vars(config).values() if hasattr(value, "model_type"))
+
+
+def _run(base: Any, ids_BT: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return the states of a model's body and, of those scaled, the logits."""
+    states: list[Tensor] = []
+
+    def scale_up(_: nn.Module, __: Any, output: Any) -> Any:
+        states.append(output.last_hidden_state)
+        output.last_hidden_state = scale * output.last_hidden_state
+        return output
+
+    with base.base_model.register_forward_hook(scale_up):
+        logits: Tensor = base(input_ids=ids_BT, use_cache=False).logits
+    return states[-1], logits.float()
+
+
+def _sparse_gap(policy: Policy, k: int, hidden_BTH: Tensor) -> float:
+    """Return how much head k's states differ where few positions are read from where all are."""
+    rows, length = hidden_BTH.shape[:2]
+    whole = policy.head_states(k, hidden_BTH).flatten(0, 1)
+    some = torch.tensor([2, 5, rows * length - 1], device=whole.device)
+    with policy.sparse_rows(k, some):
+        gap = _gap(policy.head_states(k, hidden_BTH).flatten(0, 1)[some], whole[some])
+    one = torch.arange(rows, device=whole.device) * length + 3
+    with policy.one_position_per_row(k, one):
+        return max(gap, _gap(policy.head_states(k, hidden_BTH).flatten(0, 1)[one], whole[one]))
+
+
+def _gap(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, relative to the largest value."""
+    if actual.shape != expected.shape:
+        return float("inf")
+    return float((actual.float() - expected.float()).abs().max() / expected.abs().max().clamp(min=1e-9))
+
+
+def _near(actual: Tensor, expected: Tensor) -> bool:
+    return _gap(actual, expected) <= _TOLERANCE
+
+
+def _unfit(policy: Policy, what: str) -> WmtpError:
+    return WmtpError(
+        f"head 1 of a `{policy.config.model_type}` model with `{policy.head_kind}` heads {what}",
+        hint='set `model.head = "linear"`' if policy.head_kind == "transformer" else _OTHER_MODEL,
+    )
