@@ -149,7 +149,8 @@ def body_states(
         "position_ids": position_BT,
         "past_key_values": cache_or_none,
     }
-    accepted = _arguments(type(body))
+    kind: Any = type(body)
+    accepted = _arguments(kind)
     given = {name: value for name, value in optional.items() if value is not None or name in accepted}
     states: Tensor = body(**given, use_cache=cache is not None, **inputs).last_hidden_state
     return states
