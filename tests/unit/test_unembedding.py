@@ -17,9 +17,9 @@ from transformers import (
 from weighted_mtp_core.export.transformers import language_model
 from weighted_mtp_core.generation.generate import generate
 from weighted_mtp_core.model.loss import normalisers, weighted_mtp_loss
+from weighted_mtp_core.model.pair_predictions import PairPredictions
 from weighted_mtp_core.model.policy import make_policy
 from weighted_mtp_core.model.targets import align_labels, target_mask
-from weighted_mtp_core.model.token_signals import head_sums, token_entropies, token_losses
 
 V = 60
 SMALL = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -92,16 +92,14 @@ def both_parameters(policy, base):
 def test_signals_are_read_from_the_models_own_logits(family):
     base, policy = made(family)
     ids_BT, labels_BTK, _ = batch()
-    hidden_BTH = policy.trunk_states(ids_BT)
+    predictions = PairPredictions(policy, policy.trunk_states(ids_BT), labels_BTK)
 
     log_p = base(input_ids=ids_BT).logits[:, :-1].log_softmax(dim=-1)
     ce_BT = -log_p.gather(2, ids_BT[:, 1:, None])[..., 0]
 
-    torch.testing.assert_close(token_losses(policy, hidden_BTH, labels_BTK)[:, :-1, 0], ce_BT)
-    torch.testing.assert_close(
-        token_entropies(policy, hidden_BTH, labels_BTK)[:, :-1, 0], -(log_p.exp() * log_p).sum(dim=-1)
-    )
-    torch.testing.assert_close(head_sums(policy, hidden_BTH, labels_BTK).ce_sum_K[0], ce_BT.sum())
+    torch.testing.assert_close(predictions.losses()[:, :-1, 0], ce_BT)
+    torch.testing.assert_close(predictions.entropies()[:, :-1, 0], -(log_p.exp() * log_p).sum(dim=-1))
+    torch.testing.assert_close(predictions.sums().ce_sum_K[0], ce_BT.sum())
 
 
 @every_family
