@@ -1,4 +1,4 @@
-"""Advantages and weights of a batch, against the same formulas in a Python loop over tokens.
+"""Time of advantages and weights, against the same formulas in a Python loop over tokens.
 
     python benchmarks/advantages.py
 
@@ -25,7 +25,7 @@ ROWS, PROMPT = 8, 100
 
 
 def make_view(positions: int) -> StepView:
-    """Return rows that each hold a prompt and a response."""
+    """Return rows of a prompt and a response each."""
     generator = torch.Generator().manual_seed(0)
     shape = ROWS, positions
     response_BT = (torch.arange(positions) >= min(PROMPT, positions // 2)).expand(shape)
@@ -44,7 +44,7 @@ def make_view(positions: int) -> StepView:
 
 
 def loop_weights(view: StepView, options: TdErrorOptions) -> Tensor:
-    """Return the weights of `verifiable.td_error` token by token, on tensors, as earlier systems did."""
+    """Compute the weights of `verifiable.td_error` token by token, on tensors."""
     assert view.value_BT is not None
     assert view.reward_BT is not None
     advantage_BT = torch.zeros_like(view.value_BT)
@@ -82,7 +82,7 @@ def strategy(options: TdErrorOptions) -> WeightingStrategy:
         hidden_size=1,
         vocab_size=1,
         device=torch.device("cpu"),
-        frozen_trunk=nothing,  # type: ignore[arg-type]  # a weighting asks for none
+        frozen_trunk=nothing,  # type: ignore[arg-type]  # not used by a weighting
     )
     return build_td_error(options, BuildContext(seed=0, storage=None, model=model))  # type: ignore[arg-type]
 
@@ -91,7 +91,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
     """Measure the group.
 
     Raises:
-        RuntimeError: The two ways do not agree.
+        RuntimeError: The two computations disagree.
     """
     options = TdErrorOptions(estimator="gae", whiten="batch")
     view = make_view(64 if args.quick else 2048)
@@ -117,9 +117,9 @@ def measure(args: argparse.Namespace) -> list[Row]:
             times["loop"],
             times["ours"],
             scale=repeat,
-            reach=">= 300",
+            limit=">= 300",
         ),
-        row(f"weights: ours, {size}", own_ms, unit="ms", reach="<= 2", wall=wall),
+        row(f"weights: ours, {size}", own_ms, unit="ms", limit="<= 2", wall=wall),
     ]
 
 

@@ -1,10 +1,10 @@
-"""Measure everything: each group in a process of its own, one after the other.
+"""Run all benchmarks: each group in a process of its own, one after the other.
 
     make bench
-    python benchmarks/bench.py loss step      some groups; what was measured of the others stays
+    python benchmarks/bench.py loss step      only these groups; the results of the others stay
 
-Writes results.json, results.md and results.png beside this file. Exit code 1 if a row misses its reach or a
-group fails. The machine should do nothing else: each group's load stands in results.json.
+Writes results.json, results.md and results.png next to this file. Exits with 1 if a row misses its limit or a
+group fails. Nothing else should run on the machine: results.json records the load of each group.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Group = dict[str, Any]
 
 
 def measure(name: str, options: Sequence[str]) -> Group | None:
-    """Run one group on one thread; return what it measured, or None if it failed."""
+    """Run one group on one thread; return its results, or None if it failed."""
     print(f"--- {name}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
@@ -40,8 +40,8 @@ def measure(name: str, options: Sequence[str]) -> Group | None:
         return found
 
 
-def keep(groups: Mapping[str, Group]) -> None:
-    """Write what is known as JSON, as a table and as a plot."""
+def save(groups: Mapping[str, Group]) -> None:
+    """Write the results as JSON, as a table and as a plot."""
     rows = [{"group": name, **row} for name, group in groups.items() for row in group["rows"]]
     machines = {name: {**group["machine"], "seconds": group["seconds"]} for name, group in groups.items()}
     RESULTS.write_text(json.dumps({"machines": machines, "rows": rows}, indent=1) + "\n")
@@ -49,8 +49,8 @@ def keep(groups: Mapping[str, Group]) -> None:
     plot(rows, RESULTS.with_suffix(".png"))
 
 
-def known() -> dict[str, Group]:
-    """Return what was measured before."""
+def saved() -> dict[str, Group]:
+    """Return the saved results."""
     if not RESULTS.is_file():
         return {}
     found = json.loads(RESULTS.read_text())
@@ -69,19 +69,19 @@ def known() -> dict[str, Group]:
 
 
 def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Draw each row that has a reach as a share of it: below 1 is within, whichever way the limit points."""
+    """Plot each row that has a limit as a share of it: below 1 is within, in either direction."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    limited = [row for row in reversed(rows) if row["reach"]]
+    limited = [row for row in reversed(rows) if row["limit"]]
     if not limited:
         return
 
     def share(row: Mapping[str, Any], value: float) -> float:
-        sign, limit = row["reach"].split()
-        ratio = max(value, 1e-12) / float(limit)
+        sign, number = row["limit"].split()
+        ratio = max(value, 1e-12) / float(number)
         return ratio if sign == "<=" else 1 / ratio
 
     figure, axes = plt.subplots(figsize=(10, 0.32 * len(limited) + 1.2), layout="constrained")
@@ -90,32 +90,32 @@ def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
         ends = sorted(share(row, end) for end in row["spread"])
         axes.barh(y, value, color="tab:blue" if row["ok"] else "tab:red", height=0.6)
         axes.plot(ends, [y, y], color="black", linewidth=1)
-    axes.set_yticks(range(len(limited)), [f"{row['name']} ({row['reach']})" for row in limited], fontsize=7)
+    axes.set_yticks(range(len(limited)), [f"{row['name']} ({row['limit']})" for row in limited], fontsize=7)
     axes.axvline(1, color="black", linestyle=":")
     axes.set_xscale("log")
     widest = max(share(row, max(row["spread"])) for row in limited)
     axes.set_xlim(0.02, max(2.0, 1.2 * widest))
-    axes.set_xlabel("share of the limit; left of the line is within it")
+    axes.set_xlabel("share of the limit; left of the line is within the limit")
     figure.savefig(file, dpi=120)
     plt.close(figure)
 
 
 def main() -> int:
-    """Measure, write, and say how it went."""
+    """Measure, write the results and list what failed or missed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; all by default")
-    parser.add_argument("--run", metavar="FOLDER", help="the finished run that `decoding` takes")
+    parser.add_argument("--run", metavar="FOLDER", help="the finished run for `decoding`")
     args = parser.parse_args()
     if unknown := set(args.groups) - set(GROUPS):
         parser.error(f"no group {', '.join(sorted(unknown))}")
-    groups, failed = known(), []
+    groups, failed = saved(), []
     for name in args.groups or GROUPS:
         found = measure(name, ["--run", args.run] if args.run and name == "decoding" else [])
         if found is None:
             failed.append(name)
             continue
         groups[name] = found
-        keep({each: groups[each] for each in GROUPS if each in groups})
+        save({each: groups[each] for each in GROUPS if each in groups})
     missed = [row["name"] for group in groups.values() for row in group["rows"] if row["ok"] is False]
     for name in failed:
         print(f"FAILED {name}: see above")

@@ -1,13 +1,13 @@
-"""What checkpoints cost a training: ten steps that begin with one, next to ten without.
+"""Cost of checkpoints during training: ten steps that start with one, against ten without.
 
     python benchmarks/checkpointing.py
 
-The micro model of the default recipes (8 rows of some 200 tokens a step) and a model of SmolLM2-135M's shape
-(1 row), AdamW. Both kinds of ten steps take turns in one training, on one and the same batch, so that only
-the checkpoint is between them. The first checkpoint is not counted: memory for the copies is taken once.
-Snapshots go to the temporary folder (choose its disk with TMPDIR) and need 6 GB there. Training has one
-thread and writing another, so the CPU time of all threads is the price on a machine with no core to spare,
-the clock that on one with two.
+Measured with AdamW on the micro model of the default recipes (8 rows of about 200 tokens per step) and on a
+model with the shape of SmolLM2-135M (1 row). Both kinds of ten steps alternate in one training on the same
+batch, so the checkpoint is the only difference. The first checkpoint is not counted, because it allocates the
+buffers for the copies. Snapshots need 6 GB in the temporary folder (TMPDIR selects its disk). Training uses
+one thread and writing another, so the CPU time of all threads is the cost on a machine without a spare core,
+and the wall time the cost on one with two cores.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ EVERY = 10
 
 @frozen(kw_only=True)
 class Model:
-    """What is trained.
+    """A model to train.
 
     Attributes:
-        name: For the table.
-        rows: Rows a step.
-        pairs: How often ten steps with and ten without a checkpoint are compared.
-        shape: Of the Llama.
+        name: Its name in the table.
+        rows: Rows per step.
+        pairs: Number of comparisons of ten steps with and ten without a checkpoint.
+        shape: Arguments of its LlamaConfig.
     """
 
     name: str
@@ -76,23 +76,23 @@ MODELS = (
 
 
 class Quiet:
-    """A reporter that tells nobody."""
+    """A reporter that discards everything."""
 
     def metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Forget them."""
+        """Discard them."""
 
     def timings(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Forget them."""
+        """Discard them."""
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
-        """Forget it."""
+        """Discard it."""
 
 
 class Unvalidated(PolicyLearner):
     """Stage 2 without its validations."""
 
     def validate(self, *, step: int) -> Validation:
-        """Say that every state is as good as the first, so that the best one is written once."""
+        """Return the same score for every state, so that the best model is written once."""
         del step
         return Validation(metrics={}, score=0.0)
 
@@ -119,7 +119,7 @@ def learner_of(shape: Mapping[str, int], folder: Path, *, steps: int) -> Learner
 
 
 def times_of(model: Model) -> tuple[Times, Times]:
-    """Train; return the times of ten steps with a checkpoint before them, and of the ten after those."""
+    """Train; return the times of ten steps that follow a checkpoint, and of the ten steps after those."""
     steps = 2 * EVERY * (model.pairs + 2)
     table = DataTable(use="benchmark")
     tokens = humaneval_tokens(model.shape["vocab_size"])
@@ -142,14 +142,14 @@ def times_of(model: Model) -> tuple[Times, Times]:
                 reporter=Quiet(),
                 checkpoints=checkpoints,
             )
-    having, without = Times(), Times()
+    with_checkpoint, without = Times(), Times()
     for pair in range(model.pairs):
-        # A checkpoint is taken before the next step's batch is asked for.
+        # A checkpoint is written before the batch of the next step is requested.
         first = 2 * EVERY * (pair + 2) - 1
-        for times, begin in ((having, first), (without, first + EVERY)):
+        for times, begin in ((with_checkpoint, first), (without, first + EVERY)):
             times.wall.append(wall[begin + EVERY] - wall[begin])
             times.cpu.append(cpu[begin + EVERY] - cpu[begin])
-    return having, without
+    return with_checkpoint, without
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
@@ -161,14 +161,14 @@ def measure(args: argparse.Namespace) -> list[Row]:
 
 def rows_of(model: Model) -> Iterator[Row]:
     """Measure one model."""
-    having, without = times_of(model)
+    with_checkpoint, without = times_of(model)
 
     def share(ours: list[float], plain: list[float]) -> list[float]:
         return [100 * (a / b - 1) for a, b in zip(ours, plain, strict=True)]
 
     name = f"checkpoints of {model.name}: time that one every {EVERY} steps adds"
-    yield row(f"{name}, by the clock", share(having.wall, without.wall), reach="<= 5", unit="%")
-    yield row(f"{name}, CPU time of all threads", share(having.cpu, without.cpu), unit="%")
+    yield row(f"{name}, by the clock", share(with_checkpoint.wall, without.wall), limit="<= 5", unit="%")
+    yield row(f"{name}, CPU time of all threads", share(with_checkpoint.cpu, without.cpu), unit="%")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A large corpus against a small one: time until the first batch is there, and memory while batches are read.
+"""A large corpus against a small one: time to the first batch, and memory while batches are read.
 
     python benchmarks/corpus.py
 
-The corpora are tokenised before the count begins, as they are from a recipe's second run on. Start-up is that
-of a process of its own, from the interpreter's start; processes with the small and with the large corpus take
+The corpora are tokenised before the measurement, as they are from the second run of a recipe on. Start-up is
+that of a new process, from the start of the interpreter; processes with the small and the large corpus take
 turns.
 """
 
@@ -32,11 +32,11 @@ from weighted_mtp_core.storage.manifest import atomic_folder
 from weighted_mtp_core.storage.verify_once import verify_once
 
 BATCH, LONGEST, SMALL_MIB, WHOLE_MIB = 8, 1024, 2, 2048
-READ = 4000  # batches: some 32 MiB of tokens, and pages of 4 KiB around each document
+READ = 4000  # batches: about 32 MiB of tokens, plus pages of 4 KiB around each document
 
 
 def write_corpus(folder: Path, *, mib: int) -> None:
-    """Write arrays of so many MiB of ids as tokenising leaves them; ids repeat, which nothing depends on."""
+    """Write the arrays of a tokenised corpus with `mib` MiB of ids, which repeat; no time depends on that."""
     generator = np.random.default_rng(0)
     ids_N = generator.integers(2, 49152, size=MIB // 2, dtype=np.uint16)
     length_D = generator.integers(LONGEST // 8, LONGEST, size=2 * mib * ids_N.size // LONGEST)
@@ -62,7 +62,7 @@ def write_corpus(folder: Path, *, mib: int) -> None:
 
 
 def batches_of(folder: str) -> StepBatches:
-    """Open a corpus as a run does."""
+    """Open a corpus like a run."""
     return make_step_batches(
         open_tokens(Path(folder), sha256=verify_once(Path(folder))),
         DataTable(use="core.jsonl"),
@@ -72,7 +72,7 @@ def batches_of(folder: str) -> StepBatches:
     )
 
 
-def started(folder: Path, times: Times) -> None:
+def time_start(folder: Path, times: Times) -> None:
     """Time a process that makes the first batch."""
     code = f"import corpus, time; corpus.batches_of({str(folder)!r})(0); print(time.process_time())"
     wall = time.perf_counter()
@@ -84,7 +84,7 @@ def started(folder: Path, times: Times) -> None:
 
 
 def reading(folder: str, count: int) -> Callable[[], object]:
-    """Read some batches, then return what reads `count` others."""
+    """Read some batches, then return a function that reads the `count` next ones."""
     batches = batches_of(folder)
 
     def read(first: int, last: int) -> None:
@@ -99,34 +99,34 @@ def measure(args: argparse.Namespace) -> list[Row]:
     """Measure the group."""
     small, whole, count, rounds = (1, 4, 20, 2) if args.quick else (SMALL_MIB, WHOLE_MIB, READ, 9)
     sizes = {"small": small, "large": 4 if args.quick else 100 * small, "whole": whole}
-    with tempfile.TemporaryDirectory() as made:
-        folders = {name: Path(made) / name for name in sizes}
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = {name: Path(scratch) / name for name in sizes}
         for name, mib in sizes.items():
             write_corpus(folders[name], mib=mib)
             verify_once(folders[name])
         times = {name: Times() for name in ("small", "large")}
         for turn in range(rounds):
             for name in sorted(times, reverse=bool(turn % 2)):
-                started(folders[name], times[name])
+                time_start(folders[name], times[name])
         seconds = statistics.median(times["small"].cpu)
-        grown = {mib: peak_mib(reading, str(folders[name]), count) for name, mib in sizes.items()}
+        growth = {mib: peak_mib(reading, str(folders[name]), count) for name, mib in sizes.items()}
     return [
         ratio_row(
             "corpus: start-up with 100 times the data",
             times["large"],
             times["small"],
-            reach="<= 1.05",
+            limit="<= 1.05",
             note=f"{sizes['large']} MiB of ids over {small}, until the first batch; {seconds:.1f} s of CPU",
         ),
         *(
             row(
                 f"corpus: memory gained over {count} batches, {mib} MiB of ids",
                 [peak],
-                reach="<= 16" if mib == whole else "",
+                limit="<= 16" if mib == whole else "",
                 unit="MiB",
-                note="resident, mapped pages included",
+                note="resident, including mapped pages",
             )
-            for mib, peak in grown.items()
+            for mib, peak in growth.items()
         ),
     ]
 

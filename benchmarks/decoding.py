@@ -1,11 +1,11 @@
-"""Self-speculative over plain decoding, greedy, on a finished run.
+"""Speed of self-speculative decoding against plain decoding, greedy, on a finished run.
 
     make run
     python benchmarks/decoding.py --run storage/runs/...
 
-The policy continues prompts that it was not trained on, both ways, one prompt at a time and in batches, in
-turns; the texts must be the same. The larger the batch, the more a verified draft costs. A finished run of
-configs/smollm2_humaneval.toml, where there is one, is measured too, and reported only.
+The policy continues held-out prompts both ways, one prompt at a time and in batches, in turns; the texts must
+be equal. A verified draft costs more in a larger batch. A finished run of configs/smollm2_humaneval.toml, if
+there is one, is measured as well, without limits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PRETRAINED, PRETRAINED_PROMPTS = "smollm2_humaneval", 4
 
 
 def newest_run(folder: Path, *, pretrained: bool) -> Path | None:
-    """Return the run that was begun last, of the recipe with the pretrained model or of others."""
+    """Return the latest run, of the recipe with the pretrained model or of the other recipes."""
     runs = [path.parent.parent for path in folder.rglob("checkpoints/best_model.pt")]
     found = [run for run in runs if (run.parent.name == PRETRAINED) == pretrained]
     return max(found, key=lambda run: run.name, default=None)
@@ -46,18 +46,18 @@ def measure(args: argparse.Namespace) -> list[Row]:
     rows = measure_run(run, "decoding", count=4 if args.quick else PROMPTS, rounds=2 if args.quick else 7)
     pretrained = newest_run(folder, pretrained=True)
     if pretrained is None:
-        print(f"SmolLM2 is left out: no finished run of configs/{PRETRAINED}.toml", file=sys.stderr)
+        print(f"SmolLM2 is skipped: no finished run of configs/{PRETRAINED}.toml", file=sys.stderr)
         return rows
     count, rounds = (1, 1) if args.quick else (PRETRAINED_PROMPTS, 3)
     found = measure_run(pretrained, "decoding, SmolLM2", count=count, rounds=rounds)
-    return [*rows, *(evolve(each, reach="", ok=None) for each in found)]
+    return [*rows, *(evolve(each, limit="", ok=None) for each in found)]
 
 
 def measure_run(run: Path, name: str, *, count: int, rounds: int) -> list[Row]:
-    """Measure one run's policy on so many prompts.
+    """Measure the policy of one run on `count` prompts.
 
     Raises:
-        RuntimeError: The two ways wrote different texts.
+        RuntimeError: The two ways of decoding gave different texts.
     """
     prepared = prepare_finished(run, plan_of(run), log=lambda text: print(text, file=sys.stderr))
     problems = prepared.source.problems("test")[:count]
@@ -67,8 +67,8 @@ def measure_run(run: Path, name: str, *, count: int, rounds: int) -> list[Row]:
     for size in BATCHES:
         found: dict[Decoding, Generations] = {}
 
-        def write(decoding: Decoding, size: int, kept: dict[Decoding, Generations]) -> None:
-            kept[decoding] = generate(
+        def decode(decoding: Decoding, size: int, results: dict[Decoding, Generations]) -> None:
+            results[decoding] = generate(
                 prepared.policy,
                 prompts,
                 max_new_tokens=prepared.plan.recipe.evaluate.max_new_tokens,
@@ -78,26 +78,25 @@ def measure_run(run: Path, name: str, *, count: int, rounds: int) -> list[Row]:
             )
 
         ways: tuple[Decoding, ...] = ("plain", "self_speculative")
-        arms: dict[str, Callable[[], object]] = {way: partial(write, way, size, found) for way in ways}
-        times = in_turns(arms, rounds=rounds)
+        variants: dict[str, Callable[[], object]] = {way: partial(decode, way, size, found) for way in ways}
+        times = in_turns(variants, rounds=rounds)
         plain, drafted = found["plain"], found["self_speculative"]
         if plain.tokens != drafted.tokens:
-            raise RuntimeError("self-speculative decoding wrote another text than plain decoding")
-        aim = ">= 1.5" if size == 1 else ""
+            raise RuntimeError("self-speculative decoding gave another text than plain decoding")
         rows += [
             ratio_row(
                 f"{name}: plain over self-speculative, batch {size}",
                 times["plain"],
                 times["self_speculative"],
-                reach=aim,
+                limit=">= 1.5" if size == 1 else "",
                 note=f"{plain.emitted} tokens of {len(prompts)} prompts",
             ),
             row(
                 f"{name}: tokens a forward pass, batch {size}",
                 [drafted.tokens_per_forward],
-                reach=">= 2.5" if size == 1 else "",
+                limit=">= 2.5" if size == 1 else "",
                 unit="tokens",
-                note="passes over prompts included",
+                note="including the passes over prompts",
             ),
         ]
     return rows

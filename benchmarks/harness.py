@@ -1,8 +1,8 @@
-"""What all benchmarks share: arms in turns in one process, ratios with their spread, peaks from the kernel.
+"""Shared code of the benchmarks: interleaved timing, ratios with quartiles, peak memory from the kernel.
 
-Shared machines are noisy, and most of the noise lasts longer than one repetition. So the arms of a comparison
-take turns, each round gives one ratio, and a row reports the median of those. The time is CPU time on one
-thread; wall time is measured beside it. A peak is what the kernel counted in a process that did nothing else.
+Shared machines are noisy, and most of the noise lasts longer than one repetition. So the variants of a
+comparison take turns in one process, each round gives one ratio, and a row reports the median of the ratios.
+Times are CPU times on one thread; wall times are recorded as well. Peak memory is that of a separate process.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ import torch
 from attrs import asdict, define, evolve, field, frozen
 
 MIB = 1 << 20
-IDLE_LOAD = 1.2  # of two cores; the benchmark's own thread counts 1 of it
+IDLE_LOAD = 1.2  # load average on two cores; the benchmark itself adds 1
 
 
 @frozen(kw_only=True)
 class Row:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
         name: What was measured.
         value: The median.
-        reach: The limit, with its direction: `<= 1.3`; empty for what is only reported.
-        ok: Whether the value is within it; None without one.
-        spread: First and third quartile over the rounds; the value twice where it was taken once.
-        unit: Of value and spread; `x` for ratios.
-        wall: The same by the clock, where `value` is of CPU time.
-        note: What one must know to read it.
+        limit: The limit with its direction, for example `<= 1.3`; empty if there is none.
+        ok: Whether the value is within the limit; None without one.
+        spread: First and third quartile over the rounds; twice the value if it was measured once.
+        unit: Unit of value and spread; `x` for ratios.
+        wall: The median of wall times, if `value` is of CPU times.
+        note: Context that the reader needs.
     """
 
     name: str
     value: float
-    reach: str
+    limit: str
     ok: bool | None
     spread: tuple[float, float]
     unit: str
@@ -54,21 +54,23 @@ class Row:
 
 @define(kw_only=True)
 class Times:
-    """Seconds of each round of an arm."""
+    """Seconds of each round of a variant."""
 
     cpu: list[float] = field(factory=list)
     wall: list[float] = field(factory=list)
 
 
-def in_turns(arms: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> dict[str, Times]:
-    """Run each arm once a round, in an order that rotates from round to round; return their times."""
-    names = list(arms)
+def in_turns(
+    variants: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1
+) -> dict[str, Times]:
+    """Run each variant once per round, in an order that rotates from round to round; return their times."""
+    names = list(variants)
     times = {name: Times() for name in names}
     for turn in range(-warmup, rounds):
         for i in range(len(names)):
             name = names[(i + turn) % len(names)]
             wall, cpu = time.perf_counter(), time.process_time()
-            arms[name]()
+            variants[name]()
             if turn >= 0:
                 times[name].cpu.append(time.process_time() - cpu)
                 times[name].wall.append(time.perf_counter() - wall)
@@ -76,55 +78,55 @@ def in_turns(arms: Mapping[str, Callable[[], object]], *, rounds: int, warmup: i
 
 
 def ratio_row(
-    name: str, over: Times, under: Times, *, reach: str = "", scale: float = 1.0, note: str = ""
+    name: str, over: Times, under: Times, *, limit: str = "", scale: float = 1.0, note: str = ""
 ) -> Row:
-    """Return the row of one arm's time over another's, multiplied by `scale`."""
+    """Return the row of the time of one variant over that of another, multiplied by `scale`."""
     ratios = [scale * a / b for a, b in zip(over.cpu, under.cpu, strict=True)]
     walls = [scale * a / b for a, b in zip(over.wall, under.wall, strict=True)]
-    return row(name, ratios, reach=reach, unit="x", wall=statistics.median(walls), note=note)
+    return row(name, ratios, limit=limit, unit="x", wall=statistics.median(walls), note=note)
 
 
 def row(
     name: str,
     values: Sequence[float],
     *,
-    reach: str = "",
+    limit: str = "",
     unit: str,
     wall: float | None = None,
     note: str = "",
 ) -> Row:
-    """Return the row of several measurements of one thing."""
+    """Return the row of repeated measurements."""
     value = statistics.median(values)
     first, _, third = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    ok = within(value, reach) if reach else None
+    ok = within(value, limit) if limit else None
     return Row(
-        name=name, value=value, reach=reach, ok=ok, spread=(first, third), unit=unit, wall=wall, note=note
+        name=name, value=value, limit=limit, ok=ok, spread=(first, third), unit=unit, wall=wall, note=note
     )
 
 
-def within(value: float, reach: str) -> bool:
-    """Say whether a value is within a limit such as `<= 1.3` or `>= 300`."""
-    sign, limit = reach.split()
-    return value <= float(limit) if sign == "<=" else value >= float(limit)
+def within(value: float, limit: str) -> bool:
+    """Return whether a value is within a limit such as `<= 1.3` or `>= 300`."""
+    sign, number = limit.split()
+    return value <= float(number) if sign == "<=" else value >= float(number)
 
 
 def peak_mib(prepare: Callable[..., Callable[[], object]], *arguments: object) -> float:
-    """Return by how much a process of its own grew at most while it ran what `prepare(*arguments)` returns.
+    """Return the peak growth of a new process while it runs the function that `prepare(*arguments)` returns.
 
     Args:
-        prepare: A function of a module, for the new process finds it by name; makes the inputs, which do not
-            count, and returns what is measured.
-        arguments: Plain values.
+        prepare: A module-level function, because the new process imports it by name. It makes the inputs,
+            which are not counted, and returns the function to measure.
+        arguments: Picklable values.
 
     Returns:
-        MiB of resident memory above those that the inputs take.
+        MiB of resident memory on top of the inputs.
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_grown, prepare, arguments).result()
 
 
 def _grown(prepare: Callable[..., Callable[[], object]], arguments: Sequence[object]) -> float:
-    """Measure in this process; `clear_refs` sets the kernel's peak back to what is resident now."""
+    """Measure in this process; `clear_refs` resets the kernel's peak to the current resident memory."""
     torch.set_num_threads(1)
     measured = prepare(*arguments)
     Path("/proc/self/clear_refs").write_text("5")
@@ -134,13 +136,13 @@ def _grown(prepare: Callable[..., Callable[[], object]], arguments: Sequence[obj
 
 
 def _status(name: str) -> int:
-    """Return a figure of this process, in KiB; `ru_maxrss` would begin with the parent's peak."""
+    """Return a value of /proc/self/status in KiB; `ru_maxrss` would start with the parent's peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def machine() -> dict[str, Any]:
-    """Describe where and how quietly this is measured."""
+    """Describe the machine and its load."""
     load = os.getloadavg()[0]
     cpus = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
@@ -156,7 +158,7 @@ def machine() -> dict[str, Any]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return rows as a Markdown table."""
-    lines = ["| what | median | quartiles | by the clock | reach | |", "|---|---|---|---|---|---|"]
+    lines = ["| what | median | quartiles | wall time | limit | |", "|---|---|---|---|---|---|"]
     for each in rows:
         first, third = each["spread"]
         wall = "" if each["wall"] is None else f"{each['wall']:.4g}"
@@ -164,31 +166,29 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         note = f" ({each['note']})" if each["note"] else ""
         lines.append(
             f"| {each['name']}{note} | {each['value']:.4g} {each['unit']} | {first:.4g} to {third:.4g} "
-            f"| {wall} | {each['reach']} | {verdict} |"
+            f"| {wall} | {each['limit']} | {verdict} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def run_group(measure: Callable[[argparse.Namespace], list[Row]], description: str | None) -> int:
-    """Run one group alone: parse its arguments, measure, print; return 1 if a row misses its reach.
+    """Run one group: parse its arguments, measure, print; return 1 if a row misses its limit.
 
-    `--quick` shrinks everything until it only shows that the code runs; `--json FILE` keeps the rows.
+    `--quick` uses tiny sizes that only show that the code runs; `--json FILE` writes the rows.
     """
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing"
-    )
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: only shows that the code runs")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write machine and rows to FILE")
-    parser.add_argument("--run", metavar="FOLDER", type=Path, help="a finished run, where one is needed")
+    parser.add_argument("--run", metavar="FOLDER", type=Path, help="a finished run, if the group needs one")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    where = machine()
+    host = machine()
     began = time.perf_counter()
     measured = measure(args)
     rows = [asdict(evolve(each, ok=None) if args.quick else each) for each in measured]
-    found = {"machine": where, "seconds": round(time.perf_counter() - began, 1), "rows": rows}
-    print(f"load {where['load_before']} on {where['cores']} cores, {found['seconds']} s")
+    found = {"machine": host, "seconds": round(time.perf_counter() - began, 1), "rows": rows}
+    print(f"load {host['load_before']} on {host['cores']} cores, {found['seconds']} s")
     print(table(rows), end="")
     if args.json is not None:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
@@ -196,5 +196,5 @@ def run_group(measure: Callable[[argparse.Namespace], list[Row]], description: s
 
 
 def main(measure: Callable[[argparse.Namespace], list[Row]], description: str | None) -> None:
-    """Be the program of one group."""
+    """Run one group as a program."""
     sys.exit(run_group(measure, description))

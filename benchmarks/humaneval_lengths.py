@@ -1,8 +1,8 @@
-"""Documents as long as HumanEval's, without a tokenizer to download.
+"""Documents with the lengths of HumanEval's, without downloading a tokenizer.
 
-The file beside this one holds, problem by problem, how many tokens SmolLM2's tokenizer makes of the prompt
-and of the canonical solution with its end of text: 200 together on average, 582 at most. The ids are drawn at
-random, which no measured time depends on.
+humaneval_lengths.json has one pair per problem: the numbers of SmolLM2 tokens of the prompt and of the
+canonical solution with its end of text. They sum to 200 on average and to 582 at most. The ids are random; no
+measured time depends on them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ END = 1
 
 
 def humaneval_tokens(vocabulary: int, *, limit: int | None = None) -> TokenSet:
-    """Return a document for each problem; `limit` takes the first ones."""
+    """Return one document per problem, or per problem of the first `limit`."""
     length_D2 = np.asarray(json.loads(_LENGTHS.read_text())[:limit])
     end_D = np.cumsum(length_D2.sum(axis=1))
     ids_N = np.random.default_rng(0).integers(_SPECIAL, vocabulary, size=end_D[-1])

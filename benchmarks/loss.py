@@ -1,9 +1,9 @@
-"""The fused weighted loss: its time over the three products it cannot do without, its memory.
+"""Time and memory of the fused weighted loss, against its three unavoidable matrix products.
 
     python benchmarks/loss.py
 
-Heads here hand on the trunk's states as they are, so that only the loss is measured: V = 49152, D = 576,
-40 % of the pairs supervised, weights that differ from token to token.
+The heads return the trunk's states unchanged, so that only the loss is measured: V = 49152, D = 576, 40 % of
+the pairs supervised, random weights.
 
 Shape letters: B rows, T positions, K heads, N supervised pairs of all heads, D hidden, V vocabulary.
 """
@@ -28,7 +28,7 @@ D, SUPERVISED = 576, 0.4
 
 
 class BareHeads(nn.Module):
-    """As much of a policy as the loss looks at: heads that do nothing, and an unembedding."""
+    """The parts of a policy that the loss uses: heads that do nothing, and an unembedding."""
 
     def __init__(self, n_future: int, vocabulary: int) -> None:
         super().__init__()
@@ -36,19 +36,19 @@ class BareHeads(nn.Module):
         self.unembedding = Unembedding(nn.Linear(D, vocabulary, bias=False))
 
     def sparse_rows(self, k: int, index_N: Tensor) -> AbstractContextManager[None]:
-        """Leave nothing out: there is nothing to compute."""
+        """Do nothing: these heads compute no rows."""
         del k, index_N
         return nullcontext()
 
     def head_states(self, k: int, hidden_BTD: Tensor, *, position_BT: Tensor | None = None) -> Tensor:
-        """Hand on the trunk's states."""
+        """Return the trunk's states."""
         del k, position_BT
         return hidden_BTD
 
 
 @frozen(kw_only=True, eq=False)
 class Case:
-    """Inputs of one size, and what can be done with them."""
+    """Inputs of one size, and the variants to measure."""
 
     policy: BareHeads
     hidden_BTD: Tensor
@@ -60,7 +60,7 @@ class Case:
         """Make states, labels and weights from a fixed seed."""
         torch.manual_seed(0)
         shape = 1, positions, n_future
-        # The same number for each head, or the largest of more heads would have more rows.
+        # The same number for each head; otherwise the largest head would have more rows with more heads.
         counts_BTK = torch.rand(shape).argsort(dim=1) < SUPERVISED * positions
         return cls(
             policy=BareHeads(n_future, vocabulary),
@@ -70,11 +70,11 @@ class Case:
         )
 
     def fused(self, weight_BTK: Tensor | None = None) -> None:
-        """Loss and gradients as training computes them."""
+        """Compute loss and gradients as training does."""
         weight_BTK = self.weight_BTK if weight_BTK is None else weight_BTK
         target_BTK = target_mask(self.labels_BTK)
         weighted_mtp_loss(
-            self.policy,  # type: ignore[arg-type]  # a Policy as far as the loss looks
+            self.policy,  # type: ignore[arg-type]  # has all of a Policy that the loss uses
             self._leaf(),
             labels_BTK=self.labels_BTK,
             weight_BTK=weight_BTK,
@@ -83,12 +83,12 @@ class Case:
         )
 
     def losses_first(self) -> None:
-        """The same where the weights depend on the policy's current losses, as in Rho-1."""
+        """Compute them with weights that depend on the policy's current losses, as in Rho-1."""
         predictions = PairPredictions(self.policy, self._leaf().detach(), self.labels_BTK)  # type: ignore[arg-type]
         self.fused(predictions.losses())
 
     def full(self) -> None:
-        """The same through all `[B, T, K, V]` logits and autograd."""
+        """Compute them with all `[B, T, K, V]` logits and autograd."""
         target_BTK = target_mask(self.labels_BTK)
         normaliser_K = normalisers(self.weight_BTK, target_BTK, normalise="weights")
         states_BTD = self._leaf()
@@ -103,13 +103,13 @@ class Case:
         ((self.weight_BTK * ce_BTK).sum(dim=(0, 1)) / normaliser_K).mean().backward()
 
     def _leaf(self) -> Tensor:
-        """Return the states as where a trunk's gradient would arrive, and forget the last gradients."""
+        """Clear the gradients and return the states as a leaf that receives a gradient."""
         self.policy.zero_grad(set_to_none=True)
         return self.hidden_BTD.detach().requires_grad_()
 
 
 def three_products(pairs: int, vocabulary: int) -> Callable[[], None]:
-    """Return only the products: logits, the states' gradient, the unembedding's, chunk by chunk, in place."""
+    """Return the products alone: logits, gradients of states and unembedding, chunk by chunk, in place."""
     weight_VD, state_ND = torch.randn(vocabulary, D), torch.randn(pairs, D)
     logits_NV, gradient_ND = torch.empty(min(CHUNK, pairs), vocabulary), torch.empty(pairs, D)
     gradient_VD = torch.zeros(vocabulary, D)
@@ -125,21 +125,21 @@ def three_products(pairs: int, vocabulary: int) -> Callable[[], None]:
     return work
 
 
-def prepare(arm: str, positions: int, n_future: int, vocabulary: int) -> Callable[[], object]:
-    """Return one arm, for a process of its own; code that is loaded at its first use is loaded before."""
+def prepare(variant: str, positions: int, n_future: int, vocabulary: int) -> Callable[[], object]:
+    """Return one variant, for `peak_mib`; a first small call loads everything that is loaded lazily."""
 
     def of(case: Case) -> Callable[[], object]:
-        return {"fused": case.fused, "full": case.full}[arm]
+        return {"fused": case.fused, "full": case.full}[variant]
 
     of(Case.of(16, n_future, 64))()
     return of(Case.of(positions, n_future, vocabulary))
 
 
 def flatness(name: str, sizes: dict[int, tuple[int, int]], vocabulary: int) -> list[Row]:
-    """Return how much memory each size takes, and the largest over the smallest.
+    """Return the peak memory of each size, and the largest over the smallest.
 
-    The unembedding's gradient, `[V, D]` whatever the size, is taken off: with it any peak would look flat.
-    Each size is measured in three processes, for a peak is now and then some MiB higher.
+    The unembedding's gradient, `[V, D]` for every size, is subtracted: it would make any peak look flat. Each
+    size is measured in three processes, because a peak is occasionally some MiB higher.
     """
     gradient = vocabulary * D * 4 / MIB
     peaks = {
@@ -149,7 +149,7 @@ def flatness(name: str, sizes: dict[int, tuple[int, int]], vocabulary: int) -> l
     rows = [row(f"loss: peak at {name} = {size}", found, unit="MiB") for size, found in peaks.items()]
     medians = [each.value for each in rows]
     worst = max(medians) / min(medians)
-    return [*rows, row(f"loss: largest over smallest peak, over {name}", [worst], reach="<= 1.1", unit="x")]
+    return [*rows, row(f"loss: largest over smallest peak, over {name}", [worst], limit="<= 1.1", unit="x")]
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
@@ -166,21 +166,21 @@ def measure(args: argparse.Namespace) -> list[Row]:
         },
         rounds=rounds,
     )
-    peaks = {arm: peak_mib(prepare, arm, positions, n_future, vocabulary) for arm in ("fused", "full")}
+    peaks = {each: peak_mib(prepare, each, positions, n_future, vocabulary) for each in ("fused", "full")}
     sizes = (16, 32) if args.quick else (512, 1024, 2048, 4096)
     heads = (1, 2) if args.quick else (1, 2, 4, 8)
     return [
-        ratio_row("loss: time over three products", times["fused"], times["products"], reach="<= 1.3"),
-        ratio_row("loss: time over full logits", times["fused"], times["full"], reach="<= 0.4"),
+        ratio_row("loss: time over three products", times["fused"], times["products"], limit="<= 1.3"),
+        ratio_row("loss: time over full logits", times["fused"], times["full"], limit="<= 0.4"),
         ratio_row(
             "loss: time over three products, weights from current losses",
             times["losses first"],
             times["products"],
-            reach="<= 1.6",
+            limit="<= 1.6",
         ),
         row("loss: peak", [peaks["fused"]], unit="MiB"),
         row("loss: peak of full logits", [peaks["full"]], unit="MiB"),
-        row("loss: peak over full logits", [peaks["fused"] / peaks["full"]], reach="<= 0.15", unit="x"),
+        row("loss: peak over full logits", [peaks["fused"] / peaks["full"]], limit="<= 0.15", unit="x"),
         *flatness("T", {size: (size, n_future) for size in sizes}, vocabulary),
         *flatness("K", {size: (positions, size) for size in heads}, vocabulary),
     ]

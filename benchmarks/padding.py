@@ -1,8 +1,9 @@
-"""Tokens computed over real tokens on HumanEval's lengths, batch 8.
+"""Padding overhead: computed tokens over real tokens, for the lengths of HumanEval and batch size 8.
 
     python benchmarks/padding.py
 
-Counts; the machine has no say in it. `shuffled` is what a shuffled loader does that pads to the longest row.
+These are counts, independent of the machine. `shuffled` stands for a shuffling loader that pads each batch to
+its longest row.
 """
 
 from __future__ import annotations
@@ -23,25 +24,25 @@ BATCH, ROW_TOKENS, VOCABULARY, EPOCHS = 8, 2048, 49152, 20
 
 
 def share(batches: list[Batch]) -> float:
-    """Return the tokens of the rectangles over those that are not padding."""
+    """Return the number of tokens with padding over the number without."""
     computed = sum(batch.ids_BT.numel() for batch in batches)
     return computed / sum(int((batch.document_BT >= 0).sum()) for batch in batches)
 
 
 def shuffled(tokens: TokenSet, seed: int) -> list[Batch]:
-    """Return an epoch in random batches."""
+    """Return an epoch of random batches."""
     order = np.random.default_rng(seed).permutation(len(tokens))
     return [collate(tokens, order[i : i + BATCH], device=_CPU) for i in range(0, len(order), BATCH)]
 
 
 def grouped(tokens: TokenSet, seed: int) -> list[Batch]:
-    """Return an epoch in batches of similar length."""
+    """Return an epoch of batches of similar lengths."""
     sampler = Sampler(pointwise(tokens), tokens.length_D, batch_size=BATCH, seed=seed)
     return [collate(tokens, sampler.rows(step), device=_CPU) for step in range(sampler.batches_per_epoch)]
 
 
 def packed(tokens: TokenSet, seed: int) -> list[Batch]:
-    """Return an epoch in rows of several documents."""
+    """Return an epoch of rows that each hold several documents."""
     sampler = PackedSampler(tokens.length_D, row_tokens=ROW_TOKENS, batch_size=BATCH, seed=seed)
     steps = int(sampler.first_steps().max()) + 1
     return [collate_packed(tokens, sampler.rows(step), device=_CPU) for step in range(steps)]
@@ -56,7 +57,7 @@ _WAYS: dict[str, tuple[Callable[[TokenSet, int], list[Batch]], str]] = {
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
-    """Measure the group over many seeds."""
+    """Measure the group with many seeds."""
     tokens = humaneval_tokens(VOCABULARY)
     lengths = tokens.length_D
     seeds = range(2 if args.quick else EPOCHS)
@@ -65,11 +66,11 @@ def measure(args: argparse.Namespace) -> list[Row]:
         row(
             f"padding: computed over real tokens, {way}",
             [share(batches(tokens, seed)) for seed in seeds],
-            reach=reach,
+            limit=limit,
             unit="x",
             note=note,
         )
-        for way, (batches, reach) in _WAYS.items()
+        for way, (batches, limit) in _WAYS.items()
     ]
 
 

@@ -2,9 +2,9 @@
 
     python benchmarks/sandbox_mbpp.py FOLDER [--limit N] [--repeat]
 
-FOLDER holds `mbpp.jsonl` (MBPP's public release) and `mbpp_solutions.jsonl` (task_id, program, and verdict:
-pass, fail or timeout, recorded by executing program and asserts in one process). Agreement: passed there and
-here, or neither. `--repeat` judges everything again and counts verdicts that changed.
+FOLDER contains `mbpp.jsonl` (MBPP's public release) and `mbpp_solutions.jsonl` (task_id, program and verdict:
+pass, fail or timeout, recorded by executing program and asserts in one process). Two verdicts agree if both
+or neither say that the program passed. `--repeat` judges everything again and counts changed verdicts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def tests_of(problem: dict[str, Any]) -> str:
-    """Return a problem's set-up and asserts."""
+    """Return the set-up code and the asserts of a problem."""
     return "\n".join([problem["test_setup_code"], *problem["test_list"]])
 
 

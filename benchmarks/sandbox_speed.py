@@ -1,10 +1,10 @@
-"""Programs a second in each back end, and what one costs in CPU time.
+"""Programs per second in each back end, and the CPU time of one program.
 
     python benchmarks/sandbox_speed.py [--programs 1000] [--workers 0]
 
 Two kinds of program: `small` (a one-line function, three calls) and the 164 canonical solutions of HumanEval.
-Wall time says something on idle cores only; CPU time per program (all processes, the caller's included) holds
-on busy ones too. bubblewrap does not hand its children's CPU time on, so none is shown for it.
+Wall time is meaningful on idle cores only; CPU time per program (of all processes, including the caller) on
+busy ones as well. bubblewrap does not report the CPU time of its children, so none is shown for it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def cpu_seconds() -> float:
 
 
 def measure(backend: str, jobs: list[Job], *, workers: int) -> tuple[float, float]:
-    """Return programs a second and CPU milliseconds a program; starting the sandbox is in the latter only."""
+    """Return programs per second, and CPU milliseconds per program including the start of the sandbox."""
     before = cpu_seconds()
     with Sandbox(SandboxSettings(backend=backend, workers=workers)) as sandbox:
         start = time.perf_counter()
@@ -60,7 +60,7 @@ def measure(backend: str, jobs: list[Job], *, workers: int) -> tuple[float, floa
 
 
 def main() -> None:
-    """Print one line a back end and kind of program."""
+    """Print one line per back end and kind of program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

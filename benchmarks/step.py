@@ -1,10 +1,10 @@
-"""Whole training steps on a model of SmolLM2-135M's shape, against transformers' own next-token step.
+"""Time of whole training steps on a model with the shape of SmolLM2-135M, against transformers' own step.
 
     python benchmarks/step.py
 
-B = 1, T = 256, 40 % of the tokens supervised, AdamW, random weights. All arms train the same parameters with
-one optimiser, so that memory holds one model. Needs the plugins `baseline_mtp` and `verifiable`, 5 GB of
-memory.
+B = 1, T = 256, 40 % of the tokens supervised, AdamW, random weights. All variants train the same parameters
+with one optimiser, so that memory holds one model. Needs the plugins `baseline_mtp` and `verifiable` and 5 GB
+of memory.
 
 Shape letters: B rows, T positions, K heads, V vocabulary.
 """
@@ -41,7 +41,7 @@ from weighted_mtp_baseline_mtp import UniformOptions, build_uniform
 from weighted_mtp_verifiable import TdErrorOptions, ValueHeadOptions, build_td_error, build_value_head
 
 DOCUMENTS, SUPERVISED = 4, 0.4
-SQUARE = 2048  # of the product that stands for the machine's rate
+SQUARE = 2048  # size of the matrix product that measures the machine's rate
 SMOLLM2 = {
     "vocab_size": 49152,
     "hidden_size": 576,
@@ -64,7 +64,7 @@ SEPARATE = ValueHeadOptions(body="frozen", layers=0, lm_loss_weight=0.0)
 
 
 def documents(vocabulary: int, positions: int) -> TokenSet:
-    """Return documents of one length whose last 40 % are the response."""
+    """Return documents of equal length; the last 40 % of each are the response."""
     generator = np.random.default_rng(0)
     return TokenSet(
         ids_N=generator.integers(vocabulary, size=DOCUMENTS * positions).astype(np.int32),
@@ -76,15 +76,15 @@ def documents(vocabulary: int, positions: int) -> TokenSet:
     )
 
 
-def sharing(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """Return a copy with the very same parameters, for a policy takes its model apart."""
+def sharing_parameters(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Return a copy with the same parameter objects, because a policy takes its model apart."""
     shared: LlamaForCausalLM = copy.deepcopy(model, {id(each): each for each in model.parameters()})
     return shared
 
 
 @frozen(kw_only=True, eq=False)
 class Bench:
-    """One model, one optimiser, and the batches."""
+    """One model, one optimiser and the batches."""
 
     base: LlamaForCausalLM
     four: Policy
@@ -96,10 +96,10 @@ class Bench:
     @classmethod
     @contextmanager
     def of(cls, shape: dict[str, int], positions: int) -> Iterator[Bench]:
-        """Make everything but critics."""
+        """Make everything except critics."""
         config = LlamaConfig(**shape, tie_word_embeddings=True, max_position_embeddings=2048)
         base = LlamaForCausalLM(config).train()
-        four = Policy(sharing(base), n_future=4, head_kind="transformer").train()
+        four = Policy(sharing_parameters(base), n_future=4, head_kind="transformer").train()
         batches = make_step_batches(
             documents(shape["vocab_size"], positions),
             DataTable(use="benchmark"),
@@ -111,14 +111,14 @@ class Bench:
             yield cls(
                 base=base,
                 four=four,
-                one=Policy(sharing(base), n_future=1, head_kind="transformer").train(),
+                one=Policy(sharing_parameters(base), n_future=1, head_kind="transformer").train(),
                 batches=batches,
                 optimiser=make_optimiser(four.parameters(), TrainTable(learning_rate=1e-5)),
                 scratch=Path(scratch),
             )
 
     def context(self) -> BuildContext:
-        """Return what components are built with."""
+        """Return the context that components are built with."""
         model = ModelContext(
             n_future=4,
             hidden_size=self.four.hidden_size,
@@ -129,7 +129,7 @@ class Bench:
         return BuildContext(seed=0, storage=self.scratch, model=model)
 
     def transformers_step(self) -> Callable[[int], None]:
-        """Return the step of a plain loop around transformers' model and its loss: all logits."""
+        """Return the step of a plain training loop around transformers' model and its loss (all logits)."""
         parameters = list(self.base.parameters())
 
         def step(number: int) -> None:
@@ -170,7 +170,7 @@ class Bench:
         return step
 
     def cached(self, critic: Critic) -> Critic:
-        """Return a critic whose scores are in its table."""
+        """Return the critic with all of its scores cached."""
         table = CachedCritic(critic, self.batches, accumulation=1, folder=self.scratch / "signals")
         for number in range(DOCUMENTS):
             table.score(self.batches(number), None)
@@ -191,7 +191,7 @@ def _nothing() -> None:
 
 
 def flops(step: Callable[[int], None]) -> int:
-    """Return the floating-point operations of a step's matrix products; attention's own are left out."""
+    """Return the floating-point operations of a step's matrix products, without those of attention."""
 
     def accumulated(_: Any, left: tuple[int, ...], right: tuple[int, ...], *_rest: Any, **_more: Any) -> int:
         return 2 * left[0] * left[1] * right[1]
@@ -202,7 +202,7 @@ def flops(step: Callable[[int], None]) -> int:
 
 
 def numbered(step: Callable[[int], None]) -> Callable[[], None]:
-    """Return a step that goes from batch to batch."""
+    """Return a function that takes the next step at each call."""
     done = 0
 
     def work() -> None:
@@ -234,24 +234,24 @@ def measure(args: argparse.Namespace) -> list[Row]:
         }
         counts = {name: flops(step) for name, step in steps.items()}
         left, right = torch.randn(2, SQUARE, SQUARE).unbind()
-        arms: dict[str, Callable[[], object]] = {name: numbered(step) for name, step in steps.items()}
-        times = in_turns({**arms, "product": lambda: left @ right}, rounds=rounds)
+        variants: dict[str, Callable[[], object]] = {name: numbered(step) for name, step in steps.items()}
+        times = in_turns({**variants, "product": lambda: left @ right}, rounds=rounds)
     return rows_of(times, counts)
 
 
 def rows_of(times: dict[str, Times], counts: dict[str, int]) -> list[Row]:
-    """Return the table of measured steps and their counted operations."""
+    """Return the rows from the measured times and the counted operations."""
     own, peer = times["K = 4"], times["transformers"]
     rate = [2 * SQUARE**3 / seconds / 1e9 for seconds in times["product"].cpu]
     return [
-        ratio_row("step: K = 4 over transformers' next-token step", own, peer, reach="<= 1.15"),
-        ratio_row("step: K = 1 over transformers' next-token step", times["K = 1"], peer, reach="<= 0.9"),
+        ratio_row("step: K = 4 over transformers' next-token step", own, peer, limit="<= 1.15"),
+        ratio_row("step: K = 1 over transformers' next-token step", times["K = 1"], peer, limit="<= 0.9"),
         ratio_row(
             "step: K = 4 over K = 1, over the ratio of their operations",
             own,
             times["K = 1"],
             scale=counts["K = 1"] / counts["K = 4"],
-            reach="<= 1.05",
+            limit="<= 1.05",
             note=f"{counts['K = 4'] / 1e9:.0f} and {counts['K = 1'] / 1e9:.0f} GFLOP",
         ),
         ratio_row(
@@ -259,7 +259,7 @@ def rows_of(times: dict[str, Times], counts: dict[str, int]) -> list[Row]:
             times["product"],
             own,
             scale=counts["K = 4"] / (2 * SQUARE**3),
-            reach=">= 0.75",
+            limit=">= 0.75",
         ),
         ratio_row(
             "step: share of the product rate that transformers reaches",
@@ -269,9 +269,9 @@ def rows_of(times: dict[str, Times], counts: dict[str, int]) -> list[Row]:
         ),
         row(f"step: product rate, {SQUARE} cubed", rate, unit="GFLOP/s"),
         row("step: transformers' next-token step", peer.cpu, unit="s"),
-        ratio_row("step: verifiable over baseline, values cached", times["cached"], own, reach="<= 1.03"),
-        ratio_row("step: verifiable over baseline, head on the trunk", times["trunk"], own, reach="<= 1.05"),
-        ratio_row("step: verifiable over baseline, separate body", times["separate"], own, reach="<= 1.3"),
+        ratio_row("step: verifiable over baseline, values cached", times["cached"], own, limit="<= 1.03"),
+        ratio_row("step: verifiable over baseline, head on the trunk", times["trunk"], own, limit="<= 1.05"),
+        ratio_row("step: verifiable over baseline, separate body", times["separate"], own, limit="<= 1.3"),
     ]
 
 

@@ -1,11 +1,11 @@
-"""What tracking costs the thread that trains: 50 metrics a step, on every kind of store and without a server.
+"""Cost of tracking for the training thread: 50 metrics per step, on every kind of store and without a server.
 
     python benchmarks/tracking.py
 
-Starts the servers of tests/integration on loopback. Exit code 1 if a limit is missed: 200 us at the median
-and 2 ms at p99 for recording one step; 1.05 for the time of a step while the server is down over that of a
-step that is not tracked, both in this process, in turns. Shared machines are noisy: read the
-load and the untracked line, which is this machine's floor, beside it.
+Starts the servers of tests/integration on loopback. Exits with 1 if a limit is missed: 200 us (median) and
+2 ms (p99) to record one step; 1.05 for the time of a step while the server is down over that of an untracked
+step, both in this process, in turns. Shared machines are noisy: compare with the load and with the untracked
+line, which is the lower bound on this machine.
 """
 
 import io
@@ -35,8 +35,8 @@ STEPS = 1000
 ROUNDS, ROUND_STEPS = 10, 100
 
 
-def begin(folder: Path, options: Mapping[str, str] | None) -> Recorder:
-    """Begin a run that `core.mlflow` tracks, or that nothing tracks."""
+def open_run(folder: Path, options: Mapping[str, str] | None) -> Recorder:
+    """Open a run that `core.mlflow` tracks, or that no tracker does."""
     run = RunFolder.create(folder / "runs", experiment="benchmark/tracking", name="run")
     info = RunInfo(
         run_id=run.run_id,
@@ -62,8 +62,8 @@ def begin(folder: Path, options: Mapping[str, str] | None) -> Recorder:
     )
 
 
-def a_step() -> Callable[[], None]:
-    """Return work of some 20 ms on one thread, as a training step is."""
+def make_step() -> Callable[[], None]:
+    """Return a function that computes for about 20 ms on one thread, like a training step."""
     torch.set_num_threads(1)
     matrix = torch.randn(512, 512)
 
@@ -76,7 +76,7 @@ def a_step() -> Callable[[], None]:
 
 
 def measure_recording(record: Recorder, work: Callable[[], None]) -> list[float]:
-    """Return microseconds that recording took, for each of many steps."""
+    """Return the microseconds that recording took, for each of many steps."""
     values = {f"metric_{i}": i / 7 for i in range(METRICS)}
     took = []
     for step in range(1, STEPS + 1):
@@ -88,7 +88,7 @@ def measure_recording(record: Recorder, work: Callable[[], None]) -> list[float]
 
 
 def measure_steps(record: Recorder, work: Callable[[], None]) -> float:
-    """Return the mean seconds of a step that is recorded."""
+    """Return the mean seconds of a recorded step."""
     values = {f"metric_{i}": i / 7 for i in range(METRICS)}
     began = time.perf_counter()
     for step in range(1, ROUND_STEPS + 1):
@@ -100,7 +100,7 @@ def measure_steps(record: Recorder, work: Callable[[], None]) -> float:
 def main() -> int:
     """Measure and print; return the exit code."""
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; {METRICS} metrics a step")
-    work, missed = a_step(), False
+    work, missed = make_step(), False
     stack = servers.Stack()
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         folder = Path(name)
@@ -118,7 +118,7 @@ def main() -> int:
                 "file": {"tracking_uri": f"file://{folder}/mlflow"},
             }
             for store, options in stores.items():
-                with begin(folder, options) as record:
+                with open_run(folder, options) as record:
                     took = measure_recording(record, work)
                 median, p99 = statistics.median(took), statistics.quantiles(took, n=100)[98]
                 missed |= options is not None and (median > MEDIAN_US or p99 > P99_US)
@@ -133,15 +133,15 @@ def main() -> int:
 
 
 def slowdown_without_server(stack: servers.Stack, folder: Path, work: Callable[[], None]) -> float:
-    """Return the median over rounds of a tracked step's time over an untracked one's."""
-    with begin(folder, {}) as record:
+    """Return the median over rounds of the time of a tracked step over that of an untracked one."""
+    with open_run(folder, {}) as record:
         measure_steps(record, work)
         stack.mlflow.kill()
     ratios = []
     for _ in range(ROUNDS):
         seconds = []
         for options in ({}, None):
-            with begin(folder, options) as record:
+            with open_run(folder, options) as record:
                 seconds.append(measure_steps(record, work))
         ratios.append(seconds[0] / seconds[1])
     return statistics.median(ratios)

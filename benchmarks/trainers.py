@@ -1,10 +1,10 @@
-"""Whole trainings with one head against transformers' Trainer and TRL's SFTTrainer.
+"""Time of whole trainings with one head, against transformers' Trainer and TRL's SFTTrainer.
 
     python benchmarks/trainers.py
 
-Documents as long as HumanEval's, batch 8, the same model, optimiser and dtype, losses on the response only.
-The peers pad shuffled batches, as their defaults do; ours groups by length. The model has a third of
-SmolLM2-135M's layers and vocabulary, so that the unembedding's share of the work stays. TRL comes from
+Documents with HumanEval's lengths, batch size 8, the same model, optimiser and dtype, loss on the response
+only. The peers pad shuffled batches, which is their default; ours groups by length. The model has a third of
+SmolLM2-135M's layers and vocabulary, which keeps the unembedding's share of the work. TRL comes from
 benchmarks/requirements.txt; `make bench` installs it.
 """
 
@@ -45,7 +45,7 @@ Record = dict[str, list[int]]
 
 
 def small_model(*, quick: bool) -> LlamaForCausalLM:
-    """Return a model of SmolLM2's proportions with random weights."""
+    """Return a model with SmolLM2's proportions and random weights."""
     torch.manual_seed(0)
     width, layers, vocabulary = (32, 2, 512) if quick else (576, 10, 16384)
     config = LlamaConfig(
@@ -64,7 +64,7 @@ def small_model(*, quick: bool) -> LlamaForCausalLM:
 
 
 def records(tokens: TokenSet) -> list[Record]:
-    """Return the documents as the peers read them: ids, and labels of -100 on prompts."""
+    """Return the documents in the peers' format: ids, and labels that are -100 on prompts."""
     found = []
     for d, prompt in enumerate(tokens.prompt_D.tolist()):
         ids = tokens.ids_N[tokens.start_D1[d] : tokens.start_D1[d + 1]].tolist()
@@ -73,23 +73,23 @@ def records(tokens: TokenSet) -> list[Record]:
 
 
 def padded(batch: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
-    """Pad to the longest, as transformers' collators do."""
+    """Pad to the longest document, like the collators of transformers."""
     width = max(len(each["input_ids"]) for each in batch)
 
-    def laid(key: str, nothing: int) -> Tensor:
-        rows = [[*each[key], *[nothing] * (width - len(each[key]))] for each in batch]
+    def pad(key: str, filler: int) -> Tensor:
+        rows = [[*each[key], *[filler] * (width - len(each[key]))] for each in batch]
         return torch.tensor(rows)
 
     mask = [[1] * len(each["input_ids"]) + [0] * (width - len(each["input_ids"])) for each in batch]
     return {
-        "input_ids": laid("input_ids", 0),
-        "labels": laid("labels", -100),
+        "input_ids": pad("input_ids", 0),
+        "labels": pad("labels", -100),
         "attention_mask": torch.tensor(mask),
     }
 
 
 def common_arguments(folder: Path) -> dict[str, Any]:
-    """Return the arguments of both peers: our optimiser, and nothing beside training."""
+    """Return the arguments of both peers: our optimiser, and nothing but training."""
     return {
         "output_dir": str(folder),
         "per_device_train_batch_size": BATCH,
@@ -111,7 +111,7 @@ def common_arguments(folder: Path) -> dict[str, Any]:
 
 
 def transformers_trainer(model: LlamaForCausalLM, data: list[Record], folder: Path) -> Trainer:
-    """Return transformers' own."""
+    """Return the Trainer of transformers."""
     return Trainer(
         model=model,
         args=TrainingArguments(**common_arguments(folder)),
@@ -121,7 +121,7 @@ def transformers_trainer(model: LlamaForCausalLM, data: list[Record], folder: Pa
 
 
 def sft_trainer(model: LlamaForCausalLM, data: list[Record], folder: Path) -> Trainer:
-    """Return TRL's, on data that are tokens already."""
+    """Return the SFTTrainer of TRL, on tokenised data."""
     sys.path.append(str(PACKAGES))
     from datasets import Dataset
     from tokenizers import Tokenizer, models
@@ -148,7 +148,7 @@ PEERS: dict[str, Callable[[LlamaForCausalLM, list[Record], Path], Trainer]] = {
 
 
 def our_learner(model: LlamaForCausalLM, folder: Path, *, steps: int) -> Unvalidated:
-    """Return stage 2 with one head and equal weights."""
+    """Return stage 2 with one head and uniform weights."""
     return Unvalidated(
         policy=Policy(model, n_future=1, head_kind="transformer"),
         arm=Arm(
@@ -173,7 +173,7 @@ def _nothing() -> None:
 
 
 def train_ours(model: LlamaForCausalLM, batches: StepBatches, *, steps: int) -> None:
-    """Train for an epoch with the loop of the framework."""
+    """Train for an epoch with the framework's loop."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with NoCheckpoints(folder=folder, table=CheckpointTable(every=0), log=print) as checkpoints:
@@ -187,10 +187,10 @@ def train_ours(model: LlamaForCausalLM, batches: StepBatches, *, steps: int) -> 
 
 
 class NoCheckpoints(Checkpoints):
-    """The peers save nothing either."""
+    """Checkpoints that are never written: the peers write none either."""
 
     def due(self, step: int, steps: int) -> bool:
-        """Say no."""
+        """Return False."""
         del step, steps
         return False
 
@@ -204,7 +204,7 @@ def train_peer(name: str, model: LlamaForCausalLM, data: list[Record]) -> None:
 
 
 def loss_gap(model: LlamaForCausalLM, tokens: TokenSet, data: list[Record]) -> float:
-    """Return by how much the three losses of the first batch differ at most, relative to ours."""
+    """Return the largest difference of the peers' losses of the first batch from ours, relative to ours."""
     batch: Batch = collate(tokens, range(BATCH), device=torch.device("cpu"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -232,18 +232,18 @@ def measure(args: argparse.Namespace) -> list[Row]:
     )
     steps = -(-limit // BATCH)
     gap = loss_gap(model, tokens, data)
-    arms: dict[str, Callable[[], object]] = {"ours": partial(train_ours, model, batches, steps=steps)}
-    arms |= {name: partial(train_peer, name, model, data) for name in PEERS}
-    times = in_turns(arms, rounds=rounds, warmup=0)
+    variants: dict[str, Callable[[], object]] = {"ours": partial(train_ours, model, batches, steps=steps)}
+    variants |= {name: partial(train_peer, name, model, data) for name in PEERS}
+    times = in_turns(variants, rounds=rounds, warmup=0)
     real = int(tokens.start_D1[-1])
     better = min(PEERS, key=lambda name: sum(times[name].cpu))
     return [
-        row("trainers: losses of one batch, largest relative gap", [gap], reach="<= 1e-5", unit=""),
+        row("trainers: losses of one batch, largest relative gap", [gap], limit="<= 1e-5", unit=""),
         ratio_row(
             f"trainers: real tokens a second over the better of the two ({better})",
             times[better],
             times["ours"],
-            reach=">= 1.6",
+            limit=">= 1.6",
         ),
         ratio_row("trainers: over transformers' Trainer", times["Trainer"], times["ours"]),
         ratio_row("trainers: over TRL's SFTTrainer", times["SFTTrainer"], times["ours"]),
