@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import tomli
+from weighted_mtp_core.plugins.loading import PluginRegistry
 
 REPOSITORY = Path(__file__).parents[2]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [
     *REPOSITORY.glob("*.md"),
     *REPOSITORY.glob("docs/**/*.md"),
-    *REPOSITORY.glob("plugins/*/README.md"),
+    *REPOSITORY.glob("plugins/**/README.md"),
 ]
 
 
@@ -49,6 +50,17 @@ def test_the_plugin_in_the_readme_is_small_and_trains(wmtp_install_plugin, wmtp_
 
 def test_the_readme_is_short():
     assert len(README.splitlines()) <= 150
+
+
+def test_the_overview_of_plugins_lists_each_with_its_components():
+    text = (REPOSITORY / "plugins" / "README.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| \[(\w+)\]\(\1\) \| (.*)", text, re.MULTILINE))
+    registry = PluginRegistry()
+
+    assert set(rows) == set(registry.found) - {"core"} != set()
+    for name, row in rows.items():
+        components = [each for by_name in registry.load(name).components.values() for each in by_name]
+        assert [each for each in components if f"`{each}`" not in row] == []
 
 
 def test_the_documentation_lists_every_command(wmtp, tmp_path):

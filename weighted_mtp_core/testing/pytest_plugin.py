@@ -35,16 +35,16 @@ TINY: Mapping[str, Any] = {
     "evaluate": {"problems": 1, "max_new_tokens": 4},
     "tracker": [],
 }
-"""The lowest layer of every tiny run. `tiny.jsonl` is in the working folder."""
+"""The recipe that every tiny run extends. `tiny.jsonl` is in the working folder."""
 
 
 @frozen(kw_only=True)
 class TinyRun:
-    """A run that has ended well.
+    """A run that finished without an error.
 
     Attributes:
         folder: The run folder.
-        metrics: What was logged last under each name.
+        metrics: The last value of each metric.
     """
 
     folder: Path
@@ -53,9 +53,9 @@ class TinyRun:
 
 @pytest.fixture
 def wmtp_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, Any]], TinyRun]:
-    """Run a recipe through every stage in a few seconds: a tiny model, two steps, an empty working folder.
+    """Run every stage of a recipe in a few seconds: a tiny model, two steps, an empty working folder.
 
-    The recipe is a table, `{"weighting": {"use": "my_plugin"}}`; what it leaves out is in `TINY`.
+    The recipe is a table, for example `{"weighting": {"use": "my_plugin"}}`, and extends `TINY`.
     """
 
     def run(recipe: Mapping[str, Any]) -> TinyRun:
@@ -76,7 +76,7 @@ def wmtp_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[
         Path("recipe.toml").write_text(
             tomli_w.dumps({"extends": ["lowest.toml"], **recipe}), encoding="utf-8"
         )
-        assert main(["run", "recipe.toml"]) == 0, "the run failed; what it said is in the captured output"
+        assert main(["run", "recipe.toml"]) == 0, "the run failed; see the captured output"
         (journal,) = working.rglob("metrics.jsonl")
         lines = map(json.loads, journal.read_text(encoding="utf-8").splitlines())
         metrics = {
@@ -125,9 +125,9 @@ def wmtp_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 @pytest.fixture
 def wmtp_install_plugin(wmtp_site: Path) -> Callable[..., Path]:
-    """Install a plugin `name` whose module holds `source`, for this test only; return its `dist-info` folder.
+    """Install a plugin from the source text of its module, for this test only; return its `dist-info` folder.
 
-    Nothing is built: a module and its metadata lie in a folder, as an installer would leave them.
+    Nothing is built: the module and its metadata are written to `wmtp_site`, as an installer would do.
     """
 
     def install(
@@ -158,7 +158,7 @@ def wmtp_install_plugin(wmtp_site: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def wmtp_no_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail the test as soon as it looks for installed plugins: it must not depend on what is there."""
+    """Fail the test if it looks for installed plugins, because its result would depend on them."""
 
     def refuse(**_: object) -> None:
         pytest.fail("this test must not look for installed plugins")
