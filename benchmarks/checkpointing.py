@@ -31,8 +31,10 @@ from weighted_mtp_core.checkpointing.manager import Checkpoints
 from weighted_mtp_core.data.batches import make_step_batches
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.recipe.schema import CheckpointTable, DataTable, LossTable, MicroTable, TrainTable
-from weighted_mtp_core.training.loop import Learner, Validation, train
-from weighted_mtp_core.training.policy_learner import Arm, PolicyLearner
+from weighted_mtp_core.training.learner import Learner, Validation
+from weighted_mtp_core.training.loop import train
+from weighted_mtp_core.training.policy_learner import PolicyLearner
+from weighted_mtp_core.training.weighting import Weighting
 
 from weighted_mtp_baseline_mtp import UniformOptions, build_uniform
 
@@ -106,7 +108,7 @@ def learner_of(shape: Mapping[str, int], folder: Path, *, steps: int) -> Learner
     weighting = build_uniform(UniformOptions(), BuildContext(seed=0, storage=folder))
     return Unvalidated(
         policy=policy,
-        arm=Arm(weighting=weighting, needs=frozenset(), critic=None, label="benchmark"),
+        weighting=Weighting(strategy=weighting, needs=frozenset(), critic=None, label="benchmark"),
         loss=LossTable(),
         steps=steps,
         accumulation=1,

@@ -32,10 +32,10 @@ from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.trunk import frozen_trunk
 from weighted_mtp_core.recipe.schema import DataTable, LossTable, TrainTable
-from weighted_mtp_core.runtime.distributed import clip_gradients
-from weighted_mtp_core.training.loop import make_optimiser
-from weighted_mtp_core.training.policy_learner import Arm, PolicyLearner
+from weighted_mtp_core.training.optimisers import clip_gradients, make_optimiser
+from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.score_cache import CachedCritic
+from weighted_mtp_core.training.weighting import Weighting
 
 from weighted_mtp_baseline_mtp import UniformOptions, build_uniform
 from weighted_mtp_verifiable import TdErrorOptions, ValueHeadOptions, build_td_error, build_value_head
@@ -152,7 +152,7 @@ class Bench:
         parameters = list(policy.parameters())
         learner = PolicyLearner(
             policy=policy,
-            arm=Arm(weighting=weighting, needs=needs, critic=critic, label="benchmark"),
+            weighting=Weighting(strategy=weighting, needs=needs, critic=critic, label="benchmark"),
             loss=LossTable(),
             steps=1000,
             accumulation=1,

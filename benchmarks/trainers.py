@@ -35,7 +35,7 @@ from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.recipe.schema import CheckpointTable, DataTable, LossTable, TrainTable
 from weighted_mtp_core.training.loop import train
-from weighted_mtp_core.training.policy_learner import Arm
+from weighted_mtp_core.training.weighting import Weighting
 
 from weighted_mtp_baseline_mtp import UniformOptions, build_uniform
 
@@ -151,8 +151,8 @@ def our_learner(model: LlamaForCausalLM, folder: Path, *, steps: int) -> Unvalid
     """Return stage 2 with one head and uniform weights."""
     return Unvalidated(
         policy=Policy(model, n_future=1, head_kind="transformer"),
-        arm=Arm(
-            weighting=build_uniform(UniformOptions(), BuildContext(seed=0, storage=folder)),
+        weighting=Weighting(
+            strategy=build_uniform(UniformOptions(), BuildContext(seed=0, storage=folder)),
             needs=frozenset(),
             critic=None,
             label="benchmark",
@@ -209,7 +209,7 @@ def loss_gap(model: LlamaForCausalLM, tokens: TokenSet, data: list[Record]) -> f
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         learner = our_learner(copy.deepcopy(model), folder, steps=1)
-        ours = float(learner.learn(batch, step=0)["train_loss"])
+        ours = float(learner.learn(batch, step=0).loss)
         gaps = []
         for peer in PEERS.values():
             trainer = peer(copy.deepcopy(model), data, folder)

@@ -1,9 +1,8 @@
-"""A plan carried out: prepare, critic, policy, evaluate; recorded from the first line to the last."""
+"""A run from start to end: prepare, critic, policy, evaluate. To see how a recipe is trained, begin here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from attrs import frozen
 from torch import nn
 
 from weighted_mtp_core.api import Batch, Critic, Signal
-from weighted_mtp_core.checkpointing.best_model import load_component, load_model, save_component, save_model
+from weighted_mtp_core.checkpointing.best_model import load_component
 from weighted_mtp_core.checkpointing.manager import Checkpoints
 from weighted_mtp_core.checkpointing.resume import (
     fingerprint,
@@ -21,242 +20,215 @@ from weighted_mtp_core.checkpointing.resume import (
     run_to_resume,
 )
 from weighted_mtp_core.checkpointing.snapshot import Snapshot
-from weighted_mtp_core.data.pairs import make_pairs
-from weighted_mtp_core.data.samplers import Rows, Sampler, pointwise
-from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.evaluation.evaluate import Evaluation, evaluate
+from weighted_mtp_core.metrics.critic_report import CriticReport
 from weighted_mtp_core.plan import Plan
-from weighted_mtp_core.plugins.selection import SelectedComponent
-from weighted_mtp_core.recipe.schema import CriticTable, TrainTable
+from weighted_mtp_core.recipe.schema import TrainTable
 from weighted_mtp_core.report.page import write_report
 from weighted_mtp_core.report.token_measures import measure_tokens
 from weighted_mtp_core.report.token_report import save_token_report
 from weighted_mtp_core.report.token_values import VALUES_FILE, table_of_values
-from weighted_mtp_core.runtime.distributed import Distributed, decoder_layers, shard
+from weighted_mtp_core.runtime.distributed import Distributed
+from weighted_mtp_core.runtime.sharding import decoder_layers, shard
 from weighted_mtp_core.storage.atomic import atomic_write
 from weighted_mtp_core.tracking.display import Display
 from weighted_mtp_core.tracking.rank_log import RankLog
 from weighted_mtp_core.tracking.recorder import Recorder, open_recorder
-from weighted_mtp_core.training.critic_learner import CriticLearner, CriticReport
-from weighted_mtp_core.training.loop import Learner, Trained, train
-from weighted_mtp_core.training.policy_learner import Arm, PolicyLearner
+from weighted_mtp_core.training.critic_learner import CriticLearner, check_informative
+from weighted_mtp_core.training.learner import Learner
+from weighted_mtp_core.training.loop import Trained, train
+from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.prepare import Prepared, prepare
 
 
 def run_plan(plan: Plan, *, resume: str | None = None, allow_change: Sequence[str] = ()) -> None:
-    """Carry out a plan and show a summary.
+    """Carry out a plan and print a summary.
 
     Args:
-        plan: What to do.
-        resume: The run to go on with, as a person names it; None leaves it to the recipe.
-        allow_change: Keys that may differ from the run that goes on.
+        plan: The plan.
+        resume: Folder or id of the run to continue; None leaves that to the recipe.
+        allow_change: Keys that may differ from the recipe of the run to continue.
 
     Raises:
-        WmtpError: Something it needs is missing or wrong; nothing was trained.
-        RunFailedError: It failed on the way; the run is closed as FAILED.
+        WmtpError: Something is missing or wrong; nothing was trained.
+        RunFailedError: The run failed on the way, and is closed as FAILED.
     """
     distributed = Distributed.init()
-    old = run_to_resume(plan, resume) if distributed.is_rank_zero else None
-    if old is not None:
-        refuse_changes(old, plan, allowed=allow_change)
+    previous = run_to_resume(plan, resume) if distributed.is_rank_zero else None
+    if previous is not None:
+        refuse_changes(previous, plan, allowed=allow_change)
     with (
         Display() as display,
-        _open_record(plan, display, old, distributed) as record,
+        _open_recorder(plan, display, previous, distributed) as recorder,
         Checkpoints(
-            folder=record.folder.checkpoints,
+            folder=recorder.folder.checkpoints,
             table=plan.recipe.checkpoint,
-            log=record.log,
+            log=recorder.log,
             distributed=distributed,
         ) as checkpoints,
     ):
-        snapshot = _begin_or_go_on(plan, record, checkpoints, old, distributed)
-        stages = _Stages(
+        run = _Run(
             plan=plan,
-            record=record,
+            recorder=recorder,
             display=display,
             checkpoints=checkpoints,
-            snapshot=snapshot,
+            snapshot=_start_or_resume(plan, recorder, checkpoints, previous, distributed),
             distributed=distributed,
         )
-        prepared = stages.prepare(allow_change)
-        critic, report = stages.critic(prepared)
-        trained, learner = stages.policy(prepared, critic)
-        evaluation = stages.evaluate(prepared)
-        stages.show(prepared, learner, critic, report)
-        rows = _summary(record, report, trained, evaluation)
-        record.report(rows)
+        prepared = run.prepare(allow_change)
+        critic, report = run.train_critic(prepared)
+        learner, trained = run.train_policy(prepared, critic)
+        evaluation = run.evaluate(prepared)
+        run.write_report(prepared, learner, critic, report)
+        rows = [
+            *([] if report is None else report.summary()),
+            *trained.summary("validation_ce_head_1"),
+            *evaluation.summary(),
+            ("run", str(recorder.folder.path)),
+            *(("look at it", line) for line in recorder.where()),
+        ]
+        recorder.report(rows)
         display.summary(rows)
     distributed.shutdown()
 
 
-def _open_record(
-    plan: Plan, display: Display, old: Path | None, distributed: Distributed
+def _open_recorder(
+    plan: Plan, display: Display, previous: Path | None, distributed: Distributed
 ) -> Recorder | RankLog:
-    """Open the run in the first process, and tell the others where it lies."""
+    """Open the run in the first process; the others learn its folder."""
     if distributed.is_rank_zero:
-        record = open_recorder(plan, display, resume=old)
-        distributed.broadcast(str(record.folder.path))
-        return record
+        recorder = open_recorder(plan, display, resume=previous)
+        distributed.broadcast(str(recorder.folder.path))
+        return recorder
     return RankLog(Path(distributed.broadcast("")), distributed.rank)
 
 
-def _begin_or_go_on(
+def _start_or_resume(
     plan: Plan,
-    record: Recorder | RankLog,
+    recorder: Recorder | RankLog,
     checkpoints: Checkpoints,
-    old: Path | None,
+    previous: Path | None,
     distributed: Distributed,
 ) -> Snapshot | None:
-    """Write down what the run is; of an old one, find where it goes on."""
-    if old is not None and (changed := other_machine(old, distributed)):
-        record.log(
-            f"WARNING: this machine differs from the one that the run began on ({changed}): what follows is "
-            "equal up to rounding (about 1e-4 after some hundred steps), no longer bit for bit"
-        )
+    """Record what the run is; return the snapshot of the previous run from which it continues."""
+    if previous is not None and (warning := other_machine(previous, distributed)):
+        recorder.log(warning)
     if distributed.is_rank_zero:
-        record.folder.record(**plan.identity, fingerprint=fingerprint(distributed))
-    if not distributed.any_rank(flag=old is not None):
+        recorder.folder.record(**plan.identity, fingerprint=fingerprint(distributed))
+    if not distributed.any_rank(flag=previous is not None):
         return None
     with distributed.rank_zero_first():
         snapshot = checkpoints.newest()
     where = "the beginning" if snapshot is None else f"step {snapshot.step} of stage `{snapshot.stage}`"
-    record.log(f"going on with run {record.folder.run_id} from {where}")
+    recorder.log(f"going on with run {recorder.folder.run_id} from {where}")
     return snapshot
 
 
 @frozen(kw_only=True, eq=False)
-class _Stages:
-    """The four stages of one run."""
+class _Run:
+    """The stages of one run."""
 
     plan: Plan
-    record: Recorder | RankLog
+    recorder: Recorder | RankLog
     display: Display
     checkpoints: Checkpoints
     snapshot: Snapshot | None
     distributed: Distributed
 
     def prepare(self, allow_change: Sequence[str]) -> Prepared:
-        """Stage 0: data and policy."""
+        """Stage 0: load data and policy."""
         torch.manual_seed(self.plan.recipe.run.seed)
         with self.distributed.rank_zero_first():
-            prepared = prepare(self.plan, log=self.record.log)
+            prepared = prepare(self.plan, log=self.recorder.log)
         version = prepared.source.version()
         if self.distributed.is_rank_zero and refuse_other_data(
-            self.record.folder, version, allowed=allow_change
+            self.recorder.folder, version, allowed=allow_change
         ):
-            self.record.datasets([version])
-        self.record.tags({"model_version": prepared.base_name})
+            self.recorder.datasets([version])
+        self.recorder.tags({"model_version": prepared.base_name})
         return prepared
 
-    def critic(self, prepared: Prepared) -> tuple[Critic | None, CriticReport | None]:
-        """Stage 1: train the critic, or load it, or do without."""
-        table, chosen = self.plan.recipe.critic, self.plan.critic
-        critic = prepared.build_critic()
-        if table is None or chosen is None or critic is None:
+    def train_critic(self, prepared: Prepared) -> tuple[Critic | None, CriticReport | None]:
+        """Stage 1: train the critic or load it, and measure it; nothing without a critic."""
+        table, selected, critic = self.plan.recipe.critic, self.plan.critic, prepared.build_critic()
+        if table is None or selected is None or critic is None:
             return None, None
         self._shard(critic.blocks)
-        learner = self._critic_learner(prepared, critic, table)
+        folder = self.recorder.folder.checkpoints / "critic"
+        learner = CriticLearner.make(prepared, critic, table, best=folder, distributed=self.distributed)
         if table.checkpoint is not None:
             load_component(critic, Path(table.checkpoint))
-            self.record.log(f"critic loaded from `{table.checkpoint}`")
+            self.recorder.log(f"critic loaded from `{table.checkpoint}`")
         elif critic.trainable:
             with self.distributed.rank_zero_first():
-                tokens = prepared.critic_tokens("train")
-            units = make_pairs(tokens, table.pairs) if critic.batching == "pairs" else pointwise(tokens)
-            sampler = self._sampler(units, tokens.length_D, table.train)
+                batches = prepared.critic_batches(critic, table)
             if self.snapshot is not None and self.snapshot.stage == "policy":
                 learner.load_best()
             else:
-                self._train(learner, table.train, lambda step: prepared.batch(tokens, sampler.rows(step)))
-        if Signal.VALUE not in chosen.component.provides:
+                self._train(learner, table.train, batches)
+        if Signal.VALUE not in selected.component.provides:
             return critic, None
         report = learner.measure()
         if self.snapshot is None and (table.checkpoint is not None or not critic.trainable):
-            self.record.metrics(learner.stage, 0, report.metrics())  # no training did
-        self._judge_critic(report, table, chosen)
+            self.recorder.metrics(learner.stage, 0, report.metrics())  # training recorded none
+        allowed = table.allow_uninformative_critic
+        if not check_informative(report, selected.address, allowed=allowed, log=self.recorder.log):
+            self.recorder.tags({"wmtp.uninformative_critic": "true"})
         return critic, report
 
-    def policy(self, prepared: Prepared, critic: Critic | None) -> tuple[Trained, PolicyLearner]:
+    def train_policy(self, prepared: Prepared, critic: Critic | None) -> tuple[PolicyLearner, Trained]:
         """Stage 2: weighted multi-token training."""
-        recipe, chosen = self.plan.recipe, self.plan.weighting
         with self.distributed.rank_zero_first():
             tokens, held_out = prepared.policy_tokens("train"), prepared.policy_tokens("validation")
         batches = prepared.policy_batches(tokens)
-        best = self.record.folder.checkpoints / "best_model.pt"
-        learner = PolicyLearner(
-            policy=prepared.policy,
-            arm=Arm(
-                weighting=prepared.build_weighting(),
-                needs=chosen.needs,
-                critic=prepared.cached(critic, batches) if self.distributed.is_single_process else critic,
-                label=f"weighting `{chosen.address}` of {chosen.plugin}",
-            ),
-            loss=recipe.loss,
-            steps=recipe.train.steps,
-            accumulation=recipe.train.accumulation,
-            autocast=prepared.autocast,
-            validation=lambda: (
-                batch
-                for batch, _ in prepared.validation_batches(
-                    held_out,
-                    batch_size=recipe.train.batch_size,
-                    limit=recipe.train.validation_examples,
-                )
-            ),
-            distributed=self.distributed,
-            best=best,
-            save=partial(save_model, prepared.policy, best, distributed=self.distributed),
-            restore=partial(load_model, prepared.policy, best),
-        )
+        if self.distributed.is_single_process:
+            critic = prepared.with_score_cache(critic, batches)
+        best = self.recorder.folder.checkpoints / "best_model.pt"
+        learner = PolicyLearner.make(prepared, critic, held_out, best=best, distributed=self.distributed)
         self._shard(decoder_layers(prepared.policy))  # now: critic and weighting have made their copies
-        trained = self._train(learner, recipe.train, batches)
-        self.record.artifact(best, "checkpoints")
-        return trained, learner
+        trained = self._train(learner, self.plan.recipe.train, batches)
+        self.recorder.artifact(best, "checkpoints")
+        return learner, trained
 
     def evaluate(self, prepared: Prepared) -> Evaluation:
-        """Stage 3: the best policy on held-out problems."""
+        """Stage 3: measure the best policy on held-out problems."""
         table = self.plan.recipe.evaluate
-        if not self.distributed.is_rank_zero and not self.plan.recipe.model.shard:
+        if not self._takes_part:
             return Evaluation(metrics={}, timings={}, files=())
-        folder = self.record.folder.path / "evaluation" if self.distributed.is_rank_zero else None
+        folder = self.recorder.folder.path / "evaluation" if self.distributed.is_rank_zero else None
         evaluation = evaluate(prepared, table, display=self.display, folder=folder)
         step = self.plan.recipe.train.steps
-        self.record.metrics("evaluate", step, evaluation.metrics)
-        self.record.timings("evaluate", step, evaluation.timings)
+        self.recorder.metrics("evaluate", step, evaluation.metrics)
+        self.recorder.timings("evaluate", step, evaluation.timings)
         for file in evaluation.files:
-            self.record.artifact(file, "evaluation")
+            self.recorder.artifact(file, "evaluation")
         return evaluation
 
-    def show(
+    def write_report(
         self, prepared: Prepared, learner: PolicyLearner, critic: Critic | None, report: CriticReport | None
     ) -> None:
-        """After stage 3: the page that shows the run."""
-        if not self.distributed.is_rank_zero and not self.plan.recipe.model.shard:
+        """After stage 3: write the page of the run, and the table of the critic's values."""
+        if not self._takes_part:
             return
         reliability = () if report is None else report.reliability
-        look = measure_tokens(prepared, learner, critic=critic, reliability=reliability)
-        if self.distributed.is_rank_zero:
-            folder = self.record.folder.path
-            self.record.artifact(save_token_report(look, folder), "")
-            self.record.artifact(write_report(folder), "")
+        tokens = measure_tokens(prepared, learner, critic=critic, reliability=reliability)
+        table = None
         if critic is not None and report is not None:
-            self._table_values(prepared, learner, critic)
+            batches = prepared.critic_validation(batch_size=self.plan.recipe.train.batch_size)
+            table = table_of_values(prepared, learner, critic=critic, batches=(batch for batch, _ in batches))
+        if not self.distributed.is_rank_zero:
+            return
+        folder = self.recorder.folder.path
+        self.recorder.artifact(save_token_report(tokens, folder), "")
+        self.recorder.artifact(write_report(folder), "")
+        if table is not None:
+            atomic_write(folder / "evaluation" / VALUES_FILE, table)
+            self.recorder.artifact(folder / "evaluation" / VALUES_FILE, "evaluation")
 
-    def _table_values(self, prepared: Prepared, learner: PolicyLearner, critic: Critic) -> None:
-        """Keep the values and weights of the responses that the critic was measured on."""
-        recipe = self.plan.recipe
-        assert recipe.critic is not None
-        batches = prepared.validation_batches(
-            prepared.critic_tokens("validation"),
-            batch_size=recipe.train.batch_size,
-            limit=recipe.critic.train.validation_examples,
-        )
-        table = table_of_values(prepared, learner, critic=critic, batches=(batch for batch, _ in batches))
-        if self.distributed.is_rank_zero:
-            file = self.record.folder.path / "evaluation" / VALUES_FILE
-            file.parent.mkdir(exist_ok=True)
-            atomic_write(file, table)
-            self.record.artifact(file, "evaluation")
+    @property
+    def _takes_part(self) -> bool:
+        """Whether this process is needed after stage 2: the first one always, others for their shards."""
+        return self.distributed.is_rank_zero or self.plan.recipe.model.shard
 
     def _shard(self, blocks: Sequence[nn.Module]) -> None:
         if self.plan.recipe.model.shard and not self.distributed.is_single_process:
@@ -265,70 +237,15 @@ class _Stages:
     def _train(self, learner: Learner, table: TrainTable, batch_of: Callable[[int], Batch]) -> Trained:
         self.display.stage(learner.stage, table.steps)
         torch.manual_seed(self.plan.recipe.run.seed)
-        here = self.snapshot if self.snapshot is not None and self.snapshot.stage == learner.stage else None
+        resumes = self.snapshot is not None and self.snapshot.stage == learner.stage
         trained = train(
             learner,
             table,
             batch_of=batch_of,
-            reporter=self.record,
+            reporter=self.recorder,
             checkpoints=self.checkpoints,
-            resume=here,
+            resume=self.snapshot if resumes else None,
             distributed=self.distributed,
         )
-        self.record.log(f"{learner.stage}: kept step {trained.best_step} of {table.steps}")
+        self.recorder.log(f"{learner.stage}: kept step {trained.best_step} of {table.steps}")
         return trained
-
-    def _sampler(self, units: Rows, length_D: Rows, table: TrainTable) -> Sampler:
-        return Sampler(units, length_D, batch_size=table.batch_size, seed=self.plan.recipe.run.seed)
-
-    def _critic_learner(self, prepared: Prepared, critic: Critic, table: CriticTable) -> CriticLearner:
-        folder = self.record.folder.checkpoints / "critic"
-        return CriticLearner(
-            critic=critic,
-            trunk=prepared.trunk,
-            steps=table.train.steps,
-            accumulation=table.train.accumulation,
-            validation=lambda: prepared.validation_batches(
-                prepared.critic_tokens("validation"),
-                batch_size=table.train.batch_size,
-                limit=table.train.validation_examples,
-            ),
-            length_only=lambda: prepared.length_only,
-            distributed=self.distributed,
-            best=folder,
-            save=partial(save_component, critic, folder, distributed=self.distributed),
-            restore=partial(load_component, critic, folder),
-        )
-
-    def _judge_critic(self, report: CriticReport, table: CriticTable, chosen: SelectedComponent) -> None:
-        """Say what the critic knows; stop before stage 2 if that is nothing."""
-        if report.informative:
-            losses = f"loss {report.critic.bce:.3f}, of a constant {report.constant.bce:.3f}"
-            self.record.log(f"critic: {report.words}; {losses}")
-            return
-        verdict = f"critic `{chosen.address}` is no better than a constant: {report.words}"
-        if not table.allow_uninformative_critic:
-            raise RunFailedError(
-                verdict,
-                hint="train it longer or on more data, or set `critic.allow_uninformative_critic = true`",
-            )
-        self.record.log(f"WARNING: {verdict}")
-        self.record.tags({"wmtp.uninformative_critic": "true"})
-
-
-def _summary(
-    record: Recorder | RankLog, report: CriticReport | None, trained: Trained, evaluation: Evaluation
-) -> list[tuple[str, str]]:
-    """Return what a person wants to know when a run is done."""
-    rows: list[tuple[str, str]] = []
-    if report is not None:
-        auc = f"AUC {report.critic.auc:.3f} [{report.auc_low:.3f}, {report.auc_high:.3f}]"
-        beside = f"length alone: {report.length_only.auc:.3f}"
-        loss = f"loss {report.critic.bce:.3f} (a constant: {report.constant.bce:.3f})"
-        rows.append(("critic", f"{auc} ({beside}), {loss}"))
-    before, after = (v.metrics["validation_ce_head_1"] for v in (trained.start, trained.best))
-    rows.append(("policy", f"held-out loss {before:.3f} -> {after:.3f} at step {trained.best_step}"))
-    rows += evaluation.summary()
-    rows.append(("run", str(record.folder.path)))
-    rows += [("look at it", line) for line in record.where()]
-    return rows

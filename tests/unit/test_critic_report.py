@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from weighted_mtp_core.api import WmtpError
 from weighted_mtp_core.metrics.critic import LengthOnly, ScoredResponses
-from weighted_mtp_core.training.critic_learner import report_critic
+from weighted_mtp_core.metrics.critic_report import report_critic
 
 
 def naive_auc(values, rewards):

@@ -4,7 +4,8 @@ import json
 
 import pytest
 from weighted_mtp_core.api import Problem, Verdict, VerdictKind
-from weighted_mtp_core.evaluation.evaluate import Evaluation, JudgedCompletions
+from weighted_mtp_core.evaluation.evaluate import Evaluation
+from weighted_mtp_core.evaluation.judging import JudgedCompletions
 from weighted_mtp_core.tracking.names import check_metric_name
 
 PASSED, WRONG, LATE = VerdictKind.PASSED, VerdictKind.WRONG, VerdictKind.CPU_LIMIT

@@ -12,7 +12,9 @@ from torch import nn
 from weighted_mtp_core.checkpointing.manager import Checkpoints
 from weighted_mtp_core.errors import RunFailedError, Terminated
 from weighted_mtp_core.recipe.schema import CheckpointTable, TrainTable
-from weighted_mtp_core.training.loop import Learner, Validation, learning_rate, make_optimiser, train
+from weighted_mtp_core.training.learner import Learner, StepResult, Validation
+from weighted_mtp_core.training.loop import train
+from weighted_mtp_core.training.optimisers import learning_rate, make_optimiser
 
 
 def test_the_rate_warms_up_linearly_and_falls_to_its_final_share():
@@ -68,7 +70,7 @@ class Fit(Learner):
         if step in self.bad:
             loss = loss * float("nan")
         loss.backward()
-        return {"train_loss": loss.detach()}
+        return StepResult(loss=loss.detach(), metrics=dict)
 
     def validate(self, *, step):
         return Validation(metrics={"validation": float(step)}, score=-abs(step - 4))

@@ -27,11 +27,11 @@ from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.model.policy import make_policy
 from weighted_mtp_core.model.targets import align_labels, pair_index, source_index, target_mask
 from weighted_mtp_core.recipe.schema import LossTable, TrainTable
-from weighted_mtp_core.runtime.distributed import clip_gradients
-from weighted_mtp_core.training.loop import make_optimiser
 from weighted_mtp_core.training.nonfinite_steps import NonfiniteSteps
-from weighted_mtp_core.training.policy_learner import Arm, PolicyLearner
+from weighted_mtp_core.training.optimisers import clip_gradients, make_optimiser
+from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.weight_checks import ValueCheck
+from weighted_mtp_core.training.weighting import Weighting
 
 V = 31
 SMALL = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -43,7 +43,7 @@ BASES = {
 CPU = torch.device("cpu")
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "bincount"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
-THE_ONE_LOOK = ValueCheck.look.__code__
+THE_ONE_LOOK = ValueCheck.raise_if_bad.__code__
 """On a CPU it looks at each step; on an accelerator once in ten."""
 
 
@@ -111,8 +111,8 @@ def learner(weighting, *, name="llama", head="transformer", accumulation=1):
     policy = make_policy(BASES[name](), n_future=3, head_kind=head)
     return PolicyLearner(
         policy=policy,
-        arm=Arm(
-            weighting=weighting,
+        weighting=Weighting(
+            strategy=weighting,
             needs=frozenset(
                 {Signal.TOKEN_LOSS, Signal.TOKEN_ENTROPY} if isinstance(weighting, ByLoss) else ()
             ),
@@ -141,9 +141,10 @@ def test_a_step_asks_the_device_nothing_but_for_the_look_at_the_weights(name, he
     before = parameters[0].detach().clone()
 
     with NoWaiting() as watched:
-        scalars = training.learn(batch(), step=0)
+        result = training.learn(batch(), step=0)
+        result.metrics()
         norm = clip_gradients(parameters, 1.0)
-        bad.skip_if_not_finite(optimiser, scalars["train_loss"], norm)
+        bad.skip_if_not_finite(optimiser, result.loss, norm)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
 
@@ -158,8 +159,9 @@ def as_a_plugin_makes_it(one):
 def test_what_the_host_knows_changes_no_bit():
     def learnt(one):
         training = learner(ByLoss(), accumulation=2)
-        scalars = training.learn(one, step=0)
-        return dict(scalars) | {name: p.grad for name, p in training.policy.named_parameters()}
+        result = training.learn(one, step=0)
+        gradients = {name: p.grad for name, p in training.policy.named_parameters()}
+        return {"train_loss": result.loss, **result.metrics(), **gradients}
 
     with_known, without = learnt(batch()), learnt(as_a_plugin_makes_it(batch()))
 
@@ -224,5 +226,5 @@ def test_what_was_noted_between_two_looks_is_not_forgotten():
         check.note(torch.tensor([weight, 1.0]))
 
     with pytest.raises(RunFailedError, match="returned weights with NaN or infinity in them"):
-        check.look()
-    check.look()
+        check.raise_if_bad()
+    check.raise_if_bad()

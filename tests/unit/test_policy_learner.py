@@ -22,7 +22,8 @@ from weighted_mtp_core.model.pair_predictions import PairPredictions
 from weighted_mtp_core.model.policy import make_policy
 from weighted_mtp_core.model.targets import align_labels, target_mask
 from weighted_mtp_core.recipe.schema import LossTable
-from weighted_mtp_core.training.policy_learner import Arm, PolicyLearner
+from weighted_mtp_core.training.policy_learner import PolicyLearner
+from weighted_mtp_core.training.weighting import Weighting
 
 V, B, T = 31, 4, 12
 SMALL = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -107,8 +108,8 @@ class Failing(WeightingStrategy):
 def learner(model, weighting, **changes):
     arguments = {
         "policy": model,
-        "arm": Arm(
-            weighting=weighting,
+        "weighting": Weighting(
+            strategy=weighting,
             needs=frozenset({Signal.TOKEN_LOSS} if isinstance(weighting, ByLoss) else ()),
             critic=None,
             label=LABEL,
@@ -128,8 +129,8 @@ def learner(model, weighting, **changes):
 def learnt(model, batch, weighting, **changes):
     """Return the loss of one step, and every gradient."""
     model.zero_grad()
-    scalars = learner(model, weighting, **changes).learn(batch, step=0)
-    return float(scalars["train_loss"]), {name: p.grad for name, p in model.named_parameters()}
+    result = learner(model, weighting, **changes).learn(batch, step=0)
+    return float(result.loss), {name: p.grad for name, p in model.named_parameters()}
 
 
 def labels_of(model, batch):

@@ -8,7 +8,8 @@ from weighted_mtp_core.model.pair_predictions import PairPredictions
 from weighted_mtp_core.model.policy import make_policy
 from weighted_mtp_core.model.targets import align_labels
 from weighted_mtp_core.recipe.schema import LossTable
-from weighted_mtp_core.training.policy_learner import Arm, PolicyLearner
+from weighted_mtp_core.training.policy_learner import PolicyLearner
+from weighted_mtp_core.training.weighting import Weighting
 
 FIELDS = {
     Signal.TOKEN_LOSS: ("token_loss_BTK", PairPredictions.losses),
@@ -56,7 +57,7 @@ def batch():
 def learner_of(policy, weighting, needs, *, accumulation):
     return PolicyLearner(
         policy=policy,
-        arm=Arm(weighting=weighting, needs=frozenset(needs), critic=None, label="`remembering`"),
+        weighting=Weighting(strategy=weighting, needs=frozenset(needs), critic=None, label="`remembering`"),
         loss=LossTable(),
         steps=21,
         accumulation=accumulation,

@@ -12,7 +12,8 @@ from torch import nn
 from weighted_mtp_core.checkpointing.manager import Checkpoints
 from weighted_mtp_core.recipe.schema import CheckpointTable, TrainTable
 from weighted_mtp_core.runtime.distributed import Distributed
-from weighted_mtp_core.training.loop import Learner, Validation, train
+from weighted_mtp_core.training.learner import Learner, StepResult, Validation
+from weighted_mtp_core.training.loop import train
 
 
 class Together(Learner):
@@ -31,7 +32,7 @@ class Together(Learner):
     def learn(self, batch, *, step):
         loss = (self.number - 3).square().sum()
         loss.backward()
-        return {"train_loss": loss.detach()}
+        return StepResult(loss=loss.detach(), metrics=dict)
 
     def validate(self, *, step):
         return Validation(metrics={}, score=step * 1e-9 * (1 - 2 * self.distributed.rank))

@@ -5,11 +5,13 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from weighted_mtp_core.api import WmtpError
 from weighted_mtp_core.checkpointing.shards import Shards, write_shards
 from weighted_mtp_core.checkpointing.snapshot import Snapshot
+from weighted_mtp_core.checkpointing.state import load_optimiser_state, optimiser_state
 from weighted_mtp_core.runtime.distributed import Distributed
 from weighted_mtp_core.storage.manifest import write_manifest
 
@@ -44,6 +46,22 @@ def test_each_tensor_comes_back_whole_with_its_type(distributed, tensors, tmp_pa
     for name, tensor in WHOLE.items():
         assert torch.equal(read[name], tensor)
         assert read[name].dtype == tensor.dtype
+
+
+def test_an_optimisers_state_is_sharded_again_as_its_parameters_are(tensors):
+    parameter = nn.Parameter(tensors["learner.matrix"])
+    optimiser = torch.optim.AdamW([parameter], fused=True)
+    state = {"0.step": torch.tensor(4.0), "0.exp_avg": torch.ones(7, 5), "0.exp_avg_sq": torch.ones(7, 5)}
+
+    load_optimiser_state(optimiser, [parameter], state)
+
+    found = optimiser_state(optimiser, [parameter])
+    assert found.keys() == state.keys()
+    assert found["0.step"] == 4
+    for name in ("0.exp_avg", "0.exp_avg_sq"):
+        assert isinstance(found[name], DTensor)
+        assert found[name].placements == parameter.placements
+        assert torch.equal(found[name].full_tensor(), state[name])
 
 
 def test_a_part_that_cannot_be_written_is_an_error_of_the_system(distributed, tensors, tmp_path):

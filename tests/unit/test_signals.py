@@ -14,8 +14,9 @@ from weighted_mtp_core.model.policy import make_policy
 from weighted_mtp_core.plugins.loading import Kind
 from weighted_mtp_core.plugins.selection import ComponentSelector
 from weighted_mtp_core.recipe.schema import DataTable, LossTable
-from weighted_mtp_core.training.policy_learner import Arm, PolicyLearner
+from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.score_cache import CachedCritic, scores_key, state_sha256
+from weighted_mtp_core.training.weighting import Weighting
 
 CPU = torch.device("cpu")
 V = 40
@@ -104,8 +105,8 @@ def training(tokens, critic, table, *, accumulation):
     made = batches(tokens, table)
     learner = PolicyLearner(
         policy=policy,
-        arm=Arm(
-            weighting=Whitened(),
+        weighting=Weighting(
+            strategy=Whitened(),
             needs=frozenset({Signal.VALUE}),
             critic=critic(made),
             label="weighting `test.whitened`",
@@ -122,8 +123,9 @@ def training(tokens, critic, table, *, accumulation):
     optimiser = torch.optim.SGD(policy.parameters(), lr=0.1)
     journal = []
     for step in range(21):
-        metrics = learner.learn(made(step), step=step)
-        journal.append({name: float(value) for name, value in metrics.items()})
+        result = learner.learn(made(step), step=step)
+        scalars = {"train_loss": result.loss, **result.metrics()}
+        journal.append({name: float(value) for name, value in scalars.items()})
         optimiser.step()
         optimiser.zero_grad()
     return journal, state_sha256(policy.state_dict())
@@ -222,10 +224,10 @@ def test_a_batch_of_unknown_origin_is_refused(tokens, tmp_path):
 # ------------------------------------------------------------------ what a table is known by
 
 
-def key(tokens, *, critic=None, given=(), accumulation=1, table=APART, options=None, **changes):
+def key(tokens, *, critic=None, inputs=(), accumulation=1, table=APART, options=None, **changes):
     chosen = ComponentSelector().select(Kind.DATA, "core.jsonl", options=options or {})
     order = batches(tokens, table, **changes)
-    return scores_key(critic or Judge(), chosen, given=given, batches=order, accumulation=accumulation)
+    return scores_key(critic or Judge(), chosen, inputs=inputs, batches=order, accumulation=accumulation)
 
 
 def test_equal_critics_data_and_batches_share_a_table(tokens):
@@ -236,7 +238,7 @@ def test_equal_critics_data_and_batches_share_a_table(tokens):
     "other",
     [
         {"critic": Judge(seed=1)},
-        {"given": ["another base model"]},
+        {"inputs": ["another base model"]},
         {"accumulation": 2},
         {"table": PACKED},
         {"options": {"seed": 2}},

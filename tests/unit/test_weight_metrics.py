@@ -7,17 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from weighted_mtp_core.api import Weights, WmtpError
-from weighted_mtp_core.training.weight_checks import ValueCheck, check_weights, weight_metrics
+from weighted_mtp_core.metrics.weights import weight_metrics
+from weighted_mtp_core.model.targets import pair_index
+from weighted_mtp_core.training.weight_checks import ValueCheck, check_weights
 
 LABEL = "weighting `my.own` (my-dist 1.0)"
 
 
 def metrics(*weights):
-    weight = torch.tensor(weights).reshape(1, -1, 1)
-    return {
-        name: float(value)
-        for name, value in weight_metrics(weight, torch.ones_like(weight, dtype=torch.bool)).items()
-    }
+    return {name: float(value) for name, value in weight_metrics(torch.tensor(weights)).items()}
 
 
 def test_equal_weights_have_entropy_one_and_a_full_effective_sample():
@@ -56,11 +54,13 @@ def test_pairs_that_do_not_count_do_not_count():
     weight = torch.tensor([[[1.0], [9.0]]])
     target = torch.tensor([[[True], [False]]])
 
-    assert float(weight_metrics(weight, target)["weight_mean"]) == 1
+    counted = weight.flatten()[pair_index(target, preceding_BT=None)]
+
+    assert float(weight_metrics(counted)["weight_mean"]) == 1
 
 
 def test_no_pairs_give_no_metrics():
-    assert weight_metrics(torch.zeros(1, 2, 1), torch.zeros(1, 2, 1, dtype=torch.bool)) == {}
+    assert weight_metrics(torch.zeros(0)) == {}
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_bad_values_are_named_with_their_maker(weight, fault):
     check.note(weight)
 
     with pytest.raises(WmtpError, match=rf"`my.own` \(my-dist 1.0\) returned weights with {fault} in them"):
-        check.look()
+        check.raise_if_bad()
 
 
 @pytest.mark.parametrize(

@@ -1,34 +1,35 @@
-"""Write and read the weights of a run: `best_model.pt` for the policy, safetensors for the critic."""
+"""The weights that a run keeps: `best_model.pt` of the policy, and a folder of safetensors of a component."""
 
 from __future__ import annotations
 
 import io
 import json
 import pickle  # only for the name of its error: nothing is unpickled here
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from weighted_mtp_core.api import Stateful
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed, full, laid_out
+from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
+from weighted_mtp_core.runtime.sharding import all_like, whole
 from weighted_mtp_core.storage.atomic import atomic_write
 from weighted_mtp_core.storage.manifest import verify_manifest, write_manifest
 
 _TENSORS, _VALUES = "state.safetensors", "state.json"
+_WHOLE_IN_RANK_ZERO = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def save_model(model: nn.Module, path: Path, *, distributed: Distributed = SINGLE_PROCESS) -> None:
     """Write the model's tensors as a plain dict that `torch.load(path, weights_only=True)` reads.
 
-    Of several processes all take part, and the first writes.
+    All processes must call this; the first one writes.
     """
-    tensors = {name: full(tensor.detach()).cpu() for name, tensor in model.state_dict().items()}
+    tensors = get_model_state_dict(model, options=_WHOLE_IN_RANK_ZERO)
     if distributed.is_rank_zero:
         buffer = io.BytesIO()
         torch.save(tensors, buffer)
@@ -39,7 +40,7 @@ def load_model(model: nn.Module, path: Path) -> None:
     """Load what `save_model` wrote.
 
     Raises:
-        WmtpError: The file is missing, holds something else than tensors, or belongs to another model.
+        WmtpError: The file is missing, holds something other than tensors, or belongs to another model.
     """
     if not path.is_file():
         raise WmtpError(f"there is no checkpoint `{path}`")
@@ -51,7 +52,7 @@ def load_model(model: nn.Module, path: Path) -> None:
             hint="it may be damaged: take another one, or begin the run anew",
         ) from error
     try:
-        model.load_state_dict(laid_out(state, model.state_dict()))
+        model.load_state_dict(all_like(model.state_dict(), state))
     except RuntimeError as error:
         raise WmtpError(
             f"checkpoint `{path}` does not fit this model: {str(error).splitlines()[0]}",
@@ -62,11 +63,11 @@ def load_model(model: nn.Module, path: Path) -> None:
 def save_component(component: Stateful, folder: Path, *, distributed: Distributed = SINGLE_PROCESS) -> None:
     """Write a component's state: tensors as safetensors, plain values as JSON, and a manifest.
 
-    Of several processes all take part, and the first writes.
+    All processes must call this; the first one writes.
     """
     state = component.state_dict()
     tensors = {
-        name: full(value.detach()).cpu().contiguous()
+        name: whole(value.detach()).cpu().contiguous()
         for name, value in state.items()
         if isinstance(value, Tensor)
     }
@@ -91,6 +92,6 @@ def load_component(component: Stateful, folder: Path) -> None:
             hint="name the folder that holds `state.safetensors`, e.g. `<run folder>/checkpoints/critic`",
         )
     verify_manifest(folder)
-    values: Mapping[str, Any] = json.loads((folder / _VALUES).read_text(encoding="utf-8"))
-    state = {**load_safetensors((folder / _TENSORS).read_bytes()), **values}
-    component.load_state_dict(laid_out(state, component.state_dict()))
+    tensors = load_safetensors((folder / _TENSORS).read_bytes())
+    values = json.loads((folder / _VALUES).read_text(encoding="utf-8"))
+    component.load_state_dict(all_like(component.state_dict(), {**tensors, **values}))

@@ -1,4 +1,8 @@
-"""The checkpoints of a run: written in the background, whole or not at all, and found again by their step."""
+"""When snapshots are written, which are kept, and which one a resumed run takes.
+
+A thread of its own writes them, so that training goes on; a snapshot is on disk completely or not at all.
+`snapshot.py` holds the content and the files of one.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +20,7 @@ from typing import Self
 from attrs import define, field
 from safetensors import SafetensorError
 
-from weighted_mtp_core.checkpointing.snapshot import Snapshot
+from weighted_mtp_core.checkpointing.snapshot import OtherFormatError, Snapshot
 from weighted_mtp_core.errors import RunFailedError, WmtpError
 from weighted_mtp_core.recipe.schema import CheckpointTable
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
@@ -24,18 +28,18 @@ from weighted_mtp_core.storage.manifest import atomic_folder, files_of
 
 STAGES = ("critic", "policy")
 _NAME = re.compile(r"(critic|policy)-(\d{8})")
-_SPARE_BYTES = 16 << 20  # beside the tensors: values, manifest, the journal that goes on
+_SPARE_BYTES = 16 << 20  # for values and manifest, and for the journal, which grows meanwhile
 
 
 @define(kw_only=True, eq=False)
 class Checkpoints:
-    """Keeps a run's snapshots; one is written at a time, by a thread of its own.
+    """The snapshots of a run, a context manager: leaving it waits for the last write.
 
     Attributes:
         folder: `checkpoints/` of the run folder.
-        table: How often, and how many are kept.
-        log: Tells the person and the log.
-        distributed: The processes that train together. The first one writes what is whole.
+        table: How often snapshots are taken, and how many are kept.
+        log: Receives messages for the user.
+        distributed: The processes that train together; the first one writes everything but shards.
     """
 
     folder: Path
@@ -43,19 +47,19 @@ class Checkpoints:
     log: Callable[[str], None]
     distributed: Distributed = SINGLE_PROCESS
     _writer: ThreadPoolExecutor = field(
-        init=False, factory=lambda: ThreadPoolExecutor(1, "checkpoint", initializer=_step_back)
+        init=False, factory=lambda: ThreadPoolExecutor(1, "checkpoint", initializer=_lower_priority)
     )
     _writing: Future[None] | None = field(init=False, default=None)
 
     def due(self, step: int, steps: int) -> bool:
-        """Say whether a snapshot is to be taken after this many of `steps` steps."""
+        """Return whether a snapshot is due after `step` of `steps` steps."""
         return step == steps or (self.table.every > 0 and step % self.table.every == 0)
 
     def save(self, snapshot: Snapshot) -> None:
-        """Write a snapshot in the background; waits for the one before it.
+        """Write a snapshot in the background, after the previous one.
 
         Raises:
-            RunFailedError: The one before it could not be written.
+            RunFailedError: The previous one could not be written.
         """
         self.wait()
         if self.distributed.is_rank_zero:
@@ -64,27 +68,31 @@ class Checkpoints:
             self._writing = self._writer.submit(snapshot.write_share, self.distributed)
 
     def wait(self) -> None:
-        """Wait until everything is on disk.
+        """Wait until every snapshot is on disk.
 
         Raises:
-            RunFailedError: The last snapshot could not be written; those before it are untouched.
+            RunFailedError: The last snapshot could not be written; earlier ones are intact.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def newest(self) -> Snapshot | None:
-        """Return the latest whole snapshot; damaged ones are named and put aside."""
+        """Return the latest intact snapshot; damaged ones are reported and renamed to `*.damaged`.
+
+        Raises:
+            OtherFormatError: Another release wrote the latest one.
+        """
         for path in reversed(self._paths()):
             try:
                 return Snapshot.read(path)
+            except OtherFormatError:
+                raise
             except WmtpError as error:
-                if "newer than this one" in str(error):
-                    raise
                 self.log(f"WARNING: {error}; going back to the checkpoint before it")
-                aside = path.with_name(f"{path.name}.damaged")
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
+                damaged = path.with_name(f"{path.name}.damaged")
+                shutil.rmtree(damaged, ignore_errors=True)
+                path.rename(damaged)
         return None
 
     def __enter__(self) -> Self:
@@ -94,13 +102,10 @@ class Checkpoints:
         self._writer.shutdown(wait=True)
 
     def _paths(self) -> list[Path]:
-        """Return the snapshots' folders, oldest first: by stage and step, never by the clock."""
-        return [path for _, _, path in sorted(self._found())]
-
-    def _found(self) -> Iterator[tuple[int, int, Path]]:
-        for path in self.folder.iterdir():
-            if match := _NAME.fullmatch(path.name):
-                yield STAGES.index(match[1]), int(match[2]), path
+        """Return the folders of the snapshots, oldest first: by stage and step, never by the clock."""
+        matches = [match for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+        matches.sort(key=lambda match: (STAGES.index(match[1]), int(match[2])))
+        return [self.folder / match[0] for match in matches]
 
     def _write(self, snapshot: Snapshot) -> None:
         path = self.folder / f"{snapshot.stage}-{snapshot.step:08d}"
@@ -110,10 +115,10 @@ class Checkpoints:
         try:
             with atomic_folder(path) as temporary:
                 snapshot.write(temporary, self.distributed)
-            _forget(path)
+            _drop_file_cache(path)
         except (OSError, SafetensorError) as error:
             raise self._failure(path, needed, str(error)) from error
-        self._retire()
+        self._delete_old()
 
     def _failure(self, path: Path, needed: int, reason: str) -> RunFailedError:
         free = shutil.disk_usage(self.folder).free
@@ -123,31 +128,30 @@ class Checkpoints:
             hint=f"make room, then go on: run --resume {self.folder.parent.name}",
         )
 
-    def _retire(self) -> None:
-        """Delete what the recipe does not want to keep."""
-        paths = self._paths()
+    def _delete_old(self) -> None:
+        """Delete the snapshots that the recipe does not keep."""
         every = self.table.keep_every
-        for path in paths[: -self.table.keep]:
+        for path in self._paths()[: -self.table.keep]:
             if every and int(path.name.rpartition("-")[2]) % every == 0:
                 continue
             with suppress(FileNotFoundError):
                 shutil.rmtree(path)
 
 
-def _forget(path: Path) -> None:
-    """Drop the copies of files that the system keeps in memory: the next ones would need fresh memory."""
+def _drop_file_cache(path: Path) -> None:
+    """Free the memory in which the system caches the files, so that the next copies need no fresh memory."""
     if sys.platform == "linux":
         for file in files_of(path):
             with file.open("rb") as opened:
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _step_back() -> None:
-    """Leave the processor to the thread that trains: there is time until the next checkpoint."""
-    if sys.platform == "linux":  # elsewhere priorities belong to processes
+def _lower_priority() -> None:
+    """Let the training thread have the processor first: the write may take until the next checkpoint."""
+    if sys.platform == "linux":  # elsewhere threads have no priority of their own
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def _size(count: int) -> str:
-    """Write a number of bytes the way a person reads it."""
+    """Return a number of bytes as text, in GB or MB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -1,4 +1,4 @@
-"""Which run to go on with, and whether it still is the same run."""
+"""`--resume`: which run to continue, and whether it still is the same run."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ SAFE = (
 
 
 def run_to_resume(plan: Plan, named: str | None) -> Path | None:
-    """Return the folder of the run to go on with; None means a new run.
+    """Return the folder of the run to continue; None means a new run.
 
     Args:
-        plan: What is to be run.
-        named: A run's folder or id (`--resume`); None leaves it to the recipe's `run.resume`.
+        plan: The plan.
+        named: A run's folder or id (`--resume`); None leaves that to the recipe's `run.resume`.
 
     Raises:
         WmtpError: There is no such run.
@@ -56,15 +56,15 @@ def _unfinished(path: Path, plan: Plan) -> bool:
 
 
 def refuse_changes(path: Path, plan: Plan, *, allowed: Sequence[str]) -> None:
-    """Compare a run's recipe and plugins with the plan that is to go on with it.
+    """Compare a run's recipe and plugins with the plan that continues it.
 
     Args:
         path: The run's folder.
         plan: The plan.
-        allowed: Keys whose change the person takes upon themselves (`--allow-change`).
+        allowed: Keys that the user allows to differ (`--allow-change`).
 
     Raises:
-        WmtpError: Lists what differs.
+        WmtpError: Lists the differences.
     """
     was, now = read_run(path), plan.identity
     if was.get("status") == "FINISHED" and was.get("params") == now["params"]:
@@ -79,10 +79,10 @@ def refuse_changes(path: Path, plan: Plan, *, allowed: Sequence[str]) -> None:
 
 
 def refuse_other_data(folder: RunFolder, version: DatasetVersion, *, allowed: Sequence[str]) -> bool:
-    """Compare the data with those that a run began with; write them down if it begins now.
+    """Compare the data with those that the run started with; record them if it starts now.
 
     Returns:
-        Whether these data are new to the run.
+        Whether the data are new to the run.
 
     Raises:
         WmtpError: They differ.
@@ -96,7 +96,7 @@ def refuse_other_data(folder: RunFolder, version: DatasetVersion, *, allowed: Se
 
 
 def fingerprint(distributed: Distributed = SINGLE_PROCESS) -> dict[str, str]:
-    """Return what the bits of a training depend on beside its recipe."""
+    """Return what the bits of a training depend on in addition to its recipe."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "torch": torch.__version__,
@@ -108,10 +108,15 @@ def fingerprint(distributed: Distributed = SINGLE_PROCESS) -> dict[str, str]:
 
 
 def other_machine(path: Path, distributed: Distributed) -> str | None:
-    """Say how machine and processes differ from those of the run so far; None if they do not."""
+    """Return a warning if machine or processes differ from those of the run so far, else None."""
     was, now = read_run(path).get("fingerprint", {}), fingerprint(distributed)
     differing = [f"{key} {was[key]} -> {now[key]}" for key in now if key in was and was[key] != now[key]]
-    return ", ".join(differing) or None
+    if not differing:
+        return None
+    return (
+        f"WARNING: this machine differs from the one that the run began on ({', '.join(differing)}): what "
+        "follows is equal up to rounding (about 1e-4 after some hundred steps), no longer bit for bit"
+    )
 
 
 def _differences(was: Mapping[str, str], now: Mapping[str, str], *, allowed: Sequence[str]) -> list[str]:

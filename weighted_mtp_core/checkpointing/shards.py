@@ -1,13 +1,14 @@
-"""Tensors split over processes, as files: each process writes its part, any number of processes reads them.
+"""Files of sharded tensors: each process writes its shards, and any number of processes reads them.
 
 The format is the safetensors form of PyTorch's distributed checkpoints: nothing is pickled, and no process
-holds the whole.
+holds all tensors.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -24,35 +25,35 @@ from weighted_mtp_core.runtime.distributed import Distributed
 
 
 def write_shards(tensors: Mapping[str, Tensor], folder: Path | None, distributed: Distributed) -> None:
-    """Write this process's parts; all processes must come here, each in one thread at a time.
+    """Write this process's shards; all processes must call this, each in one thread at a time.
 
     Args:
-        tensors: On the CPU, of the same names everywhere; what is whole is written by the first process.
-        folder: Where to; only the first process needs to know.
+        tensors: In main memory, with the same names in every process; the first process writes whole ones.
+        folder: The target, needed in the first process only.
         distributed: The processes.
 
     Raises:
-        OSError: Some process could not write its part.
+        OSError: A process could not write its shards.
     """
-    told = [str(folder)]
-    dist.broadcast_object_list(told, src=0, group=distributed.control_group)
+    folders = [str(folder)]
+    dist.broadcast_object_list(folders, src=0, group=distributed.control_group)
     try:
         save(
             dict(tensors),
-            storage_writer=HuggingFaceStorageWriter(told[0], save_distributed=True),
+            storage_writer=HuggingFaceStorageWriter(folders[0], save_distributed=True),
             planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
             process_group=distributed.control_group,
         )
-    except CheckpointException as error:  # not an Exception; it holds those of each process
+    except CheckpointException as error:  # a BaseException; it holds the error of each process
         first = next(iter(error.failures.values()))[0]
         raise OSError(f"a process could not write its part: {first}") from error
 
 
 class Shards(Mapping[str, Tensor]):
-    """The tensors that `write_shards` wrote, each put together when it is asked for.
+    """The tensors that `write_shards` wrote, each read from all files and put together on access.
 
     Args:
-        folder: Where they lie.
+        folder: The folder of the files.
 
     Raises:
         OSError, SafetensorError: The files cannot be read.
@@ -60,16 +61,16 @@ class Shards(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path) -> None:
         self._reader = _Reader(str(folder))
-        self._found = self._reader.read_metadata().state_dict_metadata
+        self._found = self._reader.metadata.state_dict_metadata
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return one tensor, whole."""
+        """Return a whole tensor."""
         about = self._found[name]
         if not isinstance(about, TensorStorageMetadata):
             raise KeyError(name)
         tensor = torch.empty(about.size, dtype=about.properties.dtype)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*single process.*")  # which is what is meant
+            warnings.filterwarnings("ignore", message=".*single process.*")  # intended: no process is needed
             load({name: tensor}, storage_reader=self._reader, no_dist=True)
         return tensor
 
@@ -81,11 +82,11 @@ class Shards(Mapping[str, Tensor]):
 
 
 class _Reader(HuggingFaceStorageReader):
-    """Reads what the files say of themselves once, not for every tensor."""
+    """Reads the headers of the files once, not for every tensor."""
 
-    _known: Metadata | None = None
+    @cached_property
+    def metadata(self) -> Metadata:
+        return super().read_metadata()
 
     def read_metadata(self) -> Metadata:
-        if self._known is None:
-            self._known = super().read_metadata()
-        return self._known
+        return self.metadata

@@ -39,24 +39,24 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """Print what the policy writes."""
-    from weighted_mtp_core.evaluation.finished_run import find_finished, writer_of
+    from weighted_mtp_core.evaluation.finished_run import find_finished, policy_loader
     from weighted_mtp_core.generation.generate import sample_completions
 
     run = find_finished(args.runs, args.run)
     changes = evaluate_overrides(args, "max_new_tokens", "temperature", "samples", "decoding")
-    writer = writer_of(run, overrides=["evaluate.pass_at_k=[1]", *changes])
+    loader = policy_loader(run, overrides=["evaluate.pass_at_k=[1]", *changes])
     prompt = args.prompt if args.prompt is not None else sys.stdin.read().removesuffix("\n")
     if not prompt:
         raise WmtpError("the prompt is empty", hint="give one: --prompt 'def add(a, b):'")
-    policy, tokenizer = writer.load(_say)
-    table = writer.recipe.evaluate
+    policy, tokenizer = loader.load(_say)
+    table = loader.recipe.evaluate
     written = sample_completions(
         policy,
         tokenizer,
         [("prompt", prompt)],
         samples=table.samples,
         temperature=table.temperature,
-        seed=writer.recipe.run.seed if args.seed is None else args.seed,
+        seed=loader.recipe.run.seed if args.seed is None else args.seed,
         max_new_tokens=table.max_new_tokens,
         decoding=table.decoding,
         batch_size=table.batch_size,

@@ -1,4 +1,4 @@
-"""A run that is over, or a model exported from one, taken up again: its recipe, its data, its best policy."""
+"""A finished run, or a model exported from one, opened again: its recipe, its data, its best policy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from weighted_mtp_core.training.prepare import Prepared, prepare
 
 
 def find_finished(runs: Path, text: str) -> Path:
-    """Return the exported model or the run folder that a person means.
+    """Return the folder of an exported model or of a run.
 
     Raises:
         WmtpError: It is no exported model, and no run fits, or several do.
@@ -36,7 +36,7 @@ def find_finished(runs: Path, text: str) -> Path:
 
 
 def plan_of(folder: Path, *, overrides: Sequence[str] = ()) -> Plan:
-    """Return the plan of the resolved recipe of a run or of an exported model.
+    """Return the plan of a run or of an exported model, from its resolved recipe.
 
     Args:
         folder: The run folder, or the exported model.
@@ -46,7 +46,7 @@ def plan_of(folder: Path, *, overrides: Sequence[str] = ()) -> Plan:
         WmtpError: The run left no checkpoint, or an override is wrong.
     """
     if is_saved_policy(folder):
-        return make_plan(folder / RECIPE, overrides=[*_of_the_export(folder), *overrides])
+        return make_plan(folder / RECIPE, overrides=[*_export_overrides(folder), *overrides])
     checkpoint = _checkpoint(folder)
     if not checkpoint.is_file():
         raise WmtpError(
@@ -57,10 +57,10 @@ def plan_of(folder: Path, *, overrides: Sequence[str] = ()) -> Plan:
 
 
 def prepare_finished(folder: Path, plan: Plan, *, log: Callable[[str], None]) -> Prepared:
-    """Make the data of a run or exported model ready, and its best policy.
+    """Load the data of a run or of an exported model, and its best policy.
 
     Raises:
-        WmtpError: The data are not those of the run, or the policy is damaged.
+        WmtpError: The data differ from those of the run, or the policy is damaged.
     """
     exported = is_saved_policy(folder)
     prepared = prepare(plan, log=log)
@@ -78,41 +78,41 @@ def prepare_finished(folder: Path, plan: Plan, *, log: Callable[[str], None]) ->
 
 
 @frozen(kw_only=True, eq=False)
-class Writer:
-    """A policy that is only to write.
+class PolicyLoader:
+    """A policy that is to generate text, not loaded yet.
 
     Attributes:
-        recipe: How it writes.
-        load: Loads policy and tokenizer; is given what tells the person.
+        recipe: Its recipe.
+        load: Loads policy and tokenizer; its argument receives messages for the user.
     """
 
     recipe: Recipe
     load: Callable[[Callable[[str], None]], tuple[Policy, Any]]
 
 
-def writer_of(folder: Path, *, overrides: Sequence[str]) -> Writer:
-    """Return the writer of a run; that of an exported model needs neither data nor plugins.
+def policy_loader(folder: Path, *, overrides: Sequence[str]) -> PolicyLoader:
+    """Return the policy of a run or of an exported model, which needs neither data nor plugins.
 
     Raises:
         WmtpError: See `plan_of`.
     """
     if is_saved_policy(folder):
-        recipe = load_recipe(folder / RECIPE, overrides=[*_of_the_export(folder), *overrides])
-        return Writer(recipe=recipe, load=partial(_load_export, folder, recipe))
+        recipe = load_recipe(folder / RECIPE, overrides=[*_export_overrides(folder), *overrides])
+        return PolicyLoader(recipe=recipe, load=partial(_load_export, folder, recipe))
     plan = plan_of(folder, overrides=overrides)
 
     def load(log: Callable[[str], None]) -> tuple[Policy, Any]:
         prepared = prepare_finished(folder, plan, log=log)
         return prepared.policy, prepared.tokenizer
 
-    return Writer(recipe=plan.recipe, load=load)
+    return PolicyLoader(recipe=plan.recipe, load=load)
 
 
 def export_run(run: Path, to: Path, *, log: Callable[[str], None]) -> None:
-    """Write the best policy of a run as a transformers directory; an exported model there is replaced.
+    """Write the best policy of a run as a transformers directory; replace an exported model there.
 
     Raises:
-        WmtpError: The run left no policy, or its data or base model are not there any more.
+        WmtpError: The run has no policy, or its data or base model are missing.
         RunFailedError: The directory cannot be written.
     """
     prepared = prepare_finished(run, plan_of(run, overrides=['model.device="cpu"']), log=log)
@@ -135,8 +135,8 @@ def _load_export(folder: Path, recipe: Recipe, log: Callable[[str], None]) -> tu
     return loaded.policy.to(device), loaded.tokenizer
 
 
-def _of_the_export(folder: Path) -> list[str]:
-    """Return what differs from the run's recipe: the model, and the machine, which need not be the run's."""
+def _export_overrides(folder: Path) -> list[str]:
+    """Return what changes in the run's recipe: the model, and the device, which may be another machine's."""
     return [f"model.base={json.dumps(str(folder), ensure_ascii=False)}", 'model.device="auto"']
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from attrs import field, frozen
 from markupsafe import Markup, escape
 
-from weighted_mtp_core.metrics.critic import ReliabilityBin
+from weighted_mtp_core.metrics.critic_report import ReliabilityBin
 
 _MOST_POINTS = 200
 

@@ -19,7 +19,7 @@ from weighted_mtp_core.api.alignment import align_weights, gather_by_target
 from weighted_mtp_core.data.batches import split_rows
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import RunFailedError
-from weighted_mtp_core.metrics.critic import ReliabilityBin
+from weighted_mtp_core.metrics.critic_report import ReliabilityBin
 from weighted_mtp_core.model.pair_predictions import PairPredictions
 from weighted_mtp_core.model.targets import align_labels, target_mask
 from weighted_mtp_core.report.token_report import ProblemTokens, Solution, Token, TokenReport
@@ -52,7 +52,7 @@ def measure_tokens(
     tokens = prepared.critic_tokens("validation") if labelled else prepared.policy_tokens("validation")
     problems = choose_problems(tokens, at_most=_WEIGHED)
     batch = prepared.batch(tokens, np.array([row for rows in problems for row in rows]))
-    learner = evolve(learner, arm=evolve(learner.arm, critic=critic), distributed=SINGLE_PROCESS)
+    learner = evolve(learner, weighting=evolve(learner.weighting, critic=critic), distributed=SINGLE_PROCESS)
     weight_D, unweighed = _weigh(learner, batch)
     if unweighed:
         prepared.log(f"WARNING: the page shows no weights: {unweighed}")
@@ -149,7 +149,7 @@ class _Row:
             n_future=policy.n_future,
         )
         target_BTK = target_mask(labels_BTK)
-        with prepared.autocast():
+        with prepared.compute.autocast():
             hidden_BTH = policy.trunk_states(batch.ids_BT, position_BT=batch.position_BT)
             loss_BTK = PairPredictions(policy, hidden_BTH, labels_BTK, position_BT=batch.position_BT).losses()
         value_BT = None

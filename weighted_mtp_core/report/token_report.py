@@ -8,7 +8,7 @@ from pathlib import Path
 import cattrs
 from attrs import frozen
 
-from weighted_mtp_core.metrics.critic import ReliabilityBin
+from weighted_mtp_core.metrics.critic_report import ReliabilityBin
 from weighted_mtp_core.storage.atomic import atomic_write
 
 FILE = "report_tokens.json"

@@ -45,7 +45,7 @@ def table_of_values(
         critic: Gives values for any batch, not only those of stage 2.
         batches: Responses, one per row; the weighting weighs each batch as a whole.
     """
-    learner = evolve(learner, arm=evolve(learner.arm, critic=critic), distributed=SINGLE_PROCESS)
+    learner = evolve(learner, weighting=evolve(learner.weighting, critic=critic), distributed=SINGLE_PROCESS)
     lines: list[str] = []
     for batch in batches:
         parts = split_rows(batch, len(batch.ids_BT))

@@ -9,32 +9,30 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 from attrs import define, field
 
 from weighted_mtp_core.errors import Terminated
 
-_ASK = (signal.SIGINT, signal.SIGTERM)
-
 
 @define(eq=False)
 class StopRequest:
-    """Listens to SIGINT, SIGTERM and SIGUSR1 within a `with` block, on the main thread.
+    """Handles SIGINT, SIGTERM and SIGUSR1 within a `with` block on the main thread.
 
     Attributes:
-        checkpoint_now: Whether SIGUSR1 asked for a checkpoint; the loop sets it back.
+        checkpoint_now: SIGUSR1 requested a checkpoint; the loop resets it.
     """
 
     checkpoint_now: bool = field(init=False, default=False)
-    _asked: int | None = field(init=False, default=None)
-    _before: dict[int, Any] = field(init=False, factory=dict)
+    _received: int | None = field(init=False, default=None)
+    _handlers_before: dict[int, Any] = field(init=False, factory=dict)
 
     @property
     def requested(self) -> bool:
-        """Whether somebody asked for the end."""
-        return self._asked is not None
+        """Whether SIGINT or SIGTERM arrived."""
+        return self._received is not None
 
     def stop(self) -> None:
         """End as the signal would have ended the process.
@@ -43,30 +41,29 @@ class StopRequest:
             KeyboardInterrupt: After SIGINT.
             Terminated: After SIGTERM.
         """
-        raise KeyboardInterrupt if self._asked == signal.SIGINT else Terminated
+        raise KeyboardInterrupt if self._received == signal.SIGINT else Terminated
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in _ASK}
-            self._before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._checkpoint)
+            handlers = {
+                signal.SIGINT: self._on_stop,
+                signal.SIGTERM: self._on_stop,
+                signal.SIGUSR1: self._on_checkpoint,
+            }
+            self._handlers_before = {number: signal.signal(number, each) for number, each in handlers.items()}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for number, handler in self._before.items():
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _on_stop(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self._asked is not None:
+        if self._received is not None:
             self.stop()
-        self._asked = number
+        self._received = number
 
-    def _checkpoint(self, number: int, frame: FrameType | None) -> None:
+    def _on_checkpoint(self, number: int, frame: FrameType | None) -> None:
         del number, frame
         self.checkpoint_now = True
 

@@ -1,172 +1,49 @@
-"""Stage 1: training of the critic, and the proof that it beats a constant.
+"""Stage 1: training of the critic, and its report on the validation split.
 
 Shape letters: B rows, T positions, H hidden.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from attrs import define, field, fields, frozen
+from attrs import define, field, fields
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from weighted_mtp_core.api import Batch, Critic
-from weighted_mtp_core.data.batches import split_rows
+from weighted_mtp_core.checkpointing.best_model import load_component, save_component
 from weighted_mtp_core.errors import RunFailedError
-from weighted_mtp_core.metrics.critic import (
-    CriticMeasures,
-    Floats,
-    LengthOnly,
-    ReliabilityBin,
-    ScoredResponses,
-)
-from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed, laid_out
-from weighted_mtp_core.training.loop import Learner, Validation
-
-_RESAMPLES = 1000
-_BINS = 10
-_Z = 1.96  # of a 95 % interval
-
-
-@frozen(kw_only=True)
-class CriticReport:
-    """How well values tell right responses from wrong ones, beside two critics that know next to nothing.
-
-    Attributes:
-        critic: Measures of the critic.
-        constant: Those of the constant that knows this split's mean reward.
-        length_only: Those of a logistic regression on the number of tokens, fitted on the training split.
-        auc_low: Lower end of the 95 % interval of the critic's AUC (bootstrap over problems).
-        auc_high: Upper end.
-        reliability: Ten bins of equal width from 0 to 1, without those that hold no response.
-    """
-
-    critic: CriticMeasures
-    constant: CriticMeasures
-    length_only: CriticMeasures
-    auc_low: float
-    auc_high: float
-    reliability: tuple[ReliabilityBin, ...]
-
-    @property
-    def informative(self) -> bool:
-        """Whether the interval of the AUC lies above chance."""
-        return self.auc_low > 0.5
-
-    @property
-    def words(self) -> str:
-        """What a person wants to know first."""
-        return (
-            f"AUC {self.critic.auc:.3f}, 95 % interval [{self.auc_low:.3f}, {self.auc_high:.3f}], "
-            f"on held-out responses (a constant has 0.5, length alone {self.length_only.auc:.3f})"
-        )
-
-    def metrics(self) -> dict[str, float]:
-        """Return the report as metrics."""
-        return {
-            "critic_auc_low": self.auc_low,
-            "critic_auc_high": self.auc_high,
-            **self.critic.metrics("critic_"),
-            **self.constant.metrics("critic_constant_"),
-            **self.length_only.metrics("critic_length_only_"),
-        }
-
-
-def report_critic(judged: ScoredResponses, rule: LengthOnly) -> CriticReport:
-    """Compare values with rewards.
-
-    Responses to one problem are not independent, so the interval resamples problems, not responses.
-
-    Args:
-        judged: Values and rewards of held-out responses.
-        rule: What lengths alone say, by the training split.
-
-    Raises:
-        RunFailedError: The responses are all right or all wrong, so nothing can be told; or values are not
-            finite.
-    """
-    if not (np.isfinite(judged.value_N).all() and np.isfinite(judged.before_D).all()):
-        raise RunFailedError(
-            "the critic gives values that are not finite: NaN or infinity",
-            hint="lower its learning rate (`critic.train.learning_rate`)",
-        )
-    correct_D = judged.correct_D
-    if correct_D.all() or not correct_D.any():
-        raise RunFailedError(
-            f"all {len(correct_D)} validation responses are {'correct' if correct_D.any() else 'incorrect'}: "
-            "a critic cannot be validated on them",
-            hint="choose data with right and wrong responses in the split `validation`",
-        )
-    low, high = _auc_interval(judged.final_D, correct_D, judged.problem_D)
-    return CriticReport(
-        critic=CriticMeasures.of(judged),
-        constant=CriticMeasures.of(judged.by_constant()),
-        length_only=CriticMeasures.of(judged.by_length(rule)),
-        auc_low=low,
-        auc_high=high,
-        reliability=tuple(_reliability(judged.final_D, judged.reward_D)),
-    )
-
-
-def _reliability(value_D: Floats, reward_D: Floats) -> Iterator[ReliabilityBin]:
-    bin_D = (value_D * _BINS).astype(int).clip(0, _BINS - 1)
-    for each in np.unique(bin_D):
-        inside_D = bin_D == each
-        count, rate = int(inside_D.sum()), float(reward_D[inside_D].mean())
-        spread = _Z * math.sqrt(rate * (1 - rate) / count + (_Z / (2 * count)) ** 2)
-        middle, scale = rate + _Z**2 / (2 * count), 1 + _Z**2 / count
-        yield ReliabilityBin(
-            count=count,
-            value=float(value_D[inside_D].mean()),
-            reward=rate,
-            low=(middle - spread) / scale,
-            high=(middle + spread) / scale,
-        )
-
-
-def _auc_interval(
-    value_D: Floats, correct_D: NDArray[np.bool_], problem_D: NDArray[np.int64]
-) -> tuple[float, float]:
-    generator = np.random.default_rng(0)
-    names, inverse_D = np.unique(problem_D, return_inverse=True)
-    # Levels are found once; a resample only reweighs them (1,000 resamples in 0.1 s).
-    _, level_D = np.unique(value_D, return_inverse=True)
-    found = []
-    for _ in range(_RESAMPLES):
-        times = np.bincount(generator.integers(len(names), size=len(names)), minlength=len(names))
-        weight_D = times[inverse_D].astype(np.float64)
-        positive = np.bincount(level_D, weight_D * correct_D)
-        negative = np.bincount(level_D, weight_D * ~correct_D)
-        below = np.cumsum(negative) - negative
-        pairs = positive.sum() * negative.sum()
-        if pairs > 0:
-            found.append(float((positive * (below + 0.5 * negative)).sum() / pairs))
-    low, high = np.quantile(found, [0.025, 0.975])
-    return float(low), float(high)
+from weighted_mtp_core.metrics.critic import LengthOnly, ScoredResponses
+from weighted_mtp_core.metrics.critic_report import CriticReport, report_critic
+from weighted_mtp_core.recipe.schema import CriticTable
+from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
+from weighted_mtp_core.runtime.sharding import all_like
+from weighted_mtp_core.training.learner import Learner, StepResult, Validation
+from weighted_mtp_core.training.micro_batches import micro_batches
+from weighted_mtp_core.training.prepare import Prepared
 
 
 @define(kw_only=True, eq=False)
 class CriticLearner(Learner):
-    """Trains a critic on states of the policy's trunk that no gradient leaves.
+    """Trains a critic on states of the policy's trunk; no gradient flows back into the trunk.
 
     Attributes:
-        critic: What is trained.
-        trunk: The policy's trunk states of a batch, float32; used where the critic reads them.
-        steps: How many there are in all, which schedules go by.
-        accumulation: In how many parts a global batch goes through the critic.
+        critic: The critic to train.
+        trunk: Returns the policy's trunk states of a batch, float32; used if the critic reads them.
+        steps: The number of steps, which schedules depend on.
+        accumulation: Micro-batches per process and step.
         distributed: The processes that train together.
-        validation: Batches of the validation split, with the problem number of each row.
-        length_only: What lengths alone say of a response, by the training split.
+        validation: Returns batches of the validation split, with the problem number of each row.
+        length_only: Returns the baseline that knows only lengths, fitted on the training split.
         best: The folder of the best critic.
         save: Writes the critic as the best one.
         restore: Loads it back.
-        report: The last validation.
     """
 
     critic: Critic
@@ -182,53 +59,71 @@ class CriticLearner(Learner):
     stage: str = field(default="critic", init=False)
     loss_name: str = field(default="value_loss", init=False)
 
+    @classmethod
+    def make(
+        cls, prepared: Prepared, critic: Critic, table: CriticTable, *, best: Path, distributed: Distributed
+    ) -> CriticLearner:
+        """Return the learner of a run."""
+        return cls(
+            critic=critic,
+            trunk=prepared.trunk,
+            steps=table.train.steps,
+            accumulation=table.train.accumulation,
+            distributed=distributed,
+            validation=partial(prepared.critic_validation, batch_size=table.train.batch_size),
+            length_only=lambda: prepared.length_only,
+            best=best,
+            save=partial(save_component, critic, best, distributed=distributed),
+            restore=partial(load_component, critic, best),
+        )
+
     def parameters(self) -> Iterable[nn.Parameter]:
         """Return the critic's parameters."""
         return self.critic.parameters()
 
-    def learn(self, batch: Batch, *, step: int) -> Mapping[str, Tensor | float]:
-        """Accumulate the gradient of the critic's own loss, each part by its share of the rows."""
+    def learn(self, batch: Batch, *, step: int) -> StepResult:
+        """Accumulate the gradient of the critic's own loss; each micro-batch counts by its rows."""
         self.critic.begin_step(step, steps=self.steps)
         totals: dict[str, Tensor | float] = {}
         together = 2 if self.critic.batching == "pairs" else 1
-        rows = len(batch.ids_BT)
-        parts = [
-            (part, len(part.ids_BT) / rows)
-            for part in split_rows(batch, self.accumulation * self.distributed.size, together=together)
-        ]
-        for part, share in self.distributed.shard_evenly(parts, spare=(parts[0][0], 0.0)):
-            result = self.critic.loss(part, self._states(part))
-            (result.loss * share).backward()  # type: ignore[no-untyped-call]
-            for name, value in {"value_loss": result.loss.detach(), **result.metrics}.items():
-                totals[name] = totals.get(name, 0.0) + share * value
+        for part in micro_batches(batch, self.accumulation, self.distributed, together=together):
+            result = self.critic.loss(part.batch, self._states(part.batch))
+            (result.loss * part.share).backward()  # type: ignore[no-untyped-call]
+            for name, value in {self.loss_name: result.loss.detach(), **result.metrics}.items():
+                totals[name] = totals.get(name, 0.0) + part.share * value
         self.distributed.all_reduce_gradients(self.parameters())
-        return self.distributed.all_reduce_scalars(totals)
+        scalars = self.distributed.all_reduce_scalars(totals)
+        return StepResult(loss=scalars[self.loss_name], metrics=lambda: scalars)
 
     def validate(self, *, step: int) -> Validation:
-        """Judge the final values on the validation split; their AUC selects the checkpoint."""
+        """Report on the validation split; the AUC of the final values selects the checkpoint."""
         del step
         report = self.measure()
         return Validation(metrics=report.metrics(), score=report.critic.auc)
 
     @torch.no_grad()
     def measure(self) -> CriticReport:
-        """Return the report of the critic as it is now."""
+        """Return the report on the critic in its present state.
+
+        Raises:
+            RunFailedError: See `report_critic`; or the critic returns no values.
+        """
         parts = []
         for batch, problem_B in self.validation():
             scores = self.critic.score(batch, self._states(batch))
             if scores.value_BT is None:
                 name = type(self.critic).__name__
                 raise RunFailedError(f"critic `{name}` was trained, but gives no values")
-            parts.append(_judged(batch, scores.value_BT, problem_B))
-        return report_critic(_together(parts), self.length_only())
+            parts.append(_scored_responses(batch, scores.value_BT, problem_B))
+        return report_critic(_concatenate(parts), self.length_only())
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Return what the critic keeps."""
+        """Return the critic's state."""
         return self.critic.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict`'s result."""
-        self.critic.load_state_dict(laid_out(state, self.critic.state_dict()))
+        """Restore the result of `state_dict`."""
+        self.critic.load_state_dict(all_like(self.critic.state_dict(), state))
 
     def save_best(self) -> None:
         """Write the critic's state."""
@@ -243,8 +138,36 @@ class CriticLearner(Learner):
         return self.trunk(batch) if self.critic.reads_policy else None
 
 
-def _judged(batch: Batch, value_BT: Tensor, problem_B: NDArray[np.int64]) -> ScoredResponses:
-    """Return the values of a batch with one document a row; rows without a response are left out."""
+def check_informative(
+    report: CriticReport, critic: str, *, allowed: bool, log: Callable[[str], None]
+) -> bool:
+    """Return whether a critic is better than a constant, and log its measures.
+
+    Args:
+        report: The report on the critic.
+        critic: Its address.
+        allowed: Whether a run may use a critic that is not (`critic.allow_uninformative_critic`).
+        log: Receives messages for the user.
+
+    Raises:
+        RunFailedError: It is not, and that is not allowed.
+    """
+    if report.informative:
+        losses = f"loss {report.critic.bce:.3f}, of a constant {report.constant.bce:.3f}"
+        log(f"critic: {report.words}; {losses}")
+        return True
+    verdict = f"critic `{critic}` is no better than a constant: {report.words}"
+    if not allowed:
+        raise RunFailedError(
+            verdict,
+            hint="train it longer or on more data, or set `critic.allow_uninformative_critic = true`",
+        )
+    log(f"WARNING: {verdict}")
+    return False
+
+
+def _scored_responses(batch: Batch, value_BT: Tensor, problem_B: NDArray[np.int64]) -> ScoredResponses:
+    """Return the values of a batch with one document per row; rows without a response are left out."""
     response_BT = batch.response_BT.cpu().numpy()
     values_BT, rewards_BT = value_BT.cpu().double().numpy(), batch.reward_BT.cpu().double().numpy()
     length_B = response_BT.sum(axis=1)
@@ -259,10 +182,6 @@ def _judged(batch: Batch, value_BT: Tensor, problem_B: NDArray[np.int64]) -> Sco
     )
 
 
-def _together(parts: Sequence[ScoredResponses]) -> ScoredResponses:
-    return ScoredResponses(
-        **{
-            each.name: np.concatenate([getattr(p, each.name) for p in parts])
-            for each in fields(ScoredResponses)
-        }
-    )
+def _concatenate(parts: Sequence[ScoredResponses]) -> ScoredResponses:
+    names = [each.name for each in fields(ScoredResponses)]
+    return ScoredResponses(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in names})

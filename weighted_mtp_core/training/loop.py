@@ -1,90 +1,38 @@
-"""The one training loop: stage 1 hands it the critic, stage 2 the policy."""
+"""The one training loop: stage 1 runs it on the critic, stage 2 on the policy."""
 
 from __future__ import annotations
 
 import json
-import math
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import torch
 from attrs import asdict, define, field, frozen
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from weighted_mtp_core.api import Batch
 from weighted_mtp_core.checkpointing.manager import Checkpoints
-from weighted_mtp_core.checkpointing.snapshot import (
-    Snapshot,
+from weighted_mtp_core.checkpointing.snapshot import Snapshot
+from weighted_mtp_core.checkpointing.state import (
+    copy_state,
     load_optimiser_state,
     optimiser_state,
     random_state,
     restore_random_state,
-    split_state,
 )
 from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.recipe.schema import TrainTable
-from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed, clip_gradients
+from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
 from weighted_mtp_core.runtime.interrupts import StopRequest
 from weighted_mtp_core.storage.atomic import atomic_write
+from weighted_mtp_core.training.learner import Learner, Scalars, Validation
 from weighted_mtp_core.training.nonfinite_steps import NonfiniteSteps
-
-
-@frozen(kw_only=True)
-class Validation:
-    """One validation: scalars to log, and the score (higher is better) that selects the best checkpoint."""
-
-    metrics: Mapping[str, float]
-    score: float
-
-
-class Learner(ABC):
-    """What the loop trains.
-
-    Attributes:
-        stage: `critic` or `policy`, as the journal names it.
-        headline: The loss: shown while it trains, and a step where it is not finite is skipped.
-        best: The file or folder that `save_best` writes.
-    """
-
-    stage: str
-    loss_name: str
-    best: Path
-
-    @abstractmethod
-    def parameters(self) -> Iterable[nn.Parameter]:
-        """Return what the optimiser may change."""
-
-    @abstractmethod
-    def learn(self, batch: Batch, *, step: int) -> Mapping[str, Tensor | float]:
-        """Accumulate the gradient of one global batch; return scalars, read only when they are logged."""
-
-    @abstractmethod
-    def validate(self, *, step: int) -> Validation:
-        """Measure on the validation split, changing nothing."""
-
-    @abstractmethod
-    def state_dict(self) -> Mapping[str, Any]:
-        """Return tensors and plain values that a resumed training goes on from."""
-
-    @abstractmethod
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict`'s result."""
-
-    @abstractmethod
-    def save_best(self) -> None:
-        """Write the present state as the best one."""
-
-    @abstractmethod
-    def load_best(self) -> None:
-        """Restore what `save_best` wrote last."""
+from weighted_mtp_core.training.optimisers import clip_gradients, learning_rate, make_optimiser
 
 
 class Reporter(Protocol):
-    """What the loop tells about its progress."""
+    """Records the loop's progress."""
 
     def metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Record scalars that are the same in every run of a recipe."""
@@ -93,46 +41,21 @@ class Reporter(Protocol):
         """Record wall-clock measurements."""
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
-        """Move the display."""
+        """Update the display."""
 
 
 @frozen(kw_only=True)
 class Trained:
-    """How a training went: the validation before its first step, and that of the state that was kept."""
+    """The outcome of a training: its validation before the first step, and that of the state it kept."""
 
     start: Validation
     best_step: int
     best: Validation
 
-
-def learning_rate(table: TrainTable, step: int) -> float:
-    """Return the rate of a step (from 0): linear warm-up, then a cosine down to the final share.
-
-    The cosine is that of SGDR (Loshchilov and Hutter 2017, eq. 5) with one period.
-    """
-    if step < table.warmup_steps:
-        return table.learning_rate * (step + 1) / table.warmup_steps
-    span = max(1, table.steps - table.warmup_steps)
-    share = 0.5 * (1 + math.cos(math.pi * (step - table.warmup_steps) / span))
-    return table.learning_rate * (table.final_learning_rate + (1 - table.final_learning_rate) * share)
-
-
-def make_optimiser(parameters: Iterable[nn.Parameter], table: TrainTable) -> torch.optim.AdamW:
-    """Return AdamW that decays matrices only: norms and biases have no scale to hold down."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for parameter in parameters:
-        if parameter.requires_grad:  # the fused kernel takes no mixture of sharded and whole parameters
-            key = parameter.ndim >= 2, isinstance(parameter, DTensor)
-            groups.setdefault(key, []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": members, "weight_decay": table.weight_decay if is_matrix else 0.0}
-            for (is_matrix, _), members in sorted(groups.items(), reverse=True)
-        ],
-        lr=table.learning_rate,
-        betas=(0.9, 0.95),
-        fused=True,  # also what makes skipping a step possible, see NonfiniteSteps
-    )
+    def summary(self, metric: str) -> list[tuple[str, str]]:
+        """Return the line of the closing summary: a validation metric before and after."""
+        before, after = (validation.metrics[metric] for validation in (self.start, self.best))
+        return [("policy", f"held-out loss {before:.3f} -> {after:.3f} at step {self.best_step}")]
 
 
 def train(
@@ -145,25 +68,30 @@ def train(
     resume: Snapshot | None = None,
     distributed: Distributed = SINGLE_PROCESS,
 ) -> Trained:
-    """Optimise for `table.steps` steps and leave the learner at its best validated state.
+    """Optimise for `table.steps` steps and leave the learner in its best validated state.
 
-    SIGINT and SIGTERM end it after the step, with a checkpoint; SIGUSR1 takes a checkpoint and goes on.
+    SIGINT and SIGTERM stop it after the step, with a checkpoint; SIGUSR1 takes a checkpoint and goes on.
 
     Args:
         learner: The critic or the policy.
-        table: Its optimisation.
-        batch_of: The global batch of a step, from 0.
-        reporter: Told every `log_every` steps and at each validation.
-        checkpoints: Where snapshots go.
-        resume: Where to go on from; None begins.
+        table: The options of the optimisation.
+        batch_of: Returns the global batch of a step, 0-based.
+        reporter: Receives metrics every `log_every` steps and at each validation.
+        checkpoints: Takes the snapshots.
+        resume: The snapshot to continue from; None starts at step 0.
         distributed: The processes that train together.
 
     Raises:
-        RunFailedError: Too many steps in a row had no finite loss or gradient, or a checkpoint failed.
-        KeyboardInterrupt: A signal asked for the end.
+        RunFailedError: Too many consecutive steps had no finite loss or gradient, or a checkpoint failed.
+        KeyboardInterrupt: A signal requested a stop.
     """
-    training = _Training.begin(
-        learner, table, batch_of=batch_of, reporter=reporter, checkpoints=checkpoints, distributed=distributed
+    training = _Training(
+        learner=learner,
+        table=table,
+        batch_of=batch_of,
+        reporter=reporter,
+        checkpoints=checkpoints,
+        distributed=distributed,
     )
     first = training.validate(0) if resume is None else training.restore(resume)
     with StopRequest() as signals:
@@ -171,12 +99,12 @@ def train(
             training.step(step)
             done = step + 1
             if distributed.any_rank(flag=signals.requested):
-                training.snapshot(done)
+                training.take_snapshot(done)
                 checkpoints.wait()
                 signals.stop()
             if checkpoints.due(done, table.steps) or distributed.any_rank(flag=signals.checkpoint_now):
                 signals.checkpoint_now = False
-                training.snapshot(done)
+                training.take_snapshot(done)
     checkpoints.wait()
     distributed.barrier()
     learner.load_best()
@@ -185,7 +113,7 @@ def train(
 
 @define(kw_only=True, eq=False)
 class _Training:
-    """The state of one `train`."""
+    """The state of one call of `train`."""
 
     learner: Learner
     table: TrainTable
@@ -193,79 +121,61 @@ class _Training:
     reporter: Reporter
     checkpoints: Checkpoints
     distributed: Distributed
-    parameters: list[nn.Parameter]
-    optimiser: torch.optim.AdamW
-    bad: NonfiniteSteps
+    parameters: list[nn.Parameter] = field(init=False)
+    optimiser: torch.optim.AdamW = field(init=False)
+    nonfinite: NonfiniteSteps = field(init=False)
     trained: Trained = field(init=False)
     clock: float = field(init=False, factory=time.perf_counter)
     tokens: int = field(init=False, default=0)
     copies: dict[str, Tensor] = field(init=False, factory=dict)
 
-    @classmethod
-    def begin(
-        cls,
-        learner: Learner,
-        table: TrainTable,
-        *,
-        batch_of: Callable[[int], Batch],
-        reporter: Reporter,
-        checkpoints: Checkpoints,
-        distributed: Distributed,
-    ) -> _Training:
-        parameters = [parameter for parameter in learner.parameters() if parameter.requires_grad]
-        return cls(
-            learner=learner,
-            table=table,
-            batch_of=batch_of,
-            reporter=reporter,
-            checkpoints=checkpoints,
-            distributed=distributed,
-            parameters=parameters,
-            optimiser=make_optimiser(parameters, table),
-            bad=NonfiniteSteps(limit=table.max_bad_steps, device=parameters[0].device),
-        )
+    def __attrs_post_init__(self) -> None:
+        self.parameters = [each for each in self.learner.parameters() if each.requires_grad]
+        self.optimiser = make_optimiser(self.parameters, self.table)
+        self.nonfinite = NonfiniteSteps(limit=self.table.max_bad_steps, device=self.parameters[0].device)
 
     def step(self, step: int) -> None:
-        """Take one step, and log and validate where it is time to."""
+        """Take one step; log and validate if due."""
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.table, step)
         batch = self.batch_of(step)
         self.tokens += batch.ids_BT.numel()
-        scalars = self.learner.learn(batch, step=step)
+        result = self.learner.learn(batch, step=step)
         norm = clip_gradients(self.parameters, self.table.max_grad_norm)
-        self.bad.skip_if_not_finite(self.optimiser, scalars[self.learner.loss_name], norm)
+        self.nonfinite.skip_if_not_finite(self.optimiser, result.loss, norm)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         done = step + 1
-        if self.bad.too_many(done):
+        if self.nonfinite.too_many(done):
             self._give_up(done)
         if done % self.table.log_every == 0 or done == self.table.steps:
-            self._log(done, {**scalars, f"{self.learner.stage}_gradient_norm": norm})
+            stage, loss_name = self.learner.stage, self.learner.loss_name
+            self._log(done, {loss_name: result.loss, **result.metrics(), f"{stage}_gradient_norm": norm})
         if done % self.table.validate_every == 0 or done == self.table.steps:
             paused = time.perf_counter()
             self.validate(done)
             self.clock += time.perf_counter() - paused
 
     def validate(self, step: int) -> int:
-        """Validate; keep the state if it is the best so far. Returns the step."""
+        """Validate after `step` steps and save the state if it is the best so far; return `step`."""
         found = self.learner.validate(step=step)
         self.reporter.metrics(self.learner.stage, step, found.metrics)
         first = step == 0
         better = first or found.score > self.trained.best.score
-        # The first process decides: scores of others may differ by rounding, and saving takes all of them.
+        # The first process decides: scores of others may differ by rounding, and saving is collective.
         if self.distributed.any_rank(flag=better and self.distributed.is_rank_zero):
-            self.checkpoints.wait()  # a snapshot on its way links the best state that it was taken with
+            self.checkpoints.wait()  # a snapshot in progress links the best state that it was taken with
             self.learner.save_best()
             start = found if first else self.trained.start
             self.trained = Trained(start=start, best_step=step, best=found)
         return step
 
-    def snapshot(self, step: int) -> None:
+    def take_snapshot(self, step: int) -> None:
         """Copy everything that the next step depends on; it is written while training goes on."""
-        self.checkpoints.wait()  # what it writes is overwritten now
-        learner, learner_values = split_state(self.learner.state_dict(), "learner", over=self.copies)
+        self.checkpoints.wait()  # the copies being written are overwritten now
+        learner, learner_values = copy_state(self.learner.state_dict(), "learner", over=self.copies)
         moments = optimiser_state(self.optimiser, self.parameters)
-        optimiser, _ = split_state(moments, "optimiser", over=self.copies)
+        optimiser, _ = copy_state(moments, "optimiser", over=self.copies)
         self.copies = {**learner, **optimiser}
         random, random_values = random_state()
         self.checkpoints.save(
@@ -277,14 +187,14 @@ class _Training:
                     "learner": learner_values,
                     "rng": random_values,
                     "trained": asdict(self.trained),
-                    "bad": self.bad.state(),
+                    "nonfinite_steps": self.nonfinite.state(),
                 },
                 best=self.learner.best,
             )
         )
 
     def restore(self, snapshot: Snapshot) -> int:
-        """Put everything back to where a snapshot was taken; return how many steps are done."""
+        """Return to the state of a snapshot; return how many steps are done."""
         self.learner.load_state_dict(snapshot.part("learner"))
         load_optimiser_state(self.optimiser, self.parameters, snapshot.part("optimiser"))
         restore_random_state(snapshot.tensors, snapshot.values["rng"])
@@ -292,25 +202,24 @@ class _Training:
         self.trained = Trained(
             start=Validation(**kept["start"]), best_step=kept["best_step"], best=Validation(**kept["best"])
         )
-        self.bad.restore(snapshot.values["bad"])
+        self.nonfinite.restore(snapshot.values["nonfinite_steps"])
         if self.distributed.is_rank_zero:
             snapshot.restore_best(self.learner.best)
         return snapshot.step
 
-    def _log(self, done: int, scalars: Mapping[str, Tensor | float]) -> None:
-        stage = self.learner.stage
+    def _log(self, done: int, scalars: Scalars) -> None:
+        stage, loss_name = self.learner.stage, self.learner.loss_name
         values = {name: float(value) for name, value in scalars.items()}
         values[f"{stage}_learning_rate"] = learning_rate(self.table, done - 1)
-        values[f"{stage}_skipped_steps"] = float(self.bad.total)
+        values[f"{stage}_skipped_steps"] = float(self.nonfinite.total)
         self.reporter.metrics(stage, done, values)
         rate = self.tokens / max(time.perf_counter() - self.clock, 1e-9)
         self.reporter.timings(stage, done, {f"{stage}_tokens_per_second": rate})
-        loss_name = self.learner.loss_name
         self.reporter.progress(done, {loss_name: values[loss_name], "tokens/s": rate})
         self.clock, self.tokens = time.perf_counter(), 0
 
     def _give_up(self, done: int) -> None:
-        """Name the examples of the steps that were skipped, and end the run."""
+        """List the examples of the skipped steps in a file, and end the run."""
         steps = range(done - self.table.max_bad_steps, done)
         file = self.checkpoints.folder / "bad_steps.json"
         examples = {str(step + 1): self.batch_of(step).example_ids for step in steps}

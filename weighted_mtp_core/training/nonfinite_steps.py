@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: skipped on the device, counted, and stopped at some point."""
+"""Steps without a finite loss or gradient: skipped and counted on the device, and limited in number."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
-_LOOK_EVERY = 10  # steps between two looks at a counter on an accelerator: each one waits for the device
+from weighted_mtp_core.runtime.device import READ_EVERY
 
 
 @define(kw_only=True, eq=False)
 class NonfiniteSteps:
-    """Counts skipped steps; the counters live on the device, so that counting never waits for it.
+    """Counts skipped steps in counters on the device, so that counting never waits for it.
 
     Attributes:
-        limit: So many in a row are too many.
-        device: Where the training computes.
+        limit: This many consecutive skipped steps are too many.
+        device: The device of the training.
     """
 
     limit: int
@@ -40,15 +40,15 @@ class NonfiniteSteps:
     ) -> None:
         """Make the optimiser's next step change nothing if the loss or the gradient is not finite."""
         finite = torch.isfinite(gradient_norm) & torch.isfinite(torch.as_tensor(loss, device=self.device))
-        bad = (~finite).float()
-        # The fused kernel reads this the way it does for a gradient scaler.
-        optimiser.found_inf = bad  # type: ignore[attr-defined]
-        self._total += bad
-        self._in_a_row = (self._in_a_row + bad) * bad
+        skipped = (~finite).float()
+        # The fused kernel reads this attribute, which exists for gradient scalers.
+        optimiser.found_inf = skipped  # type: ignore[attr-defined]
+        self._total += skipped
+        self._in_a_row = (self._in_a_row + skipped) * skipped
 
     def too_many(self, done: int) -> bool:
-        """Say whether the limit is reached; an accelerator is asked now and then only."""
-        every = 1 if self.device.type == "cpu" else min(_LOOK_EVERY, self.limit)
+        """Return whether the limit is reached; an accelerator's counter is read only now and then."""
+        every = 1 if self.device.type == "cpu" else min(READ_EVERY, self.limit)
         return done % every == 0 and int(self._in_a_row) >= self.limit
 
     def state(self) -> Mapping[str, Any]:
@@ -56,6 +56,6 @@ class NonfiniteSteps:
         return {"total": self.total, "in_a_row": int(self._in_a_row)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore `state`'s result."""
+        """Restore the result of `state`."""
         self._total.fill_(state["total"])
         self._in_a_row.fill_(state["in_a_row"])

@@ -6,67 +6,35 @@ Shape letters: B rows, T positions, K heads, H hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from attrs import define, evolve, field, frozen
-from numpy.typing import NDArray
+from attrs import define, field
 from torch import Tensor, nn
 
-from weighted_mtp_core.api import Batch, Critic, Scores, Signal, StepView, WeightingStrategy, Weights
+from weighted_mtp_core.api import Batch, Critic, Weights
 from weighted_mtp_core.api.alignment import align_weights
-from weighted_mtp_core.checkpointing.snapshot import below, load_module_state, module_state
-from weighted_mtp_core.data.batches import preceding, split_rows
-from weighted_mtp_core.errors import RunFailedError, WmtpError
-from weighted_mtp_core.messages import reason
+from weighted_mtp_core.checkpointing.best_model import load_model, save_model
+from weighted_mtp_core.checkpointing.state import WithPrefix, load_module_state, module_state
+from weighted_mtp_core.data.batches import preceding
+from weighted_mtp_core.data.tokens import TokenSet
+from weighted_mtp_core.metrics.weights import weight_metrics
 from weighted_mtp_core.model.loss import normalisers, weighted_mtp_loss
 from weighted_mtp_core.model.loss_shares import loss_shares
-from weighted_mtp_core.model.pair_predictions import HeadSums, PairPredictions
 from weighted_mtp_core.model.policy import Policy
-from weighted_mtp_core.model.targets import IGNORED, align_labels, target_mask
+from weighted_mtp_core.model.targets import IGNORED, pair_index, target_mask
 from weighted_mtp_core.recipe.schema import LossTable
+from weighted_mtp_core.runtime.device import to_device
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
-from weighted_mtp_core.training.loop import Learner, Validation
-from weighted_mtp_core.training.weight_checks import ValueCheck, check_weights, weight_metrics
-
-
-@frozen(kw_only=True, eq=False)
-class Arm:
-    """What makes one training differ from another: the weighting, the signals it reads, the critic.
-
-    Attributes:
-        weighting: Called once a step with the whole global batch.
-        needs: The signals that the weighting declared.
-        critic: Fills the needed signals that the core does not know itself.
-        label: Names the weighting in messages: address, plugin, distribution and version.
-    """
-
-    weighting: WeightingStrategy
-    needs: frozenset[Signal]
-    critic: Critic | None
-    label: str
-
-    @property
-    def scores(self) -> bool:
-        """Whether the critic is asked at each step."""
-        return self.critic is not None and bool(self.needs & {Signal.VALUE, Signal.REFERENCE_LOSS})
-
-    def weigh(self, view: StepView) -> Weights:
-        """Ask the weighting, and check what it says, but for the values.
-
-        Raises:
-            RunFailedError: It failed, or its weights are none; says whose fault that is.
-        """
-        try:
-            weights = self.weighting.weigh(view)
-        except WmtpError as error:
-            raise RunFailedError(f"{self.label} failed: {error}", hint=error.hint) from error
-        except Exception as error:
-            raise RunFailedError(f"{self.label} failed: {reason(error)}") from error
-        check_weights(weights, view.response_BT, n_future=view.n_future, label=self.label)
-        return weights
+from weighted_mtp_core.training.head_quality import head_quality, per_head
+from weighted_mtp_core.training.learner import Learner, Scalars, StepResult, Validation
+from weighted_mtp_core.training.micro_batches import MicroBatch, micro_batches
+from weighted_mtp_core.training.prepare import Prepared
+from weighted_mtp_core.training.signals import Signals
+from weighted_mtp_core.training.weight_checks import ValueCheck
+from weighted_mtp_core.training.weighting import Weighting
 
 
 @define(kw_only=True, eq=False)
@@ -74,21 +42,21 @@ class PolicyLearner(Learner):
     """Trains trunk, heads and unembedding on weighted multi-token losses.
 
     Attributes:
-        policy: What is trained.
-        arm: Where the weights come from.
-        loss: Normalisation, the heads' shares and what they may shape.
-        steps: How many there are in all, which head schedules go by.
-        accumulation: In how many parts the global batch goes through the policy.
+        policy: The model to train.
+        weighting: The source of the weights.
+        loss: Normalisation, the shares of the heads, and whether later heads train the trunk.
+        steps: The number of steps, which head schedules depend on.
+        accumulation: Micro-batches per process and step.
         distributed: The processes that train together.
-        autocast: Makes the context of each forward pass (bf16 on devices that like it).
-        validation: Batches of the validation split, made anew at each call.
+        autocast: Returns the context of a forward pass.
+        validation: Returns the batches of the validation split.
         best: The file of the best policy.
         save: Writes the policy as the best one.
         restore: Loads it back.
     """
 
     policy: Policy
-    arm: Arm
+    weighting: Weighting
     loss: LossTable
     steps: int
     accumulation: int
@@ -100,110 +68,167 @@ class PolicyLearner(Learner):
     restore: Callable[[], None]
     stage: str = field(default="policy", init=False)
     loss_name: str = field(default="train_loss", init=False)
+    _signals: Signals = field(init=False)
     _values: ValueCheck = field(init=False)
 
-    @_values.default
-    def _check_values(self) -> ValueCheck:
-        return ValueCheck(label=self.arm.label)
+    @classmethod
+    def make(
+        cls,
+        prepared: Prepared,
+        critic: Critic | None,
+        held_out: TokenSet,
+        *,
+        best: Path,
+        distributed: Distributed,
+    ) -> PolicyLearner:
+        """Return the learner of a run; `held_out` is the validation split."""
+        recipe, selected = prepared.plan.recipe, prepared.plan.weighting
+        table = recipe.train
+
+        def validation() -> Iterable[Batch]:
+            batches = prepared.validation_batches(
+                held_out, batch_size=table.batch_size, limit=table.validation_examples
+            )
+            return (batch for batch, _ in batches)
+
+        return cls(
+            policy=prepared.policy,
+            weighting=Weighting(
+                strategy=prepared.build_weighting(),
+                needs=selected.needs,
+                critic=critic,
+                label=f"weighting `{selected.address}` of {selected.plugin}",
+            ),
+            loss=recipe.loss,
+            steps=table.steps,
+            accumulation=table.accumulation,
+            distributed=distributed,
+            autocast=prepared.compute.autocast,
+            validation=validation,
+            best=best,
+            save=partial(save_model, prepared.policy, best, distributed=distributed),
+            restore=partial(load_model, prepared.policy, best),
+        )
+
+    def __attrs_post_init__(self) -> None:
+        self._signals = Signals(
+            policy=self.policy,
+            weighting=self.weighting,
+            autocast=self.autocast,
+            distributed=self.distributed,
+        )
+        self._values = ValueCheck(label=self.weighting.label)
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """Return the policy's parameters."""
         return self.policy.parameters()
 
-    def learn(self, batch: Batch, *, step: int) -> Mapping[str, Tensor | float]:
-        """Weigh the whole batch, then send its parts through the fused loss.
+    def learn(self, batch: Batch, *, step: int) -> StepResult:
+        """Weigh the global batch, then send its micro-batches through the fused loss.
 
-        The weights need the global batch (whitening, `Z_k`), so parts whose signals need the trunk run
-        twice when the batch is accumulated; a batch in one part runs once.
+        The weights depend on the global batch (whitening, `Z_k`). So micro-batches with signals of the trunk
+        run twice, except that a batch in one micro-batch runs once.
         """
         self.policy.train()
-        n_future = self.policy.n_future
-        parts = self._parts(batch)
-        states = [self._trunk(parts[0].batch)] if len(parts) == 1 else [None] * len(parts)
-        labels_BTK = self._labels(batch)
+        parts = micro_batches(batch, self.accumulation, self.distributed)
+        hidden = [self._signals.trunk(parts[0].batch)] if len(parts) == 1 else [None] * len(parts)
+        labels_BTK = self._signals.labels(batch)
         target_BTK = target_mask(labels_BTK)
-        signals = self._signals(parts, states, rows=len(batch.ids_BT))
-        view = self._view(batch, target_BTK, signals, step=step, training=True)
-        weights = self.arm.weigh(view)
+        view = self._signals.view(batch, target_BTK, parts=parts, hidden=hidden, step=step, training=True)
+        weights = self.weighting.weigh(view)
         self._values.note(weights.weight)
         if self._values.due(step, self.steps):
-            self._values.look()
+            self._values.raise_if_bad()
         weight_BTK = align_weights(weights.weight, target_BTK)
-        normaliser_K = normalisers(weight_BTK, target_BTK, normalise=self.loss.normalise)
-        share_K = loss_shares(self.loss, n_future, progress=step / self.steps)
-        share_K = share_K.to(normaliser_K.device, non_blocking=True)
-        total = torch.zeros((), device=normaliser_K.device)
-        ce_K = torch.zeros_like(normaliser_K)
-        count_K = torch.zeros_like(normaliser_K)
-        for part, known in zip(parts, states, strict=True):
+        loss, ce_sum_K, count_K = self._accumulate_gradients(
+            parts, hidden, labels_BTK=labels_BTK, weight_BTK=weight_BTK, progress=step / self.steps
+        )
+
+        def metrics() -> Scalars:
+            pair_N = pair_index(target_BTK, preceding_BT=preceding(batch))
+            return {
+                **per_head("train_ce", ce_sum_K / count_K.clamp(min=1)),
+                **weight_metrics(weight_BTK.flatten()[pair_N]),
+                **weights.metrics,
+            }
+
+        return StepResult(loss=loss, metrics=metrics)
+
+    def _accumulate_gradients(
+        self,
+        parts: Sequence[MicroBatch],
+        hidden: Sequence[Tensor | None],
+        *,
+        labels_BTK: Tensor,
+        weight_BTK: Tensor,
+        progress: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return loss, `ce_sum_K` and `count_K` of the global batch; its gradient is in the parameters."""
+        normaliser_K = normalisers(weight_BTK, target_mask(labels_BTK), normalise=self.loss.normalise)
+        share_K = loss_shares(self.loss, self.policy.n_future, progress=progress)
+        share_K = to_device(share_K, normaliser_K.device)
+        loss = torch.zeros((), device=normaliser_K.device)
+        ce_sum_K, count_K = torch.zeros_like(normaliser_K), torch.zeros_like(normaliser_K)
+        for part, known_BTH in zip(parts, hidden, strict=True):
             with self.autocast():
-                hidden_BTH = self._trunk(part.batch) if known is None else known
                 result = weighted_mtp_loss(
                     self.policy,
-                    hidden_BTH,
-                    labels_BTK=part.of(labels_BTK, nothing=IGNORED),
-                    weight_BTK=part.of(weight_BTK, nothing=0),
+                    self._signals.trunk(part.batch) if known_BTH is None else known_BTH,
+                    labels_BTK=part.select(labels_BTK, spare=IGNORED),
+                    weight_BTK=part.select(weight_BTK, spare=0),
                     normaliser_K=normaliser_K,
                     head_share_K=share_K,
                     detach_trunk=self.loss.detach_trunk,
                     position_BT=part.batch.position_BT,
                     preceding_BT=part.preceding_BT,
                 )
-            total += result.loss
-            ce_K += result.ce_sum_K
+            loss += result.loss
+            ce_sum_K += result.ce_sum_K
             count_K += result.count_K
         self.distributed.all_reduce_gradients(self.parameters())
-        self.distributed.all_reduce(total, ce_K, count_K)
-        return {
-            "train_loss": total,
-            **_per_head("train_ce", ce_K / count_K.clamp(min=1)),
-            **weight_metrics(weight_BTK, target_BTK, preceding_BT=preceding(batch)),
-            **weights.metrics,
-        }
+        self.distributed.all_reduce(loss, ce_sum_K, count_K)
+        return loss, ce_sum_K, count_K
 
     @torch.no_grad()
     def validate(self, *, step: int) -> Validation:
         """Measure unweighted cross-entropy and accuracy of each head; head 1's selects the checkpoint."""
         del step
         ce_K, accuracy_K = head_quality(self.policy, self.validation(), autocast=self.autocast)
+        values = per_head("validation_ce", ce_K) | per_head("validation_accuracy", accuracy_K)
         return Validation(
-            metrics={
-                name: float(value)
-                for name, value in (
-                    _per_head("validation_ce", ce_K) | _per_head("validation_accuracy", accuracy_K)
-                ).items()
-            },
-            score=-float(ce_K[0]),
+            metrics={name: float(value) for name, value in values.items()}, score=-float(ce_K[0])
         )
 
     @torch.no_grad()
     def weigh(self, batch: Batch, *, step: int) -> Weights:
-        """Return the weights of a batch that is looked at, as one global batch, and not learnt from."""
+        """Return the weights of a batch that is measured and not learned from, as one global batch."""
         self.policy.eval()
-        parts = self._parts(batch)
-        signals = self._signals(parts, [None] * len(parts), rows=len(batch.ids_BT))
-        target_BTK = target_mask(self._labels(batch))
-        weights = self.arm.weigh(self._view(batch, target_BTK, signals, step=step, training=False))
+        parts = micro_batches(batch, self.accumulation, self.distributed)
+        target_BTK = target_mask(self._signals.labels(batch))
+        view = self._signals.view(
+            batch, target_BTK, parts=parts, hidden=[None] * len(parts), step=step, training=False
+        )
+        weights = self.weighting.weigh(view)
         self._values.note(weights.weight)
-        self._values.look()
+        self._values.raise_if_bad()
         self.policy.train()
         return weights
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Return the policy's parameters and what the weighting keeps.
+        """Return the policy's parameters and the weighting's state.
 
         Raises:
-            RunFailedError: Some weights since the last look were bad: what they made is not to be kept.
+            RunFailedError: Weights since the last check were bad, so the state must not be kept.
         """
-        self._values.look()
+        self._values.raise_if_bad()
         policy = {f"policy.{name}": tensor for name, tensor in module_state(self.policy).items()}
-        weighting = {f"weighting.{name}": value for name, value in self.arm.weighting.state_dict().items()}
-        return policy | weighting
+        strategy = self.weighting.strategy.state_dict()
+        return policy | {f"weighting.{name}": value for name, value in strategy.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict`'s result."""
-        load_module_state(self.policy, below(state, "policy"))
-        self.arm.weighting.load_state_dict(below(state, "weighting"))
+        """Restore the result of `state_dict`."""
+        load_module_state(self.policy, WithPrefix(state, "policy"))
+        self.weighting.strategy.load_state_dict(WithPrefix(state, "weighting"))
 
     def save_best(self) -> None:
         """Write the policy's weights."""
@@ -212,165 +237,3 @@ class PolicyLearner(Learner):
     def load_best(self) -> None:
         """Load them back."""
         self.restore()
-
-    def _labels(self, batch: Batch) -> Tensor:
-        return align_labels(
-            batch.ids_BT,
-            document_BT=batch.document_BT,
-            response_BT=batch.response_BT,
-            n_future=self.policy.n_future,
-        )
-
-    def _trunk(self, batch: Batch) -> Tensor:
-        with self.autocast():
-            return self.policy.trunk_states(batch.ids_BT, position_BT=batch.position_BT)
-
-    @torch.no_grad()
-    def _signals(self, parts: Sequence[_Part], states: Sequence[Tensor | None], *, rows: int) -> _Signals:
-        """Compute the signals that the weighting needs, for the rows of the global batch."""
-        scores: list[Scores] = []
-        asked = {signal: read for signal, read in _OF_THE_POLICY.items() if signal in self.arm.needs}
-        own: dict[Signal, list[Tensor]] = {signal: [] for signal in _OF_THE_POLICY}
-        for part, known in zip(parts, states, strict=True):
-            reads = self.arm.critic is not None and self.arm.scores and self.arm.critic.reads_policy
-            hidden_BTH = known
-            if hidden_BTH is None and (reads or asked):
-                hidden_BTH = self._trunk(part.batch)
-            if self.arm.critic is not None and self.arm.scores:
-                state = hidden_BTH.detach().float() if reads and hidden_BTH is not None else None
-                scores.append(self.arm.critic.score(part.batch, state))
-            if asked and hidden_BTH is not None:
-                predictions = PairPredictions(
-                    self.policy,
-                    hidden_BTH.detach(),
-                    self._labels(part.batch),
-                    position_BT=part.batch.position_BT,
-                    preceding_BT=preceding(part.batch),
-                )
-                for signal, read in asked.items():
-                    with self.autocast():
-                        own[signal].append(read(predictions))
-        return _Signals(
-            value_BT=self._everywhere(parts, [score.value_BT for score in scores], rows),
-            reference_loss_BT=self._everywhere(parts, [score.reference_loss_BT for score in scores], rows),
-            token_loss_BTK=self._everywhere(parts, own[Signal.TOKEN_LOSS], rows),
-            token_entropy_BTK=self._everywhere(parts, own[Signal.TOKEN_ENTROPY], rows),
-        )
-
-    def _everywhere(
-        self, parts: Sequence[_Part], values: Sequence[Tensor | None], rows: int
-    ) -> Tensor | None:
-        """Lay the values of this process's parts, and of all others, into the rows of the global batch."""
-        known = [(part, value) for part, value in zip(parts, values, strict=False) if value is not None]
-        if not known:
-            return None
-        first = known[0][1]
-        laid = first.new_zeros((rows, *first.shape[1:]))
-        for part, value in known:
-            if part.counts:
-                laid[part.rows] = value
-        self.distributed.all_reduce(laid)
-        return laid
-
-    def _parts(self, batch: Batch) -> list[_Part]:
-        """Return this process's parts of the global batch; as many as any other's, so that all keep step."""
-        parts, first = [], 0
-        for part in split_rows(batch, self.accumulation * self.distributed.size):
-            rows = slice(first, first + len(part.ids_BT))
-            parts.append(_Part(rows=rows, batch=part, counts=True))
-            first = rows.stop
-        return self.distributed.shard_evenly(parts, spare=evolve(parts[0], counts=False))
-
-    def _view(
-        self, batch: Batch, target_BTK: Tensor, signals: _Signals, *, step: int, training: bool
-    ) -> StepView:
-        needs = self.arm.needs
-        return StepView(
-            ids_BT=batch.ids_BT,
-            document_BT=batch.document_BT,
-            response_BT=batch.response_BT,
-            target_BTK=target_BTK,
-            n_future=self.policy.n_future,
-            step=step,
-            training=training,
-            reward_BT=batch.reward_BT if Signal.REWARD in needs else None,
-            group_BT=batch.group_BT if Signal.GROUP in needs else None,
-            value_BT=signals.value_BT if Signal.VALUE in needs else None,
-            token_loss_BTK=signals.token_loss_BTK,
-            token_entropy_BTK=signals.token_entropy_BTK,
-            reference_loss_BT=signals.reference_loss_BT if Signal.REFERENCE_LOSS in needs else None,
-        )
-
-
-@frozen(kw_only=True, eq=False)
-class _Part:
-    """Some rows of the global batch; `counts` is False for a stand-in with nothing to learn from."""
-
-    rows: slice
-    batch: Batch
-    counts: bool
-
-    def of(self, tensor: Tensor, *, nothing: float) -> Tensor:
-        """Return these rows of a tensor of the global batch."""
-        return tensor[self.rows] if self.counts else torch.full_like(tensor[self.rows], nothing)
-
-    @property
-    def preceding_BT(self) -> NDArray[np.int64] | None:
-        """Which pairs of these rows count, see `CollatedBatch.preceding_BT`."""
-        preceding_BT = preceding(self.batch)
-        return preceding_BT if self.counts or preceding_BT is None else np.zeros_like(preceding_BT)
-
-
-@frozen(kw_only=True, eq=False)
-class _Signals:
-    value_BT: Tensor | None
-    reference_loss_BT: Tensor | None
-    token_loss_BTK: Tensor | None
-    token_entropy_BTK: Tensor | None
-
-
-# What the policy itself is asked for, in a pass of its own before the weighted one.
-_OF_THE_POLICY = {
-    Signal.TOKEN_LOSS: PairPredictions.losses,
-    Signal.TOKEN_ENTROPY: PairPredictions.entropies,
-}
-
-
-def _per_head(name: str, value_K: Tensor) -> dict[str, Tensor]:
-    return {f"{name}_head_{k + 1}": value for k, value in enumerate(value_K.unbind())}
-
-
-@torch.no_grad()
-def head_quality(
-    policy: Policy, batches: Iterable[Batch], *, autocast: Callable[[], torch.autocast]
-) -> tuple[Tensor, Tensor]:
-    """Return unweighted cross-entropy and top-1 accuracy of each head over all targets of the batches.
-
-    Returns:
-        `ce_K` (nats a target) and `accuracy_K`, float32; 0 for a head without targets.
-    """
-    policy.eval()
-    sums: list[HeadSums] = []
-    for batch in batches:
-        labels_BTK = align_labels(
-            batch.ids_BT,
-            document_BT=batch.document_BT,
-            response_BT=batch.response_BT,
-            n_future=policy.n_future,
-        )
-        with autocast():
-            hidden_BTH = policy.trunk_states(batch.ids_BT, position_BT=batch.position_BT)
-            predictions = PairPredictions(
-                policy,
-                hidden_BTH,
-                labels_BTK,
-                position_BT=batch.position_BT,
-                preceding_BT=preceding(batch),
-            )
-            sums.append(predictions.sums())
-    ce_K, correct_K, count_K = (
-        torch.stack([getattr(each, name) for each in sums]).sum(dim=0)
-        for name in ("ce_sum_K", "correct_K", "count_K")
-    )
-    policy.train()
-    return ce_K / count_K.clamp(min=1), correct_K / count_K.clamp(min=1)

@@ -1,4 +1,4 @@
-"""Stage 0, second half: a valid plan becomes data, policy, critic and weighting, all in memory."""
+"""Stage 0: data and policy of a plan, ready for training; critic and weighting are built from here too."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from weighted_mtp_core.api import (
 )
 from weighted_mtp_core.checkpointing.best_model import load_model
 from weighted_mtp_core.data.batches import StepBatches, collate, make_step_batches
-from weighted_mtp_core.data.samplers import in_order
+from weighted_mtp_core.data.pairs import make_pairs
+from weighted_mtp_core.data.samplers import Sampler, in_order, pointwise
 from weighted_mtp_core.data.token_cache import TokenCache, make_token_cache
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import WmtpError
@@ -36,43 +37,42 @@ from weighted_mtp_core.model.packing_probe import check_packing
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.trunk import Trunk, frozen_trunk, trainable_trunk
 from weighted_mtp_core.plan import Plan
-from weighted_mtp_core.runtime.device import resolve_device, resolve_dtype
+from weighted_mtp_core.recipe.schema import CriticTable
+from weighted_mtp_core.runtime.device import Compute
 from weighted_mtp_core.storage.manifest import sha256_of
 from weighted_mtp_core.training.score_cache import CachedCritic, scores_key, state_sha256
 
 
 @define(kw_only=True, eq=False, slots=False)
 class Prepared:
-    """Everything that the stages work with.
+    """The data and the policy of a run.
 
     Attributes:
-        plan: What was asked for.
+        plan: The plan of the run.
         storage: The storage root.
         source: The data source.
-        device: Where tensors live.
-        dtype: What forward passes compute in; parameters and sums stay float32.
+        compute: Device, and dtype of forward passes.
         policy: The model, on the device.
         tokenizer: Its transformers tokenizer.
         base_name: Name and version of the base model, for the tag `model_version`.
         cache: The data as tokens.
-        log: Tells the person and the log.
+        log: Receives messages for the user.
     """
 
     plan: Plan
     storage: Path
     source: DataSource
-    device: torch.device
-    dtype: torch.dtype
+    compute: Compute
     policy: Policy
     tokenizer: Any
     base_name: str
     cache: TokenCache
     log: Callable[[str], None]
     _token_sets: dict[tuple[str, Split], TokenSet] = field(factory=dict, init=False)
-    _given: list[str] = field(factory=list, init=False)
+    _critic_inputs: list[str] = field(factory=list, init=False)
 
     def policy_tokens(self, split: Split) -> TokenSet:
-        """Return what the policy imitates, as tokens."""
+        """Return the examples that the policy imitates, as tokens."""
         return self._tokens("policy", split, self.source.policy_examples)
 
     def critic_tokens(self, split: Split) -> TokenSet:
@@ -102,45 +102,57 @@ class Prepared:
 
     @cached_property
     def length_only(self) -> LengthOnly:
-        """What the lengths of training responses say of their rewards."""
+        """The baseline critic that knows only lengths, fitted on the training responses."""
         tokens = self.critic_tokens("train")
         return LengthOnly.fit(tokens.length_D - tokens.prompt_D, np.asarray(tokens.reward_D, np.float64))
 
-    def autocast(self) -> torch.autocast:
-        """Return the context of a forward pass."""
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
-
     def batch(self, tokens: TokenSet, rows: NDArray[np.int64]) -> Batch:
         """Return documents as a batch on the device."""
-        return collate(tokens, rows, device=self.device)
+        return collate(tokens, rows, device=self.compute.device)
 
     def policy_batches(self, tokens: TokenSet) -> StepBatches:
-        """Return the global batch of each step of stage 2."""
+        """Return the global batches of stage 2."""
         recipe = self.plan.recipe
         return make_step_batches(
             tokens,
             recipe.data,
             batch_size=recipe.train.batch_size,
             seed=recipe.run.seed,
-            device=self.device,
+            device=self.compute.device,
         )
 
-    def cached(self, critic: Critic | None, batches: StepBatches) -> Critic | None:
-        """Return the critic, or what reads its scores from a table if recipe and critic allow it."""
+    def critic_batches(self, critic: Critic, table: CriticTable) -> Callable[[int], Batch]:
+        """Return the function from a step of stage 1 to its global batch."""
+        tokens = self.critic_tokens("train")
+        units = make_pairs(tokens, table.pairs) if critic.batching == "pairs" else pointwise(tokens)
+        seed = self.plan.recipe.run.seed
+        sampler = Sampler(units, tokens.length_D, batch_size=table.train.batch_size, seed=seed)
+        return lambda step: self.batch(tokens, sampler.rows(step))
+
+    def critic_validation(self, *, batch_size: int) -> Iterator[tuple[Batch, NDArray[np.int64]]]:
+        """Yield the labelled responses on which the critic is measured; see `validation_batches`."""
+        table = self.plan.recipe.critic
+        limit = 0 if table is None else table.train.validation_examples
+        return self.validation_batches(self.critic_tokens("validation"), batch_size=batch_size, limit=limit)
+
+    def with_score_cache(self, critic: Critic | None, batches: StepBatches) -> Critic | None:
+        """Return the critic, behind a cache of its scores if recipe and critic allow it."""
         recipe, chosen = self.plan.recipe, self.plan.critic
         if critic is None or chosen is None or recipe.critic is None:
             return critic
         if not recipe.critic.cache or not critic.cacheable or critic.reads_policy:
             return critic
         accumulation = recipe.train.accumulation
-        key = scores_key(critic, chosen, given=self._given, batches=batches, accumulation=accumulation)
+        key = scores_key(
+            critic, chosen, inputs=self._critic_inputs, batches=batches, accumulation=accumulation
+        )
         folder = self.storage / "signals" / key[:16]
         return CachedCritic(critic, batches, accumulation=accumulation, folder=folder)
 
     def validation_batches(
         self, tokens: TokenSet, *, batch_size: int, limit: int = 0
     ) -> Iterator[tuple[Batch, NDArray[np.int64]]]:
-        """Yield batches of similar length with the problem number of each row; `limit` 0 means all."""
+        """Yield batches of similar lengths with the problem number of each row; `limit` 0 means all."""
         for rows in in_order(tokens, batch_size=batch_size, limit=limit):
             yield self.batch(tokens, rows), tokens.problem_D[rows]
 
@@ -148,7 +160,7 @@ class Prepared:
     def trunk(self, batch: Batch) -> Tensor:
         """Return the policy's trunk states, float32 `[B, T, H]`, without a gradient."""
         self.policy.eval()
-        with self.autocast():
+        with self.compute.autocast():
             return self.policy.trunk_states(batch.ids_BT, position_BT=batch.position_BT).float()
 
     @cached_property
@@ -160,7 +172,7 @@ class Prepared:
                 n_future=self.policy.n_future,
                 hidden_size=self.policy.hidden_size,
                 vocab_size=self.policy.vocab_size,
-                device=self.device,
+                device=self.compute.device,
                 frozen_trunk=self._frozen_trunk,
                 frozen_losses=self._frozen_losses,
                 trainable_trunk=self._trainable_trunk,
@@ -168,22 +180,25 @@ class Prepared:
         )
 
     def _frozen_trunk(self) -> Callable[[Batch], Tensor]:
-        self._note_given(None)
+        self._add_critic_input(None)
         return frozen_trunk(self.policy)
 
     def _frozen_losses(self, checkpoint: Path | None) -> Callable[[Batch], Tensor]:
         losses = frozen_losses(self.policy, checkpoint, load=load_model)
-        self._note_given(checkpoint)
+        self._add_critic_input(checkpoint)
         return losses
 
     def _trainable_trunk(self, base: str | None) -> Trunk:
         return trainable_trunk(self.policy, base, storage=self.storage, tokenizer=self.tokenizer)
 
-    def _note_given(self, checkpoint: Path | None) -> None:
-        """Note what a component stands on, for the key of its scores: the policy as it is, or a file."""
+    def _add_critic_input(self, checkpoint: Path | None) -> None:
+        """Record the weights that a component reads, for the key of the score cache.
+
+        They are those of a file, or without one those that the policy has now.
+        """
         if self.plan.recipe.critic is not None and self.plan.recipe.critic.cache:
             weights = state_sha256(self.policy.state_dict()) if checkpoint is None else sha256_of(checkpoint)
-            self._given += [weights, self.policy.config.to_json_string()]
+            self._critic_inputs += [weights, self.policy.config.to_json_string()]
 
     def build_critic(self) -> Critic | None:
         """Build the recipe's critic, if it names one."""
@@ -197,34 +212,34 @@ class Prepared:
 
 
 def prepare(plan: Plan, *, log: Callable[[str], None]) -> Prepared:
-    """Make data and policy ready; nothing is trained yet.
+    """Load the data and the policy.
 
     Raises:
         WmtpError: Data, base model or device is missing or broken.
     """
     recipe = plan.recipe
     storage = Path(recipe.run.storage)
-    device = resolve_device(recipe.model.device)
-    dtype = resolve_dtype(recipe.model.dtype, device)
+    compute = Compute.resolve(device=recipe.model.device, dtype=recipe.model.dtype)
     source: DataSource = plan.data.build(BuildContext(seed=recipe.run.seed, storage=storage))
     version = source.version()
     log(f"data {version.name} {version.version} (sha256 {version.sha256[:12]})")
     loaded = load_policy(
         recipe.model, storage=storage, texts=partial(_training_texts, source), seed=recipe.run.seed
     )
-    policy = loaded.policy.to(device)
+    policy = loaded.policy.to(compute.device)
     if recipe.model.activation_checkpointing:
         policy.recompute_activations()
     if recipe.data.packing == "documents":
         check_packing(policy)
     millions = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
-    log(f"policy {loaded.base_name}: {millions:.1f} M parameters, {policy.n_future} heads on {device}")
+    log(
+        f"policy {loaded.base_name}: {millions:.1f} M parameters, {policy.n_future} heads on {compute.device}"
+    )
     return Prepared(
         plan=plan,
         storage=storage,
         source=source,
-        device=device,
-        dtype=dtype,
+        compute=compute,
         policy=policy,
         tokenizer=loaded.tokenizer,
         base_name=loaded.base_name,

@@ -1,9 +1,9 @@
-"""A critic's scores, computed once and read from a memory map afterwards.
+"""A critic's scores, computed once and then read from a memory-mapped table.
 
-A critic that does not read the policy says of a token in stage 2 the same at every step: its parameters rest.
-So each document is scored in the batch that first draws it, with just the numbers that scoring at every step
-would give there; later epochs, and later runs with the same critic, data and batches, read them. (A forward
-pass in another batch would give the same but for the rounding of sums taken in another order, 1e-6.)
+In stage 2 a critic that does not read the policy returns the same score for a token at every step, because
+its parameters are frozen. So each document is scored in the batch that draws it first, with the same numbers
+as without the cache. Later epochs, and later runs with the same critic, data and batches, read the table.
+(Scored in another batch, a document gets the same numbers up to the rounding of sums in another order, 1e-6.)
 
 Shape letters: B rows, T positions, N tokens of the token set, D documents.
 """
@@ -31,22 +31,23 @@ from weighted_mtp_core.data.array_files import drop_pages, mapped
 from weighted_mtp_core.data.batches import CollatedBatch, StepBatches, split_rows
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.plugins.selection import SelectedComponent
+from weighted_mtp_core.runtime.device import to_device
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder
 from weighted_mtp_core.storage.verify_once import verify_once
 
-_FORMAT = 2  # raise it when the same key would stand for other numbers
+_FORMAT = 2  # raise it when the numbers under a key would change
 _FIELDS = ("value_BT", "reference_loss_BT")
 Floats = NDArray[np.float32]
 
 
 class CachedCritic(Critic):
-    """Stands in for a critic that does not read the policy; padding is scored 0.
+    """A critic that does not read the policy, behind a cache; padding is scored 0.
 
     Args:
-        critic: What scores; it must not be trained any more.
-        batches: The batches of stage 2, whose parts alone can be scored.
-        accumulation: In how many parts a batch is scored.
-        folder: Where complete tables lie: read if it is there, else made when every document was scored.
+        critic: The critic, which must no longer be trained.
+        batches: The batches of stage 2; only documents of their token set can be scored.
+        accumulation: Number of parts in which a batch is scored.
+        folder: The folder of a complete table: read if it exists, written once every document is scored.
     """
 
     trainable = False
@@ -60,14 +61,14 @@ class CachedCritic(Critic):
         self._table: dict[str, Floats] = {}
         self._scored_D = np.zeros(len(batches.tokens), dtype=np.bool_)
         self._first_step_D: NDArray[np.int64] | None = None
-        self._workshop: Path | None = None
+        self._unfinished: Path | None = None
         if (folder / MANIFEST).is_file():
             verify_once(folder)
             self._open()
 
     @torch.no_grad()
     def score(self, batch: Batch, hidden_BTH: Tensor | None) -> Scores:
-        """Return each token's scores, from the table.
+        """Return each token's scores from the table, and fill the table where it lacks them.
 
         Raises:
             WmtpError: The batch was not made from the token set.
@@ -82,14 +83,13 @@ class CachedCritic(Critic):
             for step in np.unique(self._first_steps()[lacking]):
                 self._score(int(step))
             if self._scored_D.all():
-                self._keep()
+                self._publish()
         found = {
-            name: torch.from_numpy(np.where(real_BT, values_N[batch.token_BT], np.float32(0))).to(
-                batch.ids_BT.device, non_blocking=True
-            )
+            name: to_device(np.where(real_BT, values_N[batch.token_BT], np.float32(0)), batch.ids_BT.device)
             for name, values_N in self._table.items()
         }
-        self._let_go()
+        for values_N in self._table.values():
+            drop_pages(values_N)
         return Scores(**found)
 
     def _first_steps(self) -> NDArray[np.int64]:
@@ -98,7 +98,7 @@ class CachedCritic(Critic):
         return self._first_step_D
 
     def _score(self, step: int) -> None:
-        """Score the documents of a step of the first epoch."""
+        """Score the documents of one step of the first epoch."""
         batch = self._batches(step)
         for part in split_rows(batch, self._accumulation):
             real_BT = part.token_BT >= 0
@@ -107,30 +107,30 @@ class CachedCritic(Critic):
         self._scored_D[_documents(batch, self._batches.tokens.start_D1)] = True
 
     def _column(self, name: str) -> Floats:
-        """Return the table's column of a score; begin it if it is new."""
+        """Return the table's column of a score; create it if it is new."""
         if name not in self._table:
-            if self._workshop is None:
+            if self._unfinished is None:
                 self._folder.parent.mkdir(parents=True, exist_ok=True)
-                made = tempfile.mkdtemp(dir=self._folder.parent, prefix=f".{self._folder.name}.")
-                self._workshop = Path(made)
-                weakref.finalize(self, shutil.rmtree, self._workshop, ignore_errors=True)
-            # On disk from the start: a corpus may be larger than memory.
+                temporary = tempfile.mkdtemp(dir=self._folder.parent, prefix=f".{self._folder.name}.")
+                self._unfinished = Path(temporary)
+                weakref.finalize(self, shutil.rmtree, self._unfinished, ignore_errors=True)
+            # On disk from the start, because a corpus may be larger than memory.
             self._table[name] = open_memmap(
-                self._workshop / f"{name}.npy",
+                self._unfinished / f"{name}.npy",
                 mode="w+",
                 dtype=np.float32,
                 shape=(len(self._batches.tokens.ids_N),),
             )
         return self._table[name]
 
-    def _keep(self) -> None:
-        """Make the complete table one that later runs find."""
-        assert self._workshop is not None
+    def _publish(self) -> None:
+        """Move the complete table to the folder in which later runs find it."""
+        assert self._unfinished is not None
         for values_N in self._table.values():
             assert isinstance(values_N, np.memmap)
             values_N.flush()
         with atomic_folder(self._folder) as folder:
-            for file in self._workshop.iterdir():
+            for file in self._unfinished.iterdir():
                 file.rename(folder / file.name)
         self._open()
 
@@ -138,33 +138,29 @@ class CachedCritic(Critic):
         self._table = {file.stem: mapped(file) for file in sorted(self._folder.glob("*.npy"))}
         self._scored_D[:] = True
 
-    def _let_go(self) -> None:
-        for values_N in self._table.values():
-            drop_pages(values_N)
-
 
 def scores_key(
     critic: Critic,
     chosen: SelectedComponent,
     *,
-    given: Sequence[str],
+    inputs: Sequence[str],
     batches: StepBatches,
     accumulation: int,
 ) -> str:
     """Return the SHA-256 of everything that a critic's scores depend on.
 
     Args:
-        critic: With the state that it scores with.
+        critic: The critic, in the state in which it scores.
         chosen: Its address, version and options.
-        given: What core gave it to stand on, as SHA-256 sums.
+        inputs: The weights that core gave it, as SHA-256 sums, and their configuration.
         batches: The batches of stage 2.
-        accumulation: In how many parts a batch is scored.
+        accumulation: Number of parts in which a batch is scored.
     """
     depends = {
         "format": _FORMAT,
         "critic": [chosen.address, chosen.plugin.distribution, chosen.plugin.version, chosen.plain_options()],
         "state": state_sha256(critic.state_dict()),
-        "given": list(given),
+        "given": list(inputs),
         "tokens": batches.tokens.sha256,
         "batches": {**batches.order, "accumulation": accumulation},
         "machine": fingerprint(),

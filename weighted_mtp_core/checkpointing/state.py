@@ -1,0 +1,138 @@
+"""The state of modules, optimisers and random generators as tensors and plain values, and its restoration.
+
+`snapshot.py` writes such states to files and reads them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.runtime.sharding import copy_to_host, like
+
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+class WithPrefix(Mapping[str, Any]):
+    """The entries of a state below a dotted prefix, named without it; values are read on access."""
+
+    def __init__(self, state: Mapping[str, Any], prefix: str) -> None:
+        self._state, self._start = state, f"{prefix}."
+
+    def __getitem__(self, name: str) -> Any:
+        return self._state[self._start + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self._start) for name in self._state if name.startswith(self._start))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def copy_state(
+    state: Mapping[str, Any], prefix: str, *, over: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return copies of a state's tensors in main memory, sharded as they are, and its plain values.
+
+    Args:
+        state: The state.
+        prefix: Put before each tensor's name, with a dot.
+        over: Earlier copies by their prefixed names; those that fit are overwritten.
+    """
+    found = {f"{prefix}.{name}": value for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = {name: copy_to_host(value, over.get(name)) for name, value in found.items()}
+    return tensors, {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+
+
+def module_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's parameters and persistent buffers; a tensor that several names share, once."""
+    kept = module.state_dict(keep_vars=True)
+    unique = {id(tensor): name for name, tensor in reversed(kept.items())}
+    return {name: tensor for name, tensor in kept.items() if unique[id(tensor)] == name}
+
+
+@torch.no_grad()
+def load_module_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy the result of `module_state` into the module, one tensor in memory at a time.
+
+    Raises:
+        WmtpError: The state is that of another module.
+    """
+    own = module_state(module)
+    if own.keys() != state.keys():
+        raise _another_model()
+    for name, tensor in own.items():
+        value = state[name]
+        if value.shape != tensor.shape:
+            raise _another_model()
+        tensor.copy_(like(tensor, value))
+
+
+def _another_model() -> WmtpError:
+    return WmtpError(
+        "the checkpoint holds another model than the recipe describes",
+        hint="use the recipe of the run that wrote it (its `recipe.toml`)",
+    )
+
+
+def optimiser_state(
+    optimiser: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]
+) -> dict[str, Tensor]:
+    """Return an optimiser's tensors as `<index of the parameter>.<name>`; its options are not part of it."""
+    flat = get_optimizer_state_dict(nn.ParameterList(parameters), optimiser, options=_FLAT)
+    return dict(WithPrefix(flat, "state"))
+
+
+@torch.no_grad()
+def load_optimiser_state(
+    optimiser: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], state: Mapping[str, Tensor]
+) -> None:
+    """Restore the result of `optimiser_state` in a new optimiser; its options stay as they are.
+
+    Each tensor, Adam's `step` included, is laid on its parameter's device and sharded as its parameter is.
+    """
+    module = nn.ParameterList(parameters)
+    flat = get_optimizer_state_dict(module, optimiser, options=_FLAT)
+    for name, tensor in WithPrefix(flat, "state").items():
+        if name in state:
+            flat[f"state.{name}"] = like(tensor, state[name])  # type: ignore[assignment] # flat, not nested
+        else:  # the parameter had no gradient yet
+            tensor.zero_()
+    set_optimizer_state_dict(module, optimiser, flat, options=_FLAT)
+
+
+def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the state of every global random generator: tensors and plain values."""
+    tensors = {"rng.torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"rng.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the global one is meant
+    values = {
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
+    }
+    return tensors, values
+
+
+def restore_random_state(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    """Restore the result of `random_state`; generators of GPUs only if there are as many as before."""
+    torch.set_rng_state(tensors["rng.torch"])
+    cuda = WithPrefix(tensors, "rng.cuda")
+    if cuda and torch.cuda.device_count() == len(cuda):
+        torch.cuda.set_rng_state_all([cuda[str(i)] for i in range(len(cuda))])
+    version, numbers, gauss = values["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, position, has_gauss, cached = values["numpy"]
+    np.random.set_state((name, np.asarray(keys, dtype=np.uint32), position, has_gauss, cached))  # noqa: NPY002

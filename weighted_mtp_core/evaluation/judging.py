@@ -1,0 +1,88 @@
+"""Completions run against the tests of their problems, and the metrics of the verdicts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+from attrs import frozen
+
+from weighted_mtp_core.api import DataSource, Problem, Verdict, VerdictKind
+from weighted_mtp_core.metrics.pass_at_k import pass_at_k
+from weighted_mtp_core.storage.atomic import atomic_write
+
+
+@frozen(kw_only=True)
+class JudgedCompletions:
+    """Completions of problems with their verdicts, `samples` per problem, in problem order."""
+
+    problems: tuple[Problem, ...]
+    completions: tuple[tuple[str, ...], ...]
+    verdicts: tuple[tuple[Verdict, ...], ...]
+    whole_split: bool
+
+    def pass_rate(self, k: int) -> float:
+        """Return mean pass@k over the problems."""
+        rates = [pass_at_k(len(row), sum(verdict.passed for verdict in row), k) for row in self.verdicts]
+        return sum(rates) / len(rates)
+
+    def metrics(self, ks: Sequence[int]) -> dict[str, float]:
+        """Return mean pass@k over the problems and the share of each verdict.
+
+        The metric of a limited set has its size in the name (`pass_at_1_of_20_problems`), because pass@k on a
+        part of a benchmark is not comparable.
+        """
+        suffix = "" if self.whole_split else f"_of_{len(self.problems)}_problems"
+        rates = {f"pass_at_{k}{suffix}": self.pass_rate(k) for k in ks}
+        kinds = [verdict.kind for row in self.verdicts for verdict in row]
+        shares = {
+            f"verdict_{kind.value}": kinds.count(kind) / len(kinds) for kind in VerdictKind if kind in kinds
+        }
+        return rates | shares
+
+    def save(self, folder: Path) -> tuple[Path, Path]:
+        """Write `samples.jsonl` (HumanEval's sample format) and `verdicts.jsonl`; return their paths."""
+        folder.mkdir(parents=True, exist_ok=True)
+        samples, verdicts = [], []
+        for problem, completions, row in zip(self.problems, self.completions, self.verdicts, strict=True):
+            for completion, verdict in zip(completions, row, strict=True):
+                samples.append({"task_id": problem.problem_id, "completion": completion})
+                verdicts.append(
+                    {
+                        "task_id": problem.problem_id,
+                        "passed": verdict.passed,
+                        "verdict": verdict.kind.value,
+                        "detail": verdict.detail,
+                    }
+                )
+        files = folder / "samples.jsonl", folder / "verdicts.jsonl"
+        atomic_write(files[0], _jsonl(samples))
+        atomic_write(files[1], _jsonl(verdicts))
+        return files
+
+
+def judge(
+    source: DataSource,
+    problems: Sequence[Problem],
+    completions: Sequence[Sequence[str]],
+    *,
+    whole_split: bool,
+) -> JudgedCompletions:
+    """Run every completion against the tests of its problem."""
+    verdicts = iter(
+        source.verify(
+            [(problem, text) for problem, row in zip(problems, completions, strict=True) for text in row]
+        )
+    )
+    return JudgedCompletions(
+        problems=tuple(problems),
+        completions=tuple(tuple(row) for row in completions),
+        verdicts=tuple(tuple(islice(verdicts, len(row))) for row in completions),
+        whole_split=whole_split,
+    )
+
+
+def _jsonl(rows: Sequence[Mapping[str, object]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)

@@ -1,0 +1,34 @@
+"""Metrics of token weights.
+
+Shape letters: N pairs of a source and a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_QUANTILES = (0.05, 0.5, 0.95)
+
+
+def weight_metrics(weight_N: Tensor) -> dict[str, Tensor]:
+    """Return metrics of the weights of all pairs that count, as float32 scalars; none without pairs.
+
+    `weight_entropy` is the entropy of w / sum w over the pairs divided by ln(number of pairs): 1 for equal
+    weights, 0 for all weight on one pair. `effective_sample_share` is (sum w)^2 / sum w^2 (Kish 1965) divided
+    by the number of pairs.
+    """
+    if not len(weight_N):
+        return {}
+    weight_N = weight_N.float()
+    total = weight_N.sum()
+    count = weight_N.new_full((), len(weight_N))
+    share_N = weight_N / total.clamp(min=torch.finfo(torch.float32).tiny)
+    entropy = -torch.special.xlogy(share_N, share_N).sum() / count.log().clamp(min=1e-9)
+    quantiles = torch.quantile(weight_N, weight_N.new_tensor(_QUANTILES))
+    return {
+        "weight_mean": total / count,
+        "weight_entropy": entropy,
+        "effective_sample_share": total.square() / (weight_N.square().sum() * count).clamp(min=1e-30),
+        **{f"weight_p{int(100 * q):02d}": value for q, value in zip(_QUANTILES, quantiles, strict=True)},
+    }

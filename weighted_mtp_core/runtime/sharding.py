@@ -1,0 +1,78 @@
+"""Parameters sharded over processes (FSDP2): from shards to whole tensors and back, and to main memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from weighted_mtp_core.runtime.distributed import Distributed
+
+
+def shard(blocks: Iterable[nn.Module], distributed: Distributed) -> None:
+    """Shard the parameters of each module over the processes.
+
+    Gradients are summed, as those of whole parameters are. Copies of the modules must be made before.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mesh = init_device_mesh(device, (distributed.size,))
+    for block in blocks:
+        sharded = fully_shard(block, mesh=mesh)
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(enable=True)
+
+
+def decoder_layers(policy: nn.Module) -> list[nn.Module]:
+    """Return the innermost modules of a policy's lists of modules: the layers of trunk and heads."""
+    listed = [each for module in policy.modules() if isinstance(module, nn.ModuleList) for each in module]
+    return [
+        block
+        for block in listed
+        if any(True for _ in block.parameters())
+        and not any(isinstance(child, nn.ModuleList) for child in block.modules())
+    ]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the whole of a sharded tensor in every process, a collective operation; others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(own: Tensor, value: Tensor) -> Tensor:
+    """Return a whole tensor, the same in every process, sharded as `own` is; without communication."""
+    if not isinstance(own, DTensor):
+        return value
+    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+
+
+def all_like(own: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state with its tensors sharded as those of the same names in `own` are."""
+    return {
+        name: like(own[name], value) if isinstance(own.get(name), DTensor) else value
+        for name, value in state.items()
+    }
+
+
+def copy_to_host(tensor: Tensor, into: Tensor | None = None) -> Tensor:
+    """Return a copy in main memory, sharded as the tensor is.
+
+    Args:
+        tensor: What to copy.
+        into: An earlier copy that is no longer needed: overwritten and returned if it fits. Fresh memory
+            costs the system several times what the copy costs.
+    """
+    if into is not None and (into.shape, into.dtype) == (tensor.shape, tensor.dtype):
+        _local(into).copy_(_local(tensor))
+        return into
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor, detached."""
+    held = tensor.detach()
+    return held.to_local() if isinstance(held, DTensor) else held

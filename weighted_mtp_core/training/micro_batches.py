@@ -1,0 +1,89 @@
+"""The global batch in micro-batches: one forward and backward pass each, shared out over the processes.
+
+Shape letters: B rows of the global batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from attrs import evolve, frozen
+from numpy.typing import NDArray
+from torch import Tensor
+
+from weighted_mtp_core.api import Batch
+from weighted_mtp_core.data.batches import preceding, split_rows
+from weighted_mtp_core.runtime.distributed import Distributed
+
+
+@frozen(kw_only=True, eq=False)
+class MicroBatch:
+    """Some rows of the global batch.
+
+    Attributes:
+        batch: The rows.
+        rows: Their indices in the global batch.
+        share: Their share of the rows of the global batch; 0 for a spare one, which contributes nothing.
+    """
+
+    batch: Batch
+    rows: slice
+    share: float
+
+    @property
+    def is_spare(self) -> bool:
+        """Whether it only lets this process take part in collective operations."""
+        return self.share == 0
+
+    def select(self, tensor: Tensor, *, spare: float) -> Tensor:
+        """Return these rows of a tensor of the global batch; of a spare one, the value `spare`."""
+        return torch.full_like(tensor[self.rows], spare) if self.is_spare else tensor[self.rows]
+
+    @property
+    def preceding_BT(self) -> NDArray[np.int64] | None:
+        """`CollatedBatch.preceding_BT` of these rows; zeros, which no target has, for a spare one."""
+        preceding_BT = preceding(self.batch)
+        return np.zeros_like(preceding_BT) if self.is_spare and preceding_BT is not None else preceding_BT
+
+
+def micro_batches(
+    batch: Batch, accumulation: int, distributed: Distributed, *, together: int = 1
+) -> list[MicroBatch]:
+    """Return this process's micro-batches, as many in every process.
+
+    Args:
+        batch: The global batch.
+        accumulation: Micro-batches per process.
+        distributed: The processes.
+        together: This many consecutive rows are never separated.
+    """
+    split, first = [], 0
+    for rows in split_rows(batch, accumulation * distributed.size, together=together):
+        last = first + len(rows.ids_BT)
+        share = (last - first) / len(batch.ids_BT)
+        split.append(MicroBatch(batch=rows, rows=slice(first, last), share=share))
+        first = last
+    return distributed.shard_evenly(split, spare=evolve(split[0], share=0.0))
+
+
+def gather_rows(
+    parts: Sequence[MicroBatch], values: Sequence[Tensor], *, rows: int, distributed: Distributed
+) -> Tensor | None:
+    """Return the values `[B, ...]` of the global batch from those of all processes' micro-batches.
+
+    Args:
+        parts: This process's micro-batches.
+        values: Their values, in the same order; empty, in every process, if there are none.
+        rows: B.
+        distributed: The processes.
+    """
+    if not values:
+        return None
+    gathered = values[0].new_zeros((rows, *values[0].shape[1:]))
+    for part, value in zip(parts, values, strict=True):
+        if not part.is_spare:
+            gathered[part.rows] = value
+    distributed.all_reduce(gathered)
+    return gathered

@@ -1,0 +1,65 @@
+"""AdamW, its learning-rate schedule, and gradient clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from weighted_mtp_core.recipe.schema import TrainTable
+from weighted_mtp_core.runtime.sharding import whole
+
+
+def learning_rate(table: TrainTable, step: int) -> float:
+    """Return the learning rate of a step (0-based): linear warm-up, then a cosine down to the final share.
+
+    The cosine is that of SGDR (Loshchilov and Hutter 2017, eq. 5) with one period.
+    """
+    if step < table.warmup_steps:
+        return table.learning_rate * (step + 1) / table.warmup_steps
+    span = max(1, table.steps - table.warmup_steps)
+    share = 0.5 * (1 + math.cos(math.pi * (step - table.warmup_steps) / span))
+    return table.learning_rate * (table.final_learning_rate + (1 - table.final_learning_rate) * share)
+
+
+def make_optimiser(parameters: Iterable[nn.Parameter], table: TrainTable) -> torch.optim.AdamW:
+    """Return AdamW for the parameters that require a gradient; weight decay applies to matrices only.
+
+    Norms and biases are not decayed, because their scale needs no bound.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.requires_grad:  # the fused kernel accepts no mixture of sharded and whole parameters
+            key = parameter.ndim >= 2, isinstance(parameter, DTensor)
+            groups.setdefault(key, []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": members, "weight_decay": table.weight_decay if is_matrix else 0.0}
+            for (is_matrix, _), members in sorted(groups.items(), reverse=True)
+        ],
+        lr=table.learning_rate,
+        betas=(0.9, 0.95),
+        fused=True,  # the fused kernel can skip a step on the device, see NonfiniteSteps
+    )
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale gradients down to a total norm of at most `max_norm`; return the norm before that, a scalar.
+
+    The norms of sharded and of whole parameters are computed apart, because the two cannot be stacked.
+    """
+    sharded = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
+    if not sharded:
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
+    others = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+    norms = [
+        whole(nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]))
+        for kind in (sharded, others)
+    ]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    for kind in (sharded, others):
+        nn.utils.clip_grads_with_norm_(kind, max_norm, norm)
+    return norm

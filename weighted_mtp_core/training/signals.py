@@ -1,0 +1,137 @@
+"""What a weighting sees: its view of the global batch, with the signals that it needs and no others.
+
+Shape letters: B rows, T positions, K heads, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from weighted_mtp_core.api import Batch, Scores, Signal, StepView
+from weighted_mtp_core.data.batches import preceding
+from weighted_mtp_core.model.pair_predictions import PairPredictions
+from weighted_mtp_core.model.policy import Policy
+from weighted_mtp_core.model.targets import align_labels
+from weighted_mtp_core.runtime.distributed import Distributed
+from weighted_mtp_core.training.micro_batches import MicroBatch, gather_rows
+from weighted_mtp_core.training.weighting import Weighting
+
+# Signals that the heads compute, in a forward pass of their own before the weighted one.
+_FROM_HEADS = {
+    Signal.TOKEN_LOSS: PairPredictions.losses,
+    Signal.TOKEN_ENTROPY: PairPredictions.entropies,
+}
+
+
+@frozen(kw_only=True, eq=False)
+class Signals:
+    """Computes the signals of a weighting.
+
+    Attributes:
+        policy: Its trunk states and heads.
+        weighting: Declares the signals; its critic scores tokens.
+        autocast: Returns the context of a forward pass.
+        distributed: The processes, each of which computes the signals of its own micro-batches.
+    """
+
+    policy: Policy
+    weighting: Weighting
+    autocast: Callable[[], torch.autocast]
+    distributed: Distributed
+
+    def labels(self, batch: Batch) -> Tensor:
+        """Return the labels `[B, T, K]` of a batch, see `align_labels`."""
+        return align_labels(
+            batch.ids_BT,
+            document_BT=batch.document_BT,
+            response_BT=batch.response_BT,
+            n_future=self.policy.n_future,
+        )
+
+    def trunk(self, batch: Batch) -> Tensor:
+        """Return the trunk states `[B, T, H]` of a batch."""
+        with self.autocast():
+            return self.policy.trunk_states(batch.ids_BT, position_BT=batch.position_BT)
+
+    @torch.no_grad()
+    def view(
+        self,
+        batch: Batch,
+        target_BTK: Tensor,
+        *,
+        parts: Sequence[MicroBatch],
+        hidden: Sequence[Tensor | None],
+        step: int,
+        training: bool,
+    ) -> StepView:
+        """Return the view of the global batch.
+
+        Args:
+            batch: The global batch.
+            target_BTK: The pairs that count.
+            parts: This process's micro-batches.
+            hidden: Their trunk states; None where they are not known yet.
+            step: Optimiser steps done.
+            training: False for a batch that is only measured.
+        """
+        scores: list[Scores] = []
+        from_heads: dict[Signal, list[Tensor]] = {signal: [] for signal in _FROM_HEADS}
+        for part, hidden_BTH in zip(parts, hidden, strict=True):
+            self._read(part.batch, hidden_BTH, scores=scores, from_heads=from_heads)
+
+        def gathered(values: Sequence[Tensor | None]) -> Tensor | None:
+            known = [value for value in values if value is not None]
+            return gather_rows(parts, known, rows=len(batch.ids_BT), distributed=self.distributed)
+
+        needs = self.weighting.needs
+        value_BT = gathered([each.value_BT for each in scores])
+        reference_loss_BT = gathered([each.reference_loss_BT for each in scores])
+        return StepView(
+            ids_BT=batch.ids_BT,
+            document_BT=batch.document_BT,
+            response_BT=batch.response_BT,
+            target_BTK=target_BTK,
+            n_future=self.policy.n_future,
+            step=step,
+            training=training,
+            reward_BT=batch.reward_BT if Signal.REWARD in needs else None,
+            group_BT=batch.group_BT if Signal.GROUP in needs else None,
+            value_BT=value_BT if Signal.VALUE in needs else None,
+            token_loss_BTK=gathered(from_heads[Signal.TOKEN_LOSS]),
+            token_entropy_BTK=gathered(from_heads[Signal.TOKEN_ENTROPY]),
+            reference_loss_BT=reference_loss_BT if Signal.REFERENCE_LOSS in needs else None,
+        )
+
+    def _read(
+        self,
+        batch: Batch,
+        hidden_BTH: Tensor | None,
+        *,
+        scores: list[Scores],
+        from_heads: dict[Signal, list[Tensor]],
+    ) -> None:
+        """Append the signals of one micro-batch."""
+        critic = self.weighting.scoring_critic
+        needed = {signal: read for signal, read in _FROM_HEADS.items() if signal in self.weighting.needs}
+        critic_reads_trunk = critic is not None and critic.reads_policy
+        if hidden_BTH is None and (critic_reads_trunk or needed):
+            hidden_BTH = self.trunk(batch)
+        if critic is not None:
+            states = hidden_BTH.detach().float() if critic_reads_trunk and hidden_BTH is not None else None
+            scores.append(critic.score(batch, states))
+        if not needed or hidden_BTH is None:
+            return
+        predictions = PairPredictions(
+            self.policy,
+            hidden_BTH.detach(),
+            self.labels(batch),
+            position_BT=batch.position_BT,
+            preceding_BT=preceding(batch),
+        )
+        for signal, read in needed.items():
+            with self.autocast():
+                from_heads[signal].append(read(predictions))
