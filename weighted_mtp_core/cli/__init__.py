@@ -46,9 +46,9 @@ source, a weighting and, if the weighting needs one, a critic. Plugins provide t
 the policy, evaluates it and records the results."""
 _EPILOG = f"""\
 examples:
-  {PROGRAM} plugins list                      list the installed plugins and their components
-  {PROGRAM} check configs/verifiable.toml     check a recipe, in less than a second
-  {PROGRAM} run configs/verifiable.toml       train, evaluate and record
+  {PROGRAM} plugins list                      list the installed plugins
+  {PROGRAM} check configs/baseline.toml       check a recipe, in less than a second
+  {PROGRAM} run configs/baseline.toml         train, evaluate and record
   {PROGRAM} run --help                        show the options of a command
 
 exit codes:

@@ -18,9 +18,9 @@ Check a recipe and print its plan: the components with their options, the experi
 Every mistake is listed with its file, line and key. Trains nothing and takes less than a second."""
 _EPILOG = """\
 examples:
-  check configs/verifiable.toml
-  check configs/verifiable.toml --preset ci --set train.learning_rate=1e-3
-  check configs/verifiable.toml --resolved > resolved.toml     the recipe with every default filled in"""
+  check configs/baseline.toml
+  check configs/baseline.toml --preset ci --set train.learning_rate=1e-3
+  check configs/baseline.toml --resolved > resolved.toml       the recipe with every default filled in"""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:

@@ -24,7 +24,7 @@ examples:
   data prepare configs/baseline.toml
   data prepare configs/baseline.toml --set data.options.seed=1
   data show
-  data show micro_code"""
+  data show my_data"""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:

@@ -17,11 +17,11 @@ Run a recipe in four stages:
 A wrong recipe is refused within a second, before torch is imported."""
 _EPILOG = """\
 examples:
-  run configs/verifiable.toml                                 the whole recipe
-  run configs/verifiable.toml --preset ci                     every stage in a few steps, under a minute
-  run configs/verifiable.toml --set train.steps=50 --set run.seed=7
-  run configs/verifiable.toml --run-name my_second_try
-  run configs/verifiable.toml --resume 20261123-140924        continue the run of that id
+  run configs/baseline.toml                                   the whole recipe
+  run configs/baseline.toml --preset ci                       every stage in a few steps, under a minute
+  run configs/baseline.toml --set train.steps=50 --set run.seed=7
+  run configs/baseline.toml --run-name my_second_try
+  run configs/baseline.toml --resume 20261123-140924          continue the run of that id
 
 signals:
   SIGINT (Ctrl-C), SIGTERM   finish the step, write a checkpoint, then exit with 130 or 143;
