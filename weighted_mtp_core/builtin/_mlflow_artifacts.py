@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import augmented_raise_for_status, http_request
 
 from weighted_mtp_core.storage import s3
-from weighted_mtp_core.storage.manifest import sha256_of
+from weighted_mtp_core.storage.manifest import sha256_of, sha256_of_chunks
 
 CHECKPOINT = "best_model.pt"
 _PROXIED = "mlflow-artifacts:"
@@ -75,10 +74,7 @@ def drop_local_checkpoint(client: MlflowClient, run_id: str, path: Path, subdir:
     if root.startswith(_PROXIED):
         name = f"{subdir}/{path.name}"
         answer = _request(uri, f"{root}/{name}", "GET", size=path.stat().st_size, stream=True)
-        digest = hashlib.sha256()
-        for chunk in answer.iter_content(_CHUNK):
-            digest.update(chunk)
-        if digest.hexdigest() != sha256_of(path):
+        if sha256_of_chunks(answer.iter_content(_CHUNK)) != sha256_of(path):
             raise NotStoredError(f"`{name}` is stored with other bytes")
     path.unlink()
 

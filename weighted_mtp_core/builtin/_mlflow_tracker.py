@@ -53,30 +53,24 @@ class MlflowTracker(Tracker):
         uri: The tracking URI.
         artifact_root: Where a new experiment stores its files; None leaves it to MLflow.
         keep_local: False deletes the best checkpoint once a remote store has it.
+
+    Attributes:
+        uri: The tracking URI.
+        run_id: The id of the run in MLflow; empty before `start`.
     """
 
     def __init__(self, *, uri: str, artifact_root: str | None, keep_local: bool = True) -> None:
-        self._uri = uri
+        self.uri = uri
         self._keep_local = keep_local
         self._artifact_root = artifact_root
         self._path = local_path(uri)
         self._client: MlflowClient | None = None
         self._experiment_id = ""
-        self._run_id = ""
+        self.run_id = ""
         self._last_step: dict[str, int] | None = None
         warnings.filterwarnings("ignore", message="The ``noload`` loader")  # MLflow's own
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)
-
-    @property
-    def uri(self) -> str:
-        """The tracking URI."""
-        return self._uri
-
-    @property
-    def run_id(self) -> str:
-        """The id of the run in MLflow; empty before `start`."""
-        return self._run_id
 
     def start(self, run: RunInfo) -> None:
         """Create the run in its experiment, or reopen it, and bring its description up to date.
@@ -86,12 +80,12 @@ class MlflowTracker(Tracker):
             NotDeliveredError: A retry may help.
         """
         check_path_name(run.experiment, what="an experiment")
-        with self._diagnosed(starting=not self._run_id), self._local_store_lock():
+        with self._diagnosed(starting=not self.run_id), self._local_store_lock():
             if self._client is None:
-                self._client = MlflowClient(tracking_uri=self._uri)
+                self._client = MlflowClient(tracking_uri=self.uri)
             self._experiment_id = self._find_experiment(run.experiment)
             found = self._find(run)
-            self._run_id = (found or self._create(run)).info.run_id
+            self.run_id = (found or self._create(run)).info.run_id
             if found is None:
                 self._check_store()
             self._describe(run)
@@ -104,15 +98,15 @@ class MlflowTracker(Tracker):
             self._last_step = None  # unknown until the store confirms
             if new:
                 metrics = [Metric(point.name, point.value, point.time_ms, point.step) for point in new]
-                self._open.log_batch(self._run_id, metrics=metrics)
+                self._open.log_batch(self.run_id, metrics=metrics)
             self._last_step = {**last, **{point.name: point.step for point in new}}
 
     def log_artifact(self, path: Path, subdir: str) -> None:
         """Store a file among the artifacts of the run."""
         with self._diagnosed(what="the artifact store of "):
-            store(self._open, self._run_id, path, subdir, uri=self._uri)
+            store(self._open, self.run_id, path, subdir, uri=self.uri)
             if not self._keep_local:
-                drop_local_checkpoint(self._open, self._run_id, path, subdir, uri=self._uri)
+                drop_local_checkpoint(self._open, self.run_id, path, subdir, uri=self.uri)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set or overwrite tags."""
@@ -121,30 +115,30 @@ class MlflowTracker(Tracker):
 
     def _send_tags(self, tags: Mapping[str, str]) -> None:
         for batch in limits.batches(limits.legal(tags, longest=limits.TAG_VALUE)):
-            self._open.log_batch(self._run_id, tags=[RunTag(key, value) for key, value in batch.items()])
+            self._open.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in batch.items()])
 
     def finish(self, outcome: RunOutcome, *, time_ms: int | None = None) -> None:
         """Set status and end time."""
         with self._diagnosed():
-            self._open.set_terminated(self._run_id, outcome.value, end_time=time_ms)
+            self._open.set_terminated(self.run_id, outcome.value, end_time=time_ms)
 
     def where(self) -> str:
         """Return the URL of the run, or the command that shows the store."""
-        if self._path is None and not self._uri.startswith("postgresql"):
-            return f"{self._uri.rstrip('/')}/#/experiments/{self._experiment_id}/runs/{self._run_id}"
-        allow = "MLFLOW_ALLOW_FILE_STORE=true " if self._uri.startswith("file:") else ""
-        return f"{allow}mlflow ui --backend-store-uri {self._uri}"
+        if self._path is None and not self.uri.startswith("postgresql"):
+            return f"{self.uri.rstrip('/')}/#/experiments/{self._experiment_id}/runs/{self.run_id}"
+        allow = "MLFLOW_ALLOW_FILE_STORE=true " if self.uri.startswith("file:") else ""
+        return f"{allow}mlflow ui --backend-store-uri {self.uri}"
 
     # ------------------------------------------------------------------- experiment and run
 
     def _check_store(self) -> None:
         """Stop a new run if its files can never be stored; an outage only delays them."""
         try:
-            check_store(self._open, self._run_id)
+            check_store(self._open, self.run_id)
         except WmtpError:
             raise
         except Exception as error:
-            found = diagnose(error, self._uri, what="the artifact store of ")
+            found = diagnose(error, self.uri, what="the artifact store of ")
             if found.lasting:
                 raise found.as_error() from error
 
@@ -162,7 +156,7 @@ class MlflowTracker(Tracker):
         except WmtpError:
             raise
         except Exception as error:
-            found = diagnose(error, self._uri, what=what)
+            found = diagnose(error, self.uri, what=what)
             if found.hopeless or (starting and found.lasting):
                 raise found.as_error() from error
             raise NotDeliveredError(found.text) from error
@@ -173,7 +167,7 @@ class MlflowTracker(Tracker):
         if self._path is None:
             yield
             return
-        if self._uri.startswith("file:"):
+        if self.uri.startswith("file:"):
             os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{self._path}.lock", timeout=120):
@@ -202,7 +196,7 @@ class MlflowTracker(Tracker):
     def _artifact_location(self, experiment: str) -> str | None:
         if self._artifact_root is not None:
             return f"{self._artifact_root.rstrip('/')}/{experiment}"
-        if self._path is None or self._uri.startswith("file:"):
+        if self._path is None or self.uri.startswith("file:"):
             return None
         return (self._path.parent / "mlartifacts" / experiment).as_uri()
 
@@ -226,13 +220,13 @@ class MlflowTracker(Tracker):
     def _describe(self, run: RunInfo) -> None:
         """Add what the store does not have; tags last, so that they override those of context providers."""
         client = self._open
-        kept = client.get_run(self._run_id)
+        kept = client.get_run(self.run_id)
         if kept.info.status != "RUNNING":
-            client.update_run(self._run_id, status="RUNNING")
+            client.update_run(self.run_id, status="RUNNING")
         params = limits.legal(run.params, longest=limits.PARAM_VALUE)
         missing = {key: value for key, value in params.items() if key not in kept.data.params}
         for batch in limits.batches(missing):
-            client.log_batch(self._run_id, params=[Param(key, value) for key, value in batch.items()])
+            client.log_batch(self.run_id, params=[Param(key, value) for key, value in batch.items()])
         if run.datasets:
             self._describe_data(run.datasets)
         self._send_tags(run.tags)
@@ -241,16 +235,16 @@ class MlflowTracker(Tracker):
         """Log the data of the run; retry once, since runs that start at once may insert the same row."""
         datasets = [_dataset_input(version) for version in versions]
         try:
-            self._open.log_inputs(self._run_id, datasets=datasets)
+            self._open.log_inputs(self.run_id, datasets=datasets)
         except MlflowException as error:
             if not is_crowded(error):
                 raise
-            self._open.log_inputs(self._run_id, datasets=datasets)
+            self._open.log_inputs(self.run_id, datasets=datasets)
 
     def _known_steps(self) -> dict[str, int]:
         """Return the highest step of every metric in the store."""
         if self._last_step is None:
-            metrics = self._open.get_run(self._run_id).data._metric_objs  # noqa: SLF001 - the public dict has no steps
+            metrics = self._open.get_run(self.run_id).data._metric_objs  # noqa: SLF001 - the public dict has no steps
             self._last_step = {metric.key: metric.step for metric in metrics}
         return self._last_step
 

@@ -77,27 +77,6 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str = "step") -
     return _drawing(frame, title, parts)
 
 
-def bar_chart(bars: Sequence[tuple[str, float]], *, title: str) -> Markup:
-    """Draw shares from 0 to 1 as labelled bars."""
-    frame = _Frame(x=(0, 1), y=(0, 1), height=26.0 * len(bars) + 12, left=92, top=6, bottom=6, right=60)
-    parts: list[Markup] = []
-    for number, (label, share) in enumerate(bars):
-        top = frame.top + 26.0 * number
-        start, end = frame.at(0, 0)[0], frame.at(share, 0)[0]
-        parts.append(
-            Markup(
-                '<text class="tick" x="{:.1f}" y="{:.1f}" text-anchor="end">{}</text>'
-                '<rect class="track" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="16" rx="3"/>'
-                '<rect class="bar" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="16" rx="3"/>'
-                '<text class="value" x="{:.1f}" y="{:.1f}">{:.1%}</text>'
-            ).format(
-                start - 8, top + 12.5, label, start, top, frame.at(1, 0)[0] - start,
-                start, top, max(end - start, 0), frame.at(1, 0)[0] + 8, top + 12.5, share,
-            )
-        )  # fmt: skip
-    return _drawing(frame, title, parts)
-
-
 def reliability_chart(bins: Sequence[ReliabilityBin]) -> Markup:
     """Draw the mean reward of each bin over its mean value, with the interval; a dot's area is the count."""
     frame = _Frame(x=(0, 1), y=(0, 1), ticks=(0, 0.25, 0.5, 0.75, 1), right=24.0, height=230.0)

@@ -8,13 +8,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from weighted_mtp_core.api import is_correct
 from weighted_mtp_core.report.charts import Chart, charts_of
-from weighted_mtp_core.report.drawing import bar_chart, reliability_chart
+from weighted_mtp_core.report.drawing import reliability_chart
 from weighted_mtp_core.report.shading import Shading, numbers
 from weighted_mtp_core.report.token_report import load_token_report
 from weighted_mtp_core.storage.atomic import atomic_write
@@ -124,49 +123,36 @@ def _stages(history: RunHistory) -> list[tuple[str, Sequence[Chart], Sequence[Ch
     return [stage for stage in stages if any(stage[1:])]
 
 
-@frozen(kw_only=True)
-class _Head:
-    """A row of the table of heads; None where it was not measured."""
-
-    number: int
-    start: float | None
-    best: float | None
-    test: float | None
-    accuracy: float | None
-
-
-def _heads(history: RunHistory) -> list[_Head]:
+def _heads(history: RunHistory) -> list[dict[str, float | None]]:
     """Return the losses of each head; `best` is at the step with the lowest loss of head 1, which is kept."""
     validated = history.numbered("policy", "validation_ce_head_")
     finite = _finite(validated[0][1]) if validated else []
     kept = min(finite, key=lambda point: point.value).step if finite else None
     return [
-        _Head(
-            number=number,
-            start=points[0].value,
-            best=next((point.value for point in points if point.step == kept), None),
-            test=history.last("evaluate", f"test_ce_head_{number}"),
-            accuracy=history.last("evaluate", f"test_accuracy_head_{number}"),
-        )
+        {
+            "number": number,
+            "start": points[0].value,
+            "best": next((point.value for point in points if point.step == kept), None),
+            "test": history.last("evaluate", f"test_ce_head_{number}"),
+            "accuracy": history.last("evaluate", f"test_accuracy_head_{number}"),
+        }
         for number, points in validated
     ]
 
 
-def _acceptance(history: RunHistory) -> Markup:
-    """Draw how often the draft of each head was accepted."""
+def _acceptance(history: RunHistory) -> list[tuple[str, float]]:
+    """Return how often the draft of each head was accepted."""
     drafts = history.numbered("evaluate", "acceptance_position_")
-    bars = [(f"head {number}", points[-1].value) for number, points in drafts]
-    return bar_chart(bars, title="Drafts that were kept, by head") if bars else Markup()
+    return [(f"head {number}", points[-1].value) for number, points in drafts]
 
 
-def _verdicts(history: RunHistory) -> Markup:
-    """Draw the shares of the verdicts on the policy's responses."""
-    shares = {
-        name.removeprefix("verdict_").replace("_", " "): points[-1].value
+def _verdicts(history: RunHistory) -> list[tuple[str, float]]:
+    """Return the shares of the verdicts on the policy's responses."""
+    return [
+        (name.removeprefix("verdict_").replace("_", " "), points[-1].value)
         for name, points in history.metrics.get("evaluate", {}).items()
         if name.startswith("verdict_")
-    }
-    return bar_chart(list(shares.items()), title="Verdicts on what the policy wrote") if shares else Markup()
+    ]
 
 
 _MEASURES = {
@@ -182,34 +168,20 @@ _MEASURES = {
 }
 
 
-@frozen(kw_only=True)
-class _Measure:
-    """A row of the table of the critic; None where it was not measured.
-
-    `interval` is the 95 % interval of the critic's figure, if there is one.
-    """
-
-    name: str
-    critic: float | None
-    constant: float | None
-    length_only: float | None
-    interval: tuple[float | None, float | None] | None = None
-
-
-def _critic(history: RunHistory) -> list[_Measure]:
+def _critic(history: RunHistory) -> list[dict[str, Any]]:
     """Return the last measures of the critic and of its two baselines; none without a critic."""
     interval = history.last("critic", "critic_auc_low"), history.last("critic", "critic_auc_high")
     rows = [
-        _Measure(
-            name=title,
-            critic=history.last("critic", f"critic_{measure}"),
-            constant=history.last("critic", f"critic_constant_{measure}"),
-            length_only=history.last("critic", f"critic_length_only_{measure}"),
-            interval=interval if measure == "auc" else None,
-        )
+        {
+            "name": title,
+            "critic": history.last("critic", f"critic_{measure}"),
+            "constant": history.last("critic", f"critic_constant_{measure}"),
+            "length_only": history.last("critic", f"critic_length_only_{measure}"),
+            "interval": interval if measure == "auc" else None,
+        }
         for measure, title in _MEASURES.items()
     ]
-    return [row for row in rows if row.critic is not None]
+    return [row for row in rows if row["critic"] is not None]
 
 
 def _finite(points: Sequence[Point]) -> list[Point]:

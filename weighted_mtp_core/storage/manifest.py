@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,17 +17,21 @@ MANIFEST = "manifest.json"
 DERIVED = "derived"
 """Subfolder for files derived from a folder, not in its manifest; each folder in it has its own manifest."""
 
-_BLOCK = 1 << 20
 _LINKED: dict[tuple[int, ...], str] = {}
 """Checksums of files with several hard links, by device, inode, size and time of change."""
 
 
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_chunks(chunks: Iterable[bytes]) -> str:
+    """Return the SHA-256 of a stream, in hex."""
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
     return digest.hexdigest()
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,7 +17,7 @@ from urllib.parse import urlsplit
 from attrs import frozen
 
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.storage.manifest import sha256_of
+from weighted_mtp_core.storage.manifest import sha256_of, sha256_of_chunks
 
 PART_BYTES = 8 * 1024 * 1024  # boto3's default, on which the ETag of a larger object depends
 _CHUNK = 1024 * 1024
@@ -94,35 +96,36 @@ def open_bucket(bucket: str) -> Any:
     return client
 
 
-def is_stored(client: Any, bucket: str, key: str, path: Path) -> bool:
-    """Return whether an object equals a file, by size and ETag, or by reading the object."""
+def head(client: Any, bucket: str, key: str) -> Mapping[str, Any] | None:
+    """Return size, ETag and metadata of an object; None if it does not exist."""
     from botocore.exceptions import ClientError
 
     try:
-        head = client.head_object(Bucket=bucket, Key=key)
+        found: Mapping[str, Any] = client.head_object(Bucket=bucket, Key=key)
     except ClientError as error:
         if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 404:
-            return False
+            return None
         raise
-    if head["ContentLength"] != path.stat().st_size:
+    return found
+
+
+def is_stored(client: Any, bucket: str, key: str, path: Path) -> bool:
+    """Return whether an object equals a file, by size and ETag, or by reading the object."""
+    found = head(client, bucket, key)
+    if found is None or found["ContentLength"] != path.stat().st_size:
         return False
-    if head["ETag"].strip('"') == etag(path):
+    if found["ETag"].strip('"') == etag(path):
         return True
     # encrypted bucket or parts of another size: the ETag is not comparable
     body = client.get_object(Bucket=bucket, Key=key)["Body"]
-    digest = hashlib.sha256()
-    for chunk in body.iter_chunks(_CHUNK):
-        digest.update(chunk)
-    return digest.hexdigest() == sha256_of(path)
+    return sha256_of_chunks(body.iter_chunks(_CHUNK)) == sha256_of(path)
 
 
 def etag(path: Path) -> str:
     """Return the ETag of a file that is uploaded in parts of `PART_BYTES`."""
-    parts = []
+    md5 = partial(hashlib.md5, usedforsecurity=False)
     with path.open("rb") as file:
-        while chunk := file.read(PART_BYTES):
-            parts.append(hashlib.md5(chunk, usedforsecurity=False))
-    if len(parts) <= 1 and path.stat().st_size < PART_BYTES:
-        return (parts[0] if parts else hashlib.md5(b"", usedforsecurity=False)).hexdigest()
-    joined = hashlib.md5(b"".join(part.digest() for part in parts), usedforsecurity=False)
-    return f"{joined.hexdigest()}-{len(parts)}"
+        parts = [md5(chunk).digest() for chunk in iter(partial(file.read, PART_BYTES), b"")]
+    if path.stat().st_size < PART_BYTES:
+        return (parts or [md5(b"").digest()])[0].hex()
+    return f"{md5(b''.join(parts)).hexdigest()}-{len(parts)}"

@@ -131,15 +131,10 @@ def _items(version: Path, storage: Path, location: s3.S3Location) -> Iterator[It
 
 
 def _is_there(client: Any, bucket: str, item: Item) -> bool:
-    from botocore.exceptions import ClientError
-
-    try:
-        head = client.head_object(Bucket=bucket, Key=item.key)
-    except ClientError as error:
-        if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 404:
-            return False
-        raise
-    digest = head.get("Metadata", {}).get(_DIGEST)
+    found = s3.head(client, bucket, item.key)
+    if found is None:
+        return False
+    digest = found.get("Metadata", {}).get(_DIGEST)
     if digest is None:  # uploaded by another program
         return s3.is_stored(client, bucket, item.key, item.path)
-    return bool(head["ContentLength"] == item.size and digest == sha256_of(item.path))
+    return bool(found["ContentLength"] == item.size and digest == sha256_of(item.path))

@@ -60,8 +60,8 @@ def stored(tracker, experiment=EXPERIMENT):
     """The tracker's store, and its run as MLflow's own client reads it."""
     from mlflow import MlflowClient
 
-    client = MlflowClient(tracker._uri)
-    return client, client.get_run(tracker._run_id)
+    client = MlflowClient(tracker.uri)
+    return client, client.get_run(tracker.run_id)
 
 
 def history(tracker, name):
@@ -117,12 +117,12 @@ def test_data_are_a_dataset_input(tracker, run):
 def test_points_that_the_store_has_are_not_doubled_even_with_another_time(tracker, run):
     tracker.start(run)
     tracker.log_metrics(points(1, 2))
-    resumed = type(tracker)(uri=tracker._uri, artifact_root=None)
+    resumed = type(tracker)(uri=tracker.uri, artifact_root=None)
     resumed.start(run)
 
     resumed.log_metrics(points(1, 2, 3, time_ms=1_800_000_000_000))
 
-    assert resumed._run_id == tracker._run_id
+    assert resumed.run_id == tracker.run_id
     assert [step for step, _, _ in history(tracker, "loss")] == [1, 2, 3]
 
 
@@ -172,7 +172,7 @@ def test_a_deleted_experiment_says_how_to_restore_it(storage, tmp_path):
 
     tracker = build(storage)
     tracker.start(make_run(tmp_path, experiment="weighted_mtp/deleted"))
-    MlflowClient(tracker._uri).delete_experiment(tracker._experiment_id)
+    MlflowClient(tracker.uri).delete_experiment(tracker._experiment_id)
 
     with pytest.raises(WmtpError, match="the experiment `weighted_mtp/deleted` was deleted") as error:
         build(storage).start(make_run(tmp_path, experiment="weighted_mtp/deleted"))
@@ -222,7 +222,7 @@ def test_the_option_wins_over_the_environment_which_wins_over_dotenv(storage, mo
     from_environment = build(storage)
     from_option = build(storage, tracking_uri=f"sqlite:///{tmp_path}/option.db")
 
-    stores = [tracker._uri.rsplit("/", 1)[1] for tracker in (from_dotenv, from_environment, from_option)]
+    stores = [tracker.uri.rsplit("/", 1)[1] for tracker in (from_dotenv, from_environment, from_option)]
 
     assert stores == ["dotenv.db", "environment.db", "option.db"]
 
