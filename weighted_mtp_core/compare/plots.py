@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from attrs import frozen
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -38,7 +37,7 @@ def plot_curves(
     for metric in metrics:
         if not all(metric in run.curves for run in everything):
             continue
-        bands = {arm: _Band.of(metric, tuple(by_seed.values())) for arm, by_seed in runs.items()}
+        bands = {arm: _band(metric, by_seed.values()) for arm, by_seed in runs.items()}
         files.append(folder / f"{metric}.svg")
         # fixed names and no date: the same numbers give the same file
         with rc_context({"svg.hashsalt": metric}):
@@ -46,33 +45,20 @@ def plot_curves(
     return files
 
 
-@frozen(kw_only=True)
-class _Band:
-    """The curve of one arm."""
-
-    steps: Sequence[int]
-    found: Sequence[Estimate]
-
-    @classmethod
-    def of(cls, metric: str, runs: Sequence[RunMeasures]) -> _Band:
-        """Average the runs at the steps that all of them have."""
-        curves = [dict(run.curves[metric]) for run in runs]
-        steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-        return cls(steps=steps, found=[estimate([curve[step] for curve in curves]) for step in steps])
-
-    def from_step(self, first: float) -> _Band:
-        """Return the band from a step on."""
-        kept = [(step, each) for step, each in zip(self.steps, self.found, strict=True) if step >= first]
-        return _Band(steps=[step for step, _ in kept], found=[each for _, each in kept])
+def _band(metric: str, runs: Collection[RunMeasures]) -> dict[int, Estimate]:
+    """Average a curve at the steps that all runs have."""
+    curves = [dict(run.curves[metric]) for run in runs]
+    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+    return {step: estimate([curve[step] for curve in curves]) for step in steps}
 
 
-def _figure(metric: str, bands: Mapping[str, _Band]) -> Figure:
-    half = max(band.steps[-1] for band in bands.values()) / 2
+def _figure(metric: str, bands: Mapping[str, Mapping[int, Estimate]]) -> Figure:
+    half = max(max(band) for band in bands.values()) / 2
     figure = Figure(figsize=(9.6, 4.0), layout="constrained")
     whole, end = figure.subplots(1, 2)
     for number, (arm, band) in enumerate(bands.items()):
         _draw(whole, band, number, label=arm)
-        _draw(end, band.from_step(half), number, label=arm)
+        _draw(end, {step: each for step, each in band.items() if step >= half}, number, label=arm)
     whole.set_ylabel(metric.replace("_", " "))
     end.set_title("second half of the steps", fontsize=9)
     whole.set_title("mean over seeds, band: 95 % interval", fontsize=9)
@@ -83,17 +69,17 @@ def _figure(metric: str, bands: Mapping[str, _Band]) -> Figure:
     return figure
 
 
-def _draw(axes: Axes, band: _Band, number: int, *, label: str) -> None:
+def _draw(axes: Axes, band: Mapping[int, Estimate], number: int, *, label: str) -> None:
     colour = _COLOURS[number % len(_COLOURS)]
     axes.plot(
-        band.steps,
-        [each.mean for each in band.found],
+        list(band),
+        [each.mean for each in band.values()],
         color=colour,
         linestyle=_DASHES[number % len(_DASHES)],
         marker=_MARKERS[number % len(_MARKERS)],
         markersize=4,
         label=label,
     )
-    if not any(math.isnan(each.low) for each in band.found):
-        low, high = [each.low for each in band.found], [each.high for each in band.found]
-        axes.fill_between(band.steps, low, high, color=colour, alpha=0.12, linewidth=0)
+    if not any(math.isnan(each.low) for each in band.values()):
+        low, high = [each.low for each in band.values()], [each.high for each in band.values()]
+        axes.fill_between(list(band), low, high, color=colour, alpha=0.12, linewidth=0)

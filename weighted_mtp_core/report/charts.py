@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-from attrs import frozen
 from markupsafe import Markup
 
 from weighted_mtp_core.report.drawing import Series, line_chart
 from weighted_mtp_core.tracking.run_history import Point
 
 
-@frozen(kw_only=True)
-class Chart:
+class Chart(NamedTuple):
     """A chart on the page: its title, a note on how to read it (may be empty), and the drawing."""
 
     title: str
@@ -21,8 +20,7 @@ class Chart:
     svg: Markup
 
 
-@frozen(kw_only=True)
-class _Group:
+class _Group(NamedTuple):
     title: str
     note: str
     members: Mapping[str, str]  # metric -> label of its line

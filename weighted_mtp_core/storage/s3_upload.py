@@ -6,7 +6,7 @@ upload.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -86,23 +86,14 @@ def upload(plan: UploadPlan, *, on_done: Callable[[Item], None]) -> None:
     client = s3.connect()
     manifests = [item for item in plan.new if item.path.name == MANIFEST]
     files = [item for item in plan.new if item.path.name != MANIFEST]
-    for group in (files, manifests):
-        _upload_all(client, plan.location.bucket, group, on_done=on_done)
 
-
-def _upload_all(client: Any, bucket: str, items: Sequence[Item], *, on_done: Callable[[Item], None]) -> None:
-    def one(item: Item) -> None:
-        _upload(client, bucket, item)
+    def upload_one(item: Item) -> None:
+        _upload(client, plan.location.bucket, item)
         on_done(item)
 
     with ThreadPoolExecutor(_WORKERS) as pool:
-        futures = [pool.submit(one, item) for item in items]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for group in (files, manifests):
+            list(pool.map(upload_one, group))  # the first error cancels the rest
 
 
 def _upload(client: Any, bucket: str, item: Item) -> None:
