@@ -17,15 +17,7 @@ from torch import Tensor, nn
 from weighted_mtp_core.api import Batch, Critic, CriticLoss, Scores, Signal
 from weighted_mtp_core.plugins.loading import AnyComponent, Kind
 from weighted_mtp_core.testing import component as checks
-from weighted_mtp_core.testing.documents import (
-    APART,
-    NO_RESPONSE,
-    PACKED,
-    PAIRS,
-    VOCAB_SIZE,
-    Layout,
-    trunk_states,
-)
+from weighted_mtp_core.testing.documents import APART, EMPTY, PACKED, PAIRS, VOCAB_SIZE, Layout, trunk_states
 
 Build = Callable[[], Critic]
 _FIELDS = {Signal.VALUE: "value_BT", Signal.REFERENCE_LOSS: "reference_loss_BT"}
@@ -232,9 +224,7 @@ class CriticSuite(checks.ComponentSuite):
 
     def test_a_batch_without_responses_gives_a_finite_loss(self, trainable: Critic) -> None:
         """It has no target tokens."""
-        batch = Layout(rows=[[NO_RESPONSE], [NO_RESPONSE]]).batch()
-
-        assert _loss(trainable, batch).loss.isfinite()
+        assert _loss(trainable, EMPTY.batch()).loss.isfinite()
 
     def test_training_leaves_global_random_numbers_alone(self, trainable: Critic) -> None:
         """Random numbers come from a generator seeded by `context.seed`."""

@@ -155,6 +155,9 @@ class Layout:
 PACKED = Layout(rows=[[FIRST, FOURTH], [THIRD, SECOND]])
 APART = Layout(rows=[[FIRST], [FOURTH], [THIRD], [SECOND]])
 PAIRS = Layout(rows=[[FIRST], [SECOND], [THIRD], [FOURTH]])
+OTHER = Layout(rows=[[FIRST], [FOURTH]])
+EMPTY = Layout(rows=[[NO_RESPONSE], [NO_RESPONSE]])
+SINGLE = Layout(rows=[[SINGLE_TOKEN]], padding=0)
 
 
 def trunk_states(batch: Batch) -> Tensor:

@@ -19,15 +19,7 @@ from weighted_mtp_core.api import Signal, WeightingStrategy, Weights
 from weighted_mtp_core.plugins.loading import Kind
 from weighted_mtp_core.plugins.selection import SelectedComponent
 from weighted_mtp_core.testing import component as checks
-from weighted_mtp_core.testing.documents import (
-    APART,
-    FIRST,
-    FOURTH,
-    NO_RESPONSE,
-    PACKED,
-    SINGLE_TOKEN,
-    Layout,
-)
+from weighted_mtp_core.testing.documents import APART, EMPTY, OTHER, PACKED, SINGLE
 
 Build = Callable[[], WeightingStrategy]
 Needs = frozenset[Signal]
@@ -140,9 +132,8 @@ class WeightingStrategySuite(checks.ComponentSuite):
 
     def test_a_batch_without_responses_has_no_weights(self, build: Build, needs: Needs) -> None:
         """All weights are 0, and the next batch gets weights as usual."""
-        empty = Layout(rows=[[NO_RESPONSE], [NO_RESPONSE]])
         strategy = build()
-        weights = strategy.weigh(empty.view(needs))
+        weights = strategy.weigh(EMPTY.view(needs))
         after, as_usual = strategy.weigh(PACKED.view(needs)), build().weigh(PACKED.view(needs))
 
         assert not weights.weight.any()
@@ -151,7 +142,7 @@ class WeightingStrategySuite(checks.ComponentSuite):
 
     def test_a_single_token_gets_a_weight(self, build: Build, needs: Needs) -> None:
         """A single response token has no variance, no neighbour and no prompt."""
-        weights = build().weigh(Layout(rows=[[SINGLE_TOKEN]], padding=0).view(needs))
+        weights = build().weigh(SINGLE.view(needs))
 
         assert weights.weight.isfinite().all()
         assert _not_finite(weights) == []
@@ -176,7 +167,7 @@ class WeightingStrategySuite(checks.ComponentSuite):
         for each in (strategy, never_validated):
             each.weigh(PACKED.view(needs))
         never_validated.load_state_dict(copy.deepcopy(strategy.state_dict()))
-        for layout in (APART, Layout(rows=[[FIRST]])):
+        for layout in (APART, OTHER):
             strategy.weigh(layout.view(needs, step=1, training=False))
 
         assert self._steps(strategy, needs, first=1) == self._steps(never_validated, needs, first=1)
@@ -188,7 +179,7 @@ class WeightingStrategySuite(checks.ComponentSuite):
         """Return the weights of two different batches, as bytes: a NaN then equals itself."""
         return [
             strategy.weigh(layout.view(needs, step=first + i)).weight.detach().float().numpy().tobytes()
-            for i, layout in enumerate((PACKED, Layout(rows=[[FIRST], [FOURTH]])))
+            for i, layout in enumerate((PACKED, OTHER))
         ]
 
     @staticmethod
