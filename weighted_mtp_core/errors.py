@@ -1,4 +1,4 @@
-"""The exceptions for what a user can repair. Each one knows its exit code (`exit_codes.py`)."""
+"""The exceptions for what a user can repair. Each class has an exit code (`exit_codes.py`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: what is printed where, which exit code says what, and what is not imported."""
+"""The command line: output, exit codes, and modules that must not be imported."""
 
 import os
 import subprocess
@@ -70,7 +70,7 @@ def test_no_heavy_import_before_a_run(recipe, site, arguments):
 
 
 def test_a_check_takes_less_than_a_second(recipe, site):
-    """Of CPU time: the wall clock of a machine that runs other tests says nothing."""
+    """In CPU time: wall time depends on the other tests that run on the machine."""
     before = os.times()
     command = [sys.executable, "-m", "weighted_mtp_core", "check", recipe]
     subprocess.run(command, env={"PYTHONPATH": str(site)}, check=True, stdout=subprocess.DEVNULL)
@@ -216,7 +216,7 @@ def test_plugins_check_reports_each_and_goes_on(example_plugin, install_plugin, 
     ]
 
 
-def test_plugins_check_checks_everything_unless_told(example_plugin, capsys):
+def test_plugins_check_checks_all_plugins_by_default(example_plugin, capsys):
     main(["plugins", "check"])
 
     assert "ok   example" in capsys.readouterr().out
@@ -265,7 +265,7 @@ def test_an_interruption_is_130(failing, capsys):
     assert capsys.readouterr().err == "error: interrupted\n"
 
 
-def test_an_error_that_nobody_foresaw_is_1_and_one_line(failing, capsys):
+def test_an_unexpected_error_is_1_and_one_line(failing, capsys):
     failing(ZeroDivisionError("division by zero"))
 
     assert main(["check", "x"]) == 1
@@ -283,7 +283,7 @@ def test_a_traceback_is_shown_only_if_asked_for(failing, capsys, arguments):
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["plugins", "show", "--help"]])
-def test_help_and_version_leave_with_0(arguments, capsys):
+def test_help_and_version_exit_with_0(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
 
@@ -291,7 +291,7 @@ def test_help_and_version_leave_with_0(arguments, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_every_command_says_what_it_does_and_shows_examples(capsys):
+def test_every_command_has_a_description_and_examples(capsys):
     for module in cli.COMMANDS:
         name = module.__name__.rpartition(".")[2]
         with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""The exact text of everything that a user can get wrong before a run starts."""
+"""The exact text of every message about a mistake before a run starts."""
 
 import pytest
 from weighted_mtp_core import cli
@@ -136,7 +136,7 @@ def test_a_failing_import(load_error):
     )
 
 
-def test_an_import_that_leaves_the_program(load_error):
+def test_an_import_that_exits_the_program(load_error):
     assert load_error("raise SystemExit('bye')") == (
         "error: plugin `mine` (wmtp-mine 0.3.0) failed to import `wmtp_mine`: SystemExit: bye"
     )
@@ -158,7 +158,7 @@ def test_a_hook_that_core_does_not_have(load_error):
     )
 
 
-def test_a_hook_that_nobody_could_have_meant(load_error):
+def test_an_unknown_hook_without_a_near_miss(load_error):
     assert load_error("from weighted_mtp_core.api import hookimpl\n@hookimpl\ndef zzz(): pass\n") == (
         "error: plugin `mine` (wmtp-mine 0.3.0) declares a hook core does not have: unknown hook `zzz`\n"
         "hint: core has `wmtp_data_sources`, `wmtp_critics`, `wmtp_weighting_strategies`, `wmtp_trackers`"
@@ -339,7 +339,7 @@ def test_a_near_miss_beside_a_component_that_other_plugins_have(install_plugin, 
     )
 
 
-def test_a_plugin_that_has_nothing_of_the_kind_and_one_that_has(install_plugin, registry):
+def test_a_plugin_with_no_component_of_the_kind_and_one_with_one(install_plugin, registry):
     install_plugin("one", declaring("wmtp_critics", "head"))
     install_plugin("two", declaring("wmtp_data_sources", "micro"))
 
@@ -351,7 +351,7 @@ def test_a_plugin_that_has_nothing_of_the_kind_and_one_that_has(install_plugin, 
 # --------------------------------------------------------------------------- plans
 
 
-def test_an_address_in_a_recipe_says_where_it_stands(plan_error):
+def test_an_error_about_an_address_names_file_line_and_key(plan_error):
     assert plan_error("weighting.use=exmaple.flat").splitlines()[1:] == [
         "  --set, weighting.use",
         "hint: did you mean `example`?",

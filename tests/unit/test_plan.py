@@ -1,4 +1,4 @@
-"""A plan is a recipe with every component chosen, every option filled in and every name checked."""
+"""A plan is a recipe with its components selected, its options filled in and its names checked."""
 
 import hashlib
 from pathlib import Path
@@ -45,7 +45,7 @@ BUILD_FAILS = """
 
 @pytest.fixture
 def plan(example_plugin, write_recipe):
-    """Plan a recipe whose text is given, with `RECIPE` as the default."""
+    """Return a function that plans the text of a recipe, by default `RECIPE`."""
 
     def plan(text=RECIPE, *overrides, **arguments):
         return make_plan(write_recipe(text), overrides=overrides, **arguments)
@@ -53,7 +53,7 @@ def plan(example_plugin, write_recipe):
     return plan
 
 
-def test_components_are_chosen_with_their_full_address_and_structured_options(plan):
+def test_components_are_selected_with_full_address_and_structured_options(plan):
     made = plan(RECIPE, "weighting.options.clip=[1, 2]")
 
     assert (made.data.address, made.data.plugin.version) == ("example.lines", "1.2.3")
@@ -144,11 +144,11 @@ def test_a_weighting_that_needs_values_gets_them_from_a_critic(plan):
     assert made.critic.address == "example.judge"
 
 
-def test_a_critic_that_nothing_needs_is_the_recipes_choice(plan):
+def test_a_critic_that_no_weighting_needs_is_allowed(plan):
     assert plan(RECIPE, "critic.use=example.judge").critic.address == "example.judge"
 
 
-def test_faults_of_options_and_of_tables_come_together(plan):
+def test_faults_of_options_and_tables_are_listed_together(plan):
     text = (
         RECIPE.replace('"f"', "3, size = 1")
         + """

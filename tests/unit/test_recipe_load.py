@@ -1,4 +1,4 @@
-"""A recipe is its files, preset and `--set`, later layers winning; what is resolved runs again."""
+"""A recipe is merged from files, preset and `--set`; later layers win; a resolved recipe loads again."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def test_later_layers_win_tables_merge_and_arrays_replace(write_recipe):
     assert recipe.run.tags == ("c:3",)
 
 
-def test_extends_is_relative_to_the_file_that_says_it(write_recipe):
+def test_extends_is_relative_to_its_own_file(write_recipe):
     write_recipe("model.n_future = 7", "configs/deep/low.toml")
     write_recipe("extends = ['deep/low.toml']", "configs/defaults.toml")
     path = write_recipe(
@@ -83,7 +83,7 @@ def test_a_recipes_own_preset_wins_over_the_one_in_configs(write_recipe):
     assert load_recipe(path, preset="quick").train.steps == 2
 
 
-def test_presets_of_configs_serve_recipes_elsewhere(write_recipe):
+def test_presets_in_configs_apply_to_recipes_elsewhere(write_recipe):
     write_recipe("train.steps = 1", "configs/presets/quick.toml")
     path = write_recipe(SMALLEST, "mine/recipe.toml")
 
@@ -91,9 +91,7 @@ def test_presets_of_configs_serve_recipes_elsewhere(write_recipe):
 
 
 @pytest.mark.parametrize(("named", "max_tokens"), [("p.data", 9), ("p.other", 512)])
-def test_a_presets_table_for_one_component_is_left_aside_where_another_is_used(
-    write_recipe, named, max_tokens
-):
+def test_a_presets_table_for_another_component_is_ignored(write_recipe, named, max_tokens):
     write_recipe(f"[data]\nuse = '{named}'\nmax_tokens = 9", "presets/quick.toml")
 
     data = load_recipe(write_recipe(SMALLEST), preset="quick").data
@@ -101,7 +99,7 @@ def test_a_presets_table_for_one_component_is_left_aside_where_another_is_used(
     assert (data.use, data.max_tokens) == ("p.data", max_tokens)
 
 
-def test_a_preset_shortens_the_critics_training_only_where_there_is_a_critic(write_recipe):
+def test_a_presets_critic_table_applies_only_to_a_recipe_with_a_critic(write_recipe):
     write_recipe("[critic.train]\nsteps = 8", "presets/quick.toml")
     without = write_recipe(SMALLEST, "without.toml")
     with_critic = write_recipe(SMALLEST + "    critic.use = 'p.critic'", "with.toml")
@@ -143,7 +141,7 @@ def test_set_reaches_into_arrays_of_tables_and_makes_missing_tables(write_recipe
     assert recipe.tracker == (TrackerTable(use="p.c"), TrackerTable(use="p.b", options={"deep": {"x": 1}}))
 
 
-def test_options_belong_to_their_component_and_leave_with_it(write_recipe):
+def test_another_use_discards_the_options_of_the_old_component(write_recipe):
     write_recipe(
         "[weighting]\nuse = 'p.old'\noptions = {beta = 1.0}\n[data]\nuse = 'p.d'\noptions = {n = 1}",
         "low.toml",
@@ -157,7 +155,7 @@ def test_options_belong_to_their_component_and_leave_with_it(write_recipe):
 
 
 @pytest.mark.parametrize("swap", [False, True])
-def test_set_may_choose_a_component_and_its_options_in_any_order(write_recipe, swap):
+def test_set_may_name_a_component_and_its_options_in_any_order(write_recipe, swap):
     path = write_recipe(SMALLEST + "    weighting.options.old = 1")
     overrides = ["weighting.use=p.new", "weighting.options.beta=2"]
 
@@ -166,7 +164,7 @@ def test_set_may_choose_a_component_and_its_options_in_any_order(write_recipe, s
     assert recipe.weighting == Selection(use="p.new", options={"beta": 2})
 
 
-def test_every_fault_names_its_own_file_and_line(write_recipe):
+def test_every_fault_has_its_file_and_line(write_recipe):
     write_recipe("[train]\n\nsteps = true\nbatch_size = 0", "configs/defaults.toml")
     write_recipe("[evaluate]\nsampels = 2", "configs/presets/quick.toml")
     path = write_recipe(
@@ -207,7 +205,7 @@ def test_every_fault_names_its_own_file_and_line(write_recipe):
     ]
 
 
-def test_a_key_that_a_later_layer_replaced_is_not_at_fault(write_recipe):
+def test_a_replaced_key_is_no_fault(write_recipe):
     write_recipe("train.steps = true", "low.toml")
     path = write_recipe("extends = ['low.toml']\ntrain.steps = 3" + SMALLEST.replace("    ", ""))
 
@@ -270,12 +268,12 @@ def test_a_written_recipe_reads_back_equal(recipe):
     assert structure(Recipe, tomli.loads(recipe_to_toml(recipe))) == (recipe, [])
 
 
-def test_defaults_toml_says_what_the_schema_says(repository):
+def test_defaults_toml_agrees_with_the_schema(repository):
     """A key missing in a recipe must mean the same with and without `extends`."""
-    said = tomli.loads((repository / "configs" / "defaults.toml").read_text())
+    written = tomli.loads((repository / "configs" / "defaults.toml").read_text())
     recipe = Recipe(run=RunTable(name="r"), data=DataTable(use="p"), weighting=Selection(use="p"))
 
-    for table, keys in said.items():
+    for table, keys in written.items():
         if table == "tracker":
             continue
         default = getattr(recipe, table)
@@ -284,14 +282,14 @@ def test_defaults_toml_says_what_the_schema_says(repository):
 
 
 def test_every_default_is_shown_in_defaults_toml(repository):
-    said = tomli.loads((repository / "configs" / "defaults.toml").read_text())
+    written = tomli.loads((repository / "configs" / "defaults.toml").read_text())
 
     for table in attrs.fields(Recipe):
         if table.name in {"weighting", "critic", "tracker"}:
             continue
         for key in attrs.fields(table.type):
             has_default = key.default is not attrs.NOTHING and key.default is not None
-            assert key.name in said[table.name] or not has_default or key.name == "options", key.name
+            assert key.name in written[table.name] or not has_default or key.name == "options", key.name
 
 
 @pytest.mark.parametrize("table", [RunTable, ModelTable, TrainTable, EvaluateTable, LossTable, MicroTable])

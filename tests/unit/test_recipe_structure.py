@@ -1,4 +1,4 @@
-"""`structure` is strict, and tells everything that is wrong at once."""
+"""`structure` is strict and reports all faults at once."""
 
 import enum
 from collections.abc import Mapping
@@ -63,7 +63,7 @@ KEYS = ", ".join(each.name for each in fields(Options))
         ("anything", {"a": [1]}, {"a": [1]}),
     ],
 )
-def test_what_toml_can_say_becomes_the_type_of_the_field(key, toml, value):
+def test_toml_values_become_the_type_of_the_field(key, toml, value):
     options, faults = structure(Options, {key: toml})
 
     assert faults == []
@@ -100,7 +100,7 @@ def test_what_toml_can_say_becomes_the_type_of_the_field(key, toml, value):
         ("steps", "a" * 100, f"expected int, got str '{'a' * 59}..."),
     ],
 )
-def test_nothing_is_converted_in_silence(key, toml, text):
+def test_nothing_is_converted_silently(key, toml, text):
     options, faults = structure(Options, {key: toml}, at=("t",))
 
     assert options is None
@@ -156,17 +156,27 @@ def test_a_validator_is_silent_about_a_key_that_is_itself_wrong():
     assert [fault.path for fault in faults] == [("low",)]
 
 
-def test_what_only_the_constructor_refuses_is_a_fault_of_the_table():
+def test_an_error_of_the_constructor_is_a_fault_of_the_table():
     _, faults = structure(Range, {"width": -500}, at=("weighting", "options"))
 
     assert [(fault.path, fault.text) for fault in faults] == [(("weighting", "options"), "too wide")]
 
 
-def test_converters_run_as_the_class_says():
+def test_attrs_converters_run():
     assert structure(Range, {"width": -5}) == (Range(width=5), [])
 
 
-def test_plain_gives_back_what_toml_would_say():
+@frozen(kw_only=True)
+class Unsupported:
+    size: complex = 0j
+
+
+def test_a_type_that_toml_lacks_is_an_error_of_the_class():
+    with pytest.raises(TypeError, match=r"a recipe cannot hold a value of type <class 'complex'>"):
+        structure(Unsupported, {"size": 1})
+
+
+def test_plain_returns_toml_values():
     table = {"colour": "blue", "clip": [1.0, 2.0], "file": "a/b", "inner": {"depth": 2, "share": 0.1}}
     options, _ = structure(Options, table)
 

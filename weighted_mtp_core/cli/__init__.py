@@ -109,7 +109,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)  # type: ignore[arg-type] # passed through
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse the arguments of this parser, intermixed if it says so."""
+        """Parse the arguments of this parser, intermixed if `intermixed` is set."""
         if not self.intermixed:
             return super().parse_known_args(args, namespace)
         self.intermixed = False  # parse_known_intermixed_args calls this method

@@ -57,7 +57,7 @@ LEAVES = """
 
 @pytest.fixture(scope="session", autouse=True)
 def leaves(tmp_path_factory):
-    """A module and a `dist-info` folder on `sys.path`, as an installer would leave them."""
+    """Install the plugin: a module and a `dist-info` folder on `sys.path`."""
     site = tmp_path_factory.mktemp("site-packages")
     (site / "wmtp_leaves.py").write_text(dedent(LEAVES))
     metadata = site / "wmtp_leaves-1.0.dist-info"

@@ -1,4 +1,4 @@
-"""Every wrapper keeps what core promises of a weighting, whatever it wraps."""
+"""Conformance of every wrapper to core, whatever it wraps."""
 
 import pytest
 from weighted_mtp_core.testing import WeightingStrategySuite

@@ -1,4 +1,4 @@
-"""The controls keep what they say they keep; the combinators do the arithmetic of their names."""
+"""The controls keep the statistics that they promise; the combinators compute their formulas."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ class Fixed(WeightingStrategy):
 
 
 def make_view(documents, *, step=0, seed=0):
-    """One row a list of (prompt, response) lengths; ids drawn from a seed."""
+    """Make a view with one row per list of (prompt, response) lengths, and random ids."""
     width = max(sum(map(sum, row)) for row in documents)
     document_BT = torch.full((len(documents), width), -1)
     response_BT = torch.zeros(len(documents), width, dtype=torch.bool)
@@ -170,7 +170,7 @@ def test_two_valued_weights_are_matched():
     torch.testing.assert_close(drawn.std(), wrapped.std(), rtol=1e-3, atol=0)
 
 
-def test_random_numbers_are_uniform_and_unlike_each_other():
+def test_random_numbers_are_uniform_and_uncorrelated():
     numbers = uniform(LARGE, seed=3, heads=4)
 
     assert numbers.shape == (32, 45, 4)

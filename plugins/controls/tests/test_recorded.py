@@ -1,4 +1,4 @@
-"""Weights that were recorded come back to the bit, and only to the batch that they belong to."""
+"""Recorded weights are replayed bit for bit, and only for the batch that they were recorded with."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from weighted_mtp_controls._recorded import Record, Replay
 
 
 class Drawn(WeightingStrategy):
-    """Other weights at every call."""
+    """Returns other weights at every call."""
 
     def __init__(self, *, by_pair=False):
         self.generator = torch.Generator().manual_seed(3)
@@ -41,7 +41,7 @@ def view():
 
 
 @pytest.mark.parametrize("by_pair", [False, True])
-def test_each_step_gets_back_the_weights_that_it_had(tmp_path, view, by_pair):
+def test_each_step_gets_its_recorded_weights(tmp_path, view, by_pair):
     record = Record(Drawn(by_pair=by_pair), folder=tmp_path / "kept")
     steps = [evolve(view, step=step) for step in range(4)]
     had = [record.weigh(step).weight for step in steps]
@@ -69,7 +69,7 @@ def test_another_batch_is_refused(tmp_path, view):
             replay.weigh(evolve(view, ids_BT=other, document_BT=document_BT))
 
 
-def test_padding_is_no_part_of_a_batch(tmp_path, view):
+def test_padding_does_not_identify_a_batch(tmp_path, view):
     Record(Drawn(), folder=tmp_path).weigh(view)
     otherwise_padded = view.ids_BT.where(view.document_BT >= 0, 39)
 
@@ -91,6 +91,6 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path, view):
         Replay(folder=tmp_path).weigh(view)
 
 
-def test_a_name_under_which_nothing_was_recorded_is_an_error(tmp_path):
+def test_a_name_without_recorded_weights_is_an_error(tmp_path):
     with pytest.raises(WmtpError, match="there are no recorded weights in"):
         Replay(folder=tmp_path / "absent")

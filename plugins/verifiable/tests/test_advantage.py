@@ -1,4 +1,4 @@
-"""TD errors and advantages: numbers worked out by hand, laws, and equality with a loop over tokens."""
+"""TD errors and advantages: numbers worked out by hand, identities, and equality with a loop over tokens."""
 
 import itertools
 
@@ -27,11 +27,11 @@ def loop(value_BT, reward_BT, document_BT, response_BT, *, gamma, lam):
     advantage_BT = torch.zeros_like(value_BT)
     for b in range(len(value_BT)):
         for document in set(document_BT[b].tolist()) - {-1}:
-            places = [t for t, d in enumerate(document_BT[b].tolist()) if d == document]
-            answered = [t for t in places if response_BT[b, t]]
+            positions = [t for t, d in enumerate(document_BT[b].tolist()) if d == document]
+            answered = [t for t in positions if response_BT[b, t]]
             running = 0.0
-            for t in reversed([t for t in places if answered and t <= answered[-1]]):
-                before = float(value_BT[b, t - 1]) if t > places[0] else 0.0
+            for t in reversed([t for t in positions if answered and t <= answered[-1]]):
+                before = float(value_BT[b, t - 1]) if t > positions[0] else 0.0
                 after = 0.0 if t == answered[-1] else float(value_BT[b, t])
                 earned = float(reward_BT[b, t]) if t == answered[-1] else 0.0
                 running = earned + gamma * after - before + gamma * lam * running
@@ -69,7 +69,7 @@ def batches(draw):
 def test_td_errors_by_hand():
     delta_BT = td_errors(VALUE_BT, REWARD_BT, document_BT=DOCUMENT_BT, response_BT=RESPONSE_BT, gamma=1.0)
 
-    # .5 - .2, .4 - .5, .9 - .4, 1 - .9; the value behind the last token (.7) counts for nothing.
+    # .5 - .2, .4 - .5, .9 - .4, 1 - .9; the value after the last token (.7) is not used.
     torch.testing.assert_close(delta_BT[0, 1:], torch.tensor([0.3, -0.1, 0.5, 0.1], dtype=torch.float64))
 
 
@@ -149,7 +149,7 @@ def test_values_of_another_document_in_the_row_change_nothing():
     assert torch.equal(estimate(value_BT, *rest, lam=0.9)[:, :5], estimate(other_BT, *rest, lam=0.9)[:, :5])
 
 
-def test_a_response_in_two_parts_telescopes_over_what_lies_between():
+def test_a_response_in_two_parts_telescopes_over_the_tokens_between():
     value_BT = torch.tensor([[0.2, 0.5, 0.1, 0.9, 0.7]], dtype=torch.float64)
     response_BT = torch.tensor([[False, True, False, True, True]])
     reward_BT = response_BT.double()
@@ -171,7 +171,7 @@ def test_discounted_sums_by_hand():
 
 
 @given(batches())
-def test_what_remains_of_a_response_is_counted_exactly(batch):
+def test_remaining_response_tokens_are_counted_exactly(batch):
     _, _, document_BT, response_BT = batch
     expected_BT = torch.zeros_like(document_BT)
     for b, t in itertools.product(range(document_BT.shape[0]), range(document_BT.shape[1])):

@@ -23,7 +23,7 @@ BODIES = {
 
 
 class Trunk(nn.Module):
-    """The trunk of a trunk, as `ModelContext.trainable_trunk` describes it."""
+    """A policy's trunk, as `ModelContext.trainable_trunk` describes it."""
 
     hidden_size = 16
 
@@ -110,7 +110,7 @@ def test_every_objective_learns_on_every_body(trunk, body, objective):
     train(critic, trunk, steps=80)
 
     after = float(loss(critic, trunk, held_out).detach())
-    # Before the token that decides nothing can be known, and a random policy's states tell little of it.
+    # Nothing is known before the deciding token, and a random trunk's states carry little information on it.
     assert after < 0.95 * before
 
 

@@ -1,4 +1,4 @@
-"""The plugin's components keep what core promises of their kinds, with each of their ways to work."""
+"""Conformance of the plugin's components to core, with each of their modes."""
 
 import pytest
 from weighted_mtp_core.testing import CriticSuite, WeightingStrategySuite

@@ -21,7 +21,7 @@ def build(**options):
 
 
 def view(responses, *, packed=False):
-    """Lay out responses (length, reward, problem), each behind a prompt: one a row, or all in one."""
+    """Lay out responses (length, reward, problem), each after a prompt: one per row, or all in one row."""
     width = PADDING + max(length for length, _, _ in responses) + PROMPT
     if packed:
         width = PADDING + sum(length + PROMPT for length, _, _ in responses)
@@ -107,7 +107,7 @@ def test_a_response_alone_with_its_problem_is_compared_with_the_batch():
     assert weights == pytest.approx([math.exp(0.75)] + [math.exp(-0.25)] * 3)
 
 
-def test_responses_that_are_all_right_weigh_the_same():
+def test_correct_responses_alone_have_equal_weights():
     assert each_weight([(2, 1.0, 0), (3, 1.0, 0), (4, 1.0, 1)]) == [1.0, 1.0, 1.0]
 
 

@@ -41,7 +41,7 @@ VALUES = [[0.2, 0.5, 0.4, 0.9], [0.7, 0.3, 0.6, 0.1]]
 LOGIT_BT = torch.tensor([[logit(value) for value in row] for row in VALUES])
 
 
-def test_values_are_trained_on_response_tokens_and_on_the_token_before():
+def test_values_are_trained_on_response_tokens_and_the_last_prompt_token():
     assert trained_prefixes(TWO).tolist() == [[True, True, True, True], [False, True, True, True]]
 
 
@@ -54,7 +54,7 @@ def test_a_response_at_the_start_of_a_document_has_no_token_before():
     ]
 
 
-def test_the_outcome_stands_on_the_whole_document():
+def test_the_outcome_is_on_every_token_of_the_document():
     packed = batch([[0, 1, 0, 1, 0]], [[1.0, 1.0, 0.0, 0.25, 0.0]], document=[[0, 0, 1, 1, -1]])
 
     assert outcome(packed).tolist() == [[1.0, 1.0, 0.25, 0.25, 0.0]]
@@ -100,11 +100,11 @@ def test_bradley_terry_by_hand():
     score_BT = torch.tensor([[5.0, 1.0, 9.0], [5.0, 7.0, 0.0]])
     pair = batch([[0, 1, 0], [0, 1, 1]], [[1.0] * 3, [0.0] * 3])
 
-    # Only the score behind the last response token counts: 1 against 0.
+    # Only the score of the last response token counts: 1 against 0.
     assert float(bradley_terry(score_BT, pair, lam=0.5)) == pytest.approx(0.313262, abs=1e-6)
 
 
-def test_bradley_terry_knows_differences_only():
+def test_bradley_terry_depends_on_differences_only():
     pair = batch([[0, 1], [0, 1]], [[1.0] * 2, [0.0] * 2])
     score_BT = torch.tensor([[0.0, 0.3], [0.0, -0.4]])
 

@@ -1,4 +1,4 @@
-"""Whole runs on data whose truth is known: one token decides everything, or nothing does."""
+"""Whole runs on data with a known signal: one token decides the reward, or none does."""
 
 import json
 import random
@@ -11,12 +11,12 @@ WORD = "abcdefgh"
 
 
 def write(folder, *, decides, problems):
-    """Write responses of eight random letters with one mark among them, `!` or `?`.
+    """Write responses of eight random letters and one mark, `!` or `?`.
 
     Args:
-        folder: Gets `train.jsonl`, `validation.jsonl` and `test.jsonl`.
-        decides: Whether the mark says if the response is right; if not, it is drawn by a coin.
-        problems: How many of train and validation; each has a right and a wrong response.
+        folder: Folder for `train.jsonl`, `validation.jsonl` and `test.jsonl`.
+        decides: Whether the mark decides if the response is correct; otherwise it is random.
+        problems: Number of problems in train and validation; each has a correct and an incorrect response.
     """
     chance = random.Random(0)
     for split, count in {**problems, "test": 2}.items():
@@ -82,7 +82,9 @@ def test_one_token_that_decides_is_found_and_carries_the_largest_td_error(tmp_pa
 
 
 @pytest.mark.slow
-def test_where_nothing_decides_the_run_stops_before_the_policy_and_says_why(tmp_path, wmtp_tiny_run, capsys):
+def test_without_a_signal_the_run_stops_before_the_policy_with_an_explanation(
+    tmp_path, wmtp_tiny_run, capsys
+):
     write(tmp_path, decides=False, problems={"train": 200, "validation": 400})
 
     with pytest.raises(AssertionError, match="the run failed"):

@@ -42,10 +42,10 @@ def view(value, *, reward=1.0, training=True):
 
 
 def packed(lengths, *, seed):
-    """One row of documents, two prompt tokens before each response, every other one right."""
+    """One row of documents, two prompt tokens before each response; every other response is correct."""
     generator = torch.Generator().manual_seed(seed)
     document = [number for number, length in enumerate(lengths) for _ in range(2 + length)]
-    answers = [place >= 2 for length in lengths for place in range(2 + length)]
+    answers = [position >= 2 for length in lengths for position in range(2 + length)]
     document_BT, response_BT = torch.tensor([[*document, -1]]), torch.tensor([[*answers, False]])
     return attrs.evolve(
         view([0.0] * document_BT.shape[1]),
@@ -92,7 +92,7 @@ def test_weights_are_clipped_and_the_clipped_are_counted():
     assert float(weights.metrics["clipped_fraction"]) == 0.5
 
 
-def test_positives_only_leaves_weights_of_right_responses_as_they_are():
+def test_positives_only_keeps_the_weights_of_correct_responses():
     right = view(BY_HAND)
 
     torch.testing.assert_close(
@@ -100,11 +100,11 @@ def test_positives_only_leaves_weights_of_right_responses_as_they_are():
     )
 
 
-def test_positives_only_gives_wrong_responses_no_weight():
+def test_positives_only_gives_incorrect_responses_weight_zero():
     assert not build(positives_only=True).weigh(view(BY_HAND, reward=0.0)).weight.any()
 
 
-def test_signed_by_reward_right_responses_never_fall_below_one_and_wrong_ones_never_rise_above():
+def test_sign_reward_keeps_correct_responses_at_or_above_one_and_incorrect_ones_at_or_below():
     options = {"estimator": "td", "whiten": "none", "sign": "reward", "clip": (0.0, 100.0)}
     right = build(**options).weigh(view(BY_HAND)).weight
     wrong = build(**options).weigh(view(BY_HAND, reward=0.0)).weight

@@ -1,4 +1,4 @@
-"""`verifiable.value_head`: where it starts, what it learns, what it refuses."""
+"""`verifiable.value_head`: initial values, learning, refused states and options."""
 
 import re
 from pathlib import Path
@@ -31,14 +31,14 @@ def build(*, seed=0, **options):
 
 
 def copies(rows, *, seed):
-    """Four letters to be copied; in every other row one letter of the copy is another."""
+    """Prompts of four letters and their copies; every other copy has one wrong letter."""
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(0, LETTERS, (rows, 4), generator=generator)
     response = prompt.clone()
-    place = torch.randint(0, 4, (rows,), generator=generator)
+    position = torch.randint(0, 4, (rows,), generator=generator)
     offset = torch.randint(1, LETTERS, (rows,), generator=generator)
     wrong = torch.arange(rows) % 2 == 1
-    response[wrong, place[wrong]] = (response[wrong, place[wrong]] + offset[wrong]) % LETTERS
+    response[wrong, position[wrong]] = (response[wrong, position[wrong]] + offset[wrong]) % LETTERS
     response_BT = torch.tensor([False] * 4 + [True] * 4).expand(rows, 8)
     return Batch(
         ids_BT=torch.cat([prompt, response], dim=1),
@@ -70,7 +70,7 @@ def test_every_value_starts_at_one_half(objective):
 
 
 @pytest.mark.parametrize("objective", ["monte_carlo", "lambda_return", "bradley_terry"])
-def test_learns_to_tell_true_copies_from_false_ones(objective):
+def test_learns_to_tell_correct_copies_from_wrong_ones(objective):
     critic = build(objective=objective)
     held_out = copies(256, seed=10_000)
 
@@ -81,7 +81,7 @@ def test_learns_to_tell_true_copies_from_false_ones(objective):
     assert final_auc(critic, held_out) > 0.9
 
 
-def test_a_wrong_letter_lowers_the_value_where_it_stands():
+def test_a_wrong_letter_lowers_the_value_at_its_position():
     critic = build()
     train(critic, steps=150)
     held_out = copies(256, seed=10_000)
@@ -95,7 +95,7 @@ def test_a_wrong_letter_lowers_the_value_where_it_stands():
 
 
 def losses_by_step(steps, **options):
-    """The loss of one batch at each step, of a critic whose values are not all alike, and which stays so."""
+    """The loss of one batch at each step, for a critic with distinct values that is not trained further."""
     critic, trained = build(objective="lambda_return", **options), build()
     train(trained, steps=3)
     critic.load_state_dict(trained.state_dict())
@@ -106,7 +106,7 @@ def losses_by_step(steps, **options):
     return found
 
 
-def test_lambda_goes_in_equal_steps_from_its_start_to_its_end():
+def test_lambda_moves_linearly_from_start_to_end():
     constant = {lam: losses_by_step(1, lam=lam)[0] for lam in (1.0, 0.75, 0.5)}
 
     found = losses_by_step(3, lam=0.5, lam_schedule="linear", lam_start=1.0)
@@ -115,7 +115,7 @@ def test_lambda_goes_in_equal_steps_from_its_start_to_its_end():
     assert found == [constant[1.0], constant[0.75], constant[0.5]]
 
 
-def test_a_constant_lambda_stays():
+def test_a_constant_lambda_does_not_change():
     assert len(set(losses_by_step(3, lam=0.5))) == 1
 
 
@@ -130,7 +130,7 @@ def test_only_the_body_policy_reads_the_policy(body, reads_policy, batching):
     assert critic.batching == batching
 
 
-def test_bradley_terry_asks_for_pairs():
+def test_bradley_terry_uses_pairs():
     assert build(objective="bradley_terry").batching == "pairs"
 
 
@@ -190,7 +190,7 @@ def test_values_are_the_same_where_the_host_knows_the_targets():
     assert torch.equal(critic.loss(known, None).loss, critic.loss(asked, None).loss)
 
 
-def test_positions_start_anew_with_each_document():
+def test_positions_restart_with_each_document():
     document_BT = torch.tensor([[0, 0, 0, 1, 1, -1]])
 
     assert positions(document_BT).tolist() == [[0, 1, 2, 0, 1, 0]]
@@ -213,7 +213,7 @@ def test_rotated_products_depend_on_the_distance_alone():
 
 
 @given(st.lists(st.tuples(st.integers(1, 4)), min_size=1, max_size=4), st.integers(0, 100))
-def test_document_cumsum_equal_a_loop(lengths, seed):
+def test_document_cumsum_equals_a_loop(lengths, seed):
     document_T = torch.cat([torch.full((length,), n) for n, (length,) in enumerate(lengths)])
     x_T = torch.rand(len(document_T), generator=torch.Generator().manual_seed(seed))
     expected = [

@@ -1,4 +1,4 @@
-"""`find_lines` finds the line of every key, however the TOML is written."""
+"""`find_lines` finds the line of every key in every TOML syntax."""
 
 import tomli
 import tomli_w
