@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from attrs import frozen
@@ -35,10 +34,15 @@ class BareHeads(nn.Module):
         self.n_future = n_future
         self.unembedding = Unembedding(nn.Linear(D, vocabulary, bias=False))
 
-    def sparse_rows(self, k: int, index_N: Tensor) -> AbstractContextManager[None]:
-        """Do nothing: these heads compute no rows."""
-        del k, index_N
-        return nullcontext()
+    @property
+    def heads(self) -> BareHeads:
+        """Themselves."""
+        return self
+
+    def layer(self, k: int) -> nn.Module:
+        """Return a layer that computes nothing."""
+        del k
+        return nn.Identity()
 
     def head_states(self, k: int, hidden_BTD: Tensor, *, position_BT: Tensor | None = None) -> Tensor:
         """Return the trunk's states."""

@@ -19,6 +19,7 @@ from transformers import (
 from weighted_mtp_core.api import Batch
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.model.policy import make_policy
+from weighted_mtp_core.model.sparse_feed_forward import one_position_per_row, sparse_rows
 from weighted_mtp_core.model.trunk import frozen_trunk
 
 V, K, LAYERS = 40, 3, 3
@@ -83,9 +84,9 @@ def test_states_that_a_head_is_asked_for_are_those_of_the_whole(base, tied, head
 
     for k in range(1, K + 1):
         whole_BTH = policy.head_states(k, hidden_BTH)
-        with policy.sparse_rows(k, index_N):
+        with sparse_rows(policy.heads.layer(k), index_N):
             some_BTH = policy.head_states(k, hidden_BTH)
-        with policy.one_position_per_row(k, index_R):
+        with one_position_per_row(policy.heads.layer(k), index_R):
             one_BTH = policy.head_states(k, hidden_BTH)
 
         torch.testing.assert_close(some_BTH.flatten(0, 1)[index_N], whole_BTH.flatten(0, 1)[index_N])
@@ -99,7 +100,7 @@ def test_the_feed_forward_network_of_a_head_computes_only_what_it_is_asked_for(b
     hidden_BTH = policy.trunk_states(ids())
     with FlopCounterMode(display=False) as whole:
         policy.head_states(2, hidden_BTH)
-    with FlopCounterMode(display=False) as some, policy.sparse_rows(2, torch.tensor([4])):
+    with FlopCounterMode(display=False) as some, sparse_rows(policy.heads.layer(2), torch.tensor([4])):
         policy.head_states(2, hidden_BTH)
 
     weights = sum(

@@ -6,7 +6,7 @@ import mmap
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, overload
+from typing import Any, Self
 
 import numpy as np
 from numpy.lib import format as npy
@@ -78,12 +78,6 @@ class MappedStrings(Sequence[str]):
     def __len__(self) -> int:
         return len(self._start) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[str]: ...
-    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> str:  # type: ignore[override] # slices are not needed
         i = range(len(self))[index]
         return self._text[self._start[i] : self._start[i + 1]].tobytes().decode()

@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,8 +27,17 @@ from weighted_mtp_core.data.array_files import ArrayWriter, MappedStrings, mappe
 from weighted_mtp_core.errors import WmtpError
 
 _CHUNK = 1024  # documents per tokenizer call: batches are 1.5x faster than single texts
-_SMALL = 2**16
 _META = "meta.json"
+_DTYPES = {
+    "start": np.int64,
+    "prompt": np.int32,
+    "reward": np.float32,
+    "problem": np.int64,
+    "name": np.uint8,
+    "name_start": np.int64,
+}
+"""The arrays beside the ids, by file name."""
+Ints = NDArray[np.int64]
 
 
 class Tokenizer(Protocol):
@@ -105,18 +114,25 @@ def tokenise(examples: Iterable[Example], tokenizer: Tokenizer, *, max_tokens: i
     # forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     count = kept = 0
-    with _Writer(folder, wide=len(tokenizer) > _SMALL) as writer:
-        for chunk in _chunks(examples):
-            prompts = tokenizer([example.prompt for example in chunk], add_special_tokens=False)["input_ids"]
-            responses = tokenizer([example.response for example in chunk], add_special_tokens=False)[
-                "input_ids"
-            ]
+    dtypes = {"ids": np.int32 if len(tokenizer) > 2**16 else np.uint16, **_DTYPES}
+    left = iter(examples)
+    with ExitStack() as stack:
+        arrays = {
+            name: stack.enter_context(ArrayWriter(folder / f"{name}.npy", dtype))
+            for name, dtype in dtypes.items()
+        }
+        while chunk := list(itertools.islice(left, _CHUNK)):
+            prompts, responses = (
+                tokenizer(texts, add_special_tokens=False)["input_ids"]
+                for texts in ([each.prompt for each in chunk], [each.response for each in chunk])
+            )
             documents = [
                 (example, len(prompt), [*prompt, *response, tokenizer.eos_token_id])
                 for example, prompt, response in zip(chunk, prompts, responses, strict=True)
                 if len(prompt) + len(response) < max_tokens
             ]
-            writer.add(documents)
+            for name, values in _columns(documents).items():
+                arrays[name].append(values)
             count += len(chunk)
             kept += len(documents)
     if not kept:
@@ -124,7 +140,9 @@ def tokenise(examples: Iterable[Example], tokenizer: Tokenizer, *, max_tokens: i
             f"none of the {count} examples has at most {max_tokens} tokens",
             hint="raise `data.max_tokens` or choose other data",
         )
-    _number_problems(folder)
+    for name in ("start", "name_start"):
+        _replace(folder, name, lambda length_D: np.concatenate([[0], np.cumsum(length_D)]))
+    _replace(folder, "problem", _numbered)
     (folder / _META).write_text(json.dumps({"examples": count, "left_out": count - kept}), encoding="utf-8")
 
 
@@ -145,56 +163,18 @@ def open_tokens(folder: Path, *, sha256: str) -> TokenSet:
     )
 
 
-def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
-    left = iter(examples)
-    while chunk := list(itertools.islice(left, _CHUNK)):
-        yield chunk
-
-
-_DTYPES = {
-    "start": np.int64,
-    "prompt": np.int32,
-    "reward": np.float32,
-    "problem": np.int64,
-    "name": np.uint8,
-    "name_start": np.int64,
-}
-"""The arrays beside the ids, by file name."""
-
-
-class _Writer(ExitStack):
-    """Appends documents to the arrays of a folder."""
-
-    def __init__(self, folder: Path, *, wide: bool) -> None:
-        super().__init__()
-        kinds = {"ids": np.int32 if wide else np.uint16, **_DTYPES}
-        self._arrays = {
-            name: self.enter_context(ArrayWriter(folder / f"{name}.npy", dtype))
-            for name, dtype in kinds.items()
-        }
-        self._end = self._name_end = 0
-        self._arrays["start"].append([0])
-        self._arrays["name_start"].append([0])
-
-    def add(self, documents: Sequence[tuple[Example, int, list[int]]]) -> None:
-        """Append documents: example, number of prompt tokens, ids."""
-        if not documents:
-            return
-        names = [example.example_id.encode() for example, _, _ in documents]
-        ends = self._end + np.cumsum([len(ids) for _, _, ids in documents])
-        name_ends = self._name_end + np.cumsum([len(name) for name in names])
-        self._end, self._name_end = int(ends[-1]), int(name_ends[-1])
-        columns: dict[str, ArrayLike] = {
-            "ids": list(itertools.chain.from_iterable(ids for _, _, ids in documents)),
-            "start": ends,
-            "prompt": [prompt for _, prompt, _ in documents],
-            "reward": [example.reward for example, _, _ in documents],
-            "problem": [_digest(example.problem_id) for example, _, _ in documents],
-            "name": np.frombuffer(b"".join(names), dtype=np.uint8),
-            "name_start": name_ends,
-        }
-        for name, values in columns.items():
-            self._arrays[name].append(values)
+def _columns(documents: Sequence[tuple[Example, int, list[int]]]) -> dict[str, ArrayLike]:
+    """Return the arrays of documents (example, number of prompt tokens, ids); starts are lengths as yet."""
+    names = [example.example_id.encode() for example, _, _ in documents]
+    return {
+        "ids": list(itertools.chain.from_iterable(ids for _, _, ids in documents)),
+        "start": [len(ids) for _, _, ids in documents],
+        "prompt": [prompt for _, prompt, _ in documents],
+        "reward": [example.reward for example, _, _ in documents],
+        "problem": [_digest(example.problem_id) for example, _, _ in documents],
+        "name": np.frombuffer(b"".join(names), dtype=np.uint8),
+        "name_start": [len(name) for name in names],
+    }
 
 
 def _digest(problem_id: str) -> int:
@@ -202,10 +182,14 @@ def _digest(problem_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(problem_id.encode(), digest_size=8).digest(), signed=True)
 
 
-def _number_problems(folder: Path) -> None:
-    """Replace the hashes of problems by numbers, in order of first appearance."""
-    path = folder / "problem.npy"
-    _, first, inverse_D = np.unique(np.load(path), return_index=True, return_inverse=True)
+def _numbered(digest_D: Ints) -> Ints:
+    """Return the index of each hash among the different ones, in order of first appearance."""
+    _, first, inverse_D = np.unique(digest_D, return_index=True, return_inverse=True)
     number = np.empty(len(first), dtype=np.int64)
     number[np.argsort(first)] = np.arange(len(first))
-    np.save(path, number[inverse_D])
+    return number[inverse_D]
+
+
+def _replace(folder: Path, name: str, change: Callable[[Ints], Ints]) -> None:
+    path = folder / f"{name}.npy"
+    np.save(path, change(np.load(path)))

@@ -137,7 +137,7 @@ class Block:
 
     def _outputs_at(self, k: int, index_R: Tensor) -> Tensor:
         """Return head k's states before the final norm, `[R, H]`."""
-        with self.heads.policy.one_position_per_row(k, index_R):
+        with one_position_per_row(self.heads.policy.heads.layer(k), index_R):
             return self._outputs(k).flatten(0, 1).index_select(0, index_R)
 
     def _outputs(self, k: int) -> Tensor:
@@ -145,7 +145,7 @@ class Block:
         policy = self.heads.policy
         own = self.cache.heads[k - 1] if self.cache.heads else None
         if self.call is None:
-            return policy.head_outputs(
+            return policy.heads.run(
                 k, self.hidden_RTH, position_BT=self.position_RT, cache=own, seen_BS=self.seen
             )
         return self.call.repeat(

@@ -64,23 +64,26 @@ class Generations:
 
 @define(kw_only=True)
 class _Row:
-    """The new tokens of one prompt, at most `limit`."""
+    """The new tokens of one prompt, at most `limit`, and the accepted drafts of each forward pass."""
 
     index: int
     limit: int
     tokens: list[int] = field(factory=list)
+    accepted: list[int] = field(factory=list)
+    emitted: int = 0
     finished: bool = False
 
-    def take(self, new: Sequence[int], *, eos_id: int) -> int:
-        """Append tokens up to EOS or the limit; return the number of tokens used, EOS included."""
-        for taken, token in enumerate(new, start=1):
-            if token == eos_id:
+    def take(self, new: Sequence[int], *, eos_id: int) -> None:
+        """Append the tokens of a pass, drafts first, up to EOS or the limit."""
+        taken = 0
+        while taken < len(new) and not self.is_done:
+            if new[taken] == eos_id:
                 self.finished = True
-                return taken
-            self.tokens.append(token)
-            if len(self.tokens) == self.limit:
-                return taken
-        return len(new)
+            else:
+                self.tokens.append(new[taken])
+            taken += 1
+        self.emitted += taken
+        self.accepted.append(min(taken, len(new) - 1))
 
     @property
     def is_done(self) -> bool:
@@ -126,12 +129,7 @@ def generate(
     names = list(streams) if streams is not None else [str(i) for i in range(len(prompts))]
     drafts = _drafts(policy, decoding, longest=max(map(len, prompts), default=0), new=max_new_tokens)
     heads = DecodingHeads.of(policy, drafts=drafts)
-    longest = _longest_text(policy)
-    rows = [
-        _Row(index=i, limit=_limit(len(ids), max_new_tokens, longest=longest))
-        for i, ids in enumerate(prompts)
-    ]
-    tally = _Tally(accepted=[0] * drafts)
+    rows = [_Row(index=i, limit=_limit(policy, len(ids), max_new_tokens)) for i, ids in enumerate(prompts)]
     done = 0
     by_length = sorted(rows, key=lambda row: len(prompts[row.index]))
     for first in range(0, len(rows), batch_size):
@@ -142,8 +140,9 @@ def generate(
             generators=[_generator(seed, names[row.index]) for row in live],
         )
         gained = decoder.start([prompts[row.index] for row in live])
-        tally.count(live, gained, eos_id=eos_id, verifying=False)
         while True:
+            for row, new in zip(live, gained, strict=True):
+                row.take(new, eos_id=eos_id)
             staying = [i for i, row in enumerate(live) if not row.is_done]
             if len(staying) < len(live):
                 done += len(live) - len(staying)
@@ -153,15 +152,16 @@ def generate(
                 if not live:
                     break
                 decoder.keep(staying)
-            tally.count(live, decoder.step(), eos_id=eos_id, verifying=True)
+            gained = decoder.step()
     policy.train(was_training)
+    accepted = [count for row in rows for count in row.accepted]
     return Generations(
         tokens=tuple(tuple(row.tokens) for row in rows),
         finished=tuple(row.finished for row in rows),
-        emitted=tally.emitted,
-        passes=tally.passes,
-        verified=tally.verified,
-        accepted=tuple(tally.accepted),
+        emitted=sum(row.emitted for row in rows),
+        passes=len(accepted),
+        verified=len(accepted) - len(rows),
+        accepted=tuple(sum(count > i for count in accepted) for i in range(drafts)),
         seconds=time.perf_counter() - began,
     )
 
@@ -178,43 +178,18 @@ def _drafts(policy: Policy, decoding: Decoding, *, longest: int, new: int) -> in
     return policy.n_future - 1
 
 
-def _longest_text(policy: Policy) -> int | None:
-    """Return the most tokens of a prompt and its text together, if the model has a limit."""
+def _limit(policy: Policy, length: int, max_new_tokens: int) -> int:
+    """Return the most new tokens of a prompt of this length."""
     positions: int | None = getattr(policy.config, "max_position_embeddings", None)
-    return None if positions is None else positions - (policy.n_future - 1)
-
-
-def _limit(length: int, max_new_tokens: int, *, longest: int | None) -> int:
-    if longest is None:
+    if positions is None:
         return max_new_tokens
+    longest = positions - (policy.n_future - 1)
     if length >= longest:
         raise WmtpError(
             f"a prompt of {length} tokens leaves no room to write: this model reads up to {longest}",
             hint="shorten the prompt, or use a base model with more positions",
         )
     return min(max_new_tokens, longest - length)
-
-
-@define(kw_only=True)
-class _Tally:
-    """Counts for `Generations`."""
-
-    accepted: list[int]
-    emitted: int = 0
-    passes: int = 0
-    verified: int = 0
-
-    def count(
-        self, rows: Sequence[_Row], gained: Sequence[list[int]], *, eos_id: int, verifying: bool
-    ) -> None:
-        """Append each row's new tokens and count them."""
-        for row, new in zip(rows, gained, strict=True):
-            taken = row.take(new, eos_id=eos_id)
-            self.emitted += taken
-            self.passes += 1
-            self.verified += verifying
-            for position in range(min(taken, len(new) - 1)):
-                self.accepted[position] += 1
 
 
 def _generator(seed: int, stream: str) -> torch.Generator:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from weighted_mtp_core.model.chunked_unembedding import ChunkedUnembedding
 from weighted_mtp_core.model.policy import Policy
+from weighted_mtp_core.model.sparse_feed_forward import sparse_rows
 from weighted_mtp_core.model.targets import Counts, source_index, take, target_mask
 
 
@@ -86,7 +87,7 @@ def weighted_mtp_loss(
             scale_BT = weight_BTK[:, :, k - 1].float() * scale_BT
         index_N = source_index(label_BT, k=k, preceding_BT=preceding_BT)
         own_BTH = source_BTH.detach() if detach_trunk and k > 1 else source_BTH
-        with policy.sparse_rows(k, index_N):
+        with sparse_rows(policy.heads.layer(k), index_N):
             loss, ce_sum = _learn_head(
                 policy.head_states(k, own_BTH, position_BT=position_BT),
                 unembedding,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from weighted_mtp_core.model.chunked_unembedding import ChunkedUnembedding
 from weighted_mtp_core.model.policy import Policy
+from weighted_mtp_core.model.sparse_feed_forward import sparse_rows
 from weighted_mtp_core.model.targets import Counts, source_index, take, target_mask
 
 Measured = TypeVar("Measured")
@@ -85,6 +86,6 @@ class PairPredictions:
         for k in range(1, self.policy.n_future + 1):
             label_BT = self.labels_BTK[:, :, k - 1]
             index_N = source_index(label_BT, k=k, preceding_BT=self.preceding_BT)
-            with self.policy.sparse_rows(k, index_N):
+            with sparse_rows(self.policy.heads.layer(k), index_N):
                 state_BTH = self.policy.head_states(k, self.hidden_BTH, position_BT=self.position_BT)
             yield index_N, measure(unembedding, state_BTH, index_N, take(label_BT, index_N))

@@ -11,7 +11,6 @@ Shape letters: B rows, T positions, S cached and new tokens, K heads, H hidden, 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Any
 
 from attrs import frozen
@@ -23,7 +22,6 @@ from weighted_mtp_core.model.heads import HeadKind, Heads
 from weighted_mtp_core.model.heads.linear import LinearHeads
 from weighted_mtp_core.model.heads.transformer import TransformerHeads
 from weighted_mtp_core.model.probe import compare, observe
-from weighted_mtp_core.model.sparse_feed_forward import one_position_per_row, sparse_rows
 from weighted_mtp_core.model.unembedding import Unembedding
 
 HEADS: dict[HeadKind, type[Heads]] = {each.kind: each for each in (TransformerHeads, LinearHeads)}
@@ -99,42 +97,17 @@ class Policy(nn.Module):
             self.trunk, input_ids=ids_BT, position_BT=position_BT, cache=cache, seen_BS=seen_BS
         )
 
-    def head_outputs(
-        self,
-        k: int,
-        hidden_BTH: Tensor,
-        *,
-        position_BT: Tensor | None = None,
-        cache: Any = None,
-        seen_BS: Tensor | None = None,
-    ) -> Tensor:
-        """Return head k's (from 1) states `[B, T, H]` before the final norm; see `trunk_states`."""
-        return self.heads.run(k, hidden_BTH, position_BT=position_BT, cache=cache, seen_BS=seen_BS)
-
     def head_states(
         self, k: int, hidden_BTH: Tensor, *, position_BT: Tensor | None = None, cache: Any = None
     ) -> Tensor:
         """Return the states `[B, T, H]` that the unembedding reads for head k; see `trunk_states`."""
-        normed: Tensor = self.norm(self.head_outputs(k, hidden_BTH, position_BT=position_BT, cache=cache))
+        normed: Tensor = self.norm(self.heads.run(k, hidden_BTH, position_BT=position_BT, cache=cache))
         return normed
 
     def logits(self, k: int, hidden_BTH: Tensor) -> Tensor:
         """Return head k's logits `[B, T, V]`; training never makes them whole."""
         logits: Tensor = self.unembedding(self.head_states(k, hidden_BTH))
         return logits
-
-    def sparse_rows(self, k: int, index_N: Tensor) -> AbstractContextManager[None]:
-        """Inside this context, head k's states are correct only at `index_N` and cost less.
-
-        Args:
-            k: Head, from 1.
-            index_N: int64 positions in the flattened `[B, T]`.
-        """
-        return sparse_rows(self.heads.layer(k), index_N)
-
-    def one_position_per_row(self, k: int, index_B: Tensor) -> AbstractContextManager[None]:
-        """The same as `sparse_rows` for one position of each row; faster if rows are short."""
-        return one_position_per_row(self.heads.layer(k), index_B)
 
     def new_caches(self) -> PolicyCache:
         """Return empty caches of the trunk and of each transformer head."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import reason
 from weighted_mtp_core.model.families import REFUSED, logit_forms, text_config
+from weighted_mtp_core.model.sparse_feed_forward import one_position_per_row, sparse_rows
 from weighted_mtp_core.model.unembedding import Unembedding
 
 if TYPE_CHECKING:
@@ -215,10 +216,10 @@ def _sparse_gap(policy: Policy, k: int, hidden_BTH: Tensor) -> float:
     rows, length = hidden_BTH.shape[:2]
     whole = policy.head_states(k, hidden_BTH).flatten(0, 1)
     some = torch.tensor([2, 5, rows * length - 1], device=whole.device)
-    with policy.sparse_rows(k, some):
+    with sparse_rows(policy.heads.layer(k), some):
         gap = _gap(policy.head_states(k, hidden_BTH).flatten(0, 1)[some], whole[some])
     one = torch.arange(rows, device=whole.device) * length + 3
-    with policy.one_position_per_row(k, one):
+    with one_position_per_row(policy.heads.layer(k), one):
         return max(gap, _gap(policy.head_states(k, hidden_BTH).flatten(0, 1)[one], whole[one]))
 
 

@@ -47,7 +47,13 @@ class Heads(nn.ModuleList, ABC):
 
     @abstractmethod
     def run(
-        self, k: int, hidden_BTH: Tensor, *, position_BT: Tensor | None, cache: Any, seen_BS: Tensor | None
+        self,
+        k: int,
+        hidden_BTH: Tensor,
+        *,
+        position_BT: Tensor | None = None,
+        cache: Any = None,
+        seen_BS: Tensor | None = None,
     ) -> Tensor:
         """Return head k's (from 1) states `[B, T, H]` before the final norm; see `Policy.trunk_states`."""
 

@@ -28,7 +28,13 @@ class LinearHeads(Heads):
         return SplitModel(trunk=body, heads=heads, norm=nn.Identity())
 
     def run(
-        self, k: int, hidden_BTH: Tensor, *, position_BT: Tensor | None, cache: Any, seen_BS: Tensor | None
+        self,
+        k: int,
+        hidden_BTH: Tensor,
+        *,
+        position_BT: Tensor | None = None,
+        cache: Any = None,
+        seen_BS: Tensor | None = None,
     ) -> Tensor:
         """Return head k's states `[B, T, H]`; each depends on the trunk's state at its own position only."""
         del position_BT, cache, seen_BS

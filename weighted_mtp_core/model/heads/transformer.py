@@ -62,7 +62,13 @@ class TransformerHeads(Heads):
         return SplitModel(trunk=body, heads=heads, norm=norm)
 
     def run(
-        self, k: int, hidden_BTH: Tensor, *, position_BT: Tensor | None, cache: Any, seen_BS: Tensor | None
+        self,
+        k: int,
+        hidden_BTH: Tensor,
+        *,
+        position_BT: Tensor | None = None,
+        cache: Any = None,
+        seen_BS: Tensor | None = None,
     ) -> Tensor:
         """Return head k's states `[B, T, H]`."""
         return body_states(
