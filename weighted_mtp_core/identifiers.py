@@ -1,4 +1,4 @@
-"""Identifiers that a recipe passes to trackers and folders: experiment, tags, params.
+"""Identifiers that a recipe passes to trackers and folders: experiment and params.
 
 MLflow accepts experiment names such as `../../evil` or with NUL bytes, so they are checked here.
 """
@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-_RESERVED_TAG = re.compile(r"algo|model_version|wmtp\..*|mlflow\..*")
-_TAG_KEY = re.compile(r"[A-Za-z0-9_./ -]+")  # accepted by every MLflow store
 
 
 def check_path(name: str) -> None:
@@ -24,29 +22,6 @@ def check_path(name: str) -> None:
     for part in name.split("/"):
         if ".." in part or not re.fullmatch(NAME, part):
             raise ValueError(f"each part of {name!r} must match `{NAME}`, without `..`; {part!r} does not")
-
-
-def check_tags(tags: Sequence[str]) -> None:
-    """Check a recipe's own tags.
-
-    Raises:
-        ValueError: A tag is not "key:value", or its key is reserved or given twice.
-    """
-    seen = set()
-    for tag, (key, value) in zip(tags, tag_pairs(tags), strict=True):
-        if not value or not _TAG_KEY.fullmatch(key):
-            raise ValueError(f'expected "key:value", got {tag!r}')
-        if _RESERVED_TAG.fullmatch(key):
-            raise ValueError(f"tag `{key}` is written by the run itself; choose another key")
-        if key in seen:
-            raise ValueError(f"tag `{key}` is given twice")
-        seen.add(key)
-
-
-def tag_pairs(tags: Sequence[str]) -> list[tuple[str, str]]:
-    """Split "key:value" tags at the first colon."""
-    split = [tag.partition(":") for tag in tags]
-    return [(key.strip(), value.strip()) for key, _, value in split]
 
 
 def flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 import attrs
 from attrs import frozen
 
+from weighted_mtp_core import run_tags
 from weighted_mtp_core.api import SAME_RESULT, Signal
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.identifiers import check_path, flat, tag_pairs
+from weighted_mtp_core.identifiers import check_path, flat
 from weighted_mtp_core.plugins.loading import Kind, PluginRegistry
 from weighted_mtp_core.plugins.selection import ComponentSelector, SelectedComponent
 from weighted_mtp_core.recipe.document import Document, dotted
@@ -29,8 +30,7 @@ from weighted_mtp_core.recipe.structure import Fault, plain
 
 _DEFAULT_EXPERIMENT_PREFIX = "weighted_mtp"
 _CRITIC_SIGNALS = (Signal.VALUE, Signal.REFERENCE_LOSS)  # core computes the other signals
-_PLUGIN_TAG = "wmtp.plugin."
-_ADDRESS_TAGS = ("weighting", "critic", "data")
+_ADDRESS_TAGS = {"weighting": run_tags.WEIGHTING, "critic": run_tags.CRITIC, "data": run_tags.DATA}
 SelectionT = TypeVar("SelectionT", bound=Selection)
 
 
@@ -76,9 +76,9 @@ class Plan:
     def identity(self) -> dict[str, dict[str, str]]:
         """The facts that two runs share if and only if they are the same: params and plugin versions."""
         plugins = {
-            key.removeprefix(_PLUGIN_TAG): value
+            key.removeprefix(run_tags.PLUGIN_PREFIX): value
             for key, value in self.tags.items()
-            if key.startswith(_PLUGIN_TAG)
+            if key.startswith(run_tags.PLUGIN_PREFIX)
         }
         return {"params": dict(self.params), "plugins": plugins}
 
@@ -175,11 +175,13 @@ def _resolve(
     )
     text = recipe_to_toml(resolved)
     sha256 = hashlib.sha256(text.encode()).hexdigest()
-    own_tags = {"algo": weighting.plugin.name}
-    own_tags |= {f"wmtp.{each}": selected[each,].address for each in _ADDRESS_TAGS if (each,) in selected}
+    own_tags = {run_tags.ALGO: weighting.plugin.name}
+    own_tags |= {
+        tag: selected[table,].address for table, tag in _ADDRESS_TAGS.items() if (table,) in selected
+    }
     for name, plugin in sorted(registry.loaded.items()):
-        own_tags[f"{_PLUGIN_TAG}{name}"] = f"{plugin.found.distribution}=={plugin.found.version}"
-    own_tags["wmtp.recipe_sha256"] = sha256
+        own_tags[f"{run_tags.PLUGIN_PREFIX}{name}"] = f"{plugin.found.distribution}=={plugin.found.version}"
+    own_tags[run_tags.RECIPE_SHA256] = sha256
     return Plan(
         recipe=resolved,
         weighting=weighting,
@@ -187,7 +189,7 @@ def _resolve(
         data=data,
         trackers=trackers,
         experiment=_experiment(recipe, weighting, trackers, document),
-        tags=dict(tag_pairs(recipe.run.tags)) | own_tags,
+        tags=dict(run_tags.tag_pairs(recipe.run.tags)) | own_tags,
         params=dict(flat(plain(resolved))),
         recipe_toml=text,
         recipe_sha256=sha256,

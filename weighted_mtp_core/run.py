@@ -9,6 +9,7 @@ import torch
 from attrs import frozen
 from torch import nn
 
+from weighted_mtp_core import run_tags
 from weighted_mtp_core.api import Batch, Critic, Signal
 from weighted_mtp_core.checkpointing.best_model import load_component
 from weighted_mtp_core.checkpointing.manager import Checkpoints
@@ -145,7 +146,7 @@ class _Run:
             self.recorder.folder, version, allowed=allow_change
         ):
             self.recorder.datasets([version])
-        self.recorder.tags({"model_version": prepared.base_name})
+        self.recorder.tags({run_tags.MODEL_VERSION: prepared.base_name})
         return prepared
 
     def train_critic(self, prepared: Prepared) -> tuple[Critic | None, CriticReport | None]:
@@ -173,7 +174,7 @@ class _Run:
             self.recorder.metrics(learner.stage, 0, report.metrics())  # training recorded none
         allowed = table.allow_uninformative_critic
         if not check_informative(report, selected.address, allowed=allowed, log=self.recorder.log):
-            self.recorder.tags({"wmtp.uninformative_critic": "true"})
+            self.recorder.tags({run_tags.UNINFORMATIVE_CRITIC: "true"})
         return critic, report
 
     def train_policy(self, prepared: Prepared, critic: Critic | None) -> tuple[PolicyLearner, Trained]:

@@ -31,6 +31,7 @@ from mlflow.entities import (
 )
 from mlflow.exceptions import MlflowException
 
+from weighted_mtp_core import run_tags
 from weighted_mtp_core.api import DatasetVersion, MetricPoint, RunInfo, RunOutcome, Tracker
 from weighted_mtp_core.builtin import _mlflow_limits as limits
 from weighted_mtp_core.builtin._mlflow_artifacts import check_store, drop_local_checkpoint, store
@@ -39,7 +40,6 @@ from weighted_mtp_core.builtin._mlflow_uri import local_path
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.tracking.names import check_path_name
 
-RUN_ID_TAG = "wmtp.run_id"
 _DIGEST = 36  # the most characters that MLflow accepts; the param `data.sha256` has all
 
 
@@ -203,7 +203,7 @@ class MlflowTracker(Tracker):
     def _find(self, run: RunInfo) -> Run | None:
         found = self._open.search_runs(
             [self._experiment_id],
-            filter_string=f"tags.`{RUN_ID_TAG}` = '{run.run_id}'",
+            filter_string=f"tags.`{run_tags.RUN_ID}` = '{run.run_id}'",
             run_view_type=ViewType.ACTIVE_ONLY,
             max_results=1,
         )
@@ -214,7 +214,7 @@ class MlflowTracker(Tracker):
             self._experiment_id,
             start_time=run.started_ms,
             run_name=run.name,
-            tags={RUN_ID_TAG: run.run_id, "mlflow.source.name": "weighted_mtp_core"},
+            tags={run_tags.RUN_ID: run.run_id, "mlflow.source.name": "weighted_mtp_core"},
         )
 
     def _describe(self, run: RunInfo) -> None:

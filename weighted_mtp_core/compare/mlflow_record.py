@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from weighted_mtp_core import run_tags
 from weighted_mtp_core.api import MetricPoint, RunInfo, RunOutcome
 from weighted_mtp_core.builtin._mlflow_errors import NotDeliveredError
 from weighted_mtp_core.builtin._mlflow_tracker import MlflowTracker
@@ -17,8 +18,6 @@ from weighted_mtp_core.tracking.journal import now_ms
 from weighted_mtp_core.tracking.run_history import read_history
 from weighted_mtp_core.tracking.sync import amend_run
 from weighted_mtp_core.tracking.trackers import build_trackers
-
-PARENT_TAG = "mlflow.parentRunId"
 
 
 def track(
@@ -58,8 +57,8 @@ def track(
         )
         if record_comparison(tracker, info, comparison, files=files, log=log):
             for run in runs.values():  # via the journals, so that an outage only delays the tag
-                if read_history(run).tags.get(PARENT_TAG) != tracker.run_id:
-                    amend_run(run, tags={PARENT_TAG: tracker.run_id}, outcome=None, log=log)
+                if read_history(run).tags.get(run_tags.PARENT_RUN) != tracker.run_id:
+                    amend_run(run, tags={run_tags.PARENT_RUN: tracker.run_id}, outcome=None, log=log)
             log(f"look at it: {tracker.where()}")
 
 
@@ -81,7 +80,7 @@ def describe_comparison(
         name=folder.name,
         experiment=next(iter(experiments)) if len(experiments) == 1 else f"{prefix}/compare",
         params=dict(sorted({**own_params, **dict(params)}.items())),
-        tags={"algo": "compare", "wmtp.compare": names},
+        tags={run_tags.ALGO: "compare", run_tags.COMPARED_ARMS: names},
         datasets=(),
         folder=folder,
     )

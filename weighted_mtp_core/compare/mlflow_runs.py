@@ -10,13 +10,14 @@ from attrs import frozen
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from weighted_mtp_core import run_tags
 from weighted_mtp_core.api import BuildContext, RunInfo
 from weighted_mtp_core.builtin._mlflow_errors import diagnose
-from weighted_mtp_core.builtin._mlflow_tracker import RUN_ID_TAG, MlflowTracker
+from weighted_mtp_core.builtin._mlflow_tracker import MlflowTracker
 from weighted_mtp_core.builtin.mlflow import MlflowOptions, build_mlflow
 from weighted_mtp_core.compare.arms import refuse_unequal
 from weighted_mtp_core.compare.measures import RunMeasures
-from weighted_mtp_core.compare.mlflow_record import PARENT_TAG, describe_comparison
+from weighted_mtp_core.compare.mlflow_record import describe_comparison
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import did_you_mean, quoted
 from weighted_mtp_core.tracking.run_history import Point
@@ -66,7 +67,7 @@ class StoredRuns:
         """Tag the runs as children of a run."""
         with _client(self.tracker.uri) as client:
             for run in self.all:
-                client.set_tag(run.info.run_id, PARENT_TAG, parent)
+                client.set_tag(run.info.run_id, run_tags.PARENT_RUN, parent)
 
 
 def read_stored(
@@ -114,7 +115,7 @@ def _of_experiment(client: MlflowClient, name: str) -> list[Run]:
 
 def _by_id(client: MlflowClient, run_id: str) -> Run:
     every = [each.experiment_id for each in client.search_experiments()]
-    for key in ("attributes.run_id", f"tags.`{RUN_ID_TAG}`"):
+    for key in ("attributes.run_id", f"tags.`{run_tags.RUN_ID}`"):
         found = client.search_runs(every, f"{key} = '{run_id}'", max_results=1)
         if found:
             return found[0]

@@ -8,7 +8,8 @@ from typing import Any, Literal
 from attrs import field, frozen
 from attrs import validators as v
 
-from weighted_mtp_core.identifiers import NAME, check_path, check_tags
+from weighted_mtp_core.identifiers import NAME, check_path
+from weighted_mtp_core.run_tags import check_tags
 
 
 @frozen(kw_only=True)

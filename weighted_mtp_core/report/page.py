@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from weighted_mtp_core import run_tags
 from weighted_mtp_core.api import is_correct
 from weighted_mtp_core.report.charts import Chart, charts_of
 from weighted_mtp_core.report.drawing import reliability_chart
@@ -98,18 +99,18 @@ def _figures(history: RunHistory) -> list[tuple[str, str, str]]:
 def _facts(history: RunHistory) -> list[tuple[str, str]]:
     """Return what the run was in a few lines, without those that are unknown."""
     tags, params = history.tags, history.params
-    data = [tags.get("wmtp.data"), params.get("data.name"), params.get("data.version")]
-    plugins = [value for name, value in sorted(tags.items()) if name.startswith("wmtp.plugin.") and value]
+    data = [tags.get(run_tags.DATA), params.get("data.name"), params.get("data.version")]
+    plugins = [tags[name] for name in sorted(tags) if name.startswith(run_tags.PLUGIN_PREFIX)]
     facts = [
-        ("weighting", tags.get("wmtp.weighting", "")),
-        ("critic", tags.get("wmtp.critic", "")),
+        ("weighting", tags.get(run_tags.WEIGHTING, "")),
+        ("critic", tags.get(run_tags.CRITIC, "")),
         ("data", " ".join(filter(None, data))),
         ("SHA-256 of the data", params.get("data.sha256", "")),
-        ("base model", tags.get("model_version", params.get("model.base", ""))),
+        ("base model", tags.get(run_tags.MODEL_VERSION, params.get("model.base", ""))),
         ("heads", params.get("model.n_future", "")),
         ("steps, batch size", f"{params.get('train.steps', '?')} x {params.get('train.batch_size', '?')}"),
         ("seed", params.get("run.seed", "")),
-        ("plugins", ", ".join(plugins)),
+        ("plugins", ", ".join(filter(None, plugins))),
     ]
     return [(name, value) for name, value in facts if value]
 

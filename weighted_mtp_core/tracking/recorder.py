@@ -20,6 +20,7 @@ from typing import Self
 
 from attrs import asdict, define, field
 
+from weighted_mtp_core import run_tags
 from weighted_mtp_core.api import DatasetVersion, RunInfo, RunOutcome, Tracker
 from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.plan import Plan
@@ -122,7 +123,7 @@ class Recorder:
                 self.log(f"WARNING: a damaged line in `{self.folder.journal}` is left out")
         self._recorded_before = history.last_step
         if history.run:
-            self.tags({"wmtp.resumed": "true"})
+            self.tags({run_tags.RESUMED: "true"})
             return
         run = {"run_id": info.run_id, "name": info.name, "experiment": info.experiment}
         self._journal.append("run", run)
@@ -165,7 +166,7 @@ class Recorder:
         self.display.update(step, values)
 
     def tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags on the run; docs/commands.md lists those of the framework."""
+        """Set tags on the run; `run_tags.py` has the keys."""
         self._journal.append("tags", {"tags": _without_secrets(tags)})
 
     def datasets(self, versions: Sequence[DatasetVersion]) -> None:
@@ -248,7 +249,7 @@ class Recorder:
         self._closed = True
         try:
             if error_class is not None:
-                self.tags({"wmtp.error_class": error_class})
+                self.tags({run_tags.ERROR_CLASS: error_class})
             self._log.write(f"run {outcome.value}")
             self.artifact(self.folder.log, "logs")
             self._journal.append("status", {"status": outcome.value})
