@@ -25,9 +25,9 @@ from transformers import (
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.export.transformers import refuse_to_replace, write_export
 from weighted_mtp_core.generation.generate import generate
+from weighted_mtp_core.model.exported_model import ExportFacts, read_facts
 from weighted_mtp_core.model.load import load_policy
 from weighted_mtp_core.model.policy import make_policy
-from weighted_mtp_core.model.saved_policy import PolicyFacts, read_facts
 from weighted_mtp_core.recipe.schema import ModelTable
 
 V, K, EOS = 40, 3, 1
@@ -74,7 +74,7 @@ def trained(base=llama, *, tied=True, head="transformer"):
 
 
 def exported(policy, path):
-    facts = PolicyFacts(
+    facts = ExportFacts(
         n_future=policy.n_future,
         head=policy.head_kind,
         run="20261123-140924-abcdef",

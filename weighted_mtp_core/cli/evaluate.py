@@ -1,4 +1,4 @@
-"""`evaluate`: measure the policy of a finished run, or an exported one, on other settings or splits."""
+"""`evaluate`: measure the policy of a finished run, or an exported model, with other settings or splits."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from weighted_mtp_core.plan import Plan
 
 _DESCRIPTION = """\
-Measure the best policy of a finished run: every head's loss, pass@k by running what it writes, and decoding.
-What is not given is as in the run's recipe. Writes samples.jsonl (HumanEval's format), verdicts.jsonl and
-metrics.json. RUN itself, which may also be an exported model, is left as it is."""
+Measure the best policy of a finished run: the loss of each head, pass@k by running completions, and decoding.
+Options default to the run's recipe. Writes samples.jsonl (HumanEval's format), verdicts.jsonl and
+metrics.json. RUN may also be an exported model; its own files never change."""
 _EPILOG = """\
 examples:
   evaluate 20261123-140924 --split validation
   evaluate 20261123-140924 --samples 10 --temperature 0.8 --pass-at-k 1,5
   evaluate 20261123-140924 --samples 10 --pass-at-k 1,10 --choose-temperature 0.2,0.6,0.8
-  evaluate models/sorter                                   what `export` wrote, on the run's data
+  evaluate models/sorter                                   an exported model, on the run's data
 
-A temperature that is chosen by its result must not be chosen on what is reported: --choose-temperature
-solves the validation problems at each, and the test problems at the one with the best pass@k (largest k)."""
+A temperature must not be chosen on the problems that are reported: --choose-temperature solves the
+validation problems at each temperature, and the test problems at the one with the best pass@k (largest k)."""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -39,22 +39,24 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "evaluate", help="measure a finished run again", description=_DESCRIPTION, epilog=_EPILOG
     )
     add_run_arguments(parser, also=", or an exported model")
-    parser.add_argument("--split", choices=("test", "validation"), default="test", help="(test)")
-    parser.add_argument("--samples", metavar="N", type=int, help="completions a problem")
+    parser.add_argument("--split", choices=("test", "validation"), default="test", help="(default: test)")
+    parser.add_argument("--samples", metavar="N", type=int, help="completions per problem")
     heat = parser.add_mutually_exclusive_group()
     heat.add_argument("--temperature", metavar="T", type=float, help="0 is greedy")
     heat.add_argument(
-        "--choose-temperature", metavar="T,T,...", type=list_of(float), help="the best on validation"
+        "--choose-temperature", metavar="T,T,...", type=list_of(float), help="use the best on validation"
     )
     parser.add_argument(
         "--pass-at-k", metavar="K,K,...", type=list_of(int), help="each k needs at least k samples"
     )
-    parser.add_argument("--problems", metavar="N", type=int, help="the first N of a split; 0 means all")
+    parser.add_argument(
+        "--problems", metavar="N", type=int, help="only the first N of the split; 0 means all"
+    )
     parser.add_argument(
         "--out",
         metavar="DIR",
         type=Path,
-        help="(RUN/evaluations/<time>, of a model <storage>/evaluations/<its name>/<time>)",
+        help="(default: RUN/evaluations/<time>; for exported models <storage>/evaluations/<name>/<time>)",
     )
     return parser
 
@@ -78,7 +80,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _plans(run: Path, args: argparse.Namespace) -> list[Plan]:
-    """Return the run's plan with the arguments' changes, once for each temperature to try."""
+    """Return the run's plan with the options applied, once for each temperature."""
     from weighted_mtp_core.evaluation.finished_run import plan_of
 
     changes = evaluate_overrides(args, "samples", "temperature", "pass_at_k", "problems")
@@ -88,16 +90,16 @@ def _plans(run: Path, args: argparse.Namespace) -> list[Plan]:
 
 
 def _evaluations(run: Path, plan: Plan) -> Path:
-    """Return where evaluations go; an exported model is complete, and nothing is added to it."""
-    from weighted_mtp_core.model.saved_policy import is_saved_policy
+    """Return the folder of evaluations; nothing is added to an exported model."""
+    from weighted_mtp_core.model.exported_model import is_exported_model
 
-    if is_saved_policy(run):
+    if is_exported_model(run):
         return Path(plan.recipe.run.storage) / "evaluations" / run.name
     return run / "evaluations"
 
 
 def _measure(run: Path, plans: Sequence[Plan], *, split: Split, out: Path) -> dict[str, Any]:
-    """Choose among the plans on validation if there are several, measure, and write all files."""
+    """Choose the best of several plans on validation, measure it, and write all files."""
     from rich.console import Console
 
     from weighted_mtp_core.evaluation.evaluate import evaluate

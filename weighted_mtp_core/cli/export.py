@@ -11,13 +11,13 @@ from weighted_mtp_core.cli.run_arguments import add_run_arguments
 from weighted_mtp_core.exit_codes import EXIT_DONE
 
 _DESCRIPTION = """\
-Write the best policy of a finished run as a transformers directory: head 1 as an ordinary language model,
-which loads without this package, the other heads beside it, and the SHA-256 of every file. A recipe
-(`model.base = "DIR"`), `evaluate DIR` and `generate DIR` get all heads back."""
+Write the best policy of a finished run as a transformers directory: head 1 as an ordinary language model that
+loads without this package, the other heads in a file beside it, and the SHA-256 of every file. A recipe
+(`model.base = "DIR"`), `evaluate DIR` and `generate DIR` load all heads."""
 _EPILOG = """\
 examples:
   export 20261123-140924 --to models/sorter
-  export 20261123-140924 --to models/sorter --force       replace the exported model that is there"""
+  export 20261123-140924 --to models/sorter --force       replace an existing exported model"""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""`generate`: let the policy of a finished run, or an exported one, continue a prompt."""
+"""`generate`: continue a prompt with the policy of a finished run, or an exported model."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.exit_codes import EXIT_DONE
 
 _DESCRIPTION = """\
-Continue a prompt with the best policy of a finished run. What is not given is as in the run's recipe.
-RUN may also be an exported model, which needs neither data nor plugins. The text goes to stdout, all else
-to stderr."""
+Continue a prompt with the best policy of a finished run. Options default to the run's recipe. RUN may also
+be an exported model, which needs neither data nor plugins. The text goes to stdout, all else to stderr."""
 _EPILOG = """\
 examples:
   generate 20261123-140924 --prompt 'def add(a, b):'
-  generate models/sorter --prompt 'def add(a, b):'                    what `export` wrote
+  generate models/sorter --prompt 'def add(a, b):'                    an exported model
   generate 20261123-140924 --samples 3 --temperature 0.8 < prompt.txt
-  generate 20261123-140924 --prompt 'def f(x):' --decoding plain      the same text, a token a forward pass"""
+  generate 20261123-140924 --prompt 'def f(x):' --decoding plain      the same text, a token per pass"""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -28,17 +27,17 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "generate", help="continue a prompt with a finished run", description=_DESCRIPTION, epilog=_EPILOG
     )
     add_run_arguments(parser, also=", or an exported model")
-    parser.add_argument("--prompt", metavar="TEXT", help="(all of stdin, without its last line break)")
+    parser.add_argument("--prompt", metavar="TEXT", help="(default: stdin, without its last line break)")
     parser.add_argument("--max-new-tokens", metavar="N", type=int)
     parser.add_argument("--temperature", metavar="T", type=float, help="0 is greedy")
-    parser.add_argument("--samples", metavar="N", type=int, default=1, help="texts to write (1)")
+    parser.add_argument("--samples", metavar="N", type=int, default=1, help="number of texts (default: 1)")
     parser.add_argument("--decoding", choices=("plain", "self_speculative"))
-    parser.add_argument("--seed", metavar="S", type=int, help="of the samples")
+    parser.add_argument("--seed", metavar="S", type=int, help="seed of the samples")
     return parser
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print what the policy writes."""
+    """Print the completions."""
     from weighted_mtp_core.evaluation.finished_run import find_finished, policy_loader
     from weighted_mtp_core.generation.generate import sample_completions
 
@@ -48,7 +47,7 @@ def main(args: argparse.Namespace) -> int:
     prompt = args.prompt if args.prompt is not None else sys.stdin.read().removesuffix("\n")
     if not prompt:
         raise WmtpError("the prompt is empty", hint="give one: --prompt 'def add(a, b):'")
-    policy, tokenizer = loader.load(_say)
+    policy, tokenizer = loader.load(_log)
     table = loader.recipe.evaluate
     written = sample_completions(
         policy,
@@ -66,9 +65,9 @@ def main(args: argparse.Namespace) -> int:
             print(f"--- sample {number} of {table.samples}")
         print(text)
     count, rate = written.generations.emitted, written.generations.tokens_per_forward
-    _say(f"{count} tokens, {rate:.2f} a forward pass, {written.generations.seconds:.1f} s")
+    _log(f"{count} tokens, {rate:.2f} a forward pass, {written.generations.seconds:.1f} s")
     return EXIT_DONE
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(text, file=sys.stderr)

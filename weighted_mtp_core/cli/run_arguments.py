@@ -30,7 +30,7 @@ def list_of(kind: Callable[[str], float]) -> Callable[[str], list[float]]:
 
 
 def evaluate_overrides(args: argparse.Namespace, *keys: str) -> list[str]:
-    """Return the given ones of these arguments as overrides of the recipe's table `[evaluate]`."""
+    """Return the arguments that were given as overrides of the recipe's table `[evaluate]`."""
     given = {key: getattr(args, key) for key in keys}
     return [f"evaluate.{key}={_toml(value)}" for key, value in given.items() if value is not None]
 

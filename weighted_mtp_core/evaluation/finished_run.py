@@ -13,9 +13,9 @@ from attrs import frozen
 from weighted_mtp_core.checkpointing.best_model import load_model
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.export.transformers import write_export
+from weighted_mtp_core.model.exported_model import RECIPE, ExportFacts, is_exported_model, read_facts
 from weighted_mtp_core.model.load import load_policy
 from weighted_mtp_core.model.policy import Policy
-from weighted_mtp_core.model.saved_policy import RECIPE, PolicyFacts, is_saved_policy, read_facts
 from weighted_mtp_core.plan import Plan, make_plan
 from weighted_mtp_core.recipe.load import load_recipe
 from weighted_mtp_core.recipe.schema import Recipe
@@ -32,7 +32,7 @@ def find_finished(runs: Path, text: str) -> Path:
         WmtpError: It is no exported model, and no run fits, or several do.
     """
     path = Path(text)
-    return path.absolute() if is_saved_policy(path) else find_run(runs, text)
+    return path.absolute() if is_exported_model(path) else find_run(runs, text)
 
 
 def plan_of(folder: Path, *, overrides: Sequence[str] = ()) -> Plan:
@@ -45,7 +45,7 @@ def plan_of(folder: Path, *, overrides: Sequence[str] = ()) -> Plan:
     Raises:
         WmtpError: The run left no checkpoint, or an override is wrong.
     """
-    if is_saved_policy(folder):
+    if is_exported_model(folder):
         return make_plan(folder / RECIPE, overrides=[*_export_overrides(folder), *overrides])
     checkpoint = _checkpoint(folder)
     if not checkpoint.is_file():
@@ -62,7 +62,7 @@ def prepare_finished(folder: Path, plan: Plan, *, log: Callable[[str], None]) ->
     Raises:
         WmtpError: The data differ from those of the run, or the policy is damaged.
     """
-    exported = is_saved_policy(folder)
+    exported = is_exported_model(folder)
     prepared = prepare(plan, log=log)
     was = read_facts(folder).data_sha256 if exported else read_run(folder).get("data.sha256")
     now = prepared.source.version().sha256
@@ -96,7 +96,7 @@ def policy_loader(folder: Path, *, overrides: Sequence[str]) -> PolicyLoader:
     Raises:
         WmtpError: See `plan_of`.
     """
-    if is_saved_policy(folder):
+    if is_exported_model(folder):
         recipe = load_recipe(folder / RECIPE, overrides=[*_export_overrides(folder), *overrides])
         return PolicyLoader(recipe=recipe, load=partial(_load_export, folder, recipe))
     plan = plan_of(folder, overrides=overrides)
@@ -117,7 +117,7 @@ def export_run(run: Path, to: Path, *, log: Callable[[str], None]) -> None:
     """
     prepared = prepare_finished(run, plan_of(run, overrides=['model.device="cpu"']), log=log)
     recipe = RunFolder(path=run).recipe
-    facts = PolicyFacts(
+    facts = ExportFacts(
         n_future=prepared.policy.n_future,
         head=prepared.policy.head_kind,
         run=run.name,

@@ -1,7 +1,7 @@
 """Write a trained policy as a transformers directory.
 
 Head 1 becomes an ordinary language model, which plain transformers loads without this package; the other
-heads lie in a file beside it. `model.saved_policy` reads all heads again. `manifest.json` holds the SHA-256
+heads lie in a file beside it. `model.exported_model` reads all heads again. `manifest.json` holds the SHA-256
 of every file.
 """
 
@@ -20,15 +20,15 @@ from torch import Tensor
 
 import weighted_mtp_core
 from weighted_mtp_core.errors import RunFailedError, WmtpError
-from weighted_mtp_core.model.policy import Policy
-from weighted_mtp_core.model.saved_policy import (
+from weighted_mtp_core.model.exported_model import (
     EXTRA_HEADS,
     FACTS,
     FORMAT,
     RECIPE,
-    PolicyFacts,
-    is_saved_policy,
+    ExportFacts,
+    is_exported_model,
 )
+from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.storage.manifest import atomic_folder
 
 
@@ -42,13 +42,13 @@ def refuse_to_replace(path: Path, *, force: bool) -> None:
         return
     if not force:
         raise WmtpError(f"`{path}` is there already", hint="choose another `--to`, or replace it: --force")
-    if not path.is_dir() or not (is_saved_policy(path) or not any(path.iterdir())):
+    if not path.is_dir() or not (is_exported_model(path) or not any(path.iterdir())):
         raise WmtpError(
             f"`{path}` is no exported model, so `--force` does not replace it", hint="choose another `--to`"
         )
 
 
-def write_export(policy: Policy, tokenizer: Any, path: Path, *, facts: PolicyFacts, recipe: bytes) -> None:
+def write_export(policy: Policy, tokenizer: Any, path: Path, *, facts: ExportFacts, recipe: bytes) -> None:
     """Write the directory, whole or not at all; an existing exported model is replaced.
 
     Args:

@@ -10,9 +10,9 @@ import torch
 from attrs import frozen
 
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.model.exported_model import is_exported_model, load_extra_heads, refuse_other_heads
 from weighted_mtp_core.model.micro import micro_folder
 from weighted_mtp_core.model.policy import Policy, make_policy
-from weighted_mtp_core.model.saved_policy import is_saved_policy, load_extra_heads, refuse_other_heads
 from weighted_mtp_core.recipe.schema import ModelTable
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder, sha256_of, verify_manifest
 
@@ -50,7 +50,7 @@ def load_policy(
         verify_manifest(folder)
     else:
         folder = find_base(table.base, storage=storage)
-    saved = folder if isinstance(folder, Path) and is_saved_policy(folder) else None
+    saved = folder if isinstance(folder, Path) and is_exported_model(folder) else None
     if saved is not None:
         refuse_other_heads(saved, n_future=table.n_future, head_kind=table.head)
     tokenizer, base = load_pretrained(folder, AutoModelForCausalLM, kind="causal language model")
@@ -78,7 +78,7 @@ def find_base(base: str, *, storage: Path) -> Path | str:
     models = storage / "models_v2"
     gguf = base.endswith(".gguf")
     folder = _gguf_folder(Path(base), models) if gguf else _transformers_folder(base, models)
-    if isinstance(folder, Path) and (is_saved_policy(folder) or (folder / MANIFEST).is_file()):
+    if isinstance(folder, Path) and (is_exported_model(folder) or (folder / MANIFEST).is_file()):
         verify_manifest(folder)
     return folder
 

@@ -1,4 +1,4 @@
-"""Read a saved policy: head 1 as an ordinary transformers model, the other heads in a file beside it.
+"""Read an exported model: head 1 as an ordinary transformers model, the other heads in a file beside it.
 
 `export.transformers` writes such directories. `weighted_mtp.json` describes the heads and their origin,
 `extra_heads.safetensors` holds heads 2..K as `head_<k>.<name>`, and `recipe.toml` is the recipe that trained
@@ -26,7 +26,7 @@ FACTS, EXTRA_HEADS, RECIPE = "weighted_mtp.json", "extra_heads.safetensors", "re
 
 
 @frozen(kw_only=True)
-class PolicyFacts:
+class ExportFacts:
     """The contents of `weighted_mtp.json`.
 
     Attributes:
@@ -46,12 +46,12 @@ class PolicyFacts:
     data_sha256: str | None
 
 
-def is_saved_policy(folder: Path) -> bool:
-    """Return whether a folder holds a saved policy."""
+def is_exported_model(folder: Path) -> bool:
+    """Return whether a folder holds an exported model."""
     return (folder / FACTS).is_file()
 
 
-def read_facts(folder: Path) -> PolicyFacts:
+def read_facts(folder: Path) -> ExportFacts:
     """Read `weighted_mtp.json`.
 
     Raises:
@@ -67,13 +67,13 @@ def read_facts(folder: Path) -> PolicyFacts:
                 f"({weighted_mtp_core.__version__})",
                 hint=f"pip install 'weighted-mtp-core>={core}'",
             )
-        return PolicyFacts(**{each.name: about[each.name] for each in attrs.fields(PolicyFacts)})
+        return ExportFacts(**{each.name: about[each.name] for each in attrs.fields(ExportFacts)})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WmtpError(f"`{path}` cannot be read: {error!r}", hint="restore it, or export anew") from error
 
 
 def refuse_other_heads(folder: Path, *, n_future: int, head_kind: HeadKind) -> None:
-    """Refuse a saved policy that lacks heads which the recipe asks for; it may have more.
+    """Refuse an exported model without the heads that a recipe needs; it may have more.
 
     Raises:
         WmtpError: The heads are of another kind, or too few.
