@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
-from weighted_mtp_core.metrics.critic import CriticMeasures, LengthOnly, ScoredResponses, td_errors
+from weighted_mtp_core.metrics.critic import CriticMeasures, LengthOnly, ScoredResponses, temporal_differences
 
 
 def judge(responses):
@@ -95,7 +95,7 @@ def test_td_errors_and_their_spikiness_are_those_of_a_loop_over_tokens(responses
 
     judged = judge(responses)
 
-    assert td_errors(judged).tolist() == pytest.approx(expected)
+    assert temporal_differences(judged).tolist() == pytest.approx(expected)
     assert CriticMeasures.of(judged).td_spikiness == pytest.approx(sum(spikes) / len(spikes))
 
 

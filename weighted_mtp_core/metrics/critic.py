@@ -185,7 +185,7 @@ def _calibration_error(value_D: Floats, reward_D: Floats) -> float:
     return float(np.abs(np.bincount(bin_D, value_D - reward_D)).sum() / len(value_D))
 
 
-def td_errors(scored: ScoredResponses) -> Floats:
+def temporal_differences(scored: ScoredResponses) -> Floats:
     """Return the TD error of each token, `[N]`, with gamma = 1; see `CriticMeasures.td_spikiness`."""
     before_N = np.concatenate([scored.before_D[:1], scored.value_N[:-1]])
     before_N[scored.start_D] = scored.before_D
@@ -196,7 +196,7 @@ def td_errors(scored: ScoredResponses) -> Floats:
 
 
 def _spikiness(scored: ScoredResponses) -> float:
-    size_N = np.abs(td_errors(scored))
+    size_N = np.abs(temporal_differences(scored))
     largest_D = np.maximum.reduceat(size_N, scored.start_D)
     mean_D = np.add.reduceat(size_N, scored.start_D) / scored.length_D
     return float(np.divide(largest_D, mean_D, out=np.ones_like(mean_D), where=mean_D > 0).mean())
