@@ -6,6 +6,7 @@ import re
 import attrs
 import pytest
 import tomli
+from weighted_mtp_core import run_tags
 from weighted_mtp_core.plugins.loading import Kind, PluginRegistry
 from weighted_mtp_core.recipe import schema
 
@@ -100,6 +101,14 @@ def test_the_documented_layers_are_those_that_are_checked(repository, architectu
     (layers,) = (each["layers"] for each in settings["contracts"] if each["type"] == "layers")
 
     assert rows == [set(re.split(r"\W+", layer)) for layer in layers]
+
+
+def test_every_tag_of_a_run_is_documented(repository):
+    tags = {value for name, value in vars(run_tags).items() if name.isupper() and isinstance(value, str)}
+    documented = (repository / "docs" / "commands.md").read_text()
+
+    assert len(tags) > 5
+    assert {tag for tag in tags if f"`{tag}" not in documented} == set()
 
 
 def test_every_kind_is_documented_with_its_hook(plugins_md):
