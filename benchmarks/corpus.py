@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from harness import MIB, Row, Times, main, peak_mib, ratio_row, row
-from weighted_mtp_core.data.array_files import ArrayWriter
+from weighted_mtp_core.data.array_files import array_appender
 from weighted_mtp_core.data.batches import StepBatches, make_step_batches
 from weighted_mtp_core.data.tokens import open_tokens
 from weighted_mtp_core.recipe.schema import DataTable
@@ -55,9 +55,9 @@ def write_corpus(folder: Path, *, mib: int) -> None:
     with atomic_folder(folder) as temporary:
         for name, values in columns.items():
             np.save(temporary / f"{name}.npy", values)
-        with ArrayWriter(temporary / "ids.npy", np.uint16) as writer:
+        with array_appender(temporary / "ids.npy", np.uint16) as append:
             for _ in range(mib):
-                writer.append(ids_N)
+                append(ids_N)
         (temporary / "meta.json").write_text(json.dumps({"examples": documents, "left_out": 0}))
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from weighted_mtp_core.api import DatasetVersion, Example, WmtpError
-from weighted_mtp_core.data.array_files import ArrayWriter, drop_pages, mapped
+from weighted_mtp_core.data.array_files import array_appender, drop_pages, mapped
 from weighted_mtp_core.data.token_cache import make_token_cache, tokenizer_fingerprint
 from weighted_mtp_core.data.tokens import open_tokens, tokenise
 from weighted_mtp_core.plugins.loading import Kind
@@ -136,9 +136,9 @@ def test_names_may_hold_any_text(make):
 @given(parts=st.lists(st.lists(st.integers(0, 999), max_size=9), max_size=9))
 def test_an_array_that_grew_reads_as_one_that_was_saved(tmp_path_factory, parts):
     path = tmp_path_factory.mktemp("arrays") / "grown.npy"
-    with ArrayWriter(path, np.int32) as writer:
+    with array_appender(path, np.int32) as append:
         for part in parts:
-            writer.append(part)
+            append(part)
 
     assert np.load(path).tolist() == [value for part in parts for value in part]
     assert mapped(path).dtype == np.int32

@@ -3,53 +3,43 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
+from attrs import frozen
 from numpy.lib import format as npy
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 
-class ArrayWriter:
-    """Writes a one-dimensional `.npy` file of any length, without holding its values."""
+@contextmanager
+def array_appender(path: Path, dtype: DTypeLike) -> Iterator[Callable[[ArrayLike], None]]:
+    """Open a new one-dimensional `.npy` file and yield a function that appends values to it.
 
-    def __init__(self, path: Path, dtype: DTypeLike) -> None:
-        self._dtype = np.dtype(dtype)
-        self._count = 0
-        self._file = path.open("wb")
-        self._write_header()
-        self._begin = self._file.tell()
+    Raises:
+        OverflowError: An integer does not fit into `dtype`.
+    """
+    element = np.dtype(dtype)
+    count = 0
 
-    def append(self, values: ArrayLike) -> None:
-        """Append values.
+    def append(values: ArrayLike) -> None:
+        nonlocal count
+        array = np.asarray(values, dtype=element)
+        file.write(array.tobytes())
+        count += array.size
 
-        Raises:
-            OverflowError: An integer does not fit.
-        """
-        array = np.asarray(values, dtype=self._dtype)
-        self._file.write(array.tobytes())
-        self._count += array.size
+    def write_header() -> int:
+        header = {"descr": npy.dtype_to_descr(element), "fortran_order": False, "shape": (count,)}
+        npy.write_array_header_1_0(file, header)
+        return file.tell()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # numpy pads the header, so that a length with more digits fits.
-        self._file.seek(0)
-        self._write_header()
-        assert self._file.tell() == self._begin
-        self._file.close()
-
-    def _write_header(self) -> None:
-        npy.write_array_header_1_0(
-            self._file,
-            {"descr": npy.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (self._count,)},
-        )
+    with path.open("wb") as file:
+        begin = write_header()
+        yield append
+        file.seek(0)
+        assert write_header() == begin  # numpy pads the header, so that a length with more digits fits
 
 
 def mapped(path: Path) -> NDArray[Any]:
@@ -68,16 +58,16 @@ def drop_pages(array: NDArray[Any]) -> None:
         array.base.madvise(mmap.MADV_DONTNEED)
 
 
+@frozen(eq=False)
 class MappedStrings(Sequence[str]):
     """Strings in two mapped arrays: the bytes of all, and the start of each, `[D + 1]`."""
 
-    def __init__(self, text: NDArray[np.uint8], start: NDArray[np.int64]) -> None:
-        self._text = text
-        self._start = start
+    text: NDArray[np.uint8]
+    start: NDArray[np.int64]
 
     def __len__(self) -> int:
-        return len(self._start) - 1
+        return len(self.start) - 1
 
     def __getitem__(self, index: int) -> str:  # type: ignore[override] # slices are not needed
         i = range(len(self))[index]
-        return self._text[self._start[i] : self._start[i + 1]].tobytes().decode()
+        return self.text[self.start[i] : self.start[i + 1]].tobytes().decode()

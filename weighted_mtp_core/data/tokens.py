@@ -23,7 +23,7 @@ from attrs import frozen
 from numpy.typing import ArrayLike, NDArray
 
 from weighted_mtp_core.api import Example
-from weighted_mtp_core.data.array_files import ArrayWriter, MappedStrings, mapped
+from weighted_mtp_core.data.array_files import MappedStrings, array_appender, mapped
 from weighted_mtp_core.errors import WmtpError
 
 _CHUNK = 1024  # documents per tokenizer call: batches are 1.5x faster than single texts
@@ -117,8 +117,8 @@ def tokenise(examples: Iterable[Example], tokenizer: Tokenizer, *, max_tokens: i
     dtypes = {"ids": np.int32 if len(tokenizer) > 2**16 else np.uint16, **_DTYPES}
     left = iter(examples)
     with ExitStack() as stack:
-        arrays = {
-            name: stack.enter_context(ArrayWriter(folder / f"{name}.npy", dtype))
+        append = {
+            name: stack.enter_context(array_appender(folder / f"{name}.npy", dtype))
             for name, dtype in dtypes.items()
         }
         while chunk := list(itertools.islice(left, _CHUNK)):
@@ -132,7 +132,7 @@ def tokenise(examples: Iterable[Example], tokenizer: Tokenizer, *, max_tokens: i
                 if len(prompt) + len(response) < max_tokens
             ]
             for name, values in _columns(documents).items():
-                arrays[name].append(values)
+                append[name](values)
             count += len(chunk)
             kept += len(documents)
     if not kept:
