@@ -16,7 +16,6 @@ import argparse
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +25,6 @@ from humaneval_lengths import humaneval_tokens
 from step import SMOLLM2, TINY
 from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.api import Batch, BuildContext
-from weighted_mtp_core.checkpointing.best_model import load_model, save_model
 from weighted_mtp_core.checkpointing.manager import Checkpoints
 from weighted_mtp_core.data.batches import make_step_batches
 from weighted_mtp_core.model.policy import Policy
@@ -34,7 +32,7 @@ from weighted_mtp_core.recipe.schema import CheckpointTable, DataTable, LossTabl
 from weighted_mtp_core.training.learner import Learner, Validation
 from weighted_mtp_core.training.loop import train
 from weighted_mtp_core.training.policy_learner import PolicyLearner
-from weighted_mtp_core.training.weighting import Weighting
+from weighted_mtp_core.training.signals import Weighting
 
 from weighted_mtp_baseline_mtp import UniformOptions, build_uniform
 
@@ -115,8 +113,6 @@ def learner_of(shape: Mapping[str, int], folder: Path, *, steps: int) -> Learner
         autocast=lambda: torch.autocast("cpu", enabled=False),
         validation=list,
         best=best,
-        save=partial(save_model, policy, best),
-        restore=partial(load_model, policy, best),
     )
 
 

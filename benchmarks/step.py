@@ -35,7 +35,7 @@ from weighted_mtp_core.recipe.schema import DataTable, LossTable, TrainTable
 from weighted_mtp_core.training.optimisers import clip_gradients, make_optimiser
 from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.score_cache import CachedCritic
-from weighted_mtp_core.training.weighting import Weighting
+from weighted_mtp_core.training.signals import Weighting
 
 from weighted_mtp_baseline_mtp import UniformOptions, build_uniform
 from weighted_mtp_verifiable import TdErrorOptions, ValueHeadOptions, build_td_error, build_value_head
@@ -159,8 +159,6 @@ class Bench:
             autocast=lambda: torch.autocast("cpu", enabled=False),
             validation=_no_batches,
             best=self.scratch / "best",
-            save=_nothing,
-            restore=_nothing,
         )
 
         def step(number: int) -> None:
@@ -184,10 +182,6 @@ class Bench:
 
 def _no_batches() -> list[Batch]:
     return []
-
-
-def _nothing() -> None:
-    return None
 
 
 def flops(step: Callable[[int], None]) -> int:

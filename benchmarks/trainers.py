@@ -35,7 +35,7 @@ from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.recipe.schema import CheckpointTable, DataTable, LossTable, TrainTable
 from weighted_mtp_core.training.loop import train
-from weighted_mtp_core.training.weighting import Weighting
+from weighted_mtp_core.training.signals import Weighting
 
 from weighted_mtp_baseline_mtp import UniformOptions, build_uniform
 
@@ -147,9 +147,19 @@ PEERS: dict[str, Callable[[LlamaForCausalLM, list[Record], Path], Trainer]] = {
 }
 
 
-def our_learner(model: LlamaForCausalLM, folder: Path, *, steps: int) -> Unvalidated:
+class Unsaved(Unvalidated):
+    """Stage 2 without validations, and without files, as the peers are configured."""
+
+    def save_best(self) -> None:
+        """Write nothing."""
+
+    def load_best(self) -> None:
+        """Keep the last state."""
+
+
+def our_learner(model: LlamaForCausalLM, folder: Path, *, steps: int) -> Unsaved:
     """Return stage 2 with one head and uniform weights."""
-    return Unvalidated(
+    return Unsaved(
         policy=Policy(model, n_future=1, head_kind="transformer"),
         weighting=Weighting(
             strategy=build_uniform(UniformOptions(), BuildContext(seed=0, storage=folder)),
@@ -163,13 +173,7 @@ def our_learner(model: LlamaForCausalLM, folder: Path, *, steps: int) -> Unvalid
         autocast=lambda: torch.autocast("cpu", enabled=False),
         validation=list,
         best=folder / "best_model.pt",
-        save=_nothing,
-        restore=_nothing,
     )
-
-
-def _nothing() -> None:
-    return None
 
 
 def train_ours(model: LlamaForCausalLM, batches: StepBatches, *, steps: int) -> None:

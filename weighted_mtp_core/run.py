@@ -36,8 +36,7 @@ from weighted_mtp_core.tracking.display import Display
 from weighted_mtp_core.tracking.rank_log import RankLog
 from weighted_mtp_core.tracking.recorder import Recorder, open_recorder
 from weighted_mtp_core.training.critic_learner import CriticLearner, check_informative
-from weighted_mtp_core.training.learner import Learner
-from weighted_mtp_core.training.loop import Trained, train
+from weighted_mtp_core.training.loop import Learner, Trained, train
 from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.prepare import Prepared, prepare
 
@@ -156,7 +155,9 @@ class _Run:
             return None, None
         self._shard(critic.blocks)
         folder = self.recorder.folder.checkpoints / "critic"
-        learner = CriticLearner.make(prepared, critic, table, best=folder, distributed=self.distributed)
+        learner = CriticLearner(
+            critic=critic, prepared=prepared, table=table.train, distributed=self.distributed, best=folder
+        )
         if table.checkpoint is not None:
             load_component(critic, Path(table.checkpoint))
             self.recorder.log(f"critic loaded from `{table.checkpoint}`")

@@ -11,7 +11,7 @@ from textwrap import dedent
 
 import pytest
 from weighted_mtp_core.cli import main
-from weighted_mtp_core.evaluation.temperatures import Trial, best_trial
+from weighted_mtp_core.evaluation.evaluate import Trial, best_trial
 from weighted_mtp_core.recipe.schema import EvaluateTable
 
 FLAT_PLUGIN = """

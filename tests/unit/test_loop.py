@@ -12,8 +12,7 @@ from torch import nn
 from weighted_mtp_core.checkpointing.manager import Checkpoints
 from weighted_mtp_core.errors import RunFailedError, Terminated
 from weighted_mtp_core.recipe.schema import CheckpointTable, TrainTable
-from weighted_mtp_core.training.learner import Learner, StepResult, Validation
-from weighted_mtp_core.training.loop import train
+from weighted_mtp_core.training.loop import Learner, StepResult, Validation, train
 from weighted_mtp_core.training.optimisers import learning_rate, make_optimiser
 
 

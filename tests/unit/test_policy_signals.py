@@ -9,7 +9,7 @@ from weighted_mtp_core.model.policy import make_policy
 from weighted_mtp_core.model.targets import align_labels
 from weighted_mtp_core.recipe.schema import LossTable
 from weighted_mtp_core.training.policy_learner import PolicyLearner
-from weighted_mtp_core.training.weighting import Weighting
+from weighted_mtp_core.training.signals import Weighting
 
 FIELDS = {
     Signal.TOKEN_LOSS: ("token_loss_BTK", PairPredictions.losses),
@@ -64,8 +64,6 @@ def learner_of(policy, weighting, needs, *, accumulation):
         autocast=lambda: torch.autocast("cpu", enabled=False),
         validation=list,
         best=None,
-        save=lambda: None,
-        restore=lambda: None,
     )
 
 

@@ -102,9 +102,8 @@ def _measure(run: Path, plans: Sequence[Plan], *, split: Split, out: Path) -> di
     """Choose the best of several plans on validation, measure it, and write all files."""
     from rich.console import Console
 
-    from weighted_mtp_core.evaluation.evaluate import evaluate
+    from weighted_mtp_core.evaluation.evaluate import best_trial, evaluate, try_temperatures
     from weighted_mtp_core.evaluation.finished_run import prepare_finished
-    from weighted_mtp_core.evaluation.temperatures import best_trial, try_temperatures
     from weighted_mtp_core.storage.atomic import atomic_write
     from weighted_mtp_core.tracking.display import Display
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from weighted_mtp_core.api import DataSource, Problem, Split
+from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.evaluation.judging import JudgedCompletions, judge
 from weighted_mtp_core.generation.generate import Decoding, Sampled, sample_completions
 from weighted_mtp_core.recipe.schema import EvaluateTable
 from weighted_mtp_core.tracking.display import Display
-from weighted_mtp_core.training.head_quality import head_quality, per_head
+from weighted_mtp_core.training.policy_learner import head_quality, per_head
 from weighted_mtp_core.training.prepare import Prepared
 
 _TIMED_PROBLEMS = 8  # few: the figure is a ratio of speeds, not a benchmark
@@ -58,14 +59,14 @@ def evaluate(
     ce_K, accuracy_K = head_quality(prepared.policy, batches, autocast=prepared.compute.autocast)
     values = per_head(f"{split}_ce", ce_K) | per_head(f"{split}_accuracy", accuracy_K)
     metrics = {name: float(value) for name, value in values.items()}
-    problems, whole_split = first_problems(prepared.source, split, limit=table.problems)
+    problems, whole_split = _first_problems(prepared.source, split, limit=table.problems)
     if not problems:
         return Evaluation(metrics=metrics, timings={}, files=())
     display.stage("evaluate", len(problems) * table.samples)
-    sampled = sample(prepared, problems, table, display=display)
+    sampled = _sample(prepared, problems, table, display=display)
     files: tuple[Path, ...] = ()
     if folder is not None:
-        judged = judge_samples(prepared, problems, sampled, whole_split=whole_split)
+        judged = _judge_samples(prepared, problems, sampled, whole_split=whole_split)
         metrics |= judged.metrics(table.pass_at_k)
         files = judged.save(folder)
     metrics |= sampled.metrics()
@@ -73,7 +74,46 @@ def evaluate(
     return Evaluation(metrics=metrics, timings=timings, files=files)
 
 
-def first_problems(source: DataSource, split: Split, *, limit: int) -> tuple[tuple[Problem, ...], bool]:
+@frozen(kw_only=True)
+class Trial:
+    """The validation problems solved at one temperature; `pass_rate` is pass@k of the largest k."""
+
+    table: EvaluateTable
+    pass_rate: float
+    metrics: Mapping[str, float]
+
+
+def try_temperatures(
+    prepared: Prepared, tables: Sequence[EvaluateTable], *, display: Display
+) -> tuple[Trial, ...]:
+    """Solve the validation problems with each table.
+
+    Raises:
+        WmtpError: There are no validation problems.
+    """
+    problems, whole_split = _first_problems(prepared.source, "validation", limit=tables[0].problems)
+    if not problems:
+        raise WmtpError(
+            f"data source `{prepared.plan.data.address}` has no problems in the split `validation`, "
+            "so no temperature can be chosen",
+            hint="name the temperature",
+        )
+    trials = []
+    for table in tables:
+        display.stage(f"at {table.temperature:g}", len(problems) * table.samples)
+        sampled = _sample(prepared, problems, table, display=display)
+        judged = _judge_samples(prepared, problems, sampled, whole_split=whole_split)
+        rate = judged.pass_rate(max(table.pass_at_k, default=1))
+        trials.append(Trial(table=table, pass_rate=rate, metrics=judged.metrics(table.pass_at_k)))
+    return tuple(trials)
+
+
+def best_trial(trials: Sequence[Trial]) -> Trial:
+    """Return the trial with the best pass rate; of equal ones, the one with the lowest temperature."""
+    return max(trials, key=lambda trial: (trial.pass_rate, -trial.table.temperature))
+
+
+def _first_problems(source: DataSource, split: Split, *, limit: int) -> tuple[tuple[Problem, ...], bool]:
     """Return the first `limit` problems of a split (0: all), and whether these are all of them."""
     problems = tuple(source.problems(split))
     if not limit or limit >= len(problems):
@@ -81,8 +121,12 @@ def first_problems(source: DataSource, split: Split, *, limit: int) -> tuple[tup
     return problems[:limit], False
 
 
-def sample(
-    prepared: Prepared, problems: Sequence[Problem], table: EvaluateTable, *, display: Display
+def _sample(
+    prepared: Prepared,
+    problems: Sequence[Problem],
+    table: EvaluateTable,
+    *,
+    display: Display | None = None,
 ) -> Sampled:
     """Sample completions of problems from the policy; the display counts samples."""
     return sample_completions(
@@ -95,11 +139,11 @@ def sample(
         max_new_tokens=table.max_new_tokens,
         decoding=table.decoding,
         batch_size=table.batch_size,
-        on_done=lambda done: display.update(done, {}),
+        on_done=lambda done: display.update(done, {}) if display else None,
     )
 
 
-def judge_samples(
+def _judge_samples(
     prepared: Prepared, problems: Sequence[Problem], sampled: Sampled, *, whole_split: bool
 ) -> JudgedCompletions:
     """Cut each sample to a completion, as the data source defines it, and judge it."""
@@ -115,16 +159,7 @@ def _speeds(prepared: Prepared, problems: Sequence[Problem], table: EvaluateTabl
     decodings: tuple[Decoding, ...] = ("plain", "self_speculative")
     speeds = {}
     for decoding in decodings:
-        written = sample_completions(
-            prepared.policy,
-            prepared.tokenizer,
-            [(problem.problem_id, problem.prompt) for problem in problems[:_TIMED_PROBLEMS]],
-            samples=1,
-            temperature=0.0,
-            seed=0,
-            max_new_tokens=table.max_new_tokens,
-            decoding=decoding,
-            batch_size=table.batch_size,
-        ).generations
+        once = evolve(table, samples=1, pass_at_k=(1,), temperature=0.0, decoding=decoding)
+        written = _sample(prepared, problems[:_TIMED_PROBLEMS], once).generations
         speeds[f"{decoding}_tokens_per_second"] = written.emitted / written.seconds
     return speeds

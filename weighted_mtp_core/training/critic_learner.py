@@ -6,7 +6,6 @@ Shape letters: B rows, T positions, H hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,12 @@ from torch import Tensor, nn
 from weighted_mtp_core.api import Batch, Critic
 from weighted_mtp_core.checkpointing.best_model import load_component, save_component
 from weighted_mtp_core.errors import RunFailedError
-from weighted_mtp_core.metrics.critic import LengthOnly, ScoredResponses
+from weighted_mtp_core.metrics.critic import ScoredResponses
 from weighted_mtp_core.metrics.critic_report import CriticReport, report_critic
-from weighted_mtp_core.recipe.schema import CriticTable
-from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
+from weighted_mtp_core.recipe.schema import TrainTable
+from weighted_mtp_core.runtime.distributed import Distributed
 from weighted_mtp_core.runtime.sharding import all_like
-from weighted_mtp_core.training.learner import Learner, StepResult, Validation
+from weighted_mtp_core.training.loop import Learner, StepResult, Validation
 from weighted_mtp_core.training.micro_batches import micro_batches
 from weighted_mtp_core.training.prepare import Prepared
 
@@ -35,47 +34,19 @@ class CriticLearner(Learner):
 
     Attributes:
         critic: The critic to train.
-        trunk: Returns the policy's trunk states of a batch, float32; used if the critic reads them.
-        steps: The number of steps, which schedules depend on.
-        accumulation: Micro-batches per process and step.
+        prepared: Trunk states, for a critic that reads them, and the validation split.
+        table: The recipe's `[critic.train]`.
         distributed: The processes that train together.
-        validation: Returns batches of the validation split, with the problem number of each row.
-        length_only: Returns the baseline that knows only lengths, fitted on the training split.
         best: The folder of the best critic.
-        save: Writes the critic as the best one.
-        restore: Loads it back.
     """
 
     critic: Critic
-    trunk: Callable[[Batch], Tensor]
-    steps: int
-    accumulation: int
-    distributed: Distributed = SINGLE_PROCESS
-    validation: Callable[[], Iterable[tuple[Batch, NDArray[np.int64]]]]
-    length_only: Callable[[], LengthOnly]
+    prepared: Prepared
+    table: TrainTable
+    distributed: Distributed
     best: Path
-    save: Callable[[], None]
-    restore: Callable[[], None]
     stage: str = field(default="critic", init=False)
     loss_name: str = field(default="value_loss", init=False)
-
-    @classmethod
-    def make(
-        cls, prepared: Prepared, critic: Critic, table: CriticTable, *, best: Path, distributed: Distributed
-    ) -> CriticLearner:
-        """Return the learner of a run."""
-        return cls(
-            critic=critic,
-            trunk=prepared.trunk,
-            steps=table.train.steps,
-            accumulation=table.train.accumulation,
-            distributed=distributed,
-            validation=partial(prepared.critic_validation, batch_size=table.train.batch_size),
-            length_only=lambda: prepared.length_only,
-            best=best,
-            save=partial(save_component, critic, best, distributed=distributed),
-            restore=partial(load_component, critic, best),
-        )
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """Return the critic's parameters."""
@@ -83,10 +54,10 @@ class CriticLearner(Learner):
 
     def learn(self, batch: Batch, *, step: int) -> StepResult:
         """Accumulate the gradient of the critic's own loss; each micro-batch counts by its rows."""
-        self.critic.begin_step(step, steps=self.steps)
+        self.critic.begin_step(step, steps=self.table.steps)
         totals: dict[str, Tensor | float] = {}
         together = 2 if self.critic.batching == "pairs" else 1
-        for part in micro_batches(batch, self.accumulation, self.distributed, together=together):
+        for part in micro_batches(batch, self.table.accumulation, self.distributed, together=together):
             result = self.critic.loss(part.batch, self._states(part.batch))
             (result.loss * part.share).backward()  # type: ignore[no-untyped-call]
             for name, value in {self.loss_name: result.loss.detach(), **result.metrics}.items():
@@ -109,13 +80,13 @@ class CriticLearner(Learner):
             RunFailedError: See `report_critic`; or the critic returns no values.
         """
         parts = []
-        for batch, problem_B in self.validation():
+        for batch, problem_B in self.prepared.critic_validation(batch_size=self.table.batch_size):
             scores = self.critic.score(batch, self._states(batch))
             if scores.value_BT is None:
                 name = type(self.critic).__name__
                 raise RunFailedError(f"critic `{name}` was trained, but gives no values")
             parts.append(_scored_responses(batch, scores.value_BT, problem_B))
-        return report_critic(_concatenate(parts), self.length_only())
+        return report_critic(_concatenate(parts), self.prepared.length_only)
 
     def state_dict(self) -> Mapping[str, Any]:
         """Return the critic's state."""
@@ -127,15 +98,15 @@ class CriticLearner(Learner):
 
     def save_best(self) -> None:
         """Write the critic's state."""
-        self.save()
+        save_component(self.critic, self.best, distributed=self.distributed)
 
     def load_best(self) -> None:
         """Load it back."""
-        self.restore()
+        load_component(self.critic, self.best)
 
     @torch.no_grad()
     def _states(self, batch: Batch) -> Tensor | None:
-        return self.trunk(batch) if self.critic.reads_policy else None
+        return self.prepared.trunk(batch) if self.critic.reads_policy else None
 
 
 def check_informative(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from attrs import asdict, define, field, frozen
@@ -26,9 +28,73 @@ from weighted_mtp_core.recipe.schema import TrainTable
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
 from weighted_mtp_core.runtime.interrupts import StopRequest
 from weighted_mtp_core.storage.atomic import atomic_write
-from weighted_mtp_core.training.learner import Learner, Scalars, Validation
 from weighted_mtp_core.training.nonfinite_steps import NonfiniteSteps
 from weighted_mtp_core.training.optimisers import clip_gradients, learning_rate, make_optimiser
+
+Scalars = Mapping[str, Tensor | float]
+
+
+@frozen(kw_only=True, eq=False)
+class StepResult:
+    """The result of one training step.
+
+    Attributes:
+        loss: Scalar, on the device.
+        metrics: Computes the other scalars of the step; called only for a step that is logged.
+    """
+
+    loss: Tensor | float
+    metrics: Callable[[], Scalars]
+
+
+@frozen(kw_only=True)
+class Validation:
+    """One validation: scalars to log, and the score (higher is better) that selects the best checkpoint."""
+
+    metrics: Mapping[str, float]
+    score: float
+
+
+class Learner(ABC):
+    """A model with its loss and its validation.
+
+    Attributes:
+        stage: `critic` or `policy`, the stage's name in the journal.
+        loss_name: The metric name of the loss, which the progress display shows.
+        best: The file or folder that `save_best` writes.
+    """
+
+    stage: str
+    loss_name: str
+    best: Path
+
+    @abstractmethod
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Return the parameters; those that require a gradient are optimised."""
+
+    @abstractmethod
+    def learn(self, batch: Batch, *, step: int) -> StepResult:
+        """Accumulate the gradient of one global batch; `step` is 0-based."""
+
+    @abstractmethod
+    def validate(self, *, step: int) -> Validation:
+        """Measure on the validation split, without changing any state."""
+
+    @abstractmethod
+    def state_dict(self) -> Mapping[str, Any]:
+        """Return the tensors and plain values from which a resumed training continues."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the result of `state_dict`."""
+
+    @abstractmethod
+    def save_best(self) -> None:
+        """Write the present state as the best one."""
+
+    @abstractmethod
+    def load_best(self) -> None:
+        """Restore the state that `save_best` wrote last."""
 
 
 class Reporter(Protocol):
@@ -85,14 +151,7 @@ def train(
         RunFailedError: Too many consecutive steps had no finite loss or gradient, or a checkpoint failed.
         KeyboardInterrupt: A signal requested a stop.
     """
-    training = _Training(
-        learner=learner,
-        table=table,
-        batch_of=batch_of,
-        reporter=reporter,
-        checkpoints=checkpoints,
-        distributed=distributed,
-    )
+    training = _Training(learner, table, batch_of, reporter, checkpoints, distributed)
     first = training.validate(0) if resume is None else training.restore(resume)
     with StopRequest() as signals:
         for step in range(first, table.steps):
@@ -111,7 +170,7 @@ def train(
     return training.trained
 
 
-@define(kw_only=True, eq=False)
+@define(eq=False)
 class _Training:
     """The state of one call of `train`."""
 

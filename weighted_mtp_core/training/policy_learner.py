@@ -6,7 +6,6 @@ Shape letters: B rows, T positions, K heads, H hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,17 @@ from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.metrics.weights import weight_metrics
 from weighted_mtp_core.model.loss import normalisers, weighted_mtp_loss
 from weighted_mtp_core.model.loss_shares import loss_shares
+from weighted_mtp_core.model.pair_predictions import HeadSums, PairPredictions
 from weighted_mtp_core.model.policy import Policy
-from weighted_mtp_core.model.targets import IGNORED, pair_index, target_mask
+from weighted_mtp_core.model.targets import IGNORED, align_labels, pair_index, target_mask
 from weighted_mtp_core.recipe.schema import LossTable
 from weighted_mtp_core.runtime.device import to_device
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
-from weighted_mtp_core.training.head_quality import head_quality, per_head
-from weighted_mtp_core.training.learner import Learner, Scalars, StepResult, Validation
+from weighted_mtp_core.training.loop import Learner, Scalars, StepResult, Validation
 from weighted_mtp_core.training.micro_batches import MicroBatch, micro_batches
 from weighted_mtp_core.training.prepare import Prepared
-from weighted_mtp_core.training.signals import Signals
+from weighted_mtp_core.training.signals import Signals, Weighting
 from weighted_mtp_core.training.weight_checks import ValueCheck
-from weighted_mtp_core.training.weighting import Weighting
 
 
 @define(kw_only=True, eq=False)
@@ -51,8 +49,6 @@ class PolicyLearner(Learner):
         autocast: Returns the context of a forward pass.
         validation: Returns the batches of the validation split.
         best: The file of the best policy.
-        save: Writes the policy as the best one.
-        restore: Loads it back.
     """
 
     policy: Policy
@@ -64,8 +60,6 @@ class PolicyLearner(Learner):
     autocast: Callable[[], torch.autocast]
     validation: Callable[[], Iterable[Batch]]
     best: Path
-    save: Callable[[], None]
-    restore: Callable[[], None]
     stage: str = field(default="policy", init=False)
     loss_name: str = field(default="train_loss", init=False)
     _signals: Signals = field(init=False)
@@ -106,8 +100,6 @@ class PolicyLearner(Learner):
             autocast=prepared.compute.autocast,
             validation=validation,
             best=best,
-            save=partial(save_model, prepared.policy, best, distributed=distributed),
-            restore=partial(load_model, prepared.policy, best),
         )
 
     def __attrs_post_init__(self) -> None:
@@ -232,8 +224,49 @@ class PolicyLearner(Learner):
 
     def save_best(self) -> None:
         """Write the policy's weights."""
-        self.save()
+        save_model(self.policy, self.best, distributed=self.distributed)
 
     def load_best(self) -> None:
         """Load them back."""
-        self.restore()
+        load_model(self.policy, self.best)
+
+
+@torch.no_grad()
+def head_quality(
+    policy: Policy, batches: Iterable[Batch], *, autocast: Callable[[], torch.autocast]
+) -> tuple[Tensor, Tensor]:
+    """Return unweighted cross-entropy and top-1 accuracy of each head over all targets of the batches.
+
+    Returns:
+        `ce_K` (nats per target) and `accuracy_K`, float32; 0 for a head without targets.
+    """
+    policy.eval()
+    sums: list[HeadSums] = []
+    for batch in batches:
+        labels_BTK = align_labels(
+            batch.ids_BT,
+            document_BT=batch.document_BT,
+            response_BT=batch.response_BT,
+            n_future=policy.n_future,
+        )
+        with autocast():
+            hidden_BTH = policy.trunk_states(batch.ids_BT, position_BT=batch.position_BT)
+            predictions = PairPredictions(
+                policy,
+                hidden_BTH,
+                labels_BTK,
+                position_BT=batch.position_BT,
+                preceding_BT=preceding(batch),
+            )
+            sums.append(predictions.sums())
+    ce_K, correct_K, count_K = (
+        torch.stack([getattr(each, name) for each in sums]).sum(dim=0)
+        for name in ("ce_sum_K", "correct_K", "count_K")
+    )
+    policy.train()
+    return ce_K / count_K.clamp(min=1), correct_K / count_K.clamp(min=1)
+
+
+def per_head(name: str, value_K: Tensor) -> dict[str, Tensor]:
+    """Return values of the heads as metrics `<name>_head_<k>`, k from 1."""
+    return {f"{name}_head_{k}": value for k, value in enumerate(value_K.unbind(), start=1)}

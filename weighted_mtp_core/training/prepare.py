@@ -35,7 +35,7 @@ from weighted_mtp_core.model.frozen_losses import frozen_losses
 from weighted_mtp_core.model.load import load_policy
 from weighted_mtp_core.model.packing_probe import check_packing
 from weighted_mtp_core.model.policy import Policy
-from weighted_mtp_core.model.trunk import Trunk, frozen_trunk, trainable_trunk
+from weighted_mtp_core.model.trunk import frozen_trunk, trainable_trunk
 from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.recipe.schema import CriticTable
 from weighted_mtp_core.runtime.device import Compute
@@ -80,8 +80,16 @@ class Prepared:
         return self._tokens("critic", split, self.source.examples)
 
     def _tokens(self, purpose: str, split: Split, read: Callable[[Split], Sequence[Example]]) -> TokenSet:
+        def examples() -> Sequence[Example]:
+            found = read(split)
+            if not len(found):
+                raise WmtpError(
+                    f"data source `{self.plan.data.address}` has no {purpose} examples in the split `{split}`"
+                )
+            return found
+
         if (purpose, split) not in self._token_sets:
-            tokens = self.cache.open(purpose, split, examples=partial(self._examples, purpose, split, read))
+            tokens = self.cache.open(purpose, split, examples=examples)
             if tokens.left_out:
                 self.log(
                     f"{split}: left out {tokens.left_out} of {tokens.examples} {purpose} examples longer "
@@ -89,16 +97,6 @@ class Prepared:
                 )
             self._token_sets[purpose, split] = tokens
         return self._token_sets[purpose, split]
-
-    def _examples(
-        self, purpose: str, split: Split, read: Callable[[Split], Sequence[Example]]
-    ) -> Sequence[Example]:
-        examples = read(split)
-        if not len(examples):
-            raise WmtpError(
-                f"data source `{self.plan.data.address}` has no {purpose} examples in the split `{split}`"
-            )
-        return examples
 
     @cached_property
     def length_only(self) -> LengthOnly:
@@ -112,14 +110,9 @@ class Prepared:
 
     def policy_batches(self, tokens: TokenSet) -> StepBatches:
         """Return the global batches of stage 2."""
-        recipe = self.plan.recipe
-        return make_step_batches(
-            tokens,
-            recipe.data,
-            batch_size=recipe.train.batch_size,
-            seed=recipe.run.seed,
-            device=self.compute.device,
-        )
+        recipe, device = self.plan.recipe, self.compute.device
+        size, seed = recipe.train.batch_size, recipe.run.seed
+        return make_step_batches(tokens, recipe.data, batch_size=size, seed=seed, device=device)
 
     def critic_batches(self, critic: Critic, table: CriticTable) -> Callable[[int], Batch]:
         """Return the function from a step of stage 1 to its global batch."""
@@ -142,12 +135,10 @@ class Prepared:
             return critic
         if not recipe.critic.cache or not critic.cacheable or critic.reads_policy:
             return critic
-        accumulation = recipe.train.accumulation
-        key = scores_key(
-            critic, chosen, inputs=self._critic_inputs, batches=batches, accumulation=accumulation
-        )
+        parts, inputs = recipe.train.accumulation, self._critic_inputs
+        key = scores_key(critic, chosen, inputs=inputs, batches=batches, accumulation=parts)
         folder = self.storage / "signals" / key[:16]
-        return CachedCritic(critic, batches, accumulation=accumulation, folder=folder)
+        return CachedCritic(critic, batches, accumulation=parts, folder=folder)
 
     def validation_batches(
         self, tokens: TokenSet, *, batch_size: int, limit: int = 0
@@ -175,7 +166,9 @@ class Prepared:
                 device=self.compute.device,
                 frozen_trunk=self._frozen_trunk,
                 frozen_losses=self._frozen_losses,
-                trainable_trunk=self._trainable_trunk,
+                trainable_trunk=partial(
+                    trainable_trunk, self.policy, storage=self.storage, tokenizer=self.tokenizer
+                ),
             ),
         )
 
@@ -187,9 +180,6 @@ class Prepared:
         losses = frozen_losses(self.policy, checkpoint, load=load_model)
         self._add_critic_input(checkpoint)
         return losses
-
-    def _trainable_trunk(self, base: str | None) -> Trunk:
-        return trainable_trunk(self.policy, base, storage=self.storage, tokenizer=self.tokenizer)
 
     def _add_critic_input(self, checkpoint: Path | None) -> None:
         """Record the weights that a component reads, for the key of the score cache.
@@ -218,38 +208,30 @@ def prepare(plan: Plan, *, log: Callable[[str], None]) -> Prepared:
         WmtpError: Data, base model or device is missing or broken.
     """
     recipe = plan.recipe
-    storage = Path(recipe.run.storage)
+    storage, seed = Path(recipe.run.storage), recipe.run.seed
     compute = Compute.resolve(device=recipe.model.device, dtype=recipe.model.dtype)
-    source: DataSource = plan.data.build(BuildContext(seed=recipe.run.seed, storage=storage))
+    source: DataSource = plan.data.build(BuildContext(seed=seed, storage=storage))
     version = source.version()
     log(f"data {version.name} {version.version} (sha256 {version.sha256[:12]})")
-    loaded = load_policy(
-        recipe.model, storage=storage, texts=partial(_training_texts, source), seed=recipe.run.seed
-    )
+    loaded = load_policy(recipe.model, storage=storage, texts=partial(_training_texts, source), seed=seed)
     policy = loaded.policy.to(compute.device)
     if recipe.model.activation_checkpointing:
         policy.recompute_activations()
     if recipe.data.packing == "documents":
         check_packing(policy)
     millions = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
-    log(
-        f"policy {loaded.base_name}: {millions:.1f} M parameters, {policy.n_future} heads on {compute.device}"
-    )
+    heads = f"{policy.n_future} heads on {compute.device}"
+    log(f"policy {loaded.base_name}: {millions:.1f} M parameters, {heads}")
+    limit, tokenizer = recipe.data.max_tokens, loaded.tokenizer
     return Prepared(
         plan=plan,
         storage=storage,
         source=source,
         compute=compute,
         policy=policy,
-        tokenizer=loaded.tokenizer,
+        tokenizer=tokenizer,
         base_name=loaded.base_name,
-        cache=make_token_cache(
-            storage,
-            version,
-            data=plan.data,
-            tokenizer=loaded.tokenizer,
-            max_tokens=recipe.data.max_tokens,
-        ),
+        cache=make_token_cache(storage, version, data=plan.data, tokenizer=tokenizer, max_tokens=limit),
         log=log,
     )
 

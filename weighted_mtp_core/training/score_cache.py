@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,6 @@ class CachedCritic(Critic):
         self._folder = folder
         self._table: dict[str, Floats] = {}
         self._scored_D = np.zeros(len(batches.tokens), dtype=np.bool_)
-        self._first_step_D: NDArray[np.int64] | None = None
         self._unfinished: Path | None = None
         if (folder / MANIFEST).is_file():
             verify_once(folder)
@@ -80,7 +80,7 @@ class CachedCritic(Critic):
         documents = _documents(batch, self._batches.tokens.start_D1)
         lacking = documents[~self._scored_D[documents]]
         if len(lacking):
-            for step in np.unique(self._first_steps()[lacking]):
+            for step in np.unique(self._first_step_D[lacking]):
                 self._score(int(step))
             if self._scored_D.all():
                 self._publish()
@@ -92,18 +92,19 @@ class CachedCritic(Critic):
             drop_pages(values_N)
         return Scores(**found)
 
-    def _first_steps(self) -> NDArray[np.int64]:
-        if self._first_step_D is None:
-            self._first_step_D = self._batches.first_steps()
-        return self._first_step_D
+    @cached_property
+    def _first_step_D(self) -> NDArray[np.int64]:
+        return self._batches.first_steps()
 
     def _score(self, step: int) -> None:
         """Score the documents of one step of the first epoch."""
         batch = self._batches(step)
         for part in split_rows(batch, self._accumulation):
             real_BT = part.token_BT >= 0
-            for name, value_BT in _filled(self._critic.score(part, None)).items():
-                self._column(name)[part.token_BT[real_BT]] = value_BT.cpu().numpy()[real_BT]
+            scores = self._critic.score(part, None)
+            for name in _FIELDS:
+                if (value_BT := getattr(scores, name)) is not None:
+                    self._column(name)[part.token_BT[real_BT]] = value_BT.cpu().numpy()[real_BT]
         self._scored_D[_documents(batch, self._batches.tokens.start_D1)] = True
 
     def _column(self, name: str) -> Floats:
@@ -115,12 +116,8 @@ class CachedCritic(Critic):
                 self._unfinished = Path(temporary)
                 weakref.finalize(self, shutil.rmtree, self._unfinished, ignore_errors=True)
             # On disk from the start, because a corpus may be larger than memory.
-            self._table[name] = open_memmap(
-                self._unfinished / f"{name}.npy",
-                mode="w+",
-                dtype=np.float32,
-                shape=(len(self._batches.tokens.ids_N),),
-            )
+            file, shape = self._unfinished / f"{name}.npy", (len(self._batches.tokens.ids_N),)
+            self._table[name] = open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
         return self._table[name]
 
     def _publish(self) -> None:
@@ -178,10 +175,6 @@ def state_sha256(state: Mapping[str, Any]) -> str:
         else:
             digest.update(f"{name} {json.dumps(value, sort_keys=True)}\n".encode())
     return digest.hexdigest()
-
-
-def _filled(scores: Scores) -> dict[str, Tensor]:
-    return {name: value for name in _FIELDS if (value := getattr(scores, name)) is not None}
 
 
 def _documents(batch: CollatedBatch, start_D1: NDArray[np.int64]) -> NDArray[np.int64]:

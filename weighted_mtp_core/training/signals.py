@@ -1,4 +1,4 @@
-"""What a weighting sees: its view of the global batch, with the signals that it needs and no others.
+"""The weighting of a run, and the view of the global batch that it weighs, with the signals that it needs.
 
 Shape letters: B rows, T positions, K heads, H hidden.
 """
@@ -11,20 +11,59 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from weighted_mtp_core.api import Batch, Scores, Signal, StepView
+from weighted_mtp_core.api import Batch, Critic, Scores, Signal, StepView, WeightingStrategy, Weights
 from weighted_mtp_core.data.batches import preceding
+from weighted_mtp_core.errors import RunFailedError, WmtpError
+from weighted_mtp_core.messages import reason
 from weighted_mtp_core.model.pair_predictions import PairPredictions
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.targets import align_labels
 from weighted_mtp_core.runtime.distributed import Distributed
 from weighted_mtp_core.training.micro_batches import MicroBatch, gather_rows
-from weighted_mtp_core.training.weighting import Weighting
+from weighted_mtp_core.training.weight_checks import check_weights
 
 # Signals that the heads compute, in a forward pass of their own before the weighted one.
 _FROM_HEADS = {
     Signal.TOKEN_LOSS: PairPredictions.losses,
     Signal.TOKEN_ENTROPY: PairPredictions.entropies,
 }
+
+
+@frozen(kw_only=True, eq=False)
+class Weighting:
+    """A weighting strategy with the source of its signals.
+
+    Attributes:
+        strategy: Called once per step, with the whole global batch.
+        needs: The signals that it declares.
+        critic: Computes those signals that the core does not.
+        label: Address, plugin, distribution and version, for messages.
+    """
+
+    strategy: WeightingStrategy
+    needs: frozenset[Signal]
+    critic: Critic | None
+    label: str
+
+    @property
+    def scoring_critic(self) -> Critic | None:
+        """The critic, if the strategy needs a signal from it."""
+        return self.critic if self.needs & {Signal.VALUE, Signal.REFERENCE_LOSS} else None
+
+    def weigh(self, view: StepView) -> Weights:
+        """Return the strategy's weights; their type, shape and dtype are checked, their values are not.
+
+        Raises:
+            RunFailedError: The strategy failed, or returned no weights; the message names its plugin.
+        """
+        try:
+            weights = self.strategy.weigh(view)
+        except WmtpError as error:
+            raise RunFailedError(f"{self.label} failed: {error}", hint=error.hint) from error
+        except Exception as error:
+            raise RunFailedError(f"{self.label} failed: {reason(error)}") from error
+        check_weights(weights, view.response_BT, n_future=view.n_future, label=self.label)
+        return weights
 
 
 @frozen(kw_only=True, eq=False)
