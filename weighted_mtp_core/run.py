@@ -181,12 +181,13 @@ class _Run:
     def train_policy(self, prepared: Prepared, critic: Critic | None) -> tuple[PolicyLearner, Trained]:
         """Stage 2: weighted multi-token training."""
         with self.distributed.rank_zero_first():
-            tokens, held_out = prepared.policy_tokens("train"), prepared.policy_tokens("validation")
+            tokens = prepared.policy_tokens("train")
+            prepared.policy_tokens("validation")
         batches = prepared.policy_batches(tokens)
         if self.distributed.is_single_process:
             critic = prepared.with_score_cache(critic, batches)
         best = self.recorder.folder.checkpoints / "best_model.pt"
-        learner = PolicyLearner.make(prepared, critic, held_out, best=best, distributed=self.distributed)
+        learner = PolicyLearner.make(prepared, critic, best=best, distributed=self.distributed)
         self._shard(decoder_layers(prepared.policy))  # now: critic and weighting have made their copies
         trained = self._train(learner, self.plan.recipe.train, batches)
         self.recorder.artifact(best, "checkpoints")

@@ -20,6 +20,7 @@ from weighted_mtp_core.data.array_files import drop_pages
 from weighted_mtp_core.data.samplers import PackedSampler, Rows, Sampler, pointwise
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.recipe.schema import DataTable
+from weighted_mtp_core.runtime.device import to_device
 
 BatchT = TypeVar("BatchT", bound=Batch)
 
@@ -39,11 +40,8 @@ class CollatedBatch(Batch):
 
     def target_positions(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return rows and columns of the targets of head 1; see `Batch`."""
-        row_N, column_N = (
-            torch.from_numpy(each).to(self.ids_BT.device, non_blocking=True)
-            for each in (self.preceding_BT >= 1).nonzero()
-        )
-        return row_N, column_N
+        row_N, column_N = (self.preceding_BT >= 1).nonzero()
+        return to_device(row_N, self.ids_BT.device), to_device(column_N, self.ids_BT.device)
 
 
 def preceding(batch: Batch) -> Rows | None:
@@ -90,7 +88,7 @@ def _lay_out(
         return value_BT
 
     def tensor(value_N: NDArray[Any], dtype: type[np.generic], *, padding: int = 0) -> torch.Tensor:
-        return torch.from_numpy(padded(value_N, dtype, padding=padding)).to(device, non_blocking=True)
+        return to_device(padded(value_N, dtype, padding=padding), device)
 
     batch = CollatedBatch(
         ids_BT=tensor(ids_N, np.int64),

@@ -16,7 +16,7 @@ from weighted_mtp_core.api import Batch
 from weighted_mtp_core.api.alignment import gather_by_target
 from weighted_mtp_core.model.pair_predictions import PairPredictions
 from weighted_mtp_core.model.policy import Policy
-from weighted_mtp_core.model.targets import align_labels, target_mask
+from weighted_mtp_core.model.targets import batch_labels, target_mask
 
 
 def frozen_losses(
@@ -42,9 +42,7 @@ def frozen_losses(
 
     @torch.no_grad()
     def losses(batch: Batch) -> Tensor:
-        labels_BTK = align_labels(
-            batch.ids_BT, document_BT=batch.document_BT, response_BT=batch.response_BT, n_future=1
-        )
+        labels_BTK = batch_labels(batch, n_future=1)
         hidden_BTH = twin.trunk_states(batch.ids_BT, position_BT=batch.position_BT)
         predictions = PairPredictions(twin, hidden_BTH, labels_BTK, position_BT=batch.position_BT)
         return gather_by_target(predictions.losses(), target_mask(labels_BTK)).squeeze(-1)

@@ -12,6 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from weighted_mtp_core.api import Batch
+from weighted_mtp_core.runtime.device import to_device
+
 Counts = NDArray[np.int64]
 
 IGNORED = -100
@@ -37,6 +40,13 @@ def align_labels(ids_BT: Tensor, *, document_BT: Tensor, response_BT: Tensor, n_
     return labels_BTK
 
 
+def batch_labels(batch: Batch, n_future: int) -> Tensor:
+    """Return the labels `[B, T, K]` of a batch, see `align_labels`."""
+    return align_labels(
+        batch.ids_BT, document_BT=batch.document_BT, response_BT=batch.response_BT, n_future=n_future
+    )
+
+
 def target_mask(labels_BTK: Tensor) -> Tensor:
     """Return bool `[B, T, K]`, True where the pair counts."""
     return labels_BTK != IGNORED
@@ -53,7 +63,7 @@ def source_index(label_BT: Tensor, *, k: int, preceding_BT: Counts | None) -> Te
     """
     if preceding_BT is None:
         return target_mask(label_BT).flatten().nonzero()[:, 0]
-    return _to_device(np.flatnonzero(preceding_BT >= k) - k, label_BT.device)
+    return to_device(np.flatnonzero(preceding_BT >= k) - k, label_BT.device)
 
 
 def pair_index(target_BTK: Tensor, *, preceding_BT: Counts | None) -> Tensor:
@@ -62,13 +72,9 @@ def pair_index(target_BTK: Tensor, *, preceding_BT: Counts | None) -> Tensor:
         return target_BTK.flatten().nonzero()[:, 0]
     heads = target_BTK.shape[2]
     pairs = [(np.flatnonzero(preceding_BT >= k) - k) * heads + k - 1 for k in range(1, heads + 1)]
-    return _to_device(np.sort(np.concatenate(pairs)), target_BTK.device)
+    return to_device(np.sort(np.concatenate(pairs)), target_BTK.device)
 
 
 def take(x_BT: Tensor, index_N: Tensor) -> Tensor:
     """Return the values `[N, ...]` at positions of the flattened `[B, T]`."""
     return x_BT.flatten(0, 1).index_select(0, index_N)
-
-
-def _to_device(index_N: Counts, device: torch.device) -> Tensor:
-    return torch.from_numpy(index_N).to(device, non_blocking=True)

@@ -21,7 +21,7 @@ from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.metrics.critic_report import ReliabilityBin
 from weighted_mtp_core.model.pair_predictions import PairPredictions
-from weighted_mtp_core.model.targets import align_labels, target_mask
+from weighted_mtp_core.model.targets import batch_labels, target_mask
 from weighted_mtp_core.report.token_report import ProblemTokens, Solution, Token, TokenReport
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS
 from weighted_mtp_core.training.policy_learner import PolicyLearner
@@ -142,12 +142,7 @@ class _Row:
     def measure(cls, prepared: Prepared, batch: Batch, weight: Tensor | None, critic: Critic | None) -> _Row:
         """Measure a batch of one row with the weights `[1, T]` or `[1, T, K]`, if known."""
         policy = prepared.policy
-        labels_BTK = align_labels(
-            batch.ids_BT,
-            document_BT=batch.document_BT,
-            response_BT=batch.response_BT,
-            n_future=policy.n_future,
-        )
+        labels_BTK = batch_labels(batch, policy.n_future)
         target_BTK = target_mask(labels_BTK)
         with prepared.compute.autocast():
             hidden_BTH = policy.trunk_states(batch.ids_BT, position_BT=batch.position_BT)

@@ -19,7 +19,7 @@ from weighted_mtp_core.api import Batch, Critic
 from weighted_mtp_core.api.alignment import align_weights, gather_by_target
 from weighted_mtp_core.data.batches import split_rows
 from weighted_mtp_core.errors import RunFailedError
-from weighted_mtp_core.model.targets import align_labels, target_mask
+from weighted_mtp_core.model.targets import batch_labels, target_mask
 from weighted_mtp_core.report.token_measures import array, changes, plain, token_texts
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS
 from weighted_mtp_core.training.policy_learner import PolicyLearner
@@ -65,12 +65,7 @@ def _values(prepared: Prepared, critic: Critic, batch: Batch) -> Floats:
 
 def _weights(learner: PolicyLearner, batch: Batch) -> Floats:
     """Return the weight of each token, `[B, T]`; NaN where there is none."""
-    labels_BTK = align_labels(
-        batch.ids_BT,
-        document_BT=batch.document_BT,
-        response_BT=batch.response_BT,
-        n_future=learner.policy.n_future,
-    )
+    labels_BTK = batch_labels(batch, learner.policy.n_future)
     try:
         weight = learner.weigh(batch, step=learner.steps).weight
     except RunFailedError:  # some weightings can weigh the steps of training only; the report says why

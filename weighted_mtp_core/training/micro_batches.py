@@ -70,17 +70,15 @@ def micro_batches(
 
 def gather_rows(
     parts: Sequence[MicroBatch], values: Sequence[Tensor], *, rows: int, distributed: Distributed
-) -> Tensor | None:
+) -> Tensor:
     """Return the values `[B, ...]` of the global batch from those of all processes' micro-batches.
 
     Args:
         parts: This process's micro-batches.
-        values: Their values, in the same order; empty, in every process, if there are none.
+        values: Their values, in the same order.
         rows: B.
         distributed: The processes.
     """
-    if not values:
-        return None
     gathered = values[0].new_zeros((rows, *values[0].shape[1:]))
     for part, value in zip(parts, values, strict=True):
         if not part.is_spare:

@@ -18,13 +18,12 @@ from weighted_mtp_core.api.alignment import align_weights
 from weighted_mtp_core.checkpointing.best_model import load_model, save_model
 from weighted_mtp_core.checkpointing.state import WithPrefix, load_module_state, module_state
 from weighted_mtp_core.data.batches import preceding
-from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.metrics.weights import weight_metrics
 from weighted_mtp_core.model.loss import normalisers, weighted_mtp_loss
 from weighted_mtp_core.model.loss_shares import loss_shares
 from weighted_mtp_core.model.pair_predictions import HeadSums, PairPredictions
 from weighted_mtp_core.model.policy import Policy
-from weighted_mtp_core.model.targets import IGNORED, align_labels, pair_index, target_mask
+from weighted_mtp_core.model.targets import IGNORED, batch_labels, pair_index, target_mask
 from weighted_mtp_core.recipe.schema import LossTable
 from weighted_mtp_core.runtime.device import to_device
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
@@ -67,24 +66,10 @@ class PolicyLearner(Learner):
 
     @classmethod
     def make(
-        cls,
-        prepared: Prepared,
-        critic: Critic | None,
-        held_out: TokenSet,
-        *,
-        best: Path,
-        distributed: Distributed,
+        cls, prepared: Prepared, critic: Critic | None, *, best: Path, distributed: Distributed
     ) -> PolicyLearner:
-        """Return the learner of a run; `held_out` is the validation split."""
+        """Return the learner of a run."""
         recipe, selected = prepared.plan.recipe, prepared.plan.weighting
-        table = recipe.train
-
-        def validation() -> Iterable[Batch]:
-            batches = prepared.validation_batches(
-                held_out, batch_size=table.batch_size, limit=table.validation_examples
-            )
-            return (batch for batch, _ in batches)
-
         return cls(
             policy=prepared.policy,
             weighting=Weighting(
@@ -94,11 +79,11 @@ class PolicyLearner(Learner):
                 label=f"weighting `{selected.address}` of {selected.plugin}",
             ),
             loss=recipe.loss,
-            steps=table.steps,
-            accumulation=table.accumulation,
+            steps=recipe.train.steps,
+            accumulation=recipe.train.accumulation,
             distributed=distributed,
             autocast=prepared.compute.autocast,
-            validation=validation,
+            validation=prepared.policy_validation,
             best=best,
         )
 
@@ -124,7 +109,7 @@ class PolicyLearner(Learner):
         self.policy.train()
         parts = micro_batches(batch, self.accumulation, self.distributed)
         hidden = [self._signals.trunk(parts[0].batch)] if len(parts) == 1 else [None] * len(parts)
-        labels_BTK = self._signals.labels(batch)
+        labels_BTK = batch_labels(batch, self.policy.n_future)
         target_BTK = target_mask(labels_BTK)
         view = self._signals.view(batch, target_BTK, parts=parts, hidden=hidden, step=step, training=True)
         weights = self.weighting.weigh(view)
@@ -196,7 +181,7 @@ class PolicyLearner(Learner):
         """Return the weights of a batch that is measured and not learned from, as one global batch."""
         self.policy.eval()
         parts = micro_batches(batch, self.accumulation, self.distributed)
-        target_BTK = target_mask(self._signals.labels(batch))
+        target_BTK = target_mask(batch_labels(batch, self.policy.n_future))
         view = self._signals.view(
             batch, target_BTK, parts=parts, hidden=[None] * len(parts), step=step, training=False
         )
@@ -243,12 +228,7 @@ def head_quality(
     policy.eval()
     sums: list[HeadSums] = []
     for batch in batches:
-        labels_BTK = align_labels(
-            batch.ids_BT,
-            document_BT=batch.document_BT,
-            response_BT=batch.response_BT,
-            n_future=policy.n_future,
-        )
+        labels_BTK = batch_labels(batch, policy.n_future)
         with autocast():
             hidden_BTH = policy.trunk_states(batch.ids_BT, position_BT=batch.position_BT)
             predictions = PairPredictions(

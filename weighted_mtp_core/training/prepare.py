@@ -122,6 +122,14 @@ class Prepared:
         sampler = Sampler(units, tokens.length_D, batch_size=table.train.batch_size, seed=seed)
         return lambda step: self.batch(tokens, sampler.rows(step))
 
+    def policy_validation(self) -> Iterator[Batch]:
+        """Yield the held-out examples on which the policy is validated."""
+        table, tokens = self.plan.recipe.train, self.policy_tokens("validation")
+        batches = self.validation_batches(
+            tokens, batch_size=table.batch_size, limit=table.validation_examples
+        )
+        return (batch for batch, _ in batches)
+
     def critic_validation(self, *, batch_size: int) -> Iterator[tuple[Batch, NDArray[np.int64]]]:
         """Yield the labelled responses on which the critic is measured; see `validation_batches`."""
         table = self.plan.recipe.critic

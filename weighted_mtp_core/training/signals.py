@@ -11,22 +11,19 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from weighted_mtp_core.api import Batch, Critic, Scores, Signal, StepView, WeightingStrategy, Weights
+from weighted_mtp_core.api import Batch, Critic, Signal, StepView, WeightingStrategy, Weights
 from weighted_mtp_core.data.batches import preceding
 from weighted_mtp_core.errors import RunFailedError, WmtpError
 from weighted_mtp_core.messages import reason
 from weighted_mtp_core.model.pair_predictions import PairPredictions
 from weighted_mtp_core.model.policy import Policy
-from weighted_mtp_core.model.targets import align_labels
+from weighted_mtp_core.model.targets import batch_labels
 from weighted_mtp_core.runtime.distributed import Distributed
 from weighted_mtp_core.training.micro_batches import MicroBatch, gather_rows
 from weighted_mtp_core.training.weight_checks import check_weights
 
 # Signals that the heads compute, in a forward pass of their own before the weighted one.
-_FROM_HEADS = {
-    Signal.TOKEN_LOSS: PairPredictions.losses,
-    Signal.TOKEN_ENTROPY: PairPredictions.entropies,
-}
+_FROM_HEADS = {Signal.TOKEN_LOSS: PairPredictions.losses, Signal.TOKEN_ENTROPY: PairPredictions.entropies}
 
 
 @frozen(kw_only=True, eq=False)
@@ -44,11 +41,6 @@ class Weighting:
     needs: frozenset[Signal]
     critic: Critic | None
     label: str
-
-    @property
-    def scoring_critic(self) -> Critic | None:
-        """The critic, if the strategy needs a signal from it."""
-        return self.critic if self.needs & {Signal.VALUE, Signal.REFERENCE_LOSS} else None
 
     def weigh(self, view: StepView) -> Weights:
         """Return the strategy's weights; their type, shape and dtype are checked, their values are not.
@@ -82,15 +74,6 @@ class Signals:
     autocast: Callable[[], torch.autocast]
     distributed: Distributed
 
-    def labels(self, batch: Batch) -> Tensor:
-        """Return the labels `[B, T, K]` of a batch, see `align_labels`."""
-        return align_labels(
-            batch.ids_BT,
-            document_BT=batch.document_BT,
-            response_BT=batch.response_BT,
-            n_future=self.policy.n_future,
-        )
-
     def trunk(self, batch: Batch) -> Tensor:
         """Return the trunk states `[B, T, H]` of a batch."""
         with self.autocast():
@@ -117,18 +100,12 @@ class Signals:
             step: Optimiser steps done.
             training: False for a batch that is only measured.
         """
-        scores: list[Scores] = []
-        from_heads: dict[Signal, list[Tensor]] = {signal: [] for signal in _FROM_HEADS}
-        for part, hidden_BTH in zip(parts, hidden, strict=True):
-            self._read(part.batch, hidden_BTH, scores=scores, from_heads=from_heads)
-
-        def gathered(values: Sequence[Tensor | None]) -> Tensor | None:
-            known = [value for value in values if value is not None]
-            return gather_rows(parts, known, rows=len(batch.ids_BT), distributed=self.distributed)
-
-        needs = self.weighting.needs
-        value_BT = gathered([each.value_BT for each in scores])
-        reference_loss_BT = gathered([each.reference_loss_BT for each in scores])
+        needs, rows, distributed = self.weighting.needs, len(batch.ids_BT), self.distributed
+        found = [self._compute(part.batch, known) for part, known in zip(parts, hidden, strict=True)]
+        signals = {
+            name: gather_rows(parts, [each[name] for each in found], rows=rows, distributed=distributed)
+            for name in found[0]
+        }
         return StepView(
             ids_BT=batch.ids_BT,
             document_BT=batch.document_BT,
@@ -139,38 +116,33 @@ class Signals:
             training=training,
             reward_BT=batch.reward_BT if Signal.REWARD in needs else None,
             group_BT=batch.group_BT if Signal.GROUP in needs else None,
-            value_BT=value_BT if Signal.VALUE in needs else None,
-            token_loss_BTK=gathered(from_heads[Signal.TOKEN_LOSS]),
-            token_entropy_BTK=gathered(from_heads[Signal.TOKEN_ENTROPY]),
-            reference_loss_BT=reference_loss_BT if Signal.REFERENCE_LOSS in needs else None,
+            value_BT=signals.get(Signal.VALUE),
+            token_loss_BTK=signals.get(Signal.TOKEN_LOSS),
+            token_entropy_BTK=signals.get(Signal.TOKEN_ENTROPY),
+            reference_loss_BT=signals.get(Signal.REFERENCE_LOSS),
         )
 
-    def _read(
-        self,
-        batch: Batch,
-        hidden_BTH: Tensor | None,
-        *,
-        scores: list[Scores],
-        from_heads: dict[Signal, list[Tensor]],
-    ) -> None:
-        """Append the signals of one micro-batch."""
-        critic = self.weighting.scoring_critic
-        needed = {signal: read for signal, read in _FROM_HEADS.items() if signal in self.weighting.needs}
-        critic_reads_trunk = critic is not None and critic.reads_policy
-        if hidden_BTH is None and (critic_reads_trunk or needed):
+    def _compute(self, batch: Batch, hidden_BTH: Tensor | None) -> dict[Signal, Tensor]:
+        """Return the needed signals of one micro-batch, in the same order in every process."""
+        needs = self.weighting.needs
+        from_heads = {signal: read for signal, read in _FROM_HEADS.items() if signal in needs}
+        critic = self.weighting.critic if needs & {Signal.VALUE, Signal.REFERENCE_LOSS} else None
+        reads_trunk = critic is not None and critic.reads_policy
+        if hidden_BTH is None and (reads_trunk or from_heads):
             hidden_BTH = self.trunk(batch)
+        found: dict[Signal, Tensor | None] = {}
         if critic is not None:
-            states = hidden_BTH.detach().float() if critic_reads_trunk and hidden_BTH is not None else None
-            scores.append(critic.score(batch, states))
-        if not needed or hidden_BTH is None:
-            return
-        predictions = PairPredictions(
-            self.policy,
-            hidden_BTH.detach(),
-            self.labels(batch),
-            position_BT=batch.position_BT,
-            preceding_BT=preceding(batch),
-        )
-        for signal, read in needed.items():
+            states = hidden_BTH.detach().float() if reads_trunk and hidden_BTH is not None else None
+            scores = critic.score(batch, states)
+            found = {Signal.VALUE: scores.value_BT, Signal.REFERENCE_LOSS: scores.reference_loss_BT}
+        if from_heads and hidden_BTH is not None:
+            predictions = PairPredictions(
+                self.policy,
+                hidden_BTH.detach(),
+                batch_labels(batch, self.policy.n_future),
+                position_BT=batch.position_BT,
+                preceding_BT=preceding(batch),
+            )
             with self.autocast():
-                from_heads[signal].append(read(predictions))
+                found |= {signal: read(predictions) for signal, read in from_heads.items()}
+        return {signal: value for signal, value in found.items() if value is not None and signal in needs}
