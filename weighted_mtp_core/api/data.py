@@ -82,8 +82,8 @@ class VerdictKind(enum.Enum):
     """The result of verifying one completion. Only the first three are statements about the completion.
 
     PASSED: every test passed. WRONG: a test failed. ERROR: the program raised an exception. The others: it
-    exceeded a limit of CPU time, wall-clock time, memory or output; it attempted something forbidden; its
-    text cannot be encoded as UTF-8; verification itself failed.
+    exceeded a limit of CPU time, wall-clock time, memory or output; it attempted something forbidden; it
+    returned a value that is not plain data; verification itself failed.
     """
 
     PASSED = "passed"

@@ -14,7 +14,7 @@ from weighted_mtp_core.api import Verdict, VerdictKind
 from weighted_mtp_code_tasks.sandbox import Job, Sandbox, available_backends, backends
 from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
 
-PROGRAMS = Path(__file__).parent.parent / "programs"
+PROGRAMS = Path(__file__).parent / "programs"
 COLLECTIONS = ("forged", "escapes", "bombs", "broken", "honest")
 TESTS = """
 def check(candidate):
