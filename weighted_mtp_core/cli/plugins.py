@@ -15,7 +15,7 @@ from weighted_mtp_core.plugins.discovery import FoundPlugin, find
 from weighted_mtp_core.plugins.loading import AnyComponent, Kind, PluginRegistry
 from weighted_mtp_core.recipe.describe import expected
 from weighted_mtp_core.recipe.structure import default_of, plain
-from weighted_mtp_core.scaffold import Scaffold, check_name
+from weighted_mtp_core.scaffold import SUMMARIES, Scaffold, check_name
 
 _DESCRIPTION = """\
 List, show and check installed plugins, or write the package of a new one. Installed is not active: a recipe
@@ -50,7 +50,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "name", metavar="NAME", help="the plugin's name in recipes: lower-case letters, digits, `_`"
     )
     beginning.add_argument(
-        "--kind", required=True, choices=[each.value for each in Kind], help="the kind of its component"
+        "--kind", required=True, choices=[each.value for each in SUMMARIES], help="the kind of its component"
     )
     beginning.add_argument("folder", metavar="DIR", nargs="?", help="default: weighted-mtp-NAME")
     beginning.intermixed = True  # NAME --kind KIND DIR

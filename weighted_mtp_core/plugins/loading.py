@@ -34,8 +34,9 @@ class Kind(enum.Enum):
     """The kinds of component; the value is the kind's table in a recipe.
 
     A fifth kind adds its class to `weighted_mtp_core.api`, its hook to `weighted_mtp_core.hookspecs` and a
-    row here. Discovery, loading, addresses, error messages and the `plugins` commands work for it as they
-    are; the recipe's schema and the code that runs the component are new in any case.
+    row here. Discovery, loading, addresses, error messages, `plugins show` and `plugins check` then work for
+    it as they are. Its table in the recipe's schema, the code that runs it, and templates for `plugins new`
+    are separate.
 
     Attributes:
         label: The kind in words.

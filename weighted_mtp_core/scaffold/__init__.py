@@ -24,7 +24,7 @@ from weighted_mtp_core.plugins.loading import Kind
 _NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 _LONGEST = 20  # some lines of the templates contain the name three times
 _SUFFIX = ".tmpl"
-_SUMMARIES = {
+SUMMARIES = {
     Kind.WEIGHTING: "The policy's own loss of a target, but not less than a floor.",
     Kind.CRITIC: "A linear probe of the policy's states that predicts the reward.",
     Kind.DATA: "Sums of two numbers, with right and wrong answers.",
@@ -86,7 +86,7 @@ class Scaffold:
             "Name": self.name.title().replace("_", ""),
             "module": self.module,
             "distribution": self.distribution,
-            "summary": _SUMMARIES[self.kind],
+            "summary": SUMMARIES[self.kind],
             "core_range": _core_range(Version(weighted_mtp_core.__version__)),
         }
 
