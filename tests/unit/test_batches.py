@@ -1,4 +1,4 @@
-"""Batches: each document once an epoch, an order that depends on the seed alone, exact masks."""
+"""Batches: each document once per epoch, an order that depends on the seed only, exact masks."""
 
 import itertools
 
@@ -71,10 +71,10 @@ def test_batches_hold_documents_of_similar_length():
     assert computed / lengths.sum() < 1.06
 
 
-# These lengths are estimates: with those that the tokenizer gives, the 164 solutions alone take 1.048.
+# These lengths are estimates; with those of the tokenizer, the 164 solutions alone give 1.048.
 @pytest.mark.parametrize(("variants", "reach"), [(1, 1.052), (4, 1.05), (20, 1.05)])
-def test_little_is_computed_for_nothing_on_humaneval_lengths(variants, reach, humaneval_characters):
-    # 3.2 characters are a token of SmolLM2 on average.
+def test_padding_costs_little_on_humaneval_lengths(variants, reach, humaneval_characters):
+    # SmolLM2 has 3.2 characters per token on average.
     lengths = np.tile((np.asarray(humaneval_characters) / 3.2).astype(np.int64) + 1, variants)
     sampler = Sampler(pointwise(token_set(lengths)), lengths, batch_size=8, seed=0)
     batches = [lengths[sampler.rows(step)] for step in range(sampler.batches_per_epoch)]
@@ -84,7 +84,7 @@ def test_little_is_computed_for_nothing_on_humaneval_lengths(variants, reach, hu
 
 
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=11), size=st.integers(1, 5))
-def test_no_cut_into_as_few_batches_takes_fewer_tokens(lengths, size):
+def test_no_split_into_as_few_batches_needs_fewer_tokens(lengths, size):
     lengths = np.sort(lengths)
     count, inner = -(-len(lengths) // size), range(1, len(lengths))
     cuts = [(0, *chosen, len(lengths)) for chosen in itertools.combinations(inner, count - 1)]
@@ -107,7 +107,7 @@ def test_only_the_last_batch_is_short_where_lengths_are_equal():
 
 
 @given(steps=st.lists(st.integers(0, 60), min_size=1, max_size=20), seed=st.integers(0, 3))
-def test_any_step_can_be_asked_at_any_time(steps, seed):
+def test_steps_can_be_drawn_in_any_order(steps, seed):
     lengths = np.arange(2, 102)
     units = np.arange(100)[:, None]
     asked = Sampler(units, lengths, batch_size=8, seed=seed)
@@ -143,7 +143,7 @@ def test_collate_pads_on_the_right_and_marks_response_tokens():
 
 
 @given(rows=st.integers(1, 9), parts=st.integers(1, 12))
-def test_the_parts_of_a_batch_are_the_batch(rows, parts):
+def test_micro_batches_concatenated_are_the_batch(rows, parts):
     batch = collate(token_set([4] * rows), np.arange(rows), device=CPU)
     split = list(split_rows(batch, parts))
 

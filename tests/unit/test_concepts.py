@@ -1,4 +1,4 @@
-"""docs/concepts.md is right: its code runs, and its figure shows the pairs and weights that core makes."""
+"""docs/concepts.md is correct: its code runs, and its figure shows the pairs and weights of core."""
 
 import re
 from xml.etree import ElementTree as ET
@@ -28,7 +28,7 @@ def code(repository):
     return names
 
 
-def test_its_code_runs_and_its_pairs_are_those_that_count(repository):
+def test_its_code_runs_and_its_pairs_are_the_counted_ones(repository):
     assert torch.equal(code(repository)["view"].target_BTK, TARGET_BTK)
 
 

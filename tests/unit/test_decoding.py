@@ -1,4 +1,4 @@
-"""Cached, batched and self-speculative decoding writes what one forward pass a token would have written."""
+"""Cached, batched and self-speculative decoding gives the text of one forward pass per token."""
 
 import copy
 import functools
@@ -24,7 +24,7 @@ SMALL = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 3, "num_attent
 
 
 def windowed(window):
-    """A model with one layer that looks at everything and two that look at a window."""
+    """A model with one layer of full attention and two with a sliding window."""
     layers = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1}
     return Qwen2ForCausalLM(Qwen2Config(**SMALL, intermediate_size=32, num_key_value_heads=1, **layers))
 
@@ -44,10 +44,10 @@ EOS = 0
 
 @functools.cache
 def models(name, head):
-    """A base model and a policy of it, whose heads 2.. have learnt nothing but are not the base's copies."""
+    """A base model and a policy of it; heads 2..K are untrained and differ from head 1."""
     torch.manual_seed(1)
     base = BASES[name]().eval()
-    for parameter in base.parameters():  # far from the initial scale, where every position looks alike
+    for parameter in base.parameters():  # far from the initial scale, at which all positions are alike
         torch.nn.init.normal_(parameter, std=0.2)
     policy = make_policy(copy.deepcopy(base), n_future=K, head_kind=head).eval()
     for parameter in policy.heads[2:].parameters():
@@ -57,7 +57,7 @@ def models(name, head):
 
 @torch.no_grad()
 def naive(base, prompt, *, limit, eos_id=EOS):
-    """Argmax of the whole text, again for every token, until EOS; what transformers' own model says."""
+    """Greedy text of transformers' own model: argmax over the whole text for every token, until EOS."""
     ids = list(prompt)
     for _ in range(limit):
         ids.append(int(base(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
@@ -80,7 +80,7 @@ def test_greedy_text_is_that_of_a_loop_without_a_cache(name, head, decoding, lim
 
 @pytest.mark.parametrize(("name", "head"), POLICIES)
 @pytest.mark.parametrize("decoding", DECODINGS)
-def test_every_token_of_a_text_may_be_the_eos_that_ends_it(name, head, decoding):
+def test_any_token_of_a_text_can_be_the_eos(name, head, decoding):
     base, policy = models(name, head)
     for eos_id in set(naive(base, PROMPTS[0], limit=8, eos_id=-1)[0]):
         written = generate(policy, PROMPTS[:1], max_new_tokens=9, eos_id=eos_id, decoding=decoding)
@@ -89,7 +89,7 @@ def test_every_token_of_a_text_may_be_the_eos_that_ends_it(name, head, decoding)
 
 
 @pytest.mark.parametrize("decoding", DECODINGS)
-def test_a_text_ends_where_the_models_positions_end(decoding):
+def test_a_text_ends_at_the_models_last_position(decoding):
     torch.manual_seed(1)
     config = GPT2Config(vocab_size=V, n_embd=16, n_layer=3, n_head=2, n_positions=16)
     base = GPT2LMHeadModel(config).eval()
@@ -106,7 +106,7 @@ def test_a_text_ends_where_the_models_positions_end(decoding):
 
 
 @pytest.mark.parametrize(("name", "drafts"), [("qwen2, narrow windows", 0), ("qwen2, wide windows", K - 1)])
-def test_nothing_is_drafted_where_refused_drafts_would_fill_a_window(name, drafts):
+def test_nothing_is_drafted_if_rejected_drafts_would_fill_a_window(name, drafts):
     _, policy = models(name, "transformer")
 
     written = generate(policy, PROMPTS, max_new_tokens=11, eos_id=EOS, decoding="self_speculative")
@@ -151,7 +151,7 @@ def test_a_sampled_text_does_not_depend_on_its_batch(name, head, decoding):
 
 
 @pytest.mark.parametrize("decoding", DECODINGS)
-def test_seed_and_stream_decide_a_sampled_text(decoding):
+def test_seed_and_stream_fix_a_sampled_text(decoding):
     _, policy = models("llama", "linear")
     prompts = [PROMPTS[0]] * 3
 
@@ -165,7 +165,7 @@ def test_seed_and_stream_decide_a_sampled_text(decoding):
 
 @functools.cache
 def coin():
-    """A model of four tokens and its policy; drafts agree with it now and then."""
+    """A model of four tokens and its policy; head 1 accepts some of the drafts."""
     torch.manual_seed(2)
     config = LlamaConfig(
         vocab_size=4,
@@ -186,7 +186,7 @@ def coin():
 
 @torch.no_grad()
 def exact_distribution(base, prompt, *, length, temperature):
-    """Probability of each text of so many tokens, `[4 ** length]`, from the model's own conditionals."""
+    """Probability of each text of `length` tokens, `[4 ** length]`, from the model's own conditionals."""
     texts = torch.cartesian_prod(*[torch.arange(4)] * length)
     rows = torch.cat([torch.tensor([prompt]).expand(len(texts), -1), texts], dim=1)
     log_p = (base(input_ids=rows).logits / temperature).log_softmax(dim=-1)[:, len(prompt) - 1 : -1]
@@ -211,7 +211,7 @@ def test_sampled_texts_follow_exactly_the_models_distribution(decoding):
     numbers = np.array(written.tokens) @ (4 ** np.arange(length)[::-1])
     observed = np.bincount(numbers, minlength=len(expected))
 
-    assert (expected * count).min() >= 5  # what the approximation of the test statistic asks for
+    assert (expected * count).min() >= 5  # the approximation of the test statistic needs it
     assert chisquare(observed, expected / expected.sum() * count).pvalue > 0.01
     if decoding == "self_speculative":
         assert all(0.2 < share < 0.95 for share in written.acceptance)

@@ -1,4 +1,4 @@
-"""An exported policy is an ordinary language model to transformers, and the whole policy to a recipe."""
+"""An exported model is an ordinary language model in transformers, and the whole policy in a recipe."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def tokenizer():
 
 
 def trained(base=llama, *, tied=True, head="transformer"):
-    """A policy whose every parameter is far from its start, and each head another."""
+    """A policy with every parameter far from its initial value, and different heads."""
     policy = make_policy(base(tied=tied), n_future=K, head_kind=head).eval()
     torch.manual_seed(0)
     for parameter in policy.parameters():
@@ -99,7 +99,7 @@ def logits(policy, *, heads=K):
 
 
 @pytest.mark.parametrize(("base", "tied", "head"), KINDS, ids=IDS)
-def test_every_head_comes_back_as_it_was(base, tied, head, tmp_path):
+def test_every_head_is_restored_exactly(base, tied, head, tmp_path):
     policy = trained(base, tied=tied, head=head)
 
     restored = loaded(exported(policy, tmp_path / "out"), head=head)
@@ -120,7 +120,7 @@ def test_head_1_is_an_ordinary_language_model(base, tied, head, tmp_path):
         torch.testing.assert_close(model(input_ids=ids_BT).logits, logits(policy)[0], rtol=1e-6, atol=1e-6)
 
 
-def test_exporting_leaves_the_policy_as_it_was(tmp_path):
+def test_exporting_does_not_change_the_policy(tmp_path):
     policy = trained()
     before = logits(policy)
 
@@ -129,7 +129,7 @@ def test_exporting_leaves_the_policy_as_it_was(tmp_path):
     assert all(torch.equal(one, other) for one, other in zip(before, logits(policy), strict=True))
 
 
-def test_plain_transformers_writes_the_text_of_head_1_in_a_fresh_process(tmp_path):
+def test_plain_transformers_generates_the_text_of_head_1_in_a_fresh_process(tmp_path):
     policy = trained(tied=False)
     path = exported(policy, tmp_path / "out")
     prompts = [[5, 9, 17], [30, 2], [11, 12, 13, 14]]
@@ -162,20 +162,20 @@ def test_plain_transformers_writes_the_text_of_head_1_in_a_fresh_process(tmp_pat
     assert len(set(written)) == 3
 
 
-def test_the_tokenizer_and_the_end_of_texts_go_with_it(tmp_path):
+def test_tokenizer_and_end_of_text_are_exported(tmp_path):
     path = exported(trained(), tmp_path / "out")
 
     assert AutoTokenizer.from_pretrained(path).decode([5, 6]) == "w5 w6"
     assert json.loads((path / "generation_config.json").read_text())["eos_token_id"] == EOS
 
 
-def test_others_may_read_every_file(tmp_path):
+def test_every_file_is_readable_by_others(tmp_path):
     path = exported(trained(), tmp_path / "out")
 
     assert {oct(file.stat().st_mode & 0o444) for file in (path, *path.iterdir())} == {oct(0o444)}
 
 
-def test_a_recipe_may_ask_for_fewer_heads(tmp_path):
+def test_a_recipe_may_use_fewer_heads(tmp_path):
     policy = trained()
 
     restored = loaded(exported(policy, tmp_path / "out"), n_future=2)
@@ -247,7 +247,7 @@ def test_a_newer_format_is_an_error_that_says_what_to_install(tmp_path):
     assert caught.value.hint == "pip install 'weighted-mtp-core>=9.0.0'"
 
 
-def test_a_failed_export_leaves_nothing_and_the_old_one_whole(tmp_path):
+def test_a_failed_export_leaves_nothing_new_and_the_old_one_complete(tmp_path):
     path = exported(trained(), tmp_path / "out")
     before = {file.name: file.read_bytes() for file in path.iterdir()}
     unwritable = trained(head="linear")
@@ -260,7 +260,7 @@ def test_a_failed_export_leaves_nothing_and_the_old_one_whole(tmp_path):
     assert [child.name for child in tmp_path.iterdir()] == ["out"]
 
 
-def test_an_export_replaces_the_one_that_is_there(tmp_path):
+def test_an_export_replaces_an_existing_one(tmp_path):
     exported(trained(), tmp_path / "out")
 
     restored = loaded(exported(trained(head="linear"), tmp_path / "out"), head="linear")
@@ -269,7 +269,7 @@ def test_an_export_replaces_the_one_that_is_there(tmp_path):
     assert [child.name for child in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_is_there_is_replaced_by_force_only_and_only_if_it_is_an_export(tmp_path):
+def test_force_replaces_an_exported_model_and_nothing_else(tmp_path):
     path, other = exported(trained(), tmp_path / "out"), tmp_path / "other"
     other.mkdir()
     refuse_to_replace(tmp_path / "new", force=False)

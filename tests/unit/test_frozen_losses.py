@@ -1,4 +1,4 @@
-"""A frozen copy of the policy tells the losses of its ordinary language model, for ever."""
+"""The losses of a frozen copy of the policy are those of its ordinary language model, and never change."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def policy(seed, head_kind="transformer"):
 
 
 def expected_losses(base, batch):
-    """The loss of each response token that has one before it, from transformers' own logits."""
+    """The loss of each response token that follows another token, from transformers' own logits."""
     with torch.no_grad():
         log_p_BTV = base(input_ids=batch.ids_BT).logits.log_softmax(dim=-1)
     loss_BT = torch.zeros(batch.ids_BT.shape)

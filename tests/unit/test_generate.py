@@ -1,4 +1,4 @@
-"""What generation counts, on a policy that counts: after token i comes i + 1, and its heads know it."""
+"""Statistics of generation, on a policy that counts: token i + 1 follows token i, and all heads predict it."""
 
 import functools
 
@@ -13,7 +13,7 @@ V = 16
 
 @functools.cache
 def counting_policy():
-    """Tokens are unit vectors, attention and MLP add nothing, and each head turns the vector further."""
+    """Tokens are unit vectors, attention and MLP add nothing, and head k rotates the vector by k tokens."""
     config = LlamaConfig(
         vocab_size=V,
         hidden_size=V,
@@ -47,18 +47,18 @@ def write(prompts, **settings):
     )
 
 
-def test_drafts_that_are_always_right_give_a_token_a_head():
+def test_accepted_drafts_give_one_token_per_head():
     written = write([[0]], max_new_tokens=7)
 
     assert written.tokens == ((1, 2, 3, 4, 5, 6, 7),)
-    # The prompt's pass gives 1; two passes verify two drafts each and add one: 7 tokens in 3 passes.
+    # The prompt's pass gives 1 token; two passes accept two drafts each and add one: 7 tokens in 3 passes.
     assert (written.emitted, written.passes, written.verified, written.accepted) == (7, 3, 2, (2, 2))
     assert written.tokens_per_forward == 7 / 3
     assert written.acceptance == (1.0, 1.0)
     assert written.acceptance_length == 3.0
 
 
-def test_plain_decoding_takes_a_pass_a_token():
+def test_plain_decoding_needs_one_pass_per_token():
     written = write([[0]], max_new_tokens=7, decoding="plain")
 
     assert (written.tokens, written.finished) == (((1, 2, 3, 4, 5, 6, 7),), (False,))
@@ -68,7 +68,7 @@ def test_plain_decoding_takes_a_pass_a_token():
 
 @pytest.mark.parametrize("eos_id", [1, 2, 3, 4, 5, 6, 7])
 @pytest.mark.parametrize("decoding", ["plain", "self_speculative"])
-def test_eos_ends_a_text_wherever_it_stands_in_a_draft(eos_id, decoding):
+def test_eos_ends_a_text_anywhere_in_a_draft(eos_id, decoding):
     written = write([[0]], eos_id=eos_id, decoding=decoding)
 
     assert written.tokens == (tuple(range(1, eos_id)),)
@@ -78,7 +78,7 @@ def test_eos_ends_a_text_wherever_it_stands_in_a_draft(eos_id, decoding):
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 4, 5, 6, 7])
 @pytest.mark.parametrize("decoding", ["plain", "self_speculative"])
-def test_the_limit_ends_a_text_wherever_it_stands_in_a_draft(limit, decoding):
+def test_the_limit_ends_a_text_anywhere_in_a_draft(limit, decoding):
     written = write([[0]], max_new_tokens=limit, decoding=decoding)
 
     assert written.tokens == (tuple(range(1, limit + 1)),)
@@ -86,7 +86,7 @@ def test_the_limit_ends_a_text_wherever_it_stands_in_a_draft(limit, decoding):
     assert written.emitted == limit
 
 
-def test_drafts_after_the_end_of_a_text_are_not_counted_as_kept():
+def test_drafts_after_the_end_of_a_text_do_not_count_as_accepted():
     written = write([[0]], eos_id=2)
 
     assert (written.emitted, written.passes, written.verified, written.accepted) == (2, 2, 1, (1, 0))
@@ -100,7 +100,7 @@ def test_rows_that_end_at_different_times_are_counted_row_by_row():
     assert (written.emitted, written.passes, written.verified) == (4 + 4 + 3, 6, 3)
 
 
-def test_progress_counts_prompts_that_are_done():
+def test_progress_counts_finished_prompts():
     seen = []
 
     write([[0], [13], [12]], batch_size=2, on_done=seen.append)
@@ -124,7 +124,7 @@ def test_acceptance_length_adds_the_acceptance_of_every_position_to_one():
     assert written.acceptance_length == pytest.approx(4.496, abs=5e-4)
 
 
-def test_the_policy_is_left_in_the_mode_it_was_in():
+def test_the_policys_training_mode_is_restored():
     policy = counting_policy()
     for training in (True, False):
         policy.train(training)
@@ -170,7 +170,7 @@ def test_completions_are_grouped_by_prompt():
     assert sampled.completions == (("bcd", "bcd"), ("mno", "mno"))
 
 
-def test_samples_of_a_prompt_are_the_same_whatever_other_prompts_there_are():
+def test_samples_of_a_prompt_do_not_depend_on_other_prompts():
     alone = completions(["c"], samples=3, temperature=3.0)
     among = completions(["a", "c", "abc"], samples=3, temperature=3.0)
 
@@ -178,7 +178,7 @@ def test_samples_of_a_prompt_are_the_same_whatever_other_prompts_there_are():
     assert among.completions[1] == alone.completions[0]
 
 
-def test_metrics_number_positions_from_the_first_draft_which_is_head_twos():
+def test_metrics_number_positions_by_head_from_2():
     sampled = Sampled(
         completions=(),
         generations=Generations(

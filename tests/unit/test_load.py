@@ -1,4 +1,4 @@
-"""Base models: made on the spot, from a directory, from a GGUF file; the same bytes or an error."""
+"""Base models: `micro`, a directory or a GGUF file; the same bytes or an error."""
 
 import os
 import shutil
@@ -53,7 +53,7 @@ def test_a_micro_model_is_a_function_of_shape_texts_and_seed(storage, micro, tmp
     assert len(names) == 4
 
 
-def test_a_micro_model_is_made_once_and_then_read(storage, micro):
+def test_a_micro_model_is_made_once(storage, micro):
     (folder,) = (storage / "models_v2").glob(f"{micro.base_name}/model.safetensors")
     before = folder.stat().st_mtime_ns
 
@@ -62,7 +62,7 @@ def test_a_micro_model_is_made_once_and_then_read(storage, micro):
     assert folder.stat().st_mtime_ns == before
 
 
-def test_making_a_model_leaves_the_random_generator_alone(tmp_path):
+def test_making_a_model_does_not_change_the_random_generator(tmp_path):
     torch.manual_seed(5)
     expected = torch.rand(2)
     torch.manual_seed(5)
@@ -83,13 +83,13 @@ def test_a_changed_byte_of_a_stored_model_is_an_error_that_names_the_file(micro,
 
 
 @given(st.text())
-def test_the_tokenizer_gives_every_text_back(micro, text):
+def test_the_tokenizer_restores_every_text(micro, text):
     ids = micro.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     assert micro.tokenizer.decode(ids) == text
 
 
-def test_digits_stay_single(micro):
+def test_each_digit_is_a_token(micro):
     ids = micro.tokenizer("12345", add_special_tokens=False)["input_ids"]
 
     assert [micro.tokenizer.decode([token]) for token in ids] == ["1", "2", "3", "4", "5"]
@@ -135,19 +135,19 @@ def test_a_model_in_storage_is_named_by_its_folder(directory, tmp_path):
 
 
 @pytest.mark.parametrize("base", ["absent", "./absent", "/nowhere/absent"])
-def test_a_model_that_is_not_there_is_an_error(storage, base):
+def test_a_missing_model_is_an_error(storage, base):
     with pytest.raises(WmtpError, match=f"there is no model `{base}`"):
         load(storage, evolve(MICRO, base=base))
 
 
-def test_a_directory_that_holds_no_model_is_an_error(tmp_path, storage):
+def test_a_directory_without_a_model_is_an_error(tmp_path, storage):
     (tmp_path / "config.json").write_text("{}")
 
     with pytest.raises(WmtpError, match="cannot be loaded as a causal language model"):
         load(storage, evolve(MICRO, base=str(tmp_path)))
 
 
-def test_a_tokenizer_without_an_end_is_refused(directory, storage):
+def test_a_tokenizer_without_eos_is_refused(directory, storage):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -206,7 +206,7 @@ def gguf_file(tmp_path):
 
 
 def gguf_tensors(model):
-    """The names that llama.cpp has for a Llama's tensors; it keeps rotary halves interleaved."""
+    """llama.cpp's names of a Llama's tensors; it stores rotary halves interleaved."""
     body = model.model
     yield "token_embd.weight", body.embed_tokens.weight
     yield "output_norm.weight", body.norm.weight
@@ -229,7 +229,7 @@ def interleaved(weight, *, heads):
     return weight.view(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def test_a_gguf_file_is_converted_once_and_is_the_model_that_it_holds(gguf_file, tmp_path):
+def test_a_gguf_file_is_converted_once_and_gives_its_own_model(gguf_file, tmp_path):
     path, model = gguf_file
     storage = tmp_path / "storage"
 
@@ -247,12 +247,12 @@ def test_a_gguf_file_is_converted_once_and_is_the_model_that_it_holds(gguf_file,
     assert (converted / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_a_gguf_file_that_is_not_there_is_an_error(storage):
+def test_a_missing_gguf_file_is_an_error(storage):
     with pytest.raises(WmtpError, match=r"there is no file `absent\.gguf`"):
         load(storage, evolve(MICRO, base="absent.gguf"))
 
 
-def test_a_device_that_is_not_there_is_an_error_that_says_what_to_set():
+def test_a_missing_device_is_an_error_that_names_the_setting():
     with pytest.raises(WmtpError, match="there is no device `cuda:99` here") as caught:
         resolve_device("cuda:99")
     with pytest.raises(WmtpError, match="there is no device `abacus` here"):
@@ -269,7 +269,7 @@ def test_the_default_dtype_follows_the_device():
 
 
 @pytest.mark.parametrize(("own", "expected"), [({}, "1"), ({"PYTORCH_ENABLE_MPS_FALLBACK": "0"}, "0")])
-def test_what_mps_cannot_do_falls_back_to_the_cpu_before_torch_is_there(own, expected):
+def test_the_fallback_from_mps_to_the_cpu_is_set_before_torch_is_imported(own, expected):
     name = "PYTORCH_ENABLE_MPS_FALLBACK"
     environment = {key: value for key, value in os.environ.items() if key != name} | own
     program = f"import os, sys, weighted_mtp_core; print(os.environ['{name}'], 'torch' in sys.modules)"

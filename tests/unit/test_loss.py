@@ -1,4 +1,4 @@
-"""The fused loss is the plain one, values and every gradient, for any shapes, masks, weights and chunks."""
+"""The fused loss and its gradients are those of the formula, for any shapes, masks, weights and chunks."""
 
 import copy
 import functools
@@ -22,7 +22,7 @@ V = 23
 
 @functools.cache
 def policy(n_future=3, head="transformer", *, tied=False):
-    """Return a small policy whose parameters are far from their initial scale, where heads look alike."""
+    """Return a small policy with parameters far from their initial scale, at which heads are alike."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=V,
@@ -97,7 +97,7 @@ def close(one, other, *, rtol=1e-4, atol=1e-6):
     torch.testing.assert_close(one[1], other[1], rtol=rtol, atol=atol)
 
 
-# ------------------------------------------------------------------ the same as the formula
+# ------------------------------------------------------------------ comparison with the formula
 
 
 SHAPES = st.fixed_dictionaries(
@@ -124,7 +124,7 @@ def test_loss_and_every_gradient_are_those_of_the_formula(seed, shape, kind, chu
 
 
 @pytest.mark.parametrize("chunk", [13, 14, 15, 7, 1])
-def test_no_boundary_between_chunks_shows(chunk, monkeypatch):
+def test_chunk_boundaries_do_not_change_the_result(chunk, monkeypatch):
     ids_BT, arguments = case(3, share=1.0)  # 14 pairs a head
     whole = fused(policy(), ids_BT, **arguments)
     monkeypatch.setattr(chunked_unembedding, "CHUNK", chunk)
@@ -171,7 +171,7 @@ def test_losses_entropies_and_head_sums_are_those_of_a_loop_over_pairs(seed, n_f
 
 
 def most_held_for_backward(n_future):
-    """Return the most bytes that autograd holds at one time while the heads learn, parameters aside."""
+    """Return the most bytes that autograd holds at a time while the heads learn, without parameters."""
     model = policy(n_future)
     ids_BT, arguments = case(0, n_future=n_future, share=1.0)  # no head has more pairs than head 1
     parameters = {parameter.data_ptr() for parameter in model.parameters()}
@@ -200,7 +200,7 @@ def test_what_is_held_for_backward_does_not_grow_with_the_number_of_heads():
 
 
 class WidestLogits(TorchDispatchMode):
-    """Keeps the most rows of logits that any one tensor had."""
+    """Records the most rows of logits in one tensor."""
 
     rows = 0
 
@@ -226,7 +226,7 @@ def test_no_more_than_one_chunk_of_logits_ever_exists(measure, monkeypatch):
 
 
 @pytest.mark.parametrize(("length", "rows"), [(45, 37), (55, 23), (1000, 20)])
-def test_chunks_make_room_for_what_grows_with_the_batch(length, rows, monkeypatch):
+def test_chunks_shrink_as_other_buffers_grow_with_the_batch(length, rows, monkeypatch):
     room = 100 * V * 4
     monkeypatch.setattr(chunked_unembedding, "CHUNK", 100)
     monkeypatch.setattr(chunked_unembedding, "_BUDGET", room)
@@ -289,7 +289,7 @@ def test_weights_move_the_optimum_as_a_unigram_model_says():
 
 
 @pytest.mark.parametrize("count", [257, 1001, 24003])
-def test_counts_are_exact_whatever_the_model_computes_in(count):
+def test_counts_are_exact_in_any_dtype_of_the_model(count):
     model = with_unembedding(policy(1, "linear"), torch.zeros(V, 16))
     labels_BTK = torch.arange(count).remainder(V).reshape(1, count, 1)
     hidden_BTH = torch.zeros(1, count, 16)
@@ -368,7 +368,7 @@ def test_the_scale_of_one_weight_changes_loss_and_gradient():
 
 @pytest.mark.parametrize("normalise", ["weights", "tokens"])
 @pytest.mark.parametrize("nothing", ["no targets", "no weights"])
-def test_nothing_to_learn_is_a_loss_of_0_and_gradients_of_0(nothing, normalise):
+def test_without_targets_loss_and_gradients_are_0(nothing, normalise):
     ids_BT, arguments = case(8, share=0.0 if nothing == "no targets" else 1.0)
     target_BTK = target_mask(arguments["labels_BTK"])
     zero_BTK = torch.zeros_like(arguments["weight_BTK"])
@@ -383,7 +383,7 @@ def test_nothing_to_learn_is_a_loss_of_0_and_gradients_of_0(nothing, normalise):
     assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in found.values())
 
 
-def test_a_head_without_targets_leaves_the_others_alone():
+def test_a_head_without_targets_does_not_change_the_others():
     ids_BT, arguments = case(9)
     arguments["labels_BTK"][:, :, 1] = IGNORED
     arguments["weight_BTK"][:, :, 1] = 0

@@ -1,4 +1,4 @@
-"""The heads' shares of the loss, by numbers worked out by hand."""
+"""The heads' shares of the loss, compared with numbers worked out by hand."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def shares(n_future, progress=0.0, **keys):
     return loss_shares(LossTable(**keys), n_future, progress=progress).tolist()
 
 
-def test_shares_are_equal_unless_a_recipe_says_otherwise():
+def test_shares_are_equal_by_default():
     assert shares(1) == [1.0]
     assert shares(4) == [0.25, 0.25, 0.25, 0.25]
 
@@ -37,7 +37,7 @@ def test_decay_multiplies_listed_weights():
     ("schedule", "at"),
     [
         ("constant", {0.0: [1 / 4] * 4, 0.9: [1 / 4] * 4}),
-        # heads 2..4 weigh 0, 1/4, 1/2 and 1 beside head 1's 1
+        # weight of heads 2..4: 0, 1/4, 1/2 and 1; of head 1: 1
         (
             "linear",
             {
@@ -73,13 +73,13 @@ def test_decay_multiplies_listed_weights():
         ),
     ],
 )
-def test_a_schedule_lets_heads_come_or_go(schedule, at):
+def test_a_schedule_adds_or_removes_heads(schedule, at):
     found = {progress: shares(4, progress, head_schedule=schedule) for progress in at}
 
     assert found == {progress: pytest.approx(expected) for progress, expected in at.items()}
 
 
-def test_a_schedule_may_take_the_whole_training_and_keeps_the_weights_it_scales():
+def test_a_schedule_may_last_the_whole_training_and_scales_the_weights():
     def found(progress):
         return shares(
             2,
@@ -102,7 +102,7 @@ def test_a_schedule_may_take_the_whole_training_and_keeps_the_weights_it_scales(
     st.floats(0.01, 100),
     st.floats(0.01, 1),
 )
-def test_shares_sum_to_1_and_head_1_always_has_one(schedule, n_future, progress, decay, end):
+def test_shares_sum_to_1_and_head_1_always_has_a_share(schedule, n_future, progress, decay, end):
     table = LossTable(head_schedule=schedule, head_decay=decay, head_schedule_end=end)
     share_K = loss_shares(table, n_future, progress=progress)
 

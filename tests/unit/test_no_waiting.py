@@ -1,6 +1,6 @@
-"""A step of stage 2 asks the device nothing: what the host must know, it knows from making the batch.
+"""A step of stage 2 never waits for the device: what the host needs, it knows from making the batch.
 
-A CPU never waits, so the operations that would make an accelerator's host wait are forbidden here instead.
+A CPU never waits, so these tests forbid the operations that would make an accelerator's host wait.
 """
 
 import sys
@@ -43,21 +43,21 @@ BASES = {
 CPU = torch.device("cpu")
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "bincount"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
-THE_ONE_LOOK = ValueCheck.raise_if_bad.__code__
-"""On a CPU it looks at each step; on an accelerator once in ten."""
+READING_WEIGHTS = ValueCheck.raise_if_bad.__code__
+"""On a CPU weights are read at every step, on an accelerator at every tenth."""
 
 
 class NoWaiting(TorchDispatchMode):
-    """Fails where an operation's result must come back to the host; counts the one look at the weights."""
+    """Fails if an operation's result must come back to the host; counts the reads of the weights."""
 
-    looks = 0
+    reads = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::")
         by_mask = name in INDEXING and any(i is not None and i.dtype == torch.bool for i in args[1])
         if name in WAITING or by_mask:
-            assert is_running(THE_ONE_LOOK), f"`{name}` waits for the device"
-            self.looks += 1
+            assert is_running(READING_WEIGHTS), f"`{name}` waits for the device"
+            self.reads += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -69,21 +69,21 @@ def is_running(code):
 
 
 class Fixed(WeightingStrategy):
-    """Uneven weights that depend on the token alone."""
+    """Uneven weights that depend on the token only."""
 
     def weigh(self, view):
         return Weights(weight=(0.1 + view.ids_BT % 5).where(view.response_BT, 0.0))
 
 
 class ByLoss(WeightingStrategy):
-    """More where the policy's loss is high."""
+    """More weight where the policy's loss is high."""
 
     def weigh(self, view):
         return Weights(weight=torch.sigmoid(view.token_loss_BTK).where(view.target_BTK, 0.0))
 
 
 class Negative(WeightingStrategy):
-    """Wrong."""
+    """Negative weights, which core refuses."""
 
     def weigh(self, view):
         return Weights(weight=-view.response_BT.float())
@@ -131,7 +131,7 @@ def learner(weighting, *, name="llama", head="transformer", accumulation=1):
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("weighting", [Fixed(), ByLoss()], ids=["known", "from_losses"])
 @pytest.mark.parametrize(("name", "head"), [(n, h) for n in BASES for h in ("transformer", "linear")])
-def test_a_step_asks_the_device_nothing_but_for_the_look_at_the_weights(name, head, weighting, accumulation):
+def test_a_step_never_waits_except_to_read_the_weights(name, head, weighting, accumulation):
     training = learner(weighting, name=name, head=head, accumulation=accumulation)
     parameters = list(training.parameters())
     optimiser = make_optimiser(parameters, TrainTable())
@@ -146,11 +146,11 @@ def test_a_step_asks_the_device_nothing_but_for_the_look_at_the_weights(name, he
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
 
-    assert watched.looks == 1
+    assert watched.reads == 1
     assert not torch.equal(parameters[0], before)
 
 
-def as_a_plugin_makes_it(one):
+def without_host_facts(one):
     return Batch(**{each.name: getattr(one, each.name) for each in attrs.fields(Batch)})
 
 
@@ -161,7 +161,7 @@ def test_what_the_host_knows_changes_no_bit():
         gradients = {name: p.grad for name, p in training.policy.named_parameters()}
         return {"train_loss": result.loss, **result.metrics(), **gradients}
 
-    with_known, without = learnt(batch()), learnt(as_a_plugin_makes_it(batch()))
+    with_known, without = learnt(batch()), learnt(without_host_facts(batch()))
 
     assert with_known.keys() == without.keys()
     for name, value in with_known.items():
@@ -190,7 +190,7 @@ def test_the_host_knows_the_pairs_that_count(documents, packed, parts, n_future)
 
         with NoWaiting():
             known = one.target_positions()
-        for found, expected in zip(known, as_a_plugin_makes_it(one).target_positions(), strict=True):
+        for found, expected in zip(known, without_host_facts(one).target_positions(), strict=True):
             assert torch.equal(found, expected)
         assert torch.equal(
             pair_index(target_BTK, preceding_BT=one.preceding_BT), target_BTK.flatten().nonzero()[:, 0]
@@ -201,24 +201,24 @@ def test_the_host_knows_the_pairs_that_count(documents, packed, parts, n_future)
             assert torch.equal(found, target_mask(label_BT).flatten().nonzero()[:, 0])
 
 
-# ------------------------------------------------------------------ the one look
+# ------------------------------------------------------------------ reading the weights
 
 
-def test_bad_weights_end_a_run_at_once_where_looking_costs_nothing():
+def test_bad_weights_end_a_run_at_once_on_a_cpu():
     with pytest.raises(RunFailedError) as failed:
         learner(Negative()).learn(batch(), step=0)
 
     assert str(failed.value) == "weighting `my.own` returned weights with a negative weight in them"
 
 
-def test_an_accelerator_is_asked_every_tenth_step_and_at_the_end():
+def test_an_accelerator_is_read_every_tenth_step_and_at_the_end():
     check = ValueCheck(label="weighting `my.own`")
     check.note(torch.empty(3, device="meta"))
 
     assert [step for step in range(25) if check.due(step, 25)] == [9, 19, 24]
 
 
-def test_what_was_noted_between_two_looks_is_not_forgotten():
+def test_bad_weights_between_two_reads_are_found():
     check = ValueCheck(label="weighting `my.own`")
     for weight in (1.0, float("inf"), -1.0, 1.0):
         check.note(torch.tensor([weight, 1.0]))

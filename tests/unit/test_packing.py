@@ -1,4 +1,4 @@
-"""Documents that share a row know nothing of each other: losses and gradients are those of each alone."""
+"""Documents that share a row do not affect each other: losses and gradients are those of each alone."""
 
 import functools
 
@@ -43,7 +43,7 @@ POLICIES = [(name, head) for name in BASES for head in ("transformer", "linear")
 def policy(name, head):
     torch.manual_seed(1)
     base = BASES[name]()
-    for parameter in base.parameters():  # far from the initial scale, where every position looks alike
+    for parameter in base.parameters():  # far from the initial scale, at which all positions are alike
         torch.nn.init.normal_(parameter, std=0.3)
     made = make_policy(base, n_future=3, head_kind=head).eval()
     for parameter in made.heads.parameters():
@@ -57,7 +57,7 @@ def documents():
 
 
 def batch(rows):
-    """Lay documents into rows, one after the other; their first two tokens are the prompt."""
+    """Pack documents into rows; their first two tokens are the prompt."""
     width = max(sum(map(len, row)) for row in rows)
     columns = {name: torch.zeros(len(rows), width, dtype=torch.long) for name in ("ids", "position")}
     document_BT = torch.full((len(rows), width), -1)
@@ -107,7 +107,7 @@ def alone():
 
 @pytest.mark.parametrize(("name", "head"), POLICIES)
 @torch.no_grad()
-def test_a_packed_document_has_the_losses_that_it_has_alone(name, head, alone):
+def test_a_packed_document_has_the_same_losses_as_alone(name, head, alone):
     rows = documents()
     packed = cut(losses(policy(name, head), batch(rows)), rows)
 
@@ -117,7 +117,7 @@ def test_a_packed_document_has_the_losses_that_it_has_alone(name, head, alone):
 
 @pytest.mark.parametrize(("name", "head"), POLICIES)
 @torch.no_grad()
-def test_frozen_copies_see_the_same_documents(name, head, alone):
+def test_frozen_copies_keep_documents_apart(name, head, alone):
     model, rows = policy(name, head), documents()
     states, reference = frozen_trunk(model), frozen_losses(model, None, load=None)
     for function in (states, reference):
@@ -126,7 +126,7 @@ def test_frozen_copies_see_the_same_documents(name, head, alone):
 
 
 @pytest.mark.parametrize(("name", "head"), POLICIES)
-def test_gradients_of_packed_documents_are_those_of_all_of_them_alone(name, head, alone):
+def test_gradients_of_packed_documents_are_the_sum_of_those_alone(name, head, alone):
     model = policy(name, head)
     ones_K = torch.ones(3)
 
@@ -150,7 +150,7 @@ def test_gradients_of_packed_documents_are_those_of_all_of_them_alone(name, head
 
 def test_a_model_that_mixes_documents_is_refused():
     class Mixing(torch.nn.Module):
-        """A trunk that does not look at positions."""
+        """A trunk that ignores positions."""
 
         def __init__(self, trunk):
             super().__init__()
@@ -183,7 +183,7 @@ def test_models_that_keep_documents_apart_are_accepted(name, head):
 
 
 def draw(sampler, documents):
-    """Return batches until so many documents were drawn."""
+    """Return batches until `count` documents were drawn."""
     batches, seen = [], 0
     while seen < documents:
         batches.append(sampler.rows(len(batches)))
@@ -204,7 +204,7 @@ def naive_first_fit(lengths, room):
 
 
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=60), room=st.integers(30, 70))
-def test_each_document_goes_into_the_first_row_with_room(lengths, room):
+def test_each_document_goes_into_the_first_row_that_it_fits(lengths, room):
     rows = first_fit(np.asarray(lengths), row_tokens=room)
 
     assert [row.tolist() for row in rows] == naive_first_fit(lengths, room)
@@ -248,7 +248,7 @@ def test_epochs_and_seeds_differ_in_rows():
 
 
 @pytest.mark.parametrize("variants", [1, 4, 20])
-def test_hardly_anything_is_computed_for_nothing_on_humaneval_lengths(variants, humaneval_characters):
+def test_packing_leaves_hardly_any_padding_on_humaneval_lengths(variants, humaneval_characters):
     lengths = np.tile((np.asarray(humaneval_characters) / 3.2).astype(np.int64) + 1, variants)
     sampler = PackedSampler(lengths, row_tokens=2048, batch_size=8, seed=0)
     filled = [[lengths[row].sum() for row in batch] for batch in draw(sampler, len(lengths))]

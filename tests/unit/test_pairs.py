@@ -1,4 +1,4 @@
-"""Pairs for a critic: unique, of one problem, of one length bin, spread as the recipe says."""
+"""Pairs for a critic: unique, of one problem, of one length bin, distributed as in the recipe."""
 
 import math
 from collections import Counter, defaultdict
@@ -17,7 +17,7 @@ ANY_LENGTH = PairsTable(length_ratio=0)
 
 
 def token_set(responses):
-    """Responses (problem, is right, tokens after a prompt of two)."""
+    """Responses (problem, is correct, tokens after a prompt of two tokens)."""
     lengths = [2 + length for _, _, length in responses]
     return TokenSet(
         ids_N=np.zeros(sum(lengths), dtype=np.int64),
@@ -41,7 +41,7 @@ def pairs_of(drawn, table):
 
 
 @given(drawn=responses, ratio=ratios)
-def test_a_pair_is_right_and_wrong_of_one_problem_and_one_length_bin(drawn, ratio):
+def test_a_pair_is_correct_and_incorrect_of_one_problem_and_one_length_bin(drawn, ratio):
     found = pairs_of(drawn, PairsTable(length_ratio=ratio))
 
     assert len(set(found)) == len(found)
@@ -54,7 +54,7 @@ def test_a_pair_is_right_and_wrong_of_one_problem_and_one_length_bin(drawn, rati
 
 @given(drawn=responses, ratio=st.sampled_from([0, 1]))
 def test_every_response_that_has_a_partner_is_in_a_pair(drawn, ratio):
-    """Worked out by looking at all pairs."""
+    """Worked out from all pairs."""
     bins = length_bins(np.asarray([length for _, _, length in drawn]), ratio=ratio)
     partnered = {
         i
@@ -67,7 +67,7 @@ def test_every_response_that_has_a_partner_is_in_a_pair(drawn, ratio):
 
 
 @given(drawn=responses, most=st.integers(1, 5))
-def test_a_problem_has_no_more_pairs_than_it_may(drawn, most):
+def test_a_problem_has_no_more_pairs_than_the_limit(drawn, most):
     everything = pairs_of(drawn, ANY_LENGTH)
     found = pairs_of(drawn, PairsTable(length_ratio=0, max_pairs_per_problem=most))
     counts = Counter(drawn[right][0] for right, _ in everything)
@@ -95,13 +95,13 @@ def test_a_difficulty_bin_keeps_its_share_of_pairs(drawn, weights):
 
 
 @given(drawn=responses, ratio=st.sampled_from([1, 1.25, 2.0]))
-def test_the_right_one_is_the_longer_as_often_as_the_shorter(drawn, ratio):
+def test_the_correct_one_is_the_longer_as_often_as_the_shorter(drawn, ratio):
     lengths = [(drawn[r][2], drawn[w][2]) for r, w in pairs_of(drawn, PairsTable(length_ratio=ratio))]
 
     assert sum(right > wrong for right, wrong in lengths) == sum(right < wrong for right, wrong in lengths)
 
 
-def test_many_pairs_are_left_where_length_alone_would_have_told():
+def test_many_pairs_remain_after_balancing_lengths():
     generator = np.random.default_rng(0)
     drawn = [
         (problem, right, int(generator.integers(20, 60 if right else 120)))
@@ -116,14 +116,14 @@ def test_many_pairs_are_left_where_length_alone_would_have_told():
 
 
 @given(drawn=responses)
-def test_the_pairs_do_not_depend_on_what_problems_are_called(drawn):
+def test_pairs_do_not_depend_on_names_of_problems(drawn):
     renamed = [(97 - 13 * problem, right, length) for problem, right, length in drawn]
 
     assert set(pairs_of(drawn, PairsTable())) == set(pairs_of(renamed, PairsTable()))
 
 
 @pytest.mark.parametrize(("share", "number"), [(0, 0), (0.19, 0), (0.2, 1), (0.5, 2), (0.99, 4), (1, 4)])
-def test_difficulty_is_the_fifth_of_the_right_share(share, number):
+def test_difficulty_is_the_fifth_of_the_correct_share(share, number):
     assert difficulty_bin(share) == number
 
 
@@ -135,7 +135,7 @@ def test_bounds_of_length_bins_grow_by_the_ratio():
         assert number == math.floor(math.log(length) / math.log(1.25))
 
 
-def test_no_pair_is_an_error_that_says_what_to_change():
+def test_no_pair_is_an_error_with_a_hint():
     with pytest.raises(WmtpError, match="no problem has both a correct and an incorrect response, so"):
         make_pairs(token_set([(0, True, 4), (1, False, 4)]), ANY_LENGTH)
     with pytest.raises(WmtpError, match="incorrect response of similar length") as caught:
@@ -144,7 +144,7 @@ def test_no_pair_is_an_error_that_says_what_to_change():
 
 
 @pytest.mark.parametrize("weights", [(1.0,), (0.0,) * 5, (1, 1, 1, 1, -1), (math.inf,) * 5])
-def test_weights_that_mean_nothing_are_refused(weights):
+def test_meaningless_weights_are_refused(weights):
     with pytest.raises(ValueError, match="must be 5 numbers"):
         PairsTable(difficulty_weights=weights)
 

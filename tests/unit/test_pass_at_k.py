@@ -1,4 +1,4 @@
-"""pass@k is the share of all k-subsets of the samples that hold a passed one."""
+"""pass@k is the share of all k-subsets of the samples with a passed sample."""
 
 from itertools import combinations
 
@@ -26,6 +26,6 @@ def test_it_is_the_share_of_subsets_with_a_passed_sample(data):
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(3, 1, 4), (3, 4, 1), (3, -1, 1), (3, 1, 0)])
-def test_more_than_there_are_is_refused(n, c, k):
+def test_k_above_n_is_refused(n, c, k):
     with pytest.raises(ValueError, match="is not defined"):
         pass_at_k(n, c, k)

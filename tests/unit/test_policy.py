@@ -1,4 +1,4 @@
-"""A causal language model becomes trunk, heads and unembedding, and stays what it was at head 1."""
+"""A causal language model becomes trunk, heads and unembedding; head 1 still is that model."""
 
 import copy
 import functools
@@ -58,7 +58,7 @@ def made(base, tied, head):
     """A base model, and a policy made of its copy."""
     torch.manual_seed(0)
     model = base(tied=tied).eval()
-    for parameter in model.parameters():  # far from the initial scale, where every position looks alike
+    for parameter in model.parameters():  # far from the initial scale, at which all positions are alike
         torch.nn.init.normal_(parameter, std=0.2)
     return model, make_policy(copy.deepcopy(model), n_future=K, head_kind=head).eval()
 
@@ -77,7 +77,7 @@ def test_head_1_is_the_model_that_the_policy_was_made_of(base, tied, head):
 
 
 @every_kind
-def test_states_that_a_head_is_asked_for_are_those_of_the_whole(base, tied, head):
+def test_sparse_states_equal_those_of_the_whole(base, tied, head):
     _, policy = made(base, tied, head)
     hidden_BTH = policy.trunk_states(ids())
     index_N, index_R = torch.tensor([1, 3, 8, 9, 17]), torch.tensor([2, 9 + 7])
@@ -95,7 +95,7 @@ def test_states_that_a_head_is_asked_for_are_those_of_the_whole(base, tied, head
 
 
 @pytest.mark.parametrize("base", [llama, qwen2, gpt2])
-def test_the_feed_forward_network_of_a_head_computes_only_what_it_is_asked_for(base):
+def test_a_heads_feed_forward_network_computes_only_the_sparse_rows(base):
     _, policy = made(base, False, "transformer")
     hidden_BTH = policy.trunk_states(ids())
     with FlopCounterMode(display=False) as whole:
@@ -134,7 +134,7 @@ def test_heads_share_the_unembedding_and_nothing_else(base, tied, head):
 @every_kind
 def test_gradients_of_all_heads_reach_every_parameter(base, tied, head):
     policy = copy.deepcopy(made(base, tied, head)[1])
-    if head == "linear":  # the first layer of a head that starts as identity gets none at its very start
+    if head == "linear":  # the first layer of a head that starts as the identity gets none in the first step
         for each in policy.heads[1:]:
             torch.nn.init.normal_(each.outer.weight, std=0.1)
     hidden = policy.trunk_states(ids(length=12))
@@ -162,7 +162,7 @@ def test_tokens_fed_one_by_one_through_the_caches_give_the_same_logits(base, tie
 
 
 @every_kind
-def test_what_comes_later_does_not_change_a_position(base, tied, head):
+def test_later_tokens_do_not_change_a_position(base, tied, head):
     _, policy = made(base, tied, head)
     padded = torch.cat([ids(), torch.zeros(2, 4, dtype=torch.long)], dim=1)
 
@@ -173,7 +173,7 @@ def test_what_comes_later_does_not_change_a_position(base, tied, head):
 
 
 @every_kind
-def test_a_frozen_trunk_stays_as_it_was(base, tied, head):
+def test_a_frozen_trunk_never_changes(base, tied, head):
     policy = copy.deepcopy(made(base, tied, head)[1])
     nothing = torch.zeros(2, 9)
     batch = Batch(

@@ -1,4 +1,4 @@
-"""A weighting sees the signals of the policy that it declared, for the whole batch, and no others."""
+"""A weighting gets the policy signals that it declares, for the whole batch, and no others."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ FIELDS = {
 
 
 class Remembering(WeightingStrategy):
-    """Weighs all alike and keeps what it saw."""
+    """Gives equal weights and keeps the view."""
 
     def weigh(self, view):
         self.view = view
@@ -75,7 +75,7 @@ def seen(policy, batch, needs, *, accumulation):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("needs", [set(), {Signal.TOKEN_LOSS}, {Signal.TOKEN_ENTROPY}, set(FIELDS)])
-def test_the_view_holds_what_was_declared(policy, batch, needs, accumulation):
+def test_the_view_holds_the_declared_signals(policy, batch, needs, accumulation):
     view = seen(policy, batch, needs, accumulation=accumulation)
 
     for signal, (field, compute) in FIELDS.items():
@@ -91,7 +91,7 @@ def test_the_view_holds_what_was_declared(policy, batch, needs, accumulation):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_looking_at_weights_shows_the_same_signals_and_is_no_training(policy, batch, accumulation):
+def test_weights_for_the_report_use_the_same_signals_without_training(policy, batch, accumulation):
     weighting = Remembering()
 
     weights = learner_of(policy, weighting, FIELDS, accumulation=accumulation).weigh(batch, step=7)

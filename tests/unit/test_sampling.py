@@ -1,4 +1,4 @@
-"""Drawing and keeping tokens: the distribution of what results, worked out apart from the code."""
+"""Drawing and accepting tokens: the distribution of the result, worked out independently of the code."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from weighted_mtp_core.generation.sampling import accept, accept_greedy, draw, probabilities
 
-GRID = 1000  # uniform numbers in the middle of so many equal steps
+GRID = 1000  # uniform numbers, in the middle of equal steps
 
 
 def distributions(size):
@@ -23,7 +23,7 @@ def grid():
 @given(
     st.lists(st.integers(0, 1), min_size=3, max_size=3), st.lists(st.integers(0, 1), min_size=4, max_size=4)
 )
-def test_greedy_drafts_stay_up_to_the_first_that_is_not_the_likeliest(draft, best):
+def test_greedy_drafts_are_accepted_up_to_the_first_that_is_not_the_likeliest(draft, best):
     stays = 0
     while stays < 3 and draft[stays] == best[stays]:
         stays += 1
@@ -62,8 +62,8 @@ def test_the_ends_of_the_uniform_range_draw_possible_tokens(uniform, p_V):
 def resulting(q_V, p_V):
     """The first token's distribution when one draft from q is verified against p, in closed form.
 
-    The rule's own share of kept drafts, over a grid of uniform numbers, and its own distribution of the
-    replacement enter: sum over drafts x of q(x) (kept(x) [x] + (1 - kept(x)) replacement).
+    Uses the rule's own share of accepted drafts, over a grid of uniform numbers, and its distribution of the
+    replacement: sum over drafts x of q(x) (accepted(x) [x] + (1 - accepted(x)) replacement).
     """
     result_V = torch.zeros_like(q_V)
     for token in q_V.nonzero()[:, 0].tolist():
@@ -80,12 +80,12 @@ def resulting(q_V, p_V):
 
 
 @given(distributions(5), distributions(5))
-def test_what_is_kept_or_replaced_is_distributed_as_the_target(q_V, p_V):
+def test_accepted_and_replaced_tokens_are_distributed_as_the_target(q_V, p_V):
     torch.testing.assert_close(resulting(q_V, p_V), p_V, rtol=0, atol=2 / GRID)
 
 
 @given(distributions(4), distributions(4), st.integers(0, 2**32 - 1))
-def test_after_drafts_that_all_stay_the_next_token_is_the_targets_own(p_V, after_V, seed):
+def test_if_all_drafts_are_accepted_the_next_token_is_drawn_from_the_target(p_V, after_V, seed):
     generator = torch.Generator().manual_seed(seed)
     draft_RD = draw(p_V.expand(6, 4), torch.rand(6, generator=generator)).reshape(3, 2)
     target_RDV = torch.stack([p_V, p_V, after_V]).expand(3, 3, 4)
@@ -98,7 +98,7 @@ def test_after_drafts_that_all_stay_the_next_token_is_the_targets_own(p_V, after
     torch.testing.assert_close(next_RV, after_V.expand(3, 4))
 
 
-def test_nothing_after_a_refused_draft_stays():
+def test_no_draft_after_a_rejected_one_is_accepted():
     certain = torch.eye(3)
     draft_RD = torch.tensor([[0, 1, 2]])
     target_RDV = certain[[0, 2, 2, 1]][None]  # agrees with the first and the third
@@ -109,7 +109,7 @@ def test_nothing_after_a_refused_draft_stays():
     assert next_RV.tolist() == [[0, 0, 1]]
 
 
-def test_a_draft_refused_by_rounding_is_replaced_by_a_possible_token():
+def test_a_draft_rejected_by_rounding_is_replaced_by_a_possible_token():
     p_V = torch.tensor([0.3, 0.7, 0.0])
     q_V = p_V * (1 + 2**-22)  # sums to a little more than 1, so that p - q is nowhere positive
 

@@ -1,4 +1,4 @@
-"""Layers called as one say what each says alone; where they cannot be, nobody notices."""
+"""Stacked layers give the outputs of each alone; layers that cannot be stacked are called one by one."""
 
 import copy
 
@@ -37,16 +37,16 @@ BASES = {
 
 
 def drifted(base):
-    """A policy of this model whose heads differ."""
+    """A policy of this model with different heads."""
     torch.manual_seed(0)
     policy = make_policy(base.eval(), n_future=K, head_kind="transformer").eval()
-    for parameter in policy.parameters():  # far from the initial scale, where every position looks alike
+    for parameter in policy.parameters():  # far from the initial scale, at which all positions are alike
         nn.init.normal_(parameter, std=0.2)
     return policy
 
 
 def drafted(heads):
-    """The drafting heads' states of a prompt, of a block behind it, and of one when a row has left."""
+    """The drafting heads' states of a prompt, of the next block, and of one after a row has finished."""
     first_RT = torch.tensor([[5, 9, 4, 31], [7, 1, 12, 30]])
     cache = heads.new_caches()
     states = []
@@ -68,7 +68,7 @@ def drafted(heads):
 
 @pytest.mark.parametrize("name", BASES)
 @torch.inference_mode()
-def test_drafting_heads_called_as_one_say_what_each_says_alone(name):
+def test_stacked_drafting_heads_give_the_states_of_each_alone(name):
     together = DecodingHeads.of(drifted(BASES[name]()), drafts=K - 1)
     alone = attrs.evolve(together, stacked=None)
 
@@ -78,13 +78,13 @@ def test_drafting_heads_called_as_one_say_what_each_says_alone(name):
         torch.testing.assert_close(ours, expected)
 
 
-def test_layers_with_a_part_of_no_known_kind_are_not_stacked():
+def test_layers_with_an_unknown_module_are_not_stacked():
     policy = drifted(GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=16, n_layer=3, n_head=2)))
 
     assert DecodingHeads.of(policy, drafts=K - 1).stacked is None
 
 
-def test_layers_with_experts_that_get_some_of_the_rows_are_not_stacked():
+def test_layers_with_experts_are_not_stacked():
     layers = [nn.Sequential(nn.LayerNorm(4), nn.ModuleList([nn.Linear(4, 4)])) for _ in range(2)]
 
     assert stack(layers) is None
@@ -98,7 +98,7 @@ def test_stacking_draws_no_random_numbers():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_stacking_leaves_the_layers_as_they_were():
+def test_stacking_does_not_change_the_layers():
     layers = [nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)) for _ in range(2)]
     before = copy.deepcopy(layers)
 

@@ -1,4 +1,4 @@
-"""Who predicts what: labels, weights and their way back to the target, against known answers and loops."""
+"""Which head predicts which token: labels and weights, against known answers and loops."""
 
 import torch
 from hypothesis import given
@@ -8,7 +8,7 @@ from weighted_mtp_core.model.targets import IGNORED, align_labels, target_mask
 
 
 def one_row(length, *, prompt=0):
-    """Return ids 0, 1, ... of one document, its documents and its response mask."""
+    """Return ids 0, 1, ... of one document, document numbers and response mask."""
     position_T = torch.arange(length)
     return position_T[None], torch.zeros(1, length, dtype=torch.long), (position_T >= prompt)[None]
 
@@ -19,7 +19,7 @@ def labels_of(ids_BT, document_BT, response_BT, n_future):
 
 @st.composite
 def batches(draw):
-    """Draw rows of documents, each a prompt and a response, with padding behind them; and K."""
+    """Draw rows of documents, each a prompt and a response, with padding after them; and K."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     shape = draw(st.integers(1, 3)), draw(st.integers(1, 9))
     document_BT = (torch.rand(shape, generator=generator) < 0.3).long().cumsum(dim=1)
@@ -31,7 +31,7 @@ def batches(draw):
 
 
 def naive_pairs(document_BT, response_BT, n_future):
-    """Yield every pair that counts as (row, source, target, head), by the words of the definition."""
+    """Yield every counted pair as (row, source, target, head), by the definition."""
     rows, length = document_BT.shape
     for b in range(rows):
         for t in range(length):
@@ -92,7 +92,7 @@ def test_a_row_shorter_than_the_horizon_has_the_pairs_that_fit():
     assert not target_mask(labels_of(*one_row(1), 2)).any()
 
 
-def test_a_weight_belongs_to_the_token_whichever_head_predicts_it():
+def test_a_token_has_one_weight_for_all_heads():
     target_BTK = target_mask(labels_of(*one_row(4), 2))
 
     weight_BTK = align_weights(torch.tensor([[9.0, 0.1, 0.2, 0.3]]), target_BTK)
@@ -141,7 +141,7 @@ def test_weights_of_pairs_stay_where_they_are_and_are_0_off_the_targets(batch):
 
 
 @given(batches())
-def test_what_pairs_hold_goes_to_the_target_as_in_a_triple_loop(batch):
+def test_values_of_pairs_go_to_the_target_as_in_a_triple_loop(batch):
     ids_BT, document_BT, response_BT, n_future, generator = batch
     x_BTK = torch.rand(*ids_BT.shape, n_future, generator=generator)
     expected = torch.zeros_like(x_BTK)
@@ -154,7 +154,7 @@ def test_what_pairs_hold_goes_to_the_target_as_in_a_triple_loop(batch):
 
 
 @given(batches())
-def test_not_a_number_off_the_targets_reaches_nothing(batch):
+def test_nan_off_the_targets_has_no_effect(batch):
     ids_BT, document_BT, response_BT, n_future, _ = batch
     target_BTK = target_mask(labels_of(ids_BT, document_BT, response_BT, n_future))
     poisoned_BTK = torch.where(target_BTK, 1.0, torch.nan)

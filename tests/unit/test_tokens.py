@@ -22,7 +22,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 class CharacterTokenizer:
-    """One token a character; EOS is 1."""
+    """One token per character; EOS is 1."""
 
     eos_token_id = 1
 
@@ -38,7 +38,7 @@ class CharacterTokenizer:
 
 
 def fast_tokenizer(letters=LETTERS, eos="<eos>"):
-    """One token a letter, as a transformers tokenizer."""
+    """One token per letter, as a transformers tokenizer."""
     vocabulary = {token: number for number, token in enumerate(["<pad>", "<eos>", "<other>", *letters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<other>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
@@ -74,7 +74,7 @@ def test_a_document_is_prompt_response_and_eos(make):
     assert tokens.prompt_D.tolist() == [2]
 
 
-def test_documents_lie_one_after_the_other(make):
+def test_documents_are_stored_one_after_the_other(make):
     tokens = make([example(0), example(1, response="xyz")])
 
     assert tokens.start_D1.tolist() == [0, 5, 11]
@@ -89,7 +89,7 @@ def test_longer_documents_are_left_out_and_counted(make):
     assert (tokens.examples, tokens.left_out) == (2, 1)
 
 
-def test_a_document_of_just_the_longest_length_stays(make):
+def test_a_document_of_exactly_max_tokens_is_kept(make):
     assert make([example(0, response="x" * 3)], max_tokens=6).left_out == 0
 
 
@@ -106,7 +106,7 @@ def test_nothing_short_enough_is_an_error(make):
         make([example(0)], max_tokens=3)
 
 
-def test_many_documents_come_out_as_one_by_one(make):
+def test_chunks_of_documents_give_the_same_as_one_by_one(make):
     examples = [example(i, response="r" * (i % 7 + 1), reward=i % 2) for i in range(2500)]
     tokens = make(iter(examples))
 
@@ -118,7 +118,7 @@ def test_many_documents_come_out_as_one_by_one(make):
 
 
 @pytest.mark.parametrize(("vocabulary", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.int32)])
-def test_ids_take_two_bytes_where_the_vocabulary_allows_it(make, vocabulary, dtype):
+def test_ids_take_two_bytes_if_the_vocabulary_allows_it(make, vocabulary, dtype):
     assert make([example(0)], tokenizer=CharacterTokenizer(vocabulary)).ids_N.dtype == dtype
 
 
@@ -151,7 +151,7 @@ def mapped_megabytes():
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="told by Linux alone")
-def test_what_was_read_does_not_stay_in_memory(tmp_path):
+def test_pages_that_were_read_are_released(tmp_path):
     np.save(tmp_path / "large.npy", np.zeros(2**25, dtype=np.uint8))
     array = mapped(tmp_path / "large.npy")
     before = mapped_megabytes()
@@ -164,7 +164,7 @@ def test_what_was_read_does_not_stay_in_memory(tmp_path):
     assert array.sum() == 0
 
 
-def test_the_tokenizer_works_on_all_cores_unless_told_otherwise(make, monkeypatch):
+def test_the_tokenizer_uses_all_cores_by_default(make, monkeypatch):
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     make([example(0)])
 
@@ -201,7 +201,7 @@ def test_a_second_run_maps_the_arrays_without_reading_an_example(tmp_path):
     assert second.sha256 == first.sha256 != ""
 
 
-def test_the_arrays_lie_under_the_version_of_the_data(tmp_path):
+def test_arrays_are_stored_with_the_version_of_the_data(tmp_path):
     made = cache(tmp_path)
     made.open("critic", "test", examples=lambda: [example(0)])
     folder = tmp_path / "datasets_v2" / "words" / "1" / "derived"
@@ -248,19 +248,19 @@ def test_a_flipped_bit_stops_the_run(tmp_path):
         cache(tmp_path).open("policy", "train", examples=never)
 
 
-def test_what_failed_leaves_nothing_behind(tmp_path):
+def test_a_failure_leaves_nothing_behind(tmp_path):
     with pytest.raises(WmtpError):
         cache(tmp_path, max_tokens=8).open("policy", "train", examples=lambda: [example(0, "a" * 9)])
 
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_a_version_that_is_no_folder_is_an_error(tmp_path):
+def test_a_version_that_cannot_name_a_folder_is_an_error(tmp_path):
     with pytest.raises(WmtpError, match=r"data source `core\.jsonl` has a version that is no name"):
         cache(tmp_path, version=attrs.evolve(VERSION, name="../up"))
 
 
-def test_a_tokenizer_is_known_by_its_ids_and_not_by_its_place_or_last_call(tmp_path):
+def test_a_tokenizers_fingerprint_ignores_its_folder_and_last_call(tmp_path):
     tokenizer = fast_tokenizer()
     expected = tokenizer_fingerprint(tokenizer)
     tokenizer.save_pretrained(tmp_path / "elsewhere")

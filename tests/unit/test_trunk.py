@@ -1,4 +1,4 @@
-"""A trunk for a component to train: the policy's to begin with, and never the policy's own."""
+"""A trunk that a component trains: it starts as a copy of the policy's and shares nothing with it."""
 
 import attrs
 import pytest
@@ -40,7 +40,7 @@ def copied(loaded, storage, base=None):
     return trainable_trunk(loaded.policy, base, storage=storage, tokenizer=loaded.tokenizer)
 
 
-def test_it_begins_as_the_policys_trunk_and_learns_without_it(loaded, storage, batch):
+def test_it_starts_as_the_policys_trunk_and_learns_alone(loaded, storage, batch):
     trunk = copied(loaded, storage)
     before = loaded.policy.trunk_states(batch.ids_BT)
 
@@ -67,7 +67,7 @@ def test_another_model_gives_the_states_of_its_whole_body(loaded, storage, batch
     torch.testing.assert_close(copied(loaded, storage, loaded.base_name)(batch), expected)
 
 
-def test_a_model_that_reads_other_tokens_is_refused(loaded, storage):
+def test_a_model_with_another_tokenizer_is_refused(loaded, storage):
     table = attrs.evolve(MICRO, micro=attrs.evolve(MICRO.micro, vocab_size=320))
     other = load_policy(table, storage=storage, texts=lambda: (*TEXTS, "other words " * 20), seed=1)
 
@@ -77,6 +77,6 @@ def test_a_model_that_reads_other_tokens_is_refused(loaded, storage):
     assert caught.value.hint == "take a model of the policy's family"
 
 
-def test_a_model_that_is_not_there_is_an_error(loaded, storage):
+def test_a_missing_model_is_an_error(loaded, storage):
     with pytest.raises(WmtpError, match=r"there is no model `\./nowhere`"):
         copied(loaded, storage, "./nowhere")
