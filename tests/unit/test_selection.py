@@ -145,5 +145,5 @@ def test_tags_name_the_plugin_of_what_is_wrapped(plan):
 
 
 def test_an_unchecked_choice_is_not_built(context):
-    with pytest.raises(WmtpError, match=r"`example\.flat` is named by no option that core has checked"):
+    with pytest.raises(WmtpError, match=r"`example\.flat` is not named by an option of this component"):
         context.build_weighting(WeightingChoice(use="example.flat"))

@@ -36,11 +36,11 @@ BuiltT_co = TypeVar("BuiltT_co", covariant=True)
 
 
 def _no_frozen_losses(_: Path | None) -> Callable[[Batch], Tensor]:
-    raise WmtpError("there is no policy here whose losses could be frozen")
+    raise WmtpError("this context has no policy, so `frozen_losses` is not available")
 
 
 def _no_trainable_trunk(_: str | None) -> torch.nn.Module:
-    raise WmtpError("there is no policy here whose trunk could be trained")
+    raise WmtpError("this context has no policy, so `trainable_trunk` is not available")
 
 
 @frozen(kw_only=True, eq=False)
@@ -123,7 +123,7 @@ class BuildContext:
             WmtpError: It cannot be built, or the options do not name it.
         """
         if self._weightings is None:
-            raise WmtpError(f"`{choice.use}` is named by no option that core has checked")
+            raise WmtpError(f"`{choice.use}` is not named by an option of this component")
         return self._weightings(choice)
 
 
@@ -184,7 +184,7 @@ class Stateful(ABC):  # noqa: B024 - both methods have a default: most component
         """
         if state:
             raise WmtpError(
-                f"`{type(self).__name__}` keeps no state, but a checkpoint holds "
+                f"`{type(self).__name__}` has no state, but the checkpoint contains "
                 + ", ".join(f"`{key}`" for key in sorted(state))
             )
 
@@ -249,7 +249,7 @@ class Critic(Stateful):
         Raises:
             WmtpError: The critic is not trainable.
         """
-        raise WmtpError(f"critic `{type(self).__name__}` says it is trainable, but has no `loss`")
+        raise WmtpError(f"critic `{type(self).__name__}` is trainable, but has no `loss`")
 
     def parameters(self) -> Iterable[torch.nn.Parameter]:
         """Return the parameters that stage 1 trains; none if the critic is not trainable."""

@@ -190,7 +190,7 @@ def test_only_moving_statistics_are_state():
 
 
 def test_state_of_moving_statistics_is_refused_without_them():
-    with pytest.raises(WmtpError, match=r"`TdError` keeps no state, but a checkpoint holds `moments`"):
+    with pytest.raises(WmtpError, match=r"`TdError` has no state, but the checkpoint contains `moments`"):
         build(whiten="batch").load_state_dict(build(whiten="ema").state_dict())
 
 
