@@ -23,9 +23,9 @@ def assert_whole(record, reason):
 
     assert run.status == "FINISHED"
     assert run.points() == run.journalled()
-    away = [line for line in shown(record).splitlines() if "`core.mlflow` is away" in line]
+    away = [line for line in shown(record).splitlines() if "`core.mlflow` is unavailable" in line]
     assert len([line for line in away if reason in line]) == 1
-    assert shown(record).count("`core.mlflow` is back") == len(away)
+    assert shown(record).count("`core.mlflow` is available again") == len(away)
 
 
 def is_uploading(record):
@@ -64,7 +64,7 @@ def test_s3_killed_during_an_upload_and_back_after_20_seconds_or_gone_while_the_
         stack.s3.start()
         time.sleep(max(0.0, hung + 30 - time.monotonic()))
         stack.mlflow.send(signal.SIGCONT)
-        wait_for_words(plain, "is back")
+        wait_for_words(plain, "is available again")
         for record in (proxied, straight):
             wait_until(partial(has_every_file, record), seconds=60, said=shown(record))
 
@@ -78,7 +78,7 @@ def test_s3_killed_during_an_upload_and_back_after_20_seconds_or_gone_while_the_
         assert run.status == "FINISHED"
         assert "cannot store `checkpoints/best_model.pt` yet" in shown(record)
     assert (gone.folder.checkpoints / "best_model.pt").read_bytes() == checkpoint
-    assert "`core.mlflow` did not get " in shown(gone)
+    assert "`core.mlflow` has not received " in shown(gone)
     assert "file" in shown(gone).splitlines()[-1]
 
 
@@ -88,7 +88,7 @@ def test_a_database_restarted_after_five_seconds(stack, open_recorder):
         stack.postgres.stop(signal.SIGINT)
         time.sleep(5)
         stack.postgres.start()
-        wait_for_words(record, "is back")
+        wait_for_words(record, "is available again")
 
     assert_whole(record, "the tracking server")
 
@@ -100,7 +100,7 @@ def test_a_proxy_that_turns_requests_away(stack, open_recorder, status):
         stack.configure_nginx(extra=f"return {status};")
         wait_for_words(record, f"({status})")
         stack.configure_nginx()
-        wait_for_words(record, "is back")
+        wait_for_words(record, "is available again")
 
     assert "<html>" not in shown(record)
     assert_whole(record, f"({status})")
@@ -112,7 +112,7 @@ def test_a_login_that_is_revoked_and_given_back(stack, open_recorder, monkeypatc
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "not-the-password")
         wait_for_words(record, "refuses the login")
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", stack.password)
-        wait_for_words(record, "is back")
+        wait_for_words(record, "is available again")
 
     assert_whole(record, "refuses the login")
 

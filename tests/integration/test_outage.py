@@ -93,8 +93,8 @@ def test_a_run_that_goes_on_loses_nothing_and_catches_up_in_ten_seconds(outage):
     assert loop.slowest < 1  # a step that waited for a server would have waited for its timeout
     assert run.status == "FINISHED"
     assert run.points() == run.journalled()
-    assert shown(record).count("`core.mlflow` is away") == 1
-    assert shown(record).count("`core.mlflow` is back") == 1
+    assert shown(record).count("`core.mlflow` is unavailable") == 1
+    assert shown(record).count("`core.mlflow` is available again") == 1
 
 
 def test_points_arrive_in_order(outage):
@@ -114,7 +114,7 @@ def test_a_run_that_ends_without_the_server_has_its_own_exit_code_and_says_what_
 
     assert found.codes[name] == code
     assert found.closing_s[name] < 10  # the limit, and leaving Python on a busy machine
-    assert "`core.mlflow` did not get " in found.stdout[name]
+    assert "`core.mlflow` has not received " in found.stdout[name]
     assert f"track sync {found.folders[name]}" in found.stdout[name]
 
 

@@ -32,9 +32,7 @@ def examine_server(uri: str) -> list[Finding]:
     except Exception as error:  # noqa: BLE001 - whatever it is becomes a line of the checklist
         found = diagnose(error, uri)
         return [Finding(mark="FAILED", name="tracking", text=found.text, hint=found.hint)]
-    findings = [
-        Finding(mark="ok", name="tracking", text=f"`{uri}` answers, takes the login and has its database")
-    ]
+    findings = [Finding(mark="ok", name="tracking", text=f"`{uri}` answers, with login and database")]
     if date := health.headers.get("Date"):
         skew = abs(parsedate_to_datetime(date).timestamp() - time.time())
         findings.append(
@@ -61,7 +59,7 @@ def examine_artifacts(uri: str, artifact_root: str | None) -> Iterator[Finding]:
             yield Finding(
                 mark="warning",
                 name="artifacts",
-                text=f"the server keeps files in `{root}`, which only it can reach",
+                text=f"the server stores files in `{root}`, which only it can reach",
                 hint="start it with --serve-artifacts and --artifacts-destination",
             )
             return

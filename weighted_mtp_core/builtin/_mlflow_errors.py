@@ -72,9 +72,9 @@ def _diagnose(error: BaseException) -> Diagnosis:
     status = http_status(error)
     if status is not None:
         return _diagnose_status(status, str(error))
-    for pattern, said in _NETWORK:
+    for pattern, diagnosis in _NETWORK:
         if re.search(pattern, text):
-            return said
+            return diagnosis
     return Diagnosis(text=f"{{server}}: {_first_line(error)}")
 
 
@@ -149,7 +149,7 @@ _STATUSES = {
     503: Diagnosis(text="{server} is not available (503)"),
 }
 _NO_LOGIN = Diagnosis(
-    text=f"{{server}} wants a login, but {_LOGIN} are not both set",
+    text=f"{{server}} requires a login, but {_LOGIN} are not both set",
     hint="set them in the environment or in `.env`",
     lasting=True,
 )

@@ -86,7 +86,7 @@ def _sync(args: argparse.Namespace) -> int:
             address = name.partition("-")[2]
             if pending:
                 code = EXIT_RUN_FAILED
-                print(f"{path.name}: `{address}` still lacks {pending} ({pending.reason})")
+                print(f"{path.name}: `{address}` has not received {pending} ({pending.reason})")
             else:
-                print(f"{path.name}: `{address}` has everything")
+                print(f"{path.name}: `{address}` is up to date")
     return code

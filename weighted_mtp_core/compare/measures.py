@@ -1,4 +1,4 @@
-"""What a finished run measured: last values, curves, and how long training took."""
+"""The measures of a finished run: last values, curves, and durations of training."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def record_comparison(
             tracker.log_artifact(file, "compare")
         tracker.finish(RunOutcome.FAILED if comparison.missing else RunOutcome.FINISHED)
     except (WmtpError, NotDeliveredError) as error:
-        log(f"WARNING: MLflow did not get the comparison: {error}")
+        log(f"WARNING: the comparison was not recorded in MLflow: {error}")
         return False
     return True
 

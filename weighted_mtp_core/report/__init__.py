@@ -1,1 +1,1 @@
-"""What a person looks at after a run: one HTML page that needs nothing but itself."""
+"""The report of a run: one self-contained HTML page."""

@@ -1,7 +1,7 @@
 """Small charts as inline SVG with colours from the page's style sheet, so that they fit light and dark.
 
 Lines differ by dashes and by a label at their end, not by colour alone. matplotlib is not used: it takes
-2.4 s of CPU time for the 32 charts of a run (this takes 0.05 s) and knows no style sheet.
+2.4 s of CPU time for the 32 charts of a run (this takes 0.05 s) and cannot use a style sheet.
 """
 
 from __future__ import annotations

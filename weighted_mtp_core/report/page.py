@@ -50,7 +50,7 @@ def write_report(run: Path) -> Path:
 
 
 def _contents(history: RunHistory) -> dict[str, Any]:
-    """Return what the template shows of the journal."""
+    """Return the values of the template that come from the journal."""
     return {
         **history.run,
         "status": _status(history),
@@ -97,7 +97,7 @@ def _figures(history: RunHistory) -> list[tuple[str, str, str]]:
 
 
 def _facts(history: RunHistory) -> list[tuple[str, str]]:
-    """Return what the run was in a few lines, without those that are unknown."""
+    """Return the rows of the table `The run`, without those that are unknown."""
     tags, params = history.tags, history.params
     data = [tags.get(run_tags.DATA), params.get("data.name"), params.get("data.version")]
     plugins = [tags[name] for name in sorted(tags) if name.startswith(run_tags.PLUGIN_PREFIX)]

@@ -147,7 +147,7 @@ class Outbox:
         return True
 
     def retry_aside(self) -> bool:
-        """Send once more what was set aside, up to the first file that fails again.
+        """Send again what was set aside, up to the first file that fails again.
 
         Returns:
             Whether anything was delivered.
@@ -183,7 +183,7 @@ class Outbox:
         self._notes.append(redact(f"refused {_what(batch)}: {error}{hint}"))
 
     def take_notes(self) -> list[str]:
-        """Return what a person should know and was not told yet; the tracker's name goes before each."""
+        """Return the messages since the last call; the caller puts the name of the tracker before each."""
         taken, self._notes = self._notes, []
         return taken
 
@@ -201,7 +201,7 @@ class Outbox:
         return evolve(count_pending(self.journal, self.state), reason=self.reason or self.file_reason)
 
     def retry_refused(self) -> None:
-        """Set aside for a retry what was refused before: somebody may have raised a limit since."""
+        """Set aside for a retry what was refused before, for example because of a limit raised since."""
         refused, self._progress.refused = self._progress.refused, []
         for start, end in refused:
             self._progress.aside += [line.start for line in _between(self.journal, start, end)]
@@ -214,7 +214,7 @@ class Outbox:
             if isinstance(line, Damage):
                 if batch:
                     break
-                self._notes.append(f"does not get bytes {line.start} to {line.end} of the journal: damaged")
+                self._notes.append(f"skips bytes {line.start} to {line.end} of the journal: damaged")
                 self._progress.position = line.end
                 continue
             together = line.kind in _POINTS
@@ -243,7 +243,7 @@ class Outbox:
             case "run" | "params" | "datasets":
                 self._describe_again(first)
             case _:
-                raise RunFailedError(f"this release does not know lines of the kind `{first.kind}`")
+                raise RunFailedError(f"this release cannot send lines of the kind `{first.kind}`")
 
     def _describe_again(self, entry: Entry) -> None:
         self._history.add(entry)

@@ -271,7 +271,7 @@ class Recorder:
             pending = uploader.close(self._close_seconds)
             if pending:
                 self.log(
-                    f"`{uploader.name}` did not get {pending}"
+                    f"`{uploader.name}` has not received {pending}"
                     + (f" ({pending.reason})" if pending.reason else "")
                     + f"; it is kept: python -m weighted_mtp_core track sync {self.folder.path}"
                 )

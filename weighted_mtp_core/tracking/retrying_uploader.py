@@ -123,15 +123,15 @@ class RetryingUploader:
         self.outbox.reason = one_line(error)
         if self._failures == 1:
             self.log(
-                f"`{self.name}` is away ({self.outbox.reason}); the run goes on, and what it records is kept "
-                "in the run folder and sent later"
+                f"`{self.name}` is unavailable ({self.outbox.reason}); the run continues, and its records "
+                "are kept in the run folder and sent later"
             )
 
     def _succeeded(self) -> None:
         for note in self.outbox.take_notes():
             self.log(f"`{self.name}` {note}")
         if self._failures:
-            self.log(f"`{self.name}` is back; sending what it missed")
+            self.log(f"`{self.name}` is available again; sending what it missed")
         self._failures = 0
         self.outbox.reason = ""
 

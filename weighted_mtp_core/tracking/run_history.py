@@ -24,7 +24,7 @@ class Point(NamedTuple):
 
 @define(kw_only=True, eq=False)
 class RunHistory:
-    """What the journal of a run says.
+    """The contents of a run's journal.
 
     Attributes:
         run: The run's `run_id`, `name` and `experiment`; empty if the journal does not name them.

@@ -17,7 +17,7 @@ from weighted_mtp_core.tracking.run_folder import RunFolder, is_held, read_run
 from weighted_mtp_core.tracking.trackers import build_trackers
 
 DIED = "DIED"
-"""The status of a run whose process ended without recording it: killed, or the machine went down."""
+"""The status of a run that ended without a record of it: its process was killed, or the machine went down."""
 
 
 @frozen(kw_only=True)
@@ -104,7 +104,7 @@ def amend_run(
         folder.close()
     for name, pending in sync_run(path, log=log, limit_s=30).items():
         if pending:
-            log(f"`{name.partition('-')[2]}` did not get {pending}; it is kept: track sync {path}")
+            log(f"`{name.partition('-')[2]}` has not received {pending}; it is kept: track sync {path}")
 
 
 def _close_if_died(folder: RunFolder) -> None:

@@ -181,7 +181,7 @@ def test_the_end_says_what_a_tracker_did_not_get(open_recorder, folder, notebook
     record.finish(RunOutcome.FINISHED)
 
     last = screen.getvalue().splitlines()[-1]
-    assert last.startswith("`notebook` did not get ")
+    assert last.startswith("`notebook` has not received ")
     assert "(nobody there)" in last
     assert str(folder.path) in last
 

@@ -82,10 +82,10 @@ def test_an_outage_is_said_once_and_its_end_once_and_loses_nothing(
 
     away, back = said
     assert away == (
-        "`notebook` is away (nobody there); the run goes on, and what it records is kept in the run folder "
-        "and sent later"
+        "`notebook` is unavailable (nobody there); the run continues, and its records are kept in the run "
+        "folder and sent later"
     )
-    assert back == "`notebook` is back; sending what it missed"
+    assert back == "`notebook` is available again; sending what it missed"
 
 
 def test_a_tracker_that_is_away_at_the_start_is_opened_later(delivery, journal, notebook, wait_until):
