@@ -31,7 +31,10 @@ test-core: .venv/only/core/.made  ## Run the tests of core, with no plugin insta
 test-plugins: $(PLUGINS:%=test-%)  ## Run the tests of each plugin, with only core and that plugin installed
 
 $(PLUGINS:%=test-%): test-%: .venv/only/%/.made
-	.venv/only/$*/$(PYTEST) plugins/$*/tests
+	.venv/only/$*/$(PYTEST) $(PLUGIN_WORKERS) plugins/$*/tests
+
+# Its suite runs thousands of programs; for the others, starting a second worker costs more than it saves.
+test-code_tasks: PLUGIN_WORKERS := $(WORKERS)
 
 # The tests against servers spend most of their time waiting for a server to return, so both run at the same time.
 test-together: $(INSTALLED)  ## Run the next two at the same time
