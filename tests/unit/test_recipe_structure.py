@@ -167,6 +167,19 @@ def test_attrs_converters_run():
 
 
 @frozen(kw_only=True)
+class Unparametrised:
+    names: list
+    table: dict
+
+
+def test_lists_and_dicts_of_anything_are_taken_as_they_are():
+    assert structure(Unparametrised, {"names": [1, "a"], "table": {"a": []}}) == (
+        Unparametrised(names=[1, "a"], table={"a": []}),
+        [],
+    )
+
+
+@frozen(kw_only=True)
 class Unsupported:
     size: complex = 0j
 

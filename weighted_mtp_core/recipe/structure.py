@@ -83,7 +83,7 @@ def _convert(value: Any, kind: Any, at: KeyPath, faults: list[Fault]) -> Any:
 
 
 def _refuse(faults: list[Fault], at: KeyPath, text: str) -> Any:
-    """Add a fault and return None, which stands for the value."""
+    """Add a fault; return None in place of the value."""
     faults.append(Fault(at, text))
 
 
@@ -213,7 +213,7 @@ def _sentence(error: Exception, name: str) -> str:
 
 _CONVERTERS: tuple[tuple[Callable[[Any], bool], _Converter], ...] = (
     (lambda kind: kind is Any, lambda value, *_: value),
-    (lambda kind: kind in {bool, int, str}, _exact),
+    (lambda kind: kind in {bool, int, str, list, dict}, _exact),
     (lambda kind: kind is float, _float),
     (lambda kind: kind is Path, _path),
     (lambda kind: bool(choices(kind)), _choice),
