@@ -41,7 +41,7 @@ print(seen.hexdigest())
 
 
 class DataSourceSuite(ComponentSuite):
-    """Checks of examples, splits, version and, where the source can verify, of its verdicts.
+    """Checks of examples, splits, version and, if the source can verify completions, of its verdicts.
 
     Override `changed_options` to have it checked that the version tells changed data from unchanged.
     """
@@ -55,7 +55,7 @@ class DataSourceSuite(ComponentSuite):
 
     @pytest.fixture
     def source(self, build: Build) -> DataSource:
-        """The source as a run has it."""
+        """The data source, built as a run builds it."""
         return build()
 
     @pytest.fixture(params=SPLITS)
@@ -72,7 +72,7 @@ class DataSourceSuite(ComponentSuite):
         assert len(source.policy_examples("train")) > 0
 
     def test_examples_are_random_access(self, source: DataSource, split: Split) -> None:
-        """The order of batches is a function of the position alone."""
+        """Sequences support random access, because batches are drawn by position."""
         examples = source.examples(split)
         in_order = list(examples)
 
@@ -81,13 +81,13 @@ class DataSourceSuite(ComponentSuite):
         assert all(isinstance(example, Example) for example in in_order)
 
     def test_prompts_and_responses_hold_text(self, source: DataSource, split: Split) -> None:
-        """There is something to read and something to predict."""
+        """Prompts and responses are not empty."""
         empty = [e.example_id for e in source.examples(split) if not e.prompt or not e.response]
 
         assert empty == []
 
     def test_the_same_examples_come_twice_in_the_same_order(self, build: Build, split: Split) -> None:
-        """From one object, and from another that was built anew."""
+        """The order is the same in one object, and in another one with the same options."""
         source = build()
         first = list(source.examples(split))
 
@@ -97,7 +97,7 @@ class DataSourceSuite(ComponentSuite):
     def test_examples_do_not_depend_on_the_hash_seed(
         self, options: Mapping[str, Any], tmp_path: Path
     ) -> None:
-        """The order of a set of strings differs from process to process."""
+        """The order of a set of strings differs between processes, so it must not decide the order."""
         found = set()
         for seed in ("0", "1"):
             command = [sys.executable, "-c", _DIGEST, self.address, json.dumps(dict(options))]
@@ -114,13 +114,13 @@ class DataSourceSuite(ComponentSuite):
         assert len(found) == 1
 
     def test_example_ids_are_unique(self, source: DataSource) -> None:
-        """Over all splits: caches and reports name examples by them."""
+        """Ids are unique over all splits, because caches and reports use them."""
         ids = [example.example_id for split in SPLITS for example in source.examples(split)]
 
         assert len(ids) == len(set(ids))
 
     def test_splits_share_no_problem(self, source: DataSource) -> None:
-        """A held-out number is worth nothing if its problems were trained on."""
+        """A result on held-out problems means nothing if training used them."""
         owners: dict[str, set[Split]] = {}
         for split in SPLITS:
             for example in [*source.examples(split), *source.policy_examples(split)]:
@@ -133,7 +133,7 @@ class DataSourceSuite(ComponentSuite):
     # ------------------------------------------------------------------ version
 
     def test_the_version_names_the_data(self, build: Build) -> None:
-        """Name, version and a SHA-256 that every tracker records; the same whenever it is asked."""
+        """The version has a name, a version and a SHA-256, and is the same on each call."""
         version = build().version()
 
         assert version.name.strip()
@@ -147,7 +147,7 @@ class DataSourceSuite(ComponentSuite):
         changed_options: Mapping[str, Any] | None,
         context: BuildContext,
     ) -> None:
-        """One changed byte is another data set."""
+        """Other data have another SHA-256, even if only one byte differs."""
         if changed_options is None:
             pytest.skip("override the fixture `changed_options` to have this checked")
         changed = select(self.kind, self.address, changed_options).build(context)
@@ -157,7 +157,7 @@ class DataSourceSuite(ComponentSuite):
     # ------------------------------------------------------------------ verification
 
     def test_verdicts_tell_right_from_wrong_in_order(self, source: DataSource, split: Split) -> None:
-        """A known solution passes; an empty completion does not; verdicts come in the order of attempts."""
+        """A known solution passes, an empty completion does not; verdicts have the order of the attempts."""
         problems = [each for each in source.problems(split) if each.solution is not None][:_JUDGED]
         if not problems:
             pytest.skip("no problem of this split has a known solution")
@@ -167,7 +167,7 @@ class DataSourceSuite(ComponentSuite):
         assert [verdict.passed for verdict in verdicts] == [True, False] * len(problems)
 
     def test_a_source_without_problems_says_so(self, source: DataSource) -> None:
-        """Verifying without any is a mistake that a user must hear of, not an empty result."""
+        """A source without problems raises an error in `verify` instead of returning an empty result."""
         if any(source.problems(split) for split in SPLITS):
             return
         problem = Problem(problem_id="none", prompt="", entry_point="f", tests="")
