@@ -117,7 +117,9 @@ def test_nothing_is_drafted_if_rejected_drafts_would_fill_a_window(name, drafts)
 def test_a_prompt_that_leaves_no_position_is_an_error():
     _, policy = models("gpt2", "linear")
 
-    with pytest.raises(WmtpError, match=r"a prompt of 1021 tokens leaves no room .* reads up to 1021"):
+    with pytest.raises(
+        WmtpError, match=r"a prompt of 1021 tokens is too long: this model has 1021 positions"
+    ):
         generate(policy, [[1] * 1021], max_new_tokens=1, eos_id=EOS)
 
 

@@ -277,11 +277,11 @@ def test_force_replaces_an_exported_model_and_nothing_else(tmp_path):
     refuse_to_replace(other, force=True)
     (other / "thesis.txt").write_text("years of work")
 
-    with pytest.raises(WmtpError, match="is there already") as caught:
+    with pytest.raises(WmtpError, match="already exists") as caught:
         refuse_to_replace(path, force=False)
-    with pytest.raises(WmtpError, match="is no exported model, so `--force` does not replace it"):
+    with pytest.raises(WmtpError, match="is not an exported model, so `--force` does not replace it"):
         refuse_to_replace(other, force=True)
-    with pytest.raises(WmtpError, match="is no exported model"):
+    with pytest.raises(WmtpError, match="is not an exported model"):
         refuse_to_replace(Path(other / "thesis.txt"), force=True)
 
-    assert caught.value.hint == "choose another `--to`, or replace it: --force"
+    assert caught.value.hint == "choose another `--to`, or replace it with --force"

@@ -349,6 +349,6 @@ def test_export_replaces_an_exported_model_only_if_told_so(wmtp, exported):
     forced, out, _ = wmtp("export", "--to", str(exported), "--force")
 
     assert code == 2
-    assert err.startswith(f"error: `{exported}` is there already\nhint: ")
+    assert err.startswith(f"error: `{exported}` already exists\nhint: ")
     assert (forced, out) == (0, f"{exported}\n")
     assert {path.name: path.read_bytes() for path in exported.iterdir()} == before

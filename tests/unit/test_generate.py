@@ -1,4 +1,4 @@
-"""Statistics of generation, on a policy that counts: token i + 1 follows token i, and all heads predict it."""
+"""Statistics of generation, on a policy that counts: token i + 1 follows token i for all heads."""
 
 import functools
 

@@ -168,9 +168,7 @@ def test_a_model_that_mixes_documents_is_refused():
     with pytest.raises(WmtpError) as caught:
         check_packing(model)
 
-    assert str(caught.value).startswith(
-        "a `llama` model does not keep documents apart that share a row (states differ by "
-    )
+    assert str(caught.value).startswith("a `llama` model mixes documents that share a row (states differ by ")
     assert caught.value.hint == 'set `data.packing = "none"`: documents are then grouped by length'
 
 

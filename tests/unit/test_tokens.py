@@ -256,7 +256,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path):
 
 
 def test_a_version_that_cannot_name_a_folder_is_an_error(tmp_path):
-    with pytest.raises(WmtpError, match=r"data source `core\.jsonl` has a version that is no name"):
+    with pytest.raises(WmtpError, match=r"data source `core\.jsonl` has a version that cannot name a folder"):
         cache(tmp_path, version=attrs.evolve(VERSION, name="../up"))
 
 

@@ -71,10 +71,10 @@ def test_a_model_with_another_tokenizer_is_refused(loaded, storage):
     table = attrs.evolve(MICRO, micro=attrs.evolve(MICRO.micro, vocab_size=320))
     other = load_policy(table, storage=storage, texts=lambda: (*TEXTS, "other words " * 20), seed=1)
 
-    with pytest.raises(WmtpError, match="is not the policy's") as caught:
+    with pytest.raises(WmtpError, match="differs from the policy's") as caught:
         copied(loaded, storage, other.base_name)
 
-    assert caught.value.hint == "take a model of the policy's family"
+    assert caught.value.hint == "use a model of the policy's family"
 
 
 def test_a_missing_model_is_an_error(loaded, storage):

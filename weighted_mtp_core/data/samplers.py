@@ -46,7 +46,7 @@ class Sampler:
 
     def __init__(self, units: Rows, length_D: Rows, *, batch_size: int, seed: int) -> None:
         if not len(units):
-            raise WmtpError("there is nothing to train on in the split `train`")
+            raise WmtpError("the split `train` has no documents to train on")
         if batch_size < units.shape[1]:
             raise WmtpError(
                 f"a batch of {batch_size} rows cannot hold {units.shape[1]} rows that belong together",
@@ -154,7 +154,7 @@ class PackedSampler:
 
     def __init__(self, length_D: Rows, *, row_tokens: int, batch_size: int, seed: int) -> None:
         if not len(length_D):
-            raise WmtpError("there is nothing to train on in the split `train`")
+            raise WmtpError("the split `train` has no documents to train on")
         self._length_D = length_D
         self._row_tokens = row_tokens
         self._batch_size = batch_size

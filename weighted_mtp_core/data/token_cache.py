@@ -79,7 +79,9 @@ def make_token_cache(
         check_path(version.name)
         check_path(version.version)
     except ValueError as error:
-        raise WmtpError(f"data source `{data.address}` has a version that is no name: {error}") from error
+        raise WmtpError(
+            f"data source `{data.address}` has a version that cannot name a folder: {error}"
+        ) from error
     depends = {
         "format": _FORMAT,
         "data": version.sha256,

@@ -41,10 +41,11 @@ def refuse_to_replace(path: Path, *, force: bool) -> None:
     if not path.exists():
         return
     if not force:
-        raise WmtpError(f"`{path}` is there already", hint="choose another `--to`, or replace it: --force")
+        raise WmtpError(f"`{path}` already exists", hint="choose another `--to`, or replace it with --force")
     if not path.is_dir() or not (is_exported_model(path) or not any(path.iterdir())):
         raise WmtpError(
-            f"`{path}` is no exported model, so `--force` does not replace it", hint="choose another `--to`"
+            f"`{path}` is not an exported model, so `--force` does not replace it",
+            hint="choose another `--to`",
         )
 
 

@@ -186,7 +186,7 @@ def _limit(policy: Policy, length: int, max_new_tokens: int) -> int:
     longest = positions - (policy.n_future - 1)
     if length >= longest:
         raise WmtpError(
-            f"a prompt of {length} tokens leaves no room to write: this model reads up to {longest}",
+            f"a prompt of {length} tokens is too long: this model has {longest} positions in all",
             hint="shorten the prompt, or use a base model with more positions",
         )
     return min(max_new_tokens, longest - length)

@@ -133,7 +133,7 @@ def _gguf_folder(file: Path, models: Path) -> Path:
     if not file.is_file():
         raise WmtpError(
             f"there is no file `{file}`",
-            hint="`model.base` with `.gguf` is a path from where you start the run",
+            hint="a `.gguf` path in `model.base` is relative to the current directory",
         )
     folder = models / file.stem / sha256_of(file)[:12]
     if not (folder / MANIFEST).is_file():

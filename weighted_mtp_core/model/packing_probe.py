@@ -33,7 +33,7 @@ def check_packing(policy: Policy) -> None:
     gap = float((packed - alone).abs().max() / alone.abs().max().clamp(min=1e-6))
     if gap > _TOLERANCE:
         raise WmtpError(
-            f"a `{policy.config.model_type}` model does not keep documents apart that share a row "
+            f"a `{policy.config.model_type}` model mixes documents that share a row "
             f"(states differ by {gap:.2g})",
             hint='set `data.packing = "none"`: documents are then grouped by length',
         )

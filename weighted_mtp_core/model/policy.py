@@ -126,7 +126,7 @@ class Policy(nn.Module):
                 body.activation_checkpointing_enable()
         except ValueError as error:
             raise WmtpError(
-                f"a `{self.config.model_type}` model cannot compute activations again: {error}",
+                f"a `{self.config.model_type}` model does not support activation checkpointing: {error}",
                 hint="set `model.activation_checkpointing = false`",
             ) from error
         for module in self.modules():

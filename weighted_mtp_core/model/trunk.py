@@ -67,7 +67,7 @@ def trainable_trunk(policy: Policy, base: str | None, *, storage: Path, tokenize
     own_tokenizer, body = load_pretrained(folder, AutoModel, kind="transformer")
     if own_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise WmtpError(
-            f"the tokenizer of `{folder}` is not the policy's, so it reads other tokens",
-            hint="take a model of the policy's family",
+            f"the tokenizer of `{folder}` differs from the policy's",
+            hint="use a model of the policy's family",
         )
     return Trunk(body.to(policy.unembedding.weight.device))
