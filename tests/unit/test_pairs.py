@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from weighted_mtp_core.api.datasets import difficulty_bin
 from weighted_mtp_core.data.pairs import length_bins, make_pairs
@@ -115,6 +115,12 @@ def test_many_pairs_remain_after_balancing_lengths():
     assert len(pairs_of(drawn, PairsTable())) > 0.4 * len(everything)
 
 
+@example(
+    drawn=[
+        *((0, right, length) for right, length in [(False, 29), (False, 31), (True, 1), (True, 30)]),
+        *((1, right, length) for right, length in [(False, 1), (False, 24), (True, 1), (True, 23)]),
+    ]
+)
 @given(drawn=responses)
 def test_pairs_do_not_depend_on_names_of_problems(drawn):
     renamed = [(97 - 13 * problem, right, length) for problem, right, length in drawn]
