@@ -43,7 +43,7 @@ def make_pairs(token_set: TokenSet, table: PairsTable) -> Rows:
     bin_D = length_bins(length_D, ratio=table.length_ratio)
     order_D = np.argsort(token_set.problem_D, kind="stable")
     problems = np.split(order_D, np.flatnonzero(np.diff(token_set.problem_D[order_D])) + 1)
-    problems.sort(key=lambda members: int(members[0]))  # by first document: numbers of problems are only names
+    problems.sort(key=lambda members: int(members[0]))  # by first document: numbers are only names
     found: list[list[Pair]] = [[] for _ in DIFFICULTIES]
     for members in problems:
         chosen = list(_of_problem(members, correct_D, bin_D))
