@@ -26,7 +26,7 @@ from step import SMOLLM2, TINY
 from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.api import Batch, BuildContext
 from weighted_mtp_core.checkpointing.manager import Checkpoints
-from weighted_mtp_core.data.batches import make_step_batches
+from weighted_mtp_core.data.batches import StepBatches
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.recipe.schema import CheckpointTable, DataTable, LossTable, MicroTable, TrainTable
 from weighted_mtp_core.training.learner import Learner, Validation
@@ -121,7 +121,7 @@ def times_of(model: Model) -> tuple[Times, Times]:
     steps = 2 * EVERY * (model.pairs + 2)
     table = DataTable(use="benchmark")
     tokens = humaneval_tokens(model.shape["vocab_size"])
-    batches = make_step_batches(tokens, table, batch_size=model.rows, seed=0, device=torch.device("cpu"))
+    batches = StepBatches(tokens, table, batch_size=model.rows, seed=0, device=torch.device("cpu"))
     batch = batches(0)
     wall, cpu = [], []
 

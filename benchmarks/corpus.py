@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from harness import MIB, Row, Times, main, peak_mib, ratio_row, row
 from weighted_mtp_core.data.array_files import array_appender
-from weighted_mtp_core.data.batches import StepBatches, make_step_batches
+from weighted_mtp_core.data.batches import StepBatches
 from weighted_mtp_core.data.tokens import open_tokens
 from weighted_mtp_core.recipe.schema import DataTable
 from weighted_mtp_core.storage.manifest import atomic_folder
@@ -63,7 +63,7 @@ def write_corpus(folder: Path, *, mib: int) -> None:
 
 def batches_of(folder: str) -> StepBatches:
     """Open a corpus like a run."""
-    return make_step_batches(
+    return StepBatches(
         open_tokens(Path(folder), sha256=verify_once(Path(folder))),
         DataTable(use="core.jsonl"),
         batch_size=BATCH,

@@ -27,7 +27,7 @@ from harness import Row, Times, in_turns, main, ratio_row, row
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.api import Batch, BuildContext, Critic, ModelContext, Signal, WeightingStrategy
-from weighted_mtp_core.data.batches import StepBatches, make_step_batches
+from weighted_mtp_core.data.batches import StepBatches
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.trunk import frozen_trunk
@@ -100,7 +100,7 @@ class Bench:
         config = LlamaConfig(**shape, tie_word_embeddings=True, max_position_embeddings=2048)
         base = LlamaForCausalLM(config).train()
         four = Policy(sharing_parameters(base), n_future=4, head_kind="transformer").train()
-        batches = make_step_batches(
+        batches = StepBatches(
             documents(shape["vocab_size"], positions),
             DataTable(use="benchmark"),
             batch_size=1,

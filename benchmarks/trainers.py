@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
 from weighted_mtp_core.api import Batch, BuildContext
 from weighted_mtp_core.checkpointing.manager import Checkpoints
-from weighted_mtp_core.data.batches import StepBatches, collate, make_step_batches
+from weighted_mtp_core.data.batches import StepBatches, collate
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.recipe.schema import CheckpointTable, DataTable, LossTable, TrainTable
@@ -231,7 +231,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
     model = small_model(quick=args.quick)
     tokens = humaneval_tokens(model.config.vocab_size, limit=limit)
     data = records(tokens)
-    batches = make_step_batches(
+    batches = StepBatches(
         tokens, DataTable(use="benchmark"), batch_size=BATCH, seed=0, device=torch.device("cpu")
     )
     steps = -(-limit // BATCH)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.api import Batch, Critic, Scores, Signal, WeightingStrategy, Weights, WmtpError
-from weighted_mtp_core.data.batches import make_step_batches, split_rows
+from weighted_mtp_core.data.batches import StepBatches, split_rows
 from weighted_mtp_core.data.samplers import PackedSampler, Sampler, pointwise
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.model.policy import make_policy
@@ -81,7 +81,7 @@ def tokens():
 
 
 def batches(tokens, table=APART, **changes):
-    return make_step_batches(tokens, table, **{"batch_size": 6, "seed": 1, "device": CPU, **changes})
+    return StepBatches(tokens, table, **{"batch_size": 6, "seed": 1, "device": CPU, **changes})
 
 
 def cached(critic, made, folder, *, accumulation=1):

@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from weighted_mtp_core.api import DatasetVersion, Example, WmtpError
 from weighted_mtp_core.data.array_files import array_appender, drop_pages, mapped
-from weighted_mtp_core.data.token_cache import make_token_cache, tokenizer_fingerprint
+from weighted_mtp_core.data.token_cache import TokenCache, tokenizer_fingerprint
 from weighted_mtp_core.data.tokens import open_tokens, tokenise
 from weighted_mtp_core.plugins.loading import Kind
 from weighted_mtp_core.plugins.selection import ComponentSelector
@@ -183,7 +183,7 @@ VERSION = DatasetVersion(name="words", version="1", sha256="0" * 64)
 
 def cache(storage, *, version=VERSION, tokenizer=None, options=None, max_tokens=20):
     data = ComponentSelector().select(Kind.DATA, "core.jsonl", options=options or {})
-    return make_token_cache(
+    return TokenCache(
         storage, version, data=data, tokenizer=tokenizer or fast_tokenizer(), max_tokens=max_tokens
     )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import attrs
@@ -113,19 +114,44 @@ def split_rows(batch: BatchT, parts: int, *, together: int = 1) -> Iterator[Batc
         yield attrs.evolve(batch, **part)
 
 
-@frozen(kw_only=True, eq=False)
 class StepBatches:
     """The global batch of each step of stage 2, in any order of steps.
+
+    Args:
+        tokens: The documents.
+        table: The recipe's `[data]`.
+        batch_size: Rows of the global batch.
+        seed: Seed of the order.
+        device: Device of the batches.
 
     Attributes:
         tokens: The documents.
         order: Everything else that the batches depend on, as plain values.
+
+    Raises:
+        WmtpError: There are no documents.
     """
 
-    tokens: TokenSet
-    order: dict[str, int | str]
-    _sampler: Sampler | PackedSampler
-    _collate: Callable[[Any], CollatedBatch]
+    def __init__(
+        self, tokens: TokenSet, table: DataTable, *, batch_size: int, seed: int, device: torch.device
+    ) -> None:
+        self.tokens = tokens
+        self.order: dict[str, int | str] = {
+            "batch_size": batch_size,
+            "seed": seed,
+            "packing": table.packing,
+            "device": device.type,
+        }
+        self._sampler: Sampler | PackedSampler
+        self._collate: Callable[..., CollatedBatch]
+        length_D, size = tokens.length_D, table.pack_tokens
+        if table.packing == "documents":
+            self.order["pack_tokens"] = size
+            self._sampler = PackedSampler(length_D, row_tokens=size, batch_size=batch_size, seed=seed)
+            self._collate = partial(collate_packed, tokens, device=device)
+        else:
+            self._sampler = Sampler(pointwise(tokens), length_D, batch_size=batch_size, seed=seed)
+            self._collate = partial(collate, tokens, device=device)
 
     def __call__(self, step: int) -> CollatedBatch:
         """Return the batch of a step (from 0)."""
@@ -134,34 +160,3 @@ class StepBatches:
     def first_steps(self) -> Rows:
         """Return the step of the first epoch that draws each document, int64 `[D]`."""
         return self._sampler.first_steps()
-
-
-def make_step_batches(
-    tokens: TokenSet, table: DataTable, *, batch_size: int, seed: int, device: torch.device
-) -> StepBatches:
-    """Return the batches of a recipe's `[data]`.
-
-    Raises:
-        WmtpError: There is nothing to train on.
-    """
-    order: dict[str, int | str] = {
-        "batch_size": batch_size,
-        "seed": seed,
-        "packing": table.packing,
-        "device": device.type,
-    }
-    if table.packing == "documents":
-        return StepBatches(
-            tokens=tokens,
-            order={**order, "pack_tokens": table.pack_tokens},
-            sampler=PackedSampler(
-                tokens.length_D, row_tokens=table.pack_tokens, batch_size=batch_size, seed=seed
-            ),
-            collate=lambda rows: collate_packed(tokens, rows, device=device),
-        )
-    return StepBatches(
-        tokens=tokens,
-        order=order,
-        sampler=Sampler(pointwise(tokens), tokens.length_D, batch_size=batch_size, seed=seed),
-        collate=lambda rows: collate(tokens, rows, device=device),
-    )

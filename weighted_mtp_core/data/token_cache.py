@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from attrs import frozen
 
 from weighted_mtp_core.api import DatasetVersion, Example, Split
 from weighted_mtp_core.data.tokens import TokenSet, open_tokens, tokenise
@@ -31,39 +30,8 @@ _FORMAT = 1  # raise it when the same examples and tokenizer would give other ar
 _IRRELEVANT = frozenset({"padding", "truncation", "is_local", "local_files_only", "name_or_path"})
 
 
-@frozen(kw_only=True)
 class TokenCache:
     """The token sets of one data source for one tokenizer.
-
-    Attributes:
-        folder: `derived/` of the data's version.
-        fingerprint: SHA-256 of the data, of the source and its options, and of the tokenizer.
-        tokenizer: A transformers tokenizer.
-        max_tokens: Longer documents are left out.
-    """
-
-    folder: Path
-    fingerprint: str
-    tokenizer: Any
-    max_tokens: int
-
-    def open(self, purpose: str, split: Split, *, examples: Callable[[], Iterable[Example]]) -> TokenSet:
-        """Return the tokens of a split; `examples` is called only if they are not stored yet.
-
-        Raises:
-            WmtpError: There are no examples, or a byte of the arrays changed.
-        """
-        folder = self.folder / f"tokens-{self.fingerprint[:12]}-{self.max_tokens}-{purpose}-{split}"
-        if not (folder / MANIFEST).is_file():
-            with atomic_folder(folder) as temporary:
-                tokenise(examples(), self.tokenizer, max_tokens=self.max_tokens, folder=temporary)
-        return open_tokens(folder, sha256=verify_once(folder))
-
-
-def make_token_cache(
-    storage: Path, version: DatasetVersion, *, data: SelectedComponent, tokenizer: Any, max_tokens: int
-) -> TokenCache:
-    """Return the cache of a data source.
 
     Args:
         storage: The storage root.
@@ -75,25 +43,45 @@ def make_token_cache(
     Raises:
         WmtpError: The data's name or version cannot name a folder.
     """
-    try:
-        check_path(version.name)
-        check_path(version.version)
-    except ValueError as error:
-        raise WmtpError(
-            f"data source `{data.address}` has a version that cannot name a folder: {error}"
-        ) from error
-    depends = {
-        "format": _FORMAT,
-        "data": version.sha256,
-        "source": [data.address, data.plugin.distribution, data.plugin.version, data.plain_options()],
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-    }
-    return TokenCache(
-        folder=storage / "datasets_v2" / version.name / version.version / DERIVED,
-        fingerprint=hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest(),
-        tokenizer=tokenizer,
-        max_tokens=max_tokens,
-    )
+
+    def __init__(
+        self,
+        storage: Path,
+        version: DatasetVersion,
+        *,
+        data: SelectedComponent,
+        tokenizer: Any,
+        max_tokens: int,
+    ) -> None:
+        try:
+            check_path(version.name)
+            check_path(version.version)
+        except ValueError as error:
+            raise WmtpError(
+                f"data source `{data.address}` has a version that cannot name a folder: {error}"
+            ) from error
+        depends = {
+            "format": _FORMAT,
+            "data": version.sha256,
+            "source": [data.address, data.plugin.distribution, data.plugin.version, data.plain_options()],
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+        }
+        self.fingerprint = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+        self._folder = storage / "datasets_v2" / version.name / version.version / DERIVED
+        self._tokenizer = tokenizer
+        self.max_tokens = max_tokens
+
+    def open(self, purpose: str, split: Split, *, examples: Callable[[], Iterable[Example]]) -> TokenSet:
+        """Return the tokens of a split; `examples` is called only if they are not stored yet.
+
+        Raises:
+            WmtpError: There are no examples, or a byte of the arrays changed.
+        """
+        folder = self._folder / f"tokens-{self.fingerprint[:12]}-{self.max_tokens}-{purpose}-{split}"
+        if not (folder / MANIFEST).is_file():
+            with atomic_folder(folder) as temporary:
+                tokenise(examples(), self._tokenizer, max_tokens=self.max_tokens, folder=temporary)
+        return open_tokens(folder, sha256=verify_once(folder))
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

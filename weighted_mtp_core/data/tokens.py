@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from attrs import frozen
@@ -38,18 +38,6 @@ _DTYPES = {
 }
 """The arrays beside the ids, by file name."""
 Ints = NDArray[np.int64]
-
-
-class Tokenizer(Protocol):
-    """The interface of transformers tokenizers that is used here."""
-
-    eos_token_id: int
-
-    def __len__(self) -> int:
-        """Return V; every id is below it."""
-
-    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any:
-        """Encode texts; the result maps `input_ids` to lists of ids."""
 
 
 @frozen(kw_only=True, eq=False)
@@ -94,7 +82,7 @@ class TokenSet:
         return lengths
 
 
-def tokenise(examples: Iterable[Example], tokenizer: Tokenizer, *, max_tokens: int, folder: Path) -> None:
+def tokenise(examples: Iterable[Example], tokenizer: Any, *, max_tokens: int, folder: Path) -> None:
     """Write examples as arrays of ids for `open_tokens`.
 
     Prompt and response are encoded separately, as when the policy generates, so that no token spans the
@@ -103,7 +91,8 @@ def tokenise(examples: Iterable[Example], tokenizer: Tokenizer, *, max_tokens: i
 
     Args:
         examples: Iterated once.
-        tokenizer: Encodes batches on all cores, unless `TOKENIZERS_PARALLELISM` is set to `false`.
+        tokenizer: A transformers tokenizer; encodes batches on all cores, unless `TOKENIZERS_PARALLELISM` is
+            set to `false`.
         max_tokens: The most tokens of a document, EOS included.
         folder: An existing folder.
 

@@ -24,10 +24,10 @@ from weighted_mtp_core.api import (
     WeightingStrategy,
 )
 from weighted_mtp_core.checkpointing.best_model import load_model
-from weighted_mtp_core.data.batches import StepBatches, collate, make_step_batches
+from weighted_mtp_core.data.batches import StepBatches, collate
 from weighted_mtp_core.data.pairs import make_pairs
 from weighted_mtp_core.data.samplers import Sampler, in_order, pointwise
-from weighted_mtp_core.data.token_cache import TokenCache, make_token_cache
+from weighted_mtp_core.data.token_cache import TokenCache
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.metrics.critic import LengthOnly
@@ -112,7 +112,7 @@ class Prepared:
         """Return the global batches of stage 2."""
         recipe, device = self.plan.recipe, self.compute.device
         size, seed = recipe.train.batch_size, recipe.run.seed
-        return make_step_batches(tokens, recipe.data, batch_size=size, seed=seed, device=device)
+        return StepBatches(tokens, recipe.data, batch_size=size, seed=seed, device=device)
 
     def critic_batches(self, critic: Critic, table: CriticTable) -> Callable[[int], Batch]:
         """Return the function from a step of stage 1 to its global batch."""
@@ -239,7 +239,7 @@ def prepare(plan: Plan, *, log: Callable[[str], None]) -> Prepared:
         policy=policy,
         tokenizer=tokenizer,
         base_name=loaded.base_name,
-        cache=make_token_cache(storage, version, data=plan.data, tokenizer=tokenizer, max_tokens=limit),
+        cache=TokenCache(storage, version, data=plan.data, tokenizer=tokenizer, max_tokens=limit),
         log=log,
     )
 
