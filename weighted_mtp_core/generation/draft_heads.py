@@ -57,10 +57,10 @@ class DecodingHeads:
 
     def keep(self, cache: PolicyCache, index_R: Tensor, *, rows: int) -> None:
         """Keep some of the caches' `rows` rows, in place."""
-        cache.trunk.batch_select_indices(index_R)
+        cache.trunk.reorder_cache(index_R)
         for number, head in enumerate(cache.heads):
             groups = self.drafts if self.stacked is not None and number == 1 else 1
-            head.batch_select_indices(_in_each_group(index_R, count=groups, size=rows))
+            head.reorder_cache(_in_each_group(index_R, count=groups, size=rows))
 
     def read(self, ids_RT: Tensor, *, position_RT: Tensor, cache: PolicyCache, seen: Tensor) -> Block:
         """Run the trunk on a block.

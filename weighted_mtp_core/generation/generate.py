@@ -16,8 +16,8 @@ import torch
 from attrs import define, field, frozen
 
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.generation.decoding import Decoder
 from weighted_mtp_core.generation.draft_heads import DecodingHeads
+from weighted_mtp_core.generation.manner import batches, decoder_of, manner_of
 from weighted_mtp_core.model.policy import Policy
 
 Decoding = Literal["plain", "self_speculative"]
@@ -127,14 +127,14 @@ def generate(
     was_training = policy.training
     policy.eval()
     names = list(streams) if streams is not None else [str(i) for i in range(len(prompts))]
+    manner = manner_of(policy)
     drafts = _drafts(policy, decoding, longest=max(map(len, prompts), default=0), new=max_new_tokens)
     heads = DecodingHeads.of(policy, drafts=drafts)
     rows = [_Row(index=i, limit=_limit(policy, len(ids), max_new_tokens)) for i, ids in enumerate(prompts)]
     done = 0
-    by_length = sorted(rows, key=lambda row: len(prompts[row.index]))
-    for first in range(0, len(rows), batch_size):
-        live = by_length[first : first + batch_size]
-        decoder = Decoder(
+    lengths = [len(ids) for ids in prompts]
+    for live in batches(rows, lengths, size=batch_size, padding=manner.no_padding is None):
+        decoder = decoder_of(policy)(
             heads=heads,
             temperature=temperature,
             generators=[_generator(seed, names[row.index]) for row in live],
@@ -168,14 +168,23 @@ def generate(
 
 def _drafts(policy: Policy, decoding: Decoding, *, longest: int, new: int) -> int:
     """Return the number of tokens that are drafted in each step."""
-    window: int | None = getattr(policy.config, "sliding_window", None)
-    if decoding == "plain":
+    if decoding == "plain" or policy.n_future == 1:
         return 0
+    why = manner_of(policy).no_drafts
+    window = _window(policy) if why is None else None
     if window is not None and longest + new * policy.n_future > window:
-        log = logging.getLogger(__name__)
-        log.warning("decoding is not self-speculative: the model looks at a window of %d tokens", window)
-        return 0
-    return policy.n_future - 1
+        why = f"the model looks at a window of {window} tokens"
+    if why is None:
+        return policy.n_future - 1
+    logging.getLogger(__name__).warning("decoding is not self-speculative: %s", why)
+    return 0
+
+
+def _window(policy: Policy) -> int | None:
+    """Return the tokens that a layer with the narrowest window sees, if there is one."""
+    caches = policy.new_caches()
+    layers = [layer for cache in (caches.trunk, *caches.heads) for layer in cache.layers]
+    return min((layer.sliding_window for layer in layers if hasattr(layer, "sliding_window")), default=None)
 
 
 def _limit(policy: Policy, length: int, max_new_tokens: int) -> int:

@@ -88,7 +88,7 @@ def observe(base: Any) -> Answers:
     ids_BT = probe_ids(base.config).to(linear.weight.device)
     was_training = base.training
     try:
-        with narrow_windows(base):
+        with windows_of(base, _WINDOW):
             base.eval()
             states_BTH, logits_BTV = _run(base, ids_BT)
             up = max(2.0, _CAPPED / float(logits_BTV.abs().max().clamp(min=1e-6)))
@@ -141,7 +141,7 @@ def compare(policy: Policy, answers: Answers) -> None:
     """
     was_training = policy.training
     try:
-        with narrow_windows(policy):
+        with windows_of(policy, _WINDOW):
             policy.eval()
             hidden_BTH = policy.trunk_states(answers.ids_BT)
             logits_BTV = policy.logits(1, hidden_BTH)
@@ -162,19 +162,19 @@ def compare(policy: Policy, answers: Answers) -> None:
 
 
 @contextmanager
-def narrow_windows(model: nn.Module) -> Iterator[None]:
-    """Inside this context, layers with a window of attention see a few tokens only."""
+def windows_of(model: nn.Module, size: int) -> Iterator[None]:
+    """Inside this context, layers with a window of attention see so many tokens, where they can be told."""
     configs = {id(each): each for module in model.modules() for each in _configs(module)}
     holders: list[Any] = [*model.modules(), *configs.values()]
     changed = [
         (holder, name, value)
         for holder in holders
         for name in _WINDOWS
-        if type(value := vars(holder).get(name)) is int and value > _WINDOW
+        if type(value := vars(holder).get(name)) is int
     ]
     try:
         for holder, name, _ in changed:
-            setattr(holder, name, _WINDOW)
+            setattr(holder, name, size)
         yield
     finally:
         for holder, name, value in changed:
