@@ -107,12 +107,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "qwen4_exp_text": {
         "indexer_n_heads": 4,
-        "indexer_kv_heads": 2,
+        "indexer_kv_heads": 1,
         "indexer_head_dim": 8,
         "indexer_budget": 16,
         "indexer_compress_ratio": 4,
     },
-    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_shared_experts": 1, "topk_method": "greedy"},
+    "dbrx": {
+        "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "attention_head_size": 8},
 }
 
@@ -148,15 +152,16 @@ def tiny_model(model_type: str, *, seed: int = 0) -> Any:
 
 def _tiny(default: Any, overrides: Mapping[str, Any]) -> Any:
     """Return a config of the same class with small sizes, made anew so that derived sizes follow."""
-    names = {each.name for each in dataclasses.fields(default) if each.init}
-    names |= {name for name, real in (default.attribute_map or {}).items() if real in names}
+    alias = default.attribute_map or {}
+    fields = {each.name for each in dataclasses.fields(default) if each.init}
+    names = fields | {name for name, real in alias.items() if real in fields}
     wanted: dict[str, Any] = {}
     for name in names:
-        value = getattr(default, name, None)
+        value = vars(default).get(alias.get(name, name))
         if name in _SMALL and value is not None and not isinstance(value, bool | list | tuple | dict):
             wanted[name] = _SMALL[name]
     for name in names:
-        value = getattr(default, name, None)
+        value = vars(default).get(alias.get(name, name))
         if (
             isinstance(value, list | tuple)
             and value
@@ -168,8 +173,10 @@ def _tiny(default: Any, overrides: Mapping[str, Any]) -> Any:
     for name in getattr(default, "sub_configs", None) or {}:
         own = getattr(default, name, None)
         if own is not None:
-            wanted[name] = _tiny(own, {})
-    return type(default)(**{**wanted, **overrides})
+            wanted[name] = _tiny(own, OVERRIDES.get(own.model_type, {}))
+    said = {alias.get(name, name) for name in overrides}
+    others = {name: value for name, value in wanted.items() if alias.get(name, name) not in said}
+    return type(default)(**others, **overrides)
 
 
 def _first_of_each_kind(values: Any) -> list[Any]:

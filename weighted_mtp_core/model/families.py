@@ -62,11 +62,19 @@ def logit_forms(config: Any) -> Iterator[tuple[float, float | None]]:
         scale *= number(name) or 1.0
     for name in _DIVISORS:
         scale /= number(name) or 1.0
-    width = number("dim_model_base")  # MiniCPM3 divides the states by H / dim_model_base
-    if width is not None:
-        scale *= width / config.hidden_size
     cap = next((value for name in _SOFT_CAPS if (value := number(name)) is not None), None)
     yield from dict.fromkeys([(scale, cap), (1.0, cap), (scale, None), (1.0, None)])
+
+
+def body_of(base: Any) -> Any:
+    """Return the body of a causal LM, whose last hidden states the unembedding reads."""
+    body = base.base_model
+    if body is base:  # Llama 4 names its body differently than its own class says
+        body = getattr(base, "model", base)
+    children = dict(body.named_children())
+    if "decoder" in children and not any(isinstance(child, nn.ModuleList) for child in children.values()):
+        return children["decoder"]  # OPT wraps it
+    return body
 
 
 def anatomy(base: Any) -> tuple[Any, str, str]:
@@ -75,7 +83,7 @@ def anatomy(base: Any) -> tuple[Any, str, str]:
     Raises:
         WmtpError: It is not built of layers and a final norm.
     """
-    body = base.base_model
+    body = body_of(base)
     children = dict(body.named_children())
     layers = [name for name, child in children.items() if isinstance(child, nn.ModuleList)]
     norms = [

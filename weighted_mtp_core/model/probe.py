@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import reason
-from weighted_mtp_core.model.families import REFUSED, logit_forms, text_config
+from weighted_mtp_core.model.families import REFUSED, body_of, logit_forms, text_config
 from weighted_mtp_core.model.sparse_feed_forward import one_position_per_row, sparse_rows
 from weighted_mtp_core.model.unembedding import Unembedding
 
@@ -61,7 +61,8 @@ def probe_ids(config: Any, *, rows: int = 2) -> Tensor:
     named = [value for name, value in vars(config).items() if name.endswith("_token_id")]
     special = {each for value in named for each in (value if isinstance(value, list) else [value])}
     usual = [token for token in range(min(int(config.vocab_size), 4096)) if token not in special]
-    length = min(_LENGTH, getattr(config, "max_position_embeddings", None) or _LENGTH)
+    positions = getattr(config, "max_position_embeddings", None) or -1
+    length = min(_LENGTH, positions) if positions > 0 else _LENGTH
     start_T = torch.arange(length) * 37
     start_T[length // 2 :] += 11
     ids_BT = start_T.repeat(rows, 1)
@@ -79,7 +80,7 @@ def observe(base: Any) -> Answers:
     name = base.config.model_type
     why = REFUSED.get(name)
     linear = base.get_output_embeddings()
-    if why is None and base.base_model is base:
+    if why is None and body_of(base) is base:
         why = "it has no body apart from its unembedding"
     if why is None and not isinstance(getattr(linear, "weight", None), nn.Parameter):
         why = "it has no matrix that turns states into logits"
@@ -206,7 +207,7 @@ def _run(base: Any, ids_BT: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tens
         output.last_hidden_state = scale * output.last_hidden_state
         return output
 
-    with base.base_model.register_forward_hook(scale_up):
+    with body_of(base).register_forward_hook(scale_up):
         logits: Tensor = base(input_ids=ids_BT, use_cache=False).logits
     return states[-1], logits.float()
 

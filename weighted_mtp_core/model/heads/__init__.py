@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Literal
 from attrs import frozen
 from torch import Tensor, nn
 
+from weighted_mtp_core.model.families import body_of
+
 HeadKind = Literal["transformer", "linear"]
 
 
@@ -69,5 +71,6 @@ class Heads(nn.ModuleList, ABC):
     def rejoin(self, base: Any, *, trunk: nn.Module, norm: nn.Module) -> None:
         """Put trunk, head 1 and norm into a causal LM of the base model's kind: undo `split`."""
         del norm
+        body = body_of(base)
         for name, child in trunk.named_children():
-            setattr(base.base_model, name, child)
+            setattr(body, name, child)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from weighted_mtp_core.model.families import body_of
 from weighted_mtp_core.model.heads import Heads, SplitModel
 
 
@@ -22,7 +23,7 @@ class LinearHeads(Heads):
     @classmethod
     def split(cls, base: Any, *, n_future: int) -> SplitModel:
         """Take the body as it is, its final norm included."""
-        body = base.base_model
+        body = body_of(base)
         width = int(base.get_output_embeddings().weight.shape[1])
         heads = cls([nn.Identity(), *(ResidualHead(width) for _ in range(n_future - 1))])
         return SplitModel(trunk=body, heads=heads, norm=nn.Identity())

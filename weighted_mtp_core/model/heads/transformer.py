@@ -130,6 +130,7 @@ class _ZeroEmbedding(nn.Module):
         super().__init__()
         self.width = width
 
-    def forward(self, positions: Tensor) -> Tensor:
-        """Return zeros `[..., H]`."""
-        return torch.zeros(*positions.shape, self.width, device=positions.device)
+    def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
+        """Return zeros `[H]`, to be added to states, whatever the family passes to find positions."""
+        first = next(iter((*given, *named.values())))
+        return torch.zeros(self.width, device=first.device)
