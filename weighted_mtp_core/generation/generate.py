@@ -133,7 +133,8 @@ def generate(
     rows = [_Row(index=i, limit=_limit(policy, len(ids), max_new_tokens)) for i, ids in enumerate(prompts)]
     done = 0
     lengths = [len(ids) for ids in prompts]
-    for live in batches(rows, lengths, size=batch_size, padding=manner.no_padding is None):
+    for batch in batches(rows, lengths, size=batch_size, padding=manner.no_padding is None):
+        live = batch
         decoder = decoder_of(policy)(
             heads=heads,
             temperature=temperature,

@@ -1,9 +1,9 @@
 """Find how a policy can be decoded: with drafts, in rows of different lengths, with a cache.
 
 Families differ in what their caches and masks can do. A recurrent layer cannot forget a rejected draft, some
-families measure distances in cache slots, some keep states that nobody can hand back. So the real `Decoder`
-is run on a few known tokens, some drafts rejected, and its logits are compared with those of one pass over the
-whole text. What fails is not used: the text stays right and costs more time.
+families measure distances in cache slots, some keep states of their own. So the real `Decoder` is run on a
+few known tokens, some drafts rejected, and its logits are compared with those of one pass over the whole
+text. What fails is not used: the text stays right and costs more time.
 
 Shape letters: R rows, T tokens, D drafted tokens, K heads, V vocabulary.
 """
@@ -95,7 +95,7 @@ def _fault(policy: Policy, *, drafts: int, starts: Sequence[int]) -> str | None:
             decoder.step()
         decoder.keep([1])
         decoder.step()
-    except Exception as error:  # of any model at all, so of any kind
+    except Exception as error:  # noqa: BLE001 - of any model at all, so of any kind; it is reported
         return f"it fails with a cache ({reason(error)})"
     return None if decoder.gap <= _TOLERANCE else f"its logits are others with a cache (by {decoder.gap:.2g})"
 
@@ -169,7 +169,7 @@ class _Following(Decoder):
 
 @define(kw_only=True, eq=False)
 class UncachedDecoder(Decoder):
-    """Reads the whole text again for each token; rows are of one length. For models without a usable cache."""
+    """Reads the whole text again for each token, where no cache works; rows are of one length."""
 
     _ids_RT: Tensor = field(init=False)
 

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.messages import reason
 from weighted_mtp_core.model.policy import Policy
 
 _TOLERANCE = 1e-4  # of the second document's states against its states alone, fp32
 _LENGTH = 8
+_MEND = 'set `data.packing = "none"`: documents are then grouped by length'
 
 
 @torch.no_grad()
@@ -27,15 +29,21 @@ def check_packing(policy: Policy) -> None:
     position_BT = torch.arange(_LENGTH, device=device).repeat(2)[None]
     was_training = policy.training
     policy.eval()
-    packed = _states(policy, ids_BT, position_BT=position_BT)[:, _LENGTH:]
-    alone = _states(policy, ids_BT[:, _LENGTH:], position_BT=None)
-    policy.train(was_training)
+    try:
+        packed = _states(policy, ids_BT, position_BT=position_BT)[:, _LENGTH:]
+        alone = _states(policy, ids_BT[:, _LENGTH:], position_BT=None)
+    except Exception as error:  # of any model at all, so of any kind
+        raise WmtpError(
+            f"a `{policy.config.model_type}` model cannot be run on packed rows ({reason(error)})", hint=_MEND
+        ) from error
+    finally:
+        policy.train(was_training)
     gap = float((packed - alone).abs().max() / alone.abs().max().clamp(min=1e-6))
-    if gap > _TOLERANCE:
+    if not gap <= _TOLERANCE:  # NaN, too
         raise WmtpError(
             f"a `{policy.config.model_type}` model mixes documents that share a row "
             f"(states differ by {gap:.2g})",
-            hint='set `data.packing = "none"`: documents are then grouped by length',
+            hint=_MEND,
         )
 
 

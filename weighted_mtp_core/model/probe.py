@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from attrs import frozen
@@ -25,8 +25,8 @@ from weighted_mtp_core.model.families import REFUSED, body_of, logit_forms, text
 from weighted_mtp_core.model.sparse_feed_forward import one_position_per_row, sparse_rows
 from weighted_mtp_core.model.unembedding import Unembedding
 
-if TYPE_CHECKING:
-    from weighted_mtp_core.model.policy import Policy
+Policy = Any
+"""`model.policy.Policy`, which imports this module."""
 
 _TOLERANCE = 1e-4  # of the largest logit, fp32
 _LENGTH = 24

@@ -30,6 +30,7 @@ from weighted_mtp_core.data.samplers import Sampler, in_order, pointwise
 from weighted_mtp_core.data.token_cache import TokenCache
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.generation.manner import manner_of
 from weighted_mtp_core.metrics.critic import LengthOnly
 from weighted_mtp_core.model.frozen_losses import frozen_losses
 from weighted_mtp_core.model.load import load_policy
@@ -227,6 +228,11 @@ def prepare(plan: Plan, *, log: Callable[[str], None]) -> Prepared:
         policy.recompute_activations()
     if recipe.data.packing == "documents":
         check_packing(policy)
+    manner = manner_of(policy)
+    if recipe.evaluate.decoding == "self_speculative" and manner.no_drafts is not None:
+        log(f"evaluation decodes plainly: {manner.no_drafts}")
+    if manner.no_cache is not None:
+        log(f"evaluation reads each text again for each token, which is slow: {manner.no_cache}")
     millions = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
     heads = f"{policy.n_future} heads on {compute.device}"
     log(f"policy {loaded.base_name}: {millions:.1f} M parameters, {heads}")
