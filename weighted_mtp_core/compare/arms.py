@@ -96,7 +96,7 @@ def refuse_unequal(
     faults = [
         f"{key}: {was.get(key, 'absent')} in `{first_name}`, {now.get(key, 'absent')} in `{other_name}`"
         for key in sorted(was.keys() | now.keys())
-        if was.get(key) != now.get(key) and _below(key, EQUAL) and not _below(key, allowed)
+        if was.get(key) != now.get(key) and is_below(key, EQUAL) and not is_below(key, allowed)
     ]
     if faults:
         key = faults[0].partition(":")[0]
@@ -112,5 +112,6 @@ def digest(arms: Sequence[Arm], seeds: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps(identities, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _below(key: str, tables: Sequence[str]) -> bool:
+def is_below(key: str, tables: Sequence[str]) -> bool:
+    """Return whether a dotted key is one of some tables or keys, or below one."""
     return any(key == each or key.startswith(f"{each}.") for each in tables)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from attrs import define, field, frozen
 
-from weighted_mtp_core.compare.arms import Arm
+from weighted_mtp_core.compare.arms import Arm, is_below
 from weighted_mtp_core.runtime.interrupts import sigterm_raises
 from weighted_mtp_core.tracking.run_folder import is_held, read_run
 
@@ -125,10 +125,7 @@ def _runs_of(job: Job) -> Iterator[Path]:
 def _comparable(
     facts: Mapping[str, Mapping[str, str]], same_result: Sequence[str]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    def matters(key: str) -> bool:
-        return not any(key == each or key.startswith(f"{each}.") for each in same_result)
-
-    params = {key: value for key, value in facts.get("params", {}).items() if matters(key)}
+    params = {key: value for key, value in facts.get("params", {}).items() if not is_below(key, same_result)}
     return params, dict(facts.get("plugins", {}))
 
 
@@ -262,4 +259,4 @@ class Runner:
 def _last_error(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     errors = [line for line in lines if line.startswith("error:")]
-    return (errors or lines or ["it wrote nothing"])[-1].removeprefix("error: ")
+    return (errors or lines or ["no output"])[-1].removeprefix("error: ")
