@@ -29,7 +29,7 @@ def assert_whole(record, reason):
 
 
 def is_uploading(record):
-    return any(delivery.outbox.allowance_s() > 0 for delivery in record._deliveries)
+    return any(uploader.outbox.allowance_s() > 0 for uploader in record._uploaders)
 
 
 def has_every_file(record):
