@@ -1,4 +1,4 @@
-"""Chromium without a window, told what to do over its debugging pipe: JSON messages that end in NUL."""
+"""Headless Chromium, controlled over its debugging pipe with JSON messages that end in NUL."""
 
 import json
 import os
@@ -16,16 +16,16 @@ TEXT = "document.body.innerText"
 
 
 def find() -> str | None:
-    """Return the browser that is installed, if there is one."""
+    """Return the installed browser, if there is one."""
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 
 class RefusedError(Exception):
-    """The browser refused a command, for instance because its page has just gone."""
+    """The browser refused a command, for example because its page has just been closed."""
 
 
 class Browser:
-    """One page of a browser that is closed at the end of a `with` block."""
+    """One page of a browser, which is closed at the end of a `with` block."""
 
     def __init__(self, program: str, profile: Path) -> None:
         self._number = 0
@@ -35,7 +35,7 @@ class Browser:
         flags = ("--headless", "--no-sandbox", "--no-first-run", "--disable-gpu", "--remote-debugging-pipe")
         # about:blank: the page of a new tab has frames of its own
         command = [program, *flags, f"--user-data-dir={profile}", "--window-size=1600,4000", "about:blank"]
-        # the pipe is on descriptors 3 and 4, by agreement
+        # Chromium expects the pipe on descriptors 3 and 4
         self._process = subprocess.Popen(
             ["bash", "-c", f'exec "$@" 3<&{reads} 4>&{writes}', "bash", *command],
             pass_fds=(reads, writes),
@@ -53,25 +53,25 @@ class Browser:
             self._do(f"{domain}.enable", session=self._session)
 
     def open(self, url: str, *, login: str | None = None) -> None:
-        """Go to a page, if need be as somebody who gave `user:password` to the browser."""
+        """Open a page, with the login `user:password` if one is given."""
         if login is not None:
             headers = {"Authorization": f"Basic {b64encode(login.encode()).decode()}"}
             self._do("Network.setExtraHTTPHeaders", session=self._session, headers=headers)
         self._do("Page.navigate", session=self._session, url=url)
 
     def prefer(self, scheme: str) -> None:
-        """Become somebody who likes `light` or `dark`."""
+        """Set the preferred colour scheme, `light` or `dark`."""
         feature = {"name": "prefers-color-scheme", "value": scheme}
         self._do("Emulation.setEmulatedMedia", session=self._session, features=[feature])
 
     def tell(self, expression: str) -> Any:
-        """Return what a JavaScript expression is in the page."""
+        """Return the value of a JavaScript expression in the page."""
         found = self._do("Runtime.evaluate", session=self._session, expression=expression, returnByValue=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
     def point(self, x: float, y: float, *, click: bool = False) -> None:
-        """Move the mouse somewhere in the window, and click there."""
+        """Move the mouse to a position in the window, and click if asked to."""
         for kind in ("mouseMoved", "mousePressed", "mouseReleased")[: 3 if click else 1]:
             self._do(
                 "Input.dispatchMouseEvent",
@@ -84,20 +84,20 @@ class Browser:
             )
 
     def picture(self, path: Path) -> None:
-        """Keep what the window shows as PNG."""
+        """Save a screenshot as PNG."""
         found = self._do("Page.captureScreenshot", session=self._session, format="png")
         path.write_bytes(b64decode(found["data"]))
 
     def shown(self, words: tuple[str, ...], *, seconds: float = 60) -> str:
-        """Wait until the page shows all words; return what it shows in any case."""
+        """Wait until the page shows all words; return its text in any case."""
         return self._waited(lambda: self._session, words, seconds)
 
     def shown_in_frame(self, scheme: str, words: tuple[str, ...], *, seconds: float = 60) -> str:
-        """Do the same for the frame that shows a URL of this scheme, such as `blob`."""
+        """Do the same for the frame with a URL of this scheme, such as `blob`."""
         return self._waited(lambda: self._frame(scheme), words, seconds)
 
     def _frame(self, scheme: str) -> str | None:
-        """Return the session of the frame that shows a URL of this scheme, if there is one by now."""
+        """Return the session of the frame with a URL of this scheme, if there is one."""
         for target in self._do("Target.getTargets")["targetInfos"]:
             if target["type"] == "iframe" and target["url"].startswith(f"{scheme}:"):
                 name = target["targetId"]
@@ -136,7 +136,7 @@ class Browser:
             self._note(answer)
 
     def _note(self, event: dict[str, Any]) -> None:
-        """Keep what the page fetches, and what goes wrong in it."""
+        """Record the requests and the errors of the page."""
         params = event.get("params", {})
         if event.get("method") == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])

@@ -1,4 +1,4 @@
-"""One real tracking stack for the session, and what reads a run back from it."""
+"""One real tracking stack for the session, and helpers that read a run back from it."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ from weighted_mtp_core.tracking.recorder import Recorder
 
 @pytest.fixture(scope="session")
 def stack() -> Iterator[servers.Stack]:
-    """PostgreSQL, SeaweedFS, MLflow and nginx; installed if they can be, skipped loudly if not."""
+    """PostgreSQL, SeaweedFS, MLflow and nginx, installed if possible; skips with a reason if not."""
     servers.install()
     if missing := servers.missing():
         reason = (
@@ -38,7 +38,7 @@ def stack() -> Iterator[servers.Stack]:
 
 @pytest.fixture(autouse=True)
 def environment(stack: servers.Stack, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """This process is configured for the stack; after a test everything is up."""
+    """Configure this process for the stack; after a test every server is up again."""
     stack.configure(monkeypatch)
     monkeypatch.chdir(tmp_path)
     yield
@@ -47,7 +47,7 @@ def environment(stack: servers.Stack, monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 @pytest.fixture
 def direct() -> dict[str, str]:
-    """Options of a tracker whose files go straight to S3."""
+    """Options of a tracker that stores files directly in S3."""
     return {"artifact_root": f"s3://{servers.BUCKET}/direct", "experiment_prefix": "direct"}
 
 
@@ -59,7 +59,7 @@ def store(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> dict[str, str]:
-    """Options for the server in both artifact modes, and for every store that needs no server."""
+    """Options for the server in both artifact modes, and for every store without a server."""
     monkeypatch.setenv("PGPASSWORD", stack.database_password)
     return {
         "proxied": {},
@@ -76,7 +76,7 @@ def store(
 
 @pytest.fixture
 def open_recorder(tmp_path: Path) -> Callable[..., Recorder]:
-    """Begin a run in the test's own folder that `core.mlflow` tracks."""
+    """Begin a run in the folder of the test, with the tracker `core.mlflow`."""
     return partial(recording.open_recorder, tmp_path)
 
 
@@ -113,7 +113,7 @@ def wmtp(start: Callable[..., "subprocess.Popen[str]"]) -> Callable[..., "subpro
 
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[browsers.Browser]:
-    """A browser, installed if it can be, skipped loudly if not."""
+    """A browser, installed if possible; skips with a reason if not."""
     if browsers.find() is None:
         servers.install("chromium")
     program = browsers.find()

@@ -1,4 +1,4 @@
-"""Runs as tests record them, what they said, and what MLflow's own client reads back."""
+"""Runs for tests, their output, and what MLflow's own client reads back."""
 
 import io
 import threading
@@ -24,7 +24,7 @@ TRACKER = "0-core.mlflow"
 def open_recorder(
     cwd: Path, *, close_seconds: float = 60.0, params: dict | None = None, **options: object
 ) -> Recorder:
-    """Begin a run below a folder that `core.mlflow` tracks, with options and limits of its own."""
+    """Begin a run below a folder, with the tracker `core.mlflow` and these options and limits."""
     tracker = build_mlflow(MlflowOptions(**options), BuildContext(seed=0, storage=cwd / "storage"))
     experiment = f"{options.get('experiment_prefix', 'weighted_mtp')}/{cwd.name}"
     folder = RunFolder.create(cwd / "runs", experiment=experiment, name="run")
@@ -48,12 +48,12 @@ def open_recorder(
 
 
 def shown(record: Recorder) -> str:
-    """Return what a run said on its screen."""
+    """Return the output of a run's display."""
     return str(record.display.console.file.getvalue())
 
 
 def wait_until(condition: Callable[[], bool], *, seconds: float = 30.0, said: str = "") -> None:
-    """Wait for what should happen soon; a server that is being broken or comes back may fail to answer."""
+    """Wait for a condition; a server that is being stopped or started may fail to answer."""
     end = time.monotonic() + seconds
     while not _holds(condition):
         assert time.monotonic() < end, f"it did not happen in time {said}"
@@ -70,12 +70,12 @@ def _holds(condition: Callable[[], bool]) -> bool:
 
 
 def wait_for_words(record: Recorder, words: str, *, seconds: float = 30.0) -> None:
-    """Wait until a run says something."""
+    """Wait until the display of a run shows some words."""
     wait_until(lambda: words in shown(record), seconds=seconds, said=f"({words})")
 
 
 class Training:
-    """A thread that records five metrics a step, as a training loop does, and keeps the slowest step."""
+    """A thread that records five metrics per step, as a training loop does, and measures the slowest step."""
 
     def __init__(self, record: Recorder, *, step_seconds: float = 0.05) -> None:
         self.record = record
@@ -102,7 +102,7 @@ class Training:
 
 
 class Stored:
-    """A run as MLflow's own client reads it, from the server unless a store is named."""
+    """A run as MLflow's own client reads it, from the server or from the given store."""
 
     def __init__(self, folder: Path, uri: str | None = None) -> None:
         from mlflow import MlflowClient
@@ -119,7 +119,7 @@ class Stored:
         return self.run.info.status
 
     def points(self) -> list[tuple[str, int, float, int]]:
-        """Every point, as often as the server holds it."""
+        """Every point, as often as the server has it."""
         return sorted(
             (name, point.step, point.value, point.timestamp)
             for name in self.run.data.metrics

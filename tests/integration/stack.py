@@ -1,6 +1,6 @@
-"""PostgreSQL, SeaweedFS, an MLflow server and nginx with Basic Auth, on loopback: started, broken, stopped.
+"""PostgreSQL, SeaweedFS, an MLflow server and nginx with Basic Auth on loopback, to start, break and stop.
 
-Everything lives in one folder below the temporary directory and listens on free ports of 127.0.0.1 only.
+All files are in one temporary folder, and all servers listen on free ports of 127.0.0.1 only.
 Every server is stopped by the process group that was started for it.
 """
 
@@ -24,7 +24,7 @@ import pytest
 from attrs import define, field
 
 BUCKET = "wmtp"
-FOREIGN = ("MLFLOW_", "AWS_")  # what a developer's shell may say is not for the tests
+FOREIGN = ("MLFLOW_", "AWS_")  # variables of the developer's shell that tests must not see
 DEBIAN = ("nginx", "apache2-utils", "postgresql")
 _BINARIES = ("nginx", "htpasswd", "initdb")
 
@@ -37,7 +37,7 @@ def missing() -> list[str]:
 
 
 def install(*packages: str) -> None:
-    """Install Debian packages that are missing, where that is possible; without names, the stack's."""
+    """Install missing Debian packages if possible; by default those of the stack."""
     lacking = [name for name in packages if shutil.which(name) is None] if packages else missing()
     if not lacking or shutil.which("apt-get") is None:
         return
@@ -106,7 +106,7 @@ class Server:
 
 
 class Stack:
-    """The whole stack. Each server can be stopped and started alone."""
+    """The whole stack; each server can be stopped and started separately."""
 
     def __init__(self) -> None:
         self.state = Path(tempfile.mkdtemp(prefix="wmtp-stack-"))
@@ -131,7 +131,7 @@ class Stack:
 
     @property
     def database_uri(self) -> str:
-        """The database itself, for a client that goes around the server; its password is in PGPASSWORD."""
+        """URI of the database, for a client without the server; the password is in PGPASSWORD."""
         return f"postgresql+psycopg2://mlflow@127.0.0.1:{self.ports['postgres']}/mlflow"
 
     @property
@@ -154,14 +154,14 @@ class Stack:
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
             "AWS_DEFAULT_REGION": "us-east-1",
             "MLFLOW_S3_ENDPOINT_URL": self.s3_endpoint,
-            # keep boto3 away from ~/.aws and from the address of the instance metadata
+            # boto3 must not read ~/.aws or the address of the instance metadata
             "AWS_EC2_METADATA_DISABLED": "true",
             "AWS_CONFIG_FILE": "/dev/null",
             "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
         }
 
     def configure(self, patch: pytest.MonkeyPatch) -> None:
-        """Configure this process for the stack, as a user's shell would be."""
+        """Configure this process for the stack, like the shell of a user."""
         for name in list(os.environ):
             if name.startswith(FOREIGN):
                 patch.delenv(name)
@@ -201,7 +201,7 @@ class Stack:
         shutil.rmtree(self.state, ignore_errors=True)
 
     def repair(self) -> None:
-        """Start again what a test stopped."""
+        """Start the servers that a test stopped."""
         self.mlflow.send(signal.SIGCONT)
         for server in (self.postgres, self.s3, self.mlflow, self.nginx):
             if server.process is None or server.process.poll() is not None:
@@ -308,9 +308,9 @@ class Stack:
         ports = self.ports
         command = [
             *(str(_weed()), "-logtostderr=true", "server", f"-dir={folder}"),
-            # the defaults are the machine's outside address, and telemetry
+            # the defaults are the machine's external address, and telemetry
             *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"),
-            # the only master waits that long for others before it rules, at the start and after each kill
+            # how long the only master waits for others, at the start and after each kill
             *(f"-master.port={ports['master']}", "-master.electionTimeout=1s"),
             "-master.volumeSizeLimitMB=512",
             *(f"-master.port.grpc={free_port()}", f"-volume.port.grpc={free_port()}"),
@@ -333,7 +333,7 @@ class Stack:
         )
 
     def _s3_works(self) -> bool:
-        """`/healthz` says OK before the volumes are there; an object that can be read back does not."""
+        """Write and read an object: `/healthz` returns OK before the volumes are available."""
         import botocore.exceptions
 
         if not _answers(f"{self.s3_endpoint}/healthz"):
@@ -352,10 +352,10 @@ class Stack:
             return False
 
     def _mlflow(self) -> Server:
-        self.socket.parent.mkdir(mode=0o750)  # the socket itself is open to all, so its folder is not
+        self.socket.parent.mkdir(mode=0o750)  # everybody can write to the socket, so its folder is protected
         if self.root:
             os.chown(self.socket.parent, 0, pwd.getpwnam("www-data").pw_gid)
-        # no password on the command line, which every user of the machine can read
+        # every user of the machine can read command lines, so no password there
         pgpass = self.state / "pgpass"
         pgpass.write_text(f"127.0.0.1:{self.ports['postgres']}:mlflow:mlflow:{self.database_password}\n")
         pgpass.chmod(0o600)
@@ -377,7 +377,7 @@ class Stack:
         return Server("MLflow", command, self._mlflow_answers, self.state / "log" / "mlflow.log", environment)
 
     def _mlflow_answers(self) -> bool:
-        """`/health` says OK without the database; a query does not."""
+        """Send a query: `/health` returns OK without the database."""
         query = "/api/2.0/mlflow/experiments/search?max_results=1"
         request = f"GET {query} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
         try:

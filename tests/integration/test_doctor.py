@@ -1,4 +1,4 @@
-"""`doctor` on the real stack: everything ticked, and each thing that is wrong told apart."""
+"""`doctor` on the real stack: no fault, and the right line for each fault."""
 
 import pytest
 from weighted_mtp_core.cli import main
@@ -8,7 +8,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def doctor(capsys, stack, monkeypatch):
-    """Run `doctor`; return its exit code and the lines of the checklist that are not `ok`."""
+    """Run `doctor`; return its exit code and the lines that are not `ok`."""
 
     def doctor(**changes):
         for name, value in changes.items():

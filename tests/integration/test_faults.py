@@ -1,4 +1,4 @@
-"""Faults injected into the real stack: training never waits, nothing is lost, nothing is doubled."""
+"""Faults in the real stack: training never waits, and nothing is lost or duplicated."""
 
 import os
 import signal
@@ -13,12 +13,12 @@ pytestmark = pytest.mark.slow
 
 
 def last_step(record):
-    """The newest step at the server: `m0` has its step for a value."""
+    """The last step at the server: the value of `m0` is its step."""
     return Stored(record.folder.path).run.data.metrics.get("m0", 0)
 
 
 def assert_whole(record, reason):
-    """The server has every point once; the outage was said once, for this reason, and its end once."""
+    """The server has every point once; the outage was logged once, with this reason, and its end once."""
     run = Stored(record.folder.path)
 
     assert run.status == "FINISHED"
@@ -39,7 +39,7 @@ def has_every_file(record):
 def test_s3_killed_during_an_upload_and_back_after_20_seconds_or_gone_while_the_server_hangs_for_30(
     stack, open_recorder, direct
 ):
-    """Five runs: one without files, one in each artifact mode; one ends while S3 is away, one begins then."""
+    """Runs without files and in each artifact mode; one ends and one begins while S3 is down."""
     checkpoint = os.urandom(50_000_000)
     plain, proxied, straight = open_recorder(), open_recorder(), open_recorder(**direct)
     gone = open_recorder(keep_local=False, close_seconds=2)
@@ -68,7 +68,7 @@ def test_s3_killed_during_an_upload_and_back_after_20_seconds_or_gone_while_the_
         for record in (proxied, straight):
             wait_until(partial(has_every_file, record), seconds=60, said=shown(record))
 
-    assert loop.slowest < 1  # a step that waited for a server would have waited for its timeout
+    assert loop.slowest < 1  # waiting for a server would take as long as its timeout
     assert_whole(plain, "did not answer in time")
     for record in (proxied, straight):
         run = Stored(record.folder.path)

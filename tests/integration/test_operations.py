@@ -1,4 +1,4 @@
-"""The files of docs/tracking, and what the document tells an operator to type, really used."""
+"""The files in docs/tracking and the commands of the page for operators, executed."""
 
 import json
 import os
@@ -23,7 +23,7 @@ DOCS = ROOT / "docs" / "tracking"
 
 @pytest.fixture
 def bucket(stack):
-    """A bucket of its own, and an admin's client."""
+    """A new bucket, and the client of an admin."""
     client = stack.s3_client()
     client.create_bucket(Bucket="operations")
     yield client
@@ -86,7 +86,7 @@ def test_the_vessl_template_takes_every_secret_from_the_store():
 
 
 def test_the_commands_of_the_vessl_template_work(start, tmp_path):
-    """But for the installation, and with `check` for `run`: other tests run that recipe on these servers."""
+    """Without the installation, and with `check` instead of `run`, since other tests run that recipe."""
     (job,) = yaml.safe_load((DOCS / "vessl.yaml").read_text())["run"]
     doctor, run, sync = (
         line.split()[1:] for line in job["command"].splitlines() if line.startswith("python ")

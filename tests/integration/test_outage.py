@@ -1,4 +1,4 @@
-"""The server is killed for a minute. Runs that go on, end, are stopped or die meanwhile all arrive whole."""
+"""The server is down for a minute. Runs that continue, end, are stopped or die meanwhile arrive complete."""
 
 import json
 import signal
@@ -22,7 +22,7 @@ STEPS = {"ends": 100, "stopped": 100_000, "dies": 100_000}
 
 @define(kw_only=True)
 class Outage:
-    """What happened, by the name of the run."""
+    """The results, by the name of the run."""
 
     folders: dict[str, Path]
     codes: dict[str, int] = field(factory=dict)
@@ -45,7 +45,7 @@ def run_folders(cwd):
 
 @pytest.fixture(scope="module")
 def outage(stack, wmtp, tmp_path_factory):
-    """Three runs of the program and one of this process, through one outage; then `track sync` of each."""
+    """Three runs of the program and one of this process during one outage; then `track sync` of each."""
     cwd = tmp_path_factory.mktemp("outage")
     processes = {
         name: wmtp(*CI, "--set", f"train.steps={count}", "--run-name", name, cwd=cwd)
@@ -90,7 +90,7 @@ def test_a_run_that_goes_on_loses_nothing_and_catches_up_in_ten_seconds(outage):
     run = Stored(record.folder.path)
 
     assert found.closing_s["catches up"] < 10
-    assert loop.slowest < 1  # a step that waited for a server would have waited for its timeout
+    assert loop.slowest < 1  # waiting for a server would take as long as its timeout
     assert run.status == "FINISHED"
     assert run.points() == run.journalled()
     assert shown(record).count("`core.mlflow` is unavailable") == 1
@@ -113,7 +113,7 @@ def test_a_run_that_ends_without_the_server_has_its_own_exit_code_and_says_what_
     found, *_ = outage
 
     assert found.codes[name] == code
-    assert found.closing_s[name] < 10  # the limit, and leaving Python on a busy machine
+    assert found.closing_s[name] < 10  # the limit, and the exit of Python on a busy machine
     assert "`core.mlflow` has not received " in found.stdout[name]
     assert f"track sync {found.folders[name]}" in found.stdout[name]
 

@@ -1,4 +1,4 @@
-"""The page that shows a run, in a real browser: it renders, switches, fetches and complains of nothing."""
+"""The report in a real browser: it renders and switches, without requests and without errors."""
 
 import pytest
 from weighted_mtp_core.metrics.critic_report import ReliabilityBin
@@ -15,7 +15,7 @@ from weighted_mtp_core.tracking.journal import Journal
 
 @pytest.fixture(autouse=True)
 def environment():
-    """A page of its own folder needs no tracking stack, which these tests have elsewhere."""
+    """Override the fixture that starts the tracking stack: a page in a folder needs no server."""
 
 
 def solution(name, reward, text, numbers):
@@ -61,7 +61,7 @@ REPORT = TokenReport(
 
 @pytest.fixture
 def page(tmp_path, browser):
-    """The browser with the page of a small run open; a test ends with nothing fetched and no complaint."""
+    """A browser with the report of a small run; at the end there was no other request and no error."""
     run = tmp_path / "run"
     run.mkdir()
     journal = Journal(run / "metrics.jsonl")
@@ -134,7 +134,7 @@ def test_the_switch_changes_what_shades_the_tokens(page):
         assert legends == 1
 
     assert len(set(shades[:4])) == 4
-    assert shades[3] == shades[4]  # head 2 loses twice as much everywhere: the same shares of its largest
+    assert shades[3] == shades[4]  # head 2 has twice the loss everywhere: the same shares of its largest loss
     assert all(len(set(each)) >= 3 for each in shades)
 
 
@@ -171,7 +171,7 @@ def test_text_can_be_read_in_light_and_in_dark(page, scheme):
         assert page.tell(LEAST_CONTRAST) >= 4.5, key
 
 
-# The least contrast (WCAG 2.1) between a text and what lies behind it, over all texts of the page.
+# The least contrast (WCAG 2.1) between a text and its background, over all texts of the page.
 LEAST_CONTRAST = """(() => {
   const parse = text => { const [r, g, b, a = 1] = text.match(/[\\d.]+/g).map(Number); return [r, g, b, a]; };
   const over = (top, below) => below.map((each, i) => i < 3 ? top[i] * top[3] + each * (1 - top[3]) : 1);

@@ -1,4 +1,4 @@
-"""What a run records is what MLflow's own client reads back, on every kind of store."""
+"""MLflow's own client reads back what a run recorded, on every kind of store."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Planted secrets are nowhere afterwards: screen, logs, journal, artifacts, database, process list."""
+"""Planted secrets appear nowhere: screen, logs, journal, artifacts, database, process list."""
 
 import os
 import subprocess
@@ -78,14 +78,14 @@ def process_list():
 
 @pytest.fixture
 def repository(tmp_path):
-    """A Git repository whose remote holds a secret, as MLflow would note it down."""
+    """A Git repository with a secret in the URL of its remote, which MLflow would record."""
     for command in (["init", "-q"], ["remote", "add", "origin", REMOTES[0]]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
     return tmp_path
 
 
 def test_planted_secrets_are_nowhere(stack, repository):
-    """A run with debug logging, an upload that fails and an exception that quotes secrets."""
+    """A run with debug logging, a failing upload and an exception that contains secrets."""
     process = subprocess.Popen(
         [sys.executable, "-c", dedent(RUN), *REMOTES],
         env={**os.environ, **stack.environment, "AWS_SESSION_TOKEN": "", "MLFLOW_TRACKING_TOKEN": ""},

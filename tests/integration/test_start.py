@@ -1,4 +1,4 @@
-"""What cannot work says so before anything is loaded: in a few seconds, in one line, without a secret."""
+"""A run that cannot work stops before anything is loaded: in seconds, with one line, without a secret."""
 
 import time
 from pathlib import Path
@@ -14,7 +14,7 @@ BASELINE = str(Path(__file__).parents[2] / "configs" / "baseline.toml")
 
 @pytest.fixture
 def start_error(open_recorder, tmp_path):
-    """The error of beginning a run, after checking what holds for all of them."""
+    """The error at the start of a run, after the checks that all of them must pass."""
 
     def start_error(**options):
         began = time.monotonic()

@@ -1,4 +1,4 @@
-"""`storage sync` against a real S3 server: uploads once, goes on with half, and the run says how it went."""
+"""`storage sync` with a real S3 server: it uploads once, resumes an interrupted upload, and tags the run."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ def to(tmp_path):
 
 @pytest.fixture
 def objects(stack, to):
-    """Key, ETag and time of everything below the target."""
+    """Key, ETag and time of all objects below the target."""
     prefix = to.removeprefix(f"s3://{servers.BUCKET}/") + "/"
 
     def objects():
@@ -52,7 +52,7 @@ def run(open_recorder):
 
 @pytest.fixture
 def syncing(storage, to, objects, wmtp):
-    """Start a sync; return it half done, and what tells whether S3 has exactly what is here."""
+    """Start a sync; return it half done, and a function that compares S3 with the local files."""
 
     def whole():
         return {key: tag.strip('"') for key, (tag, _) in objects().items()} == {

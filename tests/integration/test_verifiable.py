@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 RECIPE = (
     *("run", Path(__file__).parents[2] / "configs" / "verifiable.toml", "--preset", "ci"),
-    *("--set", "critic.allow_uninformative_critic=true"),  # it learns for eight steps
+    *("--set", "critic.allow_uninformative_critic=true"),  # it trains for eight steps
 )
 STORES = ("proxied", "direct", "sqlite", "file")
 ARTIFACTS = {"proxied": "mlflow-artifacts:/", "direct": "s3://", "sqlite": "file:///", "file": "file:///"}
@@ -22,7 +22,7 @@ ARTIFACTS = {"proxied": "mlflow-artifacts:/", "direct": "s3://", "sqlite": "file
 
 @frozen(kw_only=True)
 class Run:
-    """A run that has ended, and the store that it went to; None is the server."""
+    """A run that has ended, and its store; None is the server."""
 
     returncode: int
     stdout: str

@@ -1,4 +1,4 @@
-"""A comparison: fair arms, values from journals, the table, and only those runs that are missing."""
+"""A comparison: fair arms, values from journals, the table, and execution of the missing runs only."""
 
 import csv
 import json
@@ -45,7 +45,7 @@ def arms(write_recipe, example_plugin):
 
 @pytest.fixture
 def write_run(tmp_path):
-    """Write a run's journal: validations of stage 2 at steps 0, 10 and 20, with so many seconds a step."""
+    """Write a journal with validations of stage 2 at steps 0, 10 and 20; return the run's measures."""
 
     def write(name, losses, *, step_seconds=1.0, **final):
         folder = tmp_path / name
@@ -169,7 +169,7 @@ def test_cores_are_shared_out(monkeypatch):
 
 
 def test_runs_share_out_the_gpus(arms, tmp_path, monkeypatch):
-    """Each run is a process that writes down which GPU it sees; none of them trains."""
+    """Each run is a process that prints its GPU; none of them trains."""
     script = "import os, sys; print('gpu', os.environ['CUDA_VISIBLE_DEVICES']); sys.exit(1)"
     monkeypatch.setattr(Job, "command", lambda _: [sys.executable, "-c", script])
     runner = Runner(
@@ -320,7 +320,7 @@ def test_curves_are_drawn_the_same_each_time(write_run, tmp_path):
 
 
 def test_the_recipes_of_the_study_are_fair(repository):
-    """Their plugins may not be installed here, so only what they say themselves is read."""
+    """Their plugins may not be installed here, so only the files themselves are read."""
     import tomli
 
     arms = sorted(Path(repository / "configs" / "study").glob("*.toml"))

@@ -1,4 +1,4 @@
-"""Files that matter are written whole and checked when read."""
+"""Files are written atomically and verified against their manifest."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The report of a run: everything its journal tells, on a page that needs nothing but itself."""
+"""The report of a run: the contents of its journal on a self-contained page."""
 
 import math
 import re
@@ -64,7 +64,7 @@ def page(run):
 
 
 def text(html):
-    """What a reader sees, without tags."""
+    """The text of a page, without tags."""
     return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", html.split("</style>")[1]))
 
 

@@ -1,4 +1,4 @@
-"""The tokens on a run's page carry the weights, values and losses that training would have used."""
+"""The tokens in a report have the weights, values and losses that training uses."""
 
 import json
 import math
@@ -180,7 +180,7 @@ def prepared_source(run):
 
 
 def check_solution(prepared, prompt, solution):
-    """Compare with the definition: one forward pass over the text, a token at a time."""
+    """Compare with the definition: one forward pass over the text, token by token."""
     tokenizer, policy = prepared.tokenizer, prepared.policy
     before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     response = "".join(token.text for token in solution.tokens).removesuffix(tokenizer.eos_token)

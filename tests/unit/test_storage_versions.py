@@ -1,4 +1,4 @@
-"""Storage v2: versions are added once, verified by checksum, and never change."""
+"""Versions of models and data sets are added once, verified by checksum, and never change."""
 
 import pytest
 from weighted_mtp_core.cli import main

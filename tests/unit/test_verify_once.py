@@ -1,4 +1,4 @@
-"""Large folders are hashed once, and again as soon as anything in them was touched."""
+"""Large folders are hashed once, and again after a change."""
 
 import pytest
 from weighted_mtp_core.api import WmtpError

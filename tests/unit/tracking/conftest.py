@@ -1,4 +1,4 @@
-"""A tracker that writes into a list and can be switched off, and a run folder with a journal to deliver."""
+"""A tracker that writes into a list and can simulate outages, and a run folder with a journal to upload."""
 
 import io
 import subprocess
@@ -30,10 +30,10 @@ HOLD = """
 
 
 class Notebook(Tracker):
-    """Keeps what it was told, in order.
+    """Records its calls in order.
 
-    `away` makes every call raise; `no_files` only those that store a file; `refuses` says which call will
-    never succeed; `answer_lost` takes the next batch of metrics and raises all the same.
+    `away` makes every call raise, `no_files` only those that store a file; the call named by `refuses` never
+    succeeds; with `answer_lost` it records the next batch of metrics and raises.
     """
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ def notebook() -> Notebook:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
-    """A new run folder, held by this process."""
+    """A new run folder, locked by this process."""
     folder = RunFolder.create(tmp_path / "runs", experiment="weighted_mtp/flat", name="first")
     yield folder
     folder.close()
@@ -97,7 +97,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 @pytest.fixture
 def journal(folder: RunFolder) -> Journal:
-    """The folder's journal, with the line that describes the run."""
+    """The journal of the folder, with the line that describes the run."""
     journal = Journal(folder.journal)
     journal.append("run", {"run_id": folder.run_id, "name": "first", "experiment": "weighted_mtp/flat"})
     yield journal
@@ -111,7 +111,7 @@ def outbox(folder: RunFolder, journal: Journal, notebook: Notebook) -> Outbox:
 
 @pytest.fixture
 def new_outbox(folder: RunFolder) -> Callable[[Tracker], Outbox]:
-    """Make another outbox on the same folder, as the next process would."""
+    """Create another outbox on the same folder, as the next process does."""
     return lambda tracker: make_outbox(folder, tracker)
 
 
@@ -123,7 +123,7 @@ def make_outbox(folder, tracker):
 
 @pytest.fixture
 def screen() -> io.StringIO:
-    """What a display wrote."""
+    """The output of a display."""
     return io.StringIO()
 
 
@@ -170,7 +170,7 @@ def wait_until() -> Callable[[Callable[[], bool]], None]:
 
 @pytest.fixture
 def holder(folder):
-    """Another process that holds the folder."""
+    """Another process that has locked the folder."""
     folder.close()
     process = subprocess.Popen(
         [sys.executable, "-c", dedent(HOLD), folder.path], stdout=subprocess.PIPE, text=True

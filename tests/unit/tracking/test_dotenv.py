@@ -1,4 +1,4 @@
-"""`.env`: known names only, as they are written, and the real environment wins."""
+"""`.env`: listed variables only, without interpolation; the environment takes precedence."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The journal: one checksummed JSON object a line, whole or not there."""
+"""The journal: one JSON object with a checksum per line, complete or absent."""
 
 import json
 import resource

@@ -23,7 +23,7 @@ def _clean_environment(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="session")
 def storage(tmp_path_factory):
-    """A storage root, shared: making an sqlite store takes seconds."""
+    """A shared storage root: creating an sqlite store takes seconds."""
     return tmp_path_factory.mktemp("storage")
 
 
@@ -57,7 +57,7 @@ def make_run(folder, **changes):
 
 
 def stored(tracker, experiment=EXPERIMENT):
-    """The tracker's store, and its run as MLflow's own client reads it."""
+    """The client of the tracker's store, and the run that it reads back."""
     from mlflow import MlflowClient
 
     client = MlflowClient(tracker.uri)

@@ -1,4 +1,4 @@
-"""The outbox: what one tracker gets, in which order and how often."""
+"""The outbox: what one tracker receives, in which order and how often."""
 
 import tracemalloc
 

@@ -1,4 +1,4 @@
-"""The recorder: what the stages tell it is in the run folder first, and the end is said in every way out."""
+"""The recorder: records are in the run folder first, and the run is closed however it ends."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Secrets are taken out of text, and ordinary text is left alone."""
+"""Secrets are removed from text, and ordinary text is unchanged."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""A run that goes on in its old folder: nothing recorded twice or lost, one run at the tracker."""
+"""A run that is resumed in its folder: nothing is recorded twice or lost, and the tracker has one run."""
 
 import pytest
 from weighted_mtp_core.api import RunOutcome
@@ -16,10 +16,10 @@ def steps(folder):
 
 @pytest.fixture
 def begin(open_recorder, folder, notebook):
-    """Record steps in the folder, as a process that begins or goes on; end it, or be killed."""
+    """Record steps in the folder, as a process that begins or resumes the run and ends it or is killed."""
 
     def begin(*steps, killed=False):
-        # Every process opens the folder anew; this one closes it in between.
+        # every process opens the folder again; this one closes it in between
         reopened = RunFolder.open(folder.path) if folder._lock is None else folder
         folder._lock = reopened._lock
         with open_recorder(notebook=notebook) as record:

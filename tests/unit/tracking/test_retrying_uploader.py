@@ -1,4 +1,4 @@
-"""The delivery: a thread that never makes training wait and never gives up before the end."""
+"""The uploader: a thread that never makes training wait and never gives up before the end."""
 
 import threading
 import time
@@ -25,7 +25,7 @@ def delivery(outbox, said, monkeypatch):
 
 @pytest.fixture
 def checkpoint(folder, journal):
-    """Write a checkpoint and journal that it is to be stored; return the journal."""
+    """Write a checkpoint and its line in the journal; return the journal."""
 
     def checkpoint():
         (folder.checkpoints / "best_model.pt").write_bytes(b"weights")
@@ -156,7 +156,7 @@ def test_a_file_that_cannot_be_stored_is_said_once_and_stored_when_it_can_be(
     delivery.start()
     notebook.no_files = True
     journal = checkpoint()
-    for step in range(30):  # lines that keep coming must not keep the file waiting
+    for step in range(30):  # new lines must not delay the file
         metrics(journal, step)
         time.sleep(0.01)
     notebook.no_files = False

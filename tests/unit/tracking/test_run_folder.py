@@ -1,4 +1,4 @@
-"""The run folder: where it lies, what it holds, and that one process at a time writes it."""
+"""The run folder: its path, its contents, and that one process at a time writes it."""
 
 import subprocess
 import sys

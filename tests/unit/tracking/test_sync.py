@@ -1,4 +1,4 @@
-"""After the run: what is pending is shown, and sent; here to a `file:` store, which needs no server."""
+"""After the run: `track status` shows what is pending, `track sync` sends it, here to a `file:` store."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from weighted_mtp_core.tracking.sync import DIED, run_status, sync_run
 
 @pytest.fixture
 def finished(open_recorder, notebook, monkeypatch):
-    """Record a run whose tracker is in a state; return what `sync_run` then told the notebook."""
+    """Record a run with a tracker in some state, then bring the tracker back and forget its calls."""
     monkeypatch.setattr(module, "make_plan", lambda _: None)
     monkeypatch.setattr(module, "build_trackers", lambda _: {"0-notebook": notebook})
 
@@ -117,7 +117,7 @@ RECIPE = """
 
 @pytest.fixture
 def dead(example_plugin, write_recipe, site, monkeypatch):
-    """The folder of a run that was killed before it sent anything but its beginning."""
+    """The folder of a run that was killed after sending its first lines."""
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "")
     recipe = write_recipe(RECIPE.replace("FOLDER", str(Path.cwd())))
     environment = {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
