@@ -9,5 +9,7 @@ EXIT_BAD_INPUT = 2
 """The user can repair the input: a recipe, an argument, an installed plugin."""
 EXIT_INTERRUPTED = 130
 """After SIGINT (Ctrl-C): 128 + 2, the shell's code for a process that signal 2 ended."""
+EXIT_PIPE_CLOSED = 141
+"""After the reader of the output has gone, as in `plugins list | head -1`: 128 + 13 (SIGPIPE)."""
 EXIT_TERMINATED = 143
 """After SIGTERM (a scheduler or `docker stop`): 128 + 15."""

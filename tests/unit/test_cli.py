@@ -311,3 +311,30 @@ def test_output_has_no_colour(recipe):
     )
 
     assert "\x1b" not in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["plugins", "list"], ["--help"], ["nonsense"], ["check", "RECIPE"]])
+def test_a_closed_pipe_ends_quietly(recipe, arguments, site):
+    """As in `plugins list | head -1`, after which nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = [recipe if each == "RECIPE" else each for each in arguments]
+
+    done = subprocess.run(
+        [sys.executable, "-m", "weighted_mtp_core", *arguments],
+        env={**os.environ, "PYTHONPATH": str(site)},
+        stdout=writer,
+        stderr=subprocess.PIPE if arguments != ["nonsense"] else writer,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+
+    assert (done.returncode, done.stderr or "") == (141, "")
+
+
+def test_a_broken_connection_elsewhere_is_an_error(failing, capsys):
+    failing(BrokenPipeError(32, "Broken pipe"))
+
+    assert main(["check", "x.toml"]) == 1
+    assert "BrokenPipeError" in capsys.readouterr().err

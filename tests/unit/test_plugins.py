@@ -1,15 +1,19 @@
 """Finding imports nothing, loading imports what is named, and an address means one thing."""
 
 import importlib.metadata
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import importlib_metadata
 import pytest
 import weighted_mtp_core
 from packaging.version import Version
 from weighted_mtp_core.api import Signal
+from weighted_mtp_core.cli import main
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.plugins.discovery import FoundPlugin, find
+from weighted_mtp_core.plugins.discovery import FoundPlugin, find, metadata_faults
 from weighted_mtp_core.plugins.loading import Kind, PluginRegistry
 from weighted_mtp_core.plugins.selection import resolve
 
@@ -52,15 +56,124 @@ def test_installed_means_on_the_path(example_plugin):
 
 
 def test_one_distribution_listed_twice_is_one_plugin(install_plugin, site, tmp_path):
-    """A virtual environment with a `lib64` link lists everything twice; stale metadata stays behind."""
+    """A virtual environment with a `lib64` link lists everything twice."""
     install_plugin("twice")
     again = tmp_path / "lib64"
     again.symlink_to(site)
-    install_plugin("twice", version="0.2.0")
 
     (plugin,) = find([str(site), str(again)]).values()
 
     assert plugin.conflicts == ()
+    assert len(plugin.folders) == 1
+
+
+def test_two_versions_in_one_folder_are_both_named_and_refused(install_plugin, site, capsys):
+    """An installer that failed half-way leaves the metadata of the old version behind."""
+    install_plugin("stale", RAISES, version="0.1.0")
+    install_plugin("stale", RAISES, version="0.2.0")
+
+    with pytest.raises(WmtpError, match=r"wmtp_stale-0\.1\.0.*wmtp_stale-0\.2\.0") as refused:
+        PluginRegistry(found=find([str(site)])).load("stale")
+
+    assert "delete the folders of versions that are not in use" in refused.value.hint
+    assert main(["plugins", "list"]) == 0
+    listed = capsys.readouterr().out
+    assert "0.1.0    >=0.1,<0.2  (several versions)" in listed
+    assert "0.2.0    >=0.1,<0.2  (several versions)" in listed
+
+
+def test_a_version_that_is_left_over_without_entry_points_is_refused_too(install_plugin, site):
+    (install_plugin("left", RAISES, version="0.1.0") / "entry_points.txt").unlink()
+    install_plugin("left", version="0.2.0")
+
+    (plugin,) = find([str(site)]).values()
+
+    assert [Path(folder).name for folder in plugin.folders] == [
+        "wmtp_left-0.2.0.dist-info",
+        "wmtp_left-0.1.0.dist-info",
+    ]
+
+
+def test_the_first_version_on_the_path_is_used_and_the_hidden_one_is_named(install_plugin, site, tmp_path):
+    hidden = install_plugin("shadowed", version="0.1.0")
+    later = tmp_path / "later"
+    later.mkdir()
+    hidden.rename(later / hidden.name)
+    install_plugin("shadowed", version="0.2.0")
+    path = [str(site), str(later)]
+
+    (plugin,) = find(path).values()
+    (fault,) = metadata_faults(path)
+
+    assert (plugin.version, len(plugin.folders)) == ("0.2.0", 1)
+    assert fault.startswith(f"`{later / hidden.name}` is not used")
+
+
+def test_a_plugin_that_an_earlier_package_of_the_same_name_hides_is_not_found(install_plugin, site, tmp_path):
+    """Python would import the module of the earlier one, which may not be a plugin."""
+    later = tmp_path / "later"
+    later.mkdir()
+    hidden = install_plugin("shadowed", version="0.2.0")
+    hidden.rename(later / hidden.name)
+    (install_plugin("shadowed", version="0.1.0") / "entry_points.txt").unlink()
+
+    assert find([str(site), str(later)]) == {}
+    assert len(metadata_faults([str(site), str(later)])) == 1
+
+
+def test_metadata_without_a_name_is_named_by_its_folder(install_plugin, site):
+    for name in ("one", "two"):
+        (install_plugin(name) / "METADATA").unlink()
+
+    found = find([str(site)])
+
+    assert {plugin.distribution for plugin in found.values()} == {"wmtp-one", "wmtp-two"}
+    assert {plugin.version for plugin in found.values()} == {"0.3.0"}
+    assert len(metadata_faults([str(site)])) == 2
+
+
+@pytest.mark.parametrize(
+    "entry_points",
+    [
+        "\ufeff[weighted_mtp_core]\nodd=wmtp_odd\n".encode(),
+        b"[weighted_mtp_core]\r\nodd = wmtp_odd \r\n",
+        b"[weighted_mtp_core]\nodd = wmtp_odd # note\n; c = d\n",
+        b"[weighted_mtp_core] ; ours\n odd=wmtp_odd\n",
+        b"[console_scripts]\nx = gr\xfcn:main\n[weighted_mtp_core]\nodd = wmtp_odd\n",
+    ],
+)
+def test_entry_points_are_read_as_other_tools_write_them(install_plugin, site, entry_points):
+    (install_plugin("odd") / "entry_points.txt").write_bytes(entry_points)
+
+    (plugin,) = find([str(site)]).values()
+
+    assert (plugin.name, plugin.module) == ("odd", "wmtp_odd")
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfeN\x00a\x00", b"Name: gr\xfcn\n\x00", b"", b"\n\nName: x\n"])
+def test_descriptions_that_cannot_be_read_break_nothing(install_plugin, site, text):
+    (install_plugin("odd") / "METADATA").write_bytes(text)
+
+    assert list(find([str(site)])) == ["odd"]
+    assert metadata_faults([str(site)])
+
+
+def test_a_stranger_that_cannot_be_decoded_is_ignored_and_named(install_plugin, site):
+    """Importing torch reads the entry points of all packages, and dies of them without our help."""
+    (install_plugin("stranger") / "entry_points.txt").write_bytes(b"[console_scripts]\nx = gr\xfcn:main\n")
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+
+    done = subprocess.run(
+        [sys.executable, "-m", "weighted_mtp_core", "doctor"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "wmtp_stranger-0.3.0.dist-info/entry_points.txt` is not UTF-8" in done.stdout
+    assert "device: " in done.stdout
 
 
 @pytest.mark.parametrize(

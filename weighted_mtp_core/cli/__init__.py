@@ -8,9 +8,12 @@ top.
 from __future__ import annotations
 
 import argparse
+import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import weighted_mtp_core
@@ -30,7 +33,13 @@ from weighted_mtp_core.cli import (
     verify,
 )
 from weighted_mtp_core.errors import Terminated, WmtpError
-from weighted_mtp_core.exit_codes import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_RUN_FAILED, EXIT_TERMINATED
+from weighted_mtp_core.exit_codes import (
+    EXIT_BAD_INPUT,
+    EXIT_INTERRUPTED,
+    EXIT_PIPE_CLOSED,
+    EXIT_RUN_FAILED,
+    EXIT_TERMINATED,
+)
 from weighted_mtp_core.messages import did_you_mean, quoted, reason
 from weighted_mtp_core.redaction import redact
 
@@ -56,6 +65,7 @@ exit codes:
   1    the run failed
   2    the input is wrong: a recipe, an argument or a plugin
   130  interrupted by SIGINT (Ctrl-C)
+  141  nobody read the output any more (a closed pipe)
   143  terminated by SIGTERM"""
 
 
@@ -65,6 +75,16 @@ def main(argv: Sequence[str]) -> int:
     arguments = [each for each in argv if each != "--traceback"]
     want_traceback = len(arguments) < len(argv)
     try:
+        code = _main(arguments, want_traceback=want_traceback)
+    except (BrokenPipeError, SystemExit):  # argparse exits after `--help`
+        if _discard_unread_output():
+            return EXIT_PIPE_CLOSED
+        raise
+    return EXIT_PIPE_CLOSED if _discard_unread_output() else code
+
+
+def _main(arguments: Sequence[str], *, want_traceback: bool) -> int:
+    try:
         return _command(arguments)
     except Terminated:
         return _report("terminated", code=EXIT_TERMINATED, want_traceback=want_traceback)
@@ -73,6 +93,8 @@ def main(argv: Sequence[str]) -> int:
     except WmtpError as error:
         return _report(str(error), hint=error.hint, code=error.exit_code, want_traceback=want_traceback)
     except Exception as error:  # noqa: BLE001 - the process ends here
+        if isinstance(error, BrokenPipeError) and _discard_unread_output():
+            return EXIT_PIPE_CLOSED
         return _report(
             reason(error),
             hint="add --traceback to see where it happened",
@@ -133,6 +155,21 @@ def _parser() -> tuple[Parser, list[str]]:
     for module in COMMANDS:
         module.add_parser(subparsers).set_defaults(main=module.main)
     return parser, list(subparsers.choices)
+
+
+def _discard_unread_output() -> bool:
+    """Return whether the reader of the output has gone, as `head` does; then discard the rest of the output."""
+    closed = False
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError):  # no stream, or one in memory
+            events = select.poll()
+            events.register(stream.fileno(), 0)
+            with suppress(BrokenPipeError):
+                stream.flush()
+            if events.poll(0):
+                closed = True
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return closed
 
 
 def _report(message: str, *, hint: str | None = None, code: int, want_traceback: bool) -> int:

@@ -16,6 +16,7 @@ from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.exit_codes import EXIT_DONE, EXIT_RUN_FAILED
 from weighted_mtp_core.messages import reason
 from weighted_mtp_core.plan import Plan, make_plan
+from weighted_mtp_core.plugins.discovery import metadata_faults
 from weighted_mtp_core.plugins.loading import AnyComponent, LoadedPlugin, PluginRegistry
 from weighted_mtp_core.plugins.selection import SelectedComponent
 from weighted_mtp_core.redaction import redact
@@ -107,6 +108,8 @@ def _environment(found: DotEnv | None) -> Iterator[Finding]:
 
 def _plugins(loaded: list[LoadedPlugin]) -> Iterator[Finding]:
     """Load every installed plugin and yield a finding for each; those that can be used go to `loaded`."""
+    for fault in metadata_faults():
+        yield Finding(mark="warning", name="package", text=fault, hint="install that package again")
     registry = PluginRegistry()
     for name, plugin in registry.found.items():
         try:

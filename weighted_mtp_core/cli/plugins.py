@@ -11,7 +11,7 @@ import attrs
 from weighted_mtp_core.cli.table import print_rows
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.exit_codes import EXIT_BAD_INPUT, EXIT_DONE
-from weighted_mtp_core.plugins.discovery import FoundPlugin, find
+from weighted_mtp_core.plugins.discovery import FoundPlugin, find, metadata_faults
 from weighted_mtp_core.plugins.loading import AnyComponent, Kind, PluginRegistry
 from weighted_mtp_core.recipe.describe import expected
 from weighted_mtp_core.recipe.structure import default_of, plain
@@ -68,8 +68,11 @@ def _list(_: argparse.Namespace) -> int:
     rows = [("NAME", "DISTRIBUTION", "VERSION", "WORKS WITH CORE")]
     for plugin in find().values():
         note = "  (name claimed twice)" if plugin.conflicts else ""
+        note = "  (several versions)" if len(plugin.folders) > 1 else note
         rows += [_listed(each, note) for each in (plugin, *plugin.conflicts)]
     print_rows(rows)
+    for fault in metadata_faults():
+        print(f"warning: {fault}")
     return EXIT_DONE
 
 

@@ -8,11 +8,17 @@ A plugin is a distribution with an entry point in the group `weighted_mtp_core`:
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import itertools
+import os.path
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, partialmethod
 from importlib.metadata import Distribution, distributions
+from pathlib import Path
+from typing import Any
 
 import attrs
 from attrs import frozen
@@ -35,6 +41,7 @@ class FoundPlugin:
         version: Version of the distribution.
         module: Module, or `module:object`, that the entry point names.
         requires: The distribution's `Requires-Dist` lines.
+        folders: Its metadata folder, then those of other versions of the distribution in the same place.
         conflicts: Other distributions that claim the same name.
     """
 
@@ -43,6 +50,7 @@ class FoundPlugin:
     version: str
     module: str
     requires: tuple[str, ...] = ()
+    folders: tuple[str, ...] = attrs.field(default=(), eq=False)
     conflicts: tuple[FoundPlugin, ...] = ()
 
     def __str__(self) -> str:
@@ -69,53 +77,173 @@ class FoundPlugin:
 
 
 def find(path: Sequence[str] | None = None) -> Mapping[str, FoundPlugin]:
-    """Return every installed plugin by name, sorted. Malformed metadata is skipped, never raised.
+    """Return every installed plugin by name, sorted. Damaged metadata is never raised: see `metadata_faults`.
 
     Args:
         path: Folders to search; `sys.path` by default.
     """
-    found = sorted(_find_all(path), key=lambda plugin: (plugin.name, plugin.distribution))
+    installed = _installed(path)
+    if any(metadata.undecodable for metadata in installed):
+        _replace_undecodable()
+    keys = {metadata.key for metadata in installed if metadata.entries}
+    used, _ = _used_and_hidden(metadata for metadata in installed if metadata.key in keys)
+    plugins = {plugin for metadata in used for plugin in metadata.plugins(used)}
+    found = sorted(plugins, key=lambda plugin: (plugin.name, plugin.distribution, plugin.version))
     by_name = itertools.groupby(found, key=lambda plugin: plugin.name)
     return {name: attrs.evolve(first, conflicts=tuple(others)) for name, (first, *others) in by_name}
 
 
-def _find_all(path: Sequence[str] | None) -> Iterator[FoundPlugin]:
-    seen = set()
-    for distribution in distributions(path=list(sys.path if path is None else path)):
-        entries = _entries(distribution.read_text("entry_points.txt") or "")
-        if not entries:
-            continue
-        title, version, requires = _described(distribution)
-        canonical = canonicalize_name(title)
-        # A virtual environment can list one distribution twice (lib64 links, stale metadata): Python would
-        # import the first one on the path.
-        if canonical not in seen:
-            for name, module in entries.items():
-                yield FoundPlugin(
-                    name=name, distribution=canonical, version=version, module=module, requires=requires
-                )
-        seen.add(canonical)
+def metadata_faults(path: Sequence[str] | None = None) -> list[str]:
+    """Return a line for every metadata folder that is damaged, and for plugins that another folder hides."""
+    used, hidden = _used_and_hidden(_installed(path))
+    faults = [fault for metadata in used for fault in metadata.faults(used)]
+    faults += [
+        f"`{metadata.folder}` is not used: a folder earlier on the path has `{metadata.key}` too"
+        for metadata in hidden
+        if metadata.entries
+    ]
+    return faults
 
 
-def _entries(text: str) -> dict[str, str]:
+def _installed(path: Sequence[str] | None) -> list[_Metadata]:
+    found = (_Metadata(each) for each in distributions(path=list(sys.path if path is None else path)))
+    return [each for each in found if not each.stem.startswith("~")]  # pip: "invalid distribution", left over
+
+
+def _used_and_hidden(installed: Iterable[_Metadata]) -> tuple[list[_Metadata], list[_Metadata]]:
+    """Separate the distributions that Python imports from those that it cannot reach.
+
+    Python imports the first module of a name on the path, so a distribution in a later folder is hidden. A
+    virtual environment can list one folder twice (lib64 links).
+    """
+    real = cache(os.path.realpath)
+    first: dict[str, str] = {}
+    used: dict[tuple[str, str], _Metadata] = {}
+    hidden: list[_Metadata] = []
+    for metadata in installed:
+        if metadata.entries or metadata.is_described:
+            place = real(metadata.folder.parent)
+            if first.setdefault(metadata.key, place) == place:
+                used.setdefault((place, metadata.folder.name), metadata)
+            else:
+                hidden.append(metadata)
+    return list(used.values()), hidden
+
+
+@cache
+def _replace_undecodable() -> None:
+    """Replace such bytes for other packages too: torch and mlflow read all entry points when imported."""
+    for name in ("importlib.metadata", "importlib_metadata"):
+        if importlib.util.find_spec(name):
+            finder: Any = importlib.import_module(name).PathDistribution
+            finder.read_text = partialmethod(_read_text, finder.read_text)
+
+
+def _read_text(
+    distribution: Distribution, read: Callable[[Distribution, str], str | None], name: str
+) -> str | None:
+    try:
+        return read(distribution, name)
+    except UnicodeDecodeError as error:
+        return bytes(error.object).decode(errors="replace")
+
+
+class _Metadata(Distribution):
+    """The metadata folder of one distribution; bytes that are not UTF-8 are replaced.
+
+    Attributes:
+        folder: The folder.
+        entries: Name and module of each entry point of our group.
+        undecodable: Files that are not UTF-8, of those that were read.
+    """
+
+    def __init__(self, distribution: Distribution) -> None:
+        self._distribution = distribution
+        self.undecodable: set[str] = set()
+        self.folder = Path(str(getattr(distribution, "_path", distribution.locate_file("unnamed"))))
+        self.entries = _entries(self.read_text("entry_points.txt"))
+
+    def read_text(self, filename: str) -> str:
+        """Return the contents of a file, without a byte order mark; empty without a file."""
+        try:
+            text = _read_text(self._distribution, type(self._distribution).read_text, filename) or ""
+        except OSError:
+            text = ""
+        if "\N{REPLACEMENT CHARACTER}" in text:
+            self.undecodable.add(filename)
+        return text.removeprefix("\ufeff")
+
+    def locate_file(self, path: Any) -> Any:
+        """Return the path of a file of the distribution."""
+        return self._distribution.locate_file(path)
+
+    @property
+    def is_described(self) -> bool:
+        """Whether there is a METADATA file; otherwise the folder is left over from an uninstalled package."""
+        return (self.folder / "METADATA").is_file() or (self.folder / "PKG-INFO").is_file()
+
+    @property
+    def stem(self) -> str:
+        """Name and version of the distribution by the name of the folder, without reading a file."""
+        return (self.folder.parent if self.folder.name == "EGG-INFO" else self.folder).stem
+
+    @property
+    def key(self) -> str:
+        """The canonical name in `stem`."""
+        return canonicalize_name(self.stem.partition("-")[0])
+
+    @property
+    def title(self) -> tuple[str, str]:
+        """Canonical name and version; by the name of the folder if METADATA lacks them."""
+        name, _, version = self.stem.partition("-")
+        return canonicalize_name(self._field("Name") or name), self._field("Version") or version or "?"
+
+    def _field(self, name: str) -> str:
+        return str((self.metadata.get_all(name) or [""])[0])
+
+    def plugins(self, installed: Iterable[_Metadata]) -> Iterator[FoundPlugin]:
+        """Yield the plugins of the distribution."""
+        others = self._other_versions(installed) if self.entries else []
+        for name, module in self.entries:
+            distribution, version = self.title
+            yield FoundPlugin(
+                name=name,
+                distribution=distribution,
+                version=version,
+                module=module,
+                requires=tuple(self.requires or ()),
+                folders=tuple(map(str, (self.folder, *others))),
+            )
+
+    def faults(self, installed: Iterable[_Metadata]) -> Iterator[str]:
+        """Yield a line for everything that is wrong with the folder."""
+        lacking = [name for name in ("Name", "Version") if self.entries and not self._field(name)]
+        for name in sorted(self.undecodable):
+            yield f"`{self.folder / name}` is not UTF-8"
+        if lacking:
+            yield f"`{self.folder}` has no {' and no '.join(lacking)} in its METADATA"
+        if not self.entries:
+            return
+        for other in self._other_versions(installed):
+            if other > self.folder:
+                yield f"`{self.folder}` and `{other.name}` are two versions of one package"
+
+    def _other_versions(self, installed: Iterable[_Metadata]) -> list[Path]:
+        same = [each for each in installed if each.key == self.key and each.folder != self.folder]
+        return [
+            each.folder for each in same if each.title[1] != self.title[1] or each.entries != self.entries
+        ]
+
+
+def _entries(text: str) -> list[tuple[str, str]]:
     """Read our group of an `entry_points.txt`; malformed lines are left to the tools they are for."""
-    entries: dict[str, str] = {}
+    entries = []
     group = ""
     for line in text.splitlines():
-        if header := re.fullmatch(r"\s*\[(.*)\]\s*", line):
+        line = re.sub(r"(^|\s)[#;].*", "", line).strip()  # noqa: PLW2901 - without its comment
+        if header := re.fullmatch(r"\[(.*)\]", line):
             group = header[1].strip()
-        elif group == GROUP and "=" in line and not line.lstrip().startswith("#"):
+        elif group == GROUP and "=" in line:
             name, _, module = line.partition("=")
-            entries[name.strip()] = module.strip()
+            entries.append((name.strip(), module.strip()))
     return entries
-
-
-def _described(distribution: Distribution) -> tuple[str, str, tuple[str, ...]]:
-    """Return a distribution's name, version and `Requires-Dist` lines, or placeholders without metadata."""
-    try:
-        metadata = distribution.metadata
-        return metadata["Name"] or "unnamed", metadata["Version"] or "?", tuple(distribution.requires or ())
-    # The standard library returns an empty message. Its backport replaces it once any package has imported
-    # it (mlflow's packages do), and raises instead.
-    except FileNotFoundError:
-        return "unnamed", "?", ()

@@ -195,6 +195,11 @@ def not_installed(name: str, found: Iterable[str], *, alternatives: Iterable[str
 
 
 def _check_name(plugin: FoundPlugin) -> None:
+    if len(plugin.folders) > 1:
+        raise WmtpError(
+            f"{plugin} has metadata of several versions: {quoted(plugin.folders)}",
+            hint=f"delete the folders of versions that are not in use, or reinstall {plugin.distribution}",
+        )
     if plugin.conflicts:
         claims = [plugin, *plugin.conflicts]
         listed = " and ".join(f"{each.distribution} {each.version}" for each in claims)

@@ -84,6 +84,15 @@ def _panel(rows: Sequence[tuple[str, str]], *, title: str) -> Panel:
     return Panel(table, title=title, title_align="left", expand=False)
 
 
+class _Console(Console):
+    """A console that shows nothing more after its reader has gone: the run continues."""
+
+    def on_broken_pipe(self) -> None:
+        """Discard everything that follows; rich's own method would end the process."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 @define(eq=False)
 class Display:
     """Shows a run on a console, as a context manager; with several processes only rank 0 shows anything.
@@ -91,7 +100,7 @@ class Display:
     On a terminal it redraws one block at the bottom; elsewhere it writes lines.
     """
 
-    console: Console = field(factory=Console)
+    console: Console = field(factory=_Console)
     _live: Live | None = field(init=False, default=None)
     _progress: Progress = field(init=False)
     _stage: _Stage | None = field(init=False, default=None)

@@ -1,6 +1,7 @@
 """The display: lines where nothing can be redrawn, a live block where it can."""
 
 import io
+import os
 
 import pytest
 from rich.console import Console
@@ -132,3 +133,15 @@ def test_durations_read_well(seconds, words):
 )
 def test_numbers_read_well(value, words):
     assert show(value) == words
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_shows():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as file:
+        display = Display(type(Display().console)(file=file, width=200))
+
+        display.note("nobody reads this")
+        display.note("nor this")
+
+        assert display.console.quiet
