@@ -110,7 +110,7 @@ def _start_or_resume(
     previous: Path | None,
     distributed: Distributed,
 ) -> Snapshot | None:
-    """Record what the run is; return the snapshot of the previous run from which it continues."""
+    """Record recipe and machine; return the snapshot from which a resumed run continues."""
     if previous is not None and (warning := other_machine(previous, distributed)):
         recorder.log(warning)
     if distributed.is_rank_zero:
@@ -120,7 +120,7 @@ def _start_or_resume(
     with distributed.rank_zero_first():
         snapshot = checkpoints.newest()
     where = "the beginning" if snapshot is None else f"step {snapshot.step} of stage `{snapshot.stage}`"
-    recorder.log(f"going on with run {recorder.folder.run_id} from {where}")
+    recorder.log(f"continuing run {recorder.folder.run_id} from {where}")
     return snapshot
 
 
@@ -149,7 +149,7 @@ class _Run:
         return prepared
 
     def train_critic(self, prepared: Prepared) -> tuple[Critic | None, CriticReport | None]:
-        """Stage 1: train the critic or load it, and measure it; nothing without a critic."""
+        """Stage 1: train the critic or load it, and measure it; skipped without a critic."""
         table, selected, critic = self.plan.recipe.critic, self.plan.critic, prepared.build_critic()
         if table is None or selected is None or critic is None:
             return None, None
@@ -173,8 +173,7 @@ class _Run:
         report = learner.measure()
         if self.snapshot is None and (table.checkpoint is not None or not critic.trainable):
             self.recorder.metrics(learner.stage, 0, report.metrics())  # training recorded none
-        allowed = table.allow_uninformative_critic
-        if not check_informative(report, selected.address, allowed=allowed, log=self.recorder.log):
+        if not check_informative(report, selected.address, table, log=self.recorder.log):
             self.recorder.tags({run_tags.UNINFORMATIVE_CRITIC: "true"})
         return critic, report
 
@@ -195,11 +194,10 @@ class _Run:
 
     def evaluate(self, prepared: Prepared) -> Evaluation:
         """Stage 3: measure the best policy on held-out problems."""
-        table = self.plan.recipe.evaluate
         if not self._takes_part:
             return Evaluation(metrics={}, timings={}, files=())
         folder = self.recorder.folder.path / "evaluation" if self.distributed.is_rank_zero else None
-        evaluation = evaluate(prepared, table, display=self.display, folder=folder)
+        evaluation = evaluate(prepared, self.plan.recipe.evaluate, display=self.display, folder=folder)
         step = self.plan.recipe.train.steps
         self.recorder.metrics("evaluate", step, evaluation.metrics)
         self.recorder.timings("evaluate", step, evaluation.timings)

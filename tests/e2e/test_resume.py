@@ -132,7 +132,7 @@ def test_a_run_does_not_go_on_with_another_recipe(stopped, wmtp):
     )
 
     assert run.returncode == 2
-    assert "cannot go on as another one:\n  loss.normalise: weights -> tokens\nhint: " in run.stderr
+    assert "cannot continue with these changes:\n  loss.normalise: weights -> tokens\nhint: " in run.stderr
     assert "--allow-change loss.normalise" in run.stderr
 
 
@@ -149,7 +149,7 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run_with_every_step_once(stopp
     )
 
     assert run.returncode == 0, run.stderr
-    assert f"going on with run {folder.name} from step {done} of stage `policy`" in run.stdout
+    assert f"continuing run {folder.name} from step {done} of stage `policy`" in run.stdout
     after = tracked(cwd / "storage")
     assert (before.info.status, after.info.status) == ("KILLED", "FINISHED")
     assert after.info.run_id == before.info.run_id

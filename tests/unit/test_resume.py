@@ -122,7 +122,7 @@ def test_everything_else_is_refused_and_listed(plan, leave):
         refuse_changes(path, plan("train.learning_rate=0.5", "run.seed=7"), allowed=())
 
     assert str(caught.value) == (
-        f"the run `{path}` cannot go on as another one:\n"
+        f"the run `{path}` cannot continue with these changes:\n"
         "  run.seed: 42 -> 7\n"
         "  train.learning_rate: 0.0003 -> 0.5"
     )
@@ -172,6 +172,6 @@ def test_another_number_of_processes_is_told(plan, leave):
 
     assert other_machine(path, Distributed()) is None
     assert other_machine(path, Distributed(rank=0, size=2)) == (
-        "WARNING: this machine differs from the one that the run began on (processes 1 -> 2): what follows "
-        "is equal up to rounding (about 1e-4 after some hundred steps), no longer bit for bit"
+        "WARNING: this machine differs from the one that the run started on (processes 1 -> 2): from here "
+        "on, results are equal up to rounding (about 1e-4 after some hundred steps), not bit for bit"
     )

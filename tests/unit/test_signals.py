@@ -215,7 +215,7 @@ def test_a_batch_of_unknown_origin_is_refused(tokens, tmp_path):
     one = order(0)
     batch = Batch(**{each.name: getattr(one, each.name) for each in attrs.fields(Batch)})
 
-    with pytest.raises(WmtpError, match="scores of a batch that no token set knows"):
+    with pytest.raises(WmtpError, match="the score cache needs batches made from the token set of stage 2"):
         cached(Judge(), order, tmp_path / "scores").score(batch, None)
 
 

@@ -49,7 +49,7 @@ def load_model(model: nn.Module, path: Path) -> None:
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise WmtpError(
             f"`{path}` is not a checkpoint of tensors: {str(error).splitlines()[0]}",
-            hint="it may be damaged: take another one, or begin the run anew",
+            hint="it may be damaged: use another one, or start the run again",
         ) from error
     try:
         model.load_state_dict(all_like(model.state_dict(), state))

@@ -28,7 +28,7 @@ from weighted_mtp_core.storage.manifest import atomic_folder, files_of
 
 STAGES = ("critic", "policy")
 _NAME = re.compile(r"(critic|policy)-(\d{8})")
-_SPARE_BYTES = 16 << 20  # for values and manifest, and for the journal, which grows meanwhile
+_SPARE_BYTES = 16 << 20  # for values and manifest, and for the journal, which grows during the write
 
 
 @define(kw_only=True, eq=False)
@@ -125,7 +125,7 @@ class Checkpoints:
         return RunFailedError(
             f"cannot write the checkpoint `{path}`: {reason}; it needs {_size(needed)}, {_size(free)} are "
             "free; the checkpoints before it are whole",
-            hint=f"make room, then go on: run --resume {self.folder.parent.name}",
+            hint=f"free some space, then continue: run --resume {self.folder.parent.name}",
         )
 
     def _delete_old(self) -> None:

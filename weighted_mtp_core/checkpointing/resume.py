@@ -96,7 +96,7 @@ def refuse_other_data(folder: RunFolder, version: DatasetVersion, *, allowed: Se
 
 
 def fingerprint(distributed: Distributed = SINGLE_PROCESS) -> dict[str, str]:
-    """Return what the bits of a training depend on in addition to its recipe."""
+    """Return the facts about machine and processes that the bits of a training depend on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "torch": torch.__version__,
@@ -114,8 +114,8 @@ def other_machine(path: Path, distributed: Distributed) -> str | None:
     if not differing:
         return None
     return (
-        f"WARNING: this machine differs from the one that the run began on ({', '.join(differing)}): what "
-        "follows is equal up to rounding (about 1e-4 after some hundred steps), no longer bit for bit"
+        f"WARNING: this machine differs from the one that the run started on ({', '.join(differing)}): from "
+        "here on, results are equal up to rounding (about 1e-4 after some hundred steps), not bit for bit"
     )
 
 
@@ -134,6 +134,6 @@ def _refuse(path: Path, faults: Sequence[str]) -> None:
     if faults:
         key = faults[0].partition(":")[0]
         raise WmtpError(
-            f"the run `{path}` cannot go on as another one:\n  " + "\n  ".join(faults),
-            hint=f"undo the change, begin a new run, or take it upon yourself: --allow-change {key}",
+            f"the run `{path}` cannot continue with these changes:\n  " + "\n  ".join(faults),
+            hint=f"undo the change, start a new run, or accept it: --allow-change {key}",
         )

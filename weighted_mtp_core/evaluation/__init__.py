@@ -1,1 +1,1 @@
-"""Judging what a policy writes: generation, the sandbox, pass@k."""
+"""Stage 3, and finished runs opened again."""

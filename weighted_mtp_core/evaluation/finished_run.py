@@ -29,7 +29,7 @@ def find_finished(runs: Path, text: str) -> Path:
     """Return the folder of an exported model or of a run.
 
     Raises:
-        WmtpError: It is no exported model, and no run fits, or several do.
+        WmtpError: It is not an exported model, and no run matches, or several do.
     """
     path = Path(text)
     return path.absolute() if is_exported_model(path) else find_run(runs, text)
@@ -51,7 +51,7 @@ def plan_of(folder: Path, *, overrides: Sequence[str] = ()) -> Plan:
     if not checkpoint.is_file():
         raise WmtpError(
             f"the run `{folder}` has no `{checkpoint.relative_to(folder)}`",
-            hint="its stage 2 never validated, or the file lies with a tracker only: put it there again",
+            hint="stage 2 never validated, or only a tracker has the file: copy it back from there",
         )
     return make_plan(RunFolder(path=folder).recipe, overrides=overrides)
 
@@ -70,7 +70,7 @@ def prepare_finished(folder: Path, plan: Plan, *, log: Callable[[str], None]) ->
         raise WmtpError(
             f"the data of {'the model' if exported else 'the run'} `{folder}` had the SHA-256 {was[:12]}..., "
             f"now they have {now[:12]}...",
-            hint="restore the data that it was trained on, so that nothing it has seen is taken for unseen",
+            hint="restore the data that it was trained on; in other data, it may have seen the test examples",
         )
     if not exported:
         load_model(prepared.policy, _checkpoint(folder))
@@ -136,7 +136,7 @@ def _load_export(folder: Path, recipe: Recipe, log: Callable[[str], None]) -> tu
 
 
 def _export_overrides(folder: Path) -> list[str]:
-    """Return what changes in the run's recipe: the model, and the device, which may be another machine's."""
+    """Return the changes to the run's recipe: the exported model, and the device of this machine."""
     return [f"model.base={json.dumps(str(folder), ensure_ascii=False)}", 'model.device="auto"']
 
 

@@ -1,1 +1,1 @@
-"""Formulas of what is measured."""
+"""Formulas of the metrics."""

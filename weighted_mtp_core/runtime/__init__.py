@@ -1,1 +1,1 @@
-"""What a process runs on: device, distributed processes, OS signals."""
+"""Device, processes, OS signals and environment variables of a run."""

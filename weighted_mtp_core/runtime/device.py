@@ -13,7 +13,7 @@ from torch import Tensor
 from weighted_mtp_core.errors import WmtpError
 
 READ_EVERY = 10
-"""Steps between two reads of a value that lies on an accelerator: each read waits for the device."""
+"""Steps between two reads of a value on an accelerator: each read waits for the device."""
 
 
 @frozen(kw_only=True)

@@ -20,7 +20,7 @@ from weighted_mtp_core.checkpointing.best_model import load_component, save_comp
 from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.metrics.critic import ScoredResponses
 from weighted_mtp_core.metrics.critic_report import CriticReport, report_critic
-from weighted_mtp_core.recipe.schema import TrainTable
+from weighted_mtp_core.recipe.schema import CriticTable, TrainTable
 from weighted_mtp_core.runtime.distributed import Distributed
 from weighted_mtp_core.runtime.sharding import all_like
 from weighted_mtp_core.training.loop import Learner, StepResult, Validation
@@ -84,7 +84,7 @@ class CriticLearner(Learner):
             scores = self.critic.score(batch, self._states(batch))
             if scores.value_BT is None:
                 name = type(self.critic).__name__
-                raise RunFailedError(f"critic `{name}` was trained, but gives no values")
+                raise RunFailedError(f"critic `{name}` was trained, but returns no values")
             parts.append(_scored_responses(batch, scores.value_BT, problem_B))
         return report_critic(_concatenate(parts), self.prepared.length_only)
 
@@ -110,25 +110,19 @@ class CriticLearner(Learner):
 
 
 def check_informative(
-    report: CriticReport, critic: str, *, allowed: bool, log: Callable[[str], None]
+    report: CriticReport, critic: str, table: CriticTable, *, log: Callable[[str], None]
 ) -> bool:
-    """Return whether a critic is better than a constant, and log its measures.
-
-    Args:
-        report: The report on the critic.
-        critic: Its address.
-        allowed: Whether a run may use a critic that is not (`critic.allow_uninformative_critic`).
-        log: Receives messages for the user.
+    """Return whether the critic of this address is better than a constant, and log its measures.
 
     Raises:
-        RunFailedError: It is not, and that is not allowed.
+        RunFailedError: It is not, and `table.allow_uninformative_critic` is false.
     """
     if report.informative:
         losses = f"loss {report.critic.bce:.3f}, of a constant {report.constant.bce:.3f}"
         log(f"critic: {report.words}; {losses}")
         return True
     verdict = f"critic `{critic}` is no better than a constant: {report.words}"
-    if not allowed:
+    if not table.allow_uninformative_critic:
         raise RunFailedError(
             verdict,
             hint="train it longer or on more data, or set `critic.allow_uninformative_critic = true`",

@@ -75,7 +75,7 @@ class CachedCritic(Critic):
         """
         del hidden_BTH
         if not isinstance(batch, CollatedBatch):
-            raise WmtpError("scores of a batch that no token set knows cannot be read from a table")
+            raise WmtpError("the score cache needs batches made from the token set of stage 2")
         real_BT = batch.token_BT >= 0
         documents = _documents(batch, self._batches.tokens.start_D1)
         lacking = documents[~self._scored_D[documents]]
