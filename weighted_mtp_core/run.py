@@ -140,10 +140,8 @@ class _Run:
         torch.manual_seed(self.plan.recipe.run.seed)
         with self.distributed.rank_zero_first():
             prepared = prepare(self.plan, log=self.recorder.log)
-        version = prepared.source.version()
-        if self.distributed.is_rank_zero and refuse_other_data(
-            self.recorder.folder, version, allowed=allow_change
-        ):
+        version, folder = prepared.source.version(), self.recorder.folder
+        if self.distributed.is_rank_zero and refuse_other_data(folder, version, allowed=allow_change):
             self.recorder.datasets([version])
         self.recorder.tags({run_tags.MODEL_VERSION: prepared.base_name})
         return prepared
@@ -180,9 +178,8 @@ class _Run:
     def train_policy(self, prepared: Prepared, critic: Critic | None) -> tuple[PolicyLearner, Trained]:
         """Stage 2: weighted multi-token training."""
         with self.distributed.rank_zero_first():
-            tokens = prepared.policy_tokens("train")
+            batches = prepared.policy_batches()
             prepared.policy_tokens("validation")
-        batches = prepared.policy_batches(tokens)
         if self.distributed.is_single_process:
             critic = prepared.with_score_cache(critic, batches)
         best = self.recorder.folder.checkpoints / "best_model.pt"

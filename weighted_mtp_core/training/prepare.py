@@ -109,9 +109,9 @@ class Prepared:
         """Return documents as a batch on the device."""
         return collate(tokens, rows, device=self.compute.device)
 
-    def policy_batches(self, tokens: TokenSet) -> StepBatches:
+    def policy_batches(self) -> StepBatches:
         """Return the global batches of stage 2."""
-        recipe, device = self.plan.recipe, self.compute.device
+        recipe, device, tokens = self.plan.recipe, self.compute.device, self.policy_tokens("train")
         size, seed = recipe.train.batch_size, recipe.run.seed
         return StepBatches(tokens, recipe.data, batch_size=size, seed=seed, device=device)
 
