@@ -27,6 +27,9 @@ READS_MASK = frozenset({"bloom", "falcon", "mpt"})
 COUNTS_SLOTS = frozenset({"gpt_neo", "mpt"})
 """`model_type` of families that measure distances in slots of the cache, which refused drafts stretch."""
 
+LIMITED_LENGTH = frozenset({"gpt_neo", "mpt"})
+"""`model_type` of families with a causal mask or biases of `max_position_embeddings` tokens and no more."""
+
 REFUSED = {
     "rwkv": "it rescales its own weights whenever it passes from training to evaluation",
 }

@@ -10,9 +10,11 @@ import torch
 from attrs import frozen
 
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.messages import reason
 from weighted_mtp_core.model.exported_model import is_exported_model, load_extra_heads, refuse_other_heads
 from weighted_mtp_core.model.micro import micro_folder
 from weighted_mtp_core.model.policy import Policy, make_policy
+from weighted_mtp_core.model.pretrained import load_pretrained, refuse_bad_weights
 from weighted_mtp_core.recipe.schema import ModelTable
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder, sha256_of, verify_manifest
 
@@ -83,29 +85,6 @@ def find_base(base: str, *, storage: Path) -> Path | str:
     return folder
 
 
-def load_pretrained(source: Path | str, model_class: Any, *, kind: str) -> tuple[Any, Any]:
-    """Load a tokenizer and a model, in float32.
-
-    Args:
-        source: A transformers directory or a hub id.
-        model_class: One of transformers' `Auto...` classes.
-        kind: Its name in messages.
-
-    Raises:
-        WmtpError: They cannot be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        return tokenizer, model_class.from_pretrained(source, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise WmtpError(
-            f"`{source}` cannot be loaded as a {kind}: {str(error).splitlines()[0]}",
-            hint="name a transformers directory, a `.gguf` file or a reachable hub id",
-        ) from error
-
-
 def _transformers_folder(base: str, models: Path) -> Path | str:
     """Return the directory that `base` names, or `base` itself if it can only be a hub id."""
     stored = models / base
@@ -140,8 +119,18 @@ def _gguf_folder(file: Path, models: Path) -> Path:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         with atomic_folder(folder) as temporary:
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            base = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+                base, info = AutoModelForCausalLM.from_pretrained(
+                    file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
+                )
+            except Exception as error:  # the reader of GGUF files raises any kind
+                raise WmtpError(
+                    f"`{file}` cannot be read as a GGUF model: {reason(error)}",
+                    hint="the file is cut, damaged or of a type that transformers does not read: download it "
+                    "anew, or name the model's transformers directory",
+                ) from error
+            refuse_bad_weights(file, base, info)
             # transformers refuses to save a quantised model; the weights are plain fp32 by now.
             if hasattr(base.config, "quantization_config"):
                 del base.config.quantization_config

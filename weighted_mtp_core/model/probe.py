@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import reason
-from weighted_mtp_core.model.families import REFUSED, body_of, logit_forms, text_config
+from weighted_mtp_core.model.families import LIMITED_LENGTH, REFUSED, body_of, logit_forms, text_config
 from weighted_mtp_core.model.sparse_feed_forward import one_position_per_row, sparse_rows
 from weighted_mtp_core.model.unembedding import Unembedding
 
@@ -240,3 +240,29 @@ def _unfit(policy: Policy, what: str) -> WmtpError:
         f"head 1 of a `{policy.config.model_type}` model with `{policy.head_kind}` heads {what}",
         hint='set `model.head = "linear"`' if policy.head_kind == "transformer" else _OTHER_MODEL,
     )
+
+
+@torch.no_grad()
+def check_positions(policy: Policy, tokens: int) -> None:
+    """Check that a policy on the CPU has positions for a document of so many tokens.
+
+    Raises:
+        WmtpError: Its positions end before, as those of a learned table do.
+    """
+    config = text_config(policy.config)
+    limit = getattr(config, "max_position_embeddings", None) or tokens
+    if limit >= tokens or limit < 0:
+        return
+    token = probe_ids(policy.config)[:1, :1]
+    fails = config.model_type in LIMITED_LENGTH
+    if not fails:
+        try:
+            policy.trunk_states(token, position_BT=torch.tensor([[tokens - 1]]))
+        except (IndexError, RuntimeError):
+            fails = True
+    if fails:
+        raise WmtpError(
+            f"this `{config.model_type}` model cannot read a document of {tokens} tokens, since its table of "
+            f"positions ends at {limit}",
+            hint=f"set `data.max_tokens = {limit}` or less, or use a base model with more positions",
+        )

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from weighted_mtp_core.api import Batch
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.model.load import find_base, load_pretrained
+from weighted_mtp_core.model.load import find_base
 from weighted_mtp_core.model.policy import Policy
+from weighted_mtp_core.model.pretrained import load_pretrained
 
 
 class Trunk(nn.Module):

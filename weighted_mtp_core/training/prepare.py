@@ -36,6 +36,7 @@ from weighted_mtp_core.model.frozen_losses import frozen_losses
 from weighted_mtp_core.model.load import load_policy
 from weighted_mtp_core.model.packing_probe import check_packing
 from weighted_mtp_core.model.policy import Policy
+from weighted_mtp_core.model.probe import check_positions
 from weighted_mtp_core.model.trunk import frozen_trunk, trainable_trunk
 from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.recipe.schema import CriticTable
@@ -223,6 +224,7 @@ def prepare(plan: Plan, *, log: Callable[[str], None]) -> Prepared:
     version = source.version()
     log(f"data {version.name} {version.version} (sha256 {version.sha256[:12]})")
     loaded = load_policy(recipe.model, storage=storage, texts=partial(_training_texts, source), seed=seed)
+    check_positions(loaded.policy, recipe.data.max_tokens)
     policy = loaded.policy.to(compute.device)
     if recipe.model.activation_checkpointing:
         policy.recompute_activations()

@@ -1,0 +1,247 @@
+"""Read a model and its tokenizer from files, and refuse what transformers would fill in or leave out.
+
+transformers makes random weights for tensors that a file lacks, drops those that the config does not know,
+and applies an adapter that lies beside them. In each case another model is trained than the recipe names.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.messages import quoted, reason
+
+_ADAPTER = "adapter_config.json"
+_OF_A_LAYER = re.compile(r"(^|\.)(layers?|h|blocks?)\.\d+\.")
+_NOT_LEARNED = re.compile(r"inv_freq$|rotary_emb|masked_bias$|attn\.bias$|rope")
+_UNUSED = re.compile(r"(^|\.)pooler\.")
+_COMPILED = "_orig_mod."
+_SHOWN = 4
+
+
+def load_pretrained(source: Path | str, model_class: Any, *, kind: str) -> tuple[Any, Any]:
+    """Load a tokenizer and a model, in float32.
+
+    Args:
+        source: A transformers directory or a hub id.
+        model_class: One of transformers' `Auto...` classes.
+        kind: Its name in messages.
+
+    Raises:
+        WmtpError: They cannot be loaded, or they are not whole or not of one model.
+    """
+    from transformers import AutoTokenizer
+
+    _refuse_config(source, kind)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # of any tokenizer at all, so of any kind
+        raise WmtpError(
+            f"the tokenizer of `{source}` cannot be loaded: {_first_line(error)}",
+            hint="put `tokenizer.json` and `tokenizer_config.json` of the model beside its weights",
+        ) from error
+    try:
+        model, info = model_class.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except Exception as error:  # of any model at all, so of any kind
+        raise _unreadable(source, kind, error) from error
+    refuse_bad_weights(source, model, info)
+    _refuse_other_ids(source, model, tokenizer)
+    return tokenizer, model
+
+
+def refuse_bad_weights(source: Path | str, model: Any, info: Any) -> None:
+    """Refuse weights that are not those of the config, or not finite.
+
+    Args:
+        source: A transformers directory, a file of weights or a hub id.
+        model: What transformers made of it.
+        info: What transformers says of loading, its `output_loading_info`.
+
+    Raises:
+        WmtpError: Tensors are missing, left over, of other shapes, or hold NaN.
+    """
+    _refuse_other_tensors(source, model, info)
+    _refuse_damaged(source, model)
+
+
+def _refuse_config(source: Path | str, kind: str) -> None:
+    """Refuse a config that cannot be read, an adapter, and quantised weights."""
+    from transformers import AutoConfig
+
+    if isinstance(source, Path) and (source / _ADAPTER).is_file():
+        raise WmtpError(
+            f"`{source}` holds an adapter, `{_ADAPTER}`, which would be applied to the model beside it",
+            hint=f"merge it into the model (peft: `merge_and_unload`, then `save_pretrained`), or move "
+            f"`{_ADAPTER}` and its weights away",
+        )
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except Exception as error:  # of any config at all, so of any kind
+        raise WmtpError(
+            f"`{source}` cannot be loaded as a {kind}: {_first_line(error)}",
+            hint="name a transformers directory, a `.gguf` file or a reachable hub id",
+        ) from error
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise WmtpError(
+            f"the weights of `{source}` are quantised ({method or 'by an unnamed method'}), "
+            "so they cannot be trained",
+            hint="name the model's unquantised weights, or write them once: load them with "
+            "`dequantize=True` in transformers, where the method allows it, and save them",
+        )
+
+
+def _unreadable(source: Path | str, kind: str, error: Exception) -> WmtpError:
+    """Return the error for weights that cannot be read, with the file if one is cut or broken."""
+    for file in _weight_files(source):
+        fault = _fault_of(file)
+        if fault is not None:
+            return WmtpError(
+                f"`{file}` cannot be read: {fault}",
+                hint="the file is cut or damaged: copy or download it anew",
+            )
+    return WmtpError(
+        f"`{source}` cannot be loaded as a {kind}: {_first_line(error)}",
+        hint="name a transformers directory, a `.gguf` file or a reachable hub id",
+    )
+
+
+def _fault_of(file: Path) -> str | None:
+    from safetensors import SafetensorError, safe_open
+
+    if file.suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            tensors.keys()
+    except (SafetensorError, OSError) as error:
+        return _first_line(error)
+    return None
+
+
+def _refuse_other_tensors(source: Path | str, model: Any, info: Any) -> None:
+    """Refuse files that lack tensors, or hold tensors of other shapes or of more layers."""
+    where = _named_files(source)
+    named = quoted(model.config.architectures or [type(model).__name__])
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched:
+        shapes = [
+            f"`{name}` {list(own)} instead of {list(wanted)}" for name, own, wanted in mismatched[:_SHOWN]
+        ]
+        raise WmtpError(
+            f"{where}: {len(mismatched)} tensors have other shapes than the config says: {', '.join(shapes)}"
+            + _more(mismatched),
+            hint="`config.json` and the weights are not of one model: restore both from the same place",
+        )
+    unexpected = sorted(info["unexpected_keys"])
+    missing = sorted(name for name in info["missing_keys"] if not _UNUSED.search(name))
+    if missing:
+        raise WmtpError(
+            f"{where}: {len(missing)} tensors of {named} are missing: {_some(missing)}",
+            hint=_mend(missing, unexpected),
+        )
+    left = [name for name in unexpected if not _NOT_LEARNED.search(name)]
+    foreign = [name for name in left if _OF_A_LAYER.search(name) and _is_of(name, model)]
+    if foreign:
+        raise WmtpError(
+            f"{where}: {len(foreign)} tensors have no place in {named} as `config.json` describes it: "
+            f"{_some(foreign)}",
+            hint="`config.json` and the weights are not of one model: restore both from the same place",
+        )
+    if left:
+        logging.getLogger(__name__).warning(
+            "%s: %d tensors are not used by %s: %s", where, len(left), named, _some(left)
+        )
+
+
+def _is_of(name: str, model: Any) -> bool:
+    """Return whether a tensor's name begins like those of the model's layers."""
+    own = {match.string[: match.start(2)] for match in map(_OF_A_LAYER.search, model.state_dict()) if match}
+    match = _OF_A_LAYER.search(name)
+    return match is not None and name[: match.start(2)] in own
+
+
+def _mend(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    if any(name.startswith(_COMPILED) for name in unexpected):
+        return (
+            f"the tensors' names begin with `{_COMPILED}`: a compiled model was saved; "
+            f"save it without that prefix (`model._orig_mod.save_pretrained(...)`)"
+        )
+    if unexpected:
+        return (
+            f"the files hold other tensors instead, {_some(unexpected)}: they are of another architecture, "
+            "or of a model with a wrapper around it"
+        )
+    if all("lm_head" in name or "embed_out" in name for name in missing):
+        return (
+            "add the tensor, or set `tie_word_embeddings` to true in `config.json` if the model ties its "
+            "unembedding to its embedding"
+        )
+    return "a file of the model is missing or was saved incompletely: copy or download the model anew"
+
+
+def _refuse_damaged(source: Path | str, model: nn.Module) -> None:
+    """Refuse weights that are not finite."""
+    bad = [
+        name
+        for name, tensor in model.named_parameters()
+        if tensor.numel() and not all(bool(end.isfinite()) for end in torch.aminmax(tensor.detach()))
+    ]
+    if bad:
+        raise WmtpError(
+            f"{_named_files(source)}: {len(bad)} tensors hold NaN or infinity: {_some(bad)}",
+            hint="the training that wrote them diverged, or the file is damaged: take an earlier checkpoint",
+        )
+
+
+def _refuse_other_ids(source: Path | str, model: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer with ids beyond the model's embedding."""
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    ids = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    eos = tokenizer.eos_token_id
+    if eos is not None and eos >= rows:
+        ids = {str(tokenizer.eos_token): eos, **ids}
+    if ids:
+        raise WmtpError(
+            f"the tokenizer of `{source}` has {len(ids)} tokens beyond the model's embedding of {rows} rows: "
+            + ", ".join(f"`{token}` is {number}" for token, number in list(ids.items())[:_SHOWN])
+            + _more(list(ids)),
+            hint="put the model's own tokenizer beside it, or enlarge the model: "
+            "`model.resize_token_embeddings(len(tokenizer))`",
+        )
+
+
+def _weight_files(source: Path | str) -> list[Path]:
+    """Return a directory's files of weights; of a hub id, none."""
+    if not isinstance(source, Path):
+        return []
+    if source.is_file():
+        return [source]
+    return sorted(source.glob("model*.safetensors")) or sorted(source.glob("pytorch_model*.bin"))
+
+
+def _named_files(source: Path | str) -> str:
+    return quoted(str(file) for file in _weight_files(source)) or f"`{source}`"
+
+
+def _some(names: Sequence[str]) -> str:
+    return quoted(names[:_SHOWN]) + _more(names)
+
+
+def _more(names: Sequence[Any]) -> str:
+    return f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+
+
+def _first_line(error: Exception) -> str:
+    lines: Iterable[str] = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), reason(error))
