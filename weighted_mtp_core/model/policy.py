@@ -11,6 +11,7 @@ Shape letters: B rows, T positions, S cached and new tokens, K heads, H hidden, 
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 from attrs import frozen
@@ -75,6 +76,15 @@ class Policy(nn.Module):
     def head_kind(self) -> HeadKind:
         """`transformer` or `linear`."""
         return self.heads.kind
+
+    @cached_property
+    def has_dropout(self) -> bool:
+        """Whether its states differ between two calls in training mode."""
+        return any(
+            isinstance(value, float) and value > 0 and ("drop" in name or "jitter" in name or name == "p")
+            for module in self.modules()
+            for name, value in vars(module).items()
+        )
 
     def trunk_states(
         self,

@@ -90,7 +90,7 @@ class Signals:
         step: int,
         training: bool,
     ) -> StepView:
-        """Return the view of the global batch.
+        """Return the view of the global batch; its signals are computed without dropout.
 
         Args:
             batch: The global batch.
@@ -101,7 +101,12 @@ class Signals:
             training: False for a batch that is only measured.
         """
         needs, rows, distributed = self.weighting.needs, len(batch.ids_BT), self.distributed
+        was_training = self.policy.training
+        if self.policy.has_dropout:  # a signal is the same whenever it is computed
+            self.policy.eval()
+            hidden = [None] * len(parts)
         found = [self._compute(part.batch, known) for part, known in zip(parts, hidden, strict=True)]
+        self.policy.train(was_training)
         signals = {
             name: gather_rows(parts, [each[name] for each in found], rows=rows, distributed=distributed)
             for name in found[0]
