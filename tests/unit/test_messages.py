@@ -486,12 +486,9 @@ def test_a_folder_or_bytes_instead_of_a_recipe(write_recipe):
     path = write_recipe("", "configs/first.toml")
     path.write_bytes(b"\xff")
 
-    assert cli_error("check", "configs") == (
-        "error: cannot read the recipe `configs`: [Errno 21] Is a directory: 'configs'\n"
-    )
+    assert cli_error("check", "configs") == ("error: cannot read the recipe `configs`: Is a directory\n")
     assert cli_error("check", str(path)) == (
-        "error: cannot read the recipe `configs/first.toml`: 'utf-8' codec can't decode byte 0xff in "
-        "position 0: invalid start byte\n"
+        "error: configs/first.toml: line 1: not UTF-8 (byte 0xff)\nhint: save it as UTF-8\n"
     )
 
 

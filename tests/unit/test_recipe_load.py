@@ -310,3 +310,64 @@ def test_every_shipped_recipe_loads_with_and_without_every_preset(repository, mo
         for preset in [None, *presets]:
             load_recipe(path, preset=preset)
             assert read_document(path, preset=preset).files[0] == "configs/defaults.toml"
+
+
+@pytest.mark.parametrize("encode", [lambda text: ("\ufeff" + text).encode(), lambda text: text.encode()])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_a_recipe_is_read_as_editors_write_it(write_recipe, encode, line_end):
+    path = write_recipe(SMALLEST + '    run.tags = ["a:b"]\n    train.steps = -1')
+    path.write_bytes(encode(path.read_text().replace("\n", line_end)))
+    line = path.read_bytes().count(b"\n") + 1
+
+    with pytest.raises(WmtpError, match=f"line {line}, train.steps"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("run.name = 'x'".encode("utf-16"), "the file is UTF-16; expected UTF-8"),
+        ("# a\nrun.name = 'gr\xfcn'".encode("latin-1"), "line 2: not UTF-8 (byte 0xfc)"),
+    ],
+)
+def test_a_recipe_of_another_encoding_is_refused_with_its_name(write_recipe, content, message):
+    path = write_recipe("")
+    path.write_bytes(content)
+
+    with pytest.raises(WmtpError) as refused:
+        load_recipe(path)
+
+    assert str(refused.value) == f"recipe.toml: {message}"
+
+
+def test_a_file_that_several_others_extend_is_applied_once_at_the_bottom(write_recipe):
+    write_recipe("run.seed = 42\ntrain.steps = 300", "lowest.toml")
+    write_recipe("extends = ['lowest.toml']\nrun.seed = 5", "one.toml")
+    write_recipe("extends = ['./lowest.toml']\ntrain.steps = 7", "two.toml")
+    path = write_recipe("extends = ['lowest.toml', 'one.toml', 'two.toml']" + SMALLEST.replace("    ", ""))
+
+    recipe = load_recipe(path)
+
+    assert (recipe.run.seed, recipe.train.steps) == (5, 7)
+    assert read_document(path).files == ["lowest.toml", "one.toml", "two.toml", "recipe.toml"]
+
+
+def test_a_preset_that_extends_the_defaults_resets_nothing(write_recipe):
+    write_recipe("run.seed = 42\ntrain.steps = 300", "lowest.toml")
+    write_recipe("extends = ['../lowest.toml']\ntrain.steps = 8", "presets/quick.toml")
+    path = write_recipe("extends = ['lowest.toml']" + SMALLEST.replace("    ", "") + "run.seed = 5")
+
+    recipe = load_recipe(path, preset="quick")
+
+    assert (recipe.run.seed, recipe.train.steps) == (5, 8)
+
+
+@pytest.mark.parametrize("value", ["123", "1e3", "true", "2026-01-02", "inf"])
+def test_set_tells_how_to_quote_a_text_that_looks_like_another_value(write_recipe, value):
+    path = write_recipe(SMALLEST)
+
+    with pytest.raises(WmtpError) as refused:
+        load_recipe(path, overrides=[f"run.name={value}"])
+
+    assert refused.value.hint.endswith("""--set 'run.name="..."'""")
+    assert load_recipe(path, overrides=[f'run.name="{value}"']).run.name == value

@@ -158,7 +158,7 @@ def _parser() -> tuple[Parser, list[str]]:
 
 
 def _discard_unread_output() -> bool:
-    """Return whether the reader of the output has gone, as `head` does; then discard the rest of the output."""
+    """Return whether the reader of the output has gone, as `head` does; then discard the rest."""
     closed = False
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, OSError):  # no stream, or one in memory

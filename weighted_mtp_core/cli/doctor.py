@@ -71,7 +71,10 @@ def _examine(plan: Plan | None) -> Iterator[Finding]:
     from weighted_mtp_core.tracking.dotenv import load_dotenv
 
     storage = Path("storage" if plan is None else plan.recipe.run.storage)
-    yield from _environment(load_dotenv())
+    try:
+        yield from _environment(load_dotenv())
+    except WmtpError as error:
+        yield Finding(mark="FAILED", name=".env", text=str(error), hint=error.hint)
     loaded: list[LoadedPlugin] = []
     yield from _plugins(loaded)
     yield _disk(storage)

@@ -83,8 +83,14 @@ class Document:
             f"  {self.locate(each.path).removeprefix(self.name + ', ')}: {each.text}" for each in ordered
         ]
         count = f"{len(lines)} problem{'s' * (len(lines) > 1)}"
-        hints = [fault.hint for fault in ordered if fault.hint]
+        hints = [hint for fault in ordered if (hint := fault.hint or self._quoting_hint(fault))]
         return WmtpError("\n".join([f"{self.name}: {count}", *lines]), hint=next(iter(hints), None))
+
+    def _quoting_hint(self, fault: Fault) -> str | None:
+        """Return how to pass a text that is also TOML of another type, as in `--set run.name=123`."""
+        if self._origin(fault.path).source != "--set" or not fault.text.startswith("expected str, got"):
+            return None
+        return f"a text that looks like another value needs quotes: --set '{dotted(fault.path)}=\"...\"'"
 
     def _merge(self, old: Table, new: Table, origins: Mapping[KeyPath, Origin], *, at: KeyPath) -> None:
         if "use" in old and "use" in new and old["use"] != new["use"]:

@@ -15,6 +15,7 @@ from weighted_mtp_core.recipe.describe import shown
 from weighted_mtp_core.recipe.document import Document, Origin
 from weighted_mtp_core.recipe.line_numbers import find_lines
 from weighted_mtp_core.recipe.overrides import parse_overrides
+from weighted_mtp_core.text_files import read_utf8
 
 PRESETS = Path("configs/presets")
 
@@ -57,6 +58,8 @@ def _add_file(
     for name in bases:
         # normpath folds `a/../b`: messages show the path that a person would write
         base = Path(os.path.normpath(path.parent / name))
+        if base.resolve() in [Path(file).resolve() for file in document.files]:
+            continue  # several files extend it: it stays below them, and resets nothing
         _add_file(document, base, extended_by=(*extended_by, path), is_preset=is_preset)
     if is_preset:
         table = {key: value for key, value in table.items() if _preset_applies(document, key, value)}
@@ -75,15 +78,15 @@ def _preset_applies(document: Document, key: str, table: Any) -> bool:
 
 def _read(path: Path, *, extended_by: tuple[Path, ...]) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_utf8(path)
     except FileNotFoundError:
         beside = sorted(each.name for each in path.parent.glob("*.toml")) if path.parent.is_dir() else []
         named_by = f", which `{extended_by[-1]}` extends" if extended_by else ""
         near = did_you_mean(path.name, beside)
         others = f"`{path.parent}` holds {quoted(beside)}" if beside else None
         raise WmtpError(f"there is no recipe `{path}`{named_by}", hint=near or others) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise WmtpError(f"cannot read the recipe `{path}`: {error}") from error
+    except OSError as error:
+        raise WmtpError(f"cannot read the recipe `{path}`: {error.strerror}") from error
 
 
 def _find_preset(name: str, *, beside: Path) -> Path:

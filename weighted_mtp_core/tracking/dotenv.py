@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import stat
@@ -9,6 +10,9 @@ from functools import cache
 from pathlib import Path
 
 from attrs import frozen
+
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.text_files import read_utf8
 
 NAMES = (
     "MLFLOW_TRACKING_URI",
@@ -39,14 +43,15 @@ class DotEnv:
 
 
 def load_dotenv(path: Path = Path(".env")) -> DotEnv | None:
-    """Set the listed variables of `.env` that are not set yet; return None without a file."""
+    """Set the listed variables of `.env` that are not set yet; return None without a file.
+
+    Raises:
+        WmtpError: The file or one of its lines cannot be read.
+    """
     if not path.is_file():
         return None
-    from dotenv import dotenv_values
-
-    # no interpolation: `a${HOME}c` may be part of a password; a list of names: a file must not be able to
-    # set PATH or LD_PRELOAD
-    values = {name: value for name, value in dotenv_values(path, interpolate=False).items() if value}
+    # a list of names: a file must not be able to set PATH or LD_PRELOAD
+    values = {name: value for name, value in _read(path).items() if value}
     taken = tuple(name for name in NAMES if name in values and not os.environ.get(name))
     for name in taken:
         os.environ[name] = values[name]
@@ -56,6 +61,31 @@ def load_dotenv(path: Path = Path(".env")) -> DotEnv | None:
         ignored=tuple(sorted(values.keys() - set(NAMES))),
         exposed=bool(path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO)),
     )
+
+
+def _read(path: Path) -> dict[str, str]:
+    """Return all variables. There is no interpolation: `a${HOME}c` may be part of a password."""
+    from dotenv.parser import parse_stream
+
+    try:
+        text = read_utf8(path)
+    except OSError as error:
+        raise WmtpError(f"cannot read `{path}`: {error.strerror}") from error
+    values: dict[str, str] = {}
+    for binding in parse_stream(io.StringIO(text)):
+        written = binding.original.string
+        value = binding.value or ""
+        lacks_value = binding.key in NAMES and binding.value is None
+        if binding.error or lacks_value or (binding.key in NAMES and "\n" in value):
+            line = binding.original.line + written[: len(written) - len(written.lstrip())].count("\n")
+            # the line may hold a password
+            raise WmtpError(
+                f"{path}: line {line}: expected NAME=VALUE; a quoted value ends with its quote",
+                hint="quote a value with ` #` or quotes in it: NAME='p@ss #word'",
+            )
+        if binding.key is not None:
+            values[binding.key] = value
+    return values
 
 
 def use_dotenv() -> None:
