@@ -17,7 +17,7 @@ from transformers import (
 )
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.generation.generate import generate
-from weighted_mtp_core.model.policy import make_policy
+from weighted_mtp_core.model.load import make_policy
 
 V, K = 40, 4
 SMALL = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}

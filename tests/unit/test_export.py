@@ -26,8 +26,7 @@ from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.export.transformers import refuse_to_replace, write_export
 from weighted_mtp_core.generation.generate import generate
 from weighted_mtp_core.model.exported_model import ExportFacts, read_facts
-from weighted_mtp_core.model.load import load_policy
-from weighted_mtp_core.model.policy import make_policy
+from weighted_mtp_core.model.load import load_policy, make_policy
 from weighted_mtp_core.recipe.schema import ModelTable
 
 V, K, EOS = 40, 3, 1

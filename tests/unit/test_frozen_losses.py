@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.checkpointing.best_model import load_model, save_model
 from weighted_mtp_core.model.frozen_losses import frozen_losses
-from weighted_mtp_core.model.policy import make_policy
+from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.testing.documents import APART
 
 

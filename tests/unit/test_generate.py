@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.generation.generate import Generations, Sampled, generate, sample_completions
-from weighted_mtp_core.model.policy import make_policy
+from weighted_mtp_core.model.load import make_policy
 
 V = 16
 

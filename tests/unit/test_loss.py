@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.model import chunked_unembedding
+from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.model.loss import normalisers, weighted_mtp_loss
 from weighted_mtp_core.model.pair_predictions import PairPredictions
-from weighted_mtp_core.model.policy import make_policy
 from weighted_mtp_core.model.targets import IGNORED, target_mask
 
 V = 23

@@ -24,7 +24,7 @@ from weighted_mtp_core.api import Batch, Signal, WeightingStrategy, Weights
 from weighted_mtp_core.data.batches import collate, collate_packed, split_rows
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import RunFailedError
-from weighted_mtp_core.model.policy import make_policy
+from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.model.targets import align_labels, pair_index, source_index, target_mask
 from weighted_mtp_core.recipe.schema import LossTable, TrainTable
 from weighted_mtp_core.training.nonfinite_steps import NonfiniteSteps

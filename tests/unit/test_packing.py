@@ -21,10 +21,10 @@ from weighted_mtp_core.data.batches import collate_packed, split_rows
 from weighted_mtp_core.data.samplers import PackedSampler, first_fit
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.model.frozen_losses import frozen_losses
+from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.model.loss import weighted_mtp_loss
 from weighted_mtp_core.model.packing_probe import check_packing
 from weighted_mtp_core.model.pair_predictions import PairPredictions
-from weighted_mtp_core.model.policy import make_policy
 from weighted_mtp_core.model.targets import align_labels
 from weighted_mtp_core.model.trunk import frozen_trunk
 

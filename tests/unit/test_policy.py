@@ -18,7 +18,7 @@ from transformers import (
 )
 from weighted_mtp_core.api import Batch
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.model.policy import make_policy
+from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.model.sparse_feed_forward import one_position_per_row, sparse_rows
 from weighted_mtp_core.model.trunk import frozen_trunk
 

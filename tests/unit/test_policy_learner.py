@@ -18,8 +18,8 @@ from weighted_mtp_core.api import Batch, Signal, WeightingStrategy, Weights, Wmt
 from weighted_mtp_core.api.alignment import align_weights
 from weighted_mtp_core.data.batches import split_rows
 from weighted_mtp_core.errors import RunFailedError
+from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.model.pair_predictions import PairPredictions
-from weighted_mtp_core.model.policy import make_policy
 from weighted_mtp_core.model.targets import align_labels, target_mask
 from weighted_mtp_core.recipe.schema import LossTable
 from weighted_mtp_core.training.policy_learner import PolicyLearner

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.api import Batch, Signal, WeightingStrategy, Weights
+from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.model.pair_predictions import PairPredictions
-from weighted_mtp_core.model.policy import make_policy
 from weighted_mtp_core.model.targets import align_labels
 from weighted_mtp_core.recipe.schema import LossTable
 from weighted_mtp_core.training.policy_learner import PolicyLearner

@@ -10,7 +10,7 @@ from weighted_mtp_core.api import Batch, Critic, Scores, Signal, WeightingStrate
 from weighted_mtp_core.data.batches import StepBatches, split_rows
 from weighted_mtp_core.data.samplers import PackedSampler, Sampler, pointwise
 from weighted_mtp_core.data.tokens import TokenSet
-from weighted_mtp_core.model.policy import make_policy
+from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.plugins.loading import Kind
 from weighted_mtp_core.plugins.selection import ComponentSelector
 from weighted_mtp_core.recipe.schema import DataTable, LossTable

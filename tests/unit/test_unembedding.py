@@ -16,9 +16,9 @@ from transformers import (
 )
 from weighted_mtp_core.export.transformers import language_model
 from weighted_mtp_core.generation.generate import generate
+from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.model.loss import normalisers, weighted_mtp_loss
 from weighted_mtp_core.model.pair_predictions import PairPredictions
-from weighted_mtp_core.model.policy import make_policy
 from weighted_mtp_core.model.targets import align_labels, target_mask
 
 V = 60

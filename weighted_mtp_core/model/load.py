@@ -12,9 +12,11 @@ from attrs import frozen
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import reason
 from weighted_mtp_core.model.exported_model import is_exported_model, load_extra_heads, refuse_other_heads
+from weighted_mtp_core.model.heads import HeadKind
 from weighted_mtp_core.model.micro import micro_folder
-from weighted_mtp_core.model.policy import Policy, make_policy
+from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.pretrained import load_pretrained, refuse_bad_weights
+from weighted_mtp_core.model.probe import compare, observe
 from weighted_mtp_core.recipe.schema import ModelTable
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder, sha256_of, verify_manifest
 
@@ -65,6 +67,18 @@ def load_policy(
         load_extra_heads(policy, saved)
     name = f"{folder.parent.name}/{folder.name}" if isinstance(folder, Path) else folder
     return LoadedPolicy(policy=policy, tokenizer=tokenizer, base_name=name)
+
+
+def make_policy(base: Any, *, n_future: int, head_kind: HeadKind) -> Policy:
+    """Make a policy of a causal LM and check that head 1 still is that model: see `probe`.
+
+    Raises:
+        WmtpError: The model cannot be a trunk, or does not fit this kind of head.
+    """
+    answers = observe(base)
+    policy = Policy(base, unembedding=answers.unembedding, n_future=n_future, head_kind=head_kind)
+    compare(policy, answers)
+    return policy
 
 
 def find_base(base: str, *, storage: Path) -> Path | str:

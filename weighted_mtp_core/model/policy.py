@@ -22,7 +22,6 @@ from weighted_mtp_core.model.families import body_states, new_cache, one_layer_c
 from weighted_mtp_core.model.heads import HeadKind, Heads
 from weighted_mtp_core.model.heads.linear import LinearHeads
 from weighted_mtp_core.model.heads.transformer import TransformerHeads
-from weighted_mtp_core.model.probe import compare, observe
 from weighted_mtp_core.model.unembedding import Unembedding
 
 HEADS: dict[HeadKind, type[Heads]] = {each.kind: each for each in (TransformerHeads, LinearHeads)}
@@ -143,15 +142,3 @@ class Policy(nn.Module):
             if hasattr(module, "_can_checkpoint_with_cache"):
                 # Otherwise layers drop the cache that stores nothing, and warn about it.
                 setattr(module, "_can_checkpoint_with_cache", True)  # noqa: B010 - nn.Module's type lacks it
-
-
-def make_policy(base: Any, *, n_future: int, head_kind: HeadKind) -> Policy:
-    """Make a policy of a causal LM and check that head 1 still is that model: see `probe`.
-
-    Raises:
-        WmtpError: The model cannot be a trunk, or does not fit this kind of head.
-    """
-    answers = observe(base)
-    policy = Policy(base, unembedding=answers.unembedding, n_future=n_future, head_kind=head_kind)
-    compare(policy, answers)
-    return policy

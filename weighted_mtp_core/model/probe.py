@@ -22,11 +22,9 @@ from torch import Tensor, nn
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import reason
 from weighted_mtp_core.model.families import LIMITED_LENGTH, REFUSED, body_of, logit_forms, text_config
+from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.sparse_feed_forward import one_position_per_row, sparse_rows
 from weighted_mtp_core.model.unembedding import Unembedding
-
-Policy = Any
-"""`model.policy.Policy`, which imports this module."""
 
 _TOLERANCE = 1e-4  # of the largest logit, fp32
 _LENGTH = 24
