@@ -35,15 +35,18 @@ class Diagnosis:
 
     Attributes:
         text: The cause in one line.
-        hint: What a person can do about it, if anything.
-        lasting: Whether it is unlikely to pass by itself: it stops a run at its start, but not later.
+        hint: What a person can do about it. None if it may pass by itself.
         hopeless: Whether the same request will never succeed.
     """
 
     text: str
     hint: str | None = None
-    lasting: bool = False
     hopeless: bool = False
+
+    @property
+    def lasting(self) -> bool:
+        """Whether it is unlikely to pass by itself; it then stops a run at its start, but not later."""
+        return self.hint is not None
 
     def as_error(self) -> WmtpError:
         """Return the error that stops a run."""
@@ -72,7 +75,7 @@ def _diagnose(error: BaseException) -> Diagnosis:
     status = http_status(error)
     if status is not None:
         return _diagnose_status(status, str(error))
-    for pattern, diagnosis in _NETWORK:
+    for pattern, diagnosis in _NETWORK.items():
         if re.search(pattern, text):
             return diagnosis
     return Diagnosis(text=f"{{server}}: {_first_line(error)}")
@@ -83,62 +86,36 @@ def _first_line(error: BaseException) -> str:
     return lines[0][:200]
 
 
-_NETWORK = (
-    (
-        r"NameResolutionError|Name or service not known|getaddrinfo|name resolution|nodename nor servname",
-        Diagnosis(
-            text="the host of {server} is not known",
-            hint="check the host in MLFLOW_TRACKING_URI or `tracking_uri`",
-            lasting=True,
-        ),
+_NETWORK = {
+    r"NameResolutionError|Name or service not known|getaddrinfo|name resolution|nodename nor": Diagnosis(
+        text="the host of {server} is not known",
+        hint="check the host in MLFLOW_TRACKING_URI or `tracking_uri`",
     ),
-    (
-        r"SSLError|CERTIFICATE_VERIFY_FAILED|WRONG_VERSION_NUMBER",
-        Diagnosis(
-            text="no secure connection to {server}: an unknown certificate, or no TLS there",
-            hint="check `https://` in MLFLOW_TRACKING_URI; for an own certificate set REQUESTS_CA_BUNDLE",
-            lasting=True,
-        ),
+    r"SSLError|CERTIFICATE_VERIFY_FAILED|WRONG_VERSION_NUMBER": Diagnosis(
+        text="no secure connection to {server}: an unknown certificate, or no TLS there",
+        hint="check `https://` in MLFLOW_TRACKING_URI; for an own certificate set REQUESTS_CA_BUNDLE",
     ),
-    (
-        r"Connection refused|ECONNREFUSED|Could not connect to the endpoint URL",
-        Diagnosis(
-            text="nothing answers at {server}",
-            hint="start it, correct MLFLOW_TRACKING_URI, or run untracked with `enabled = false`",
-            lasting=True,
-        ),
+    r"Connection refused|ECONNREFUSED|Could not connect to the endpoint URL": Diagnosis(
+        text="nothing answers at {server}",
+        hint="start it, correct MLFLOW_TRACKING_URI, or run untracked with `enabled = false`",
     ),
-    (
-        r"No module named|NoSuchModuleError",
-        Diagnosis(
-            text="no database driver for {server} is installed",
-            hint="install one and name it, for example postgresql+psycopg2://user@host/mlflow",
-            lasting=True,
-        ),
+    r"No module named|NoSuchModuleError": Diagnosis(
+        text="no database driver for {server} is installed",
+        hint="install one and name it, for example postgresql+psycopg2://user@host/mlflow",
     ),
-    (
-        r"password authentication failed|no password supplied",
-        Diagnosis(
-            text="{server} refuses the login",
-            hint="set PGPASSWORD in the environment, or write the password into ~/.pgpass",
-            lasting=True,
-        ),
+    r"password authentication failed|no password supplied": Diagnosis(
+        text="{server} refuses the login",
+        hint="set PGPASSWORD in the environment, or write the password into ~/.pgpass",
     ),
-    (r"(?i)timed? ?out|timeout", Diagnosis(text="{server} did not answer in time")),
-    (r"(?i)connection|RemoteDisconnected|reset by peer", Diagnosis(text="the connection to {server} broke")),
-)
+    r"(?i)timed? ?out|timeout": Diagnosis(text="{server} did not answer in time"),
+    r"(?i)connection|RemoteDisconnected|reset by peer": Diagnosis(text="the connection to {server} broke"),
+}
 _STATUSES = {
     401: Diagnosis(
-        text=f"{{server}} refuses the login in {_LOGIN}",
-        hint="correct them in the environment or in `.env`",
-        lasting=True,
+        text=f"{{server}} refuses the login in {_LOGIN}", hint="correct them in the environment or in `.env`"
     ),
-    403: Diagnosis(text="{server} forbids this (403)", hint=f"check {_LOGIN}", lasting=True),
-    404: Diagnosis(
-        text="{server} is no MLflow server (404)",
-        hint="check the path in MLFLOW_TRACKING_URI",
-        lasting=True,
-    ),
+    403: Diagnosis(text="{server} forbids this (403)", hint=f"check {_LOGIN}"),
+    404: Diagnosis(text="{server} is no MLflow server (404)", hint="check the path in MLFLOW_TRACKING_URI"),
     413: Diagnosis(
         text="{server} refuses a request of this size (413)",
         hint="raise `client_max_body_size` in nginx (0 means no limit), then run `track sync`",
@@ -151,12 +128,10 @@ _STATUSES = {
 _NO_LOGIN = Diagnosis(
     text=f"{{server}} requires a login, but {_LOGIN} are not both set",
     hint="set them in the environment or in `.env`",
-    lasting=True,
 )
 _HOST_NAME = Diagnosis(
     text="{server} refuses requests for this host name (403)",
     hint="add the host, and host:port, to `--allowed-hosts` of `mlflow server`",
-    lasting=True,
 )
 
 
