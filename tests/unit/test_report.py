@@ -113,7 +113,7 @@ def test_a_metric_that_only_a_plugin_knows_has_a_curve(write_journal):
 
 def test_the_heads_share_a_chart(write_journal):
     html = page(write_journal(*WHOLE))
-    (chart,) = re.findall(r'<svg role="img" aria-label="Held-out loss of each head".*?</svg>', html)
+    (chart,) = re.findall(r'(?s)<svg role="img" aria-label="Held-out loss of each head".*?</svg>', html)
 
     labels = [each.text for each in ET.fromstring(chart).iter("text") if "label" in each.get("class")]
     assert labels == ["head 2", "head 1"]

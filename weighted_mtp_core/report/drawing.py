@@ -10,9 +10,10 @@ import math
 from collections.abc import Sequence
 
 from attrs import field, frozen
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from weighted_mtp_core.metrics.critic_report import ReliabilityBin
+from weighted_mtp_core.report.rendering import render
 
 _MOST_POINTS = 200
 
@@ -63,42 +64,30 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str = "step") -
         ticks=ticks,
         right=72.0 if len(series) > 1 else 12.0,
     )
-    parts = [_axes(frame, x_label=x_label)]
-    ends = []
+    lines, ends = [], []
     for number, (label, points) in enumerate(drawn):
         style = f"s{number % 6 + 1}"
-        parts.append(Markup('<path class="line {}" d="{}"/>').format(style, _path(frame, points)))
-        parts += [_dot(frame, style, x, y, f"{label}: {y:.4g} at {x:g}") for x, y in points]
-        last = [(x, y) for x, y in points if math.isfinite(y)]
-        if last:
-            ends.append((frame.at(*last[-1])[1], style, label))
-    if len(series) > 1:
-        parts += _end_labels(frame, ends)
-    return _drawing(frame, title, parts)
+        seen = [(x, y) for x, y in points if math.isfinite(y)]
+        dots = [(*frame.at(x, y), f"{label}: {y:.4g} at {x:g}") for x, y in seen]
+        lines.append((style, _path(frame, points), dots))
+        if dots and len(series) > 1:
+            ends.append((dots[-1][1], style, label))
+    labels = _end_labels(frame, ends)
+    return render("chart.svg.j2", frame=frame, title=title, x_label=x_label, lines=lines, labels=labels)
 
 
 def reliability_chart(bins: Sequence[ReliabilityBin]) -> Markup:
     """Draw the mean reward of each bin over its mean value, with the interval; a dot's area is the count."""
     frame = _Frame(x=(0, 1), y=(0, 1), ticks=(0, 0.25, 0.5, 0.75, 1), right=24.0, height=230.0)
-    (left, base), (right, top) = frame.at(0, 0), frame.at(1, 1)
-    parts = [
-        _axes(frame, x_label="value"),
-        Markup('<line class="ideal" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(
-            left, base, right, top
-        ),
-    ]
     largest = max(each.count for each in bins)
+    points = []
     for each in bins:
         across, middle = frame.at(min(max(each.value, 0.0), 1.0), each.reward)
         low, high = frame.at(0, max(each.low, 0.0))[1], frame.at(0, min(each.high, 1.0))[1]
-        words = f"{each.count} responses, mean value {each.value:.3f}, correct {each.reward:.1%}"
-        parts.append(
-            Markup(
-                '<line class="whisker" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>'
-                '<circle class="point" cx="{:.1f}" cy="{:.1f}" r="{:.1f}"><title>{}</title></circle>'
-            ).format(across, across, low, high, across, middle, 3 + 6 * (each.count / largest) ** 0.5, words)
-        )
-    return _drawing(frame, "Share of correct responses by value", parts)
+        text = f"{each.count} responses, mean value {each.value:.3f}, correct {each.reward:.1%}"
+        points.append((across, low, middle, high, 3 + 6 * (each.count / largest) ** 0.5, text))
+    title = "Share of correct responses by value"
+    return render("chart.svg.j2", frame=frame, title=title, x_label="value", diagonal=True, points=points)
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
@@ -131,60 +120,13 @@ def _path(frame: _Frame, points: Sequence[tuple[float, float]]) -> str:
     return "".join(words)
 
 
-def _dot(frame: _Frame, style: str, x: float, y: float, text: str) -> Markup:
-    if not math.isfinite(y):
-        return Markup()
-    across, down = frame.at(x, y)
-    return Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="5"><title>{}</title></circle>').format(
-        style, across, down, text
-    )
-
-
-def _axes(frame: _Frame, *, x_label: str) -> Markup:
-    """Draw the grid, the numbers at both axes and the label of the x axis."""
-    left, right = frame.left, frame.width - frame.right
-    base = frame.height - frame.bottom
-    parts = []
-    for tick in frame.ticks:
-        down = frame.at(frame.x[0], tick)[1]
-        parts.append(
-            Markup(
-                '<line class="grid" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>'
-                '<text class="tick" x="{:.1f}" y="{:.1f}" text-anchor="end">{:g}</text>'
-            ).format(left, right, down, down, left - 7, down + 3.5, round(tick, 10))
-        )
-    for value, anchor in ((frame.x[0], "start"), (frame.x[1], "end")):
-        parts.append(
-            Markup('<text class="tick" x="{:.1f}" y="{:.1f}" text-anchor="{}">{:g}</text>').format(
-                frame.at(value, 0)[0], base + 16, anchor, value
-            )
-        )
-    parts.append(
-        Markup('<text class="tick" x="{:.1f}" y="{:.1f}" text-anchor="middle">{}</text>').format(
-            (left + right) / 2, base + 16, x_label
-        )
-    )
-    return Markup().join(parts)
-
-
-def _end_labels(frame: _Frame, ends: Sequence[tuple[float, str, str]]) -> list[Markup]:
-    """Write the label of each line beside its end, in the order of the ends, at least 13 units apart."""
+def _end_labels(frame: _Frame, ends: Sequence[tuple[float, str, str]]) -> list[tuple[str, float, str]]:
+    """Return the label of each line beside its end, in the order of the ends, at least 13 units apart."""
     labels, free = [], frame.top
     bottom = frame.height - frame.bottom
     for number, (down, style, label) in enumerate(sorted(ends)):
         below = len(ends) - 1 - number
         at = min(max(down, free), bottom - 13 * below)
         free = at + 13
-        labels.append(
-            Markup('<text class="label {}" x="{:.1f}" y="{:.1f}">{}</text>').format(
-                style, frame.width - frame.right + 7, at + 3.5, label
-            )
-        )
+        labels.append((style, at, label))
     return labels
-
-
-def _drawing(frame: _Frame, title: str, parts: Sequence[Markup]) -> Markup:
-    """Return one drawing of several parts; the title is for screen readers."""
-    return Markup('<svg role="img" aria-label="{}" viewBox="0 0 {:g} {:g}">{}</svg>').format(
-        escape(title), frame.width, frame.height, Markup().join(parts)
-    )

@@ -8,13 +8,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from weighted_mtp_core import run_tags
 from weighted_mtp_core.api import is_correct
 from weighted_mtp_core.report.charts import Chart, charts_of
 from weighted_mtp_core.report.drawing import reliability_chart
+from weighted_mtp_core.report.rendering import render
 from weighted_mtp_core.report.shading import Shading, numbers
 from weighted_mtp_core.report.token_report import load_token_report
 from weighted_mtp_core.storage.atomic import atomic_write
@@ -31,21 +31,15 @@ def write_report(run: Path) -> Path:
         WmtpError: The folder has no journal of a run.
     """
     history, tokens = read_history(run), load_token_report(run)
-    environment = Environment(
-        loader=PackageLoader("weighted_mtp_core.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": _number, "numbers": numbers, "is_correct": is_correct}
     contents = _contents(history) | {
         "reliability": reliability_chart(tokens.reliability) if tokens and tokens.reliability else Markup(),
         "tokens": tokens,
         "shading": Shading.of(tokens) if tokens else None,
+        "numbers": numbers,
+        "is_correct": is_correct,
     }
     path = run / FILE
-    atomic_write(path, environment.get_template("report.html.j2").render(contents))
+    atomic_write(path, render("report.html.j2", **contents))
     return path
 
 
@@ -193,7 +187,3 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"  # noqa: RUF001
