@@ -32,7 +32,7 @@ from weighted_mtp_core.recipe.schema import CheckpointTable, DataTable, LossTabl
 from weighted_mtp_core.training.learner import Learner, Validation
 from weighted_mtp_core.training.loop import train
 from weighted_mtp_core.training.policy_learner import PolicyLearner
-from weighted_mtp_core.training.signals import Weighting
+from weighted_mtp_core.training.weighting_inputs import Weighting
 
 from weighted_mtp_baseline_mtp import UniformOptions, build_uniform
 

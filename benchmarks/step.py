@@ -35,7 +35,7 @@ from weighted_mtp_core.recipe.schema import DataTable, LossTable, TrainTable
 from weighted_mtp_core.training.optimisers import clip_gradients, make_optimiser
 from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.score_cache import CachedCritic
-from weighted_mtp_core.training.signals import Weighting
+from weighted_mtp_core.training.weighting_inputs import Weighting
 
 from weighted_mtp_baseline_mtp import UniformOptions, build_uniform
 from weighted_mtp_verifiable import TdErrorOptions, ValueHeadOptions, build_td_error, build_value_head

@@ -35,7 +35,7 @@ from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.recipe.schema import CheckpointTable, DataTable, LossTable, TrainTable
 from weighted_mtp_core.training.loop import train
-from weighted_mtp_core.training.signals import Weighting
+from weighted_mtp_core.training.weighting_inputs import Weighting
 
 from weighted_mtp_baseline_mtp import UniformOptions, build_uniform
 

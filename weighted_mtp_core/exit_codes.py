@@ -1,4 +1,8 @@
-"""The exit codes of the commands. `runtime/interrupts.py` handles the OS signals that lead to 130 and 143."""
+"""The exit codes of the commands.
+
+`runtime/interrupts.py` turns OS signals into exceptions; `main` in `cli/__init__.py` turns exceptions into
+these codes.
+"""
 
 from __future__ import annotations
 

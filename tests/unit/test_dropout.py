@@ -11,7 +11,7 @@ from weighted_mtp_core.model.policy import make_policy
 from weighted_mtp_core.model.targets import batch_labels, target_mask
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS
 from weighted_mtp_core.training.micro_batches import micro_batches
-from weighted_mtp_core.training.signals import Signals, Weighting
+from weighted_mtp_core.training.weighting_inputs import Signals, Weighting
 
 V = 40
 

@@ -30,8 +30,8 @@ from weighted_mtp_core.recipe.schema import LossTable, TrainTable
 from weighted_mtp_core.training.nonfinite_steps import NonfiniteSteps
 from weighted_mtp_core.training.optimisers import clip_gradients, make_optimiser
 from weighted_mtp_core.training.policy_learner import PolicyLearner
-from weighted_mtp_core.training.signals import Weighting
 from weighted_mtp_core.training.weight_checks import ValueCheck
+from weighted_mtp_core.training.weighting_inputs import Weighting
 
 V = 31
 SMALL = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}

@@ -23,7 +23,7 @@ from weighted_mtp_core.model.pair_predictions import PairPredictions
 from weighted_mtp_core.model.targets import align_labels, target_mask
 from weighted_mtp_core.recipe.schema import LossTable
 from weighted_mtp_core.training.policy_learner import PolicyLearner
-from weighted_mtp_core.training.signals import Weighting
+from weighted_mtp_core.training.weighting_inputs import Weighting
 
 V, B, T = 31, 4, 12
 SMALL = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}

@@ -9,7 +9,7 @@ from weighted_mtp_core.model.pair_predictions import PairPredictions
 from weighted_mtp_core.model.targets import align_labels
 from weighted_mtp_core.recipe.schema import LossTable
 from weighted_mtp_core.training.policy_learner import PolicyLearner
-from weighted_mtp_core.training.signals import Weighting
+from weighted_mtp_core.training.weighting_inputs import Weighting
 
 FIELDS = {
     Signal.TOKEN_LOSS: ("token_loss_BTK", PairPredictions.losses),

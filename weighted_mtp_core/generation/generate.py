@@ -16,8 +16,8 @@ import torch
 from attrs import define, field, frozen
 
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.generation.decoding_probe import batches, decoder_of, manner_of
 from weighted_mtp_core.generation.draft_heads import DecodingHeads
-from weighted_mtp_core.generation.manner import batches, decoder_of, manner_of
 from weighted_mtp_core.model.policy import Policy
 
 Decoding = Literal["plain", "self_speculative"]

@@ -4,7 +4,7 @@ Families differ in ways that no config tells: scaled or capped logits, dropout b
 that read their own number. So the model is run on a few tokens first, and the policy must give the same
 logits: in evaluation, in training, where states are scaled up, where only some positions are read. Windows of
 attention are narrowed meanwhile, so that the text leaves them. How a policy may be decoded is found in
-`generation.manner`, whether rows may hold several documents in `packing_probe`.
+`generation.decoding_probe`, whether rows may hold several documents in `packing_probe`.
 
 Shape letters: B rows, T positions, H hidden, V vocabulary.
 """

@@ -25,7 +25,9 @@ from attrs import frozen
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
+import weighted_mtp_core
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.messages import quoted
 
 GROUP = "weighted_mtp_core"
 CORE_DISTRIBUTION = "weighted-mtp-core"
@@ -247,3 +249,44 @@ def _entries(text: str) -> list[tuple[str, str]]:
             name, _, module = line.partition("=")
             entries.append((name.strip(), module.strip()))
     return entries
+
+
+def check_metadata(plugin: FoundPlugin) -> None:
+    """Refuse a plugin that its metadata alone rules out.
+
+    Raises:
+        WmtpError: Several distributions or versions claim its name, the name is not valid in an address, or
+            the plugin does not work with this version of core.
+    """
+    _check_name(plugin)
+    _check_core_range(plugin)
+
+
+def _check_name(plugin: FoundPlugin) -> None:
+    if len(plugin.folders) > 1:
+        raise WmtpError(
+            f"{plugin} has metadata of several versions: {quoted(plugin.folders)}",
+            hint=f"delete the folders of versions that are not in use, or reinstall {plugin.distribution}",
+        )
+    if plugin.conflicts:
+        claims = [plugin, *plugin.conflicts]
+        listed = " and ".join(f"{each.distribution} {each.version}" for each in claims)
+        number, both = ("two", "both") if len(claims) == 2 else (str(len(claims)), "all")
+        # Core cannot know which one is wanted, but never suggests uninstalling itself.
+        spare = next(each.distribution for each in reversed(claims) if each.distribution != CORE_DISTRIBUTION)
+        raise WmtpError(
+            f"{number} installed packages {both} claim the plugin name `{plugin.name}`: {listed}",
+            hint=f"uninstall one, for example: pip uninstall {spare}",
+        )
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", plugin.name):
+        raise WmtpError(f"{plugin} has a name that is not valid in an address: expected `[a-z][a-z0-9_]*`")
+
+
+def _check_core_range(plugin: FoundPlugin) -> None:
+    version = weighted_mtp_core.__version__
+    core_range = plugin.core_range
+    if not Requirement(CORE_DISTRIBUTION + core_range).specifier.contains(version, prereleases=True):
+        raise WmtpError(
+            f"{plugin} needs {CORE_DISTRIBUTION}{core_range}, but {version} is installed",
+            hint=f"install a version of {plugin.distribution} made for {CORE_DISTRIBUTION} {version}",
+        )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import enum
 import inspect
-import re
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import EntryPoint
 from typing import Any, Self
@@ -18,14 +17,12 @@ from typing import Any, Self
 import attrs
 import pluggy
 from attrs import define, field, frozen
-from packaging.requirements import Requirement
 
-import weighted_mtp_core
 from weighted_mtp_core import hookspecs
 from weighted_mtp_core.api import Component, Critic, DataSource, Signal, Stateful, Tracker, WeightingStrategy
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import did_you_mean, nearest, quoted, reason, suggest
-from weighted_mtp_core.plugins.discovery import CORE_DISTRIBUTION, GROUP, FoundPlugin, find
+from weighted_mtp_core.plugins.discovery import GROUP, FoundPlugin, check_metadata, find
 
 AnyComponent = Component[Any, Any]
 
@@ -108,8 +105,7 @@ class PluginRegistry:
             if name not in self.found:
                 raise not_installed(name, self.found)
             plugin = self.found[name]
-            _check_name(plugin)
-            _check_core_range(plugin)
+            check_metadata(plugin)
             self.loaded[name] = LoadedPlugin(found=plugin, components=self._register(plugin))
         return self.loaded[name]
 
@@ -192,36 +188,6 @@ def not_installed(name: str, found: Iterable[str], *, alternatives: Iterable[str
         f"no plugin named `{name}` is installed; installed: {quoted(found) or 'none'}",
         hint=suggest(near + others) or "install the package that offers it, then: plugins list",
     )
-
-
-def _check_name(plugin: FoundPlugin) -> None:
-    if len(plugin.folders) > 1:
-        raise WmtpError(
-            f"{plugin} has metadata of several versions: {quoted(plugin.folders)}",
-            hint=f"delete the folders of versions that are not in use, or reinstall {plugin.distribution}",
-        )
-    if plugin.conflicts:
-        claims = [plugin, *plugin.conflicts]
-        listed = " and ".join(f"{each.distribution} {each.version}" for each in claims)
-        number, both = ("two", "both") if len(claims) == 2 else (str(len(claims)), "all")
-        # Core cannot know which one is wanted, but never suggests uninstalling itself.
-        spare = next(each.distribution for each in reversed(claims) if each.distribution != CORE_DISTRIBUTION)
-        raise WmtpError(
-            f"{number} installed packages {both} claim the plugin name `{plugin.name}`: {listed}",
-            hint=f"uninstall one, for example: pip uninstall {spare}",
-        )
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", plugin.name):
-        raise WmtpError(f"{plugin} has a name that is not valid in an address: expected `[a-z][a-z0-9_]*`")
-
-
-def _check_core_range(plugin: FoundPlugin) -> None:
-    version = weighted_mtp_core.__version__
-    core_range = plugin.core_range
-    if not Requirement(CORE_DISTRIBUTION + core_range).specifier.contains(version, prereleases=True):
-        raise WmtpError(
-            f"{plugin} needs {CORE_DISTRIBUTION}{core_range}, but {version} is installed",
-            hint=f"install a version of {plugin.distribution} made for {CORE_DISTRIBUTION} {version}",
-        )
 
 
 def _import(plugin: FoundPlugin) -> object:

@@ -30,8 +30,8 @@ from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
 from weighted_mtp_core.training.loop import Learner, Scalars, StepResult, Validation
 from weighted_mtp_core.training.micro_batches import MicroBatch, micro_batches
 from weighted_mtp_core.training.prepare import Prepared
-from weighted_mtp_core.training.signals import Signals, Weighting
 from weighted_mtp_core.training.weight_checks import ValueCheck
+from weighted_mtp_core.training.weighting_inputs import Signals, Weighting
 
 
 @define(kw_only=True, eq=False)

@@ -30,7 +30,7 @@ from weighted_mtp_core.data.samplers import Sampler, in_order, pointwise
 from weighted_mtp_core.data.token_cache import TokenCache
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.generation.manner import manner_of
+from weighted_mtp_core.generation.decoding_probe import manner_of
 from weighted_mtp_core.metrics.critic import LengthOnly
 from weighted_mtp_core.model.frozen_losses import frozen_losses
 from weighted_mtp_core.model.load import load_policy

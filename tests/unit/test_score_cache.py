@@ -16,7 +16,7 @@ from weighted_mtp_core.plugins.selection import ComponentSelector
 from weighted_mtp_core.recipe.schema import DataTable, LossTable
 from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.score_cache import CachedCritic, scores_key, state_sha256
-from weighted_mtp_core.training.signals import Weighting
+from weighted_mtp_core.training.weighting_inputs import Weighting
 
 CPU = torch.device("cpu")
 V = 40
