@@ -131,7 +131,9 @@ def test_s3_killed_half_way_makes_the_run_failed_and_syncing_again_goes_on(stack
     assert (failed.status, failed.run.data.tags["storage_sync"]) == ("FAILED", "False")
     assert not half
     assert whole()
-    assert stored(run).run.data.tags["storage_sync"] == "True"
+    kept = stored(run)
+    assert kept.run.data.tags["storage_sync"] == "True"
+    assert kept.status == "FINISHED"
 
 
 def test_a_failure_makes_the_run_failed(stack, storage, to, run, stored):

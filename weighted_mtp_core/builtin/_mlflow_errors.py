@@ -14,6 +14,7 @@ from attrs import evolve, frozen
 
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.redaction import redact
+from weighted_mtp_core.storage import s3
 
 _STATUS = re.compile(
     r"error code (\d{3}) != |\b(\d{3}) (?:Client|Server) Error|too many (\d{3}) error responses"
@@ -72,6 +73,10 @@ def _diagnose(error: BaseException) -> Diagnosis:
         return Diagnosis(text="{server} is overloaded by other clients")
     if getattr(error, "error_code", "") in _MALFORMED and "'active' state" not in text:
         return Diagnosis(text=f"{{server}} refuses it: {_first_line(error)}", hopeless=True)
+    if any(type(each).__module__.startswith(("botocore.", "boto3.")) for each in causes(error)) and (
+        refused := s3.advice(error)
+    ):
+        return Diagnosis(text=f"{{server}} {refused[0]}", hint=refused[1], lasting=True)
     status = http_status(error)
     if status is not None:
         return _diagnose_status(status, str(error))

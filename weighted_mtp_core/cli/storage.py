@@ -43,7 +43,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     sync.add_argument(
         "--run",
         metavar="RUN",
-        help="set the tag `storage_sync=True` on this run; after a failure the run becomes FAILED",
+        help="set the tag `storage_sync=True` on this run; after a failure the run becomes FAILED, "
+        "after a later success what it was before",
     )
     sync.add_argument(
         "--runs",
@@ -66,16 +67,22 @@ def main(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from weighted_mtp_core.storage.manifest import verify_manifest
-    from weighted_mtp_core.storage.versions import versions
+    from weighted_mtp_core.storage.versions import derived, unlisted, versions
 
     rows: list[tuple[str, ...]] = []
     faults = 0
     for version in versions(args.storage):
-        try:
-            rows.append(("ok", version.address, f"sha256 {verify_manifest(version.path)[:12]}"))
-        except WmtpError as error:
-            faults += 1
-            rows.append(("FAILED", version.address, str(error)))
+        for folder in (version.path, *derived(version)):
+            address = folder.relative_to(args.storage).as_posix()
+            try:
+                rows.append(("ok", address, f"sha256 {verify_manifest(folder)[:12]}"))
+            except WmtpError as error:
+                faults += 1
+                rows.append(("FAILED", address, str(error)))
+    rows += [
+        ("unknown", address, f"{count} files that no manifest lists")
+        for address, count in unlisted(args.storage).items()
+    ]
     print_rows(rows or [("nothing to verify in", f"`{args.storage}`")])
     return EXIT_RUN_FAILED if faults else EXIT_DONE
 
@@ -117,11 +124,16 @@ def _upload(args: argparse.Namespace) -> int:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     from weighted_mtp_core.storage.s3_upload import plan_upload, upload
+    from weighted_mtp_core.storage.versions import derived, unlisted, versions
     from weighted_mtp_core.tracking.dotenv import use_dotenv
 
     use_dotenv()
     plan = plan_upload(args.storage, args.to)
     print(f"{plan.location}: {plan.stored} files are there, {len(plan.new)} are new ({plan.size:,} bytes)")
+    for address, count in unlisted(args.storage).items():
+        print(f"not uploaded: {count} files in `{address}`, which no manifest lists")
+    if count := sum(len(derived(version)) for version in versions(args.storage)):
+        print(f"not uploaded: {count} folders of derived files, which runs make again")
     if args.dry_run:
         print_rows([(f"{item.size:,}".rjust(15), item.key) for item in plan.new])
         return EXIT_DONE
@@ -130,5 +142,6 @@ def _upload(args: argparse.Namespace) -> int:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("upload", total=plan.size)
         upload(plan, on_done=lambda item: progress.update(task, advance=item.size))
-    print(f"{plan.location}: everything is there, confirmed by checksum")
+    count = plan.stored + len(plan.new)
+    print(f"{plan.location}: all {count} files of models and data sets are there, confirmed by checksum")
     return EXIT_DONE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -118,7 +119,7 @@ def verify_manifest(folder: Path) -> str:
         raise WmtpError(f"`{manifest}` cannot be read: {error}", hint=fix) from error
     found = {file.relative_to(folder).as_posix(): file for file in files_of(folder)}
     for name in sorted(listed.keys() | found.keys()):
-        if name not in found:
+        if name not in found or not found[name].is_file():
             raise WmtpError(f"`{folder / name}` is missing", hint=fix)
         if name not in listed:
             raise WmtpError(f"`{folder / name}` is not in the manifest", hint=fix)
@@ -129,10 +130,13 @@ def verify_manifest(folder: Path) -> str:
 
 def files_of(folder: Path) -> list[Path]:
     """Return the files that a manifest lists, sorted: all except itself and derived files."""
-    return sorted(
+    return [
         file
-        for file in folder.rglob("*")
-        if file.is_file()
-        and file.relative_to(folder) != Path(MANIFEST)
-        and file.relative_to(folder).parts[0] != DERIVED
-    )
+        for file in files_below(folder)
+        if file != folder / MANIFEST and file.relative_to(folder).parts[0] != DERIVED
+    ]
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Return every file in a folder and in its subfolders, linked ones included, sorted."""
+    return sorted(Path(path, name) for path, _, names in os.walk(folder, followlinks=True) for name in names)

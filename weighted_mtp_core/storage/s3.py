@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import time
 from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from attrs import frozen
 
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.redaction import redact
 from weighted_mtp_core.storage.manifest import sha256_of, sha256_of_chunks
 
 PART_BYTES = 8 * 1024 * 1024  # boto3's default, on which the ETag of a larger object depends
@@ -37,21 +40,32 @@ class S3Location:
         Raises:
             WmtpError: The URI is not of this form.
         """
-        parts = urlsplit(uri)
-        if parts.scheme != "s3" or not parts.netloc:
+        scheme, _, rest = uri.partition("://")
+        bucket, _, prefix = rest.partition("/")  # no URL: `#` and `?` belong to a key
+        if scheme != "s3" or not bucket:
             raise WmtpError(f"`{uri}` is no S3 location", hint="for example s3://bucket/folder")
-        prefix = parts.path.strip("/")
-        return cls(parts.netloc, f"{prefix}/" if prefix else "")
+        prefix = prefix.strip("/")
+        return cls(bucket, f"{prefix}/" if prefix else "")
 
     def __str__(self) -> str:
         return f"s3://{self.bucket}/{self.prefix}"
 
 
 def connect() -> Any:
-    """Return a boto3 client that gives up on an unreachable server after a few seconds."""
+    """Return a boto3 client that gives up on an unreachable server after a few seconds.
+
+    Raises:
+        WmtpError: The endpoint is no URL.
+    """
     import boto3
     from botocore.config import Config
 
+    endpoint = os.environ.get("MLFLOW_S3_ENDPOINT_URL")
+    if endpoint and not re.match(r"https?://[^/]", endpoint):
+        raise WmtpError(
+            f"MLFLOW_S3_ENDPOINT_URL is `{redact(endpoint)}`, which is no URL",
+            hint=f"begin it with http:// or https://, for example http://{redact(endpoint).lstrip(':/')}",
+        )
     return boto3.Session().client(  # a new session: the default one keeps the first credentials
         "s3",
         endpoint_url=os.environ.get("MLFLOW_S3_ENDPOINT_URL") or None,
@@ -79,15 +93,15 @@ def open_bucket(bucket: str) -> Any:
             hint="set them in the environment or in `.env`",
         ) from error
     except exceptions.ClientError as error:
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        if status == 404:
+        if _status(error) == 404:
             raise WmtpError(
                 f"there is no bucket `{bucket}`{at}", hint="create it, or correct the `s3://` address"
             ) from error
-        raise WmtpError(
-            f"the bucket `{bucket}`{at} refuses {keys} ({status})",
-            hint="correct them, or the bucket's policy",
-        ) from error
+        text, hint = advice(error) or (
+            f"refuses {keys} ({_status(error)})",
+            "correct them, the bucket's policy, or the clock of this machine",
+        )
+        raise WmtpError(f"the bucket `{bucket}`{at} {text}", hint=hint) from error
     except exceptions.BotoCoreError as error:
         raise WmtpError(
             f"no S3 server answers{at or ' for the bucket `' + bucket + '`'}",
@@ -97,16 +111,81 @@ def open_bucket(bucket: str) -> Any:
 
 
 def head(client: Any, bucket: str, key: str) -> Mapping[str, Any] | None:
-    """Return size, ETag and metadata of an object; None if it does not exist."""
+    """Return size, ETag and metadata of an object; None if it does not exist.
+
+    Raises:
+        WmtpError: The store refuses to tell.
+    """
     from botocore.exceptions import ClientError
 
     try:
         found: Mapping[str, Any] = client.head_object(Bucket=bucket, Key=key)
     except ClientError as error:
-        if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 404:
+        if _status(error) == 404:
             return None
+        if refused := advice(error):
+            raise WmtpError(f"the bucket `{bucket}` {refused[0]}", hint=refused[1]) from error
         raise
     return found
+
+
+_ADVICE = (
+    (
+        r"x-amz-(sdk-)?(checksum|trailer)",
+        "does not know the checksum headers of this boto3",
+        "set AWS_REQUEST_CHECKSUM_CALCULATION=when_required in the environment",
+    ),
+    (
+        r"StorageFull|InsufficientStorage|QuotaExceeded|\b507\b",
+        "is full",
+        "free space in the store, or raise its quota; what is uploaded stays",
+    ),
+    (
+        r"RequestTimeTooSkewed",
+        "refuses the time of the request",
+        "set the clock of this machine; the store allows 15 minutes",
+    ),
+    (
+        r"PermanentRedirect|AuthorizationHeaderMalformed|IllegalLocationConstraint|\b301\b",
+        "is in another region",
+        "set AWS_DEFAULT_REGION to the region of the bucket",
+    ),
+    (
+        r"\((403|AccessDenied|Forbidden)\) when calling the HeadObject",
+        "does not let these keys look at objects (HeadObject)",
+        "allow s3:GetObject on the objects and s3:ListBucket on the bucket; docs/tracking/bucket-policy.json",
+    ),
+)
+_WORST_SKEW_S = 900  # S3 refuses requests that are 15 minutes off
+
+
+def advice(error: BaseException) -> tuple[str, str] | None:
+    """Return what a store objects to and what a person can do, if the exception or its causes tell it."""
+    each: BaseException | None = error
+    while each is not None:
+        answer = getattr(each, "response", None)
+        headers = (
+            answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}) if isinstance(answer, dict) else {}
+        )
+        if (region := headers.get("x-amz-bucket-region")) and _status(each) in {301, 400}:
+            return f"is in the region `{region}`", f"set AWS_DEFAULT_REGION={region}"
+        if "date" in headers:
+            skew = abs(parsedate_to_datetime(headers["date"]).timestamp() - time.time())
+            if _status(each) == 403 and skew > _WORST_SKEW_S:
+                return (
+                    f"refuses requests that are {skew / 60:.0f} minutes off",
+                    "set the clock of this machine",
+                )
+        for pattern, text, hint in _ADVICE:
+            if re.search(pattern, f"{each}"):
+                return text, hint
+        each = each.__cause__ or each.__context__
+    return None
+
+
+def _status(error: Any) -> int | None:
+    status: int | None = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return status
 
 
 def is_stored(client: Any, bucket: str, key: str, path: Path) -> bool:

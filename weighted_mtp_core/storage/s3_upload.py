@@ -25,11 +25,12 @@ _DIGEST = "sha256"  # name of the metadata that each uploaded object gets
 
 @frozen(kw_only=True)
 class Item:
-    """One file and its key in the bucket."""
+    """One file and its key in the bucket; `is_manifest` if it is the manifest of its version."""
 
     path: Path
     key: str
     size: int
+    is_manifest: bool
 
 
 @frozen(kw_only=True)
@@ -84,8 +85,8 @@ def upload(plan: UploadPlan, *, on_done: Callable[[Item], None]) -> None:
         RunFailedError: A file could not be uploaded or is incomplete; uploaded files stay.
     """
     client = s3.connect()
-    manifests = [item for item in plan.new if item.path.name == MANIFEST]
-    files = [item for item in plan.new if item.path.name != MANIFEST]
+    manifests = [item for item in plan.new if item.is_manifest]
+    files = [item for item in plan.new if not item.is_manifest]
 
     def upload_one(item: Item) -> None:
         _upload(client, plan.location.bucket, item)
@@ -106,10 +107,12 @@ def _upload(client: Any, bucket: str, item: Item) -> None:
         )
         whole = s3.is_stored(client, bucket, item.key, item.path)
     except (Boto3Error, BotoCoreError, ClientError) as error:
-        raise RunFailedError(
-            f"`{item.path}` could not be uploaded: {redact(str(error))}",
-            hint="run the same command again: it continues with the missing files",
-        ) from error
+        again = "run the same command again: it continues with the missing files"
+        if refused := s3.advice(error):
+            text, hint = f"the bucket `{bucket}` {refused[0]}", f"{refused[1]}; then {again}"
+        else:
+            text, hint = redact(str(error)), again
+        raise RunFailedError(f"`{item.path}` could not be uploaded: {text}", hint=hint) from error
     if not whole:
         raise RunFailedError(f"`s3://{bucket}/{item.key}` differs from `{item.path}`")
 
@@ -118,7 +121,7 @@ def _items(version: Path, storage: Path, location: s3.S3Location) -> Iterator[It
     verify_manifest(version)
     for path in [*files_of(version), version / MANIFEST]:
         key = location.prefix + path.relative_to(storage).as_posix()
-        yield Item(path=path, key=key, size=path.stat().st_size)
+        yield Item(path=path, key=key, size=path.stat().st_size, is_manifest=path == version / MANIFEST)
 
 
 def _is_there(client: Any, bucket: str, item: Item) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +13,13 @@ from attrs import frozen
 
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.identifiers import check_path
-from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder, verify_manifest
+from weighted_mtp_core.storage.manifest import (
+    DERIVED,
+    MANIFEST,
+    atomic_folder,
+    files_below,
+    verify_manifest,
+)
 
 Kind = Literal["models_v2", "datasets_v2"]
 KINDS: tuple[Kind, ...] = ("models_v2", "datasets_v2")
@@ -47,7 +55,8 @@ def add_version(storage: Path, source: Path, *, kind: Kind, name: str, version: 
     """Copy a file or a folder into storage as a new version, with a manifest.
 
     Raises:
-        WmtpError: A name cannot be a folder, there is nothing to copy, or the version exists already.
+        WmtpError: A name cannot be a folder, there is nothing to copy, the version exists already, or a file
+            cannot be kept.
     """
     try:
         check_path(name)
@@ -56,15 +65,61 @@ def add_version(storage: Path, source: Path, *, kind: Kind, name: str, version: 
         raise WmtpError(str(error)) from error
     if not source.exists():
         raise WmtpError(f"there is no `{source}` to add")
+    _refuse_reserved_names(source)
     path = storage / kind / name / version
     if path.exists():
         raise WmtpError(
             f"`{path}` exists already, and a version never changes", hint="add it under another version"
         )
     with atomic_folder(path) as folder:
-        if source.is_dir():
-            shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
-        else:
-            shutil.copy2(source, folder / source.name)
+        try:
+            if source.is_dir():
+                shutil.copytree(source, folder, dirs_exist_ok=True)
+            else:
+                shutil.copy2(source, folder / source.name)
+        except (shutil.Error, OSError) as error:
+            first = (
+                error.args[0][0] if isinstance(error, shutil.Error) else (error.filename, "", error.strerror)
+            )
+            raise WmtpError(f"cannot copy `{first[0]}`: {first[2]}", hint="nothing was added") from error
     verify_manifest(path)
     return Version(path=path, address=path.relative_to(storage).as_posix())
+
+
+def _refuse_reserved_names(source: Path) -> None:
+    """Refuse what cannot be kept under its name; the manifest of another storage is written again."""
+    found = {each.name: each for each in (source.iterdir() if source.is_dir() else [source])}
+    if source.is_dir() and MANIFEST in found:
+        with suppress(WmtpError):
+            verify_manifest(source)
+            del found[MANIFEST]
+    for name in (MANIFEST, DERIVED):
+        if name in found:
+            raise WmtpError(
+                f"`{found[name]}` cannot be kept: core uses this name in every version",
+                hint="rename it, or leave it out",
+            )
+    for file in files_below(source):
+        try:
+            str(file).encode()
+        except UnicodeEncodeError as error:
+            shown = os.fsencode(file).decode(errors="backslashreplace")
+            raise WmtpError(f"`{shown}` cannot be kept: its name is not UTF-8", hint="rename it") from error
+
+
+def derived(version: Version) -> list[Path]:
+    """Return the folders derived from a version, such as token caches; each has a manifest of its own."""
+    return sorted(path for path in version.path.glob(f"{DERIVED}/*") if path.is_dir())
+
+
+def unlisted(storage: Path) -> dict[str, int]:
+    """Return the number of files that no manifest lists, by the folder `<kind>/<name>/<version>`."""
+    known = {version.path for version in versions(storage)}
+    counts: dict[str, int] = {}
+    for file in (each for kind in KINDS for each in files_below(storage / kind)):
+        is_derived = file.parent.name == DERIVED and file.parent.parent in known
+        is_ours = file.suffix in {".lock", ".verified"} and file.with_suffix("").is_dir()
+        if not is_ours and (is_derived or known.isdisjoint(file.parents)):
+            address = "/".join(file.relative_to(storage).parts[:3])
+            counts[address] = counts.get(address, 0) + 1
+    return counts

@@ -10,7 +10,7 @@ from attrs import frozen
 from weighted_mtp_core.api import RunOutcome
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.plan import make_plan
-from weighted_mtp_core.tracking.journal import Journal, last_entry
+from weighted_mtp_core.tracking.journal import Entry, Journal, last_entry, read_journal
 from weighted_mtp_core.tracking.outbox import Pending, count_pending
 from weighted_mtp_core.tracking.retrying_uploader import RetryingUploader
 from weighted_mtp_core.tracking.run_folder import RunFolder, is_held, read_run
@@ -83,7 +83,7 @@ def sync_run(path: Path, *, log: Callable[[str], None], limit_s: float) -> Mappi
 def amend_run(
     path: Path, *, tags: Mapping[str, str], outcome: RunOutcome | None, log: Callable[[str], None]
 ) -> None:
-    """Add tags to a run that has ended, set its outcome unless that is None, and send both.
+    """Add tags to a run that has ended, set its outcome (None: its own outcome again), and send both.
 
     Raises:
         WmtpError: The run is still running, or a tracker will never accept it.
@@ -94,7 +94,7 @@ def amend_run(
         end = last_entry(folder.journal)
         if end is None:
             raise WmtpError(f"the run `{path}` has an empty journal")
-        status = outcome or RunOutcome(end.fields["status"])
+        status = outcome or _own_outcome(folder.journal)
         journal = Journal(folder.journal)
         journal.append("tags", {"tags": dict(tags)})
         journal.append("status", {"status": status.value}, time_ms=end.time_ms)
@@ -105,6 +105,17 @@ def amend_run(
     for name, pending in sync_run(path, log=log, limit_s=30).items():
         if pending:
             log(f"`{name.partition('-')[2]}` has not received {pending}; it is kept: track sync {path}")
+
+
+def _own_outcome(journal: Path) -> RunOutcome:
+    """Return how the run itself ended. `amend_run` writes a status right after tags, a run never does."""
+    status, before = RunOutcome.KILLED, ""
+    for line in read_journal(journal):
+        if isinstance(line, Entry):
+            if line.kind == "status" and before != "tags":
+                status = RunOutcome(line.fields["status"])
+            before = line.kind
+    return status
 
 
 def _close_if_died(folder: RunFolder) -> None:

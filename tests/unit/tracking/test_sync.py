@@ -18,7 +18,7 @@ from weighted_mtp_core.tracking import recorder
 from weighted_mtp_core.tracking import sync as module
 from weighted_mtp_core.tracking.display import Display
 from weighted_mtp_core.tracking.run_folder import find_run
-from weighted_mtp_core.tracking.sync import DIED, run_status, sync_run
+from weighted_mtp_core.tracking.sync import DIED, amend_run, run_status, sync_run
 
 
 @pytest.fixture
@@ -27,12 +27,12 @@ def finished(open_recorder, notebook, monkeypatch):
     monkeypatch.setattr(module, "make_plan", lambda _: None)
     monkeypatch.setattr(module, "build_trackers", lambda _: {"0-notebook": notebook})
 
-    def finished(**state):
+    def finished(*, outcome=RunOutcome.FINISHED, **state):
         record = open_recorder(close_seconds=0.1, **{"0-notebook": notebook})
         for name, value in state.items():
             setattr(notebook, name, value)
         record.metrics("policy", 1, {"policy_loss": 0.5})
-        record.finish(RunOutcome.FINISHED)
+        record.finish(outcome)
         notebook.told.clear()
         notebook.away, notebook.no_files, notebook.refuses = False, False, ""
 
@@ -80,6 +80,21 @@ def test_what_was_refused_is_tried_again(finished, folder, notebook):
 
     assert "logs/training.log" in notebook.all("artifact")
     assert not pending(folder)
+
+
+@pytest.mark.parametrize("own", [RunOutcome.FINISHED, RunOutcome.KILLED])
+def test_an_amended_run_gets_its_own_status_back(finished, folder, notebook, own):
+    finished(outcome=own)
+    failed = {"tags": {"storage_sync": "False"}, "outcome": RunOutcome.FAILED}
+
+    for _ in range(2):
+        amend_run(folder.path, **failed, log=print)
+    assert run_status(folder.path).status == "FAILED"
+    for _ in range(2):
+        amend_run(folder.path, tags={"storage_sync": "True"}, outcome=None, log=print)
+
+    assert run_status(folder.path).status == own.value
+    assert notebook.all("finish")[-1] is own
 
 
 def test_a_run_that_goes_on_is_left_alone(folder, journal, holder):
