@@ -76,7 +76,7 @@ def _diagnose(error: BaseException) -> Diagnosis:
     if any(type(each).__module__.startswith(("botocore.", "boto3.")) for each in causes(error)) and (
         refused := s3.advice(error)
     ):
-        return Diagnosis(text=f"{{server}} {refused[0]}", hint=refused[1], lasting=True)
+        return Diagnosis(text=f"{{server}} {refused[0]}", hint=refused[1])
     status = http_status(error)
     if status is not None:
         return _diagnose_status(status, str(error))
