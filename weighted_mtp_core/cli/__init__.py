@@ -1,8 +1,9 @@
 """The command line: one module per command; `main` turns errors into messages and exit codes.
 
-A command is a module with `add_parser(subparsers)`, which returns its parser, and `main(args) -> int`, and is
-listed in `COMMANDS`. `--help` imports all of them, so none may import torch, transformers or mlflow at its
-top.
+A command is a module in `COMMANDS`. Its docstring is its help, `add_arguments(parser)` adds its arguments,
+and `main(args)` carries it out and returns an exit code, or None for 0. A command with actions has no `main`;
+it passes one function per action to `add_actions`. `--help` imports all commands, so none may import torch,
+transformers or mlflow at its top.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from weighted_mtp_core.cli import (
 from weighted_mtp_core.errors import Terminated, WmtpError
 from weighted_mtp_core.exit_codes import (
     EXIT_BAD_INPUT,
+    EXIT_DONE,
     EXIT_INTERRUPTED,
     EXIT_PIPE_CLOSED,
     EXIT_RUN_FAILED,
@@ -112,8 +114,8 @@ def _command(arguments: Sequence[str]) -> int:
         hint = did_you_mean(arguments[0], names) or f"see: {PROGRAM} --help"
         raise WmtpError(f"there is no command `{arguments[0]}`; commands: {quoted(names)}", hint=hint)
     args = parser.parse_args(arguments)
-    code: int = args.main(args)
-    return code
+    code: int | None = args.main(args)
+    return EXIT_DONE if code is None else code
 
 
 class Parser(argparse.ArgumentParser):
@@ -153,7 +155,15 @@ def _parser() -> tuple[Parser, list[str]]:
     parser.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in COMMANDS:
-        module.add_parser(subparsers).set_defaults(main=module.main)
+        description, _, examples = str(module.__doc__).partition("examples:\n")
+        command = subparsers.add_parser(
+            module.__name__.rpartition(".")[2],
+            help=description.partition(".\n")[0],
+            description=description,
+            epilog=f"examples:\n{examples}",
+        )
+        module.add_arguments(command)
+        command.set_defaults(main=getattr(module, "main", None))  # an action sets its own
     return parser, list(subparsers.choices)
 
 

@@ -1,42 +1,34 @@
-"""`check`: make the plan of a recipe and print it, without torch."""
+"""Check a recipe and print its plan.
+
+The plan: the components with their options, the experiment and the tags. Every mistake is listed with its
+file, line and key. Trains nothing and takes less than a second.
+
+examples:
+  check configs/baseline.toml
+  check configs/baseline.toml --preset ci --set train.learning_rate=1e-3
+  check configs/baseline.toml --resolved > resolved.toml       the recipe with every default filled in
+"""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from weighted_mtp_core.cli.recipe_arguments import add_recipe_arguments, plan_from
+from weighted_mtp_core.cli.arguments import add_recipe_arguments, plan_from
 from weighted_mtp_core.cli.table import print_rows
-from weighted_mtp_core.exit_codes import EXIT_DONE
 from weighted_mtp_core.identifiers import flat
 from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.plugins.selection import SelectedComponent
 from weighted_mtp_core.recipe.structure import plain
 
-_DESCRIPTION = """\
-Check a recipe and print its plan: the components with their options, the experiment and the tags.
-Every mistake is listed with its file, line and key. Trains nothing and takes less than a second."""
-_EPILOG = """\
-examples:
-  check configs/baseline.toml
-  check configs/baseline.toml --preset ci --set train.learning_rate=1e-3
-  check configs/baseline.toml --resolved > resolved.toml       the recipe with every default filled in"""
 
-
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the command to the parser."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "check", help="check a recipe and print its plan", description=_DESCRIPTION, epilog=_EPILOG
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
     parser.add_argument(
         "--resolved", action="store_true", help="print the resolved recipe as TOML instead of the plan"
     )
-    return parser
 
 
-def main(args: argparse.Namespace) -> int:
-    """Print the plan or the resolved recipe."""
+def main(args: argparse.Namespace) -> None:
     plan = plan_from(args)
     if args.resolved:
         print(plan.recipe_toml, end="")
@@ -44,7 +36,6 @@ def main(args: argparse.Namespace) -> int:
         print_rows(_rows(plan))
         print("\ntags")
         print_rows(list(plan.tags.items()), indent="  ")
-    return EXIT_DONE
 
 
 def _rows(plan: Plan) -> list[tuple[str, ...]]:

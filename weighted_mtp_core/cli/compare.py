@@ -1,4 +1,19 @@
-"""`compare`: run recipes with the same seeds and compare them: paired differences, intervals, curves."""
+"""Run recipes side by side and compare them.
+
+All recipes run with the same seeds, data and budget and are compared to the first one: means over seeds, 95 %
+intervals, paired differences with an exact permutation test, at equal steps and at equal wall clock, and
+learning curves. Finished runs are not repeated, and the same command continues a comparison that was stopped.
+Writes compare.md, compare.json, compare.csv and the curves.
+
+examples:
+  compare configs/baseline.toml configs/my_recipe.toml --seeds 5
+  compare configs/study/*.toml --seeds 5 --set data.options.incorrect_fraction=0.4
+  compare configs/baseline.toml configs/my_recipe.toml --metrics pass_at_1,test_ce_head_1
+  compare --experiment my_group/my_study
+
+`--preset` and `--set` apply to every arm. Seeds count up from the `run.seed` of the first recipe. If a run
+fails, the others are compared and the exit code is 1.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +21,9 @@ import argparse
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from weighted_mtp_core.cli.arguments import add_override_arguments, add_repeatable, list_of
 from weighted_mtp_core.compare.arms import Arm, digest, read_arms
 from weighted_mtp_core.compare.runner import (
     MOST_SEEDS,
@@ -25,74 +41,40 @@ if TYPE_CHECKING:
     from weighted_mtp_core.compare.measures import RunMeasures
     from weighted_mtp_core.compare.table import Comparison
 
-_DESCRIPTION = """\
-Run several recipes with the same seeds, data and budget, and compare them to the first one: means over
-seeds, 95 % intervals, paired differences with an exact permutation test, at equal steps and at equal wall
-clock, and learning curves. Finished runs are not repeated, and the same command continues a comparison that
-was stopped. Writes compare.md, compare.json, compare.csv and the curves."""
-_EPILOG = """\
-examples:
-  compare configs/baseline.toml configs/my_recipe.toml --seeds 5
-  compare configs/study/*.toml --seeds 5 --set data.options.incorrect_fraction=0.4
-  compare configs/baseline.toml configs/my_recipe.toml --metrics pass_at_1,test_ce_head_1
-  compare --experiment my_group/my_study
 
-Seeds count up from the `run.seed` of the first recipe. If a run fails, the
-others are compared and the exit code is 1."""
-
-
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the command to the parser."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "compare", help="run recipes side by side and compare them", description=_DESCRIPTION, epilog=_EPILOG
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipes", metavar="RECIPE", nargs="*", type=Path, help="a recipe for each arm")
-    parser.add_argument(
+    add_repeatable(
+        parser,
         "--experiment",
         metavar="NAME",
-        action="append",
-        default=[],
-        help="instead of recipes: finished runs of an experiment in MLflow, one arm per run name; repeatable",
+        help="instead of recipes: finished runs of an experiment in MLflow, one arm per run name",
     )
     parser.add_argument(
         "--runs",
         metavar="ID,ID,...",
-        type=lambda text: text.split(","),
+        type=list_of(str),
         default=[],
         help="instead of recipes, or with --experiment: runs in MLflow, by id (MLflow's or the run folder's)",
     )
     parser.add_argument("--seeds", metavar="N", type=int, default=5, help="(5)")
     parser.add_argument("--jobs", metavar="N", type=int, help="runs at once (one per GPU, else one per core)")
-    parser.add_argument("--preset", metavar="NAME", help="for every arm, as in `run`")
+    add_override_arguments(parser)
     parser.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        dest="overrides",
-        help="for every arm, as in `run`; repeatable",
+        "--metrics", metavar="NAME,NAME,...", type=list_of(str), help="(pass@k, losses per head, speed)"
     )
-    parser.add_argument(
-        "--metrics",
-        metavar="NAME,NAME,...",
-        type=lambda text: text.split(","),
-        help="(pass@k, losses per head, speed)",
-    )
-    parser.add_argument(
+    add_repeatable(
+        parser,
         "--allow-difference",
         metavar="KEY",
-        action="append",
-        default=[],
-        help="compare even if this key of data, model, train or evaluate differs; repeatable",
+        help="compare even if this key of data, model, train or evaluate differs",
     )
     parser.add_argument(
         "--out", metavar="DIR", type=Path, help="(<storage>/comparisons/<first arm>-<digest of all>)"
     )
-    return parser
 
 
 def main(args: argparse.Namespace) -> int:
-    """Execute the missing runs, then compare."""
     _check(args)
     return _compare_recipes(args) if args.recipes else _compare_stored(args)
 

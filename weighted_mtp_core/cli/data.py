@@ -1,4 +1,15 @@
-"""`data`: make the data of a recipe ready, and show the data that is in storage."""
+"""Make data ready, and show what is there.
+
+A data source may make its data once, for example label responses by running them, and keep them under
+datasets_v2/<name>/<version>/ with a manifest, statistics and what they depend on. A run does this by itself;
+`prepare` does it alone, for example on a machine without an accelerator.
+
+examples:
+  data prepare configs/baseline.toml
+  data prepare configs/baseline.toml --set data.options.seed=1
+  data show
+  data show my_data
+"""
 
 from __future__ import annotations
 
@@ -9,43 +20,21 @@ from pathlib import Path
 from typing import Any
 
 from weighted_mtp_core.api import SPLITS, BuildContext, example_statistics
-from weighted_mtp_core.cli.recipe_arguments import add_recipe_arguments, plan_from
+from weighted_mtp_core.cli.arguments import add_actions, add_folder, add_recipe_arguments, plan_from
 from weighted_mtp_core.cli.table import print_rows
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.exit_codes import EXIT_DONE
 from weighted_mtp_core.messages import did_you_mean
 
-_DESCRIPTION = """\
-A data source may make its data once, for example label responses by running them, and keep them under
-datasets_v2/<name>/<version>/ with a manifest, statistics and what they depend on. A run does this by itself;
-`prepare` does it alone, for example on a machine without an accelerator."""
-_EPILOG = """\
-examples:
-  data prepare configs/baseline.toml
-  data prepare configs/baseline.toml --set data.options.seed=1
-  data show
-  data show my_data"""
 
-
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the command to the parser."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "data", help="make data ready, and show what is there", description=_DESCRIPTION, epilog=_EPILOG
-    )
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
-    add_recipe_arguments(actions.add_parser("prepare", help="make the data of a recipe ready"))
-    show = actions.add_parser("show", help="statistics and provenance of the data in storage")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    prepare, show = add_actions(parser, _prepare, _show)
+    add_recipe_arguments(prepare)
     show.add_argument("name", metavar="NAME", nargs="?", help="(all)")
-    show.add_argument("--storage", metavar="FOLDER", type=Path, default=Path("storage"), help="(storage)")
-    return parser
+    add_folder(show, "--storage", default="storage")
 
 
-def main(args: argparse.Namespace) -> int:
-    """Carry out the action."""
-    return {"prepare": _prepare, "show": _show}[args.action](args)
-
-
-def _prepare(args: argparse.Namespace) -> int:
+def _prepare(args: argparse.Namespace) -> None:
+    """Make the data of a recipe ready."""
     from weighted_mtp_core.storage.manifest import MANIFEST
     from weighted_mtp_core.storage.versions import dataset_folder
 
@@ -64,10 +53,10 @@ def _prepare(args: argparse.Namespace) -> int:
         ]
     )
     _print_splits({split: example_statistics(source.examples(split)) for split in SPLITS})
-    return EXIT_DONE
 
 
-def _show(args: argparse.Namespace) -> int:
+def _show(args: argparse.Namespace) -> None:
+    """Show statistics and provenance of the data in storage."""
     from weighted_mtp_core.storage.manifest import verify_manifest
     from weighted_mtp_core.storage.versions import versions
 
@@ -104,7 +93,6 @@ def _show(args: argparse.Namespace) -> int:
             if line:
                 print(f"{key}: {line}")
         print()
-    return EXIT_DONE
 
 
 def _print_splits(splits: Mapping[str, Mapping[str, Any]]) -> None:

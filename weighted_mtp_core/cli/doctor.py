@@ -1,4 +1,13 @@
-"""`doctor`: the operations checklist, tried for real, one line each. Never shows a secret."""
+"""Try what a run needs on this machine.
+
+Checks .env, plugins, disk, device, and what the components in use need, such as a sandbox, the tracking
+server and its login, the artifact store, the clock. Without a recipe, it checks the components of all
+installed plugins with their default options. Shows no secret. Exit code 1 if something is missing.
+
+examples:
+  doctor                               everything that is installed
+  doctor configs/my_recipe.toml        the components of a recipe, with its options
+"""
 
 from __future__ import annotations
 
@@ -24,15 +33,6 @@ from weighted_mtp_core.redaction import redact
 if TYPE_CHECKING:
     from weighted_mtp_core.tracking.dotenv import DotEnv
 
-_DESCRIPTION = """\
-Try everything that a run needs on this machine: .env, plugins, disk, device, and what the components in use
-need, such as a sandbox, the tracking server and its login, the artifact store, the clock. Without a recipe,
-the components of all installed plugins are tried, with their default options. Shows no secret. Exit code 1
-if something is missing that a run needs."""
-_EPILOG = """\
-examples:
-  doctor                               everything that is installed
-  doctor configs/my_recipe.toml        the components of a recipe, with its options"""
 _TICKS = {"ok": "✓", "warning": "!", "FAILED": "✗"}
 
 _LOGIN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
@@ -40,17 +40,11 @@ _S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 _LITTLE_DISK, _LEAST_DISK = 10e9, 1e9  # bytes: a checkpoint of a small model fits into the latter
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the command to the parser."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "doctor", help="try what a run needs on this machine", description=_DESCRIPTION, epilog=_EPILOG
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", nargs="?", type=Path, help="a TOML file")
-    return parser
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print the checklist."""
     code = EXIT_DONE
     seen = set()
     for finding in _examine(None if args.recipe is None else make_plan(args.recipe)):

@@ -1,4 +1,18 @@
-"""`evaluate`: measure the policy of a finished run, or an exported model, with other settings or splits."""
+"""Measure a finished run again.
+
+Measures the best policy: the loss of each head, pass@k by running completions, and decoding. Options default
+to the run's recipe. Writes samples.jsonl (HumanEval's format), verdicts.jsonl and metrics.json. RUN may also
+be an exported model; its own files never change.
+
+examples:
+  evaluate 20261123-140924 --split validation
+  evaluate 20261123-140924 --samples 10 --temperature 0.8 --pass-at-k 1,5
+  evaluate 20261123-140924 --samples 10 --pass-at-k 1,10 --choose-temperature 0.2,0.6,0.8
+  evaluate models/sorter                                   an exported model, on the run's data
+
+A temperature must not be chosen on the problems that are reported: --choose-temperature solves the
+validation problems at each temperature, and the test problems at the one with the best pass@k (largest k).
+"""
 
 from __future__ import annotations
 
@@ -8,36 +22,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weighted_mtp_core.cli.run_arguments import add_run_arguments, evaluate_overrides, list_of
+from weighted_mtp_core.cli.arguments import add_run_arguments, evaluate_overrides, list_of
 from weighted_mtp_core.cli.table import print_rows
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.exit_codes import EXIT_DONE
 from weighted_mtp_core.recipe.structure import plain
 
 if TYPE_CHECKING:
     from weighted_mtp_core.api import Split
     from weighted_mtp_core.plan import Plan
 
-_DESCRIPTION = """\
-Measure the best policy of a finished run: the loss of each head, pass@k by running completions, and decoding.
-Options default to the run's recipe. Writes samples.jsonl (HumanEval's format), verdicts.jsonl and
-metrics.json. RUN may also be an exported model; its own files never change."""
-_EPILOG = """\
-examples:
-  evaluate 20261123-140924 --split validation
-  evaluate 20261123-140924 --samples 10 --temperature 0.8 --pass-at-k 1,5
-  evaluate 20261123-140924 --samples 10 --pass-at-k 1,10 --choose-temperature 0.2,0.6,0.8
-  evaluate models/sorter                                   an exported model, on the run's data
 
-A temperature must not be chosen on the problems that are reported: --choose-temperature solves the
-validation problems at each temperature, and the test problems at the one with the best pass@k (largest k)."""
-
-
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the command to the parser."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "evaluate", help="measure a finished run again", description=_DESCRIPTION, epilog=_EPILOG
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser, also=", or an exported model")
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="(default: test)")
     parser.add_argument("--samples", metavar="N", type=int, help="completions per problem")
@@ -58,11 +53,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         type=Path,
         help="(default: RUN/evaluations/<time>; for exported models <storage>/evaluations/<name>/<time>)",
     )
-    return parser
 
 
-def main(args: argparse.Namespace) -> int:
-    """Measure, write the files and print a table."""
+def main(args: argparse.Namespace) -> None:
     if args.choose_temperature and args.split != "test":
         raise WmtpError(
             "`--choose-temperature` chooses on the split `validation`, so only `test` can be reported",
@@ -76,7 +69,6 @@ def main(args: argparse.Namespace) -> int:
     out: Path = args.out or _evaluations(run, plans[0]) / new_run_id()
     report = _measure(run, plans, split=args.split, out=out)
     _print(report, out)
-    return EXIT_DONE
 
 
 def _plans(run: Path, args: argparse.Namespace) -> list[Plan]:

@@ -1,31 +1,25 @@
-"""`generate`: continue a prompt with the policy of a finished run, or an exported model."""
+"""Continue a prompt with a finished run.
+
+Uses the best policy of the run. Options default to the run's recipe. RUN may also be an exported model, which
+needs neither data nor plugins. The text goes to stdout, all else to stderr.
+
+examples:
+  generate 20261123-140924 --prompt 'def add(a, b):'
+  generate models/sorter --prompt 'def add(a, b):'                    an exported model
+  generate 20261123-140924 --samples 3 --temperature 0.8 < prompt.txt
+  generate 20261123-140924 --prompt 'def f(x):' --decoding plain      the same text, a token per pass
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
 
-from weighted_mtp_core.cli.run_arguments import add_run_arguments, evaluate_overrides
+from weighted_mtp_core.cli.arguments import add_run_arguments, evaluate_overrides
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.exit_codes import EXIT_DONE
-
-_DESCRIPTION = """\
-Continue a prompt with the best policy of a finished run. Options default to the run's recipe. RUN may also
-be an exported model, which needs neither data nor plugins. The text goes to stdout, all else to stderr."""
-_EPILOG = """\
-examples:
-  generate 20261123-140924 --prompt 'def add(a, b):'
-  generate models/sorter --prompt 'def add(a, b):'                    an exported model
-  generate 20261123-140924 --samples 3 --temperature 0.8 < prompt.txt
-  generate 20261123-140924 --prompt 'def f(x):' --decoding plain      the same text, a token per pass"""
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the command to the parser."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "generate", help="continue a prompt with a finished run", description=_DESCRIPTION, epilog=_EPILOG
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser, also=", or an exported model")
     parser.add_argument("--prompt", metavar="TEXT", help="(default: stdin, without its last line break)")
     parser.add_argument("--max-new-tokens", metavar="N", type=int)
@@ -33,11 +27,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--samples", metavar="N", type=int, default=1, help="number of texts (default: 1)")
     parser.add_argument("--decoding", choices=("plain", "self_speculative"))
     parser.add_argument("--seed", metavar="S", type=int, help="seed of the samples")
-    return parser
 
 
-def main(args: argparse.Namespace) -> int:
-    """Print the completions."""
+def main(args: argparse.Namespace) -> None:
     from weighted_mtp_core.evaluation.finished_run import find_finished, policy_loader
     from weighted_mtp_core.generation.generate import sample_completions
 
@@ -66,7 +58,6 @@ def main(args: argparse.Namespace) -> int:
         print(text)
     count, rate = written.generations.emitted, written.generations.tokens_per_forward
     _log(f"{count} tokens, {rate:.2f} a forward pass, {written.generations.seconds:.1f} s")
-    return EXIT_DONE
 
 
 def _log(text: str) -> None:

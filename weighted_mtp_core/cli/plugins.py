@@ -1,4 +1,14 @@
-"""`plugins`: list, show and check installed plugins, and write the package of a new one."""
+"""List, show and check installed plugins; write a new one.
+
+Installed is not active: a recipe names the components it uses, and only the plugins that declare them are
+imported.
+
+examples:
+  plugins list                           names, distributions and versions; imports nothing
+  plugins show core                      components and their options
+  plugins check                          load each plugin and report its mistakes
+  plugins new top_k --kind weighting     write a complete package with one component
+"""
 
 from __future__ import annotations
 
@@ -8,6 +18,7 @@ from typing import Any
 
 import attrs
 
+from weighted_mtp_core.cli.arguments import add_actions
 from weighted_mtp_core.cli.table import print_rows
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.exit_codes import EXIT_BAD_INPUT, EXIT_DONE
@@ -17,54 +28,19 @@ from weighted_mtp_core.recipe.describe import expected
 from weighted_mtp_core.recipe.structure import default_of, plain
 from weighted_mtp_core.scaffold import SUMMARIES, Scaffold, check_name
 
-_DESCRIPTION = """\
-List, show and check installed plugins, or write the package of a new one. Installed is not active: a recipe
-names the components it uses, and only the plugins that declare them are imported."""
-_EPILOG = """\
-examples:
-  plugins list                           names, distributions and versions; imports nothing
-  plugins show core                      components and their options
-  plugins check                          load each plugin and report its mistakes
-  plugins new top_k --kind weighting     write a complete package with one component"""
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    _, show, check, new = add_actions(parser, _list, _show, _check, _new)
+    show.add_argument("name", metavar="NAME", help="a name from `plugins list`")
+    check.add_argument("names", metavar="NAME", nargs="*")
+    new.add_argument("name", metavar="NAME", help="its name in recipes: lower-case letters, digits, `_`")
+    new.add_argument("--kind", required=True, choices=[each.value for each in SUMMARIES])
+    new.add_argument("folder", metavar="DIR", nargs="?", help="(weighted-mtp-NAME)")
+    new.intermixed = True  # NAME --kind KIND DIR
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the command to the parser."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "plugins",
-        help="list, show and check installed plugins; write a new one",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-    )
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    listing = actions.add_parser("list", help="list the installed plugins; imports nothing")
-    listing.set_defaults(action=_list)
-    showing = actions.add_parser("show", help="show the components of a plugin and their options")
-    showing.add_argument("name", metavar="NAME", help="a name from `plugins list`")
-    showing.set_defaults(action=_show)
-    checking = actions.add_parser("check", help="load all plugins, or those given, and report mistakes")
-    checking.add_argument("names", metavar="NAME", nargs="*")
-    checking.set_defaults(action=_check)
-    beginning: Any = actions.add_parser("new", help="write a complete plugin package")
-    beginning.add_argument(
-        "name", metavar="NAME", help="the plugin's name in recipes: lower-case letters, digits, `_`"
-    )
-    beginning.add_argument(
-        "--kind", required=True, choices=[each.value for each in SUMMARIES], help="the kind of its component"
-    )
-    beginning.add_argument("folder", metavar="DIR", nargs="?", help="default: weighted-mtp-NAME")
-    beginning.intermixed = True  # NAME --kind KIND DIR
-    beginning.set_defaults(action=_new)
-    return parser
-
-
-def main(args: argparse.Namespace) -> int:
-    """Carry out one of the actions."""
-    code: int = args.action(args)
-    return code
-
-
-def _list(_: argparse.Namespace) -> int:
+def _list(_: argparse.Namespace) -> None:
+    """List the installed plugins; imports nothing."""
     rows = [("NAME", "DISTRIBUTION", "VERSION", "WORKS WITH CORE")]
     for plugin in find().values():
         note = "  (name claimed twice)" if plugin.conflicts else ""
@@ -73,7 +49,6 @@ def _list(_: argparse.Namespace) -> int:
     print_rows(rows)
     for fault in metadata_faults():
         print(f"warning: {fault}")
-    return EXIT_DONE
 
 
 def _listed(plugin: FoundPlugin, note: str) -> tuple[str, str, str, str]:
@@ -84,7 +59,8 @@ def _listed(plugin: FoundPlugin, note: str) -> tuple[str, str, str, str]:
     return plugin.name, plugin.distribution, plugin.version, works_with + note
 
 
-def _show(args: argparse.Namespace) -> int:
+def _show(args: argparse.Namespace) -> None:
+    """Show the components of a plugin and their options."""
     plugin = PluginRegistry().load(args.name)
     print(f"{plugin.found.name}: {plugin.found.distribution} {plugin.found.version}, `{plugin.found.module}`")
     for kind in Kind:
@@ -93,7 +69,6 @@ def _show(args: argparse.Namespace) -> int:
             _print_signals("needs", component.needs)
             _print_signals("provides", component.provides)
             print_rows(_option_rows(component), indent="    ")
-    return EXIT_DONE
 
 
 def _sorted(components: Any) -> list[AnyComponent]:
@@ -121,6 +96,7 @@ def _default(attribute: Any) -> str:
 
 
 def _check(args: argparse.Namespace) -> int:
+    """Load all plugins, or those given, and report mistakes."""
     registry = PluginRegistry()
     code = EXIT_DONE
     for name in args.names or registry.found:
@@ -138,7 +114,8 @@ def _check(args: argparse.Namespace) -> int:
     return code
 
 
-def _new(args: argparse.Namespace) -> int:
+def _new(args: argparse.Namespace) -> None:
+    """Write a complete plugin package."""
     check_name(args.name, find())
     scaffold = Scaffold(name=args.name, kind=next(each for each in Kind if each.value == args.kind))
     folder = Path(args.folder or scaffold.distribution)
@@ -153,4 +130,3 @@ def _new(args: argparse.Namespace) -> int:
         (f"edit src/{scaffold.module}/_{args.name}.py", "to implement your idea"),
     ]
     print_rows(steps, indent="  ")
-    return EXIT_DONE

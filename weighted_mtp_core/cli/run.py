@@ -1,21 +1,12 @@
-"""`run`: train, evaluate and record what a recipe describes."""
+"""Train, evaluate and record a recipe.
 
-from __future__ import annotations
-
-import argparse
-from typing import Any
-
-from weighted_mtp_core.cli.recipe_arguments import add_recipe_arguments, plan_from
-from weighted_mtp_core.exit_codes import EXIT_DONE
-
-_DESCRIPTION = """\
-Run a recipe in four stages:
+The four stages:
   0 prepare    load the data and the base model
   1 critic     train the critic, if the recipe has one
   2 policy     train the policy with weighted multi-token prediction
   3 evaluate   measure held-out losses, pass@k and decoding speed
-A wrong recipe is refused within a second, before torch is imported."""
-_EPILOG = """\
+A wrong recipe is refused within a second, before torch is imported.
+
 examples:
   run configs/baseline.toml                                   the whole recipe
   run configs/baseline.toml --preset ci                       every stage in a few steps, under a minute
@@ -26,32 +17,31 @@ examples:
 signals:
   SIGINT (Ctrl-C), SIGTERM   finish the step, write a checkpoint, then exit with 130 or 143;
                              a second signal exits at once
-  SIGUSR1                    write a checkpoint and continue"""
+  SIGUSR1                    write a checkpoint and continue
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from weighted_mtp_core.cli.arguments import add_recipe_arguments, add_repeatable, plan_from
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the command to the parser."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "run", help="train, evaluate and record a recipe", description=_DESCRIPTION, epilog=_EPILOG
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
     parser.add_argument(
         "--resume", metavar="RUN", help="continue this run: its folder, its id or the beginning of the id"
     )
-    parser.add_argument(
+    add_repeatable(
+        parser,
         "--allow-change",
         metavar="KEY",
-        action="append",
-        default=[],
-        help="with --resume: accept another value of this key, for example train.steps; repeatable",
+        help="with --resume: accept another value of this key, for example train.steps",
     )
-    return parser
 
 
-def main(args: argparse.Namespace) -> int:
-    """Plan the recipe, then run it."""
+def main(args: argparse.Namespace) -> None:
     plan = plan_from(args)
     from weighted_mtp_core.run import run_plan  # imports torch
 
     run_plan(plan, resume=args.resume, allow_change=args.allow_change)
-    return EXIT_DONE

@@ -1,43 +1,36 @@
-"""`storage`: models and data sets with versions and checksums, on this machine and in S3."""
+"""Verify, add and upload models and data sets.
+
+Models are in models_v2/<name>/<version>/ and data sets in datasets_v2/<name>/<version>/, each with a
+manifest of SHA-256 checksums. A version never changes: a changed byte is an error before training.
+
+examples:
+  storage verify
+  storage add-model smollm2 1 ~/downloads/SmolLM2-135M
+  storage sync --to s3://team-bucket/storage --dry-run
+  storage sync --to s3://team-bucket/storage --run 20261123-121856-4f1c9a
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from weighted_mtp_core.cli.arguments import add_actions, add_folder
 from weighted_mtp_core.cli.table import print_rows
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.exit_codes import EXIT_DONE, EXIT_RUN_FAILED
 
-_DESCRIPTION = """\
-Models are in models_v2/<name>/<version>/ and data sets in datasets_v2/<name>/<version>/, each with a
-manifest of SHA-256 checksums. A version never changes: a changed byte is an error before training."""
-_EPILOG = """\
-examples:
-  storage verify
-  storage add-model smollm2 1 ~/downloads/SmolLM2-135M
-  storage sync --to s3://team-bucket/storage --dry-run
-  storage sync --to s3://team-bucket/storage --run 20261123-121856-4f1c9a"""
+if TYPE_CHECKING:
+    from weighted_mtp_core.storage.versions import Kind
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the command to the parser."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "storage",
-        help="verify, add and upload models and data sets",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-    )
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
-    verify = actions.add_parser("verify", help="compare every version with its manifest")
-    add_model = actions.add_parser("add-model", help="copy a model into storage as a new version")
-    add_dataset = actions.add_parser("add-dataset", help="copy a data set into storage as a new version")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    verify, add_model, add_dataset, sync = add_actions(parser, _verify, _add_model, _add_dataset, _sync)
     for add in (add_model, add_dataset):
         add.add_argument("name", metavar="NAME")
         add.add_argument("version", metavar="VERSION")
         add.add_argument("source", metavar="PATH", type=Path, help="a file or a folder")
-    sync = actions.add_parser("sync", help="upload the files that S3 does not have")
     sync.add_argument("--to", metavar="S3URI", required=True, help="for example s3://bucket/storage")
     sync.add_argument("--dry-run", action="store_true", help="only list what would be uploaded")
     sync.add_argument(
@@ -46,26 +39,13 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="set the tag `storage_sync=True` on this run; after a failure the run becomes FAILED, "
         "after a later success what it was before",
     )
-    sync.add_argument(
-        "--runs",
-        metavar="FOLDER",
-        type=Path,
-        default=Path("storage/runs"),
-        help="folder of RUN (storage/runs)",
-    )
+    add_folder(sync, "--runs", default="storage/runs")
     for action in (verify, add_model, add_dataset, sync):
-        action.add_argument(
-            "--storage", metavar="FOLDER", type=Path, default=Path("storage"), help="(storage)"
-        )
-    return parser
-
-
-def main(args: argparse.Namespace) -> int:
-    """Carry out the action."""
-    return {"verify": _verify, "add-model": _add, "add-dataset": _add, "sync": _sync}[args.action](args)
+        add_folder(action, "--storage", default="storage")
 
 
 def _verify(args: argparse.Namespace) -> int:
+    """Compare every version with its manifest."""
     from weighted_mtp_core.storage.manifest import verify_manifest
     from weighted_mtp_core.storage.versions import derived, unlisted, versions
 
@@ -87,39 +67,43 @@ def _verify(args: argparse.Namespace) -> int:
     return EXIT_RUN_FAILED if faults else EXIT_DONE
 
 
-def _add(args: argparse.Namespace) -> int:
+def _add_model(args: argparse.Namespace) -> None:
+    """Copy a model into storage as a new version."""
+    _add(args, kind="models_v2")
+
+
+def _add_dataset(args: argparse.Namespace) -> None:
+    """Copy a data set into storage as a new version."""
+    _add(args, kind="datasets_v2")
+
+
+def _add(args: argparse.Namespace, *, kind: Kind) -> None:
     from weighted_mtp_core.storage.versions import add_version
 
-    version = add_version(
-        args.storage,
-        args.source,
-        kind="models_v2" if args.action == "add-model" else "datasets_v2",
-        name=args.name,
-        version=args.version,
-    )
+    version = add_version(args.storage, args.source, kind=kind, name=args.name, version=args.version)
     print(f"added {version.address}")
-    return EXIT_DONE
 
 
-def _sync(args: argparse.Namespace) -> int:
+def _sync(args: argparse.Namespace) -> None:
+    """Upload the files that S3 does not have."""
     if args.run is None or args.dry_run:
-        return _upload(args)
+        _upload(args)
+        return
     from weighted_mtp_core.api import RunOutcome
     from weighted_mtp_core.tracking.run_folder import find_run
     from weighted_mtp_core.tracking.sync import amend_run
 
     run = find_run(args.runs, args.run)
     try:
-        code = _upload(args)
+        _upload(args)
     except BaseException:
         # an alarm on FAILED runs must fire, whatever the exception is
         amend_run(run, tags={"storage_sync": "False"}, outcome=RunOutcome.FAILED, log=print)
         raise
     amend_run(run, tags={"storage_sync": "True"}, outcome=None, log=print)
-    return code
 
 
-def _upload(args: argparse.Namespace) -> int:
+def _upload(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
@@ -136,7 +120,7 @@ def _upload(args: argparse.Namespace) -> int:
         print(f"not uploaded: {count} folders of derived files, which runs make again")
     if args.dry_run:
         print_rows([(f"{item.size:,}".rjust(15), item.key) for item in plan.new])
-        return EXIT_DONE
+        return
     columns = (TextColumn("uploading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -144,4 +128,3 @@ def _upload(args: argparse.Namespace) -> int:
         upload(plan, on_done=lambda item: progress.update(task, advance=item.size))
     count = plan.stored + len(plan.new)
     print(f"{plan.location}: all {count} files of models and data sets are there, confirmed by checksum")
-    return EXIT_DONE

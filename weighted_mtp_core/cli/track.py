@@ -1,37 +1,27 @@
-"""`track`: show what the trackers of earlier runs have not received, and send it."""
+"""Show and send what trackers have not received.
+
+A run writes everything into its run folder first and sends it from there. `track status` shows what
+trackers have not received; `track sync` sends it, and closes runs that died as KILLED.
+RUN is a run folder, a run id, or a substring of one.
+
+examples:
+  track status
+  track sync 20261123-121856-4f1c9a
+  track sync --all
+"""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import Any
 
+from weighted_mtp_core.cli.arguments import add_actions, add_folder
 from weighted_mtp_core.cli.table import print_rows
 from weighted_mtp_core.exit_codes import EXIT_DONE, EXIT_RUN_FAILED
 
-_DESCRIPTION = """\
-A run writes everything into its run folder first and sends it from there. `track status` shows what
-trackers have not received; `track sync` sends it, and closes runs that died as KILLED.
-RUN is a run folder, a run id, or a substring of one."""
-_EPILOG = """\
-examples:
-  track status
-  track sync 20261123-121856-4f1c9a
-  track sync --all"""
 
-
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the command to the parser."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "track",
-        help="show and send what trackers have not received",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-    )
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
-    status = actions.add_parser("status", help="show runs and what their trackers have not received")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    status, sync = add_actions(parser, _status, _sync)
     status.add_argument("run", metavar="RUN", nargs="?", help="only this run")
-    sync = actions.add_parser("sync", help="send what the trackers of a run have not received")
     which = sync.add_mutually_exclusive_group(required=True)
     which.add_argument("run", metavar="RUN", nargs="?", help="the run")
     which.add_argument("--all", action="store_true", help="every run with something pending")
@@ -43,18 +33,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="give up on a tracker that accepts nothing for so long (60)",
     )
     for action in (status, sync):
-        action.add_argument(
-            "--runs", metavar="FOLDER", type=Path, default=Path("storage/runs"), help="(storage/runs)"
-        )
-    return parser
+        add_folder(action, "--runs", default="storage/runs")
 
 
-def main(args: argparse.Namespace) -> int:
-    """Show or send."""
-    return _status(args) if args.action == "status" else _sync(args)
-
-
-def _status(args: argparse.Namespace) -> int:
+def _status(args: argparse.Namespace) -> None:
+    """Show runs and what their trackers have not received."""
     from weighted_mtp_core.tracking.run_folder import find_run, find_runs
     from weighted_mtp_core.tracking.sync import run_status
 
@@ -67,10 +50,10 @@ def _status(args: argparse.Namespace) -> int:
         ]
         rows.append((path.name, found.status, "; ".join(waiting) or "-", str(path)))
     print_rows([("run", "status", "pending", "folder"), *rows])
-    return EXIT_DONE
 
 
 def _sync(args: argparse.Namespace) -> int:
+    """Send what the trackers of a run have not received."""
     from weighted_mtp_core.tracking.run_folder import find_run, find_runs
     from weighted_mtp_core.tracking.sync import DIED, run_status, sync_run
 

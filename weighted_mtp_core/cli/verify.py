@@ -1,4 +1,18 @@
-"""`verify`: judge completions of a recipe's problems as its data source judges what a policy writes."""
+"""Judge completions against problems.
+
+The data source of the recipe judges samples of its problems. Samples: JSON lines with task_id (or problem_id)
+and completion, gzipped (.gz) or not, for example the samples.jsonl of a run. Writes per sample task_id,
+passed, verdict and detail, in the order of the samples.
+
+examples:
+  verify configs/baseline.toml --samples samples.jsonl --out results.jsonl
+  verify configs/baseline.toml --samples samples.jsonl --out results.jsonl --split validation
+
+Only the data source of the recipe is used; name another one with --set data.use=PLUGIN.SOURCE.
+verdicts: passed, wrong and error describe the program; cpu_limit, wall_limit, memory, output, violation,
+unencodable and judge_error leave it undecided. A sample without a problem, a malformed line or a missing
+sandbox is an error, not a failed sample.
+"""
 
 from __future__ import annotations
 
@@ -7,46 +21,25 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weighted_mtp_core.api import SPLITS, BuildContext, Record, read_records
-from weighted_mtp_core.cli.recipe_arguments import add_recipe_arguments, plan_from
+from weighted_mtp_core.cli.arguments import add_recipe_arguments, plan_from
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.exit_codes import EXIT_DONE
 from weighted_mtp_core.messages import did_you_mean
 
 if TYPE_CHECKING:
     from weighted_mtp_core.api import DataSource, Problem
 
-_DESCRIPTION = """\
-Judge samples of the problems of a recipe's data source. Samples: JSON lines with task_id (or problem_id) and
-completion, gzipped (.gz) or not, for example the samples.jsonl of a run. They are judged as they are. Writes
-per sample task_id, passed, verdict and detail, in the order of the samples."""
-_EPILOG = """\
-examples:
-  verify configs/baseline.toml --samples samples.jsonl --out results.jsonl
-  verify configs/baseline.toml --samples samples.jsonl --out results.jsonl --split validation
 
-Only the data source of the recipe is used; name another one with --set data.use=PLUGIN.SOURCE.
-verdicts: passed, wrong and error describe the program; cpu_limit, wall_limit, memory, output, violation,
-unencodable and judge_error leave it undecided. A sample without a problem, a malformed line or a missing
-sandbox is an error, not a failed sample."""
-
-
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the command to the parser."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "verify", help="judge completions against problems", description=_DESCRIPTION, epilog=_EPILOG
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
     parser.add_argument("--samples", metavar="S.jsonl", type=Path, required=True)
     parser.add_argument("--out", metavar="R.jsonl", type=Path, required=True, help="written whole at the end")
     parser.add_argument("--split", choices=SPLITS, default="test", help="the problems' split (test)")
-    return parser
 
 
-def main(args: argparse.Namespace) -> int:
-    """Judge and write the results."""
+def main(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from weighted_mtp_core.storage.atomic import atomic_write
@@ -76,7 +69,6 @@ def main(args: argparse.Namespace) -> int:
     counts = Counter(verdict.kind.value for verdict in verdicts)
     print(f"{counts['passed']} of {len(attempts)} samples passed; results in {args.out}")
     print(", ".join(f"{kind} {count}" for kind, count in counts.most_common()))
-    return EXIT_DONE
 
 
 def read_samples(path: Path, problems: Mapping[str, Problem]) -> list[tuple[Problem, str]]:
