@@ -94,7 +94,7 @@ def test_every_bad_line_is_reported_with_its_number(tmp_path, write):
         f"{path}: 8 bad lines\n"
         "  line 2: not JSON: Expecting property name enclosed in double quotes at column 2\n"
         "  line 3: expected an object, got list\n"
-        "  line 4: needs `problem_id` (or `task_id`), a string or a number\n"
+        "  line 4: `problem_id` must be a string or a whole number, got null\n"
         "  line 5: needs `output`, a string that is not empty\n"
         "  line 6: needs `is_correct`, true or false\n"
         "  line 8: has `tests`, so it needs `entry_point`, the function that they call\n"
@@ -111,6 +111,104 @@ def test_after_twenty_bad_lines_the_rest_is_counted(tmp_path, write):
 def test_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(WmtpError, match=r"there is no file `.*none\.jsonl`"):
         build(tmp_path, train=tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("names", "fault"),
+    [
+        ({}, "needs `problem_id` (or `task_id`), a string or a whole number"),
+        ({"problem_id": 0.0}, "`problem_id` must be a string or a whole number, got 0.0"),
+        ({"problem_id": None, "task_id": "t"}, "`problem_id` must be a string or a whole number, got null"),
+        ({"task_id": True}, "`task_id` must be a string or a whole number, got true"),
+        ({"problem_id": ""}, '`problem_id` must be a string or a whole number, got ""'),
+    ],
+)
+def test_the_message_about_an_id_says_what_it_is(tmp_path, write, names, fault):
+    row = {key: value for key, value in ROW.items() if key != "problem_id"} | names
+
+    with pytest.raises(WmtpError) as caught:
+        build(tmp_path, train=write(row))
+
+    assert str(caught.value).endswith(f"line 1: {fault}")
+
+
+OTHER = {**ROW, "instruction": "Halve a number."}
+
+
+@pytest.mark.parametrize(
+    ("other", "name"),
+    [(OTHER, "prompt"), ({**ROW, "input": "5"}, "prompt"), ({**TESTED, "entry_point": "g"}, "tests")],
+)
+def test_one_id_with_two_problems_names_both_places(tmp_path, write, other, name):
+    first = write(ROW, TESTED, name="a.jsonl")
+
+    with pytest.raises(WmtpError) as caught:
+        JsonlSource(JsonlOptions(path=str(write(ROW, TESTED, other, name="a.jsonl"))))
+
+    assert str(caught.value).endswith(
+        f"a.jsonl: 1 bad line\n  line 3: problem `double` has another `{name}` in `{first}` "
+        f"line {2 if name == 'tests' else 1}; give each problem an id of its own"
+    )
+
+
+def test_one_id_with_two_problems_is_found_between_files(tmp_path, write):
+    with pytest.raises(WmtpError, match=r"line 1: problem `double` has another `prompt` in `.*a` line 1"):
+        build(tmp_path, train=write(ROW, name="a"), test=write(OTHER, name="b"))
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ('{"output": "\\ud83d"}', "`output` holds half a character, `\\ud83d` without its pair"),
+        ('{"a": [1, {"b": "\\udc00x"}]}', "`a[1].b` holds half a character, `\\udc00` without its pair"),
+        (
+            '{"problem_id": ' + "9" * 5000 + "}",
+            "holds an integer of more than 4300 digits: write it as a string",
+        ),
+        ('{"a": ' + "[" * 99999 + "]" * 99999 + "}", "nested too deeply"),
+        ('{"output": "\udcff"}', "not UTF-8: byte 0xff at column 13"),
+    ],
+    ids=["surrogate", "nested surrogate", "huge", "deep", "byte"],
+)
+def test_what_python_cannot_represent_is_named_by_line(tmp_path, line, fault):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(ROW) + "\n" + line + "\n", encoding="utf-8", errors="surrogateescape")
+
+    with pytest.raises(WmtpError) as caught:
+        build(tmp_path, train=path)
+
+    assert f"1 bad line\n  line 2: {fault}" in str(caught.value)
+
+
+def test_a_pair_of_surrogates_is_one_character(tmp_path, write):
+    (example,) = build(tmp_path, train=write({**ROW, "output": "\U0001f600"})).examples("train")
+
+    assert example.response == "\U0001f600"
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(ROW), encoding="utf-8-sig")
+
+    assert len(build(tmp_path, train=path).examples("train")) == 1
+
+
+@pytest.mark.parametrize(
+    "text", [json.dumps([ROW, ROW]), json.dumps([ROW], indent=1), json.dumps(ROW, indent=1)]
+)
+def test_json_that_is_not_one_object_a_line_is_named(tmp_path, write, text):
+    with pytest.raises(WmtpError, match="is JSON, but not one object a line") as caught:
+        build(tmp_path, train=write(text))
+
+    assert caught.value.hint.startswith("jq -c ")
+
+
+def test_another_encoding_is_named(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(ROW), encoding="utf-16")
+
+    with pytest.raises(WmtpError, match=r"cannot read `.*data\.jsonl`: it is UTF-16"):
+        build(tmp_path, train=path)
 
 
 @pytest.mark.parametrize("both", [True, False])

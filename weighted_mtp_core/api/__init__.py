@@ -82,6 +82,7 @@ from weighted_mtp_core.api.datasets import (
 )
 from weighted_mtp_core.api.jsonl import JsonlOptions, JsonlRow, JsonlSource
 from weighted_mtp_core.api.records import (
+    ProblemIds,
     Record,
     int_field,
     json_lines,
@@ -111,6 +112,7 @@ __all__ = [
     "MetricPoint",
     "ModelContext",
     "Problem",
+    "ProblemIds",
     "Record",
     "RunFailedError",
     "RunInfo",

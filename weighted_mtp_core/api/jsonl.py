@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from attrs import field, frozen
@@ -11,7 +12,7 @@ from attrs import validators as v
 
 from weighted_mtp_core.api.data import DatasetVersion, DataSource, Example, Split
 from weighted_mtp_core.api.datasets import sha256_of_file
-from weighted_mtp_core.api.records import Record, read_records
+from weighted_mtp_core.api.records import ProblemIds, Record, read_records
 from weighted_mtp_core.errors import WmtpError
 
 _WITH_INPUT = (
@@ -82,8 +83,8 @@ class JsonlSource(DataSource):
     """Examples from rows, in the order of the files. Knows the rows' `tests`, but does not judge.
 
     Raises:
-        WmtpError: The options name no file, or both kinds; a file cannot be read, or lists its bad lines; two
-            files share a problem.
+        WmtpError: The options name no file, or both kinds; a file cannot be read, or lists its bad lines; one
+            id stands for two prompts or two tests, or is in two files.
     """
 
     def __init__(self, options: JsonlOptions) -> None:
@@ -98,13 +99,13 @@ class JsonlSource(DataSource):
                 "name either one file (`path`) or a file for each split (`train`, `validation`, `test`)",
                 hint='for example `path = "data/solutions.jsonl"` in `[data.options]`',
             )
+        ids = ProblemIds()
         if options.path is not None:
             self.files = [Path(options.path)]
-            self._rows = _split_by_problem(_read(self.files[0]), options)
+            self._rows = _split_by_problem(_read(self.files[0], _check(ids)), options)
         else:
             self.files = list(named.values())
-            self._rows = {split: _read(path) for split, path in named.items()}
-            _refuse_shared_problems(self._rows)
+            self._rows = {split: _read(path, _check(ids, split)) for split, path in named.items()}
 
     def rows(self, split: Split) -> Sequence[JsonlRow]:
         """Return the rows of the split."""
@@ -129,17 +130,25 @@ class JsonlSource(DataSource):
         return DatasetVersion(name=self.files[0].stem, version=digest[:12], sha256=digest)
 
 
-def _read(path: Path) -> list[JsonlRow]:
+def _read(path: Path, check: Callable[[JsonlRow, str], None]) -> list[JsonlRow]:
     if not path.exists():
         raise WmtpError(f"there is no file `{path}`", hint="paths count from where you start the run")
-    return read_records(path, _row, what="line")
+    return read_records(path, _row, what="line", check=check)
+
+
+def _check(ids: ProblemIds, split: Split | None = None) -> Callable[[JsonlRow, str], None]:
+    """Return the comparison of a row with earlier rows of its problem; `split` is that of the file."""
+
+    def check(row: JsonlRow, place: str) -> None:
+        tests = (row.tests, row.entry_point) if row.tests else None
+        ids.add(row.problem_id, place, prompt=(row.instruction, row.input), tests=tests, split=split)
+
+    return check
 
 
 def _row(record: Record) -> JsonlRow:
     """Check a record; ValueError with its first fault."""
-    problem_id = record.get("problem_id", record.get("task_id"))
-    if not isinstance(problem_id, str | int) or isinstance(problem_id, bool):
-        raise ValueError("needs `problem_id` (or `task_id`), a string or a number")  # noqa: TRY004
+    problem_id = _problem_id(record)
     for key in ("instruction", "output"):
         if not isinstance(record.get(key), str) or not record[key]:
             raise ValueError(f"needs `{key}`, a string that is not empty")
@@ -156,11 +165,21 @@ def _row(record: Record) -> JsonlRow:
         instruction=record["instruction"],
         input=record.get("input") or "",
         output=record["output"],
-        problem_id=str(problem_id),
+        problem_id=problem_id,
         is_correct=record["is_correct"],
         tests=record.get("tests") or "",
         entry_point=record.get("entry_point") or "",
     )
+
+
+def _problem_id(record: Record) -> str:
+    key = next((key for key in ("problem_id", "task_id") if key in record), None)
+    if key is None:
+        raise ValueError("needs `problem_id` (or `task_id`), a string or a whole number")
+    value = record[key]
+    if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
+        raise ValueError(f"`{key}` must be a string or a whole number, got {json.dumps(value)}")
+    return str(value)
 
 
 def _split_by_problem(rows: Sequence[JsonlRow], options: JsonlOptions) -> dict[Split, list[JsonlRow]]:
@@ -176,15 +195,3 @@ def _split_by_problem(rows: Sequence[JsonlRow], options: JsonlOptions) -> dict[S
         else:
             found["train"].append(row)
     return found
-
-
-def _refuse_shared_problems(rows: Mapping[Split, Sequence[JsonlRow]]) -> None:
-    """Refuse a problem in two splits: a problem that was trained on cannot measure anything."""
-    seen: dict[str, Split] = {}
-    for split, members in rows.items():
-        for row in members:
-            if seen.setdefault(row.problem_id, split) != split:
-                raise WmtpError(
-                    f"problem `{row.problem_id}` is in both `{seen[row.problem_id]}` and `{split}`",
-                    hint="give each problem to one file",
-                )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
+import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+
+from attrs import define, field
 
 from weighted_mtp_core.errors import WmtpError
 
@@ -19,10 +23,23 @@ _SHOWN = 20
 def json_lines(path: Path) -> Iterator[tuple[int, object]]:
     """Yield the lines of a UTF-8 file that are not empty, as text, with their numbers from 1.
 
-    A file named `*.gz` is decompressed. Only a line feed ends a line, because texts contain other separators.
+    A file named `*.gz` is decompressed, and a byte order mark is dropped. Only a line feed ends a line,
+    because texts contain other separators. A byte that is no UTF-8 becomes a lone surrogate; `read_records`
+    reports its line.
+
+    Raises:
+        WmtpError: The file is UTF-16, or JSON over several lines.
     """
     content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    for number, line in enumerate(content.decode("utf-8").split("\n"), start=1):
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise WmtpError(f"cannot read `{path}`: it is UTF-16", hint="save it as UTF-8")
+    text = content.decode("utf-8-sig", errors="surrogateescape")
+    if text.lstrip().startswith("[") or re.match(r"\s*\{\s*\n", text):
+        raise WmtpError(
+            f"`{path}` is JSON, but not one object a line",
+            hint=f"jq -c 'if type == \"array\" then .[] else . end' {path} > lines.jsonl",
+        )
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield number, line
 
@@ -33,6 +50,7 @@ def read_records(
     *,
     what: str = "record",
     read: Callable[[Path], Iterable[tuple[int, object]]] = json_lines,
+    check: Callable[[RowT, str], None] | None = None,
 ) -> list[RowT]:
     """Read a file of records: by default JSON lines, one object a line, gzipped (`*.gz`) or not.
 
@@ -41,6 +59,8 @@ def read_records(
         parse: Makes a row of a record. A ValueError that it raises says what is wrong with the record.
         what: What messages call a record: `record`, `line`.
         read: Yields numbered records; a text among them is parsed as JSON. For files of another format.
+        check: Called with each row and its place, such as "`rows.jsonl` line 3", for example to compare
+            it with earlier rows (`ProblemIds`). It raises a ValueError as `parse` does.
 
     Raises:
         WmtpError: The file cannot be read or has no record, or lists its bad records (the first 20).
@@ -51,10 +71,13 @@ def read_records(
     try:
         for number, record in read(path):
             try:
-                rows.append(parse(_object(record)))
+                row = parse(_object(record))
+                if check is not None:
+                    check(row, f"`{path}` {what} {number}")
+                rows.append(row)
             except ValueError as error:
                 faults.append(f"  {what} {number}: {error}")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise WmtpError(f"cannot read `{path}`: {reason}") from error
     if faults:
@@ -66,15 +89,94 @@ def read_records(
     return rows
 
 
+@define
+class ProblemIds:
+    """What the problem ids of a data source stand for, to refuse one id with two different problems.
+
+    One object serves all files of the source.
+    """
+
+    _first: dict[tuple[str, str], tuple[Hashable, str]] = field(factory=dict, init=False)
+
+    def add(self, problem_id: str, place: str, **facts: Hashable) -> None:
+        """Compare facts about a problem with those of earlier records.
+
+        Args:
+            problem_id: The problem.
+            place: Where it was read, as `read_records` passes it to `check`.
+            facts: What all records of a problem have in common: `prompt`, `tests`, `split`; None is unknown.
+
+        Raises:
+            ValueError: A fact differs; names the place of the first record.
+        """
+        for name, value in facts.items():
+            first, where = self._first.setdefault((problem_id, name), (value, place))
+            if value is not None and first is None:
+                self._first[problem_id, name] = value, place
+            elif value is not None and value != first:
+                if name == "split":
+                    fault = f"is in both `{first}` and `{value}`, first in {where}; give it to one split"
+                else:
+                    fault = f"has another `{name}` in {where}; give each problem an id of its own"
+                raise ValueError(f"problem `{problem_id}` {fault}")
+
+    def add_new(self, problem_id: str, place: str) -> None:
+        """Refuse a second record of a problem.
+
+        Raises:
+            ValueError: There was one; names its place.
+        """
+        _, where = self._first.setdefault((problem_id, ""), (None, place))
+        if where != place:
+            raise ValueError(f"a second problem `{problem_id}`; the first is in {where}")
+
+
 def _object(record: object) -> Record:
     if isinstance(record, str):
-        try:
-            record = json.loads(record)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
+        record = _parsed(record)
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, got {type(record).__name__}")  # noqa: TRY004 - a fault of the file
     return record
+
+
+def _parsed(line: str) -> object:
+    """Parse a line; ValueError where it is no UTF-8, no JSON, or holds what Python cannot represent."""
+    if not line.isascii():
+        try:
+            line.encode()
+        except UnicodeEncodeError as error:
+            byte = ord(line[error.start]) - 0xDC00
+            raise ValueError(f"not UTF-8: byte 0x{byte:02x} at column {error.start + 1}") from error
+    try:
+        value: object = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply: make it flat") from error
+    except ValueError as error:
+        raise ValueError("holds an integer of more than 4300 digits: write it as a string") from error
+    if "\\u" in line:
+        _refuse_surrogates(value)
+    return value
+
+
+def _refuse_surrogates(value: object, key: str = "") -> None:
+    """Refuse half a surrogate pair: no UTF-8 text can hold one, and no tokenizer reads it."""
+    if isinstance(value, dict):
+        for name, each in value.items():
+            _refuse_surrogates(name, name.encode("ascii", "backslashreplace").decode())
+            _refuse_surrogates(each, f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
+        for number, each in enumerate(value):
+            _refuse_surrogates(each, f"{key}[{number}]")
+    elif isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(value[error.start]):04x}"
+            raise ValueError(
+                f"`{key}` holds half a character, `{half}` without its pair: write the whole character"
+            ) from error
 
 
 def text_field(record: Record, key: str) -> str:

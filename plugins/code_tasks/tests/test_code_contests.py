@@ -110,9 +110,9 @@ def test_bad_records_are_named(tmp_path):
     with pytest.raises(WmtpError) as caught:
         build(tmp_path, train=(write(tmp_path / "bad.jsonl", rows),))
 
-    assert "record 1: `solutions` needs a `language` for each `solution`" in str(caught.value)
-    assert "record 2: `public_tests` has 1 inputs and 0 outputs" in str(caught.value)
-    assert "record 3: needs `private_tests`, an object of lists" in str(caught.value)
+    assert "line 1: `solutions` needs a `language` for each `solution`" in str(caught.value)
+    assert "line 2: `public_tests` has 1 inputs and 0 outputs" in str(caught.value)
+    assert "line 3: needs `private_tests`, an object of lists" in str(caught.value)
 
 
 def test_a_damaged_table_is_said(tmp_path):

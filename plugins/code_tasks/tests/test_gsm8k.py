@@ -129,8 +129,29 @@ def test_a_wrong_number_says_what_was_expected(data):
 
 def test_an_answer_without_a_number_is_a_bad_record(tmp_path):
     path = write(tmp_path / "bad.jsonl", [public(1), {"question": "Why?", "answer": "Because."}])
-    with pytest.raises(WmtpError, match="1 bad record\n  record 2: the answer has no number"):
+    with pytest.raises(WmtpError, match="1 bad line\n  line 2: the answer has no number"):
         build(tmp_path, path=path)
+
+
+def test_all_records_of_a_question_count(tmp_path):
+    question, answer = "How many?", "#### 2"
+    rows = [
+        {"question": question, "ground_truth": answer, "solutions": [{"solution": text}]}
+        for text in ("2", "two, no, 3", "2")
+    ]
+    data = build(tmp_path, path=write(tmp_path / "a.jsonl", rows), validation_share=0, test_share=0)
+
+    assert [(e.response, e.reward) for e in data.examples("train")] == [
+        ("#### 2\n", 1.0),
+        ("2\n", 1.0),
+        ("two, no, 3\n", 0.0),
+    ]
+
+
+def test_a_question_with_two_answers_names_both_places(tmp_path):
+    rows = [{"question": "How many?", "answer": f"#### {n}"} for n in (2, 3)]
+    with pytest.raises(WmtpError, match=r"line 2: problem `gsm8k/\w+` has another `answer` in `.*` line 1"):
+        build(tmp_path, path=write(tmp_path / "a.jsonl", rows))
 
 
 def test_one_public_file_without_the_other_is_refused(tmp_path):

@@ -108,17 +108,21 @@ def test_bad_records_are_all_named(tmp_path):
     with pytest.raises(WmtpError) as caught:
         build(tmp_path, path=write(tmp_path / "mbpp.jsonl", rows))
 
-    assert str(caught.value).startswith(
-        f"{tmp_path}/mbpp.jsonl: 3 bad records\n  record 1: `code` is no Python"
-    )
-    assert "record 2: needs `test_list`, a list of strings" in str(caught.value)
-    assert "record 3: needs `task_id`, a whole number" in str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path}/mbpp.jsonl: 3 bad lines\n  line 1: `code` is no Python")
+    assert "line 2: needs `test_list`, a list of strings" in str(caught.value)
+    assert "line 3: needs `task_id`, a whole number" in str(caught.value)
 
 
 def test_a_sample_of_no_problem_is_refused(tmp_path):
     samples = write(tmp_path / "samples.jsonl", [{"task_id": 9999, "program": "x = 1"}])
     with pytest.raises(WmtpError, match="no problem has the task_id `9999`"):
         build(tmp_path, path=write(tmp_path / "mbpp.jsonl", ROWS), samples=samples)
+
+
+def test_a_second_problem_with_an_id_names_both_lines(tmp_path):
+    path = write(tmp_path / "mbpp.jsonl", [SQUARE, {**SQUARE, "code": "def square(n):\n    return n ** 2"}])
+    with pytest.raises(WmtpError, match=r"line 2: a second problem `\d+`; the first is in `.*` line 1$"):
+        build(tmp_path, path=path)
 
 
 def test_a_missing_file_is_said(tmp_path):

@@ -12,6 +12,7 @@ from weighted_mtp_core.api import (
     DataSource,
     Example,
     Problem,
+    ProblemIds,
     Record,
     Split,
     Verdict,
@@ -50,8 +51,10 @@ class ProblemsSource(DataSource):
     def __init__(self, options: ProblemsOptions) -> None:
         self._path = Path(options.path)
         self._judge = FunctionJudge(sandbox=options.sandbox)
-        self._problems: dict[str, Problem] = {}
-        read_records(self._path, self._add, what="line")
+        ids = ProblemIds()
+        self._problems = read_records(
+            self._path, _problem, what="line", check=lambda row, place: ids.add_new(row.problem_id, place)
+        )
 
     def examples(self, split: Split) -> Sequence[Example]:  # noqa: ARG002 - the same for every split
         """Return nothing: the file has no labelled responses."""
@@ -59,7 +62,7 @@ class ProblemsSource(DataSource):
 
     def problems(self, split: Split) -> Sequence[Problem]:
         """Return the problems of the file, in its order, as those of the split `test`."""
-        return list(self._problems.values()) if split == "test" else ()
+        return self._problems if split == "test" else ()
 
     def version(self) -> DatasetVersion:
         """Return the SHA-256 of the file; the version is its beginning."""
@@ -74,18 +77,17 @@ class ProblemsSource(DataSource):
         """Run prompt and completion against the tests of the problem."""
         return self._judge.judge(attempts).verdicts
 
-    def _add(self, record: Record) -> None:
-        name, prompt, entry_point, test = (
-            text_field(record, key) for key in ("task_id", "prompt", "entry_point", "test")
-        )
-        if name in self._problems:
-            raise ValueError(f"a second problem `{name}`")
-        if not entry_point.isidentifier():
-            raise ValueError(f"`entry_point`: `{entry_point}` is no function's name")
-        self._problems[name] = Problem(
-            problem_id=name,
-            prompt=prompt,
-            entry_point=entry_point,
-            tests=humaneval_tests(prompt=prompt, entry_point=entry_point, test=test),
-            solution=text_field(record, "canonical_solution") if "canonical_solution" in record else None,
-        )
+
+def _problem(record: Record) -> Problem:
+    name, prompt, entry_point, test = (
+        text_field(record, key) for key in ("task_id", "prompt", "entry_point", "test")
+    )
+    if not entry_point.isidentifier():
+        raise ValueError(f"`entry_point`: `{entry_point}` is no function's name")
+    return Problem(
+        problem_id=name,
+        prompt=prompt,
+        entry_point=entry_point,
+        tests=humaneval_tests(prompt=prompt, entry_point=entry_point, test=test),
+        solution=text_field(record, "canonical_solution") if "canonical_solution" in record else None,
+    )

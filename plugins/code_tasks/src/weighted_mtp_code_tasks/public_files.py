@@ -13,14 +13,18 @@ from weighted_mtp_core.api import Record, WmtpError, json_lines, read_records
 RowT = TypeVar("RowT")
 
 
-def read_public_file(path: str | Path, parse: Callable[[Record], RowT]) -> list[RowT]:
+def read_public_file(
+    path: str | Path, parse: Callable[[Record], RowT], *, check: Callable[[RowT, str], None] | None = None
+) -> list[RowT]:
     """Read a file with `read_records`: `.parquet`, or JSON lines, gzipped (`.gz`) or not.
 
     Raises:
         WmtpError: See `read_records`.
     """
     path = Path(path)
-    return read_records(path, parse, read=_parquet if path.suffix == ".parquet" else json_lines)
+    if path.suffix == ".parquet":
+        return read_records(path, parse, read=_parquet, check=check)
+    return read_records(path, parse, what="line", read=json_lines, check=check)
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, object]]:

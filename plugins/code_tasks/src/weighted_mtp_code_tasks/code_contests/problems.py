@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 from attrs import frozen
-from weighted_mtp_core.api import Problem, Record, Split, WmtpError, text_field, text_list_field
+from weighted_mtp_core.api import Problem, ProblemIds, Record, Split, WmtpError, text_field, text_list_field
 
 from weighted_mtp_code_tasks.labelling import Candidate, LabelledProblem, Made
 from weighted_mtp_code_tasks.public_files import read_public_file
@@ -44,16 +44,19 @@ def read_problems(files: Mapping[Split, Sequence[Path]], limits: Limits) -> list
         WmtpError: A file is missing or malformed, or there is no such problem.
     """
     found: dict[str, LabelledProblem] = {}
+    ids = ProblemIds()
+
+    def check(row: LabelledProblem | None, place: str) -> None:
+        if row is not None:
+            ids.add(row.problem.problem_id, place, prompt=row.problem.prompt, split=row.split)
+
     for split, paths in files.items():
         parse = partial(_problem, split=split, limits=limits)
-        rows = [row for path in paths for row in read_public_file(path, parse) if row is not None]
+        rows = [
+            row for path in paths for row in read_public_file(path, parse, check=check) if row is not None
+        ]
         for row in rows[: limits.problems or None]:
-            known = found.setdefault(row.problem.problem_id, row)
-            if known is not row and known.split != split:
-                raise WmtpError(
-                    f"problem `{row.problem.problem_id}` is in both `{known.split}` and `{split}`",
-                    hint="give each file to one split",
-                )
+            found.setdefault(row.problem.problem_id, row)
     if not found:
         raise WmtpError("no problem has tests and a solution in Python 3 that reads stdin")
     return list(found.values())

@@ -6,8 +6,9 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
+import attrs
 from attrs import frozen
-from weighted_mtp_core.api import Problem, Record, Split, text_field
+from weighted_mtp_core.api import Problem, ProblemIds, Record, Split, text_field
 
 from weighted_mtp_code_tasks.gsm8k.numbers import final_number
 from weighted_mtp_code_tasks.labelling import Candidate, LabelledProblem
@@ -35,22 +36,32 @@ class Row:
 
 
 def read_problems(files: Mapping[Path, Shares]) -> list[LabelledProblem]:
-    """Return each question once, with its answers; a question in two files counts for the first file.
+    """Return each question once, with the answers of all its records; the first file decides the split.
 
     Raises:
-        WmtpError: A file is missing or malformed.
+        WmtpError: A file is missing or malformed, or two records of a question have different answers.
     """
-    found: dict[str, LabelledProblem] = {}
+    found: dict[str, Row] = {}
+    splits: dict[str, Split] = {}
+    ids = ProblemIds()
     for path, shares in files.items():
-        for row in read_public_file(path, _row):
-            digest = hashlib.sha256(row.question.encode()).digest()
-            name = f"gsm8k/{digest.hex()[:12]}"
-            share = int.from_bytes(digest[-8:], "big") / 2**64
-            found.setdefault(name, _problem(row, name, _split(share, shares)))
-    return list(found.values())
+        for row in read_public_file(
+            path, _row, check=lambda row, place: ids.add(_name(row), place, answer=final_number(row.answer))
+        ):
+            name = _name(row)
+            splits.setdefault(name, _split(row, shares))
+            known = found.get(name)
+            more = () if known is None else (*known.written, row.answer)
+            found[name] = attrs.evolve(known or row, written=(*more, *row.written))
+    return [_problem(row, name, splits[name]) for name, row in found.items()]
 
 
-def _split(share: float, shares: Shares) -> Split:
+def _name(row: Row) -> str:
+    return f"gsm8k/{hashlib.sha256(row.question.encode()).hexdigest()[:12]}"
+
+
+def _split(row: Row, shares: Shares) -> Split:
+    share = int.from_bytes(hashlib.sha256(row.question.encode()).digest()[-8:], "big") / 2**64
     if share < shares.test:
         return "test"
     return "validation" if share < shares.test + shares.validation else "train"

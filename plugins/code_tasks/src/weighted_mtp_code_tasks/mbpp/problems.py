@@ -11,9 +11,9 @@ from pathlib import Path
 from attrs import frozen
 from weighted_mtp_core.api import (
     Problem,
+    ProblemIds,
     Record,
     Split,
-    WmtpError,
     int_field,
     text_field,
     text_list_field,
@@ -63,7 +63,8 @@ def read_problems(
     Raises:
         WmtpError: A file is missing or malformed, or a sample has no problem.
     """
-    rows = read_public_file(path, _row)
+    ids = ProblemIds()
+    rows = read_public_file(path, _row, check=lambda row, place: ids.add_new(str(row.task_id), place))
     written = _samples(samples, {row.task_id for row in rows})
     return [
         _problem(row, split, written[row.task_id], mutants_per_solution=mutants_per_solution, seed=seed)
@@ -104,15 +105,16 @@ def _entry_point(code: str, tests: Sequence[str]) -> str:
 def _samples(path: Path | None, known: set[int]) -> defaultdict[int, list[str]]:
     """Return programs by problem; other keys of the file, such as verdicts, are ignored."""
     found: defaultdict[int, list[str]] = defaultdict(list)
-    if path is None:
-        return found
-    for task_id, program in read_public_file(
-        path, lambda r: (int_field(r, "task_id"), text_field(r, "program"))
-    ):
+
+    def add(record: Record) -> None:
+        task_id, program = int_field(record, "task_id"), text_field(record, "program")
         if task_id not in known:
-            raise WmtpError(f"{path}: no problem has the task_id `{task_id}`")
+            raise ValueError(f"no problem has the task_id `{task_id}`")
         if program.strip():
             found[task_id].append(program.rstrip() + "\n")
+
+    if path is not None:
+        read_public_file(path, add)
     return found
 
 
