@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from weighted_mtp_core.api import BuildContext, WmtpError
 
 from weighted_mtp_code_tasks.gsm8k import Gsm8kOptions, build_gsm8k
-from weighted_mtp_code_tasks.gsm8k.numbers import final_number
+from weighted_mtp_code_tasks.gsm8k.numbers import cut_answer, final_number
 
 SPLITS = ("train", "validation", "test")
 
@@ -69,6 +69,27 @@ def data(tmp_path):
         ("from 10 to 2", "2"),
         ("1, 2,3", "3"),
         ("9 apples\n####", "9"),
+        ("#### 18\n\nQuestion: Ann has 3.\nAnswer: 3\n#### 3", "18"),
+        ("the profit is \\boxed{70{,}000}", "70000"),
+        ("so $70\\,000$", "70000"),
+        ("#### \\$1{,}250", "1250"),
+        ("It is \\boxed{18}, 3 more than 15.", "18"),
+        ("it costs 70\u202f000 or 70\u00a0000", "70000"),
+        ("####\u00a018\u00a0km", "18"),
+        ("12 345", "345"),
+        ("he pays Rs.50", "50"),
+        ("he pays USD50", "50"),
+        ("US$50", "50"),
+        ("-\u20b950", "-50"),
+        ("CO2", None),
+        ("#### Step 1: cost\n80 + 50 = 130.\n#### Step 2: profit\n200 - 130 = 70.\nSo 70.", "70"),
+        ("#### 1. Cost\nIt costs 130.\n#### 2. Profit\n70 is left, so 70.", "70"),
+        ("#### Step 2: 200 - 130 = 70", "70"),
+        ("#### Final Answer\nThe answer is 72 of 100", "72"),
+        ("#### **Answer:** 5", "5"),
+        ("#### She has 18 of 20", "18"),
+        ("#### 18\n#### Note\nNo more.", "18"),
+        ("####\n18", "18"),
         ("", None),
         ("no idea", None),
         ("9" * 5000, None),
@@ -76,6 +97,7 @@ def data(tmp_path):
 )
 def test_the_final_number_is_read_as_a_person_would(text, number):
     assert final_number(text) == (None if number is None else Decimal(number))
+    assert final_number(cut_answer(text)) == final_number(text)
 
 
 @given(
@@ -90,9 +112,17 @@ def test_a_number_survives_every_way_of_writing_it(value, form, before, mark):
     assert final_number(before + mark + form.format(value)) == value
 
 
-@given(st.text())
-def test_no_text_breaks_it(text):
-    final_number(text)
+@given(
+    st.text()
+    | st.lists(
+        st.sampled_from(["####", " ", "\n", "Step", "1", "2.", "x", "Question:", "\\boxed{", "}"])
+    ).map("".join)
+)
+def test_no_text_breaks_it_and_a_label_is_what_evaluation_finds(text):
+    cut = cut_answer(text)
+
+    assert final_number(cut) == final_number(text)
+    assert cut_answer(cut) == cut
 
 
 def test_the_public_test_file_tests_and_a_share_of_train_validates(data):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 
 from attrs import define
@@ -12,30 +12,82 @@ from weighted_mtp_core.api import Problem, Verdict, VerdictKind
 from weighted_mtp_code_tasks.judging import Attempts, Judge, Judgement
 
 MARK = "####"
+_NEXT_QUESTION = re.compile(r"\n\s*Question:")
+# LaTeX's spacing and the blanks that separate thousands; an ordinary blank separates numbers.
+_THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|\\[,;:! ]|[\u00a0\u2007\u2009\u202f])(?=\d{3}(?!\d))")
+_CURRENCY = (
+    r"(?:(?:US|HK|NT|[ACRS])(?=\$)|(?:Rs|Rp|RM|Tk|kr|USD|EUR|GBP|INR|CAD|AUD|CHF|JPY|CNY)\.?)?"
+    r"(?:\\?[$\u00a2-\u00a5\u20a0-\u20cf])?"
+)
 # A sign counts if no word or number precedes it: `2-3` is two numbers without a sign.
 _NUMBER = re.compile(
-    r"(?<![\w.])([-\u2212]?)[$€£]?\s?([-\u2212]?)((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
+    rf"(?<![\w.])([-\u2212]?){_CURRENCY}\s?([-\u2212]?)((?:\d{{1,3}}(?:,\d{{3}})+|\d+)(?:\.\d+)?|\.\d+)"
 )
+_TITLE = re.compile(r"(?:(?:the )?(?:final )?answer(?: is)? ?){0,2}(?:boxed)?", re.IGNORECASE)
+_STEP = re.compile(r"[\W_]*(?:step|part|case)\s*\d", re.IGNORECASE)
+_COUNTED = re.compile(r"[\W_]*\d+[.)]\s+[^\W\d]")
 _LONGEST = 40  # digits; no answer has more, but a model may write thousands
 
 
 def final_number(text: str) -> Decimal | None:
-    """Return the first number after the last `####`, else the last number; None if there is none.
+    r"""Return the number that a response states as its answer; None if there is none.
 
-    Thousands may have commas. A currency, a `%` or a full stop after the number does not matter.
+    That is the number after the last `####` that marks an answer and no heading, else the first number after
+    the last `\boxed{`, else the last number. A further `Question:` and what follows it do not count.
+    Thousands may have commas, LaTeX's `{,}` or narrow blanks; a currency, `%` or full stop does not matter.
     """
-    _, mark, answer = text.rpartition(MARK)
-    marked = _numbers(answer)[:1] if mark else []
-    found = marked or _numbers(text)[-1:]
-    return found[0] if found else None
+    text, marked = _answer(text)
+    if marked is not None:
+        return marked
+    numbers = _numbers(text)
+    boxed = _numbers(text.rpartition("\\boxed{")[2])[:1] if "\\boxed{" in text else []
+    return next(iter(boxed or numbers[-1:]), None)
+
+
+def cut_answer(text: str) -> str:
+    """Return the text up to its answer; its final number is that of the whole text."""
+    return _answer(text)[0]
+
+
+def _answer(text: str) -> tuple[str, Decimal | None]:
+    """Return the text up to its answer, and the number after the mark if there is one."""
+    text = _NEXT_QUESTION.split(text, maxsplit=1)[0]
+    end = text.rfind(MARK)
+    while end >= 0:
+        rest = text[end + len(MARK) :]
+        plain = _THOUSANDS.sub(",", rest)
+        match = next(_matches(plain), None)
+        if match is not None and _is_answer(plain, title=plain[: match.start()]):
+            lines = rest.split("\n")[: plain[: match.end()].count("\n") + 1]
+            return text[: end + len(MARK)] + "\n".join(lines) + "\n", _number(match)
+        end = text.rfind(MARK, 0, end)
+    return text, None
+
+
+def _is_answer(marked: str, *, title: str) -> bool:
+    """Return whether a mark is followed by its answer: markdown's headings have the same sign.
+
+    Args:
+        marked: The text after the mark.
+        title: What stands before its first number.
+    """
+    is_last = not marked.partition("\n")[2].strip()
+    if _STEP.match(marked) or (_COUNTED.match(marked) and not is_last):
+        return False
+    words = re.sub(r"[\W_]+", " ", title).strip()
+    return _TITLE.fullmatch(words) is not None or (is_last and "\n" not in title)
 
 
 def _numbers(text: str) -> list[Decimal]:
-    return [
-        Decimal(("-" if one or other else "") + digits.replace(",", ""))
-        for one, other, digits in _NUMBER.findall(text)
-        if len(digits) <= _LONGEST
-    ]
+    return [_number(match) for match in _matches(_THOUSANDS.sub(",", text))]
+
+
+def _matches(text: str) -> Iterator[re.Match[str]]:
+    return (match for match in _NUMBER.finditer(text) if len(match[3]) <= _LONGEST)
+
+
+def _number(match: re.Match[str]) -> Decimal:
+    return Decimal(("-" if match[1] or match[2] else "") + match[3].replace(",", ""))
 
 
 @define(kw_only=True)
@@ -43,10 +95,8 @@ class NumberJudge(Judge):
     """Compares the final number of a response with `Problem.tests`, which is a number; runs nothing."""
 
     def completion(self, problem: Problem, text: str) -> str:  # noqa: ARG002 - the same for every problem
-        """Return the text up to its answer; models often continue with further questions."""
-        text = re.split(r"\n\s*Question:", text, maxsplit=1)[0]
-        before, mark, answer = text.partition(MARK)
-        return before + mark + answer.split("\n", 1)[0] + "\n" if mark else text
+        """Return the text up to its answer; models often go on with further questions."""
+        return cut_answer(text)
 
     def judge(self, attempts: Attempts, *, on_done: Callable[[], None] | None = None) -> Judgement:
         """Compare numbers exactly."""

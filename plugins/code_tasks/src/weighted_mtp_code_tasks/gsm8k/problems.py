@@ -14,7 +14,7 @@ from weighted_mtp_code_tasks.gsm8k.numbers import final_number
 from weighted_mtp_code_tasks.labelling import Candidate, LabelledProblem
 from weighted_mtp_code_tasks.public_files import read_public_file
 
-FORMAT = 1
+FORMAT = 2
 """Part of the data's version: raise it when the same files would give other responses."""
 
 
