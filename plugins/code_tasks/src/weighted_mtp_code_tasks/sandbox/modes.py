@@ -16,7 +16,7 @@ from typing import Any, NoReturn, Self
 
 from . import confine, judge
 from .remote import Outcome
-from .watch import Candidate, Candidates, Limits
+from .watch import OUTPUT_BYTES, Candidate, Candidates, Limits
 from .wire import FrameError, decode, encode, receive_frame, send_frame
 
 _GRACE_SECONDS = 1.0  # after the candidate's wall limit, for tests that are not waiting for an answer
@@ -51,10 +51,11 @@ def run_cases(job: Mapping[str, Any], candidates: Candidates, limits: Limits) ->
 
 def _run_case(program: str, given: str, expected: str, *, candidates: Candidates, limits: Limits) -> Outcome:
     deadline = time.monotonic() + limits.wall_seconds
+    keep = max(OUTPUT_BYTES, 2 * len(expected.encode("utf-8", "surrogatepass")))
     with (
         _closing(_file_in_memory(given)) as stdin,
         _closing(os.open(os.devnull, os.O_RDWR)) as nothing,
-        Candidate(candidates, limits, stdin=stdin, errors=nothing) as candidate,
+        Candidate(candidates, limits, stdin=stdin, errors=nothing, keep=keep) as candidate,
         _closing(os.pidfd_open(candidate.pid)) as ended,
     ):
         candidate.channel.settimeout(limits.wall_seconds)

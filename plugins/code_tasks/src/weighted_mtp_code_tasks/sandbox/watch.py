@@ -18,6 +18,8 @@ from . import scratch
 from .remote import Outcome
 
 OUTPUT_BYTES = 1024 * 1024
+UNREAD_BYTES = 64 * OUTPUT_BYTES
+"""The most that a program may print where nothing reads it: a debugging line in a loop is no mistake."""
 MAX_THREADS = 64
 _TICK_SECONDS = 0.05
 _FIRST_TICK_SECONDS = 0.02
@@ -65,17 +67,27 @@ class Candidate:
     Attributes:
         channel: This end of the channel to it.
         pid: Its process id, valid until the end of the context.
-        output: The first `OUTPUT_BYTES` bytes of its stdout (and of its stderr, unless that has a separate
-            descriptor).
+        output: Its stdout (and its stderr, unless that has a separate descriptor), if it is kept.
         stopped: The verdict if it was stopped because it exceeded a limit.
         status: Its wait status, after the context.
     """
 
     def __init__(
-        self, candidates: Candidates, limits: Limits, *, stdin: int, errors: int | None = None
+        self, candidates: Candidates, limits: Limits, *, stdin: int, errors: int | None = None, keep: int = 0
     ) -> None:
+        """Start the process.
+
+        Args:
+            candidates: Makes the process.
+            limits: Its limits.
+            stdin: Descriptor of its stdin.
+            errors: Descriptor of its stderr; None: that of stdout.
+            keep: The most bytes of output, all of which are kept; 0: up to `UNREAD_BYTES` are thrown away.
+        """
         self._candidates = candidates
         self._limits = limits
+        self._keep = keep
+        self._written = 0
         self.output = bytearray()
         self.stopped: Outcome | None = None
         self.status = 0
@@ -162,9 +174,11 @@ class Candidate:
     def _read(self) -> bool:
         """Read the program's output; False at the end."""
         part = os.read(self._reader, 1 << 16)
-        if len(self.output) + len(part) > OUTPUT_BYTES:
-            self.stop("output", f"wrote more than {OUTPUT_BYTES} bytes")
-        else:
+        self._written += len(part)
+        most = self._keep or UNREAD_BYTES
+        if self._written > most:
+            self.stop("output", f"wrote more than {most} bytes")
+        elif self._keep:
             self.output += part
         return bool(part)
 
