@@ -17,8 +17,7 @@ from typing import Any
 
 import attrs
 from weighted_mtp_core.recipe import schema
-from weighted_mtp_core.recipe.describe import expected
-from weighted_mtp_core.recipe.structure import default_of, plain
+from weighted_mtp_core.recipe.structure import default_of, expected, plain
 
 FILE = Path(__file__).parents[1] / "docs" / "recipes.md"
 TABLES: dict[str, type] = {

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 from attrs import field, fields, frozen
 from attrs import validators as v
-from weighted_mtp_core.recipe.credentials import credential_faults
+from weighted_mtp_core.recipe.load import credential_faults
 from weighted_mtp_core.recipe.structure import plain, structure
 
 

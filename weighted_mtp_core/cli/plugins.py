@@ -24,8 +24,7 @@ from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.exit_codes import EXIT_BAD_INPUT, EXIT_DONE
 from weighted_mtp_core.plugins.discovery import FoundPlugin, find, metadata_faults
 from weighted_mtp_core.plugins.loading import AnyComponent, Kind, PluginRegistry
-from weighted_mtp_core.recipe.describe import expected
-from weighted_mtp_core.recipe.structure import default_of, plain
+from weighted_mtp_core.recipe.structure import default_of, expected, plain
 from weighted_mtp_core.scaffold import SUMMARIES, Scaffold, check_name
 
 

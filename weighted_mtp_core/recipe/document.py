@@ -7,25 +7,16 @@ component with `use` discards the options of the old one.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from attrs import define, field, frozen
+from attrs import define, field
 
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.recipe.describe import shown
-from weighted_mtp_core.recipe.line_numbers import KeyPath
-from weighted_mtp_core.recipe.structure import Fault
+from weighted_mtp_core.recipe.line_numbers import KeyPath, find_lines, key_paths
+from weighted_mtp_core.recipe.structure import Fault, shown
 
 Table = dict[str, Any]
-
-
-@frozen
-class Origin:
-    """Where a key was written: a file and a line, or an option such as `--set`."""
-
-    source: str
-    line: int | None = None
 
 
 @define
@@ -35,17 +26,23 @@ class Document:
     Attributes:
         name: The recipe's path as the user gave it.
         table: The merged layers.
-        files: Every file read, lowest layer first.
+        texts: The text of every file read, lowest layer first.
     """
 
     name: str
     table: Table = field(factory=dict)
-    files: list[str] = field(factory=list)
-    _origins: dict[KeyPath, Origin] = field(factory=dict)
+    texts: dict[str, str] = field(factory=dict)
+    _sources: dict[KeyPath, str] = field(factory=dict)
 
-    def add(self, table: Table, origins: Mapping[KeyPath, Origin]) -> None:
-        """Merge a layer on top."""
-        self._merge(self.table, table, origins, at=())
+    @property
+    def files(self) -> list[str]:
+        """Every file read, lowest layer first."""
+        return list(self.texts)
+
+    def add(self, table: Table, *, file: str, text: str) -> None:
+        """Merge a file on top; `table` holds what counts of its text."""
+        self._merge(self.table, table, file, at=())
+        self.texts[file] = text
 
     def set(self, keys: Sequence[str], value: Any, *, source: str) -> None:
         """Set one value on top; missing tables on the way to it are created.
@@ -59,21 +56,20 @@ class Document:
             step = _index(parent, key, at=at, source=source)
             if isinstance(parent, dict) and step not in parent:
                 parent[key] = {}
-                self._origins[*at, step] = Origin(source)
+                self._sources[*at, step] = source
             parent, at = parent[step], (*at, step)
         step = _index(parent, keys[-1], at=at, source=source)
         if isinstance(parent, dict):
-            self._merge(parent, {str(step): value}, {(*at, step): Origin(source)}, at=at)
+            self._merge(parent, {str(step): value}, source, at=at)
         else:
             self._forget((*at, step))
             parent[step] = value
-            self._origins[*at, step] = Origin(source)
+            self._sources[*at, step] = source
 
     def locate(self, path: KeyPath) -> str:
         """Return "file, line 3, a.key" or "--set, a.key": what wrote the key or the table around it."""
-        origin = self._origin(path)
-        line = [] if origin.line is None else [f"line {origin.line}"]
-        return ", ".join([origin.source, *line, dotted(path)])
+        source, line = self._origin(path)
+        return ", ".join([source, *([f"line {line}"] if line else []), dotted(path)])
 
     def error(self, faults: Sequence[Fault]) -> WmtpError:
         """Return one error that lists every fault with its origin, in the order of the files."""
@@ -88,39 +84,40 @@ class Document:
 
     def _quoting_hint(self, fault: Fault) -> str | None:
         """Return how to pass a text that is also TOML of another type, as in `--set run.name=123`."""
-        if self._origin(fault.path).source != "--set" or not fault.text.startswith("expected str, got"):
+        if self._origin(fault.path)[0] != "--set" or not fault.text.startswith("expected str, got"):
             return None
         return f"a text that looks like another value needs quotes: --set '{dotted(fault.path)}=\"...\"'"
 
-    def _merge(self, old: Table, new: Table, origins: Mapping[KeyPath, Origin], *, at: KeyPath) -> None:
+    def _merge(self, old: Table, new: Table, source: str, *, at: KeyPath) -> None:
         if "use" in old and "use" in new and old["use"] != new["use"]:
             old.pop("options", None)
             self._forget((*at, "options"))
         for key, value in new.items():
             path = (*at, key)
             if isinstance(value, dict) and isinstance(old.get(key), dict):
-                self._merge(old[key], value, origins, at=path)
+                self._merge(old[key], value, source, at=path)
             else:
                 self._forget(path)
                 old[key] = copy.deepcopy(value)
-                self._origins |= {p: origin for p, origin in origins.items() if p[: len(path)] == path}
-            if path in origins:
-                self._origins[path] = origins[path]
+                self._sources |= dict.fromkeys(key_paths(value, path), source)
+            self._sources[path] = source
 
     def _forget(self, path: KeyPath) -> None:
-        for below in [p for p in self._origins if p[: len(path)] == path]:
-            del self._origins[below]
+        for below in [p for p in self._sources if p[: len(path)] == path]:
+            del self._sources[below]
 
-    def _origin(self, path: KeyPath) -> Origin:
-        """Return the origin of a key, or of the nearest table around it that a layer wrote."""
-        written = (path[:n] for n in range(len(path), 0, -1) if path[:n] in self._origins)
-        return next((self._origins[each] for each in written), Origin(self.name))
+    def _origin(self, path: KeyPath) -> tuple[str, int]:
+        """Return the file or option, and the line or 0, of a key or of the nearest table around it."""
+        while path and path not in self._sources:
+            path = path[:-1]
+        source = self._sources.get(path, self.name)
+        return source, find_lines(self.texts.get(source, "")).get(path, 0)
 
     def _order(self, fault: Fault) -> tuple[int, int, str]:
         """Sort faults of the recipe itself first, then of the lower layers, then of options, each by line."""
-        origin = self._origin(fault.path)
-        layer = self.files.index(origin.source) if origin.source in self.files else len(self.files)
-        return -1 if origin.source == self.name else layer, origin.line or 0, dotted(fault.path)
+        source, line = self._origin(fault.path)
+        layer = self.files.index(source) if source in self.texts else len(self.texts)
+        return -1 if source == self.name else layer, line, dotted(fault.path)
 
 
 def dotted(path: Sequence[str | int]) -> str:

@@ -11,10 +11,10 @@ import tomli
 
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import did_you_mean, quoted
-from weighted_mtp_core.recipe.describe import shown
-from weighted_mtp_core.recipe.document import Document, Origin
+from weighted_mtp_core.recipe.document import Document
 from weighted_mtp_core.recipe.line_numbers import find_lines
 from weighted_mtp_core.recipe.overrides import parse_overrides
+from weighted_mtp_core.recipe.structure import shown
 from weighted_mtp_core.text_files import read_utf8
 
 PRESETS = Path("configs/presets")
@@ -50,10 +50,9 @@ def _add_file(
         table = tomli.loads(text)
     except tomli.TOMLDecodeError as error:
         raise WmtpError(f"{path}: not valid TOML: {error}") from error
-    origins = {keys: Origin(str(path), line) for keys, line in find_lines(text).items()}
     bases = table.pop("extends", [])
     if not (isinstance(bases, list) and all(isinstance(name, str) for name in bases)):
-        line = origins["extends",].line
+        line = find_lines(text)["extends",]
         raise WmtpError(f"{path}: line {line}, extends: expected array of str, got {shown(bases)}")
     for name in bases:
         # normpath folds `a/../b`: messages show the path that a person would write
@@ -63,8 +62,7 @@ def _add_file(
         _add_file(document, base, extended_by=(*extended_by, path), is_preset=is_preset)
     if is_preset:
         table = {key: value for key, value in table.items() if _preset_applies(document, key, value)}
-    document.add(table, {keys: origin for keys, origin in origins.items() if keys[0] in table})
-    document.files.append(str(path))
+    document.add(table, file=str(path), text=text)
 
 
 def _preset_applies(document: Document, key: str, table: Any) -> bool:

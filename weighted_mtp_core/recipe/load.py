@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 
-from weighted_mtp_core.recipe.credentials import credential_faults
 from weighted_mtp_core.recipe.document import Document
 from weighted_mtp_core.recipe.layers import read_document
+from weighted_mtp_core.recipe.line_numbers import KeyPath
 from weighted_mtp_core.recipe.schema import Recipe
-from weighted_mtp_core.recipe.structure import Fault, plain, structure
+from weighted_mtp_core.recipe.structure import Fault, plain, shown, structure
+
+_USER_AND_PASSWORD = re.compile(r"://[^/\s:@]*:[^/\s]*@")
+_HINT = (
+    "a recipe holds no secrets: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD "
+    "in the environment or in `.env`"
+)
 
 
 def load_recipe(path: Path, *, preset: str | None = None, overrides: Sequence[str] = ()) -> Recipe:
@@ -34,6 +42,16 @@ def structure_recipe(document: Document) -> tuple[Recipe | None, list[Fault]]:
     recipe, faults = structure(Recipe, document.table)
     faults += credential_faults(document.table)
     return (None if faults else recipe), faults
+
+
+def credential_faults(value: Any, *, at: KeyPath = ()) -> list[Fault]:
+    """Find every `scheme://user:password@host` below `value`; the faults do not show the password."""
+    if isinstance(value, str) and _USER_AND_PASSWORD.search(value):
+        return [Fault(at, f"holds a user name and password: {shown(value)}", hint=_HINT)]
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    items = value.items() if isinstance(value, Mapping) else ()
+    return [fault for key, item in items for fault in credential_faults(item, at=(*at, key))]
 
 
 def recipe_to_toml(recipe: Recipe) -> str:
