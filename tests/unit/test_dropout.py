@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 from weighted_mtp_core.api import Batch, Scores, Signal
-from weighted_mtp_core.model.policy import make_policy
+from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.model.targets import batch_labels, target_mask
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS
 from weighted_mtp_core.training.micro_batches import micro_batches

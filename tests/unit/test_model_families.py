@@ -6,7 +6,7 @@ import pytest
 import torch
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.generation.manner import manner_of
-from weighted_mtp_core.model.policy import make_policy
+from weighted_mtp_core.model.load import make_policy
 
 # Kinds of heads, and whether drafts work.
 FAMILIES = {

@@ -82,10 +82,8 @@ def language_model(policy: Policy) -> Any:
     It shares the policy's modules, so it costs no memory. It can be saved but not run: head 1's layer still
     has the layer index 0.
     """
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(copy.deepcopy(policy.config))
+        base = policy.base_class(copy.deepcopy(policy.config))
     policy.heads.rejoin(base, trunk=policy.trunk, norm=policy.norm)
     base.set_output_embeddings(policy.unembedding.as_linear())
     return base

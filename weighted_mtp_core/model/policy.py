@@ -46,7 +46,8 @@ class Policy(nn.Module):
 
     Attributes:
         n_future: K.
-        config: The base model's config.
+        base_class: The base model's class, of transformers.
+        config: Its config.
         hidden_size: H.
         vocab_size: V.
         trunk: The shared body.
@@ -62,6 +63,7 @@ class Policy(nn.Module):
         super().__init__()
         self.unembedding = unembedding
         self.n_future = n_future
+        self.base_class = type(base)
         self.config = base.config
         self.hidden_size = int(unembedding.weight.shape[1])
         self.vocab_size = int(self.unembedding.weight.shape[0])

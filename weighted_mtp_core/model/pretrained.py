@@ -48,7 +48,7 @@ def load_pretrained(source: Path | str, model_class: Any, *, kind: str) -> tuple
             hint="put `tokenizer.json` and `tokenizer_config.json` of the model beside its weights",
         ) from error
     try:
-        model, info = model_class.from_pretrained(
+        model, info = _class_of(source, model_class).from_pretrained(
             source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except Exception as error:  # of any model at all, so of any kind
@@ -56,6 +56,16 @@ def load_pretrained(source: Path | str, model_class: Any, *, kind: str) -> tuple
     refuse_bad_weights(source, model, info)
     _refuse_other_ids(source, model, tokenizer)
     return tokenizer, model
+
+
+def _class_of(source: Path | str, model_class: Any) -> Any:
+    """Return the class that reads a model: some text models have a config that no `Auto...` class lists."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(source)
+    own = (config.architectures or [""])[0]
+    is_listed = type(config) in model_class._model_mapping  # noqa: SLF001 - the only place that lists them
+    return model_class if is_listed else getattr(transformers, own, model_class)
 
 
 def refuse_bad_weights(source: Path | str, model: Any, info: Any) -> None:
@@ -207,7 +217,13 @@ def _refuse_damaged(source: Path | str, model: nn.Module) -> None:
 def _refuse_other_ids(source: Path | str, model: Any, tokenizer: Any) -> None:
     """Refuse a tokenizer with ids beyond the model's embedding."""
     rows = int(model.get_input_embeddings().weight.shape[0])
-    ids = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    # Tokenizer classes add special tokens of their own, for padding say; a text never holds them.
+    special = set(tokenizer.all_special_ids)
+    ids = {
+        token: number
+        for token, number in tokenizer.get_vocab().items()
+        if number >= rows and number not in special
+    }
     eos = tokenizer.eos_token_id
     if eos is not None and eos >= rows:
         ids = {str(tokenizer.eos_token): eos, **ids}

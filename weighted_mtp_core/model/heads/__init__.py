@@ -72,5 +72,9 @@ class Heads(nn.ModuleList, ABC):
         """Put trunk, head 1 and norm into a causal LM of the base model's kind: undo `split`."""
         del norm
         body = body_of(base)
+        for name, parameter in trunk.named_parameters(recurse=False):
+            setattr(body, name, parameter)
+        for name, buffer in trunk.named_buffers(recurse=False):
+            setattr(body, name, buffer)
         for name, child in trunk.named_children():
             setattr(body, name, child)
