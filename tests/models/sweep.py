@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.export.transformers import language_model
+from weighted_mtp_core.generation.decoding_probe import manner_of
 from weighted_mtp_core.generation.generate import generate
-from weighted_mtp_core.generation.manner import manner_of
 from weighted_mtp_core.model.families import body_of
 from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.model.loss import normalisers, weighted_mtp_loss
@@ -42,9 +42,9 @@ PAGE = """\
 # Models that can be a base
 
 `make test-models` builds all {types} causal-LM types of transformers {version} tiny, with random weights. It
-makes a policy of each, compares it with the model itself (logits, loss and gradients, written text, tensors of
-an export) and writes this page. When a run loads a model, the two are compared again (`model/probe.py`), so a type
-without a row here works or is refused before training.
+makes a policy of each, compares it with the model itself (logits, loss and gradients, written text, tensors
+of an export) and writes this page. When a run loads a model, the two are compared again
+(`model/probe.py`), so a type without a row here works or is refused before training.
 
 {right} work with at least one kind of head, {refused} are refused before training, {unbuilt} could not be
 built tiny.

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.generation.manner import manner_of
+from weighted_mtp_core.generation.decoding_probe import manner_of
 from weighted_mtp_core.model.load import make_policy
 
 # Kinds of heads, and whether drafts work.
