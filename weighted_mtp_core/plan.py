@@ -6,6 +6,7 @@ Every mistake that can be found before a model is loaded is an error here, withi
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -21,6 +22,7 @@ from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.identifiers import check_path, flat
 from weighted_mtp_core.plugins.loading import Kind, PluginRegistry
 from weighted_mtp_core.plugins.selection import ComponentSelector, SelectedComponent
+from weighted_mtp_core.plugins.source_identity import source_identity
 from weighted_mtp_core.recipe.document import Document, dotted
 from weighted_mtp_core.recipe.layers import read_document
 from weighted_mtp_core.recipe.line_numbers import KeyPath
@@ -49,6 +51,7 @@ class Plan:
         params: The resolved recipe as dotted keys.
         recipe_toml: The resolved recipe as text; running it gives the same result.
         recipe_sha256: SHA-256 of that text.
+        distributions: Version and source of the code that the result depends on; see `source_identity`.
         files: Every file that the recipe was read from, lowest layer first.
         same_result: Dotted keys of the options that do not change the result (`api.SAME_RESULT`), sorted.
     """
@@ -63,6 +66,7 @@ class Plan:
     params: Mapping[str, str]
     recipe_toml: str
     recipe_sha256: str
+    distributions: Mapping[str, str]
     files: tuple[str, ...] = ()
     same_result: tuple[str, ...] = ()
 
@@ -74,13 +78,8 @@ class Plan:
 
     @property
     def identity(self) -> dict[str, dict[str, str]]:
-        """The facts that two runs share if and only if they are the same: params and plugin versions."""
-        plugins = {
-            key.removeprefix(run_tags.PLUGIN_PREFIX): value
-            for key, value in self.tags.items()
-            if key.startswith(run_tags.PLUGIN_PREFIX)
-        }
-        return {"params": dict(self.params), "plugins": plugins}
+        """The facts that two runs share if and only if they are the same: params and source of the code."""
+        return {"params": dict(self.params), "distributions": dict(self.distributions)}
 
 
 def make_plan(
@@ -182,6 +181,11 @@ def _resolve(
     for name, plugin in sorted(registry.loaded.items()):
         own_tags[f"{run_tags.PLUGIN_PREFIX}{name}"] = f"{plugin.found.distribution}=={plugin.found.version}"
     own_tags[run_tags.RECIPE_SHA256] = sha256
+    components = (
+        [weighting, data] if critic is None else [weighting, data, critic]
+    )  # trackers change no result
+    distributions = source_identity(plugin for each in components for plugin in each.plugins)
+    own_tags[run_tags.SOURCE_SHA256] = hashlib.sha256(json.dumps(distributions).encode()).hexdigest()
     return Plan(
         recipe=resolved,
         weighting=weighting,
@@ -193,6 +197,7 @@ def _resolve(
         params=dict(flat(plain(resolved))),
         recipe_toml=text,
         recipe_sha256=sha256,
+        distributions=distributions,
         files=tuple(document.files),
         same_result=tuple(sorted(key for at, each in selected.items() for key in _same_result(each, at))),
     )

@@ -115,6 +115,7 @@ def _start_or_resume(
         recorder.log(warning)
     if distributed.is_rank_zero:
         recorder.folder.record(**plan.identity, fingerprint=fingerprint(distributed))
+        recorder.tags({run_tags.SOURCE_SHA256: plan.tags[run_tags.SOURCE_SHA256]})  # as of now, if resumed
     if not distributed.any_rank(flag=previous is not None):
         return None
     with distributed.rank_zero_first():

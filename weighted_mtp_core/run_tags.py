@@ -13,6 +13,7 @@ ALGO = "algo"
 WEIGHTING, CRITIC, DATA = "wmtp.weighting", "wmtp.critic", "wmtp.data"
 PLUGIN_PREFIX = "wmtp.plugin."
 RECIPE_SHA256 = "wmtp.recipe_sha256"
+SOURCE_SHA256 = "wmtp.source_sha256"
 # set by run.py
 MODEL_VERSION = "model_version"
 UNINFORMATIVE_CRITIC = "wmtp.uninformative_critic"

@@ -115,12 +115,12 @@ def test_all_arms_come_equally_far(arms):
     assert [job.label for job in jobs] == ["one-seed42", "two-seed42", "one-seed43", "two-seed43"]
 
 
-def finish(job, *, status="FINISHED", seed=None, plugins=None, **params):
+def finish(job, *, status="FINISHED", seed=None, distributions=None, **params):
     plan = job.arm.plan
     folder = RunFolder.create(plan.runs_folder, experiment=plan.experiment, name=job.arm.name)
     identity = job.arm.identity(job.seed if seed is None else seed)
     identity["params"] |= {key.replace("__", "."): value for key, value in params.items()}
-    folder.record(status=status, **identity | ({"plugins": plugins} if plugins else {}))
+    folder.record(status=status, **identity | ({"distributions": distributions} if distributions else {}))
     folder.close()
     return folder.path
 
@@ -139,7 +139,7 @@ def test_a_finished_run_is_found_by_its_recipe_and_seed(arms):
         {"status": "KILLED"},
         {"train__steps": "7"},
         {"weighting__options__beta": "0.1"},
-        {"plugins": {"x": "2"}},
+        {"distributions": {"x": "2"}},
     ],
 )
 def test_another_run_is_not_taken_for_it(arms, other):

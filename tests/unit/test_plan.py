@@ -1,6 +1,7 @@
 """A plan is a recipe with its components selected, its options filled in and its names checked."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,7 @@ def test_tags_name_the_algorithm_components_plugins_and_recipe(plan):
         "wmtp.data": "example.lines",
         "wmtp.plugin.example": "wmtp-example==1.2.3",
         "wmtp.recipe_sha256": made.recipe_sha256,
+        "wmtp.source_sha256": hashlib.sha256(json.dumps(made.distributions).encode()).hexdigest(),
     }
 
 

@@ -140,10 +140,11 @@ def test_a_change_that_is_allowed_by_name_is_taken(plan, leave):
 def test_another_version_of_a_plugin_is_refused(plan, leave):
     path = leave(plan(), "KILLED")
     facts = json.loads((path / "run.json").read_text())
-    facts["plugins"]["example"] = "wmtp-example==1.2.2"
+    now = facts["distributions"]["wmtp-example"]
+    facts["distributions"]["wmtp-example"] = now.replace("1.2.3", "1.2.2")
     (path / "run.json").write_text(json.dumps(facts))
 
-    with pytest.raises(WmtpError, match=r"plugins\.example: wmtp-example==1\.2\.2 -> wmtp-example==1\.2\.3"):
+    with pytest.raises(WmtpError, match=r"distributions\.wmtp-example: 1\.2\.2, .* -> 1\.2\.3, "):
         refuse_changes(path, plan(), allowed=())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,11 +53,22 @@ def _unfinished(path: Path, plan: Plan) -> bool:
     facts = read_run(path)
     if facts.get("status") == "FINISHED" or "params" not in facts or is_held(path):
         return False
-    return not _differences(facts["params"], plan.params, allowed=(*SAFE, *plan.same_result))
+    return not _changes(facts, plan, allowed=())
+
+
+def _changes(was: Mapping[str, Any], plan: Plan, *, allowed: Sequence[str]) -> list[str]:
+    """Return the differences in recipe and source between a run, by its `run.json`, and a plan."""
+    safe = (*SAFE, *plan.same_result, *allowed)
+    before, now = was.get("distributions", {}), plan.distributions
+    return _differences(was.get("params", {}), plan.params, allowed=safe) + _differences(
+        {f"distributions.{name}": source for name, source in before.items()},
+        {f"distributions.{name}": source for name, source in now.items()},
+        allowed=allowed,
+    )
 
 
 def refuse_changes(path: Path, plan: Plan, *, allowed: Sequence[str]) -> None:
-    """Compare a run's recipe and plugins with the plan that continues it.
+    """Compare a run's recipe and the source of its code with the plan that continues it.
 
     Args:
         path: The run's folder.
@@ -66,16 +78,10 @@ def refuse_changes(path: Path, plan: Plan, *, allowed: Sequence[str]) -> None:
     Raises:
         WmtpError: Lists the differences.
     """
-    was, now = read_run(path), plan.identity
-    if was.get("status") == "FINISHED" and was.get("params") == now["params"]:
+    was = read_run(path)
+    if was.get("status") == "FINISHED" and was.get("params") == plan.params:
         raise WmtpError(f"the run `{path}` is finished", hint="raise `train.steps` to train it further")
-    faults = _differences(was.get("params", {}), now["params"], allowed=(*SAFE, *plan.same_result, *allowed))
-    faults += _differences(
-        {f"plugins.{name}": version for name, version in was.get("plugins", {}).items()},
-        {f"plugins.{name}": version for name, version in now["plugins"].items()},
-        allowed=allowed,
-    )
-    _refuse(path, faults)
+    _refuse(path, _changes(was, plan, allowed=allowed))
 
 
 def refuse_other_data(folder: RunFolder, version: DatasetVersion, *, allowed: Sequence[str]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -101,7 +101,25 @@ def read_stored(
     for arm, by_seed in arms.items():
         for run in by_seed.values():
             refuse_unequal((first, params), (arm, run.data.params), allowed=allowed)
+    for arm, by_seed in arms.items():
+        if run_tags.SOURCE_SHA256 not in allowed:
+            _refuse_mixed_source(arm, by_seed)
     return StoredRuns(tracker=tracker, runs=arms, measures=measures)
+
+
+def _refuse_mixed_source(arm: str, by_seed: Mapping[int, Run]) -> None:
+    """Refuse an arm that the same code did not train for all seeds."""
+    sources: dict[str, list[str]] = {}
+    for seed, run in sorted(by_seed.items()):
+        source = run.data.tags.get(run_tags.SOURCE_SHA256, "unknown")
+        sources.setdefault(source[:12], []).append(str(seed))
+    if len(sources) > 1:
+        which = "; ".join(f"`{source}` for seed {', '.join(seeds)}" for source, seeds in sources.items())
+        raise WmtpError(
+            f"the runs of `{arm}` come from different code, by their tag `{run_tags.SOURCE_SHA256}`: {which}",
+            hint="name the runs of one source with `--runs`, or allow the difference: "
+            f"--allow-difference {run_tags.SOURCE_SHA256}",
+        )
 
 
 def _of_experiment(client: MlflowClient, name: str) -> list[Run]:

@@ -103,7 +103,7 @@ def share_machine(jobs: int | None, runs: int, *, gpus: int = 0) -> tuple[int, i
 
 
 def find_finished(job: Job) -> Path | None:
-    """Return the latest finished run with the job's recipe, plugins and seed."""
+    """Return the latest finished run with the job's recipe, source of the code and seed."""
     return next((path for path in _runs_of(job) if read_run(path).get("status") == "FINISHED"), None)
 
 
@@ -126,7 +126,7 @@ def _comparable(
     facts: Mapping[str, Mapping[str, str]], same_result: Sequence[str]
 ) -> tuple[dict[str, str], dict[str, str]]:
     params = {key: value for key, value in facts.get("params", {}).items() if not is_below(key, same_result)}
-    return params, dict(facts.get("plugins", {}))
+    return params, dict(facts.get("distributions", {}))
 
 
 @define(kw_only=True, eq=False)
@@ -232,7 +232,8 @@ class Runner:
         self.on_done(len(self._finished) + len(self._failures))
 
     def _fail(self, job: Job, code: int) -> None:
-        reason = _last_error(self._log(job))
+        # exit code 0: the run was recorded as another one than the job that this process planned
+        reason = _last_error(self._log(job)) if code else "its recipe or the source of a plugin was edited"
         self._failures.append(Failure(job=job, code=code, reason=reason, log=self._log(job)))
         self.log(f"{job.label}: FAILED (exit code {code}), {reason}; log {self._log(job)}")
         self.on_done(len(self._finished) + len(self._failures))

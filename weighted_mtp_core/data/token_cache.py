@@ -20,6 +20,7 @@ from weighted_mtp_core.data.tokens import TokenSet, open_tokens, tokenise
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.identifiers import check_path
 from weighted_mtp_core.plugins.selection import SelectedComponent
+from weighted_mtp_core.plugins.source_identity import source_identity
 from weighted_mtp_core.storage.manifest import DERIVED, MANIFEST, atomic_folder
 from weighted_mtp_core.storage.verify_once import verify_once
 
@@ -36,7 +37,7 @@ class TokenCache:
     Args:
         storage: The storage root.
         version: Version of the data.
-        data: The data source; examples depend on its options and on the plugin's version.
+        data: The data source; examples depend on its options and on the plugin's source.
         tokenizer: A transformers tokenizer.
         max_tokens: Longer documents are left out.
 
@@ -63,7 +64,7 @@ class TokenCache:
         depends = {
             "format": _FORMAT,
             "data": version.sha256,
-            "source": [data.address, data.plugin.distribution, data.plugin.version, data.plain_options()],
+            "source": [data.address, source_identity(data.plugins), data.plain_options()],
             "tokenizer": tokenizer_fingerprint(tokenizer),
         }
         self.fingerprint = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()

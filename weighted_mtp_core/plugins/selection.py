@@ -50,6 +50,13 @@ class SelectedComponent:
         """The signals that it and the weightings it wraps need."""
         return self.component.needs.union(*(each.needs for each in self.wrapped.values()))
 
+    @property
+    def plugins(self) -> Iterator[FoundPlugin]:
+        """Its plugin and those of the weightings it wraps."""
+        yield self.plugin
+        for each in self.wrapped.values():
+            yield from each.plugins
+
     def plain_options(self) -> dict[str, Any]:
         """Return the options as a TOML table, with the address and all options of wrapped weightings."""
         options: dict[str, Any] = plain(self.options)

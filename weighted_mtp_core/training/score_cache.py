@@ -32,6 +32,7 @@ from weighted_mtp_core.data.array_files import drop_pages, mapped
 from weighted_mtp_core.data.batches import CollatedBatch, StepBatches, split_rows
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.plugins.selection import SelectedComponent
+from weighted_mtp_core.plugins.source_identity import source_identity
 from weighted_mtp_core.runtime.device import to_device
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder
 from weighted_mtp_core.storage.verify_once import verify_once
@@ -148,14 +149,14 @@ def scores_key(
 
     Args:
         critic: The critic, in the state in which it scores.
-        chosen: Its address, version and options.
+        chosen: Its address, source and options.
         inputs: The weights that core gave it, as SHA-256 sums, and their configuration.
         batches: The batches of stage 2.
         accumulation: Number of parts in which a batch is scored.
     """
     depends = {
         "format": _FORMAT,
-        "critic": [chosen.address, chosen.plugin.distribution, chosen.plugin.version, chosen.plain_options()],
+        "critic": [chosen.address, source_identity(chosen.plugins), chosen.plain_options()],
         "state": state_sha256(critic.state_dict()),
         "given": list(inputs),
         "tokens": batches.tokens.sha256,

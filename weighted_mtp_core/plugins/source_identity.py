@@ -1,0 +1,106 @@
+"""The code that a result depends on: SHA-256 sums of the source files of distributions. Imports no plugin.
+
+Authors install a plugin in editable mode and edit it, while its version stays 0.1.0. Two results of one
+version can therefore come from different code; two results of one source cannot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from functools import cache
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from importlib.util import find_spec
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from weighted_mtp_core.plugins.discovery import CORE_DISTRIBUTION, FoundPlugin
+
+LIBRARIES = ("torch", "transformers")
+"""Distributions that count by version, without the build: 2.9.0+cpu and 2.9.0+cu130 are the same here."""
+
+_NO_RESULT = ("cli", "compare", "export", "report", "scaffold", "testing", "tracking")
+"""Packages of core that change no number of a run."""
+
+_NOT_INSTALLED = frozenset({"conftest", "docs", "setup", "test", "tests"})
+"""Modules that lie beside the packages of an editable distribution."""
+
+
+def source_identity(plugins: Iterable[FoundPlugin]) -> dict[str, str]:
+    """Return version and source of the code that components of these plugins run, by distribution.
+
+    The value is `<version>, source <SHA-256>`, and for `LIBRARIES` the version. Core is always included;
+    so is a requirement of a plugin that is installed in editable mode.
+    """
+    found = {name: distribution(name).version.partition("+")[0] for name in LIBRARIES}
+    sources = {CORE_DISTRIBUTION: {"weighted_mtp_core"}}
+    for plugin in plugins:
+        sources.setdefault(plugin.distribution, set()).add(plugin.module.partition(":")[0].partition(".")[0])
+        for name in _editable_requirements(plugin):
+            sources.setdefault(name, set())
+    for name, modules in sources.items():
+        installed = distribution(name)
+        if name != CORE_DISTRIBUTION:
+            modules |= set(_modules(installed))
+        found[name] = f"{installed.version}, source {_sha256(_paths(modules))}"
+    return dict(sorted(found.items()))
+
+
+def _editable_requirements(plugin: FoundPlugin) -> Iterator[str]:
+    for requirement in map(Requirement, plugin.requires):
+        try:
+            installed = distribution(requirement.name)
+        except PackageNotFoundError:  # of an extra, or of another platform
+            continue
+        if json.loads(installed.read_text("direct_url.json") or "{}").get("dir_info", {}).get("editable"):
+            yield canonicalize_name(requirement.name)
+
+
+def _modules(installed: Distribution) -> Iterator[str]:
+    """Yield the names of the top-level modules of a distribution, as far as its metadata tell."""
+    yield from (installed.read_text("top_level.txt") or "").split()
+    for file in installed.files or ():
+        name = file.parts[0].removesuffix(".py")
+        if name.isidentifier() and "editable_" not in name:
+            yield name
+        elif file.suffix == ".pth":  # of an editable distribution: a line is the folder of its modules
+            folders = [Path(line) for line in Path(str(file.locate())).read_text("utf-8").splitlines()]
+            for entry in (entry for folder in folders if folder.is_dir() for entry in folder.iterdir()):
+                if entry.suffix == ".py" or (entry / "__init__.py").is_file():
+                    yield entry.stem
+
+
+def _paths(modules: Iterable[str]) -> tuple[Path, ...]:
+    paths: set[Path] = set()
+    for name in set(modules) - _NOT_INSTALLED:
+        spec = find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:
+            paths |= set(map(Path, spec.submodule_search_locations))
+        elif spec is not None and spec.has_location:
+            paths.add(Path(str(spec.origin)))
+    return tuple(sorted(paths))
+
+
+@cache
+def _sha256(paths: tuple[Path, ...]) -> str:
+    """Return the SHA-256 of modules and folders of packages, once per process: 3 ms for core."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for file in [path] if path.is_file() else sorted(filter(Path.is_file, path.rglob("*"))):
+            inside = file.relative_to(path).parts if file != path else (path.name,)
+            if _is_source(inside) and not (path.name == "weighted_mtp_core" and inside[0] in _NO_RESULT):
+                sum_of_file = hashlib.sha256(file.read_bytes()).hexdigest()
+                digest.update(f"{path.name}/{'/'.join(inside)} {sum_of_file}\n".encode())
+    return digest.hexdigest()
+
+
+def _is_source(parts: tuple[str, ...]) -> bool:
+    """Return whether a file is source, data of a package included, and not a cache or a copy of an editor."""
+    return not (
+        "__pycache__" in parts
+        or any(part.startswith(".") for part in parts)
+        or parts[-1].endswith(("~", ".pyc", ".pyo"))
+    )
