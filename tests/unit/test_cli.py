@@ -83,7 +83,7 @@ def test_check_prints_the_plan_as_plain_aligned_text(recipe, capsys):
     assert main(["check", recipe, "--set", "train.steps=7"]) == 0
 
     out, err = capsys.readouterr()
-    *lines, sha256 = out.splitlines()
+    *lines, recipe_sha256, source_sha256 = out.splitlines()
     assert err == ""
     assert lines == [
         "recipe           recipe.toml",
@@ -105,7 +105,8 @@ def test_check_prints_the_plan_as_plain_aligned_text(recipe, capsys):
         "  wmtp.data            example.lines",
         "  wmtp.plugin.example  wmtp-example==1.2.3",
     ]
-    assert sha256.startswith("  wmtp.recipe_sha256   ")
+    assert recipe_sha256.startswith("  wmtp.recipe_sha256   ")
+    assert source_sha256.startswith("  wmtp.source_sha256   ")
 
 
 def test_check_prints_the_resolved_recipe_if_asked(recipe, capsys, write_recipe):

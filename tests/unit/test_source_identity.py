@@ -14,6 +14,7 @@ from weighted_mtp_core.plugins import source_identity as module
 from weighted_mtp_core.plugins.discovery import find
 from weighted_mtp_core.plugins.source_identity import source_identity
 from weighted_mtp_core.tracking.run_folder import RunFolder
+from weighted_mtp_core.training.score_cache import scores_key
 
 RECIPE = """
     [run]
@@ -238,6 +239,37 @@ def test_tokens_are_made_again_after_an_edit_of_the_data_source(example_plugin, 
     edit("wmtp_example.py")
 
     assert fingerprint() != before
+
+
+def test_scores_are_computed_again_after_an_edit_of_the_critic(example_plugin, write_recipe, edit):
+    path = write_recipe(RECIPE)
+    overrides = ("critic.use=example.judge",)
+
+    def key():
+        chosen = make_plan(path, overrides=overrides).critic
+        return scores_key(NoCritic(), chosen, inputs=(), batches=NoBatches(), accumulation=1)
+
+    before = key()
+
+    assert key() == before
+
+    edit("wmtp_example.py")
+
+    assert key() != before
+
+
+class NoCritic:
+    """Has no state."""
+
+    def state_dict(self):
+        return {}
+
+
+class NoBatches:
+    """Come from no data."""
+
+    order = {}
+    tokens = DatasetVersion(name="none", version="1", sha256="a" * 64)
 
 
 class NoTokenizer:

@@ -143,7 +143,7 @@ class DataSource(Stateful):
     def version(self) -> DatasetVersion:
         """Return the name, version and checksum of the data.
 
-        Core caches tokens under this version, the plugin's version and the options, and does not read the
+        Core caches tokens under this version, the plugin's source and the options, and does not read the
         examples again. If anything else changes the data, it must change `sha256`.
         """
 
