@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import ClassVar
 
 import pytest
 from weighted_mtp_core.api import DatasetVersion, WmtpError
@@ -268,7 +269,7 @@ class NoCritic:
 class NoBatches:
     """Come from no data."""
 
-    order = {}
+    order: ClassVar = {}
     tokens = DatasetVersion(name="none", version="1", sha256="a" * 64)
 
 
