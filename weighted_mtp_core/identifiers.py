@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -34,3 +35,18 @@ def flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from flat(item, f"{key}.{i}")
     else:
         yield key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def expand_home(path: str) -> str:
+    """Replace `~` or `~user` at the beginning of a path by the home folder.
+
+    Raises:
+        ValueError: There is no such user.
+    """
+    if not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError as error:
+        user = path.partition("/")[0]
+        raise ValueError(f"there is no user `{user}`; a folder of this name is `./{user}`") from error

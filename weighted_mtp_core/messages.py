@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import shlex
+import shutil
+import sys
 from collections.abc import Iterable, Sequence
 
 
@@ -33,3 +36,12 @@ def reason(error: BaseException) -> str:
     """Return "ValueError: text" for an error of another library, without the objects that attrs adds."""
     text = error.args[0] if len(error.args) > 1 and isinstance(error.args[0], str) else str(error)
     return f"{type(error).__name__}: {text}"
+
+
+def python_command(*arguments: str) -> str:
+    """Return a command that can be pasted into a shell: `python -m` and the arguments, quoted.
+
+    The interpreter is written with its path unless `python` is this one.
+    """
+    python = "python" if shutil.which("python") == sys.executable else sys.executable
+    return shlex.join([python, "-m", *arguments])

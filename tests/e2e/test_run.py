@@ -40,7 +40,10 @@ def test_the_run_folder_is_named_by_experiment_and_recipe_and_holds_everything(v
 def test_the_end_says_what_was_learnt_and_where_the_run_is(verifiable):
     assert "pass at 1" in verifiable.stdout
     assert str(verifiable.folder) in verifiable.stdout
-    assert f"mlflow ui --backend-store-uri sqlite:///{verifiable.storage / 'mlflow.db'}" in verifiable.stdout
+    assert (
+        f"python -m mlflow ui --backend-store-uri sqlite:///{verifiable.storage / 'mlflow.db'}"
+        in verifiable.stdout
+    )
 
 
 def test_without_a_terminal_there_are_plain_lines(verifiable):

@@ -1,13 +1,16 @@
 """The command line: output, exit codes, and modules that must not be imported."""
 
 import os
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from weighted_mtp_core import cli
 from weighted_mtp_core.cli import main
 from weighted_mtp_core.errors import RunFailedError
+from weighted_mtp_core.messages import python_command
 
 RECIPE = """
     [run]
@@ -339,3 +342,25 @@ def test_a_broken_connection_elsewhere_is_an_error(failing, capsys):
 
     assert main(["check", "x.toml"]) == 1
     assert "BrokenPipeError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--storage=~/kept"], ["--storage", "~/kept"]])
+def test_a_home_folder_is_expanded_in_options(arguments, tmp_path, monkeypatch):
+    """A shell expands the second, but not the first."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    Path("weights.bin").write_bytes(b"w")
+
+    assert main(["storage", "add-model", "tiny", "1", "~/weights.bin", *arguments]) == 0
+
+    assert (tmp_path / "kept" / "models_v2" / "tiny" / "1" / "weights.bin").is_file()
+
+
+def test_a_printed_command_can_be_pasted(monkeypatch):
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    short = python_command("weighted_mtp_core", "track", "sync", "/a b/it's")
+    monkeypatch.setenv("PATH", "/nowhere")
+    long = python_command("mlflow", "ui")
+
+    assert shlex.split(short) == ["python", "-m", "weighted_mtp_core", "track", "sync", "/a b/it's"]
+    assert long == f"{shlex.quote(sys.executable)} -m mlflow ui"

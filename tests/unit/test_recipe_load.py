@@ -371,3 +371,14 @@ def test_set_tells_how_to_quote_a_text_that_looks_like_another_value(write_recip
 
     assert refused.value.hint.endswith("""--set 'run.name="..."'""")
     assert load_recipe(path, overrides=[f'run.name="{value}"']).run.name == value
+
+
+def test_a_home_folder_is_expanded(write_recipe, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    path = write_recipe(SMALLEST)
+
+    run = load_recipe(path, overrides=["run.storage=~/kept", "run.output_dir=~"]).run
+
+    assert (run.storage, run.output_dir) == ("/home/ann/kept", "/home/ann")
+    with pytest.raises(WmtpError, match=r"run.storage: there is no user `~nobody-here`"):
+        load_recipe(path, overrides=["run.storage=~nobody-here/x"])

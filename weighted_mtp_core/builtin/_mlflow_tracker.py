@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from weighted_mtp_core.builtin._mlflow_artifacts import check_store, drop_local_
 from weighted_mtp_core.builtin._mlflow_errors import NotDeliveredError, diagnose, is_crowded
 from weighted_mtp_core.builtin._mlflow_uri import local_path
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.messages import python_command
 from weighted_mtp_core.tracking.names import check_path_name
 
 _DIGEST = 36  # the most characters that MLflow accepts; the param `data.sha256` has all
@@ -127,7 +129,7 @@ class MlflowTracker(Tracker):
         if self._path is None and not self.uri.startswith("postgresql"):
             return f"{self.uri.rstrip('/')}/#/experiments/{self._experiment_id}/runs/{self.run_id}"
         allow = "MLFLOW_ALLOW_FILE_STORE=true " if self.uri.startswith("file:") else ""
-        return f"{allow}mlflow ui --backend-store-uri {self.uri}"
+        return allow + python_command("mlflow", "ui", "--backend-store-uri", self.uri)
 
     # ------------------------------------------------------------------- experiment and run
 
@@ -188,8 +190,9 @@ class MlflowTracker(Tracker):
             known = experiment.experiment_id if experiment else "ID"
             raise WmtpError(
                 f"the experiment `{name}` was deleted",
-                hint=f"restore it: mlflow experiments restore --experiment-id {known}; "
-                "or choose another one: --set run.experiment=NAME",
+                hint=f"restore it: MLFLOW_TRACKING_URI={shlex.quote(self.uri)} "
+                + python_command("mlflow", "experiments", "restore", "--experiment-id", str(known))
+                + "; or choose another one: --set run.experiment=NAME",
             )
         return str(experiment.experiment_id)
 

@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 import weighted_mtp_core
@@ -42,6 +43,7 @@ from weighted_mtp_core.exit_codes import (
     EXIT_RUN_FAILED,
     EXIT_TERMINATED,
 )
+from weighted_mtp_core.identifiers import expand_home
 from weighted_mtp_core.messages import did_you_mean, quoted, reason
 from weighted_mtp_core.redaction import redact
 
@@ -131,6 +133,8 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)  # type: ignore[arg-type] # passed through
+        # a shell expands `--out ~/x` but not `--out=~/x`
+        self.register("type", Path, lambda text: Path(expand_home(text)))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse the arguments of this parser, intermixed if `intermixed` is set."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,7 +95,10 @@ def _environment(found: DotEnv | None) -> Iterator[Finding]:
             yield Finding(mark="warning", name=".env", text=f"is not read for {', '.join(found.ignored)}")
         if found.exposed:
             yield Finding(
-                mark="warning", name=".env", text="can be read by others", hint=f"chmod 600 {found.path}"
+                mark="warning",
+                name=".env",
+                text="can be read by others",
+                hint=shlex.join(["chmod", "600", str(found.path)]),
             )
     for names in (_LOGIN, _S3_KEYS):
         given = [name for name in names if os.environ.get(name)]

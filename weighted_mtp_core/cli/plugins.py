@@ -13,6 +13,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def _new(args: argparse.Namespace) -> None:
     print(f"{folder}: a package `{scaffold.distribution}` with the {scaffold.kind.label} `{args.name}`\n")
     print("next:")
     steps = [
-        (f"cd {folder}", ""),
+        (shlex.join(["cd", str(folder)]), ""),
         ("pip install -e '.[dev]'", "where core is installed"),
         (f"python -m weighted_mtp_core plugins check {args.name}", ""),
         ("pytest", "core's checks, and numbers worked out by hand"),

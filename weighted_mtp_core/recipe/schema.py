@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from attrs import field, frozen
 from attrs import validators as v
+from attrs.converters import optional
 
-from weighted_mtp_core.identifiers import NAME, check_path
+from weighted_mtp_core.identifiers import NAME, check_path, expand_home
 from weighted_mtp_core.run_tags import check_tags
 
 
@@ -23,8 +24,8 @@ class RunTable:
     name: str = field(validator=v.matches_re(NAME))
     seed: int = field(default=42, validator=[v.ge(0), v.lt(2**32)])
     tags: tuple[str, ...] = field(default=(), validator=lambda _, __, value: check_tags(value))
-    storage: str = "storage"
-    output_dir: str | None = None
+    storage: str = field(default="storage", converter=expand_home)
+    output_dir: str | None = field(default=None, converter=optional(expand_home))
     experiment: str | None = field(default=None)
     resume: Literal["never", "auto"] = "never"
 

@@ -232,10 +232,12 @@ def _refused(
     faults = []
     for key, value in known.items():
         attribute = fields[key]
-        if attribute.validator is None or attribute.converter is not None:
-            continue
+        if isinstance(attribute.converter, attrs.Converter):
+            continue  # it may take the whole instance
         try:
-            attribute.validator(instance, attribute, value)
+            converted = attribute.converter(value) if attribute.converter is not None else value
+            if attribute.validator is not None:
+                attribute.validator(instance, attribute, converted)
         except (ValueError, TypeError) as error:
             faults.append(Fault((*at, key), _sentence(error, attribute.name)))
         except AttributeError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import shlex
 import stat
 from functools import cache
 from pathlib import Path
@@ -97,4 +98,5 @@ def use_dotenv() -> None:
 
 @cache
 def _warn_of(path: Path) -> None:
-    logging.getLogger(__name__).warning("WARNING: `%s` can be read by others: chmod 600 %s", path, path)
+    mend = shlex.join(["chmod", "600", str(path)])
+    logging.getLogger(__name__).warning("WARNING: `%s` can be read by others: %s", path, mend)

@@ -23,6 +23,7 @@ from attrs import asdict, define, field
 from weighted_mtp_core import run_tags
 from weighted_mtp_core.api import DatasetVersion, RunInfo, RunOutcome, Tracker
 from weighted_mtp_core.errors import RunFailedError
+from weighted_mtp_core.messages import python_command
 from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.redaction import redact, redact_log_records
 from weighted_mtp_core.runtime.interrupts import sigterm_raises
@@ -273,7 +274,8 @@ class Recorder:
                 self.log(
                     f"`{uploader.name}` has not received {pending}"
                     + (f" ({pending.reason})" if pending.reason else "")
-                    + f"; it is kept: python -m weighted_mtp_core track sync {self.folder.path}"
+                    + "; it is kept: "
+                    + python_command("weighted_mtp_core", "track", "sync", str(self.folder.path))
                 )
 
     def _end(self, error: BaseException | None) -> None:

@@ -6,8 +6,10 @@ import fcntl
 import json
 import os
 import secrets
+import shutil
 import socket
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,9 @@ from weighted_mtp_core.tracking.names import check_path_name
 
 _RUN_FILE = "run.json"
 _LOCK_FILE = "lock"
+_ELSEWHERE = "choose another `run.output_dir`, for example: --set run.output_dir=/tmp/runs"
 _HELD: set[Path] = set()
-"""Folders that this process has locked: closing any descriptor of a file ends all record locks on it."""
+"""Real paths of folders that this process has locked: closing any descriptor of a file ends its locks."""
 
 
 def new_run_id() -> str:
@@ -59,10 +62,13 @@ class RunFolder:
             (path / "logs").mkdir()
         except OSError as error:
             raise WmtpError(
-                f"cannot make the run folder `{path}`: {error.strerror}",
-                hint="choose another `run.output_dir`, for example: --set run.output_dir=/tmp/runs",
+                f"cannot make the run folder `{path}`: {error.strerror}", hint=_ELSEWHERE
             ) from error
-        return cls.open(path)
+        try:
+            return cls.open(path)
+        except WmtpError:
+            _remove(path, up_to=runs)
+            raise
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -115,7 +121,7 @@ class RunFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-            _HELD.discard(self.path)
+            _HELD.discard(self.path.resolve())
 
 
 def read_run(path: Path) -> Mapping[str, Any]:
@@ -129,18 +135,27 @@ def read_run(path: Path) -> Mapping[str, Any]:
 
 def is_held(path: Path) -> bool:
     """Return whether a running process, this one included, has locked the run folder."""
-    if path.absolute() in _HELD:
+    if path.resolve() in _HELD:
         return True
     descriptor = os.open(path / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        return not _try_lock(descriptor)
+        return not _try_lock(descriptor, path)
     finally:
         os.close(descriptor)
 
 
 def find_runs(runs: Path) -> Iterator[Path]:
-    """Yield every run folder below `runs`, oldest first."""
-    yield from sorted((file.parent for file in runs.rglob(_RUN_FILE)), key=lambda path: path.name)
+    """Yield every run folder below `runs` once, oldest first; folders may be symbolic links."""
+    found: dict[str, Path] = {}
+    seen = set()
+    for folder, subfolders, files in os.walk(runs, followlinks=True):
+        real = os.path.realpath(folder)
+        if _RUN_FILE in files:
+            found.setdefault(real, Path(folder))
+        if _RUN_FILE in files or real in seen:  # nothing below a run, nor in a circle of links
+            subfolders.clear()
+        seen.add(real)
+    yield from sorted(found.values(), key=lambda path: path.name)
 
 
 def find_run(runs: Path, text: str) -> Path:
@@ -165,11 +180,15 @@ def find_run(runs: Path, text: str) -> Path:
 
 
 def _acquire(path: Path) -> int:
-    if path not in _HELD:
+    if path.resolve() not in _HELD:
         descriptor = os.open(path / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        if _try_lock(descriptor):
-            _HELD.add(path)
-            return descriptor
+        try:
+            if _try_lock(descriptor, path):
+                _HELD.add(path.resolve())
+                return descriptor
+        except WmtpError:
+            os.close(descriptor)
+            raise
         os.close(descriptor)
     holder = read_run(path)
     raise WmtpError(
@@ -179,9 +198,22 @@ def _acquire(path: Path) -> int:
     )
 
 
-def _try_lock(descriptor: int) -> bool:
+def _try_lock(descriptor: int, path: Path) -> bool:
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
+    except OSError as error:
+        raise WmtpError(
+            f"the file system of `{path}` has no locks ({error.strerror}), and a run locks its folder",
+            hint=f"mount it with locks (NFS 4, or lockd), or {_ELSEWHERE}",
+        ) from error
     return True
+
+
+def _remove(path: Path, *, up_to: Path) -> None:
+    """Remove a new run folder, and its parents as far as they are empty."""
+    shutil.rmtree(path)
+    with suppress(OSError):
+        while (path := path.parent) != up_to.absolute():
+            path.rmdir()

@@ -9,6 +9,7 @@ from attrs import frozen
 
 from weighted_mtp_core.api import RunOutcome
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.messages import python_command
 from weighted_mtp_core.plan import make_plan
 from weighted_mtp_core.tracking.journal import Entry, Journal, last_entry, read_journal
 from weighted_mtp_core.tracking.outbox import Pending, count_pending
@@ -104,7 +105,8 @@ def amend_run(
         folder.close()
     for name, pending in sync_run(path, log=log, limit_s=30).items():
         if pending:
-            log(f"`{name.partition('-')[2]}` has not received {pending}; it is kept: track sync {path}")
+            again = python_command("weighted_mtp_core", "track", "sync", str(path))
+            log(f"`{name.partition('-')[2]}` has not received {pending}; it is kept: {again}")
 
 
 def _own_outcome(journal: Path) -> RunOutcome:

@@ -1,5 +1,7 @@
 """`core.mlflow` on real stores: sqlite and `file:`, read back through MLflow's own client."""
 
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +9,7 @@ from textwrap import dedent
 
 import pytest
 from weighted_mtp_core.api import BuildContext, DatasetVersion, MetricPoint, RunInfo, RunOutcome, WmtpError
+from weighted_mtp_core.builtin._mlflow_uri import local_path
 from weighted_mtp_core.builtin.mlflow import MlflowOptions, build_mlflow
 from weighted_mtp_core.tracking.noop import NoopTracker
 
@@ -231,16 +234,93 @@ def test_nothing_configured_means_a_store_below_the_storage_root(storage, run):
     tracker = build(storage)
     tracker.start(run)
 
-    assert tracker.where() == f"mlflow ui --backend-store-uri sqlite:///{storage}/mlflow.db"
+    assert tracker.where().endswith(f"python -m mlflow ui --backend-store-uri sqlite:///{storage}/mlflow.db")
     assert stored(tracker)[1].info.artifact_uri.startswith(f"file://{storage}/mlartifacts/{EXPERIMENT}/")
     assert not Path("mlruns").exists()
+
+
+@pytest.mark.parametrize("name", ["q?x=1", "a b", "50%41", "#1", "~", "모델", "it's", "a&b;c"])
+def test_a_working_folder_may_have_any_name(name, storage, tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+
+    folder = tmp_path / name
+    kept = f"storage{ord(name[0])}"  # MLflow keeps one engine for a relative URI, in all working folders
+    (folder / kept).mkdir(parents=True)
+    run = make_run(folder, experiment="weighted_mtp/named", run_id="named")
+    build(storage).start(make_run(tmp_path, run_id="template"))
+    shutil.copy(storage / "mlflow.db", folder / kept)  # creating an sqlite store takes seconds
+    (folder / "report.md").write_text("it is here")
+    monkeypatch.chdir(folder)
+
+    tracker = build(Path(kept))
+    tracker.start(run)
+    tracker.log_artifact(folder / "report.md", "")
+    *_, option, uri = shlex.split(tracker.where())
+
+    client = MlflowClient(uri)
+    assert option == "--backend-store-uri"
+    assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["report.md"]
+    assert sorted(each.name for each in Path(kept).iterdir()) == [
+        "mlartifacts",
+        "mlflow.db",
+        "mlflow.db.lock",
+    ]
+    assert list(tmp_path.iterdir()) == [folder]
+    assert sorted(each.name for each in folder.iterdir()) == ["report.md", kept]
+
+
+def test_a_storage_that_no_uri_can_name_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(WmtpError, match=r"`what\?` has `\?`, `#` or `%` in its name"):
+        build(Path("what?"))
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("sqlite://", "is a database in memory"),
+        ("sqlite:///", "is a database in memory"),
+        ("sqlite:///:memory:", "is a database in memory"),
+        ("sqlite:///file:x?mode=memory&uri=true", "is a database in memory"),
+        ("sqlite:///~/x.db", "begins with `~`, which is not expanded"),
+        ("sqlite:////~/x.db", "begins with `~`, which is not expanded"),
+        ("file:///~/x", "begins with `~`, which is not expanded"),
+        ("file://~/x", "begins with `~`, which is not expanded"),
+        ("file://tmp/x", "names no file"),
+        ("sqlite://tmp/x.db", "names no file"),
+        ("sqlite:////tmp/50%41/x.db", "names no file"),
+    ],
+)
+def test_a_uri_that_names_no_file_is_refused(storage, tmp_path, monkeypatch, uri, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+
+    with pytest.raises(WmtpError, match=message):
+        build(storage)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("uri", "path"),
+    [
+        ("sqlite:////a b/x.db?timeout=30", "/a b/x.db"),
+        ("file:///a%20b/x", "/a b/x"),
+        ("file://localhost/a", "/a"),
+        ("https://host/a", None),
+    ],
+)
+def test_the_path_of_a_uri(uri, path):
+    assert local_path(uri) == (path and Path(path))
 
 
 def test_the_file_store_is_allowed_for_the_user_and_the_command_says_how(storage, run):
     tracker = build(storage, tracking_uri=f"file://{storage}/filestore")
     tracker.start(run)
 
-    assert tracker.where().startswith("MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri file:///")
+    assert tracker.where().startswith("MLFLOW_ALLOW_FILE_STORE=true ")
+    assert "python -m mlflow ui --backend-store-uri file:///" in tracker.where()
 
 
 def test_an_artifact_root_of_ones_own(storage, tmp_path):

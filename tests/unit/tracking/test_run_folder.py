@@ -1,12 +1,21 @@
 """The run folder: its path, its contents, and that one process at a time writes it."""
 
+import errno
+import fcntl
 import subprocess
 import sys
 from textwrap import dedent
 
 import pytest
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.tracking.run_folder import RunFolder, find_runs, is_held, new_run_id, read_run
+from weighted_mtp_core.tracking.run_folder import (
+    RunFolder,
+    find_run,
+    find_runs,
+    is_held,
+    new_run_id,
+    read_run,
+)
 
 HOLD_WITH_A_CHILD = """
     import os, sys, time
@@ -109,3 +118,40 @@ def test_looking_whether_a_folder_is_held_does_not_let_go_of_it(tmp_path):
 
     assert held
     assert seen == "True\n"
+
+
+@pytest.mark.parametrize("level", ["", "group", "group/idea", "group/idea/first", "group/idea/first/ID"])
+def test_a_run_is_found_and_locked_once_through_a_link_at_any_level(tmp_path, level):
+    folder = RunFolder.create(tmp_path / "disk", experiment="group/idea", name="first")
+    folder.record(name="first")
+    level = level.replace("ID", folder.run_id)
+    runs = tmp_path / "runs"
+    linked = runs / level
+    linked.parent.mkdir(parents=True, exist_ok=True)
+    linked.symlink_to(tmp_path / "disk" / level)
+    through = runs / folder.path.relative_to(tmp_path / "disk")
+    (tmp_path / "disk" / "group" / "circle").symlink_to(tmp_path / "disk")
+
+    assert list(find_runs(runs)) == [through]
+    assert find_run(runs, folder.run_id) == through
+    assert is_held(through)
+    with pytest.raises(WmtpError, match="is in use by process"):
+        RunFolder.open(through)
+    folder.close()
+    assert not is_held(through)
+
+
+def test_a_file_system_without_locks_is_named_and_nothing_is_left(tmp_path, monkeypatch):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    (tmp_path / "runs" / "group").mkdir(parents=True)
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+
+    with pytest.raises(
+        WmtpError, match=r"the file system of .* has no locks \(No locks available\)"
+    ) as error:
+        RunFolder.create(tmp_path / "runs" / "group", experiment="x/y", name="first")
+
+    assert "--set run.output_dir=/tmp/runs" in error.value.hint
+    assert list((tmp_path / "runs").rglob("*")) == [tmp_path / "runs" / "group"]
