@@ -5,6 +5,7 @@ import os
 import signal
 from contextlib import suppress
 
+import attrs
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -145,6 +146,23 @@ def test_scalars_are_logged_every_log_every_steps_and_timings_apart(tmp_path, ch
     assert [step for _, step, values in seen.logged if "train_loss" in values] == [5, 10]
     assert [step for _, step, _ in seen.timed] == [5, 10]
     assert all("tokens_per_second" not in name for _, _, values in seen.logged for name in values)
+
+
+def test_other_scalars_than_the_loss_are_computed_only_for_steps_that_are_logged(tmp_path, checkpoints):
+    computed = []
+
+    class Measured(Fit):
+        def learn(self, batch, *, step):
+            def metrics():
+                computed.append(step + 1)
+                return {"costly": float(step)}
+
+            return attrs.evolve(super().learn(batch, step=step), metrics=metrics)
+
+    _, seen = run(Measured(tmp_path), checkpoints)
+
+    assert computed == [5, 10]
+    assert [values["costly"] for _, _, values in seen.logged if "train_loss" in values] == [4, 9]
 
 
 def test_a_training_goes_on_from_each_checkpoint_to_the_same_bits(tmp_path, checkpoints):
