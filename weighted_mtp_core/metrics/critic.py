@@ -8,8 +8,6 @@ Shape letters: N tokens of all responses, D responses, P responses to one proble
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import attrs
 import numpy as np
 from attrs import frozen
@@ -160,19 +158,13 @@ class CriticMeasures:
 
 def _pairwise_accuracy(final_D: Floats, correct_D: NDArray[np.bool_], problem_D: Ints) -> float | None:
     won = pairs = 0.0
-    for values_P, correct_P in _by_problem(final_D, correct_D, problem_D):
+    order_D = np.argsort(problem_D, kind="stable")
+    for members in np.split(order_D, np.flatnonzero(np.diff(problem_D[order_D])) + 1):
+        values_P, correct_P = final_D[members], correct_D[members]
         difference = values_P[correct_P][:, None] - values_P[~correct_P][None, :]
         won += float((difference > 0).sum() + 0.5 * (difference == 0).sum())
         pairs += difference.size
     return won / pairs if pairs else None
-
-
-def _by_problem(
-    final_D: Floats, correct_D: NDArray[np.bool_], problem_D: Ints
-) -> Iterator[tuple[Floats, NDArray[np.bool_]]]:
-    order_D = np.argsort(problem_D, kind="stable")
-    for members in np.split(order_D, np.flatnonzero(np.diff(problem_D[order_D])) + 1):
-        yield final_D[members], correct_D[members]
 
 
 def _cross_entropy(value_D: Floats, reward_D: Floats) -> float:
