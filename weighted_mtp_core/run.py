@@ -141,6 +141,7 @@ class _Run:
         torch.manual_seed(self.plan.recipe.run.seed)
         with self.distributed.rank_zero_first():
             prepared = prepare(self.plan, log=self.recorder.log)
+            prepared.tokenise()
         version, folder = prepared.source.version(), self.recorder.folder
         if self.distributed.is_rank_zero and refuse_other_data(folder, version, allowed=allow_change):
             self.recorder.datasets([version])

@@ -255,11 +255,6 @@ def test_a_failure_leaves_nothing_behind(tmp_path):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_a_version_that_cannot_name_a_folder_is_an_error(tmp_path):
-    with pytest.raises(WmtpError, match=r"data source `core\.jsonl` has a version that cannot name a folder"):
-        cache(tmp_path, version=attrs.evolve(VERSION, name="../up"))
-
-
 def test_a_tokenizers_fingerprint_ignores_its_folder_and_last_call(tmp_path):
     tokenizer = fast_tokenizer()
     expected = tokenizer_fingerprint(tokenizer)

@@ -16,12 +16,10 @@ from typing import Any
 import tokenizers
 
 from weighted_mtp_core.api import DatasetVersion, Example, Split
+from weighted_mtp_core.data.checks import data_key, derived_folder
 from weighted_mtp_core.data.tokens import TokenSet, open_tokens, tokenise
-from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.identifiers import check_path
 from weighted_mtp_core.plugins.selection import SelectedComponent
-from weighted_mtp_core.plugins.source_identity import source_identity
-from weighted_mtp_core.storage.manifest import DERIVED, MANIFEST, atomic_folder
+from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder
 from weighted_mtp_core.storage.verify_once import verify_once
 
 _FORMAT = 1  # raise it when the same examples and tokenizer would give other arrays
@@ -41,8 +39,8 @@ class TokenCache:
         tokenizer: A transformers tokenizer.
         max_tokens: Longer documents are left out.
 
-    Raises:
-        WmtpError: The data's name or version cannot name a folder.
+    Attributes:
+        fingerprint: SHA-256 of everything that the tokens depend on.
     """
 
     def __init__(
@@ -54,21 +52,9 @@ class TokenCache:
         tokenizer: Any,
         max_tokens: int,
     ) -> None:
-        try:
-            check_path(version.name)
-            check_path(version.version)
-        except ValueError as error:
-            raise WmtpError(
-                f"data source `{data.address}` has a version that cannot name a folder: {error}"
-            ) from error
-        depends = {
-            "format": _FORMAT,
-            "data": version.sha256,
-            "source": [data.address, source_identity(data.plugins), data.plain_options()],
-            "tokenizer": tokenizer_fingerprint(tokenizer),
-        }
-        self.fingerprint = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
-        self._folder = storage / "datasets_v2" / version.name / version.version / DERIVED
+        depends = [_FORMAT, data_key(version, data), tokenizer_fingerprint(tokenizer)]
+        self.fingerprint = hashlib.sha256(json.dumps(depends).encode()).hexdigest()
+        self._folder = derived_folder(storage, version)
         self._tokenizer = tokenizer
         self.max_tokens = max_tokens
 

@@ -7,7 +7,7 @@ selected and checked together with the component, before anything is built.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import attrs
@@ -78,15 +78,28 @@ class SelectedComponent:
             path = next(path for path, own in weighting_choices(self.options) if own == choice)
             return self.wrapped[path].build(context)
 
-        failed = f"{self.plugin} could not build `{self.address}`"
-        try:
+        with _named(f"{self.plugin} could not build `{self.address}`"):
             return self.component.build(self.options, attrs.evolve(context, weightings=build_wrapped))
-        except RunFailedError as error:
-            raise RunFailedError(f"{failed}: {error}", hint=error.hint) from error
-        except WmtpError as error:
-            raise WmtpError(f"{failed}: {error}", hint=error.hint) from error
-        except Exception as error:
-            raise WmtpError(f"{failed}: {reason(error)}") from error
+
+    def blamed(self, doing: str) -> AbstractContextManager[None]:
+        """Return a context that names component, plugin, distribution and version in every error.
+
+        Args:
+            doing: What the component does in the context, for example the name of a method.
+        """
+        return _named(f"{self.plugin}, `{self.address}`, {doing}")
+
+
+@contextmanager
+def _named(start: str) -> Iterator[None]:
+    try:
+        yield
+    except RunFailedError as error:
+        raise RunFailedError(f"{start}: {error}", hint=error.hint) from error
+    except WmtpError as error:
+        raise WmtpError(f"{start}: {error}", hint=error.hint) from error
+    except Exception as error:
+        raise WmtpError(f"{start}: {reason(error)}") from error
 
 
 @define(kw_only=True)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from weighted_mtp_core.api import (
+    SPLITS,
     Batch,
     BuildContext,
     Critic,
@@ -25,6 +26,7 @@ from weighted_mtp_core.api import (
 )
 from weighted_mtp_core.checkpointing.best_model import load_model
 from weighted_mtp_core.data.batches import StepBatches, collate
+from weighted_mtp_core.data.checks import check_examples, checked_version
 from weighted_mtp_core.data.pairs import make_pairs
 from weighted_mtp_core.data.samplers import Sampler, in_order, pointwise
 from weighted_mtp_core.data.token_cache import TokenCache
@@ -43,6 +45,11 @@ from weighted_mtp_core.recipe.schema import CriticTable
 from weighted_mtp_core.runtime.device import Compute
 from weighted_mtp_core.storage.manifest import sha256_of
 from weighted_mtp_core.training.score_cache import CachedCritic, scores_key, state_sha256
+
+_MISSING = {
+    "policy": "the policy learns from correct responses: each split needs some",
+    "critic": "the critic learns from all responses: each split needs some",
+}
 
 
 @define(kw_only=True, eq=False, slots=False)
@@ -83,11 +90,11 @@ class Prepared:
 
     def _tokens(self, purpose: str, split: Split, read: Callable[[Split], Sequence[Example]]) -> TokenSet:
         def examples() -> Sequence[Example]:
-            found = read(split)
-            if not len(found):
-                raise WmtpError(
-                    f"data source `{self.plan.data.address}` has no {purpose} examples in the split `{split}`"
-                )
+            data = self.plan.data
+            with data.blamed(f"split `{split}`"):
+                found = read(split)
+                if not len(found):
+                    raise WmtpError(f"there are no {purpose} examples", hint=_MISSING[purpose])
             return found
 
         if (purpose, split) not in self._token_sets:
@@ -99,6 +106,18 @@ class Prepared:
                 )
             self._token_sets[purpose, split] = tokens
         return self._token_sets[purpose, split]
+
+    def tokenise(self) -> None:
+        """Make the token sets of all stages, so that what a later stage lacks is found before the first.
+
+        Raises:
+            WmtpError: A split has no examples, or none is short enough.
+        """
+        for split in SPLITS:
+            self.policy_tokens(split)
+        if self.plan.critic is not None:
+            self.critic_tokens("train")
+            self.critic_tokens("validation")
 
     @cached_property
     def length_only(self) -> LengthOnly:
@@ -221,8 +240,10 @@ def prepare(plan: Plan, *, log: Callable[[str], None]) -> Prepared:
     storage, seed = Path(recipe.run.storage), recipe.run.seed
     compute = Compute.resolve(device=recipe.model.device, dtype=recipe.model.dtype)
     source: DataSource = plan.data.build(BuildContext(seed=seed, storage=storage))
-    version = source.version()
+    version = checked_version(source, plan.data)
     log(f"data {version.name} {version.version} (sha256 {version.sha256[:12]})")
+    for warning in check_examples(source, version, plan.data, storage=storage):
+        log(warning)
     loaded = load_policy(recipe.model, storage=storage, texts=partial(_training_texts, source), seed=seed)
     check_positions(loaded.policy, recipe.data.max_tokens)
     policy = loaded.policy.to(compute.device)
