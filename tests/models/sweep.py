@@ -12,9 +12,11 @@ from __future__ import annotations
 import copy
 import math
 import multiprocessing
+import os
 import re
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -287,9 +289,11 @@ def main(names: list[str]) -> int:
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     torch.set_num_threads(1)
     rows = {}
-    for name in names or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        rows[name] = in_a_process(name)
-        print(name, rows[name], flush=True)
+    types = names or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name, row in zip(types, pool.map(in_a_process, types), strict=True):
+            rows[name] = row
+            print(name, row, flush=True)
     if not names:
         TABLE.write_text(table(rows), encoding="utf-8")
     wrong = [name for name, row in rows.items() if row.wrong]

@@ -21,7 +21,7 @@ from torch import Tensor
 from weighted_mtp_core.generation.decoding import Decoder
 from weighted_mtp_core.generation.draft_heads import DecodingHeads
 from weighted_mtp_core.messages import reason
-from weighted_mtp_core.model.families import COUNTS_SLOTS
+from weighted_mtp_core.model.families import COUNTS_SLOTS, KEYS_AND_VALUES, cache_kinds
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.probe import probe_ids, windows_of
 
@@ -67,6 +67,12 @@ def _find(policy: Policy) -> Manner:
         return Manner(no_drafts=no_cache, no_padding=no_padding, no_cache=no_cache)
     if policy.n_future == 1:
         return Manner(no_drafts="there is one head", no_padding=no_padding)
+    kinds = frozenset().union(*map(cache_kinds, (policy.trunk, *policy.heads.bodies)))
+    if not kinds <= KEYS_AND_VALUES | {"DummyLayer"}:
+        # Recurrent states cannot be rolled back, and layers that pick the best few tokens may pick drafts.
+        return Manner(
+            no_drafts="some of its layers keep more than keys and values of a text", no_padding=no_padding
+        )
     if policy.config.model_type in COUNTS_SLOTS:
         no_drafts: str | None = "distances are measured in slots of the cache"
     else:

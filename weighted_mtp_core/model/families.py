@@ -149,7 +149,7 @@ def body_states(
     """
     # Given neither cache nor positions, transformers searches the positions that it has just made for packed
     # documents, and waits for the accelerator once a forward pass and body.
-    if cache is None and position_BT is None and _only_attention(body):
+    if cache is None and position_BT is None and cache_kinds(body) <= KEYS_AND_VALUES:
         cache_or_none = _empty_cache()
     else:
         cache_or_none = cache
@@ -187,22 +187,22 @@ def one_layer_cache(config: Any) -> Any:
     return cache
 
 
-def _only_attention(body: Any) -> bool:
-    """Return whether every layer of a body keeps keys and values and nothing else; looked up once a body."""
-    known = _ONLY_ATTENTION.get(body)
+def cache_kinds(body: Any) -> frozenset[str]:
+    """Return the classes of transformers that cache a body's layers, by name; looked up once a body."""
+    known = _CACHE_KINDS.get(body)
     if known is None:
-        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
         try:
-            layers = new_cache(body.config).layers
+            known = frozenset(type(layer).__name__ for layer in new_cache(body.config).layers)
         except (KeyError, ValueError, AttributeError):  # layers of a kind that only their own model makes
-            layers = [None]
-        known = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-        _ONLY_ATTENTION[body] = known
+            known = frozenset({"unknown"})
+        _CACHE_KINDS[body] = known
     return known
 
 
-_ONLY_ATTENTION: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+KEYS_AND_VALUES = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer"})
+"""`cache_kinds` of layers of attention alone."""
+
+_CACHE_KINDS: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 
 
 @functools.cache
