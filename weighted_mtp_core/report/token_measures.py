@@ -61,7 +61,9 @@ def measure_tokens(
     shown = []
     for numbers in problems[:_SHOWN]:
         seen = [
-            _Row.measure(prepared, part, weight, critic) for _ in numbers for part, weight in [next(rows)]
+            _MeasuredRow.measure(prepared, part, weight, critic)
+            for _ in numbers
+            for part, weight in [next(rows)]
         ]
         solutions = tuple(each.solution(prepared.tokenizer) for each in seen)
         shown.append(ProblemTokens(prompt=seen[0].prompt(prepared.tokenizer), solutions=solutions))
@@ -129,7 +131,7 @@ def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 @frozen(kw_only=True, eq=False)
-class _Row:
+class _MeasuredRow:
     """One document, `[1, T]`, and measures by the position of the target; NaN where there is none."""
 
     batch: Batch
@@ -139,7 +141,9 @@ class _Row:
     value_T: NDArray[np.float64]
 
     @classmethod
-    def measure(cls, prepared: Prepared, batch: Batch, weight: Tensor | None, critic: Critic | None) -> _Row:
+    def measure(
+        cls, prepared: Prepared, batch: Batch, weight: Tensor | None, critic: Critic | None
+    ) -> _MeasuredRow:
         """Measure a batch of one row with the weights `[1, T]` or `[1, T, K]`, if known."""
         policy = prepared.policy
         labels_BTK = batch_labels(batch, policy.n_future)
