@@ -4,7 +4,7 @@ import re
 from xml.etree import ElementTree as ET
 
 import torch
-from weighted_mtp_core.api.alignment import align_weights
+from weighted_mtp_core.api.tensors import align_weights
 from weighted_mtp_core.model.loss import normalisers
 from weighted_mtp_core.model.targets import align_labels, target_mask
 

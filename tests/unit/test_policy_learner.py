@@ -15,7 +15,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 from weighted_mtp_core.api import Batch, Signal, WeightingStrategy, Weights, WmtpError
-from weighted_mtp_core.api.alignment import align_weights
+from weighted_mtp_core.api.tensors import align_weights
 from weighted_mtp_core.data.batches import split_rows
 from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.model.load import make_policy

@@ -3,7 +3,7 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from weighted_mtp_core.api.alignment import align_weights, gather_by_target
+from weighted_mtp_core.api.tensors import align_weights, gather_by_target
 from weighted_mtp_core.model.targets import IGNORED, align_labels, target_mask
 
 

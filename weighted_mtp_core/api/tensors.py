@@ -109,8 +109,6 @@ class StepView:
 
     def to_pairs(self, x_BT: Tensor) -> Tensor:
         """Copy numbers of target tokens to the pairs that predict them: `[B, T, K]`, 0 elsewhere."""
-        from weighted_mtp_core.api.alignment import align_weights
-
         return align_weights(x_BT, self.target_BTK)
 
     def to_targets(self, x_BTK: Tensor) -> Tensor:
@@ -119,8 +117,6 @@ class StepView:
         Entry (t, k) is the number of head k for target token t; 0 where head k does not predict that token,
         for example because it is too near the start of its document.
         """
-        from weighted_mtp_core.api.alignment import gather_by_target
-
         return gather_by_target(x_BTK, self.target_BTK)
 
 
@@ -161,3 +157,32 @@ class CriticLoss:
 
     loss: Tensor
     metrics: Mapping[str, Tensor | float] = field(factory=dict)
+
+
+def align_weights(weight: Tensor, target_BTK: Tensor) -> Tensor:
+    """Return weights `[B, T, K]` indexed by (source, head), 0 where the pair does not count.
+
+    Args:
+        weight: `[B, T]`, indexed by the target token, or `[B, T, K]`, already indexed by (source, head).
+        target_BTK: bool, True for the pairs that count.
+    """
+    if weight.ndim == 3:
+        return weight.where(target_BTK, 0.0)
+    weight_BTK = weight.new_zeros(target_BTK.shape)
+    for k in range(1, min(target_BTK.shape[2], weight.shape[1] - 1) + 1):
+        weight_BTK[:, :-k, k - 1] = weight[:, k:]
+    return weight_BTK.where(target_BTK, 0.0)
+
+
+def gather_by_target(x_BTK: Tensor, target_BTK: Tensor) -> Tensor:
+    """Return the numbers of pairs indexed by (target, head), `[B, T, K]`, 0 where the pair does not count.
+
+    Args:
+        x_BTK: Numbers indexed by (source, head).
+        target_BTK: bool, True for the pairs that count.
+    """
+    counted_BTK = x_BTK.where(target_BTK, 0.0)
+    by_target_BTK = counted_BTK.new_zeros(counted_BTK.shape)
+    for k in range(1, min(target_BTK.shape[2], x_BTK.shape[1] - 1) + 1):
+        by_target_BTK[:, k:, k - 1] = counted_BTK[:, :-k, k - 1]
+    return by_target_BTK

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from weighted_mtp_core.api import Batch
-from weighted_mtp_core.api.alignment import gather_by_target
+from weighted_mtp_core.api.tensors import gather_by_target
 from weighted_mtp_core.model.pair_predictions import PairPredictions
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.targets import batch_labels, target_mask

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from weighted_mtp_core.api import Batch, Critic, is_correct
-from weighted_mtp_core.api.alignment import align_weights, gather_by_target
+from weighted_mtp_core.api.tensors import align_weights, gather_by_target
 from weighted_mtp_core.data.batches import split_rows
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import RunFailedError

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from weighted_mtp_core.api import Batch, Critic
-from weighted_mtp_core.api.alignment import align_weights, gather_by_target
+from weighted_mtp_core.api.tensors import align_weights, gather_by_target
 from weighted_mtp_core.data.batches import split_rows
 from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.model.targets import batch_labels, target_mask

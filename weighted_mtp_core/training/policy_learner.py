@@ -14,7 +14,7 @@ from attrs import define, field
 from torch import Tensor, nn
 
 from weighted_mtp_core.api import Batch, Critic, Weights
-from weighted_mtp_core.api.alignment import align_weights
+from weighted_mtp_core.api.tensors import align_weights
 from weighted_mtp_core.checkpointing.best_model import load_model, save_model
 from weighted_mtp_core.checkpointing.state import WithPrefix, load_module_state, module_state
 from weighted_mtp_core.data.batches import preceding
