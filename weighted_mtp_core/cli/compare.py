@@ -36,6 +36,7 @@ from weighted_mtp_core.compare.runner import (
 from weighted_mtp_core.errors import RunFailedError, WmtpError
 from weighted_mtp_core.exit_codes import EXIT_DONE, EXIT_RUN_FAILED
 from weighted_mtp_core.messages import did_you_mean, quoted
+from weighted_mtp_core.storage.atomic import atomic_write
 
 if TYPE_CHECKING:
     from weighted_mtp_core.compare.measures import RunMeasures
@@ -192,7 +193,6 @@ def _write(
     from weighted_mtp_core.compare.measures import default_metrics
     from weighted_mtp_core.compare.plots import plot_curves
     from weighted_mtp_core.compare.table import Comparison
-    from weighted_mtp_core.storage.atomic import atomic_write
 
     everything = [run for by_seed in runs.values() for run in by_seed.values()]
     known = set.union(*(set(run.last) for run in everything))

@@ -24,6 +24,8 @@ from weighted_mtp_core.cli.arguments import add_actions, add_folder, add_recipe_
 from weighted_mtp_core.cli.table import print_rows
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import did_you_mean
+from weighted_mtp_core.storage.manifest import MANIFEST, verify_manifest
+from weighted_mtp_core.storage.versions import dataset_folder, versions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,9 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _prepare(args: argparse.Namespace) -> None:
     """Make the data of a recipe ready."""
-    from weighted_mtp_core.storage.manifest import MANIFEST
-    from weighted_mtp_core.storage.versions import dataset_folder
-
     plan = plan_from(args)
     recipe = plan.recipe
     storage = Path(recipe.run.storage)
@@ -57,9 +56,6 @@ def _prepare(args: argparse.Namespace) -> None:
 
 def _show(args: argparse.Namespace) -> None:
     """Show statistics and provenance of the data in storage."""
-    from weighted_mtp_core.storage.manifest import verify_manifest
-    from weighted_mtp_core.storage.versions import versions
-
     stored = {
         name: version.path
         for version in versions(args.storage)

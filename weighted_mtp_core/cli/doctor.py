@@ -17,7 +17,7 @@ import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import attrs
 
@@ -30,9 +30,7 @@ from weighted_mtp_core.plugins.discovery import metadata_faults
 from weighted_mtp_core.plugins.loading import AnyComponent, LoadedPlugin, PluginRegistry
 from weighted_mtp_core.plugins.selection import SelectedComponent
 from weighted_mtp_core.redaction import redact
-
-if TYPE_CHECKING:
-    from weighted_mtp_core.tracking.dotenv import DotEnv
+from weighted_mtp_core.tracking.dotenv import DotEnv, load_dotenv
 
 _TICKS = {"ok": "✓", "warning": "!", "FAILED": "✗"}
 
@@ -63,8 +61,6 @@ def main(args: argparse.Namespace) -> int:
 
 def _examine(plan: Plan | None) -> Iterator[Finding]:
     """Yield the findings for a plan, or for everything that is installed."""
-    from weighted_mtp_core.tracking.dotenv import load_dotenv
-
     storage = Path("storage" if plan is None else plan.recipe.run.storage)
     try:
         yield from _environment(load_dotenv())

@@ -20,16 +20,16 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from weighted_mtp_core.api import Split
 from weighted_mtp_core.cli.arguments import add_run_arguments, evaluate_overrides, list_of
 from weighted_mtp_core.cli.table import print_rows
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.recipe.structure import plain
-
-if TYPE_CHECKING:
-    from weighted_mtp_core.api import Split
-    from weighted_mtp_core.plan import Plan
+from weighted_mtp_core.storage.atomic import atomic_write
+from weighted_mtp_core.tracking.run_folder import new_run_id
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +62,6 @@ def main(args: argparse.Namespace) -> None:
             hint="leave out `--split`, or give each temperature alone: --split validation --temperature 0.2",
         )
     from weighted_mtp_core.evaluation.finished_run import find_finished
-    from weighted_mtp_core.tracking.run_folder import new_run_id
 
     run = find_finished(args.runs, args.run)
     plans = _plans(run, args)
@@ -96,7 +95,6 @@ def _measure(run: Path, plans: Sequence[Plan], *, split: Split, out: Path) -> di
 
     from weighted_mtp_core.evaluation.evaluate import best_trial, evaluate, try_temperatures
     from weighted_mtp_core.evaluation.finished_run import prepare_finished
-    from weighted_mtp_core.storage.atomic import atomic_write
     from weighted_mtp_core.tracking.display import Display
 
     _make_folder(out)

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from weighted_mtp_core.cli.arguments import add_run_arguments
+from weighted_mtp_core.tracking.run_folder import find_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     from weighted_mtp_core.evaluation.finished_run import export_run
     from weighted_mtp_core.export.transformers import refuse_to_replace
-    from weighted_mtp_core.tracking.run_folder import find_run
 
     refuse_to_replace(args.to, force=args.force)
     export_run(find_run(args.runs, args.run), args.to, log=lambda text: print(text, file=sys.stderr))

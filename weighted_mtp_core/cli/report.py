@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 
 from weighted_mtp_core.cli.arguments import add_run_arguments
+from weighted_mtp_core.tracking.run_folder import find_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +23,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     from weighted_mtp_core.report.page import write_report
-    from weighted_mtp_core.tracking.run_folder import find_run
 
     print(write_report(find_run(args.runs, args.run)))

@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from weighted_mtp_core.api import RunOutcome
 from weighted_mtp_core.cli.arguments import add_actions, add_folder
 from weighted_mtp_core.cli.table import print_rows
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.exit_codes import EXIT_DONE, EXIT_RUN_FAILED
-
-if TYPE_CHECKING:
-    from weighted_mtp_core.storage.versions import Kind
+from weighted_mtp_core.storage.manifest import verify_manifest
+from weighted_mtp_core.storage.versions import Kind, add_version, derived, unlisted, versions
+from weighted_mtp_core.tracking.dotenv import use_dotenv
+from weighted_mtp_core.tracking.run_folder import find_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,9 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _verify(args: argparse.Namespace) -> int:
     """Compare every version with its manifest."""
-    from weighted_mtp_core.storage.manifest import verify_manifest
-    from weighted_mtp_core.storage.versions import derived, unlisted, versions
-
     rows: list[tuple[str, ...]] = []
     faults = 0
     for version in versions(args.storage):
@@ -78,8 +76,6 @@ def _add_dataset(args: argparse.Namespace) -> None:
 
 
 def _add(args: argparse.Namespace, *, kind: Kind) -> None:
-    from weighted_mtp_core.storage.versions import add_version
-
     version = add_version(args.storage, args.source, kind=kind, name=args.name, version=args.version)
     print(f"added {version.address}")
 
@@ -89,8 +85,6 @@ def _sync(args: argparse.Namespace) -> None:
     if args.run is None or args.dry_run:
         _upload(args)
         return
-    from weighted_mtp_core.api import RunOutcome
-    from weighted_mtp_core.tracking.run_folder import find_run
     from weighted_mtp_core.tracking.sync import amend_run
 
     run = find_run(args.runs, args.run)
@@ -108,8 +102,6 @@ def _upload(args: argparse.Namespace) -> None:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     from weighted_mtp_core.storage.s3_upload import plan_upload, upload
-    from weighted_mtp_core.storage.versions import derived, unlisted, versions
-    from weighted_mtp_core.tracking.dotenv import use_dotenv
 
     use_dotenv()
     plan = plan_upload(args.storage, args.to)

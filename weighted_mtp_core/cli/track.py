@@ -17,6 +17,7 @@ import argparse
 from weighted_mtp_core.cli.arguments import add_actions, add_folder
 from weighted_mtp_core.cli.table import print_rows
 from weighted_mtp_core.exit_codes import EXIT_DONE, EXIT_RUN_FAILED
+from weighted_mtp_core.tracking.run_folder import find_run, find_runs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _status(args: argparse.Namespace) -> None:
     """Show runs and what their trackers have not received."""
-    from weighted_mtp_core.tracking.run_folder import find_run, find_runs
     from weighted_mtp_core.tracking.sync import run_status
 
     paths = [find_run(args.runs, args.run)] if args.run else list(find_runs(args.runs))
@@ -54,7 +54,6 @@ def _status(args: argparse.Namespace) -> None:
 
 def _sync(args: argparse.Namespace) -> int:
     """Send what the trackers of a run have not received."""
-    from weighted_mtp_core.tracking.run_folder import find_run, find_runs
     from weighted_mtp_core.tracking.sync import DIED, run_status, sync_run
 
     paths = [find_run(args.runs, args.run)] if args.run else list(find_runs(args.runs))

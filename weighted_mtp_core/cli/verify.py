@@ -21,15 +21,12 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from weighted_mtp_core.api import SPLITS, BuildContext, Record, read_records
+from weighted_mtp_core.api import SPLITS, BuildContext, DataSource, Problem, Record, read_records
 from weighted_mtp_core.cli.arguments import add_recipe_arguments, plan_from
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import did_you_mean
-
-if TYPE_CHECKING:
-    from weighted_mtp_core.api import DataSource, Problem
+from weighted_mtp_core.storage.atomic import atomic_write
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,8 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     from rich.console import Console
-
-    from weighted_mtp_core.storage.atomic import atomic_write
 
     plan = plan_from(args)
     named = [value for key, value in plan.params.items() if key.startswith("data.options.")]

@@ -24,19 +24,14 @@ _DIGEST = """
 import hashlib, json, sys
 from pathlib import Path
 from weighted_mtp_core.api import SPLITS, BuildContext
-from weighted_mtp_core.plugins.loading import Kind, PluginRegistry
-from weighted_mtp_core.plugins.selection import resolve
-from weighted_mtp_core.recipe.structure import structure
+from weighted_mtp_core.plugins.loading import Kind
+from weighted_mtp_core.plugins.selection import ComponentSelector
 
 address, options, storage = sys.argv[1:]
-_, component = resolve(PluginRegistry(), Kind.DATA, address)
-structured, faults = structure(component.options, json.loads(options))
-source = component.build(structured, BuildContext(seed=7, storage=Path(storage)))
-seen = hashlib.sha256()
-for split in SPLITS:
-    for example in source.examples(split):
-        seen.update(repr(example).encode())
-print(seen.hexdigest())
+selected = ComponentSelector().select(Kind.DATA, address, options=json.loads(options))
+source = selected.build(BuildContext(seed=7, storage=Path(storage)))
+examples = [list(source.examples(split)) for split in SPLITS]
+print(hashlib.sha256(repr(examples).encode()).hexdigest())
 """
 
 

@@ -7,7 +7,7 @@ Shape letters: B batch rows, T positions, L tokens of one document, K heads, H h
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from attrs import frozen
@@ -20,19 +20,8 @@ VOCAB_SIZE = 32
 HIDDEN_SIZE = 16
 
 
-@frozen(kw_only=True, eq=False)
-class Document:
-    """One prompt with its response. The tensors have the meaning of those of `Batch` and `StepView`."""
-
-    ids_L: Tensor
-    response_L: Tensor
-    reward_L: Tensor
-    group_L: Tensor
-    value_L: Tensor
-    target_LK: Tensor
-    token_loss_LK: Tensor
-    token_entropy_LK: Tensor
-    reference_loss_L: Tensor
+Document = Mapping[str, Tensor]
+"""One prompt with its response: tensors `[L, ...]` by the names of the fields of `Batch` and `StepView`."""
 
 
 def _seeded(seed: int) -> torch.Generator:
@@ -50,17 +39,17 @@ def make_document(number: int, *, prompt: int, response: int, reward: float, pro
     target_LK = torch.zeros(length, N_FUTURE, dtype=torch.bool)
     for k in range(1, N_FUTURE + 1):
         target_LK[: max(length - k, 0), k - 1] = response_L[k:]
-    return Document(
-        ids_L=ids_L,
-        response_L=response_L,
-        reward_L=reward * response_L.float(),
-        group_L=torch.full_like(ids_L, problem),
-        value_L=value_L,
-        target_LK=target_LK,
-        token_loss_LK=3 * torch.rand(length, N_FUTURE, generator=generator) * target_LK,
-        token_entropy_LK=3 * torch.rand(length, N_FUTURE, generator=generator) * target_LK,
-        reference_loss_L=reference_loss_L,
-    )
+    return {
+        "ids_BT": ids_L,
+        "response_BT": response_L,
+        "reward_BT": reward * response_L.float(),
+        "group_BT": torch.full_like(ids_L, problem),
+        "value_BT": value_L,
+        "target_BTK": target_LK,
+        "token_loss_BTK": 3 * torch.rand(length, N_FUTURE, generator=generator) * target_LK,
+        "token_entropy_BTK": 3 * torch.rand(length, N_FUTURE, generator=generator) * target_LK,
+        "reference_loss_BT": reference_loss_L,
+    }
 
 
 FIRST = make_document(1, prompt=4, response=6, reward=1.0, problem=0)
@@ -87,44 +76,40 @@ class Layout:
 
     def batch(self) -> Batch:
         """Return the batch that core would make."""
-        ids_BT = self._lay("ids_L")
+        ids_BT = self._lay("ids_BT")
         if self.filler is not None:
             ids_BT = torch.randint(2, VOCAB_SIZE, ids_BT.shape, generator=_seeded(self.filler))
         document_BT = torch.full_like(ids_BT, -1)
         for b, n, position, _ in self._positions():
             document_BT[b, position] = n
         return Batch(
-            ids_BT=self._lay("ids_L", ids_BT),
+            ids_BT=self._lay("ids_BT", ids_BT),
             document_BT=document_BT,
-            response_BT=self._lay("response_L"),
-            reward_BT=self._lay("reward_L"),
-            group_BT=self._lay("group_L", torch.full_like(ids_BT, -1)),
+            response_BT=self._lay("response_BT"),
+            reward_BT=self._lay("reward_BT"),
+            group_BT=self._lay("group_BT", torch.full_like(ids_BT, -1)),
             example_ids=tuple(f"row {b}" for b in range(len(self.rows))),
         )
 
     def view(self, signals: Collection[Signal], *, step: int = 0, training: bool = True) -> StepView:
         """Return the view that a weighting receives if it needs `signals`."""
         batch = self.batch()
-        value_BT = self._lay("value_L")
+        known = {"reward_BT": batch.reward_BT, "group_BT": batch.group_BT}
+        for name in ("value_BT", "token_loss_BTK", "token_entropy_BTK", "reference_loss_BT"):
+            known[name] = self._lay(name)
         if self.filler is not None:
-            value_BT = 50 * torch.randn(value_BT.shape, generator=_seeded(self.filler))
-        known = {
-            Signal.REWARD: ("reward_BT", batch.reward_BT),
-            Signal.GROUP: ("group_BT", batch.group_BT),
-            Signal.VALUE: ("value_BT", self._lay("value_L", value_BT)),
-            Signal.TOKEN_LOSS: ("token_loss_BTK", self._lay("token_loss_LK")),
-            Signal.TOKEN_ENTROPY: ("token_entropy_BTK", self._lay("token_entropy_LK")),
-            Signal.REFERENCE_LOSS: ("reference_loss_BT", self._lay("reference_loss_L")),
-        }
+            noise_BT = 50 * torch.randn(batch.ids_BT.shape, generator=_seeded(self.filler))
+            known["value_BT"] = self._lay("value_BT", noise_BT)
+        needed = {signal.value for signal in signals}
         return StepView(
             ids_BT=batch.ids_BT,
             document_BT=batch.document_BT,
             response_BT=batch.response_BT,
-            target_BTK=self._lay("target_LK"),
+            target_BTK=self._lay("target_BTK"),
             n_future=N_FUTURE,
             step=step,
             training=training,
-            **dict(known[signal] for signal in signals),
+            **{name: tensor for name, tensor in known.items() if name.rpartition("_")[0] in needed},
         )
 
     def cut(self, tensor: Tensor) -> Iterator[Tensor]:
@@ -137,18 +122,18 @@ class Layout:
         for b, row in enumerate(self.rows):
             start = 0
             for n, document in enumerate(row):
-                end = start + len(document.ids_L)
+                end = start + len(document["ids_BT"])
                 yield b, n, slice(start, end), document
                 start = end
 
     def _lay(self, name: str, tensor: Tensor | None = None) -> Tensor:
         """Write a tensor of every document into `tensor` `[B, T, ...]`, by default zeros."""
         if tensor is None:
-            content = getattr(self.rows[0][0], name)
-            width = max(sum(len(document.ids_L) for document in row) for row in self.rows) + self.padding
+            content = self.rows[0][0][name]
+            width = max(sum(len(document["ids_BT"]) for document in row) for row in self.rows) + self.padding
             tensor = content.new_zeros(len(self.rows), width, *content.shape[1:])
         for b, _, position, document in self._positions():
-            tensor[b, position] = getattr(document, name)
+            tensor[b, position] = document[name]
         return tensor
 
 
@@ -203,10 +188,9 @@ def next_token_losses(batch: Batch) -> Tensor:
         state_BTH @ torch.randn(HIDDEN_SIZE, VOCAB_SIZE, generator=generator), dim=-1
     )
     loss_BT = torch.zeros_like(batch.reward_BT)
-    loss_BT[:, 1:] = -log_p_BTV[:, :-1].gather(-1, batch.ids_BT[:, 1:, None]).squeeze(-1)
-    follows_BT = torch.zeros_like(batch.response_BT)
-    follows_BT[:, 1:] = batch.document_BT[:, 1:] == batch.document_BT[:, :-1]
-    return loss_BT.where(batch.response_BT & follows_BT, 0.0)
+    row_N, column_N = batch.target_positions()
+    loss_BT[row_N, column_N] = -log_p_BTV[row_N, column_N - 1, batch.ids_BT[row_N, column_N]]
+    return loss_BT
 
 
 def model_context() -> ModelContext:
