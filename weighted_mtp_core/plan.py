@@ -8,8 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,10 +41,6 @@ class Plan:
 
     Attributes:
         recipe: The resolved recipe: full addresses, every option filled in.
-        weighting: The selected weighting.
-        critic: The selected critic, if the recipe has one.
-        data: The selected data source.
-        trackers: The selected trackers.
         experiment: `run.experiment`, or `<experiment_prefix>/<weighting plugin>`.
         tags: The tags that every tracker sets on the run.
         params: The resolved recipe as dotted keys.
@@ -93,7 +88,7 @@ def make_plan(
     """
     document = read_document(path, preset=preset, overrides=overrides, run_name=run_name)
     recipe, faults = structure_recipe(document)
-    selector = ComponentSelector(locate=partial(_located, document))
+    selector = ComponentSelector(document=document)
     if recipe is None:
         with suppress(WmtpError):  # the recipe's own faults come before those of plugins
             _select(document.table, selector)
@@ -104,15 +99,6 @@ def make_plan(
     plan = _resolve(recipe, selected, selector.registry, document)
     _check_signals(plan, selector.registry)
     return plan
-
-
-@contextmanager
-def _located(document: Document, path: KeyPath) -> Iterator[None]:
-    """Add the file, line and key to an error about a component."""
-    try:
-        yield
-    except WmtpError as error:
-        raise WmtpError(f"{error}\n  {document.locate(path)}", hint=error.hint) from error
 
 
 def _select(table: Mapping[str, Any], selector: ComponentSelector) -> dict[KeyPath, SelectedComponent]:

@@ -6,8 +6,8 @@ selected and checked together with the component, before anything is built.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import attrs
@@ -16,13 +16,8 @@ from attrs import define, field, frozen
 from weighted_mtp_core.api import BuildContext, RunFailedError, Signal, WeightingChoice, WmtpError
 from weighted_mtp_core.messages import nearest, quoted, reason, suggest
 from weighted_mtp_core.plugins.discovery import FoundPlugin
-from weighted_mtp_core.plugins.loading import (
-    AnyComponent,
-    Kind,
-    LoadedPlugin,
-    PluginRegistry,
-    not_installed,
-)
+from weighted_mtp_core.plugins.loading import AnyComponent, Kind, LoadedPlugin, PluginRegistry, not_installed
+from weighted_mtp_core.recipe.document import Document
 from weighted_mtp_core.recipe.line_numbers import KeyPath
 from weighted_mtp_core.recipe.structure import Fault, plain, structure
 
@@ -108,12 +103,12 @@ class ComponentSelector:
 
     Attributes:
         registry: Loads the plugins that addresses name.
-        locate: Returns a context for a key; the context adds the key's file and line to an error.
+        document: The recipe, to add the file and line of a key to an error.
         faults: The faults of all options so far.
     """
 
     registry: PluginRegistry = field(factory=PluginRegistry)
-    locate: Callable[[KeyPath], AbstractContextManager[None]] = field(default=lambda _: nullcontext())
+    document: Document | None = None
     faults: list[Fault] = field(factory=list)
 
     def select(
@@ -130,8 +125,12 @@ class ComponentSelector:
         Raises:
             WmtpError: There is no such component, or its plugin cannot be loaded.
         """
-        with self.locate((*at, "use")):
+        try:
             plugin, component = resolve(self.registry, kind, use)
+        except WmtpError as error:
+            if self.document is None:
+                raise
+            raise WmtpError(f"{error}\n  {self.document.locate((*at, 'use'))}", hint=error.hint) from error
         structured, faults = structure(component.options, options, at=(*at, "options"))
         self.faults += faults
         return SelectedComponent(

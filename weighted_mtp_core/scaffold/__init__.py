@@ -9,9 +9,7 @@ from __future__ import annotations
 import keyword
 import re
 from collections.abc import Iterator, Mapping
-from importlib.resources import files
-from importlib.resources.abc import Traversable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from attrs import frozen
 from packaging.version import Version
@@ -34,24 +32,19 @@ SUMMARIES = {
 
 @frozen(kw_only=True)
 class Scaffold:
-    """A plugin package to be written.
-
-    Attributes:
-        name: Name of the plugin and of its only component.
-        kind: Kind of the component.
-    """
+    """A plugin package to be written, with one component, which has the name of the plugin."""
 
     name: str
     kind: Kind
 
     @property
     def distribution(self) -> str:
-        """Name of the distribution, for pip."""
+        """Name for pip."""
         return f"weighted-mtp-{self.name.replace('_', '-')}"
 
     @property
     def module(self) -> str:
-        """Name of the module, for Python."""
+        """Name for Python."""
         return f"weighted_mtp_{self.name}"
 
     def write(self, folder: Path) -> None:
@@ -73,15 +66,8 @@ class Scaffold:
         except OSError as error:
             raise WmtpError(f"cannot write to `{folder}`: {error.strerror}") from error
 
-    def _files(self) -> Iterator[tuple[PurePosixPath, str]]:
-        words = self._words()
-        templates = files(__name__) / "templates"
-        for group in ("common", self.kind.value):
-            for path, text in _read(templates / group, PurePosixPath()):
-                yield PurePosixPath(_fill(str(path), words)), _fill(text, words)
-
-    def _words(self) -> Mapping[str, str]:
-        return {
+    def _files(self) -> Iterator[tuple[str, str]]:
+        words = {
             "name": self.name,
             "Name": self.name.title().replace("_", ""),
             "module": self.module,
@@ -89,6 +75,11 @@ class Scaffold:
             "summary": SUMMARIES[self.kind],
             "core_range": _core_range(Version(weighted_mtp_core.__version__)),
         }
+        for group in ("common", self.kind.value):
+            folder = Path(__file__).parent / "templates" / group
+            for path in sorted(folder.rglob(f"*{_SUFFIX}")):
+                name = path.relative_to(folder).as_posix().removesuffix(_SUFFIX)
+                yield _fill(name, words), _fill(path.read_text(encoding="utf-8"), words)
 
 
 def check_name(name: str, installed: Mapping[str, FoundPlugin]) -> None:
@@ -112,14 +103,6 @@ def check_name(name: str, installed: Mapping[str, FoundPlugin]) -> None:
             f"the name is taken by {installed[name]}",
             hint="choose another name; `plugins list` shows all that are taken",
         )
-
-
-def _read(folder: Traversable, at: PurePosixPath) -> Iterator[tuple[PurePosixPath, str]]:
-    for entry in sorted(folder.iterdir(), key=lambda each: each.name):
-        if entry.is_dir():
-            yield from _read(entry, at / entry.name)
-        elif entry.name.endswith(_SUFFIX):
-            yield at / entry.name.removesuffix(_SUFFIX), entry.read_text(encoding="utf-8")
 
 
 def _fill(text: str, words: Mapping[str, str]) -> str:
