@@ -27,4 +27,4 @@ class RunFailedError(WmtpError):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM ended the process (`runtime/interrupts.py`); the exit code is `EXIT_TERMINATED`, 143."""
+    """SIGTERM or SIGHUP ended the process (`runtime/interrupts.py`); the exit code is 143."""

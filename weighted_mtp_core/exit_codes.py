@@ -16,4 +16,4 @@ EXIT_INTERRUPTED = 130
 EXIT_PIPE_CLOSED = 141
 """After the reader of the output has gone, as in `plugins list | head -1`: 128 + 13 (SIGPIPE)."""
 EXIT_TERMINATED = 143
-"""After SIGTERM (a scheduler or `docker stop`): 128 + 15."""
+"""After SIGTERM (a scheduler or `docker stop`), 128 + 15, and after SIGHUP (the terminal has gone)."""

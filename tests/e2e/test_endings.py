@@ -67,6 +67,30 @@ def test_ctrl_c_ends_the_run_as_killed(start, tracked, tmp_path):
     assert killed.info.end_time is not None
 
 
+def test_a_terminal_that_closes_ends_the_run_as_killed(start, tracked, tmp_path):
+    process = start("run", BASELINE, *ENDLESS, cwd=tmp_path)
+    wait_for_training(process, tmp_path / "storage")
+
+    process.send_signal(signal.SIGHUP)
+    _, stderr = process.communicate(timeout=60)
+
+    assert process.returncode == 143, stderr
+    assert tracked(tmp_path / "storage").info.status == "KILLED"
+
+
+def test_sigusr1_at_any_moment_of_a_run_does_not_end_it(start, tracked, tmp_path):
+    process = start("run", BASELINE, "--preset", "ci", cwd=tmp_path)
+    while not list((tmp_path / "storage").rglob("run.json")):
+        time.sleep(0.05)
+
+    while process.poll() is None:
+        process.send_signal(signal.SIGUSR1)
+        time.sleep(0.2)
+
+    assert process.returncode == 0, process.communicate()[1]
+    assert tracked(tmp_path / "storage").info.status == "FINISHED"
+
+
 def test_a_weighting_that_raises_fails_the_run_and_is_named(wmtp, install, tracked, tmp_path):
     run = wmtp(
         *("run", BASELINE, "--preset", "ci", "--set", "weighting.use=failing.late"),

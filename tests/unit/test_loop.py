@@ -13,6 +13,7 @@ from torch import nn
 from weighted_mtp_core.checkpointing.manager import Checkpoints
 from weighted_mtp_core.errors import RunFailedError, Terminated
 from weighted_mtp_core.recipe.schema import CheckpointTable, TrainTable
+from weighted_mtp_core.runtime.interrupts import raise_on_termination
 from weighted_mtp_core.training.loop import Learner, StepResult, Validation, train
 from weighted_mtp_core.training.optimisers import learning_rate, make_optimiser
 
@@ -200,7 +201,8 @@ def test_the_best_state_of_a_checkpoint_outlives_a_better_one_that_was_lost(tmp_
 
 
 @pytest.mark.parametrize(
-    ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
+    ("number", "raised"),
+    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated), (signal.SIGHUP, Terminated)],
 )
 def test_a_signal_ends_training_after_the_step_with_a_checkpoint(tmp_path, checkpoints, number, raised):
     with pytest.raises(raised) as caught:
@@ -232,6 +234,20 @@ def test_sigusr1_takes_a_checkpoint_and_training_goes_on(tmp_path, checkpoints):
     run(Fit(tmp_path), checkpoints, at={4: kill_myself(signal.SIGUSR1), 5: look})
 
     assert "policy-00000004" in taken
+
+
+def test_sigusr1_before_training_takes_a_checkpoint_after_the_first_step(tmp_path, checkpoints):
+    taken = []
+
+    def look():
+        checkpoints.wait()
+        taken.extend(path.name for path in tmp_path.glob("policy-*"))
+
+    with raise_on_termination():
+        kill_myself(signal.SIGUSR1)()
+    run(Fit(tmp_path), checkpoints, at={2: look})
+
+    assert taken == ["policy-00000001"]
 
 
 def test_a_step_without_a_finite_loss_changes_nothing_and_is_counted(tmp_path, checkpoints):

@@ -45,7 +45,7 @@ def run_to_resume(plan: Plan, named: str | None) -> Path | None:
     if plan.recipe.run.resume == "never":
         return None
     folder = runs / plan.experiment / plan.recipe.run.name
-    found = sorted(file.parent for file in folder.glob("*/run.json"))
+    found = sorted(file.parent for file in folder.glob("[!.]*/run.json"))
     return next((path.absolute() for path in reversed(found) if _unfinished(path, plan)), None)
 
 

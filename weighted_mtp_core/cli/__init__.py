@@ -46,6 +46,7 @@ from weighted_mtp_core.exit_codes import (
 from weighted_mtp_core.identifiers import expand_home
 from weighted_mtp_core.messages import did_you_mean, quoted, reason
 from weighted_mtp_core.redaction import redact
+from weighted_mtp_core.runtime.interrupts import raise_on_termination
 
 COMMANDS = (
     *(run, check, compare, evaluate, generate, export, report, plugins),
@@ -70,7 +71,7 @@ exit codes:
   2    the input is wrong: a recipe, an argument or a plugin
   130  interrupted by SIGINT (Ctrl-C)
   141  nobody read the output any more (a closed pipe)
-  143  terminated by SIGTERM"""
+  143  terminated by SIGTERM or SIGHUP"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -79,7 +80,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = [each for each in argv if each != "--traceback"]
     want_traceback = len(arguments) < len(argv)
     try:
-        code = _main(arguments, want_traceback=want_traceback)
+        with raise_on_termination():
+            code = _main(arguments, want_traceback=want_traceback)
     except (BrokenPipeError, SystemExit):  # argparse exits after `--help`
         if _discard_unread_output():
             return EXIT_PIPE_CLOSED

@@ -15,9 +15,9 @@ examples:
   run configs/baseline.toml --resume 20261123-140924          continue the run of that id
 
 signals:
-  SIGINT (Ctrl-C), SIGTERM   finish the step, write a checkpoint, then exit with 130 or 143;
-                             a second signal exits at once
-  SIGUSR1                    write a checkpoint and continue
+  SIGINT (Ctrl-C)   finish the step, write a checkpoint, then exit with 130; a second signal exits at once
+  SIGTERM, SIGHUP   the same with 143; under `nohup`, SIGHUP is ignored
+  SIGUSR1           write a checkpoint and continue; outside training it is remembered
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from pathlib import Path
 from attrs import define, field, frozen
 
 from weighted_mtp_core.compare.arms import Arm, is_below
-from weighted_mtp_core.runtime.interrupts import sigterm_raises
+from weighted_mtp_core.runtime.interrupts import raise_on_termination
 from weighted_mtp_core.tracking.run_folder import is_held, read_run
 
 _SAME_RESULT = ("checkpoint", "run.resume", "run.tags", "tracker")
@@ -117,7 +117,7 @@ def _runs_of(job: Job) -> Iterator[Path]:
     folder = plan.runs_folder / plan.experiment / job.arm.name
     same_result = (*_SAME_RESULT, *plan.same_result)
     wanted = _comparable(job.arm.identity(job.seed), same_result)
-    for file in sorted(folder.glob("*/run.json"), reverse=True):
+    for file in sorted(folder.glob("[!.]*/run.json"), reverse=True):
         if _comparable(read_run(file.parent), same_result) == wanted:
             yield file.parent
 
@@ -168,7 +168,7 @@ class Runner:
                 self._end(job, found)
         elsewhere: set[Job] = set()
         self.logs.mkdir(parents=True, exist_ok=True)
-        with sigterm_raises():
+        with raise_on_termination():
             try:
                 while waiting or self._children:
                     self._begin(waiting, elsewhere)

@@ -1,4 +1,8 @@
-"""OS signals during training: the first one requests a stop after the step, the second one stops at once.
+"""OS signals, from the first line of a process to the last.
+
+SIGINT, SIGTERM and SIGHUP end a command. During training the first one requests a stop after the step, and
+the second one stops at once; while a run is opened or closed, they wait. SIGUSR1 requests a checkpoint;
+outside training the request is remembered. SIGHUP stays ignored under `nohup`.
 
 The exit codes that follow, 130 and 143, are in `exit_codes.py`.
 """
@@ -7,80 +11,116 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import Any, Self
+from typing import Self
 
 from attrs import define, field
 
 from weighted_mtp_core.errors import Terminated
 
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_Handler = Callable[[int, FrameType | None], None]
+_checkpoint_requested = threading.Event()
+
+
+def remember_checkpoint_requests() -> None:
+    """Remember SIGUSR1 from now on; by default it would end the process."""
+    signal.signal(signal.SIGUSR1, _remember)
+
+
+@contextmanager
+def raise_on_termination() -> Iterator[None]:
+    """Within the block, let SIGTERM and SIGHUP raise `Terminated`, and remember SIGUSR1."""
+    with _handling({signal.SIGTERM: _raise, signal.SIGHUP: _raise, signal.SIGUSR1: _remember}):
+        yield
+
+
+@contextmanager
+def hold_signals() -> Iterator[None]:
+    """Delay the signals that end a command until the end of the block; a second one acts at once.
+
+    Raises:
+        KeyboardInterrupt: After SIGINT.
+        Terminated: After SIGTERM or SIGHUP.
+    """
+    received: list[int] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        if received:
+            _raise(number, frame)
+        received.append(number)
+
+    with _handling(dict.fromkeys(_ENDING, hold)):
+        yield
+    if received:
+        _raise(received[0], None)
+
 
 @define(eq=False)
 class StopRequest:
-    """Handles SIGINT, SIGTERM and SIGUSR1 within a `with` block on the main thread.
+    """Handles signals of a training loop within a `with` block on the main thread."""
 
-    Attributes:
-        checkpoint_now: SIGUSR1 requested a checkpoint; the loop resets it.
-    """
-
-    checkpoint_now: bool = field(init=False, default=False)
     _received: int | None = field(init=False, default=None)
-    _handlers_before: dict[int, Any] = field(init=False, factory=dict)
+    _handlers: ExitStack = field(init=False, factory=ExitStack)
 
     @property
     def requested(self) -> bool:
-        """Whether SIGINT or SIGTERM arrived."""
+        """Whether a signal arrived that ends the command."""
         return self._received is not None
+
+    @property
+    def checkpoint_requested(self) -> bool:
+        """Whether SIGUSR1 arrived, also before the block."""
+        return _checkpoint_requested.is_set()
+
+    def forget_checkpoint_request(self) -> None:
+        """Begin to wait for the next SIGUSR1."""
+        _checkpoint_requested.clear()
 
     def stop(self) -> None:
         """End as the signal would have ended the process.
 
         Raises:
             KeyboardInterrupt: After SIGINT.
-            Terminated: After SIGTERM.
+            Terminated: After SIGTERM or SIGHUP, or if another process of the run received the signal.
         """
-        raise KeyboardInterrupt if self._received == signal.SIGINT else Terminated
+        _raise(self._received or signal.SIGTERM, None)
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            handlers = {
-                signal.SIGINT: self._on_stop,
-                signal.SIGTERM: self._on_stop,
-                signal.SIGUSR1: self._on_checkpoint,
-            }
-            self._handlers_before = {number: signal.signal(number, each) for number, each in handlers.items()}
+        handlers: dict[int, _Handler] = dict.fromkeys(_ENDING, self._on_stop)
+        self._handlers.enter_context(_handling({**handlers, signal.SIGUSR1: _remember}))
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._handlers_before.items():
-            signal.signal(number, handler)
+        self._handlers.close()
 
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
-        del frame
         if self._received is not None:
-            self.stop()
+            _raise(self._received, frame)
         self._received = number
-
-    def _on_checkpoint(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
-        self.checkpoint_now = True
 
 
 @contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """Let SIGTERM raise `Terminated` within the block, on the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def terminate(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, terminate)
+def _handling(handlers: Mapping[int, _Handler]) -> Iterator[None]:
+    before = {}
     try:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                    before[number] = signal.signal(number, handler)
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    del frame
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+
+
+def _remember(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    _checkpoint_requested.set()

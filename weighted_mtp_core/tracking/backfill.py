@@ -1,17 +1,22 @@
-"""Backfill: a new run sends what the trackers of earlier runs of its experiment did not receive."""
+"""Backfill: a new run sends what the trackers of earlier runs of its experiment did not receive.
+
+It also closes runs as KILLED that died on this machine.
+"""
 
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.tracking.sync import run_status, sync_run
+from weighted_mtp_core.tracking.run_folder import read_run
+from weighted_mtp_core.tracking.sync import DIED, run_status, sync_run
 
 _LIMIT_S = 10.0
-_ENDED = ("FINISHED", "FAILED", "KILLED")  # a run that died here may still be running on another machine
+_ENDED = ("FINISHED", "FAILED", "KILLED")
 
 
 def start_backfill(experiment: Path, *, skip: Path, log: Callable[[str], None]) -> threading.Thread:
@@ -20,12 +25,12 @@ def start_backfill(experiment: Path, *, skip: Path, log: Callable[[str], None]) 
     Args:
         experiment: The experiment's folder, `<runs>/<experiment>`.
         skip: The run folder of the new run.
-        log: Receives a line for each run that was sent.
+        log: Receives a line before and after each run that is sent.
     """
 
     def backfill() -> None:
-        for file in sorted(experiment.glob("*/*/run.json")):
-            if file.parent.absolute() != skip:
+        for file in sorted(experiment.glob("*/[!.]*/run.json")):
+            if file.parent.resolve() != skip.resolve():
                 _send(file.parent, log)
 
     thread = threading.Thread(target=backfill, name="backfill", daemon=True)
@@ -37,11 +42,16 @@ def _send(path: Path, log: Callable[[str], None]) -> None:
     logger = logging.getLogger(__name__)
     try:
         found = run_status(path)
-        if found.status not in _ENDED or not any(found.pending.values()):
+        # a run of another machine may still be running there: not all file systems share locks
+        died_here = found.status == DIED and read_run(path).get("host") == socket.gethostname()
+        waiting = [f"{name.partition('-')[2]}: {each}" for name, each in found.pending.items() if each]
+        if not (died_here or (found.status in _ENDED and waiting)):
             return
+        if waiting:
+            log(f"sending what the trackers of the earlier run `{path.name}` lack ({'; '.join(waiting)})")
         left = sync_run(path, log=logger.info, limit_s=_LIMIT_S)
     except (WmtpError, OSError, KeyError, ValueError) as error:
         logger.info("nothing was sent for the earlier run `%s`: %s", path.name, error)
         return
-    if not any(left.values()):
+    if waiting and not any(left.values()):
         log(f"sent what the trackers of the earlier run `{path.name}` had not received")

@@ -26,7 +26,7 @@ from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.messages import python_command
 from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.redaction import redact, redact_log_records
-from weighted_mtp_core.runtime.interrupts import sigterm_raises
+from weighted_mtp_core.runtime.interrupts import hold_signals, raise_on_termination
 from weighted_mtp_core.storage.atomic import atomic_write
 from weighted_mtp_core.tracking.backfill import start_backfill
 from weighted_mtp_core.tracking.display import Display
@@ -63,6 +63,7 @@ class Recorder:
     _non_finite: set[str] = field(init=False, factory=set)
     _backfill: threading.Thread | None = field(init=False, default=None)
     _closed: bool = field(init=False, default=False)
+    _held: ExitStack = field(init=False, factory=ExitStack)
     _signals: ExitStack = field(init=False, factory=ExitStack)
     _switch_interval: float = field(init=False, factory=sys.getswitchinterval)
 
@@ -99,16 +100,16 @@ class Recorder:
             trackers=trackers,
             close_seconds=close_seconds,
         )
-        folder.record(
-            run_id=info.run_id,
-            name=info.name,
-            experiment=info.experiment,
-            status="RUNNING",
-            started_ms=read_run(folder.path).get("started_ms", info.started_ms),
-            trackers=list(trackers),
-        )
-        recorder._describe_or_resume(info)
         try:
+            folder.record(
+                run_id=info.run_id,
+                name=info.name,
+                experiment=info.experiment,
+                status="RUNNING",
+                started_ms=read_run(folder.path).get("started_ms", info.started_ms),
+                trackers=list(trackers),
+            )
+            recorder._describe_or_resume(info)
             recorder._start_uploads()
         except BaseException as error:
             recorder._end(error)
@@ -249,12 +250,13 @@ class Recorder:
             return
         self._closed = True
         try:
-            if error_class is not None:
-                self.tags({run_tags.ERROR_CLASS: error_class})
-            self._log.write(f"run {outcome.value}")
-            self.artifact(self.folder.log, "logs")
-            self._journal.append("status", {"status": outcome.value})
-            self.folder.record(status=outcome.value, ended_ms=now_ms())
+            with hold_signals():
+                if error_class is not None:
+                    self.tags({run_tags.ERROR_CLASS: error_class})
+                self._log.write(f"run {outcome.value}")
+                self.artifact(self.folder.log, "logs")
+                self._journal.append("status", {"status": outcome.value})
+                self.folder.record(status=outcome.value, ended_ms=now_ms())
             began = time.monotonic()
             self._close_uploaders()
             if self._backfill is not None:
@@ -284,8 +286,17 @@ class Recorder:
             self._log.write_failure(error)
         self.finish(outcome, error_class=error_class)
 
+    def hold_until_entered(self, held: ExitStack) -> None:
+        """Take over a `hold_signals`: a signal acts once the recorder's `with` block can close the run."""
+        self._held = held
+
     def __enter__(self) -> Self:
-        self._signals.enter_context(sigterm_raises())
+        try:
+            self._held.close()
+            self._signals.enter_context(raise_on_termination())
+        except KeyboardInterrupt as error:
+            self._end(error)
+            raise
         return self
 
     def __exit__(
@@ -307,28 +318,37 @@ def open_recorder(plan: Plan, display: Display, *, resume: Path | None = None) -
     redact_log_records()
     recipe = plan.recipe
     trackers = build_trackers(plan)
-    if resume is None:
-        folder = RunFolder.create(plan.runs_folder, experiment=plan.experiment, name=recipe.run.name)
-    else:
-        folder = RunFolder.open(resume)
-    info = RunInfo(
-        run_id=folder.run_id,
-        name=recipe.run.name,
-        experiment=plan.experiment,
-        params=plan.params,
-        tags=plan.tags,
-        datasets=(),
-        folder=folder.path,
-    )
-    recorder = Recorder.open(
-        folder,
-        info,
-        trackers=trackers,
-        recipe_toml=plan.recipe_toml,
-        display=display,
-        close_seconds=max((table.close_seconds for table in recipe.tracker), default=0.0),
-    )
-    recorder.start_backfill(plan.runs_folder / plan.experiment)
+    with ExitStack() as held:  # until the block of the recorder, which closes the run after a signal
+        held.enter_context(hold_signals())
+        if resume is None:
+            folder = RunFolder.create(
+                plan.runs_folder,
+                experiment=plan.experiment,
+                name=recipe.run.name,
+                facts={"status": "RUNNING", **plan.identity},
+                recipe_toml=plan.recipe_toml,
+            )
+        else:
+            folder = RunFolder.open(resume)
+        info = RunInfo(
+            run_id=folder.run_id,
+            name=recipe.run.name,
+            experiment=plan.experiment,
+            params=plan.params,
+            tags=plan.tags,
+            datasets=(),
+            folder=folder.path,
+        )
+        recorder = Recorder.open(
+            folder,
+            info,
+            trackers=trackers,
+            recipe_toml=plan.recipe_toml,
+            display=display,
+            close_seconds=max((table.close_seconds for table in recipe.tracker), default=0.0),
+        )
+        recorder.start_backfill(plan.runs_folder / plan.experiment)
+        recorder.hold_until_entered(held.pop_all())
     return recorder
 
 

@@ -47,8 +47,23 @@ class RunFolder:
     _lock: int | None = field(default=None, alias="lock")
 
     @classmethod
-    def create(cls, runs: Path, *, experiment: str, name: str) -> RunFolder:
-        """Create and lock a new run folder below `runs`.
+    def create(
+        cls,
+        runs: Path,
+        *,
+        experiment: str,
+        name: str,
+        facts: Mapping[str, Any] | None = None,
+        recipe_toml: str = "",
+    ) -> RunFolder:
+        """Create and lock a new run folder below `runs`; it appears at once, locked, with an empty journal.
+
+        Args:
+            runs: The folder of all runs.
+            experiment: Name of the experiment.
+            name: Name of the run.
+            facts: First contents of `run.json`.
+            recipe_toml: The resolved recipe.
 
         Raises:
             WmtpError: A name cannot be a folder, or the folder cannot be created.
@@ -56,19 +71,26 @@ class RunFolder:
         check_path_name(experiment, what="an experiment")
         check_path_name(name, what="a run")
         path = (runs / experiment / name / new_run_id()).absolute()
+        new = cls(path=path.with_name(f".{path.name}"))
         try:
-            path.mkdir(parents=True)
-            (path / "checkpoints").mkdir()
-            (path / "logs").mkdir()
+            for folder in (new.checkpoints, new.log.parent):
+                folder.mkdir(parents=True)
+            if facts is not None:
+                atomic_write(new.recipe, recipe_toml)
+                new.journal.touch()
+                new.record(**facts)
+            lock = _acquire(new.path)  # before others see it: a run without a lock has died
+            new.path.rename(path)
         except OSError as error:
             raise WmtpError(
                 f"cannot make the run folder `{path}`: {error.strerror}", hint=_ELSEWHERE
             ) from error
-        try:
-            return cls.open(path)
         except WmtpError:
-            _remove(path, up_to=runs)
+            _remove(new.path, up_to=runs)
             raise
+        _HELD.discard(new.path.resolve())
+        _HELD.add(path.resolve())
+        return cls(path=path, lock=lock)
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -155,7 +177,8 @@ def find_runs(runs: Path) -> Iterator[Path]:
         if _RUN_FILE in files or real in seen:  # nothing below a run, nor in a circle of links
             subfolders.clear()
         seen.add(real)
-    yield from sorted(found.values(), key=lambda path: path.name)
+    complete = (path for path in found.values() if not path.name.startswith("."))
+    yield from sorted(complete, key=lambda path: path.name)
 
 
 def find_run(runs: Path, text: str) -> Path:
@@ -205,7 +228,7 @@ def _try_lock(descriptor: int, path: Path) -> bool:
         return False
     except OSError as error:
         raise WmtpError(
-            f"the file system of `{path}` has no locks ({error.strerror}), and a run locks its folder",
+            f"the file system of `{path.parent}` has no locks ({error.strerror}), and a run locks its folder",
             hint=f"mount it with locks (NFS 4, or lockd), or {_ELSEWHERE}",
         ) from error
     return True

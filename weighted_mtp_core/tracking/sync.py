@@ -123,6 +123,8 @@ def _own_outcome(journal: Path) -> RunOutcome:
 def _close_if_died(folder: RunFolder) -> None:
     """Write the end of the journal that a killed process could not write."""
     last = last_entry(folder.journal)
+    if last is None:  # no tracker knows the run
+        folder.record(status=RunOutcome.KILLED.value)
     if last is None or last.kind == "status":
         return
     journal = Journal(folder.journal)

@@ -136,7 +136,8 @@ def train(
 ) -> Trained:
     """Optimise for `table.steps` steps and leave the learner in its best validated state.
 
-    SIGINT and SIGTERM stop it after the step, with a checkpoint; SIGUSR1 takes a checkpoint and goes on.
+    SIGINT, SIGTERM and SIGHUP stop it after the step, with a checkpoint. SIGUSR1 takes a checkpoint and goes
+    on; if it arrived before, after the first step.
 
     Args:
         learner: The critic or the policy.
@@ -161,8 +162,8 @@ def train(
                 training.take_snapshot(done)
                 checkpoints.wait()
                 signals.stop()
-            if checkpoints.due(done, table.steps) or distributed.any_rank(flag=signals.checkpoint_now):
-                signals.checkpoint_now = False
+            if checkpoints.due(done, table.steps) or distributed.any_rank(flag=signals.checkpoint_requested):
+                signals.forget_checkpoint_request()
                 training.take_snapshot(done)
     checkpoints.wait()
     distributed.barrier()

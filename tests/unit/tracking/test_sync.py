@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from weighted_mtp_core.plan import make_plan
 from weighted_mtp_core.tracking import recorder
 from weighted_mtp_core.tracking import sync as module
 from weighted_mtp_core.tracking.display import Display
-from weighted_mtp_core.tracking.run_folder import find_run
+from weighted_mtp_core.tracking.run_folder import RunFolder, find_run
 from weighted_mtp_core.tracking.sync import DIED, amend_run, run_status, sync_run
 
 
@@ -177,6 +178,23 @@ def test_the_next_run_sends_what_an_earlier_one_could_not(write_recipe, example_
     assert (
         f"sent what the trackers of the earlier run `{earlier.run_id}` had not received" in screen.getvalue()
     )
+    assert (
+        f"sending what the trackers of the earlier run `{earlier.run_id}` lack "
+        "(core.mlflow: 4 journal lines and 2 files)"
+    ) in screen.getvalue()
+
+
+@pytest.mark.parametrize(("host", "status"), [(socket.gethostname(), "KILLED"), ("elsewhere", DIED)])
+def test_the_next_run_closes_one_that_died_on_this_machine(dead, host, status, screen):
+    folder = RunFolder(path=dead)
+    folder.record(host=host)
+    facts = json.loads((dead / "run.json").read_text())
+    (dead / "run.json").write_text(json.dumps({**facts, "host": host}))
+
+    with recorder.open_recorder(make_plan(Path("recipe.toml")), Display(Console(file=screen, width=300))):
+        pass
+
+    assert run_status(dead).status == status
 
 
 def test_runs_are_found_by_path_id_or_part(dead):
