@@ -34,7 +34,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, object]]:
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise WmtpError(f"cannot read `{path}`: it is UTF-16", hint="save it as UTF-8")
     text = content.decode("utf-8-sig", errors="surrogateescape")
-    if text.lstrip().startswith("[") or re.match(r"\s*\{\s*\n", text):
+    if text.lstrip().startswith("[") or re.match(r'\s*\{\s*\n\s*"', text):
         raise WmtpError(
             f"`{path}` is JSON, but not one object a line",
             hint=f"jq -c 'if type == \"array\" then .[] else . end' {path} > lines.jsonl",

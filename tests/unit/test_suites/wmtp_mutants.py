@@ -362,7 +362,7 @@ class EveryObjectDiffers(SoundStateless):
         self.drawn = int.from_bytes(os.urandom(4), "big")
 
     def weigh(self, view: Any) -> Weights:
-        scale = 1.0 if view.step == 0 else 1.0 + self.drawn % 1001
+        scale = 1.0 if view.step == 0 else 1.0 + self.drawn / 2**32
         return Weights(weight=scale * super().weigh(view).weight)
 
     def state_dict(self) -> dict[str, Any]:
