@@ -19,6 +19,7 @@ MODEL_VERSION = "model_version"
 UNINFORMATIVE_CRITIC = "wmtp.uninformative_critic"
 # set by tracking/recorder.py
 RESUMED = "wmtp.resumed"
+CHANGED_PREFIX = "wmtp.changed."
 ERROR_CLASS = "wmtp.error_class"
 # set by the tracker `core.mlflow`
 RUN_ID = "wmtp.run_id"

@@ -20,7 +20,7 @@ RUN = """
     from weighted_mtp_core.api import BuildContext, RunInfo
     from weighted_mtp_core.builtin.mlflow import MlflowOptions, build_mlflow
     from weighted_mtp_core.tracking.display import Display
-    from weighted_mtp_core.tracking.outbox import count_pending
+    from weighted_mtp_core.tracking.delivery import count_pending
     from weighted_mtp_core.tracking.recorder import Recorder
     from weighted_mtp_core.redaction import redact_log_records
     from weighted_mtp_core.tracking.run_folder import RunFolder

@@ -13,6 +13,7 @@ from weighted_mtp_core.checkpointing.resume import (
 )
 from weighted_mtp_core.plan import make_plan
 from weighted_mtp_core.runtime.distributed import Distributed
+from weighted_mtp_core.tracking.journal import Journal
 from weighted_mtp_core.tracking.run_folder import RunFolder
 
 RECIPE = """
@@ -154,6 +155,61 @@ def test_a_finished_run_does_not_go_on_unless_it_is_to_train_further(plan, leave
     with pytest.raises(WmtpError, match="is finished"):
         refuse_changes(path, plan(), allowed=())
     refuse_changes(path, plan("train.steps=900"), allowed=())
+
+
+def record(path, stage, *steps):
+    journal = Journal(RunFolder(path=path).journal)
+    for step in steps:
+        journal.append("metrics", {"step": step, "stage": stage, "metrics": {f"{stage}_loss": 1.0}})
+    journal.close()
+
+
+def test_a_finished_run_is_not_measured_anew_with_other_settings(plan, leave):
+    path = leave(plan(), "FINISHED")
+    record(path, "evaluate", 300)
+
+    with pytest.raises(WmtpError, match=r"was evaluated with other settings of `\[evaluate\]`") as caught:
+        refuse_changes(path, plan("evaluate.max_new_tokens=4"), allowed=())
+    assert f"-m weighted_mtp_core evaluate {path}" in caught.value.hint
+    with pytest.raises(WmtpError, match="is finished"):
+        refuse_changes(path, plan("checkpoint.every=7"), allowed=())
+    refuse_changes(path, plan("evaluate.max_new_tokens=4", "train.steps=900"), allowed=())
+
+
+def test_a_run_that_was_killed_after_its_evaluation_is_not_measured_anew(plan, leave):
+    path = leave(plan(), "KILLED")
+    record(path, "evaluate", 300)
+
+    refuse_changes(path, plan(), allowed=())
+    with pytest.raises(WmtpError, match="was evaluated with other settings"):
+        refuse_changes(path, plan("evaluate.max_new_tokens=4"), allowed=())
+
+
+@pytest.mark.parametrize("known_by", ["journal", "checkpoint"])
+def test_fewer_steps_than_done_are_refused(plan, leave, known_by):
+    path = leave(plan(), "KILLED")
+    if known_by == "journal":
+        record(path, "policy", 0, 8)
+    else:
+        (path / "checkpoints" / "policy-00000008").mkdir()
+
+    refuse_changes(path, plan("train.steps=8"), allowed=())
+    with pytest.raises(WmtpError, match=r"has done 8 steps of stage `policy`; `train.steps` is 7"):
+        refuse_changes(path, plan("train.steps=7"), allowed=())
+
+
+def test_a_critic_that_is_trained_keeps_its_steps(plan, leave):
+    critic = "critic.use=example.judge"
+    path = leave(plan(critic), "KILLED")
+    record(path, "critic", 0, 5)
+
+    refuse_changes(path, plan(critic, "critic.train.steps=900"), allowed=())
+    with pytest.raises(WmtpError, match=r"has done 5 steps of stage `critic`; `critic.train.steps` is 4"):
+        refuse_changes(path, plan(critic, "critic.train.steps=4"), allowed=())
+    record(path, "policy", 0)
+    refuse_changes(path, plan(critic), allowed=())
+    with pytest.raises(WmtpError, match=r"has ended stage `critic` after 300 steps"):
+        refuse_changes(path, plan(critic, "critic.train.steps=900"), allowed=())
 
 
 def test_other_data_are_refused(plan, leave):

@@ -91,7 +91,7 @@ from weighted_mtp_core.api.records import (
     text_list_field,
 )
 from weighted_mtp_core.api.tensors import Batch, CriticLoss, Scores, Signal, StepView, Weights
-from weighted_mtp_core.api.tracking import MetricPoint, RunInfo, RunOutcome, Tracker
+from weighted_mtp_core.api.tracking import KeptRun, MetricPoint, RunInfo, RunOutcome, Tracker
 from weighted_mtp_core.errors import RunFailedError, WmtpError
 
 __all__ = [
@@ -109,6 +109,7 @@ __all__ = [
     "JsonlOptions",
     "JsonlRow",
     "JsonlSource",
+    "KeptRun",
     "MetricPoint",
     "ModelContext",
     "Problem",

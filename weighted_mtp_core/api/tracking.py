@@ -64,6 +64,19 @@ class MetricPoint:
     time_ms: int
 
 
+@frozen(kw_only=True)
+class KeptRun:
+    """What a store has of a run.
+
+    Attributes:
+        run: The id of the run in the store.
+        last_step: The last step of each metric in the store.
+    """
+
+    run: str
+    last_step: Mapping[str, int]
+
+
 class Tracker(Stateful):
     """Sends a run to another system. Its methods are called from one thread at a time.
 
@@ -92,6 +105,22 @@ class Tracker(Stateful):
     @abstractmethod
     def finish(self, outcome: RunOutcome, *, time_ms: int | None = None) -> None:
         """Close the run. It ended at `time_ms`, in milliseconds since 1970, or now if that is None."""
+
+    def store(self) -> str:
+        """Return the address of the store, without secrets; may be empty.
+
+        If it differs from the address at the last delivery, core sends the whole run anew. The store is not
+        contacted; `start` may not have been called.
+        """
+        return ""
+
+    def kept(self) -> KeptRun | None:
+        """Return what the store has of the run, after `start`; None if the tracker cannot tell.
+
+        If the run is another one, or lacks steps that were sent, core sends the whole run anew. A tracker
+        that implements this method must leave out points that the store has.
+        """
+        return None
 
     def where(self) -> str:
         """Return one line that tells a user where to find the run, such as a URL; may be empty."""

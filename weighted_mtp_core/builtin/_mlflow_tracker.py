@@ -33,13 +33,14 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 
 from weighted_mtp_core import run_tags
-from weighted_mtp_core.api import DatasetVersion, MetricPoint, RunInfo, RunOutcome, Tracker
+from weighted_mtp_core.api import DatasetVersion, KeptRun, MetricPoint, RunInfo, RunOutcome, Tracker
 from weighted_mtp_core.builtin import _mlflow_limits as limits
 from weighted_mtp_core.builtin._mlflow_artifacts import check_store, drop_local_checkpoint, store
 from weighted_mtp_core.builtin._mlflow_errors import NotDeliveredError, diagnose, is_crowded
 from weighted_mtp_core.builtin._mlflow_uri import local_path
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import python_command
+from weighted_mtp_core.redaction import redact
 from weighted_mtp_core.tracking.names import check_path_name
 
 _DIGEST = 36  # the most characters that MLflow accepts; the param `data.sha256` has all
@@ -123,6 +124,17 @@ class MlflowTracker(Tracker):
         """Set status and end time."""
         with self._diagnosed():
             self._open.set_terminated(self.run_id, outcome.value, end_time=time_ms)
+
+    def store(self) -> str:
+        """Return the URI, with the real path of a local store and without secrets."""
+        if self._path is None:
+            return redact(self.uri.rstrip("/"))
+        return f"{self.uri.partition(':')[0]}:///{self._path.resolve()}"
+
+    def kept(self) -> KeptRun:
+        """Return the id of the run in MLflow and the last step of each metric."""
+        with self._diagnosed():
+            return KeptRun(run=self.run_id, last_step=self._known_steps())
 
     def where(self) -> str:
         """Return the URL of the run, or the command that shows the store."""

@@ -103,9 +103,7 @@ class Checkpoints:
 
     def _paths(self) -> list[Path]:
         """Return the folders of the snapshots, oldest first: by stage and step, never by the clock."""
-        matches = [match for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-        matches.sort(key=lambda match: (STAGES.index(match[1]), int(match[2])))
-        return [self.folder / match[0] for match in matches]
+        return [self.folder / f"{stage}-{step:08d}" for stage, step in steps_of_snapshots(self.folder)]
 
     def _write(self, snapshot: Snapshot) -> None:
         path = self.folder / f"{snapshot.stage}-{snapshot.step:08d}"
@@ -136,6 +134,14 @@ class Checkpoints:
                 continue
             with suppress(FileNotFoundError):
                 shutil.rmtree(path)
+
+
+def steps_of_snapshots(folder: Path) -> list[tuple[str, int]]:
+    """Return stage and step of each snapshot in a folder, oldest first."""
+    matches = [match for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return sorted(
+        ((match[1], int(match[2])) for match in matches), key=lambda found: (STAGES.index(found[0]), found[1])
+    )
 
 
 def _drop_file_cache(path: Path) -> None:

@@ -9,10 +9,14 @@ from typing import Any
 import torch
 
 from weighted_mtp_core.api import DatasetVersion
+from weighted_mtp_core.checkpointing.manager import steps_of_snapshots
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.messages import python_command
 from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
+from weighted_mtp_core.tracking.journal import read_journal
 from weighted_mtp_core.tracking.run_folder import RunFolder, find_run, is_held, read_run
+from weighted_mtp_core.tracking.run_history import RunHistory
 
 SAFE = (
     "checkpoint",
@@ -79,9 +83,55 @@ def refuse_changes(path: Path, plan: Plan, *, allowed: Sequence[str]) -> None:
         WmtpError: Lists the differences.
     """
     was = read_run(path)
-    if was.get("status") == "FINISHED" and was.get("params") == plan.params:
-        raise WmtpError(f"the run `{path}` is finished", hint="raise `train.steps` to train it further")
     _refuse(path, _changes(was, plan, allowed=allowed))
+    before, now = was.get("params", {}), plan.params
+    done = _steps_done(path)
+    trains_on = int(now["train.steps"]) > int(before.get("train.steps", 0))
+    measured = done.get("evaluate") == int(now["train.steps"])
+    if measured and any(before.get(key) != now[key] for key in now if key.startswith("evaluate.")):
+        raise WmtpError(
+            f"the run `{path}` was evaluated with other settings of `[evaluate]`",
+            hint="measure it again: "
+            + python_command("weighted_mtp_core", "evaluate", str(path))
+            + " --help",
+        )
+    if was.get("status") == "FINISHED" and not trains_on:
+        raise WmtpError(f"the run `{path}` is finished", hint="raise `train.steps` to train it further")
+    _refuse_fewer_steps(path, plan, done)
+
+
+def _refuse_fewer_steps(path: Path, plan: Plan, done: Mapping[str, int]) -> None:
+    table = plan.recipe.critic
+    planned = {"policy": plan.recipe.train.steps} | ({} if table is None else {"critic": table.train.steps})
+    for stage, steps in planned.items():
+        key = "train.steps" if stage == "policy" else "critic.train.steps"
+        if steps < done.get(stage, 0):
+            raise WmtpError(
+                f"the run `{path}` has done {done[stage]} steps of stage `{stage}`; `{key}` is {steps}",
+                hint=f"set `{key}` to {done[stage]} or more, or begin a new run",
+            )
+    before = read_run(path).get("params", {}).get("critic.train.steps")
+    if "policy" in done and table is not None and before not in {None, str(table.train.steps)}:
+        raise WmtpError(
+            f"the run `{path}` has ended stage `critic` after {before} steps; `critic.train.steps` is "
+            f"{table.train.steps}",
+            hint="undo the change, or begin a new run",
+        )
+
+
+def _steps_done(path: Path) -> dict[str, int]:
+    """Return the last step of each stage that has begun, by journal and checkpoints."""
+    folder = RunFolder(path=path)
+    history = RunHistory()
+    for line in read_journal(folder.journal, kinds=("metrics",)) if folder.journal.is_file() else ():
+        history.add(line)
+    done = {
+        stage: max(points[-1].step for points in metrics.values())
+        for stage, metrics in history.metrics.items()
+    }
+    for stage, step in steps_of_snapshots(folder.checkpoints):
+        done[stage] = max(step, done.get(stage, 0))
+    return done
 
 
 def refuse_other_data(folder: RunFolder, version: DatasetVersion, *, allowed: Sequence[str]) -> bool:

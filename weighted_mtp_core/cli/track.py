@@ -1,7 +1,8 @@
 """Show and send what trackers have not received.
 
 A run writes everything into its run folder first and sends it from there. `track status` shows what
-trackers have not received; `track sync` sends it, and closes runs that died as KILLED.
+trackers have not received, and which stores have the run; `track sync` sends it, and closes runs that
+died as KILLED. To another store than before (MLFLOW_TRACKING_URI), it sends the whole run.
 RUN is a run folder, a run id, or a substring of one.
 
 examples:
@@ -16,6 +17,7 @@ import argparse
 
 from weighted_mtp_core.cli.arguments import add_actions, add_folder
 from weighted_mtp_core.cli.table import print_rows
+from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.exit_codes import EXIT_DONE, EXIT_RUN_FAILED
 from weighted_mtp_core.tracking.run_folder import find_run, find_runs
 
@@ -25,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     status.add_argument("run", metavar="RUN", nargs="?", help="only this run")
     which = sync.add_mutually_exclusive_group(required=True)
     which.add_argument("run", metavar="RUN", nargs="?", help="the run")
-    which.add_argument("--all", action="store_true", help="every run with something pending")
+    which.add_argument("--all", action="store_true", help="every run with something pending or another store")
     sync.add_argument(
         "--limit",
         metavar="SECONDS",
@@ -48,23 +50,33 @@ def _status(args: argparse.Namespace) -> None:
         waiting = [
             f"{name.partition('-')[2]}: {pending}" for name, pending in found.pending.items() if pending
         ]
-        rows.append((path.name, found.status, "; ".join(waiting) or "-", str(path)))
-    print_rows([("run", "status", "pending", "folder"), *rows])
+        stores = [
+            f"{store} ({'lacks ' + str(pending) if pending else 'complete'})"
+            for each in found.stores.values()
+            for store, pending in each
+        ]
+        rows.append((path.name, found.status, "; ".join(waiting) or "-", "; ".join(stores) or "-", str(path)))
+    print_rows([("run", "status", "pending", "stores", "folder"), *rows])
 
 
 def _sync(args: argparse.Namespace) -> int:
     """Send what the trackers of a run have not received."""
-    from weighted_mtp_core.tracking.sync import DIED, run_status, sync_run
+    from weighted_mtp_core.tracking.sync import run_status, sync_run
 
     paths = [find_run(args.runs, args.run)] if args.run else list(find_runs(args.runs))
     code = EXIT_DONE
     for path in paths:
-        found = run_status(path)
-        if args.all and (
-            found.status == "RUNNING" or not (any(found.pending.values()) or found.status == DIED)
-        ):
+        if args.all and run_status(path).status == "RUNNING":
             continue
-        for name, pending in sync_run(path, log=print, limit_s=args.limit).items():
+        try:
+            left = sync_run(path, log=print, limit_s=args.limit, trust=args.all)
+        except WmtpError as error:
+            if not args.all:
+                raise
+            code = EXIT_RUN_FAILED
+            print(f"{path.name}: cannot be sent: {error}")
+            continue
+        for name, pending in left.items():
             address = name.partition("-")[2]
             if pending:
                 code = EXIT_RUN_FAILED

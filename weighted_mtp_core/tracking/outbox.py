@@ -6,17 +6,23 @@ method of a tracker accepts repetition (`weighted_mtp_core.api.Tracker`).
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from itertools import chain, takewhile
+from collections.abc import Sequence
 from pathlib import Path
 
-from attrs import asdict, define, evolve, field, frozen
+from attrs import define, evolve, field
 
 from weighted_mtp_core.api import MetricPoint, RunInfo, RunOutcome, Tracker
 from weighted_mtp_core.errors import RunFailedError, WmtpError
 from weighted_mtp_core.redaction import redact
-from weighted_mtp_core.storage.atomic import atomic_write, sync_to_disk
+from weighted_mtp_core.storage.atomic import sync_to_disk
+from weighted_mtp_core.tracking.delivery import (
+    POINTS,
+    Delivery,
+    Pending,
+    count_pending,
+    lines_between,
+    switch_store,
+)
 from weighted_mtp_core.tracking.journal import Damage, Entry, last_entry, read_journal
 from weighted_mtp_core.tracking.run_history import RunHistory, read_history
 
@@ -24,54 +30,7 @@ BATCH = 1000
 """The most points that a tracker receives at once."""
 
 _DESCRIPTION = ("run", "params", "tags", "datasets")
-_POINTS = ("metrics", "timings")
 _SLOWEST_UPLOAD = 1e6  # bytes a second
-
-
-@frozen(kw_only=True)
-class Pending:
-    """How much a tracker has not received, and why (empty if nothing failed)."""
-
-    lines: int
-    files: int
-    reason: str
-
-    def __bool__(self) -> bool:
-        return self.lines > 0 or self.files > 0
-
-    def __str__(self) -> str:
-        counts = {"journal line": self.lines, "file": self.files}
-        return " and ".join(f"{n} {noun}{'s' * (n > 1)}" for noun, n in counts.items() if n) or "nothing"
-
-
-@define(kw_only=True, eq=False)
-class _Progress:
-    """How far the upload is, kept in a file.
-
-    Attributes:
-        position: Byte at which the next line to send begins.
-        aside: Bytes at which earlier lines begin that are to be sent again.
-        refused: Byte ranges of lines that the tracker will never accept.
-    """
-
-    position: int = 0
-    aside: list[int] = field(factory=list)
-    refused: list[tuple[int, int]] = field(factory=list)
-
-    @classmethod
-    def read(cls, state: Path, journal: Path) -> _Progress:
-        if not state.is_file():
-            return cls()
-        found = cls(**json.loads(state.read_text(encoding="utf-8")))
-        # the end of the journal may be gone: a full disk, or a line cut off after a kill
-        found.position = min(found.position, journal.stat().st_size)
-        found.aside = [start for start in found.aside if start < found.position]
-        found.refused = [(start, end) for start, end in found.refused if end <= found.position]
-        return found
-
-    def write(self, state: Path) -> None:
-        state.parent.mkdir(exist_ok=True)
-        atomic_write(state, json.dumps(asdict(self)) + "\n")
 
 
 @define(kw_only=True, eq=False)
@@ -86,6 +45,7 @@ class Outbox:
         reason: Why the tracker cannot be reached, for people; empty while it can be.
         file_reason: The same for its store of files.
         full: Whether the last batch was full, so that more lines may be waiting.
+        sent: What was sent since this object was made.
     """
 
     tracker: Tracker
@@ -95,24 +55,44 @@ class Outbox:
     reason: str = field(init=False, default="")
     file_reason: str = field(init=False, default="")
     full: bool = field(init=False, default=False)
-    _progress: _Progress = field(init=False)
+    sent: Pending = field(init=False, factory=lambda: Pending(lines=0, files=0))
+    _delivery: Delivery = field(init=False)
     _notes: list[str] = field(init=False, factory=list)
     _history: RunHistory = field(init=False, factory=RunHistory)
     _info: RunInfo | None = field(init=False, default=None)
     _uploading: int = field(init=False, default=0)
 
     def __attrs_post_init__(self) -> None:
-        self._progress = _Progress.read(self.state, self.journal)
+        self._delivery = Delivery.read(self.state, self.journal)
 
     def open(self) -> None:
         """Open the run at the tracker, described by everything in the journal so far."""
         history = read_history(self.folder, kinds=_DESCRIPTION)
         info = history.info(self.folder)
         self.tracker.start(info)
+        self._check_store()
         self._history, self._info = history, info
         end = last_entry(self.journal)
-        if end is not None and end.kind == "status" and end.end <= self._progress.position:
-            self._progress.aside.append(end.start)  # opening set the run's status back to running
+        if end is None or end.kind != "status" or end.start in self._delivery.aside:
+            return
+        if end.end <= self._delivery.position:
+            self._delivery.aside.append(end.start)  # opening set the run's status back to running
+
+    def _check_store(self) -> None:
+        """Send the run anew to another store, and to one that has lost some of it."""
+        store, kept = self.tracker.store(), self.tracker.kept()
+        before = self._delivery
+        if before.store and store != before.store:
+            self._notes.append(f"is `{store}` now; the run was sent to `{before.store}` before")
+            self._delivery = switch_store(before, store, state=self.state, journal=self.journal)
+        if kept is not None:
+            if lost := self._delivery.lost_by(kept, self.journal):
+                self._notes.append(f"{lost}; all of it is sent again to `{store}`")
+                self._delivery = Delivery()
+            self._delivery.run = kept.run
+        if store or kept is not None:
+            self._delivery.store = store
+            self._delivery.write(self.state)
 
     def step(self) -> bool:
         """Send the next batch of lines.
@@ -138,12 +118,12 @@ class Outbox:
             if first.kind != "artifact":
                 raise
             self.file_reason = one_line(error)
-            self._progress.aside.append(first.start)  # a file that fails must not hold up the lines behind it
+            self._delivery.aside.append(first.start)  # a file that fails must not hold up the lines behind it
             self._notes.append(
                 f"cannot store `{first.fields['path']}` yet ({self.file_reason}); it is kept and sent later"
             )
-        self._progress.position = batch[-1].end
-        self._progress.write(self.state)
+        self._delivery.position = batch[-1].end
+        self._delivery.write(self.state)
         return True
 
     def retry_aside(self) -> bool:
@@ -156,7 +136,7 @@ class Outbox:
             Exception: Whatever the tracker raised for a line; a file that fails stays set aside.
         """
         delivered = False
-        lines = (next(read_journal(self.journal, start)) for start in self._progress.aside)
+        lines = (next(read_journal(self.journal, start)) for start in self._delivery.aside)
         entries = [line for line in lines if isinstance(line, Entry)]
         for entry in sorted(entries, key=lambda entry: entry.kind == "artifact"):
             try:
@@ -173,12 +153,12 @@ class Outbox:
                     self.file_reason = ""
                     self._notes.append(f"has `{entry.fields['path']}` now")
             delivered = True
-            self._progress.aside.remove(entry.start)
-            self._progress.write(self.state)
+            self._delivery.aside.remove(entry.start)
+            self._delivery.write(self.state)
         return delivered
 
     def _refuse(self, batch: Sequence[Entry], error: WmtpError) -> None:
-        self._progress.refused.append((batch[0].start, batch[-1].end))
+        self._delivery.refused.append((batch[0].start, batch[-1].end))
         hint = f"; {error.hint}" if error.hint else ""
         self._notes.append(redact(f"refused {_what(batch)}: {error}{hint}"))
 
@@ -190,7 +170,7 @@ class Outbox:
     @property
     def waiting(self) -> bool:
         """Whether anything is set aside."""
-        return bool(self._progress.aside)
+        return bool(self._delivery.aside)
 
     def allowance_s(self) -> float:
         """Return how many seconds the upload in progress may take beyond the usual limit."""
@@ -202,22 +182,22 @@ class Outbox:
 
     def retry_refused(self) -> None:
         """Set aside for a retry what was refused before, for example because of a limit raised since."""
-        refused, self._progress.refused = self._progress.refused, []
+        refused, self._delivery.refused = self._delivery.refused, []
         for start, end in refused:
-            self._progress.aside += [line.start for line in _between(self.journal, start, end)]
-        self._progress.write(self.state)
+            self._delivery.aside += [line.start for line in lines_between(self.journal, start, end)]
+        self._delivery.write(self.state)
 
     def _next_batch(self) -> list[Entry]:
         batch: list[Entry] = []
         points = 0
-        for line in read_journal(self.journal, self._progress.position):
+        for line in read_journal(self.journal, self._delivery.position):
             if isinstance(line, Damage):
                 if batch:
                     break
                 self._notes.append(f"skips bytes {line.start} to {line.end} of the journal: damaged")
-                self._progress.position = line.end
+                self._delivery.position = line.end
                 continue
-            together = line.kind in _POINTS
+            together = line.kind in POINTS
             if batch and not together:
                 break
             batch.append(line)
@@ -244,6 +224,8 @@ class Outbox:
                 self._describe_again(first)
             case _:
                 raise RunFailedError(f"this release cannot send lines of the kind `{first.kind}`")
+        sent, files = self.sent, int(first.kind == "artifact")
+        self.sent = Pending(lines=sent.lines + len(batch) - files, files=sent.files + files)
 
     def _describe_again(self, entry: Entry) -> None:
         self._history.add(entry)
@@ -263,23 +245,6 @@ class Outbox:
             self._uploading = 0
 
 
-def count_pending(journal: Path, state: Path) -> Pending:
-    """Count what a tracker has not received, from the files alone."""
-    progress = _Progress.read(state, journal)
-    aside = (next(read_journal(journal, start)) for start in progress.aside)
-    refused = (_between(journal, start, end) for start, end in progress.refused)
-    lines = files = 0
-    for line in chain(read_journal(journal, progress.position), aside, *refused):
-        if isinstance(line, Entry):
-            files += line.kind == "artifact"
-            lines += line.kind != "artifact"
-    return Pending(lines=lines, files=files, reason="")
-
-
-def _between(journal: Path, start: int, end: int) -> Iterator[Entry | Damage]:
-    return takewhile(lambda line: line.end <= end, read_journal(journal, start))
-
-
 def one_line(error: BaseException) -> str:
     """Return an exception as one short line without secrets."""
     text = " ".join(redact(str(error)).split()) or type(error).__name__
@@ -297,7 +262,7 @@ def to_points(entry: Entry) -> list[MetricPoint]:
 
 def _what(batch: Sequence[Entry]) -> str:
     first, last = batch[0], batch[-1]
-    if first.kind in _POINTS:
+    if first.kind in POINTS:
         return f"the metrics of steps {first.fields['step']} to {last.fields['step']}"
     if first.kind == "artifact":
         return f"the file `{first.fields['path']}`"

@@ -9,6 +9,7 @@ Leaving the block closes the run: FINISHED, or FAILED after an exception, or KIL
 from __future__ import annotations
 
 import math
+import re
 import sys
 import threading
 import time
@@ -38,6 +39,8 @@ from weighted_mtp_core.tracking.run_history import RunHistory
 from weighted_mtp_core.tracking.run_log import RunLog
 from weighted_mtp_core.tracking.trackers import build_trackers
 
+_REPLAYED = ("run", "params", "tags", "metrics", "timings")
+_OF_DATA = re.compile(r"data\.(\d+\.)?(name|version|sha256)")  # params that `datasets` adds
 _SWITCH_S = 0.0005
 """How long an upload may keep the interpreter from the training thread; Python's own 5 ms would be felt."""
 
@@ -119,13 +122,13 @@ class Recorder:
     def _describe_or_resume(self, info: RunInfo) -> None:
         """Describe a new run; find out which steps an old one has recorded."""
         history = RunHistory()
-        for line in read_journal(self.folder.journal, kinds=("run", "metrics", "timings")):
+        for line in read_journal(self.folder.journal, kinds=_REPLAYED):
             history.add(line)
             if isinstance(line, Damage):
                 self.log(f"WARNING: a damaged line in `{self.folder.journal}` is left out")
         self._recorded_before = history.last_step
         if history.run:
-            self.tags({run_tags.RESUMED: "true"})
+            self._describe_changes(history, info)
             return
         run = {"run_id": info.run_id, "name": info.name, "experiment": info.experiment}
         self._journal.append("run", run)
@@ -134,6 +137,21 @@ class Recorder:
         if info.datasets:
             self.datasets(info.datasets)
         self.artifact(self.folder.recipe, "")
+
+    def _describe_changes(self, history: RunHistory, info: RunInfo) -> None:
+        """Record what differs from the description before the resume; MLflow cannot change a param."""
+        params, tags = _without_secrets(info.params), _without_secrets(info.tags)
+        changed = {key: value for key, value in params.items() if history.params.get(key) != value}
+        gone = history.params.keys() - params.keys()
+        changed |= dict.fromkeys((key for key in gone if not _OF_DATA.fullmatch(key)), "absent")
+        if changed:
+            self._journal.append("params", {"params": changed})
+            self.artifact(self.folder.recipe, "")
+        tags |= {f"{run_tags.CHANGED_PREFIX}{key}": value for key, value in changed.items()}
+        self.tags(
+            {key: value for key, value in tags.items() if history.tags.get(key) != value}
+            | {run_tags.RESUMED: "true"}
+        )
 
     def _start_uploads(self) -> None:
         if self._trackers:

@@ -15,7 +15,8 @@ from attrs import define, field
 
 from weighted_mtp_core.api import Tracker
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.tracking.outbox import Outbox, Pending, one_line
+from weighted_mtp_core.tracking.delivery import Pending
+from weighted_mtp_core.tracking.outbox import Outbox, one_line
 from weighted_mtp_core.tracking.run_folder import RunFolder
 
 _PAUSE_S = 1.0  # between two batches: a metric a second costs a tracker as much as a thousand

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from attrs import frozen
@@ -11,8 +11,8 @@ from weighted_mtp_core.api import RunOutcome
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import python_command
 from weighted_mtp_core.plan import make_plan
+from weighted_mtp_core.tracking.delivery import Delivery, Pending, count_pending, deliveries
 from weighted_mtp_core.tracking.journal import Entry, Journal, last_entry, read_journal
-from weighted_mtp_core.tracking.outbox import Pending, count_pending
 from weighted_mtp_core.tracking.retrying_uploader import RetryingUploader
 from weighted_mtp_core.tracking.run_folder import RunFolder, is_held, read_run
 from weighted_mtp_core.tracking.trackers import build_trackers
@@ -29,11 +29,13 @@ class RunStatus:
         path: The run folder.
         status: RUNNING, FINISHED, FAILED, KILLED or DIED.
         pending: What each tracker has not received.
+        stores: Every store that a tracker led to, the present one first, and what it lacks.
     """
 
     path: Path
     status: str
     pending: Mapping[str, Pending]
+    stores: Mapping[str, Sequence[tuple[str, Pending]]]
 
 
 def run_status(path: Path) -> RunStatus:
@@ -43,24 +45,31 @@ def run_status(path: Path) -> RunStatus:
     if status == "RUNNING" and not is_held(path):
         status = DIED
     folder = RunFolder(path=path)
-    pending = {
-        name: count_pending(folder.journal, folder.delivery(name)) for name in facts.get("trackers", ())
-    }
-    return RunStatus(path=path, status=status, pending=pending)
+    trackers = facts.get("trackers", ())
+    return RunStatus(
+        path=path,
+        status=status,
+        pending={name: count_pending(folder.journal, folder.delivery(name)) for name in trackers},
+        stores={name: deliveries(folder.delivery(name), folder.journal) for name in trackers},
+    )
 
 
-def sync_run(path: Path, *, log: Callable[[str], None], limit_s: float) -> Mapping[str, Pending]:
+def sync_run(
+    path: Path, *, log: Callable[[str], None], limit_s: float, trust: bool = False
+) -> Mapping[str, Pending]:
     """Send what the trackers of a run have not received, including what they refused before.
 
-    A run that died is closed as KILLED, at the time of its last line.
+    A run that died is closed as KILLED, at the time of its last line. If a tracker leads to another store
+    than before, or its store has lost the run or some of it, the whole run is sent.
 
     Args:
         path: The run folder.
         log: Receives messages for the person.
         limit_s: How many seconds to wait for a tracker that accepts nothing.
+        trust: Contact no store that has received everything, according to the run folder.
 
     Returns:
-        What each tracker still has not received.
+        What each tracker that was contacted still has not received.
 
     Raises:
         WmtpError: The run is still running, its recipe is no longer valid, or a tracker will never accept it.
@@ -68,14 +77,19 @@ def sync_run(path: Path, *, log: Callable[[str], None], limit_s: float) -> Mappi
     folder = RunFolder.open(path)
     try:
         _close_if_died(folder)
-        left = {}
+        left: dict[str, Pending] = {}
+        if last_entry(folder.journal) is None:
+            return left
         for name, tracker in build_trackers(make_plan(folder.recipe)).items():
-            if not count_pending(folder.journal, folder.delivery(name)):
+            state = folder.delivery(name)
+            is_same_store = Delivery.read(state, folder.journal).store in {"", tracker.store()}
+            if trust and is_same_store and not count_pending(folder.journal, state):
                 continue
             uploader = RetryingUploader.to(tracker, name, folder, log=log)
             uploader.outbox.retry_refused()
             uploader.start()
             left[name] = uploader.close(limit_s)
+            log(f"sent {uploader.outbox.sent} to `{tracker.store() or uploader.name}`")
         return left
     finally:
         folder.close()
