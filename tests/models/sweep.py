@@ -43,16 +43,17 @@ SECONDS = 400  # the recurrent layers of Kimi Linear take minutes on a busy mach
 PAGE = """\
 # Models that can be a base
 
-`make test-models` builds all {types} causal-LM types of transformers {version} tiny, with random weights. It
-makes a policy of each, compares it with the model itself (logits, loss and gradients, written text, tensors
-of an export) and writes this page. When a run loads a model, the two are compared again
-(`model/probe.py`), so a type without a row here works or is refused before training.
+`make test-models` builds a tiny model with random weights for each of the {types} causal-LM types of
+transformers {version}. It creates a policy from each model, compares the policy with the model itself
+(logits, loss and gradients, generated text, tensors of an export) and writes this page. A run repeats this
+comparison when it loads its base model (`model/probe.py`), so a type without a row here either works or is
+refused before training.
 
-{right} work with at least one kind of head, {refused} are refused before training, {unbuilt} could not be
-built tiny.
+{right} types work with at least one kind of head, {refused} types are refused before training, and for
+{unbuilt} types no tiny model could be built.
 
-*Self-speculative* lists the kinds of heads with which drafts work; with others, text is decoded plainly.
-*Packing* is `data.packing = "documents"`.
+The column *self-speculative* lists the kinds of heads with which self-speculative decoding works; with other
+heads, decoding is plain. The column *packing* refers to `data.packing = "documents"`.
 
 | type | `model.head` | self-speculative | packing | why not |
 |---|---|---|---|---|
