@@ -1,4 +1,4 @@
-"""Weighted multi-token prediction: a core that knows no algorithm, and plugins that are one each."""
+"""Weighted multi-token prediction: a core without any algorithm, and plugins that supply them."""
 
 from weighted_mtp_core.runtime.environment import prepare_environment_for_torch
 

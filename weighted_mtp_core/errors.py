@@ -6,7 +6,7 @@ from weighted_mtp_core.exit_codes import EXIT_BAD_INPUT, EXIT_RUN_FAILED
 
 
 class WmtpError(Exception):
-    """A mistake that a user can repair: printed as one `error:` line and a `hint:` line, without traceback.
+    """A mistake that a user can correct: printed as an `error:` line and a `hint:` line, without a traceback.
 
     Args:
         message: What is wrong and where (file, line, key, or plugin distribution and version).

@@ -10,7 +10,7 @@ EXIT_DONE = 0
 EXIT_RUN_FAILED = 1
 """The input was valid and the run failed, for example because a loss became NaN or a server is down."""
 EXIT_BAD_INPUT = 2
-"""The user can repair the input: a recipe, an argument, an installed plugin."""
+"""The input is wrong and the user can correct it: a recipe, an argument, an installed plugin."""
 EXIT_INTERRUPTED = 130
 """After SIGINT (Ctrl-C): 128 + 2, the shell's code for a process that signal 2 ended."""
 EXIT_PIPE_CLOSED = 141

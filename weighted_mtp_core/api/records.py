@@ -21,11 +21,11 @@ _SHOWN = 20
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield the lines of a UTF-8 file that are not empty, as text, with their numbers from 1.
+    """Yield the number, from 1, and the text of each non-empty line of a UTF-8 file.
 
     A file named `*.gz` is decompressed, and a byte order mark is dropped. Only a line feed ends a line,
-    because texts contain other separators. A byte that is no UTF-8 becomes a lone surrogate; `read_records`
-    reports its line.
+    because texts contain other separators. A byte that is not valid UTF-8 becomes a lone surrogate, which
+    `read_records` reports with its line.
 
     Raises:
         WmtpError: The file is UTF-16, or JSON over several lines.

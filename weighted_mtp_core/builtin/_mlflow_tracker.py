@@ -146,7 +146,7 @@ class MlflowTracker(Tracker):
     # ------------------------------------------------------------------- experiment and run
 
     def _check_store(self) -> None:
-        """Stop a new run if its files can never be stored; an outage only delays them."""
+        """Stop a new run if its files can never be stored; an outage only delays their upload."""
         try:
             check_store(self._open, self.run_id)
         except WmtpError:

@@ -152,7 +152,7 @@ def refuse_other_data(folder: RunFolder, version: DatasetVersion, *, allowed: Se
 
 
 def fingerprint(distributed: Distributed = SINGLE_PROCESS) -> dict[str, str]:
-    """Return the facts about machine and processes that the bits of a training depend on."""
+    """Return the properties of the machine and the processes that affect the exact result of training."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "torch": torch.__version__,

@@ -108,7 +108,7 @@ def find_finished(job: Job) -> Path | None:
 
 
 def _is_running(job: Job) -> bool:
-    """Return whether another process executes the job, of another comparison or left by a killed one."""
+    """Return whether another process runs the job: of another comparison, or left by a killed one."""
     return any(read_run(path).get("status") == "RUNNING" and is_held(path) for path in _runs_of(job))
 
 

@@ -76,7 +76,7 @@ class TokenSet:
         return np.diff(self.start_D1)
 
     def lengths(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the number of tokens of some documents, int64."""
+        """Return the number of tokens of each of the given documents, int64."""
         first = np.asarray(rows)
         lengths: NDArray[np.int64] = self.start_D1[first + 1] - self.start_D1[first]
         return lengths
@@ -153,7 +153,7 @@ def open_tokens(folder: Path, *, sha256: str) -> TokenSet:
 
 
 def _columns(documents: Sequence[tuple[Example, int, list[int]]]) -> dict[str, ArrayLike]:
-    """Return the arrays of documents (example, number of prompt tokens, ids); starts are lengths as yet."""
+    """Return the arrays of documents (example, number of prompt tokens, ids); `start` still holds lengths."""
     names = [example.example_id.encode() for example, _, _ in documents]
     return {
         "ids": list(itertools.chain.from_iterable(ids for _, _, ids in documents)),

@@ -99,7 +99,7 @@ def _extra_heads(policy: Policy) -> dict[str, Tensor]:
 
 
 def _generation_config(tokenizer: Any) -> Any:
-    """Return the config with which transformers' `generate` ends where ours does; greedy is the default."""
+    """Return the config with which transformers' `generate` stops where ours stops; it is greedy."""
     from transformers import GenerationConfig
 
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id

@@ -127,7 +127,7 @@ class _Following(Decoder):
         return list(range(len(self.ids_RT)))
 
     def _verify(self, state_RTH: Tensor) -> tuple[Tensor, Tensor]:
-        """Accept so many drafts as are right, which differs by row and step."""
+        """Accept exactly the correct drafts; their number differs by row and step."""
         count_R = self._right_drafts()
         logits_RTV = self.heads.policy.unembedding(state_RTH)
         for row, count in enumerate(count_R.tolist()):
@@ -137,7 +137,7 @@ class _Following(Decoder):
         return count_R, self._text_at(self._position_R + count_R + 1)
 
     def _choose(self, state_RTH: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the text's own tokens; of drafts, a wrong one follows the right ones."""
+        """Return tokens of the known text; a draft is correct tokens followed by a wrong one."""
         logits_RTV = self.heads.policy.unembedding(state_RTH)
         last_R = self._position_R - 1
         row_R = torch.arange(len(last_R), device=last_R.device)

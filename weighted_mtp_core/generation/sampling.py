@@ -1,6 +1,7 @@
 """Sample tokens, and accept or replace drafted tokens without changing the distribution.
 
-All randomness comes in as uniform numbers, so that a row's tokens depend on its own random stream only.
+The caller passes uniform random numbers, each row's from its own generator, so a row's tokens do not depend
+on other rows.
 
 Shape letters: R rows, D drafted tokens, V vocabulary.
 """

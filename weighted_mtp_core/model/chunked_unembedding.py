@@ -1,6 +1,7 @@
 """Logits of selected positions chunk by chunk, so that the `[B, T, K, V]` logits never exist at once.
 
-The gradient of a chunk's logits is formed while the logits exist: nothing is stored or computed twice.
+The gradient of a chunk's logits is formed while the logits are in memory, so no logits are stored for the
+backward pass or computed a second time.
 
 Shape letters: B rows, T positions, N selected positions in the flattened [B, T], H hidden, V vocabulary.
 """

@@ -77,7 +77,7 @@ def refuse_bad_weights(source: Path | str, model: Any, info: Any) -> None:
         info: What transformers says of loading, its `output_loading_info`.
 
     Raises:
-        WmtpError: Tensors are missing, left over, of other shapes, or hold NaN.
+        WmtpError: Tensors are missing, unexpected or of the wrong shape, or contain NaN.
     """
     _refuse_other_tensors(source, model, info)
     _refuse_damaged(source, model)

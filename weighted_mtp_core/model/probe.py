@@ -1,9 +1,9 @@
 """Compare a policy with the model that it is made of, before anything is trained.
 
-Families differ in ways that no config tells: scaled or capped logits, dropout between layers, windows, layers
-that read their own number. So the model is run on a few tokens first, and the policy must give the same
-logits: in evaluation, in training, where states are scaled up, where only some positions are read. Windows of
-attention are narrowed meanwhile, so that the text leaves them. How a policy may be decoded is found in
+Families differ in ways that no config records: scaled or capped logits, dropout between layers, attention
+windows, layers that read their own index. So the model is run on a few tokens first, and the policy must give
+the same logits: in evaluation, in training, with states scaled up, and with only some positions read. Attention
+windows are narrowed for the test, so that the tokens leave them. How a policy may be decoded is found in
 `generation.decoding_probe`, whether rows may hold several documents in `packing_probe`.
 
 Shape letters: B rows, T positions, H hidden, V vocabulary.
@@ -162,7 +162,7 @@ def compare(policy: Policy, answers: Answers) -> None:
 
 @contextmanager
 def windows_of(model: nn.Module, size: int) -> Iterator[None]:
-    """Inside this context, layers with a window of attention see so many tokens, where they can be told."""
+    """Inside this context, attention windows have this many tokens, where the model has such a setting."""
     configs = {id(each): each for module in model.modules() for each in _configs(module)}
     holders: list[Any] = [*model.modules(), *configs.values()]
     changed = [
@@ -245,7 +245,7 @@ def check_positions(policy: Policy, tokens: int) -> None:
     """Check that a policy on the CPU has positions for a document of so many tokens.
 
     Raises:
-        WmtpError: Its positions end before, as those of a learned table do.
+        WmtpError: The model has too few positions, for example a learned table that is too short.
     """
     config = text_config(policy.config)
     limit = getattr(config, "max_position_embeddings", None) or tokens

@@ -57,7 +57,7 @@ class Unembedding(nn.Module):
         return (logits_NV / self.soft_cap).square_().neg_().add_(1).mul_(self.scale)
 
     def as_linear(self) -> nn.Linear:
-        """Return matrix and bias as a layer of torch, which shares the parameters."""
+        """Return an `nn.Linear` that shares the matrix and the bias."""
         outputs, inputs = self.weight.shape
         with torch.device("meta"):
             linear = nn.Linear(inputs, outputs, bias=self.bias is not None)

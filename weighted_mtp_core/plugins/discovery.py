@@ -43,7 +43,7 @@ class FoundPlugin:
         version: Version of the distribution.
         module: Module, or `module:object`, that the entry point names.
         requires: The distribution's `Requires-Dist` lines.
-        folders: Its metadata folder, then those of other versions of the distribution in the same place.
+        folders: Its metadata folder, then the metadata folders of other versions of it next to that one.
         conflicts: Other distributions that claim the same name.
     """
 

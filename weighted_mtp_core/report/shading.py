@@ -21,7 +21,7 @@ class Scale:
         note: What it is.
         low: Label of the lightest shade.
         high: Label of the deepest shade.
-        signed: Whether it can be negative; its absolute value is shaded, and tokens are underlined too.
+        signed: Whether it can be negative: the shade then shows its size, an underline its sign.
         read: Returns its value for a token, or None.
         bottom: The value, or absolute value, without shade.
         top: The value, or absolute value, with full shade.

@@ -74,7 +74,7 @@ def _weights(learner: PolicyLearner, batch: Batch) -> Floats:
 
 
 def mean_over_heads(weight: Tensor, target_BTK: Tensor) -> Tensor:
-    """Return the mean weight of the pairs that predict a token, `[B, T]`; NaN where none does.
+    """Return each token's mean weight over the pairs that predict it, `[B, T]`; NaN if no pair does.
 
     Args:
         weight: `[B, T]` or `[B, T, K]`, from a weighting.

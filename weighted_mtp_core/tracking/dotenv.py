@@ -44,7 +44,10 @@ class DotEnv:
 
 
 def load_dotenv(path: Path = Path(".env")) -> DotEnv | None:
-    """Set the listed variables of `.env` that are not set yet; return None without a file.
+    """Set the variables of `.env` that this module allows and the environment lacks.
+
+    Returns:
+        What was found, or None if there is no such file.
 
     Raises:
         WmtpError: The file or one of its lines cannot be read.

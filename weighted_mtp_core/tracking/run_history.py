@@ -83,7 +83,7 @@ class RunHistory:
                 stage.setdefault(name, []).append(Point(step, float(value), line.time_ms))
 
     def info(self, folder: Path) -> RunInfo:
-        """Return the run as trackers see it."""
+        """Return the `RunInfo` that trackers receive."""
         return RunInfo(
             run_id=self.run["run_id"],
             name=self.run["name"],

@@ -43,7 +43,7 @@ class MicroBatch:
 
     @property
     def preceding_BT(self) -> NDArray[np.int64] | None:
-        """`CollatedBatch.preceding_BT` of these rows; zeros, which no target has, for a spare one."""
+        """`CollatedBatch.preceding_BT` of these rows; for a spare micro-batch zeros: no token is a target."""
         preceding_BT = preceding(self.batch)
         return np.zeros_like(preceding_BT) if self.is_spare and preceding_BT is not None else preceding_BT
 

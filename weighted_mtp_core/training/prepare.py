@@ -213,7 +213,7 @@ class Prepared:
     def _add_critic_input(self, checkpoint: Path | None) -> None:
         """Record the weights that a component reads, for the key of the score cache.
 
-        They are those of a file, or without one those that the policy has now.
+        The weights are those of the file `checkpoint`, or, if it is None, the present ones of the policy.
         """
         if self.plan.recipe.critic is not None and self.plan.recipe.critic.cache:
             weights = state_sha256(self.policy.state_dict()) if checkpoint is None else sha256_of(checkpoint)

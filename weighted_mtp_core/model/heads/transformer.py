@@ -1,4 +1,4 @@
-"""`transformer` heads: one decoder layer each, in parallel on a trunk without its last layer.
+"""`transformer` heads: each is one decoder layer on the trunk, the base model without its last layer.
 
 Head 1 is the pretrained last layer, heads 2..K start as copies of it (Gloeckle et al. 2024, section 2).
 

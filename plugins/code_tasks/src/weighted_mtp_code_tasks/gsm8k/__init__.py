@@ -1,4 +1,4 @@
-"""`code_tasks.gsm8k`: school mathematics in words; a response is right if its final number is.
+"""`code_tasks.gsm8k`: school mathematics in words; a response is correct if its final number is correct.
 
 Source: Cobbe et al. 2021, "Training Verifiers to Solve Math Word Problems".
 """

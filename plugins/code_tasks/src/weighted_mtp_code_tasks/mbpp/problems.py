@@ -61,7 +61,7 @@ def read_problems(
     """Return the problems with programs: as published, in the layout of `ast.unparse`, broken, by models.
 
     Raises:
-        WmtpError: A file is missing or malformed, or a sample has no problem.
+        WmtpError: A file is missing or malformed, or a sample's `task_id` matches no problem.
     """
     ids = ProblemIds()
     rows = read_public_file(path, _row, check=lambda row, place: ids.add_new(str(row.task_id), place))

@@ -127,7 +127,7 @@ def make_ruleset(readable: Sequence[int], writable: Sequence[int], *, folder: st
         folder: The candidate's scratch folder.
 
     Raises:
-        ConfinementError: The kernel has no Landlock or refuses.
+        ConfinementError: The kernel has no Landlock, or rejects the rules.
     """
     abi = landlock_abi()
     if abi < 1:
