@@ -77,8 +77,8 @@ class CriticLearner(Learner):
         """Return the report on the critic in its present state.
 
         Raises:
-            RunFailedError: The critic returns no values or values that are not finite, or the responses are all
-                correct or all incorrect.
+            RunFailedError: The critic returns no values or values that are not finite, or the responses are
+                all correct or all incorrect.
         """
         parts = []
         for batch, problem_B in self.prepared.critic_validation(batch_size=self.table.batch_size):
