@@ -3,8 +3,8 @@
 Families differ in ways that no config records: scaled or capped logits, dropout between layers, attention
 windows, layers that read their own index. So the model is run on a few tokens first, and the policy must give
 the same logits: in evaluation, in training, with states scaled up, and with only some positions read.
-Attention windows are narrowed for the test, so that the tokens leave them. How a policy may be decoded is found in
-`generation.decoding_probe`, whether rows may hold several documents in `packing_probe`.
+Attention windows are narrowed for the test, so that the tokens leave them. How a policy may be decoded is
+found in `generation.decoding_probe`, whether rows may hold several documents in `packing_probe`.
 
 Shape letters: B rows, T positions, H hidden, V vocabulary.
 """
