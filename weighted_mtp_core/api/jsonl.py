@@ -36,8 +36,8 @@ class JsonlOptions:
         train: File of the split `train`.
         validation: File of the split `validation`.
         test: File of the split `test`.
-        validation_share: Share of the problems of `path` that validate.
-        test_share: Share of the problems of `path` that test.
+        validation_share: Share of the problems in `path` that go to the split `validation`.
+        test_share: Share of the problems in `path` that go to the split `test`.
         seed: Of that split.
     """
 

@@ -1,4 +1,4 @@
-"""A training between two steps, as files: everything it needs to go on as if it had never stopped.
+"""The state of a stage after a completed step, as files: all that it needs to continue as if never stopped.
 
 A snapshot is a folder `<stage>-<step>`: tensors as safetensors, one file per process where they are sharded;
 plain values as JSON; the best state so far as a hard link, which costs nothing; and a manifest. Reading a
@@ -40,7 +40,7 @@ class OtherFormatError(WmtpError):
 
 @frozen(kw_only=True, eq=False)
 class Snapshot:
-    """A training between two steps.
+    """The state of a stage after a completed step.
 
     Attributes:
         stage: `critic` or `policy`.

@@ -52,7 +52,7 @@ def read_arms(
         recipes: One for each arm; the first is the baseline.
         preset: The preset of all arms.
         overrides: `key=value` overrides of all arms.
-        allowed: Keys that may differ although that is unfair.
+        allowed: Keys that may differ between arms, although the comparison is then unfair.
 
     Raises:
         WmtpError: A recipe is invalid, two arms have the same name, or their data or budgets differ.

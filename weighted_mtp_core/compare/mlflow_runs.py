@@ -78,7 +78,7 @@ def read_stored(
     Args:
         experiments: Names; all their finished runs that have a seed are read.
         run_ids: Further runs; the arm of the first run is the baseline.
-        allowed: Keys that may differ although that is unfair.
+        allowed: Keys that may differ between arms, although the comparison is then unfair.
         storage: The storage root, for the store that is used if none is configured.
 
     Raises:

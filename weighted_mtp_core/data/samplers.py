@@ -106,8 +106,8 @@ class Sampler:
 def least_padding(length_U: Rows, *, size: int) -> Rows:
     """Cut units into the fewest batches that hold them, with the fewest tokens of padding.
 
-    Without regard to padding only the last batch is short. But if a few units are far longer than the others,
-    a short batch of their own costs less. The optimum is found by dynamic programming over batches and over
+    If padding did not matter, only the last batch would be short. But if a few units are far longer than the
+    others, a short batch of their own costs less. The optimum is found by dynamic programming over batches and over
     the number of rows missing so far.
 
     Args:

@@ -238,7 +238,7 @@ class _Metadata(Distribution):
 
 
 def _entries(text: str) -> list[tuple[str, str]]:
-    """Read our group of an `entry_points.txt`; malformed lines are left to the tools they are for."""
+    """Read the group `GROUP` of an `entry_points.txt`; lines that are not entries are skipped."""
     entries = []
     group = ""
     for line in text.splitlines():

@@ -86,7 +86,7 @@ class Distributed:
                 dist.all_reduce(tensor)
 
     def all_reduce_scalars(self, scalars: Mapping[str, Tensor | float]) -> Mapping[str, Tensor | float]:
-        """Return the sums over all processes of scalars with the same names."""
+        """Sum each scalar over all processes; return the sums under the same names."""
         if self.is_single_process:
             return scalars
         values = torch.stack([torch.as_tensor(value, dtype=torch.float32) for value in scalars.values()])

@@ -39,7 +39,7 @@ def decoder_layers(policy: nn.Module) -> list[nn.Module]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the whole of a sharded tensor in every process, a collective operation; others as they are."""
+    """Gather a sharded tensor in every process (a collective operation); return another one unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

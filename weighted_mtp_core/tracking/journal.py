@@ -1,4 +1,4 @@
-"""The journal `metrics.jsonl` of a run: one JSON object per line, with a checksum, written before it is sent.
+"""The journal `metrics.jsonl` of a run: one JSON object per line, written before trackers get it.
 
 A line is `{"kind": ..., <fields>, "time": <seconds since 1970>, "crc": "<8 hex digits>"}`. The checksum
 covers everything except `time`, so the `metrics` lines of two runs of one recipe differ in `time` only.

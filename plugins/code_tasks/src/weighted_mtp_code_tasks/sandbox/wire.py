@@ -85,7 +85,7 @@ class _Encoder:
 
 
 def _plain_base(kind: type) -> type:
-    """Return the built-in type as which an instance of `kind` is encoded, or `kind` itself."""
+    """Return the built-in type that instances of `kind` are encoded as; without one, `kind` itself."""
     for base in _WRITERS:
         if issubclass(kind, base) and (_equality(kind) is _equality(base) or kind in (Counter, OrderedDict)):
             return base
