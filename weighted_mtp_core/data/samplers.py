@@ -107,8 +107,8 @@ def least_padding(length_U: Rows, *, size: int) -> Rows:
     """Cut units into the fewest batches that hold them, with the fewest tokens of padding.
 
     If padding did not matter, only the last batch would be short. But if a few units are far longer than the
-    others, a short batch of their own costs less. The optimum is found by dynamic programming over batches and over
-    the number of rows missing so far.
+    others, a short batch of their own costs less. The optimum is found by dynamic programming over
+    batches and over the number of rows missing so far.
 
     Args:
         length_U: Number of tokens of each unit, ascending.
