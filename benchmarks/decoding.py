@@ -62,7 +62,7 @@ def measure_run(run: Path, name: str, *, count: int, rounds: int) -> list[Row]:
     prepared = prepare_finished(run, plan_of(run), log=lambda text: print(text, file=sys.stderr))
     problems = prepared.source.problems("test")[:count]
     texts = [problem.prompt for problem in problems]
-    prompts = prepared.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    prompts = prepared.codec.encode_prompts(texts)
     rows = []
     for size in BATCHES:
         found: dict[Decoding, Generations] = {}
@@ -72,7 +72,7 @@ def measure_run(run: Path, name: str, *, count: int, rounds: int) -> list[Row]:
                 prepared.policy,
                 prompts,
                 max_new_tokens=prepared.plan.recipe.evaluate.max_new_tokens,
-                eos_id=prepared.tokenizer.eos_token_id,
+                eos_id=prepared.codec.eos_id,
                 decoding=decoding,
                 batch_size=size,
             )

@@ -134,17 +134,15 @@ def test_the_policys_training_mode_is_restored():
 
 
 class Characters:
-    """A tokenizer of letters: `a` is 0, `b` is 1, ...; the last of V is EOS."""
+    """Letters: `a` is 0, `b` is 1, ...; the last of V is EOS."""
 
-    eos_token_id = V - 1
+    eos_id = V - 1
 
-    def __call__(self, texts, add_special_tokens):
-        assert not add_special_tokens
-        return {"input_ids": [[ord(letter) - ord("a") for letter in text] for text in texts]}
+    def encode_prompts(self, texts):
+        return [[ord(letter) - ord("a") for letter in text] for text in texts]
 
-    def batch_decode(self, rows, clean_up_tokenization_spaces):
-        assert not clean_up_tokenization_spaces
-        return ["".join(chr(ord("a") + token) for token in row) for row in rows]
+    def decode_completions(self, rows):
+        return ["".join(chr(ord("a") + token) for token in new) for _, new in rows]
 
 
 def completions(prompts, **settings):

@@ -181,7 +181,7 @@ def prepared_source(run):
 
 def check_solution(prepared, prompt, solution):
     """Compare with the definition: one forward pass over the text, token by token."""
-    tokenizer, policy = prepared.tokenizer, prepared.policy
+    tokenizer, policy = prepared.codec.tokenizer, prepared.policy
     before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     response = "".join(token.text for token in solution.tokens).removesuffix(tokenizer.eos_token)
     ids = [*before, *tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from weighted_mtp_core.api import DatasetVersion, Example, WmtpError
 from weighted_mtp_core.data.array_files import array_appender, drop_pages, mapped
+from weighted_mtp_core.data.texts import TextCodec
 from weighted_mtp_core.data.token_cache import TokenCache, tokenizer_fingerprint
 from weighted_mtp_core.data.tokens import open_tokens, tokenise
 from weighted_mtp_core.plugins.loading import Kind
@@ -21,20 +22,19 @@ from weighted_mtp_core.plugins.selection import ComponentSelector
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-class CharacterTokenizer:
+class CharacterCodec:
     """One token per character; EOS is 1."""
 
-    eos_token_id = 1
+    eos_id = 1
 
     def __init__(self, size=200):
         self.size = size
 
-    def __len__(self):
-        return self.size
+    def encode_documents(self, pairs):
+        return [tuple([ord(letter) for letter in text] for text in pair) for pair in pairs]
 
-    def __call__(self, text, *, add_special_tokens):
-        assert not add_special_tokens
-        return {"input_ids": [[ord(letter) for letter in one] for one in text]}
+    def decode(self, rows):
+        return ["".join(map(chr, row)) for row in rows]
 
 
 def fast_tokenizer(letters=LETTERS, eos="<eos>"):
@@ -42,6 +42,7 @@ def fast_tokenizer(letters=LETTERS, eos="<eos>"):
     vocabulary = {token: number for number, token in enumerate(["<pad>", "<eos>", "<other>", *letters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<other>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token=eos)
 
 
@@ -55,10 +56,10 @@ def example(number, prompt="ab", response="cd", problem="p", reward=1.0):
 def make(tmp_path):
     """Tokenise examples into a new folder and map it."""
 
-    def tokens(examples, *, max_tokens=20, tokenizer=None):
+    def tokens(examples, *, max_tokens=20, codec=None):
         folder = tmp_path / f"tokens{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
-        tokenise(examples, tokenizer or CharacterTokenizer(), max_tokens=max_tokens, folder=folder)
+        tokenise(examples, codec or CharacterCodec(), max_tokens=max_tokens, folder=folder)
         return open_tokens(folder, sha256="")
 
     return tokens
@@ -119,7 +120,7 @@ def test_chunks_of_documents_give_the_same_as_one_by_one(make):
 
 @pytest.mark.parametrize(("vocabulary", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.int32)])
 def test_ids_take_two_bytes_if_the_vocabulary_allows_it(make, vocabulary, dtype):
-    assert make([example(0)], tokenizer=CharacterTokenizer(vocabulary)).ids_N.dtype == dtype
+    assert make([example(0)], codec=CharacterCodec(vocabulary)).ids_N.dtype == dtype
 
 
 def test_an_id_that_does_not_fit_is_an_error_and_not_another_token(make):
@@ -164,14 +165,14 @@ def test_pages_that_were_read_are_released(tmp_path):
     assert array.sum() == 0
 
 
-def test_the_tokenizer_uses_all_cores_by_default(make, monkeypatch):
+def test_the_tokenizer_uses_all_cores_by_default(monkeypatch):
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
-    make([example(0)])
+    TextCodec(fast_tokenizer())
 
     assert os.environ.pop("TOKENIZERS_PARALLELISM") == "true"
 
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    make([example(0)])
+    TextCodec(fast_tokenizer())
 
     assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
 
@@ -184,7 +185,7 @@ VERSION = DatasetVersion(name="words", version="1", sha256="0" * 64)
 def cache(storage, *, version=VERSION, tokenizer=None, options=None, max_tokens=20):
     data = ComponentSelector().select(Kind.DATA, "core.jsonl", options=options or {})
     return TokenCache(
-        storage, version, data=data, tokenizer=tokenizer or fast_tokenizer(), max_tokens=max_tokens
+        storage, version, data=data, codec=TextCodec(tokenizer or fast_tokenizer()), max_tokens=max_tokens
     )
 
 

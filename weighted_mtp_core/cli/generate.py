@@ -39,11 +39,11 @@ def main(args: argparse.Namespace) -> None:
     prompt = args.prompt if args.prompt is not None else sys.stdin.read().removesuffix("\n")
     if not prompt:
         raise WmtpError("the prompt is empty", hint="give one: --prompt 'def add(a, b):'")
-    policy, tokenizer = loader.load(_log)
+    policy, codec = loader.load(_log)
     table = loader.recipe.evaluate
     written = sample_completions(
         policy,
-        tokenizer,
+        codec,
         [("prompt", prompt)],
         samples=table.samples,
         temperature=table.temperature,

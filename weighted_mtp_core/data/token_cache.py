@@ -17,12 +17,13 @@ import tokenizers
 
 from weighted_mtp_core.api import DatasetVersion, Example, Split
 from weighted_mtp_core.data.checks import data_key, derived_folder
+from weighted_mtp_core.data.texts import TextCodec
 from weighted_mtp_core.data.tokens import TokenSet, open_tokens, tokenise
 from weighted_mtp_core.plugins.selection import SelectedComponent
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder
 from weighted_mtp_core.storage.verify_once import verify_once
 
-_FORMAT = 1  # raise it when the same examples and tokenizer would give other arrays
+_FORMAT = 2  # raise it when the same examples and tokenizer would give other arrays
 
 # Settings that a tokenizer saves but that do not change ids without special tokens: padding and truncation of
 # the last call, and where it was loaded from.
@@ -36,7 +37,7 @@ class TokenCache:
         storage: The storage root.
         version: Version of the data.
         data: The data source; examples depend on its options and on the plugin's source.
-        tokenizer: A transformers tokenizer.
+        codec: Encodes the texts.
         max_tokens: Longer documents are left out.
 
     Attributes:
@@ -49,13 +50,13 @@ class TokenCache:
         version: DatasetVersion,
         *,
         data: SelectedComponent,
-        tokenizer: Any,
+        codec: TextCodec,
         max_tokens: int,
     ) -> None:
-        depends = [_FORMAT, data_key(version, data), tokenizer_fingerprint(tokenizer)]
+        depends = [_FORMAT, data_key(version, data), tokenizer_fingerprint(codec.tokenizer), codec.prefix]
         self.fingerprint = hashlib.sha256(json.dumps(depends).encode()).hexdigest()
         self._folder = derived_folder(storage, version)
-        self._tokenizer = tokenizer
+        self._codec = codec
         self.max_tokens = max_tokens
 
     def open(self, purpose: str, split: Split, *, examples: Callable[[], Iterable[Example]]) -> TokenSet:
@@ -67,7 +68,7 @@ class TokenCache:
         folder = self._folder / f"tokens-{self.fingerprint[:12]}-{self.max_tokens}-{purpose}-{split}"
         if not (folder / MANIFEST).is_file():
             with atomic_folder(folder) as temporary:
-                tokenise(examples(), self._tokenizer, max_tokens=self.max_tokens, folder=temporary)
+                tokenise(examples(), self._codec, max_tokens=self.max_tokens, folder=temporary)
         return open_tokens(folder, sha256=verify_once(folder))
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from weighted_mtp_core.api import Example
 from weighted_mtp_core.data.array_files import MappedStrings, array_appender, mapped
+from weighted_mtp_core.data.texts import TextCodec, round_trip_error
 from weighted_mtp_core.errors import WmtpError
 
 _CHUNK = 1024  # documents per tokenizer call: batches are 1.5x faster than single texts
@@ -82,28 +82,23 @@ class TokenSet:
         return lengths
 
 
-def tokenise(examples: Iterable[Example], tokenizer: Any, *, max_tokens: int, folder: Path) -> None:
+def tokenise(examples: Iterable[Example], codec: TextCodec, *, max_tokens: int, folder: Path) -> None:
     """Write examples as arrays of ids for `open_tokens`.
 
-    Prompt and response are encoded separately, as when the policy generates, so that no token spans the
-    boundary; the response ends with EOS. Documents longer than `max_tokens` are left out and counted: a
-    truncated response would be a wrong label.
+    The response ends with EOS. Documents longer than `max_tokens` are left out and counted: a truncated
+    response would be a wrong label.
 
     Args:
         examples: Iterated once.
-        tokenizer: A transformers tokenizer; encodes batches on all cores, unless `TOKENIZERS_PARALLELISM` is
-            set to `false`.
+        codec: Encodes batches on all cores, unless `TOKENIZERS_PARALLELISM` is set to `false`.
         max_tokens: The most tokens of a document, EOS included.
         folder: An existing folder.
 
     Raises:
-        WmtpError: No example is short enough.
+        WmtpError: No example is short enough, or the ids of one are another text than its own.
     """
-    # Set before the first use; otherwise the library warns, and turns serial, in every process that a run
-    # forks.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     count = kept = 0
-    dtypes = {"ids": np.int32 if len(tokenizer) > 2**16 else np.uint16, **_DTYPES}
+    dtypes = {"ids": np.int32 if codec.size > 2**16 else np.uint16, **_DTYPES}
     left = iter(examples)
     with ExitStack() as stack:
         append = {
@@ -111,15 +106,13 @@ def tokenise(examples: Iterable[Example], tokenizer: Any, *, max_tokens: int, fo
             for name, dtype in dtypes.items()
         }
         while chunk := list(itertools.islice(left, _CHUNK)):
-            prompts, responses = (
-                tokenizer(texts, add_special_tokens=False)["input_ids"]
-                for texts in ([each.prompt for each in chunk], [each.response for each in chunk])
-            )
+            encoded = codec.encode_documents([(each.prompt, each.response) for each in chunk])
             documents = [
-                (example, len(prompt), [*prompt, *response, tokenizer.eos_token_id])
-                for example, prompt, response in zip(chunk, prompts, responses, strict=True)
+                (example, len(prompt), [*prompt, *response, codec.eos_id])
+                for example, (prompt, response) in zip(chunk, encoded, strict=True)
                 if len(prompt) + len(response) < max_tokens
             ]
+            _check_texts(documents, codec)
             for name, values in _columns(documents).items():
                 append[name](values)
             count += len(chunk)
@@ -150,6 +143,14 @@ def open_tokens(folder: Path, *, sha256: str) -> TokenSet:
         left_out=meta["left_out"],
         sha256=sha256,
     )
+
+
+def _check_texts(documents: Sequence[tuple[Example, int, list[int]]], codec: TextCodec) -> None:
+    """Compare what the ids say with the texts that they were made of."""
+    decoded = codec.decode([ids[:-1] for _, _, ids in documents])
+    for (example, _, _), text in zip(documents, decoded, strict=True):
+        if text != example.prompt + example.response:
+            raise round_trip_error(example.example_id, example.prompt + example.response, text)
 
 
 def _columns(documents: Sequence[tuple[Example, int, list[int]]]) -> dict[str, ArrayLike]:

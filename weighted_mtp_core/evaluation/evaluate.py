@@ -131,7 +131,7 @@ def _sample(
     """Sample completions of problems from the policy; the display counts samples."""
     return sample_completions(
         prepared.policy,
-        prepared.tokenizer,
+        prepared.codec,
         [(problem.problem_id, problem.prompt) for problem in problems],
         samples=table.samples,
         temperature=table.temperature,

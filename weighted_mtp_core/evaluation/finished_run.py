@@ -6,11 +6,11 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from attrs import frozen
 
 from weighted_mtp_core.checkpointing.best_model import load_model
+from weighted_mtp_core.data.texts import TextCodec
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.export.transformers import write_export
 from weighted_mtp_core.model.exported_model import RECIPE, ExportFacts, is_exported_model, read_facts
@@ -83,11 +83,11 @@ class PolicyLoader:
 
     Attributes:
         recipe: Its recipe.
-        load: Loads policy and tokenizer; its argument receives messages for the user.
+        load: Loads the policy and what encodes its texts; its argument receives messages for the user.
     """
 
     recipe: Recipe
-    load: Callable[[Callable[[str], None]], tuple[Policy, Any]]
+    load: Callable[[Callable[[str], None]], tuple[Policy, TextCodec]]
 
 
 def policy_loader(folder: Path, *, overrides: Sequence[str]) -> PolicyLoader:
@@ -101,9 +101,9 @@ def policy_loader(folder: Path, *, overrides: Sequence[str]) -> PolicyLoader:
         return PolicyLoader(recipe=recipe, load=partial(_load_export, folder, recipe))
     plan = plan_of(folder, overrides=overrides)
 
-    def load(log: Callable[[str], None]) -> tuple[Policy, Any]:
+    def load(log: Callable[[str], None]) -> tuple[Policy, TextCodec]:
         prepared = prepare_finished(folder, plan, log=log)
-        return prepared.policy, prepared.tokenizer
+        return prepared.policy, prepared.codec
 
     return PolicyLoader(recipe=plan.recipe, load=load)
 
@@ -125,14 +125,14 @@ def export_run(run: Path, to: Path, *, log: Callable[[str], None]) -> None:
         base=prepared.base_name,
         data_sha256=read_run(run).get("data.sha256"),
     )
-    write_export(prepared.policy, prepared.tokenizer, to, facts=facts, recipe=recipe.read_bytes())
+    write_export(prepared.policy, prepared.codec.tokenizer, to, facts=facts, recipe=recipe.read_bytes())
 
 
-def _load_export(folder: Path, recipe: Recipe, log: Callable[[str], None]) -> tuple[Policy, Any]:
+def _load_export(folder: Path, recipe: Recipe, log: Callable[[str], None]) -> tuple[Policy, TextCodec]:
     device = resolve_device(recipe.model.device)
     loaded = load_policy(recipe.model, storage=Path(recipe.run.storage), texts=tuple, seed=recipe.run.seed)
     log(f"policy {folder.name}: {loaded.policy.n_future} heads on {device}")
-    return loaded.policy.to(device), loaded.tokenizer
+    return loaded.policy.to(device), TextCodec(loaded.tokenizer, bos=recipe.data.bos)
 
 
 def _export_overrides(folder: Path) -> list[str]:

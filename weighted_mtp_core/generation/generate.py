@@ -10,11 +10,12 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from attrs import define, field, frozen
 
+from weighted_mtp_core.data.texts import TextCodec
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.generation.decoding_probe import batches, decoder_of, manner_of
 from weighted_mtp_core.generation.draft_heads import DecodingHeads
@@ -237,7 +238,7 @@ class Sampled:
 
 def sample_completions(
     policy: Policy,
-    tokenizer: Any,
+    codec: TextCodec,
     prompts: Sequence[tuple[str, str]],
     *,
     samples: int,
@@ -248,16 +249,16 @@ def sample_completions(
     batch_size: int,
     on_done: Callable[[int], None] | None = None,
 ) -> Sampled:
-    """Return `samples` completions of each prompt, with their leading whitespace.
+    """Return `samples` completions of each prompt: what follows its text, without control tokens.
 
     A prompt is a name, which together with `seed` fixes its samples, and a text.
     """
-    encoded = tokenizer([text for _, text in prompts], add_special_tokens=False)["input_ids"]
+    repeated = [ids for ids in codec.encode_prompts([text for _, text in prompts]) for _ in range(samples)]
     generations = generate(
         policy,
-        [ids for ids in encoded for _ in range(samples)],
+        repeated,
         max_new_tokens=max_new_tokens,
-        eos_id=tokenizer.eos_token_id,
+        eos_id=codec.eos_id,
         temperature=temperature,
         seed=seed,
         streams=[f"{name}/{sample}" for name, _ in prompts for sample in range(samples)],
@@ -265,9 +266,7 @@ def sample_completions(
         batch_size=batch_size,
         on_done=on_done,
     )
-    texts = tokenizer.batch_decode(
-        [list(ids) for ids in generations.tokens], clean_up_tokenization_spaces=False
-    )
+    texts = codec.decode_completions(list(zip(repeated, generations.tokens, strict=True)))
     return Sampled(
         completions=tuple(tuple(texts[first : first + samples]) for first in range(0, len(texts), samples)),
         generations=generations,

@@ -81,10 +81,12 @@ class Selection:
 class DataTable(Selection):
     """`[data]`: the data source. Documents longer than `max_tokens` are left out and counted.
 
+    Documents begin with BOS if the tokenizer puts it there (`bos = "auto"`), always, or never.
     `packing = "documents"` puts several documents into each row of stage 2, up to `pack_tokens` tokens.
     """
 
     max_tokens: int = field(default=512, validator=v.ge(8))
+    bos: Literal["auto", "always", "never"] = "auto"
     packing: Literal["none", "documents"] = "none"
     pack_tokens: int = field(default=2048, validator=v.ge(8))
 

@@ -65,8 +65,8 @@ def measure_tokens(
             for _ in numbers
             for part, weight in [next(rows)]
         ]
-        solutions = tuple(each.solution(prepared.tokenizer) for each in seen)
-        shown.append(ProblemTokens(prompt=seen[0].prompt(prepared.tokenizer), solutions=solutions))
+        solutions = tuple(each.solution(prepared.codec.tokenizer) for each in seen)
+        shown.append(ProblemTokens(prompt=seen[0].prompt(prepared.codec.tokenizer), solutions=solutions))
     prepared.policy.train()
     return TokenReport(
         step=learner.steps,
@@ -169,7 +169,9 @@ class _MeasuredRow:
     def prompt(self, tokenizer: Any) -> str:
         """Return the text before the response."""
         ids_T, response_T = self.batch.ids_BT[0], self.batch.response_BT[0]
-        return _decode(tokenizer, ids_T[: int(response_T.int().argmax())].tolist())
+        ids = ids_T[: int(response_T.int().argmax())].tolist()
+        text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
 
     def solution(self, tokenizer: Any) -> Solution:
         """Return the response, token by token."""

@@ -51,7 +51,7 @@ def table_of_values(
         parts = split_rows(batch, len(batch.ids_BT))
         rows = zip(parts, _values(prepared, critic, batch), _weights(learner, batch), strict=True)
         for part, value_T, weight_T in rows:
-            tokens = _tokens(prepared.tokenizer, part, value_T=value_T, weight_T=weight_T)
+            tokens = _tokens(prepared.codec.tokenizer, part, value_T=value_T, weight_T=weight_T)
             lines += [json.dumps(token, ensure_ascii=False) + "\n" for token in tokens]
     return "".join(lines)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from weighted_mtp_core.data.batches import StepBatches, collate
 from weighted_mtp_core.data.checks import check_examples, checked_version
 from weighted_mtp_core.data.pairs import make_pairs
 from weighted_mtp_core.data.samplers import Sampler, in_order, pointwise
+from weighted_mtp_core.data.texts import TextCodec
 from weighted_mtp_core.data.token_cache import TokenCache
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import WmtpError
@@ -62,7 +62,7 @@ class Prepared:
         source: The data source.
         compute: Device, and dtype of forward passes.
         policy: The model, on the device.
-        tokenizer: Its transformers tokenizer.
+        codec: Texts to its ids and back.
         base_name: Name and version of the base model, for the tag `model_version`.
         cache: The data as tokens.
         log: Receives messages for the user.
@@ -73,7 +73,7 @@ class Prepared:
     source: DataSource
     compute: Compute
     policy: Policy
-    tokenizer: Any
+    codec: TextCodec
     base_name: str
     cache: TokenCache
     log: Callable[[str], None]
@@ -196,7 +196,7 @@ class Prepared:
                 frozen_trunk=self._frozen_trunk,
                 frozen_losses=self._frozen_losses,
                 trainable_trunk=partial(
-                    trainable_trunk, self.policy, storage=self.storage, tokenizer=self.tokenizer
+                    trainable_trunk, self.policy, storage=self.storage, tokenizer=self.codec.tokenizer
                 ),
             ),
         )
@@ -259,16 +259,16 @@ def prepare(plan: Plan, *, log: Callable[[str], None]) -> Prepared:
     millions = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
     heads = f"{policy.n_future} heads on {compute.device}"
     log(f"policy {loaded.base_name}: {millions:.1f} M parameters, {heads}")
-    limit, tokenizer = recipe.data.max_tokens, loaded.tokenizer
+    limit, codec = recipe.data.max_tokens, TextCodec(loaded.tokenizer, bos=recipe.data.bos)
     return Prepared(
         plan=plan,
         storage=storage,
         source=source,
         compute=compute,
         policy=policy,
-        tokenizer=tokenizer,
+        codec=codec,
         base_name=loaded.base_name,
-        cache=TokenCache(storage, version, data=plan.data, tokenizer=tokenizer, max_tokens=limit),
+        cache=TokenCache(storage, version, data=plan.data, codec=codec, max_tokens=limit),
         log=log,
     )
 

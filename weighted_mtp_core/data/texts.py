@@ -1,0 +1,243 @@
+"""Texts to token ids and back: what is decoded is the text that was encoded, to the byte.
+
+A document is encoded in two parts, so that no token spans the end of the prompt: the policy sees the same ids
+when it generates. Tokenizers are made for whole texts, which has two consequences here:
+
+- Those of SentencePiece's kind put a blank before a text, and drop it when they decode. Only the beginning of
+  a document gets it; a response is encoded without.
+- The spelling of a control token in a text, such as `<eos>`, is read as that token. In data it is text.
+
+Both are settings of a copy of the tokenizer. Whether the text comes back is checked for every document.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from weighted_mtp_core.errors import WmtpError
+
+Bos = Literal["auto", "always", "never"]
+Encode = Callable[[list[str]], list[list[int]]]
+
+PROBES = (
+    "def add(a, b):\n    return a + b\n",
+    "    if x >= 10:\n\t\ty = 'It''s 1,234.50 €'\r\n",
+    "Don't PANIC, they're here!  Two  blanks   and a tab\tor two.\n\n\n",
+    "12345 0x1F 3.14e-10 2024-01-31 a1b2",
+    "naïve Übergröße Ωμέγα 数学 🙂👩‍💻 x̂",
+    'https://example.org/a_b?c=d&e=f#g {"key": [null, true]} $x^2$ <b>&amp;</b>',
+    " leading and trailing blanks ",
+)
+"""Texts in which pre-tokenizers differ: blanks, digits, contractions, punctuation, scripts."""
+
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+class TextCodec:
+    """Encodes prompts and responses, and decodes completions.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        bos: Whether documents begin with BOS: as the tokenizer has it, always, or never.
+
+    Attributes:
+        tokenizer: The tokenizer.
+        eos_id: Ends each response.
+        prefix: The ids before each prompt: BOS, or what the tokenizer puts there.
+        size: V; every id is below it.
+
+    Raises:
+        WmtpError: `bos` is `always`, and the tokenizer has no BOS.
+    """
+
+    def __init__(self, tokenizer: Any, *, bos: Bos = "auto") -> None:
+        # Set before the first use; otherwise the library warns, and turns serial, in every process that a run
+        # forks.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        self.tokenizer = tokenizer
+        self.eos_id = int(tokenizer.eos_token_id)
+        self.size = len(tokenizer)
+        self.prefix = _prefix(tokenizer, bos)
+        self._encode_start, self._encode_rest = _encoders(tokenizer)
+
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of prompts, BOS included."""
+        return [[*self.prefix, *ids] for ids in self._encode_start(list(texts))]
+
+    def encode_documents(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        """Return the ids of prompts, BOS included, and of responses, without EOS."""
+        prompts = self.encode_prompts([prompt for prompt, _ in pairs])
+        responses = self._encode_rest([response for _, response in pairs])
+        first = [i for i, (prompt, _) in enumerate(pairs) if not prompt]
+        for i, ids in zip(first, self._encode_start([pairs[i][1] for i in first]), strict=True):
+            responses[i] = ids
+        return list(zip(prompts, responses, strict=True))
+
+    def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Return the texts of documents; control tokens are no text."""
+        return _decode(self.tokenizer, rows)
+
+    def decode_completions(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[str]:
+        """Return what each completion adds to the text of its prompt: (ids of the prompt, new ids)."""
+        prompts = self.decode([prompt for prompt, _ in rows])
+        whole = self.decode([[*prompt, *new] for prompt, new in rows])
+        return [text[len(prompt) :] for prompt, text in zip(prompts, whole, strict=True)]
+
+
+def round_trip_error(name: str, text: str, decoded: str) -> WmtpError:
+    """Return the error about a document that is another text once it is decoded."""
+    same = (i for i, (one, other) in enumerate(zip(text, decoded, strict=False)) if one != other)
+    at = next(same, min(len(text), len(decoded)))
+    shown = slice(max(at - 20, 0), at + 40)
+    if unicodedata.normalize("NFC", text) == decoded:
+        hint = (
+            'the tokenizer normalises texts: do the same with the data, `unicodedata.normalize("NFC", text)`'
+        )
+    elif unicodedata.normalize("NFKC", text) == decoded:
+        hint = (
+            'the tokenizer normalises texts: do the same with the data, `unicodedata.normalize("NFKC", text)`'
+        )
+    else:
+        hint = "the tokenizer cannot represent this text: use another base model, or leave such texts out"
+    return WmtpError(
+        f"example `{name}` is another text after the tokenizer, from character {at} on:\n"
+        f"  text:    {text[shown]!r}\n"
+        f"  decoded: {decoded[shown]!r}",
+        hint=hint,
+    )
+
+
+def differing_ids(one: Any, other: Any, texts: Sequence[str] = PROBES) -> str | None:
+    """Compare two tokenizers by the ids of texts and of control tokens.
+
+    Args:
+        one: Returns ids of a list of texts, as do the tokenizers of transformers.
+        other: Likewise.
+        texts: What is encoded.
+
+    Returns:
+        The first difference in words; None if there is none.
+    """
+    for text in texts:
+        first, second = (each([text], add_special_tokens=False)["input_ids"][0] for each in (one, other))
+        if list(first) != list(second):
+            return f"{text!r} has the ids {_some(first)} and {_some(second)}"
+    for kind in ("bos_token_id", "eos_token_id"):
+        if getattr(one, kind) != getattr(other, kind):
+            return f"`{kind}` is {getattr(one, kind)} and {getattr(other, kind)}"
+    return None
+
+
+def _decode(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
+    if not rows:
+        return []
+    texts: list[str] = tokenizer.batch_decode(
+        [list(ids) for ids in rows], skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return texts
+
+
+def _some(ids: Sequence[int]) -> str:
+    return f"{list(ids[:12])}" + (f" and {len(ids) - 12} more" if len(ids) > 12 else "")
+
+
+def _prefix(tokenizer: Any, bos: Bos) -> tuple[int, ...]:
+    """Return the ids before a document."""
+    if bos == "never":
+        return ()
+    if bos == "always":
+        if tokenizer.bos_token_id is None:
+            raise WmtpError('`data.bos` is "always", but the tokenizer has no BOS', hint='data.bos = "auto"')
+        return (int(tokenizer.bos_token_id),)
+    plain, special = (tokenizer(["a"], add_special_tokens=add)["input_ids"][0] for add in (False, True))
+    start = next((i for i in range(len(special)) if special[i : i + len(plain)] == plain), 0)
+    return tuple(int(each) for each in special[:start])
+
+
+def _encoders(tokenizer: Any) -> tuple[Encode, Encode]:
+    """Return the encoders of the beginning of a document and of what follows it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+
+    def plainly(texts: list[str]) -> list[list[int]]:
+        found = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [list(ids) for ids in found]
+
+    if backend is None:
+        return plainly, plainly
+    table = _without_control_tokens(json.loads(backend.to_str()))
+    start = _encoder(table)
+    if start(list(PROBES)) != plainly(list(PROBES)):  # the tokenizer does more than its backend
+        return plainly, plainly
+    changed = {**table, **{part: _without_blank(table[part]) for part in ("normalizer", "pre_tokenizer")}}
+    if changed == table:
+        return start, start
+    rest = _encoder(changed)
+    if _decode(tokenizer, start(["a"])) != ["a"]:  # the decoder does not drop the blank
+        return rest, rest
+
+    def start_with_blank(texts: list[str]) -> list[list[int]]:
+        """Add the blank that the decoder drops also to texts that begin with one: Metaspace does not."""
+        found = start(texts)
+        blank = [i for i, text in enumerate(texts) if text.startswith(" ")]
+        for i, ids in zip(blank, rest([f" {texts[i]}" for i in blank]), strict=True):
+            found[i] = ids
+        return found
+
+    return start_with_blank, rest
+
+
+def _encoder(table: dict[str, Any]) -> Encode:
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(json.dumps(table))
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [each.ids for each in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    return encode
+
+
+def _without_control_tokens(table: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a tokenizer in which control tokens have names that no text contains.
+
+    Their ids stay. `encode_special_tokens` alone would not do: a model of words or pieces finds them in its
+    vocabulary.
+    """
+    names = {
+        token["content"]: f"\U0010fffd{token['id']}\U0010fffd"
+        for token in table["added_tokens"]
+        if token["special"] and not _BYTE.fullmatch(token["content"])
+    }
+    model = dict(table["model"])
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {names.get(token, token): number for token, number in vocabulary.items()}
+    else:
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocabulary]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    tokens = [
+        {**each, "content": names.get(each["content"], each["content"])} for each in table["added_tokens"]
+    ]
+    unused = {"post_processor": None, "truncation": None, "padding": None}
+    return {**table, "model": model, "added_tokens": tokens, **unused}
+
+
+def _without_blank(part: Any) -> Any:
+    """Return a normaliser or pre-tokenizer that puts no blank before a text."""
+    if not isinstance(part, dict) or part["type"] == "Prepend":
+        return None
+    part = dict(part)
+    for steps in ("normalizers", "pretokenizers"):
+        if steps in part:
+            part[steps] = [each for each in map(_without_blank, part[steps]) if each is not None]
+    if part["type"] == "Metaspace":
+        part["prepend_scheme"] = "never"
+    if part["type"] == "ByteLevel":
+        part["add_prefix_space"] = False
+    return part
