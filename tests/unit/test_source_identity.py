@@ -5,10 +5,13 @@ import shutil
 from typing import ClassVar
 
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 from weighted_mtp_core.api import DatasetVersion, WmtpError
 from weighted_mtp_core.checkpointing.resume import refuse_changes, run_to_resume
 from weighted_mtp_core.compare.arms import read_arms
 from weighted_mtp_core.compare.runner import Job, find_finished
+from weighted_mtp_core.data.texts import TextCodec
 from weighted_mtp_core.data.token_cache import TokenCache
 from weighted_mtp_core.plan import make_plan
 from weighted_mtp_core.plugins import source_identity as module
@@ -228,10 +231,12 @@ def test_a_killed_run_of_the_source_before_is_not_continued_by_itself(example_pl
 def test_tokens_are_made_again_after_an_edit_of_the_data_source(example_plugin, write_recipe, edit, tmp_path):
     path = write_recipe(RECIPE)
     version = DatasetVersion(name="lines", version="1", sha256="a" * 64)
+    letters = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1}, unk_token="<eos>"))
+    codec = TextCodec(PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<eos>"))
 
     def fingerprint():
         data = make_plan(path).data
-        return TokenCache(tmp_path, version, data=data, tokenizer=NoTokenizer(), max_tokens=8).fingerprint
+        return TokenCache(tmp_path, version, data=data, codec=codec, max_tokens=8).fingerprint
 
     before = fingerprint()
 
@@ -271,15 +276,6 @@ class NoBatches:
 
     order: ClassVar = {}
     tokens = DatasetVersion(name="none", version="1", sha256="a" * 64)
-
-
-class NoTokenizer:
-    """Has no file and no text."""
-
-    eos_token_id = 1
-
-    def save_pretrained(self, folder):
-        pass
 
 
 def leave(plan, status):
