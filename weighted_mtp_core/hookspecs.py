@@ -30,9 +30,7 @@ def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
     Example:
         from attrs import field, frozen
         from attrs import validators as v
-        from weighted_mtp_core.api import (
-            BuildContext, Component, Signal, StepView, WeightingStrategy, Weights, hookimpl
-        )
+        from weighted_mtp_core.api import Component, Signal, StepView, WeightingStrategy, Weights, hookimpl
 
         @frozen(kw_only=True)
         class RewardOptions:
@@ -46,14 +44,12 @@ def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
                 weight_BT = view.reward_BT.clamp(min=self._floor) * view.response_BT
                 return Weights(weight=weight_BT, metrics={"mean_reward": view.reward_BT.mean()})
 
-        def build_reward(options: RewardOptions, context: BuildContext) -> Reward:
-            return Reward(options)
-
         @hookimpl
         def wmtp_weighting_strategies():
             yield Component(
                 name="reward", summary="The reward of the response, but not less than a floor.",
-                options=RewardOptions, build=build_reward, needs=frozenset({Signal.REWARD}),
+                options=RewardOptions, build=lambda options, context: Reward(options),
+                needs=frozenset({Signal.REWARD}),
             )
     """
     return ()

@@ -140,9 +140,6 @@ def _check_signals(plan: Plan, registry: PluginRegistry) -> None:
         )
 
 
-# --------------------------------------------------------------------------- resolving
-
-
 def _resolve(
     recipe: Recipe,
     selected: Mapping[KeyPath, SelectedComponent],

@@ -7,6 +7,8 @@ import logging
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from urllib.parse import quote
 
 SECRET_VARIABLES = (
@@ -53,24 +55,17 @@ def redact_log_records() -> None:
     Debug records of botocore and urllib3 contain signatures, keys and headers.
     """
     make = logging.getLogRecordFactory()
-    if isinstance(make, _RedactedRecords):
-        return
-    logging.setLogRecordFactory(_RedactedRecords(make))
+    if getattr(make, "func", None) is not _redacted_record:
+        logging.setLogRecordFactory(partial(_redacted_record, make))
 
 
-class _RedactedRecords:
-    """A log record factory that wraps another one."""
-
-    def __init__(self, make: Callable[..., logging.LogRecord]) -> None:
-        self._make = make
-
-    def __call__(self, *args: object, **kwargs: object) -> logging.LogRecord:
-        record = self._make(*args, **kwargs)
-        try:
-            record.msg, record.args = redact(record.getMessage()), None
-        except (TypeError, ValueError):  # the arguments do not fit the format: logging reports it
-            return record
-        return record
+def _redacted_record(
+    make: Callable[..., logging.LogRecord], *args: object, **kwargs: object
+) -> logging.LogRecord:
+    record = make(*args, **kwargs)
+    with suppress(TypeError, ValueError):  # the arguments do not fit the format: logging reports it
+        record.msg, record.args = redact(record.getMessage()), None
+    return record
 
 
 def redact(text: str) -> str:

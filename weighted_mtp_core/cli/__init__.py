@@ -92,21 +92,28 @@ def main(argv: Sequence[str]) -> int:
 def _main(arguments: Sequence[str], *, want_traceback: bool) -> int:
     try:
         return _command(arguments)
-    except Terminated:
-        return _report("terminated", code=EXIT_TERMINATED, want_traceback=want_traceback)
-    except KeyboardInterrupt:
-        return _report("interrupted", code=EXIT_INTERRUPTED, want_traceback=want_traceback)
-    except WmtpError as error:
-        return _report(str(error), hint=error.hint, code=error.exit_code, want_traceback=want_traceback)
-    except Exception as error:  # noqa: BLE001 - the process ends here
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the process ends here
         if isinstance(error, BrokenPipeError) and _discard_unread_output():
             return EXIT_PIPE_CLOSED
-        return _report(
-            reason(error),
-            hint="add --traceback to see where it happened",
-            code=EXIT_RUN_FAILED,
-            want_traceback=want_traceback,
+        message, hint, code = _describe(error)
+        if want_traceback:
+            print(redact(traceback.format_exc()), end="", file=sys.stderr)
+        print(f"error: {redact(message)}", file=sys.stderr)
+        if hint:
+            print(f"hint: {redact(hint)}", file=sys.stderr)
+        return code
+
+
+def _describe(error: BaseException) -> tuple[str, str | None, int]:
+    """Return message, hint and exit code."""
+    if isinstance(error, WmtpError):
+        return str(error), error.hint, error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        is_sigterm = isinstance(error, Terminated)
+        return (
+            ("terminated", None, EXIT_TERMINATED) if is_sigterm else ("interrupted", None, EXIT_INTERRUPTED)
         )
+    return reason(error), "add --traceback to see where it happened", EXIT_RUN_FAILED
 
 
 def _command(arguments: Sequence[str]) -> int:
@@ -186,12 +193,3 @@ def _discard_unread_output() -> bool:
                 closed = True
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return closed
-
-
-def _report(message: str, *, hint: str | None = None, code: int, want_traceback: bool) -> int:
-    if want_traceback:
-        print(redact(traceback.format_exc()), end="", file=sys.stderr)
-    print(f"error: {redact(message)}", file=sys.stderr)
-    if hint:
-        print(f"hint: {redact(hint)}", file=sys.stderr)
-    return code

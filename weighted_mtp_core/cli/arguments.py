@@ -82,13 +82,8 @@ def list_of(kind: Callable[[str], ItemT]) -> Callable[[str], list[ItemT]]:
 
 
 def plan_from(args: argparse.Namespace) -> Plan:
-    """Make the plan of the recipe that the arguments name.
-
-    Raises:
-        WmtpError: See `make_plan`.
-    """
-    micro = ["model.base=micro"] if args.micro else []
-    overrides = [*micro, *args.overrides]
+    """Make the plan of the recipe that the arguments name."""
+    overrides = [*(["model.base=micro"] if args.micro else []), *args.overrides]
     return make_plan(args.recipe, preset=args.preset, overrides=overrides, run_name=args.run_name)
 
 

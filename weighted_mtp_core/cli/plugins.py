@@ -64,15 +64,11 @@ def _show(args: argparse.Namespace) -> None:
     plugin = PluginRegistry().load(args.name)
     print(f"{plugin.found.name}: {plugin.found.distribution} {plugin.found.version}, `{plugin.found.module}`")
     for kind in Kind:
-        for address, component in zip(plugin.addresses(kind), _sorted(plugin.components[kind]), strict=True):
-            print(f"\n{kind.label} {address}\n  {component.summary}")
+        for name, component in plugin.components[kind].items():
+            print(f"\n{kind.label} {plugin.found.name}.{name}\n  {component.summary}")
             _print_signals("needs", component.needs)
             _print_signals("provides", component.provides)
             print_rows(_option_rows(component), indent="    ")
-
-
-def _sorted(components: Any) -> list[AnyComponent]:
-    return [components[name] for name in sorted(components)]
 
 
 def _print_signals(verb: str, signals: Any) -> None:

@@ -63,14 +63,14 @@ _HOOKS = [kind.hook for kind in Kind]
 
 @frozen(kw_only=True)
 class LoadedPlugin:
-    """An imported plugin and the components that it declares, by kind and name."""
+    """An imported plugin and the components that it declares, by kind and name, sorted."""
 
     found: FoundPlugin
     components: Mapping[Kind, Mapping[str, AnyComponent]] = field(eq=False)
 
     def addresses(self, kind: Kind) -> list[str]:
-        """Return the addresses of its components of a kind, sorted."""
-        return [f"{self.found.name}.{name}" for name in sorted(self.components[kind])]
+        """Return the addresses of its components of a kind."""
+        return [f"{self.found.name}.{name}" for name in self.components[kind]]
 
 
 @define(kw_only=True)
@@ -114,7 +114,7 @@ class PluginRegistry:
         return [
             f"{plugin.found.name}.{name}"
             for plugin in self.loaded.values()
-            for name, component in sorted(plugin.components[Kind.CRITIC].items())
+            for name, component in plugin.components[Kind.CRITIC].items()
             if signal in component.provides
         ]
 
@@ -157,7 +157,7 @@ class PluginRegistry:
                 raise WmtpError(f"{plugin} declares two {kind.label}s named `{address}`")
             _check_options(plugin, address, component.options)
             components[component.name] = component
-        return components
+        return dict(sorted(components.items()))
 
     def _results(self, plugin: FoundPlugin, kind: Kind) -> list[Any]:
         """Call the plugin's implementations of a kind's hook.

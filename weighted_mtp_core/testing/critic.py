@@ -95,8 +95,6 @@ class CriticSuite(checks.ComponentSuite):
             pytest.skip("the critic is not trainable")
         return critic
 
-    # ------------------------------------------------------------------ scores
-
     def test_fills_exactly_what_it_provides(self, component: AnyComponent, critic: Critic) -> None:
         """Core compares the declaration with the needs of the weighting before anything is built."""
         assert set(_score(critic, PACKED.batch())) == {_FIELDS[signal] for signal in component.provides}
@@ -156,8 +154,6 @@ class CriticSuite(checks.ComponentSuite):
 
         checks.assert_unchanged(batch, _training_batch(critic))
 
-    # ------------------------------------------------------------------ state
-
     def test_equal_seeds_build_equal_critics(self, build: Build) -> None:
         """Whatever happens to the global generators in between."""
         first = _score(build(), PACKED.batch())
@@ -171,8 +167,6 @@ class CriticSuite(checks.ComponentSuite):
         checks.copy_state(critic, loaded, tmp_path / "checkpoint")
 
         _assert_equal(_score(critic, PACKED.batch()), _score(loaded, PACKED.batch()))
-
-    # ------------------------------------------------------------------ training
 
     def test_batching_is_a_known_one(self, build: Build) -> None:
         """`"pointwise"` or `"pairs"`."""
@@ -230,8 +224,6 @@ class CriticSuite(checks.ComponentSuite):
         """Random numbers come from a generator seeded by `context.seed`."""
         with checks.random_numbers_untouched():
             _train(trainable, steps=1)
-
-    # ------------------------------------------------------------------ helpers
 
     @classmethod
     def _assert_same_documents(cls, critic: Critic, layout: Layout, other: Layout) -> None:

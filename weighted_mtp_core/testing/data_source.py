@@ -59,8 +59,6 @@ class DataSourceSuite(ComponentSuite):
         split: Split = request.param
         return split
 
-    # ------------------------------------------------------------------ examples
-
     def test_there_is_something_to_train_on(self, source: DataSource) -> None:
         """The split `train` is not empty, for the critic and for the policy."""
         assert len(source.examples("train")) > 0
@@ -125,8 +123,6 @@ class DataSourceSuite(ComponentSuite):
 
         assert {problem: splits for problem, splits in owners.items() if len(splits) > 1} == {}
 
-    # ------------------------------------------------------------------ version
-
     def test_the_version_names_the_data(self, build: Build) -> None:
         """The version has a name, a version and a SHA-256, and is the same on each call."""
         version = build().version()
@@ -148,8 +144,6 @@ class DataSourceSuite(ComponentSuite):
         changed = select(self.kind, self.address, changed_options).build(context)
 
         assert changed.version().sha256 != build().version().sha256
-
-    # ------------------------------------------------------------------ verification
 
     def test_verdicts_tell_right_from_wrong_in_order(self, source: DataSource, split: Split) -> None:
         """A known solution passes, an empty completion does not; verdicts have the order of the attempts."""

@@ -40,8 +40,6 @@ class WeightingStrategySuite(checks.ComponentSuite):
         """The weights of two rows with two documents each."""
         return build().weigh(PACKED.view(needs))
 
-    # ------------------------------------------------------------------ one batch
-
     def test_weights_have_a_shape_that_core_aligns(self, weights: Weights) -> None:
         """`[B, T]`, indexed by target token, or `[B, T, K]`, indexed by (source, head)."""
         target_BTK = PACKED.view(()).target_BTK
@@ -95,8 +93,6 @@ class WeightingStrategySuite(checks.ComponentSuite):
         with checks.random_numbers_untouched():
             strategy.weigh(view)
 
-    # ------------------------------------------------------------------ what must not matter
-
     def test_padding_changes_no_weight(self, build: Build, needs: Needs) -> None:
         """Neither its length nor the ids and values on it."""
         wide = attrs.evolve(PACKED, padding=PACKED.padding + 5, filler=3)
@@ -147,8 +143,6 @@ class WeightingStrategySuite(checks.ComponentSuite):
         assert weights.weight.isfinite().all()
         assert _not_finite(weights) == []
 
-    # ------------------------------------------------------------------ state
-
     def test_equal_state_and_view_give_equal_weights(self, build: Build, needs: Needs) -> None:
         """Two new objects give a sequence of batches the same weights, bit for bit."""
         assert self._steps(build(), needs) == self._steps(build(), needs)
@@ -171,8 +165,6 @@ class WeightingStrategySuite(checks.ComponentSuite):
             strategy.weigh(layout.view(needs, step=1, training=False))
 
         assert self._steps(strategy, needs, first=1) == self._steps(never_validated, needs, first=1)
-
-    # ------------------------------------------------------------------ helpers
 
     @staticmethod
     def _steps(strategy: WeightingStrategy, needs: Needs, *, first: int = 0) -> list[bytes]:
