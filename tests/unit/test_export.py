@@ -10,6 +10,7 @@ from textwrap import dedent
 import pytest
 import torch
 from attrs import evolve
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -21,9 +22,10 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2Tokenizer,
 )
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.export.transformers import refuse_to_replace, write_export
+from weighted_mtp_core.export.transformers import cast_parameters, refuse_to_replace, write_export
 from weighted_mtp_core.generation.generate import generate
 from weighted_mtp_core.model.exported_model import ExportFacts, read_facts
 from weighted_mtp_core.model.load import load_policy, make_policy
@@ -56,7 +58,11 @@ KINDS = [
 IDS = [f"{base.__name__}-{'tied' if tied else 'untied'}-{head}" for base, tied, head in KINDS]
 
 
-def tokenizer():
+def tokenizer(model_type="llama"):
+    """A tokenizer that transformers reads back as it is, for a model of this type."""
+    if model_type == "qwen2":  # transformers puts the type's own pre-tokenizer into it
+        vocabulary = {"<pad>": 0, "<eos>": EOS, **{chr(95 + i): i for i in range(2, V)}}
+        return Qwen2Tokenizer(vocab=vocabulary, merges=[], pad_token="<pad>", eos_token="<eos>")
     words = {"<pad>": 0, "<eos>": EOS, **{f"w{i}": i for i in range(2, V)}}
     made = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -72,7 +78,7 @@ def trained(base=llama, *, tied=True, head="transformer"):
     return policy
 
 
-def exported(policy, path):
+def exported(policy, path, own=None):
     facts = ExportFacts(
         n_future=policy.n_future,
         head=policy.head_kind,
@@ -81,8 +87,14 @@ def exported(policy, path):
         base="micro/1",
         data_sha256=None,
     )
-    write_export(policy, tokenizer(), path, facts=facts, recipe=b"# the recipe\n")
+    write_export(
+        policy, own or tokenizer(policy.config.model_type), path, facts=facts, recipe=b"# the recipe\n"
+    )
     return path
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def loaded(path, **changes):
@@ -117,6 +129,59 @@ def test_head_1_is_an_ordinary_language_model(base, tied, head, tmp_path):
     ids_BT = torch.randint(0, V, (2, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=ids_BT).logits, logits(policy)[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("base", "tied", "head"), KINDS, ids=IDS)
+def test_the_files_of_the_top_folder_hold_only_tensors_of_the_base_model(base, tied, head, tmp_path):
+    path = exported(trained(base, tied=tied, head=head), tmp_path / "out")
+
+    written = {name for file in path.glob("*.safetensors") for name in load_file(file)}
+
+    # Tied unembeddings are not written a second time.
+    assert written == set(base(tied=tied).state_dict()) - ({"lm_head.weight"} if tied else set())
+
+
+@pytest.mark.parametrize(("base", "tied", "head"), KINDS, ids=IDS)
+def test_parameters_in_bfloat16_are_read_back_by_transformers_and_as_all_heads(base, tied, head, tmp_path):
+    policy = trained(base, tied=tied, head=head)
+    cast_parameters(policy, torch.bfloat16)
+    path = exported(policy, tmp_path / "out")
+    policy.float()
+
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in load_file(path / "heads" / "model.safetensors").values()} == {
+        torch.bfloat16
+    }
+    assert json.loads((path / "config.json").read_text())["dtype"] == "bfloat16"
+    restored = logits(loaded(path, head=head))
+    assert all(torch.equal(one, other) for one, other in zip(logits(policy), restored, strict=True))
+    ids_BT = torch.randint(0, V, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.float()(input_ids=ids_BT).logits, logits(policy)[0], rtol=1e-6, atol=1e-6
+        )
+
+
+def test_a_tokenizer_that_transformers_reads_back_as_another_one_is_an_error(tmp_path):
+    policy = trained(qwen2)
+
+    with pytest.raises(WmtpError, match="reads the exported tokenizer back as another one") as caught:
+        exported(policy, tmp_path / "out", tokenizer("llama"))
+
+    assert caught.value.hint == "train on the tokenizer that `AutoTokenizer` loads for this type of model"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_policy_of_one_head_needs_no_folder_of_heads(tmp_path):
+    policy = make_policy(llama(tied=True), n_future=1, head_kind="transformer").eval()
+    path = exported(policy, tmp_path / "out")
+
+    restored = loaded(path, n_future=1)
+
+    assert not (path / "heads").exists()
+    assert torch.equal(logits(restored, heads=1)[0], logits(policy, heads=1)[0])
 
 
 def test_exporting_does_not_change_the_policy(tmp_path):
@@ -171,7 +236,7 @@ def test_tokenizer_and_end_of_text_are_exported(tmp_path):
 def test_every_file_is_readable_by_others(tmp_path):
     path = exported(trained(), tmp_path / "out")
 
-    assert {oct(file.stat().st_mode & 0o444) for file in (path, *path.iterdir())} == {oct(0o444)}
+    assert {oct(file.stat().st_mode & 0o444) for file in (path, *path.rglob("*"))} == {oct(0o444)}
 
 
 def test_a_recipe_may_use_fewer_heads(tmp_path):
@@ -216,7 +281,7 @@ def test_a_copy_without_the_facts_is_an_ordinary_base_model(tmp_path):
     assert torch.allclose(logits(restored)[0], logits(policy)[0], atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "extra_heads.safetensors", "weighted_mtp.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "heads/model.safetensors", "weighted_mtp.json"])
 def test_a_changed_byte_is_an_error(name, tmp_path):
     path = exported(trained(), tmp_path / "out")
     content = bytearray((path / name).read_bytes())
@@ -235,6 +300,17 @@ def test_a_missing_manifest_is_an_error(tmp_path):
         loaded(path)
 
 
+def test_an_older_format_is_an_error_that_says_to_export_anew(tmp_path):
+    path = exported(trained(), tmp_path / "out")
+    about = json.loads((path / "weighted_mtp.json").read_text())
+    (path / "weighted_mtp.json").write_text(json.dumps({**about, "format": 1, "core": "0.0.9"}))
+
+    with pytest.raises(WmtpError, match=r"written by weighted-mtp-core 0\.0\.9 in format 1, ") as caught:
+        read_facts(path)
+
+    assert caught.value.hint == "export the run anew"
+
+
 def test_a_newer_format_is_an_error_that_says_what_to_install(tmp_path):
     path = exported(trained(), tmp_path / "out")
     about = json.loads((path / "weighted_mtp.json").read_text())
@@ -248,14 +324,14 @@ def test_a_newer_format_is_an_error_that_says_what_to_install(tmp_path):
 
 def test_a_failed_export_leaves_nothing_new_and_the_old_one_complete(tmp_path):
     path = exported(trained(), tmp_path / "out")
-    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    before = contents(path)
     unwritable = trained(head="linear")
     unwritable.heads[1].register_buffer("odd", torch.empty(2, device="meta"))
 
     with pytest.raises(NotImplementedError):
         exported(unwritable, path)
 
-    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    assert contents(path) == before
     assert [child.name for child in tmp_path.iterdir()] == ["out"]
 
 

@@ -286,11 +286,15 @@ def exported(trained):
     return path
 
 
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_an_exported_model_says_where_it_comes_from(exported, trained):
     facts = json.loads((exported / "weighted_mtp.json").read_text())
 
     assert (facts["format"], facts["n_future"], facts["head"], facts["run"]) == (
-        1,
+        2,
         3,
         "transformer",
         trained.name,
@@ -317,7 +321,7 @@ def test_an_exported_model_writes_the_runs_text_without_its_data_and_plugins(
 
 
 def test_an_exported_model_measures_like_its_run_and_stays_as_it_is(wmtp, exported, trained, tmp_path):
-    before = {path.name: path.read_bytes() for path in exported.iterdir()}
+    before = contents(exported)
 
     wmtp("evaluate", "--out", str(tmp_path))
     code, _, err = wmtp("evaluate", run=str(exported))
@@ -327,23 +331,23 @@ def test_an_exported_model_measures_like_its_run_and_stays_as_it_is(wmtp, export
     reports = [json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path, out)]
     assert reports[0]["metrics"] == reports[1]["metrics"]
     assert (out / "samples.jsonl").read_bytes() == (tmp_path / "samples.jsonl").read_bytes()
-    assert {path.name: path.read_bytes() for path in exported.iterdir()} == before
+    assert contents(exported) == before
 
 
 @pytest.mark.parametrize("command", ["evaluate", "generate"])
 def test_a_changed_exported_model_is_an_error(wmtp, command, exported, tmp_path):
     changed = Path(shutil.copytree(exported, tmp_path / "changed"))
-    with (changed / "extra_heads.safetensors").open("ab") as file:
+    with (changed / "heads" / "model.safetensors").open("ab") as file:
         file.write(b"x")
 
     code, out, err = wmtp(command, *(["--prompt", "a"] if command == "generate" else []), run=str(changed))
 
     assert (code, out) == (2, "")
-    assert f"error: `{changed}/extra_heads.safetensors` changed since it was written" in err
+    assert f"error: `{changed}/heads/model.safetensors` changed since it was written" in err
 
 
 def test_export_replaces_an_exported_model_only_if_told_so(wmtp, exported):
-    before = {path.name: path.read_bytes() for path in exported.iterdir()}
+    before = contents(exported)
 
     code, _, err = wmtp("export", "--to", str(exported))
     forced, out, _ = wmtp("export", "--to", str(exported), "--force")
@@ -351,4 +355,4 @@ def test_export_replaces_an_exported_model_only_if_told_so(wmtp, exported):
     assert code == 2
     assert err.startswith(f"error: `{exported}` already exists\nhint: ")
     assert (forced, out) == (0, f"{exported}\n")
-    assert {path.name: path.read_bytes() for path in exported.iterdir()} == before
+    assert contents(exported) == before

@@ -1,12 +1,13 @@
 """Write a finished run as a model.
 
 The best policy becomes a transformers directory: head 1 as an ordinary language model that loads without this
-package, the other heads in a file beside it, and the SHA-256 of every file. A recipe (`model.base = "DIR"`),
-`evaluate DIR` and `generate DIR` load all heads.
+package, the other heads in a folder of their own, and the SHA-256 of every file. A recipe
+(`model.base = "DIR"`), `evaluate DIR` and `generate DIR` load all heads.
 
 examples:
   export 20261123-140924 --to models/sorter
   export 20261123-140924 --to models/sorter --force       replace an existing exported model
+  export 20261123-140924 --to models/sorter --dtype bfloat16   half the size
 """
 
 from __future__ import annotations
@@ -23,12 +24,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser)
     parser.add_argument("--to", metavar="DIR", type=Path, required=True)
     parser.add_argument("--force", action="store_true", help="replace an exported model")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the parameters in the files; default: float32",
+    )
 
 
 def main(args: argparse.Namespace) -> None:
+    import torch
+
     from weighted_mtp_core.evaluation.finished_run import export_run
     from weighted_mtp_core.export.transformers import refuse_to_replace
 
     refuse_to_replace(args.to, force=args.force)
-    export_run(find_run(args.runs, args.run), args.to, log=lambda text: print(text, file=sys.stderr))
+    export_run(
+        find_run(args.runs, args.run),
+        args.to,
+        dtype=getattr(torch, args.dtype),
+        log=lambda text: print(text, file=sys.stderr),
+    )
     print(args.to)

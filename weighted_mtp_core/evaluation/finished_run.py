@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
 from attrs import frozen
 
 from weighted_mtp_core.checkpointing.best_model import load_model
 from weighted_mtp_core.data.texts import TextCodec
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.export.transformers import write_export
+from weighted_mtp_core.export.transformers import cast_parameters, write_export
 from weighted_mtp_core.model.exported_model import RECIPE, ExportFacts, is_exported_model, read_facts
 from weighted_mtp_core.model.load import load_policy
 from weighted_mtp_core.model.policy import Policy
@@ -108,14 +109,21 @@ def policy_loader(folder: Path, *, overrides: Sequence[str]) -> PolicyLoader:
     return PolicyLoader(recipe=plan.recipe, load=load)
 
 
-def export_run(run: Path, to: Path, *, log: Callable[[str], None]) -> None:
+def export_run(run: Path, to: Path, *, dtype: torch.dtype, log: Callable[[str], None]) -> None:
     """Write the best policy of a run as a transformers directory; replace an exported model there.
+
+    Args:
+        run: The run folder.
+        to: The directory.
+        dtype: Of the parameters in the files.
+        log: Receives messages for the user.
 
     Raises:
         WmtpError: The run has no policy, or its data or base model are missing.
         RunFailedError: The directory cannot be written.
     """
     prepared = prepare_finished(run, plan_of(run, overrides=['model.device="cpu"']), log=log)
+    cast_parameters(prepared.policy, dtype)
     recipe = RunFolder(path=run).recipe
     facts = ExportFacts(
         n_future=prepared.policy.n_future,

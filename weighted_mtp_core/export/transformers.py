@@ -1,8 +1,8 @@
 """Write a trained policy as a transformers directory.
 
 Head 1 becomes an ordinary language model, which plain transformers loads without this package; the other
-heads lie in a file beside it. `model.exported_model` reads all heads again. `manifest.json` holds the SHA-256
-of every file.
+heads have a folder of their own. `model.exported_model` reads all heads again. `manifest.json` holds the
+SHA-256 of every file.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import weighted_mtp_core
+from weighted_mtp_core.data.texts import differing_ids
 from weighted_mtp_core.errors import RunFailedError, WmtpError
 from weighted_mtp_core.model.exported_model import (
     EXTRA_HEADS,
@@ -60,6 +61,7 @@ def write_export(policy: Policy, tokenizer: Any, path: Path, *, facts: ExportFac
         recipe: Contents of the run's `recipe.toml`.
 
     Raises:
+        WmtpError: transformers reads the tokenizer back with other ids.
         RunFailedError: The disk is full, or permission is missing.
     """
     model = language_model(policy)
@@ -69,11 +71,36 @@ def write_export(policy: Policy, tokenizer: Any, path: Path, *, facts: ExportFac
         with atomic_folder(path, replace=True) as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            save_file(_extra_heads(policy), folder / EXTRA_HEADS)
+            _read_back(tokenizer, folder)
+            if policy.n_future > 1:
+                (folder / EXTRA_HEADS).parent.mkdir()
+                save_file(_extra_heads(policy), folder / EXTRA_HEADS)
             (folder / FACTS).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
             (folder / RECIPE).write_bytes(recipe)
     except (OSError, SafetensorError) as error:
         raise RunFailedError(f"cannot write the exported model `{path}`: {error}") from error
+
+
+def cast_parameters(policy: Policy, dtype: torch.dtype) -> None:
+    """Convert a policy's parameters in place; buffers keep their dtype, as in transformers."""
+    for parameter in policy.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _read_back(tokenizer: Any, folder: Path) -> None:
+    """Refuse a tokenizer that becomes another one when transformers loads it.
+
+    For some types of models, `AutoTokenizer` replaces the pre-tokenizer in `tokenizer.json` with that of the
+    type, and reports nothing.
+    """
+    from transformers import AutoTokenizer
+
+    difference = differing_ids(tokenizer, AutoTokenizer.from_pretrained(folder))
+    if difference is not None:
+        raise WmtpError(
+            f"transformers reads the exported tokenizer back as another one: {difference}",
+            hint="train on the tokenizer that `AutoTokenizer` loads for this type of model",
+        )
 
 
 def language_model(policy: Policy) -> Any:

@@ -1,8 +1,9 @@
-"""Read an exported model: head 1 as an ordinary transformers model, the other heads in a file beside it.
+"""Read an exported model: head 1 as an ordinary transformers model, the other heads in a folder of their own.
 
 `export.transformers` writes such directories. `weighted_mtp.json` describes the heads and their origin,
-`extra_heads.safetensors` holds heads 2..K as `head_<k>.<name>`, and `recipe.toml` is the recipe that trained
-them.
+`heads/model.safetensors` holds heads 2..K as `head_<k>.<name>`, and `recipe.toml` is the recipe that trained
+them. Servers read every `*.safetensors` file of the top folder and refuse tensors that the model does not
+have, so heads 2..K cannot be stored there.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.model.heads import HeadKind
 from weighted_mtp_core.model.policy import Policy
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when a change makes older directories unreadable for this release."""
 
-FACTS, EXTRA_HEADS, RECIPE = "weighted_mtp.json", "extra_heads.safetensors", "recipe.toml"
+FACTS, EXTRA_HEADS, RECIPE = "weighted_mtp.json", "heads/model.safetensors", "recipe.toml"
 
 
 @frozen(kw_only=True)
@@ -55,7 +56,7 @@ def read_facts(folder: Path) -> ExportFacts:
     """Read `weighted_mtp.json`.
 
     Raises:
-        WmtpError: It cannot be read, or a newer release wrote it.
+        WmtpError: The file cannot be read, or a newer or an older release wrote it in another format.
     """
     path = folder / FACTS
     try:
@@ -66,6 +67,12 @@ def read_facts(folder: Path) -> ExportFacts:
                 f"`{folder}` was written by weighted-mtp-core {core}, which is newer than this one "
                 f"({weighted_mtp_core.__version__})",
                 hint=f"pip install 'weighted-mtp-core>={core}'",
+            )
+        if about["format"] < FORMAT:
+            raise WmtpError(
+                f"`{folder}` was written by weighted-mtp-core {core} in format {about['format']}, "
+                f"this release ({weighted_mtp_core.__version__}) reads format {FORMAT}",
+                hint="export the run anew",
             )
         return ExportFacts(**{each.name: about[each.name] for each in attrs.fields(ExportFacts)})
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -98,6 +105,8 @@ def load_extra_heads(policy: Policy, folder: Path) -> None:
     Raises:
         WmtpError: The tensors in the file do not fit these heads.
     """
+    if policy.n_future == 1:
+        return
     state = load_file(folder / EXTRA_HEADS)
     for k, head in enumerate(policy.heads[1:], start=2):
         start = f"head_{k}."
