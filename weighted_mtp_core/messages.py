@@ -14,9 +14,9 @@ def quoted(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-def nearest(word: str, names: Iterable[str]) -> list[str]:
-    """Return the name closest to `word`; no name if none is close."""
-    return difflib.get_close_matches(word, list(names), n=1)
+def nearest(word: str, names: Iterable[str], *, cutoff: float = 0.6) -> list[str]:
+    """Return the name closest to `word`; no name if none is at least `cutoff` alike, from 0 to 1 (equal)."""
+    return difflib.get_close_matches(word, list(names), n=1, cutoff=cutoff)
 
 
 def suggest(names: Sequence[str]) -> str | None:

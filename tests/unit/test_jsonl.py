@@ -5,6 +5,7 @@ import json
 import pytest
 from weighted_mtp_core.api import BuildContext, JsonlOptions, JsonlSource, WmtpError
 from weighted_mtp_core.builtin.jsonl import build_jsonl
+from weighted_mtp_core.cli import main
 
 ROW = {
     "instruction": "Double a number.",
@@ -116,7 +117,6 @@ def test_a_missing_file_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("names", "fault"),
     [
-        ({}, "needs `problem_id` (or `task_id`), a string or a whole number"),
         ({"problem_id": 0.0}, "`problem_id` must be a string or a whole number, got 0.0"),
         ({"problem_id": None, "task_id": "t"}, "`problem_id` must be a string or a whole number, got null"),
         ({"task_id": True}, "`task_id` must be a string or a whole number, got true"),
@@ -289,4 +289,216 @@ def test_other_sources_can_use_the_rows(write):
 
     (row,) = JsonlSource(options).rows("test")
 
-    assert (row.tests, row.entry_point, row.output) == (TESTED["tests"], "f", TESTED["output"])
+    assert (row.tests, row.entry_point, row.response) == (TESTED["tests"], "f", TESTED["output"])
+
+
+# ---------------------------------------------------------------------- plain rows and templates
+
+PLAIN = {"prompt": "2 + 3 = ", "response": "5"}
+
+
+def test_a_prompt_and_a_response_are_enough(tmp_path, write):
+    (example,) = build(tmp_path, train=write(PLAIN)).examples("train")
+
+    assert (example.prompt, example.response, example.reward) == ("2 + 3 = ", "5", 1.0)
+
+
+def test_rows_with_one_prompt_are_one_problem_and_each_text_without_a_prompt_is_one(tmp_path, write):
+    rows = [PLAIN, {**PLAIN, "response": "five"}, {"prompt": "", "response": "a"}]
+    rows += [{"prompt": "", "response": "b"}]
+
+    same, again, first, second = build(tmp_path, train=write(*rows)).examples("train")
+
+    assert same.problem_id == again.problem_id
+    assert len({same.problem_id, first.problem_id, second.problem_id}) == 3
+
+
+def test_all_rows_of_one_prompt_are_in_one_split(tmp_path, write):
+    rows = [{"prompt": f"{i // 4}", "response": f"{i}"} for i in range(400)]
+    data = build(tmp_path, path=write(*rows))
+    prompts = [{each.prompt for each in data.examples(split)} for split in ("train", "validation", "test")]
+
+    assert sum(map(len, prompts)) == len(set.union(*prompts)) == 100
+    assert min(map(len, prompts)) > 0
+
+
+@pytest.mark.parametrize(("reward", "learnt"), [(0.75, 1), (0.25, 0), (1, 1), (0, 0)])
+def test_a_reward_serves_for_a_verdict(tmp_path, write, reward, learnt):
+    data = build(tmp_path, train=write({**PLAIN, "reward": reward}))
+
+    assert [example.reward for example in data.examples("train")] == [reward]
+    assert len(data.policy_examples("train")) == learnt
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "fault"),
+    [
+        (
+            {},
+            {"is_correct": False},
+            "has a verdict (`is_correct` or `reward`), but `{first}` line 1 has none",
+        ),
+        ({"reward": 1}, {}, "has no verdict (`is_correct` or `reward`), but `{first}` line 1 has one"),
+    ],
+)
+def test_a_verdict_on_some_rows_only_is_refused_also_between_files(tmp_path, write, first, second, fault):
+    one = write(PLAIN | first, name="a")
+    files = {"train": one, "test": write({"prompt": "q", "response": "r", **second}, name="b")}
+
+    with pytest.raises(WmtpError) as caught:
+        build(tmp_path, **files)
+
+    expected = f"{fault.format(first=one)}: give a verdict to all rows or to none"
+    assert str(caught.value).endswith(f"line 1: {expected}")
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ({**PLAIN, "correct": False}, "has `correct`: did you mean `is_correct`?"),
+        ({**PLAIN, "isCorrect": False}, "has `isCorrect`: did you mean `is_correct`?"),
+        ({**PLAIN, "rewards": 0.5}, "has `rewards`: did you mean `reward`?"),
+        ({**PLAIN, "reward": 0.5, "is_correct": True}, "has both `is_correct` and `reward`: remove one"),
+        ({**PLAIN, "reward": 1.5}, "`reward` must be a number from 0 to 1, got 1.5"),
+        ({**PLAIN, "reward": True}, "`reward` must be a number from 0 to 1, got true"),
+        ({**PLAIN, "reward": float("nan")}, "`reward` must be a number from 0 to 1, got NaN"),
+        ({**PLAIN, "is_correct": None}, "needs `is_correct`, true or false"),
+        ({**PLAIN, "output": "5"}, "has both `response` and `output`: remove one"),
+        (
+            {**PLAIN, "instruction": "Add."},
+            "has both `prompt` and `instruction`: choose with `data.options.template`",
+        ),
+        ({**PLAIN, "prompt": 3}, "`prompt` must be a string, got int"),
+        ({"response": "5"}, "needs `prompt` or `instruction`, a string that is not empty"),
+        ({"prompt": "q"}, "needs `response` or `output`, a string that is not empty"),
+    ],
+)
+def test_what_is_wrong_with_a_plain_row_is_named(tmp_path, write, row, fault):
+    path = write(row)
+
+    with pytest.raises(WmtpError) as caught:
+        build(tmp_path, train=path)
+
+    assert str(caught.value) == f"{path}: 1 bad line\n  line 1: {fault}"
+
+
+def test_keys_that_only_sound_like_a_verdict_are_allowed(tmp_path, write):
+    row = {**PLAIN, "score": 1, "record": 2, "word": "w", "label": "x", "forward": True}
+
+    assert len(build(tmp_path, train=write(row)).examples("train")) == 1
+
+
+def test_a_template_lays_out_the_prompt_from_any_keys_of_the_rows(tmp_path, write):
+    row = {"question": "2 + 3?", "hint": "{small}", "response": "5"}
+    template = "Q: {question} ({hint}) {{as is}}\nA: "
+
+    (example,) = build(tmp_path, train=write(row), template=template).examples("train")
+
+    assert example.prompt == "Q: 2 + 3? ({small}) {as is}\nA: "
+
+
+def test_a_template_replaces_the_alpaca_layout(tmp_path, write):
+    (example,) = build(tmp_path, train=write(ROW), template="{instruction}\n").examples("train")
+
+    assert example.prompt == "Double a number.\n"
+
+
+def test_a_row_without_a_key_of_the_template_is_named(tmp_path, write):
+    path = write({**PLAIN, "question": "q"}, PLAIN, {**PLAIN, "question": 3})
+
+    with pytest.raises(WmtpError) as caught:
+        build(tmp_path, train=path, template="{question}")
+
+    assert str(caught.value) == (
+        f"{path}: 2 bad lines\n"
+        "  line 2: needs `question`, a string, for `data.options.template`\n"
+        "  line 3: needs `question`, a string, for `data.options.template`"
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "fault"),
+    [
+        ("{", "cannot be read: "),
+        ("no key", "must name a key of the rows in braces, such as `{prompt}`"),
+        ("{}", "must contain names of keys in braces, such as `{prompt}`, got `{}`"),
+        ("{prompt.__class__}", "got `{prompt.__class__}`"),
+        ("{prompt:>9}", "got `{prompt:>9}`"),
+        ("{prompt!r}", "got `{prompt!r}`"),
+        ("{prompt}{response}", "must not contain `{response}`: the prompt would give the answer away"),
+        ("{prompt}{is_correct}", "must not contain `{is_correct}`: the prompt would give the answer away"),
+    ],
+)
+def test_a_template_that_cannot_be_meant_is_refused(template, fault):
+    with pytest.raises(ValueError, match=r"must|cannot be read") as caught:
+        JsonlOptions(train="rows.jsonl", template=template)
+
+    assert fault in str(caught.value)
+
+
+def test_the_recipe_s_line_with_a_bad_template_is_named(tmp_path, capsys, install_plugin):
+    install_plugin("example")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        '[run]\nname = "x"\n[weighting]\nuse = "example.flat"\n[data]\nuse = "core.jsonl"\n'
+        'options = { train = "a.jsonl", template = "none" }\n'
+    )
+
+    assert main(["check", str(recipe)]) == 2
+    error = capsys.readouterr().err
+    assert "line 7, data.options.template: must name a key of the rows in braces" in error
+
+
+CONSTANT_CRITIC = """
+    from attrs import frozen
+    from weighted_mtp_core.api import Component, Critic, Scores, Signal, WeightingStrategy, Weights, hookimpl
+
+    @frozen(kw_only=True)
+    class Options:
+        pass
+
+    class Half(Critic):
+        reads_policy = False
+
+        def score(self, batch, hidden_BTH):
+            return Scores(value_BT=batch.response_BT * 0.5)
+
+    class Valued(WeightingStrategy):
+        def weigh(self, view):
+            return Weights(weight=view.value_BT * view.response_BT)
+
+    @hookimpl
+    def wmtp_critics():
+        yield Component(
+            name="half", summary="Half.", options=Options, build=lambda options, context: Half(),
+            provides=frozenset({Signal.VALUE}),
+        )
+
+    @hookimpl
+    def wmtp_weighting_strategies():
+        yield Component(
+            name="valued", summary="Values.", options=Options, build=lambda options, context: Valued(),
+            needs=frozenset({Signal.VALUE}),
+        )
+"""
+
+
+def test_a_critic_of_values_refuses_rows_without_verdicts_before_anything_is_trained(
+    tmp_path, write, install_plugin, capsys
+):
+    install_plugin("half", CONSTANT_CRITIC)
+    write(*({"prompt": f"{i} + 1 = ", "response": f"{i + 1}"} for i in range(100)))
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'tracker = []\n[run]\nname = "x"\nstorage = "{tmp_path}/storage"\n'
+        '[weighting]\nuse = "half"\n[critic]\nuse = "half"\n'
+        '[data]\nuse = "core.jsonl"\noptions.path = "'
+        f'{tmp_path}/data.jsonl"\n'
+        "[model.micro]\nhidden_size = 16\nlayers = 2\nattention_heads = 2\n"
+    )
+
+    assert main(["run", str(recipe)]) == 2
+    error = capsys.readouterr().err
+    assert "critic `half.half` learns from correct and incorrect responses, but all" in error
+    assert "responses of the split `train` are correct" in error
+    assert not list(tmp_path.rglob("best_model.pt"))

@@ -1,19 +1,22 @@
-"""A data source over a team's own rows, one JSON object a line, in the Alpaca layout (Taori et al. 2023)."""
+"""A data source over a team's own rows, one JSON object a line: a prompt with a response to it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import string
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from attrs import field, frozen
+from attrs import define, field, frozen
 from attrs import validators as v
 
-from weighted_mtp_core.api.data import DatasetVersion, DataSource, Example, Split
+from weighted_mtp_core.api.data import DatasetVersion, DataSource, Example, Split, is_correct
 from weighted_mtp_core.api.datasets import sha256_of_file
 from weighted_mtp_core.api.records import ProblemIds, Record, read_records
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.messages import nearest
 
 _WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -25,6 +28,34 @@ _WITHOUT_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
+_RESPONSE_KEYS = ("response", "output")
+_VERDICT_KEYS = ("is_correct", "reward")
+_SPELLINGS = {"iscorrect": "is_correct", "correct": "is_correct", "reward": "reward"}
+
+
+def _check_template(_: object, __: object, template: str | None) -> None:
+    if template is None:
+        return
+    try:
+        names = _names(template)
+    except ValueError as error:
+        raise ValueError(f"cannot be read: {error}; `{{{{` and `}}}}` stand for braces") from error
+    if wrong := [name for name in names if not name.isidentifier()]:
+        raise ValueError(f"must contain names of keys in braces, such as `{{prompt}}`, got `{{{wrong[0]}}}`")
+    if not names:
+        raise ValueError("must name a key of the rows in braces, such as `{prompt}`")
+    if answer := next((name for name in names if name in {*_RESPONSE_KEYS, *_VERDICT_KEYS}), None):
+        raise ValueError(f"must not contain `{{{answer}}}`: the prompt would give the answer away")
+
+
+def _names(template: str) -> list[str]:
+    """Return what stands in braces in a template; ValueError if the braces do not match."""
+    parts = string.Formatter().parse(template)
+    return [
+        f"{name}{'!' + conversion if conversion else ''}{':' + spec if spec else ''}"
+        for _, name, spec, conversion in parts
+        if name is not None
+    ]
 
 
 @frozen(kw_only=True)
@@ -38,7 +69,9 @@ class JsonlOptions:
         test: File of the split `test`.
         validation_share: Share of the problems in `path` that go to the split `validation`.
         test_share: Share of the problems in `path` that go to the split `test`.
-        seed: Of that split.
+        seed: Seed of that split.
+        template: Layout of the prompt, with keys of the rows in braces: `"Question: {question}"`. By default
+            the prompt is the row's `prompt` as it is, or `instruction` and `input` in the Alpaca layout.
     """
 
     path: str | None = None
@@ -48,6 +81,7 @@ class JsonlOptions:
     validation_share: float = field(default=0.1, validator=[v.ge(0), v.lt(1)])
     test_share: float = field(default=0.1, validator=[v.ge(0), v.lt(1)])
     seed: int = field(default=0, validator=v.ge(0))
+    template: str | None = field(default=None, validator=_check_template)
 
 
 @frozen(kw_only=True)
@@ -55,36 +89,34 @@ class JsonlRow:
     """A checked row.
 
     Attributes:
-        instruction: The task.
-        input: What the task is about; may be empty.
-        output: The response.
+        prompt: The whole prompt, as the policy reads it.
+        response: The response.
         problem_id: Shared by the responses to one problem.
-        is_correct: Whether the response was verified as correct.
+        reward: Verified outcome of the response, in [0, 1]; None if the row has no verdict.
         tests: Source that defines `check(candidate)`; empty if the problem cannot be judged.
         entry_point: The function that the tests call.
     """
 
-    instruction: str
-    input: str
-    output: str
+    prompt: str
+    response: str
     problem_id: str
-    is_correct: bool
+    reward: float | None
     tests: str
     entry_point: str
 
     @property
-    def prompt(self) -> str:
-        """The Alpaca prompt."""
-        template = _WITH_INPUT if self.input else _WITHOUT_INPUT
-        return template.format(instruction=self.instruction, input=self.input)
+    def is_correct(self) -> bool:
+        """Whether the response was verified as correct; False without a verdict."""
+        return self.reward is not None and is_correct(self.reward)
 
 
 class JsonlSource(DataSource):
-    """Examples from rows, in the order of the files. Knows the rows' `tests`, but does not judge.
+    """Examples from rows, in the order of the files. It reads the rows' `tests`, but does not judge.
 
     Raises:
         WmtpError: The options name no file, or both kinds; a file cannot be read, or lists its bad lines; one
-            id stands for two prompts or two tests, or is in two files.
+            id stands for two prompts or two tests, or is in two files; some rows have a verdict and others
+            have none.
     """
 
     def __init__(self, options: JsonlOptions) -> None:
@@ -99,27 +131,30 @@ class JsonlSource(DataSource):
                 "name either one file (`path`) or a file for each split (`train`, `validation`, `test`)",
                 hint='for example `path = "data/solutions.jsonl"` in `[data.options]`',
             )
-        ids = ProblemIds()
+        earlier, parse = _EarlierRows(), partial(_row, template=options.template)
         if options.path is not None:
             self.files = [Path(options.path)]
-            self._rows = _split_by_problem(_read(self.files[0], _check(ids)), options)
+            self._rows = _split_by_problem(_read(self.files[0], parse, earlier.check), options)
         else:
             self.files = list(named.values())
-            self._rows = {split: _read(path, _check(ids, split)) for split, path in named.items()}
+            self._rows = {
+                split: _read(path, parse, partial(earlier.check, split=split))
+                for split, path in named.items()
+            }
 
     def rows(self, split: Split) -> Sequence[JsonlRow]:
         """Return the rows of the split."""
         return self._rows.get(split, ())
 
     def examples(self, split: Split) -> Sequence[Example]:
-        """Return every response of the split; `is_correct` is its reward."""
+        """Return every response of the split; without a verdict, its reward is 1."""
         return [
             Example(
                 example_id=f"{split}/{number}",
                 problem_id=row.problem_id,
                 prompt=row.prompt,
-                response=row.output,
-                reward=1.0 if row.is_correct else 0.0,
+                response=row.response,
+                reward=1.0 if row.reward is None else row.reward,
             )
             for number, row in enumerate(self.rows(split))
         ]
@@ -130,52 +165,113 @@ class JsonlSource(DataSource):
         return DatasetVersion(name=self.files[0].stem, version=digest[:12], sha256=digest)
 
 
-def _read(path: Path, check: Callable[[JsonlRow, str], None]) -> list[JsonlRow]:
+def _read(
+    path: Path, parse: Callable[[Record], JsonlRow], check: Callable[[JsonlRow, str], None]
+) -> list[JsonlRow]:
     if not path.exists():
         raise WmtpError(f"there is no file `{path}`", hint="paths count from where you start the run")
-    return read_records(path, _row, what="line", check=check)
+    return read_records(path, parse, what="line", check=check)
 
 
-def _check(ids: ProblemIds, split: Split | None = None) -> Callable[[JsonlRow, str], None]:
-    """Return the comparison of a row with earlier rows of its problem; `split` is that of the file."""
+@define
+class _EarlierRows:
+    """Compares each row with the rows before it, in all files of the source."""
 
-    def check(row: JsonlRow, place: str) -> None:
+    _ids: ProblemIds = field(factory=ProblemIds, init=False)
+    _first: tuple[bool, str] | None = field(default=None, init=False)
+
+    def check(self, row: JsonlRow, place: str, *, split: Split | None = None) -> None:
+        """Raise ValueError if the row does not fit; `split` is the split of its file."""
         tests = (row.tests, row.entry_point) if row.tests else None
-        ids.add(row.problem_id, place, prompt=(row.instruction, row.input), tests=tests, split=split)
+        self._ids.add(row.problem_id, place, prompt=row.prompt, tests=tests, split=split)
+        has_verdict = row.reward is not None
+        self._first = self._first or (has_verdict, place)
+        if has_verdict != self._first[0]:
+            this, that = ("has a", "has none") if has_verdict else ("has no", "has one")
+            raise ValueError(
+                f"{this} verdict (`is_correct` or `reward`), but {self._first[1]} {that}: "
+                "give a verdict to all rows or to none"
+            )
 
-    return check
 
-
-def _row(record: Record) -> JsonlRow:
+def _row(record: Record, *, template: str | None) -> JsonlRow:
     """Check a record; ValueError with its first fault."""
-    problem_id = _problem_id(record)
-    for key in ("instruction", "output"):
-        if not isinstance(record.get(key), str) or not record[key]:
-            raise ValueError(f"needs `{key}`, a string that is not empty")
-    for key in ("input", "tests", "entry_point"):
+    prompt, response = _prompt(record, template), _response(record)
+    for key in ("tests", "entry_point"):
         if not isinstance(record.get(key, ""), str | None):
             raise ValueError(f"`{key}` must be a string, got {type(record[key]).__name__}")  # noqa: TRY004
-    if not isinstance(record.get("is_correct"), bool):
-        raise ValueError("needs `is_correct`, true or false")  # noqa: TRY004
+    reward = _reward(record)
     if not isinstance(record.get("metadata", {}), dict | None):
         raise ValueError("`metadata` must be an object")  # noqa: TRY004
     if record.get("tests") and not record.get("entry_point"):
         raise ValueError("has `tests`, so it needs `entry_point`, the function that they call")
     return JsonlRow(
-        instruction=record["instruction"],
-        input=record.get("input") or "",
-        output=record["output"],
-        problem_id=problem_id,
-        is_correct=record["is_correct"],
+        prompt=prompt,
+        response=response,
+        problem_id=_problem_id(record, prompt or response),
+        reward=reward,
         tests=record.get("tests") or "",
         entry_point=record.get("entry_point") or "",
     )
 
 
-def _problem_id(record: Record) -> str:
+def _prompt(record: Record, template: str | None) -> str:
+    if template is not None:
+        names = _names(template)
+        for name in names:
+            if not isinstance(record.get(name), str):
+                raise ValueError(f"needs `{name}`, a string, for `data.options.template`")  # noqa: TRY004
+        return template.format_map({name: record[name] for name in names})
+    if "prompt" in record:
+        if "instruction" in record:
+            raise ValueError("has both `prompt` and `instruction`: choose with `data.options.template`")
+        if not isinstance(record["prompt"], str):
+            raise ValueError(f"`prompt` must be a string, got {type(record['prompt']).__name__}")
+        return record["prompt"]
+    if not isinstance(record.get("instruction"), str) or not record["instruction"]:
+        name = "`instruction`" if "instruction" in record else "`prompt` or `instruction`"
+        raise ValueError(f"needs {name}, a string that is not empty")
+    if not isinstance(record.get("input", ""), str | None):
+        raise ValueError(f"`input` must be a string, got {type(record['input']).__name__}")  # noqa: TRY004
+    layout = _WITH_INPUT if record.get("input") else _WITHOUT_INPUT
+    return layout.format(instruction=record["instruction"], input=record.get("input"))
+
+
+def _response(record: Record) -> str:
+    key, *others = [key for key in _RESPONSE_KEYS if key in record] or ["response` or `output"]
+    if others:
+        raise ValueError("has both `response` and `output`: remove one")
+    response = record.get(key)
+    if not isinstance(response, str) or not response:
+        raise ValueError(f"needs `{key}`, a string that is not empty")
+    return response
+
+
+def _reward(record: Record) -> float | None:
+    """Return the verdict, None if there is none; a misspelt key must not make a wrong response correct."""
+    for name in record:
+        spelt = name.lower().replace("_", "").replace("-", "")
+        if name not in _VERDICT_KEYS and (meant := nearest(spelt, _SPELLINGS, cutoff=0.85)):
+            raise ValueError(f"has `{name}`: did you mean `{_SPELLINGS[meant[0]]}`?")
+    if "is_correct" in record:
+        if "reward" in record:
+            raise ValueError("has both `is_correct` and `reward`: remove one")
+        if not isinstance(record["is_correct"], bool):
+            raise ValueError("needs `is_correct`, true or false")
+        return float(record["is_correct"])
+    if "reward" not in record:
+        return None
+    value = record["reward"]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"`reward` must be a number from 0 to 1, got {json.dumps(value)}")
+    return float(value)
+
+
+def _problem_id(record: Record, text: str) -> str:
+    """Return the row's id; without one, a hash of `text`, so that equal prompts are one problem."""
     key = next((key for key in ("problem_id", "task_id") if key in record), None)
     if key is None:
-        raise ValueError("needs `problem_id` (or `task_id`), a string or a whole number")
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
     value = record[key]
     if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
         raise ValueError(f"`{key}` must be a string or a whole number, got {json.dumps(value)}")

@@ -15,7 +15,7 @@ def wmtp_data_sources() -> Iterable[Component[Any, DataSource]]:
     """Offer JSONL files."""
     yield Component(
         name="jsonl",
-        summary="Your own examples: one JSON object a line with instruction, output and is_correct.",
+        summary="Your own examples: one JSON object a line with a prompt and a response.",
         options=JsonlOptions,
         build=build_jsonl,
     )

@@ -20,8 +20,10 @@ from weighted_mtp_core.api import (
     DataSource,
     Example,
     ModelContext,
+    Signal,
     Split,
     WeightingStrategy,
+    is_correct,
 )
 from weighted_mtp_core.checkpointing.best_model import load_model
 from weighted_mtp_core.data.batches import StepBatches, collate
@@ -111,13 +113,29 @@ class Prepared:
         """Make the token sets of all stages, so that what a later stage lacks is found before the first.
 
         Raises:
-            WmtpError: A split has no examples, or none is short enough.
+            WmtpError: A split has no examples, or none is short enough, or the recipe's critic cannot learn
+                from the rewards.
         """
         for split in SPLITS:
             self.policy_tokens(split)
         if self.plan.critic is not None:
-            self.critic_tokens("train")
-            self.critic_tokens("validation")
+            for split in ("train", "validation"):
+                self._check_verdicts(split, self.critic_tokens(split))
+
+    def _check_verdicts(self, split: Split, tokens: TokenSet) -> None:
+        """Refuse data in which all responses are correct, or all incorrect, for a critic of values."""
+        table, selected = self.plan.recipe.critic, self.plan.critic
+        if table is None or selected is None or table.allow_uninformative_critic:
+            return
+        correct = np.unique(is_correct(np.asarray(tokens.reward_D)))
+        if Signal.VALUE in selected.component.provides and len(correct) == 1:
+            kind = "correct" if correct[0] else "incorrect"
+            raise WmtpError(
+                f"critic `{selected.address}` learns from correct and incorrect responses, but all "
+                f"{len(tokens)} responses of the split `{split}` are {kind}",
+                hint="a response without a verdict counts as correct; choose data with verdicts, or a "
+                "weighting without a critic",
+            )
 
     @cached_property
     def length_only(self) -> LengthOnly:

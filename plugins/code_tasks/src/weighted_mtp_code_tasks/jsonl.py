@@ -52,7 +52,7 @@ class _ProgramJudge(FunctionJudge):
 
 
 class JudgedJsonlSource(JsonlSource):
-    """Examples from rows, labelled by `is_correct`; the rows with `tests` are problems."""
+    """Examples from rows, labelled by their verdicts; the rows with `tests` are problems."""
 
     def __init__(self, options: JudgedJsonlOptions) -> None:
         super().__init__(options)
@@ -69,7 +69,7 @@ class JudgedJsonlSource(JsonlSource):
                     prompt=row.prompt,
                     entry_point=row.entry_point,
                     tests=row.tests,
-                    solution=row.output if row.is_correct else known.solution if known else None,
+                    solution=row.response if row.is_correct else known.solution if known else None,
                 )
         return list(found.values())
 
