@@ -101,7 +101,7 @@ def learner_of(shape: Mapping[str, int], folder: Path, *, steps: int) -> Learner
     """Return stage 2 on a new model."""
     torch.manual_seed(0)
     config = LlamaConfig(**shape, tie_word_embeddings=True)
-    policy = Policy(LlamaForCausalLM(config), n_future=4, head_kind="transformer")
+    policy = Policy(LlamaForCausalLM(config), n_future=4, head_kind="parallel")
     best = folder / "best_model.pt"
     weighting = build_uniform(UniformOptions(), BuildContext(seed=0, storage=folder))
     return Unvalidated(

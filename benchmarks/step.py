@@ -99,7 +99,7 @@ class Bench:
         """Make everything except critics."""
         config = LlamaConfig(**shape, tie_word_embeddings=True, max_position_embeddings=2048)
         base = LlamaForCausalLM(config).train()
-        four = Policy(sharing_parameters(base), n_future=4, head_kind="transformer").train()
+        four = Policy(sharing_parameters(base), n_future=4, head_kind="parallel").train()
         batches = StepBatches(
             documents(shape["vocab_size"], positions),
             DataTable(use="benchmark"),
@@ -111,7 +111,7 @@ class Bench:
             yield cls(
                 base=base,
                 four=four,
-                one=Policy(sharing_parameters(base), n_future=1, head_kind="transformer").train(),
+                one=Policy(sharing_parameters(base), n_future=1, head_kind="parallel").train(),
                 batches=batches,
                 optimiser=make_optimiser(four.parameters(), TrainTable(learning_rate=1e-5)),
                 scratch=Path(scratch),

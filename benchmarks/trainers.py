@@ -160,7 +160,7 @@ class Unsaved(Unvalidated):
 def our_learner(model: LlamaForCausalLM, folder: Path, *, steps: int) -> Unsaved:
     """Return stage 2 with one head and uniform weights."""
     return Unsaved(
-        policy=Policy(model, n_future=1, head_kind="transformer"),
+        policy=Policy(model, n_future=1, head_kind="parallel"),
         weighting=Weighting(
             strategy=build_uniform(UniformOptions(), BuildContext(seed=0, storage=folder)),
             needs=frozenset(),

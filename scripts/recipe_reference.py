@@ -23,6 +23,7 @@ FILE = Path(__file__).parents[1] / "docs" / "recipes.md"
 TABLES: dict[str, type] = {
     "[run]": schema.RunTable,
     "[model]": schema.ModelTable,
+    "[model.heads]": schema.HeadsTable,
     "[model.micro]": schema.MicroTable,
     "[data]": schema.DataTable,
     "[critic]": schema.CriticTable,

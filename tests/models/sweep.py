@@ -37,7 +37,7 @@ from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.targets import align_labels, target_mask
 from zoo import VOCABULARY, tiny_model
 
-KINDS = ("transformer", "linear")
+KINDS = ("parallel", "medusa")
 TABLE = Path(__file__).parents[2] / "docs" / "models.md"
 SECONDS = 400  # the recurrent layers of Kimi Linear take minutes on a busy machine
 PAGE = """\
@@ -55,7 +55,7 @@ refused before training.
 The column *self-speculative* lists the kinds of heads with which self-speculative decoding works; with other
 heads, decoding is plain. The column *packing* refers to `data.packing = "documents"`.
 
-| type | `model.head` | self-speculative | packing | why not |
+| type | `model.heads.kind` | self-speculative | packing | why not |
 |---|---|---|---|---|
 """
 K = 3

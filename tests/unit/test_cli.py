@@ -92,7 +92,7 @@ def test_check_prints_the_plan_as_plain_aligned_text(recipe, capsys):
         "recipe           recipe.toml",
         "run              first (seed 42)",
         "experiment       weighted_mtp/example",
-        "model            micro, 4 transformer heads",
+        "model            micro, 4 parallel heads",
         "data             example.lines  wmtp-example 1.2.3; folder = f, count = 3, workers = 0",
         "critic           example.judge  wmtp-example 1.2.3",
         "weighting        example.flat   wmtp-example 1.2.3; beta = 0.9, clip = [0.1, 3.0]",
@@ -138,7 +138,7 @@ def test_micro_chooses_the_small_model(recipe, capsys, write_recipe):
 
     main(["check", str(path), "--micro"])
 
-    assert "micro, 4 transformer heads" in capsys.readouterr().out
+    assert "micro, 4 parallel heads" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------- plugins

@@ -36,7 +36,7 @@ BASES = {
     "qwen2, wide windows": lambda: windowed(100),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=16, n_layer=3, n_head=2)),
 }
-POLICIES = [(name, head) for name in BASES for head in ("transformer", "linear")]
+POLICIES = [(name, head) for name in BASES for head in ("parallel", "medusa")]
 DECODINGS = ("plain", "self_speculative")
 PROMPTS = ((5, 9, 4, 31), (7,), (3, 3, 8, 1, 2, 39, 6), (12, 30), (20, 21, 22))
 EOS = 0
@@ -93,7 +93,7 @@ def test_a_text_ends_at_the_models_last_position(decoding):
     torch.manual_seed(1)
     config = GPT2Config(vocab_size=V, n_embd=16, n_layer=3, n_head=2, n_positions=16)
     base = GPT2LMHeadModel(config).eval()
-    policy = make_policy(copy.deepcopy(base), n_future=K, head_kind="transformer").eval()
+    policy = make_policy(copy.deepcopy(base), n_future=K, head_kind="parallel").eval()
     lengths = [16 - (K - 1) - len(prompt) for prompt in PROMPTS]
 
     written = generate(policy, PROMPTS, max_new_tokens=50, eos_id=-1, decoding=decoding)
@@ -107,7 +107,7 @@ def test_a_text_ends_at_the_models_last_position(decoding):
 
 @pytest.mark.parametrize(("name", "drafts"), [("qwen2, narrow windows", 0), ("qwen2, wide windows", K - 1)])
 def test_nothing_is_drafted_if_rejected_drafts_would_fill_a_window(name, drafts):
-    _, policy = models(name, "transformer")
+    _, policy = models(name, "parallel")
 
     written = generate(policy, PROMPTS, max_new_tokens=11, eos_id=EOS, decoding="self_speculative")
 
@@ -115,7 +115,7 @@ def test_nothing_is_drafted_if_rejected_drafts_would_fill_a_window(name, drafts)
 
 
 def test_a_prompt_that_leaves_no_position_is_an_error():
-    _, policy = models("gpt2", "linear")
+    _, policy = models("gpt2", "medusa")
 
     with pytest.raises(
         WmtpError, match=r"a prompt of 1021 tokens is too long: this model has 1021 positions"
@@ -154,7 +154,7 @@ def test_a_sampled_text_does_not_depend_on_its_batch(name, head, decoding):
 
 @pytest.mark.parametrize("decoding", DECODINGS)
 def test_seed_and_stream_fix_a_sampled_text(decoding):
-    _, policy = models("llama", "linear")
+    _, policy = models("llama", "medusa")
     prompts = [PROMPTS[0]] * 3
 
     twice = sample(policy, prompts, ["a", "a", "b"], decoding=decoding)
@@ -180,7 +180,7 @@ def coin():
     base = LlamaForCausalLM(config).eval()
     for parameter in base.parameters():
         torch.nn.init.normal_(parameter, std=0.25)
-    policy = make_policy(copy.deepcopy(base), n_future=3, head_kind="transformer").eval()
+    policy = make_policy(copy.deepcopy(base), n_future=3, head_kind="parallel").eval()
     for parameter in policy.heads[1:].parameters():
         torch.nn.init.normal_(parameter, std=0.25)
     return base, policy

@@ -85,7 +85,7 @@ def signals(policy, *, parts):
 
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("base", [gpt2, opt])
-@pytest.mark.parametrize("head", ["transformer", "linear"])
+@pytest.mark.parametrize("head", ["parallel", "medusa"])
 def test_signals_are_computed_without_dropout(base, head, parts):
     policy = make_policy(base(), n_future=2, head_kind=head).train()
 
@@ -100,7 +100,7 @@ def test_signals_are_computed_without_dropout(base, head, parts):
 
 
 def test_a_model_without_dropout_runs_its_trunk_once():
-    policy = make_policy(llama(), n_future=2, head_kind="transformer").train()
+    policy = make_policy(llama(), n_future=2, head_kind="parallel").train()
     calls = []
     policy.trunk.register_forward_hook(lambda *_: calls.append(1))
 
@@ -112,7 +112,7 @@ def test_a_model_without_dropout_runs_its_trunk_once():
 
 def test_the_seam_between_trunk_and_head_adds_no_dropout():
     base = gpt2()
-    policy = make_policy(copy.deepcopy(base), n_future=2, head_kind="transformer").train()
+    policy = make_policy(copy.deepcopy(base), n_future=2, head_kind="parallel").train()
     ids_BT = batch().ids_BT
     torch.manual_seed(3)
     expected_BTV = base.train()(input_ids=ids_BT).logits

@@ -9,7 +9,6 @@ from textwrap import dedent
 
 import pytest
 import torch
-from attrs import evolve
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -29,7 +28,7 @@ from weighted_mtp_core.export.transformers import cast_parameters, refuse_to_rep
 from weighted_mtp_core.generation.generate import generate
 from weighted_mtp_core.model.exported_model import ExportFacts, read_facts
 from weighted_mtp_core.model.load import load_policy, make_policy
-from weighted_mtp_core.recipe.schema import ModelTable
+from weighted_mtp_core.recipe.schema import HeadsTable, ModelTable
 
 V, K, EOS = 40, 3, 1
 SMALL = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -53,7 +52,7 @@ KINDS = [
     (base, tied, head)
     for base in (llama, qwen2, gpt2)
     for tied in (True, False)
-    for head in ("transformer", "linear")
+    for head in ("parallel", "medusa")
 ]
 IDS = [f"{base.__name__}-{'tied' if tied else 'untied'}-{head}" for base, tied, head in KINDS]
 
@@ -69,7 +68,7 @@ def tokenizer(model_type="llama"):
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>")
 
 
-def trained(base=llama, *, tied=True, head="transformer"):
+def trained(base=llama, *, tied=True, head="parallel"):
     """A policy with every parameter far from its initial value, and different heads."""
     policy = make_policy(base(tied=tied), n_future=K, head_kind=head).eval()
     torch.manual_seed(0)
@@ -81,7 +80,7 @@ def trained(base=llama, *, tied=True, head="transformer"):
 def exported(policy, path, own=None):
     facts = ExportFacts(
         n_future=policy.n_future,
-        head=policy.head_kind,
+        heads=policy.head_kind,
         run="20261123-140924-abcdef",
         recipe_sha256="0" * 64,
         base="micro/1",
@@ -97,8 +96,8 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def loaded(path, **changes):
-    table = evolve(ModelTable(base=str(path), n_future=K), **changes)
+def loaded(path, *, n_future=K, head="parallel"):
+    table = ModelTable(base=str(path), n_future=n_future, heads=HeadsTable(kind=head))
     return load_policy(table, storage=path.parent, texts=tuple, seed=1).policy.eval()
 
 
@@ -175,7 +174,7 @@ def test_a_tokenizer_that_transformers_reads_back_as_another_one_is_an_error(tmp
 
 
 def test_a_policy_of_one_head_needs_no_folder_of_heads(tmp_path):
-    policy = make_policy(llama(tied=True), n_future=1, head_kind="transformer").eval()
+    policy = make_policy(llama(tied=True), n_future=1, head_kind="parallel").eval()
     path = exported(policy, tmp_path / "out")
 
     restored = loaded(path, n_future=1)
@@ -263,10 +262,11 @@ def test_another_kind_of_heads_is_an_error(tmp_path):
     path = exported(trained(), tmp_path / "out")
 
     with pytest.raises(WmtpError) as caught:
-        loaded(path, head="linear")
+        loaded(path, head="medusa")
 
     assert (
-        str(caught.value) == f"the exported model `{path}` has `transformer` heads, `model.head` is `linear`"
+        str(caught.value)
+        == f"the exported model `{path}` has `parallel` heads, `model.heads.kind` is `medusa`"
     )
 
 
@@ -276,7 +276,7 @@ def test_a_copy_without_the_facts_is_an_ordinary_base_model(tmp_path):
     (path / "weighted_mtp.json").unlink()
     (path / "manifest.json").unlink()
 
-    restored = loaded(path, n_future=4, head="linear")
+    restored = loaded(path, n_future=4, head="medusa")
 
     assert torch.allclose(logits(restored)[0], logits(policy)[0], atol=1e-6)
 
@@ -325,7 +325,7 @@ def test_a_newer_format_is_an_error_that_says_what_to_install(tmp_path):
 def test_a_failed_export_leaves_nothing_new_and_the_old_one_complete(tmp_path):
     path = exported(trained(), tmp_path / "out")
     before = contents(path)
-    unwritable = trained(head="linear")
+    unwritable = trained(head="medusa")
     unwritable.heads[1].register_buffer("odd", torch.empty(2, device="meta"))
 
     with pytest.raises(NotImplementedError):
@@ -338,9 +338,9 @@ def test_a_failed_export_leaves_nothing_new_and_the_old_one_complete(tmp_path):
 def test_an_export_replaces_an_existing_one(tmp_path):
     exported(trained(), tmp_path / "out")
 
-    restored = loaded(exported(trained(head="linear"), tmp_path / "out"), head="linear")
+    restored = loaded(exported(trained(head="medusa"), tmp_path / "out"), head="medusa")
 
-    assert restored.head_kind == "linear"
+    assert restored.head_kind == "medusa"
     assert [child.name for child in tmp_path.iterdir()] == ["out"]
 
 

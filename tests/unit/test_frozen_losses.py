@@ -22,7 +22,7 @@ def language_model(seed):
     return LlamaForCausalLM(config).eval()
 
 
-def policy(seed, head_kind="transformer"):
+def policy(seed, head_kind="parallel"):
     return make_policy(language_model(seed), n_future=3, head_kind=head_kind)
 
 
@@ -37,7 +37,7 @@ def expected_losses(base, batch):
     return loss_BT
 
 
-@pytest.mark.parametrize("head_kind", ["transformer", "linear"])
+@pytest.mark.parametrize("head_kind", ["parallel", "medusa"])
 def test_the_losses_are_those_of_the_base_model(head_kind):
     batch = APART.batch()
 

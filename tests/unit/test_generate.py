@@ -31,11 +31,10 @@ def counting_policy():
             layer.mlp.down_proj.weight.zero_()
         base.model.embed_tokens.weight.copy_(unit)
         base.lm_head.weight.copy_(step)
-    policy = make_policy(base, n_future=3, head_kind="linear").eval()
+    policy = make_policy(base, n_future=3, head_kind="medusa").eval()
     with torch.no_grad():
         for k in (2, 3):
-            policy.heads[k - 1].inner.weight.copy_(unit)
-            policy.heads[k - 1].outer.weight.copy_(torch.matrix_power(step, k - 1) * 1.02 - unit)
+            policy.heads[k - 1].linear.weight.copy_(3 * torch.matrix_power(step, k - 1))
     return policy
 
 

@@ -21,7 +21,7 @@ V = 23
 
 
 @functools.cache
-def policy(n_future=3, head="transformer", *, tied=False):
+def policy(n_future=3, head="parallel", *, tied=False):
     """Return a small policy with parameters far from their initial scale, at which heads are alike."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -108,7 +108,7 @@ SHAPES = st.fixed_dictionaries(
         "share": st.floats(0, 1),
     }
 )
-MODELS = st.tuples(st.sampled_from(["transformer", "linear"]), st.booleans())
+MODELS = st.tuples(st.sampled_from(["parallel", "medusa"]), st.booleans())
 
 
 @settings(max_examples=40)
@@ -271,7 +271,7 @@ def test_weights_move_the_optimum_as_a_unigram_model_says():
     weight_VH = torch.zeros(V, 16)
     weight_VH[:, 0] = logits_V
 
-    model = with_unembedding(policy(1, "linear"), weight_VH)
+    model = with_unembedding(policy(1, "medusa"), weight_VH)
 
     loss = weighted_mtp_loss(
         model,
@@ -290,7 +290,7 @@ def test_weights_move_the_optimum_as_a_unigram_model_says():
 
 @pytest.mark.parametrize("count", [257, 1001, 24003])
 def test_counts_are_exact_in_any_dtype_of_the_model(count):
-    model = with_unembedding(policy(1, "linear"), torch.zeros(V, 16))
+    model = with_unembedding(policy(1, "medusa"), torch.zeros(V, 16))
     labels_BTK = torch.arange(count).remainder(V).reshape(1, count, 1)
     hidden_BTH = torch.zeros(1, count, 16)
     ones_BTK = torch.ones(1, count, 1)

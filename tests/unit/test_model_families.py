@@ -10,19 +10,19 @@ from weighted_mtp_core.model.load import make_policy
 
 # Kinds of heads, and whether drafts work.
 FAMILIES = {
-    "llama": ("transformer linear", True),
-    "llama4_text": ("transformer linear", True),
-    "gemma2": ("transformer linear", True),
-    "granite": ("transformer linear", True),
-    "cohere2": ("transformer linear", True),
-    "gptj": ("transformer linear", True),
-    "opt": ("transformer linear", True),
-    "bloom": ("linear", True),
-    "mpt": ("transformer linear", False),
-    "gpt_neo": ("transformer linear", False),
-    "qwen3_next": ("transformer linear", False),
-    "jamba": ("linear", False),
-    "mamba": ("transformer linear", False),
+    "llama": ("parallel medusa", True),
+    "llama4_text": ("parallel medusa", True),
+    "gemma2": ("parallel medusa", True),
+    "granite": ("parallel medusa", True),
+    "cohere2": ("parallel medusa", True),
+    "gptj": ("parallel medusa", True),
+    "opt": ("parallel medusa", True),
+    "bloom": ("medusa", True),
+    "mpt": ("parallel medusa", False),
+    "gpt_neo": ("parallel medusa", False),
+    "qwen3_next": ("parallel medusa", False),
+    "jamba": ("medusa", False),
+    "mamba": ("parallel medusa", False),
 }
 
 
@@ -45,12 +45,12 @@ def test_a_family_is_right_with_the_heads_of_its_row(sweep, name):
         assert (manner_of(policy).no_drafts is None) == drafts
 
 
-@pytest.mark.parametrize(("name", "hint"), [("jamba", 'set `model.head = "linear"`'), ("bloom", None)])
+@pytest.mark.parametrize(("name", "hint"), [("jamba", 'set `model.heads.kind = "medusa"`'), ("bloom", None)])
 def test_heads_that_do_not_fit_are_refused_with_those_that_do(sweep, name, hint):
     with pytest.raises(WmtpError) as caught:
-        make_policy(sweep.tiny_model(name), n_future=2, head_kind="transformer")
+        make_policy(sweep.tiny_model(name), n_future=2, head_kind="parallel")
 
-    assert caught.value.hint == (hint or 'set `model.head = "linear"`')
+    assert caught.value.hint == (hint or 'set `model.heads.kind = "medusa"`')
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_heads_that_do_not_fit_are_refused_with_those_that_do(sweep, name, hint)
 )
 def test_a_model_that_cannot_be_a_trunk_is_refused(sweep, name, message):
     with pytest.raises(WmtpError) as caught:
-        make_policy(sweep.tiny_model(name), n_future=2, head_kind="linear")
+        make_policy(sweep.tiny_model(name), n_future=2, head_kind="medusa")
 
     assert message in str(caught.value)
 
@@ -79,7 +79,7 @@ def test_two_layers_of_different_kinds_keep_their_own(sweep):
         torch.nn.init.normal_(parameter, std=0.4)
     ids_BT = torch.arange(3, 23)[None]
 
-    policy = make_policy(copy.deepcopy(base), n_future=2, head_kind="transformer").eval()
+    policy = make_policy(copy.deepcopy(base), n_future=2, head_kind="parallel").eval()
 
     assert policy.trunk.config.layer_types == ["full_attention"]
     assert policy.heads[0].config.layer_types == ["sliding_attention"]

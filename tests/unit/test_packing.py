@@ -36,7 +36,7 @@ BASES = {
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=16, n_layer=3, n_head=2)),
 }
 LENGTHS = ((5, 9, 4), (7, 3))
-POLICIES = [(name, head) for name in BASES for head in ("transformer", "linear")]
+POLICIES = [(name, head) for name in BASES for head in ("parallel", "medusa")]
 
 
 @functools.cache
@@ -161,7 +161,7 @@ def test_a_model_that_mixes_documents_is_refused():
             return self.trunk(**arguments)
 
     torch.manual_seed(0)
-    model = make_policy(BASES["llama"](), n_future=2, head_kind="linear")
+    model = make_policy(BASES["llama"](), n_future=2, head_kind="medusa")
     check_packing(model)
     model.trunk = Mixing(model.trunk)
 

@@ -47,7 +47,7 @@ KINDS = [
     (base, tied, head)
     for base in (llama, qwen2, gpt2)
     for tied in (True, False)
-    for head in ("transformer", "linear")
+    for head in ("parallel", "medusa")
 ]
 IDS = [f"{base.__name__}-{'tied' if tied else 'untied'}-{head}" for base, tied, head in KINDS]
 every_kind = pytest.mark.parametrize(("base", "tied", "head"), KINDS, ids=IDS)
@@ -96,7 +96,7 @@ def test_sparse_states_equal_those_of_the_whole(base, tied, head):
 
 @pytest.mark.parametrize("base", [llama, qwen2, gpt2])
 def test_a_heads_feed_forward_network_computes_only_the_sparse_rows(base):
-    _, policy = made(base, False, "transformer")
+    _, policy = made(base, False, "parallel")
     hidden_BTH = policy.trunk_states(ids())
     with FlopCounterMode(display=False) as whole:
         policy.head_states(2, hidden_BTH)
@@ -120,6 +120,21 @@ def test_the_other_heads_start_like_head_1(base, tied, head):
         torch.testing.assert_close(policy.logits(k, hidden), policy.logits(1, hidden))
 
 
+@pytest.mark.parametrize("base", [llama, qwen2, gpt2])
+def test_medusa_heads_compute_the_formula(base):
+    model, policy = copy.deepcopy(made(base, True, "medusa"))
+    matrices = [torch.nn.init.normal_(each.linear.weight, std=0.3) for each in policy.heads[1:]]
+    state_BTH = model.base_model(input_ids=ids()).last_hidden_state
+
+    for k, matrix_HH in enumerate(matrices, start=2):
+        product_BTH = torch.einsum("ij,btj->bti", matrix_HH, state_BTH)
+        expected_BTH = state_BTH + product_BTH / (1 + torch.exp(-product_BTH))
+
+        logits_BTV = policy.logits(k, policy.trunk_states(ids()))
+
+        torch.testing.assert_close(logits_BTV, model.lm_head(expected_BTH), rtol=1e-4, atol=1e-4)
+
+
 @every_kind
 def test_heads_share_the_unembedding_and_nothing_else(base, tied, head):
     _, policy = made(base, tied, head)
@@ -134,9 +149,6 @@ def test_heads_share_the_unembedding_and_nothing_else(base, tied, head):
 @every_kind
 def test_gradients_of_all_heads_reach_every_parameter(base, tied, head):
     policy = copy.deepcopy(made(base, tied, head)[1])
-    if head == "linear":  # the first layer of a head that starts as the identity gets none in the first step
-        for each in policy.heads[1:]:
-            torch.nn.init.normal_(each.outer.weight, std=0.1)
     hidden = policy.trunk_states(ids(length=12))
 
     sum(policy.logits(k, hidden).square().sum() for k in range(1, K + 1)).backward()
@@ -195,7 +207,7 @@ def test_a_frozen_trunk_never_changes(base, tied, head):
 
 
 def test_one_head_is_the_whole_model():
-    policy = make_policy(llama(tied=True), n_future=1, head_kind="transformer")
+    policy = make_policy(llama(tied=True), n_future=1, head_kind="parallel")
 
     assert len(policy.heads) == 1
     assert policy.hidden_size == 16
@@ -204,10 +216,10 @@ def test_one_head_is_the_whole_model():
 
 def test_a_model_of_one_layer_has_no_trunk_for_transformer_heads():
     with pytest.raises(WmtpError, match="a model of one layer has no trunk left") as caught:
-        make_policy(llama(tied=True, layers=1), n_future=2, head_kind="transformer")
+        make_policy(llama(tied=True, layers=1), n_future=2, head_kind="parallel")
 
-    assert 'model.head = "linear"' in caught.value.hint
-    make_policy(llama(tied=True, layers=1), n_future=2, head_kind="linear")
+    assert 'model.heads.kind = "medusa"' in caught.value.hint
+    make_policy(llama(tied=True, layers=1), n_future=2, head_kind="medusa")
 
 
 def test_the_bias_of_an_unembedding_is_trained_with_it():
@@ -216,6 +228,6 @@ def test_the_bias_of_an_unembedding_is_trained_with_it():
     )
     bias = with_bias.lm_head.bias
 
-    policy = make_policy(with_bias, n_future=2, head_kind="linear")
+    policy = make_policy(with_bias, n_future=2, head_kind="medusa")
 
     assert dict(policy.named_parameters())["unembedding.bias"] is bias

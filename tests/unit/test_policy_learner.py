@@ -46,7 +46,7 @@ def base(name):
     return made
 
 
-def policy(name="llama", *, n_future=3, head="transformer"):
+def policy(name="llama", *, n_future=3, head="parallel"):
     """Return a policy whose heads differ from each other."""
     made = make_policy(copy.deepcopy(base(name)), n_future=n_future, head_kind=head)
     torch.manual_seed(1)
@@ -162,7 +162,7 @@ def close(one, other, *, rtol=1e-5, atol=1e-6):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 3, 4])
-@pytest.mark.parametrize("head", ["transformer", "linear"])
+@pytest.mark.parametrize("head", ["parallel", "medusa"])
 def test_parts_of_a_batch_add_up_to_the_formula_of_the_whole(batch, head, accumulation):
     weight_BT = (0.1 + batch.ids_BT % 5).where(batch.response_BT, 0.0)
     whole = formula(policy(head=head), batch, lambda _, target_BTK: align_weights(weight_BT, target_BTK))
@@ -180,7 +180,7 @@ def test_weights_from_current_losses_see_the_whole_batch_however_it_is_split(bat
     close(learnt(policy(), batch, ByLoss(), accumulation=accumulation), whole, atol=1e-5)
 
 
-@pytest.mark.parametrize("head", ["transformer", "linear"])
+@pytest.mark.parametrize("head", ["parallel", "medusa"])
 @pytest.mark.parametrize("name", BASES)
 def test_one_head_and_equal_weights_are_transformers_own_training(batch, name, head):
     model = copy.deepcopy(base(name))
@@ -278,7 +278,7 @@ def test_a_compiled_trunk_and_recomputed_activations_change_nothing(batch, prepa
     close(learnt(prepare(policy()), batch, weighting(), accumulation=accumulation), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("head", ["transformer", "linear"])
+@pytest.mark.parametrize("head", ["parallel", "medusa"])
 @pytest.mark.parametrize("name", BASES)
 def test_recomputed_activations_change_no_bit_and_keep_less(batch, name, head, caplog):
     def step(model):

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.model.load import load_policy
 from weighted_mtp_core.model.probe import check_positions
-from weighted_mtp_core.recipe.schema import MicroTable, ModelTable
+from weighted_mtp_core.recipe.schema import HeadsTable, MicroTable, ModelTable
 
 MICRO = ModelTable(micro=MicroTable(vocab_size=300, hidden_size=16, layers=2, attention_heads=2), n_future=2)
 SHAPE = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
@@ -44,7 +44,7 @@ def directory(tokenizer, tmp_path):
 def refusal(storage, directory):
     """Return the message and the hint with which a directory is refused."""
     with pytest.raises(WmtpError) as caught:
-        load(storage, evolve(MICRO, base=str(directory), head="linear"))
+        load(storage, evolve(MICRO, base=str(directory), heads=HeadsTable(kind="medusa")))
     return str(caught.value), caught.value.hint
 
 

@@ -205,6 +205,13 @@ def test_every_fault_has_its_file_and_line(write_recipe):
     ]
 
 
+def test_the_key_that_model_heads_replaced_is_an_error_that_names_it(write_recipe):
+    path = write_recipe(SMALLEST + '        [model]\n        head = "linear"\n')
+
+    with pytest.raises(WmtpError, match=r"model\.head: unknown key `head`; .*; did you mean `heads`\?"):
+        load_recipe(path)
+
+
 def test_a_replaced_key_is_no_fault(write_recipe):
     write_recipe("train.steps = true", "low.toml")
     path = write_recipe("extends = ['low.toml']\ntrain.steps = 3" + SMALLEST.replace("    ", ""))

@@ -101,7 +101,7 @@ def training(tokens, critic, table, *, accumulation):
             intermediate_size=16,
         )
     )
-    policy = make_policy(base, n_future=2, head_kind="linear")
+    policy = make_policy(base, n_future=2, head_kind="medusa")
     made = batches(tokens, table)
     learner = PolicyLearner(
         policy=policy,

@@ -36,7 +36,7 @@ def policy():
         num_attention_heads=2,
         num_key_value_heads=1,
     )
-    return make_policy(LlamaForCausalLM(config), n_future=2, head_kind="linear")
+    return make_policy(LlamaForCausalLM(config), n_future=2, head_kind="medusa")
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ BASES = {
 def drifted(base):
     """A policy of this model with different heads."""
     torch.manual_seed(0)
-    policy = make_policy(base.eval(), n_future=K, head_kind="transformer").eval()
+    policy = make_policy(base.eval(), n_future=K, head_kind="parallel").eval()
     for parameter in policy.parameters():  # far from the initial scale, at which all positions are alike
         nn.init.normal_(parameter, std=0.2)
     return policy

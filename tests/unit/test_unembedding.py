@@ -42,7 +42,7 @@ def made(family):
     base = AutoModelForCausalLM.from_config(CONFIGS[family]()).eval()
     for parameter in base.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
-    return base, make_policy(copy.deepcopy(base), n_future=1, head_kind="linear").eval()
+    return base, make_policy(copy.deepcopy(base), n_future=1, head_kind="medusa").eval()
 
 
 def batch():
@@ -131,7 +131,7 @@ def test_a_soft_cap_that_small_logits_do_not_show_is_found():
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(Gemma2Config(**LLAMA_LIKE, head_dim=8))  # initial logits: 0.1
 
-    policy = make_policy(base, n_future=2, head_kind="linear")
+    policy = make_policy(base, n_future=2, head_kind="medusa")
 
     assert policy.unembedding.soft_cap == 30.0
 
@@ -141,7 +141,7 @@ def test_an_option_that_a_family_does_not_read_is_not_applied():
     config = CONFIGS["granite"]()
     config.final_logit_softcapping = 2.0
 
-    policy = make_policy(AutoModelForCausalLM.from_config(config), n_future=2, head_kind="linear")
+    policy = make_policy(AutoModelForCausalLM.from_config(config), n_future=2, head_kind="medusa")
 
     assert policy.unembedding.scale == 0.25
     assert policy.unembedding.soft_cap is None

@@ -44,7 +44,7 @@ def _rows(plan: Plan) -> list[tuple[str, ...]]:
         ("recipe", " < ".join(reversed(plan.files))),
         ("run", f"{recipe.run.name} (seed {recipe.run.seed})"),
         ("experiment", plan.experiment),
-        ("model", f"{recipe.model.base}, {recipe.model.n_future} {recipe.model.head} heads"),
+        ("model", f"{recipe.model.base}, {recipe.model.n_future} {recipe.model.heads.kind} heads"),
         ("data", *_describe(plan.data)),
         ("critic", *(_describe(plan.critic) if plan.critic else ("none",))),
         ("weighting", *_describe(plan.weighting)),

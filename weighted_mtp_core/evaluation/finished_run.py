@@ -127,7 +127,7 @@ def export_run(run: Path, to: Path, *, dtype: torch.dtype, log: Callable[[str], 
     recipe = RunFolder(path=run).recipe
     facts = ExportFacts(
         n_future=prepared.policy.n_future,
-        head=prepared.policy.head_kind,
+        heads=prepared.policy.head_kind,
         run=run.name,
         recipe_sha256=sha256_of(recipe),
         base=prepared.base_name,

@@ -209,7 +209,7 @@ class _Call:
 
 def _shared_layer(policy: Policy) -> nn.Module | None:
     """Return a trunk layer with the heads' kind of attention: to everything, or to the same window."""
-    if policy.head_kind == "linear":
+    if not policy.heads.bodies:
         return None
     layers = layers_of(policy.trunk)
     trunk: Any = policy.trunk

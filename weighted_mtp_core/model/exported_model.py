@@ -32,7 +32,7 @@ class ExportFacts:
 
     Attributes:
         n_future: K.
-        head: Kind of heads 2..K.
+        heads: Kind of heads 2..K.
         run: Id of the run that trained the policy.
         recipe_sha256: SHA-256 of `recipe.toml`.
         base: Name and version of the base model.
@@ -40,7 +40,7 @@ class ExportFacts:
     """
 
     n_future: int
-    head: HeadKind
+    heads: HeadKind
     run: str
     recipe_sha256: str
     base: str
@@ -92,10 +92,10 @@ def refuse_other_heads(folder: Path, *, n_future: int, head_kind: HeadKind) -> N
             f"the exported model `{folder}` has {facts.n_future} heads, `model.n_future` is {n_future}",
             hint=f"set `model.n_future = {facts.n_future}` or less; {afresh}",
         )
-    if n_future > 1 and head_kind != facts.head:
+    if n_future > 1 and head_kind != facts.heads:
         raise WmtpError(
-            f"the exported model `{folder}` has `{facts.head}` heads, `model.head` is `{head_kind}`",
-            hint=f'set `model.head = "{facts.head}"`; {afresh}',
+            f"the exported model `{folder}` has `{facts.heads}` heads, `model.heads.kind` is `{head_kind}`",
+            hint=f'set `model.heads.kind = "{facts.heads}"`; {afresh}',
         )
 
 

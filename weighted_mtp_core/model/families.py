@@ -1,7 +1,7 @@
 """What this package relies on in transformers' families of models, Llama or GPT-2 for example.
 
 A causal LM is a body (embeddings, decoder layers, a final norm) and an unembedding. The trunk is a body, and
-so is each `transformer` head, a body of one layer.
+so is each `parallel` head, a body of one layer.
 
 Shape letters: B rows, T positions, S cached and new tokens, H hidden.
 """
@@ -126,7 +126,7 @@ def with_layers(config: Any, layers: slice) -> Any:
         raise WmtpError(
             f"the layers of a `{config.model_type}` model are numbered in its config, "
             "so the last one cannot be taken off",
-            hint='set `model.head = "linear"`',
+            hint='set `model.heads.kind = "medusa"`',
         )
     return smaller
 

@@ -56,13 +56,13 @@ def load_policy(
         folder = find_base(table.base, storage=storage)
     saved = folder if isinstance(folder, Path) and is_exported_model(folder) else None
     if saved is not None:
-        refuse_other_heads(saved, n_future=table.n_future, head_kind=table.head)
+        refuse_other_heads(saved, n_future=table.n_future, head_kind=table.heads.kind)
     tokenizer, base = load_pretrained(folder, AutoModelForCausalLM, kind="causal language model")
     if tokenizer.eos_token_id is None:
         raise WmtpError(f"the tokenizer of `{folder}` has no EOS token, so responses could not end")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        policy = make_policy(base, n_future=table.n_future, head_kind=table.head)
+        policy = make_policy(base, n_future=table.n_future, head_kind=table.heads.kind)
     if saved is not None:
         load_extra_heads(policy, saved)
     name = f"{folder.parent.name}/{folder.name}" if isinstance(folder, Path) else folder

@@ -20,16 +20,16 @@ from torch import Tensor, nn
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.model.families import body_states, new_cache, one_layer_cache
 from weighted_mtp_core.model.heads import HeadKind, Heads
-from weighted_mtp_core.model.heads.linear import LinearHeads
-from weighted_mtp_core.model.heads.transformer import TransformerHeads
+from weighted_mtp_core.model.heads.medusa import MedusaHeads
+from weighted_mtp_core.model.heads.parallel import ParallelHeads
 from weighted_mtp_core.model.unembedding import Unembedding
 
-HEADS: dict[HeadKind, type[Heads]] = {each.kind: each for each in (TransformerHeads, LinearHeads)}
+HEADS: dict[HeadKind, type[Heads]] = {each.kind: each for each in (ParallelHeads, MedusaHeads)}
 
 
 @frozen(kw_only=True, eq=False)
 class PolicyCache:
-    """Key-value caches of the trunk and of each transformer head, transformers `DynamicCache` objects."""
+    """Key-value caches of the trunk and of each `parallel` head, transformers `DynamicCache` objects."""
 
     trunk: Any
     heads: tuple[Any, ...]
@@ -42,7 +42,7 @@ class Policy(nn.Module):
         base: A transformers causal LM; its modules are used, not copied.
         unembedding: The base model's.
         n_future: K.
-        head_kind: `transformer` or `linear`.
+        head_kind: `parallel` or `medusa`.
 
     Attributes:
         n_future: K.
@@ -75,7 +75,7 @@ class Policy(nn.Module):
 
     @property
     def head_kind(self) -> HeadKind:
-        """`transformer` or `linear`."""
+        """`parallel` or `medusa`."""
         return self.heads.kind
 
     @cached_property
@@ -121,7 +121,7 @@ class Policy(nn.Module):
         return logits
 
     def new_caches(self) -> PolicyCache:
-        """Return empty caches of the trunk and of each transformer head."""
+        """Return empty caches of the trunk and of each `parallel` head."""
         heads = tuple(one_layer_cache(self.config) for _ in self.heads.bodies)
         return PolicyCache(trunk=new_cache(self.trunk.config), heads=heads)
 

@@ -236,7 +236,7 @@ def _near(actual: Tensor, expected: Tensor) -> bool:
 def _unfit(policy: Policy, what: str) -> WmtpError:
     return WmtpError(
         f"head 1 of a `{policy.config.model_type}` model with `{policy.head_kind}` heads {what}",
-        hint='set `model.head = "linear"`' if policy.head_kind == "transformer" else _OTHER_MODEL,
+        hint='set `model.heads.kind = "medusa"`' if policy.heads.bodies else _OTHER_MODEL,
     )
 
 

@@ -51,6 +51,13 @@ class MicroTable:
 
 
 @frozen(kw_only=True)
+class HeadsTable:
+    """`[model.heads]`: what heads 2..K are."""
+
+    kind: Literal["parallel", "medusa"] = "parallel"
+
+
+@frozen(kw_only=True)
 class ModelTable:
     """`[model]`: the policy's base model and its heads.
 
@@ -61,7 +68,7 @@ class ModelTable:
 
     base: str = "micro"
     n_future: int = field(default=4, validator=[v.ge(1), v.le(16)])
-    head: Literal["transformer", "linear"] = "transformer"
+    heads: HeadsTable = HeadsTable()
     micro: MicroTable = MicroTable()
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

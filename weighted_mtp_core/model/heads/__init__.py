@@ -1,7 +1,7 @@
 """The kinds of heads, one file each.
 
 A kind defines what of the base model becomes the trunk, what head 1 is and what heads 2..K start as. Another
-kind is a subclass of `Heads`, listed in `model.policy.HEADS` and in the recipe's `model.head`.
+kind is a subclass of `Heads`, listed in `model.policy.HEADS` and in the recipe's `model.heads.kind`.
 
 Shape letters: B rows, T positions, S cached and new tokens, H hidden.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from weighted_mtp_core.model.families import body_of
 
-HeadKind = Literal["transformer", "linear"]
+HeadKind = Literal["parallel", "medusa"]
 
 
 @frozen(kw_only=True, eq=False)
@@ -33,7 +33,7 @@ class Heads(nn.ModuleList, ABC):
     """Heads 1..K, one module each; head 1 is the base model's own.
 
     Attributes:
-        kind: The value of the recipe's `model.head`.
+        kind: The value of the recipe's `model.heads.kind`.
     """
 
     kind: ClassVar[HeadKind]

@@ -1,6 +1,7 @@
-"""`linear` heads: the trunk is the whole body, head 1 the identity, heads 2..K residual blocks.
+"""`medusa` heads: the trunk is the whole body, head 1 the identity, heads 2..K residual blocks.
 
-After Medusa (Cai et al. 2024, section 3.1).
+A block computes `h + silu(W h)` from the state h that the unembedding reads (Medusa, Cai et al. 2024, section
+3.1, with the model's own unembedding). vLLM serves this form.
 
 Shape letters: B rows, T positions, S cached and new tokens, H hidden.
 """
@@ -15,17 +16,17 @@ from weighted_mtp_core.model.families import body_of
 from weighted_mtp_core.model.heads import Heads, SplitModel
 
 
-class LinearHeads(Heads):
+class MedusaHeads(Heads):
     """Residual blocks that start as the identity."""
 
-    kind = "linear"
+    kind = "medusa"
 
     @classmethod
     def split(cls, base: Any, *, n_future: int) -> SplitModel:
         """Take the body as it is, its final norm included."""
         body = body_of(base)
         width = int(base.get_output_embeddings().weight.shape[1])
-        heads = cls([nn.Identity(), *(ResidualHead(width) for _ in range(n_future - 1))])
+        heads = cls([nn.Identity(), *(MedusaHead(width) for _ in range(n_future - 1))])
         return SplitModel(trunk=body, heads=heads, norm=nn.Identity())
 
     def run(
@@ -47,16 +48,14 @@ class LinearHeads(Heads):
         return self[k - 1]
 
 
-class ResidualHead(nn.Module):
-    """`h + W silu(U h)`, the identity at first because W starts at 0."""
+class MedusaHead(nn.Module):
+    """`h + silu(W h)`, the identity at first because W starts at 0."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.inner = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.outer = nn.Linear(hidden_size, hidden_size, bias=False)
-        nn.init.zeros_(self.outer.weight)
+        self.linear = nn.Linear(hidden_size, hidden_size, bias=False)
+        nn.init.zeros_(self.linear.weight)
 
     def forward(self, hidden_BTH: Tensor) -> Tensor:
         """Return states `[B, T, H]`."""
-        result: Tensor = hidden_BTH + self.outer(nn.functional.silu(self.inner(hidden_BTH)))
-        return result
+        return hidden_BTH + nn.functional.silu(self.linear(hidden_BTH))

@@ -1,4 +1,4 @@
-"""`transformer` heads: each is one decoder layer on the trunk, the base model without its last layer.
+"""`parallel` heads: each is one decoder layer on the trunk, the base model without its last layer.
 
 Head 1 is the pretrained last layer, heads 2..K start as copies of it (Gloeckle et al. 2024, section 2).
 
@@ -25,10 +25,10 @@ from weighted_mtp_core.model.families import (
 from weighted_mtp_core.model.heads import Heads, SplitModel
 
 
-class TransformerHeads(Heads):
+class ParallelHeads(Heads):
     """Bodies of one layer, fed with the trunk's states in place of embeddings."""
 
-    kind = "transformer"
+    kind = "parallel"
 
     @classmethod
     def split(cls, base: Any, *, n_future: int) -> SplitModel:
@@ -42,7 +42,7 @@ class TransformerHeads(Heads):
         if len(layers) < 2:
             raise WmtpError(
                 "a model of one layer has no trunk left when its last layer becomes the head",
-                hint='use a deeper model, or `model.head = "linear"`',
+                hint='use a deeper model, or `model.heads.kind = "medusa"`',
             )
         last = layers[-1]
         config = with_layers(body.config, slice(-1, None))
