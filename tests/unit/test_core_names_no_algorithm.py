@@ -7,7 +7,7 @@ import weighted_mtp_core
 
 ALGORITHMS = r"verifiable|baseline_mtp|td_error(?!_mean\b)|group_advantage|rho1|excess_loss|random_matched"
 TASKS = r"code_tasks|code-tasks|micro_code|human_?eval|mbpp|gsm8k|code_contests"
-PACKAGES = r"weighted_mtp_(?=baseline|code|controls|dft|rho1|verifiable)"
+PACKAGES = r"weighted_mtp_(?=baseline|code|controls|dft|given|rho1|verifiable)"
 NAMED = re.compile(f"{ALGORITHMS}|{TASKS}|{PACKAGES}")
 TEXTS = {".py", ".tmpl", ".html", ".css", ".js", ".toml"}
 

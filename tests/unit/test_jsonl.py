@@ -294,6 +294,7 @@ def test_other_sources_can_use_the_rows(write):
 
 # ---------------------------------------------------------------------- plain rows and templates
 
+NOT_SPANS = "`weights` must be a list of [start, end, weight]; start and end count characters of the response"
 PLAIN = {"prompt": "2 + 3 = ", "response": "5"}
 
 
@@ -380,6 +381,60 @@ def test_what_is_wrong_with_a_plain_row_is_named(tmp_path, write, row, fault):
         build(tmp_path, train=path)
 
     assert str(caught.value) == f"{path}: 1 bad line\n  line 1: {fault}"
+
+
+@pytest.mark.parametrize(
+    ("keys", "fault"),
+    [
+        ({"weight": -0.5}, "`weight` must be a finite number >= 0, got -0.5"),
+        ({"weight": float("inf")}, "`weight` must be a finite number >= 0, got inf"),
+        ({"weight": float("nan")}, "`weight` must be a finite number >= 0, got nan"),
+        ({"weight": True}, "`weight` must be a finite number >= 0, got True"),
+        ({"weight": None}, "`weight` must be a finite number >= 0, got None"),
+        ({"Weight": 0.5}, "has `Weight`: did you mean `weight`?"),
+        (
+            {"weights": [[0, 1]]},
+            NOT_SPANS,
+        ),
+        (
+            {"weights": {"0": 1}},
+            NOT_SPANS,
+        ),
+        (
+            {"weights": [[0, 1.0, 1.0]]},
+            NOT_SPANS,
+        ),
+        ({"weights": [[0, 2, 0.5]]}, "the span [0, 2, 0.5] is not within the 1 characters of the response"),
+        ({"weights": [[0, 0, 0.5]]}, "the span [0, 0, 0.5] is not within the 1 characters of the response"),
+        ({"weights": [[-1, 1, 2]]}, "the span [-1, 1, 2] is not within the 1 characters of the response"),
+        (
+            {"weights": [[0, 1, -1.0]]},
+            "the weight of the span [0, 1, -1.0] must be a finite number >= 0, got -1.0",
+        ),
+        (
+            {"response": "abcd", "weights": [[2, 4, 0.5], [0, 3, 1]]},
+            "the span [2, 4, 0.5] begins before the end of another one",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_weight_is_named_with_file_and_line(tmp_path, write, keys, fault):
+    path = write(PLAIN, PLAIN | keys)
+
+    with pytest.raises(WmtpError) as caught:
+        build(tmp_path, train=path)
+
+    assert str(caught.value) == f"{path}: 1 bad line\n  line 2: {fault}"
+
+
+def test_weights_of_a_row_and_of_spans_become_those_of_the_example(tmp_path, write):
+    rows = [PLAIN, {**PLAIN, "weight": 2}, {**PLAIN, "response": "abc", "weights": [[1, 3, 0.5]]}]
+    examples = build(tmp_path, train=write(*rows)).examples("train")
+
+    assert [(each.weight, each.spans, each.has_weights) for each in examples] == [
+        (None, None, False),
+        (2.0, None, True),
+        (None, ((1, 3, 0.5),), True),
+    ]
 
 
 def test_keys_that_only_sound_like_a_verdict_are_allowed(tmp_path, write):

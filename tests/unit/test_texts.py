@@ -111,6 +111,43 @@ def test_the_text_comes_back_and_a_completion_is_what_follows_the_prompt(name, p
     assert not set(TOKENIZERS[name].all_special_ids) & {*first[len(codec.prefix) :], *second}
 
 
+def covered(codec, prompt, response):
+    """Return the characters of the response that each token contributes to, by decoding every beginning."""
+    ((first, second),) = codec.encode_documents([(prompt, response)])
+    text = prompt + response
+    decoded = codec.decode([[*first, *second[:i]] for i in range(len(second) + 1)])
+    shared = [
+        next((i for i, (one, other) in enumerate(zip(each, text, strict=False)) if one != other), len(each))
+        for each in decoded
+    ]
+    complete = list(itertools.accumulate(shared, max))  # half a character hides the whole ones before it
+    pending = [each != text[:done] for each, done in zip(decoded, complete, strict=True)]
+    return [
+        set(range(before - len(prompt), after - len(prompt) + more))
+        for before, after, more in zip(complete, complete[1:], pending[1:], strict=False)
+    ]
+
+
+@pytest.mark.parametrize("name", CODECS)
+@given(
+    prompt=PARTS,
+    response=st.lists(
+        st.sampled_from([*PIECES, "사과", "\N{SLIGHTLY SMILING FACE}", "é", "数"]), max_size=6
+    ).map("".join),
+)
+@settings(max_examples=200)
+def test_the_offsets_of_a_response_are_the_characters_that_decoding_its_tokens_adds(name, prompt, response):
+    codec = CODECS[name]
+    if name.startswith("Unigram") and not response.isascii():
+        return  # these have no tokens for other characters
+    offsets = codec.response_offsets(prompt, response)
+    inked = {i for i, character in enumerate(response) if not character.isspace()}
+
+    for (start, end), characters in zip(offsets, covered(codec, prompt, response), strict=True):
+        if characters:  # the blank of a dummy prefix can be a token of its own, which adds nothing
+            assert set(range(start, end)) & inked == characters & inked
+
+
 def test_words_come_back_from_word_pieces():
     codec = TextCodec(word_piece())
     ((first, second),) = codec.encode_documents([("def add numbers", " return range")])

@@ -80,7 +80,8 @@ from weighted_mtp_core.api.datasets import (
     sha256_of_file,
     store_dataset,
 )
-from weighted_mtp_core.api.jsonl import JsonlOptions, JsonlRow, JsonlSource
+from weighted_mtp_core.api.jsonl import JsonlOptions, JsonlSource
+from weighted_mtp_core.api.jsonl_rows import JsonlRow
 from weighted_mtp_core.api.records import (
     ProblemIds,
     Record,

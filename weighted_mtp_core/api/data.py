@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -40,16 +41,47 @@ def is_correct(reward: Any) -> Any:
     return reward >= 0.5
 
 
+Span = tuple[int, int, float]
+"""Characters of a response and their weight: start, end (exclusive) and weight."""
+
+
+def check_weight(value: object, name: str) -> None:
+    """Raise ValueError unless a weight is a finite number >= 0; `name` is what the message calls it."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+
+
+def check_spans(spans: Sequence[Span], *, length: int) -> None:
+    """Raise ValueError unless spans lie within `length` characters and share none."""
+    end = 0
+    for span in sorted(spans):
+        start, end_before, end = span[0], end, span[1]
+        check_weight(span[2], f"the weight of the span {list(span)}")
+        if not 0 <= start < end <= length:
+            raise ValueError(f"the span {list(span)} is not within the {length} characters of the response")
+        if start < end_before:
+            raise ValueError(f"the span {list(span)} begins before the end of another one")
+
+
+def _check_weight(_: object, __: object, value: float) -> None:
+    check_weight(value, "`weight`")
+
+
 @frozen(kw_only=True)
 class Example:
-    """One labelled response to one problem.
+    """One response to one problem.
 
     Attributes:
         example_id: Unique within the data source and the same in every run.
         problem_id: The same for all responses to one problem.
         prompt: Text before the response; its tokens are never targets.
         response: Text that the policy learns to write, without EOS, which core appends.
-        reward: Verified outcome of the whole response, in [0, 1].
+        reward: Verified outcome of the whole response, in [0, 1]; 1 if nothing is known.
+        weight: Weight that the data give each token of the response, EOS included, for `Signal.GIVEN`:
+            finite, >= 0. None counts as 1.
+        spans: Weights of parts of the response, (start, end, weight): the characters
+            `response[start:end]`, which no two spans share. A token in a span has the weight of the span
+            times `weight`; a token outside all spans, and EOS, have `weight`.
     """
 
     example_id: str
@@ -57,6 +89,17 @@ class Example:
     prompt: str
     response: str
     reward: float = field(validator=[v.ge(0.0), v.le(1.0)])
+    weight: float | None = field(default=None, validator=v.optional(_check_weight))
+    spans: tuple[Span, ...] | None = field(default=None)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the data give weights for this response."""
+        return self.weight is not None or self.spans is not None
+
+    @spans.validator
+    def _check_spans(self, _: object, spans: tuple[Span, ...] | None) -> None:
+        check_spans(spans or (), length=len(self.response))
 
 
 @frozen(kw_only=True)

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 class Signal(enum.Enum):
     """What may be known about a batch. A weighting receives the signals that its component `needs`.
 
-    Core computes all of them except `VALUE` and `REFERENCE_LOSS`, which a critic `provides`. `StepView`
-    describes the tensor of each.
+    Core computes all of them except `VALUE` and `REFERENCE_LOSS`, which a critic `provides`, and `GIVEN`,
+    which comes with the data. `StepView` describes the tensor of each.
     """
 
     REWARD = "reward"
+    GIVEN = "given"
     VALUE = "value"
     GROUP = "group"
     TOKEN_LOSS = "token_loss"  # noqa: S105 - a kind of signal, no secret
@@ -48,6 +49,8 @@ class Batch:
         example_ids: The examples of the batch, row by row, for messages.
         position_BT: int64 index of each token within its document, 0 on padding. None if each row holds one
             document, with positions 0, 1, ...
+        given_BT: float32 weight that the data give each response token; 0 on prompts and padding. None if the
+            data give no weights.
     """
 
     ids_BT: Tensor
@@ -57,6 +60,7 @@ class Batch:
     group_BT: Tensor
     example_ids: tuple[str, ...] = ()
     position_BT: Tensor | None = None
+    given_BT: Tensor | None = None
 
     def target_positions(self) -> tuple[Tensor, Tensor]:
         """Return the rows and columns, int64 `[N]`, of the N targets of head 1, row by row.
@@ -84,6 +88,8 @@ class StepView:
         training: False during validation, where moving statistics must not change.
         reward_BT: float32, `Signal.REWARD`: see `Batch.reward_BT`.
         group_BT: int64, `Signal.GROUP`: see `Batch.group_BT`.
+        given_BT: float32, `Signal.GIVEN`: the weight that the data give the token, 1 if the data give none; 0
+            where `response_BT` is False.
         value_BT: float32, `Signal.VALUE`: V_t, the critic's value of the prefix that ends at token t.
         token_loss_BTK: float32, `Signal.TOKEN_LOSS`: the policy's current cross-entropy of the pair, in nats;
             0 where `target_BTK` is False.
@@ -102,6 +108,7 @@ class StepView:
     training: bool
     reward_BT: Tensor | None = None
     group_BT: Tensor | None = None
+    given_BT: Tensor | None = None
     value_BT: Tensor | None = None
     token_loss_BTK: Tensor | None = None
     token_entropy_BTK: Tensor | None = None

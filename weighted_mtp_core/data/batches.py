@@ -91,12 +91,17 @@ def _lay_out(
     def tensor(value_N: NDArray[Any], dtype: type[np.generic], *, padding: int = 0) -> torch.Tensor:
         return to_device(padded(value_N, dtype, padding=padding), device)
 
+    given_BT = None
+    if token_set.given_N is not None:
+        given_BT = tensor(token_set.given_N[token_N], np.float32)
+        drop_pages(token_set.given_N)
     batch = CollatedBatch(
         ids_BT=tensor(ids_N, np.int64),
         document_BT=tensor(np.repeat(number_D, length_D), np.int64, padding=-1),
         response_BT=tensor(response_N, np.bool_),
         reward_BT=tensor(np.repeat(token_set.reward_D[documents], length_D) * response_N, np.float32),
         group_BT=tensor(np.repeat(group_D, length_D), np.int64, padding=-1),
+        given_BT=given_BT,
         example_ids=tuple(" + ".join(token_set.example_ids[int(d)] for d in row) for row in rows),
         token_BT=padded(token_N, np.int64, padding=-1),
         preceding_BT=padded(position_N * response_N, np.int64),

@@ -16,13 +16,15 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+from attrs import frozen
 
 from weighted_mtp_core.errors import WmtpError
 
 Bos = Literal["auto", "always", "never"]
-Encode = Callable[[list[str]], list[list[int]]]
+Offsets = list[tuple[int, int]]
 
 PROBES = (
     "def add(a, b):\n    return a + b\n",
@@ -77,6 +79,13 @@ class TextCodec:
         for i, ids in zip(first, self._encode_start([pairs[i][1] for i in first]), strict=True):
             responses[i] = ids
         return list(zip(prompts, responses, strict=True))
+
+    def response_offsets(self, prompt: str, response: str) -> Offsets | None:
+        """Return start and end of each token of a response, in characters of the response.
+
+        The tokens are those of `encode_documents`. None if the tokenizer does not report offsets.
+        """
+        return (self._encode_rest if prompt else self._encode_start).offsets(response)
 
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Return the texts of documents; control tokens are no text."""
@@ -159,47 +168,89 @@ def _prefix(tokenizer: Any, bos: Bos) -> tuple[int, ...]:
     return tuple(int(each) for each in special[:start])
 
 
-def _encoders(tokenizer: Any) -> tuple[Encode, Encode]:
-    """Return the encoders of the beginning of a document and of what follows it."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+class _Encoder(Protocol):
+    """Encodes texts without BOS and EOS; spelt control tokens are text."""
 
-    def plainly(texts: list[str]) -> list[list[int]]:
-        found = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        """Return the ids of each text."""
+
+    def offsets(self, text: str) -> Offsets | None:
+        """Return start and end of each token of a text, in characters; None if they are unknown."""
+
+
+@frozen
+class _Plain:
+    """The tokenizer of transformers."""
+
+    tokenizer: Any
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        found = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return [list(ids) for ids in found]
 
-    if backend is None:
-        return plainly, plainly
-    table = _without_control_tokens(json.loads(backend.to_str()))
-    start = _encoder(table)
-    if start(list(PROBES)) != plainly(list(PROBES)):  # the tokenizer does more than its backend
-        return plainly, plainly
-    changed = {**table, **{part: _without_blank(table[part]) for part in ("normalizer", "pre_tokenizer")}}
-    if changed == table:
-        return start, start
-    rest = _encoder(changed)
-    if _decode(tokenizer, start(["a"])) != ["a"]:  # the decoder does not drop the blank
-        return rest, rest
+    def offsets(self, text: str) -> Offsets | None:
+        if not self.tokenizer.is_fast:
+            return None
+        found = self.tokenizer(
+            [text], add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+        )
+        return list(found["offset_mapping"][0])
 
-    def start_with_blank(texts: list[str]) -> list[list[int]]:
-        """Add the blank that the decoder drops also to texts that begin with one: Metaspace does not."""
-        found = start(texts)
+
+class _Backend:
+    """A copy of the tokenizer's backend with other settings."""
+
+    def __init__(self, table: dict[str, Any]) -> None:
+        from tokenizers import Tokenizer
+
+        self._backend = Tokenizer.from_str(json.dumps(table))
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        return [each.ids for each in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def offsets(self, text: str) -> Offsets | None:
+        offsets: Offsets = self._backend.encode(text, add_special_tokens=False).offsets
+        return offsets
+
+
+@frozen
+class _WithBlank:
+    """Adds the blank that the decoder drops also to texts that begin with one: Metaspace does not."""
+
+    start: _Encoder
+    rest: _Encoder
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        found = self.start(texts)
         blank = [i for i, text in enumerate(texts) if text.startswith(" ")]
-        for i, ids in zip(blank, rest([f" {texts[i]}" for i in blank]), strict=True):
+        for i, ids in zip(blank, self.rest([f" {texts[i]}" for i in blank]), strict=True):
             found[i] = ids
         return found
 
-    return start_with_blank, rest
+    def offsets(self, text: str) -> Offsets | None:
+        if not text.startswith(" "):
+            return self.start.offsets(text)
+        moved = self.rest.offsets(f" {text}")
+        return moved and [(max(start - 1, 0), max(end - 1, 0)) for start, end in moved]
 
 
-def _encoder(table: dict[str, Any]) -> Encode:
-    from tokenizers import Tokenizer
-
-    backend = Tokenizer.from_str(json.dumps(table))
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        return [each.ids for each in backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-    return encode
+def _encoders(tokenizer: Any) -> tuple[_Encoder, _Encoder]:
+    """Return the encoders of the beginning of a document and of what follows it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    plain = _Plain(tokenizer)
+    if backend is None:
+        return plain, plain
+    table = _without_control_tokens(json.loads(backend.to_str()))
+    start = _Backend(table)
+    if start(list(PROBES)) != plain(list(PROBES)):  # the tokenizer does more than its backend
+        return plain, plain
+    changed = {**table, **{part: _without_blank(table[part]) for part in ("normalizer", "pre_tokenizer")}}
+    if changed == table:
+        return start, start
+    rest = _Backend(changed)
+    if _decode(tokenizer, start(["a"])) != ["a"]:  # the decoder does not drop the blank
+        return rest, rest
+    return _WithBlank(start, rest), rest
 
 
 def _without_control_tokens(table: dict[str, Any]) -> dict[str, Any]:

@@ -23,11 +23,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from weighted_mtp_core.api import Example
 from weighted_mtp_core.data.array_files import MappedStrings, array_appender, mapped
+from weighted_mtp_core.data.given_weights import given_weights
 from weighted_mtp_core.data.texts import TextCodec, round_trip_error
 from weighted_mtp_core.errors import WmtpError
 
 _CHUNK = 1024  # documents per tokenizer call: batches are 1.5x faster than single texts
 _META = "meta.json"
+_GIVEN = "given"  # an array that is written only if the data give weights
 _DTYPES = {
     "start": np.int64,
     "prompt": np.int32,
@@ -51,6 +53,7 @@ class TokenSet:
         reward_D: float32 reward of each response.
         problem_D: int64, equal exactly for documents of one problem.
         example_ids: The example id of each document.
+        given_N: float32 weight that the data give each token, 0 on prompts; None if they give none.
         examples: Number of examples.
         left_out: Number of examples longer than `max_tokens`.
         sha256: SHA-256 of the folder of arrays.
@@ -62,6 +65,7 @@ class TokenSet:
     reward_D: NDArray[np.float32]
     problem_D: NDArray[np.int64]
     example_ids: Sequence[str]
+    given_N: NDArray[np.float32] | None = None
     examples: int = 0
     left_out: int = 0
     sha256: str = ""
@@ -95,9 +99,10 @@ def tokenise(examples: Iterable[Example], codec: TextCodec, *, max_tokens: int, 
         folder: An existing folder.
 
     Raises:
-        WmtpError: No example is short enough, or the ids of one are another text than its own.
+        WmtpError: No example is short enough, or the ids of one are another text than its own, or the tokens
+            of a weighted span are unknown.
     """
-    count = kept = 0
+    count = kept = tokens = 0
     dtypes = {"ids": np.int32 if codec.size > 2**16 else np.uint16, **_DTYPES}
     left = iter(examples)
     with ExitStack() as stack:
@@ -113,8 +118,14 @@ def tokenise(examples: Iterable[Example], codec: TextCodec, *, max_tokens: int, 
                 if len(prompt) + len(response) < max_tokens
             ]
             _check_texts(documents, codec)
+            if _GIVEN not in append and any(example.has_weights for example, _, _ in documents):
+                append[_GIVEN] = stack.enter_context(array_appender(folder / f"{_GIVEN}.npy", np.float32))
+                _repeat_one(append[_GIVEN], tokens)
+            if _GIVEN in append:
+                append[_GIVEN](given_weights(documents, codec))
             for name, values in _columns(documents).items():
                 append[name](values)
+            tokens += sum(len(ids) for _, _, ids in documents)
             count += len(chunk)
             kept += len(documents)
     if not kept:
@@ -132,6 +143,7 @@ def open_tokens(folder: Path, *, sha256: str) -> TokenSet:
     """Map the arrays that `tokenise` wrote into memory; `sha256` is that of the folder."""
     meta = json.loads((folder / _META).read_text(encoding="utf-8"))
     arrays = {name: mapped(folder / f"{name}.npy") for name in (*_DTYPES, "ids")}
+    given = folder / f"{_GIVEN}.npy"
     return TokenSet(
         ids_N=arrays["ids"],
         start_D1=arrays["start"],
@@ -139,6 +151,7 @@ def open_tokens(folder: Path, *, sha256: str) -> TokenSet:
         reward_D=arrays["reward"],
         problem_D=arrays["problem"],
         example_ids=MappedStrings(arrays["name"], arrays["name_start"]),
+        given_N=mapped(given) if given.exists() else None,
         examples=meta["examples"],
         left_out=meta["left_out"],
         sha256=sha256,
@@ -165,6 +178,12 @@ def _columns(documents: Sequence[tuple[Example, int, list[int]]]) -> dict[str, A
         "name": np.frombuffer(b"".join(names), dtype=np.uint8),
         "name_start": [len(name) for name in names],
     }
+
+
+def _repeat_one(append: Callable[[ArrayLike], None], count: int) -> None:
+    """Append weights of 1, in parts: a whole corpus may precede the first weight."""
+    for start in range(0, count, _CHUNK * _CHUNK):
+        append(np.ones(min(_CHUNK * _CHUNK, count - start), dtype=np.float32))
 
 
 def _digest(problem_id: str) -> int:

@@ -49,6 +49,7 @@ def make_document(number: int, *, prompt: int, response: int, reward: float, pro
         "token_loss_BTK": 3 * torch.rand(length, N_FUTURE, generator=generator) * target_LK,
         "token_entropy_BTK": 3 * torch.rand(length, N_FUTURE, generator=generator) * target_LK,
         "reference_loss_BT": reference_loss_L,
+        "given_BT": 2 * torch.rand(length, generator=generator) * response_L,
     }
 
 
@@ -89,12 +90,13 @@ class Layout:
             reward_BT=self._lay("reward_BT"),
             group_BT=self._lay("group_BT", torch.full_like(ids_BT, -1)),
             example_ids=tuple(f"row {b}" for b in range(len(self.rows))),
+            given_BT=self._lay("given_BT"),
         )
 
     def view(self, signals: Collection[Signal], *, step: int = 0, training: bool = True) -> StepView:
         """Return the view that a weighting receives if it needs `signals`."""
         batch = self.batch()
-        known = {"reward_BT": batch.reward_BT, "group_BT": batch.group_BT}
+        known = {"reward_BT": batch.reward_BT, "group_BT": batch.group_BT, "given_BT": batch.given_BT}
         for name in ("value_BT", "token_loss_BTK", "token_entropy_BTK", "reference_loss_BT"):
             known[name] = self._lay(name)
         if self.filler is not None:

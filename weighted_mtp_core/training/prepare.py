@@ -20,10 +20,8 @@ from weighted_mtp_core.api import (
     DataSource,
     Example,
     ModelContext,
-    Signal,
     Split,
     WeightingStrategy,
-    is_correct,
 )
 from weighted_mtp_core.checkpointing.best_model import load_model
 from weighted_mtp_core.data.batches import StepBatches, collate
@@ -46,6 +44,7 @@ from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.recipe.schema import CriticTable
 from weighted_mtp_core.runtime.device import Compute
 from weighted_mtp_core.storage.manifest import sha256_of
+from weighted_mtp_core.training.data_requirements import check_given_weights, check_verdicts
 from weighted_mtp_core.training.score_cache import CachedCritic, scores_key, state_sha256
 
 _MISSING = {
@@ -113,29 +112,15 @@ class Prepared:
         """Make the token sets of all stages, so that what a later stage lacks is found before the first.
 
         Raises:
-            WmtpError: A split has no examples, or none is short enough, or the recipe's critic cannot learn
-                from the rewards.
+            WmtpError: A split has no examples, or none is short enough, or the data lack the weights or the
+                rewards that the recipe's weighting or critic needs.
         """
         for split in SPLITS:
             self.policy_tokens(split)
+        check_given_weights(self.plan, self.policy_tokens("train"), log=self.log)
         if self.plan.critic is not None:
             for split in ("train", "validation"):
-                self._check_verdicts(split, self.critic_tokens(split))
-
-    def _check_verdicts(self, split: Split, tokens: TokenSet) -> None:
-        """Refuse data in which all responses are correct, or all incorrect, for a critic of values."""
-        table, selected = self.plan.recipe.critic, self.plan.critic
-        if table is None or selected is None or table.allow_uninformative_critic:
-            return
-        correct = np.unique(is_correct(np.asarray(tokens.reward_D)))
-        if Signal.VALUE in selected.component.provides and len(correct) == 1:
-            kind = "correct" if correct[0] else "incorrect"
-            raise WmtpError(
-                f"critic `{selected.address}` learns from correct and incorrect responses, but all "
-                f"{len(tokens)} responses of the split `{split}` are {kind}",
-                hint="a response without a verdict counts as correct; choose data with verdicts, or a "
-                "weighting without a critic",
-            )
+                check_verdicts(self.plan, self.critic_tokens(split), split=split)
 
     @cached_property
     def length_only(self) -> LengthOnly:

@@ -6,9 +6,11 @@ Shape letters: B rows, T positions, K heads, H hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import attrs
 import torch
-from attrs import frozen
+from attrs import field, frozen
 from torch import Tensor
 
 from weighted_mtp_core.api import Batch, Critic, Signal, StepView, WeightingStrategy, Weights
@@ -24,6 +26,13 @@ from weighted_mtp_core.training.weight_checks import check_weights
 
 # Signals that the heads compute, in a forward pass of their own before the weighted one.
 _FROM_HEADS = {Signal.TOKEN_LOSS: PairPredictions.losses, Signal.TOKEN_ENTROPY: PairPredictions.entropies}
+
+# The signals by the names of their fields in `StepView`: without the shape, a name is that of the signal.
+_SIGNALS = {
+    each.name: Signal(name)
+    for each in attrs.fields(StepView)
+    if (name := each.name.rpartition("_")[0]) in {signal.value for signal in Signal}
+}
 
 
 @frozen(kw_only=True, eq=False)
@@ -53,9 +62,37 @@ class Weighting:
         except WmtpError as error:
             raise RunFailedError(f"{self.label} failed: {error}", hint=error.hint) from error
         except Exception as error:
-            raise RunFailedError(f"{self.label} failed: {reason(error)}") from error
+            hint = _undeclared(view)
+            raise RunFailedError(f"{self.label} failed: {reason(error)}", hint=hint) from error
         check_weights(weights, view.response_BT, n_future=view.n_future, label=self.label)
         return weights
+
+
+@frozen(kw_only=True, eq=False)
+class _View(StepView):
+    """A view that notes the signals that are read although they are not there."""
+
+    missing: dict[str, None] = field(factory=dict)
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if value is None and name in _SIGNALS:
+            self.missing[name] = None
+        return value
+
+
+def _undeclared(view: StepView) -> str | None:
+    """Return which signals to declare, if the weighting has read some that it does not declare."""
+    if not isinstance(view, _View) or not view.missing:
+        return None
+    names = ", ".join(f"`view.{name}`" for name in view.missing)
+    declare = ", ".join(f"`Signal.{_SIGNALS[name].name}`" for name in view.missing)
+    return f"{names} is None unless the component declares the signal: add {declare} to its `needs`"
+
+
+def _given(batch: Batch) -> Tensor:
+    """Return the weights that come with the data; 1 on responses if there are none."""
+    return batch.response_BT.to(torch.float32) if batch.given_BT is None else batch.given_BT
 
 
 @frozen(kw_only=True, eq=False)
@@ -111,7 +148,7 @@ class Signals:
             name: gather_rows(parts, [each[name] for each in found], rows=rows, distributed=distributed)
             for name in found[0]
         }
-        return StepView(
+        return _View(
             ids_BT=batch.ids_BT,
             document_BT=batch.document_BT,
             response_BT=batch.response_BT,
@@ -121,6 +158,7 @@ class Signals:
             training=training,
             reward_BT=batch.reward_BT if Signal.REWARD in needs else None,
             group_BT=batch.group_BT if Signal.GROUP in needs else None,
+            given_BT=_given(batch) if Signal.GIVEN in needs else None,
             value_BT=signals.get(Signal.VALUE),
             token_loss_BTK=signals.get(Signal.TOKEN_LOSS),
             token_entropy_BTK=signals.get(Signal.TOKEN_ENTROPY),

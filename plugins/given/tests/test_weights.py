@@ -1,0 +1,40 @@
+"""`given.weights`: conformance to core, and the weights of the data as they are."""
+
+import pytest
+import torch
+from weighted_mtp_core.api import StepView
+from weighted_mtp_core.testing import WeightingStrategySuite
+
+from weighted_mtp_given import WeightsOptions, build_weights
+
+
+class TestWeights(WeightingStrategySuite):
+    address = "given.weights"
+
+
+def test_the_weights_of_the_data_are_returned_as_they_are():
+    given_BT = torch.tensor([[0.0, 0.5, 0.1, 2.0]])
+    view = StepView(
+        ids_BT=torch.arange(4)[None],
+        document_BT=torch.zeros(1, 4, dtype=torch.long),
+        response_BT=torch.tensor([[False, True, True, True]]),
+        target_BTK=torch.zeros(1, 4, 2, dtype=torch.bool),
+        n_future=2,
+        step=0,
+        training=True,
+        given_BT=given_BT,
+    )
+
+    weights = build_weights(WeightsOptions(), None).weigh(view)
+
+    assert torch.equal(weights.weight, given_BT)
+
+
+def test_a_run_with_rows_without_weights_stops_before_training(wmtp_tiny_run, capsys):
+    with pytest.raises(AssertionError, match="the run failed"):
+        wmtp_tiny_run({"weighting": {"use": "given.weights"}})
+
+    assert (
+        "weighting `given.weights` needs weights that come with the data, but no training example"
+        in capsys.readouterr().err
+    )

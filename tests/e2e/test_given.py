@@ -1,0 +1,48 @@
+"""Weights that come with the data: weights of 1 change nothing, others multiply those of a weighting."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+GIVEN = str(Path(__file__).parents[2] / "configs" / "given.toml")
+ROWS = Path(__file__).parents[2] / "plugins" / "given" / "examples.jsonl"
+QUICK = ("--preset", "ci", "--set", "train.steps=4")
+PRODUCT = """{ use = "controls.product", options = { of = [
+    { use = "given.weights" }, { use = "baseline_mtp.uniform" },
+] } }"""
+
+
+@pytest.fixture(scope="module")
+def run(wmtp, tmp_path_factory):
+    """Run the recipe of given weights for a few steps on rows; return the metrics of training."""
+
+    def run(rows, *settings):
+        folder = tmp_path_factory.mktemp("given")
+        file = folder / "rows.jsonl"
+        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        options = [word for each in (f"data.options.path={file}", *settings) for word in ("--set", each)]
+        found = wmtp("run", GIVEN, *QUICK, *options, cwd=folder)
+        assert found.returncode == 0, found.stderr
+        lines = [line for line in found.journal if line["stage"] == "policy"]
+        return [{"step": line["step"], **line["metrics"]} for line in lines]
+
+    return run
+
+
+def rows(**keys):
+    return [{**json.loads(line), **keys} for line in ROWS.read_text(encoding="utf-8").splitlines()]
+
+
+def test_weights_of_one_train_as_uniform_weights_bit_for_bit(run):
+    ones = rows(weight=1, weights=[[0, 2, 1.0]])
+
+    assert run(ones) == run(ones, 'weighting.use="baseline_mtp.uniform"')
+
+
+def test_a_product_multiplies_them_with_another_weighting(run):
+    found = run(rows(), f"weighting={PRODUCT}")
+    (first, *_) = [each for each in found if "weight_mean" in each]
+
+    assert 0.25 < first["weight_mean"] < 1
+    assert (first["weight_p05"], first["weight_p95"]) in {(0.125, 1.0), (0.25, 1.0)}

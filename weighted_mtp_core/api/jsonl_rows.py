@@ -1,0 +1,211 @@
+"""One row of a team's own data: which keys it may have, and what they mean."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import string
+
+from attrs import define, field, frozen
+
+from weighted_mtp_core.api.data import Span, Split, check_spans, check_weight, is_correct
+from weighted_mtp_core.api.records import ProblemIds, Record
+from weighted_mtp_core.messages import nearest
+
+_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+_RESPONSE_KEYS = ("response", "output")
+_VERDICT_KEYS = ("is_correct", "reward")
+ANSWERS = frozenset({*_RESPONSE_KEYS, *_VERDICT_KEYS})
+"""Keys that a prompt must not contain."""
+_SPELLINGS = {
+    "iscorrect": "is_correct",
+    "correct": "is_correct",
+    "reward": "reward",
+    "weight": "weight",
+    "weights": "weights",
+}
+
+
+@frozen(kw_only=True)
+class JsonlRow:
+    """A checked row.
+
+    Attributes:
+        prompt: The whole prompt, as the policy reads it.
+        response: The response.
+        problem_id: Shared by the responses to one problem.
+        reward: Verified outcome of the response, in [0, 1]; None if the row has no verdict.
+        tests: Source that defines `check(candidate)`; empty if the problem cannot be judged.
+        entry_point: The function that the tests call.
+        weight: See `Example.weight`.
+        spans: See `Example.spans`; the key of the row is `weights`.
+    """
+
+    prompt: str
+    response: str
+    problem_id: str
+    reward: float | None
+    tests: str
+    entry_point: str
+    weight: float | None = None
+    spans: tuple[Span, ...] | None = None
+
+    @property
+    def is_correct(self) -> bool:
+        """Whether the response was verified as correct; False without a verdict."""
+        return self.reward is not None and is_correct(self.reward)
+
+
+@define
+class EarlierRows:
+    """Compares each row with the rows before it, in all files of a source."""
+
+    _ids: ProblemIds = field(factory=ProblemIds, init=False)
+    _first: tuple[bool, str] | None = field(default=None, init=False)
+
+    def check(self, row: JsonlRow, place: str, *, split: Split | None = None) -> None:
+        """Raise ValueError if the row does not fit; `split` is the split of its file."""
+        tests = (row.tests, row.entry_point) if row.tests else None
+        self._ids.add(row.problem_id, place, prompt=row.prompt, tests=tests, split=split)
+        has_verdict = row.reward is not None
+        self._first = self._first or (has_verdict, place)
+        if has_verdict != self._first[0]:
+            this, that = ("has a", "has none") if has_verdict else ("has no", "has one")
+            raise ValueError(
+                f"{this} verdict (`is_correct` or `reward`), but {self._first[1]} {that}: "
+                "give a verdict to all rows or to none"
+            )
+
+
+def template_names(template: str) -> list[str]:
+    """Return what stands in braces in a template; ValueError if the braces do not match."""
+    parts = string.Formatter().parse(template)
+    return [
+        f"{name}{'!' + conversion if conversion else ''}{':' + spec if spec else ''}"
+        for _, name, spec, conversion in parts
+        if name is not None
+    ]
+
+
+def parse_row(record: Record, *, template: str | None) -> JsonlRow:
+    """Check a record; ValueError with its first fault."""
+    prompt, response = _prompt(record, template), _response(record)
+    _refuse_misspelt(record)
+    for key in ("tests", "entry_point"):
+        if not isinstance(record.get(key, ""), str | None):
+            raise ValueError(f"`{key}` must be a string, got {type(record[key]).__name__}")  # noqa: TRY004
+    reward = _reward(record)
+    if not isinstance(record.get("metadata", {}), dict | None):
+        raise ValueError("`metadata` must be an object")  # noqa: TRY004
+    if record.get("tests") and not record.get("entry_point"):
+        raise ValueError("has `tests`, so it needs `entry_point`, the function that they call")
+    return JsonlRow(
+        prompt=prompt,
+        response=response,
+        problem_id=_problem_id(record, prompt or response),
+        reward=reward,
+        tests=record.get("tests") or "",
+        entry_point=record.get("entry_point") or "",
+        weight=_weight(record),
+        spans=_spans(record, length=len(response)),
+    )
+
+
+def _prompt(record: Record, template: str | None) -> str:
+    if template is not None:
+        names = template_names(template)
+        for name in names:
+            if not isinstance(record.get(name), str):
+                raise ValueError(f"needs `{name}`, a string, for `data.options.template`")  # noqa: TRY004
+        return template.format_map({name: record[name] for name in names})
+    if "prompt" in record:
+        if "instruction" in record:
+            raise ValueError("has both `prompt` and `instruction`: choose with `data.options.template`")
+        if not isinstance(record["prompt"], str):
+            raise ValueError(f"`prompt` must be a string, got {type(record['prompt']).__name__}")
+        return record["prompt"]
+    if not isinstance(record.get("instruction"), str) or not record["instruction"]:
+        name = "`instruction`" if "instruction" in record else "`prompt` or `instruction`"
+        raise ValueError(f"needs {name}, a string that is not empty")
+    if not isinstance(record.get("input", ""), str | None):
+        raise ValueError(f"`input` must be a string, got {type(record['input']).__name__}")  # noqa: TRY004
+    layout = _WITH_INPUT if record.get("input") else _WITHOUT_INPUT
+    return layout.format(instruction=record["instruction"], input=record.get("input"))
+
+
+def _response(record: Record) -> str:
+    key, *others = [key for key in _RESPONSE_KEYS if key in record] or ["response` or `output"]
+    if others:
+        raise ValueError("has both `response` and `output`: remove one")
+    response = record.get(key)
+    if not isinstance(response, str) or not response:
+        raise ValueError(f"needs `{key}`, a string that is not empty")
+    return response
+
+
+def _refuse_misspelt(record: Record) -> None:
+    """Refuse misspelt optional keys: a wrong response would count as correct, a weight as 1."""
+    for name in record:
+        spelt = name.lower().replace("_", "").replace("-", "")
+        if name not in _SPELLINGS.values() and (meant := nearest(spelt, _SPELLINGS, cutoff=0.85)):
+            raise ValueError(f"has `{name}`: did you mean `{_SPELLINGS[meant[0]]}`?")
+
+
+def _reward(record: Record) -> float | None:
+    """Return the verdict, None if there is none."""
+    if "is_correct" in record:
+        if "reward" in record:
+            raise ValueError("has both `is_correct` and `reward`: remove one")
+        if not isinstance(record["is_correct"], bool):
+            raise ValueError("needs `is_correct`, true or false")
+        return float(record["is_correct"])
+    if "reward" not in record:
+        return None
+    value = record["reward"]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"`reward` must be a number from 0 to 1, got {json.dumps(value)}")
+    return float(value)
+
+
+def _weight(record: Record) -> float | None:
+    if "weight" not in record:
+        return None
+    check_weight(record["weight"], "`weight`")
+    return float(record["weight"])
+
+
+def _spans(record: Record, *, length: int) -> tuple[Span, ...] | None:
+    if "weights" not in record:
+        return None
+    rows = record["weights"]
+    if not isinstance(rows, list) or any(not _is_span(row) for row in rows):
+        raise ValueError(
+            "`weights` must be a list of [start, end, weight]; start and end count characters of the response"
+        )
+    spans = tuple((start, end, weight) for start, end, weight in rows)
+    check_spans(spans, length=length)
+    return spans
+
+
+def _is_span(row: object) -> bool:
+    return isinstance(row, list) and [type(each) for each in row] in ([int, int, int], [int, int, float])
+
+
+def _problem_id(record: Record, text: str) -> str:
+    """Return the row's id; without one, a hash of `text`, so that equal prompts are one problem."""
+    key = next((key for key in ("problem_id", "task_id") if key in record), None)
+    if key is None:
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    value = record[key]
+    if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
+        raise ValueError(f"`{key}` must be a string or a whole number, got {json.dumps(value)}")
+    return str(value)

@@ -1,0 +1,81 @@
+"""The weights that come with the data, laid onto the tokens of responses.
+
+A span counts characters of the response (code points), a token covers some of them. A token with a part of a
+character, as byte-level tokenizers have them, covers the whole character. The blank in front of a word is
+usually part of the word's token but not of a span, so blanks count only in tokens that are all blank. Then a
+token's weight is the mean of the weights of its characters: exactly the weight of the span if it is within
+one, and in between if it straddles the edge of a span.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weighted_mtp_core.api import Example
+from weighted_mtp_core.data.texts import Offsets, TextCodec
+from weighted_mtp_core.errors import WmtpError
+
+Floats = NDArray[np.float64]
+
+
+def given_weights(
+    documents: Sequence[tuple[Example, int, list[int]]], codec: TextCodec
+) -> NDArray[np.float32]:
+    """Return the weights of all tokens of documents, one after the other, float32; 0 on prompts.
+
+    Args:
+        documents: Example, number of prompt tokens, ids with EOS.
+        codec: What made the ids.
+
+    Raises:
+        WmtpError: The codec does not report which characters the tokens of a response with spans cover.
+    """
+    weights = []
+    for example, prompt, ids in documents:
+        weight_L = np.full(len(ids), 1.0 if example.weight is None else example.weight)
+        weight_L[:prompt] = 0.0
+        if example.spans:
+            offsets = codec.response_offsets(example.prompt, example.response)
+            weight_L[prompt:-1] *= _of_tokens(example, offsets, count=len(ids) - 1 - prompt)
+        weights.append(weight_L)
+    return np.concatenate(weights, dtype=np.float32) if weights else np.zeros(0, dtype=np.float32)
+
+
+def _of_tokens(example: Example, offsets: Offsets | None, *, count: int) -> Floats:
+    """Return the weights of the tokens of a response without EOS; spans that cover nothing weigh 1."""
+    text = example.response
+    if offsets is None or len(offsets) != count:
+        raise WmtpError(
+            f"example `{example.example_id}` has weights of spans, but the tokenizer does not report which "
+            "characters its tokens cover",
+            hint="use a base model with a fast tokenizer (`tokenizer.json`), or one `weight` a row",
+        )
+    char_C = np.ones(len(text))
+    for start, end, weight in example.spans or ():
+        char_C[start:end] = weight
+    inked_C = np.array([not char.isspace() for char in text])
+    weight_L = np.empty(count)
+    covered = 0
+    for i, (start, end) in enumerate(offsets):  # a loop: tokens may overlap, and few documents have spans
+        if inked_C[covered:start].any():
+            raise _not_covered(example, covered, start)
+        first = min(start, covered)  # blanks that no token covers belong to the next one
+        covered = max(covered, end)
+        own = slice(first, max(end, first + 1)) if first < len(text) else slice(len(text) - 1, len(text))
+        chosen_C = char_C[own][inked_C[own]] if inked_C[own].any() else char_C[own]
+        # Clipped, so that the mean of equal numbers is that number and not its neighbour.
+        weight_L[i] = np.clip(chosen_C.mean(), chosen_C.min(), chosen_C.max())
+    if inked_C[covered:].any():
+        raise _not_covered(example, covered, len(text))
+    return weight_L
+
+
+def _not_covered(example: Example, start: int, end: int) -> WmtpError:
+    return WmtpError(
+        f"example `{example.example_id}` has weights of spans, but the tokenizer reports no token for "
+        f"{example.response[start:end]!r}",
+        hint="use another base model, or one `weight` a row",
+    )

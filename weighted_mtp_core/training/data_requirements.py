@@ -1,0 +1,49 @@
+"""What a recipe's weighting and critic need of the data, checked in stage 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from weighted_mtp_core.api import Signal, Split, is_correct
+from weighted_mtp_core.data.tokens import TokenSet
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.plan import Plan
+
+
+def check_given_weights(plan: Plan, tokens: TokenSet, *, log: Callable[[str], None]) -> None:
+    """Refuse a weighting of given weights if the data have none; log if the weighting does not read them.
+
+    Raises:
+        WmtpError: No training example has a weight.
+    """
+    reads = Signal.GIVEN in plan.weighting.needs
+    if reads and tokens.given_N is None:
+        raise WmtpError(
+            f"weighting `{plan.weighting.address}` needs weights that come with the data, but no training "
+            f"example of `{plan.data.address}` has any",
+            hint="a row of `core.jsonl` gives them as `weight`, or for spans of characters as `weights`",
+        )
+    if not reads and tokens.given_N is not None:
+        log(f"the data give weights, which weighting `{plan.weighting.address}` does not read")
+
+
+def check_verdicts(plan: Plan, tokens: TokenSet, *, split: Split) -> None:
+    """Refuse data in which all responses are correct, or all incorrect, for a critic of values.
+
+    Raises:
+        WmtpError: The rewards of the split cannot teach the recipe's critic anything.
+    """
+    table, critic = plan.recipe.critic, plan.critic
+    if table is None or critic is None or table.allow_uninformative_critic:
+        return
+    correct = np.unique(is_correct(np.asarray(tokens.reward_D)))
+    if Signal.VALUE in critic.component.provides and len(correct) == 1:
+        kind = "correct" if correct[0] else "incorrect"
+        raise WmtpError(
+            f"critic `{critic.address}` learns from correct and incorrect responses, but all {len(tokens)} "
+            f"responses of the split `{split}` are {kind}",
+            hint="a response without a verdict counts as correct; choose data with verdicts, or a weighting "
+            "without a critic",
+        )
