@@ -248,7 +248,7 @@ def step(model, batch, strategy, *, n_future=1, needs=frozenset({Signal.GIVEN}))
     """Return the loss of one step and the gradient of each parameter of the base model."""
     torch.manual_seed(1)
     base = copy.deepcopy(model)
-    policy = make_policy(base, n_future=n_future, head_kind="linear")
+    policy = make_policy(base, n_future=n_future, head_kind="medusa")
     learner = PolicyLearner(
         policy=policy,
         weighting=Weighting(strategy=strategy, needs=needs, critic=None, label="weighting `w` of plugin `p`"),
