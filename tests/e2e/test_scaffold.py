@@ -96,7 +96,7 @@ def test_its_recipe_runs_and_is_tracked_under_its_name(wmtp, python, recipe, tra
     assert found.info.status == "FINISHED"
     assert found.data.tags["wmtp.weighting"] == "my_weighting.my_weighting"
     assert found.data.tags["wmtp.plugin.my_weighting"] == "weighted-mtp-my-weighting==0.1.0"
-    assert any(name.endswith("floored_fraction") for name in found.data.metrics)
+    assert any(name.endswith("matched_fraction") for name in found.data.metrics)
 
 
 def test_one_recipe_takes_all_four_kinds(wmtp, python, recipe):

@@ -437,6 +437,14 @@ def test_weights_of_a_row_and_of_spans_become_those_of_the_example(tmp_path, wri
     ]
 
 
+def test_strings_and_numbers_of_the_metadata_reach_the_example(tmp_path, write):
+    row = {**PLAIN, "metadata": {"level": 1, "by": "x", "nested": {"a": 1}, "none": None, "flag": True}}
+
+    (example,) = build(tmp_path, train=write(row)).examples("train")
+
+    assert example.metadata == {"level": 1, "by": "x"}
+
+
 def test_keys_that_only_sound_like_a_verdict_are_allowed(tmp_path, write):
     row = {**PLAIN, "score": 1, "record": 2, "word": "w", "label": "x", "forward": True}
 

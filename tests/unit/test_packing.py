@@ -276,6 +276,7 @@ def test_a_packed_batch_numbers_documents_and_restarts_positions():
     assert one.reward_BT.tolist() == [[0, 0, 0, 1, 1, 0, 0, 1], [0, 0.5, 0.5, 0.5, 0, 0, 0, 0]]
     assert one.group_BT.tolist() == [[0, 0, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, -1, -1, -1, -1]]
     assert one.example_ids == ("c + a", "b")
+    assert one.names == (("c", "a"), ("b",))
     assert [part.position_BT.tolist() for part in split_rows(one, 2)] == [
         one.position_BT[:1].tolist(),
         one.position_BT[1:].tolist(),

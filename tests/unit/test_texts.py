@@ -111,6 +111,18 @@ def test_the_text_comes_back_and_a_completion_is_what_follows_the_prompt(name, p
     assert not set(TOKENIZERS[name].all_special_ids) & {*first[len(codec.prefix) :], *second}
 
 
+@pytest.mark.parametrize("name", CODECS)
+@given(text=PARTS)
+def test_the_texts_of_single_tokens_add_up_to_the_text(name, text):
+    codec = CODECS[name]
+    ids = codec.encode_part(text)
+    ((_, response),) = codec.encode_documents([("x", text)])
+
+    assert ids == response
+    assert codec.decode_part([*ids, codec.eos_id]) == text
+    assert "".join(codec.decode_part([token]) for token in ids) == text
+
+
 def covered(codec, prompt, response):
     """Return the characters of the response that each token contributes to, by decoding every beginning."""
     ((first, second),) = codec.encode_documents([(prompt, response)])

@@ -7,12 +7,14 @@ from pathlib import Path
 import attrs
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from weighted_mtp_core.api import DatasetVersion, Example, WmtpError
 from weighted_mtp_core.data.array_files import array_appender, drop_pages, mapped
+from weighted_mtp_core.data.batches import collate_packed
 from weighted_mtp_core.data.texts import TextCodec
 from weighted_mtp_core.data.token_cache import TokenCache, tokenizer_fingerprint
 from weighted_mtp_core.data.tokens import open_tokens, tokenise
@@ -81,6 +83,22 @@ def test_documents_are_stored_one_after_the_other(make):
     assert tokens.start_D1.tolist() == [0, 5, 11]
     assert tokens.length_D.tolist() == [5, 6]
     assert tokens.lengths([1, 0, 1]).tolist() == [6, 5, 6]
+
+
+def test_metadata_come_back_as_they_are(make):
+    kept = {"source": "사과 \N{SLIGHTLY SMILING FACE}", "score": 0.1, "year": 2026}
+    tokens = make([example(0), attrs.evolve(example(1), metadata=kept), example(2)])
+
+    batch = collate_packed(tokens, [np.array([1, 0]), np.array([2])], device=torch.device("cpu"))
+
+    assert batch.metadata == ((kept, {}), ({},))
+    assert batch.names == (("e1", "e0"), ("e2",))
+
+
+@pytest.mark.parametrize("metadata", [{"a": None}, {"a": True}, {"a": [1]}, {1: "a"}])
+def test_metadata_are_text_and_numbers(metadata):
+    with pytest.raises(ValueError, match="`metadata` must map strings to strings or numbers"):
+        attrs.evolve(example(0), metadata=metadata)
 
 
 def test_longer_documents_are_left_out_and_counted(make):

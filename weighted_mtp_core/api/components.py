@@ -43,9 +43,13 @@ def _no_trainable_trunk(_: str | None) -> torch.nn.Module:
     raise WmtpError("this context has no policy, so `trainable_trunk` is not available")
 
 
+def _no_tokenizer(_: object) -> Any:
+    raise WmtpError("this context has no tokenizer, so `encode` and `decode` are not available")
+
+
 @frozen(kw_only=True, eq=False)
 class ModelContext:
-    """Sizes, device and copies of the policy, for a component that is being built.
+    """Sizes, device, tokenizer and copies of the policy, for a component that is being built.
 
     Attributes:
         n_future: K, the number of heads.
@@ -61,6 +65,10 @@ class ModelContext:
             trunk of another model, named like a recipe's `model.base`, with the policy's tokenizer. Returns a
             module that maps a `Batch` to float32 states `[B, T, H]`, with gradients and without dropout; its
             attribute `hidden_size` is H. The component trains and saves its parameters.
+        encode: `encode(text)` returns the ids of a text inside a response, without BOS and EOS. The spelling
+            of a control token is text.
+        decode: `decode(ids)` returns the text that ids add to a response, with the blank in front of a word;
+            control tokens add nothing. Use `decode([id])` for the text of one token.
     """
 
     n_future: int
@@ -70,6 +78,20 @@ class ModelContext:
     frozen_trunk: Callable[[], Callable[[Batch], Tensor]]
     frozen_losses: Callable[[Path | None], Callable[[Batch], Tensor]] = field(default=_no_frozen_losses)
     trainable_trunk: Callable[[str | None], torch.nn.Module] = field(default=_no_trainable_trunk)
+    encode: Callable[[str], list[int]] = field(default=_no_tokenizer)
+    decode: Callable[[Sequence[int]], str] = field(default=_no_tokenizer)
+    _eos_id: int | None = field(default=None, alias="eos_id")
+
+    @property
+    def eos_id(self) -> int:
+        """The id of EOS, which ends each response.
+
+        Raises:
+            WmtpError: The context was made without a tokenizer.
+        """
+        if self._eos_id is None:
+            raise WmtpError("this context has no tokenizer, so `eos_id` is not available")
+        return self._eos_id
 
 
 @frozen(kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from attrs import field, frozen
@@ -63,6 +63,13 @@ def check_spans(spans: Sequence[Span], *, length: int) -> None:
             raise ValueError(f"the span {list(span)} begins before the end of another one")
 
 
+def _check_metadata(_: object, __: object, metadata: Mapping[str, str | float]) -> None:
+    for key, value in metadata.items():
+        if not isinstance(key, str) or isinstance(value, bool) or not isinstance(value, str | int | float):
+            fault = f"must map strings to strings or numbers, got {key!r}: {value!r}"
+            raise ValueError(f"`metadata` {fault}")  # noqa: TRY004 - a fault of the data
+
+
 def _check_weight(_: object, __: object, value: float) -> None:
     check_weight(value, "`weight`")
 
@@ -82,6 +89,8 @@ class Example:
         spans: Weights of parts of the response, (start, end, weight): the characters
             `response[start:end]`, which no two spans share. A token in a span has the weight of the span
             times `weight`; a token outside all spans, and EOS, have `weight`.
+        metadata: What else the data contain about the response, text or numbers by key. A weighting receives
+            it as `StepView.metadata`.
     """
 
     example_id: str
@@ -91,6 +100,7 @@ class Example:
     reward: float = field(validator=[v.ge(0.0), v.le(1.0)])
     weight: float | None = field(default=None, validator=v.optional(_check_weight))
     spans: tuple[Span, ...] | None = field(default=None)
+    metadata: Mapping[str, str | float] = field(factory=dict, validator=_check_metadata)
 
     @property
     def has_weights(self) -> bool:

@@ -105,6 +105,7 @@ class JsonlSource(DataSource):
                 reward=1.0 if row.reward is None else row.reward,
                 weight=row.weight,
                 spans=row.spans,
+                metadata=row.metadata,
             )
             for number, row in enumerate(self.rows(split))
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import string
+from collections.abc import Mapping
 
 from attrs import define, field, frozen
 
@@ -48,6 +49,7 @@ class JsonlRow:
         entry_point: The function that the tests call.
         weight: See `Example.weight`.
         spans: See `Example.spans`; the key of the row is `weights`.
+        metadata: See `Example.metadata`; values that are not strings or numbers are left out.
     """
 
     prompt: str
@@ -58,6 +60,7 @@ class JsonlRow:
     entry_point: str
     weight: float | None = None
     spans: tuple[Span, ...] | None = None
+    metadata: Mapping[str, str | float] = field(factory=dict)
 
     @property
     def is_correct(self) -> bool:
@@ -104,8 +107,6 @@ def parse_row(record: Record, *, template: str | None) -> JsonlRow:
         if not isinstance(record.get(key, ""), str | None):
             raise ValueError(f"`{key}` must be a string, got {type(record[key]).__name__}")  # noqa: TRY004
     reward = _reward(record)
-    if not isinstance(record.get("metadata", {}), dict | None):
-        raise ValueError("`metadata` must be an object")  # noqa: TRY004
     if record.get("tests") and not record.get("entry_point"):
         raise ValueError("has `tests`, so it needs `entry_point`, the function that they call")
     return JsonlRow(
@@ -117,6 +118,7 @@ def parse_row(record: Record, *, template: str | None) -> JsonlRow:
         entry_point=record.get("entry_point") or "",
         weight=_weight(record),
         spans=_spans(record, length=len(response)),
+        metadata=_metadata(record),
     )
 
 
@@ -181,6 +183,17 @@ def _weight(record: Record) -> float | None:
         return None
     check_weight(record["weight"], "`weight`")
     return float(record["weight"])
+
+
+def _metadata(record: Record) -> dict[str, str | float]:
+    metadata = record.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise ValueError("`metadata` must be an object")  # noqa: TRY004
+    return {
+        key: value
+        for key, value in metadata.items()
+        if isinstance(value, str | int | float) and not isinstance(value, bool)
+    }
 
 
 def _spans(record: Record, *, length: int) -> tuple[Span, ...] | None:

@@ -86,6 +86,9 @@ class StepView:
         n_future: K, the number of heads.
         step: Optimiser steps completed in this stage.
         training: False during validation, where moving statistics must not change.
+        steps: Number of optimiser steps of this stage, for schedules.
+        example_ids: `example_ids[b][n]` is the id of the example of document n in row b, as in `document_BT`.
+        metadata: `metadata[b][n]` is the `Example.metadata` of that example.
         reward_BT: float32, `Signal.REWARD`: see `Batch.reward_BT`.
         group_BT: int64, `Signal.GROUP`: see `Batch.group_BT`.
         given_BT: float32, `Signal.GIVEN`: the weight that the data give the token, 1 if the data give none; 0
@@ -106,6 +109,9 @@ class StepView:
     n_future: int
     step: int
     training: bool
+    steps: int = 1
+    example_ids: tuple[tuple[str, ...], ...] = ()
+    metadata: tuple[tuple[Mapping[str, str | float], ...], ...] = ()
     reward_BT: Tensor | None = None
     group_BT: Tensor | None = None
     given_BT: Tensor | None = None

@@ -6,7 +6,8 @@ Shape letters: B rows, T positions, D documents, N tokens of the batch's documen
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -34,10 +35,14 @@ class CollatedBatch(Batch):
         token_BT: int64, index of each token in `TokenSet.ids_N`; -1 on padding.
         preceding_BT: int64, for each response token the number of tokens that precede it in its document; 0
             elsewhere. Where it is at least k, the token is a target of head k.
+        names: The example id of each document, row by row.
+        metadata: The metadata of each document, row by row.
     """
 
     token_BT: Rows
     preceding_BT: Rows
+    names: tuple[tuple[str, ...], ...]
+    metadata: tuple[tuple[Mapping[str, str | float], ...], ...]
 
     def target_positions(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return rows and columns of the targets of head 1; see `Batch`."""
@@ -91,6 +96,7 @@ def _lay_out(
     def tensor(value_N: NDArray[Any], dtype: type[np.generic], *, padding: int = 0) -> torch.Tensor:
         return to_device(padded(value_N, dtype, padding=padding), device)
 
+    names = tuple(tuple(token_set.example_ids[int(d)] for d in row) for row in rows)
     given_BT = None
     if token_set.given_N is not None:
         given_BT = tensor(token_set.given_N[token_N], np.float32)
@@ -102,11 +108,19 @@ def _lay_out(
         reward_BT=tensor(np.repeat(token_set.reward_D[documents], length_D) * response_N, np.float32),
         group_BT=tensor(np.repeat(group_D, length_D), np.int64, padding=-1),
         given_BT=given_BT,
-        example_ids=tuple(" + ".join(token_set.example_ids[int(d)] for d in row) for row in rows),
+        example_ids=tuple(map(" + ".join, names)),
+        names=names,
+        metadata=tuple(tuple(_metadata(token_set, int(d)) for d in row) for row in rows),
         token_BT=padded(token_N, np.int64, padding=-1),
         preceding_BT=padded(position_N * response_N, np.int64),
     )
     return batch, tensor(position_N, np.int64)
+
+
+def _metadata(token_set: TokenSet, document: int) -> Mapping[str, str | float]:
+    text = token_set.metadata[document] if len(token_set.metadata) else ""
+    metadata: dict[str, str | float] = json.loads(text) if text else {}
+    return metadata
 
 
 def split_rows(batch: BatchT, parts: int, *, together: int = 1) -> Iterator[BatchT]:

@@ -80,6 +80,14 @@ class TextCodec:
             responses[i] = ids
         return list(zip(prompts, responses, strict=True))
 
+    def encode_part(self, text: str) -> list[int]:
+        """Return the ids of a text inside a response."""
+        return self._encode_rest([text])[0]
+
+    def decode_part(self, ids: Sequence[int]) -> str:
+        """Return the text that ids add to a response."""
+        return self.decode_completions([(self._encode_rest(["a"])[0], ids)])[0]
+
     def response_offsets(self, prompt: str, response: str) -> Offsets | None:
         """Return start and end of each token of a response, in characters of the response.
 

@@ -23,7 +23,7 @@ from weighted_mtp_core.plugins.selection import SelectedComponent
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder
 from weighted_mtp_core.storage.verify_once import verify_once
 
-_FORMAT = 3  # raise it when the same examples and tokenizer would give other arrays
+_FORMAT = 4  # raise it when the same examples and tokenizer would give other arrays
 
 # Settings that a tokenizer saves but that do not change ids without special tokens: padding and truncation of
 # the last call, and where it was loaded from.

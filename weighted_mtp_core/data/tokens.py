@@ -37,6 +37,8 @@ _DTYPES = {
     "problem": np.int64,
     "name": np.uint8,
     "name_start": np.int64,
+    "metadata": np.uint8,
+    "metadata_start": np.int64,
 }
 """The arrays beside the ids, by file name."""
 Ints = NDArray[np.int64]
@@ -53,6 +55,7 @@ class TokenSet:
         reward_D: float32 reward of each response.
         problem_D: int64, equal exactly for documents of one problem.
         example_ids: The example id of each document.
+        metadata: The metadata of each document as JSON; empty if it has none.
         given_N: float32 weight that the data give each token, 0 on prompts; None if they give none.
         examples: Number of examples.
         left_out: Number of examples longer than `max_tokens`.
@@ -65,6 +68,7 @@ class TokenSet:
     reward_D: NDArray[np.float32]
     problem_D: NDArray[np.int64]
     example_ids: Sequence[str]
+    metadata: Sequence[str] = ()
     given_N: NDArray[np.float32] | None = None
     examples: int = 0
     left_out: int = 0
@@ -133,7 +137,7 @@ def tokenise(examples: Iterable[Example], codec: TextCodec, *, max_tokens: int, 
             f"none of the {count} examples has at most {max_tokens} tokens",
             hint="raise `data.max_tokens` or choose other data",
         )
-    for name in ("start", "name_start"):
+    for name in ("start", "name_start", "metadata_start"):
         _replace(folder, name, lambda length_D: np.concatenate([[0], np.cumsum(length_D)]))
     _replace(folder, "problem", _numbered)
     (folder / _META).write_text(json.dumps({"examples": count, "left_out": count - kept}), encoding="utf-8")
@@ -151,6 +155,7 @@ def open_tokens(folder: Path, *, sha256: str) -> TokenSet:
         reward_D=arrays["reward"],
         problem_D=arrays["problem"],
         example_ids=MappedStrings(arrays["name"], arrays["name_start"]),
+        metadata=MappedStrings(arrays["metadata"], arrays["metadata_start"]),
         given_N=mapped(given) if given.exists() else None,
         examples=meta["examples"],
         left_out=meta["left_out"],
@@ -169,6 +174,10 @@ def _check_texts(documents: Sequence[tuple[Example, int, list[int]]], codec: Tex
 def _columns(documents: Sequence[tuple[Example, int, list[int]]]) -> dict[str, ArrayLike]:
     """Return the arrays of documents (example, number of prompt tokens, ids); `start` still holds lengths."""
     names = [example.example_id.encode() for example, _, _ in documents]
+    metadata = [
+        json.dumps(dict(example.metadata)).encode() if example.metadata else b""
+        for example, _, _ in documents
+    ]
     return {
         "ids": list(itertools.chain.from_iterable(ids for _, _, ids in documents)),
         "start": [len(ids) for _, _, ids in documents],
@@ -177,6 +186,8 @@ def _columns(documents: Sequence[tuple[Example, int, list[int]]]) -> dict[str, A
         "problem": [_digest(example.problem_id) for example, _, _ in documents],
         "name": np.frombuffer(b"".join(names), dtype=np.uint8),
         "name_start": [len(name) for name in names],
+        "metadata": np.frombuffer(b"".join(metadata), dtype=np.uint8),
+        "metadata_start": [len(each) for each in metadata],
     }
 
 

@@ -23,7 +23,7 @@ _NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 _LONGEST = 20  # some lines of the templates contain the name three times
 _SUFFIX = ".tmpl"
 SUMMARIES = {
-    Kind.WEIGHTING: "The policy's own loss of a target, but not less than a floor.",
+    Kind.WEIGHTING: "A larger weight for tokens with a text that matches a pattern.",
     Kind.CRITIC: "A linear probe of the policy's states that predicts the reward.",
     Kind.DATA: "Sums of two numbers, with right and wrong answers.",
     Kind.TRACKER: "A folder with one line of JSON per event.",

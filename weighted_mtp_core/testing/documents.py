@@ -17,6 +17,9 @@ from weighted_mtp_core.api import Batch, ModelContext, Signal, StepView
 
 N_FUTURE = 3
 VOCAB_SIZE = 32
+EOS_ID = 1
+_TEXTS = ("", "", *"0123456789 abcdefghijklmnopqrs")
+"""The text of each id of a stand-in for a tokenizer, one character per token; 0 and EOS have none."""
 HIDDEN_SIZE = 16
 
 
@@ -49,6 +52,7 @@ def make_document(number: int, *, prompt: int, response: int, reward: float, pro
         "token_loss_BTK": 3 * torch.rand(length, N_FUTURE, generator=generator) * target_LK,
         "token_entropy_BTK": 3 * torch.rand(length, N_FUTURE, generator=generator) * target_LK,
         "reference_loss_BT": reference_loss_L,
+        "number": torch.tensor(number),
         "given_BT": 2 * torch.rand(length, generator=generator) * response_L,
     }
 
@@ -111,6 +115,9 @@ class Layout:
             n_future=N_FUTURE,
             step=step,
             training=training,
+            steps=10,
+            example_ids=tuple(tuple(f"example {_number(each)}" for each in row) for row in self.rows),
+            metadata=tuple(tuple({"score": _number(each) / 8} for each in row) for row in self.rows),
             **{name: tensor for name, tensor in known.items() if name.rpartition("_")[0] in needed},
         )
 
@@ -137,6 +144,20 @@ class Layout:
         for b, _, position, document in self._positions():
             tensor[b, position] = document[name]
         return tensor
+
+
+def _number(document: Document) -> int:
+    return int(document["number"])
+
+
+def encode(text: str) -> list[int]:
+    """Return the ids of a text of digits, blanks and the letters a to s."""
+    return [_TEXTS.index(letter, EOS_ID + 1) for letter in text]
+
+
+def decode(ids: Sequence[int]) -> str:
+    """Return the text of ids."""
+    return "".join(_TEXTS[int(each)] for each in ids)
 
 
 PACKED = Layout(rows=[[FIRST, FOURTH], [THIRD, SECOND]])
@@ -205,4 +226,7 @@ def model_context() -> ModelContext:
         frozen_trunk=lambda: trunk_states,
         frozen_losses=lambda _: next_token_losses,
         trainable_trunk=lambda _: TrainableTrunk(),
+        encode=encode,
+        decode=decode,
+        eos_id=EOS_ID,
     )

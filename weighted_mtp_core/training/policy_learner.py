@@ -111,7 +111,9 @@ class PolicyLearner(Learner):
         hidden = [self._signals.trunk(parts[0].batch)] if len(parts) == 1 else [None] * len(parts)
         labels_BTK = batch_labels(batch, self.policy.n_future)
         target_BTK = target_mask(labels_BTK)
-        view = self._signals.view(batch, target_BTK, parts=parts, hidden=hidden, step=step, training=True)
+        view = self._signals.view(
+            batch, target_BTK, parts=parts, hidden=hidden, step=step, steps=self.steps, training=True
+        )
         weights = self.weighting.weigh(view)
         self._values.note(weights.weight)
         if self._values.due(step, self.steps):
@@ -183,7 +185,13 @@ class PolicyLearner(Learner):
         parts = micro_batches(batch, self.accumulation, self.distributed)
         target_BTK = target_mask(batch_labels(batch, self.policy.n_future))
         view = self._signals.view(
-            batch, target_BTK, parts=parts, hidden=[None] * len(parts), step=step, training=False
+            batch,
+            target_BTK,
+            parts=parts,
+            hidden=[None] * len(parts),
+            step=step,
+            steps=self.steps,
+            training=False,
         )
         weights = self.weighting.weigh(view)
         self._values.note(weights.weight)

@@ -198,6 +198,9 @@ class Prepared:
                 device=self.compute.device,
                 frozen_trunk=self._frozen_trunk,
                 frozen_losses=self._frozen_losses,
+                encode=self.codec.encode_part,
+                decode=self.codec.decode_part,
+                eos_id=self.codec.eos_id,
                 trainable_trunk=partial(
                     trainable_trunk, self.policy, storage=self.storage, tokenizer=self.codec.tokenizer
                 ),

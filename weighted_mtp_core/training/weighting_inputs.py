@@ -14,7 +14,7 @@ from attrs import field, frozen
 from torch import Tensor
 
 from weighted_mtp_core.api import Batch, Critic, Signal, StepView, WeightingStrategy, Weights
-from weighted_mtp_core.data.batches import preceding
+from weighted_mtp_core.data.batches import CollatedBatch, preceding
 from weighted_mtp_core.errors import RunFailedError, WmtpError
 from weighted_mtp_core.messages import reason
 from weighted_mtp_core.model.pair_predictions import PairPredictions
@@ -90,6 +90,10 @@ def _undeclared(view: StepView) -> str | None:
     return f"{names} is None unless the component declares the signal: add {declare} to its `needs`"
 
 
+def _names(batch: Batch) -> tuple[tuple[str, ...], ...]:
+    return batch.names if isinstance(batch, CollatedBatch) else tuple((each,) for each in batch.example_ids)
+
+
 def _given(batch: Batch) -> Tensor:
     """Return the weights that come with the data; 1 on responses if there are none."""
     return batch.response_BT.to(torch.float32) if batch.given_BT is None else batch.given_BT
@@ -125,6 +129,7 @@ class Signals:
         parts: Sequence[MicroBatch],
         hidden: Sequence[Tensor | None],
         step: int,
+        steps: int,
         training: bool,
     ) -> StepView:
         """Return the view of the global batch; its signals are computed without dropout.
@@ -135,6 +140,7 @@ class Signals:
             parts: This process's micro-batches.
             hidden: Their trunk states; None where they are not known yet.
             step: Optimiser steps done.
+            steps: Optimiser steps of the stage.
             training: False for a batch that is only measured.
         """
         needs, rows, distributed = self.weighting.needs, len(batch.ids_BT), self.distributed
@@ -156,6 +162,9 @@ class Signals:
             n_future=self.policy.n_future,
             step=step,
             training=training,
+            steps=steps,
+            example_ids=_names(batch),
+            metadata=batch.metadata if isinstance(batch, CollatedBatch) else (),
             reward_BT=batch.reward_BT if Signal.REWARD in needs else None,
             group_BT=batch.group_BT if Signal.GROUP in needs else None,
             given_BT=_given(batch) if Signal.GIVEN in needs else None,
