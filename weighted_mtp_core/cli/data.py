@@ -2,9 +2,12 @@
 
 A data source may make its data once, for example label responses by running them, and keep them under
 datasets_v2/<name>/<version>/ with a manifest, statistics and what they depend on. A run does this by itself;
-`prepare` does it alone, for example on a machine without an accelerator.
+`prepare` does it alone, for example on a machine without an accelerator. `preview` shows what the first step
+of a run trains on: each token with its id, whether it is a target, and its weight.
 
 examples:
+  data preview configs/baseline.toml
+  data preview configs/baseline.toml -n 10 --html preview.html
   data prepare configs/baseline.toml
   data prepare configs/baseline.toml --set data.options.seed=1
   data show
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,8 +33,11 @@ from weighted_mtp_core.storage.versions import dataset_folder, versions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    prepare, show = add_actions(parser, _prepare, _show)
+    prepare, preview, show = add_actions(parser, _prepare, _preview, _show)
     add_recipe_arguments(prepare)
+    add_recipe_arguments(preview)
+    preview.add_argument("-n", metavar="N", dest="count", type=int, default=3, help="documents (default: 3)")
+    preview.add_argument("--html", metavar="FILE", type=Path, help="write a page instead of text")
     show.add_argument("name", metavar="NAME", nargs="?", help="(all)")
     add_folder(show, "--storage", default="storage")
 
@@ -52,6 +59,21 @@ def _prepare(args: argparse.Namespace) -> None:
         ]
     )
     _print_splits({split: example_statistics(source.examples(split)) for split in SPLITS})
+
+
+def _preview(args: argparse.Namespace) -> None:
+    """Show texts, targets and weights of the first step of a run."""
+    from weighted_mtp_core.report.preview import preview
+    from weighted_mtp_core.report.preview_views import print_preview, write_page
+
+    if args.count < 1:
+        raise WmtpError(f"`-n` must be at least 1, got {args.count}")
+    shown = preview(plan_from(args), count=args.count, log=lambda text: print(text, file=sys.stderr))
+    if args.html is None:
+        print_preview(shown)
+        return
+    write_page(shown, args.html)
+    print_rows([("page", str(args.html))])
 
 
 def _show(args: argparse.Namespace) -> None:

@@ -179,8 +179,11 @@ class PolicyLearner(Learner):
         )
 
     @torch.no_grad()
-    def weigh(self, batch: Batch, *, step: int) -> Weights:
-        """Return the weights of a batch that is measured and not learned from, as one global batch."""
+    def weigh(self, batch: Batch, *, step: int, training: bool = False) -> Weights:
+        """Return the weights of a global batch that is measured and not learned from.
+
+        With `training`, these are the weights of that training step; moving statistics then change.
+        """
         self.policy.eval()
         parts = micro_batches(batch, self.accumulation, self.distributed)
         target_BTK = target_mask(batch_labels(batch, self.policy.n_future))
@@ -191,7 +194,7 @@ class PolicyLearner(Learner):
             hidden=[None] * len(parts),
             step=step,
             steps=self.steps,
-            training=False,
+            training=training,
         )
         weights = self.weighting.weigh(view)
         self._values.note(weights.weight)

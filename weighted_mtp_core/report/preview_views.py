@@ -1,0 +1,91 @@
+"""A preview as lines of text, with colours on a terminal, and as a page with the report's shading."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from weighted_mtp_core.report.preview import Preview, PreviewToken
+from weighted_mtp_core.report.rendering import render
+from weighted_mtp_core.report.shading import Shading
+from weighted_mtp_core.report.token_report import ProblemTokens, Solution, TokenReport
+from weighted_mtp_core.storage.atomic import atomic_write
+
+_SHADE = (11, 98, 168)  # the report's colour of a full shade
+
+
+def print_preview(preview: Preview) -> None:
+    """Print a line for each token; colours only where stdout is a terminal."""
+    console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
+    wide = max(len(label) for label, _ in preview.facts)
+    for label, text in preview.facts:
+        console.print(f"{label.ljust(wide)}  {text}")
+    top = max((token.weight or 0.0 for each in preview.documents for token in each.tokens), default=0.0)
+    for document in preview.documents:
+        pairs = ", ".join(f"head {k}: {count}" for k, count in enumerate(document.pairs_K, start=1))
+        console.print(f"\nexample {document.name}: {len(document.tokens)} tokens; pairs of {pairs}")
+        console.print(f"{'id':>8}  {'target':6}  {'weight':8}  text")
+        for token in document.tokens:
+            console.print(_line(token, top=top))
+
+
+def _line(token: PreviewToken, *, top: float) -> Text:
+    front = f"{token.id:>8}  {'yes' if token.is_target else '-':6}  {weight_text(token):8}  "
+    shade = (token.weight or 0.0) / top if top else 0.0
+    style = "" if token.is_target else "dim"
+    if token.is_target and shade:
+        red, green, blue = (round(255 + shade * (full - 255)) for full in _SHADE)
+        style = f"{'white' if shade > 0.5 else 'black'} on rgb({red},{green},{blue})"
+    return Text.assemble(front, (repr(token.text), style))
+
+
+def weight_text(token: PreviewToken) -> str:
+    """Return a token's weight: one number if all heads agree, else one per head; `?` if it is unknown."""
+    if not token.is_target:
+        return "-"
+    if not token.weight_K:
+        return "?"
+    if len({weight for weight in token.weight_K if weight is not None}) == 1:
+        return f"{token.weight:.4g}"
+    return " ".join("-" if weight is None else f"{weight:.4g}" for weight in token.weight_K)
+
+
+def write_page(preview: Preview, path: Path) -> None:
+    """Write the page; it needs no network."""
+    tokens = [[token.as_reported() for token in each.tokens] for each in preview.documents]
+    report = TokenReport(
+        step=0,
+        rows=len(preview.documents),
+        problems=(
+            ProblemTokens(
+                prompt="",
+                solutions=tuple(
+                    Solution(name=each.name, reward=1.0, tokens=tuple(shown))
+                    for each, shown in zip(preview.documents, tokens, strict=True)
+                ),
+            ),
+        ),
+    )
+    shading = Shading.of(report)
+    page = render(
+        "preview.html.j2",
+        preview=preview,
+        shading=shading,
+        styles=[[shading.style(token) for token in shown] for shown in tokens],
+        numbers=_numbers,
+    )
+    atomic_write(path, page)
+
+
+def _numbers(token: PreviewToken) -> str:
+    """Return the lines that the page shows over a token."""
+    return "\n".join(_facts(token))
+
+
+def _facts(token: PreviewToken) -> Iterator[str]:
+    yield repr(token.text)
+    yield f"id      {token.id}"
+    yield f"weight  {weight_text(token)}" if token.is_target else "not a target"
