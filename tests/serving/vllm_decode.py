@@ -1,0 +1,48 @@
+"""Decode prompts greedily with vLLM, which has an environment of its own; read and write JSON.
+
+    python vllm_decode.py < request.json > answer.json
+
+The request: `model` (a directory), `draft` (a directory of a Medusa model), `drafts` (the number of its
+heads), `prompts` (token ids) and `new_tokens` (of each text, which EOS does not end). The answer: `tokens` of
+each text; `verified`, the number of passes that verified drafts; `accepted`, the numbers of these passes that
+accepted the first, second, ... draft.
+"""
+
+import json
+import os
+import sys
+
+answer = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # vLLM prints to stdout
+
+from vllm import LLM, SamplingParams  # noqa: E402 - it prints when it is imported
+
+request = json.load(sys.stdin)
+llm = LLM(
+    request["model"],
+    dtype="float32",
+    max_model_len=512,
+    enforce_eager=True,
+    disable_log_stats=False,
+    speculative_config={
+        "method": "medusa",
+        "model": request["draft"],
+        "num_speculative_tokens": request["drafts"],
+    },
+)
+settings = SamplingParams(temperature=0, ignore_eos=True, max_tokens=request["new_tokens"])
+# One after the other: the size of a batch changes the order of sums, and so a choice between near equals.
+tokens = [
+    list(llm.generate({"prompt_token_ids": ids}, settings, use_tqdm=False)[0].outputs[0].token_ids)
+    for ids in request["prompts"]
+]
+metrics = {metric.name: metric for metric in llm.get_metrics()}
+with answer:
+    json.dump(
+        {
+            "tokens": tokens,
+            "verified": metrics["vllm:spec_decode_num_drafts"].value,
+            "accepted": metrics["vllm:spec_decode_num_accepted_tokens_per_pos"].values,
+        },
+        answer,
+    )

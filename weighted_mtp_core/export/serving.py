@@ -1,0 +1,103 @@
+"""Write heads 2..K in the form that a server reads, and the command that serves them.
+
+Which server takes which kind, and how that was checked: docs/serving.md.
+
+Shape letters: H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.messages import quoted
+from weighted_mtp_core.model.heads import HeadKind
+from weighted_mtp_core.model.policy import Policy
+
+Server = Literal["transformers", "vllm", "sglang"]
+
+SERVED: Mapping[Server, tuple[HeadKind, ...]] = {"transformers": (), "vllm": ("medusa",), "sglang": ()}
+"""The kinds of heads with which each server drafts."""
+
+MEDUSA = "medusa"
+"""The subfolder with vLLM's draft model."""
+
+
+def refuse_unserved(server: Server, *, kind: HeadKind, n_future: int) -> None:
+    """Refuse a policy whose heads 2..K cannot draft in a server.
+
+    Raises:
+        WmtpError: The server does not take this kind of heads, or there is one head only.
+    """
+    plain = "without `--serve`, the exported directory is an ordinary model for every server"
+    if n_future == 1:
+        raise WmtpError(f"the policy has one head, so nothing drafts in `{server}`", hint=plain)
+    kinds = SERVED[server]
+    if kind in kinds:
+        return
+    takes = f"it takes {quoted(kinds)}" if kinds else "it takes no kind of heads that is trained here"
+    others = [each for each, taken in SERVED.items() if kind in taken]
+    raise WmtpError(
+        f"`{server}` cannot draft with `{kind}` heads: {takes}",
+        hint=f"`{kind}` heads are served by {quoted(others)}; {plain}" if others else plain,
+    )
+
+
+def write_served_heads(policy: Policy, folder: Path) -> None:
+    """Write vLLM's draft model to the subfolder `medusa/` of an exported model.
+
+    Raises:
+        WmtpError: The unembedding has a bias, which vLLM's draft model leaves out.
+    """
+    if policy.unembedding.bias is not None:
+        raise WmtpError(
+            "the unembedding of this model has a bias, which vLLM does not apply to drafts",
+            hint="export without `--serve`",
+        )
+    vocabulary, width = policy.unembedding.weight.shape
+    config = {
+        "model_type": "medusa",
+        "architectures": ["MedusaModel"],
+        "hidden_size": width,
+        "vocab_size": vocabulary,
+        "truncated_vocab_size": vocabulary,
+        "num_heads": policy.n_future - 1,
+        "num_hidden_layers": 1,
+        "original_lm_head": True,
+        "medusa_fc_bias": False,
+        "dtype": _name(policy.unembedding.weight.dtype),
+    }
+    own = folder / MEDUSA
+    own.mkdir()
+    (own / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    save_file(_medusa_tensors(policy), own / "model.safetensors")
+
+
+def _medusa_tensors(policy: Policy) -> dict[str, Tensor]:
+    """Return `blocks.<k - 2>.layers.0.weight` `[H, H]` of each head k, and the unembedding `[V, H]`."""
+    found = {"lm_heads.0.weight": policy.unembedding.weight}
+    for number, head in enumerate(policy.heads[1:]):
+        found[f"blocks.{number}.layers.0.weight"] = head.get_parameter("linear.weight")
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+
+
+def serving_command(path: Path, *, dtype: torch.dtype, n_future: int) -> str:
+    """Return the shell command that serves an exported model with vLLM's draft model.
+
+    The dtype is named because vLLM computes in float16 if the files are in float32.
+    """
+    draft = {"method": "medusa", "model": str(path / MEDUSA), "num_speculative_tokens": n_future - 1}
+    words = ["vllm", "serve", str(path), "--dtype", _name(dtype), "--speculative-config", json.dumps(draft)]
+    return shlex.join(words)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
