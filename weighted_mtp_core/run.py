@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from attrs import frozen
 from torch import nn
@@ -21,6 +22,7 @@ from weighted_mtp_core.checkpointing.resume import (
     run_to_resume,
 )
 from weighted_mtp_core.checkpointing.snapshot import Snapshot
+from weighted_mtp_core.data.halves import HALVES
 from weighted_mtp_core.evaluation.evaluate import Evaluation, evaluate
 from weighted_mtp_core.metrics.critic_report import CriticReport
 from weighted_mtp_core.plan import Plan
@@ -161,18 +163,24 @@ class _Run:
         if table.checkpoint is not None:
             load_component(critic, Path(table.checkpoint))
             self.recorder.log(f"critic loaded from `{table.checkpoint}`")
-        elif critic.trainable:
+        trains, judged = (
+            table.checkpoint is None and critic.trainable,
+            Signal.VALUE in selected.component.provides,
+        )
+        if trains or judged:
+            learner.check_problems(table, log=self.recorder.log)
+        if trains:
             with self.distributed.rank_zero_first():
                 batches = prepared.critic_batches(critic, table)
             if self.snapshot is not None and self.snapshot.stage == "policy":
                 learner.load_best()
             else:
                 self._train(learner, table.train, batches)
-        if Signal.VALUE not in selected.component.provides:
+        if not judged:
             return critic, None
-        report = learner.measure()
-        if self.snapshot is None and (table.checkpoint is not None or not critic.trainable):
-            self.recorder.metrics(learner.stage, 0, report.metrics())  # training recorded none
+        report = learner.measure("judging")
+        # One step after the last validation, so that the last value of each metric is the judgement.
+        self.recorder.metrics(learner.stage, table.train.steps + 1 if trains else 0, report.metrics())
         if not check_informative(report, selected.address, table, log=self.recorder.log):
             self.recorder.tags({run_tags.UNINFORMATIVE_CRITIC: "true"})
         return critic, report
@@ -214,8 +222,13 @@ class _Run:
         tokens = measure_tokens(prepared, learner, critic=critic, reliability=reliability)
         table = None
         if critic is not None and report is not None:
-            batches = prepared.critic_validation(batch_size=self.plan.recipe.train.batch_size)
-            table = table_of_values(prepared, learner, critic=critic, batches=(batch for batch, _ in batches))
+            documents = np.concatenate([prepared.critic_validation(half) for half in HALVES])
+            batches = prepared.batches_in_order(
+                prepared.critic_tokens("validation"),
+                documents,
+                batch_size=self.plan.recipe.train.batch_size,
+            )
+            table = table_of_values(prepared, learner, critic=critic, batches=batches)
         if not self.distributed.is_rank_zero:
             return
         folder = self.recorder.folder.path

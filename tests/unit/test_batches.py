@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from weighted_mtp_core.api import WmtpError
 from weighted_mtp_core.data.batches import collate, split_rows
-from weighted_mtp_core.data.samplers import Sampler, in_order, least_padding, pointwise
+from weighted_mtp_core.data.samplers import Sampler, evenly_spread, in_order, least_padding, pointwise
 from weighted_mtp_core.data.tokens import TokenSet
 
 CPU = torch.device("cpu")
@@ -155,6 +155,7 @@ def test_micro_batches_concatenated_are_the_batch(rows, parts):
 @given(count=st.integers(1, 60), limit=st.integers(0, 80))
 def test_validation_order_has_no_repeats(count, limit):
     tokens = token_set(list(range(2, 2 + count)))
-    seen = np.concatenate(list(in_order(tokens, batch_size=7, limit=limit)))
+    documents = evenly_spread(np.arange(count), limit=limit)
+    seen = np.concatenate(list(in_order(tokens, documents, batch_size=7)))
 
     assert len(set(seen.tolist())) == len(seen) == (min(limit, count) if limit else count)

@@ -132,7 +132,7 @@ def test_a_run_with_a_critic_keeps_a_table_of_values_and_weights(run):
     for line in lines:
         by_example.setdefault(line["example"], []).append(line)
 
-    assert len(by_example) == 4  # `validation_examples` of the tiny run
+    assert len(by_example) == 2 * 4  # `validation_examples` of the tiny run, from each half
     for name, tokens in by_example.items():
         example = examples[name]
         assert "".join(token["token"] for token in tokens).startswith(example.response)

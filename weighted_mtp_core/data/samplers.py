@@ -230,13 +230,14 @@ def pointwise(token_set: TokenSet) -> Rows:
     return np.arange(len(token_set), dtype=np.int64)[:, None]
 
 
-def in_order(token_set: TokenSet, *, batch_size: int, limit: int = 0) -> Iterator[Rows]:
-    """Yield document numbers in batches of similar length, each document once.
+def evenly_spread(rows: Rows, *, limit: int) -> Rows:
+    """Return `limit` of some document numbers, evenly spread over them; all of them if `limit` is 0."""
+    count = min(limit, len(rows)) if limit else len(rows)
+    return rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]
 
-    A `limit` other than 0 takes that many documents, evenly spread over the set.
-    """
-    count = min(limit, len(token_set)) if limit else len(token_set)
-    chosen = np.linspace(0, len(token_set) - 1, count).round().astype(np.int64)
-    chosen = chosen[np.argsort(token_set.lengths(chosen), kind="stable")]
-    for first in range(0, count, batch_size):
-        yield chosen[first : first + batch_size]
+
+def in_order(token_set: TokenSet, rows: Rows, *, batch_size: int) -> Iterator[Rows]:
+    """Yield some document numbers in batches of similar length, each document once."""
+    rows = rows[np.argsort(token_set.lengths(rows), kind="stable")]
+    for first in range(0, len(rows), batch_size):
+        yield rows[first : first + batch_size]

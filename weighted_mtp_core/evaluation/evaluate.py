@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from attrs import evolve, frozen
 
 from weighted_mtp_core.api import DataSource, Problem, Split
@@ -55,7 +56,7 @@ def evaluate(
         split: The split.
     """
     tokens = prepared.policy_tokens(split)
-    batches = (batch for batch, _ in prepared.validation_batches(tokens, batch_size=table.batch_size))
+    batches = prepared.batches_in_order(tokens, np.arange(len(tokens)), batch_size=table.batch_size)
     ce_K, accuracy_K = head_quality(prepared.policy, batches, autocast=prepared.compute.autocast)
     values = per_head(f"{split}_ce", ce_K) | per_head(f"{split}_accuracy", accuracy_K)
     metrics = {name: float(value) for name, value in values.items()}

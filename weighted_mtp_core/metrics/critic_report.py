@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.metrics.critic import CriticMeasures, Floats, LengthOnly, ScoredResponses
+from weighted_mtp_core.metrics.critic_gate import LEVEL, PROBLEMS_NEEDED, chance_p_value, problems_by_outcome
 
 _RESAMPLES = 1000
 _BINS = 10
@@ -49,6 +50,8 @@ class CriticReport:
         length_only: Those of a logistic regression on the number of tokens, fitted on the training split.
         auc_low: Lower end of the 95 % interval of the critic's AUC (bootstrap over problems).
         auc_high: Upper end.
+        p_value: Of the test whether the AUC is better than chance; see `critic_gate.chance_p_value`.
+        fewest_problems: Problems with a correct response, or with an incorrect one, whichever are fewer.
         reliability: Ten bins of equal width from 0 to 1, without empty ones.
     """
 
@@ -57,12 +60,17 @@ class CriticReport:
     length_only: CriticMeasures
     auc_low: float
     auc_high: float
+    p_value: float
+    fewest_problems: int
     reliability: tuple[ReliabilityBin, ...]
 
     @property
     def informative(self) -> bool:
-        """Whether the interval of the AUC lies above chance."""
-        return self.auc_low > 0.5
+        """Whether the critic separates correct from incorrect responses better than chance.
+
+        The interval of the AUC does not decide, because with few problems it is too narrow.
+        """
+        return self.fewest_problems >= PROBLEMS_NEEDED and self.p_value <= LEVEL
 
     @property
     def words(self) -> str:
@@ -121,6 +129,8 @@ def report_critic(scored: ScoredResponses, length_only: LengthOnly) -> CriticRep
         length_only=CriticMeasures.of(scored.by_length(length_only)),
         auc_low=low,
         auc_high=high,
+        p_value=chance_p_value(scored.final_D, correct_D, scored.problem_D),
+        fewest_problems=min(problems_by_outcome(correct_D, scored.problem_D)),
         reliability=tuple(_reliability(scored.final_D, scored.reward_D)),
     )
 

@@ -186,8 +186,8 @@ class CriticTable(Selection):
     """`[critic]`: the critic and its training (stage 1).
 
     `checkpoint` is the folder `checkpoints/critic` of an earlier run; stage 1 is then skipped. A critic that
-    is no better than a constant stops the run unless `allow_uninformative_critic` is set. `cache` stores the
-    scores of a critic that does not read the policy in `<storage>/signals`.
+    is not shown to be better than a constant stops the run unless `allow_uninformative_critic` is set.
+    `cache` stores the scores of a critic that does not read the policy in `<storage>/signals`.
     """
 
     cache: bool = True

@@ -1,4 +1,4 @@
-"""Stage 1: training of the critic, and its report on the validation split.
+"""Stage 1: training of the critic, and its judgement on validation responses that did not choose it.
 
 Shape letters: B rows, T positions, H hidden.
 """
@@ -15,10 +15,13 @@ from attrs import define, field, fields
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from weighted_mtp_core.api import Batch, Critic
+from weighted_mtp_core.api import Batch, Critic, is_correct
 from weighted_mtp_core.checkpointing.best_model import load_component, save_component
-from weighted_mtp_core.errors import RunFailedError
+from weighted_mtp_core.data.halves import HALVES, Half, documents_of
+from weighted_mtp_core.data.samplers import in_order
+from weighted_mtp_core.errors import RunFailedError, WmtpError
 from weighted_mtp_core.metrics.critic import ScoredResponses
+from weighted_mtp_core.metrics.critic_gate import LEVEL, PROBLEMS_NEEDED, problems_by_outcome
 from weighted_mtp_core.metrics.critic_report import CriticReport, report_critic
 from weighted_mtp_core.recipe.schema import CriticTable, TrainTable
 from weighted_mtp_core.runtime.distributed import Distributed
@@ -67,26 +70,28 @@ class CriticLearner(Learner):
         return StepResult(loss=scalars[self.loss_name], metrics=lambda: scalars)
 
     def validate(self, *, step: int) -> Validation:
-        """Report on the validation split; the AUC of the final values selects the checkpoint."""
+        """Report on the half that chooses; the AUC of the final values selects the checkpoint."""
         del step
-        report = self.measure()
+        report = self.measure("choosing")
         return Validation(metrics=report.metrics(), score=report.critic.auc)
 
     @torch.no_grad()
-    def measure(self) -> CriticReport:
-        """Return the report on the critic in its present state.
+    def measure(self, half: Half) -> CriticReport:
+        """Return the report on the critic in its present state, on one half of the validation responses.
 
         Raises:
             RunFailedError: The critic returns no values or values that are not finite, or the responses are
                 all correct or all incorrect.
         """
         parts = []
-        for batch, problem_B in self.prepared.critic_validation(batch_size=self.table.batch_size):
+        tokens, documents = self.prepared.critic_tokens("validation"), self.prepared.critic_validation(half)
+        for rows in in_order(tokens, documents, batch_size=self.table.batch_size):
+            batch = self.prepared.batch(tokens, rows)
             scores = self.critic.score(batch, self._states(batch))
             if scores.value_BT is None:
                 name = type(self.critic).__name__
                 raise RunFailedError(f"critic `{name}` was trained, but returns no values")
-            parts.append(_scored_responses(batch, scores.value_BT, problem_B))
+            parts.append(_scored_responses(batch, scores.value_BT, tokens.problem_D[rows]))
         return report_critic(_concatenate(parts), self.prepared.length_only)
 
     def state_dict(self) -> Mapping[str, Any]:
@@ -105,6 +110,36 @@ class CriticLearner(Learner):
         """Load it back."""
         load_component(self.critic, self.best)
 
+    def check_problems(self, table: CriticTable, *, log: Callable[[str], None]) -> None:
+        """Check that the validation split can choose a checkpoint and tell the critic from a constant.
+
+        Raises:
+            WmtpError: One half of the validation responses has no correct or no incorrect response; or
+                the half that judges has too few problems, and `table.allow_uninformative_critic` is false.
+        """
+        tokens = self.prepared.critic_tokens("validation")
+        halves = {half: self.prepared.critic_validation(half) for half in HALVES}
+        cut = any(len(rows) < len(documents_of(half, tokens)) for half, rows in halves.items())
+        mend = "raise `critic.train.validation_examples`" if cut else "add problems to the split"
+        for half, rows in halves.items():
+            right, wrong = problems_by_outcome(is_correct(tokens.reward_D[rows]), tokens.problem_D[rows])
+            found = f"{right} with a correct response and {wrong} with an incorrect one"
+            if not right or not wrong:
+                raise WmtpError(
+                    f"the split `validation` has too few problems: {found} in the half for {half}, and a "
+                    "critic cannot be measured without both",
+                    hint=mend,
+                )
+        if min(right, wrong) >= PROBLEMS_NEEDED:
+            return
+        fault = (
+            f"the split `validation` has too few problems to tell a critic from a constant: {found} in the "
+            f"half for judging, and {PROBLEMS_NEEDED} of each are needed"
+        )
+        if not table.allow_uninformative_critic:
+            raise WmtpError(fault, hint=f"{mend}, or set `critic.allow_uninformative_critic = true`")
+        log(f"WARNING: {fault}")
+
     @torch.no_grad()
     def _states(self, batch: Batch) -> Tensor | None:
         return self.prepared.trunk(batch) if self.critic.reads_policy else None
@@ -122,7 +157,11 @@ def check_informative(
         losses = f"loss {report.critic.bce:.3f}, of a constant {report.constant.bce:.3f}"
         log(f"critic: {report.words}; {losses}")
         return True
-    verdict = f"critic `{critic}` is no better than a constant: {report.words}"
+    if report.fewest_problems < PROBLEMS_NEEDED:
+        verdict = f"critic `{critic}` cannot be told from a constant with so few problems: {report.words}"
+    else:
+        p_value = f"p = {report.p_value:.2g}, expected at most {LEVEL}"
+        verdict = f"critic `{critic}` is no better than a constant: {report.words}; {p_value}"
     if not table.allow_uninformative_critic:
         raise RunFailedError(
             verdict,

@@ -26,8 +26,9 @@ from weighted_mtp_core.api import (
 from weighted_mtp_core.checkpointing.best_model import load_model
 from weighted_mtp_core.data.batches import StepBatches, collate
 from weighted_mtp_core.data.checks import check_examples, checked_version
+from weighted_mtp_core.data.halves import Half, documents_of
 from weighted_mtp_core.data.pairs import make_pairs
-from weighted_mtp_core.data.samplers import Sampler, in_order, pointwise
+from weighted_mtp_core.data.samplers import Sampler, evenly_spread, in_order, pointwise
 from weighted_mtp_core.data.texts import TextCodec
 from weighted_mtp_core.data.token_cache import TokenCache
 from weighted_mtp_core.data.tokens import TokenSet
@@ -132,6 +133,12 @@ class Prepared:
         """Return documents as a batch on the device."""
         return collate(tokens, rows, device=self.compute.device)
 
+    def batches_in_order(
+        self, tokens: TokenSet, documents: NDArray[np.int64], *, batch_size: int
+    ) -> Iterator[Batch]:
+        """Yield some documents, each once, in batches of similar lengths on the device."""
+        return (self.batch(tokens, rows) for rows in in_order(tokens, documents, batch_size=batch_size))
+
     def policy_batches(self) -> StepBatches:
         """Return the global batches of stage 2."""
         recipe, device, tokens = self.plan.recipe, self.compute.device, self.policy_tokens("train")
@@ -149,16 +156,17 @@ class Prepared:
     def policy_validation(self) -> Iterator[Batch]:
         """Yield the held-out examples on which the policy is validated."""
         table, tokens = self.plan.recipe.train, self.policy_tokens("validation")
-        batches = self.validation_batches(
-            tokens, batch_size=table.batch_size, limit=table.validation_examples
-        )
-        return (batch for batch, _ in batches)
+        documents = evenly_spread(np.arange(len(tokens)), limit=table.validation_examples)
+        return self.batches_in_order(tokens, documents, batch_size=table.batch_size)
 
-    def critic_validation(self, *, batch_size: int) -> Iterator[tuple[Batch, NDArray[np.int64]]]:
-        """Yield the labelled responses on which the critic is measured; see `validation_batches`."""
+    def critic_validation(self, half: Half) -> NDArray[np.int64]:
+        """Return the documents of the labelled responses on which the critic is measured, int64.
+
+        A validation that chooses the checkpoint and the final judgement each have responses of their own.
+        """
         table = self.plan.recipe.critic
         limit = 0 if table is None else table.train.validation_examples
-        return self.validation_batches(self.critic_tokens("validation"), batch_size=batch_size, limit=limit)
+        return evenly_spread(documents_of(half, self.critic_tokens("validation")), limit=limit)
 
     def with_score_cache(self, critic: Critic | None, batches: StepBatches) -> Critic | None:
         """Return the critic, behind a cache of its scores if recipe and critic allow it."""
@@ -171,13 +179,6 @@ class Prepared:
         key = scores_key(critic, chosen, inputs=inputs, batches=batches, accumulation=parts)
         folder = self.storage / "signals" / key[:16]
         return CachedCritic(critic, batches, accumulation=parts, folder=folder)
-
-    def validation_batches(
-        self, tokens: TokenSet, *, batch_size: int, limit: int = 0
-    ) -> Iterator[tuple[Batch, NDArray[np.int64]]]:
-        """Yield batches of similar lengths with the problem number of each row; `limit` 0 means all."""
-        for rows in in_order(tokens, batch_size=batch_size, limit=limit):
-            yield self.batch(tokens, rows), tokens.problem_D[rows]
 
     @torch.no_grad()
     def trunk(self, batch: Batch) -> Tensor:

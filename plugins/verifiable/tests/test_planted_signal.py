@@ -49,6 +49,7 @@ def recipe(folder, *, steps, validation):
         "critic": {
             "use": "verifiable.value_head",
             "options": {"hidden_size": 32, "heads": 2, "layers": 2, "lm_loss_weight": 0.0},
+            "allow_uninformative_critic": False,
             "train": {
                 "steps": steps,
                 "batch_size": 32,

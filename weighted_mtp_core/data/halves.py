@@ -1,0 +1,42 @@
+"""The two halves of the critic's validation split: one chooses the checkpoint, the other judges it.
+
+The best of several validations is better than its critic on the responses that chose it. So these responses
+cannot show whether the critic is better than a constant.
+
+Shape letters: D documents, P problems.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weighted_mtp_core.api import is_correct
+from weighted_mtp_core.data.tokens import TokenSet
+
+Half = Literal["choosing", "judging"]
+HALVES: tuple[Half, Half] = ("choosing", "judging")
+
+_SEED = 0  # fixed: a critic that another run trained is not judged on responses that chose it
+
+
+def documents_of(half: Half, token_set: TokenSet) -> NDArray[np.int64]:
+    """Return the numbers of the documents in one half of a split, ascending, int64.
+
+    All responses to one problem are in the same half. The halves take turns in choosing a problem, in a
+    random order that is the same in each run on these data: first among the problems with correct and
+    incorrect responses, then among those with incorrect ones only, then among those with correct ones only.
+    """
+    _, problem_D = np.unique(token_set.problem_D, return_inverse=True)
+    correct_D = is_correct(np.asarray(token_set.reward_D))
+    has_correct_P = np.bincount(problem_D, correct_D) > 0
+    has_incorrect_P = np.bincount(problem_D, ~correct_D) > 0
+    kind_P = np.where(has_correct_P & has_incorrect_P, 0, np.where(has_incorrect_P, 1, 2))
+    order = np.random.default_rng(_SEED).permutation(len(kind_P))
+    order = order[np.argsort(kind_P[order], kind="stable")]
+    judges_P = np.zeros(len(kind_P), dtype=np.bool_)
+    judges_P[order[1::2]] = True
+    documents: NDArray[np.int64] = np.flatnonzero(judges_P[problem_D] == (half == "judging"))
+    return documents
