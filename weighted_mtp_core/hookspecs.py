@@ -1,10 +1,10 @@
-"""The four hooks. A plugin implements them to declare its components; they take no arguments.
+"""The four hooks, functions without arguments that a plugin implements to declare its components.
 
-Core calls a hook once, right after it has imported the plugin. A hook builds nothing: `Component.build`
-builds the components that the recipe selects, and no others. The training loop never calls a hook. Importing
-a plugin must be quick, so import torch inside the build function.
+Core calls a hook once, right after it has imported the plugin. A hook only declares components; core builds
+the ones that the recipe selects with `Component.build`. The training loop never calls a hook. Importing a
+plugin must be quick, so import torch inside the build function.
 
-Each example below is a complete plugin module. A test runs it.
+Each example below is a complete plugin module, which a test runs.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ hookspec = pluggy.HookspecMarker("weighted_mtp_core")
 
 @hookspec
 def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
-    """Declare weightings, which compute the weights of a batch's target tokens from its signals.
+    """Declare weightings, which compute the weights of a batch's target tokens from the batch's signals.
 
     Called once, when a recipe or a `plugins` command names the plugin. The weighting that `[weighting] use`
-    names is built after the policy. Its `weigh` is called once per step of stage 2, without gradients and
-    with the signals that the component `needs`.
+    names is built after the policy. Its method `weigh` is called once per step of stage 2, without gradients
+    and with the signals that the component `needs`.
 
     Example:
         from attrs import field, frozen
@@ -60,8 +60,8 @@ def wmtp_critics() -> Iterable[Component[Any, Critic]]:
     """Declare critics, which score every token of a batch: value heads, reference models.
 
     Called once, when a recipe or a `plugins` command names the plugin. The critic that `[critic] use` names
-    is built after the policy and, if it is `trainable`, trained in stage 1. In stage 2 its `score` is called
-    if the weighting needs a signal that the component `provides`.
+    is built after the policy and, if it is `trainable`, trained in stage 1. In stage 2 its method `score` is
+    called if the weighting needs a signal that the component `provides`.
 
     Example:
         from attrs import frozen
@@ -138,7 +138,7 @@ def wmtp_data_sources() -> Iterable[Component[Any, DataSource]]:
 
 @hookspec
 def wmtp_trackers() -> Iterable[Component[Any, Tracker]]:
-    """Declare trackers, which send runs to other systems.
+    """Declare trackers, which send the metrics, tags and files of a run to other systems.
 
     Called once, when a recipe or a `plugins` command names the plugin. Each `[[tracker]]` of the recipe is
     built before training. One background thread calls its methods; if a method raises, it is called again
@@ -181,7 +181,7 @@ def wmtp_trackers() -> Iterable[Component[Any, Tracker]]:
         @hookimpl
         def wmtp_trackers():
             yield Component(
-                name="lines", summary="One line of JSON an event.", options=LinesOptions,
+                name="lines", summary="Writes one line of JSON per event.", options=LinesOptions,
                 build=lambda options, context: Lines(options),
             )
     """

@@ -87,7 +87,7 @@ def test_a_version_that_is_none_is_refused(component, version, fault):
         ),
         (
             Source(train=[example("a"), example("b", prompt="another")]),
-            "split `train`: problem `p` has two prompts: those of the examples `a` and `b`",
+            "split `train`: problem `p` has different prompts in the examples `a` and `b`",
         ),
         (Source(train=["text"]), "split `train`: item 0 is of the type `str`, expected `Example`"),
         (Source(train=7), "split `train`: TypeError: 'int' object is not iterable"),

@@ -159,11 +159,11 @@ def test_one_id_with_two_problems_is_found_between_files(tmp_path, write):
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
-        ('{"output": "\\ud83d"}', "`output` holds half a character, `\\ud83d` without its pair"),
-        ('{"a": [1, {"b": "\\udc00x"}]}', "`a[1].b` holds half a character, `\\udc00` without its pair"),
+        ('{"output": "\\ud83d"}', "`output` contains half a character, `\\ud83d` without its pair"),
+        ('{"a": [1, {"b": "\\udc00x"}]}', "`a[1].b` contains half a character, `\\udc00` without its pair"),
         (
             '{"problem_id": ' + "9" * 5000 + "}",
-            "holds an integer of more than 4300 digits: write it as a string",
+            "contains an integer of more than 4300 digits: write it as a string",
         ),
         ('{"a": ' + "[" * 99999 + "]" * 99999 + "}", "nested too deeply"),
         ('{"output": "\udcff"}', "not UTF-8: byte 0xff at column 13"),
@@ -197,7 +197,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
     "text", [json.dumps([ROW, ROW]), json.dumps([ROW], indent=1), json.dumps(ROW, indent=1)]
 )
 def test_json_that_is_not_one_object_a_line_is_named(tmp_path, write, text):
-    with pytest.raises(WmtpError, match="is JSON, but not one object a line") as caught:
+    with pytest.raises(WmtpError, match="is JSON, but not one object per line") as caught:
         build(tmp_path, train=write(text))
 
     assert caught.value.hint.startswith("jq -c ")

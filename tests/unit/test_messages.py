@@ -451,9 +451,9 @@ def test_a_password_in_a_recipe(plan_error):
         + '    [[tracker]]\n    use = "example.paper"\n    options = { tracking_uri = "https://a:b@c" }'
     ) == (
         "error: recipe.toml: 1 problem\n"
-        "  line 10, tracker.0.options.tracking_uri: holds a user name and password: str 'https://***@c'\n"
-        "hint: a recipe holds no secrets: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the "
-        "environment or in `.env`"
+        "  line 10, tracker.0.options.tracking_uri: contains a user name and password: str 'https://***@c'\n"
+        "hint: a recipe must not contain secrets: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD "
+        "in the environment or in `.env`"
     )
 
 

@@ -185,7 +185,7 @@ class Unsupported:
 
 
 def test_a_type_that_toml_lacks_is_an_error_of_the_class():
-    with pytest.raises(TypeError, match=r"a recipe cannot hold a value of type <class 'complex'>"):
+    with pytest.raises(TypeError, match=r"a recipe cannot contain a value of type <class 'complex'>"):
         structure(Unsupported, {"size": 1})
 
 

@@ -183,7 +183,7 @@ def test_a_text_that_does_not_come_back_stops_the_run_and_shows_both(tmp_path, t
         tokenise([example], TextCodec(tokenizer), max_tokens=99, folder=tmp_path)
 
     lines = str(caught.value).splitlines()
-    assert lines[0] == "example `e7` is another text after the tokenizer, from character 7 on:"
+    assert lines[0] == "example `e7` is a different text after encoding and decoding, from character 7 on:"
     assert lines[1:] == [f"  text:    {'def add' + response!r}", f"  decoded: {shown}"]
 
 

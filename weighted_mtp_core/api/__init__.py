@@ -1,4 +1,4 @@
-"""What a plugin imports from core: the kinds of component, the data they exchange, the hook marker.
+"""What a plugin imports from core: the component base classes, the data they exchange and the hook marker.
 
 Importing this package imports neither torch nor transformers nor mlflow.
 
@@ -8,44 +8,46 @@ The words of this API. Model:
 - *head k*, k from 1 to K: predicts the token k positions ahead from the trunk's state. Head 1 is the ordinary
   language model.
 - *unembedding*: the matrix `[V, H]` that turns a head's output into logits; all heads share it.
-- *policy*: trunk, heads and unembedding: the model that is trained with weighted tokens.
-- *critic*: scores every token of a batch: a value, or the loss of a *reference model*.
+- *policy*: the model that is trained with weighted tokens: trunk, heads and unembedding.
+- *critic*: gives every token of a batch a score: a value, or the loss of a *reference model*.
 
 Data:
 
 - *problem*, *example*: a problem is one task. An example is one *prompt* with one *response* to a problem,
   and the *reward* of the response, in [0, 1]: 1 if it was verified to be correct (`is_correct`).
-- *document*: an example as tokens: prompt, response and EOS. *Packing* puts several documents into one row
-  of a batch; no prediction crosses from one to another. *Padding* fills the rest of the row.
-- *target token*: a token that the policy learns to predict: the tokens of responses, EOS included.
-- *pair (t, k)*: one prediction: source position t, head k, target token t + k. It *counts* if the target is a
-  target token of the document of its source.
-- *split*: `train`, `validation` or `test`; no problem is in two of them.
+- *document*: an example as tokens: prompt, response and EOS. *Packing* puts several documents into one row of
+  a batch; no document is predicted from another. *Padding* fills the rest of the row.
+- *target token*: a token that the policy learns to predict, that is, a token of a response or its EOS.
+- *pair (t, k)*: the prediction of token t + k by head k from source position t. The pair *counts*
+  if its target is a target token of the document that contains token t.
+- *split*: `train`, `validation` or `test`; each problem is in one split only.
 - *verdict*: the result of checking one completion of a problem, for example by running tests.
 
 Weighting:
 
-- *signal*: something known about the tokens of a batch. A weighting `needs` signals; core computes some of
-  them, a critic `provides` the others.
+- *signal*: a quantity known for each token of a batch, such as the reward or the policy's loss. A weighting
+  declares the signals that it `needs`; core computes most signals, and a critic `provides` the others.
 - *weighting*: computes a weight for each target token, or for each pair, from the signals.
-- *value* V_t: the reward that is expected for a response, estimated from the prefix that ends at token t.
-- *TD error* of token t: `r_t + gamma V_t - V_{t-1}`, the change of that expectation; r_t is the reward at the
-  last token of the response and 0 before, and the value after the last token is 0.
-- *advantage*: the sum of the TD errors from t on, discounted by gamma lambda a token; with gamma = lambda = 1
-  it is `reward - V_{t-1}`.
-- *global batch*: all rows of one optimiser step, of all processes and all *micro-batches* into which gradient
-  accumulation splits it. `batch_size` is its number of rows, and a weighting sees all of it at once.
+- *value* V_t: the expected reward of a response, estimated from the prefix that ends at token t.
+- *TD error* of token t: `r_t + gamma V_t - V_{t-1}`, the change of the expected reward at token t. gamma is
+  the discount, and r_t is the reward of the response at its last token and 0 at the other tokens. V_t is 0 at
+  the last token.
+- *advantage* of token t: the sum of the TD errors of token t and all later tokens, discounted by gamma times
+  lambda per token (GAE); with gamma = lambda = 1 it is `reward - V_{t-1}`.
+- *global batch*: all rows of one optimiser step, over all processes and all *micro-batches* of gradient
+  accumulation. `batch_size` is the number of its rows, and a weighting receives all of them at once.
 
 Running:
 
 - *plugin*: a distribution that declares components by implementing *hooks* (`weighted_mtp_core.hookspecs`).
 - *component*: a data source, critic, weighting or tracker, with its *options*. A *recipe*, the TOML file that
-  describes a run, names it by its *address*: `<plugin>.<component>`, or `<plugin>` if it is the only one.
+  describes a run, names a component by its *address*: `<plugin>.<component>`, or `<plugin>` if the plugin has
+  only one component of that kind.
 - *stage*: a run prepares data and model (stage 0), trains the critic (1), trains the policy (2) and evaluates
   it (3).
 - *step*: one update of the parameters by the optimiser.
-- *checkpoint*: the state of a run on disk. A run that resumes from it gives the result of one that was never
-  interrupted, so a component saves everything that affects its later results (`Stateful`).
+- *checkpoint*: the state of a run on disk. A run that resumes from a checkpoint gives the same result as an
+  uninterrupted run, so a component must save everything that affects its later results (`Stateful`).
 - *tracker*: sends metrics, tags and files of a run to another system, such as MLflow.
 """
 

@@ -1,4 +1,4 @@
-"""Declaring and building components; the base classes of weightings and critics.
+"""How components are declared and built, and the base classes of weightings and critics.
 
 Shape letters: B batch rows, T positions, K heads (`n_future`), H hidden, V vocabulary.
 """
@@ -28,7 +28,7 @@ hookimpl = pluggy.HookimplMarker("weighted_mtp_core")
 SAME_RESULT: Mapping[str, bool] = MappingProxyType({"weighted_mtp_core.same_result": True})
 """Marks an option that does not change the result of a run: `field(default=0, metadata=SAME_RESULT)`.
 
-A run can resume with another value of it, and be compared with runs that have another value.
+A run can resume with a changed value of such an option, and `compare` accepts runs whose values differ.
 """
 
 OptionsT = TypeVar("OptionsT")
@@ -49,26 +49,26 @@ def _no_tokenizer(_: object) -> Any:
 
 @frozen(kw_only=True, eq=False)
 class ModelContext:
-    """Sizes, device, tokenizer and copies of the policy, for a component that is being built.
+    """What a component gets of the policy when it is built: sizes, device, tokenizer and copies of the model.
 
     Attributes:
         n_future: K, the number of heads.
         hidden_size: H, the size of the trunk's states.
-        vocab_size: V.
+        vocab_size: V, the number of token ids.
         device: The component's tensors must be on this device.
-        frozen_trunk: `frozen_trunk()` copies the present trunk. Returns a function from a `Batch` to float32
-            states `[B, T, H]` without gradient.
-        frozen_losses: `frozen_losses(None)` copies the present policy; `frozen_losses(path)` loads a
-            `best_model.pt`. Returns a function from a `Batch` to float32 next-token losses `[B, T]` in nats,
-            indexed by the predicted token; 0 except on response tokens that follow another token.
-        trainable_trunk: `trainable_trunk(None)` copies the present trunk; `trainable_trunk(base)` loads the
-            trunk of another model, named like a recipe's `model.base`, with the policy's tokenizer. Returns a
-            module that maps a `Batch` to float32 states `[B, T, H]`, with gradients and without dropout; its
-            attribute `hidden_size` is H. The component trains and saves its parameters.
-        encode: `encode(text)` returns the ids of a text inside a response, without BOS and EOS. The spelling
-            of a control token is text.
-        decode: `decode(ids)` returns the text that ids add to a response, with the blank in front of a word;
-            control tokens add nothing. Use `decode([id])` for the text of one token.
+        frozen_trunk: `frozen_trunk()` copies the current trunk and returns a function that maps a `Batch` to
+            float32 states `[B, T, H]` without gradient.
+        frozen_losses: `frozen_losses(None)` copies the current policy; `frozen_losses(path)` loads a
+            `best_model.pt`. Both return a function that maps a `Batch` to float32 next-token losses `[B, T]`
+            in nats, indexed by the predicted token; 0 except on response tokens that follow another token.
+        trainable_trunk: `trainable_trunk(None)` copies the current trunk; `trainable_trunk(base)` loads the
+            trunk of another model with the policy's tokenizer, named like a recipe's `model.base`. Both
+            return a module that maps a `Batch` to float32 states `[B, T, H]`, with gradients and without
+            dropout. Its attribute `hidden_size` is H. The component trains and saves its parameters.
+        encode: `encode(text)` returns the ids of a text inside a response, without BOS and EOS. The name of a
+            control token in the text, such as `<eos>`, is encoded as text.
+        decode: `decode(ids)` returns the text that ids add to a response, including the blank before a word;
+            control tokens add no text. Use `decode([id])` for the text of one token.
     """
 
     n_future: int
@@ -96,15 +96,15 @@ class ModelContext:
 
 @frozen(kw_only=True)
 class WeightingChoice:
-    """An option that names another weighting, with the keys of a recipe's table `[weighting]`.
+    """The type of an option that selects another weighting, with the keys of a recipe's table `[weighting]`.
 
-    A component with options of this type, or tuples of it, wraps these weightings. Before anything is built,
-    core loads their plugins, checks their options and adds their needs to those of the component. Build them
-    with `BuildContext.build_weighting`.
+    An option may also be a tuple of choices. Before anything is built, core loads the plugin of each chosen
+    weighting, checks its options and adds its `needs` to the component's `needs`. The component builds the
+    chosen weighting with `BuildContext.build_weighting`.
 
     Attributes:
-        use: `<plugin>.<component>`, or `<plugin>` if it has just one weighting.
-        options: The options of that weighting.
+        use: `<plugin>.<component>`, or `<plugin>` if the plugin has only one weighting.
+        options: Options of the chosen weighting.
     """
 
     use: str
@@ -129,20 +129,20 @@ class BuildContext:
 
     @property
     def model(self) -> ModelContext:
-        """The policy, for weightings and critics.
+        """Sizes, device and copies of the policy; available to weightings and critics.
 
         Raises:
-            WmtpError: The component is a data source or a tracker; these are built before the policy.
+            WmtpError: The component is a data source or a tracker, which are built before the policy.
         """
         if self._model is None:
             raise WmtpError("this component is built before the policy exists, so `context.model` is empty")
         return self._model
 
     def build_weighting(self, choice: WeightingChoice) -> WeightingStrategy:
-        """Build a weighting that the component's own options name; each call returns a new object.
+        """Build a weighting that one of the component's options selects; each call returns a new object.
 
         Raises:
-            WmtpError: It cannot be built, or the options do not name it.
+            WmtpError: The weighting cannot be built, or no option of the component selects it.
         """
         if self._weightings is None:
             raise WmtpError(f"`{choice.use}` is not named by an option of this component")
@@ -154,10 +154,11 @@ class Finding:
     """One line of the checklist that `doctor` prints.
 
     Attributes:
-        mark: `FAILED` if a run that uses the component cannot work here; `doctor` then exits with code 1.
+        mark: `FAILED` if a run that uses the component would fail on this machine; `doctor` then exits with
+            code 1.
         name: What was checked, in one or two words.
-        text: The result. It must contain no secret.
-        hint: What to do about it.
+        text: The result; must not contain secrets.
+        hint: What the user can do about a failure.
     """
 
     mark: Literal["ok", "warning", "FAILED"]
@@ -168,18 +169,20 @@ class Finding:
 
 @frozen(kw_only=True)
 class Component(Generic[OptionsT, BuiltT_co]):
-    """The declaration of a component. Declaring one must not import torch or anything else that is slow.
+    """The declaration of a component. It must not import torch or any other slow package.
 
     Attributes:
-        name: `[a-z][a-z0-9_]*`; the address is `<plugin>.<name>`.
-        summary: One line for `plugins show`.
+        name: Must match `[a-z][a-z0-9_]*`; the address of the component is `<plugin>.<name>`.
+        summary: One line that `plugins show` prints.
         options: A frozen, keyword-only attrs class. The recipe's table `options` becomes an instance of it;
-            unknown keys and values of another type are errors.
-        build: Returns the object. Import torch inside this function.
+            unknown keys and values of a wrong type are errors.
+        build: Called with the options and the context; returns the component. Import torch inside this
+            function.
         needs: Signals that a weighting reads.
         provides: Signals that a critic provides.
         examine: Checks for `doctor` what the component needs on this machine, such as a server or a sandbox.
-            Receives the options and the storage root, builds nothing, and yields one finding for each check.
+            Called with the options and the storage root; builds nothing and yields one finding for each
+            check.
     """
 
     name: str = field(validator=v.matches_re(r"[a-z][a-z0-9_]*"))
@@ -192,7 +195,7 @@ class Component(Generic[OptionsT, BuiltT_co]):
 
 
 class Stateful(ABC):  # noqa: B024 - both methods have a default: most components keep no state
-    """A component with state that checkpoints save. By default there is none."""
+    """A component with state that checkpoints save. By default a component has no state."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as tensors and plain values; `load_state_dict` restores it exactly."""
@@ -202,7 +205,7 @@ class Stateful(ABC):  # noqa: B024 - both methods have a default: most component
         """Restore a state that `state_dict` returned.
 
         Raises:
-            WmtpError: `state` is the state of another component.
+            WmtpError: `state` was saved by a component of another kind.
         """
         if state:
             raise WmtpError(
@@ -223,14 +226,14 @@ class Critic(Stateful):
     """Scores every token of a batch, for example with a value head, a value model or a reference model.
 
     Attributes:
-        trainable: Whether stage 1 trains the critic, with `loss` and `parameters`.
+        trainable: Whether stage 1 trains the critic, which then needs `loss` and `parameters`.
         reads_policy: Whether `score` and `loss` use the policy's trunk states. If not, `hidden_BTH` is None.
-        batching: Composition of the batches of stage 1: `"pointwise"`, or `"pairs"`, where rows 2i and 2i + 1
-            are a correct and an incorrect response to one problem.
+        batching: Composition of the batches of stage 1: `"pointwise"` for any responses, or `"pairs"` if rows
+            2i and 2i + 1 must be a correct and an incorrect response to the same problem.
         cacheable: Whether scores depend only on the batch, the options, `state_dict()` and the copies that
-            `ModelContext` returned. A model that is loaded from a file and is not part of the state breaks
-            this. If True and `reads_policy` is False, core computes the scores of each document once and
-            reuses them in later runs.
+            `ModelContext` returned; False, for example, if the critic loads a model from a file and does not
+            include it in its state. If True and `reads_policy` is False, core computes the scores of each
+            document once and reuses them in later runs.
         blocks: Modules, such as decoder layers, that core may shard over several processes (FSDP2) before
             stage 1. `state_dict()` then contains sharded tensors for their parameters, and `load_state_dict`
             receives tensors with the same sharding.
@@ -248,13 +251,14 @@ class Critic(Stateful):
 
         Args:
             batch: Some rows of the global batch, on the policy's device.
-            hidden_BTH: The policy's trunk states, float32 and detached, if `reads_policy`; else None.
+            hidden_BTH: The policy's trunk states, float32 and detached, if `reads_policy`; otherwise None.
         """
 
     def begin_step(self, step: int, *, steps: int) -> None:
-        """Start a stage-1 step, for schedules; called at the start of each one, including after a resume.
+        """Prepare for a stage-1 step, for example by updating a schedule; called before each step.
 
-        The effect must depend only on the arguments. If this is never called, behave as in the last step.
+        The effect must depend only on the arguments, so that a resumed run continues the schedule. If core
+        never calls this method, the critic must behave as in the last step.
 
         Args:
             step: 0-based index of the step.
@@ -262,7 +266,7 @@ class Critic(Stateful):
         """
 
     def loss(self, batch: Batch, hidden_BTH: Tensor | None) -> CriticLoss:  # noqa: ARG002 - no default
-        """Return the training loss of a batch; its gradient must reach all of `parameters()` and no others.
+        """Return the training loss of a batch, with a gradient for all `parameters()` and for nothing else.
 
         Args:
             batch: See `score`.
@@ -271,8 +275,8 @@ class Critic(Stateful):
         Raises:
             WmtpError: The critic is not trainable.
         """
-        raise WmtpError(f"critic `{type(self).__name__}` is trainable, but has no `loss`")
+        raise WmtpError(f"critic `{type(self).__name__}` is trainable but does not define `loss`")
 
     def parameters(self) -> Iterable[torch.nn.Parameter]:
-        """Return the parameters that stage 1 trains; none if the critic is not trainable."""
+        """Return the parameters that stage 1 trains; empty if the critic is not trainable."""
         return ()

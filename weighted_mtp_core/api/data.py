@@ -30,7 +30,7 @@ def is_correct(reward: NDArray[np.floating[Any]]) -> NDArray[np.bool_]: ...
 @overload
 def is_correct(reward: Tensor) -> Tensor: ...
 def is_correct(reward: Any) -> Any:
-    """Return whether a response with this reward counts as correct: whether the reward is at least 0.5.
+    """Return whether a response with this reward counts as correct: the reward must be at least 0.5.
 
     Args:
         reward: Rewards in [0, 1]: a number, or an array or tensor of any shape.
@@ -52,7 +52,7 @@ def check_weight(value: object, name: str) -> None:
 
 
 def check_spans(spans: Sequence[Span], *, length: int) -> None:
-    """Raise ValueError unless spans lie within `length` characters and share none."""
+    """Raise ValueError if spans overlap or are not within the first `length` characters."""
     end = 0
     for span in sorted(spans):
         start, end_before, end = span[0], end, span[1]
@@ -80,17 +80,17 @@ class Example:
 
     Attributes:
         example_id: Unique within the data source and the same in every run.
-        problem_id: The same for all responses to one problem.
-        prompt: Text before the response; its tokens are never targets.
-        response: Text that the policy learns to write, without EOS, which core appends.
-        reward: Verified outcome of the whole response, in [0, 1]; 1 if nothing is known.
-        weight: Weight that the data give each token of the response, EOS included, for `Signal.GIVEN`:
-            finite, >= 0. None counts as 1.
-        spans: Weights of parts of the response, (start, end, weight): the characters
-            `response[start:end]`, which no two spans share. A token in a span has the weight of the span
-            times `weight`; a token outside all spans, and EOS, have `weight`.
-        metadata: What else the data contain about the response, text or numbers by key. A weighting receives
-            it as `StepView.metadata`.
+    problem_id: Id of the problem, shared by all responses to it.
+    prompt: Text before the response; the policy is never trained to predict its tokens.
+    response: Text that the policy learns to write. Core appends EOS.
+    reward: Verified outcome of the whole response, in [0, 1]; 1 if the outcome is unknown.
+    weight: Weight from the data of each token of the response, including EOS, for `Signal.GIVEN`: finite
+        and >= 0. None counts as 1.
+    spans: Weights of parts of the response. A span (start, end, weight) covers the characters
+        `response[start:end]`; spans do not overlap. The weight of a token in a span is the span's weight
+        times `weight`; the weight of EOS and of tokens outside all spans is `weight`.
+    metadata: Other data about the response: texts or numbers by key. A weighting receives them as
+        `StepView.metadata`.
     """
 
     example_id: str
@@ -120,7 +120,8 @@ class Problem:
         problem_id: Unique within the data source and the same in every run.
         prompt: Text that the policy completes.
         entry_point: Name of the function that the tests call.
-        tests: Python source that defines `check(candidate)`, which raises AssertionError if it is wrong.
+        tests: Python source that defines `check(candidate)`; `check` raises AssertionError if the candidate
+            function is wrong.
         solution: A correct completion of the prompt, if one is known.
     """
 
@@ -132,11 +133,11 @@ class Problem:
 
 
 class VerdictKind(enum.Enum):
-    """The result of verifying one completion. Only the first three are statements about the completion.
+    """The kinds of verdict on one completion. Only PASSED, WRONG and ERROR judge the completion itself.
 
-    PASSED: every test passed. WRONG: a test failed. ERROR: the program raised an exception. The others: it
-    exceeded a limit of CPU time, wall-clock time, memory or output; it attempted something forbidden; it
-    returned a value that is not plain data; verification itself failed.
+    PASSED: every test passed. WRONG: a test failed. ERROR: the program raised an exception. With every other
+    kind, the program exceeded a limit of CPU time, wall-clock time, memory or output, attempted something
+    forbidden or returned a value that is not plain data, or verification itself failed.
     """
 
     PASSED = "passed"
@@ -179,40 +180,42 @@ class DatasetVersion:
 
 
 class DataSource(Stateful):
-    """Supplies examples to learn from, and problems to be evaluated on, by split.
+    """Supplies the examples of each split to learn from and the problems of each split to be evaluated on.
 
-    Sequences support random access and have the same order in every process. No problem is in two splits.
+    The returned sequences support random access and have the same order in every process. No problem is in
+    two splits.
     """
 
     @abstractmethod
     def examples(self, split: Split) -> Sequence[Example]:
-        """Return all examples of the split, correct and incorrect ones. The critic learns from them."""
+        """Return all examples of the split, both correct and incorrect, from which the critic learns."""
 
     def policy_examples(self, split: Split) -> Sequence[Example]:
-        """Return the examples that the policy learns from; by default those with a correct response."""
+        """Return the examples that the policy learns from; by default all correct examples."""
         return [example for example in self.examples(split) if is_correct(example.reward)]
 
     @abstractmethod
     def version(self) -> DatasetVersion:
         """Return the name, version and checksum of the data.
 
-        Core caches tokens under this version, the plugin's source and the options, and does not read the
-        examples again. If anything else changes the data, it must change `sha256`.
+        Core caches the tokens of the data and reads the examples again only if this version, the source code
+        of the plugin or the options change. If the data can change for any other reason, `sha256` must change
+        with the data.
         """
 
     def problems(self, split: Split) -> Sequence[Problem]:  # noqa: ARG002 - the default has none
-        """Return the problems of the split; none, the default, if the source cannot verify completions."""
+        """Return the problems of the split; by default none, for a source that cannot verify completions."""
         return ()
 
     def completion(self, problem: Problem, text: str) -> str:  # noqa: ARG002 - the default takes all
-        """Return the completion within a text that the policy wrote after a prompt; by default all of it.
+        """Return the completion in a text that the policy wrote after the prompt; by default the whole text.
 
-        The result is saved, and passed to `verify` as it is.
+        Core saves the result and passes it unchanged to `verify`.
         """
         return text
 
     def verify(self, attempts: Sequence[tuple[Problem, str]]) -> list[Verdict]:
-        """Return a verdict for each (problem, completion), in the same order.
+        """Return one verdict for each pair (problem, completion), in the same order.
 
         Raises:
             WmtpError: The source cannot verify completions.

@@ -1,4 +1,4 @@
-"""Data sets that a data source makes itself: written once under the storage root, verified when read."""
+"""Data sets that a data source generates: written once under the storage root and verified at each use."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder, sha256_o
 from weighted_mtp_core.storage.versions import dataset_folder
 
 DIFFICULTIES = ("0-20 %", "20-40 %", "40-60 %", "60-80 %", "80-100 %")
-"""Bins of a problem's share of correct responses, hard problems first; the last includes 100 %."""
+"""Bins of a problem's share of correct responses, from hard to easy problems; the last bin includes 100 %."""
 
 
 @frozen(kw_only=True)
 class StoredDataset:
-    """A version of a data set that is in storage.
+    """One stored version of a data set.
 
     Attributes:
-        folder: Its folder.
-        version: Name, version and the SHA-256 of the folder's manifest, which changes with every byte.
+        folder: The folder that contains the files.
+        version: Name, version and the SHA-256 of the folder's manifest, which changes with every byte of the
+            files.
     """
 
     folder: Path
@@ -33,23 +34,23 @@ class StoredDataset:
 
 
 def store_dataset(storage: Path, *, name: str, version: str, write: Callable[[Path], None]) -> StoredDataset:
-    """Return the folder `<storage>/datasets_v2/<name>/<version>/`; write it first if it is missing.
+    """Return the data set in `<storage>/datasets_v2/<name>/<version>/`, which is written first if missing.
 
-    A version never changes. While one process writes it, others that need it wait. The folder gets a manifest
-    with the SHA-256 of each file, and each call compares every file with it. If `write` raises, nothing
-    remains.
+    A version never changes. While one process writes a version, other processes that need it wait. The folder
+    gets a manifest with the SHA-256 of each file, and each call verifies every file against the manifest. If
+    `write` raises, nothing remains on disk.
 
-    `data show` prints two files of the folder, if they exist: `provenance.json`, an object, and
-    `statistics.json`, an object with `splits` (`example_statistics` by split) and whatever else was counted.
+    `data show` prints two JSON objects from the folder, if the files exist: `provenance.json`, and
+    `statistics.json` with the key `splits` (`example_statistics` of each split) and any other counts.
 
     Args:
         storage: The storage root, `BuildContext.storage`.
-        name: A folder's name.
-        version: A folder's name; make it a hash of everything that the files depend on.
-        write: Writes the files into an empty folder.
+        name: Name of the data set, a valid folder name.
+        version: A valid folder name; make it a hash of everything that the files depend on.
+        write: Called with an empty folder; writes the files into this folder.
 
     Raises:
-        WmtpError: A file was changed, removed or added since.
+        WmtpError: A file of the folder was changed, removed or added after it was written.
     """
     from filelock import FileLock
 
@@ -64,10 +65,10 @@ def store_dataset(storage: Path, *, name: str, version: str, write: Callable[[Pa
 
 
 def sha256_of_file(path: str | Path) -> str:
-    """Return the SHA-256 of a file that an option names, in hex.
+    """Return the SHA-256 of a file, in hexadecimal digits, for a file whose path is an option.
 
     Raises:
-        WmtpError: It cannot be read.
+        WmtpError: The file cannot be read.
     """
     try:
         return sha256_of(Path(path))
@@ -78,7 +79,7 @@ def sha256_of_file(path: str | Path) -> str:
 
 
 def difficulty_bin(correct_share: float) -> int:
-    """Return the index into `DIFFICULTIES` of a share of correct responses in [0, 1]."""
+    """Return the index of the bin in `DIFFICULTIES` that contains this share of correct responses."""
     return min(int(correct_share * len(DIFFICULTIES)), len(DIFFICULTIES) - 1)
 
 
@@ -86,9 +87,9 @@ def example_statistics(examples: Iterable[Example]) -> dict[str, Any]:
     """Describe the labelled responses of a split.
 
     Returns:
-        `problems` and `responses`; if there are any, `reward_rate` (mean reward), `prompt_characters` and
-        `response_characters` (`least`, `median`, `p95`, `most`), and `difficulty`: the number of problems in
-        each of `DIFFICULTIES`.
+        The counts `problems` and `responses`. For a split that is not empty also `reward_rate` (mean reward),
+        `prompt_characters` and `response_characters` (lengths: `least`, `median`, `p95`, `most`), and
+        `difficulty` (number of problems in each bin of `DIFFICULTIES`).
     """
     rewards: defaultdict[str, list[float]] = defaultdict(list)
     prompts: dict[str, int] = {}

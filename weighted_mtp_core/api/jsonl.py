@@ -1,4 +1,4 @@
-"""A data source over a team's own rows, one JSON object a line: a prompt with a response to it."""
+"""A data source for a team's own JSONL files; each row contains a prompt with one response."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def _check_template(_: object, __: object, template: str | None) -> None:
 
 @frozen(kw_only=True)
 class JsonlOptions:
-    """`[data.options]` of a data source over rows: either `path`, or a file a split.
+    """`[data.options]` of a data source that reads JSONL files: either `path`, or one file for each split.
 
     Attributes:
-        path: One file, split by problem.
-        train: File of the split `train`.
-        validation: File of the split `validation`.
-        test: File of the split `test`.
+        path: One file whose problems are divided among the splits.
+        train: File with the split `train`.
+        validation: File with the split `validation`.
+        test: File with the split `test`.
         validation_share: Share of the problems in `path` that go to the split `validation`.
         test_share: Share of the problems in `path` that go to the split `test`.
-        seed: Seed of that split.
-        template: Layout of the prompt, with keys of the rows in braces: `"Question: {question}"`. By default
-            the prompt is the row's `prompt` as it is, or `instruction` and `input` in the Alpaca layout.
+        seed: Seed of the division of `path` into splits.
+        template: Layout of the prompt with keys of the rows in braces, such as `"Question: {question}"`. By
+            default the prompt is the row's `prompt`, or `instruction` and `input` in the Alpaca layout.
     """
 
     path: str | None = None
@@ -59,12 +59,12 @@ class JsonlOptions:
 
 
 class JsonlSource(DataSource):
-    """Examples from rows, in the order of the files. It reads the rows' `tests`, but does not judge.
+    """Supplies the rows of JSONL files as examples, in file order. It does not run the `tests` of the rows.
 
     Raises:
-        WmtpError: The options name no file, or both kinds; a file cannot be read, or lists its bad lines; one
-            id stands for two prompts or two tests, or is in two files; some rows have a verdict and others
-            have none.
+        WmtpError: The options contain neither `path` nor files of splits, or both; a file cannot be read or
+            has invalid lines, which the message lists; rows of one `problem_id` have different prompts or
+            tests or are in different files; or only some of the rows have a verdict.
     """
 
     def __init__(self, options: JsonlOptions) -> None:
@@ -95,7 +95,7 @@ class JsonlSource(DataSource):
         return self._rows.get(split, ())
 
     def examples(self, split: Split) -> Sequence[Example]:
-        """Return every response of the split; without a verdict, its reward is 1."""
+        """Return every response of the split; the reward of a response without a verdict is 1."""
         return [
             Example(
                 example_id=f"{split}/{number}",
@@ -111,7 +111,7 @@ class JsonlSource(DataSource):
         ]
 
     def version(self) -> DatasetVersion:
-        """Return the SHA-256 of the files' bytes; the version is its beginning."""
+        """Return the SHA-256 of the bytes of all files; its first digits serve as the version."""
         digest = hashlib.sha256("".join(map(sha256_of_file, self.files)).encode()).hexdigest()
         return DatasetVersion(name=self.files[0].stem, version=digest[:12], sha256=digest)
 
@@ -125,7 +125,7 @@ def _read(
 
 
 def _split_by_problem(rows: Sequence[JsonlRow], options: JsonlOptions) -> dict[Split, list[JsonlRow]]:
-    """Give each problem to one split, by a hash of its name, so that new problems move no other."""
+    """Assign each problem to a split by a hash of its id, so that added problems do not move the others."""
     found: dict[Split, list[JsonlRow]] = {"train": [], "validation": [], "test": []}
     for row in rows:
         digest = hashlib.sha256(f"{options.seed}/{row.problem_id}".encode()).digest()

@@ -1,4 +1,4 @@
-"""One row of a team's own data: which keys it may have, and what they mean."""
+"""One row of a team's own JSONL files: its keys and their meaning."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ _SPELLINGS = {
 
 @frozen(kw_only=True)
 class JsonlRow:
-    """A checked row.
+    """One row of a file, checked.
 
     Attributes:
-        prompt: The whole prompt, as the policy reads it.
+        prompt: The whole prompt, exactly as the policy reads it.
         response: The response.
-        problem_id: Shared by the responses to one problem.
+        problem_id: Id of the problem, shared by all responses to it.
         reward: Verified outcome of the response, in [0, 1]; None if the row has no verdict.
-        tests: Source that defines `check(candidate)`; empty if the problem cannot be judged.
-        entry_point: The function that the tests call.
+        tests: Python source that defines `check(candidate)`; empty if completions cannot be verified.
+        entry_point: Name of the function that the tests call.
         weight: See `Example.weight`.
         spans: See `Example.spans`; the key of the row is `weights`.
         metadata: See `Example.metadata`; values that are not strings or numbers are left out.
@@ -64,7 +64,7 @@ class JsonlRow:
 
     @property
     def is_correct(self) -> bool:
-        """Whether the response was verified as correct; False without a verdict."""
+        """Whether the response was verified as correct; False if the row has no verdict."""
         return self.reward is not None and is_correct(self.reward)
 
 
@@ -76,7 +76,7 @@ class EarlierRows:
     _first: tuple[bool, str] | None = field(default=None, init=False)
 
     def check(self, row: JsonlRow, place: str, *, split: Split | None = None) -> None:
-        """Raise ValueError if the row does not fit; `split` is the split of its file."""
+        """Raise ValueError if the row contradicts an earlier row; `split` is the split of its file."""
         tests = (row.tests, row.entry_point) if row.tests else None
         self._ids.add(row.problem_id, place, prompt=row.prompt, tests=tests, split=split)
         has_verdict = row.reward is not None
@@ -90,7 +90,7 @@ class EarlierRows:
 
 
 def template_names(template: str) -> list[str]:
-    """Return what stands in braces in a template; ValueError if the braces do not match."""
+    """Return the names in braces in a template; raises ValueError if the braces do not match."""
     parts = string.Formatter().parse(template)
     return [
         f"{name}{'!' + conversion if conversion else ''}{':' + spec if spec else ''}"
@@ -100,7 +100,7 @@ def template_names(template: str) -> list[str]:
 
 
 def parse_row(record: Record, *, template: str | None) -> JsonlRow:
-    """Check a record; ValueError with its first fault."""
+    """Convert a record to a row; raises ValueError for the first fault."""
     prompt, response = _prompt(record, template), _response(record)
     _refuse_misspelt(record)
     for key in ("tests", "entry_point"):
@@ -155,7 +155,7 @@ def _response(record: Record) -> str:
 
 
 def _refuse_misspelt(record: Record) -> None:
-    """Refuse misspelt optional keys: a wrong response would count as correct, a weight as 1."""
+    """Refuse misspelt optional keys, because a wrong response would count as correct and a weight as 1."""
     for name in record:
         spelt = name.lower().replace("_", "").replace("-", "")
         if name not in _SPELLINGS.values() and (meant := nearest(spelt, _SPELLINGS, cutoff=0.85)):
@@ -163,7 +163,7 @@ def _refuse_misspelt(record: Record) -> None:
 
 
 def _reward(record: Record) -> float | None:
-    """Return the verdict, None if there is none."""
+    """Return the verdict as a reward, or None if the row has no verdict."""
     if "is_correct" in record:
         if "reward" in record:
             raise ValueError("has both `is_correct` and `reward`: remove one")
@@ -214,7 +214,7 @@ def _is_span(row: object) -> bool:
 
 
 def _problem_id(record: Record, text: str) -> str:
-    """Return the row's id; without one, a hash of `text`, so that equal prompts are one problem."""
+    """Return the row's problem id or, if it has none, a hash of `text`, so equal prompts are one problem."""
     key = next((key for key in ("problem_id", "task_id") if key in record), None)
     if key is None:
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -21,14 +21,14 @@ _SHOWN = 20
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield the number, from 1, and the text of each non-empty line of a UTF-8 file.
+    """Yield the line number, counted from 1, and the text of each non-empty line of a UTF-8 file.
 
     A file named `*.gz` is decompressed, and a byte order mark is dropped. Only a line feed ends a line,
-    because texts contain other separators. A byte that is not valid UTF-8 becomes a lone surrogate, which
-    `read_records` reports with its line.
+    because texts contain other separators. A byte that is not valid UTF-8 becomes a lone surrogate;
+    `read_records` reports it with the line number.
 
     Raises:
-        WmtpError: The file is UTF-16, or JSON over several lines.
+        WmtpError: The file is UTF-16, or contains one JSON value that spans several lines.
     """
     content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -36,7 +36,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, object]]:
     text = content.decode("utf-8-sig", errors="surrogateescape")
     if text.lstrip().startswith("[") or re.match(r'\s*\{\s*\n\s*"', text):
         raise WmtpError(
-            f"`{path}` is JSON, but not one object a line",
+            f"`{path}` is JSON, but not one object per line",
             hint=f"jq -c 'if type == \"array\" then .[] else . end' {path} > lines.jsonl",
         )
     for number, line in enumerate(text.split("\n"), start=1):
@@ -52,18 +52,20 @@ def read_records(
     read: Callable[[Path], Iterable[tuple[int, object]]] = json_lines,
     check: Callable[[RowT, str], None] | None = None,
 ) -> list[RowT]:
-    """Read a file of records: by default JSON lines, one object a line, gzipped (`*.gz`) or not.
+    """Read a file of records: by default JSONL, one object per line, gzipped (`*.gz`) or not.
 
     Args:
-        path: The file; relative to where the program was started.
-        parse: Makes a row of a record. A ValueError that it raises says what is wrong with the record.
-        what: What messages call a record: `record`, `line`.
-        read: Yields numbered records; a text among them is parsed as JSON. For files of another format.
-        check: Called with each row and its place, such as "`rows.jsonl` line 3", for example to compare
-            it with earlier rows (`ProblemIds`). It raises a ValueError as `parse` does.
+        path: The file; a relative path starts at the current folder.
+        parse: Converts a record to a row; raises ValueError with the fault of an invalid record.
+        what: What messages call a record, for example `record` or `line`.
+        read: Reads a file of another format: yields numbered records. A record that is a string is parsed as
+            JSON.
+        check: Called with each row and its place, such as "`rows.jsonl` line 3", for example to compare the
+            row with earlier rows (`ProblemIds`). It raises ValueError for an invalid row, like `parse`.
 
     Raises:
-        WmtpError: The file cannot be read or has no record, or lists its bad records (the first 20).
+        WmtpError: The file cannot be read, has no record or has invalid records; the message lists the first
+            20 of them.
     """
     path = Path(path)
     rows: list[RowT] = []
@@ -91,23 +93,24 @@ def read_records(
 
 @define
 class ProblemIds:
-    """What the problem ids of a data source stand for, to refuse one id with two different problems.
+    """The problems seen so far under each problem id, to refuse one id for two different problems.
 
-    One object serves all files of the source.
+    Use one object for all files of a data source.
     """
 
     _first: dict[tuple[str, str], tuple[Hashable, str]] = field(factory=dict, init=False)
 
     def add(self, problem_id: str, place: str, **facts: Hashable) -> None:
-        """Compare facts about a problem with those of earlier records.
+        """Compare facts about a problem with the facts from earlier records of the same problem.
 
         Args:
-            problem_id: The problem.
-            place: Where it was read, as `read_records` passes it to `check`.
-            facts: What all records of a problem have in common: `prompt`, `tests`, `split`; None is unknown.
+            problem_id: Id of the problem.
+            place: Place of the record, as `read_records` passes it to `check`.
+            facts: What all records of a problem must have in common, such as `prompt`, `tests` or `split`;
+                None stands for unknown.
 
         Raises:
-            ValueError: A fact differs; names the place of the first record.
+            ValueError: A fact differs from an earlier record; the message contains the place of that record.
         """
         for name, value in facts.items():
             first, where = self._first.setdefault((problem_id, name), (value, place))
@@ -121,14 +124,14 @@ class ProblemIds:
                 raise ValueError(f"problem `{problem_id}` {fault}")
 
     def add_new(self, problem_id: str, place: str) -> None:
-        """Refuse a second record of a problem.
+        """Register a problem that may have only one record.
 
         Raises:
-            ValueError: There was one; names its place.
+            ValueError: The problem has an earlier record; the message contains the place of that record.
         """
         _, where = self._first.setdefault((problem_id, ""), (None, place))
         if where != place:
-            raise ValueError(f"a second problem `{problem_id}`; the first is in {where}")
+            raise ValueError(f"problem `{problem_id}` is already defined in {where}")
 
 
 def _object(record: object) -> Record:
@@ -140,7 +143,7 @@ def _object(record: object) -> Record:
 
 
 def _parsed(line: str) -> object:
-    """Parse a line; ValueError where it is no UTF-8, no JSON, or holds what Python cannot represent."""
+    """Parse a line; raises ValueError if it is not UTF-8 or JSON or if Python cannot represent a value."""
     if not line.isascii():
         try:
             line.encode()
@@ -154,14 +157,14 @@ def _parsed(line: str) -> object:
     except RecursionError as error:
         raise ValueError("nested too deeply: make it flat") from error
     except ValueError as error:
-        raise ValueError("holds an integer of more than 4300 digits: write it as a string") from error
+        raise ValueError("contains an integer of more than 4300 digits: write it as a string") from error
     if "\\u" in line:
         _refuse_surrogates(value)
     return value
 
 
 def _refuse_surrogates(value: object, key: str = "") -> None:
-    """Refuse half a surrogate pair: no UTF-8 text can hold one, and no tokenizer reads it."""
+    """Raise ValueError for half a surrogate pair, which UTF-8 cannot encode and no tokenizer accepts."""
     if isinstance(value, dict):
         for name, each in value.items():
             _refuse_surrogates(name, name.encode("ascii", "backslashreplace").decode())
@@ -175,12 +178,12 @@ def _refuse_surrogates(value: object, key: str = "") -> None:
         except UnicodeEncodeError as error:
             half = f"\\u{ord(value[error.start]):04x}"
             raise ValueError(
-                f"`{key}` holds half a character, `{half}` without its pair: write the whole character"
+                f"`{key}` contains half a character, `{half}` without its pair: write the whole character"
             ) from error
 
 
 def text_field(record: Record, key: str) -> str:
-    """Return a text with Python's line ends; ValueError if there is none."""
+    """Return a string with normalised line ends; raises ValueError if `key` is missing or not a string."""
     value = record.get(key)
     if not isinstance(value, str):
         raise ValueError(f"`{key}` must be a string" if key in record else f"needs `{key}`, a string")  # noqa: TRY004
@@ -188,7 +191,7 @@ def text_field(record: Record, key: str) -> str:
 
 
 def int_field(record: Record, key: str) -> int:
-    """Return a whole number; ValueError if there is none."""
+    """Return a whole number; raises ValueError if `key` is missing or not a whole number."""
     value = record.get(key)
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"needs `{key}`, a whole number")  # noqa: TRY004
@@ -196,7 +199,7 @@ def int_field(record: Record, key: str) -> int:
 
 
 def text_list_field(record: Record, key: str) -> list[str]:
-    """Return a list of texts with Python's line ends; ValueError if there is none."""
+    """Return a list of strings with normalised line ends; raises ValueError for anything else."""
     value = record.get(key)
     if not isinstance(value, list) or any(not isinstance(each, str) for each in value):
         raise ValueError(f"needs `{key}`, a list of strings")

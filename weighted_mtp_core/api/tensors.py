@@ -1,4 +1,4 @@
-"""Tensors that core and plugins exchange: batches, views of them for weightings, weights, scores, losses.
+"""Tensors that core and plugins exchange: batches, what a weighting sees of them, weights, scores, losses.
 
 Shape letters: B batch rows, T positions, K heads (`n_future`), H hidden, V vocabulary.
 
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
 
 
 class Signal(enum.Enum):
-    """What may be known about a batch. A weighting receives the signals that its component `needs`.
+    """A quantity known for each token of a batch. A weighting receives those that its component `needs`.
 
-    Core computes all of them except `VALUE` and `REFERENCE_LOSS`, which a critic `provides`, and `GIVEN`,
-    which comes with the data. `StepView` describes the tensor of each.
+    A critic `provides` the signals `VALUE` and `REFERENCE_LOSS`, and `GIVEN` is part of the data; core
+    computes all other signals. `StepView` describes the tensor of each signal.
     """
 
     REWARD = "reward"
     GIVEN = "given"
     VALUE = "value"
     GROUP = "group"
-    TOKEN_LOSS = "token_loss"  # noqa: S105 - a kind of signal, no secret
+    TOKEN_LOSS = "token_loss"  # noqa: S105 - the name of a signal, not a secret
     TOKEN_ENTROPY = "token_entropy"  # noqa: S105
     REFERENCE_LOSS = "reference_loss"
 
 
 @frozen(kw_only=True, eq=False)
 class Batch:
-    """Rows of tokens with the labels of each token. All tensors are on one device.
+    """Rows of tokens with the labels of each token. All tensors are on the same device.
 
     Attributes:
         ids_BT: int64 token ids; padding is on the right.
@@ -46,7 +46,7 @@ class Batch:
         reward_BT: float32 reward of the response, on each of its tokens; 0 on prompts and padding.
         group_BT: int64 number of the problem: tokens of this batch have equal numbers if and only if they
             belong to the same problem; -1 on padding.
-        example_ids: The examples of the batch, row by row, for messages.
+        example_ids: Ids of the examples of the batch, row by row, for use in messages.
         position_BT: int64 index of each token within its document, 0 on padding. None if each row holds one
             document, with positions 0, 1, ...
         given_BT: float32 weight that the data give each response token; 0 on prompts and padding. None if the
@@ -63,10 +63,11 @@ class Batch:
     given_BT: Tensor | None = None
 
     def target_positions(self) -> tuple[Tensor, Tensor]:
-        """Return the rows and columns, int64 `[N]`, of the N targets of head 1, row by row.
+        """Return the row and column indices, int64 `[N]` each, of the N targets of head 1, ordered by row.
 
-        These are the response tokens that follow another token of their document. On an accelerator, prefer
-        this to a boolean mask: for batches made by core it does not wait for the device.
+        The targets of head 1 are the response tokens that follow another token of their document. On an
+        accelerator, prefer this method to a boolean mask: for batches made by core it does not synchronise
+        with the device.
         """
         follows_BT = self.document_BT[:, 1:] == self.document_BT[:, :-1]
         row_N, column_N = (self.response_BT[:, 1:] & follows_BT).nonzero(as_tuple=True)
@@ -85,10 +86,10 @@ class StepView:
             document of `x[t]`.
         n_future: K, the number of heads.
         step: Optimiser steps completed in this stage.
-        training: False during validation, where moving statistics must not change.
-        steps: Number of optimiser steps of this stage, for schedules.
-        example_ids: `example_ids[b][n]` is the id of the example of document n in row b, as in `document_BT`.
-        metadata: `metadata[b][n]` is the `Example.metadata` of that example.
+    training: False during validation, when moving statistics must not be updated.
+    steps: Number of optimiser steps of this stage, for schedules.
+    example_ids: `example_ids[b][n]` is the id of the example of document n in row b; n as in `document_BT`.
+    metadata: `metadata[b][n]` is the `Example.metadata` of that example.
         reward_BT: float32, `Signal.REWARD`: see `Batch.reward_BT`.
         group_BT: int64, `Signal.GROUP`: see `Batch.group_BT`.
         given_BT: float32, `Signal.GIVEN`: the weight that the data give the token, 1 if the data give none; 0
@@ -121,14 +122,14 @@ class StepView:
     reference_loss_BT: Tensor | None = None
 
     def to_pairs(self, x_BT: Tensor) -> Tensor:
-        """Copy numbers of target tokens to the pairs that predict them: `[B, T, K]`, 0 elsewhere."""
+        """Return `[B, T, K]`: for each pair, the number of its target token; 0 if the pair does not count."""
         return align_weights(x_BT, self.target_BTK)
 
     def to_targets(self, x_BTK: Tensor) -> Tensor:
-        """Return numbers of pairs, `[B, T, K]`, indexed by target token and head instead of source and head.
+        """Index the numbers of pairs, `[B, T, K]`, by target token and head instead of source and head.
 
-        Entry (t, k) is the number of head k for target token t; 0 where head k does not predict that token,
-        for example because it is too near the start of its document.
+        Entry (t, k) is the number of head k for target token t, or 0 if head k does not predict that token,
+        for example because the token is too near the start of its document.
         """
         return gather_by_target(x_BTK, self.target_BTK)
 
@@ -139,7 +140,7 @@ class Weights:
 
     Attributes:
         weight: float32, finite, >= 0, without gradient. Either `[B, T]`, indexed by target token, 0 where
-            `response_BT` is False; or `[B, T, K]`, indexed by (source, head), 0 where `target_BTK` is False.
+            `response_BT` is False; or `[B, T, K]`, indexed by source and head, 0 where `target_BTK` is False.
         metrics: Scalars to log, as floats or 0-dim tensors. Tensors are read after the step, so they may stay
             on the device.
     """
@@ -150,9 +151,9 @@ class Weights:
 
 @frozen(kw_only=True, eq=False)
 class Scores:
-    """A critic's scores, float32 `[B, T]`, for every token; see the fields of the same names in `StepView`.
+    """A critic's scores of every token, float32 `[B, T]`. `StepView` describes fields of the same names.
 
-    Exactly the fields of the signals that the component `provides` are set; the others are None.
+    A field is None unless the component `provides` its signal.
     """
 
     value_BT: Tensor | None = None
@@ -173,10 +174,10 @@ class CriticLoss:
 
 
 def align_weights(weight: Tensor, target_BTK: Tensor) -> Tensor:
-    """Return weights `[B, T, K]` indexed by (source, head), 0 where the pair does not count.
+    """Return weights `[B, T, K]`, indexed by source and head, 0 for pairs that do not count.
 
     Args:
-        weight: `[B, T]`, indexed by the target token, or `[B, T, K]`, already indexed by (source, head).
+        weight: `[B, T]`, indexed by target token, or `[B, T, K]`, already indexed by source and head.
         target_BTK: bool, True for the pairs that count.
     """
     if weight.ndim == 3:
@@ -188,10 +189,10 @@ def align_weights(weight: Tensor, target_BTK: Tensor) -> Tensor:
 
 
 def gather_by_target(x_BTK: Tensor, target_BTK: Tensor) -> Tensor:
-    """Return the numbers of pairs indexed by (target, head), `[B, T, K]`, 0 where the pair does not count.
+    """Return the numbers of pairs, `[B, T, K]`, indexed by target and head, 0 for pairs that do not count.
 
     Args:
-        x_BTK: Numbers indexed by (source, head).
+        x_BTK: Numbers indexed by source and head.
         target_BTK: bool, True for the pairs that count.
     """
     counted_BTK = x_BTK.where(target_BTK, 0.0)

@@ -15,7 +15,7 @@ from weighted_mtp_core.api.data import DatasetVersion
 
 
 class RunOutcome(enum.Enum):
-    """How a run ended; the values are MLflow's run states."""
+    """How a run ended; the values are the names of MLflow's run states."""
 
     FINISHED = "FINISHED"
     FAILED = "FAILED"
@@ -52,10 +52,10 @@ class MetricPoint:
     """One value of one metric.
 
     Attributes:
-        name: Letters, digits, `_`, `-`, `.`, `/` and spaces.
-        value: Finite.
-        step: Step at which it was measured.
-        time_ms: Time of the measurement, in milliseconds since 1970; it may be sent much later.
+        name: Consists of letters, digits, `_`, `-`, `.`, `/` and spaces.
+        value: The value, which must be finite.
+        step: Step at which the value was measured.
+        time_ms: Time of the measurement, in milliseconds since 1970; core may send the point much later.
     """
 
     name: str
@@ -66,10 +66,10 @@ class MetricPoint:
 
 @frozen(kw_only=True)
 class KeptRun:
-    """What a store has of a run.
+    """What the tracker's store contains of a run.
 
     Attributes:
-        run: The id of the run in the store.
+        run: Id that the store has given the run.
         last_step: The last step of each metric in the store.
     """
 
@@ -80,19 +80,19 @@ class KeptRun:
 class Tracker(Stateful):
     """Sends a run to another system. Its methods are called from one thread at a time.
 
-    Core writes everything to a journal on disk first. If a method raises, core calls it again later with the
-    same arguments, possibly in another process, so every method must tolerate repeated calls. A `WmtpError`
-    means that a later call would fail too: before training it stops the run; during training core skips the
-    data and logs a warning. A tracker that groups runs takes the option `experiment_prefix`.
+    Core writes all data to a journal on disk first. If a method raises, core calls it again later with the
+    same arguments, possibly in another process, so every method must tolerate repeated calls. Raise a
+    `WmtpError` if a later call would fail too: before training this error stops the run; during training core
+    skips the data and logs a warning. A tracker that groups runs should have the option `experiment_prefix`.
     """
 
     @abstractmethod
     def start(self, run: RunInfo) -> None:
-        """Open the run, or reopen it if `run.run_id` exists. Called again when tags or data become known."""
+        """Open the run, or reopen it if `run.run_id` exists. Core calls this again for new tags or data."""
 
     @abstractmethod
     def log_metrics(self, points: Sequence[MetricPoint]) -> None:
-        """Record up to 1000 points in order."""
+        """Record up to 1000 points in the given order."""
 
     @abstractmethod
     def log_artifact(self, path: Path, subdir: str) -> None:
@@ -100,28 +100,28 @@ class Tracker(Stateful):
 
     @abstractmethod
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags; existing tags of these names are overwritten."""
+        """Set tags; existing tags with the same names are overwritten."""
 
     @abstractmethod
     def finish(self, outcome: RunOutcome, *, time_ms: int | None = None) -> None:
-        """Close the run. It ended at `time_ms`, in milliseconds since 1970, or now if that is None."""
+        """Close the run, which ended at `time_ms` (milliseconds since 1970) or, if that is None, now."""
 
     def store(self) -> str:
-        """Return the address of the store, without secrets; may be empty.
+        """Return the address of the store without secrets, or an empty string. Must not contact the store.
 
-        If it differs from the address at the last delivery, core sends the whole run anew. The store is not
-        contacted; `start` may not have been called.
+        If the address has changed since the last delivery, core sends the whole run again. Core may call this
+        method before `start`.
         """
         return ""
 
     def kept(self) -> KeptRun | None:
-        """Return what the store has of the run, after `start`; None if the tracker cannot tell.
+        """Return what the store contains of the run, or None if the tracker cannot determine it.
 
-        If the run is another one, or lacks steps that were sent, core sends the whole run anew. A tracker
-        that implements this method must leave out points that the store has.
+        Core calls this after `start`. If the store has another run, or lacks steps that were sent, core sends
+        the whole run again; the tracker must then leave out the points that the store already has.
         """
         return None
 
     def where(self) -> str:
-        """Return one line that tells a user where to find the run, such as a URL; may be empty."""
+        """Return one line for the user about where to find the run, such as a URL; may be empty."""
         return ""

@@ -1,1 +1,1 @@
-"""From text to batches: tokenised examples, their order, and rows of tensors."""
+"""Turns examples into batches: tokenises texts, orders the documents and lays them out as tensors."""

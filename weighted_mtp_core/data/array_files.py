@@ -1,4 +1,4 @@
-"""`.npy` files that grow while they are written, and are mapped into memory when they are read."""
+"""`.npy` files that are written piece by piece and mapped into memory for reading."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def array_appender(path: Path, dtype: DTypeLike) -> Iterator[Callable[[ArrayLike
         begin = write_header()
         yield append
         file.seek(0)
-        assert write_header() == begin  # numpy pads the header, so that a length with more digits fits
+        assert write_header() == begin  # numpy pads the header, so that a longer length fits
 
 
 def mapped(path: Path) -> NDArray[Any]:
@@ -49,7 +49,7 @@ def mapped(path: Path) -> NDArray[Any]:
 
 
 def drop_pages(array: NDArray[Any]) -> None:
-    """Release the pages of a mapped array that were read; do nothing for other arrays.
+    """Release the pages of a mapped array that have been read; has no effect on other arrays.
 
     The pages stay in the operating system's cache but no longer count as this process's memory, which would
     otherwise grow to the size of the file.
@@ -60,7 +60,7 @@ def drop_pages(array: NDArray[Any]) -> None:
 
 @frozen(eq=False)
 class MappedStrings(Sequence[str]):
-    """Strings in two mapped arrays: the bytes of all, and the start of each, `[D + 1]`."""
+    """Strings in two mapped arrays: the bytes of all strings, and the offset of each string, `[D + 1]`."""
 
     text: NDArray[np.uint8]
     start: NDArray[np.int64]

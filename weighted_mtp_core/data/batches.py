@@ -1,6 +1,6 @@
-"""Documents as batches of tensors: one document a row, or several packed into a row.
+"""Batches of tensors from documents, with one document per row or several documents packed into a row.
 
-Shape letters: B rows, T positions, D documents, N tokens of the batch's documents.
+Shape letters: B rows, T positions, D documents, N tokens of all documents of the batch.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ BatchT = TypeVar("BatchT", bound=Batch)
 
 @frozen(kw_only=True, eq=False)
 class CollatedBatch(Batch):
-    """A batch made of a token set, with facts that the host would otherwise have to read from the device.
+    """A batch made from a token set, with data that the host would otherwise have to read from the device.
 
     Attributes:
-        token_BT: int64, index of each token in `TokenSet.ids_N`; -1 on padding.
-        preceding_BT: int64, for each response token the number of tokens that precede it in its document; 0
-            elsewhere. Where it is at least k, the token is a target of head k.
-        names: The example id of each document, row by row.
-        metadata: The metadata of each document, row by row.
+    token_BT: int64 index of each token in `TokenSet.ids_N`; -1 on padding.
+    preceding_BT: int64 number of tokens that precede a response token in its document, 0 for all other
+        tokens. A token is a target of head k if this number is at least k.
+    names: The example id of each document, row by row.
+    metadata: The metadata of each document, row by row.
     """
 
     token_BT: Rows
@@ -51,18 +51,18 @@ class CollatedBatch(Batch):
 
 
 def preceding(batch: Batch) -> Rows | None:
-    """Return `CollatedBatch.preceding_BT`, or None for a batch made elsewhere."""
+    """Return `CollatedBatch.preceding_BT`, or None for a batch of another class."""
     return batch.preceding_BT if isinstance(batch, CollatedBatch) else None
 
 
 def collate(token_set: TokenSet, rows: Sequence[int] | Rows, *, device: torch.device) -> CollatedBatch:
-    """Return the documents as a right-padded batch, one document a row."""
+    """Return the documents as a right-padded batch with one document per row."""
     batch, _ = _lay_out(token_set, np.asarray(rows)[:, None], device=device)
     return batch
 
 
 def collate_packed(token_set: TokenSet, rows: Sequence[Rows], *, device: torch.device) -> CollatedBatch:
-    """Return the documents as a right-padded batch, each row's documents one after the other."""
+    """Return the documents as a right-padded batch in which the documents of a row follow each other."""
     batch, position_BT = _lay_out(token_set, rows, device=device)
     return attrs.evolve(batch, position_BT=position_BT)
 
@@ -70,7 +70,7 @@ def collate_packed(token_set: TokenSet, rows: Sequence[Rows], *, device: torch.d
 def _lay_out(
     token_set: TokenSet, rows: Sequence[Rows] | Rows, *, device: torch.device
 ) -> tuple[CollatedBatch, torch.Tensor]:
-    """Return the batch, and int64 `[B, T]` positions within documents; `rows` holds each row's documents."""
+    """Return the batch and each token's position in its document, int64 `[B, T]`; `rows` lists documents."""
     documents = np.concatenate(rows)
     count_B = np.asarray([len(row) for row in rows])
     first_D = np.repeat(np.cumsum(count_B) - count_B, count_B)  # the first document of the same row
@@ -124,7 +124,7 @@ def _metadata(token_set: TokenSet, document: int) -> Mapping[str, str | float]:
 
 
 def split_rows(batch: BatchT, parts: int, *, together: int = 1) -> Iterator[BatchT]:
-    """Yield up to `parts` micro-batches of nearly equal size; each holds a multiple of `together` rows."""
+    """Yield up to `parts` micro-batches of nearly equal size, each with a multiple of `together` rows."""
     count = len(batch.ids_BT) // together
     bounds = together * np.linspace(0, count, min(parts, count) + 1).round().astype(int)
     by_row = {each.name: getattr(batch, each.name) for each in attrs.fields(type(batch))}
@@ -134,7 +134,7 @@ def split_rows(batch: BatchT, parts: int, *, together: int = 1) -> Iterator[Batc
 
 
 class StepBatches:
-    """The global batch of each step of stage 2, in any order of steps.
+    """Computes the global batch of any step of stage 2; steps can be requested in any order.
 
     Args:
         tokens: The documents.
@@ -145,7 +145,7 @@ class StepBatches:
 
     Attributes:
         tokens: The documents.
-        order: Everything else that the batches depend on, as plain values.
+        order: All settings that the batches depend on besides the documents, as plain values.
 
     Raises:
         WmtpError: There are no documents.
@@ -173,9 +173,9 @@ class StepBatches:
             self._collate = partial(collate, tokens, device=device)
 
     def __call__(self, step: int) -> CollatedBatch:
-        """Return the batch of a step (from 0)."""
+        """Return the batch of a step, counted from 0."""
         return self._collate(self._sampler.rows(step))
 
     def first_steps(self) -> Rows:
-        """Return the step of the first epoch that draws each document, int64 `[D]`."""
+        """Return for each document the step that draws it in the first epoch, int64 `[D]`."""
         return self._sampler.first_steps()

@@ -1,6 +1,6 @@
 """Checks of a data source before anything is trained, and warnings about its examples.
 
-They read every example once. The result is kept with the data, under the same conditions as tokens.
+The checks read every example once. Their result is stored with the data and reused as long as tokens are.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def checked_version(source: DataSource, data: SelectedComponent) -> DatasetVersi
     """Return the version of the data.
 
     Raises:
-        WmtpError: It is none: its names cannot name a folder, or its `sha256` is no SHA-256.
+        WmtpError: The source returned something else, its name or version is not a valid folder name, or
+            `sha256` is not a SHA-256.
     """
     with data.blamed("`version`"):
         version = source.version()
@@ -45,18 +46,18 @@ def checked_version(source: DataSource, data: SelectedComponent) -> DatasetVersi
         if not isinstance(version.sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", version.sha256):
             raise WmtpError(
                 f"returned the `sha256` {version.sha256!r}, expected 64 hexadecimal digits",
-                hint="tokens and results are found by it: hash all bytes that the examples depend on",
+                hint="it identifies cached tokens and results: hash all bytes that the examples depend on",
             )
     return version
 
 
 def derived_folder(storage: Path, version: DatasetVersion) -> Path:
-    """Return the folder for what is computed from a version of the data."""
+    """Return the folder for files that are derived from a version of the data, such as tokens."""
     return storage / "datasets_v2" / version.name / version.version / DERIVED
 
 
 def data_key(version: DatasetVersion, data: SelectedComponent) -> str:
-    """Return the SHA-256 of everything that the examples depend on."""
+    """Return a SHA-256 of everything that the examples depend on."""
     source = [data.address, source_identity(data.plugins), data.plain_options()]
     return sha256(json.dumps([version.sha256, source], sort_keys=True).encode()).hexdigest()
 
@@ -68,13 +69,13 @@ def check_examples(
 
     Args:
         source: The data source.
-        version: Its version; if it has been checked, nothing is read again.
-        data: Its component, for messages.
+        version: Version of the data; if this version has been checked before, no example is read.
+        data: The component of the data source, which messages name.
         storage: The storage root.
 
     Raises:
-        WmtpError: Two examples or two problems have one id, a problem is in two splits or has two prompts, or
-            something is no example; names the plugin.
+        WmtpError: Two examples or two problems have the same id, a problem is in two splits or has two
+            prompts, or an item is not an `Example` or `Problem`. The message names the plugin.
     """
     folder = derived_folder(storage, version) / f"checks-{data_key(version, data)[:12]}"
     if not (folder / MANIFEST).is_file():
@@ -90,7 +91,7 @@ def check_examples(
 
 @define
 class _Examples:
-    """What the examples so far have shown; texts are kept as hashes."""
+    """What has been learnt from the examples read so far; texts are stored as hashes."""
 
     ids: set[str] = field(factory=set)
     splits: dict[str, Split] = field(factory=dict)
@@ -122,7 +123,7 @@ class _Examples:
         first, named = self.prompts.setdefault(example.problem_id, (prompt, example.example_id))
         if first != prompt:
             raise WmtpError(
-                f"problem `{example.problem_id}` has two prompts: those of the examples `{named}` and "
+                f"problem `{example.problem_id}` has different prompts in the examples `{named}` and "
                 f"`{example.example_id}`",
                 hint="give each problem an id of its own",
             )
@@ -132,7 +133,7 @@ class _Examples:
         if first != split:
             raise WmtpError(
                 f"problem `{problem_id}` is in both `{first}` and `{split}`",
-                hint="a problem that was trained on measures nothing: give it to one split",
+                hint="evaluation on a training problem is meaningless: put each problem in one split",
             )
 
     def _note_text(self, example: Example) -> None:
@@ -146,7 +147,7 @@ class _Examples:
             self.contradicting += [named, example.example_id]
 
     def warnings(self) -> list[str]:
-        """Return what may be wrong with the data."""
+        """Return warnings about possible faults of the data."""
         found = []
         if self.blank:
             found.append(f"{len(self.blank)} responses are blank: {_some(self.blank)}")

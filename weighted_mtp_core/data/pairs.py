@@ -1,6 +1,6 @@
 """Pairs of a correct and an incorrect response to one problem, balanced by length.
 
-They are a pure function of the data and the recipe: every process gets the same pairs in the same order.
+The pairs depend only on the data and the recipe, so every process gets the same pairs in the same order.
 
 Shape letters: D documents, P pairs.
 """
@@ -27,23 +27,24 @@ Pair = tuple[int, int]
 def make_pairs(token_set: TokenSet, table: PairsTable) -> Rows:
     """Return unique pairs (correct, incorrect) of responses to one problem, `[P, 2]`.
 
-    Both responses come from one length bin: their lengths differ by less than the factor `length_ratio`.
-    Within a bin, each response of the larger side is paired with one of the smaller side, in turn. Then pairs
-    are dropped until the correct response is the longer one as often as the shorter one.
+    Both responses come from the same length bin, so their lengths differ by less than the factor
+    `length_ratio`. Within a bin, each response of the more frequent label gets a partner with the other
+    label; these partners are used in turn. Then pairs are dropped until the correct response is the longer
+    one as often as the shorter one.
 
     Args:
         token_set: Responses with rewards.
         table: The recipe's `[critic.pairs]`.
 
     Raises:
-        WmtpError: There is no pair.
+        WmtpError: The data contain no pair of a correct and an incorrect response of similar length.
     """
     correct_D = is_correct(token_set.reward_D)
     length_D = token_set.length_D - token_set.prompt_D
     bin_D = length_bins(length_D, ratio=table.length_ratio)
     order_D = np.argsort(token_set.problem_D, kind="stable")
     problems = np.split(order_D, np.flatnonzero(np.diff(token_set.problem_D[order_D])) + 1)
-    problems.sort(key=lambda members: int(members[0]))  # by first document: numbers are only names
+    problems.sort(key=lambda members: int(members[0]))  # by first document; problem numbers are arbitrary
     found: list[list[Pair]] = [[] for _ in DIFFICULTIES]
     for members in problems:
         chosen = list(_of_problem(members, correct_D, bin_D))
@@ -69,7 +70,7 @@ def make_pairs(token_set: TokenSet, table: PairsTable) -> Rows:
 
 
 def length_bins(length_D: NDArray[np.integer[Any]], *, ratio: float) -> Rows:
-    """Return the bin of each length. Bounds grow by `ratio`; 1 means a bin a length, 0 one bin for all."""
+    """Return the bin of each length. Bounds grow by `ratio`; 1: one bin per length, 0: one bin for all."""
     if ratio == 0:
         return np.zeros(len(length_D), dtype=np.int64)
     if ratio == 1:
@@ -79,7 +80,7 @@ def length_bins(length_D: NDArray[np.integer[Any]], *, ratio: float) -> Rows:
 
 
 def _of_problem(members: Rows, correct_D: NDArray[np.bool_], bin_D: Rows) -> Iterator[Pair]:
-    """Yield the pairs of a problem, length bin by length bin."""
+    """Yield the pairs of one problem, one length bin after the other."""
     for number in np.unique(bin_D[members]):
         inside = members[bin_D[members] == number]
         right, wrong = inside[correct_D[inside]], inside[~correct_D[inside]]
@@ -89,12 +90,12 @@ def _of_problem(members: Rows, correct_D: NDArray[np.bool_], bin_D: Rows) -> Ite
 
 
 def _evenly(pairs: Sequence[Pair], count: int) -> list[Pair]:
-    """Return `count` of the pairs, evenly spread."""
+    """Return `count` pairs, evenly spread over the sequence."""
     return [pairs[i * len(pairs) // count] for i in range(count)]
 
 
 def _balanced(pairs: Sequence[Pair], length_D: NDArray[np.integer[Any]]) -> list[Pair]:
-    """Return all pairs of equal length, and as many with a longer as with a shorter correct response."""
+    """Drop pairs so that the correct response is the longer one as often as the shorter one."""
     ways: dict[int, list[Pair]] = {-1: [], 0: [], 1: []}
     for right, wrong in pairs:
         ways[int(np.sign(length_D[right] - length_D[wrong]))].append((right, wrong))

@@ -1,7 +1,7 @@
-"""Which documents are in which batch: a document a row, grouped by length, or several packed into a row.
+"""Assigns documents to batches: one document per row, grouped by length, or several packed into a row.
 
-The order is a pure function of (seed, epoch, position). Only the step needs saving, and every number of
-processes that divides the batch sees the same documents in the same order.
+The order depends only on seed, epoch and position. A checkpoint therefore saves only the step, and the
+order of the documents is the same for any number of processes.
 
 Shape letters: D documents, U units (documents that stay together), R rows, N batches.
 """
@@ -19,23 +19,23 @@ from weighted_mtp_core.errors import WmtpError
 
 Rows = NDArray[np.int64]
 
-# Lengths are sorted within this many batches: enough for 1.05 tokens computed per real token on HumanEval's
-# lengths, few enough that batches stay random.
+# Documents are sorted by length within this many batches. With the lengths of HumanEval, 1.05 tokens are #
+# computed per real token, and batches are still random.
 _SORTED_BATCHES = 50
 
-# Documents that are packed together: they fill some 800 rows of ten, so the few rows that stay half empty do
-# not matter, and an epoch starts as fast with a large corpus as with a small one.
+# Number of documents that are packed together. With ten documents per row they fill some 800 rows, so a few #
+# half-empty rows do not matter, and an epoch starts as fast with a large corpus as with a small one.
 _PACKED_DOCUMENTS = 8192
 
 
 class Sampler:
     """Endless batches of document numbers, grouped by length.
 
-    If the documents do not fill an epoch's last batch, the missing rows are spread over the batches that are
-    sorted together with it, where they save most padding.
+    If the documents of an epoch do not fill all batches, the batches that are sorted together at the end of
+    the epoch share the missing rows in the way that needs least padding.
 
     Args:
-        units: `[U, r]` document numbers; the r documents of a unit stay together (a pair: r = 2).
+        units: `[U, r]` document numbers; the r documents of a unit stay in one batch (r = 2 for pairs).
         length_D: Number of tokens of each document.
         batch_size: Rows of the global batch.
         seed: Seed of the order.
@@ -61,11 +61,11 @@ class Sampler:
 
     @property
     def batches_per_epoch(self) -> int:
-        """Number of batches that hold every unit once."""
+        """Number of batches in which each unit appears once."""
         return -(-len(self._units) // self._per_batch)
 
     def rows(self, step: int) -> Rows:
-        """Return the document numbers of the batch of a step (from 0)."""
+        """Return the document numbers in the batch of a step, counted from 0."""
         epoch, position = divmod(step, self.batches_per_epoch)
         shuffled_U, order, start_N1 = self._shuffles(epoch)
         number = int(order[position])
@@ -74,7 +74,7 @@ class Sampler:
         return self._units[self._sorted(shuffled_U, block)[first:last]].reshape(-1)
 
     def first_steps(self) -> Rows:
-        """Return the step of the first epoch that draws each document, int64 `[D]`, for units of one."""
+        """Return for each document the step that draws it in the first epoch, int64 `[D]`; only for r = 1."""
         shuffled_U, order, start_N1 = self._shuffles(0)
         index_U = np.arange(len(shuffled_U))
         block_U = index_U // (_SORTED_BATCHES * self._per_batch)
@@ -85,12 +85,12 @@ class Sampler:
         return step_D
 
     def _sorted(self, shuffled_U: Rows, first: int) -> Rows:
-        """Return the units that are sorted together, beginning at `first`, by length."""
+        """Return the units that are sorted together, starting at index `first`, in order of length."""
         members = shuffled_U[first : first + _SORTED_BATCHES * self._per_batch]
         return members[np.argsort(self._length_U[members], kind="stable")]
 
     def _shuffles(self, epoch: int) -> tuple[Rows, Rows, Rows]:
-        """Return an epoch's order of units and of its N batches, and where each batch begins, `[N + 1]`."""
+        """Return an epoch's order of units, its order of N batches and each batch's first unit, `[N + 1]`."""
         if self._epoch[0] != epoch:
             generator = np.random.default_rng((self._seed, epoch))
             shuffled_U = generator.permutation(len(self._units))
@@ -104,18 +104,18 @@ class Sampler:
 
 
 def least_padding(length_U: Rows, *, size: int) -> Rows:
-    """Cut units into the fewest batches that hold them, with the fewest tokens of padding.
+    """Divide units into the fewest batches that can contain them, with as little padding as possible.
 
-    If padding did not matter, only the last batch would be short. But if a few units are far longer than the
-    others, a short batch of their own costs less. The optimum is found by dynamic programming over
-    batches and over the number of rows missing so far.
+    The simplest division leaves only the last batch short. But if a few units are much longer than the
+    others, a short batch with only these units needs less padding. Dynamic programming over the batches and
+    the number of missing rows finds the optimum.
 
     Args:
         length_U: Number of tokens of each unit, ascending.
         size: Units of a full batch.
 
     Returns:
-        The first unit of each of the N batches, and the end, int64 `[N + 1]`.
+        The index of the first unit of each of the N batches, and the number of units, int64 `[N + 1]`.
     """
     batches = -(-len(length_U) // size)
     missing_S = np.arange(batches * size - len(length_U) + 1)  # units missing in the batches so far
@@ -137,10 +137,10 @@ def least_padding(length_U: Rows, *, size: int) -> Rows:
 
 
 class PackedSampler:
-    """Endless batches of rows that hold several documents each.
+    """Endless batches of rows with several documents in each row.
 
-    An epoch's shuffled documents are packed block by block. The rows of a block are sorted by how full they
-    are and cut into batches, and the batches are shuffled; a block's last batch may have fewer rows.
+    The shuffled documents of an epoch are packed in blocks. The rows of a block are sorted by the number of
+    their tokens and divided into batches, which are then shuffled; the last batch of a block may be smaller.
 
     Args:
         length_D: Number of tokens of each document.
@@ -160,15 +160,15 @@ class PackedSampler:
         self._batch_size = batch_size
         self._seed = seed
         self._blocks_per_epoch = -(-len(length_D) // _PACKED_DOCUMENTS)
-        self._end = [0]  # number of batches in the first 0, 1, ... blocks
+        self._end = [0]  # element i: number of batches in the first i blocks
         self._epoch: tuple[int, Rows] = (-1, length_D[:0])
         self._block: tuple[int, list[list[Rows]]] = (-1, [])
 
     def rows(self, step: int) -> list[Rows]:
-        """Return the document numbers of each row of the batch of a step (from 0).
+        """Return the document numbers of each row in the batch of a step, counted from 0.
 
-        The number of batches of a block is known only after packing, so the first call packs all earlier
-        blocks, 0.05 s each.
+        The number of batches in a block is known only after packing. The first call therefore packs all
+        earlier blocks, which takes 0.05 s per block.
         """
         while self._end[-1] <= step:
             self._end.append(self._end[-1] + len(self._batches(len(self._end) - 1)))
@@ -191,7 +191,8 @@ class PackedSampler:
             rows = [
                 members_U[row] for row in first_fit(self._length_D[members_U], row_tokens=self._row_tokens)
             ]
-            # Fullest first, so that the emptiest rows end in the last batch, which is short anyway.
+            # Fullest rows first, so that the emptiest rows are in the last batch, which may be smaller
+            # anyway.
             rows.sort(key=lambda row: -int(self._length_D[row].sum()))
             batches = [rows[i : i + self._batch_size] for i in range(0, len(rows), self._batch_size)]
             order = np.random.default_rng((self._seed, epoch, block)).permutation(len(batches))
@@ -206,7 +207,7 @@ class PackedSampler:
 
 
 def first_fit(length_U: Rows, *, row_tokens: int) -> list[NDArray[np.int64]]:
-    """Put each document, in order, into the first row that it fits into; return each row's documents.
+    """Put each document, in order, into the first row with enough space; return the documents of each row.
 
     Raises:
         WmtpError: A document is longer than a row.
@@ -226,18 +227,18 @@ def first_fit(length_U: Rows, *, row_tokens: int) -> list[NDArray[np.int64]]:
 
 
 def pointwise(token_set: TokenSet) -> Rows:
-    """Return every document as a unit of its own, `[D, 1]`."""
+    """Return units of one document each, `[D, 1]`."""
     return np.arange(len(token_set), dtype=np.int64)[:, None]
 
 
 def evenly_spread(rows: Rows, *, limit: int) -> Rows:
-    """Return `limit` of some document numbers, evenly spread over them; all of them if `limit` is 0."""
+    """Return `limit` of the document numbers `rows`, evenly spread, or all of them if `limit` is 0."""
     count = min(limit, len(rows)) if limit else len(rows)
     return rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]
 
 
 def in_order(token_set: TokenSet, rows: Rows, *, batch_size: int) -> Iterator[Rows]:
-    """Yield some document numbers in batches of similar length, each document once."""
+    """Yield the document numbers `rows` in batches of similar length, each document once."""
     rows = rows[np.argsort(token_set.lengths(rows), kind="stable")]
     for first in range(0, len(rows), batch_size):
         yield rows[first : first + batch_size]

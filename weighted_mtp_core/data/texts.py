@@ -1,13 +1,16 @@
-"""Texts to token ids and back: what is decoded is the text that was encoded, to the byte.
+"""Encodes texts as token ids and decodes token ids to exactly the same bytes of text.
 
-A document is encoded in two parts, so that no token spans the end of the prompt: the policy sees the same ids
-when it generates. Tokenizers are made for whole texts, which has two consequences here:
+The prompt and the response of a document are encoded separately, so that no token spans the end of the prompt
+and the ids of the prompt are the same in generation. Tokenizers are made for whole texts, which causes two
+problems:
 
-- Those of SentencePiece's kind put a blank before a text, and drop it when they decode. Only the beginning of
-  a document gets it; a response is encoded without.
-- The spelling of a control token in a text, such as `<eos>`, is read as that token. In data it is text.
+- Tokenizers like SentencePiece add a blank before a text and drop it when they decode. Here only the
+  beginning of a document gets this blank; a response is encoded without it.
+- Tokenizers read the name of a control token in a text, such as `<eos>`, as the control token. Here such a
+  name is encoded as ordinary text.
 
-Both are settings of a copy of the tokenizer. Whether the text comes back is checked for every document.
+Both are done by changing the settings of a copy of the tokenizer. Every document is decoded once to check
+that the text is unchanged.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ PROBES = (
     'https://example.org/a_b?c=d&e=f#g {"key": [null, true]} $x^2$ <b>&amp;</b>',
     " leading and trailing blanks ",
 )
-"""Texts in which pre-tokenizers differ: blanks, digits, contractions, punctuation, scripts."""
+"""Texts that pre-tokenizers split in different ways: blanks, digits, contractions, punctuation, scripts."""
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -45,21 +48,20 @@ class TextCodec:
 
     Args:
         tokenizer: A transformers tokenizer.
-        bos: Whether documents begin with BOS: as the tokenizer has it, always, or never.
+        bos: Whether documents begin with BOS: `auto` (if the tokenizer adds it), `always` or `never`.
 
     Attributes:
         tokenizer: The tokenizer.
-        eos_id: Ends each response.
-        prefix: The ids before each prompt: BOS, or what the tokenizer puts there.
-        size: V; every id is below it.
+        eos_id: Id of the EOS token, which ends each response.
+        prefix: The ids before each prompt, such as BOS.
+        size: V; every id is less than V.
 
     Raises:
-        WmtpError: `bos` is `always`, and the tokenizer has no BOS.
+        WmtpError: `bos` is `always`, but the tokenizer has no BOS token.
     """
 
     def __init__(self, tokenizer: Any, *, bos: Bos = "auto") -> None:
-        # Set before the first use; otherwise the library warns, and turns serial, in every process that a run
-        # forks.
+        # Set before the first use; otherwise the library warns and disables parallelism in forked processes.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         self.tokenizer = tokenizer
         self.eos_id = int(tokenizer.eos_token_id)
@@ -72,7 +74,7 @@ class TextCodec:
         return [[*self.prefix, *ids] for ids in self._encode_start(list(texts))]
 
     def encode_documents(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-        """Return the ids of prompts, BOS included, and of responses, without EOS."""
+        """Return the ids of each prompt, including BOS, and of each response, without EOS."""
         prompts = self.encode_prompts([prompt for prompt, _ in pairs])
         responses = self._encode_rest([response for _, response in pairs])
         first = [i for i, (prompt, _) in enumerate(pairs) if not prompt]
@@ -96,33 +98,29 @@ class TextCodec:
         return (self._encode_rest if prompt else self._encode_start).offsets(response)
 
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        """Return the texts of documents; control tokens are no text."""
+        """Return the texts of documents; control tokens are left out."""
         return _decode(self.tokenizer, rows)
 
     def decode_completions(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[str]:
-        """Return what each completion adds to the text of its prompt: (ids of the prompt, new ids)."""
+        """Return the text that each completion adds to its prompt; a row is (ids of the prompt, new ids)."""
         prompts = self.decode([prompt for prompt, _ in rows])
         whole = self.decode([[*prompt, *new] for prompt, new in rows])
         return [text[len(prompt) :] for prompt, text in zip(prompts, whole, strict=True)]
 
 
 def round_trip_error(name: str, text: str, decoded: str) -> WmtpError:
-    """Return the error about a document that is another text once it is decoded."""
+    """Return the error for a document whose text changes when it is encoded and decoded."""
     same = (i for i, (one, other) in enumerate(zip(text, decoded, strict=False)) if one != other)
     at = next(same, min(len(text), len(decoded)))
     shown = slice(max(at - 20, 0), at + 40)
     if unicodedata.normalize("NFC", text) == decoded:
-        hint = (
-            'the tokenizer normalises texts: do the same with the data, `unicodedata.normalize("NFC", text)`'
-        )
+        hint = 'the tokenizer normalises texts: normalise the data too, `unicodedata.normalize("NFC", text)`'
     elif unicodedata.normalize("NFKC", text) == decoded:
-        hint = (
-            'the tokenizer normalises texts: do the same with the data, `unicodedata.normalize("NFKC", text)`'
-        )
+        hint = 'the tokenizer normalises texts: normalise the data too, `unicodedata.normalize("NFKC", text)`'
     else:
         hint = "the tokenizer cannot represent this text: use another base model, or leave such texts out"
     return WmtpError(
-        f"example `{name}` is another text after the tokenizer, from character {at} on:\n"
+        f"example `{name}` is a different text after encoding and decoding, from character {at} on:\n"
         f"  text:    {text[shown]!r}\n"
         f"  decoded: {decoded[shown]!r}",
         hint=hint,
@@ -133,12 +131,12 @@ def differing_ids(one: Any, other: Any, texts: Sequence[str] = PROBES) -> str | 
     """Compare two tokenizers by the ids of texts and of control tokens.
 
     Args:
-        one: Returns ids of a list of texts, as do the tokenizers of transformers.
-        other: Likewise.
-        texts: What is encoded.
+        one: A tokenizer of transformers, or a callable that returns the ids of a list of texts like one.
+        other: The tokenizer to compare with.
+        texts: Texts that both tokenizers encode.
 
     Returns:
-        The first difference in words; None if there is none.
+        A description of the first difference; None if there is no difference.
     """
     for text in texts:
         first, second = (each([text], add_special_tokens=False)["input_ids"][0] for each in (one, other))
@@ -243,7 +241,7 @@ class _WithBlank:
 
 
 def _encoders(tokenizer: Any) -> tuple[_Encoder, _Encoder]:
-    """Return the encoders of the beginning of a document and of what follows it."""
+    """Return two encoders: one for the beginning of a document and one for text that continues it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     plain = _Plain(tokenizer)
     if backend is None:
@@ -262,10 +260,10 @@ def _encoders(tokenizer: Any) -> tuple[_Encoder, _Encoder]:
 
 
 def _without_control_tokens(table: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a tokenizer in which control tokens have names that no text contains.
+    """Return tokenizer settings in which control tokens have names that no text contains.
 
-    Their ids stay. `encode_special_tokens` alone would not do: a model of words or pieces finds them in its
-    vocabulary.
+    The ids of the control tokens stay the same. The setting `encode_special_tokens` is not enough, because
+    WordPiece and Unigram models find the control tokens in their vocabulary.
     """
     names = {
         token["content"]: f"\U0010fffd{token['id']}\U0010fffd"
@@ -288,7 +286,7 @@ def _without_control_tokens(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_blank(part: Any) -> Any:
-    """Return a normaliser or pre-tokenizer that puts no blank before a text."""
+    """Return a normaliser or pre-tokenizer that does not add a blank before a text."""
     if not isinstance(part, dict) or part["type"] == "Prepend":
         return None
     part = dict(part)

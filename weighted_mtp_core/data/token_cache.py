@@ -1,7 +1,7 @@
-"""Token sets on disk, made once and mapped by every later run.
+"""Token sets on disk, which are written once and mapped into memory by every later run.
 
-They are stored with the data, in `datasets_v2/<name>/<version>/derived/`, in a folder named by everything
-that they depend on. A folder never changes: other data, options or tokenizers give another name.
+Each token set is stored with the data in a folder of `datasets_v2/<name>/<version>/derived/`. The name of the
+folder contains a hash of the data, the options and the tokenizer, so the contents of a folder never change.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from weighted_mtp_core.storage.verify_once import verify_once
 
 _FORMAT = 4  # raise it when the same examples and tokenizer would give other arrays
 
-# Settings that a tokenizer saves but that do not change ids without special tokens: padding and truncation of
-# the last call, and where it was loaded from.
+# Saved settings of a tokenizer that do not affect ids without special tokens: padding and truncation of the #
+# last call, and the folder that the tokenizer was loaded from.
 _IRRELEVANT = frozenset({"padding", "truncation", "is_local", "local_files_only", "name_or_path"})
 
 
@@ -38,10 +38,10 @@ class TokenCache:
         version: Version of the data.
         data: The data source; examples depend on its options and on the plugin's source.
         codec: Encodes the texts.
-        max_tokens: Longer documents are left out.
+        max_tokens: Documents with more tokens are left out.
 
     Attributes:
-        fingerprint: SHA-256 of everything that the tokens depend on.
+        fingerprint: SHA-256 of everything that affects the tokens.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class TokenCache:
         self.max_tokens = max_tokens
 
     def open(self, purpose: str, split: Split, *, examples: Callable[[], Iterable[Example]]) -> TokenSet:
-        """Return the tokens of a split; `examples` is called only if they are not stored yet.
+        """Return the tokens of a split; `examples` is called only if the tokens are not stored yet.
 
         Raises:
-            WmtpError: There are no examples, or a byte of the arrays changed.
+            WmtpError: There are no examples, or the stored arrays were changed.
         """
         folder = self._folder / f"tokens-{self.fingerprint[:12]}-{self.max_tokens}-{purpose}-{split}"
         if not (folder / MANIFEST).is_file():
@@ -73,7 +73,7 @@ class TokenCache:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Return the SHA-256 of everything that ids depend on."""
+    """Return a SHA-256 of all files and settings of the tokenizer that affect token ids."""
     digest = hashlib.sha256(f"{tokenizers.__version__} {tokenizer.eos_token_id}".encode())
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)

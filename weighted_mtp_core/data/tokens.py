@@ -1,8 +1,6 @@
-"""Examples as token ids: one flat array for a whole split, in which documents are slices.
+"""Examples as token ids: one flat array for a whole split; each document is a slice of it.
 
-The arrays are written chunk by chunk and mapped into memory afterwards: neither writing nor reading them
-    needs
-memory for the whole split.
+The arrays are written in chunks and mapped into memory for reading, so a split may be larger than the memory.
 
 Shape letters: N tokens of the split, D documents.
 """
@@ -27,7 +25,7 @@ from weighted_mtp_core.data.given_weights import given_weights
 from weighted_mtp_core.data.texts import TextCodec, round_trip_error
 from weighted_mtp_core.errors import WmtpError
 
-_CHUNK = 1024  # documents per tokenizer call: batches are 1.5x faster than single texts
+_CHUNK = 1024  # documents per tokenizer call, which is 1.5x faster than one call per text
 _META = "meta.json"
 _GIVEN = "given"  # an array that is written only if the data give weights
 _DTYPES = {
@@ -40,26 +38,26 @@ _DTYPES = {
     "metadata": np.uint8,
     "metadata_start": np.int64,
 }
-"""The arrays beside the ids, by file name."""
+"""The arrays other than the ids, keyed by file name."""
 Ints = NDArray[np.int64]
 
 
 @frozen(kw_only=True, eq=False)
 class TokenSet:
-    """The documents of one split: prompt, response and EOS, one after the other.
+    """The documents of one split; each document consists of prompt, response and EOS.
 
     Attributes:
-        ids_N: Token ids of all documents: uint16 where V allows it, else int32.
+        ids_N: Token ids of all documents: uint16 if V allows it, otherwise int32.
         start_D1: int64 `[D + 1]`; document d is `ids_N[start_D1[d] : start_D1[d + 1]]`.
         prompt_D: int32 number of prompt tokens of each document.
         reward_D: float32 reward of each response.
-        problem_D: int64, equal exactly for documents of one problem.
+        problem_D: int64 number of each document's problem; the numbers are in order of first appearance.
         example_ids: The example id of each document.
         metadata: The metadata of each document as JSON; empty if it has none.
         given_N: float32 weight that the data give each token, 0 on prompts; None if they give none.
-        examples: Number of examples.
+        examples: Number of examples, including those that were left out.
         left_out: Number of examples longer than `max_tokens`.
-        sha256: SHA-256 of the folder of arrays.
+        sha256: SHA-256 of the folder that contains the arrays.
     """
 
     ids_N: NDArray[np.integer[Any]]
@@ -93,13 +91,13 @@ class TokenSet:
 def tokenise(examples: Iterable[Example], codec: TextCodec, *, max_tokens: int, folder: Path) -> None:
     """Write examples as arrays of ids for `open_tokens`.
 
-    The response ends with EOS. Documents longer than `max_tokens` are left out and counted: a truncated
-    response would be a wrong label.
+    The response ends with EOS. Documents longer than `max_tokens` are counted and left out, because a
+    truncated response would have a wrong label.
 
     Args:
         examples: Iterated once.
         codec: Encodes batches on all cores, unless `TOKENIZERS_PARALLELISM` is set to `false`.
-        max_tokens: The most tokens of a document, EOS included.
+        max_tokens: Maximum number of tokens of a document, EOS included.
         folder: An existing folder.
 
     Raises:
@@ -144,7 +142,7 @@ def tokenise(examples: Iterable[Example], codec: TextCodec, *, max_tokens: int, 
 
 
 def open_tokens(folder: Path, *, sha256: str) -> TokenSet:
-    """Map the arrays that `tokenise` wrote into memory; `sha256` is that of the folder."""
+    """Map the arrays written by `tokenise` into memory; `sha256` is the SHA-256 of the folder."""
     meta = json.loads((folder / _META).read_text(encoding="utf-8"))
     arrays = {name: mapped(folder / f"{name}.npy") for name in (*_DTYPES, "ids")}
     given = folder / f"{_GIVEN}.npy"
@@ -164,7 +162,7 @@ def open_tokens(folder: Path, *, sha256: str) -> TokenSet:
 
 
 def _check_texts(documents: Sequence[tuple[Example, int, list[int]]], codec: TextCodec) -> None:
-    """Compare what the ids say with the texts that they were made of."""
+    """Decode the ids and compare the result with the texts of the examples."""
     decoded = codec.decode([ids[:-1] for _, _, ids in documents])
     for (example, _, _), text in zip(documents, decoded, strict=True):
         if text != example.prompt + example.response:
@@ -172,7 +170,7 @@ def _check_texts(documents: Sequence[tuple[Example, int, list[int]]], codec: Tex
 
 
 def _columns(documents: Sequence[tuple[Example, int, list[int]]]) -> dict[str, ArrayLike]:
-    """Return the arrays of documents (example, number of prompt tokens, ids); `start` still holds lengths."""
+    """Return the arrays of documents (example, number of prompt tokens, ids); `start` contains lengths."""
     names = [example.example_id.encode() for example, _, _ in documents]
     metadata = [
         json.dumps(dict(example.metadata)).encode() if example.metadata else b""
@@ -198,12 +196,12 @@ def _repeat_one(append: Callable[[ArrayLike], None], count: int) -> None:
 
 
 def _digest(problem_id: str) -> int:
-    """Return a 64-bit hash of a name: a table of all names would grow with the corpus."""
+    """Return a 64-bit hash of a problem id; a table of all ids would grow with the corpus."""
     return int.from_bytes(hashlib.blake2b(problem_id.encode(), digest_size=8).digest(), signed=True)
 
 
 def _numbered(digest_D: Ints) -> Ints:
-    """Return the index of each hash among the different ones, in order of first appearance."""
+    """Number the distinct hashes in order of first appearance and return the number of each element."""
     _, first, inverse_D = np.unique(digest_D, return_index=True, return_inverse=True)
     number = np.empty(len(first), dtype=np.int64)
     number[np.argsort(first)] = np.arange(len(first))

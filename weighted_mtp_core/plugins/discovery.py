@@ -38,13 +38,13 @@ class FoundPlugin:
     """A plugin as its installed metadata describes it.
 
     Attributes:
-        name: Name of the entry point: the first half of every address.
+        name: Name of the entry point, which is the first part of the addresses of its components.
         distribution: Canonical name of the distribution, as `pip list` shows it.
         version: Version of the distribution.
-        module: Module, or `module:object`, that the entry point names.
+        module: What the entry point refers to: a module, or `module:object`.
         requires: The distribution's `Requires-Dist` lines.
-        folders: Its metadata folder, then the metadata folders of other versions of it next to that one.
-        conflicts: Other distributions that claim the same name.
+        folders: The metadata folder, then the metadata folders of other versions in the same parent folder.
+        conflicts: Other distributions that declare a plugin of the same name.
     """
 
     name: str
@@ -60,7 +60,7 @@ class FoundPlugin:
 
     @property
     def core_range(self) -> str:
-        """The versions of core that it declares, lower bound first; empty if it declares none.
+        """The range of core versions that the plugin requires, lower bound first; empty if it requires none.
 
         Raises:
             WmtpError: A `Requires-Dist` line cannot be parsed.
@@ -72,14 +72,14 @@ class FoundPlugin:
                 raise WmtpError(f"{self} has metadata that cannot be read: `{line}`") from error
             optional = "extra" in str(requirement.marker)
             if canonicalize_name(requirement.name) == CORE_DISTRIBUTION and not optional:
-                # Authors write `>=0.1,<0.2`; packaging and build back ends sort it the other way round.
+                # Authors write `>=0.1,<0.2`, but packaging and build back ends reverse the order.
                 floor_first = sorted(requirement.specifier, key=lambda s: (s.operator[0] in "<!", str(s)))
                 return ",".join(map(str, floor_first))
         return ""
 
 
 def find(path: Sequence[str] | None = None) -> Mapping[str, FoundPlugin]:
-    """Return every installed plugin by name, sorted. Damaged metadata is never raised: see `metadata_faults`.
+    """Return every installed plugin, sorted by name. Damaged metadata is not an error: see `metadata_faults`.
 
     Args:
         path: Folders to search; `sys.path` by default.
@@ -96,7 +96,7 @@ def find(path: Sequence[str] | None = None) -> Mapping[str, FoundPlugin]:
 
 
 def metadata_faults(path: Sequence[str] | None = None) -> list[str]:
-    """Return a line for every metadata folder that is damaged, and for plugins that another folder hides."""
+    """Return a line for every damaged metadata folder, and for plugins that are hidden by another folder."""
     used, hidden = _used_and_hidden(_installed(path))
     faults = [fault for metadata in used for fault in metadata.faults(used)]
     faults += [
@@ -115,8 +115,8 @@ def _installed(path: Sequence[str] | None) -> list[_Metadata]:
 def _used_and_hidden(installed: Iterable[_Metadata]) -> tuple[list[_Metadata], list[_Metadata]]:
     """Separate the distributions that Python imports from those that it cannot reach.
 
-    Python imports the first module of a name on the path, so a distribution in a later folder is hidden. A
-    virtual environment can list one folder twice (lib64 links).
+    Python imports the first module of a name on the path, so the first folder hides a distribution of the
+    same name in a later folder. A virtual environment can list one folder twice (lib64 links).
     """
     real = cache(os.path.realpath)
     first: dict[str, str] = {}
@@ -134,7 +134,7 @@ def _used_and_hidden(installed: Iterable[_Metadata]) -> tuple[list[_Metadata], l
 
 @cache
 def _replace_undecodable() -> None:
-    """Replace such bytes for other packages too: torch and mlflow read all entry points when imported."""
+    """Replace bytes that are not UTF-8 for all packages, because torch and mlflow read all entry points."""
     for name in ("importlib.metadata", "importlib_metadata"):
         if importlib.util.find_spec(name):
             finder: Any = importlib.import_module(name).PathDistribution
@@ -151,12 +151,12 @@ def _read_text(
 
 
 class _Metadata(Distribution):
-    """The metadata folder of one distribution; bytes that are not UTF-8 are replaced.
+    """The metadata of one distribution; bytes that are not UTF-8 are replaced.
 
     Attributes:
-        folder: The folder.
-        entries: Name and module of each entry point of our group.
-        undecodable: Files that are not UTF-8, of those that were read.
+        folder: The metadata folder.
+        entries: Name and module of each entry point in the group `weighted_mtp_core`.
+        undecodable: The files read so far that are not UTF-8.
     """
 
     def __init__(self, distribution: Distribution) -> None:
@@ -166,7 +166,7 @@ class _Metadata(Distribution):
         self.entries = _entries(self.read_text("entry_points.txt"))
 
     def read_text(self, filename: str) -> str:
-        """Return the contents of a file, without a byte order mark; empty without a file."""
+        """Return the contents of a file without a byte order mark; empty if the file does not exist."""
         try:
             text = _read_text(self._distribution, type(self._distribution).read_text, filename) or ""
         except OSError:
@@ -181,12 +181,12 @@ class _Metadata(Distribution):
 
     @property
     def is_described(self) -> bool:
-        """Whether there is a METADATA file; otherwise the folder is left over from an uninstalled package."""
+        """Whether METADATA exists; a folder without this file is left over from an uninstalled package."""
         return (self.folder / "METADATA").is_file() or (self.folder / "PKG-INFO").is_file()
 
     @property
     def stem(self) -> str:
-        """Name and version of the distribution by the name of the folder, without reading a file."""
+        """Name and version of the distribution according to the folder's name, without reading a file."""
         return (self.folder.parent if self.folder.name == "EGG-INFO" else self.folder).stem
 
     @property
@@ -196,7 +196,7 @@ class _Metadata(Distribution):
 
     @property
     def title(self) -> tuple[str, str]:
-        """Canonical name and version; by the name of the folder if METADATA lacks them."""
+        """Canonical name and version, taken from the folder's name if METADATA lacks them."""
         name, _, version = self.stem.partition("-")
         return canonicalize_name(self._field("Name") or name), self._field("Version") or version or "?"
 
@@ -218,7 +218,7 @@ class _Metadata(Distribution):
             )
 
     def faults(self, installed: Iterable[_Metadata]) -> Iterator[str]:
-        """Yield a line for everything that is wrong with the folder."""
+        """Yield one line for each fault of the folder."""
         lacking = [name for name in ("Name", "Version") if self.entries and not self._field(name)]
         for name in sorted(self.undecodable):
             yield f"`{self.folder / name}` is not UTF-8"
@@ -238,7 +238,7 @@ class _Metadata(Distribution):
 
 
 def _entries(text: str) -> list[tuple[str, str]]:
-    """Read the group `GROUP` of an `entry_points.txt`; lines that are not entries are skipped."""
+    """Read the group `weighted_mtp_core` of an `entry_points.txt`; lines that are not entries are skipped."""
     entries = []
     group = ""
     for line in text.splitlines():
@@ -252,7 +252,7 @@ def _entries(text: str) -> list[tuple[str, str]]:
 
 
 def check_metadata(plugin: FoundPlugin) -> None:
-    """Refuse a plugin that its metadata alone rules out.
+    """Raise an error if the metadata show that the plugin cannot be used.
 
     Raises:
         WmtpError: Several distributions or versions claim its name, the name is not valid in an address, or
@@ -272,7 +272,7 @@ def _check_name(plugin: FoundPlugin) -> None:
         claims = [plugin, *plugin.conflicts]
         listed = " and ".join(f"{each.distribution} {each.version}" for each in claims)
         number, both = ("two", "both") if len(claims) == 2 else (str(len(claims)), "all")
-        # Core cannot know which one is wanted, but never suggests uninstalling itself.
+        # Core cannot know which plugin the user wants, but it never suggests uninstalling core.
         spare = next(each.distribution for each in reversed(claims) if each.distribution != CORE_DISTRIBUTION)
         raise WmtpError(
             f"{number} installed packages {both} claim the plugin name `{plugin.name}`: {listed}",

@@ -1,9 +1,9 @@
 """Import plugins, register them with pluggy and check what they declare.
 
-Installed is not active: only plugins that are loaded by name are imported. A plugin that no recipe names
-cannot break anything, and one that a recipe names works or stops the run. For this reason
-`pluggy.PluginManager.load_setuptools_entrypoints` is not used: it imports every installed plugin, and of two
-plugins with one name it silently keeps one.
+Core imports only the plugins that it loads by name, so an installed plugin that no recipe names cannot break
+anything. A plugin that a recipe names is loaded without errors or stops the run before it starts. Core does
+not use `pluggy.PluginManager.load_setuptools_entrypoints`, which imports every installed plugin and silently
+drops one of two plugins with the same name.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ AnyComponent = Component[Any, Any]
 
 
 class Kind(enum.Enum):
-    """The kinds of component; the value is the kind's table in a recipe.
+    """The kinds of component; the value of each member is the name of its table in a recipe.
 
-    A fifth kind adds its class to `weighted_mtp_core.api`, its hook to `weighted_mtp_core.hookspecs` and a
-    row here. Discovery, loading, addresses, error messages, `plugins show` and `plugins check` then work for
-    it as they are. Its table in the recipe's schema, the code that runs it, and templates for `plugins new`
-    are separate.
+    To add a kind, add its class to `weighted_mtp_core.api`, its hook to `weighted_mtp_core.hookspecs` and a
+    member here. Discovery, loading, addresses, error messages, `plugins show` and `plugins check` then work
+    without changes. Write separately: the kind's table in the recipe's schema, the code that runs its
+    components, and templates for `plugins new`.
 
     Attributes:
-        label: The kind in words.
+        label: The name of the kind in messages.
         hook: Name of the hook that declares components of this kind.
         interface: The class that `Component.build` returns an instance of.
     """
@@ -52,7 +52,7 @@ class Kind(enum.Enum):
     TRACKER = "tracker", "tracker", "wmtp_trackers", Tracker
 
     def __new__(cls, table: str, label: str, hook: str, interface: type[Stateful]) -> Self:
-        """Make the table's name the value."""
+        """Use the table's name as the value of the member."""
         kind = object.__new__(cls)
         kind._value_, kind.label, kind.hook, kind.interface = table, label, hook, interface
         return kind
@@ -69,7 +69,7 @@ class LoadedPlugin:
     components: Mapping[Kind, Mapping[str, AnyComponent]] = field(eq=False)
 
     def addresses(self, kind: Kind) -> list[str]:
-        """Return the addresses of its components of a kind."""
+        """Return the addresses of the plugin's components of a kind."""
         return [f"{self.found.name}.{name}" for name in self.components[kind]]
 
 
@@ -98,8 +98,8 @@ class PluginRegistry:
         """Import a plugin, register its hooks and collect the components that it declares.
 
         Raises:
-            WmtpError: The plugin is not installed, two distributions claim its name, it needs another core,
-                it fails to import, or it declares something that core would never call.
+            WmtpError: The plugin is not installed, shares its name with another plugin, requires another
+                version of core, cannot be imported, or has an invalid hook or component.
         """
         if name not in self.loaded:
             if name not in self.found:
@@ -135,7 +135,7 @@ class PluginRegistry:
             raise
 
     def _check_pending(self, plugin: FoundPlugin) -> None:
-        """Refuse hooks that core does not have, with the near miss and without the module's repr."""
+        """Refuse hooks that core does not have; the message suggests the hook with the nearest name."""
         try:
             self._manager.check_pending()
         except pluggy.PluginValidationError as error:
@@ -162,7 +162,8 @@ class PluginRegistry:
     def _results(self, plugin: FoundPlugin, kind: Kind) -> list[Any]:
         """Call the plugin's implementations of a kind's hook.
 
-        Each is called directly: `manager.hook` drops a result of None, which would hide a forgotten `return`.
+        Implementations are called directly, because `manager.hook` drops a result of None, which would hide a
+        forgotten `return`.
         """
         results = []
         for impl in getattr(self._manager.hook, kind.hook).get_hookimpls():
@@ -175,12 +176,12 @@ class PluginRegistry:
 
 
 def not_installed(name: str, found: Iterable[str], *, alternatives: Iterable[str] = ()) -> WmtpError:
-    """Return the error that no plugin of this name is installed.
+    """Return the error for a plugin name that is not installed.
 
     Args:
-        name: The name that was asked for.
+        name: The name that the user gave.
         found: Names of the installed plugins; the hint suggests the nearest.
-        alternatives: Addresses that the hint suggests too.
+        alternatives: Addresses that the hint also suggests.
     """
     near = nearest(name, found)
     others = [address for address in alternatives if address.partition(".")[0] not in near]
@@ -198,7 +199,7 @@ def _import(plugin: FoundPlugin) -> object:
 
 
 def _check_functions(plugin: FoundPlugin, module: object) -> None:
-    """Refuse hooks with arguments, and functions without the marker, which `check_pending` cannot see."""
+    """Refuse hooks with arguments and hooks without `@hookimpl`; pluggy's `check_pending` detects neither."""
     for name in dir(module):
         function: Callable[..., object] = getattr(module, name)
         if not (name.startswith("wmtp_") and inspect.isroutine(function)):

@@ -1,6 +1,6 @@
 """The components that a recipe selects, with their options and the weightings that they wrap.
 
-A component that has a `WeightingChoice` among its options wraps another weighting. The wrapped weighting is
+A component wraps another weighting if one of its options is a `WeightingChoice`. The wrapped weighting is
 selected and checked together with the component, before anything is built.
 """
 
@@ -29,9 +29,9 @@ class SelectedComponent:
     Attributes:
         address: `<plugin>.<component>`.
         plugin: The plugin that declares it.
-        component: Its declaration.
+        component: The declaration of the component.
         options: An instance of `component.options`.
-        wrapped: The weightings that its options name, by the path of the option within the options.
+        wrapped: The weightings that the options select, keyed by the path of the option.
     """
 
     address: str
@@ -42,18 +42,18 @@ class SelectedComponent:
 
     @property
     def needs(self) -> frozenset[Signal]:
-        """The signals that it and the weightings it wraps need."""
+        """The signals that the component and its wrapped weightings need."""
         return self.component.needs.union(*(each.needs for each in self.wrapped.values()))
 
     @property
     def plugins(self) -> Iterator[FoundPlugin]:
-        """Its plugin and those of the weightings it wraps."""
+        """The plugins of the component and of its wrapped weightings."""
         yield self.plugin
         for each in self.wrapped.values():
             yield from each.plugins
 
     def plain_options(self) -> dict[str, Any]:
-        """Return the options as a TOML table, with the address and all options of wrapped weightings."""
+        """Return the options as a TOML table, including addresses and options of wrapped weightings."""
         options: dict[str, Any] = plain(self.options)
         for path, weighting in self.wrapped.items():
             table: Any = options
@@ -66,7 +66,7 @@ class SelectedComponent:
         """Build the component.
 
         Raises:
-            WmtpError: It cannot be built; names plugin, distribution and version.
+            WmtpError: The component cannot be built; the message names plugin, distribution and version.
         """
 
         def build_wrapped(choice: WeightingChoice) -> Any:
@@ -77,10 +77,10 @@ class SelectedComponent:
             return self.component.build(self.options, attrs.evolve(context, weightings=build_wrapped))
 
     def blamed(self, doing: str) -> AbstractContextManager[None]:
-        """Return a context that names component, plugin, distribution and version in every error.
+        """Return a context manager that adds component, plugin, distribution and version to every error.
 
         Args:
-            doing: What the component does in the context, for example the name of a method.
+            doing: What the component does inside the context, for example the name of a method.
         """
         return _named(f"{self.plugin}, `{self.address}`, {doing}")
 
@@ -99,12 +99,12 @@ def _named(start: str) -> Iterator[None]:
 
 @define(kw_only=True)
 class ComponentSelector:
-    """Selects components by address and collects the faults of their options.
+    """Selects components by address and collects the errors in their options.
 
     Attributes:
         registry: Loads the plugins that addresses name.
         document: The recipe, to add the file and line of a key to an error.
-        faults: The faults of all options so far.
+        faults: The errors found so far in the options of all components.
     """
 
     registry: PluginRegistry = field(factory=PluginRegistry)
@@ -114,13 +114,13 @@ class ComponentSelector:
     def select(
         self, kind: Kind, use: str, *, options: Mapping[str, Any], at: KeyPath = ()
     ) -> SelectedComponent:
-        """Return the component that `use` names; faults of its options are collected, not raised.
+        """Return the component that `use` names; errors in its options are added to `faults`, not raised.
 
         Args:
-            kind: The table of the recipe that `use` is a key of.
+            kind: Kind of the component, which is also the table of the recipe that contains `use`.
             use: `<plugin>.<component>`, or `<plugin>`.
-            options: The table `options` beside it.
-            at: Path of that table's parent in the recipe.
+            options: The table `options` of the same recipe table.
+            at: Path of the table that contains `use` and `options`.
 
         Raises:
             WmtpError: There is no such component, or its plugin cannot be loaded.
@@ -148,7 +148,7 @@ class ComponentSelector:
 
 
 def weighting_choices(value: Any) -> Iterator[tuple[KeyPath, WeightingChoice]]:
-    """Yield the weightings that structured options name, each with its path."""
+    """Yield every `WeightingChoice` inside structured options, with its path."""
     if isinstance(value, WeightingChoice):
         yield (), value
     elif attrs.has(type(value)):
@@ -162,10 +162,11 @@ def weighting_choices(value: Any) -> Iterator[tuple[KeyPath, WeightingChoice]]:
 
 
 def resolve(registry: PluginRegistry, kind: Kind, use: str) -> tuple[FoundPlugin, AnyComponent]:
-    """Return the component that `use` names: `<plugin>.<component>`, or `<plugin>` if it has just one.
+    """Return the component that `use` names: `<plugin>.<component>`, or `<plugin>` if there is only one.
 
     Raises:
-        WmtpError: The plugin cannot be loaded, has no such component, or has several and `use` names none.
+        WmtpError: The plugin cannot be loaded or has no such component, or `use` names only a plugin that has
+            several components of the kind.
     """
     plugin_name, dot, name = use.partition(".")
     if plugin_name not in registry.found:
@@ -190,7 +191,7 @@ def resolve(registry: PluginRegistry, kind: Kind, use: str) -> tuple[FoundPlugin
 
 
 def _hint(registry: PluginRegistry, plugin: LoadedPlugin, kind: Kind, name: str) -> str | None:
-    """Return what a recipe that names a missing component may have meant."""
+    """Return a hint at the component that a recipe with a wrong address may have meant."""
     plugin_name, offered = plugin.found.name, plugin.components[kind]
     near = [f"{plugin_name}.{each}" for each in nearest(name, offered)]
     for other in Kind:
@@ -205,7 +206,7 @@ def _hint(registry: PluginRegistry, plugin: LoadedPlugin, kind: Kind, name: str)
 def same_name(registry: PluginRegistry, kind: Kind, name: str) -> list[str]:
     """Return the addresses of the components of this kind and name in all installed plugins.
 
-    Loads every installed plugin and skips those that fail: only for the hint of an error.
+    This loads every installed plugin and skips plugins that fail, so use it only for the hint of an error.
     """
     addresses = []
     for plugin in registry.found:

@@ -1,7 +1,7 @@
-"""The code that a result depends on: SHA-256 sums of the source files of distributions. Imports no plugin.
+"""SHA-256 sums of the source code that a result depends on. This module imports no plugin.
 
-Authors install a plugin in editable mode and edit it, while its version stays 0.1.0. Two results of one
-version can therefore come from different code; two results of one source cannot.
+The author of a plugin in editable mode changes the code without changing the version. Two results with the
+same version can therefore come from different code, which the SHA-256 sums reveal.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from packaging.utils import canonicalize_name
 from weighted_mtp_core.plugins.discovery import CORE_DISTRIBUTION, FoundPlugin
 
 LIBRARIES = ("torch", "transformers")
-"""Distributions that count by version, without the build: 2.9.0+cpu and 2.9.0+cu130 are the same here."""
+"""Distributions identified by version without the build: 2.9.0+cpu and 2.9.0+cu130 are the same here."""
 
 _NO_RESULT = ("cli", "compare", "export", "report", "scaffold", "testing", "tracking")
-"""Packages of core that change no number of a run."""
+"""Packages of core that do not affect the results of a run."""
 
 _NOT_INSTALLED = frozenset({"conftest", "docs", "setup", "test", "tests"})
-"""Modules that lie beside the packages of an editable distribution."""
+"""Modules in the same folder as the packages of an editable distribution, which are not part of it."""
 
 
 def source_identity(plugins: Iterable[FoundPlugin]) -> dict[str, str]:
-    """Return version and source of the code that components of these plugins run, by distribution.
+    """Return, for each distribution whose code these plugins run, its version and a SHA-256 of its source.
 
-    The value is `<version>, source <SHA-256>`, and for `LIBRARIES` the version. Core is always included;
-    so is a requirement of a plugin that is installed in editable mode.
+    The value is `<version>, source <SHA-256>`, or only the version for `LIBRARIES`. Core is always
+    included, and so are requirements of a plugin that are installed in editable mode.
     """
     found = {name: distribution(name).version.partition("+")[0] for name in LIBRARIES}
     sources = {CORE_DISTRIBUTION: {"weighted_mtp_core"}}
@@ -53,20 +53,20 @@ def _editable_requirements(plugin: FoundPlugin) -> Iterator[str]:
     for requirement in map(Requirement, plugin.requires):
         try:
             installed = distribution(requirement.name)
-        except PackageNotFoundError:  # of an extra, or of another platform
+        except PackageNotFoundError:  # a requirement of an extra or of another platform
             continue
         if json.loads(installed.read_text("direct_url.json") or "{}").get("dir_info", {}).get("editable"):
             yield canonicalize_name(requirement.name)
 
 
 def _modules(installed: Distribution) -> Iterator[str]:
-    """Yield the names of the top-level modules of a distribution, as far as its metadata tell."""
+    """Yield the names of the top-level modules of a distribution that its metadata list."""
     yield from (installed.read_text("top_level.txt") or "").split()
     for file in installed.files or ():
         name = file.parts[0].removesuffix(".py")
         if name.isidentifier() and "editable_" not in name:
             yield name
-        elif file.suffix == ".pth":  # of an editable distribution: a line is the folder of its modules
+        elif file.suffix == ".pth":  # editable distribution: each line is a folder with its modules
             folders = [Path(line) for line in Path(str(file.locate())).read_text("utf-8").splitlines()]
             for entry in (entry for folder in folders if folder.is_dir() for entry in folder.iterdir()):
                 if entry.suffix == ".py" or (entry / "__init__.py").is_file():
@@ -86,7 +86,7 @@ def _paths(modules: Iterable[str]) -> tuple[Path, ...]:
 
 @cache
 def _sha256(paths: tuple[Path, ...]) -> str:
-    """Return the SHA-256 of modules and folders of packages, once per process: 15 ms for core."""
+    """Return the SHA-256 of modules and package folders; cached per process because core takes 15 ms."""
     digest = hashlib.sha256()
     for path in paths:
         for file in [path] if path.is_file() else sorted(filter(Path.is_file, path.rglob("*"))):
@@ -98,7 +98,7 @@ def _sha256(paths: tuple[Path, ...]) -> str:
 
 
 def _is_source(parts: tuple[str, ...]) -> bool:
-    """Return whether a file is source, data of a package included, and not a cache or a copy of an editor."""
+    """Return whether a file is source code or package data, and not a cache or an editor's backup copy."""
     return not (
         "__pycache__" in parts
         or any(part.startswith(".") for part in parts)

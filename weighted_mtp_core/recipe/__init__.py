@@ -1,1 +1,1 @@
-"""Recipes: TOML files, layered and structured strictly into attrs classes."""
+"""Recipes: TOML files that are merged from layers and converted strictly to attrs classes."""

@@ -1,7 +1,7 @@
-"""One table merged from the layers of a recipe, with the origin of each key.
+"""The table that results from merging the layers of a recipe, with the origin of each key.
 
-Later layers win. Tables merge key by key; arrays and values are replaced. A layer that names another
-component with `use` discards the options of the old one.
+Later layers override earlier ones. Tables are merged key by key; arrays and values are replaced. If a layer
+selects another component with `use`, the options of the previous component are discarded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Document:
     Attributes:
         name: The recipe's path as the user gave it.
         table: The merged layers.
-        texts: The text of every file read, lowest layer first.
+        texts: The text of every file that was read, lowest layer first.
     """
 
     name: str
@@ -36,19 +36,20 @@ class Document:
 
     @property
     def files(self) -> list[str]:
-        """Every file read, lowest layer first."""
+        """The paths of all files that were read, lowest layer first."""
         return list(self.texts)
 
     def add(self, table: Table, *, file: str, text: str) -> None:
-        """Merge a file on top; `table` holds what counts of its text."""
+        """Merge a file as the highest layer; `table` contains the keys of `text` that apply."""
         self._merge(self.table, table, file, at=())
         self.texts[file] = text
 
     def set(self, keys: Sequence[str], value: Any, *, source: str) -> None:
-        """Set one value on top; missing tables on the way to it are created.
+        """Set one value in the highest layer; missing tables on the path to the key are created.
 
         Raises:
-            WmtpError: The keys lead through a value that is no table, or past the end of an array.
+            WmtpError: The path of keys contains a value that is not a table, or an index past the end of an
+                array.
         """
         parent: Any = self.table
         at: KeyPath = ()
@@ -67,12 +68,12 @@ class Document:
             self._sources[*at, step] = source
 
     def locate(self, path: KeyPath) -> str:
-        """Return "file, line 3, a.key" or "--set, a.key": what wrote the key or the table around it."""
+        """Return where a key, or else its table, was set: "file, line 3, a.key" or "--set, a.key"."""
         source, line = self._origin(path)
         return ", ".join([source, *([f"line {line}"] if line else []), dotted(path)])
 
     def error(self, faults: Sequence[Fault]) -> WmtpError:
-        """Return one error that lists every fault with its origin, in the order of the files."""
+        """Return one error that lists every fault with its file and line, in the order of the files."""
         ordered = sorted(dict.fromkeys(faults), key=self._order)
         # the first line names the recipe's own file
         lines = [
@@ -83,7 +84,7 @@ class Document:
         return WmtpError("\n".join([f"{self.name}: {count}", *lines]), hint=next(iter(hints), None))
 
     def _quoting_hint(self, fault: Fault) -> str | None:
-        """Return how to pass a text that is also TOML of another type, as in `--set run.name=123`."""
+        """Return how to quote a string that TOML reads as another type, as in `--set run.name=123`."""
         if self._origin(fault.path)[0] != "--set" or not fault.text.startswith("expected str, got"):
             return None
         return f"a text that looks like another value needs quotes: --set '{dotted(fault.path)}=\"...\"'"
@@ -107,14 +108,14 @@ class Document:
             del self._sources[below]
 
     def _origin(self, path: KeyPath) -> tuple[str, int]:
-        """Return the file or option, and the line or 0, of a key or of the nearest table around it."""
+        """Return where a key or its nearest enclosing table was set: (file, line) or (option, 0)."""
         while path and path not in self._sources:
             path = path[:-1]
         source = self._sources.get(path, self.name)
         return source, find_lines(self.texts.get(source, "")).get(path, 0)
 
     def _order(self, fault: Fault) -> tuple[int, int, str]:
-        """Sort faults of the recipe itself first, then of the lower layers, then of options, each by line."""
+        """Return a sort key: faults of the recipe come first, then of lower layers, then of options."""
         source, line = self._origin(fault.path)
         layer = self.files.index(source) if source in self.texts else len(self.texts)
         return -1 if source == self.name else layer, line, dotted(fault.path)
@@ -126,7 +127,7 @@ def dotted(path: Sequence[str | int]) -> str:
 
 
 def _index(parent: Any, key: str, *, at: KeyPath, source: str) -> str | int:
-    """Return what `key` selects in `parent`: a key of a table, or the index of an array's element."""
+    """Convert `key` to a key of `parent` if it is a table, or to an index if it is an array."""
     if isinstance(parent, dict):
         return key
     name = dotted(at)

@@ -1,4 +1,4 @@
-"""Read the layers of a recipe: the files named by `extends` (in order), the recipe, the preset, `--set`."""
+"""Read the layers of a recipe in this order: the files in `extends`, the recipe, the preset, `--set`."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def _add_file(
         line = find_lines(text)["extends",]
         raise WmtpError(f"{path}: line {line}, extends: expected array of str, got {shown(bases)}")
     for name in bases:
-        # normpath folds `a/../b`: messages show the path that a person would write
+        # normpath shortens `a/../b`, so that messages show the path that a person would write
         base = Path(os.path.normpath(path.parent / name))
         if base.resolve() in [Path(file).resolve() for file in document.files]:
-            continue  # several files extend it: it stays below them, and resets nothing
+            continue  # an earlier file already extends this base, which must not override that file
         _add_file(document, base, extended_by=(*extended_by, path), is_preset=is_preset)
     if is_preset:
         table = {key: value for key, value in table.items() if _preset_applies(document, key, value)}
@@ -66,7 +66,7 @@ def _add_file(
 
 
 def _preset_applies(document: Document, key: str, table: Any) -> bool:
-    """Return whether a preset's table changes what the recipe has, rather than adding another component."""
+    """Return whether a preset's table changes a table of the recipe instead of adding another component."""
     recipe = document.table.get(key)
     if key == "critic" and recipe is None:
         return False
@@ -89,7 +89,7 @@ def _read(path: Path, *, extended_by: tuple[Path, ...]) -> str:
 
 def _find_preset(name: str, *, beside: Path) -> Path:
     found: dict[str, Path] = {}
-    for folder in (PRESETS, beside.parent / "presets"):  # the recipe's own presets win
+    for folder in (PRESETS, beside.parent / "presets"):  # presets next to the recipe override core's
         found |= {file.stem: file for file in sorted(folder.glob("*.toml"))}
     if name in found:
         return found[name]

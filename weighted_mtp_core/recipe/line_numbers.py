@@ -1,4 +1,4 @@
-"""The line of every key of a TOML file, for error messages: tomli gives values without positions."""
+"""The line of every key of a TOML file, for error messages; tomli returns values without their lines."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ _BRACKETS = ["".join(each) for depth in range(4) for each in itertools.product("
 
 @functools.cache
 def find_lines(text: str) -> Mapping[KeyPath, int]:
-    """Return the line, from 1, of every table, key and array element of a valid TOML text.
+    """Return the line number, from 1, of every table, key and array element of a valid TOML text.
 
-    Reads the first line alone, then the first two, and so on: a line that adds a key holds it. Brackets close
-    an array or inline table that continues; a string that continues begins after the last text that is valid.
+    Parses the first line alone, then the first two lines, and so on; a key belongs to the line with which it
+    first appears. Arrays and inline tables that continue on later lines are closed by added brackets. A
+    string that continues on later lines begins after the last valid text.
     """
     rows = text.split("\n")
     lines: dict[KeyPath, int] = {}

@@ -17,18 +17,19 @@ from weighted_mtp_core.recipe.structure import Fault, plain, shown, structure
 
 _USER_AND_PASSWORD = re.compile(r"://[^/\s:@]*:[^/\s]*@")
 _HINT = (
-    "a recipe holds no secrets: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD "
+    "a recipe must not contain secrets: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD "
     "in the environment or in `.env`"
 )
 
 
 def load_recipe(path: Path, *, preset: str | None = None, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe with the files that it extends, the preset and the `--set` overrides on top.
+    """Read a recipe, merged with the files that it extends, the preset and the `--set` overrides.
 
-    The options of components stay as written: only `make_plan` loads the plugins that check them.
+    The options of components are not checked here; `make_plan` loads the plugins and checks the options.
 
     Raises:
-        WmtpError: Lists every fault with file, line, key, expected value and the nearest valid name.
+        WmtpError: The recipe is not valid; the message lists every fault with file, line, key and expected
+            value.
     """
     document = read_document(path, preset=preset, overrides=overrides)
     recipe, faults = structure_recipe(document)
@@ -38,7 +39,7 @@ def load_recipe(path: Path, *, preset: str | None = None, overrides: Sequence[st
 
 
 def structure_recipe(document: Document) -> tuple[Recipe | None, list[Fault]]:
-    """Return the recipe, or None and every fault that can be found without plugins."""
+    """Return the recipe and no faults, or None and all faults that can be found without loading plugins."""
     recipe, faults = structure(Recipe, document.table)
     faults += credential_faults(document.table)
     return (None if faults else recipe), faults
@@ -47,7 +48,7 @@ def structure_recipe(document: Document) -> tuple[Recipe | None, list[Fault]]:
 def credential_faults(value: Any, *, at: KeyPath = ()) -> list[Fault]:
     """Find every `scheme://user:password@host` below `value`; the faults do not show the password."""
     if isinstance(value, str) and _USER_AND_PASSWORD.search(value):
-        return [Fault(at, f"holds a user name and password: {shown(value)}", hint=_HINT)]
+        return [Fault(at, f"contains a user name and password: {shown(value)}", hint=_HINT)]
     if isinstance(value, list):
         value = dict(enumerate(value))
     items = value.items() if isinstance(value, Mapping) else ()

@@ -12,13 +12,13 @@ from weighted_mtp_core.errors import WmtpError
 
 
 def parse_overrides(texts: Sequence[str]) -> list[tuple[list[str], Any]]:
-    """Return the keys and the value of each override, those of `use` first.
+    """Return the keys and the value of each override; overrides of `use` come first.
 
-    A new `use` discards the options of the old component; it must not discard options that the same command
-    line sets.
+    A new `use` discards the options of the previous component. Because it comes first, it does not discard
+    options that the same command line sets.
 
     Raises:
-        WmtpError: A text is no KEY=VALUE.
+        WmtpError: An override does not have the form KEY=VALUE.
     """
     return sorted(map(_parse_override, texts), key=lambda override: override[0][-1] != "use")
 
@@ -33,7 +33,7 @@ def _parse_override(text: str) -> tuple[list[str], Any]:
 
 
 def _parse_value(value: str, *, text: str) -> Any:
-    """Parse a TOML value. Anything else is a string, so that `--set model.base=micro` needs no quotes."""
+    """Parse a TOML value. Other text becomes a string, so `--set model.base=micro` needs no quotes."""
     try:
         table = tomli.loads(f"value = {value}")
     except tomli.TOMLDecodeError as error:

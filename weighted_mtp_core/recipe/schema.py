@@ -17,7 +17,7 @@ from weighted_mtp_core.run_tags import check_tags
 class RunTable:
     """`[run]`: the run's name, seed and folders.
 
-    `output_dir` defaults to `<storage>/runs`, `experiment` to `<experiment_prefix>/<weighting plugin>`.
+    `output_dir` is `<storage>/runs` by default; `experiment` is `<experiment_prefix>/<weighting plugin>`.
     `resume = "auto"` resumes the latest unfinished run of the same recipe, if there is one.
     """
 
@@ -63,7 +63,8 @@ class ModelTable:
 
     `base` is `micro`, a folder under `storage/models_v2`, a transformers directory, a `.gguf` file or a hub
     id. `shard` splits the layers' parameters over the processes of `torchrun` (FSDP2).
-    `activation_checkpointing` keeps only each layer's input and recomputes the rest in the backward pass.
+    `activation_checkpointing` stores only the input of each layer and recomputes all other activations in the
+    backward pass.
     """
 
     base: str = "micro"
@@ -78,7 +79,7 @@ class ModelTable:
 
 @frozen(kw_only=True)
 class Selection:
-    """`use` names a component: `<plugin>.<component>`, or `<plugin>` if it has only one of the kind."""
+    """`use` selects a component: `<plugin>.<component>`, or `<plugin>` if it has only one of the kind."""
 
     use: str
     options: Mapping[str, Any] = field(factory=dict)
@@ -86,9 +87,9 @@ class Selection:
 
 @frozen(kw_only=True)
 class DataTable(Selection):
-    """`[data]`: the data source. Documents longer than `max_tokens` are left out and counted.
+    """`[data]`: the data source. Documents longer than `max_tokens` are counted and left out.
 
-    Documents begin with BOS if the tokenizer puts it there (`bos = "auto"`), always, or never.
+    Documents begin with BOS always, never, or (`bos = "auto"`) if the tokenizer adds BOS to texts.
     `packing = "documents"` puts several documents into each row of stage 2, up to `pack_tokens` tokens.
     """
 
@@ -105,9 +106,9 @@ class DataTable(Selection):
 
 @frozen(kw_only=True)
 class TrainTable:
-    """`[train]` and `[critic.train]`: one training. `batch_size` is the global batch size, in rows.
+    """`[train]` (stage 2) and `[critic.train]` (stage 1). `batch_size` is the global batch size in rows.
 
-    A step with a non-finite loss or gradient is skipped; `max_bad_steps` such steps in a row stop the run.
+    A step with a non-finite loss or gradient is skipped; `max_bad_steps` consecutive such steps stop the run.
     """
 
     steps: int = field(default=300, validator=v.ge(1))
@@ -131,11 +132,12 @@ class TrainTable:
 
 @frozen(kw_only=True)
 class LossTable:
-    """`[loss]`: the divisor of the weighted cross-entropies, and the heads' shares of the loss (alpha).
+    """`[loss]`: the normalisation of the weighted cross-entropies, and each head's share of the loss (alpha).
 
-    Head k's share is `head_weights[k - 1] * head_decay^(k - 1)`, normalised to sum 1; an empty
-    `head_weights` means 1 for each head. `head_schedule` adds or removes heads 2..K over the first
-    `head_schedule_end` (a fraction) of the steps. `detach_trunk` stops their gradient at the trunk.
+    The share of head k is `head_weights[k - 1] * head_decay^(k - 1)`, normalised to sum 1; an empty
+    `head_weights` means 1 for each head. `head_schedule` adds or removes heads 2..K during the first
+    `head_schedule_end` (a fraction) of the steps. `detach_trunk` stops the gradient of heads 2..K at the
+    trunk.
     """
 
     normalise: Literal["weights", "tokens"] = "weights"
@@ -160,10 +162,10 @@ class LossTable:
 class PairsTable:
     """`[critic.pairs]`: pairs of a correct and an incorrect response, for a critic that learns from pairs.
 
-    The lengths of a pair differ by less than the factor `length_ratio` (1: not at all), and the correct one
-    is as often the longer as the shorter; 0 ignores lengths. `difficulty_weights` has one number for each
-    fifth of the share of correct responses to a problem, hardest first: the fraction of the pairs to keep,
-    relative to the largest number.
+    The lengths of the two responses differ by less than the factor `length_ratio` (with 1 they are equal),
+    and the correct response is the longer one as often as the shorter one; with 0 lengths are ignored.
+    `difficulty_weights` has one number for each of five bins of a problem's share of correct responses,
+    hardest first. Divided by the largest number, it is the fraction of the bin's pairs to keep.
     """
 
     length_ratio: float = field(default=1.25)
@@ -185,8 +187,8 @@ class PairsTable:
 class CriticTable(Selection):
     """`[critic]`: the critic and its training (stage 1).
 
-    `checkpoint` is the folder `checkpoints/critic` of an earlier run; stage 1 is then skipped. A critic that
-    is not shown to be better than a constant stops the run unless `allow_uninformative_critic` is set.
+    `checkpoint` is the folder `checkpoints/critic` of an earlier run; if it is given, stage 1 is skipped. A
+    critic that is not shown to be better than a constant stops the run, unless `allow_uninformative_critic`.
     `cache` stores the scores of a critic that does not read the policy in `<storage>/signals`.
     """
 
@@ -199,10 +201,10 @@ class CriticTable(Selection):
 
 @frozen(kw_only=True)
 class CheckpointTable:
-    """`[checkpoint]`: the checkpoints that `run --resume` reads, of both trainings.
+    """`[checkpoint]`: the checkpoints of stages 1 and 2, from which `run --resume` continues.
 
-    `every = 0` writes one at the end of each training only. The last `keep` remain, and those at multiples of
-    `keep_every` steps.
+    A checkpoint is written after every `every` steps and at the end of each stage, or with 0 only at the end.
+    Core keeps the last `keep` checkpoints and the checkpoints at multiples of `keep_every` steps.
     """
 
     every: int = field(default=100, validator=v.ge(0))
@@ -237,9 +239,9 @@ class EvaluateTable:
 
 @frozen(kw_only=True)
 class TrackerTable(Selection):
-    """`[[tracker]]`: one destination of metrics and artifacts; a recipe can have any number.
+    """`[[tracker]]`: one destination of metrics and artifacts; a recipe can have any number of trackers.
 
-    The end of a run waits `close_seconds` for an unreachable tracker; `track sync` sends the rest later.
+    At its end a run waits `close_seconds` for an unreachable tracker; `track sync` sends the rest later.
     """
 
     close_seconds: float = field(default=30.0, validator=v.ge(0))
@@ -247,7 +249,7 @@ class TrackerTable(Selection):
 
 @frozen(kw_only=True)
 class Recipe:
-    """A whole recipe, after `extends`, preset and `--set`."""
+    """A whole recipe, after `extends`, preset and `--set` have been merged."""
 
     run: RunTable
     model: ModelTable = ModelTable()

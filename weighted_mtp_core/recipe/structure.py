@@ -1,7 +1,7 @@
-"""Turn TOML tables into attrs classes, strictly: every fault is reported, none is repaired.
+"""Convert TOML tables to attrs classes strictly: every fault is reported and none is corrected silently.
 
-A class describes a table: its fields are the keys, their types and validators the allowed values. The
-recipe's own tables and the `options` of every component go through the same function, `structure`.
+The fields of a class are the keys of a table; their types and validators define the allowed values. The
+function `structure` converts both the recipe's own tables and the `options` of every component.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LONGEST = 60  # characters of a value in a message
 
 @attrs.frozen
 class Fault:
-    """One mistake in a recipe: the key, what is wrong with it and, if known, what to do about it."""
+    """One error in a recipe: the path of the key, what is wrong with it and, if known, how to correct it."""
 
     path: KeyPath
     text: str
@@ -37,8 +37,8 @@ class Fault:
 def structure(cls: type[T], table: Mapping[str, Any], *, at: KeyPath = ()) -> tuple[T | None, list[Fault]]:
     """Convert the TOML table at the path `at` to an instance of `cls`.
 
-    A bool is not accepted as an int, nor a float as an int; an int is accepted as a float. Unknown and
-    missing keys, non-finite numbers and values that a validator refuses are faults.
+    A bool or a float is not accepted as an int; an int is accepted as a float. Unknown and missing keys,
+    non-finite numbers and values that a validator refuses are faults.
 
     Returns:
         The instance and no faults, or None and every fault.
@@ -49,7 +49,7 @@ def structure(cls: type[T], table: Mapping[str, Any], *, at: KeyPath = ()) -> tu
 
 
 def plain(value: Any) -> Any:
-    """Return a structured value as TOML writes it: tables, arrays and scalars, without keys that are None."""
+    """Return a structured value as TOML tables, arrays and scalars; keys whose value is None are left out."""
     if attrs.has(type(value)):
         fields = [a for a in attrs.fields(type(value)) if a.init]
         return plain({a.alias: getattr(value, a.name) for a in fields})
@@ -73,7 +73,7 @@ def default_of(attribute: Any) -> Any:
 
 
 def shown(value: Any) -> str:
-    """Return a value's TOML type and the value, shortened and without credentials: "float 3.5", "table"."""
+    """Return a value with its type, such as "float 3.5" or "table", shortened and without credentials."""
     if isinstance(value, dict):
         return "table"
     if isinstance(value, list):
@@ -85,7 +85,7 @@ def shown(value: Any) -> str:
 
 
 def expected(kind: Any) -> str:
-    """Return the name of a field's type: "int", "one of `a`, `b`", "array of float"."""
+    """Return the name of a field's type, such as "int", "one of `a`, `b`" or "array of float"."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if members := choices(kind):
         return f"one of {quoted(members)}"
@@ -101,7 +101,7 @@ def expected(kind: Any) -> str:
 
 
 def choices(kind: Any) -> dict[Any, Any]:
-    """Return the members of a Literal or Enum by their TOML values; empty for other types."""
+    """Return the members of a Literal or Enum, keyed by their TOML values; empty for other types."""
     if typing.get_origin(kind) is typing.Literal:
         return {choice: choice for choice in typing.get_args(kind)}
     is_enum = isinstance(kind, type) and issubclass(kind, enum.Enum)
@@ -112,15 +112,15 @@ _Converter = Callable[[Any, Any, KeyPath, list[Fault]], Any]
 
 
 def _convert(value: Any, kind: Any, at: KeyPath, faults: list[Fault]) -> Any:
-    """Return `value` as a `kind`, or None after adding what is wrong to `faults`."""
+    """Convert `value` to the type `kind`; on failure add the fault to `faults` and return None."""
     for applies, converter in _CONVERTERS:
         if applies(kind):
             return converter(value, kind, at, faults)
-    raise TypeError(f"a recipe cannot hold a value of type {kind!r}")
+    raise TypeError(f"a recipe cannot contain a value of type {kind!r}")
 
 
 def _refuse(faults: list[Fault], at: KeyPath, text: str) -> Any:
-    """Add a fault; return None in place of the value."""
+    """Add a fault and return None instead of a value."""
     faults.append(Fault(at, text))
 
 
@@ -196,7 +196,7 @@ def _table(table: Any, cls: Any, at: KeyPath, faults: list[Fault]) -> Any:
     for key, attribute in fields.items():
         is_required = attribute.default is attrs.NOTHING
         if key in table or (is_required and attrs.has(attribute.type)):
-            # A missing table is read as an empty one: its missing keys say more than "missing".
+            # A missing table is read as an empty one, because the list of its missing keys is more helpful.
             wrong: list[Fault] = []
             converted = _convert(table.get(key, {}), attribute.type, (*at, key), wrong)
             found += wrong
@@ -223,7 +223,7 @@ def _unknown_key(key: str, fields: Iterable[str], at: KeyPath) -> Fault:
 def _refused(
     cls: type[Any], fields: Mapping[str, Any], values: Mapping[str, Any], at: KeyPath
 ) -> list[Fault]:
-    """Run the validator of each key; the constructor would stop at the first one that refuses."""
+    """Run the validator of every key, because the constructor would stop at the first invalid value."""
     known = {key: default_of(attribute) for key, attribute in fields.items()} | dict(values)
     known = {key: value for key, value in known.items() if value is not attrs.NOTHING}
     instance = object.__new__(cls)
@@ -233,7 +233,7 @@ def _refused(
     for key, value in known.items():
         attribute = fields[key]
         if isinstance(attribute.converter, attrs.Converter):
-            continue  # it may take the whole instance
+            continue  # the default may depend on the whole instance
         try:
             converted = attribute.converter(value) if attribute.converter is not None else value
             if attribute.validator is not None:
@@ -241,12 +241,12 @@ def _refused(
         except (ValueError, TypeError) as error:
             faults.append(Fault((*at, key), _sentence(error, attribute.name)))
         except AttributeError:
-            continue  # it compares with a key that is itself at fault
+            continue  # the validator compares with a key whose own value is invalid
     return faults
 
 
 def _sentence(error: Exception, name: str) -> str:
-    """Return a validator's message without the key's name in front: the fault already names the key."""
+    """Return a validator's message without the leading name of the key, which the fault already contains."""
     return str(error.args[0] if error.args else error).removeprefix(f"'{name}' ")
 
 

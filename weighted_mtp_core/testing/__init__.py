@@ -1,4 +1,4 @@
-"""Conformance suites: the tests that every component must pass, as classes that a plugin's tests subclass.
+"""Conformance suites: classes of tests that every component must pass, which a plugin's tests subclass.
 
     from weighted_mtp_core.testing import WeightingStrategySuite
 
@@ -6,7 +6,7 @@
         address = "my_plugin.my_weighting"
 
 A component with required options overrides the fixture `options`, which returns a recipe's `[<kind>.options]`
-table. Needs the extra `testing` (`pip install weighted-mtp-core[testing]`).
+table. The suites need the extra `testing` (`pip install weighted-mtp-core[testing]`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MODULES = dict(zip(__all__, ("component", "critic", "data_source", "tracker", "
 
 
 def __getattr__(name: str) -> Any:
-    """Import a suite on first use: pytest imports this package, for its plugin, in every run."""
+    """Import a suite on first use, because every pytest run imports this package for its pytest plugin."""
     if name not in _MODULES:
         raise AttributeError(f"module `{__name__}` has no attribute `{name}`")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""The checks that every component must pass, whatever its kind."""
+"""The checks that components of every kind must pass."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _registry(path: tuple[str, ...]) -> PluginRegistry:
 
 
 def select(kind: Kind, address: str, options: Mapping[str, Any]) -> SelectedComponent:
-    """Return a component of an installed plugin; wrong options fail the test."""
+    """Return a component of an installed plugin; the test fails if the options are invalid."""
     selector = ComponentSelector(registry=_registry(tuple(sys.path)))
     selected = selector.select(kind, address, options=options)
     assert not selector.faults, [f"{'.'.join(map(str, each.path))}: {each.text}" for each in selector.faults]
@@ -52,7 +52,7 @@ def select(kind: Kind, address: str, options: Mapping[str, Any]) -> SelectedComp
 
 @functools.cache
 def heavy_imports(plugin: str) -> tuple[str, ...]:
-    """Return the heavy packages that loading a plugin imports, in a new interpreter."""
+    """Load a plugin in a new interpreter and return the heavy packages that this imports."""
     command = [sys.executable, "-c", _LOAD, plugin, *_HEAVY]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -61,13 +61,14 @@ def heavy_imports(plugin: str) -> tuple[str, ...]:
 
 @contextmanager
 def random_numbers_untouched() -> Iterator[None]:
-    """Fail if the block draws from a global random generator or seeds it."""
+    """Fail if the block draws from or seeds a global random generator."""
 
     def states() -> list[Any]:
         legacy = repr(np.random.get_state(legacy=True))  # noqa: NPY002 - the global state is compared
         return [random.getstate(), legacy, torch.get_rng_state().tolist()]
 
-    # Draw once from each: otherwise a block that sets the seed of an earlier block would leave no trace.
+    # Draw once from each generator; otherwise a block that sets the same seed as an earlier one goes
+    # unnoticed.
     random.random(), np.random.random(), torch.rand(1)  # noqa: NPY002, S311
     before = states()
     yield
@@ -76,24 +77,24 @@ def random_numbers_untouched() -> Iterator[None]:
 
 
 def assert_unchanged(now: Any, before: Any) -> None:
-    """Compare two objects of one attrs class, tensors included."""
+    """Assert that two objects of one attrs class are equal, including their tensors."""
     for each in attrs.fields(type(now)):
         one, other = getattr(now, each.name), getattr(before, each.name)
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, each.name
 
 
 def copy_state(source: Stateful, target: Stateful, folder: Path) -> None:
-    """Copy a component's state to another through a checkpoint on disk, as a resumed run does."""
+    """Copy a component's state to another component through a checkpoint on disk, as a resumed run does."""
     save_component(source, folder)
     load_component(target, folder)
 
 
 class ComponentSuite:
-    """Checks of a component's declaration, its options, and how it is built.
+    """Checks how a component is declared and built, and the class of its options.
 
     Attributes:
         address: `<plugin>.<component>` of an installed plugin.
-        kind: Set by the suite of each kind.
+        kind: The kind of component, set by the suite for that kind.
     """
 
     address: ClassVar[str]
@@ -106,14 +107,14 @@ class ComponentSuite:
 
     @pytest.fixture
     def context(self, tmp_path: Path) -> BuildContext:
-        """The context for `Component.build`; weightings and critics get a stand-in for the policy."""
+        """The context for `Component.build`; it gives weightings and critics a stand-in for the policy."""
         has_policy = self.kind in {Kind.WEIGHTING, Kind.CRITIC}
         model = documents.model_context() if has_policy else None
         return BuildContext(seed=7, storage=tmp_path / "storage", model=model)
 
     @pytest.fixture
     def selected(self, options: Mapping[str, Any]) -> SelectedComponent:
-        """The component with its options, as in a plan."""
+        """The component together with its options, as a plan of a run contains it."""
         return select(self.kind, self.address, options)
 
     @pytest.fixture
@@ -127,7 +128,7 @@ class ComponentSuite:
         return lambda: selected.build(context)
 
     def test_summary_is_one_line(self, component: AnyComponent) -> None:
-        """`plugins show` prints it."""
+        """`plugins show` prints the summary."""
         assert component.summary.strip()
         assert "\n" not in component.summary
 
@@ -136,14 +137,14 @@ class ComponentSuite:
         assert heavy_imports(self.address.partition(".")[0]) == ()
 
     def test_options_are_frozen(self, selected: SelectedComponent) -> None:
-        """A resolved recipe records what ran, so nothing may change the options later."""
+        """The resolved recipe records the options that a run used, so nothing may change them later."""
         fields = attrs.fields(type(selected.options))
         name = fields[0].name if fields else "anything"
         with pytest.raises((attrs.exceptions.FrozenInstanceError, AttributeError)):
             setattr(selected.options, name, getattr(selected.options, name, None))
 
     def test_options_are_keyword_only(self, component: AnyComponent) -> None:
-        """Otherwise a new option could only be added at the end."""
+        """With positional options, a new option could only be added at the end."""
         assert [each.name for each in attrs.fields(component.options) if each.init and not each.kw_only] == []
 
     def test_options_are_typed(self, component: AnyComponent) -> None:
@@ -154,7 +155,7 @@ class ComponentSuite:
         assert [name for name in fields if types.get(name, Any) is Any] == []
 
     def test_options_survive_a_resolved_recipe(self, selected: SelectedComponent) -> None:
-        """The resolved recipe is TOML, and running it again gives the same result."""
+        """The options can be written to the resolved recipe, which is TOML, and read back unchanged."""
         table = tomllib.loads(tomli_w.dumps(plain(selected.options)))
         again, faults = structure(selected.component.options, table)
 
@@ -166,7 +167,7 @@ class ComponentSuite:
         assert isinstance(build(), self.kind.interface)
 
     def test_building_leaves_global_random_numbers_alone(self, build: Callable[[], Any]) -> None:
-        """The same recipe and seed give the same numbers, whatever else is built."""
+        """The random numbers of a run do not depend on which other components are built."""
         with random_numbers_untouched():
             build()
 

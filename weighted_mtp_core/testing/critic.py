@@ -61,7 +61,7 @@ def _train(critic: Critic, *, steps: int) -> list[float]:
 
 
 def _own_parameters(critic: Critic) -> Iterator[nn.Parameter]:
-    """Yield every parameter among the object's attributes, whether `parameters` returns it or not."""
+    """Yield every parameter among the critic's attributes, even if `parameters` does not return it."""
     for value in vars(critic).values():
         if isinstance(value, nn.Parameter):
             yield value
@@ -75,13 +75,13 @@ def _assert_equal(scores: Mapping[str, Tensor], others: Mapping[str, Tensor]) ->
 
 
 class CriticSuite(checks.ComponentSuite):
-    """Checks of `score`, and of `loss` and `parameters` if the critic is trainable."""
+    """Checks the scores and the state of a critic and, if it is trainable, `loss` and `parameters`."""
 
     kind: ClassVar[Kind] = Kind.CRITIC
 
     @pytest.fixture
     def critic(self, build: Build) -> Critic:
-        """A critic; a trainable one after a few steps, because its first scores may all be equal."""
+        """A critic, trained for a few steps if it is trainable, because untrained scores may all be equal."""
         critic = build()
         if critic.trainable:
             _train(critic, steps=3)
@@ -96,11 +96,11 @@ class CriticSuite(checks.ComponentSuite):
         return critic
 
     def test_fills_exactly_what_it_provides(self, component: AnyComponent, critic: Critic) -> None:
-        """Core compares the declaration with the needs of the weighting before anything is built."""
+        """Core relies on the declared signals when it checks a recipe before building anything."""
         assert set(_score(critic, PACKED.batch())) == {_FIELDS[signal] for signal in component.provides}
 
     def test_scores_are_one_finite_float32_a_token(self, critic: Critic) -> None:
-        """Prompts and padding included."""
+        """Tokens of prompts and padding also get a score."""
         batch = PACKED.batch()
         for name, tensor in _score(critic, batch).items():
             assert tensor.shape == batch.ids_BT.shape, name
@@ -108,7 +108,7 @@ class CriticSuite(checks.ComponentSuite):
             assert tensor.isfinite().all(), name
 
     def test_scores_carry_no_gradient(self, critic: Critic) -> None:
-        """Even if the caller has enabled gradients."""
+        """Scores have no gradient even if the caller has enabled gradients."""
         batch = PACKED.batch()
         scores = _filled(critic.score(batch, _states(critic, batch)))
 
@@ -132,17 +132,17 @@ class CriticSuite(checks.ComponentSuite):
         _assert_equal(_score(critic, batch), _score(critic, no_reward))
 
     def test_padding_changes_no_score(self, critic: Critic) -> None:
-        """Neither its length nor the ids on it."""
+        """Neither the length of the padding nor the ids in it affect the scores."""
         self._assert_same_documents(
             critic, PACKED, attrs.evolve(PACKED, padding=PACKED.padding + 5, filler=3)
         )
 
     def test_packing_changes_no_score(self, critic: Critic) -> None:
-        """Documents that share a row get the scores that they get in rows of their own."""
+        """Documents that share a row get the same scores as in separate rows."""
         self._assert_same_documents(critic, PACKED, APART)
 
     def test_scoring_again_gives_the_same_scores(self, critic: Critic) -> None:
-        """No dropout, no hidden counter: scores may come from a cache."""
+        """A critic has no dropout and no hidden counter, because core may take scores from a cache."""
         _assert_equal(_score(critic, PACKED.batch()), _score(critic, PACKED.batch()))
 
     def test_leaves_the_batch_as_it_is(self, critic: Critic) -> None:
@@ -155,14 +155,14 @@ class CriticSuite(checks.ComponentSuite):
         checks.assert_unchanged(batch, _training_batch(critic))
 
     def test_equal_seeds_build_equal_critics(self, build: Build) -> None:
-        """Whatever happens to the global generators in between."""
+        """Global random generators do not affect how a critic is initialised."""
         first = _score(build(), PACKED.batch())
         torch.rand(3)
 
         _assert_equal(first, _score(build(), PACKED.batch()))
 
     def test_state_survives_a_checkpoint(self, build: Build, critic: Critic, tmp_path: Path) -> None:
-        """A critic loaded from a checkpoint gives the scores of the one that was saved, bit for bit."""
+        """A critic that is loaded from a checkpoint gives bitwise the same scores as the saved critic."""
         loaded = build()
         checks.copy_state(critic, loaded, tmp_path / "checkpoint")
 
@@ -179,7 +179,7 @@ class CriticSuite(checks.ComponentSuite):
         assert bool(list(critic.parameters())) == critic.trainable
 
     def test_the_loss_is_a_finite_float32_scalar(self, trainable: Critic) -> None:
-        """With a gradient; its metrics are scalars without one."""
+        """The loss has a gradient; the metrics are scalars without gradient."""
         result = _loss(trainable)
 
         assert result.loss.shape == ()
@@ -202,7 +202,7 @@ class CriticSuite(checks.ComponentSuite):
         assert hidden_BTH.grad is None
 
     def test_gradients_reach_every_listed_parameter_and_no_other(self, trainable: Critic) -> None:
-        """A parameter that is not listed is never trained; a listed one without gradient is a mistake."""
+        """Stage 1 trains exactly the parameters that `parameters` returns."""
         _loss(trainable).loss.backward()  # type: ignore[no-untyped-call]
         listed = list(trainable.parameters())
         others = [each for each in _own_parameters(trainable) if all(each is not one for one in listed)]
@@ -234,5 +234,5 @@ class CriticSuite(checks.ComponentSuite):
 
     @staticmethod
     def _assert_close(one: Tensor, other: Tensor) -> None:
-        """Compare up to the rounding of sums in another order."""
+        """Assert equality up to the rounding errors of sums in a different order."""
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

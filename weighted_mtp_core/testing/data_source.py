@@ -1,4 +1,4 @@
-"""What core promises of every data source."""
+"""The checks that every data source must pass."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from weighted_mtp_core.plugins.loading import Kind
 from weighted_mtp_core.testing.component import ComponentSuite, select
 
 Build = Callable[[], DataSource]
-_JUDGED = 3  # problems a split: each costs a sandboxed program
-# Builds the source from nothing and prints a digest of all its examples, in order.
+_JUDGED = 3  # problems per split; each needs a sandboxed program
+# Builds the source in a new process and prints a digest of all its examples, in order.
 _DIGEST = """
 import hashlib, json, sys
 from pathlib import Path
@@ -36,16 +36,16 @@ print(hashlib.sha256(repr(examples).encode()).hexdigest())
 
 
 class DataSourceSuite(ComponentSuite):
-    """Checks of examples, splits, version and, if the source can verify completions, of its verdicts.
+    """Checks the examples, splits and version of a data source, and its verdicts if it gives any.
 
-    Override `changed_options` to have it checked that the version tells changed data from unchanged.
+    Override `changed_options` to also check that the version changes when the data change.
     """
 
     kind: ClassVar[Kind] = Kind.DATA
 
     @pytest.fixture
     def changed_options(self) -> Mapping[str, Any] | None:
-        """Options that give other data, for example a copy of the file with one byte changed."""
+        """Options that select different data, for example a copy of the file with one byte changed."""
         return None
 
     @pytest.fixture
@@ -60,12 +60,12 @@ class DataSourceSuite(ComponentSuite):
         return split
 
     def test_there_is_something_to_train_on(self, source: DataSource) -> None:
-        """The split `train` is not empty, for the critic and for the policy."""
+        """The split `train` has examples both for the critic and for the policy."""
         assert len(source.examples("train")) > 0
         assert len(source.policy_examples("train")) > 0
 
     def test_examples_are_random_access(self, source: DataSource, split: Split) -> None:
-        """Sequences support random access, because batches are drawn by position."""
+        """Examples can be accessed by index, because batches are drawn by index."""
         examples = source.examples(split)
         in_order = list(examples)
 
@@ -80,7 +80,7 @@ class DataSourceSuite(ComponentSuite):
         assert empty == []
 
     def test_the_same_examples_come_twice_in_the_same_order(self, build: Build, split: Split) -> None:
-        """The order is the same in one object, and in another one with the same options."""
+        """The order is the same in repeated calls and in another source with the same options."""
         source = build()
         first = list(source.examples(split))
 
@@ -90,7 +90,7 @@ class DataSourceSuite(ComponentSuite):
     def test_examples_do_not_depend_on_the_hash_seed(
         self, options: Mapping[str, Any], tmp_path: Path
     ) -> None:
-        """The order of a set of strings differs between processes, so it must not decide the order."""
+        """Examples must not follow the order of a set of strings, which differs between processes."""
         found = set()
         for seed in ("0", "1"):
             command = [sys.executable, "-c", _DIGEST, self.address, json.dumps(dict(options))]
@@ -113,7 +113,7 @@ class DataSourceSuite(ComponentSuite):
         assert len(ids) == len(set(ids))
 
     def test_splits_share_no_problem(self, source: DataSource) -> None:
-        """A result on held-out problems means nothing if training used them."""
+        """A result on held-out problems is meaningless if the model was trained on these problems."""
         owners: dict[str, set[Split]] = {}
         for split in SPLITS:
             for example in [*source.examples(split), *source.policy_examples(split)]:
@@ -138,7 +138,7 @@ class DataSourceSuite(ComponentSuite):
         changed_options: Mapping[str, Any] | None,
         context: BuildContext,
     ) -> None:
-        """Other data have another SHA-256, even if only one byte differs."""
+        """The SHA-256 changes even if only one byte of the data changes."""
         if changed_options is None:
             pytest.skip("override the fixture `changed_options` to have this checked")
         changed = select(self.kind, self.address, changed_options).build(context)
@@ -146,7 +146,7 @@ class DataSourceSuite(ComponentSuite):
         assert changed.version().sha256 != build().version().sha256
 
     def test_verdicts_tell_right_from_wrong_in_order(self, source: DataSource, split: Split) -> None:
-        """A known solution passes, an empty completion does not; verdicts have the order of the attempts."""
+        """A known solution passes and an empty completion fails; verdicts have the order of the attempts."""
         problems = [each for each in source.problems(split) if each.solution is not None][:_JUDGED]
         if not problems:
             pytest.skip("no problem of this split has a known solution")

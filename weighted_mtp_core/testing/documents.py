@@ -1,4 +1,4 @@
-"""Documents with known signals, in batches laid out as core does it: packed or one per row, with any padding.
+"""Documents with known signals, in batches like the ones of core: packed or one per row, with any padding.
 
 The content of a document does not depend on its position, so a test can move documents and compare results.
 
@@ -24,7 +24,7 @@ HIDDEN_SIZE = 16
 
 
 Document = Mapping[str, Tensor]
-"""One prompt with its response: tensors `[L, ...]` by the names of the fields of `Batch` and `StepView`."""
+"""One prompt with its response: tensors `[L, ...]`, keyed by the field names of `Batch` and `StepView`."""
 
 
 def _seeded(seed: int) -> torch.Generator:
@@ -32,7 +32,7 @@ def _seeded(seed: int) -> torch.Generator:
 
 
 def make_document(number: int, *, prompt: int, response: int, reward: float, problem: int) -> Document:
-    """Return a document with the given numbers of tokens; `number` seeds its content."""
+    """Return a document with `prompt` and `response` tokens; `number` is the seed of its content."""
     generator = _seeded(number)
     length = prompt + response
     response_L = torch.arange(length) >= prompt
@@ -67,12 +67,12 @@ NO_RESPONSE = make_document(6, prompt=5, response=0, reward=0.0, problem=3)
 
 @frozen(kw_only=True, eq=False)
 class Layout:
-    """Documents in rows.
+    """An arrangement of documents in the rows of a batch.
 
     Attributes:
         rows: The documents of each row, left to right.
         padding: Number of padding positions to the right of the longest row.
-        filler: Seed of the ids and values on padding, where any content is allowed; None for zeros.
+        filler: Seed of the ids and values of padding, where any content is allowed; None for zeros.
     """
 
     rows: Sequence[Sequence[Document]]
@@ -80,7 +80,7 @@ class Layout:
     filler: int | None = None
 
     def batch(self) -> Batch:
-        """Return the batch that core would make."""
+        """Return the batch that core would make of these documents."""
         ids_BT = self._lay("ids_BT")
         if self.filler is not None:
             ids_BT = torch.randint(2, VOCAB_SIZE, ids_BT.shape, generator=_seeded(self.filler))
@@ -127,7 +127,7 @@ class Layout:
             yield tensor[b, position]
 
     def _positions(self) -> Iterator[tuple[int, int, slice, Document]]:
-        """Yield for each document its row, its index in the row, its positions and itself."""
+        """Yield (row, index in the row, positions, document) for each document."""
         for b, row in enumerate(self.rows):
             start = 0
             for n, document in enumerate(row):
@@ -136,7 +136,7 @@ class Layout:
                 start = end
 
     def _lay(self, name: str, tensor: Tensor | None = None) -> Tensor:
-        """Write a tensor of every document into `tensor` `[B, T, ...]`, by default zeros."""
+        """Write the tensor `name` of every document into `tensor` `[B, T, ...]`, by default zeros."""
         if tensor is None:
             content = self.rows[0][0][name]
             width = max(sum(len(document["ids_BT"]) for document in row) for row in self.rows) + self.padding
@@ -171,7 +171,7 @@ SINGLE = Layout(rows=[[SINGLE_TOKEN]], padding=0)
 def trunk_states(batch: Batch) -> Tensor:
     """Return float32 states `[B, T, H]` of a stand-in for the policy's trunk.
 
-    A state is the token's embedding plus the mean of the embeddings of its document up to the token.
+    The state of a token is its embedding plus the mean embedding of the document's tokens up to this token.
     """
     generator = _seeded(0)
     token_VH, mean_VH = torch.randn(2, VOCAB_SIZE, HIDDEN_SIZE, generator=generator)
@@ -185,7 +185,7 @@ def trunk_states(batch: Batch) -> Tensor:
 
 
 class TrainableTrunk(nn.Module):
-    """A stand-in for a trunk that a component trains; at first it returns the states of `trunk_states`."""
+    """A stand-in for a trainable trunk; before training it returns the same states as `trunk_states`."""
 
     hidden_size = HIDDEN_SIZE
 

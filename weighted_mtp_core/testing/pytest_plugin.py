@@ -1,7 +1,7 @@
 """Pytest fixtures for tests of plugins.
 
-Every pytest run imports this module wherever core is installed, so it imports neither torch nor numpy; the
-first test that needs them does. Measured: 12 ms, most of it attrs, beside 140 ms for pytest itself.
+Every pytest run imports this module if core is installed, so this module imports neither torch nor numpy
+before a test needs them. The import takes 12 ms, mostly for attrs; pytest itself takes 140 ms.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TINY: Mapping[str, Any] = {
     "evaluate": {"problems": 1, "max_new_tokens": 4},
     "tracker": [],
 }
-"""The recipe that every tiny run extends. `tiny.jsonl` is in the working folder."""
+"""The recipe that every tiny run extends. The fixture writes `tiny.jsonl` to the working folder."""
 
 
 @frozen(kw_only=True)
@@ -53,7 +53,7 @@ class TinyRun:
 
 @pytest.fixture
 def wmtp_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, Any]], TinyRun]:
-    """Run every stage of a recipe in a few seconds: a tiny model, two steps, an empty working folder.
+    """Run every stage of a recipe in a few seconds, with a tiny model, two steps and an empty working folder.
 
     The recipe is a table, for example `{"weighting": {"use": "my_plugin"}}`, and extends `TINY`. A critic may
     be uninformative, because two steps do not make a good one.
@@ -72,7 +72,7 @@ def wmtp_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[
         if "critic" in recipe:
             lowest["critic"] = {"allow_uninformative_critic": True, "train": TINY["train"]}
         if "use" in recipe.get("data", {}):
-            del lowest["data"]  # its options would be those of the recipe's `core.jsonl` too
+            del lowest["data"]  # otherwise its options would also apply to the recipe's `core.jsonl`
         Path("lowest.toml").write_text(tomli_w.dumps(lowest), encoding="utf-8")
         Path("recipe.toml").write_text(
             tomli_w.dumps({"extends": ["lowest.toml"], **recipe}), encoding="utf-8"
@@ -126,9 +126,9 @@ def wmtp_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 @pytest.fixture
 def wmtp_install_plugin(wmtp_site: Path) -> Callable[..., Path]:
-    """Install a plugin from the source text of its module, for this test only; return its `dist-info` folder.
+    """Install a plugin from the source text of its module, for one test; return its `dist-info` folder.
 
-    Nothing is built: the module and its metadata are written to `wmtp_site`, as an installer would do.
+    The fixture writes the module and its metadata to `wmtp_site`, as an installer would, and builds nothing.
     """
 
     def install(
@@ -159,7 +159,7 @@ def wmtp_install_plugin(wmtp_site: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def wmtp_no_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail the test if it looks for installed plugins, because its result would depend on them."""
+    """Fail the test if it searches for installed plugins, because its result would then depend on them."""
 
     def refuse(**_: object) -> None:
         pytest.fail("this test must not look for installed plugins")

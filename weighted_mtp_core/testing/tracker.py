@@ -27,14 +27,14 @@ def point(name: str, value: float, *, step: int = 1) -> MetricPoint:
 class TrackerSuite(ComponentSuite):
     """Checks that a tracker tolerates repeated calls, any order of calls and unusual values.
 
-    Override `read_back` to check that everything that is sent is also stored.
+    Override `read_back` to check that the store contains everything that was sent.
     """
 
     kind: ClassVar[Kind] = Kind.TRACKER
 
     @pytest.fixture
     def read_back(self) -> Callable[[RunInfo], Stored] | None:
-        """Return a function that reads the history (step, value) of each metric of a run from the store."""
+        """A function that reads the history of each metric of a run, pairs (step, value), from the store."""
         return None
 
     @pytest.fixture
@@ -73,11 +73,11 @@ class TrackerSuite(ComponentSuite):
         started.finish(outcome)
 
     def test_a_run_ends_at_a_given_time(self, started: Tracker) -> None:
-        """The end may be delivered much later."""
+        """Core may report the end of a run much later."""
         started.finish(RunOutcome.FINISHED, time_ms=1_700_000_060_000)
 
     def test_starting_again_reopens_the_run(self, started: Tracker, run: RunInfo) -> None:
-        """Core calls `start` again when tags or data become known, and after every resume."""
+        """Core calls `start` again for new tags or data and after every resume."""
         started.start(attrs.evolve(run, tags={**run.tags, "model_version": "micro-1"}))
         started.log_metrics([point("loss", 1.0)])
         started.finish(RunOutcome.FINISHED)
@@ -103,13 +103,13 @@ class TrackerSuite(ComponentSuite):
             started.finish(RunOutcome.FINISHED)
 
     def test_artifacts_may_come_after_the_end(self, started: Tracker, artifact: Path) -> None:
-        """An upload that failed is retried after the end; `subdir` may be empty."""
+        """Core may retry a failed upload after the end of the run; `subdir` may be empty."""
         started.finish(RunOutcome.FINISHED)
         started.log_artifact(artifact, "")
         started.log_artifact(artifact, "logs")
 
     def test_finishing_before_the_start_breaks_nothing(self, build: Build, run: RunInfo) -> None:
-        """It may raise any exception; the run can still start and finish."""
+        """A premature `finish` may raise any exception, but must not prevent the run from starting."""
         tracker = build()
         with contextlib.suppress(Exception):
             tracker.finish(RunOutcome.FAILED)
@@ -118,13 +118,13 @@ class TrackerSuite(ComponentSuite):
         tracker.finish(RunOutcome.FINISHED)
 
     def test_a_thousand_points_come_at_once(self, started: Tracker) -> None:
-        """Core sends at most that many, and possibly none."""
+        """Core sends at most a thousand points in one call, and possibly none."""
         started.log_metrics([point("loss", float(i), step=i) for i in range(1000)])
         started.log_metrics([])
 
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
     def test_a_value_that_is_not_finite_breaks_nothing(self, started: Tracker, value: float) -> None:
-        """The other metrics are needed most when a loss has diverged."""
+        """The other metrics must still be stored; they matter most when a loss has diverged."""
         started.log_metrics([point("loss", value), point("accuracy", 0.5)])
         started.finish(RunOutcome.FAILED)
 
@@ -134,7 +134,7 @@ class TrackerSuite(ComponentSuite):
         started.set_tags({"state": "two", "note": ""})
 
     def test_where_is_one_line(self, started: Tracker) -> None:
-        """It is printed at the end of a run."""
+        """Core prints the line at the end of a run."""
         where: Any = started.where()
 
         assert isinstance(where, str)

@@ -26,13 +26,13 @@ Needs = frozenset[Signal]
 
 
 class WeightingStrategySuite(checks.ComponentSuite):
-    """Checks of `weigh` and of the weighting's state."""
+    """Checks the weights that a weighting returns, and its state."""
 
     kind: ClassVar[Kind] = Kind.WEIGHTING
 
     @pytest.fixture
     def needs(self, selected: SelectedComponent) -> Needs:
-        """The signals that the component and the weightings it wraps need."""
+        """The signals that the component and the weightings inside it need."""
         return selected.needs
 
     @pytest.fixture
@@ -41,22 +41,22 @@ class WeightingStrategySuite(checks.ComponentSuite):
         return build().weigh(PACKED.view(needs))
 
     def test_weights_have_a_shape_that_core_aligns(self, weights: Weights) -> None:
-        """`[B, T]`, indexed by target token, or `[B, T, K]`, indexed by (source, head)."""
+        """The shape is `[B, T]`, indexed by target token, or `[B, T, K]`, indexed by source and head."""
         target_BTK = PACKED.view(()).target_BTK
 
         assert tuple(weights.weight.shape) in {tuple(target_BTK.shape[:2]), tuple(target_BTK.shape)}
 
     def test_weights_are_float32(self, weights: Weights) -> None:
-        """Losses, weights and sums are float32, whatever the dtype of the model."""
+        """Losses, weights and sums are float32 for every dtype of the model."""
         assert weights.weight.dtype == torch.float32
 
     def test_weights_are_finite(self, weights: Weights) -> None:
-        """A single NaN ends the training."""
+        """A single NaN would make the loss NaN."""
         assert not weights.weight.isnan().any()
         assert not weights.weight.isinf().any()
 
     def test_weights_are_not_negative(self, weights: Weights) -> None:
-        """A negative weight would increase the loss without bound."""
+        """With a negative weight, training would increase the cross-entropy without bound."""
         assert not (weights.weight < 0).any()
 
     def test_weights_are_zero_where_nothing_is_predicted(self, weights: Weights) -> None:
@@ -69,7 +69,7 @@ class WeightingStrategySuite(checks.ComponentSuite):
         assert not weights.weight[~mask].nan_to_num(nan=1.0).any()
 
     def test_weights_carry_no_gradient(self, weights: Weights) -> None:
-        """Only its own loss trains the critic."""
+        """The loss of the policy must not train the critic."""
         assert not weights.weight.requires_grad
 
     def test_metrics_are_finite_scalars(self, weights: Weights) -> None:
@@ -94,7 +94,7 @@ class WeightingStrategySuite(checks.ComponentSuite):
             strategy.weigh(view)
 
     def test_padding_changes_no_weight(self, build: Build, needs: Needs) -> None:
-        """Neither its length nor the ids and values on it."""
+        """Neither the length of the padding nor the ids and values in it affect the weights."""
         wide = attrs.evolve(PACKED, padding=PACKED.padding + 5, filler=3)
 
         self._assert_close(
@@ -103,14 +103,14 @@ class WeightingStrategySuite(checks.ComponentSuite):
         )
 
     def test_packing_changes_no_weight(self, build: Build, needs: Needs) -> None:
-        """Documents that share a row get the weights that they get in rows of their own."""
+        """Documents that share a row get the same weights as in separate rows."""
         self._assert_close(
             PACKED.cut(build().weigh(PACKED.view(needs)).weight),
             APART.cut(build().weigh(APART.view(needs)).weight),
         )
 
     def test_values_inside_the_prompt_change_no_weight(self, build: Build, needs: Needs) -> None:
-        """The first value that counts is V after the last prompt token, before the first response token."""
+        """The first value that may affect a weight is the value V_t of the last prompt token."""
         view = PACKED.view(needs)
         if view.value_BT is None:
             return
@@ -121,7 +121,7 @@ class WeightingStrategySuite(checks.ComponentSuite):
         self._assert_close([build().weigh(view).weight], [build().weigh(other).weight])
 
     def test_undeclared_signals_change_no_weight(self, build: Build, needs: Needs) -> None:
-        """In a run they are None: core computes only the signals that are needed."""
+        """In a run, undeclared signals are None, because core computes only the signals that are needed."""
         everything = build().weigh(PACKED.view(tuple(Signal)))
 
         self._assert_close([everything.weight], [build().weigh(PACKED.view(needs)).weight])
@@ -137,18 +137,18 @@ class WeightingStrategySuite(checks.ComponentSuite):
         assert torch.equal(after.weight.isfinite(), as_usual.weight.isfinite())
 
     def test_a_single_token_gets_a_weight(self, build: Build, needs: Needs) -> None:
-        """A single response token has no variance, no neighbour and no prompt."""
+        """A single response token without a prompt gets a weight, although its signals have no variance."""
         weights = build().weigh(SINGLE.view(needs))
 
         assert weights.weight.isfinite().all()
         assert _not_finite(weights) == []
 
     def test_equal_state_and_view_give_equal_weights(self, build: Build, needs: Needs) -> None:
-        """Two new objects give a sequence of batches the same weights, bit for bit."""
+        """Two new weightings give a sequence of batches bitwise the same weights."""
         assert self._steps(build(), needs) == self._steps(build(), needs)
 
     def test_state_survives_a_checkpoint(self, build: Build, needs: Needs, tmp_path: Path) -> None:
-        """A resumed run continues with the weights of an uninterrupted one."""
+        """A resumed run computes the same weights as an uninterrupted run."""
         uninterrupted, resumed = build(), build()
         self._steps(uninterrupted, needs)
         checks.copy_state(uninterrupted, resumed, tmp_path / "checkpoint")
@@ -168,7 +168,7 @@ class WeightingStrategySuite(checks.ComponentSuite):
 
     @staticmethod
     def _steps(strategy: WeightingStrategy, needs: Needs, *, first: int = 0) -> list[bytes]:
-        """Return the weights of two different batches, as bytes: a NaN then equals itself."""
+        """Return the weights of two different batches as bytes, so that NaN compares equal to NaN."""
         return [
             strategy.weigh(layout.view(needs, step=first + i)).weight.detach().float().numpy().tobytes()
             for i, layout in enumerate((PACKED, OTHER))
@@ -176,7 +176,7 @@ class WeightingStrategySuite(checks.ComponentSuite):
 
     @staticmethod
     def _assert_close(left: Iterable[Tensor], right: Iterable[Tensor]) -> None:
-        """Compare up to the rounding of sums in another order."""
+        """Assert equality up to the rounding errors of sums in a different order."""
         for one, other in zip(left, right, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6, equal_nan=True)
 

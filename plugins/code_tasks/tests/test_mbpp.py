@@ -121,7 +121,7 @@ def test_a_sample_of_no_problem_is_refused(tmp_path):
 
 def test_a_second_problem_with_an_id_names_both_lines(tmp_path):
     path = write(tmp_path / "mbpp.jsonl", [SQUARE, {**SQUARE, "code": "def square(n):\n    return n ** 2"}])
-    with pytest.raises(WmtpError, match=r"line 2: a second problem `\d+`; the first is in `.*` line 1$"):
+    with pytest.raises(WmtpError, match=r"line 2: problem `\d+` is already defined in `.*` line 1$"):
         build(tmp_path, path=path)
 
 

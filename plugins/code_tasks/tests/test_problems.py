@@ -167,7 +167,7 @@ def test_problems_must_be_whole_and_unique(error_of) -> None:
         [PROBLEM, PROBLEM, without_test, PROBLEM | {"task_id": "T/1", "entry_point": "a b"}], []
     ).endswith(
         "P.jsonl: 3 bad lines\n"
-        "  line 2: a second problem `T/0`; the first is in `P.jsonl` line 1\n"
+        "  line 2: problem `T/0` is already defined in `P.jsonl` line 1\n"
         "  line 3: needs `test`, a string\n"
         "  line 4: `entry_point`: `a b` is no function's name\n"
     )
