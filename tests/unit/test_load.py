@@ -129,7 +129,7 @@ def test_a_model_in_storage_is_named_by_its_folder(directory, tmp_path):
     assert load(tmp_path / "storage", evolve(MICRO, base="mine/1")).base_name == "mine/1"
 
     shutil.copytree(directory, stored.with_name("2"))
-    with pytest.raises(WmtpError, match="holds several versions: `1`, `2`") as caught:
+    with pytest.raises(WmtpError, match="contains several versions: `1`, `2`") as caught:
         load(tmp_path / "storage", evolve(MICRO, base="mine"))
     assert 'model.base = "mine/2"' in caught.value.hint
 

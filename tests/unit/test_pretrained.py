@@ -71,7 +71,7 @@ def test_a_missing_layer_is_named(storage, directory):
 
     assert f"{directory}/model.safetensors`: 9 tensors of `LlamaForCausalLM` are missing" in message
     assert "`model.layers.1.input_layernorm.weight`" in message
-    assert "copy or download the model anew" in hint
+    assert "copy or download the model again" in hint
 
 
 def test_a_missing_unembedding_is_named(storage, directory):
@@ -107,7 +107,7 @@ def test_more_layers_than_the_config_has_are_refused(storage, directory):
 
     message, _ = refusal(storage, directory)
 
-    assert "9 tensors have no place in `LlamaForCausalLM` as `config.json` describes it" in message
+    assert "9 tensors are not part of `LlamaForCausalLM` as `config.json` describes it" in message
     assert "`model.layers.1.input_layernorm.weight`" in message
 
 
@@ -127,9 +127,7 @@ def test_a_tensor_of_another_shape_is_named(storage, directory):
 
     message, _ = refusal(storage, directory)
 
-    assert (
-        f"1 tensors have other shapes than the config says: `{LAYER}` [16, 8] instead of [16, 16]" in message
-    )
+    assert f"1 tensors have other shapes than in the config: `{LAYER}` [16, 8] instead of [16, 16]" in message
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -142,7 +140,7 @@ def test_weights_that_are_not_finite_are_named(storage, directory, value):
 
     message, hint = refusal(storage, directory)
 
-    assert f"{directory}/model.safetensors`: 1 tensors hold NaN or infinity: `{LAYER}`" in message
+    assert f"{directory}/model.safetensors`: 1 tensors contain NaN or infinity: `{LAYER}`" in message
     assert "earlier checkpoint" in hint
 
 
@@ -153,7 +151,7 @@ def test_a_cut_file_is_named(storage, directory):
     message, hint = refusal(storage, directory)
 
     assert f"`{file}` cannot be read" in message
-    assert "cut or damaged" in hint
+    assert "truncated or damaged" in hint
 
 
 def test_a_file_that_is_no_safetensors_is_named(storage, directory):
@@ -181,7 +179,7 @@ def test_an_adapter_beside_the_model_is_refused(storage, directory):
 
     message, hint = refusal(storage, directory)
 
-    assert "holds an adapter, `adapter_config.json`" in message
+    assert "contains an adapter, `adapter_config.json`" in message
     assert "merge_and_unload" in hint
 
 

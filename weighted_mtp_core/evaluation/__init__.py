@@ -1,1 +1,1 @@
-"""Stage 3, and finished runs opened again."""
+"""Evaluates policies in stage 3, and reopens finished runs."""

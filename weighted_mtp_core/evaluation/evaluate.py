@@ -1,4 +1,4 @@
-"""Stage 3: quality of each head on held-out text, and pass@k by running the policy's completions."""
+"""Stage 3: measures the quality of each head on held-out text, and pass@k of the policy's completions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from weighted_mtp_core.tracking.display import Display
 from weighted_mtp_core.training.policy_learner import head_quality, per_head
 from weighted_mtp_core.training.prepare import Prepared
 
-_TIMED_PROBLEMS = 8  # few: the figure is a ratio of speeds, not a benchmark
+_TIMED_PROBLEMS = 8  # few are enough, because the result is a ratio of speeds, not a benchmark
 
 
 @frozen(kw_only=True)
@@ -25,9 +25,9 @@ class Evaluation:
     """The results of stage 3.
 
     Attributes:
-        metrics: Scalars that are the same in every run of a recipe.
+        metrics: Scalars that are equal in every run of the same recipe.
         timings: Wall-clock measurements.
-        files: The files written: samples and verdicts.
+        files: The files with samples and verdicts.
     """
 
     metrics: Mapping[str, float]
@@ -35,7 +35,7 @@ class Evaluation:
     files: tuple[Path, ...]
 
     def summary(self) -> list[tuple[str, str]]:
-        """Return the lines of the closing summary."""
+        """Return the lines of the summary at the end of a run."""
         rows = [(name.replace("_", " "), f"{v:.3f}") for name, v in self.metrics.items() if "pass_at" in name]
         if "tokens_per_forward" in self.metrics:
             rows.append(("decoding", f"{self.metrics['tokens_per_forward']:.2f} tokens per forward pass"))
@@ -45,15 +45,15 @@ class Evaluation:
 def evaluate(
     prepared: Prepared, table: EvaluateTable, *, display: Display, folder: Path | None, split: Split = "test"
 ) -> Evaluation:
-    """Measure every head on a split, and solve its problems if the data source can judge them.
+    """Measure every head on a split, and pass@k on its problems if the data source can verify completions.
 
     Args:
         prepared: Data and policy.
         table: The options of the evaluation.
         display: Shows the progress.
-        folder: Receives samples and verdicts; None in a process that only computes its shards of the policy,
-            since the first process judges.
-        split: The split.
+        folder: Folder for samples and verdicts; None in a process that only computes its shards of the
+            policy, because only the first process verifies completions.
+        split: The split to evaluate on.
     """
     tokens = prepared.policy_tokens(split)
     batches = prepared.batches_in_order(tokens, np.arange(len(tokens)), batch_size=table.batch_size)
@@ -77,7 +77,7 @@ def evaluate(
 
 @frozen(kw_only=True)
 class Trial:
-    """The validation problems solved at one temperature; `pass_rate` is pass@k of the largest k."""
+    """The result on the validation problems at one temperature; `pass_rate` is pass@k for the largest k."""
 
     table: EvaluateTable
     pass_rate: float
@@ -87,7 +87,7 @@ class Trial:
 def try_temperatures(
     prepared: Prepared, tables: Sequence[EvaluateTable], *, display: Display
 ) -> tuple[Trial, ...]:
-    """Solve the validation problems with each table.
+    """Measure pass@k on the validation problems with the settings of each table.
 
     Raises:
         WmtpError: There are no validation problems.
@@ -110,12 +110,12 @@ def try_temperatures(
 
 
 def best_trial(trials: Sequence[Trial]) -> Trial:
-    """Return the trial with the best pass rate; of equal ones, the one with the lowest temperature."""
+    """Return the trial with the best pass rate; among equal trials, the one with the lowest temperature."""
     return max(trials, key=lambda trial: (trial.pass_rate, -trial.table.temperature))
 
 
 def _first_problems(source: DataSource, split: Split, *, limit: int) -> tuple[tuple[Problem, ...], bool]:
-    """Return the first `limit` problems of a split (0: all), and whether these are all of them."""
+    """Return the first `limit` problems of a split (0: all), and whether these are the whole split."""
     problems = tuple(source.problems(split))
     if not limit or limit >= len(problems):
         return problems, True
@@ -129,7 +129,7 @@ def _sample(
     *,
     display: Display | None = None,
 ) -> Sampled:
-    """Sample completions of problems from the policy; the display counts samples."""
+    """Sample completions of problems from the policy; the display shows the number of samples."""
     return sample_completions(
         prepared.policy,
         prepared.codec,
@@ -147,7 +147,7 @@ def _sample(
 def _judge_samples(
     prepared: Prepared, problems: Sequence[Problem], sampled: Sampled, *, whole_split: bool
 ) -> JudgedCompletions:
-    """Cut each sample to a completion, as the data source defines it, and judge it."""
+    """Let the data source cut each sample to a completion, and verify the completions."""
     completions = [
         [prepared.source.completion(problem, text) for text in texts]
         for problem, texts in zip(problems, sampled.completions, strict=True)

@@ -1,4 +1,4 @@
-"""A finished run, or a model exported from one, opened again: its recipe, its data, its best policy."""
+"""Reopens a finished run or an exported model: its recipe, its data and its best policy."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def find_finished(runs: Path, text: str) -> Path:
     """Return the folder of an exported model or of a run.
 
     Raises:
-        WmtpError: It is not an exported model, and no run matches, or several do.
+        WmtpError: `text` does not name an exported model, and no run or more than one run matches it.
     """
     path = Path(text)
     return path.absolute() if is_exported_model(path) else find_run(runs, text)
@@ -42,10 +42,10 @@ def plan_of(folder: Path, *, overrides: Sequence[str] = ()) -> Plan:
 
     Args:
         folder: The run folder, or the exported model.
-        overrides: `key=value` changes, checked like those of `--set`.
+        overrides: Changes `key=value` to the recipe, checked like the values of `--set`.
 
     Raises:
-        WmtpError: The run left no checkpoint, or an override is wrong.
+        WmtpError: The run has no checkpoint of its best policy, or an override is invalid.
     """
     if is_exported_model(folder):
         return make_plan(folder / RECIPE, overrides=[*_export_overrides(folder), *overrides])
@@ -53,7 +53,7 @@ def plan_of(folder: Path, *, overrides: Sequence[str] = ()) -> Plan:
     if not checkpoint.is_file():
         raise WmtpError(
             f"the run `{folder}` has no `{checkpoint.relative_to(folder)}`",
-            hint="stage 2 never validated, or only a tracker has the file: copy it back from there",
+            hint="stage 2 ended before a validation, or only a tracker has the file: copy it from there",
         )
     return make_plan(RunFolder(path=folder).recipe, overrides=overrides)
 
@@ -62,7 +62,7 @@ def prepare_finished(folder: Path, plan: Plan, *, log: Callable[[str], None]) ->
     """Load the data of a run or of an exported model, and its best policy.
 
     Raises:
-        WmtpError: The data differ from those of the run, or the policy is damaged.
+        WmtpError: The data differ from the data of the run, or the file of the policy is damaged.
     """
     exported = is_exported_model(folder)
     prepared = prepare(plan, log=log)
@@ -72,7 +72,7 @@ def prepare_finished(folder: Path, plan: Plan, *, log: Callable[[str], None]) ->
         raise WmtpError(
             f"the data of {'the model' if exported else 'the run'} `{folder}` had the SHA-256 {was[:12]}..., "
             f"now they have {now[:12]}...",
-            hint="restore the data that it was trained on; in other data, it may have seen the test examples",
+            hint="restore the training data; the policy may have been trained on test examples of other data",
         )
     if not exported:
         load_model(prepared.policy, _checkpoint(folder))
@@ -81,11 +81,11 @@ def prepare_finished(folder: Path, plan: Plan, *, log: Callable[[str], None]) ->
 
 @frozen(kw_only=True, eq=False)
 class PolicyLoader:
-    """A policy that is to generate text, not loaded yet.
+    """A policy that has not been loaded yet, for generating text.
 
     Attributes:
-        recipe: Its recipe.
-        load: Loads the policy and what encodes its texts; its argument receives messages for the user.
+        recipe: The recipe of the policy.
+        load: Loads the policy and its text codec; the argument is a function that shows messages to the user.
     """
 
     recipe: Recipe
@@ -93,10 +93,10 @@ class PolicyLoader:
 
 
 def policy_loader(folder: Path, *, overrides: Sequence[str]) -> PolicyLoader:
-    """Return the policy of a run or of an exported model, which needs neither data nor plugins.
+    """Return a loader for the policy of a run or of an exported model; it needs neither data nor plugins.
 
     Raises:
-        WmtpError: See `plan_of`.
+        WmtpError: The run has no checkpoint of its best policy, or an override is invalid.
     """
     if is_exported_model(folder):
         recipe = load_recipe(folder / RECIPE, overrides=[*_export_overrides(folder), *overrides])
@@ -113,7 +113,7 @@ def policy_loader(folder: Path, *, overrides: Sequence[str]) -> PolicyLoader:
 def export_run(
     run: Path, to: Path, *, dtype: torch.dtype, serve: Server | None, log: Callable[[str], None]
 ) -> str | None:
-    """Write the best policy of a run as a transformers directory; replace an exported model there.
+    """Write the best policy of a run as a transformers directory; replaces an exported model in `to`.
 
     Args:
         run: The run folder.

@@ -1,4 +1,4 @@
-"""Completions run against the tests of their problems, and the metrics of the verdicts."""
+"""Verifies completions with the tests of their problems, and computes the metrics of the verdicts."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class JudgedCompletions:
         return sum(rates) / len(rates)
 
     def metrics(self, ks: Sequence[int]) -> dict[str, float]:
-        """Return mean pass@k over the problems and the share of each verdict.
+        """Return the mean pass@k over the problems and the share of each kind of verdict.
 
-        The metric of a limited set has its size in the name (`pass_at_1_of_20_problems`), because pass@k on a
-        part of a benchmark is not comparable.
+        If only some problems of the split were used, their number is part of the metric's name
+        (`pass_at_1_of_20_problems`), because pass@k on a part of a benchmark is not comparable.
         """
         suffix = "" if self.whole_split else f"_of_{len(self.problems)}_problems"
         rates = {f"pass_at_{k}{suffix}": self.pass_rate(k) for k in ks}
@@ -70,7 +70,7 @@ def judge(
     *,
     whole_split: bool,
 ) -> JudgedCompletions:
-    """Run every completion against the tests of its problem."""
+    """Verify every completion with the tests of its problem."""
     verdicts = iter(
         source.verify(
             [(problem, text) for problem, row in zip(problems, completions, strict=True) for text in row]

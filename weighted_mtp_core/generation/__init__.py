@@ -1,1 +1,1 @@
-"""Text from a policy: plain and self-speculative decoding."""
+"""Generates text with a policy, by plain or self-speculative decoding."""

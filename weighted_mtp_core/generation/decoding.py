@@ -1,7 +1,7 @@
-"""Decode the rows of one batch step by step: caches, the attention mask, drafts and their verification.
+"""Decode the rows of one batch step by step, with caches, an attention mask, drafts and their verification.
 
-A step passes each row's newest token and its drafts through the policy. Cache slots of rejected drafts stay
-and are masked from then on, so rows of one batch may have any lengths.
+Each step runs the policy on each row's newest token and drafts. The cache slots of rejected drafts are kept
+but masked from then on, so the rows of a batch can grow at different speeds.
 
 Shape letters: R rows, T tokens of a block, S slots of the caches, D drafted tokens, H hidden, V vocabulary.
 """
@@ -25,9 +25,9 @@ class Decoder:
     """Decodes the rows of one batch together.
 
     Attributes:
-        heads: Heads of a policy in evaluation mode; if none of them drafts, decoding is plain.
-        temperature: 0 is greedy.
-        generators: One source of uniform numbers per row.
+        heads: Heads of a policy in evaluation mode; with `drafts` 0 decoding is plain.
+        temperature: Sampling temperature; 0 is greedy decoding.
+        generators: One random generator per row.
     """
 
     heads: DecodingHeads
@@ -44,7 +44,7 @@ class Decoder:
     _future_TT: Tensor = field(init=False)
 
     def start(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Read the prompts, padded on the left; return each row's first token."""
+        """Run the policy on the prompts, padded on the left; return the first new token of each row."""
         device = self.heads.policy.unembedding.weight.device
         width = max(map(len, prompts))
         ids_RT = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
@@ -64,7 +64,7 @@ class Decoder:
         return [[token] for token in self._newest_R.tolist()]
 
     def step(self) -> list[list[int]]:
-        """Draft tokens and verify them; return the 1 to `drafts + 1` tokens that each row gained."""
+        """Draft and verify tokens; return the 1 to `drafts + 1` new tokens of each row."""
         self._draft()
         position_RT = self._position_R[:, None] + self._slot_T
         block = self._read(self._block_RT, position_RT, self._block_mask())
@@ -72,13 +72,13 @@ class Decoder:
         self._seen_RS = torch.cat([self._seen_RS, self._slot_T <= count_R[:, None]], dim=1)
         self._position_R = self._position_R + count_R + 1
         self._draft_from = block, count_R
-        # One tensor, so that the host waits for the device once.
+        # One tensor, so that the host synchronises with the device only once.
         rows = torch.cat([count_R[:, None], self._newest_R[:, None], self._block_RT], dim=1).tolist()
         return [[*ids[1 : count + 1], token] for count, token, *ids in rows]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Continue with these rows only."""
-        self._draft()  # first, because the states to draft from are those of all rows
+        self._draft()  # before rows are dropped, because the stored states belong to all rows
         index = torch.tensor(rows, device=self._seen_RS.device)
         self.heads.keep(self._cache, index, rows=len(self.generators))
         self._seen_RS, self._position_R = self._seen_RS[index], self._position_R[index]
@@ -90,12 +90,12 @@ class Decoder:
         return self.heads.read(ids_RT, position_RT=position_RT, cache=self._cache, seen=seen)
 
     def _block_mask(self) -> Tensor:
-        """Return the mask of the block's tokens over all slots: seen ones, and earlier ones of the block.
+        """Return a mask of the cache slots and earlier tokens of the block that each token may attend to.
 
-        With drafts, the mask is returned as a summand of attention scores: given a boolean mask, transformers
-            and
-        torch would convert it again in each layer. It ignores sliding windows, because drafting is disabled
-        once the text may leave one. Families that read distances from the mask (ALiBi) need the boolean mask.
+        With drafts, the mask is a float tensor that is added to attention scores, because transformers and
+        torch would convert a boolean mask again in each layer. The mask ignores sliding windows, because
+        drafting is disabled if the text may become longer than a window. Families with ALiBi compute
+        distances from the mask and need a boolean mask.
         """
         rows, width = self._block_RT.shape
         if not self.heads.drafts or self.heads.policy.config.model_type in READS_MASK:
@@ -108,7 +108,7 @@ class Decoder:
         return torch.cat([past_R1TS, self._future_TT.to(dtype).expand(rows, 1, -1, -1)], dim=-1)
 
     def _verify(self, state_RTH: Tensor) -> tuple[Tensor, Tensor]:
-        """Return how many drafts of each row head 1 accepts, and the token that follows them."""
+        """Return for each row the number of drafts that head 1 accepts, and the token after these drafts."""
         if not self.heads.drafts:
             token_R1, _ = self._choose(state_RTH)
             return torch.zeros_like(token_R1[:, 0]), token_R1[:, 0]
@@ -122,10 +122,10 @@ class Decoder:
         return count_R, draw(next_RV, uniform_RT[:, -1])
 
     def _draft(self) -> None:
-        """Form the next block: the newest token, and the tokens that heads 2, 3, ... predict after it.
+        """Form the next block: the newest token and the tokens that heads 2, 3, ... predict after it.
 
-        Does nothing if the block exists. Runs only once another step is certain: nothing is drafted after the
-        last.
+        Does nothing if the block exists. Called only when another step follows, so that nothing is drafted
+        after the last step.
         """
         if self._draft_from is None:
             return
@@ -137,7 +137,7 @@ class Decoder:
         self._draft_from = None
 
     def _choose(self, state_RTH: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return a token `[R, T]` for each state, and the probabilities that it was drawn from."""
+        """Return a token for each state, `[R, T]`, and the probabilities from which it was drawn."""
         logits_RTV = self.heads.policy.unembedding(state_RTH)
         if self.temperature == 0:
             return logits_RTV.argmax(dim=-1), None

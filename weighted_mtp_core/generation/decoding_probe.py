@@ -1,9 +1,9 @@
-"""Find how a policy can be decoded: with drafts, in rows of different lengths, with a cache.
+"""Determine whether a policy can be decoded with drafts, with rows of different lengths, and with a cache.
 
-Families differ in what their caches and masks can do. A recurrent layer cannot forget a rejected draft, some
-families measure distances in cache slots, some keep states of their own. So the real `Decoder` is run on a
-few known tokens, some drafts rejected, and its logits are compared with those of one pass over the whole
-text. What fails is not used: the text stays right and costs more time.
+The caches and masks of model families differ. A recurrent layer cannot forget a rejected draft, some families
+measure distances in cache slots, and some keep additional states. So the real `Decoder` is run on a few known
+tokens with some drafts rejected, and its logits are compared with the logits of one pass over the whole text.
+A method that fails is not used: the generated text is still correct, but decoding is slower.
 
 Shape letters: R rows, T tokens, D drafted tokens, K heads, V vocabulary.
 """
@@ -25,18 +25,18 @@ from weighted_mtp_core.model.families import COUNTS_SLOTS, KEYS_AND_VALUES, cach
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.probe import probe_ids, windows_of
 
-_TOLERANCE = 1e-3  # of the largest logit: other orders of sums, and TF32 where it is on, stay below
+_TOLERANCE = 1e-3  # relative to the largest logit; more than the effect of TF32 and of the order of sums
 _NARROW, _WIDE = 8, 1 << 20  # tokens
 
 
 @frozen(kw_only=True)
 class Manner:
-    """How a policy can be decoded; each `no_...` is a reason, or None where it works.
+    """How a policy can be decoded. Each `no_...` is the reason why a method fails, or None if it works.
 
     Attributes:
         no_drafts: Why heads 2..K cannot draft.
         no_padding: Why prompts of different lengths cannot be decoded together.
-        no_cache: Why the whole text is read again for each token.
+        no_cache: Why a cache cannot be used, so that the whole text is read again for each token.
     """
 
     no_drafts: str | None = None
@@ -45,7 +45,7 @@ class Manner:
 
 
 def manner_of(policy: Policy) -> Manner:
-    """Return how a policy can be decoded; found once, since it does not depend on weights."""
+    """Return how a policy can be decoded; determined only once, because it does not depend on the weights."""
     known = _MANNERS.get(policy)
     if known is None:
         was_training = policy.training
@@ -69,10 +69,8 @@ def _find(policy: Policy) -> Manner:
         return Manner(no_drafts="there is one head", no_padding=no_padding)
     kinds = frozenset().union(*map(cache_kinds, (policy.trunk, *policy.heads.bodies)))
     if not kinds <= KEYS_AND_VALUES | {"DummyLayer"}:
-        # Recurrent states cannot be rolled back, and layers that pick the best few tokens may pick drafts.
-        return Manner(
-            no_drafts="some of its layers keep more than keys and values of a text", no_padding=no_padding
-        )
+        # Recurrent states cannot be rolled back, and layers that attend to a few tokens may select drafts.
+        return Manner(no_drafts="some of its layers store more than keys and values", no_padding=no_padding)
     if policy.config.model_type in COUNTS_SLOTS:
         no_drafts: str | None = "distances are measured in slots of the cache"
     else:
@@ -83,7 +81,7 @@ def _find(policy: Policy) -> Manner:
 
 
 def _fault(policy: Policy, *, drafts: int, starts: Sequence[int]) -> str | None:
-    """Decode a known text; return what is wrong with it, or None."""
+    """Decode a known text; return a description of what is wrong, or None if the logits are correct."""
     device = policy.unembedding.weight.device
     ids_RT = probe_ids(policy.config, rows=len(starts)).to(device)
     try:
@@ -101,19 +99,19 @@ def _fault(policy: Policy, *, drafts: int, starts: Sequence[int]) -> str | None:
             decoder.step()
         decoder.keep([1])
         decoder.step()
-    except Exception as error:  # noqa: BLE001 - of any model at all, so of any kind; it is reported
+    except Exception as error:  # noqa: BLE001 - an unknown model can raise any exception; it is reported
         return f"it fails with a cache ({reason(error)})"
-    return None if decoder.gap <= _TOLERANCE else f"its logits are others with a cache (by {decoder.gap:.2g})"
+    return None if decoder.gap <= _TOLERANCE else f"its logits differ with a cache (by {decoder.gap:.2g})"
 
 
 @define(kw_only=True, eq=False)
 class _Following(Decoder):
-    """Writes a known text, whatever the model predicts, and compares logits on the way.
+    """Decodes a known text regardless of the model's predictions and compares the logits at each step.
 
     Attributes:
         ids_RT: The text.
-        whole: Logits `[R, T, V]` of heads 1, 2, ... from one pass over the text.
-        gap: The largest difference so far, relative to the largest logit; NaN stays.
+        whole: Logits `[R, T, V]` of each of the heads 1, 2, ... from one pass over the whole text.
+        gap: The largest difference so far, relative to the largest logit; once NaN, it remains NaN.
     """
 
     ids_RT: Tensor
@@ -127,7 +125,7 @@ class _Following(Decoder):
         return list(range(len(self.ids_RT)))
 
     def _verify(self, state_RTH: Tensor) -> tuple[Tensor, Tensor]:
-        """Accept exactly the correct drafts; their number differs by row and step."""
+        """Accept exactly the correct drafts; their number differs between rows and steps."""
         count_R = self._right_drafts()
         logits_RTV = self.heads.policy.unembedding(state_RTH)
         for row, count in enumerate(count_R.tolist()):
@@ -137,7 +135,7 @@ class _Following(Decoder):
         return count_R, self._text_at(self._position_R + count_R + 1)
 
     def _choose(self, state_RTH: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return tokens of the known text; a draft is correct tokens followed by a wrong one."""
+        """Return tokens of the known text; drafts consist of correct tokens followed by a wrong token."""
         logits_RTV = self.heads.policy.unembedding(state_RTH)
         last_R = self._position_R - 1
         row_R = torch.arange(len(last_R), device=last_R.device)
@@ -160,7 +158,7 @@ class _Following(Decoder):
         self.whole = [each[rows] for each in self.whole]
 
     def _right_drafts(self) -> Tensor:
-        """Return how many drafts are right in this step, `[R]`."""
+        """Return the number of correct drafts of each row in this step, `[R]`."""
         row_R = torch.tensor(self._rows, device=self.ids_RT.device)
         return (row_R + self._step) % 2 * min(1, self.heads.drafts)
 
@@ -175,18 +173,18 @@ class _Following(Decoder):
 
 @define(kw_only=True, eq=False)
 class UncachedDecoder(Decoder):
-    """Reads the whole text again for each token, where no cache works; rows are of one length."""
+    """Reads the whole text again for each token, if no cache works; all rows must have the same length."""
 
     _ids_RT: Tensor = field(init=False)
 
     def start(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Take the prompts; return each row's first token."""
+        """Store the prompts; return the first new token of each row."""
         device = self.heads.policy.unembedding.weight.device
         self._ids_RT = torch.tensor([list(ids) for ids in prompts], device=device)
         return self.step()
 
     def step(self) -> list[list[int]]:
-        """Return the one token that each row gained."""
+        """Return the new token of each row."""
         policy = self.heads.policy
         self._seen_RS = torch.ones_like(self._ids_RT, dtype=torch.bool)
         state_RTH = policy.head_states(1, policy.trunk_states(self._ids_RT))
@@ -201,12 +199,12 @@ class UncachedDecoder(Decoder):
 
 
 def decoder_of(policy: Policy) -> type[Decoder]:
-    """Return the decoder that a policy needs."""
+    """Return the decoder class that a policy needs."""
     return Decoder if manner_of(policy).no_cache is None else UncachedDecoder
 
 
 def batches(rows: Sequence[Any], lengths: Sequence[int], *, size: int, padding: bool) -> list[list[Any]]:
-    """Return rows in batches, shortest first; without padding, a batch holds rows of one length only."""
+    """Return rows in batches, shortest first; without padding, all rows of a batch have the same length."""
     order = sorted(range(len(rows)), key=lambda index: lengths[index])
     found: list[list[Any]] = []
     previous = None

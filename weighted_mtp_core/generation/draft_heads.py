@@ -1,11 +1,9 @@
-"""Run all heads on one block of tokens and do their common work once.
+"""Run all heads on one block of tokens and do their common work only once.
 
-Heads are bodies of one layer. What a body does before its layer, masks and rotary angles, depends on
-positions only and takes, for a few tokens, about as long as the layer itself. So the trunk runs as it is, and
-the arguments of one
-of its layers are passed on to the layers of the heads: to head 1's, and to those of the drafting heads, which
-    are
-stacked and called as one.
+Each head is a body of one layer. Before this layer, a body computes masks and rotary angles, which depend
+only on positions and for a few tokens take about as long as the layer itself. So these values are computed
+only once: the layers of the heads are called with the arguments of a layer of the trunk. The layers of the
+drafting heads are stacked and called as one layer.
 
 Shape letters: R rows, T tokens of a block, S slots of the caches, D drafting heads, H hidden.
 """
@@ -28,13 +26,14 @@ from weighted_mtp_core.model.sparse_feed_forward import one_position_per_row
 
 @frozen(kw_only=True, eq=False)
 class DecodingHeads:
-    """A policy's heads, prepared to decode; its parameters must not change meanwhile.
+    """A policy's heads, prepared for decoding; the policy's parameters must not change during decoding.
 
     Attributes:
         policy: The policy.
         drafts: D, the number of heads 2, 3, ... that draft.
-        shared: The trunk's layer with arguments that fit the heads' layers; None if there is none.
-        stacked: The drafting heads' layers as one; None if they are called one after the other.
+        shared: A layer of the trunk with arguments that fit the heads' layers; None if there is no such
+            layer.
+        stacked: The layers of the drafting heads as one module; None if they are called one by one.
     """
 
     policy: Policy
@@ -44,19 +43,19 @@ class DecodingHeads:
 
     @classmethod
     def of(cls, policy: Policy, *, drafts: int) -> DecodingHeads:
-        """Prepare a policy's heads."""
+        """Prepare a policy's heads for decoding."""
         shared = _shared_layer(policy)
         stackable = shared is not None and drafts > 1 and policy.config.model_type not in READS_MASK
         stacked = stack([policy.heads.layer(k) for k in range(2, drafts + 2)]) if stackable else None
         return cls(policy=policy, drafts=drafts, shared=shared, stacked=stacked)
 
     def new_caches(self) -> PolicyCache:
-        """Return empty caches; stacked drafting heads have one together."""
+        """Return empty caches; stacked drafting heads share one cache."""
         caches = self.policy.new_caches()
         return caches if self.stacked is None else PolicyCache(trunk=caches.trunk, heads=caches.heads[:2])
 
     def keep(self, cache: PolicyCache, index_R: Tensor, *, rows: int) -> None:
-        """Keep some of the caches' `rows` rows, in place."""
+        """Keep the rows `index_R` of the caches, which have `rows` rows, in place."""
         cache.trunk.reorder_cache(index_R)
         for number, head in enumerate(cache.heads):
             groups = self.drafts if self.stacked is not None and number == 1 else 1
@@ -67,10 +66,10 @@ class DecodingHeads:
 
         Args:
             ids_RT: The block, int64.
-            position_RT: Its positions, int64.
-            cache: Extended in place.
-            seen: The slots that may be attended to: bool `[R, S]`, or for each token of the block a summand
-                of attention scores, `[R, 1, T, S]`.
+            position_RT: int64 positions of the block's tokens.
+            cache: The caches, which are extended in place.
+            seen: The slots that may be attended to: bool `[R, S]`, or a float mask `[R, 1, T, S]` that is
+                added to the attention scores of each token of the block.
         """
         calls: list[_Call] = []
 
@@ -97,9 +96,9 @@ class DecodingHeads:
 
 @frozen(kw_only=True, eq=False)
 class Block:
-    """The heads' states for one block; call each head once, before the caches change.
+    """The heads' states for one block; compute each head's states once, before the caches change.
 
-    Every head reads the whole block, so that its cache has no gaps. States are those of `Policy.head_states`.
+    Every head reads the whole block, so that its cache has no gaps. The states equal `Policy.head_states`.
     """
 
     heads: DecodingHeads
@@ -131,7 +130,7 @@ class Block:
         return normed
 
     def _flat_index(self, position_R: Tensor) -> Tensor:
-        """Return positions of rows as an index into the flattened `[R, T]`."""
+        """Convert one position per row to indices into the flattened `[R, T]`."""
         rows, width = self.position_RT.shape
         return torch.arange(0, rows * width, width, device=position_R.device) + position_R
 
@@ -173,20 +172,20 @@ def _copies(value_RX: Tensor, count: int) -> Tensor:
 
 
 def _in_each_group(index_R: Tensor, *, count: int, size: int) -> Tensor:
-    """Return an index into `size` elements as one into each of `count` such groups, `[count R]`."""
+    """Repeat indices into `size` elements for each of `count` groups of `size` elements, `[count R]`."""
     start_D = torch.arange(0, count * size, size, device=index_R.device)
     return (start_D[:, None] + index_R).flatten()
 
 
 @frozen(kw_only=True, eq=False)
 class _Call:
-    """The arguments of a layer's call; the first is the states."""
+    """The arguments of a call of a layer; the first argument is the states."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
     def for_groups(self, count: int, *, rows: int) -> _Call:
-        """Return the call for `count` groups of `rows` rows with equal arguments."""
+        """Return the arguments repeated for `count` groups of `rows` rows."""
 
         def grouped(value: Any) -> Any:
             if isinstance(value, tuple):
@@ -199,7 +198,7 @@ class _Call:
         return _Call(args=tuple(map(grouped, self.args)), kwargs=kwargs)
 
     def repeat(self, layer: nn.Module, hidden: Tensor, *, instead_of: Any, cache: Any) -> Tensor:
-        """Call another layer in the same way, with other states, and `cache` in place of `instead_of`."""
+        """Call another layer with the same arguments, but with other states and another cache."""
         args = [cache if value is instead_of else value for value in self.args[1:]]
         kwargs = {name: cache if value is instead_of else value for name, value in self.kwargs.items()}
         output = layer(hidden, *args, **kwargs)
@@ -208,7 +207,7 @@ class _Call:
 
 
 def _shared_layer(policy: Policy) -> nn.Module | None:
-    """Return a trunk layer with the heads' kind of attention: to everything, or to the same window."""
+    """Return a trunk layer with the same attention window as the heads' layers, or None."""
     if not policy.heads.bodies:
         return None
     layers = layers_of(policy.trunk)

@@ -1,7 +1,7 @@
-"""Generate text with a policy: plain, or self-speculative: the extra heads draft and head 1 verifies.
+"""Generate text with a policy by plain or self-speculative decoding: heads 2..K draft and head 1 verifies.
 
-Both give the same text: token for token if greedy, from the same distribution if sampled (blockwise parallel
-decoding, Stern et al. 2018; Gloeckle et al. 2024, section 3.2).
+Both methods give the same tokens if decoding is greedy, and samples from the same distribution otherwise
+(blockwise parallel decoding, Stern et al. 2018; Gloeckle et al. 2024, section 3.2).
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class Generations:
 
     Attributes:
         tokens: New tokens of each prompt, without EOS.
-        finished: Whether each text ended with EOS, not at the limit.
+        finished: Whether each text ended with EOS instead of at the limit.
         emitted: Number of new tokens, EOS included.
-        passes: Number of forward passes, summed over rows; the prompt's pass included.
-        verified: Number of passes that verified drafts: all but the prompts'.
-        accepted: Number of verifying passes that accepted the first, second, ... draft; drafts after the end
-            of the text do not count.
+        passes: Number of forward passes, summed over rows, including the pass over each prompt.
+        verified: Number of passes that verified drafts, that is, all passes except those over prompts.
+        accepted: For the first, second, ... draft, the number of verifying passes that accepted it; drafts
+            after the end of the text do not count.
         seconds: Wall-clock time.
     """
 
@@ -54,12 +54,12 @@ class Generations:
 
     @property
     def acceptance(self) -> tuple[float, ...]:
-        """Share of verifying passes that accepted the first, second, ... draft."""
+        """For the first, second, ... draft, the share of verifying passes that accepted it."""
         return tuple(count / max(self.verified, 1) for count in self.accepted)
 
     @property
     def acceptance_length(self) -> float:
-        """Tokens per verifying pass: head 1's own and the accepted drafts; 1 for plain decoding."""
+        """Tokens per verifying pass: the token of head 1 and the accepted drafts; 1 for plain decoding."""
         return 1.0 + sum(self.acceptance)
 
 
@@ -75,7 +75,7 @@ class _Row:
     finished: bool = False
 
     def take(self, new: Sequence[int], *, eos_id: int) -> None:
-        """Append the tokens of a pass, drafts first, up to EOS or the limit."""
+        """Append the new tokens of a pass, drafts first, up to EOS or the limit."""
         taken = 0
         while taken < len(new) and not self.is_done:
             if new[taken] == eos_id:
@@ -105,24 +105,24 @@ def generate(
     batch_size: int = 32,
     on_done: Callable[[int], None] | None = None,
 ) -> Generations:
-    """Continue prompts of any lengths.
+    """Generate continuations of prompts, which may have different lengths.
 
     Args:
-        policy: Its training mode is restored afterwards.
+        policy: The policy; it is set to evaluation mode, and its mode is restored afterwards.
         prompts: Token ids; none may be empty.
-        max_new_tokens: The limit per prompt. A text also ends at the model's last position, less K - 1
-            positions for drafts, so that both kinds of decoding give the same text.
-        eos_id: Ends a text, also inside a draft.
-        temperature: 0 is greedy.
-        seed: Together with a prompt's stream it fixes the samples, whatever else is in the batch.
-        streams: A name for each prompt's random stream; its index by default.
+        max_new_tokens: Maximum number of new tokens per prompt. A text also ends K - 1 positions before the
+            model's last position, which leaves space for drafts, so that both methods give the same text.
+        eos_id: Id of EOS, which ends a text even inside a draft.
+        temperature: Sampling temperature; 0 is greedy decoding.
+        seed: Seed of the samples, which depend only on the seed and the prompt's stream, not on the batch.
+        streams: Names of the prompts' random streams; by default the index of each prompt.
         decoding: `plain`, or `self_speculative` with drafts of heads 2..K. Texts that may leave a sliding
             window are decoded plainly, because rejected drafts would take slots of the window.
-        batch_size: Prompts decoded together; prompts of similar length are grouped.
+        batch_size: Number of prompts that are decoded together; prompts of similar length are grouped.
         on_done: Called with the number of finished prompts.
 
     Raises:
-        WmtpError: A prompt leaves no position for new tokens.
+        WmtpError: A prompt is so long that the model has no position left for new tokens.
     """
     began = time.perf_counter()
     was_training = policy.training
@@ -169,7 +169,7 @@ def generate(
 
 
 def _drafts(policy: Policy, decoding: Decoding, *, longest: int, new: int) -> int:
-    """Return the number of tokens that are drafted in each step."""
+    """Return the number of tokens to draft in each step."""
     if decoding == "plain" or policy.n_future == 1:
         return 0
     why = manner_of(policy).no_drafts
@@ -183,14 +183,14 @@ def _drafts(policy: Policy, decoding: Decoding, *, longest: int, new: int) -> in
 
 
 def _window(policy: Policy) -> int | None:
-    """Return the tokens that a layer with the narrowest window sees, if there is one."""
+    """Return the size of the narrowest attention window in tokens, or None if no layer has a window."""
     caches = policy.new_caches()
     layers = [layer for cache in (caches.trunk, *caches.heads) for layer in cache.layers]
     return min((layer.sliding_window for layer in layers if hasattr(layer, "sliding_window")), default=None)
 
 
 def _limit(policy: Policy, length: int, max_new_tokens: int) -> int:
-    """Return the most new tokens of a prompt of this length."""
+    """Return the maximum number of new tokens for a prompt of `length` tokens."""
     positions: int | None = getattr(policy.config, "max_position_embeddings", None)
     if positions is None:
         return max_new_tokens
@@ -210,13 +210,13 @@ def _generator(seed: int, stream: str) -> torch.Generator:
 
 @frozen(kw_only=True)
 class Sampled:
-    """Completions of prompts: `completions[p][s]` is sample s of prompt p."""
+    """Sampled completions: `completions[p][s]` is sample s of prompt p."""
 
     completions: tuple[tuple[str, ...], ...]
     generations: Generations
 
     def metrics(self) -> dict[str, float]:
-        """Return the metrics that are equal in every run of a recipe.
+        """Return the metrics that are equal in every run of the same recipe.
 
         `acceptance_position_k` is the share of verifying passes that accepted head k's draft.
         """
@@ -249,9 +249,9 @@ def sample_completions(
     batch_size: int,
     on_done: Callable[[int], None] | None = None,
 ) -> Sampled:
-    """Return `samples` completions of each prompt: what follows its text, without control tokens.
+    """Return `samples` completions of each prompt, as texts without control tokens.
 
-    A prompt is a name, which together with `seed` fixes its samples, and a text.
+    A prompt is a pair (name, text); the name and `seed` determine its samples.
     """
     repeated = [ids for ids in codec.encode_prompts([text for _, text in prompts]) for _ in range(samples)]
     generations = generate(

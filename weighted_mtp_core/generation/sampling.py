@@ -1,7 +1,7 @@
 """Sample tokens, and accept or replace drafted tokens without changing the distribution.
 
-The caller passes uniform random numbers, each row's from its own generator, so a row's tokens do not depend
-on other rows.
+The caller passes uniform random numbers from a separate generator for each row, so a row's tokens do not
+depend on other rows.
 
 Shape letters: R rows, D drafted tokens, V vocabulary.
 """
@@ -13,12 +13,12 @@ from torch import Tensor
 
 
 def probabilities(logits: Tensor, *, temperature: float) -> Tensor:
-    """Return float32 probabilities over the last dimension; the temperature is above 0."""
+    """Return float32 probabilities over the last dimension; the temperature must be > 0."""
     return torch.softmax(logits.float() / temperature, dim=-1)
 
 
 def draw(probability: Tensor, uniform: Tensor) -> Tensor:
-    """Return tokens, int64 `[...]`, by inverting the cumulative distribution of `[..., V]` at `[...]`."""
+    """Draw tokens, int64 `[...]`, by inverting the cumulative distribution of `[..., V]` at `uniform`."""
     cumulative = probability.cumsum(dim=-1)
     point = (uniform * cumulative[..., -1])[..., None]
     token = torch.searchsorted(cumulative, point, right=True)[..., 0]
@@ -26,11 +26,11 @@ def draw(probability: Tensor, uniform: Tensor) -> Tensor:
 
 
 def accept_greedy(draft_RD: Tensor, best_RT: Tensor) -> tuple[Tensor, Tensor]:
-    """Accept drafted tokens up to the first that is not the likeliest.
+    """Accept drafted tokens up to the first one that differs from the likeliest token.
 
     Args:
         draft_RD: Drafted tokens, int64.
-        best_RT: int64 `[R, D + 1]`, the likeliest tokens; the last one follows all drafts.
+        best_RT: The likeliest tokens, int64 `[R, D + 1]`; the last one is for the position after all drafts.
 
     Returns:
         The number of accepted drafts and the token that follows them, both int64 `[R]`.
@@ -44,13 +44,14 @@ def accept(
 ) -> tuple[Tensor, Tensor]:
     """Accept drafted tokens at random, and return the distribution of the token that follows them.
 
-    Draft i is accepted with probability `min(1, p_i / q_i)`; the first rejected draft is replaced by a draw
-    from `max(p_i - q_i, 0)`, normalised (Leviathan et al. 2023, algorithm 1). The result is distributed as p.
+    Draft i is accepted with probability `min(1, p_i / q_i)`, where p_i and q_i are its probabilities under
+    the target distribution p and the draft distribution q. The first rejected draft is replaced with a sample
+    from the normalised `max(p - q, 0)` (Leviathan et al. 2023, algorithm 1). The result is distributed as p.
 
     Args:
         draft_RD: Drafted tokens, int64.
-        draft_RDV: The distribution q that each was drawn from.
-        target_RDV: `[R, D + 1, V]`, the target distribution p; the last one is for the token after all
+        draft_RDV: The distribution q from which each draft was drawn.
+        target_RDV: The target distributions p, `[R, D + 1, V]`; the last one is for the token after all
             drafts.
         uniform_RD: Uniform numbers in [0, 1).
 
@@ -66,6 +67,6 @@ def accept(
     target_RV = target_RDV[row_R, count_R]
     padded_RDV = torch.cat([draft_RDV, torch.zeros_like(target_RDV[:, -1:])], dim=1)
     rest_RV = (target_RV - padded_RDV[row_R, count_R]).clamp(min=0)
-    # If q equals p up to rounding, a rejected draft may leave nothing over: then p itself is correct.
+    # If q equals p up to rounding, max(p - q, 0) may be 0 everywhere; then p itself is correct.
     is_left_R1 = rest_RV.sum(dim=-1, keepdim=True) > 0
     return count_R, torch.where(is_left_R1, rest_RV, target_RV)

@@ -1,9 +1,9 @@
-"""Several layers as one: rows come in groups, and each group uses the parameters of its own layer.
+"""Stacks several layers into one; rows are in groups, and each group uses the parameters of one layer.
 
-For a few tokens a layer's time is that of its kernel launches, not of its arithmetic, and three layers take
-three times as long. If their inputs are known together, one call is enough: the first layer's rows come
-first, then those of the second. Attention, and everything else without parameters, does not depend on the
-group.
+For a few tokens, kernel launches determine the time of a layer, so three layers take three times as long as
+one. If the inputs of all layers are available at once, one call is enough: the rows of the first layer are
+followed by the rows of the second layer, and so on. Attention and other operations without parameters treat
+all groups alike.
 
 Shape letters: L layers, R rows of each, X = L R rows, T positions, I inputs, O outputs.
 """
@@ -21,10 +21,10 @@ from torch.distributed.fsdp import FSDPModule
 def stack(layers: Sequence[nn.Module]) -> nn.Module | None:
     """Return a layer of `[L R, T, H]` states, or None if these layers cannot be stacked.
 
-    Parameters of linear modules are copied, so later updates do not reach them. Layers with sharded
-    parameters (FSDP2) cannot be stacked, because they are whole only during a call of their own; nor can
-    layers with lists of
-    modules, such as experts: each expert gets the rows that chose it, and groups would differ in size.
+    Parameters of linear modules are copied, so later updates do not affect the result. Layers with sharded
+    parameters (FSDP2) cannot be stacked, because their parameters are complete only while the layer itself is
+    called. Layers with lists of modules, such as experts, cannot be stacked either: each expert gets the rows
+    that are routed to it, so groups would differ in size.
     """
     first = layers[0]
     if any(isinstance(module, FSDPModule | nn.ModuleList) for module in first.modules()):
@@ -50,7 +50,7 @@ class _Linears(nn.Module):
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__()
-        # A transposed view, not a contiguous copy: products with few rows are faster with it.
+        # A transposed view instead of a contiguous copy, because products with few rows are faster with it.
         self.weight_LIO = torch.stack([each.get_parameter("weight") for each in modules]).mT
         biases: list[Tensor] = [each.get_parameter("bias") for each in modules if each.bias is not None]
         self.bias_L1O = torch.stack(biases)[:, None] if biases else None
@@ -66,19 +66,19 @@ class _Linears(nn.Module):
 
 
 def _stack_norms(modules: Sequence[nn.Module]) -> nn.Module:
-    """Return norms as one module, if a probe shows that their code works with a weight per group of rows."""
+    """Return norms as one module, if a probe shows that their code allows one weight per group of rows."""
     stacked, one_by_one = _Norms(modules), _OneByOne(modules)
     weight = next(modules[0].parameters())
-    # No random numbers, which would change those of a training run that decodes in between.
+    # No random numbers, because drawing them would change the later random numbers of a training run.
     probe_L1H = torch.linspace(-1, 1, len(modules) * len(weight)).view(len(modules), 1, -1).to(weight)
     try:
         return stacked if torch.equal(stacked(probe_L1H), one_by_one(probe_L1H)) else one_by_one
-    except RuntimeError:  # torch's own kernels take one weight
+    except RuntimeError:  # torch's own kernels accept only one weight
         return one_by_one
 
 
 class _Norms(nn.Module):
-    """Norms that multiply by a weight of any shape, as transformers' own do."""
+    """Norms that multiply by a weight of any shape, like the norms of transformers."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class _Norms(nn.Module):
 
 
 class _OneByOne(nn.Module):
-    """Modules that work row by row, called one after the other."""
+    """Modules that treat each row independently, called one after the other."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__()

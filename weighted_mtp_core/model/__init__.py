@@ -1,1 +1,1 @@
-"""The policy, its base model and its loss."""
+"""The policy model, the base model it is made from, and its loss."""

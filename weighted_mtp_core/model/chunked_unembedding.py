@@ -1,6 +1,6 @@
-"""Logits of selected positions chunk by chunk, so that the `[B, T, K, V]` logits never exist at once.
+"""Computes the logits of selected positions in chunks, so that the `[B, T, K, V]` logits never exist at once.
 
-The gradient of a chunk's logits is formed while the logits are in memory, so no logits are stored for the
+The gradient of a chunk's logits is computed while these logits are in memory, so no logits are stored for the
 backward pass or computed a second time.
 
 Shape letters: B rows, T positions, N selected positions in the flattened [B, T], H hidden, V vocabulary.
@@ -18,22 +18,22 @@ from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.unembedding import Unembedding
 
 CHUNK = 192
-"""The most rows of logits that exist at a time: 192 x 49152 in fp32 are 36 MiB."""
+"""Maximum number of rows of logits in memory: 192 x 49152 logits in fp32 take 36 MiB."""
 
-_BUDGET = 36 << 20  # bytes for logits and states' gradients together, if CHUNK rows do not need more
-_FEWEST = 64  # rows; with fewer, matrix products get slower than the saved memory is worth
+_BUDGET = 36 << 20  # bytes for the logits and the states' gradients together, if CHUNK rows need no more
+_FEWEST = 64  # rows; fewer rows save little memory but slow down the matrix products
 
 
 @frozen(kw_only=True, eq=False)
 class ChunkedUnembedding:
     """The unembedding for one pass over all heads.
 
-    States come whole, as `[B, T, H]`, with the int64 index `[N]` of the selected positions; each chunk
-    gathers its own states.
+    Methods receive the states of all positions, `[B, T, H]`, and the int64 indices `[N]` of the selected
+    positions; each chunk gathers the states it needs.
 
     Attributes:
-        unembedding: What is trained.
-        matrix_VH: Its matrix in the dtype of the products.
+        unembedding: The unembedding that is trained.
+        matrix_VH: The matrix of the unembedding in the dtype of the matrix products.
         logits_NV: Buffer for one chunk of logits, reused: allocating one per chunk costs page faults.
     """
 
@@ -43,13 +43,13 @@ class ChunkedUnembedding:
 
     @classmethod
     def of(cls, policy: Policy, hidden_BTH: Tensor, *, extra_bytes: int = 0) -> ChunkedUnembedding:
-        """Cast the matrix to autocast's dtype, if autocast is on.
+        """Prepare the unembedding; its matrix is cast to autocast's dtype if autocast is on.
 
         Args:
             policy: The policy.
-            hidden_BTH: Trunk states, for their device.
-            extra_bytes: Memory that exists at the same time as the logits and grows with the batch. Chunks
-                shrink by it, so that the total does not grow with the batch.
+            hidden_BTH: Trunk states, of which only the device is used.
+            extra_bytes: Other memory in use at the same time as the logits, which grows with the batch.
+                Chunks are made smaller by this amount, so that the total does not grow with the batch.
         """
         parameter = policy.unembedding.weight
         device = hidden_BTH.device.type
@@ -64,10 +64,10 @@ class ChunkedUnembedding:
     def learn(
         self, state_BTH: Tensor, index_N: Tensor, label_N: Tensor, *, scale_N: Tensor, gradient_BTH: Tensor
     ) -> Tensor:
-        """Return each cross-entropy, float32 `[N]`, and compute the gradients of `sum_n scale_n * CE_n`.
+        """Return each cross-entropy CE_n, float32 `[N]`, and compute the gradients of `sum_n scale_n * CE_n`.
 
-        The states' gradient is written to `gradient_BTH`, the matrix's is added to its `grad`: a buffer per
-        head would cost two more passes over it.
+        The gradient of the states is written to `gradient_BTH`. The gradient of the matrix is added to the
+        matrix's `grad` directly, because a separate buffer per head would cost two more passes over memory.
         """
         state_SH, gradient_SH = state_BTH.flatten(0, 1), gradient_BTH.flatten(0, 1)
         ce_N = torch.empty(len(label_N), dtype=torch.float32, device=label_N.device)
@@ -79,7 +79,7 @@ class ChunkedUnembedding:
         return ce_N
 
     def _learn_chunk(self, state: Tensor, label: Tensor, *, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Do what `learn` does for one chunk, in place on its logits: each pass over them costs time."""
+        """Do the work of `learn` for one chunk, in place on its logits to avoid passes over memory."""
         logits = self._logits(state)
         slope = None if self.unembedding.is_plain else self.unembedding.slope(logits)
         target = logits.sub_(logits.amax(dim=-1, keepdim=True)).gather(1, label)
@@ -114,7 +114,7 @@ class ChunkedUnembedding:
         return entropy_N
 
     def sums(self, state_BTH: Tensor, index_N: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Return float32 sums: of the cross-entropies, and of the labels that are the likeliest token."""
+        """Return the sum of the cross-entropies and the number of labels that are the likeliest token."""
         ce, correct = torch.zeros(2, device=index_N.device).unbind()
         for rows, logits in self._all_logits(state_BTH, index_N):
             ce = ce + nn.functional.cross_entropy(logits, label_N[rows], reduction="sum")
@@ -122,13 +122,13 @@ class ChunkedUnembedding:
         return ce, correct
 
     def _all_logits(self, state_BTH: Tensor, index_N: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Yield each chunk and its logits, which are valid until the next chunk."""
+        """Yield each chunk and its logits, which the next chunk overwrites."""
         state_SH = state_BTH.flatten(0, 1)
         for rows in self._chunks(len(index_N)):
             yield rows, self._logits(state_SH.index_select(0, index_N[rows]))
 
     def _logits(self, state_NH: Tensor) -> Tensor:
-        """Return the rows' logits, float32 `[N, V]`, valid until the next call."""
+        """Return the logits of the rows, float32 `[N, V]`, which the next call overwrites."""
         buffer = self.logits_NV[: len(state_NH)]
         product_NV = torch.mm(state_NH.to(self.matrix_VH.dtype), self.matrix_VH.T, out=buffer).float()
         return product_NV if self.unembedding.is_plain else self.unembedding.shape_(product_NV)
@@ -140,7 +140,7 @@ class ChunkedUnembedding:
 
 
 def _gradient_of(parameter: nn.Parameter | None) -> Tensor | None:
-    """Return the buffer of a parameter's gradient, allocated at need; None if it is frozen or missing."""
+    """Return a parameter's gradient, allocated if necessary; None for a frozen or missing parameter."""
     if parameter is None or not parameter.requires_grad:
         return None
     if parameter.grad is None:

@@ -21,7 +21,7 @@ from weighted_mtp_core.model.heads import HeadKind
 from weighted_mtp_core.model.policy import Policy
 
 FORMAT = 2
-"""Raise it when a change makes older directories unreadable for this release."""
+"""Format of the directory; increase it when this release can no longer read older directories."""
 
 FACTS, EXTRA_HEADS, RECIPE = "weighted_mtp.json", "heads/model.safetensors", "recipe.toml"
 
@@ -31,7 +31,7 @@ class ExportFacts:
     """The contents of `weighted_mtp.json`.
 
     Attributes:
-        n_future: K.
+        n_future: K, the number of heads.
         heads: Kind of heads 2..K.
         run: Id of the run that trained the policy.
         recipe_sha256: SHA-256 of `recipe.toml`.
@@ -48,7 +48,7 @@ class ExportFacts:
 
 
 def is_exported_model(folder: Path) -> bool:
-    """Return whether a folder holds an exported model."""
+    """Return whether a folder contains an exported model."""
     return (folder / FACTS).is_file()
 
 
@@ -80,10 +80,10 @@ def read_facts(folder: Path) -> ExportFacts:
 
 
 def refuse_other_heads(folder: Path, *, n_future: int, head_kind: HeadKind) -> None:
-    """Refuse an exported model without the heads that a recipe needs; it may have more.
+    """Refuse an exported model that lacks heads which the recipe needs; additional heads are allowed.
 
     Raises:
-        WmtpError: The heads are of another kind, or too few.
+        WmtpError: The model has heads of another kind, or too few heads.
     """
     facts = read_facts(folder)
     afresh = f"to begin with fresh heads, copy the directory without `{FACTS}` and `manifest.json`"
@@ -103,7 +103,7 @@ def load_extra_heads(policy: Policy, folder: Path) -> None:
     """Load the weights of heads 2..K.
 
     Raises:
-        WmtpError: The tensors in the file do not fit these heads.
+        WmtpError: The tensors in the file do not fit the policy's heads.
     """
     if policy.n_future == 1:
         return

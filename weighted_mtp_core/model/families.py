@@ -21,22 +21,22 @@ from torch import Tensor, nn
 from weighted_mtp_core.errors import WmtpError
 
 READS_MASK = frozenset({"bloom", "falcon", "mpt"})
-"""`model_type` of families with ALiBi, which read distances from the attention mask itself."""
+"""`model_type` of families with ALiBi, which compute distances from the attention mask itself."""
 
 
 COUNTS_SLOTS = frozenset({"gpt_neo", "mpt"})
-"""`model_type` of families that measure distances in slots of the cache, which refused drafts stretch."""
+"""`model_type` of families that measure distances in cache slots, which rejected drafts make too large."""
 
 LIMITED_LENGTH = frozenset({"gpt_neo", "mpt"})
-"""`model_type` of families with a causal mask or biases of `max_position_embeddings` tokens and no more."""
+"""`model_type` of families whose causal mask or biases end after `max_position_embeddings` tokens."""
 
 REFUSED = {
-    "rwkv": "it rescales its own weights whenever it passes from training to evaluation",
+    "rwkv": "it rescales its own weights whenever it changes from training to evaluation mode",
 }
-"""`model_type` of families that cannot be a trunk although their forward pass can, with the reason."""
+"""`model_type` of families that cannot be a trunk although their forward pass works, with the reasons."""
 
 SCALES_OF_EMBEDDINGS = ("embedding_multiplier", "embed_scale")
-"""Attributes by which some bodies multiply embeddings, and would multiply what a head's body reads."""
+"""Attributes with a factor of the embeddings, which a head's body would wrongly apply to the trunk states."""
 
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
 _DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
@@ -44,15 +44,15 @@ _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_c
 
 
 def text_config(config: Any) -> Any:
-    """Return the config of a model's text decoder; of a model for text alone, its config."""
+    """Return the config of a model's text decoder, which for a text-only model is the config itself."""
     return config.get_text_config(decoder=True)
 
 
 def logit_forms(config: Any) -> Iterator[tuple[float, float | None]]:
-    """Yield scale and soft-cap of the unembedding as a config may mean them, the likeliest first.
+    """Yield the pairs (scale, soft-cap) of the unembedding that a config may mean, the likeliest first.
 
-    Some families share the name of an option but do not read it, so what a config says is compared with the
-    model itself.
+    Some families have an option in their config that they do not use, so each pair must be compared with the
+    logits of the model itself.
     """
     config = text_config(config)
 
@@ -70,13 +70,13 @@ def logit_forms(config: Any) -> Iterator[tuple[float, float | None]]:
 
 
 def body_of(base: Any) -> Any:
-    """Return the body of a causal LM, whose last hidden states the unembedding reads."""
+    """Return the body of a causal LM; the unembedding reads the last hidden states of the body."""
     body = base.base_model
-    if body is base:  # Llama 4 names its body differently than its own class says
+    if body is base:  # the attribute with Llama 4's body differs from the name in its class
         body = getattr(base, "model", base)
     children = dict(body.named_children())
     if "decoder" in children and not any(isinstance(child, nn.ModuleList) for child in children.values()):
-        return children["decoder"]  # OPT wraps it
+        return children["decoder"]  # OPT wraps its decoder in another module
     return body
 
 
@@ -84,7 +84,7 @@ def anatomy(base: Any) -> tuple[Any, str, str]:
     """Return the body of a causal LM and the names of its layers and of its final norm.
 
     Raises:
-        WmtpError: It is not built of layers and a final norm.
+        WmtpError: The body does not consist of layers and a final norm.
     """
     body = body_of(base)
     children = dict(body.named_children())
@@ -109,10 +109,10 @@ def layers_of(body: nn.Module) -> nn.ModuleList:
 
 
 def with_layers(config: Any, layers: slice) -> Any:
-    """Return a copy of a model's config for some of its layers.
+    """Return a copy of a model's config that describes only some of its layers.
 
     Raises:
-        WmtpError: The config derives the kinds of its layers from their numbers.
+        WmtpError: The config derives the kind of each layer from the layer's number.
     """
     count = config.num_hidden_layers
     numbers = range(count)[layers]
@@ -125,7 +125,7 @@ def with_layers(config: Any, layers: slice) -> Any:
     if kinds is not None and list(smaller.layer_types) != [kinds[number] for number in numbers]:
         raise WmtpError(
             f"the layers of a `{config.model_type}` model are numbered in its config, "
-            "so the last one cannot be taken off",
+            "so its last layer cannot be removed",
             hint='set `model.heads.kind = "medusa"`',
         )
     return smaller
@@ -142,19 +142,19 @@ def body_states(
 
     Args:
         body: The body.
-        position_BT: Positions, if they are not 0, 1, ... or the cache's continuation.
-        cache: Of `new_cache`, extended in place; None computes without one.
+        position_BT: int64 positions; None for 0, 1, ... or, with a cache, for the positions after its tokens.
+        cache: A cache from `new_cache`, which is extended in place; None computes without a cache.
         seen_BS: bool, the tokens that may be attended to; None means all.
         inputs: `input_ids` or `inputs_embeds`.
     """
-    # Given neither cache nor positions, transformers searches the positions that it has just made for packed
-    # documents, and waits for the accelerator once a forward pass and body.
+    # Without cache and positions, transformers creates positions and searches them for packed documents,
+    # which # synchronises with the accelerator once per forward pass and body.
     if cache is None and position_BT is None and cache_kinds(body) <= KEYS_AND_VALUES:
         cache_or_none = _empty_cache()
     else:
         cache_or_none = cache
     if seen_BS is not None and seen_BS.dtype == torch.bool:
-        seen_BS = seen_BS.long()  # as tokenizers make masks: some families calculate with them
+        seen_BS = seen_BS.long()  # integers like a tokenizer's masks: some families do arithmetic with masks
     optional = {
         "attention_mask": seen_BS,
         "position_ids": position_BT,
@@ -169,7 +169,7 @@ def body_states(
 
 @functools.cache
 def _arguments(body: Any) -> frozenset[str]:
-    """Return the names of what a body's forward pass takes."""
+    """Return the names of the arguments of a body's forward pass."""
     return frozenset(inspect.signature(body.forward).parameters)
 
 
@@ -181,26 +181,30 @@ def new_cache(config: Any) -> Any:
 
 
 def one_layer_cache(config: Any) -> Any:
-    """Return an empty cache for a model's last layer alone, as its layer 0."""
+    """Return an empty cache for only the last layer of a model, which becomes layer 0 of the cache."""
     cache = new_cache(config)
     cache.layers = cache.layers[-1:]
     return cache
 
 
 def cache_kinds(body: Any) -> frozenset[str]:
-    """Return the classes of transformers that cache a body's layers, by name; looked up once a body."""
+    """Return the names of the transformers classes that cache a body's layers; found once for each body."""
     known = _CACHE_KINDS.get(body)
     if known is None:
         try:
             known = frozenset(type(layer).__name__ for layer in new_cache(body.config).layers)
-        except (KeyError, ValueError, AttributeError):  # layers of a kind that only their own model makes
+        except (
+            KeyError,
+            ValueError,
+            AttributeError,
+        ):  # only the model itself can create caches of its layers
             known = frozenset({"unknown"})
         _CACHE_KINDS[body] = known
     return known
 
 
 KEYS_AND_VALUES = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer"})
-"""`cache_kinds` of layers of attention alone."""
+"""The `cache_kinds` of bodies with attention layers only."""
 
 _CACHE_KINDS: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 
@@ -210,7 +214,7 @@ def _empty_cache() -> Any:
     from transformers import DynamicCache
 
     class EmptyCache(DynamicCache):  # type: ignore[misc] # transformers gives it no type
-        """Stores nothing."""
+        """A cache that stores nothing."""
 
         def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
             return key, value

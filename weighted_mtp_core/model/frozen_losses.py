@@ -1,4 +1,4 @@
-"""Next-token losses of a frozen copy of the policy: a reference model.
+"""Next-token losses of a frozen copy of the policy, which serves as a reference model.
 
 Shape letters: B rows, T positions.
 """
@@ -22,16 +22,16 @@ from weighted_mtp_core.model.targets import batch_labels, target_mask
 def frozen_losses(
     policy: Policy, checkpoint: Path | None, *, load: Callable[[Policy, Path], None]
 ) -> Callable[[Batch], Tensor]:
-    """Copy the policy and return its next-token losses.
+    """Copy the policy and return a function that computes the copy's next-token losses.
 
     Args:
         policy: The policy to copy.
-        checkpoint: Weights for the copy; None keeps the policy's present ones.
-        load: Reads a checkpoint into a policy.
+        checkpoint: File with the weights of the copy; None keeps the policy's current weights.
+        load: Loads a checkpoint into a policy.
 
     Returns:
-        A function from a batch to float32 `[B, T]`: the loss of each response token that follows a token of
-        its document, 0 elsewhere.
+        A function that maps a batch to float32 losses `[B, T]` in nats of the response tokens that follow
+        another token of their document; 0 for all other tokens.
     """
     twin = copy.deepcopy(policy)
     if checkpoint is not None:

@@ -1,4 +1,4 @@
-"""Load the model that `[model]` names: `micro`, a directory, a `.gguf` file or a hub id."""
+"""Load the model that the table `[model]` names: `micro`, a directory, a `.gguf` file or a hub id."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder, sha256_o
 
 @frozen(kw_only=True, eq=False)
 class LoadedPolicy:
-    """A policy, its tokenizer, and the base model's name and version for tags."""
+    """A policy with its tokenizer and, for the run's tags, the name and version of the base model."""
 
     policy: Policy
     tokenizer: Any
@@ -33,21 +33,21 @@ class LoadedPolicy:
 def load_policy(
     table: ModelTable, *, storage: Path, texts: Callable[[], Iterable[str]], seed: int
 ) -> LoadedPolicy:
-    """Load or make the base model and make a policy of it.
+    """Load or create the base model and make a policy from it.
 
     Args:
         table: The recipe's `[model]`.
-        storage: The storage root; models that are made or converted are kept under its `models_v2/`.
-        texts: Returns the training texts, for the tokenizer of `micro`.
-        seed: Seed of initial weights.
+        storage: The storage root; created and converted models are stored in its folder `models_v2/`.
+        texts: Returns the training texts, on which the tokenizer of `micro` is trained.
+        seed: Seed of the initial weights.
 
     Raises:
-        WmtpError: There is no such model, a byte of it changed, or it cannot become a policy.
+        WmtpError: There is no such model, its files have been changed, or it cannot become a policy.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # it breaks the lines of logs and of the display
+    logging.disable_progress_bar()  # progress bars break the lines of logs and of the display
     folder: Path | str
     if table.base == "micro":
         folder = micro_folder(table.micro, storage / "models_v2", texts=texts, seed=seed)
@@ -70,10 +70,10 @@ def load_policy(
 
 
 def make_policy(base: Any, *, n_future: int, head_kind: HeadKind) -> Policy:
-    """Make a policy of a causal LM and check that head 1 still is that model: see `probe`.
+    """Make a policy from a causal LM and check that head 1 computes the same logits; see `probe`.
 
     Raises:
-        WmtpError: The model cannot be a trunk, or does not fit this kind of head.
+        WmtpError: The model cannot be a trunk or does not work with this kind of head.
     """
     answers = observe(base)
     policy = Policy(base, unembedding=answers.unembedding, n_future=n_future, head_kind=head_kind)
@@ -82,14 +82,14 @@ def make_policy(base: Any, *, n_future: int, head_kind: HeadKind) -> Policy:
 
 
 def find_base(base: str, *, storage: Path) -> Path | str:
-    """Return the verified directory of a transformers model; a hub id is returned as it is.
+    """Verify and return the directory of a transformers model; a hub id is returned unchanged.
 
     Args:
         base: A folder under `models_v2/`, a directory, a `.gguf` file (converted once) or a hub id.
         storage: The storage root.
 
     Raises:
-        WmtpError: There is no such model, or a byte of it changed.
+        WmtpError: There is no such model, or its files have been changed.
     """
     models = storage / "models_v2"
     gguf = base.endswith(".gguf")
@@ -110,7 +110,7 @@ def _transformers_folder(base: str, models: Path) -> Path | str:
         return versions[0]
     if versions:
         raise WmtpError(
-            f"`{stored}` holds several versions: " + ", ".join(f"`{path.name}`" for path in versions),
+            f"`{stored}` contains several versions: " + ", ".join(f"`{path.name}`" for path in versions),
             hint=f'name one, for example `model.base = "{base}/{versions[-1].name}"`',
         )
     if base.count("/") == 1 and not base.startswith((".", "/")) and not Path(base).parent.exists():
@@ -122,7 +122,7 @@ def _transformers_folder(base: str, models: Path) -> Path | str:
 
 
 def _gguf_folder(file: Path, models: Path) -> Path:
-    """Return the folder with a GGUF file's weights as safetensors, converted once: it takes a minute."""
+    """Return the folder with a GGUF file's weights as safetensors; the conversion takes a minute, once."""
     if not file.is_file():
         raise WmtpError(
             f"there is no file `{file}`",
@@ -138,11 +138,11 @@ def _gguf_folder(file: Path, models: Path) -> Path:
                 base, info = AutoModelForCausalLM.from_pretrained(
                     file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
                 )
-            except Exception as error:  # the reader of GGUF files raises any kind
+            except Exception as error:  # the reader of GGUF files can raise any exception
                 raise WmtpError(
                     f"`{file}` cannot be read as a GGUF model: {reason(error)}",
-                    hint="the file is cut, damaged or of a type that transformers does not read: download it "
-                    "anew, or name the model's transformers directory",
+                    hint="the file is truncated, damaged or of a type that transformers cannot read: "
+                    "download it again, or name the model's transformers directory",
                 ) from error
             refuse_bad_weights(file, base, info)
             # transformers refuses to save a quantised model; the weights are plain fp32 by now.

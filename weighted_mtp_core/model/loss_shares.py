@@ -1,4 +1,4 @@
-"""The heads' shares of the loss (alpha), which may follow a schedule. K heads."""
+"""Each head's share of the loss (alpha), which may follow a schedule. K is the number of heads."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from weighted_mtp_core.recipe.schema import LossTable
 
 
 def loss_shares(table: LossTable, n_future: int, *, progress: float) -> Tensor:
-    """Return `alpha_K`, float32, summing to 1, proportional to `head_weights[k] * head_decay^(k-1)`.
+    """Return each head's share `alpha_K`, float32, with sum 1.
 
-    The schedule multiplies these. `forward` and `reverse` are the curricula of Aynetdinov and Akbik 2025: K
-    phases of equal length; heads join one by one, the nearest first, or leave, the furthest first.
+    The share of head k is proportional to `head_weights[k - 1] * head_decay^(k - 1)` times the factor of the
+    schedule. The schedules `forward` and `reverse` are the curricula of Aynetdinov and Akbik 2025 with K
+    phases of equal length: with `forward`, heads 1, 2, ... are added one by one; with `reverse`, heads K, K -
+    1, ... are removed one by one.
 
     Args:
         table: The recipe's `[loss]`.
-        n_future: K.
-        progress: Share of the training steps that are done, in [0, 1).
+        n_future: K, the number of heads.
+        progress: Completed fraction of the training steps, in [0, 1).
     """
     base_K = torch.tensor(table.head_weights or (1.0,) * n_future, dtype=torch.float64)
     decay_K = table.head_decay ** torch.arange(n_future, dtype=torch.float64)
@@ -26,7 +28,7 @@ def loss_shares(table: LossTable, n_future: int, *, progress: float) -> Tensor:
 
 
 def _presence(table: LossTable, n_future: int, *, progress: float) -> Tensor:
-    """Return the schedule's factor of each head, float64 `[K]` in [0, 1]; head 1's is 1."""
+    """Return the schedule's factor of each head, float64 `[K]` in [0, 1]; the factor of head 1 is 1."""
     done = min(1.0, progress / table.head_schedule_end)
     phase = min(n_future, int(done * n_future) + 1)  # 1 to K
     number_K = torch.arange(1, n_future + 1)

@@ -1,4 +1,4 @@
-"""The base model `micro`: a small random Llama, and a tokenizer trained on the run's own texts."""
+"""The base model `micro`: a small Llama with random weights and a tokenizer trained on the run's texts."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from weighted_mtp_core.recipe.schema import MicroTable
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder
 
 PAD, EOS = "<pad>", "<eos>"
-_FORMAT = 2  # raise it when the same texts and shape would give other weights or tokens
+_FORMAT = 2  # increase it when the same texts and shape would give different weights or tokens
 _MAX_POSITIONS = 2048
 
 
 def micro_folder(shape: MicroTable, models: Path, *, texts: Callable[[], Iterable[str]], seed: int) -> Path:
-    """Return the folder of the model for this shape, seed and these texts; make it if it does not exist."""
+    """Return the folder of the model for this shape, seed and texts; create the model if necessary."""
     corpus = list(texts())
     digest = hashlib.sha256(json.dumps([_FORMAT, attrs.asdict(shape), seed, corpus], sort_keys=True).encode())
     folder = models / "micro" / digest.hexdigest()[:12]
@@ -33,7 +33,7 @@ def micro_folder(shape: MicroTable, models: Path, *, texts: Callable[[], Iterabl
 
 
 def _train_tokenizer(corpus: list[str], *, vocab_size: int) -> Any:
-    """Train a byte-level BPE; each digit is a token, so that a number is spelt one way only."""
+    """Train a byte-level BPE. Each digit is a token, so every number has only one tokenisation."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -62,7 +62,7 @@ def _train_tokenizer(corpus: list[str], *, vocab_size: int) -> Any:
 
 
 def _new_llama(shape: MicroTable, tokenizer: Any, *, seed: int) -> Any:
-    """Return a Llama with random weights that depend on shape and seed only."""
+    """Return a Llama with random weights, which depend only on the shape and the seed."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -73,7 +73,8 @@ def _new_llama(shape: MicroTable, tokenizer: Any, *, seed: int) -> Any:
         num_attention_heads=shape.attention_heads,
         num_key_value_heads=shape.attention_heads,
         max_position_embeddings=_MAX_POSITIONS,
-        # 0.02, the default, is for widths of thousands: at 128 attention starts too flat to learn copying.
+        # The default 0.02 suits widths of thousands; at width 128, attention starts too flat to learn
+        # copying.
         initializer_range=shape.hidden_size**-0.5,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,

@@ -1,4 +1,4 @@
-"""Test before training whether a model keeps documents apart that share a row.
+"""Test before training whether a model keeps the documents of a packed row separate.
 
 Shape letters: B rows, T positions, H hidden.
 """
@@ -12,17 +12,17 @@ from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import reason
 from weighted_mtp_core.model.policy import Policy
 
-_TOLERANCE = 1e-4  # of the second document's states against its states alone, fp32
+_TOLERANCE = 1e-4  # relative difference of a document's fp32 states in a shared row and alone
 _LENGTH = 8
 _MEND = 'set `data.packing = "none"`: documents are then grouped by length'
 
 
 @torch.no_grad()
 def check_packing(policy: Policy) -> None:
-    """Compare the states of a document that follows another one with those of the document alone.
+    """Compare the states of a document that follows another document with its states in a row of its own.
 
     Raises:
-        WmtpError: The model attends to the previous document, or counts positions through the row.
+        WmtpError: The model attends to the previous document or continues its positions.
     """
     device = policy.unembedding.weight.device
     ids_BT = torch.arange(2, 2 + 2 * _LENGTH, device=device).remainder(policy.vocab_size)[None]
@@ -32,14 +32,14 @@ def check_packing(policy: Policy) -> None:
     try:
         packed = _states(policy, ids_BT, position_BT=position_BT)[:, _LENGTH:]
         alone = _states(policy, ids_BT[:, _LENGTH:], position_BT=None)
-    except Exception as error:  # of any model at all, so of any kind
+    except Exception as error:  # an unknown model can raise any exception
         raise WmtpError(
             f"a `{policy.config.model_type}` model cannot be run on packed rows ({reason(error)})", hint=_MEND
         ) from error
     finally:
         policy.train(was_training)
     gap = float((packed - alone).abs().max() / alone.abs().max().clamp(min=1e-6))
-    if not gap <= _TOLERANCE:  # NaN, too
+    if not gap <= _TOLERANCE:  # also True for NaN
         raise WmtpError(
             f"a `{policy.config.model_type}` model mixes documents that share a row "
             f"(states differ by {gap:.2g})",

@@ -1,4 +1,4 @@
-"""What the heads predict for each pair: losses and entropies (two of the signals), and sums per head.
+"""Measures what the heads predict for each pair: losses and entropies (two signals), and sums per head.
 
 Shape letters: B rows, T positions, K heads, N counted pairs of one head, H hidden.
 """
@@ -26,7 +26,7 @@ class HeadSums:
 
     Attributes:
         ce_sum_K: Sum of the unweighted cross-entropies, in nats.
-        correct_K: Number of pairs whose target is the likeliest token.
+        correct_K: Number of pairs for which the target is the likeliest token.
         count_K: Number of pairs.
     """
 
@@ -44,7 +44,7 @@ class PairPredictions:
         hidden_BTH: Trunk states.
         labels_BTK: The result of `align_labels`.
         position_BT: `Batch.position_BT`.
-        preceding_BT: `CollatedBatch.preceding_BT`; without it, each head waits for the device.
+        preceding_BT: `CollatedBatch.preceding_BT`; if None, each head synchronises with the device.
     """
 
     policy: Policy
@@ -81,7 +81,7 @@ class PairPredictions:
     def _measure(
         self, measure: Callable[[ChunkedUnembedding, Tensor, Tensor, Tensor], Measured]
     ) -> Iterator[tuple[Tensor, Measured]]:
-        """Yield for each head the sources of its counted pairs, and what `measure` returns for them."""
+        """Yield for each head the sources of its counted pairs and what `measure` returns for these pairs."""
         unembedding = ChunkedUnembedding.of(self.policy, self.hidden_BTH)
         for k in range(1, self.policy.n_future + 1):
             label_BT = self.labels_BTK[:, :, k - 1]

@@ -1,7 +1,7 @@
-"""Read a model and its tokenizer from files, and refuse what transformers would fill in or leave out.
+"""Read a model and its tokenizer from files, and refuse files from which transformers makes another model.
 
-transformers makes random weights for tensors that a file lacks, drops those that the config does not know,
-and applies an adapter that lies beside them. In each case another model is trained than the recipe names.
+transformers creates random weights for missing tensors, drops tensors that the config does not describe, and
+applies an adapter in the same folder. In each case a different model than the recipe names would be trained.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ def load_pretrained(source: Path | str, model_class: Any, *, kind: str) -> tuple
     Args:
         source: A transformers directory or a hub id.
         model_class: One of transformers' `Auto...` classes.
-        kind: Its name in messages.
+        kind: What messages call the model.
 
     Raises:
-        WmtpError: They cannot be loaded, or they are not whole or not of one model.
+        WmtpError: Model or tokenizer cannot be loaded, is incomplete, or does not fit the other.
     """
     from transformers import AutoTokenizer
 
     _refuse_config(source, kind)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # of any tokenizer at all, so of any kind
+    except Exception as error:  # an unknown tokenizer can raise any exception
         raise WmtpError(
             f"the tokenizer of `{source}` cannot be loaded: {_first_line(error)}",
-            hint="put `tokenizer.json` and `tokenizer_config.json` of the model beside its weights",
+            hint="put the model's `tokenizer.json` and `tokenizer_config.json` in the folder of its weights",
         ) from error
     try:
         model, info = _class_of(source, model_class).from_pretrained(
             source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except Exception as error:  # of any model at all, so of any kind
+    except Exception as error:  # an unknown model can raise any exception
         raise _unreadable(source, kind, error) from error
     refuse_bad_weights(source, model, info)
     _refuse_other_ids(source, model, tokenizer)
@@ -59,7 +59,7 @@ def load_pretrained(source: Path | str, model_class: Any, *, kind: str) -> tuple
 
 
 def _class_of(source: Path | str, model_class: Any) -> Any:
-    """Return the class that reads a model: some text models have a config that no `Auto...` class lists."""
+    """Return the class that reads a model; no `Auto...` class lists the configs of some text models."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(source)
@@ -69,12 +69,12 @@ def _class_of(source: Path | str, model_class: Any) -> Any:
 
 
 def refuse_bad_weights(source: Path | str, model: Any, info: Any) -> None:
-    """Refuse weights that are not those of the config, or not finite.
+    """Refuse weights that do not match the config or are not finite.
 
     Args:
         source: A transformers directory, a file of weights or a hub id.
-        model: What transformers made of it.
-        info: What transformers says of loading, its `output_loading_info`.
+        model: The model that transformers loaded from `source`.
+        info: The report of transformers about loading, `output_loading_info`.
 
     Raises:
         WmtpError: Tensors are missing, unexpected or of the wrong shape, or contain NaN.
@@ -89,13 +89,13 @@ def _refuse_config(source: Path | str, kind: str) -> None:
 
     if isinstance(source, Path) and (source / _ADAPTER).is_file():
         raise WmtpError(
-            f"`{source}` holds an adapter, `{_ADAPTER}`, which would be applied to the model beside it",
+            f"`{source}` contains an adapter, `{_ADAPTER}`, which would be applied to the model there",
             hint=f"merge it into the model (peft: `merge_and_unload`, then `save_pretrained`), or move "
             f"`{_ADAPTER}` and its weights away",
         )
     try:
         config = AutoConfig.from_pretrained(source)
-    except Exception as error:  # of any config at all, so of any kind
+    except Exception as error:  # an unknown config can raise any exception
         raise WmtpError(
             f"`{source}` cannot be loaded as a {kind}: {_first_line(error)}",
             hint="name a transformers directory, a `.gguf` file or a reachable hub id",
@@ -112,13 +112,13 @@ def _refuse_config(source: Path | str, kind: str) -> None:
 
 
 def _unreadable(source: Path | str, kind: str, error: Exception) -> WmtpError:
-    """Return the error for weights that cannot be read, with the file if one is cut or broken."""
+    """Return the error for weights that cannot be read; it names a truncated or damaged file."""
     for file in _weight_files(source):
         fault = _fault_of(file)
         if fault is not None:
             return WmtpError(
                 f"`{file}` cannot be read: {fault}",
-                hint="the file is cut or damaged: copy or download it anew",
+                hint="the file is truncated or damaged: copy or download it again",
             )
     return WmtpError(
         f"`{source}` cannot be loaded as a {kind}: {_first_line(error)}",
@@ -140,7 +140,7 @@ def _fault_of(file: Path) -> str | None:
 
 
 def _refuse_other_tensors(source: Path | str, model: Any, info: Any) -> None:
-    """Refuse files that lack tensors, or hold tensors of other shapes or of more layers."""
+    """Refuse files with missing tensors, tensors of wrong shapes or tensors of additional layers."""
     where = _named_files(source)
     named = quoted(model.config.architectures or [type(model).__name__])
     mismatched = sorted(info["mismatched_keys"])
@@ -149,7 +149,7 @@ def _refuse_other_tensors(source: Path | str, model: Any, info: Any) -> None:
             f"`{name}` {list(own)} instead of {list(wanted)}" for name, own, wanted in mismatched[:_SHOWN]
         ]
         raise WmtpError(
-            f"{where}: {len(mismatched)} tensors have other shapes than the config says: {', '.join(shapes)}"
+            f"{where}: {len(mismatched)} tensors have other shapes than in the config: {', '.join(shapes)}"
             + _more(mismatched),
             hint="`config.json` and the weights are not of one model: restore both from the same place",
         )
@@ -164,7 +164,7 @@ def _refuse_other_tensors(source: Path | str, model: Any, info: Any) -> None:
     foreign = [name for name in left if _OF_A_LAYER.search(name) and _is_of(name, model)]
     if foreign:
         raise WmtpError(
-            f"{where}: {len(foreign)} tensors have no place in {named} as `config.json` describes it: "
+            f"{where}: {len(foreign)} tensors are not part of {named} as `config.json` describes it: "
             f"{_some(foreign)}",
             hint="`config.json` and the weights are not of one model: restore both from the same place",
         )
@@ -175,7 +175,7 @@ def _refuse_other_tensors(source: Path | str, model: Any, info: Any) -> None:
 
 
 def _is_of(name: str, model: Any) -> bool:
-    """Return whether a tensor's name begins like those of the model's layers."""
+    """Return whether a tensor's name begins like the names of the model's layers."""
     own = {match.string[: match.start(2)] for match in map(_OF_A_LAYER.search, model.state_dict()) if match}
     match = _OF_A_LAYER.search(name)
     return match is not None and name[: match.start(2)] in own
@@ -189,15 +189,15 @@ def _mend(missing: Sequence[str], unexpected: Sequence[str]) -> str:
         )
     if unexpected:
         return (
-            f"the files hold other tensors instead, {_some(unexpected)}: they are of another architecture, "
-            "or of a model with a wrapper around it"
+            f"the files contain other tensors instead, {_some(unexpected)}: they are of another "
+            "architecture, or of a model with a wrapper around it"
         )
     if all("lm_head" in name or "embed_out" in name for name in missing):
         return (
             "add the tensor, or set `tie_word_embeddings` to true in `config.json` if the model ties its "
             "unembedding to its embedding"
         )
-    return "a file of the model is missing or was saved incompletely: copy or download the model anew"
+    return "a file of the model is missing or was saved incompletely: copy or download the model again"
 
 
 def _refuse_damaged(source: Path | str, model: nn.Module) -> None:
@@ -209,15 +209,15 @@ def _refuse_damaged(source: Path | str, model: nn.Module) -> None:
     ]
     if bad:
         raise WmtpError(
-            f"{_named_files(source)}: {len(bad)} tensors hold NaN or infinity: {_some(bad)}",
-            hint="the training that wrote them diverged, or the file is damaged: take an earlier checkpoint",
+            f"{_named_files(source)}: {len(bad)} tensors contain NaN or infinity: {_some(bad)}",
+            hint="the run that wrote them diverged, or the file is damaged: use an earlier checkpoint",
         )
 
 
 def _refuse_other_ids(source: Path | str, model: Any, tokenizer: Any) -> None:
-    """Refuse a tokenizer with ids beyond the model's embedding."""
+    """Refuse a tokenizer with token ids for which the model has no embedding."""
     rows = int(model.get_input_embeddings().weight.shape[0])
-    # Tokenizer classes add special tokens of their own, for padding say; a text never holds them.
+    # Tokenizer classes add special tokens of their own, for example for padding, which texts never contain.
     special = set(tokenizer.all_special_ids)
     ids = {
         token: number
@@ -232,13 +232,13 @@ def _refuse_other_ids(source: Path | str, model: Any, tokenizer: Any) -> None:
             f"the tokenizer of `{source}` has {len(ids)} tokens beyond the model's embedding of {rows} rows: "
             + ", ".join(f"`{token}` is {number}" for token, number in list(ids.items())[:_SHOWN])
             + _more(list(ids)),
-            hint="put the model's own tokenizer beside it, or enlarge the model: "
+            hint="put the model's own tokenizer in its folder, or enlarge the model: "
             "`model.resize_token_embeddings(len(tokenizer))`",
         )
 
 
 def _weight_files(source: Path | str) -> list[Path]:
-    """Return a directory's files of weights; of a hub id, none."""
+    """Return the files of weights in a directory; empty for a hub id."""
     if not isinstance(source, Path):
         return []
     if source.is_file():

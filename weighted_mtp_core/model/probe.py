@@ -1,10 +1,11 @@
-"""Compare a policy with the model that it is made of, before anything is trained.
+"""Compare a policy with the model from which it is made, before anything is trained.
 
-Families differ in ways that no config records: scaled or capped logits, dropout between layers, attention
-windows, layers that read their own index. So the model is run on a few tokens first, and the policy must give
-the same logits: in evaluation, in training, with states scaled up, and with only some positions read.
-Attention windows are narrowed for the test, so that the tokens leave them. How a policy may be decoded is
-found in `generation.decoding_probe`, whether rows may hold several documents in `packing_probe`.
+Model families differ in ways that no config records: scaled or capped logits, dropout between layers,
+attention windows, layers that depend on their own index. So the model is run on a few tokens first, and the
+policy must give the same logits in evaluation mode, in training mode, with scaled states, and if only some
+positions are read. For the test, attention windows are made shorter than the text.
+`generation.decoding_probe` determines how a policy can be decoded, and `packing_probe` whether rows may
+contain several documents.
 
 Shape letters: B rows, T positions, H hidden, V vocabulary.
 """
@@ -26,11 +27,11 @@ from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.sparse_feed_forward import one_position_per_row, sparse_rows
 from weighted_mtp_core.model.unembedding import Unembedding
 
-_TOLERANCE = 1e-4  # of the largest logit, fp32
+_TOLERANCE = 1e-4  # difference of fp32 logits, relative to the largest logit
 _LENGTH = 24
 _WINDOW = 8
 _WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size")
-_CAPPED = 60.0  # logits are scaled up to this size; soft-caps in use are 15 to 50
+_CAPPED = 60.0  # logits are scaled up to this size, because the usual soft-caps are 15 to 50
 _OTHER_MODEL = "use another base model, for example one of the Llama, Qwen or Gemma families"
 
 
@@ -39,11 +40,11 @@ class Answers:
     """The model's own logits for the probe's text, float32 `[B, T, V]`, and its unembedding.
 
     Attributes:
-        ids_BT: The text; its rows agree in the first half.
-        logits_BTV: In evaluation mode.
-        training_BTV: In training mode, with dropout from `seed`.
+        ids_BT: The probe's text; the first halves of its rows are equal.
+        logits_BTV: The logits in evaluation mode.
+        training_BTV: The logits in training mode, with dropout from `seed`.
         seed: Seed of the dropout.
-        unembedding: Computes `logits_BTV` of the body's states.
+        unembedding: Computes `logits_BTV` from the states of the model's body.
     """
 
     ids_BT: Tensor
@@ -54,7 +55,7 @@ class Answers:
 
 
 def probe_ids(config: Any, *, rows: int = 2) -> Tensor:
-    """Return token ids `[B, T]` without special tokens; rows agree in the first half."""
+    """Return token ids `[B, T]` without special tokens; the first halves of the rows are equal."""
     config = text_config(config)
     named = [value for name, value in vars(config).items() if name.endswith("_token_id")]
     special = {each for value in named for each in (value if isinstance(value, list) else [value])}
@@ -73,7 +74,8 @@ def observe(base: Any) -> Answers:
     """Run a causal LM on the probe's text.
 
     Raises:
-        WmtpError: The model fails, looks ahead, or its logits are not an `Unembedding` of its body's states.
+        WmtpError: The model fails, attends to later tokens, or computes its logits differently from an
+            `Unembedding` of its body's states.
     """
     name = base.config.model_type
     why = REFUSED.get(name)
@@ -97,7 +99,7 @@ def observe(base: Any) -> Answers:
                 _, training_BTV = _run(base, ids_BT)
     except Exception as error:  # of any model at all, so of any kind
         raise WmtpError(
-            f"a `{name}` model cannot be a trunk: it cannot be run on token ids alone ({reason(error)})",
+            f"a `{name}` model cannot be a trunk: it cannot be run with token ids only ({reason(error)})",
             hint=_OTHER_MODEL,
         ) from error
     finally:
@@ -136,7 +138,7 @@ def compare(policy: Policy, answers: Answers) -> None:
     """Check that head 1 of a policy gives the model's own logits.
 
     Raises:
-        WmtpError: It does not, or fails.
+        WmtpError: Head 1 fails or gives other logits.
     """
     was_training = policy.training
     try:
@@ -162,7 +164,7 @@ def compare(policy: Policy, answers: Answers) -> None:
 
 @contextmanager
 def windows_of(model: nn.Module, size: int) -> Iterator[None]:
-    """Inside this context, attention windows have this many tokens, where the model has such a setting."""
+    """Inside this context, attention windows have `size` tokens, if the model has such a setting."""
     configs = {id(each): each for module in model.modules() for each in _configs(module)}
     holders: list[Any] = [*model.modules(), *configs.values()]
     changed = [
@@ -182,7 +184,7 @@ def windows_of(model: nn.Module, size: int) -> Iterator[None]:
 
 @contextmanager
 def seeded() -> Iterator[None]:
-    """Inside this context, random numbers are always the same; outside they go on as if nothing happened."""
+    """Inside this context, random numbers are always the same; afterwards the previous state is restored."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
@@ -197,7 +199,7 @@ def _configs(module: nn.Module) -> Iterator[Any]:
 
 
 def _run(base: Any, ids_BT: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return the states of a model's body and, of those scaled, the logits."""
+    """Return the states of a model's body, and the logits that the model computes from the scaled states."""
     states: list[Tensor] = []
 
     def scale_up(_: nn.Module, __: Any, output: Any) -> Any:
@@ -211,7 +213,7 @@ def _run(base: Any, ids_BT: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tens
 
 
 def _sparse_gap(policy: Policy, k: int, hidden_BTH: Tensor) -> float:
-    """Return how much head k's states differ where few positions are read from where all are."""
+    """Return how much head k's states differ if only a few positions are read instead of all."""
     rows, length = hidden_BTH.shape[:2]
     whole = policy.head_states(k, hidden_BTH).flatten(0, 1)
     some = torch.tensor([2, 5, rows * length - 1], device=whole.device)
@@ -223,7 +225,7 @@ def _sparse_gap(policy: Policy, k: int, hidden_BTH: Tensor) -> float:
 
 
 def _gap(actual: Tensor, expected: Tensor) -> float:
-    """Return the largest difference, relative to the largest value."""
+    """Return the largest absolute difference, relative to the largest expected value."""
     if actual.shape != expected.shape:
         return float("inf")
     return float((actual.float() - expected.float()).abs().max() / expected.abs().max().clamp(min=1e-9))
@@ -242,7 +244,7 @@ def _unfit(policy: Policy, what: str) -> WmtpError:
 
 @torch.no_grad()
 def check_positions(policy: Policy, tokens: int) -> None:
-    """Check that a policy on the CPU has positions for a document of so many tokens.
+    """Check that a policy on the CPU has enough positions for a document of `tokens` tokens.
 
     Raises:
         WmtpError: The model has too few positions, for example a learned table that is too short.

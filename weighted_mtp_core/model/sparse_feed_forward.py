@@ -1,11 +1,11 @@
 """Compute a layer's feed-forward network only at the positions whose states are read.
 
-Attention needs every position. The feed-forward network, three quarters of a Llama layer, works position by
-position: where the state is not read, neither the network nor its gradient is computed. This is done with
-    hooks on
-the layer's module `mlp`; a layer of a family that names it otherwise is computed in full.
+Attention needs every position. But the feed-forward network, three quarters of a Llama layer, is computed
+independently at each position, so it and its gradient can be skipped at positions whose state is not read.
+This uses hooks on the layer's module `mlp`; layers in which this module has another name are computed in
+full.
 
-Shape letters: B rows, T positions, H hidden, N positions in the flattened [B, T].
+Shape letters: B rows, T positions, H hidden, N selected positions of the flattened [B, T].
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def sparse_rows(layer: nn.Module, index_N: Tensor) -> Iterator[None]:
-    """Inside this context, compute the network only at positions `index_N` (int64) of `[B, T]`."""
+    """Inside this context, compute the network only at the positions `index_N` of the flattened `[B, T]`."""
     network = getattr(layer, "mlp", None)
     if network is None:
         yield
@@ -43,10 +43,10 @@ def sparse_rows(layer: nn.Module, index_N: Tensor) -> Iterator[None]:
 
 @contextmanager
 def one_position_per_row(layer: nn.Module, index_B: Tensor) -> Iterator[None]:
-    """Inside this context, compute the network at one position of each row.
+    """Inside this context, compute the network only at one position of each row.
 
-    Its output is added to the whole row, which is correct at that position only, and costs less than copying
-    it into a row of zeros.
+    The output is added to all positions of the row, so only the state at the chosen position is correct. This
+    costs less than copying the output into a row of zeros.
 
     Args:
         layer: A decoder layer.

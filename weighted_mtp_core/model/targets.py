@@ -1,6 +1,6 @@
-"""Which head predicts which token, and the mask that forbids targets in another document.
+"""Aligns tokens with the heads that predict them, and masks targets in another document.
 
-This is the only module that shifts tokens to the sources that predict them.
+No other module shifts tokens along T.
 
 Shape letters: B rows, T positions, K heads, N selected positions or pairs.
 """
@@ -18,20 +18,20 @@ from weighted_mtp_core.runtime.device import to_device
 Counts = NDArray[np.int64]
 
 IGNORED = -100
-"""The label of a pair that does not count, as everywhere in PyTorch."""
+"""The label of a pair that does not count; PyTorch's loss functions ignore this label by default."""
 
 
 def align_labels(ids_BT: Tensor, *, document_BT: Tensor, response_BT: Tensor, n_future: int) -> Tensor:
-    """Return `labels_BTK[b, t, k - 1] = x[b, t + k]` where the pair counts, -100 elsewhere.
+    """Return int64 labels: `labels_BTK[b, t, k - 1] = x[b, t + k]` if the pair counts, otherwise -100.
 
-    A pair counts if its target is a response token of the source's own document. Sources inside the prompt
-    count; padding (document -1) and targets in another document of the row never do.
+    A pair counts if its target is a response token and belongs to the same document as its source. The source
+    may be a prompt token. Pairs with padding (document -1) or with a target in another document do not count.
 
     Args:
         ids_BT: int64 token ids.
         document_BT: int64 document number within the row, -1 on padding.
         response_BT: bool, True on response tokens.
-        n_future: K.
+        n_future: K, the number of heads.
     """
     labels_BTK = ids_BT.new_full((*ids_BT.shape, n_future), IGNORED)
     for k in range(1, min(n_future, ids_BT.shape[1] - 1) + 1):
@@ -53,13 +53,13 @@ def target_mask(labels_BTK: Tensor) -> Tensor:
 
 
 def source_index(label_BT: Tensor, *, k: int, preceding_BT: Counts | None) -> Tensor:
-    """Return the sources of head k's counted pairs, int64 `[N]` into the flattened `[B, T]`.
+    """Return the sources of head k's counted pairs, int64 indices `[N]` into the flattened `[B, T]`.
 
     Args:
         label_BT: Labels of head k.
-        k: Head, from 1.
-        preceding_BT: `CollatedBatch.preceding_BT`; without it, the index is read from the device, which
-            waits.
+        k: Number of the head, from 1.
+        preceding_BT: `CollatedBatch.preceding_BT`; if None, the indices are computed on the device, which
+            synchronises with it.
     """
     if preceding_BT is None:
         return target_mask(label_BT).flatten().nonzero()[:, 0]
@@ -67,7 +67,7 @@ def source_index(label_BT: Tensor, *, k: int, preceding_BT: Counts | None) -> Te
 
 
 def pair_index(target_BTK: Tensor, *, preceding_BT: Counts | None) -> Tensor:
-    """Return the counted pairs, int64 `[N]` into the flattened `[B, T, K]`; see `source_index`."""
+    """Return the counted pairs, int64 indices `[N]` into the flattened `[B, T, K]`; see `source_index`."""
     if preceding_BT is None:
         return target_BTK.flatten().nonzero()[:, 0]
     heads = target_BTK.shape[2]

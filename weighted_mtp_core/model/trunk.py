@@ -1,4 +1,4 @@
-"""A trunk of a component's own: a frozen or trainable copy of the policy's, or the body of another model.
+"""Trunks for components: a frozen or trainable copy of the policy's trunk, or the body of another model.
 
 Shape letters: B rows, T positions, H hidden.
 """
@@ -21,12 +21,12 @@ from weighted_mtp_core.model.pretrained import load_pretrained
 
 
 class Trunk(nn.Module):
-    """From a batch to float32 states `[B, T, H]`, with gradients.
+    """Maps a batch to float32 states `[B, T, H]`, with gradients.
 
-    It has no dropout, whatever its config says: a text always gets the same score.
+    Dropout is disabled even if the config has it, so that a text always gets the same score.
 
     Args:
-        body: A transformers model without its unembedding; used, not copied.
+        body: A transformers model without its unembedding; it is not copied.
     """
 
     def __init__(self, body: Any) -> None:
@@ -43,19 +43,20 @@ class Trunk(nn.Module):
 
 
 def frozen_trunk(policy: Policy) -> Callable[[Batch], Tensor]:
-    """Copy the trunk; return a function from a batch to its float32 states `[B, T, H]`, without gradients."""
+    """Copy the trunk; return a function that maps a batch to float32 states `[B, T, H]` without gradient."""
     trunk = Trunk(copy.deepcopy(policy.trunk)).requires_grad_(requires_grad=False)
     return torch.no_grad()(trunk.forward)
 
 
 def trainable_trunk(policy: Policy, base: str | None, *, storage: Path, tokenizer: Any) -> Trunk:
-    """Return a trunk that shares nothing with the policy.
+    """Return a trainable trunk that shares no parameters with the policy.
 
     Args:
-        policy: Its present trunk is copied, unless `base` names another model.
-        base: A model, named as in `model.base`; all of its layers and its final norm are used.
+        policy: The policy, whose current trunk is copied unless `base` names another model.
+        base: Name of a model as in `model.base`, or None; all layers and the final norm of the model are
+            used.
         storage: The storage root, where models are looked up.
-        tokenizer: The policy's.
+        tokenizer: The policy's tokenizer.
 
     Raises:
         WmtpError: There is no such model, or its tokenizer differs from the policy's.

@@ -1,9 +1,10 @@
-"""From states to logits: a matrix, and what some families do with its product.
+"""Maps states to logits: a matrix and, in some families, a bias, a scale or a soft-cap.
 
-    z = scale * (W h + b),    logits = c * tanh(z / c) with a soft-cap c, else z
+    z = scale * (W h + b),    logits = c * tanh(z / c) with a soft-cap c, otherwise z
 
-Granite, Cohere, Falcon-H1 and MiniCPM3 scale, Gemma-2 caps (Gemma Team 2024, section 2), GPT-J and Phi add a
-bias. Loss, generation and export read this one object, so that all of them compute the model's own logits.
+W is the matrix, h a state and b the bias. Granite, Cohere, Falcon-H1 and MiniCPM3 have a scale, Gemma-2 has a
+soft-cap (Gemma Team 2024, section 2), GPT-J and Phi have a bias. Loss, generation and export all use this
+class, so that they compute the same logits as the base model.
 
 Shape letters: N rows, H hidden, V vocabulary.
 """
@@ -18,8 +19,8 @@ class Unembedding(nn.Module):
     """The shared unembedding of all heads.
 
     Args:
-        linear: The base model's own; its parameters are used, not copied.
-        scale: Factor of the product.
+        linear: The base model's unembedding; its parameters are not copied.
+        scale: Factor of `W h + b`.
         soft_cap: c; None if logits are not capped.
     """
 
@@ -33,7 +34,7 @@ class Unembedding(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether logits are the product alone."""
+        """Whether logits are just `W h`, without bias, scale or soft-cap."""
         return self.bias is None and self.scale == 1.0 and self.soft_cap is None
 
     def forward(self, state: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ class Unembedding(nn.Module):
         return self._shaped(nn.functional.linear(state, self.weight, self.bias))
 
     def shape_(self, product_NV: Tensor) -> Tensor:
-        """Turn products `W h` into logits, in place."""
+        """Convert the products `W h` to logits, in place."""
         if self.bias is not None:
             product_NV += self.bias.detach()
         if self.scale != 1.0:
@@ -51,7 +52,7 @@ class Unembedding(nn.Module):
         return product_NV
 
     def slope(self, logits_NV: Tensor) -> Tensor | float:
-        """Return the logits' derivative by `W h + b`, from the logits themselves."""
+        """Return the derivative of the logits with respect to `W h + b`, computed from the logits."""
         if self.soft_cap is None:
             return self.scale
         return (logits_NV / self.soft_cap).square_().neg_().add_(1).mul_(self.scale)
@@ -62,11 +63,11 @@ class Unembedding(nn.Module):
         with torch.device("meta"):
             linear = nn.Linear(inputs, outputs, bias=self.bias is not None)
         linear.weight = self.weight
-        linear.bias = self.bias  # type: ignore[assignment] # None is what nn.Linear itself has without one
+        linear.bias = self.bias  # type: ignore[assignment] # nn.Linear's own bias is None if it has none
         return linear
 
     def _shaped(self, product: Tensor) -> Tensor:
-        """Return logits of `W h + b`; unlike `shape_`, with a graph."""
+        """Return the logits of `W h + b`; unlike `shape_`, this keeps the autograd graph."""
         if self.scale != 1.0:
             product = product * self.scale
         if self.soft_cap is not None:
