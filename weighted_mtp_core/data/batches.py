@@ -176,6 +176,14 @@ class StepBatches:
         """Return the batch of a step, counted from 0."""
         return self._collate(self._sampler.rows(step))
 
+    def pairs_per_step(self, n_future: int) -> tuple[float, ...]:
+        """Return the number of counted pairs of each head in a step, on average over an epoch."""
+        length_D, prompt_D = self.tokens.length_D, self.tokens.prompt_D
+        pairs = [
+            (length_D - np.maximum(prompt_D, k)).clip(min=0).sum() for k in range(1, n_future + 1)
+        ]
+        return tuple(float(count) / self._sampler.batches_per_epoch for count in pairs)
+
     def first_steps(self) -> Rows:
         """Return for each document the step that draws it in the first epoch, int64 `[D]`."""
         return self._sampler.first_steps()

@@ -28,8 +28,11 @@ _SORTED_BATCHES = 50
 _PACKED_DOCUMENTS = 8192
 
 
+_GOLDEN = (5**0.5 - 1) / 2
+
+
 class Sampler:
-    """Endless batches of document numbers, grouped by length.
+    """Endless batches of document numbers, grouped by length; short and long batches take turns.
 
     If the documents of an epoch do not fill all batches, the batches that are sorted together at the end of
     the epoch share the missing rows in the way that needs least padding.
@@ -61,7 +64,7 @@ class Sampler:
 
     @property
     def batches_per_epoch(self) -> int:
-        """Number of batches in which each unit appears once."""
+        """Return the number of batches in which each unit appears once."""
         return -(-len(self._units) // self._per_batch)
 
     def rows(self, step: int) -> Rows:
@@ -94,13 +97,32 @@ class Sampler:
         if self._epoch[0] != epoch:
             generator = np.random.default_rng((self._seed, epoch))
             shuffled_U = generator.permutation(len(self._units))
-            order = generator.permutation(self.batches_per_epoch)
+            order = taking_turns(self.batches_per_epoch, generator)
             start_N1 = np.arange(self.batches_per_epoch + 1) * self._per_batch
             full = (self.batches_per_epoch - 1) // _SORTED_BATCHES * _SORTED_BATCHES
             last_U = self._sorted(shuffled_U, int(start_N1[full]))
             start_N1[full:] = start_N1[full] + least_padding(self._length_U[last_U], size=self._per_batch)
             self._epoch = (epoch, shuffled_U, order, start_N1)
         return self._epoch[1:]
+
+
+def taking_turns(batches: int, generator: np.random.Generator) -> Rows:
+    """Return a random order of an epoch's batches in which every few consecutive ones hold all lengths.
+
+    In a purely random order a dozen steps can be mostly short or mostly long, and an optimiser that averages
+    over about as many follows them. Multiples of the golden ratio, modulo 1, spread evenly over [0, 1) from
+    any first to any last one; they choose the rank in length of each step's batch.
+
+    Args:
+        batches: N.
+        generator: Draws the first rank, and which of the batches of equal rank comes first.
+    """
+    order = generator.permutation(batches)
+    block_N = order // _SORTED_BATCHES * _SORTED_BATCHES
+    rank_N = (order - block_N) / np.minimum(batches - block_N, _SORTED_BATCHES)
+    turn_N = (np.arange(batches) * _GOLDEN + generator.random()) % 1
+    by_length: Rows = order[np.argsort(rank_N, kind="stable")]
+    return by_length[np.argsort(np.argsort(turn_N))]
 
 
 def least_padding(length_U: Rows, *, size: int) -> Rows:
@@ -163,6 +185,11 @@ class PackedSampler:
         self._end = [0]  # element i: number of batches in the first i blocks
         self._epoch: tuple[int, Rows] = (-1, length_D[:0])
         self._block: tuple[int, list[list[Rows]]] = (-1, [])
+
+    @property
+    def batches_per_epoch(self) -> float:
+        """Return the number of batches of an epoch, estimated from the first block if there are several."""
+        return len(self._batches(0)) * len(self._length_D) / min(len(self._length_D), _PACKED_DOCUMENTS)
 
     def rows(self, step: int) -> list[Rows]:
         """Return the document numbers of each row in the batch of a step, counted from 0.

@@ -27,14 +27,19 @@ class MtpLoss:
     """The loss of a batch and sums by head, all float32 and without gradient.
 
     Attributes:
-        loss: Scalar.
+        loss_K: The summands of the loss.
         ce_sum_K: Sum of the unweighted cross-entropies, in nats.
         count_K: Number of counted pairs.
     """
 
-    loss: Tensor
+    loss_K: Tensor
     ce_sum_K: Tensor
     count_K: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        """Return the loss, a scalar."""
+        return self.loss_K.sum()
 
 
 def normalisers(weight_BTK: Tensor, target_BTK: Tensor, *, normalise: Literal["weights", "tokens"]) -> Tensor:
@@ -69,7 +74,7 @@ def weighted_mtp_loss(
         hidden_BTH: Trunk states, with their graph; without one, the trunk gets no gradient.
         labels_BTK: The result of `align_labels`.
         weight_BTK: float32, 0 where the pair does not count; None means 1 everywhere.
-        normaliser_K: Z by head, of the *global* batch, so that losses of micro-batches add up exactly.
+        normaliser_K: Z by head, the same for all micro-batches of a step, so that their losses add up exactly.
         head_share_K: alpha by head.
         detach_trunk: Whether heads 2..K send no gradient to the trunk.
         position_BT: `Batch.position_BT`.
@@ -100,7 +105,7 @@ def weighted_mtp_loss(
     if source_BTH.grad is not None:
         _backward(hidden_BTH, source_BTH.grad)
     return MtpLoss(
-        loss=torch.stack(losses).sum(),
+        loss_K=torch.stack(losses),
         ce_sum_K=torch.stack(ce_sums),
         count_K=target_mask(labels_BTK).sum(dim=(0, 1), dtype=torch.float32),
     )

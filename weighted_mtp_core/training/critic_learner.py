@@ -56,18 +56,22 @@ class CriticLearner(Learner):
         return self.critic.parameters()
 
     def learn(self, batch: Batch, *, step: int) -> StepResult:
-        """Accumulate the gradient of the critic's own loss; each micro-batch counts by its rows."""
+        """Accumulate the gradient of the critic's own loss, in which every row of the data set counts alike.
+
+        So a batch with fewer rows than others counts less; the loss in the result is the batch's own mean.
+        """
         self.critic.begin_step(step, steps=self.table.steps)
         totals: dict[str, Tensor | float] = {}
+        size = len(batch.ids_BT) / self.table.batch_size
         together = 2 if self.critic.batching == "pairs" else 1
         for part in micro_batches(batch, self.table.accumulation, self.distributed, together=together):
             result = self.critic.loss(part.batch, self._states(part.batch))
-            (result.loss * part.share).backward()  # type: ignore[no-untyped-call]
+            (result.loss * part.share * size).backward()  # type: ignore[no-untyped-call]
             for name, value in {self.loss_name: result.loss.detach(), **result.metrics}.items():
                 totals[name] = totals.get(name, 0.0) + part.share * value
         self.distributed.all_reduce_gradients(self.parameters())
         scalars = self.distributed.all_reduce_scalars(totals)
-        return StepResult(loss=scalars[self.loss_name], metrics=lambda: scalars)
+        return StepResult(loss=scalars[self.loss_name], metrics=lambda: scalars, size=size)
 
     def validate(self, *, step: int) -> Validation:
         """Report on the half that chooses; the AUC of the final values selects the checkpoint."""

@@ -41,10 +41,12 @@ class StepResult:
     Attributes:
         loss: Scalar, on the device.
         metrics: Computes the other scalars of the step; called only for a step that is logged.
+        size: How much data the step has, relative to an average step; positive.
     """
 
     loss: Tensor | float
     metrics: Callable[[], Scalars]
+    size: Tensor | float = 1.0
 
 
 @frozen(kw_only=True)
@@ -201,7 +203,7 @@ class _Training:
         batch = self.batch_of(step)
         self.tokens += batch.ids_BT.numel()
         result = self.learner.learn(batch, step=step)
-        norm = clip_gradients(self.parameters, self.table.max_grad_norm)
+        norm = clip_gradients(self.parameters, self.table.max_grad_norm, size=result.size)
         self.nonfinite.skip_if_not_finite(self.optimiser, result.loss, norm)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)

@@ -46,20 +46,27 @@ def make_optimiser(parameters: Iterable[nn.Parameter], table: TrainTable) -> tor
     )
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale gradients down to a total norm of at most `max_norm`; return the norm before that, a scalar.
+def clip_gradients(
+    parameters: Sequence[nn.Parameter], max_norm: float, *, size: Tensor | float = 1.0
+) -> Tensor:
+    """Scale gradients down to a total norm of at most `max_norm * size`; return the norm before that, a scalar.
 
     The norms of sharded and of whole parameters are computed apart, because the two cannot be stacked.
+
+    Args:
+        parameters: Their gradients are scaled.
+        max_norm: The limit for a step of average size.
+        size: `StepResult.size`. With one limit for all steps, those with long documents would be clipped
+            most, and the tokens of short documents would count more after all.
     """
     sharded = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
-    if not sharded:
-        return nn.utils.clip_grad_norm_(parameters, max_norm)
     others = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
     norms = [
         whole(nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]))
         for kind in (sharded, others)
+        if kind
     ]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     for kind in (sharded, others):
-        nn.utils.clip_grads_with_norm_(kind, max_norm, norm)
+        nn.utils.clip_grads_with_norm_(kind, max_norm, norm / size**0.5)
     return norm

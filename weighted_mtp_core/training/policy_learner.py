@@ -29,6 +29,7 @@ from weighted_mtp_core.runtime.device import to_device
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
 from weighted_mtp_core.training.loop import Learner, Scalars, StepResult, Validation
 from weighted_mtp_core.training.micro_batches import MicroBatch, micro_batches
+from weighted_mtp_core.training.objective import Normaliser
 from weighted_mtp_core.training.prepare import Prepared
 from weighted_mtp_core.training.weight_checks import ValueCheck
 from weighted_mtp_core.training.weighting_inputs import Signals, Weighting
@@ -43,6 +44,7 @@ class PolicyLearner(Learner):
         weighting: The source of the weights.
         loss: Normalisation, the shares of the heads, and whether later heads train the trunk.
         steps: The number of steps, which head schedules depend on.
+        pairs_per_step: Counted pairs of each head in a step, on average over an epoch.
         accumulation: Micro-batches per process and step.
         distributed: The processes that train together.
         autocast: Returns the context of a forward pass.
@@ -54,6 +56,7 @@ class PolicyLearner(Learner):
     weighting: Weighting
     loss: LossTable
     steps: int
+    pairs_per_step: Sequence[float]
     accumulation: int
     distributed: Distributed = SINGLE_PROCESS
     autocast: Callable[[], torch.autocast]
@@ -61,6 +64,7 @@ class PolicyLearner(Learner):
     best: Path
     stage: str = field(default="policy", init=False)
     loss_name: str = field(default="train_loss", init=False)
+    _normaliser: Normaliser = field(init=False)
     _signals: Signals = field(init=False)
     _values: ValueCheck = field(init=False)
 
@@ -80,6 +84,7 @@ class PolicyLearner(Learner):
             ),
             loss=recipe.loss,
             steps=recipe.train.steps,
+            pairs_per_step=prepared.policy_batches().pairs_per_step(prepared.policy.n_future),
             accumulation=recipe.train.accumulation,
             distributed=distributed,
             autocast=prepared.compute.autocast,
@@ -88,6 +93,8 @@ class PolicyLearner(Learner):
         )
 
     def __attrs_post_init__(self) -> None:
+        device = self.policy.unembedding.weight.device
+        self._normaliser = Normaliser.make(self.pairs_per_step, self.loss.normalise, device=device)
         self._signals = Signals(
             policy=self.policy,
             weighting=self.weighting,
@@ -103,7 +110,8 @@ class PolicyLearner(Learner):
     def learn(self, batch: Batch, *, step: int) -> StepResult:
         """Weigh the global batch, then send its micro-batches through the fused loss.
 
-        The weights depend on the global batch (whitening, `Z_k`). So micro-batches with signals of the trunk
+        The gradient is that of the data set's objective, see `Normaliser`; the loss in the result is the
+        batch's own weighted mean. The weights depend on the global batch (whitening, for example). So micro-batches with signals of the trunk
         run twice, except that a batch in one micro-batch runs once.
         """
         self.policy.train()
@@ -131,7 +139,7 @@ class PolicyLearner(Learner):
                 **weights.metrics,
             }
 
-        return StepResult(loss=loss, metrics=metrics)
+        return StepResult(loss=loss, metrics=metrics, size=self._normaliser.size(count_K))
 
     def _accumulate_gradients(
         self,
@@ -143,11 +151,12 @@ class PolicyLearner(Learner):
         progress: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return loss, `ce_sum_K` and `count_K` of the global batch; its gradient is in the parameters."""
-        normaliser_K = normalisers(weight_BTK, target_mask(labels_BTK), normalise=self.loss.normalise)
+        target_BTK = target_mask(labels_BTK)
+        normaliser_K = self._normaliser.add(weight_BTK, target_BTK)
+        own_K = normalisers(weight_BTK, target_BTK, normalise=self.loss.normalise)
         share_K = loss_shares(self.loss, self.policy.n_future, progress=progress)
         share_K = to_device(share_K, normaliser_K.device)
-        loss = torch.zeros((), device=normaliser_K.device)
-        ce_sum_K, count_K = torch.zeros_like(normaliser_K), torch.zeros_like(normaliser_K)
+        loss_K, ce_sum_K, count_K = torch.zeros(3, *normaliser_K.shape, device=normaliser_K.device)
         for part, known_BTH in zip(parts, hidden, strict=True):
             with self.autocast():
                 result = weighted_mtp_loss(
@@ -161,12 +170,12 @@ class PolicyLearner(Learner):
                     position_BT=part.batch.position_BT,
                     preceding_BT=part.preceding_BT,
                 )
-            loss += result.loss
+            loss_K += result.loss_K
             ce_sum_K += result.ce_sum_K
             count_K += result.count_K
         self.distributed.all_reduce_gradients(self.parameters())
-        self.distributed.all_reduce(loss, ce_sum_K, count_K)
-        return loss, ce_sum_K, count_K
+        self.distributed.all_reduce(loss_K, ce_sum_K, count_K)
+        return (loss_K * normaliser_K / own_K).sum(), ce_sum_K, count_K
 
     @torch.no_grad()
     def validate(self, *, step: int) -> Validation:
@@ -203,19 +212,23 @@ class PolicyLearner(Learner):
         return weights
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Return the policy's parameters and the weighting's state.
+        """Return the policy's parameters, the normaliser's sums and the weighting's state.
 
         Raises:
             RunFailedError: Weights since the last check were bad, so the state must not be kept.
         """
         self._values.raise_if_bad()
         policy = {f"policy.{name}": tensor for name, tensor in module_state(self.policy).items()}
-        strategy = self.weighting.strategy.state_dict()
-        return policy | {f"weighting.{name}": value for name, value in strategy.items()}
+        parts = {
+            "normaliser": self._normaliser.state_dict(),
+            "weighting": self.weighting.strategy.state_dict(),
+        }
+        return policy | {f"{part}.{name}": x for part, state in parts.items() for name, x in state.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the result of `state_dict`."""
         load_module_state(self.policy, WithPrefix(state, "policy"))
+        self._normaliser.load_state_dict(WithPrefix(state, "normaliser"))
         self.weighting.strategy.load_state_dict(WithPrefix(state, "weighting"))
 
     def save_best(self) -> None:

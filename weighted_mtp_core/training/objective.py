@@ -1,0 +1,69 @@
+"""The normaliser of stage 2: that of the data set, not of a batch, so that all targets count alike.
+
+Batches hold documents of similar length. Divided by its own Z, each batch would count as much as any other,
+and a token of a short document more than a token of a long one.
+
+Shape letters: B rows, T positions, K heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from attrs import define, field
+from torch import Tensor
+
+from weighted_mtp_core.model.loss import normalisers
+
+
+@define(eq=False)
+class Normaliser:
+    """Divides each step's loss by the sum of weights that a step has on average.
+
+    That is the number of pairs of an average step, which is known before training, times the mean weight of
+    all pairs so far, the step's own included. So the first step's weights, and a few tiny ones, cannot make
+    a later step huge, as they could if they alone were the mean.
+
+    Attributes:
+        pairs_K: Counted pairs of each head in a step, on average over an epoch; float32, on the device.
+        normalise: `"tokens"` leaves out the mean weight.
+    """
+
+    pairs_K: Tensor
+    normalise: Literal["weights", "tokens"]
+    _weights_K: Tensor = field(init=False)
+    _counts_K: Tensor = field(init=False)
+
+    @classmethod
+    def make(
+        cls, pairs: Sequence[float], normalise: Literal["weights", "tokens"], *, device: torch.device
+    ) -> Normaliser:
+        """Return the normaliser of a run before its first step."""
+        return cls(torch.tensor([each or 1.0 for each in pairs], dtype=torch.float32, device=device), normalise)
+
+    def __attrs_post_init__(self) -> None:
+        self._weights_K, self._counts_K = torch.zeros(2, *self.pairs_K.shape, device=self.pairs_K.device)
+
+    def add(self, weight_BTK: Tensor, target_BTK: Tensor) -> Tensor:
+        """Add a global batch to the mean weight; return `Z_K`, float32, 1 if all weights so far are 0."""
+        self._counts_K += target_BTK.sum(dim=(0, 1), dtype=torch.float32)
+        if self.normalise == "tokens":
+            return self.pairs_K
+        self._weights_K += weight_BTK.sum(dim=(0, 1), dtype=torch.float32)
+        total_K = self.pairs_K * (self._weights_K / self._counts_K)
+        return torch.where(self._weights_K > 0, total_K, 1.0)
+
+    def size(self, count_K: Tensor) -> Tensor:
+        """Return `StepResult.size` of a step with this number of pairs of each head."""
+        return (count_K / self.pairs_K).mean().clamp(min=1e-3)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the sums."""
+        return {"weights": self._weights_K, "counts": self._counts_K}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the sums."""
+        self._weights_K.copy_(state["weights"])
+        self._counts_K.copy_(state["counts"])
