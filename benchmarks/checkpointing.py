@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -97,7 +97,9 @@ class Unvalidated(PolicyLearner):
         return Validation(metrics={}, score=0.0)
 
 
-def learner_of(shape: Mapping[str, int], folder: Path, *, steps: int) -> Learner:
+def learner_of(
+    shape: Mapping[str, int], folder: Path, *, steps: int, pairs_per_step: Sequence[float]
+) -> Learner:
     """Return stage 2 on a new model."""
     torch.manual_seed(0)
     config = LlamaConfig(**shape, tie_word_embeddings=True)
@@ -109,6 +111,7 @@ def learner_of(shape: Mapping[str, int], folder: Path, *, steps: int) -> Learner
         weighting=Weighting(strategy=weighting, needs=frozenset(), critic=None, label="benchmark"),
         loss=LossTable(),
         steps=steps,
+        pairs_per_step=pairs_per_step,
         accumulation=1,
         autocast=lambda: torch.autocast("cpu", enabled=False),
         validation=list,
@@ -134,7 +137,9 @@ def times_of(model: Model) -> tuple[Times, Times]:
         folder = Path(name)
         with Checkpoints(folder=folder, table=CheckpointTable(every=2 * EVERY), log=print) as checkpoints:
             train(
-                learner_of(model.shape, folder, steps=steps),
+                learner_of(
+                    model.shape, folder, steps=steps, pairs_per_step=batches.pairs_per_step(n_future=4)
+                ),
                 TrainTable(steps=steps, batch_size=model.rows),
                 batch_of=batch_of,
                 reporter=Quiet(),

@@ -155,6 +155,7 @@ class Bench:
             weighting=Weighting(strategy=weighting, needs=needs, critic=critic, label="benchmark"),
             loss=LossTable(),
             steps=1000,
+            pairs_per_step=self.batches.pairs_per_step(policy.n_future),
             accumulation=1,
             autocast=lambda: torch.autocast("cpu", enabled=False),
             validation=_no_batches,

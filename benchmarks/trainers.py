@@ -157,7 +157,9 @@ class Unsaved(Unvalidated):
         """Keep the last state."""
 
 
-def our_learner(model: LlamaForCausalLM, folder: Path, *, steps: int) -> Unsaved:
+def our_learner(
+    model: LlamaForCausalLM, folder: Path, *, steps: int, pairs_per_step: Sequence[float]
+) -> Unsaved:
     """Return stage 2 with one head and uniform weights."""
     return Unsaved(
         policy=Policy(model, n_future=1, head_kind="parallel"),
@@ -169,6 +171,7 @@ def our_learner(model: LlamaForCausalLM, folder: Path, *, steps: int) -> Unsaved
         ),
         loss=LossTable(),
         steps=steps,
+        pairs_per_step=pairs_per_step,
         accumulation=1,
         autocast=lambda: torch.autocast("cpu", enabled=False),
         validation=list,
@@ -182,7 +185,12 @@ def train_ours(model: LlamaForCausalLM, batches: StepBatches, *, steps: int) -> 
         folder = Path(name)
         with NoCheckpoints(folder=folder, table=CheckpointTable(every=0), log=print) as checkpoints:
             train(
-                our_learner(copy.deepcopy(model), folder, steps=steps),
+                our_learner(
+                    copy.deepcopy(model),
+                    folder,
+                    steps=steps,
+                    pairs_per_step=batches.pairs_per_step(n_future=1),
+                ),
                 TrainTable(steps=steps, batch_size=BATCH),
                 batch_of=batches,
                 reporter=Quiet(),
@@ -212,7 +220,8 @@ def loss_gap(model: LlamaForCausalLM, tokens: TokenSet, data: list[Record]) -> f
     batch: Batch = collate(tokens, range(BATCH), device=torch.device("cpu"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        learner = our_learner(copy.deepcopy(model), folder, steps=1)
+        pairs = [float(batch.response_BT.sum())]
+        learner = our_learner(copy.deepcopy(model), folder, steps=1, pairs_per_step=pairs)
         ours = float(learner.learn(batch, step=0).loss)
         gaps = []
         for peer in PEERS.values():

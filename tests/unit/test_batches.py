@@ -159,3 +159,15 @@ def test_validation_order_has_no_repeats(count, limit):
     seen = np.concatenate(list(in_order(tokens, documents, batch_size=7)))
 
     assert len(set(seen.tolist())) == len(seen) == (min(limit, count) if limit else count)
+
+
+@pytest.mark.parametrize("batches", [170, 400])
+def test_thirteen_batches_in_a_row_hold_short_and_long_documents(batches):
+    lengths = np.random.default_rng(0).integers(10, 600, size=8 * batches)
+    sampler = Sampler(pointwise(token_set(lengths)), lengths, batch_size=8, seed=0)
+    means = np.asarray([lengths[sampler.rows(step)].mean() for step in range(batches)])
+    windows = np.lib.stride_tricks.sliding_window_view(means, 13).mean(axis=1)
+    by_chance = means.std() / 13**0.5  # the standard deviation where batches come in random order
+
+    assert np.abs(windows - means.mean()).max() < by_chance  # by chance, the largest is 2 to 4 of these
+    assert windows.std() < by_chance / 2

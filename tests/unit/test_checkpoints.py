@@ -146,7 +146,7 @@ def test_a_checkpoint_of_an_earlier_format_is_an_error_and_not_damaged(open_chec
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 1}))
     write_manifest(path.parent)
 
-    with pytest.raises(WmtpError, match=r"by an earlier release, in format 1; this one reads format 2"):
+    with pytest.raises(WmtpError, match=r"by an earlier release, in format 1; this one reads format 3"):
         checkpoints.newest()
 
     assert names(tmp_path) == ["policy-00000001", "policy-00000002"]

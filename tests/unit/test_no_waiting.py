@@ -121,6 +121,7 @@ def learner(weighting, *, name="llama", head="parallel", accumulation=1):
         ),
         loss=LossTable(),
         steps=100,
+        pairs_per_step=(20.0,) * 3,
         accumulation=accumulation,
         autocast=lambda: torch.autocast("cpu", enabled=False),
         validation=list,

@@ -116,6 +116,7 @@ def learner(model, weighting, **changes):
         ),
         "loss": LossTable(),
         "steps": 100,
+        "pairs_per_step": (1.0,) * model.n_future,
         "accumulation": 1,
         "autocast": lambda: torch.autocast("cpu", enabled=False),
         "validation": list,
@@ -125,9 +126,10 @@ def learner(model, weighting, **changes):
 
 
 def learnt(model, batch, weighting, **changes):
-    """Return the loss of one step, and every gradient."""
+    """Return the loss of one step on a data set of this batch alone, and every gradient."""
     model.zero_grad()
-    result = learner(model, weighting, **changes).learn(batch, step=0)
+    pairs = pairs_of(model, batch)
+    result = learner(model, weighting, pairs_per_step=pairs, **changes).learn(batch, step=0)
     return float(result.loss), {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -135,6 +137,10 @@ def labels_of(model, batch):
     return align_labels(
         batch.ids_BT, document_BT=batch.document_BT, response_BT=batch.response_BT, n_future=model.n_future
     )
+
+
+def pairs_of(model, batch):
+    return target_mask(labels_of(model, batch)).sum(dim=(0, 1)).tolist()
 
 
 def formula(model, batch, weigh):
@@ -340,7 +346,7 @@ def test_the_shares_follow_the_step(batch):
     first = learnt(policy(), batch, Fixed(), loss=forward)
     alone = learnt(policy(), batch, Fixed(), loss=LossTable(head_weights=(1.0, 0.0, 0.0)))
     model = policy()
-    learner(model, Fixed(), loss=forward).learn(batch, step=99)
+    learner(model, Fixed(), loss=forward, pairs_per_step=pairs_of(model, batch)).learn(batch, step=99)
     last = {name: p.grad for name, p in model.named_parameters()}
 
     close(first, alone, rtol=0, atol=0)

@@ -113,6 +113,7 @@ def training(tokens, critic, table, *, accumulation):
         ),
         loss=LossTable(),
         steps=21,
+        pairs_per_step=made.pairs_per_step(2),
         accumulation=accumulation,
         autocast=lambda: torch.autocast("cpu", enabled=False),
         validation=list,

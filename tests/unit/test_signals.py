@@ -60,6 +60,7 @@ def learner_of(policy, weighting, needs, *, accumulation):
         weighting=Weighting(strategy=weighting, needs=frozenset(needs), critic=None, label="`remembering`"),
         loss=LossTable(),
         steps=21,
+        pairs_per_step=(16.0,) * policy.n_future,
         accumulation=accumulation,
         autocast=lambda: torch.autocast("cpu", enabled=False),
         validation=list,

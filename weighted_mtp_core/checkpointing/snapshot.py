@@ -28,7 +28,7 @@ from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
 from weighted_mtp_core.storage.manifest import verify_manifest
 
-FORMAT = 2
+FORMAT = 3
 """Raise it when the content of snapshots changes; other formats are refused."""
 
 _TENSORS, _SHARDS, _VALUES, _BEST = "state.safetensors", "shards", "state.json", "best"

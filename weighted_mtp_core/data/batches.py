@@ -179,9 +179,7 @@ class StepBatches:
     def pairs_per_step(self, n_future: int) -> tuple[float, ...]:
         """Return the number of counted pairs of each head in a step, on average over an epoch."""
         length_D, prompt_D = self.tokens.length_D, self.tokens.prompt_D
-        pairs = [
-            (length_D - np.maximum(prompt_D, k)).clip(min=0).sum() for k in range(1, n_future + 1)
-        ]
+        pairs = [(length_D - np.maximum(prompt_D, k)).clip(min=0).sum() for k in range(1, n_future + 1)]
         return tuple(float(count) / self._sampler.batches_per_epoch for count in pairs)
 
     def first_steps(self) -> Rows:

@@ -74,7 +74,7 @@ def weighted_mtp_loss(
         hidden_BTH: Trunk states, with their graph; without one, the trunk gets no gradient.
         labels_BTK: The result of `align_labels`.
         weight_BTK: float32, 0 where the pair does not count; None means 1 everywhere.
-        normaliser_K: Z by head, the same for all micro-batches of a step, so that their losses add up exactly.
+        normaliser_K: Z by head, of the whole step, so that losses of micro-batches add up exactly.
         head_share_K: alpha by head.
         detach_trunk: Whether heads 2..K send no gradient to the trunk.
         position_BT: `Batch.position_BT`.

@@ -15,8 +15,6 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
-from weighted_mtp_core.model.loss import normalisers
-
 
 @define(eq=False)
 class Normaliser:
@@ -41,7 +39,9 @@ class Normaliser:
         cls, pairs: Sequence[float], normalise: Literal["weights", "tokens"], *, device: torch.device
     ) -> Normaliser:
         """Return the normaliser of a run before its first step."""
-        return cls(torch.tensor([each or 1.0 for each in pairs], dtype=torch.float32, device=device), normalise)
+        return cls(
+            torch.tensor([each or 1.0 for each in pairs], dtype=torch.float32, device=device), normalise
+        )
 
     def __attrs_post_init__(self) -> None:
         self._weights_K, self._counts_K = torch.zeros(2, *self.pairs_K.shape, device=self.pairs_K.device)

@@ -49,15 +49,17 @@ def make_optimiser(parameters: Iterable[nn.Parameter], table: TrainTable) -> tor
 def clip_gradients(
     parameters: Sequence[nn.Parameter], max_norm: float, *, size: Tensor | float = 1.0
 ) -> Tensor:
-    """Scale gradients down to a total norm of at most `max_norm * size`; return the norm before that, a scalar.
+    """Scale gradients down to a total norm of at most `max_norm * sqrt(size)`; return the norm before that.
 
-    The norms of sharded and of whole parameters are computed apart, because the two cannot be stacked.
+    With one limit for all steps, those with many tokens would be clipped most, and the tokens of short
+    documents would count more after all. Most of a gradient is noise, and the norm of a sum of n noisy terms
+    grows as sqrt(n). The norms of sharded and of whole parameters are computed apart, because the two cannot
+    be stacked.
 
     Args:
         parameters: Their gradients are scaled.
         max_norm: The limit for a step of average size.
-        size: `StepResult.size`. With one limit for all steps, those with long documents would be clipped
-            most, and the tokens of short documents would count more after all.
+        size: `StepResult.size`.
     """
     sharded = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
     others = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]

@@ -110,9 +110,9 @@ class PolicyLearner(Learner):
     def learn(self, batch: Batch, *, step: int) -> StepResult:
         """Weigh the global batch, then send its micro-batches through the fused loss.
 
-        The gradient is that of the data set's objective, see `Normaliser`; the loss in the result is the
-        batch's own weighted mean. The weights depend on the global batch (whitening, for example). So micro-batches with signals of the trunk
-        run twice, except that a batch in one micro-batch runs once.
+        The gradient is the batch's part of the data set's objective, see `Normaliser`; the loss in the result
+        is the batch's own weighted mean. Weights depend on the global batch (whitening, for example). So
+        micro-batches with signals of the trunk run twice, except that a batch in one micro-batch runs once.
         """
         self.policy.train()
         parts = micro_batches(batch, self.accumulation, self.distributed)
