@@ -60,7 +60,9 @@ HELD_OUT = documents(1000, seed=1000)
 
 
 def held_out():
-    return [collate(HELD_OUT, rows, device=CPU) for rows in in_order(HELD_OUT, batch_size=64)]
+    return [
+        collate(HELD_OUT, rows, device=CPU) for rows in in_order(HELD_OUT, np.arange(1000), batch_size=64)
+    ]
 
 
 class ByToken(WeightingStrategy):
