@@ -17,6 +17,7 @@ from weighted_mtp_core.data.texts import TextCodec
 from weighted_mtp_core.data.tokens import open_tokens, tokenise
 from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.model.load import make_policy
+from weighted_mtp_core.model.targets import batch_labels, target_mask
 from weighted_mtp_core.recipe.schema import LossTable
 from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.weighting_inputs import Weighting
@@ -254,6 +255,7 @@ def step(model, batch, strategy, *, n_future=1, needs=frozenset({Signal.GIVEN}))
         weighting=Weighting(strategy=strategy, needs=needs, critic=None, label="weighting `w` of plugin `p`"),
         loss=LossTable(),
         steps=1,
+        pairs_per_step=target_mask(batch_labels(batch, n_future)).sum(dim=(0, 1)).tolist(),
         accumulation=1,
         autocast=lambda: torch.autocast("cpu", enabled=False),
         validation=list,
