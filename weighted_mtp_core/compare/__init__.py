@@ -1,1 +1,1 @@
-"""Compare algorithms with the same data, seeds and budget: paired differences, intervals, curves."""
+"""Compare algorithms with the same data, seeds and budget by paired differences, intervals and curves."""

@@ -1,4 +1,4 @@
-"""The arms of a comparison: one recipe each, with equal data, model, budget and evaluation."""
+"""The arms of a comparison: one recipe for each arm, with equal data, model, budget and evaluation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Arm:
         recipe: The recipe file.
         preset: The preset, as on the command line of `run`.
         overrides: The overrides, as on the command line of `run`, without the seed.
-        plan: The plan of all three, with the recipe's own seed.
+        plan: The plan that results from recipe, preset and overrides, with the recipe's own seed.
     """
 
     recipe: Path
@@ -34,11 +34,11 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """The name in tables and plots: the recipe's `run.name`."""
+        """The name of the arm in tables and plots, which is the recipe's `run.name`."""
         return self.plan.recipe.run.name
 
     def identity(self, seed: int) -> dict[str, dict[str, str]]:
-        """Return what identifies the run of this arm with a seed; see `Plan.identity`."""
+        """Return what identifies the run of this arm with a given seed; see `Plan.identity`."""
         whole = self.plan.identity
         return {**whole, "params": {**whole["params"], "run.seed": str(seed)}}
 
@@ -46,16 +46,17 @@ class Arm:
 def read_arms(
     recipes: Sequence[Path], *, preset: str | None, overrides: Sequence[str], allowed: Sequence[str]
 ) -> tuple[Arm, ...]:
-    """Plan every recipe, and refuse arms that cannot be compared.
+    """Make a plan of every recipe, and refuse arms that cannot be compared.
 
     Args:
-        recipes: One for each arm; the first is the baseline.
-        preset: The preset of all arms.
-        overrides: `key=value` overrides of all arms.
+        recipes: One recipe for each arm; the first arm is the baseline.
+        preset: Name of a preset for all arms.
+        overrides: Overrides `key=value` for all arms.
         allowed: Keys that may differ between arms, although the comparison is then unfair.
 
     Raises:
-        WmtpError: A recipe is invalid, two arms have the same name, or their data or budgets differ.
+        WmtpError: A recipe is invalid, two arms have the same name, or data, model, budget or evaluation
+            differ.
     """
     changes = (*overrides, 'run.resume="auto"')
     arms = tuple(
@@ -87,10 +88,10 @@ def read_arms(
 def refuse_unequal(
     first: tuple[str, Mapping[str, str]], other: tuple[str, Mapping[str, str]], *, allowed: Sequence[str]
 ) -> None:
-    """Refuse two arms, given as names and params, that differ in data, model, budget or evaluation.
+    """Refuse two arms, given as (name, params), that differ in data, model, budget or evaluation.
 
     Raises:
-        WmtpError: Lists the keys that differ.
+        WmtpError: The arms differ in keys that are not allowed; the message lists these keys.
     """
     (first_name, was), (other_name, now) = first, other
     faults = [
@@ -101,17 +102,17 @@ def refuse_unequal(
     if faults:
         key = faults[0].partition(":")[0]
         raise WmtpError(
-            f"`{other_name}` cannot be compared to `{first_name}`:\n  " + "\n  ".join(faults),
+            f"`{other_name}` cannot be compared with `{first_name}`:\n  " + "\n  ".join(faults),
             hint=f"make them equal, or allow the difference: --allow-difference {key}",
         )
 
 
 def digest(arms: Sequence[Arm], seeds: Sequence[int]) -> str:
-    """Return 8 characters that are the same for the same arms and seeds."""
+    """Return 8 characters that depend only on the arms and seeds."""
     identities = [arm.identity(seed) for arm in arms for seed in seeds]
     return hashlib.sha256(json.dumps(identities, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def is_below(key: str, tables: Sequence[str]) -> bool:
-    """Return whether a dotted key is one of some tables or keys, or below one."""
+    """Return whether a dotted key equals one of `tables` or is inside one of these tables."""
     return any(key == each or key.startswith(f"{each}.") for each in tables)

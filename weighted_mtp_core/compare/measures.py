@@ -1,4 +1,4 @@
-"""The measures of a finished run: last values, curves, and durations of training."""
+"""The measures of a finished run that are compared: last values, curves, and durations of stages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from weighted_mtp_core.tracking.run_history import Point, read_history
 _DEFAULT = re.compile(
     r"pass_at_\d+.*|(test|validation)_ce_head_\d+|tokens_per_forward|(policy|critic)_seconds"
 )
-_EACH_LOGGED_STEP = "_learning_rate"  # logged with every line of the loop, but not with validations
+_EACH_LOGGED_STEP = "_learning_rate"  # a metric that is logged for training steps, but not for validations
 _CURVE = re.compile(r"validation_.+")
 
 
@@ -37,7 +37,7 @@ class RunMeasures:
 
     @classmethod
     def make(cls, series: Mapping[str, Sequence[Point]]) -> RunMeasures:
-        """Return the measures of a run with these points, by metric and in order."""
+        """Make the measures of a run from its points, keyed by metric and in order."""
         last = {name: points[-1].value for name, points in series.items()}
         for stage in ("policy", "critic"):
             points = series.get(f"{stage}{_EACH_LOGGED_STEP}", ())
@@ -58,14 +58,14 @@ class RunMeasures:
         return self.last["policy_seconds"]
 
     def at_seconds(self, metric: str, seconds: float) -> float:
-        """Return the value of a curve after some seconds of stage 2, interpolated between two validations."""
+        """Return the value of a curve after `seconds` of stage 2, interpolated between two validations."""
         step = seconds / self.step_seconds if self.step_seconds else math.inf
         steps, values = zip(*self.curves[metric], strict=True)
         return float(np.interp(step, steps, values))
 
 
 def read_measures(run: Path) -> RunMeasures:
-    """Read the measures of a run from its folder, without values that are not finite."""
+    """Read the measures of a run from its folder; non-finite values are left out."""
     series: dict[str, list[Point]] = {}
     for metrics in read_history(run).metrics.values():
         for name, points in metrics.items():
@@ -75,7 +75,7 @@ def read_measures(run: Path) -> RunMeasures:
 
 
 def _step_seconds(points: Sequence[Point]) -> float:
-    """Return the median of the seconds per step, which neither validations nor a pause affect."""
+    """Return the median of the seconds per step; unlike the mean, validations and pauses do not affect it."""
     rates = [
         (later.time_ms - earlier.time_ms) / 1000 / (later.step - earlier.step)
         for earlier, later in pairwise(points)
@@ -85,7 +85,7 @@ def _step_seconds(points: Sequence[Point]) -> float:
 
 
 def default_metrics(runs: Sequence[RunMeasures]) -> list[str]:
-    """Return the metrics of interest that every run has, pass@k first."""
+    """Return the metrics to compare by default that every run has, pass@k first."""
     common = set.intersection(*(set(run.last) for run in runs))
     order = ("pass_at", "test_ce", "validation_ce", "tokens_per", "policy_s", "critic_s")
     found = sorted(filter(_DEFAULT.fullmatch, common), key=lambda name: (_number(name), name))

@@ -1,4 +1,4 @@
-"""Record a comparison as a run in MLflow, with the compared runs as its children. Imports mlflow."""
+"""Record a comparison as an MLflow run with the compared runs as its children. This module imports mlflow."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def track(
 ) -> None:
     """Record a comparison in the MLflow store of the first arm, and make the runs its children.
 
-    The same arms and seeds are the same run in MLflow. If the server is down, a warning is logged; the next
-    call records the comparison.
+    Comparisons of the same arms and seeds are recorded in the same MLflow run. If the server is down, a
+    warning is logged; the next call records the comparison.
 
     Args:
         arms: The arms.
         comparison: The comparison.
         runs: The run folders.
-        files: Tables and plots.
-        folder: The folder of the files.
-        log: Receives messages for the person.
+        files: Files with tables and plots.
+        folder: Folder of the files.
+        log: Called with messages for the user.
     """
     plan = arms[0].plan
     for tracker, chosen in zip(build_trackers(plan).values(), plan.trackers, strict=True):
@@ -56,7 +56,7 @@ def track(
             folder=folder,
         )
         if record_comparison(tracker, info, comparison, files=files, log=log):
-            for run in runs.values():  # via the journals, so that an outage only delays the tag
+            for run in runs.values():  # through the journals, so that an outage only delays the tag
                 if read_history(run).tags.get(run_tags.PARENT_RUN) != tracker.run_id:
                     amend_run(run, tags={run_tags.PARENT_RUN: tracker.run_id}, outcome=None, log=log)
             log(f"look at it: {tracker.where()}")
@@ -72,7 +72,7 @@ def describe_comparison(
     params: Iterable[tuple[str, str]] = (),
     folder: Path,
 ) -> RunInfo:
-    """Return a comparison as a run, in the experiment of its runs or else in `<prefix>/compare`."""
+    """Describe a comparison as a run in the experiment of its runs, or otherwise in `<prefix>/compare`."""
     names = " ".join(arms)
     own_params = {"compare.arms": names, "compare.seeds": " ".join(map(str, seeds))}
     return RunInfo(
@@ -94,7 +94,7 @@ def record_comparison(
     files: Sequence[Path],
     log: Callable[[str], None],
 ) -> bool:
-    """Record a comparison as a run; return whether the store accepted it."""
+    """Record a comparison as a run; return whether the store accepted the run."""
     try:
         tracker.start(info)
         tracker.log_metrics(_points(comparison))
@@ -110,7 +110,7 @@ def record_comparison(
 def _points(comparison: Comparison) -> list[MetricPoint]:
     """Return means, differences and p-values as `<metric>/<arm>`, `<metric>_difference/<arm>` and so on.
 
-    The step is the number of runs: a later call with more runs adds to the curve.
+    The step of each point is the number of compared runs, so a later call with more runs continues the curve.
     """
     values: dict[str, float] = {}
     for row in comparison.rows:

@@ -1,4 +1,4 @@
-"""Read finished runs from MLflow as arms of a comparison. Imports mlflow."""
+"""Read finished runs from MLflow as arms of a comparison. This module imports mlflow."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _MAX_RUNS = 1000
 
 @frozen(kw_only=True, eq=False)
 class StoredRuns:
-    """Comparable runs of an MLflow store.
+    """Runs from an MLflow store that can be compared.
 
     Attributes:
-        tracker: The tracker of the store, with no run open.
-        runs: The runs by arm, which is the name of the run, and seed.
-        measures: Their measures, by arm and seed.
+        tracker: The tracker of the store; no run is open.
+        runs: The runs, keyed by arm and seed; the name of a run is the name of its arm.
+        measures: The measures of the runs, keyed by arm and seed.
     """
 
     tracker: MlflowTracker
@@ -46,11 +46,11 @@ class StoredRuns:
 
     @property
     def all(self) -> list[Run]:
-        """The runs as a list."""
+        """All runs of all arms as a list."""
         return [run for by_seed in self.runs.values() for run in by_seed.values()]
 
     def describe(self, folder: Path) -> RunInfo:
-        """Return the comparison as a run."""
+        """Describe the comparison as a run."""
         with _client(self.tracker.uri) as client:
             ids = {run.info.experiment_id for run in self.all}
             experiments = {client.get_experiment(each).name for each in ids}
@@ -73,19 +73,19 @@ class StoredRuns:
 def read_stored(
     *, experiments: Sequence[str], run_ids: Sequence[str], allowed: Sequence[str], storage: Path
 ) -> StoredRuns:
-    """Read the finished runs of experiments, and runs by id (the id in MLflow or of the run folder).
+    """Read the finished runs of experiments, and runs by their id in MLflow or the id of their run folder.
 
     Args:
-        experiments: Names; all their finished runs that have a seed are read.
-        run_ids: Further runs; the arm of the first run is the baseline.
+        experiments: Names of experiments, of which all finished runs with a seed are read.
+        run_ids: Ids of additional runs; the arm of the first run is the baseline.
         allowed: Keys that may differ between arms, although the comparison is then unfair.
-        storage: The storage root, for the store that is used if none is configured.
+        storage: The storage root, which contains the store that is used if no store is configured.
 
     Raises:
-        WmtpError: There are no such runs, the store cannot be read, or the arms are not comparable.
+        WmtpError: There are no such runs, the store cannot be read, or the arms cannot be compared.
     """
     tracker = build_mlflow(MlflowOptions(), BuildContext(seed=0, storage=storage))
-    assert isinstance(tracker, MlflowTracker)  # it is enabled
+    assert isinstance(tracker, MlflowTracker)  # because the tracker is enabled
     with _client(tracker.uri) as client:
         found = [run for name in experiments for run in _of_experiment(client, name)]
         found += [_by_id(client, each) for each in run_ids]
@@ -108,7 +108,7 @@ def read_stored(
 
 
 def _refuse_mixed_source(arm: str, by_seed: Mapping[int, Run]) -> None:
-    """Refuse an arm that the same code did not train for all seeds."""
+    """Refuse an arm whose seeds were not all trained with the same code."""
     sources: dict[str, list[str]] = {}
     for seed, run in sorted(by_seed.items()):
         source = run.data.tags.get(run_tags.SOURCE_SHA256, "unknown")
@@ -116,7 +116,7 @@ def _refuse_mixed_source(arm: str, by_seed: Mapping[int, Run]) -> None:
     if len(sources) > 1:
         which = "; ".join(f"`{source}` for seed {', '.join(seeds)}" for source, seeds in sources.items())
         raise WmtpError(
-            f"the runs of `{arm}` come from different code, by their tag `{run_tags.SOURCE_SHA256}`: {which}",
+            f"the runs of `{arm}` used different code by their tag `{run_tags.SOURCE_SHA256}`: {which}",
             hint="name the runs of one source with `--runs`, or allow the difference: "
             f"--allow-difference {run_tags.SOURCE_SHA256}",
         )
@@ -141,11 +141,11 @@ def _by_id(client: MlflowClient, run_id: str) -> Run:
 
 
 def _group(found: Sequence[Run]) -> dict[str, dict[int, Run]]:
-    """Return runs by name and seed; of several runs with the same name and seed, the latest."""
+    """Group runs by name and seed; of several runs with the same name and seed, only the latest is kept."""
     arms: dict[str, dict[int, Run]] = {}
     for run in found:
         seed = run.data.params.get("run.seed")
-        if seed is None:  # a comparison, or a run of another program
+        if seed is None:  # the run is a comparison or belongs to another program
             continue
         by_seed = arms.setdefault(run.info.run_name, {})
         other = by_seed.get(int(seed))
@@ -168,7 +168,7 @@ def _measure(client: MlflowClient, run: Run) -> RunMeasures:
 
 @contextmanager
 def _client(uri: str) -> Iterator[MlflowClient]:
-    """Yield a client; what MLflow raises in the block becomes a `WmtpError` of one line."""
+    """Yield a client; an exception of MLflow in the block becomes a `WmtpError` of one line."""
     try:
         yield MlflowClient(tracking_uri=uri)
     except WmtpError:

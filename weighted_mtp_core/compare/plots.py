@@ -1,4 +1,4 @@
-"""Learning curves of the arms with 95 % intervals, as SVG. Imports matplotlib."""
+"""Draws learning curves of the arms with 95 % intervals, as SVG. This module imports matplotlib."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from weighted_mtp_core.compare.measures import RunMeasures
 from weighted_mtp_core.metrics.statistics import Estimate, estimate
 
-# Okabe and Ito's colours, which most colour-blind people can distinguish; dashes and markers need no colour.
+# Okabe and Ito's colours, which most colour-blind people can distinguish; lines also differ in dashes and
+# markers.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)))
 _MARKERS = "osD^vX*"
@@ -22,12 +23,12 @@ _MARKERS = "osD^vX*"
 def plot_curves(
     runs: Mapping[str, Mapping[int, RunMeasures]], metrics: Sequence[str], folder: Path
 ) -> list[Path]:
-    """Draw each metric that is a curve of stage 2: mean and 95 % interval of each arm, and the second half.
+    """Draw each metric that is a curve of stage 2: each arm's mean and 95 % interval, in full and enlarged.
 
     Args:
         runs: Measures by arm and seed.
-        metrics: The metrics to draw, except those that are not a curve in every run.
-        folder: Folder of the files `<metric>.svg`.
+        metrics: The metrics to draw; metrics that are not a curve in every run are skipped.
+        folder: Folder for the files `<metric>.svg`.
 
     Returns:
         The files.
@@ -39,14 +40,14 @@ def plot_curves(
             continue
         bands = {arm: _band(metric, by_seed.values()) for arm, by_seed in runs.items()}
         files.append(folder / f"{metric}.svg")
-        # fixed names and no date: the same numbers give the same file
+        # fixed names and no date, so that the same numbers give the same file
         with rc_context({"svg.hashsalt": metric}):
             _figure(metric, bands).savefig(files[-1], metadata={"Date": None})
     return files
 
 
 def _band(metric: str, runs: Collection[RunMeasures]) -> dict[int, Estimate]:
-    """Average a curve at the steps that all runs have."""
+    """Average a curve over runs at the steps that all runs have."""
     curves = [dict(run.curves[metric]) for run in runs]
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     return {step: estimate([curve[step] for curve in curves]) for step in steps}

@@ -1,6 +1,6 @@
-"""Execute the runs of a comparison, each in its own process, except those that are finished already.
+"""Execute the unfinished runs of a comparison, each in its own process.
 
-Finished runs are found by their recipe, so the same command continues a comparison that was stopped.
+Finished runs are found by their recipe, so the same command continues an interrupted comparison.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from weighted_mtp_core.runtime.interrupts import raise_on_termination
 from weighted_mtp_core.tracking.run_folder import is_held, read_run
 
 _SAME_RESULT = ("checkpoint", "run.resume", "run.tags", "tracker")
-"""Keys that do not change the numbers of a run, in addition to `Plan.same_result`."""
+"""Keys that do not affect the results of a run, in addition to `Plan.same_result`."""
 
 MOST_SEEDS = 20
-"""The exact test visits all 2^N choices of signs: a million for 20 seeds."""
+"""Maximum number N of seeds: the exact test computes all 2^N choices of signs, a million for 20 seeds."""
 
 _POLL_S = 0.2
-_STOP_LIMIT_S = 60.0  # a child that receives SIGTERM ends its step and writes a checkpoint
+_STOP_LIMIT_S = 60.0  # after SIGTERM a child needs time to end its step and write a checkpoint
 
 
 @frozen(kw_only=True)
@@ -37,7 +37,7 @@ class Job:
 
     @property
     def label(self) -> str:
-        """The name in messages and of the log."""
+        """The name of the job in messages and of its log file."""
         return f"{self.arm.name}-seed{self.seed}"
 
     def command(self) -> list[str]:
@@ -54,9 +54,9 @@ class Failure:
 
     Attributes:
         job: The job.
-        code: Exit code of its process.
-        reason: Its last `error:` line.
-        log: Its output.
+        code: Exit code of the job's process.
+        reason: Last `error:` line of the job's output.
+        log: File with the job's output.
     """
 
     job: Job
@@ -67,19 +67,19 @@ class Failure:
 
 @frozen(kw_only=True)
 class Outcome:
-    """The result of the jobs: the run folders of the finished ones, and the failures."""
+    """The result of the jobs: the run folders of finished jobs, and the failures of the others."""
 
     finished: Mapping[Job, Path]
     failures: Sequence[Failure]
 
 
 def plan_jobs(arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:
-    """Return all runs, seed by seed, so that all arms make equal progress."""
+    """Return all jobs ordered by seed, so that all arms progress equally."""
     return [Job(arm=arm, seed=seed) for seed in seeds for arm in arms]
 
 
 def visible_gpus(arms: Sequence[Arm]) -> list[str]:
-    """Return the GPUs for runs, as CUDA_VISIBLE_DEVICES names them; none if all arms use `cpu`."""
+    """Return the names of the available GPUs for CUDA_VISIBLE_DEVICES; empty if all arms use `cpu`."""
     if all(arm.plan.recipe.model.device == "cpu" for arm in arms):
         return []
     import torch
@@ -90,10 +90,11 @@ def visible_gpus(arms: Sequence[Arm]) -> list[str]:
 
 
 def share_machine(jobs: int | None, runs: int, *, gpus: int = 0) -> tuple[int, int]:
-    """Return how many runs are executed at once, and the number of threads of each.
+    """Return how many runs are executed at once, and the number of threads of each run.
 
-    One run per GPU if there are any, else one per core. OMP_NUM_THREADS takes precedence. Neither number
-    depends on which runs are finished: a different number of threads changes the last digits of a run.
+    There is one run per GPU or, without GPUs, one per core. OMP_NUM_THREADS takes precedence. Neither number
+    depends on the runs that are already finished, because the number of threads affects the last digits of a
+    run's results.
     """
     cores = len(os.sched_getaffinity(0))
     given = os.environ.get("OMP_NUM_THREADS", "")
@@ -103,12 +104,12 @@ def share_machine(jobs: int | None, runs: int, *, gpus: int = 0) -> tuple[int, i
 
 
 def find_finished(job: Job) -> Path | None:
-    """Return the latest finished run with the job's recipe, source of the code and seed."""
+    """Return the latest finished run with the job's recipe, source code and seed."""
     return next((path for path in _runs_of(job) if read_run(path).get("status") == "FINISHED"), None)
 
 
 def _is_running(job: Job) -> bool:
-    """Return whether another process runs the job: of another comparison, or left by a killed one."""
+    """Return whether a process of another comparison, or of a killed comparison, already executes the job."""
     return any(read_run(path).get("status") == "RUNNING" and is_held(path) for path in _runs_of(job))
 
 
@@ -135,11 +136,11 @@ class Runner:
 
     Attributes:
         at_once: How many jobs run at once.
-        threads: Number of threads of each.
-        gpus: Names of the GPUs that the runs share; may be empty.
-        logs: Folder of the output of each job.
-        log: Receives a line when a job begins or fails.
-        on_done: Receives the number of completed jobs after each one.
+        threads: Number of threads of each job.
+        gpus: Names of the GPUs that the jobs share; may be empty.
+        logs: Folder for the output of the jobs.
+        log: Called with a line when a job begins or fails.
+        on_done: Called with the number of completed jobs after each job.
     """
 
     at_once: int
@@ -154,10 +155,10 @@ class Runner:
     _children: dict[Job, subprocess.Popen[bytes]] = field(init=False, factory=dict)
 
     def run(self, jobs: Sequence[Job]) -> Outcome:
-        """Complete every job; a failure does not stop the others.
+        """Complete every job; the failure of a job does not stop the other jobs.
 
         Raises:
-            KeyboardInterrupt: After SIGINT or SIGTERM; the children have stopped with a checkpoint.
+            KeyboardInterrupt: SIGINT or SIGTERM was received, and all jobs have stopped with a checkpoint.
         """
         waiting = []
         for job in jobs:
@@ -187,7 +188,7 @@ class Runner:
             if _is_running(job):
                 if job not in elsewhere:
                     elsewhere.add(job)
-                    self.log(f"{job.label}: another process executes it; waiting for that")
+                    self.log(f"{job.label}: another process executes it; waiting for that process")
                 continue
             waiting.remove(job)
             found = find_finished(job) if job in elsewhere else None
@@ -205,7 +206,7 @@ class Runner:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "OMP_NUM_THREADS": str(self.threads), **self._gpu_of(job)},
-                start_new_session=True,  # Ctrl-C reaches a child once, from here
+                start_new_session=True,  # so that a child receives Ctrl-C only from this process
             )
 
     def _gpu_of(self, job: Job) -> dict[str, str]:
@@ -232,16 +233,16 @@ class Runner:
         self.on_done(len(self._finished) + len(self._failures))
 
     def _fail(self, job: Job, code: int) -> None:
-        # exit code 0: the run was recorded as another one than the job that this process planned
+        # exit code 0: the recorded run differs from the job that this process planned
         reason = _last_error(self._log(job)) if code else "its recipe or the source of a plugin was edited"
         self._failures.append(Failure(job=job, code=code, reason=reason, log=self._log(job)))
         self.log(f"{job.label}: FAILED (exit code {code}), {reason}; log {self._log(job)}")
         self.on_done(len(self._finished) + len(self._failures))
 
     def _stop(self) -> None:
-        """Stop every child and wait for it; a second interrupt kills them."""
+        """Stop all child processes and wait until they end; a second interrupt kills them."""
         for child in self._children.values():
-            child.terminate()  # not SIGINT, which a child of a background job ignores
+            child.terminate()  # SIGTERM, because a child of a background job ignores SIGINT
         if self._children:
             self.log(f"stopping {len(self._children)} runs; the same command resumes them")
         until = time.monotonic() + _STOP_LIMIT_S

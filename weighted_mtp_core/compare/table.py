@@ -1,4 +1,4 @@
-"""The table of a comparison: mean, interval and difference to the first arm, for each metric and arm."""
+"""The table of a comparison: mean, interval and difference from the first arm, for each metric and arm."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _NONE = "-"
 
 @frozen(kw_only=True)
 class Row:
-    """One arm's row for one metric.
+    """One row of the table: one metric of one arm.
 
     Attributes:
-        metric: The metric.
+        metric: Name of the metric.
         at: `equal steps` or `equal wall clock`.
-        arm: The arm.
-        values: The values by seed.
+        arm: Name of the arm.
+        values: The values, keyed by seed.
         estimate: Mean and interval over the seeds.
-        difference: Difference to the first arm over the seeds that both have; None for the first arm, and
-            without a common seed.
+        difference: Difference from the first arm over the seeds that both arms have; None for the first arm
+            and for arms without a common seed.
     """
 
     metric: str
@@ -48,10 +48,10 @@ class Comparison:
     Attributes:
         arms: Names of the arms; the first is the baseline.
         seeds: Seeds of the runs.
-        seconds: The shortest stage 2 of all runs, at which values at equal wall clock are read.
+        seconds: Duration of the shortest stage 2 of all runs, at which runs are compared at equal wall clock.
         count: Number of runs.
         rows: The rows of the table, in order.
-        missing: Runs that did not finish, one sentence each.
+        missing: One sentence for each run that did not finish.
     """
 
     arms: Sequence[str]
@@ -70,7 +70,7 @@ class Comparison:
         seeds: Sequence[int],
         missing: Sequence[str] = (),
     ) -> Comparison:
-        """Compare runs, given by arm and seed, in some metrics, at equal steps and at equal wall clock."""
+        """Compare runs, keyed by arm and seed, in some metrics, at equal steps and at equal wall clock."""
         everything = [run for by_seed in runs.values() for run in by_seed.values()]
         seconds = min(run.policy_seconds for run in everything)
         rows: list[Row] = []
@@ -105,7 +105,7 @@ class Comparison:
         return "\n".join(parts) + "\n"
 
     def json(self) -> str:
-        """Return everything as JSON, with all values by seed; unknown values are null."""
+        """Return the comparison as JSON, including the values of each seed; unknown values are null."""
         table = asdict(self, value_serializer=lambda _, __, value: _plain(value))
         return json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -131,7 +131,7 @@ class Comparison:
         several = "s" * (count > 1)
         what = (
             f"{len(self.arms)} arms, {count} seed{several} ({', '.join(map(str, self.seeds))}). "
-            f"Differences are to `{self.arms[0]}`, paired by seed; intervals are 95 % (Student's t over "
+            f"Differences are from `{self.arms[0]}`, paired by seed; intervals are 95 % (Student's t over "
             "seeds); p is from the exact two-sided sign-flip test, not corrected for the number of rows. "
             f"With {count} pair{several} it cannot be below {smallest_p(count):.4g}."
         )

@@ -1,1 +1,1 @@
-"""The report of a run: one self-contained HTML page."""
+"""Writes the report of a run, one self-contained HTML page."""

@@ -1,4 +1,4 @@
-"""Which metrics of a run share a chart, its title, and which charts the report shows first."""
+"""Groups the metrics of a run into charts with titles, and chooses the charts that the report shows first."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Small charts as inline SVG with colours from the page's style sheet, so that they fit light and dark.
+"""Draws small charts as inline SVG with colours from the page's style sheet, for light and dark mode.
 
-Lines differ by dashes and by a label at their end, not by colour alone. matplotlib is not used: it takes
-2.4 s of CPU time for the 32 charts of a run (this takes 0.05 s) and cannot use a style sheet.
+Besides colours, lines have different dashes and a label at their end. matplotlib is not used, because it
+cannot use a style sheet and takes 2.4 s of CPU time for the 32 charts of a run; this module takes 0.05 s.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str = "step") -
 
 
 def reliability_chart(bins: Sequence[ReliabilityBin]) -> Markup:
-    """Draw the mean reward of each bin over its mean value, with the interval; a dot's area is the count."""
+    """Plot each bin's mean reward, with its interval, over its mean value; a dot's area shows the count."""
     frame = _Frame(x=(0, 1), y=(0, 1), ticks=(0, 0.25, 0.5, 0.75, 1), right=24.0, height=230.0)
     largest = max(each.count for each in bins)
     points = []
@@ -91,7 +91,7 @@ def reliability_chart(bins: Sequence[ReliabilityBin]) -> Markup:
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
-    """Return 3 to 8 round numbers, evenly spaced, from at most `low` to at least `high`."""
+    """Return 3 to 8 evenly spaced round numbers; the first is at most `low`, the last at least `high`."""
     if high <= low:
         margin = abs(low) / 10 or 0.1
         low, high = low - margin, high + margin
@@ -102,7 +102,7 @@ def nice_ticks(low: float, high: float) -> list[float]:
 
 
 def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return at most 201 of the points, evenly spaced, including the last one."""
+    """Return at most 201 of the points, evenly spaced and including the last point."""
     stride = math.ceil(len(points) / _MOST_POINTS)
     if stride <= 1:
         return list(points)
@@ -121,7 +121,7 @@ def _path(frame: _Frame, points: Sequence[tuple[float, float]]) -> str:
 
 
 def _end_labels(frame: _Frame, ends: Sequence[tuple[float, str, str]]) -> list[tuple[str, float, str]]:
-    """Return the label of each line beside its end, in the order of the ends, at least 13 units apart."""
+    """Return labels next to the ends of the lines, sorted by position and at least 13 SVG units apart."""
     labels, free = [], frame.top
     bottom = frame.height - frame.bottom
     for number, (down, style, label) in enumerate(sorted(ends)):

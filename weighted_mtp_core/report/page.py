@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs no network, in light and dark, readable without colours."""
+"""Writes the report of a run: one HTML file with a light and a dark mode that needs no network or colours."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _STATUSES = {"FINISHED": "✓ finished", "FAILED": "✗ failed", "KILLED": "■ 
 
 
 def write_report(run: Path) -> Path:
-    """Write `report.html` into a run folder, from the files in it; return its path.
+    """Write `report.html` into a run folder from the files in the folder; return the path of the report.
 
     Raises:
-        WmtpError: The folder has no journal of a run.
+        WmtpError: The folder does not contain the journal of a run.
     """
     history, tokens = read_history(run), load_token_report(run)
     contents = _contents(history) | {
@@ -70,7 +70,7 @@ def _status(history: RunHistory) -> str:
 
 
 def _figures(history: RunHistory) -> list[tuple[str, str, str]]:
-    """Return the figures at the top: name, value, and what to compare the value with."""
+    """Return the most important numbers as (name, value, what to compare the value with)."""
     figures = []
     for name, points in history.metrics.get("evaluate", {}).items():
         if name.startswith("pass_at_"):
@@ -91,7 +91,7 @@ def _figures(history: RunHistory) -> list[tuple[str, str, str]]:
 
 
 def _facts(history: RunHistory) -> list[tuple[str, str]]:
-    """Return the rows of the table `The run`, without those that are unknown."""
+    """Return the rows of the table `The run`, without rows whose value is unknown."""
     tags, params = history.tags, history.params
     data = [tags.get(run_tags.DATA), params.get("data.name"), params.get("data.version")]
     plugins = [tags[name] for name in sorted(tags) if name.startswith(run_tags.PLUGIN_PREFIX)]
@@ -110,7 +110,7 @@ def _facts(history: RunHistory) -> list[tuple[str, str]]:
 
 
 def _stages(history: RunHistory) -> list[tuple[str, Sequence[Chart], Sequence[Chart]]]:
-    """Return a title, the important charts and the other charts of each stage that was logged."""
+    """Return (title, important charts, other charts) for each stage that has metrics."""
     stages = [
         (title, *charts_of(history.metrics.get(stage, {})))
         for stage, title in (("policy", "Policy"), ("critic", "Critic"))
@@ -119,7 +119,7 @@ def _stages(history: RunHistory) -> list[tuple[str, Sequence[Chart], Sequence[Ch
 
 
 def _heads(history: RunHistory) -> list[dict[str, float | None]]:
-    """Return the losses of each head; `best` is at the step with the lowest loss of head 1, which is kept."""
+    """Return the losses of each head; `best` is the loss at the step whose policy was kept as the best."""
     validated = history.numbered("policy", "validation_ce_head_")
     finite = _finite(validated[0][1]) if validated else []
     kept = min(finite, key=lambda point: point.value).step if finite else None
@@ -136,7 +136,7 @@ def _heads(history: RunHistory) -> list[dict[str, float | None]]:
 
 
 def _acceptance(history: RunHistory) -> list[tuple[str, float]]:
-    """Return how often the draft of each head was accepted."""
+    """Return the share of accepted drafts of each head."""
     drafts = history.numbered("evaluate", "acceptance_position_")
     return [(f"head {number}", points[-1].value) for number, points in drafts]
 
@@ -164,7 +164,7 @@ _MEASURES = {
 
 
 def _critic(history: RunHistory) -> list[dict[str, Any]]:
-    """Return the last measures of the critic and of its two baselines; none without a critic."""
+    """Return the last measures of the critic and its two baselines; empty if the run has no critic."""
     interval = history.last("critic", "critic_auc_low"), history.last("critic", "critic_auc_high")
     rows = [
         {

@@ -1,4 +1,4 @@
-"""How strongly the report shades each token, by each quantity, and the numbers that it shows beside it."""
+"""Computes how strongly the report shades each token by each quantity, and the numbers shown for a token."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from attrs import frozen
 
 from weighted_mtp_core.report.token_report import Token, TokenReport
 
-_CLEAR = 0.2  # share of the TD error with full shade; a token below it is not marked as up or down
+_CLEAR = 0.2  # relative to the TD error with full shade; smaller TD errors are not marked as up or down
 
 
 @frozen(kw_only=True)
@@ -16,15 +16,16 @@ class Scale:
     """A quantity that can shade tokens.
 
     Attributes:
-        key: Its name in the page.
-        title: Its label on the switch.
-        note: What it is.
+        key: Name of the quantity in the HTML page.
+        title: Label of the quantity on the page's switch.
+        note: Explanation of the quantity.
         low: Label of the lightest shade.
         high: Label of the deepest shade.
-        signed: Whether it can be negative: the shade then shows its size, an underline its sign.
-        read: Returns its value for a token, or None.
-        bottom: The value, or absolute value, without shade.
-        top: The value, or absolute value, with full shade.
+        signed: Whether the quantity can be negative; its size is then shown by the shade and its sign by an
+            underline.
+        read: Returns the value of the quantity for a token, or None.
+        bottom: The value, or absolute value, that is shown without shade.
+        top: The value, or absolute value, that is shown with full shade.
     """
 
     key: str
@@ -48,23 +49,23 @@ class Scale:
 
 @frozen
 class Shading:
-    """The scales of a report; each covers all tokens on the page, so shades can be compared."""
+    """The scales of a report. Each scale covers all tokens on the page, so that shades can be compared."""
 
     scales: Sequence[Scale]
 
     @classmethod
     def of(cls, report: TokenReport) -> Shading:
-        """Scale every quantity that at least one token has."""
+        """Make a scale for every quantity that at least one token has."""
         solutions = [solution for problem in report.problems for solution in problem.solutions]
         return cls(tuple(_scales([token for solution in solutions for token in solution.tokens])))
 
     def style(self, token: Token) -> str:
-        """Return the token's shades as variables of the style sheet."""
+        """Return the shades of a token as variables for the style sheet."""
         shades = ((scale.key, scale.shade(token)) for scale in self.scales)
         return ";".join(f"--{key}:{value:.2f}" for key, value in shades if value)
 
     def mark(self, token: Token) -> str:
-        """Return `up` or `down` for a clear TD error, else nothing."""
+        """Return `up` or `down` for a large TD error, otherwise an empty string."""
         shade = max((scale.shade(token) or 0.0 for scale in self.scales if scale.signed), default=0.0)
         if token.change is None or shade <= _CLEAR:
             return ""
@@ -99,7 +100,8 @@ def _scales(tokens: Sequence[Token]) -> Iterator[Scale]:
         )
     moves = sorted(abs(token.change) for token in tokens if token.change is not None)
     if moves:
-        # far larger TD errors at last tokens, where the reward becomes known, would leave the rest unshaded
+        # the last token, where the reward becomes known, has a far larger TD error, which would hide the
+        # others
         top = moves[int(0.9 * (len(moves) - 1))] or moves[-1] or 1.0
         yield Scale(
             key="change",
@@ -118,7 +120,7 @@ def _scales(tokens: Sequence[Token]) -> Iterator[Scale]:
 def _loss_scale(tokens: Sequence[Token], k: int) -> Iterator[Scale]:
     losses = sorted(loss for token in tokens if (loss := token.loss_K[k]) is not None)
     if losses:
-        top = losses[int(0.98 * (len(losses) - 1))] or 1.0  # a few outliers would leave the rest unshaded
+        top = losses[int(0.98 * (len(losses) - 1))] or 1.0  # otherwise a few outliers would hide the others
         ahead = "the next token" if k == 0 else f"{k + 1} tokens ahead"
         yield Scale(
             key=f"loss{k + 1}",
@@ -132,7 +134,7 @@ def _loss_scale(tokens: Sequence[Token], k: int) -> Iterator[Scale]:
 
 
 def numbers(token: Token) -> str:
-    """Return the lines that the page shows over a token."""
+    """Return the lines of text that the page shows when the pointer is over a token."""
     lines = [repr(token.text)]
     if token.weight is not None:
         each = f"  (heads: {_listed(token.weight_K)})" if token.weight_K else ""

@@ -1,4 +1,4 @@
-"""Weight, value, TD error and losses of each token of some validation responses, correct and incorrect.
+"""Measures weight, value, TD error and losses of each token of correct and incorrect validation responses.
 
 Shape letters: D documents, B rows, T positions, K heads.
 """
@@ -27,7 +27,7 @@ from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS
 from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.prepare import Prepared
 
-_WEIGHED = 16  # problems in the batch: some weightings compare its responses
+_WEIGHED = 16  # problems in the batch, because some weightings compare responses within a batch
 _SHOWN = 6  # problems in the report
 _LONGEST = 800  # tokens of a response in the report
 
@@ -40,13 +40,13 @@ def measure_tokens(
     critic: Critic | None,
     reliability: Sequence[ReliabilityBin] = (),
 ) -> TokenReport:
-    """Weigh some validation responses as one batch, and measure the tokens of the first of them.
+    """Compute the weights of some validation responses as one batch, and measure the tokens of a few of them.
 
     Args:
-        prepared: Data, tokenizer and policy, with the best parameters.
-        learner: Stage 2, with the weighting in its final state.
-        critic: Scores any batch, not only those of stage 2.
-        reliability: Bins of the critic's values.
+        prepared: Data, tokenizer and policy; the policy has its best parameters.
+        learner: The learner of stage 2, whose weighting has its final state.
+        critic: A critic that can score any batch, not only the batches of stage 2.
+        reliability: Bins of the critic's values, with the mean reward of each bin.
     """
     labelled = len(prepared.source.examples("validation")) > 0
     tokens = prepared.critic_tokens("validation") if labelled else prepared.policy_tokens("validation")
@@ -78,10 +78,10 @@ def measure_tokens(
 
 
 def _weigh(learner: PolicyLearner, batch: Batch) -> tuple[Sequence[Tensor | None], str]:
-    """Return the weights of each row, or None for each and the reason.
+    """Return the weights of each row and an empty text, or None for each row and the reason.
 
-    Some weightings can weigh the steps of training only. The run is complete at this point, so a report
-    without weights must not fail it.
+    Some weightings can only compute weights for training batches. The run is already complete when the report
+    is written, so missing weights must not make it fail.
     """
     try:
         return torch.split(learner.weigh(batch, step=learner.steps).weight, 1), ""
@@ -107,9 +107,10 @@ def choose_problems(tokens: TokenSet, *, at_most: int) -> list[tuple[int, ...]]:
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Return what each token adds to the decoded text; joined, the parts are that text.
+    """Return the text that each token adds to the decoded text; the parts together are the decoded text.
 
-    A token that ends inside a character adds nothing, and the token that completes it adds the character.
+    A token that ends inside a character adds an empty text, and the token that completes the character adds
+    it.
     """
     texts, start, known = [], 0, ""
     for end in range(1, len(ids) + 1):
@@ -118,9 +119,9 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
             texts.append("")
             continue
         texts.append(text[len(known) :])
-        start = end - 1  # one token of context: decoders drop a leading space
+        start = end - 1  # one token of context, because decoders drop a leading space
         known = _decode(tokenizer, ids[start:end])
-        if known.endswith("\ufffd"):  # ends inside a character, so it cannot be context
+        if known.endswith("\ufffd"):  # the token ends inside a character, so it cannot serve as context
             start, known = end, ""
     return texts
 
@@ -144,7 +145,7 @@ class _MeasuredRow:
     def measure(
         cls, prepared: Prepared, batch: Batch, weight: Tensor | None, critic: Critic | None
     ) -> _MeasuredRow:
-        """Measure a batch of one row with the weights `[1, T]` or `[1, T, K]`, if known."""
+        """Measure a batch of one row; `weight` is `[1, T]` or `[1, T, K]`, or None if it is unknown."""
         policy = prepared.policy
         labels_BTK = batch_labels(batch, policy.n_future)
         target_BTK = target_mask(labels_BTK)
@@ -195,12 +196,12 @@ class _MeasuredRow:
 
 
 def changes(value_T: NDArray[np.float64], positions: NDArray[np.int64], reward: float) -> NDArray[np.float64]:
-    """Return the TD error of each response token with gamma = 1, NaN elsewhere.
+    """Return the TD error of each response token with discount gamma = 1; NaN for all other tokens.
 
     Args:
         value_T: V_t, the value of the prefix that ends at token t.
         positions: Positions of the response's tokens.
-        reward: R, paid at the last of them; V is 0 after it.
+        reward: Reward of the response, received at its last token, after which V is 0.
     """
     change_T = np.full_like(value_T, np.nan)
     before = np.where(positions > 0, value_T[positions - 1], np.nan)
@@ -211,7 +212,7 @@ def changes(value_T: NDArray[np.float64], positions: NDArray[np.int64], reward: 
 
 
 def _by_target(x_BTK: Tensor, target_BTK: Tensor) -> NDArray[np.float64]:
-    """Return the values of a row's pairs as `[T, K]`, indexed by target; NaN where there is no pair."""
+    """Return the values of a row's pairs as `[T, K]`, indexed by target and head; NaN if there is no pair."""
     found_BTK = gather_by_target(torch.ones_like(x_BTK), target_BTK) > 0
     return np.where(array(found_BTK[0]) > 0, array(gather_by_target(x_BTK, target_BTK)[0]), np.nan)
 
@@ -222,5 +223,5 @@ def array(x: Tensor) -> NDArray[np.float64]:
 
 
 def plain(value: float) -> float | None:
-    """Return a number with the five digits that the file keeps; None for NaN."""
+    """Round a number to the five digits that the file stores; None for NaN."""
     return None if np.isnan(value) else float(f"{value:.5g}")

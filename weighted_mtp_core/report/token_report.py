@@ -1,4 +1,4 @@
-"""What the report shows of single tokens, kept in the run folder as `report_tokens.json`."""
+"""The data of single tokens that the report shows, stored in the run folder as `report_tokens.json`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ class Token:
     """A token of a response.
 
     Attributes:
-        text: What it adds to the text; empty inside a character that takes several tokens.
-        weight: Mean weight of the pairs that have it as their target; None without such a pair.
-        weight_K: Weight for each head if the weighting gives one per head, else empty. None where the token
-            is too near the start for the head to predict it.
-        loss_K: Unweighted cross-entropy of each head, in nats; None as above.
-        value: The critic's value of the prefix that ends with the token; None without a critic that gives
-            values.
-        change: Its TD error r_t + V_t - V_{t-1}, where V after the last token is 0 and r there the reward.
+        text: The text that the token adds; empty if the token ends inside a character of several tokens.
+        weight: Mean weight of the pairs whose target is this token; None if there is no such pair.
+        weight_K: Weight for each head if the weighting returns a weight per head, otherwise empty. The weight
+            is None for a head that cannot predict the token, because the token is too near the start.
+        loss_K: Unweighted cross-entropy of each head, in nats; None for a head that cannot predict the token.
+        value: The critic's value of the prefix that ends with the token; None if the run has no critic that
+            computes values.
+        change: TD error r_t + V_t - V_{t-1} of the token. V_t is the value of the prefix that ends at token
+            t, and r_t is 0; at the last token, V_t is 0 and r_t the reward of the response.
     """
 
     text: str
@@ -39,7 +40,7 @@ class Token:
 
 @frozen(kw_only=True)
 class Solution:
-    """A response and its first tokens; `more` further tokens are left out."""
+    """A response and its first tokens; `more` is the number of tokens that are left out."""
 
     name: str
     reward: float
@@ -49,7 +50,7 @@ class Solution:
 
 @frozen(kw_only=True)
 class ProblemTokens:
-    """A validation problem and up to two responses, a correct one first."""
+    """A validation problem with up to two responses; a correct response comes first."""
 
     prompt: str
     solutions: tuple[Solution, ...]
@@ -62,9 +63,9 @@ class TokenReport:
     Attributes:
         step: Step of stage 2 for which the weighting computed the weights.
         rows: Number of responses that were weighed as one batch.
-        unweighed: Why there are no weights; empty if there are.
+        unweighed: The reason why there are no weights; empty if there are weights.
         problems: The problems on the page.
-        reliability: Bins of the critic's values; empty without a critic that gives values.
+        reliability: Bins of the critic's values; empty if the run has no critic that computes values.
     """
 
     step: int
@@ -82,7 +83,7 @@ def save_token_report(report: TokenReport, run: Path) -> Path:
 
 
 def load_token_report(run: Path) -> TokenReport | None:
-    """Read the file of a run folder; None if the run ended before it was written."""
+    """Read the file of a run folder; None if the run ended before the file was written."""
     path = run / FILE
     if not path.is_file():
         return None

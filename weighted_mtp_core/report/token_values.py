@@ -1,4 +1,4 @@
-"""The table `token_values.jsonl`: value, TD error and weight of each token of validation responses.
+"""Makes the table `token_values.jsonl` with value, TD error and weight of each validation response token.
 
 Shape letters: B rows, T positions, K heads.
 """
@@ -34,16 +34,16 @@ def table_of_values(
 ) -> str:
     """Return the text of the file, with one line for each response token.
 
-    A line holds `example`, `reward` (of the whole response), `position` (in the response, from 0), `token`
-    (its text), `value` (of the prefix that ends with it), `change` (its TD error with gamma = 1) and `weight`
-    (mean over the heads; null where no head predicts the token, and for weightings that can weigh the steps
-    of training only).
+    A line contains `example` (its id), `reward` (of the whole response), `position` (of the token in the
+    response, from 0), `token` (its text), `value` (of the prefix that ends with the token), `change` (the TD
+    error of the token with discount gamma = 1) and `weight` (mean over the heads; null if no head predicts
+    the token or if the weighting can only compute weights for training batches).
 
     Args:
         prepared: Tokenizer and policy.
-        learner: Stage 2, with the weighting in its final state.
-        critic: Gives values for any batch, not only those of stage 2.
-        batches: Responses, one per row; the weighting weighs each batch as a whole.
+        learner: The learner of stage 2, whose weighting has its final state.
+        critic: A critic that computes values for any batch, not only the batches of stage 2.
+        batches: Batches with one response per row; the weighting receives each batch as a whole.
     """
     learner = evolve(learner, weighting=evolve(learner.weighting, critic=critic), distributed=SINGLE_PROCESS)
     lines: list[str] = []
@@ -64,28 +64,28 @@ def _values(prepared: Prepared, critic: Critic, batch: Batch) -> Floats:
 
 
 def _weights(learner: PolicyLearner, batch: Batch) -> Floats:
-    """Return the weight of each token, `[B, T]`; NaN where there is none."""
+    """Return the weight of each token, `[B, T]`; NaN for tokens without a weight."""
     labels_BTK = batch_labels(batch, learner.policy.n_future)
     try:
         weight = learner.weigh(batch, step=learner.steps).weight
-    except RunFailedError:  # some weightings can weigh the steps of training only; the report says why
+    except RunFailedError:  # weightings that only support training batches; the report contains the reason
         return np.full(tuple(batch.ids_BT.shape), np.nan)
     return array(mean_over_heads(weight, target_mask(labels_BTK)))
 
 
 def mean_over_heads(weight: Tensor, target_BTK: Tensor) -> Tensor:
-    """Return each token's mean weight over the pairs that predict it, `[B, T]`; NaN if no pair does.
+    """Return each token's mean weight over the pairs that predict it, `[B, T]`; NaN if there is no pair.
 
     Args:
-        weight: `[B, T]` or `[B, T, K]`, from a weighting.
-        target_BTK: Which pairs count.
+        weight: Weights `[B, T]` or `[B, T, K]` that a weighting returned.
+        target_BTK: bool, True for the pairs that count.
     """
     total_BT = gather_by_target(align_weights(weight, target_BTK), target_BTK).sum(dim=-1)
     return total_BT / gather_by_target(target_BTK.float(), target_BTK).sum(dim=-1)
 
 
 def _tokens(tokenizer: Any, row: Batch, *, value_T: Floats, weight_T: Floats) -> Iterator[dict[str, Any]]:
-    """Yield the line of each response token of a batch of one row."""
+    """Yield one line of the table for each response token in a batch of one row."""
     positions = np.flatnonzero(array(row.response_BT[0]) > 0)
     reward = float(row.reward_BT[0, int(positions[-1])])
     change_T = changes(value_T, positions, reward)
