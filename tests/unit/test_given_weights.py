@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from weighted_mtp_core.api import Example, Signal, WeightingStrategy, Weights, WmtpError
 from weighted_mtp_core.data.batches import collate, collate_packed, split_rows
+from weighted_mtp_core.data.documents import Document
 from weighted_mtp_core.data.given_weights import given_weights
 from weighted_mtp_core.data.texts import TextCodec
 from weighted_mtp_core.data.tokens import open_tokens, tokenise
@@ -50,6 +51,10 @@ def example(response, *, prompt="q", number=0, **keys):
     )
 
 
+def document(each, ids, prompt):
+    return Document(example=each, ids=ids, prompt=prompt)
+
+
 def pieces(text):
     """Return the tokens of a response as bytes."""
     ((_, ids),) = CODEC.encode_documents([("q", text)])
@@ -71,7 +76,7 @@ def _byte_letters():
 def laid(each):
     """Return the weights of the tokens of a response, EOS last."""
     ((prompt, response),) = CODEC.encode_documents([(each.prompt, each.response)])
-    weights = given_weights([(each, len(prompt), [*prompt, *response, CODEC.eos_id])], CODEC)
+    weights = given_weights([document(each, [*prompt, *response, CODEC.eos_id], len(prompt))], CODEC)
     assert weights.dtype == np.float32
     assert not weights[: len(prompt)].any()
     return weights[len(prompt) :]
@@ -160,13 +165,13 @@ def test_a_tokenizer_without_offsets_is_refused_for_spans_only():
             return None
 
     codec = NoOffsets(byte_level())
-    plain = [(example("hello", weight=0.5), 1, [5, 6, 0])]
+    plain = [document(example("hello", weight=0.5), [5, 6, 0], 1)]
 
     assert given_weights(plain, codec).tolist() == [0.0, 0.5, 0.5]
     with pytest.raises(
         WmtpError, match="example `e0` has weights of spans, but the tokenizer does not report"
     ):
-        given_weights([(example("hello", spans=((0, 5, 0.5),)), 1, [5, 6, 0])], codec)
+        given_weights([document(example("hello", spans=((0, 5, 0.5),)), [5, 6, 0], 1)], codec)
 
 
 # ------------------------------------------------------------------ in token sets and batches

@@ -82,8 +82,8 @@ from weighted_mtp_core.api.datasets import (
     sha256_of_file,
     store_dataset,
 )
-from weighted_mtp_core.api.jsonl import JsonlOptions, JsonlSource
-from weighted_mtp_core.api.jsonl_rows import JsonlRow
+from weighted_mtp_core.api.jsonl import JsonlOptions, JsonlSource, RowFiles
+from weighted_mtp_core.api.jsonl_rows import JsonlRow, checked_row
 from weighted_mtp_core.api.records import (
     ProblemIds,
     Record,
@@ -118,6 +118,7 @@ __all__ = [
     "Problem",
     "ProblemIds",
     "Record",
+    "RowFiles",
     "RunFailedError",
     "RunInfo",
     "RunOutcome",
@@ -134,6 +135,7 @@ __all__ = [
     "WeightingStrategy",
     "Weights",
     "WmtpError",
+    "checked_row",
     "example_statistics",
     "hookimpl",
     "int_field",

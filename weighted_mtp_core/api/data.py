@@ -100,6 +100,8 @@ class Example:
     reward: float = field(validator=[v.ge(0.0), v.le(1.0)])
     weight: float | None = field(default=None, validator=v.optional(_check_weight))
     spans: tuple[Span, ...] | None = field(default=None)
+    messages: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
     metadata: Mapping[str, str | float] = field(factory=dict, validator=_check_metadata)
 
     @property
@@ -109,6 +111,8 @@ class Example:
 
     @spans.validator
     def _check_spans(self, _: object, spans: tuple[Span, ...] | None) -> None:
+        if spans and self.messages:
+            raise ValueError("`spans` are for a response, not for a chat")
         check_spans(spans or (), length=len(self.response))
 
 

@@ -33,8 +33,8 @@ def _check_template(_: object, __: object, template: str | None) -> None:
 
 
 @frozen(kw_only=True)
-class JsonlOptions:
-    """`[data.options]` of a data source that reads JSONL files: either `path`, or one file for each split.
+class RowFiles:
+    """The JSONL files of a data source: either `path`, or one file for each split.
 
     Attributes:
         path: One file whose problems are divided among the splits.
@@ -44,8 +44,6 @@ class JsonlOptions:
         validation_share: Share of the problems in `path` that go to the split `validation`.
         test_share: Share of the problems in `path` that go to the split `test`.
         seed: Seed of the division of `path` into splits.
-        template: Layout of the prompt with keys of the rows in braces, such as `"Question: {question}"`. By
-            default the prompt is the row's `prompt`, or `instruction` and `input` in the Alpaca layout.
     """
 
     path: str | None = None
@@ -55,11 +53,26 @@ class JsonlOptions:
     validation_share: float = field(default=0.1, validator=[v.ge(0), v.lt(1)])
     test_share: float = field(default=0.1, validator=[v.ge(0), v.lt(1)])
     seed: int = field(default=0, validator=v.ge(0))
+
+
+@frozen(kw_only=True)
+class JsonlOptions(RowFiles):
+    """`[data.options]` of a data source over rows with a prompt and a response.
+
+    Attributes:
+        template: Layout of the prompt, with keys of the rows in braces: `"Question: {question}"`. By default
+            the prompt is the row's `prompt` as it is, or `instruction` and `input` in the Alpaca layout.
+    """
+
     template: str | None = field(default=None, validator=_check_template)
 
 
 class JsonlSource(DataSource):
     """Supplies the rows of JSONL files as examples, in file order. It does not run the `tests` of the rows.
+
+    Args:
+        options: The files.
+        parse: Makes a row of a record, see `read_records`; by default a row with a prompt and a response.
 
     Raises:
         WmtpError: The options contain neither `path` nor files of splits, or both; a file cannot be read or
@@ -67,7 +80,7 @@ class JsonlSource(DataSource):
             tests or are in different files; or only some of the rows have a verdict.
     """
 
-    def __init__(self, options: JsonlOptions) -> None:
+    def __init__(self, options: RowFiles, parse: Callable[[Record], JsonlRow] | None = None) -> None:
         files: dict[Split, str | None] = {
             "train": options.train,
             "validation": options.validation,
@@ -79,7 +92,8 @@ class JsonlSource(DataSource):
                 "name either one file (`path`) or a file for each split (`train`, `validation`, `test`)",
                 hint='for example `path = "data/solutions.jsonl"` in `[data.options]`',
             )
-        earlier, parse = EarlierRows(), partial(parse_row, template=options.template)
+        template = options.template if isinstance(options, JsonlOptions) else None
+        earlier, parse = EarlierRows(), parse or partial(parse_row, template=template)
         if options.path is not None:
             self.files = [Path(options.path)]
             self._rows = _split_by_problem(_read(self.files[0], parse, earlier.check), options)
@@ -105,6 +119,8 @@ class JsonlSource(DataSource):
                 reward=1.0 if row.reward is None else row.reward,
                 weight=row.weight,
                 spans=row.spans,
+                messages=row.messages,
+                tools=row.tools,
                 metadata=row.metadata,
             )
             for number, row in enumerate(self.rows(split))
@@ -124,7 +140,7 @@ def _read(
     return read_records(path, parse, what="line", check=check)
 
 
-def _split_by_problem(rows: Sequence[JsonlRow], options: JsonlOptions) -> dict[Split, list[JsonlRow]]:
+def _split_by_problem(rows: Sequence[JsonlRow], options: RowFiles) -> dict[Split, list[JsonlRow]]:
     """Assign each problem to a split by a hash of its id, so that added problems do not move the others."""
     found: dict[Split, list[JsonlRow]] = {"train": [], "validation": [], "test": []}
     for row in rows:

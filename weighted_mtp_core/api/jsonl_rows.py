@@ -6,6 +6,7 @@ import hashlib
 import json
 import string
 from collections.abc import Mapping
+from typing import Any
 
 from attrs import define, field, frozen
 
@@ -49,6 +50,8 @@ class JsonlRow:
         entry_point: Name of the function that the tests call.
         weight: See `Example.weight`.
         spans: See `Example.spans`; the key of the row is `weights`.
+        messages: See `Example.messages`.
+        tools: See `Example.tools`.
         metadata: See `Example.metadata`; values that are not strings or numbers are left out.
     """
 
@@ -60,6 +63,8 @@ class JsonlRow:
     entry_point: str
     weight: float | None = None
     spans: tuple[Span, ...] | None = None
+    messages: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
     metadata: Mapping[str, str | float] = field(factory=dict)
 
     @property
@@ -100,13 +105,27 @@ def template_names(template: str) -> list[str]:
 
 
 def parse_row(record: Record, *, template: str | None) -> JsonlRow:
-    """Convert a record to a row; raises ValueError for the first fault."""
+    """Convert a record with a prompt and a response to a row; raises ValueError for the first fault."""
     prompt, response = _prompt(record, template), _response(record)
+    return checked_row(record, prompt=prompt, response=response, spans=_spans(record, length=len(response)))
+
+
+def checked_row(
+    record: Record,
+    *,
+    prompt: str,
+    response: str,
+    spans: tuple[Span, ...] | None = None,
+    messages: tuple[Mapping[str, Any], ...] = (),
+    tools: tuple[Mapping[str, Any], ...] = (),
+) -> JsonlRow:
+    """Check the keys that all kinds of rows have in common; ValueError with the first fault."""
     _refuse_misspelt(record)
     for key in ("tests", "entry_point"):
         if not isinstance(record.get(key, ""), str | None):
             raise ValueError(f"`{key}` must be a string, got {type(record[key]).__name__}")  # noqa: TRY004
     reward = _reward(record)
+    metadata = _metadata(record)
     if record.get("tests") and not record.get("entry_point"):
         raise ValueError("has `tests`, so it needs `entry_point`, the function that they call")
     return JsonlRow(
@@ -117,8 +136,10 @@ def parse_row(record: Record, *, template: str | None) -> JsonlRow:
         tests=record.get("tests") or "",
         entry_point=record.get("entry_point") or "",
         weight=_weight(record),
-        spans=_spans(record, length=len(response)),
-        metadata=_metadata(record),
+        spans=spans,
+        messages=messages,
+        tools=tools,
+        metadata=metadata,
     )
 
 

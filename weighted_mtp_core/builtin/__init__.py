@@ -1,23 +1,30 @@
-"""Plugin `core`: the data source `core.jsonl` and the tracker `core.mlflow`."""
+"""Plugin `core`: the data sources `core.jsonl` and `core.chat`, and the tracker `core.mlflow`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
-from weighted_mtp_core.api import Component, DataSource, JsonlOptions, Tracker, hookimpl
+from weighted_mtp_core.api import Component, DataSource, JsonlOptions, RowFiles, Tracker, hookimpl
+from weighted_mtp_core.builtin.chat import build_chat
 from weighted_mtp_core.builtin.jsonl import build_jsonl
 from weighted_mtp_core.builtin.mlflow import MlflowOptions, build_mlflow, examine_mlflow
 
 
 @hookimpl
 def wmtp_data_sources() -> Iterable[Component[Any, DataSource]]:
-    """Offer JSONL files."""
+    """Offer JSONL files of examples and of chats."""
     yield Component(
         name="jsonl",
         summary="Your own examples: one JSON object a line with a prompt and a response.",
         options=JsonlOptions,
         build=build_jsonl,
+    )
+    yield Component(
+        name="chat",
+        summary="Your own chats: one JSON object a line with messages.",
+        options=RowFiles,
+        build=build_chat,
     )
 
 

@@ -86,6 +86,9 @@ def _lay_out(
     ids_N = token_set.ids_N[token_N]
     drop_pages(token_set.ids_N)
     response_N = position_N >= np.repeat(token_set.prompt_D[documents], length_D)
+    if token_set.target_N is not None:
+        response_N = token_set.target_N[token_N]
+        drop_pages(token_set.target_N)
     _, group_D = np.unique(token_set.problem_D[documents], return_inverse=True)
 
     def padded(value_N: NDArray[Any], dtype: type[np.generic], *, padding: int = 0) -> NDArray[Any]:

@@ -15,28 +15,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weighted_mtp_core.api import Example
+from weighted_mtp_core.data.documents import Document
 from weighted_mtp_core.data.texts import Offsets, TextCodec
 from weighted_mtp_core.errors import WmtpError
 
 Floats = NDArray[np.float64]
 
 
-def given_weights(
-    documents: Sequence[tuple[Example, int, list[int]]], codec: TextCodec
-) -> NDArray[np.float32]:
+def given_weights(documents: Sequence[Document], codec: TextCodec) -> NDArray[np.float32]:
     """Return the weights of all tokens of documents, one after the other, float32; 0 on prompts.
 
     Args:
-        documents: Example, number of prompt tokens, ids with EOS.
+        documents: The documents.
         codec: What made the ids.
 
     Raises:
         WmtpError: The codec does not report which characters the tokens of a response with spans cover.
     """
     weights = []
-    for example, prompt, ids in documents:
+    for document in documents:
+        example, prompt, ids = document.example, document.prompt, document.ids
         weight_L = np.full(len(ids), 1.0 if example.weight is None else example.weight)
         weight_L[:prompt] = 0.0
+        if document.targets is not None:
+            weight_L *= document.targets
         if example.spans:
             offsets = codec.response_offsets(example.prompt, example.response)
             weight_L[prompt:-1] *= _of_tokens(example, offsets, count=len(ids) - 1 - prompt)

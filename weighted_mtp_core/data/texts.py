@@ -24,7 +24,9 @@ from typing import Any, Literal, Protocol
 
 from attrs import frozen
 
+from weighted_mtp_core.data.chats import control_tokens
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.recipe.schema import DataTable
 
 Bos = Literal["auto", "always", "never"]
 Offsets = list[tuple[int, int]]
@@ -68,6 +70,9 @@ class TextCodec:
         self.size = len(tokenizer)
         self.prefix = _prefix(tokenizer, bos)
         self._encode_start, self._encode_rest = _encoders(tokenizer)
+        names = tokenizer.all_special_tokens
+        self._control_ids = dict(zip(names, tokenizer.convert_tokens_to_ids(names), strict=True))
+        self._control = control_tokens(tokenizer)
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of prompts, BOS included."""
@@ -81,6 +86,33 @@ class TextCodec:
         for i, ids in zip(first, self._encode_start([pairs[i][1] for i in first]), strict=True):
             responses[i] = ids
         return list(zip(prompts, responses, strict=True))
+
+    def encode_chat(self, parts: Sequence[tuple[str, bool]]) -> tuple[list[int], list[bool]]:
+        """Return the ids of a rendered chat, in which control tokens are spelt, and whether each is a target.
+
+        Args:
+            parts: Text and whether it is learned; no token spans two parts.
+        """
+        ids: list[int] = []
+        targets: list[bool] = []
+        for text, learned in parts:
+            for piece in self._control.split(text):
+                if piece in self._control_ids:
+                    found = [self._control_ids[piece]]
+                elif piece:
+                    found = (self._encode_rest if ids else self._encode_start)([piece])[0]
+                else:
+                    continue
+                ids += found
+                targets += [learned] * len(found)
+        return ids, targets
+
+    def decode_marked(self, ids: Sequence[int]) -> str:
+        """Return the text of ids in which control tokens are spelt."""
+        text: str = self.tokenizer.decode(
+            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text
 
     def encode_part(self, text: str) -> list[int]:
         """Return the ids of a text inside a response."""
@@ -106,6 +138,17 @@ class TextCodec:
         prompts = self.decode([prompt for prompt, _ in rows])
         whole = self.decode([[*prompt, *new] for prompt, new in rows])
         return [text[len(prompt) :] for prompt, text in zip(prompts, whole, strict=True)]
+
+
+def make_codec(tokenizer: Any, table: DataTable) -> TextCodec:
+    """Return the codec of a recipe; the tokenizer gets the recipe's chat template.
+
+    Raises:
+        WmtpError: See `TextCodec`.
+    """
+    if table.chat_template is not None:
+        tokenizer.chat_template = table.chat_template
+    return TextCodec(tokenizer, bos=table.bos)
 
 
 def round_trip_error(name: str, text: str, decoded: str) -> WmtpError:

@@ -16,6 +16,7 @@ from typing import Any
 import tokenizers
 
 from weighted_mtp_core.api import DatasetVersion, Example, Split
+from weighted_mtp_core.data.chats import TrainOn
 from weighted_mtp_core.data.checks import data_key, derived_folder
 from weighted_mtp_core.data.texts import TextCodec
 from weighted_mtp_core.data.tokens import TokenSet, open_tokens, tokenise
@@ -23,7 +24,7 @@ from weighted_mtp_core.plugins.selection import SelectedComponent
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder
 from weighted_mtp_core.storage.verify_once import verify_once
 
-_FORMAT = 4  # raise it when the same examples and tokenizer would give other arrays
+_FORMAT = 5  # raise it when the same examples and tokenizer would give other arrays
 
 # Saved settings of a tokenizer that do not affect ids without special tokens: padding and truncation of the #
 # last call, and the folder that the tokenizer was loaded from.
@@ -39,6 +40,7 @@ class TokenCache:
         data: The data source; examples depend on its options and on the plugin's source.
         codec: Encodes the texts.
         max_tokens: Documents with more tokens are left out.
+        train_on: Which turns of the assistant are learned in chats, all or the last.
 
     Attributes:
         fingerprint: SHA-256 of everything that affects the tokens.
@@ -52,12 +54,16 @@ class TokenCache:
         data: SelectedComponent,
         codec: TextCodec,
         max_tokens: int,
+        train_on: TrainOn = "all",
     ) -> None:
-        depends = [_FORMAT, data_key(version, data), tokenizer_fingerprint(codec.tokenizer), codec.prefix]
+        depends = [
+            *(_FORMAT, data_key(version, data), tokenizer_fingerprint(codec.tokenizer)),
+            *(codec.prefix, train_on),
+        ]
         self.fingerprint = hashlib.sha256(json.dumps(depends).encode()).hexdigest()
         self._folder = derived_folder(storage, version)
         self._codec = codec
-        self.max_tokens = max_tokens
+        self.max_tokens, self._train_on = max_tokens, train_on
 
     def open(self, purpose: str, split: Split, *, examples: Callable[[], Iterable[Example]]) -> TokenSet:
         """Return the tokens of a split; `examples` is called only if the tokens are not stored yet.
@@ -68,7 +74,13 @@ class TokenCache:
         folder = self._folder / f"tokens-{self.fingerprint[:12]}-{self.max_tokens}-{purpose}-{split}"
         if not (folder / MANIFEST).is_file():
             with atomic_folder(folder) as temporary:
-                tokenise(examples(), self._codec, max_tokens=self.max_tokens, folder=temporary)
+                tokenise(
+                    examples(),
+                    self._codec,
+                    max_tokens=self.max_tokens,
+                    folder=temporary,
+                    train_on=self._train_on,
+                )
         return open_tokens(folder, sha256=verify_once(folder))
 
 

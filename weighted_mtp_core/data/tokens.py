@@ -21,14 +21,17 @@ from numpy.typing import ArrayLike, NDArray
 
 from weighted_mtp_core.api import Example
 from weighted_mtp_core.data.array_files import MappedStrings, array_appender, mapped
+from weighted_mtp_core.data.chats import TrainOn
+from weighted_mtp_core.data.documents import Document, encode
 from weighted_mtp_core.data.given_weights import given_weights
-from weighted_mtp_core.data.texts import TextCodec, round_trip_error
+from weighted_mtp_core.data.texts import TextCodec
 from weighted_mtp_core.errors import WmtpError
 
 _CHUNK = 1024  # documents per tokenizer call, which is 1.5x faster than one call per text
 _META = "meta.json"
 _GIVEN = "given"  # an array that is written only if the data give weights
 _DTYPES = {
+    "target": np.bool_,
     "start": np.int64,
     "prompt": np.int32,
     "reward": np.float32,
@@ -49,11 +52,12 @@ class TokenSet:
     Attributes:
         ids_N: Token ids of all documents: uint16 if V allows it, otherwise int32.
         start_D1: int64 `[D + 1]`; document d is `ids_N[start_D1[d] : start_D1[d + 1]]`.
-        prompt_D: int32 number of prompt tokens of each document.
+        prompt_D: int32 number of tokens before the first target of each document.
         reward_D: float32 reward of each response.
         problem_D: int64 number of each document's problem; the numbers are in order of first appearance.
         example_ids: The example id of each document.
         metadata: The metadata of each document as JSON; empty if it has none.
+        target_N: bool, whether each token is learned; None if all tokens after the prompt are.
         given_N: float32 weight that the data give each token, 0 on prompts; None if they give none.
         examples: Number of examples, including those that were left out.
         left_out: Number of examples longer than `max_tokens`.
@@ -67,6 +71,7 @@ class TokenSet:
     problem_D: NDArray[np.int64]
     example_ids: Sequence[str]
     metadata: Sequence[str] = ()
+    target_N: NDArray[np.bool_] | None = None
     given_N: NDArray[np.float32] | None = None
     examples: int = 0
     left_out: int = 0
@@ -88,7 +93,14 @@ class TokenSet:
         return lengths
 
 
-def tokenise(examples: Iterable[Example], codec: TextCodec, *, max_tokens: int, folder: Path) -> None:
+def tokenise(
+    examples: Iterable[Example],
+    codec: TextCodec,
+    *,
+    max_tokens: int,
+    folder: Path,
+    train_on: TrainOn = "all",
+) -> None:
     """Write examples as arrays of ids for `open_tokens`.
 
     The response ends with EOS. Documents longer than `max_tokens` are counted and left out, because a
@@ -99,6 +111,7 @@ def tokenise(examples: Iterable[Example], codec: TextCodec, *, max_tokens: int, 
         codec: Encodes batches on all cores, unless `TOKENIZERS_PARALLELISM` is set to `false`.
         max_tokens: Maximum number of tokens of a document, EOS included.
         folder: An existing folder.
+        train_on: Whether all turns of the assistant in a chat are learned, or the last one.
 
     Raises:
         WmtpError: No example is short enough, or the ids of one are another text than its own, or the tokens
@@ -113,21 +126,15 @@ def tokenise(examples: Iterable[Example], codec: TextCodec, *, max_tokens: int, 
             for name, dtype in dtypes.items()
         }
         while chunk := list(itertools.islice(left, _CHUNK)):
-            encoded = codec.encode_documents([(each.prompt, each.response) for each in chunk])
-            documents = [
-                (example, len(prompt), [*prompt, *response, codec.eos_id])
-                for example, (prompt, response) in zip(chunk, encoded, strict=True)
-                if len(prompt) + len(response) < max_tokens
-            ]
-            _check_texts(documents, codec)
-            if _GIVEN not in append and any(example.has_weights for example, _, _ in documents):
+            documents = encode(chunk, codec, max_tokens=max_tokens, train_on=train_on)
+            if _GIVEN not in append and any(each.example.has_weights for each in documents):
                 append[_GIVEN] = stack.enter_context(array_appender(folder / f"{_GIVEN}.npy", np.float32))
                 _repeat_one(append[_GIVEN], tokens)
             if _GIVEN in append:
                 append[_GIVEN](given_weights(documents, codec))
             for name, values in _columns(documents).items():
                 append[name](values)
-            tokens += sum(len(ids) for _, _, ids in documents)
+            tokens += sum(len(each.ids) for each in documents)
             count += len(chunk)
             kept += len(documents)
     if not kept:
@@ -154,6 +161,7 @@ def open_tokens(folder: Path, *, sha256: str) -> TokenSet:
         problem_D=arrays["problem"],
         example_ids=MappedStrings(arrays["name"], arrays["name_start"]),
         metadata=MappedStrings(arrays["metadata"], arrays["metadata_start"]),
+        target_N=arrays["target"],
         given_N=mapped(given) if given.exists() else None,
         examples=meta["examples"],
         left_out=meta["left_out"],
@@ -161,32 +169,29 @@ def open_tokens(folder: Path, *, sha256: str) -> TokenSet:
     )
 
 
-def _check_texts(documents: Sequence[tuple[Example, int, list[int]]], codec: TextCodec) -> None:
-    """Decode the ids and compare the result with the texts of the examples."""
-    decoded = codec.decode([ids[:-1] for _, _, ids in documents])
-    for (example, _, _), text in zip(documents, decoded, strict=True):
-        if text != example.prompt + example.response:
-            raise round_trip_error(example.example_id, example.prompt + example.response, text)
-
-
-def _columns(documents: Sequence[tuple[Example, int, list[int]]]) -> dict[str, ArrayLike]:
-    """Return the arrays of documents (example, number of prompt tokens, ids); `start` contains lengths."""
-    names = [example.example_id.encode() for example, _, _ in documents]
-    metadata = [
-        json.dumps(dict(example.metadata)).encode() if example.metadata else b""
-        for example, _, _ in documents
-    ]
+def _columns(documents: Sequence[Document]) -> dict[str, ArrayLike]:
+    """Return the arrays of documents; `start` contains lengths."""
+    examples = [each.example for each in documents]
+    names = [example.example_id.encode() for example in examples]
+    metadata = [json.dumps(dict(each.metadata)).encode() if each.metadata else b"" for each in examples]
     return {
-        "ids": list(itertools.chain.from_iterable(ids for _, _, ids in documents)),
-        "start": [len(ids) for _, _, ids in documents],
-        "prompt": [prompt for _, prompt, _ in documents],
-        "reward": [example.reward for example, _, _ in documents],
-        "problem": [_digest(example.problem_id) for example, _, _ in documents],
+        "ids": list(itertools.chain.from_iterable(each.ids for each in documents)),
+        "target": list(itertools.chain.from_iterable(map(_targets, documents))),
+        "start": [len(each.ids) for each in documents],
+        "prompt": [each.prompt for each in documents],
+        "reward": [example.reward for example in examples],
+        "problem": [_digest(example.problem_id) for example in examples],
         "name": np.frombuffer(b"".join(names), dtype=np.uint8),
         "name_start": [len(name) for name in names],
         "metadata": np.frombuffer(b"".join(metadata), dtype=np.uint8),
         "metadata_start": [len(each) for each in metadata],
     }
+
+
+def _targets(document: Document) -> list[bool]:
+    if document.targets is not None:
+        return document.targets
+    return [False] * document.prompt + [True] * (len(document.ids) - document.prompt)
 
 
 def _repeat_one(append: Callable[[ArrayLike], None], count: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from attrs import frozen
 
 from weighted_mtp_core.checkpointing.best_model import load_model
-from weighted_mtp_core.data.texts import TextCodec
+from weighted_mtp_core.data.texts import TextCodec, make_codec
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.export.serving import Server, refuse_unserved, serving_command
 from weighted_mtp_core.export.transformers import cast_parameters, write_export
@@ -155,7 +155,7 @@ def _load_export(folder: Path, recipe: Recipe, log: Callable[[str], None]) -> tu
     device = resolve_device(recipe.model.device)
     loaded = load_policy(recipe.model, storage=Path(recipe.run.storage), texts=tuple, seed=recipe.run.seed)
     log(f"policy {folder.name}: {loaded.policy.n_future} heads on {device}")
-    return loaded.policy.to(device), TextCodec(loaded.tokenizer, bos=recipe.data.bos)
+    return loaded.policy.to(device), make_codec(loaded.tokenizer, recipe.data)
 
 
 def _export_overrides(folder: Path) -> list[str]:

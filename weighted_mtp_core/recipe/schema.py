@@ -91,10 +91,14 @@ class DataTable(Selection):
 
     Documents begin with BOS always, never, or (`bos = "auto"`) if the tokenizer adds BOS to texts.
     `packing = "documents"` puts several documents into each row of stage 2, up to `pack_tokens` tokens.
+    Chats are rendered with the tokenizer's template, or with `chat_template`, a template in Jinja; `train_on`
+    chooses the assistant's turns that are learned.
     """
 
     max_tokens: int = field(default=512, validator=v.ge(8))
     bos: Literal["auto", "always", "never"] = "auto"
+    chat_template: str | None = None
+    train_on: Literal["all", "last"] = "all"
     packing: Literal["none", "documents"] = "none"
     pack_tokens: int = field(default=2048, validator=v.ge(8))
 

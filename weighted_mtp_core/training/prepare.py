@@ -29,7 +29,7 @@ from weighted_mtp_core.data.checks import check_examples, checked_version
 from weighted_mtp_core.data.halves import Half, documents_of
 from weighted_mtp_core.data.pairs import make_pairs
 from weighted_mtp_core.data.samplers import Sampler, evenly_spread, in_order, pointwise
-from weighted_mtp_core.data.texts import TextCodec
+from weighted_mtp_core.data.texts import TextCodec, make_codec
 from weighted_mtp_core.data.token_cache import TokenCache
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import WmtpError
@@ -266,7 +266,7 @@ def prepare(plan: Plan, *, log: Callable[[str], None]) -> Prepared:
     millions = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
     heads = f"{policy.n_future} heads on {compute.device}"
     log(f"policy {loaded.base_name}: {millions:.1f} M parameters, {heads}")
-    limit, codec = recipe.data.max_tokens, TextCodec(loaded.tokenizer, bos=recipe.data.bos)
+    limit, codec = recipe.data.max_tokens, make_codec(loaded.tokenizer, recipe.data)
     return Prepared(
         plan=plan,
         storage=storage,
@@ -275,7 +275,9 @@ def prepare(plan: Plan, *, log: Callable[[str], None]) -> Prepared:
         policy=policy,
         codec=codec,
         base_name=loaded.base_name,
-        cache=TokenCache(storage, version, data=plan.data, codec=codec, max_tokens=limit),
+        cache=TokenCache(
+            storage, version, data=plan.data, codec=codec, max_tokens=limit, train_on=recipe.data.train_on
+        ),
         log=log,
     )
 

@@ -1,0 +1,87 @@
+"""`core.chat`: your own chats, one JSON object a line with `messages`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from weighted_mtp_core.api import (
+    BuildContext,
+    DataSource,
+    JsonlRow,
+    JsonlSource,
+    Record,
+    RowFiles,
+    checked_row,
+)
+
+_ROLES = ("system", "user", "assistant", "tool")
+
+
+def build_chat(options: RowFiles, context: BuildContext) -> DataSource:  # noqa: ARG001 - every builder gets one
+    """Build the data source; every line is read and checked.
+
+    Raises:
+        WmtpError: See `JsonlSource`.
+    """
+    return JsonlSource(options, _row)
+
+
+def _row(record: Record) -> JsonlRow:
+    messages = record.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("needs `messages`, a list that is not empty")
+    checked = tuple(_message(each, number) for number, each in enumerate(messages, start=1))
+    if checked[-1]["role"] != "assistant":
+        raise ValueError(f"the last message is of the role `{checked[-1]['role']}`, expected `assistant`")
+    for key in ("tests", "weights"):
+        if record.get(key):
+            raise ValueError(f"`{key}` is for rows of `core.jsonl`, not for chats")
+    tools = record.get("tools") or []
+    if not isinstance(tools, list) or any(not isinstance(tool, dict) for tool in tools):
+        raise ValueError("`tools` must be a list of objects")
+    *before, last = (_described(each) for each in checked)
+    return checked_row(
+        record,
+        prompt="".join(f"{text}\n" for text in before),
+        response=last,
+        messages=checked,
+        tools=tuple(tools),
+    )
+
+
+def _message(message: object, number: int) -> Mapping[str, Any]:
+    """Check a message, and join its parts if it has several; ValueError with its first fault."""
+    if not isinstance(message, dict):
+        raise ValueError(f"message {number} must be an object, got {type(message).__name__}")  # noqa: TRY004
+    if message.get("role") not in _ROLES:
+        raise ValueError(
+            f"message {number} has the role {json.dumps(message.get('role'))}, expected one of "
+            + ", ".join(f"`{role}`" for role in _ROLES)
+        )
+    if "weight" in message:
+        raise ValueError(f"message {number} has a `weight`: give the whole row one")
+    content, calls = message.get("content"), message.get("tool_calls")
+    if isinstance(content, list):
+        content = "".join(_part(part, number) for part in content)
+    if not (isinstance(content, str) or (content is None and calls and message["role"] == "assistant")):
+        raise ValueError(f"message {number} needs `content`, a string or a list of parts of text")
+    if message["role"] == "assistant" and not content and not calls:
+        raise ValueError(f"message {number} of the assistant is empty")
+    return {**message, "content": content or ""}
+
+
+def _part(part: object, number: int) -> str:
+    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        raise ValueError(
+            f'message {number} has a part that is not text: expected {{"type": "text", "text": "..."}}'
+        )
+    text: str = part["text"]
+    return text
+
+
+def _described(message: Mapping[str, Any]) -> str:
+    """Return a message as text; for the assistant's, without the role."""
+    text = message["content"] + (json.dumps(message["tool_calls"]) if message.get("tool_calls") else "")
+    return text if message["role"] == "assistant" else f"{message['role']}: {text}"

@@ -1,0 +1,119 @@
+"""Chats as texts with the turns that are learned, by the tokenizer's template.
+
+A template with `{% generation %}` marks the assistant's turns itself. Without these marks, a turn is what the
+rendering of its chat has more than the rendering of the messages before it, with the generation prompt. That
+holds only if the template neither drops nor reorders anything, which is checked against the whole rendering.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from attrs import frozen
+
+from weighted_mtp_core.errors import WmtpError
+
+TrainOn = Literal["all", "last"]
+Message = Mapping[str, Any]
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@frozen(kw_only=True)
+class RenderedChat:
+    """A chat as text; `spans` are start and end, in characters, of the turns that are learned."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+    @property
+    def parts(self) -> list[tuple[str, bool]]:
+        """The text in parts, each with whether it is learned."""
+        edges = [0, *(edge for span in self.spans for edge in span), len(self.text)]
+        parts = [
+            (self.text[start:end], bool(i % 2)) for i, (start, end) in enumerate(itertools.pairwise(edges))
+        ]
+        return [(text, learned) for text, learned in parts if text]
+
+
+def control_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """Return a pattern that finds the spelling of a control token; it has one group."""
+    names = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, names))})")
+
+
+def render_chat(
+    tokenizer: Any, messages: Sequence[Message], *, tools: Sequence[Message], train_on: TrainOn
+) -> RenderedChat:
+    """Render a chat with the tokenizer's template.
+
+    Args:
+        tokenizer: A tokenizer with a chat template.
+        messages: The messages as the template reads them; the last one is the assistant's.
+        tools: Descriptions of tools for the template.
+        train_on: Whether all turns of the assistant are learned, or the last one.
+
+    Raises:
+        WmtpError: There is no template, or the turns cannot be found in what it renders.
+    """
+    if tokenizer.chat_template is None:
+        raise WmtpError(
+            "the tokenizer has no chat template", hint="give one in the recipe: `data.chat_template`"
+        )
+    spelt = control_tokens(tokenizer).search(json.dumps(list(messages), ensure_ascii=False))
+    if spelt:
+        raise WmtpError(
+            f"a message contains `{spelt[0]}`, which is a control token of the tokenizer",
+            hint="remove it: the template writes the control tokens",
+        )
+    if _GENERATION.search(tokenizer.chat_template):
+        return _by_marks(tokenizer, messages, tools, train_on)
+    return _by_prefixes(tokenizer, messages, tools, train_on)
+
+
+def _by_marks(
+    tokenizer: Any, messages: Sequence[Message], tools: Sequence[Message], train_on: TrainOn
+) -> RenderedChat:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    (text,), (spans,) = render_jinja_template(
+        [list(messages)],
+        tools=list(tools) or None,
+        chat_template=tokenizer.chat_template,
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    if not spans:
+        raise WmtpError("the chat template marks no turn of the assistant")
+    chosen = spans if train_on == "all" else spans[-1:]
+    return RenderedChat(text=text, spans=tuple((start, end) for start, end in chosen))
+
+
+def _by_prefixes(
+    tokenizer: Any, messages: Sequence[Message], tools: Sequence[Message], train_on: TrainOn
+) -> RenderedChat:
+    def render(count: int, *, prompt: bool) -> str:
+        rendered: str = tokenizer.apply_chat_template(
+            list(messages[:count]), tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt
+        )
+        return rendered
+
+    text = render(len(messages), prompt=False)
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    spans = []
+    for i in turns if train_on == "all" else turns[-1:]:
+        before, after = render(i, prompt=True), render(i + 1, prompt=False)
+        turn = after[len(before) :]
+        content = messages[i].get("content") or ""
+        if not (text.startswith(after) and after.startswith(before) and content.strip() in turn):
+            raise WmtpError(
+                f"the chat template changes message {i + 1}, or messages before it, when others follow, so "
+                "the tokens of that turn cannot be found",
+                hint='data.train_on = "last", or a template with `{% generation %}` in `data.chat_template`',
+            )
+        end = re.search(f"{control_tokens(tokenizer).pattern}(\\s*)$", turn)
+        spans.append((len(before), len(after) - (len(end[2]) if end else 0)))
+    return RenderedChat(text=text, spans=tuple(spans))

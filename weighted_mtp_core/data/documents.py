@@ -1,0 +1,79 @@
+"""Examples as ids: a prompt with a response, or a chat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from attrs import frozen
+
+from weighted_mtp_core.api import Example
+from weighted_mtp_core.data.chats import TrainOn, render_chat
+from weighted_mtp_core.data.texts import TextCodec, round_trip_error
+from weighted_mtp_core.errors import WmtpError
+
+
+@frozen(kw_only=True, eq=False)
+class Document:
+    """An example as ids.
+
+    Attributes:
+        example: The example.
+        ids: Its ids, EOS included.
+        prompt: Number of tokens before the first target.
+        targets: Whether each token is a target; None if all from `prompt` on are.
+    """
+
+    example: Example
+    ids: list[int]
+    prompt: int
+    targets: list[bool] | None = None
+
+
+def encode(
+    examples: Sequence[Example], codec: TextCodec, *, max_tokens: int, train_on: TrainOn
+) -> list[Document]:
+    """Return the examples of at most `max_tokens` tokens as documents.
+
+    Raises:
+        WmtpError: The ids of an example are another text than its own, or a chat cannot be rendered.
+    """
+    plain = [example for example in examples if not example.messages]
+    encoded = codec.encode_documents([(each.prompt, each.response) for each in plain])
+    made = [
+        Document(example=example, ids=[*prompt, *response, codec.eos_id], prompt=len(prompt))
+        for example, (prompt, response) in zip(plain, encoded, strict=True)
+    ]
+    made += [_chat(example, codec, train_on) for example in examples if example.messages]
+    kept = [each for each in made if len(each.ids) <= max_tokens]
+    _check_texts([each for each in kept if each.targets is None], codec)
+    return kept
+
+
+def _check_texts(documents: Sequence[Document], codec: TextCodec) -> None:
+    """Compare what the ids say with the texts that they were made of."""
+    decoded = codec.decode([each.ids[:-1] for each in documents])
+    for each, text in zip(documents, decoded, strict=True):
+        own = each.example.prompt + each.example.response
+        if text != own:
+            raise round_trip_error(each.example.example_id, own, text)
+
+
+def _chat(example: Example, codec: TextCodec, train_on: TrainOn) -> Document:
+    try:
+        chat = render_chat(codec.tokenizer, example.messages, tools=example.tools, train_on=train_on)
+    except WmtpError as error:
+        raise WmtpError(f"example `{example.example_id}`: {error}", hint=error.hint) from error
+    ids, targets = codec.encode_chat(chat.parts)
+    decoded = codec.decode_marked(ids)
+    if decoded != chat.text:
+        raise round_trip_error(example.example_id, chat.text, decoded)
+    start = 0 if tuple(ids[: len(codec.prefix)]) == codec.prefix else len(codec.prefix)
+    ids, targets = [*codec.prefix[:start], *ids], [*[False] * start, *targets]
+    if not (targets[-1] and ids[-1] == codec.eos_id):
+        # What follows the end of the last turn is never generated.
+        last = len(targets) - targets[::-1].index(True)
+        ends = ids[last - 1] == codec.eos_id
+        ids, targets = ids[:last], targets[:last]
+        if not ends:
+            ids, targets = [*ids, codec.eos_id], [*targets, True]
+    return Document(example=example, ids=ids, prompt=targets.index(True), targets=targets)
