@@ -55,7 +55,7 @@ def run_plan(plan: Plan, *, resume: str | None = None, allow_change: Sequence[st
         WmtpError: Something is missing or wrong; nothing was trained.
         RunFailedError: The run failed on the way, and is closed as FAILED.
     """
-    distributed = Distributed.init()
+    distributed = Distributed.init(plan.recipe.model.device)
     previous = run_to_resume(plan, resume) if distributed.is_rank_zero else None
     if previous is not None:
         refuse_changes(previous, plan, allowed=allow_change)

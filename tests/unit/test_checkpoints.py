@@ -358,7 +358,7 @@ def test_the_options_of_an_optimiser_are_those_of_the_recipe_that_goes_on():
 def test_the_generators_of_more_than_ten_gpus_come_back_in_their_order(monkeypatch):
     states = [torch.tensor([i], dtype=torch.uint8) for i in range(12)]
     restored = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(states))
     monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: states)
     monkeypatch.setattr(torch.cuda, "set_rng_state_all", restored.extend)

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.model.load import load_policy
 from weighted_mtp_core.recipe.schema import MicroTable, ModelTable
-from weighted_mtp_core.runtime.device import resolve_device, resolve_dtype
+from weighted_mtp_core.runtime.device import device_type, resolve_device, resolve_dtype
+from weighted_mtp_core.runtime.distributed import Distributed
+from weighted_mtp_core.runtime.sharding import shard
 
 MICRO = ModelTable(micro=MicroTable(vocab_size=300, hidden_size=16, layers=2, attention_heads=2), n_future=2)
 TEXTS = ("def f(xs):\n    return sorted(xs)\n", "Sum 12 and 345. Héllo wörld ☃")
@@ -266,6 +269,72 @@ def test_the_default_dtype_follows_the_device():
     assert resolve_dtype("auto", torch.device("mps")) is torch.float32
     assert resolve_dtype("bfloat16", torch.device("cpu")) is torch.bfloat16
     assert resolve_device("cpu") == torch.device("cpu")
+
+
+@pytest.fixture(params=[(7, 5), (8, 0), (9, 0)], ids=str)
+def gpu(request, monkeypatch):
+    """A CUDA device of this capability, as torch reports it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda *, including_emulation: including_emulation or request.param >= (8, 0),
+    )
+    return request.param
+
+
+def test_bfloat16_is_for_gpus_that_compute_in_it(gpu):
+    device = torch.device("cuda")
+    if gpu >= (8, 0):
+        assert resolve_dtype("auto", device) is resolve_dtype("bfloat16", device) is torch.bfloat16
+        return
+
+    assert resolve_dtype("auto", device) is resolve_dtype("float32", device) is torch.float32
+    with pytest.raises(WmtpError, match="the device `cuda` does not compute in bfloat16") as caught:
+        resolve_dtype("bfloat16", device)
+    assert 'set `model.dtype = "float32"`' in caught.value.hint
+
+
+def test_bfloat16_on_an_apple_gpu_is_refused():
+    with pytest.raises(WmtpError, match="the device `mps` does not compute in bfloat16"):
+        resolve_dtype("bfloat16", torch.device("mps"))
+
+
+@pytest.mark.parametrize(("cuda", "expected"), [(True, "cuda"), (False, "cpu")])
+def test_auto_is_cuda_or_the_cpu_also_where_there_is_an_apple_gpu(monkeypatch, cuda, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+
+    assert device_type("auto") == expected
+    assert device_type("mps") == "mps"
+
+
+@pytest.mark.parametrize("name", ["cuda:1", "mps"])
+def test_several_processes_on_one_device_are_an_error(monkeypatch, name):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    with pytest.raises(WmtpError, match=f"`model.device = {name}` is one device, but 2 processes train"):
+        Distributed.init(name)
+
+
+def test_one_process_may_have_any_device(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+    assert Distributed.init("cuda:1").is_single_process
+
+
+def test_sharded_modules_lie_where_they_are_whatever_else_the_machine_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    layer = torch.nn.Linear(2, 2)
+    try:
+        shard([layer], Distributed(rank=0, size=1))
+
+        assert layer.weight.device_mesh.device_type == "cpu"
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(("own", "expected"), [({}, "1"), ({"PYTORCH_ENABLE_MPS_FALLBACK": "0"}, "0")])

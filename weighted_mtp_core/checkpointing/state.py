@@ -115,7 +115,7 @@ def load_optimiser_state(
 def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the state of every global random generator: tensors and plain values."""
     tensors = {"rng.torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # a run on the CPU leaves GPUs alone
         tensors |= {f"rng.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the global one is meant

@@ -69,7 +69,7 @@ def _examine(plan: Plan | None) -> Iterator[Finding]:
     loaded: list[LoadedPlugin] = []
     yield from _plugins(loaded)
     yield _disk(storage)
-    yield _device()
+    yield _device(plan)
     for component, options in _of_installed(loaded) if plan is None else _of_plan(plan):
         if component.examine is None:
             continue
@@ -130,11 +130,15 @@ def _disk(storage: Path) -> Finding:
     return Finding(mark=mark, name="disk", text=f"{free / 1e9:.0f} GB free at `{folder}`")
 
 
-def _device() -> Finding:
-    from weighted_mtp_core.runtime.device import resolve_device, resolve_dtype
+def _device(plan: Plan | None) -> Finding:
+    from weighted_mtp_core.runtime.device import Compute
 
-    device = resolve_device("auto")
-    return Finding(mark="ok", name="device", text=f"{device}, {resolve_dtype('auto', device)}")
+    device, dtype = ("auto", "auto") if plan is None else (plan.recipe.model.device, plan.recipe.model.dtype)
+    try:
+        compute = Compute.resolve(device=device, dtype=dtype)
+    except WmtpError as error:
+        return Finding(mark="FAILED", name="device", text=str(error), hint=error.hint)
+    return Finding(mark="ok", name="device", text=f"{compute.device}, {compute.dtype}")
 
 
 def _of_plan(plan: Plan) -> Iterator[tuple[AnyComponent, Any]]:

@@ -28,7 +28,7 @@ class Compute:
         """Return what `model.device` and `model.dtype` of a recipe mean on this machine.
 
         Raises:
-            WmtpError: There is no such device here.
+            WmtpError: There is no such device here, or it does not compute in this dtype.
         """
         resolved = resolve_device(device)
         return cls(device=resolved, dtype=resolve_dtype(dtype, resolved))
@@ -44,37 +44,66 @@ def to_device(value: Tensor | NDArray[Any], device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def resolve_device(name: str) -> torch.device:
-    """Return the named device; `auto` takes CUDA, then MPS, then the CPU.
+def device_type(name: str) -> str:
+    """Return the type of the named device, such as `cuda`, without touching it; `auto` is CUDA or the CPU.
 
-    Operations that MPS lacks run on the CPU: `weighted_mtp_core/__init__.py` sets that option of torch.
+    Apple's GPUs (`mps`) must be named, because the tests have never run on one. Operations that they lack run
+    on the CPU: `runtime/environment.py` sets that option of torch.
+
+    Raises:
+        WmtpError: torch has no device with such a name.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.device(name).type
+    except RuntimeError as error:
+        raise _no_device(name, error) from error
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the named device; see `device_type`.
 
     Raises:
         WmtpError: There is no such device here.
     """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    kind = device_type(name)
+    device = torch.device(kind if name == "auto" else name)
     try:
-        device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise WmtpError(
-            f"there is no device `{name}` here: {str(error).splitlines()[0]}",
-            hint='set `model.device = "auto"`, or one of cpu, cuda, cuda:1, mps',
-        ) from error
+        raise _no_device(name, error) from error
     return device
 
 
+def _no_device(name: str, error: Exception) -> WmtpError:
+    return WmtpError(
+        f"there is no device `{name}` here: {str(error).splitlines()[0]}",
+        hint='set `model.device = "auto"`, or one of cpu, cuda, cuda:1, mps',
+    )
+
+
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of forward passes; `auto` is bfloat16 on CUDA devices that support it, else float32.
+    """Return the dtype of forward passes; `auto` is bfloat16 on CUDA devices that have it, else float32.
 
     A CPU without bf16 arithmetic is 18 to 50 times slower in it than in fp32. A CPU with it is faster, but
     then a recipe would no longer give the same numbers on every CPU, so bf16 on a CPU must be requested.
+
+    Raises:
+        WmtpError: The device does not compute in bfloat16, or nobody has tried whether it does.
     """
-    if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.float32
+    computes = device.type == "cpu" or (device.type == "cuda" and _has_bfloat16(device))
+    if name == "bfloat16" and not computes:
+        raise WmtpError(
+            f"the device `{device}` does not compute in bfloat16",
+            hint='set `model.dtype = "float32"`; bfloat16 needs a CPU or CUDA capability 8.0',
+        )
+    if name == "auto":
+        return torch.bfloat16 if computes and device.type != "cpu" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Return whether a CUDA device computes in bfloat16 itself; torch emulates it slowly on older ones."""
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))

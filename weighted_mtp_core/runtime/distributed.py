@@ -19,6 +19,9 @@ from attrs import frozen
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.runtime.device import device_type
+
 Item = TypeVar("Item")
 _TIMEOUT = timedelta(minutes=30)  # the longest that one process prepares or judges while others wait
 
@@ -39,12 +42,26 @@ class Distributed:
     control_group: dist.ProcessGroup | None = None
 
     @classmethod
-    def init(cls) -> Distributed:
-        """Join the processes that `torchrun` started; without it, return a single process."""
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    def init(cls, device: str) -> Distributed:
+        """Join the processes that `torchrun` started; without it, return a single process.
+
+        Args:
+            device: `model.device` of the recipe; each process gets the GPU of its own number for `cuda`.
+
+        Raises:
+            WmtpError: The device can serve one process only.
+        """
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
             return cls()
+        kind = device_type(device)
+        if device != "auto" and (kind not in ("cpu", "cuda") or torch.device(device).index is not None):
+            raise WmtpError(
+                f"`model.device = {device}` is one device, but {size} processes train",
+                hint='set `model.device = "auto"`, or cuda or cpu',
+            )
         backend = "gloo"
-        if torch.cuda.is_available():
+        if kind == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=_TIMEOUT)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -19,9 +18,9 @@ def shard(blocks: Iterable[nn.Module], distributed: Distributed) -> None:
 
     Gradients are summed, as those of whole parameters are. Copies of the modules must be made before.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    mesh = init_device_mesh(device, (distributed.size,))
+    mesh: DeviceMesh | None = None
     for block in blocks:
+        mesh = mesh or init_device_mesh(next(block.parameters()).device.type, (distributed.size,))
         sharded = fully_shard(block, mesh=mesh)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(enable=True)
