@@ -141,7 +141,7 @@ def test_an_endpoint_without_a_scheme_is_named(sync, monkeypatch, endpoint):
     code, _, errors = sync()
 
     assert code == 2
-    assert f"MLFLOW_S3_ENDPOINT_URL is `{endpoint}`, which is no URL" in errors
+    assert f"MLFLOW_S3_ENDPOINT_URL is `{endpoint}`, which is not a valid URL" in errors
     assert f"for example http://{endpoint.lstrip('/')}" in errors
 
 

@@ -47,7 +47,7 @@ def test_one_file_is_a_version_too(storage, model):
 def test_a_version_is_not_overwritten(storage, model):
     add(storage, model)
 
-    with pytest.raises(WmtpError, match="exists already, and a version never changes"):
+    with pytest.raises(WmtpError, match="already exists, and a version never changes"):
         add(storage, model)
 
 
@@ -60,7 +60,7 @@ def test_a_version_that_is_no_folder_name_is_refused(storage, model, version):
 
 
 def test_a_missing_source_is_an_error(storage, tmp_path):
-    with pytest.raises(WmtpError, match=r"there is no `.*nothing` to add"):
+    with pytest.raises(WmtpError, match=r"`.*nothing` does not exist"):
         add(storage, tmp_path / "nothing")
 
 
@@ -88,7 +88,7 @@ def test_syncing_an_empty_storage_says_how_to_add(storage, capsys):
 
 def test_a_target_that_is_not_s3_is_refused(storage, capsys):
     assert main(["storage", "sync", "--to", "/tmp/x", "--storage", str(storage)]) == 2
-    assert "error: `/tmp/x` is no S3 location" in capsys.readouterr().err
+    assert "error: `/tmp/x` is not an S3 location" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "derived/tokens.jsonl", "derived"])

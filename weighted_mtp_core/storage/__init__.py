@@ -1,1 +1,1 @@
-"""Versioned, checksummed files under `storage/`."""
+"""Stores versions of files under `storage/`, with checksums."""

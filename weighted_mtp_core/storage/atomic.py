@@ -1,4 +1,4 @@
-"""Write a file atomically. `manifest.atomic_folder` does the same for a whole folder."""
+"""Writes a file atomically; `manifest.atomic_folder` writes a whole folder atomically."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
-    """Write a file so that a reader sees the old or the new contents, complete, even after a crash."""
+    """Write a file so that readers always get the complete old or new contents, even after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -25,7 +25,7 @@ def atomic_write(path: Path, data: bytes | str) -> None:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Wait until the contents of a file, or the names in a folder, are on the disk."""
+    """Wait until the contents of a file, or the file names in a folder, are written to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

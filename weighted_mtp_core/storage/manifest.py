@@ -1,4 +1,4 @@
-"""A manifest lists the files of a folder with their SHA-256, so that a changed byte is noticed."""
+"""Manifests list the files of a folder with their SHA-256, so that any changed byte is detected."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from weighted_mtp_core.storage.atomic import atomic_write, sync_to_disk
 
 MANIFEST = "manifest.json"
 DERIVED = "derived"
-"""Subfolder for files derived from a folder, not in its manifest; each folder in it has its own manifest."""
+"""Subfolder for derived files, which the folder's manifest does not list; its folders have own manifests."""
 
 _LINKED: dict[tuple[int, ...], str] = {}
-"""Checksums of files with several hard links, by device, inode, size and time of change."""
+"""Checksums of files with several hard links, keyed by device, inode, size and time of change."""
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file, in hex."""
+    """Return the SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of_chunks(chunks: Iterable[bytes]) -> str:
-    """Return the SHA-256 of a stream, in hex."""
+    """Return the SHA-256 of a stream of bytes, in hexadecimal digits."""
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(chunk)
@@ -40,15 +40,17 @@ def sha256_of_chunks(chunks: Iterable[bytes]) -> str:
 def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path`, with a manifest, if the block ends without an error.
 
-    A folder that exists already, or that another process creates in the meantime, is kept; with `replace` it
-    is renamed, replaced and deleted.
+    If the folder already exists, or another process creates it during the block, that folder is kept. With
+    `replace`, the old folder is renamed, replaced with the new one and deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield temporary
         for file in files_of(temporary):
-            file.chmod(file.stat().st_mode | 0o444)  # safetensors creates files that only the owner can read
+            file.chmod(
+                file.stat().st_mode | 0o444
+            )  # because safetensors makes files readable only by the owner
             sync_to_disk(file)
         write_manifest(temporary)
         temporary.chmod(0o755)
@@ -66,7 +68,7 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def _swap(new: Path, old: Path) -> None:
-    """Replace a folder by another one, or keep it if that fails."""
+    """Replace the folder `old` with `new`; if this fails, `old` is kept."""
     aside = Path(tempfile.mkdtemp(dir=old.parent, prefix=f".{old.name}."))
     old.rename(aside)
     try:
@@ -80,7 +82,7 @@ def _swap(new: Path, old: Path) -> None:
 def write_manifest(folder: Path) -> str:
     """List the files of a folder with size and SHA-256 in `manifest.json`; return the folder's SHA-256.
 
-    The folder's checksum is that of the manifest, so it changes with any byte of any file.
+    The SHA-256 of the folder is the SHA-256 of its manifest, which changes with every byte of the files.
     """
     files = {
         file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": _sha256_of_link(file)}
@@ -92,7 +94,7 @@ def write_manifest(folder: Path) -> str:
 
 
 def _sha256_of_link(file: Path) -> str:
-    """Return the SHA-256 of a file; another hard link to the same file is not read again."""
+    """Return the SHA-256 of a file; a file with several hard links is read only once."""
     found = file.stat()
     if found.st_nlink == 1:
         return sha256_of(file)
@@ -103,10 +105,10 @@ def _sha256_of_link(file: Path) -> str:
 
 
 def verify_manifest(folder: Path) -> str:
-    """Compare a folder with its manifest; return the folder's SHA-256.
+    """Verify the files of a folder against its manifest; return the SHA-256 of the folder.
 
     Raises:
-        WmtpError: A file has changed, is missing or was added, or there is no manifest.
+        WmtpError: A file was changed, removed or added, or the folder has no manifest.
     """
     manifest = folder / MANIFEST
     fix = f"delete `{folder}` so that it is created again, or restore the file"
@@ -129,7 +131,7 @@ def verify_manifest(folder: Path) -> str:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Return the files that a manifest lists, sorted: all except itself and derived files."""
+    """Return all files of a folder except its manifest and derived files, sorted."""
     return [
         file
         for file in files_below(folder)
@@ -138,5 +140,5 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Return every file in a folder and in its subfolders, linked ones included, sorted."""
+    """Return all files in a folder and its subfolders, sorted; symbolic links are followed."""
     return sorted(Path(path, name) for path, _, names in os.walk(folder, followlinks=True) for name in names)

@@ -1,7 +1,7 @@
-"""S3 and compatible stores: connect, check a bucket, and verify that a file was stored.
+"""Connects to S3 and compatible stores, checks buckets, and verifies that files were stored.
 
-Credentials come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or boto3's other sources), the endpoint of
-an S3-compatible store from MLFLOW_S3_ENDPOINT_URL. boto3 is imported at the first use.
+AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or boto3's other sources) contain the credentials, and
+MLFLOW_S3_ENDPOINT_URL the endpoint of an S3-compatible store. boto3 is imported on first use.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.redaction import redact
 from weighted_mtp_core.storage.manifest import sha256_of, sha256_of_chunks
 
-PART_BYTES = 8 * 1024 * 1024  # boto3's default, on which the ETag of a larger object depends
+PART_BYTES = 8 * 1024 * 1024  # boto3's default; the ETags of larger objects depend on it
 _CHUNK = 1024 * 1024
 
 
@@ -41,9 +41,9 @@ class S3Location:
             WmtpError: The URI is not of this form.
         """
         scheme, _, rest = uri.partition("://")
-        bucket, _, prefix = rest.partition("/")  # no URL: `#` and `?` belong to a key
+        bucket, _, prefix = rest.partition("/")  # not parsed as a URL, because keys may contain `#` and `?`
         if scheme != "s3" or not bucket:
-            raise WmtpError(f"`{uri}` is no S3 location", hint="for example s3://bucket/folder")
+            raise WmtpError(f"`{uri}` is not an S3 location", hint="for example s3://bucket/folder")
         prefix = prefix.strip("/")
         return cls(bucket, f"{prefix}/" if prefix else "")
 
@@ -55,7 +55,7 @@ def connect() -> Any:
     """Return a boto3 client that gives up on an unreachable server after a few seconds.
 
     Raises:
-        WmtpError: The endpoint is no URL.
+        WmtpError: The endpoint is not a valid URL.
     """
     import boto3
     from botocore.config import Config
@@ -63,10 +63,10 @@ def connect() -> Any:
     endpoint = os.environ.get("MLFLOW_S3_ENDPOINT_URL")
     if endpoint and not re.match(r"https?://[^/]", endpoint):
         raise WmtpError(
-            f"MLFLOW_S3_ENDPOINT_URL is `{redact(endpoint)}`, which is no URL",
+            f"MLFLOW_S3_ENDPOINT_URL is `{redact(endpoint)}`, which is not a valid URL",
             hint=f"begin it with http:// or https://, for example http://{redact(endpoint).lstrip(':/')}",
         )
-    return boto3.Session().client(  # a new session: the default one keeps the first credentials
+    return boto3.Session().client(  # a new session, because the default session keeps its first credentials
         "s3",
         endpoint_url=os.environ.get("MLFLOW_S3_ENDPOINT_URL") or None,
         config=Config(connect_timeout=5, read_timeout=60, retries={"max_attempts": 2, "mode": "standard"}),
@@ -77,7 +77,7 @@ def open_bucket(bucket: str) -> Any:
     """Return a client, after checking that the bucket exists and can be read.
 
     Raises:
-        WmtpError: It cannot; the message names the variables to check.
+        WmtpError: The bucket does not exist or cannot be read; the message names the variables to check.
     """
     from botocore import exceptions
 
@@ -85,7 +85,7 @@ def open_bucket(bucket: str) -> Any:
     at = f" at `{endpoint}`" if endpoint else ""
     keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     try:
-        client = connect()  # fails if only half of the credentials is set
+        client = connect()  # raises an exception if only one of the two credentials is set
         client.head_bucket(Bucket=bucket)
     except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError) as error:
         raise WmtpError(
@@ -114,7 +114,7 @@ def head(client: Any, bucket: str, key: str) -> Mapping[str, Any] | None:
     """Return size, ETag and metadata of an object; None if it does not exist.
 
     Raises:
-        WmtpError: The store refuses to tell.
+        WmtpError: The store refuses the request.
     """
     from botocore.exceptions import ClientError
 
@@ -132,7 +132,7 @@ def head(client: Any, bucket: str, key: str) -> Mapping[str, Any] | None:
 _ADVICE = (
     (
         r"x-amz-(sdk-)?(checksum|trailer)",
-        "does not know the checksum headers of this boto3",
+        "does not support the checksum headers of this boto3",
         "set AWS_REQUEST_CHECKSUM_CALCULATION=when_required in the environment",
     ),
     (
@@ -160,7 +160,7 @@ _WORST_SKEW_S = 900  # S3 refuses requests that are 15 minutes off
 
 
 def advice(error: BaseException) -> tuple[str, str] | None:
-    """Return what a store objects to and what a person can do, if the exception or its causes tell it."""
+    """Return why a store refused a request and what the user can do, or None if the exception is unknown."""
     each: BaseException | None = error
     while each is not None:
         answer = getattr(each, "response", None)
@@ -189,13 +189,13 @@ def _status(error: Any) -> int | None:
 
 
 def is_stored(client: Any, bucket: str, key: str, path: Path) -> bool:
-    """Return whether an object equals a file, by size and ETag, or by reading the object."""
+    """Return whether an object equals a file, by comparing size and ETag or by reading the object."""
     found = head(client, bucket, key)
     if found is None or found["ContentLength"] != path.stat().st_size:
         return False
     if found["ETag"].strip('"') == etag(path):
         return True
-    # encrypted bucket or parts of another size: the ETag is not comparable
+    # in an encrypted bucket, or after an upload in parts of another size, ETags cannot be compared
     body = client.get_object(Bucket=bucket, Key=key)["Body"]
     return sha256_of_chunks(body.iter_chunks(_CHUNK)) == sha256_of(path)
 

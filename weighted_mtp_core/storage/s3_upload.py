@@ -1,7 +1,7 @@
-"""Upload models and data sets to S3: new files by checksum, in parallel, each one verified.
+"""Upload models and data sets to S3: files that S3 lacks are uploaded in parallel and verified.
 
-Manifests are uploaded last, so a version with a manifest is complete. A second call continues an interrupted
-upload.
+Manifests are uploaded last, so a version that has a manifest is complete. Repeating the call continues an
+interrupted upload.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from weighted_mtp_core.storage.manifest import MANIFEST, files_of, sha256_of, ve
 from weighted_mtp_core.storage.versions import versions
 
 _WORKERS = 4
-_DIGEST = "sha256"  # name of the metadata that each uploaded object gets
+_DIGEST = "sha256"  # key of the metadata that each uploaded object gets
 
 
 @frozen(kw_only=True)
 class Item:
-    """One file and its key in the bucket; `is_manifest` if it is the manifest of its version."""
+    """One file and its key in the bucket; `is_manifest` is True for the manifest of a version."""
 
     path: Path
     key: str
@@ -38,9 +38,9 @@ class UploadPlan:
     """What an upload will do.
 
     Attributes:
-        location: The target.
+        location: Where the files are uploaded to.
         new: Files that S3 does not have.
-        stored: Number of files that it has.
+        stored: Number of files that S3 already has.
     """
 
     location: s3.S3Location
@@ -49,15 +49,15 @@ class UploadPlan:
 
     @property
     def size(self) -> int:
-        """Bytes to upload."""
+        """Number of bytes to upload."""
         return sum(item.size for item in self.new)
 
 
 def plan_upload(storage: Path, to: str) -> UploadPlan:
-    """Verify every version on this machine, then find the files that S3 does not have.
+    """Verify all versions on this machine, then find the files that S3 does not have.
 
     Raises:
-        WmtpError: A file has changed since its manifest was written, or the bucket cannot be used.
+        WmtpError: A file was changed after its manifest was written, or the bucket cannot be used.
     """
     location = s3.S3Location.parse(to)
     found = list(versions(storage))
@@ -78,11 +78,11 @@ def upload(plan: UploadPlan, *, on_done: Callable[[Item], None]) -> None:
     """Upload the new files of a plan and verify each one; manifests last.
 
     Args:
-        plan: From `plan_upload`.
+        plan: A plan from `plan_upload`.
         on_done: Called after each file, from several threads.
 
     Raises:
-        RunFailedError: A file could not be uploaded or is incomplete; uploaded files stay.
+        RunFailedError: A file could not be uploaded or is incomplete; files uploaded before remain.
     """
     client = s3.connect()
     manifests = [item for item in plan.new if item.is_manifest]
@@ -94,7 +94,7 @@ def upload(plan: UploadPlan, *, on_done: Callable[[Item], None]) -> None:
 
     with ThreadPoolExecutor(_WORKERS) as pool:
         for group in (files, manifests):
-            list(pool.map(upload_one, group))  # the first error cancels the rest
+            list(pool.map(upload_one, group))  # the first error cancels the other uploads
 
 
 def _upload(client: Any, bucket: str, item: Item) -> None:
@@ -129,6 +129,6 @@ def _is_there(client: Any, bucket: str, item: Item) -> bool:
     if found is None:
         return False
     digest = found.get("Metadata", {}).get(_DIGEST)
-    if digest is None:  # uploaded by another program
+    if digest is None:  # the object was uploaded by another program
         return s3.is_stored(client, bucket, item.key, item.path)
     return bool(found["ContentLength"] == item.size and digest == sha256_of(item.path))

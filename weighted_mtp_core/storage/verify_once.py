@@ -1,7 +1,7 @@
 """Verify a large folder once, and again only after a file has changed.
 
-Hashing takes seconds per gigabyte, which would delay each run on a large corpus. The operating system updates
-the change time (ctime) of a file that is written to, and no program can set it back.
+Hashing takes seconds per gigabyte, which would delay each run on a large corpus. Changes are detected by the
+change time (ctime) of files: the operating system updates it at each write, and programs cannot reset it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from weighted_mtp_core.storage.manifest import MANIFEST, files_of, verify_manife
 
 
 def verify_once(folder: Path) -> str:
-    """Return the SHA-256 of a folder, after comparing its files with the manifest if one of them has changed.
+    """Return the SHA-256 of a folder; if a file has changed, first verify the folder against its manifest.
 
-    The result is kept beside the folder, in `<folder>.verified`; `verify_manifest` always hashes.
+    The result is stored next to the folder in `<folder>.verified`. Unlike this function, `verify_manifest`
+    always hashes the files.
 
     Raises:
-        WmtpError: See `verify_manifest`.
+        WmtpError: A file was changed, removed or added, or the folder has no manifest.
     """
     record = folder.with_name(f"{folder.name}.verified")
     states = _file_states(folder)
@@ -32,7 +33,7 @@ def verify_once(folder: Path) -> str:
 
 
 def _file_states(folder: Path) -> str:
-    """Return size, inode, modification and change time of every file, as text."""
+    """Return size, inode, modification time and change time of every file, as text."""
     files = [*files_of(folder), *folder.glob(MANIFEST)]
     states = {file.relative_to(folder).as_posix(): file.stat() for file in files}
     return json.dumps(

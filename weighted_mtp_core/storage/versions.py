@@ -1,4 +1,4 @@
-"""Versions of models and data sets: `models_v2/<name>/<version>/`, `datasets_v2/<name>/<version>/`."""
+"""Versions of models and data sets in `models_v2/<name>/<version>/` and `datasets_v2/<name>/<version>/`."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class Version:
 
 
 def dataset_folder(storage: Path, name: str, version: str) -> Path:
-    """Return the folder of a version of a data set, which may not exist."""
+    """Return the folder of a version of a data set; the folder need not exist."""
     return storage / "datasets_v2" / name / version
 
 
 def versions(storage: Path) -> Iterator[Version]:
-    """Yield every version below a storage root, sorted; a folder without a manifest is not one."""
+    """Yield all versions below a storage root, sorted; folders without a manifest are skipped."""
     for kind in KINDS:
         for manifest in sorted((storage / kind).glob(f"*/*/{MANIFEST}")):
             path = manifest.parent
@@ -55,8 +55,8 @@ def add_version(storage: Path, source: Path, *, kind: Kind, name: str, version: 
     """Copy a file or a folder into storage as a new version, with a manifest.
 
     Raises:
-        WmtpError: A name cannot be a folder, there is nothing to copy, the version exists already, or a file
-            cannot be kept.
+        WmtpError: Name or version is not a valid folder name, `source` does not exist, the version already
+            exists, or a file has a reserved or invalid name.
     """
     try:
         check_path(name)
@@ -64,12 +64,12 @@ def add_version(storage: Path, source: Path, *, kind: Kind, name: str, version: 
     except ValueError as error:
         raise WmtpError(str(error)) from error
     if not source.exists():
-        raise WmtpError(f"there is no `{source}` to add")
+        raise WmtpError(f"`{source}` does not exist")
     _refuse_reserved_names(source)
     path = storage / kind / name / version
     if path.exists():
         raise WmtpError(
-            f"`{path}` exists already, and a version never changes", hint="add it under another version"
+            f"`{path}` already exists, and a version never changes", hint="choose another version"
         )
     with atomic_folder(path) as folder:
         try:
@@ -87,7 +87,7 @@ def add_version(storage: Path, source: Path, *, kind: Kind, name: str, version: 
 
 
 def _refuse_reserved_names(source: Path) -> None:
-    """Refuse what cannot be kept under its name; the manifest of another storage is written again."""
+    """Refuse files whose name is reserved or not UTF-8; an existing manifest is allowed and rewritten."""
     found = {each.name: each for each in (source.iterdir() if source.is_dir() else [source])}
     if source.is_dir() and MANIFEST in found:
         with suppress(WmtpError):
@@ -108,12 +108,12 @@ def _refuse_reserved_names(source: Path) -> None:
 
 
 def derived(version: Version) -> list[Path]:
-    """Return the folders derived from a version, such as token caches; each has a manifest of its own."""
+    """Return the folders derived from a version, such as token caches, each with its own manifest."""
     return sorted(path for path in version.path.glob(f"{DERIVED}/*") if path.is_dir())
 
 
 def unlisted(storage: Path) -> dict[str, int]:
-    """Return the number of files that no manifest lists, by the folder `<kind>/<name>/<version>`."""
+    """Return the number of files that no manifest lists, keyed by the folder `<kind>/<name>/<version>`."""
     known = {version.path for version in versions(storage)}
     counts: dict[str, int] = {}
     for file in (each for kind in KINDS for each in files_below(storage / kind)):

@@ -1,1 +1,1 @@
-"""Record a run: its folder, the journal in it, the uploads to trackers, and what a person sees."""
+"""Records a run in its folder and its journal, uploads it to trackers, and shows its progress."""

@@ -1,7 +1,7 @@
-"""How much of a run's journal a store has received, kept in `delivery/<tracker>.json` of the run folder.
+"""How much of a run's journal a store has received, saved in `delivery/<tracker>.json` of the run folder.
 
-A delivery belongs to one store and to one run in it. Deliveries to other stores, which the tracker led to
-before, are kept beside it.
+Each delivery belongs to one store and to one run in this store. If a tracker is configured for another store,
+the delivery to the previous store is saved in a separate file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ POINTS = ("metrics", "timings")
 
 @frozen(kw_only=True)
 class Pending:
-    """How much a tracker has not received, and why (empty if nothing failed)."""
+    """The amount of data that a tracker has not received, and the reason (empty if nothing failed)."""
 
     lines: int
     files: int
@@ -39,14 +39,14 @@ class Pending:
 
 @define(kw_only=True, eq=False)
 class Delivery:
-    """How far the upload to one store is.
+    """The state of the upload to one store.
 
     Attributes:
-        store: The address of the store, without secrets; empty if the tracker does not tell.
-        run: The id of the run in the store; empty if the tracker does not tell.
-        position: Byte at which the next line to send begins.
-        aside: Bytes at which earlier lines begin that are to be sent again.
-        refused: Byte ranges of lines that the tracker will never accept.
+        store: The address of the store, without secrets; empty if the tracker does not report it.
+        run: The id of the run in the store; empty if the tracker does not report it.
+        position: Byte position of the next line to send.
+        aside: Byte positions of earlier lines that must be sent again.
+        refused: Byte ranges of lines that the tracker has refused permanently.
     """
 
     store: str = ""
@@ -57,11 +57,11 @@ class Delivery:
 
     @classmethod
     def read(cls, state: Path, journal: Path) -> Delivery:
-        """Read the file `state`; without one, nothing is delivered."""
+        """Read the file `state`; if it does not exist, nothing has been delivered."""
         if not state.is_file():
             return cls()
         found = cls(**json.loads(state.read_text(encoding="utf-8")))
-        # the end of the journal may be gone: a full disk, or a line cut off after a kill
+        # the end of the journal may be missing after a full disk or after a kill in the middle of a line
         found.position = min(found.position, journal.stat().st_size)
         found.aside = [start for start in found.aside if start < found.position]
         found.refused = [(start, end) for start, end in found.refused if end <= found.position]
@@ -73,14 +73,14 @@ class Delivery:
         atomic_write(state, json.dumps(asdict(self)) + "\n")
 
     def lost_by(self, kept: KeptRun, journal: Path) -> str:
-        """Return what a store no longer has of what it received; empty if it has all of it.
+        """Return a description of the data that a store has received but lost; empty if nothing is lost.
 
-        A run may have been deleted, and a database restored from an older copy.
+        Data are lost if the run was deleted or the database was restored from an older copy.
         """
         if not self.position:
             return ""
         if self.run and kept.run != self.run:
-            return f"has no run `{self.run}` any more"
+            return f"no longer has the run `{self.run}`"
         sent: dict[str, int] = {}
         for line in read_journal(journal, kinds=POINTS):
             if isinstance(line, Damage) or any(start <= line.start < end for start, end in self.refused):
@@ -94,13 +94,13 @@ class Delivery:
 
 
 def switch_store(delivery: Delivery, store: str, *, state: Path, journal: Path) -> Delivery:
-    """Keep the delivery to one store aside, and return that to another one."""
+    """Save the delivery to the current store in a separate file, and return the delivery to another store."""
     delivery.write(_state_of(delivery.store, state))
     return Delivery.read(_state_of(store, state), journal)
 
 
 def deliveries(state: Path, journal: Path) -> list[tuple[str, Pending]]:
-    """Return every store that the tracker led to, the present one first, and what each lacks."""
+    """Return each store that the tracker has used, the current store first, and the data that it lacks."""
     known: dict[str, Pending] = {}
     for file in (state, *sorted(state.parent.glob(f"{state.stem}@*.json"))):
         if (store := Delivery.read(file, journal).store) and store not in known:
@@ -109,7 +109,7 @@ def deliveries(state: Path, journal: Path) -> list[tuple[str, Pending]]:
 
 
 def count_pending(journal: Path, state: Path) -> Pending:
-    """Count what a tracker has not received, from the files alone."""
+    """Count the data that a tracker has not received, using only the files of the run folder."""
     delivery = Delivery.read(state, journal)
     aside = (next(read_journal(journal, start)) for start in delivery.aside)
     refused = (lines_between(journal, start, end) for start, end in delivery.refused)
@@ -122,7 +122,7 @@ def count_pending(journal: Path, state: Path) -> Pending:
 
 
 def lines_between(journal: Path, start: int, end: int) -> Iterator[Entry | Damage]:
-    """Yield the lines in a range of bytes."""
+    """Yield the lines of the journal in a range of bytes."""
     return takewhile(lambda line: line.end <= end, read_journal(journal, start))
 
 

@@ -1,4 +1,4 @@
-"""What a person sees during a run: a progress bar on a terminal, a line every few seconds elsewhere."""
+"""Shows the progress of a run: a progress bar on a terminal, otherwise one line every few seconds."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from rich.table import Table
 from rich.text import Text
 
 PLAIN_EVERY_S = 5.0
-"""Interval of the lines where nothing can be redrawn (a file, a pipe, CI)."""
+"""Interval in seconds between lines if the output cannot be redrawn (a file, a pipe, CI)."""
 
 _BARS = "▁▂▃▄▅▆▇█"
 _CURVE = 32
 _INDENT = " " * 11
-_FRAME = 6  # columns that a panel adds to the width of its two columns
+_FRAME = 6  # characters that a panel adds to the width of its two columns
 
 
 def sparkline(values: Sequence[float]) -> str:
@@ -85,19 +85,19 @@ def _panel(rows: Sequence[tuple[str, str]], *, title: str) -> Panel:
 
 
 class _Console(Console):
-    """A console that shows nothing more after its reader has gone: the run continues."""
+    """A console that stops writing when its reader has closed the pipe, so that the run continues."""
 
     def on_broken_pipe(self) -> None:
-        """Discard everything that follows; rich's own method would end the process."""
+        """Discard all further output; rich's own method would end the process."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 @define(eq=False)
 class Display:
-    """Shows a run on a console, as a context manager; with several processes only rank 0 shows anything.
+    """Context manager that shows a run on a console; with several processes, only rank 0 shows anything.
 
-    On a terminal it redraws one block at the bottom; elsewhere it writes lines.
+    On a terminal it redraws one block at the bottom; otherwise it writes lines.
     """
 
     console: Console = field(factory=_Console)
@@ -138,7 +138,7 @@ class Display:
             self._live = None
 
     def stage(self, name: str, total: int) -> None:
-        """Begin a stage of `total` steps and end the stage before it."""
+        """Begin a stage of `total` steps, and end the previous stage."""
         self._end_stage(done=True)
         self._stage = _Stage(name, total, self._progress.add_task(name, total=total))
         self._last_line = time.monotonic()
@@ -163,11 +163,11 @@ class Display:
     def note(self, text: str) -> None:
         """Write a line above the progress bar."""
         if self._live is not None:
-            self._live.refresh()  # without it, an outdated block is drawn below the line
+            self._live.refresh()  # otherwise an outdated block is drawn below the line
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def summary(self, rows: Sequence[tuple[str, str]], *, title: str = "summary") -> None:
-        """Show results as names and values: in a panel on a terminal if every row fits, else as lines."""
+        """Show results as names and values, in a panel if they fit on a terminal, otherwise as lines."""
         self._end_stage(done=True)
         if self._live is not None:
             self._live.stop()
@@ -177,7 +177,7 @@ class Display:
         if self.console.is_terminal and width + longest + _FRAME <= self.console.width:
             self.console.print(_panel(rows, title=title))
             return
-        for name, value in rows:  # each on one line, so that a path can be copied
+        for name, value in rows:  # each row on one line, so that a path can be copied
             self.note(f"{name:<{width}}  {value}")
 
     def _end_stage(self, *, done: bool) -> None:

@@ -1,4 +1,4 @@
-"""Read `.env`: only the variables listed here, without interpolation; the environment takes precedence."""
+"""Read `.env`: only the variables listed here, without interpolation. The environment takes precedence."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ NAMES = (
 
 @frozen(kw_only=True)
 class DotEnv:
-    """What was read from a `.env` file.
+    """The result of reading a `.env` file.
 
     Attributes:
-        path: The file.
-        taken: Variables that it set.
-        ignored: Variables in it that this framework does not read.
-        exposed: Whether other users can read it.
+        path: The path of the file.
+        taken: Names of the variables that the file has set.
+        ignored: Names of variables in the file that this framework does not use.
+        exposed: Whether other users can read the file.
     """
 
     path: Path
@@ -44,17 +44,17 @@ class DotEnv:
 
 
 def load_dotenv(path: Path = Path(".env")) -> DotEnv | None:
-    """Set the variables of `.env` that this module allows and the environment lacks.
+    """Set variables from `.env` in the environment, if this module allows them and they are not set yet.
 
     Returns:
-        What was found, or None if there is no such file.
+        The result, or None if the file does not exist.
 
     Raises:
         WmtpError: The file or one of its lines cannot be read.
     """
     if not path.is_file():
         return None
-    # a list of names: a file must not be able to set PATH or LD_PRELOAD
+    # only listed names are allowed, because a file must not be able to set PATH or LD_PRELOAD
     values = {name: value for name, value in _read(path).items() if value}
     taken = tuple(name for name in NAMES if name in values and not os.environ.get(name))
     for name in taken:
@@ -68,7 +68,7 @@ def load_dotenv(path: Path = Path(".env")) -> DotEnv | None:
 
 
 def _read(path: Path) -> dict[str, str]:
-    """Return all variables. There is no interpolation: `a${HOME}c` may be part of a password."""
+    """Return all variables, without interpolation because a password may contain text such as `${HOME}`."""
     from dotenv.parser import parse_stream
 
     try:
@@ -82,7 +82,7 @@ def _read(path: Path) -> dict[str, str]:
         lacks_value = binding.key in NAMES and binding.value is None
         if binding.error or lacks_value or (binding.key in NAMES and "\n" in value):
             line = binding.original.line + written[: len(written) - len(written.lstrip())].count("\n")
-            # the line may hold a password
+            # the message does not quote the line, which may contain a password
             raise WmtpError(
                 f"{path}: line {line}: expected NAME=VALUE; a quoted value ends with its quote",
                 hint="quote a value with ` #` or quotes in it: NAME='p@ss #word'",

@@ -1,7 +1,7 @@
-"""The journal `metrics.jsonl` of a run: one JSON object per line, written before trackers get it.
+"""The journal `metrics.jsonl` of a run: one JSON object per line, written before trackers receive the data.
 
-A line is `{"kind": ..., <fields>, "time": <seconds since 1970>, "crc": "<8 hex digits>"}`. The checksum
-covers everything except `time`, so the `metrics` lines of two runs of one recipe differ in `time` only.
+A line is `{"kind": ..., <fields>, "time": <seconds since 1970>, "crc": "<8 hex digits>"}`. The checksum `crc`
+covers all keys except `time`, so the `metrics` lines of two runs of the same recipe differ only in `time`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Entry:
 
     Attributes:
         kind: `run`, `params`, `tags`, `datasets`, `metrics`, `timings`, `artifact` or `status`.
-        fields: The rest of the line, without time and checksum.
-        time_ms: When it was written, in milliseconds since 1970.
-        start: Byte of the file at which the line begins.
-        end: Byte at which the next line begins.
+        fields: The other keys of the line, without time and checksum.
+        time_ms: Time of the event, in milliseconds since 1970.
+        start: Byte position of the line in the file.
+        end: Byte position of the next line.
     """
 
     kind: str
@@ -45,21 +45,21 @@ class Entry:
 
 @frozen(kw_only=True)
 class Damage:
-    """A complete line that fails its checksum: the bytes from `start` to `end`."""
+    """A complete line with a wrong checksum, at the bytes from `start` to `end`."""
 
     start: int
     end: int
 
 
 def encode(kind: str, fields: Mapping[str, Any], *, time_ms: int) -> bytes:
-    """Return one line; numbers must be finite (`plain_number`)."""
+    """Return one line of the journal; numbers must be finite (see `plain_number`)."""
     body = orjson.dumps({"kind": kind, **fields})
     seconds, milliseconds = divmod(time_ms, 1000)
     return b'%s,"time":%d.%03d,"crc":"%08x"}\n' % (body[:-1], seconds, milliseconds, zlib.crc32(body))
 
 
 def decode(line: bytes, *, start: int) -> Entry | Damage:
-    """Read one line back."""
+    """Parse one line of the journal and compare its checksum."""
     end = start + len(line)
     body = line[: line.rfind(_TIME)] + b"}"
     try:
@@ -73,12 +73,12 @@ def decode(line: bytes, *, start: int) -> Entry | Damage:
 
 
 def plain_number(value: float) -> float | str:
-    """Return what JSON can hold: the value, or `"nan"`, `"inf"`, `"-inf"`, which no tracker receives."""
+    """Return a number as JSON can store it: itself, or `"nan"`, `"inf"`, `"-inf"`, which are not sent."""
     return value if math.isfinite(value) else str(value)
 
 
 def read_journal(path: Path, start: int = 0, *, kinds: Sequence[str] = ()) -> Iterator[Entry | Damage]:
-    """Yield the complete lines from a byte position on; one that is still being written is left out.
+    """Yield the complete lines from a byte position on; an incomplete last line is left out.
 
     With `kinds`, only lines of these kinds are parsed and yielded.
     """
@@ -103,12 +103,12 @@ def last_entry(path: Path) -> Entry | None:
 
 
 def now_ms() -> int:
-    """Return the time in milliseconds since 1970."""
+    """Return the current time in milliseconds since 1970."""
     return time.time_ns() // 1_000_000
 
 
 def _open_whole(path: Path) -> int:
-    """Open for appending, and cut off an incomplete last line, which a killed process left."""
+    """Open a journal for appending, and remove an incomplete last line that a killed process has left."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
     size = os.fstat(descriptor).st_size
     keep = size
@@ -121,9 +121,9 @@ def _open_whole(path: Path) -> int:
 
 @define(eq=False)
 class Journal:
-    """Appends lines, from any thread. A line survives the process as soon as `append` returns.
+    """Appends lines, from any thread. Once `append` returns, the line is safe even if the process is killed.
 
-    It survives a power cut as soon as it is sent: the outbox syncs the file before it sends.
+    A line that was sent to a tracker is also safe from a power cut, because the outbox first syncs the file.
     """
 
     path: Path
@@ -145,7 +145,7 @@ class Journal:
             line = encode(kind, fields, time_ms=now_ms() if time_ms is None else time_ms)
             size = self._size + len(line)
             try:
-                while line:  # a disk that fills up accepts the first bytes of a line and refuses the rest
+                while line:  # a nearly full disk may accept only the first bytes of a line
                     line = line[os.write(self._descriptor, line) :]
             except OSError as error:
                 os.ftruncate(self._descriptor, self._size)

@@ -1,4 +1,4 @@
-"""Check the names of runs, artifacts and metrics: MLflow itself accepts `../../evil` and NUL bytes."""
+"""Check the names of runs, artifacts and metrics; MLflow itself accepts `../../evil` and NUL bytes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def check_path_name(text: str, *, what: str) -> str:
     """Return `text` if it can be the path of an experiment, a run or an artifact.
 
     Raises:
-        WmtpError: It cannot.
+        WmtpError: `text` has characters that are not allowed, is empty or is too long.
     """
     try:
         check_path(text)
     except ValueError as error:
         raise WmtpError(
-            f"`{_shown(text)}` is no name for {what}",
+            f"`{_shown(text)}` is not a valid name for {what}",
             hint="use letters, digits, `.`, `_` and `-`; each part between `/` begins with a letter or digit",
         ) from error
     return text
@@ -31,11 +31,11 @@ def check_metric_name(name: str) -> str:
     """Return `name` if every tracker accepts it as the name of a metric.
 
     Raises:
-        WmtpError: It is empty, too long, or has a character that MLflow refuses.
+        WmtpError: The name is empty or too long, or contains a character that MLflow refuses.
     """
     if len(name) > _LONGEST or not _METRIC.fullmatch(name):
         raise WmtpError(
-            f"`{_shown(name)}` is no name for a metric",
+            f"`{_shown(name)}` is not a valid name for a metric",
             hint="use letters, digits, `_`, `-`, `.`, `:`, spaces and `/` between parts",
         )
     return name

@@ -1,4 +1,4 @@
-"""The tracker of a run that is recorded in its run folder only."""
+"""The tracker of a run that is recorded only in its run folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from weighted_mtp_core.api import Tracker
 
 
 class NoopTracker(Tracker):
-    """Accepts everything and keeps nothing: `enabled = false` selects it."""
+    """Accepts all data and stores nothing; used for trackers with `enabled = false`."""
 
     def _skip(self, *args: object, **kwargs: object) -> None:
         """Do nothing."""

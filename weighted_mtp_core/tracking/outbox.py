@@ -1,7 +1,7 @@
-"""What one tracker has not received yet: the journal from a position on, and lines that wait for a retry.
+"""The data that one tracker has not received yet: lines from a position on, and lines waiting for a retry.
 
-`step` sends the next batch and moves the position. A batch is sent again if its answer was lost, so every
-method of a tracker accepts repetition (`weighted_mtp_core.api.Tracker`).
+`step` sends the next batch and advances the position. If the tracker's answer was lost, the batch is sent
+again, so all methods of a tracker must tolerate repeated calls (`weighted_mtp_core.api.Tracker`).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from weighted_mtp_core.tracking.journal import Damage, Entry, last_entry, read_j
 from weighted_mtp_core.tracking.run_history import RunHistory, read_history
 
 BATCH = 1000
-"""The most points that a tracker receives at once."""
+"""Maximum number of points in one call of a tracker."""
 
 _DESCRIPTION = ("run", "params", "tags", "datasets")
-_SLOWEST_UPLOAD = 1e6  # bytes a second
+_SLOWEST_UPLOAD = 1e6  # bytes per second
 
 
 @define(kw_only=True, eq=False)
@@ -40,12 +40,12 @@ class Outbox:
     Attributes:
         tracker: The tracker.
         folder: The run folder; paths of artifacts are relative to it.
-        journal: The journal in it.
-        state: The file that keeps the position.
-        reason: Why the tracker cannot be reached, for people; empty while it can be.
-        file_reason: The same for its store of files.
+        journal: The journal of the run.
+        state: The file that stores the position in the journal.
+        reason: Why the tracker cannot be reached, as text for the user; empty if it can be reached.
+        file_reason: Why the tracker's store of files cannot be reached; empty if it can be reached.
         full: Whether the last batch was full, so that more lines may be waiting.
-        sent: What was sent since this object was made.
+        sent: Counts of the data that this object has sent.
     """
 
     tracker: Tracker
@@ -66,7 +66,7 @@ class Outbox:
         self._delivery = Delivery.read(self.state, self.journal)
 
     def open(self) -> None:
-        """Open the run at the tracker, described by everything in the journal so far."""
+        """Open the run at the tracker, with the description that the journal contains so far."""
         history = read_history(self.folder, kinds=_DESCRIPTION)
         info = history.info(self.folder)
         self.tracker.start(info)
@@ -76,18 +76,18 @@ class Outbox:
         if end is None or end.kind != "status" or end.start in self._delivery.aside:
             return
         if end.end <= self._delivery.position:
-            self._delivery.aside.append(end.start)  # opening set the run's status back to running
+            self._delivery.aside.append(end.start)  # because opening has reset the run's status to running
 
     def _check_store(self) -> None:
-        """Send the run anew to another store, and to one that has lost some of it."""
+        """Start sending the whole run again if the tracker has a new store or the store has lost data."""
         store, kept = self.tracker.store(), self.tracker.kept()
         before = self._delivery
         if before.store and store != before.store:
-            self._notes.append(f"is `{store}` now; the run was sent to `{before.store}` before")
+            self._notes.append(f"now uses `{store}`; the run was sent to `{before.store}` before")
             self._delivery = switch_store(before, store, state=self.state, journal=self.journal)
         if kept is not None:
             if lost := self._delivery.lost_by(kept, self.journal):
-                self._notes.append(f"{lost}; all of it is sent again to `{store}`")
+                self._notes.append(f"{lost}; the whole run is sent again to `{store}`")
                 self._delivery = Delivery()
             self._delivery.run = kept.run
         if store or kept is not None:
@@ -101,14 +101,14 @@ class Outbox:
             Whether there was anything to send.
 
         Raises:
-            Exception: Whatever the tracker raised: not delivered, to be repeated.
+            Exception: The tracker raised an exception, so the batch was not delivered and must be sent again.
         """
         if self._info is None:
             self.open()
         batch = self._next_batch()
         if not batch:
             return False
-        sync_to_disk(self.journal)  # a resumed run would send again what a power cut lost here
+        sync_to_disk(self.journal)  # otherwise a power cut could lose lines that a tracker has received
         first = batch[0]
         try:
             self._send(batch)
@@ -118,22 +118,23 @@ class Outbox:
             if first.kind != "artifact":
                 raise
             self.file_reason = one_line(error)
-            self._delivery.aside.append(first.start)  # a file that fails must not hold up the lines behind it
+            self._delivery.aside.append(first.start)  # a file that fails must not delay the lines after it
             self._notes.append(
-                f"cannot store `{first.fields['path']}` yet ({self.file_reason}); it is kept and sent later"
+                f"cannot store `{first.fields['path']}` now ({self.file_reason}); the file is sent later"
             )
         self._delivery.position = batch[-1].end
         self._delivery.write(self.state)
         return True
 
     def retry_aside(self) -> bool:
-        """Send again what was set aside, up to the first file that fails again.
+        """Send the lines that were set aside again, up to the first file that fails again.
 
         Returns:
             Whether anything was delivered.
 
         Raises:
-            Exception: Whatever the tracker raised for a line; a file that fails stays set aside.
+            Exception: The tracker raised an exception for a line. Files that fail raise none and stay set
+                aside.
         """
         delivered = False
         lines = (next(read_journal(self.journal, start)) for start in self._delivery.aside)
@@ -163,25 +164,25 @@ class Outbox:
         self._notes.append(redact(f"refused {_what(batch)}: {error}{hint}"))
 
     def take_notes(self) -> list[str]:
-        """Return the messages since the last call; the caller puts the name of the tracker before each."""
+        """Return the messages since the last call; the caller prepends the name of the tracker."""
         taken, self._notes = self._notes, []
         return taken
 
     @property
     def waiting(self) -> bool:
-        """Whether anything is set aside."""
+        """Whether any lines are set aside for a retry."""
         return bool(self._delivery.aside)
 
     def allowance_s(self) -> float:
-        """Return how many seconds the upload in progress may take beyond the usual limit."""
+        """Return how many seconds the current upload may exceed the usual limit."""
         return self._uploading / _SLOWEST_UPLOAD
 
     def pending(self) -> Pending:
-        """Count what is not delivered."""
+        """Count the data that have not been delivered."""
         return evolve(count_pending(self.journal, self.state), reason=self.reason or self.file_reason)
 
     def retry_refused(self) -> None:
-        """Set aside for a retry what was refused before, for example because of a limit raised since."""
+        """Set refused lines aside for a retry, for example because a limit of the tracker was raised."""
         refused, self._delivery.refused = self._delivery.refused, []
         for start, end in refused:
             self._delivery.aside += [line.start for line in lines_between(self.journal, start, end)]
@@ -237,7 +238,7 @@ class Outbox:
     def _store(self, entry: Entry) -> None:
         path = self.folder / entry.fields["path"]
         if not path.is_file():
-            raise RunFailedError(f"`{path}` is gone")
+            raise RunFailedError(f"`{path}` no longer exists")
         self._uploading = path.stat().st_size
         try:
             self.tracker.log_artifact(path, entry.fields["subdir"])
@@ -252,7 +253,7 @@ def one_line(error: BaseException) -> str:
 
 
 def to_points(entry: Entry) -> list[MetricPoint]:
-    """Return the finite values of one line; `nan` and `inf` are strings in the journal and are not sent."""
+    """Return the finite values of one line; `nan` and `inf`, stored as text, are not sent to trackers."""
     return [
         MetricPoint(name=name, value=value, step=entry.fields["step"], time_ms=entry.time_ms)
         for name, value in entry.fields["metrics"].items()

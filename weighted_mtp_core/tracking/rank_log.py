@@ -1,4 +1,4 @@
-"""What a process other than rank 0 records: its own log, `logs/rank-<N>.log`."""
+"""The record of a process other than rank 0, which consists of its log `logs/rank-<N>.log`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from weighted_mtp_core.tracking.run_log import RunLog
 
 @define(eq=False)
 class RankLog:
-    """Has the methods of the `Recorder` that rank 0 holds; only `log` writes anything.
+    """Has the same methods as the `Recorder` of rank 0, but only `log` writes anything.
 
     Args:
-        path: The run folder, which rank 0 has locked.
+        path: The run folder, which is locked by rank 0.
         rank: Rank of this process.
     """
 
@@ -33,16 +33,16 @@ class RankLog:
         self._log = RunLog.open(self.path / "logs" / f"rank-{self.rank}.log")
 
     def _skip(self, *args: object) -> None:
-        """Do nothing: rank 0 records it."""
+        """Do nothing, because rank 0 records it."""
 
     metrics = timings = progress = tags = datasets = artifact = report = _skip
 
     def log(self, text: str) -> None:
-        """Write a line to this process's log."""
+        """Write a line to the log of this process."""
         self._log.write(redact(text))
 
     def where(self) -> list[str]:
-        """Return no lines: rank 0 shows where the run is."""
+        """Return no lines, because rank 0 shows where the run is."""
         return []
 
     def __enter__(self) -> Self:

@@ -1,9 +1,9 @@
-"""Record a run: metrics, timings, tags, files and messages go to the run folder, and from there to trackers.
+"""Record a run: write metrics, timings, tags, files and messages to its folder, and send them to trackers.
 
     with open_recorder(plan, display) as record:
         record.metrics("policy", 10, {"policy_loss": 1.25})
 
-Leaving the block closes the run: FINISHED, or FAILED after an exception, or KILLED after a signal.
+Leaving the block closes the run as FINISHED, after an exception as FAILED, and after a signal as KILLED.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from weighted_mtp_core.tracking.trackers import build_trackers
 _REPLAYED = ("run", "params", "tags", "metrics", "timings")
 _OF_DATA = re.compile(r"data\.(\d+\.)?(name|version|sha256)")  # params that `datasets` adds
 _SWITCH_S = 0.0005
-"""How long an upload may keep the interpreter from the training thread; Python's own 5 ms would be felt."""
+"""Seconds for which an upload may block the training thread; Python's default of 5 ms would slow training."""
 
 
 @define(kw_only=True, eq=False)
@@ -51,7 +51,7 @@ class Recorder:
 
     Attributes:
         folder: The run folder, locked.
-        display: What a person sees.
+        display: Shows the progress to the user.
     """
 
     folder: RunFolder
@@ -81,18 +81,19 @@ class Recorder:
         display: Display,
         close_seconds: float = 30.0,
     ) -> Recorder:
-        """Begin or resume a run: record what it is, then open it at every tracker.
+        """Begin or resume a run: record its description, then open the run at every tracker.
 
         Args:
             folder: The run folder.
-            info: What the run is.
-            trackers: Trackers by the names of `build_trackers`.
+            info: Description of the run.
+            trackers: Trackers, keyed by the names from `build_trackers`.
             recipe_toml: The resolved recipe.
             display: What a person sees.
-            close_seconds: How long the end of the run waits for trackers that accept nothing more.
+            close_seconds: Seconds that the run waits at its end for trackers that no longer accept data.
 
         Raises:
-            WmtpError: A tracker will never accept this run; the run is closed as FAILED everywhere else.
+            WmtpError: A tracker permanently refuses this run; the run is closed as FAILED at all other
+                trackers.
         """
         atomic_write(folder.recipe, recipe_toml)
         recorder = cls(
@@ -120,7 +121,7 @@ class Recorder:
         return recorder
 
     def _describe_or_resume(self, info: RunInfo) -> None:
-        """Describe a new run; find out which steps an old one has recorded."""
+        """Record the description of a new run, or read which steps a resumed run has recorded."""
         history = RunHistory()
         for line in read_journal(self.folder.journal, kinds=_REPLAYED):
             history.add(line)
@@ -139,7 +140,7 @@ class Recorder:
         self.artifact(self.folder.recipe, "")
 
     def _describe_changes(self, history: RunHistory, info: RunInfo) -> None:
-        """Record what differs from the description before the resume; MLflow cannot change a param."""
+        """Record as tags what has changed since the run began, because MLflow cannot change a param."""
         params, tags = _without_secrets(info.params), _without_secrets(info.tags)
         changed = {key: value for key, value in params.items() if history.params.get(key) != value}
         gone = history.params.keys() - params.keys()
@@ -162,15 +163,15 @@ class Recorder:
             self._uploaders.append(uploader)
 
     def start_backfill(self, experiment: Path) -> None:
-        """Send in the background what the trackers of earlier runs in the experiment's folder missed."""
+        """Send, in the background, data that trackers of the experiment's earlier runs did not receive."""
         self._backfill = start_backfill(experiment, skip=self.folder.path, log=self.log)
 
     # ------------------------------------------------------------------- during the run
 
     def metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Record scalars that are the same in every run of a recipe.
+        """Record scalars that are equal in every run of the same recipe.
 
-        Steps that a run recorded before it was resumed are not recorded again.
+        A resumed run does not record steps again that it recorded before the interruption.
 
         Raises:
             RunFailedError: A metric was already recorded for this step or a later one.
@@ -199,7 +200,7 @@ class Recorder:
         self._journal.append("params", {"params": params})
 
     def artifact(self, path: Path, subdir: str) -> None:
-        """Store a file of the run folder at every tracker, with its contents at the time of the upload."""
+        """Upload a file of the run folder to every tracker, with its contents at the time of the upload."""
         if subdir:
             check_path_name(subdir, what="an artifact folder")
         check_path_name(path.name, what="an artifact")
@@ -219,11 +220,11 @@ class Recorder:
         self.display.note(text)
 
     def where(self) -> list[str]:
-        """Return a line for each tracker that tells a person how to look at the run."""
+        """Return a line for each tracker about where the user can find the run."""
         return [redact(line) for tracker in self._trackers.values() if (line := tracker.where())]
 
     def _record(self, kind: str, stage: str, step: int, values: Mapping[str, float]) -> None:
-        # the training thread runs this at every step: no loop over names unless one is new
+        # the training thread calls this at every step, so it loops over names only if there is a new name
         self._check_order(stage, step, values)
         numbers: dict[str, float | str] = dict(zip(values, map(float, values.values()), strict=True))
         if self._recorded_before:
@@ -258,11 +259,11 @@ class Recorder:
     # ------------------------------------------------------------------- the end
 
     def finish(self, outcome: RunOutcome, *, error_class: str | None = None) -> None:
-        """Close the run everywhere; a second call does nothing.
+        """Close the run at all trackers and in the run folder; a second call does nothing.
 
         Args:
-            outcome: How it ended.
-            error_class: Class of the exception that ended it; becomes the tag `wmtp.error_class`.
+            outcome: How the run ended.
+            error_class: Class of the exception that ended the run, recorded as tag `wmtp.error_class`.
         """
         if self._closed:
             return
@@ -305,7 +306,7 @@ class Recorder:
         self.finish(outcome, error_class=error_class)
 
     def hold_until_entered(self, held: ExitStack) -> None:
-        """Take over a `hold_signals`: a signal acts once the recorder's `with` block can close the run."""
+        """Take over a `hold_signals`: signals are handled only when the `with` block can close the run."""
         self._held = held
 
     def __enter__(self) -> Self:
@@ -331,12 +332,12 @@ def open_recorder(plan: Plan, display: Display, *, resume: Path | None = None) -
     """Create the run folder of a plan, build its trackers and begin the run; or resume the run in a folder.
 
     Raises:
-        WmtpError: The folder cannot be created or is in use, or a tracker will never accept this run.
+        WmtpError: The folder cannot be created or is in use, or a tracker permanently refuses this run.
     """
     redact_log_records()
     recipe = plan.recipe
     trackers = build_trackers(plan)
-    with ExitStack() as held:  # until the block of the recorder, which closes the run after a signal
+    with ExitStack() as held:  # signals are held until the recorder's block can close the run
         held.enter_context(hold_signals())
         if resume is None:
             folder = RunFolder.create(
@@ -371,7 +372,7 @@ def open_recorder(plan: Plan, display: Display, *, resume: Path | None = None) -
 
 
 def _outcome(error: BaseException | None) -> tuple[RunOutcome, str | None]:
-    """Return the outcome after this exception, and its class if it is a failure."""
+    """Return the outcome of a run that ended with this exception, and the exception's class for a failure."""
     if error is None or (isinstance(error, SystemExit) and error.code in {None, 0}):
         return RunOutcome.FINISHED, None
     if isinstance(error, KeyboardInterrupt):

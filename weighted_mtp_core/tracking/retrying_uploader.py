@@ -1,7 +1,7 @@
-"""Upload a run's journal and files to one tracker in the background, and retry with back-off what fails.
+"""Upload a run's journal and files to one tracker in the background, and retry failed uploads with back-off.
 
-The journal file is the queue, so neither an outage nor a killed process loses anything, and memory does not
-grow. `outbox.py` keeps the position in it, and the files to try again.
+The journal file is the queue, so an outage or a killed process loses no data, and memory use does not grow.
+`outbox.py` stores the position in the journal and the files that must be sent again.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from weighted_mtp_core.tracking.delivery import Pending
 from weighted_mtp_core.tracking.outbox import Outbox, one_line
 from weighted_mtp_core.tracking.run_folder import RunFolder
 
-_PAUSE_S = 1.0  # between two batches: a metric a second costs a tracker as much as a thousand
-_BACK_OFF_S = (0.5, 1.0, 2.0, 3.0)  # the last one repeats: at most 3 s behind a tracker that came back
+_PAUSE_S = 1.0  # between two batches, because a batch costs a tracker the same with 1 or 1000 metrics
+_BACK_OFF_S = (0.5, 1.0, 2.0, 3.0)  # the last one repeats, so a tracker's return is noticed within 3 s
 
 
 @define(kw_only=True, eq=False)
@@ -28,9 +28,9 @@ class RetryingUploader:
     """One background thread that empties one outbox; training never waits for it.
 
     Attributes:
-        name: The tracker's address, for messages.
-        outbox: What is uploaded.
-        log: Receives messages for the person and the log, from the thread too.
+        name: The tracker's address, used in messages.
+        outbox: The data to upload.
+        log: Called with messages for the user and the log, also from the background thread.
     """
 
     name: str
@@ -47,7 +47,7 @@ class RetryingUploader:
 
     @classmethod
     def to(cls, tracker: Tracker, name: str, folder: RunFolder, *, log: Callable[[str], None]) -> Self:
-        """Return the uploader of a run folder to a tracker named `<number>-<address>`."""
+        """Return an uploader from a run folder to a tracker; `name` has the form `<number>-<address>`."""
         outbox = Outbox(
             tracker=tracker, folder=folder.path, journal=folder.journal, state=folder.delivery(name)
         )
@@ -57,7 +57,7 @@ class RetryingUploader:
         """Open the run at the tracker, then continue in the background.
 
         Raises:
-            WmtpError: The tracker will never accept this run. An outage is only logged.
+            WmtpError: The tracker permanently refuses this run. An outage is only logged.
         """
         try:
             self.outbox.open()
@@ -69,12 +69,12 @@ class RetryingUploader:
         self._thread.start()
 
     def flush(self) -> None:
-        """Declare the journal complete: the rest is sent without pauses, and the limit of `close` begins."""
+        """Declare the journal complete: the rest is sent without pauses, within the time limit of `close`."""
         self._flushed = self._flushed or time.monotonic()
         self._closing.set()
 
     def close(self, limit_s: float) -> Pending:
-        """Upload the rest, giving up `limit_s` seconds after the last success; return what is left."""
+        """Upload the rest, at most `limit_s` seconds after the last success; return the undelivered data."""
         self.flush()
         if self._thread is None:
             return self.outbox.pending()
@@ -109,7 +109,7 @@ class RetryingUploader:
             (self._abandoned if closing else self._closing).wait(_PAUSE_S)
 
     def _retry_aside(self) -> None:
-        """Retry what was set aside if its back-off is over."""
+        """Retry the lines that were set aside, if their back-off time is over."""
         if not self.outbox.waiting or time.monotonic() < self._next_file_retry:
             return
         if self.outbox.retry_aside():

@@ -1,4 +1,4 @@
-"""The run folder `<runs>/<experiment>/<run name>/<run id>/`, which holds all files of a run, and its lock."""
+"""The folder `<runs>/<experiment>/<run name>/<run id>/`, which contains all files of a run, and its lock."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _RUN_FILE = "run.json"
 _LOCK_FILE = "lock"
 _ELSEWHERE = "choose another `run.output_dir`, for example: --set run.output_dir=/tmp/runs"
 _HELD: set[Path] = set()
-"""Real paths of folders that this process has locked: closing any descriptor of a file ends its locks."""
+"""Real paths of folders locked by this process; opening and closing a lock file again would unlock it."""
 
 
 def new_run_id() -> str:
@@ -36,11 +36,11 @@ def new_run_id() -> str:
 class RunFolder:
     """A run's folder, locked by this process until `close`.
 
-    The lock is a POSIX record lock: the kernel releases it when the process ends, however it ends, and child
-    processes do not inherit it.
+    The lock is a POSIX record lock: the kernel always releases it when the process ends, and child processes
+    do not inherit it.
 
     Attributes:
-        path: The folder, absolute.
+        path: The absolute path of the folder.
     """
 
     path: Path
@@ -56,17 +56,17 @@ class RunFolder:
         facts: Mapping[str, Any] | None = None,
         recipe_toml: str = "",
     ) -> RunFolder:
-        """Create and lock a new run folder below `runs`; it appears at once, locked, with an empty journal.
+        """Create a new run folder below `runs`, which appears atomically with a lock and an empty journal.
 
         Args:
             runs: The folder of all runs.
             experiment: Name of the experiment.
             name: Name of the run.
-            facts: First contents of `run.json`.
+            facts: Initial contents of `run.json`.
             recipe_toml: The resolved recipe.
 
         Raises:
-            WmtpError: A name cannot be a folder, or the folder cannot be created.
+            WmtpError: A name is not a valid folder name, or the folder cannot be created.
         """
         check_path_name(experiment, what="an experiment")
         check_path_name(name, what="a run")
@@ -79,7 +79,7 @@ class RunFolder:
                 atomic_write(new.recipe, recipe_toml)
                 new.journal.touch()
                 new.record(**facts)
-            lock = _acquire(new.path)  # before others see it: a run without a lock has died
+            lock = _acquire(new.path)  # before the folder is visible, because a run without a lock has died
             new.path.rename(path)
         except OSError as error:
             raise WmtpError(
@@ -97,7 +97,7 @@ class RunFolder:
         """Lock an existing run folder.
 
         Raises:
-            WmtpError: It does not exist, or another process has locked it.
+            WmtpError: The folder does not exist, or another process has locked it.
         """
         path = path.absolute()
         if not path.is_dir():
@@ -126,11 +126,11 @@ class RunFolder:
 
     @property
     def log(self) -> Path:
-        """The log: messages, warnings and log records."""
+        """The log file with messages, warnings and log records."""
         return self.path / "logs" / "training.log"
 
     def delivery(self, tracker: str) -> Path:
-        """The file that keeps the position of a tracker in the journal."""
+        """The file that stores the position of a tracker in the journal."""
         return self.path / "delivery" / f"{tracker}.json"
 
     def record(self, **facts: Any) -> None:
@@ -147,7 +147,7 @@ class RunFolder:
 
 
 def read_run(path: Path) -> Mapping[str, Any]:
-    """Return the contents of `run.json` in a run folder; empty if there is none yet."""
+    """Return the contents of `run.json` in a run folder; empty if the file does not exist yet."""
     try:
         facts: Mapping[str, Any] = json.loads((path / _RUN_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -156,7 +156,7 @@ def read_run(path: Path) -> Mapping[str, Any]:
 
 
 def is_held(path: Path) -> bool:
-    """Return whether a running process, this one included, has locked the run folder."""
+    """Return whether a running process, possibly this process, has locked the run folder."""
     if path.resolve() in _HELD:
         return True
     descriptor = os.open(path / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -174,7 +174,7 @@ def find_runs(runs: Path) -> Iterator[Path]:
         real = os.path.realpath(folder)
         if _RUN_FILE in files:
             found.setdefault(real, Path(folder))
-        if _RUN_FILE in files or real in seen:  # nothing below a run, nor in a circle of links
+        if _RUN_FILE in files or real in seen:  # do not descend into runs, or into a circle of links
             subfolders.clear()
         seen.add(real)
     complete = (path for path in found.values() if not path.name.startswith("."))
@@ -182,10 +182,10 @@ def find_runs(runs: Path) -> Iterator[Path]:
 
 
 def find_run(runs: Path, text: str) -> Path:
-    """Return the run folder with this path or run id, or with a substring of the id that only one run has.
+    """Return the run folder whose path or run id is `text`, or the only one whose run id contains `text`.
 
     Raises:
-        WmtpError: No run matches, or several do.
+        WmtpError: No run or more than one run matches.
     """
     if (Path(text) / "run.json").is_file():
         return Path(text).absolute()
@@ -194,7 +194,7 @@ def find_run(runs: Path, text: str) -> Path:
         return found[0].absolute()
     if found:
         raise WmtpError(
-            f"`{text}` fits {len(found)} runs: {', '.join(f'`{path.name}`' for path in found[:5])}",
+            f"`{text}` matches {len(found)} runs: {', '.join(f'`{path.name}`' for path in found[:5])}",
             hint="name one of them",
         )
     raise WmtpError(
@@ -228,14 +228,14 @@ def _try_lock(descriptor: int, path: Path) -> bool:
         return False
     except OSError as error:
         raise WmtpError(
-            f"the file system of `{path.parent}` has no locks ({error.strerror}), and a run locks its folder",
+            f"the file system of `{path.parent}` lacks locks ({error.strerror}), which a run needs",
             hint=f"mount it with locks (NFS 4, or lockd), or {_ELSEWHERE}",
         ) from error
     return True
 
 
 def _remove(path: Path, *, up_to: Path) -> None:
-    """Remove a new run folder, and its parents as far as they are empty."""
+    """Remove a new run folder, and those of its parent folders that are empty."""
     shutil.rmtree(path)
     with suppress(OSError):
         while (path := path.parent) != up_to.absolute():

@@ -27,16 +27,16 @@ class RunHistory:
     """The contents of a run's journal.
 
     Attributes:
-        run: The run's `run_id`, `name` and `experiment`; empty if the journal does not name them.
+        run: The run's `run_id`, `name` and `experiment`; empty if the journal does not contain them.
         params: The resolved recipe with dotted keys, and the name, version and checksum of the data.
         tags: The run's tags.
-        datasets: The data, as of the last line that names them.
-        metrics: The points of each metric, in order, by stage and metric.
+        datasets: The data that the run uses, from the last line of this kind.
+        metrics: The points of each metric, in order, keyed by stage and metric.
         last_step: The last step of each metric and of each wall-clock measurement.
-        status: How the run ended; None while it runs, or if it died.
+        status: How the run ended; None if the run is still running or its process died.
         began_ms: Time of the first line, in milliseconds since 1970.
-        ended_ms: Time of the last line.
-        damaged: How many lines cannot be read.
+        ended_ms: Time of the last line, in milliseconds since 1970.
+        damaged: Number of lines that cannot be read.
     """
 
     run: dict[str, str] = field(factory=dict)
@@ -72,7 +72,7 @@ class RunHistory:
         if line.kind == "status":
             self.status = fields["status"]
         elif line.kind in {"run", "params", "tags", "metrics"}:
-            self.status = None  # a resumed run continues after an end
+            self.status = None  # the run was resumed after it had ended
 
     def _add_points(self, line: Entry) -> None:
         step, values = line.fields["step"], line.fields["metrics"]
@@ -96,7 +96,7 @@ class RunHistory:
         )
 
     def points(self, stage: str, metric: str) -> Sequence[Point]:
-        """Return the points of a metric; none if it was not recorded."""
+        """Return the points of a metric; empty if the metric was not recorded."""
         return self.metrics.get(stage, {}).get(metric, [])
 
     def last(self, stage: str, metric: str) -> float | None:
@@ -105,7 +105,7 @@ class RunHistory:
         return points[-1].value if points else None
 
     def numbered(self, stage: str, prefix: str) -> list[tuple[int, Sequence[Point]]]:
-        """Return the points of the metrics `<prefix><number>` with their numbers, in order."""
+        """Return (number, points) for each metric `<prefix><number>`, ordered by number."""
         metrics = self.metrics.get(stage, {})
         named = ((name.removeprefix(prefix), name) for name in metrics if name.startswith(prefix))
         return sorted((int(number), metrics[name]) for number, name in named if number.isdecimal())
@@ -115,7 +115,7 @@ def read_history(run: Path, *, kinds: Sequence[str] = ()) -> RunHistory:
     """Read the journal of a run folder; with `kinds`, only lines of these kinds.
 
     Raises:
-        WmtpError: There is no journal, or it does not name the run.
+        WmtpError: The folder has no journal, or the journal does not contain the run's name.
     """
     journal = RunFolder(path=run).journal
     if not journal.is_file():

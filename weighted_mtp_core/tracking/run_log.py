@@ -1,4 +1,4 @@
-"""The log of a process, such as `logs/training.log`: messages, warnings and log records, without secrets."""
+"""The log file of a process, such as `logs/training.log`, with messages and warnings but without secrets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SOURCES = (LOGGER, "py.warnings")
 
 
 class _Formatter(logging.Formatter):
-    """Formats a record, then removes secrets from all of it, tracebacks included."""
+    """Formats a record, then removes secrets from the whole text, including tracebacks."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))

@@ -1,4 +1,4 @@
-"""After a run: what its trackers have not received, and `track sync`, which sends it."""
+"""Finds the data that the trackers of an ended run have not received, and sends them (`track sync`)."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from weighted_mtp_core.tracking.run_folder import RunFolder, is_held, read_run
 from weighted_mtp_core.tracking.trackers import build_trackers
 
 DIED = "DIED"
-"""The status of a run that ended without a record of it: its process was killed, or the machine went down."""
+"""The status of a run that could not record its end, because its process was killed or the machine failed."""
 
 
 @frozen(kw_only=True)
 class RunStatus:
-    """The state of one run, from its folder.
+    """The state of one run according to its folder.
 
     Attributes:
         path: The run folder.
         status: RUNNING, FINISHED, FAILED, KILLED or DIED.
-        pending: What each tracker has not received.
-        stores: Every store that a tracker led to, the present one first, and what it lacks.
+        pending: The data that each tracker has not received.
+        stores: Each store that a tracker has used, the current store first, and the data that it lacks.
     """
 
     path: Path
@@ -57,22 +57,23 @@ def run_status(path: Path) -> RunStatus:
 def sync_run(
     path: Path, *, log: Callable[[str], None], limit_s: float, trust: bool = False
 ) -> Mapping[str, Pending]:
-    """Send what the trackers of a run have not received, including what they refused before.
+    """Send the data that the trackers of a run have not received, including data that they refused before.
 
-    A run that died is closed as KILLED, at the time of its last line. If a tracker leads to another store
-    than before, or its store has lost the run or some of it, the whole run is sent.
+    A run whose process died is closed as KILLED at the time of its last line. The whole run is sent again if
+    a tracker uses another store than before, or if its store has lost data of the run.
 
     Args:
         path: The run folder.
-        log: Receives messages for the person.
-        limit_s: How many seconds to wait for a tracker that accepts nothing.
-        trust: Contact no store that has received everything, according to the run folder.
+        log: Called with messages for the user.
+        limit_s: Seconds to wait for a tracker that does not accept data.
+        trust: Whether to skip stores that have received all data according to the run folder.
 
     Returns:
-        What each tracker that was contacted still has not received.
+        The data that each contacted tracker still has not received.
 
     Raises:
-        WmtpError: The run is still running, its recipe is no longer valid, or a tracker will never accept it.
+        WmtpError: The run is still running, its recipe is no longer valid, or a tracker permanently refuses
+            it.
     """
     folder = RunFolder.open(path)
     try:
@@ -98,10 +99,10 @@ def sync_run(
 def amend_run(
     path: Path, *, tags: Mapping[str, str], outcome: RunOutcome | None, log: Callable[[str], None]
 ) -> None:
-    """Add tags to a run that has ended, set its outcome (None: its own outcome again), and send both.
+    """Add tags to a run that has ended and set its outcome, or restore its own outcome if None; send both.
 
     Raises:
-        WmtpError: The run is still running, or a tracker will never accept it.
+        WmtpError: The run is still running, or a tracker permanently refuses it.
     """
     folder = RunFolder.open(path)
     try:
@@ -124,7 +125,7 @@ def amend_run(
 
 
 def _own_outcome(journal: Path) -> RunOutcome:
-    """Return how the run itself ended. `amend_run` writes a status right after tags, a run never does."""
+    """Return how the run itself ended, ignoring each status that `amend_run` wrote directly after tags."""
     status, before = RunOutcome.KILLED, ""
     for line in read_journal(journal):
         if isinstance(line, Entry):
@@ -137,7 +138,7 @@ def _own_outcome(journal: Path) -> RunOutcome:
 def _close_if_died(folder: RunFolder) -> None:
     """Write the end of the journal that a killed process could not write."""
     last = last_entry(folder.journal)
-    if last is None:  # no tracker knows the run
+    if last is None:  # the journal is empty, so no tracker has the run
         folder.record(status=RunOutcome.KILLED.value)
     if last is None or last.kind == "status":
         return

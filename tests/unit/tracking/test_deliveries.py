@@ -85,7 +85,8 @@ def test_another_store_gets_the_whole_run_once(record, use, stored, tmp_path, ca
 
     assert stored("two")[:3] == ("FINISHED", [1, 2, 3], ARTIFACTS)
     assert (
-        f"`core.mlflow` is `file:///{tmp_path}/two` now; the run was sent to `file:///{tmp_path}/one`" in told
+        f"`core.mlflow` now uses `file:///{tmp_path}/two`; the run was sent to `file:///{tmp_path}/one`"
+        in told
     )
     assert f"journal lines and 2 files to `file:///{tmp_path}/two`" in told
     assert f"file:///{tmp_path}/two (complete); file:///{tmp_path}/one (complete)" in status
@@ -125,7 +126,7 @@ def test_a_run_that_was_deleted_is_sent_anew(record, stored, command, tmp_path, 
 
     if command == "sync":
         main(["track", "sync", path.name])
-        assert f"has no run `{deleted}` any more; all of it is sent again" in capsys.readouterr().out
+        assert f"no longer has the run `{deleted}`; the whole run is sent again" in capsys.readouterr().out
     else:
         record(3, resume=path)
 

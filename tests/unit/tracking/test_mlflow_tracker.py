@@ -184,7 +184,7 @@ def test_a_deleted_experiment_says_how_to_restore_it(storage, tmp_path):
 
 
 def test_a_name_that_is_no_path_is_refused_before_anything_is_created(storage, tmp_path):
-    with pytest.raises(WmtpError, match="is no name for an experiment"):
+    with pytest.raises(WmtpError, match="is not a valid name for an experiment"):
         build(storage).start(make_run(tmp_path, experiment="../../evil"))
 
 

@@ -140,7 +140,7 @@ def test_a_missing_file_is_said(outbox, journal, notebook):
 
     (refusal,) = outbox.take_notes()
     assert refusal.startswith("refused the file `checkpoints/gone.pt`: ")
-    assert refusal.endswith(" is gone")
+    assert refusal.endswith(" no longer exists")
 
 
 def test_pending_counts_lines_and_files(outbox, journal, folder):

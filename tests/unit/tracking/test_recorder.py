@@ -86,7 +86,7 @@ def test_a_metric_comes_once_a_step(open_recorder):
 def test_names_that_a_tracker_cannot_hold_are_refused(open_recorder, name):
     record = open_recorder()
 
-    with pytest.raises(WmtpError, match="is no name for a metric"):
+    with pytest.raises(WmtpError, match="is not a valid name for a metric"):
         record.metrics("policy", 1, {name: 1.0})
 
     record.finish(RunOutcome.FAILED)

@@ -163,7 +163,7 @@ def test_a_file_that_cannot_be_stored_is_said_once_and_stored_when_it_can_be(
     wait_until(lambda: len(said) == 2)
 
     best = "`checkpoints/best_model.pt`"
-    assert said[0] == f"`notebook` cannot store {best} yet (no room for files); it is kept and sent later"
+    assert said[0] == f"`notebook` cannot store {best} now (no room for files); the file is sent later"
     assert said[1] == f"`notebook` has {best} now"
     assert notebook.all("artifact") == ["checkpoints/best_model.pt"]
 

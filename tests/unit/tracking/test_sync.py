@@ -207,7 +207,7 @@ def test_a_part_that_fits_several_runs_or_none_is_an_error(dead):
     shutil.copytree(dead, dead.with_name(dead.name + "x"))
     runs = Path("storage/runs")
 
-    with pytest.raises(WmtpError, match="fits 2 runs"):
+    with pytest.raises(WmtpError, match="matches 2 runs"):
         find_run(runs, dead.name[:8])
     with pytest.raises(WmtpError, match="there is no run `nowhere`"):
         find_run(runs, "nowhere")
