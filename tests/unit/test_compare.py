@@ -2,18 +2,20 @@
 
 import csv
 import json
+import math
 import sys
 from pathlib import Path
 
 import pytest
 from weighted_mtp_core.cli import main
 from weighted_mtp_core.compare.arms import read_arms
-from weighted_mtp_core.compare.measures import default_metrics, read_measures
+from weighted_mtp_core.compare.measures import RunMeasures, default_metrics, read_measures
 from weighted_mtp_core.compare.runner import Job, Runner, find_finished, plan_jobs, share_machine
 from weighted_mtp_core.compare.table import Comparison
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.tracking.journal import Journal
 from weighted_mtp_core.tracking.run_folder import RunFolder
+from weighted_mtp_core.tracking.run_history import Point
 
 RECIPE = """
     [run]
@@ -302,6 +304,55 @@ def test_an_arm_is_compared_on_the_seeds_that_both_have(write_run):
 
     assert found.rows[1].difference.estimate.mean == 1
     assert "- other-seed1: it fell over" in found.markdown()
+
+
+def test_a_diverged_run_is_shown_as_diverged_and_not_by_its_last_finite_value(write_run):
+    runs = {
+        "first": {0: write_run("a", (6, 4, 3)), 1: write_run("b", (6, 4, 3))},
+        "other": {0: write_run("c", (6, 4, 2)), 1: write_run("d", (6, 4, "nan"))},
+    }
+
+    found = Comparison.make(runs, metrics=["validation_ce_head_1"], seeds=(0, 1))
+
+    assert "| `first` | 2 | 3 | [3, 3] | - | - | - |" in found.markdown()
+    assert "| `other` | 2 | diverged | - | - | - | - |" in found.markdown()
+    assert found.diverged[0] == "`validation_ce_head_1` at equal steps: `other`, seed 1"
+    assert f"- {found.diverged[0]}\n" in found.markdown()
+    assert json.loads(found.json())["rows"][1]["values"] == {"0": 2, "1": None}
+    line = list(csv.DictReader(found.csv().splitlines()))[1]
+    assert (line["mean"], line["difference"], line["p_value"]) == ("", "", "")
+
+
+def test_a_curve_without_its_last_values_is_diverged_as_a_tracker_receives_finite_values_only():
+    at = [Point(step, 1e-3, 1000 * step) for step in (10, 20)]
+    run = RunMeasures.make(
+        {"policy_learning_rate": at, "validation_ce_head_1": [Point(0, 6.0, 0), Point(10, 4.0, 10_000)]}
+    )
+
+    assert math.isnan(run.last["validation_ce_head_1"])
+    assert run.at_seconds("validation_ce_head_1", 10) == 4.0
+    assert math.isnan(run.at_seconds("validation_ce_head_1", 20))
+
+
+def test_values_at_equal_wall_clock_between_few_validations_are_called_rough(comparison):
+    text = comparison.markdown()
+
+    assert comparison.few == (
+        "`fast`: 2 validations after the start",
+        "`slow`: 1 validation after the start",
+    )
+    assert "- `slow`: 1 validation after the start\n" in text
+    assert "**Rough**: few validations, between which values at equal wall clock are interpolated" in text
+
+
+def test_enough_validations_are_not_mentioned():
+    curve = [Point(step, 1.0, 1000 * step) for step in (0, 10, 20, 30)]
+    run = RunMeasures.make({"policy_learning_rate": curve[1:], "validation_ce_head_1": curve})
+
+    found = Comparison.make({"a": {0: run}, "b": {0: run}}, metrics=["validation_ce_head_1"], seeds=(0,))
+
+    assert found.few == ()
+    assert "Rough" not in found.markdown()
 
 
 def test_curves_are_drawn_the_same_each_time(write_run, tmp_path):

@@ -66,6 +66,14 @@ def test_arms_that_do_the_same_have_p_1():
     assert sign_flip_p([0.0, 0.0, 0.0]) == 1.0
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_has_neither_mean_nor_p_value(value):
+    found = difference([1.0, value, 3.0], [1.0, 2.0, 2.0])
+
+    assert math.isnan(found.estimate.mean)
+    assert math.isnan(found.p_value)
+
+
 def test_a_difference_is_paired():
     found = difference([1.0, 5.0, 9.0], [0.5, 4.5, 8.5])  # far apart by seed, the same distance in each
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from contextlib import suppress
 
 import attrs
@@ -305,3 +306,59 @@ def test_fifty_resumes_in_a_row_change_nothing(tmp_path):
 
     assert logged == seen.logged
     assert (folders[1] / "best.safetensors").read_bytes() == (folders[0] / "best.safetensors").read_bytes()
+
+
+class Scores(Fit):
+    """Has the given scores at steps 0, 2, 4, ..."""
+
+    def __init__(self, folder, scores, seconds=0.0):
+        super().__init__(folder)
+        self.scores, self.seconds = scores, seconds
+
+    def validate(self, *, step):
+        time.sleep(self.seconds if step == 0 else 0)
+        return Validation(metrics={"validation": float(step)}, score=self.scores[step // 2])
+
+
+NAN, INFINITE = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [
+        ((NAN, -3.0, -2.0, NAN, -2.5, NAN), 4),
+        ((NAN, NAN, NAN, NAN, NAN, -9.0), 10),
+        ((-INFINITE, -3.0, -4.0, -5.0, -6.0, -7.0), 2),
+        ((INFINITE, -3.0, -4.0, -5.0, -6.0, -7.0), 2),
+        ((-1.0, INFINITE, NAN, -2.0, -INFINITE, -1.5), 0),
+    ],
+)
+def test_a_score_that_is_not_finite_loses_against_any_finite_one(tmp_path, checkpoints, scores, best):
+    trained, _ = run(Scores(tmp_path, scores), checkpoints)
+
+    assert trained.best_step == best
+    assert trained.best.score == scores[best // 2]
+
+
+def test_a_run_resumed_after_a_score_of_nan_still_finds_the_best(tmp_path, checkpoints):
+    scores = (NAN, NAN, -4.0, -3.0, -5.0, -6.0)
+    whole, _ = run(
+        Scores(tmp_path, scores), checkpoints, at={5: lambda: os.kill(os.getpid(), signal.SIGUSR1)}
+    )
+    resumed, _ = run(Scores(tmp_path, scores), checkpoints, resume=checkpoints.newest())
+
+    assert (whole.best_step, resumed.best_step) == (6, 6)
+
+
+def test_without_any_finite_score_the_run_fails(tmp_path, checkpoints):
+    with pytest.raises(
+        RunFailedError, match=r"no validation of stage `policy` gave a finite score, .* the first gave nan"
+    ):
+        run(Scores(tmp_path, (NAN, -INFINITE, NAN, NAN, NAN, NAN)), checkpoints)
+
+
+def test_the_first_validation_is_not_part_of_the_tokens_per_second(tmp_path, checkpoints):
+    _, seen = run(Scores(tmp_path, (0.0,) * 6, seconds=1.0), checkpoints)
+
+    tokens = 5 * TABLE.log_every
+    assert seen.timed[0][2]["policy_tokens_per_second"] > 2 * tokens / 1.0  # the steps take milliseconds

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 
 import pytest
 import torch
@@ -236,6 +237,48 @@ def test_validation_averages_over_targets_not_over_batches(batch):
 
 
 # ------------------------------------------------------------------ a weighting's faults
+
+
+def test_a_head_without_targets_has_no_loss_instead_of_a_perfect_one():
+    """A response of one token is a target of heads 1 and 2, and of no token three before it."""
+    short = Batch(
+        ids_BT=torch.tensor([[3, 4, 5]]),
+        document_BT=torch.zeros(1, 3, dtype=torch.long),
+        response_BT=torch.tensor([[False, False, True]]),
+        reward_BT=torch.zeros(1, 3),
+        group_BT=torch.zeros(1, 3, dtype=torch.long),
+    )
+    found = learner(policy(), Uniform(), validation=lambda: [short]).validate(step=0).metrics
+
+    assert math.isfinite(found["validation_ce_head_2"])
+    assert math.isnan(found["validation_ce_head_3"])
+    assert math.isnan(found["validation_accuracy_head_3"])
+
+
+def test_a_step_in_which_each_target_has_weight_zero_is_a_warning(batch):
+    class OnlyPrompts(WeightingStrategy):
+        def weigh(self, view):
+            return Weights(weight=(~view.response_BT).float())
+
+    said = []
+    trained = learner(policy(), OnlyPrompts(), log=said.append)
+    for step in range(2):
+        trained.learn(batch, step=step)
+
+    (warning,) = said
+    assert warning == (
+        f"WARNING: {LABEL} gave each target of a step the weight 0; "
+        "the policy learns nothing from such a step"
+    )
+
+
+def test_a_metric_that_would_replace_one_of_core_ends_the_run(batch):
+    class Hides(WeightingStrategy):
+        def weigh(self, view):
+            return Weights(weight=view.response_BT.float(), metrics={"train_ce_head_1": 0.0})
+
+    with pytest.raises(RunFailedError, match="returned a metric `train_ce_head_1`, which is the name of"):
+        learner(policy(), Hides()).learn(batch, step=0)
 
 
 def test_a_weighting_that_raises_is_named_with_what_it_raised(batch):

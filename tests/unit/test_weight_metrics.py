@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from weighted_mtp_core.api import Weights, WmtpError
 from weighted_mtp_core.metrics.weights import weight_metrics
 from weighted_mtp_core.model.targets import pair_index
+from weighted_mtp_core.training.plugin_metrics import check_metrics
 from weighted_mtp_core.training.weight_checks import ValueCheck, check_weights
 
 LABEL = "weighting `my.own` (my-dist 1.0)"
@@ -105,3 +107,68 @@ def test_what_is_no_weights_is_refused_and_its_maker_named(returned, text):
         check_weights(returned, torch.ones(2, 3, dtype=torch.bool), n_future=5, label=LABEL)
 
     assert str(failed.value) == f"{LABEL} {text}"
+
+
+@given(st.lists(st.floats(0, 10, width=32), min_size=1, max_size=60))
+def test_quantiles_are_those_of_numpy(weights):
+    found = metrics(*weights)
+
+    expected = np.quantile(np.float32(weights), [0.05, 0.5, 0.95])
+    assert [found[f"weight_p{p}"] for p in ("05", "50", "95")] == pytest.approx(expected, abs=1e-5)
+
+
+def test_quantiles_work_for_more_pairs_than_torch_quantile_accepts():
+    count = 2**24 + 81
+    found = weight_metrics(torch.arange(count - 1, -1, -1, dtype=torch.float32))
+
+    assert float(found["weight_p05"]) == pytest.approx(0.05 * (count - 1), rel=1e-6)
+    assert float(found["weight_p95"]) == pytest.approx(0.95 * (count - 1), rel=1e-6)
+
+
+def test_weights_of_zero_for_each_target_are_a_warning_given_once():
+    said = []
+    check = ValueCheck(label=LABEL, log=said.append)
+    for weights in ([1.0, 0.0], [0.0, 0.0], [0.0, 0.0]):
+        weight = torch.tensor(weights)
+        check.note(weight, all_zero=~weight.any())
+        check.raise_if_bad()
+
+    (warning,) = said
+    assert warning == (
+        f"WARNING: {LABEL} gave each target of a step the weight 0; "
+        "the policy learns nothing from such a step"
+    )
+
+
+def test_a_negative_weight_is_worse_than_weights_of_zero():
+    check = ValueCheck(label=LABEL)
+    check.note(torch.tensor([-1.0, 0.0]), all_zero=torch.tensor(True))
+
+    with pytest.raises(WmtpError, match="a negative weight"):
+        check.raise_if_bad()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("train_loss", "value_loss", "train_ce_head_1", "validation_ce_head_12", "test_accuracy_head_2"),
+        *("weight_mean", "weight_p05", "effective_sample_share", "policy_learning_rate", "critic_auc"),
+        *("critic_gradient_norm", "policy_tokens_per_second", "pass_at_1", "tokens_per_forward"),
+    ],
+)
+def test_a_metric_of_a_plugin_cannot_replace_one_of_core(name):
+    with pytest.raises(WmtpError, match=f"returned a metric `{name}`, which is the name of a metric of core"):
+        check_metrics({"own": 1.0, name: 1.0}, label=LABEL)
+
+
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [("1", "type `str`"), (None, "type `NoneType`"), (torch.ones(2), r"shape \(2,\)")],
+)
+def test_a_metric_that_is_no_number_is_refused(value, fault):
+    with pytest.raises(WmtpError, match=rf"returned a metric `own` of {fault}, expected a number"):
+        check_metrics({"own": value}, label=LABEL)
+
+
+def test_other_metrics_of_plugins_pass():
+    check_metrics({"td_error_mean": torch.tensor(1.0), "value_mean": 1, "weight_own": 0.5}, label=LABEL)

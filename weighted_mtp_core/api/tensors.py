@@ -141,8 +141,8 @@ class Weights:
     Attributes:
         weight: float32, finite, >= 0, without gradient. Either `[B, T]`, indexed by target token, 0 where
             `response_BT` is False; or `[B, T, K]`, indexed by source and head, 0 where `target_BTK` is False.
-        metrics: Scalars to log, as floats or 0-dim tensors. Tensors are read after the step, so they may stay
-            on the device.
+        metrics: Scalars to log, as floats or 0-dim tensors, with names that core's metrics do not have.
+            Tensors are read after the step, so they may stay on the device.
     """
 
     weight: Tensor
@@ -166,7 +166,8 @@ class CriticLoss:
 
     Attributes:
         loss: float32 scalar, with gradient.
-        metrics: Scalars to log, as floats or 0-dim tensors without gradient.
+        metrics: Scalars to log, as floats or 0-dim tensors without gradient, with names that core's metrics
+            do not have.
     """
 
     loss: Tensor

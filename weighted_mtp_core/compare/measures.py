@@ -26,7 +26,8 @@ class RunMeasures:
     """The measures of one run that are compared.
 
     Attributes:
-        last: The last value of every metric, and `policy_seconds` and `critic_seconds`.
+        last: The last value of every metric, and `policy_seconds` and `critic_seconds`; NaN for a validation
+            metric without a value at the end of stage 2.
         curves: The (step, value) of each validation metric of stage 2, in order.
         step_seconds: Duration of a step of stage 2.
     """
@@ -42,13 +43,20 @@ class RunMeasures:
         for stage in ("policy", "critic"):
             points = series.get(f"{stage}{_EACH_LOGGED_STEP}", ())
             last[f"{stage}_seconds"] = _step_seconds(points) * points[-1].step if points else 0.0
+        curves = {
+            name: [(point.step, point.value) for point in points]
+            for name, points in series.items()
+            if _CURVE.fullmatch(name)
+        }
+        # Stage 2 ends with a validation. MLflow has only its finite values.
+        logged = series.get(f"policy{_EACH_LOGGED_STEP}", ())
+        for name, curve in curves.items():
+            if logged and curve[-1][0] < logged[-1].step:
+                curve.append((logged[-1].step, math.nan))
+                last[name] = math.nan
         return cls(
             last=last,
-            curves={
-                name: [(point.step, point.value) for point in points]
-                for name, points in series.items()
-                if _CURVE.fullmatch(name)
-            },
+            curves=curves,
             step_seconds=_step_seconds(series.get(f"policy{_EACH_LOGGED_STEP}", ())),
         )
 
@@ -56,6 +64,10 @@ class RunMeasures:
     def policy_seconds(self) -> float:
         """Duration of stage 2."""
         return self.last["policy_seconds"]
+
+    def validations_until(self, metric: str, seconds: float) -> int:
+        """Return how many values a curve has in some seconds of stage 2, without the one before training."""
+        return sum(0 < step * self.step_seconds <= seconds * (1 + 1e-9) for step, _ in self.curves[metric])
 
     def at_seconds(self, metric: str, seconds: float) -> float:
         """Return the value of a curve after `seconds` of stage 2, interpolated between two validations."""
@@ -65,12 +77,11 @@ class RunMeasures:
 
 
 def read_measures(run: Path) -> RunMeasures:
-    """Read the measures of a run from its folder; non-finite values are left out."""
+    """Read the measures of a run from its folder."""
     series: dict[str, list[Point]] = {}
     for metrics in read_history(run).metrics.values():
         for name, points in metrics.items():
-            if finite := [point for point in points if math.isfinite(point.value)]:
-                series.setdefault(name, []).extend(finite)
+            series.setdefault(name, []).extend(points)
     return RunMeasures.make(series)
 
 

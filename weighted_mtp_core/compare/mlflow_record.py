@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -123,4 +124,5 @@ def _points(comparison: Comparison) -> list[MetricPoint]:
     return [
         MetricPoint(name=name, value=value, step=comparison.count, time_ms=time_ms)
         for name, value in values.items()
+        if math.isfinite(value)
     ]

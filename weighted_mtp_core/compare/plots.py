@@ -81,6 +81,6 @@ def _draw(axes: Axes, band: Mapping[int, Estimate], number: int, *, label: str) 
         markersize=4,
         label=label,
     )
-    if not any(math.isnan(each.low) for each in band.values()):
+    if not all(math.isnan(each.low) for each in band.values()):
         low, high = [each.low for each in band.values()], [each.high for each in band.values()]
         axes.fill_between(list(band), low, high, color=colour, alpha=0.12, linewidth=0)

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from attrs import asdict, frozen
@@ -52,6 +52,8 @@ class Comparison:
         count: Number of runs.
         rows: The rows of the table, in order.
         missing: One sentence for each run that did not finish.
+        diverged: One sentence for each value that is not finite.
+        few: One sentence for each arm with a run of fewer than three validations up to `seconds`.
     """
 
     arms: Sequence[str]
@@ -60,6 +62,8 @@ class Comparison:
     count: int
     rows: Sequence[Row]
     missing: Sequence[str] = ()
+    diverged: Sequence[str] = ()
+    few: Sequence[str] = ()
 
     @classmethod
     def make(
@@ -74,6 +78,7 @@ class Comparison:
         everything = [run for by_seed in runs.values() for run in by_seed.values()]
         seconds = min(run.policy_seconds for run in everything)
         rows: list[Row] = []
+        few: dict[str, None] = {}
         for metric in metrics:
             last = {arm: {s: run.last.get(metric) for s, run in each.items()} for arm, each in runs.items()}
             rows += _rows(metric, EQUAL_STEPS, last)
@@ -84,6 +89,7 @@ class Comparison:
                     for arm, each in runs.items()
                 }
                 rows += _rows(metric, EQUAL_TIME, after)
+                few |= dict.fromkeys(_few_validations(runs, metric, seconds))
         return cls(
             arms=tuple(runs),
             seeds=seeds,
@@ -91,6 +97,8 @@ class Comparison:
             count=len(everything),
             rows=rows,
             missing=missing,
+            diverged=_diverged(rows),
+            few=tuple(few),
         )
 
     def markdown(self) -> str:
@@ -119,9 +127,10 @@ class Comparison:
             other = theirs.estimate if theirs else None
             writer.writerow(
                 [
-                    *(row.metric, row.at, row.arm, mine.count, mine.mean, _cell(mine.low), _cell(mine.high)),
-                    *((other.mean, _cell(other.low), _cell(other.high)) if other else ("", "", "")),
-                    theirs.p_value if theirs else "",
+                    *(row.metric, row.at, row.arm, mine.count),
+                    *map(_cell, (mine.mean, mine.low, mine.high)),
+                    *(map(_cell, (other.mean, other.low, other.high)) if other else ("", "", "")),
+                    _cell(theirs.p_value) if theirs else "",
                 ]
             )
         return text.getvalue()
@@ -143,9 +152,21 @@ class Comparison:
         if self.missing:
             lines += ["", "**Incomplete**, because these runs failed:", ""]
             lines += [f"- {each}" for each in self.missing]
+        if self.diverged:
+            lines += ["", "**Diverged**: these values are not finite, so their arms have no mean:", ""]
+            lines += [f"- {each}" for each in self.diverged]
+        if self.few:
+            lines += [
+                "",
+                "**Rough**: few validations, between which values at equal wall clock are interpolated ",
+            ]
+            lines[-1] += f"(fewer than {_ENOUGH_VALIDATIONS}; lower `train.validate_every`):"
+            lines += [""]
+            lines += [f"- {each}" for each in self.few]
         return lines
 
 
+_ENOUGH_VALIDATIONS = 3
 _COLUMNS = (
     *("metric", "at", "arm", "seeds", "mean", "low", "high"),
     *("difference", "difference_low", "difference_high", "p_value"),
@@ -174,6 +195,24 @@ def _rows(metric: str, at: str, values: Mapping[str, Mapping[int, float | None]]
     ]
 
 
+def _few_validations(
+    runs: Mapping[str, Mapping[int, RunMeasures]], metric: str, seconds: float
+) -> Iterator[str]:
+    for arm, by_seed in runs.items():
+        found = min(run.validations_until(metric, seconds) for run in by_seed.values())
+        if found < _ENOUGH_VALIDATIONS:
+            yield f"`{arm}`: {found} validation{'s' * (found != 1)} after the start"
+
+
+def _diverged(rows: Sequence[Row]) -> tuple[str, ...]:
+    return tuple(
+        f"`{row.metric}` at {row.at}: `{row.arm}`, seed {seed}"
+        for row in rows
+        for seed, value in row.values.items()
+        if not math.isfinite(value)
+    )
+
+
 def _paired(arm: Mapping[int, float], first: Mapping[int, float]) -> Difference | None:
     common = [seed for seed in arm if seed in first]
     if not common:
@@ -183,8 +222,9 @@ def _paired(arm: Mapping[int, float], first: Mapping[int, float]) -> Difference 
 
 def _line(row: Row) -> str:
     other = row.difference
-    cells = [f"`{row.arm}`", str(row.estimate.count), f"{row.estimate.mean:.4g}", _interval(row.estimate)]
-    if other is None:
+    mean = "diverged" if math.isnan(row.estimate.mean) else f"{row.estimate.mean:.4g}"
+    cells = [f"`{row.arm}`", str(row.estimate.count), mean, _interval(row.estimate)]
+    if other is None or math.isnan(other.estimate.mean):
         cells += [_NONE, _NONE, _NONE]
     else:
         cells += [f"{other.estimate.mean:+.4g}", _interval(other.estimate), f"{other.p_value:.4g}"]
@@ -200,4 +240,4 @@ def _cell(value: float) -> float | str:
 
 
 def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

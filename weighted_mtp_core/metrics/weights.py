@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_QUANTILES = (0.05, 0.5, 0.95)
+_PERCENTILES = (5, 50, 95)
 
 
 def weight_metrics(weight_N: Tensor) -> dict[str, Tensor]:
@@ -25,10 +25,19 @@ def weight_metrics(weight_N: Tensor) -> dict[str, Tensor]:
     count = weight_N.new_full((), len(weight_N))
     share_N = weight_N / total.clamp(min=torch.finfo(torch.float32).tiny)
     entropy = -torch.special.xlogy(share_N, share_N).sum() / count.log().clamp(min=1e-9)
-    quantiles = torch.quantile(weight_N, weight_N.new_tensor(_QUANTILES))
     return {
         "weight_mean": total / count,
         "weight_entropy": entropy,
         "effective_sample_share": total.square() / (weight_N.square().sum() * count).clamp(min=1e-30),
-        **{f"weight_p{int(100 * q):02d}": value for q, value in zip(_QUANTILES, quantiles, strict=True)},
+        **{f"weight_p{percent:02d}": value for percent, value in _percentiles(weight_N).items()},
     }
+
+
+def _percentiles(weight_N: Tensor) -> dict[int, Tensor]:
+    """Return quantiles by linear interpolation; `torch.quantile` refuses more than 2^24 numbers."""
+    sorted_N, last = weight_N.sort().values, len(weight_N) - 1
+    found = {}
+    for percent in _PERCENTILES:
+        below, rest = divmod(percent * last, 100)
+        found[percent] = torch.lerp(sorted_N[below], sorted_N[min(below + 1, last)], rest / 100)
+    return found

@@ -28,6 +28,7 @@ from weighted_mtp_core.runtime.distributed import Distributed
 from weighted_mtp_core.runtime.sharding import all_like
 from weighted_mtp_core.training.loop import Learner, StepResult, Validation
 from weighted_mtp_core.training.micro_batches import micro_batches
+from weighted_mtp_core.training.plugin_metrics import check_metrics
 from weighted_mtp_core.training.prepare import Prepared
 
 
@@ -66,6 +67,7 @@ class CriticLearner(Learner):
         together = 2 if self.critic.batching == "pairs" else 1
         for part in micro_batches(batch, self.table.accumulation, self.distributed, together=together):
             result = self.critic.loss(part.batch, self._states(part.batch))
+            check_metrics(result.metrics, label=f"critic `{type(self.critic).__name__}`")
             (result.loss * part.share * size).backward()  # type: ignore[no-untyped-call]
             for name, value in {self.loss_name: result.loss.detach(), **result.metrics}.items():
                 totals[name] = totals.get(name, 0.0) + part.share * value

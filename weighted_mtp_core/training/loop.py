@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -151,11 +152,13 @@ def train(
         distributed: The processes that train together.
 
     Raises:
-        RunFailedError: Too many consecutive steps had no finite loss or gradient, or a checkpoint failed.
+        RunFailedError: Too many consecutive steps had no finite loss or gradient, no validation had a finite
+            score, or a checkpoint failed.
         KeyboardInterrupt: A signal requested a stop.
     """
     training = _Training(learner, table, batch_of, reporter, checkpoints, distributed)
     first = training.validate(0) if resume is None else training.restore(resume)
+    training.clock = time.perf_counter()  # the first validation is not part of tokens/s
     with StopRequest() as signals:
         for step in range(first, table.steps):
             training.step(step)
@@ -169,6 +172,12 @@ def train(
                 training.take_snapshot(done)
     checkpoints.wait()
     distributed.barrier()
+    if not math.isfinite(training.trained.best.score):
+        raise RunFailedError(
+            f"no validation of stage `{learner.stage}` gave a finite score, so there is no best state: "
+            f"the first gave {training.trained.start.score}",
+            hint="lower the learning rate, or give the split `validation` responses with tokens to predict",
+        )
     learner.load_best()
     return training.trained
 
@@ -223,7 +232,7 @@ class _Training:
         found = self.learner.validate(step=step)
         self.reporter.metrics(self.learner.stage, step, found.metrics)
         first = step == 0
-        better = first or found.score > self.trained.best.score
+        better = first or _beats(found.score, self.trained.best.score)
         # The first process decides: scores of others may differ by rounding, and saving is collective.
         if self.distributed.any_rank(flag=better and self.distributed.is_rank_zero):
             self.checkpoints.wait()  # a snapshot in progress links the best state that it was taken with
@@ -291,3 +300,8 @@ class _Training:
             f"loss and gradient; their examples are listed in `{file}`",
             hint="lower the learning rate, or look at those examples; `max_bad_steps` sets the limit",
         )
+
+
+def _beats(score: float, best: float) -> bool:
+    """Return whether a score is better; one that is not finite loses against any finite one."""
+    return math.isfinite(score) and not (math.isfinite(best) and score <= best)

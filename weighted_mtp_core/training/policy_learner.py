@@ -50,6 +50,7 @@ class PolicyLearner(Learner):
         autocast: Returns the context of a forward pass.
         validation: Returns the batches of the validation split.
         best: The file of the best policy.
+        log: Receives messages for the user.
     """
 
     policy: Policy
@@ -62,6 +63,7 @@ class PolicyLearner(Learner):
     autocast: Callable[[], torch.autocast]
     validation: Callable[[], Iterable[Batch]]
     best: Path
+    log: Callable[[str], None] = print
     stage: str = field(default="policy", init=False)
     loss_name: str = field(default="train_loss", init=False)
     _normaliser: Normaliser = field(init=False)
@@ -90,6 +92,7 @@ class PolicyLearner(Learner):
             autocast=prepared.compute.autocast,
             validation=prepared.policy_validation,
             best=best,
+            log=prepared.log,
         )
 
     def __attrs_post_init__(self) -> None:
@@ -101,7 +104,7 @@ class PolicyLearner(Learner):
             autocast=self.autocast,
             distributed=self.distributed,
         )
-        self._values = ValueCheck(label=self.weighting.label)
+        self._values = ValueCheck(label=self.weighting.label, log=self.log)
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """Return the policy's parameters."""
@@ -123,10 +126,10 @@ class PolicyLearner(Learner):
             batch, target_BTK, parts=parts, hidden=hidden, step=step, steps=self.steps, training=True
         )
         weights = self.weighting.weigh(view)
-        self._values.note(weights.weight)
+        weight_BTK = align_weights(weights.weight, target_BTK)
+        self._values.note(weights.weight, all_zero=target_BTK.any() & ~weight_BTK.any())
         if self._values.due(step, self.steps):
             self._values.raise_if_bad()
-        weight_BTK = align_weights(weights.weight, target_BTK)
         loss, ce_sum_K, count_K = self._accumulate_gradients(
             parts, hidden, labels_BTK=labels_BTK, weight_BTK=weight_BTK, progress=step / self.steps
         )
@@ -247,7 +250,7 @@ def head_quality(
     """Return unweighted cross-entropy and top-1 accuracy of each head over all targets of the batches.
 
     Returns:
-        `ce_K` (nats per target) and `accuracy_K`, float32; 0 for a head without targets.
+        `ce_K` (nats per target) and `accuracy_K`, float32; NaN for a head without targets.
     """
     policy.eval()
     sums: list[HeadSums] = []
@@ -268,7 +271,7 @@ def head_quality(
         for name in ("ce_sum_K", "correct_K", "count_K")
     )
     policy.train()
-    return ce_K / count_K.clamp(min=1), correct_K / count_K.clamp(min=1)
+    return ce_K / count_K, correct_K / count_K
 
 
 def per_head(name: str, value_K: Tensor) -> dict[str, Tensor]:

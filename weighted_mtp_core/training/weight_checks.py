@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from attrs import define, field
 from torch import Tensor
@@ -9,6 +11,8 @@ from torch import Tensor
 from weighted_mtp_core.api import Weights
 from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.runtime.device import READ_EVERY
+
+_ALL_ZERO, _NEGATIVE, _NOT_FINITE = 1, 2, 3  # by severity: the worst since the last reading is kept
 
 
 def check_weights(weights: object, response_BT: Tensor, *, n_future: int, label: str) -> None:
@@ -42,21 +46,33 @@ def check_weights(weights: object, response_BT: Tensor, *, n_future: int, label:
 
 @define(kw_only=True, eq=False)
 class ValueCheck:
-    """Refuses weights that are negative or not finite.
+    """Refuses weights that are negative or not finite, and warns once if all weights of a step are 0.
 
     On an accelerator the result is read only now and then. Until then, weights that are not finite lead to
     steps that are skipped, and negative ones end the run a few steps late.
 
     Attributes:
         label: The weighting's address, plugin, distribution and version, for messages.
+        log: Receives the warning.
     """
 
     label: str
+    log: Callable[[str], None] = print
     _worst: Tensor | None = field(init=False, default=None)
+    _warned: bool = field(init=False, default=False)
 
-    def note(self, weight: Tensor) -> None:
-        """Check a step's weights on the device, and keep the result there."""
-        found = torch.where(torch.isfinite(weight).all(), (weight < 0).any().long(), 2)
+    def note(self, weight: Tensor, *, all_zero: Tensor | None = None) -> None:
+        """Check a step's weights on the device, and keep the result there.
+
+        Args:
+            weight: The weights, `[B, T]` or `[B, T, K]`.
+            all_zero: Whether the weight of each target is 0, a bool scalar.
+        """
+        harmless = (
+            torch.zeros((), dtype=torch.long, device=weight.device) if all_zero is None else all_zero.long()
+        )
+        bad = torch.where((weight < 0).any(), _NEGATIVE, harmless)
+        found = torch.where(torch.isfinite(weight).all(), bad, _NOT_FINITE)
         self._worst = found if self._worst is None else torch.maximum(self._worst, found)
 
     def due(self, step: int, steps: int) -> bool:
@@ -72,6 +88,12 @@ class ValueCheck:
         """
         worst = 0 if self._worst is None else int(self._worst)
         self._worst = None
-        if worst:
-            fault = "NaN or infinity" if worst == 2 else "a negative weight"
+        if worst == _ALL_ZERO and not self._warned:
+            self._warned = True
+            self.log(
+                f"WARNING: {self.label} gave each target of a step the weight 0; the policy learns nothing "
+                "from such a step"
+            )
+        if worst > _ALL_ZERO:
+            fault = "NaN or infinity" if worst == _NOT_FINITE else "a negative weight"
             raise RunFailedError(f"{self.label} returned weights with {fault} in them")

@@ -22,6 +22,7 @@ from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.targets import batch_labels
 from weighted_mtp_core.runtime.distributed import Distributed
 from weighted_mtp_core.training.micro_batches import MicroBatch, gather_rows
+from weighted_mtp_core.training.plugin_metrics import check_metrics
 from weighted_mtp_core.training.weight_checks import check_weights
 
 # Signals that the heads compute, in a forward pass of their own before the weighted one.
@@ -65,6 +66,7 @@ class Weighting:
             hint = _undeclared(view)
             raise RunFailedError(f"{self.label} failed: {reason(error)}", hint=hint) from error
         check_weights(weights, view.response_BT, n_future=view.n_future, label=self.label)
+        check_metrics(weights.metrics, label=self.label)
         return weights
 
 

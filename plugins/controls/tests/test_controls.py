@@ -170,6 +170,18 @@ def test_two_valued_weights_are_matched():
     torch.testing.assert_close(drawn.std(), wrapped.std(), rtol=1e-3, atol=0)
 
 
+def test_random_numbers_of_different_seeds_share_nothing():
+    """No head of a seed has a number of any head of another seed, nor of another step."""
+    drawn = [
+        set(random_integers(make_view([[(5, 40)]], step=step), seed=seed, heads=6).flatten().tolist())
+        for seed in range(8)
+        for step in range(2)
+    ]
+
+    assert {len(each) for each in drawn} == {45 * 6}
+    assert len(set.union(*drawn)) == len(drawn) * 45 * 6
+
+
 def test_random_numbers_are_uniform_and_uncorrelated():
     numbers = uniform(LARGE, seed=3, heads=4)
 

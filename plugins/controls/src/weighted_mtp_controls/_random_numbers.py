@@ -9,6 +9,8 @@ Shape letters: B batch rows, T positions, K heads.
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
 from weighted_mtp_core.api import StepView
@@ -39,9 +41,7 @@ def random_integers(view: StepView, *, seed: int, heads: int) -> Tensor:
         heads: How many numbers per token.
     """
     position_BT, document_BT = _positions_and_documents(view)
-    words_BT = _mix(_mix(document_BT + _word(_GOLDEN * (view.step + 1))) + position_BT) + _word(
-        _GOLDEN * seed
-    )
+    words_BT = _mix(_mix(_mix(document_BT + _word(_GOLDEN * (view.step + 1))) + position_BT) ^ _key(seed))
     head_K = torch.arange(1, heads + 1, device=words_BT.device)
     return _shift(_mix(words_BT[..., None] + head_K * _word(_GOLDEN)), 64 - _BITS)
 
@@ -69,6 +69,11 @@ def _mix(x: Tensor) -> Tensor:
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Shift right and fill with zeros; int64's own shift copies the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _key(seed: int) -> int:
+    """Return a hash of the seed, which is unlike the multiples of `_GOLDEN` that number the heads."""
+    return int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=8).digest(), signed=True)
 
 
 def _word(number: int) -> int:

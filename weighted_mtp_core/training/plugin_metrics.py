@@ -1,0 +1,41 @@
+"""Checks of the metrics that weightings and critics return: names of their own, and scalars."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from weighted_mtp_core.errors import RunFailedError
+
+_CORE = re.compile(
+    r"(policy|critic|pass_at|verdict|acceptance)_.*|(train|validation|test)_(loss|ce|accuracy)(_head_\d+)?"
+    r"|value_loss|weight_(mean|entropy|p\d+)|effective_sample_share|tokens_per_forward"
+)
+"""Names of core's metrics, in all stages."""
+
+
+def check_metrics(metrics: Mapping[str, object], *, label: str) -> None:
+    """Check the metrics of a plugin; reads no values from the device.
+
+    Args:
+        metrics: The metrics by name.
+        label: The component's address, plugin, distribution and version, for messages.
+
+    Raises:
+        RunFailedError: A metric has the name of a metric of core, or is not a number or a 0-dim tensor.
+    """
+    for name, value in metrics.items():
+        if _CORE.fullmatch(name):
+            raise RunFailedError(
+                f"{label} returned a metric `{name}`, which is the name of a metric of core",
+                hint="give the metric a name of its own",
+            )
+        if not isinstance(value, int | float) and not (isinstance(value, Tensor) and value.ndim == 0):
+            what = (
+                f"shape {tuple(value.shape)}"
+                if isinstance(value, Tensor)
+                else f"type `{type(value).__name__}`"
+            )
+            raise RunFailedError(f"{label} returned a metric `{name}` of {what}, expected a number")
