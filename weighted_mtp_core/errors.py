@@ -1,4 +1,4 @@
-"""The exceptions for what a user can repair. Each class has an exit code (`exit_codes.py`)."""
+"""The exceptions for errors that a user can correct. Each class has an exit code (`exit_codes.py`)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from weighted_mtp_core.exit_codes import EXIT_BAD_INPUT, EXIT_RUN_FAILED
 
 
 class WmtpError(Exception):
-    """A mistake that a user can correct: printed as an `error:` line and a `hint:` line, without a traceback.
+    """An error that a user can correct; printed as an `error:` and a `hint:` line, without a traceback.
 
     Args:
         message: What is wrong and where (file, line, key, or plugin distribution and version).
-        hint: What to do about it.
+        hint: What the user can do about it.
     """
 
     exit_code = EXIT_BAD_INPUT
@@ -21,7 +21,7 @@ class WmtpError(Exception):
 
 
 class RunFailedError(WmtpError):
-    """The input was valid and the run failed all the same."""
+    """The input was valid, but the run failed."""
 
     exit_code = EXIT_RUN_FAILED
 

@@ -12,8 +12,8 @@ EXIT_RUN_FAILED = 1
 EXIT_BAD_INPUT = 2
 """The input is wrong and the user can correct it: a recipe, an argument, an installed plugin."""
 EXIT_INTERRUPTED = 130
-"""After SIGINT (Ctrl-C): 128 + 2, the shell's code for a process that signal 2 ended."""
+"""The command ended after SIGINT (Ctrl-C): 128 + 2, the shell's code for a process ended by signal 2."""
 EXIT_PIPE_CLOSED = 141
-"""After the reader of the output has gone, as in `plugins list | head -1`: 128 + 13 (SIGPIPE)."""
+"""The reader closed the output, as in `plugins list | head -1`: 128 + 13 (SIGPIPE)."""
 EXIT_TERMINATED = 143
-"""After SIGTERM (a scheduler or `docker stop`), 128 + 15, and after SIGHUP (the terminal has gone)."""
+"""The command ended after SIGTERM (from a scheduler, `docker stop`) or SIGHUP (closed terminal): 128 + 15."""

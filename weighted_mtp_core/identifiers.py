@@ -1,4 +1,4 @@
-"""Identifiers that a recipe passes to trackers and folders: experiment and params.
+"""Checks identifiers that a recipe passes to trackers and folders: experiment and params.
 
 MLflow accepts experiment names such as `../../evil` or with NUL bytes, so they are checked here.
 """
@@ -18,7 +18,7 @@ def check_path(name: str) -> None:
     """Check a name such as `team/a`; each of its parts becomes a folder.
 
     Raises:
-        ValueError: A part is not usable as a folder's name.
+        ValueError: A part of the name is not a valid folder name.
     """
     for part in name.split("/"):
         if ".." in part or not re.fullmatch(NAME, part):
@@ -38,7 +38,7 @@ def flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def expand_home(path: str) -> str:
-    """Replace `~` or `~user` at the beginning of a path by the home folder.
+    """Replace `~` or `~user` at the beginning of a path with the home folder.
 
     Raises:
         ValueError: There is no such user.

@@ -1,4 +1,4 @@
-"""Text for messages: names in backticks, "did you mean" for near misses, an error in one line."""
+"""Formats text for messages: names in backticks, "did you mean" suggestions, and errors in one line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def suggest(names: Sequence[str]) -> str | None:
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str | None:
-    """Return "did you mean `x`?" for the name closest to `word`, or None if none is close."""
+    """Return "did you mean `x`?" for the name closest to `word`, or None if no name is close."""
     return suggest(nearest(word, names))
 
 
@@ -41,7 +41,7 @@ def reason(error: BaseException) -> str:
 def python_command(*arguments: str) -> str:
     """Return a command that can be pasted into a shell: `python -m` and the arguments, quoted.
 
-    The interpreter is written with its path unless `python` is this one.
+    The command contains the path of the interpreter, unless `python` already runs this interpreter.
     """
     python = "python" if shutil.which("python") == sys.executable else sys.executable
     return shlex.join([python, "-m", *arguments])

@@ -1,6 +1,6 @@
-"""Turn a recipe into a plan: every component selected and checked, nothing built. Imports no torch.
+"""Turn a recipe into a plan: select and check all components, but build nothing and do not import torch.
 
-Every mistake that can be found before a model is loaded is an error here, within half a second.
+Every error that can be found before a model is loaded is reported here, within half a second.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Plan:
         recipe_sha256: SHA-256 of that text.
         distributions: Version and source of the code that the result depends on; see `source_identity`.
         files: Every file that the recipe was read from, lowest layer first.
-        same_result: Dotted keys of the options that do not change the result (`api.SAME_RESULT`), sorted.
+        same_result: Sorted dotted keys of the options that do not affect the result (`api.SAME_RESULT`).
     """
 
     recipe: Recipe
@@ -73,7 +73,7 @@ class Plan:
 
     @property
     def identity(self) -> dict[str, dict[str, str]]:
-        """The facts that two runs share if and only if they are the same: params and source of the code."""
+        """What identifies a run: params and source code. Two runs with the same identity are equal."""
         return {"params": dict(self.params), "distributions": dict(self.distributions)}
 
 
@@ -83,8 +83,8 @@ def make_plan(
     """Read a recipe, load the plugins that it names and check that everything fits together.
 
     Raises:
-        WmtpError: Lists every fault of the recipe and of the components' options at once; or names the
-            plugin that cannot be loaded, or the signal that no critic provides.
+        WmtpError: The recipe or the options of components have errors, all of which are listed; a plugin
+            cannot be loaded; or no critic provides a signal that the weighting needs.
     """
     document = read_document(path, preset=preset, overrides=overrides, run_name=run_name)
     recipe, faults = structure_recipe(document)
@@ -118,7 +118,7 @@ def _select(table: Mapping[str, Any], selector: ComponentSelector) -> dict[KeyPa
 
 
 def _head_faults(recipe: Recipe) -> list[Fault]:
-    """Check `loss.head_weights` against `model.n_future`; a table's own validators see only that table."""
+    """Check `loss.head_weights` against `model.n_future`, which is in another table of the recipe."""
     heads, n_future = recipe.loss.head_weights, recipe.model.n_future
     if heads and len(heads) != n_future:
         text = f"expected one number for each of `model.n_future` = {n_future} heads, got {len(heads)}"

@@ -1,4 +1,4 @@
-"""Remove secrets from text before it is shown or stored. Secrets come from the environment only."""
+"""Removes secrets from text before it is shown or stored. All secrets come from the environment."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SECRET_VARIABLES = (
 )
 """Variables with values that must never be shown."""
 
-_SHORTEST = 4  # a shorter "secret" would remove ordinary words
+_SHORTEST = 4  # removing shorter values would also remove ordinary words
 _PATTERNS = (
     # https://user:password@host, also https://token@host and a password that contains `@` or `/`
     (re.compile(r"(?<=://)(?:[^\s/'\"`<>]*|[^\s/'\"`<>]*:[^\s'\"`<>]*)@"), "***@"),
@@ -39,7 +39,7 @@ _PATTERNS = (
 
 
 def secrets() -> list[str]:
-    """Return every spelling of the secrets in the environment, longest first."""
+    """Return the secrets in the environment in all encodings, longest first."""
     found = {value for name in SECRET_VARIABLES if len(value := os.environ.get(name, "")) >= _SHORTEST}
     user = os.environ.get("MLFLOW_TRACKING_USERNAME", "")
     password = os.environ.get("MLFLOW_TRACKING_PASSWORD", "")

@@ -1,4 +1,4 @@
-"""A run from start to end: prepare, critic, policy, evaluate. To see how a recipe is trained, begin here."""
+"""Executes the four stages of a run: prepare, critic, policy, evaluate. Start reading the code here."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ from weighted_mtp_core.training.prepare import Prepared, prepare
 
 
 def run_plan(plan: Plan, *, resume: str | None = None, allow_change: Sequence[str] = ()) -> None:
-    """Carry out a plan and print a summary.
+    """Execute a plan and print a summary.
 
     Args:
         plan: The plan.
-        resume: Folder or id of the run to continue; None leaves that to the recipe.
+        resume: Folder or id of the run to continue; if None, the recipe's `run.resume` decides.
         allow_change: Keys that may differ from the recipe of the run to continue.
 
     Raises:
-        WmtpError: Something is missing or wrong; nothing was trained.
-        RunFailedError: The run failed on the way, and is closed as FAILED.
+        WmtpError: The input is invalid or something is missing; nothing was trained.
+        RunFailedError: The run failed after it was opened, and was closed as FAILED.
     """
     distributed = Distributed.init(plan.recipe.model.device)
     previous = run_to_resume(plan, resume) if distributed.is_rank_zero else None
@@ -97,7 +97,7 @@ def run_plan(plan: Plan, *, resume: str | None = None, allow_change: Sequence[st
 def _open_recorder(
     plan: Plan, display: Display, previous: Path | None, distributed: Distributed
 ) -> Recorder | RankLog:
-    """Open the run in the first process; the others learn its folder."""
+    """Open the run in the first process, and send its folder to the other processes."""
     if distributed.is_rank_zero:
         recorder = open_recorder(plan, display, resume=previous)
         distributed.broadcast(str(recorder.folder.path))
@@ -151,7 +151,7 @@ class _Run:
         return prepared
 
     def train_critic(self, prepared: Prepared) -> tuple[Critic | None, CriticReport | None]:
-        """Stage 1: train the critic or load it, and measure it; skipped without a critic."""
+        """Stage 1: train or load the critic, and measure it; skipped if the recipe has no critic."""
         table, selected, critic = self.plan.recipe.critic, self.plan.critic, prepared.build_critic()
         if table is None or selected is None or critic is None:
             return None, None
@@ -194,7 +194,7 @@ class _Run:
             critic = prepared.with_score_cache(critic, batches)
         best = self.recorder.folder.checkpoints / "best_model.pt"
         learner = PolicyLearner.make(prepared, critic, best=best, distributed=self.distributed)
-        self._shard(decoder_layers(prepared.policy))  # now: critic and weighting have made their copies
+        self._shard(decoder_layers(prepared.policy))  # after critic and weighting have made their copies
         trained = self._train(learner, self.plan.recipe.train, batches)
         self.recorder.artifact(best, "checkpoints")
         return learner, trained
@@ -240,7 +240,7 @@ class _Run:
 
     @property
     def _takes_part(self) -> bool:
-        """Whether this process is needed after stage 2: the first one always, others for their shards."""
+        """Whether this process is needed after stage 2: always the first one, others if they have shards."""
         return self.distributed.is_rank_zero or self.plan.recipe.model.shard
 
     def _shard(self, blocks: Sequence[nn.Module]) -> None:

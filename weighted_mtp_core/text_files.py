@@ -1,4 +1,4 @@
-"""Read text files that people edit; every editor and system writes its own encoding."""
+"""Reads text files that people edit, which may have various encodings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def read_utf8(path: Path) -> str:
 
     Raises:
         WmtpError: The file has another encoding; the message names it, or the line.
-        OSError: It cannot be read.
+        OSError: The file cannot be read.
     """
     content = path.read_bytes()
     encoding = next((name for mark, name in _OTHER.items() if content.startswith(mark)), None)

@@ -22,7 +22,7 @@ _SLOWEST_BYTES_A_SECOND = 1_000_000
 
 
 class NotStoredError(Exception):
-    """The stored file is not the one that was sent."""
+    """The stored file differs from the file that was sent."""
 
 
 def check_store(client: MlflowClient, run_id: str) -> None:
@@ -39,10 +39,10 @@ def check_store(client: MlflowClient, run_id: str) -> None:
 
 
 def store(client: MlflowClient, run_id: str, path: Path, subdir: str, *, uri: str) -> None:
-    """Upload a file and verify it, by ETag if S3 is accessed directly, else by size.
+    """Upload a file and verify it by its ETag if S3 is accessed directly, otherwise by its size.
 
     Raises:
-        NotStoredError: The stored file is not the one that was sent; send it again.
+        NotStoredError: The stored file differs from the file that was sent, which must be sent again.
     """
     root = client.get_run(run_id).info.artifact_uri
     name = f"{subdir}/{path.name}" if subdir else path.name
@@ -63,7 +63,7 @@ def store(client: MlflowClient, run_id: str, path: Path, subdir: str, *, uri: st
 
 
 def drop_local_checkpoint(client: MlflowClient, run_id: str, path: Path, subdir: str, *, uri: str) -> None:
-    """Delete the local best checkpoint after `store`, if a remote store has every byte of it.
+    """Delete the local best checkpoint after `store`, if a remote store has an identical copy.
 
     Raises:
         NotStoredError: The stored file differs.
@@ -82,8 +82,8 @@ def drop_local_checkpoint(client: MlflowClient, run_id: str, path: Path, subdir:
 def _request(uri: str, address: str, method: str, *, size: int, **body: Any) -> requests.Response:
     """Send a request for a file that the tracking server stores, with a timeout that fits its size.
 
-    The server answers after S3 has the file, which for a large file takes longer than the timeout of MLflow's
-    own request; that one comes from the environment, so it is the same for every thread.
+    The server answers only after S3 has the file. For a large file this takes longer than the timeout of
+    MLflow's own requests, which is set by an environment variable and therefore the same for all threads.
     """
     folder, _, name = address.rpartition("/")
     creds = get_default_host_creds(MlflowArtifactsRepository.resolve_uri(folder, uri))

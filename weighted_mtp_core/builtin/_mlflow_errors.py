@@ -1,7 +1,7 @@
 """Explain an exception of MLflow's client in one line, and decide whether a retry can help.
 
-MLflow raises one class for everything; the cause is in the status code, in the text, or in the exception
-underneath. Response bodies (nginx answers in HTML) and URLs with secrets are left out.
+MLflow raises the same class for all errors; the cause is in the status code, the text or a chained exception.
+Response bodies (nginx answers in HTML) and URLs with secrets are left out of the explanation.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 
 
 class NotDeliveredError(Exception):
-    """The store did not accept something; a retry may succeed."""
+    """The store did not accept the data, but a retry may succeed."""
 
 
 @frozen(kw_only=True)
@@ -36,7 +36,7 @@ class Diagnosis:
 
     Attributes:
         text: The cause in one line.
-        hint: What a person can do about it. None if it may pass by itself.
+        hint: What the user can do about it; None if the failure may be temporary.
         hopeless: Whether the same request will never succeed.
     """
 
@@ -46,7 +46,7 @@ class Diagnosis:
 
     @property
     def lasting(self) -> bool:
-        """Whether it is unlikely to pass by itself; it then stops a run at its start, but not later."""
+        """Whether the failure is probably permanent; it then stops a run at its start, but not later."""
         return self.hint is not None
 
     def as_error(self) -> WmtpError:
@@ -152,7 +152,7 @@ def _diagnose_status(status: int, text: str) -> Diagnosis:
 
 
 def is_crowded(error: BaseException) -> bool:
-    """Return whether another client interfered: it wrote the same row, or held the last connection."""
+    """Return whether another client caused the error by writing the same row or using the last connection."""
     return any(_CROWDED.search(str(each)) for each in causes(error))
 
 

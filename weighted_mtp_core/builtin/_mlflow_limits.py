@@ -1,4 +1,4 @@
-"""Adapt params and tags to the limits of all MLflow stores. A value that is cut says so."""
+"""Adapts params and tags to the limits of all MLflow stores. Truncated values are marked."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def legal(values: Mapping[str, str], *, longest: int) -> dict[str, str]:
 
 
 def legal_key(key: str) -> str:
-    """Replace characters that MLflow refuses in a key; end a key that is too long in its digest."""
+    """Replace characters that MLflow refuses in a key; a key that is too long is cut and ends in a hash."""
     name = _ILLEGAL_KEY.sub("_", key).strip("/ ") or "_"
     parts = [part if part.strip(".") else "_" for part in name.split("/")]
     name = "/".join(parts)
@@ -32,7 +32,7 @@ def legal_key(key: str) -> str:
 
 
 def legal_value(value: str, *, longest: int) -> str:
-    """Replace characters that PostgreSQL refuses, and mark a value that had to be cut."""
+    """Replace characters that PostgreSQL refuses; a value that is too long is cut and marked."""
     value = _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", value)
     if len(value) <= longest:
         return value

@@ -1,7 +1,8 @@
-"""The tracker behind `core.mlflow`. Importing this module imports mlflow: two seconds, 160 MB.
+"""The tracker behind `core.mlflow`. Importing this module imports mlflow, which takes 2 s and 160 MB.
 
 It uses `MlflowClient` with an explicit run id, because the fluent API prints, ends runs and adds other tags.
-Core retries (`tracking/retrying_uploader.py`): the client's own retries block each call for 247 s.
+Core retries failed calls (`tracking/retrying_uploader.py`); the client's own retries, which would block a
+call for up to 247 s, are disabled.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ _DIGEST = 36  # the most characters that MLflow accepts; the param `data.sha256`
 class MlflowTracker(Tracker):
     """Records a run in an MLflow store.
 
-    The tag `wmtp.run_id` identifies a run. Points up to the highest step that the store has of their metric
-    are not sent again, so neither a lost answer nor a resumed run duplicates any.
+    The tag `wmtp.run_id` identifies a run. Points of a metric up to the highest step in the store are not
+    sent again, so a lost answer or a resumed run does not duplicate points.
 
     Args:
         uri: The tracking URI.
@@ -164,7 +165,7 @@ class MlflowTracker(Tracker):
 
     @contextmanager
     def _diagnosed(self, *, starting: bool = False, what: str = "") -> Iterator[None]:
-        """Raise an error of one line for what MLflow raises; its class decides whether to retry."""
+        """Convert an exception of MLflow to an error of one line; its class decides whether core retries."""
         try:
             yield
         except WmtpError:
@@ -177,7 +178,7 @@ class MlflowTracker(Tracker):
 
     @contextmanager
     def _local_store_lock(self) -> Iterator[None]:
-        """Let one process at a time open a local store: two processes that migrate a new file crash."""
+        """Let only one process at a time open a local store; concurrent migrations of a new file crash."""
         if self._path is None:
             yield
             return
@@ -233,7 +234,7 @@ class MlflowTracker(Tracker):
         )
 
     def _describe(self, run: RunInfo) -> None:
-        """Add what the store does not have; tags last, so that they override those of context providers."""
+        """Add missing params and data, and then the tags, which must override tags of MLflow itself."""
         client = self._open
         kept = client.get_run(self.run_id)
         if kept.info.status != "RUNNING":
@@ -247,7 +248,7 @@ class MlflowTracker(Tracker):
         self._send_tags(run.tags)
 
     def _describe_data(self, versions: Sequence[DatasetVersion]) -> None:
-        """Log the data of the run; retry once, since runs that start at once may insert the same row."""
+        """Log the data of the run; retry once, because runs that start together may insert the same row."""
         datasets = [_dataset_input(version) for version in versions]
         try:
             self._open.log_inputs(self.run_id, datasets=datasets)

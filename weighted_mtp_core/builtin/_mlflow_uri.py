@@ -1,4 +1,4 @@
-"""The tracking URI: which one a run uses, and which ones are refused."""
+"""Chooses the tracking URI of a run and refuses invalid URIs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _SCHEME = re.compile(r"(https?://|file:/|sqlite://|postgresql(\+\w+)?://)")
 
 
 def resolve_uri(option: str | None, storage: Path) -> str:
-    """Return the option, or MLFLOW_TRACKING_URI, or the store `<storage>/mlflow.db`.
+    """Return the URI from the option, otherwise from MLFLOW_TRACKING_URI, otherwise `<storage>/mlflow.db`.
 
     Raises:
-        WmtpError: No URI can name `<storage>/mlflow.db`.
+        WmtpError: The path `<storage>/mlflow.db` has characters that are not possible in a URI.
     """
     return option or os.environ.get("MLFLOW_TRACKING_URI") or _store_in(storage)
 
 
 def _store_in(storage: Path) -> str:
-    """Return the URI of the store in a folder, relative if the absolute path has characters of URLs."""
+    """Return the URI of the store in a folder, relative if the absolute path has special characters."""
     path = str(storage.absolute() / "mlflow.db")
     if set("?#%") & set(path):
         path = os.path.relpath(path)
@@ -39,7 +39,7 @@ def check_uri(uri: str) -> None:
     """Refuse a tracking URI that MLflow would misinterpret, or that contains a password.
 
     Raises:
-        WmtpError: It has another scheme, or a user or password, or it names no file.
+        WmtpError: The URI has an unknown scheme, contains a user or a password, or does not name a file.
     """
     if not _SCHEME.match(uri):
         raise WmtpError(

@@ -1,4 +1,4 @@
-"""Tracker `core.mlflow`: its options, how it is built, and its checks. Does not import mlflow."""
+"""Declares the tracker `core.mlflow`: its options, its builder and its checks. Does not import mlflow."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class MlflowOptions:
     """`[tracker.options]` of `core.mlflow`.
 
     Attributes:
-        tracking_uri: The server or store; by default MLFLOW_TRACKING_URI from the environment or `.env`, or
-            else `<storage>/mlflow.db`.
+        tracking_uri: The server or store; by default MLFLOW_TRACKING_URI from the environment or `.env`,
+            otherwise `<storage>/mlflow.db`.
         experiment_prefix: The experiment is `<experiment_prefix>/<weighting plugin>`.
         artifact_root: Where a new experiment stores files; by default the server's choice, or `mlartifacts`
             beside a local store.
-        keep_local: False deletes `checkpoints/best_model.pt` from the run folder once a remote artifact
-            store has every byte of it.
-        enabled: False records the run in its run folder only.
+        keep_local: False deletes `checkpoints/best_model.pt` from the run folder once a remote artifact store
+            has an identical copy.
+        enabled: If False, the run is recorded only in its run folder.
     """
 
     tracking_uri: str | None = field(default=None, validator=_is_uri)

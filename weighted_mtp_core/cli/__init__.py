@@ -181,7 +181,7 @@ def _parser() -> tuple[Parser, list[str]]:
 
 
 def _discard_unread_output() -> bool:
-    """Return whether the reader of the output has gone, as `head` does; then discard the rest."""
+    """Return whether the reader has closed the output, as `head` does; if so, discard the rest."""
     closed = False
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, OSError):  # no stream, or one in memory

@@ -61,7 +61,7 @@ def add_repeatable(parser: argparse.ArgumentParser, name: str, **details: str) -
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, *, also: str = "") -> None:
-    """Add RUN and `--runs`; `also` names what else RUN may be, for the help text."""
+    """Add RUN and `--runs`; the help text appends `also`, which names what else RUN may be."""
     parser.add_argument("run", metavar="RUN", help=f"a run folder, a run id, or a part of one{also}")
     add_folder(parser, "--runs", default="storage/runs")
 

@@ -167,7 +167,7 @@ def _execute(arms: Sequence[Arm], seeds: Sequence[int], *, jobs: int | None, out
 
 
 def _measure(arms: Sequence[Arm], outcome: Outcome) -> dict[str, dict[int, RunMeasures]]:
-    """Read the finished runs by arm and seed, without arms that have none."""
+    """Read the measures of finished runs, keyed by arm and seed; arms without a finished run are left out."""
     from weighted_mtp_core.compare.measures import read_measures
 
     runs: dict[str, dict[int, RunMeasures]] = {}
@@ -189,7 +189,7 @@ def _write(
     metrics: Sequence[str] | None,
     out: Path,
 ) -> tuple[Comparison, list[Path]]:
-    """Compare, print the table, and write it with its plots; return the comparison and the files."""
+    """Compare the runs, print the table, write table and plots; return the comparison and the files."""
     from weighted_mtp_core.compare.measures import default_metrics
     from weighted_mtp_core.compare.plots import plot_curves
     from weighted_mtp_core.compare.table import Comparison

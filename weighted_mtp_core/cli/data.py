@@ -114,7 +114,7 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _print_splits(splits: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print a line a split; the last column counts problems by their share of correct responses."""
+    """Print one line per split; the last column counts problems by their share of correct responses."""
     rows: list[tuple[str, ...]] = [
         ("split", "problems", "responses", "right", "prompt", "response", "difficulty")
     ]

@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _examine(plan: Plan | None) -> Iterator[Finding]:
-    """Yield the findings for a plan, or for everything that is installed."""
+    """Yield the findings for a plan, or for all installed components if there is no plan."""
     storage = Path("storage" if plan is None else plan.recipe.run.storage)
     try:
         yield from _environment(load_dotenv())
@@ -104,7 +104,7 @@ def _environment(found: DotEnv | None) -> Iterator[Finding]:
 
 
 def _plugins(loaded: list[LoadedPlugin]) -> Iterator[Finding]:
-    """Load every installed plugin and yield a finding for each; those that can be used go to `loaded`."""
+    """Load every installed plugin and yield a finding for each; usable plugins are appended to `loaded`."""
     for fault in metadata_faults():
         yield Finding(mark="warning", name="package", text=fault, hint="install that package again")
     registry = PluginRegistry()
@@ -151,7 +151,7 @@ def _of_plan(plan: Plan) -> Iterator[tuple[AnyComponent, Any]]:
 
 
 def _of_installed(loaded: list[LoadedPlugin]) -> Iterator[tuple[AnyComponent, Any]]:
-    """Yield the components that need no option, with their default options."""
+    """Yield the components whose options all have defaults, with these defaults."""
     for plugin in loaded:
         for component in (each for by_name in plugin.components.values() for each in by_name.values()):
             if all(each.default is not attrs.NOTHING for each in attrs.fields(component.options)):

@@ -81,7 +81,7 @@ def _plans(run: Path, args: argparse.Namespace) -> list[Plan]:
 
 
 def _evaluations(run: Path, plan: Plan) -> Path:
-    """Return the folder of evaluations; nothing is added to an exported model."""
+    """Return the folder for evaluations, which is outside of an exported model."""
     from weighted_mtp_core.model.exported_model import is_exported_model
 
     if is_exported_model(run):
@@ -90,7 +90,7 @@ def _evaluations(run: Path, plan: Plan) -> Path:
 
 
 def _measure(run: Path, plans: Sequence[Plan], *, split: Split, out: Path) -> dict[str, Any]:
-    """Choose the best of several plans on validation, measure it, and write all files."""
+    """Choose the plan that is best on the validation split, measure it, and write all files."""
     from rich.console import Console
 
     from weighted_mtp_core.evaluation.evaluate import best_trial, evaluate, try_temperatures

@@ -1,4 +1,4 @@
-"""Print rows in aligned columns, without colour: the same text in a terminal, a pipe and a log."""
+"""Print rows in aligned columns without colour, so that a terminal, a pipe and a log get the same text."""
 
 from __future__ import annotations
 

@@ -70,7 +70,8 @@ def read_samples(path: Path, problems: Mapping[str, Problem]) -> list[tuple[Prob
     """Return each sample's problem and completion, in the order of the file.
 
     Raises:
-        WmtpError: The file cannot be read, or lists its malformed lines and its samples without a problem.
+        WmtpError: The file cannot be read, or has malformed lines or samples without a problem, which are
+            listed.
     """
     unknown: list[str] = []
 

@@ -1,1 +1,1 @@
-"""A trained policy as a model that other tools load."""
+"""Exports a trained policy as a model that other tools can load."""

@@ -35,10 +35,10 @@ from weighted_mtp_core.storage.manifest import atomic_folder
 
 
 def refuse_to_replace(path: Path, *, force: bool) -> None:
-    """Refuse to write over what exists; with `force`, over anything but an exported model or an empty folder.
+    """Refuse to overwrite existing files; with `force`, exported models and empty folders may be replaced.
 
     Raises:
-        WmtpError: Something exists that must stay.
+        WmtpError: `path` exists and must not be replaced.
     """
     if not path.exists():
         return
@@ -140,7 +140,7 @@ def _extra_heads(policy: Policy) -> dict[str, Tensor]:
 
 
 def _generation_config(tokenizer: Any) -> Any:
-    """Return the config with which transformers' `generate` stops where ours stops; it is greedy."""
+    """Return a greedy config with which transformers' `generate` ends texts like this package does."""
     from transformers import GenerationConfig
 
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id

@@ -1,1 +1,1 @@
-"""Device, processes, OS signals and environment variables of a run."""
+"""Handles the device, the processes, OS signals and environment variables of a run."""

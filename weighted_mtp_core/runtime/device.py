@@ -1,4 +1,4 @@
-"""Where a run computes: the device, the dtype of forward passes, and the way of tensors to the device."""
+"""Chooses the device of a run and the dtype of its forward passes, and copies tensors to the device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from weighted_mtp_core.errors import WmtpError
 
 READ_EVERY = 10
-"""Steps between two reads of a value on an accelerator: each read waits for the device."""
+"""Steps between two reads of a value on an accelerator, because each read synchronises with the device."""
 
 
 @frozen(kw_only=True)
@@ -25,7 +25,7 @@ class Compute:
 
     @classmethod
     def resolve(cls, *, device: str, dtype: str) -> Compute:
-        """Return what `model.device` and `model.dtype` of a recipe mean on this machine.
+        """Choose device and dtype for the values of `model.device` and `model.dtype` in a recipe.
 
         Raises:
             WmtpError: There is no such device here, or it does not compute in this dtype.
@@ -34,12 +34,12 @@ class Compute:
         return cls(device=resolved, dtype=resolve_dtype(dtype, resolved))
 
     def autocast(self) -> torch.autocast:
-        """Return the context of a forward pass."""
+        """Return the autocast context for a forward pass."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
 
 def to_device(value: Tensor | NDArray[Any], device: torch.device) -> Tensor:
-    """Return a tensor, or an array as a tensor, on the device; the host does not wait for the copy."""
+    """Copy a tensor or an array to the device as a tensor; the host does not wait for the copy."""
     tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
     return tensor.to(device, non_blocking=True)
 

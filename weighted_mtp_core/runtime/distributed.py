@@ -1,8 +1,8 @@
-"""The processes that train together, as `torchrun` starts them; a single process communicates nothing.
+"""The processes that train together, started by `torchrun`; a single process does not communicate.
 
-Every process holds the token ids of the whole global batch, which cost nothing, and computes its share of the
-rows. So the weighting's input, its statistics, normalisers and state are the same in every process, and equal
-to those of a single process up to the order of sums.
+Every process has the token ids of the whole global batch, which take little memory, and computes its share of
+the rows. The weighting's input, statistics, normalisers and state are therefore the same in every process,
+and equal to the values in a run with a single process up to the order of sums.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.runtime.device import device_type
 
 Item = TypeVar("Item")
-_TIMEOUT = timedelta(minutes=30)  # the longest that one process prepares or judges while others wait
+_TIMEOUT = timedelta(minutes=30)  # maximum time for which processes wait while one prepares or evaluates
 
 
 @frozen(kw_only=True)
@@ -31,9 +31,9 @@ class Distributed:
     """One of `size` processes.
 
     Attributes:
-        rank: Its number, from 0.
-        size: How many processes there are.
-        control_group: A second process group (gloo), for checkpoints written beside training; None for a
+        rank: Number of this process, from 0.
+        size: Number of processes.
+        control_group: A second process group (gloo), for writing checkpoints during training; None for a
             single process.
     """
 
@@ -91,7 +91,7 @@ class Distributed:
     def shard_evenly(self, items: Sequence[Item], *, spare: Item) -> list[Item]:
         """Return this process's share, padded with a spare item to the length of the longest share.
 
-        Where parameters are sharded, each item is a collective operation, so all processes need as many.
+        If parameters are sharded, each item needs a collective operation, so all processes need equally many.
         """
         mine = list(self.shard_rows(items))
         return mine + [spare] * (-(-len(items) // self.size) - len(mine))
@@ -111,7 +111,7 @@ class Distributed:
         return dict(zip(scalars, values.unbind(), strict=True))
 
     def all_reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sum the gradients of whole parameters; FSDP2 has already summed those of sharded ones."""
+        """Sum the gradients of unsharded parameters; FSDP2 has already summed those of sharded parameters."""
         if self.is_single_process:
             return
         works = []
@@ -124,7 +124,7 @@ class Distributed:
             work.wait()
 
     def any_rank(self, *, flag: bool) -> bool:
-        """Return whether any process sets the flag; a collective operation."""
+        """Return whether `flag` is True in any process; this is a collective operation."""
         if self.is_single_process:
             return flag
         counter = torch.tensor([float(flag)])
@@ -142,7 +142,7 @@ class Distributed:
     def barrier(self) -> None:
         """Wait for all processes."""
         if not self.is_single_process:
-            self.any_rank(flag=False)  # on the CPU: a barrier of NCCL takes a kernel on each GPU
+            self.any_rank(flag=False)  # on the CPU, because a barrier of NCCL launches a kernel on each GPU
 
     @contextmanager
     def rank_zero_first(self) -> Iterator[None]:

@@ -1,8 +1,8 @@
-"""OS signals, from the first line of a process to the last.
+"""Handles OS signals during the whole life of a process.
 
-SIGINT, SIGTERM and SIGHUP end a command. During training the first one requests a stop after the step, and
-the second one stops at once; while a run is opened or closed, they wait. SIGUSR1 requests a checkpoint;
-outside training the request is remembered. SIGHUP stays ignored under `nohup`.
+SIGINT, SIGTERM and SIGHUP end a command. During training the first such signal requests a stop after the
+current step, and a second signal stops at once; while a run is opened or closed, signals are delayed. SIGUSR1
+requests a checkpoint; outside training the request is remembered. Under `nohup`, SIGHUP remains ignored.
 
 The exit codes that follow, 130 and 143, are in `exit_codes.py`.
 """
@@ -39,7 +39,7 @@ def raise_on_termination() -> Iterator[None]:
 
 @contextmanager
 def hold_signals() -> Iterator[None]:
-    """Delay the signals that end a command until the end of the block; a second one acts at once.
+    """Delay signals that end a command until the end of the block; a second signal takes effect at once.
 
     Raises:
         KeyboardInterrupt: After SIGINT.
@@ -60,27 +60,27 @@ def hold_signals() -> Iterator[None]:
 
 @define(eq=False)
 class StopRequest:
-    """Handles signals of a training loop within a `with` block on the main thread."""
+    """Handles the signals that arrive during a training loop, in a `with` block on the main thread."""
 
     _received: int | None = field(init=False, default=None)
     _handlers: ExitStack = field(init=False, factory=ExitStack)
 
     @property
     def requested(self) -> bool:
-        """Whether a signal arrived that ends the command."""
+        """Whether a signal that ends the command has arrived."""
         return self._received is not None
 
     @property
     def checkpoint_requested(self) -> bool:
-        """Whether SIGUSR1 arrived, also before the block."""
+        """Whether SIGUSR1 has arrived, even if before the block."""
         return _checkpoint_requested.is_set()
 
     def forget_checkpoint_request(self) -> None:
-        """Begin to wait for the next SIGUSR1."""
+        """Discard the request for a checkpoint and wait for the next SIGUSR1."""
         _checkpoint_requested.clear()
 
     def stop(self) -> None:
-        """End as the signal would have ended the process.
+        """Raise the exception for the signal that requested the stop.
 
         Raises:
             KeyboardInterrupt: After SIGINT.

@@ -1,4 +1,4 @@
-"""Parameters sharded over processes (FSDP2): from shards to whole tensors and back, and to main memory."""
+"""Shards parameters over processes (FSDP2), and converts between shards and whole tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from weighted_mtp_core.runtime.distributed import Distributed
 def shard(blocks: Iterable[nn.Module], distributed: Distributed) -> None:
     """Shard the parameters of each module over the processes.
 
-    Gradients are summed, as those of whole parameters are. Copies of the modules must be made before.
+    Gradients are summed over the processes, like the gradients of unsharded parameters. Modules must be
+    copied before they are sharded, because sharded modules cannot be copied.
     """
     mesh: DeviceMesh | None = None
     for block in blocks:
@@ -27,7 +28,7 @@ def shard(blocks: Iterable[nn.Module], distributed: Distributed) -> None:
 
 
 def decoder_layers(policy: nn.Module) -> list[nn.Module]:
-    """Return the innermost modules of a policy's lists of modules: the layers of trunk and heads."""
+    """Return the layers of a policy's trunk and heads: the innermost modules in its lists of modules."""
     listed = [each for module in policy.modules() if isinstance(module, nn.ModuleList) for each in module]
     return [
         block
@@ -38,19 +39,19 @@ def decoder_layers(policy: nn.Module) -> list[nn.Module]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Gather a sharded tensor in every process (a collective operation); return another one unchanged."""
+    """Gather a sharded tensor in every process (a collective operation); return other tensors unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def like(own: Tensor, value: Tensor) -> Tensor:
-    """Return a whole tensor, the same in every process, sharded as `own` is; without communication."""
+    """Shard the whole tensor `value`, equal in every process, like `own`; this needs no communication."""
     if not isinstance(own, DTensor):
         return value
     return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
 
 def all_like(own: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state with its tensors sharded as those of the same names in `own` are."""
+    """Return a state whose tensors are sharded like the tensors of the same names in `own`."""
     return {
         name: like(own[name], value) if isinstance(own.get(name), DTensor) else value
         for name, value in state.items()
@@ -58,12 +59,12 @@ def all_like(own: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]
 
 
 def copy_to_host(tensor: Tensor, into: Tensor | None = None) -> Tensor:
-    """Return a copy in main memory, sharded as the tensor is.
+    """Return a copy of a tensor in main memory, with the same sharding.
 
     Args:
-        tensor: What to copy.
-        into: An earlier copy that is no longer needed: overwritten and returned if it fits. Fresh memory
-            costs the system several times what the copy costs.
+        tensor: The tensor to copy.
+        into: An earlier copy that is no longer needed. It is overwritten and returned if it fits, because
+            allocating new memory takes several times as long as the copy.
     """
     if into is not None and (into.shape, into.dtype) == (tensor.shape, tensor.dtype):
         _local(into).copy_(_local(tensor))
@@ -72,6 +73,6 @@ def copy_to_host(tensor: Tensor, into: Tensor | None = None) -> Tensor:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor, detached."""
+    """Return this process's part of a tensor, detached."""
     held = tensor.detach()
     return held.to_local() if isinstance(held, DTensor) else held

@@ -1,7 +1,8 @@
 """Write a complete plugin package from the files in `templates/`.
 
-Every package gets the files of `templates/common` and those of `templates/<kind>`. `{{word}}` is replaced in
-names and contents of files. Templates end in `.tmpl`, so that tools do not read them as Python or TOML.
+Every package gets the files of `templates/common` and of `templates/<kind>`. In names and contents of files,
+`{{word}}` is replaced with its value. The names of templates end in `.tmpl`, so that tools do not read them
+as Python or TOML.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ SUMMARIES = {
 
 @frozen(kw_only=True)
 class Scaffold:
-    """A plugin package to be written, with one component, which has the name of the plugin."""
+    """A plugin package to write, with one component that has the same name as the plugin."""
 
     name: str
     kind: Kind
 
     @property
     def distribution(self) -> str:
-        """Name for pip."""
+        """Name of the distribution for pip."""
         return f"weighted-mtp-{self.name.replace('_', '-')}"
 
     @property
     def module(self) -> str:
-        """Name for Python."""
+        """Name of the Python module."""
         return f"weighted_mtp_{self.name}"
 
     def write(self, folder: Path) -> None:
@@ -86,7 +87,7 @@ def check_name(name: str, installed: Mapping[str, FoundPlugin]) -> None:
     """Check that a new plugin may have this name.
 
     Raises:
-        WmtpError: The name is not valid in an address, a module name and a distribution name, or it is taken.
+        WmtpError: The name is not valid in addresses, modules and distributions, or a plugin already has it.
     """
     if not _NAME.fullmatch(name):
         near = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
@@ -110,7 +111,7 @@ def _fill(text: str, words: Mapping[str, str]) -> str:
 
 
 def _core_range(version: Version) -> str:
-    """Return the range of versions with the API of this one: before 1.0 a minor version may break it."""
+    """Return the range of core versions with the same API; before 1.0, a minor version may change the API."""
     floor = f">={version.major}.{version.minor}"
     ceiling = f"{version.major}.{version.minor + 1}" if version.major == 0 else f"{version.major + 1}"
     return f"{floor},<{ceiling}"
