@@ -1,4 +1,4 @@
-"""The weights that a run keeps: `best_model.pt` of the policy, and a folder of safetensors of a component."""
+"""Saves and loads the best weights of a run: the policy's `best_model.pt`, and a component's safetensors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def load_model(model: nn.Module, path: Path) -> None:
     """Load what `save_model` wrote.
 
     Raises:
-        WmtpError: The file is missing, holds something other than tensors, or belongs to another model.
+        WmtpError: The file is missing, contains something other than tensors, or belongs to another model.
     """
     if not path.is_file():
         raise WmtpError(f"there is no checkpoint `{path}`")
@@ -84,7 +84,7 @@ def load_component(component: Stateful, folder: Path) -> None:
     """Restore what `save_component` wrote.
 
     Raises:
-        WmtpError: There is no such checkpoint, a byte of it changed, or the component refuses it.
+        WmtpError: There is no such checkpoint, its files were changed, or the component refuses it.
     """
     if not (folder / _TENSORS).is_file():
         raise WmtpError(

@@ -1,7 +1,7 @@
-"""When snapshots are written, which are kept, and which one a resumed run takes.
+"""Decides when snapshots are written, which are kept, and from which one a resumed run continues.
 
-A thread of its own writes them, so that training goes on; a snapshot is on disk completely or not at all.
-`snapshot.py` holds the content and the files of one.
+A background thread writes snapshots, so that training continues. Each snapshot is on disk completely or not
+at all. `snapshot.py` defines the content and the files of a snapshot.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from weighted_mtp_core.storage.manifest import atomic_folder, files_of
 
 STAGES = ("critic", "policy")
 _NAME = re.compile(r"(critic|policy)-(\d{8})")
-_SPARE_BYTES = 16 << 20  # for values and manifest, and for the journal, which grows during the write
+_SPARE_BYTES = 16 << 20  # for values, manifest and the journal, which grows while a snapshot is written
 
 
 @define(kw_only=True, eq=False)
 class Checkpoints:
-    """The snapshots of a run, a context manager: leaving it waits for the last write.
+    """Context manager for the snapshots of a run; leaving it waits until the last snapshot is written.
 
     Attributes:
         folder: `checkpoints/` of the run folder.
@@ -59,7 +59,7 @@ class Checkpoints:
         """Write a snapshot in the background, after the previous one.
 
         Raises:
-            RunFailedError: The previous one could not be written.
+            RunFailedError: The previous snapshot could not be written.
         """
         self.wait()
         if self.distributed.is_rank_zero:
@@ -102,7 +102,7 @@ class Checkpoints:
         self._writer.shutdown(wait=True)
 
     def _paths(self) -> list[Path]:
-        """Return the folders of the snapshots, oldest first: by stage and step, never by the clock."""
+        """Return the folders of the snapshots, oldest first by stage and step, never by file time."""
         return [self.folder / f"{stage}-{step:08d}" for stage, step in steps_of_snapshots(self.folder)]
 
     def _write(self, snapshot: Snapshot) -> None:
@@ -145,7 +145,7 @@ def steps_of_snapshots(folder: Path) -> list[tuple[str, int]]:
 
 
 def _drop_file_cache(path: Path) -> None:
-    """Free the memory in which the system caches the files, so that the next copies need no fresh memory."""
+    """Free the system's cache of the files, so that memory is available for the next copies."""
     if sys.platform == "linux":
         for file in files_of(path):
             with file.open("rb") as opened:
@@ -153,8 +153,8 @@ def _drop_file_cache(path: Path) -> None:
 
 
 def _lower_priority() -> None:
-    """Let the training thread have the processor first: the write may take until the next checkpoint."""
-    if sys.platform == "linux":  # elsewhere threads have no priority of their own
+    """Give the training thread precedence, because writing may take as long as until the next checkpoint."""
+    if sys.platform == "linux":  # other systems have no priorities for single threads
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 

@@ -1,4 +1,4 @@
-"""`--resume`: which run to continue, and whether it still is the same run."""
+"""Finds the run that `--resume` continues, and checks that recipe, code and data are still the same."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SAFE = (
     "train.max_bad_steps",
     "train.steps",
 )
-"""Keys that may differ in a resumed run, beside `Plan.same_result`: none changes a step that is done."""
+"""Keys besides `Plan.same_result` that may differ in a resumed run, as they do not affect completed steps."""
 
 
 def run_to_resume(plan: Plan, named: str | None) -> Path | None:
@@ -38,7 +38,7 @@ def run_to_resume(plan: Plan, named: str | None) -> Path | None:
 
     Args:
         plan: The plan.
-        named: A run's folder or id (`--resume`); None leaves that to the recipe's `run.resume`.
+        named: A run's folder or id (`--resume`); if None, the recipe's `run.resume` decides.
 
     Raises:
         WmtpError: There is no such run.
@@ -61,7 +61,7 @@ def _unfinished(path: Path, plan: Plan) -> bool:
 
 
 def _changes(was: Mapping[str, Any], plan: Plan, *, allowed: Sequence[str]) -> list[str]:
-    """Return the differences in recipe and source between a run, by its `run.json`, and a plan."""
+    """Return the differences in recipe and source code between a run's `run.json` and a plan."""
     safe = (*SAFE, *plan.same_result, *allowed)
     before, now = was.get("distributions", {}), plan.distributions
     return _differences(was.get("params", {}), plan.params, allowed=safe) + _differences(
@@ -80,7 +80,7 @@ def refuse_changes(path: Path, plan: Plan, *, allowed: Sequence[str]) -> None:
         allowed: Keys that the user allows to differ (`--allow-change`).
 
     Raises:
-        WmtpError: Lists the differences.
+        WmtpError: There are differences that are not allowed, or the run is already finished.
     """
     was = read_run(path)
     _refuse(path, _changes(was, plan, allowed=allowed))
@@ -120,7 +120,7 @@ def _refuse_fewer_steps(path: Path, plan: Plan, done: Mapping[str, int]) -> None
 
 
 def _steps_done(path: Path) -> dict[str, int]:
-    """Return the last step of each stage that has begun, by journal and checkpoints."""
+    """Return the last step of each stage that has begun, according to journal and checkpoints."""
     folder = RunFolder(path=path)
     history = RunHistory()
     for line in read_journal(folder.journal, kinds=("metrics",)) if folder.journal.is_file() else ():
@@ -135,13 +135,13 @@ def _steps_done(path: Path) -> dict[str, int]:
 
 
 def refuse_other_data(folder: RunFolder, version: DatasetVersion, *, allowed: Sequence[str]) -> bool:
-    """Compare the data with those that the run started with; record them if it starts now.
+    """Compare the data with the data that the run started with; a new run records its data instead.
 
     Returns:
         Whether the data are new to the run.
 
     Raises:
-        WmtpError: They differ.
+        WmtpError: The data differ.
     """
     key = "data.sha256"
     was = read_run(folder.path).get(key)
@@ -164,7 +164,7 @@ def fingerprint(distributed: Distributed = SINGLE_PROCESS) -> dict[str, str]:
 
 
 def other_machine(path: Path, distributed: Distributed) -> str | None:
-    """Return a warning if machine or processes differ from those of the run so far, else None."""
+    """Return a warning if the machine or the number of processes differs from the run so far, or None."""
     was, now = read_run(path).get("fingerprint", {}), fingerprint(distributed)
     differing = [f"{key} {was[key]} -> {now[key]}" for key in now if key in was and was[key] != now[key]]
     if not differing:

@@ -1,7 +1,7 @@
-"""Files of sharded tensors: each process writes its shards, and any number of processes reads them.
+"""Files of sharded tensors: each process writes its shards, and any number of processes can read them.
 
-The format is the safetensors form of PyTorch's distributed checkpoints: nothing is pickled, and no process
-holds all tensors.
+The format is the safetensors variant of PyTorch's distributed checkpoints: nothing is pickled, and no process
+needs memory for all tensors.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path | None, distributed
     """Write this process's shards; all processes must call this, each in one thread at a time.
 
     Args:
-        tensors: In main memory, with the same names in every process; the first process writes whole ones.
-        folder: The target, needed in the first process only.
+        tensors: Tensors in main memory, with the same names in every process; the first process writes the
+            unsharded tensors.
+        folder: The folder for the files, needed only in the first process.
         distributed: The processes.
 
     Raises:
@@ -44,13 +45,13 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path | None, distributed
             planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
             process_group=distributed.control_group,
         )
-    except CheckpointException as error:  # a BaseException; it holds the error of each process
+    except CheckpointException as error:  # a BaseException with the error of each process
         first = next(iter(error.failures.values()))[0]
         raise OSError(f"a process could not write its part: {first}") from error
 
 
 class Shards(Mapping[str, Tensor]):
-    """The tensors that `write_shards` wrote, each read from all files and put together on access.
+    """The tensors that `write_shards` wrote; on access, a tensor is assembled from all files.
 
     Args:
         folder: The folder of the files.
@@ -82,7 +83,7 @@ class Shards(Mapping[str, Tensor]):
 
 
 class _Reader(HuggingFaceStorageReader):
-    """Reads the headers of the files once, not for every tensor."""
+    """Reads the headers of the files only once instead of once per tensor."""
 
     @cached_property
     def metadata(self) -> Metadata:

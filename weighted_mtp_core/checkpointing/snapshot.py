@@ -1,8 +1,9 @@
-"""The state of a stage after a completed step, as files: all that it needs to continue as if never stopped.
+"""Files with the state of a stage after a completed step, from which a run continues without any difference.
 
-A snapshot is a folder `<stage>-<step>`: tensors as safetensors, one file per process where they are sharded;
-plain values as JSON; the best state so far as a hard link, which costs nothing; and a manifest. Reading a
-snapshot runs no code. `manager.py` decides when snapshots are written and which are kept.
+A snapshot is a folder `<stage>-<step>` with tensors as safetensors (one file per process for sharded
+tensors), plain values as JSON, the best state so far as a hard link, which takes no space, and a manifest.
+Reading a snapshot executes no code from it. `manager.py` decides when snapshots are written and which are
+kept.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
 from weighted_mtp_core.storage.manifest import verify_manifest
 
 FORMAT = 3
-"""Raise it when the content of snapshots changes; other formats are refused."""
+"""Format of snapshots, to be increased when their content changes; other formats are refused."""
 
 _TENSORS, _SHARDS, _VALUES, _BEST = "state.safetensors", "shards", "state.json", "best"
 
 
 class OtherFormatError(WmtpError):
-    """The snapshot is whole, but another release wrote it."""
+    """The snapshot is intact, but was written by another release."""
 
 
 @frozen(kw_only=True, eq=False)
@@ -44,10 +45,10 @@ class Snapshot:
 
     Attributes:
         stage: `critic` or `policy`.
-        step: Steps done.
-        tensors: By dotted name, `learner.*`, `optimiser.*` and `rng.*`, in main memory. A snapshot that was
-            read holds whole tensors; from sharded files, each is read on access.
-        values: Everything else, as plain JSON values.
+        step: Number of completed steps.
+        tensors: Tensors in main memory, keyed by dotted names `learner.*`, `optimiser.*` and `rng.*`. A
+            snapshot that was read contains unsharded tensors, which are read on access from sharded files.
+        values: All other parts of the state, as plain JSON values.
         best: The file or folder with the best state at that step.
     """
 
@@ -68,7 +69,7 @@ class Snapshot:
         return any(isinstance(tensor, DTensor) for tensor in self.tensors.values())
 
     def part(self, prefix: str) -> Mapping[str, Any]:
-        """Return the tensors below a prefix, without it, together with the plain values of that name."""
+        """Return the tensors below a prefix, named without it, and the plain values under this prefix."""
         return ChainMap(dict(self.values.get(prefix, {})), WithPrefix(self.tensors, prefix))  # type: ignore[arg-type]
 
     def write_share(self, distributed: Distributed) -> None:
@@ -96,8 +97,8 @@ class Snapshot:
         """Read a snapshot and check every byte against its manifest.
 
         Raises:
-            OtherFormatError: Another release wrote it.
-            WmtpError: A file changed or is missing.
+            OtherFormatError: Another release wrote the snapshot.
+            WmtpError: A file was changed or is missing.
         """
         verify_manifest(folder)
         try:
@@ -115,7 +116,7 @@ class Snapshot:
             raise WmtpError(f"checkpoint `{folder}` cannot be read: {error}") from error
 
     def restore_best(self, path: Path) -> None:
-        """Put the best state back at the path where training keeps it."""
+        """Restore the best state at `path`, where training expects it."""
         if path.is_dir():
             shutil.rmtree(path)
         path.unlink(missing_ok=True)
@@ -141,7 +142,7 @@ def _read_tensors(folder: Path) -> Mapping[str, Tensor]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Hard-link a file, or the files of a folder; copy where the file system has no hard links."""
+    """Hard-link a file, or the files of a folder; copy them if the file system has no hard links."""
     if source.is_dir():
         for file in sorted(source.iterdir()):
             _link(file, target / file.name)

@@ -1,4 +1,4 @@
-"""The state of modules, optimisers and random generators as tensors and plain values, and its restoration.
+"""Copies the state of modules, optimisers and random generators as tensors and plain values, and restores it.
 
 `snapshot.py` writes such states to files and reads them.
 """
@@ -25,7 +25,7 @@ _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 class WithPrefix(Mapping[str, Any]):
-    """The entries of a state below a dotted prefix, named without it; values are read on access."""
+    """The entries of a state below a dotted prefix, named without the prefix; values are read on access."""
 
     def __init__(self, state: Mapping[str, Any], prefix: str) -> None:
         self._state, self._start = state, f"{prefix}."
@@ -43,12 +43,12 @@ class WithPrefix(Mapping[str, Any]):
 def copy_state(
     state: Mapping[str, Any], prefix: str, *, over: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return copies of a state's tensors in main memory, sharded as they are, and its plain values.
+    """Return copies of a state's tensors in main memory, with the same sharding, and its plain values.
 
     Args:
         state: The state.
-        prefix: Put before each tensor's name, with a dot.
-        over: Earlier copies by their prefixed names; those that fit are overwritten.
+        prefix: Prefix of each tensor's name, followed by a dot.
+        over: Earlier copies, keyed by their prefixed names; copies that fit are overwritten.
     """
     found = {f"{prefix}.{name}": value for name, value in state.items() if isinstance(value, Tensor)}
     tensors = {name: copy_to_host(value, over.get(name)) for name, value in found.items()}
@@ -56,7 +56,7 @@ def copy_state(
 
 
 def module_state(module: nn.Module) -> dict[str, Tensor]:
-    """Return a module's parameters and persistent buffers; a tensor that several names share, once."""
+    """Return a module's parameters and persistent buffers; a tensor with several names is returned once."""
     kept = module.state_dict(keep_vars=True)
     unique = {id(tensor): name for name, tensor in reversed(kept.items())}
     return {name: tensor for name, tensor in kept.items() if unique[id(tensor)] == name}
@@ -67,7 +67,7 @@ def load_module_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy the result of `module_state` into the module, one tensor in memory at a time.
 
     Raises:
-        WmtpError: The state is that of another module.
+        WmtpError: The state belongs to another module.
     """
     own = module_state(module)
     if own.keys() != state.keys():
@@ -98,16 +98,17 @@ def optimiser_state(
 def load_optimiser_state(
     optimiser: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], state: Mapping[str, Tensor]
 ) -> None:
-    """Restore the result of `optimiser_state` in a new optimiser; its options stay as they are.
+    """Restore the result of `optimiser_state` in a new optimiser, whose options do not change.
 
-    Each tensor, Adam's `step` included, is laid on its parameter's device and sharded as its parameter is.
+    Each tensor, including Adam's `step`, is moved to the device of its parameter and sharded like the
+    parameter.
     """
     module = nn.ParameterList(parameters)
     flat = get_optimizer_state_dict(module, optimiser, options=_FLAT)
     for name, tensor in WithPrefix(flat, "state").items():
         if name in state:
             flat[f"state.{name}"] = like(tensor, state[name])  # type: ignore[assignment] # flat, not nested
-        else:  # the parameter had no gradient yet
+        else:  # the parameter has not had a gradient yet
             tensor.zero_()
     set_optimizer_state_dict(module, optimiser, flat, options=_FLAT)
 
@@ -127,7 +128,7 @@ def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def restore_random_state(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-    """Restore the result of `random_state`; generators of GPUs only if there are as many as before."""
+    """Restore the result of `random_state`; generators of GPUs only if the number of GPUs is the same."""
     torch.set_rng_state(tensors["rng.torch"])
     cuda = WithPrefix(tensors, "rng.cuda")
     if cuda and torch.cuda.device_count() == len(cuda):

@@ -1,1 +1,1 @@
-"""Formulas of the metrics."""
+"""The formulas of all metrics."""

@@ -1,7 +1,7 @@
-"""Measures of a critic's values, and two baselines: a constant, and a critic that knows only lengths.
+"""Measures of a critic's values, and two baselines: a constant, and a critic that uses only lengths.
 
-A measure that a baseline also reaches does not show that the critic reads the text; `critic_report.py` puts
-them side by side.
+A measure does not show that the critic uses the text if a baseline reaches the same value; `critic_report.py`
+compares the critic with both baselines.
 
 Shape letters: N tokens of all responses, D responses, P responses to one problem.
 """
@@ -27,10 +27,10 @@ class ScoredResponses:
 
     Attributes:
         value_N: Value of the prefix that ends with each response token; responses are concatenated.
-        before_D: Value of the prompt; without a prompt, that of the first token.
-        length_D: Tokens of each response, at least one.
+        before_D: Value of the prompt or, for a response without a prompt, of its first token.
+        length_D: Number of tokens of each response, at least 1.
         reward_D: Reward of each response, in [0, 1].
-        problem_D: Number of the problem that each response answers.
+        problem_D: Problem number of each response.
     """
 
     value_N: Floats
@@ -47,25 +47,25 @@ class ScoredResponses:
 
     @property
     def final_D(self) -> Floats:
-        """Value after the last token, that of the whole response."""
+        """Value after the last token of each response, which is the value of the whole response."""
         finals: Floats = self.value_N[self.start_D + self.length_D - 1]
         return finals
 
     @property
     def correct_D(self) -> NDArray[np.bool_]:
-        """Which responses are correct."""
+        """Mask of the correct responses."""
         right: NDArray[np.bool_] = is_correct(self.reward_D)
         return right
 
     def by_constant(self) -> ScoredResponses:
-        """Return the values of the best constant: the mean reward of these responses, everywhere."""
+        """Return these responses with the best constant as all values: the mean reward of the responses."""
         mean = self.reward_D.mean()
         return attrs.evolve(
             self, value_N=np.full_like(self.value_N, mean), before_D=np.full_like(self.before_D, mean)
         )
 
     def by_length(self, length_only: LengthOnly) -> ScoredResponses:
-        """Return the values of a critic that only counts the tokens so far."""
+        """Return these responses with the values of a critic that uses only the number of tokens so far."""
         so_far_N = np.arange(len(self.value_N)) - np.repeat(self.start_D, self.length_D) + 1
         zero_D = np.zeros_like(self.length_D)
         return attrs.evolve(self, value_N=length_only.values(so_far_N), before_D=length_only.values(zero_D))
@@ -73,7 +73,7 @@ class ScoredResponses:
 
 @frozen(kw_only=True)
 class LengthOnly:
-    """A critic that knows nothing of a response but its length."""
+    """A critic that uses only the length of a response."""
 
     slope: float
     intercept: float
@@ -82,8 +82,8 @@ class LengthOnly:
     def fit(cls, length_D: Ints, reward_D: Floats) -> LengthOnly:
         """Fit a logistic regression of correctness on the number of response tokens.
 
-        Lengths are standardised. scikit-learn's L2 penalty matters only for a handful of perfectly separated
-        responses. If all lengths or all outcomes are equal, lengths carry no information: the slope is 0.
+        Lengths are standardised. scikit-learn's L2 penalty has an effect only on a few perfectly separated
+        responses. If all lengths or all outcomes are equal, the slope is 0.
         """
         from sklearn.linear_model import LogisticRegression  # takes a second, only in runs with a critic
 
@@ -97,27 +97,29 @@ class LengthOnly:
         return cls(slope=slope, intercept=float(model.intercept_[0]) - slope * mean)
 
     def values(self, length: Ints) -> Floats:
-        """Return the probability of being correct at these numbers of tokens."""
+        """Return the probability that responses with these numbers of tokens are correct."""
         odds: Floats = np.exp(-(self.slope * length + self.intercept).clip(-700, 700))
         return 1 / (1 + odds)
 
 
 @frozen(kw_only=True)
 class CriticMeasures:
-    """Measures of values. A tie counts as half a correct pair; equal values share their mean rank.
+    """Measures of values. Pairs with equal values count as half correct; equal values share their mean rank.
 
     Attributes:
         auc: Share of all pairs of a correct and an incorrect response in which the correct one has the higher
             final value; 0.5 for a constant.
-        pairwise_accuracy: The same over pairs within one problem; None without such a pair.
+        pairwise_accuracy: Like `auc`, but only over pairs of responses to the same problem; None if there is
+            no such pair.
         bce: Mean binary cross-entropy of the final values, in nats.
         brier: Mean squared difference of final value and reward (Brier 1950).
         ece: Expected calibration error (Guo et al. 2017, https://arxiv.org/abs/1706.04599, eq. 3): mean
             distance of value and reward in 15 bins of equal width.
-        margin: Mean final value of correct responses minus that of incorrect ones.
-        td_spikiness: Largest over mean |TD error| of a response, averaged over responses: the length if a
-            single token changes the value, 1 if every token changes it equally (or none does). TD errors are
-            V_t - V_{t-1}, and R - V_{t-1} at the last token.
+        margin: Mean final value of correct responses minus mean final value of incorrect responses.
+        td_spikiness: Largest divided by mean |TD error| of a response, averaged over responses. It is the
+            length of the response if only one token changes the value, and 1 if all tokens change it equally
+            or not at all. The TD error is V_t - V_{t-1}, or reward - V_{t-1} at the last token; V_t is the
+            value of the prefix that ends at token t.
         position_correlation: Spearman's correlation of value and position within a response, averaged over
             responses; 0 for a response with equal values.
         length_correlation: Spearman's correlation of final value and length.
@@ -135,7 +137,7 @@ class CriticMeasures:
 
     @classmethod
     def of(cls, scored: ScoredResponses) -> CriticMeasures:
-        """Return the measures of responses, some correct and some incorrect."""
+        """Compute the measures of responses, which must contain correct and incorrect ones."""
         from sklearn.metrics import roc_auc_score
 
         final_D, reward_D, correct_D = scored.final_D, scored.reward_D, scored.correct_D
@@ -152,7 +154,7 @@ class CriticMeasures:
         )
 
     def metrics(self, prefix: str) -> dict[str, float]:
-        """Return the measures that are not None, with a prefix before each name."""
+        """Return the measures that are not None, with `prefix` before each name."""
         return {f"{prefix}{name}": value for name, value in attrs.asdict(self).items() if value is not None}
 
 
@@ -209,6 +211,6 @@ def _length_correlation(scored: ScoredResponses) -> float:
 
 
 def _correlation(x: Floats, y: Floats) -> float:
-    """Return the correlation, 0 if one side is constant; scipy's spearmanr warns and returns NaN then."""
+    """Return the rank correlation; 0 if x or y is constant, for which scipy's spearmanr returns NaN."""
     scale = x.std() * y.std()
     return 0.0 if scale == 0 else float(((x - x.mean()) * (y - y.mean())).mean() / scale)

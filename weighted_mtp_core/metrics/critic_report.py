@@ -1,4 +1,4 @@
-"""The report on a critic: its measures beside two baselines, the interval of its AUC, and its calibration.
+"""The report on a critic: its measures and those of two baselines, the interval of its AUC, its calibration.
 
 Shape letters: D responses.
 """
@@ -27,9 +27,9 @@ class ReliabilityBin:
 
     Attributes:
         count: Number of responses.
-        value: Their mean value.
-        reward: Their mean reward; for a calibrated critic it equals `value`.
-        low: Lower end of the 95 % interval of `reward` (Wilson 1927), responses taken as independent.
+        value: Mean value of the responses.
+        reward: Mean reward of the responses, which equals `value` for a calibrated critic.
+        low: Lower end of the 95 % interval of `reward` (Wilson 1927), if responses are independent.
         high: Upper end.
     """
 
@@ -42,12 +42,12 @@ class ReliabilityBin:
 
 @frozen(kw_only=True)
 class CriticReport:
-    """How well values separate correct from incorrect responses, beside two baselines.
+    """How well values separate correct from incorrect responses, in comparison with two baselines.
 
     Attributes:
         critic: Measures of the critic.
-        constant: Those of a constant, the mean reward of this split.
-        length_only: Those of a logistic regression on the number of tokens, fitted on the training split.
+        constant: Measures of a constant, the mean reward of the split.
+        length_only: Measures of a logistic regression on the number of tokens, fitted on the training split.
         auc_low: Lower end of the 95 % interval of the critic's AUC (bootstrap over problems).
         auc_high: Upper end.
         p_value: Of the test whether the AUC is better than chance; see `critic_gate.chance_p_value`.
@@ -74,7 +74,7 @@ class CriticReport:
 
     @property
     def words(self) -> str:
-        """The AUC with its interval and baselines, as a phrase."""
+        """A phrase with the AUC, its interval and the AUC of the baselines."""
         return (
             f"AUC {self.critic.auc:.3f}, 95 % interval [{self.auc_low:.3f}, {self.auc_high:.3f}], "
             f"on held-out responses (a constant has 0.5, length alone {self.length_only.auc:.3f})"
@@ -91,7 +91,7 @@ class CriticReport:
         }
 
     def summary(self) -> list[tuple[str, str]]:
-        """Return the line of the closing summary."""
+        """Return the line about the critic for the summary of the run."""
         auc = f"AUC {self.critic.auc:.3f} [{self.auc_low:.3f}, {self.auc_high:.3f}]"
         loss = f"loss {self.critic.bce:.3f} (a constant: {self.constant.bce:.3f})"
         return [("critic", f"{auc} (length alone: {self.length_only.auc:.3f}), {loss}")]
@@ -107,8 +107,7 @@ def report_critic(scored: ScoredResponses, length_only: LengthOnly) -> CriticRep
         length_only: The baseline fitted on the training split.
 
     Raises:
-        RunFailedError: All responses are correct or all are incorrect, so there is nothing to separate; or
-            values are not finite.
+        RunFailedError: All responses are correct, all responses are incorrect, or values are not finite.
     """
     if not (np.isfinite(scored.value_N).all() and np.isfinite(scored.before_D).all()):
         raise RunFailedError(

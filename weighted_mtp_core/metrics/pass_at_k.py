@@ -1,4 +1,4 @@
-"""The chance that one of k samples solves a problem."""
+"""The probability that at least one of k samples solves a problem."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     """Return the unbiased estimate `1 - C(n - c, k) / C(n, k)` (Chen et al. 2021, eq. 1).
 
     Args:
-        n: Samples drawn.
-        c: Samples that passed.
-        k: Samples a user would try; at most n.
+        n: Number of samples that were drawn.
+        c: Number of samples that passed.
+        k: Number of samples that a user would try; at most n.
 
     Raises:
-        ValueError: Not `0 <= c <= n` and `1 <= k <= n`.
+        ValueError: `0 <= c <= n` or `1 <= k <= n` is violated.
     """
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass@{k} of {c} passed among {n} samples is not defined")

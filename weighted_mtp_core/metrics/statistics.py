@@ -22,7 +22,7 @@ class Estimate:
     Attributes:
         mean: Mean over the seeds.
         low: Lower end of the 95 % interval (Student's t).
-        high: Upper end of it.
+        high: Upper end of the interval.
         count: Number of values.
     """
 
@@ -34,7 +34,7 @@ class Estimate:
 
 @frozen(kw_only=True)
 class Difference:
-    """The difference of an arm to the first one, paired by seed.
+    """The difference between an arm and the first arm, paired by seed.
 
     Attributes:
         estimate: Mean difference and its interval.
@@ -71,10 +71,10 @@ def difference(arm_N: Sequence[float], first_N: Sequence[float]) -> Difference:
 def sign_flip_p(change_N: Sequence[float]) -> float:
     """Return the exact two-sided p-value of the paired permutation test.
 
-    Without an effect, each difference is as likely with the opposite sign: the p-value is the share of all
-    2^N choices of signs with a mean at least as far from 0 as the observed one. It cannot be below 2 / 2^N
-    (0.0625 for five seeds). `scipy.stats.permutation_test` gives the same value, for 20 seeds in 4 s instead
-    of 17 ms. It is NaN if a difference is not finite.
+    Under the null hypothesis, each difference has either sign with equal probability. The p-value is the
+    share of all 2^N choices of signs for which the mean is at least as far from 0 as the observed mean. It
+    cannot be below 2 / 2^N (0.0625 for five seeds). `scipy.stats.permutation_test` returns the same value,
+    but takes 4 s instead of 17 ms for 20 seeds. It is NaN if a difference is not finite.
     """
     change = np.asarray(change_N, np.float64)
     if not np.isfinite(change).all():
@@ -88,5 +88,5 @@ def sign_flip_p(change_N: Sequence[float]) -> float:
 
 
 def smallest_p(count: int) -> float:
-    """Return the smallest p-value that N pairs can have."""
+    """Return the smallest possible p-value for N pairs."""
     return float(min(1.0, 2.0 / 2.0**count))

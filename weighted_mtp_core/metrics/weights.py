@@ -12,11 +12,11 @@ _PERCENTILES = (5, 50, 95)
 
 
 def weight_metrics(weight_N: Tensor) -> dict[str, Tensor]:
-    """Return metrics of the weights of all pairs that count, as float32 scalars; none without pairs.
+    """Return metrics of the weights w of all pairs that count, as float32 scalars; empty if no pair counts.
 
-    `weight_entropy` is the entropy of w / sum w over the pairs divided by ln(number of pairs): 1 for equal
-    weights, 0 for all weight on one pair. `effective_sample_share` is (sum w)^2 / sum w^2 (Kish 1965) divided
-    by the number of pairs.
+    `weight_entropy` is the entropy of w / sum w over the pairs, divided by ln(number of pairs): 1 for equal
+    weights, 0 if one pair has all the weight. `effective_sample_share` is (sum w)^2 / sum w^2 (Kish 1965),
+    divided by the number of pairs.
     """
     if not len(weight_N):
         return {}

@@ -1,9 +1,10 @@
-"""The weighted multi-token loss and its gradients, without ever holding the `[B, T, K, V]` logits.
+"""The weighted multi-token loss and its gradients; the `[B, T, K, V]` logits never exist in memory at once.
 
 `L = sum_k alpha_k * sum_t w[t, k] * CE(head_k(h_t), x[t + k]) / Z_k`, after Gloeckle et al. 2024 (eq. 2) with
-weights. Heads run forward and backward one after the other (their section 2.2): the gradients of the trunk's
-states add up in one `[B, T, H]` buffer and pass through the trunk once, so memory does not grow with K.
-Positions without a target are skipped before the unembedding.
+weights: alpha_k is the loss share of head k, w[t, k] the weight of the pair (t, k), h_t the trunk state and
+Z_k the normaliser. Heads run forward and backward one after the other (their section 2.2): the gradients of
+the trunk's states are summed in one `[B, T, H]` buffer and propagated through the trunk once, so memory does
+not grow with K. Positions without a target are skipped before the unembedding.
 
 Shape letters: B rows, T positions, K heads, N counted pairs of one head, H hidden.
 """
@@ -24,12 +25,12 @@ from weighted_mtp_core.model.targets import Counts, source_index, take, target_m
 
 @frozen(kw_only=True, eq=False)
 class MtpLoss:
-    """The loss of a batch and sums by head, all float32 and without gradient.
+    """The loss of a batch and sums for each head, all float32 and without gradient.
 
     Attributes:
         loss_K: The summands of the loss.
         ce_sum_K: Sum of the unweighted cross-entropies, in nats.
-        count_K: Number of counted pairs.
+        count_K: Number of counted pairs of each head.
     """
 
     loss_K: Tensor
@@ -43,9 +44,9 @@ class MtpLoss:
 
 
 def normalisers(weight_BTK: Tensor, target_BTK: Tensor, *, normalise: Literal["weights", "tokens"]) -> Tensor:
-    """Return `Z_K`, float32: the sum of the weights, or the number of pairs, of the global batch.
+    """Return `Z_K`, float32: for each head the sum of the weights or the number of pairs in the global batch.
 
-    A head with Z = 0 gets 1, so that its loss and gradient are 0.
+    If Z is 0 for a head, 1 is returned instead, so that the head's loss and gradient are 0.
     """
     counted = weight_BTK if normalise == "weights" else target_BTK
     total_K = counted.sum(dim=(0, 1), dtype=torch.float32)
@@ -66,23 +67,23 @@ def weighted_mtp_loss(
 ) -> MtpLoss:
     """Return the loss and add its gradient to every parameter's `grad`.
 
-    Do not call `backward`: it has run, head by head and then through the trunk, and has freed the trunk's
-    graph.
+    Do not call `backward` on the result: the gradient has already been propagated through each head and the
+    trunk, and the trunk's graph has been freed.
 
     Args:
         policy: Heads and unembedding.
-        hidden_BTH: Trunk states, with their graph; without one, the trunk gets no gradient.
+        hidden_BTH: Trunk states with their autograd graph; without a graph, the trunk gets no gradient.
         labels_BTK: The result of `align_labels`.
-        weight_BTK: float32, 0 where the pair does not count; None means 1 everywhere.
+        weight_BTK: float32, 0 for pairs that do not count; None means 1 for all pairs.
         normaliser_K: Z by head, of the whole step, so that losses of micro-batches add up exactly.
-        head_share_K: alpha by head.
-        detach_trunk: Whether heads 2..K send no gradient to the trunk.
+        head_share_K: alpha of each head.
+        detach_trunk: Whether the gradient of heads 2..K stops before the trunk.
         position_BT: `Batch.position_BT`.
-        preceding_BT: `CollatedBatch.preceding_BT`; without it, each head waits for the device.
+        preceding_BT: `CollatedBatch.preceding_BT`; if None, each head synchronises with the device.
     """
     scale_K = head_share_K / normaliser_K
     source_BTH = hidden_BTH.detach().requires_grad_(hidden_BTH.requires_grad)
-    # Two gradients of the states exist at a time: one head's, and the sum over heads.
+    # Two gradients of the states exist at the same time: the gradient of one head, and the sum over heads.
     unembedding = ChunkedUnembedding.of(policy, hidden_BTH, extra_bytes=2 * hidden_BTH.nbytes)
     losses, ce_sums = [], []
     for k in range(1, policy.n_future + 1):
@@ -126,6 +127,6 @@ def _learn_head(
 
 
 def _backward(tensor: Tensor, gradient: Tensor) -> None:
-    """Propagate a gradient outside of autocast, which is for forward passes only."""
+    """Propagate a gradient outside of autocast, which is meant only for forward passes."""
     with torch.autocast(tensor.device.type, enabled=False):
         torch.autograd.backward([tensor], [gradient])

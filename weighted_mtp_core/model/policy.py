@@ -1,10 +1,10 @@
-"""The policy: a trunk, K heads and one shared unembedding, made from any transformers causal LM.
+"""The policy: a trunk, K heads and a shared unembedding, made from any transformers causal LM.
 
-Head 1 is the ordinary language model. What the trunk and the heads are depends on the kind of head: see
-`heads/`.
+Head 1 is the ordinary language model. The kind of head determines which layers form the trunk and the heads;
+see `heads/`.
 
-Rows are right-padded. Where each row holds one document, causal attention needs no mask. Where rows hold
-several, positions start again at 0 with each document, and transformers keeps the documents apart.
+Rows are right-padded. If each row contains one document, causal attention needs no mask. If rows contain
+several documents, positions restart at 0 with each document, by which transformers separates the documents.
 
 Shape letters: B rows, T positions, S cached and new tokens, K heads, H hidden, V vocabulary.
 """
@@ -40,23 +40,24 @@ class Policy(nn.Module):
 
     Args:
         base: A transformers causal LM; its modules are used, not copied.
-        unembedding: The base model's.
+        unembedding: The unembedding of the base model.
         n_future: K.
         head_kind: `parallel` or `medusa`.
 
     Attributes:
         n_future: K.
-        base_class: The base model's class, of transformers.
-        config: Its config.
+        base_class: The transformers class of the base model.
+        config: The config of the base model.
         hidden_size: H.
         vocab_size: V.
         trunk: The shared body.
         heads: Heads 1..K.
-        norm: Stands between heads and unembedding.
+        norm: Module between heads and unembedding.
         unembedding: Shared by all heads.
 
     Raises:
-        WmtpError: The model is not built of layers and a final norm, or this kind of head does not fit it.
+        WmtpError: The model does not consist of layers and a final norm, or does not work with this kind of
+            head.
     """
 
     def __init__(self, base: Any, *, unembedding: Unembedding, n_future: int, head_kind: HeadKind) -> None:
@@ -68,7 +69,7 @@ class Policy(nn.Module):
         self.hidden_size = int(unembedding.weight.shape[1])
         self.vocab_size = int(self.unembedding.weight.shape[0])
         split = HEADS[head_kind].split(base, n_future=n_future)
-        # The order in which modules are assigned is that of `parameters()`, and so of sums over them.
+        # The order of assignment determines the order of `parameters()`, and so of sums over parameters.
         self.norm = split.norm
         self.heads = split.heads
         self.trunk = split.trunk
@@ -80,7 +81,7 @@ class Policy(nn.Module):
 
     @cached_property
     def has_dropout(self) -> bool:
-        """Whether its states differ between two calls in training mode."""
+        """Whether the states of the policy differ between two calls in training mode."""
         return any(
             isinstance(value, float) and value > 0 and ("drop" in name or "jitter" in name or name == "p")
             for module in self.modules()
@@ -99,9 +100,10 @@ class Policy(nn.Module):
 
         Args:
             ids_BT: int64 token ids.
-            position_BT: int64 positions, if they are not 0, 1, ... or the cache's continuation. In training,
-                a token whose position is not one above the previous token's begins another document.
-            cache: The trunk's cache; extended in place.
+            position_BT: int64 positions; None for 0, 1, ... or, with a cache, for the positions after its
+                tokens. In training, a token begins a new document if its position is not the previous token's
+                position plus 1.
+            cache: The trunk's cache, which is extended in place.
             seen_BS: bool, the cached and new tokens that may be attended to; None means all.
         """
         return body_states(
@@ -116,7 +118,7 @@ class Policy(nn.Module):
         return normed
 
     def logits(self, k: int, hidden_BTH: Tensor) -> Tensor:
-        """Return head k's logits `[B, T, V]`; training never makes them whole."""
+        """Return head k's logits `[B, T, V]`; training computes them only in chunks."""
         logits: Tensor = self.unembedding(self.head_states(k, hidden_BTH))
         return logits
 
@@ -126,10 +128,10 @@ class Policy(nn.Module):
         return PolicyCache(trunk=new_cache(self.trunk.config), heads=heads)
 
     def recompute_activations(self) -> None:
-        """From now on, keep only the inputs of decoder layers in training and recompute the rest in backward.
+        """Enable activation checkpointing: store only the inputs of decoder layers and recompute the rest.
 
         Raises:
-            WmtpError: The model's layers do not support it.
+            WmtpError: The layers of the model do not support activation checkpointing.
         """
         bodies: list[Any] = [self.trunk, *self.heads.bodies]
         try:
@@ -142,5 +144,5 @@ class Policy(nn.Module):
             ) from error
         for module in self.modules():
             if hasattr(module, "_can_checkpoint_with_cache"):
-                # Otherwise layers drop the cache that stores nothing, and warn about it.
+                # Otherwise layers drop the cache, which stores nothing here, and log a warning.
                 setattr(module, "_can_checkpoint_with_cache", True)  # noqa: B010 - nn.Module's type lacks it

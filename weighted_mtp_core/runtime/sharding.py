@@ -16,8 +16,8 @@ from weighted_mtp_core.runtime.distributed import Distributed
 def shard(blocks: Iterable[nn.Module], distributed: Distributed) -> None:
     """Shard the parameters of each module over the processes.
 
-    Gradients are summed over the processes, like the gradients of unsharded parameters. Modules must be
-    copied before they are sharded, because sharded modules cannot be copied.
+    Gradients are summed over the processes, like the gradients of unsharded parameters. Copies of a
+    module must be made before the module is sharded.
     """
     mesh: DeviceMesh | None = None
     for block in blocks:

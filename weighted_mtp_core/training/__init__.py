@@ -1,1 +1,1 @@
-"""The training loop, and the learners that it trains: the critic, then the policy."""
+"""Trains the critic (stage 1) and the policy (stage 2), with one training loop for both."""

@@ -86,8 +86,8 @@ class CriticLearner(Learner):
         """Return the report on the critic in its present state, on one half of the validation responses.
 
         Raises:
-            RunFailedError: The critic returns no values or values that are not finite, or the responses are
-                all correct or all incorrect.
+            RunFailedError: The critic returns no values or non-finite values, or all responses are correct,
+                or all are incorrect.
         """
         parts = []
         tokens, documents = self.prepared.critic_tokens("validation"), self.prepared.critic_validation(half)
@@ -113,7 +113,7 @@ class CriticLearner(Learner):
         save_component(self.critic, self.best, distributed=self.distributed)
 
     def load_best(self) -> None:
-        """Load it back."""
+        """Load the critic's state that `save_best` wrote."""
         load_component(self.critic, self.best)
 
     def check_problems(self, table: CriticTable, *, log: Callable[[str], None]) -> None:
@@ -154,10 +154,10 @@ class CriticLearner(Learner):
 def check_informative(
     report: CriticReport, critic: str, table: CriticTable, *, log: Callable[[str], None]
 ) -> bool:
-    """Return whether the critic of this address is better than a constant, and log its measures.
+    """Return whether the critic is better than a constant, and log its measures.
 
     Raises:
-        RunFailedError: It is not, and `table.allow_uninformative_critic` is false.
+        RunFailedError: The critic is not better than a constant, and `allow_uninformative_critic` is false.
     """
     if report.informative:
         losses = f"loss {report.critic.bce:.3f}, of a constant {report.constant.bce:.3f}"

@@ -1,4 +1,4 @@
-"""The one training loop: stage 1 runs it on the critic, stage 2 on the policy."""
+"""The training loop, with which stage 1 trains the critic and stage 2 the policy."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class StepResult:
     """The result of one training step.
 
     Attributes:
-        loss: Scalar, on the device.
-        metrics: Computes the other scalars of the step; called only for a step that is logged.
+        loss: The loss, a scalar on the device.
+        metrics: Computes the other scalars of the step; called only if the step is logged.
         size: How much data the step has, relative to an average step; positive.
     """
 
@@ -52,14 +52,14 @@ class StepResult:
 
 @frozen(kw_only=True)
 class Validation:
-    """One validation: scalars to log, and the score (higher is better) that selects the best checkpoint."""
+    """A validation result: scalars to log, and the score (higher is better) that selects the checkpoint."""
 
     metrics: Mapping[str, float]
     score: float
 
 
 class Learner(ABC):
-    """A model with its loss and its validation.
+    """A model to train, with its loss and its validation.
 
     Attributes:
         stage: `critic` or `policy`, the stage's name in the journal.
@@ -73,7 +73,7 @@ class Learner(ABC):
 
     @abstractmethod
     def parameters(self) -> Iterable[nn.Parameter]:
-        """Return the parameters; those that require a gradient are optimised."""
+        """Return the parameters; the parameters that require a gradient are optimised."""
 
     @abstractmethod
     def learn(self, batch: Batch, *, step: int) -> StepResult:
@@ -85,7 +85,7 @@ class Learner(ABC):
 
     @abstractmethod
     def state_dict(self) -> Mapping[str, Any]:
-        """Return the tensors and plain values from which a resumed training continues."""
+        """Return the tensors and plain values from which a resumed run continues."""
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -93,18 +93,18 @@ class Learner(ABC):
 
     @abstractmethod
     def save_best(self) -> None:
-        """Write the present state as the best one."""
+        """Write the current state as the best state so far."""
 
     @abstractmethod
     def load_best(self) -> None:
-        """Restore the state that `save_best` wrote last."""
+        """Restore the state that the last call of `save_best` wrote."""
 
 
 class Reporter(Protocol):
     """Records the loop's progress."""
 
     def metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Record scalars that are the same in every run of a recipe."""
+        """Record scalars that are equal in every run of the same recipe."""
 
     def timings(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Record wall-clock measurements."""
@@ -115,14 +115,14 @@ class Reporter(Protocol):
 
 @frozen(kw_only=True)
 class Trained:
-    """The outcome of a training: its validation before the first step, and that of the state it kept."""
+    """The validation results of a stage before the first step and of the best state, which was kept."""
 
     start: Validation
     best_step: int
     best: Validation
 
     def summary(self, metric: str) -> list[tuple[str, str]]:
-        """Return the line of the closing summary: a validation metric before and after."""
+        """Return the summary line of the stage: a validation metric before and after training."""
         before, after = (validation.metrics[metric] for validation in (self.start, self.best))
         return [("policy", f"held-out loss {before:.3f} -> {after:.3f} at step {self.best_step}")]
 
@@ -139,15 +139,16 @@ def train(
 ) -> Trained:
     """Optimise for `table.steps` steps and leave the learner in its best validated state.
 
-    SIGINT, SIGTERM and SIGHUP stop it after the step, with a checkpoint. SIGUSR1 takes a checkpoint and goes
-    on; if it arrived before, after the first step.
+    After SIGINT, SIGTERM or SIGHUP, training stops after the current step with a checkpoint. After SIGUSR1,
+    it writes a checkpoint and continues; if SIGUSR1 arrived before training, the checkpoint follows the first
+    step.
 
     Args:
         learner: The critic or the policy.
-        table: The options of the optimisation.
-        batch_of: Returns the global batch of a step, 0-based.
+        table: The recipe's options for this stage.
+        batch_of: Returns the global batch of a step, counted from 0.
         reporter: Receives metrics every `log_every` steps and at each validation.
-        checkpoints: Takes the snapshots.
+        checkpoints: Writes the snapshots.
         resume: The snapshot to continue from; None starts at step 0.
         distributed: The processes that train together.
 
@@ -206,7 +207,7 @@ class _Training:
         self.nonfinite = NonfiniteSteps(limit=self.table.max_bad_steps, device=self.parameters[0].device)
 
     def step(self, step: int) -> None:
-        """Take one step; log and validate if due."""
+        """Execute one step; log and validate if due."""
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.table, step)
         batch = self.batch_of(step)
@@ -228,22 +229,23 @@ class _Training:
             self.clock += time.perf_counter() - paused
 
     def validate(self, step: int) -> int:
-        """Validate after `step` steps and save the state if it is the best so far; return `step`."""
+        """Validate after `step` steps, and save the state if it is the best so far; return `step`."""
         found = self.learner.validate(step=step)
         self.reporter.metrics(self.learner.stage, step, found.metrics)
         first = step == 0
         better = first or _beats(found.score, self.trained.best.score)
-        # The first process decides: scores of others may differ by rounding, and saving is collective.
+        # The first process decides, because scores may differ by rounding and saving is a collective
+        # operation.
         if self.distributed.any_rank(flag=better and self.distributed.is_rank_zero):
-            self.checkpoints.wait()  # a snapshot in progress links the best state that it was taken with
+            self.checkpoints.wait()  # a snapshot that is being written links to the previous best state
             self.learner.save_best()
             start = found if first else self.trained.start
             self.trained = Trained(start=start, best_step=step, best=found)
         return step
 
     def take_snapshot(self, step: int) -> None:
-        """Copy everything that the next step depends on; it is written while training goes on."""
-        self.checkpoints.wait()  # the copies being written are overwritten now
+        """Copy everything that the next step depends on; the copy is written while training continues."""
+        self.checkpoints.wait()  # because the new copy overwrites the previous one
         learner, learner_values = copy_state(self.learner.state_dict(), "learner", over=self.copies)
         moments = optimiser_state(self.optimiser, self.parameters)
         optimiser, _ = copy_state(moments, "optimiser", over=self.copies)
@@ -265,7 +267,7 @@ class _Training:
         )
 
     def restore(self, snapshot: Snapshot) -> int:
-        """Return to the state of a snapshot; return how many steps are done."""
+        """Restore the state of a snapshot; return the number of completed steps."""
         self.learner.load_state_dict(snapshot.part("learner"))
         load_optimiser_state(self.optimiser, self.parameters, snapshot.part("optimiser"))
         restore_random_state(snapshot.tensors, snapshot.values["rng"])
@@ -290,7 +292,7 @@ class _Training:
         self.clock, self.tokens = time.perf_counter(), 0
 
     def _give_up(self, done: int) -> None:
-        """List the examples of the skipped steps in a file, and end the run."""
+        """Write the examples of the skipped steps to a file, and raise an error that ends the run."""
         steps = range(done - self.table.max_bad_steps, done)
         file = self.checkpoints.folder / "bad_steps.json"
         examples = {str(step + 1): self.batch_of(step).example_ids for step in steps}

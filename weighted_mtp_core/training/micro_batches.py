@@ -1,4 +1,4 @@
-"""The global batch in micro-batches: one forward and backward pass each, shared out over the processes.
+"""Splits the global batch into micro-batches, one for each forward and backward pass of each process.
 
 Shape letters: B rows of the global batch.
 """
@@ -24,8 +24,9 @@ class MicroBatch:
 
     Attributes:
         batch: The rows.
-        rows: Their indices in the global batch.
-        share: Their share of the rows of the global batch; 0 for a spare one, which contributes nothing.
+        rows: Indices of the rows in the global batch.
+        share: Number of the rows divided by the rows of the global batch; 0 for a spare micro-batch, which
+            does not contribute to the gradient.
     """
 
     batch: Batch
@@ -34,16 +35,16 @@ class MicroBatch:
 
     @property
     def is_spare(self) -> bool:
-        """Whether it only lets this process take part in collective operations."""
+        """Whether the micro-batch only serves to let this process take part in collective operations."""
         return self.share == 0
 
     def select(self, tensor: Tensor, *, spare: float) -> Tensor:
-        """Return these rows of a tensor of the global batch; of a spare one, the value `spare`."""
+        """Return these rows of a tensor of the global batch; a spare micro-batch gets the value `spare`."""
         return torch.full_like(tensor[self.rows], spare) if self.is_spare else tensor[self.rows]
 
     @property
     def preceding_BT(self) -> NDArray[np.int64] | None:
-        """`CollatedBatch.preceding_BT` of these rows; for a spare micro-batch zeros: no token is a target."""
+        """`CollatedBatch.preceding_BT` of these rows; zeros for a spare micro-batch, which has no targets."""
         preceding_BT = preceding(self.batch)
         return np.zeros_like(preceding_BT) if self.is_spare and preceding_BT is not None else preceding_BT
 
@@ -51,13 +52,13 @@ class MicroBatch:
 def micro_batches(
     batch: Batch, accumulation: int, distributed: Distributed, *, together: int = 1
 ) -> list[MicroBatch]:
-    """Return this process's micro-batches, as many in every process.
+    """Return this process's micro-batches; every process gets the same number of micro-batches.
 
     Args:
         batch: The global batch.
-        accumulation: Micro-batches per process.
+        accumulation: Number of micro-batches per process.
         distributed: The processes.
-        together: This many consecutive rows are never separated.
+        together: Number of consecutive rows that must stay in the same micro-batch.
     """
     split, first = [], 0
     for rows in split_rows(batch, accumulation * distributed.size, together=together):
@@ -71,12 +72,12 @@ def micro_batches(
 def gather_rows(
     parts: Sequence[MicroBatch], values: Sequence[Tensor], *, rows: int, distributed: Distributed
 ) -> Tensor:
-    """Return the values `[B, ...]` of the global batch from those of all processes' micro-batches.
+    """Combine the values of all processes' micro-batches into the values `[B, ...]` of the global batch.
 
     Args:
         parts: This process's micro-batches.
-        values: Their values, in the same order.
-        rows: B.
+        values: The values of these micro-batches, in the same order.
+        rows: B, the number of rows of the global batch.
         distributed: The processes.
     """
     gathered = values[0].new_zeros((rows, *values[0].shape[1:]))

@@ -1,4 +1,4 @@
-"""Steps without a finite loss or gradient: skipped and counted on the device, and limited in number."""
+"""Skips steps with a non-finite loss or gradient, and counts them on the device up to a limit."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from weighted_mtp_core.runtime.device import READ_EVERY
 
 @define(kw_only=True, eq=False)
 class NonfiniteSteps:
-    """Counts skipped steps in counters on the device, so that counting never waits for it.
+    """Counts skipped steps on the device, so that counting never synchronises with it.
 
     Attributes:
-        limit: This many consecutive skipped steps are too many.
-        device: The device of the training.
+        limit: Number of consecutive skipped steps that ends the run.
+        device: The device that trains.
     """
 
     limit: int
@@ -32,13 +32,13 @@ class NonfiniteSteps:
 
     @property
     def total(self) -> int:
-        """How many steps were skipped."""
+        """Number of steps that were skipped."""
         return int(self._total)
 
     def skip_if_not_finite(
         self, optimiser: torch.optim.AdamW, loss: Tensor | float, gradient_norm: Tensor
     ) -> None:
-        """Make the optimiser's next step change nothing if the loss or the gradient is not finite."""
+        """Make the optimiser's next step leave all parameters unchanged if loss or gradient is not finite."""
         finite = torch.isfinite(gradient_norm) & torch.isfinite(torch.as_tensor(loss, device=self.device))
         skipped = (~finite).float()
         # The fused kernel reads this attribute, which exists for gradient scalers.
@@ -47,7 +47,7 @@ class NonfiniteSteps:
         self._in_a_row = (self._in_a_row + skipped) * skipped
 
     def too_many(self, done: int) -> bool:
-        """Return whether the limit is reached; an accelerator's counter is read only now and then."""
+        """Return whether the limit is reached; an accelerator's counter is read only every few steps."""
         every = 1 if self.device.type == "cpu" else min(READ_EVERY, self.limit)
         return done % every == 0 and int(self._in_a_row) >= self.limit
 

@@ -14,9 +14,9 @@ from weighted_mtp_core.runtime.sharding import whole
 
 
 def learning_rate(table: TrainTable, step: int) -> float:
-    """Return the learning rate of a step (0-based): linear warm-up, then a cosine down to the final share.
+    """Return the learning rate of a step (0-based): linear warm-up, then cosine decay to the final share.
 
-    The cosine is that of SGDR (Loshchilov and Hutter 2017, eq. 5) with one period.
+    The cosine decay follows SGDR (Loshchilov and Hutter 2017, eq. 5) with one period.
     """
     if step < table.warmup_steps:
         return table.learning_rate * (step + 1) / table.warmup_steps
@@ -26,13 +26,13 @@ def learning_rate(table: TrainTable, step: int) -> float:
 
 
 def make_optimiser(parameters: Iterable[nn.Parameter], table: TrainTable) -> torch.optim.AdamW:
-    """Return AdamW for the parameters that require a gradient; weight decay applies to matrices only.
+    """Return AdamW for the parameters that require a gradient; weight decay applies only to matrices.
 
     Norms and biases are not decayed, because their scale needs no bound.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in parameters:
-        if parameter.requires_grad:  # the fused kernel accepts no mixture of sharded and whole parameters
+        if parameter.requires_grad:  # the fused kernel does not accept sharded and whole parameters together
             key = parameter.ndim >= 2, isinstance(parameter, DTensor)
             groups.setdefault(key, []).append(parameter)
     return torch.optim.AdamW(

@@ -41,9 +41,10 @@ class PolicyLearner(Learner):
 
     Attributes:
         policy: The model to train.
-        weighting: The source of the weights.
-        loss: Normalisation, the shares of the heads, and whether later heads train the trunk.
-        steps: The number of steps, which head schedules depend on.
+        weighting: Computes the weights.
+        loss: The recipe's `[loss]`: normalisation, shares of the heads, and whether heads 2..K train the
+            trunk.
+        steps: The number of steps of stage 2, on which head schedules depend.
         pairs_per_step: Counted pairs of each head in a step, on average over an epoch.
         accumulation: Micro-batches per process and step.
         distributed: The processes that train together.
@@ -153,7 +154,7 @@ class PolicyLearner(Learner):
         weight_BTK: Tensor,
         progress: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return loss, `ce_sum_K` and `count_K` of the global batch; its gradient is in the parameters."""
+        """Return loss, `ce_sum_K` and `count_K` of the global batch; add its gradient to the parameters."""
         target_BTK = target_mask(labels_BTK)
         normaliser_K = self._normaliser.add(weight_BTK, target_BTK)
         own_K = normalisers(weight_BTK, target_BTK, normalise=self.loss.normalise)
@@ -182,7 +183,7 @@ class PolicyLearner(Learner):
 
     @torch.no_grad()
     def validate(self, *, step: int) -> Validation:
-        """Measure unweighted cross-entropy and accuracy of each head; head 1's selects the checkpoint."""
+        """Measure each head's unweighted cross-entropy and accuracy; head 1's loss selects the checkpoint."""
         del step
         ce_K, accuracy_K = head_quality(self.policy, self.validation(), autocast=self.autocast)
         values = per_head("validation_ce", ce_K) | per_head("validation_accuracy", accuracy_K)
@@ -218,7 +219,8 @@ class PolicyLearner(Learner):
         """Return the policy's parameters, the normaliser's sums and the weighting's state.
 
         Raises:
-            RunFailedError: Weights since the last check were bad, so the state must not be kept.
+            RunFailedError: Weights since the last check were negative or not finite, so the state must not be
+                saved.
         """
         self._values.raise_if_bad()
         policy = {f"policy.{name}": tensor for name, tensor in module_state(self.policy).items()}
@@ -239,7 +241,7 @@ class PolicyLearner(Learner):
         save_model(self.policy, self.best, distributed=self.distributed)
 
     def load_best(self) -> None:
-        """Load them back."""
+        """Load the policy's weights that `save_best` wrote."""
         load_model(self.policy, self.best)
 
 

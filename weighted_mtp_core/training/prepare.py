@@ -1,4 +1,4 @@
-"""Stage 0: data and policy of a plan, ready for training; critic and weighting are built from here too."""
+"""Stage 0: loads the data and the policy of a plan, from which critic and weighting are built later."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ class Prepared:
         plan: The plan of the run.
         storage: The storage root.
         source: The data source.
-        compute: Device, and dtype of forward passes.
+        compute: Device and dtype of forward passes.
         policy: The model, on the device.
-        codec: Texts to its ids and back.
+        codec: Converts texts to the policy's token ids and back.
         base_name: Name and version of the base model, for the tag `model_version`.
         cache: The data as tokens.
         log: Receives messages for the user.
@@ -110,7 +110,7 @@ class Prepared:
         return self._token_sets[purpose, split]
 
     def tokenise(self) -> None:
-        """Make the token sets of all stages, so that what a later stage lacks is found before the first.
+        """Make the token sets of all stages, so that data missing for a later stage are noticed at the start.
 
         Raises:
             WmtpError: A split has no examples, or none is short enough, or the data lack the weights or the
@@ -125,7 +125,7 @@ class Prepared:
 
     @cached_property
     def length_only(self) -> LengthOnly:
-        """The baseline critic that knows only lengths, fitted on the training responses."""
+        """The baseline critic that uses only lengths, fitted on the training responses."""
         tokens = self.critic_tokens("train")
         return LengthOnly.fit(tokens.length_D - tokens.prompt_D, np.asarray(tokens.reward_D, np.float64))
 
@@ -146,7 +146,7 @@ class Prepared:
         return StepBatches(tokens, recipe.data, batch_size=size, seed=seed, device=device)
 
     def critic_batches(self, critic: Critic, table: CriticTable) -> Callable[[int], Batch]:
-        """Return the function from a step of stage 1 to its global batch."""
+        """Return a function that returns the global batch of a step of stage 1."""
         tokens = self.critic_tokens("train")
         units = make_pairs(tokens, table.pairs) if critic.batching == "pairs" else pointwise(tokens)
         seed = self.plan.recipe.run.seed
@@ -169,7 +169,7 @@ class Prepared:
         return evenly_spread(documents_of(half, self.critic_tokens("validation")), limit=limit)
 
     def with_score_cache(self, critic: Critic | None, batches: StepBatches) -> Critic | None:
-        """Return the critic, behind a cache of its scores if recipe and critic allow it."""
+        """Return the critic, with a cache of its scores if recipe and critic allow caching."""
         recipe, chosen = self.plan.recipe, self.plan.critic
         if critic is None or chosen is None or recipe.critic is None:
             return critic
@@ -220,14 +220,14 @@ class Prepared:
     def _add_critic_input(self, checkpoint: Path | None) -> None:
         """Record the weights that a component reads, for the key of the score cache.
 
-        The weights are those of the file `checkpoint`, or, if it is None, the present ones of the policy.
+        The weights are read from the file `checkpoint` or, if it is None, from the current policy.
         """
         if self.plan.recipe.critic is not None and self.plan.recipe.critic.cache:
             weights = state_sha256(self.policy.state_dict()) if checkpoint is None else sha256_of(checkpoint)
             self._critic_inputs += [weights, self.policy.config.to_json_string()]
 
     def build_critic(self) -> Critic | None:
-        """Build the recipe's critic, if it names one."""
+        """Build the recipe's critic; None if the recipe has no critic."""
         chosen = self.plan.critic
         return None if chosen is None else chosen.build(self._component_context)
 

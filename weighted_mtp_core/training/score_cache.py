@@ -1,9 +1,10 @@
 """A critic's scores, computed once and then read from a memory-mapped table.
 
 In stage 2 a critic that does not read the policy returns the same score for a token at every step, because
-its parameters are frozen. So each document is scored in the batch that draws it first, with the same numbers
-as without the cache. Later epochs, and later runs with the same critic, data and batches, read the table.
-(Scored in another batch, a document gets the same numbers up to the rounding of sums in another order, 1e-6.)
+its parameters are frozen. So each document is scored in the first batch that contains it, with exactly the
+same result as without the cache. Later epochs, and later runs with the same critic, data and batches, read
+the table. (In another batch, the scores of a document could differ by 1e-6, because sums are computed in
+another order.)
 
 Shape letters: B rows, T positions, N tokens of the token set, D documents.
 """
@@ -37,19 +38,20 @@ from weighted_mtp_core.runtime.device import to_device
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder
 from weighted_mtp_core.storage.verify_once import verify_once
 
-_FORMAT = 2  # raise it when the numbers under a key would change
+_FORMAT = 2  # increase it when the scores stored for the same key would change
 _FIELDS = ("value_BT", "reference_loss_BT")
 Floats = NDArray[np.float32]
 
 
 class CachedCritic(Critic):
-    """A critic that does not read the policy, behind a cache; padding is scored 0.
+    """A critic that does not read the policy, with a cache of its scores; the score of padding is 0.
 
     Args:
         critic: The critic, which must no longer be trained.
         batches: The batches of stage 2; only documents of their token set can be scored.
         accumulation: Number of parts in which a batch is scored.
-        folder: The folder of a complete table: read if it exists, written once every document is scored.
+        folder: The folder of the complete table. It is read if it exists, and otherwise written as soon as
+            all documents are scored.
     """
 
     trainable = False
@@ -69,7 +71,7 @@ class CachedCritic(Critic):
 
     @torch.no_grad()
     def score(self, batch: Batch, hidden_BTH: Tensor | None) -> Scores:
-        """Return each token's scores from the table, and fill the table where it lacks them.
+        """Return each token's scores from the table; missing scores are computed first.
 
         Raises:
             WmtpError: The batch was not made from the token set.
@@ -109,7 +111,7 @@ class CachedCritic(Critic):
         self._scored_D[_documents(batch, self._batches.tokens.start_D1)] = True
 
     def _column(self, name: str) -> Floats:
-        """Return the table's column of a score; create it if it is new."""
+        """Return the table's column for a kind of score; create the column if it does not exist."""
         if name not in self._table:
             if self._unfinished is None:
                 self._folder.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +124,7 @@ class CachedCritic(Critic):
         return self._table[name]
 
     def _publish(self) -> None:
-        """Move the complete table to the folder in which later runs find it."""
+        """Move the complete table to its folder, in which later runs find it."""
         assert self._unfinished is not None
         for values_N in self._table.values():
             assert isinstance(values_N, np.memmap)
@@ -149,8 +151,8 @@ def scores_key(
 
     Args:
         critic: The critic, in the state in which it scores.
-        chosen: Its address, source and options.
-        inputs: The weights that core gave it, as SHA-256 sums, and their configuration.
+        chosen: The critic's component, with its address, source and options.
+        inputs: SHA-256 sums and configuration of the weights that core gave the critic.
         batches: The batches of stage 2.
         accumulation: Number of parts in which a batch is scored.
     """

@@ -1,4 +1,4 @@
-"""Where a bad weight tensor is refused: its type, shape and dtype at once, its values on the device."""
+"""Checks weight tensors: type, shape and dtype immediately, values later because they are on the device."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _ALL_ZERO, _NEGATIVE, _NOT_FINITE = 1, 2, 3  # by severity: the worst since the 
 
 
 def check_weights(weights: object, response_BT: Tensor, *, n_future: int, label: str) -> None:
-    """Refuse anything but `Weights` with a weight tensor for this batch; reads no values from the device.
+    """Refuse results that are not `Weights` with a tensor for this batch; reads no values from the device.
 
     Args:
         weights: The weighting's result; its tensor is float32 `[B, T]` or `[B, T, K]`.
-        response_BT: The batch's response mask.
+        response_BT: bool mask of the batch's response tokens.
         n_future: K.
         label: The weighting's address, plugin, distribution and version, for messages.
 
     Raises:
-        RunFailedError: Wrong type, shape or dtype, or the weights require a gradient.
+        RunFailedError: The weights have a wrong type, shape or dtype, or require a gradient.
     """
     if not isinstance(weights, Weights):
         raise RunFailedError(f"{label} returned a `{type(weights).__name__}`, expected `Weights`")
@@ -48,8 +48,8 @@ def check_weights(weights: object, response_BT: Tensor, *, n_future: int, label:
 class ValueCheck:
     """Refuses weights that are negative or not finite, and warns once if all weights of a step are 0.
 
-    On an accelerator the result is read only now and then. Until then, weights that are not finite lead to
-    steps that are skipped, and negative ones end the run a few steps late.
+    On an accelerator the result of the check is read only every few steps. Until then, steps with non-finite
+    weights are skipped, and negative weights end the run a few steps late.
 
     Attributes:
         label: The weighting's address, plugin, distribution and version, for messages.
@@ -76,12 +76,12 @@ class ValueCheck:
         self._worst = found if self._worst is None else torch.maximum(self._worst, found)
 
     def due(self, step: int, steps: int) -> bool:
-        """Return whether `raise_if_bad` is due after this step: always on a CPU, where it costs nothing."""
+        """Return whether `raise_if_bad` is due after this step; always on a CPU, where it costs nothing."""
         on_host = self._worst is None or self._worst.device.type == "cpu"
         return on_host or (step + 1) % READ_EVERY == 0 or step + 1 >= steps
 
     def raise_if_bad(self) -> None:
-        """Read the results of all checks since the last call; this waits for the device.
+        """Read the results of all checks since the last call; this synchronises with the device.
 
         Raises:
             RunFailedError: Some weights were negative or not finite.

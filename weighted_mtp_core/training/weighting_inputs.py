@@ -1,4 +1,4 @@
-"""The weighting of a run, and the view of the global batch that it weighs, with the signals that it needs.
+"""The weighting of a run and its input: a view of the global batch with the signals that it needs.
 
 Shape letters: B rows, T positions, K heads, H hidden.
 """
@@ -25,7 +25,7 @@ from weighted_mtp_core.training.micro_batches import MicroBatch, gather_rows
 from weighted_mtp_core.training.plugin_metrics import check_metrics
 from weighted_mtp_core.training.weight_checks import check_weights
 
-# Signals that the heads compute, in a forward pass of their own before the weighted one.
+# Signals that the heads compute in a separate forward pass before the pass with the weighted loss.
 _FROM_HEADS = {Signal.TOKEN_LOSS: PairPredictions.losses, Signal.TOKEN_ENTROPY: PairPredictions.entropies}
 
 # The signals by the names of their fields in `StepView`: without the shape, a name is that of the signal.
@@ -41,9 +41,9 @@ class Weighting:
     """A weighting strategy with the source of its signals.
 
     Attributes:
-        strategy: Called once per step, with the whole global batch.
+        strategy: The strategy, which is called once per step with the whole global batch.
         needs: The signals that it declares.
-        critic: Computes those signals that the core does not.
+        critic: Computes the signals that core cannot compute.
         label: Address, plugin, distribution and version, for messages.
     """
 
@@ -53,10 +53,10 @@ class Weighting:
     label: str
 
     def weigh(self, view: StepView) -> Weights:
-        """Return the strategy's weights; their type, shape and dtype are checked, their values are not.
+        """Return the strategy's weights, whose type, shape and dtype are checked, but not their values.
 
         Raises:
-            RunFailedError: The strategy failed, or returned no weights; the message names its plugin.
+            RunFailedError: The strategy failed or did not return valid weights; the message names its plugin.
         """
         try:
             weights = self.strategy.weigh(view)
@@ -106,7 +106,7 @@ class Signals:
     """Computes the signals of a weighting.
 
     Attributes:
-        policy: Its trunk states and heads.
+        policy: The policy, whose trunk states and heads are used.
         weighting: Declares the signals; its critic scores tokens.
         autocast: Returns the context of a forward pass.
         distributed: The processes, each of which computes the signals of its own micro-batches.
@@ -140,14 +140,14 @@ class Signals:
             batch: The global batch.
             target_BTK: The pairs that count.
             parts: This process's micro-batches.
-            hidden: Their trunk states; None where they are not known yet.
-            step: Optimiser steps done.
+            hidden: Trunk states of the micro-batches; None for states that have not been computed yet.
+            step: Number of completed optimiser steps.
             steps: Optimiser steps of the stage.
             training: False for a batch that is only measured.
         """
         needs, rows, distributed = self.weighting.needs, len(batch.ids_BT), self.distributed
         was_training = self.policy.training
-        if self.policy.has_dropout:  # a signal is the same whenever it is computed
+        if self.policy.has_dropout:  # signals must not depend on dropout
             self.policy.eval()
             hidden = [None] * len(parts)
         found = [self._compute(part.batch, known) for part, known in zip(parts, hidden, strict=True)]

@@ -1,7 +1,8 @@
 """The kinds of heads, one file each.
 
-A kind defines what of the base model becomes the trunk, what head 1 is and what heads 2..K start as. Another
-kind is a subclass of `Heads`, listed in `model.policy.HEADS` and in the recipe's `model.heads.kind`.
+A kind defines which part of the base model becomes the trunk, what head 1 is and how heads 2..K are
+initialised. Another kind is a subclass of `Heads`, listed in `model.policy.HEADS` and in the recipe's
+`model.heads.kind`.
 
 Shape letters: B rows, T positions, S cached and new tokens, H hidden.
 """
@@ -22,7 +23,7 @@ HeadKind = Literal["parallel", "medusa"]
 
 @frozen(kw_only=True, eq=False)
 class SplitModel:
-    """A causal LM's body, taken apart; `norm` stands between heads and unembedding."""
+    """The parts of a causal LM's body; `norm` is applied between heads and unembedding."""
 
     trunk: nn.Module
     heads: Heads
@@ -30,7 +31,7 @@ class SplitModel:
 
 
 class Heads(nn.ModuleList, ABC):
-    """Heads 1..K, one module each; head 1 is the base model's own.
+    """Heads 1..K, one module each; head 1 is part of the base model.
 
     Attributes:
         kind: The value of the recipe's `model.heads.kind`.
@@ -41,7 +42,7 @@ class Heads(nn.ModuleList, ABC):
     @classmethod
     @abstractmethod
     def split(cls, base: Any, *, n_future: int) -> SplitModel:
-        """Take a causal LM apart and make K heads; its modules are used, not copied.
+        """Split a causal LM into its parts and make K heads; the modules of the model are not copied.
 
         Raises:
             WmtpError: The model cannot be split for this kind of head.
@@ -61,7 +62,7 @@ class Heads(nn.ModuleList, ABC):
 
     @abstractmethod
     def layer(self, k: int) -> nn.Module:
-        """Return the module that computes head k, from 1: of a body, its one layer."""
+        """Return the module that computes head k (from 1); for a body, its only layer."""
 
     @property
     def bodies(self) -> Sequence[nn.Module]:
@@ -69,7 +70,7 @@ class Heads(nn.ModuleList, ABC):
         return ()
 
     def rejoin(self, base: Any, *, trunk: nn.Module, norm: nn.Module) -> None:
-        """Put trunk, head 1 and norm into a causal LM of the base model's kind: undo `split`."""
+        """Put trunk, head 1 and norm into a causal LM of the base model's class; this reverses `split`."""
         del norm
         body = body_of(base)
         for name, parameter in trunk.named_parameters(recurse=False):
