@@ -1,4 +1,4 @@
-"""Plugin `code_tasks`: data sources of programs and of numbers, judged by running or reading them."""
+"""Plugin `code_tasks`: data sources whose responses are judged by running programs or comparing numbers."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Find the program in a model's text, which may have code fences, a repeated signature, or prose.
 
-This happens before a text is saved and judged, never during judging: every judge gets the same program.
+This happens before a text is saved and judged, never during judging, so that every judge gets the same
+program.
 
 The last complete answer counts; text inside `<think>` does not. A text that begins with the body of the
 prompt's function is its own answer. Otherwise the answer is the last closed fence with code that defines the
@@ -103,7 +104,7 @@ class _Block:
         code: The completion.
         continues: Whether it is the body of the function that the prompt begins.
         imports: Whether it only imports the function.
-        fence: `closed` or `open` if it stands in a fence, else empty.
+        fence: `closed` or `open` if the code is in a fence, otherwise empty.
     """
 
     code: str
@@ -250,7 +251,7 @@ def _is_text(node: ast.stmt) -> bool:
 
 
 def parsed(source: str) -> ast.Module | None:
-    """Return the tree of a source, without a word about its style; None where Python cannot read it."""
+    """Return the syntax tree of a source without syntax warnings; None if Python cannot parse the source."""
     tree = _tree_or_line(source)
     return None if isinstance(tree, int) else tree
 

@@ -1,4 +1,4 @@
-"""How completions of one kind of problem are judged: the part of a text that counts, and its verdict."""
+"""Judges for each kind of problem: they cut a text to the completion, and return a verdict on it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Judge(ABC):
 
     @abstractmethod
     def judge(self, attempts: Attempts, *, on_done: Callable[[], None] | None = None) -> Judgement:
-        """Judge completions; `on_done` is called after each."""
+        """Judge completions; `on_done` is called after each completion."""
 
 
 @define(kw_only=True)

@@ -148,7 +148,7 @@ def sha256_of_tests(problems: Sequence[Problem]) -> str:
 
 
 def statistics(judged: Sequence[JudgedProblem], *, kept: Sequence[JudgedProblem]) -> dict[str, Any]:
-    """Count.
+    """Count the labelled responses.
 
     Args:
         judged: All problems.

@@ -1,6 +1,7 @@
-"""Break programs as people break them: one change of the syntax tree each.
+"""Makes broken variants of programs with typical human errors, by one change of the syntax tree each.
 
-Only running a mutant decides whether it is wrong: some still pass every test.
+Whether a variant (mutant) is really wrong is decided by running it, because some mutants still pass every
+test.
 """
 
 from __future__ import annotations

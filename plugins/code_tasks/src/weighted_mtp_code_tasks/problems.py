@@ -1,4 +1,4 @@
-"""`code_tasks.problems`: the problems of a file in HumanEval's format, to judge completions."""
+"""`code_tasks.problems`: the problems of a file in HumanEval's format, for verifying completions."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class ProblemsSource(DataSource):
         return self._problems if split == "test" else ()
 
     def version(self) -> DatasetVersion:
-        """Return the SHA-256 of the file; the version is its beginning."""
+        """Return the SHA-256 of the file; its first digits serve as the version."""
         sha256 = sha256_of_file(self._path)
         return DatasetVersion(name=self._path.name.partition(".")[0], version=sha256[:12], sha256=sha256)
 

@@ -19,7 +19,7 @@ def read_public_file(
     """Read a file with `read_records`: `.parquet`, or JSON lines, gzipped (`.gz`) or not.
 
     Raises:
-        WmtpError: See `read_records`.
+        WmtpError: The file cannot be read or has invalid records.
     """
     path = Path(path)
     if path.suffix == ".parquet":

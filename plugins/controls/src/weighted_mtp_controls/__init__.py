@@ -102,8 +102,8 @@ class AnnealOptions:
 
     Attributes:
         of: The weighting to anneal to.
-        start: Step of the policy's training up to which all weights are 1.
-        end: Step from which all weights are those of `of`.
+        start: Step of stage 2 up to which all weights are 1.
+        end: Step of stage 2 from which all weights are the weights of `of`.
     """
 
     of: WeightingChoice
@@ -146,7 +146,7 @@ def build_record(options: RecordOptions, context: BuildContext) -> WeightingStra
 
 @frozen(kw_only=True)
 class ReplayOptions:
-    """`[weighting.options]` of `controls.replay`: `name` is that of `controls.record`."""
+    """`[weighting.options]` of `controls.replay`: `name` is the name that was given to `controls.record`."""
 
     name: str = field(validator=v.matches_re(_FOLDER))
 

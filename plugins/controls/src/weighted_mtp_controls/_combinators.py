@@ -55,7 +55,7 @@ class Clip(Wrapper):
 
 
 class Anneal(Wrapper):
-    """Mixes weights of 1 with the wrapped weights; their share grows linearly from step `start` to `end`."""
+    """Mixes weights of 1 with the wrapped weights, whose share grows linearly from step `start` to `end`."""
 
     def __init__(self, of: WeightingStrategy, *, start: int, end: int) -> None:
         super().__init__([of])

@@ -15,15 +15,17 @@ from weighted_mtp_controls._random_numbers import uniform
 from weighted_mtp_controls._wrapper import Wrapper, target_mask
 
 _HALVINGS = 24
-# log2 of the standard deviation before clipping over that after it; at 14, almost every number is on a bound.
+# log2 of the ratio of the standard deviations before and after clipping; at 14, almost all numbers are on a
+# bound.
 _SMALLEST_EXPONENT, _LARGEST_EXPONENT = -1.0, 14.0
 
 
 class RandomMatched(Wrapper):
     """Draws weights `clip(m + s z)`, z normal, that have the wrapped weights' moments *after* clipping.
 
-    Mean, standard deviation and bounds are those of the wrapped weights over the whole batch. Moments matched
-    before clipping would be others after it: E[clip(exp z, 0.1, 3)] is 1.296, E[exp z] 1.649.
+    The mean, the standard deviation and the bounds of the wrapped weights are computed over the whole batch.
+    Moments that are matched before clipping would change by clipping: E[clip(exp z, 0.1, 3)] is 1.296, but
+    E[exp z] is 1.649.
     """
 
     def __init__(self, of: WeightingStrategy, *, seed: int) -> None:
@@ -44,8 +46,9 @@ class RandomMatched(Wrapper):
 def match(normal: Tensor, *, like: Tensor, mask: Tensor) -> Tensor:
     """Return `clip(m + s * normal)` with the mean, standard deviation and range of `like`, both masked.
 
-    It is 0 where the mask is False. For each s exactly one m gives the mean, and the standard deviation grows
-    with s. So two nested bisections find them, also where almost all weights lie on a bound, as with 0 and 1.
+    The result is 0 where the mask is False. For each s exactly one m gives the mean, and the standard
+    deviation grows with s. So two nested bisections find s and m, even if almost all weights are on a bound,
+    such as 0 or 1.
     """
     mean, std = _moments(like, mask)
     low = like.where(mask, torch.inf).amin()
@@ -71,7 +74,7 @@ def match(normal: Tensor, *, like: Tensor, mask: Tensor) -> Tensor:
 
 
 def _bisect(too_low: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:
-    """Return the point between two bounds where `too_low` becomes False, without waiting for the device."""
+    """Find by bisection where `too_low` becomes False between two bounds; never waits for the device."""
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         below = too_low(middle)

@@ -1,8 +1,8 @@
 """Random numbers as a pure function of (seed, step, document, position, head): a counter-based generator.
 
-A stateful generator would give other numbers after packing, splitting over processes or resuming. These are
-the same wherever a document lies. The mixing function is splitmix64's (Steele, Lea and Flood 2014, figure
-16).
+A stateful generator would give other numbers after packing, splitting over processes or resuming. The numbers
+of this generator do not depend on the position of a document in the batch. The mixing function is the one of
+splitmix64 (Steele, Lea and Flood 2014, figure 16).
 
 Shape letters: B batch rows, T positions, K heads.
 """
@@ -28,7 +28,7 @@ def uniform(view: StepView, *, seed: int, heads: int) -> Tensor:
 
 
 def with_float64(device: torch.device) -> torch.device:
-    """Return the device, or the CPU if the device has no float64."""
+    """Return the device, or the CPU if the device does not support float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -36,9 +36,9 @@ def random_integers(view: StepView, *, seed: int, heads: int) -> Tensor:
     """Return int64 numbers from 0 to 2^52 - 1, `[B, T, heads]`.
 
     Args:
-        view: Its token ids, document numbers and step count.
+        view: The view, of which token ids, document numbers and step are used.
         seed: Seed of the component.
-        heads: How many numbers per token.
+        heads: Number of random numbers per token.
     """
     position_BT, document_BT = _positions_and_documents(view)
     words_BT = _mix(_mix(_mix(document_BT + _word(_GOLDEN * (view.step + 1))) + position_BT) ^ _key(seed))
@@ -67,12 +67,12 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Shift right and fill with zeros; int64's own shift copies the sign bit."""
+    """Shift right and fill with zeros, because the shift of int64 copies the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _key(seed: int) -> int:
-    """Return a hash of the seed, which is unlike the multiples of `_GOLDEN` that number the heads."""
+    """Return a hash of the seed, so that it does not coincide with a multiple of `_GOLDEN` for a head."""
     return int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=8).digest(), signed=True)
 
 

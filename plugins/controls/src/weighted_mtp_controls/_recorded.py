@@ -1,4 +1,4 @@
-"""Record the weights of every step, one file each, and replay them in another run.
+"""Records the weights of each step in a file, and replays the weights in another run.
 
 Shape letters: B batch rows, T positions, K heads.
 """
@@ -78,5 +78,5 @@ def _file(folder: Path, step: int) -> Path:
 
 
 def _masked_ids(view: StepView) -> Tensor:
-    """Return the token ids, int32 `[B, T]`, -1 on padding."""
+    """Return the token ids of the batch, int32 `[B, T]`, with -1 on padding."""
     return view.ids_BT.where(view.document_BT >= 0, -1).to("cpu", torch.int32).contiguous()

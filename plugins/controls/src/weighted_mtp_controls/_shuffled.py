@@ -34,7 +34,7 @@ class Shuffled(Wrapper):
 
 def _permute(x_BTC: Tensor, key_BTC: Tensor, *, document_BT: Tensor, target_BTC: Tensor) -> Tensor:
     """Permute within the targets of each document and column, in the order of the keys."""
-    # Entries that are no targets form a group behind all documents and keep their positions.
+    # Entries that are not targets form a group after all documents and keep their positions.
     group_BTC = document_BT[..., None].where(target_BTC, x_BTC.shape[1])
     old_order_BTC = group_BTC.argsort(dim=1, stable=True)
     by_key_BTC = key_BTC.where(target_BTC, 0).argsort(dim=1, stable=True)

@@ -13,7 +13,7 @@ from weighted_mtp_core.api import StepView, WeightingStrategy, WmtpError
 
 
 class Wrapper(WeightingStrategy):
-    """Saves and restores the state of the wrapped weightings: each key is prefixed with their number."""
+    """Saves and restores the states of the wrapped weightings; their number is a prefix of each key."""
 
     def __init__(self, wrapped: Sequence[WeightingStrategy]) -> None:
         self._wrapped = tuple(wrapped)
@@ -30,7 +30,7 @@ class Wrapper(WeightingStrategy):
         """Restore the states of the wrapped weightings.
 
         Raises:
-            WmtpError: A weighting refuses its state, or a key belongs to none of them.
+            WmtpError: A weighting refuses its state, or a key does not belong to any weighting.
         """
         states: list[dict[str, Any]] = [{} for _ in self._wrapped]
         for name, value in state.items():

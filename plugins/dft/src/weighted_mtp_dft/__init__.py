@@ -1,7 +1,7 @@
 """Weights from the policy's current predictions.
 
-Offers the weightings `dft.probability` (dynamic fine-tuning, Wu et al. 2025), by the probability of the
-target, and `dft.entropy` (Wang et al. 2025), by the entropy of the prediction.
+The weighting `dft.probability` (dynamic fine-tuning, Wu et al. 2025) uses the probability of the target, and
+`dft.entropy` (Wang et al. 2025) uses the entropy of the prediction.
 """
 
 from __future__ import annotations

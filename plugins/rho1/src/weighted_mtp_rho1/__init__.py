@@ -1,6 +1,7 @@
-"""Selective language modelling (Rho-1, Lin et al. 2024): train where the policy's loss exceeds a reference's.
+"""Selective language modelling (Rho-1, Lin et al. 2024): train on tokens with a large excess loss.
 
-Offers the critic `rho1.reference`, the losses of a frozen model, and the weighting `rho1.excess_loss`.
+The excess loss is the policy's loss minus the loss of a reference model. The critic `rho1.reference` computes
+the losses of a frozen reference model; the weighting is `rho1.excess_loss`.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class ReferenceOptions:
 
     Attributes:
         checkpoint: `checkpoints/best_model.pt` of an earlier run with the same `[model]` table, trained on
-            high-quality data; without it, the policy's base model before training.
+            high-quality data; by default the reference model is the policy before training.
     """
 
     checkpoint: str | None = None

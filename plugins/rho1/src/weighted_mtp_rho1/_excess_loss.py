@@ -48,7 +48,7 @@ class ExcessLoss(WeightingStrategy):
         )
 
     def _select(self, excess_NC: Tensor, target_NC: Tensor) -> Tensor:
-        """Return weights in [0, 1], large for each column's largest excess losses; 0 off the targets."""
+        """Return weights in [0, 1], large for the largest excess losses of each column; 0 if not a target."""
         kept_C = (self._options.keep * target_NC.sum(dim=0)).round().clamp(min=1)
         ranked_NC = excess_NC.where(target_NC, -torch.inf)
         order_NC = ranked_NC.argsort(dim=0, descending=True, stable=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Reference(Critic):
-    """A frozen copy of the policy: of an earlier run, or before training."""
+    """A frozen copy of a policy: the policy of an earlier run, or the current policy before training."""
 
     reads_policy = False
     cacheable = True

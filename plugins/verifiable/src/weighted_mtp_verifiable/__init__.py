@@ -34,18 +34,19 @@ class TdErrorOptions:
     Attributes:
         estimator: `"gae"` sums TD errors with `lam`; `"td"` uses each TD error alone (like `lam = 0`).
         gamma: Discount per token.
-        lam: 0 relies on the critic alone, 1 on the reward alone.
+        lam: Lambda of GAE; with 0 advantages rely on the critic alone, with 1 on the reward alone.
         beta: Temperature: a smaller one spreads the weights further apart.
         clip: Smallest and largest weight.
         whiten: Whether advantages are whitened to mean 0 and standard deviation 1: with the statistics of the
             batch, with moving statistics, or not at all.
         ema_decay: Weight of the old moving statistics in each training step.
-        sign: `"advantage"` keeps a whitened advantage A as it is; `"reward"` keeps it only where it has the
-            sign of the outcome: max(A, 0) in a correct response, so that none of its tokens weighs less than
-            1, and min(A, 0) in an incorrect one, so that none of its tokens weighs more.
+        sign: `"advantage"` uses the whitened advantage A. `"reward"` uses max(A, 0) in a correct response, so
+            that no token of the response weighs less than 1, and min(A, 0) in an incorrect response, so that
+            no token of the response weighs more than 1.
         positives_only: Whether incorrect responses get weight 0. They still count in the statistics.
-        per_response: Whether the clipped weights of each response are scaled to mean 1, so that they only
-            tell its tokens apart and sum to its number of tokens. Responses with weight 0 keep it.
+        per_response: Whether the clipped weights of each response are scaled to mean 1, so that weights
+            differ only between the tokens of a response, not between responses. Responses with weight 0 keep
+            it.
     """
 
     estimator: Literal["gae", "td"] = "gae"
@@ -117,9 +118,9 @@ class ValueHeadOptions:
         objective: `"monte_carlo"` predicts the reward from every prefix; `"lambda_return"` predicts a mixture
             of the reward and the critic's own later values; `"bradley_terry"` only ranks a correct response
             above an incorrect one to the same problem.
-        lam: For `"lambda_return"`: 0 is the next value alone, 1 the reward alone (Monte Carlo).
+        lam: For `"lambda_return"`: with 0 the target is the next value, with 1 the reward (Monte Carlo).
         lam_schedule: `"constant"`, or `"linear"`: from `lam_start` at the first step to `lam` at the last.
-            Later values are useful targets only after they have learnt something from the reward.
+            The critic's later values are useful targets only after training on the reward.
         lam_start: Lambda of the first step for `"linear"`.
         body: Input of the head: `"own"`, a small transformer trained with it; `"policy"`, the current states
             of the policy's trunk; `"frozen"`, the states of the trunk as it was at the start; `"trunk"`, a

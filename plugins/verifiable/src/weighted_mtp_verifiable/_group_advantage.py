@@ -29,10 +29,10 @@ class GroupAdvantage(WeightingStrategy):
     Weights cannot be negative, so the signed advantage becomes an exponential one, as in advantage-weighted
     regression: 1 for a response that did as well as its group, less than 1 for a worse one.
 
-    The baseline is the mean reward of the batch's responses to the same problem. For a response that is alone
-    with its problem this mean would be its own reward and every weight 1; its baseline is the mean reward of
-    all responses in the batch. With batches drawn at random from many problems this is the usual case; the
-    metric `lone_fraction` shows how often it occurs.
+    The baseline is the mean reward of the batch's responses to the same problem. If the batch contains only
+    one response to a problem, this mean would equal its own reward and every weight would be 1. The baseline
+    of such a response is the mean reward of all responses in the batch. Such responses are usual in batches
+    that are drawn at random from many problems; the metric `lone_fraction` is their share.
     """
 
     def __init__(self, options: GroupAdvantageOptions) -> None:
@@ -44,7 +44,7 @@ class GroupAdvantage(WeightingStrategy):
         assert view.group_BT is not None
         options = self._options
         reward_BT, response_BT = view.reward_BT.float(), view.response_BT
-        # The last token stands for its response: each response counts once, however long it is.
+        # The last token represents its response, so that each response counts once regardless of its length.
         last_BT = response_BT & (remaining_response_tokens(response_BT, view.document_BT) == 1)
         total_BT, count_BT = group_sums(reward_BT.where(last_BT, 0.0), last_BT.float(), view.group_BT)
         lone_BT = count_BT == 1
@@ -66,7 +66,8 @@ class GroupAdvantage(WeightingStrategy):
 def group_sums(x_BT: Tensor, y_BT: Tensor, group_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Return, at each token, the sums of x and of y over all tokens of its group in the batch.
 
-    Group numbers are arbitrary. Sorting turns them into slots without waiting for the device to count them.
+    Group numbers are arbitrary. Sorting converts them to consecutive indices without synchronising the
+    device.
     """
     sorted_N, order_N = group_BT.reshape(-1).sort()
     new_N = F.pad((sorted_N[1:] != sorted_N[:-1]).long(), (1, 0))

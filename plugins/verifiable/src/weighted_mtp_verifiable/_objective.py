@@ -28,8 +28,9 @@ def monte_carlo(logit_BT: Tensor, batch: Batch, *, lam: float) -> Tensor:
 def lambda_return(logit_BT: Tensor, batch: Batch, *, lam: float) -> Tensor:
     """Return the binary cross-entropy of each prefix's value with its lambda-return.
 
-    The lambda-return (Sutton and Barto 2018, eq. 12.2) of the prefix that ends at t is `V_t + A_{t+1}`, where
-    the critic's values carry no gradient; that of the whole response is R.
+    The lambda-return (Sutton and Barto 2018, eq. 12.2) of the prefix that ends at token t is `V_t + A_{t+1}`,
+    where V is the critic's value without gradient and A the advantage. The lambda-return of the whole
+    response is the reward R.
     """
     value_BT = torch.sigmoid(logit_BT.detach())
     delta_BT = td_errors(

@@ -20,8 +20,9 @@ def same_as_previous(document_BT: Tensor) -> Tensor:
 def discounted_sums(x_BT: Tensor, *, document_BT: Tensor, discount: float) -> Tensor:
     """Return `sum_l discount^l * x_{t+l}` over the rest of each token's document.
 
-    The recurrence `S_t = x_t + c_t S_{t+1}`, with c = 0 at the end of a document, is solved by doubling its
-    span log2(T) times (Hillis and Steele 1986); `benchmarks/advantages.py` measures it.
+    S_t is the sum at token t. The recurrence `S_t = x_t + c_t S_{t+1}`, where c_t is the discount, or 0 at
+    the end of a document, is solved by doubling its span log2(T) times (Hillis and Steele 1986);
+    `benchmarks/advantages.py` measures the speed.
 
     Args:
         x_BT: float32 and finite everywhere.
@@ -58,7 +59,7 @@ def remaining_response_tokens(response_BT: Tensor, document_BT: Tensor) -> Tenso
     from_here_BT = _backward_cumulative(torch.cumsum, response_BT.long())
     is_end_BT = ~F.pad(same_as_previous(document_BT)[:, 1:], (0, 1))
     behind_BT = (from_here_BT - response_BT.long()).where(is_end_BT, 0)
-    # Counts fall along a row, so the largest of all following document ends is that of the token's own
+    # Counts decrease along a row, so the largest of all following document ends belongs to the token's
     # document.
     return from_here_BT - _backward_cumulative(lambda x, dim: x.cummax(dim).values, behind_BT)
 
@@ -75,7 +76,8 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 def mean_of_row_means(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Return the mean over all rows of each row's masked mean (0 for a row whose mask is False).
 
-    Unlike a mean over tokens, it does not depend on how a batch is split into parts of equally many rows.
+    Unlike a mean over tokens, the result does not depend on how a batch is split into parts with equally many
+    rows.
     """
     total_B = x_BT.where(mask_BT, 0.0).sum(dim=1)
     return (total_B / mask_BT.sum(dim=1).clamp(min=1)).mean()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class TdError(WeightingStrategy):
-    """Turns values and rewards into weights of response tokens.
+    """Computes weights of response tokens from values and rewards.
 
     Args:
         options: See `TdErrorOptions`.

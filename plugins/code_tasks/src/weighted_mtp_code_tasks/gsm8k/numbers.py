@@ -95,7 +95,7 @@ class NumberJudge(Judge):
     """Compares the final number of a response with `Problem.tests`, which is a number; runs nothing."""
 
     def completion(self, problem: Problem, text: str) -> str:  # noqa: ARG002 - the same for every problem
-        """Return the text up to its answer; models often go on with further questions."""
+        """Return the text up to its answer, because models often continue with further questions."""
         return cut_answer(text)
 
     def judge(self, attempts: Attempts, *, on_done: Callable[[], None] | None = None) -> Judgement:

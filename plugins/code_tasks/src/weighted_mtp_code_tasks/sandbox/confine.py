@@ -44,7 +44,7 @@ _FILE_RIGHTS = sum(1 << bit for bit in (1, 2, 14))
 
 
 class ConfinementError(Exception):
-    """The kernel refused to confine."""
+    """The kernel refused to confine the process."""
 
 
 def _checked(result: int, what: str) -> int:
@@ -63,7 +63,7 @@ def _bytes(content: bytes) -> ctypes.Array[ctypes.c_char]:
 
 
 def die_with_parent() -> None:
-    """Make the kernel kill this process when its parent ends, for whatever reason."""
+    """Make the kernel kill this process when its parent process ends for any reason."""
     _checked(_libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0), "PR_SET_PDEATHSIG")
 
 
@@ -80,7 +80,7 @@ def enter_namespaces() -> None:
     Children that it forks afterwards are in the new PID namespace; the process itself is not.
 
     Raises:
-        ConfinementError: Not permitted here (containers and some distributions forbid user namespaces).
+        ConfinementError: The kernel forbids user namespaces, as in containers and some distributions.
     """
     uid, gid = os.getuid(), os.getgid()
     _checked(_libc.unshare(_NAMESPACES), "unshare")
