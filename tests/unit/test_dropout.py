@@ -79,7 +79,7 @@ def signals(policy, *, parts):
     pieces = micro_batches(batch(), parts, SINGLE_PROCESS)
     hidden = [computed.trunk(pieces[0].batch)] if parts == 1 else [None] * parts
     target_BTK = target_mask(batch_labels(batch(), policy.n_future))
-    view = computed.view(batch(), target_BTK, parts=pieces, hidden=hidden, step=0, training=True)
+    view = computed.view(batch(), target_BTK, parts=pieces, hidden=hidden, step=0, steps=1, training=True)
     return view.token_loss_BTK, view.token_entropy_BTK, view.value_BT
 
 

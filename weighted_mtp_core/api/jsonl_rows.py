@@ -119,7 +119,7 @@ def checked_row(
     messages: tuple[Mapping[str, Any], ...] = (),
     tools: tuple[Mapping[str, Any], ...] = (),
 ) -> JsonlRow:
-    """Check the keys that all kinds of rows have in common; ValueError with the first fault."""
+    """Check the keys that all kinds of rows have in common; raises ValueError for the first fault."""
     _refuse_misspelt(record)
     for key in ("tests", "entry_point"):
         if not isinstance(record.get(key, ""), str | None):

@@ -23,7 +23,7 @@ def build_chat(options: RowFiles, context: BuildContext) -> DataSource:  # noqa:
     """Build the data source; every line is read and checked.
 
     Raises:
-        WmtpError: See `JsonlSource`.
+        WmtpError: A file cannot be read or has invalid rows; see `JsonlSource`.
     """
     return JsonlSource(options, _row)
 
@@ -52,7 +52,7 @@ def _row(record: Record) -> JsonlRow:
 
 
 def _message(message: object, number: int) -> Mapping[str, Any]:
-    """Check a message, and join its parts if it has several; ValueError with its first fault."""
+    """Check a message, and join its parts if it has several; raises ValueError for the first fault."""
     if not isinstance(message, dict):
         raise ValueError(f"message {number} must be an object, got {type(message).__name__}")  # noqa: TRY004
     if message.get("role") not in _ROLES:

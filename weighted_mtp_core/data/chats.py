@@ -1,8 +1,9 @@
-"""Chats as texts with the turns that are learned, by the tokenizer's template.
+"""Renders chats as texts with the tokenizer's template, and marks the turns that the policy learns.
 
-A template with `{% generation %}` marks the assistant's turns itself. Without these marks, a turn is what the
-rendering of its chat has more than the rendering of the messages before it, with the generation prompt. That
-holds only if the template neither drops nor reorders anything, which is checked against the whole rendering.
+A template with `{% generation %}` marks the assistant's turns itself. Without these marks, a turn is the text
+that is added when the chat up to this turn is rendered instead of the previous messages with the generation
+prompt. This is correct only if the template neither drops nor reorders text, which is checked against the
+whole rendering.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 @frozen(kw_only=True)
 class RenderedChat:
-    """A chat as text; `spans` are start and end, in characters, of the turns that are learned."""
+    """A chat as text; `spans` contains (start, end) of each learned turn, in characters."""
 
     text: str
     spans: tuple[tuple[int, int], ...]
 
     @property
     def parts(self) -> list[tuple[str, bool]]:
-        """The text in parts, each with whether it is learned."""
+        """The parts of the text as pairs (text, whether it is learned)."""
         edges = [0, *(edge for span in self.spans for edge in span), len(self.text)]
         parts = [
             (self.text[start:end], bool(i % 2)) for i, (start, end) in enumerate(itertools.pairwise(edges))
@@ -40,7 +41,7 @@ class RenderedChat:
 
 
 def control_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """Return a pattern that finds the spelling of a control token; it has one group."""
+    """Return a pattern with one group that matches the name of any control token."""
     names = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, names))})")
 

@@ -1,4 +1,4 @@
-"""Examples as ids: a prompt with a response, or a chat."""
+"""Converts examples, which are a prompt with a response or a chat, to token ids."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from weighted_mtp_core.errors import WmtpError
 
 @frozen(kw_only=True, eq=False)
 class Document:
-    """An example as ids.
+    """An example as token ids.
 
     Attributes:
         example: The example.
-        ids: Its ids, EOS included.
+        ids: Token ids of the example, including EOS.
         prompt: Number of tokens before the first target.
-        targets: Whether each token is a target; None if all from `prompt` on are.
+        targets: Whether each token is a target; None if all tokens from index `prompt` on are targets.
     """
 
     example: Example
@@ -35,7 +35,7 @@ def encode(
     """Return the examples of at most `max_tokens` tokens as documents.
 
     Raises:
-        WmtpError: The ids of an example are another text than its own, or a chat cannot be rendered.
+        WmtpError: The ids of an example decode to a different text, or a chat cannot be rendered.
     """
     plain = [example for example in examples if not example.messages]
     encoded = codec.encode_documents([(each.prompt, each.response) for each in plain])
@@ -50,7 +50,7 @@ def encode(
 
 
 def _check_texts(documents: Sequence[Document], codec: TextCodec) -> None:
-    """Compare what the ids say with the texts that they were made of."""
+    """Decode the ids and compare the result with the texts of the examples."""
     decoded = codec.decode([each.ids[:-1] for each in documents])
     for each, text in zip(documents, decoded, strict=True):
         own = each.example.prompt + each.example.response

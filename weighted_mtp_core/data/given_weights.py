@@ -1,10 +1,10 @@
-"""The weights that come with the data, laid onto the tokens of responses.
+"""Converts weights that the data give to spans of characters into weights of tokens.
 
-A span counts characters of the response (code points), a token covers some of them. A token with a part of a
-character, as byte-level tokenizers have them, covers the whole character. The blank in front of a word is
-usually part of the word's token but not of a span, so blanks count only in tokens that are all blank. Then a
-token's weight is the mean of the weights of its characters: exactly the weight of the span if it is within
-one, and in between if it straddles the edge of a span.
+The positions of a span count the characters (code points) of the response, and each token covers some
+characters. A token that contains only a part of a character, as with byte-level tokenizers, covers the whole
+character. The blank before a word is usually part of the word's token but not of the span, so blanks count
+only in tokens that consist of blanks. The weight of a token is the mean of the weights of its characters:
+inside a span it is the weight of the span, and at the edge of a span a value in between.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def given_weights(documents: Sequence[Document], codec: TextCodec) -> NDArray[np
 
     Args:
         documents: The documents.
-        codec: What made the ids.
+        codec: The codec that made the ids.
 
     Raises:
         WmtpError: The codec does not report which characters the tokens of a response with spans cover.
@@ -47,7 +47,7 @@ def given_weights(documents: Sequence[Document], codec: TextCodec) -> NDArray[np
 
 
 def _of_tokens(example: Example, offsets: Offsets | None, *, count: int) -> Floats:
-    """Return the weights of the tokens of a response without EOS; spans that cover nothing weigh 1."""
+    """Return the weights of a response's tokens, without EOS; tokens outside all spans have the weight 1."""
     text = example.response
     if offsets is None or len(offsets) != count:
         raise WmtpError(

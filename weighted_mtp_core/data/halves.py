@@ -1,7 +1,7 @@
 """The two halves of the critic's validation split: one chooses the checkpoint, the other judges it.
 
-The best of several validations is better than its critic on the responses that chose it. So these responses
-cannot show whether the critic is better than a constant.
+On the responses that choose the best of several checkpoints, the result of this checkpoint is biased upwards.
+So these responses cannot show whether the critic is better than a constant.
 
 Shape letters: D documents, P problems.
 """
@@ -19,15 +19,15 @@ from weighted_mtp_core.data.tokens import TokenSet
 Half = Literal["choosing", "judging"]
 HALVES: tuple[Half, Half] = ("choosing", "judging")
 
-_SEED = 0  # fixed: a critic that another run trained is not judged on responses that chose it
+_SEED = 0  # fixed, so that a critic from another run is not judged on the responses that chose its checkpoint
 
 
 def documents_of(half: Half, token_set: TokenSet) -> NDArray[np.int64]:
     """Return the numbers of the documents in one half of a split, ascending, int64.
 
-    All responses to one problem are in the same half. The halves take turns in choosing a problem, in a
-    random order that is the same in each run on these data: first among the problems with correct and
-    incorrect responses, then among those with incorrect ones only, then among those with correct ones only.
+    All responses to one problem are in the same half. Problems are assigned to the two halves alternately, in
+    a random order that is the same in each run with these data: first the problems with correct and incorrect
+    responses, then the problems with only incorrect responses, then the problems with only correct responses.
     """
     _, problem_D = np.unique(token_set.problem_D, return_inverse=True)
     correct_D = is_correct(np.asarray(token_set.reward_D))

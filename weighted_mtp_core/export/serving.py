@@ -1,6 +1,6 @@
 """Write heads 2..K in the form that a server reads, and the command that serves them.
 
-Which server takes which kind, and how that was checked: docs/serving.md.
+docs/serving.md describes which server supports which kind of heads, and how this was checked.
 
 Shape letters: H hidden, V vocabulary.
 """
@@ -35,7 +35,7 @@ def refuse_unserved(server: Server, *, kind: HeadKind, n_future: int) -> None:
     """Refuse a policy whose heads 2..K cannot draft in a server.
 
     Raises:
-        WmtpError: The server does not take this kind of heads, or there is one head only.
+        WmtpError: The server does not support this kind of heads, or the policy has only one head.
     """
     plain = "without `--serve`, the exported directory is an ordinary model for every server"
     if n_future == 1:
@@ -92,7 +92,7 @@ def _medusa_tensors(policy: Policy) -> dict[str, Tensor]:
 def serving_command(path: Path, *, dtype: torch.dtype, n_future: int) -> str:
     """Return the shell command that serves an exported model with vLLM's draft model.
 
-    The dtype is named because vLLM computes in float16 if the files are in float32.
+    The command contains the dtype, because otherwise vLLM computes in float16 if the files are in float32.
     """
     draft = {"method": "medusa", "model": str(path / MEDUSA), "num_speculative_tokens": n_future - 1}
     words = ["vllm", "serve", str(path), "--dtype", _name(dtype), "--speculative-config", json.dumps(draft)]

@@ -19,7 +19,7 @@ _NO_ANSWER = "the program answered with something that is no answer"
 
 
 class Stop(BaseException):
-    """Ends the tests with a verdict. It is no Exception, so `except Exception` does not catch it."""
+    """Ends the tests with a verdict. Derived from BaseException: `except Exception` does not catch it."""
 
 
 def one_line(text: str) -> str:
@@ -32,9 +32,9 @@ def exception_outcome(names: Sequence[str], message: str, *, line: int, number: 
     """Return the verdict on a program that ended with an exception.
 
     Args:
-        names: Names of its class and of the bases, most derived first.
-        message: Its text.
-        line: The program's line, or 0.
+        names: Names of the exception's class and its bases, most derived first.
+        message: Text of the exception.
+        line: Line of the program at which it was raised, or 0.
         number: The errno of an OSError, or 0.
     """
     kind = "error"
@@ -52,16 +52,16 @@ class Remote:
     """The candidate's process; it handles one request at a time.
 
     Args:
-        channel: Channel to that process.
-        deadline: `time.monotonic()` by which it must have answered.
-        reading: Shared memory; element 0 is 1 while an answer is decoded. If this process dies then, the
-            answer is at fault (a set of a million colliding numbers takes hours to build).
+        channel: Channel to the candidate's process.
+        deadline: `time.monotonic()` by which the candidate must have answered.
+        reading: Shared memory; element 0 is 1 while an answer is decoded. If this process dies during that
+            time, the answer caused it (a set of a million colliding numbers takes hours to build).
 
     Attributes:
         answered: Whether a function of the program has answered.
         raised: The latest exception of the program that was raised here.
         raised_as: The verdict if nothing catches it.
-        stopped: The verdict, once the tests must end.
+        stopped: The verdict with which the tests must end; None while they may continue.
     """
 
     def __init__(self, channel: socket.socket, *, deadline: float, reading: memoryview | None = None) -> None:

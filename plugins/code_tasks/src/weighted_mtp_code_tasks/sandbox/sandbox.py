@@ -218,7 +218,7 @@ class _Worker:
         return lines[-1] if lines else f"exit status {self._process.returncode}"
 
     def hang_up(self) -> None:
-        """Make the worker end, and with it every process that it started."""
+        """End the worker and every process that it started."""
         assert self._process.stdin is not None
         self._process.stdin.close()
 

@@ -1,7 +1,8 @@
 """The seccomp filter of a candidate: an allow-list, written as BPF by hand so that no library is needed.
 
 A system call that no honest program needs ends the process with SIGSYS, so the verdict is `violation`
-whatever the program catches. A system call that a library may probe for returns an error and has no effect.
+regardless of what the program catches. A system call that libraries may try returns an error and has no
+effect.
 """
 
 from __future__ import annotations

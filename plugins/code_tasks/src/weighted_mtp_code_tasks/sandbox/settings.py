@@ -15,12 +15,13 @@ class SandboxSettings:
     """`[data.options.sandbox]`: where untrusted programs run, and what one program may use.
 
     Attributes:
-        backend: `auto` is the first of bubblewrap and landlock that works; where neither does, judging is
-            refused. `trusted` runs programs without a sandbox, for data that contain only trusted programs.
+        backend: `auto` uses bubblewrap if it works, otherwise landlock; if neither works, judging is refused.
+            `trusted` runs programs without a sandbox, for data that contain only trusted programs.
         cpu_seconds: CPU time of a program.
-        wall_seconds: Time until a program must have answered; the backstop for programs that sleep.
+        wall_seconds: Time within which a program must answer, which also ends programs that sleep.
         memory_mb: Address space of a program, in MiB.
-        workers: Programs that run at the same time; 0 means OMP_NUM_THREADS if it is set, else one a core.
+        workers: Number of programs that run at the same time; 0 means OMP_NUM_THREADS if it is set, otherwise
+            one per core.
     """
 
     backend: Literal["auto", "bubblewrap", "landlock", "trusted"] = "auto"
@@ -32,7 +33,7 @@ class SandboxSettings:
     def worker_count(self) -> int:
         """Return how many programs run at the same time on this machine.
 
-        OMP_NUM_THREADS is what a process may use of a machine that it shares, as the runs of `compare` do.
+        OMP_NUM_THREADS limits a process that shares the machine with others, such as a run of `compare`.
         """
         given = os.environ.get("OMP_NUM_THREADS", "")
         threads = int(given) if given.isdecimal() else 0

@@ -40,7 +40,7 @@ class Limits(NamedTuple):
         memory_bytes: Address space, of the candidate and of the judge.
         scratch: The folder that the program may write to.
         scratch_is_mount: Whether it is a mount in the namespace of the candidate and the zygote.
-        caller: Descriptor that hangs up when the caller is gone.
+        caller: Descriptor that is closed when the caller has ended.
     """
 
     cpu_seconds: float
@@ -65,11 +65,11 @@ class Candidate:
     """One candidate's process from its start to its end; a context manager.
 
     Attributes:
-        channel: This end of the channel to it.
-        pid: Its process id, valid until the end of the context.
-        output: Its stdout (and its stderr, unless that has a separate descriptor), if it is kept.
-        stopped: The verdict if it was stopped because it exceeded a limit.
-        status: Its wait status, after the context.
+        channel: This end of the channel to the candidate.
+        pid: The candidate's process id, valid until the end of the context.
+        output: The candidate's stdout (and stderr, unless it has a separate descriptor), if output is kept.
+        stopped: The verdict if the candidate was stopped because it exceeded a limit.
+        status: The wait status of the process, available after the context.
     """
 
     def __init__(
@@ -80,9 +80,9 @@ class Candidate:
         Args:
             candidates: Makes the process.
             limits: Its limits.
-            stdin: Descriptor of its stdin.
-            errors: Descriptor of its stderr; None: that of stdout.
-            keep: The most bytes of output, all of which are kept; 0: up to `UNREAD_BYTES` are thrown away.
+            stdin: Descriptor for the program's stdin.
+            errors: Descriptor for the program's stderr; None uses stdout.
+            keep: Maximum number of bytes of output to keep; with 0, up to `UNREAD_BYTES` are discarded.
         """
         self._candidates = candidates
         self._limits = limits

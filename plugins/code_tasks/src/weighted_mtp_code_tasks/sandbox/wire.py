@@ -1,7 +1,7 @@
 """Plain data between the trusted side and a candidate: bounded, never pickle, exact types only.
 
-A value is a tag byte and its content. Decoding runs no code of the other side, which can only answer with
-*values*. The encoder's limits are for honest programs, the decoder's limits are for hostile ones.
+A value consists of a tag byte and its content. Decoding executes no code of the other side, which can only
+send values. The encoder's limits are meant for honest programs, the decoder's limits for hostile programs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class UnencodableError(Exception):
 
 
 class FrameError(Exception):
-    """The received bytes are no message: too long, truncated or malformed."""
+    """The received bytes are not a valid message: they are too long, truncated or malformed."""
 
 
 # --------------------------------------------------------------------------- encoding
@@ -171,10 +171,10 @@ def decode(data: bytes, resolve: Callable[[int], object] | None = None) -> objec
 
     Args:
         data: The bytes of one value.
-        resolve: Returns the object with a number; without it, numbers of objects are an error.
+        resolve: Returns the object with a given number; if None, numbers of objects are an error.
 
     Raises:
-        FrameError: The bytes are no value, or exceed the limits.
+        FrameError: The bytes are not a valid value or exceed the limits.
     """
     decoder = _Decoder(data, resolve)
     try:
@@ -269,7 +269,7 @@ def receive_frame(channel: socket.socket) -> bytes:
 
     Raises:
         EOFError: The other end is closed.
-        FrameError: It is longer than a message may be.
+        FrameError: The message is longer than allowed.
     """
     size = int(_SIZE.unpack(_receive_exactly(channel, 4))[0])
     if size > MAX_FRAME_BYTES + 4096:

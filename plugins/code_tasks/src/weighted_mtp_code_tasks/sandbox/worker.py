@@ -69,7 +69,7 @@ def _run(job: Mapping[str, Any], candidates: Zygote, limits: Limits) -> tuple[st
 
 
 class ZygoteDiedError(Exception):
-    """The zygote is gone."""
+    """The zygote has ended unexpectedly."""
 
 
 class Zygote:
@@ -110,10 +110,10 @@ class Zygote:
         """Make the zygote fork and confine a candidate, which waits for its program on `channel`.
 
         Returns:
-            Its process id in the namespace of this process: the kernel translates the id of the sender.
+            The candidate's process id in the namespace of this process; the kernel translates it.
 
         Raises:
-            ZygoteDiedError: It could not.
+            ZygoteDiedError: The zygote could not fork or confine the candidate.
         """
         try:
             socket.send_fds(self._control, [zygote.SPAWN], [channel, stdin, output, errors])
@@ -129,7 +129,7 @@ class Zygote:
         """Return the wait status and the CPU seconds of the candidate, which has ended or was killed.
 
         Raises:
-            ZygoteDiedError: It could not clean up after the candidate.
+            ZygoteDiedError: The zygote could not clean up after the candidate.
         """
         try:
             self._control.send(zygote.REAP)

@@ -1,8 +1,8 @@
 """A warm interpreter that forks one confined process per program.
 
-It is started anew, never forked from a process that has read tests. It reads no program itself: each child
-gets its program over its own channel, so no program can find another one in memory. One program runs at a
-time.
+The interpreter is newly started, never forked from a process that has read tests. It reads no program itself:
+each child gets its program over its own channel, so no program can find another program in memory. Only one
+program runs at a time.
 """
 
 from __future__ import annotations
