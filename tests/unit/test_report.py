@@ -5,7 +5,7 @@ import re
 import xml.etree.ElementTree as ET
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.report.drawing import Series, line_chart, nice_ticks
@@ -176,6 +176,7 @@ finite = st.floats(-1e6, 1e6)
 
 
 @given(finite, finite)
+@example(0.0, 5e-324)
 def test_ticks_hold_the_values_and_are_few(one, other):
     low, high = sorted((one, other))
     ticks = nice_ticks(low, high)

@@ -16,6 +16,7 @@ from weighted_mtp_core.metrics.critic_report import ReliabilityBin
 from weighted_mtp_core.report.rendering import render
 
 _MOST_POINTS = 200
+_TINY = 1e-300  # a smaller range has no power of ten to divide by
 
 
 @frozen(kw_only=True)
@@ -92,8 +93,8 @@ def reliability_chart(bins: Sequence[ReliabilityBin]) -> Markup:
 
 def nice_ticks(low: float, high: float) -> list[float]:
     """Return 3 to 8 evenly spaced round numbers; the first is at most `low`, the last at least `high`."""
-    if high <= low:
-        margin = abs(low) / 10 or 0.1
+    if high - low <= _TINY:
+        margin = abs(low) / 10 if abs(low) > _TINY else 0.1
         low, high = low - margin, high + margin
     step = 10.0 ** math.floor(math.log10((high - low) / 4))
     step *= next(times for times in (1, 2, 2.5, 5, 10) if (high - low) / (step * times) <= 5)
