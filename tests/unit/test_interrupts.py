@@ -17,7 +17,7 @@ from weighted_mtp_core.runtime.interrupts import StopRequest, hold_signals, rais
 from weighted_mtp_core.tracking import recorder
 from weighted_mtp_core.tracking.display import Display
 from weighted_mtp_core.tracking.run_folder import find_runs
-from weighted_mtp_core.tracking.sync import run_status
+from weighted_mtp_core.tracking.sync import DIED, run_status, sync_run
 
 RECIPE = """
     [run]
@@ -177,6 +177,33 @@ def test_a_run_that_is_killed_while_it_is_opened_goes_on(name, write_recipe, exa
     assert run_status(killed).status == "FINISHED"
     assert list(find_runs(plan.runs_folder)) == [killed]
     assert len(list(Path(killed).parent.iterdir())) == 1
+
+
+KILLED_WHILE_SENDING = """
+    from pathlib import Path
+    from weighted_mtp_core.plan import make_plan
+    from weighted_mtp_core.tracking.display import Display
+    from weighted_mtp_core.tracking.recorder import Recorder, open_recorder
+
+    with open_recorder(make_plan(Path("recipe.toml")), Display()):
+        Recorder._send_the_rest = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_run_that_is_killed_while_it_sends_its_last_records_goes_on(write_recipe, example_plugin, site):
+    plan = make_plan(write_recipe(RECIPE))
+    environment = {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+
+    code = "import os, signal\n" + dedent(KILLED_WHILE_SENDING)
+    process = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
+
+    assert process.returncode == -signal.SIGKILL
+    (killed,) = find_runs(plan.runs_folder)
+    assert run_status(killed).status == DIED
+    assert run_to_resume(plan, None) == killed.absolute()
+    sync_run(killed, log=print, limit_s=1)
+    assert run_status(killed).status == "FINISHED"
+    assert run_to_resume(plan, None) is None
 
 
 @pytest.mark.parametrize("arguments", [["plugins", "list"], ["check", "recipe.toml"]])

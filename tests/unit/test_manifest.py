@@ -4,7 +4,7 @@ import os
 
 import pytest
 from weighted_mtp_core.api import WmtpError
-from weighted_mtp_core.storage.atomic import atomic_write
+from weighted_mtp_core.storage.atomic import atomic_write, unfinished_folder
 from weighted_mtp_core.storage.manifest import atomic_folder, verify_manifest, write_manifest
 
 
@@ -122,3 +122,17 @@ def test_a_linked_file_that_changed_in_place_is_summed_anew(tmp_path):
 
     assert write_manifest(snapshot) != first
     verify_manifest(snapshot)
+
+
+def test_the_next_process_deletes_the_folders_that_killed_ones_left_unfinished(tmp_path):
+    (tmp_path / ".made.0123" / "deep").mkdir(parents=True)
+    (tmp_path / ".made.0123" / "deep" / "file").write_text("half")
+    (tmp_path / ".mad.0123").mkdir()
+
+    with unfinished_folder(tmp_path / "made") as running, unfinished_folder(tmp_path / "made") as other:
+        (running / "file").write_text("half")
+        found = {path.name for path in tmp_path.iterdir()}
+    left = [path.name for path in tmp_path.iterdir()]
+
+    assert found == {running.name, other.name, ".mad.0123"}
+    assert left == [".mad.0123"]

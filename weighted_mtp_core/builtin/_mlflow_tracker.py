@@ -32,6 +32,7 @@ from mlflow.entities import (
     ViewType,
 )
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 
 from weighted_mtp_core import run_tags
 from weighted_mtp_core.api import DatasetVersion, KeptRun, MetricPoint, RunInfo, RunOutcome, Tracker
@@ -133,9 +134,15 @@ class MlflowTracker(Tracker):
         return f"{self.uri.partition(':')[0]}:///{self._path.resolve()}"
 
     def kept(self) -> KeptRun:
-        """Return the id of the run in MLflow and the last step of each metric."""
+        """Return the id of the run in MLflow and the last step of each metric; no id if it was deleted."""
+        self._last_step = None
         with self._diagnosed():
-            return KeptRun(run=self.run_id, last_step=self._known_steps())
+            try:
+                return KeptRun(run=self.run_id, last_step=self._known_steps())
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                return KeptRun(run="", last_step={})
 
     def where(self) -> str:
         """Return the URL of the run, or the command that shows the store."""
@@ -186,6 +193,8 @@ class MlflowTracker(Tracker):
             os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{self._path}.lock", timeout=120):
+            if self.uri.startswith("sqlite:") and not self._path.exists():
+                _create_database(self.uri, self._path)
             yield
 
     def _find_experiment(self, name: str) -> str:
@@ -260,9 +269,21 @@ class MlflowTracker(Tracker):
     def _known_steps(self) -> dict[str, int]:
         """Return the highest step of every metric in the store."""
         if self._last_step is None:
-            metrics = self._open.get_run(self.run_id).data._metric_objs  # noqa: SLF001 - the public dict has no steps
+            run = self._open.get_run(self.run_id)
+            if run.info.lifecycle_stage == LifecycleStage.DELETED:
+                raise MlflowException("the run was deleted", RESOURCE_DOES_NOT_EXIST)
+            metrics = run.data._metric_objs  # noqa: SLF001 - the public dict has no steps
             self._last_step = {metric.key: metric.step for metric in metrics}
         return self._last_step
+
+
+def _create_database(uri: str, path: Path) -> None:
+    """Create a store in another file and rename it: MLflow cannot open one that is created in part."""
+    new = path.with_name(f"{path.name}.new")
+    new.unlink(missing_ok=True)
+    address, query, options = uri.partition("?")
+    MlflowClient(tracking_uri=f"{address}.new{query}{options}").search_experiments(max_results=1)
+    new.rename(path)
 
 
 def _dataset_input(version: DatasetVersion) -> DatasetInput:

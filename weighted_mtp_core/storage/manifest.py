@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.storage.atomic import atomic_write, sync_to_disk
+from weighted_mtp_core.storage.atomic import atomic_write, sync_to_disk, unfinished_folder
 
 MANIFEST = "manifest.json"
 DERIVED = "derived"
@@ -43,9 +43,7 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     If the folder already exists, or another process creates it during the block, that folder is kept. With
     `replace`, the old folder is renamed, replaced with the new one and deleted.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
+    with unfinished_folder(path) as temporary:
         yield temporary
         for file in files_of(temporary):
             file.chmod(
@@ -63,8 +61,6 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
                 if not (path / MANIFEST).is_file():
                     raise
         sync_to_disk(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _swap(new: Path, old: Path) -> None:

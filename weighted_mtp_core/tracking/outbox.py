@@ -60,6 +60,7 @@ class Outbox:
     _notes: list[str] = field(init=False, factory=list)
     _history: RunHistory = field(init=False, factory=RunHistory)
     _info: RunInfo | None = field(init=False, default=None)
+    _sent_steps: dict[str, int] = field(init=False, factory=dict)
     _uploading: int = field(init=False, default=0)
 
     def __attrs_post_init__(self) -> None:
@@ -71,7 +72,7 @@ class Outbox:
         info = history.info(self.folder)
         self.tracker.start(info)
         self._check_store()
-        self._history, self._info = history, info
+        self._history, self._info, self._sent_steps = history, info, {}
         end = last_entry(self.journal)
         if end is None or end.kind != "status" or end.start in self._delivery.aside:
             return
@@ -94,6 +95,14 @@ class Outbox:
             self._delivery.store = store
             self._delivery.write(self.state)
 
+    def _is_lost(self) -> bool:
+        """Ask the store whether it still has the run and what this object sent."""
+        kept = self.tracker.kept()
+        return kept is not None and (
+            kept.run != self._delivery.run
+            or any(kept.last_step.get(name, -1) < step for name, step in self._sent_steps.items())
+        )
+
     def step(self) -> bool:
         """Send the next batch of lines.
 
@@ -108,6 +117,9 @@ class Outbox:
         batch = self._next_batch()
         if not batch:
             return False
+        if batch[0].kind in {*POINTS, "status"} and self._is_lost():
+            self.open()
+            return True
         sync_to_disk(self.journal)  # otherwise a power cut could lose lines that a tracker has received
         first = batch[0]
         try:
@@ -215,6 +227,7 @@ class Outbox:
                 points = [point for entry in batch for point in to_points(entry)]
                 for start in range(0, len(points), BATCH):
                     self.tracker.log_metrics(points[start : start + BATCH])
+                self._sent_steps |= {point.name: point.step for point in points}
             case "tags":
                 self.tracker.set_tags(first.fields["tags"])
             case "artifact":

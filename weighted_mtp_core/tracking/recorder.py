@@ -268,25 +268,22 @@ class Recorder:
         if self._closed:
             return
         self._closed = True
-        try:
+        with ExitStack() as closing:
+            for close in (self.folder.close, self._log.close, self._journal.close):
+                closing.callback(close)
+            closing.callback(sys.setswitchinterval, self._switch_interval)
             with hold_signals():
                 if error_class is not None:
                     self.tags({run_tags.ERROR_CLASS: error_class})
                 self._log.write(f"run {outcome.value}")
                 self.artifact(self.folder.log, "logs")
                 self._journal.append("status", {"status": outcome.value})
-                self.folder.record(status=outcome.value, ended_ms=now_ms())
-            began = time.monotonic()
-            self._close_uploaders()
-            if self._backfill is not None:
-                self._backfill.join(max(0.0, began + self._close_seconds - time.monotonic()))
-        finally:
-            sys.setswitchinterval(self._switch_interval)
-            self._journal.close()
-            self._log.close()
-            self.folder.close()
+                # in the end, since `run.resume = "auto"` continues a run that is killed while it sends
+                closing.callback(self.folder.record, status=outcome.value, ended_ms=now_ms())
+            self._send_the_rest()
 
-    def _close_uploaders(self) -> None:
+    def _send_the_rest(self) -> None:
+        began = time.monotonic()
         for uploader in self._uploaders:
             uploader.flush()
         for uploader in self._uploaders:
@@ -298,6 +295,8 @@ class Recorder:
                     + "; it is kept: "
                     + python_command("weighted_mtp_core", "track", "sync", str(self.folder.path))
                 )
+        if self._backfill is not None:
+            self._backfill.join(max(0.0, began + self._close_seconds - time.monotonic()))
 
     def _end(self, error: BaseException | None) -> None:
         outcome, error_class = _outcome(error)

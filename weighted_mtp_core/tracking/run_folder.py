@@ -17,11 +17,12 @@ from typing import Any
 from attrs import define, field
 
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.storage.atomic import atomic_write
+from weighted_mtp_core.storage.atomic import atomic_write, unfinished_folder
 from weighted_mtp_core.tracking.names import check_path_name
 
 _RUN_FILE = "run.json"
 _LOCK_FILE = "lock"
+_UNFINISHED = (".*", "checkpoints/.*", "checkpoints/*/.*", "delivery/.*", "evaluation/.*")
 _ELSEWHERE = "choose another `run.output_dir`, for example: --set run.output_dir=/tmp/runs"
 _HELD: set[Path] = set()
 """Real paths of folders locked by this process; opening and closing a lock file again would unlock it."""
@@ -71,22 +72,23 @@ class RunFolder:
         check_path_name(experiment, what="an experiment")
         check_path_name(name, what="a run")
         path = (runs / experiment / name / new_run_id()).absolute()
-        new = cls(path=path.with_name(f".{path.name}"))
         try:
-            for folder in (new.checkpoints, new.log.parent):
-                folder.mkdir(parents=True)
-            if facts is not None:
-                atomic_write(new.recipe, recipe_toml)
-                new.journal.touch()
-                new.record(**facts)
-            lock = _acquire(new.path)  # before the folder is visible, because a run without a lock has died
-            new.path.rename(path)
+            with unfinished_folder(path.with_name("new")) as folder:
+                new = cls(path=folder)
+                for subfolder in (new.checkpoints, new.log.parent):
+                    subfolder.mkdir()
+                if facts is not None:
+                    atomic_write(new.recipe, recipe_toml)
+                    new.journal.touch()
+                    new.record(**facts)
+                lock = _acquire(folder)  # before it is visible, because a run without a lock has died
+                folder.rename(path)
         except OSError as error:
             raise WmtpError(
                 f"cannot make the run folder `{path}`: {error.strerror}", hint=_ELSEWHERE
             ) from error
         except WmtpError:
-            _remove(new.path, up_to=runs)
+            _remove_empty(path.parent, up_to=runs)
             raise
         _HELD.discard(new.path.resolve())
         _HELD.add(path.resolve())
@@ -94,7 +96,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """Lock an existing run folder.
+        """Lock an existing run folder, and delete what a killed process left unfinished.
 
         Raises:
             WmtpError: The folder does not exist, or another process has locked it.
@@ -102,7 +104,11 @@ class RunFolder:
         path = path.absolute()
         if not path.is_dir():
             raise WmtpError(f"there is no run folder `{path}`")
-        return cls(path=path, lock=_acquire(path))
+        lock = _acquire(path)
+        for pattern in _UNFINISHED:
+            for left in list(path.glob(pattern)):
+                left.unlink() if left.is_file() else shutil.rmtree(left)
+        return cls(path=path, lock=lock)
 
     @property
     def run_id(self) -> str:
@@ -234,9 +240,9 @@ def _try_lock(descriptor: int, path: Path) -> bool:
     return True
 
 
-def _remove(path: Path, *, up_to: Path) -> None:
-    """Remove a new run folder, and those of its parent folders that are empty."""
-    shutil.rmtree(path)
+def _remove_empty(folder: Path, *, up_to: Path) -> None:
+    """Remove a folder and those of its parent folders that are empty."""
     with suppress(OSError):
-        while (path := path.parent) != up_to.absolute():
-            path.rmdir()
+        while folder != up_to.absolute():
+            folder.rmdir()
+            folder = folder.parent

@@ -136,16 +136,17 @@ def _own_outcome(journal: Path) -> RunOutcome:
 
 
 def _close_if_died(folder: RunFolder) -> None:
-    """Write the end of the journal that a killed process could not write."""
+    """Write the end of the run that a killed process could not write."""
     last = last_entry(folder.journal)
-    if last is None:  # the journal is empty, so no tracker has the run
-        folder.record(status=RunOutcome.KILLED.value)
-    if last is None or last.kind == "status":
-        return
-    journal = Journal(folder.journal)
-    if folder.log.is_file():
-        log = folder.log.relative_to(folder.path).as_posix()
-        journal.append("artifact", {"path": log, "subdir": "logs"}, time_ms=last.time_ms)
-    journal.append("status", {"status": RunOutcome.KILLED.value}, time_ms=last.time_ms)
-    journal.close()
-    folder.record(status=RunOutcome.KILLED.value, ended_ms=last.time_ms)
+    status, ended_ms = RunOutcome.KILLED.value, 0 if last is None else last.time_ms
+    if last is not None and last.kind == "status":
+        status = last.fields["status"]
+    elif last is not None:
+        journal = Journal(folder.journal)
+        if folder.log.is_file():
+            log = folder.log.relative_to(folder.path).as_posix()
+            journal.append("artifact", {"path": log, "subdir": "logs"}, time_ms=ended_ms)
+        journal.append("status", {"status": status}, time_ms=ended_ms)
+        journal.close()
+    if read_run(folder.path).get("status") != status:
+        folder.record(status=status, ended_ms=ended_ms)

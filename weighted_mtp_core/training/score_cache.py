@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.plugins.selection import SelectedComponent
 from weighted_mtp_core.plugins.source_identity import source_identity
 from weighted_mtp_core.runtime.device import to_device
+from weighted_mtp_core.storage.atomic import delete_abandoned, unfinished_folder
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder
 from weighted_mtp_core.storage.verify_once import verify_once
 
@@ -65,6 +65,7 @@ class CachedCritic(Critic):
         self._table: dict[str, Floats] = {}
         self._scored_D = np.zeros(len(batches.tokens), dtype=np.bool_)
         self._unfinished: Path | None = None
+        delete_abandoned(folder)
         if (folder / MANIFEST).is_file():
             verify_once(folder)
             self._open()
@@ -114,10 +115,9 @@ class CachedCritic(Critic):
         """Return the table's column for a kind of score; create the column if it does not exist."""
         if name not in self._table:
             if self._unfinished is None:
-                self._folder.parent.mkdir(parents=True, exist_ok=True)
-                temporary = tempfile.mkdtemp(dir=self._folder.parent, prefix=f".{self._folder.name}.")
-                self._unfinished = Path(temporary)
-                weakref.finalize(self, shutil.rmtree, self._unfinished, ignore_errors=True)
+                with ExitStack() as opened:
+                    self._unfinished = opened.enter_context(unfinished_folder(self._folder))
+                    weakref.finalize(self, opened.pop_all().close)
             # On disk from the start, because a corpus may be larger than memory.
             file, shape = self._unfinished / f"{name}.npy", (len(self._batches.tokens.ids_N),)
             self._table[name] = open_memmap(file, mode="w+", dtype=np.float32, shape=shape)

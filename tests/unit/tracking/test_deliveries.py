@@ -41,17 +41,17 @@ def use(monkeypatch, tmp_path):
 
 @pytest.fixture
 def record(write_recipe, example_plugin, use):
-    """Record steps of a run, and return its folder; `resume` continues it."""
+    """Record steps of a run, call `during`, and return the run's folder; `resume` continues it."""
     use("one")
     recipe = write_recipe(RECIPE)
 
-    def record(*steps, resume=None, overrides=(), during=lambda: None):
+    def record(*steps, resume=None, overrides=(), during=lambda run: None):
         plan = make_plan(recipe, overrides=overrides)
         display = Display(Console(file=io.StringIO()))
         with open_recorder(plan, display, resume=resume) as run:
             for step in steps:
                 run.metrics("policy", step, {"policy_loss": 1.0 / step})
-            during()
+            during(run)
         return run.folder.path
 
     return record
@@ -137,7 +137,7 @@ def test_a_run_that_was_deleted_is_sent_anew(record, stored, command, tmp_path, 
 
 
 def test_a_restored_database_gets_what_it_lost(record, stored, tmp_path, wait_until, capsys):
-    def back_up():
+    def back_up(_):
         wait_until(lambda: len(list((tmp_path / "one").rglob("policy_loss"))) == 1)
         shutil.copytree(tmp_path / "one", tmp_path / "copy")
 
@@ -151,6 +151,41 @@ def test_a_restored_database_gets_what_it_lost(record, stored, tmp_path, wait_un
 
     assert "has lost steps of 1 metrics, such as `policy_loss`" in capsys.readouterr().out
     assert stored("one")[:3] == ("FINISHED", [1, 2, 3, 4], ARTIFACTS)
+
+
+def test_a_run_that_is_deleted_while_it_goes_on_is_sent_anew(record, stored, tmp_path, wait_until):
+    from mlflow import MlflowClient
+
+    deleted = []
+
+    def delete(_):
+        wait_until(lambda: len(list((tmp_path / "one").rglob("policy_loss"))) == 1)
+        deleted.append(stored("one")[3].info.run_id)
+        MlflowClient(f"file://{tmp_path}/one").delete_run(deleted[0])
+
+    path = record(1, 2, during=delete)
+
+    status, steps, artifacts, run = stored("one")
+    assert (status, steps, artifacts) == ("FINISHED", [1, 2], ARTIFACTS)
+    assert [run.info.run_id] != deleted
+    assert "any more; all of it is sent again" in (path / "logs" / "training.log").read_text()
+
+
+def test_a_store_that_is_restored_while_the_run_goes_on_gets_what_it_lost(
+    record, stored, tmp_path, wait_until
+):
+    def restore(run):
+        wait_until(lambda: stored("one")[1] == [1])
+        shutil.copytree(tmp_path / "one", tmp_path / "copy")
+        run.metrics("policy", 2, {"policy_loss": 1.0 / 2})
+        wait_until(lambda: stored("one")[1] == [1, 2])
+        shutil.rmtree(tmp_path / "one")
+        shutil.copytree(tmp_path / "copy", tmp_path / "one")
+        run.metrics("policy", 3, {"policy_loss": 1.0 / 3})
+
+    record(1, during=restore)
+
+    assert stored("one")[:3] == ("FINISHED", [1, 2, 3], ARTIFACTS)
 
 
 def test_a_resumed_run_is_described_by_its_new_recipe_everywhere(record, use, stored):

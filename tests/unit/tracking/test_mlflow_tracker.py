@@ -385,3 +385,24 @@ def test_several_processes_start_on_a_fresh_store_at_once(tmp_path):
     assert [process.returncode for process in processes] == [0] * 4, errors
     assert len(experiments) == 1
     assert [run.info.status for run in runs] == ["FINISHED"] * 4
+
+
+def test_a_killed_process_that_was_creating_the_store_is_no_obstacle(tmp_path, run):
+    (tmp_path / "mlflow.db.new").write_bytes(b"half a database")
+    tracker = build(tmp_path)
+
+    tracker.start(run)
+
+    assert stored(tracker)[1].info.status == "RUNNING"
+    assert sorted(path.name for path in tmp_path.glob("mlflow.db*")) == ["mlflow.db", "mlflow.db.lock"]
+
+
+def test_a_store_tells_that_a_run_was_deleted(tracker, tmp_path):
+    tracker.start(make_run(tmp_path))
+    tracker.log_metrics([MetricPoint(name="loss", value=1.0, step=3, time_ms=1)])
+    before = tracker.kept()
+
+    stored(tracker)[0].delete_run(tracker.run_id)
+
+    assert (before.run, before.last_step) == (tracker.run_id, {"loss": 3})
+    assert tracker.kept().run == ""

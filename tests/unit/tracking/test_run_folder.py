@@ -153,3 +153,28 @@ def test_a_file_system_without_locks_is_named_and_nothing_is_left(tmp_path, monk
 
     assert "--set run.output_dir=/tmp/runs" in error.value.hint
     assert list((tmp_path / "runs").rglob("*")) == [tmp_path / "runs" / "group"]
+
+
+def test_what_a_killed_process_left_unfinished_is_deleted(folder):
+    folder.close()
+    unfinished = [
+        folder.path / ".run.json.x1",
+        folder.checkpoints / ".best_model.pt.x1",
+        folder.checkpoints / "critic" / ".state.json.x1",
+        folder.checkpoints / ".policy-00000001.x1" / "state.json",
+        folder.delivery("0-core.mlflow").with_name(".0-core.mlflow.json.x1"),
+    ]
+    kept = folder.checkpoints / "policy-00000001" / "state.json"
+    for file in (*unfinished, kept):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("{}")
+    before = folder.path.parent / ".new.x1"
+    before.mkdir()
+
+    RunFolder.open(folder.path).close()
+    RunFolder.create(folder.path.parents[3], experiment="weighted_mtp/flat", name="first").close()
+
+    assert not any(file.exists() for file in unfinished)
+    assert not list(folder.checkpoints.glob(".*"))
+    assert not before.exists()
+    assert kept.exists()
