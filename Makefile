@@ -14,7 +14,7 @@ PYTEST := bin/python -m pytest $(PYTEST_ARGS)
 WORKERS := -n 2 --dist loadfile
 test test-%: export OMP_NUM_THREADS := 1
 
-.PHONY: help run test test-core test-plugins $(PLUGINS:%=test-%) test-together test-integration test-e2e test-models test-serving lint format bench docs clean
+.PHONY: help run test test-core test-plugins $(PLUGINS:%=test-%) test-together test-integration test-e2e test-kills test-models test-serving lint format bench docs clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -45,6 +45,11 @@ test-integration: $(INSTALLED)  ## Run the tests against real servers: PostgreSQ
 
 test-e2e: $(INSTALLED)  ## Run the program as a user starts it, with everything installed
 	.venv/$(PYTEST) $(WORKERS) tests/e2e
+
+# Not part of `make test`, because it takes 20 minutes; `make test` does it 6 times.
+test-kills: export KILLS ?= 100
+test-kills: $(INSTALLED)  ## Kill runs at 100 random moments, start them again, and compare the results
+	.venv/$(PYTEST) tests/e2e/test_kills.py
 
 # Not part of `make test`, because it takes minutes and depends on transformers only.
 test-models: $(INSTALLED)  ## Try every causal-LM type of transformers, built tiny, and write docs/models.md

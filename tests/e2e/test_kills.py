@@ -1,7 +1,7 @@
 """A run that is killed at any moment, and its restarts with `run.resume = "auto"`, are one whole run.
 
-`KILLS` is the number of kills. A process is killed at a moment between its start and its usual end; half of
-the restarts are killed, too. `make test-kills` does it 100 times.
+The environment variable KILLS is the number of kills; `make test-kills` sets it to 100. A process is killed
+at a random moment between its start and its usual end, and half of the processes that resume it are, too.
 """
 
 import json

@@ -297,6 +297,20 @@ class Stack:
     def _create_database(self) -> None:
         assert self._psql("create database mlflow")
 
+    def dump_database(self, file: Path) -> None:
+        self._pg("pg_dump", "-Fc", "-f", str(file), "mlflow")
+
+    def restore_database(self, file: Path) -> None:
+        """Replace the database of the running server with a dump."""
+        assert self._psql("drop database mlflow with (force)")
+        self._create_database()
+        self._pg("pg_restore", "-d", "mlflow", str(file))
+
+    def _pg(self, program: str, *arguments: str) -> None:
+        where = ["-h", "127.0.0.1", "-p", str(self.ports["postgres"]), "-U", "mlflow"]
+        environment = {"PATH": os.environ["PATH"], "PGPASSWORD": self.database_password}
+        subprocess.run([str(_binary(program)), *where, *arguments], env=environment, check=True)
+
     def _s3(self) -> Server:
         folder = self.state / "weed"
         folder.mkdir()
