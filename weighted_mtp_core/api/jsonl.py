@@ -72,7 +72,7 @@ class JsonlSource(DataSource):
 
     Args:
         options: The files.
-        parse: Makes a row of a record, see `read_records`; by default a row with a prompt and a response.
+        parse: Converts a record to a row, see `read_records`; by default a row with a prompt and a response.
 
     Raises:
         WmtpError: The options contain neither `path` nor files of splits, or both; a file cannot be read or

@@ -98,7 +98,7 @@ class StepView:
         token_loss_BTK: float32, `Signal.TOKEN_LOSS`: the policy's current cross-entropy of the pair, in nats;
             0 where `target_BTK` is False.
         token_entropy_BTK: float32, `Signal.TOKEN_ENTROPY`: entropy of the distribution that the head predicts
-            for the pair, in nats, whatever the target is; 0 where `target_BTK` is False.
+            for the pair, in nats, which does not depend on the target; 0 where `target_BTK` is False.
         reference_loss_BT: float32, `Signal.REFERENCE_LOSS`: a reference model's next-token cross-entropy of
             token t, in nats; 0 where `response_BT` is False.
     """

@@ -1,4 +1,4 @@
-"""`core.chat`: your own chats, one JSON object a line with `messages`."""
+"""`core.chat`: your own chats, one JSON object per line with the key `messages`."""
 
 from __future__ import annotations
 

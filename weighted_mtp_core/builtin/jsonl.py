@@ -1,4 +1,4 @@
-"""`core.jsonl`: your own examples, one JSON object a line."""
+"""`core.jsonl`: your own examples, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ def build_jsonl(options: JsonlOptions, context: BuildContext) -> DataSource:  # 
     """Build the data source; every line is read and checked.
 
     Raises:
-        WmtpError: See `JsonlSource`; or a row has `tests`, which this source would ignore.
+        WmtpError: A file cannot be read or has invalid rows (see `JsonlSource`), or a row has `tests`, which
+            this source would ignore.
     """
     source = JsonlSource(options)
     for split in SPLITS:

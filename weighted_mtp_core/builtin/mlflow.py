@@ -42,8 +42,8 @@ class MlflowOptions:
         tracking_uri: The server or store; by default MLFLOW_TRACKING_URI from the environment or `.env`,
             otherwise `<storage>/mlflow.db`.
         experiment_prefix: The experiment is `<experiment_prefix>/<weighting plugin>`.
-        artifact_root: Where a new experiment stores files; by default the server's choice, or `mlartifacts`
-            beside a local store.
+        artifact_root: Where a new experiment stores files; by default a place that the server chooses or, for
+            a local store, the folder `mlartifacts` next to it.
         keep_local: False deletes `checkpoints/best_model.pt` from the run folder once a remote artifact store
             has an identical copy.
         enabled: If False, the run is recorded only in its run folder.

@@ -92,7 +92,7 @@ def _default(attribute: Any) -> str:
 
 
 def _check(args: argparse.Namespace) -> int:
-    """Load all plugins, or those given, and report mistakes."""
+    """Load all plugins, or the given ones, and report mistakes."""
     registry = PluginRegistry()
     code = EXIT_DONE
     for name in args.names or registry.found:

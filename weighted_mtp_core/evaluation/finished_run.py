@@ -126,8 +126,8 @@ def export_run(
         The command that serves the model with `serve`.
 
     Raises:
-        WmtpError: The run has no policy, its data or base model are missing, or the server does not take its
-            heads.
+        WmtpError: The run has no policy, its data or base model is missing, or the server does not support
+            its heads.
         RunFailedError: The directory cannot be written.
     """
     plan = plan_of(run, overrides=['model.device="cpu"'])

@@ -31,8 +31,8 @@ def chance_p_value(value_D: Floats, correct_D: Flags, problem_D: Ints) -> float:
     """Return the one-sided p-value of a sign-flip test over problems, from seeded random signs.
 
     The AUC minus 0.5 is proportional to the sum over all responses of (correct - mean) * (rank - mean rank),
-    where rank is the rank of the response's value. If the critic has no information, the part of the sum that
-    belongs to one problem is as likely to have the opposite sign, however much the responses to the problem
+    where rank is the rank of the response's value. If the values carry no information about correctness, each
+    problem's part of the sum has either sign with equal probability, even if the responses to the problem
     depend on each other. The observed sum is multiplied by (P - 1) / P, because the two means are estimates:
     without this factor, 4 % of critics without information pass on 12 problems.
 

@@ -42,7 +42,7 @@ def load_policy(
         seed: Seed of the initial weights.
 
     Raises:
-        WmtpError: There is no such model, its files have been changed, or it cannot become a policy.
+        WmtpError: The model does not exist, its files have been changed, or it cannot become a policy.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging

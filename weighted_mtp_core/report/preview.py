@@ -173,7 +173,7 @@ def _documents(
 
 
 def _known(weight_K: list[float] | None, target_K: list[bool]) -> tuple[float | None, ...]:
-    """Return the weights of the heads that predict a token, None for the others."""
+    """Return the weights of the heads that predict a token, and None for all other heads."""
     if weight_K is None:
         return ()
     return tuple(weight if target else None for weight, target in zip(weight_K, target_K, strict=True))

@@ -18,7 +18,7 @@ _SHADE = (11, 98, 168)  # the report's colour of a full shade
 
 
 def print_preview(preview: Preview) -> None:
-    """Print a line for each token; colours only where stdout is a terminal."""
+    """Print a line for each token, with colours only if stdout is a terminal."""
     console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
     wide = max(len(label) for label, _ in preview.facts)
     for label, text in preview.facts:
@@ -43,7 +43,7 @@ def _line(token: PreviewToken, *, top: float) -> Text:
 
 
 def weight_text(token: PreviewToken) -> str:
-    """Return a token's weight: one number if all heads agree, else one per head; `?` if it is unknown."""
+    """Return a token's weight as text: one number, or one per head if heads differ; `?` if it is unknown."""
     if not token.is_target:
         return "-"
     if not token.weight_K:

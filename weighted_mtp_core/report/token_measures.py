@@ -133,7 +133,7 @@ def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
 
 @frozen(kw_only=True, eq=False)
 class _MeasuredRow:
-    """One document, `[1, T]`, and measures by the position of the target; NaN where there is none."""
+    """One document, `[1, T]`, and its measures by position of the target; NaN for missing measures."""
 
     batch: Batch
     weight_TK: NDArray[np.float64]

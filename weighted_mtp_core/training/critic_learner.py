@@ -83,7 +83,7 @@ class CriticLearner(Learner):
 
     @torch.no_grad()
     def measure(self, half: Half) -> CriticReport:
-        """Return the report on the critic in its present state, on one half of the validation responses.
+        """Return the report on the current critic, measured on one half of the validation responses.
 
         Raises:
             RunFailedError: The critic returns no values or non-finite values, or all responses are correct,
@@ -117,7 +117,7 @@ class CriticLearner(Learner):
         load_component(self.critic, self.best)
 
     def check_problems(self, table: CriticTable, *, log: Callable[[str], None]) -> None:
-        """Check that the validation split can choose a checkpoint and tell the critic from a constant.
+        """Check that the validation split suffices to choose a checkpoint and to judge the critic.
 
         Raises:
             WmtpError: One half of the validation responses has no correct or no incorrect response; or

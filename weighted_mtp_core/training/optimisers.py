@@ -51,8 +51,8 @@ def clip_gradients(
 ) -> Tensor:
     """Scale gradients down to a total norm of at most `max_norm * sqrt(size)`; return the norm before that.
 
-    With one limit for all steps, those with many tokens would be clipped most, and the tokens of short
-    documents would count more after all. Most of a gradient is noise, and the norm of a sum of n noisy terms
+    With the same limit for all steps, steps with many tokens would be clipped most, so that tokens of short
+    documents would again count more. Most of a gradient is noise, and the norm of a sum of n noisy terms
     grows as sqrt(n). The norms of sharded and of whole parameters are computed apart, because the two cannot
     be stacked.
 

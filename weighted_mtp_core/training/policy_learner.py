@@ -193,7 +193,7 @@ class PolicyLearner(Learner):
 
     @torch.no_grad()
     def weigh(self, batch: Batch, *, step: int, training: bool = False) -> Weights:
-        """Return the weights of a global batch that is measured and not learned from.
+        """Return the weights of a global batch that is only measured, not trained on.
 
         With `training`, these are the weights of that training step; moving statistics then change.
         """

@@ -131,6 +131,6 @@ class _ZeroEmbedding(nn.Module):
         self.width = width
 
     def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
-        """Return zeros `[H]`, to be added to states, whatever the family passes to find positions."""
+        """Return zeros `[H]` to add to states; the arguments, which differ between families, are ignored."""
         first = next(iter((*given, *named.values())))
         return torch.zeros(self.width, device=first.device)

@@ -4,9 +4,10 @@ This happens before a text is saved and judged, never during judging, so that ev
 program.
 
 The last complete answer counts; text inside `<think>` does not. A text that begins with the body of the
-prompt's function is its own answer. Otherwise the answer is the last closed fence with code that defines the
-function, else the last open one, else the last such code between prose. Code that only imports the function
-counts if no other code defines it, because examples of use import it, too.
+prompt's function is its own answer. Otherwise the answer is code that defines the function: the last closed
+fence with such code, or without one the last open fence, or without one the last such code between prose.
+Code that only imports the function counts if no other code defines it, because examples of use import it,
+too.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ _CONTROL_TOKEN = re.compile(r"(?:<\|\w+\|>|</?s>|<(?:eos|bos|pad|end_of_turn)>).
 def cut_completion(text: str, *, prompt: str, entry_point: str) -> str:
     """Return the completion for which `prompt + completion` is the program that was meant.
 
-    Indentation stays as it is. Text and fences around the code are dropped. The function is kept with the
-    statements before it and with those after it that it uses. A repeated signature stays: the later
+    Indentation stays as it is. Text and fences around the code are dropped. The function is kept together
+    with the statements before it and the later statements that it uses. A repeated signature stays: the later
     definition replaces the prompt's.
 
     Args:

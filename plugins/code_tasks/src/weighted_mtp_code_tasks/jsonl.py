@@ -24,7 +24,7 @@ from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
 
 @frozen(kw_only=True)
 class JudgedJsonlOptions(JsonlOptions):
-    """`[data.options]` of `code_tasks.jsonl`: those of `core.jsonl`, and the sandbox.
+    """`[data.options]` of `code_tasks.jsonl`: the options of `core.jsonl` and the option `sandbox`.
 
     Attributes:
         sandbox: Back end and limits of the sandbox.

@@ -16,8 +16,8 @@ from weighted_mtp_core.api import BuildContext, DataSource, WmtpError, sha256_of
 class Gsm8kOptions:
     """`[data.options]` of `code_tasks.gsm8k`: `train` and `test`, or `path`, or none: both come from the hub.
 
-    A file holds the public records (`question`, `answer`) or those with solutions of models (`question`,
-    `ground_truth`, `solutions`), whose correctness is judged here.
+    A file contains the public records (`question`, `answer`) or records with solutions of models (`question`,
+    `ground_truth`, `solutions`); the correctness of these solutions is judged here.
 
     Attributes:
         train: The public `train.jsonl`.

@@ -32,9 +32,10 @@ _LONGEST = 40  # digits; no answer has more, but a model may write thousands
 def final_number(text: str) -> Decimal | None:
     r"""Return the number that a response states as its answer; None if there is none.
 
-    That is the number after the last `####` that marks an answer and no heading, else the first number after
-    the last `\boxed{`, else the last number. A further `Question:` and what follows it do not count.
-    Thousands may have commas, LaTeX's `{,}` or narrow blanks; a currency, `%` or full stop does not matter.
+    The answer is the number after the last `####` that marks an answer and not a heading; otherwise the first
+    number after the last `\boxed{`; otherwise the last number. A further `Question:` and the text after it
+    are ignored. Thousands may have commas, LaTeX's `{,}` or narrow blanks; a currency, `%` or full stop does
+    not matter.
     """
     text, marked = _answer(text)
     if marked is not None:

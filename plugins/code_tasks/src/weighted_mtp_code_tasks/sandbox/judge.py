@@ -69,10 +69,11 @@ def _run_tests(code: CodeType, names: dict[str, object], *, entry_point: str, re
 
 
 def _program_names(tests: str, remote: Remote) -> dict[str, object]:
-    """Bind the names that asserts use: a module of the standard library, else a function of the program.
+    """Bind the names that asserts use to a module of the standard library or to a function of the program.
 
-    Built-in functions are the interpreter's: a program could define a `set` or an `all` with which it passes.
-    Asserts that use nothing else mean the program's function (MBPP 126 tests its own `sum`).
+    Names of built-in functions mean the interpreter's functions, because a program could define a `set` or an
+    `all` with which it passes. But if asserts use no other names, they mean the program's function (MBPP 126
+    tests its own `sum`).
     """
     nodes = list(ast.walk(ast.parse(tests)))
     used = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}

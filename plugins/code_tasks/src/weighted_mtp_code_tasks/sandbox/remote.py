@@ -74,7 +74,7 @@ class Remote:
         self.stopped: Outcome | None = None
 
     def stop(self, kind: str, detail: str) -> NoReturn:
-        """End the tests with this verdict, whatever exceptions they catch."""
+        """End the tests with this verdict, even if they catch all exceptions."""
         self.stopped = self.stopped or (kind, one_line(detail))
         raise Stop
 
@@ -98,7 +98,7 @@ class Remote:
         """Send a request; return the value of the answer, or raise the program's exception here.
 
         Raises:
-            Stop: There is no usable answer.
+            Stop: The program did not return a usable answer.
         """
         if self.stopped:
             raise Stop
@@ -181,7 +181,7 @@ class RemoteFunction:
 
 
 class Opaque:
-    """An object of the program that is no plain data: it can be passed back; inspecting it ends the tests."""
+    """An object of the program other than plain data; it can be passed back, but inspecting it ends tests."""
 
     __slots__ = ("_number", "_remote")
     _number: int

@@ -1,4 +1,4 @@
-"""The folder that a program may write to: its limits, and how it is emptied whatever it contains."""
+"""The folder that a program may write to: its limits, and how it is emptied for any content."""
 
 from __future__ import annotations
 

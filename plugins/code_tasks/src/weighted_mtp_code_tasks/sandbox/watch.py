@@ -28,7 +28,7 @@ _CPU_SIGNALS = {signal.SIGKILL, signal.SIGXCPU}
 
 
 class CallerGoneError(Exception):
-    """The caller that waits for the verdict is gone."""
+    """The caller that waits for the verdict has ended."""
 
 
 class Limits(NamedTuple):
@@ -143,7 +143,7 @@ class Candidate:
             False at the deadline.
 
         Raises:
-            CallerGoneError: The worker's caller is gone.
+            CallerGoneError: The worker's caller has ended.
         """
         poll = select.poll()
         poll.register(until, select.POLLIN)
