@@ -224,6 +224,34 @@ def test_a_weight_of_a_row_is_the_weight_of_its_targets(tokens):
     assert made.given_N.tolist() == [0.5 * each for each in made.target_N.tolist()]
 
 
+@pytest.mark.parametrize("template", [marked(CHATML), unmarked(CHATML), marked(BRACKETS)])
+def test_a_weight_of_a_message_is_the_weight_of_its_turn_and_of_the_end_of_the_turn(tokens, template):
+    used = tokenizer(template, eos="</s>" if "INST" in template else "<|im_end|>")
+    user = {"role": "user", "content": "a"}
+    chat = [user, {"role": "assistant", "content": "b", "weight": 0.25}]
+    chat += [user, {"role": "assistant", "content": "c"}, user]
+    chat += [{"role": "assistant", "content": "d", "weight": 0}]
+
+    made = tokens([chat], used, weight=2)
+    ((ids, targets),) = documents(made)
+    (last,) = (documents(tokens([chat], used, train_on="last")),)
+
+    runs = [len(text) for text in ("b", "c", "d")]
+    assert len(runs) == len(learned(used, (ids, targets)))
+    count = targets.count(True) // 3
+    assert made.given_N[targets].tolist() == [0.5] * count + [2.0] * count + [0.0] * count
+    assert not made.given_N[~np.array(targets)].any()
+    assert learned(used, last[0]) == learned(used, (ids, targets))[-1:]
+
+
+def test_weights_of_messages_need_a_template_that_marks_each_once(tokens):
+    template = marked(CHATML).replace("{{ m.content }}", "{{ m.content }}{% endgeneration %}{% generation %}")
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0.5}]
+
+    with pytest.raises(WmtpError, match="the chat template marks 2 turns for 1 messages of the assistant"):
+        tokens([chat], tokenizer(template))
+
+
 def test_tools_reach_the_template(tokens):
     used = tokenizer(unmarked(HEADERS))
     tool = {"type": "function", "function": {"name": "add"}}
@@ -295,8 +323,12 @@ TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
         ),
         ({"messages": ["hi"]}, "message 1 must be an object, got str"),
         (
-            {"messages": [TURNS[0], {**TURNS[1], "weight": 0.5}]},
-            "message 2 has a `weight`: give the whole row one",
+            {"messages": [{**TURNS[0], "weight": 0.5}, TURNS[1]]},
+            "message 1 has a `weight`, but only the assistant's are learned",
+        ),
+        (
+            {"messages": [TURNS[0], {**TURNS[1], "weight": -0.5}]},
+            "the `weight` of message 2 must be a finite number >= 0, got -0.5",
         ),
         (
             {"messages": TURNS, "weights": [[0, 1, 0.5]]},

@@ -157,6 +157,7 @@ def test_one_weight_a_row_reaches_eos_and_spans_do_not():
     assert laid(example("hello", weight=0.5)).tolist() == [0.5, 0.5]
     assert laid(example("hello", weight=0.5, spans=((0, 5, 0.5),))).tolist() == [0.25, 0.5]
     assert laid(example("hello", spans=((0, 5, 0.5),))).tolist() == [0.5, 1.0]
+    assert laid(example("hello", weight=3, spans=((0, 5, 0.5),))).tolist() == [1.5, 3.0]
 
 
 def test_a_tokenizer_without_offsets_is_refused_for_spans_only():

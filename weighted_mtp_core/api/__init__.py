@@ -74,6 +74,7 @@ from weighted_mtp_core.api.data import (
     Split,
     Verdict,
     VerdictKind,
+    check_weight,
     is_correct,
 )
 from weighted_mtp_core.api.datasets import (
@@ -135,6 +136,7 @@ __all__ = [
     "WeightingStrategy",
     "Weights",
     "WmtpError",
+    "check_weight",
     "checked_row",
     "example_statistics",
     "hookimpl",

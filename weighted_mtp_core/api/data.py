@@ -80,17 +80,22 @@ class Example:
 
     Attributes:
         example_id: Unique within the data source and the same in every run.
-    problem_id: Id of the problem, shared by all responses to it.
-    prompt: Text before the response; the policy is never trained to predict its tokens.
-    response: Text that the policy learns to write. Core appends EOS.
-    reward: Verified outcome of the whole response, in [0, 1]; 1 if the outcome is unknown.
-    weight: Weight from the data of each token of the response, including EOS, for `Signal.GIVEN`: finite
-        and >= 0. None counts as 1.
-    spans: Weights of parts of the response. A span (start, end, weight) covers the characters
-        `response[start:end]`; spans do not overlap. The weight of a token in a span is the span's weight
-        times `weight`; the weight of EOS and of tokens outside all spans is `weight`.
-    metadata: Other data about the response: texts or numbers by key. A weighting receives them as
-        `StepView.metadata`.
+        problem_id: Id of the problem, shared by all responses to it.
+        prompt: Text before the response; the policy is never trained to predict its tokens.
+        response: Text that the policy learns to write. Core appends EOS.
+        reward: Verified outcome of the whole response, in [0, 1]; 1 if the outcome is unknown.
+        weight: Weight from the data of each token of the response, including EOS, for `Signal.GIVEN`: finite
+            and >= 0. None counts as 1.
+        spans: Weights of parts of the response. A span (start, end, weight) covers the characters
+            `response[start:end]`; spans do not overlap. The weight of a token in a span is the span's weight
+            times `weight`; the weight of EOS and of tokens outside all spans is `weight`.
+        messages: A chat instead of a prompt and a response, in the layout that chat templates read: objects
+            with `role` and `content`. The last message is the assistant's. A message of the assistant may
+            have a `weight`, which multiplies the example's. `prompt` and `response` then only identify the
+            problem, and train the tokenizer of a `micro` model.
+        tools: Descriptions of tools for the template of a chat.
+        metadata: Other data about the response: texts or numbers by key. A weighting receives them as
+            `StepView.metadata`.
     """
 
     example_id: str
@@ -107,7 +112,8 @@ class Example:
     @property
     def has_weights(self) -> bool:
         """Whether the data give weights for this response."""
-        return self.weight is not None or self.spans is not None
+        of_messages = any("weight" in message for message in self.messages)
+        return of_messages or self.weight is not None or self.spans is not None
 
     @spans.validator
     def _check_spans(self, _: object, spans: tuple[Span, ...] | None) -> None:

@@ -13,6 +13,7 @@ from weighted_mtp_core.api import (
     JsonlSource,
     Record,
     RowFiles,
+    check_weight,
     checked_row,
 )
 
@@ -61,7 +62,9 @@ def _message(message: object, number: int) -> Mapping[str, Any]:
             + ", ".join(f"`{role}`" for role in _ROLES)
         )
     if "weight" in message:
-        raise ValueError(f"message {number} has a `weight`: give the whole row one")
+        if message["role"] != "assistant":
+            raise ValueError(f"message {number} has a `weight`, but only the assistant's are learned")
+        check_weight(message["weight"], f"the `weight` of message {number}")
     content, calls = message.get("content"), message.get("tool_calls")
     if isinstance(content, list):
         content = "".join(_part(part, number) for part in content)

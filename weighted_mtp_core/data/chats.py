@@ -25,19 +25,27 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 @frozen(kw_only=True)
 class RenderedChat:
-    """A chat as text; `spans` contains (start, end) of each learned turn, in characters."""
+    """A chat as text.
+
+    Attributes:
+        text: The text of the chat, including the spelling of control tokens.
+        spans: (start, end) of each learned turn, in characters.
+        weights: Weight of each learned turn.
+    """
 
     text: str
     spans: tuple[tuple[int, int], ...]
+    weights: tuple[float, ...]
 
     @property
-    def parts(self) -> list[tuple[str, bool]]:
-        """The parts of the text as pairs (text, whether it is learned)."""
+    def parts(self) -> list[tuple[str, float | None]]:
+        """The parts of the text as pairs (text, weight); the weight is None if the part is not learned."""
         edges = [0, *(edge for span in self.spans for edge in span), len(self.text)]
         parts = [
-            (self.text[start:end], bool(i % 2)) for i, (start, end) in enumerate(itertools.pairwise(edges))
+            (self.text[start:end], self.weights[i // 2] if i % 2 else None)
+            for i, (start, end) in enumerate(itertools.pairwise(edges))
         ]
-        return [(text, learned) for text, learned in parts if text]
+        return [(text, weight) for text, weight in parts if text]
 
 
 def control_tokens(tokenizer: Any) -> re.Pattern[str]:
@@ -53,7 +61,8 @@ def render_chat(
 
     Args:
         tokenizer: A tokenizer with a chat template.
-        messages: The messages as the template reads them; the last one is the assistant's.
+        messages: The messages as the template reads them; the last one is the assistant's. The template does
+            not see the `weight` of a message.
         tools: Descriptions of tools for the template.
         train_on: Whether all turns of the assistant are learned, or the last one.
 
@@ -70,14 +79,27 @@ def render_chat(
             f"a message contains `{spelt[0]}`, which is a control token of the tokenizer",
             hint="remove it: the template writes the control tokens",
         )
-    if _GENERATION.search(tokenizer.chat_template):
-        return _by_marks(tokenizer, messages, tools, train_on)
-    return _by_prefixes(tokenizer, messages, tools, train_on)
+    weights = [float(each.get("weight", 1)) for each in messages if each["role"] == "assistant"]
+    shown = [{key: value for key, value in each.items() if key != "weight"} for each in messages]
+    find = _by_marks if _GENERATION.search(tokenizer.chat_template) else _by_prefixes
+    text, spans = find(tokenizer, shown, tools, train_on)
+    if train_on == "last":
+        spans, weights = spans[-1:], weights[-1:]
+    if len(spans) != len(weights):
+        if any("weight" in each for each in messages):
+            raise WmtpError(
+                f"messages have weights, but the chat template marks {len(spans)} turns for {len(weights)} "
+                "messages of the assistant",
+                hint="a template that marks each message of the assistant once, or one `weight` a row",
+            )
+        weights = [1.0] * len(spans)
+    return RenderedChat(text=text, spans=tuple(spans), weights=tuple(weights))
 
 
 def _by_marks(
     tokenizer: Any, messages: Sequence[Message], tools: Sequence[Message], train_on: TrainOn
-) -> RenderedChat:
+) -> tuple[str, list[tuple[int, int]]]:
+    del train_on  # all turns are marked
     from transformers.utils.chat_template_utils import render_jinja_template
 
     (text,), (spans,) = render_jinja_template(
@@ -89,13 +111,12 @@ def _by_marks(
     )
     if not spans:
         raise WmtpError("the chat template marks no turn of the assistant")
-    chosen = spans if train_on == "all" else spans[-1:]
-    return RenderedChat(text=text, spans=tuple((start, end) for start, end in chosen))
+    return text, [(start, end) for start, end in spans]
 
 
 def _by_prefixes(
     tokenizer: Any, messages: Sequence[Message], tools: Sequence[Message], train_on: TrainOn
-) -> RenderedChat:
+) -> tuple[str, list[tuple[int, int]]]:
     def render(count: int, *, prompt: bool) -> str:
         rendered: str = tokenizer.apply_chat_template(
             list(messages[:count]), tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt
@@ -117,4 +138,4 @@ def _by_prefixes(
             )
         end = re.search(f"{control_tokens(tokenizer).pattern}(\\s*)$", turn)
         spans.append((len(before), len(after) - (len(end[2]) if end else 0)))
-    return RenderedChat(text=text, spans=tuple(spans))
+    return text, spans

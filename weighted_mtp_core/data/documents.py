@@ -21,12 +21,14 @@ class Document:
         ids: Token ids of the example, including EOS.
         prompt: Number of tokens before the first target.
         targets: Whether each token is a target; None if all tokens from index `prompt` on are targets.
+        weights: Weight of the message of each target and 0 for other tokens; None if this is not a chat.
     """
 
     example: Example
     ids: list[int]
     prompt: int
     targets: list[bool] | None = None
+    weights: list[float] | None = None
 
 
 def encode(
@@ -63,17 +65,22 @@ def _chat(example: Example, codec: TextCodec, train_on: TrainOn) -> Document:
         chat = render_chat(codec.tokenizer, example.messages, tools=example.tools, train_on=train_on)
     except WmtpError as error:
         raise WmtpError(f"example `{example.example_id}`: {error}", hint=error.hint) from error
-    ids, targets = codec.encode_chat(chat.parts)
+    ids, weights = codec.encode_chat(chat.parts)
     decoded = codec.decode_marked(ids)
     if decoded != chat.text:
         raise round_trip_error(example.example_id, chat.text, decoded)
-    start = 0 if tuple(ids[: len(codec.prefix)]) == codec.prefix else len(codec.prefix)
-    ids, targets = [*codec.prefix[:start], *ids], [*[False] * start, *targets]
-    if not (targets[-1] and ids[-1] == codec.eos_id):
-        # What follows the end of the last turn is never generated.
-        last = len(targets) - targets[::-1].index(True)
-        ends = ids[last - 1] == codec.eos_id
-        ids, targets = ids[:last], targets[:last]
-        if not ends:
-            ids, targets = [*ids, codec.eos_id], [*targets, True]
-    return Document(example=example, ids=ids, prompt=targets.index(True), targets=targets)
+    if tuple(ids[: len(codec.prefix)]) != codec.prefix:
+        ids, weights = [*codec.prefix, *ids], [*([None] * len(codec.prefix)), *weights]
+    # What follows the end of the last turn is never generated.
+    count = max(i for i, weight in enumerate(weights) if weight is not None) + 1
+    ids, weights = ids[:count], weights[:count]
+    if ids[-1] != codec.eos_id:
+        ids, weights = [*ids, codec.eos_id], [*weights, weights[-1]]
+    targets = [weight is not None for weight in weights]
+    return Document(
+        example=example,
+        ids=ids,
+        prompt=targets.index(True),
+        targets=targets,
+        weights=[weight or 0.0 for weight in weights],
+    )

@@ -35,10 +35,11 @@ def given_weights(documents: Sequence[Document], codec: TextCodec) -> NDArray[np
     weights = []
     for document in documents:
         example, prompt, ids = document.example, document.prompt, document.ids
-        weight_L = np.full(len(ids), 1.0 if example.weight is None else example.weight)
+        weight = 1.0 if example.weight is None else float(example.weight)
+        weight_L = np.full(len(ids), weight)
         weight_L[:prompt] = 0.0
-        if document.targets is not None:
-            weight_L *= document.targets
+        if document.weights is not None:
+            weight_L *= document.weights
         if example.spans:
             offsets = codec.response_offsets(example.prompt, example.response)
             weight_L[prompt:-1] *= _of_tokens(example, offsets, count=len(ids) - 1 - prompt)

@@ -87,15 +87,15 @@ class TextCodec:
             responses[i] = ids
         return list(zip(prompts, responses, strict=True))
 
-    def encode_chat(self, parts: Sequence[tuple[str, bool]]) -> tuple[list[int], list[bool]]:
-        """Return the ids of a rendered chat, in which control tokens are spelt, and whether each is a target.
+    def encode_chat(self, parts: Sequence[tuple[str, float | None]]) -> tuple[list[int], list[float | None]]:
+        """Return the ids of a rendered chat, in which control tokens are spelt, and the weight of each.
 
         Args:
-            parts: Text and whether it is learned; no token spans two parts.
+            parts: Text and its weight, None if it is not learned; no token spans two parts.
         """
         ids: list[int] = []
-        targets: list[bool] = []
-        for text, learned in parts:
+        weights: list[float | None] = []
+        for text, weight in parts:
             for piece in self._control.split(text):
                 if piece in self._control_ids:
                     found = [self._control_ids[piece]]
@@ -104,8 +104,8 @@ class TextCodec:
                 else:
                     continue
                 ids += found
-                targets += [learned] * len(found)
-        return ids, targets
+                weights += [weight] * len(found)
+        return ids, weights
 
     def decode_marked(self, ids: Sequence[int]) -> str:
         """Return the text of ids in which control tokens are spelt."""
