@@ -30,7 +30,7 @@ TABLES: dict[str, type] = {
     "[critic.pairs]": schema.PairsTable,
     "[weighting]": schema.Selection,
     "[loss]": schema.LossTable,
-    "[train]": schema.TrainTable,
+    "[train]": schema.PolicyTrainTable,
     "[checkpoint]": schema.CheckpointTable,
     "[evaluate]": schema.EvaluateTable,
     "[[tracker]]": schema.TrackerTable,

@@ -118,12 +118,23 @@ def _select(table: Mapping[str, Any], selector: ComponentSelector) -> dict[KeyPa
 
 
 def _head_faults(recipe: Recipe) -> list[Fault]:
-    """Check `loss.head_weights` against `model.n_future`, which is in another table of the recipe."""
-    heads, n_future = recipe.loss.head_weights, recipe.model.n_future
+    """Check keys about heads against keys of other tables, which a table's own validators do not see."""
+    heads, n_future, train = recipe.loss.head_weights, recipe.model.n_future, recipe.model.train
+    found = []
     if heads and len(heads) != n_future:
         text = f"expected one number for each of `model.n_future` = {n_future} heads, got {len(heads)}"
-        return [Fault(("loss", "head_weights"), text)]
-    return []
+        found.append(Fault(("loss", "head_weights"), text))
+    elif train == "heads" and heads and not any(heads[1:]):
+        text = 'with `model.train = "heads"`, heads 2..K need a weight above 0'
+        found.append(Fault(("loss", "head_weights"), text))
+    if n_future == 1 and train == "heads":
+        found.append(Fault(("model", "train"), "`heads` trains heads 2..K: `model.n_future` must be >= 2"))
+    if n_future == 1 and recipe.train.select_by == "later_heads":
+        found.append(Fault(("train", "select_by"), "`later_heads` needs `model.n_future` >= 2"))
+    if train == "heads" and recipe.train.select_by == "head_1":
+        text = 'with `model.train = "heads"`, head 1 stays as it is and selects nothing'
+        found.append(Fault(("train", "select_by"), text))
+    return found
 
 
 def _check_signals(plan: Plan, registry: PluginRegistry) -> None:

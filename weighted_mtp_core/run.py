@@ -84,7 +84,7 @@ def run_plan(plan: Plan, *, resume: str | None = None, allow_change: Sequence[st
         run.write_report(prepared, learner, critic, report)
         rows = [
             *([] if report is None else report.summary()),
-            *trained.summary("validation_ce_head_1"),
+            *trained.summary(),
             *evaluation.summary(),
             ("run", str(recorder.folder.path)),
             *(("look at it", line) for line in recorder.where()),

@@ -32,7 +32,10 @@ ENVIRONMENT = {
 }
 PROMPTS, NEW_TOKENS = 50, 64
 
-pytestmark = pytest.mark.skipif(not VLLM.exists(), reason="`make test-serving` makes vLLM's environment")
+pytestmark = [
+    pytest.mark.skipif(not VLLM.exists(), reason="`make test-serving` makes the environment of vLLM"),
+    pytest.mark.timeout(1800),
+]
 
 
 def wmtp(*words, cwd):
@@ -144,7 +147,7 @@ def test_vllm_writes_our_texts_and_accepts_as_many_drafts_at_each_place(exported
 
 
 def test_heads_at_the_wrong_place_have_far_fewer_drafts_accepted(exported, loaded, counted, tmp_path):
-    texts, _, accepted = counted
+    texts, verified, accepted = counted
     path, _ = exported
     shifted = Path(shutil.copytree(path / "medusa", tmp_path / "shifted"))
     tensors = load((shifted / "model.safetensors").read_bytes())
@@ -153,6 +156,7 @@ def test_heads_at_the_wrong_place_have_far_fewer_drafts_accepted(exported, loade
     save_file({**tensors, **moved}, shifted / "model.safetensors")
 
     found = decoded_by_vllm(path, shifted, loaded)
+    print(f"\nvLLM, heads exchanged: {found['verified']} passes, accepted {found['accepted']}")
 
     assert found["tokens"] == texts
-    assert sum(found["accepted"]) < 0.3 * sum(accepted)
+    assert sum(found["accepted"]) / found["verified"] < 0.3 * sum(accepted) / verified

@@ -173,6 +173,16 @@ def test_a_tokenizer_that_transformers_reads_back_as_another_one_is_an_error(tmp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_new_heads_can_begin_on_an_exported_head_1(tmp_path):
+    policy = make_policy(llama(tied=True), n_future=1, head_kind="parallel").eval()
+    path = exported(policy, tmp_path / "out")
+
+    restored = loaded(path, head="medusa")
+
+    assert len(restored.heads) == K
+    torch.testing.assert_close(logits(restored, heads=1), logits(policy, heads=1), rtol=1e-6, atol=1e-6)
+
+
 def test_a_policy_of_one_head_needs_no_folder_of_heads(tmp_path):
     policy = make_policy(llama(tied=True), n_future=1, head_kind="parallel").eval()
     path = exported(policy, tmp_path / "out")

@@ -354,6 +354,22 @@ def test_heads_that_a_server_does_not_take_are_an_error_before_anything_is_writt
     assert list(tmp_path.iterdir()) == []
 
 
+def test_heads_trained_alone_leave_the_base_model_byte_for_byte_what_it_was(exported, trained, tmp_path):
+    recipe = RECIPE.replace("n_future = 3", f'n_future = 3\n    base = "{exported}"\n    train = "heads"')
+    (tmp_path / "recipe.toml").write_text(dedent(recipe).replace('"tiny"', '"heads"'))
+    settings = ("train.steps=8", "train.learning_rate=0.01", "train.warmup_steps=0")
+    quick = [word for each in settings for word in ("--set", each)]
+
+    assert main(["run", str(tmp_path / "recipe.toml"), *quick]) == 0
+    (run,) = (file.parent for file in trained.parents[2].rglob("run.json") if "heads" in file.parts[-3])
+    assert main(["export", run.name, "--to", str(tmp_path / "out")]) == 0
+
+    before, after = contents(exported), contents(tmp_path / "out")
+    same = {path for path in before if before[path] == after[path]}
+    assert Path("model.safetensors") in same
+    assert Path("heads/model.safetensors") not in same
+
+
 def test_export_replaces_an_exported_model_only_if_told_so(wmtp, exported):
     before = contents(exported)
 

@@ -15,6 +15,7 @@ from weighted_mtp_core.model import chunked_unembedding
 from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.model.loss import normalisers, weighted_mtp_loss
 from weighted_mtp_core.model.pair_predictions import PairPredictions
+from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.targets import IGNORED, target_mask
 
 V = 23
@@ -77,12 +78,22 @@ def fused(model, ids_BT, **arguments):
     return loss, gradients(model)
 
 
+def detached_logits(model, k, hidden_BTH):
+    """Return head k's logits; only its own parameters have a gradient."""
+    state_BTH = model.heads.run(k, hidden_BTH.detach())
+    if model.head_kind == "parallel":  # Llama's final norm
+        size_BT1 = state_BTH.square().mean(dim=-1, keepdim=True) + model.norm.variance_epsilon
+        state_BTH = model.norm.weight.detach() * state_BTH / size_BT1.sqrt()
+    return state_BTH @ model.unembedding.weight.detach().T
+
+
 def plain(model, ids_BT, *, labels_BTK, weight_BTK, normaliser_K, head_share_K, detach_trunk=False):
     """Return the loss and every gradient of the formula: all logits at once, gradients by autograd."""
     model.zero_grad()
     hidden_BTH = model.trunk_states(ids_BT)
-    states = [hidden_BTH.detach() if detach_trunk and k else hidden_BTH for k in range(model.n_future)]
-    logits_BTKV = torch.stack([model.logits(k + 1, state) for k, state in enumerate(states)], dim=2)
+    logits_of = [detached_logits if detach_trunk and k else Policy.logits for k in range(model.n_future)]
+    logits = [logits_of[k](model, k + 1, hidden_BTH) for k in range(model.n_future)]
+    logits_BTKV = torch.stack(logits, dim=2)
     ce_BTK = torch.nn.functional.cross_entropy(
         logits_BTKV.movedim(-1, 1), labels_BTK, ignore_index=IGNORED, reduction="none"
     )

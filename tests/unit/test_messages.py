@@ -427,6 +427,10 @@ def test_an_experiment_that_is_no_path(plan_error):
             "loss.head_weights: expected one number for each of `model.n_future` = 4 heads, got 2",
         ),
         (
+            "model={n_future=1, train='heads'}",
+            "model.train: `heads` trains heads 2..K: `model.n_future` must be >= 2",
+        ),
+        (
             "loss={head_weights=[0, 1, 1, 1], head_schedule='forward'}",
             "loss.head_schedule: must be `constant` if head 1 has weight 0: forward",
         ),
@@ -443,6 +447,27 @@ def test_an_experiment_that_is_no_path(plan_error):
 )
 def test_keys_that_do_not_fit_each_other(plan_error, override, text):
     assert plan_error(override) == f"error: recipe.toml: 1 problem\n  --set, {text}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (
+            ("model.train='heads'", "loss.head_weights=[1, 0, 0, 0]"),
+            'loss.head_weights: with `model.train = "heads"`, heads 2..K need a weight above 0',
+        ),
+        (
+            ("model.train='heads'", "train.select_by='head_1'"),
+            'train.select_by: with `model.train = "heads"`, head 1 stays as it is and selects nothing',
+        ),
+        (
+            ("model.n_future=1", "train.select_by='later_heads'"),
+            "train.select_by: `later_heads` needs `model.n_future` >= 2",
+        ),
+    ],
+)
+def test_keys_about_heads_that_do_not_fit_each_other(plan_error, overrides, text):
+    assert plan_error(*overrides) == f"error: recipe.toml: 1 problem\n  --set, {text}"
 
 
 def test_a_password_in_a_recipe(plan_error):

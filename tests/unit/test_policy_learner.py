@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import hashlib
 import math
 
 import pytest
@@ -22,7 +23,8 @@ from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.model.pair_predictions import PairPredictions
 from weighted_mtp_core.model.targets import align_labels, target_mask
-from weighted_mtp_core.recipe.schema import LossTable
+from weighted_mtp_core.recipe.schema import LossTable, TrainTable
+from weighted_mtp_core.training.optimisers import make_optimiser
 from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.weighting_inputs import Weighting
 
@@ -36,6 +38,10 @@ BASES = {
     ),
 }
 LABEL = "weighting `failing.late` of plugin `failing` (wmtp-failing 0.3.0)"
+
+
+LATER = ("heads.1.", "heads.2.")
+"""Where the names of the parameters of heads 2 and 3 start."""
 
 
 @functools.cache
@@ -396,14 +402,93 @@ def test_the_shares_follow_the_step(batch):
     torch.testing.assert_close(last, learnt(policy(), batch, Fixed())[1], rtol=0, atol=0)
 
 
-def test_detached_heads_learn_and_leave_the_trunk_to_head_1(batch):
+@pytest.mark.parametrize("head", ["parallel", "medusa"])
+@pytest.mark.parametrize("name", BASES)
+def test_detached_heads_learn_and_leave_everything_else_to_head_1(batch, name, head):
     shared = LossTable(head_weights=(1.0, 1.0, 2.0))
-    _, together = learnt(policy(), batch, Fixed(), loss=shared)
-    _, detached = learnt(policy(), batch, Fixed(), loss=evolve(shared, detach_trunk=True))
-    _, head_1 = learnt(policy(), batch, Fixed(), loss=LossTable(head_weights=(1.0, 0.0, 0.0)))
+    _, together = learnt(policy(name, head=head), batch, Fixed(), loss=shared)
+    _, detached = learnt(policy(name, head=head), batch, Fixed(), loss=evolve(shared, detach_trunk=True))
+    _, head_1 = learnt(policy(name, head=head), batch, Fixed(), loss=LossTable(head_weights=(1.0, 0.0, 0.0)))
 
-    for name, gradient in detached.items():
-        if name.startswith("trunk."):
-            torch.testing.assert_close(gradient, head_1[name] / 4, rtol=1e-5, atol=1e-6)
+    for parameter, gradient in detached.items():
+        if parameter.startswith(LATER):
+            assert torch.equal(gradient, together[parameter]), parameter
         else:
-            assert torch.equal(gradient, together[name]), name
+            torch.testing.assert_close(gradient, head_1[parameter] / 4, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("head", ["parallel", "medusa"])
+@pytest.mark.parametrize("name", BASES)
+def test_detached_heads_alone_give_everything_else_a_gradient_of_exactly_0(batch, name, head):
+    alone = LossTable(head_weights=(0.0, 1.0, 1.0), detach_trunk=True)
+
+    _, gradients = learnt(policy(name, head=head), batch, Fixed(), loss=alone)
+
+    for parameter, gradient in gradients.items():
+        assert bool(gradient.any()) == parameter.startswith(LATER), parameter
+
+
+# ------------------------------------------------------------------ training heads 2..K alone
+
+
+def sha256(tensor):
+    return hashlib.sha256(tensor.detach().numpy().tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("head", ["parallel", "medusa"])
+@pytest.mark.parametrize("name", BASES)
+def test_a_frozen_base_stays_bit_for_bit_what_it_is(batch, name, head, accumulation):
+    model = policy(name, head=head)
+    model.freeze_base()
+    before = {each: sha256(tensor) for each, tensor in model.state_dict().items()}
+    trained = learner(model, ByLoss(), accumulation=accumulation)
+    optimiser = make_optimiser(trained.parameters(), TrainTable(learning_rate=0.1, weight_decay=0.5))
+
+    for step in range(3):
+        trained.learn(batch, step=step)
+        optimiser.step()
+        optimiser.zero_grad()
+
+    after = {each: sha256(tensor) for each, tensor in model.state_dict().items()}
+    later = [parameter for each, parameter in model.named_parameters() if each.startswith(LATER)]
+    assert {each for each in before if after[each] != before[each]} == {
+        each for each, _ in model.named_parameters() if each.startswith(LATER)
+    }
+    assert {id(each) for each in optimiser.state} == {id(each) for each in later}
+
+
+@pytest.mark.parametrize("head", ["parallel", "medusa"])
+@pytest.mark.parametrize("name", BASES)
+def test_heads_on_a_frozen_base_learn_as_detached_ones_do(batch, name, head):
+    loss, expected = learnt(policy(name, head=head), batch, Fixed(), loss=LossTable(detach_trunk=True))
+    frozen = policy(name, head=head)
+    frozen.freeze_base()
+
+    frozen_loss, found = learnt(frozen, batch, Fixed())
+
+    assert frozen_loss == pytest.approx(loss, rel=1e-6)
+    for parameter, gradient in found.items():
+        if parameter.startswith(LATER):
+            torch.testing.assert_close(gradient, expected[parameter], rtol=1e-5, atol=1e-6)
+        else:
+            assert gradient is None
+
+
+def test_a_frozen_trunk_keeps_no_graph_and_drops_nothing_out(batch):
+    model = policy()
+    model.freeze_base()
+    model.train()
+
+    assert not model.trunk_states(batch.ids_BT).requires_grad
+    assert {id(each) for each in model.modules() if each.training} == {
+        id(each) for each in (model, model.unembedding, model.heads, *model.heads[1].modules())
+    } | {id(each) for each in model.heads[2].modules()}
+
+
+@pytest.mark.parametrize(("select_by", "heads"), [("head_1", [1]), ("later_heads", [2, 3])])
+def test_the_best_state_is_chosen_by_the_heads_that_select(batch, select_by, heads):
+    found = learner(policy(), Fixed(), validation=lambda: [batch], select_by=select_by).validate(step=0)
+
+    losses = [found.metrics[f"validation_ce_head_{k}"] for k in heads]
+    assert found.score == pytest.approx(-sum(losses) / len(losses))

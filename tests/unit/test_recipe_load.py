@@ -17,6 +17,7 @@ from weighted_mtp_core.recipe.schema import (
     LossTable,
     MicroTable,
     ModelTable,
+    PolicyTrainTable,
     Recipe,
     RunTable,
     Selection,
@@ -230,14 +231,13 @@ option_values = st.recursive(
 )
 options = st.dictionaries(words, option_values, max_size=3)
 addresses = st.from_regex(r"[a-z]{1,5}\.[a-z]{1,5}", fullmatch=True)
-trains = st.builds(
-    TrainTable,
-    steps=st.integers(1, 10**6),
-    batch_size=st.just(16),
-    accumulation=st.sampled_from([1, 2, 4, 16]),
-    learning_rate=st.floats(1e-12, 1e12),
-    final_learning_rate=st.floats(0, 1),
-)
+trains = {
+    "steps": st.integers(1, 10**6),
+    "batch_size": st.just(16),
+    "accumulation": st.sampled_from([1, 2, 4, 16]),
+    "learning_rate": st.floats(1e-12, 1e12),
+    "final_learning_rate": st.floats(0, 1),
+}
 
 
 def key_of(tag):
@@ -260,9 +260,10 @@ recipes = st.builds(
     ),
     data=st.builds(DataTable, use=addresses, options=options),
     weighting=st.builds(Selection, use=addresses, options=options),
-    critic=st.none() | st.builds(CriticTable, use=addresses, options=options, train=trains),
+    critic=st.none()
+    | st.builds(CriticTable, use=addresses, options=options, train=st.builds(TrainTable, **trains)),
     loss=st.builds(LossTable, head_weights=st.lists(st.floats(0.1, 1e6), max_size=4).map(tuple)),
-    train=trains,
+    train=st.builds(PolicyTrainTable, **trains, select_by=st.sampled_from([None, "head_1", "later_heads"])),
     evaluate=st.builds(
         EvaluateTable, samples=st.just(5), temperature=st.floats(0.1, 2), pass_at_k=st.just((1, 5))
     ),
@@ -299,7 +300,9 @@ def test_every_default_is_shown_in_defaults_toml(repository):
             assert key.name in written[table.name] or not has_default or key.name == "options", key.name
 
 
-@pytest.mark.parametrize("table", [RunTable, ModelTable, TrainTable, EvaluateTable, LossTable, MicroTable])
+@pytest.mark.parametrize(
+    "table", [RunTable, ModelTable, PolicyTrainTable, EvaluateTable, LossTable, MicroTable]
+)
 def test_every_number_in_the_schema_has_a_range(table):
     for key in attrs.fields(attrs.resolve_types(table)):
         if key.type in {int, float}:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor, nn
 
 from weighted_mtp_core.model.policy import Policy
@@ -35,11 +35,17 @@ class ChunkedUnembedding:
         unembedding: The unembedding that is trained.
         matrix_VH: The matrix of the unembedding in the dtype of the matrix products.
         logits_NV: Buffer for one chunk of logits, reused: allocating one per chunk costs page faults.
+        learns: Whether `learn` adds to the gradients of matrix and bias.
     """
 
     unembedding: Unembedding
     matrix_VH: Tensor
     logits_NV: Tensor
+    learns: bool
+
+    def frozen(self) -> ChunkedUnembedding:
+        """Return this unembedding, whose matrix and bias get no gradient; the buffer is the same."""
+        return evolve(self, learns=False)
 
     @classmethod
     def of(cls, policy: Policy, hidden_BTH: Tensor, *, extra_bytes: int = 0) -> ChunkedUnembedding:
@@ -58,7 +64,12 @@ class ChunkedUnembedding:
         row_bytes = len(matrix_VH) * matrix_VH.element_size()
         rows = (max(_BUDGET, CHUNK * row_bytes) - extra_bytes) // row_bytes
         logits_NV = matrix_VH.new_empty(min(CHUNK, max(_FEWEST, rows)), len(matrix_VH))
-        return cls(unembedding=policy.unembedding, matrix_VH=matrix_VH, logits_NV=logits_NV)
+        return cls(
+            unembedding=policy.unembedding,
+            matrix_VH=matrix_VH,
+            logits_NV=logits_NV,
+            learns=any(each.requires_grad for each in policy.unembedding.parameters()),
+        )
 
     @torch.no_grad()
     def learn(
@@ -66,8 +77,9 @@ class ChunkedUnembedding:
     ) -> Tensor:
         """Return each cross-entropy CE_n, float32 `[N]`, and compute the gradients of `sum_n scale_n * CE_n`.
 
-        The gradient of the states is written to `gradient_BTH`. The gradient of the matrix is added to the
-        matrix's `grad` directly, because a separate buffer per head would cost two more passes over memory.
+        The gradient of the states is written to `gradient_BTH`. If the unembedding `learns`, the gradient of
+        the matrix is added to the matrix's `grad` directly, because a separate buffer per head would cost two
+        more passes over memory.
         """
         state_SH, gradient_SH = state_BTH.flatten(0, 1), gradient_BTH.flatten(0, 1)
         ce_N = torch.empty(len(label_N), dtype=torch.float32, device=label_N.device)
@@ -88,6 +100,9 @@ class ChunkedUnembedding:
         if slope is not None:
             gradient *= slope
         gradient = gradient.to(state.dtype)
+        ce, gradient_of_state = (total.log() - target)[:, 0], gradient @ self.matrix_VH
+        if not self.learns:
+            return ce, gradient_of_state
         gradient_V = _gradient_of(self.unembedding.bias)
         if gradient_V is not None:
             gradient_V += gradient.sum(dim=0, dtype=gradient_V.dtype)
@@ -96,7 +111,7 @@ class ChunkedUnembedding:
             gradient_VH.addmm_(gradient.T, state)
         elif gradient_VH is not None:
             gradient_VH += gradient.T @ state
-        return (total.log() - target)[:, 0], gradient @ self.matrix_VH
+        return ce, gradient_of_state
 
     def losses(self, state_BTH: Tensor, index_N: Tensor, label_N: Tensor) -> Tensor:
         """Return each cross-entropy, float32 `[N]`."""

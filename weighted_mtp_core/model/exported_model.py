@@ -80,12 +80,16 @@ def read_facts(folder: Path) -> ExportFacts:
 
 
 def refuse_other_heads(folder: Path, *, n_future: int, head_kind: HeadKind) -> None:
-    """Refuse an exported model that lacks heads which the recipe needs; additional heads are allowed.
+    """Refuse an exported model that lacks heads which the recipe needs, unless it has head 1 alone.
+
+    Additional heads are allowed.
 
     Raises:
         WmtpError: The model has heads of another kind, or too few heads.
     """
     facts = read_facts(folder)
+    if facts.n_future == 1:
+        return  # its heads 2..K are all new
     afresh = f"to begin with fresh heads, copy the directory without `{FACTS}` and `manifest.json`"
     if n_future > facts.n_future:
         raise WmtpError(
@@ -100,12 +104,12 @@ def refuse_other_heads(folder: Path, *, n_future: int, head_kind: HeadKind) -> N
 
 
 def load_extra_heads(policy: Policy, folder: Path) -> None:
-    """Load the weights of heads 2..K.
+    """Load the weights of heads 2..K, where the exported model has such heads.
 
     Raises:
         WmtpError: The tensors in the file do not fit the policy's heads.
     """
-    if policy.n_future == 1:
+    if policy.n_future == 1 or read_facts(folder).n_future == 1:
         return
     state = load_file(folder / EXTRA_HEADS)
     for k, head in enumerate(policy.heads[1:], start=2):

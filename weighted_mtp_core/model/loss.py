@@ -77,7 +77,7 @@ def weighted_mtp_loss(
         weight_BTK: float32, 0 for pairs that do not count; None means 1 for all pairs.
         normaliser_K: Z by head, of the whole step, so that losses of micro-batches add up exactly.
         head_share_K: alpha of each head.
-        detach_trunk: Whether the gradient of heads 2..K stops before the trunk.
+        detach_trunk: Whether heads 2..K send a gradient to their own parameters only.
         position_BT: `Batch.position_BT`.
         preceding_BT: `CollatedBatch.preceding_BT`; if None, each head synchronises with the device.
     """
@@ -92,11 +92,15 @@ def weighted_mtp_loss(
         if weight_BTK is not None:
             scale_BT = weight_BTK[:, :, k - 1].float() * scale_BT
         index_N = source_index(label_BT, k=k, preceding_BT=preceding_BT)
-        own_BTH = source_BTH.detach() if detach_trunk and k > 1 else source_BTH
+        detached = detach_trunk and k > 1
         with sparse_rows(policy.heads.layer(k), index_N):
+            if detached:
+                state_BTH = policy.detached_head_states(k, source_BTH, position_BT=position_BT)
+            else:
+                state_BTH = policy.head_states(k, source_BTH, position_BT=position_BT)
             loss, ce_sum = _learn_head(
-                policy.head_states(k, own_BTH, position_BT=position_BT),
-                unembedding,
+                state_BTH,
+                unembedding.frozen() if detached else unembedding,
                 index_N=index_N,
                 label_BT=label_BT,
                 scale_BT=scale_BT,
@@ -117,10 +121,12 @@ def _learn_head(
 ) -> tuple[Tensor, Tensor]:
     """Propagate a head's gradient to its inputs; return its loss and its sum of cross-entropies."""
     scale_N = take(scale_BT, index_N)
+    label_N = take(label_BT, index_N)
+    if not state_BTH.requires_grad and not unembedding.learns:
+        ce_N = unembedding.losses(state_BTH, index_N, label_N)
+        return (ce_N * scale_N).sum(), ce_N.sum()
     gradient_BTH = torch.zeros_like(state_BTH, memory_format=torch.contiguous_format)
-    ce_N = unembedding.learn(
-        state_BTH.detach(), index_N, take(label_BT, index_N), scale_N=scale_N, gradient_BTH=gradient_BTH
-    )
+    ce_N = unembedding.learn(state_BTH.detach(), index_N, label_N, scale_N=scale_N, gradient_BTH=gradient_BTH)
     if state_BTH.requires_grad:
         _backward(state_BTH, gradient_BTH)
     return (ce_N * scale_N).sum(), ce_N.sum()

@@ -16,6 +16,7 @@ from typing import Any
 
 from attrs import frozen
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.model.families import body_states, new_cache, one_layer_cache
@@ -68,11 +69,27 @@ class Policy(nn.Module):
         self.config = base.config
         self.hidden_size = int(unembedding.weight.shape[1])
         self.vocab_size = int(self.unembedding.weight.shape[0])
+        self._frozen = False
         split = HEADS[head_kind].split(base, n_future=n_future)
         # The order of assignment determines the order of `parameters()`, and so of sums over parameters.
         self.norm = split.norm
         self.heads = split.heads
         self.trunk = split.trunk
+
+    def freeze_base(self) -> None:
+        """From now on, train heads 2..K only: the base model gets no gradient and no dropout."""
+        self.requires_grad_(requires_grad=False)
+        self.heads[1:].requires_grad_(requires_grad=True)
+        self._frozen = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Policy:  # noqa: FBT001, FBT002 - as nn.Module has it
+        """Set training mode; a frozen base model stays in evaluation mode."""
+        super().train(mode)
+        if self._frozen:
+            for part in (self.trunk, self.heads[0], self.norm):
+                part.eval()
+        return self
 
     @property
     def head_kind(self) -> HeadKind:
@@ -115,6 +132,15 @@ class Policy(nn.Module):
     ) -> Tensor:
         """Return the states `[B, T, H]` that the unembedding reads for head k; see `trunk_states`."""
         normed: Tensor = self.norm(self.heads.run(k, hidden_BTH, position_BT=position_BT, cache=cache))
+        return normed
+
+    def detached_head_states(
+        self, k: int, hidden_BTH: Tensor, *, position_BT: Tensor | None = None
+    ) -> Tensor:
+        """Return `head_states`, from which only the head's own parameters get a gradient."""
+        fixed = {name: parameter.detach() for name, parameter in self.norm.named_parameters()}
+        states_BTH = self.heads.run(k, hidden_BTH.detach(), position_BT=position_BT)
+        normed: Tensor = functional_call(self.norm, fixed, (states_BTH,))
         return normed
 
     def logits(self, k: int, hidden_BTH: Tensor) -> Tensor:

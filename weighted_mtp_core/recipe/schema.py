@@ -64,12 +64,13 @@ class ModelTable:
     `base` is `micro`, a folder under `storage/models_v2`, a transformers directory, a `.gguf` file or a hub
     id. `shard` splits the layers' parameters over the processes of `torchrun` (FSDP2).
     `activation_checkpointing` stores only the input of each layer and recomputes all other activations in the
-    backward pass.
+    backward pass. `train = "heads"` trains heads 2..K on a base model that stays as it is.
     """
 
     base: str = "micro"
     n_future: int = field(default=4, validator=[v.ge(1), v.le(16)])
     heads: HeadsTable = HeadsTable()
+    train: Literal["all", "heads"] = "all"
     micro: MicroTable = MicroTable()
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -110,9 +111,10 @@ class DataTable(Selection):
 
 @frozen(kw_only=True)
 class TrainTable:
-    """`[train]` (stage 2) and `[critic.train]` (stage 1). `batch_size` is the global batch size in rows.
+    """`[critic.train]` (stage 1), and with a further key `[train]` (stage 2).
 
-    A step with a non-finite loss or gradient is skipped; `max_bad_steps` consecutive such steps stop the run.
+    `batch_size` is the global batch size in rows. A step with a non-finite loss or gradient is skipped;
+    `max_bad_steps` consecutive such steps stop the run.
     """
 
     steps: int = field(default=300, validator=v.ge(1))
@@ -135,13 +137,23 @@ class TrainTable:
 
 
 @frozen(kw_only=True)
+class PolicyTrainTable(TrainTable):
+    """`[train]`: the training of the policy. `select_by` chooses the best state by validation cross-entropy.
+
+    Without `select_by`, it is head 1's, or with `model.train = "heads"` the mean of heads 2..K.
+    """
+
+    select_by: Literal["head_1", "later_heads"] | None = None
+
+
+@frozen(kw_only=True)
 class LossTable:
     """`[loss]`: the normalisation of the weighted cross-entropies, and each head's share of the loss (alpha).
 
     The share of head k is `head_weights[k - 1] * head_decay^(k - 1)`, normalised to sum 1; an empty
     `head_weights` means 1 for each head. `head_schedule` adds or removes heads 2..K during the first
-    `head_schedule_end` (a fraction) of the steps. `detach_trunk` stops the gradient of heads 2..K at the
-    trunk.
+    `head_schedule_end` (a fraction) of the steps. `detach_trunk` lets heads 2..K train only their own
+    parameters.
     """
 
     normalise: Literal["weights", "tokens"] = "weights"
@@ -261,7 +273,7 @@ class Recipe:
     weighting: Selection
     critic: CriticTable | None = None
     loss: LossTable = LossTable()
-    train: TrainTable = TrainTable()
+    train: PolicyTrainTable = PolicyTrainTable()
     checkpoint: CheckpointTable = CheckpointTable()
     evaluate: EvaluateTable = EvaluateTable()
     tracker: tuple[TrackerTable, ...] = ()

@@ -121,9 +121,9 @@ class Trained:
     best_step: int
     best: Validation
 
-    def summary(self, metric: str) -> list[tuple[str, str]]:
-        """Return the summary line of the stage: a validation metric before and after training."""
-        before, after = (validation.metrics[metric] for validation in (self.start, self.best))
+    def summary(self) -> list[tuple[str, str]]:
+        """Return the line of the closing summary: the loss that selects the best state, before and after."""
+        before, after = -self.start.score, -self.best.score
         return [("policy", f"held-out loss {before:.3f} -> {after:.3f} at step {self.best_step}")]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from attrs import define, field
@@ -52,6 +52,7 @@ class PolicyLearner(Learner):
         validation: Returns the batches of the validation split.
         best: The file of the best policy.
         log: Receives messages for the user.
+        select_by: The heads whose validation cross-entropy chooses the best policy.
     """
 
     policy: Policy
@@ -65,6 +66,7 @@ class PolicyLearner(Learner):
     validation: Callable[[], Iterable[Batch]]
     best: Path
     log: Callable[[str], None] = print
+    select_by: Literal["head_1", "later_heads"] = "head_1"
     stage: str = field(default="policy", init=False)
     loss_name: str = field(default="train_loss", init=False)
     _normaliser: Normaliser = field(init=False)
@@ -94,6 +96,8 @@ class PolicyLearner(Learner):
             validation=prepared.policy_validation,
             best=best,
             log=prepared.log,
+            select_by=recipe.train.select_by
+            or ("later_heads" if recipe.model.train == "heads" else "head_1"),
         )
 
     def __attrs_post_init__(self) -> None:
@@ -183,12 +187,15 @@ class PolicyLearner(Learner):
 
     @torch.no_grad()
     def validate(self, *, step: int) -> Validation:
-        """Measure each head's unweighted cross-entropy and accuracy; head 1's loss selects the checkpoint."""
+        """Measure unweighted cross-entropy and accuracy of each head; `select_by` names those that select."""
         del step
         ce_K, accuracy_K = head_quality(self.policy, self.validation(), autocast=self.autocast)
         values = per_head("validation_ce", ce_K) | per_head("validation_accuracy", accuracy_K)
+        # Without targets, a head has no accuracy and selects nothing; a loss of NaN with targets must count.
+        later_K = ce_K[1:][~accuracy_K[1:].isnan()]
+        selecting = ce_K[:1] if self.select_by == "head_1" else later_K
         return Validation(
-            metrics={name: float(value) for name, value in values.items()}, score=-float(ce_K[0])
+            metrics={name: float(value) for name, value in values.items()}, score=-float(selecting.mean())
         )
 
     @torch.no_grad()

@@ -254,6 +254,8 @@ def prepare(plan: Plan, *, log: Callable[[str], None]) -> Prepared:
     loaded = load_policy(recipe.model, storage=storage, texts=partial(_training_texts, source), seed=seed)
     check_positions(loaded.policy, recipe.data.max_tokens)
     policy = loaded.policy.to(compute.device)
+    if recipe.model.train == "heads":
+        policy.freeze_base()
     if recipe.model.activation_checkpointing:
         policy.recompute_activations()
     if recipe.data.packing == "documents":
