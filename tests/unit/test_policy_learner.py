@@ -492,3 +492,18 @@ def test_the_best_state_is_chosen_by_the_heads_that_select(batch, select_by, hea
 
     losses = [found.metrics[f"validation_ce_head_{k}"] for k in heads]
     assert found.score == pytest.approx(-sum(losses) / len(losses))
+
+
+def test_a_head_without_targets_does_not_select():
+    short = Batch(
+        ids_BT=torch.tensor([[3, 4, 5]]),
+        document_BT=torch.zeros(1, 3, dtype=torch.long),
+        response_BT=torch.tensor([[False, True, True]]),
+        reward_BT=torch.zeros(1, 3),
+        group_BT=torch.zeros(1, 3, dtype=torch.long),
+    )
+
+    found = learner(policy(), Fixed(), validation=lambda: [short], select_by="later_heads").validate(step=0)
+
+    assert math.isnan(found.metrics["validation_ce_head_3"])
+    assert found.score == -found.metrics["validation_ce_head_2"]
