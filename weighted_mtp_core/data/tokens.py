@@ -195,7 +195,7 @@ def _targets(document: Document) -> list[bool]:
 
 
 def _repeat_one(append: Callable[[ArrayLike], None], count: int) -> None:
-    """Append weights of 1, in parts: a whole corpus may precede the first weight."""
+    """Append weights of 1 in chunks, because many tokens may have been read before the first weight."""
     for start in range(0, count, _CHUNK * _CHUNK):
         append(np.ones(min(_CHUNK * _CHUNK, count - start), dtype=np.float32))
 

@@ -49,7 +49,7 @@ def text_config(config: Any) -> Any:
 
 
 def logit_forms(config: Any) -> Iterator[tuple[float, float | None]]:
-    """Yield the pairs (scale, soft-cap) of the unembedding that a config may mean, the likeliest first.
+    """Yield the possible readings of a config as pairs (logit scale, soft-cap), the likeliest first.
 
     Some families have an option in their config that they do not use, so each pair must be compared with the
     logits of the model itself.

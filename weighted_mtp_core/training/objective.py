@@ -25,7 +25,8 @@ class Normaliser:
     a later step huge, as they could if they alone were the mean.
 
     Attributes:
-        pairs_K: Counted pairs of each head in a step, on average over an epoch; float32, on the device.
+        pairs_K: Number of (position, target) pairs of each head in a step, averaged over the steps of an
+            epoch; float32, on the device.
         normalise: `"tokens"` leaves out the mean weight.
     """
 

@@ -153,7 +153,7 @@ class Remote:
                     self.stop("unencodable", _NO_ANSWER)
 
     def _raise(self, names: list[str], message: str, *, line: int, number: int) -> NoReturn:
-        """Raise the most derived built-in exception among the classes of the program's exception."""
+        """Raise the nearest built-in base class of the exception that the program raised."""
         self.raised_as = exception_outcome(names, message, line=line, number=number)
         for name in names:
             kind = getattr(builtins, name, None)
