@@ -86,10 +86,10 @@ class StepView:
             document of `x[t]`.
         n_future: K, the number of heads.
         step: Optimiser steps completed in this stage.
-    training: False during validation, when moving statistics must not be updated.
-    steps: Number of optimiser steps of this stage, for schedules.
-    example_ids: `example_ids[b][n]` is the id of the example of document n in row b; n as in `document_BT`.
-    metadata: `metadata[b][n]` is the `Example.metadata` of that example.
+        training: False during validation, when moving statistics must not be updated.
+        steps: Number of optimiser steps of this stage, for schedules.
+        example_ids: `example_ids[b][n]` is the id of the example of document n (see `document_BT`) in row b.
+        metadata: `metadata[b][n]` is the `Example.metadata` of that example.
         reward_BT: float32, `Signal.REWARD`: see `Batch.reward_BT`.
         group_BT: int64, `Signal.GROUP`: see `Batch.group_BT`.
         given_BT: float32, `Signal.GIVEN`: the weight that the data give the token, 1 if the data give none; 0
