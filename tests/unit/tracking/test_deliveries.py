@@ -168,7 +168,7 @@ def test_a_run_that_is_deleted_while_it_goes_on_is_sent_anew(record, stored, tmp
     status, steps, artifacts, run = stored("one")
     assert (status, steps, artifacts) == ("FINISHED", [1, 2], ARTIFACTS)
     assert [run.info.run_id] != deleted
-    assert "any more; all of it is sent again" in (path / "logs" / "training.log").read_text()
+    assert "the whole run is sent again to" in (path / "logs" / "training.log").read_text()
 
 
 def test_a_store_that_is_restored_while_the_run_goes_on_gets_what_it_lost(
