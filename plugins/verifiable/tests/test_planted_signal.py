@@ -86,7 +86,7 @@ def test_one_token_that_decides_is_found_and_carries_the_largest_td_error(tmp_pa
 def test_without_a_signal_the_run_stops_before_the_policy_with_an_explanation(
     tmp_path, wmtp_tiny_run, capsys
 ):
-    write(tmp_path, decides=False, problems={"train": 200, "validation": 400})
+    write(tmp_path, decides=False, problems={"train": 200, "validation": 800})
 
     with pytest.raises(AssertionError, match="the run failed"):
         wmtp_tiny_run(recipe(tmp_path, steps=30, validation=800))
