@@ -53,7 +53,7 @@ def test_a_data_source_that_moved_to_a_plugin_is_found_by_its_name(wmtp, tmp_pat
 
     assert check.returncode == 2
     assert check.stderr == (
-        "error: plugin `core` has no data source named `micro_code`; it has `core.jsonl`\n"
+        "error: plugin `core` has no data source named `micro_code`; it has `core.chat`, `core.jsonl`\n"
         "  --set, data.use\n"
         "hint: did you mean `code_tasks.micro_code`?\n"
     )

@@ -129,6 +129,9 @@ def _steps_done(path: Path) -> dict[str, int]:
         stage: max(points[-1].step for points in metrics.values())
         for stage, metrics in history.metrics.items()
     }
+    planned = read_run(path).get("params", {}).get("critic.train.steps")
+    if "critic" in done and planned is not None:
+        done["critic"] = min(done["critic"], int(planned))  # its judgement is recorded one step later
     for stage, step in steps_of_snapshots(folder.checkpoints):
         done[stage] = max(step, done.get(stage, 0))
     return done
