@@ -54,7 +54,7 @@ def test_s3_killed_during_an_upload_and_back_after_20_seconds_or_gone_while_the_
         wait_until(lambda: last_step(plain) > behind)
         with gone:
             gone.artifact(gone.folder.checkpoints / "best_model.pt", "checkpoints")
-            wait_for_words(gone, "cannot store `checkpoints/best_model.pt` yet")
+            wait_for_words(gone, "cannot store `checkpoints/best_model.pt` now")
         with open_recorder(close_seconds=1) as late:
             late.metrics("policy", 1, {"m0": 1.0})
             wait_until(lambda: last_step(late) == 1)
@@ -76,7 +76,7 @@ def test_s3_killed_during_an_upload_and_back_after_20_seconds_or_gone_while_the_
         assert [file.path for file in files] == ["checkpoints/best_model.pt"]
         assert run.file("checkpoints/best_model.pt") == checkpoint
         assert run.status == "FINISHED"
-        assert "cannot store `checkpoints/best_model.pt` yet" in shown(record)
+        assert "cannot store `checkpoints/best_model.pt` now" in shown(record)
     assert (gone.folder.checkpoints / "best_model.pt").read_bytes() == checkpoint
     assert "`core.mlflow` has not received " in shown(gone)
     assert "file" in shown(gone).splitlines()[-1]

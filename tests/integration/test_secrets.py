@@ -114,7 +114,7 @@ def test_planted_secrets_are_nowhere(stack, repository):
         texts[each["Key"]] = body.decode(errors="replace")
 
     assert "DEBUG:" in stdout
-    assert "cannot store `checkpoints/best_model.pt` yet" in stdout
+    assert "cannot store `checkpoints/best_model.pt` now" in stdout
     assert "RuntimeError: failed at https://***@host with ***" in "\n".join(texts.values())
     assert any(name.endswith("logs/training.log") for name in texts)
     for secret in (stack.user, stack.password, stack.access_key, stack.secret_key):
