@@ -9,7 +9,10 @@ import pytest
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ARMS = ("configs/study/uniform.toml", "configs/study/dft.toml")
-QUICK = ("--preset", "ci", "--jobs", "2", "--set", "evaluate.problems=2", "--set", "train.steps=4")
+QUICK = (
+    *("--preset", "ci", "--jobs", "2", "--set", "data.options.problems=40"),
+    *("--set", "evaluate.problems=2", "--set", "train.steps=4"),
+)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,6 @@ def test_relative_links_lead_to_files(document):
 def test_the_recipe_in_the_readme_is_valid(wmtp, tmp_path):
     text, _ = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
     (tmp_path / "mine.toml").write_text(text)
-    (tmp_path / "defaults.toml").write_bytes((REPOSITORY / "configs" / "defaults.toml").read_bytes())
 
     checked = wmtp("check", "mine.toml", cwd=tmp_path)
 

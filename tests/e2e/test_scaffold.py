@@ -45,15 +45,9 @@ def workplace(tmp_path_factory):
 
 @pytest.fixture
 def recipe(workplace, tmp_path):
-    """The recipe and the data that came with the weighting, beside the preset `ci`."""
-    (tmp_path / "presets").mkdir()
-    package = workplace / "weighted-mtp-my-weighting"
-    for source, target in (
-        (package / "recipe.toml", tmp_path / "recipe.toml"),
-        (package / "examples.jsonl", tmp_path / "examples.jsonl"),
-        (REPOSITORY / "configs" / "presets" / "ci.toml", tmp_path / "presets" / "ci.toml"),
-    ):
-        target.write_bytes(source.read_bytes())
+    """The recipe and the data that came with the weighting."""
+    for name in ("recipe.toml", "examples.jsonl"):
+        (tmp_path / name).write_bytes((workplace / "weighted-mtp-my-weighting" / name).read_bytes())
     return tmp_path / "recipe.toml"
 
 

@@ -57,7 +57,7 @@ def test_the_smallest_recipe_is_one(recipes_md):
     (smallest,) = re.findall(r"```toml\n(.*?)```", recipes_md, re.DOTALL)
     table = tomli.loads(smallest)
 
-    assert table.pop("extends") == ["defaults.toml"]
+    assert table.pop("extends") == ["core:defaults.toml"]
     assert set(table) == {"run", "data", "weighting"}
 
 

@@ -503,7 +503,21 @@ def test_no_such_file_to_extend(write_recipe):
 
     assert cli_error("check", "recipe.toml") == (
         "error: there is no recipe `default.toml`, which `recipe.toml` extends\n"
-        "hint: `.` holds `recipe.toml`\n"
+        "hint: did you mean `core:defaults.toml`?\n"
+    )
+
+
+def test_no_such_file_of_core_to_extend(write_recipe):
+    write_recipe('extends = ["core:default.toml"]')
+    write_recipe('extends = ["core:../../x"]', "outside.toml")
+    names = "`core:defaults.toml`, `core:presets/ci.toml`, `core:presets/local-light.toml`"
+
+    assert cli_error("check", "recipe.toml") == (
+        "error: there is no recipe `core:default.toml`, which `recipe.toml` extends\n"
+        "hint: did you mean `core:defaults.toml`?\n"
+    )
+    assert cli_error("check", "outside.toml") == (
+        f"error: there is no recipe `core:../../x`, which `outside.toml` extends\nhint: core holds {names}\n"
     )
 
 
@@ -545,20 +559,14 @@ def test_recipes_that_extend_each_other(write_recipe):
 def test_no_such_preset(write_recipe):
     write_recipe(RECIPE)
 
-    assert cli_error("check", "recipe.toml", "--preset", "ci") == (
-        "error: there is no preset `ci`; none are available\n"
-        "hint: presets are files like `presets/NAME.toml`\n"
-    )
-
-    write_recipe("", "presets/local-light.toml")
-    write_recipe("", "configs/presets/ci.toml")
+    write_recipe("", "presets/mine.toml")
 
     assert cli_error("check", "recipe.toml", "--preset", "local-lite") == (
-        "error: there is no preset `local-lite`; available: `ci`, `local-light`\n"
+        "error: there is no preset `local-lite`; available: `ci`, `local-light`, `mine`\n"
         "hint: did you mean `local-light`?\n"
     )
     assert cli_error("check", "recipe.toml", "--preset", "../x") == (
-        "error: there is no preset `../x`; available: `ci`, `local-light`\n"
+        "error: there is no preset `../x`; available: `ci`, `local-light`, `mine`\n"
         "hint: presets are files like `presets/NAME.toml`\n"
     )
 

@@ -8,7 +8,7 @@ import tomli
 from hypothesis import given
 from hypothesis import strategies as st
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.recipe.layers import read_document
+from weighted_mtp_core.recipe.layers import core_files, read_document
 from weighted_mtp_core.recipe.load import load_recipe, recipe_to_toml
 from weighted_mtp_core.recipe.schema import (
     CriticTable,
@@ -76,19 +76,53 @@ def test_a_preset_wins_over_the_recipe_and_set_wins_over_all(write_recipe):
     assert (recipe.train.steps, recipe.train.batch_size) == (8, 4)
 
 
-def test_a_recipes_own_preset_wins_over_the_one_in_configs(write_recipe):
-    write_recipe("train.steps = 1", "configs/presets/quick.toml")
-    write_recipe("train.steps = 2", "mine/presets/quick.toml")
+def test_a_preset_beside_the_recipe_wins_over_the_one_of_core(write_recipe):
     path = write_recipe(SMALLEST, "mine/recipe.toml")
+    of_core = load_recipe(path, preset="ci")
+    write_recipe("train.steps = 2", "mine/presets/ci.toml")
 
-    assert load_recipe(path, preset="quick").train.steps == 2
+    assert (of_core.train.steps, of_core.train.batch_size) == (8, 8)
+    assert (load_recipe(path, preset="ci").train.steps, load_recipe(path).train.steps) == (2, 300)
 
 
-def test_presets_in_configs_apply_to_recipes_elsewhere(write_recipe):
-    write_recipe("train.steps = 1", "configs/presets/quick.toml")
-    path = write_recipe(SMALLEST, "mine/recipe.toml")
+def test_a_preset_may_extend_the_one_of_core_with_the_same_name(write_recipe):
+    path = write_recipe(SMALLEST)
+    write_recipe("extends = ['core:presets/ci.toml']\ntrain.steps = 2", "presets/ci.toml")
 
-    assert load_recipe(path, preset="quick").train.steps == 1
+    recipe = load_recipe(path, preset="ci")
+
+    assert (recipe.train.steps, recipe.train.batch_size) == (2, 8)
+
+
+def test_a_recipe_anywhere_extends_the_files_of_core(write_recipe):
+    path = write_recipe("extends = ['core:defaults.toml']" + SMALLEST.replace("    ", ""), "mine/deep/r.toml")
+
+    assert read_document(path, preset="ci").files == [
+        "core:defaults.toml",
+        "mine/deep/r.toml",
+        "core:presets/ci.toml",
+    ]
+    assert [tracker.use for tracker in load_recipe(path).tracker] == ["core.mlflow"]
+
+
+def test_the_files_of_core_are_applied_once_at_the_bottom(write_recipe):
+    write_recipe("extends = ['core:defaults.toml']\nrun.seed = 5", "one.toml")
+    path = write_recipe("extends = ['one.toml', 'core:defaults.toml']" + SMALLEST.replace("    ", ""))
+
+    assert load_recipe(path).run.seed == 5
+
+
+def test_a_fault_in_a_value_of_core_names_the_file_of_core_and_its_line(write_recipe, repository):
+    path = write_recipe(
+        "extends = ['core:defaults.toml']" + SMALLEST.replace("    ", "") + "evaluate.samples = 3"
+    )
+    text = (repository / "weighted_mtp_core" / "recipe" / "defaults.toml").read_text()
+    line = 1 + next(i for i, each in enumerate(text.splitlines()) if each.startswith("temperature"))
+
+    with pytest.raises(
+        WmtpError, match=rf"core:defaults\.toml, line {line}, evaluate\.temperature: must be > 0"
+    ):
+        load_recipe(path)
 
 
 @pytest.mark.parametrize(("named", "max_tokens"), [("p.data", 9), ("p.other", 512)])
@@ -279,7 +313,7 @@ def test_a_written_recipe_reads_back_equal(recipe):
 
 def test_defaults_toml_agrees_with_the_schema(repository):
     """A key missing in a recipe must mean the same with and without `extends`."""
-    written = tomli.loads((repository / "configs" / "defaults.toml").read_text())
+    written = tomli.loads((repository / "weighted_mtp_core" / "recipe" / "defaults.toml").read_text())
     recipe = Recipe(run=RunTable(name="r"), data=DataTable(use="p"), weighting=Selection(use="p"))
 
     for table, keys in written.items():
@@ -291,7 +325,7 @@ def test_defaults_toml_agrees_with_the_schema(repository):
 
 
 def test_every_default_is_shown_in_defaults_toml(repository):
-    written = tomli.loads((repository / "configs" / "defaults.toml").read_text())
+    written = tomli.loads((repository / "weighted_mtp_core" / "recipe" / "defaults.toml").read_text())
 
     for table in attrs.fields(Recipe):
         if table.name in {"weighting", "critic", "tracker"}:
@@ -312,15 +346,15 @@ def test_every_number_in_the_schema_has_a_range(table):
 
 def test_every_shipped_recipe_loads_with_and_without_every_preset(repository, monkeypatch):
     monkeypatch.chdir(repository)
-    recipes = [path for path in Path("configs").glob("*.toml") if path.name != "defaults.toml"]
-    presets = [path.stem for path in Path("configs/presets").glob("*.toml")]
+    recipes = [*Path("configs").glob("*.toml"), *Path("configs/study").glob("*.toml")]
+    presets = [Path(name).stem for name in core_files() if "presets/" in name]
 
     assert {"baseline", "verifiable", "smollm2_humaneval"} <= {path.stem for path in recipes}
     assert {"ci", "local-light"} <= set(presets)
     for path in recipes:
         for preset in [None, *presets]:
             load_recipe(path, preset=preset)
-            assert read_document(path, preset=preset).files[0] == "configs/defaults.toml"
+            assert read_document(path, preset=preset).files[0] == "core:defaults.toml"
 
 
 @pytest.mark.parametrize("encode", [lambda text: ("\ufeff" + text).encode(), lambda text: text.encode()])

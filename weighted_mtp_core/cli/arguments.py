@@ -42,7 +42,9 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 def add_override_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--preset` and `--set`."""
     parser.add_argument(
-        "--preset", metavar="NAME", help="change the recipe by configs/presets/NAME.toml, for example ci"
+        "--preset",
+        metavar="NAME",
+        help="change the recipe with presets/NAME.toml, or with a preset of core: ci, local-light",
     )
     add_repeatable(
         parser,

@@ -17,7 +17,13 @@ from weighted_mtp_core.recipe.overrides import parse_overrides
 from weighted_mtp_core.recipe.structure import shown
 from weighted_mtp_core.text_files import read_utf8
 
-PRESETS = Path("configs/presets")
+FOLDER = Path(__file__).parent
+"""The folder of core's own files: `core:presets/ci.toml` is the file `presets/ci.toml` in this folder."""
+
+
+def core_files() -> dict[str, Path]:
+    """Return the files that come with core, by their names in `extends`, such as `core:defaults.toml`."""
+    return {f"core:{file.relative_to(FOLDER).as_posix()}": file for file in sorted(FOLDER.rglob("*.toml"))}
 
 
 def read_document(
@@ -29,7 +35,7 @@ def read_document(
         WmtpError: A file is missing, is not TOML or extends itself; the preset or an override is unknown.
     """
     document = Document(name=str(path))
-    _add_file(document, path)
+    _add_file(document, str(path))
     if preset is not None:
         _add_file(document, _find_preset(preset, beside=path), is_preset=True)
     for keys, value in parse_overrides(overrides):
@@ -40,29 +46,34 @@ def read_document(
 
 
 def _add_file(
-    document: Document, path: Path, *, extended_by: tuple[Path, ...] = (), is_preset: bool = False
+    document: Document, name: str, *, extended_by: tuple[str, ...] = (), is_preset: bool = False
 ) -> None:
-    if path.resolve() in [each.resolve() for each in extended_by]:
-        chain = " -> ".join(f"`{each}`" for each in (*extended_by, path))
+    if _path(name).resolve() in [_path(each).resolve() for each in extended_by]:
+        chain = " -> ".join(f"`{each}`" for each in (*extended_by, name))
         raise WmtpError(f"recipes extend each other in a circle: {chain}")
-    text = _read(path, extended_by=extended_by)
+    text = _read(name, extended_by=extended_by)
     try:
         table = tomli.loads(text)
     except tomli.TOMLDecodeError as error:
-        raise WmtpError(f"{path}: not valid TOML: {error}") from error
+        raise WmtpError(f"{name}: not valid TOML: {error}") from error
     bases = table.pop("extends", [])
-    if not (isinstance(bases, list) and all(isinstance(name, str) for name in bases)):
+    if not (isinstance(bases, list) and all(isinstance(each, str) for each in bases)):
         line = find_lines(text)["extends",]
-        raise WmtpError(f"{path}: line {line}, extends: expected array of str, got {shown(bases)}")
-    for name in bases:
+        raise WmtpError(f"{name}: line {line}, extends: expected array of str, got {shown(bases)}")
+    for each in bases:
         # normpath shortens `a/../b`, so that messages show the path that a person would write
-        base = Path(os.path.normpath(path.parent / name))
-        if base.resolve() in [Path(file).resolve() for file in document.files]:
+        base = each if each.startswith("core:") else os.path.normpath(Path(name).parent / each)
+        if _path(base).resolve() in [_path(file).resolve() for file in document.files]:
             continue  # an earlier file already extends this base, which must not override that file
-        _add_file(document, base, extended_by=(*extended_by, path), is_preset=is_preset)
+        _add_file(document, base, extended_by=(*extended_by, name), is_preset=is_preset)
     if is_preset:
         table = {key: value for key, value in table.items() if _preset_applies(document, key, value)}
-    document.add(table, file=str(path), text=text)
+    document.add(table, file=name, text=text)
+
+
+def _path(name: str) -> Path:
+    """Return where a file is that messages call `name`: `core:NAME`, or a path."""
+    return core_files().get(name, Path(name))
 
 
 def _preset_applies(document: Document, key: str, table: Any) -> bool:
@@ -74,25 +85,31 @@ def _preset_applies(document: Document, key: str, table: Any) -> bool:
     return not isinstance(table, dict) or table.get("use", used) == used
 
 
-def _read(path: Path, *, extended_by: tuple[Path, ...]) -> str:
+def _read(name: str, *, extended_by: tuple[str, ...]) -> str:
+    path = _path(name)
     try:
         return read_utf8(path)
     except FileNotFoundError:
         beside = sorted(each.name for each in path.parent.glob("*.toml")) if path.parent.is_dir() else []
-        named_by = f", which `{extended_by[-1]}` extends" if extended_by else ""
-        near = did_you_mean(path.name, beside)
-        others = f"`{path.parent}` holds {quoted(beside)}" if beside else None
-        raise WmtpError(f"there is no recipe `{path}`{named_by}", hint=near or others) from None
+        others = [f"`{path.parent}` holds {quoted(beside)}"] if beside else []
+        named_by = ""
+        if extended_by:
+            named_by = f", which `{extended_by[-1]}` extends"
+            others.append(f"core holds {quoted(core_files())}")
+            beside += core_files()
+        near = did_you_mean(name if name.startswith("core:") else path.name, beside)
+        raise WmtpError(
+            f"there is no recipe `{name}`{named_by}", hint=near or "; ".join(others) or None
+        ) from None
     except OSError as error:
-        raise WmtpError(f"cannot read the recipe `{path}`: {error.strerror}") from error
+        raise WmtpError(f"cannot read the recipe `{name}`: {error.strerror}") from error
 
 
-def _find_preset(name: str, *, beside: Path) -> Path:
-    found: dict[str, Path] = {}
-    for folder in (PRESETS, beside.parent / "presets"):  # presets next to the recipe override core's
-        found |= {file.stem: file for file in sorted(folder.glob("*.toml"))}
+def _find_preset(name: str, *, beside: Path) -> str:
+    core = [each for each in core_files() if each.startswith("core:presets/")]
+    own = map(str, sorted((beside.parent / "presets").glob("*.toml")))  # these override core's
+    found = {Path(each).stem: each for each in (*core, *own)}
     if name in found:
         return found[name]
-    available = f"available: {quoted(sorted(found))}" if found else "none are available"
     hint = did_you_mean(name, found) or f"presets are files like `{beside.parent / 'presets' / 'NAME.toml'}`"
-    raise WmtpError(f"there is no preset `{name}`; {available}", hint=hint)
+    raise WmtpError(f"there is no preset `{name}`; available: {quoted(sorted(found))}", hint=hint)
