@@ -275,6 +275,28 @@ def test_equal_steps_and_equal_wall_clock_are_different_questions(comparison):
     ]
 
 
+def test_the_page_begins_with_one_table_of_all_arms_by_all_metrics(write_run):
+    runs = {
+        "first": {s: write_run(f"f{s}", (6, 4, 3 + s), test_ce_head_2=0.25, pass_at_1=1) for s in (0, 1)},
+        "other": {0: write_run("c", (6, 4, 2), test_ce_head_2=1234.5)},
+        "third": {s: write_run(f"t{s}", (6, 4, "nan"), test_ce_head_2=0.1 + s / 1000) for s in (0, 1)},
+    }
+    metrics = ["test_ce_head_2", "validation_ce_head_1", "pass_at_1"]
+
+    page = Comparison.make(runs, metrics=metrics, seeds=(0, 1)).markdown()
+
+    # Student's t with one degree of freedom: 12.706 times half of the distance of two values
+    assert page.splitlines()[2:9] == [
+        "| arm     | seeds | test_ce_head_2  | validation_ce_head_1 | pass_at_1 |",
+        "| ------- | ----- | --------------- | -------------------- | --------- |",
+        "| `first` | 2     | 0.25 ± 0        | 3.5 ± 6.4            | 1 ± 0     |",
+        "| `other` | 1     | 1234            | 2                    | -         |",
+        "| `third` | 2     | 0.1005 ± 0.0064 | diverged             | -         |",
+        "",
+        "Mean ± half the width of the 95 % interval, at equal steps.",
+    ]
+
+
 def test_the_page_shows_differences_and_says_what_two_seeds_cannot_show(comparison):
     text = comparison.markdown()
 

@@ -127,3 +127,11 @@ def test_its_words_give_the_interval_and_the_rivals():
         "AUC 1.000, 95 % interval [1.000, 1.000], on held-out responses "
         "(a constant has 0.5, length alone 0.500)"
     )
+
+
+@pytest.mark.parametrize(("problems", "mark"), [(20, ""), (2, "UNINFORMATIVE: ")])
+def test_the_summary_marks_a_critic_that_is_not_shown_to_be_better_than_a_constant(problems, mark):
+    ((name, text),) = report([0.2, 0.9] * problems, [0.0, 1.0] * problems).summary()
+
+    assert name == "critic"
+    assert text.startswith(f"{mark}AUC 1.000 [1.000, 1.000] (length alone: 0.500), loss ")

@@ -1,6 +1,7 @@
 """What stage 3 reports of judged completions, and the files it leaves."""
 
 import json
+import math
 
 import pytest
 from weighted_mtp_core.api import Problem, Verdict, VerdictKind
@@ -82,3 +83,17 @@ def test_the_summary_names_pass_at_k_and_the_speed_of_decoding():
     rows = Evaluation(metrics=metrics, timings={}, files=()).summary()
 
     assert rows == [("pass at 1", "0.333"), ("decoding", "1.23 tokens per forward pass")]
+
+
+def test_the_summary_names_loss_accuracy_and_accepted_drafts_of_every_head():
+    metrics = {"test_ce_head_1": 0.1234, "test_ce_head_2": math.nan, "test_ce_head_3": 2.0}
+    metrics |= {"test_accuracy_head_1": 0.9876, "test_accuracy_head_2": math.nan, "test_accuracy_head_3": 0.5}
+    metrics |= {"acceptance_length": 1.85, "acceptance_position_2": 0.6, "acceptance_position_3": 0.25}
+
+    rows = Evaluation(metrics=metrics, timings={}, files=()).summary()
+
+    assert rows == [
+        ("head 1", "test loss 0.123, accuracy 98.8%"),
+        ("head 2", "test loss nan, accuracy nan%, 60.0% of its drafts accepted"),
+        ("head 3", "test loss 2.000, accuracy 50.0%, 25.0% of its drafts accepted"),
+    ]

@@ -1,5 +1,6 @@
 """The report of a run: the contents of its journal on a self-contained page."""
 
+import html as html_text
 import math
 import re
 import xml.etree.ElementTree as ET
@@ -109,6 +110,43 @@ def test_pass_rate_acceptance_verdicts_and_auc_are_shown(write_journal):
 
 def test_a_metric_that_only_a_plugin_knows_has_a_curve(write_journal):
     assert 'aria-label="my metric"' in page(write_journal(*WHOLE))
+
+
+def test_the_metrics_of_plugins_come_first(write_journal):
+    more = metrics(
+        "policy", 10, td_error_mean=0.5, weight_mean=1.0, own_head_2=2.0, validation_accuracy_head_1=0.5
+    )
+
+    html = page(write_journal(*WHOLE[:-1], more, metrics("policy", 20, td_error_mean=0.25), WHOLE[-1]))
+
+    titles = re.findall(r"<figure[^>]*><h3>([^<]*)</h3>", html.split(": curves</h2>")[1])
+    assert titles[:5] == [
+        *("own", "Mean TD error", "my metric"),
+        *("Training loss", "Held-out loss of each head"),
+    ]
+    assert titles[-1] == "weight mean"
+
+
+def figures(run):
+    """The tiles of the page: (title, value, what to compare it with)."""
+    tile = r'<div class="card"><div[^>]*>([^<]*)</div><div class="big">([^<]*)</div><div[^>]*>([^<]*)</div>'
+    tiles = re.findall(tile, page(run))
+    return [tuple(html_text.unescape(part) for part in tile) for tile in tiles]
+
+
+def test_a_critic_that_is_not_better_than_a_constant_is_the_first_figure(write_journal):
+    mark = ("tags", {"tags": {"wmtp.uninformative_critic": "true"}})
+
+    assert figures(write_journal(*WHOLE[:-1], mark, WHOLE[-1]))[:2] == [
+        ("critic", "⚠ uninformative", "not shown to be better than a constant"),
+        ("pass at 1", "62.5%", "of problems solved"),
+    ]
+
+
+def test_an_informative_critic_is_not_marked(write_journal):
+    assert [title for title, _, _ in figures(write_journal(*WHOLE))] == [
+        *("pass at 1", "held-out loss, head 1", "critic's AUC"),
+    ]
 
 
 def test_the_heads_share_a_chart(write_journal):

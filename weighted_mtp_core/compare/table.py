@@ -1,4 +1,4 @@
-"""The table of a comparison: mean, interval and difference from the first arm, for each metric and arm."""
+"""The tables of a comparison: all arms by all metrics, then the differences from the first arm by metric."""
 
 from __future__ import annotations
 
@@ -102,8 +102,8 @@ class Comparison:
         )
 
     def markdown(self) -> str:
-        """Return the tables as a Markdown page."""
-        parts = ["# Comparison", "", *self._explanation()]
+        """Return a Markdown page: one table of all arms by all metrics, then a table for each metric."""
+        parts = ["# Comparison", "", *self._overview(), "", *self._explanation()]
         shown = ("", "")
         for row in self.rows:
             if (row.metric, row.at) != shown:
@@ -134,6 +134,21 @@ class Comparison:
                 ]
             )
         return text.getvalue()
+
+    def _overview(self) -> list[str]:
+        """Return a table of arms by metrics at equal steps, whose columns are also aligned in a terminal."""
+        rows = [row for row in self.rows if row.at == EQUAL_STEPS]
+        metrics = list(dict.fromkeys(row.metric for row in rows))
+        table = [["arm", "seeds", *metrics]]
+        for arm in self.arms:
+            found = {row.metric: row.estimate for row in rows if row.arm == arm}
+            seeds = max((each.count for each in found.values()), default=0)
+            cells = (_plus_minus(found[metric]) if metric in found else _NONE for metric in metrics)
+            table.append([f"`{arm}`", str(seeds), *cells])
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        table.insert(1, ["-" * width for width in widths])
+        lines = [f"| {' | '.join(map(str.ljust, cells, widths))} |" for cells in table]
+        return [*lines, "", "Mean ± half the width of the 95 % interval, at equal steps."]
 
     def _explanation(self) -> list[str]:
         count = len(self.seeds)
@@ -229,6 +244,17 @@ def _line(row: Row) -> str:
     else:
         cells += [f"{other.estimate.mean:+.4g}", _interval(other.estimate), f"{other.p_value:.4g}"]
     return f"| {' | '.join(cells)} |"
+
+
+def _plus_minus(found: Estimate) -> str:
+    """Return a mean and half the width of its interval, both rounded to the second digit of the latter."""
+    if math.isnan(found.mean):
+        return "diverged"
+    half = (found.high - found.low) / 2
+    if math.isnan(half) or half == 0:
+        return f"{found.mean:.4g}" + " ± 0" * (half == 0)
+    places = max(0, 1 - math.floor(math.log10(half)))
+    return f"{found.mean:.{places}f} ± {half:.{places}f}"
 
 
 def _interval(found: Estimate) -> str:

@@ -25,18 +25,30 @@ class Evaluation:
     """The results of stage 3.
 
     Attributes:
+        split: The split that was measured.
         metrics: Scalars that are equal in every run of the same recipe.
         timings: Wall-clock measurements.
         files: The files with samples and verdicts.
     """
 
+    split: Split = "test"
     metrics: Mapping[str, float]
     timings: Mapping[str, float]
     files: tuple[Path, ...]
 
     def summary(self) -> list[tuple[str, str]]:
-        """Return the lines of the summary at the end of a run."""
-        rows = [(name.replace("_", " "), f"{v:.3f}") for name, v in self.metrics.items() if "pass_at" in name]
+        """Return the lines of the summary at the end of a run: each head, pass@k and decoding."""
+        rows = []
+        for head in range(1, 1 + sum("_ce_head_" in name for name in self.metrics)):
+            loss, accuracy = (self.metrics[f"{self.split}_{what}_head_{head}"] for what in ("ce", "accuracy"))
+            accepted = self.metrics.get(f"acceptance_position_{head}")
+            drafts = "" if accepted is None else f", {accepted:.1%} of its drafts accepted"
+            rows.append((f"head {head}", f"{self.split} loss {loss:.3f}, accuracy {accuracy:.1%}{drafts}"))
+        rows += [
+            (name.replace("_", " "), f"{value:.3f}")
+            for name, value in self.metrics.items()
+            if name.startswith("pass_at")
+        ]
         if "tokens_per_forward" in self.metrics:
             rows.append(("decoding", f"{self.metrics['tokens_per_forward']:.2f} tokens per forward pass"))
         return rows
@@ -62,7 +74,7 @@ def evaluate(
     metrics = {name: float(value) for name, value in values.items()}
     problems, whole_split = _first_problems(prepared.source, split, limit=table.problems)
     if not problems:
-        return Evaluation(metrics=metrics, timings={}, files=())
+        return Evaluation(split=split, metrics=metrics, timings={}, files=())
     display.stage("evaluate", len(problems) * table.samples)
     sampled = _sample(prepared, problems, table, display=display)
     files: tuple[Path, ...] = ()
@@ -72,7 +84,7 @@ def evaluate(
         files = judged.save(folder)
     metrics |= sampled.metrics()
     timings = sampled.timings() | _speeds(prepared, problems, table)
-    return Evaluation(metrics=metrics, timings=timings, files=files)
+    return Evaluation(split=split, metrics=metrics, timings=timings, files=files)
 
 
 @frozen(kw_only=True)

@@ -94,7 +94,8 @@ class CriticReport:
         """Return the line about the critic for the summary of the run."""
         auc = f"AUC {self.critic.auc:.3f} [{self.auc_low:.3f}, {self.auc_high:.3f}]"
         loss = f"loss {self.critic.bce:.3f} (a constant: {self.constant.bce:.3f})"
-        return [("critic", f"{auc} (length alone: {self.length_only.auc:.3f}), {loss}")]
+        mark = "" if self.informative else "UNINFORMATIVE: "
+        return [("critic", f"{mark}{auc} (length alone: {self.length_only.auc:.3f}), {loss}")]
 
 
 def report_critic(scored: ScoredResponses, length_only: LengthOnly) -> CriticReport:

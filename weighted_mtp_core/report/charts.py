@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from weighted_mtp_core.report.drawing import Series, line_chart
 from weighted_mtp_core.tracking.run_history import Point
+from weighted_mtp_core.training.plugin_metrics import is_core_metric
 
 
 class Chart(NamedTuple):
@@ -90,14 +91,18 @@ _FIRST = (
 
 
 def charts_of(metrics: Mapping[str, Sequence[Point]]) -> tuple[list[Chart], list[Chart]]:
-    """Draw all metrics of a stage: the charts to show first, then the others by name."""
+    """Draw all metrics of a stage: first those of plugins and the most important ones, then the others."""
+    groups = [*_head_groups(metrics), *_GROUPS]
+    known = {name for group in groups for name in group.members}
+    groups += [
+        _Group(title=name.replace("_", " "), note="", members={name: name})
+        for name in sorted(set(metrics) - known)
+    ]
     charts: dict[str, Chart] = {}
-    for group in (*_head_groups(metrics), *_GROUPS):
+    for group in groups:
         _add(charts, group, metrics)
-    known = {name for group in (*_head_groups(metrics), *_GROUPS) for name in group.members}
-    for name in sorted(set(metrics) - known):
-        _add(charts, _Group(title=name.replace("_", " "), note="", members={name: name}), metrics)
-    first = [charts.pop(title) for title in _FIRST if title in charts]
+    own = [group.title for group in groups if not all(map(is_core_metric, group.members))]
+    first = [charts.pop(title) for title in [*own, *_FIRST] if title in charts]
     return first, list(charts.values())
 
 

@@ -72,6 +72,8 @@ def _status(history: RunHistory) -> str:
 def _figures(history: RunHistory) -> list[tuple[str, str, str]]:
     """Return the most important numbers as (name, value, what to compare the value with)."""
     figures = []
+    if history.tags.get(run_tags.UNINFORMATIVE_CRITIC) == "true":
+        figures.append(("critic", "⚠ uninformative", "not shown to be better than a constant"))
     for name, points in history.metrics.get("evaluate", {}).items():
         if name.startswith("pass_at_"):
             figures.append((name.replace("_", " "), f"{points[-1].value:.1%}", "of problems solved"))

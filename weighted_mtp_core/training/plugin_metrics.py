@@ -16,6 +16,11 @@ _CORE = re.compile(
 """Names of core's metrics, in all stages."""
 
 
+def is_core_metric(name: str) -> bool:
+    """Return whether core computes the metric of this name; all other metrics are from plugins."""
+    return _CORE.fullmatch(name) is not None
+
+
 def check_metrics(metrics: Mapping[str, object], *, label: str) -> None:
     """Check the metrics of a plugin; reads no values from the device.
 
@@ -27,7 +32,7 @@ def check_metrics(metrics: Mapping[str, object], *, label: str) -> None:
         RunFailedError: A metric has the name of a metric of core, or is not a number or a 0-dim tensor.
     """
     for name, value in metrics.items():
-        if _CORE.fullmatch(name):
+        if is_core_metric(name):
             raise RunFailedError(
                 f"{label} returned a metric `{name}`, which is the name of a metric of core",
                 hint="give the metric a name of its own",
