@@ -24,6 +24,7 @@ from weighted_mtp_core.checkpointing.resume import (
 from weighted_mtp_core.checkpointing.snapshot import Snapshot
 from weighted_mtp_core.data.halves import HALVES
 from weighted_mtp_core.evaluation.evaluate import Evaluation, evaluate
+from weighted_mtp_core.export.serving import serving_hints
 from weighted_mtp_core.metrics.critic_report import CriticReport
 from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.recipe.schema import TrainTable
@@ -88,6 +89,9 @@ def run_plan(plan: Plan, *, resume: str | None = None, allow_change: Sequence[st
             *evaluation.summary(),
             ("run", str(recorder.folder.path)),
             *(("look at it", line) for line in recorder.where()),
+            *serving_hints(
+                recorder.folder.path, Path("models", plan.recipe.run.name), policy=prepared.policy
+            ),
         ]
         recorder.report(rows)
         display.summary(rows)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.messages import quoted
+from weighted_mtp_core.messages import python_command, quoted
 from weighted_mtp_core.model.heads import HeadKind
 from weighted_mtp_core.model.policy import Policy
 
@@ -97,6 +97,24 @@ def serving_command(path: Path, *, dtype: torch.dtype, n_future: int) -> str:
     draft = {"method": "medusa", "model": str(path / MEDUSA), "num_speculative_tokens": n_future - 1}
     words = ["vllm", "serve", str(path), "--dtype", _name(dtype), "--speculative-config", json.dumps(draft)]
     return shlex.join(words)
+
+
+def serving_hints(run: Path, to: Path, *, policy: Policy) -> list[tuple[str, str]]:
+    """Return the commands that export a finished run and serve it, each with a name.
+
+    The list is empty if no server drafts with the heads of this policy.
+
+    Args:
+        run: The run folder.
+        to: The directory that the first command writes.
+        policy: The policy of the run.
+    """
+    server = next((each for each, kinds in SERVED.items() if policy.head_kind in kinds), None)
+    if server is None or policy.n_future == 1 or policy.unembedding.bias is not None:
+        return []
+    export = python_command("weighted_mtp_core", "export", str(run), "--to", str(to), "--serve", server)
+    serve = serving_command(to, dtype=torch.float32, n_future=policy.n_future)
+    return [("export it", export), ("serve it", serve)]
 
 
 def _name(dtype: torch.dtype) -> str:
