@@ -53,3 +53,22 @@ def test_the_reference_is_ahead_of_a_policy_that_begins(both):
 
     assert trained < 0
     assert excess["excess_loss_mean_2"] > 0
+
+
+def test_a_success_ratio_to_the_power_of_zero_trains_as_uniform_weights_bit_for_bit(both, wmtp, tmp_path):
+    uniform, _ = both
+    settings = (
+        'weighting={ use = "verifiable.success_ratio", options.power = 0.0 }',
+        'critic={ use = "verifiable.value_head", allow_uninformative_critic = true, train.steps = 2 }',
+    )
+    options = [word for each in settings for word in ("--set", each)]
+    weighed = wmtp("run", BASELINE, *QUICK, *options, cwd=tmp_path)
+    assert weighed.returncode == 0, weighed.stderr
+
+    def losses(run):
+        return [
+            {name: value for name, value in metrics.items() if name.startswith(("train_", "validation_"))}
+            for metrics in of_policy(run)
+        ]
+
+    assert losses(weighed) == losses(uniform)

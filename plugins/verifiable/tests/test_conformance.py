@@ -21,6 +21,17 @@ class TestTdError(WeightingStrategySuite):
         return request.param
 
 
+class TestSuccessRatio(WeightingStrategySuite):
+    address = "verifiable.success_ratio"
+
+    @pytest.fixture(
+        params=[{}, {"where": "wrong", "cap": 1.0, "power": 2.0}, {"span": "line"}, {"heads": "path"}],
+        ids=["all", "wrong", "line", "path"],
+    )
+    def options(self, request):
+        return request.param
+
+
 class TestGroupAdvantage(WeightingStrategySuite):
     address = "verifiable.group_advantage"
 

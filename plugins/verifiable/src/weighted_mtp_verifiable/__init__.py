@@ -1,11 +1,12 @@
 """Weights from verifiable rewards: a critic learns which tokens make a response correct.
 
-Offers the critic `verifiable.value_head` and the weightings `verifiable.td_error` and
-`verifiable.group_advantage`. This module only declares them; the build functions import the algorithms.
+Offers the critic `verifiable.value_head` and the weightings `verifiable.td_error`, `verifiable.success_ratio`
+and `verifiable.group_advantage`. This module only declares them; the build functions import the algorithms.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -34,7 +35,9 @@ class TdErrorOptions:
     Attributes:
         estimator: `"gae"` sums TD errors with `lam`; `"td"` uses each TD error alone (like `lam = 0`).
         gamma: Discount per token.
-        lam: Lambda of GAE; with 0 advantages rely on the critic alone, with 1 on the reward alone.
+        lam: Lambda of GAE; with 0 advantages rely on the critic alone, with 1 on the reward alone. In a
+            response of about 1 / (1 - lam) tokens or fewer, most of each advantage is the reward, which all
+            tokens of the response share: weights then differ between responses more than between tokens.
         beta: Temperature: a smaller one spreads the weights further apart.
         clip: Smallest and largest weight.
         whiten: Whether advantages are whitened to mean 0 and standard deviation 1: with the statistics of the
@@ -69,6 +72,35 @@ def build_td_error(options: TdErrorOptions, context: BuildContext) -> WeightingS
 
 
 @frozen(kw_only=True)
+class SuccessRatioOptions:
+    """`[weighting.options]` of `verifiable.success_ratio`.
+
+    Attributes:
+        where: `"all"` weighs every response by the ratio. `"wrong"` does so only in incorrect responses; the
+            tokens of correct responses have the weight 1.
+        cap: Largest ratio, before the power.
+        power: Exponent of the capped ratio; 0 makes all weights 1, and numbers above 1 sharpen differences.
+        span: `"token"` compares the values after and before the token. `"line"` compares the values after and
+            before its line, so that all tokens of a line have the same weight.
+        heads: `"target"` gives a token the same weight for every head. `"path"` gives head k, which predicts
+            token t + k from token t, the weight V_{t+k} / V_t: the product of the ratios on the way.
+    """
+
+    where: Literal["all", "wrong"] = "all"
+    cap: float = field(default=10.0, validator=[v.gt(0), v.lt(math.inf)])
+    power: float = field(default=1.0, validator=[v.ge(0), v.lt(math.inf)])
+    span: Literal["token", "line"] = "token"
+    heads: Literal["target", "path"] = "target"
+
+
+def build_success_ratio(options: SuccessRatioOptions, context: BuildContext) -> WeightingStrategy:
+    """Build the weighting."""
+    from weighted_mtp_verifiable._success_ratio import SuccessRatio
+
+    return SuccessRatio(options, context.model)
+
+
+@frozen(kw_only=True)
 class GroupAdvantageOptions:
     """`[weighting.options]` of `verifiable.group_advantage`.
 
@@ -93,12 +125,19 @@ def build_group_advantage(options: GroupAdvantageOptions, context: BuildContext)
 
 @hookimpl
 def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
-    """Offer `verifiable.td_error` and `verifiable.group_advantage`."""
+    """Offer `verifiable.td_error`, `verifiable.success_ratio` and `verifiable.group_advantage`."""
     yield Component(
         name="td_error",
         summary="exp(advantage / beta), clipped; advantages from a critic's values and the reward.",
         options=TdErrorOptions,
         build=build_td_error,
+        needs=frozenset({Signal.REWARD, Signal.VALUE}),
+    )
+    yield Component(
+        name="success_ratio",
+        summary="The probability of success after a token, divided by the probability before it.",
+        options=SuccessRatioOptions,
+        build=build_success_ratio,
         needs=frozenset({Signal.REWARD, Signal.VALUE}),
     )
     yield Component(

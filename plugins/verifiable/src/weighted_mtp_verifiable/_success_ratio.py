@@ -1,0 +1,103 @@
+"""Weights from ratios of values: `w_t = clip(V_t / V_{t-1}, 0, cap)^power`.
+
+V_t is the probability of success after token t. Let p be the policy that wrote the data. By Bayes' rule, the
+policy that imitates only the successes of p predicts token x after the prefix s with
+
+    p(x | s, success) = p(x | s) V(s, x) / V(s).
+
+So if token t has the weight V_t / V_{t-1}, this policy has the smallest weighted cross-entropy, whatever mix
+of right and wrong responses the data contain. Leaving out wrong responses has the same optimum: it weighs
+each token by the outcome R of the whole response, which varies more than the ratio.
+
+Shape letters: B batch rows, T positions, K heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - torch's own name for it
+from weighted_mtp_core.api import ModelContext, StepView, WeightingStrategy, Weights, is_correct
+
+from weighted_mtp_verifiable._reductions import masked_mean, same_as_previous
+
+if TYPE_CHECKING:
+    from weighted_mtp_verifiable import SuccessRatioOptions
+
+
+class SuccessRatio(WeightingStrategy):
+    """Computes weights of response tokens, or of pairs, from a critic's values alone.
+
+    Args:
+        options: See `SuccessRatioOptions`.
+        model: The tokenizer of the policy, which `span = "line"` reads.
+    """
+
+    def __init__(self, options: SuccessRatioOptions, model: ModelContext) -> None:
+        self._options = options
+        self._has_break_V = _has_line_break(model) if options.span == "line" else None
+
+    def weigh(self, view: StepView) -> Weights:
+        """Return weights `[B, T]` for `heads = "target"` and `[B, T, K]` for `heads = "path"`."""
+        assert view.value_BT is not None
+        assert view.reward_BT is not None
+        options = self._options
+        value_BT = view.value_BT.float()
+        first_BT, last_BT = self._span_bounds(view)
+        # 0 stands for an unknown value: the first token of a document has no prefix.
+        previous_BT = F.pad(value_BT[:, :-1], (1, 0)).where(same_as_previous(view.document_BT), 0.0)
+        before, after = previous_BT.gather(1, first_BT), value_BT.gather(1, last_BT)
+        reward, mask = view.reward_BT, view.response_BT
+        if options.heads == "path":
+            before = before.gather(1, _next_response_token(view.response_BT))[..., None]
+            after, reward, mask = view.to_pairs(after), view.to_pairs(reward), view.target_BTK
+        smallest = torch.finfo(torch.float32).tiny
+        # 0 / 0 counts as 1: after a prefix without any hope, no token changes the probability of success.
+        ratio = (after / before.clamp(min=smallest)).where(before > 0, 1.0)
+        weight = ratio.clamp(0.0, options.cap).pow(options.power)
+        if options.where == "wrong":
+            weight = weight.where(~is_correct(reward), 1.0)
+        return Weights(
+            weight=weight.where(mask, 0.0),
+            metrics={
+                "success_ratio_mean": masked_mean(ratio.clamp(0.0, options.cap), mask),
+                "capped_fraction": masked_mean((ratio > options.cap).float(), mask),
+                "value_mean": masked_mean(value_BT, view.response_BT),
+            },
+        )
+
+    def _span_bounds(self, view: StepView) -> tuple[Tensor, Tensor]:
+        """Return the first and the last token of each response token's span, int64 `[B, T]` indices.
+
+        A token with a line break ends its line. A line also ends at the end of a stretch of response tokens.
+        """
+        index_BT = torch.arange(view.ids_BT.shape[1], device=view.ids_BT.device).expand_as(view.ids_BT)
+        if self._has_break_V is None:
+            return index_BT, index_BT
+        response_BT, break_BT = view.response_BT, self._has_break_V[view.ids_BT]
+        joined_BT = response_BT & same_as_previous(view.document_BT)  # to the token before
+        joined_BT[:, 1:] &= response_BT[:, :-1] & ~break_BT[:, :-1]
+        first_BT = index_BT.where(~joined_BT, 0).cummax(dim=1).values
+        is_last_BT = ~F.pad(joined_BT[:, 1:], (0, 1))
+        return first_BT, _next_marked(index_BT, is_last_BT)
+
+
+def _next_response_token(response_BT: Tensor) -> Tensor:
+    """Return the index of the first response token behind each token; the row's last index without one."""
+    index_BT = torch.arange(response_BT.shape[1], device=response_BT.device).expand_as(response_BT)
+    last = response_BT.shape[1] - 1
+    return F.pad(_next_marked(index_BT, response_BT)[:, 1:], (0, 1), value=last)
+
+
+def _next_marked(index_BT: Tensor, marked_BT: Tensor) -> Tensor:
+    """Return the first marked index from each token on; the row's last index without one."""
+    last = index_BT.shape[1] - 1
+    return index_BT.where(marked_BT, last).flip(1).cummin(dim=1).values.flip(1)
+
+
+def _has_line_break(model: ModelContext) -> Tensor:
+    """Return whether the text of each token id contains a line break, bool `[V]`."""
+    breaks = ["\n" in model.decode([token]) for token in range(model.vocab_size)]
+    return torch.tensor(breaks, device=model.device)
