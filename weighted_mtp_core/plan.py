@@ -129,9 +129,10 @@ def _head_faults(recipe: Recipe) -> list[Fault]:
         found.append(Fault(("loss", "head_weights"), text))
     if n_future == 1 and train == "heads":
         found.append(Fault(("model", "train"), "`heads` trains heads 2..K: `model.n_future` must be >= 2"))
-    if n_future == 1 and recipe.train.select_by == "later_heads":
-        found.append(Fault(("train", "select_by"), "`later_heads` needs `model.n_future` >= 2"))
-    if train == "heads" and recipe.train.select_by == "head_1":
+    select_by = recipe.train.select_by
+    if n_future == 1 and select_by in {"later_heads", "acceptance"}:
+        found.append(Fault(("train", "select_by"), f"`{select_by}` needs `model.n_future` >= 2"))
+    if train == "heads" and select_by == "head_1":
         text = 'with `model.train = "heads"`, head 1 stays as it is and selects nothing'
         found.append(Fault(("train", "select_by"), text))
     return found

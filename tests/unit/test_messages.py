@@ -464,6 +464,10 @@ def test_keys_that_do_not_fit_each_other(plan_error, override, text):
             ("model.n_future=1", "train.select_by='later_heads'"),
             "train.select_by: `later_heads` needs `model.n_future` >= 2",
         ),
+        (
+            ("model.n_future=1", "train.select_by='acceptance'"),
+            "train.select_by: `acceptance` needs `model.n_future` >= 2",
+        ),
     ],
 )
 def test_keys_about_heads_that_do_not_fit_each_other(plan_error, overrides, text):

@@ -507,3 +507,9 @@ def test_a_head_without_targets_does_not_select():
 
     assert math.isnan(found.metrics["validation_ce_head_3"])
     assert found.score == -found.metrics["validation_ce_head_2"]
+
+
+def test_the_best_state_can_be_chosen_by_acceptance(batch):
+    found = learner(policy(), Fixed(), validation=lambda: [batch], select_by="acceptance").validate(step=0)
+
+    assert found.score == found.metrics["validation_acceptance_length"] >= 1

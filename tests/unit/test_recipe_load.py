@@ -298,7 +298,9 @@ recipes = st.builds(
     critic=st.none()
     | st.builds(CriticTable, use=addresses, options=options, train=st.builds(TrainTable, **trains)),
     loss=st.builds(LossTable, head_weights=st.lists(st.floats(0.1, 1e6), max_size=4).map(tuple)),
-    train=st.builds(PolicyTrainTable, **trains, select_by=st.sampled_from([None, "head_1", "later_heads"])),
+    train=st.builds(
+        PolicyTrainTable, **trains, select_by=st.sampled_from([None, "head_1", "later_heads", "acceptance"])
+    ),
     evaluate=st.builds(
         EvaluateTable, samples=st.just(5), temperature=st.floats(0.1, 2), pass_at_k=st.just((1, 5))
     ),

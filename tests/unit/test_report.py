@@ -94,8 +94,33 @@ def test_the_loss_that_counts_is_that_of_the_step_that_was_kept(write_journal):
     shown = text(page(write_journal(*WHOLE)))
 
     assert "held-out loss, head 1 1.250 2.500 at the start" in shown
+    assert "held-out loss, mean of heads 2..K 2.125 3.500 at the start" in shown
     assert "1 2.500 1.250 1.375" in shown  # head 1: start, kept, test
     assert "2 3.500 2.125 –" in shown  # noqa: RUF001 - head 2: its own best came later, nothing was tested
+
+
+def test_the_kept_step_is_that_of_the_heads_that_are_trained(write_journal):
+    params = "params", {"params": PARAMS | {"model.train": "heads"}}
+
+    shown = text(page(write_journal(WHOLE[0], params, *WHOLE[2:])))
+
+    assert "held-out loss, mean of heads 2..K 2.000 3.500 at the start" in shown
+    assert "held-out loss, head 1" not in shown  # it stays what it was
+    assert "1 2.500 1.500 1.375" in shown
+    assert "2 3.500 2.000 –" in shown  # noqa: RUF001 - nothing was tested
+
+
+def test_acceptance_can_choose_the_kept_step(write_journal):
+    params = "params", {"params": PARAMS | {"train.select_by": "acceptance"}}
+    lengths = [metrics("policy", step, validation_acceptance_length=1 + step / 40) for step in (0, 10, 20)]
+    tested = metrics("evaluate", 20, test_acceptance_head_2=0.75)
+
+    html = page(write_journal(WHOLE[0], params, *WHOLE[2:-1], *lengths, tested))
+
+    assert "held-out loss, head 1 1.500 2.500 at the start" in text(html)
+    assert "held-out tokens per pass 1.500 1.000 at the start" in text(html)
+    assert "2 3.500 2.000 – – 75.0 %" in text(html)  # noqa: RUF001 - no loss or accuracy was tested
+    assert 'aria-label="Held-out tokens per pass"' in html
 
 
 def test_pass_rate_acceptance_verdicts_and_auc_are_shown(write_journal):
@@ -145,7 +170,7 @@ def test_a_critic_that_is_not_better_than_a_constant_is_the_first_figure(write_j
 
 def test_an_informative_critic_is_not_marked(write_journal):
     assert [title for title, _, _ in figures(write_journal(*WHOLE))] == [
-        *("pass at 1", "held-out loss, head 1", "critic's AUC"),
+        *("pass at 1", "held-out loss, head 1", "held-out loss, mean of heads 2..K", "critic's AUC"),
     ]
 
 

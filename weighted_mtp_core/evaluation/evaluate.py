@@ -14,7 +14,7 @@ from weighted_mtp_core.evaluation.judging import JudgedCompletions, judge
 from weighted_mtp_core.generation.generate import Decoding, Sampled, sample_completions
 from weighted_mtp_core.recipe.schema import EvaluateTable
 from weighted_mtp_core.tracking.display import Display
-from weighted_mtp_core.training.policy_learner import head_quality, per_head
+from weighted_mtp_core.training.head_quality import head_quality
 from weighted_mtp_core.training.prepare import Prepared
 
 _TIMED_PROBLEMS = 8  # few are enough, because the result is a ratio of speeds, not a benchmark
@@ -69,9 +69,7 @@ def evaluate(
     """
     tokens = prepared.policy_tokens(split)
     batches = prepared.batches_in_order(tokens, np.arange(len(tokens)), batch_size=table.batch_size)
-    ce_K, accuracy_K = head_quality(prepared.policy, batches, autocast=prepared.compute.autocast)
-    values = per_head(f"{split}_ce", ce_K) | per_head(f"{split}_accuracy", accuracy_K)
-    metrics = {name: float(value) for name, value in values.items()}
+    metrics = head_quality(prepared.policy, batches, split=split, autocast=prepared.compute.autocast)
     problems, whole_split = _first_problems(prepared.source, split, limit=table.problems)
     if not problems:
         return Evaluation(split=split, metrics=metrics, timings={}, files=())

@@ -128,13 +128,13 @@ class ChunkedUnembedding:
             entropy_N[rows] = -(log_p.exp() * log_p).sum(dim=-1)
         return entropy_N
 
-    def sums(self, state_BTH: Tensor, index_N: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the sum of the cross-entropies and the number of labels that are the likeliest token."""
-        ce, correct = torch.zeros(2, device=index_N.device).unbind()
+    def choices(self, state_BTH: Tensor, index_N: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum of the cross-entropies, and each prediction's likeliest token, int64 `[N]`."""
+        ce, choice_N = torch.zeros((), device=index_N.device), torch.empty_like(label_N)
         for rows, logits in self._all_logits(state_BTH, index_N):
             ce = ce + nn.functional.cross_entropy(logits, label_N[rows], reduction="sum")
-            correct = correct + (logits.argmax(dim=-1) == label_N[rows]).sum(dtype=torch.float32)
-        return ce, correct
+            choice_N[rows] = logits.argmax(dim=-1)
+        return ce, choice_N
 
     def _all_logits(self, state_BTH: Tensor, index_N: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Yield each chunk and its logits, which the next chunk overwrites."""

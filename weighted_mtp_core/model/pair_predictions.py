@@ -15,24 +15,42 @@ from torch import Tensor
 from weighted_mtp_core.model.chunked_unembedding import ChunkedUnembedding
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.sparse_feed_forward import sparse_rows
-from weighted_mtp_core.model.targets import Counts, source_index, take, target_mask
+from weighted_mtp_core.model.targets import (
+    IGNORED,
+    Counts,
+    choices_of_head_1,
+    source_index,
+    take,
+    target_mask,
+)
 
 Measured = TypeVar("Measured")
 
 
 @frozen(kw_only=True, eq=False)
 class HeadSums:
-    """Float32 sums over the counted pairs of each head.
+    """Float32 sums over the counted pairs of each head, and over the passes of self-speculative decoding.
+
+    A head's choice is its likeliest token. Head 1 confirms head k's choice for a pair (t, k) if it is also
+    head 1's choice for the pair (t + k - 1, 1), which has the same target. A pass drafts at each position t
+    for which the pairs (t, 1) and (t, 2) count: head 1 has chosen token t + 1, and the text goes on after it.
 
     Attributes:
         ce_sum_K: Sum of the unweighted cross-entropies, in nats.
-        correct_K: Number of pairs for which the target is the likeliest token.
+        correct_K: Number of pairs for which the target is the head's choice.
+        confirmed_K: Number of pairs for which head 1 confirms the head's choice.
         count_K: Number of pairs.
+        passes: Number of positions at which a pass drafts, a scalar.
+        accepted: Number of accepted drafts, summed over these positions, a scalar: in each pass, the choices
+            of heads 2, 3, ... up to the first one that does not count or is not confirmed.
     """
 
     ce_sum_K: Tensor
     correct_K: Tensor
+    confirmed_K: Tensor
     count_K: Tensor
+    passes: Tensor
+    accepted: Tensor
 
 
 @frozen(eq=False)
@@ -63,12 +81,22 @@ class PairPredictions:
 
     @torch.no_grad()
     def sums(self) -> HeadSums:
-        """Return each head's summed loss and correct predictions."""
-        ce_sums, correct = zip(*(sums for _, sums in self._measure(ChunkedUnembedding.sums)), strict=True)
+        """Return the sums of losses, of correct predictions and of confirmed drafts."""
+        choice_BTK, ce_sums = torch.full_like(self.labels_BTK, IGNORED), []
+        for head, (index_N, (ce, choice_N)) in enumerate(self._measure(ChunkedUnembedding.choices)):
+            choice_BTK.flatten(0, 1)[:, head].index_copy_(0, index_N, choice_N)
+            ce_sums.append(ce)
+        target_BTK = target_mask(self.labels_BTK)
+        confirmed_BTK = target_BTK & (choice_BTK == choices_of_head_1(choice_BTK))
+        drafts_BT = target_BTK[..., :2].all(dim=-1)
+        accepted_BT = confirmed_BTK[..., 1:].cumprod(dim=-1).sum(dim=-1).where(drafts_BT, 0)
         return HeadSums(
             ce_sum_K=torch.stack(ce_sums),
-            correct_K=torch.stack(correct),
-            count_K=target_mask(self.labels_BTK).sum(dim=(0, 1), dtype=torch.float32),
+            correct_K=_count(target_BTK & (choice_BTK == self.labels_BTK)),
+            confirmed_K=_count(confirmed_BTK),
+            count_K=_count(target_BTK),
+            passes=drafts_BT.sum(dtype=torch.float32),
+            accepted=accepted_BT.sum(dtype=torch.float32),
         )
 
     @torch.no_grad()
@@ -89,3 +117,7 @@ class PairPredictions:
             with sparse_rows(self.policy.heads.layer(k), index_N):
                 state_BTH = self.policy.head_states(k, self.hidden_BTH, position_BT=self.position_BT)
             yield index_N, measure(unembedding, state_BTH, index_N, take(label_BT, index_N))
+
+
+def _count(true_BTK: Tensor) -> Tensor:
+    return true_BTK.sum(dim=(0, 1), dtype=torch.float32)

@@ -75,6 +75,17 @@ def pair_index(target_BTK: Tensor, *, preceding_BT: Counts | None) -> Tensor:
     return to_device(np.sort(np.concatenate(pairs)), target_BTK.device)
 
 
+def choices_of_head_1(choice_BTK: Tensor) -> Tensor:
+    """Return for each pair what head 1 predicts for the same target, `[B, T, K]`.
+
+    Args:
+        choice_BTK: int64 predictions by source and head, -100 where the pair does not count.
+    """
+    heads = choice_BTK.shape[2]
+    padded_BT = torch.nn.functional.pad(choice_BTK[:, :, 0], (0, heads - 1), value=IGNORED)
+    return padded_BT.unfold(1, heads, 1)  # for the pair (t, k), head 1 predicts the target at t + k - 1
+
+
 def take(x_BT: Tensor, index_N: Tensor) -> Tensor:
     """Return the values `[N, ...]` at positions of the flattened `[B, T]`."""
     return x_BT.flatten(0, 1).index_select(0, index_N)

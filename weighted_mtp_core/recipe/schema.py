@@ -136,14 +136,24 @@ class TrainTable:
             raise ValueError(f"must divide `batch_size` = {self.batch_size} evenly: {value}")
 
 
+SelectBy = Literal["head_1", "later_heads", "acceptance"]
+
+
 @frozen(kw_only=True)
 class PolicyTrainTable(TrainTable):
-    """`[train]`: the training of the policy. `select_by` chooses the best state by validation cross-entropy.
+    """`[train]`: the training of the policy. `select_by` chooses the best state by its validation.
 
-    Without `select_by`, it is head 1's, or with `model.train = "heads"` the mean of heads 2..K.
+    The best state has the lowest cross-entropy of head 1 or, on average, of heads 2..K, or the most tokens
+    per pass of self-speculative decoding. The default is `head_1`; with `model.train = "heads"`, it is
+    `later_heads`.
     """
 
-    select_by: Literal["head_1", "later_heads"] | None = None
+    select_by: SelectBy | None = None
+
+
+def default_selection(train: str | None) -> SelectBy:
+    """Return the default of `train.select_by` for a value of `model.train`."""
+    return "later_heads" if train == "heads" else "head_1"
 
 
 @frozen(kw_only=True)

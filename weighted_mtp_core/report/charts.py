@@ -67,6 +67,11 @@ _GROUPS = (
         note="of counted pairs",
         members={"weight_p95": "95 %", "weight_p50": "50 %", "weight_p05": "5 %"},
     ),
+    _Group(
+        title="Held-out tokens per pass",
+        note="expected in greedy self-speculative decoding; 1 without accepted drafts",
+        members={"validation_acceptance_length": "tokens"},
+    ),
     _Group(title="Mean TD error", note="0: outcomes are as expected", members={"td_error_mean": "TD error"}),
 )
 _HEADS = {
@@ -76,10 +81,16 @@ _HEADS = {
         "Held-out accuracy of each head",
         "share of targets that are the top guess",
     ),
+    "validation_acceptance": (
+        "Held-out drafts that head 1 confirms",
+        "share of the top guesses that are also head 1's",
+    ),
 }
 _FIRST = (
     "Training loss",
     "Held-out loss of each head",
+    "Held-out drafts that head 1 confirms",
+    "Held-out tokens per pass",
     "Mean TD error",
     "How even the weights are",
     "Quantiles of the weights",

@@ -6,19 +6,21 @@ import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from markupsafe import Markup
 
 from weighted_mtp_core import run_tags
 from weighted_mtp_core.api import is_correct
+from weighted_mtp_core.recipe.schema import SelectBy, default_selection
 from weighted_mtp_core.report.charts import Chart, charts_of
 from weighted_mtp_core.report.drawing import reliability_chart
 from weighted_mtp_core.report.rendering import render
 from weighted_mtp_core.report.shading import Shading, numbers
 from weighted_mtp_core.report.token_report import load_token_report
 from weighted_mtp_core.storage.atomic import atomic_write
-from weighted_mtp_core.tracking.run_history import Point, RunHistory, read_history
+from weighted_mtp_core.tracking.run_history import RunHistory, read_history
+from weighted_mtp_core.training.head_quality import selection_score
 
 FILE = "report.html"
 _STATUSES = {"FINISHED": "✓ finished", "FAILED": "✗ failed", "KILLED": "■ interrupted"}
@@ -77,10 +79,7 @@ def _figures(history: RunHistory) -> list[tuple[str, str, str]]:
     for name, points in history.metrics.get("evaluate", {}).items():
         if name.startswith("pass_at_"):
             figures.append((name.replace("_", " "), f"{points[-1].value:.1%}", "of problems solved"))
-    losses = _finite(history.points("policy", "validation_ce_head_1"))
-    if losses:
-        best = min(point.value for point in losses)
-        figures.append(("held-out loss, head 1", f"{best:.3f}", f"{losses[0].value:.3f} at the start"))
+    figures += _validated(history)
     auc = history.last("critic", "critic_auc")
     if auc is not None:
         length = history.last("critic", "critic_length_only_auc")
@@ -90,6 +89,45 @@ def _figures(history: RunHistory) -> list[tuple[str, str, str]]:
     if speed is not None:
         figures.append(("tokens per forward pass", f"{speed:.2f}", "1 without the extra heads"))
     return figures
+
+
+def _validated(history: RunHistory) -> list[tuple[str, str, str]]:
+    """Return the validation results of the policy that was kept; a frozen head 1 is left out."""
+    validations, kept = _validations(history), _kept_step(history)
+    if kept is None:
+        return []
+    titles: dict[SelectBy, str] = {
+        "head_1": "held-out loss, head 1",
+        "later_heads": "held-out loss, mean of heads 2..K",
+        "acceptance": "held-out tokens per pass",
+    }
+    if history.params.get("model.train") == "heads":
+        del titles["head_1"]
+    found = []
+    for each, title in titles.items():
+        start, best = (abs(selection_score(validations[step], each)) for step in (min(validations), kept))
+        if math.isfinite(best):
+            found.append((title, f"{best:.3f}", f"{start:.3f} at the start"))
+    return found
+
+
+def _validations(history: RunHistory) -> dict[int, dict[str, float]]:
+    """Return the results of each validation of stage 2, by step and metric."""
+    found: dict[int, dict[str, float]] = {}
+    for name, points in history.metrics.get("policy", {}).items():
+        if name.startswith("validation_"):
+            for point in points:
+                found.setdefault(point.step, {})[name] = point.value
+    return found
+
+
+def _kept_step(history: RunHistory) -> int | None:
+    """Return the step whose policy was kept as the best, or None if no validation has a finite score."""
+    train = history.params.get("model.train")
+    select_by = cast("SelectBy", history.params.get("train.select_by", default_selection(train)))
+    scores = {step: selection_score(found, select_by) for step, found in _validations(history).items()}
+    finite = [step for step in sorted(scores) if math.isfinite(scores[step])]
+    return max(finite, key=scores.__getitem__, default=None)
 
 
 def _facts(history: RunHistory) -> list[tuple[str, str]]:
@@ -121,10 +159,8 @@ def _stages(history: RunHistory) -> list[tuple[str, Sequence[Chart], Sequence[Ch
 
 
 def _heads(history: RunHistory) -> list[dict[str, float | None]]:
-    """Return the losses of each head; `best` is the loss at the step whose policy was kept as the best."""
-    validated = history.numbered("policy", "validation_ce_head_")
-    finite = _finite(validated[0][1]) if validated else []
-    kept = min(finite, key=lambda point: point.value).step if finite else None
+    """Return the measures of each head; `best` is the loss at the step whose policy was kept as the best."""
+    validated, kept = history.numbered("policy", "validation_ce_head_"), _kept_step(history)
     return [
         {
             "number": number,
@@ -132,6 +168,7 @@ def _heads(history: RunHistory) -> list[dict[str, float | None]]:
             "best": next((point.value for point in points if point.step == kept), None),
             "test": history.last("evaluate", f"test_ce_head_{number}"),
             "accuracy": history.last("evaluate", f"test_accuracy_head_{number}"),
+            "confirmed": history.last("evaluate", f"test_acceptance_head_{number}"),
         }
         for number, points in validated
     ]
@@ -179,10 +216,6 @@ def _critic(history: RunHistory) -> list[dict[str, Any]]:
         for measure, title in _MEASURES.items()
     ]
     return [row for row in rows if row["critic"] is not None]
-
-
-def _finite(points: Sequence[Point]) -> list[Point]:
-    return [point for point in points if math.isfinite(point.value)]
 
 
 def _duration(seconds: float) -> str:

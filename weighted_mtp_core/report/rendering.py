@@ -19,6 +19,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["fixed"] = _fixed
+    environment.filters["percent"] = _percent
     return environment
 
 
@@ -29,3 +30,7 @@ def render(template: str, **values: Any) -> Markup:
 
 def _fixed(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"  # noqa: RUF001
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"  # noqa: RUF001

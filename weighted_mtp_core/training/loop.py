@@ -52,10 +52,17 @@ class StepResult:
 
 @frozen(kw_only=True)
 class Validation:
-    """A validation result: scalars to log, and the score (higher is better) that selects the checkpoint."""
+    """A validation result.
+
+    Attributes:
+        metrics: Scalars to log.
+        score: The number that selects the checkpoint; higher is better, and a loss is negated.
+        measure: What the score without its sign is, for people.
+    """
 
     metrics: Mapping[str, float]
     score: float
+    measure: str = "held-out loss"
 
 
 class Learner(ABC):
@@ -122,9 +129,9 @@ class Trained:
     best: Validation
 
     def summary(self) -> list[tuple[str, str]]:
-        """Return the line of the closing summary: the loss that selects the best state, before and after."""
-        before, after = -self.start.score, -self.best.score
-        return [("policy", f"held-out loss {before:.3f} -> {after:.3f} at step {self.best_step}")]
+        """Return the line of the closing summary: what selects the best state, before and after."""
+        before, after = abs(self.start.score), abs(self.best.score)
+        return [("policy", f"{self.best.measure} {before:.3f} -> {after:.3f} at step {self.best_step}")]
 
 
 def train(

@@ -10,7 +10,8 @@ from torch import Tensor
 from weighted_mtp_core.errors import RunFailedError
 
 _CORE = re.compile(
-    r"(policy|critic|pass_at|verdict|acceptance)_.*|(train|validation|test)_(loss|ce|accuracy)(_head_\d+)?"
+    r"(policy|critic|pass_at|verdict|acceptance)_.*"
+    r"|(train|validation|test)_(loss|ce|accuracy|acceptance)(_head_\d+|_length)?"
     r"|value_loss|weight_(mean|entropy|p\d+)|effective_sample_share|tokens_per_forward"
 )
 """Names of core's metrics, in all stages."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from attrs import define, field
@@ -21,12 +21,12 @@ from weighted_mtp_core.data.batches import preceding
 from weighted_mtp_core.metrics.weights import weight_metrics
 from weighted_mtp_core.model.loss import normalisers, weighted_mtp_loss
 from weighted_mtp_core.model.loss_shares import loss_shares
-from weighted_mtp_core.model.pair_predictions import HeadSums, PairPredictions
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.targets import IGNORED, batch_labels, pair_index, target_mask
-from weighted_mtp_core.recipe.schema import LossTable
+from weighted_mtp_core.recipe.schema import LossTable, SelectBy, default_selection
 from weighted_mtp_core.runtime.device import to_device
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
+from weighted_mtp_core.training.head_quality import MEASURES, head_quality, per_head, selection_score
 from weighted_mtp_core.training.loop import Learner, Scalars, StepResult, Validation
 from weighted_mtp_core.training.micro_batches import MicroBatch, micro_batches
 from weighted_mtp_core.training.objective import Normaliser
@@ -52,7 +52,7 @@ class PolicyLearner(Learner):
         validation: Returns the batches of the validation split.
         best: The file of the best policy.
         log: Receives messages for the user.
-        select_by: The heads whose validation cross-entropy chooses the best policy.
+        select_by: What chooses the best policy, see `selection_score`.
     """
 
     policy: Policy
@@ -66,7 +66,7 @@ class PolicyLearner(Learner):
     validation: Callable[[], Iterable[Batch]]
     best: Path
     log: Callable[[str], None] = print
-    select_by: Literal["head_1", "later_heads"] = "head_1"
+    select_by: SelectBy = "head_1"
     stage: str = field(default="policy", init=False)
     loss_name: str = field(default="train_loss", init=False)
     _normaliser: Normaliser = field(init=False)
@@ -96,8 +96,7 @@ class PolicyLearner(Learner):
             validation=prepared.policy_validation,
             best=best,
             log=prepared.log,
-            select_by=recipe.train.select_by
-            or ("later_heads" if recipe.model.train == "heads" else "head_1"),
+            select_by=recipe.train.select_by or default_selection(recipe.model.train),
         )
 
     def __attrs_post_init__(self) -> None:
@@ -187,15 +186,13 @@ class PolicyLearner(Learner):
 
     @torch.no_grad()
     def validate(self, *, step: int) -> Validation:
-        """Measure unweighted cross-entropy and accuracy of each head; `select_by` names those that select."""
+        """Measure each head on the validation split; `select_by` names what the score is computed from."""
         del step
-        ce_K, accuracy_K = head_quality(self.policy, self.validation(), autocast=self.autocast)
-        values = per_head("validation_ce", ce_K) | per_head("validation_accuracy", accuracy_K)
-        # Without targets, a head has no accuracy and selects nothing; a loss of NaN with targets must count.
-        later_K = ce_K[1:][~accuracy_K[1:].isnan()]
-        selecting = ce_K[:1] if self.select_by == "head_1" else later_K
+        metrics = head_quality(self.policy, self.validation(), split="validation", autocast=self.autocast)
         return Validation(
-            metrics={name: float(value) for name, value in values.items()}, score=-float(selecting.mean())
+            metrics=metrics,
+            score=selection_score(metrics, self.select_by),
+            measure=MEASURES[self.select_by],
         )
 
     @torch.no_grad()
@@ -250,39 +247,3 @@ class PolicyLearner(Learner):
     def load_best(self) -> None:
         """Load the policy's weights that `save_best` wrote."""
         load_model(self.policy, self.best)
-
-
-@torch.no_grad()
-def head_quality(
-    policy: Policy, batches: Iterable[Batch], *, autocast: Callable[[], torch.autocast]
-) -> tuple[Tensor, Tensor]:
-    """Return unweighted cross-entropy and top-1 accuracy of each head over all targets of the batches.
-
-    Returns:
-        `ce_K` (nats per target) and `accuracy_K`, float32; NaN for a head without targets.
-    """
-    policy.eval()
-    sums: list[HeadSums] = []
-    for batch in batches:
-        labels_BTK = batch_labels(batch, policy.n_future)
-        with autocast():
-            hidden_BTH = policy.trunk_states(batch.ids_BT, position_BT=batch.position_BT)
-            predictions = PairPredictions(
-                policy,
-                hidden_BTH,
-                labels_BTK,
-                position_BT=batch.position_BT,
-                preceding_BT=preceding(batch),
-            )
-            sums.append(predictions.sums())
-    ce_K, correct_K, count_K = (
-        torch.stack([getattr(each, name) for each in sums]).sum(dim=0)
-        for name in ("ce_sum_K", "correct_K", "count_K")
-    )
-    policy.train()
-    return ce_K / count_K, correct_K / count_K
-
-
-def per_head(name: str, value_K: Tensor) -> dict[str, Tensor]:
-    """Return values of the heads as metrics `<name>_head_<k>`, k from 1."""
-    return {f"{name}_head_{k}": value for k, value in enumerate(value_K.unbind(), start=1)}

@@ -1,0 +1,92 @@
+"""Measures how well each head predicts held-out text, and how many of its drafts head 1 confirms.
+
+K is the number of heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from attrs import fields
+from torch import Tensor
+
+from weighted_mtp_core.api import Batch
+from weighted_mtp_core.data.batches import preceding
+from weighted_mtp_core.model.pair_predictions import HeadSums, PairPredictions
+from weighted_mtp_core.model.policy import Policy
+from weighted_mtp_core.model.targets import batch_labels
+from weighted_mtp_core.recipe.schema import SelectBy
+
+MEASURES: Mapping[SelectBy, str] = {
+    "head_1": "held-out loss",
+    "later_heads": "held-out loss of heads 2..K",
+    "acceptance": "held-out tokens per pass",
+}
+"""What the score of each `train.select_by` measures."""
+
+
+@torch.no_grad()
+def head_quality(
+    policy: Policy, batches: Iterable[Batch], *, split: str, autocast: Callable[[], torch.autocast]
+) -> dict[str, float]:
+    """Return the measures of each head over all targets of the batches; NaN for a head without targets.
+
+    Returns:
+        For head k, `<split>_ce_head_<k>`, the unweighted cross-entropy in nats per target, and
+        `<split>_accuracy_head_<k>`, the share of the targets that are the head's choice, its likeliest token.
+        From k = 2 on, also `<split>_acceptance_head_<k>`, the share of its choices that head 1 confirms, and
+        `<split>_acceptance_length`, the expected tokens per pass of greedy self-speculative decoding: 1 + the
+        mean number of accepted drafts. Heads read the text itself, see `HeadSums`.
+    """
+    policy.eval()
+    found: list[HeadSums] = []
+    for batch in batches:
+        with autocast():
+            hidden_BTH = policy.trunk_states(batch.ids_BT, position_BT=batch.position_BT)
+            predictions = PairPredictions(
+                policy,
+                hidden_BTH,
+                batch_labels(batch, policy.n_future),
+                position_BT=batch.position_BT,
+                preceding_BT=preceding(batch),
+            )
+            found.append(predictions.sums())
+    policy.train()
+    total = {
+        each.name: torch.stack([getattr(sums, each.name) for sums in found]).sum(dim=0)
+        for each in fields(HeadSums)
+    }
+    values = {
+        **per_head(f"{split}_ce", total["ce_sum_K"] / total["count_K"]),
+        **per_head(f"{split}_accuracy", total["correct_K"] / total["count_K"]),
+    }
+    if policy.n_future > 1:
+        values |= per_head(f"{split}_acceptance", (total["confirmed_K"] / total["count_K"])[1:], first=2)
+        values[f"{split}_acceptance_length"] = 1 + total["accepted"] / total["passes"]
+    return {name: float(value) for name, value in values.items()}
+
+
+def selection_score(metrics: Mapping[str, float], select_by: SelectBy) -> float:
+    """Return the number that chooses the state to keep (higher is better) from a result of `head_quality`.
+
+    It is the mean cross-entropy of the heads that `select_by` names, negated, or the expected tokens per
+    pass. Heads without targets do not count.
+    """
+    if select_by == "acceptance":
+        return metrics.get("validation_acceptance_length", math.nan)
+    # A head without targets has no accuracy; a loss of NaN with targets must count.
+    losses = [
+        loss
+        for name, loss in metrics.items()
+        if name.startswith("validation_ce_head_")
+        and (name == "validation_ce_head_1") == (select_by == "head_1")
+        and not math.isnan(metrics.get(name.replace("_ce_", "_accuracy_"), 0.0))
+    ]
+    return -sum(losses) / len(losses) if losses else math.nan
+
+
+def per_head(name: str, values: Iterable[Tensor], *, first: int = 1) -> dict[str, Tensor]:
+    """Return values of the heads `first`, `first` + 1, ... as metrics `<name>_head_<k>`."""
+    return {f"{name}_head_{k}": value for k, value in enumerate(values, start=first)}
