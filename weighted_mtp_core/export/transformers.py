@@ -31,6 +31,7 @@ from weighted_mtp_core.model.exported_model import (
     is_exported_model,
 )
 from weighted_mtp_core.model.policy import Policy
+from weighted_mtp_core.model.shipped_layers import promise_no_layers
 from weighted_mtp_core.storage.manifest import atomic_folder
 
 
@@ -121,10 +122,12 @@ def language_model(policy: Policy) -> Any:
     """Return trunk, head 1 and unembedding as the transformers model that the policy was made of.
 
     It shares the policy's modules, so it costs no memory. It can be saved but not run: head 1's layer still
-    has the layer index 0.
+    has the layer index 0. Its config describes no MTP layers, because the model has none.
     """
+    config = copy.deepcopy(policy.config)
+    promise_no_layers(config)
     with torch.device("meta"):
-        base = policy.base_class(copy.deepcopy(policy.config))
+        base = policy.base_class(config)
     policy.heads.rejoin(base, trunk=policy.trunk, norm=policy.norm)
     base.set_output_embeddings(policy.unembedding.as_linear())
     return base

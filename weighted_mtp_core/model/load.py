@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,26 @@ from weighted_mtp_core.model.micro import micro_folder
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.pretrained import load_pretrained, refuse_bad_weights
 from weighted_mtp_core.model.probe import compare, observe
+from weighted_mtp_core.model.shipped_layers import shipped_layers
 from weighted_mtp_core.recipe.schema import ModelTable
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder, sha256_of, verify_manifest
 
 
 @frozen(kw_only=True, eq=False)
 class LoadedPolicy:
-    """A policy with its tokenizer and, for the run's tags, the name and version of the base model."""
+    """A policy with its tokenizer.
+
+    Attributes:
+        policy: The policy.
+        tokenizer: The tokenizer of the base model.
+        base_name: Name and version of the base model, for the run's tags.
+        unused: What the files of the base model contain besides, for the user; None if there is nothing.
+    """
 
     policy: Policy
     tokenizer: Any
     base_name: str
+    unused: str | None
 
 
 def load_policy(
@@ -66,7 +75,20 @@ def load_policy(
     if saved is not None:
         load_extra_heads(policy, saved)
     name = f"{folder.parent.name}/{folder.name}" if isinstance(folder, Path) else folder
-    return LoadedPolicy(policy=policy, tokenizer=tokenizer, base_name=name)
+    return LoadedPolicy(
+        policy=policy, tokenizer=tokenizer, base_name=name, unused=_unused(shipped_layers(folder, base))
+    )
+
+
+def _unused(shipped: Sequence[str]) -> str | None:
+    """Return a line about the tensors of MTP layers in a base model, which the policy does not contain."""
+    if not shipped:
+        return None
+    others = f" and {len(shipped) - 1} other tensors" if shipped[1:] else ""
+    return (
+        f"the MTP layers of the base model are not used (`{shipped[0]}`{others}): `export` leaves them out, "
+        "and its `config.json` does not promise them"
+    )
 
 
 def make_policy(base: Any, *, n_future: int, head_kind: HeadKind) -> Policy:

@@ -17,6 +17,7 @@ from torch import nn
 
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import quoted, reason
+from weighted_mtp_core.model.shipped_layers import later_layers, names_of_shipped_layers
 
 _ADAPTER = "adapter_config.json"
 _OF_A_LAYER = re.compile(r"(^|\.)(layers?|h|blocks?)\.\d+\.")
@@ -160,8 +161,9 @@ def _refuse_other_tensors(source: Path | str, model: Any, info: Any) -> None:
             f"{where}: {len(missing)} tensors of {named} are missing: {_some(missing)}",
             hint=_mend(missing, unexpected),
         )
-    left = [name for name in unexpected if not _NOT_LEARNED.search(name)]
-    foreign = [name for name in left if _OF_A_LAYER.search(name) and _is_of(name, model)]
+    shipped, later = names_of_shipped_layers(source), set(later_layers(source, model))
+    left = [name for name in unexpected if not _NOT_LEARNED.search(name) and not shipped.search(name)]
+    foreign = sorted(later.union(name for name in left if _OF_A_LAYER.search(name) and _is_of(name, model)))
     if foreign:
         raise WmtpError(
             f"{where}: {len(foreign)} tensors are not part of {named} as `config.json` describes it: "

@@ -268,6 +268,8 @@ def prepare(plan: Plan, *, log: Callable[[str], None]) -> Prepared:
     millions = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
     heads = f"{policy.n_future} heads on {compute.device}"
     log(f"policy {loaded.base_name}: {millions:.1f} M parameters, {heads}")
+    if loaded.unused is not None:
+        log(loaded.unused)
     limit, codec = recipe.data.max_tokens, make_codec(loaded.tokenizer, recipe.data)
     return Prepared(
         plan=plan,
