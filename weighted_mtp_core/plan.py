@@ -16,7 +16,7 @@ import attrs
 from attrs import frozen
 
 from weighted_mtp_core import run_tags
-from weighted_mtp_core.api import SAME_RESULT, Signal
+from weighted_mtp_core.api import SAME_RESULT, BuildContext, Signal
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.identifiers import check_path, flat
 from weighted_mtp_core.plugins.loading import Kind, PluginRegistry
@@ -72,6 +72,13 @@ class Plan:
         return Path(table.output_dir) if table.output_dir else Path(table.storage) / "runs"
 
     @property
+    def data_context(self) -> BuildContext:
+        """The context of the data source. Weights that the weighting does not read may be negative."""
+        run = self.recipe.run
+        negative = self.recipe.loss.negative_weights or Signal.GIVEN not in self.weighting.needs
+        return BuildContext(seed=run.seed, storage=Path(run.storage), negative_weights=negative)
+
+    @property
     def identity(self) -> dict[str, dict[str, str]]:
         """What identifies a run: params and source code. Two runs with the same identity are equal."""
         return {"params": dict(self.params), "distributions": dict(self.distributions)}
@@ -94,7 +101,7 @@ def make_plan(
             _select(document.table, selector)
         raise document.error(faults + selector.faults)
     selected = _select(document.table, selector)
-    if faults := selector.faults + _head_faults(recipe):
+    if faults := selector.faults + _head_faults(recipe) + _sign_faults(recipe, selected["weighting",]):
         raise document.error(faults)
     plan = _resolve(recipe, selected, selector.registry, document)
     _check_signals(plan, selector.registry)
@@ -136,6 +143,14 @@ def _head_faults(recipe: Recipe) -> list[Fault]:
         text = 'with `model.train = "heads"`, head 1 stays as it is and selects nothing'
         found.append(Fault(("train", "select_by"), text))
     return found
+
+
+def _sign_faults(recipe: Recipe, weighting: SelectedComponent) -> list[Fault]:
+    """Refuse to allow negative weights for a weighting that does not declare them."""
+    if not recipe.loss.negative_weights or weighting.negative_weights:
+        return []
+    text = f"weighting `{weighting.address}` does not declare that its weights can be negative"
+    return [Fault(("loss", "negative_weights"), text)]
 
 
 def _check_signals(plan: Plan, registry: PluginRegistry) -> None:

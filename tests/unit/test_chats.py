@@ -328,7 +328,7 @@ TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
         ),
         (
             {"messages": [TURNS[0], {**TURNS[1], "weight": -0.5}]},
-            "the `weight` of message 2 must be a finite number >= 0, got -0.5",
+            "the `weight` -0.5 of message 2 is negative: `loss.negative_weights = true` allows it",
         ),
         (
             {"messages": TURNS, "weights": [[0, 1, 0.5]]},

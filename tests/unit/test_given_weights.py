@@ -251,7 +251,7 @@ def model():
     return LlamaForCausalLM(config)
 
 
-def step(model, batch, strategy, *, n_future=1, needs=frozenset({Signal.GIVEN})):
+def step(model, batch, strategy, *, n_future=1, needs=frozenset({Signal.GIVEN}), **table):
     """Return the loss of one step and the gradient of each parameter of the base model."""
     torch.manual_seed(1)
     base = copy.deepcopy(model)
@@ -259,7 +259,7 @@ def step(model, batch, strategy, *, n_future=1, needs=frozenset({Signal.GIVEN}))
     learner = PolicyLearner(
         policy=policy,
         weighting=Weighting(strategy=strategy, needs=needs, critic=None, label="weighting `w` of plugin `p`"),
-        loss=LossTable(),
+        loss=LossTable(**table),
         steps=1,
         pairs_per_step=target_mask(batch_labels(batch, n_future)).sum(dim=(0, 1)).tolist(),
         accumulation=1,
@@ -267,8 +267,8 @@ def step(model, batch, strategy, *, n_future=1, needs=frozenset({Signal.GIVEN}))
         validation=list,
         best=None,
     )
-    loss = learner.learn(batch, step=0).loss
-    return loss, {name: each.grad for name, each in base.named_parameters()}
+    value = learner.learn(batch, step=0).loss
+    return value, {name: each.grad for name, each in base.named_parameters()}
 
 
 def own_gradient(model, tokens, document):
@@ -282,9 +282,9 @@ def own_gradient(model, tokens, document):
     return torch.cat([parameter.grad.flatten() for parameter in own.parameters()])
 
 
-def shares(model, tokens):
+def shares(model, tokens, **table):
     """Return the factors a, b of `gradient = a * own(first) + b * own(second)` of the step of both."""
-    _, gradient = step(model, collate(tokens, [0, 1], device=CPU), Given())
+    _, gradient = step(model, collate(tokens, [0, 1], device=CPU), Given(), **table)
     whole = torch.cat([each.flatten() for each in gradient.values()])
     own = torch.stack([own_gradient(model, tokens, document) for document in (0, 1)], dim=1)
     solved = torch.linalg.lstsq(own.double(), whole.double()[:, None]).solution[:, 0]
@@ -299,6 +299,18 @@ def test_a_row_weight_of_one_half_halves_the_share_of_its_gradient(model, tokens
 
     assert full == pytest.approx(other, rel=1e-3)
     assert half / same == pytest.approx(0.5, rel=1e-3)
+
+
+def test_a_negative_weight_turns_its_gradient_round_and_counts_by_its_size(model, tokens):
+    texts = "hello world", f"hello 서울 {SMILE}"
+    positive = tokens(example(texts[0], weight=1), example(texts[1], number=1, weight=0.5))
+    negative = tokens(example(texts[0], weight=1), example(texts[1], number=1, weight=-0.5))
+
+    first, second = shares(model, positive)
+    same, turned = shares(model, negative, negative_weights=True)
+
+    assert same == pytest.approx(first, rel=1e-3)  # divided by the same sum of absolute values
+    assert turned == pytest.approx(-second, rel=1e-3)
 
 
 def test_a_token_of_weight_zero_has_no_gradient(model, tokens):

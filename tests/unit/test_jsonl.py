@@ -141,9 +141,9 @@ OTHER = {**ROW, "instruction": "Halve a number."}
 )
 def test_one_id_with_two_problems_names_both_places(tmp_path, write, other, name):
     first = write(ROW, TESTED, name="a.jsonl")
-
+    path = write(ROW, TESTED, other, name="a.jsonl")
     with pytest.raises(WmtpError) as caught:
-        JsonlSource(JsonlOptions(path=str(write(ROW, TESTED, other, name="a.jsonl"))))
+        JsonlSource(JsonlOptions(path=str(path)), BuildContext(seed=0, storage=tmp_path))
 
     assert str(caught.value).endswith(
         f"a.jsonl: 1 bad line\n  line 3: problem `double` has another `{name}` in `{first}` "
@@ -252,7 +252,7 @@ JUDGING_PLUGIN = """
     def wmtp_data_sources():
         yield Component(
             name="jsonl", summary="Judges rows.", options=JsonlOptions,
-            build=lambda options, context: JsonlSource(options),
+            build=lambda options, context: JsonlSource(options, context),
         )
 """
 
@@ -284,10 +284,10 @@ def test_empty_tests_are_none(tmp_path, write):
     assert data.problems("train") == ()
 
 
-def test_other_sources_can_use_the_rows(write):
+def test_other_sources_can_use_the_rows(tmp_path, write):
     options = JsonlOptions(test=str(write(TESTED)))
 
-    (row,) = JsonlSource(options).rows("test")
+    (row,) = JsonlSource(options, BuildContext(seed=0, storage=tmp_path)).rows("test")
 
     assert (row.tests, row.entry_point, row.response) == (TESTED["tests"], "f", TESTED["output"])
 
@@ -386,11 +386,14 @@ def test_what_is_wrong_with_a_plain_row_is_named(tmp_path, write, row, fault):
 @pytest.mark.parametrize(
     ("keys", "fault"),
     [
-        ({"weight": -0.5}, "`weight` must be a finite number >= 0, got -0.5"),
-        ({"weight": float("inf")}, "`weight` must be a finite number >= 0, got inf"),
-        ({"weight": float("nan")}, "`weight` must be a finite number >= 0, got nan"),
-        ({"weight": True}, "`weight` must be a finite number >= 0, got True"),
-        ({"weight": None}, "`weight` must be a finite number >= 0, got None"),
+        (
+            {"weight": -0.5},
+            "`weight` -0.5 is negative: `loss.negative_weights = true` allows it",
+        ),
+        ({"weight": float("inf")}, "`weight` must be a finite number, got inf"),
+        ({"weight": float("nan")}, "`weight` must be a finite number, got nan"),
+        ({"weight": True}, "`weight` must be a finite number, got True"),
+        ({"weight": None}, "`weight` must be a finite number, got None"),
         ({"Weight": 0.5}, "has `Weight`: did you mean `weight`?"),
         (
             {"weights": [[0, 1]]},
@@ -409,7 +412,7 @@ def test_what_is_wrong_with_a_plain_row_is_named(tmp_path, write, row, fault):
         ({"weights": [[-1, 1, 2]]}, "the span [-1, 1, 2] is not within the 1 characters of the response"),
         (
             {"weights": [[0, 1, -1.0]]},
-            "the weight of the span [0, 1, -1.0] must be a finite number >= 0, got -1.0",
+            "the weight of the span [0, 1, -1.0] is negative: `loss.negative_weights = true` allows it",
         ),
         (
             {"response": "abcd", "weights": [[2, 4, 0.5], [0, 3, 1]]},

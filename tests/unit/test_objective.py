@@ -189,6 +189,17 @@ def test_half_the_weights_in_one_batch_give_half_its_gradient(model, normalise):
     torch.testing.assert_close(found, whole[0] * 0.5 / mean, rtol=1e-5, atol=1e-7)
 
 
+def test_weights_of_both_signs_are_divided_by_the_mean_of_their_absolute_values():
+    normaliser = Normaliser.make([4.0], "weights", device=CPU)
+    target_BTK = torch.ones(1, 4, 1, dtype=torch.bool)
+
+    # 4 pairs a step: mean |w| is 1 in the first step, and (4 + 2) / 8 after the second, which sums to 0.
+    first = normaliser.add(torch.tensor([1.0, -2.0, 1.0, 0.0]).view(1, 4, 1), target_BTK)
+    second = normaliser.add(torch.tensor([-1.0, 0.0, 0.0, 1.0]).view(1, 4, 1), target_BTK)
+
+    assert (first.tolist(), second.tolist()) == ([4.0], [3.0])
+
+
 @given(st.floats(1e-3, 1e3), st.lists(st.lists(st.floats(0, 3), min_size=4, max_size=4), min_size=1))
 def test_a_common_factor_of_all_weights_changes_nothing(factor, steps):
     plain, scaled = (Normaliser.make([4.0], "weights", device=CPU) for _ in range(2))

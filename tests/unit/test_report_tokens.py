@@ -291,6 +291,16 @@ def test_shades_are_shares_of_the_largest():
     assert shading.style(second) == "--weight:0.25;--value:0.25;--loss1:1.00"
 
 
+def test_negative_weights_are_shaded_by_size_and_marked():
+    up, down, none = token(weight=0.5), token(weight=-1.0), token(weight=0.0)
+    shading = Shading.of(report_of(up, down, none))
+    (scale, *_) = shading.scales
+
+    assert (scale.low, scale.high, scale.signed) == ("-1", "1", True)
+    assert [scale.shade(each) for each in (up, down, none)] == [0.5, 1.0, 0.0]
+    assert [shading.mark(each) for each in (up, down, none)] == ["", "negative", ""]
+
+
 def test_falls_are_told_from_rises_by_a_mark_and_the_reward_at_the_end_does_not_pale_them():
     moves = [0.0] * 7 + [0.25, -0.125, 0.25, -0.75]
     tokens = [token(change=move) for move in moves]

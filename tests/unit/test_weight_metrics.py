@@ -52,6 +52,14 @@ def test_scaling_all_weights_moves_neither_entropy_nor_effective_sample(weights,
     assert one["effective_sample_share"] == pytest.approx(other["effective_sample_share"], abs=1e-4)
 
 
+def test_entropy_and_effective_sample_of_negative_weights_are_those_of_their_sizes():
+    found, sizes = metrics(1.0, -3.0), metrics(1.0, 3.0)
+
+    assert found["weight_mean"] == -1
+    assert found["weight_entropy"] == sizes["weight_entropy"]
+    assert found["effective_sample_share"] == sizes["effective_sample_share"]
+
+
 def test_pairs_that_do_not_count_do_not_count():
     weight = torch.tensor([[[1.0], [9.0]]])
     target = torch.tensor([[[True], [False]]])
@@ -91,6 +99,16 @@ def test_bad_values_are_named_with_their_maker(weight, fault):
     check.note(weight)
 
     with pytest.raises(WmtpError, match=rf"`my.own` \(my-dist 1.0\) returned weights with {fault} in them"):
+        check.raise_if_bad()
+
+
+def test_negative_weights_pass_with_permission_and_others_still_do_not():
+    check = ValueCheck(label=LABEL, negative=True)
+    check.note(torch.tensor([1.0, -1.0]))
+    check.raise_if_bad()
+    check.note(torch.tensor([-1.0, float("-inf")]))
+
+    with pytest.raises(WmtpError, match="NaN or infinity"):
         check.raise_if_bad()
 
 

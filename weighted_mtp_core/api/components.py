@@ -118,10 +118,13 @@ class BuildContext:
     Attributes:
         seed: Seed for the component's own random generator.
         storage: The storage root, by default `storage/`, for files and caches.
+        negative_weights: Whether the weights of examples may be negative. If not, a data source refuses
+            negative weights and names the file and the row.
     """
 
     seed: int
     storage: Path
+    negative_weights: bool = False
     _model: ModelContext | None = field(default=None, alias="model")
     _weightings: Callable[[WeightingChoice], WeightingStrategy] | None = field(
         default=None, alias="weightings"
@@ -180,6 +183,8 @@ class Component(Generic[OptionsT, BuiltT_co]):
             function.
         needs: Signals that a weighting reads.
         provides: Signals that a critic provides.
+        negative_weights: Whether a weighting may return negative weights, which a recipe must allow. A
+            weighting that wraps others declares it if it can handle their negative weights.
         examine: Checks for `doctor` what the component needs on this machine, such as a server or a sandbox.
             Called with the options and the storage root; builds nothing and yields one finding for each
             check.
@@ -191,6 +196,7 @@ class Component(Generic[OptionsT, BuiltT_co]):
     build: Callable[[OptionsT, BuildContext], BuiltT_co] = field(validator=v.is_callable())
     needs: frozenset[Signal] = frozenset()
     provides: frozenset[Signal] = frozenset()
+    negative_weights: bool = False
     examine: Callable[[OptionsT, Path], Iterable[Finding]] | None = None
 
 

@@ -46,13 +46,13 @@ Span = tuple[int, int, float]
 
 
 def check_weight(value: object, name: str) -> None:
-    """Raise ValueError unless a weight is a finite number >= 0; `name` is what the message calls it."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+    """Raise ValueError unless a weight is a finite number; `name` is what the message calls it."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
 
 
 def check_spans(spans: Sequence[Span], *, length: int) -> None:
-    """Raise ValueError if spans overlap or are not within the first `length` characters."""
+    """Raise ValueError if spans overlap or are not within the first `length` characters, or for a weight."""
     end = 0
     for span in sorted(spans):
         start, end_before, end = span[0], end, span[1]
@@ -84,8 +84,8 @@ class Example:
         prompt: Text before the response; the policy is never trained to predict its tokens.
         response: Text that the policy learns to write. Core appends EOS.
         reward: Verified outcome of the whole response, in [0, 1]; 1 if the outcome is unknown.
-        weight: Weight from the data of each token of the response, including EOS, for `Signal.GIVEN`: finite
-            and >= 0. None counts as 1.
+        weight: Weight from the data of each token of the response, including EOS, for `Signal.GIVEN`: finite,
+            and >= 0 unless `BuildContext.negative_weights`. None counts as 1.
         spans: Weights of parts of the response. A span (start, end, weight) covers the characters
             `response[start:end]`; spans do not overlap. The weight of a token in a span is the span's weight
             times `weight`; the weight of EOS and of tokens outside all spans is `weight`.

@@ -10,6 +10,7 @@ from pathlib import Path
 from attrs import field, frozen
 from attrs import validators as v
 
+from weighted_mtp_core.api.components import BuildContext
 from weighted_mtp_core.api.data import DatasetVersion, DataSource, Example, Split
 from weighted_mtp_core.api.datasets import sha256_of_file
 from weighted_mtp_core.api.jsonl_rows import ANSWERS, EarlierRows, JsonlRow, parse_row, template_names
@@ -72,15 +73,19 @@ class JsonlSource(DataSource):
 
     Args:
         options: The files.
+        context: The context in which the source is built.
         parse: Converts a record to a row, see `read_records`; by default a row with a prompt and a response.
 
     Raises:
         WmtpError: The options contain neither `path` nor files of splits, or both; a file cannot be read or
             has invalid lines, which the message lists; rows of one `problem_id` have different prompts or
-            tests or are in different files; or only some of the rows have a verdict.
+            tests or are in different files; only some of the rows have a verdict; or a weight is negative,
+            which the context does not allow.
     """
 
-    def __init__(self, options: RowFiles, parse: Callable[[Record], JsonlRow] | None = None) -> None:
+    def __init__(
+        self, options: RowFiles, context: BuildContext, *, parse: Callable[[Record], JsonlRow] | None = None
+    ) -> None:
         files: dict[Split, str | None] = {
             "train": options.train,
             "validation": options.validation,
@@ -94,14 +99,19 @@ class JsonlSource(DataSource):
             )
         template = options.template if isinstance(options, JsonlOptions) else None
         earlier, parse = EarlierRows(), parse or partial(parse_row, template=template)
+
+        def check(row: JsonlRow, place: str, *, split: Split | None = None) -> None:
+            if not context.negative_weights:
+                row.check_signs()
+            earlier.check(row, place, split=split)
+
         if options.path is not None:
             self.files = [Path(options.path)]
-            self._rows = _split_by_problem(_read(self.files[0], parse, earlier.check), options)
+            self._rows = _split_by_problem(_read(self.files[0], parse, check), options)
         else:
             self.files = list(named.values())
             self._rows = {
-                split: _read(path, parse, partial(earlier.check, split=split))
-                for split, path in named.items()
+                split: _read(path, parse, partial(check, split=split)) for split, path in named.items()
             }
 
     def rows(self, split: Split) -> Sequence[JsonlRow]:

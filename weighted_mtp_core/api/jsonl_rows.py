@@ -67,6 +67,18 @@ class JsonlRow:
     tools: tuple[Mapping[str, Any], ...] = ()
     metadata: Mapping[str, str | float] = field(factory=dict)
 
+    def check_signs(self) -> None:
+        """Raise ValueError if a weight of the row is negative."""
+        weights = [(f"`weight` {self.weight}", self.weight)]
+        weights += [(f"the weight of the span {list(span)}", span[2]) for span in self.spans or ()]
+        for number, message in enumerate(self.messages, start=1):
+            weights.append(
+                (f"the `weight` {message.get('weight')} of message {number}", message.get("weight"))
+            )
+        for name, weight in weights:
+            if weight is not None and weight < 0:
+                raise ValueError(f"{name} is negative: `loss.negative_weights = true` allows it")
+
     @property
     def is_correct(self) -> bool:
         """Whether the response was verified as correct; False if the row has no verdict."""

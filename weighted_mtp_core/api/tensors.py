@@ -139,7 +139,8 @@ class Weights:
     """The weights that a weighting returns for one step.
 
     Attributes:
-        weight: float32, finite, >= 0, without gradient. Either `[B, T]`, indexed by target token, 0 where
+        weight: float32, finite, without gradient; >= 0 unless the component declares `negative_weights` and
+            the recipe allows them. Either `[B, T]`, indexed by target token, 0 where
             `response_BT` is False; or `[B, T, K]`, indexed by source and head, 0 where `target_BTK` is False.
         metrics: Scalars to log, as floats or 0-dim tensors, with names that core's metrics do not have.
             Tensors are read after the step, so they may stay on the device.

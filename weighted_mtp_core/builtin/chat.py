@@ -20,13 +20,13 @@ from weighted_mtp_core.api import (
 _ROLES = ("system", "user", "assistant", "tool")
 
 
-def build_chat(options: RowFiles, context: BuildContext) -> DataSource:  # noqa: ARG001 - every builder gets one
+def build_chat(options: RowFiles, context: BuildContext) -> DataSource:
     """Build the data source; every line is read and checked.
 
     Raises:
         WmtpError: A file cannot be read or has invalid rows; see `JsonlSource`.
     """
-    return JsonlSource(options, _row)
+    return JsonlSource(options, context, parse=_row)
 
 
 def _row(record: Record) -> JsonlRow:

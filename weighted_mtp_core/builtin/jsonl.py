@@ -5,14 +5,14 @@ from __future__ import annotations
 from weighted_mtp_core.api import SPLITS, BuildContext, DataSource, JsonlOptions, JsonlSource, WmtpError
 
 
-def build_jsonl(options: JsonlOptions, context: BuildContext) -> DataSource:  # noqa: ARG001 - every builder gets one
+def build_jsonl(options: JsonlOptions, context: BuildContext) -> DataSource:
     """Build the data source; every line is read and checked.
 
     Raises:
         WmtpError: A file cannot be read or has invalid rows (see `JsonlSource`), or a row has `tests`, which
             this source would ignore.
     """
-    source = JsonlSource(options)
+    source = JsonlSource(options, context)
     for split in SPLITS:
         for row in source.rows(split):
             if row.tests:

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from weighted_mtp_core.api import SPLITS, BuildContext, example_statistics
+from weighted_mtp_core.api import SPLITS, example_statistics
 from weighted_mtp_core.cli.arguments import add_actions, add_folder, add_recipe_arguments, plan_from
 from weighted_mtp_core.cli.table import print_rows
 from weighted_mtp_core.errors import WmtpError
@@ -47,7 +47,7 @@ def _prepare(args: argparse.Namespace) -> None:
     plan = plan_from(args)
     recipe = plan.recipe
     storage = Path(recipe.run.storage)
-    source = plan.data.build(BuildContext(seed=recipe.run.seed, storage=storage))
+    source = plan.data.build(plan.data_context)
     version = source.version()
     folder = dataset_folder(storage, version.name, version.version)
     is_stored = (folder / MANIFEST).is_file()

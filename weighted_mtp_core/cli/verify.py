@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from weighted_mtp_core.api import SPLITS, BuildContext, DataSource, Problem, Record, read_records
+from weighted_mtp_core.api import SPLITS, DataSource, Problem, Record, read_records
 from weighted_mtp_core.cli.arguments import add_recipe_arguments, plan_from
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import did_you_mean
@@ -43,8 +43,7 @@ def main(args: argparse.Namespace) -> None:
     named = [value for key, value in plan.params.items() if key.startswith("data.options.")]
     if args.out.resolve() in {Path(path).resolve() for path in (args.samples, *plan.files, *named)}:
         raise WmtpError(f"`--out {args.out}` would overwrite its own input")
-    context = BuildContext(seed=plan.recipe.run.seed, storage=Path(plan.recipe.run.storage))
-    source: DataSource = plan.data.build(context)
+    source: DataSource = plan.data.build(plan.data_context)
     problems = {problem.problem_id: problem for problem in source.problems(args.split)}
     if not problems:
         raise WmtpError(f"data source `{plan.data.address}` has no problems in the split `{args.split}`")

@@ -14,19 +14,20 @@ _PERCENTILES = (5, 50, 95)
 def weight_metrics(weight_N: Tensor) -> dict[str, Tensor]:
     """Return metrics of the weights w of all pairs that count, as float32 scalars; empty if no pair counts.
 
-    `weight_entropy` is the entropy of w / sum w over the pairs, divided by ln(number of pairs): 1 for equal
-    weights, 0 if one pair has all the weight. `effective_sample_share` is (sum w)^2 / sum w^2 (Kish 1965),
-    divided by the number of pairs.
+    `weight_entropy` is the entropy of |w| / sum |w| over the pairs, divided by ln(number of pairs): 1 if all
+    |w| are equal, 0 if one pair has all the weight. `effective_sample_share` is (sum |w|)^2 / sum w^2,
+    divided by the number of pairs (Kish 1965).
     """
     if not len(weight_N):
         return {}
     weight_N = weight_N.float()
-    total = weight_N.sum()
+    size_N = weight_N.abs()
+    total = size_N.sum()
     count = weight_N.new_full((), len(weight_N))
-    share_N = weight_N / total.clamp(min=torch.finfo(torch.float32).tiny)
+    share_N = size_N / total.clamp(min=torch.finfo(torch.float32).tiny)
     entropy = -torch.special.xlogy(share_N, share_N).sum() / count.log().clamp(min=1e-9)
     return {
-        "weight_mean": total / count,
+        "weight_mean": weight_N.sum() / count,
         "weight_entropy": entropy,
         "effective_sample_share": total.square() / (weight_N.square().sum() * count).clamp(min=1e-30),
         **{f"weight_p{percent:02d}": value for percent, value in _percentiles(weight_N).items()},

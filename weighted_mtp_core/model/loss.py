@@ -44,11 +44,11 @@ class MtpLoss:
 
 
 def normalisers(weight_BTK: Tensor, target_BTK: Tensor, *, normalise: Literal["weights", "tokens"]) -> Tensor:
-    """Return `Z_K`, float32: for each head the sum of the weights or the number of pairs in the global batch.
+    """Return `Z_K`, float32: for each head the sum of |weight| or the number of pairs in the global batch.
 
     If Z is 0 for a head, 1 is returned instead, so that the head's loss and gradient are 0.
     """
-    counted = weight_BTK if normalise == "weights" else target_BTK
+    counted = weight_BTK.abs() if normalise == "weights" else target_BTK
     total_K = counted.sum(dim=(0, 1), dtype=torch.float32)
     return torch.where(total_K > 0, total_K, 1.0)
 

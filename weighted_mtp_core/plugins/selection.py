@@ -46,6 +46,12 @@ class SelectedComponent:
         return self.component.needs.union(*(each.needs for each in self.wrapped.values()))
 
     @property
+    def negative_weights(self) -> bool:
+        """Whether the weights may be negative; around other weightings, only if one of theirs may be."""
+        inner = [each.negative_weights for each in self.wrapped.values()]
+        return self.component.negative_weights and (any(inner) or not inner)
+
+    @property
     def plugins(self) -> Iterator[FoundPlugin]:
         """The plugins of the component and of its wrapped weightings."""
         yield self.plugin

@@ -163,7 +163,7 @@ class LossTable:
     The share of head k is `head_weights[k - 1] * head_decay^(k - 1)`, normalised to sum 1; an empty
     `head_weights` means 1 for each head. `head_schedule` adds or removes heads 2..K during the first
     `head_schedule_end` (a fraction) of the steps. `detach_trunk` lets heads 2..K train only their own
-    parameters.
+    parameters. `negative_weights` allows weights below 0, from weightings that declare them.
     """
 
     normalise: Literal["weights", "tokens"] = "weights"
@@ -172,6 +172,7 @@ class LossTable:
     head_schedule: Literal["constant", "linear", "step", "forward", "reverse"] = field(default="constant")
     head_schedule_end: float = field(default=0.5, validator=[v.gt(0), v.le(1)])
     detach_trunk: bool = False
+    negative_weights: bool = False
 
     @head_weights.validator
     def _check_shares(self, _: object, value: tuple[float, ...]) -> None:

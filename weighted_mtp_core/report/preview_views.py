@@ -14,7 +14,7 @@ from weighted_mtp_core.report.shading import Shading
 from weighted_mtp_core.report.token_report import ProblemTokens, Solution, TokenReport
 from weighted_mtp_core.storage.atomic import atomic_write
 
-_SHADE = (11, 98, 168)  # the report's colour of a full shade
+_SHADE, _MINUS = (11, 98, 168), (196, 98, 16)  # the report's colours of a full shade
 
 
 def print_preview(preview: Preview) -> None:
@@ -23,7 +23,7 @@ def print_preview(preview: Preview) -> None:
     wide = max(len(label) for label, _ in preview.facts)
     for label, text in preview.facts:
         console.print(f"{label.ljust(wide)}  {text}")
-    top = max((token.weight or 0.0 for each in preview.documents for token in each.tokens), default=0.0)
+    top = max((abs(token.weight or 0.0) for each in preview.documents for token in each.tokens), default=0.0)
     for document in preview.documents:
         pairs = ", ".join(f"head {k}: {count}" for k, count in enumerate(document.pairs_K, start=1))
         console.print(f"\nexample {document.name}: {len(document.tokens)} tokens; pairs of {pairs}")
@@ -34,10 +34,11 @@ def print_preview(preview: Preview) -> None:
 
 def _line(token: PreviewToken, *, top: float) -> Text:
     front = f"{token.id:>8}  {'yes' if token.is_target else '-':6}  {weight_text(token):8}  "
-    shade = (token.weight or 0.0) / top if top else 0.0
+    weight = token.weight or 0.0
+    shade = abs(weight) / top if top else 0.0
     style = "" if token.is_target else "dim"
     if token.is_target and shade:
-        red, green, blue = (round(255 + shade * (full - 255)) for full in _SHADE)
+        red, green, blue = (round(255 + shade * (full - 255)) for full in (_SHADE if weight > 0 else _MINUS))
         style = f"{'white' if shade > 0.5 else 'black'} on rgb({red},{green},{blue})"
     return Text.assemble(front, (repr(token.text), style))
 
@@ -75,6 +76,7 @@ def write_page(preview: Preview, path: Path) -> None:
         preview=preview,
         shading=shading,
         styles=[[shading.style(token) for token in shown] for shown in tokens],
+        marks=[[shading.mark(token) for token in shown] for shown in tokens],
         numbers=_numbers,
     )
     atomic_write(path, page)

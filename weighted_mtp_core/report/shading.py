@@ -21,8 +21,7 @@ class Scale:
         note: Explanation of the quantity.
         low: Label of the lightest shade.
         high: Label of the deepest shade.
-        signed: Whether the quantity can be negative; its size is then shown by the shade and its sign by an
-            underline.
+        signed: Whether a value is negative; the shade then shows the size, and hue and underline the sign.
         read: Returns the value of the quantity for a token, or None.
         bottom: The value, or absolute value, that is shown without shade.
         top: The value, or absolute value, that is shown with full shade.
@@ -65,23 +64,25 @@ class Shading:
         return ";".join(f"--{key}:{value:.2f}" for key, value in shades if value)
 
     def mark(self, token: Token) -> str:
-        """Return `up` or `down` for a large TD error, otherwise an empty string."""
-        shade = max((scale.shade(token) or 0.0 for scale in self.scales if scale.signed), default=0.0)
-        if token.change is None or shade <= _CLEAR:
-            return ""
-        return "up" if token.change > 0 else "down"
+        """Return style classes: `negative` for a weight below 0, `up` or `down` for a large TD error."""
+        shade = next((scale.shade(token) or 0.0 for scale in self.scales if scale.key == "change"), 0.0)
+        marks = ["negative"] if token.weight is not None and token.weight < 0 else []
+        if token.change is not None and shade > _CLEAR:
+            marks.append("up" if token.change > 0 else "down")
+        return " ".join(marks)
 
 
 def _scales(tokens: Sequence[Token]) -> Iterator[Scale]:
     weights = [token.weight for token in tokens if token.weight is not None]
     if weights:
-        top = max(weights) or 1.0
+        top, signed = max(map(abs, weights)) or 1.0, min(weights) < 0
         yield Scale(
             key="weight",
             title="weight",
-            note="weight of the token as a target, mean over heads",
-            low="0",
+            note="weight of the token as a target, mean over heads" + ("; dashed: below 0" if signed else ""),
+            low=f"-{top:.3g}" if signed else "0",
             high=f"{top:.3g}",
+            signed=signed,
             read=lambda token: token.weight,
             top=top,
         )
@@ -106,7 +107,8 @@ def _scales(tokens: Sequence[Token]) -> Iterator[Scale]:
         yield Scale(
             key="change",
             title="TD error",
-            note="how the token changed the value; at the last token, reward minus value",
+            note="how the token changed the value; at the last token, reward minus value; underlined: up, "
+            "dashed: down",
             low=f"-{top:.2g} or less",
             high=f"+{top:.2g} or more",
             signed=True,

@@ -16,7 +16,7 @@ def check_given_weights(plan: Plan, tokens: TokenSet, *, log: Callable[[str], No
     """Refuse a weighting of given weights if the data have none; log if the weighting does not read them.
 
     Raises:
-        WmtpError: No training example has a weight.
+        WmtpError: No training example has a weight, or one is negative although the recipe does not allow it.
     """
     reads = Signal.GIVEN in plan.weighting.needs
     if reads and tokens.given_N is None:
@@ -25,6 +25,15 @@ def check_given_weights(plan: Plan, tokens: TokenSet, *, log: Callable[[str], No
             f"example of `{plan.data.address}` has any",
             hint="a row of `core.jsonl` gives them as `weight`, or for spans of characters as `weights`",
         )
+    if reads and not plan.recipe.loss.negative_weights and tokens.given_N is not None:
+        below = np.flatnonzero(tokens.given_N < 0)
+        if len(below):
+            document = int(np.searchsorted(tokens.start_D1, below[0], side="right")) - 1
+            raise WmtpError(
+                f"example `{tokens.example_ids[document]}` of `{plan.data.address}` has negative weights, "
+                "which the recipe does not allow",
+                hint="`loss.negative_weights = true` allows them, if the weighting declares them",
+            )
     if not reads and tokens.given_N is not None:
         log(f"the data give weights, which weighting `{plan.weighting.address}` does not read")
 

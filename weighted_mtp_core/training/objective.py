@@ -18,16 +18,16 @@ from torch import Tensor
 
 @define(eq=False)
 class Normaliser:
-    """Divides each step's loss by the sum of weights that a step has on average.
+    """Divides each step's loss by the sum of the weights' absolute values that a step has on average.
 
-    That is the number of pairs of an average step, which is known before training, times the mean weight of
+    That is the number of pairs of an average step, which is known before training, times the mean |weight| of
     all pairs so far, the step's own included. So the first step's weights, and a few tiny ones, cannot make
     a later step huge, as they could if they alone were the mean.
 
     Attributes:
         pairs_K: Number of (position, target) pairs of each head in a step, averaged over the steps of an
             epoch; float32, on the device.
-        normalise: `"tokens"` leaves out the mean weight.
+        normalise: `"tokens"` leaves out the mean |weight|.
     """
 
     pairs_K: Tensor
@@ -48,11 +48,11 @@ class Normaliser:
         self._weights_K, self._counts_K = torch.zeros(2, *self.pairs_K.shape, device=self.pairs_K.device)
 
     def add(self, weight_BTK: Tensor, target_BTK: Tensor) -> Tensor:
-        """Add a global batch to the mean weight; return `Z_K`, float32, 1 if all weights so far are 0."""
+        """Add a global batch to the mean |weight|; return `Z_K`, float32, 1 if all weights so far are 0."""
         self._counts_K += target_BTK.sum(dim=(0, 1), dtype=torch.float32)
         if self.normalise == "tokens":
             return self.pairs_K
-        self._weights_K += weight_BTK.sum(dim=(0, 1), dtype=torch.float32)
+        self._weights_K += weight_BTK.abs().sum(dim=(0, 1), dtype=torch.float32)
         total_K = self.pairs_K * (self._weights_K / self._counts_K)
         return torch.where(self._weights_K > 0, total_K, 1.0)
 

@@ -108,7 +108,9 @@ class PolicyLearner(Learner):
             autocast=self.autocast,
             distributed=self.distributed,
         )
-        self._values = ValueCheck(label=self.weighting.label, log=self.log)
+        self._values = ValueCheck(
+            label=self.weighting.label, negative=self.loss.negative_weights, log=self.log
+        )
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """Return the policy's parameters."""
@@ -223,7 +225,7 @@ class PolicyLearner(Learner):
         """Return the policy's parameters, the normaliser's sums and the weighting's state.
 
         Raises:
-            RunFailedError: Weights since the last check were negative or not finite, so the state must not be
+            RunFailedError: Weights since the last check were invalid, so the state must not be
                 saved.
         """
         self._values.raise_if_bad()

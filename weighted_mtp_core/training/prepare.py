@@ -246,7 +246,7 @@ def prepare(plan: Plan, *, log: Callable[[str], None]) -> Prepared:
     recipe = plan.recipe
     storage, seed = Path(recipe.run.storage), recipe.run.seed
     compute = Compute.resolve(device=recipe.model.device, dtype=recipe.model.dtype)
-    source: DataSource = plan.data.build(BuildContext(seed=seed, storage=storage))
+    source: DataSource = plan.data.build(plan.data_context)
     version = checked_version(source, plan.data)
     log(f"data {version.name} {version.version} (sha256 {version.sha256[:12]})")
     for warning in check_examples(source, version, plan.data, storage=storage):

@@ -46,17 +46,20 @@ def check_weights(weights: object, response_BT: Tensor, *, n_future: int, label:
 
 @define(kw_only=True, eq=False)
 class ValueCheck:
-    """Refuses weights that are negative or not finite, and warns once if all weights of a step are 0.
+    """Refuses weights that are not finite, or negative without permission.
 
+    It warns once if all weights of a step are 0.
     On an accelerator the result of the check is read only every few steps. Until then, steps with non-finite
     weights are skipped, and negative weights end the run a few steps late.
 
     Attributes:
         label: The weighting's address, plugin, distribution and version, for messages.
+        negative: Whether weights may be negative.
         log: Receives the warning.
     """
 
     label: str
+    negative: bool = False
     log: Callable[[str], None] = print
     _worst: Tensor | None = field(init=False, default=None)
     _warned: bool = field(init=False, default=False)
@@ -71,7 +74,7 @@ class ValueCheck:
         harmless = (
             torch.zeros((), dtype=torch.long, device=weight.device) if all_zero is None else all_zero.long()
         )
-        bad = torch.where((weight < 0).any(), _NEGATIVE, harmless)
+        bad = harmless if self.negative else torch.where((weight < 0).any(), _NEGATIVE, harmless)
         found = torch.where(torch.isfinite(weight).all(), bad, _NOT_FINITE)
         self._worst = found if self._worst is None else torch.maximum(self._worst, found)
 
@@ -84,7 +87,7 @@ class ValueCheck:
         """Read the results of all checks since the last call; this synchronises with the device.
 
         Raises:
-            RunFailedError: Some weights were negative or not finite.
+            RunFailedError: Some weights were not finite, or negative without permission.
         """
         worst = 0 if self._worst is None else int(self._worst)
         self._worst = None
@@ -94,6 +97,11 @@ class ValueCheck:
                 f"WARNING: {self.label} gave each target of a step the weight 0; the policy learns nothing "
                 "from such a step"
             )
-        if worst > _ALL_ZERO:
-            fault = "NaN or infinity" if worst == _NOT_FINITE else "a negative weight"
-            raise RunFailedError(f"{self.label} returned weights with {fault} in them")
+        if worst == _NOT_FINITE:
+            raise RunFailedError(f"{self.label} returned weights with NaN or infinity in them")
+        if worst == _NEGATIVE:
+            raise RunFailedError(
+                f"{self.label} returned weights with a negative weight in them",
+                hint="that needs `negative_weights` in both the component and the recipe: "
+                "`loss.negative_weights = true`",
+            )

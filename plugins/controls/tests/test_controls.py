@@ -233,6 +233,23 @@ def test_clipping_by_hand():
     assert float(weights.metrics["outside_clip_fraction"]) == pytest.approx(2 / 3)
 
 
+def test_controls_keep_the_sign_of_negative_weights():
+    view = make_view([[(1, 4)]])
+    weight_BT = torch.tensor([[0.0, -1.0, 0.5, 2.0, -0.25]])
+    of = Fixed(weight_BT)
+
+    shuffled = Shuffled(of, seed=0).weigh(view).weight
+    matched = RandomMatched(of, seed=0).weigh(view).weight[0, 1:]
+    product = Product([of, Fixed(2.0 * view.response_BT)]).weigh(view).weight
+    clipped = Clip(of, low=-0.5, high=1.0).weigh(view).weight
+
+    assert sorted(shuffled[0].tolist()) == sorted(weight_BT[0].tolist())
+    assert float(matched.mean()) == pytest.approx(float(weight_BT[0, 1:].mean()), abs=1e-4)
+    assert float(matched.min()) >= -1
+    assert torch.equal(product, 2 * weight_BT)
+    assert clipped.tolist() == [[0.0, -0.5, 0.5, 1.0, -0.25]]
+
+
 @pytest.mark.parametrize(("step", "expected"), [(0, 1.0), (10, 1.0), (15, 2.0), (20, 3.0), (99, 3.0)])
 def test_annealing_goes_from_one_to_the_wrapped_weights(step, expected):
     view = make_view([[(1, 3)]], step=step)
@@ -263,6 +280,7 @@ def test_state_of_no_wrapped_weighting_is_refused():
     ("make", "expected"),
     [
         (lambda of: ClipOptions(of=of, low=2.0, high=1.0), "must be >= `low` = 2.0: 1.0"),
+        (lambda of: ClipOptions(of=of, low=-torch.inf), "must be finite: -inf"),
         (lambda of: AnnealOptions(of=of, start=5, end=5), "must be > `start` = 5: 5"),
     ],
 )

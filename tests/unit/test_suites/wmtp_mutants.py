@@ -228,6 +228,15 @@ class Infinite(SoundStateless):
         return Weights(weight=(1 / margin_BT).where(view.response_BT, 0.0))
 
 
+class SoundNegative(SoundStateless):
+    """Declares its negative weights."""
+
+    negative_weights = True
+
+    def weigh(self, view: Any) -> Weights:
+        return Weights(weight=-super().weigh(view).weight)
+
+
 class Negative(SoundStateless):
     caught_by: ClassVar = {"test_weights_are_not_negative"}
 
@@ -999,7 +1008,10 @@ def classes(kind: type[Any], root: type[Any] | None = None) -> list[type[Any]]:
 
 @hookimpl
 def wmtp_weighting_strategies() -> Any:
-    return [component(cls, needs=cls.needs) for cls in classes(WeightingStrategy, OfNoKind)]
+    return [
+        component(cls, needs=cls.needs, negative_weights=getattr(cls, "negative_weights", False))
+        for cls in classes(WeightingStrategy, OfNoKind)
+    ]
 
 
 @hookimpl

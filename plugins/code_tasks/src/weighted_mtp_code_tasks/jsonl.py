@@ -33,9 +33,9 @@ class JudgedJsonlOptions(JsonlOptions):
     sandbox: SandboxSettings = field(factory=SandboxSettings)
 
 
-def build_jsonl(options: JudgedJsonlOptions, context: BuildContext) -> DataSource:  # noqa: ARG001 - every builder gets one
+def build_jsonl(options: JudgedJsonlOptions, context: BuildContext) -> DataSource:
     """Build the data source; every line is read and checked, nothing is run yet."""
-    return JudgedJsonlSource(options)
+    return JudgedJsonlSource(options, context)
 
 
 @define(kw_only=True)
@@ -54,8 +54,8 @@ class _ProgramJudge(FunctionJudge):
 class JudgedJsonlSource(JsonlSource):
     """Examples from rows, labelled by their verdicts; the rows with `tests` are problems."""
 
-    def __init__(self, options: JudgedJsonlOptions) -> None:
-        super().__init__(options)
+    def __init__(self, options: JudgedJsonlOptions, context: BuildContext) -> None:
+        super().__init__(options, context)
         self._judge = _ProgramJudge(sandbox=options.sandbox)
 
     def problems(self, split: Split) -> Sequence[Problem]:

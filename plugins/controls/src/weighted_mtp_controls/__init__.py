@@ -17,6 +17,7 @@ The option `of` names the wrapped weighting, in the form of a recipe's table `[w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -75,13 +76,18 @@ class ClipOptions:
 
     Attributes:
         of: The weighting to clip.
-        low: Smallest weight of a target.
+        low: Smallest weight of a target; below 0 for weightings with negative weights.
         high: Largest weight of a target.
     """
 
     of: WeightingChoice
-    low: float = field(default=0.0, validator=v.ge(0))
+    low: float = field(default=0.0)
     high: float = field(default=3.0, validator=v.gt(0))
+
+    @low.validator
+    def _check_low(self, _: object, value: float) -> None:
+        if not math.isfinite(value):
+            raise ValueError(f"must be finite: {value}")
 
     @high.validator
     def _check_order(self, _: object, value: float) -> None:
@@ -170,40 +176,47 @@ def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
         summary="Control: another weighting's weights, shuffled within each response.",
         options=ShuffledOptions,
         build=build_shuffled,
+        negative_weights=True,
     )
     yield Component(
         name="random_matched",
         summary="Control: random weights with the mean, standard deviation and range of another weighting's.",
         options=RandomMatchedOptions,
         build=build_random_matched,
+        negative_weights=True,
     )
     yield Component(
         name="product",
         summary="The product of several weightings.",
         options=ProductOptions,
         build=build_product,
+        negative_weights=True,
     )
     yield Component(
         name="clip",
         summary="Another weighting, clipped to a range.",
         options=ClipOptions,
         build=build_clip,
+        negative_weights=True,
     )
     yield Component(
         name="anneal",
         summary="From uniform weights to another weighting's, over a span of steps.",
         options=AnnealOptions,
         build=build_anneal,
+        negative_weights=True,
     )
     yield Component(
         name="record",
         summary="Another weighting; saves its weights at every step.",
         options=RecordOptions,
         build=build_record,
+        negative_weights=True,
     )
     yield Component(
         name="replay",
         summary="The weights that `record` saved, step by step.",
         options=ReplayOptions,
         build=build_replay,
+        negative_weights=True,
     )

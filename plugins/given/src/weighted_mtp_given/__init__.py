@@ -31,4 +31,5 @@ def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
         options=WeightsOptions,
         build=build_weights,
         needs=frozenset({Signal.GIVEN}),
+        negative_weights=True,
     )
