@@ -6,7 +6,9 @@ import math
 import pytest
 from weighted_mtp_core.api import Problem, Verdict, VerdictKind
 from weighted_mtp_core.evaluation.evaluate import Evaluation
+from weighted_mtp_core.evaluation.finished_run import plan_of, prepare_finished
 from weighted_mtp_core.evaluation.judging import JudgedCompletions
+from weighted_mtp_core.generation.generate import generate
 from weighted_mtp_core.tracking.names import check_metric_name
 
 PASSED, WRONG, LATE = VerdictKind.PASSED, VerdictKind.WRONG, VerdictKind.CPU_LIMIT
@@ -97,3 +99,58 @@ def test_the_summary_names_loss_accuracy_and_accepted_drafts_of_every_head():
         ("head 2", "test loss nan, accuracy nan%, 60.0% of its drafts accepted"),
         ("head 3", "test loss 2.000, accuracy 50.0%, 25.0% of its drafts accepted"),
     ]
+
+
+FLAT = """
+    from attrs import frozen
+    from weighted_mtp_core.api import Component, WeightingStrategy, Weights, hookimpl
+
+    @frozen(kw_only=True)
+    class NoOptions:
+        pass
+
+    class Flat(WeightingStrategy):
+        def __init__(self, options, context):
+            pass
+
+        def weigh(self, view):
+            return Weights(weight=view.response_BT.float())
+
+    @hookimpl
+    def wmtp_weighting_strategies():
+        yield Component(name="flat", summary="Flat.", options=NoOptions, build=Flat)
+"""
+
+
+def test_drafts_are_measured_on_prompts_of_the_split_if_the_data_have_no_problems(
+    wmtp_install_plugin, wmtp_tiny_run
+):
+    wmtp_install_plugin("flat", FLAT)
+    settings = {"temperature": 0.7, "max_new_tokens": 12}
+
+    run = wmtp_tiny_run({"weighting": {"use": "flat"}, "evaluate": settings})
+
+    prepared = prepare_finished(run.folder, plan_of(run.folder, overrides=()), log=print)
+    examples = prepared.source.policy_examples("test")
+    alone = generate(
+        prepared.policy,
+        prepared.codec.encode_prompts([example.prompt for example in examples]),
+        streams=[example.example_id for example in examples],
+        eos_id=prepared.codec.eos_id,
+        seed=42,
+        decoding="self_speculative",
+        batch_size=1,
+        **settings,
+    )
+    assert alone.verified >= 10
+    assert {name: run.metrics[name] for name in alone.metrics()} == alone.metrics()
+    assert run.metrics["acceptance_length"] == 1 + run.metrics["acceptance_position_2"]
+
+
+def test_plain_decoding_of_data_without_problems_generates_nothing(wmtp_install_plugin, wmtp_tiny_run):
+    wmtp_install_plugin("flat", FLAT)
+
+    run = wmtp_tiny_run({"weighting": {"use": "flat"}, "evaluate": {"decoding": "plain"}})
+
+    assert "tokens_per_forward" not in run.metrics
+    assert run.metrics["test_acceptance_length"] >= 1

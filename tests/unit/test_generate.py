@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from weighted_mtp_core.generation.generate import Generations, Sampled, generate, sample_completions
+from weighted_mtp_core.generation.generate import Generations, generate, sample_completions
 from weighted_mtp_core.model.load import make_policy
 
 V = 16
@@ -176,24 +176,21 @@ def test_samples_of_a_prompt_do_not_depend_on_other_prompts():
 
 
 def test_metrics_number_positions_by_head_from_2():
-    sampled = Sampled(
-        completions=(),
-        generations=Generations(
-            tokens=((1, 2), (1,)),
-            finished=(True, False),
-            emitted=30,
-            passes=20,
-            verified=10,
-            accepted=(6, 3),
-            seconds=2.0,
-        ),
+    generations = Generations(
+        tokens=((1, 2), (1,)),
+        finished=(True, False),
+        emitted=30,
+        passes=20,
+        verified=10,
+        accepted=(6, 3),
+        seconds=2.0,
     )
 
-    assert sampled.metrics() == {
+    assert generations.metrics() == {
         "tokens_per_forward": 1.5,
         "finished_share": 0.5,
         "acceptance_position_2": 0.6,
         "acceptance_position_3": 0.3,
         "acceptance_length": pytest.approx(1.9),
     }
-    assert sampled.timings() == {"generated_tokens_per_second": 15.0}
+    assert generations.timings() == {"generated_tokens_per_second": 15.0}

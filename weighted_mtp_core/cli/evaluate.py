@@ -136,6 +136,7 @@ def _print(report: Mapping[str, Any], out: Path) -> None:
         print(f"validation at temperature {trial['temperature']:g}  {rates}")
     print_rows(
         [
+            ("data", f"{report['data']['name']} {report['data']['version']}"),
             ("split", report["split"]),
             ("temperature", f"{report['evaluate']['temperature']:g}"),
             *((name, f"{value:.4g}") for name, value in (report["metrics"] | report["timings"]).items()),

@@ -9,14 +9,25 @@ import numpy as np
 from attrs import evolve, frozen
 
 from weighted_mtp_core.api import DataSource, Problem, Split
+from weighted_mtp_core.data.samplers import evenly_spread
+from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.evaluation.judging import JudgedCompletions, judge
-from weighted_mtp_core.generation.generate import Decoding, Sampled, sample_completions
+from weighted_mtp_core.generation.decoding_probe import manner_of
+from weighted_mtp_core.generation.generate import (
+    Decoding,
+    Generations,
+    Sampled,
+    generate,
+    most_tokens,
+    sample_completions,
+)
 from weighted_mtp_core.recipe.schema import EvaluateTable
 from weighted_mtp_core.tracking.display import Display
 from weighted_mtp_core.training.head_quality import head_quality
 from weighted_mtp_core.training.prepare import Prepared
 
+_CONTINUED = 32  # documents whose prompts are continued; each gives dozens of verifying passes
 _TIMED_PROBLEMS = 8  # few are enough, because the result is a ratio of speeds, not a benchmark
 
 
@@ -59,6 +70,9 @@ def evaluate(
 ) -> Evaluation:
     """Measure every head on a split, and pass@k on its problems if the data source can verify completions.
 
+    Drafts are measured while completions of the problems are generated. If the data source has no problems,
+    the prompts of some documents of the split are continued instead.
+
     Args:
         prepared: Data and policy.
         table: The options of the evaluation.
@@ -72,7 +86,10 @@ def evaluate(
     metrics = head_quality(prepared.policy, batches, split=split, autocast=prepared.compute.autocast)
     problems, whole_split = _first_problems(prepared.source, split, limit=table.problems)
     if not problems:
-        return Evaluation(split=split, metrics=metrics, timings={}, files=())
+        continued = _continue_prompts(prepared, tokens, table, display=display)
+        timings = {} if continued is None else continued.timings()
+        metrics |= {} if continued is None else continued.metrics()
+        return Evaluation(split=split, metrics=metrics, timings=timings, files=())
     display.stage("evaluate", len(problems) * table.samples)
     sampled = _sample(prepared, problems, table, display=display)
     files: tuple[Path, ...] = ()
@@ -80,8 +97,8 @@ def evaluate(
         judged = _judge_samples(prepared, problems, sampled, whole_split=whole_split)
         metrics |= judged.metrics(table.pass_at_k)
         files = judged.save(folder)
-    metrics |= sampled.metrics()
-    timings = sampled.timings() | _speeds(prepared, problems, table)
+    metrics |= sampled.generations.metrics()
+    timings = sampled.generations.timings() | _speeds(prepared, problems, table)
     return Evaluation(split=split, metrics=metrics, timings=timings, files=files)
 
 
@@ -151,6 +168,38 @@ def _sample(
         decoding=table.decoding,
         batch_size=table.batch_size,
         on_done=lambda done: display.update(done, {}) if display else None,
+    )
+
+
+def _continue_prompts(
+    prepared: Prepared, tokens: TokenSet, table: EvaluateTable, *, display: Display
+) -> Generations | None:
+    """Continue the prompts of `_CONTINUED` documents at the table's temperature.
+
+    Returns:
+        The texts with the statistics of decoding; None if no head drafts or if every prompt is too long.
+    """
+    policy = prepared.policy
+    prompt_D = np.maximum(tokens.prompt_D, 1)  # without a prompt, the first token of the text is one
+    fits = np.flatnonzero(prompt_D < most_tokens(policy))
+    if table.decoding == "plain" or manner_of(policy).no_drafts is not None or not len(fits):
+        return None
+    documents = evenly_spread(fits, limit=_CONTINUED)
+    display.stage("evaluate", len(documents))
+    return generate(
+        policy,
+        [
+            tokens.ids_N[first : first + length].tolist()
+            for first, length in zip(tokens.start_D1[documents], prompt_D[documents], strict=True)
+        ],
+        max_new_tokens=table.max_new_tokens,
+        eos_id=prepared.codec.eos_id,
+        temperature=table.temperature,
+        seed=prepared.plan.recipe.run.seed,
+        streams=[tokens.example_ids[document] for document in documents],
+        decoding=table.decoding,
+        batch_size=table.batch_size,
+        on_done=lambda done: display.update(done, {}),
     )
 
 

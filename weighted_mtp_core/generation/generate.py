@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -61,6 +62,25 @@ class Generations:
     def acceptance_length(self) -> float:
         """Tokens per verifying pass: the token of head 1 and the accepted drafts; 1 for plain decoding."""
         return 1.0 + sum(self.acceptance)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics that are equal in every run of the same recipe.
+
+        `acceptance_position_k` is the share of verifying passes that accepted head k's draft.
+        """
+        metrics = {
+            "tokens_per_forward": self.tokens_per_forward,
+            "finished_share": sum(self.finished) / max(len(self.finished), 1),
+        }
+        if self.accepted:
+            metrics["acceptance_length"] = self.acceptance_length
+        for head, share in enumerate(self.acceptance, start=2):
+            metrics[f"acceptance_position_{head}"] = share
+        return metrics
+
+    def timings(self) -> dict[str, float]:
+        """Return the measured speed."""
+        return {"generated_tokens_per_second": self.emitted / max(self.seconds, 1e-9)}
 
 
 @define(kw_only=True)
@@ -189,18 +209,21 @@ def _window(policy: Policy) -> int | None:
     return min((layer.sliding_window for layer in layers if hasattr(layer, "sliding_window")), default=None)
 
 
+def most_tokens(policy: Policy) -> float:
+    """Return the maximum length of a text in tokens; it leaves space for the drafts after the text."""
+    positions: int | None = getattr(policy.config, "max_position_embeddings", None)
+    return math.inf if positions is None else positions - (policy.n_future - 1)
+
+
 def _limit(policy: Policy, length: int, max_new_tokens: int) -> int:
     """Return the maximum number of new tokens for a prompt of `length` tokens."""
-    positions: int | None = getattr(policy.config, "max_position_embeddings", None)
-    if positions is None:
-        return max_new_tokens
-    longest = positions - (policy.n_future - 1)
+    longest = most_tokens(policy)
     if length >= longest:
         raise WmtpError(
             f"a prompt of {length} tokens is too long: this model has {longest} positions in all",
             hint="shorten the prompt, or use a base model with more positions",
         )
-    return min(max_new_tokens, longest - length)
+    return int(min(max_new_tokens, longest - length))
 
 
 def _generator(seed: int, stream: str) -> torch.Generator:
@@ -214,26 +237,6 @@ class Sampled:
 
     completions: tuple[tuple[str, ...], ...]
     generations: Generations
-
-    def metrics(self) -> dict[str, float]:
-        """Return the metrics that are equal in every run of the same recipe.
-
-        `acceptance_position_k` is the share of verifying passes that accepted head k's draft.
-        """
-        metrics = {
-            "tokens_per_forward": self.generations.tokens_per_forward,
-            "finished_share": sum(self.generations.finished) / max(len(self.generations.finished), 1),
-        }
-        if self.generations.accepted:
-            metrics["acceptance_length"] = self.generations.acceptance_length
-        for head, share in enumerate(self.generations.acceptance, start=2):
-            metrics[f"acceptance_position_{head}"] = share
-        return metrics
-
-    def timings(self) -> dict[str, float]:
-        """Return the measured speed."""
-        seconds = max(self.generations.seconds, 1e-9)
-        return {"generated_tokens_per_second": self.generations.emitted / seconds}
 
 
 def sample_completions(
