@@ -152,6 +152,8 @@ class _Run:
         if self.distributed.is_rank_zero and refuse_other_data(folder, version, allowed=allow_change):
             self.recorder.datasets([version])
         self.recorder.tags({run_tags.MODEL_VERSION: prepared.base_name})
+        if prepared.source.oracle_weights and Signal.GIVEN in self.plan.weighting.needs:
+            self.recorder.tags({run_tags.ORACLE: "true"})
         return prepared
 
     def train_critic(self, prepared: Prepared) -> tuple[Critic | None, CriticReport | None]:

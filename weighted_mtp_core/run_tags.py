@@ -17,6 +17,7 @@ SOURCE_SHA256 = "wmtp.source_sha256"
 # set by run.py
 MODEL_VERSION = "model_version"
 UNINFORMATIVE_CRITIC = "wmtp.uninformative_critic"
+ORACLE = "wmtp.oracle"
 # set by tracking/recorder.py
 RESUMED = "wmtp.resumed"
 CHANGED_PREFIX = "wmtp.changed."

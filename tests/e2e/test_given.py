@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from weighted_mtp_core.tracking.run_history import read_history
 
 GIVEN = str(Path(__file__).parents[2] / "configs" / "given.toml")
 ROWS = Path(__file__).parents[2] / "plugins" / "given" / "examples.jsonl"
@@ -46,3 +47,19 @@ def test_a_product_multiplies_them_with_another_weighting(run):
 
     assert 0.25 < first["weight_mean"] < 1
     assert (first["weight_p05"], first["weight_p95"]) in {(0.125, 1.0), (0.25, 1.0)}
+
+
+CHAIN = """{ use = "code_tasks.micro_chain", options = { problems = 20, sandbox.workers = 1 } }"""
+
+
+@pytest.mark.parametrize("weighting", ["given.weights", "baseline_mtp.uniform"])
+def test_only_a_run_that_reads_the_weights_of_an_oracle_says_so(weighting, wmtp, tmp_path):
+    settings = (f"data={CHAIN}", f'weighting.use="{weighting}"', "evaluate.problems=1")
+    options = [word for each in settings for word in ("--set", each)]
+    found = wmtp("run", GIVEN, *QUICK, *options, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    reads = weighting == "given.weights"
+
+    assert read_history(found.folder).tags.get("wmtp.oracle") == ("true" if reads else None)
+    report = (found.folder / "report.html").read_text(encoding="utf-8")
+    assert ("they use knowledge that real data do not have" in report) == reads

@@ -194,7 +194,13 @@ class DataSource(Stateful):
 
     The returned sequences support random access and have the same order in every process. No problem is in
     two splits.
+
+    Attributes:
+        oracle_weights: Whether the weights that the data give are knowledge that real data do not have, such
+            as the places of known mistakes. A run whose weighting reads them is marked as an upper bound.
     """
+
+    oracle_weights: bool = False
 
     @abstractmethod
     def examples(self, split: Split) -> Sequence[Example]:

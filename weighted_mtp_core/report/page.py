@@ -76,6 +76,8 @@ def _figures(history: RunHistory) -> list[tuple[str, str, str]]:
     figures = []
     if history.tags.get(run_tags.UNINFORMATIVE_CRITIC) == "true":
         figures.append(("critic", "⚠ uninformative", "not shown to be better than a constant"))
+    if history.tags.get(run_tags.ORACLE) == "true":
+        figures.append(("weights", "⚠ oracle", "they use knowledge that real data do not have"))
     for name, points in history.metrics.get("evaluate", {}).items():
         if name.startswith("pass_at_"):
             figures.append((name.replace("_", " "), f"{points[-1].value:.1%}", "of problems solved"))

@@ -12,6 +12,7 @@ from weighted_mtp_code_tasks.gsm8k import Gsm8kOptions, build_gsm8k
 from weighted_mtp_code_tasks.humaneval import HumanEvalOptions, build_humaneval
 from weighted_mtp_code_tasks.jsonl import JudgedJsonlOptions, build_jsonl
 from weighted_mtp_code_tasks.mbpp import MbppOptions, build_mbpp
+from weighted_mtp_code_tasks.micro_chain import MicroChainOptions, build_micro_chain
 from weighted_mtp_code_tasks.micro_code import MicroCodeOptions, build_micro_code
 from weighted_mtp_code_tasks.problems import ProblemsOptions, build_problems
 from weighted_mtp_code_tasks.sandbox.examine import examine_sandbox
@@ -59,6 +60,13 @@ def wmtp_data_sources() -> Iterable[Component[Any, DataSource]]:
         summary="Small Python functions made by a grammar; correct and broken, labelled by running them.",
         options=MicroCodeOptions,
         build=build_micro_code,
+        examine=examine_sandbox,
+    )
+    yield Component(
+        name="micro_chain",
+        summary="Small functions with slips at known places; correct and incorrect, labelled by running.",
+        options=MicroChainOptions,
+        build=build_micro_chain,
         examine=examine_sandbox,
     )
     yield Component(

@@ -121,7 +121,7 @@ class LabelledSource(DataSource):
     def _examples(self) -> Mapping[Split, list[Example]]:
         found: dict[Split, list[Example]] = {"train": [], "validation": [], "test": []}
         for row in self._rows(EXAMPLES):
-            found[row["split"]].append(Example(**row["example"]))
+            found[row["split"]].append(_example(row["example"]))
         return found
 
     def _rows(self, file: str) -> list[dict[str, Any]]:
@@ -145,6 +145,12 @@ class LabelledSource(DataSource):
                 "tests_sha256": sha256_of_tests([one.problem for one in kept]),
             },
         )
+
+
+def _example(row: Mapping[str, Any]) -> Example:
+    """Return an example; JSON has lists in place of the tuples of its spans."""
+    spans = row.get("spans")
+    return Example(**{**row, "spans": None if spans is None else tuple(map(tuple, spans))})
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -12,7 +12,16 @@ import attrs
 from attrs import frozen
 from rich.console import Console
 from rich.progress import Progress
-from weighted_mtp_core.api import SPLITS, Example, Problem, Split, Verdict, WmtpError, example_statistics
+from weighted_mtp_core.api import (
+    SPLITS,
+    Example,
+    Problem,
+    Span,
+    Split,
+    Verdict,
+    WmtpError,
+    example_statistics,
+)
 
 from weighted_mtp_code_tasks.judging import Judge
 
@@ -22,10 +31,19 @@ _NAMED = 10
 
 @frozen(kw_only=True)
 class Candidate:
-    """A response before it is judged, and its origin: a solution, a broken solution, or a model."""
+    """A response before it is judged.
+
+    Attributes:
+        response: The text.
+        made: Its origin: a solution, a broken solution, or a model.
+        spans: Weights of parts of the response; see `Example.spans`.
+        is_example: Whether the response becomes an example; if not, it is only judged.
+    """
 
     response: str
     made: Made
+    spans: tuple[Span, ...] | None = None
+    is_example: bool = True
 
 
 @frozen(kw_only=True)
@@ -58,14 +76,17 @@ class JudgedProblem:
         return next(passed, None)
 
     def examples(self) -> Iterator[tuple[Candidate, Verdict, Example]]:
-        """Yield the labelled responses."""
+        """Yield the labelled responses that become examples."""
         for number, candidate, verdict in self.labels():
+            if not candidate.is_example:
+                continue
             example = Example(
                 example_id=f"{self.problem.problem_id}/{number}",
                 problem_id=self.problem.problem_id,
                 prompt=self.problem.prompt,
                 response=candidate.response,
                 reward=1.0 if verdict.passed else 0.0,
+                spans=candidate.spans,
             )
             yield candidate, verdict, example
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import random
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from weighted_mtp_core.api import Problem, Split, WmtpError
@@ -29,10 +31,35 @@ def draw_problems(
         WmtpError: The grammar has fewer functions of this level.
     """
     generator = random.Random(seed)  # noqa: S311 - data, not secrets
-    found: dict[tuple[str, str], LabelledProblem] = {}
+    functions = distinct_functions(
+        partial(random_function, generator, level=level), count=problems, level=level, raise_instead="level"
+    )
+    drawn = []
+    for number, (function, cases) in enumerate(functions):
+        candidates = tuple(_candidates(function, generator, solutions, mutants_per_solution))
+        problem = as_problem(function, f"micro_{number:05d}", cases=cases, solution=candidates[0].response)
+        drawn.append(LabelledProblem(problem=problem, split=split_of(number), candidates=candidates))
+    return drawn
+
+
+def distinct_functions(
+    draw: Callable[[], Function], *, count: int, level: int, raise_instead: str
+) -> Iterator[tuple[Function, list[tuple[Any, Any]]]]:
+    """Yield functions that are distinct in text and in behaviour, each with arguments and values to test it.
+
+    Args:
+        draw: Draws a function.
+        count: Number of functions.
+        level: Number of steps of a function, for the message.
+        raise_instead: The option that the message recommends to raise.
+
+    Raises:
+        WmtpError: The grammar has fewer functions of this level.
+    """
+    found: set[tuple[str, str]] = set()
     unlucky = 0
-    while len(found) < problems and unlucky < _PATIENCE:
-        function = random_function(generator, level=level)
+    while len(found) < count and unlucky < _PATIENCE:
+        function = draw()
         arguments = [random_argument(function.kind, random.Random(i)) for i in range(_PROBES)]  # noqa: S311
         reference = function.reference()
         values = [reference(argument) for argument in arguments]
@@ -41,19 +68,13 @@ def draw_problems(
             unlucky += 1
             continue
         unlucky = 0
-        found[behaviour] = _problem(
-            function,
-            f"micro_{len(found):05d}",
-            cases=list(zip(arguments, values, strict=True))[:_TESTS],
-            candidates=_candidates(function, generator, solutions, mutants_per_solution),
-            split=_split(len(found)),
-        )
-    if len(found) < problems:
+        found.add(behaviour)
+        yield function, list(zip(arguments, values, strict=True))[:_TESTS]
+    if len(found) < count:
         raise WmtpError(
-            f"the grammar has only {len(found)} distinct functions of level {level}, not {problems}",
-            hint="lower `data.options.problems` or raise `data.options.level`",
+            f"the grammar has only {len(found)} distinct functions of level {level}, not {count}",
+            hint=f"lower `data.options.problems` or raise `data.options.{raise_instead}`",
         )
-    return list(found.values())
 
 
 def _is_dull(values: list[Any]) -> bool:
@@ -61,7 +82,7 @@ def _is_dull(values: list[Any]) -> bool:
     return len({repr(value) for value in values}) < len(values) // 3
 
 
-def _split(number: int) -> Split:
+def split_of(number: int) -> Split:
     """Return the split: of ten functions, eight train, one validation, one test."""
     return {8: "validation", 9: "test"}.get(number % 10, "train")  # type: ignore[return-value]
 
@@ -82,25 +103,13 @@ def _candidates(
     ]
 
 
-def _problem(
-    function: Function,
-    problem_id: str,
-    *,
-    cases: list[tuple[Any, Any]],
-    candidates: list[Candidate],
-    split: Split,
-) -> LabelledProblem:
+def as_problem(
+    function: Function, problem_id: str, *, cases: Sequence[tuple[Any, Any]], solution: str
+) -> Problem:
+    """Return the problem of completing a function, with one test for each pair of an argument and a value."""
     tests = "def check(candidate):\n" + "".join(
         f"    assert candidate({argument!r}) == {value!r}\n" for argument, value in cases
     )
-    return LabelledProblem(
-        problem=Problem(
-            problem_id=problem_id,
-            prompt=function.prompt,
-            entry_point="f",
-            tests=tests,
-            solution=candidates[0].response,
-        ),
-        split=split,
-        candidates=tuple(candidates),
+    return Problem(
+        problem_id=problem_id, prompt=function.prompt, entry_point="f", tests=tests, solution=solution
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 from attrs import frozen
@@ -183,9 +183,11 @@ STEPS: dict[Kind, tuple[Step, ...]] = {
 }
 
 
-def random_function(generator: random.Random, *, level: int) -> Function:
-    """Draw a chain of `level` steps on a list (half of the chains), a text or a number."""
-    kind: Kind = generator.choice(("list", "list", "text", "int"))
+def random_function(
+    generator: random.Random, *, level: int, kinds: Sequence[Kind] = ("list", "list", "text", "int")
+) -> Function:
+    """Draw a chain of `level` steps; by default on a list (half of the chains), a text or a number."""
+    kind = generator.choice(kinds)
     steps: list[Step] = []
     while len(steps) < level:
         step = generator.choice(STEPS[kind])

@@ -1,0 +1,42 @@
+"""The data source `code_tasks.micro_chain`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from attrs import define
+from weighted_mtp_core.api import Example, Split, is_correct
+
+from weighted_mtp_code_tasks.labelled import LabelledSource
+
+
+@define(kw_only=True, eq=False, slots=False)
+class ChainSource(LabelledSource):
+    """Judged chains whose examples have weights: 0 on the characters of a slip, 1 elsewhere.
+
+    Attributes:
+        imitate: Which training responses the policy imitates: all, or only the correct ones.
+    """
+
+    oracle_weights = True  # without an annotation, so that attrs does not make it an argument
+    imitate: Literal["all", "right"] = "all"
+
+    def policy_examples(self, split: Split) -> Sequence[Example]:
+        """Return the responses that the policy imitates; outside training, the solution of each problem.
+
+        Few drawn responses to held-out problems are correct, and steps that slip often are rare in them. The
+        solutions contain all steps equally often.
+        """
+        if split == "train":
+            return [each for each in self.examples(split) if self.imitate == "all" or is_correct(each.reward)]
+        return [
+            Example(
+                example_id=f"{problem.problem_id}/solution",
+                problem_id=problem.problem_id,
+                prompt=problem.prompt,
+                response=problem.solution or "",
+                reward=1.0,
+            )
+            for problem in self.problems(split)
+        ]
