@@ -294,7 +294,7 @@ def test_other_sources_can_use_the_rows(tmp_path, write):
 
 # ---------------------------------------------------------------------- plain rows and templates
 
-NOT_SPANS = "`weights` must be a list of [start, end, weight]; start and end count characters of the response"
+NOT_SPANS = "`weights` must be a list of [start, end, weight]; start and end count characters"
 PLAIN = {"prompt": "2 + 3 = ", "response": "5"}
 
 
@@ -407,9 +407,9 @@ def test_what_is_wrong_with_a_plain_row_is_named(tmp_path, write, row, fault):
             {"weights": [[0, 1.0, 1.0]]},
             NOT_SPANS,
         ),
-        ({"weights": [[0, 2, 0.5]]}, "the span [0, 2, 0.5] is not within the 1 characters of the response"),
-        ({"weights": [[0, 0, 0.5]]}, "the span [0, 0, 0.5] is not within the 1 characters of the response"),
-        ({"weights": [[-1, 1, 2]]}, "the span [-1, 1, 2] is not within the 1 characters of the response"),
+        ({"weights": [[0, 2, 0.5]]}, "the span [0, 2, 0.5] is not within the 1 characters of the text"),
+        ({"weights": [[0, 0, 0.5]]}, "the span [0, 0, 0.5] is not within the 1 characters of the text"),
+        ({"weights": [[-1, 1, 2]]}, "the span [-1, 1, 2] is not within the 1 characters of the text"),
         (
             {"weights": [[0, 1, -1.0]]},
             "the weight of the span [0, 1, -1.0] is negative: `loss.negative_weights = true` allows it",

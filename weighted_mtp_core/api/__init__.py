@@ -75,7 +75,6 @@ from weighted_mtp_core.api.data import (
     Split,
     Verdict,
     VerdictKind,
-    check_weight,
     is_correct,
 )
 from weighted_mtp_core.api.datasets import (
@@ -138,7 +137,6 @@ __all__ = [
     "WeightingStrategy",
     "Weights",
     "WmtpError",
-    "check_weight",
     "checked_row",
     "example_statistics",
     "hookimpl",

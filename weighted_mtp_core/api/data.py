@@ -58,9 +58,22 @@ def check_spans(spans: Sequence[Span], *, length: int) -> None:
         start, end_before, end = span[0], end, span[1]
         check_weight(span[2], f"the weight of the span {list(span)}")
         if not 0 <= start < end <= length:
-            raise ValueError(f"the span {list(span)} is not within the {length} characters of the response")
+            raise ValueError(f"the span {list(span)} is not within the {length} characters of the text")
         if start < end_before:
             raise ValueError(f"the span {list(span)} begins before the end of another one")
+
+
+def check_message_weights(message: Mapping[str, Any], number: int) -> None:
+    """Raise ValueError if the weights of a chat's message are invalid; `number` counts from 1."""
+    for key in {"weight", "weights"} & set(message):
+        if message["role"] != "assistant":
+            raise ValueError(f"message {number} has `{key}`, but only the assistant's are learned")
+    if "weight" in message:
+        check_weight(message["weight"], f"the `weight` of message {number}")
+    try:
+        check_spans(message.get("weights", ()), length=len(message.get("content") or ""))
+    except ValueError as error:
+        raise ValueError(f"message {number}: {error}") from error
 
 
 def _check_metadata(_: object, __: object, metadata: Mapping[str, str | float]) -> None:
@@ -91,8 +104,9 @@ class Example:
             times `weight`; the weight of EOS and of tokens outside all spans is `weight`.
         messages: A chat instead of a prompt and a response, in the layout that chat templates read: objects
             with `role` and `content`. The last message is the assistant's. A message of the assistant may
-            have a `weight`, which multiplies the example's. `prompt` and `response` then only identify the
-            problem, and train the tokenizer of a `micro` model.
+            have a `weight`, which multiplies the example's, and `weights`, spans of its `content` like
+            `spans`. `prompt` and `response` then only identify the problem, and train the tokenizer of a
+            `micro` model.
         tools: Descriptions of tools for the template of a chat.
         metadata: Other data about the response: texts or numbers by key. A weighting receives them as
             `StepView.metadata`.
@@ -105,15 +119,20 @@ class Example:
     reward: float = field(validator=[v.ge(0.0), v.le(1.0)])
     weight: float | None = field(default=None, validator=v.optional(_check_weight))
     spans: tuple[Span, ...] | None = field(default=None)
-    messages: tuple[Mapping[str, Any], ...] = ()
+    messages: tuple[Mapping[str, Any], ...] = field(default=())
     tools: tuple[Mapping[str, Any], ...] = ()
     metadata: Mapping[str, str | float] = field(factory=dict, validator=_check_metadata)
 
     @property
     def has_weights(self) -> bool:
         """Whether the data give weights for this response."""
-        of_messages = any("weight" in message for message in self.messages)
+        of_messages = any("weight" in message or "weights" in message for message in self.messages)
         return of_messages or self.weight is not None or self.spans is not None
+
+    @messages.validator
+    def _check_messages(self, _: object, messages: tuple[Mapping[str, Any], ...]) -> None:
+        for number, message in enumerate(messages, start=1):
+            check_message_weights(message, number)
 
     @spans.validator
     def _check_spans(self, _: object, spans: tuple[Span, ...] | None) -> None:

@@ -69,15 +69,17 @@ class JsonlRow:
 
     def check_signs(self) -> None:
         """Raise ValueError if a weight of the row is negative."""
-        weights = [(f"`weight` {self.weight}", self.weight)]
-        weights += [(f"the weight of the span {list(span)}", span[2]) for span in self.spans or ()]
-        for number, message in enumerate(self.messages, start=1):
-            weights.append(
-                (f"the `weight` {message.get('weight')} of message {number}", message.get("weight"))
-            )
-        for name, weight in weights:
-            if weight is not None and weight < 0:
-                raise ValueError(f"{name} is negative: `loss.negative_weights = true` allows it")
+        given = [("", self.weight, self.spans)]
+        given += [
+            (f" of message {number}", message.get("weight"), message.get("weights"))
+            for number, message in enumerate(self.messages, start=1)
+        ]
+        for of, weight, spans in given:
+            names = {f"the weight of the span {list(span)}{of}": span[2] for span in spans or ()}
+            names[f"`weight` {weight}{of}"] = 0.0 if weight is None else weight
+            for name, value in names.items():
+                if value < 0:
+                    raise ValueError(f"{name} is negative: `loss.negative_weights = true` allows it")
 
     @property
     def is_correct(self) -> bool:
@@ -119,7 +121,7 @@ def template_names(template: str) -> list[str]:
 def parse_row(record: Record, *, template: str | None) -> JsonlRow:
     """Convert a record with a prompt and a response to a row; raises ValueError for the first fault."""
     prompt, response = _prompt(record, template), _response(record)
-    return checked_row(record, prompt=prompt, response=response, spans=_spans(record, length=len(response)))
+    return checked_row(record, prompt=prompt, response=response, spans=parse_spans(record, text=response))
 
 
 def checked_row(
@@ -229,16 +231,15 @@ def _metadata(record: Record) -> dict[str, str | float]:
     }
 
 
-def _spans(record: Record, *, length: int) -> tuple[Span, ...] | None:
+def parse_spans(record: Record, *, text: str) -> tuple[Span, ...] | None:
+    """Return the weighted spans of `text` in `weights`, or None; raises ValueError for the first fault."""
     if "weights" not in record:
         return None
     rows = record["weights"]
     if not isinstance(rows, list) or any(not _is_span(row) for row in rows):
-        raise ValueError(
-            "`weights` must be a list of [start, end, weight]; start and end count characters of the response"
-        )
+        raise ValueError("`weights` must be a list of [start, end, weight]; start and end count characters")
     spans = tuple((start, end, weight) for start, end, weight in rows)
-    check_spans(spans, length=length)
+    check_spans(spans, length=len(text))
     return spans
 
 

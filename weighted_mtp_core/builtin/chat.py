@@ -13,9 +13,10 @@ from weighted_mtp_core.api import (
     JsonlSource,
     Record,
     RowFiles,
-    check_weight,
     checked_row,
 )
+from weighted_mtp_core.api.data import Span, check_message_weights
+from weighted_mtp_core.api.jsonl_rows import parse_spans
 
 _ROLES = ("system", "user", "assistant", "tool")
 
@@ -36,9 +37,9 @@ def _row(record: Record) -> JsonlRow:
     checked = tuple(_message(each, number) for number, each in enumerate(messages, start=1))
     if checked[-1]["role"] != "assistant":
         raise ValueError(f"the last message is of the role `{checked[-1]['role']}`, expected `assistant`")
-    for key in ("tests", "weights"):
+    for key, instead in (("tests", "rows of `core.jsonl`"), ("weights", "a message of a chat")):
         if record.get(key):
-            raise ValueError(f"`{key}` is for rows of `core.jsonl`, not for chats")
+            raise ValueError(f"`{key}` is for {instead}, not for a whole chat")
     tools = record.get("tools") or []
     if not isinstance(tools, list) or any(not isinstance(tool, dict) for tool in tools):
         raise ValueError("`tools` must be a list of objects")
@@ -61,10 +62,6 @@ def _message(message: object, number: int) -> Mapping[str, Any]:
             f"message {number} has the role {json.dumps(message.get('role'))}, expected one of "
             + ", ".join(f"`{role}`" for role in _ROLES)
         )
-    if "weight" in message:
-        if message["role"] != "assistant":
-            raise ValueError(f"message {number} has a `weight`, but only the assistant's are learned")
-        check_weight(message["weight"], f"the `weight` of message {number}")
     content, calls = message.get("content"), message.get("tool_calls")
     if isinstance(content, list):
         content = "".join(_part(part, number) for part in content)
@@ -72,7 +69,18 @@ def _message(message: object, number: int) -> Mapping[str, Any]:
         raise ValueError(f"message {number} needs `content`, a string or a list of parts of text")
     if message["role"] == "assistant" and not content and not calls:
         raise ValueError(f"message {number} of the assistant is empty")
-    return {**message, "content": content or ""}
+    checked = {**message, "content": content or ""}
+    if "weights" in message:
+        checked["weights"] = _spans(checked, number)
+    check_message_weights(checked, number)
+    return checked
+
+
+def _spans(message: Mapping[str, Any], number: int) -> tuple[Span, ...]:
+    try:
+        return parse_spans(message, text=message["content"]) or ()
+    except ValueError as error:
+        raise ValueError(f"message {number}: {error}") from error
 
 
 def _part(part: object, number: int) -> str:

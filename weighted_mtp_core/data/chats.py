@@ -16,10 +16,12 @@ from typing import Any, Literal
 
 from attrs import frozen
 
+from weighted_mtp_core.api.data import Span
 from weighted_mtp_core.errors import WmtpError
 
 TrainOn = Literal["all", "last"]
 Message = Mapping[str, Any]
+_MARK = 0x100000  # the first private character; texts with icons use those of lower planes
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -31,11 +33,13 @@ class RenderedChat:
         text: The text of the chat, including the spelling of control tokens.
         spans: (start, end) of each learned turn, in characters.
         weights: Weight of each learned turn.
+        marks: The weighted spans of messages, in characters of the text.
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
     weights: tuple[float, ...]
+    marks: tuple[Span, ...] = ()
 
     @property
     def parts(self) -> list[tuple[str, float | None]]:
@@ -62,12 +66,12 @@ def render_chat(
     Args:
         tokenizer: A tokenizer with a chat template.
         messages: The messages as the template reads them; the last one is the assistant's. The template does
-            not see the `weight` of a message.
+            not see the `weight` and the `weights` of a message.
         tools: Descriptions of tools for the template.
         train_on: Whether all turns of the assistant are learned, or the last one.
 
     Raises:
-        WmtpError: There is no template, or the turns cannot be found in what it renders.
+        WmtpError: There is no template, or the turns or weighted spans cannot be found in what it renders.
     """
     if tokenizer.chat_template is None:
         raise WmtpError(
@@ -80,7 +84,9 @@ def render_chat(
             hint="remove it: the template writes the control tokens",
         )
     weights = [float(each.get("weight", 1)) for each in messages if each["role"] == "assistant"]
-    shown = [{key: value for key, value in each.items() if key != "weight"} for each in messages]
+    shown = [
+        {key: value for key, value in each.items() if key not in {"weight", "weights"}} for each in messages
+    ]
     find = _by_marks if _GENERATION.search(tokenizer.chat_template) else _by_prefixes
     text, spans = find(tokenizer, shown, tools, train_on)
     if train_on == "last":
@@ -93,7 +99,63 @@ def render_chat(
                 hint="a template that marks each message of the assistant once, or one `weight` a row",
             )
         weights = [1.0] * len(spans)
-    return RenderedChat(text=text, spans=tuple(spans), weights=tuple(weights))
+    learned = range(len(messages)) if train_on == "all" else [len(messages) - 1]
+    marks = [
+        mark
+        for i in learned
+        if messages[i].get("weights")
+        for mark in _find_spans(tokenizer, shown, tools, number=i, spans=messages[i]["weights"], text=text)
+    ]
+    return RenderedChat(text=text, spans=tuple(spans), weights=tuple(weights), marks=tuple(marks))
+
+
+def _find_spans(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    tools: Sequence[Message],
+    *,
+    number: int,
+    spans: Sequence[Span],
+    text: str,
+) -> list[Span]:
+    """Return the spans of message `number` (from 0) in characters of the rendered text.
+
+    The edges of the spans are marked with private characters in the message, which is then rendered again.
+    The template leaves the text as it is if the result, without these characters, is the same text. If the
+    template strips blanks at the ends of a message, edges in these blanks are moved to the first or last
+    character that is not a blank.
+    """
+    content = messages[number]["content"]
+    edges = [edge for start, end, _ in spans for edge in (start, end)]
+    first, last = len(content) - len(content.lstrip()), len(content.rstrip())
+    for moved in (edges, [min(max(edge, first), last) for edge in edges]):
+        marked = content
+        for i, edge in sorted(enumerate(moved), key=lambda each: -each[1]):
+            marked = f"{marked[:edge]}{chr(_MARK + i)}{marked[edge:]}"
+        changed = [*messages[:number], {**messages[number], "content": marked}, *messages[number + 1 :]]
+        parts = re.split(
+            f"([{chr(_MARK)}-{chr(_MARK + len(edges) - 1)}])", _render(tokenizer, changed, tools)
+        )
+        found = {mark: sum(map(len, parts[: 2 * i + 1 : 2])) for i, mark in enumerate(parts[1::2])}
+        if "".join(parts[::2]) == text and len(found) == len(edges) == len(parts) // 2:
+            at = [found[chr(_MARK + i)] for i in range(len(edges))]
+            return [
+                (start, end, weight)
+                for start, end, (_, _, weight) in zip(at[::2], at[1::2], spans, strict=True)
+            ]
+    raise WmtpError(
+        f"message {number + 1} has weights of spans, but the chat template changes the text of the message",
+        hint="one `weight` a message, or another template in `data.chat_template`",
+    )
+
+
+def _render(
+    tokenizer: Any, messages: Sequence[Message], tools: Sequence[Message], *, prompt: bool = False
+) -> str:
+    rendered: str = tokenizer.apply_chat_template(
+        list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt
+    )
+    return rendered
 
 
 def _by_marks(
@@ -117,17 +179,12 @@ def _by_marks(
 def _by_prefixes(
     tokenizer: Any, messages: Sequence[Message], tools: Sequence[Message], train_on: TrainOn
 ) -> tuple[str, list[tuple[int, int]]]:
-    def render(count: int, *, prompt: bool) -> str:
-        rendered: str = tokenizer.apply_chat_template(
-            list(messages[:count]), tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt
-        )
-        return rendered
-
-    text = render(len(messages), prompt=False)
+    text = _render(tokenizer, messages, tools)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     spans = []
     for i in turns if train_on == "all" else turns[-1:]:
-        before, after = render(i, prompt=True), render(i + 1, prompt=False)
+        before = _render(tokenizer, messages[:i], tools, prompt=True)
+        after = _render(tokenizer, messages[: i + 1], tools)
         turn = after[len(before) :]
         content = messages[i].get("content") or ""
         if not (text.startswith(after) and after.startswith(before) and content.strip() in turn):

@@ -8,6 +8,7 @@ from attrs import frozen
 
 from weighted_mtp_core.api import Example
 from weighted_mtp_core.data.chats import TrainOn, render_chat
+from weighted_mtp_core.data.span_weights import span_weights
 from weighted_mtp_core.data.texts import TextCodec, round_trip_error
 from weighted_mtp_core.errors import WmtpError
 
@@ -21,7 +22,8 @@ class Document:
         ids: Token ids of the example, including EOS.
         prompt: Number of tokens before the first target.
         targets: Whether each token is a target; None if all tokens from index `prompt` on are targets.
-        weights: Weight of the message of each target and 0 for other tokens; None if this is not a chat.
+        weights: Weight of each target by its message and the message's spans, and 0 for other tokens; None
+            if this is not a chat.
     """
 
     example: Example
@@ -69,6 +71,15 @@ def _chat(example: Example, codec: TextCodec, train_on: TrainOn) -> Document:
     decoded = codec.decode_marked(ids)
     if decoded != chat.text:
         raise round_trip_error(example.example_id, chat.text, decoded)
+    if chat.marks:
+        offsets = codec.chat_offsets(chat.parts)
+        factors = span_weights(
+            chat.text, chat.marks, offsets, count=len(ids), name=example.example_id
+        ).tolist()
+        weights = [
+            None if weight is None else weight * factor
+            for weight, factor in zip(weights, factors, strict=True)
+        ]
     if tuple(ids[: len(codec.prefix)]) != codec.prefix:
         ids, weights = [*codec.prefix, *ids], [*([None] * len(codec.prefix)), *weights]
     # What follows the end of the last turn is never generated.

@@ -19,7 +19,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 from attrs import frozen
@@ -95,17 +95,36 @@ class TextCodec:
         """
         ids: list[int] = []
         weights: list[float | None] = []
-        for text, weight in parts:
-            for piece in self._control.split(text):
-                if piece in self._control_ids:
-                    found = [self._control_ids[piece]]
-                elif piece:
-                    found = (self._encode_rest if ids else self._encode_start)([piece])[0]
-                else:
-                    continue
-                ids += found
-                weights += [weight] * len(found)
+        for encoder, piece, weight in self._pieces(parts):
+            found = [self._control_ids[piece]] if encoder is None else encoder([piece])[0]
+            ids += found
+            weights += [weight] * len(found)
         return ids, weights
+
+    def chat_offsets(self, parts: Sequence[tuple[str, float | None]]) -> Offsets | None:
+        """Return start and end of each token of `encode_chat`, in characters of the whole chat.
+
+        None if the tokenizer does not report offsets.
+        """
+        offsets: Offsets = []
+        at = 0
+        for encoder, piece, _ in self._pieces(parts):
+            own = [(0, len(piece))] if encoder is None else encoder.offsets(piece)
+            if own is None:
+                return None
+            offsets += [(at + start, at + end) for start, end in own]
+            at += len(piece)
+        return offsets
+
+    def _pieces(
+        self, parts: Sequence[tuple[str, float | None]]
+    ) -> Iterator[tuple[_Encoder | None, str, float | None]]:
+        """Yield the encoder, the text and the weight of each piece; a control token has no encoder."""
+        encoder = self._encode_start
+        for text, weight in parts:
+            for piece in filter(None, self._control.split(text)):
+                yield None if piece in self._control_ids else encoder, piece, weight
+                encoder = self._encode_rest
 
     def decode_marked(self, ids: Sequence[int]) -> str:
         """Return the text of ids in which control tokens are spelt."""

@@ -1,0 +1,69 @@
+"""Converts weights of spans of characters into weights of tokens.
+
+The positions of a span count the characters (code points) of a text, and each token covers some characters. A
+token that contains only a part of a character, as with byte-level tokenizers, covers the whole character. The
+blank before a word is usually part of the word's token but not of the span, so blanks count only in tokens
+that consist of blanks. The weight of a token is the mean of the weights of its characters: inside a span it
+is the weight of the span, and at the edge of a span a value in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weighted_mtp_core.api.data import Span
+from weighted_mtp_core.data.texts import Offsets
+from weighted_mtp_core.errors import WmtpError
+
+Floats = NDArray[np.float64]
+
+
+def span_weights(
+    text: str, spans: Sequence[Span], offsets: Offsets | None, *, count: int, name: str
+) -> Floats:
+    """Return the weights of a text's tokens, float64; tokens outside all spans have the weight 1.
+
+    Args:
+        text: The text.
+        spans: The spans, which do not overlap.
+        offsets: Start and end of each token, in characters; None if they are unknown.
+        count: Number of tokens.
+        name: The example's id, for messages.
+
+    Raises:
+        WmtpError: The offsets are unknown, or they leave out characters that are not blank.
+    """
+    if offsets is None or len(offsets) != count:
+        raise WmtpError(
+            f"example `{name}` has weights of spans, but the tokenizer does not report which characters its "
+            "tokens cover",
+            hint="use a base model with a fast tokenizer (`tokenizer.json`), or one `weight` a row",
+        )
+    char_C = np.ones(len(text))
+    for start, end, weight in spans:
+        char_C[start:end] = weight
+    inked_C = np.array([not char.isspace() for char in text])
+    weight_L = np.empty(count)
+    covered = 0
+    for i, (start, end) in enumerate(offsets):  # a loop: tokens may overlap, and few documents have spans
+        if inked_C[covered:start].any():
+            raise _not_covered(name, text[covered:start])
+        first = min(start, covered)  # blanks that no token covers belong to the next one
+        covered = max(covered, end)
+        own = slice(first, max(end, first + 1)) if first < len(text) else slice(len(text) - 1, len(text))
+        chosen_C = char_C[own][inked_C[own]] if inked_C[own].any() else char_C[own]
+        # Clipped, so that the mean of equal numbers is that number and not its neighbour.
+        weight_L[i] = np.clip(chosen_C.mean(), chosen_C.min(), chosen_C.max())
+    if inked_C[covered:].any():
+        raise _not_covered(name, text[covered:])
+    return weight_L
+
+
+def _not_covered(name: str, text: str) -> WmtpError:
+    return WmtpError(
+        f"example `{name}` has weights of spans, but the tokenizer reports no token for {text!r}",
+        hint="use another base model, or one `weight` a row",
+    )
