@@ -82,11 +82,12 @@ clean:  ## Delete .venv and caches; storage/ (models, data, runs) stays
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Created without pip, because Debian's python3 cannot add it (there, ensurepip is a separate package).
-$(INSTALLED): requirements-dev.txt constraints.txt pyproject.toml $(PLUGINS:%=plugins/%/pyproject.toml)
+$(INSTALLED): constraints.txt pyproject.toml $(PLUGINS:%=plugins/%/pyproject.toml)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: $(PYTHON) is older than Python 3.11")'
 	@echo "Installing into .venv; the first time takes a few minutes."
 	$(PYTHON) -m venv --without-pip .venv
-	$(PYTHON) -m pip --python .venv/bin/python install -r requirements-dev.txt -c constraints.txt
+	$(PYTHON) -m pip --python .venv/bin/python install --quiet 'pip>=25.1'  # the first that reads dependency groups
+	.venv/bin/python -m pip install -c constraints.txt --group dev -e . $(PLUGINS:%=-e plugins/%)
 	@touch $@
 
 # Libraries that only `make bench` needs, in a folder of their own. What they depend on is installed with core or listed there.
