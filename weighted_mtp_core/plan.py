@@ -93,7 +93,11 @@ def make_plan(
         WmtpError: The recipe or the options of components have errors, all of which are listed; a plugin
             cannot be loaded; or no critic provides a signal that the weighting needs.
     """
-    document = read_document(path, preset=preset, overrides=overrides, run_name=run_name)
+    return plan_document(read_document(path, preset=preset, overrides=overrides, run_name=run_name))
+
+
+def plan_document(document: Document) -> Plan:
+    """Make the plan of a recipe that was read; see `make_plan` for the errors."""
     recipe, faults = structure_recipe(document)
     selector = ComponentSelector(document=document)
     if recipe is None:

@@ -28,6 +28,7 @@ from weighted_mtp_core.cli import (
     export,
     generate,
     plugins,
+    recipe,
     report,
     run,
     storage,
@@ -49,7 +50,7 @@ from weighted_mtp_core.redaction import redact
 from weighted_mtp_core.runtime.interrupts import raise_on_termination
 
 COMMANDS = (
-    *(run, check, compare, evaluate, generate, export, report, plugins),
+    *(run, check, compare, evaluate, generate, export, report, plugins, recipe),
     *(doctor, track, data, storage, verify),
 )
 PROGRAM = "python -m weighted_mtp_core"

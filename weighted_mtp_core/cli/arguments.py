@@ -46,6 +46,11 @@ def add_override_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="change the recipe with presets/NAME.toml, or with a preset of core: ci, local-light",
     )
+    add_set_argument(parser)
+
+
+def add_set_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--set`."""
     add_repeatable(
         parser,
         "--set",

@@ -26,6 +26,13 @@ def core_files() -> dict[str, Path]:
     return {f"core:{file.relative_to(FOLDER).as_posix()}": file for file in sorted(FOLDER.rglob("*.toml"))}
 
 
+def defaults(*, name: str) -> Document:
+    """Return a document that contains only `core:defaults.toml`; messages call the document `name`."""
+    document = Document(name=name)
+    _add_file(document, "core:defaults.toml")
+    return document
+
+
 def read_document(
     path: Path, *, preset: str | None = None, overrides: Sequence[str] = (), run_name: str | None = None
 ) -> Document:
