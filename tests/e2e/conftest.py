@@ -104,6 +104,35 @@ def isolated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     return isolated
 
 
+OFFLINE = ("--quiet", "--no-deps", "--no-index", "--disable-pip-version-check")
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """Build the wheel of the package in a folder; each is built once."""
+    built: dict[Path, Path] = {}
+
+    def wheel(package: Path) -> Path:
+        if package not in built:
+            folder = tmp_path_factory.mktemp("wheel")
+            build = ("wheel", *OFFLINE, "--no-build-isolation", "--wheel-dir", folder, package)
+            subprocess.run([sys.executable, "-m", "pip", *build], check=True)
+            (built[package],) = folder.glob("*.whl")
+        return built[package]
+
+    return wheel
+
+
+@pytest.fixture(scope="session")
+def install_wheels(wheel: Callable[[Path], Path]) -> Callable[..., None]:
+    """Install the wheels of the packages in some folders for an interpreter."""
+
+    def install_wheels(python: str, *packages: Path) -> None:
+        subprocess.run([python, "-m", "pip", "install", *OFFLINE, *map(wheel, packages)], check=True)
+
+    return install_wheels
+
+
 @pytest.fixture
 def install(tmp_path: Path) -> Iterator[Callable[..., dict[str, str]]]:
     """Install a plugin `name` from elsewhere: its source and its metadata lie in a folder on PYTHONPATH."""

@@ -5,14 +5,12 @@ The venv has core and one new plugin of each kind, all installed from wheels; co
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 KINDS = ("weighting", "critic", "data", "tracker")
-OFFLINE = ("--quiet", "--no-deps", "--no-index", "--disable-pip-version-check")
 RECIPE = """
 extends = ["{recipe}"]
 run.name = "all_new"
@@ -23,18 +21,6 @@ critic.train = {{ steps = 8, warmup_steps = 2 }}
 train = {{ steps = 8, warmup_steps = 2 }}
 tracker = [{{ use = "my_tracker" }}]
 """
-
-
-def pip(python, *arguments):
-    subprocess.run([python, "-m", "pip", *arguments], check=True)
-
-
-def install_wheel(python, folder, wheels):
-    """Build a wheel of the package in `folder` and install it for `python`."""
-    before = set(wheels.glob("*.whl"))
-    pip(sys.executable, "wheel", *OFFLINE, "--no-build-isolation", "--wheel-dir", wheels, folder)
-    (wheel,) = set(wheels.glob("*.whl")) - before
-    pip(python, "install", *OFFLINE, wheel)
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +38,14 @@ def recipe(workplace, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def python(isolated, workplace, wmtp, tmp_path_factory):
+def python(isolated, workplace, wmtp, install_wheels):
     """The interpreter of the venv."""
-    python, wheels = isolated(), tmp_path_factory.mktemp("wheels")
-    install_wheel(python, REPOSITORY, wheels)
+    python = isolated()
+    install_wheels(python, REPOSITORY)
     for kind in KINDS:
         begun = wmtp("plugins", "new", f"my_{kind}", "--kind", kind, cwd=workplace, python=python)
         assert begun.returncode == 0, begun.stderr
-        install_wheel(python, workplace / f"weighted-mtp-my-{kind}", wheels)
+        install_wheels(python, workplace / f"weighted-mtp-my-{kind}")
     return python
 
 
