@@ -186,7 +186,8 @@ class _Run:
             return critic, None
         report = learner.measure("judging")
         # One step after the last validation, so that the last value of each metric is the judgement.
-        self.recorder.metrics(learner.stage, table.train.steps + 1 if trains else 0, report.metrics())
+        found = report.metrics() | learner.training_metrics()
+        self.recorder.metrics(learner.stage, table.train.steps + 1 if trains else 0, found)
         if not check_informative(report, selected.address, table, log=self.recorder.log):
             self.recorder.tags({run_tags.UNINFORMATIVE_CRITIC: "true"})
         return critic, report

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import attrs
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -54,6 +55,41 @@ def test_auc_brier_and_cross_entropy_are_those_of_scikit_learn(responses):
     assert found.auc == pytest.approx(roc_auc_score(rewards(responses), finals(responses)))
     assert found.brier == pytest.approx(brier_score_loss(rewards(responses), finals(responses)))
     assert found.bce == pytest.approx(log_loss(rewards(responses), finals(responses).clip(1e-6, 1 - 1e-6)))
+
+
+@given(RESPONSES)
+def test_auc_before_the_end_uses_the_value_after_a_share_of_the_tokens(responses):
+    def after(share):
+        return [values[math.ceil(share * len(values)) - 1] for *_, values in responses]
+
+    found = CriticMeasures.of(judge(responses))
+
+    assert found.auc_half == pytest.approx(roc_auc_score(rewards(responses), after(0.5)))
+    assert found.auc_quarter == pytest.approx(roc_auc_score(rewards(responses), after(0.25)))
+
+
+@given(RESPONSES, st.integers(0, 2**16))
+def test_falls_at_slips_are_those_of_a_loop_over_responses(responses, seed):
+    generator = np.random.default_rng(seed)
+    slips = [generator.random(len(values)) < 0.3 for *_, values in responses]
+    expected, chance = [], []
+    for (_, reward, before, values), slip in zip(responses, slips, strict=True):
+        changes = np.diff([before, *values])
+        if slip.any() and reward < 0.5:
+            expected.append(slip[changes == changes.min()].mean())
+            chance.append(slip.mean())
+
+    judged = attrs.evolve(judge(responses), slip_N=np.concatenate(slips))
+
+    assert CriticMeasures.of(judged).falls_at_slip == (pytest.approx(np.mean(expected)) if expected else None)
+    constant = CriticMeasures.of(judged.by_constant()).falls_at_slip
+    assert constant == (pytest.approx(np.mean(chance)) if chance else None)
+
+
+def test_without_known_slips_nothing_is_said_about_them():
+    found = CriticMeasures.of(judge([(0, 1.0, 0.5, [0.5]), (0, 0.0, 0.5, [0.5])]))
+
+    assert "critic_falls_at_slip" not in found.metrics("critic_")
 
 
 @given(RESPONSES)

@@ -220,7 +220,9 @@ def test_every_fault_has_its_file_and_line(write_recipe):
     with pytest.raises(WmtpError) as caught:
         load_recipe(path, preset="quick", overrides=["loss.normalise=mean"])
 
-    keys = "pass_at_k, samples, temperature, max_new_tokens, decoding, batch_size, problems"
+    keys = (
+        "pass_at_k, samples, temperature, second_temperature, max_new_tokens, decoding, batch_size, problems"
+    )
     unknown = f"unknown key `sampels`; known keys: {keys}"
     assert str(caught.value).splitlines() == [
         "configs/recipe.toml: 10 problems",

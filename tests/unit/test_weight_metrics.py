@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from weighted_mtp_core.api import Weights, WmtpError
-from weighted_mtp_core.metrics.weights import weight_metrics
+from weighted_mtp_core.metrics.weights import share_between_responses, weight_metrics
 from weighted_mtp_core.model.targets import pair_index
 from weighted_mtp_core.training.plugin_metrics import check_metrics
 from weighted_mtp_core.training.weight_checks import ValueCheck, check_weights
@@ -58,6 +58,34 @@ def test_entropy_and_effective_sample_of_negative_weights_are_those_of_their_siz
     assert found["weight_mean"] == -1
     assert found["weight_entropy"] == sizes["weight_entropy"]
     assert found["effective_sample_share"] == sizes["effective_sample_share"]
+
+
+def share(weights, responses):
+    return float(share_between_responses(torch.tensor(weights), torch.tensor(responses), count=9))
+
+
+def test_one_weight_per_response_puts_all_variance_between_responses():
+    assert share([0.1, 0.1, 0.1, 2.3, 2.3], [3, 3, 3, 8, 8]) == pytest.approx(1)
+
+
+def test_equal_means_of_all_responses_put_no_variance_between_them():
+    assert share([1.0, 3.0, 0.0, 4.0, 2.0], [0, 0, 5, 5, 5]) == pytest.approx(0, abs=1e-6)
+
+
+def test_equal_weights_have_no_variance_between_responses():
+    assert share([0.1] * 7, [0, 0, 1, 1, 1, 1, 2]) == 0
+
+
+@given(st.lists(st.tuples(st.floats(-3, 3, width=32), st.integers(0, 4)), min_size=2, max_size=30))
+def test_the_share_between_responses_is_that_of_the_law_of_total_variance(pairs):
+    weight_N, response_N = (np.array(each) for each in zip(*pairs, strict=True))
+    if weight_N.std() < 1e-3:
+        return
+    mean_N = np.array([weight_N[response_N == each].mean() for each in response_N])
+
+    assert share(weight_N.tolist(), response_N.tolist()) == pytest.approx(
+        mean_N.var() / weight_N.var(), abs=1e-4
+    )
 
 
 def test_pairs_that_do_not_count_do_not_count():

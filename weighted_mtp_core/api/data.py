@@ -215,8 +215,9 @@ class DataSource(Stateful):
     two splits.
 
     Attributes:
-        oracle_weights: Whether the weights that the data give are knowledge that real data do not have, such
-            as the places of known mistakes. A run whose weighting reads them is marked as an upper bound.
+        oracle_weights: Whether the weights that the data give are knowledge that real data do not have: below
+            1 on known mistakes, and 1 elsewhere. A run whose weighting reads them is marked, because its
+            result is an upper bound. Every run measures weights and values at the mistakes.
     """
 
     oracle_weights: bool = False

@@ -98,6 +98,18 @@ def evaluate(
         metrics |= judged.metrics(table.pass_at_k)
         files = judged.save(folder)
     metrics |= sampled.generations.metrics()
+    if table.second_temperature is not None:
+        display.stage(f"at {table.second_temperature:g}", len(problems) * table.samples)
+        again = _sample(
+            prepared, problems, evolve(table, temperature=table.second_temperature), display=display
+        )
+        if folder is not None:
+            rates = _judge_samples(prepared, problems, again, whole_split=whole_split).pass_rates(
+                table.pass_at_k
+            )
+            metrics |= {
+                f"{name}_at_temperature_{table.second_temperature:g}": rate for name, rate in rates.items()
+            }
     timings = sampled.generations.timings() | _speeds(prepared, problems, table)
     return Evaluation(split=split, metrics=metrics, timings=timings, files=files)
 

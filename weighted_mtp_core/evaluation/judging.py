@@ -28,19 +28,22 @@ class JudgedCompletions:
         rates = [pass_at_k(len(row), sum(verdict.passed for verdict in row), k) for row in self.verdicts]
         return sum(rates) / len(rates)
 
-    def metrics(self, ks: Sequence[int]) -> dict[str, float]:
-        """Return the mean pass@k over the problems and the share of each kind of verdict.
+    def pass_rates(self, ks: Sequence[int]) -> dict[str, float]:
+        """Return the mean pass@k over the problems as metrics.
 
         If only some problems of the split were used, their number is part of the metric's name
         (`pass_at_1_of_20_problems`), because pass@k on a part of a benchmark is not comparable.
         """
         suffix = "" if self.whole_split else f"_of_{len(self.problems)}_problems"
-        rates = {f"pass_at_{k}{suffix}": self.pass_rate(k) for k in ks}
+        return {f"pass_at_{k}{suffix}": self.pass_rate(k) for k in ks}
+
+    def metrics(self, ks: Sequence[int]) -> dict[str, float]:
+        """Return `pass_rates` and the share of each kind of verdict."""
         kinds = [verdict.kind for row in self.verdicts for verdict in row]
         shares = {
             f"verdict_{kind.value}": kinds.count(kind) / len(kinds) for kind in VerdictKind if kind in kinds
         }
-        return rates | shares
+        return self.pass_rates(ks) | shares
 
     def save(self, folder: Path) -> tuple[Path, Path]:
         """Write `samples.jsonl` (HumanEval's sample format) and `verdicts.jsonl`; return their paths."""

@@ -31,6 +31,7 @@ class ScoredResponses:
         length_D: Number of tokens of each response, at least 1.
         reward_D: Reward of each response, in [0, 1].
         problem_D: Problem number of each response.
+        slip_N: Mask of the tokens at a known mistake; None if no mistake is known.
     """
 
     value_N: Floats
@@ -38,6 +39,7 @@ class ScoredResponses:
     length_D: Ints
     reward_D: Floats
     problem_D: Ints
+    slip_N: NDArray[np.bool_] | None = None
 
     @property
     def start_D(self) -> Ints:
@@ -48,8 +50,13 @@ class ScoredResponses:
     @property
     def final_D(self) -> Floats:
         """Value after the last token of each response, which is the value of the whole response."""
-        finals: Floats = self.value_N[self.start_D + self.length_D - 1]
-        return finals
+        return self.values_after(1.0)
+
+    def values_after(self, share: float) -> Floats:
+        """Return the value of each response after this share of its tokens, rounded up."""
+        tokens_D = np.ceil(share * self.length_D).astype(np.int64)
+        values: Floats = self.value_N[self.start_D + np.maximum(tokens_D, 1) - 1]
+        return values
 
     @property
     def correct_D(self) -> NDArray[np.bool_]:
@@ -109,6 +116,8 @@ class CriticMeasures:
     Attributes:
         auc: Share of all pairs of a correct and an incorrect response in which the correct one has the higher
             final value; 0.5 for a constant.
+        auc_half: Like `auc`, but with the values after 50 % of the tokens of each response.
+        auc_quarter: Like `auc`, but with the values after 25 % of the tokens.
         pairwise_accuracy: Like `auc`, but only over pairs of responses to the same problem; None if there is
             no such pair.
         bce: Mean binary cross-entropy of the final values, in nats.
@@ -123,9 +132,14 @@ class CriticMeasures:
         position_correlation: Spearman's correlation of value and position within a response, averaged over
             responses; 0 for a response with equal values.
         length_correlation: Spearman's correlation of final value and length.
+        falls_at_slip: Share of the incorrect responses with a known mistake whose value falls most at a
+            mistake; tokens with the same largest fall share the response. For a constant it is the share of
+            tokens at a mistake, which is chance. None if there is no such response.
     """
 
     auc: float
+    auc_half: float
+    auc_quarter: float
     pairwise_accuracy: float | None
     bce: float
     brier: float
@@ -134,15 +148,14 @@ class CriticMeasures:
     td_spikiness: float
     position_correlation: float
     length_correlation: float
+    falls_at_slip: float | None
 
     @classmethod
     def of(cls, scored: ScoredResponses) -> CriticMeasures:
         """Compute the measures of responses, which must contain correct and incorrect ones."""
-        from sklearn.metrics import roc_auc_score
-
         final_D, reward_D, correct_D = scored.final_D, scored.reward_D, scored.correct_D
         return cls(
-            auc=float(roc_auc_score(correct_D, final_D)),
+            **aucs(scored),
             pairwise_accuracy=_pairwise_accuracy(final_D, correct_D, scored.problem_D),
             bce=_cross_entropy(final_D, reward_D),
             brier=float(np.square(final_D - reward_D).mean()),
@@ -151,11 +164,25 @@ class CriticMeasures:
             td_spikiness=_spikiness(scored),
             position_correlation=_position_correlation(scored),
             length_correlation=_length_correlation(scored),
+            falls_at_slip=_falls_at_slip(scored),
         )
 
     def metrics(self, prefix: str) -> dict[str, float]:
         """Return the measures that are not None, with `prefix` before each name."""
         return {f"{prefix}{name}": value for name, value in attrs.asdict(self).items() if value is not None}
+
+
+def aucs(scored: ScoredResponses) -> dict[str, float]:
+    """Return `auc`, `auc_half` and `auc_quarter` of `CriticMeasures`; empty if all responses are alike."""
+    from sklearn.metrics import roc_auc_score
+
+    correct_D = scored.correct_D
+    if correct_D.all() or not correct_D.any():
+        return {}
+    shares = {"auc": 1.0, "auc_half": 0.5, "auc_quarter": 0.25}
+    return {
+        name: float(roc_auc_score(correct_D, scored.values_after(share))) for name, share in shares.items()
+    }
 
 
 def _pairwise_accuracy(final_D: Floats, correct_D: NDArray[np.bool_], problem_D: Ints) -> float | None:
@@ -181,12 +208,30 @@ def _calibration_error(value_D: Floats, reward_D: Floats) -> float:
 
 def temporal_differences(scored: ScoredResponses) -> Floats:
     """Return the TD error of each token, `[N]`, with gamma = 1; see `CriticMeasures.td_spikiness`."""
-    before_N = np.concatenate([scored.before_D[:1], scored.value_N[:-1]])
-    before_N[scored.start_D] = scored.before_D
     after_N = scored.value_N.copy()
     after_N[scored.start_D + scored.length_D - 1] = scored.reward_D
-    change_N: Floats = after_N - before_N
+    change_N: Floats = after_N - _values_before(scored)
     return change_N
+
+
+def _values_before(scored: ScoredResponses) -> Floats:
+    """Return the value of the prefix before each token, `[N]`."""
+    before_N = np.concatenate([scored.before_D[:1], scored.value_N[:-1]])
+    before_N[scored.start_D] = scored.before_D
+    return before_N
+
+
+def _falls_at_slip(scored: ScoredResponses) -> float | None:
+    if scored.slip_N is None:
+        return None
+    cuts = scored.start_D[1:]
+    changes = np.split(scored.value_N - _values_before(scored), cuts)
+    found = [
+        float((slip & (change == change.min())).sum() / (change == change.min()).sum())
+        for change, slip, right in zip(changes, np.split(scored.slip_N, cuts), scored.correct_D, strict=True)
+        if slip.any() and not right
+    ]
+    return float(np.mean(found)) if found else None
 
 
 def _spikiness(scored: ScoredResponses) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _PERCENTILES = (5, 50, 95)
+_ROUNDING = 1e-10  # weights whose relative variance is below this differ by rounding only
 
 
 def weight_metrics(weight_N: Tensor) -> dict[str, Tensor]:
@@ -32,6 +33,27 @@ def weight_metrics(weight_N: Tensor) -> dict[str, Tensor]:
         "effective_sample_share": total.square() / (weight_N.square().sum() * count).clamp(min=1e-30),
         **{f"weight_p{percent:02d}": value for percent, value in _percentiles(weight_N).items()},
     }
+
+
+def share_between_responses(weight_N: Tensor, response_N: Tensor, *, count: int) -> Tensor:
+    """Return the share of the variance of the weights that lies between responses, a float32 scalar.
+
+    It is 1 if all pairs of a response have the same weight, and 0 if all responses have the same mean weight
+    (law of total variance), which includes equal weights.
+
+    Args:
+        weight_N: The weight of each pair.
+        response_N: The number of each pair's response, int64, less than `count`.
+        count: Number of the numbers.
+    """
+    weight_N = weight_N.float()
+    centred_N = weight_N - weight_N.mean()
+    zero_R = weight_N.new_zeros(count)
+    sum_R = zero_R.index_add(0, response_N, centred_N)
+    pairs_R = zero_R.index_add(0, response_N, torch.ones_like(centred_N))
+    between, total = (sum_R.square() / pairs_R.clamp(min=1)).sum(), centred_N.square().sum()
+    varies = total > _ROUNDING * weight_N.square().sum()
+    return torch.where(varies, between / total, 0.0)
 
 
 def _percentiles(weight_N: Tensor) -> dict[int, Tensor]:

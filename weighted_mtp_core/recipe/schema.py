@@ -241,11 +241,15 @@ class CheckpointTable:
 
 @frozen(kw_only=True)
 class EvaluateTable:
-    """`[evaluate]`: stage 3. `problems = 0` means the whole split."""
+    """`[evaluate]`: stage 3. `problems = 0` means the whole split.
+
+    With `second_temperature`, pass@k is also measured at that temperature.
+    """
 
     pass_at_k: tuple[int, ...] = field(default=(1,))
     samples: int = field(default=1, validator=v.ge(1))
     temperature: float = field(default=0.0, validator=v.ge(0))
+    second_temperature: float | None = field(default=None, validator=v.optional(v.gt(0)))
     max_new_tokens: int = field(default=128, validator=v.ge(1))
     decoding: Literal["plain", "self_speculative"] = "self_speculative"
     batch_size: int = field(default=32, validator=v.ge(1))

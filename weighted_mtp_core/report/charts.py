@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
+from weighted_mtp_core.metrics.slips import PLACES
 from weighted_mtp_core.report.drawing import Series, line_chart
 from weighted_mtp_core.tracking.run_history import Point
 from weighted_mtp_core.training.plugin_metrics import is_core_metric
@@ -56,6 +57,12 @@ _GROUPS = (
     _baselines("margin", "Critic's margin", "mean value of correct minus incorrect responses"),
     _baselines("td_spikiness", "Spikiness of TD errors", "largest over mean absolute value in a response"),
     _baselines("position_correlation", "Value and position", "rank correlation within a response"),
+    _Group(
+        title="Critic's AUC before the end of a response",
+        note="on held-out responses, with the values after a share of the tokens",
+        members={"critic_auc": "100 %", "critic_auc_half": "50 %", "critic_auc_quarter": "25 %"},
+    ),
+    _baselines("falls_at_slip", "Largest fall of the value at a known mistake", "the constant is chance"),
     _baselines("length_correlation", "Value and length", "rank correlation over responses"),
     _Group(
         title="How even the weights are",
@@ -71,6 +78,16 @@ _GROUPS = (
         title="Held-out tokens per pass",
         note="expected in greedy self-speculative decoding; 1 without accepted drafts",
         members={"validation_acceptance_length": "tokens"},
+    ),
+    _Group(
+        title="Variance of the weights between responses",
+        note="its share: 1 means one weight per response",
+        members={"weight_between_responses": "share"},
+    ),
+    _Group(
+        title="Weights around known mistakes",
+        note="mean weight in incorrect responses, relative to the first mistake",
+        members={f"weight_{name}": name.removesuffix("_slip") for name in PLACES},
     ),
     _Group(title="Mean TD error", note="0: outcomes are as expected", members={"td_error_mean": "TD error"}),
 )
@@ -94,6 +111,8 @@ _FIRST = (
     "Mean TD error",
     "How even the weights are",
     "Quantiles of the weights",
+    "Variance of the weights between responses",
+    "Weights around known mistakes",
     "Held-out accuracy of each head",
     "Critic's loss",
     "Critic's AUC on held-out responses",

@@ -193,6 +193,11 @@ def _verdicts(history: RunHistory) -> list[tuple[str, float]]:
 
 _MEASURES = {
     "auc": "AUC",
+    "auc_half": "AUC after 50 % of the response",
+    "auc_quarter": "AUC after 25 % of the response",
+    "training_auc": "AUC on training responses",
+    "training_auc_half": "the same after 50 %",
+    "training_auc_quarter": "the same after 25 %",
     "pairwise_accuracy": "correct above incorrect, within a problem",
     "bce": "cross-entropy, nats",
     "brier": "Brier score",
@@ -201,6 +206,7 @@ _MEASURES = {
     "td_spikiness": "largest over mean TD error",
     "position_correlation": "rank correlation with position",
     "length_correlation": "rank correlation with length",
+    "falls_at_slip": "largest fall of the value at a known mistake",
 }
 
 

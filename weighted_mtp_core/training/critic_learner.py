@@ -15,14 +15,15 @@ from attrs import define, field, fields
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from weighted_mtp_core.api import Batch, Critic, is_correct
+from weighted_mtp_core.api import Batch, Critic, Split, is_correct
 from weighted_mtp_core.checkpointing.best_model import load_component, save_component
 from weighted_mtp_core.data.halves import HALVES, Half, documents_of
-from weighted_mtp_core.data.samplers import in_order
+from weighted_mtp_core.data.samplers import evenly_spread, in_order
 from weighted_mtp_core.errors import RunFailedError, WmtpError
-from weighted_mtp_core.metrics.critic import ScoredResponses
+from weighted_mtp_core.metrics.critic import ScoredResponses, aucs
 from weighted_mtp_core.metrics.critic_gate import LEVEL, PROBLEMS_NEEDED, problems_by_outcome
 from weighted_mtp_core.metrics.critic_report import CriticReport, report_critic
+from weighted_mtp_core.metrics.slips import slips_of
 from weighted_mtp_core.recipe.schema import CriticTable, TrainTable
 from weighted_mtp_core.runtime.distributed import Distributed
 from weighted_mtp_core.runtime.sharding import all_like
@@ -89,16 +90,33 @@ class CriticLearner(Learner):
             RunFailedError: The critic returns no values or non-finite values, or all responses are correct,
                 or all are incorrect.
         """
-        parts = []
-        tokens, documents = self.prepared.critic_tokens("validation"), self.prepared.critic_validation(half)
+        scored = self._score("validation", self.prepared.critic_validation(half))
+        return report_critic(scored, self.prepared.length_only)
+
+    @torch.no_grad()
+    def training_metrics(self) -> dict[str, float]:
+        """Return the AUC on training responses as metrics; above the held-out AUC, the critic memorises.
+
+        Empty if these responses are all correct or all incorrect.
+        """
+        tokens = self.prepared.critic_tokens("train")
+        documents = evenly_spread(np.arange(len(tokens)), limit=self.table.validation_examples)
+        return {
+            f"critic_training_{name}": value for name, value in aucs(self._score("train", documents)).items()
+        }
+
+    def _score(self, split: Split, documents: NDArray[np.int64]) -> ScoredResponses:
+        """Return the values of some labelled responses of a split."""
+        parts, tokens = [], self.prepared.critic_tokens(split)
         for rows in in_order(tokens, documents, batch_size=self.table.batch_size):
             batch = self.prepared.batch(tokens, rows)
             scores = self.critic.score(batch, self._states(batch))
             if scores.value_BT is None:
                 name = type(self.critic).__name__
                 raise RunFailedError(f"critic `{name}` was trained, but returns no values")
-            parts.append(_scored_responses(batch, scores.value_BT, tokens.problem_D[rows]))
-        return report_critic(_concatenate(parts), self.prepared.length_only)
+            slip_BT = slips_of(batch) if self.prepared.source.oracle_weights else None
+            parts.append(_scored_responses(batch, scores.value_BT, slip_BT, tokens.problem_D[rows]))
+        return _concatenate(parts)
 
     def state_dict(self) -> Mapping[str, Any]:
         """Return the critic's state."""
@@ -177,7 +195,9 @@ def check_informative(
     return False
 
 
-def _scored_responses(batch: Batch, value_BT: Tensor, problem_B: NDArray[np.int64]) -> ScoredResponses:
+def _scored_responses(
+    batch: Batch, value_BT: Tensor, slip_BT: Tensor | None, problem_B: NDArray[np.int64]
+) -> ScoredResponses:
     """Return the values of a batch with one document per row; rows without a response are left out."""
     response_BT = batch.response_BT.cpu().numpy()
     values_BT, rewards_BT = value_BT.cpu().double().numpy(), batch.reward_BT.cpu().double().numpy()
@@ -190,9 +210,13 @@ def _scored_responses(batch: Batch, value_BT: Tensor, problem_B: NDArray[np.int6
         length_D=length_B[row_B],
         reward_D=rewards_BT[row_B, first_B],
         problem_D=problem_B[row_B],
+        slip_N=None if slip_BT is None else slip_BT.cpu().numpy()[response_BT],
     )
 
 
 def _concatenate(parts: Sequence[ScoredResponses]) -> ScoredResponses:
-    names = [each.name for each in fields(ScoredResponses)]
-    return ScoredResponses(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in names})
+    columns = {each.name: [getattr(p, each.name) for p in parts] for each in fields(ScoredResponses)}
+    whole: dict[str, Any] = {
+        name: None if column[0] is None else np.concatenate(column) for name, column in columns.items()
+    }
+    return ScoredResponses(**whole)

@@ -12,7 +12,7 @@ from weighted_mtp_core.errors import RunFailedError
 _CORE = re.compile(
     r"(policy|critic|pass_at|verdict|acceptance)_.*"
     r"|(train|validation|test)_(loss|ce|accuracy|acceptance)(_head_\d+|_length)?"
-    r"|value_loss|weight_(mean|entropy|p\d+)|effective_sample_share|tokens_per_forward"
+    r"|value_loss|weight_(mean|entropy|p\d+|between_responses|(before|at|behind)_slip)|effective_sample_share|tokens_per_forward"
 )
 """Names of core's metrics, in all stages."""
 

@@ -18,7 +18,8 @@ from weighted_mtp_core.api.tensors import align_weights
 from weighted_mtp_core.checkpointing.best_model import load_model, save_model
 from weighted_mtp_core.checkpointing.state import WithPrefix, load_module_state, module_state
 from weighted_mtp_core.data.batches import preceding
-from weighted_mtp_core.metrics.weights import weight_metrics
+from weighted_mtp_core.metrics.slips import numbers_of_responses, places_of, slip_metrics
+from weighted_mtp_core.metrics.weights import share_between_responses, weight_metrics
 from weighted_mtp_core.model.loss import normalisers, weighted_mtp_loss
 from weighted_mtp_core.model.loss_shares import loss_shares
 from weighted_mtp_core.model.policy import Policy
@@ -52,6 +53,7 @@ class PolicyLearner(Learner):
         validation: Returns the batches of the validation split.
         best: The file of the best policy.
         log: Receives messages for the user.
+        knows_slips: Whether the data mark the mistakes of incorrect responses; see `Prepared.knows_slips`.
         select_by: What chooses the best policy, see `selection_score`.
     """
 
@@ -66,6 +68,7 @@ class PolicyLearner(Learner):
     validation: Callable[[], Iterable[Batch]]
     best: Path
     log: Callable[[str], None] = print
+    knows_slips: bool = False
     select_by: SelectBy = "head_1"
     stage: str = field(default="policy", init=False)
     loss_name: str = field(default="train_loss", init=False)
@@ -96,6 +99,7 @@ class PolicyLearner(Learner):
             validation=prepared.policy_validation,
             best=best,
             log=prepared.log,
+            knows_slips=prepared.knows_slips,
             select_by=recipe.train.select_by or default_selection(recipe.model.train),
         )
 
@@ -141,14 +145,26 @@ class PolicyLearner(Learner):
         )
 
         def metrics() -> Scalars:
-            pair_N = pair_index(target_BTK, preceding_BT=preceding(batch))
             return {
                 **per_head("train_ce", ce_sum_K / count_K.clamp(min=1)),
-                **weight_metrics(weight_BTK.flatten()[pair_N]),
+                **self._weight_metrics(batch, weight_BTK, target_BTK),
                 **weights.metrics,
             }
 
         return StepResult(loss=loss, metrics=metrics, size=self._normaliser.size(count_K))
+
+    def _weight_metrics(self, batch: Batch, weight_BTK: Tensor, target_BTK: Tensor) -> Scalars:
+        pair_N = pair_index(target_BTK, preceding_BT=preceding(batch))
+        if not len(pair_N):
+            return {}
+        weight_N, heads = weight_BTK.flatten()[pair_N], target_BTK.shape[2]
+        token_N = pair_N // heads + pair_N % heads + 1  # the target, in the flattened [B, T]
+        response_N = numbers_of_responses(batch.document_BT).flatten()[token_N]
+        between = share_between_responses(weight_N, response_N, count=batch.ids_BT.numel())
+        found = {**weight_metrics(weight_N), "weight_between_responses": between}
+        if self.knows_slips:
+            found |= slip_metrics(weight_N, places_of(batch).flatten()[token_N])
+        return found
 
     def _accumulate_gradients(
         self,

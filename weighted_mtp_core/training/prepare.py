@@ -22,6 +22,7 @@ from weighted_mtp_core.api import (
     ModelContext,
     Split,
     WeightingStrategy,
+    is_correct,
 )
 from weighted_mtp_core.checkpointing.best_model import load_model
 from weighted_mtp_core.data.batches import StepBatches, collate
@@ -128,6 +129,14 @@ class Prepared:
         """The baseline critic that uses only lengths, fitted on the training responses."""
         tokens = self.critic_tokens("train")
         return LengthOnly.fit(tokens.length_D - tokens.prompt_D, np.asarray(tokens.reward_D, np.float64))
+
+    @property
+    def knows_slips(self) -> bool:
+        """Whether the policy imitates incorrect responses whose mistakes are known.
+
+        See `DataSource.oracle_weights`.
+        """
+        return self.source.oracle_weights and not is_correct(self.policy_tokens("train").reward_D).all()
 
     def batch(self, tokens: TokenSet, rows: NDArray[np.int64]) -> Batch:
         """Return documents as a batch on the device."""
