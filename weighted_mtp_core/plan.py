@@ -140,6 +140,9 @@ def _head_faults(recipe: Recipe) -> list[Fault]:
         found.append(Fault(("loss", "head_weights"), text))
     if n_future == 1 and train == "heads":
         found.append(Fault(("model", "train"), "`heads` trains heads 2..K: `model.n_future` must be >= 2"))
+    if n_future == 1 and recipe.loss.heads != "labels":
+        text = f"`{recipe.loss.heads}` is for heads 2..K: `model.n_future` must be >= 2"
+        found.append(Fault(("loss", "heads"), text))
     select_by = recipe.train.select_by
     if n_future == 1 and select_by in {"later_heads", "acceptance"}:
         found.append(Fault(("train", "select_by"), f"`{select_by}` needs `model.n_future` >= 2"))

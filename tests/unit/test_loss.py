@@ -56,6 +56,13 @@ def case(seed, *, rows=2, length=7, n_future=3, share=0.6):
     }
 
 
+def inside(labels_BTK):
+    """Return the labels without those of head k at the last k positions, whose targets would be outside."""
+    length, n_future = labels_BTK.shape[1:]
+    is_inside_TK = torch.arange(length)[:, None] + torch.arange(1, n_future + 1) < length
+    return labels_BTK.where(is_inside_TK, IGNORED)
+
+
 def with_unembedding(model, weight_VH):
     """Return a copy of a policy with another unembedding."""
     twin = copy.deepcopy(model)
@@ -181,10 +188,11 @@ def test_losses_entropies_and_head_sums_are_those_of_a_loop_over_pairs(seed, n_f
     assert sums.count_K.tolist() == target_mask(labels_BTK).sum(dim=(0, 1)).tolist()
 
 
-def most_held_for_backward(n_future):
+def most_held_for_backward(n_future, heads):
     """Return the most bytes that autograd holds at a time while the heads learn, without parameters."""
     model = policy(n_future)
     ids_BT, arguments = case(0, n_future=n_future, share=1.0)  # no head has more pairs than head 1
+    arguments["labels_BTK"] = inside(arguments["labels_BTK"])
     parameters = {parameter.data_ptr() for parameter in model.parameters()}
     held = {"now": 0, "most": 0}
 
@@ -202,12 +210,13 @@ def most_held_for_backward(n_future):
     with torch.no_grad():
         hidden_BTH = model.trunk_states(ids_BT)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        weighted_mtp_loss(model, hidden_BTH.requires_grad_(), **arguments)
+        weighted_mtp_loss(model, hidden_BTH.requires_grad_(), heads=heads, **arguments)
     return held["most"]
 
 
-def test_what_is_held_for_backward_does_not_grow_with_the_number_of_heads():
-    assert most_held_for_backward(4) == most_held_for_backward(1) > 0
+@pytest.mark.parametrize("heads", ["labels", "kl"])
+def test_what_is_held_for_backward_does_not_grow_with_the_number_of_heads(heads):
+    assert most_held_for_backward(4, heads) == most_held_for_backward(1, "labels") > 0
 
 
 class WidestLogits(TorchDispatchMode):
@@ -222,14 +231,16 @@ class WidestLogits(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("heads", ["labels", "kl", "both"])
 @pytest.mark.parametrize("measure", [PairPredictions.losses, PairPredictions.sums])
-def test_no_more_than_one_chunk_of_logits_ever_exists(measure, monkeypatch):
+def test_no_more_than_one_chunk_of_logits_ever_exists(measure, heads, monkeypatch):
     monkeypatch.setattr(chunked_unembedding, "CHUNK", 17)  # more than H: a transposed matrix is [H, V]
     ids_BT, arguments = case(0, length=40, share=1.0)
+    arguments["labels_BTK"] = inside(arguments["labels_BTK"])
     model = policy()
 
     with WidestLogits() as learning:
-        weighted_mtp_loss(model, model.trunk_states(ids_BT), **arguments)
+        weighted_mtp_loss(model, model.trunk_states(ids_BT), heads=heads, **arguments)
     with WidestLogits() as measuring:
         measure(PairPredictions(model, model.trunk_states(ids_BT), arguments["labels_BTK"]))
 

@@ -435,6 +435,10 @@ def test_an_experiment_that_is_no_path(plan_error):
             "loss.head_schedule: must be `constant` if head 1 has weight 0: forward",
         ),
         (
+            "loss={heads='kl', negative_weights=true}",
+            "loss.heads: must be `labels` with `negative_weights`, or heads 2..K unlearn head 1: kl",
+        ),
+        (
             "model.micro.hidden_size=60",
             "model.micro.attention_heads: must divide `hidden_size` = 60 into even parts: 4",
         ),
@@ -463,6 +467,10 @@ def test_keys_that_do_not_fit_each_other(plan_error, override, text):
         (
             ("model.n_future=1", "train.select_by='later_heads'"),
             "train.select_by: `later_heads` needs `model.n_future` >= 2",
+        ),
+        (
+            ("model.n_future=1", "loss.heads='kl'"),
+            "loss.heads: `kl` is for heads 2..K: `model.n_future` must be >= 2",
         ),
         (
             ("model.n_future=1", "train.select_by='acceptance'"),

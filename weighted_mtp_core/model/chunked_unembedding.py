@@ -25,6 +25,22 @@ _FEWEST = 64  # rows; fewer rows save little memory but slow down the matrix pro
 
 
 @frozen(kw_only=True, eq=False)
+class Teacher:
+    """Head 1, whose predictions are the targets of another head.
+
+    Attributes:
+        state_BTH: The states that the unembedding reads for head 1, without a gradient.
+        ahead: Number of positions from a prediction of the other head to head 1's prediction of the same
+            token.
+        label_share: Share of the label in the target, 0 to 1; the rest is head 1's distribution.
+    """
+
+    state_BTH: Tensor
+    ahead: int
+    label_share: float
+
+
+@frozen(kw_only=True, eq=False)
 class ChunkedUnembedding:
     """The unembedding for one pass over all heads.
 
@@ -35,12 +51,14 @@ class ChunkedUnembedding:
         unembedding: The unembedding that is trained.
         matrix_VH: The matrix of the unembedding in the dtype of the matrix products.
         logits_NV: Buffer for one chunk of logits, reused: allocating one per chunk costs page faults.
+        teacher_NV: The same for the logits of a teacher; empty without one.
         learns: Whether `learn` adds to the gradients of matrix and bias.
     """
 
     unembedding: Unembedding
     matrix_VH: Tensor
     logits_NV: Tensor
+    teacher_NV: Tensor
     learns: bool
 
     def frozen(self) -> ChunkedUnembedding:
@@ -48,7 +66,9 @@ class ChunkedUnembedding:
         return evolve(self, learns=False)
 
     @classmethod
-    def of(cls, policy: Policy, hidden_BTH: Tensor, *, extra_bytes: int = 0) -> ChunkedUnembedding:
+    def of(
+        cls, policy: Policy, hidden_BTH: Tensor, *, extra_bytes: int = 0, teaches: bool = False
+    ) -> ChunkedUnembedding:
         """Prepare the unembedding; its matrix is cast to autocast's dtype if autocast is on.
 
         Args:
@@ -56,6 +76,7 @@ class ChunkedUnembedding:
             hidden_BTH: Trunk states, of which only the device is used.
             extra_bytes: Other memory in use at the same time as the logits, which grows with the batch.
                 Chunks are made smaller by this amount, so that the total does not grow with the batch.
+            teaches: Whether `learn` is called with a teacher.
         """
         parameter = policy.unembedding.weight
         device = hidden_BTH.device.type
@@ -68,41 +89,69 @@ class ChunkedUnembedding:
             unembedding=policy.unembedding,
             matrix_VH=matrix_VH,
             logits_NV=logits_NV,
+            teacher_NV=torch.empty_like(logits_NV) if teaches else logits_NV[:0],
             learns=any(each.requires_grad for each in policy.unembedding.parameters()),
         )
 
     @torch.no_grad()
     def learn(
-        self, state_BTH: Tensor, index_N: Tensor, label_N: Tensor, *, scale_N: Tensor, gradient_BTH: Tensor
-    ) -> Tensor:
-        """Return each cross-entropy CE_n, float32 `[N]`, and compute the gradients of `sum_n scale_n * CE_n`.
+        self,
+        state_BTH: Tensor,
+        index_N: Tensor,
+        label_N: Tensor,
+        *,
+        scale_N: Tensor,
+        gradient_BTH: Tensor,
+        teacher: Teacher | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return each loss and cross-entropy, float32 `[N]`, and compute the gradients of `scale @ loss`.
+
+        The loss is the cross-entropy CE or, with a teacher, `s CE + (1 - s) KL(p || q)`: s is `label_share`,
+        q the prediction and p head 1's prediction of the same token.
 
         The gradient of the states is written to `gradient_BTH`. If the unembedding `learns`, the gradient of
         the matrix is added to the matrix's `grad` directly, because a separate buffer per head would cost two
         more passes over memory.
         """
         state_SH, gradient_SH = state_BTH.flatten(0, 1), gradient_BTH.flatten(0, 1)
-        ce_N = torch.empty(len(label_N), dtype=torch.float32, device=label_N.device)
+        loss_N, ce_N = torch.empty(2, len(label_N), dtype=torch.float32, device=label_N.device)
         for rows in self._chunks(len(label_N)):
-            index = index_N[rows]
+            index, scale = index_N[rows], scale_N[rows, None]
             state = state_SH.index_select(0, index).to(self.matrix_VH.dtype)
-            ce_N[rows], gradient = self._learn_chunk(state, label_N[rows, None], scale=scale_N[rows, None])
+            loss_N[rows], ce_N[rows], gradient = self._learn_chunk(
+                state, label_N[rows, None], scale=scale, index=index, teacher=teacher
+            )
             gradient_SH.index_copy_(0, index, gradient.to(gradient_SH.dtype))
-        return ce_N
+        return loss_N, ce_N
 
-    def _learn_chunk(self, state: Tensor, label: Tensor, *, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def _learn_chunk(
+        self, state: Tensor, label: Tensor, *, scale: Tensor, index: Tensor, teacher: Teacher | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Do the work of `learn` for one chunk, in place on its logits to avoid passes over memory."""
-        logits = self._logits(state)
+        logits = self._logits(state, self.logits_NV)
         slope = None if self.unembedding.is_plain else self.unembedding.slope(logits)
         target = logits.sub_(logits.amax(dim=-1, keepdim=True)).gather(1, label)
-        total = logits.exp_().sum(dim=-1, keepdim=True)
-        gradient = logits.mul_(scale / total).scatter_add_(1, label, -scale)
+        if teacher is None:
+            total = logits.exp_().sum(dim=-1, keepdim=True)
+            loss = ce = (total.log() - target)[:, 0]
+            gradient = logits.mul_(scale / total).scatter_add_(1, label, -scale)
+        else:
+            share, state_SH = teacher.label_share, teacher.state_BTH.flatten(0, 1)
+            p = self._logits(state_SH.index_select(0, index + teacher.ahead), self.teacher_NV)
+            p = p.sub_(p.amax(dim=-1, keepdim=True)).exp_()
+            p /= p.sum(dim=-1, keepdim=True)
+            expected = torch.special.entr(p).addcmul_(p, logits).sum(dim=-1)  # of z - log p under p
+            total = logits.exp_().sum(dim=-1, keepdim=True)
+            ce = (total.log() - target)[:, 0]
+            loss = share * ce + (1 - share) * (total.log()[:, 0] - expected)
+            gradient = logits.mul_(scale / total).sub_(p.mul_((1 - share) * scale))
+            gradient.scatter_add_(1, label, -share * scale)
         if slope is not None:
             gradient *= slope
         gradient = gradient.to(state.dtype)
-        ce, gradient_of_state = (total.log() - target)[:, 0], gradient @ self.matrix_VH
+        gradient_of_state = gradient @ self.matrix_VH
         if not self.learns:
-            return ce, gradient_of_state
+            return loss, ce, gradient_of_state
         gradient_V = _gradient_of(self.unembedding.bias)
         if gradient_V is not None:
             gradient_V += gradient.sum(dim=0, dtype=gradient_V.dtype)
@@ -111,7 +160,7 @@ class ChunkedUnembedding:
             gradient_VH.addmm_(gradient.T, state)
         elif gradient_VH is not None:
             gradient_VH += gradient.T @ state
-        return ce, gradient_of_state
+        return loss, ce, gradient_of_state
 
     def losses(self, state_BTH: Tensor, index_N: Tensor, label_N: Tensor) -> Tensor:
         """Return each cross-entropy, float32 `[N]`."""
@@ -140,12 +189,12 @@ class ChunkedUnembedding:
         """Yield each chunk and its logits, which the next chunk overwrites."""
         state_SH = state_BTH.flatten(0, 1)
         for rows in self._chunks(len(index_N)):
-            yield rows, self._logits(state_SH.index_select(0, index_N[rows]))
+            yield rows, self._logits(state_SH.index_select(0, index_N[rows]), self.logits_NV)
 
-    def _logits(self, state_NH: Tensor) -> Tensor:
-        """Return the logits of the rows, float32 `[N, V]`, which the next call overwrites."""
-        buffer = self.logits_NV[: len(state_NH)]
-        product_NV = torch.mm(state_NH.to(self.matrix_VH.dtype), self.matrix_VH.T, out=buffer).float()
+    def _logits(self, state_NH: Tensor, buffer_NV: Tensor) -> Tensor:
+        """Return the logits of the rows, float32 `[N, V]`; the next call with this buffer overwrites them."""
+        state_NH, out_NV = state_NH.to(self.matrix_VH.dtype), buffer_NV[: len(state_NH)]
+        product_NV = torch.mm(state_NH, self.matrix_VH.T, out=out_NV).float()
         return product_NV if self.unembedding.is_plain else self.unembedding.shape_(product_NV)
 
     def _chunks(self, count: int) -> Iterator[slice]:

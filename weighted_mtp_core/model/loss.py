@@ -2,25 +2,32 @@
 
 `L = sum_k alpha_k * sum_t w[t, k] * CE(head_k(h_t), x[t + k]) / Z_k`, after Gloeckle et al. 2024 (eq. 2) with
 weights: alpha_k is the loss share of head k, w[t, k] the weight of the pair (t, k), h_t the trunk state and
-Z_k the normaliser. Heads run forward and backward one after the other (their section 2.2): the gradients of
-the trunk's states are summed in one `[B, T, H]` buffer and propagated through the trunk once, so memory does
-not grow with K. Positions without a target are skipped before the unembedding.
+Z_k the normaliser. Heads 2..K can learn from head 1 instead of labels: their CE is then replaced with
+KL(head_1(h_{t+k-1}) || head_k(h_t)), from which head 1 gets no gradient.
+
+Heads run forward and backward one after the other (their section 2.2): the gradients of the trunk's states
+are summed in one `[B, T, H]` buffer and propagated through the trunk once, so memory does not grow with K.
+Positions without a target are skipped before the unembedding.
 
 Shape letters: B rows, T positions, K heads, N counted pairs of one head, H hidden.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from attrs import frozen
 from torch import Tensor
 
-from weighted_mtp_core.model.chunked_unembedding import ChunkedUnembedding
+from weighted_mtp_core.model.chunked_unembedding import ChunkedUnembedding, Teacher
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.sparse_feed_forward import sparse_rows
 from weighted_mtp_core.model.targets import Counts, source_index, take, target_mask
+from weighted_mtp_core.recipe.schema import HeadTargets
+
+_LABEL_SHARES: Mapping[HeadTargets, float] = {"labels": 1.0, "both": 0.5, "kl": 0.0}
 
 
 @frozen(kw_only=True, eq=False)
@@ -61,6 +68,7 @@ def weighted_mtp_loss(
     weight_BTK: Tensor | None,
     normaliser_K: Tensor,
     head_share_K: Tensor,
+    heads: HeadTargets = "labels",
     detach_trunk: bool = False,
     position_BT: Tensor | None = None,
     preceding_BT: Counts | None = None,
@@ -77,14 +85,19 @@ def weighted_mtp_loss(
         weight_BTK: float32, 0 for pairs that do not count; None means 1 for all pairs.
         normaliser_K: Z by head, of the whole step, so that losses of micro-batches add up exactly.
         head_share_K: alpha of each head.
+        heads: What heads 2..K learn: the labels, head 1's distribution at the place that they draft, or both
+            in equal shares.
         detach_trunk: Whether heads 2..K send a gradient to their own parameters only.
         position_BT: `Batch.position_BT`.
         preceding_BT: `CollatedBatch.preceding_BT`; if None, each head synchronises with the device.
     """
     scale_K = head_share_K / normaliser_K
     source_BTH = hidden_BTH.detach().requires_grad_(hidden_BTH.requires_grad)
-    # Two gradients of the states exist at the same time: the gradient of one head, and the sum over heads.
-    unembedding = ChunkedUnembedding.of(policy, hidden_BTH, extra_bytes=2 * hidden_BTH.nbytes)
+    share = _LABEL_SHARES[heads]
+    # At the same time exist: the gradient of one head, its sum over heads and, if head 1 teaches, its states.
+    extra_bytes = (3 if share < 1 else 2) * hidden_BTH.nbytes
+    unembedding = ChunkedUnembedding.of(policy, hidden_BTH, extra_bytes=extra_bytes, teaches=share < 1)
+    head_1_BTH: Tensor | None = None
     losses, ce_sums = [], []
     for k in range(1, policy.n_future + 1):
         label_BT = labels_BTK[:, :, k - 1]
@@ -104,7 +117,12 @@ def weighted_mtp_loss(
                 index_N=index_N,
                 label_BT=label_BT,
                 scale_BT=scale_BT,
+                teacher=None
+                if head_1_BTH is None
+                else Teacher(state_BTH=head_1_BTH, ahead=k - 1, label_share=share),
             )
+        if k == 1 and share < 1:
+            head_1_BTH = state_BTH.detach()
         losses.append(loss)
         ce_sums.append(ce_sum)
     if source_BTH.grad is not None:
@@ -117,19 +135,32 @@ def weighted_mtp_loss(
 
 
 def _learn_head(
-    state_BTH: Tensor, unembedding: ChunkedUnembedding, *, index_N: Tensor, label_BT: Tensor, scale_BT: Tensor
+    state_BTH: Tensor,
+    unembedding: ChunkedUnembedding,
+    *,
+    index_N: Tensor,
+    label_BT: Tensor,
+    scale_BT: Tensor,
+    teacher: Teacher | None,
 ) -> tuple[Tensor, Tensor]:
     """Propagate a head's gradient to its inputs; return its loss and its sum of cross-entropies."""
     scale_N = take(scale_BT, index_N)
     label_N = take(label_BT, index_N)
-    if not state_BTH.requires_grad and not unembedding.learns:
+    if teacher is None and not state_BTH.requires_grad and not unembedding.learns:
         ce_N = unembedding.losses(state_BTH, index_N, label_N)
         return (ce_N * scale_N).sum(), ce_N.sum()
     gradient_BTH = torch.zeros_like(state_BTH, memory_format=torch.contiguous_format)
-    ce_N = unembedding.learn(state_BTH.detach(), index_N, label_N, scale_N=scale_N, gradient_BTH=gradient_BTH)
+    loss_N, ce_N = unembedding.learn(
+        state_BTH.detach(),
+        index_N,
+        label_N,
+        scale_N=scale_N,
+        gradient_BTH=gradient_BTH,
+        teacher=teacher,
+    )
     if state_BTH.requires_grad:
         _backward(state_BTH, gradient_BTH)
-    return (ce_N * scale_N).sum(), ce_N.sum()
+    return (loss_N * scale_N).sum(), ce_N.sum()
 
 
 def _backward(tensor: Tensor, gradient: Tensor) -> None:

@@ -156,13 +156,17 @@ def default_selection(train: str | None) -> SelectBy:
     return "later_heads" if train == "heads" else "head_1"
 
 
+HeadTargets = Literal["labels", "kl", "both"]
+
+
 @frozen(kw_only=True)
 class LossTable:
     """`[loss]`: the normalisation of the weighted cross-entropies, and each head's share of the loss (alpha).
 
     The share of head k is `head_weights[k - 1] * head_decay^(k - 1)`, normalised to sum 1; an empty
     `head_weights` means 1 for each head. `head_schedule` adds or removes heads 2..K during the first
-    `head_schedule_end` (a fraction) of the steps. `detach_trunk` lets heads 2..K train only their own
+    `head_schedule_end` (a fraction) of the steps. `heads` is what heads 2..K learn: the labels, head 1's own
+    distribution (`kl`), or both in equal shares. `detach_trunk` lets heads 2..K train only their own
     parameters. `negative_weights` allows weights below 0, from weightings that declare them.
     """
 
@@ -171,6 +175,7 @@ class LossTable:
     head_decay: float = field(default=1.0, validator=[v.ge(0.01), v.le(100)])
     head_schedule: Literal["constant", "linear", "step", "forward", "reverse"] = field(default="constant")
     head_schedule_end: float = field(default=0.5, validator=[v.gt(0), v.le(1)])
+    heads: HeadTargets = field(default="labels")
     detach_trunk: bool = False
     negative_weights: bool = False
 
@@ -178,6 +183,13 @@ class LossTable:
     def _check_shares(self, _: object, value: tuple[float, ...]) -> None:
         if any(share < 0 for share in value) or (value and not sum(value)):
             raise ValueError(f"must be >= 0 and not all 0: {list(value)}")
+
+    @heads.validator
+    def _check_signs(self, _: object, value: str) -> None:
+        if value != "labels" and self.negative_weights:
+            raise ValueError(
+                f"must be `labels` with `negative_weights`, or heads 2..K unlearn head 1: {value}"
+            )
 
     @head_schedule.validator
     def _check_first_head(self, _: object, value: str) -> None:

@@ -191,6 +191,7 @@ class PolicyLearner(Learner):
                     weight_BTK=part.select(weight_BTK, spare=0),
                     normaliser_K=normaliser_K,
                     head_share_K=share_K,
+                    heads=self.loss.heads,
                     detach_trunk=self.loss.detach_trunk,
                     position_BT=part.batch.position_BT,
                     preceding_BT=part.preceding_BT,
