@@ -404,7 +404,7 @@ def test_what_is_wrong_with_a_plain_row_is_named(tmp_path, write, row, fault):
             NOT_SPANS,
         ),
         (
-            {"weights": [[0, 1.0, 1.0]]},
+            {"weights": [[0, 0.5, 1.0]]},
             NOT_SPANS,
         ),
         ({"weights": [[0, 2, 0.5]]}, "the span [0, 2, 0.5] is not within the 1 characters of the text"),

@@ -77,6 +77,7 @@ from weighted_mtp_core.api.data import (
     VerdictKind,
     is_correct,
 )
+from weighted_mtp_core.api.data_files import from_hub
 from weighted_mtp_core.api.datasets import (
     StoredDataset,
     example_statistics,
@@ -89,7 +90,6 @@ from weighted_mtp_core.api.records import (
     ProblemIds,
     Record,
     int_field,
-    json_lines,
     read_records,
     text_field,
     text_list_field,
@@ -139,10 +139,10 @@ __all__ = [
     "WmtpError",
     "checked_row",
     "example_statistics",
+    "from_hub",
     "hookimpl",
     "int_field",
     "is_correct",
-    "json_lines",
     "read_records",
     "sha256_of_file",
     "store_dataset",

@@ -1,4 +1,4 @@
-"""A data source for a team's own JSONL files; each row contains a prompt with one response."""
+"""A data source for a team's own files; each row contains a prompt with one response, or a chat."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from attrs import validators as v
 
 from weighted_mtp_core.api.components import BuildContext
 from weighted_mtp_core.api.data import DatasetVersion, DataSource, Example, Split
+from weighted_mtp_core.api.data_files import data_files
 from weighted_mtp_core.api.datasets import sha256_of_file
 from weighted_mtp_core.api.jsonl_rows import ANSWERS, EarlierRows, JsonlRow, parse_row, template_names
 from weighted_mtp_core.api.records import Record, read_records
@@ -35,13 +36,16 @@ def _check_template(_: object, __: object, template: str | None) -> None:
 
 @frozen(kw_only=True)
 class RowFiles:
-    """The JSONL files of a data source: either `path`, or one file for each split.
+    """The files of a data source: either `path`, or an entry for each split.
+
+    An entry names a file of JSON lines or a `.parquet` file, a pattern such as `data/train-*.parquet`, a
+    folder that `Dataset.save_to_disk` wrote, or a split on the hub, `hub:OWNER/NAME:SPLIT`; see `data_files`.
 
     Attributes:
-        path: One file whose problems are divided among the splits.
-        train: File with the split `train`.
-        validation: File with the split `validation`.
-        test: File with the split `test`.
+        path: Rows whose problems are divided among the splits.
+        train: Rows of the split `train`.
+        validation: Rows of the split `validation`.
+        test: Rows of the split `test`.
         validation_share: Share of the problems in `path` that go to the split `validation`.
         test_share: Share of the problems in `path` that go to the split `test`.
         seed: Seed of the division of `path` into splits.
@@ -69,7 +73,7 @@ class JsonlOptions(RowFiles):
 
 
 class JsonlSource(DataSource):
-    """Supplies the rows of JSONL files as examples, in file order. It does not run the `tests` of the rows.
+    """Supplies the rows of files as examples, in file order. It does not run the `tests` of the rows.
 
     Args:
         options: The files.
@@ -91,7 +95,7 @@ class JsonlSource(DataSource):
             "validation": options.validation,
             "test": options.test,
         }
-        named = {split: Path(file) for split, file in files.items() if file is not None}
+        named = {split: file for split, file in files.items() if file is not None}
         if (options.path is None) == (not named):
             raise WmtpError(
                 "name either one file (`path`) or a file for each split (`train`, `validation`, `test`)",
@@ -105,14 +109,17 @@ class JsonlSource(DataSource):
                 row.check_signs()
             earlier.check(row, place, split=split)
 
+        def read(text: str, *, split: Split | None = None) -> list[JsonlRow]:
+            files = data_files(text, downloads=context.storage / "downloads")
+            self.files += files
+            checked = partial(check, split=split)
+            return [row for path in files for row in read_records(path, parse, check=checked)]
+
+        self.files: list[Path] = []
         if options.path is not None:
-            self.files = [Path(options.path)]
-            self._rows = _split_by_problem(_read(self.files[0], parse, check), options)
+            self._rows = _split_by_problem(read(options.path), options)
         else:
-            self.files = list(named.values())
-            self._rows = {
-                split: _read(path, parse, partial(check, split=split)) for split, path in named.items()
-            }
+            self._rows = {split: read(file, split=split) for split, file in named.items()}
 
     def rows(self, split: Split) -> Sequence[JsonlRow]:
         """Return the rows of the split."""
@@ -139,15 +146,9 @@ class JsonlSource(DataSource):
     def version(self) -> DatasetVersion:
         """Return the SHA-256 of the bytes of all files; its first digits serve as the version."""
         digest = hashlib.sha256("".join(map(sha256_of_file, self.files)).encode()).hexdigest()
-        return DatasetVersion(name=self.files[0].stem, version=digest[:12], sha256=digest)
-
-
-def _read(
-    path: Path, parse: Callable[[Record], JsonlRow], check: Callable[[JsonlRow, str], None]
-) -> list[JsonlRow]:
-    if not path.exists():
-        raise WmtpError(f"there is no file `{path}`", hint="paths count from where you start the run")
-    return read_records(path, parse, what="line", check=check)
+        first = self.files[0]
+        name = first.parent.name if first.suffix == ".arrow" else first.stem
+        return DatasetVersion(name=name, version=digest[:12], sha256=digest)
 
 
 def _split_by_problem(rows: Sequence[JsonlRow], options: RowFiles) -> dict[Split, list[JsonlRow]]:

@@ -238,13 +238,16 @@ def parse_spans(record: Record, *, text: str) -> tuple[Span, ...] | None:
     rows = record["weights"]
     if not isinstance(rows, list) or any(not _is_span(row) for row in rows):
         raise ValueError("`weights` must be a list of [start, end, weight]; start and end count characters")
-    spans = tuple((start, end, weight) for start, end, weight in rows)
+    spans = tuple((int(start), int(end), weight) for start, end, weight in rows)
     check_spans(spans, length=len(text))
     return spans
 
 
 def _is_span(row: object) -> bool:
-    return isinstance(row, list) and [type(each) for each in row] in ([int, int, int], [int, int, float])
+    """Return whether a row is [start, end, weight]; in a table, start and end may be whole floats."""
+    if not isinstance(row, list) or len(row) != 3 or any(type(each) not in {int, float} for each in row):
+        return False
+    return all(isinstance(edge, int) or edge.is_integer() for edge in row[:2])
 
 
 def _problem_id(record: Record, text: str) -> str:

@@ -7,7 +7,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from weighted_mtp_core.errors import WmtpError
 Record = Mapping[str, Any]
 RowT = TypeVar("RowT")
 _SHOWN = 20
+_TABLES = {".parquet", ".arrow"}
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, object]]:
@@ -44,22 +45,43 @@ def json_lines(path: Path) -> Iterator[tuple[int, object]]:
             yield number, line
 
 
+def table_rows(path: Path) -> Iterator[tuple[int, object]]:
+    """Yield the number, counted from 1, and the record of each row of a parquet file or an Arrow stream.
+
+    A table has all keys in all rows; a key without a value (null) is left out of its object, at any depth.
+
+    Raises:
+        WmtpError: The file is damaged, or has another format.
+    """
+    from pyarrow import ArrowException, ipc, parquet
+
+    try:
+        if path.suffix == ".parquet":
+            batches = parquet.ParquetFile(path).iter_batches(batch_size=64)
+        else:
+            batches = ipc.open_stream(path)
+        yield from enumerate((_without_nulls(row) for batch in batches for row in batch.to_pylist()), start=1)
+    except (ArrowException, UnicodeDecodeError) as error:
+        raise WmtpError(f"cannot read `{path}`: {error}") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
 def read_records(
     path: str | Path,
     parse: Callable[[Record], RowT],
     *,
-    what: str = "record",
-    read: Callable[[Path], Iterable[tuple[int, object]]] = json_lines,
     check: Callable[[RowT, str], None] | None = None,
 ) -> list[RowT]:
-    """Read a file of records: by default JSONL, one object per line, gzipped (`*.gz`) or not.
+    """Read a file of records: `.parquet`, `.arrow` (a stream), or one JSON object per line, gzipped or not.
 
     Args:
         path: The file; a relative path starts at the current folder.
         parse: Converts a record to a row; raises ValueError with the fault of an invalid record.
-        what: What messages call a record, for example `record` or `line`.
-        read: Reads a file of another format: yields numbered records. A record that is a string is parsed as
-            JSON.
         check: Called with each row and its place, such as "`rows.jsonl` line 3", for example to compare the
             row with earlier rows (`ProblemIds`). It raises ValueError for an invalid row, like `parse`.
 
@@ -68,6 +90,7 @@ def read_records(
             20 of them.
     """
     path = Path(path)
+    read, what = (table_rows, "row") if path.suffix in _TABLES else (json_lines, "line")
     rows: list[RowT] = []
     faults: list[str] = []
     try:

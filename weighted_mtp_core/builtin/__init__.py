@@ -13,16 +13,16 @@ from weighted_mtp_core.builtin.mlflow import MlflowOptions, build_mlflow, examin
 
 @hookimpl
 def wmtp_data_sources() -> Iterable[Component[Any, DataSource]]:
-    """Offer JSONL files of examples and of chats."""
+    """Offer files of examples and of chats."""
     yield Component(
         name="jsonl",
-        summary="Your own examples: one JSON object a line with a prompt and a response.",
+        summary="Your own examples: rows with a prompt and a response, from JSON lines or parquet.",
         options=JsonlOptions,
         build=build_jsonl,
     )
     yield Component(
         name="chat",
-        summary="Your own chats: one JSON object a line with messages.",
+        summary="Your own chats: rows with messages, from JSON lines or parquet.",
         options=RowFiles,
         build=build_chat,
     )

@@ -1,4 +1,4 @@
-"""`core.chat`: your own chats, one JSON object per line with the key `messages`."""
+"""`core.chat`: your own chats, rows with the key `messages`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`core.jsonl`: your own examples, one JSON object per line."""
+"""`core.jsonl`: your own examples, rows with a prompt and a response."""
 
 from __future__ import annotations
 

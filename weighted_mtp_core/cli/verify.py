@@ -86,6 +86,6 @@ def read_samples(path: Path, problems: Mapping[str, Problem]) -> list[tuple[Prob
         return problems[name], completion
 
     try:
-        return read_records(path, sample, what="line")
+        return read_records(path, sample)
     except WmtpError as error:
         raise WmtpError(str(error), hint=did_you_mean(unknown[0], problems) if unknown else None) from error

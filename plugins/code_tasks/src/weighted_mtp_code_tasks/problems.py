@@ -53,7 +53,7 @@ class ProblemsSource(DataSource):
         self._judge = FunctionJudge(sandbox=options.sandbox)
         ids = ProblemIds()
         self._problems = read_records(
-            self._path, _problem, what="line", check=lambda row, place: ids.add_new(row.problem_id, place)
+            self._path, _problem, check=lambda row, place: ids.add_new(row.problem_id, place)
         )
 
     def examples(self, split: Split) -> Sequence[Example]:  # noqa: ARG002 - the same for every split

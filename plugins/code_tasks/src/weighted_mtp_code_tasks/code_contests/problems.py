@@ -11,10 +11,18 @@ from typing import Any
 
 import attrs
 from attrs import frozen
-from weighted_mtp_core.api import Problem, ProblemIds, Record, Split, WmtpError, text_field, text_list_field
+from weighted_mtp_core.api import (
+    Problem,
+    ProblemIds,
+    Record,
+    Split,
+    WmtpError,
+    read_records,
+    text_field,
+    text_list_field,
+)
 
 from weighted_mtp_code_tasks.labelling import Candidate, LabelledProblem, Made
-from weighted_mtp_code_tasks.public_files import read_public_file
 
 FORMAT = 1
 """Part of the data's version: raise it when the same files would give other programs."""
@@ -52,9 +60,7 @@ def read_problems(files: Mapping[Split, Sequence[Path]], limits: Limits) -> list
 
     for split, paths in files.items():
         parse = partial(_problem, split=split, limits=limits)
-        rows = [
-            row for path in paths for row in read_public_file(path, parse, check=check) if row is not None
-        ]
+        rows = [row for path in paths for row in read_records(path, parse, check=check) if row is not None]
         for row in rows[: limits.problems or None]:
             found.setdefault(row.problem.problem_id, row)
     if not found:

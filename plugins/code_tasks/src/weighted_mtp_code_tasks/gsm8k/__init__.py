@@ -9,7 +9,7 @@ from functools import partial
 
 from attrs import field, frozen
 from attrs import validators as v
-from weighted_mtp_core.api import BuildContext, DataSource, WmtpError, sha256_of_file
+from weighted_mtp_core.api import BuildContext, DataSource, WmtpError, from_hub, sha256_of_file
 
 
 @frozen(kw_only=True)
@@ -43,7 +43,6 @@ def build_gsm8k(options: Gsm8kOptions, context: BuildContext) -> DataSource:
     from weighted_mtp_code_tasks.gsm8k.numbers import NumberJudge
     from weighted_mtp_code_tasks.gsm8k.problems import FORMAT, Shares, read_problems
     from weighted_mtp_code_tasks.labelled import LabelledSource
-    from weighted_mtp_code_tasks.public_files import from_hub
 
     if (options.train is None) != (options.test is None) or (options.path and options.train):
         raise WmtpError(

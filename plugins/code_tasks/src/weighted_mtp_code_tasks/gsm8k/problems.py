@@ -8,11 +8,10 @@ from pathlib import Path
 
 import attrs
 from attrs import frozen
-from weighted_mtp_core.api import Problem, ProblemIds, Record, Split, text_field
+from weighted_mtp_core.api import Problem, ProblemIds, Record, Split, read_records, text_field
 
 from weighted_mtp_code_tasks.gsm8k.numbers import final_number
 from weighted_mtp_code_tasks.labelling import Candidate, LabelledProblem
-from weighted_mtp_code_tasks.public_files import read_public_file
 
 FORMAT = 2
 """Part of the data's version: raise it when the same files would give other responses."""
@@ -45,7 +44,7 @@ def read_problems(files: Mapping[Path, Shares]) -> list[LabelledProblem]:
     splits: dict[str, Split] = {}
     ids = ProblemIds()
     for path, shares in files.items():
-        for row in read_public_file(
+        for row in read_records(
             path, _row, check=lambda row, place: ids.add(_name(row), place, answer=final_number(row.answer))
         ):
             name = _name(row)

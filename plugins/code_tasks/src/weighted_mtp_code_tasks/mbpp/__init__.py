@@ -9,7 +9,7 @@ from functools import partial
 
 from attrs import field, frozen
 from attrs import validators as v
-from weighted_mtp_core.api import BuildContext, DataSource, sha256_of_file
+from weighted_mtp_core.api import BuildContext, DataSource, from_hub, sha256_of_file
 
 from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
 
@@ -42,7 +42,6 @@ def build_mbpp(options: MbppOptions, context: BuildContext) -> DataSource:
     from weighted_mtp_code_tasks.judging import AssertsJudge
     from weighted_mtp_code_tasks.labelled import LabelledSource
     from weighted_mtp_code_tasks.mbpp.problems import FORMAT, read_problems
-    from weighted_mtp_code_tasks.public_files import from_hub
 
     path = (
         Path(options.path)

@@ -15,6 +15,7 @@ from weighted_mtp_core.api import (
     Record,
     Split,
     int_field,
+    read_records,
     text_field,
     text_list_field,
 )
@@ -22,7 +23,6 @@ from weighted_mtp_core.api import (
 from weighted_mtp_code_tasks.completion import parsed
 from weighted_mtp_code_tasks.labelling import Candidate, LabelledProblem
 from weighted_mtp_code_tasks.mutation import mutants
-from weighted_mtp_code_tasks.public_files import read_public_file
 
 FORMAT = 1
 """Part of the data's version: raise it when the same files would give other programs."""
@@ -64,7 +64,7 @@ def read_problems(
         WmtpError: A file is missing or malformed, or a sample's `task_id` matches no problem.
     """
     ids = ProblemIds()
-    rows = read_public_file(path, _row, check=lambda row, place: ids.add_new(str(row.task_id), place))
+    rows = read_records(path, _row, check=lambda row, place: ids.add_new(str(row.task_id), place))
     written = _samples(samples, {row.task_id for row in rows})
     return [
         _problem(row, split, written[row.task_id], mutants_per_solution=mutants_per_solution, seed=seed)
@@ -114,7 +114,7 @@ def _samples(path: Path | None, known: set[int]) -> defaultdict[int, list[str]]:
             found[task_id].append(program.rstrip() + "\n")
 
     if path is not None:
-        read_public_file(path, add)
+        read_records(path, add)
     return found
 
 

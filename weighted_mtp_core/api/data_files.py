@@ -1,0 +1,108 @@
+"""Finds the files that an option of a data source names: a path, a pattern, a folder, a split on the hub."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+from pathlib import Path
+
+from weighted_mtp_core.errors import WmtpError
+
+_HUB = re.compile(
+    r"hub:(?P<repository>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?"
+    r"(?::(?P<configuration>[\w.-]+))?:(?P<split>[\w.+-]+)"
+)
+
+
+def data_files(text: str, *, downloads: Path) -> list[Path]:
+    """Return the files that an option names, in the order in which they are read.
+
+    Args:
+        text: The path of a file; a pattern such as `data/train-*.parquet`, whose files are read in the order
+            of their names; a folder that `Dataset.save_to_disk` of the package `datasets` wrote; or a split
+            of a data set on the hub, `hub:OWNER/NAME:SPLIT` or `hub:OWNER/NAME:CONFIGURATION:SPLIT`, where
+            `@REVISION` may follow the name.
+        downloads: The folder of copies from the hub.
+
+    Raises:
+        WmtpError: There is no such file, the folder is of another kind, or the hub cannot be reached.
+    """
+    if text.startswith("hub:"):
+        if not (address := _HUB.fullmatch(text)):
+            raise WmtpError(
+                f"`{text}` is not an address of the hub",
+                hint="hub:OWNER/NAME:SPLIT, or hub:OWNER/NAME@REVISION:CONFIGURATION:SPLIT",
+            )
+        return [from_hub(**address.groupdict(), folder=downloads)]
+    path = Path(text)
+    if path.is_dir():
+        return _saved(path)
+    if path.exists():
+        return [path]
+    if glob.has_magic(text):
+        if found := sorted(map(Path, glob.glob(text))):  # noqa: PTH207 - the pattern may be absolute
+            return found
+        raise WmtpError(f"no file matches `{text}`", hint="paths count from where you start the run")
+    raise WmtpError(f"there is no file `{text}`", hint="paths count from where you start the run")
+
+
+def _saved(folder: Path) -> list[Path]:
+    """Return the files of a folder that `Dataset.save_to_disk` wrote."""
+    state, splits = folder / "state.json", folder / "dataset_dict.json"
+    if state.is_file():
+        saved = json.loads(state.read_text(encoding="utf-8"))["_data_files"]
+        return [folder / each["filename"] for each in saved]
+    if splits.is_file():
+        names = json.loads(splits.read_text(encoding="utf-8"))["splits"]
+        hint = ", ".join(f"`{folder / name}`" for name in names)
+        raise WmtpError(f"`{folder}` holds several splits", hint=f"name one of {hint}")
+    raise WmtpError(
+        f"`{folder}` is a folder, and not one that `Dataset.save_to_disk` wrote",
+        hint=f"name its files, for example `{folder / '*.parquet'}`",
+    )
+
+
+def from_hub(
+    repository: str, configuration: str | None, *, split: str, folder: Path, revision: str | None = None
+) -> Path:
+    """Return a local copy of a split of a data set; fetch it from the Hugging Face hub if it is missing.
+
+    An existing copy is used as it is, without the network and without the package `datasets`.
+
+    Args:
+        repository: Id of the data set on the hub.
+        configuration: Name of the table of the data set; None if it has only one.
+        split: Name of the split, or several joined by `+`.
+        folder: The folder of the copies, which are `.parquet` files.
+        revision: Branch, tag or commit; by default the main branch.
+
+    Raises:
+        WmtpError: The package `datasets` is not installed, or the hub does not give the data.
+    """
+    parts = (repository, revision, configuration, split)
+    name = "--".join(re.sub(r"[^A-Za-z0-9._-]", "-", part.replace("/", "--")) for part in parts if part)
+    file = folder / f"{name}.parquet"
+    if file.is_file():
+        return file
+    instead = "or name local files in `[data.options]`"
+    try:
+        import datasets
+    except ImportError as error:
+        raise WmtpError(
+            f"`{repository}` must be fetched from the hub, which needs the package `datasets`",
+            hint=f"pip install 'weighted-mtp-core[hub]', {instead}",
+        ) from error
+    try:
+        rows = datasets.load_dataset(repository, configuration, split=split, revision=revision)
+    except Exception as error:  # the hub's client raises errors of several libraries
+        raise WmtpError(
+            f"cannot fetch `{repository}` from the hub: {error}",
+            hint=f"connect this machine, check the names of the data set and of the split, {instead}",
+        ) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    rows.to_parquet(unfinished)
+    unfinished.replace(file)
+    return file
