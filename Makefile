@@ -71,7 +71,6 @@ format: $(INSTALLED)  ## Fix what ruff can fix
 	.venv/bin/ruff format .
 
 bench: $(INSTALLED) .venv/bench-packages/.made  ## Measure speed and memory, also of other libraries: benchmarks/results.*
-	@test -n "$$(find storage/runs -name best_model.pt -print -quit 2>/dev/null)" || $(MAKE) run
 	.venv/bin/python benchmarks/bench.py $(ARGS)
 
 docs: $(INSTALLED)  ## Build the documentation as a site: site/index.html

@@ -22,17 +22,17 @@ from typing import Any
 from harness import table
 
 HERE = Path(__file__).parent
-GROUPS = ("loss", "advantages", "step", "padding", "corpus", "checkpointing", "decoding", "trainers")
+GROUPS = ("loss", "advantages", "step", "heads", "padding", "corpus", "checkpointing", "decoding", "trainers")
 RESULTS = HERE / "results.json"
 Group = dict[str, Any]
 
 
-def measure(name: str, options: Sequence[str]) -> Group | None:
+def measure(name: str) -> Group | None:
     """Run one group on one thread; return its results, or None if it failed."""
     print(f"--- {name}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
-        command = [sys.executable, str(HERE / f"{name}.py"), "--json", str(file), *options]
+        command = [sys.executable, str(HERE / f"{name}.py"), "--json", str(file)]
         subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
         if not file.is_file():
             return None
@@ -104,13 +104,12 @@ def main() -> int:
     """Measure, write the results and list what failed or missed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; all by default")
-    parser.add_argument("--run", metavar="FOLDER", help="the finished run for `decoding`")
     args = parser.parse_args()
     if unknown := set(args.groups) - set(GROUPS):
         parser.error(f"no group {', '.join(sorted(unknown))}")
     groups, failed = saved(), []
     for name in args.groups or GROUPS:
-        found = measure(name, ["--run", args.run] if args.run and name == "decoding" else [])
+        found = measure(name)
         if found is None:
             failed.append(name)
             continue

@@ -27,10 +27,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.api import Batch, BuildContext
 from weighted_mtp_core.checkpointing.manager import Checkpoints
 from weighted_mtp_core.data.batches import StepBatches
-from weighted_mtp_core.model.policy import Policy
+from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.recipe.schema import CheckpointTable, DataTable, LossTable, MicroTable, TrainTable
-from weighted_mtp_core.training.learner import Learner, Validation
-from weighted_mtp_core.training.loop import train
+from weighted_mtp_core.training.loop import Learner, Validation, train
 from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.weighting_inputs import Weighting
 
@@ -103,7 +102,7 @@ def learner_of(
     """Return stage 2 on a new model."""
     torch.manual_seed(0)
     config = LlamaConfig(**shape, tie_word_embeddings=True)
-    policy = Policy(LlamaForCausalLM(config), n_future=4, head_kind="parallel")
+    policy = make_policy(LlamaForCausalLM(config), n_future=4, head_kind="parallel")
     best = folder / "best_model.pt"
     weighting = build_uniform(UniformOptions(), BuildContext(seed=0, storage=folder))
     return Unvalidated(

@@ -51,13 +51,17 @@ def write_corpus(folder: Path, *, mib: int) -> None:
         "problem": np.arange(documents),
         "name": np.frombuffer(b"".join(names), dtype=np.uint8),
         "name_start": 8 * np.arange(documents + 1),
+        "metadata": np.empty(0, dtype=np.uint8),
+        "metadata_start": np.zeros(documents + 1, dtype=np.int64),
     }
     with atomic_folder(folder) as temporary:
         for name, values in columns.items():
             np.save(temporary / f"{name}.npy", values)
-        with array_appender(temporary / "ids.npy", np.uint16) as append:
-            for _ in range(mib):
-                append(ids_N)
+        target_N = np.ones(ids_N.size, dtype=np.bool_)
+        for name, values in (("ids", ids_N), ("target", target_N)):
+            with array_appender(temporary / f"{name}.npy", values.dtype) as append:
+                for _ in range(mib):
+                    append(values)
         (temporary / "meta.json").write_text(json.dumps({"examples": documents, "left_out": 0}))
 
 

@@ -24,6 +24,7 @@ import torch
 from attrs import asdict, define, evolve, field, frozen
 
 MIB = 1 << 20
+QUICK = "WMTP_BENCH_QUICK"  # variable that `--quick` sets
 IDLE_LOAD = 1.2  # load average on two cores; the benchmark itself adds 1
 
 
@@ -97,7 +98,9 @@ def row(
 ) -> Row:
     """Return the row of repeated measurements."""
     value = statistics.median(values)
-    first, _, third = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    first = third = value
+    if len(values) > 1:
+        first, _, third = statistics.quantiles(values, n=4, method="inclusive")
     ok = within(value, limit) if limit else None
     return Row(
         name=name, value=value, limit=limit, ok=ok, spread=(first, third), unit=unit, wall=wall, note=note
@@ -119,8 +122,11 @@ def peak_mib(prepare: Callable[..., Callable[[], object]], *arguments: object) -
         arguments: Picklable values.
 
     Returns:
-        MiB of resident memory on top of the inputs.
+        MiB of resident memory on top of the inputs; with `--quick`, always 1.
     """
+    if QUICK in os.environ:  # a process takes seconds to start
+        prepare(*arguments)()
+        return 1.0
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_grown, prepare, arguments).result()
 
@@ -179,8 +185,9 @@ def run_group(measure: Callable[[argparse.Namespace], list[Row]], description: s
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes: only shows that the code runs")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write machine and rows to FILE")
-    parser.add_argument("--run", metavar="FOLDER", type=Path, help="a finished run, if the group needs one")
     args = parser.parse_args()
+    if args.quick:
+        os.environ[QUICK] = "1"
     torch.set_num_threads(1)
     torch.manual_seed(0)
     host = machine()

