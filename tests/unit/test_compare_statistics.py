@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from weighted_mtp_core.metrics.statistics import difference, estimate, sign_flip_p, smallest_p
+from weighted_mtp_core.metrics.statistics import difference, estimate, ratio, sign_flip_p, smallest_p
 
 VALUES = st.lists(st.floats(-100, 100).map(lambda x: round(x, 3)), min_size=2, max_size=7)
 
@@ -79,3 +79,42 @@ def test_a_difference_is_paired():
 
     assert found.estimate.mean == found.estimate.low == found.estimate.high == 0.5
     assert found.p_value == 0.25
+
+
+@given(st.lists(st.tuples(st.floats(-5, 5), st.floats(2, 5)), min_size=3, max_size=8), st.booleans())
+def test_the_interval_of_a_ratio_ends_where_a_t_test_begins_to_reject(pairs, negative):
+    sign = -1 if negative else 1
+    part, whole = [x for x, _ in pairs], [sign * y for _, y in pairs]
+    found = ratio(part, whole)
+
+    assert found.mean == pytest.approx(sum(part) / sum(whole))
+    if stats.ttest_1samp(whole, 0).pvalue >= 0.05:
+        assert math.isnan(found.low)
+        assert math.isnan(found.high)
+        return
+    assert found.low <= found.mean <= found.high
+    for end in (found.low, found.high):
+        rest = [x - end * y for x, y in zip(part, whole, strict=True)]
+        if stats.sem(rest) > 1e-3:
+            assert stats.ttest_1samp(rest, 0).pvalue == pytest.approx(0.05, abs=1e-4)
+
+
+def test_a_ratio_by_hand():
+    # Without spread in the differences, the ratio is exact.
+    found = ratio([0.2, 0.2, 0.2], [0.5, 0.5, 0.5])
+
+    assert (found.mean, found.low, found.high, found.count) == pytest.approx((0.4, 0.4, 0.4, 3))
+
+
+@pytest.mark.parametrize(
+    ("part", "whole"), [([0.1, math.nan], [1.0, 1.0]), ([0.1, 0.2], [1.0, -1.0]), ([0.1], [0.0])]
+)
+def test_a_ratio_that_is_not_defined_is_nan(part, whole):
+    assert math.isnan(ratio(part, whole).mean)
+
+
+def test_a_ratio_of_one_pair_has_no_interval():
+    found = ratio([0.1], [0.4])
+
+    assert found.mean == pytest.approx(0.25)
+    assert math.isnan(found.low)

@@ -350,7 +350,7 @@ def test_every_number_in_the_schema_has_a_range(table):
 
 def test_every_shipped_recipe_loads_with_and_without_every_preset(repository, monkeypatch):
     monkeypatch.chdir(repository)
-    recipes = [*Path("configs").glob("*.toml"), *Path("configs/study").glob("*.toml")]
+    recipes = [*Path("configs").glob("*.toml"), *Path("configs/study").glob("**/*.toml")]
     presets = [Path(name).stem for name in core_files() if "presets/" in name]
 
     assert {"baseline", "verifiable", "smollm2_humaneval"} <= {path.stem for path in recipes}

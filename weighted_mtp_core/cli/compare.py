@@ -9,6 +9,7 @@ examples:
   compare configs/baseline.toml configs/my_recipe.toml --seeds 5
   compare configs/study/*.toml --seeds 5 --set data.options.incorrect_fraction=0.4
   compare configs/baseline.toml configs/my_recipe.toml --metrics pass_at_1,test_ce_head_1
+  compare mine/*.toml --floor right_only --ceiling oracle --allow-difference data.options.imitate
   compare --experiment my_group/my_study
 
 `--preset` and `--set` apply to every arm. Seeds count up from the `run.seed` of the first recipe. If a run
@@ -39,6 +40,7 @@ from weighted_mtp_core.messages import did_you_mean, quoted
 from weighted_mtp_core.storage.atomic import atomic_write
 
 if TYPE_CHECKING:
+    from weighted_mtp_core.compare.gap import Gap
     from weighted_mtp_core.compare.measures import RunMeasures
     from weighted_mtp_core.compare.table import Comparison
 
@@ -70,6 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help="compare even if this key of data, model, train or evaluate differs",
     )
+    parser.add_argument("--floor", metavar="ARM", help="with --ceiling: show how much of the gap arms close")
+    parser.add_argument("--ceiling", metavar="ARM", help="an arm that is an upper bound, such as an oracle")
     parser.add_argument(
         "--out", metavar="DIR", type=Path, help="(<storage>/comparisons/<first arm>-<digest of all>)"
     )
@@ -101,6 +105,9 @@ def _compare_recipes(args: argparse.Namespace) -> int:
     arms = read_arms(
         args.recipes, preset=args.preset, overrides=args.overrides, allowed=args.allow_difference
     )
+    from weighted_mtp_core.compare.gap import Gap
+
+    gap = Gap.of(args.floor, args.ceiling, arms=[arm.name for arm in arms])
     first = arms[0].plan.recipe.run
     seeds = [first.seed + number for number in range(args.seeds)]
     out: Path = args.out or Path(first.storage) / "comparisons" / f"{arms[0].name}-{digest(arms, seeds)}"
@@ -118,12 +125,14 @@ def _compare_recipes(args: argparse.Namespace) -> int:
         missing=[f"{each.job.label}: {each.reason} (`{each.log}`)" for each in outcome.failures],
         metrics=args.metrics,
         out=out,
+        gap=gap,
     )
     track(arms, comparison, runs=outcome.finished, files=files, folder=out, log=print)
     return EXIT_RUN_FAILED if outcome.failures else EXIT_DONE
 
 
 def _compare_stored(args: argparse.Namespace) -> int:
+    from weighted_mtp_core.compare.gap import Gap
     from weighted_mtp_core.compare.mlflow_record import record_comparison
     from weighted_mtp_core.compare.mlflow_runs import read_stored
 
@@ -131,10 +140,13 @@ def _compare_stored(args: argparse.Namespace) -> int:
     stored = read_stored(
         experiments=args.experiment, run_ids=args.runs, allowed=args.allow_difference, storage=storage
     )
+    gap = Gap.of(args.floor, args.ceiling, arms=list(stored.runs))
     ids = sorted(run.info.run_id for run in stored.all)
     of_ids = hashlib.sha256(" ".join(ids).encode()).hexdigest()[:8]
     out: Path = args.out or storage / "comparisons" / f"{next(iter(stored.runs))}-{of_ids}"
-    comparison, files = _write(stored.measures, stored.seeds, missing=(), metrics=args.metrics, out=out)
+    comparison, files = _write(
+        stored.measures, stored.seeds, missing=(), metrics=args.metrics, out=out, gap=gap
+    )
     if record_comparison(stored.tracker, stored.describe(out), comparison, files=files, log=print):
         stored.adopt(stored.tracker.run_id)
         print(f"look at it: {stored.tracker.where()}")
@@ -188,6 +200,7 @@ def _write(
     missing: Sequence[str],
     metrics: Sequence[str] | None,
     out: Path,
+    gap: Gap | None,
 ) -> tuple[Comparison, list[Path]]:
     """Compare the runs, print the table, write table and plots; return the comparison and the files."""
     from weighted_mtp_core.compare.measures import default_metrics
@@ -201,7 +214,7 @@ def _write(
             hint = did_you_mean(name, sorted(known)) or f"they have {quoted(sorted(known))}"
             raise WmtpError(f"no run has the metric `{name}`", hint=hint)
     shown = metrics or default_metrics(everything)
-    comparison = Comparison.make(runs, metrics=shown, seeds=seeds, missing=missing)
+    comparison = Comparison.make(runs, metrics=shown, seeds=seeds, missing=missing, gap=gap)
     tables = {
         "compare.md": comparison.markdown(),
         "compare.json": comparison.json(),

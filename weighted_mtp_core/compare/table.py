@@ -11,6 +11,7 @@ from typing import Any
 
 from attrs import asdict, frozen
 
+from weighted_mtp_core.compare.gap import ClosedGap, Gap, closed_gaps, gap_section
 from weighted_mtp_core.compare.measures import RunMeasures
 from weighted_mtp_core.metrics.statistics import Difference, Estimate, difference, estimate, smallest_p
 
@@ -54,6 +55,8 @@ class Comparison:
         missing: One sentence for each run that did not finish.
         diverged: One sentence for each value that is not finite.
         few: One sentence for each arm with a run of fewer than three validations up to `seconds`.
+        gap: The arms that are a floor and a ceiling, if they are named.
+        closed: The share of the gap that each other arm closes, by metric.
     """
 
     arms: Sequence[str]
@@ -64,6 +67,8 @@ class Comparison:
     missing: Sequence[str] = ()
     diverged: Sequence[str] = ()
     few: Sequence[str] = ()
+    gap: Gap | None = None
+    closed: Sequence[ClosedGap] = ()
 
     @classmethod
     def make(
@@ -73,6 +78,7 @@ class Comparison:
         metrics: Sequence[str],
         seeds: Sequence[int],
         missing: Sequence[str] = (),
+        gap: Gap | None = None,
     ) -> Comparison:
         """Compare runs, keyed by arm and seed, in some metrics, at equal steps and at equal wall clock."""
         everything = [run for by_seed in runs.values() for run in by_seed.values()]
@@ -99,11 +105,14 @@ class Comparison:
             missing=missing,
             diverged=_diverged(rows),
             few=tuple(few),
+            gap=gap,
+            closed=() if gap is None else _closed(gap, rows),
         )
 
     def markdown(self) -> str:
         """Return a Markdown page: one table of all arms by all metrics, then a table for each metric."""
         parts = ["# Comparison", "", *self._overview(), "", *self._explanation()]
+        parts += [] if self.gap is None else gap_section(self.gap, self.closed)
         shown = ("", "")
         for row in self.rows:
             if (row.metric, row.at) != shown:
@@ -208,6 +217,14 @@ def _rows(metric: str, at: str, values: Mapping[str, Mapping[int, float | None]]
         for arm, values in found.items()
         if values
     ]
+
+
+def _closed(gap: Gap, rows: Sequence[Row]) -> tuple[ClosedGap, ...]:
+    values: dict[str, dict[str, Mapping[int, float]]] = {}
+    for row in rows:
+        if row.at == EQUAL_STEPS:
+            values.setdefault(row.metric, {})[row.arm] = row.values
+    return tuple(each for metric, by_arm in values.items() for each in closed_gaps(gap, metric, by_arm))
 
 
 def _few_validations(

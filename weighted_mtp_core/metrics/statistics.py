@@ -68,6 +68,28 @@ def difference(arm_N: Sequence[float], first_N: Sequence[float]) -> Difference:
     return Difference(estimate=estimate(change_N), p_value=sign_flip_p(change_N))
 
 
+def ratio(part_N: Sequence[float], whole_N: Sequence[float]) -> Estimate:
+    """Return mean(part) / mean(whole) of paired values, with its 95 % interval (Fieller 1954).
+
+    The interval contains the ratios r for which Student's t-test does not reject that the mean of
+    part - r * whole is 0. It is not bounded, and its ends are NaN, if the mean of `whole` may be 0. The
+    ratio is NaN if a value is not finite or the mean of `whole` is 0.
+    """
+    count, part, whole = len(part_N), np.asarray(part_N, np.float64), np.asarray(whole_N, np.float64)
+    if not (np.isfinite(part).all() and np.isfinite(whole).all()) or whole.mean() == 0:
+        return Estimate(mean=math.nan, low=math.nan, high=math.nan, count=count)
+    mean = float(part.mean() / whole.mean())
+    if count < 2:
+        return Estimate(mean=mean, low=math.nan, high=math.nan, count=count)
+    # t^2 times the variances and the covariance of the two means
+    (x, xy), (_, y) = np.cov(part, whole) / count * float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) ** 2
+    a, b, c = whole.mean() ** 2 - y, part.mean() * whole.mean() - xy, part.mean() ** 2 - x
+    if a <= 0:
+        return Estimate(mean=mean, low=math.nan, high=math.nan, count=count)
+    root = math.sqrt(max(0.0, b * b - a * c))
+    return Estimate(mean=mean, low=float((b - root) / a), high=float((b + root) / a), count=count)
+
+
 def sign_flip_p(change_N: Sequence[float]) -> float:
     """Return the exact two-sided p-value of the paired permutation test.
 
