@@ -62,6 +62,8 @@ def bounds(validator: Any) -> Iterator[str]:
     """Yield the bounds that a field's validators check."""
     for each in getattr(validator, "_validators", ()):
         yield from bounds(each)
+    if hasattr(validator, "validator"):  # of a key that may be missing
+        yield from bounds(validator.validator)
     if hasattr(validator, "compare_op"):
         yield f"{validator.compare_op} {validator.bound}"
 

@@ -146,6 +146,9 @@ def _head_faults(recipe: Recipe) -> list[Fault]:
     select_by = recipe.train.select_by
     if n_future == 1 and select_by in {"later_heads", "acceptance"}:
         found.append(Fault(("train", "select_by"), f"`{select_by}` needs `model.n_future` >= 2"))
+    if n_future == 1 and recipe.train.head_learning_rate is not None:
+        text = "the learning rate of heads 2..K needs `model.n_future` >= 2"
+        found.append(Fault(("train", "head_learning_rate"), text))
     if train == "heads" and select_by == "head_1":
         text = 'with `model.train = "heads"`, head 1 stays as it is and selects nothing'
         found.append(Fault(("train", "select_by"), text))

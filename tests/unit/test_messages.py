@@ -473,6 +473,10 @@ def test_keys_that_do_not_fit_each_other(plan_error, override, text):
             "loss.heads: `kl` is for heads 2..K: `model.n_future` must be >= 2",
         ),
         (
+            ("model.n_future=1", "train.head_learning_rate=0.1"),
+            "train.head_learning_rate: the learning rate of heads 2..K needs `model.n_future` >= 2",
+        ),
+        (
             ("model.n_future=1", "train.select_by='acceptance'"),
             "train.select_by: `acceptance` needs `model.n_future` >= 2",
         ),

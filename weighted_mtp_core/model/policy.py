@@ -11,6 +11,7 @@ Shape letters: B rows, T positions, S cached and new tokens, K heads, H hidden, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -76,10 +77,15 @@ class Policy(nn.Module):
         self.heads = split.heads
         self.trunk = split.trunk
 
+    def later_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters of heads 2..K."""
+        yield from self.heads[1:].parameters()
+
     def freeze_base(self) -> None:
         """From now on, train heads 2..K only: the base model gets no gradient and no dropout."""
         self.requires_grad_(requires_grad=False)
-        self.heads[1:].requires_grad_(requires_grad=True)
+        for parameter in self.later_parameters():
+            parameter.requires_grad = True
         self._frozen = True
         self.train(self.training)
 

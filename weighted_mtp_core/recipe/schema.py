@@ -145,10 +145,11 @@ class PolicyTrainTable(TrainTable):
 
     The best state has the lowest cross-entropy of head 1 or, on average, of heads 2..K, or the most tokens
     per pass of self-speculative decoding. The default is `head_1`; with `model.train = "heads"`, it is
-    `later_heads`.
+    `later_heads`. `head_learning_rate` is the learning rate of heads 2..K, by default `learning_rate`.
     """
 
     select_by: SelectBy | None = None
+    head_learning_rate: float | None = field(default=None, validator=v.optional(v.gt(0)))
 
 
 def default_selection(train: str | None) -> SelectBy:

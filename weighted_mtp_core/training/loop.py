@@ -30,7 +30,12 @@ from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
 from weighted_mtp_core.runtime.interrupts import StopRequest
 from weighted_mtp_core.storage.atomic import atomic_write
 from weighted_mtp_core.training.nonfinite_steps import NonfiniteSteps
-from weighted_mtp_core.training.optimisers import clip_gradients, learning_rate, make_optimiser
+from weighted_mtp_core.training.optimisers import (
+    clip_gradients,
+    learning_rate,
+    make_optimiser,
+    set_learning_rate,
+)
 
 Scalars = Mapping[str, Tensor | float]
 
@@ -81,6 +86,10 @@ class Learner(ABC):
     @abstractmethod
     def parameters(self) -> Iterable[nn.Parameter]:
         """Return the parameters; the parameters that require a gradient are optimised."""
+
+    def rates(self) -> Mapping[nn.Parameter, float]:
+        """Return the learning rates of some parameters relative to the stage's; all others have 1."""
+        return {}
 
     @abstractmethod
     def learn(self, batch: Batch, *, step: int) -> StepResult:
@@ -210,13 +219,12 @@ class _Training:
 
     def __attrs_post_init__(self) -> None:
         self.parameters = [each for each in self.learner.parameters() if each.requires_grad]
-        self.optimiser = make_optimiser(self.parameters, self.table)
+        self.optimiser = make_optimiser(self.parameters, self.table, rates=self.learner.rates())
         self.nonfinite = NonfiniteSteps(limit=self.table.max_bad_steps, device=self.parameters[0].device)
 
     def step(self, step: int) -> None:
         """Execute one step; log and validate if due."""
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.table, step)
+        set_learning_rate(self.optimiser, self.table, step)
         batch = self.batch_of(step)
         self.tokens += batch.ids_BT.numel()
         result = self.learner.learn(batch, step=step)

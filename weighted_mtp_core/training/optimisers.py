@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -25,25 +26,42 @@ def learning_rate(table: TrainTable, step: int) -> float:
     return table.learning_rate * (table.final_learning_rate + (1 - table.final_learning_rate) * share)
 
 
-def make_optimiser(parameters: Iterable[nn.Parameter], table: TrainTable) -> torch.optim.AdamW:
+def make_optimiser(
+    parameters: Iterable[nn.Parameter],
+    table: TrainTable,
+    *,
+    rates: Mapping[nn.Parameter, float] = MappingProxyType({}),
+) -> torch.optim.AdamW:
     """Return AdamW for the parameters that require a gradient; weight decay applies only to matrices.
 
     Norms and biases are not decayed, because their scale needs no bound.
+
+    Args:
+        parameters: The parameters.
+        table: The options.
+        rates: Learning rates of some parameters, relative to the learning rate of the step; 1 for all others.
+            `set_learning_rate` uses them.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.requires_grad:  # the fused kernel does not accept sharded and whole parameters together
-            key = parameter.ndim >= 2, isinstance(parameter, DTensor)
+            key = parameter.ndim >= 2, isinstance(parameter, DTensor), rates.get(parameter, 1.0)
             groups.setdefault(key, []).append(parameter)
     return torch.optim.AdamW(
         [
-            {"params": members, "weight_decay": table.weight_decay if is_matrix else 0.0}
-            for (is_matrix, _), members in sorted(groups.items(), reverse=True)
+            {"params": members, "weight_decay": table.weight_decay if is_matrix else 0.0, "rate": rate}
+            for (is_matrix, _, rate), members in sorted(groups.items(), reverse=True)
         ],
         lr=table.learning_rate,
         betas=(0.9, 0.95),
         fused=True,  # the fused kernel can skip a step on the device, see NonfiniteSteps
     )
+
+
+def set_learning_rate(optimiser: torch.optim.Optimizer, table: TrainTable, step: int) -> None:
+    """Set the learning rates of a step (0-based)."""
+    for group in optimiser.param_groups:
+        group["lr"] = group["rate"] * learning_rate(table, step)
 
 
 def clip_gradients(

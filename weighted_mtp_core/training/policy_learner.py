@@ -54,6 +54,7 @@ class PolicyLearner(Learner):
         best: The file of the best policy.
         log: Receives messages for the user.
         knows_slips: Whether the data mark the mistakes of incorrect responses; see `Prepared.knows_slips`.
+        head_rate: Learning rate of heads 2..K, relative to that of the other parameters.
         select_by: What chooses the best policy, see `selection_score`.
     """
 
@@ -69,6 +70,7 @@ class PolicyLearner(Learner):
     best: Path
     log: Callable[[str], None] = print
     knows_slips: bool = False
+    head_rate: float = 1.0
     select_by: SelectBy = "head_1"
     stage: str = field(default="policy", init=False)
     loss_name: str = field(default="train_loss", init=False)
@@ -100,6 +102,8 @@ class PolicyLearner(Learner):
             best=best,
             log=prepared.log,
             knows_slips=prepared.knows_slips,
+            head_rate=(recipe.train.head_learning_rate or recipe.train.learning_rate)
+            / recipe.train.learning_rate,
             select_by=recipe.train.select_by or default_selection(recipe.model.train),
         )
 
@@ -119,6 +123,10 @@ class PolicyLearner(Learner):
     def parameters(self) -> Iterable[nn.Parameter]:
         """Return the policy's parameters."""
         return self.policy.parameters()
+
+    def rates(self) -> Mapping[nn.Parameter, float]:
+        """Return the learning rate of the parameters of heads 2..K."""
+        return dict.fromkeys(self.policy.later_parameters(), self.head_rate)
 
     def learn(self, batch: Batch, *, step: int) -> StepResult:
         """Weigh the global batch, then send its micro-batches through the fused loss.

@@ -1,0 +1,168 @@
+"""Heads 2..K have a learning rate of their own, with the schedule of all others."""
+
+import copy
+import functools
+import os
+import signal
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from weighted_mtp_core.api import Batch, WeightingStrategy, Weights
+from weighted_mtp_core.checkpointing.manager import Checkpoints
+from weighted_mtp_core.model.load import make_policy
+from weighted_mtp_core.recipe.schema import CheckpointTable, LossTable, PolicyTrainTable
+from weighted_mtp_core.training.loop import Validation, train
+from weighted_mtp_core.training.optimisers import learning_rate, make_optimiser
+from weighted_mtp_core.training.policy_learner import PolicyLearner
+from weighted_mtp_core.training.weighting_inputs import Weighting
+
+TABLE = PolicyTrainTable(
+    steps=4,
+    learning_rate=0.01,
+    head_learning_rate=0.05,
+    warmup_steps=2,
+    weight_decay=0.0,
+    max_grad_norm=1e9,
+    log_every=1,
+)
+LATER = ("heads.1.", "heads.2.")
+"""Where the names of the parameters of heads 2 and 3 start."""
+
+
+@functools.cache
+def base():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=23,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    return make_policy(LlamaForCausalLM(config), n_future=3, head_kind="parallel")
+
+
+def batch(step):
+    ids_BT = torch.randint(0, 23, (2, 9), generator=torch.Generator().manual_seed(step))
+    return Batch(
+        ids_BT=ids_BT,
+        document_BT=torch.zeros_like(ids_BT),
+        response_BT=torch.ones_like(ids_BT).bool(),
+        reward_BT=torch.ones(2, 9),
+        group_BT=torch.zeros_like(ids_BT),
+    )
+
+
+class Flat(WeightingStrategy):
+    """1 on every target."""
+
+    def weigh(self, view):
+        return Weights(weight=view.response_BT.float())
+
+
+class Latest(PolicyLearner):
+    """Keeps the last state."""
+
+    def validate(self, *, step):
+        return Validation(metrics={}, score=float(step))
+
+
+def learner(folder, *, head_rate):
+    return Latest(
+        policy=copy.deepcopy(base()),
+        weighting=Weighting(strategy=Flat(), needs=frozenset(), critic=None, label="flat"),
+        loss=LossTable(),
+        steps=TABLE.steps,
+        pairs_per_step=(16.0, 14.0, 12.0),
+        accumulation=1,
+        autocast=lambda: torch.autocast("cpu", enabled=False),
+        validation=list,
+        best=folder / "best_model.pt",
+        head_rate=head_rate,
+    )
+
+
+class Reports:
+    """Calls `at[step]` when the metrics of a step are reported."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def metrics(self, stage, step, values):
+        self.at.get(step, lambda: None)()
+
+    def timings(self, stage, step, values):
+        pass
+
+    def progress(self, step, values):
+        pass
+
+
+def trained(folder, *, head_rate, at=None, resume=False):
+    """Return the parameters after all steps."""
+    made = learner(folder, head_rate=head_rate)
+    with Checkpoints(folder=folder, table=CheckpointTable(every=0), log=print) as checkpoints:
+        train(
+            made,
+            TABLE,
+            batch_of=batch,
+            reporter=Reports(at or {}),
+            checkpoints=checkpoints,
+            resume=checkpoints.newest() if resume else None,
+        )
+    return dict(made.policy.named_parameters())
+
+
+def by_hand(folder, *, head_learning_rate):
+    """Return the same parameters by two of torch's optimisers."""
+    made = learner(folder, head_rate=1.0)
+    named = dict(made.policy.named_parameters())
+    later = [each for name, each in named.items() if name.startswith(LATER)]
+    others = [each for name, each in named.items() if not name.startswith(LATER)]
+    pairs = [(TABLE.learning_rate, others), (head_learning_rate, later)]
+    optimisers = [
+        (rate, torch.optim.AdamW(members, betas=(0.9, 0.95), weight_decay=0.0, fused=True))
+        for rate, members in pairs
+    ]
+    for step in range(TABLE.steps):
+        made.learn(batch(step), step=step)
+        for rate, optimiser in optimisers:
+            (group,) = optimiser.param_groups
+            group["lr"] = rate * learning_rate(TABLE, step) / TABLE.learning_rate
+            optimiser.step()
+            optimiser.zero_grad()
+    return named
+
+
+def test_heads_and_all_others_learn_at_their_own_rates(tmp_path):
+    found = trained(tmp_path, head_rate=5.0)
+
+    torch.testing.assert_close(found, by_hand(tmp_path, head_learning_rate=0.05), rtol=1e-4, atol=1e-6)
+
+
+def test_a_resumed_run_has_the_same_rates(tmp_path):
+    (tmp_path / "whole").mkdir()
+    whole = trained(tmp_path / "whole", head_rate=5.0)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, head_rate=5.0, at={2: lambda: os.kill(os.getpid(), signal.SIGINT)})
+
+    resumed = trained(tmp_path, head_rate=5.0, resume=True)
+
+    for name, parameter in whole.items():
+        assert torch.equal(resumed[name], parameter), name
+
+
+def test_equal_rates_are_one_rate():
+    policy = base()
+    equal = dict.fromkeys(policy.later_parameters(), 1.0)
+
+    one, other = (make_optimiser(policy.parameters(), TABLE, rates=rates) for rates in ({}, equal))
+
+    assert [[id(p) for p in group["params"]] for group in one.param_groups] == [
+        [id(p) for p in group["params"]] for group in other.param_groups
+    ]
+    assert {id(parameter) for parameter in equal} == {
+        id(parameter) for name, parameter in policy.named_parameters() if name.startswith(LATER)
+    }
