@@ -19,6 +19,7 @@ SECRET_VARIABLES = (
     "MLFLOW_TRACKING_TOKEN",
     "AWS_SESSION_TOKEN",
     "PGPASSWORD",
+    "OPENAI_API_KEY",  # of the server from which `data sample --endpoint` takes texts
 )
 """Variables with values that must never be shown."""
 

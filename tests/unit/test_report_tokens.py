@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
+from weighted_mtp_core.data.token_texts import token_texts
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.evaluation.finished_run import plan_of, prepare_finished
 from weighted_mtp_core.report.shading import Shading, numbers
-from weighted_mtp_core.report.token_measures import changes, choose_problems, token_texts
+from weighted_mtp_core.report.token_measures import changes, choose_problems
 from weighted_mtp_core.report.token_report import (
     ProblemTokens,
     Solution,

@@ -88,9 +88,9 @@ def list_of(kind: Callable[[str], ItemT]) -> Callable[[str], list[ItemT]]:
     return parse
 
 
-def plan_from(args: argparse.Namespace) -> Plan:
-    """Make the plan of the recipe that the arguments name."""
-    overrides = [*(["model.base=micro"] if args.micro else []), *args.overrides]
+def plan_from(args: argparse.Namespace, *more: str) -> Plan:
+    """Make the plan of the recipe that the arguments name, with `more` overrides after those of the user."""
+    overrides = [*(["model.base=micro"] if args.micro else []), *args.overrides, *more]
     return make_plan(args.recipe, preset=args.preset, overrides=overrides, run_name=args.run_name)
 
 

@@ -3,13 +3,18 @@
 A data source may make its data once, for example label responses by running them, and keep them under
 datasets_v2/<name>/<version>/ with a manifest, statistics and what they depend on. A run does this by itself;
 `prepare` does it alone, for example on a machine without an accelerator. `preview` shows what the first step
-of a run trains on: each token with its id, whether it is a target, and its weight.
+of a run trains on: each token with its id, whether it is a target, and its weight. `sample` lets a run, an
+exported model or a server write texts for the problems of a recipe, judges the texts, and stores them as a
+new data set, whose samples.jsonl `core.jsonl` reads. If it was stopped, the same command continues.
 
 examples:
   data preview configs/baseline.toml
   data preview configs/baseline.toml -n 10 --html preview.html
   data prepare configs/baseline.toml
   data prepare configs/baseline.toml --set data.options.seed=1
+  data sample 20261123-140924 configs/baseline.toml --samples 4 --temperature 0.8 --to mine
+  data sample models/sorter configs/baseline.toml --samples 4 --temperature 0.8 --to mine \
+      --endpoint http://127.0.0.1:8000/v1
   data show
   data show my_data
 """
@@ -18,26 +23,50 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weighted_mtp_core.api import SPLITS, example_statistics
-from weighted_mtp_core.cli.arguments import add_actions, add_folder, add_recipe_arguments, plan_from
+from weighted_mtp_core.cli.arguments import (
+    add_actions,
+    add_folder,
+    add_recipe_arguments,
+    add_run_arguments,
+    evaluate_overrides,
+    plan_from,
+)
 from weighted_mtp_core.cli.table import print_rows
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.identifiers import NAME
 from weighted_mtp_core.messages import did_you_mean
+from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.storage.manifest import MANIFEST, verify_manifest
 from weighted_mtp_core.storage.versions import dataset_folder, versions
 
+if TYPE_CHECKING:
+    from weighted_mtp_core.generation.samplers import Sampler
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    prepare, preview, show = add_actions(parser, _prepare, _preview, _show)
+    prepare, preview, sample, show = add_actions(parser, _prepare, _preview, _sample, _show)
     add_recipe_arguments(prepare)
     add_recipe_arguments(preview)
     preview.add_argument("-n", metavar="N", dest="count", type=int, default=3, help="documents (default: 3)")
     preview.add_argument("--html", metavar="FILE", type=Path, help="write a page instead of text")
+    add_run_arguments(sample, also=", an exported model or, with --endpoint, a model's name at the server")
+    add_recipe_arguments(sample)
+    sample.add_argument("--to", metavar="NAME", required=True, help="name of the new data set")
+    sample.add_argument("--samples", metavar="N", type=int, help="texts for each problem")
+    sample.add_argument("--temperature", metavar="T", type=float, help="0 is greedy")
+    sample.add_argument("--split", choices=SPLITS, default="train", help="the problems' split (train)")
+    sample.add_argument("--problems", metavar="N", type=int, default=0, help="the first N problems (0: all)")
+    sample.add_argument("--endpoint", metavar="URL", help="take the texts from a server's completions API")
+    sample.add_argument("--in-flight", metavar="N", type=int, default=16, help="requests at once (16)")
+    sample.add_argument("--retries", metavar="N", type=int, default=6, help="repetitions of a request (6)")
+    sample.add_argument("--timeout", metavar="S", type=float, default=600, help="seconds for a request (600)")
     show.add_argument("name", metavar="NAME", nargs="?", help="(all)")
     add_folder(show, "--storage", default="storage")
 
@@ -74,6 +103,87 @@ def _preview(args: argparse.Namespace) -> None:
         return
     write_page(shown, args.html)
     print_rows([("page", str(args.html))])
+
+
+def _sample(args: argparse.Namespace) -> None:
+    """Write texts of a run, a model or a server as data that the recipe's data source judges."""
+    from rich.console import Console
+
+    from weighted_mtp_core.evaluation.sampled_data import SAMPLES, SampledData, describe_counts
+    from weighted_mtp_core.tracking.display import Display
+
+    _check_sample(args)
+    plan = plan_from(args, "evaluate.pass_at_k=[1]", *evaluate_overrides(args, "samples", "temperature"))
+    recipe = plan.recipe
+    storage = Path(recipe.run.storage)
+    source = plan.data.build(BuildContext(seed=recipe.run.seed, storage=storage))
+    problems = source.problems(args.split)
+    if not problems:
+        raise WmtpError(
+            f"data source `{plan.data.address}` has no problems in the split `{args.split}`",
+            hint="use a recipe whose data source judges completions, or another `--split`",
+        )
+    with Display(Console(stderr=True)) as display:
+        model, sampler = _sampler(args, plan, log=display.note)
+        data = SampledData(
+            model=model,
+            sampler=sampler,
+            problems=problems[: args.problems or len(problems)],
+            split=args.split,
+            source=source,
+            plan=plan,
+            name=args.to,
+        )
+        stored = data.store(display)
+    print_rows(
+        [
+            ("data", f"{stored.version.name} {stored.version.version}"),
+            ("sha256", stored.version.sha256),
+            ("file", str(stored.folder / SAMPLES)),
+            *describe_counts(stored.folder),
+        ]
+    )
+
+
+def _check_sample(args: argparse.Namespace) -> None:
+    if not re.fullmatch(NAME, args.to) or ".." in args.to:
+        raise WmtpError(f"`--to {args.to}` must match `{NAME}`, without `..`")
+    for name in ("in_flight", "timeout"):
+        if not getattr(args, name) > 0:
+            raise WmtpError(f"`--{name.replace('_', '-')} {getattr(args, name)}`: expected a positive number")
+    for name in ("problems", "retries"):
+        if getattr(args, name) < 0:
+            raise WmtpError(f"`--{name} {getattr(args, name)}`: expected 0 or more")
+
+
+def _sampler(
+    args: argparse.Namespace, plan: Plan, *, log: Callable[[str], None]
+) -> tuple[dict[str, Any], Callable[[], Sampler]]:
+    """Return what identifies the model, and a function that makes its sampler."""
+    from weighted_mtp_core.evaluation.finished_run import find_finished, policy_loader, policy_sha256
+    from weighted_mtp_core.generation.endpoint import EndpointSampler
+    from weighted_mtp_core.generation.samplers import PolicySampler
+
+    table, seed = plan.recipe.evaluate, plan.recipe.run.seed
+    if args.endpoint is not None:
+        served = EndpointSampler(
+            model=args.run,
+            url=args.endpoint,
+            table=table,
+            seed=seed,
+            in_flight=args.in_flight,
+            retries=args.retries,
+            timeout=args.timeout,
+        )
+        return {"name": args.run, "from": "server"}, lambda: served
+    folder = find_finished(args.runs, args.run)
+    loader = policy_loader(folder, overrides=[])
+
+    def load() -> Sampler:
+        policy, codec = loader.load(log)
+        return PolicySampler(policy=policy, codec=codec, table=table, seed=seed)
+
+    return {"name": folder.name, "sha256": policy_sha256(folder)}, load
 
 
 def _show(args: argparse.Namespace) -> None:

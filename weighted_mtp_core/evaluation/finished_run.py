@@ -22,7 +22,7 @@ from weighted_mtp_core.plan import Plan, make_plan
 from weighted_mtp_core.recipe.load import load_recipe
 from weighted_mtp_core.recipe.schema import Recipe
 from weighted_mtp_core.runtime.device import resolve_device
-from weighted_mtp_core.storage.manifest import sha256_of
+from weighted_mtp_core.storage.manifest import MANIFEST, sha256_of
 from weighted_mtp_core.tracking.run_folder import RunFolder, find_run, read_run
 from weighted_mtp_core.training.prepare import Prepared, prepare
 
@@ -108,6 +108,11 @@ def policy_loader(folder: Path, *, overrides: Sequence[str]) -> PolicyLoader:
         return prepared.policy, prepared.codec
 
     return PolicyLoader(recipe=plan.recipe, load=load)
+
+
+def policy_sha256(folder: Path) -> str:
+    """Return the SHA-256 of the policy of a run, or of all files of an exported model."""
+    return sha256_of(folder / MANIFEST if is_exported_model(folder) else _checkpoint(folder))
 
 
 def export_run(

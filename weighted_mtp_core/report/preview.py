@@ -18,9 +18,9 @@ from weighted_mtp_core.api import SPLITS, Critic, Signal, Split
 from weighted_mtp_core.api.tensors import align_weights, gather_by_target
 from weighted_mtp_core.checkpointing.best_model import load_component
 from weighted_mtp_core.data.batches import CollatedBatch
+from weighted_mtp_core.data.token_texts import token_texts
 from weighted_mtp_core.model.targets import batch_labels, target_mask
 from weighted_mtp_core.plan import Plan
-from weighted_mtp_core.report.token_measures import token_texts
 from weighted_mtp_core.report.token_report import Token
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS
 from weighted_mtp_core.training.policy_learner import PolicyLearner

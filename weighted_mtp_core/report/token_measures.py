@@ -17,6 +17,7 @@ from torch import Tensor
 from weighted_mtp_core.api import Batch, Critic, is_correct
 from weighted_mtp_core.api.tensors import align_weights, gather_by_target
 from weighted_mtp_core.data.batches import split_rows
+from weighted_mtp_core.data.token_texts import token_texts
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.metrics.critic_report import ReliabilityBin
@@ -104,31 +105,6 @@ def choose_problems(tokens: TokenSet, *, at_most: int) -> list[tuple[int, ...]]:
     return [
         tuple(rows) for rows in sorted(firsts.values(), key=lambda rows: (-len(rows), min(rows)))[:at_most]
     ]
-
-
-def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Return the text that each token adds to the decoded text; the parts together are the decoded text.
-
-    A token that ends inside a character adds an empty text, and the token that completes the character adds
-    it.
-    """
-    texts, start, known = [], 0, ""
-    for end in range(1, len(ids) + 1):
-        text = _decode(tokenizer, ids[start:end])
-        if text.endswith("\ufffd") and end < len(ids):
-            texts.append("")
-            continue
-        texts.append(text[len(known) :])
-        start = end - 1  # one token of context, because decoders drop a leading space
-        known = _decode(tokenizer, ids[start:end])
-        if known.endswith("\ufffd"):  # the token ends inside a character, so it cannot serve as context
-            start, known = end, ""
-    return texts
-
-
-def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    text: str = tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
-    return text
 
 
 @frozen(kw_only=True, eq=False)

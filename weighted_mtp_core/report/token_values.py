@@ -18,9 +18,10 @@ from torch import Tensor
 from weighted_mtp_core.api import Batch, Critic
 from weighted_mtp_core.api.tensors import align_weights, gather_by_target
 from weighted_mtp_core.data.batches import split_rows
+from weighted_mtp_core.data.token_texts import token_texts
 from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.model.targets import batch_labels, target_mask
-from weighted_mtp_core.report.token_measures import array, changes, plain, token_texts
+from weighted_mtp_core.report.token_measures import array, changes, plain
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS
 from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.prepare import Prepared
