@@ -2,9 +2,9 @@
 
     python completions_server.py MODEL
 
-It prints its port. `PUT /faults` sets the faults of the next requests, in the order of arrival: a status, `hang`,
-`bare` (an answer without log-probabilities) or `ok` (no fault). `GET /seen` returns what the server has seen
-since then: the number of requests, how many there were at once, and their keys.
+It prints its port. `PUT /faults` sets the faults of the next requests, in the order of arrival: a status,
+`hang`, `bare` (an answer without log-probabilities) or `ok` (no fault). `GET /seen` returns what the server
+has seen since then: the number of requests, how many there were at once, and their keys.
 """
 
 import json

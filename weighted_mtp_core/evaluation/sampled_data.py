@@ -255,14 +255,13 @@ def _rounded(text: SampledText) -> dict[str, Any]:
 
 
 def _why_left_out(text: SampledText, verdict: Verdict) -> str | None:
-    """Return why a text cannot become data; None if it can.
-
-    An unfinished text would teach the policy to end where it did not.
-    """
+    """Return why a text cannot become data; None if it can."""
     if not text.finished:
-        return "unfinished"
+        return "unfinished"  # it would teach the policy to end where it did not
     if not verdict.is_label:
         return verdict.kind.value
+    if "\ufffd" in text.text:
+        return "not_utf8"  # it would teach the policy to write this character instead of its bytes
     return None if text.text else "empty"
 
 
