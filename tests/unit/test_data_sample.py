@@ -15,7 +15,7 @@ import pytest
 import requests
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from weighted_mtp_core.api import JsonlOptions, JsonlSource
+from weighted_mtp_core.api import BuildContext, JsonlOptions, JsonlSource
 from weighted_mtp_core.cli import main
 
 PLUGIN = """
@@ -306,11 +306,12 @@ def test_a_damaged_journal_is_refused(sample, tmp_path):
     assert f"error: `{journal}` is damaged\nhint: delete it, then the command begins anew\n" in err
 
 
-def test_the_data_are_rows_that_core_jsonl_reads(written, folder, tmp_path, capsys):
+def test_the_data_are_rows_that_core_jsonl_reads(written, tmp_path):
     data = written(*OFTEN)
     kept = rows(data / "samples.jsonl")
 
-    source = JsonlSource(JsonlOptions(path=str(data / "samples.jsonl"), validation_share=0, test_share=0))
+    options = JsonlOptions(path=str(data / "samples.jsonl"), validation_share=0, test_share=0)
+    source = JsonlSource(options, BuildContext(seed=0, storage=tmp_path))
 
     found = source.examples("train")
     assert [(each.problem_id, each.prompt, each.response, each.reward) for each in found] == [

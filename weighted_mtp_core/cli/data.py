@@ -114,9 +114,7 @@ def _sample(args: argparse.Namespace) -> None:
 
     _check_sample(args)
     plan = plan_from(args, "evaluate.pass_at_k=[1]", *evaluate_overrides(args, "samples", "temperature"))
-    recipe = plan.recipe
-    storage = Path(recipe.run.storage)
-    source = plan.data.build(BuildContext(seed=recipe.run.seed, storage=storage))
+    source = plan.data.build(plan.data_context)
     problems = source.problems(args.split)
     if not problems:
         raise WmtpError(
