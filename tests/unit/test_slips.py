@@ -4,10 +4,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from weighted_mtp_core.api import Batch
 from weighted_mtp_core.evaluation.evaluate import evaluate
 from weighted_mtp_core.evaluation.finished_run import plan_of, prepare_finished
 from weighted_mtp_core.metrics.slips import PLACES, numbers_of_responses, places_of, slip_metrics
+from weighted_mtp_core.metrics.weights import share_between_responses
 from weighted_mtp_core.recipe.schema import EvaluateTable
 from weighted_mtp_core.tracking.display import Display
 from weighted_mtp_core.tracking.run_history import read_history
@@ -86,6 +88,21 @@ def test_a_place_without_pairs_has_no_mean_weight():
     assert [bool(found[f"weight_{name}"].isnan()) for name in PLACES] == [True, False, True]
 
 
+def test_places_and_weights_are_found_without_waiting_for_the_device():
+    class NothingIsRead(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert "local_scalar" not in str(function), "a tensor was turned into a number"
+            assert "nonzero" not in str(function), "a shape depends on values"
+            return function(*args, **(kwargs or {}))
+
+    one = batch([[0, 0, 0, -1]], [[0, 1, 1, 0]], [[0.0] * 4], [[1.0, 1.0, 0.0, 0.0]])
+
+    with NothingIsRead():
+        places_N = places_of(one).flatten()
+        slip_metrics(torch.ones(4), places_N)
+        share_between_responses(torch.ones(4), numbers_of_responses(one.document_BT).flatten(), count=4)
+
+
 # ------------------------------------------------------------------ in a run
 
 PLUGIN = """
@@ -100,9 +117,16 @@ PLUGIN = """
     class Options:
         pass
 
+    @frozen(kw_only=True)
+    class SumsOptions:
+        imitate_all: bool = True
+
     class Sums(DataSource):
         # A wrong response slips at its second token, of six with EOS.
         oracle_weights = True
+
+        def __init__(self, options):
+            self.imitate_all = options.imitate_all
 
         def examples(self, split):
             return [
@@ -115,7 +139,7 @@ PLUGIN = """
             ]
 
         def policy_examples(self, split):
-            return self.examples(split)
+            return [each for each in self.examples(split) if self.imitate_all or each.reward]
 
         def problems(self, split):
             return [
@@ -151,7 +175,7 @@ PLUGIN = """
 
     @hookimpl
     def wmtp_data_sources():
-        yield Component(name="sums", summary="Sums.", options=Options, build=lambda o, c: Sums())
+        yield Component(name="sums", summary="Sums.", options=SumsOptions, build=lambda o, c: Sums(o))
 
     @hookimpl
     def wmtp_weighting_strategies():
@@ -171,19 +195,14 @@ def run(wmtp_install_plugin, wmtp_tiny_run):
     """Run a weighting on responses with slips, with a critic that sees them."""
     wmtp_install_plugin("slips", PLUGIN)
     evaluation = {"problems": 0, "max_new_tokens": 4, "second_temperature": 1.0}
-    return lambda weighting: wmtp_tiny_run(
+    train = {"steps": 2, "batch_size": 40, "warmup_steps": 1, "validation_examples": 40, "log_every": 1}
+    return lambda weighting, **options: wmtp_tiny_run(
         {
             "weighting": {"use": f"slips.{weighting}"},
-            "data": {"use": "slips.sums"},
+            "data": {"use": "slips.sums", "options": options},
             "critic": {"use": "slips.sees"},
             "evaluate": evaluation,
-            "train": {
-                "steps": 2,
-                "batch_size": 40,
-                "warmup_steps": 1,
-                "validation_examples": 40,
-                "log_every": 1,
-            },
+            "train": train,
         }
     )
 
@@ -217,3 +236,10 @@ def test_pass_at_k_at_the_second_temperature_is_that_of_an_evaluation_at_this_te
     assert found.metrics["weight_at_slip"] == 1.0
     assert found.metrics["weight_between_responses"] == 0.0
     assert found.metrics["pass_at_1_at_temperature_1"] == again.metrics["pass_at_1"]
+
+
+def test_without_incorrect_responses_to_imitate_no_weights_at_slips_are_measured(run):
+    found = run("flat", imitate_all=False)
+
+    assert not [name for name in found.metrics if name.endswith("_slip") and name.startswith("weight")]
+    assert found.metrics["critic_falls_at_slip"] == 1.0
