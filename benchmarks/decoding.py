@@ -23,8 +23,8 @@ from harness import Row, in_turns, main, ratio_row, row, within
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.evaluation.finished_run import plan_of, prepare_finished
 from weighted_mtp_core.generation.generate import Decoding, Generations, generate
-from weighted_mtp_core.model.heads import HeadKind
 from weighted_mtp_core.model.policy import HEADS
+from weighted_mtp_core.recipe.schema import HeadKind
 from weighted_mtp_core.training.prepare import Prepared
 
 PROMPTS, BATCHES = 32, (1, 8)

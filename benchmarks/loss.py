@@ -11,7 +11,7 @@ Shape letters: B rows, T positions, K heads, N supervised pairs of all heads, D 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from attrs import frozen
@@ -34,20 +34,17 @@ class BareHeads(nn.Module):
         self.n_future = n_future
         self.unembedding = Unembedding(nn.Linear(D, vocabulary, bias=False))
 
+    chained = False
+
     @property
     def heads(self) -> BareHeads:
         """Themselves."""
         return self
 
-    def layer(self, k: int) -> nn.Module:
-        """Return a layer that computes nothing."""
-        del k
-        return nn.Identity()
-
-    def head_states(self, k: int, hidden_BTD: Tensor, *, position_BT: Tensor | None = None) -> Tensor:
-        """Return the trunk's states."""
-        del k, position_BT
-        return hidden_BTD
+    def each_head_states(self, hidden_BTD: Tensor, **arguments: object) -> Iterator[Tensor]:
+        """Yield the trunk's states for each head."""
+        del arguments
+        yield from [hidden_BTD] * self.n_future
 
 
 @frozen(kw_only=True, eq=False)
@@ -97,7 +94,7 @@ class Case:
         normaliser_K = normalisers(self.weight_BTK, target_BTK, normalise="weights")
         states_BTD = self._leaf()
         heads = range(1, self.policy.n_future + 1)
-        logits = [self.policy.unembedding(self.policy.head_states(k, states_BTD)) for k in heads]
+        logits = [self.policy.unembedding(states_BTD) for _ in heads]
         ce_BTK = nn.functional.cross_entropy(
             torch.stack(logits, dim=2).movedim(-1, 1),
             self.labels_BTK,

@@ -29,11 +29,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.api import Batch, BuildContext, Critic, ModelContext, Signal, WeightingStrategy
 from weighted_mtp_core.data.batches import StepBatches
 from weighted_mtp_core.data.tokens import TokenSet
-from weighted_mtp_core.model.heads import HeadKind
 from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.trunk import frozen_trunk
-from weighted_mtp_core.recipe.schema import DataTable, LossTable, TrainTable
+from weighted_mtp_core.recipe.schema import DataTable, HeadKind, LossTable, TrainTable
 from weighted_mtp_core.training.optimisers import clip_gradients, make_optimiser
 from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.score_cache import CachedCritic

@@ -85,7 +85,7 @@ def signals(policy, *, parts):
 
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("base", [gpt2, opt])
-@pytest.mark.parametrize("head", ["parallel", "medusa"])
+@pytest.mark.parametrize("head", ["parallel", "medusa", "sequential"])
 def test_signals_are_computed_without_dropout(base, head, parts):
     policy = make_policy(base(), n_future=2, head_kind=head).train()
 

@@ -37,7 +37,7 @@ def expected_losses(base, batch):
     return loss_BT
 
 
-@pytest.mark.parametrize("head_kind", ["parallel", "medusa"])
+@pytest.mark.parametrize("head_kind", ["parallel", "medusa", "sequential"])
 def test_the_losses_are_those_of_the_base_model(head_kind):
     batch = APART.batch()
 

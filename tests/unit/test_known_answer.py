@@ -2,7 +2,8 @@
 
 Documents begin with one of eight symbols. With probability 1/64, EOS follows each symbol; otherwise the next
 symbol follows with probability 0.7, and else any of the eight. So head k should predict the k-th power of the
-transition matrix, and EOS with 1/64: pairs whose target would lie behind EOS do not exist.
+transition matrix, and EOS with 1/64: pairs whose target would lie behind EOS do not exist. `sequential` heads
+also read the symbols between source and target, so each of them should predict the matrix itself.
 
 Shape letters: S symbols, K heads, N pairs, C classes (S symbols and EOS).
 """
@@ -85,7 +86,10 @@ class Silence:
         pass
 
 
-def trained(folder, *, packing="none", batch_size=16, weight=1.0, seed=SEED):
+MEDUSA = {"head_kind": "medusa"}
+
+
+def trained(folder, *, heads=MEDUSA, packing="none", batch_size=16, weight=1.0, seed=SEED):
     """Train on 8,000 documents; return the policy and its last validation."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -98,7 +102,7 @@ def trained(folder, *, packing="none", batch_size=16, weight=1.0, seed=SEED):
         initializer_range=0.25,
         eos_token_id=EOS,
     )
-    policy = make_policy(LlamaForCausalLM(config), n_future=K, head_kind="medusa")
+    policy = make_policy(LlamaForCausalLM(config), n_future=K, **heads)
     data = DataTable(use="chain", packing=packing, pack_tokens=1024)
     batches = StepBatches(documents(8000, seed=seed + 1), data, batch_size=batch_size, seed=seed, device=CPU)
     learner = PolicyLearner(
@@ -124,7 +128,8 @@ def predictions(policy, k):
     found = []
     for batch in held_out():
         ids_BT, counts_BT = batch.ids_BT.numpy(), batch.response_BT.numpy()[:, k:]
-        p_BTC = policy.logits(k, policy.trunk_states(batch.ids_BT)).softmax(dim=-1).numpy()
+        hidden_BTH = policy.trunk_states(batch.ids_BT)
+        p_BTC = policy.logits(k, hidden_BTH, ids_BT=batch.ids_BT).softmax(dim=-1).numpy()
         found.append((ids_BT[:, :-k][counts_BT], ids_BT[:, k:][counts_BT], p_BTC[:, :-k][counts_BT]))
     return [np.concatenate(parts) for parts in zip(*found, strict=True)]
 
@@ -138,6 +143,24 @@ def test_each_head_reaches_the_exact_cross_entropy_and_the_exact_rate_of_eos(tmp
         exact = -np.log(EXACT_KSC[k - 1, source_N, target_N]).mean()
 
         assert metrics[f"validation_ce_head_{k}"] == pytest.approx(exact, abs=0.004)
+        assert p_NC[:, EOS].mean() == pytest.approx(P_EOS, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"shared": True, "serve": "vllm"}], ids=["a module each", "one module for vllm"]
+)
+def test_each_sequential_head_reaches_the_exact_cross_entropy_of_one_step(tmp_path, options):
+    policy, metrics = trained(tmp_path, heads={"head_kind": "sequential", **options})
+
+    for k in range(1, K + 1):
+        exact = []
+        for batch in held_out():
+            ids_BT, counts_BT = batch.ids_BT.numpy(), batch.response_BT.numpy()[:, k:]
+            before_BT = ids_BT[:, k - 1 : -1]
+            exact.append(-np.log(EXACT_KSC[0, before_BT[counts_BT], ids_BT[:, k:][counts_BT]]))
+        _, _, p_NC = predictions(policy, k)
+
+        assert metrics[f"validation_ce_head_{k}"] == pytest.approx(np.concatenate(exact).mean(), abs=0.004)
         assert p_NC[:, EOS].mean() == pytest.approx(P_EOS, rel=0.1)
 
 

@@ -131,7 +131,9 @@ def learner(weighting, *, name="llama", head="parallel", accumulation=1):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("weighting", [Fixed(), ByLoss()], ids=["known", "from_losses"])
-@pytest.mark.parametrize(("name", "head"), [(n, h) for n in BASES for h in ("parallel", "medusa")])
+@pytest.mark.parametrize(
+    ("name", "head"), [(n, h) for n in BASES for h in ("parallel", "medusa", "sequential")]
+)
 def test_a_step_never_waits_except_to_read_the_weights(name, head, weighting, accumulation):
     training = learner(weighting, name=name, head=head, accumulation=accumulation)
     parameters = list(training.parameters())

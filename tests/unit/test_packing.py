@@ -36,7 +36,13 @@ BASES = {
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=16, n_layer=3, n_head=2)),
 }
 LENGTHS = ((5, 9, 4), (7, 3))
-POLICIES = [(name, head) for name in BASES for head in ("parallel", "medusa")]
+HEADS = {
+    "parallel": {"head_kind": "parallel"},
+    "medusa": {"head_kind": "medusa"},
+    "sequential": {"head_kind": "sequential"},
+    "sequential for vllm": {"head_kind": "sequential", "shared": True, "serve": "vllm"},
+}
+POLICIES = [(name, head) for name in BASES for head in HEADS]
 
 
 @functools.cache
@@ -45,7 +51,7 @@ def policy(name, head):
     base = BASES[name]()
     for parameter in base.parameters():  # far from the initial scale, at which all positions are alike
         torch.nn.init.normal_(parameter, std=0.3)
-    made = make_policy(base, n_future=3, head_kind=head).eval()
+    made = make_policy(base, n_future=3, **HEADS[head]).eval()
     for parameter in made.heads.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return made
@@ -88,7 +94,9 @@ def labels(one, n_future=3):
 
 def losses(model, one):
     hidden_BTH = model.trunk_states(one.ids_BT, position_BT=one.position_BT)
-    return PairPredictions(model, hidden_BTH, labels(one), position_BT=one.position_BT).losses()
+    return PairPredictions(
+        model, hidden_BTH, labels(one), ids_BT=one.ids_BT, position_BT=one.position_BT
+    ).losses()
 
 
 def cut(tensor, rows):
@@ -140,6 +148,7 @@ def test_gradients_of_packed_documents_are_the_sum_of_those_alone(name, head, al
                 weight_BTK=None,
                 normaliser_K=ones_K,
                 head_share_K=ones_K,
+                ids_BT=one.ids_BT,
                 position_BT=one.position_BT,
             )
         return [torch.zeros(()) if p.grad is None else p.grad.clone() for p in model.parameters()]

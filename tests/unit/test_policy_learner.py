@@ -40,6 +40,8 @@ BASES = {
 LABEL = "weighting `failing.late` of plugin `failing` (wmtp-failing 0.3.0)"
 
 
+HEADS = ("parallel", "medusa", "sequential")
+
 LATER = ("heads.1.", "heads.2.")
 """Where the names of the parameters of heads 2 and 3 start."""
 
@@ -157,7 +159,9 @@ def formula(model, batch, weigh):
     share_K = torch.full((model.n_future,), 1 / model.n_future)
     model.zero_grad()
     hidden_BTH = model.trunk_states(batch.ids_BT)
-    logits_BTKV = torch.stack([model.logits(k + 1, hidden_BTH) for k in range(model.n_future)], dim=2)
+    logits_BTKV = torch.stack(
+        [model.logits(k + 1, hidden_BTH, ids_BT=batch.ids_BT) for k in range(model.n_future)], dim=2
+    )
     log_BTKV = logits_BTKV.log_softmax(dim=-1)
     loss_BTK = -log_BTKV.gather(3, labels_BTK.clamp(min=0)[..., None])[..., 0].where(target_BTK, 0.0)
     weight_BTK = weigh(loss_BTK.detach(), target_BTK)
@@ -175,7 +179,7 @@ def close(one, other, *, rtol=1e-5, atol=1e-6):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 3, 4])
-@pytest.mark.parametrize("head", ["parallel", "medusa"])
+@pytest.mark.parametrize("head", HEADS)
 def test_parts_of_a_batch_add_up_to_the_formula_of_the_whole(batch, head, accumulation):
     weight_BT = (0.1 + batch.ids_BT % 5).where(batch.response_BT, 0.0)
     whole = formula(policy(head=head), batch, lambda _, target_BTK: align_weights(weight_BT, target_BTK))
@@ -193,7 +197,7 @@ def test_weights_from_current_losses_see_the_whole_batch_however_it_is_split(bat
     close(learnt(policy(), batch, ByLoss(), accumulation=accumulation), whole, atol=1e-5)
 
 
-@pytest.mark.parametrize("head", ["parallel", "medusa"])
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", BASES)
 def test_one_head_and_equal_weights_are_transformers_own_training(batch, name, head):
     model = copy.deepcopy(base(name))
@@ -333,7 +337,7 @@ def test_a_compiled_trunk_and_recomputed_activations_change_nothing(batch, prepa
     close(learnt(prepare(policy()), batch, weighting(), accumulation=accumulation), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("head", ["parallel", "medusa"])
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", BASES)
 def test_recomputed_activations_change_no_bit_and_keep_less(batch, name, head, caplog):
     def step(model):
@@ -402,7 +406,7 @@ def test_the_shares_follow_the_step(batch):
     torch.testing.assert_close(last, learnt(policy(), batch, Fixed())[1], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("head", ["parallel", "medusa"])
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", BASES)
 def test_detached_heads_learn_and_leave_everything_else_to_head_1(batch, name, head):
     shared = LossTable(head_weights=(1.0, 1.0, 2.0))
@@ -417,7 +421,7 @@ def test_detached_heads_learn_and_leave_everything_else_to_head_1(batch, name, h
             torch.testing.assert_close(gradient, head_1[parameter] / 4, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("head", ["parallel", "medusa"])
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", BASES)
 def test_detached_heads_alone_give_everything_else_a_gradient_of_exactly_0(batch, name, head):
     alone = LossTable(head_weights=(0.0, 1.0, 1.0), detach_trunk=True)
@@ -436,7 +440,7 @@ def sha256(tensor):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("head", ["parallel", "medusa"])
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", BASES)
 def test_a_frozen_base_stays_bit_for_bit_what_it_is(batch, name, head, accumulation):
     model = policy(name, head=head)
@@ -458,7 +462,7 @@ def test_a_frozen_base_stays_bit_for_bit_what_it_is(batch, name, head, accumulat
     assert {id(each) for each in optimiser.state} == {id(each) for each in later}
 
 
-@pytest.mark.parametrize("head", ["parallel", "medusa"])
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", BASES)
 def test_heads_on_a_frozen_base_learn_as_detached_ones_do(batch, name, head):
     loss, expected = learnt(policy(name, head=head), batch, Fixed(), loss=LossTable(detach_trunk=True))

@@ -144,7 +144,9 @@ def export_run(
     recipe = RunFolder(path=run).recipe
     facts = ExportFacts(
         n_future=prepared.policy.n_future,
-        heads=prepared.policy.head_kind,
+        heads=model.heads.kind,
+        shared=model.heads.shared,
+        serve=model.heads.serve,
         run=run.name,
         recipe_sha256=sha256_of(recipe),
         base=prepared.base_name,

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import python_command, quoted
-from weighted_mtp_core.model.heads import HeadKind
 from weighted_mtp_core.model.policy import Policy
+from weighted_mtp_core.recipe.schema import HeadKind
 
 Server = Literal["transformers", "vllm", "sglang"]
 

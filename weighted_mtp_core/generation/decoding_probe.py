@@ -86,7 +86,7 @@ def _fault(policy: Policy, *, drafts: int, starts: Sequence[int]) -> str | None:
     ids_RT = probe_ids(policy.config, rows=len(starts)).to(device)
     try:
         hidden_RTH = policy.trunk_states(ids_RT)
-        whole = [policy.logits(k, hidden_RTH).float() for k in range(1, drafts + 2)]
+        whole = [policy.logits(k, hidden_RTH, ids_BT=ids_RT).float() for k in range(1, drafts + 2)]
         decoder = _Following(
             heads=DecodingHeads.of(policy, drafts=drafts),
             temperature=0.0,

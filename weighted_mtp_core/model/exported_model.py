@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 
 import weighted_mtp_core
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.model.heads import HeadKind
 from weighted_mtp_core.model.policy import Policy
+from weighted_mtp_core.recipe.schema import HeadKind, HeadsTable, MtpServer
 
-FORMAT = 2
+FORMAT = 3
 """Format of the directory; increase it when this release can no longer read older directories."""
 
 FACTS, EXTRA_HEADS, RECIPE = "weighted_mtp.json", "heads/model.safetensors", "recipe.toml"
@@ -33,6 +33,8 @@ class ExportFacts:
     Attributes:
         n_future: K, the number of heads.
         heads: Kind of heads 2..K.
+        shared: Whether `sequential` heads share one module.
+        serve: The server whose computation `sequential` heads follow.
         run: Id of the run that trained the policy.
         recipe_sha256: SHA-256 of `recipe.toml`.
         base: Name and version of the base model.
@@ -41,6 +43,8 @@ class ExportFacts:
 
     n_future: int
     heads: HeadKind
+    shared: bool
+    serve: MtpServer
     run: str
     recipe_sha256: str
     base: str
@@ -79,7 +83,7 @@ def read_facts(folder: Path) -> ExportFacts:
         raise WmtpError(f"`{path}` cannot be read: {error!r}", hint="restore it, or export anew") from error
 
 
-def refuse_other_heads(folder: Path, *, n_future: int, head_kind: HeadKind) -> None:
+def refuse_other_heads(folder: Path, *, n_future: int, heads: HeadsTable) -> None:
     """Refuse an exported model that lacks heads which the recipe needs, unless it has head 1 alone.
 
     Additional heads are allowed.
@@ -96,11 +100,19 @@ def refuse_other_heads(folder: Path, *, n_future: int, head_kind: HeadKind) -> N
             f"the exported model `{folder}` has {facts.n_future} heads, `model.n_future` is {n_future}",
             hint=f"set `model.n_future = {facts.n_future}` or less; {afresh}",
         )
-    if n_future > 1 and head_kind != facts.heads:
+    if n_future > 1 and heads.kind != facts.heads:
         raise WmtpError(
-            f"the exported model `{folder}` has `{facts.heads}` heads, `model.heads.kind` is `{head_kind}`",
+            f"the exported model `{folder}` has `{facts.heads}` heads, `model.heads.kind` is `{heads.kind}`",
             hint=f'set `model.heads.kind = "{facts.heads}"`; {afresh}',
         )
+    for key, its, own in (("shared", facts.shared, heads.shared), ("serve", facts.serve, heads.serve)):
+        if n_future > 1 and its != own:
+            its_value, own_value = json.dumps(its), json.dumps(own)
+            raise WmtpError(
+                f"the exported model `{folder}` has heads with `{key} = {its_value}`, "
+                f"`model.heads.{key}` is `{own_value}`",
+                hint=f"set `model.heads.{key} = {its_value}`; {afresh}",
+            )
 
 
 def load_extra_heads(policy: Policy, folder: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -148,7 +148,7 @@ def body_states(
         inputs: `input_ids` or `inputs_embeds`.
     """
     # Without cache and positions, transformers creates positions and searches them for packed documents,
-    # which # synchronises with the accelerator once per forward pass and body.
+    # which synchronises with the accelerator once per forward pass and body.
     if cache is None and position_BT is None and cache_kinds(body) <= KEYS_AND_VALUES:
         cache_or_none = _empty_cache()
     else:
@@ -220,3 +220,32 @@ def _empty_cache() -> Any:
             return key, value
 
     return EmptyCache()
+
+
+def recording_cache(past: Sequence[Tensor]) -> Any:
+    """Return a cache for one call of a body of one layer, with the keys and values that the call adds.
+
+    Args:
+        past: Keys and values `[B, heads, S, width]` that precede those of the call, alternating.
+
+    Returns:
+        A transformers cache; after the call, its attribute `new` is a pair of keys and values.
+    """
+    return _recording_cache_class()(past)
+
+
+@functools.cache
+def _recording_cache_class() -> Any:
+    class RecordingCache(type(_empty_cache())):  # type: ignore[misc] # transformers gives it no type
+        """A cache that keeps autograd's graph of keys and values."""
+
+        def __init__(self, past: Sequence[Tensor]) -> None:
+            super().__init__()
+            self.past = past
+            self.new: tuple[Tensor, ...] = ()
+
+        def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            self.new = key, value
+            return torch.cat([*self.past[::2], key], dim=-2), torch.cat([*self.past[1::2], value], dim=-2)
+
+    return RecordingCache

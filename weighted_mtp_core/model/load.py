@@ -12,13 +12,12 @@ from attrs import frozen
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import reason
 from weighted_mtp_core.model.exported_model import is_exported_model, load_extra_heads, refuse_other_heads
-from weighted_mtp_core.model.heads import HeadKind
 from weighted_mtp_core.model.micro import micro_folder
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.pretrained import load_pretrained, refuse_bad_weights
 from weighted_mtp_core.model.probe import compare, observe
 from weighted_mtp_core.model.shipped_layers import shipped_layers
-from weighted_mtp_core.recipe.schema import ModelTable
+from weighted_mtp_core.recipe.schema import HeadKind, HeadsTable, ModelTable, MtpServer
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder, sha256_of, verify_manifest
 
 
@@ -65,13 +64,19 @@ def load_policy(
         folder = find_base(table.base, storage=storage)
     saved = folder if isinstance(folder, Path) and is_exported_model(folder) else None
     if saved is not None:
-        refuse_other_heads(saved, n_future=table.n_future, head_kind=table.heads.kind)
+        refuse_other_heads(saved, n_future=table.n_future, heads=table.heads)
     tokenizer, base = load_pretrained(folder, AutoModelForCausalLM, kind="causal language model")
     if tokenizer.eos_token_id is None:
         raise WmtpError(f"the tokenizer of `{folder}` has no EOS token, so responses could not end")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        policy = make_policy(base, n_future=table.n_future, head_kind=table.heads.kind)
+        policy = make_policy(
+            base,
+            n_future=table.n_future,
+            head_kind=table.heads.kind,
+            shared=table.heads.shared,
+            serve=table.heads.serve,
+        )
     if saved is not None:
         load_extra_heads(policy, saved)
     name = f"{folder.parent.name}/{folder.name}" if isinstance(folder, Path) else folder
@@ -91,14 +96,24 @@ def _unused(shipped: Sequence[str]) -> str | None:
     )
 
 
-def make_policy(base: Any, *, n_future: int, head_kind: HeadKind) -> Policy:
+def make_policy(
+    base: Any,
+    *,
+    n_future: int,
+    head_kind: HeadKind,
+    shared: bool = False,
+    serve: MtpServer = "transformers",
+) -> Policy:
     """Make a policy from a causal LM and check that head 1 computes the same logits; see `probe`.
+
+    The arguments have the meaning of the recipe's `[model]` and `[model.heads]`.
 
     Raises:
         WmtpError: The model cannot be a trunk or does not work with this kind of head.
     """
     answers = observe(base)
-    policy = Policy(base, unembedding=answers.unembedding, n_future=n_future, head_kind=head_kind)
+    heads = HeadsTable(kind=head_kind, shared=shared, serve=serve)
+    policy = Policy(base, unembedding=answers.unembedding, n_future=n_future, heads=heads)
     compare(policy, answers)
     return policy
 

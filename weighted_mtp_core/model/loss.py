@@ -7,6 +7,7 @@ KL(head_1(h_{t+k-1}) || head_k(h_t)), from which head 1 gets no gradient.
 
 Heads run forward and backward one after the other (their section 2.2): the gradients of the trunk's states
 are summed in one `[B, T, H]` buffer and propagated through the trunk once, so memory does not grow with K.
+Heads that read each other's states run backward together after the last one; each stores two such buffers.
 Positions without a target are skipped before the unembedding.
 
 Shape letters: B rows, T positions, K heads, N counted pairs of one head, H hidden.
@@ -14,7 +15,7 @@ Shape letters: B rows, T positions, K heads, N counted pairs of one head, H hidd
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -23,7 +24,6 @@ from torch import Tensor
 
 from weighted_mtp_core.model.chunked_unembedding import ChunkedUnembedding, Teacher
 from weighted_mtp_core.model.policy import Policy
-from weighted_mtp_core.model.sparse_feed_forward import sparse_rows
 from weighted_mtp_core.model.targets import Counts, source_index, take, target_mask
 from weighted_mtp_core.recipe.schema import HeadTargets
 
@@ -70,6 +70,7 @@ def weighted_mtp_loss(
     head_share_K: Tensor,
     heads: HeadTargets = "labels",
     detach_trunk: bool = False,
+    ids_BT: Tensor | None = None,
     position_BT: Tensor | None = None,
     preceding_BT: Counts | None = None,
 ) -> MtpLoss:
@@ -87,46 +88,54 @@ def weighted_mtp_loss(
         head_share_K: alpha of each head.
         heads: What heads 2..K learn: the labels, head 1's distribution at the place that they draft, or both
             in equal shares.
-        detach_trunk: Whether heads 2..K send a gradient to their own parameters only.
+        detach_trunk: Whether heads 2..K send a gradient to the parameters of heads 2..K only.
+        ids_BT: `Batch.ids_BT`; `sequential` heads read it.
         position_BT: `Batch.position_BT`.
         preceding_BT: `CollatedBatch.preceding_BT`; if None, each head synchronises with the device.
     """
     scale_K = head_share_K / normaliser_K
     source_BTH = hidden_BTH.detach().requires_grad_(hidden_BTH.requires_grad)
     share = _LABEL_SHARES[heads]
+    chained = policy.heads.chained
     # At the same time exist: the gradient of one head, its sum over heads and, if head 1 teaches, its states.
-    extra_bytes = (3 if share < 1 else 2) * hidden_BTH.nbytes
-    unembedding = ChunkedUnembedding.of(policy, hidden_BTH, extra_bytes=extra_bytes, teaches=share < 1)
+    # Each chained head has its own gradient and states.
+    buffers = (2 * policy.n_future if chained else 2) + (share < 1)
+    unembedding = ChunkedUnembedding.of(
+        policy, hidden_BTH, extra_bytes=buffers * hidden_BTH.nbytes, teaches=share < 1
+    )
+    labels = labels_BTK.unbind(dim=-1)
+    rows = [source_index(each, k=k, preceding_BT=preceding_BT) for k, each in enumerate(labels, start=1)]
+    states = policy.each_head_states(
+        source_BTH, ids_BT=ids_BT, position_BT=position_BT, rows=rows, detach=detach_trunk
+    )
     head_1_BTH: Tensor | None = None
-    losses, ce_sums = [], []
-    for k in range(1, policy.n_future + 1):
-        label_BT = labels_BTK[:, :, k - 1]
-        scale_BT = scale_K[k - 1].expand(label_BT.shape)
+    losses, ce_sums, pending = [], [], []
+    for k, state_BTH in enumerate(states, start=1):
+        scale_BT = scale_K[k - 1].expand(labels[k - 1].shape)
         if weight_BTK is not None:
             scale_BT = weight_BTK[:, :, k - 1].float() * scale_BT
-        index_N = source_index(label_BT, k=k, preceding_BT=preceding_BT)
-        detached = detach_trunk and k > 1
-        with sparse_rows(policy.heads.layer(k), index_N):
-            if detached:
-                state_BTH = policy.detached_head_states(k, source_BTH, position_BT=position_BT)
-            else:
-                state_BTH = policy.head_states(k, source_BTH, position_BT=position_BT)
-            loss, ce_sum = _learn_head(
-                state_BTH,
-                unembedding.frozen() if detached else unembedding,
-                index_N=index_N,
-                label_BT=label_BT,
-                scale_BT=scale_BT,
-                teacher=None
-                if head_1_BTH is None
-                else Teacher(state_BTH=head_1_BTH, ahead=k - 1, label_share=share),
-            )
+        loss, ce_sum, gradient_BTH = _learn_head(
+            state_BTH,
+            unembedding.frozen() if detach_trunk and k > 1 else unembedding,
+            index_N=rows[k - 1],
+            label_BT=labels[k - 1],
+            scale_BT=scale_BT,
+            teacher=None
+            if head_1_BTH is None
+            else Teacher(state_BTH=head_1_BTH, ahead=k - 1, label_share=share),
+        )
+        if gradient_BTH is not None:
+            pending.append((state_BTH, gradient_BTH))
+        if pending and (not chained or k in (1, policy.n_future)):
+            _backward(pending)
+            pending.clear()
         if k == 1 and share < 1:
             head_1_BTH = state_BTH.detach()
         losses.append(loss)
         ce_sums.append(ce_sum)
+        del state_BTH, gradient_BTH
     if source_BTH.grad is not None:
-        _backward(hidden_BTH, source_BTH.grad)
+        _backward([(hidden_BTH, source_BTH.grad)])
     return MtpLoss(
         loss_K=torch.stack(losses),
         ce_sum_K=torch.stack(ce_sums),
@@ -142,13 +151,13 @@ def _learn_head(
     label_BT: Tensor,
     scale_BT: Tensor,
     teacher: Teacher | None,
-) -> tuple[Tensor, Tensor]:
-    """Propagate a head's gradient to its inputs; return its loss and its sum of cross-entropies."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return a head's loss, its sum of cross-entropies, and the gradient of its states, if they need one."""
     scale_N = take(scale_BT, index_N)
     label_N = take(label_BT, index_N)
     if teacher is None and not state_BTH.requires_grad and not unembedding.learns:
         ce_N = unembedding.losses(state_BTH, index_N, label_N)
-        return (ce_N * scale_N).sum(), ce_N.sum()
+        return (ce_N * scale_N).sum(), ce_N.sum(), None
     gradient_BTH = torch.zeros_like(state_BTH, memory_format=torch.contiguous_format)
     loss_N, ce_N = unembedding.learn(
         state_BTH.detach(),
@@ -158,12 +167,11 @@ def _learn_head(
         gradient_BTH=gradient_BTH,
         teacher=teacher,
     )
-    if state_BTH.requires_grad:
-        _backward(state_BTH, gradient_BTH)
-    return (loss_N * scale_N).sum(), ce_N.sum()
+    return (loss_N * scale_N).sum(), ce_N.sum(), gradient_BTH if state_BTH.requires_grad else None
 
 
-def _backward(tensor: Tensor, gradient: Tensor) -> None:
-    """Propagate a gradient outside of autocast, which is meant only for forward passes."""
-    with torch.autocast(tensor.device.type, enabled=False):
-        torch.autograd.backward([tensor], [gradient])
+def _backward(gradients: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Propagate the gradients of tensors outside of autocast, which is meant only for forward passes."""
+    tensors, gradients_of_tensors = zip(*gradients, strict=True)
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        torch.autograd.backward(tensors, gradients_of_tensors)

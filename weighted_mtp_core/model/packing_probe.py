@@ -50,5 +50,5 @@ def check_packing(policy: Policy) -> None:
 def _states(policy: Policy, ids_BT: Tensor, *, position_BT: Tensor | None) -> Tensor:
     """Return the states of all heads, concatenated."""
     hidden_BTH = policy.trunk_states(ids_BT, position_BT=position_BT)
-    heads = [policy.head_states(k + 1, hidden_BTH, position_BT=position_BT) for k in range(policy.n_future)]
-    return torch.cat(heads, dim=-1)
+    heads = policy.each_head_states(hidden_BTH, ids_BT=ids_BT, position_BT=position_BT)
+    return torch.cat(list(heads), dim=-1)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from weighted_mtp_core.model.chunked_unembedding import ChunkedUnembedding
 from weighted_mtp_core.model.policy import Policy
-from weighted_mtp_core.model.sparse_feed_forward import sparse_rows
 from weighted_mtp_core.model.targets import (
     IGNORED,
     Counts,
@@ -61,6 +60,7 @@ class PairPredictions:
         policy: Heads and unembedding.
         hidden_BTH: Trunk states.
         labels_BTK: The result of `align_labels`.
+        ids_BT: `Batch.ids_BT`; `sequential` heads read it.
         position_BT: `Batch.position_BT`.
         preceding_BT: `CollatedBatch.preceding_BT`; if None, each head synchronises with the device.
     """
@@ -68,6 +68,7 @@ class PairPredictions:
     policy: Policy
     hidden_BTH: Tensor
     labels_BTK: Tensor
+    ids_BT: Tensor | None = field(default=None, kw_only=True)
     position_BT: Tensor | None = field(default=None, kw_only=True)
     preceding_BT: Counts | None = field(default=None, kw_only=True)
 
@@ -111,11 +112,14 @@ class PairPredictions:
     ) -> Iterator[tuple[Tensor, Measured]]:
         """Yield for each head the sources of its counted pairs and what `measure` returns for these pairs."""
         unembedding = ChunkedUnembedding.of(self.policy, self.hidden_BTH)
-        for k in range(1, self.policy.n_future + 1):
-            label_BT = self.labels_BTK[:, :, k - 1]
-            index_N = source_index(label_BT, k=k, preceding_BT=self.preceding_BT)
-            with sparse_rows(self.policy.heads.layer(k), index_N):
-                state_BTH = self.policy.head_states(k, self.hidden_BTH, position_BT=self.position_BT)
+        labels = self.labels_BTK.unbind(dim=-1)
+        rows = [
+            source_index(each, k=k, preceding_BT=self.preceding_BT) for k, each in enumerate(labels, start=1)
+        ]
+        states = self.policy.each_head_states(
+            self.hidden_BTH, ids_BT=self.ids_BT, position_BT=self.position_BT, rows=rows
+        )
+        for state_BTH, label_BT, index_N in zip(states, labels, rows, strict=True):
             yield index_N, measure(unembedding, state_BTH, index_N, take(label_BT, index_N))
 
 

@@ -11,8 +11,9 @@ Shape letters: B rows, T positions, S cached and new tokens, K heads, H hidden, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from attrs import frozen
@@ -21,12 +22,16 @@ from torch.func import functional_call
 
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.model.families import body_states, new_cache, one_layer_cache
-from weighted_mtp_core.model.heads import HeadKind, Heads
+from weighted_mtp_core.model.heads import Heads, Text
 from weighted_mtp_core.model.heads.medusa import MedusaHeads
 from weighted_mtp_core.model.heads.parallel import ParallelHeads
+from weighted_mtp_core.model.heads.sequential import SequentialHeads
 from weighted_mtp_core.model.unembedding import Unembedding
+from weighted_mtp_core.recipe.schema import HeadKind, HeadsTable
 
-HEADS: dict[HeadKind, type[Heads]] = {each.kind: each for each in (ParallelHeads, MedusaHeads)}
+HEADS: dict[HeadKind, type[Heads]] = {
+    each.kind: each for each in (ParallelHeads, MedusaHeads, SequentialHeads)
+}
 
 
 @frozen(kw_only=True, eq=False)
@@ -44,10 +49,11 @@ class Policy(nn.Module):
         base: A transformers causal LM; its modules are used, not copied.
         unembedding: The unembedding of the base model.
         n_future: K.
-        head_kind: `parallel` or `medusa`.
+        heads: What heads 2..K are.
 
     Attributes:
         n_future: K.
+        heads_table: What heads 2..K are.
         base_class: The transformers class of the base model.
         config: The config of the base model.
         hidden_size: H.
@@ -62,16 +68,17 @@ class Policy(nn.Module):
             head.
     """
 
-    def __init__(self, base: Any, *, unembedding: Unembedding, n_future: int, head_kind: HeadKind) -> None:
+    def __init__(self, base: Any, *, unembedding: Unembedding, n_future: int, heads: HeadsTable) -> None:
         super().__init__()
         self.unembedding = unembedding
         self.n_future = n_future
+        self.heads_table = heads
         self.base_class = type(base)
         self.config = base.config
         self.hidden_size = int(unembedding.weight.shape[1])
         self.vocab_size = int(self.unembedding.weight.shape[0])
         self._frozen = False
-        split = HEADS[head_kind].split(base, n_future=n_future)
+        split = HEADS[heads.kind].split(base, n_future=n_future, table=heads)
         # The order of assignment determines the order of `parameters()`, and so of sums over parameters.
         self.norm = split.norm
         self.heads = split.heads
@@ -99,7 +106,7 @@ class Policy(nn.Module):
 
     @property
     def head_kind(self) -> HeadKind:
-        """`parallel` or `medusa`."""
+        """`parallel`, `medusa` or `sequential`."""
         return self.heads.kind
 
     @cached_property
@@ -134,24 +141,63 @@ class Policy(nn.Module):
         )
 
     def head_states(
-        self, k: int, hidden_BTH: Tensor, *, position_BT: Tensor | None = None, cache: Any = None
+        self,
+        k: int,
+        hidden_BTH: Tensor,
+        *,
+        ids_BT: Tensor | None = None,
+        position_BT: Tensor | None = None,
+        cache: Any = None,
     ) -> Tensor:
-        """Return the states `[B, T, H]` that the unembedding reads for head k; see `trunk_states`."""
+        """Return the states `[B, T, H]` that the unembedding reads for head k; see `trunk_states`.
+
+        For several `sequential` heads, `each_head_states` is faster, because each head needs the one before.
+
+        Args:
+            k: Number of the head, from 1.
+            hidden_BTH: The trunk's states.
+            ids_BT: The token ids of these states; `sequential` heads read them.
+            position_BT: See `trunk_states`.
+            cache: A cache of the head, which is extended in place; not for `sequential` heads.
+        """
+        if self.heads.chained:
+            states = self.each_head_states(hidden_BTH, ids_BT=ids_BT, position_BT=position_BT)
+            return next(islice(states, k - 1, None))
         normed: Tensor = self.norm(self.heads.run(k, hidden_BTH, position_BT=position_BT, cache=cache))
         return normed
 
-    def detached_head_states(
-        self, k: int, hidden_BTH: Tensor, *, position_BT: Tensor | None = None
-    ) -> Tensor:
-        """Return `head_states`, from which only the head's own parameters get a gradient."""
-        fixed = {name: parameter.detach() for name, parameter in self.norm.named_parameters()}
-        states_BTH = self.heads.run(k, hidden_BTH.detach(), position_BT=position_BT)
-        normed: Tensor = functional_call(self.norm, fixed, (states_BTH,))
-        return normed
+    def each_head_states(
+        self,
+        hidden_BTH: Tensor,
+        *,
+        ids_BT: Tensor | None,
+        position_BT: Tensor | None,
+        rows: Sequence[Tensor] | None = None,
+        detach: bool = False,
+    ) -> Iterator[Tensor]:
+        """Yield the states `[B, T, H]` that the unembedding reads for heads 1..K.
 
-    def logits(self, k: int, hidden_BTH: Tensor) -> Tensor:
+        Args:
+            hidden_BTH: The trunk's states.
+            ids_BT: See `head_states`.
+            position_BT: See `trunk_states`.
+            rows: For each head the positions whose states are read, int64 `[N]` in the flattened `[B, T]`;
+                the states at other positions may be wrong. None for all positions. Compute the gradient of a
+                head, unless heads are chained, before the next head's states.
+            detach: Whether heads 2..K send no gradient to anything but heads 2..K.
+        """
+        fixed = {name: parameter.detach() for name, parameter in self.norm.named_parameters()}
+        text = Text(ids_BT=ids_BT, position_BT=position_BT, trunk=self.trunk)
+        states = self.heads.each(hidden_BTH, n_future=self.n_future, text=text, rows=rows, detach=detach)
+        for k, states_BTH in enumerate(states, start=1):
+            if detach and k > 1:
+                yield functional_call(self.norm, fixed, (states_BTH,))
+            else:
+                yield self.norm(states_BTH)
+
+    def logits(self, k: int, hidden_BTH: Tensor, *, ids_BT: Tensor | None = None) -> Tensor:
         """Return head k's logits `[B, T, V]`; training computes them only in chunks."""
-        logits: Tensor = self.unembedding(self.head_states(k, hidden_BTH))
+        logits: Tensor = self.unembedding(self.head_states(k, hidden_BTH, ids_BT=ids_BT))
         return logits
 
     def new_caches(self) -> PolicyCache:

@@ -147,7 +147,8 @@ def compare(policy: Policy, answers: Answers) -> None:
             hidden_BTH = policy.trunk_states(answers.ids_BT)
             logits_BTV = policy.logits(1, hidden_BTH)
             found = {"": _gap(logits_BTV, answers.logits_BTV)}
-            gaps = [_sparse_gap(policy, k, hidden_BTH) for k in range(1, min(policy.n_future, 2) + 1)]
+            heads = range(1, min(policy.n_future, 2) + 1)
+            gaps = [_sparse_gap(policy, k, hidden_BTH, ids_BT=answers.ids_BT) for k in heads]
             found[" where only some positions are read"] = max(gaps)
             policy.train()
             with seeded():
@@ -212,16 +213,17 @@ def _run(base: Any, ids_BT: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tens
     return states[-1], logits.float()
 
 
-def _sparse_gap(policy: Policy, k: int, hidden_BTH: Tensor) -> float:
+def _sparse_gap(policy: Policy, k: int, hidden_BTH: Tensor, *, ids_BT: Tensor) -> float:
     """Return how much head k's states differ if only a few positions are read instead of all."""
     rows, length = hidden_BTH.shape[:2]
-    whole = policy.head_states(k, hidden_BTH).flatten(0, 1)
+    whole = policy.head_states(k, hidden_BTH, ids_BT=ids_BT).flatten(0, 1)
     some = torch.tensor([2, 5, rows * length - 1], device=whole.device)
     with sparse_rows(policy.heads.layer(k), some):
-        gap = _gap(policy.head_states(k, hidden_BTH).flatten(0, 1)[some], whole[some])
+        gap = _gap(policy.head_states(k, hidden_BTH, ids_BT=ids_BT).flatten(0, 1)[some], whole[some])
     one = torch.arange(rows, device=whole.device) * length + 3
     with one_position_per_row(policy.heads.layer(k), one):
-        return max(gap, _gap(policy.head_states(k, hidden_BTH).flatten(0, 1)[one], whole[one]))
+        actual = policy.head_states(k, hidden_BTH, ids_BT=ids_BT).flatten(0, 1)
+        return max(gap, _gap(actual[one], whole[one]))
 
 
 def _gap(actual: Tensor, expected: Tensor) -> float:

@@ -50,11 +50,31 @@ class MicroTable:
             raise ValueError(f"must divide `hidden_size` = {self.hidden_size} into even parts: {value}")
 
 
+HeadKind = Literal["parallel", "medusa", "sequential"]
+MtpServer = Literal["transformers", "vllm"]
+
+
 @frozen(kw_only=True)
 class HeadsTable:
-    """`[model.heads]`: what heads 2..K are."""
+    """`[model.heads]`: what heads 2..K are.
 
-    kind: Literal["parallel", "medusa"] = "parallel"
+    `sequential` heads share one module (`shared`) or have one module each; `serve` names the program that
+    shall draft with them, which determines what a module computes.
+    """
+
+    kind: HeadKind = "parallel"
+    shared: bool = field(default=False)
+    serve: MtpServer = field(default="transformers")
+
+    @shared.validator
+    def _check_shared(self, _: object, value: bool) -> None:  # noqa: FBT001 - attrs calls it so
+        if value and self.kind != "sequential":
+            raise ValueError(f'needs `kind = "sequential"`: `{self.kind}` heads cannot share a module')
+
+    @serve.validator
+    def _check_serve(self, _: object, value: str) -> None:
+        if value != "transformers" and self.kind != "sequential":
+            raise ValueError(f'needs `kind = "sequential"`: `{self.kind}` heads are the same for all servers')
 
 
 @frozen(kw_only=True)

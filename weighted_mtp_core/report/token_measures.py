@@ -127,7 +127,9 @@ class _MeasuredRow:
         target_BTK = target_mask(labels_BTK)
         with prepared.compute.autocast():
             hidden_BTH = policy.trunk_states(batch.ids_BT, position_BT=batch.position_BT)
-            loss_BTK = PairPredictions(policy, hidden_BTH, labels_BTK, position_BT=batch.position_BT).losses()
+            loss_BTK = PairPredictions(
+                policy, hidden_BTH, labels_BTK, ids_BT=batch.ids_BT, position_BT=batch.position_BT
+            ).losses()
         value_BT = None
         if critic is not None:
             value_BT = critic.score(batch, hidden_BTH.float() if critic.reads_policy else None).value_BT

@@ -49,6 +49,7 @@ def head_quality(
                 policy,
                 hidden_BTH,
                 batch_labels(batch, policy.n_future),
+                ids_BT=batch.ids_BT,
                 position_BT=batch.position_BT,
                 preceding_BT=preceding(batch),
             )

@@ -201,6 +201,7 @@ class PolicyLearner(Learner):
                     head_share_K=share_K,
                     heads=self.loss.heads,
                     detach_trunk=self.loss.detach_trunk,
+                    ids_BT=part.batch.ids_BT,
                     position_BT=part.batch.position_BT,
                     preceding_BT=part.preceding_BT,
                 )

@@ -194,6 +194,7 @@ class Signals:
                 self.policy,
                 hidden_BTH.detach(),
                 batch_labels(batch, self.policy.n_future),
+                ids_BT=batch.ids_BT,
                 position_BT=batch.position_BT,
                 preceding_BT=preceding(batch),
             )

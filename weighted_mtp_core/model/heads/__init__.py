@@ -10,15 +10,17 @@ Shape letters: B rows, T positions, S cached and new tokens, H hidden.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any, ClassVar
 
+import torch
 from attrs import frozen
 from torch import Tensor, nn
 
 from weighted_mtp_core.model.families import body_of
-
-HeadKind = Literal["parallel", "medusa"]
+from weighted_mtp_core.model.sparse_feed_forward import sparse_rows
+from weighted_mtp_core.recipe.schema import HeadKind, HeadsTable
 
 
 @frozen(kw_only=True, eq=False)
@@ -30,18 +32,57 @@ class SplitModel:
     norm: nn.Module
 
 
+@frozen(kw_only=True, eq=False)
+class Text:
+    """The text whose states the heads compute.
+
+    Attributes:
+        ids_BT: int64 token ids; None if the heads do not read tokens.
+        position_BT: See `Policy.trunk_states`.
+        trunk: Embeds the tokens.
+    """
+
+    ids_BT: Tensor | None
+    position_BT: Tensor | None
+    trunk: Any
+
+    def positions(self) -> Tensor:
+        """Return the positions, int64 `[B, T]`."""
+        if self.position_BT is not None:
+            return self.position_BT
+        ids_BT = self._ids()
+        return torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+
+    def embedded(self, ahead: int) -> Tensor:
+        """Return the embedding `[B, T, H]` of the token `ahead` places later in its document, or 0."""
+        position_BT = self.positions()
+        # Positions restart at 0 with each document, so none that follows the end of a document fits.
+        inside_BT = position_BT.roll(-ahead, dims=1) == position_BT + ahead
+        embedding = self.trunk.get_input_embeddings()
+        embedded_BTH: Tensor = embedding(self._ids().roll(-ahead, dims=1))
+        return embedded_BTH.masked_fill(~inside_BT[:, :, None], 0.0)
+
+    def _ids(self) -> Tensor:
+        if self.ids_BT is None:
+            raise ValueError("these heads read tokens: pass `ids_BT`")
+        return self.ids_BT
+
+
 class Heads(nn.ModuleList, ABC):
-    """Heads 1..K, one module each; head 1 is part of the base model.
+    """Heads 1..K, one module each unless heads share a module; head 1 is part of the base model.
 
     Attributes:
         kind: The value of the recipe's `model.heads.kind`.
+        chained: Whether a head from 3 on reads the states of the head before it; otherwise all heads read the
+            trunk's states.
     """
 
     kind: ClassVar[HeadKind]
+    chained: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
-    def split(cls, base: Any, *, n_future: int) -> SplitModel:
+    def split(cls, base: Any, *, n_future: int, table: HeadsTable) -> SplitModel:
         """Split a causal LM into its parts and make K heads; the modules of the model are not copied.
 
         Raises:
@@ -54,11 +95,45 @@ class Heads(nn.ModuleList, ABC):
         k: int,
         hidden_BTH: Tensor,
         *,
+        embedded_BTH: Tensor | None = None,
         position_BT: Tensor | None = None,
         cache: Any = None,
         seen_BS: Tensor | None = None,
     ) -> Tensor:
-        """Return head k's (from 1) states `[B, T, H]` before the final norm; see `Policy.trunk_states`."""
+        """Return head k's (from 1) states `[B, T, H]` before the policy's norm; see `Policy.trunk_states`.
+
+        Args:
+            k: Number of the head.
+            hidden_BTH: The states that the head reads.
+            embedded_BTH: The embedding of the token x[t + k - 1]; only `sequential` heads read it.
+            position_BT: See `Policy.trunk_states`.
+            cache: The head's cache, which is extended in place.
+            seen_BS: See `Policy.trunk_states`.
+        """
+
+    def each(
+        self,
+        hidden_BTH: Tensor,
+        *,
+        n_future: int,
+        text: Text,
+        rows: Sequence[Tensor] | None = None,
+        detach: bool = False,
+    ) -> Iterator[Tensor]:
+        """Yield the states `[B, T, H]` of heads 1..K before the policy's norm.
+
+        Args:
+            hidden_BTH: The trunk's states.
+            n_future: K.
+            text: The text of these states.
+            rows: For each head the positions whose states are read, int64 `[N]` in the flattened `[B, T]`;
+                the states at other positions may be wrong. None for all positions.
+            detach: Whether heads 2..K get detached states. `chained` heads get them from the trunk only.
+        """
+        for k in range(1, n_future + 1):
+            source_BTH = hidden_BTH.detach() if detach and k > 1 else hidden_BTH
+            with nullcontext() if rows is None else sparse_rows(self.layer(k), rows[k - 1]):
+                yield self.run(k, source_BTH, position_BT=text.position_BT)
 
     @abstractmethod
     def layer(self, k: int) -> nn.Module:

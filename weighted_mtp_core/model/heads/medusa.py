@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from weighted_mtp_core.model.families import body_of
 from weighted_mtp_core.model.heads import Heads, SplitModel
+from weighted_mtp_core.recipe.schema import HeadsTable
 
 
 class MedusaHeads(Heads):
@@ -22,8 +23,9 @@ class MedusaHeads(Heads):
     kind = "medusa"
 
     @classmethod
-    def split(cls, base: Any, *, n_future: int) -> SplitModel:
+    def split(cls, base: Any, *, n_future: int, table: HeadsTable) -> SplitModel:
         """Take the body as it is, its final norm included."""
+        del table
         body = body_of(base)
         width = int(base.get_output_embeddings().weight.shape[1])
         heads = cls([nn.Identity(), *(MedusaHead(width) for _ in range(n_future - 1))])
@@ -34,12 +36,13 @@ class MedusaHeads(Heads):
         k: int,
         hidden_BTH: Tensor,
         *,
+        embedded_BTH: Tensor | None = None,
         position_BT: Tensor | None = None,
         cache: Any = None,
         seen_BS: Tensor | None = None,
     ) -> Tensor:
         """Return head k's states `[B, T, H]`; each depends on the trunk's state at its own position only."""
-        del position_BT, cache, seen_BS
+        del embedded_BTH, position_BT, cache, seen_BS
         states: Tensor = self[k - 1](hidden_BTH)
         return states
 

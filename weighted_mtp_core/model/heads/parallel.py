@@ -11,18 +11,13 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.model.families import (
-    SCALES_OF_EMBEDDINGS,
-    anatomy,
-    body_states,
-    layers_of,
-    with_layers,
-)
+from weighted_mtp_core.model.families import anatomy, body_states, layers_of, with_layers
 from weighted_mtp_core.model.heads import Heads, SplitModel
+from weighted_mtp_core.model.heads.one_layer_body import one_layer_body
+from weighted_mtp_core.recipe.schema import HeadsTable
 
 
 class ParallelHeads(Heads):
@@ -31,12 +26,13 @@ class ParallelHeads(Heads):
     kind = "parallel"
 
     @classmethod
-    def split(cls, base: Any, *, n_future: int) -> SplitModel:
+    def split(cls, base: Any, *, n_future: int, table: HeadsTable) -> SplitModel:
         """Take the last layer and the final norm off the body.
 
         Raises:
             WmtpError: The model has one layer only, or is not built of layers and a final norm.
         """
+        del table
         body, layers_name, norm_name = anatomy(base)
         layers, norm = getattr(body, layers_name), getattr(body, norm_name)
         if len(layers) < 2:
@@ -47,7 +43,7 @@ class ParallelHeads(Heads):
         last = layers[-1]
         config = with_layers(body.config, slice(-1, None))
         heads = cls(
-            _one_layer_body(
+            one_layer_body(
                 body,
                 last if k == 0 else copy.deepcopy(last),
                 config=config,
@@ -66,11 +62,13 @@ class ParallelHeads(Heads):
         k: int,
         hidden_BTH: Tensor,
         *,
+        embedded_BTH: Tensor | None = None,
         position_BT: Tensor | None = None,
         cache: Any = None,
         seen_BS: Tensor | None = None,
     ) -> Tensor:
         """Return head k's states `[B, T, H]`."""
+        del embedded_BTH
         return body_states(
             self[k - 1], inputs_embeds=hidden_BTH, position_BT=position_BT, cache=cache, seen_BS=seen_BS
         )
@@ -90,47 +88,3 @@ class ParallelHeads(Heads):
         super().rejoin(base, trunk=trunk, norm=norm)
         setattr(body, layers_name, nn.ModuleList([*layers_of(trunk), self.layer(1)]))
         setattr(body, norm_name, norm)
-
-
-def _one_layer_body(
-    body: Any, layer: nn.Module, *, config: Any, layers_name: str, norm_name: str
-) -> nn.Module:
-    """Return a body of the same family that consists of this layer: no embeddings, no norm, no dropout."""
-    instead: dict[int, Any] = {id(body.config): config}  # what a copy of the body has in place of its own
-    for name, child in body.named_children():
-        if name == layers_name:
-            instead[id(child)] = nn.ModuleList([layer])
-        elif isinstance(child, nn.Embedding) and child.num_embeddings != body.config.vocab_size:
-            # Learned positions are in the trunk's states already; the body would add them again.
-            instead[id(child)] = _ZeroEmbedding(child.embedding_dim)
-        elif name == norm_name or isinstance(child, nn.Dropout) or any(True for _ in child.parameters()):
-            instead[id(child)] = nn.Identity()
-    head: nn.Module = copy.deepcopy(body, instead)
-    for name in SCALES_OF_EMBEDDINGS:
-        if hasattr(head, name):
-            setattr(head, name, 1.0)
-    for module in layer.modules():
-        _renumber(module, config)
-    return head
-
-
-def _renumber(module: nn.Module, config: Any) -> None:
-    """Make a module of the last layer one of the only layer."""
-    for name in ("layer_idx", "layer_id"):
-        if hasattr(module, name):
-            setattr(module, name, 0)
-    if isinstance(getattr(module, "config", None), type(config)):
-        setattr(module, "config", config)  # noqa: B010 - an attribute that nn.Module's type does not know
-
-
-class _ZeroEmbedding(nn.Module):
-    """Replaces the embedding of learned positions."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
-
-    def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
-        """Return zeros `[H]` to add to states; the arguments, which differ between families, are ignored."""
-        first = next(iter((*given, *named.values())))
-        return torch.zeros(self.width, device=first.device)

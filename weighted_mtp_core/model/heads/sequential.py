@@ -1,0 +1,273 @@
+"""`sequential` heads: a chain of modules, each of which reads the state before it and one more token.
+
+Module d (head d + 1) combines the state of module d - 1 at position t with the embedding of token x[t + d]:
+
+    h_d[t] = norm(block(W [norm(h_(d-1)[t]); norm(E(x[t + d]))]))
+
+h_0 is the trunk's state, W a matrix, E the trunk's embedding, and `block` one decoder layer, which attends to
+earlier positions (DeepSeek-V3, eq. 21-24). The shared unembedding predicts x[t + d + 1] from h_d[t].
+
+A module runs a second time in the backward pass, instead of storing its activations: memory for the backward
+pass consists of the modules' inputs.
+
+Shape letters: B rows, T positions, S cached and new tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from weighted_mtp_core.model.families import anatomy, body_states, layers_of, recording_cache, with_layers
+from weighted_mtp_core.model.heads import Heads, SplitModel, Text
+from weighted_mtp_core.model.heads.one_layer_body import one_layer_body
+from weighted_mtp_core.model.sparse_feed_forward import sparse_rows
+from weighted_mtp_core.recipe.schema import HeadsTable, MtpServer
+
+
+@frozen(kw_only=True)
+class Wiring:
+    """What a server computes differently from other servers.
+
+    Attributes:
+        normed_trunk: Whether module 1 reads the trunk's states after the final norm.
+        hidden_first: Whether W reads `[state; embedding]` instead of `[embedding; state]`.
+        blind_start: Whether module 1 reads 0 instead of an embedding at the first position of a document.
+        recurrent: Whether later modules continue the sequence of module 1: module d stands at position
+            t + d - 1 and attends to the keys and values of module 1 up to t, and to those of modules
+            2..d at t. Otherwise each module attends to its own keys and values only.
+    """
+
+    normed_trunk: bool
+    hidden_first: bool
+    blind_start: bool
+    recurrent: bool
+
+
+WIRINGS: dict[MtpServer, Wiring] = {
+    "transformers": Wiring(normed_trunk=True, hidden_first=False, blind_start=False, recurrent=False),
+    "vllm": Wiring(normed_trunk=False, hidden_first=True, blind_start=True, recurrent=True),
+}
+
+
+class SequentialHeads(Heads):
+    """Head 1, followed by the modules: K - 1 of them, or one module that all heads share.
+
+    Head 1 is the final norm if the modules read the states before it, otherwise the identity.
+
+    Attributes:
+        wiring: How the modules are connected.
+    """
+
+    kind = "sequential"
+    chained = True
+    wiring: Wiring
+
+    @classmethod
+    def split(cls, base: Any, *, n_future: int, table: HeadsTable) -> SplitModel:
+        """Take the whole body, with or without its final norm; the modules' layers are copies of the last.
+
+        Raises:
+            WmtpError: The model does not consist of layers and a final norm, or its last layer cannot be
+                run without the other layers.
+        """
+        body, layers_name, norm_name = anatomy(base)
+        norm, wiring = getattr(body, norm_name), WIRINGS[table.serve]
+        width = int(base.get_output_embeddings().weight.shape[1])
+        modules = [
+            SequentialModule(
+                one_layer_body(
+                    body,
+                    copy.deepcopy(getattr(body, layers_name)[-1]),
+                    config=with_layers(body.config, slice(-1, None)),
+                    layers_name=layers_name,
+                    norm_name=norm_name,
+                ),
+                norm=norm,
+                width=width,
+                hidden_first=wiring.hidden_first,
+            )
+            for _ in range(min(n_future - 1, 1) if table.shared else n_future - 1)
+        ]
+        if not wiring.normed_trunk:
+            setattr(body, norm_name, nn.Identity())
+        heads = cls([nn.Identity() if wiring.normed_trunk else norm, *modules])
+        heads.wiring = wiring
+        return SplitModel(trunk=body, heads=heads, norm=nn.Identity())
+
+    def module(self, k: int) -> SequentialModule:
+        """Return the module of head k (from 2)."""
+        found = self[min(k, len(self)) - 1]
+        assert isinstance(found, SequentialModule)
+        return found
+
+    def layer(self, k: int) -> nn.Module:
+        """Return the decoder layer of head k's module."""
+        return self[0] if k == 1 else layers_of(self.module(k).body)[0]
+
+    def run(
+        self,
+        k: int,
+        hidden_BTH: Tensor,
+        *,
+        embedded_BTH: Tensor | None = None,
+        position_BT: Tensor | None = None,
+        cache: Any = None,
+        seen_BS: Tensor | None = None,
+    ) -> Tensor:
+        """Return head k's states `[B, T, H]`."""
+        if k == 1:
+            states: Tensor = self[0](hidden_BTH)
+            return states
+        if embedded_BTH is None:
+            raise ValueError("`sequential` heads read tokens: pass `ids_BT`")
+        module = self.module(k)
+        states = body_states(
+            module.body,
+            inputs_embeds=module.combine(hidden_BTH, embedded_BTH),
+            position_BT=position_BT,
+            cache=cache,
+            seen_BS=seen_BS,
+        )
+        normed: Tensor = module.final_norm(states)
+        return normed
+
+    def each(
+        self,
+        hidden_BTH: Tensor,
+        *,
+        n_future: int,
+        text: Text,
+        rows: Sequence[Tensor] | None = None,
+        detach: bool = False,
+    ) -> Iterator[Tensor]:
+        """Yield the states `[B, T, H]` of heads 1..K; only the last head computes just the positions `rows`.
+
+        If `detach`, neither the trunk nor its embedding gets a gradient from heads 2..K; a module gets the
+        gradients of its own head and of all later heads.
+        """
+        yield self.run(1, hidden_BTH)
+        source_BTH = hidden_BTH.detach() if detach else hidden_BTH
+        past: Sequence[Tensor] = ()
+        for k in range(2, n_future + 1):
+            read = rows[k - 1] if rows is not None and k == n_future else None
+
+            def compute(
+                source_BTH: Tensor, *past: Tensor, k: int = k, read: Tensor | None = read
+            ) -> tuple[Tensor, ...]:
+                with nullcontext() if read is None else sparse_rows(self.layer(k), read):
+                    return self._step(k, source_BTH, past, text=text, detach=detach, more=k < n_future)
+
+            if torch.is_grad_enabled():
+                source_BTH, *past = checkpoint(compute, source_BTH, *past, use_reentrant=False)
+            else:
+                source_BTH, *past = compute(source_BTH, *past)
+            yield source_BTH
+
+    def _step(
+        self, k: int, source_BTH: Tensor, past: tuple[Tensor, ...], *, text: Text, detach: bool, more: bool
+    ) -> tuple[Tensor, ...]:
+        """Return head k's states, and the keys and values that later modules attend to.
+
+        Args:
+            k: Number of the head, from 2.
+            source_BTH: The states that the module reads.
+            past: Keys and values of the modules before it, alternating.
+            text: The text.
+            detach: Whether the embedding gets no gradient.
+            more: Whether another head follows.
+        """
+        embedded_BTH = text.embedded(k - 1)
+        if detach:
+            embedded_BTH = embedded_BTH.detach()
+        position_BT = text.position_BT
+        if self.wiring.blind_start and k == 2:
+            embedded_BTH = embedded_BTH.masked_fill((text.positions() == 0)[:, :, None], 0.0)
+        if not self.wiring.recurrent or not (past or more):
+            return (self.run(k, source_BTH, embedded_BTH=embedded_BTH, position_BT=position_BT),)
+        cache = recording_cache(past)
+        states_BTH = self.run(
+            k,
+            source_BTH,
+            embedded_BTH=embedded_BTH,
+            position_BT=text.positions() + (k - 2),
+            cache=cache,
+            seen_BS=_continuing_mask(text.positions(), modules=k - 1, like=source_BTH),
+        )
+        return (states_BTH, *past, *cache.new)
+
+    def rejoin(self, base: Any, *, trunk: nn.Module, norm: nn.Module) -> None:
+        """Put the trunk and the final norm into a causal LM."""
+        super().rejoin(base, trunk=trunk, norm=norm)
+        if not self.wiring.normed_trunk:
+            body, _, norm_name = anatomy(base)
+            setattr(body, norm_name, self[0])
+
+
+class SequentialModule(nn.Module):
+    """The parts of one module.
+
+    W starts with the identity for the state and 0 for the embedding, and the norms of state and embedding
+    start without weights, so that the copied layer first sees the direction of the state it was trained on.
+
+    Args:
+        body: A body of one layer.
+        norm: The model's final norm, which is copied.
+        width: H.
+        hidden_first: See `Wiring`.
+
+    Attributes:
+        token_norm: Norm of the embedding.
+        hidden_norm: Norm of the state.
+        projection: W, without bias, `[H, 2 H]`.
+        body: The decoder layer, as a body of one layer.
+        final_norm: Norm before the unembedding and the next module.
+    """
+
+    def __init__(self, body: nn.Module, *, norm: nn.Module, width: int, hidden_first: bool) -> None:
+        super().__init__()
+        self.token_norm = _plain_copy(norm, width)
+        self.hidden_norm = _plain_copy(norm, width)
+        self.projection = nn.Linear(2 * width, width, bias=False)
+        self.body = body
+        self.final_norm = copy.deepcopy(norm)
+        self.hidden_first = hidden_first
+        weight = next(norm.parameters())
+        self.projection.to(device=weight.device, dtype=weight.dtype)
+        with torch.no_grad():
+            parts = torch.eye(width), torch.zeros(width, width)
+            self.projection.weight.copy_(torch.cat(parts if hidden_first else parts[::-1], dim=1))
+
+    def combine(self, hidden_BTH: Tensor, embedded_BTH: Tensor) -> Tensor:
+        """Return the input `[B, T, H]` of the decoder layer."""
+        parts = self.hidden_norm(hidden_BTH), self.token_norm(embedded_BTH)
+        combined: Tensor = self.projection(torch.cat(parts if self.hidden_first else parts[::-1], dim=-1))
+        return combined
+
+
+@torch.no_grad()
+def _plain_copy(norm: nn.Module, width: int) -> nn.Module:
+    """Return a copy of a norm that multiplies by 1; some families store the factor minus 1."""
+    twin = copy.deepcopy(norm)
+    for parameter in twin.parameters():
+        parameter.zero_()
+    probe = torch.arange(1.0, width + 1).to(next(norm.parameters()))
+    if not twin(probe[None, None]).any():
+        twin.get_parameter("weight").fill_(1.0)
+    return twin
+
+
+def _continuing_mask(position_BT: Tensor, *, modules: int, like: Tensor) -> Tensor:
+    """Return a mask `[B, 1, T, modules * T]` to add to attention scores; see `Wiring.recurrent`."""
+    document_BT = (position_BT == 0).cumsum(dim=1)
+    same_BTT = (document_BT[:, :, None] == document_BT[:, None, :]).tril()
+    own_TT = torch.eye(position_BT.shape[1], dtype=torch.bool, device=position_BT.device)
+    seen_BTS = torch.cat([same_BTT, *[own_TT.expand_as(same_BTT)] * (modules - 1)], dim=2)
+    return torch.zeros_like(seen_BTS, dtype=like.dtype).masked_fill_(~seen_BTS, -torch.inf)[:, None]
