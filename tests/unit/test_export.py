@@ -52,7 +52,7 @@ KINDS = [
     (base, tied, head)
     for base in (llama, qwen2, gpt2)
     for tied in (True, False)
-    for head in ("parallel", "medusa")
+    for head in ("parallel", "medusa", "sequential")
 ]
 IDS = [f"{base.__name__}-{'tied' if tied else 'untied'}-{head}" for base, tied, head in KINDS]
 
@@ -68,9 +68,9 @@ def tokenizer(model_type="llama"):
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>")
 
 
-def trained(base=llama, *, tied=True, head="parallel"):
+def trained(base=llama, *, tied=True, head="parallel", **options):
     """A policy with every parameter far from its initial value, and different heads."""
-    policy = make_policy(base(tied=tied), n_future=K, head_kind=head).eval()
+    policy = make_policy(base(tied=tied), n_future=K, head_kind=head, **options).eval()
     torch.manual_seed(0)
     for parameter in policy.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -85,6 +85,8 @@ def exported(policy, path, own=None):
         recipe_sha256="0" * 64,
         base="micro/1",
         data_sha256=None,
+        shared=policy.heads_table.shared,
+        serve=policy.heads_table.serve,
     )
     write_export(
         policy, own or tokenizer(policy.config.model_type), path, facts=facts, recipe=b"# the recipe\n"
@@ -96,8 +98,8 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def loaded(path, *, n_future=K, head="parallel"):
-    table = ModelTable(base=str(path), n_future=n_future, heads=HeadsTable(kind=head))
+def loaded(path, *, n_future=K, head="parallel", **options):
+    table = ModelTable(base=str(path), n_future=n_future, heads=HeadsTable(kind=head, **options))
     return load_policy(table, storage=path.parent, texts=tuple, seed=1).policy.eval()
 
 
@@ -105,7 +107,7 @@ def logits(policy, *, heads=K):
     ids_BT = torch.randint(0, V, (2, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         hidden_BTH = policy.trunk_states(ids_BT)
-        return [policy.logits(k, hidden_BTH) for k in range(1, heads + 1)]
+        return [policy.logits(k, hidden_BTH, ids_BT=ids_BT) for k in range(1, heads + 1)]
 
 
 @pytest.mark.parametrize(("base", "tied", "head"), KINDS, ids=IDS)
@@ -161,6 +163,21 @@ def test_parameters_in_bfloat16_are_read_back_by_transformers_and_as_all_heads(b
         torch.testing.assert_close(
             model.float()(input_ids=ids_BT).logits, logits(policy)[0], rtol=1e-6, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("options", [{"shared": True}, {"shared": True, "serve": "vllm"}])
+def test_sequential_heads_are_restored_in_their_own_form_only(options, tmp_path):
+    policy = trained(llama, head="sequential", **options)
+    path = exported(policy, tmp_path / "out")
+
+    restored = loaded(path, head="sequential", **options)
+
+    assert all(torch.equal(one, other) for one, other in zip(logits(policy), logits(restored), strict=True))
+    key = next(iter(options))
+    with pytest.raises(WmtpError) as caught:
+        loaded(path, head="sequential")
+    assert f"has heads with `{key} = {json.dumps(options[key])}`" in str(caught.value)
+    assert caught.value.hint.startswith(f"set `model.heads.{key} = {json.dumps(options[key])}`; ")
 
 
 def test_a_tokenizer_that_transformers_reads_back_as_another_one_is_an_error(tmp_path):

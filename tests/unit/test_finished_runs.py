@@ -297,7 +297,7 @@ def test_an_exported_model_says_where_it_comes_from(exported, trained):
     facts = json.loads((exported / "weighted_mtp.json").read_text())
 
     assert (facts["format"], facts["n_future"], facts["heads"], facts["run"]) == (
-        2,
+        3,
         3,
         "parallel",
         trained.name,

@@ -249,6 +249,31 @@ def test_the_key_that_model_heads_replaced_is_an_error_that_names_it(write_recip
         load_recipe(path)
 
 
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ({"kind": "medusa", "shared": "true"}, 'shared: needs `kind = "sequential"`: `medusa` heads cannot'),
+        ({"kind": "parallel", "serve": "vllm"}, 'serve: needs `kind = "sequential"`: `parallel` heads are'),
+        ({"kind": "sequential", "serve": "vllm"}, 'heads: must have `shared = true` for `serve = "vllm"`'),
+    ],
+)
+def test_settings_that_a_kind_of_heads_does_not_have_are_errors(write_recipe, settings, fault):
+    overrides = [f"model.heads.{key}={value}" for key, value in settings.items()]
+
+    with pytest.raises(WmtpError, match="model\\.heads") as caught:
+        load_recipe(write_recipe(SMALLEST), overrides=overrides)
+
+    assert fault in str(caught.value)
+
+
+def test_sequential_heads_can_share_a_module_for_any_server(write_recipe):
+    for serve in ("transformers", "vllm"):
+        overrides = ["model.heads.kind=sequential", "model.heads.shared=true", f"model.heads.serve={serve}"]
+        table = load_recipe(write_recipe(SMALLEST), overrides=overrides).model.heads
+
+        assert (table.kind, table.shared, table.serve) == ("sequential", True, serve)
+
+
 def test_a_replaced_key_is_no_fault(write_recipe):
     write_recipe("train.steps = true", "low.toml")
     path = write_recipe("extends = ['low.toml']\ntrain.steps = 3" + SMALLEST.replace("    ", ""))

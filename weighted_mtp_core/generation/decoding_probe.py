@@ -67,6 +67,8 @@ def _find(policy: Policy) -> Manner:
         return Manner(no_drafts=no_cache, no_padding=no_padding, no_cache=no_cache)
     if policy.n_future == 1:
         return Manner(no_drafts="there is one head", no_padding=no_padding)
+    if policy.heads.chained:
+        return Manner(no_drafts="its heads read each other's states", no_padding=no_padding)
     kinds = frozenset().union(*map(cache_kinds, (policy.trunk, *policy.heads.bodies)))
     if not kinds <= KEYS_AND_VALUES | {"DummyLayer"}:
         # Recurrent states cannot be rolled back, and layers that attend to a few tokens may select drafts.

@@ -33,22 +33,22 @@ class ExportFacts:
     Attributes:
         n_future: K, the number of heads.
         heads: Kind of heads 2..K.
-        shared: Whether `sequential` heads share one module.
-        serve: The server whose computation `sequential` heads follow.
         run: Id of the run that trained the policy.
         recipe_sha256: SHA-256 of `recipe.toml`.
         base: Name and version of the base model.
         data_sha256: SHA-256 of the training data; None if the run did not record it.
+        shared: Whether `sequential` heads share one module.
+        serve: The server whose computation `sequential` heads follow.
     """
 
     n_future: int
     heads: HeadKind
-    shared: bool
-    serve: MtpServer
     run: str
     recipe_sha256: str
     base: str
     data_sha256: str | None
+    shared: bool = False
+    serve: MtpServer = "transformers"
 
 
 def is_exported_model(folder: Path) -> bool:

@@ -89,13 +89,20 @@ class ModelTable:
 
     base: str = "micro"
     n_future: int = field(default=4, validator=[v.ge(1), v.le(16)])
-    heads: HeadsTable = HeadsTable()
+    heads: HeadsTable = field(default=HeadsTable())
     train: Literal["all", "heads"] = "all"
     micro: MicroTable = MicroTable()
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     shard: bool = False
     activation_checkpointing: bool = False
+
+    @heads.validator
+    def _check_heads(self, _: object, value: HeadsTable) -> None:
+        if value.serve == "vllm" and not value.shared and self.n_future > 2:
+            raise ValueError(
+                'must have `shared = true` for `serve = "vllm"`, which drafts all tokens with one module'
+            )
 
 
 @frozen(kw_only=True)

@@ -205,9 +205,9 @@ class SequentialHeads(Heads):
 
     def rejoin(self, base: Any, *, trunk: nn.Module, norm: nn.Module) -> None:
         """Put the trunk and the final norm into a causal LM."""
+        body, _, norm_name = anatomy(base)
         super().rejoin(base, trunk=trunk, norm=norm)
         if not self.wiring.normed_trunk:
-            body, _, norm_name = anatomy(base)
             setattr(body, norm_name, self[0])
 
 
