@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from harness import MIB, Row, in_turns, main, peak_mib, ratio_row, row
 from step import SMOLLM2, TINY, Bench, numbered
 from weighted_mtp_core.model.policy import HEADS
-from weighted_mtp_core.recipe.schema import HeadKind
+from weighted_mtp_core.recipe.schema import HeadKind, LossTable
 from weighted_mtp_core.training.policy_learner import PolicyLearner
 
 from weighted_mtp_baseline_mtp import UniformOptions, build_uniform
@@ -72,8 +72,9 @@ def _warm(
     return step(own)
 
 
-def _learner(bench: Bench, name: str) -> PolicyLearner:
-    return bench.learner(bench.policies[name], build_uniform(UniformOptions(), bench.context()))
+def _learner(bench: Bench, name: str, loss: LossTable | None = None) -> PolicyLearner:
+    weighting = build_uniform(UniformOptions(), bench.context())
+    return bench.learner(bench.policies[name], weighting, loss=loss)
 
 
 def times(shape: Mapping[str, int], positions: int, rounds: int) -> list[Row]:
@@ -86,6 +87,7 @@ def times(shape: Mapping[str, int], positions: int, rounds: int) -> list[Row]:
         variants: dict[str, Callable[[], object]] = {"transformers": numbered(bench.transformers_step())}
         for kind in HEADS:
             variants[kind] = numbered(bench.our_step(_learner(bench, kind)))
+            variants[f"{kind}, kl"] = numbered(bench.our_step(_learner(bench, kind, LossTable(heads="kl"))))
             variants[f"{kind}, heads"] = numbered(later.our_step(_learner(later, kind)))
         found = in_turns(variants, rounds=rounds)
     rows = []
@@ -97,6 +99,12 @@ def times(shape: Mapping[str, int], positions: int, rounds: int) -> list[Row]:
                 found[kind],
                 found["transformers"],
                 limit=LIMITS[kind],
+            ),
+            ratio_row(
+                f'{name}, loss.heads = "kl" over "labels"',
+                found[f"{kind}, kl"],
+                found[kind],
+                limit="<= 1.35",
             ),
             ratio_row(
                 f"{name}, training heads 2..{K} alone over all",
@@ -127,12 +135,19 @@ def peaks(shape: Mapping[str, int], positions: int) -> list[Row]:
 
 
 def flatness(kind: HeadKind, shape: Mapping[str, int], positions: int, sizes: tuple[int, ...]) -> Row:
-    """Return the largest over the smallest peak over K, without the gradients of heads 2..K themselves."""
+    """Return the largest over the smallest peak over K.
+
+    The gradients of heads 2..K are left out, and for heads that read each other the states of each head and
+    their gradient: both grow with K by nature.
+    """
     found = []
     for n_future in sizes:
         with Bench.of(shape, 16, {"own": (kind, n_future)}) as bench:
-            later = sum(each.numel() for each in bench.policies["own"].heads[1:].parameters())
-        found.append(peak_mib(prepare_gradients, (kind, n_future), shape, positions) - 4 * later / MIB)
+            heads = bench.policies["own"].heads
+            floats = sum(each.numel() for each in heads[1:].parameters())
+            if heads.chained:
+                floats += 2 * n_future * positions * bench.policies["own"].hidden_size
+        found.append(peak_mib(prepare_gradients, (kind, n_future), shape, positions) - 4 * floats / MIB)
     note = ", ".join(f"{peak:.0f}" for peak in found)
     return row(
         f"heads: largest over smallest peak of {kind}, over K",

@@ -86,10 +86,13 @@ def wmtp(*words: str, cwd: Path) -> str:
     return done.stdout
 
 
-def trained_and_exported(recipe: str, folder: Path, *, server: str) -> ServedModel:
-    """Train a recipe of `configs/` in a folder, and export it for a server."""
-    quick = ("--set", "tracker=[]", "--set", "evaluate.problems=4")
-    wmtp("run", str(REPOSITORY / "configs" / recipe), *quick, cwd=folder)
+def trained_and_exported(
+    recipe: str, folder: Path, *, server: str, settings: Sequence[str] = ()
+) -> ServedModel:
+    """Train a recipe of `configs/` with changes `key=value`, and export it for a server."""
+    every = ("tracker=[]", "evaluate.problems=4", *settings)
+    overrides = [word for each in every for word in ("--set", each)]
+    wmtp("run", str(REPOSITORY / "configs" / recipe), *overrides, cwd=folder)
     (run,) = (file.parent for file in (folder / "storage" / "runs").rglob("run.json"))
     path, command = wmtp("export", str(run), "--to", "model", "--serve", server, cwd=folder).splitlines()
     policy, codec = policy_loader(folder / path, overrides=['model.device="cpu"']).load(print)
