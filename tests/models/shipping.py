@@ -19,6 +19,14 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe": ("numbered", {"num_nextn_predict_layers": 1}),
     "qwen3_next": ("mtp", {"num_nextn_predict_layers": 1}),
     "qwen3_5_text": ("mtp", {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}),
+    "mellum": (
+        "mtp",
+        {
+            "num_nextn_predict_layers": 1,
+            "mtp_layer_types": ["full_attention"],
+            "mtp_mlp_layer_types": ["sparse"],
+        },
+    ),
     "qwen2": ("mimo", {"num_nextn_predict_layers": 1, "architectures": ["MiMoForCausalLM"]}),
 }
 """Each family's layout of the tensors, and the keys of its `config.json` that describe the MTP layers."""
@@ -29,19 +37,26 @@ _NAMES = {
     "mtp": ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm"),
     "mimo": ("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm"),
 }
-_BLOCKS = {"numbered": f"model.layers.{LAYERS}.", "mtp": "mtp.layers.0.", "mimo": "model.mtp_layers.0."}
+_BLOCKS = {
+    "numbered": "model.layers.{layer}.",
+    "mtp": "mtp.layers.{depth}.",
+    "mimo": "model.mtp_layers.{depth}.",
+}
 
 
-def shipping_directory(family: str, path: Path, *, seed: int = 0) -> frozenset[str]:
-    """Write a model of a family with one MTP layer; return the names of the layer's tensors."""
+def shipping_directory(family: str, path: Path, *, seed: int = 0, depth: int = 1) -> frozenset[str]:
+    """Write a model of a family with `depth` MTP layers; return the names of their tensors."""
     model = tiny_model(family, seed=seed)
     model.save_pretrained(path)
     tokenizer(family).save_pretrained(path)
     layout, keys = FAMILIES[family]
     state = {name: tensor.clone() for name, tensor in load_file(path / "model.safetensors").items()}
-    shipped = _layer(state, layout)
+    shipped = {}
+    for number in range(depth):
+        shipped |= _layer(state, layout, number)
     save_file({**state, **shipped}, path / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((path / "config.json").read_text())
+    keys = {name: depth if value == 1 else value for name, value in keys.items()}
     (path / "config.json").write_text(json.dumps({**config, **keys}))
     return frozenset(shipped)
 
@@ -62,10 +77,11 @@ def tokenizer(family: str) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=made, **special)
 
 
-def _layer(state: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
+def _layer(state: Mapping[str, Tensor], layout: str, depth: int) -> dict[str, Tensor]:
     """Return an MTP layer: another last layer, the norms, and a projection of two states to one."""
     width = state["model.norm.weight"].shape[0]
-    last, block = f"model.layers.{LAYERS - 1}.", _BLOCKS[layout]
+    last = f"model.layers.{LAYERS - 1}."
+    block = _BLOCKS[layout].format(layer=LAYERS + depth, depth=depth)
     made = {
         block + name.removeprefix(last): tensor + 0.02 * torch.randn_like(tensor)
         for name, tensor in state.items()

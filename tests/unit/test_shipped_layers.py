@@ -135,11 +135,13 @@ def test_head_1_is_the_model_without_the_mtp_layers(directory, tmp_path):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_that_they_are_not_used_is_reported_in_one_line(directory):
+def test_that_they_are_not_used_is_reported_in_one_line(directory, caplog):
     path, shipped = directory
 
-    line = load(path).unused
+    with caplog.at_level("WARNING"):
+        line = load(path).unused
 
+    assert [record for record in caplog.records if "LOAD REPORT" in record.getMessage()] == []
     assert line == (
         f"the MTP layers of the base model are not used (`{min(shipped)}` and {len(shipped) - 1} other "
         "tensors): `export` leaves them out, and its `config.json` does not promise them"

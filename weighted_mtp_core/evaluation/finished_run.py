@@ -145,6 +145,7 @@ def export_run(
     facts = ExportFacts(
         n_future=prepared.policy.n_future,
         heads=model.heads.kind,
+        init=model.heads.init,
         shared=model.heads.shared,
         serve=model.heads.serve,
         run=run.name,

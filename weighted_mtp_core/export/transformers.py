@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +79,17 @@ def write_export(
         RunFailedError: The disk is full, or permission is missing.
     """
     model = language_model(policy)
+    tensors = None if policy.shipped is None else {**model.state_dict(), **policy.shipped.tensors(policy)}
     model.generation_config = _generation_config(tokenizer)
     about = {"format": FORMAT, "core": weighted_mtp_core.__version__, **attrs.asdict(facts)}
     try:
         with atomic_folder(path, replace=True) as folder:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, state_dict=tensors)
+            if policy.shipped is not None and policy.config.architectures:
+                _keep_architectures(folder, policy.config.architectures)
             tokenizer.save_pretrained(folder)
             _read_back(tokenizer, folder)
-            if policy.n_future > 1:
+            if policy.n_future > 1 and policy.shipped is None:
                 (folder / EXTRA_HEADS).parent.mkdir()
                 save_file(_extra_heads(policy), folder / EXTRA_HEADS)
             if serve is not None:
@@ -122,15 +126,24 @@ def language_model(policy: Policy) -> Any:
     """Return trunk, head 1 and unembedding as the transformers model that the policy was made of.
 
     It shares the policy's modules, so it costs no memory. It can be saved but not run: head 1's layer still
-    has the layer index 0. Its config describes no MTP layers, because the model has none.
+    has the layer index 0. Its config describes MTP layers only if they are heads of the policy.
     """
     config = copy.deepcopy(policy.config)
-    promise_no_layers(config)
+    if policy.shipped is None:
+        promise_no_layers(config)
     with torch.device("meta"):
         base = policy.base_class(config)
     policy.heads.rejoin(base, trunk=policy.trunk, norm=policy.norm)
     base.set_output_embeddings(policy.unembedding.as_linear())
     return base
+
+
+def _keep_architectures(folder: Path, names: Sequence[str]) -> None:
+    """Write the architectures that the base model names, by which servers find its MTP layers."""
+    file = folder / "config.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values["architectures"] = names
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _extra_heads(policy: Policy) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import attrs
 from attrs import frozen
@@ -39,6 +40,7 @@ class ExportFacts:
         data_sha256: SHA-256 of the training data; None if the run did not record it.
         shared: Whether `sequential` heads share one module.
         serve: The server whose computation `sequential` heads follow.
+        init: Whether `sequential` heads are the base model's MTP layers, stored under their own names.
     """
 
     n_future: int
@@ -49,6 +51,7 @@ class ExportFacts:
     data_sha256: str | None
     shared: bool = False
     serve: MtpServer = "transformers"
+    init: Literal["new", "base"] = "new"
 
 
 def is_exported_model(folder: Path) -> bool:
@@ -105,7 +108,11 @@ def refuse_other_heads(folder: Path, *, n_future: int, heads: HeadsTable) -> Non
             f"the exported model `{folder}` has `{facts.heads}` heads, `model.heads.kind` is `{heads.kind}`",
             hint=f'set `model.heads.kind = "{facts.heads}"`; {afresh}',
         )
-    for key, its, own in (("shared", facts.shared, heads.shared), ("serve", facts.serve, heads.serve)):
+    for key, its, own in (
+        ("init", facts.init, heads.init),
+        ("shared", facts.shared, heads.shared),
+        ("serve", facts.serve, heads.serve),
+    ):
         if n_future > 1 and its != own:
             its_value, own_value = json.dumps(its), json.dumps(own)
             raise WmtpError(

@@ -131,6 +131,33 @@ def with_layers(config: Any, layers: slice) -> Any:
     return smaller
 
 
+def more_layers(config: Any, count: int) -> dict[str, Any]:
+    """Return the changes to a model's config that add `count` MTP layers after its decoder layers.
+
+    An MTP layer attends to all earlier tokens unless `mtp_layer_types` contains another kind.
+
+    Raises:
+        WmtpError: The MTP layers are of another kind than the model's last layer.
+    """
+    layers = config.num_hidden_layers
+    found = {
+        name: [*value, *[value[-1]] * count]
+        for name, value in vars(config).items()
+        if isinstance(value, list | tuple)
+        and len(value) == layers
+        and _one_for_each_layer(name)
+        and not name.startswith("mtp_")
+    }
+    kinds = getattr(config, "mtp_layer_types", None) or ["full_attention"] * count
+    if "layer_types" in found and found["layer_types"][layers:] != kinds:
+        raise WmtpError(
+            f"the MTP layers of this `{config.model_type}` model cannot be trained: they are of the kind "
+            f"`{kinds[0]}`, its last layer is of the kind `{config.layer_types[-1]}`",
+            hint='set `model.heads.init = "new"`',
+        )
+    return {**found, "num_hidden_layers": layers + count}
+
+
 def _one_for_each_layer(name: str) -> bool:
     return "layer" in name or "pattern" in name
 

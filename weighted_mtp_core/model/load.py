@@ -14,8 +14,9 @@ from weighted_mtp_core.messages import reason
 from weighted_mtp_core.model.exported_model import is_exported_model, load_extra_heads, refuse_other_heads
 from weighted_mtp_core.model.micro import micro_folder
 from weighted_mtp_core.model.policy import Policy
-from weighted_mtp_core.model.pretrained import load_pretrained, refuse_bad_weights
+from weighted_mtp_core.model.pretrained import load_pretrained, read_config, refuse_bad_weights
 from weighted_mtp_core.model.probe import compare, observe
+from weighted_mtp_core.model.shipped_heads import ShippedHeads, find_shipped_heads
 from weighted_mtp_core.model.shipped_layers import shipped_layers
 from weighted_mtp_core.recipe.schema import HeadKind, HeadsTable, ModelTable, MtpServer
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder, sha256_of, verify_manifest
@@ -65,7 +66,11 @@ def load_policy(
     saved = folder if isinstance(folder, Path) and is_exported_model(folder) else None
     if saved is not None:
         refuse_other_heads(saved, n_future=table.n_future, heads=table.heads)
-    tokenizer, base = load_pretrained(folder, AutoModelForCausalLM, kind="causal language model")
+    kind, shipped = "causal language model", None
+    if table.heads.init == "base":
+        config = read_config(folder, kind=kind)
+        shipped = find_shipped_heads(folder, config, n_future=table.n_future, shared=table.heads.shared)
+    tokenizer, base = load_pretrained(folder, AutoModelForCausalLM, kind=kind, shipped=shipped)
     if tokenizer.eos_token_id is None:
         raise WmtpError(f"the tokenizer of `{folder}` has no EOS token, so responses could not end")
     with torch.random.fork_rng():
@@ -76,13 +81,13 @@ def load_policy(
             head_kind=table.heads.kind,
             shared=table.heads.shared,
             serve=table.heads.serve,
+            shipped=shipped,
         )
-    if saved is not None:
+    if saved is not None and shipped is None:
         load_extra_heads(policy, saved)
     name = f"{folder.parent.name}/{folder.name}" if isinstance(folder, Path) else folder
-    return LoadedPolicy(
-        policy=policy, tokenizer=tokenizer, base_name=name, unused=_unused(shipped_layers(folder, base))
-    )
+    unused = None if shipped is not None else _unused(shipped_layers(folder, base))
+    return LoadedPolicy(policy=policy, tokenizer=tokenizer, base_name=name, unused=unused)
 
 
 def _unused(shipped: Sequence[str]) -> str | None:
@@ -103,17 +108,25 @@ def make_policy(
     head_kind: HeadKind,
     shared: bool = False,
     serve: MtpServer = "transformers",
+    shipped: ShippedHeads | None = None,
 ) -> Policy:
     """Make a policy from a causal LM and check that head 1 computes the same logits; see `probe`.
 
-    The arguments have the meaning of the recipe's `[model]` and `[model.heads]`.
+    The arguments have the meaning of the recipe's `[model]` and `[model.heads]`; `shipped` are the MTP layers
+    that were loaded with the model and become heads 2..K.
 
     Raises:
         WmtpError: The model cannot be a trunk or does not work with this kind of head.
     """
+    blocks = () if shipped is None else shipped.take_blocks(base)
     answers = observe(base)
-    heads = HeadsTable(kind=head_kind, shared=shared, serve=serve)
+    heads = HeadsTable(
+        kind=head_kind, shared=shared, serve=serve if shipped is None else shipped.layout.serve
+    )
     policy = Policy(base, unembedding=answers.unembedding, n_future=n_future, heads=heads)
+    if shipped is not None:
+        shipped.load_into(policy, blocks)
+        policy.shipped = shipped
     compare(policy, answers)
     return policy
 

@@ -62,6 +62,7 @@ class Policy(nn.Module):
         heads: Heads 1..K.
         norm: Module between heads and unembedding.
         unembedding: Shared by all heads.
+        shipped: The MTP layers of the base model that became heads 2..K; None if heads 2..K were new.
 
     Raises:
         WmtpError: The model does not consist of layers and a final norm, or does not work with this kind of
@@ -77,6 +78,7 @@ class Policy(nn.Module):
         self.config = base.config
         self.hidden_size = int(unembedding.weight.shape[1])
         self.vocab_size = int(self.unembedding.weight.shape[0])
+        self.shipped: Any = None
         self._frozen = False
         split = HEADS[heads.kind].split(base, n_future=n_future, table=heads)
         # The order of assignment determines the order of `parameters()`, and so of sums over parameters.

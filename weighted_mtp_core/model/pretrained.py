@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import quoted, reason
+from weighted_mtp_core.model.shipped_heads import ShippedHeads
 from weighted_mtp_core.model.shipped_layers import later_layers, names_of_shipped_layers
 
 _ADAPTER = "adapter_config.json"
@@ -27,20 +29,23 @@ _COMPILED = "_orig_mod."
 _SHOWN = 4
 
 
-def load_pretrained(source: Path | str, model_class: Any, *, kind: str) -> tuple[Any, Any]:
+def load_pretrained(
+    source: Path | str, model_class: Any, *, kind: str, shipped: ShippedHeads | None = None
+) -> tuple[Any, Any]:
     """Load a tokenizer and a model, in float32.
 
     Args:
         source: A transformers directory or a hub id.
         model_class: One of transformers' `Auto...` classes.
         kind: What messages call the model.
+        shipped: The MTP layers to load as the last decoder layers of the model, if any.
 
     Raises:
         WmtpError: Model or tokenizer cannot be loaded, is incomplete, or does not fit the other.
     """
     from transformers import AutoTokenizer
 
-    _refuse_config(source, kind)
+    read_config(source, kind=kind)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # an unknown tokenizer can raise any exception
@@ -49,14 +54,31 @@ def load_pretrained(source: Path | str, model_class: Any, *, kind: str) -> tuple
             hint="put the model's `tokenizer.json` and `tokenizer_config.json` in the folder of its weights",
         ) from error
     try:
-        model, info = _class_of(source, model_class).from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        with _without_report():
+            model, info = _class_of(source, model_class).from_pretrained(
+                source,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **({} if shipped is None else shipped.options()),
+            )
     except Exception as error:  # an unknown model can raise any exception
         raise _unreadable(source, kind, error) from error
-    refuse_bad_weights(source, model, info)
+    refuse_bad_weights(source, model, info, shipped=shipped)
     _refuse_other_ids(source, model, tokenizer)
     return tokenizer, model
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Inside this context, transformers prints no table of missing and unexpected tensors."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _class_of(source: Path | str, model_class: Any) -> Any:
@@ -69,23 +91,31 @@ def _class_of(source: Path | str, model_class: Any) -> Any:
     return model_class if is_listed else getattr(transformers, own, model_class)
 
 
-def refuse_bad_weights(source: Path | str, model: Any, info: Any) -> None:
+def refuse_bad_weights(
+    source: Path | str, model: Any, info: Any, *, shipped: ShippedHeads | None = None
+) -> None:
     """Refuse weights that do not match the config or are not finite.
 
     Args:
         source: A transformers directory, a file of weights or a hub id.
         model: The model that transformers loaded from `source`.
         info: The report of transformers about loading, `output_loading_info`.
+        shipped: The MTP layers that were loaded with the model, if any.
 
     Raises:
         WmtpError: Tensors are missing, unexpected or of the wrong shape, or contain NaN.
     """
-    _refuse_other_tensors(source, model, info)
+    known = names_of_shipped_layers(source) if shipped is None else shipped.beside
+    _refuse_other_tensors(source, model, info, known)
     _refuse_damaged(source, model)
 
 
-def _refuse_config(source: Path | str, kind: str) -> None:
-    """Refuse a config that cannot be read, an adapter, and quantised weights."""
+def read_config(source: Path | str, *, kind: str) -> Any:
+    """Return a model's config.
+
+    Raises:
+        WmtpError: It cannot be read, the directory contains an adapter, or the weights are quantised.
+    """
     from transformers import AutoConfig
 
     if isinstance(source, Path) and (source / _ADAPTER).is_file():
@@ -110,6 +140,7 @@ def _refuse_config(source: Path | str, kind: str) -> None:
             hint="name the model's unquantised weights, or write them once: load them with "
             "`dequantize=True` in transformers, where the method allows it, and save them",
         )
+    return config
 
 
 def _unreadable(source: Path | str, kind: str, error: Exception) -> WmtpError:
@@ -140,8 +171,11 @@ def _fault_of(file: Path) -> str | None:
     return None
 
 
-def _refuse_other_tensors(source: Path | str, model: Any, info: Any) -> None:
-    """Refuse files with missing tensors, tensors of wrong shapes or tensors of additional layers."""
+def _refuse_other_tensors(source: Path | str, model: Any, info: Any, known: re.Pattern[str]) -> None:
+    """Refuse files with missing tensors, tensors of wrong shapes or tensors of additional layers.
+
+    Tensors that match `known` may be additional.
+    """
     where = _named_files(source)
     named = quoted(model.config.architectures or [type(model).__name__])
     mismatched = sorted(info["mismatched_keys"])
@@ -161,8 +195,8 @@ def _refuse_other_tensors(source: Path | str, model: Any, info: Any) -> None:
             f"{where}: {len(missing)} tensors of {named} are missing: {_some(missing)}",
             hint=_mend(missing, unexpected),
         )
-    shipped, later = names_of_shipped_layers(source), set(later_layers(source, model))
-    left = [name for name in unexpected if not _NOT_LEARNED.search(name) and not shipped.search(name)]
+    later = set(later_layers(source, model))
+    left = [name for name in unexpected if not _NOT_LEARNED.search(name) and not known.search(name)]
     foreign = sorted(later.union(name for name in left if _OF_A_LAYER.search(name) and _is_of(name, model)))
     if foreign:
         raise WmtpError(

@@ -1,4 +1,4 @@
-"""Find the multi-token prediction (MTP) layers in the files of a base model, and remove them from its config.
+"""The multi-token prediction (MTP) layers in the files of base models: their names, and what they compute.
 
 transformers does not load these tensors with a causal LM. Their names begin with `model.layers.<N + d>.` if
 the model has N decoder layers (DeepSeek-V3, GLM-4.5), with `mtp.` (Qwen3-Next, Qwen3.5), with
@@ -10,12 +10,90 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from attrs import evolve, frozen
 from torch import nn
 
 from weighted_mtp_core.model.families import text_config
+from weighted_mtp_core.recipe.schema import MtpServer
+
+Shared = Literal["embedding", "unembedding"]
+"""A matrix of the model that all heads share."""
+
+
+@frozen(kw_only=True)
+class Layout:
+    """How families store MTP layers, and what the layers compute.
+
+    In names, `{layer}` is the number of an MTP layer if the model's decoder layers are counted, too, and
+    `{depth}` its number among the MTP layers, from 0.
+
+    Attributes:
+        families: `model_type` of the text models.
+        block: First part of the names of the decoder layer's tensors.
+        names: The name of the tensor for each parameter of `SequentialModule` outside the decoder layer.
+        copies: Names of tensors that may exist as copies of the model's embedding or unembedding.
+        serve: The server whose `sequential` heads compute the same.
+        repeats: Whether every server that runs the layer several times feeds it with its own normed state.
+    """
+
+    families: tuple[str, ...]
+    block: str
+    names: Mapping[str, str]
+    copies: Mapping[str, Shared]
+    serve: MtpServer
+    repeats: bool
+
+
+_DEEPSEEK = Layout(
+    families=("deepseek_v3",),
+    block="model.layers.{layer}.",
+    names={
+        "token_norm.weight": "model.layers.{layer}.enorm.weight",
+        "hidden_norm.weight": "model.layers.{layer}.hnorm.weight",
+        "projection.weight": "model.layers.{layer}.eh_proj.weight",
+        "final_norm.weight": "model.layers.{layer}.shared_head.norm.weight",
+    },
+    copies={
+        "model.layers.{layer}.embed_tokens.weight": "embedding",
+        "model.layers.{layer}.shared_head.head.weight": "unembedding",
+    },
+    serve="transformers",
+    repeats=True,
+)
+_GLM = evolve(_DEEPSEEK, families=("glm4_moe", "glm4_moe_lite"), repeats=False)
+_QWEN = Layout(
+    families=("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "mellum"),
+    block="mtp.layers.{depth}.",
+    names={
+        "token_norm.weight": "mtp.pre_fc_norm_embedding.weight",
+        "hidden_norm.weight": "mtp.pre_fc_norm_hidden.weight",
+        "projection.weight": "mtp.fc.weight",
+        "final_norm.weight": "mtp.norm.weight",
+    },
+    copies={},
+    serve="transformers",
+    repeats=True,
+)
+_MIMO = Layout(
+    families=("qwen2",),
+    block="model.mtp_layers.{depth}.",
+    names={
+        "token_norm.weight": "model.mtp_layers.{depth}.token_layernorm.weight",
+        "hidden_norm.weight": "model.mtp_layers.{depth}.hidden_layernorm.weight",
+        "projection.weight": "model.mtp_layers.{depth}.input_proj.weight",
+        "final_norm.weight": "model.mtp_layers.{depth}.final_layernorm.weight",
+    },
+    copies={},
+    serve="vllm",
+    repeats=True,
+)
+LAYOUTS = (_DEEPSEEK, _GLM, _QWEN, _MIMO)
+"""Read in transformers 5.23.0 (`MtpLayer`) and vLLM 0.32.0 (`deepseek_mtp`, `glm4_moe_mtp`, `qwen3_next_mtp`,
+`qwen3_5_mtp`, `mimo_mtp`)."""
 
 _NAMED_MTP = r"(^|\.)mtp(_\w+)?\."
 _NUMBERED = re.compile(r"^(?P<layer>(?P<start>(?:.*?\.)?layers\.)(?P<number>\d+)\.)(?P<rest>.+)")
@@ -26,15 +104,18 @@ def tensor_files(source: Path | str) -> dict[str, Path]:
     """Return the file of each tensor of a model in safetensors files; empty for files of other kinds.
 
     Args:
-        source: A transformers directory, or a hub id whose files have been downloaded.
+        source: A transformers directory or a hub id, of which only the list of tensors must be downloaded.
     """
     from safetensors import safe_open
     from transformers.utils.hub import cached_file
 
+    names = "model.safetensors", "model.safetensors.index.json"
     if isinstance(source, str):
-        config = cached_file(source, "config.json", local_files_only=True)
-        return {} if config is None else tensor_files(Path(config).parent)
-    index, single = source / "model.safetensors.index.json", source / "model.safetensors"
+        quiet = dict.fromkeys(("missing_entries", "connection_errors"), False)
+        options: dict[str, Any] = {f"_raise_exceptions_for_{each}": value for each, value in quiet.items()}
+        stored = filter(None, (cached_file(source, name, **options) for name in names))
+        return next((tensor_files(Path(file).parent) for file in stored), {})
+    single, index = (source / name for name in names)
     if single.is_file():
         with safe_open(single, framework="pt") as tensors:
             return dict.fromkeys(tensors.keys(), single)

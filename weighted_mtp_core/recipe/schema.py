@@ -59,12 +59,20 @@ class HeadsTable:
     """`[model.heads]`: what heads 2..K are.
 
     `sequential` heads share one module (`shared`) or have one module each; `serve` names the program that
-    shall draft with them, which determines what a module computes.
+    shall draft with them, which determines what a module computes. With `init = "base"`, the modules are the
+    layers for multi-token prediction that the base model ships, and the base model determines what a module
+    computes.
     """
 
     kind: HeadKind = "parallel"
+    init: Literal["new", "base"] = field(default="new")
     shared: bool = field(default=False)
     serve: MtpServer = field(default="transformers")
+
+    @init.validator
+    def _check_init(self, _: object, value: str) -> None:
+        if value == "base" and self.kind != "sequential":
+            raise ValueError(f'needs `kind = "sequential"`: base models do not ship `{self.kind}` heads')
 
     @shared.validator
     def _check_shared(self, _: object, value: bool) -> None:  # noqa: FBT001 - attrs calls it so
@@ -75,6 +83,8 @@ class HeadsTable:
     def _check_serve(self, _: object, value: str) -> None:
         if value != "transformers" and self.kind != "sequential":
             raise ValueError(f'needs `kind = "sequential"`: `{self.kind}` heads are the same for all servers')
+        if value != "transformers" and self.init == "base":
+            raise ValueError('needs `init = "new"`: a base model determines what its layers compute')
 
 
 @frozen(kw_only=True)
