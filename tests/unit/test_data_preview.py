@@ -172,6 +172,18 @@ def test_the_texts_of_the_tokens_are_the_document(recipe, capsys):
         assert targets == f"{row['response']}<eos>"
 
 
+def test_a_document_is_printed_as_text_before_its_tokens(recipe, capsys):
+    Path("train.jsonl").write_text(json.dumps({"prompt": "a\n\n b", "response": "c\n"}) + "\n")
+    for split in ("validation", "test"):
+        Path(f"{split}.jsonl").write_text(json.dumps({"prompt": split, "response": "a"}) + "\n")
+
+    assert main(["data", "preview", recipe(), "-n", "1"]) == 0
+
+    (_, document) = capsys.readouterr().out.split("example train/0")
+    assert document.splitlines()[1:5] == ["  | a", "  | ", "  |  bc", "  | <eos>"]
+    assert document.splitlines()[5].split() == ["id", "target", "weight", "text"]
+
+
 def test_it_counts_what_is_left_out_and_the_pairs_of_each_head(recipe, capsys):
     assert main(["data", "preview", recipe(), "-n", "99"]) == 0
 

@@ -52,7 +52,7 @@ class PreviewToken:
 
     def as_reported(self) -> Token:
         """Return the token in the form that the report shades."""
-        return Token(text=self.text, weight=self.weight, loss_K=())
+        return Token(text=self.text, weight=self.weight, loss_K=(), is_target=self.is_target)
 
 
 @frozen(kw_only=True)

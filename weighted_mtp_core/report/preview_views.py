@@ -18,7 +18,7 @@ _SHADE, _MINUS = (11, 98, 168), (196, 98, 16)  # the report's colours of a full 
 
 
 def print_preview(preview: Preview) -> None:
-    """Print a line for each token, with colours only if stdout is a terminal."""
+    """Print each document as text and as a line per token, with colours only if stdout is a terminal."""
     console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
     wide = max(len(label) for label, _ in preview.facts)
     for label, text in preview.facts:
@@ -27,20 +27,24 @@ def print_preview(preview: Preview) -> None:
     for document in preview.documents:
         pairs = ", ".join(f"head {k}: {count}" for k, count in enumerate(document.pairs_K, start=1))
         console.print(f"\nexample {document.name}: {len(document.tokens)} tokens; pairs of {pairs}")
-        console.print(f"{'id':>8}  {'target':6}  {'weight':8}  text")
+        shaded = Text.assemble(*((token.text, _style(token, top=top)) for token in document.tokens))
+        for line in shaded.split("\n", allow_blank=True):
+            console.print(Text.assemble("  | ", line))
+        wide = max(len("weight"), *(len(weight_text(token)) for token in document.tokens))
+        console.print(f"{'id':>8}  {'target':6}  {'weight':{wide}}  text")
         for token in document.tokens:
-            console.print(_line(token, top=top))
+            front = f"{token.id:>8}  {'yes' if token.is_target else '-':6}  {weight_text(token):{wide}}  "
+            console.print(Text.assemble(front, (repr(token.text), _style(token, top=top))))
 
 
-def _line(token: PreviewToken, *, top: float) -> Text:
-    front = f"{token.id:>8}  {'yes' if token.is_target else '-':6}  {weight_text(token):8}  "
+def _style(token: PreviewToken, *, top: float) -> str:
+    """Return the colours of a token; `top` is the size of the weight with full shade."""
     weight = token.weight or 0.0
     shade = abs(weight) / top if top else 0.0
-    style = "" if token.is_target else "dim"
-    if token.is_target and shade:
-        red, green, blue = (round(255 + shade * (full - 255)) for full in (_SHADE if weight > 0 else _MINUS))
-        style = f"{'white' if shade > 0.5 else 'black'} on rgb({red},{green},{blue})"
-    return Text.assemble(front, (repr(token.text), style))
+    if not token.is_target or not shade:
+        return "" if token.is_target else "dim"
+    red, green, blue = (round(255 + shade * (full - 255)) for full in (_SHADE if weight > 0 else _MINUS))
+    return f"{'white' if shade > 0.5 and weight > 0 else 'black'} on rgb({red},{green},{blue})"
 
 
 def weight_text(token: PreviewToken) -> str:

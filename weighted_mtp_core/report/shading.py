@@ -138,6 +138,8 @@ def _loss_scale(tokens: Sequence[Token], k: int) -> Iterator[Scale]:
 def numbers(token: Token) -> str:
     """Return the lines of text that the page shows when the pointer is over a token."""
     lines = [repr(token.text)]
+    if not token.is_target:
+        return "\n".join([*lines, "not a target"])
     if token.weight is not None:
         each = f"  (heads: {_listed(token.weight_K)})" if token.weight_K else ""
         lines.append(f"weight    {token.weight:.3f}{each}")

@@ -17,6 +17,7 @@ from torch import Tensor
 from weighted_mtp_core.api import Batch, Critic, is_correct
 from weighted_mtp_core.api.tensors import align_weights, gather_by_target
 from weighted_mtp_core.data.batches import split_rows
+from weighted_mtp_core.data.texts import TextCodec
 from weighted_mtp_core.data.token_texts import token_texts
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import RunFailedError
@@ -67,7 +68,7 @@ def measure_tokens(
             for part, weight in [next(rows)]
         ]
         solutions = tuple(each.solution(prepared.codec.tokenizer) for each in seen)
-        shown.append(ProblemTokens(prompt=seen[0].prompt(prepared.codec.tokenizer), solutions=solutions))
+        shown.append(ProblemTokens(prompt=seen[0].prompt(prepared.codec), solutions=solutions))
     prepared.policy.train()
     return TokenReport(
         step=learner.steps,
@@ -145,18 +146,20 @@ class _MeasuredRow:
             value_T=np.full(batch.ids_BT.shape[1], np.nan) if value_BT is None else array(value_BT[0]),
         )
 
-    def prompt(self, tokenizer: Any) -> str:
-        """Return the text before the response."""
+    def prompt(self, codec: TextCodec) -> str:
+        """Return the text before the response, without BOS; the control tokens of a chat are spelt."""
         ids_T, response_T = self.batch.ids_BT[0], self.batch.response_BT[0]
         ids = ids_T[: int(response_T.int().argmax())].tolist()
-        text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
+        start = len(codec.prefix)
+        return codec.decode_marked(ids[start:] if tuple(ids[:start]) == codec.prefix else ids)
 
     def solution(self, tokenizer: Any) -> Solution:
-        """Return the response, token by token."""
-        positions = np.flatnonzero(self.batch.response_BT[0].cpu().numpy())
-        reward = float(self.batch.reward_BT[0, int(positions[-1])])
-        change_T = changes(self.value_T, positions, reward)
+        """Return the response, token by token; of a chat, everything from the first turn to learn."""
+        is_target_T = self.batch.response_BT[0].cpu().numpy()
+        learned = np.flatnonzero(is_target_T)
+        reward = float(self.batch.reward_BT[0, int(learned[-1])])
+        change_T = changes(self.value_T, learned, reward)
+        positions = np.arange(learned[0], learned[-1] + 1)
         texts = token_texts(tokenizer, self.batch.ids_BT[0].cpu()[positions].tolist())
         tokens = tuple(
             Token(
@@ -164,8 +167,9 @@ class _MeasuredRow:
                 weight=plain(np.nan if np.isnan(self.weight_TK[t]).all() else np.nanmean(self.weight_TK[t])),
                 weight_K=tuple(map(plain, self.weight_TK[t])) if self.per_head else (),
                 loss_K=tuple(map(plain, self.loss_TK[t])),
-                value=plain(self.value_T[t]),
+                value=plain(self.value_T[t]) if is_target_T[t] else None,
                 change=plain(change_T[t]),
+                is_target=bool(is_target_T[t]),
             )
             for t, text in list(zip(positions, texts, strict=True))[:_LONGEST]
         )

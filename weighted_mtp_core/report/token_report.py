@@ -16,7 +16,7 @@ FILE = "report_tokens.json"
 
 @frozen(kw_only=True)
 class Token:
-    """A token of a response.
+    """A token of a response, or of a message between two turns of the assistant in a chat.
 
     Attributes:
         text: The text that the token adds; empty if the token ends inside a character of several tokens.
@@ -28,6 +28,7 @@ class Token:
             computes values.
         change: TD error r_t + V_t - V_{t-1} of the token. V_t is the value of the prefix that ends at token
             t, and r_t is 0; at the last token, V_t is 0 and r_t the reward of the response.
+        is_target: Whether the token is learned; False for a message between two turns of the assistant.
     """
 
     text: str
@@ -36,6 +37,7 @@ class Token:
     loss_K: tuple[float | None, ...]
     value: float | None = None
     change: float | None = None
+    is_target: bool = True
 
 
 @frozen(kw_only=True)
@@ -73,6 +75,12 @@ class TokenReport:
     unweighed: str = ""
     problems: tuple[ProblemTokens, ...]
     reliability: tuple[ReliabilityBin, ...] = ()
+
+    @property
+    def has_messages(self) -> bool:
+        """Whether some tokens are not targets."""
+        solutions = [solution for problem in self.problems for solution in problem.solutions]
+        return not all(token.is_target for solution in solutions for token in solution.tokens)
 
 
 def save_token_report(report: TokenReport, run: Path) -> Path:

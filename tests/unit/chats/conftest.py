@@ -1,13 +1,16 @@
 """Chats to test with: 200 conversations, templates of several families, a tokenizer for them."""
 
 import itertools
+import json
 import random
 import re
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from weighted_mtp_core.api import Example
+from weighted_mtp_core.cli import main
 from weighted_mtp_core.data.texts import TextCodec
 from weighted_mtp_core.data.tokens import open_tokens, tokenise
 
@@ -168,3 +171,64 @@ def learned():
         return [used.decode(ids[run.start() : run.end()]) for run in runs]
 
     return learned
+
+
+# For the tokenizer of a micro model, which has no control tokens but EOS.
+MICRO_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ 'A: ' + m.content }}"
+    "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}{{ eos_token }}"
+    "{% else %}{{ m.role[0] + ': ' + m.content + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}A: {% endif %}"
+)
+FLAT_PLUGIN = """
+    from attrs import frozen
+    from weighted_mtp_core.api import Component, WeightingStrategy, Weights, hookimpl
+
+    @frozen(kw_only=True)
+    class Options:
+        pass
+
+    class Flat(WeightingStrategy):
+        def weigh(self, view):
+            return Weights(weight=view.response_BT.float())
+
+    @hookimpl
+    def wmtp_weighting_strategies():
+        yield Component(
+            name="flat", summary="Flat.", options=Options, build=lambda options, context: Flat(),
+        )
+"""
+
+
+@pytest.fixture
+def recipe(chats, tmp_path, monkeypatch, install_plugin):
+    """Write a recipe that trains a micro model on all but the last 40 chats; 20 of these are the test."""
+    install_plugin("flat", FLAT_PLUGIN)
+    monkeypatch.chdir(tmp_path)
+    for name, part in (("train", slice(-40)), ("validation", slice(-40, -20)), ("test", slice(-20, None))):
+        rows = [{"messages": messages, "problem_id": f"{name} {i}"} for i, messages in enumerate(chats[part])]
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def recipe(*, steps):
+        Path("recipe.toml").write_text(
+            'tracker = []\nrun.name = "x"\nweighting.use = "flat"\ndata.use = "core.chat"\n'
+            'data.options = { train = "train.jsonl", validation = "validation.jsonl", test = "test.jsonl" }\n'
+            f"data.chat_template = {json.dumps(MICRO_TEMPLATE)}\n"
+            "model.n_future = 2\nmodel.micro = { hidden_size = 64, layers = 2, vocab_size = 400 }\n"
+            f"train = {{ steps = {steps}, batch_size = 16, learning_rate = 3e-3 }}\n"
+        )
+        return "recipe.toml"
+
+    return recipe
+
+
+@pytest.fixture
+def run(recipe):
+    """Run the recipe and return the run's folder."""
+
+    def run(*, steps):
+        assert main(["run", recipe(steps=steps)]) == 0
+        (folder,) = (file.parent for file in Path("storage/runs").rglob("run.json"))
+        return folder
+
+    return run
