@@ -34,13 +34,19 @@ BASES = {
         Gemma2Config(**SMALL, head_dim=8, tie_word_embeddings=tied, final_logit_softcapping=2.0)
     ),
 }
+HEADS = {
+    "parallel": {"head_kind": "parallel"},
+    "medusa": {"head_kind": "medusa"},
+    "sequential": {"head_kind": "sequential"},
+    "sequential for vllm": {"head_kind": "sequential", "shared": True, "serve": "vllm"},
+}
 
 
 @functools.cache
 def policy(base="llama", head="parallel", *, n_future=3, tied=False):
     """Return a small policy whose heads differ from each other."""
     torch.manual_seed(0)
-    made = make_policy(BASES[base](tied), n_future=n_future, head_kind=head)
+    made = make_policy(BASES[base](tied), n_future=n_future, **HEADS[head])
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return made.train()
@@ -91,7 +97,9 @@ def gradients(model):
 def fused(model, batch, **arguments):
     model.zero_grad()
     hidden_BTH = model.trunk_states(batch.ids_BT, position_BT=batch.position_BT)
-    result = weighted_mtp_loss(model, hidden_BTH, position_BT=batch.position_BT, **arguments)
+    result = weighted_mtp_loss(
+        model, hidden_BTH, ids_BT=batch.ids_BT, position_BT=batch.position_BT, **arguments
+    )
     return result, gradients(model)
 
 
@@ -99,14 +107,13 @@ def plain(model, batch, *, labels_BTK, weight_BTK, normaliser_K, head_share_K, h
     """Return losses, cross-entropies and gradients by the formula, one pair at a time, by autograd."""
     model.zero_grad()
     hidden_BTH = model.trunk_states(batch.ids_BT, position_BT=batch.position_BT)
+    states = model.each_head_states(
+        hidden_BTH, ids_BT=batch.ids_BT, position_BT=batch.position_BT, detach=detach_trunk
+    )
+    fixed = copy.deepcopy(model.unembedding).requires_grad_(requires_grad=False)
     losses, ces, log_1_BTV = [], [], None
-    for k in range(1, model.n_future + 1):
-        if detach_trunk and k > 1:
-            state_BTH = model.detached_head_states(k, hidden_BTH, position_BT=batch.position_BT)
-            unembedding = copy.deepcopy(model.unembedding).requires_grad_(requires_grad=False)
-        else:
-            state_BTH = model.head_states(k, hidden_BTH, position_BT=batch.position_BT)
-            unembedding = model.unembedding
+    for k, state_BTH in enumerate(states, start=1):
+        unembedding = fixed if detach_trunk and k > 1 else model.unembedding
         log_BTV = unembedding(state_BTH).log_softmax(dim=-1)
         log_1_BTV = log_BTV.detach() if k == 1 else log_1_BTV
         loss, ce = 0 * log_BTV.sum(), torch.zeros(())
@@ -122,7 +129,7 @@ def plain(model, batch, *, labels_BTK, weight_BTK, normaliser_K, head_share_K, h
     return torch.stack(losses).detach(), torch.stack(ces), gradients(model)
 
 
-POLICIES = st.tuples(st.sampled_from(list(BASES)), st.sampled_from(["parallel", "medusa"]), st.booleans())
+POLICIES = st.tuples(st.sampled_from(list(BASES)), st.sampled_from(list(HEADS)), st.booleans())
 
 
 @settings(max_examples=40)
@@ -222,18 +229,20 @@ def learnt(model, batch, *, heads, accumulation=1):
 
 
 @pytest.mark.parametrize("heads", ["kl", "both"])
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("accumulation", [2, 4])
-def test_parts_of_a_batch_add_up_to_the_whole(heads, accumulation):
-    batch = documents(4, rows=4, length=12)
+def test_parts_of_a_batch_add_up_to_the_whole(head, heads, accumulation):
+    model, batch = policy(head=head), documents(4, rows=4, length=12)
 
-    loss, whole, _ = learnt(policy(), batch, heads=heads)
-    found, parts, _ = learnt(policy(), batch, heads=heads, accumulation=accumulation)
+    loss, whole, _ = learnt(model, batch, heads=heads)
+    found, parts, _ = learnt(model, batch, heads=heads, accumulation=accumulation)
 
     assert found == pytest.approx(loss, rel=1e-5)
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
 
 
-def test_packed_documents_learn_as_they_do_alone():
+@pytest.mark.parametrize("head", HEADS)
+def test_packed_documents_learn_as_they_do_alone(head):
     batch = documents(5, rows=3, length=12)
     ones_K = torch.ones(3)
 
@@ -244,7 +253,7 @@ def test_packed_documents_learn_as_they_do_alone():
                 one.ids_BT, document_BT=one.document_BT, response_BT=one.response_BT, n_future=3
             )
             arguments = {"labels_BTK": labels_BTK, "weight_BTK": None, "heads": "kl"}
-            _, found = fused(policy(), one, **arguments, normaliser_K=ones_K, head_share_K=ones_K)
+            _, found = fused(policy(head=head), one, **arguments, normaliser_K=ones_K, head_share_K=ones_K)
             total = {name: gradient + total.get(name, 0) for name, gradient in found.items()}
         return total
 
