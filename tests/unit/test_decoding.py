@@ -36,7 +36,18 @@ BASES = {
     "qwen2, wide windows": lambda: windowed(100),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=16, n_layer=3, n_head=2)),
 }
-POLICIES = [(name, head) for name in BASES for head in ("parallel", "medusa")]
+HEADS = {
+    "parallel": {"head_kind": "parallel"},
+    "medusa": {"head_kind": "medusa"},
+    "sequential": {"head_kind": "sequential"},
+    "sequential for vllm": {"head_kind": "sequential", "shared": True, "serve": "vllm"},
+}
+POLICIES = [
+    (name, head)
+    for name in BASES
+    for head in HEADS
+    if not (head == "sequential for vllm" and "windows" in name)
+]
 DECODINGS = ("plain", "self_speculative")
 PROMPTS = ((5, 9, 4, 31), (7,), (3, 3, 8, 1, 2, 39, 6), (12, 30), (20, 21, 22))
 EOS = 0
@@ -49,8 +60,8 @@ def models(name, head):
     base = BASES[name]().eval()
     for parameter in base.parameters():  # far from the initial scale, at which all positions are alike
         torch.nn.init.normal_(parameter, std=0.2)
-    policy = make_policy(copy.deepcopy(base), n_future=K, head_kind=head).eval()
-    for parameter in policy.heads[2:].parameters():
+    policy = make_policy(copy.deepcopy(base), n_future=K, **HEADS[head]).eval()
+    for parameter in policy.heads[2 if head != "sequential for vllm" else 1 :].parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return base, policy
 

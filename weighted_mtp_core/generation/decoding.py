@@ -14,6 +14,7 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
+from weighted_mtp_core.generation.chained_drafts import ChainedDrafts
 from weighted_mtp_core.generation.draft_heads import Block, DecodingHeads
 from weighted_mtp_core.generation.sampling import accept, accept_greedy, draw, probabilities
 from weighted_mtp_core.model.families import READS_MASK
@@ -40,6 +41,7 @@ class Decoder:
     _block_RT: Tensor = field(init=False)
     _draft_RDV: Tensor | None = field(init=False, default=None)
     _draft_from: tuple[Block, Tensor] | None = field(init=False, default=None)
+    _chain: ChainedDrafts | None = field(init=False, default=None)
     _slot_T: Tensor = field(init=False)
     _future_TT: Tensor = field(init=False)
 
@@ -55,6 +57,9 @@ class Decoder:
         self._seen_RS = torch.arange(width, device=device) >= (width - length_R)[:, None]
         self._position_R = length_R
         self._cache = self.heads.new_caches()
+        if self.heads.drafts and self.heads.policy.heads.chained:
+            self._chain = ChainedDrafts(policy=self.heads.policy, drafts=self.heads.drafts)
+        self._block_RT = ids_RT
         position_RT = (self._seen_RS.long().cumsum(dim=1) - 1).clamp(min=0)
         prompt = self._read(ids_RT, position_RT, self._seen_RS)
         last_R = torch.full_like(length_R, width - 1)
@@ -81,6 +86,8 @@ class Decoder:
         self._draft()  # before rows are dropped, because the stored states belong to all rows
         index = torch.tensor(rows, device=self._seen_RS.device)
         self.heads.keep(self._cache, index, rows=len(self.generators))
+        if self._chain is not None:
+            self._chain.keep(index)
         self._seen_RS, self._position_R = self._seen_RS[index], self._position_R[index]
         self._block_RT = self._block_RT[index]
         self._draft_RDV = None if self._draft_RDV is None else self._draft_RDV[index]
@@ -129,15 +136,32 @@ class Decoder:
         """
         if self._draft_from is None:
             return
-        block, position_R = self._draft_from
-        self._block_RT = self._newest_R[:, None]
-        if self.heads.drafts:
-            draft_RD, self._draft_RDV = self._choose(block.drafting_heads_at(position_R))
-            self._block_RT = torch.cat([self._block_RT, draft_RD], dim=1)
+        block, last_R = self._draft_from
+        newest_R1 = self._newest_R[:, None]
+        if not self.heads.drafts:
+            self._block_RT = newest_R1
+        else:
+            if self._chain is None:
+                draft_RD, self._draft_RDV = self._choose(block.drafting_heads_at(last_R))
+            else:
+                draft_RD, self._draft_RDV = self._chain.draft(
+                    self._block_RT,
+                    block.hidden_RTH,
+                    last_R=last_R,
+                    newest_R=self._newest_R,
+                    position_R=self._position_R,
+                    cache=self._cache,
+                    choose=self._choose,
+                )
+            self._block_RT = torch.cat([newest_R1, draft_RD], dim=1)
         self._draft_from = None
 
-    def _choose(self, state_RTH: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return a token for each state, `[R, T]`, and the probabilities from which it was drawn."""
+    def _choose(self, state_RTH: Tensor, first: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Return a token for each state, `[R, T]`, and the probabilities from which it was drawn.
+
+        For drafts, `first` is the number of the first one, from 0.
+        """
+        del first
         logits_RTV = self.heads.policy.unembedding(state_RTH)
         if self.temperature == 0:
             return logits_RTV.argmax(dim=-1), None

@@ -67,8 +67,6 @@ def _find(policy: Policy) -> Manner:
         return Manner(no_drafts=no_cache, no_padding=no_padding, no_cache=no_cache)
     if policy.n_future == 1:
         return Manner(no_drafts="there is one head", no_padding=no_padding)
-    if policy.heads.chained:
-        return Manner(no_drafts="its heads read each other's states", no_padding=no_padding)
     kinds = frozenset().union(*map(cache_kinds, (policy.trunk, *policy.heads.bodies)))
     if not kinds <= KEYS_AND_VALUES | {"DummyLayer"}:
         # Recurrent states cannot be rolled back, and layers that attend to a few tokens may select drafts.
@@ -136,7 +134,7 @@ class _Following(Decoder):
         self._step += 1
         return count_R, self._text_at(self._position_R + count_R + 1)
 
-    def _choose(self, state_RTH: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _choose(self, state_RTH: Tensor, first: int = 0) -> tuple[Tensor, Tensor | None]:
         """Return tokens of the known text; drafts consist of correct tokens followed by a wrong token."""
         logits_RTV = self.heads.policy.unembedding(state_RTH)
         last_R = self._position_R - 1
@@ -144,9 +142,12 @@ class _Following(Decoder):
         if self._draft_from is None:
             self._compare(logits_RTV[:, 0], self.whole[0][row_R, last_R])
             return self._text_at(self._position_R)[:, None], None
-        for number, expected in enumerate(self.whole[1:]):
-            self._compare(logits_RTV[:, number], expected[row_R, last_R])
-        offset_D = torch.arange(self.heads.drafts, device=last_R.device)
+        offset_D = torch.arange(first, first + state_RTH.shape[1], device=last_R.device)
+        for number, expected in enumerate(self.whole[first + 1 : first + 1 + len(offset_D)]):
+            # A chained head has the logits of the text only if it has read drafts from the text.
+            same_R = self._right_drafts() >= (first if self._chain is not None else 0)
+            if bool(same_R.any()):
+                self._compare(logits_RTV[same_R, number], expected[row_R, last_R][same_R])
         draft_RD = torch.stack([self._text_at(self._position_R + 1 + int(each)) for each in offset_D], dim=1)
         wrong_RD = offset_D >= self._right_drafts()[:, None]
         other = int(self.ids_RT[0, 0])
@@ -162,7 +163,8 @@ class _Following(Decoder):
     def _right_drafts(self) -> Tensor:
         """Return the number of correct drafts of each row in this step, `[R]`."""
         row_R = torch.tensor(self._rows, device=self.ids_RT.device)
-        return (row_R + self._step) % 2 * min(1, self.heads.drafts)
+        most = min(1 if self._chain is None else 2, self.heads.drafts)
+        return (row_R + self._step) % (most + 1)
 
     def _text_at(self, position_R: Tensor) -> Tensor:
         last = self.ids_RT.shape[1] - 1

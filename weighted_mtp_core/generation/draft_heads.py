@@ -142,7 +142,7 @@ class Block:
     def _outputs(self, k: int) -> Tensor:
         """Return head k's states before the final norm, `[R, T, H]`."""
         policy = self.heads.policy
-        own = self.cache.heads[k - 1] if self.cache.heads else None
+        own = self.cache.heads[k - 1] if self.cache.heads and not policy.heads.chained else None
         if self.call is None:
             return policy.heads.run(
                 k, self.hidden_RTH, position_BT=self.position_RT, cache=own, seen_BS=self.seen
@@ -208,7 +208,7 @@ class _Call:
 
 def _shared_layer(policy: Policy) -> nn.Module | None:
     """Return a trunk layer with the same attention window as the heads' layers, or None."""
-    if not policy.heads.bodies:
+    if not policy.heads.bodies or policy.heads.chained:
         return None
     layers = layers_of(policy.trunk)
     trunk: Any = policy.trunk

@@ -36,7 +36,7 @@ HEADS: dict[HeadKind, type[Heads]] = {
 
 @frozen(kw_only=True, eq=False)
 class PolicyCache:
-    """Key-value caches of the trunk and of each `parallel` head, transformers `DynamicCache` objects."""
+    """Key-value caches of the trunk and of the heads, transformers `DynamicCache` objects."""
 
     trunk: Any
     heads: tuple[Any, ...]
@@ -203,8 +203,8 @@ class Policy(nn.Module):
         return logits
 
     def new_caches(self) -> PolicyCache:
-        """Return empty caches of the trunk and of each `parallel` head."""
-        heads = tuple(one_layer_cache(self.config) for _ in self.heads.bodies)
+        """Return empty caches of the trunk and of the heads."""
+        heads = tuple(one_layer_cache(self.config) for _ in range(self.heads.caches(self.n_future)))
         return PolicyCache(trunk=new_cache(self.trunk.config), heads=heads)
 
     def recompute_activations(self) -> None:
@@ -213,7 +213,8 @@ class Policy(nn.Module):
         Raises:
             WmtpError: The layers of the model do not support activation checkpointing.
         """
-        bodies: list[Any] = [self.trunk, *self.heads.bodies]
+        # Chained heads always store only their inputs.
+        bodies: list[Any] = [self.trunk, *(() if self.heads.chained else self.heads.bodies)]
         try:
             for body in bodies:
                 body.activation_checkpointing_enable()

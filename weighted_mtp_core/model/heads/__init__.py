@@ -141,8 +141,13 @@ class Heads(nn.ModuleList, ABC):
 
     @property
     def bodies(self) -> Sequence[nn.Module]:
-        """The heads that are transformers bodies, with a key-value cache each."""
+        """The transformers bodies in the heads."""
         return ()
+
+    def caches(self, n_future: int) -> int:
+        """Return the number of key-value caches that K heads need."""
+        del n_future
+        return len(self.bodies)
 
     def rejoin(self, base: Any, *, trunk: nn.Module, norm: nn.Module) -> None:
         """Put trunk, head 1 and norm into a causal LM of the base model's class; this reverses `split`."""

@@ -25,6 +25,7 @@ from attrs import frozen
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.model.families import anatomy, body_states, layers_of, recording_cache, with_layers
 from weighted_mtp_core.model.heads import Heads, SplitModel, Text
 from weighted_mtp_core.model.heads.one_layer_body import one_layer_body
@@ -75,18 +76,25 @@ class SequentialHeads(Heads):
         """Take the whole body, with or without its final norm; the modules' layers are copies of the last.
 
         Raises:
-            WmtpError: The model does not consist of layers and a final norm, or its last layer cannot be
-                run without the other layers.
+            WmtpError: The model does not consist of layers and a final norm, its last layer cannot be run
+                without the other layers, or the server needs another kind of attention in this layer.
         """
         body, layers_name, norm_name = anatomy(base)
         norm, wiring = getattr(body, norm_name), WIRINGS[table.serve]
+        config = with_layers(body.config, slice(-1, None))
+        if wiring.recurrent and set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
+            raise WmtpError(
+                f"the last layer of this `{config.model_type}` model does not attend to all earlier tokens, "
+                f'as the heads of `serve = "{table.serve}"` do',
+                hint='set `model.heads.serve = "transformers"`, or use another kind of heads',
+            )
         width = int(base.get_output_embeddings().weight.shape[1])
         modules = [
             SequentialModule(
                 one_layer_body(
                     body,
                     copy.deepcopy(getattr(body, layers_name)[-1]),
-                    config=with_layers(body.config, slice(-1, None)),
+                    config=copy.deepcopy(config),
                     layers_name=layers_name,
                     norm_name=norm_name,
                 ),
@@ -107,6 +115,15 @@ class SequentialHeads(Heads):
         found = self[min(k, len(self)) - 1]
         assert isinstance(found, SequentialModule)
         return found
+
+    @property
+    def bodies(self) -> Sequence[nn.Module]:
+        """The modules' layers."""
+        return [module.body for module in self if isinstance(module, SequentialModule)]
+
+    def caches(self, n_future: int) -> int:
+        """Return 1 if the modules share a cache, otherwise K - 1."""
+        return min(n_future - 1, 1) if self.wiring.recurrent else n_future - 1
 
     def layer(self, k: int) -> nn.Module:
         """Return the decoder layer of head k's module."""
@@ -184,12 +201,10 @@ class SequentialHeads(Heads):
             detach: Whether the embedding gets no gradient.
             more: Whether another head follows.
         """
-        embedded_BTH = text.embedded(k - 1)
+        embedded_BTH = self._blind(text.embedded(k - 1), text.positions(), k=k)
         if detach:
             embedded_BTH = embedded_BTH.detach()
         position_BT = text.position_BT
-        if self.wiring.blind_start and k == 2:
-            embedded_BTH = embedded_BTH.masked_fill((text.positions() == 0)[:, :, None], 0.0)
         if not self.wiring.recurrent or not (past or more):
             return (self.run(k, source_BTH, embedded_BTH=embedded_BTH, position_BT=position_BT),)
         cache = recording_cache(past)
@@ -202,6 +217,16 @@ class SequentialHeads(Heads):
             seen_BS=_continuing_mask(text.positions(), modules=k - 1, like=source_BTH),
         )
         return (states_BTH, *past, *cache.new)
+
+    def embedded(self, trunk: Any, ids_BT: Tensor, position_BT: Tensor, *, k: int) -> Tensor:
+        """Return the embedding that head k reads of these tokens, at sources at these positions."""
+        return self._blind(trunk.get_input_embeddings()(ids_BT), position_BT, k=k)
+
+    def _blind(self, embedded_BTH: Tensor, position_BT: Tensor, *, k: int) -> Tensor:
+        """Return the embedding with 0 where module 1 does not read it."""
+        if not self.wiring.blind_start or k > 2:
+            return embedded_BTH
+        return embedded_BTH.masked_fill((position_BT == 0)[:, :, None], 0.0)
 
     def rejoin(self, base: Any, *, trunk: nn.Module, norm: nn.Module) -> None:
         """Put the trunk and the final norm into a causal LM."""
