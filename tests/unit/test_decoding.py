@@ -78,6 +78,15 @@ def naive(base, prompt, *, limit, eos_id=EOS):
 
 
 @pytest.mark.parametrize(("name", "head"), POLICIES)
+def test_each_kind_of_heads_drafts(name, head):
+    _, policy = models(name, head)
+
+    written = generate(policy, PROMPTS[:1], max_new_tokens=3, eos_id=-1, decoding="self_speculative")
+
+    assert len(written.accepted) == (0 if "narrow" in name else K - 1)
+
+
+@pytest.mark.parametrize(("name", "head"), POLICIES)
 @pytest.mark.parametrize("decoding", DECODINGS)
 @pytest.mark.parametrize("limit", [1, 2, 11])
 def test_greedy_text_is_that_of_a_loop_without_a_cache(name, head, decoding, limit):
@@ -177,7 +186,7 @@ def test_seed_and_stream_fix_a_sampled_text(decoding):
 
 
 @functools.cache
-def coin():
+def coin(head):
     """A model of four tokens and its policy; head 1 accepts some of the drafts."""
     torch.manual_seed(2)
     config = LlamaConfig(
@@ -191,7 +200,7 @@ def coin():
     base = LlamaForCausalLM(config).eval()
     for parameter in base.parameters():
         torch.nn.init.normal_(parameter, std=0.25)
-    policy = make_policy(copy.deepcopy(base), n_future=3, head_kind="parallel").eval()
+    policy = make_policy(copy.deepcopy(base), n_future=3, **HEADS[head]).eval()
     for parameter in policy.heads[1:].parameters():
         torch.nn.init.normal_(parameter, std=0.25)
     return base, policy
@@ -206,9 +215,11 @@ def exact_distribution(base, prompt, *, length, temperature):
     return log_p.gather(2, texts[:, :, None]).sum(dim=(1, 2)).exp().double().numpy()
 
 
-@pytest.mark.parametrize("decoding", DECODINGS)
-def test_sampled_texts_follow_exactly_the_models_distribution(decoding):
-    base, policy = coin()
+@pytest.mark.parametrize(
+    ("decoding", "head"), [("plain", "parallel"), *(("self_speculative", head) for head in HEADS)]
+)
+def test_sampled_texts_follow_exactly_the_models_distribution(decoding, head):
+    base, policy = coin(head)
     prompt, count, length = (1, 3, 2), 6000, 4
     expected = exact_distribution(base, prompt, length=length, temperature=0.8)
     written = generate(
