@@ -138,10 +138,10 @@ def test_head_1_is_the_model_without_the_mtp_layers(directory, tmp_path):
 def test_that_they_are_not_used_is_reported_in_one_line(directory, caplog):
     path, shipped = directory
 
-    with caplog.at_level("WARNING"):
-        line = load(path).unused
+    line = load(path).unused
 
-    assert [record for record in caplog.records if "LOAD REPORT" in record.getMessage()] == []
+    kernels = "transformers.integrations.hub_kernels"  # says that a faster kernel is not installed
+    assert [each.getMessage() for each in caplog.records if each.name != kernels] == []
     assert line == (
         f"the MTP layers of the base model are not used (`{min(shipped)}` and {len(shipped) - 1} other "
         "tensors): `export` leaves them out, and its `config.json` does not promise them"

@@ -73,12 +73,15 @@ def load_pretrained(
 def _without_report() -> Iterator[None]:
     """Inside this context, transformers prints no table of missing and unexpected tensors."""
     logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.addFilter(_is_no_report)  # another level of the logger would make transformers report other things
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(_is_no_report)
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
 
 
 def _class_of(source: Path | str, model_class: Any) -> Any:
