@@ -207,7 +207,7 @@ class Fixed(WeightingStrategy):
         return Weights(weight=(0.1 + view.ids_BT % 5).where(view.response_BT, 0.0))
 
 
-def learnt(model, batch, *, heads, accumulation=1):
+def learnt(model, batch, *, heads, accumulation=1, dtype=torch.float32):
     """Return the loss of one step on a data set of this batch alone, and every gradient."""
     model.zero_grad()
     labels_BTK = align_labels(
@@ -220,7 +220,7 @@ def learnt(model, batch, *, heads, accumulation=1):
         steps=100,
         pairs_per_step=target_mask(labels_BTK).sum(dim=(0, 1)).tolist(),
         accumulation=accumulation,
-        autocast=lambda: torch.autocast("cpu", enabled=False),
+        autocast=lambda: torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32),
         validation=lambda: [batch],
         best=None,
     )
@@ -239,6 +239,17 @@ def test_parts_of_a_batch_add_up_to_the_whole(head, heads, accumulation):
 
     assert found == pytest.approx(loss, rel=1e-5)
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_bf16_autocast_costs_no_more_than_bf16_rounding():
+    batch = documents(4, rows=4, length=12)
+
+    loss, gradients_of, _ = learnt(policy(), batch, heads="kl")
+    found, in_bf16, _ = learnt(policy(), batch, heads="kl", dtype=torch.bfloat16)
+
+    assert found == pytest.approx(loss, rel=0.02)
+    for name, gradient in gradients_of.items():
+        assert (in_bf16[name] - gradient).norm() < 0.08 * gradient.norm().clamp(min=1e-3), name
 
 
 @pytest.mark.parametrize("head", HEADS)

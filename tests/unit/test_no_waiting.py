@@ -106,7 +106,7 @@ def batch():
     return collate(tokens([12, 7, 9, 6], [2, 5, 3, 0]), [0, 1, 2, 3], device=CPU)
 
 
-def learner(weighting, *, name="llama", head="parallel", accumulation=1):
+def learner(weighting, *, name="llama", head="parallel", heads="labels", accumulation=1):
     torch.manual_seed(0)
     policy = make_policy(BASES[name](), n_future=3, head_kind=head)
     return PolicyLearner(
@@ -119,7 +119,7 @@ def learner(weighting, *, name="llama", head="parallel", accumulation=1):
             critic=None,
             label="weighting `my.own`",
         ),
-        loss=LossTable(),
+        loss=LossTable(heads=heads),
         steps=100,
         pairs_per_step=(20.0,) * 3,
         accumulation=accumulation,
@@ -130,12 +130,16 @@ def learner(weighting, *, name="llama", head="parallel", accumulation=1):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("weighting", [Fixed(), ByLoss()], ids=["known", "from_losses"])
+@pytest.mark.parametrize(
+    ("weighting", "heads"),
+    [(Fixed(), "labels"), (ByLoss(), "labels"), (Fixed(), "both")],
+    ids=["known", "from_losses", "from_head_1"],
+)
 @pytest.mark.parametrize(
     ("name", "head"), [(n, h) for n in BASES for h in ("parallel", "medusa", "sequential")]
 )
-def test_a_step_never_waits_except_to_read_the_weights(name, head, weighting, accumulation):
-    training = learner(weighting, name=name, head=head, accumulation=accumulation)
+def test_a_step_never_waits_except_to_read_the_weights(name, head, weighting, heads, accumulation):
+    training = learner(weighting, name=name, head=head, heads=heads, accumulation=accumulation)
     parameters = list(training.parameters())
     optimiser = make_optimiser(parameters, TrainTable())
     bad = NonfiniteSteps(limit=5, device=CPU)
