@@ -19,6 +19,7 @@ from weighted_mtp_core.api import Batch
 from weighted_mtp_core.cli import main
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.export.transformers import cast_parameters, write_export
+from weighted_mtp_core.generation.decoding_probe import manner_of
 from weighted_mtp_core.model.exported_model import ExportFacts
 from weighted_mtp_core.model.families import body_states
 from weighted_mtp_core.model.load import load_policy
@@ -276,6 +277,13 @@ def test_head_1_is_the_model_itself(base, family):
     found = policy.logits(1, policy.trunk_states(ids()))
 
     torch.testing.assert_close(found, main(ids()).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_layers_draft_unless_the_model_is_a_hybrid(base, family):
+    manner = manner_of(load(base(family)).policy.eval())
+
+    assert (manner.no_drafts is None) == (family not in {"qwen3_next", "qwen3_5_text"})
 
 
 # ------------------------------------------------------------------ the way back
