@@ -1,7 +1,8 @@
 """Following docs/tutorial.md to the letter, outside the repository, leads where it says.
 
-Its blocks are carried out in order: `sh` by bash, one after the other in the folder where the last one ended;
-a block below the name of a file is that file; a line of `text` stands in what the `sh` before it printed.
+The environment has only dependencies: the first command installs core and plugins, here from wheels. The
+blocks are carried out in order: `sh` by bash, one after the other in the folder where the last one ended; a
+block below the name of a file is that file; a line of `text` stands in what the `sh` before it printed.
 """
 
 import re
@@ -16,6 +17,8 @@ TUTORIAL = REPOSITORY / "docs" / "tutorial.md"
 BLOCK = re.compile(
     r"^(?:`(?P<file>[^`\n]+)`:\n\n)?```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
 )
+VENV = re.compile(r"`(python3 -m venv [^`]+|source [^`]+/activate)`")
+PACKAGES = (REPOSITORY, REPOSITORY / "plugins" / "baseline_mtp", REPOSITORY / "plugins" / "controls")
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -34,13 +37,20 @@ class Followed:
     missing: list[str]
 
 
+def commands():
+    """Return the commands of all blocks, each in one line, and the two that stand in the text of step 1."""
+    text = TUTORIAL.read_text(encoding="utf-8")
+    blocks = "".join(block["text"] for block in BLOCK.finditer(text) if block["kind"] == "sh")
+    return [*VENV.findall(text), *blocks.replace("\\\n", " ").splitlines()]
+
+
 @pytest.fixture(scope="module")
-def followed(isolated, environment, tmp_path_factory):
-    python = isolated(
-        *(f"weighted-mtp-{name}" for name in ("core", "code-tasks", "baseline-mtp", "controls"))
-    )
+def followed(isolated, environment, wheel, tmp_path_factory):
+    python = isolated()
+    wheels = [wheel(package) for package in PACKAGES]
     settings = environment(
         PIP_NO_INDEX="1",  # everything that is needed is there
+        PIP_FIND_LINKS=" ".join(str(each.parent) for each in wheels),
         PIP_NO_BUILD_ISOLATION="0",  # 0 turns isolation off: pip reads it as `--no-build-isolation`
         MYPY_CACHE_DIR=str(REPOSITORY / ".mypy_cache" / "scaffold"),
     )
@@ -80,10 +90,25 @@ def test_everything_is_printed_that_the_tutorial_shows(followed):
     assert followed.missing == []
 
 
+def test_it_takes_at_most_16_commands():
+    written = commands()
+
+    assert written[:2] == ["python3 -m venv .venv", "source .venv/bin/activate"]
+    assert all(
+        any(f"weighted_mtp_core {name}" in each for each in written) for name in ("data preview", "compare")
+    )
+    assert len(written) <= 16
+
+
 def test_the_plugin_is_listed(followed, wmtp):
     listed = wmtp("plugins", "list", cwd=followed.folder, python=followed.python)
 
-    assert "focal" in [line.split()[0] for line in listed.stdout.splitlines()]
+    assert [line.split()[0] for line in listed.stdout.splitlines()[1:]] == [
+        "baseline_mtp",
+        "characters",
+        "controls",
+        "core",
+    ]
 
 
 def test_each_arm_is_in_mlflow_under_its_own_experiment_and_tags(followed):
@@ -91,17 +116,20 @@ def test_each_arm_is_in_mlflow_under_its_own_experiment_and_tags(followed):
 
     client = MlflowClient(f"sqlite:///{followed.folder / 'storage' / 'mlflow.db'}")
     arms = {each.name: each.experiment_id for each in client.search_experiments()}
-    names = {"weighted_mtp/focal", "weighted_mtp/baseline_mtp", "weighted_mtp/controls"}
+    names = {f"weighted_mtp/{name}" for name in ("characters", "baseline_mtp", "controls", "compare")}
 
     assert set(arms) - {"Default"} == names
-    (run,) = client.search_runs([arms["weighted_mtp/focal"]])
-    assert run.info.status == "FINISHED"
-    assert run.data.tags["algo"] == "focal"
-    assert run.data.tags["wmtp.weighting"] == "focal.focal"
-    assert run.data.tags["wmtp.plugin.focal"] == "weighted-mtp-focal==0.1.0"
+    runs = client.search_runs([arms["weighted_mtp/characters"]])
+    assert sorted(run.data.params["run.seed"] for run in runs) == ["42", "43"]
+    for run in runs:
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["algo"] == "characters"
+        assert run.data.tags["wmtp.weighting"] == "characters.characters"
+        assert run.data.tags["wmtp.plugin.characters"] == "weighted-mtp-characters==0.1.0"
+        assert run.data.metrics["mean_weight"] > 1
 
 
 def test_a_wheel_is_left_to_give_away(followed):
     assert [wheel.name for wheel in (followed.folder / "dist").iterdir()] == [
-        "weighted_mtp_focal-0.1.0-py3-none-any.whl"
+        "weighted_mtp_characters-0.1.0-py3-none-any.whl"
     ]
