@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from weighted_mtp_core.cli import main
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.export.transformers import write_export
 from weighted_mtp_core.model.exported_model import ExportFacts
 from weighted_mtp_core.model.load import load_policy
+from weighted_mtp_core.model.pretrained import load_pretrained
 from weighted_mtp_core.model.shipped_layers import promise_no_layers, shipped_layers
 from weighted_mtp_core.recipe.schema import HeadsTable, ModelTable
 
@@ -133,6 +134,13 @@ def test_head_1_is_the_model_without_the_mtp_layers(directory, tmp_path):
 
     assert not shipped & set(load_file(tmp_path / "model.safetensors"))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_body_of_such_a_model_loads_too(directory):
+    _, body = load_pretrained(directory[0], AutoModel, kind="transformer")
+
+    assert "layers.3.input_layernorm.weight" in body.state_dict()
+    assert "layers.4.input_layernorm.weight" not in body.state_dict()
 
 
 def test_that_they_are_not_used_is_reported_in_one_line(directory, caplog):
