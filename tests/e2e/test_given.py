@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from weighted_mtp_core.tracking.run_history import read_history
 
 GIVEN = str(Path(__file__).parents[2] / "configs" / "given.toml")
@@ -16,7 +17,7 @@ PRODUCT = """{ use = "controls.product", options = { of = [
 
 @pytest.fixture(scope="module")
 def run(wmtp, tmp_path_factory):
-    """Run the recipe of given weights for a few steps on rows; return the metrics of training."""
+    """Run the recipe of given weights for a few steps on rows; return the metrics and the trained policy."""
 
     def run(rows, *settings):
         folder = tmp_path_factory.mktemp("given")
@@ -26,7 +27,8 @@ def run(wmtp, tmp_path_factory):
         found = wmtp("run", GIVEN, *QUICK, *options, cwd=folder)
         assert found.returncode == 0, found.stderr
         lines = [line for line in found.journal if line["stage"] == "policy"]
-        return [{"step": line["step"], **line["metrics"]} for line in lines]
+        trained = torch.load(next(found.folder.rglob("best_model.pt")), weights_only=True)
+        return [{"step": line["step"], **line["metrics"]} for line in lines], trained
 
     return run
 
@@ -38,11 +40,16 @@ def rows(**keys):
 def test_weights_of_one_train_as_uniform_weights_bit_for_bit(run):
     ones = rows(weight=1, weights=[[0, 2, 1.0]])
 
-    assert run(ones) == run(ones, 'weighting.use="baseline_mtp.uniform"')
+    given, given_policy = run(ones)
+    uniform, uniform_policy = run(ones, 'weighting.use="baseline_mtp.uniform"')
+
+    assert given == uniform
+    assert set(given_policy) == set(uniform_policy)
+    assert all(torch.equal(given_policy[name], each) for name, each in uniform_policy.items())
 
 
 def test_a_product_multiplies_them_with_another_weighting(run):
-    found = run(rows(), f"weighting={PRODUCT}")
+    found, _ = run(rows(), f"weighting={PRODUCT}")
     (first, *_) = [each for each in found if "weight_mean" in each]
 
     assert 0.25 < first["weight_mean"] < 1

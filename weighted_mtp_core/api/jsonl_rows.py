@@ -134,7 +134,7 @@ def checked_row(
     tools: tuple[Mapping[str, Any], ...] = (),
 ) -> JsonlRow:
     """Check the keys that all kinds of rows have in common; raises ValueError for the first fault."""
-    _refuse_misspelt(record)
+    refuse_misspelt(record, _SPELLINGS)
     for key in ("tests", "entry_point"):
         if not isinstance(record.get(key, ""), str | None):
             raise ValueError(f"`{key}` must be a string, got {type(record[key]).__name__}")  # noqa: TRY004
@@ -189,12 +189,20 @@ def _response(record: Record) -> str:
     return response
 
 
-def _refuse_misspelt(record: Record) -> None:
-    """Refuse misspelt optional keys, because a wrong response would count as correct and a weight as 1."""
+def refuse_misspelt(record: Record, keys: Mapping[str, str]) -> None:
+    """Refuse misspelt optional keys, because a wrong response would count as correct and a weight as 1.
+
+    Args:
+        record: A row or a message.
+        keys: Optional keys by their letters alone.
+
+    Raises:
+        ValueError: A key is similar to one of the optional keys.
+    """
     for name in record:
         spelt = name.lower().replace("_", "").replace("-", "")
-        if name not in _SPELLINGS.values() and (meant := nearest(spelt, _SPELLINGS, cutoff=0.85)):
-            raise ValueError(f"has `{name}`: did you mean `{_SPELLINGS[meant[0]]}`?")
+        if name not in keys.values() and (meant := nearest(spelt, keys, cutoff=0.85)):
+            raise ValueError(f"has `{name}`: did you mean `{keys[meant[0]]}`?")
 
 
 def _reward(record: Record) -> float | None:

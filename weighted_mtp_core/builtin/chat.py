@@ -15,8 +15,8 @@ from weighted_mtp_core.api import (
     RowFiles,
     checked_row,
 )
-from weighted_mtp_core.api.data import Span, check_message_weights
-from weighted_mtp_core.api.jsonl_rows import parse_spans
+from weighted_mtp_core.api.data import check_message_weights
+from weighted_mtp_core.api.jsonl_rows import parse_spans, refuse_misspelt
 
 _ROLES = ("system", "user", "assistant", "tool")
 
@@ -70,17 +70,15 @@ def _message(message: object, number: int) -> Mapping[str, Any]:
     if message["role"] == "assistant" and not content and not calls:
         raise ValueError(f"message {number} of the assistant is empty")
     checked = {**message, "content": content or ""}
-    if "weights" in message:
-        checked["weights"] = _spans(checked, number)
-    check_message_weights(checked, number)
-    return checked
-
-
-def _spans(message: Mapping[str, Any], number: int) -> tuple[Span, ...]:
     try:
-        return parse_spans(message, text=message["content"]) or ()
+        refuse_misspelt(message, {"weight": "weight", "weights": "weights"})
+        spans = parse_spans(message, text=checked["content"])
     except ValueError as error:
         raise ValueError(f"message {number}: {error}") from error
+    if spans is not None:
+        checked["weights"] = spans
+    check_message_weights(checked, number)
+    return checked
 
 
 def _part(part: object, number: int) -> str:

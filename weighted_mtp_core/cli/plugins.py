@@ -68,6 +68,8 @@ def _show(args: argparse.Namespace) -> None:
             print(f"\n{kind.label} {plugin.found.name}.{name}\n  {component.summary}")
             _print_signals("needs", component.needs)
             _print_signals("provides", component.provides)
+            if component.negative_weights:
+                print("  weights may be negative, if the recipe allows it")
             print_rows(_option_rows(component), indent="    ")
 
 

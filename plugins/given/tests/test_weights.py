@@ -1,5 +1,7 @@
 """`given.weights`: conformance to core, and the weights of the data as they are."""
 
+import json
+
 import pytest
 import torch
 from weighted_mtp_core.api import StepView
@@ -38,3 +40,31 @@ def test_a_run_with_rows_without_weights_stops_before_training(wmtp_tiny_run, ca
         "weighting `given.weights` needs weights that come with the data, but no training example"
         in capsys.readouterr().err
     )
+
+
+@pytest.fixture
+def signed(tmp_path):
+    """Return a recipe over rows of which every second one has a negative weight."""
+    path = tmp_path / "signed.jsonl"
+    rows = [{"prompt": f"{i}: ", "response": "yes", "weight": (-1) ** i / 2} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "data": {"use": "core.jsonl", "options": {"path": str(path)}},
+        "weighting": {"use": "given.weights"},
+    }
+
+
+def test_negative_weights_without_permission_are_refused_with_row_and_file(wmtp_tiny_run, capsys, signed):
+    with pytest.raises(AssertionError, match="the run failed"):
+        wmtp_tiny_run(signed)
+
+    error = capsys.readouterr().err
+    assert "signed.jsonl: 20 bad lines\n" in error
+    assert "  line 2: `weight` -0.5 is negative: `loss.negative_weights = true` allows it\n" in error
+
+
+def test_negative_weights_with_permission_are_trained_on(wmtp_tiny_run, signed):
+    metrics = wmtp_tiny_run({**signed, "loss": {"negative_weights": True}}).metrics
+
+    assert (metrics["weight_p05"], metrics["weight_p95"]) == (-0.5, 0.5)
+    assert metrics["effective_sample_share"] == 1.0  # all weights have the same size

@@ -62,6 +62,10 @@ TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
                 "`loss.negative_weights = true` allows it"
             ),
         ),
+        (
+            {"messages": [TURNS[0], {**TURNS[1], "Weight": 0}]},
+            "message 2: has `Weight`: did you mean `weight`?",
+        ),
         ({"messages": TURNS, "correct": True}, "has `correct`: did you mean `is_correct`?"),
         ({"messages": TURNS, "tools": "add"}, "`tools` must be a list of objects"),
     ],
