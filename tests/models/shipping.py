@@ -17,6 +17,8 @@ from zoo import LAYERS, tiny_model
 FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": ("numbered", {"num_nextn_predict_layers": 1}),
     "glm4_moe": ("numbered", {"num_nextn_predict_layers": 1}),
+    "glm4_moe_lite": ("numbered", {"num_nextn_predict_layers": 1}),
+    "qwen3_5_moe_text": ("mtp", {"mtp_num_hidden_layers": 1}),
     "qwen3_next": ("mtp", {"num_nextn_predict_layers": 1}),
     "qwen3_5_text": ("mtp", {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}),
     "mellum": (

@@ -67,6 +67,7 @@ RECIPE = """
 """
 T = 14
 KNOWN_TO_TRANSFORMERS = ("deepseek_v3", "glm4_moe", "qwen3_next", "qwen3_5_text", "mellum")
+RELATED = ("glm4_moe_lite", "qwen3_5_moe_text")
 FAMILIES = (*KNOWN_TO_TRANSFORMERS, "qwen2")
 EMBEDDING = "model.layers.4.embed_tokens.weight"
 
@@ -160,7 +161,7 @@ def ids(rows=2):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("family", "depth"), [*((family, 1) for family in KNOWN_TO_TRANSFORMERS), ("deepseek_v3", 2)]
+    ("family", "depth"), [*((each, 1) for each in (*KNOWN_TO_TRANSFORMERS, *RELATED)), ("deepseek_v3", 2)]
 )
 def test_heads_compute_what_transformers_own_mtp_layers_compute(base, family, depth):
     path, ids_BT = base(family, depth=depth), ids()
@@ -289,7 +290,9 @@ def test_the_layers_draft_unless_the_model_is_a_hybrid(base, family):
 # ------------------------------------------------------------------ the way back
 
 
-@pytest.mark.parametrize(("family", "depth"), [*((family, 1) for family in FAMILIES), ("glm4_moe", 2)])
+@pytest.mark.parametrize(
+    ("family", "depth"), [*((each, 1) for each in (*FAMILIES, *RELATED)), ("glm4_moe", 2)]
+)
 def test_loading_and_exporting_changes_no_byte_of_any_tensor(base, family, depth, tmp_path):
     path = base(family, depth=depth)
 
