@@ -14,7 +14,7 @@ from served_model import ENVIRONMENT, REPOSITORY, VLLM, wmtp
 from weighted_mtp_core.evaluation.finished_run import policy_loader
 from weighted_mtp_core.generation.samplers import token_logprobs
 
-RECIPE = str(REPOSITORY / "configs" / "baseline.toml")
+RECIPE = [str(REPOSITORY / "configs" / "baseline.toml"), "--set", "data.options.problems=60"]
 START_S = 900
 
 pytestmark = [
@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
     """A folder with an exported micro model in `model`."""
     folder = tmp_path_factory.mktemp("sampling")
     settings = ("tracker=[]", "train.steps=60", "evaluate.problems=1")
-    wmtp("run", RECIPE, *[word for each in settings for word in ("--set", each)], cwd=folder)
+    wmtp("run", *RECIPE, *[word for each in settings for word in ("--set", each)], cwd=folder)
     (run,) = (file.parent for file in (folder / "storage" / "runs").rglob("run.json"))
     wmtp("export", str(run), "--to", "model", cwd=folder)
     return folder
@@ -76,8 +76,8 @@ def sampled(folder, url):
 
     def sampled(name, *words, served):
         where = ("--endpoint", url) if served else ()
-        to = ("--to", name, "--split", "test", "--problems", "20")
-        wmtp("data", "sample", "model", RECIPE, *to, *words, *where, cwd=folder)
+        to = ("--to", name, "--problems", "20")
+        wmtp("data", "sample", "model", *RECIPE, *to, *words, *where, cwd=folder)
         (data,) = (folder / "storage" / "datasets_v2" / name).glob("*/")
         lines = [*(data / "samples.jsonl").open(), *(data / "left_out.jsonl").open()]
         return sorted(map(json.loads, lines), key=lambda row: (row["task_id"], row["sample"]))
