@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from importlib.util import find_spec
+import sys
 from pathlib import Path
 
 import pytest
@@ -186,8 +186,9 @@ def test_a_copy_from_the_hub_is_read_without_the_package_and_the_network(tmp_pat
     assert source.version().name == "team--sums--v1--main--train"
 
 
-@pytest.mark.skipif(find_spec("datasets") is not None, reason="the package `datasets` is installed")
-def test_the_hub_needs_a_package_which_the_message_names(rows):
+def test_the_hub_needs_a_package_which_the_message_names(rows, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
+
     with pytest.raises(WmtpError) as caught:
         rows(train="hub:team/sums:train")
 
@@ -197,7 +198,6 @@ def test_the_hub_needs_a_package_which_the_message_names(rows):
     )
 
 
-@pytest.mark.skipif(find_spec("datasets") is None, reason="needs the package `datasets`")
 def test_a_data_set_is_copied_once_and_read_with_all_its_keys(tmp_path, monkeypatch, chat):
     """`load_dataset` reads a folder in the current directory as it reads a repository of the hub."""
     monkeypatch.chdir(tmp_path)
