@@ -138,7 +138,7 @@ def export_run(
     plan = plan_of(run, overrides=['model.device="cpu"'])
     model = plan.recipe.model
     if serve is not None:  # before anything is loaded
-        refuse_unserved(serve, kind=model.heads.kind, n_future=model.n_future)
+        refuse_unserved(serve, heads=model.heads, n_future=model.n_future)
     prepared = prepare_finished(run, plan, log=log)
     cast_parameters(prepared.policy, dtype)
     recipe = RunFolder(path=run).recipe
@@ -156,7 +156,9 @@ def export_run(
     write_export(
         prepared.policy, prepared.codec.tokenizer, to, facts=facts, recipe=recipe.read_bytes(), serve=serve
     )
-    return None if serve is None else serving_command(to, dtype=dtype, n_future=model.n_future)
+    if serve is None:
+        return None
+    return serving_command(to, server=serve, kind=model.heads.kind, dtype=dtype, n_future=model.n_future)
 
 
 def _load_export(folder: Path, recipe: Recipe, log: Callable[[str], None]) -> tuple[Policy, TextCodec]:

@@ -18,30 +18,47 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.export.mtp_layers import transformers_program
 from weighted_mtp_core.messages import python_command, quoted
 from weighted_mtp_core.model.policy import Policy
-from weighted_mtp_core.recipe.schema import HeadKind
+from weighted_mtp_core.recipe.schema import HeadKind, HeadsTable
 
 Server = Literal["transformers", "vllm", "sglang"]
 
-SERVED: Mapping[Server, tuple[HeadKind, ...]] = {"transformers": (), "vllm": ("medusa",), "sglang": ()}
+SERVED: Mapping[Server, tuple[HeadKind, ...]] = {
+    "transformers": ("sequential",),
+    "vllm": ("medusa", "sequential"),
+    "sglang": (),
+}
 """The kinds of heads with which each server drafts."""
 
 MEDUSA = "medusa"
 """The subfolder with vLLM's draft model."""
 
 
-def refuse_unserved(server: Server, *, kind: HeadKind, n_future: int) -> None:
+def refuse_unserved(server: Server, *, heads: HeadsTable, n_future: int) -> None:
     """Refuse a policy whose heads 2..K cannot draft in a server.
 
     Raises:
-        WmtpError: The server does not support this kind of heads, or the policy has only one head.
+        WmtpError: The server does not support this kind of heads, the heads were trained for another server,
+            or the policy has only one head.
     """
+    kind = heads.kind
     plain = "without `--serve`, the exported directory is an ordinary model for every server"
     if n_future == 1:
         raise WmtpError(f"the policy has one head, so nothing drafts in `{server}`", hint=plain)
     kinds = SERVED[server]
+    if kind == "sequential" and heads.init == "base":
+        raise WmtpError(
+            "`--serve` is for heads that do not come with the base model",
+            hint="export without `--serve`: the layers have the names under which the base model shipped them",
+        )
     if kind in kinds:
+        if kind == "sequential" and heads.serve != server:
+            raise WmtpError(
+                f"these `sequential` heads compute what `{heads.serve}` does, so `{server}` would draft badly",
+                hint=f'export with `--serve {heads.serve}`, or train with `model.heads.serve = "{server}"`',
+            )
         return
     takes = f"it takes {quoted(kinds)}" if kinds else "it takes no kind of heads that is trained here"
     others = [each for each, taken in SERVED.items() if kind in taken]
@@ -51,7 +68,7 @@ def refuse_unserved(server: Server, *, kind: HeadKind, n_future: int) -> None:
     )
 
 
-def write_served_heads(policy: Policy, folder: Path) -> None:
+def write_medusa(policy: Policy, folder: Path) -> None:
     """Write vLLM's draft model to the subfolder `medusa/` of an exported model.
 
     Raises:
@@ -89,12 +106,23 @@ def _medusa_tensors(policy: Policy) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
 
 
-def serving_command(path: Path, *, dtype: torch.dtype, n_future: int) -> str:
-    """Return the shell command that serves an exported model with vLLM's draft model.
+def serving_command(path: Path, *, server: Server, kind: HeadKind, dtype: torch.dtype, n_future: int) -> str:
+    """Return the shell command that drafts with an exported model.
 
-    The command contains the dtype, because otherwise vLLM computes in float16 if the files are in float32.
+    Args:
+        path: The exported model.
+        server: The server.
+        kind: The kind of heads.
+        dtype: Of the files. vLLM's command contains it, because otherwise vLLM computes in float16 if the
+            files are in float32.
+        n_future: K.
     """
-    draft = {"method": "medusa", "model": str(path / MEDUSA), "num_speculative_tokens": n_future - 1}
+    if server == "transformers":
+        return shlex.join(["python", "-c", transformers_program(path)])
+    draft: dict[str, object] = {"method": "mtp"}
+    if kind == "medusa":
+        draft = {"method": "medusa", "model": str(path / MEDUSA)}
+    draft["num_speculative_tokens"] = n_future - 1
     words = ["vllm", "serve", str(path), "--dtype", _name(dtype), "--speculative-config", json.dumps(draft)]
     return shlex.join(words)
 
@@ -109,11 +137,14 @@ def serving_hints(run: Path, to: Path, *, policy: Policy) -> list[tuple[str, str
         to: The directory that the first command writes.
         policy: The policy of the run.
     """
-    server = next((each for each, kinds in SERVED.items() if policy.head_kind in kinds), None)
+    kind = policy.head_kind
+    server = next((each for each, kinds in SERVED.items() if kind in kinds), None)
+    if kind == "sequential":
+        server = policy.heads_table.serve if policy.shipped is None else None
     if server is None or policy.n_future == 1 or policy.unembedding.bias is not None:
         return []
     export = python_command("weighted_mtp_core", "export", str(run), "--to", str(to), "--serve", server)
-    serve = serving_command(to, dtype=torch.float32, n_future=policy.n_future)
+    serve = serving_command(to, server=server, kind=kind, dtype=torch.float32, n_future=policy.n_future)
     return [("export it", export), ("serve it", serve)]
 
 

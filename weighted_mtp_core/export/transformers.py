@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from torch import Tensor
 import weighted_mtp_core
 from weighted_mtp_core.data.texts import differing_ids
 from weighted_mtp_core.errors import RunFailedError, WmtpError
-from weighted_mtp_core.export.serving import Server, write_served_heads
+from weighted_mtp_core.export.mtp_layers import compare_with_transformers, mtp_config, mtp_tensors
+from weighted_mtp_core.export.serving import Server, write_medusa
 from weighted_mtp_core.model.exported_model import (
     EXTRA_HEADS,
     FACTS,
@@ -74,26 +75,28 @@ def write_export(
             them for this package only.
 
     Raises:
-        WmtpError: transformers reads the tokenizer back with other ids, or the server leaves out a part of
-            the unembedding.
+        WmtpError: transformers reads the tokenizer back with other ids, or the server computes the heads
+            differently.
         RunFailedError: The disk is full, or permission is missing.
     """
     model = language_model(policy)
-    tensors = None if policy.shipped is None else {**model.state_dict(), **policy.shipped.tensors(policy)}
+    tensors, config = _mtp_layers(policy, serve)
     model.generation_config = _generation_config(tokenizer)
     about = {"format": FORMAT, "core": weighted_mtp_core.__version__, **attrs.asdict(facts)}
     try:
         with atomic_folder(path, replace=True) as folder:
-            model.save_pretrained(folder, state_dict=tensors)
-            if policy.shipped is not None and policy.config.architectures:
-                _keep_architectures(folder, policy.config.architectures)
+            model.save_pretrained(folder, state_dict={**model.state_dict(), **tensors} if tensors else None)
+            if config:
+                _change_config(folder, config)
             tokenizer.save_pretrained(folder)
             _read_back(tokenizer, folder)
             if policy.n_future > 1 and policy.shipped is None:
                 (folder / EXTRA_HEADS).parent.mkdir()
                 save_file(_extra_heads(policy), folder / EXTRA_HEADS)
-            if serve is not None:
-                write_served_heads(policy, folder)
+            if serve == "transformers":
+                compare_with_transformers(policy, folder)
+            elif serve is not None and policy.head_kind == "medusa":
+                write_medusa(policy, folder)
             (folder / FACTS).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
             (folder / RECIPE).write_bytes(recipe)
     except (OSError, SafetensorError) as error:
@@ -138,11 +141,20 @@ def language_model(policy: Policy) -> Any:
     return base
 
 
-def _keep_architectures(folder: Path, names: Sequence[str]) -> None:
-    """Write the architectures that the base model names, by which servers find its MTP layers."""
+def _mtp_layers(policy: Policy, serve: Server | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what the model's own files contain of heads 2..K: tensors, and keys of `config.json`."""
+    if policy.shipped is not None:
+        names = policy.config.architectures  # by which servers find the layers
+        return policy.shipped.tensors(policy), {"architectures": names} if names else {}
+    if policy.head_kind != "sequential" or serve is None or serve == "sglang":
+        return {}, {}
+    return mtp_tensors(policy, serve), mtp_config(policy, serve)
+
+
+def _change_config(folder: Path, changes: Mapping[str, Any]) -> None:
+    """Set keys of `config.json`."""
     file = folder / "config.json"
-    values = json.loads(file.read_text(encoding="utf-8"))
-    values["architectures"] = names
+    values = json.loads(file.read_text(encoding="utf-8")) | changes
     file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

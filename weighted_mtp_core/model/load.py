@@ -10,14 +10,14 @@ import torch
 from attrs import frozen
 
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.messages import reason
+from weighted_mtp_core.messages import quoted, reason
 from weighted_mtp_core.model.exported_model import is_exported_model, load_extra_heads, refuse_other_heads
 from weighted_mtp_core.model.micro import micro_folder
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.pretrained import load_pretrained, read_config, refuse_bad_weights
 from weighted_mtp_core.model.probe import compare, observe
 from weighted_mtp_core.model.shipped_heads import ShippedHeads, find_shipped_heads
-from weighted_mtp_core.model.shipped_layers import shipped_layers
+from weighted_mtp_core.model.shipped_layers import MIMO, shipped_layers
 from weighted_mtp_core.recipe.schema import HeadKind, HeadsTable, ModelTable, MtpServer
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder, sha256_of, verify_manifest
 
@@ -71,6 +71,12 @@ def load_policy(
         config = read_config(folder, kind=kind)
         shipped = find_shipped_heads(folder, config, n_future=table.n_future, shared=table.heads.shared)
     tokenizer, base = load_pretrained(folder, AutoModelForCausalLM, kind=kind, shipped=shipped)
+    if table.heads.serve == "vllm" and base.config.model_type not in MIMO.families:
+        raise WmtpError(
+            f"vLLM drafts with `sequential` heads of {quoted(MIMO.families)} models only, "
+            f"and `{folder}` is a `{base.config.model_type}` model",
+            hint='set `model.heads.serve = "transformers"`, or for vLLM `model.heads.kind = "medusa"`',
+        )
     if tokenizer.eos_token_id is None:
         raise WmtpError(f"the tokenizer of `{folder}` has no EOS token, so responses could not end")
     with torch.random.fork_rng():
@@ -86,7 +92,7 @@ def load_policy(
     if saved is not None and shipped is None:
         load_extra_heads(policy, saved)
     name = f"{folder.parent.name}/{folder.name}" if isinstance(folder, Path) else folder
-    unused = None if shipped is not None else _unused(shipped_layers(folder, base))
+    unused = None if shipped is not None or saved is not None else _unused(shipped_layers(folder, base))
     return LoadedPolicy(policy=policy, tokenizer=tokenizer, base_name=name, unused=unused)
 
 

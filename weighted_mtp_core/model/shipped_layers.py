@@ -78,7 +78,7 @@ _QWEN = Layout(
     serve="transformers",
     repeats=True,
 )
-_MIMO = Layout(
+MIMO = Layout(
     families=("qwen2",),
     block="model.mtp_layers.{depth}.",
     names={
@@ -91,7 +91,7 @@ _MIMO = Layout(
     serve="vllm",
     repeats=True,
 )
-LAYOUTS = (_DEEPSEEK, _GLM, _QWEN, _MIMO)
+LAYOUTS = (_DEEPSEEK, _GLM, _QWEN, MIMO)
 """Read in transformers 5.23.0 (`MtpLayer`) and vLLM 0.32.0 (`deepseek_mtp`, `glm4_moe_mtp`, `qwen3_next_mtp`,
 `qwen3_5_mtp`, `mimo_mtp`)."""
 
