@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPTJConfig, GPTJForCausalLM, LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.export.serving import refuse_unserved, serving_command, write_served_heads
+from weighted_mtp_core.export.serving import refuse_unserved, serving_command, write_medusa
 from weighted_mtp_core.export.transformers import language_model
 from weighted_mtp_core.model.load import make_policy
+from weighted_mtp_core.recipe.schema import HeadsTable
 
 V, H, K = 40, 16, 4
 PLAIN = "without `--serve`, the exported directory is an ordinary model for every server"
@@ -36,7 +37,7 @@ def policy(*, tied):
 def test_the_draft_model_of_vllm_computes_the_heads(tied, tmp_path):
     own = policy(tied=tied)
     language_model(own).save_pretrained(tmp_path)
-    write_served_heads(own, tmp_path)
+    write_medusa(own, tmp_path)
     ids_BT = torch.randint(0, V, (2, 9), generator=torch.Generator().manual_seed(1))
 
     # As vLLM's `Medusa` reads the files: a block of one linear layer per head, one matrix for all.
@@ -56,7 +57,7 @@ def test_the_draft_model_of_vllm_computes_the_heads(tied, tmp_path):
 
 
 def test_the_draft_model_of_vllm_has_its_config(tmp_path):
-    write_served_heads(policy(tied=True), tmp_path)
+    write_medusa(policy(tied=True), tmp_path)
 
     assert json.loads((tmp_path / "medusa" / "config.json").read_text()) == {
         "model_type": "medusa",
@@ -77,33 +78,65 @@ def test_an_unembedding_with_a_bias_cannot_draft_in_vllm(tmp_path):
     biased = make_policy(GPTJForCausalLM(config), n_future=2, head_kind="medusa")
 
     with pytest.raises(WmtpError, match="has a bias, which vLLM does not apply to drafts"):
-        write_served_heads(biased, tmp_path)
+        write_medusa(biased, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("server", "kind", "takes", "others"),
     [
-        ("vllm", "parallel", "it takes `medusa`", ""),
+        ("vllm", "parallel", "it takes `medusa`, `sequential`", ""),
         (
             "sglang",
             "medusa",
             "it takes no kind of heads that is trained here",
             "`medusa` heads are served by `vllm`; ",
         ),
-        ("transformers", "parallel", "it takes no kind of heads that is trained here", ""),
+        ("transformers", "parallel", "it takes `sequential`", ""),
+        ("transformers", "medusa", "it takes `sequential`", "`medusa` heads are served by `vllm`; "),
     ],
 )
 def test_a_kind_of_heads_that_a_server_does_not_take_is_an_error(server, kind, takes, others):
     with pytest.raises(WmtpError) as caught:
-        refuse_unserved(server, kind=kind, n_future=K)
+        refuse_unserved(server, heads=HeadsTable(kind=kind), n_future=K)
 
     assert str(caught.value) == f"`{server}` cannot draft with `{kind}` heads: {takes}"
     assert caught.value.hint == others + PLAIN
 
 
+@pytest.mark.parametrize(
+    ("heads", "server", "message", "mend"),
+    [
+        (
+            {"shared": True, "serve": "vllm"},
+            "transformers",
+            "these `sequential` heads were trained for `vllm`, so `transformers` would draft badly",
+            'export with `--serve vllm`, or train with `model.heads.serve = "transformers"`',
+        ),
+        (
+            {"init": "base"},
+            "transformers",
+            "`--serve` is for heads that do not come from the base model",
+            "export without `--serve`: the layers keep the names that the base model gives them",
+        ),
+    ],
+)
+def test_sequential_heads_that_a_server_would_compute_differently_are_an_error(heads, server, message, mend):
+    with pytest.raises(WmtpError) as caught:
+        refuse_unserved(server, heads=HeadsTable(kind="sequential", **heads), n_future=K)
+
+    assert (str(caught.value), caught.value.hint) == (message, mend)
+
+
+def test_vllm_drafts_all_tokens_with_the_layer_in_the_model_itself(tmp_path):
+    command = serving_command(tmp_path, server="vllm", kind="sequential", dtype=torch.float32, n_future=K)
+
+    draft = shlex.split(command)[-1]
+    assert json.loads(draft) == {"method": "mtp", "num_speculative_tokens": K - 1}
+
+
 def test_one_head_cannot_draft():
     with pytest.raises(WmtpError) as caught:
-        refuse_unserved("vllm", kind="medusa", n_future=1)
+        refuse_unserved("vllm", heads=HeadsTable(kind="medusa"), n_future=1)
 
     assert (str(caught.value), caught.value.hint) == (
         "the policy has one head, so nothing drafts in `vllm`",
@@ -112,7 +145,8 @@ def test_one_head_cannot_draft():
 
 
 def test_the_command_that_serves_is_for_a_shell(tmp_path):
-    command = serving_command(tmp_path / "my model", dtype=torch.bfloat16, n_future=K)
+    path = tmp_path / "my model"
+    command = serving_command(path, server="vllm", kind="medusa", dtype=torch.bfloat16, n_future=K)
 
     *words, draft = shlex.split(command)
     expected = ["vllm", "serve", str(tmp_path / "my model"), "--dtype", "bfloat16", "--speculative-config"]

@@ -8,7 +8,7 @@ examples:
   export 20261123-140924 --to models/sorter
   export 20261123-140924 --to models/sorter --force       replace an existing exported model
   export 20261123-140924 --to models/sorter --dtype bfloat16   half the size
-  export 20261123-140924 --to models/sorter --serve vllm      also write the draft model of vLLM
+  export 20261123-140924 --to models/sorter --serve vllm      also write the heads as vLLM reads them
 """
 
 from __future__ import annotations

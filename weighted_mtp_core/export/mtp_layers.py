@@ -21,6 +21,7 @@ from weighted_mtp_core.messages import reason
 from weighted_mtp_core.model.families import text_config
 from weighted_mtp_core.model.heads.sequential import SequentialHeads
 from weighted_mtp_core.model.policy import Policy
+from weighted_mtp_core.model.pretrained import without_report
 from weighted_mtp_core.model.probe import probe_ids
 from weighted_mtp_core.model.shipped_layers import MIMO
 from weighted_mtp_core.recipe.schema import MtpServer
@@ -78,7 +79,8 @@ def compare_with_transformers(policy: Policy, folder: Path) -> None:
     kind = policy.config.model_type
     mend = 'set `model.heads.kind = "medusa"` and serve with vLLM, or export without `--serve`'
     try:
-        gap = _gap(policy, folder)
+        with without_report():
+            gap = _gap(policy, folder)
     except Exception as error:  # of any model at all, so of any kind
         raise WmtpError(
             f"transformers cannot draft with the heads of a `{kind}` model ({reason(error)})", hint=mend

@@ -50,13 +50,13 @@ def refuse_unserved(server: Server, *, heads: HeadsTable, n_future: int) -> None
     kinds = SERVED[server]
     if kind == "sequential" and heads.init == "base":
         raise WmtpError(
-            "`--serve` is for heads that do not come with the base model",
-            hint="export without `--serve`: the layers have the names under which the base model shipped them",
+            "`--serve` is for heads that do not come from the base model",
+            hint="export without `--serve`: the layers keep the names that the base model gives them",
         )
     if kind in kinds:
         if kind == "sequential" and heads.serve != server:
             raise WmtpError(
-                f"these `sequential` heads compute what `{heads.serve}` does, so `{server}` would draft badly",
+                f"these `sequential` heads were trained for `{heads.serve}`, so `{server}` would draft badly",
                 hint=f'export with `--serve {heads.serve}`, or train with `model.heads.serve = "{server}"`',
             )
         return

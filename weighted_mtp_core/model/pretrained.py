@@ -54,7 +54,7 @@ def load_pretrained(
             hint="put the model's `tokenizer.json` and `tokenizer_config.json` in the folder of its weights",
         ) from error
     try:
-        with _without_report():
+        with without_report():
             model, info = _class_of(source, model_class).from_pretrained(
                 source,
                 dtype=torch.float32,
@@ -70,7 +70,7 @@ def load_pretrained(
 
 
 @contextmanager
-def _without_report() -> Iterator[None]:
+def without_report() -> Iterator[None]:
     """Inside this context, transformers prints no table of missing and unexpected tensors."""
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(_is_no_report)  # another level of the logger would make transformers report other things

@@ -1,0 +1,166 @@
+"""Each kind of heads trains alike in one process and sharded over two, and goes on from a checkpoint.
+
+Shape letters: B rows, T positions, K heads.
+"""
+
+import multiprocessing
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from weighted_mtp_core.api import Batch, WeightingStrategy, Weights
+from weighted_mtp_core.checkpointing.manager import Checkpoints
+from weighted_mtp_core.checkpointing.snapshot import Snapshot
+from weighted_mtp_core.model.load import make_policy
+from weighted_mtp_core.recipe.schema import CheckpointTable, LossTable, TrainTable
+from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
+from weighted_mtp_core.runtime.sharding import decoder_layers, shard
+from weighted_mtp_core.training.loop import train
+from weighted_mtp_core.training.policy_learner import PolicyLearner
+from weighted_mtp_core.training.weighting_inputs import Weighting
+
+V, K, STEPS, CHECKPOINT = 31, 3, 6, 3
+HEADS = {
+    "parallel": {"head_kind": "parallel"},
+    "medusa": {"head_kind": "medusa"},
+    "sequential": {"head_kind": "sequential"},
+    "sequential for vllm": {"head_kind": "sequential", "shared": True, "serve": "vllm"},
+}
+
+
+class Uneven(WeightingStrategy):
+    def weigh(self, view):
+        return Weights(weight=(0.1 + view.ids_BT % 5).where(view.response_BT, 0.0))
+
+
+class Losses:
+    """Keeps the losses of the steps."""
+
+    def __init__(self):
+        self.by_step = {}
+
+    def metrics(self, stage, step, values):
+        if "train_loss" in values:
+            self.by_step[step] = float(values["train_loss"])
+
+    def timings(self, stage, step, values):
+        pass
+
+    def progress(self, step, values):
+        pass
+
+
+def batch_of(step):
+    ids_BT = torch.randint(2, V, (4, 12), generator=torch.Generator().manual_seed(step))
+    zero_BT = torch.zeros_like(ids_BT)
+    return Batch(
+        ids_BT=ids_BT,
+        document_BT=zero_BT,
+        response_BT=(torch.arange(12) >= 3).expand(4, -1),
+        reward_BT=zero_BT.float(),
+        group_BT=zero_BT,
+    )
+
+
+def new_policy(heads, what):
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=V,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    policy = make_policy(Qwen2ForCausalLM(config), n_future=K, **HEADS[heads])
+    if what == "heads":
+        policy.freeze_base()
+    return policy
+
+
+def changed(heads, snapshot):
+    """Return whether training has changed the base model, and whether it has changed heads 2..K."""
+    policy, tensors = new_policy(heads, "all"), snapshot.part("learner")
+    later = {id(parameter) for parameter in policy.later_parameters()}
+    found = {False: False, True: False}
+    for name, parameter in policy.named_parameters():
+        found[id(parameter) in later] |= not torch.equal(tensors[f"policy.{name}"], parameter.detach())
+    return found[False], found[True]
+
+
+def trained(heads, what, folder, *, distributed=SINGLE_PROCESS, resume=None):
+    """Train; return the loss of each step."""
+    policy = new_policy(heads, what)
+    if distributed is not SINGLE_PROCESS:
+        shard(decoder_layers(policy), distributed)
+    learner = PolicyLearner(
+        policy=policy,
+        weighting=Weighting(strategy=Uneven(), needs=frozenset(), critic=None, label="uneven"),
+        loss=LossTable(),
+        steps=STEPS,
+        pairs_per_step=(36.0,) * K,
+        accumulation=1,
+        distributed=distributed,
+        autocast=lambda: torch.autocast("cpu", enabled=False),
+        validation=lambda: [batch_of(100)],
+        best=folder / "best.pt",
+    )
+    reporter = Losses()
+    table = TrainTable(steps=STEPS, learning_rate=0.02, warmup_steps=0, validate_every=STEPS, log_every=1)
+    checkpoint = CheckpointTable(every=CHECKPOINT, keep=5)
+    with Checkpoints(folder=folder, table=checkpoint, log=print, distributed=distributed) as checkpoints:
+        train(
+            learner,
+            table,
+            batch_of=batch_of,
+            reporter=reporter,
+            checkpoints=checkpoints,
+            resume=resume,
+            distributed=distributed,
+        )
+    return reporter.by_step
+
+
+def train_as(rank, folder, heads, what, results):
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
+    distributed = Distributed(rank=rank, size=2, control_group=dist.new_group(backend="gloo"))
+    try:
+        results.put((rank, trained(heads, what, folder, distributed=distributed)))
+    finally:
+        distributed.shutdown()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("what", ["all", "heads"])
+@pytest.mark.parametrize("heads", HEADS)
+def test_two_sharded_processes_train_as_one_does_and_one_goes_on_with_their_checkpoint(heads, what, tmp_path):
+    (tmp_path / "two").mkdir()
+    (tmp_path / "one").mkdir()
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [
+        context.Process(target=train_as, args=(rank, tmp_path / "two", heads, what, results))
+        for rank in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    (_, losses), _ = sorted((results.get(timeout=240) for _ in processes), key=lambda found: found[0])
+    for process in processes:
+        process.join(60)
+
+    alone = trained(heads, what, tmp_path / "one")
+    snapshot = Snapshot.read(tmp_path / "two" / f"policy-{CHECKPOINT:08d}")
+    later = trained(heads, what, tmp_path / "one", resume=snapshot)
+
+    assert set(losses) == set(alone)
+    assert losses == pytest.approx(alone, rel=1e-4)
+    assert later == pytest.approx({step: alone[step] for step in later}, rel=1e-4)
+    assert STEPS in later
+    assert len(later) == STEPS - CHECKPOINT
+    for folder in ("two", "one"):
+        last = Snapshot.read(tmp_path / folder / f"policy-{STEPS:08d}")
+        assert changed(heads, last) == (what == "all", True)
