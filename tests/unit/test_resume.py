@@ -212,6 +212,18 @@ def test_a_critic_that_is_trained_keeps_its_steps(plan, leave):
         refuse_changes(path, plan(critic, "critic.train.steps=900"), allowed=())
 
 
+@pytest.mark.parametrize("change", ["train.select_by=acceptance", "model.train=heads"])
+def test_the_measure_that_chose_the_best_state_cannot_be_allowed_to_change(plan, leave, change):
+    path = leave(plan(), "KILLED")
+
+    refuse_changes(path, plan("train.select_by=head_1"), allowed=["train"])
+    refuse_changes(path, plan(change), allowed=["train", "model"])
+    record(path, "policy", 0)
+    refuse_changes(path, plan("train.select_by=head_1"), allowed=["train"])
+    with pytest.raises(WmtpError, match=r"chooses the state to keep by `head_1`; `train.select_by` is now `"):
+        refuse_changes(path, plan(change), allowed=["train", "model"])
+
+
 def test_other_data_are_refused(plan, leave):
     folder = RunFolder.open(leave(plan(), "KILLED"))
     first = DatasetVersion(name="lines", version="1", sha256="a" * 64)

@@ -13,6 +13,7 @@ from weighted_mtp_core.checkpointing.manager import steps_of_snapshots
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import python_command
 from weighted_mtp_core.plan import Plan
+from weighted_mtp_core.recipe.schema import default_selection
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
 from weighted_mtp_core.tracking.journal import read_journal
 from weighted_mtp_core.tracking.run_folder import RunFolder, find_run, is_held, read_run
@@ -80,7 +81,8 @@ def refuse_changes(path: Path, plan: Plan, *, allowed: Sequence[str]) -> None:
         allowed: Keys that the user allows to differ (`--allow-change`).
 
     Raises:
-        WmtpError: There are differences that are not allowed, or the run is already finished.
+        WmtpError: There are differences that are not allowed, the run is already finished, or its best state
+            so far was chosen by another measure.
     """
     was = read_run(path)
     _refuse(path, _changes(was, plan, allowed=allowed))
@@ -98,6 +100,16 @@ def refuse_changes(path: Path, plan: Plan, *, allowed: Sequence[str]) -> None:
     if was.get("status") == "FINISHED" and not trains_on:
         raise WmtpError(f"the run `{path}` is finished", hint="raise `train.steps` to train it further")
     _refuse_fewer_steps(path, plan, done)
+    chose, chooses = _selects_by(before), _selects_by(now)
+    if "policy" in done and chose != chooses:  # scores of two measures cannot be compared
+        raise WmtpError(
+            f"the run `{path}` chooses the state to keep by `{chose}`; `train.select_by` is now `{chooses}`",
+            hint="undo the change, or begin a new run",
+        )
+
+
+def _selects_by(params: Mapping[str, str]) -> str:
+    return params.get("train.select_by") or default_selection(params.get("model.train"))
 
 
 def _refuse_fewer_steps(path: Path, plan: Plan, done: Mapping[str, int]) -> None:
