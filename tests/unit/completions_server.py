@@ -4,7 +4,7 @@
 
 It prints its port. `PUT /faults` sets the faults of the next requests, in the order of arrival: a status,
 `hang`, `bare` (an answer without log-probabilities) or `ok` (no fault). `GET /seen` returns what the server
-has seen since then: the number of requests, how many there were at once, and their keys.
+has seen since then: the number of requests, how many there were at once and are `open`, and their keys.
 """
 
 import json
@@ -22,18 +22,20 @@ HANG_S = 5.0
 class Server(ThreadingHTTPServer):
     """The model, and what was seen."""
 
+    request_queue_size = 64  # more connections than clients open at once, which are reset otherwise
+
     def __init__(self, model):
         super().__init__(("127.0.0.1", 0), Handler)
         self.name = model
         self.model = AutoModelForCausalLM.from_pretrained(model).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.lock, self.computing = threading.Lock(), threading.Lock()
+        self.lock, self.computing, self.open = threading.Lock(), threading.Lock(), set()
         self.reset([])
 
     def reset(self, faults):
         """Set the faults of the next requests, and forget what was seen."""
         with self.lock:
-            self.faults, self.open = faults, set()
+            self.faults = faults
             self.seen = {"requests": 0, "most": 0, "keys": []}
 
     def begin(self, key):
@@ -87,7 +89,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self):
-        self.answer(200, self.server.seen)
+        self.answer(200, {**self.server.seen, "open": len(self.server.open)})
 
     def content(self):
         return json.loads(self.rfile.read(int(self.headers["Content-Length"])))

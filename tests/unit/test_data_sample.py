@@ -376,10 +376,17 @@ def process(folder):
 
 
 @pytest.fixture
-def serving(process):
-    """Give the next requests some faults; return the address of the API."""
+def serving(process, seen):
+    """Give the next requests some faults; return the address of the API.
+
+    A command that fails leaves requests behind, which end with its process, but not with its test.
+    """
 
     def serving(*faults):
+        quiet = 0
+        while quiet < 3:
+            quiet = 0 if seen()["open"] else quiet + 1
+            time.sleep(0.1)
         requests.put(f"{process}/faults", json=faults, timeout=10).raise_for_status()
         return f"{process}/v1"
 
