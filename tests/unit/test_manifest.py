@@ -1,6 +1,8 @@
 """Files are written atomically and verified against their manifest."""
 
+import fcntl
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from weighted_mtp_core.api import WmtpError
@@ -125,14 +127,40 @@ def test_a_linked_file_that_changed_in_place_is_summed_anew(tmp_path):
 
 
 def test_the_next_process_deletes_the_folders_that_killed_ones_left_unfinished(tmp_path):
-    (tmp_path / ".made.0123" / "deep").mkdir(parents=True)
-    (tmp_path / ".made.0123" / "deep" / "file").write_text("half")
-    (tmp_path / ".mad.0123").mkdir()
+    (tmp_path / ".made.01234567" / "deep").mkdir(parents=True)
+    (tmp_path / ".made.01234567" / "deep" / "file").write_text("half")
+    (tmp_path / ".mad.01234567").mkdir()
 
     with unfinished_folder(tmp_path / "made") as running, unfinished_folder(tmp_path / "made") as other:
         (running / "file").write_text("half")
         found = {path.name for path in tmp_path.iterdir()}
     left = [path.name for path in tmp_path.iterdir()]
 
-    assert found == {running.name, other.name, ".mad.0123"}
-    assert left == [".mad.0123"]
+    assert found == {running.name, other.name, ".mad.01234567"}
+    assert left == [".mad.01234567"]
+
+
+def test_the_next_write_deletes_the_files_that_killed_ones_left_unfinished(tmp_path):
+    for name in (".file.01234567", ".file.89abcdef", ".file.swp", ".files.01234567"):
+        (tmp_path / name).write_text("half")
+
+    with (tmp_path / ".file.89abcdef").open() as in_use:
+        fcntl.flock(in_use, fcntl.LOCK_EX)
+        atomic_write(tmp_path / "file", "new")
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".file.89abcdef",  # its process is alive
+        ".file.swp",
+        ".files.01234567",
+        "file",
+    ]
+
+
+def test_processes_that_write_a_file_at_the_same_time_all_succeed(tmp_path):
+    path = tmp_path / "file"
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: atomic_write(path, f"{number}" * 1000), range(200)))
+
+    assert path.read_text() in {f"{number}" * 1000 for number in range(200)}
+    assert [one.name for one in tmp_path.iterdir()] == ["file"]

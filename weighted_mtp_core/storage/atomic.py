@@ -7,26 +7,29 @@ import glob
 import os
 import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
-    """Write a file so that readers always get the complete old or new contents, even after a crash."""
+    """Write a file so that readers always get the complete old or new contents, even after a crash.
+
+    If the process is killed, the next call for `path` deletes the unfinished file `.<name>.<random>`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    delete_abandoned(path)
+    temporary, lock = _new_locked(path, Path.touch)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+        os.close(lock)
     sync_to_disk(path.parent)
 
 
@@ -39,7 +42,7 @@ def unfinished_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     delete_abandoned(path)
-    folder, lock = _new_folder(path)
+    folder, lock = _new_locked(path, Path.mkdir)
     try:
         yield folder
     finally:
@@ -47,28 +50,36 @@ def unfinished_folder(path: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def _new_folder(path: Path) -> tuple[Path, int]:
-    """Create a folder beside `path`, and a descriptor that locks it unless the file system has no locks."""
+def unfinished_name(path: Path) -> Path:
+    """Return a new name `.<name>.<random>` beside `path`, which `delete_abandoned` recognises."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+
+
+def _new_locked(path: Path, create: Callable[[Path], None]) -> tuple[Path, int]:
+    """Create a file or folder beside `path`; return it with a descriptor that locks it where locks exist."""
     while True:
-        folder = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        folder.mkdir()
+        temporary = unfinished_name(path)
+        create(temporary)
         with suppress(FileNotFoundError):  # another process took it for abandoned before it was locked
-            lock = os.open(folder, os.O_RDONLY)
+            lock = os.open(temporary, os.O_RDONLY)
             with suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            if folder.exists():
-                return folder, lock
+            if temporary.exists():
+                return temporary, lock
             os.close(lock)
 
 
 def delete_abandoned(path: Path) -> None:
-    """Delete the unfinished folders for `path` that killed processes left."""
-    for folder in path.parent.glob(f".{glob.escape(path.name)}.*/"):
+    """Delete the unfinished files and folders for `path` that killed processes left."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}"):
         with suppress(FileNotFoundError):
-            lock = os.open(folder, os.O_RDONLY)
+            lock = os.open(temporary, os.O_RDONLY)
             with suppress(OSError):  # in use, or on a file system without locks
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder)
+                if temporary.is_dir():
+                    shutil.rmtree(temporary)
+                else:
+                    temporary.unlink()
             os.close(lock)
 
 

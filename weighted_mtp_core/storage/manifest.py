@@ -6,13 +6,12 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.storage.atomic import atomic_write, sync_to_disk, unfinished_folder
+from weighted_mtp_core.storage.atomic import atomic_write, sync_to_disk, unfinished_folder, unfinished_name
 
 MANIFEST = "manifest.json"
 DERIVED = "derived"
@@ -65,8 +64,7 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 def _swap(new: Path, old: Path) -> None:
     """Replace the folder `old` with `new`; if this fails, `old` is kept."""
-    aside = Path(tempfile.mkdtemp(dir=old.parent, prefix=f".{old.name}."))
-    old.rename(aside)
+    aside = old.rename(unfinished_name(old))
     try:
         new.rename(old)
     except OSError:
