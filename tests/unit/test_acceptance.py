@@ -14,6 +14,7 @@ from weighted_mtp_core.generation.draft_heads import DecodingHeads
 from weighted_mtp_core.generation.generate import generate
 from weighted_mtp_core.model import chunked_unembedding
 from weighted_mtp_core.model.load import make_policy
+from weighted_mtp_core.recipe.schema import default_selection
 from weighted_mtp_core.training.head_quality import head_quality, selection_score
 
 V = 4  # few tokens, so that heads often agree
@@ -148,6 +149,20 @@ def test_heads_that_always_choose_the_same_token_are_always_confirmed():
 
 def test_a_single_head_drafts_nothing():
     assert not [name for name in measured(small_policy(n_future=1), texts(0)) if "acceptance" in name]
+
+
+@pytest.mark.parametrize(
+    ("train", "heads", "select_by"),
+    [
+        ("all", "kl", "head_1"),
+        ("heads", "labels", "later_heads"),
+        ("heads", "both", "later_heads"),
+        ("heads", "kl", "acceptance"),
+        ("heads", None, "later_heads"),
+    ],
+)
+def test_what_is_trained_selects_the_state_to_keep(train, heads, select_by):
+    assert default_selection(train, heads) == select_by
 
 
 @pytest.mark.parametrize(

@@ -85,12 +85,14 @@ def learner(folder, *, head_rate):
 
 
 class Reports:
-    """Calls `at[step]` when the metrics of a step are reported."""
+    """Keeps the metrics of each step, and calls `at[step]` when they are reported."""
 
     def __init__(self, at):
         self.at = at
+        self.found = {}
 
     def metrics(self, stage, step, values):
+        self.found.setdefault(step, {}).update(values)
         self.at.get(step, lambda: None)()
 
     def timings(self, stage, step, values):
@@ -100,19 +102,28 @@ class Reports:
         pass
 
 
-def trained(folder, *, head_rate, at=None, resume=False):
+def trained(folder, **changes):
     """Return the parameters after all steps."""
+    parameters, _ = parameters_and_metrics(folder, **changes)
+    return parameters
+
+
+def parameters_and_metrics(folder, *, head_rate, at=None, resume=False, only_heads=False):
+    """Return the parameters after all steps, and the metrics of each step."""
     made = learner(folder, head_rate=head_rate)
+    for name, parameter in made.policy.named_parameters():
+        parameter.requires_grad_(name.startswith(LATER) or not only_heads)
+    reports = Reports(at or {})
     with Checkpoints(folder=folder, table=CheckpointTable(every=0), log=print) as checkpoints:
         train(
             made,
             TABLE,
             batch_of=batch,
-            reporter=Reports(at or {}),
+            reporter=reports,
             checkpoints=checkpoints,
             resume=checkpoints.newest() if resume else None,
         )
-    return dict(made.policy.named_parameters())
+    return dict(made.policy.named_parameters()), reports.found
 
 
 def by_hand(folder, *, head_learning_rate):
@@ -152,6 +163,25 @@ def test_a_resumed_run_has_the_same_rates(tmp_path):
 
     for name, parameter in whole.items():
         assert torch.equal(resumed[name], parameter), name
+
+
+RATE, HEAD_RATE = "policy_learning_rate", "policy_head_learning_rate"
+
+
+@pytest.mark.parametrize(
+    ("head_rate", "only_heads", "recorded"),
+    [
+        (1.0, False, {RATE: 0.01}),
+        (5.0, False, {RATE: 0.01, HEAD_RATE: 0.05}),
+        (5.0, True, {RATE: 0.05}),
+        (1.0, True, {RATE: 0.01}),
+    ],
+)
+def test_the_recorded_rates_are_those_that_parameters_learn_at(tmp_path, head_rate, only_heads, recorded):
+    _, metrics = parameters_and_metrics(tmp_path, head_rate=head_rate, only_heads=only_heads)
+
+    found = metrics[TABLE.warmup_steps]
+    assert {name: found[name] for name in found if name.endswith("learning_rate")} == pytest.approx(recorded)
 
 
 def test_equal_rates_are_one_rate():

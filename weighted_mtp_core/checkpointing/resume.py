@@ -109,7 +109,8 @@ def refuse_changes(path: Path, plan: Plan, *, allowed: Sequence[str]) -> None:
 
 
 def _selects_by(params: Mapping[str, str]) -> str:
-    return params.get("train.select_by") or default_selection(params.get("model.train"))
+    default = default_selection(params.get("model.train"), params.get("loss.heads"))
+    return params.get("train.select_by") or default
 
 
 def _refuse_fewer_steps(path: Path, plan: Plan, done: Mapping[str, int]) -> None:

@@ -189,9 +189,15 @@ class PolicyTrainTable(TrainTable):
     head_learning_rate: float | None = field(default=None, validator=v.optional(v.gt(0)))
 
 
-def default_selection(train: str | None) -> SelectBy:
-    """Return the default of `train.select_by` for a value of `model.train`."""
-    return "later_heads" if train == "heads" else "head_1"
+def default_selection(train: str | None, heads: str | None) -> SelectBy:
+    """Return the default of `train.select_by` for the values of `model.train` and `loss.heads`.
+
+    Heads that learn head 1's distribution alone may predict the labels less well while more of their drafts
+    are accepted.
+    """
+    if train != "heads":
+        return "head_1"
+    return "acceptance" if heads == "kl" else "later_heads"
 
 
 HeadTargets = Literal["labels", "kl", "both"]

@@ -125,8 +125,9 @@ def _validations(history: RunHistory) -> dict[int, dict[str, float]]:
 
 def _kept_step(history: RunHistory) -> int | None:
     """Return the step whose policy was kept as the best, or None if no validation has a finite score."""
-    train = history.params.get("model.train")
-    select_by = cast("SelectBy", history.params.get("train.select_by", default_selection(train)))
+    params = history.params
+    default = default_selection(params.get("model.train"), params.get("loss.heads"))
+    select_by = cast("SelectBy", params.get("train.select_by", default))
     scores = {step: selection_score(found, select_by) for step, found in _validations(history).items()}
     finite = [step for step in sorted(scores) if math.isfinite(scores[step])]
     return max(finite, key=scores.__getitem__, default=None)

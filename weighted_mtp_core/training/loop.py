@@ -298,7 +298,12 @@ class _Training:
     def _log(self, done: int, scalars: Scalars) -> None:
         stage, loss_name = self.learner.stage, self.learner.loss_name
         values = {name: float(value) for name, value in scalars.items()}
-        values[f"{stage}_learning_rate"] = learning_rate(self.table, done - 1)
+        scheduled = learning_rate(self.table, done - 1)
+        rates = {group["rate"] for group in self.optimiser.param_groups}
+        rate, *head_rate = sorted(rates, key=lambda each: each != 1.0)
+        values[f"{stage}_learning_rate"] = rate * scheduled
+        if head_rate:
+            values[f"{stage}_head_learning_rate"] = head_rate[0] * scheduled
         values[f"{stage}_skipped_steps"] = float(self.nonfinite.total)
         self.reporter.metrics(stage, done, values)
         rate = self.tokens / max(time.perf_counter() - self.clock, 1e-9)

@@ -104,7 +104,7 @@ class PolicyLearner(Learner):
             knows_slips=prepared.knows_slips,
             head_rate=(recipe.train.head_learning_rate or recipe.train.learning_rate)
             / recipe.train.learning_rate,
-            select_by=recipe.train.select_by or default_selection(recipe.model.train),
+            select_by=recipe.train.select_by or default_selection(recipe.model.train, recipe.loss.heads),
         )
 
     def __attrs_post_init__(self) -> None:
