@@ -227,6 +227,12 @@ def test_the_seed_decides_every_byte(written):
     assert responses[0] != responses[1]
 
 
+def test_other_options_of_the_data_are_another_version(written):
+    first = written(*OFTEN)
+
+    assert written(*OFTEN, "--set", "data.bos=always").name != first.name
+
+
 def test_samples_are_those_that_evaluate_judges(written, folder, tmp_path, capsys):
     data = written(*OFTEN, "--split", "test")
     words = ("--split", "test", "--samples", "6", "--temperature", "1.5", "--problems", "0", "--out")

@@ -29,6 +29,7 @@ from weighted_mtp_core.api import (
 )
 from weighted_mtp_core.errors import RunFailedError, WmtpError
 from weighted_mtp_core.generation.samplers import SampledText, Sampler
+from weighted_mtp_core.identifiers import flat
 from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.recipe.structure import plain
 from weighted_mtp_core.tracking.display import Display
@@ -69,10 +70,12 @@ class SampledData:
     def depends_on(self) -> dict[str, Any]:
         """Everything that the samples depend on; its hash is the version of the data set."""
         data, table = self.source.version(), plain(self.plan.recipe.evaluate)
+        options = dict(flat({"data": plain(self.plan.recipe.data)}))
         return {
             "format": _FORMAT,
             "model": dict(self.model),
             "data": {"name": data.name, "version": data.version, "sha256": data.sha256, "split": self.split},
+            "options": {key: text for key, text in options.items() if key not in self.plan.same_result},
             "problems": len(self.problems),
             "evaluate": {key: value for key, value in table.items() if key not in _OF_EVALUATION},
             "seed": self.plan.recipe.run.seed,

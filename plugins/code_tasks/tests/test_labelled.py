@@ -19,13 +19,13 @@ PROBLEM = Problem(
 )
 
 
-def source(tmp_path, *candidates):
+def source(tmp_path, *candidates, **settings):
     return LabelledSource(
         name="planted",
         recipe={},
         draw=lambda: [LabelledProblem(problem=PROBLEM, split="train", candidates=candidates)],
         storage=tmp_path,
-        judge=FunctionJudge(sandbox=SandboxSettings(workers=1, cpu_seconds=1)),
+        judge=FunctionJudge(sandbox=SandboxSettings(**{"workers": 1, "cpu_seconds": 1} | settings)),
     )
 
 
@@ -79,6 +79,14 @@ def test_the_labels_remember_the_sandbox_that_made_them(tmp_path):
     provenance = json.loads((source(tmp_path, RIGHT).folder / "provenance.json").read_text())
 
     assert provenance["sandbox"]["backend"] in {"bubblewrap", "landlock"}
+
+
+def test_labels_made_under_other_limits_are_another_version(tmp_path):
+    version = source(tmp_path, RIGHT).version().version
+
+    assert source(tmp_path, RIGHT, workers=2).version().version == version
+    for changed in ({"cpu_seconds": 5}, {"wall_seconds": 20}, {"memory_mb": 256}):
+        assert source(tmp_path, RIGHT, **changed).version().version != version
 
 
 def test_the_labels_remember_their_tests(tmp_path):

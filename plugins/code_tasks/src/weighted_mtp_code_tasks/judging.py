@@ -36,6 +36,10 @@ class Judge(ABC):
     def judge(self, attempts: Attempts, *, on_done: Callable[[], None] | None = None) -> Judgement:
         """Judge completions; `on_done` is called after each completion."""
 
+    def limits(self) -> dict[str, float]:
+        """Return the limits of this judge that differ from their defaults, by name."""
+        return {}
+
 
 @define(kw_only=True)
 class FunctionJudge(Judge):
@@ -46,6 +50,10 @@ class FunctionJudge(Judge):
     def job(self, problem: Problem, completion: str) -> AnyJob:
         """Return what the sandbox runs."""
         return Job(program=problem.prompt + completion, entry_point=problem.entry_point, tests=problem.tests)
+
+    def limits(self) -> dict[str, float]:
+        """Return the limits of the sandbox that differ from their defaults, by name."""
+        return self.sandbox.limits()
 
     def judge(self, attempts: Attempts, *, on_done: Callable[[], None] | None = None) -> Judgement:
         """Run the completions in a sandbox."""

@@ -48,7 +48,8 @@ class LabelledSource(DataSource):
 
     Attributes:
         name: Name of the data and of its folder under `datasets_v2/`.
-        recipe: Everything that the responses depend on; its hash is the version.
+        recipe: Everything that the responses depend on; the version is its hash, together with the limits of
+            the judge that differ from their defaults.
         draw: Makes problems and candidates; called only if the version is not in storage.
         storage: The storage root.
         judge: Judges responses and completions.
@@ -66,7 +67,9 @@ class LabelledSource(DataSource):
     _stored: StoredDataset = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        recipe = json.dumps({"format": _FORMAT, **self.recipe}, sort_keys=True)
+        limits = self.judge.limits()
+        depends_on = {"format": _FORMAT, **self.recipe, **({"limits": limits} if limits else {})}
+        recipe = json.dumps(depends_on, sort_keys=True)
         version = hashlib.sha256(recipe.encode()).hexdigest()[:12]
         self._stored = store_dataset(self.storage, name=self.name, version=version, write=self._write)
 

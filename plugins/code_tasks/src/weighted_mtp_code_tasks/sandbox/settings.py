@@ -30,6 +30,12 @@ class SandboxSettings:
     memory_mb: int = field(default=512, validator=v.ge(64))
     workers: int = field(default=0, validator=v.ge(0), metadata=SAME_RESULT)
 
+    def limits(self) -> dict[str, float]:
+        """Return the limits that differ from their defaults, by name: verdicts can depend on them."""
+        names = ("cpu_seconds", "wall_seconds", "memory_mb")
+        default = SandboxSettings()
+        return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(default, name)}
+
     def worker_count(self) -> int:
         """Return how many programs run at the same time on this machine.
 
