@@ -167,7 +167,7 @@ def test_parameters_in_bfloat16_are_read_back_by_transformers_and_as_all_heads(b
 
 @pytest.mark.parametrize("options", [{"shared": True}, {"shared": True, "serve": "vllm"}])
 def test_sequential_heads_are_restored_in_their_own_form_only(options, tmp_path):
-    policy = trained(llama, head="sequential", **options)
+    policy = trained(qwen2, head="sequential", **options)
     path = exported(policy, tmp_path / "out")
 
     restored = loaded(path, head="sequential", **options)

@@ -87,7 +87,9 @@ def ratio(part_N: Sequence[float], whole_N: Sequence[float]) -> Estimate:
     if a <= 0:
         return Estimate(mean=mean, low=math.nan, high=math.nan, count=count)
     root = math.sqrt(max(0.0, b * b - a * c))
-    return Estimate(mean=mean, low=float((b - root) / a), high=float((b + root) / a), count=count)
+    low, high = float((b - root) / a), float((b + root) / a)
+    # Without spread in the ratios, rounding may put the mean outside of the interval.
+    return Estimate(mean=mean, low=min(low, mean), high=max(high, mean), count=count)
 
 
 def sign_flip_p(change_N: Sequence[float]) -> float:
