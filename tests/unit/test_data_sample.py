@@ -84,14 +84,14 @@ def run_id(folder):
 def folder(tmp_path_factory, judged_plugin):
     """A folder with `recipe.toml`, a finished run that mostly solves its sums, and the run as `model`."""
     folder = tmp_path_factory.mktemp("sampling")
-    metadata = folder / "site" / "wmtp_sampled_sums-0.3.0.dist-info"
+    metadata = folder / "site" / "wmtp_own-0.3.0.dist-info"
     metadata.mkdir(parents=True)
     source = judged_plugin.replace("hookimpl\n)", "WeightingStrategy, Weights, hookimpl\n)") + dedent(PLUGIN)
-    (folder / "site" / "wmtp_sampled_sums.py").write_text(source)
+    (folder / "site" / "wmtp_own.py").write_text(source)
     (metadata / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: wmtp_sampled_sums\nVersion: 0.3.0\nRequires-Dist: weighted-mtp-core>=0.1,<0.2\n"
+        "Metadata-Version: 2.1\nName: wmtp_own\nVersion: 0.3.0\nRequires-Dist: weighted-mtp-core>=0.1,<0.2\n"
     )
-    (metadata / "entry_points.txt").write_text("[weighted_mtp_core]\nsums = wmtp_sampled_sums\n")
+    (metadata / "entry_points.txt").write_text("[weighted_mtp_core]\nsums = wmtp_own\n")
     (folder / "recipe.toml").write_text(dedent(RECIPE))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
