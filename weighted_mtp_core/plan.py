@@ -105,7 +105,10 @@ def plan_document(document: Document) -> Plan:
             _select(document.table, selector)
         raise document.error(faults + selector.faults)
     selected = _select(document.table, selector)
-    if faults := selector.faults + _head_faults(recipe) + _sign_faults(recipe, selected["weighting",]):
+    between = (
+        _head_faults(recipe) + _untrained_head_faults(recipe) + _sign_faults(recipe, selected["weighting",])
+    )
+    if faults := selector.faults + between:
         raise document.error(faults)
     plan = _resolve(recipe, selected, selector.registry, document)
     _check_signals(plan, selector.registry)
@@ -152,6 +155,20 @@ def _head_faults(recipe: Recipe) -> list[Fault]:
     if train == "heads" and select_by == "head_1":
         text = 'with `model.train = "heads"`, head 1 stays as it is and selects nothing'
         found.append(Fault(("train", "select_by"), text))
+    return found
+
+
+def _untrained_head_faults(recipe: Recipe) -> list[Fault]:
+    """Refuse keys that have no effect because all weight of the loss is on head 1."""
+    heads = recipe.loss.head_weights
+    if recipe.model.train == "heads" or recipe.model.n_future == 1 or not heads or any(heads[1:]):
+        return []
+    text = "needs a weight above 0 for one of heads 2..K in `loss.head_weights`"
+    found = []
+    if recipe.loss.heads != "labels":
+        found.append(Fault(("loss", "heads"), f"`{recipe.loss.heads}` {text}"))
+    if recipe.train.head_learning_rate is not None:
+        found.append(Fault(("train", "head_learning_rate"), text))
     return found
 
 

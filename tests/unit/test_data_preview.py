@@ -73,6 +73,11 @@ SEEN_PLUGIN = """
             )
 """
 FILES = ", ".join(f'{split} = "{split}.jsonl"' for split in ("train", "validation", "test"))
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] + ': ' + m.content }}"
+    "{{ eos_token if m.role == 'assistant' else '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}a: {% endif %}"
+)
 LINE = re.compile(r" *(\d+)  (yes|-) +(\S+(?: \S+)*)  +('.*'|\".*\")$")
 
 
@@ -117,17 +122,43 @@ def recipe(tmp_path, monkeypatch, install_plugin):
     return write
 
 
+@pytest.fixture
+def chat_recipe(recipe):
+    """Write a recipe over chats of two turns, one in four with a system message."""
+
+    def write():
+        ready = recipe(
+            data=f'{{ use = "core.chat", max_tokens = 60, options = {{ {FILES} }}, '
+            f"chat_template = {json.dumps(TEMPLATE)} }}"
+        )
+        for split in ("train", "validation", "test"):
+            rows = []
+            for i in range(40):
+                turns = [
+                    ("user", f"{i}?"),
+                    ("assistant", f"{i}, 답"),
+                    ("user", "한 번 더"),
+                    ("assistant", "y"),
+                ]
+                turns = [("system", "s")] * (i % 4 == 0) + turns
+                messages = [{"role": role, "content": content} for role, content in turns]
+                rows.append(json.dumps({"messages": messages, "problem_id": f"{split} {i}"}) + "\n")
+            Path(f"{split}.jsonl").write_text("".join(rows))
+        return ready
+
+    return write
+
+
 @pytest.mark.parametrize("packing", ["none", "documents"])
-def test_it_agrees_with_step_0_of_the_run(recipe, capsys, packing):
-    data = f"data.packing={packing}"
-    assert main(["run", recipe(), "--set", data, "--set", "data.pack_tokens=64"]) == 0
+@pytest.mark.parametrize("kind", ["recipe", "chat_recipe"])
+def test_it_agrees_with_step_0_of_the_run(request, capsys, packing, kind):
+    ready = [request.getfixturevalue(kind)()]
+    ready += ["--set", f"data.packing={packing}", "--set", "data.pack_tokens=64"]
+    assert main(["run", *ready]) == 0
     seen = json.loads(Path("step_0.json").read_text())
     capsys.readouterr()
 
-    assert (
-        main(["data", "preview", "recipe.toml", "-n", "99", "--set", data, "--set", "data.pack_tokens=64"])
-        == 0
-    )
+    assert main(["data", "preview", *ready, "-n", "99"]) == 0
     shown = documents(capsys.readouterr().out)
 
     expected = {
@@ -141,6 +172,7 @@ def test_it_agrees_with_step_0_of_the_run(recipe, capsys, packing):
         for n, name in enumerate(names)
     }
     assert list(shown) == list(expected)
+    assert len(shown) >= 8
     for name, tokens in expected.items():
         assert [token for token, *_ in shown[name]] == [token for token, _ in tokens]
         for (_, is_target, weight, _), (_, weight_K) in zip(shown[name], tokens, strict=True):

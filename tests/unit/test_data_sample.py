@@ -106,7 +106,15 @@ def sample(folder, tmp_path, capsys):
     """Sample into a storage of this test; return exit code, stdout and stderr."""
 
     def sample(*words, model=None, storage="new"):
-        words = ("--to", "mine", "--set", f"run.storage={tmp_path / storage}", *words)
+        words = (
+            "--to",
+            "mine",
+            "--runs",
+            "storage/runs",
+            "--set",
+            f"run.storage={tmp_path / storage}",
+            *words,
+        )
         model = model or run_id(folder)
         return (main(["data", "sample", model, "recipe.toml", *words]), *capsys.readouterr())
 
@@ -217,6 +225,16 @@ def test_without_any_finished_text_there_are_no_data(sample, tmp_path):
     assert list(tmp_path.glob("new/datasets_v2/mine/*/manifest.json")) == []
 
 
+def test_a_run_is_looked_for_where_the_recipe_stores_runs(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ("data", "sample", run_id(folder), str(folder / "recipe.toml"), "--to", "elsewhere", *OFTEN)
+
+    assert main([*words, "--set", f"run.storage={folder / 'storage'}"]) == 0
+    assert len(list(folder.glob("storage/datasets_v2/elsewhere/*/samples.jsonl"))) == 1
+    assert main([*words, "--set", "run.storage=other"]) == 2
+    assert "other/runs" in capsys.readouterr().err
+
+
 def test_the_seed_decides_every_byte(written):
     one, again = (written(*OFTEN, storage=storage) for storage in ("one", "again"))
     other = written(*OFTEN, "--set", "run.seed=2", storage="one")
@@ -271,6 +289,8 @@ def test_a_killed_command_continues_and_writes_the_same_bytes(folder, sample, wr
         "recipe.toml",
         "--to",
         "mine",
+        "--runs",
+        "storage/runs",
         "--set",
         f"run.storage={tmp_path / 'killed'}",
         *often,

@@ -435,6 +435,10 @@ def test_an_experiment_that_is_no_path(plan_error):
             "loss.head_schedule: must be `constant` if head 1 has weight 0: forward",
         ),
         (
+            "loss={head_schedule='step', head_schedule_end=1.0}",
+            "loss.head_schedule_end: must be < 1 with the schedule `step`, or only head 1 is trained: 1.0",
+        ),
+        (
             "loss={heads='kl', negative_weights=true}",
             "loss.heads: must be `labels` with `negative_weights`, or heads 2..K unlearn head 1: kl",
         ),
@@ -471,6 +475,14 @@ def test_keys_that_do_not_fit_each_other(plan_error, override, text):
         (
             ("model.n_future=1", "loss.heads='kl'"),
             "loss.heads: `kl` is for heads 2..K: `model.n_future` must be >= 2",
+        ),
+        (
+            ("loss.heads='kl'", "loss.head_weights=[1, 0, 0, 0]"),
+            "loss.heads: `kl` needs a weight above 0 for one of heads 2..K in `loss.head_weights`",
+        ),
+        (
+            ("train.head_learning_rate=0.1", "loss.head_weights=[1, 0, 0, 0]"),
+            "train.head_learning_rate: needs a weight above 0 for one of heads 2..K in `loss.head_weights`",
         ),
         (
             ("model.n_future=1", "train.head_learning_rate=0.1"),

@@ -78,7 +78,10 @@ def test_each_sample_gets_its_verdict_in_the_order_of_the_samples(verify, result
 
 
 def test_problems_of_another_split(verify, error_of, results):
-    assert "no problem has the task_id `sums/0`" in error_of([{"task_id": "sums/0", "completion": "0"}])
+    assert error_of([{"task_id": "sums/0", "completion": "0"}]) == (
+        "error: S.jsonl: 1 bad line\n  line 1: no problem has the task_id `sums/0`\n"
+        "hint: the problems are in another split: add `--split train`\n"
+    )
 
     code, _, _ = verify([{"task_id": "sums/0", "completion": "0"}], "--split", "train")
 
@@ -153,3 +156,14 @@ def test_a_source_without_problems_says_so(error_of, tmp_path):
     own = ("--set", "data.use=core.jsonl", "--set", "data.options.test=own.jsonl")
 
     assert error_of([SAMPLE], *own) == "error: data source `core.jsonl` has no problems in the split `test`\n"
+
+
+def test_a_source_without_problems_in_this_split_names_the_splits_that_have_some(
+    error_of, install_plugin, judged_plugin
+):
+    install_plugin("untested", judged_plugin.replace("range(18, 20)", "()"))
+
+    assert error_of([SAMPLE], "--set", "data.use=untested") == (
+        "error: data source `untested.sums` has no problems in the split `test`\n"
+        "hint: the problems are in another split: add `--split train` or `--split validation`\n"
+    )

@@ -68,9 +68,14 @@ def add_repeatable(parser: argparse.ArgumentParser, name: str, **details: str) -
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, *, also: str = "") -> None:
-    """Add RUN and `--runs`; the help text appends `also`, which names what else RUN may be."""
-    parser.add_argument("run", metavar="RUN", help=f"a run folder, a run id, or a part of one{also}")
+    """Add RUN and `--runs`; see `add_run`."""
+    add_run(parser, also=also)
     add_folder(parser, "--runs", default="storage/runs")
+
+
+def add_run(parser: argparse.ArgumentParser, *, also: str = "") -> None:
+    """Add RUN; the help text appends `also`, which names what else RUN may be."""
+    parser.add_argument("run", metavar="RUN", help=f"a run folder, a run id, or a part of one{also}")
 
 
 def add_folder(parser: argparse.ArgumentParser, name: str, *, default: str) -> None:

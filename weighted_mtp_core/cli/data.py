@@ -34,7 +34,7 @@ from weighted_mtp_core.cli.arguments import (
     add_actions,
     add_folder,
     add_recipe_arguments,
-    add_run_arguments,
+    add_run,
     evaluate_overrides,
     plan_from,
 )
@@ -56,8 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(preview)
     preview.add_argument("-n", metavar="N", dest="count", type=int, default=3, help="documents (default: 3)")
     preview.add_argument("--html", metavar="FILE", type=Path, help="write a page instead of text")
-    add_run_arguments(sample, also=", an exported model or, with --endpoint, a model's name at the server")
+    add_run(sample, also=", an exported model or, with --endpoint, a model's name at the server")
     add_recipe_arguments(sample)
+    sample.add_argument("--runs", metavar="FOLDER", type=Path, help="of RUN (default: that of RECIPE's runs)")
     sample.add_argument("--to", metavar="NAME", required=True, help="name of the new data set")
     sample.add_argument("--samples", metavar="N", type=int, help="texts for each problem")
     sample.add_argument("--temperature", metavar="T", type=float, help="0 is greedy")
@@ -174,7 +175,7 @@ def _sampler(
             timeout=args.timeout,
         )
         return {"name": args.run, "from": "server"}, lambda: served
-    folder = find_finished(args.runs, args.run)
+    folder = find_finished(args.runs or plan.runs_folder, args.run)
     loader = policy_loader(folder, overrides=[])
 
     def load() -> Sampler:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from weighted_mtp_core.api import SPLITS, DataSource, Problem, Record, read_records
@@ -46,8 +46,11 @@ def main(args: argparse.Namespace) -> None:
     source: DataSource = plan.data.build(plan.data_context)
     problems = {problem.problem_id: problem for problem in source.problems(args.split)}
     if not problems:
-        raise WmtpError(f"data source `{plan.data.address}` has no problems in the split `{args.split}`")
-    attempts = read_samples(args.samples, problems)
+        raise WmtpError(
+            f"data source `{plan.data.address}` has no problems in the split `{args.split}`",
+            hint=_split_hint(source, None),
+        )
+    attempts = read_samples(args.samples, problems, source=source)
     with Console(stderr=True).status(f"judging {len(attempts)} samples"):
         verdicts = source.verify(attempts)
     rows = [
@@ -65,8 +68,16 @@ def main(args: argparse.Namespace) -> None:
     print(", ".join(f"{kind} {count}" for kind, count in counts.most_common()))
 
 
-def read_samples(path: Path, problems: Mapping[str, Problem]) -> list[tuple[Problem, str]]:
+def read_samples(
+    path: Path, problems: Mapping[str, Problem], *, source: DataSource
+) -> list[tuple[Problem, str]]:
     """Return each sample's problem and completion, in the order of the file.
+
+    Args:
+        path: The file.
+        problems: The problems of the chosen split, by id.
+        source: The data source. If a sample has no problem in the chosen split, the hint of the error names
+            the split in which the source has the problem.
 
     Raises:
         WmtpError: The file cannot be read, or has malformed lines or samples without a problem, which are
@@ -88,4 +99,15 @@ def read_samples(path: Path, problems: Mapping[str, Problem]) -> list[tuple[Prob
     try:
         return read_records(path, sample)
     except WmtpError as error:
-        raise WmtpError(str(error), hint=did_you_mean(unknown[0], problems) if unknown else None) from error
+        hint = (_split_hint(source, unknown) or did_you_mean(unknown[0], problems)) if unknown else None
+        raise WmtpError(str(error), hint=hint) from error
+
+
+def _split_hint(source: DataSource, names: Collection[str] | None) -> str | None:
+    """Return a hint at the splits that have problems with these ids (None: any problems), or None."""
+    found = [
+        f"`--split {split}`"
+        for split in SPLITS
+        if any(names is None or problem.problem_id in names for problem in source.problems(split))
+    ]
+    return f"the problems are in another split: add {' or '.join(found)}" if found else None

@@ -240,6 +240,11 @@ class LossTable:
         if value != "constant" and self.head_weights and not self.head_weights[0]:
             raise ValueError(f"must be `constant` if head 1 has weight 0: {value}")
 
+    @head_schedule_end.validator
+    def _check_step(self, _: object, value: float) -> None:
+        if value == 1 and self.head_schedule == "step":
+            raise ValueError(f"must be < 1 with the schedule `step`, or only head 1 is trained: {value}")
+
 
 @frozen(kw_only=True)
 class PairsTable:

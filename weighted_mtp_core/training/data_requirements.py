@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from weighted_mtp_core.api import Signal, Split, is_correct
+from weighted_mtp_core.api import DataSource, Signal, Split, is_correct
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.plan import Plan
@@ -36,6 +36,20 @@ def check_given_weights(plan: Plan, tokens: TokenSet, *, log: Callable[[str], No
             )
     if not reads and tokens.given_N is not None:
         log(f"the data give weights, which weighting `{plan.weighting.address}` does not read")
+
+
+def check_second_temperature(plan: Plan, source: DataSource) -> None:
+    """Refuse a second temperature of pass@k if the data source has no problems.
+
+    Raises:
+        WmtpError: The recipe has `evaluate.second_temperature`, but the source has no test problems.
+    """
+    if plan.recipe.evaluate.second_temperature is not None and not source.problems("test"):
+        raise WmtpError(
+            f"`evaluate.second_temperature` needs problems, but data source `{plan.data.address}` has no "
+            "problems in the split `test`",
+            hint="delete the key, or use a data source that judges completions",
+        )
 
 
 def check_verdicts(plan: Plan, tokens: TokenSet, *, split: Split) -> None:

@@ -46,7 +46,11 @@ from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.recipe.schema import CriticTable
 from weighted_mtp_core.runtime.device import Compute
 from weighted_mtp_core.storage.manifest import sha256_of
-from weighted_mtp_core.training.data_requirements import check_given_weights, check_verdicts
+from weighted_mtp_core.training.data_requirements import (
+    check_given_weights,
+    check_second_temperature,
+    check_verdicts,
+)
 from weighted_mtp_core.training.score_cache import CachedCritic, scores_key, state_sha256
 
 _MISSING = {
@@ -115,8 +119,9 @@ class Prepared:
 
         Raises:
             WmtpError: A split has no examples, or none is short enough, or the data lack the weights or the
-                rewards that the recipe's weighting or critic needs.
+                rewards that the recipe's weighting or critic needs, or the problems of a second temperature.
         """
+        check_second_temperature(self.plan, self.source)
         for split in SPLITS:
             self.policy_tokens(split)
         check_given_weights(self.plan, self.policy_tokens("train"), log=self.log)
