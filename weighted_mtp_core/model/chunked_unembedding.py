@@ -30,9 +30,9 @@ class Teacher:
 
     Attributes:
         state_BTH: The states that the unembedding reads for head 1, without a gradient.
-        ahead: Number of positions from a prediction of the other head to head 1's prediction of the same
-            token.
-        label_share: Share of the label in the target, 0 to 1; the rest is head 1's distribution.
+        ahead: Number of positions by which head 1 predicts the same token later than the other head: k - 1
+            for head k.
+        label_share: Share of the label in the target distribution, 0 to 1; the rest is head 1's distribution.
     """
 
     state_BTH: Tensor
@@ -51,7 +51,7 @@ class ChunkedUnembedding:
         unembedding: The unembedding that is trained.
         matrix_VH: The matrix of the unembedding in the dtype of the matrix products.
         logits_NV: Buffer for one chunk of logits, reused: allocating one per chunk costs page faults.
-        teacher_NV: The same for the logits of a teacher; empty without one.
+        teacher_NV: Buffer for one chunk of a teacher's logits; empty if there is no teacher.
         learns: Whether `learn` adds to the gradients of matrix and bias.
     """
 
@@ -106,8 +106,8 @@ class ChunkedUnembedding:
     ) -> tuple[Tensor, Tensor]:
         """Return each loss and cross-entropy, float32 `[N]`, and compute the gradients of `scale @ loss`.
 
-        The loss is the cross-entropy CE or, with a teacher, `s CE + (1 - s) KL(p || q)`: s is `label_share`,
-        q the prediction and p head 1's prediction of the same token.
+        The loss is the cross-entropy CE or, with a teacher, `s CE + (1 - s) KL(p || q)`. Here s is
+        `label_share`, q is the prediction, and p is head 1's prediction of the same token.
 
         The gradient of the states is written to `gradient_BTH`. If the unembedding `learns`, the gradient of
         the matrix is added to the matrix's `grad` directly, because a separate buffer per head would cost two
@@ -140,7 +140,7 @@ class ChunkedUnembedding:
             p = self._logits(state_SH.index_select(0, index + teacher.ahead), self.teacher_NV)
             p = p.sub_(p.amax(dim=-1, keepdim=True)).exp_()
             p /= p.sum(dim=-1, keepdim=True)
-            expected = torch.special.entr(p).addcmul_(p, logits).sum(dim=-1)  # of z - log p under p
+            expected = torch.special.entr(p).addcmul_(p, logits).sum(dim=-1)  # the mean of z - log p under p
             total = logits.exp_().sum(dim=-1, keepdim=True)
             ce = (total.log() - target)[:, 0]
             loss = share * ce + (1 - share) * (total.log()[:, 0] - expected)
@@ -178,7 +178,7 @@ class ChunkedUnembedding:
         return entropy_N
 
     def choices(self, state_BTH: Tensor, index_N: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the sum of the cross-entropies, and each prediction's likeliest token, int64 `[N]`."""
+        """Return the summed cross-entropy, and the most likely token of each prediction, int64 `[N]`."""
         ce, choice_N = torch.zeros((), device=index_N.device), torch.empty_like(label_N)
         for rows, logits in self._all_logits(state_BTH, index_N):
             ce = ce + nn.functional.cross_entropy(logits, label_N[rows], reduction="sum")
@@ -192,7 +192,7 @@ class ChunkedUnembedding:
             yield rows, self._logits(state_SH.index_select(0, index_N[rows]), self.logits_NV)
 
     def _logits(self, state_NH: Tensor, buffer_NV: Tensor) -> Tensor:
-        """Return the logits of the rows, float32 `[N, V]`; the next call with this buffer overwrites them."""
+        """Return the rows' logits, float32 `[N, V]`; the next call with this buffer overwrites the logits."""
         state_NH, out_NV = state_NH.to(self.matrix_VH.dtype), buffer_NV[: len(state_NH)]
         product_NV = torch.mm(state_NH, self.matrix_VH.T, out=out_NV).float()
         return product_NV if self.unembedding.is_plain else self.unembedding.shape_(product_NV)

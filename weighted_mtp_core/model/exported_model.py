@@ -39,8 +39,9 @@ class ExportFacts:
         base: Name and version of the base model.
         data_sha256: SHA-256 of the training data; None if the run did not record it.
         shared: Whether `sequential` heads share one module.
-        serve: The server whose computation `sequential` heads follow.
-        init: Whether `sequential` heads are the base model's MTP layers, stored under their own names.
+        serve: The server for which `sequential` heads were trained, which determines what they compute.
+        init: `"base"` if `sequential` heads are the base model's MTP layers, which are stored under the base
+            model's names; otherwise `"new"`.
     """
 
     n_future: int

@@ -132,9 +132,9 @@ def with_layers(config: Any, layers: slice) -> Any:
 
 
 def more_layers(config: Any, count: int) -> dict[str, Any]:
-    """Return the changes to a model's config that add `count` MTP layers after its decoder layers.
+    """Return the keys of a model's config that add `count` MTP layers after its decoder layers.
 
-    An MTP layer attends to all earlier tokens unless `mtp_layer_types` contains another kind.
+    An MTP layer attends to all earlier tokens unless `mtp_layer_types` specifies another kind of layer.
 
     Raises:
         WmtpError: The MTP layers are of another kind than the model's last layer.
@@ -250,13 +250,13 @@ def _empty_cache() -> Any:
 
 
 def recording_cache(past: Sequence[Tensor]) -> Any:
-    """Return a cache for one call of a body of one layer, with the keys and values that the call adds.
+    """Return a cache for one call of a body of one layer; the cache records the keys and values of this call.
 
     Args:
-        past: Keys and values `[B, heads, S, width]` that precede those of the call, alternating.
+        past: Earlier keys and values `[B, heads, S, width]`, alternating.
 
     Returns:
-        A transformers cache; after the call, its attribute `new` is a pair of keys and values.
+        A transformers cache. After the call, its attribute `new` is the pair of new keys and values.
     """
     return _recording_cache_class()(past)
 
@@ -264,7 +264,7 @@ def recording_cache(past: Sequence[Tensor]) -> Any:
 @functools.cache
 def _recording_cache_class() -> Any:
     class RecordingCache(type(_empty_cache())):  # type: ignore[misc] # transformers gives it no type
-        """A cache that keeps autograd's graph of keys and values."""
+        """A cache that keeps the autograd graph of keys and values."""
 
         def __init__(self, past: Sequence[Tensor]) -> None:
             super().__init__()

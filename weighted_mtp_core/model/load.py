@@ -30,7 +30,8 @@ class LoadedPolicy:
         policy: The policy.
         tokenizer: The tokenizer of the base model.
         base_name: Name and version of the base model, for the run's tags.
-        unused: What the files of the base model contain besides, for the user; None if there is nothing.
+        unused: A line for the user about tensors in the files of the base model that the policy does not use;
+            None if there are no such tensors.
     """
 
     policy: Policy
@@ -116,10 +117,10 @@ def make_policy(
     serve: MtpServer = "transformers",
     shipped: ShippedHeads | None = None,
 ) -> Policy:
-    """Make a policy from a causal LM and check that head 1 computes the same logits; see `probe`.
+    """Make a policy from a causal LM and check that head 1 computes the LM's logits; see `probe`.
 
-    The arguments have the meaning of the recipe's `[model]` and `[model.heads]`; `shipped` are the MTP layers
-    that were loaded with the model and become heads 2..K.
+    The arguments have the same meaning as in the recipe's `[model]` and `[model.heads]`. `shipped` contains
+    the MTP layers that were loaded with the model and become heads 2..K.
 
     Raises:
         WmtpError: The model cannot be a trunk or does not work with this kind of head.

@@ -5,10 +5,11 @@ weights: alpha_k is the loss share of head k, w[t, k] the weight of the pair (t,
 Z_k the normaliser. Heads 2..K can learn from head 1 instead of labels: their CE is then replaced with
 KL(head_1(h_{t+k-1}) || head_k(h_t)), from which head 1 gets no gradient.
 
-Heads run forward and backward one after the other (their section 2.2): the gradients of the trunk's states
-are summed in one `[B, T, H]` buffer and propagated through the trunk once, so memory does not grow with K.
-Heads that read each other's states run backward together after the last one; each stores two such buffers.
-Positions without a target are skipped before the unembedding.
+Heads run forward and backward one after the other (Gloeckle et al., section 2.2). The gradients of the
+trunk's states are summed in one `[B, T, H]` buffer and propagated through the trunk once, so memory does not
+grow with K. Heads that read each other's states run backward together, after the forward pass of the last
+head; each of these heads stores two `[B, T, H]` buffers. Positions without a target are skipped before the
+unembedding.
 
 Shape letters: B rows, T positions, K heads, N counted pairs of one head, H hidden.
 """
@@ -86,7 +87,7 @@ def weighted_mtp_loss(
         weight_BTK: float32, 0 for pairs that do not count; None means 1 for all pairs.
         normaliser_K: Z by head, of the whole step, so that losses of micro-batches add up exactly.
         head_share_K: alpha of each head.
-        heads: What heads 2..K learn: the labels, head 1's distribution at the place that they draft, or both
+        heads: What heads 2..K learn: the labels, head 1's distribution of the token that they draft, or both
             in equal shares.
         detach_trunk: Whether heads 2..K send a gradient to the parameters of heads 2..K only.
         ids_BT: `Batch.ids_BT`; `sequential` heads read it.
@@ -97,8 +98,8 @@ def weighted_mtp_loss(
     source_BTH = hidden_BTH.detach().requires_grad_(hidden_BTH.requires_grad)
     share = _LABEL_SHARES[heads]
     chained = policy.heads.chained
-    # At the same time exist: the gradient of one head, its sum over heads and, if head 1 teaches, its states.
-    # Each chained head has its own gradient and states.
+    # Three tensors exist at the same time: a head's gradient, the sum over heads and, for `kl`, head 1's
+    # states. Each chained head also keeps a gradient and states of its own.
     buffers = (2 * policy.n_future if chained else 2) + (share < 1)
     unembedding = ChunkedUnembedding.of(
         policy, hidden_BTH, extra_bytes=buffers * hidden_BTH.nbytes, teaches=share < 1
@@ -152,7 +153,7 @@ def _learn_head(
     scale_BT: Tensor,
     teacher: Teacher | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return a head's loss, its sum of cross-entropies, and the gradient of its states, if they need one."""
+    """Return a head's loss, the sum of its cross-entropies, and the gradient of its states if needed."""
     scale_N = take(scale_BT, index_N)
     label_N = take(label_BT, index_N)
     if teacher is None and not state_BTH.requires_grad and not unembedding.learns:
@@ -171,7 +172,7 @@ def _learn_head(
 
 
 def _backward(gradients: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Propagate the gradients of tensors outside of autocast, which is meant only for forward passes."""
+    """Propagate gradients outside of autocast, because autocast is meant only for forward passes."""
     tensors, gradients_of_tensors = zip(*gradients, strict=True)
     with torch.autocast(tensors[0].device.type, enabled=False):
         torch.autograd.backward(tensors, gradients_of_tensors)

@@ -30,9 +30,10 @@ Measured = TypeVar("Measured")
 class HeadSums:
     """Float32 sums over the counted pairs of each head, and over the passes of self-speculative decoding.
 
-    A head's choice is its likeliest token. Head 1 confirms head k's choice for a pair (t, k) if it is also
-    head 1's choice for the pair (t + k - 1, 1), which has the same target. A pass drafts at each position t
-    for which the pairs (t, 1) and (t, 2) count: head 1 has chosen token t + 1, and the text goes on after it.
+    A head's choice is its most likely token. Head 1 confirms head k's choice for a pair (t, k) if head 1
+    makes the same choice for the pair (t + k - 1, 1), which has the same target. A pass drafts at each
+    position t for which the pairs (t, 1) and (t, 2) count: head 1 has chosen token t + 1, and the text
+    continues after this token.
 
     Attributes:
         ce_sum_K: Sum of the unweighted cross-entropies, in nats.
@@ -40,8 +41,8 @@ class HeadSums:
         confirmed_K: Number of pairs for which head 1 confirms the head's choice.
         count_K: Number of pairs.
         passes: Number of positions at which a pass drafts, a scalar.
-        accepted: Number of accepted drafts, summed over these positions, a scalar: in each pass, the choices
-            of heads 2, 3, ... up to the first one that does not count or is not confirmed.
+        accepted: Number of accepted drafts, summed over these positions, a scalar. A pass accepts the choices
+            of heads 2, 3, ... until the first choice that does not count or is not confirmed.
     """
 
     ce_sum_K: Tensor

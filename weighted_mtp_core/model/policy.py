@@ -53,7 +53,7 @@ class Policy(nn.Module):
 
     Attributes:
         n_future: K.
-        heads_table: What heads 2..K are.
+        heads_table: The recipe's `[model.heads]`.
         base_class: The transformers class of the base model.
         config: The config of the base model.
         hidden_size: H.
@@ -153,7 +153,8 @@ class Policy(nn.Module):
     ) -> Tensor:
         """Return the states `[B, T, H]` that the unembedding reads for head k; see `trunk_states`.
 
-        For several `sequential` heads, `each_head_states` is faster, because each head needs the one before.
+        For several `sequential` heads, `each_head_states` is faster, because each head needs the states of
+        the previous head.
 
         Args:
             k: Number of the head, from 1.
@@ -183,10 +184,10 @@ class Policy(nn.Module):
             hidden_BTH: The trunk's states.
             ids_BT: See `head_states`.
             position_BT: See `trunk_states`.
-            rows: For each head the positions whose states are read, int64 `[N]` in the flattened `[B, T]`;
-                the states at other positions may be wrong. None for all positions. Compute the gradient of a
-                head, unless heads are chained, before the next head's states.
-            detach: Whether heads 2..K send no gradient to anything but heads 2..K.
+            rows: For each head, the positions at which the caller reads states, as int64 indices `[N]` into
+                the flattened `[B, T]`; None for all positions. States at other positions may be wrong. Unless
+                heads are chained, compute the gradient of a head before you request the next head's states.
+            detach: Whether the gradients of heads 2..K reach only heads 2..K.
         """
         fixed = {name: parameter.detach() for name, parameter in self.norm.named_parameters()}
         text = Text(ids_BT=ids_BT, position_BT=position_BT, trunk=self.trunk)

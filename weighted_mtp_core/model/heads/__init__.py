@@ -56,7 +56,8 @@ class Text:
     def embedded(self, ahead: int) -> Tensor:
         """Return the embedding `[B, T, H]` of the token `ahead` places later in its document, or 0."""
         position_BT = self.positions()
-        # Positions restart at 0 with each document, so none that follows the end of a document fits.
+        # Positions restart at 0 with each document, so no token after the end of a document has the expected
+        # position.
         inside_BT = position_BT.roll(-ahead, dims=1) == position_BT + ahead
         embedding = self.trunk.get_input_embeddings()
         embedded_BTH: Tensor = embedding(self._ids().roll(-ahead, dims=1))
@@ -69,12 +70,12 @@ class Text:
 
 
 class Heads(nn.ModuleList, ABC):
-    """Heads 1..K, one module each unless heads share a module; head 1 is part of the base model.
+    """Heads 1..K: one module for each head, unless heads share a module. Head 1 is part of the base model.
 
     Attributes:
         kind: The value of the recipe's `model.heads.kind`.
-        chained: Whether a head from 3 on reads the states of the head before it; otherwise all heads read the
-            trunk's states.
+        chained: Whether heads 3..K read the states of the previous head; otherwise all heads read the trunk's
+            states.
     """
 
     kind: ClassVar[HeadKind]
@@ -100,10 +101,10 @@ class Heads(nn.ModuleList, ABC):
         cache: Any = None,
         seen_BS: Tensor | None = None,
     ) -> Tensor:
-        """Return head k's (from 1) states `[B, T, H]` before the policy's norm; see `Policy.trunk_states`.
+        """Return the states `[B, T, H]` of head k before the policy's norm; see `Policy.trunk_states`.
 
         Args:
-            k: Number of the head.
+            k: Number of the head, from 1.
             hidden_BTH: The states that the head reads.
             embedded_BTH: The embedding of the token x[t + k - 1]; only `sequential` heads read it.
             position_BT: See `Policy.trunk_states`.
@@ -126,9 +127,9 @@ class Heads(nn.ModuleList, ABC):
             hidden_BTH: The trunk's states.
             n_future: K.
             text: The text of these states.
-            rows: For each head the positions whose states are read, int64 `[N]` in the flattened `[B, T]`;
-                the states at other positions may be wrong. None for all positions.
-            detach: Whether heads 2..K get detached states. `chained` heads get them from the trunk only.
+            rows: For each head, the positions at which the caller reads states, as int64 indices `[N]` into
+                the flattened `[B, T]`; None for all positions. States at other positions may be wrong.
+            detach: Whether the trunk's states are detached before heads 2..K read them.
         """
         for k in range(1, n_future + 1):
             source_BTH = hidden_BTH.detach() if detach and k > 1 else hidden_BTH
@@ -141,7 +142,7 @@ class Heads(nn.ModuleList, ABC):
 
     @property
     def bodies(self) -> Sequence[nn.Module]:
-        """The transformers bodies in the heads."""
+        """The transformers models (bodies) that the heads contain."""
         return ()
 
     def caches(self, n_future: int) -> int:

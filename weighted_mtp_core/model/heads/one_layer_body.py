@@ -1,4 +1,4 @@
-"""A decoder layer of any family as a model of its own: a body of one layer, fed with states.
+"""Make a decoder layer of any family of models a model of its own: a body of one layer that reads states.
 
 Shape letters: H hidden.
 """
@@ -17,13 +17,14 @@ from weighted_mtp_core.model.families import SCALES_OF_EMBEDDINGS
 def one_layer_body(
     body: Any, layer: nn.Module, *, config: Any, layers_name: str, norm_name: str
 ) -> nn.Module:
-    """Return a body of the same family that consists of this layer: no embeddings, no norm, no dropout."""
-    instead: dict[int, Any] = {id(body.config): config}  # what a copy of the body has in place of its own
+    """Return a body of the same family that consists of this layer, without embeddings, norm and dropout."""
+    instead: dict[int, Any] = {id(body.config): config}  # replacements of modules in the copy of the body
     for name, child in body.named_children():
         if name == layers_name:
             instead[id(child)] = nn.ModuleList([layer])
         elif isinstance(child, nn.Embedding) and child.num_embeddings != body.config.vocab_size:
-            # Learned positions are in the trunk's states already; the body would add them again.
+            # The trunk's states already contain learned embeddings of positions; the body would add them
+            # again.
             instead[id(child)] = _ZeroEmbedding(child.embedding_dim)
         elif name == norm_name or isinstance(child, nn.Dropout) or any(True for _ in child.parameters()):
             instead[id(child)] = nn.Identity()
@@ -37,7 +38,7 @@ def one_layer_body(
 
 
 def _renumber(module: nn.Module, config: Any) -> None:
-    """Make a module of the last layer one of the only layer."""
+    """Give a module of the last layer the layer index 0."""
     for name in ("layer_idx", "layer_id"):
         if hasattr(module, name):
             setattr(module, name, 0)
@@ -46,13 +47,13 @@ def _renumber(module: nn.Module, config: Any) -> None:
 
 
 class _ZeroEmbedding(nn.Module):
-    """Replaces the embedding of learned positions."""
+    """Replaces the learned embedding of positions."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
 
     def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
-        """Return zeros `[H]` to add to states; the arguments, which differ between families, are ignored."""
+        """Return zeros `[H]` to add to states; ignores the arguments, which differ between families."""
         first = next(iter((*given, *named.values())))
         return torch.zeros(self.width, device=first.device)

@@ -1,14 +1,15 @@
-"""`sequential` heads: a chain of modules, each of which reads the state before it and one more token.
+"""`sequential` heads: a chain of modules; each reads the state of the previous module and one more token.
 
 Module d (head d + 1) combines the state of module d - 1 at position t with the embedding of token x[t + d]:
 
     h_d[t] = norm(block(W [norm(h_(d-1)[t]); norm(E(x[t + d]))]))
 
-h_0 is the trunk's state, W a matrix, E the trunk's embedding, and `block` one decoder layer, which attends to
-earlier positions (DeepSeek-V3, eq. 21-24). The shared unembedding predicts x[t + d + 1] from h_d[t].
+h_d[t] is the state of module d, h_0 is the trunk's state, W is a matrix, E is the trunk's embedding, and
+`block` is a decoder layer, which attends to earlier positions (DeepSeek-V3, eq. 21-24). The shared
+unembedding predicts x[t + d + 1] from h_d[t].
 
-A module runs a second time in the backward pass, instead of storing its activations: memory for the backward
-pass consists of the modules' inputs.
+To save memory, a module does not store its activations but runs a second time in the backward pass. Only the
+inputs of the modules are stored.
 
 Shape letters: B rows, T positions, S cached and new tokens, H hidden.
 """
@@ -39,11 +40,12 @@ class Wiring:
 
     Attributes:
         normed_trunk: Whether module 1 reads the trunk's states after the final norm.
-        hidden_first: Whether W reads `[state; embedding]` instead of `[embedding; state]`.
-        blind_start: Whether module 1 reads 0 instead of an embedding at the first position of a document.
-        recurrent: Whether later modules continue the sequence of module 1: module d stands at position
-            t + d - 1 and attends to the keys and values of module 1 up to t, and to those of modules
-            2..d at t. Otherwise each module attends to its own keys and values only.
+        hidden_first: Whether the input of W is `[state; embedding]` instead of `[embedding; state]`.
+        blind_start: Whether module 1 reads 0 instead of the token's embedding at the first position of a
+            document.
+        recurrent: Whether later modules continue the sequence of module 1. If so, for source t, module d has
+            the position t + d - 1 and attends to the keys and values of module 1 up to t, and to the keys and
+            values of modules 2..d at t. Otherwise each module attends only to its own keys and values.
     """
 
     normed_trunk: bool
@@ -59,9 +61,9 @@ WIRINGS: dict[MtpServer, Wiring] = {
 
 
 class SequentialHeads(Heads):
-    """Head 1, followed by the modules: K - 1 of them, or one module that all heads share.
+    """Head 1, followed by K - 1 modules, or by one module that heads 2..K share.
 
-    Head 1 is the final norm if the modules read the states before it, otherwise the identity.
+    Head 1 is the final norm if the modules read the states before this norm, otherwise the identity.
 
     Attributes:
         wiring: How the modules are connected.
@@ -73,7 +75,7 @@ class SequentialHeads(Heads):
 
     @classmethod
     def split(cls, base: Any, *, n_future: int, table: HeadsTable) -> SplitModel:
-        """Take the whole body, with or without its final norm; the modules' layers are copies of the last.
+        """Use the body, without its final norm unless `normed_trunk`; modules copy its last layer.
 
         Raises:
             WmtpError: The model does not consist of layers and a final norm, its last layer cannot be run
@@ -165,10 +167,10 @@ class SequentialHeads(Heads):
         rows: Sequence[Tensor] | None = None,
         detach: bool = False,
     ) -> Iterator[Tensor]:
-        """Yield the states `[B, T, H]` of heads 1..K; only the last head computes just the positions `rows`.
+        """Yield the states `[B, T, H]` of heads 1..K; only the last head is computed at `rows` alone.
 
-        If `detach`, neither the trunk nor its embedding gets a gradient from heads 2..K; a module gets the
-        gradients of its own head and of all later heads.
+        If `detach` is true, neither the trunk nor its embedding gets a gradient from heads 2..K. In any case,
+        a module gets the gradients of its own head and of all later heads.
         """
         yield self.run(1, hidden_BTH)
         source_BTH = hidden_BTH.detach() if detach else hidden_BTH
@@ -191,12 +193,12 @@ class SequentialHeads(Heads):
     def _step(
         self, k: int, source_BTH: Tensor, past: tuple[Tensor, ...], *, text: Text, detach: bool, more: bool
     ) -> tuple[Tensor, ...]:
-        """Return head k's states, and the keys and values that later modules attend to.
+        """Return the states of head k, and the keys and values to which later modules attend.
 
         Args:
             k: Number of the head, from 2.
             source_BTH: The states that the module reads.
-            past: Keys and values of the modules before it, alternating.
+            past: Keys and values of the previous modules, alternating.
             text: The text.
             detach: Whether the embedding gets no gradient.
             more: Whether another head follows.
@@ -219,17 +221,17 @@ class SequentialHeads(Heads):
         return (states_BTH, *past, *cache.new)
 
     def embedded(self, trunk: Any, ids_BT: Tensor, position_BT: Tensor, *, k: int) -> Tensor:
-        """Return the embedding that head k reads of these tokens, at sources at these positions."""
+        """Return the embeddings of these tokens as head k reads them at sources at these positions."""
         return self._blind(trunk.get_input_embeddings()(ids_BT), position_BT, k=k)
 
     def _blind(self, embedded_BTH: Tensor, position_BT: Tensor, *, k: int) -> Tensor:
-        """Return the embedding with 0 where module 1 does not read it."""
+        """Return the embedding, with 0 at positions where module 1 does not read it."""
         if not self.wiring.blind_start or k > 2:
             return embedded_BTH
         return embedded_BTH.masked_fill((position_BT == 0)[:, :, None], 0.0)
 
     def rejoin(self, base: Any, *, trunk: nn.Module, norm: nn.Module) -> None:
-        """Put the trunk and the final norm into a causal LM."""
+        """Make the trunk and the final norm the body of a causal LM."""
         body, _, norm_name = anatomy(base)
         super().rejoin(base, trunk=trunk, norm=norm)
         if not self.wiring.normed_trunk:
@@ -239,8 +241,9 @@ class SequentialHeads(Heads):
 class SequentialModule(nn.Module):
     """The parts of one module.
 
-    W starts with the identity for the state and 0 for the embedding, and the norms of state and embedding
-    start without weights, so that the copied layer first sees the direction of the state it was trained on.
+    At the start of training, W is the identity for the state and 0 for the embedding, and the norms of state
+    and embedding multiply by 1. So the input of the copied layer has the direction of the states for which
+    this layer was trained.
 
     Args:
         body: A body of one layer.
