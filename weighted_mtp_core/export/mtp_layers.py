@@ -1,4 +1,4 @@
-"""Write `sequential` heads as layers for multi-token prediction (MTP), in the files of the model itself.
+"""Write `sequential` heads as layers for multi-token prediction (MTP) into the files of the model itself.
 
 | server | layers | names |
 |---|---|---|
@@ -27,7 +27,7 @@ from weighted_mtp_core.model.shipped_layers import MIMO
 from weighted_mtp_core.recipe.schema import MtpServer
 
 TRANSFORMERS_PATTERN = r"^mtp\."
-"""Pattern of the names by which transformers finds the layers; not all classes of models know it."""
+"""Pattern of the layers' names in transformers; some model classes report such names as unexpected."""
 
 _TRANSFORMERS_NAMES = {
     "token_norm": "enorm",
@@ -35,7 +35,7 @@ _TRANSFORMERS_NAMES = {
     "projection": "eh_proj",
     "final_norm": "post_norm",
 }
-_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # of logits, relative to the largest one
+_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # relative to the largest logit
 
 
 def mtp_tensors(policy: Policy, server: MtpServer) -> dict[str, Tensor]:
@@ -81,11 +81,11 @@ def compare_with_transformers(policy: Policy, folder: Path) -> None:
     try:
         with without_report():
             gap = _gap(policy, folder)
-    except Exception as error:  # of any model at all, so of any kind
+    except Exception as error:  # any model can be loaded, so any error can occur
         raise WmtpError(
             f"transformers cannot draft with the heads of a `{kind}` model ({reason(error)})", hint=mend
         ) from error
-    if not gap <= _TOLERANCES.get(policy.unembedding.weight.dtype, 0.05):  # NaN, too
+    if not gap <= _TOLERANCES.get(policy.unembedding.weight.dtype, 0.05):  # also refuses NaN
         raise WmtpError(
             f"transformers computes the heads of a `{kind}` model differently (logits differ by {gap:.2g})",
             hint=mend,

@@ -113,8 +113,8 @@ def serving_command(path: Path, *, server: Server, kind: HeadKind, dtype: torch.
         path: The exported model.
         server: The server.
         kind: The kind of heads.
-        dtype: Of the files. vLLM's command contains it, because otherwise vLLM computes in float16 if the
-            files are in float32.
+        dtype: The dtype of the files. vLLM's command contains it, because otherwise vLLM computes in float16
+            if the files are in float32.
         n_future: K.
     """
     if server == "transformers":

@@ -71,8 +71,8 @@ def write_export(
         path: The directory.
         facts: Written to `weighted_mtp.json`, with the versions of format and core.
         recipe: Contents of the run's `recipe.toml`.
-        serve: The server that shall draft with heads 2..K, which `refuse_unserved` has let pass; None writes
-            them for this package only.
+        serve: The server that will draft with heads 2..K, already checked with `refuse_unserved`; None writes
+            the heads for this package only.
 
     Raises:
         WmtpError: transformers reads the tokenizer back with other ids, or the server computes the heads
@@ -126,10 +126,11 @@ def _read_back(tokenizer: Any, folder: Path) -> None:
 
 
 def language_model(policy: Policy) -> Any:
-    """Return trunk, head 1 and unembedding as the transformers model that the policy was made of.
+    """Return trunk, head 1 and unembedding as the transformers model from which the policy was made.
 
-    It shares the policy's modules, so it costs no memory. It can be saved but not run: head 1's layer still
-    has the layer index 0. Its config describes MTP layers only if they are heads of the policy.
+    The model shares the policy's modules, so it needs no additional memory. It can be saved but not run,
+    because head 1's layer still has the layer index 0. Its config describes MTP layers only if these layers
+    are heads of the policy.
     """
     config = copy.deepcopy(policy.config)
     if policy.shipped is None:
@@ -142,7 +143,7 @@ def language_model(policy: Policy) -> Any:
 
 
 def _mtp_layers(policy: Policy, serve: Server | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return what the model's own files contain of heads 2..K: tensors, and keys of `config.json`."""
+    """Return the tensors and the keys of `config.json` with which the model's own files store heads 2..K."""
     if policy.shipped is not None:
         names = policy.config.architectures  # by which servers find the layers
         return policy.shipped.tensors(policy), {"architectures": names} if names else {}

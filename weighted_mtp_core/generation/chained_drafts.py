@@ -1,11 +1,12 @@
-"""Draft tokens one after the other with `sequential` heads, whose modules have key-value caches of their own.
+"""Draft tokens one after the other with `sequential` heads; their modules have their own key-value caches.
 
-Module d at source t reads the token x[t + d]. For the newest sources this token is a draft, so their keys and
-values are valid for one step only. Sources are the positions of tokens that the trunk has read and head 1 has
-confirmed; the newest token is not a source yet. Each step, module d reads the new sources and, unless modules
-are recurrent, the d - 1 sources before them, whose tokens have become known.
+Sources are the positions of tokens that the trunk has read and head 1 has confirmed; the newest token is not
+a source yet. At source t, module d reads the token x[t + d]. For the newest sources this token is a draft, so
+the keys and values of these sources are valid for one step only. In each step, module d reads the new
+sources. Unless modules are recurrent, it also reads the d - 1 sources before the new ones again, because
+their tokens x[t + d] are now known.
 
-Rows are aligned on the right, at their last source. Slots of earlier drafts are kept but masked.
+Rows are aligned on the right, at their last source. Cache slots of earlier drafts are kept but masked.
 
 Shape letters: R rows, T tokens of a block, C columns (sources), S slots of a cache, D drafts, H hidden,
 V vocabulary.
@@ -24,7 +25,7 @@ from weighted_mtp_core.model.heads.sequential import SequentialHeads
 from weighted_mtp_core.model.policy import Policy, PolicyCache
 
 Choose = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
-"""Chooses tokens from states `[R, 1, H]` for the draft of a number; see `Decoder`."""
+"""Chooses tokens from states `[R, 1, H]`, for the draft with the given index; see `Decoder`."""
 
 
 @define(kw_only=True, eq=False)
@@ -54,15 +55,15 @@ class ChainedDrafts:
         cache: PolicyCache,
         choose: Choose,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the drafts after the newest token, `[R, D]`, and the probabilities they were drawn from.
+        """Return the drafts after the newest token, `[R, D]`, and the probabilities of drawing them.
 
         Args:
-            ids_RT: The tokens that the trunk has read in this step, padded on the left if it is the first.
+            ids_RT: The tokens that the trunk has read in this step; in the first step, padded on the left.
             hidden_RTH: The trunk's states of these tokens.
             last_R: Column of each row's last confirmed token; the columns after it are ignored.
-            newest_R: The token that follows it.
+            newest_R: The newest token, which follows the last confirmed token.
             position_R: Position of the newest token.
-            cache: Its `heads` are the modules' caches, which are extended in place.
+            cache: `cache.heads` contains the modules' caches, which are extended in place.
             choose: Chooses the tokens.
         """
         count = ids_RT.shape[1]
@@ -95,7 +96,7 @@ class ChainedDrafts:
             token_RC = torch.cat([token_RC, token_R1], dim=1)
             drafted.append(token_R1)
             probabilities.append(probability)
-        if recurrent:  # the last columns but those of module 1 have read drafts
+        if recurrent:  # except for module 1, the last columns have read drafts
             lasting = self._seen[0].shape[1] - (self.drafts - 1)
             self._seen[0] = nn.functional.pad(self._seen[0][:, :lasting], (0, self.drafts - 1))
         self._carried = carried
@@ -114,10 +115,10 @@ class ChainedDrafts:
         return heads
 
     def _with_carried(self, state_RCH: Tensor, depth: int, *, column_R1: Tensor) -> Tensor:
-        """Return a module's input: the states of the module before it, and one state of the last step."""
+        """Return a module's input: the previous module's states, and one state of the last step."""
         padded_RCH = torch.cat([state_RCH[:, :1], state_RCH], dim=1)
         if not self._carried:
-            return padded_RCH  # there is no source before the first one
+            return padded_RCH  # the first source has no source before it
         index = column_R1[:, :, None].expand(-1, -1, padded_RCH.shape[-1])
         return padded_RCH.scatter(1, index, self._carried[depth - 2])
 
@@ -148,7 +149,7 @@ class _Sources:
     Attributes:
         position_RC: int64 positions.
         seen_RC: bool, False where a column has no source.
-        lasting_RC: bool, the sources that are seen in later steps, because they read no draft.
+        lasting_RC: bool, True for sources that read no draft and so stay visible in later steps.
     """
 
     position_RC: Tensor

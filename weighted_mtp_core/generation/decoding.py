@@ -159,7 +159,7 @@ class Decoder:
     def _choose(self, state_RTH: Tensor, first: int = 0) -> tuple[Tensor, Tensor | None]:
         """Return a token for each state, `[R, T]`, and the probabilities from which it was drawn.
 
-        For drafts, `first` is the number of the first one, from 0.
+        For drafts, `first` is the index of the first draft, from 0.
         """
         del first
         logits_RTV = self.heads.policy.unembedding(state_RTH)

@@ -144,7 +144,8 @@ class _Following(Decoder):
             return self._text_at(self._position_R)[:, None], None
         offset_D = torch.arange(first, first + state_RTH.shape[1], device=last_R.device)
         for number, expected in enumerate(self.whole[first + 1 : first + 1 + len(offset_D)]):
-            # A chained head has the logits of the text only if it has read drafts from the text.
+            # A chained head has the same logits as for the text only if the drafts that it reads are in the
+            # text.
             same_R = self._right_drafts() >= (first if self._chain is not None else 0)
             if bool(same_R.any()):
                 self._compare(logits_RTV[same_R, number], expected[row_R, last_R][same_R])

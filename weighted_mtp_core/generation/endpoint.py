@@ -22,22 +22,22 @@ API_KEY = "OPENAI_API_KEY"
 
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _CONNECT_S = 10.0
-_PER_WORKER = 16  # requests of a call per request in flight, so that few wait for the last one
+_PER_WORKER = 16  # requests of a call per request in flight, so little time is lost at its end
 
 
 @frozen(kw_only=True, eq=False)
 class EndpointSampler:
     """Samples from a server; each text is a request of its own, with a seed of its own.
 
-    Requests that fail because the server is busy, broken or silent are repeated, after growing pauses or the
-    pause that the server names.
+    If the server is busy, reports an internal error or does not answer, a request is repeated, after growing
+    pauses or the pause that the server requests.
 
     Attributes:
-        model: Name of the model at the server.
+        model: The server's name of the model.
         url: The API's address, which ends in `/v1` for most servers.
         table: Number, temperature and length of the samples.
         seed: Seed from which the seeds of the texts are derived.
-        in_flight: Greatest number of requests at once.
+        in_flight: Largest number of simultaneous requests.
         retries: How often a request is repeated.
         timeout: Seconds to wait for an answer.
     """
@@ -78,7 +78,7 @@ class EndpointSampler:
 
     @property
     def at_once(self) -> int:
-        """Some requests for each one in flight."""
+        """Several requests for each request in flight."""
         return _PER_WORKER * self.in_flight
 
     def sample(
@@ -97,7 +97,7 @@ class EndpointSampler:
     def _sample_one(self, asked: tuple[str, str, int]) -> SampledText:
         name, prompt, number = asked
         digest = hashlib.sha256(f"{self.seed}/{name}/{number}".encode()).digest()
-        seed = int.from_bytes(digest[:4], "big") >> 1  # servers take 31 bits
+        seed = int.from_bytes(digest[:4], "big") >> 1  # servers accept seeds of 31 bits
         answer = self._post(
             {
                 "model": self.model,
@@ -152,7 +152,7 @@ class EndpointSampler:
 
 @frozen
 class _Bearer(requests.auth.AuthBase):
-    """Sends a key; unlike a header of the session, it takes precedence over `.netrc`."""
+    """Sends a key; unlike a header of the session, this key takes precedence over `.netrc`."""
 
     key: str = field(repr=False)
 
@@ -169,7 +169,7 @@ def _reason(error: requests.RequestException) -> str:
 
 
 def _fault(answer: requests.Response) -> str:
-    """Return the status and the message of an error, which OpenAI's format nests."""
+    """Return the status and the message of an error; OpenAI's format nests the message."""
     try:
         content = answer.json()
         message = content.get("error", content)

@@ -210,7 +210,7 @@ def _window(policy: Policy) -> int | None:
 
 
 def most_tokens(policy: Policy) -> float:
-    """Return the maximum length of a text in tokens; it leaves space for the drafts after the text."""
+    """Return the maximum length of a text in tokens; drafts after the text still fit the model."""
     positions: int | None = getattr(policy.config, "max_position_embeddings", None)
     return math.inf if positions is None else positions - (policy.n_future - 1)
 

@@ -26,9 +26,9 @@ class SampledText:
     Attributes:
         text: The text, without control tokens.
         finished: Whether the text ended with EOS instead of at the limit.
-        tokens: The text that each token adds, with control tokens spelt; the last token of a finished text is
-            EOS. A server may leave EOS out.
-        logprobs: For each token, its log-probability in nats under the model at temperature 1, whatever the
+        tokens: The text that each token adds; a control token adds its name. The last token of a finished
+            text is EOS, unless a server leaves it out.
+        logprobs: The log-probability of each token in nats under the model at temperature 1, whatever the
             temperature of the samples.
         seed: Seed of the text.
     """
@@ -45,7 +45,7 @@ class Sampler(Protocol):
 
     @property
     def at_once(self) -> int:
-        """The number of texts that are best sampled in one call."""
+        """The recommended number of texts per call of `sample`."""
 
     def sample(
         self, prompts: Sequence[tuple[str, str]], *, on_done: Callable[[int], None]
@@ -53,7 +53,7 @@ class Sampler(Protocol):
         """Return `evaluate.samples` texts for each prompt.
 
         Args:
-            prompts: Pairs (name, text); the name and the seed determine the samples.
+            prompts: Pairs (name, text); the name and the sampler's seed determine the samples.
             on_done: Called with the number of finished texts.
 
         Raises:
@@ -86,7 +86,7 @@ class PolicySampler:
     def sample(
         self, prompts: Sequence[tuple[str, str]], *, on_done: Callable[[int], None]
     ) -> list[list[SampledText]]:
-        """Return the samples that `evaluate` would judge; see `Sampler.sample`."""
+        """Return the same samples that `evaluate` would judge; see `Sampler.sample`."""
         table = self.table
         sampled = sample_completions(
             self.policy,

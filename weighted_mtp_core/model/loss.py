@@ -98,7 +98,7 @@ def weighted_mtp_loss(
     source_BTH = hidden_BTH.detach().requires_grad_(hidden_BTH.requires_grad)
     share = _LABEL_SHARES[heads]
     chained = policy.heads.chained
-    # Three tensors exist at the same time: a head's gradient, the sum over heads and, for `kl`, head 1's
+    # Three tensors exist at the same time: a head's gradient, the sum over heads and, with a teacher, its
     # states. Each chained head also keeps a gradient and states of its own.
     buffers = (2 * policy.n_future if chained else 2) + (share < 1)
     unembedding = ChunkedUnembedding.of(

@@ -49,7 +49,7 @@ class Policy(nn.Module):
         base: A transformers causal LM; its modules are used, not copied.
         unembedding: The unembedding of the base model.
         n_future: K.
-        heads: What heads 2..K are.
+        heads: The recipe's `[model.heads]`.
 
     Attributes:
         n_future: K.

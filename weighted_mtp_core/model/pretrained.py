@@ -71,7 +71,7 @@ def load_pretrained(
 
 @contextmanager
 def without_report() -> Iterator[None]:
-    """Inside this context, transformers prints no table of missing and unexpected tensors."""
+    """Suppress transformers' table of missing and unexpected tensors inside this context."""
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(_is_no_report)  # another level of the logger would make transformers report other things
     try:
@@ -117,7 +117,7 @@ def read_config(source: Path | str, *, kind: str) -> Any:
     """Return a model's config.
 
     Raises:
-        WmtpError: It cannot be read, the directory contains an adapter, or the weights are quantised.
+        WmtpError: The config cannot be read, the directory contains an adapter, or the weights are quantised.
     """
     from transformers import AutoConfig
 
@@ -175,9 +175,9 @@ def _fault_of(file: Path) -> str | None:
 
 
 def _refuse_other_tensors(source: Path | str, model: Any, info: Any, known: re.Pattern[str]) -> None:
-    """Refuse files with missing tensors, tensors of wrong shapes or tensors of additional layers.
+    """Refuse files in which tensors are missing, have wrong shapes or belong to additional layers.
 
-    Tensors that match `known` may be additional.
+    Additional tensors with names that match `known` are accepted.
     """
     where = _named_files(source)
     named = quoted(model.config.architectures or [type(model).__name__])

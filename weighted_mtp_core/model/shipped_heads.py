@@ -1,7 +1,7 @@
-"""Make `sequential` heads of the multi-token prediction (MTP) layers of a base model, and write them back.
+"""Use the multi-token prediction (MTP) layers of a base model as `sequential` heads, and write them back.
 
-An MTP layer is a decoder layer with norms and a projection. transformers loads the decoder layer as an
-additional layer of the model, so that its tensors are renamed and joined like those of the other layers.
+An MTP layer consists of a decoder layer, norms and a projection. The decoder layer is loaded as an additional
+layer of the model, so that transformers renames and joins its tensors like the tensors of the other layers.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class ShippedHeads:
 
     Attributes:
         source: A transformers directory or a hub id.
-        layout: How they are stored.
+        layout: How the layers are stored.
         layers: Number of the model's decoder layers.
         depth: Number of MTP layers.
-        copies: The names of `Layout.copies` that exist, as they are in the files.
+        copies: The entries of `Layout.copies` that exist in the files, by the names in the files.
         config: The config of the model.
     """
 
@@ -55,11 +55,11 @@ class ShippedHeads:
     config: Any
 
     def names(self, depth: int) -> dict[str, str]:
-        """Return the name of the tensor of each parameter of `SequentialModule` outside the decoder layer."""
+        """Return the tensor's name for each parameter of `SequentialModule` outside the decoder layer."""
         return {own: self._named(name, depth) for own, name in self.layout.names.items()}
 
     def block(self, depth: int) -> str:
-        """Return the first part of the names of an MTP layer's decoder layer."""
+        """Return the common prefix of the tensor names of an MTP layer's decoder layer."""
         return self._named(self.layout.block, depth)
 
     def _named(self, name: str, depth: int) -> str:
@@ -67,7 +67,7 @@ class ShippedHeads:
 
     @property
     def beside(self) -> re.Pattern[str]:
-        """A pattern for the names of the tensors outside the decoder layers, after transformers' renaming."""
+        """A pattern for the names of tensors outside the decoder layers, as transformers renames them."""
         names = {name for depth in range(self.depth) for name in self.names(depth).values()} | set(
             self.copies
         )
@@ -99,15 +99,15 @@ class ShippedHeads:
 
     @torch.no_grad()
     def load_into(self, policy: Policy, blocks: Sequence[nn.Module]) -> None:
-        """Give heads 2..K of a policy the weights and the computation of the MTP layers.
+        """Load the weights of the MTP layers into heads 2..K, and make these heads compute the same.
 
         Args:
             policy: A policy with `sequential` heads.
             blocks: The result of `take_blocks`.
 
         Raises:
-            WmtpError: The layers differ from the model's last decoder layer, contain NaN, or have their own
-                embedding or unembedding.
+            WmtpError: The MTP layers are not of the same kind as the model's last decoder layer, contain NaN
+                or infinity, or have an embedding or unembedding of their own.
         """
         shared, heads = _shared(policy), policy.heads
         for name, kind in self.copies.items():
@@ -146,7 +146,7 @@ class ShippedHeads:
             return value
 
     def unfit(self, why: str) -> WmtpError:
-        """Return the error for layers that cannot become heads."""
+        """Return the error for MTP layers that cannot become heads."""
         return WmtpError(
             f"the MTP layers of the base model `{self.source}` cannot be trained: {why}", hint=_NEW
         )
@@ -157,7 +157,7 @@ def find_shipped_heads(source: Path | str, config: Any, *, n_future: int, shared
 
     Args:
         source: A transformers directory or a hub id.
-        config: Its config.
+        config: The config of the base model.
         n_future: K.
         shared: Whether all heads 2..K use one MTP layer.
 
@@ -191,12 +191,12 @@ def find_shipped_heads(source: Path | str, config: Any, *, n_future: int, shared
     found = evolve(found, copies=copies)
     _refuse_other_names(found, names)
     _refuse_other_count(found, n_future=n_future, shared=shared)
-    more_layers(text, found.depth)  # refuses layers of another kind
+    more_layers(text, found.depth)  # raises for MTP layers of another kind
     return found
 
 
 def _refuse_other_names(found: ShippedHeads, names: AbstractSet[str]) -> None:
-    """Refuse MTP layers that lack a tensor outside their decoder layers, or have an unknown one."""
+    """Refuse MTP layers with missing or unknown tensors outside their decoder layers."""
     outside = [name for depth in range(found.depth) for name in found.names(depth).values()]
     blocks = tuple(found.block(depth) for depth in range(found.depth))
     unknown = sorted(
@@ -212,7 +212,7 @@ def _refuse_other_names(found: ShippedHeads, names: AbstractSet[str]) -> None:
 
 
 def _refuse_other_count(found: ShippedHeads, *, n_future: int, shared: bool) -> None:
-    """Refuse a number of heads for which the MTP layers are too few or too many."""
+    """Refuse a number of heads that the MTP layers do not allow."""
     single = found.depth == 1
     if n_future == found.depth + 1 and (single or not shared):
         return
@@ -230,7 +230,7 @@ def _refuse_other_count(found: ShippedHeads, *, n_future: int, shared: bool) -> 
 
 
 def _layer_of(module: nn.Module) -> str:
-    """Return the first part of the names of a `SequentialModule`'s parameters in its decoder layer."""
+    """Return the common prefix of the parameter names of a `SequentialModule`'s decoder layer."""
     assert isinstance(module, SequentialModule)
     layer = layers_of(module.body)[0]
     return next(f"{name}." for name, each in module.named_modules() if each is layer)

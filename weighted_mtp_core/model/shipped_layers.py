@@ -1,8 +1,8 @@
-"""The multi-token prediction (MTP) layers in the files of base models: their names, and what they compute.
+"""The multi-token prediction (MTP) layers in the files of base models: names and computation.
 
-transformers does not load these tensors with a causal LM. Their names begin with `model.layers.<N + d>.` if
-the model has N decoder layers (DeepSeek-V3, GLM-4.5), with `mtp.` (Qwen3-Next, Qwen3.5), with
-`model.mtp_layers.<d>.` (MiMo), or similarly.
+transformers does not load these tensors with a causal LM. For a model with N decoder layers and MTP layer d,
+their names begin with `model.layers.<N + d>.` (DeepSeek-V3, GLM-4.5), `mtp.` (Qwen3-Next, Qwen3.5),
+`model.mtp_layers.<d>.` (MiMo), or a similar prefix.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ Shared = Literal["embedding", "unembedding"]
 class Layout:
     """How families store MTP layers, and what the layers compute.
 
-    In names, `{layer}` is the number of an MTP layer if the model's decoder layers are counted, too, and
-    `{depth}` its number among the MTP layers, from 0.
+    In names, `{depth}` is the index of an MTP layer among the MTP layers, from 0, and `{layer}` is `{depth}`
+    plus the number of the model's decoder layers.
 
     Attributes:
         families: `model_type` of the text models.
-        block: First part of the names of the decoder layer's tensors.
+        block: Common prefix of the names of the decoder layer's tensors.
         names: The name of the tensor for each parameter of `SequentialModule` outside the decoder layer.
         copies: Names of tensors that may exist as copies of the model's embedding or unembedding.
-        serve: The server whose `sequential` heads compute the same.
-        repeats: Whether every server that runs the layer several times feeds it with its own normed state.
+        serve: The value of `model.heads.serve` with which `sequential` heads compute the same.
+        repeats: Whether all servers that run the layer several times use its state after the final norm as
+            the next input.
     """
 
     families: tuple[str, ...]
@@ -101,7 +102,7 @@ _PROMISE = re.compile(r"(^|_)mtp(_|$)|nextn_predict")
 
 
 def tensor_files(source: Path | str) -> dict[str, Path]:
-    """Return the file of each tensor of a model in safetensors files; empty for files of other kinds.
+    """Return the file of each tensor of a model; empty if the model is not in safetensors files.
 
     Args:
         source: A transformers directory or a hub id, of which only the list of tensors must be downloaded.
@@ -126,7 +127,7 @@ def tensor_files(source: Path | str) -> dict[str, Path]:
 
 
 def names_of_shipped_layers(source: Path | str) -> re.Pattern[str]:
-    """Return a pattern that is found in the names of the tensors of MTP layers, before and after renaming.
+    """Return a pattern that occurs in the tensor names of MTP layers, before and after renaming.
 
     Args:
         source: See `tensor_files`.
@@ -150,8 +151,8 @@ def shipped_layers(source: Path | str, model: nn.Module) -> tuple[str, ...]:
 def later_layers(source: Path | str, model: nn.Module) -> tuple[str, ...]:
     """Return the names of tensors of decoder layers after the last layer of a model, sorted.
 
-    transformers reports them as unexpected, but in some families it ignores the numbers that the MTP layers
-    of published models have.
+    transformers usually reports such tensors as unexpected. In some families, however, it ignores layers with
+    the numbers that MTP layers have in published models.
     """
     pattern = names_of_shipped_layers(source)
     own = filter(None, map(_NUMBERED.match, model.state_dict()))
@@ -164,8 +165,8 @@ def later_layers(source: Path | str, model: nn.Module) -> tuple[str, ...]:
 def promise_no_layers(config: Any) -> None:
     """Remove from a config, in place, each key that describes MTP layers.
 
-    A number becomes 0 if the class of the config has a default for it, because transformers would read the
-    default if the key were missing.
+    A key with a number is not removed but set to 0 if the class of the config has a default for this key,
+    because transformers would use the default for a missing key.
     """
     for part in {id(each): each for each in (config, text_config(config))}.values():
         kind = type(part)

@@ -76,10 +76,10 @@ def pair_index(target_BTK: Tensor, *, preceding_BT: Counts | None) -> Tensor:
 
 
 def choices_of_head_1(choice_BTK: Tensor) -> Tensor:
-    """Return for each pair what head 1 predicts for the same target, `[B, T, K]`.
+    """Return, for each (position, head) pair, head 1's prediction of the same target, `[B, T, K]`.
 
     Args:
-        choice_BTK: int64 predictions by source and head, -100 where the pair does not count.
+        choice_BTK: int64 predicted token ids, by source and head; -100 for a pair that does not count.
     """
     heads = choice_BTK.shape[2]
     padded_BT = torch.nn.functional.pad(choice_BTK[:, :, 0], (0, heads - 1), value=IGNORED)

@@ -54,7 +54,7 @@ class Text:
         return torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
 
     def embedded(self, ahead: int) -> Tensor:
-        """Return the embedding `[B, T, H]` of the token `ahead` places later in its document, or 0."""
+        """Return the embedding `[B, T, H]` of the token `ahead` positions later, 0 past the document."""
         position_BT = self.positions()
         # Positions restart at 0 with each document, so no token after the end of a document has the expected
         # position.
