@@ -184,7 +184,7 @@ class Component(Generic[OptionsT, BuiltT_co]):
         needs: Signals that a weighting reads.
         provides: Signals that a critic provides.
         negative_weights: Whether a weighting may return negative weights, which a recipe must allow. A
-            weighting that wraps others declares it if it can handle their negative weights.
+            weighting that wraps other weightings sets it if it can handle their negative weights.
         examine: Checks for `doctor` what the component needs on this machine, such as a server or a sandbox.
             Called with the options and the storage root; builds nothing and yields one finding for each
             check.

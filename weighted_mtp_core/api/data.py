@@ -46,13 +46,13 @@ Span = tuple[int, int, float]
 
 
 def check_weight(value: object, name: str) -> None:
-    """Raise ValueError unless a weight is a finite number; `name` is what the message calls it."""
+    """Raise ValueError unless a weight is a finite number; the message calls the weight `name`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
 
 
 def check_spans(spans: Sequence[Span], *, length: int) -> None:
-    """Raise ValueError if spans overlap or are not within the first `length` characters, or for a weight."""
+    """Raise ValueError if spans overlap, reach beyond `length` characters or have an invalid weight."""
     end = 0
     for span in sorted(spans):
         start, end_before, end = span[0], end, span[1]
@@ -97,16 +97,16 @@ class Example:
         prompt: Text before the response; the policy is never trained to predict its tokens.
         response: Text that the policy learns to write. Core appends EOS.
         reward: Verified outcome of the whole response, in [0, 1]; 1 if the outcome is unknown.
-        weight: Weight from the data of each token of the response, including EOS, for `Signal.GIVEN`: finite,
-            and >= 0 unless `BuildContext.negative_weights`. None counts as 1.
+        weight: Weight that the data give to each token of the response, including EOS, for `Signal.GIVEN`. It
+            is finite, and >= 0 unless `BuildContext.negative_weights` is true. None counts as 1.
         spans: Weights of parts of the response. A span (start, end, weight) covers the characters
             `response[start:end]`; spans do not overlap. The weight of a token in a span is the span's weight
             times `weight`; the weight of EOS and of tokens outside all spans is `weight`.
         messages: A chat instead of a prompt and a response, in the layout that chat templates read: objects
             with `role` and `content`. The last message is the assistant's. A message of the assistant may
-            have a `weight`, which multiplies the example's, and `weights`, spans of its `content` like
-            `spans`. `prompt` and `response` then only identify the problem, and train the tokenizer of a
-            `micro` model.
+            have a `weight`, which is multiplied by the example's `weight`, and `weights`, which are spans of
+            the message's `content` in the form of `spans`. `prompt` and `response` then only identify the
+            problem, and train the tokenizer of a `micro` model.
         tools: Descriptions of tools for the template of a chat.
         metadata: Other data about the response: texts or numbers by key. A weighting receives them as
             `StepView.metadata`.
@@ -215,9 +215,10 @@ class DataSource(Stateful):
     two splits.
 
     Attributes:
-        oracle_weights: Whether the weights that the data give are knowledge that real data do not have: below
-            1 on known mistakes, and 1 elsewhere. A run whose weighting reads them is marked, because its
-            result is an upper bound. Every run measures weights and values at the mistakes.
+        oracle_weights: Whether the weights in the data mark known mistakes, knowledge that real data do not
+            have: the weights are below 1 on mistakes and 1 elsewhere. A run whose weighting reads these
+            weights is marked, because its result is an upper bound. Every run on such data measures its
+            weights and values at the mistakes.
     """
 
     oracle_weights: bool = False

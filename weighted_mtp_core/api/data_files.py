@@ -1,4 +1,4 @@
-"""Finds the files that an option of a data source names: a path, a pattern, a folder, a split on the hub."""
+"""Find the files that an option of a data source names: a path, a pattern, a folder or a split on the hub."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def data_files(text: str, *, downloads: Path) -> list[Path]:
         text: The path of a file; a pattern such as `data/train-*.parquet`, whose files are read in the order
             of their names; a folder that `Dataset.save_to_disk` of the package `datasets` wrote; or a split
             of a data set on the hub, `hub:OWNER/NAME:SPLIT` or `hub:OWNER/NAME:CONFIGURATION:SPLIT`, where
-            `@REVISION` may follow the name.
+            `@REVISION` may follow NAME.
         downloads: The folder of copies from the hub.
 
     Raises:
-        WmtpError: There is no such file, the folder is of another kind, or the hub cannot be reached.
+        WmtpError: The file does not exist, the folder is not a saved data set, or the hub cannot be reached.
     """
     if text.startswith("hub:"):
         if not (address := _HUB.fullmatch(text)):
@@ -67,19 +67,19 @@ def _saved(folder: Path) -> list[Path]:
 def from_hub(
     repository: str, configuration: str | None, *, split: str, folder: Path, revision: str | None = None
 ) -> Path:
-    """Return a local copy of a split of a data set; fetch it from the Hugging Face hub if it is missing.
+    """Return a local copy of a split of a data set; a missing copy is fetched from the Hugging Face hub.
 
-    An existing copy is used as it is, without the network and without the package `datasets`.
+    An existing copy is used unchanged, without the network and without the package `datasets`.
 
     Args:
         repository: Id of the data set on the hub.
-        configuration: Name of the table of the data set; None if it has only one.
+        configuration: Name of a configuration of the data set; None if the data set has only one.
         split: Name of the split, or several joined by `+`.
         folder: The folder of the copies, which are `.parquet` files.
         revision: Branch, tag or commit; by default the main branch.
 
     Raises:
-        WmtpError: The package `datasets` is not installed, or the hub does not give the data.
+        WmtpError: The package `datasets` is not installed, or the hub does not provide the data.
     """
     parts = (repository, revision, configuration, split)
     name = "--".join(re.sub(r"[^A-Za-z0-9._-]", "-", part.replace("/", "--")) for part in parts if part)

@@ -36,10 +36,11 @@ def _check_template(_: object, __: object, template: str | None) -> None:
 
 @frozen(kw_only=True)
 class RowFiles:
-    """The files of a data source: either `path`, or an entry for each split.
+    """The files of a data source: either `path`, or an option for each split.
 
-    An entry names a file of JSON lines or a `.parquet` file, a pattern such as `data/train-*.parquet`, a
-    folder that `Dataset.save_to_disk` wrote, or a split on the hub, `hub:OWNER/NAME:SPLIT`; see `data_files`.
+    The value of each option is the name of a file of JSON lines or of a `.parquet` file, a pattern such as
+    `data/train-*.parquet`, a folder that `Dataset.save_to_disk` wrote, or a split on the hub,
+    `hub:OWNER/NAME:SPLIT`; see `data_files`.
 
     Attributes:
         path: Rows whose problems are divided among the splits.
@@ -78,7 +79,7 @@ class JsonlSource(DataSource):
     Args:
         options: The files.
         context: The context in which the source is built.
-        parse: Converts a record to a row, see `read_records`; by default a row with a prompt and a response.
+        parse: Converts a record to a row, see `read_records`. By default, a row has a prompt and a response.
 
     Raises:
         WmtpError: The options contain neither `path` nor files of splits, or both; a file cannot be read or

@@ -190,11 +190,11 @@ def _response(record: Record) -> str:
 
 
 def refuse_misspelt(record: Record, keys: Mapping[str, str]) -> None:
-    """Refuse misspelt optional keys, because a wrong response would count as correct and a weight as 1.
+    """Refuse misspelt optional keys: without them, a wrong response would count as correct, a weight as 1.
 
     Args:
         record: A row or a message.
-        keys: Optional keys by their letters alone.
+        keys: The optional keys, indexed by their letters without other characters.
 
     Raises:
         ValueError: A key is similar to one of the optional keys.
@@ -240,7 +240,7 @@ def _metadata(record: Record) -> dict[str, str | float]:
 
 
 def parse_spans(record: Record, *, text: str) -> tuple[Span, ...] | None:
-    """Return the weighted spans of `text` in `weights`, or None; raises ValueError for the first fault."""
+    """Return the spans of `text` in `weights`, if any; raise ValueError for the first invalid span."""
     if "weights" not in record:
         return None
     rows = record["weights"]
@@ -252,7 +252,7 @@ def parse_spans(record: Record, *, text: str) -> tuple[Span, ...] | None:
 
 
 def _is_span(row: object) -> bool:
-    """Return whether a row is [start, end, weight]; in a table, start and end may be whole floats."""
+    """Return whether a row is [start, end, weight]; in parquet files, start and end may be whole floats."""
     if not isinstance(row, list) or len(row) != 3 or any(type(each) not in {int, float} for each in row):
         return False
     return all(isinstance(edge, int) or edge.is_integer() for edge in row[:2])

@@ -48,7 +48,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, object]]:
 def table_rows(path: Path) -> Iterator[tuple[int, object]]:
     """Yield the number, counted from 1, and the record of each row of a parquet file or an Arrow stream.
 
-    A table has all keys in all rows; a key without a value (null) is left out of its object, at any depth.
+    In a table, each row has all keys. A key without a value (null) is left out of the record, at any depth.
 
     Raises:
         WmtpError: The file is damaged, or has another format.

@@ -49,8 +49,8 @@ class Batch:
         example_ids: Ids of the examples of the batch, row by row, for use in messages.
         position_BT: int64 index of each token within its document, 0 on padding. None if each row holds one
             document, with positions 0, 1, ...
-        given_BT: float32 weight that the data give each response token, negative only if the recipe allows;
-            0 on prompts and padding. None if the data give no weights.
+        given_BT: float32 weight that the data give each response token, negative only if the recipe allows
+            negative weights; 0 on prompts and padding. None if the data have no weights.
     """
 
     ids_BT: Tensor

@@ -81,8 +81,8 @@ def refuse_changes(path: Path, plan: Plan, *, allowed: Sequence[str]) -> None:
         allowed: Keys that the user allows to differ (`--allow-change`).
 
     Raises:
-        WmtpError: There are differences that are not allowed, the run is already finished, or its best state
-            so far was chosen by another measure.
+        WmtpError: There are differences that are not allowed, the run is already finished, or the run's best
+            state so far was selected by another measure.
     """
     was = read_run(path)
     _refuse(path, _changes(was, plan, allowed=allowed))
@@ -101,7 +101,7 @@ def refuse_changes(path: Path, plan: Plan, *, allowed: Sequence[str]) -> None:
         raise WmtpError(f"the run `{path}` is finished", hint="raise `train.steps` to train it further")
     _refuse_fewer_steps(path, plan, done)
     chose, chooses = _selects_by(before), _selects_by(now)
-    if "policy" in done and chose != chooses:  # scores of two measures cannot be compared
+    if "policy" in done and chose != chooses:  # scores of different measures cannot be compared
         raise WmtpError(
             f"the run `{path}` chooses the state to keep by `{chose}`; `train.select_by` is now `{chooses}`",
             hint="undo the change, or begin a new run",

@@ -1,4 +1,4 @@
-"""How much of the gap between two arms, a floor and a ceiling, the other arms close."""
+"""Compute how much of the gap between two arms, a floor and a ceiling, the other arms close."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Gap:
 
     @classmethod
     def of(cls, floor: str | None, ceiling: str | None, *, arms: Sequence[str]) -> Gap | None:
-        """Return the gap between two arms; None if neither is named.
+        """Return the gap between two arms; None if neither arm is named.
 
         Raises:
             WmtpError: Only one arm is named, both are the same, or a name is not the name of an arm.
@@ -49,8 +49,8 @@ class ClosedGap:
     Attributes:
         metric: Name of the metric.
         arm: Name of the arm.
-        share: Ratio of the mean differences, with Fieller's interval; its ends are NaN if the interval is not
-            bounded, because the gap may be 0.
+        share: Ratio of the mean differences, with Fieller's interval; the ends of the interval are NaN if it
+            is not bounded, because the gap does not differ significantly from 0.
     """
 
     metric: str
@@ -59,7 +59,7 @@ class ClosedGap:
 
 
 def closed_gaps(gap: Gap, metric: str, values: Mapping[str, Mapping[int, float]]) -> Iterator[ClosedGap]:
-    """Yield the share of the gap that each other arm closes, over the seeds that all three arms have.
+    """Yield each other arm's share of the gap, over the seeds that floor, ceiling and this arm have.
 
     Args:
         gap: The two arms.
@@ -77,7 +77,7 @@ def closed_gaps(gap: Gap, metric: str, values: Mapping[str, Mapping[int, float]]
 
 
 def gap_section(gap: Gap, rows: Sequence[ClosedGap]) -> list[str]:
-    """Return the lines of the section of the page; none if there are no rows."""
+    """Return the lines of the page's section about the gap; an empty list if there are no rows."""
     if not rows:
         return []
     explanation = (

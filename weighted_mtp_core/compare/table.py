@@ -1,4 +1,4 @@
-"""The tables of a comparison: all arms by all metrics, then the differences from the first arm by metric."""
+"""The tables of a comparison: all arms and metrics, then, by metric, differences from the first arm."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Comparison:
         missing: One sentence for each run that did not finish.
         diverged: One sentence for each value that is not finite.
         few: One sentence for each arm with a run of fewer than three validations up to `seconds`.
-        gap: The arms that are a floor and a ceiling, if they are named.
+        gap: The arms that are the floor and the ceiling; None if the user names no such arms.
         closed: The share of the gap that each other arm closes, by metric.
     """
 
@@ -110,7 +110,7 @@ class Comparison:
         )
 
     def markdown(self) -> str:
-        """Return a Markdown page: one table of all arms by all metrics, then a table for each metric."""
+        """Return a Markdown page: a table of all arms and metrics, then a table for each metric."""
         parts = ["# Comparison", "", *self._overview(), "", *self._explanation()]
         parts += [] if self.gap is None else gap_section(self.gap, self.closed)
         shown = ("", "")
@@ -145,7 +145,7 @@ class Comparison:
         return text.getvalue()
 
     def _overview(self) -> list[str]:
-        """Return a table of arms by metrics at equal steps, whose columns are also aligned in a terminal."""
+        """Return a table of arms and metrics at equal steps; its columns are also aligned in a terminal."""
         rows = [row for row in self.rows if row.at == EQUAL_STEPS]
         metrics = list(dict.fromkeys(row.metric for row in rows))
         table = [["arm", "seeds", *metrics]]
@@ -264,7 +264,7 @@ def _line(row: Row) -> str:
 
 
 def _plus_minus(found: Estimate) -> str:
-    """Return a mean and half the width of its interval, both rounded to the second digit of the latter."""
+    """Return a mean ± half the width of its interval, rounded to two digits of the half width."""
     if math.isnan(found.mean):
         return "diverged"
     half = (found.high - found.low) / 2

@@ -21,7 +21,7 @@ from weighted_mtp_core.errors import WmtpError
 
 TrainOn = Literal["all", "last"]
 Message = Mapping[str, Any]
-_MARK = 0x100000  # the first private character; texts with icons use those of lower planes
+_MARK = 0x100000  # a private character of plane 16; texts with icons use lower planes
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -65,13 +65,13 @@ def render_chat(
 
     Args:
         tokenizer: A tokenizer with a chat template.
-        messages: The messages as the template reads them; the last one is the assistant's. The template does
-            not see the `weight` and the `weights` of a message.
+        messages: The messages as the template reads them; the last one is the assistant's. The `weight` and
+            the `weights` of a message are not passed to the template.
         tools: Descriptions of tools for the template.
         train_on: Whether all turns of the assistant are learned, or the last one.
 
     Raises:
-        WmtpError: There is no template, or the turns or weighted spans cannot be found in what it renders.
+        WmtpError: There is no template, or turns or weighted spans cannot be found in the rendered text.
     """
     if tokenizer.chat_template is None:
         raise WmtpError(
@@ -120,10 +120,10 @@ def _find_spans(
 ) -> list[Span]:
     """Return the spans of message `number` (from 0) in characters of the rendered text.
 
-    The edges of the spans are marked with private characters in the message, which is then rendered again.
-    The template leaves the text as it is if the result, without these characters, is the same text. If the
-    template strips blanks at the ends of a message, edges in these blanks are moved to the first or last
-    character that is not a blank.
+    The edges of the spans are marked with private characters in the message, and the chat is rendered again.
+    If the result without these characters equals the first rendering, the template does not change the
+    message, and the positions of the marks are the edges. If the template strips blanks at the ends of a
+    message, edges in these blanks are moved to the first or last character that is not a blank.
     """
     content = messages[number]["content"]
     edges = [edge for start, end, _ in spans for edge in (start, end)]

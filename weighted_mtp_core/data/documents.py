@@ -22,8 +22,8 @@ class Document:
         ids: Token ids of the example, including EOS.
         prompt: Number of tokens before the first target.
         targets: Whether each token is a target; None if all tokens from index `prompt` on are targets.
-        weights: Weight of each target by its message and the message's spans, and 0 for other tokens; None
-            if this is not a chat.
+        weights: In a chat, the weight of each target from its message's `weight` and spans, and 0 for other
+            tokens; None if this is not a chat.
     """
 
     example: Example

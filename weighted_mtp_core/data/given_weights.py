@@ -1,4 +1,4 @@
-"""The weights that the data give the tokens of documents: by example, by message, by span of characters."""
+"""Weights that the data give to the tokens of documents, per example, message and span of characters."""
 
 from __future__ import annotations
 

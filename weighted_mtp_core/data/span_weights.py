@@ -3,8 +3,8 @@
 The positions of a span count the characters (code points) of a text, and each token covers some characters. A
 token that contains only a part of a character, as with byte-level tokenizers, covers the whole character. The
 blank before a word is usually part of the word's token but not of the span, so blanks count only in tokens
-that consist of blanks. The weight of a token is the mean of the weights of its characters: inside a span it
-is the weight of the span, and at the edge of a span a value in between.
+that consist of blanks. The weight of a token is the mean of the weights of its characters: the weight of the
+span for a token inside a span, and a value in between for a token at the edge of a span.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ def span_weights(
     inked_C = np.array([not char.isspace() for char in text])
     weight_L = np.empty(count)
     covered = 0
-    for i, (start, end) in enumerate(offsets):  # a loop: tokens may overlap, and few documents have spans
+    for i, (start, end) in enumerate(offsets):  # a loop, as tokens may overlap and few documents have spans
         if inked_C[covered:start].any():
             raise _not_covered(name, text[covered:start])
-        first = min(start, covered)  # blanks that no token covers belong to the next one
+        first = min(start, covered)  # blanks that no token covers belong to the next token
         covered = max(covered, end)
         own = slice(first, max(end, first + 1)) if first < len(text) else slice(len(text) - 1, len(text))
         chosen_C = char_C[own][inked_C[own]] if inked_C[own].any() else char_C[own]
-        # Clipped, so that the mean of equal numbers is that number and not its neighbour.
+        # Clipped, so that rounding does not change the mean of equal numbers.
         weight_L[i] = np.clip(chosen_C.mean(), chosen_C.min(), chosen_C.max())
     if inked_C[covered:].any():
         raise _not_covered(name, text[covered:])

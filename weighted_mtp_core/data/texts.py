@@ -119,7 +119,7 @@ class TextCodec:
     def _pieces(
         self, parts: Sequence[tuple[str, float | None]]
     ) -> Iterator[tuple[_Encoder | None, str, float | None]]:
-        """Yield the encoder, the text and the weight of each piece; a control token has no encoder."""
+        """Yield the encoder, the text and the weight of each piece; a control token's encoder is None."""
         encoder = self._encode_start
         for text, weight in parts:
             for piece in filter(None, self._control.split(text)):

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Return the text that each token adds to the decoded text; the parts together are the decoded text.
+    """Return the text that each token adds; the concatenated parts are the decoded text.
 
     A token that ends inside a character adds an empty text, and the token that completes the character adds
     it.

@@ -27,7 +27,7 @@ from weighted_mtp_core.tracking.display import Display
 from weighted_mtp_core.training.head_quality import head_quality
 from weighted_mtp_core.training.prepare import Prepared
 
-_CONTINUED = 32  # documents whose prompts are continued; each gives dozens of verifying passes
+_CONTINUED = 32  # number of documents whose prompts are continued; each gives dozens of verifying passes
 _TIMED_PROBLEMS = 8  # few are enough, because the result is a ratio of speeds, not a benchmark
 
 
@@ -70,8 +70,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure every head on a split, and pass@k on its problems if the data source can verify completions.
 
-    Drafts are measured while completions of the problems are generated. If the data source has no problems,
-    the prompts of some documents of the split are continued instead.
+    The acceptance of drafts is measured while completions of the problems are generated. If the data source
+    has no problems, the policy continues the prompts of some documents of the split instead.
 
     Args:
         prepared: Data and policy.
@@ -192,7 +192,7 @@ def _continue_prompts(
         The texts with the statistics of decoding; None if no head drafts or if every prompt is too long.
     """
     policy = prepared.policy
-    prompt_D = np.maximum(tokens.prompt_D, 1)  # without a prompt, the first token of the text is one
+    prompt_D = np.maximum(tokens.prompt_D, 1)  # if there is no prompt, the first token replaces it
     fits = np.flatnonzero(prompt_D < most_tokens(policy))
     if table.decoding == "plain" or manner_of(policy).no_drafts is not None or not len(fits):
         return None

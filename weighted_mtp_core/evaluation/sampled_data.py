@@ -1,4 +1,4 @@
-"""`data sample`: a model's own texts, judged by the data source of a recipe, as a version of a data set."""
+"""`data sample`: store a model's texts, judged by a recipe's data source, as a version of a data set."""
 
 from __future__ import annotations
 
@@ -41,15 +41,16 @@ _FORMAT = 1
 SAMPLES, LEFT_OUT, STATISTICS = "samples.jsonl", "left_out.jsonl", "statistics.json"
 _OF_EVALUATION = ("pass_at_k", "problems")  # keys of `[evaluate]` that do not affect the samples
 _JUDGED_AT_ONCE = 128
-_DIGITS = 6  # of log-probabilities after the point
+_DIGITS = 6  # digits of log-probabilities after the decimal point
 
 
 @frozen(kw_only=True, eq=False)
 class SampledData:
-    """What the samples are and where they go.
+    """The description of a data set of samples: what is sampled, and where the samples are stored.
 
     Attributes:
-        model: What identifies the model, as JSON can store it; `name` is its name.
+        model: Keys and values that identify the model, in a form that JSON can store; `name` is the model's
+            name.
         sampler: Returns the sampler of the model; called only if texts are missing.
         problems: The problems.
         split: The split of the problems.
@@ -68,7 +69,7 @@ class SampledData:
 
     @property
     def depends_on(self) -> dict[str, Any]:
-        """Everything that the samples depend on; its hash is the version of the data set."""
+        """Everything on which the samples depend; the hash of it is the version of the data set."""
         data, table = self.source.version(), plain(self.plan.recipe.evaluate)
         options = dict(flat({"data": plain(self.plan.recipe.data)}))
         return {
@@ -83,14 +84,14 @@ class SampledData:
         }
 
     def store(self, display: Display) -> StoredDataset:
-        """Return the data set; write it first if it is not in storage.
+        """Return the data set; if it is not in storage, write it first.
 
-        Texts and verdicts are kept in a journal, so that the next call continues where a killed process
-        stopped.
+        Texts and verdicts are kept in a journal. If the process is killed, the next call continues after the
+        last entry of the journal.
 
         Raises:
-            WmtpError: See `Sampler.sample`; or the journal is damaged.
-            RunFailedError: See `Sampler.sample`; or no text can become data.
+            WmtpError: The journal is damaged, a prompt is too long, or a server refuses the request.
+            RunFailedError: A server does not answer, or no text can become data.
         """
         version = hashlib.sha256(json.dumps(self.depends_on, sort_keys=True).encode()).hexdigest()[:12]
         storage = Path(self.plan.recipe.run.storage)
@@ -189,7 +190,7 @@ class SampledData:
 
 
 def describe_counts(folder: Path) -> list[tuple[str, str]]:
-    """Return the lines about the texts of a stored data set: how many passed, and why some are left out."""
+    """Return lines about the texts of a stored data set: how many passed, and why some are left out."""
     counts = json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
     passed = counts["verdicts"].get(VerdictKind.PASSED.value, 0)
     rows = [
@@ -223,15 +224,15 @@ def _resume(
     known: list[Any],
     at_once: int,
 ) -> list[Any]:
-    """Return a result for each unit; compute those that are not known, and write them to the journal.
+    """Return a result for each unit; compute missing results and write them to the journal.
 
     Args:
         journal: The journal.
-        kind: Kind of the journal's lines.
+        kind: Kind of these results in the journal.
         units: The units.
-        compute: Returns the results of some units, as JSON can store them. It also receives the number of
-            results that are known.
-        known: Results of the first units.
+        compute: Returns the results of some units in a form that JSON can store. Its second argument is the
+            number of results that are known.
+        known: The results of the first units, from the journal.
         at_once: Number of units that are computed together.
     """
     found = list(known)
@@ -243,7 +244,7 @@ def _resume(
 
 
 def _rounded(text: SampledText) -> dict[str, Any]:
-    """Return a text as JSON can store it.
+    """Return a text in a form that JSON can store.
 
     Raises:
         RunFailedError: A log-probability is not finite.
@@ -258,13 +259,13 @@ def _rounded(text: SampledText) -> dict[str, Any]:
 
 
 def _why_left_out(text: SampledText, verdict: Verdict) -> str | None:
-    """Return why a text cannot become data; None if it can."""
+    """Return why a text cannot become data; None if the text can become data."""
     if not text.finished:
-        return "unfinished"  # it would teach the policy to end where it did not
+        return "unfinished"  # training on it would teach the policy to end where it did not end
     if not verdict.is_label:
         return verdict.kind.value
     if "\ufffd" in text.text:
-        return "not_utf8"  # it would teach the policy to write this character instead of its bytes
+        return "not_utf8"  # training on it would teach the policy to write U+FFFD, not the bytes
     return None if text.text else "empty"
 
 

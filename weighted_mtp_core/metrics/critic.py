@@ -31,7 +31,7 @@ class ScoredResponses:
         length_D: Number of tokens of each response, at least 1.
         reward_D: Reward of each response, in [0, 1].
         problem_D: Problem number of each response.
-        slip_N: Mask of the tokens at a known mistake; None if no mistake is known.
+        slip_N: bool, True for tokens at a known mistake; None if the data do not mark mistakes.
     """
 
     value_N: Floats
@@ -53,7 +53,7 @@ class ScoredResponses:
         return self.values_after(1.0)
 
     def values_after(self, share: float) -> Floats:
-        """Return the value of each response after this share of its tokens, rounded up."""
+        """Return each response's value after this share of its tokens, rounded up to whole tokens."""
         tokens_D = np.ceil(share * self.length_D).astype(np.int64)
         values: Floats = self.value_N[self.start_D + np.maximum(tokens_D, 1) - 1]
         return values
@@ -132,9 +132,10 @@ class CriticMeasures:
         position_correlation: Spearman's correlation of value and position within a response, averaged over
             responses; 0 for a response with equal values.
         length_correlation: Spearman's correlation of final value and length.
-        falls_at_slip: Share of the incorrect responses with a known mistake whose value falls most at a
-            mistake; tokens with the same largest fall share the response. For a constant it is the share of
-            tokens at a mistake, which is chance. None if there is no such response.
+        falls_at_slip: Share of the incorrect responses with a known mistake in which the largest fall of the
+            value is at a mistake. If several tokens have the same largest fall, each counts as an equal part
+            of the response. For a critic with a constant value, it is the share of tokens at a mistake, which
+            is the result by chance. None if there is no such response.
     """
 
     auc: float
@@ -173,7 +174,7 @@ class CriticMeasures:
 
 
 def aucs(scored: ScoredResponses) -> dict[str, float]:
-    """Return `auc`, `auc_half` and `auc_quarter` of `CriticMeasures`; empty if all responses are alike."""
+    """Return `auc`, `auc_half` and `auc_quarter` of `CriticMeasures`; empty if all rewards are alike."""
     from sklearn.metrics import roc_auc_score
 
     correct_D = scored.correct_D

@@ -1,4 +1,4 @@
-"""Where tokens are relative to the known mistakes (slips) of their responses.
+"""Find where each token is relative to the known mistakes (slips) of its response.
 
 Shape letters: B batch rows, T positions, N pairs of a source and a head.
 """
@@ -21,7 +21,7 @@ def slips_of(batch: Batch) -> Tensor:
 
 
 def numbers_of_responses(document_BT: Tensor) -> Tensor:
-    """Return a number for each document, int64 `[B, T]`, less than B * T; padding has any number."""
+    """Return each token's document number, int64 `[B, T]`, less than B * T; arbitrary on padding."""
     rows, length = document_BT.shape
     row_B1 = torch.arange(rows, device=document_BT.device)[:, None]
     return row_B1 * length + document_BT.clamp(min=0)
@@ -30,8 +30,8 @@ def numbers_of_responses(document_BT: Tensor) -> Tensor:
 def places_of(batch: Batch) -> Tensor:
     """Return the index in `PLACES` of each token of an incorrect response with a slip, int64 `[B, T]`.
 
-    A token is before the first slip, at a slip, or behind the first slip without being at one. All other
-    tokens have -1.
+    A token is before the first slip, at a slip, or after the first slip but not at a slip. All tokens outside
+    such responses have -1.
     """
     wrong_BT = batch.response_BT & ~is_correct(batch.reward_BT)
     slip_BT = wrong_BT & slips_of(batch)
@@ -47,7 +47,7 @@ def places_of(batch: Batch) -> Tensor:
 
 
 def slip_metrics(weight_N: Tensor, place_N: Tensor) -> dict[str, Tensor]:
-    """Return the mean weight of the pairs at each place; NaN for a place without a pair.
+    """Return the mean weight of the pairs at each of `PLACES`; NaN if no pair is at a place.
 
     Args:
         weight_N: The weight of each pair.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 _PERCENTILES = (5, 50, 95)
-_ROUNDING = 1e-10  # weights whose relative variance is below this differ by rounding only
+_ROUNDING = 1e-10  # weights with a smaller relative variance differ only by rounding
 
 
 def weight_metrics(weight_N: Tensor) -> dict[str, Tensor]:
@@ -38,13 +38,13 @@ def weight_metrics(weight_N: Tensor) -> dict[str, Tensor]:
 def share_between_responses(weight_N: Tensor, response_N: Tensor, *, count: int) -> Tensor:
     """Return the share of the variance of the weights that lies between responses, a float32 scalar.
 
-    It is 1 if all pairs of a response have the same weight, and 0 if all responses have the same mean weight
-    (law of total variance), which includes equal weights.
+    The share follows from the law of total variance. It is 1 if all pairs of a response have the same weight,
+    and 0 if all responses have the same mean weight, for example if all weights are equal.
 
     Args:
         weight_N: The weight of each pair.
-        response_N: The number of each pair's response, int64, less than `count`.
-        count: Number of the numbers.
+        response_N: The number of the response of each pair, int64, from 0 to `count` - 1.
+        count: Upper limit of `response_N`, exclusive.
     """
     weight_N = weight_N.float()
     centred_N = weight_N - weight_N.mean()

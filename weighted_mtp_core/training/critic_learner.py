@@ -95,9 +95,7 @@ class CriticLearner(Learner):
 
     @torch.no_grad()
     def training_metrics(self) -> dict[str, float]:
-        """Return the AUC on training responses as metrics; above the held-out AUC, the critic memorises.
-
-        Empty if these responses are all correct or all incorrect.
+        """Return the AUC on training responses as metrics; empty if all responses have the same outcome.
         """
         tokens = self.prepared.critic_tokens("train")
         documents = evenly_spread(np.arange(len(tokens)), limit=self.table.validation_examples)

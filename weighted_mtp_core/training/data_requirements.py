@@ -16,7 +16,8 @@ def check_given_weights(plan: Plan, tokens: TokenSet, *, log: Callable[[str], No
     """Refuse a weighting of given weights if the data have none; log if the weighting does not read them.
 
     Raises:
-        WmtpError: No training example has a weight, or one is negative although the recipe does not allow it.
+        WmtpError: No training example has a weight, or a weight is negative although the recipe does not
+            allow it.
     """
     reads = Signal.GIVEN in plan.weighting.needs
     if reads and tokens.given_N is None:

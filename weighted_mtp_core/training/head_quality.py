@@ -24,7 +24,7 @@ MEASURES: Mapping[SelectBy, str] = {
     "later_heads": "held-out loss of heads 2..K",
     "acceptance": "held-out tokens per pass",
 }
-"""What the score of each `train.select_by` measures."""
+"""What the score measures for each value of `train.select_by`."""
 
 
 @torch.no_grad()
@@ -34,11 +34,12 @@ def head_quality(
     """Return the measures of each head over all targets of the batches; NaN for a head without targets.
 
     Returns:
-        For head k, `<split>_ce_head_<k>`, the unweighted cross-entropy in nats per target, and
-        `<split>_accuracy_head_<k>`, the share of the targets that are the head's choice, its likeliest token.
-        From k = 2 on, also `<split>_acceptance_head_<k>`, the share of its choices that head 1 confirms, and
-        `<split>_acceptance_length`, the expected tokens per pass of greedy self-speculative decoding: 1 + the
-        mean number of accepted drafts. Heads read the text itself, see `HeadSums`.
+        For each head k: `<split>_ce_head_<k>`, the unweighted cross-entropy in nats per target, and
+            `<split>_accuracy_head_<k>`, the share of the targets that are the head's most likely token. For k
+            >= 2 also `<split>_acceptance_head_<k>`, the share of the head's most likely tokens that head 1
+            confirms. And `<split>_acceptance_length`, the expected tokens per pass of greedy self-speculative
+            decoding: 1 + the mean number of accepted drafts. Nothing is generated: heads read the text
+            itself, see `HeadSums`.
     """
     policy.eval()
     found: list[HeadSums] = []
@@ -70,14 +71,14 @@ def head_quality(
 
 
 def selection_score(metrics: Mapping[str, float], select_by: SelectBy) -> float:
-    """Return the number that chooses the state to keep (higher is better) from a result of `head_quality`.
+    """Compute the number that selects the state to keep (higher is better) from a result of `head_quality`.
 
-    It is the mean cross-entropy of the heads that `select_by` names, negated, or the expected tokens per
-    pass. Heads without targets do not count.
+    For `acceptance`, it is the expected tokens per pass; otherwise the negated mean cross-entropy of the
+    heads that `select_by` names. Heads without targets do not count.
     """
     if select_by == "acceptance":
         return metrics.get("validation_acceptance_length", math.nan)
-    # A head without targets has no accuracy; a loss of NaN with targets must count.
+    # Skip heads without targets, whose accuracy is NaN; a NaN loss of other heads must not be skipped.
     losses = [
         loss
         for name, loss in metrics.items()

@@ -62,7 +62,7 @@ class Validation:
     Attributes:
         metrics: Scalars to log.
         score: The number that selects the checkpoint; higher is better, and a loss is negated.
-        measure: What the score without its sign is, for people.
+        measure: Description of the score without its sign, for printed texts.
     """
 
     metrics: Mapping[str, float]
@@ -88,7 +88,7 @@ class Learner(ABC):
         """Return the parameters; the parameters that require a gradient are optimised."""
 
     def rates(self) -> Mapping[nn.Parameter, float]:
-        """Return the learning rates of some parameters relative to the stage's; all others have 1."""
+        """Return some parameters' learning rates, relative to the stage's learning rate; 1 for all others."""
         return {}
 
     @abstractmethod
@@ -138,7 +138,7 @@ class Trained:
     best: Validation
 
     def summary(self) -> list[tuple[str, str]]:
-        """Return the line of the closing summary: what selects the best state, before and after."""
+        """Return the summary's line: the measure that selects the best state, before and after training."""
         before, after = abs(self.start.score), abs(self.best.score)
         return [("policy", f"{self.best.measure} {before:.3f} -> {after:.3f} at step {self.best_step}")]
 

@@ -27,7 +27,7 @@ class Normaliser:
     Attributes:
         pairs_K: Number of (position, target) pairs of each head in a step, averaged over the steps of an
             epoch; float32, on the device.
-        normalise: `"tokens"` leaves out the mean |weight|.
+        normalise: With `"tokens"`, the mean |weight| is left out.
     """
 
     pairs_K: Tensor
@@ -48,7 +48,7 @@ class Normaliser:
         self._weights_K, self._counts_K = torch.zeros(2, *self.pairs_K.shape, device=self.pairs_K.device)
 
     def add(self, weight_BTK: Tensor, target_BTK: Tensor) -> Tensor:
-        """Add a global batch to the mean |weight|; return `Z_K`, float32, 1 if all weights so far are 0."""
+        """Add a global batch to the mean |weight|; return `Z_K`, float32; Z is 1 while all weights are 0."""
         self._counts_K += target_BTK.sum(dim=(0, 1), dtype=torch.float32)
         if self.normalise == "tokens":
             return self.pairs_K

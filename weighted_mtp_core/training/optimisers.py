@@ -40,7 +40,7 @@ def make_optimiser(
         parameters: The parameters.
         table: The options.
         rates: Learning rates of some parameters, relative to the learning rate of the step; 1 for all others.
-            `set_learning_rate` uses them.
+            `set_learning_rate` applies these factors.
     """
     groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for parameter in parameters:

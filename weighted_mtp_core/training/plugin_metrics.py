@@ -18,7 +18,7 @@ _CORE = re.compile(
 
 
 def is_core_metric(name: str) -> bool:
-    """Return whether core computes the metric of this name; all other metrics are from plugins."""
+    """Return whether core computes the metric of this name; plugins compute all other metrics."""
     return _CORE.fullmatch(name) is not None
 
 

@@ -54,8 +54,8 @@ class PolicyLearner(Learner):
         best: The file of the best policy.
         log: Receives messages for the user.
         knows_slips: Whether the data mark the mistakes of incorrect responses; see `Prepared.knows_slips`.
-        head_rate: Learning rate of heads 2..K, relative to that of the other parameters.
-        select_by: What chooses the best policy, see `selection_score`.
+        head_rate: Learning rate of heads 2..K, relative to the learning rate of the other parameters.
+        select_by: The measure that selects the best policy, see `selection_score`.
     """
 
     policy: Policy
@@ -166,7 +166,7 @@ class PolicyLearner(Learner):
         if not len(pair_N):
             return {}
         weight_N, heads = weight_BTK.flatten()[pair_N], target_BTK.shape[2]
-        token_N = pair_N // heads + pair_N % heads + 1  # the target, in the flattened [B, T]
+        token_N = pair_N // heads + pair_N % heads + 1  # index of the target in the flattened [B, T]
         response_N = numbers_of_responses(batch.document_BT).flatten()[token_N]
         between = share_between_responses(weight_N, response_N, count=batch.ids_BT.numel())
         found = {**weight_metrics(weight_N), "weight_between_responses": between}
@@ -214,7 +214,7 @@ class PolicyLearner(Learner):
 
     @torch.no_grad()
     def validate(self, *, step: int) -> Validation:
-        """Measure each head on the validation split; `select_by` names what the score is computed from."""
+        """Measure each head on the validation split, and compute the score that `select_by` names."""
         del step
         metrics = head_quality(self.policy, self.validation(), split="validation", autocast=self.autocast)
         return Validation(
@@ -251,8 +251,7 @@ class PolicyLearner(Learner):
         """Return the policy's parameters, the normaliser's sums and the weighting's state.
 
         Raises:
-            RunFailedError: Weights since the last check were invalid, so the state must not be
-                saved.
+            RunFailedError: Weights since the last check were invalid, so the state must not be saved.
         """
         self._values.raise_if_bad()
         policy = {f"policy.{name}": tensor for name, tensor in module_state(self.policy).items()}

@@ -46,7 +46,7 @@ def check_weights(weights: object, response_BT: Tensor, *, n_future: int, label:
 
 @define(kw_only=True, eq=False)
 class ValueCheck:
-    """Refuses weights that are not finite, or negative without permission.
+    """Refuses weights that are not finite, and negative weights without permission.
 
     It warns once if all weights of a step are 0.
     On an accelerator the result of the check is read only every few steps. Until then, steps with non-finite
@@ -87,7 +87,7 @@ class ValueCheck:
         """Read the results of all checks since the last call; this synchronises with the device.
 
         Raises:
-            RunFailedError: Some weights were not finite, or negative without permission.
+            RunFailedError: A weight was not finite, or was negative without permission.
         """
         worst = 0 if self._worst is None else int(self._worst)
         self._worst = None
