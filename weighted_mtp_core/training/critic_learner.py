@@ -95,7 +95,9 @@ class CriticLearner(Learner):
 
     @torch.no_grad()
     def training_metrics(self) -> dict[str, float]:
-        """Return the AUC on training responses as metrics; empty if all responses have the same outcome.
+        """Return the AUC on training responses as metrics; empty if all outcomes are equal.
+
+        If it exceeds the held-out AUC, the critic memorises.
         """
         tokens = self.prepared.critic_tokens("train")
         documents = evenly_spread(np.arange(len(tokens)), limit=self.table.validation_examples)
