@@ -15,7 +15,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
-from harness import MIB, Row, in_turns, main, peak_mib, ratio_row, row
+from harness import MIB, Row, in_turns, main, peak_mib, ratio_row, return_freed_memory, row
 from step import SMOLLM2, TINY, Bench, numbered
 from weighted_mtp_core.model.policy import HEADS
 from weighted_mtp_core.recipe.schema import HeadKind, LossTable
@@ -46,7 +46,11 @@ def prepare_step(
 def prepare_gradients(
     heads: tuple[HeadKind, int], shape: Mapping[str, int], positions: int
 ) -> Callable[[], object]:
-    """Return a step without its optimiser, whose moments would hide how the other memory grows."""
+    """Return a step without its optimiser, whose moments would hide how the other memory grows.
+
+    Freed memory is not counted: the kept gradients of more heads would leave more gaps in it.
+    """
+    return_freed_memory()
 
     def step(bench: Bench) -> Callable[[], object]:
         learner = _learner(bench, "own")
