@@ -73,7 +73,7 @@ class Plan:
 
     @property
     def data_context(self) -> BuildContext:
-        """The context of the data source. Weights that the weighting does not read may be negative."""
+        """The context of the data source, which allows negative weights that the weighting does not read."""
         run = self.recipe.run
         negative = self.recipe.loss.negative_weights or Signal.GIVEN not in self.weighting.needs
         return BuildContext(seed=run.seed, storage=Path(run.storage), negative_weights=negative)
@@ -97,7 +97,7 @@ def make_plan(
 
 
 def plan_document(document: Document) -> Plan:
-    """Make the plan of a recipe that was read; see `make_plan` for the errors."""
+    """Make the plan of a recipe that was already read; see `make_plan` for the errors."""
     recipe, faults = structure_recipe(document)
     selector = ComponentSelector(document=document)
     if recipe is None:
@@ -173,7 +173,7 @@ def _untrained_head_faults(recipe: Recipe) -> list[Fault]:
 
 
 def _sign_faults(recipe: Recipe, weighting: SelectedComponent) -> list[Fault]:
-    """Refuse to allow negative weights for a weighting that does not declare them."""
+    """Refuse `loss.negative_weights = true` for a weighting that does not declare negative weights."""
     if not recipe.loss.negative_weights or weighting.negative_weights:
         return []
     text = f"weighting `{weighting.address}` does not declare that its weights can be negative"

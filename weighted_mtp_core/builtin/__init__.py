@@ -13,7 +13,7 @@ from weighted_mtp_core.builtin.mlflow import MlflowOptions, build_mlflow, examin
 
 @hookimpl
 def wmtp_data_sources() -> Iterable[Component[Any, DataSource]]:
-    """Offer files of examples and of chats."""
+    """Declare the data sources for files of examples and of chats."""
     yield Component(
         name="jsonl",
         summary="Your own examples: rows with a prompt and a response, from JSON lines or parquet.",

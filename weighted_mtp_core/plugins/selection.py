@@ -47,7 +47,7 @@ class SelectedComponent:
 
     @property
     def negative_weights(self) -> bool:
-        """Whether the weights may be negative; around other weightings, only if one of theirs may be."""
+        """Whether weights may be negative; for a wrapper, only if weights of a wrapped weighting may be."""
         inner = [each.negative_weights for each in self.wrapped.values()]
         return self.component.negative_weights and (any(inner) or not inner)
 

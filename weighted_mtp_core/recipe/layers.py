@@ -22,7 +22,7 @@ FOLDER = Path(__file__).parent
 
 
 def core_files() -> dict[str, Path]:
-    """Return the files that come with core, by their names in `extends`, such as `core:defaults.toml`."""
+    """Return the files that are installed with core, by name in `extends`, such as `core:defaults.toml`."""
     return {f"core:{file.relative_to(FOLDER).as_posix()}": file for file in sorted(FOLDER.rglob("*.toml"))}
 
 
@@ -79,7 +79,7 @@ def _add_file(
 
 
 def _path(name: str) -> Path:
-    """Return where a file is that messages call `name`: `core:NAME`, or a path."""
+    """Return the path of the file `name`, which is `core:NAME` or a path."""
     return core_files().get(name, Path(name))
 
 
@@ -114,7 +114,7 @@ def _read(name: str, *, extended_by: tuple[str, ...]) -> str:
 
 def _find_preset(name: str, *, beside: Path) -> str:
     core = [each for each in core_files() if each.startswith("core:presets/")]
-    own = map(str, sorted((beside.parent / "presets").glob("*.toml")))  # these override core's
+    own = map(str, sorted((beside.parent / "presets").glob("*.toml")))  # these override the presets of core
     found = {Path(each).stem: each for each in (*core, *own)}
     if name in found:
         return found[name]

@@ -56,12 +56,12 @@ MtpServer = Literal["transformers", "vllm"]
 
 @frozen(kw_only=True)
 class HeadsTable:
-    """`[model.heads]`: what heads 2..K are.
+    """`[model.heads]`: kind and options of heads 2..K.
 
     `sequential` heads share one module (`shared`) or have one module each; `serve` names the program that
-    shall draft with them, which determines what a module computes. With `init = "base"`, the modules are the
-    layers for multi-token prediction that the base model ships, and the base model determines what a module
-    computes.
+    will draft with these heads, which determines what a module computes. With `init = "base"`, the modules
+    are the layers for multi-token prediction that the base model ships, and the base model determines what a
+    module computes.
     """
 
     kind: HeadKind = "parallel"
@@ -180,9 +180,10 @@ SelectBy = Literal["head_1", "later_heads", "acceptance"]
 class PolicyTrainTable(TrainTable):
     """`[train]`: the training of the policy. `select_by` chooses the best state by its validation.
 
-    The best state has the lowest cross-entropy of head 1 or, on average, of heads 2..K, or the most tokens
-    per pass of self-speculative decoding. The default is `head_1`; with `model.train = "heads"`, it is
-    `later_heads`. `head_learning_rate` is the learning rate of heads 2..K, by default `learning_rate`.
+    With `head_1`, the best state has the lowest cross-entropy of head 1; with `later_heads`, the lowest mean
+    cross-entropy of heads 2..K; with `acceptance`, the most tokens per pass of self-speculative decoding.
+    `default_selection` returns the default. `head_learning_rate` is the learning rate of heads 2..K, by
+    default `learning_rate`.
     """
 
     select_by: SelectBy | None = None
@@ -192,8 +193,8 @@ class PolicyTrainTable(TrainTable):
 def default_selection(train: str | None, heads: str | None) -> SelectBy:
     """Return the default of `train.select_by` for the values of `model.train` and `loss.heads`.
 
-    Heads that learn head 1's distribution alone may predict the labels less well while more of their drafts
-    are accepted.
+    If only heads 2..K are trained and learn only head 1's distribution, it is `acceptance`: their predictions
+    of the labels may become worse although more of their drafts are accepted.
     """
     if train != "heads":
         return "head_1"
@@ -209,9 +210,9 @@ class LossTable:
 
     The share of head k is `head_weights[k - 1] * head_decay^(k - 1)`, normalised to sum 1; an empty
     `head_weights` means 1 for each head. `head_schedule` adds or removes heads 2..K during the first
-    `head_schedule_end` (a fraction) of the steps. `heads` is what heads 2..K learn: the labels, head 1's own
-    distribution (`kl`), or both in equal shares. `detach_trunk` lets heads 2..K train only their own
-    parameters. `negative_weights` allows weights below 0, from weightings that declare them.
+    `head_schedule_end` (a fraction) of the steps. `heads` is what heads 2..K learn: the labels, head 1's
+    distribution of the same token (`kl`), or both in equal shares. `detach_trunk` lets heads 2..K train only
+    their own parameters. `negative_weights` allows weights below 0 if the weighting declares them.
     """
 
     normalise: Literal["weights", "tokens"] = "weights"

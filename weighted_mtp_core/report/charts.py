@@ -121,7 +121,7 @@ _FIRST = (
 
 
 def charts_of(metrics: Mapping[str, Sequence[Point]]) -> tuple[list[Chart], list[Chart]]:
-    """Draw all metrics of a stage: first those of plugins and the most important ones, then the others."""
+    """Draw all metrics of a stage: first plugins' metrics and the most important ones, then the others."""
     groups = [*_head_groups(metrics), *_GROUPS]
     known = {name for group in groups for name in group.members}
     groups += [

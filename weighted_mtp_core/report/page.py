@@ -94,7 +94,7 @@ def _figures(history: RunHistory) -> list[tuple[str, str, str]]:
 
 
 def _validated(history: RunHistory) -> list[tuple[str, str, str]]:
-    """Return the validation results of the policy that was kept; a frozen head 1 is left out."""
+    """Return the validation results of the policy that was kept, without a frozen head 1."""
     validations, kept = _validations(history), _kept_step(history)
     if kept is None:
         return []
@@ -162,7 +162,7 @@ def _stages(history: RunHistory) -> list[tuple[str, Sequence[Chart], Sequence[Ch
 
 
 def _heads(history: RunHistory) -> list[dict[str, float | None]]:
-    """Return the measures of each head; `best` is the loss at the step whose policy was kept as the best."""
+    """Return the measures of each head; `best` is the loss at the step of the policy that was kept."""
     validated, kept = history.numbered("policy", "validation_ce_head_"), _kept_step(history)
     return [
         {

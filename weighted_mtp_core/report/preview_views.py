@@ -14,11 +14,11 @@ from weighted_mtp_core.report.shading import Shading
 from weighted_mtp_core.report.token_report import ProblemTokens, Solution, TokenReport
 from weighted_mtp_core.storage.atomic import atomic_write
 
-_SHADE, _MINUS = (11, 98, 168), (196, 98, 16)  # the report's colours of a full shade
+_SHADE, _MINUS = (11, 98, 168), (196, 98, 16)  # the colours of full shade in the report
 
 
 def print_preview(preview: Preview) -> None:
-    """Print each document as text and as a line per token, with colours only if stdout is a terminal."""
+    """Print each document as text, then one line per token; colours are used only in a terminal."""
     console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
     wide = max(len(label) for label, _ in preview.facts)
     for label, text in preview.facts:
@@ -38,7 +38,7 @@ def print_preview(preview: Preview) -> None:
 
 
 def _style(token: PreviewToken, *, top: float) -> str:
-    """Return the colours of a token; `top` is the size of the weight with full shade."""
+    """Return the colours of a token; `top` is the absolute weight that has full shade."""
     weight = token.weight or 0.0
     shade = abs(weight) / top if top else 0.0
     if not token.is_target or not shade:

@@ -21,7 +21,8 @@ class Scale:
         note: Explanation of the quantity.
         low: Label of the lightest shade.
         high: Label of the deepest shade.
-        signed: Whether a value is negative; the shade then shows the size, and hue and underline the sign.
+        signed: Whether some values are negative. If so, the shade shows the absolute value, and hue and
+            underline show the sign.
         read: Returns the value of the quantity for a token, or None.
         bottom: The value, or absolute value, that is shown without shade.
         top: The value, or absolute value, that is shown with full shade.

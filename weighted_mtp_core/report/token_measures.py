@@ -147,14 +147,14 @@ class _MeasuredRow:
         )
 
     def prompt(self, codec: TextCodec) -> str:
-        """Return the text before the response, without BOS; the control tokens of a chat are spelt."""
+        """Return the text before the response, without BOS; a chat's control tokens appear by name."""
         ids_T, response_T = self.batch.ids_BT[0], self.batch.response_BT[0]
         ids = ids_T[: int(response_T.int().argmax())].tolist()
         start = len(codec.prefix)
         return codec.decode_marked(ids[start:] if tuple(ids[:start]) == codec.prefix else ids)
 
     def solution(self, tokenizer: Any) -> Solution:
-        """Return the response, token by token; of a chat, everything from the first turn to learn."""
+        """Return the tokens of the response; for a chat, all tokens from the first learned turn on."""
         is_target_T = self.batch.response_BT[0].cpu().numpy()
         learned = np.flatnonzero(is_target_T)
         reward = float(self.batch.reward_BT[0, int(learned[-1])])

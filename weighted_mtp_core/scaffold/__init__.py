@@ -1,4 +1,4 @@
-"""Write new things: `recipe.py` a recipe, this module a plugin package from the files in `templates/`.
+"""Write new recipes (`recipe.py`) and plugin packages (this module, from the files in `templates/`).
 
 Every package gets the files of `templates/common` and of `templates/<kind>`. In names and contents of files,
 `{{word}}` is replaced with its value. The names of templates end in `.tmpl`, so that tools do not read them

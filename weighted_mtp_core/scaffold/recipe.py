@@ -1,7 +1,7 @@
-"""Write a recipe for chosen components, with their other options as comments.
+"""Write a recipe for chosen components; options that are not set become comments.
 
-A line such as `#steps = 300` shows a default, and a line that begins with `# ` is an explanation: the
-docstrings of the components' option classes, and the comments of `core:defaults.toml`.
+A line such as `#steps = 300` shows a default. A line that begins with `# ` is an explanation from the
+docstring of an option class or from a comment in `core:defaults.toml`.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def write_recipe(file: Path, settings: Mapping[str, tuple[str, str]], overrides:
 
     Args:
         file: A file that does not exist.
-        settings: Key, such as `data.use`, and value of each option of the command line, such as `--data`.
-        overrides: Further settings, as for `--set`.
+        settings: Keys with the values from command-line options: for example, `data.use` from `--data`.
+        overrides: Further settings, in the form of `--set`.
 
     Raises:
-        WmtpError: A component does not exist or needs options that are missing; the recipe is not valid; the
+        WmtpError: A component does not exist, a required option is missing, the recipe is not valid, or the
             file exists or cannot be written.
     """
     own = [(key.split("."), value, source) for source, (key, value) in settings.items()]
@@ -54,7 +54,7 @@ def write_recipe(file: Path, settings: Mapping[str, tuple[str, str]], overrides:
         document.set(keys, value, source=source)
         chosen.set(keys, value, source=source)
     plan = plan_document(document)
-    # an array replaces that of `core:defaults.toml` as a whole
+    # an array replaces the whole array of `core:defaults.toml`
     table = {key: document.table[key] if key == "tracker" else value for key, value in chosen.table.items()}
     try:
         with file.open("x", encoding="utf-8") as stream:
@@ -89,14 +89,14 @@ def _lines(own: Mapping[str, Any], plan: Plan) -> Iterator[str]:
 
 
 def _default_lines(name: str, own: Mapping[str, Any]) -> list[str]:
-    """Return the lines of `core:defaults.toml` for the keys of a table that are shown but not set."""
+    """Return the lines of `core:defaults.toml` for those keys of a table that are shown but not set."""
     (text,) = defaults(name="").texts.values()
     numbers, lines = find_lines(text), text.splitlines()
     return ["#" + lines[numbers[name, key] - 1] for key in _SHOWN[name] if key not in own]
 
 
 def _option_lines(options: type[Any], own: Mapping[str, Any], *, prefix: str = "") -> Iterator[str]:
-    """Yield a comment and a line for each option; the line is a comment, too, if the option is not set."""
+    """Yield an explanation and a line for each option; lines of options that are not set are comments."""
     meanings = _meanings(options)
     if not meanings and not prefix:
         yield from _comment(inspect.cleandoc(options.__doc__ or ""))
@@ -116,7 +116,7 @@ def _option_lines(options: type[Any], own: Mapping[str, Any], *, prefix: str = "
 
 
 def _meanings(options: type[Any]) -> dict[str, str]:
-    """Return the text about each option in the section `Attributes:` of the docstrings of its class."""
+    """Return the text about each option, from `Attributes:` in the docstrings of the option classes."""
     found: dict[str, str] = {}
     for cls in reversed(options.__mro__):
         section = inspect.cleandoc(cls.__doc__ or "").partition("\nAttributes:\n")[2]

@@ -51,12 +51,12 @@ def unfinished_folder(path: Path) -> Iterator[Path]:
 
 
 def unfinished_name(path: Path) -> Path:
-    """Return a new name `.<name>.<random>` beside `path`, which `delete_abandoned` recognises."""
+    """Return a new name `.<name>.<random>` in the folder of `path`; `delete_abandoned` recognises it."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
 
 
 def _new_locked(path: Path, create: Callable[[Path], None]) -> tuple[Path, int]:
-    """Create a file or folder beside `path`; return it with a descriptor that locks it where locks exist."""
+    """Create a file or folder next to `path`; return it with a descriptor that locks it, if locks exist."""
     while True:
         temporary = unfinished_name(path)
         create(temporary)

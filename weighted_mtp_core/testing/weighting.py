@@ -56,7 +56,7 @@ class WeightingStrategySuite(checks.ComponentSuite):
         assert not weights.weight.isinf().any()
 
     def test_weights_are_not_negative(self, selected: SelectedComponent, weights: Weights) -> None:
-        """A negative weight increases the cross-entropy without bound, so the component must declare it."""
+        """The component declares negative weights, because they increase cross-entropies without bound."""
         if selected.negative_weights:
             pytest.skip("the component declares negative weights")
         assert not (weights.weight < 0).any()

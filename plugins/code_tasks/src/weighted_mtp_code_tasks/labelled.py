@@ -48,7 +48,7 @@ class LabelledSource(DataSource):
 
     Attributes:
         name: Name of the data and of its folder under `datasets_v2/`.
-        recipe: Everything that the responses depend on; the version is its hash, together with the limits of
+        recipe: Everything on which the responses depend. The version is the hash of this and of the limits of
             the judge that differ from their defaults.
         draw: Makes problems and candidates; called only if the version is not in storage.
         storage: The storage root.
@@ -151,7 +151,7 @@ class LabelledSource(DataSource):
 
 
 def _example(row: Mapping[str, Any]) -> Example:
-    """Return an example; JSON has lists in place of the tuples of its spans."""
+    """Return an example from its JSON form, in which spans are lists instead of tuples."""
     spans = row.get("spans")
     return Example(**{**row, "spans": None if spans is None else tuple(map(tuple, spans))})
 

@@ -76,7 +76,7 @@ class ClipOptions:
 
     Attributes:
         of: The weighting to clip.
-        low: Smallest weight of a target; below 0 for weightings with negative weights.
+        low: Smallest weight of a target; may be below 0 if `of` has negative weights.
         high: Largest weight of a target.
     """
 

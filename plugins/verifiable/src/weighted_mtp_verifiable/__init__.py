@@ -35,9 +35,10 @@ class TdErrorOptions:
     Attributes:
         estimator: `"gae"` sums TD errors with `lam`; `"td"` uses each TD error alone (like `lam = 0`).
         gamma: Discount per token.
-        lam: Lambda of GAE; with 0 advantages rely on the critic alone, with 1 on the reward alone. In a
-            response of about 1 / (1 - lam) tokens or fewer, most of each advantage is the reward, which all
-            tokens of the response share: weights then differ between responses more than between tokens.
+        lam: Lambda of GAE. With 0, advantages rely on the critic alone; with 1, on the reward and the value
+            before the token. In a response of about 1 / (1 - lam) tokens or fewer, most of each advantage is
+            the reward, which is the same for all tokens of the response. Weights then differ more between
+            responses than between tokens.
         beta: Temperature: a smaller one spreads the weights further apart.
         clip: Smallest and largest weight.
         whiten: Whether advantages are whitened to mean 0 and standard deviation 1: with the statistics of the
@@ -76,14 +77,15 @@ class SuccessRatioOptions:
     """`[weighting.options]` of `verifiable.success_ratio`.
 
     Attributes:
-        where: `"all"` weighs every response by the ratio. `"wrong"` does so only in incorrect responses; the
-            tokens of correct responses have the weight 1.
-        cap: Largest ratio, before the power.
-        power: Exponent of the capped ratio; 0 makes all weights 1, and numbers above 1 sharpen differences.
+        where: With `"all"`, ratios are the weights in all responses. With `"wrong"`, they are the weights in
+            incorrect responses, and the tokens of correct responses have the weight 1.
+        cap: Upper limit of the ratio, before the exponent is applied.
+        power: Exponent of the capped ratio; 0 makes all weights 1, and numbers above 1 increase differences.
         span: `"token"` compares the values after and before the token. `"line"` compares the values after and
-            before its line, so that all tokens of a line have the same weight.
+            before the token's line, so that all tokens of a line have the same weight.
         heads: `"target"` gives a token the same weight for every head. `"path"` gives head k, which predicts
-            token t + k from token t, the weight V_{t+k} / V_t: the product of the ratios on the way.
+            token t + k from token t, the weight V_{t+k} / V_t, where V_t is the value after token t: the
+            product of the ratios of the tokens t + 1 to t + k.
     """
 
     where: Literal["all", "wrong"] = "all"
@@ -125,7 +127,7 @@ def build_group_advantage(options: GroupAdvantageOptions, context: BuildContext)
 
 @hookimpl
 def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
-    """Offer `verifiable.td_error`, `verifiable.success_ratio` and `verifiable.group_advantage`."""
+    """Declare `verifiable.td_error`, `verifiable.success_ratio` and `verifiable.group_advantage`."""
     yield Component(
         name="td_error",
         summary="exp(advantage / beta), clipped; advantages from a critic's values and the reward.",

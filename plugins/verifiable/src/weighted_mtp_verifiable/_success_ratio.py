@@ -1,13 +1,14 @@
 """Weights from ratios of values: `w_t = clip(V_t / V_{t-1}, 0, cap)^power`.
 
-V_t is the probability of success after token t. Let p be the policy that wrote the data. By Bayes' rule, the
-policy that imitates only the successes of p predicts token x after the prefix s with
+V_t is the probability of success after token t. Let p be the policy that wrote the data, and V(s) the
+probability of success after a prefix s. By Bayes' rule, a policy that imitates only the successes of p
+predicts token x after s with the probability
 
     p(x | s, success) = p(x | s) V(s, x) / V(s).
 
-So if token t has the weight V_t / V_{t-1}, this policy has the smallest weighted cross-entropy, whatever mix
-of right and wrong responses the data contain. Leaving out wrong responses has the same optimum: it weighs
-each token by the outcome R of the whole response, which varies more than the ratio.
+So if token t has the weight V_t / V_{t-1}, this policy has the smallest weighted cross-entropy, whatever the
+mix of right and wrong responses in the data. A loss without wrong responses has the same minimum. However, it
+weighs each token by the outcome of the whole response, which varies more than the ratio.
 
 Shape letters: B batch rows, T positions, K heads, V vocabulary.
 """
@@ -54,7 +55,8 @@ class SuccessRatio(WeightingStrategy):
             before = before.gather(1, _next_response_token(view.response_BT))[..., None]
             after, reward, mask = view.to_pairs(after), view.to_pairs(reward), view.target_BTK
         smallest = torch.finfo(torch.float32).tiny
-        # 0 / 0 counts as 1: after a prefix without any hope, no token changes the probability of success.
+        # 0 / 0 counts as 1: if success is impossible after a prefix, no token changes the probability of
+        # success.
         ratio = (after / before.clamp(min=smallest)).where(before > 0, 1.0)
         weight = ratio.clamp(0.0, options.cap).pow(options.power)
         if options.where == "wrong":
@@ -71,13 +73,13 @@ class SuccessRatio(WeightingStrategy):
     def _span_bounds(self, view: StepView) -> tuple[Tensor, Tensor]:
         """Return the first and the last token of each response token's span, int64 `[B, T]` indices.
 
-        A token with a line break ends its line. A line also ends at the end of a stretch of response tokens.
+        A token with a line break ends its line. A line also ends where a sequence of response tokens ends.
         """
         index_BT = torch.arange(view.ids_BT.shape[1], device=view.ids_BT.device).expand_as(view.ids_BT)
         if self._has_break_V is None:
             return index_BT, index_BT
         response_BT, break_BT = view.response_BT, self._has_break_V[view.ids_BT]
-        joined_BT = response_BT & same_as_previous(view.document_BT)  # to the token before
+        joined_BT = response_BT & same_as_previous(view.document_BT)  # with the previous token
         joined_BT[:, 1:] &= response_BT[:, :-1] & ~break_BT[:, :-1]
         first_BT = index_BT.where(~joined_BT, 0).cummax(dim=1).values
         is_last_BT = ~F.pad(joined_BT[:, 1:], (0, 1))
@@ -85,14 +87,14 @@ class SuccessRatio(WeightingStrategy):
 
 
 def _next_response_token(response_BT: Tensor) -> Tensor:
-    """Return the index of the first response token behind each token; the row's last index without one."""
+    """Return the index of the next response token after each token; the row's last index if there is none."""
     index_BT = torch.arange(response_BT.shape[1], device=response_BT.device).expand_as(response_BT)
     last = response_BT.shape[1] - 1
     return F.pad(_next_marked(index_BT, response_BT)[:, 1:], (0, 1), value=last)
 
 
 def _next_marked(index_BT: Tensor, marked_BT: Tensor) -> Tensor:
-    """Return the first marked index from each token on; the row's last index without one."""
+    """Return the first marked index at or after each token; the row's last index if there is none."""
     last = index_BT.shape[1] - 1
     return index_BT.where(marked_BT, last).flip(1).cummin(dim=1).values.flip(1)
 

@@ -1,10 +1,11 @@
 """`code_tasks.micro_chain`: programs with typical slips at known places, for experiments on token credit.
 
-A problem is a chain of steps of `micro_code`'s grammar. A response writes a line for each step, and may slip:
-each type of step, such as "add 3", has one typical slip, the same step with the next constant ("add 4"). Some
-types slip often. Whether a response is correct is decided by running it, but the places of all slips are
-known: the weights that come with the data are 0 on the characters of a slip and 1 elsewhere. A run with these
-weights shows what the best weighting of tokens could gain on the data.
+A problem is a chain of steps from the grammar of `micro_code`, and a response has one line for each step. Each
+type of step, such as "add 3", has one typical mistake, called a slip: the same step with the next constant
+("add 4"). Slips are frequent in some types of steps. A response is correct if it passes the tests when it is
+run, but the places of all slips are known: the weights in the data are 0 on the characters of a slip and 1
+elsewhere. A run with these weights shows the largest gain that a weighting of tokens could bring on these
+data.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ class MicroChainOptions:
     """`[data.options]` of `code_tasks.micro_chain`.
 
     Attributes:
-        problems: Distinct functions, split 8 : 1 : 1 by function.
+        problems: Number of distinct functions, which are split 8 : 1 : 1.
         length: Number of steps of each function.
         kinds: Types of the functions' arguments; each function has one of them.
-        responses: Responses per function that may slip.
-        twins: Correct responses per function that never slip, in addition.
-        slip_rates: Probability that a step slips: for the types that slip often, and for all others.
-        slipping_types: Share of the types of steps that slip often.
+        responses: Number of responses per function that may contain slips.
+        twins: Number of additional responses per function without slips.
+        slip_rates: Probability of a slip in a step: for the types with frequent slips, and for all other
+            types.
+        slipping_types: Share of the types of steps in which slips are frequent.
         imitate: Which training responses the policy imitates: `"all"`, or only the `"right"` ones.
         seed: Seed of the grammar; separate from `run.seed`, so that all seeds of a study share their data.
         sandbox: Back end and limits of the sandbox.
@@ -51,7 +53,7 @@ class MicroChainOptions:
 
 
 def build_micro_chain(options: MicroChainOptions, context: BuildContext) -> DataSource:
-    """Build the data source; the first time, draw and label its programs."""
+    """Build the data source; if its programs are not in storage, draw and label them."""
     from weighted_mtp_code_tasks.judging import FunctionJudge
     from weighted_mtp_code_tasks.micro_chain.chains import FORMAT, draw_chains
     from weighted_mtp_code_tasks.micro_chain.source import ChainSource

@@ -36,8 +36,8 @@ def draw_chains(
 ) -> list[LabelledProblem]:
     """Draw functions that are distinct in text and in behaviour, each with a solution and responses.
 
-    The functions and the types that slip often depend only on `kinds`, `length`, `slipping_types` and `seed`.
-    See `MicroChainOptions` for the arguments.
+    The functions and the types with frequent slips depend only on `kinds`, `length`, `slipping_types`,
+    `seed`. See `MicroChainOptions` for the arguments.
 
     Raises:
         WmtpError: The grammar has fewer functions of this length.
@@ -71,9 +71,9 @@ def draw_chains(
 
 
 def typical_slips(kind: Kind) -> Iterator[tuple[Step, Step]]:
-    """Yield each step that can slip with its slip: the step with the same words but the next constant.
+    """Yield each step that has a constant, with its slip: the same step with the next constant.
 
-    After the last constant of a template comes its first. A step without a constant cannot slip.
+    The last constant of a template is followed by its first constant. A step without a constant has no slip.
     """
     templates: dict[str, list[Step]] = {}
     for step in STEPS[kind]:
@@ -86,7 +86,7 @@ def typical_slips(kind: Kind) -> Iterator[tuple[Step, Step]]:
 def _response(
     function: Function, generator: random.Random, *, slips: Mapping[str, Step], rates: Mapping[str, float]
 ) -> Candidate:
-    """Return a body in a random form, in which each step slips with the probability `rates[step.words]`."""
+    """Return a body in a random form; each step contains a slip with the probability `rates[step.words]`."""
     steps = tuple(
         slips[step.words] if generator.random() < rates.get(step.words, 0.0) else step
         for step in function.steps
@@ -101,7 +101,7 @@ def _response(
 
 
 def slip_spans(right: str, written: str) -> Iterator[Span]:
-    """Yield, for each line that differs, the span of different characters in `written`, with weight 0."""
+    """Yield the span of different characters in each line of `written` that differs, with weight 0."""
     start = 0
     for ours, theirs in zip(right.splitlines(keepends=True), written.splitlines(keepends=True), strict=True):
         if ours != theirs:

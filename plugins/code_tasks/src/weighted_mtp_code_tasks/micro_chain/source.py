@@ -25,8 +25,8 @@ class ChainSource(LabelledSource):
     def policy_examples(self, split: Split) -> Sequence[Example]:
         """Return the responses that the policy imitates; outside training, the solution of each problem.
 
-        Few drawn responses to held-out problems are correct, and steps that slip often are rare in them. The
-        solutions contain all steps equally often.
+        Few drawn responses to held-out problems are correct, and the correct ones contain few steps in which
+        slips are frequent. Solutions contain all types of steps with their usual frequency.
         """
         if split == "train":
             return [each for each in self.examples(split) if self.imitate == "all" or is_correct(each.reward)]

@@ -51,7 +51,7 @@ def distinct_functions(
         draw: Draws a function.
         count: Number of functions.
         level: Number of steps of a function, for the message.
-        raise_instead: The option that the message recommends to raise.
+        raise_instead: The option that should be raised according to the message.
 
     Raises:
         WmtpError: The grammar has fewer functions of this level.

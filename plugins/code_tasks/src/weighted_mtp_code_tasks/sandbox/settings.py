@@ -31,7 +31,7 @@ class SandboxSettings:
     workers: int = field(default=0, validator=v.ge(0), metadata=SAME_RESULT)
 
     def limits(self) -> dict[str, float]:
-        """Return the limits that differ from their defaults, by name: verdicts can depend on them."""
+        """Return the limits that differ from their defaults, by name; verdicts can depend on these limits."""
         names = ("cpu_seconds", "wall_seconds", "memory_mb")
         default = SandboxSettings()
         return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(default, name)}
