@@ -1,11 +1,11 @@
 """`code_tasks.micro_chain`: programs with typical slips at known places, for experiments on token credit.
 
-A problem is a chain of steps from the grammar of `micro_code`, and a response has one line for each step. Each
-type of step, such as "add 3", has one typical mistake, called a slip: the same step with the next constant
-("add 4"). Slips are frequent in some types of steps. A response is correct if it passes the tests when it is
-run, but the places of all slips are known: the weights in the data are 0 on the characters of a slip and 1
-elsewhere. A run with these weights shows the largest gain that a weighting of tokens could bring on these
-data.
+A problem is a chain of steps from the grammar of `micro_code`, and a response has one line for each step.
+Each type of step, such as "add 3", has one typical mistake, called a slip: the same step with the next
+constant ("add 4"). Slips are frequent in some types of steps. A response is correct if it passes the tests
+when it is run, but the places of all slips are known: the weights in the data are 0 on the characters of a
+slip and 1 elsewhere. A run with these weights shows the largest gain that a weighting of tokens could bring
+on these data.
 """
 
 from __future__ import annotations
