@@ -105,9 +105,9 @@ def plan_document(document: Document) -> Plan:
             _select(document.table, selector)
         raise document.error(faults + selector.faults)
     selected = _select(document.table, selector)
-    between = (
-        _head_faults(recipe) + _untrained_head_faults(recipe) + _sign_faults(recipe, selected["weighting",])
-    )
+    weighting, critic = selected["weighting",], selected.get(("critic",))
+    between = _head_faults(recipe) + _untrained_head_faults(recipe) + _sign_faults(recipe, weighting)
+    between += _critic_faults(weighting, critic)
     if faults := selector.faults + between:
         raise document.error(faults)
     plan = _resolve(recipe, selected, selector.registry, document)
@@ -178,6 +178,21 @@ def _sign_faults(recipe: Recipe, weighting: SelectedComponent) -> list[Fault]:
         return []
     text = f"weighting `{weighting.address}` does not declare that its weights can be negative"
     return [Fault(("loss", "negative_weights"), text)]
+
+
+def _critic_faults(weighting: SelectedComponent, critic: SelectedComponent | None) -> list[Fault]:
+    """Refuse a critic that the weighting, or a weighting that it wraps, cannot use."""
+    if critic is None:
+        return []
+    faults = []
+    for each in weighting.nested:
+        if (refuse := each.component.refuse_critic) is not None:
+            with each.blamed("refuse_critic"):
+                why = refuse(critic.options)
+            faults += (
+                [] if why is None else [Fault(("critic", "options"), f"weighting `{each.address}` {why}")]
+            )
+    return faults
 
 
 def _check_signals(plan: Plan, registry: PluginRegistry) -> None:

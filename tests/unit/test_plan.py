@@ -150,6 +150,54 @@ def test_a_critic_that_no_weighting_needs_is_allowed(plan):
     assert plan(RECIPE, "critic.use=example.judge").critic.address == "example.judge"
 
 
+REFUSES = """
+    from attrs import frozen
+    from weighted_mtp_core.api import Component, Signal, WeightingChoice, hookimpl
+
+    @frozen(kw_only=True)
+    class Options:
+        of: WeightingChoice | None = None
+
+    @frozen(kw_only=True)
+    class Ranks:
+        scale: str = "ranks"
+
+    def build(options, context):
+        return options
+
+    @hookimpl
+    def wmtp_weighting_strategies():
+        yield Component(
+            name="ratio", summary="", options=Options, build=build, needs=frozenset({Signal.VALUE}),
+            refuse_critic=lambda critic: "needs probabilities" if critic.scale == "ranks" else None,
+        )
+        yield Component(name="outer", summary="", options=Options, build=build)
+
+    @hookimpl
+    def wmtp_critics():
+        yield Component(
+            name="ranks", summary="", options=Ranks, build=build, provides=frozenset({Signal.VALUE})
+        )
+"""
+
+
+@pytest.mark.parametrize(
+    "weighting", ["{use='refuses.ratio'}", "{use='refuses.outer', options={of={use='refuses.ratio'}}}"]
+)
+def test_a_weighting_may_refuse_the_options_of_the_critic(plan, install_plugin, weighting):
+    install_plugin("refuses", REFUSES)
+    chosen = (
+        RECIPE.replace('use = "example.flat"', ""),
+        f"weighting={weighting}",
+        "critic.use=refuses.ranks",
+    )
+
+    assert plan(*chosen, "critic.options.scale=chances").critic is not None
+    with pytest.raises(WmtpError) as caught:
+        plan(*chosen, "critic.options.scale=ranks")
+    assert "critic.options: weighting `refuses.ratio` needs probabilities" in str(caught.value)
+
+
 def test_faults_of_options_and_tables_are_listed_together(plan):
     text = (
         RECIPE.replace('"f"', "3, size = 1")

@@ -185,6 +185,8 @@ class Component(Generic[OptionsT, BuiltT_co]):
         provides: Signals that a critic provides.
         negative_weights: Whether a weighting may return negative weights, which a recipe must allow. A
             weighting that wraps other weightings sets it if it can handle their negative weights.
+        refuse_critic: Called with the options of the recipe's critic before anything is built; returns why a
+            weighting cannot use this critic, for example "needs probabilities", or None if it can.
         examine: Checks for `doctor` what the component needs on this machine, such as a server or a sandbox.
             Called with the options and the storage root; builds nothing and yields one finding for each
             check.
@@ -197,6 +199,7 @@ class Component(Generic[OptionsT, BuiltT_co]):
     needs: frozenset[Signal] = frozenset()
     provides: frozenset[Signal] = frozenset()
     negative_weights: bool = False
+    refuse_critic: Callable[[Any], str | None] | None = None
     examine: Callable[[OptionsT, Path], Iterable[Finding]] | None = None
 
 

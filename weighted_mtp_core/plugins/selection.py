@@ -52,11 +52,16 @@ class SelectedComponent:
         return self.component.negative_weights and (any(inner) or not inner)
 
     @property
+    def nested(self) -> Iterator[SelectedComponent]:
+        """The component and its wrapped weightings."""
+        yield self
+        for each in self.wrapped.values():
+            yield from each.nested
+
+    @property
     def plugins(self) -> Iterator[FoundPlugin]:
         """The plugins of the component and of its wrapped weightings."""
-        yield self.plugin
-        for each in self.wrapped.values():
-            yield from each.plugins
+        return (each.plugin for each in self.nested)
 
     def plain_options(self) -> dict[str, Any]:
         """Return the options as a TOML table, including addresses and options of wrapped weightings."""

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from weighted_mtp_core.api import BuildContext, ModelContext, StepView
+from weighted_mtp_core.cli import main
 
 from weighted_mtp_verifiable import SuccessRatioOptions, build_success_ratio
 
@@ -354,3 +355,20 @@ def test_weighing_never_waits_for_the_device(span, heads):
 def test_options_that_make_no_sense_are_refused(options, expected):
     with pytest.raises(ValueError, match=re.escape(expected)):
         SuccessRatioOptions(**options)
+
+
+@pytest.mark.parametrize("weighting", ["success_ratio", "td_error"])
+@pytest.mark.parametrize("objective", ["monte_carlo", "lambda_return", "bradley_terry"])
+def test_values_that_only_rank_are_refused_before_anything_is_loaded(tmp_path, capsys, weighting, objective):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'run.name = "x"\ntracker = []\ndata = {{ use = "core.jsonl", options.path = "x.jsonl" }}\n'
+        f'weighting.use = "verifiable.{weighting}"\n'
+        f'critic = {{ use = "verifiable.value_head", options.objective = "{objective}" }}\n'
+    )
+    refused = (weighting, objective) == ("success_ratio", "bradley_terry")
+
+    assert main(["check", str(recipe)]) == (2 if refused else 0)
+    assert (
+        "line 5, critic.options: weighting `verifiable.success_ratio` needs prob" in capsys.readouterr().err
+    ) == (refused)

@@ -168,6 +168,29 @@ def test_a_template_that_drops_thoughts_is_found_and_the_last_turn_is_possible(
     assert learned(used, last) == ["<think>hm</think>4<|im_end|>"]
 
 
+def test_blanks_that_a_template_strips_from_a_turn_are_not_learned(tokenizer, documents, learned):
+    used = tokenizer("headers")
+    chat = [
+        {"role": "user", "content": " a "},
+        {"role": "assistant", "content": " b \n"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d  "},
+    ]
+    (every,) = documents([chat], used)
+
+    assert used.decode(every[0]).count("b<|eot|>") == 1
+    assert learned(used, every) == ["b<|eot|>", "d<|eot|><|im_end|>"]
+
+
+def test_a_template_that_moves_a_turn_to_another_place_is_refused(tokenizer, tokens):
+    used = tokenizer("chatml")
+    used.chat_template = used.chat_template.replace("for m in messages", "for m in messages | reverse")
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+
+    with pytest.raises(WmtpError, match="example `c0`: the chat template changes message 2"):
+        tokens([chat], used)
+
+
 def test_a_message_that_spells_a_control_token_is_refused(tokenizer, tokens):
     chat = [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "a"}]
 

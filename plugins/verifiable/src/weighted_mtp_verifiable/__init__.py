@@ -102,6 +102,16 @@ def build_success_ratio(options: SuccessRatioOptions, context: BuildContext) -> 
     return SuccessRatio(options, context.model)
 
 
+def refuse_ranks(critic: object) -> str | None:
+    """Return why values of this critic have no meaningful ratio; None if they are probabilities."""
+    if isinstance(critic, ValueHeadOptions) and critic.objective == "bradley_terry":
+        return (
+            'needs probabilities of success, but `objective = "bradley_terry"` only ranks responses: '
+            'use `"monte_carlo"` or `"lambda_return"`'
+        )
+    return None
+
+
 @frozen(kw_only=True)
 class GroupAdvantageOptions:
     """`[weighting.options]` of `verifiable.group_advantage`.
@@ -141,6 +151,7 @@ def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
         options=SuccessRatioOptions,
         build=build_success_ratio,
         needs=frozenset({Signal.REWARD, Signal.VALUE}),
+        refuse_critic=refuse_ranks,
     )
     yield Component(
         name="group_advantage",
