@@ -168,7 +168,7 @@ def test_what_a_killed_process_left_unfinished_is_deleted(folder):
     for file in (*unfinished, kept):
         file.parent.mkdir(exist_ok=True)
         file.write_text("{}")
-    before = folder.path.parent / ".new.x1"
+    before = folder.path.parent / ".new.01234567"
     before.mkdir()
 
     RunFolder.open(folder.path).close()
