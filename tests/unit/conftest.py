@@ -118,6 +118,25 @@ JUDGED_PLUGIN = """
         )
 """
 
+FLAT_PLUGIN = """
+    from attrs import frozen
+    from weighted_mtp_core.api import Component, WeightingStrategy, Weights, hookimpl
+
+    @frozen(kw_only=True)
+    class NoOptions:
+        pass
+
+    class Flat(WeightingStrategy):
+        def weigh(self, view):
+            return Weights(weight=view.response_BT.float())
+
+    @hookimpl
+    def wmtp_weighting_strategies():
+        yield Component(
+            name="flat", summary="Flat weights.", options=NoOptions, build=lambda options, context: Flat()
+        )
+"""
+
 HUMANEVAL_CHARACTERS = """
     600 925 355 579 531 479 772 380 512 525 795 410 531 267 314 271 298 638 457 690 1026 485 322 156 249
     684 390 208 241 368 265 438 1073 483 181 263 432 550 610 633 687 663 244 608 398 161 676 309 363 302
@@ -133,6 +152,12 @@ HUMANEVAL_CHARACTERS = """
 def judged_plugin() -> str:
     """The source of a plugin whose one data source, 20 sums, judges completions by itself."""
     return dedent(JUDGED_PLUGIN)
+
+
+@pytest.fixture(scope="session")
+def flat_plugin() -> str:
+    """The source of a plugin whose one weighting, without options, weighs every target by 1."""
+    return dedent(FLAT_PLUGIN)
 
 
 @pytest.fixture(scope="session")
@@ -155,6 +180,12 @@ def install_plugin(wmtp_install_plugin: Callable[..., Path]) -> Callable[..., Pa
         return wmtp_install_plugin(name, source, **metadata)
 
     return install
+
+
+@pytest.fixture
+def flat_weights(install_plugin: Callable[..., Path], flat_plugin: str) -> None:
+    """Install the plugin `flat_weights` with its weighting `flat`."""
+    install_plugin("flat_weights", flat_plugin)
 
 
 @pytest.fixture

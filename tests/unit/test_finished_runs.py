@@ -17,24 +17,6 @@ from weighted_mtp_core.cli import main
 from weighted_mtp_core.evaluation.evaluate import Trial, best_trial
 from weighted_mtp_core.recipe.schema import EvaluateTable
 
-FLAT_PLUGIN = """
-    from attrs import frozen
-    from weighted_mtp_core.api import Component, WeightingStrategy, Weights, hookimpl
-
-    @frozen(kw_only=True)
-    class NoOptions:
-        pass
-
-    class Flat(WeightingStrategy):
-        def weigh(self, view):
-            return Weights(weight=view.response_BT.float())
-
-    @hookimpl
-    def wmtp_weighting_strategies():
-        yield Component(
-            name="flat", summary="Flat weights.", options=NoOptions, build=lambda options, context: Flat()
-        )
-"""
 RECIPE = """
     tracker = []
     [run]
@@ -56,11 +38,11 @@ RECIPE = """
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, judged_plugin):
+def trained(tmp_path_factory, judged_plugin, flat_plugin):
     """The folder of a finished run; its storage lies four folders up. The working folder holds `storage/`."""
     folder = tmp_path_factory.mktemp("trained")
     for plugin, module, source in (
-        ("flat_weights", "wmtp_flat", dedent(FLAT_PLUGIN)),
+        ("flat_weights", "wmtp_flat", flat_plugin),
         ("sums", "wmtp_sums", judged_plugin),
     ):
         metadata = folder / "site" / f"{module}-0.3.0.dist-info"
@@ -349,12 +331,21 @@ def test_a_changed_exported_model_is_an_error(wmtp, command, exported, tmp_path)
     assert f"error: `{changed}/heads/model.safetensors` changed since it was written" in err
 
 
-@pytest.mark.parametrize("server", ["transformers", "vllm", "sglang"])
-def test_heads_that_a_server_does_not_take_are_an_error_before_anything_is_written(wmtp, tmp_path, server):
+@pytest.mark.parametrize(
+    ("server", "takes"),
+    [
+        ("transformers", "it takes `sequential`"),
+        ("vllm", "it takes `medusa`, `sequential`"),
+        ("sglang", "it takes no kind of heads that is trained here"),
+    ],
+)
+def test_heads_that_a_server_does_not_take_are_an_error_before_anything_is_written(
+    wmtp, tmp_path, server, takes
+):
     code, out, err = wmtp("export", "--to", str(tmp_path / "out"), "--serve", server)
 
     assert (code, out) == (2, "")
-    assert err.startswith(f"error: `{server}` cannot draft with `parallel` heads: it takes ")
+    assert err.startswith(f"error: `{server}` cannot draft with `parallel` heads: {takes}\nhint: ")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -27,24 +27,6 @@ from weighted_mtp_core.recipe.schema import HeadsTable, ModelTable
 from weighted_mtp_core.tracking.run_history import read_history
 from weighted_mtp_core.training.head_quality import head_quality
 
-FLAT_PLUGIN = """
-    from attrs import frozen
-    from weighted_mtp_core.api import Component, WeightingStrategy, Weights, hookimpl
-
-    @frozen(kw_only=True)
-    class NoOptions:
-        pass
-
-    class Flat(WeightingStrategy):
-        def weigh(self, view):
-            return Weights(weight=view.response_BT.float())
-
-    @hookimpl
-    def wmtp_weighting_strategies():
-        yield Component(
-            name="flat", summary="Flat weights.", options=NoOptions, build=lambda options, context: Flat()
-        )
-"""
 RECIPE = """
     tracker = []
     [run]
@@ -391,11 +373,11 @@ def test_transformers_drafts_with_the_exported_layers(base, tmp_path):
     assert torch.equal(plain, drafted)
 
 
+@pytest.mark.usefixtures("flat_weights")
 @pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe", "qwen3_5_text", "qwen2"])
 def test_a_run_of_50_steps_raises_the_acceptance_and_writes_the_layers_back(
-    base, family, install_plugin, write_recipe, tmp_path
+    base, family, write_recipe, tmp_path
 ):
-    install_plugin("flat_weights", FLAT_PLUGIN)
     recipe = write_recipe(RECIPE.format(base=base(family)))
     rows = [{"prompt": f"from {n}:", "response": "".join(map(str, range(n, n + 9)))} for n in range(1, 61)]
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))

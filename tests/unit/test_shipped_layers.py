@@ -17,24 +17,6 @@ from weighted_mtp_core.model.shipped_layers import promise_no_layers, shipped_la
 from weighted_mtp_core.recipe.schema import HeadsTable, ModelTable
 
 FAMILIES = ("deepseek_v3", "glm4_moe", "qwen3_next", "qwen3_5_text", "qwen2")
-FLAT_PLUGIN = """
-    from attrs import frozen
-    from weighted_mtp_core.api import Component, WeightingStrategy, Weights, hookimpl
-
-    @frozen(kw_only=True)
-    class NoOptions:
-        pass
-
-    class Flat(WeightingStrategy):
-        def weigh(self, view):
-            return Weights(weight=view.response_BT.float())
-
-    @hookimpl
-    def wmtp_weighting_strategies():
-        yield Component(
-            name="flat", summary="Flat weights.", options=NoOptions, build=lambda options, context: Flat()
-        )
-"""
 RECIPE = """
     tracker = []
     [run]
@@ -156,10 +138,10 @@ def test_that_they_are_not_used_is_reported_in_one_line(directory, caplog):
     )
 
 
+@pytest.mark.usefixtures("flat_weights")
 def test_the_run_reports_it_at_its_start(shipping, install_plugin, judged_plugin, write_recipe, tmp_path):
     shipping.shipping_directory("deepseek_v3", tmp_path / "base")
     install_plugin("sums", judged_plugin)
-    install_plugin("flat_weights", FLAT_PLUGIN)
     recipe = write_recipe(RECIPE.format(base=tmp_path / "base"))
 
     assert main(["run", str(recipe)]) == 0

@@ -180,30 +180,12 @@ MICRO_TEMPLATE = (
     "{% else %}{{ m.role[0] + ': ' + m.content + '\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}A: {% endif %}"
 )
-FLAT_PLUGIN = """
-    from attrs import frozen
-    from weighted_mtp_core.api import Component, WeightingStrategy, Weights, hookimpl
-
-    @frozen(kw_only=True)
-    class Options:
-        pass
-
-    class Flat(WeightingStrategy):
-        def weigh(self, view):
-            return Weights(weight=view.response_BT.float())
-
-    @hookimpl
-    def wmtp_weighting_strategies():
-        yield Component(
-            name="flat", summary="Flat.", options=Options, build=lambda options, context: Flat(),
-        )
-"""
 
 
 @pytest.fixture
-def recipe(chats, tmp_path, monkeypatch, install_plugin):
+def recipe(chats, tmp_path, monkeypatch, install_plugin, flat_plugin):
     """Write a recipe that trains a micro model on all but the last 40 chats; 20 of these are the test."""
-    install_plugin("flat", FLAT_PLUGIN)
+    install_plugin("flat", flat_plugin)
     monkeypatch.chdir(tmp_path)
     for name, part in (("train", slice(-40)), ("validation", slice(-40, -20)), ("test", slice(-20, None))):
         rows = [{"messages": messages, "problem_id": f"{name} {i}"} for i, messages in enumerate(chats[part])]
