@@ -13,6 +13,7 @@ import numpy as np
 from attrs import frozen
 
 from weighted_mtp_core.tracking.run_history import Point, read_history
+from weighted_mtp_core.training.stage_cost import cost_of
 
 _DEFAULT = re.compile(
     r"pass_at_\d+.*|(test|validation)_ce_head_\d+|tokens_per_forward|(policy|critic)_seconds"
@@ -26,15 +27,17 @@ class RunMeasures:
     """The measures of one run that are compared.
 
     Attributes:
-        last: The last value of every metric, and `policy_seconds` and `critic_seconds`; NaN for a validation
-            metric without a value at the end of stage 2.
+        last: The last value of every metric and wall-clock measurement, and `policy_seconds` and
+            `critic_seconds`; NaN for a validation metric without a value at the end of stage 2.
         curves: The (step, value) of each validation metric of stage 2, in order.
         step_seconds: Duration of a step of stage 2.
+        cost: What stage 2 cost, see `cost_of`.
     """
 
     last: Mapping[str, float]
     curves: Mapping[str, Sequence[tuple[int, float]]]
     step_seconds: float
+    cost: Mapping[str, float]
 
     @classmethod
     def make(cls, series: Mapping[str, Sequence[Point]]) -> RunMeasures:
@@ -58,6 +61,7 @@ class RunMeasures:
             last=last,
             curves=curves,
             step_seconds=_step_seconds(series.get(f"policy{_EACH_LOGGED_STEP}", ())),
+            cost=cost_of("policy", series),
         )
 
     @property
@@ -78,8 +82,9 @@ class RunMeasures:
 
 def read_measures(run: Path) -> RunMeasures:
     """Read the measures of a run from its folder."""
-    series: dict[str, list[Point]] = {}
-    for metrics in read_history(run).metrics.values():
+    history = read_history(run)
+    series = dict(history.timings)
+    for metrics in history.metrics.values():
         for name, points in metrics.items():
             series.setdefault(name, []).extend(points)
     return RunMeasures.make(series)

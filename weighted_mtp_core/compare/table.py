@@ -9,8 +9,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from attrs import asdict, frozen
+from attrs import asdict, field, frozen
 
+from weighted_mtp_core.compare.cost import cost_section, median_costs
 from weighted_mtp_core.compare.gap import ClosedGap, Gap, closed_gaps, gap_section
 from weighted_mtp_core.compare.measures import RunMeasures
 from weighted_mtp_core.metrics.statistics import Difference, Estimate, difference, estimate, smallest_p
@@ -57,6 +58,7 @@ class Comparison:
         few: One sentence for each arm with a run of fewer than three validations up to `seconds`.
         gap: The arms that are the floor and the ceiling; None if the user names no such arms.
         closed: The share of the gap that each other arm closes, by metric.
+        cost: What stage 2 of each arm cost, as medians over the seeds, see `median_costs`.
     """
 
     arms: Sequence[str]
@@ -69,6 +71,7 @@ class Comparison:
     few: Sequence[str] = ()
     gap: Gap | None = None
     closed: Sequence[ClosedGap] = ()
+    cost: Mapping[str, Mapping[str, float]] = field(factory=dict)
 
     @classmethod
     def make(
@@ -107,12 +110,14 @@ class Comparison:
             few=tuple(few),
             gap=gap,
             closed=() if gap is None else _closed(gap, rows),
+            cost=median_costs(runs),
         )
 
     def markdown(self) -> str:
         """Return a Markdown page: a table of all arms and metrics, then a table for each metric."""
         parts = ["# Comparison", "", *self._overview(), "", *self._explanation()]
         parts += [] if self.gap is None else gap_section(self.gap, self.closed)
+        parts += cost_section(self.cost)
         shown = ("", "")
         for row in self.rows:
             if (row.metric, row.at) != shown:

@@ -35,12 +35,14 @@ class CollatedBatch(Batch):
     token_BT: int64 index of each token in `TokenSet.ids_N`; -1 on padding.
     preceding_BT: int64 number of tokens that precede a response token in its document, 0 for all other
         tokens. A token is a target of head k if this number is at least k.
+    length_BD: int64 number of tokens of each document, row by row.
     names: The example id of each document, row by row.
     metadata: The metadata of each document, row by row.
     """
 
     token_BT: Rows
     preceding_BT: Rows
+    length_BD: tuple[Rows, ...]
     names: tuple[tuple[str, ...], ...]
     metadata: tuple[tuple[Mapping[str, str | float], ...], ...]
 
@@ -116,6 +118,7 @@ def _lay_out(
         metadata=tuple(tuple(_metadata(token_set, int(d)) for d in row) for row in rows),
         token_BT=padded(token_N, np.int64, padding=-1),
         preceding_BT=padded(position_N * response_N, np.int64),
+        length_BD=tuple(np.split(length_D, np.cumsum(count_B)[:-1])),
     )
     return batch, tensor(position_N, np.int64)
 

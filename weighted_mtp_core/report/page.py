@@ -21,6 +21,7 @@ from weighted_mtp_core.report.token_report import load_token_report
 from weighted_mtp_core.storage.atomic import atomic_write
 from weighted_mtp_core.tracking.run_history import RunHistory, read_history
 from weighted_mtp_core.training.head_quality import selection_score
+from weighted_mtp_core.training.stage_cost import cost_of
 
 FILE = "report.html"
 _STATUSES = {"FINISHED": "✓ finished", "FAILED": "✗ failed", "KILLED": "■ interrupted"}
@@ -148,8 +149,26 @@ def _facts(history: RunHistory) -> list[tuple[str, str]]:
         ("steps, batch size", f"{params.get('train.steps', '?')} x {params.get('train.batch_size', '?')}"),
         ("seed", params.get("run.seed", "")),
         ("plugins", ", ".join(filter(None, plugins))),
+        *_cost(history),
     ]
     return [(name, value) for name, value in facts if value]
+
+
+def _cost(history: RunHistory) -> list[tuple[str, str]]:
+    """Return what stage 2 cost: its rates, as medians over the logged steps, and its peak memory."""
+    cost = cost_of("policy", history.timings)
+    formats = {
+        "tokens_per_second": "{:,.0f} tokens/s",
+        "flops_per_second": "{:,.4g} FLOP/s",
+        "matrix_rate_share": "{:.0%} of the rate of a large matrix product",
+    }
+    rates = [text.format(cost[name]) for name, text in formats.items() if name in cost]
+    peaks = [
+        f"{cost[name]:,.0f} MB {where}"
+        for name, where in (("peak_host_memory", "of the host"), ("peak_device_memory", "of the device"))
+        if name in cost
+    ]
+    return [("speed of stage 2", ", ".join(rates)), ("peak memory of a process", ", ".join(peaks))]
 
 
 def _stages(history: RunHistory) -> list[tuple[str, Sequence[Chart], Sequence[Chart]]]:

@@ -123,6 +123,14 @@ class Distributed:
         for work in works:
             work.wait()
 
+    def largest(self, *values: float) -> list[float]:
+        """Return the largest of each value over all processes; this is a collective operation."""
+        if self.is_single_process:
+            return list(values)
+        found = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return [float(each) for each in found]
+
     def any_rank(self, *, flag: bool) -> bool:
         """Return whether `flag` is True in any process; this is a collective operation."""
         if self.is_single_process:

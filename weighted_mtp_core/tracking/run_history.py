@@ -32,6 +32,7 @@ class RunHistory:
         tags: The run's tags.
         datasets: The data that the run uses, from the last line of this kind.
         metrics: The points of each metric, in order, keyed by stage and metric.
+        timings: The points of each wall-clock measurement and of memory, in order, keyed by name.
         last_step: The last step of each metric and of each wall-clock measurement.
         status: How the run ended; None if the run is still running or its process died.
         began_ms: Time of the first line, in milliseconds since 1970.
@@ -44,6 +45,7 @@ class RunHistory:
     tags: dict[str, str] = field(factory=dict)
     datasets: tuple[DatasetVersion, ...] = ()
     metrics: dict[str, dict[str, list[Point]]] = field(factory=dict)
+    timings: dict[str, list[Point]] = field(factory=dict)
     last_step: dict[str, int] = field(factory=dict)
     status: str | None = None
     began_ms: int = 0
@@ -77,10 +79,9 @@ class RunHistory:
     def _add_points(self, line: Entry) -> None:
         step, values = line.fields["step"], line.fields["metrics"]
         self.last_step.update(dict.fromkeys(values, step))
-        if line.kind == "metrics":
-            stage = self.metrics.setdefault(line.fields["stage"], {})
-            for name, value in values.items():
-                stage.setdefault(name, []).append(Point(step, float(value), line.time_ms))
+        series = self.metrics.setdefault(line.fields["stage"], {}) if line.kind == "metrics" else self.timings
+        for name, value in values.items():
+            series.setdefault(name, []).append(Point(step, float(value), line.time_ms))
 
     def info(self, folder: Path) -> RunInfo:
         """Return the `RunInfo` that trackers receive."""

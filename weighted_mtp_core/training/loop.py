@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -36,6 +35,7 @@ from weighted_mtp_core.training.optimisers import (
     make_optimiser,
     set_learning_rate,
 )
+from weighted_mtp_core.training.stage_cost import StageCost
 
 Scalars = Mapping[str, Tensor | float]
 
@@ -76,11 +76,14 @@ class Learner(ABC):
     Attributes:
         stage: `critic` or `policy`, the stage's name in the journal.
         loss_name: The metric name of the loss, which the progress display shows.
+        matrix_rate: Operations per second of a large matrix product, see `runtime/cost.py`; None if it was
+            not measured.
         best: The file or folder that `save_best` writes.
     """
 
     stage: str
     loss_name: str
+    matrix_rate: float | None = None
     best: Path
 
     @abstractmethod
@@ -90,6 +93,11 @@ class Learner(ABC):
     def rates(self) -> Mapping[nn.Parameter, float]:
         """Return some parameters' learning rates, relative to the stage's learning rate; 1 for all others."""
         return {}
+
+    def flops(self, batch: Batch) -> float:
+        """Return the floating-point operations that the step of a global batch needs; 0 if not known."""
+        del batch
+        return 0.0
 
     @abstractmethod
     def learn(self, batch: Batch, *, step: int) -> StepResult:
@@ -175,7 +183,7 @@ def train(
     """
     training = _Training(learner, table, batch_of, reporter, checkpoints, distributed)
     first = training.validate(0) if resume is None else training.restore(resume)
-    training.clock = time.perf_counter()  # the first validation is not part of tokens/s
+    training.cost.begin()  # the first validation is not part of the cost
     with StopRequest() as signals:
         for step in range(first, table.steps):
             training.step(step)
@@ -213,20 +221,26 @@ class _Training:
     optimiser: torch.optim.AdamW = field(init=False)
     nonfinite: NonfiniteSteps = field(init=False)
     trained: Trained = field(init=False)
-    clock: float = field(init=False, factory=time.perf_counter)
-    tokens: int = field(init=False, default=0)
+    cost: StageCost = field(init=False)
     copies: dict[str, Tensor] = field(init=False, factory=dict)
 
     def __attrs_post_init__(self) -> None:
         self.parameters = [each for each in self.learner.parameters() if each.requires_grad]
         self.optimiser = make_optimiser(self.parameters, self.table, rates=self.learner.rates())
-        self.nonfinite = NonfiniteSteps(limit=self.table.max_bad_steps, device=self.parameters[0].device)
+        device = self.parameters[0].device
+        self.nonfinite = NonfiniteSteps(limit=self.table.max_bad_steps, device=device)
+        self.cost = StageCost(
+            stage=self.learner.stage,
+            device=device,
+            matrix_rate=self.learner.matrix_rate,
+            distributed=self.distributed,
+        )
 
     def step(self, step: int) -> None:
         """Execute one step; log and validate if due."""
         set_learning_rate(self.optimiser, self.table, step)
         batch = self.batch_of(step)
-        self.tokens += batch.ids_BT.numel()
+        self.cost.add(tokens=batch.ids_BT.numel(), flops=self.learner.flops(batch))
         result = self.learner.learn(batch, step=step)
         norm = clip_gradients(self.parameters, self.table.max_grad_norm, size=result.size)
         self.nonfinite.skip_if_not_finite(self.optimiser, result.loss, norm)
@@ -239,9 +253,8 @@ class _Training:
             stage, loss_name = self.learner.stage, self.learner.loss_name
             self._log(done, {loss_name: result.loss, **result.metrics(), f"{stage}_gradient_norm": norm})
         if done % self.table.validate_every == 0 or done == self.table.steps:
-            paused = time.perf_counter()
-            self.validate(done)
-            self.clock += time.perf_counter() - paused
+            with self.cost.pause():
+                self.validate(done)
 
     def validate(self, step: int) -> int:
         """Validate after `step` steps, and save the state if it is the best so far; return `step`."""
@@ -306,10 +319,10 @@ class _Training:
             values[f"{stage}_head_learning_rate"] = head_rate[0] * scheduled
         values[f"{stage}_skipped_steps"] = float(self.nonfinite.total)
         self.reporter.metrics(stage, done, values)
-        rate = self.tokens / max(time.perf_counter() - self.clock, 1e-9)
-        self.reporter.timings(stage, done, {f"{stage}_tokens_per_second": rate})
-        self.reporter.progress(done, {loss_name: values[loss_name], "tokens/s": rate})
-        self.clock, self.tokens = time.perf_counter(), 0
+        cost = self.cost.read()
+        self.reporter.timings(stage, done, cost)
+        shown = {loss_name: values[loss_name], "tokens/s": cost[f"{stage}_tokens_per_second"]}
+        self.reporter.progress(done, shown)
 
     def _give_up(self, done: int) -> None:
         """Write the examples of the skipped steps to a file, and raise an error that ends the run."""

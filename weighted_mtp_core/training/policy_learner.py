@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from attrs import define, field
 from torch import Tensor, nn
@@ -17,14 +18,16 @@ from weighted_mtp_core.api import Batch, Critic, Weights
 from weighted_mtp_core.api.tensors import align_weights
 from weighted_mtp_core.checkpointing.best_model import load_model, save_model
 from weighted_mtp_core.checkpointing.state import WithPrefix, load_module_state, module_state
-from weighted_mtp_core.data.batches import preceding
+from weighted_mtp_core.data.batches import CollatedBatch, preceding
 from weighted_mtp_core.metrics.slips import numbers_of_responses, places_of, slip_metrics
 from weighted_mtp_core.metrics.weights import share_between_responses, weight_metrics
+from weighted_mtp_core.model.flops import StepFlops
 from weighted_mtp_core.model.loss import normalisers, weighted_mtp_loss
 from weighted_mtp_core.model.loss_shares import loss_shares
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.targets import IGNORED, batch_labels, pair_index, target_mask
 from weighted_mtp_core.recipe.schema import LossTable, SelectBy, default_selection
+from weighted_mtp_core.runtime.cost import matrix_rate
 from weighted_mtp_core.runtime.device import to_device
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
 from weighted_mtp_core.training.head_quality import MEASURES, head_quality, per_head, selection_score
@@ -56,6 +59,7 @@ class PolicyLearner(Learner):
         knows_slips: Whether the data mark the mistakes of incorrect responses; see `Prepared.knows_slips`.
         head_rate: Learning rate of heads 2..K, relative to the learning rate of the other parameters.
         select_by: The measure that selects the best policy, see `selection_score`.
+        matrix_rate: See `Learner`.
     """
 
     policy: Policy
@@ -72,11 +76,13 @@ class PolicyLearner(Learner):
     knows_slips: bool = False
     head_rate: float = 1.0
     select_by: SelectBy = "head_1"
+    matrix_rate: float | None = None
     stage: str = field(default="policy", init=False)
     loss_name: str = field(default="train_loss", init=False)
     _normaliser: Normaliser = field(init=False)
     _signals: Signals = field(init=False)
     _values: ValueCheck = field(init=False)
+    _flops: StepFlops | None = field(init=False)
 
     @classmethod
     def make(
@@ -105,6 +111,7 @@ class PolicyLearner(Learner):
             head_rate=(recipe.train.head_learning_rate or recipe.train.learning_rate)
             / recipe.train.learning_rate,
             select_by=recipe.train.select_by or default_selection(recipe.model.train, recipe.loss.heads),
+            matrix_rate=matrix_rate(prepared.compute),
         )
 
     def __attrs_post_init__(self) -> None:
@@ -119,6 +126,7 @@ class PolicyLearner(Learner):
         self._values = ValueCheck(
             label=self.weighting.label, negative=self.loss.negative_weights, log=self.log
         )
+        self._flops = StepFlops.of(self.policy, detach_trunk=self.loss.detach_trunk)
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """Return the policy's parameters."""
@@ -127,6 +135,14 @@ class PolicyLearner(Learner):
     def rates(self) -> Mapping[nn.Parameter, float]:
         """Return the learning rate of the parameters of heads 2..K."""
         return dict.fromkeys(self.policy.later_parameters(), self.head_rate)
+
+    def flops(self, batch: Batch) -> float:
+        """Return the operations of a step, see `StepFlops`; 0 if they cannot be counted."""
+        if self._flops is None or not isinstance(batch, CollatedBatch):
+            return 0.0
+        heads = range(1, self.policy.n_future + 1)
+        pairs_K = [int((batch.preceding_BT >= k).sum()) for k in heads]
+        return self._flops.of_batch(np.concatenate(batch.length_BD), pairs_K)
 
     def learn(self, batch: Batch, *, step: int) -> StepResult:
         """Weigh the global batch, then send its micro-batches through the fused loss.

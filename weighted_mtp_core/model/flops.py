@@ -1,0 +1,172 @@
+"""Counts the operations (FLOPs) that a step of stage 2 needs, from the shapes of the policy's matrices.
+
+Multiplying the state of one token with a matrix of P numbers takes 2 P operations. The backward pass takes
+2 P operations for the gradient of the state and 2 P for the gradient of the matrix; the sum is the "6 N per
+token" of Kaplan et al. 2020 (section 2.1). A frozen matrix gets no gradient, and a frozen part whose input
+needs no gradient has no backward pass. Attention takes 4 W operations per pair of tokens in the forward pass
+and 8 W in the backward pass, where W is the width of all query heads together (Chowdhery et al. 2022,
+appendix B). As in that paper, both halves of the causal square count.
+
+Trunk and heads are counted at the tokens of documents. The unembedding, and feed-forward networks that skip
+other positions (`sparse_feed_forward.py`), are counted at the supervised pairs. Not counted are padding,
+activations and logits that are computed a second time, norms, recurrences of state-space layers, and the work
+of weighting and critic.
+
+Shape letters: D documents, K heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from attrs import frozen
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from weighted_mtp_core.model.families import text_config
+from weighted_mtp_core.model.policy import Policy
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_ACTIVE_EXPERTS = ("num_experts_per_tok", "top_k_experts", "num_experts_per_token", "moe_topk", "moe_k")
+
+
+@frozen(kw_only=True)
+class StepFlops:
+    """The operations of a step, as factors of numbers that differ from batch to batch.
+
+    Attributes:
+        per_token: Operations for each token of a document.
+        per_pair_K: Operations for each supervised pair of head k.
+        attention: For each layer with attention, the operations for each pair of tokens, and the number of
+            tokens to which a token attends at most; None for all tokens of its document.
+    """
+
+    per_token: float
+    per_pair_K: tuple[float, ...]
+    attention: tuple[tuple[float, int | None], ...]
+
+    @classmethod
+    def of(cls, policy: Policy, *, detach_trunk: bool = False) -> StepFlops | None:
+        """Count the operations of a policy whose parameters that train require a gradient.
+
+        Args:
+            policy: The policy.
+            detach_trunk: `loss.detach_trunk` of the recipe.
+
+        Returns:
+            The operations; None if the policy has experts whose active share is not known.
+        """
+        share = _active_share(policy)
+        if share is None:
+            return None
+        trunk_learns = _learns(policy.trunk)
+        per_token = _operations(policy.trunk, share, passes=trunk_learns)
+        attention = list(_attention(policy.trunk, passes=trunk_learns))
+        per_pair_K = []
+        for k in range(1, policy.n_future + 1):
+            head = policy.heads[min(k, len(policy.heads)) - 1]
+            detached = detach_trunk and k > 1
+            passes = _learns(head) or (trunk_learns and not detached)
+            skips = not policy.heads.chained or k == policy.n_future
+            network = getattr(policy.heads.layer(k), "mlp", None) if skips else None
+            sparse = 0.0 if network is None else _operations(network, share, passes=passes)
+            per_token += _operations(head, share, passes=passes) - sparse
+            attention += [each for body in head.modules() for each in _attention(body, passes=passes)]
+            matrix = policy.unembedding.weight
+            trained = matrix.requires_grad and not detached
+            per_pair_K.append(sparse + matrix.numel() * _factor(trained=trained, passes=passes))
+        return cls(per_token=per_token, per_pair_K=tuple(per_pair_K), attention=tuple(attention))
+
+    def of_batch(self, length_D: NDArray[np.int64], pairs_K: Sequence[int]) -> float:
+        """Return the operations of a batch.
+
+        Args:
+            length_D: The number of tokens of each document.
+            pairs_K: The number of supervised pairs of each head.
+        """
+        attended = (
+            operations * float((length_D * np.minimum(length_D, window or length_D)).sum())
+            for operations, window in self.attention
+        )
+        supervised = sum(each * count for each, count in zip(self.per_pair_K, pairs_K, strict=True))
+        return self.per_token * float(length_D.sum()) + supervised + sum(attended)
+
+
+def _factor(*, trained: bool, passes: bool) -> int:
+    """Return the operations for each number of a matrix; `passes`: whether its input gets a gradient."""
+    return 2 + 2 * trained + 2 * passes
+
+
+def _learns(part: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in part.parameters())
+
+
+def _operations(part: nn.Module, share: float, *, passes: bool) -> float:
+    """Return the operations of all matrices of a part for one token; `share` is that of active experts."""
+    return sum(size * _factor(trained=trained, passes=passes) for size, trained in _matrices(part, share))
+
+
+def _matrices(part: nn.Module, share: float) -> Iterator[tuple[float, bool]]:
+    """Yield for each matrix how many of its numbers a token is multiplied with, and whether it is trained."""
+    for module in part.modules():
+        if isinstance(module, nn.Linear):  # by its attributes, because a 4-bit matrix is stored packed
+            yield module.in_features * module.out_features, module.weight.requires_grad
+        elif not isinstance(module, nn.Embedding):
+            for parameter in module.parameters(recurse=False):
+                if parameter.ndim >= 2:
+                    active = share if _holds_experts(module, parameter) else 1.0
+                    yield parameter.numel() * active, parameter.requires_grad
+
+
+def _holds_experts(module: nn.Module, parameter: nn.Parameter) -> bool:
+    return parameter.ndim == 3 and not isinstance(module, _ConvNd)
+
+
+def _active_share(policy: Policy) -> float | None:
+    """Return the share of experts that compute a token, 1 without experts; None if it is not known."""
+    stacked = any(_holds_experts(module, each) for module in policy.modules() for each in _own(module))
+    listed = any(
+        name.endswith("experts") and isinstance(module, nn.ModuleList)
+        for name, module in policy.named_modules()
+    )
+    if not stacked and not listed:
+        return 1.0
+    config = text_config(policy.config)
+    count, active = (_number(config, names) for names in (_EXPERTS, _ACTIVE_EXPERTS))
+    return active / count if count and active and not listed else None
+
+
+def _own(module: nn.Module) -> Iterator[nn.Parameter]:
+    return module.parameters(recurse=False)
+
+
+def _number(config: Any, names: Sequence[str]) -> int | None:
+    found = (getattr(config, name, None) for name in names)
+    return next((each for each in found if isinstance(each, int)), None)
+
+
+def _attention(body: nn.Module, *, passes: bool) -> Iterator[tuple[float, int | None]]:
+    """Yield the entries of `StepFlops.attention` for the layers of a transformers model."""
+    config = getattr(body, "config", None)
+    lists = [child for child in body.children() if isinstance(child, nn.ModuleList)]
+    if config is None or not lists:
+        return
+    config = text_config(config)
+    heads = _number(config, ["num_attention_heads"])
+    if heads is None:
+        return
+    width = _number(config, ["qk_head_dim", "head_dim"]) or config.hidden_size // heads
+    operations = 2.0 * heads * (width + (_number(config, ["v_head_dim"]) or width)) * (3 if passes else 1)
+    sliding = _number(config, ["sliding_window"]) if getattr(config, "use_sliding_window", True) else None
+    windows = {
+        "full_attention": None,
+        "sliding_attention": sliding,
+        "chunked_attention": _number(config, ["attention_chunk_size"]),
+    }
+    default = "full_attention" if sliding is None else "sliding_attention"
+    for kind in getattr(config, "layer_types", None) or [default] * config.num_hidden_layers:
+        if kind in windows:
+            yield operations, windows[kind]
