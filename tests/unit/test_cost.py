@@ -117,7 +117,7 @@ COST = {
 def test_the_report_shows_the_cost(tmp_path):
     html = write_report(write_journal(tmp_path, **COST)).read_text()
 
-    assert "1,234 tokens/s, 4.525e+10 FLOP/s, 41% of the rate of a large matrix product" in html
+    assert "1,234 tokens/s, 45.2 GFLOP/s, 41% of the rate of a large matrix product" in html
     assert "812 MB of the host" in html
     assert "of the device" not in html
 

@@ -158,11 +158,11 @@ def _cost(history: RunHistory) -> list[tuple[str, str]]:
     """Return what stage 2 cost: its rates, as medians over the logged steps, and its peak memory."""
     cost = cost_of("policy", history.timings)
     formats = {
-        "tokens_per_second": "{:,.0f} tokens/s",
-        "flops_per_second": "{:,.4g} FLOP/s",
-        "matrix_rate_share": "{:.0%} of the rate of a large matrix product",
+        "tokens_per_second": ("{:,.0f} tokens/s", 1.0),
+        "flops_per_second": ("{:,.1f} GFLOP/s", 1e9),
+        "matrix_rate_share": ("{:.0%} of the rate of a large matrix product", 1.0),
     }
-    rates = [text.format(cost[name]) for name, text in formats.items() if name in cost]
+    rates = [text.format(cost[name] / unit) for name, (text, unit) in formats.items() if name in cost]
     peaks = [
         f"{cost[name]:,.0f} MB {where}"
         for name, where in (("peak_host_memory", "of the host"), ("peak_device_memory", "of the device"))
