@@ -37,7 +37,7 @@ from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.targets import align_labels, target_mask
 from zoo import VOCABULARY, tiny_model
 
-KINDS = ("parallel", "medusa")
+KINDS = ("parallel", "medusa", "sequential")
 TABLE = Path(__file__).parents[2] / "docs" / "models.md"
 SECONDS = 400  # the recurrent layers of Kimi Linear take minutes on a busy machine
 PAGE = """\
@@ -170,6 +170,7 @@ def loss_differs(base: Any, policy: Policy, ids_BT: Tensor) -> bool:
         weight_BTK=target_BTK.float(),
         normaliser_K=normalisers(target_BTK.float(), target_BTK, normalise="weights"),
         head_share_K=share_K,
+        ids_BT=ids_BT,
     )
     logits_BTV = base(input_ids=ids_BT, use_cache=False).logits[:, :-1]
     theirs = nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), ids_BT[:, 1:].flatten())
