@@ -9,13 +9,16 @@ Shape letters: T positions, V vocabulary.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
+import torch
+from attrs import evolve, frozen
+from safetensors.torch import load, save_file
 from weighted_mtp_core.evaluation.finished_run import policy_loader
 from weighted_mtp_core.generation.generate import generate
 from weighted_mtp_core.model.policy import Policy
@@ -106,6 +109,19 @@ def trained_and_exported(
         prompts=codec.encode_prompts(texts[:PROMPTS]),
         eos_id=codec.eos_id,
     )
+
+
+def with_random_tensors(model: ServedModel, path: Path, prefix: str) -> ServedModel:
+    """Copy an exported model; tensors whose names begin with `prefix` get random values of the same scale."""
+    shutil.copytree(model.path, path)
+    generator = torch.Generator().manual_seed(0)
+    for file in path.glob("*.safetensors"):
+        tensors = load(file.read_bytes())
+        for name, tensor in tensors.items():
+            if name.startswith(prefix):
+                tensors[name] = torch.randn(tensor.shape, generator=generator) * tensor.std()
+        save_file(tensors, file, metadata={"format": "pt"})
+    return evolve(model, path=path)
 
 
 def own_count(model: ServedModel, drafted: Callable[[list[int], int], Sequence[Sequence[int]]]) -> Drafting:

@@ -1,22 +1,18 @@
 """vLLM drafts with a `sequential` head of a Qwen2 model: as many drafts are accepted as by our own count.
 
-The head learns the texts that the model writes, which has random weights.
-
-Shape letters: B rows, T positions, K heads, V vocabulary.
+Shape letters: B rows, T positions, V vocabulary.
 """
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
-from served_model import NEW_TOKENS, VLLM, ServedModel, decoded_by_vllm, own_count
+from served_model import VLLM, decoded_by_vllm, own_count, trained_and_exported, with_random_tensors, wmtp
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
-from weighted_mtp_core.export.transformers import write_export
-from weighted_mtp_core.generation.generate import generate
-from weighted_mtp_core.model.exported_model import ExportFacts
-from weighted_mtp_core.model.load import make_policy
-from weighted_mtp_core.model.loss import weighted_mtp_loss
-from weighted_mtp_core.model.targets import align_labels
 
-V, K, PROMPTS = 96, 4, 12
+V, DRAFTS = 512, 3
+SPECULATIVE = {"method": "mtp", "num_speculative_tokens": DRAFTS}
 
 pytestmark = [
     pytest.mark.skipif(not VLLM.exists(), reason="`make test-serving` makes the environment of vLLM"),
@@ -24,75 +20,52 @@ pytestmark = [
 ]
 
 
-def policy_of(seed, *, tied):
-    torch.manual_seed(seed)
+def qwen2_base(path: Path, texts: list[str], *, tied: bool) -> None:
+    """Write a Qwen2 model in the shape of `micro`, with random weights and a tokenizer of these texts."""
+    empty = Qwen2Tokenizer(vocab={"<pad>": 0, "<eos>": 1}, merges=[], pad_token="<pad>", eos_token="<eos>")
+    tokenizer = empty.train_new_from_iterator(texts, vocab_size=V)
     config = Qwen2Config(
         vocab_size=V,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        initializer_range=128**-0.5,
         tie_word_embeddings=tied,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
     )
-    model = Qwen2ForCausalLM(config)
-    for parameter in model.parameters():  # far from the initial scale, at which all positions are alike
-        torch.nn.init.normal_(parameter, std=0.3)
-    policy = make_policy(model, n_future=K, head_kind="sequential", shared=True, serve="vllm")
-    policy.freeze_base()
-    return policy
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
 
 
-def learn(policy, prompts, texts):
-    """Train heads 2..K on texts."""
-    optimiser = torch.optim.Adam(policy.heads[1:].parameters(), lr=3e-3)
-    for _ in range(25):
-        for prompt, new in zip(prompts, texts, strict=True):
-            ids_BT = torch.tensor([[*prompt, *new]])
-            zero_BT = torch.zeros_like(ids_BT)
-            labels_BTK = align_labels(ids_BT, document_BT=zero_BT, response_BT=zero_BT == 0, n_future=K)
-            weighted_mtp_loss(
-                policy,
-                policy.trunk_states(ids_BT),
-                labels_BTK=labels_BTK,
-                weight_BTK=None,
-                normaliser_K=torch.full((K,), float(ids_BT.shape[1])),
-                head_share_K=torch.ones(K),
-                ids_BT=ids_BT,
-            )
-            optimiser.step()
-            optimiser.zero_grad()
-    policy.eval()
-
-
-def exported(policy, path, prompts):
-    facts = ExportFacts(
-        n_future=K,
-        heads="sequential",
-        run="r",
-        recipe_sha256="0" * 64,
-        base="b",
-        data_sha256=None,
-        shared=True,
-        serve="vllm",
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def sequential(request, tmp_path_factory):
+    """A Qwen2 model that was trained with heads 2..4 from one layer, exported for vLLM."""
+    folder = tmp_path_factory.mktemp("sequential")
+    recipe = str(Path(__file__).parents[2] / "configs" / "baseline.toml")
+    wmtp("data", "prepare", recipe, cwd=folder)
+    (file,) = folder.glob("storage/datasets_v2/micro_code/*/problems.jsonl")
+    problems = [json.loads(line)["problem"] for line in file.read_text().splitlines()]
+    texts = [problem["prompt"] + problem["solution"] for problem in problems]
+    qwen2_base(folder / "base", texts, tied=request.param)
+    return trained_and_exported(
+        "baseline.toml",
+        folder,
+        server="vllm",
+        settings=[
+            f'model.base="{folder / "base"}"',
+            'model.heads={kind="sequential", shared=true, serve="vllm"}',
+        ],
     )
-    vocabulary = {"<pad>": 0, "<eos>": 1, **{chr(40 + i): i for i in range(2, V)}}
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], pad_token="<pad>", eos_token="<eos>")
-    write_export(policy, tokenizer, path, facts=facts, recipe=b"", serve="vllm")
-    return ServedModel(path=path, command="", policy=policy, prompts=prompts, eos_id=1)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_vllm_writes_our_texts_and_accepts_as_many_drafts_of_a_sequential_head(tied, tmp_path):
-    policy = policy_of(0, tied=tied)
-    generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(2, V, (6,), generator=generator).tolist() for _ in range(PROMPTS)]
-    texts = generate(policy, prompts, max_new_tokens=NEW_TOKENS + K, eos_id=-1).tokens
-    untrained = exported(policy, tmp_path / "untrained", prompts)
-    without = decoded_by_vllm(untrained, {"method": "mtp", "num_speculative_tokens": K - 1})
-    learn(policy, prompts, texts)
-    model = exported(policy, tmp_path / "trained", prompts)
+def test_vllm_writes_our_texts_and_accepts_as_many_drafts_of_a_sequential_head(sequential, tmp_path):
+    policy = sequential.policy
 
     def drafted(text, drafts):
         with torch.no_grad():
@@ -100,12 +73,16 @@ def test_vllm_writes_our_texts_and_accepts_as_many_drafts_of_a_sequential_head(t
             states = policy.each_head_states(policy.trunk_states(ids_BT), ids_BT=ids_BT, position_BT=None)
             return [policy.unembedding(state_BTH)[0].argmax(dim=-1).tolist() for state_BTH in states][1:]
 
-    counted = own_count(model, drafted)
-    found = decoded_by_vllm(model, {"method": "mtp", "num_speculative_tokens": K - 1})
-    print(f"\nvLLM: {found.verified} passes, accepted {found.accepted}; untrained: {without.accepted}")
-    print(f"ours: {counted.verified} passes, accepted {counted.accepted}")
+    counted = own_count(sequential, drafted)
+    found = decoded_by_vllm(sequential, SPECULATIVE)
+    others = with_random_tensors(sequential, tmp_path / "others", "model.mtp_layers.0.input_proj.")
+    random = decoded_by_vllm(others, SPECULATIVE)
+    print(f"\nours: {counted.verified} passes, accepted {counted.accepted}")
+    print(f"vLLM: {found.verified} passes, accepted {found.accepted} ({found.accepted_per_pass:.2f} a pass)")
+    print(f"vLLM, random layer: {random.verified} passes, accepted {random.accepted}")
 
-    assert found.tokens == without.tokens == counted.tokens
+    assert found.tokens == random.tokens == counted.tokens
     assert found.verified == pytest.approx(counted.verified, rel=0.01)
     assert found.accepted == pytest.approx(counted.accepted, rel=0.01)
-    assert without.accepted_per_pass < 0.3 * found.accepted_per_pass
+    assert found.accepted_per_pass >= 2.0
+    assert random.accepted_per_pass < 0.3 * found.accepted_per_pass

@@ -10,19 +10,20 @@ from weighted_mtp_core.model.load import make_policy
 
 # Kinds of heads, and whether drafts work.
 FAMILIES = {
-    "llama": ("parallel medusa", True),
+    "llama": ("parallel medusa sequential", True),
     "llama4_text": ("parallel medusa", True),
-    "gemma2": ("parallel medusa", True),
+    "gemma2": ("parallel medusa sequential", True),
     "granite": ("parallel medusa", True),
     "cohere2": ("parallel medusa", True),
     "gptj": ("parallel medusa", True),
-    "opt": ("parallel medusa", True),
+    "olmo": ("parallel medusa sequential", True),
+    "opt": ("parallel medusa sequential", True),
     "bloom": ("medusa", True),
     "mpt": ("parallel medusa", False),
     "gpt_neo": ("parallel medusa", False),
     "qwen3_next": ("parallel medusa", False),
     "jamba": ("medusa", False),
-    "mamba": ("parallel medusa", False),
+    "mamba": ("parallel medusa sequential", False),
 }
 
 
@@ -66,6 +67,24 @@ def test_a_model_that_cannot_be_a_trunk_is_refused(sweep, name, message):
         make_policy(sweep.tiny_model(name), n_future=2, head_kind="medusa")
 
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["parallel", "sequential"])
+def test_heads_whose_states_have_another_shape_are_refused(sweep, kind):
+    with pytest.raises(WmtpError, match=r"have the shape \[2, 24, 4, 32\]"):
+        make_policy(sweep.tiny_model("deepseek_v4"), n_future=3, head_kind=kind)
+
+
+def test_an_error_while_heads_are_made_is_a_refusal(sweep, monkeypatch):
+    from weighted_mtp_core.model.heads.sequential import SequentialModule
+
+    def broken(*_, **__):
+        raise AttributeError("no such part")
+
+    monkeypatch.setattr(SequentialModule, "__init__", broken)
+
+    with pytest.raises(WmtpError, match=r"cannot have `sequential` heads \(AttributeError: no such part\)"):
+        make_policy(sweep.tiny_model("llama"), n_future=3, head_kind="sequential")
 
 
 def test_two_layers_of_different_kinds_keep_their_own(sweep):

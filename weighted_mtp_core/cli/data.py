@@ -58,17 +58,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     preview.add_argument("--html", metavar="FILE", type=Path, help="write a page instead of text")
     add_run(sample, also=", an exported model or, with --endpoint, a model's name at the server")
     add_recipe_arguments(sample)
-    sample.add_argument("--runs", metavar="FOLDER", type=Path, help="of RUN (default: that of RECIPE's runs)")
+    sample.add_argument(
+        "--runs", metavar="FOLDER", type=Path, help="folder of the runs (default: that of RECIPE)"
+    )
     sample.add_argument("--to", metavar="NAME", required=True, help="name of the new data set")
     sample.add_argument("--samples", metavar="N", type=int, help="texts for each problem")
     sample.add_argument("--temperature", metavar="T", type=float, help="0 is greedy")
-    sample.add_argument("--split", choices=SPLITS, default="train", help="the problems' split (train)")
-    sample.add_argument("--problems", metavar="N", type=int, default=0, help="the first N problems (0: all)")
+    sample.add_argument(
+        "--split", choices=SPLITS, default="train", help="split of the problems (default: train)"
+    )
+    sample.add_argument(
+        "--problems", metavar="N", type=int, default=0, help="only the first N problems (default: all)"
+    )
     sample.add_argument("--endpoint", metavar="URL", help="take the texts from a server's completions API")
-    sample.add_argument("--in-flight", metavar="N", type=int, default=16, help="requests at once (16)")
-    sample.add_argument("--retries", metavar="N", type=int, default=6, help="repetitions of a request (6)")
-    sample.add_argument("--timeout", metavar="S", type=float, default=600, help="seconds for a request (600)")
-    show.add_argument("name", metavar="NAME", nargs="?", help="(all)")
+    sample.add_argument(
+        "--in-flight", metavar="N", type=int, default=16, help="requests at once (default: 16)"
+    )
+    sample.add_argument(
+        "--retries", metavar="N", type=int, default=6, help="retries of a request (default: 6)"
+    )
+    sample.add_argument(
+        "--timeout", metavar="S", type=float, default=600, help="seconds until a request fails (default: 600)"
+    )
+    show.add_argument("name", metavar="NAME", nargs="?", help="name of a data set (default: all)")
     add_folder(show, "--storage", default="storage")
 
 

@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check.add_argument("names", metavar="NAME", nargs="*")
     new.add_argument("name", metavar="NAME", help="its name in recipes: lower-case letters, digits, `_`")
     new.add_argument("--kind", required=True, choices=[each.value for each in SUMMARIES])
-    new.add_argument("folder", metavar="DIR", nargs="?", help="(weighted-mtp-NAME)")
+    new.add_argument(
+        "folder", metavar="DIR", nargs="?", help="folder of the package (default: weighted-mtp-NAME)"
+    )
     new.intermixed = True  # NAME --kind KIND DIR
 
 

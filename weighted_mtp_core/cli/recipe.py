@@ -35,7 +35,12 @@ _REQUIRED = ("--data", "--weighting")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     (new,) = add_actions(parser, _new)
     new.add_argument(
-        "file", metavar="FILE", nargs="?", type=Path, default=Path("recipe.toml"), help="(recipe.toml)"
+        "file",
+        metavar="FILE",
+        nargs="?",
+        type=Path,
+        default=Path("recipe.toml"),
+        help="file to write (default: recipe.toml)",
     )
     new.add_argument("--list", action="store_true", help="list the components to choose from; write nothing")
     for option, (_, text) in _KEYS.items():

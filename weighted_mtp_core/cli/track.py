@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         type=float,
         default=60.0,
-        help="give up on a tracker that accepts nothing for so long (60)",
+        help="stop sending to a tracker that accepts nothing for this time (default: 60)",
     )
     for action in (status, sync):
         add_folder(action, "--runs", default="storage/runs")

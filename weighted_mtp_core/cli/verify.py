@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
     parser.add_argument("--samples", metavar="S.jsonl", type=Path, required=True)
     parser.add_argument("--out", metavar="R.jsonl", type=Path, required=True, help="written whole at the end")
-    parser.add_argument("--split", choices=SPLITS, default="test", help="the problems' split (test)")
+    parser.add_argument(
+        "--split", choices=SPLITS, default="test", help="split of the problems (default: test)"
+    )
 
 
 def main(args: argparse.Namespace) -> None:

@@ -87,12 +87,15 @@ def anatomy(base: Any) -> tuple[Any, str, str]:
         WmtpError: The body does not consist of layers and a final norm.
     """
     body = body_of(base)
+    width = base.get_output_embeddings().weight.shape[1]
     children = dict(body.named_children())
     layers = [name for name, child in children.items() if isinstance(child, nn.ModuleList)]
     norms = [
         name
         for name, child in children.items()
-        if name not in layers and "norm" in type(child).__name__.lower()
+        if name not in layers
+        and "norm" in type(child).__name__.lower()
+        and all(parameter.shape[-1] == width for parameter in child.parameters())
     ]
     if len(layers) != 1 or not norms:
         raise WmtpError(

@@ -130,7 +130,15 @@ def make_policy(
     heads = HeadsTable(
         kind=head_kind, shared=shared, serve=serve if shipped is None else shipped.layout.serve
     )
-    policy = Policy(base, unembedding=answers.unembedding, n_future=n_future, heads=heads)
+    try:
+        policy = Policy(base, unembedding=answers.unembedding, n_future=n_future, heads=heads)
+    except WmtpError:
+        raise
+    except Exception as error:  # of any model at all, so of any kind
+        raise WmtpError(
+            f"a `{base.config.model_type}` model cannot have `{head_kind}` heads ({reason(error)})",
+            hint="use another kind of heads, or another base model",
+        ) from error
     if shipped is not None:
         shipped.load_into(policy, blocks)
         policy.shipped = shipped

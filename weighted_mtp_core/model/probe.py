@@ -216,7 +216,10 @@ def _run(base: Any, ids_BT: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tens
 def _sparse_gap(policy: Policy, k: int, hidden_BTH: Tensor, *, ids_BT: Tensor) -> float:
     """Return how much head k's states differ if only a few positions are read instead of all."""
     rows, length = hidden_BTH.shape[:2]
-    whole = policy.head_states(k, hidden_BTH, ids_BT=ids_BT).flatten(0, 1)
+    states_BTH = policy.head_states(k, hidden_BTH, ids_BT=ids_BT)
+    if states_BTH.ndim != 3:
+        raise ValueError(f"the states of head {k} have the shape {list(states_BTH.shape)}")
+    whole = states_BTH.flatten(0, 1)
     some = torch.tensor([2, 5, rows * length - 1], device=whole.device)
     with sparse_rows(policy.heads.layer(k), some):
         gap = _gap(policy.head_states(k, hidden_BTH, ids_BT=ids_BT).flatten(0, 1)[some], whole[some])

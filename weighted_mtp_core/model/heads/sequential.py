@@ -267,7 +267,7 @@ class SequentialModule(nn.Module):
         self.body = body
         self.final_norm = copy.deepcopy(norm)
         self.hidden_first = hidden_first
-        weight = next(norm.parameters())
+        weight = next(body.parameters())  # some norms have no parameters
         self.projection.to(device=weight.device, dtype=weight.dtype)
         with torch.no_grad():
             parts = torch.eye(width), torch.zeros(width, width)
@@ -284,10 +284,10 @@ class SequentialModule(nn.Module):
 def _plain_copy(norm: nn.Module, width: int) -> nn.Module:
     """Return a copy of a norm that multiplies by 1; some families store the factor minus 1."""
     twin = copy.deepcopy(norm)
-    for parameter in twin.parameters():
+    parameters = list(twin.parameters())
+    for parameter in parameters:
         parameter.zero_()
-    probe = torch.arange(1.0, width + 1).to(next(norm.parameters()))
-    if not twin(probe[None, None]).any():
+    if parameters and not twin(torch.arange(1.0, width + 1).to(parameters[0])[None, None]).any():
         twin.get_parameter("weight").fill_(1.0)
     return twin
 
