@@ -24,6 +24,7 @@ TABLES: dict[str, type] = {
     "[run]": schema.RunTable,
     "[model]": schema.ModelTable,
     "[model.heads]": schema.HeadsTable,
+    "[model.adapters]": schema.AdaptersTable,
     "[model.micro]": schema.MicroTable,
     "[data]": schema.DataTable,
     "[critic]": schema.CriticTable,

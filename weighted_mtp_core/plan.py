@@ -141,6 +141,9 @@ def _head_faults(recipe: Recipe) -> list[Fault]:
     elif train == "heads" and heads and not any(heads[1:]):
         text = 'with `model.train = "heads"`, heads 2..K need a weight above 0'
         found.append(Fault(("loss", "head_weights"), text))
+    elif train == "adapters" and recipe.loss.detach_trunk and heads and not heads[0]:
+        text = "with `loss.detach_trunk` and no weight on head 1, adapters learn nothing"
+        found.append(Fault(("model", "train"), f"{text}: `heads` trains heads 2..K alone"))
     if n_future == 1 and train == "heads":
         found.append(Fault(("model", "train"), "`heads` trains heads 2..K: `model.n_future` must be >= 2"))
     if n_future == 1 and recipe.loss.heads != "labels":

@@ -27,6 +27,7 @@ def test_the_tables_of_the_documentation_are_those_of_a_recipe(recipes_md):
     documented = {re.sub(r"[\[\]]", "", each) for each in re.findall(r"### `(\[.*\])`", recipes_md)}
 
     assert documented == {field.name for field in attrs.fields(schema.Recipe)} | {
+        "model.adapters",
         "model.heads",
         "model.micro",
         "critic.pairs",

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from textwrap import dedent
 
@@ -363,6 +364,53 @@ def test_heads_trained_alone_leave_the_base_model_byte_for_byte_what_it_was(expo
     same = {path for path in before if before[path] == after[path]}
     assert Path("model.safetensors") in same
     assert Path("heads/model.safetensors") not in same
+
+
+# ------------------------------------------------------------------ adapters
+
+
+@pytest.fixture(scope="module")
+def adapted(trained):
+    """A finished run that trained adapters and heads 2..K."""
+    settings = ("model.train=adapters", "model.adapters={rank=2, dropout=0.1}", "model.base_dtype=bfloat16")
+    quick = ("train.steps=8", "train.learning_rate=0.01", "train.warmup_steps=0")
+    return another_run(trained, "adapted", *settings, *quick)
+
+
+@pytest.fixture(scope="module")
+def merged(adapted, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("merged") / "model"
+    assert main(["export", adapted.name, "--to", str(folder)]) == 0
+    return folder
+
+
+def test_a_run_of_adapters_writes_the_same_text_with_both_ways_of_decoding_and_after_export(
+    wmtp, adapted, merged
+):
+    prompt = ("--prompt", "What is 3 and 3?", "--max-new-tokens", "20")
+    found = {
+        generated(partial(wmtp, run=run), *prompt, "--decoding", decoding)
+        for run in (adapted.name, str(merged))
+        for decoding in ("plain", "self_speculative")
+    }
+
+    assert len(found) == 1
+
+
+def test_an_exported_run_of_adapters_measures_like_the_run(wmtp, adapted, merged):
+    evaluations = []
+    for run in (adapted.name, str(merged)):
+        code, out, err = wmtp("evaluate", run=run)
+        assert code == 0, err
+        evaluations.append([line for line in out.splitlines() if "pass" in line])
+
+    assert evaluations[0]
+    assert evaluations[0] == evaluations[1]
+
+
+def test_an_exported_run_of_adapters_is_an_ordinary_model(merged):
+    assert not any("lora" in name or "base_layer" in name for name in load_file(merged / "model.safetensors"))
+    assert not any("lora" in name for name in load_file(merged / "heads" / "model.safetensors"))
 
 
 # ------------------------------------------------------------------ export --serve

@@ -446,6 +446,19 @@ def test_an_experiment_that_is_no_path(plan_error):
             "model.micro.hidden_size=60",
             "model.micro.attention_heads: must divide `hidden_size` = 60 into even parts: 4",
         ),
+        (
+            "model.base_dtype='nf4'",
+            'model.base_dtype: needs `train = "adapters"`: with `all`, the base stays in float32',
+        ),
+        (
+            "model={train='adapters', base_dtype='bfloat16', adapters={dora=true}}",
+            "model.base_dtype: must be `float32` for `adapters.dora`, which trains norms of float32 matrices",
+        ),
+        (
+            "model={train='adapters', adapters={heads='adapted'}, heads={kind='medusa'}}",
+            'model.adapters: must have `heads = "whole"`: `medusa` heads have no decoder layer to adapt',
+        ),
+        ("model.adapters.dropout=1.0", "model.adapters.dropout: must be < 1: 1.0"),
         ("run.seed=-1", "run.seed: must be >= 0: -1"),
         (
             "data={use='example.lines',options={folder='f'},packing='documents',pack_tokens=100}",
@@ -467,6 +480,13 @@ def test_keys_that_do_not_fit_each_other(plan_error, override, text):
         (
             ("model.train='heads'", "train.select_by='head_1'"),
             'train.select_by: with `model.train = "heads"`, head 1 stays as it is and selects nothing',
+        ),
+        (
+            ("model.train='adapters'", "loss={head_weights=[0, 1, 1, 1], detach_trunk=true}"),
+            (
+                "model.train: with `loss.detach_trunk` and no weight on head 1, adapters learn nothing: "
+                "`heads` trains heads 2..K alone"
+            ),
         ),
         (
             ("model.n_future=1", "train.select_by='later_heads'"),

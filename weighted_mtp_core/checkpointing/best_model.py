@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from weighted_mtp_core.api import Stateful
+from weighted_mtp_core.checkpointing.state import load_module_state, module_state
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
 from weighted_mtp_core.runtime.sharding import all_like, whole
+from weighted_mtp_core.runtime.state_digest import BASE_SHA256
 from weighted_mtp_core.storage.atomic import atomic_write
 from weighted_mtp_core.storage.manifest import verify_manifest, write_manifest
 
@@ -27,9 +29,14 @@ _WHOLE_IN_RANK_ZERO = StateDictOptions(full_state_dict=True, cpu_offload=True)
 def save_model(model: nn.Module, path: Path, *, distributed: Distributed = SINGLE_PROCESS) -> None:
     """Write the model's tensors as a plain dict that `torch.load(path, weights_only=True)` reads.
 
+    Without the frozen tensors of a model whose base has a digest, see `module_state`.
+
     All processes must call this; the first one writes.
     """
-    tensors = get_model_state_dict(model, options=_WHOLE_IN_RANK_ZERO)
+    if BASE_SHA256 in model.state_dict():
+        tensors = {name: whole(value.detach()).cpu() for name, value in module_state(model).items()}
+    else:
+        tensors = get_model_state_dict(model, options=_WHOLE_IN_RANK_ZERO)
     if distributed.is_rank_zero:
         buffer = io.BytesIO()
         torch.save(tensors, buffer)
@@ -51,6 +58,9 @@ def load_model(model: nn.Module, path: Path) -> None:
             f"`{path}` is not a checkpoint of tensors: {str(error).splitlines()[0]}",
             hint="it may be damaged: use another one, or start the run again",
         ) from error
+    if BASE_SHA256 in model.state_dict():
+        load_module_state(model, state)
+        return
     try:
         model.load_state_dict(all_like(model.state_dict(), state))
     except RuntimeError as error:

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.runtime.sharding import copy_to_host, like
+from weighted_mtp_core.runtime.state_digest import BASE_SHA256
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -56,8 +57,13 @@ def copy_state(
 
 
 def module_state(module: nn.Module) -> dict[str, Tensor]:
-    """Return a module's parameters and persistent buffers; a tensor with several names is returned once."""
+    """Return a module's parameters and persistent buffers; a tensor with several names is returned once.
+
+    If the module has the buffer `BASE_SHA256`, return only this buffer and the parameters that are trained.
+    """
     kept = module.state_dict(keep_vars=True)
+    if BASE_SHA256 in kept:
+        kept = {name: tensor for name, tensor in kept.items() if tensor.requires_grad or name == BASE_SHA256}
     unique = {id(tensor): name for name, tensor in reversed(kept.items())}
     return {name: tensor for name, tensor in kept.items() if unique[id(tensor)] == name}
 
@@ -76,6 +82,11 @@ def load_module_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
         value = state[name]
         if value.shape != tensor.shape:
             raise _another_model()
+        if name == BASE_SHA256 and not torch.equal(value, tensor.cpu()):
+            raise WmtpError(
+                "the checkpoint was trained on another base model: the SHA-256 of its frozen tensors differs",
+                hint="restore the files of `model.base`, or start a new run",
+            )
         tensor.copy_(like(tensor, value))
 
 

@@ -15,6 +15,7 @@ from weighted_mtp_core.data.texts import TextCodec, make_codec
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.export.serving import Server, refuse_unserved, serving_command
 from weighted_mtp_core.export.transformers import cast_parameters, write_export
+from weighted_mtp_core.model.adapters import merge_adapters
 from weighted_mtp_core.model.exported_model import RECIPE, ExportFacts, is_exported_model, read_facts
 from weighted_mtp_core.model.load import load_policy
 from weighted_mtp_core.model.policy import Policy
@@ -140,6 +141,7 @@ def export_run(
     if serve is not None:  # before anything is loaded
         refuse_unserved(serve, heads=model.heads, n_future=model.n_future)
     prepared = prepare_finished(run, plan, log=log)
+    merge_adapters(prepared.policy)
     cast_parameters(prepared.policy, dtype)
     recipe = RunFolder(path=run).recipe
     facts = ExportFacts(
@@ -169,8 +171,9 @@ def _load_export(folder: Path, recipe: Recipe, log: Callable[[str], None]) -> tu
 
 
 def _export_overrides(folder: Path) -> list[str]:
-    """Return the changes to the run's recipe: the exported model, and the device of this machine."""
-    return [f"model.base={json.dumps(str(folder), ensure_ascii=False)}", 'model.device="auto"']
+    """Return the changes to the run's recipe: the exported model, merged, and the device of this machine."""
+    base = f"model.base={json.dumps(str(folder), ensure_ascii=False)}"
+    return [base, 'model.device="auto"', 'model.train="all"', 'model.base_dtype="float32"']
 
 
 def _checkpoint(run: Path) -> Path:

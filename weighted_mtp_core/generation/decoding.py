@@ -108,7 +108,7 @@ class Decoder:
         if not self.heads.drafts or self.heads.policy.config.model_type in READS_MASK:
             new = torch.ones(rows, width, dtype=torch.bool, device=self._seen_RS.device)
             return torch.cat([self._seen_RS, new], dim=1)
-        dtype = self.heads.policy.unembedding.weight.dtype
+        dtype = self.heads.policy.unembedding.dtype
         past_RS = torch.zeros(self._seen_RS.shape, dtype=dtype, device=self._seen_RS.device)
         past_RS = past_RS.masked_fill_(~self._seen_RS, -torch.inf)
         past_R1TS = past_RS[:, None, None].expand(-1, -1, width, -1)

@@ -24,10 +24,11 @@ def stack(layers: Sequence[nn.Module]) -> nn.Module | None:
     Parameters of linear modules are copied, so later updates do not affect the result. Layers with sharded
     parameters (FSDP2) cannot be stacked, because their parameters are complete only while the layer itself is
     called. Layers with lists of modules, such as experts, cannot be stacked either: each expert gets the rows
-    that are routed to it, so groups would differ in size.
+    that are routed to it, so groups would differ in size. Adapters are in dictionaries of modules, by whose
+    names their layers look them up.
     """
     first = layers[0]
-    if any(isinstance(module, FSDPModule | nn.ModuleList) for module in first.modules()):
+    if any(isinstance(module, FSDPModule | nn.ModuleList | nn.ModuleDict) for module in first.modules()):
         return None
     stacked = copy.deepcopy(first, {id(each): each for each in first.parameters()})
     for name, module in first.named_modules():

@@ -78,15 +78,14 @@ class ChunkedUnembedding:
                 Chunks are made smaller by this amount, so that the total does not grow with the batch.
             teaches: Whether `learn` is called with a teacher.
         """
-        parameter = policy.unembedding.weight
-        device = hidden_BTH.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameter.dtype
-        matrix_VH = parameter.detach().to(dtype)
+        unembedding, device = policy.unembedding, hidden_BTH.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else unembedding.dtype
+        matrix_VH = unembedding.weight.detach().to(dtype)
         row_bytes = len(matrix_VH) * matrix_VH.element_size()
         rows = (max(_BUDGET, CHUNK * row_bytes) - extra_bytes) // row_bytes
         logits_NV = matrix_VH.new_empty(min(CHUNK, max(_FEWEST, rows)), len(matrix_VH))
         return cls(
-            unembedding=policy.unembedding,
+            unembedding=unembedding,
             matrix_VH=matrix_VH,
             logits_NV=logits_NV,
             teacher_NV=torch.empty_like(logits_NV) if teaches else logits_NV[:0],

@@ -11,6 +11,7 @@ from attrs import frozen
 
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import quoted, reason
+from weighted_mtp_core.model.adapters import adapt
 from weighted_mtp_core.model.exported_model import is_exported_model, load_extra_heads, refuse_other_heads
 from weighted_mtp_core.model.micro import micro_folder
 from weighted_mtp_core.model.policy import Policy
@@ -92,6 +93,10 @@ def load_policy(
         )
     if saved is not None and shipped is None:
         load_extra_heads(policy, saved)
+    if table.train == "adapters":
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            adapt(policy, table)
     name = f"{folder.parent.name}/{folder.name}" if isinstance(folder, Path) else folder
     unused = None if shipped is not None or saved is not None else _unused(shipped_layers(folder, base))
     return LoadedPolicy(policy=policy, tokenizer=tokenizer, base_name=name, unused=unused)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from weighted_mtp_core.api import Batch
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.model.adapters import merged_copy
 from weighted_mtp_core.model.load import find_base
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.pretrained import load_pretrained
@@ -31,7 +32,7 @@ class Trunk(nn.Module):
 
     def __init__(self, body: Any) -> None:
         super().__init__()
-        self.body = body.eval().requires_grad_(requires_grad=True)
+        self.body = body.eval()
         self.hidden_size = int(body.config.hidden_size)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -54,7 +55,7 @@ def trainable_trunk(policy: Policy, base: str | None, *, storage: Path, tokenize
     Args:
         policy: The policy, whose current trunk is copied unless `base` names another model.
         base: Name of a model as in `model.base`, or None; all layers and the final norm of the model are
-            used.
+            used. Adapters of the policy are merged in the copy.
         storage: The storage root, where models are looked up.
         tokenizer: The policy's tokenizer.
 
@@ -62,7 +63,7 @@ def trainable_trunk(policy: Policy, base: str | None, *, storage: Path, tokenize
         WmtpError: There is no such model, or its tokenizer differs from the policy's.
     """
     if base is None:
-        return Trunk(copy.deepcopy(policy.trunk))
+        return Trunk(merged_copy(policy.trunk)).requires_grad_(requires_grad=True)
     from transformers import AutoModel
 
     folder = find_base(base, storage=storage)
@@ -72,4 +73,4 @@ def trainable_trunk(policy: Policy, base: str | None, *, storage: Path, tokenize
             f"the tokenizer of `{folder}` differs from the policy's",
             hint="use a model of the policy's family",
         )
-    return Trunk(body.to(policy.unembedding.weight.device))
+    return Trunk(body.to(policy.unembedding.weight.device)).requires_grad_(requires_grad=True)

@@ -22,6 +22,9 @@ class Unembedding(nn.Module):
         linear: The base model's unembedding; its parameters are not copied.
         scale: Factor of `W h + b`.
         soft_cap: c; None if logits are not capped.
+
+    Attributes:
+        stored: Whether the matrix is stored in bfloat16, although states are float32; see `stored_base`.
     """
 
     def __init__(self, linear: nn.Module, *, scale: float = 1.0, soft_cap: float | None = None) -> None:
@@ -31,6 +34,12 @@ class Unembedding(nn.Module):
         self.bias: nn.Parameter | None = bias if isinstance(bias, nn.Parameter) else None
         self.scale = scale
         self.soft_cap = soft_cap
+        self.stored = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the states that the unembedding reads without autocast."""
+        return torch.float32 if self.stored else self.weight.dtype
 
     @property
     def is_plain(self) -> bool:
@@ -39,7 +48,8 @@ class Unembedding(nn.Module):
 
     def forward(self, state: Tensor) -> Tensor:
         """Return logits `[..., V]` of states `[..., H]`."""
-        return self._shaped(nn.functional.linear(state, self.weight, self.bias))
+        weight = self.weight.to(state.dtype) if self.stored else self.weight
+        return self._shaped(nn.functional.linear(state, weight, self.bias))
 
     def shape_(self, product_NV: Tensor) -> Tensor:
         """Convert the products `W h` to logits, in place."""

@@ -88,22 +88,49 @@ class HeadsTable:
 
 
 @frozen(kw_only=True)
+class AdaptersTable:
+    """`[model.adapters]`: low-rank adapters (LoRA) of the base model, for `model.train = "adapters"`.
+
+    An adapter adds `s B A x` to the output of a linear layer with input x; A and B have `rank` rows and
+    columns. The scale s is `alpha / rank`, or `alpha / sqrt(rank)` with `rslora`; without a value, `alpha` is
+    twice the rank. `dropout` is applied to x in training. `dora` also trains the norm of each row of the
+    adapted matrix. `targets` are the names of the layers, for example `q_proj`; empty means all linear layers
+    of the decoder layers. `heads` decides whether heads 2..K are trained whole, or through adapters of their
+    decoder layers.
+    """
+
+    rank: int = field(default=16, validator=v.ge(1))
+    alpha: float | None = field(default=None, validator=v.optional(v.gt(0)))
+    dropout: float = field(default=0.0, validator=[v.ge(0), v.lt(1)])
+    targets: tuple[str, ...] = field(default=())
+    rslora: bool = False
+    dora: bool = False
+    heads: Literal["whole", "adapted"] = "whole"
+
+
+BaseDtype = Literal["float32", "bfloat16", "nf4"]
+
+
+@frozen(kw_only=True)
 class ModelTable:
     """`[model]`: the policy's base model and its heads.
 
     `base` is `micro`, a folder under `storage/models_v2`, a transformers directory, a `.gguf` file or a hub
     id. `shard` splits the layers' parameters over the processes of `torchrun` (FSDP2).
     `activation_checkpointing` stores only the input of each layer and recomputes all other activations in the
-    backward pass. `train = "heads"` trains heads 2..K on a base model that stays as it is.
+    backward pass. `train = "heads"` trains heads 2..K on a base model that stays as it is; `"adapters"` also
+    trains low-rank adapters of this base model, whose matrices are stored in `base_dtype`.
     """
 
     base: str = "micro"
     n_future: int = field(default=4, validator=[v.ge(1), v.le(16)])
     heads: HeadsTable = field(default=HeadsTable())
-    train: Literal["all", "heads"] = "all"
+    train: Literal["all", "heads", "adapters"] = "all"
+    adapters: AdaptersTable = field(default=AdaptersTable())
     micro: MicroTable = MicroTable()
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    base_dtype: BaseDtype = field(default="float32")
     shard: bool = False
     activation_checkpointing: bool = False
 
@@ -113,6 +140,18 @@ class ModelTable:
             raise ValueError(
                 'must have `shared = true` for `serve = "vllm"`, which drafts all tokens with one module'
             )
+
+    @adapters.validator
+    def _check_adapters(self, _: object, value: AdaptersTable) -> None:
+        if value.heads == "adapted" and self.heads.kind == "medusa":
+            raise ValueError('must have `heads = "whole"`: `medusa` heads have no decoder layer to adapt')
+
+    @base_dtype.validator
+    def _check_base_dtype(self, _: object, value: str) -> None:
+        if value != "float32" and self.train != "adapters":
+            raise ValueError(f'needs `train = "adapters"`: with `{self.train}`, the base stays in float32')
+        if value != "float32" and self.adapters.dora:
+            raise ValueError("must be `float32` for `adapters.dora`, which trains norms of float32 matrices")
 
 
 @frozen(kw_only=True)

@@ -45,13 +45,14 @@ from weighted_mtp_core.model.trunk import frozen_trunk, trainable_trunk
 from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.recipe.schema import CriticTable
 from weighted_mtp_core.runtime.device import Compute
+from weighted_mtp_core.runtime.state_digest import state_sha256
 from weighted_mtp_core.storage.manifest import sha256_of
 from weighted_mtp_core.training.data_requirements import (
     check_given_weights,
     check_second_temperature,
     check_verdicts,
 )
-from weighted_mtp_core.training.score_cache import CachedCritic, scores_key, state_sha256
+from weighted_mtp_core.training.score_cache import CachedCritic, scores_key
 
 _MISSING = {
     "policy": "the policy learns from correct responses: each split needs some",
@@ -281,6 +282,9 @@ def prepare(plan: Plan, *, log: Callable[[str], None]) -> Prepared:
         log(f"evaluation reads each text again for each token, which is slow: {manner.no_cache}")
     millions = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
     heads = f"{policy.n_future} heads on {compute.device}"
+    if recipe.model.train == "adapters":
+        trained = sum(each.numel() for each in policy.parameters() if each.requires_grad)
+        heads += f"; {trained / 1e6:.1f} M are trained, in adapters and heads 2..K"
     log(f"policy {loaded.base_name}: {millions:.1f} M parameters, {heads}")
     if loaded.unused is not None:
         log(loaded.unused)

@@ -14,11 +14,10 @@ from __future__ import annotations
 import hashlib
 import json
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +33,7 @@ from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.plugins.selection import SelectedComponent
 from weighted_mtp_core.plugins.source_identity import source_identity
 from weighted_mtp_core.runtime.device import to_device
+from weighted_mtp_core.runtime.state_digest import state_sha256
 from weighted_mtp_core.storage.atomic import delete_abandoned, unfinished_folder
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder
 from weighted_mtp_core.storage.verify_once import verify_once
@@ -166,18 +166,6 @@ def scores_key(
         "machine": fingerprint(),
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
-
-
-def state_sha256(state: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a state's names, tensors (dtype, shape and bytes) and plain values."""
-    digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        if isinstance(value, Tensor):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        else:
-            digest.update(f"{name} {json.dumps(value, sort_keys=True)}\n".encode())
-    return digest.hexdigest()
 
 
 def _documents(batch: CollatedBatch, start_D1: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -179,7 +179,7 @@ def test_the_layers_of_its_own_trunk_may_be_split_over_processes(trunk):
 def test_adapters_without_peft_are_an_error_that_says_how_to_get_it(trunk, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
 
-    with pytest.raises(WmtpError, match=r"`lora_rank = 4` needs the package `peft`") as caught:
+    with pytest.raises(WmtpError, match=r"adapters need the package `peft`") as caught:
         build(trunk, **BODIES["lora"])
 
-    assert caught.value.hint == "pip install 'weighted-mtp-verifiable[lora]'"
+    assert caught.value.hint == "pip install 'weighted-mtp-core[adapters]'"

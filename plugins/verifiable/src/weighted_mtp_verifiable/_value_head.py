@@ -139,9 +139,9 @@ class ValueHead(Critic):
 def _trunk(options: ValueHeadOptions, context: BuildContext) -> nn.Module:
     trunk = context.model.trainable_trunk(options.base)
     if options.lora_rank:
-        from weighted_mtp_verifiable._lora import add_lora
+        from weighted_mtp_core.api.adapters import add_adapters
 
-        add_lora(trunk, rank=options.lora_rank)
+        add_adapters(trunk, rank=options.lora_rank)
     return trunk.to(context.model.device)
 
 

@@ -1,0 +1,81 @@
+"""Training of low-rank adapters on a frozen base model: `model.train = "adapters"`.
+
+The frozen base consists of the trunk, head 1 and the unembedding. `api.adapters` adds the adapters, and
+`stored_base` stores the matrices of the base. Checkpoints contain only what is trained, and the SHA-256 of
+the base.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from weighted_mtp_core.api.adapters import add_adapters
+from weighted_mtp_core.model.policy import Policy
+from weighted_mtp_core.model.stored_base import restore_base, store_base
+from weighted_mtp_core.recipe.schema import ModelTable
+from weighted_mtp_core.runtime.state_digest import BASE_SHA256, state_sha256
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+
+def adapt(policy: Policy, table: ModelTable) -> None:
+    """From now on, train adapters of the base model, and heads 2..K whole or through adapters.
+
+    The outputs of the policy do not change, except by the rounding of `base_dtype`.
+
+    Raises:
+        WmtpError: There is no linear layer to adapt, or the base cannot be stored in `base_dtype`.
+    """
+    options, heads = table.adapters, policy.heads
+    later = [heads.layer(k) for k in range(2, policy.n_future + 1)] if options.heads == "adapted" else []
+    frozen = {id(parameter) for layer in later for parameter in layer.parameters()}
+    whole = [parameter for parameter in policy.later_parameters() if id(parameter) not in frozen]
+    add_adapters(
+        policy,
+        rank=options.rank,
+        alpha=options.alpha,
+        dropout=options.dropout,
+        rslora=options.rslora,
+        dora=options.dora,
+        targets=options.targets,
+        layers=[*_decoder_layers(policy.trunk), heads.layer(1), *later],
+    )
+    for parameter in whole:
+        parameter.requires_grad = True
+    base = {name: each for name, each in policy.named_parameters() if not each.requires_grad}
+    digest = bytes.fromhex(state_sha256(base))
+    policy.register_buffer(BASE_SHA256, torch.tensor(list(digest), dtype=torch.uint8))
+    store_base(policy, table.base_dtype)
+
+
+def merge_adapters(module: nn.Module) -> None:
+    """Add adapters to the float32 matrices of their layers, and remove them; this reverses `adapt`."""
+    restore_base(module)
+    for name, layer in list(_adapted(module)):
+        layer.merge()
+        module.set_submodule(name, layer.get_base_layer())
+    module._buffers.pop(BASE_SHA256, None)  # noqa: SLF001 - nn.Module has no method for it
+    vars(module).pop("peft_config", None)
+
+
+def merged_copy(module: AnyModule) -> AnyModule:
+    """Return a copy of a module with merged adapters."""
+    twin = copy.deepcopy(module)
+    merge_adapters(twin)
+    return twin
+
+
+def _adapted(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the layers with adapters, layers of `peft`, with their names."""
+    for name, each in module.named_modules():
+        if hasattr(each, "base_layer") and hasattr(each, "lora_A"):
+            yield name, each
+
+
+def _decoder_layers(trunk: nn.Module) -> list[nn.Module]:
+    return [each for module in trunk.modules() if isinstance(module, nn.ModuleList) for each in module]

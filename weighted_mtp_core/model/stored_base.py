@@ -1,0 +1,166 @@
+"""Stores the matrices of a frozen base model in fewer bits than it computes with: `model.base_dtype`.
+
+A matrix is converted to the dtype of its input whenever it is used, in the forward and in the backward pass,
+and the converted matrix is not kept. `nf4` is 4-bit NormalFloat in blocks of 64 numbers, one float32 scale
+per block (QLoRA, Dettmers et al. 2023, section 3), for linear layers only; the embedding and the unembedding
+are then bfloat16. Norms and biases stay float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weighted_mtp_core.api.adapters import is_linear
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.model.unembedding import Unembedding
+from weighted_mtp_core.recipe.schema import BaseDtype
+
+_BLOCK = 64
+_HALF_GAP = 0.153  # of the two values of nf4 that are farthest apart, -1 and -0.696
+
+
+class _Product(torch.autograd.Function):
+    """`x W^T` of an input x and a stored matrix W; the gradient of x reads W again."""
+
+    @staticmethod
+    def forward(context: Any, input_XI: Tensor, layer: Any) -> Tensor:
+        context.layer = layer
+        product: Tensor = input_XI @ layer.matrix(input_XI.dtype).T
+        return product
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient_XO,) = gradients
+        return gradient_XO @ context.layer.matrix(gradient_XO.dtype), None
+
+
+class _Bfloat16Linear(nn.Linear):
+    """A linear layer with a frozen matrix in bfloat16."""
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """Return the matrix `[O, I]`."""
+        return self.weight.to(dtype)
+
+    def forward(self, input_XI: Tensor) -> Tensor:
+        """Return `[..., O]`, in autocast's dtype or in the dtype of the input."""
+        device = input_XI.device.type
+        dtype = input_XI.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        product_XO: Tensor = _Product.apply(input_XI.to(dtype), self)  # type: ignore[no-untyped-call]
+        return product_XO if self.bias is None else product_XO + self.bias.to(dtype)
+
+
+class _Nf4Linear(_Bfloat16Linear):
+    """A linear layer with a frozen matrix in nf4: two numbers per byte, and `scale` with one per block."""
+
+    scale: Tensor
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """Return the matrix `[O, I]`."""
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        shape = _rows_of_blocks(self.out_features * self.in_features)
+        state = QuantState(self.scale, shape=shape, blocksize=_BLOCK, quant_type="nf4", dtype=dtype)
+        found: Tensor = dequantize_4bit(self.weight, state)
+        return found.view(self.out_features, self.in_features)
+
+
+class _Bfloat16Embedding(nn.Embedding):
+    """An embedding with a frozen table in bfloat16 and float32 outputs."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return `[..., H]`."""
+        return super().forward(ids).float()
+
+
+def store_base(model: nn.Module, dtype: BaseDtype) -> None:
+    """Store the frozen matrices of a float32 model, in place.
+
+    Embeddings that compute something else besides the lookup stay float32.
+
+    Raises:
+        WmtpError: `bitsandbytes` is not installed or does not run here, or the model has its matrices in
+            other modules than linear layers.
+    """
+    if dtype == "float32":
+        return
+    others = {type(each).__name__ for each in model.modules() if is_linear(each) and not _is_plain(each)}
+    if others:
+        raise WmtpError(
+            f"the matrices of this model are in layers of the class `{others.pop()}`, which cannot be stored "
+            f"in {dtype}",
+            hint='set `model.base_dtype = "float32"`',
+        )
+    for module in model.modules():
+        if type(module) is nn.Linear and not module.weight.requires_grad:
+            _pack(module) if dtype == "nf4" else _shorten(module, _Bfloat16Linear)
+        elif type(module) is nn.Embedding and not module.weight.requires_grad:
+            _shorten(module, _Bfloat16Embedding)
+    kept = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)}
+    for module in model.modules():
+        if isinstance(module, Unembedding) and id(module.weight) not in kept:
+            module.weight.data = module.weight.data.bfloat16()
+        if isinstance(module, Unembedding):
+            module.stored = module.weight.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def restore_base(model: nn.Module) -> None:
+    """Convert all stored matrices to float32, in place."""
+    for module in model.modules():
+        if isinstance(module, _Nf4Linear):
+            module.weight = nn.Parameter(module.matrix(torch.float32), requires_grad=False)
+            del module.scale
+        if isinstance(module, _Bfloat16Linear):
+            module.__class__ = nn.Linear
+        elif isinstance(module, _Bfloat16Embedding):
+            module.__class__ = nn.Embedding
+        elif isinstance(module, Unembedding):
+            module.stored = False
+        else:
+            continue
+        module.weight.data = module.weight.data.float()
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def _shorten(module: nn.Module, kind: type[nn.Module]) -> None:
+    weight = module.get_parameter("weight")  # the same object may also be the unembedding's
+    weight.data = weight.data.bfloat16()
+    module.__class__ = kind
+
+
+def _pack(module: nn.Linear) -> None:
+    try:
+        from bitsandbytes.functional import quantize_4bit
+    except ImportError as error:
+        raise WmtpError(
+            f'`model.base_dtype = "nf4"` needs the package `bitsandbytes`, which is not installed ({error})',
+            hint="pip install 'weighted-mtp-core[nf4]'",
+        ) from error
+    exact_RB = module.weight.data.reshape(_rows_of_blocks(module.weight.numel()))
+    packed, state = quantize_4bit(exact_RB, blocksize=_BLOCK, quant_type="nf4")
+    module.weight = nn.Parameter(packed, requires_grad=False)
+    module.register_buffer("scale", state.absmax, persistent=False)
+    module.__class__ = _Nf4Linear
+    assert isinstance(module, _Nf4Linear)
+    error_RB = (module.matrix(torch.float32).view(exact_RB.shape) - exact_RB).abs()
+    if not bool((error_RB <= _HALF_GAP * exact_RB.abs().amax(dim=1, keepdim=True)).all()):
+        raise WmtpError(
+            "`bitsandbytes` does not read its own 4-bit matrices correctly on this machine",
+            hint='install another version of it, or set `model.base_dtype = "bfloat16"`',
+        )
+
+
+def _rows_of_blocks(count: int) -> torch.Size:
+    """Return the shape with one block per row, or one row if the last block is shorter.
+
+    On CPUs, bitsandbytes 0.50 mixes up the blocks of matrices whose rows are not whole blocks.
+    """
+    return torch.Size([1, count] if count % _BLOCK else [count // _BLOCK, _BLOCK])
