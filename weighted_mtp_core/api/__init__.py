@@ -53,6 +53,7 @@ Running:
 
 from __future__ import annotations
 
+from weighted_mtp_core.api.adapters import add_adapters
 from weighted_mtp_core.api.components import (
     SAME_RESULT,
     BuildContext,
@@ -137,6 +138,7 @@ __all__ = [
     "WeightingStrategy",
     "Weights",
     "WmtpError",
+    "add_adapters",
     "checked_row",
     "example_statistics",
     "from_hub",

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import quoted
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def add_adapters(
@@ -61,9 +62,10 @@ def add_adapters(
             raise WmtpError(
                 f"there is no linear layer `{target}` to adapt", hint=f"the layers are {quoted(short)}"
             )
+    scale: Any = 2 * rank if alpha is None else alpha  # LoraConfig's type is int, but it divides only
     config = LoraConfig(
         r=rank,
-        lora_alpha=2 * rank if alpha is None else alpha,
+        lora_alpha=scale,
         lora_dropout=dropout,
         use_rslora=rslora,
         use_dora=dora,
@@ -79,6 +81,7 @@ def add_adapters(
 
 def is_linear(module: Any) -> bool:
     """Return whether a module is a linear layer; GPT-2 has its own class of linear layers."""
+    from torch import nn
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, nn.Linear | Conv1D)

@@ -6,6 +6,7 @@ import io
 import json
 import pickle  # only for the name of its error: nothing is unpickled here
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load as load_safetensors
@@ -34,9 +35,11 @@ def save_model(model: nn.Module, path: Path, *, distributed: Distributed = SINGL
     All processes must call this; the first one writes.
     """
     if BASE_SHA256 in model.state_dict():
-        tensors = {name: whole(value.detach()).cpu() for name, value in module_state(model).items()}
+        tensors: dict[str, Any] = {
+            name: whole(value.detach()).cpu() for name, value in module_state(model).items()
+        }
     else:
-        tensors = get_model_state_dict(model, options=_WHOLE_IN_RANK_ZERO)
+        tensors = dict(get_model_state_dict(model, options=_WHOLE_IN_RANK_ZERO))
     if distributed.is_rank_zero:
         buffer = io.BytesIO()
         torch.save(tensors, buffer)

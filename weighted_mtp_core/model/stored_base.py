@@ -64,7 +64,9 @@ class _Nf4Linear(_Bfloat16Linear):
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         shape = _rows_of_blocks(self.out_features * self.in_features)
-        state = QuantState(self.scale, shape=shape, blocksize=_BLOCK, quant_type="nf4", dtype=dtype)
+        state: Any = QuantState(  # type: ignore[no-untyped-call]
+            self.scale, shape=shape, blocksize=_BLOCK, quant_type="nf4", dtype=dtype
+        )
         found: Tensor = dequantize_4bit(self.weight, state)
         return found.view(self.out_features, self.in_features)
 
@@ -116,9 +118,9 @@ def restore_base(model: nn.Module) -> None:
             module.weight = nn.Parameter(module.matrix(torch.float32), requires_grad=False)
             del module.scale
         if isinstance(module, _Bfloat16Linear):
-            module.__class__ = nn.Linear
+            _become(module, nn.Linear)
         elif isinstance(module, _Bfloat16Embedding):
-            module.__class__ = nn.Embedding
+            _become(module, nn.Embedding)
         elif isinstance(module, Unembedding):
             module.stored = False
         else:
@@ -133,6 +135,11 @@ def _is_plain(module: nn.Module) -> bool:
 def _shorten(module: nn.Module, kind: type[nn.Module]) -> None:
     weight = module.get_parameter("weight")  # the same object may also be the unembedding's
     weight.data = weight.data.bfloat16()
+    _become(module, kind)
+
+
+def _become(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Change a module's class, so that every reference to the module refers to the new one."""
     module.__class__ = kind
 
 
@@ -148,7 +155,7 @@ def _pack(module: nn.Linear) -> None:
     packed, state = quantize_4bit(exact_RB, blocksize=_BLOCK, quant_type="nf4")
     module.weight = nn.Parameter(packed, requires_grad=False)
     module.register_buffer("scale", state.absmax, persistent=False)
-    module.__class__ = _Nf4Linear
+    _become(module, _Nf4Linear)
     assert isinstance(module, _Nf4Linear)
     error_RB = (module.matrix(torch.float32).view(exact_RB.shape) - exact_RB).abs()
     if not bool((error_RB <= _HALF_GAP * exact_RB.abs().amax(dim=1, keepdim=True)).all()):

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from weighted_mtp_core.api import Batch, BuildContext, Critic, CriticLoss, Scores, WmtpError, is_correct
+from weighted_mtp_core.api import (
+    Batch,
+    BuildContext,
+    Critic,
+    CriticLoss,
+    Scores,
+    WmtpError,
+    add_adapters,
+    is_correct,
+)
 
 from weighted_mtp_verifiable import _objective
 from weighted_mtp_verifiable._reductions import mean_of_row_means
@@ -139,8 +148,6 @@ class ValueHead(Critic):
 def _trunk(options: ValueHeadOptions, context: BuildContext) -> nn.Module:
     trunk = context.model.trainable_trunk(options.base)
     if options.lora_rank:
-        from weighted_mtp_core.api.adapters import add_adapters
-
         add_adapters(trunk, rank=options.lora_rank)
     return trunk.to(context.model.device)
 
