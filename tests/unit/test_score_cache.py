@@ -14,6 +14,7 @@ from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.plugins.loading import Kind
 from weighted_mtp_core.plugins.selection import ComponentSelector
 from weighted_mtp_core.recipe.schema import DataTable, LossTable
+from weighted_mtp_core.runtime.device import Compute
 from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.score_cache import CachedCritic, scores_key, state_sha256
 from weighted_mtp_core.training.weighting_inputs import Weighting
@@ -223,10 +224,15 @@ def test_a_batch_of_unknown_origin_is_refused(tokens, tmp_path):
 # ------------------------------------------------------------------ what a table is known by
 
 
-def key(tokens, *, critic=None, inputs=(), accumulation=1, table=APART, options=None, **changes):
+def key(
+    tokens, *, critic=None, inputs=(), accumulation=1, table=APART, options=None, dtype="float32", **changes
+):
     chosen = ComponentSelector().select(Kind.DATA, "core.jsonl", options=options or {})
     order = batches(tokens, table, **changes)
-    return scores_key(critic or Judge(), chosen, inputs=inputs, batches=order, accumulation=accumulation)
+    compute = Compute.resolve(device="cpu", dtype=dtype)
+    return scores_key(
+        critic or Judge(), chosen, inputs=inputs, batches=order, accumulation=accumulation, compute=compute
+    )
 
 
 def test_equal_critics_data_and_batches_share_a_table(tokens):
@@ -243,6 +249,7 @@ def test_equal_critics_data_and_batches_share_a_table(tokens):
         {"options": {"seed": 2}},
         {"seed": 2},
         {"batch_size": 5},
+        {"dtype": "bfloat16"},
     ],
 )
 def test_another_critic_or_other_batches_have_another_table(tokens, other):

@@ -57,10 +57,11 @@ class ModelContext:
         vocab_size: V, the number of token ids.
         device: The component's tensors must be on this device.
         frozen_trunk: `frozen_trunk()` copies the current trunk and returns a function that maps a `Batch` to
-            float32 states `[B, T, H]` without gradient.
+            float32 states `[B, T, H]` without gradient, computed in the precision of the policy.
         frozen_losses: `frozen_losses(None)` copies the current policy; `frozen_losses(path)` loads a
             `best_model.pt`. Both return a function that maps a `Batch` to float32 next-token losses `[B, T]`
             in nats, indexed by the predicted token; 0 except on response tokens that follow another token.
+            Losses have the precision of the policy's own losses.
         trainable_trunk: `trainable_trunk(None)` copies the current trunk; `trainable_trunk(base)` loads the
             trunk of another model with the policy's tokenizer, named like a recipe's `model.base`. Both
             return a module that maps a `Batch` to float32 states `[B, T, H]`, with gradients and without
@@ -233,6 +234,10 @@ class WeightingStrategy(Stateful):
 
 class Critic(Stateful):
     """Scores every token of a batch, for example with a value head, a value model or a reference model.
+
+    Core calls `score` and `loss` in autocast with the policy's dtype, in which matrix products may return
+    bfloat16. Scores and loss must be float32: compute sums, softmax and the last steps of a score on
+    `.float()`.
 
     Attributes:
         trainable: Whether stage 1 trains the critic, which then needs `loss` and `parameters`.

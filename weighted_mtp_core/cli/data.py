@@ -192,9 +192,12 @@ def _sampler(
 
     def load() -> Sampler:
         policy, codec = loader.load(log)
-        return PolicySampler(policy=policy, codec=codec, table=table, seed=seed)
+        return PolicySampler(
+            policy=policy, codec=codec, table=table, seed=seed, autocast=loader.compute.autocast
+        )
 
-    return {"name": folder.name, "sha256": policy_sha256(folder)}, load
+    identity = {"name": folder.name, "sha256": policy_sha256(folder), **loader.compute.precision}
+    return identity, load
 
 
 def _show(args: argparse.Namespace) -> None:

@@ -51,6 +51,7 @@ def main(args: argparse.Namespace) -> None:
         max_new_tokens=table.max_new_tokens,
         decoding=table.decoding,
         batch_size=table.batch_size,
+        autocast=loader.compute.autocast,
     )
     for number, text in enumerate(written.completions[0], start=1):
         if table.samples > 1:

@@ -180,6 +180,7 @@ def _sample(
         decoding=table.decoding,
         batch_size=table.batch_size,
         on_done=lambda done: display.update(done, {}) if display else None,
+        autocast=prepared.compute.autocast,
     )
 
 
@@ -212,6 +213,7 @@ def _continue_prompts(
         decoding=table.decoding,
         batch_size=table.batch_size,
         on_done=lambda done: display.update(done, {}),
+        autocast=prepared.compute.autocast,
     )
 
 

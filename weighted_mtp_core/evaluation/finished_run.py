@@ -22,10 +22,10 @@ from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.plan import Plan, make_plan
 from weighted_mtp_core.recipe.load import load_recipe
 from weighted_mtp_core.recipe.schema import Recipe
-from weighted_mtp_core.runtime.device import resolve_device
+from weighted_mtp_core.runtime.device import Compute
 from weighted_mtp_core.storage.manifest import MANIFEST, sha256_of
 from weighted_mtp_core.tracking.run_folder import RunFolder, find_run, read_run
-from weighted_mtp_core.training.prepare import Prepared, prepare
+from weighted_mtp_core.training.prepare import Prepared, compute_of, prepare
 
 
 def find_finished(runs: Path, text: str) -> Path:
@@ -91,6 +91,11 @@ class PolicyLoader:
 
     recipe: Recipe
     load: Callable[[Callable[[str], None]], tuple[Policy, TextCodec]]
+
+    @property
+    def compute(self) -> Compute:
+        """How the policy computes."""
+        return compute_of(self.recipe.model)
 
 
 def policy_loader(folder: Path, *, overrides: Sequence[str]) -> PolicyLoader:
@@ -164,10 +169,11 @@ def export_run(
 
 
 def _load_export(folder: Path, recipe: Recipe, log: Callable[[str], None]) -> tuple[Policy, TextCodec]:
-    device = resolve_device(recipe.model.device)
+    compute = compute_of(recipe.model)
+    compute.apply()
     loaded = load_policy(recipe.model, storage=Path(recipe.run.storage), texts=tuple, seed=recipe.run.seed)
-    log(f"policy {folder.name}: {loaded.policy.n_future} heads on {device}")
-    return loaded.policy.to(device), make_codec(loaded.tokenizer, recipe.data)
+    log(f"policy {folder.name}: {loaded.policy.n_future} heads on {compute.device}")
+    return loaded.policy.to(compute.device), make_codec(loaded.tokenizer, recipe.data)
 
 
 def _export_overrides(folder: Path) -> list[str]:

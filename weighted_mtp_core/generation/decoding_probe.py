@@ -24,8 +24,9 @@ from weighted_mtp_core.messages import reason
 from weighted_mtp_core.model.families import COUNTS_SLOTS, KEYS_AND_VALUES, cache_kinds
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.probe import probe_ids, windows_of
+from weighted_mtp_core.runtime.device import full_precision
 
-_TOLERANCE = 1e-3  # relative to the largest logit; more than the effect of TF32 and of the order of sums
+_TOLERANCE = 1e-3  # relative to the largest logit; more than the effect of the order of sums
 _NARROW, _WIDE = 8, 1 << 20  # tokens
 
 
@@ -50,7 +51,8 @@ def manner_of(policy: Policy) -> Manner:
     if known is None:
         was_training = policy.training
         policy.eval()
-        known = _MANNERS[policy] = _find(policy)
+        with full_precision(policy.unembedding.weight.device):
+            known = _MANNERS[policy] = _find(policy)
         policy.train(was_training)
     return known
 

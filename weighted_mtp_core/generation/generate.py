@@ -1,7 +1,8 @@
 """Generate text with a policy by plain or self-speculative decoding: heads 2..K draft and head 1 verifies.
 
 Both methods give the same tokens if decoding is greedy, and samples from the same distribution otherwise
-(blockwise parallel decoding, Stern et al. 2018; Gloeckle et al. 2024, section 3.2).
+(blockwise parallel decoding, Stern et al. 2018; Gloeckle et al. 2024, section 3.2). In bfloat16, a block of
+several tokens is rounded differently, which may change the choice between almost equally likely tokens.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -21,6 +23,7 @@ from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.generation.decoding_probe import batches, decoder_of, manner_of
 from weighted_mtp_core.generation.draft_heads import DecodingHeads
 from weighted_mtp_core.model.policy import Policy
+from weighted_mtp_core.runtime.device import Autocast
 
 Decoding = Literal["plain", "self_speculative"]
 
@@ -124,6 +127,7 @@ def generate(
     decoding: Decoding = "plain",
     batch_size: int = 32,
     on_done: Callable[[int], None] | None = None,
+    autocast: Autocast = nullcontext,
 ) -> Generations:
     """Generate continuations of prompts, which may have different lengths.
 
@@ -140,6 +144,7 @@ def generate(
             window are decoded plainly, because rejected drafts would take slots of the window.
         batch_size: Number of prompts that are decoded together; prompts of similar length are grouped.
         on_done: Called with the number of finished prompts.
+        autocast: Returns the context of a forward pass.
 
     Raises:
         WmtpError: A prompt is so long that the model has no position left for new tokens.
@@ -154,27 +159,28 @@ def generate(
     rows = [_Row(index=i, limit=_limit(policy, len(ids), max_new_tokens)) for i, ids in enumerate(prompts)]
     done = 0
     lengths = [len(ids) for ids in prompts]
-    for batch in batches(rows, lengths, size=batch_size, padding=manner.no_padding is None):
-        live = batch
-        decoder = decoder_of(policy)(
-            heads=heads,
-            temperature=temperature,
-            generators=[_generator(seed, names[row.index]) for row in live],
-        )
-        gained = decoder.start([prompts[row.index] for row in live])
-        while True:
-            for row, new in zip(live, gained, strict=True):
-                row.take(new, eos_id=eos_id)
-            staying = [i for i, row in enumerate(live) if not row.is_done]
-            if len(staying) < len(live):
-                done += len(live) - len(staying)
-                if on_done is not None:
-                    on_done(done)
-                live = [live[i] for i in staying]
-                if not live:
-                    break
-                decoder.keep(staying)
-            gained = decoder.step()
+    with autocast():
+        for batch in batches(rows, lengths, size=batch_size, padding=manner.no_padding is None):
+            live = batch
+            decoder = decoder_of(policy)(
+                heads=heads,
+                temperature=temperature,
+                generators=[_generator(seed, names[row.index]) for row in live],
+            )
+            gained = decoder.start([prompts[row.index] for row in live])
+            while True:
+                for row, new in zip(live, gained, strict=True):
+                    row.take(new, eos_id=eos_id)
+                staying = [i for i, row in enumerate(live) if not row.is_done]
+                if len(staying) < len(live):
+                    done += len(live) - len(staying)
+                    if on_done is not None:
+                        on_done(done)
+                    live = [live[i] for i in staying]
+                    if not live:
+                        break
+                    decoder.keep(staying)
+                gained = decoder.step()
     policy.train(was_training)
     accepted = [count for row in rows for count in row.accepted]
     return Generations(
@@ -251,6 +257,7 @@ def sample_completions(
     decoding: Decoding,
     batch_size: int,
     on_done: Callable[[int], None] | None = None,
+    autocast: Autocast = nullcontext,
 ) -> Sampled:
     """Return `samples` completions of each prompt, as texts without control tokens.
 
@@ -268,6 +275,7 @@ def sample_completions(
         decoding=decoding,
         batch_size=batch_size,
         on_done=on_done,
+        autocast=autocast,
     )
     texts = codec.decode_completions(list(zip(repeated, generations.tokens, strict=True)))
     return Sampled(

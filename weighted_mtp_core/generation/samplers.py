@@ -6,6 +6,7 @@ Shape letters: R rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -17,6 +18,7 @@ from weighted_mtp_core.generation.generate import sample_completions
 from weighted_mtp_core.model.chunked_unembedding import ChunkedUnembedding
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.recipe.schema import EvaluateTable
+from weighted_mtp_core.runtime.device import Autocast
 
 
 @frozen(kw_only=True)
@@ -71,12 +73,14 @@ class PolicySampler:
         codec: Its codec.
         table: Number, temperature and length of the samples, and how they are decoded.
         seed: Seed of all samples.
+        autocast: Returns the context of a forward pass.
     """
 
     policy: Policy
     codec: TextCodec
     table: EvaluateTable
     seed: int
+    autocast: Autocast
 
     @property
     def at_once(self) -> int:
@@ -99,6 +103,7 @@ class PolicySampler:
             decoding=table.decoding,
             batch_size=table.batch_size,
             on_done=on_done,
+            autocast=self.autocast,
         )
         prompt_ids = self.codec.encode_prompts([text for _, text in prompts])
         repeated = [ids for ids in prompt_ids for _ in range(table.samples)]
@@ -107,7 +112,12 @@ class PolicySampler:
             [*ids, self.codec.eos_id] if finished else list(ids)
             for ids, finished in zip(written.tokens, written.finished, strict=True)
         ]
-        logprobs = token_logprobs(self.policy, list(zip(repeated, new, strict=True)), batch_size=self.at_once)
+        logprobs = token_logprobs(
+            self.policy,
+            list(zip(repeated, new, strict=True)),
+            batch_size=self.at_once,
+            autocast=self.autocast,
+        )
         texts = [text for row in sampled.completions for text in row]
         flat = [
             SampledText(
@@ -126,7 +136,11 @@ class PolicySampler:
 
 @torch.inference_mode()
 def token_logprobs(
-    policy: Policy, rows: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch_size: int
+    policy: Policy,
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    batch_size: int,
+    autocast: Autocast = nullcontext,
 ) -> list[list[float]]:
     """Return the log-probability of each new token under head 1 at temperature 1, in nats.
 
@@ -134,6 +148,7 @@ def token_logprobs(
         policy: The policy; it is set to evaluation mode.
         rows: Pairs (ids of the prompt, new ids); no prompt may be empty.
         batch_size: Number of rows in a forward pass.
+        autocast: Returns the context of a forward pass.
     """
     policy.eval()
     device = policy.unembedding.weight.device
@@ -144,16 +159,17 @@ def token_logprobs(
         ids_RT = torch.tensor(
             [[*prompt, *new, *[0] * (width - len(prompt) - len(new))] for prompt, new in batch], device=device
         )
-        state_RTH = policy.head_states(1, policy.trunk_states(ids_RT))
         positions = [
             row * width + t
             for row, (prompt, new) in enumerate(batch)
             for t in range(len(prompt) - 1, len(prompt) + len(new) - 1)
         ]
         index_N = torch.tensor(positions, dtype=torch.int64, device=device)
-        ce_N = ChunkedUnembedding.of(policy, state_RTH).losses(
-            state_RTH, index_N, ids_RT.flatten()[index_N + 1]
-        )
+        with autocast():
+            state_RTH = policy.head_states(1, policy.trunk_states(ids_RT))
+            ce_N = ChunkedUnembedding.of(policy, state_RTH).losses(
+                state_RTH, index_N, ids_RT.flatten()[index_N + 1]
+            )
         flat = iter((-ce_N).tolist())
         found += [[next(flat) for _ in new] for _, new in batch]
     return found

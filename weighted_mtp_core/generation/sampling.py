@@ -19,10 +19,22 @@ def probabilities(logits: Tensor, *, temperature: float) -> Tensor:
 
 def draw(probability: Tensor, uniform: Tensor) -> Tensor:
     """Draw tokens, int64 `[...]`, by inverting the cumulative distribution of `[..., V]` at `uniform`."""
-    cumulative = probability.cumsum(dim=-1)
+    if probability.is_cuda and torch.are_deterministic_algorithms_enabled():
+        cumulative = whole_cumulative(probability)
+    else:
+        cumulative = probability.cumsum(dim=-1)
     point = (uniform * cumulative[..., -1])[..., None]
     token = torch.searchsorted(cumulative, point, right=True)[..., 0]
     return token.clamp(max=probability.shape[-1] - 1)
+
+
+def whole_cumulative(probability: Tensor) -> Tensor:
+    """Return the cumulative distribution, float64, summed as multiples of 2**-40.
+
+    Sums of whole numbers are exact and so deterministic; torch refuses `cumsum` of floats on CUDA devices in
+    its deterministic mode.
+    """
+    return (probability.double() * 2.0**40).long().cumsum(dim=-1).double() * 2.0**-40
 
 
 def accept_greedy(draft_RD: Tensor, best_RT: Tensor) -> tuple[Tensor, Tensor]:

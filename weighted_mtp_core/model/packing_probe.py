@@ -11,6 +11,7 @@ from torch import Tensor
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import reason
 from weighted_mtp_core.model.policy import Policy
+from weighted_mtp_core.runtime.device import full_precision
 
 _TOLERANCE = 1e-4  # relative difference of a document's fp32 states in a shared row and alone
 _LENGTH = 8
@@ -30,8 +31,9 @@ def check_packing(policy: Policy) -> None:
     was_training = policy.training
     policy.eval()
     try:
-        packed = _states(policy, ids_BT, position_BT=position_BT)[:, _LENGTH:]
-        alone = _states(policy, ids_BT[:, _LENGTH:], position_BT=None)
+        with full_precision(device):
+            packed = _states(policy, ids_BT, position_BT=position_BT)[:, _LENGTH:]
+            alone = _states(policy, ids_BT[:, _LENGTH:], position_BT=None)
     except Exception as error:  # an unknown model can raise any exception
         raise WmtpError(
             f"a `{policy.config.model_type}` model cannot be run on packed rows ({reason(error)})", hint=_MEND

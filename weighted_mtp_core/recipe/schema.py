@@ -119,7 +119,8 @@ class ModelTable:
     id. `shard` splits the layers' parameters over the processes of `torchrun` (FSDP2).
     `activation_checkpointing` stores only the input of each layer and recomputes all other activations in the
     backward pass. `train = "heads"` trains heads 2..K on a base model that stays as it is; `"adapters"` also
-    trains low-rank adapters of this base model, whose matrices are stored in `base_dtype`.
+    trains low-rank adapters of this base model, whose matrices are stored in `base_dtype`. `tf32` and
+    `deterministic` determine how CUDA devices compute.
     """
 
     base: str = "micro"
@@ -133,6 +134,8 @@ class ModelTable:
     base_dtype: BaseDtype = field(default="float32")
     shard: bool = False
     activation_checkpointing: bool = False
+    tf32: bool = False
+    deterministic: bool = False
 
     @heads.validator
     def _check_heads(self, _: object, value: HeadsTable) -> None:

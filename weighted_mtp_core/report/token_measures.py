@@ -26,6 +26,7 @@ from weighted_mtp_core.model.pair_predictions import PairPredictions
 from weighted_mtp_core.model.targets import batch_labels, target_mask
 from weighted_mtp_core.report.token_report import ProblemTokens, Solution, Token, TokenReport
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS
+from weighted_mtp_core.training.critic_scores import critic_scores
 from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.prepare import Prepared
 
@@ -133,7 +134,8 @@ class _MeasuredRow:
             ).losses()
         value_BT = None
         if critic is not None:
-            value_BT = critic.score(batch, hidden_BTH.float() if critic.reads_policy else None).value_BT
+            states_BTH = hidden_BTH if critic.reads_policy else None
+            value_BT = critic_scores(critic, batch, states_BTH, autocast=prepared.compute.autocast).value_BT
         return cls(
             batch=batch,
             weight_TK=(

@@ -23,6 +23,7 @@ from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.model.targets import batch_labels, target_mask
 from weighted_mtp_core.report.token_measures import array, changes, plain
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS
+from weighted_mtp_core.training.critic_scores import critic_scores
 from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.prepare import Prepared
 
@@ -59,7 +60,8 @@ def table_of_values(
 
 @torch.no_grad()
 def _values(prepared: Prepared, critic: Critic, batch: Batch) -> Floats:
-    value_BT = critic.score(batch, prepared.trunk(batch) if critic.reads_policy else None).value_BT
+    states_BTH = prepared.trunk(batch) if critic.reads_policy else None
+    value_BT = critic_scores(critic, batch, states_BTH, autocast=prepared.compute.autocast).value_BT
     assert value_BT is not None
     return array(value_BT)
 

@@ -1,7 +1,12 @@
-"""Chooses the device of a run and the dtype of its forward passes, and copies tensors to the device."""
+"""Chooses how a run computes (device, dtype, TF32, determinism), and copies tensors to the device.
+
+Policy, critic, reference models and generation all compute as one `Compute` says, so they have one precision.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,6 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.runtime.environment import require_reproducible_cublas
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+"""Returns the context of a forward pass, see `Compute.autocast`."""
+
+LEAST_BUCKET = 25 << 20
+"""Bytes of gradients that processes send at once, at least; as in torch's DistributedDataParallel."""
 
 READ_EVERY = 10
 """Steps between two reads of a value on an accelerator, because each read synchronises with the device."""
@@ -18,29 +30,88 @@ READ_EVERY = 10
 
 @frozen(kw_only=True)
 class Compute:
-    """The device of a run and the dtype of its forward passes; parameters and sums stay float32."""
+    """How a run computes; parameters and sums stay float32.
+
+    Attributes:
+        device: The device.
+        dtype: The dtype of matrix products in forward passes.
+        tf32: Whether float32 matrix products on CUDA devices may round their inputs to TF32.
+        deterministic: Whether CUDA devices only use algorithms that always give the same result.
+    """
 
     device: torch.device
     dtype: torch.dtype
+    tf32: bool = False
+    deterministic: bool = False
 
     @classmethod
-    def resolve(cls, *, device: str, dtype: str) -> Compute:
-        """Choose device and dtype for the values of `model.device` and `model.dtype` in a recipe.
+    def resolve(cls, *, device: str, dtype: str, tf32: bool = False, deterministic: bool = False) -> Compute:
+        """Choose device and dtype for the values of the recipe's keys `model.device` and `model.dtype`.
 
         Raises:
             WmtpError: There is no such device here, or it does not compute in this dtype.
         """
         resolved = resolve_device(device)
-        return cls(device=resolved, dtype=resolve_dtype(dtype, resolved))
+        return cls(
+            device=resolved,
+            dtype=resolve_dtype(dtype, resolved),
+            tf32=tf32,
+            deterministic=deterministic,
+        )
+
+    def apply(self) -> None:
+        """Set torch's switches for TF32 and determinism in this process, before anything is computed.
+
+        Raises:
+            WmtpError: The user's own setting of cuBLAS prevents deterministic results.
+        """
+        if self.deterministic:
+            require_reproducible_cublas()
+        torch.use_deterministic_algorithms(self.deterministic)
+        torch.backends.cuda.matmul.allow_tf32 = self.tf32
 
     def autocast(self) -> torch.autocast:
         """Return the autocast context for a forward pass."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
+    @property
+    def precision(self) -> dict[str, str | bool]:
+        """Everything here that affects the exact result on a given device, as plain values."""
+        return {"dtype": str(self.dtype), "tf32": self.tf32, "deterministic": self.deterministic}
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Compute in float32 within the block: for probes that compare two ways to the same result."""
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Return the memory of a CUDA device in bytes; None for other devices, where chunks have fixed sizes."""
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+def bucket_bytes(device: torch.device) -> int:
+    """Return how many bytes of gradients processes send at once: 1/1024 of a CUDA device's memory."""
+    return max(LEAST_BUCKET, (memory_of(device) or 0) >> 10)
+
 
 def to_device(value: Tensor | NDArray[Any], device: torch.device) -> Tensor:
-    """Copy a tensor or an array to the device as a tensor; the host does not wait for the copy."""
+    """Copy a tensor or an array to the device as a tensor; the host does not wait for the copy.
+
+    From ordinary memory, a host would wait until all earlier work of a CUDA device is done.
+    """
     tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 

@@ -8,7 +8,7 @@ and equal to the values in a run with a single process up to the order of sums.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -16,8 +16,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from attrs import frozen
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.runtime.device import device_type
@@ -109,19 +108,6 @@ class Distributed:
         values = torch.stack([torch.as_tensor(value, dtype=torch.float32) for value in scalars.values()])
         dist.all_reduce(values)
         return dict(zip(scalars, values.unbind(), strict=True))
-
-    def all_reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sum the gradients of unsharded parameters; FSDP2 has already summed those of sharded parameters."""
-        if self.is_single_process:
-            return
-        works = []
-        for parameter in parameters:
-            if parameter.requires_grad and not isinstance(parameter, DTensor):
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                works.append(dist.all_reduce(parameter.grad, async_op=True))
-        for work in works:
-            work.wait()
 
     def largest(self, *values: float) -> list[float]:
         """Return the largest of each value over all processes; this is a collective operation."""

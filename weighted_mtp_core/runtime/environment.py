@@ -1,11 +1,15 @@
-"""Environment variables that torch and its libraries read once, when they are loaded."""
+"""Environment variables that torch and its libraries read once, when they are loaded or first used."""
 
 from __future__ import annotations
 
 import os
 
+from weighted_mtp_core.errors import WmtpError
+
 SPIN_COUNT = 1000
 """How often a thread checks a barrier before it sleeps; GNU OpenMP's own default is 300,000."""
+
+_REPRODUCIBLE = (":4096:8", ":16:8")  # values for which cuBLAS is deterministic; the first one is faster
 
 
 def prepare_environment_for_torch() -> None:
@@ -22,3 +26,19 @@ def prepare_environment_for_torch() -> None:
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
+
+
+def require_reproducible_cublas() -> None:
+    """Let cuBLAS choose the same algorithm for equal matrix products in every run, as NVIDIA prescribes.
+
+    Call it before the first product on a CUDA device; a value that the user has set is kept.
+
+    Raises:
+        WmtpError: The user has set a value with which results may differ between runs.
+    """
+    value = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", _REPRODUCIBLE[0])
+    if value not in _REPRODUCIBLE:
+        raise WmtpError(
+            f"`model.deterministic` needs another value of CUBLAS_WORKSPACE_CONFIG than `{value}`",
+            hint=f"unset the variable, or set it to {' or '.join(_REPRODUCIBLE)}",
+        )

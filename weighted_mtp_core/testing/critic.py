@@ -107,6 +107,12 @@ class CriticSuite(checks.ComponentSuite):
             assert tensor.dtype == torch.float32, name
             assert tensor.isfinite().all(), name
 
+    def test_autocast_changes_neither_dtypes_nor_what_is_trained(self, critic: Critic) -> None:
+        """Scores in bfloat16 would often be equal for successive tokens."""
+        plain = self._dtypes(critic)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert self._dtypes(critic) == plain
+
     def test_scores_carry_no_gradient(self, critic: Critic) -> None:
         """Scores have no gradient even if the caller has enabled gradients."""
         batch = PACKED.batch()
@@ -224,6 +230,19 @@ class CriticSuite(checks.ComponentSuite):
         """Random numbers come from a generator seeded by `context.seed`."""
         with checks.random_numbers_untouched():
             _train(trainable, steps=1)
+
+    @staticmethod
+    def _dtypes(critic: Critic) -> list[torch.dtype | None]:
+        """Return the dtypes of scores, loss and gradients; None for a parameter without a gradient."""
+        found: list[torch.dtype | None] = [each.dtype for each in _score(critic, PACKED.batch()).values()]
+        if critic.trainable:
+            loss = _loss(critic).loss
+            loss.backward()  # type: ignore[no-untyped-call]
+            gradients = [each.grad for each in critic.parameters()]
+            found += [loss.dtype, *(None if each is None else each.dtype for each in gradients)]
+            for each in critic.parameters():
+                each.grad = None
+        return found
 
     @classmethod
     def _assert_same_documents(cls, critic: Critic, layout: Layout, other: Layout) -> None:

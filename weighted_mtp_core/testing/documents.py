@@ -200,16 +200,15 @@ class TrainableTrunk(nn.Module):
         """Return states `[B, T, H]`, with gradients."""
         states_BTH = trunk_states(batch)
         mixed_BTH: Tensor = 0.5 * (states_BTH @ self.token + self.mean(states_BTH))
-        return mixed_BTH
+        return mixed_BTH.float()
 
 
 def next_token_losses(batch: Batch) -> Tensor:
     """Return losses `[B, T]` of a stand-in for a frozen language model, 0 except on response tokens."""
     state_BTH = trunk_states(batch)
     generator = _seeded(1)
-    log_p_BTV = torch.log_softmax(
-        state_BTH @ torch.randn(HIDDEN_SIZE, VOCAB_SIZE, generator=generator), dim=-1
-    )
+    logits_BTV = state_BTH @ torch.randn(HIDDEN_SIZE, VOCAB_SIZE, generator=generator)
+    log_p_BTV = torch.log_softmax(logits_BTV.float(), dim=-1)
     loss_BT = torch.zeros_like(batch.reward_BT)
     row_N, column_N = batch.target_positions()
     loss_BT[row_N, column_N] = -log_p_BTV[row_N, column_N - 1, batch.ids_BT[row_N, column_N]]

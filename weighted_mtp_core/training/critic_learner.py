@@ -25,8 +25,11 @@ from weighted_mtp_core.metrics.critic_gate import LEVEL, PROBLEMS_NEEDED, proble
 from weighted_mtp_core.metrics.critic_report import CriticReport, report_critic
 from weighted_mtp_core.metrics.slips import slips_of
 from weighted_mtp_core.recipe.schema import CriticTable, TrainTable
+from weighted_mtp_core.runtime.device import bucket_bytes
 from weighted_mtp_core.runtime.distributed import Distributed
+from weighted_mtp_core.runtime.gradient_reduction import GradientReduction
 from weighted_mtp_core.runtime.sharding import all_like
+from weighted_mtp_core.training.critic_scores import critic_scores
 from weighted_mtp_core.training.loop import Learner, StepResult, Validation
 from weighted_mtp_core.training.micro_batches import micro_batches
 from weighted_mtp_core.training.plugin_metrics import check_metrics
@@ -66,15 +69,28 @@ class CriticLearner(Learner):
         totals: dict[str, Tensor | float] = {}
         size = len(batch.ids_BT) / self.table.batch_size
         together = 2 if self.critic.batching == "pairs" else 1
-        for part in micro_batches(batch, self.table.accumulation, self.distributed, together=together):
-            result = self.critic.loss(part.batch, self._states(part.batch))
-            check_metrics(result.metrics, label=f"critic `{type(self.critic).__name__}`")
-            (result.loss * part.share * size).backward()  # type: ignore[no-untyped-call]
-            for name, value in {self.loss_name: result.loss.detach(), **result.metrics}.items():
-                totals[name] = totals.get(name, 0.0) + part.share * value
-        self.distributed.all_reduce_gradients(self.parameters())
+        parts = micro_batches(batch, self.table.accumulation, self.distributed, together=together)
+        with self._reduction() as reduction:
+            for part in parts:
+                states_BTH = self._states(part.batch)
+                with self.prepared.compute.autocast():
+                    result = self.critic.loss(part.batch, states_BTH)
+                check_metrics(result.metrics, label=f"critic `{type(self.critic).__name__}`")
+                if part is parts[-1]:
+                    reduction.begin()
+                (result.loss * part.share * size).backward()  # type: ignore[no-untyped-call]
+                for name, value in {self.loss_name: result.loss.detach(), **result.metrics}.items():
+                    totals[name] = totals.get(name, 0.0) + part.share * value
         scalars = self.distributed.all_reduce_scalars(totals)
         return StepResult(loss=scalars[self.loss_name], metrics=lambda: scalars, size=size)
+
+    def _reduction(self) -> GradientReduction:
+        return GradientReduction(
+            self.parameters(),
+            last=self.parameters(),
+            distributed=self.distributed,
+            bucket_bytes=bucket_bytes(self.prepared.compute.device),
+        )
 
     def validate(self, *, step: int) -> Validation:
         """Report on the half that chooses; the AUC of the final values selects the checkpoint."""
@@ -110,7 +126,8 @@ class CriticLearner(Learner):
         parts, tokens = [], self.prepared.critic_tokens(split)
         for rows in in_order(tokens, documents, batch_size=self.table.batch_size):
             batch = self.prepared.batch(tokens, rows)
-            scores = self.critic.score(batch, self._states(batch))
+            autocast = self.prepared.compute.autocast
+            scores = critic_scores(self.critic, batch, self._states(batch), autocast=autocast)
             if scores.value_BT is None:
                 name = type(self.critic).__name__
                 raise RunFailedError(f"critic `{name}` was trained, but returns no values")

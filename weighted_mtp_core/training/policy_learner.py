@@ -28,8 +28,9 @@ from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.targets import IGNORED, batch_labels, pair_index, target_mask
 from weighted_mtp_core.recipe.schema import LossTable, SelectBy, default_selection
 from weighted_mtp_core.runtime.cost import matrix_rate
-from weighted_mtp_core.runtime.device import to_device
+from weighted_mtp_core.runtime.device import bucket_bytes, to_device
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
+from weighted_mtp_core.runtime.gradient_reduction import GradientReduction
 from weighted_mtp_core.training.head_quality import MEASURES, head_quality, per_head, selection_score
 from weighted_mtp_core.training.loop import Learner, Scalars, StepResult, Validation
 from weighted_mtp_core.training.micro_batches import MicroBatch, micro_batches
@@ -206,27 +207,38 @@ class PolicyLearner(Learner):
         share_K = loss_shares(self.loss, self.policy.n_future, progress=progress)
         share_K = to_device(share_K, normaliser_K.device)
         loss_K, ce_sum_K, count_K = torch.zeros(3, *normaliser_K.shape, device=normaliser_K.device)
-        for part, known_BTH in zip(parts, hidden, strict=True):
-            with self.autocast():
-                result = weighted_mtp_loss(
-                    self.policy,
-                    self._signals.trunk(part.batch) if known_BTH is None else known_BTH,
-                    labels_BTK=part.select(labels_BTK, spare=IGNORED),
-                    weight_BTK=part.select(weight_BTK, spare=0),
-                    normaliser_K=normaliser_K,
-                    head_share_K=share_K,
-                    heads=self.loss.heads,
-                    detach_trunk=self.loss.detach_trunk,
-                    ids_BT=part.batch.ids_BT,
-                    position_BT=part.batch.position_BT,
-                    preceding_BT=part.preceding_BT,
-                )
-            loss_K += result.loss_K
-            ce_sum_K += result.ce_sum_K
-            count_K += result.count_K
-        self.distributed.all_reduce_gradients(self.parameters())
+        with self._reduction() as reduction:
+            for part, known_BTH in zip(parts, hidden, strict=True):
+                with self.autocast():
+                    hidden_BTH = self._signals.trunk(part.batch) if known_BTH is None else known_BTH
+                    if part is parts[-1]:
+                        reduction.begin_at(hidden_BTH)  # where all heads have been propagated backward
+                    result = weighted_mtp_loss(
+                        self.policy,
+                        hidden_BTH,
+                        labels_BTK=part.select(labels_BTK, spare=IGNORED),
+                        weight_BTK=part.select(weight_BTK, spare=0),
+                        normaliser_K=normaliser_K,
+                        head_share_K=share_K,
+                        heads=self.loss.heads,
+                        detach_trunk=self.loss.detach_trunk,
+                        ids_BT=part.batch.ids_BT,
+                        position_BT=part.batch.position_BT,
+                        preceding_BT=part.preceding_BT,
+                    )
+                loss_K += result.loss_K
+                ce_sum_K += result.ce_sum_K
+                count_K += result.count_K
         self.distributed.all_reduce(loss_K, ce_sum_K, count_K)
         return (loss_K * normaliser_K / own_K).sum(), ce_sum_K, count_K
+
+    def _reduction(self) -> GradientReduction:
+        return GradientReduction(
+            self.parameters(),
+            last=self.policy.trunk.parameters(),
+            distributed=self.distributed,
+            bucket_bytes=bucket_bytes(self.policy.unembedding.weight.device),
+        )
 
     @torch.no_grad()
     def validate(self, *, step: int) -> Validation:

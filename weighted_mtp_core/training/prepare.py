@@ -43,7 +43,7 @@ from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.probe import check_positions
 from weighted_mtp_core.model.trunk import frozen_trunk, trainable_trunk
 from weighted_mtp_core.plan import Plan
-from weighted_mtp_core.recipe.schema import CriticTable
+from weighted_mtp_core.recipe.schema import CriticTable, ModelTable
 from weighted_mtp_core.runtime.device import Compute
 from weighted_mtp_core.runtime.state_digest import state_sha256
 from weighted_mtp_core.storage.manifest import sha256_of
@@ -68,7 +68,7 @@ class Prepared:
         plan: The plan of the run.
         storage: The storage root.
         source: The data source.
-        compute: Device and dtype of forward passes.
+        compute: How everything is computed.
         policy: The model, on the device.
         codec: Converts texts to the policy's token ids and back.
         base_name: Name and version of the base model, for the tag `model_version`.
@@ -191,7 +191,9 @@ class Prepared:
         if not recipe.critic.cache or not critic.cacheable or critic.reads_policy:
             return critic
         parts, inputs = recipe.train.accumulation, self._critic_inputs
-        key = scores_key(critic, chosen, inputs=inputs, batches=batches, accumulation=parts)
+        key = scores_key(
+            critic, chosen, inputs=inputs, batches=batches, accumulation=parts, compute=self.compute
+        )
         folder = self.storage / "signals" / key[:16]
         return CachedCritic(critic, batches, accumulation=parts, folder=folder)
 
@@ -225,12 +227,21 @@ class Prepared:
 
     def _frozen_trunk(self) -> Callable[[Batch], Tensor]:
         self._add_critic_input(None)
-        return frozen_trunk(self.policy)
+        return self._in_autocast(frozen_trunk(self.policy))
 
     def _frozen_losses(self, checkpoint: Path | None) -> Callable[[Batch], Tensor]:
         losses = frozen_losses(self.policy, checkpoint, load=load_model)
         self._add_critic_input(checkpoint)
-        return losses
+        return self._in_autocast(losses)
+
+    def _in_autocast(self, compute: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
+        """Return a frozen model's function that computes in the same precision as the policy."""
+
+        def within(batch: Batch) -> Tensor:
+            with self.compute.autocast():
+                return compute(batch)
+
+        return within
 
     def _add_critic_input(self, checkpoint: Path | None) -> None:
         """Record the weights that a component reads, for the key of the score cache.
@@ -252,6 +263,17 @@ class Prepared:
         return built
 
 
+def compute_of(table: ModelTable) -> Compute:
+    """Return how a recipe's `[model]` computes.
+
+    Raises:
+        WmtpError: There is no such device here, or it does not compute in this dtype.
+    """
+    return Compute.resolve(
+        device=table.device, dtype=table.dtype, tf32=table.tf32, deterministic=table.deterministic
+    )
+
+
 def prepare(plan: Plan, *, log: Callable[[str], None]) -> Prepared:
     """Load the data and the policy.
 
@@ -260,7 +282,8 @@ def prepare(plan: Plan, *, log: Callable[[str], None]) -> Prepared:
     """
     recipe = plan.recipe
     storage, seed = Path(recipe.run.storage), recipe.run.seed
-    compute = Compute.resolve(device=recipe.model.device, dtype=recipe.model.dtype)
+    compute = compute_of(recipe.model)
+    compute.apply()
     source: DataSource = plan.data.build(plan.data_context)
     version = checked_version(source, plan.data)
     log(f"data {version.name} {version.version} (sha256 {version.sha256[:12]})")

@@ -32,7 +32,7 @@ from weighted_mtp_core.data.batches import CollatedBatch, StepBatches, split_row
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.plugins.selection import SelectedComponent
 from weighted_mtp_core.plugins.source_identity import source_identity
-from weighted_mtp_core.runtime.device import to_device
+from weighted_mtp_core.runtime.device import Compute, to_device
 from weighted_mtp_core.runtime.state_digest import state_sha256
 from weighted_mtp_core.storage.atomic import delete_abandoned, unfinished_folder
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder
@@ -146,6 +146,7 @@ def scores_key(
     inputs: Sequence[str],
     batches: StepBatches,
     accumulation: int,
+    compute: Compute,
 ) -> str:
     """Return the SHA-256 of everything that a critic's scores depend on.
 
@@ -155,6 +156,7 @@ def scores_key(
         inputs: SHA-256 sums and configuration of the weights that core gave the critic.
         batches: The batches of stage 2.
         accumulation: Number of parts in which a batch is scored.
+        compute: How the scores are computed.
     """
     depends = {
         "format": _FORMAT,
@@ -163,6 +165,7 @@ def scores_key(
         "given": list(inputs),
         "tokens": batches.tokens.sha256,
         "batches": {**batches.order, "accumulation": accumulation},
+        "precision": compute.precision,
         "machine": fingerprint(),
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()

@@ -21,6 +21,7 @@ from weighted_mtp_core.model.pair_predictions import PairPredictions
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.targets import batch_labels
 from weighted_mtp_core.runtime.distributed import Distributed
+from weighted_mtp_core.training.critic_scores import critic_scores
 from weighted_mtp_core.training.micro_batches import MicroBatch, gather_rows
 from weighted_mtp_core.training.plugin_metrics import check_metrics
 from weighted_mtp_core.training.weight_checks import check_weights
@@ -186,8 +187,8 @@ class Signals:
             hidden_BTH = self.trunk(batch)
         found: dict[Signal, Tensor | None] = {}
         if critic is not None:
-            states = hidden_BTH.detach().float() if reads_trunk and hidden_BTH is not None else None
-            scores = critic.score(batch, states)
+            states = hidden_BTH if reads_trunk else None
+            scores = critic_scores(critic, batch, states, autocast=self.autocast)
             found = {Signal.VALUE: scores.value_BT, Signal.REFERENCE_LOSS: scores.reference_loss_BT}
         if from_heads and hidden_BTH is not None:
             predictions = PairPredictions(

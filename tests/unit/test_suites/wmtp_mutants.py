@@ -440,7 +440,7 @@ class SoundCritic(Critic):
         self.read_H = torch.nn.Parameter(torch.randn(4, generator=generator))
 
     def logit(self, batch: Any, hidden_BTH: Any) -> Any:
-        return self.weight_VH[batch.ids_BT] @ self.read_H
+        return (self.weight_VH[batch.ids_BT] @ self.read_H).float()
 
     def score(self, batch: Any, hidden_BTH: Any) -> Scores:
         with self.torch.no_grad():
@@ -513,6 +513,13 @@ class DoublePrecision(SoundCritic):
 
     def score(self, batch: Any, hidden_BTH: Any) -> Scores:
         return Scores(value_BT=super().score(batch, hidden_BTH).value_BT.double())
+
+
+class RoundedScores(SoundCritic):
+    caught_by: ClassVar = {"test_autocast_changes_neither_dtypes_nor_what_is_trained"}
+
+    def logit(self, batch: Any, hidden_BTH: Any) -> Any:
+        return self.weight_VH[batch.ids_BT] @ self.read_H
 
 
 class ScoresWithGradient(SoundCritic):

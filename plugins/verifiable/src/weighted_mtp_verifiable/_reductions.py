@@ -42,12 +42,18 @@ def discounted_sums(x_BT: Tensor, *, document_BT: Tensor, discount: float) -> Te
 def document_sums(x_BT: Tensor, document_BT: Tensor) -> Tensor:
     """Return, at each token, the sum over its whole document."""
     rest_BT = discounted_sums(x_BT, document_BT=document_BT, discount=1.0)
-    so_far_BT = discounted_sums(x_BT.flip(1), document_BT=document_BT.flip(1), discount=1.0).flip(1)
-    return rest_BT + so_far_BT - x_BT
+    return rest_BT + sums_so_far(x_BT, document_BT) - x_BT
+
+
+def sums_so_far(x_BT: Tensor, document_BT: Tensor) -> Tensor:
+    """Return the result of `document_cumsum` with deterministic operators only."""
+    return discounted_sums(x_BT.flip(1), document_BT=document_BT.flip(1), discount=1.0).flip(1)
 
 
 def document_cumsum(x_BT: Tensor, document_BT: Tensor) -> Tensor:
     """Return, at each token, the sum over its document up to and including the token."""
+    if x_BT.is_cuda and torch.are_deterministic_algorithms_enabled():  # torch then refuses `cumsum`
+        return sums_so_far(x_BT, document_BT)
     total_BT = x_BT.cumsum(dim=1)
     index_T = torch.arange(x_BT.shape[1], device=x_BT.device)
     start_BT = (~same_as_previous(document_BT) * index_T).cummax(dim=1).values

@@ -73,18 +73,18 @@ class ValueNet(nn.Module):
 
     def forward(self, inputs: Tensor, batch: Batch) -> ValueNetOutput:
         """Return log-odds and NLLs; `inputs` are token ids `[B, T]` or states `[B, T, H]`."""
-        x_BTD = self.input(inputs)
+        x_BTD = self.input(inputs).float()
         context = AttentionContext.of_documents(batch.document_BT, head_size=self.head_size)
         for layer in self.layers:
             x_BTD = layer(x_BTD, context)
         state_BTD = self.norm(x_BTD)
-        logit_BT = self.value(state_BTD).squeeze(-1)
+        logit_BT = _in_float32(self.value, state_BTD)
         zero_BT = torch.zeros_like(logit_BT)
         if self.lm_head is None or self.log_odds_delta is None:
             return ValueNetOutput(logit_BT=logit_BT, token_nll_BT=zero_BT)
         at = batch.target_positions()
         token_nll_N, statistics_NS = self._token_nll(state_BTD, batch.ids_BT, at=at)
-        delta_N = self.log_odds_delta(torch.cat([state_BTD[at], statistics_NS], dim=-1)).squeeze(-1)
+        delta_N = _in_float32(self.log_odds_delta, torch.cat([state_BTD[at], statistics_NS], dim=-1))
         delta_BT = zero_BT.index_put(at, delta_N)
         return ValueNetOutput(
             logit_BT=logit_BT + document_cumsum(delta_BT, batch.document_BT),
@@ -101,13 +101,23 @@ class ValueNet(nn.Module):
         """
         assert self.lm_head is not None
         row_N, column_N = at
-        log_p_NV = torch.log_softmax(self.lm_head(state_BTD[row_N, column_N - 1]), dim=-1)
+        log_p_NV = torch.log_softmax(self.lm_head(state_BTD[row_N, column_N - 1]).float(), dim=-1)
         token_log_p_N = log_p_NV.gather(1, ids_BT[at][:, None]).squeeze(1)
         with torch.no_grad():
             entropy_N = -(log_p_NV.exp() * log_p_NV).sum(dim=-1)
             gap_N = token_log_p_N - log_p_NV.amax(dim=-1)
             statistics_NS = torch.stack([token_log_p_N, gap_N, entropy_N], dim=-1)
         return -token_log_p_N, statistics_NS.detach()
+
+
+def _in_float32(mlp: nn.Module, input_ND: Tensor) -> Tensor:
+    """Return the one output `[N]` for inputs `[N, D]`.
+
+    bfloat16 log-odds would round V near 1/2 to multiples of 0.002, which is as much as one token changes V.
+    """
+    with torch.autocast(input_ND.device.type, enabled=False):
+        output_N: Tensor = mlp(input_ND).squeeze(-1)
+    return output_N
 
 
 def _mlp(inputs: int, width: int) -> nn.Sequential:
