@@ -24,6 +24,8 @@ CHANGED_PREFIX = "wmtp.changed."
 ERROR_CLASS = "wmtp.error_class"
 # set by the tracker `core.mlflow`
 RUN_ID = "wmtp.run_id"
+# set by compare/grid.py, as tags of the recipe
+GRID_PREFIX = "grid."
 # set by compare/mlflow_record.py
 COMPARED_ARMS = "wmtp.compare"
 PARENT_RUN = "mlflow.parentRunId"

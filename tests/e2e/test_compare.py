@@ -10,7 +10,7 @@ import pytest
 CONFIGS = Path(__file__).parents[2] / "configs"
 ARMS = ("configs/study/uniform.toml", "configs/study/dft.toml")
 QUICK = (
-    *("--preset", "ci", "--jobs", "2", "--set", "data.options.problems=40"),
+    *("--preset", "ci", "--executor", "local:2", "--set", "data.options.problems=40"),
     *("--set", "evaluate.problems=2", "--set", "train.steps=4"),
 )
 

@@ -1,19 +1,28 @@
 """A comparison: fair arms, values from journals, the table, and execution of the missing runs only."""
 
 import csv
+import itertools
 import json
 import math
+import pickle
+import subprocess
 import sys
+import time
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 from weighted_mtp_core.cli import main
 from weighted_mtp_core.compare.arms import read_arms
 from weighted_mtp_core.compare.gap import Gap
+from weighted_mtp_core.compare.grid import parse_grids
+from weighted_mtp_core.compare.jobs import Job, plan_jobs
 from weighted_mtp_core.compare.measures import RunMeasures, default_metrics, read_measures
-from weighted_mtp_core.compare.runner import Job, Runner, find_finished, plan_jobs, share_machine
+from weighted_mtp_core.compare.runner import Runner, share_machine
 from weighted_mtp_core.compare.table import Comparison
+from weighted_mtp_core.compare.task import RunTask, execute, use_gpu
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.executors.address import open_executor
 from weighted_mtp_core.tracking.journal import Journal
 from weighted_mtp_core.tracking.run_folder import RunFolder
 from weighted_mtp_core.tracking.run_history import Point
@@ -106,7 +115,7 @@ def test_an_option_that_does_not_change_the_result_may_differ(arms):
 
     assert [arm.plan.params["data.options.workers"] for arm in (one, two)] == ["0", "3"]
     finish(Job(arm=one, seed=1), data__options__workers="7")
-    assert find_finished(Job(arm=one, seed=1)) is not None
+    assert Job(arm=one, seed=1).wanted.finished() is not None
 
 
 # --------------------------------------------------------------------------- runs
@@ -133,7 +142,7 @@ def test_a_finished_run_is_found_by_its_recipe_and_seed(arms):
     finish(job, seed=42)
     path = finish(job)
 
-    assert find_finished(job).absolute() == path
+    assert job.wanted.finished().absolute() == path
 
 
 @pytest.mark.parametrize(
@@ -149,14 +158,14 @@ def test_another_run_is_not_taken_for_it(arms, other):
     job = Job(arm=arms(("one", ""))[0], seed=43)
     finish(job, **other)
 
-    assert find_finished(job) is None
+    assert job.wanted.finished() is None
 
 
 def test_where_a_run_was_tracked_does_not_matter(arms):
     job = Job(arm=arms(("one", ""))[0], seed=43)
     path = finish(job, run__resume="never", tracker__0__use="example.paper", run__tags='["a:b"]')
 
-    assert find_finished(job).absolute() == path
+    assert job.wanted.finished().absolute() == path
 
 
 def test_cores_are_shared_out(monkeypatch):
@@ -171,15 +180,37 @@ def test_cores_are_shared_out(monkeypatch):
     assert share_machine(None, 35) == (2, 4)
 
 
-def test_runs_share_out_the_gpus(arms, tmp_path, monkeypatch):
-    """Each run is a process that prints its GPU; none of them trains."""
-    script = "import os, sys; print('gpu', os.environ['CUDA_VISIBLE_DEVICES']); sys.exit(1)"
-    monkeypatch.setattr(Job, "command", lambda _: [sys.executable, "-c", script])
-    runner = Runner(
-        at_once=4, threads=1, gpus=("3", "5"), logs=tmp_path, log=lambda _: None, on_done=lambda _: None
-    )
+@pytest.fixture
+def run_jobs(tmp_path):
+    """Complete jobs with `local:N`; return the outcome and what was logged."""
 
-    outcome = runner.run(plan_jobs(arms(("one", ""), ("two", "")), [1, 2]))
+    def run(jobs, *, at_once, gpus=()):
+        said = []
+        names = itertools.cycle(gpus)
+        plans = [job.arm.plan for job in jobs]
+        each = (lambda: use_gpu(next(names))) if gpus else None
+        with open_executor(f"local:{at_once}", plans, in_each_thread=each) as executor:
+            runner = Runner(
+                executor=executor,
+                at_once=at_once,
+                threads=1,
+                logs=tmp_path,
+                log=said.append,
+                on_done=lambda _: None,
+            )
+            return runner.run(jobs), said
+
+    return run
+
+
+def test_runs_share_out_the_gpus(arms, run_jobs, tmp_path, monkeypatch):
+    """Each run is a process that prints its GPU; none of them trains."""
+    script = (
+        "import os, sys, time; print('gpu', os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(1); sys.exit(1)"
+    )
+    monkeypatch.setattr(Job, "command", lambda _: ["-c", script])
+
+    outcome, _ = run_jobs(plan_jobs(arms(("one", ""), ("two", "")), [1, 2]), at_once=4, gpus=("3", "5"))
 
     seen = sorted(
         (tmp_path / f"{failure.job.label}.log").read_text().split()[1] for failure in outcome.failures
@@ -187,15 +218,13 @@ def test_runs_share_out_the_gpus(arms, tmp_path, monkeypatch):
     assert seen == ["3", "3", "5", "5"]
 
 
-def test_a_run_that_fails_is_named_with_its_log_and_stops_no_other(arms, tmp_path, monkeypatch):
+def test_a_run_that_fails_is_named_with_its_log_and_stops_no_other(arms, run_jobs, tmp_path, monkeypatch):
     script = "print('error: no luck'); raise SystemExit(1)"
-    monkeypatch.setattr(Job, "command", lambda _: [sys.executable, "-c", script])
+    monkeypatch.setattr(Job, "command", lambda _: ["-c", script])
     jobs = plan_jobs(arms(("one", ""), ("two", "")), [1])
     good = finish(jobs[1])
-    said = []
-    runner = Runner(at_once=1, threads=1, logs=tmp_path, log=said.append, on_done=lambda _: None)
 
-    outcome = runner.run(jobs)
+    outcome, said = run_jobs(jobs, at_once=1)
 
     assert {job.label: path.absolute() for job, path in outcome.finished.items()} == {"two-seed1": good}
     assert [(each.job.label, each.code, each.reason) for each in outcome.failures] == [
@@ -204,14 +233,132 @@ def test_a_run_that_fails_is_named_with_its_log_and_stops_no_other(arms, tmp_pat
     assert said[-1] == f"one-seed1: FAILED (exit code 1), no luck; log {tmp_path / 'one-seed1.log'}"
 
 
+def test_a_run_ends_with_the_process_that_started_it(arms, tmp_path):
+    """A process executes a task and is killed; the run gets SIGTERM and says so."""
+    program = """
+        import signal, sys, time
+        signal.signal(signal.SIGTERM, lambda *_: (print("stopped", flush=True), sys.exit(143)))
+        print("began", flush=True)
+        time.sleep(60)
+    """
+    job, log, order = Job(arm=arms(("one", ""))[0], seed=1), tmp_path / "log", tmp_path / "order"
+    order.touch()
+    command = ["-c", dedent(program)]
+    task = RunTask(wanted=job.wanted, command=command, log=log, threads=1, order=order)
+    execute = "import pickle, sys; from weighted_mtp_core.compare.task import execute; "
+    execute += "execute(pickle.load(sys.stdin.buffer))"
+    worker = subprocess.Popen([sys.executable, "-c", execute], stdin=subprocess.PIPE)
+    worker.stdin.write(pickle.dumps(task))
+    worker.stdin.close()
+
+    wait_until(lambda: log.is_file() and log.read_text() == "began\n")
+    worker.kill()
+    worker.wait()
+
+    wait_until(lambda: log.read_text() == "began\nstopped\n")
+
+
+def wait_until(holds, *, seconds=20):
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_a_worker_without_the_clients_storage_refuses_a_run(arms, tmp_path):
+    job = Job(arm=arms(("one", ""))[0], seed=1)
+    task = RunTask(
+        wanted=job.wanted, command=["-c", ""], log=tmp_path / "log", threads=1, order=tmp_path / "order"
+    )
+
+    with pytest.raises(WmtpError, match=r"has no file `.*order`, which the client has written") as error:
+        execute(task)
+
+    assert error.value.hint.startswith("share the storage with the worker")
+
+
+# --------------------------------------------------------------------------- grids
+
+
+def test_a_grid_makes_an_arm_of_each_combination_of_values(arms):
+    grids = parse_grids(["weighting.options.beta=0.5,1.5", "train.learning_rate=1e-3, 1e-4"])
+
+    found = arms(("one", ""), grids=grids)
+
+    assert [arm.name for arm in found] == [
+        "one-beta-0.5-learning_rate-1e-3",
+        "one-beta-0.5-learning_rate-1e-4",
+        "one-beta-1.5-learning_rate-1e-3",
+        "one-beta-1.5-learning_rate-1e-4",
+    ]
+    last = found[-1].plan.recipe
+    assert (last.weighting.options["beta"], last.train.learning_rate) == (1.5, 1e-4)
+    assert last.run.tags == ("grid.weighting.options.beta:1.5", "grid.train.learning_rate:1e-4")
+
+
+def test_a_grid_leaves_recipes_without_its_key_as_they_are(arms, install_plugin, flat_plugin):
+    install_plugin("other", flat_plugin)
+    other = "[run]\nname = 'two'\n[data]\nuse = 'example.lines'\noptions.folder = 'here'\n"
+    Path("other.toml").write_text(other + "[weighting]\nuse = 'other.flat'\n")
+    (one,) = arms(("one", ""))
+
+    found = read_arms(
+        [one.recipe, Path("other.toml")],
+        preset=None,
+        overrides=(),
+        allowed=(),
+        grids=parse_grids(["weighting.options.beta=1,2"]),
+    )
+
+    assert [arm.name for arm in found] == ["one-beta-1", "one-beta-2", "two"]
+
+
+def test_values_of_a_grid_are_toml_as_for_set(arms):
+    (clips,) = parse_grids(["weighting.options.clip=[0, 2],[0,3]"])
+    (modes,) = parse_grids(["weighting.options.mode=a,'b,c'"])
+
+    found = arms(("one", ""), grids=(clips, modes))  # `mode` has no default value
+
+    assert [arm.name for arm in found][:2] == ["one-clip-0_2-mode-a", "one-clip-0_2-mode-b_c"]
+    options = found[-1].plan.weighting.options
+    assert (options.clip, options.mode) == ((0.0, 3.0), "b,c")
+
+
+def test_a_key_that_no_recipe_has_is_refused(arms):
+    with pytest.raises(WmtpError, match=r"no recipe has the key `weighting\.options\.betta`") as error:
+        arms(("one", ""), grids=parse_grids(["weighting.options.betta=1,2"]))
+
+    assert error.value.hint == "did you mean `weighting.options.beta`?"
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["train.steps"], "cannot read `--grid train.steps`"),
+        (["train.steps=1,,2"], "cannot read `--grid train.steps=1,,2`"),
+        (["train.x=[1,2"], r"cannot read `--grid train.x=\[1,2`"),
+        (["train.steps=1,2,1"], "a value is repeated"),
+        (["train.steps=1", "train.steps=2"], "`train.steps` is given twice"),
+        (["run.seed=1,2"], "`run.seed` cannot be a grid"),
+    ],
+)
+def test_a_grid_that_cannot_be_meant_is_refused(texts, message):
+    with pytest.raises(WmtpError, match=message):
+        parse_grids(texts)
+
+
+# --------------------------------------------------------------------------- the command line
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "name either recipes, or runs that are in MLflow with `--experiment` and `--runs`"),
         (["a.toml", "--runs", "1"], "name either recipes, or runs that are in MLflow"),
-        (["--runs", "1", "--jobs", "2"], "`--preset`, `--set` and `--jobs` are for recipes"),
+        (["--runs", "1", "--executor", "local:2"], "`--preset`, `--set`, `--grid` and `--executor` are for"),
         (["a.toml", "--seeds", "21"], "`--seeds 21`: expected 1 to 20"),
-        (["a.toml", "--jobs", "0"], "`--jobs 0`: expected 1 or more"),
+        (["a.toml", "--executor", "local:0"], "`--executor local:0`: expected `local:N` with N of 1 or more"),
+        (["a.toml", "--executor", "dask://x"], "or `dask://HOST:PORT`"),
         (["a.toml", "--set", "run.seed=1"], "`--set run.seed` would give every run the same seed"),
     ],
 )

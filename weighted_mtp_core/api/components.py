@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
@@ -121,11 +122,14 @@ class BuildContext:
         storage: The storage root, by default `storage/`, for files and caches.
         negative_weights: Whether the weights of examples may be negative. If not, a data source refuses
             negative weights and names the file and the row.
+        executor: Executes the expensive parts of the preparation of data, which may happen on other machines:
+            its tasks are functions of installed modules. None: a data source uses the cores of this machine.
     """
 
     seed: int
     storage: Path
     negative_weights: bool = False
+    executor: Executor | None = None
     _model: ModelContext | None = field(default=None, alias="model")
     _weightings: Callable[[WeightingChoice], WeightingStrategy] | None = field(
         default=None, alias="weightings"

@@ -78,6 +78,13 @@ def add_run(parser: argparse.ArgumentParser, *, also: str = "") -> None:
     parser.add_argument("run", metavar="RUN", help=f"a run folder, a run id, or a part of one{also}")
 
 
+def add_executor(parser: argparse.ArgumentParser, *, default: str) -> None:
+    """Add `--executor`; the help text contains `default`."""
+    parser.add_argument(
+        "--executor", metavar="WHERE", help=f"local:N, or dask://HOST:PORT of a scheduler ({default})"
+    )
+
+
 def add_folder(parser: argparse.ArgumentParser, name: str, *, default: str) -> None:
     """Add an option that names a folder: `--storage`, or the folder of the runs, `--runs`."""
     parser.add_argument(name, metavar="FOLDER", type=Path, default=Path(default), help=f"default: {default}")

@@ -9,32 +9,41 @@ examples:
   compare configs/baseline.toml configs/my_recipe.toml --seeds 5
   compare configs/study/*.toml --seeds 5 --set data.options.incorrect_fraction=0.4
   compare configs/baseline.toml configs/my_recipe.toml --metrics pass_at_1,test_ce_head_1
+  compare configs/baseline.toml mine.toml --grid weighting.options.power=1,2
+  compare configs/study/*.toml --executor dask://node-0:8786
   compare mine/*.toml --floor right_only --ceiling oracle --allow-difference data.options.imitate
   compare --experiment my_group/my_study
 
-`--preset` and `--set` apply to every arm. Seeds count up from the `run.seed` of the first recipe. If a run
-fails, the others are compared and the exit code is 1.
+`--preset` and `--set` apply to every arm. `--grid` makes an arm of each combination of values; it does not
+apply to recipes without its key. `--executor` names where the runs are executed; the machines of a Dask
+cluster must share the storage. Seeds count up from the `run.seed` of the first recipe. If a run fails, the
+others are compared and the exit code is 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weighted_mtp_core.cli.arguments import add_override_arguments, add_repeatable, list_of
+from weighted_mtp_core.cli.arguments import add_executor, add_override_arguments, add_repeatable, list_of
 from weighted_mtp_core.compare.arms import Arm, digest, read_arms
+from weighted_mtp_core.compare.grid import parse_grids
+from weighted_mtp_core.compare.jobs import plan_jobs
 from weighted_mtp_core.compare.runner import (
     MOST_SEEDS,
     Outcome,
     Runner,
-    plan_jobs,
+    given_threads,
     share_machine,
     visible_gpus,
 )
+from weighted_mtp_core.compare.task import use_gpu
 from weighted_mtp_core.errors import RunFailedError, WmtpError
+from weighted_mtp_core.executors.address import local_slots, open_executor
 from weighted_mtp_core.exit_codes import EXIT_DONE, EXIT_RUN_FAILED
 from weighted_mtp_core.messages import did_you_mean, quoted
 from weighted_mtp_core.storage.atomic import atomic_write
@@ -61,8 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="instead of recipes, or with --experiment: runs in MLflow, by id (MLflow's or the run folder's)",
     )
     parser.add_argument("--seeds", metavar="N", type=int, default=5, help="(5)")
-    parser.add_argument("--jobs", metavar="N", type=int, help="runs at once (one per GPU, else one per core)")
+    add_executor(parser, default="local:N, with one run per GPU, else one per core")
     add_override_arguments(parser)
+    add_repeatable(
+        parser, "--grid", metavar="KEY=VALUE,...", dest="grids", help="an arm for each value of a key"
+    )
     parser.add_argument(
         "--metrics", metavar="NAME,NAME,...", type=list_of(str), help="(pass@k, losses per head, speed)"
     )
@@ -91,19 +103,25 @@ def _check(args: argparse.Namespace) -> None:
             "name either recipes, or runs that are in MLflow with `--experiment` and `--runs`",
             hint="see: python -m weighted_mtp_core compare --help",
         )
-    if stored and (args.preset or args.overrides or args.jobs):
-        raise WmtpError("`--preset`, `--set` and `--jobs` are for recipes; runs in MLflow are as they are")
+    if stored and (args.preset or args.overrides or args.grids or args.executor):
+        raise WmtpError(
+            "`--preset`, `--set`, `--grid` and `--executor` are for recipes; runs in MLflow are as they are"
+        )
     if not 1 <= args.seeds <= MOST_SEEDS:
         raise WmtpError(f"`--seeds {args.seeds}`: expected 1 to {MOST_SEEDS}")
-    if args.jobs is not None and args.jobs < 1:
-        raise WmtpError(f"`--jobs {args.jobs}`: expected 1 or more")
+    if args.executor is not None:
+        local_slots(args.executor)
     if any(each.split("=")[0].strip() == "run.seed" for each in args.overrides):
         raise WmtpError("`--set run.seed` would give every run the same seed", hint="use --seeds N")
 
 
 def _compare_recipes(args: argparse.Namespace) -> int:
     arms = read_arms(
-        args.recipes, preset=args.preset, overrides=args.overrides, allowed=args.allow_difference
+        args.recipes,
+        preset=args.preset,
+        overrides=args.overrides,
+        allowed=args.allow_difference,
+        grids=parse_grids(args.grids),
     )
     from weighted_mtp_core.compare.gap import Gap
 
@@ -111,7 +129,7 @@ def _compare_recipes(args: argparse.Namespace) -> int:
     first = arms[0].plan.recipe.run
     seeds = [first.seed + number for number in range(args.seeds)]
     out: Path = args.out or Path(first.storage) / "comparisons" / f"{arms[0].name}-{digest(arms, seeds)}"
-    outcome = _execute(arms, seeds, jobs=args.jobs, out=out)
+    outcome = _execute(arms, seeds, address=args.executor, out=out)
     if not outcome.finished:
         raise RunFailedError(
             f"every run failed, the first with: {outcome.failures[0].reason}",
@@ -153,24 +171,36 @@ def _compare_stored(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _execute(arms: Sequence[Arm], seeds: Sequence[int], *, jobs: int | None, out: Path) -> Outcome:
+def _execute(arms: Sequence[Arm], seeds: Sequence[int], *, address: str | None, out: Path) -> Outcome:
     """Execute the runs that are not finished, and show the progress."""
     from rich.console import Console
 
     from weighted_mtp_core.tracking.display import Display
 
     every = plan_jobs(arms, seeds)
-    gpus = visible_gpus(arms)
-    at_once, threads = share_machine(jobs, len(every), gpus=len(gpus))
-    with Display(Console(stderr=True)) as display:
-        display.note(
-            f"{len(arms)} arms x {len(seeds)} seeds: {at_once} runs at once, {threads} threads each; to {out}"
-        )
+    slots = None if address is None else local_slots(address)
+    if address is not None and slots is None:
+        at_once, threads, gpus = None, given_threads() or 1, []
+    else:
+        gpus = visible_gpus(arms)
+        at_once, threads = share_machine(slots, len(every), gpus=len(gpus))
+        address = f"local:{at_once}"
+    names = itertools.cycle(gpus)
+    with (
+        Display(Console(stderr=True)) as display,
+        open_executor(
+            address,
+            [arm.plan for arm in arms],
+            in_each_thread=(lambda: use_gpu(next(names))) if gpus else None,
+        ) as executor,
+    ):
+        where = f"{at_once} runs at once" if at_once else f"at {address}"
+        display.note(f"{len(arms)} arms x {len(seeds)} seeds: {where}, {threads} threads each; to {out}")
         display.stage("compare", len(every))
         runner = Runner(
+            executor=executor,
             at_once=at_once,
             threads=threads,
-            gpus=gpus,
             logs=out / "logs",
             log=display.note,
             on_done=lambda done: display.update(done, {}),

@@ -12,6 +12,7 @@ examples:
   data preview configs/baseline.toml -n 10 --html preview.html
   data prepare configs/baseline.toml
   data prepare configs/baseline.toml --set data.options.seed=1
+  data prepare configs/baseline.toml --executor dask://node-0:8786
   data sample 20261123-140924 configs/baseline.toml --samples 4 --temperature 0.8 --to mine
   data sample models/sorter configs/baseline.toml --samples 4 --temperature 0.8 --to mine \
       --endpoint http://127.0.0.1:8000/v1
@@ -29,9 +30,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from weighted_mtp_core.api import SPLITS, example_statistics
 from weighted_mtp_core.cli.arguments import (
     add_actions,
+    add_executor,
     add_folder,
     add_recipe_arguments,
     add_run,
@@ -40,6 +44,7 @@ from weighted_mtp_core.cli.arguments import (
 )
 from weighted_mtp_core.cli.table import print_rows
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.executors.address import open_executor
 from weighted_mtp_core.identifiers import NAME
 from weighted_mtp_core.messages import did_you_mean
 from weighted_mtp_core.plan import Plan
@@ -53,6 +58,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     prepare, preview, sample, show = add_actions(parser, _prepare, _preview, _sample, _show)
     add_recipe_arguments(prepare)
+    add_executor(prepare, default="the recipe's number of programs at once")
     add_recipe_arguments(preview)
     preview.add_argument("-n", metavar="N", dest="count", type=int, default=3, help="documents (default: 3)")
     preview.add_argument("--html", metavar="FILE", type=Path, help="write a page instead of text")
@@ -89,7 +95,11 @@ def _prepare(args: argparse.Namespace) -> None:
     plan = plan_from(args)
     recipe = plan.recipe
     storage = Path(recipe.run.storage)
-    source = plan.data.build(plan.data_context)
+    if args.executor is None:
+        source = plan.data.build(plan.data_context)
+    else:
+        with open_executor(args.executor, [plan]) as executor:
+            source = plan.data.build(attrs.evolve(plan.data_context, executor=executor))
     version = source.version()
     folder = dataset_folder(storage, version.name, version.version)
     is_stored = (folder / MANIFEST).is_file()

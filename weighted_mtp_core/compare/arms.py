@@ -9,6 +9,7 @@ from pathlib import Path
 
 from attrs import frozen
 
+from weighted_mtp_core.compare.grid import Grid, arms_of_grids, refuse_unknown_keys
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.plan import Plan, make_plan
 
@@ -44,29 +45,40 @@ class Arm:
 
 
 def read_arms(
-    recipes: Sequence[Path], *, preset: str | None, overrides: Sequence[str], allowed: Sequence[str]
+    recipes: Sequence[Path],
+    *,
+    preset: str | None,
+    overrides: Sequence[str],
+    allowed: Sequence[str],
+    grids: Sequence[Grid] = (),
 ) -> tuple[Arm, ...]:
     """Make a plan of every recipe, and refuse arms that cannot be compared.
 
     Args:
-        recipes: One recipe for each arm; the first arm is the baseline.
+        recipes: One recipe for each arm, or for each group of arms that a grid makes of it; the first arm is
+            the baseline.
         preset: Name of a preset for all arms.
         overrides: Overrides `key=value` for all arms.
         allowed: Keys that may differ between arms, although the comparison is then unfair.
+        grids: Keys with several values; a recipe that has these keys becomes an arm for each combination of
+            the values.
 
     Raises:
-        WmtpError: A recipe is invalid, two arms have the same name, or data, model, budget or evaluation
-            differ.
+        WmtpError: A recipe is invalid, no recipe has the key of a grid, two arms have the same name, or data,
+            model, budget or evaluation differ.
     """
     changes = (*overrides, 'run.resume="auto"')
+    plans = [make_plan(recipe, preset=preset, overrides=changes) for recipe in recipes]
+    refuse_unknown_keys(grids, plans)
     arms = tuple(
         Arm(
             recipe=recipe,
             preset=preset,
-            overrides=changes,
-            plan=make_plan(recipe, preset=preset, overrides=changes),
+            overrides=(*changes, *more),
+            plan=make_plan(recipe, preset=preset, overrides=(*changes, *more)) if more else plan,
         )
-        for recipe in recipes
+        for recipe, plan in zip(recipes, plans, strict=True)
+        for more in arms_of_grids(plan, grids)
     )
     by_name: dict[str, Arm] = {}
     for arm in arms:
@@ -80,7 +92,7 @@ def read_arms(
         refuse_unequal(
             (arms[0].name, arms[0].plan.params),
             (arm.name, arm.plan.params),
-            allowed=(*allowed, *arm.plan.same_result),
+            allowed=(*allowed, *arm.plan.same_result, *(grid.key for grid in grids)),
         )
     return arms
 

@@ -12,7 +12,7 @@ from weighted_mtp_core.builtin._mlflow_errors import NotDeliveredError
 from weighted_mtp_core.builtin._mlflow_tracker import MlflowTracker
 from weighted_mtp_core.builtin.mlflow import MlflowOptions
 from weighted_mtp_core.compare.arms import Arm, digest
-from weighted_mtp_core.compare.runner import Job
+from weighted_mtp_core.compare.jobs import Job
 from weighted_mtp_core.compare.table import EQUAL_TIME, Comparison
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.tracking.journal import now_ms

@@ -22,7 +22,7 @@ from weighted_mtp_core.plugins.discovery import CORE_DISTRIBUTION, FoundPlugin
 LIBRARIES = ("torch", "transformers")
 """Distributions identified by version without the build: 2.9.0+cpu and 2.9.0+cu130 are the same here."""
 
-_NO_RESULT = ("cli", "compare", "export", "report", "scaffold", "testing", "tracking")
+_NO_RESULT = ("cli", "compare", "executors", "export", "report", "scaffold", "testing", "tracking")
 """Packages of core that do not affect the results of a run."""
 
 _NOT_INSTALLED = frozenset({"conftest", "docs", "setup", "test", "tests"})

@@ -20,10 +20,11 @@ def parse_overrides(texts: Sequence[str]) -> list[tuple[list[str], Any]]:
     Raises:
         WmtpError: An override does not have the form KEY=VALUE.
     """
-    return sorted(map(_parse_override, texts), key=lambda override: override[0][-1] != "use")
+    return sorted(map(parse_override, texts), key=lambda override: override[0][-1] != "use")
 
 
-def _parse_override(text: str) -> tuple[list[str], Any]:
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """Return the key and the value of one override; see `parse_overrides`."""
     key, equals, value = text.partition("=")
     keys = key.strip().split(".")
     if not equals or not all(re.fullmatch(r"[A-Za-z0-9_-]+", each) for each in keys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 
 from attrs import define, frozen
 from weighted_mtp_core.api import Problem, Verdict
@@ -13,6 +14,7 @@ from weighted_mtp_code_tasks.completion import cut_completion, cut_program
 from weighted_mtp_code_tasks.sandbox import AssertsJob, Job, Sandbox, StdinJob
 from weighted_mtp_code_tasks.sandbox.jobs import AnyJob
 from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
+from weighted_mtp_code_tasks.sandbox.tasks import judge_as_tasks
 
 Attempts = Sequence[tuple[Problem, str]]
 
@@ -33,8 +35,14 @@ class Judge(ABC):
         return cut_completion(text, prompt=problem.prompt, entry_point=problem.entry_point)
 
     @abstractmethod
-    def judge(self, attempts: Attempts, *, on_done: Callable[[], None] | None = None) -> Judgement:
-        """Judge completions; `on_done` is called after each completion."""
+    def judge(
+        self,
+        attempts: Attempts,
+        *,
+        on_done: Callable[[], None] | None = None,
+        executor: Executor | None = None,
+    ) -> Judgement:
+        """Judge completions, with `executor` as its tasks; `on_done` is called for each completion."""
 
     def limits(self) -> dict[str, float]:
         """Return the limits of this judge that differ from their defaults, by name."""
@@ -55,9 +63,18 @@ class FunctionJudge(Judge):
         """Return the limits of the sandbox that differ from their defaults, by name."""
         return self.sandbox.limits()
 
-    def judge(self, attempts: Attempts, *, on_done: Callable[[], None] | None = None) -> Judgement:
-        """Run the completions in a sandbox."""
+    def judge(
+        self,
+        attempts: Attempts,
+        *,
+        on_done: Callable[[], None] | None = None,
+        executor: Executor | None = None,
+    ) -> Judgement:
+        """Run the completions in a sandbox; each machine tests its sandbox first."""
         jobs = [self.job(problem, text) for problem, text in attempts]
+        if executor is not None:
+            verdicts, provenance = judge_as_tasks(jobs, self.sandbox, executor, on_done=on_done)
+            return Judgement(verdicts=verdicts, provenance=provenance)
         with Sandbox(self.sandbox) as sandbox:
             return Judgement(verdicts=sandbox.judge(jobs, on_done=on_done), provenance=sandbox.provenance)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ class LabelledSource(DataSource):
         draw: Makes problems and candidates; called only if the version is not in storage.
         storage: The storage root.
         judge: Judges responses and completions.
+        executor: Judges the responses if it is given; otherwise, the cores of this machine judge them.
         incorrect_fraction: Share of incorrect responses among the examples that the policy imitates.
         tolerated_failures: Share of the problems that may have no solution that passes.
     """
@@ -62,6 +64,7 @@ class LabelledSource(DataSource):
     draw: Callable[[], list[LabelledProblem]]
     storage: Path
     judge: Judge
+    executor: Executor | None = None
     incorrect_fraction: float = 0.0
     tolerated_failures: float = 0.02
     _stored: StoredDataset = field(init=False)
@@ -134,7 +137,9 @@ class LabelledSource(DataSource):
     # ----------------------------------------------------------------- preparation
 
     def _write(self, folder: Path) -> None:
-        judged, provenance = judge_all(self.draw(), self.judge, title=f"labelling {self.name}")
+        judged, provenance = judge_all(
+            self.draw(), self.judge, executor=self.executor, title=f"labelling {self.name}"
+        )
         kept = with_a_solution(judged, name=self.name, tolerated=self.tolerated_failures)
         problems = [{"split": one.split, "problem": attrs.asdict(one.problem)} for one in kept]
         _write_rows(folder / PROBLEMS, problems)

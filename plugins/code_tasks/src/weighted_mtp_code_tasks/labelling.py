@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from typing import Any, Literal, get_args
 
 import attrs
@@ -102,7 +103,7 @@ class JudgedProblem:
 
 
 def judge_all(
-    drawn: Sequence[LabelledProblem], judge: Judge, *, title: str
+    drawn: Sequence[LabelledProblem], judge: Judge, *, executor: Executor | None, title: str
 ) -> tuple[list[JudgedProblem], Mapping[str, str]]:
     """Judge every candidate; return the problems with verdicts, and the provenance of the verdicts."""
     attempts = [(one.problem, candidate.response) for one in drawn for candidate in one.candidates]
@@ -111,7 +112,12 @@ def judge_all(
         console.print(f"{title}: {len(attempts)} responses", highlight=False)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=len(attempts))
-        judgement = judge.judge(attempts, on_done=lambda: progress.advance(task))
+        try:
+            judgement = judge.judge(attempts, on_done=lambda: progress.advance(task), executor=executor)
+        except KeyboardInterrupt:
+            done = int(progress.tasks[task].completed)
+            console.print(f"{title}: {done} responses were judged; nothing is stored", highlight=False)
+            raise
     flat = iter(judgement.verdicts)
     judged = [
         JudgedProblem(

@@ -77,6 +77,7 @@ def build_code_contests(options: CodeContestsOptions, context: BuildContext) -> 
         },
         draw=partial(read_problems, files, limits),
         storage=context.storage,
+        executor=context.executor,
         judge=StdinJudge(sandbox=options.sandbox),
         incorrect_fraction=options.incorrect_fraction,
         # Many problems have several correct answers, but tests for only one of them.

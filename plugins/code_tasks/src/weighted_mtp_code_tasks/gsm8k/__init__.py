@@ -72,6 +72,7 @@ def build_gsm8k(options: Gsm8kOptions, context: BuildContext) -> DataSource:
         },
         draw=partial(read_problems, files),
         storage=context.storage,
+        executor=context.executor,
         judge=NumberJudge(),
         incorrect_fraction=options.incorrect_fraction,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from decimal import Decimal
 
 from attrs import define
@@ -99,7 +100,13 @@ class NumberJudge(Judge):
         """Return the text up to its answer, because models often continue with further questions."""
         return cut_answer(text)
 
-    def judge(self, attempts: Attempts, *, on_done: Callable[[], None] | None = None) -> Judgement:
+    def judge(
+        self,
+        attempts: Attempts,
+        *,
+        on_done: Callable[[], None] | None = None,
+        executor: Executor | None = None,  # noqa: ARG002 - sending a number takes longer than comparing it
+    ) -> Judgement:
         """Compare numbers exactly."""
         verdicts = []
         for problem, text in attempts:

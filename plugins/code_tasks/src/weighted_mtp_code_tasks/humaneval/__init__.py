@@ -43,6 +43,7 @@ def build_humaneval(options: HumanEvalOptions, context: BuildContext) -> DataSou
         recipe={"humaneval": FORMAT, "source": SOURCE, **drawing},
         draw=partial(read_problems, **drawing),
         storage=context.storage,
+        executor=context.executor,
         judge=FunctionJudge(sandbox=options.sandbox),
         incorrect_fraction=options.incorrect_fraction,
     )

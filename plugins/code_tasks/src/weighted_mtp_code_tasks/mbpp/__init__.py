@@ -65,6 +65,7 @@ def build_mbpp(options: MbppOptions, context: BuildContext) -> DataSource:
         },
         draw=partial(read_problems, path, samples=samples, **drawing),
         storage=context.storage,
+        executor=context.executor,
         judge=AssertsJudge(sandbox=options.sandbox),
         incorrect_fraction=options.incorrect_fraction,
     )

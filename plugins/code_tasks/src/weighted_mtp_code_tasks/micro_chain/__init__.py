@@ -73,6 +73,7 @@ def build_micro_chain(options: MicroChainOptions, context: BuildContext) -> Data
         recipe={"grammar": FORMAT, **drawing},
         draw=partial(draw_chains, **drawing),
         storage=context.storage,
+        executor=context.executor,
         judge=FunctionJudge(sandbox=options.sandbox),
         imitate=options.imitate,
     )

@@ -55,6 +55,7 @@ def build_micro_code(options: MicroCodeOptions, context: BuildContext) -> DataSo
         recipe={"grammar": FORMAT, **drawing},
         draw=partial(draw_problems, **drawing),
         storage=context.storage,
+        executor=context.executor,
         judge=FunctionJudge(sandbox=options.sandbox),
         incorrect_fraction=options.incorrect_fraction,
     )

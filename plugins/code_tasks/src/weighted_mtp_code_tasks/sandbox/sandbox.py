@@ -27,6 +27,7 @@ _CANARIES = (
     ("opens a socket", "import socket\ndef f():\n    socket.socket()\n"),
     ("starts a process", "import os\ndef f():\n    os.fork()\n"),
 )
+TOLERATED_ERRORS = 5
 _TOLERATED_SHARE = 0.05
 
 
@@ -41,7 +42,7 @@ class Sandbox:
         provenance: Back end, versions and limits, to be recorded with each label.
     """
 
-    def __init__(self, settings: SandboxSettings, *, judge_errors_tolerated: int = 5) -> None:
+    def __init__(self, settings: SandboxSettings, *, judge_errors_tolerated: int = TOLERATED_ERRORS) -> None:
         """Choose the back end.
 
         Raises:
@@ -123,12 +124,9 @@ class Sandbox:
 
     def _counted(self, verdict: Verdict) -> Verdict:
         self._judged += 1
-        self._judge_errors += verdict.kind is VerdictKind.JUDGE_ERROR
-        if self._judge_errors > max(self._judge_errors_tolerated, _TOLERATED_SHARE * self._judged):
-            raise RunFailedError(
-                f"{self._judge_errors} of {self._judged} programs could not be judged: {verdict.detail}",
-                hint="the tests are broken, or this machine is: judge a known solution first",
-            )
+        if verdict.kind is VerdictKind.JUDGE_ERROR:
+            self._judge_errors += 1
+            refuse_errors(self._judge_errors, self._judged, verdict.detail, self._judge_errors_tolerated)
         return verdict
 
     def _try_canaries(self) -> None:
@@ -141,6 +139,19 @@ class Sandbox:
                     f"`{verdict.kind.value}` ({verdict.detail})",
                     hint="choose another `data.options.sandbox.backend`",
                 )
+
+
+def refuse_errors(errors: int, judged: int, detail: str, tolerated: int = TOLERATED_ERRORS) -> None:
+    """Refuse verdicts if too many programs could not be judged.
+
+    Raises:
+        RunFailedError: `errors` exceeds both `tolerated` and 5 % of the `judged` programs.
+    """
+    if errors > max(tolerated, _TOLERATED_SHARE * judged):
+        raise RunFailedError(
+            f"{errors} of {judged} programs could not be judged: {detail}",
+            hint="the tests are broken, or this machine is: judge a known solution first",
+        )
 
 
 class _Worker:

@@ -1,0 +1,95 @@
+"""The runs of a comparison, and the run folders in which their results are found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+
+from weighted_mtp_core.compare.arms import Arm, is_below
+from weighted_mtp_core.tracking.run_folder import is_held, read_run
+
+_SAME_RESULT = ("checkpoint", "run.resume", "run.tags", "tracker")
+"""Keys that do not affect the results of a run, in addition to `Plan.same_result`."""
+
+
+@frozen(kw_only=True)
+class WantedRun:
+    """What identifies the run folders of a job; it can be sent to another machine.
+
+    Attributes:
+        folder: The folder of all runs with the name of the job's arm.
+        params: Recipe and seed as dotted keys, without those that do not affect the results.
+        distributions: Version and source of the code; see `Plan.distributions`.
+        same_result: Keys that do not affect the results.
+    """
+
+    folder: Path
+    params: Mapping[str, str]
+    distributions: Mapping[str, str]
+    same_result: Sequence[str]
+
+    def finished(self) -> Path | None:
+        """Return the latest finished run with this recipe, source code and seed."""
+        return next((path for path in self._runs() if self.is_finished(path)), None)
+
+    def is_running(self) -> bool:
+        """Return whether a process of another comparison, or of a lost worker, executes the run now."""
+        return any(read_run(path).get("status") == "RUNNING" and is_held(path) for path in self._runs())
+
+    def is_finished(self, path: Path) -> bool:
+        """Return whether a run folder contains a finished run with this recipe, source code and seed."""
+        facts = read_run(path)
+        return facts.get("status") == "FINISHED" and self._matches(facts)
+
+    def _runs(self) -> Iterator[Path]:
+        for file in sorted(self.folder.glob("[!.]*/run.json"), reverse=True):
+            if self._matches(read_run(file.parent)):
+                yield file.parent
+
+    def _matches(self, facts: Mapping[str, Any]) -> bool:
+        params = _without(facts.get("params", {}), self.same_result)
+        return params == self.params and dict(facts.get("distributions", {})) == self.distributions
+
+
+@frozen(kw_only=True)
+class Job:
+    """One run of a comparison."""
+
+    arm: Arm
+    seed: int
+
+    @property
+    def label(self) -> str:
+        """The name of the job in messages and of its log file."""
+        return f"{self.arm.name}-seed{self.seed}"
+
+    @property
+    def wanted(self) -> WantedRun:
+        """What identifies the run folders of this job."""
+        plan, identity = self.arm.plan, self.arm.identity(self.seed)
+        same_result = (*_SAME_RESULT, *plan.same_result)
+        return WantedRun(
+            folder=plan.runs_folder / plan.experiment / self.arm.name,
+            params=_without(identity["params"], same_result),
+            distributions=identity["distributions"],
+            same_result=same_result,
+        )
+
+    def command(self) -> list[str]:
+        """Return the arguments of Python that execute or resume the run."""
+        preset = ["--preset", self.arm.preset] if self.arm.preset else []
+        changes = [*self.arm.overrides, f"run.seed={self.seed}"]
+        sets = [part for change in changes for part in ("--set", change)]
+        return ["-m", "weighted_mtp_core", "run", str(self.arm.recipe), *preset, *sets]
+
+
+def plan_jobs(arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:
+    """Return all jobs ordered by seed, so that all arms progress equally."""
+    return [Job(arm=arm, seed=seed) for seed in seeds for arm in arms]
+
+
+def _without(params: Mapping[str, str], tables: Sequence[str]) -> dict[str, str]:
+    return {key: value for key, value in params.items() if not is_below(key, tables)}

@@ -1,0 +1,142 @@
+"""A run of a comparison as the task of an executor: a function and arguments that another machine can get."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from attrs import frozen
+
+from weighted_mtp_core.compare.jobs import WantedRun
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.executors.same_code import place
+from weighted_mtp_core.exit_codes import EXIT_TERMINATED
+
+KILL = "kill"
+"""Content of the file `RunTask.order` that ends runs at once."""
+
+POLL_S = 0.2
+STOP_LIMIT_S = 60.0
+"""After SIGTERM a run needs time to end its step and write a checkpoint."""
+
+# The kernel sends SIGTERM to the run if this process dies, so that a lost worker leaves no run behind.
+_END_WITH_PARENT = (
+    "import ctypes, os, signal, sys; "
+    "ctypes.CDLL(None).prctl(1, signal.SIGTERM); "  # PR_SET_PDEATHSIG
+    "os.getppid() == int(sys.argv[1]) or sys.exit(1); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
+)
+_THREAD = threading.local()
+
+
+@frozen(kw_only=True)
+class RunTask:
+    """A run to execute or to resume. Relative paths are resolved by the worker, in its working folder.
+
+    Attributes:
+        wanted: What identifies the run.
+        command: The arguments of Python.
+        log: File for the output of the process.
+        threads: Number of threads of the run.
+        order: A file of the client. While it is empty, the run continues; if it has other content or is
+            missing, the run stops with a checkpoint.
+    """
+
+    wanted: WantedRun
+    command: Sequence[str]
+    log: Path
+    threads: int
+    order: Path
+
+
+@frozen(kw_only=True)
+class Ended:
+    """What became of a task.
+
+    Attributes:
+        code: Exit code of the run's process.
+        folder: Folder of the finished run.
+        reason: Last `error:` line of the output, if there is no finished run.
+        host: Name of the machine.
+    """
+
+    code: int
+    folder: Path | None
+    reason: str
+    host: str
+
+
+def use_gpu(name: str) -> None:
+    """Let all later tasks of this thread use one GPU."""
+    _THREAD.environment = {"CUDA_VISIBLE_DEVICES": name}
+
+
+def execute(task: RunTask) -> Ended:
+    """Execute a run in a process of its own, unless another process completes the run first.
+
+    Raises:
+        WmtpError: This machine does not share the storage of the client.
+    """
+    if not task.order.is_file():
+        raise WmtpError(
+            f"the worker at {place()} has no file `{task.order}`, which the client has written",
+            hint="share the storage with the worker, and start the worker in the client's working folder",
+        )
+    while task.wanted.is_running() and _order(task) == "":
+        time.sleep(POLL_S)  # left by a lost worker: it ends by itself, and what it has done is kept
+    found, code = task.wanted.finished(), 0
+    if found is None:
+        code = _run(task) if _order(task) == "" else EXIT_TERMINATED
+        found = task.wanted.finished() if code == 0 else None
+    # exit code 0: the recorded run differs from the job that the client planned
+    reason = _last_error(task.log) if code else "its recipe or the source of a plugin was edited"
+    return Ended(code=code, folder=found, reason=reason, host=socket.gethostname())
+
+
+def _run(task: RunTask) -> int:
+    with task.log.open("wb") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _END_WITH_PARENT, str(os.getpid()), *task.command],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": str(task.threads),
+                **getattr(_THREAD, "environment", {}),
+            },
+            start_new_session=True,  # so that a child receives Ctrl-C only from this process
+        )
+    stop_by = None
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return child.wait(timeout=POLL_S)
+        order = _order(task)
+        if order and stop_by is None:
+            child.terminate()  # SIGTERM, because a child of a background job ignores SIGINT
+            stop_by = time.monotonic() + STOP_LIMIT_S
+        if order == KILL or (stop_by is not None and time.monotonic() > stop_by):
+            child.kill()
+
+
+def _order(task: RunTask) -> str:
+    """Return the content of the client's file, which is opened anew because NFS then shows the latest one."""
+    try:
+        return task.order.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return "stop"
+    except OSError:  # a fault of the network
+        return ""
+
+
+def _last_error(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    errors = [line for line in lines if line.startswith("error:")]
+    return (errors or lines or ["no output"])[-1].removeprefix("error: ")

@@ -1,0 +1,1 @@
+"""Where tasks run: `--executor local:N` in this process, `--executor dask://HOST:PORT` on other machines."""
