@@ -13,7 +13,7 @@ WORKDIR /app
 COPY constraints.txt pyproject.toml README.md LICENSE CHANGELOG.md ./
 COPY weighted_mtp_core weighted_mtp_core
 COPY plugins plugins
-RUN pip install --no-cache-dir -c constraints.txt . ./plugins/*/
+RUN pip install --no-cache-dir -c constraints.txt '.[dask]' ./plugins/*/
 
 COPY configs configs
 COPY scripts scripts

@@ -33,9 +33,9 @@ RECIPE = """
     [weighting]
     use = "baseline_mtp.uniform"
     [train]
-    steps = 16
+    steps = 12
     batch_size = 4
-    validate_every = 8
+    validate_every = 12
     validation_examples = 8
     [checkpoint]
     every = 1

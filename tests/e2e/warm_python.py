@@ -29,6 +29,9 @@ def serve(address: str, python: str) -> list[str]:
     import transformers.models.llama.modeling_llama  # noqa: F401
     import weighted_mtp_core.compare.mlflow_record
     import weighted_mtp_core.run  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("llama")  # compiles a thousand patterns once
 
     if threading.active_count() > 1:
         sys.exit("a thread would not survive a fork")
