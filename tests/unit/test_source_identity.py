@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from weighted_mtp_core.api import DatasetVersion, WmtpError
 from weighted_mtp_core.checkpointing.resume import refuse_changes, run_to_resume
 from weighted_mtp_core.compare.arms import read_arms
-from weighted_mtp_core.compare.runner import Job, find_finished
+from weighted_mtp_core.compare.jobs import Job
 from weighted_mtp_core.data.texts import TextCodec
 from weighted_mtp_core.data.token_cache import TokenCache
 from weighted_mtp_core.plan import make_plan
@@ -194,11 +194,11 @@ def test_compare_trains_again_after_an_edit(example_plugin, write_recipe, edit):
 
     leave(job().arm.plan, "FINISHED")
 
-    assert find_finished(job()) is not None
+    assert job().wanted.finished() is not None
 
     edit("wmtp_example.py")
 
-    assert find_finished(job()) is None
+    assert job().wanted.finished() is None
 
 
 def test_a_resumed_run_names_the_edit_and_takes_it_on_if_allowed(example_plugin, write_recipe, edit):
