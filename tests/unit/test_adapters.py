@@ -6,13 +6,17 @@ Shape letters: B rows, T positions, K heads.
 import copy
 import functools
 import hashlib
+import json
 import sys
 
 import bitsandbytes
 import pytest
 import torch
 from attrs import evolve
+from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -28,6 +32,7 @@ from weighted_mtp_core.checkpointing.best_model import load_model, save_model
 from weighted_mtp_core.checkpointing.manager import Checkpoints
 from weighted_mtp_core.checkpointing.snapshot import Snapshot
 from weighted_mtp_core.checkpointing.state import module_state
+from weighted_mtp_core.export.adapter import write_adapter
 from weighted_mtp_core.model.adapters import adapt, merge_adapters
 from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.model.loss import weighted_mtp_loss
@@ -504,3 +509,54 @@ def test_a_critic_of_its_own_gets_a_float32_copy_of_the_trunk_with_merged_adapte
     expected = policy.eval().trunk_states(ids_BT)
     torch.testing.assert_close(trunk.body(input_ids=ids_BT).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(frozen_trunk(policy)(batch_of(0)), expected)
+
+
+# ------------------------------------------------------------------ export --adapter
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "options"),
+    [
+        ("llama", "parallel", "plain"),
+        ("llama", "medusa", "few"),
+        ("tied", "sequential", "dora"),
+        ("tied", "sequential", "adapted"),
+        ("gpt2", "parallel", "rslora"),
+    ],
+)
+def test_plain_peft_loads_an_exported_adapter_onto_the_base_with_the_same_logits(
+    name, head, options, tmp_path
+):
+    policy = adapted(name, head=head, options=evolve(OPTIONS[options], dropout=0.1), moved=True)
+    base(name).save_pretrained(tmp_path / "base")
+    ids_BT = batch_of(0).ids_BT
+    expected = all_logits(policy, ids_BT)[0]
+
+    write_adapter(policy, tmp_path / "adapter", dtype=torch.float32, recipe=b"")
+
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    with torch.no_grad():
+        before = plain(ids_BT).logits
+        loaded = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+        found = loaded(ids_BT).logits
+    assert float((found - expected).abs().max()) <= 1e-5
+    assert float((found - before).abs().max()) > 1e-2
+    assert torch.equal(all_logits(policy, ids_BT)[0], expected)
+
+
+def test_an_exported_adapter_names_its_base_and_the_last_parts_of_its_layers(tmp_path):
+    base("llama").save_pretrained(tmp_path / "base")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    policy = make_policy(model, n_future=2, head_kind="parallel")
+    adapt(policy, ModelTable(train="adapters", adapters=AdaptersTable(targets=("q_proj", "up_proj"))))
+
+    write_adapter(policy, tmp_path / "adapter", dtype=torch.bfloat16, recipe=b"x = 1\n")
+
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "base")
+    assert sorted(config["target_modules"]) == ["q_proj", "up_proj"]
+    assert (config["r"], config["lora_alpha"], config["task_type"]) == (16, 32, "CAUSAL_LM")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(tensors) == 3 * 2 * 2
+    assert {each.dtype for each in tensors.values()} == {torch.bfloat16}
+    assert (tmp_path / "adapter" / "recipe.toml").read_bytes() == b"x = 1\n"

@@ -408,6 +408,36 @@ def test_an_exported_run_of_adapters_measures_like_the_run(wmtp, adapted, merged
     assert evaluations[0] == evaluations[1]
 
 
+def test_only_the_adapter_is_exported_and_replaced_only_if_told_so(wmtp, adapted, tmp_path):
+    to = ("--to", str(tmp_path / "adapter"))
+
+    assert wmtp("export", "--adapter", *to, run=adapted.name)[0] == 0
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "recipe.toml",
+        "manifest.json",
+    }
+    assert wmtp("export", "--adapter", *to, run=adapted.name)[0] == 2
+    assert wmtp("export", "--adapter", *to, "--force", run=adapted.name)[0] == 0
+
+
+def test_a_run_without_adapters_exports_none(wmtp, tmp_path):
+    code, _, err = wmtp("export", "--adapter", "--to", str(tmp_path / "adapter"))
+
+    assert code == 2
+    assert err.startswith('error: the run has no adapter to export: its `model.train` is "all"\nhint: ')
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_an_adapter_and_a_server_are_not_exported_together(wmtp, adapted, tmp_path):
+    to = ("--to", str(tmp_path / "adapter"), "--serve", "vllm")
+    code, _, err = wmtp("export", "--adapter", *to, run=adapted.name)
+
+    assert code == 2
+    assert err.startswith("error: `--adapter` writes no heads, so no server drafts\n")
+
+
 def test_an_exported_run_of_adapters_is_an_ordinary_model(merged):
     assert not any("lora" in name or "base_layer" in name for name in load_file(merged / "model.safetensors"))
     assert not any("lora" in name for name in load_file(merged / "heads" / "model.safetensors"))

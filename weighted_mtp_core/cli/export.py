@@ -9,6 +9,7 @@ examples:
   export 20261123-140924 --to models/sorter --force       replace an existing exported model
   export 20261123-140924 --to models/sorter --dtype bfloat16   half the size
   export 20261123-140924 --to models/sorter --serve vllm      also write the heads as vLLM reads them
+  export 20261123-140924 --to models/adapter --adapter        only the adapter, as peft reads it
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 from pathlib import Path
 
 from weighted_mtp_core.cli.arguments import add_run_arguments
+from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.tracking.run_folder import find_run
 
 
@@ -38,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also write heads 2..K in the form with which this server (transformers, vllm, sglang) drafts, "
         "and print the command that serves them; a kind of heads that it does not take is an error",
     )
+    parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="write only the adapter of the base model, in the format of peft, without heads 2..K",
+    )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -46,12 +53,15 @@ def main(args: argparse.Namespace) -> None:
     from weighted_mtp_core.evaluation.finished_run import export_run
     from weighted_mtp_core.export.transformers import refuse_to_replace
 
+    if args.adapter and args.serve:
+        raise WmtpError("`--adapter` writes no heads, so no server drafts", hint="leave out `--serve`")
     refuse_to_replace(args.to, force=args.force)
     command = export_run(
         find_run(args.runs, args.run),
         args.to,
         dtype=getattr(torch, args.dtype),
         serve=args.serve,
+        adapter=args.adapter,
         log=lambda text: print(text, file=sys.stderr),
     )
     print(args.to)

@@ -13,6 +13,7 @@ from attrs import frozen
 from weighted_mtp_core.checkpointing.best_model import load_model
 from weighted_mtp_core.data.texts import TextCodec, make_codec
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.export.adapter import refuse_without_adapter, write_adapter
 from weighted_mtp_core.export.serving import Server, refuse_unserved, serving_command
 from weighted_mtp_core.export.transformers import cast_parameters, write_export
 from weighted_mtp_core.model.adapters import merge_adapters
@@ -122,7 +123,13 @@ def policy_sha256(folder: Path) -> str:
 
 
 def export_run(
-    run: Path, to: Path, *, dtype: torch.dtype, serve: Server | None, log: Callable[[str], None]
+    run: Path,
+    to: Path,
+    *,
+    dtype: torch.dtype,
+    serve: Server | None,
+    adapter: bool = False,
+    log: Callable[[str], None],
 ) -> str | None:
     """Write the best policy of a run as a transformers directory; replaces an exported model in `to`.
 
@@ -131,24 +138,30 @@ def export_run(
         to: The directory.
         dtype: Of the parameters in the files.
         serve: The server that shall draft with heads 2..K, if any.
+        adapter: Whether to write only the adapter of the base model instead, in the format of peft.
         log: Receives messages for the user.
 
     Returns:
         The command that serves the model with `serve`.
 
     Raises:
-        WmtpError: The run has no policy, its data or base model is missing, or the server does not support
-            its heads.
+        WmtpError: The run has no policy or no adapter, its data or base model is missing, or the server does
+            not support its heads.
         RunFailedError: The directory cannot be written.
     """
     plan = plan_of(run, overrides=['model.device="cpu"'])
     model = plan.recipe.model
-    if serve is not None:  # before anything is loaded
+    if adapter:  # before anything is loaded
+        refuse_without_adapter(model)
+    if serve is not None:
         refuse_unserved(serve, heads=model.heads, n_future=model.n_future)
     prepared = prepare_finished(run, plan, log=log)
+    recipe = RunFolder(path=run).recipe
+    if adapter:
+        write_adapter(prepared.policy, to, dtype=dtype, recipe=recipe.read_bytes())
+        return None
     merge_adapters(prepared.policy)
     cast_parameters(prepared.policy, dtype)
-    recipe = RunFolder(path=run).recipe
     facts = ExportFacts(
         n_future=prepared.policy.n_future,
         heads=model.heads.kind,

@@ -30,6 +30,7 @@ from weighted_mtp_core.model.exported_model import (
     FORMAT,
     RECIPE,
     ExportFacts,
+    is_exported_adapter,
     is_exported_model,
 )
 from weighted_mtp_core.model.policy import Policy
@@ -38,7 +39,7 @@ from weighted_mtp_core.storage.manifest import atomic_folder
 
 
 def refuse_to_replace(path: Path, *, force: bool) -> None:
-    """Refuse to overwrite existing files; with `force`, exported models and empty folders may be replaced.
+    """Refuse to overwrite files; with `force`, exported models, adapters and empty folders may be replaced.
 
     Raises:
         WmtpError: `path` exists and must not be replaced.
@@ -47,7 +48,8 @@ def refuse_to_replace(path: Path, *, force: bool) -> None:
         return
     if not force:
         raise WmtpError(f"`{path}` already exists", hint="choose another `--to`, or replace it with --force")
-    if not path.is_dir() or not (is_exported_model(path) or not any(path.iterdir())):
+    own = is_exported_model(path) or is_exported_adapter(path)
+    if not path.is_dir() or not (own or not any(path.iterdir())):
         raise WmtpError(
             f"`{path}` is not an exported model, so `--force` does not replace it",
             hint="choose another `--to`",

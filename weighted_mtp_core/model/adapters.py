@@ -56,7 +56,7 @@ def adapt(policy: Policy, table: ModelTable) -> None:
 def merge_adapters(module: nn.Module) -> None:
     """Add adapters to the float32 matrices of their layers, and remove them; this reverses `adapt`."""
     restore_base(module)
-    for name, layer in list(_adapted(module)):
+    for name, layer in list(adapted_layers(module)):
         layer.merge()
         module.set_submodule(name, layer.get_base_layer())
     module._buffers.pop(BASE_SHA256, None)  # noqa: SLF001 - nn.Module has no method for it
@@ -70,7 +70,7 @@ def merged_copy(module: AnyModule) -> AnyModule:
     return twin
 
 
-def _adapted(module: nn.Module) -> Iterator[tuple[str, Any]]:
+def adapted_layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield the layers with adapters, layers of `peft`, with their names."""
     for name, each in module.named_modules():
         if hasattr(each, "base_layer") and hasattr(each, "lora_A"):

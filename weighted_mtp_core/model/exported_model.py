@@ -20,11 +20,13 @@ import weighted_mtp_core
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.recipe.schema import HeadKind, HeadsTable, MtpServer
+from weighted_mtp_core.storage.manifest import MANIFEST
 
 FORMAT = 3
 """Format of the directory; increase it when this release can no longer read older directories."""
 
 FACTS, EXTRA_HEADS, RECIPE = "weighted_mtp.json", "heads/model.safetensors", "recipe.toml"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 @frozen(kw_only=True)
@@ -58,6 +60,11 @@ class ExportFacts:
 def is_exported_model(folder: Path) -> bool:
     """Return whether a folder contains an exported model."""
     return (folder / FACTS).is_file()
+
+
+def is_exported_adapter(folder: Path) -> bool:
+    """Return whether `export --adapter` wrote a folder."""
+    return all((folder / name).is_file() for name in (ADAPTER_CONFIG, RECIPE, MANIFEST))
 
 
 def read_facts(folder: Path) -> ExportFacts:

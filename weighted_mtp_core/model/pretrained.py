@@ -18,10 +18,10 @@ from torch import nn
 
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import quoted, reason
+from weighted_mtp_core.model.exported_model import ADAPTER_CONFIG
 from weighted_mtp_core.model.shipped_heads import ShippedHeads
 from weighted_mtp_core.model.shipped_layers import later_layers, names_of_shipped_layers
 
-_ADAPTER = "adapter_config.json"
 _OF_A_LAYER = re.compile(r"(^|\.)(layers?|h|blocks?)\.\d+\.")
 _NOT_LEARNED = re.compile(r"inv_freq$|rotary_emb|masked_bias$|attn\.bias$|rope")
 _UNUSED = re.compile(r"(^|\.)pooler\.")
@@ -121,11 +121,11 @@ def read_config(source: Path | str, *, kind: str) -> Any:
     """
     from transformers import AutoConfig
 
-    if isinstance(source, Path) and (source / _ADAPTER).is_file():
+    if isinstance(source, Path) and (source / ADAPTER_CONFIG).is_file():
         raise WmtpError(
-            f"`{source}` contains an adapter, `{_ADAPTER}`, which would be applied to the model there",
+            f"`{source}` contains an adapter, `{ADAPTER_CONFIG}`, which would be applied to the model there",
             hint=f"merge it into the model (peft: `merge_and_unload`, then `save_pretrained`), or move "
-            f"`{_ADAPTER}` and its weights away",
+            f"`{ADAPTER_CONFIG}` and its weights away",
         )
     try:
         config = AutoConfig.from_pretrained(source)

@@ -1,0 +1,86 @@
+"""Write the adapter of a policy's base model alone, in peft's own format.
+
+Plain peft loads the folder onto the base model, `PeftModel.from_pretrained(base, folder)`, and then computes
+the logits of head 1. Heads 2..K are not part of the folder.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+
+from weighted_mtp_core.api.adapters import is_linear
+from weighted_mtp_core.errors import RunFailedError, WmtpError
+from weighted_mtp_core.export.transformers import language_model
+from weighted_mtp_core.model.adapters import adapted_layers
+from weighted_mtp_core.model.exported_model import RECIPE
+from weighted_mtp_core.model.policy import Policy
+from weighted_mtp_core.recipe.schema import ModelTable
+from weighted_mtp_core.storage.manifest import atomic_folder
+
+
+def refuse_without_adapter(table: ModelTable) -> None:
+    """Refuse a run that trained no adapters.
+
+    Raises:
+        WmtpError: `model.train` is not `"adapters"`.
+    """
+    if table.train != "adapters":
+        raise WmtpError(
+            f'the run has no adapter to export: its `model.train` is "{table.train}"',
+            hint="export without `--adapter`",
+        )
+
+
+def write_adapter(policy: Policy, path: Path, *, dtype: torch.dtype, recipe: bytes) -> None:
+    """Write the folder, whole or not at all; an existing exported adapter is replaced.
+
+    Args:
+        policy: A policy with adapters.
+        path: The folder.
+        dtype: The dtype of the adapter's tensors.
+        recipe: Contents of the run's `recipe.toml`.
+
+    Raises:
+        RunFailedError: The disk is full, or permission is missing.
+    """
+    from peft import get_peft_model_state_dict
+
+    base = language_model(policy)
+    config: Any = copy.deepcopy(vars(policy)["peft_config"]["default"])
+    config.target_modules = _targets(base)
+    config.fan_in_fan_out = any(layer.fan_in_fan_out for _, layer in adapted_layers(base))
+    config.base_model_name_or_path = policy.config.name_or_path or None
+    config.task_type, config.inference_mode = "CAUSAL_LM", True
+    base.peft_config = {"default": config}
+    state = get_peft_model_state_dict(base, save_embedding_layers=False)
+    tensors = {
+        f"base_model.model.{name}": tensor.detach().to("cpu", dtype).contiguous()
+        for name, tensor in state.items()
+    }
+    try:
+        with atomic_folder(path, replace=True) as folder:
+            config.save_pretrained(str(folder))
+            save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+            (folder / RECIPE).write_bytes(recipe)
+    except (OSError, SafetensorError) as error:
+        raise RunFailedError(f"cannot write the exported adapter `{path}`: {error}") from error
+
+
+def _targets(base: nn.Module) -> list[str]:
+    """Return the names of the adapted layers; only their last parts if no other layer has the same ones."""
+    full = [name for name, _ in adapted_layers(base)]
+    inside = {f"{name}.base_layer" for name in full}
+    short = {name.rpartition(".")[2] for name in full}
+    others = {
+        name.rpartition(".")[2]
+        for name, each in base.named_modules()
+        if is_linear(each) and name not in inside and ".lora_" not in name
+    }
+    return sorted(full if short & others else short)
