@@ -14,7 +14,7 @@ PYTEST := bin/python -m pytest $(PYTEST_ARGS)
 WORKERS := -n 2 --dist loadfile
 test test-%: export OMP_NUM_THREADS := 1
 
-.PHONY: help run test test-core test-plugins $(PLUGINS:%=test-%) test-together test-integration test-e2e test-kills test-models test-serving lint format bench docs clean
+.PHONY: help run test test-core test-plugins $(PLUGINS:%=test-%) test-together test-integration test-e2e test-kills test-models test-serving lint format bench gpu docs clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -73,6 +73,13 @@ format: $(INSTALLED)  ## Fix what ruff can fix
 bench: $(INSTALLED) .venv/bench-packages/.made  ## Measure speed and memory, also of other libraries: benchmarks/results.*
 	.venv/bin/python benchmarks/bench.py $(ARGS)
 
+# On a machine without a CUDA device it ends with exit code 2 before anything is installed or tested.
+gpu: $(INSTALLED)  ## Run the tests and the benchmarks of a GPU, in 10 minutes: benchmarks/gpu.*
+	@.venv/bin/python benchmarks/bench.py --gpu --check
+	@$(MAKE) --no-print-directory .venv/bench-packages/.made-gpu
+	.venv/$(PYTEST) -m gpu tests/unit tests/e2e
+	.venv/bin/python benchmarks/bench.py --gpu $(ARGS)
+
 docs: $(INSTALLED)  ## Build the documentation as a site: site/index.html
 	.venv/bin/python -m sphinx -q -W --keep-going -b html docs site
 
@@ -92,6 +99,10 @@ $(INSTALLED): constraints.txt pyproject.toml $(PLUGINS:%=plugins/%/pyproject.tom
 # Libraries that only `make bench` needs, in a folder of their own. What they depend on is installed with core or listed there.
 .venv/bench-packages/.made: $(INSTALLED) benchmarks/requirements.txt
 	.venv/bin/pip install --quiet --upgrade --no-deps --target $(@D) -r benchmarks/requirements.txt
+	@touch $@
+
+.venv/bench-packages/.made-gpu: .venv/bench-packages/.made benchmarks/requirements-gpu.txt
+	.venv/bin/pip install --quiet --upgrade --no-deps --target $(@D) -r benchmarks/requirements-gpu.txt
 	@touch $@
 
 # It installs a torchvision that does not fit torch's CPU build; nothing here needs it.

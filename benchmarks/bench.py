@@ -2,9 +2,11 @@
 
     make bench
     python benchmarks/bench.py loss step      only these groups; the results of the others stay
+    python benchmarks/bench.py --gpu          the groups for a GPU, on the CUDA device: gpu.json and gpu.md
 
 Writes results.json, results.md and results.png next to this file. Exits with 1 if a row misses its limit or a
-group fails. Nothing else should run on the machine: results.json records the load of each group.
+group fails, and with 2 if `--gpu` finds no CUDA device. Nothing else should run on the machine: results.json
+records the load of each group.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import table
+import torch
+from harness import GPU, table
 
 HERE = Path(__file__).parent
 GROUPS = ("loss", "advantages", "step", "heads", "padding", "corpus", "checkpointing", "decoding", "trainers")
+ON_GPU = ("mfu", "loss", "liger", "trainers")
 RESULTS = HERE / "results.json"
 Group = dict[str, Any]
 
@@ -40,20 +44,21 @@ def measure(name: str) -> Group | None:
         return found
 
 
-def save(groups: Mapping[str, Group]) -> None:
-    """Write the results as JSON, as a table and as a plot."""
+def save(groups: Mapping[str, Group], file: Path) -> None:
+    """Write the results as JSON, as a table and, if rows have limits, as a plot."""
     rows = [{"group": name, **row} for name, group in groups.items() for row in group["rows"]]
     machines = {name: {**group["machine"], "seconds": group["seconds"]} for name, group in groups.items()}
-    RESULTS.write_text(json.dumps({"machines": machines, "rows": rows}, indent=1) + "\n")
-    RESULTS.with_suffix(".md").write_text(table(rows))
-    plot(rows, RESULTS.with_suffix(".png"))
+    file.write_text(json.dumps({"machines": machines, "rows": rows}, indent=1) + "\n")
+    file.with_suffix(".md").write_text(table(rows))
+    if any(row["ok"] is not None for row in rows):
+        plot(rows, file.with_suffix(".png"))
 
 
-def saved() -> dict[str, Group]:
+def saved(file: Path) -> dict[str, Group]:
     """Return the saved results."""
-    if not RESULTS.is_file():
+    if not file.is_file():
         return {}
-    found = json.loads(RESULTS.read_text())
+    found = json.loads(file.read_text())
     return {
         name: {
             "machine": machine,
@@ -104,17 +109,27 @@ def main() -> int:
     """Measure, write the results and list what failed or missed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; all by default")
+    parser.add_argument("--gpu", action="store_true", help=f"measure {', '.join(ON_GPU)} on the CUDA device")
+    parser.add_argument("--check", action="store_true", help="with --gpu: only look for the CUDA device")
     args = parser.parse_args()
-    if unknown := set(args.groups) - set(GROUPS):
+    every, file = (ON_GPU, HERE / "gpu.json") if args.gpu else (GROUPS, RESULTS)
+    if args.gpu and not torch.cuda.is_available():
+        print("error: there is no CUDA device here", file=sys.stderr)
+        return 2
+    if args.check:
+        return 0
+    if args.gpu:
+        os.environ[GPU] = "1"
+    if unknown := set(args.groups) - set(every):
         parser.error(f"no group {', '.join(sorted(unknown))}")
-    groups, failed = saved(), []
-    for name in args.groups or GROUPS:
+    groups, failed = saved(file), []
+    for name in args.groups or every:
         found = measure(name)
         if found is None:
             failed.append(name)
             continue
         groups[name] = found
-        save({each: groups[each] for each in GROUPS if each in groups})
+        save({each: groups[each] for each in every if each in groups}, file)
     missed = [row["name"] for group in groups.values() for row in group["rows"] if row["ok"] is False]
     for name in failed:
         print(f"FAILED {name}: see above")

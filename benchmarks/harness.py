@@ -3,6 +3,9 @@
 Shared machines are noisy, and most of the noise lasts longer than one repetition. So the variants of a
 comparison take turns in one process, each round gives one ratio, and a row reports the median of the ratios.
 Times are CPU times on one thread; wall times are recorded as well. Peak memory is that of a separate process.
+
+`bench.py --gpu` measures on a CUDA device instead: times are elapsed times until the device has finished, and
+peak memory is that which torch has allocated on the device. Limits are those of a CPU, so they are left out.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from attrs import asdict, define, evolve, field, frozen
 
 MIB = 1 << 20
 QUICK = "WMTP_BENCH_QUICK"  # variable that `--quick` sets
+GPU = "WMTP_BENCH_GPU"  # variable that `bench.py --gpu` sets
 IDLE_LOAD = 1.2  # load average on two cores; the benchmark itself adds 1
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 _SMALL_BLOCK = 1 << 16  # bytes
@@ -64,6 +68,22 @@ class Times:
     wall: list[float] = field(factory=list)
 
 
+def device() -> torch.device:
+    """Return the device that is measured."""
+    return torch.device("cuda" if GPU in os.environ else "cpu")
+
+
+def autocast() -> torch.autocast:
+    """Return the context of a forward pass: bfloat16 on a GPU."""
+    return torch.autocast(device().type, dtype=torch.bfloat16, enabled=GPU in os.environ)
+
+
+def wait() -> None:
+    """Wait until the device has finished."""
+    if GPU in os.environ:
+        torch.cuda.synchronize()
+
+
 def in_turns(
     variants: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1
 ) -> dict[str, Times]:
@@ -73,11 +93,14 @@ def in_turns(
     for turn in range(-warmup, rounds):
         for i in range(len(names)):
             name = names[(i + turn) % len(names)]
+            wait()
             wall, cpu = time.perf_counter(), time.process_time()
             variants[name]()
+            wait()
             if turn >= 0:
-                times[name].cpu.append(time.process_time() - cpu)
-                times[name].wall.append(time.perf_counter() - wall)
+                elapsed, used = time.perf_counter() - wall, time.process_time() - cpu
+                times[name].cpu.append(elapsed if GPU in os.environ else used)
+                times[name].wall.append(elapsed)
     return times
 
 
@@ -119,6 +142,8 @@ def within(value: float, limit: str) -> bool:
 def peak_mib(prepare: Callable[..., Callable[[], object]], *arguments: object) -> float:
     """Return the peak growth of a new process while it runs the function that `prepare(*arguments)` returns.
 
+    On a GPU, this is the growth of the memory that torch has allocated there in this process.
+
     Args:
         prepare: A module-level function, because the new process imports it by name. It makes the inputs,
             which are not counted, and returns the function to measure.
@@ -130,6 +155,8 @@ def peak_mib(prepare: Callable[..., Callable[[], object]], *arguments: object) -
     if QUICK in os.environ:  # a process takes seconds to start
         prepare(*arguments)()
         return 1.0
+    if GPU in os.environ:
+        return _grown_on_device(prepare, arguments)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_grown, prepare, arguments).result()
 
@@ -157,6 +184,15 @@ def _grown(prepare: Callable[..., Callable[[], object]], arguments: Sequence[obj
     return (_status("VmHWM") - before) / 1024
 
 
+def _grown_on_device(prepare: Callable[..., Callable[[], object]], arguments: Sequence[object]) -> float:
+    measured = prepare(*arguments)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    measured()
+    return (torch.cuda.max_memory_allocated() - before) / MIB
+
+
 def _status(name: str) -> int:
     """Return a value of /proc/self/status in KiB; `ru_maxrss` would start with the parent's peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -169,6 +205,7 @@ def machine() -> dict[str, Any]:
     cpus = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
         "cpu": cpus[0].partition(": ")[2] if cpus else platform.machine(),
+        **({"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if GPU in os.environ else {}),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -209,7 +246,8 @@ def run_group(measure: Callable[[argparse.Namespace], list[Row]], description: s
     host = machine()
     began = time.perf_counter()
     measured = measure(args)
-    rows = [asdict(evolve(each, ok=None) if args.quick else each) for each in measured]
+    judged = not args.quick and GPU not in os.environ
+    rows = [asdict(each if judged else evolve(each, ok=None)) for each in measured]
     found = {"machine": host, "seconds": round(time.perf_counter() - began, 1), "rows": rows}
     print(f"load {host['load_before']} on {host['cores']} cores, {found['seconds']} s")
     print(table(rows), end="")

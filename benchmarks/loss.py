@@ -3,7 +3,7 @@
     python benchmarks/loss.py
 
 The heads return the trunk's states unchanged, so that only the loss is measured: V = 49152, D = 576, 40 % of
-the pairs supervised, random weights.
+the pairs supervised, random weights. On a GPU, D = 2048 and T = 8192, in bfloat16.
 
 Shape letters: B rows, T positions, K heads, N supervised pairs of all heads, D hidden, V vocabulary.
 """
@@ -11,11 +11,12 @@ Shape letters: B rows, T positions, K heads, N supervised pairs of all heads, D 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterator
 
 import torch
 from attrs import frozen
-from harness import MIB, Row, in_turns, main, peak_mib, ratio_row, row
+from harness import GPU, MIB, Row, autocast, device, in_turns, main, peak_mib, ratio_row, row
 from torch import Tensor, nn
 from weighted_mtp_core.model.chunked_unembedding import CHUNK
 from weighted_mtp_core.model.loss import normalisers, weighted_mtp_loss
@@ -23,7 +24,8 @@ from weighted_mtp_core.model.pair_predictions import PairPredictions
 from weighted_mtp_core.model.targets import IGNORED, target_mask
 from weighted_mtp_core.model.unembedding import Unembedding
 
-D, SUPERVISED = 576, 0.4
+SUPERVISED = 0.4
+D, DTYPE = (2048, torch.bfloat16) if GPU in os.environ else (576, torch.float32)
 
 
 class BareHeads(nn.Module):
@@ -61,32 +63,36 @@ class Case:
         """Make states, labels and weights from a fixed seed."""
         torch.manual_seed(0)
         shape = 1, positions, n_future
-        # The same number for each head; otherwise the largest head would have more rows with more heads.
-        counts_BTK = torch.rand(shape).argsort(dim=1) < SUPERVISED * positions
-        return cls(
-            policy=BareHeads(n_future, vocabulary),
-            hidden_BTD=torch.randn(1, positions, D),
-            labels_BTK=torch.randint(vocabulary, shape).where(counts_BTK, IGNORED),
-            weight_BTK=torch.rand(shape).where(counts_BTK, 0.0),
-        )
+        with device():
+            # The same number for each head; otherwise the largest head would have more rows with more heads.
+            counts_BTK = torch.rand(shape).argsort(dim=1) < SUPERVISED * positions
+            return cls(
+                policy=BareHeads(n_future, vocabulary),
+                hidden_BTD=torch.randn(1, positions, D, dtype=DTYPE),
+                labels_BTK=torch.randint(vocabulary, shape).where(counts_BTK, IGNORED),
+                weight_BTK=torch.rand(shape).where(counts_BTK, 0.0),
+            )
 
     def fused(self, weight_BTK: Tensor | None = None) -> None:
         """Compute loss and gradients as training does."""
         weight_BTK = self.weight_BTK if weight_BTK is None else weight_BTK
-        target_BTK = target_mask(self.labels_BTK)
-        weighted_mtp_loss(
-            self.policy,  # type: ignore[arg-type]  # has all of a Policy that the loss uses
-            self._leaf(),
-            labels_BTK=self.labels_BTK,
-            weight_BTK=weight_BTK,
-            normaliser_K=normalisers(weight_BTK, target_BTK, normalise="weights"),
-            head_share_K=torch.full((self.policy.n_future,), 1 / self.policy.n_future),
-        )
+        target_BTK, heads = target_mask(self.labels_BTK), self.policy.n_future
+        with autocast():
+            weighted_mtp_loss(
+                self.policy,  # type: ignore[arg-type]  # has all of a Policy that the loss uses
+                self._leaf(),
+                labels_BTK=self.labels_BTK,
+                weight_BTK=weight_BTK,
+                normaliser_K=normalisers(weight_BTK, target_BTK, normalise="weights"),
+                head_share_K=torch.full((heads,), 1 / heads, device=device()),
+            )
 
     def losses_first(self) -> None:
         """Compute them with weights that depend on the policy's current losses, as in Rho-1."""
-        predictions = PairPredictions(self.policy, self._leaf().detach(), self.labels_BTK)  # type: ignore[arg-type]
-        self.fused(predictions.losses())
+        with autocast():
+            predictions = PairPredictions(self.policy, self._leaf().detach(), self.labels_BTK)  # type: ignore[arg-type]
+            weight_BTK = predictions.losses()
+        self.fused(weight_BTK)
 
     def full(self) -> None:
         """Compute them with all `[B, T, K, V]` logits and autograd."""
@@ -94,7 +100,8 @@ class Case:
         normaliser_K = normalisers(self.weight_BTK, target_BTK, normalise="weights")
         states_BTD = self._leaf()
         heads = range(1, self.policy.n_future + 1)
-        logits = [self.policy.unembedding(states_BTD) for _ in heads]
+        with autocast():
+            logits = [self.policy.unembedding(states_BTD) for _ in heads]
         ce_BTK = nn.functional.cross_entropy(
             torch.stack(logits, dim=2).movedim(-1, 1),
             self.labels_BTK,
@@ -112,13 +119,15 @@ class Case:
 
 def three_products(pairs: int, vocabulary: int) -> Callable[[], None]:
     """Return the products alone: logits, gradients of states and unembedding, chunk by chunk, in place."""
-    weight_VD, state_ND = torch.randn(vocabulary, D), torch.randn(pairs, D)
-    logits_NV, gradient_ND = torch.empty(min(CHUNK, pairs), vocabulary), torch.empty(pairs, D)
-    gradient_VD = torch.zeros(vocabulary, D)
+    chunk = 8192 if GPU in os.environ else CHUNK
+    with device():
+        weight_VD, state_ND = torch.randn(vocabulary, D, dtype=DTYPE), torch.randn(pairs, D, dtype=DTYPE)
+        logits_NV = torch.empty(min(chunk, pairs), vocabulary, dtype=DTYPE)
+        gradient_ND, gradient_VD = torch.empty_like(state_ND), torch.zeros_like(weight_VD)
 
     def work() -> None:
-        for first in range(0, pairs, CHUNK):
-            rows = slice(first, min(first + CHUNK, pairs))
+        for first in range(0, pairs, chunk):
+            rows = slice(first, min(first + chunk, pairs))
             part_NV = logits_NV[: rows.stop - rows.start]
             torch.mm(state_ND[rows], weight_VD.T, out=part_NV)
             torch.mm(part_NV, weight_VD, out=gradient_ND[rows])
@@ -157,6 +166,7 @@ def flatness(name: str, sizes: dict[int, tuple[int, int]], vocabulary: int) -> l
 def measure(args: argparse.Namespace) -> list[Row]:
     """Measure the group."""
     positions, n_future, vocabulary, rounds = (64, 4, 512, 2) if args.quick else (512, 4, 49152, 4)
+    positions = 8192 if GPU in os.environ and not args.quick else positions
     case = Case.of(positions, n_future, vocabulary)
     pairs = int(target_mask(case.labels_BTK).sum())
     times = in_turns(

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from attrs import frozen
-from harness import Row, Times, in_turns, main, ratio_row, row
+from harness import Row, Times, autocast, device, in_turns, main, ratio_row, row
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.api import Batch, BuildContext, Critic, ModelContext, Signal, WeightingStrategy
@@ -64,16 +64,16 @@ TRUNK_HEAD = ValueHeadOptions(body="policy", layers=0, lm_loss_weight=0.0)
 SEPARATE = ValueHeadOptions(body="frozen", layers=0, lm_loss_weight=0.0)
 
 
-def documents(vocabulary: int, positions: int) -> TokenSet:
+def documents(vocabulary: int, positions: int, count: int = DOCUMENTS) -> TokenSet:
     """Return documents of equal length; the last 40 % of each are the response."""
     generator = np.random.default_rng(0)
     return TokenSet(
-        ids_N=generator.integers(vocabulary, size=DOCUMENTS * positions).astype(np.int32),
-        start_D1=np.arange(DOCUMENTS + 1) * positions,
-        prompt_D=np.full(DOCUMENTS, round(positions * (1 - SUPERVISED)), dtype=np.int32),
-        reward_D=np.arange(DOCUMENTS, dtype=np.float32) % 2,
-        problem_D=np.arange(DOCUMENTS),
-        example_ids=[str(d) for d in range(DOCUMENTS)],
+        ids_N=generator.integers(vocabulary, size=count * positions).astype(np.int32),
+        start_D1=np.arange(count + 1) * positions,
+        prompt_D=np.full(count, round(positions * (1 - SUPERVISED)), dtype=np.int32),
+        reward_D=np.arange(count, dtype=np.float32) % 2,
+        problem_D=np.arange(count),
+        example_ids=[str(d) for d in range(count)],
     )
 
 
@@ -101,11 +101,13 @@ class Bench:
         positions: int,
         heads: Mapping[str, tuple[HeadKind, int]],
         *,
+        batch_size: int = 1,
         base_is_frozen: bool = False,
     ) -> Iterator[Bench]:
         """Make everything except critics; `heads` names the policies, each with its kind of heads and K."""
         config = LlamaConfig(**shape, tie_word_embeddings=True, max_position_embeddings=2048)
-        base = LlamaForCausalLM(config).train()
+        with device():
+            base = LlamaForCausalLM(config).train()
         policies = {
             name: make_policy(sharing_parameters(base), n_future=n_future, head_kind=kind).train()
             for name, (kind, n_future) in heads.items()
@@ -115,11 +117,11 @@ class Bench:
                 policy.freeze_base()
         distinct = dict.fromkeys(each for policy in policies.values() for each in policy.parameters())
         batches = StepBatches(
-            documents(shape["vocab_size"], positions),
+            documents(shape["vocab_size"], positions, max(DOCUMENTS, batch_size)),
             DataTable(use="benchmark"),
-            batch_size=1,
+            batch_size=batch_size,
             seed=0,
-            device=torch.device("cpu"),
+            device=device(),
         )
         with tempfile.TemporaryDirectory() as scratch:
             yield cls(
@@ -137,7 +139,7 @@ class Bench:
             n_future=policy.n_future,
             hidden_size=policy.hidden_size,
             vocab_size=policy.vocab_size,
-            device=torch.device("cpu"),
+            device=device(),
             frozen_trunk=partial(frozen_trunk, policy),
         )
         return BuildContext(seed=0, storage=self.scratch, model=model)
@@ -149,7 +151,9 @@ class Bench:
         def step(number: int) -> None:
             batch = self.batches(number)
             labels_BT = batch.ids_BT.where(batch.response_BT, -100)
-            self.base(input_ids=batch.ids_BT, labels=labels_BT, use_cache=False).loss.backward()
+            with autocast():
+                loss = self.base(input_ids=batch.ids_BT, labels=labels_BT, use_cache=False).loss
+            loss.backward()
             self._update(parameters)
 
         return step
@@ -171,7 +175,7 @@ class Bench:
             steps=1000,
             pairs_per_step=self.batches.pairs_per_step(policy.n_future),
             accumulation=1,
-            autocast=lambda: torch.autocast("cpu", enabled=False),
+            autocast=autocast,
             validation=_no_batches,
             best=self.scratch / "best",
         )

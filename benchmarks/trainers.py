@@ -4,7 +4,8 @@
 
 Documents with HumanEval's lengths, batch size 8, the same model, optimiser and dtype, loss on the response
 only. The peers pad shuffled batches, which is their default; ours groups by length. The model has a third of
-SmolLM2-135M's layers and vocabulary, which keeps the unembedding's share of the work. TRL comes from
+SmolLM2-135M's layers and vocabulary, which keeps the unembedding's share of the work; on a GPU, it has the
+whole shape and computes in bfloat16. TRL, whose loss computes the logits in chunks, comes from
 benchmarks/requirements.txt; `make bench` installs it.
 """
 
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 from checkpointing import Quiet, Unvalidated
-from harness import Row, in_turns, main, ratio_row, row
+from harness import GPU, Row, autocast, device, in_turns, main, ratio_row, row
 from humaneval_lengths import humaneval_tokens
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
@@ -47,7 +48,8 @@ Record = dict[str, list[int]]
 def small_model(*, quick: bool) -> LlamaForCausalLM:
     """Return a model with SmolLM2's proportions and random weights."""
     torch.manual_seed(0)
-    width, layers, vocabulary = (32, 2, 512) if quick else (576, 10, 16384)
+    full = (576, 30, 49152) if GPU in os.environ else (576, 10, 16384)
+    width, layers, vocabulary = (32, 2, 512) if quick else full
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -60,7 +62,8 @@ def small_model(*, quick: bool) -> LlamaForCausalLM:
         bos_token_id=None,
         eos_token_id=1,
     )
-    return LlamaForCausalLM(config)
+    with device():
+        return LlamaForCausalLM(config)
 
 
 def records(tokens: TokenSet) -> list[Record]:
@@ -103,8 +106,8 @@ def common_arguments(folder: Path) -> dict[str, Any]:
         "logging_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
+        "use_cpu": GPU not in os.environ,
+        "bf16": GPU in os.environ,
         "gradient_checkpointing": False,
         "remove_unused_columns": False,
     }
@@ -173,7 +176,7 @@ def our_learner(
         steps=steps,
         pairs_per_step=pairs_per_step,
         accumulation=1,
-        autocast=lambda: torch.autocast("cpu", enabled=False),
+        autocast=autocast,
         validation=list,
         best=folder / "best_model.pt",
     )
@@ -217,7 +220,7 @@ def train_peer(name: str, model: LlamaForCausalLM, data: list[Record]) -> None:
 
 def loss_gap(model: LlamaForCausalLM, tokens: TokenSet, data: list[Record]) -> float:
     """Return the largest difference of the peers' losses of the first batch from ours, relative to ours."""
-    batch: Batch = collate(tokens, range(BATCH), device=torch.device("cpu"))
+    batch: Batch = collate(tokens, range(BATCH), device=device())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pairs = [float(batch.response_BT.sum())]
@@ -227,7 +230,9 @@ def loss_gap(model: LlamaForCausalLM, tokens: TokenSet, data: list[Record]) -> f
         for peer in PEERS.values():
             trainer = peer(copy.deepcopy(model), data, folder)
             inputs = trainer.data_collator([dict(each) for each in data[:BATCH]])
-            gaps.append(abs(float(trainer.compute_loss(trainer.model, inputs)) - ours) / ours)
+            with autocast():
+                loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs))  # noqa: SLF001
+            gaps.append(abs(float(loss) - ours) / ours)
     return max(gaps)
 
 
@@ -240,9 +245,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
     model = small_model(quick=args.quick)
     tokens = humaneval_tokens(model.config.vocab_size, limit=limit)
     data = records(tokens)
-    batches = StepBatches(
-        tokens, DataTable(use="benchmark"), batch_size=BATCH, seed=0, device=torch.device("cpu")
-    )
+    batches = StepBatches(tokens, DataTable(use="benchmark"), batch_size=BATCH, seed=0, device=device())
     steps = -(-limit // BATCH)
     gap = loss_gap(model, tokens, data)
     variants: dict[str, Callable[[], object]] = {"ours": partial(train_ours, model, batches, steps=steps)}
