@@ -14,7 +14,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("shared machine", deadline=None)  # first calls are slow where others compute too
 settings.load_profile("shared machine")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip the tests of a GPU on a machine without one."""
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("there is no CUDA device here")

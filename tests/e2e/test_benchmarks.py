@@ -31,13 +31,27 @@ def benchmark(environment, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "group", ["loss", "advantages", "step", "heads", "padding", "corpus", "checkpointing"]
+    "group", ["loss", "advantages", "step", "heads", "padding", "corpus", "checkpointing", "mfu"]
 )
 def test_a_group_measures_every_row(benchmark, group):
     rows = benchmark(group)
 
     assert rows
     assert all(isinstance(row["value"], float) for row in rows)
+
+
+def test_the_benchmarks_of_a_gpu_need_one(environment, tmp_path):
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "bench.py", "--gpu"],
+        cwd=tmp_path,
+        env=environment(CUDA_VISIBLE_DEVICES=""),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == "error: there is no CUDA device here"
 
 
 def test_a_run_whose_plugin_is_gone_is_skipped(environment, tmp_path):

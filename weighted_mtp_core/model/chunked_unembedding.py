@@ -79,7 +79,8 @@ class ChunkedUnembedding:
             teaches: Whether `learn` is called with a teacher.
         """
         unembedding, device = policy.unembedding, hidden_BTH.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else unembedding.dtype
+        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if casts else unembedding.dtype
         matrix_VH = unembedding.weight.detach().to(dtype)
         row_bytes = len(matrix_VH) * matrix_VH.element_size()
         rows = (max(_BUDGET, CHUNK * row_bytes) - extra_bytes) // row_bytes

@@ -17,6 +17,7 @@ Shape letters: B rows, T positions, K heads, N counted pairs of one head, H hidd
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -174,5 +175,7 @@ def _learn_head(
 def _backward(gradients: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Propagate gradients outside of autocast, because autocast is meant only for forward passes."""
     tensors, gradients_of_tensors = zip(*gradients, strict=True)
-    with torch.autocast(tensors[0].device.type, enabled=False):
+    device = tensors[0].device.type
+    casts = torch.amp.is_autocast_available(device)
+    with torch.autocast(device, enabled=False) if casts else nullcontext():
         torch.autograd.backward(tensors, gradients_of_tensors)
