@@ -28,7 +28,8 @@ from weighted_mtp_core.api import Batch, BuildContext
 from weighted_mtp_core.checkpointing.manager import Checkpoints
 from weighted_mtp_core.data.batches import StepBatches
 from weighted_mtp_core.model.load import make_policy
-from weighted_mtp_core.recipe.schema import CheckpointTable, DataTable, LossTable, MicroTable, TrainTable
+from weighted_mtp_core.recipe.schema import CheckpointTable, DataTable, LossTable, MicroTable
+from weighted_mtp_core.recipe.train_table import TrainTable
 from weighted_mtp_core.training.loop import Learner, Validation, train
 from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.weighting_inputs import Weighting

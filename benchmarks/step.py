@@ -32,8 +32,9 @@ from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.trunk import frozen_trunk
-from weighted_mtp_core.recipe.schema import DataTable, HeadKind, LossTable, TrainTable
-from weighted_mtp_core.training.optimisers import clip_gradients, make_optimiser
+from weighted_mtp_core.recipe.schema import DataTable, HeadKind, LossTable
+from weighted_mtp_core.recipe.train_table import TrainTable
+from weighted_mtp_core.training.optimisers import clip_gradients, make_optimisers
 from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.score_cache import CachedCritic
 from weighted_mtp_core.training.weighting_inputs import Weighting
@@ -123,12 +124,13 @@ class Bench:
             seed=0,
             device=device(),
         )
+        (optimiser,) = make_optimisers(distinct, TrainTable(learning_rate=1e-5))
         with tempfile.TemporaryDirectory() as scratch:
             yield cls(
                 base=base,
                 policies=policies,
                 batches=batches,
-                optimiser=make_optimiser(distinct, TrainTable(learning_rate=1e-5)),
+                optimiser=optimiser,
                 scratch=Path(scratch),
             )
 

@@ -34,7 +34,8 @@ from weighted_mtp_core.checkpointing.manager import Checkpoints
 from weighted_mtp_core.data.batches import StepBatches, collate
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.model.load import make_policy
-from weighted_mtp_core.recipe.schema import CheckpointTable, DataTable, LossTable, TrainTable
+from weighted_mtp_core.recipe.schema import CheckpointTable, DataTable, LossTable
+from weighted_mtp_core.recipe.train_table import TrainTable
 from weighted_mtp_core.training.loop import train
 from weighted_mtp_core.training.weighting_inputs import Weighting
 

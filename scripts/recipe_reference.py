@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-from weighted_mtp_core.recipe import schema
+from weighted_mtp_core.recipe import schema, train_table
 from weighted_mtp_core.recipe.structure import default_of, expected, plain
 
 FILE = Path(__file__).parents[1] / "docs" / "recipes.md"
@@ -31,7 +31,8 @@ TABLES: dict[str, type] = {
     "[critic.pairs]": schema.PairsTable,
     "[weighting]": schema.Selection,
     "[loss]": schema.LossTable,
-    "[train]": schema.PolicyTrainTable,
+    "[train]": train_table.PolicyTrainTable,
+    "[train.optimiser]": train_table.OptimiserTable,
     "[checkpoint]": schema.CheckpointTable,
     "[evaluate]": schema.EvaluateTable,
     "[[tracker]]": schema.TrackerTable,
@@ -87,10 +88,12 @@ def generated(text: str) -> str:
         meaning = {row[0].strip("`"): row[-1] for row in cells if row[-1]}
         written = [*HEAD]
         for field in attrs.fields(attrs.resolve_types(table)):
-            if field.name not in meaning:
-                sys.exit(f"error: {FILE.name} does not say what `{field.name}` of `{title}` means: add a row")
+            if field.alias not in meaning:
+                sys.exit(
+                    f"error: {FILE.name} does not say what `{field.alias}` of `{title}` means: add a row"
+                )
             limits = ", ".join(f"`{bound}`" for bound in bounds(field.validator))
-            cell = (f"`{field.name}`", kind(field), default(field), limits, meaning[field.name])
+            cell = (f"`{field.alias}`", kind(field), default(field), limits, meaning[field.alias])
             written.append("| " + " | ".join(cell) + " |")
         tail = section[first + length :]
         text = before + found + section[:first] + "\n".join(written) + "\n" + tail + end + rest

@@ -28,6 +28,7 @@ from weighted_mtp_core.recipe.line_numbers import KeyPath
 from weighted_mtp_core.recipe.load import recipe_to_toml, structure_recipe
 from weighted_mtp_core.recipe.schema import Recipe, Selection
 from weighted_mtp_core.recipe.structure import Fault, plain
+from weighted_mtp_core.recipe.train_table import TrainTable
 
 _DEFAULT_EXPERIMENT_PREFIX = "weighted_mtp"
 _CRITIC_SIGNALS = (Signal.VALUE, Signal.REFERENCE_LOSS)  # core computes the other signals
@@ -107,7 +108,7 @@ def plan_document(document: Document) -> Plan:
     selected = _select(document.table, selector)
     weighting, critic = selected["weighting",], selected.get(("critic",))
     between = _head_faults(recipe) + _untrained_head_faults(recipe) + _sign_faults(recipe, weighting)
-    between += _critic_faults(weighting, critic)
+    between += _critic_faults(weighting, critic) + _optimiser_faults(recipe)
     if faults := selector.faults + between:
         raise document.error(faults)
     plan = _resolve(recipe, selected, selector.registry, document)
@@ -172,6 +173,25 @@ def _untrained_head_faults(recipe: Recipe) -> list[Fault]:
         found.append(Fault(("loss", "heads"), f"`{recipe.loss.heads}` {text}"))
     if recipe.train.head_learning_rate is not None:
         found.append(Fault(("train", "head_learning_rate"), text))
+    return found
+
+
+def _optimiser_faults(recipe: Recipe) -> list[Fault]:
+    """Refuse optimisers and learning rates that the parameters to train do not fit."""
+    found = []
+    if recipe.train.embedding_learning_rate is not None and recipe.model.train != "all":
+        text = f'the embeddings are not trained with `model.train = "{recipe.model.train}"`'
+        found.append(Fault(("train", "embedding_learning_rate"), text))
+    if recipe.critic is not None and recipe.critic.train.optimiser.name == "muon":
+        text = "`muon` is for the policy: a critic does not say which parameters are embeddings"
+        found.append(Fault(("critic", "train", "optimiser", "name"), text))
+    stages: dict[KeyPath, TrainTable] = {("train",): recipe.train}
+    if recipe.critic is not None:
+        stages["critic", "train"] = recipe.critic.train
+    for at, table in stages.items():
+        if table.optimiser.name == "adamw_8bit" and recipe.model.shard:
+            text = "`adamw_8bit` needs `model.shard = false`: shards would cut its blocks"
+            found.append(Fault((*at, "optimiser", "name"), text))
     return found
 
 

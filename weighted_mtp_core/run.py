@@ -15,6 +15,8 @@ from weighted_mtp_core.api import Batch, Critic, Signal
 from weighted_mtp_core.checkpointing.best_model import load_component
 from weighted_mtp_core.checkpointing.manager import Checkpoints
 from weighted_mtp_core.checkpointing.resume import (
+    LAST_STEP,
+    STEPS,
     fingerprint,
     other_machine,
     refuse_changes,
@@ -27,7 +29,7 @@ from weighted_mtp_core.evaluation.evaluate import Evaluation, evaluate
 from weighted_mtp_core.export.serving import serving_hints
 from weighted_mtp_core.metrics.critic_report import CriticReport
 from weighted_mtp_core.plan import Plan
-from weighted_mtp_core.recipe.schema import TrainTable
+from weighted_mtp_core.recipe.train_table import TrainTable
 from weighted_mtp_core.report.page import write_report
 from weighted_mtp_core.report.token_measures import measure_tokens
 from weighted_mtp_core.report.token_report import save_token_report
@@ -38,8 +40,10 @@ from weighted_mtp_core.storage.atomic import atomic_write
 from weighted_mtp_core.tracking.display import Display
 from weighted_mtp_core.tracking.rank_log import RankLog
 from weighted_mtp_core.tracking.recorder import Recorder, open_recorder
+from weighted_mtp_core.tracking.run_folder import read_run
 from weighted_mtp_core.training.critic_learner import CriticLearner, check_informative
 from weighted_mtp_core.training.loop import Learner, Trained, train
+from weighted_mtp_core.training.optimisers import check_optimisers
 from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.prepare import Prepared, prepare
 
@@ -56,6 +60,7 @@ def run_plan(plan: Plan, *, resume: str | None = None, allow_change: Sequence[st
         WmtpError: The input is invalid or something is missing; nothing was trained.
         RunFailedError: The run failed after it was opened, and was closed as FAILED.
     """
+    check_optimisers(plan.recipe)
     distributed = Distributed.init(plan.recipe.model.device)
     previous = run_to_resume(plan, resume) if distributed.is_rank_zero else None
     if previous is not None:
@@ -81,7 +86,7 @@ def run_plan(plan: Plan, *, resume: str | None = None, allow_change: Sequence[st
         prepared = run.prepare(allow_change)
         critic, report = run.train_critic(prepared)
         learner, trained = run.train_policy(prepared, critic)
-        evaluation = run.evaluate(prepared)
+        evaluation = run.evaluate(prepared, step=trained.last_step)
         run.write_report(prepared, learner, critic, report)
         rows = [
             *([] if report is None else report.summary()),
@@ -148,6 +153,9 @@ class _Run:
         with self.distributed.rank_zero_first():
             prepared = prepare(self.plan, log=self.recorder.log)
             prepared.tokenise()
+        if self.plan.recipe.train.epochs is not None:
+            per_epoch = prepared.policy_batches().batches_per_epoch
+            self._record_steps("train", prepared.train_table.steps, per_epoch)
         version, folder = prepared.source.version(), self.recorder.folder
         if self.distributed.is_rank_zero and refuse_other_data(folder, version, allowed=allow_change):
             self.recorder.datasets([version])
@@ -175,19 +183,24 @@ class _Run:
         )
         if trains or judged:
             learner.check_problems(table, log=self.recorder.log)
+        last_step = -1
         if trains:
             with self.distributed.rank_zero_first():
-                batches = prepared.critic_batches(critic, table)
+                batches, batches_per_epoch = prepared.critic_batches(critic, table)
+            learner.table = table.train.for_epochs(batches_per_epoch)
             if self.snapshot is not None and self.snapshot.stage == "policy":
                 learner.load_best()
+                last_step = int(read_run(folder.parents[1]).get(LAST_STEP["critic"], learner.table.steps))
             else:
-                self._train(learner, table.train, batches)
+                if table.train.epochs is not None:
+                    self._record_steps("critic.train", learner.table.steps, batches_per_epoch)
+                last_step = self._train(learner, learner.table, batches).last_step
         if not judged:
             return critic, None
         report = learner.measure("judging")
         # One step after the last validation, so that the last value of each metric is the judgement.
         found = report.metrics() | learner.training_metrics()
-        self.recorder.metrics(learner.stage, table.train.steps + 1 if trains else 0, found)
+        self.recorder.metrics(learner.stage, last_step + 1, found)
         if not check_informative(report, selected.address, table, log=self.recorder.log):
             self.recorder.tags({run_tags.UNINFORMATIVE_CRITIC: "true"})
         return critic, report
@@ -202,17 +215,16 @@ class _Run:
         best = self.recorder.folder.checkpoints / "best_model.pt"
         learner = PolicyLearner.make(prepared, critic, best=best, distributed=self.distributed)
         self._shard(decoder_layers(prepared.policy))  # after critic and weighting have made their copies
-        trained = self._train(learner, self.plan.recipe.train, batches)
+        trained = self._train(learner, prepared.train_table, batches)
         self.recorder.artifact(best, "checkpoints")
         return learner, trained
 
-    def evaluate(self, prepared: Prepared) -> Evaluation:
-        """Stage 3: measure the best policy on held-out problems."""
+    def evaluate(self, prepared: Prepared, *, step: int) -> Evaluation:
+        """Stage 3: measure the best policy on held-out problems; `step` is the last step of stage 2."""
         if not self._takes_part:
             return Evaluation(metrics={}, timings={}, files=())
         folder = self.recorder.folder.path / "evaluation" if self.distributed.is_rank_zero else None
         evaluation = evaluate(prepared, self.plan.recipe.evaluate, display=self.display, folder=folder)
-        step = self.plan.recipe.train.steps
         self.recorder.metrics("evaluate", step, evaluation.metrics)
         self.recorder.timings("evaluate", step, evaluation.timings)
         for file in evaluation.files:
@@ -268,4 +280,23 @@ class _Run:
             distributed=self.distributed,
         )
         self.recorder.log(f"{learner.stage}: kept step {trained.best_step} of {table.steps}")
+        last, planned = LAST_STEP[learner.stage], STEPS[learner.stage]
+        was = read_run(self.recorder.folder.path)
+        if self.distributed.is_rank_zero:
+            self.recorder.folder.record(**{last: trained.last_step, planned: table.steps})
+        tag = f"{run_tags.STOPPED_EARLY_PREFIX}{learner.stage}"
+        if trained.last_step < table.steps:
+            self.recorder.log(
+                f"{learner.stage}: stopped early after step {trained.last_step} of {table.steps}"
+            )
+            self.recorder.tags({tag: str(trained.last_step)})
+        elif was.get(last, 0) < was.get(planned, 0):
+            self.recorder.tags({tag: "no"})  # the resumed run stopped early before
         return trained
+
+    def _record_steps(self, key: str, steps: int, batches_per_epoch: float) -> None:
+        """Record the number of steps of a stage whose length the recipe gives in epochs."""
+        self.recorder.log(f"`{key}.epochs`: {steps} steps, with {batches_per_epoch:g} steps per epoch")
+        self.recorder.params({f"{key}.steps": str(steps)})
+        if self.distributed.is_rank_zero:
+            self.recorder.folder.record(**{f"{key}.batches_per_epoch": batches_per_epoch})

@@ -18,6 +18,7 @@ SOURCE_SHA256 = "wmtp.source_sha256"
 MODEL_VERSION = "model_version"
 UNINFORMATIVE_CRITIC = "wmtp.uninformative_critic"
 ORACLE = "wmtp.oracle"
+STOPPED_EARLY_PREFIX = "wmtp.stopped_early."
 # set by tracking/recorder.py
 RESUMED = "wmtp.resumed"
 CHANGED_PREFIX = "wmtp.changed."

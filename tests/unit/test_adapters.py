@@ -42,7 +42,7 @@ from weighted_mtp_core.model.trunk import frozen_trunk, trainable_trunk
 from weighted_mtp_core.recipe.schema import AdaptersTable, CheckpointTable, LossTable, ModelTable, TrainTable
 from weighted_mtp_core.runtime.state_digest import BASE_SHA256
 from weighted_mtp_core.training.loop import train
-from weighted_mtp_core.training.optimisers import make_optimiser
+from weighted_mtp_core.training.optimisers import make_optimisers
 from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.weighting_inputs import Weighting
 
@@ -196,7 +196,7 @@ def test_only_adapters_and_heads_get_gradients_and_optimiser_state(name, head, o
     policy = adapted(name, head=head, options=OPTIONS[options])
     before = digests(policy)
     training = learner(policy)
-    optimiser = make_optimiser(training.parameters(), TrainTable(learning_rate=0.1, weight_decay=0.5))
+    (optimiser,) = make_optimisers(training.parameters(), TrainTable(learning_rate=0.1, weight_decay=0.5))
 
     for step in range(3):
         training.learn(batch_of(step), step=step)

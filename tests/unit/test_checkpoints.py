@@ -286,12 +286,12 @@ def test_an_optimiser_goes_on_as_if_it_had_not_stopped():
         module = nn.Linear(4, 4) if start is None else start
         optimiser = torch.optim.AdamW(module.parameters(), fused=True)
         if state is not None:
-            load_optimiser_state(optimiser, list(module.parameters()), state)
+            load_optimiser_state([optimiser], list(module.parameters()), state)
         for _ in range(count):
             module(torch.ones(4)).square().sum().backward()
             optimiser.step()
             optimiser.zero_grad()
-        moments = optimiser_state(optimiser, list(module.parameters()))
+        moments = optimiser_state([optimiser], list(module.parameters()))
         return module, {name: tensor.clone() for name, tensor in moments.items()}
 
     whole, _ = stepped(4)
@@ -306,12 +306,12 @@ def test_every_tensor_of_an_optimiser_comes_back_on_its_parameters_device():
     optimiser = torch.optim.AdamW(host.parameters(), fused=True)
     host(torch.ones(3)).sum().backward()
     optimiser.step()
-    state = optimiser_state(optimiser, list(host.parameters()))
+    state = optimiser_state([optimiser], list(host.parameters()))
 
     with FakeTensorMode(allow_non_fake_inputs=True):  # a GPU that need not be there
         parameters = [nn.Parameter(torch.empty(p.shape, device="cuda")) for p in host.parameters()]
         optimiser = torch.optim.AdamW(parameters, fused=True)
-        load_optimiser_state(optimiser, parameters, state)
+        load_optimiser_state([optimiser], parameters, state)
         devices = {name: value.device.type for p in parameters for name, value in optimiser.state[p].items()}
 
     assert devices == {"step": "cuda", "exp_avg": "cuda", "exp_avg_sq": "cuda"}
@@ -330,8 +330,8 @@ def test_a_parameter_whose_first_gradient_is_still_to_come_goes_on_to_the_same_b
     step(module, optimiser, both=False)
     resumed = copy.deepcopy(module)
     again = torch.optim.AdamW(resumed.parameters(), fused=True)
-    state = optimiser_state(optimiser, list(module.parameters()))
-    load_optimiser_state(again, list(resumed.parameters()), copy.deepcopy(state))
+    state = optimiser_state([optimiser], list(module.parameters()))
+    load_optimiser_state([again], list(resumed.parameters()), copy.deepcopy(state))
     for _ in range(2):
         step(module, optimiser, both=True)
         step(resumed, again, both=True)
@@ -349,7 +349,7 @@ def test_the_options_of_an_optimiser_are_those_of_the_recipe_that_goes_on():
     first.zero_grad()
     second = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.2, fused=True)
 
-    load_optimiser_state(second, parameters, optimiser_state(first, parameters))
+    load_optimiser_state([second], parameters, optimiser_state([first], parameters))
 
     assert (second.param_groups[0]["lr"], second.param_groups[0]["weight_decay"]) == (0.1, 0.2)
     assert second.state[parameters[0]]["step"] == 1

@@ -82,6 +82,19 @@ def test_a_check_takes_less_than_a_second(recipe, site):
     assert after.children_user + after.children_system - before.children_user - before.children_system < 1
 
 
+def test_check_prints_the_length_in_epochs_and_the_optimiser(recipe, capsys):
+    changes = (
+        "train.epochs=1.5",
+        "train.optimiser.name=muon",
+        "train.schedule=wsd",
+        "train.learning_rate=0.02",
+    )
+    assert main(["check", recipe, *(part for each in changes for part in ("--set", each))]) == 0
+
+    lines = capsys.readouterr().out.splitlines()
+    assert "policy training  1.5 epochs of 16 rows; muon, learning rate 0.02, wsd" in lines
+
+
 def test_check_prints_the_plan_as_plain_aligned_text(recipe, capsys):
     assert main(["check", recipe, "--set", "train.steps=7"]) == 0
 
@@ -97,8 +110,8 @@ def test_check_prints_the_plan_as_plain_aligned_text(recipe, capsys):
         "critic           example.judge  wmtp-example 1.2.3",
         "weighting        example.flat   wmtp-example 1.2.3; beta = 0.9, clip = [0.1, 3.0]",
         "tracker          none",
-        "critic training  300 steps of 16 rows",
-        "policy training  7 steps of 16 rows",
+        "critic training  300 steps of 16 rows; adamw, learning rate 0.0003, cosine",
+        "policy training  7 steps of 16 rows; adamw, learning rate 0.0003, cosine",
         "evaluation       pass@1",
         "",
         "tags",

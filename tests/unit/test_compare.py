@@ -386,6 +386,25 @@ def test_between_two_validations_a_curve_is_a_line(write_run):
     assert found == pytest.approx([6.0, 5.0, 4.0, 3.5, 3.0, 3.0])
 
 
+def test_runs_with_different_numbers_of_steps_are_named():
+    def run(*steps):
+        curve = [Point(step, 1.0, 1000 * step) for step in (0, *steps)]
+        return RunMeasures.make({"policy_learning_rate": curve[1:], "validation_ce_head_1": curve})
+
+    whole, early, earlier = run(10, 20, 30), run(10, 20), run(5, 10)
+    uneven, even = (
+        Comparison.make(runs, metrics=["validation_ce_head_1"], seeds=(0, 1))
+        for runs in ({"a": {0: whole, 1: whole}, "b": {0: early, 1: earlier}}, {"a": {0: whole}})
+    )
+
+    assert uneven.uneven == ("`a`: 30 steps", "`b`: 10 to 20 steps")
+    assert "**Unequal steps**: rows at equal steps compare the ends of these runs:\n\n- `a`: 30" in (
+        uneven.markdown()
+    )
+    assert even.uneven == ()
+    assert "Unequal" not in even.markdown()
+
+
 def test_the_metrics_of_a_comparison_are_those_that_all_runs_have(write_run):
     runs = [
         write_run("one", (1, 1, 1), pass_at_1=0.5, test_ce_head_10=1.0, test_ce_head_2=1.0, unrelated=3.0),

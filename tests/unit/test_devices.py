@@ -18,14 +18,15 @@ from weighted_mtp_core.data.batches import collate
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.generation.generate import generate
 from weighted_mtp_core.model.load import make_policy
-from weighted_mtp_core.recipe.schema import CheckpointTable, LossTable, TrainTable
+from weighted_mtp_core.recipe.schema import CheckpointTable, LossTable
+from weighted_mtp_core.recipe.train_table import OptimiserTable, TrainTable
 from weighted_mtp_core.runtime.cost import forget_peak, matrix_rate, peak_memory
 from weighted_mtp_core.runtime.device import Compute
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
 from weighted_mtp_core.runtime.sharding import decoder_layers, shard
 from weighted_mtp_core.training.loop import train
 from weighted_mtp_core.training.nonfinite_steps import NonfiniteSteps
-from weighted_mtp_core.training.optimisers import clip_gradients, make_optimiser
+from weighted_mtp_core.training.optimisers import clip_gradients, make_optimisers
 from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.weighting_inputs import Weighting
 
@@ -91,12 +92,21 @@ def learner(policy, device, *, dtype=torch.float32, distributed=SINGLE_PROCESS, 
     )
 
 
-def take_step(training, optimiser, bad, batch):
+OPTIMISERS = ("adamw", "adamw_8bit", "muon")
+
+
+def optimisers_of(training, name="adamw"):
+    table = TrainTable(optimiser=OptimiserTable(name=name))
+    return make_optimisers(training.parameters(), table, embeddings=training.embeddings())
+
+
+def take_step(training, optimisers, bad, batch):
     parameters = list(training.parameters())
     result = training.learn(batch, step=0)
     norm = clip_gradients(parameters, 1.0)
-    bad.skip_if_not_finite(optimiser, result.loss, norm)
-    optimiser.step()
+    bad.skip_if_not_finite(optimisers, result.loss, norm)
+    for each in optimisers:
+        each.step()
     return result
 
 
@@ -123,7 +133,7 @@ def test_a_step_has_every_tensor_on_its_device_and_reads_none(head):
     with OneDevice():
         result = training.learn(batch_of(0, meta), step=0)
         norm = clip_gradients(list(training.parameters()), 1.0)
-        bad.skip_if_not_finite(torch.optim.AdamW(training.parameters()), result.loss, norm)
+        bad.skip_if_not_finite([torch.optim.AdamW(training.parameters())], result.loss, norm)
 
     assert {each.device for each in (result.loss, norm, *result.metrics().values())} == {meta}
     assert all(each.grad is None or each.grad.device == meta for each in training.parameters())
@@ -142,20 +152,27 @@ def test_bfloat16_rounds_the_loss_and_leaves_parameters_and_gradients_in_float32
         assert parameter.grad is None or parameter.grad.dtype == torch.float32
 
 
-def test_the_fused_optimiser_changes_nothing_in_a_step_that_is_skipped(device):
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_an_optimiser_changes_nothing_in_a_step_that_is_skipped(device, name):
     training = learner(new_policy(device), device)
-    optimiser = make_optimiser(training.parameters(), TrainTable())
+    optimisers = optimisers_of(training, name)
     bad = NonfiniteSteps(limit=5, device=device)
-    take_step(training, optimiser, bad, batch_of(0, device))
-    before = [each.clone() for each in tree_leaves(optimiser.state_dict()) if isinstance(each, torch.Tensor)]
+    take_step(training, optimisers, bad, batch_of(0, device))
+
+    def state():
+        leaves = tree_leaves([each.state_dict() for each in optimisers])
+        return [each for each in leaves if isinstance(each, torch.Tensor)]
+
+    before = [each.clone() for each in state()]
     before += [each.detach().clone() for each in training.parameters()]
 
     next(iter(training.parameters())).grad[0] = math.inf
     norm = clip_gradients(list(training.parameters()), 1.0)
-    bad.skip_if_not_finite(optimiser, torch.zeros((), device=device), norm)
-    optimiser.step()
+    bad.skip_if_not_finite(optimisers, torch.zeros((), device=device), norm)
+    for each in optimisers:
+        each.step()
 
-    after = [each for each in tree_leaves(optimiser.state_dict()) if isinstance(each, torch.Tensor)]
+    after = state()
     after += list(training.parameters())
     assert bad.total == 1
     assert len(after) == len(before)
@@ -178,18 +195,22 @@ def test_a_step_on_a_gpu_has_the_loss_and_the_gradients_of_a_cpu(head):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("head", HEADS)
-def test_the_host_never_waits_for_a_gpu_in_a_step(head):
+@pytest.mark.parametrize(
+    ("head", "name"),
+    [*((head, "adamw") for head in HEADS), *(("parallel", name) for name in OPTIMISERS[1:])],
+)
+def test_the_host_never_waits_for_a_gpu_in_a_step(head, name):
     """`test_no_waiting.py` forbids the operations that wait; here, the driver reports each wait."""
     cuda = torch.device("cuda")
     training = learner(new_policy(cuda, head), cuda, dtype=torch.bfloat16)
-    optimiser = make_optimiser(training.parameters(), TrainTable())
+    optimisers = optimisers_of(training, name)
     bad = NonfiniteSteps(limit=5, device=cuda)
-    take_step(training, optimiser, bad, batch_of(0, cuda))  # loads kernels
+    for step in range(2):
+        take_step(training, optimisers, bad, batch_of(step, cuda))  # loads kernels and makes states
 
     torch.cuda.set_sync_debug_mode("error")
     try:
-        take_step(training, optimiser, bad, batch_of(1, cuda)).metrics()
+        take_step(training, optimisers, bad, batch_of(2, cuda)).metrics()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -31,6 +31,7 @@ def test_the_tables_of_the_documentation_are_those_of_a_recipe(recipes_md):
         "model.heads",
         "model.micro",
         "critic.pairs",
+        "train.optimiser",
     }
 
 

@@ -16,7 +16,8 @@ from weighted_mtp_core.errors import RunFailedError, Terminated
 from weighted_mtp_core.recipe.schema import CheckpointTable, TrainTable
 from weighted_mtp_core.runtime.interrupts import raise_on_termination
 from weighted_mtp_core.training.loop import Learner, StepResult, Validation, train
-from weighted_mtp_core.training.optimisers import learning_rate, make_optimiser
+from weighted_mtp_core.training.optimisers import make_optimisers
+from weighted_mtp_core.training.schedules import learning_rate
 
 
 def test_the_rate_warms_up_linearly_and_falls_to_its_final_share():
@@ -29,7 +30,7 @@ def test_the_rate_warms_up_linearly_and_falls_to_its_final_share():
 
 
 def test_only_matrices_are_decayed():
-    optimiser = make_optimiser(nn.Linear(3, 2).parameters(), TrainTable(weight_decay=0.5))
+    (optimiser,) = make_optimisers(nn.Linear(3, 2).parameters(), TrainTable(weight_decay=0.5))
 
     decay = {p.ndim: group["weight_decay"] for group in optimiser.param_groups for p in group["params"]}
 

@@ -509,6 +509,21 @@ def test_keys_that_do_not_fit_each_other(plan_error, override, text):
             "train.head_learning_rate: the learning rate of heads 2..K needs `model.n_future` >= 2",
         ),
         (
+            ("model.train='heads'", "train.embedding_learning_rate=0.1"),
+            'train.embedding_learning_rate: the embeddings are not trained with `model.train = "heads"`',
+        ),
+        (
+            ("train.optimiser.name=adamw_8bit", "model.shard=true"),
+            "train.optimiser.name: `adamw_8bit` needs `model.shard = false`: shards would cut its blocks",
+        ),
+        (
+            ("critic.use=example.judge", "critic.train.optimiser.name=muon"),
+            (
+                "critic.train.optimiser.name: `muon` is for the policy: a critic does not say which "
+                "parameters are embeddings"
+            ),
+        ),
+        (
             ("model.n_future=1", "train.select_by='acceptance'"),
             "train.select_by: `acceptance` needs `model.n_future` >= 2",
         ),

@@ -28,7 +28,7 @@ from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.model.targets import align_labels, pair_index, source_index, target_mask
 from weighted_mtp_core.recipe.schema import LossTable, TrainTable
 from weighted_mtp_core.training.nonfinite_steps import NonfiniteSteps
-from weighted_mtp_core.training.optimisers import clip_gradients, make_optimiser
+from weighted_mtp_core.training.optimisers import clip_gradients, make_optimisers
 from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.weight_checks import ValueCheck
 from weighted_mtp_core.training.weighting_inputs import Weighting
@@ -141,7 +141,7 @@ def learner(weighting, *, name="llama", head="parallel", heads="labels", accumul
 def test_a_step_never_waits_except_to_read_the_weights(name, head, weighting, heads, accumulation):
     training = learner(weighting, name=name, head=head, heads=heads, accumulation=accumulation)
     parameters = list(training.parameters())
-    optimiser = make_optimiser(parameters, TrainTable())
+    (optimiser,) = make_optimisers(parameters, TrainTable())
     bad = NonfiniteSteps(limit=5, device=CPU)
     before = parameters[0].detach().clone()
 
@@ -149,7 +149,7 @@ def test_a_step_never_waits_except_to_read_the_weights(name, head, weighting, he
         result = training.learn(batch(), step=0)
         result.metrics()
         norm = clip_gradients(parameters, 1.0)
-        bad.skip_if_not_finite(optimiser, result.loss, norm)
+        bad.skip_if_not_finite([optimiser], result.loss, norm)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
 

@@ -24,7 +24,7 @@ from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.model.pair_predictions import PairPredictions
 from weighted_mtp_core.model.targets import align_labels, target_mask
 from weighted_mtp_core.recipe.schema import LossTable, TrainTable
-from weighted_mtp_core.training.optimisers import make_optimiser
+from weighted_mtp_core.training.optimisers import make_optimisers
 from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.weighting_inputs import Weighting
 
@@ -447,7 +447,7 @@ def test_a_frozen_base_stays_bit_for_bit_what_it_is(batch, name, head, accumulat
     model.freeze_base()
     before = {each: sha256(tensor) for each, tensor in model.state_dict().items()}
     trained = learner(model, ByLoss(), accumulation=accumulation)
-    optimiser = make_optimiser(trained.parameters(), TrainTable(learning_rate=0.1, weight_decay=0.5))
+    (optimiser,) = make_optimisers(trained.parameters(), TrainTable(learning_rate=0.1, weight_decay=0.5))
 
     for step in range(3):
         trained.learn(batch, step=step)

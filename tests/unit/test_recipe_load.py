@@ -361,7 +361,7 @@ def test_every_default_is_shown_in_defaults_toml(repository):
             continue
         for key in attrs.fields(table.type):
             has_default = key.default is not attrs.NOTHING and key.default is not None
-            assert key.name in written[table.name] or not has_default or key.name == "options", key.name
+            assert key.alias in written[table.name] or not has_default or key.name == "options", key.name
 
 
 @pytest.mark.parametrize(

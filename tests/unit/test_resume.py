@@ -5,6 +5,8 @@ import json
 import pytest
 from weighted_mtp_core.api import DatasetVersion, WmtpError
 from weighted_mtp_core.checkpointing.resume import (
+    LAST_STEP,
+    STEPS,
     fingerprint,
     other_machine,
     refuse_changes,
@@ -103,6 +105,8 @@ def test_a_run_is_named_by_the_beginning_of_its_id(plan, leave):
     [
         "train.steps=900",
         "train.max_bad_steps=1",
+        "train.patience=3",
+        "train.epochs=2",
         "checkpoint.every=7",
         "model.activation_checkpointing=true",
         "evaluate.samples=1",
@@ -222,6 +226,77 @@ def test_the_measure_that_chose_the_best_state_cannot_be_allowed_to_change(plan,
     refuse_changes(path, plan("train.select_by=head_1"), allowed=["train"])
     with pytest.raises(WmtpError, match=r"chooses the state to keep by `head_1`; `train.select_by` is now `"):
         refuse_changes(path, plan(change), allowed=["train", "model"])
+
+
+def test_a_run_that_stopped_early_goes_on_with_more_patience_only(plan, leave):
+    path = leave(plan("train.patience=2"), "FINISHED")
+    folder = RunFolder.open(path)
+    folder.record(**{LAST_STEP["policy"]: 40, STEPS["policy"]: 300})
+    folder.close()
+    record(path, "evaluate", 40)
+
+    for change in ("train.patience=2", "train.patience=1"):
+        with pytest.raises(WmtpError, match="is finished") as caught:
+            refuse_changes(path, plan(change, "train.steps=900"), allowed=())
+        assert caught.value.hint == "raise `train.patience` to train it further"
+    with pytest.raises(WmtpError, match=r"was evaluated with other settings of `\[evaluate\]`"):
+        refuse_changes(path, plan("train.patience=2", "evaluate.max_new_tokens=4"), allowed=())
+    refuse_changes(path, plan("train.patience=3", "evaluate.max_new_tokens=4"), allowed=())
+    refuse_changes(path, plan(), allowed=())
+
+
+def test_a_run_of_some_epochs_goes_on_for_more_epochs_or_steps(plan, leave):
+    path = leave(plan("train.epochs=3"), "FINISHED")
+    folder = RunFolder.open(path)
+    folder.record(**{"train.batches_per_epoch": 20.0, LAST_STEP["policy"]: 60, STEPS["policy"]: 60})
+    folder.close()
+    record(path, "policy", 0, 60)
+
+    with pytest.raises(WmtpError, match="is finished") as caught:
+        refuse_changes(path, plan("train.epochs=3"), allowed=())
+    assert caught.value.hint == "raise `train.epochs` to train it further"
+    refuse_changes(path, plan("train.epochs=3.1"), allowed=())
+    refuse_changes(path, plan("train.steps=61"), allowed=())
+    with pytest.raises(WmtpError, match="is finished"):
+        refuse_changes(path, plan("train.steps=60"), allowed=())
+
+
+def test_fewer_epochs_than_done_are_refused(plan, leave):
+    path = leave(plan("train.epochs=3"), "KILLED")
+    refuse_changes(
+        path, plan("train.epochs=0.1"), allowed=()
+    )  # it ended before the size of the data was known
+    folder = RunFolder.open(path)
+    folder.record(**{"train.batches_per_epoch": 20.0})
+    folder.close()
+    record(path, "policy", 0, 30)
+
+    refuse_changes(path, plan("train.epochs=1.5"), allowed=())
+    with pytest.raises(WmtpError, match=r"has done 30 steps of stage `policy`; `train.steps` is 29"):
+        refuse_changes(path, plan("train.epochs=1.45"), allowed=())
+
+
+def test_another_optimiser_cannot_be_allowed_once_the_stage_has_begun(plan, leave):
+    critic = "critic.use=example.judge"
+    path = leave(plan(critic), "KILLED")
+    other, of_critic = "train.optimiser.name=muon", "critic.train.optimiser.name=adamw_8bit"
+    allowed = ["train.optimiser", "critic.train.optimiser"]
+
+    with pytest.raises(WmtpError, match=r"train\.optimiser\.name: adamw -> muon"):
+        refuse_changes(path, plan(critic, other), allowed=())
+    refuse_changes(path, plan(critic, other, of_critic), allowed=allowed)
+    record(path, "critic", 0)
+    refuse_changes(path, plan(critic, other), allowed=allowed)
+    with pytest.raises(
+        WmtpError, match="has begun stage `critic` with `adamw`, whose state `adamw_8bit` canno"
+    ):
+        refuse_changes(path, plan(critic, of_critic), allowed=allowed)
+    record(path, "policy", 0)
+    refuse_changes(path, plan(critic, of_critic), allowed=allowed)
+    with pytest.raises(
+        WmtpError, match="has begun stage `policy` with `adamw`, whose state `muon` cannot use"
+    ):
+        refuse_changes(path, plan(critic, other), allowed=allowed)
 
 
 def test_other_data_are_refused(plan, leave):

@@ -15,7 +15,8 @@ from weighted_mtp_core.checkpointing.manager import Checkpoints
 from weighted_mtp_core.checkpointing.snapshot import Snapshot
 from weighted_mtp_core.model.adapters import adapt
 from weighted_mtp_core.model.load import make_policy
-from weighted_mtp_core.recipe.schema import AdaptersTable, CheckpointTable, LossTable, ModelTable, TrainTable
+from weighted_mtp_core.recipe.schema import AdaptersTable, CheckpointTable, LossTable, ModelTable
+from weighted_mtp_core.recipe.train_table import OptimiserTable, TrainTable
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
 from weighted_mtp_core.runtime.sharding import decoder_layers, shard
 from weighted_mtp_core.training.loop import train
@@ -96,7 +97,7 @@ def changed(heads, what, snapshot):
     return found[False], found[True]
 
 
-def trained(heads, what, folder, *, distributed=SINGLE_PROCESS, resume=None):
+def trained(heads, what, optimiser, folder, *, distributed=SINGLE_PROCESS, resume=None):
     """Train; return the loss of each step."""
     policy = new_policy(heads, what)
     if distributed is not SINGLE_PROCESS:
@@ -114,7 +115,14 @@ def trained(heads, what, folder, *, distributed=SINGLE_PROCESS, resume=None):
         best=folder / "best.pt",
     )
     reporter = Losses()
-    table = TrainTable(steps=STEPS, learning_rate=0.02, warmup_steps=0, validate_every=STEPS, log_every=1)
+    table = TrainTable(
+        steps=STEPS,
+        optimiser=OptimiserTable(name=optimiser),
+        learning_rate=0.02,
+        warmup_steps=0,
+        validate_every=STEPS,
+        log_every=1,
+    )
     checkpoint = CheckpointTable(every=CHECKPOINT, keep=5)
     with Checkpoints(folder=folder, table=checkpoint, log=print, distributed=distributed) as checkpoints:
         train(
@@ -129,34 +137,37 @@ def trained(heads, what, folder, *, distributed=SINGLE_PROCESS, resume=None):
     return reporter.by_step
 
 
-def train_as(rank, folder, heads, what, results):
+def train_as(rank, folder, results, *trains):
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
     distributed = Distributed(rank=rank, size=2, control_group=dist.new_group(backend="gloo"))
     try:
-        results.put((rank, trained(heads, what, folder, distributed=distributed)))
+        results.put((rank, trained(*trains, folder, distributed=distributed)))
     finally:
         distributed.shutdown()
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize(
-    ("heads", "what"),
+    ("heads", "what", "optimiser"),
     [
-        *((heads, what) for what in ("all", "heads") for heads in HEADS),
-        ("parallel", "float32"),  # adapters, with this dtype of the base
-        ("medusa", "bfloat16"),
-        ("sequential", "nf4"),
+        *((heads, what, "adamw") for what in ("all", "heads") for heads in HEADS),
+        ("parallel", "all", "muon"),
+        ("parallel", "float32", "adamw"),  # adapters, with this dtype of the base
+        ("medusa", "bfloat16", "adamw"),
+        ("sequential", "nf4", "adamw"),
     ],
 )
-def test_two_sharded_processes_train_as_one_does_and_one_goes_on_with_their_checkpoint(heads, what, tmp_path):
+def test_two_sharded_processes_train_as_one_does_and_one_goes_on_with_their_checkpoint(
+    heads, what, optimiser, tmp_path
+):
     (tmp_path / "two").mkdir()
     (tmp_path / "one").mkdir()
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     processes = [
-        context.Process(target=train_as, args=(rank, tmp_path / "two", heads, what, results))
+        context.Process(target=train_as, args=(rank, tmp_path / "two", results, heads, what, optimiser))
         for rank in (0, 1)
     ]
     for process in processes:
@@ -165,9 +176,9 @@ def test_two_sharded_processes_train_as_one_does_and_one_goes_on_with_their_chec
     for process in processes:
         process.join(60)
 
-    alone = trained(heads, what, tmp_path / "one")
+    alone = trained(heads, what, optimiser, tmp_path / "one")
     snapshot = Snapshot.read(tmp_path / "two" / f"policy-{CHECKPOINT:08d}")
-    later = trained(heads, what, tmp_path / "one", resume=snapshot)
+    later = trained(heads, what, optimiser, tmp_path / "one", resume=snapshot)
 
     assert set(losses) == set(alone)
     assert losses == pytest.approx(alone, rel=1e-4 if what in {"all", "heads"} else 1e-5)

@@ -53,9 +53,9 @@ def test_an_optimisers_state_is_sharded_again_as_its_parameters_are(tensors):
     optimiser = torch.optim.AdamW([parameter], fused=True)
     state = {"0.step": torch.tensor(4.0), "0.exp_avg": torch.ones(7, 5), "0.exp_avg_sq": torch.ones(7, 5)}
 
-    load_optimiser_state(optimiser, [parameter], state)
+    load_optimiser_state([optimiser], [parameter], state)
 
-    found = optimiser_state(optimiser, [parameter])
+    found = optimiser_state([optimiser], [parameter])
     assert found.keys() == state.keys()
     assert found["0.step"] == 4
     for name in ("0.exp_avg", "0.exp_avg_sq"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from weighted_mtp_core.checkpointing.manager import steps_of_snapshots
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import python_command
 from weighted_mtp_core.plan import Plan
-from weighted_mtp_core.recipe.schema import default_selection
+from weighted_mtp_core.recipe.train_table import TrainTable, default_selection
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
 from weighted_mtp_core.tracking.journal import read_journal
 from weighted_mtp_core.tracking.run_folder import RunFolder, find_run, is_held, read_run
@@ -21,6 +22,7 @@ from weighted_mtp_core.tracking.run_history import RunHistory
 
 SAFE = (
     "checkpoint",
+    "critic.train.epochs",
     "critic.train.max_bad_steps",
     "critic.train.steps",
     "evaluate",
@@ -28,10 +30,16 @@ SAFE = (
     "run.resume",
     "run.tags",
     "tracker",
+    "train.epochs",
     "train.max_bad_steps",
+    "train.patience",
     "train.steps",
 )
 """Keys besides `Plan.same_result` that may differ in a resumed run, as they do not affect completed steps."""
+
+LAST_STEP = {"critic": "critic.last_step", "policy": "policy.last_step"}
+STEPS = {"critic": "critic.steps", "policy": "policy.steps"}
+"""Keys in `run.json`, for each stage that has ended: its last step and its planned number of steps."""
 
 
 def run_to_resume(plan: Plan, named: str | None) -> Path | None:
@@ -88,8 +96,10 @@ def refuse_changes(path: Path, plan: Plan, *, allowed: Sequence[str]) -> None:
     _refuse(path, _changes(was, plan, allowed=allowed))
     before, now = was.get("params", {}), plan.params
     done = _steps_done(path)
-    trains_on = int(now["train.steps"]) > int(before.get("train.steps", 0))
-    measured = done.get("evaluate") == int(now["train.steps"])
+    lacking = _needed_to_train_further(was, now)
+    measured = done.get("evaluate") == (
+        was[LAST_STEP["policy"]] if lacking == "train.patience" else _planned(now, was, "train")
+    )
     if measured and any(before.get(key) != now[key] for key in now if key.startswith("evaluate.")):
         raise WmtpError(
             f"the run `{path}` was evaluated with other settings of `[evaluate]`",
@@ -97,9 +107,10 @@ def refuse_changes(path: Path, plan: Plan, *, allowed: Sequence[str]) -> None:
             + python_command("weighted_mtp_core", "evaluate", str(path))
             + " --help",
         )
-    if was.get("status") == "FINISHED" and not trains_on:
-        raise WmtpError(f"the run `{path}` is finished", hint="raise `train.steps` to train it further")
+    if was.get("status") == "FINISHED" and lacking is not None:
+        raise WmtpError(f"the run `{path}` is finished", hint=f"raise `{lacking}` to train it further")
     _refuse_fewer_steps(path, plan, done)
+    _refuse_other_optimiser(path, before, now, done)
     chose, chooses = _selects_by(before), _selects_by(now)
     if "policy" in done and chose != chooses:  # scores of different measures cannot be compared
         raise WmtpError(
@@ -108,28 +119,65 @@ def refuse_changes(path: Path, plan: Plan, *, allowed: Sequence[str]) -> None:
         )
 
 
+def _needed_to_train_further(was: Mapping[str, Any], now: Mapping[str, str]) -> str | None:
+    """Return the key that must be raised to train a finished run further, or None if it is raised."""
+    before = was.get("params", {})
+    if was.get(LAST_STEP["policy"], 0) < was.get(STEPS["policy"], 0):
+        old, new = (float(params.get("train.patience", inf)) for params in (before, now))
+        return None if new > old else "train.patience"
+    old_steps, steps = (_planned(params, was, "train") for params in (before, now))
+    if steps is None or steps > (old_steps or 0):
+        return None
+    return "train.steps" if "train.steps" in now else "train.epochs"
+
+
+def _planned(params: Mapping[str, str], was: Mapping[str, Any], key: str) -> int | None:
+    """Return the number of steps that params plan in the table `key`; None if it is not known.
+
+    A number of epochs is converted with the size of the data that the run has recorded in stage 0.
+    """
+    if f"{key}.steps" in params:
+        return int(params[f"{key}.steps"])
+    epochs, batches = params.get(f"{key}.epochs"), was.get(f"{key}.batches_per_epoch")
+    if epochs is None or batches is None:
+        return None
+    return TrainTable(epochs=float(epochs)).for_epochs(batches).steps
+
+
 def _selects_by(params: Mapping[str, str]) -> str:
     default = default_selection(params.get("model.train"), params.get("loss.heads"))
     return params.get("train.select_by") or default
 
 
 def _refuse_fewer_steps(path: Path, plan: Plan, done: Mapping[str, int]) -> None:
-    table = plan.recipe.critic
-    planned = {"policy": plan.recipe.train.steps} | ({} if table is None else {"critic": table.train.steps})
-    for stage, steps in planned.items():
-        key = "train.steps" if stage == "policy" else "critic.train.steps"
-        if steps < done.get(stage, 0):
+    was = read_run(path)
+    for stage, key in (("policy", "train"), ("critic", "critic.train")):
+        steps = _planned(plan.params, was, key)
+        if steps is not None and steps < done.get(stage, 0):
             raise WmtpError(
-                f"the run `{path}` has done {done[stage]} steps of stage `{stage}`; `{key}` is {steps}",
-                hint=f"set `{key}` to {done[stage]} or more, or begin a new run",
+                f"the run `{path}` has done {done[stage]} steps of stage `{stage}`; `{key}.steps` is {steps}",
+                hint=f"set `{key}.steps` to {done[stage]} or more, or begin a new run",
             )
-    before = read_run(path).get("params", {}).get("critic.train.steps")
-    if "policy" in done and table is not None and before not in {None, str(table.train.steps)}:
+    before, now = (_planned(params, was, "critic.train") for params in (was.get("params", {}), plan.params))
+    if "policy" in done and None not in {before, now} and before != now:
         raise WmtpError(
-            f"the run `{path}` has ended stage `critic` after {before} steps; `critic.train.steps` is "
-            f"{table.train.steps}",
+            f"the run `{path}` has ended stage `critic` after {before} steps; `critic.train.steps` is {now}",
             hint="undo the change, or begin a new run",
         )
+
+
+def _refuse_other_optimiser(
+    path: Path, before: Mapping[str, str], now: Mapping[str, str], done: Mapping[str, int]
+) -> None:
+    """Refuse another optimiser for a stage that has begun, even if the user allows the change."""
+    begun = {"policy": "train", "critic": "critic.train"}
+    for stage, key in begun.items():
+        used, uses = (params.get(f"{key}.optimiser.name", "adamw") for params in (before, now))
+        if used != uses and stage in done and not (stage == "critic" and "policy" in done):
+            raise WmtpError(
+                f"the run `{path}` has begun stage `{stage}` with `{used}`, whose state `{uses}` cannot use",
+                hint=f"undo the change of `{key}.optimiser.name`, or begin a new run",
+            )
 
 
 def _steps_done(path: Path) -> dict[str, int]:
@@ -142,9 +190,10 @@ def _steps_done(path: Path) -> dict[str, int]:
         stage: max(points[-1].step for points in metrics.values())
         for stage, metrics in history.metrics.items()
     }
-    planned = read_run(path).get("params", {}).get("critic.train.steps")
-    if "critic" in done and planned is not None:
-        done["critic"] = min(done["critic"], int(planned))  # its judgement is recorded one step later
+    was = read_run(path)
+    ended = was.get(LAST_STEP["critic"], _planned(was.get("params", {}), was, "critic.train"))
+    if "critic" in done and ended is not None:
+        done["critic"] = min(done["critic"], int(ended))  # its judgement is recorded one step later
     for stage, step in steps_of_snapshots(folder.checkpoints):
         done[stage] = max(step, done.get(stage, 0))
     return done

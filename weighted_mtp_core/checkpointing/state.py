@@ -6,23 +6,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.runtime.sharding import copy_to_host, like
 from weighted_mtp_core.runtime.state_digest import BASE_SHA256
-
-_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 class WithPrefix(Mapping[str, Any]):
@@ -98,30 +91,40 @@ def _another_model() -> WmtpError:
 
 
 def optimiser_state(
-    optimiser: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]
+    optimisers: Iterable[torch.optim.Optimizer], parameters: Sequence[nn.Parameter]
 ) -> dict[str, Tensor]:
-    """Return an optimiser's tensors as `<index of the parameter>.<name>`; its options are not part of it."""
-    flat = get_optimizer_state_dict(nn.ParameterList(parameters), optimiser, options=_FLAT)
-    return dict(WithPrefix(flat, "state"))
+    """Return the state of optimisers as `<index of the parameter>.<name>`; their options are not included."""
+    return {
+        f"{index}.{name}": tensor
+        for optimiser in optimisers
+        for index, parameter in enumerate(parameters)
+        for name, tensor in optimiser.state.get(parameter, {}).items()
+    }
 
 
-@torch.no_grad()
 def load_optimiser_state(
-    optimiser: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], state: Mapping[str, Tensor]
+    optimisers: Iterable[torch.optim.Optimizer],
+    parameters: Sequence[nn.Parameter],
+    state: Mapping[str, Tensor],
 ) -> None:
-    """Restore the result of `optimiser_state` in a new optimiser, whose options do not change.
+    """Restore the result of `optimiser_state` in new optimisers; a parameter without a state keeps none.
 
-    Each tensor, including Adam's `step`, is moved to the device of its parameter and sharded like the
-    parameter.
+    Each tensor, including Adam's `step`, is copied to the device of its parameter. Tensors with the shape of
+    the parameter are sharded like the parameter.
     """
-    module = nn.ParameterList(parameters)
-    flat = get_optimizer_state_dict(module, optimiser, options=_FLAT)
-    for name, tensor in WithPrefix(flat, "state").items():
-        if name in state:
-            flat[f"state.{name}"] = like(tensor, state[name])  # type: ignore[assignment] # flat, not nested
-        else:  # the parameter has not had a gradient yet
-            tensor.zero_()
-    set_optimizer_state_dict(module, optimiser, flat, options=_FLAT)
+    owner = {
+        parameter: optimiser
+        for optimiser in optimisers
+        for group in optimiser.param_groups
+        for parameter in group["params"]
+    }
+    for name in state:
+        index, _, key = name.partition(".")
+        parameter, value = parameters[int(index)], state[name]
+        copy = value.to(parameter.device, copy=True)
+        owner[parameter].state[parameter][key] = (
+            like(parameter, copy) if copy.shape == parameter.shape else copy
+        )
 
 
 def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -19,6 +19,7 @@ from weighted_mtp_core.identifiers import flat
 from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.plugins.selection import SelectedComponent
 from weighted_mtp_core.recipe.structure import plain
+from weighted_mtp_core.recipe.train_table import TrainTable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,12 +52,15 @@ def _rows(plan: Plan) -> list[tuple[str, ...]]:
     ]
     rows += [("tracker", *_describe(tracker)) for tracker in plan.trackers] or [("tracker", "none")]
     if recipe.critic:
-        rows.append(
-            ("critic training", f"{recipe.critic.train.steps} steps of {recipe.critic.train.batch_size} rows")
-        )
-    rows.append(("policy training", f"{recipe.train.steps} steps of {recipe.train.batch_size} rows"))
+        rows.append(("critic training", _describe_training(recipe.critic.train)))
+    rows.append(("policy training", _describe_training(recipe.train)))
     rows.append(("evaluation", "pass@" + ", @".join(str(k) for k in recipe.evaluate.pass_at_k)))
     return rows
+
+
+def _describe_training(table: TrainTable) -> str:
+    optimiser = f"{table.optimiser.name}, learning rate {table.learning_rate:g}, {table.schedule}"
+    return f"{table.length} of {table.batch_size} rows; {optimiser}"
 
 
 def _describe(chosen: SelectedComponent) -> tuple[str, str]:

@@ -32,12 +32,14 @@ class RunMeasures:
         curves: The (step, value) of each validation metric of stage 2, in order.
         step_seconds: Duration of a step of stage 2.
         cost: What stage 2 cost, see `cost_of`.
+        steps: Number of steps of stage 2.
     """
 
     last: Mapping[str, float]
     curves: Mapping[str, Sequence[tuple[int, float]]]
     step_seconds: float
     cost: Mapping[str, float]
+    steps: int = 0
 
     @classmethod
     def make(cls, series: Mapping[str, Sequence[Point]]) -> RunMeasures:
@@ -60,8 +62,9 @@ class RunMeasures:
         return cls(
             last=last,
             curves=curves,
-            step_seconds=_step_seconds(series.get(f"policy{_EACH_LOGGED_STEP}", ())),
+            step_seconds=_step_seconds(logged),
             cost=cost_of("policy", series),
+            steps=logged[-1].step if logged else 0,
         )
 
     @property

@@ -55,6 +55,7 @@ class Comparison:
         rows: The rows of the table, in order.
         missing: One sentence for each run that did not finish.
         diverged: One sentence for each value that is not finite.
+        uneven: The numbers of steps of each arm in words, if they are not all equal.
         few: One sentence for each arm with a run of fewer than three validations up to `seconds`.
         gap: The arms that are the floor and the ceiling; None if the user names no such arms.
         closed: The share of the gap that each other arm closes, by metric.
@@ -68,6 +69,7 @@ class Comparison:
     rows: Sequence[Row]
     missing: Sequence[str] = ()
     diverged: Sequence[str] = ()
+    uneven: Sequence[str] = ()
     few: Sequence[str] = ()
     gap: Gap | None = None
     closed: Sequence[ClosedGap] = ()
@@ -107,6 +109,7 @@ class Comparison:
             rows=rows,
             missing=missing,
             diverged=_diverged(rows),
+            uneven=_uneven(runs),
             few=tuple(few),
             gap=gap,
             closed=() if gap is None else _closed(gap, rows),
@@ -181,6 +184,9 @@ class Comparison:
         if self.missing:
             lines += ["", "**Incomplete**, because these runs failed:", ""]
             lines += [f"- {each}" for each in self.missing]
+        if self.uneven:
+            lines += ["", "**Unequal steps**: rows at equal steps compare the ends of these runs:", ""]
+            lines += [f"- {each}" for each in self.uneven]
         if self.diverged:
             lines += ["", "**Diverged**: these values are not finite, so their arms have no mean:", ""]
             lines += [f"- {each}" for each in self.diverged]
@@ -230,6 +236,17 @@ def _closed(gap: Gap, rows: Sequence[Row]) -> tuple[ClosedGap, ...]:
         if row.at == EQUAL_STEPS:
             values.setdefault(row.metric, {})[row.arm] = row.values
     return tuple(each for metric, by_arm in values.items() for each in closed_gaps(gap, metric, by_arm))
+
+
+def _uneven(runs: Mapping[str, Mapping[int, RunMeasures]]) -> tuple[str, ...]:
+    """Return the numbers of steps of each arm; empty if all runs have equally many steps."""
+    by_arm = {arm: sorted({run.steps for run in by_seed.values()}) for arm, by_seed in runs.items()}
+    if len({steps for found in by_arm.values() for steps in found}) == 1:
+        return ()
+    return tuple(
+        f"`{arm}`: {found[0]} steps" if len(found) == 1 else f"`{arm}`: {found[0]} to {found[-1]} steps"
+        for arm, found in by_arm.items()
+    )
 
 
 def _few_validations(

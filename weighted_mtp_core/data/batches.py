@@ -178,6 +178,11 @@ class StepBatches:
             self._sampler = Sampler(pointwise(tokens), length_D, batch_size=batch_size, seed=seed)
             self._collate = partial(collate, tokens, device=device)
 
+    @property
+    def batches_per_epoch(self) -> float:
+        """The number of batches of an epoch; with packing it is estimated."""
+        return self._sampler.batches_per_epoch
+
     def __call__(self, step: int) -> CollatedBatch:
         """Return the batch of a step, counted from 0."""
         return self._collate(self._sampler.rows(step))
@@ -186,7 +191,7 @@ class StepBatches:
         """Return the number of counted pairs of each head in a step, on average over an epoch."""
         length_D, prompt_D = self.tokens.length_D, self.tokens.prompt_D
         pairs = [(length_D - np.maximum(prompt_D, k)).clip(min=0).sum() for k in range(1, n_future + 1)]
-        return tuple(float(count) / self._sampler.batches_per_epoch for count in pairs)
+        return tuple(float(count) / self.batches_per_epoch for count in pairs)
 
     def first_steps(self) -> Rows:
         """Return for each document the step that draws it in the first epoch, int64 `[D]`."""

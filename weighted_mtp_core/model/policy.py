@@ -90,6 +90,11 @@ class Policy(nn.Module):
         """Yield the parameters of heads 2..K."""
         yield from self.heads[1:].parameters()
 
+    def embedding_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters of the embeddings and of the unembedding, each once."""
+        modules = [self.unembedding, *(each for each in self.modules() if isinstance(each, nn.Embedding))]
+        yield from dict.fromkeys(parameter for each in modules for parameter in each.parameters())
+
     def freeze_base(self) -> None:
         """From now on, train heads 2..K only: the base model gets no gradient and no dropout."""
         self.requires_grad_(requires_grad=False)

@@ -1,7 +1,8 @@
 """The table that results from merging the layers of a recipe, with the origin of each key.
 
 Later layers override earlier ones. Tables are merged key by key; arrays and values are replaced. If a layer
-selects another component with `use`, the options of the previous component are discarded.
+selects another component with `use`, the options of the previous component are discarded. If a layer gives
+the length of a stage in epochs, the number of steps of earlier layers is discarded, and vice versa.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from weighted_mtp_core.recipe.line_numbers import KeyPath, find_lines, key_paths
 from weighted_mtp_core.recipe.structure import Fault, shown
 
 Table = dict[str, Any]
+_LENGTHS = {"steps", "epochs"}
+"""Keys of the tables `train`, of which a recipe gives one."""
 
 
 @define
@@ -93,6 +96,10 @@ class Document:
         if "use" in old and "use" in new and old["use"] != new["use"]:
             old.pop("options", None)
             self._forget((*at, "options"))
+        if at[-1:] == ("train",) and len(given := _LENGTHS & new.keys()) == 1:
+            for key in _LENGTHS - given:
+                old.pop(key, None)
+                self._forget((*at, key))
         for key, value in new.items():
             path = (*at, key)
             if isinstance(value, dict) and isinstance(old.get(key), dict):

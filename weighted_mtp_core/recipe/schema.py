@@ -10,6 +10,7 @@ from attrs import validators as v
 from attrs.converters import optional
 
 from weighted_mtp_core.identifiers import NAME, check_path, expand_home
+from weighted_mtp_core.recipe.train_table import PolicyTrainTable, TrainTable
 from weighted_mtp_core.run_tags import check_tags
 
 
@@ -188,61 +189,6 @@ class DataTable(Selection):
             raise ValueError(f"must be >= `max_tokens` = {self.max_tokens}, or a row is too short: {value}")
 
 
-@frozen(kw_only=True)
-class TrainTable:
-    """`[critic.train]` (stage 1), and with a further key `[train]` (stage 2).
-
-    `batch_size` is the global batch size in rows. A step with a non-finite loss or gradient is skipped;
-    `max_bad_steps` consecutive such steps stop the run.
-    """
-
-    steps: int = field(default=300, validator=v.ge(1))
-    batch_size: int = field(default=16, validator=v.ge(1))
-    accumulation: int = field(default=1, validator=v.ge(1))
-    learning_rate: float = field(default=3e-4, validator=v.gt(0))
-    warmup_steps: int = field(default=20, validator=v.ge(0))
-    final_learning_rate: float = field(default=0.1, validator=[v.ge(0), v.le(1)])
-    weight_decay: float = field(default=0.01, validator=v.ge(0))
-    max_grad_norm: float = field(default=1.0, validator=v.gt(0))
-    validate_every: int = field(default=100, validator=v.ge(1))
-    validation_examples: int = field(default=128, validator=v.ge(2))
-    log_every: int = field(default=10, validator=v.ge(1))
-    max_bad_steps: int = field(default=5, validator=v.ge(1))
-
-    @accumulation.validator
-    def _check_accumulation(self, _: object, value: int) -> None:
-        if self.batch_size % value:
-            raise ValueError(f"must divide `batch_size` = {self.batch_size} evenly: {value}")
-
-
-SelectBy = Literal["head_1", "later_heads", "acceptance"]
-
-
-@frozen(kw_only=True)
-class PolicyTrainTable(TrainTable):
-    """`[train]`: the training of the policy. `select_by` chooses the best state by its validation.
-
-    With `head_1`, the best state has the lowest cross-entropy of head 1; with `later_heads`, the lowest mean
-    cross-entropy of heads 2..K; with `acceptance`, the most tokens per pass of self-speculative decoding.
-    `default_selection` returns the default. `head_learning_rate` is the learning rate of heads 2..K, by
-    default `learning_rate`.
-    """
-
-    select_by: SelectBy | None = None
-    head_learning_rate: float | None = field(default=None, validator=v.optional(v.gt(0)))
-
-
-def default_selection(train: str | None, heads: str | None) -> SelectBy:
-    """Return the default of `train.select_by` for the values of `model.train` and `loss.heads`.
-
-    If only heads 2..K are trained and learn only head 1's distribution, it is `acceptance`: their predictions
-    of the labels may become worse although more of their drafts are accepted.
-    """
-    if train != "heads":
-        return "head_1"
-    return "acceptance" if heads == "kl" else "later_heads"
-
-
 HeadTargets = Literal["labels", "kl", "both"]
 
 
@@ -327,7 +273,7 @@ class CriticTable(Selection):
     checkpoint: str | None = None
     allow_uninformative_critic: bool = False
     pairs: PairsTable = PairsTable()
-    train: TrainTable = TrainTable()
+    train: TrainTable = field(default=TrainTable())
 
 
 @frozen(kw_only=True)
@@ -392,7 +338,7 @@ class Recipe:
     weighting: Selection
     critic: CriticTable | None = None
     loss: LossTable = LossTable()
-    train: PolicyTrainTable = PolicyTrainTable()
+    train: PolicyTrainTable = field(default=PolicyTrainTable())
     checkpoint: CheckpointTable = CheckpointTable()
     evaluate: EvaluateTable = EvaluateTable()
     tracker: tuple[TrackerTable, ...] = ()

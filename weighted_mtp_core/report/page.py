@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from weighted_mtp_core import run_tags
 from weighted_mtp_core.api import is_correct
-from weighted_mtp_core.recipe.schema import SelectBy, default_selection
+from weighted_mtp_core.recipe.train_table import SelectBy, default_selection
 from weighted_mtp_core.report.charts import Chart, charts_of
 from weighted_mtp_core.report.drawing import reliability_chart
 from weighted_mtp_core.report.rendering import render

@@ -1,7 +1,8 @@
-"""Environment variables that torch and its libraries read once, when they are loaded or first used."""
+"""Settings that torch and its libraries read once, when they are loaded or first used."""
 
 from __future__ import annotations
 
+import logging
 import os
 
 from weighted_mtp_core.errors import WmtpError
@@ -22,7 +23,12 @@ def prepare_environment_for_torch() -> None:
       another process is busy, they occupy the core that the awaited thread needs (figures in
       docs/performance.md). The number of threads does not change, so results are bitwise equal. The variable
       is not set if the user has set `OMP_WAIT_POLICY`, which controls the same behaviour.
+
+    It also silences torchao, which transformers imports if it is installed: on each import it warns about
+    CUDA kernels that it cannot load, and torch warns about classes of torchao. Core uses neither.
     """
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))

@@ -67,12 +67,12 @@ def copy_to_host(tensor: Tensor, into: Tensor | None = None) -> Tensor:
             allocating new memory takes several times as long as the copy.
     """
     if into is not None and (into.shape, into.dtype) == (tensor.shape, tensor.dtype):
-        _local(into).copy_(_local(tensor))
+        local(into).copy_(local(tensor))
         return into
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
     """Return this process's part of a tensor, detached."""
     held = tensor.detach()
     return held.to_local() if isinstance(held, DTensor) else held

@@ -35,7 +35,7 @@ class RankLog:
     def _skip(self, *args: object) -> None:
         """Do nothing, because rank 0 records it."""
 
-    metrics = timings = progress = tags = datasets = artifact = report = _skip
+    metrics = timings = progress = tags = params = datasets = artifact = report = _skip
 
     def log(self, text: str) -> None:
         """Write a line to the log of this process."""

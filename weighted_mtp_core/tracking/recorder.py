@@ -40,7 +40,8 @@ from weighted_mtp_core.tracking.run_log import RunLog
 from weighted_mtp_core.tracking.trackers import build_trackers
 
 _REPLAYED = ("run", "params", "tags", "metrics", "timings")
-_OF_DATA = re.compile(r"data\.(\d+\.)?(name|version|sha256)")  # params that `datasets` adds
+_OF_DATA = re.compile(r"data\.(\d+\.)?(name|version|sha256)|(critic\.)?train\.steps")
+"""Params that `datasets` and `params` add after the start, because they depend on the data."""
 _SWITCH_S = 0.0005
 """Seconds for which an upload may block the training thread; Python's default of 5 ms would slow training."""
 
@@ -63,6 +64,7 @@ class Recorder:
     _uploaders: list[RetryingUploader] = field(init=False, factory=list)
     _last_step: dict[str, int] = field(init=False, factory=dict)
     _recorded_before: Mapping[str, int] = field(init=False, factory=dict)
+    _params_before: Mapping[str, str] = field(init=False, factory=dict)
     _non_finite: set[str] = field(init=False, factory=set)
     _backfill: threading.Thread | None = field(init=False, default=None)
     _closed: bool = field(init=False, default=False)
@@ -127,7 +129,7 @@ class Recorder:
             history.add(line)
             if isinstance(line, Damage):
                 self.log(f"WARNING: a damaged line in `{self.folder.journal}` is left out")
-        self._recorded_before = history.last_step
+        self._recorded_before, self._params_before = history.last_step, history.params
         if history.run:
             self._describe_changes(history, info)
             return
@@ -189,6 +191,14 @@ class Recorder:
     def tags(self, tags: Mapping[str, str]) -> None:
         """Set tags on the run; `run_tags.py` has the keys."""
         self._journal.append("tags", {"tags": _without_secrets(tags)})
+
+    def params(self, params: Mapping[str, str]) -> None:
+        """Record params that depend on the data; changes in a resumed run are also recorded as tags."""
+        self._journal.append("params", {"params": params})
+        before = {key: self._params_before.get(key, value) for key, value in params.items()}
+        changed = {key: value for key, value in params.items() if before[key] != value}
+        if changed:
+            self.tags({f"{run_tags.CHANGED_PREFIX}{key}": value for key, value in changed.items()})
 
     def datasets(self, versions: Sequence[DatasetVersion]) -> None:
         """Record the data that the run uses, as dataset inputs and as params (`data.version`, ...)."""

@@ -24,7 +24,8 @@ from weighted_mtp_core.metrics.critic import ScoredResponses, aucs
 from weighted_mtp_core.metrics.critic_gate import LEVEL, PROBLEMS_NEEDED, problems_by_outcome
 from weighted_mtp_core.metrics.critic_report import CriticReport, report_critic
 from weighted_mtp_core.metrics.slips import slips_of
-from weighted_mtp_core.recipe.schema import CriticTable, TrainTable
+from weighted_mtp_core.recipe.schema import CriticTable
+from weighted_mtp_core.recipe.train_table import TrainTable
 from weighted_mtp_core.runtime.device import bucket_bytes
 from weighted_mtp_core.runtime.distributed import Distributed
 from weighted_mtp_core.runtime.gradient_reduction import GradientReduction

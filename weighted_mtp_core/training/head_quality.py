@@ -17,7 +17,7 @@ from weighted_mtp_core.data.batches import preceding
 from weighted_mtp_core.model.pair_predictions import HeadSums, PairPredictions
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.targets import batch_labels
-from weighted_mtp_core.recipe.schema import SelectBy
+from weighted_mtp_core.recipe.train_table import SelectBy
 
 MEASURES: Mapping[SelectBy, str] = {
     "head_1": "held-out loss",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from attrs import asdict, define, field, frozen
+from attrs import asdict, define, evolve, field, filters, frozen
 from torch import Tensor, nn
 
 from weighted_mtp_core.api import Batch
@@ -24,17 +24,12 @@ from weighted_mtp_core.checkpointing.state import (
     restore_random_state,
 )
 from weighted_mtp_core.errors import RunFailedError
-from weighted_mtp_core.recipe.schema import TrainTable
+from weighted_mtp_core.recipe.train_table import TrainTable
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
 from weighted_mtp_core.runtime.interrupts import StopRequest
 from weighted_mtp_core.storage.atomic import atomic_write
 from weighted_mtp_core.training.nonfinite_steps import NonfiniteSteps
-from weighted_mtp_core.training.optimisers import (
-    clip_gradients,
-    learning_rate,
-    make_optimiser,
-    set_learning_rate,
-)
+from weighted_mtp_core.training.optimisers import Part, clip_gradients, make_optimisers, set_learning_rate
 from weighted_mtp_core.training.stage_cost import StageCost
 
 Scalars = Mapping[str, Tensor | float]
@@ -90,9 +85,13 @@ class Learner(ABC):
     def parameters(self) -> Iterable[nn.Parameter]:
         """Return the parameters; the parameters that require a gradient are optimised."""
 
-    def rates(self) -> Mapping[nn.Parameter, float]:
-        """Return some parameters' learning rates, relative to the stage's learning rate; 1 for all others."""
+    def parts(self) -> Mapping[nn.Parameter, Part]:
+        """Return the parts of the model with a learning rate other than the stage's, by parameter."""
         return {}
+
+    def embeddings(self) -> Collection[nn.Parameter]:
+        """Return the parameters of embeddings and unembeddings."""
+        return ()
 
     def flops(self, batch: Batch) -> float:
         """Return the floating-point operations that the step of a global batch needs; 0 if not known."""
@@ -139,16 +138,24 @@ class Reporter(Protocol):
 
 @frozen(kw_only=True)
 class Trained:
-    """The validation results of a stage before the first step and of the best state, which was kept."""
+    """The validation results of a stage before the first step and of the best state, which was kept.
+
+    `last_step` is the number of completed steps, of `steps` planned ones.
+    """
 
     start: Validation
     best_step: int
     best: Validation
+    last_step: int = 0
+    steps: int = 0
 
     def summary(self) -> list[tuple[str, str]]:
         """Return the summary's line: the measure that selects the best state, before and after training."""
         before, after = abs(self.start.score), abs(self.best.score)
-        return [("policy", f"{self.best.measure} {before:.3f} -> {after:.3f} at step {self.best_step}")]
+        text = f"{self.best.measure} {before:.3f} -> {after:.3f} at step {self.best_step}"
+        if self.last_step < self.steps:
+            text += f"; stopped early after step {self.last_step} of {self.steps}"
+        return [("policy", text)]
 
 
 def train(
@@ -162,6 +169,9 @@ def train(
     distributed: Distributed = SINGLE_PROCESS,
 ) -> Trained:
     """Optimise for `table.steps` steps and leave the learner in its best validated state.
+
+    With `table.patience`, training ends after this many validations in a row without a better state (early
+    stopping, Prechelt 1998).
 
     After SIGINT, SIGTERM or SIGHUP, training stops after the current step with a checkpoint. After SIGUSR1,
     it writes a checkpoint and continues; if SIGUSR1 arrived before training, the checkpoint follows the first
@@ -185,14 +195,16 @@ def train(
     first = training.validate(0) if resume is None else training.restore(resume)
     training.cost.begin()  # the first validation is not part of the cost
     with StopRequest() as signals:
-        for step in range(first, table.steps):
-            training.step(step)
-            done = step + 1
+        done = first
+        while not training.ends(done):
+            training.step(done)
+            done += 1
             if distributed.any_rank(flag=signals.requested):
                 training.take_snapshot(done)
                 checkpoints.wait()
                 signals.stop()
-            if checkpoints.due(done, table.steps) or distributed.any_rank(flag=signals.checkpoint_requested):
+            last = done if training.ends(done) else table.steps
+            if checkpoints.due(done, last) or distributed.any_rank(flag=signals.checkpoint_requested):
                 signals.forget_checkpoint_request()
                 training.take_snapshot(done)
     checkpoints.wait()
@@ -204,7 +216,7 @@ def train(
             hint="lower the learning rate, or give the split `validation` responses with tokens to predict",
         )
     learner.load_best()
-    return training.trained
+    return evolve(training.trained, last_step=done, steps=table.steps)
 
 
 @define(eq=False)
@@ -218,7 +230,8 @@ class _Training:
     checkpoints: Checkpoints
     distributed: Distributed
     parameters: list[nn.Parameter] = field(init=False)
-    optimiser: torch.optim.AdamW = field(init=False)
+    optimisers: list[torch.optim.Optimizer] = field(init=False)
+    rates: Mapping[str, float] = field(init=False, factory=dict)
     nonfinite: NonfiniteSteps = field(init=False)
     trained: Trained = field(init=False)
     cost: StageCost = field(init=False)
@@ -226,7 +239,12 @@ class _Training:
 
     def __attrs_post_init__(self) -> None:
         self.parameters = [each for each in self.learner.parameters() if each.requires_grad]
-        self.optimiser = make_optimiser(self.parameters, self.table, rates=self.learner.rates())
+        self.optimisers = make_optimisers(
+            self.parameters,
+            self.table,
+            parts=self.learner.parts(),
+            embeddings=self.learner.embeddings(),
+        )
         device = self.parameters[0].device
         self.nonfinite = NonfiniteSteps(limit=self.table.max_bad_steps, device=device)
         self.cost = StageCost(
@@ -236,25 +254,35 @@ class _Training:
             distributed=self.distributed,
         )
 
+    def ends(self, done: int) -> bool:
+        """Return whether training ends after `done` steps: all are done, or the patience is exhausted."""
+        if done >= self.table.steps or self.table.patience is None:
+            return done >= self.table.steps
+        every = self.table.validate_every
+        return done // every - self.trained.best_step // every >= self.table.patience
+
     def step(self, step: int) -> None:
         """Execute one step; log and validate if due."""
-        set_learning_rate(self.optimiser, self.table, step)
+        self.rates = set_learning_rate(self.optimisers, self.table, step)
         batch = self.batch_of(step)
         self.cost.add(tokens=batch.ids_BT.numel(), flops=self.learner.flops(batch))
         result = self.learner.learn(batch, step=step)
         norm = clip_gradients(self.parameters, self.table.max_grad_norm, size=result.size)
-        self.nonfinite.skip_if_not_finite(self.optimiser, result.loss, norm)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        self.nonfinite.skip_if_not_finite(self.optimisers, result.loss, norm)
+        for optimiser in self.optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
         done = step + 1
         if self.nonfinite.too_many(done):
             self._give_up(done)
-        if done % self.table.log_every == 0 or done == self.table.steps:
-            stage, loss_name = self.learner.stage, self.learner.loss_name
-            self._log(done, {loss_name: result.loss, **result.metrics(), f"{stage}_gradient_norm": norm})
+        logged = done % self.table.log_every == 0 or done == self.table.steps
+        if logged:
+            self._log(done, result, norm)
         if done % self.table.validate_every == 0 or done == self.table.steps:
             with self.cost.pause():
                 self.validate(done)
+        if self.ends(done) and not logged:
+            self._log(done, result, norm)
 
     def validate(self, step: int) -> int:
         """Validate after `step` steps, and save the state if it is the best so far; return `step`."""
@@ -275,8 +303,8 @@ class _Training:
         """Copy everything that the next step depends on; the copy is written while training continues."""
         self.checkpoints.wait()  # because the new copy overwrites the previous one
         learner, learner_values = copy_state(self.learner.state_dict(), "learner", over=self.copies)
-        moments = optimiser_state(self.optimiser, self.parameters)
-        optimiser, _ = copy_state(moments, "optimiser", over=self.copies)
+        state = optimiser_state(self.optimisers, self.parameters)
+        optimiser, _ = copy_state(state, "optimiser", over=self.copies)
         self.copies = {**learner, **optimiser}
         random, random_values = random_state()
         self.checkpoints.save(
@@ -287,7 +315,7 @@ class _Training:
                 values={
                     "learner": learner_values,
                     "rng": random_values,
-                    "trained": asdict(self.trained),
+                    "trained": asdict(self.trained, filter=filters.exclude("last_step", "steps")),
                     "nonfinite_steps": self.nonfinite.state(),
                 },
                 best=self.learner.best,
@@ -297,7 +325,7 @@ class _Training:
     def restore(self, snapshot: Snapshot) -> int:
         """Restore the state of a snapshot; return the number of completed steps."""
         self.learner.load_state_dict(snapshot.part("learner"))
-        load_optimiser_state(self.optimiser, self.parameters, snapshot.part("optimiser"))
+        load_optimiser_state(self.optimisers, self.parameters, snapshot.part("optimiser"))
         restore_random_state(snapshot.tensors, snapshot.values["rng"])
         kept = snapshot.values["trained"]
         self.trained = Trained(
@@ -308,15 +336,13 @@ class _Training:
             snapshot.restore_best(self.learner.best)
         return snapshot.step
 
-    def _log(self, done: int, scalars: Scalars) -> None:
+    def _log(self, done: int, result: StepResult, norm: Tensor) -> None:
         stage, loss_name = self.learner.stage, self.learner.loss_name
+        scalars = {loss_name: result.loss, **result.metrics(), f"{stage}_gradient_norm": norm}
         values = {name: float(value) for name, value in scalars.items()}
-        scheduled = learning_rate(self.table, done - 1)
-        rates = {group["rate"] for group in self.optimiser.param_groups}
-        rate, *head_rate = sorted(rates, key=lambda each: each != 1.0)
-        values[f"{stage}_learning_rate"] = rate * scheduled
-        if head_rate:
-            values[f"{stage}_head_learning_rate"] = head_rate[0] * scheduled
+        first, *others = sorted(self.rates)  # the part without a name, if it is trained, is the first
+        values[f"{stage}_learning_rate"] = self.rates[first]
+        values |= {f"{stage}_{part}_learning_rate": self.rates[part] for part in others}
         values[f"{stage}_skipped_steps"] = float(self.nonfinite.total)
         self.reporter.metrics(stage, done, values)
         cost = self.cost.read()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -36,13 +36,13 @@ class NonfiniteSteps:
         return int(self._total)
 
     def skip_if_not_finite(
-        self, optimiser: torch.optim.AdamW, loss: Tensor | float, gradient_norm: Tensor
+        self, optimisers: Iterable[torch.optim.Optimizer], loss: Tensor | float, gradient_norm: Tensor
     ) -> None:
-        """Make the optimiser's next step leave all parameters unchanged if loss or gradient is not finite."""
+        """Let the next step of all optimisers change nothing if loss or gradient is not finite."""
         finite = torch.isfinite(gradient_norm) & torch.isfinite(torch.as_tensor(loss, device=self.device))
         skipped = (~finite).float()
-        # The fused kernel reads this attribute, which exists for gradient scalers.
-        optimiser.found_inf = skipped  # type: ignore[attr-defined]
+        for optimiser in optimisers:  # `OneByOne` reads this attribute, and so does the fused AdamW,
+            optimiser.found_inf = skipped  # type: ignore[attr-defined] # for gradient scalers
         self._total += skipped
         self._in_a_row = (self._in_a_row + skipped) * skipped
 

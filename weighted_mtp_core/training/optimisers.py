@@ -1,67 +1,121 @@
-"""AdamW, its learning-rate schedule, and gradient clipping."""
+"""The optimisers of a stage, the learning rates of the model's parts, and gradient clipping."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from types import MappingProxyType
 
 import torch
+from attrs import frozen
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from weighted_mtp_core.recipe.schema import TrainTable
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.recipe.schema import Recipe
+from weighted_mtp_core.recipe.train_table import TrainTable
 from weighted_mtp_core.runtime.sharding import whole
+from weighted_mtp_core.training.eight_bit import EightBitAdamW
+from weighted_mtp_core.training.muon import Muon
+from weighted_mtp_core.training.schedules import learning_rate
 
 
-def learning_rate(table: TrainTable, step: int) -> float:
-    """Return the learning rate of a step (0-based): linear warm-up, then cosine decay to the final share.
+@frozen(kw_only=True, order=True)
+class Part:
+    """A part of the model that has a learning rate of its own.
 
-    The cosine decay follows SGDR (Loshchilov and Hutter 2017, eq. 5) with one period.
+    Attributes:
+        name: Name in metrics, such as `head`; empty for all parameters without such a part.
+        rate: The learning rate of the part, relative to the learning rate of the stage.
     """
-    if step < table.warmup_steps:
-        return table.learning_rate * (step + 1) / table.warmup_steps
-    span = max(1, table.steps - table.warmup_steps)
-    share = 0.5 * (1 + math.cos(math.pi * (step - table.warmup_steps) / span))
-    return table.learning_rate * (table.final_learning_rate + (1 - table.final_learning_rate) * share)
+
+    name: str = ""
+    rate: float = 1.0
 
 
-def make_optimiser(
+def check_optimisers(recipe: Recipe) -> None:
+    """Refuse optimisers that the installed packages do not have.
+
+    Raises:
+        WmtpError: The package or the release of torch that has an optimiser is not installed.
+    """
+    if recipe.critic is not None:
+        _check_optimiser(recipe.critic.train, key="critic.train.optimiser.name")
+    _check_optimiser(recipe.train, key="train.optimiser.name")
+
+
+def _check_optimiser(table: TrainTable, *, key: str) -> None:
+    name = table.optimiser.name
+    if name == "adamw_8bit" and find_spec("torchao") is None:
+        raise WmtpError(
+            f'`{key} = "adamw_8bit"` needs the package torchao',
+            hint="pip install 'weighted-mtp-core[eightbit]'",
+        )
+    if name == "muon" and not hasattr(torch.optim, "Muon"):
+        raise WmtpError(
+            f'`{key} = "muon"` needs torch 2.9 or newer; torch {torch.__version__} is installed',
+            hint="pip install 'torch>=2.9'",
+        )
+
+
+def make_optimisers(
     parameters: Iterable[nn.Parameter],
     table: TrainTable,
     *,
-    rates: Mapping[nn.Parameter, float] = MappingProxyType({}),
-) -> torch.optim.AdamW:
-    """Return AdamW for the parameters that require a gradient; weight decay applies only to matrices.
+    parts: Mapping[nn.Parameter, Part] = MappingProxyType({}),
+    embeddings: Collection[nn.Parameter] = (),
+) -> list[torch.optim.Optimizer]:
+    """Return the optimisers of all parameters that require a gradient; weight decay applies only to matrices.
 
-    Norms and biases are not decayed, because their scale needs no bound.
+    Norms and biases are not decayed, because their scale needs no bound. Each optimiser skips a step if its
+    attribute `found_inf`, a tensor on the device, is 1; see `NonfiniteSteps`.
 
     Args:
         parameters: The parameters.
         table: The options.
-        rates: Learning rates of some parameters, relative to the learning rate of the step; 1 for all others.
-            `set_learning_rate` applies these factors.
+        parts: The parts of the model that some parameters belong to; `set_learning_rate` applies their rates.
+        embeddings: The parameters of embeddings and unembeddings, which `muon` leaves to AdamW.
     """
-    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, bool, Part], list[nn.Parameter]] = {}
+    others = {id(parameter) for parameter in embeddings}
     for parameter in parameters:
         if parameter.requires_grad:  # the fused kernel does not accept sharded and whole parameters together
-            key = parameter.ndim >= 2, isinstance(parameter, DTensor), rates.get(parameter, 1.0)
+            is_matrix = parameter.ndim >= 2
+            hidden = table.optimiser.name == "muon" and parameter.ndim == 2 and id(parameter) not in others
+            key = hidden, is_matrix, isinstance(parameter, DTensor), parts.get(parameter, Part())
             groups.setdefault(key, []).append(parameter)
+    found: dict[bool, list[dict[str, object]]] = {}
+    for (hidden, is_matrix, _, part), members in sorted(groups.items(), reverse=True):
+        decay = table.weight_decay if is_matrix else 0.0
+        group = {"params": members, "weight_decay": decay, "rate": part.rate, "part": part.name}
+        found.setdefault(hidden, []).append(group)
+    return [_make(members, table, hidden=hidden) for hidden, members in found.items()]
+
+
+def _make(groups: list[dict[str, object]], table: TrainTable, *, hidden: bool) -> torch.optim.Optimizer:
+    options = table.optimiser
+    if hidden:
+        return Muon(groups, lr=table.learning_rate)
+    if options.name == "adamw_8bit":
+        return EightBitAdamW(groups, lr=table.learning_rate, betas=options.betas, eps=options.epsilon)
     return torch.optim.AdamW(
-        [
-            {"params": members, "weight_decay": table.weight_decay if is_matrix else 0.0, "rate": rate}
-            for (is_matrix, _, rate), members in sorted(groups.items(), reverse=True)
-        ],
+        groups,
         lr=table.learning_rate,
-        betas=(0.9, 0.95),
-        fused=True,  # the fused kernel can skip a step on the device, see NonfiniteSteps
+        betas=options.betas,
+        eps=options.epsilon,
+        fused=True,  # the fused kernel can skip a step on the device
     )
 
 
-def set_learning_rate(optimiser: torch.optim.Optimizer, table: TrainTable, step: int) -> None:
-    """Set the learning rates of a step (0-based)."""
-    for group in optimiser.param_groups:
-        group["lr"] = group["rate"] * learning_rate(table, step)
+def set_learning_rate(
+    optimisers: Iterable[torch.optim.Optimizer], table: TrainTable, step: int
+) -> dict[str, float]:
+    """Set the learning rates of a step (0-based); return the rate of each part, keyed by the part's name."""
+    scheduled = learning_rate(table, step)
+    groups = [group for each in optimisers for group in each.param_groups]
+    for group in groups:
+        group["lr"] = group["rate"] * scheduled
+    return {group["part"]: group["lr"] for group in groups}
 
 
 def clip_gradients(

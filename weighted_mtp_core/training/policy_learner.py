@@ -5,7 +5,7 @@ Shape letters: B rows, T positions, K heads, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from weighted_mtp_core.model.loss import normalisers, weighted_mtp_loss
 from weighted_mtp_core.model.loss_shares import loss_shares
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.targets import IGNORED, batch_labels, pair_index, target_mask
-from weighted_mtp_core.recipe.schema import LossTable, SelectBy, default_selection
+from weighted_mtp_core.recipe.schema import LossTable
+from weighted_mtp_core.recipe.train_table import SelectBy, default_selection
 from weighted_mtp_core.runtime.cost import matrix_rate
 from weighted_mtp_core.runtime.device import bucket_bytes, to_device
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
@@ -35,6 +36,7 @@ from weighted_mtp_core.training.head_quality import MEASURES, head_quality, per_
 from weighted_mtp_core.training.loop import Learner, Scalars, StepResult, Validation
 from weighted_mtp_core.training.micro_batches import MicroBatch, micro_batches
 from weighted_mtp_core.training.objective import Normaliser
+from weighted_mtp_core.training.optimisers import Part
 from weighted_mtp_core.training.prepare import Prepared
 from weighted_mtp_core.training.weight_checks import ValueCheck
 from weighted_mtp_core.training.weighting_inputs import Signals, Weighting
@@ -58,7 +60,8 @@ class PolicyLearner(Learner):
         best: The file of the best policy.
         log: Receives messages for the user.
         knows_slips: Whether the data mark the mistakes of incorrect responses; see `Prepared.knows_slips`.
-        head_rate: Learning rate of heads 2..K, relative to the learning rate of the other parameters.
+        head_rate: Learning rate of heads 2..K, relative to the learning rate of the stage.
+        embedding_rate: The same for the embeddings and the unembedding.
         select_by: The measure that selects the best policy, see `selection_score`.
         matrix_rate: See `Learner`.
     """
@@ -76,6 +79,7 @@ class PolicyLearner(Learner):
     log: Callable[[str], None] = print
     knows_slips: bool = False
     head_rate: float = 1.0
+    embedding_rate: float = 1.0
     select_by: SelectBy = "head_1"
     matrix_rate: float | None = None
     stage: str = field(default="policy", init=False)
@@ -91,6 +95,7 @@ class PolicyLearner(Learner):
     ) -> PolicyLearner:
         """Return the learner of a run."""
         recipe, selected = prepared.plan.recipe, prepared.plan.weighting
+        rate = recipe.train.learning_rate
         return cls(
             policy=prepared.policy,
             weighting=Weighting(
@@ -100,7 +105,7 @@ class PolicyLearner(Learner):
                 label=f"weighting `{selected.address}` of {selected.plugin}",
             ),
             loss=recipe.loss,
-            steps=recipe.train.steps,
+            steps=prepared.train_table.steps,
             pairs_per_step=prepared.policy_batches().pairs_per_step(prepared.policy.n_future),
             accumulation=recipe.train.accumulation,
             distributed=distributed,
@@ -109,8 +114,8 @@ class PolicyLearner(Learner):
             best=best,
             log=prepared.log,
             knows_slips=prepared.knows_slips,
-            head_rate=(recipe.train.head_learning_rate or recipe.train.learning_rate)
-            / recipe.train.learning_rate,
+            head_rate=(recipe.train.head_learning_rate or rate) / rate,
+            embedding_rate=(recipe.train.embedding_learning_rate or rate) / rate,
             select_by=recipe.train.select_by or default_selection(recipe.model.train, recipe.loss.heads),
             matrix_rate=matrix_rate(prepared.compute),
         )
@@ -133,9 +138,19 @@ class PolicyLearner(Learner):
         """Return the policy's parameters."""
         return self.policy.parameters()
 
-    def rates(self) -> Mapping[nn.Parameter, float]:
-        """Return the learning rate of the parameters of heads 2..K."""
-        return dict.fromkeys(self.policy.later_parameters(), self.head_rate)
+    def parts(self) -> Mapping[nn.Parameter, Part]:
+        """Return the parts with learning rates of their own: heads 2..K and the embeddings."""
+        found: dict[nn.Parameter, Part] = {}
+        if self.embedding_rate != 1.0:
+            part = Part(name="embedding", rate=self.embedding_rate)
+            found |= dict.fromkeys(self.policy.embedding_parameters(), part)
+        if self.head_rate != 1.0:
+            found |= dict.fromkeys(self.policy.later_parameters(), Part(name="head", rate=self.head_rate))
+        return found
+
+    def embeddings(self) -> Collection[nn.Parameter]:
+        """Return the parameters of the embeddings and of the unembedding."""
+        return list(self.policy.embedding_parameters())
 
     def flops(self, batch: Batch) -> float:
         """Return the operations of a step, see `StepFlops`; 0 if they cannot be counted."""

@@ -44,6 +44,7 @@ from weighted_mtp_core.model.probe import check_positions
 from weighted_mtp_core.model.trunk import frozen_trunk, trainable_trunk
 from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.recipe.schema import CriticTable, ModelTable
+from weighted_mtp_core.recipe.train_table import PolicyTrainTable
 from weighted_mtp_core.runtime.device import Compute
 from weighted_mtp_core.runtime.state_digest import state_sha256
 from weighted_mtp_core.storage.manifest import sha256_of
@@ -160,13 +161,19 @@ class Prepared:
         size, seed = recipe.train.batch_size, recipe.run.seed
         return StepBatches(tokens, recipe.data, batch_size=size, seed=seed, device=device)
 
-    def critic_batches(self, critic: Critic, table: CriticTable) -> Callable[[int], Batch]:
-        """Return a function that returns the global batch of a step of stage 1."""
+    @cached_property
+    def train_table(self) -> PolicyTrainTable:
+        """The recipe's `[train]`, with the number of steps of its epochs."""
+        table = self.plan.recipe.train
+        return table if table.epochs is None else table.for_epochs(self.policy_batches().batches_per_epoch)
+
+    def critic_batches(self, critic: Critic, table: CriticTable) -> tuple[Callable[[int], Batch], float]:
+        """Return a function that returns the global batch of a step of stage 1, and the batches per epoch."""
         tokens = self.critic_tokens("train")
         units = make_pairs(tokens, table.pairs) if critic.batching == "pairs" else pointwise(tokens)
         seed = self.plan.recipe.run.seed
         sampler = Sampler(units, tokens.length_D, batch_size=table.train.batch_size, seed=seed)
-        return lambda step: self.batch(tokens, sampler.rows(step))
+        return lambda step: self.batch(tokens, sampler.rows(step)), sampler.batches_per_epoch
 
     def policy_validation(self) -> Iterator[Batch]:
         """Yield the held-out examples on which the policy is validated."""
