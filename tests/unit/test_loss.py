@@ -263,6 +263,28 @@ def test_chunks_shrink_as_other_buffers_grow_with_the_batch(length, rows, monkey
     assert seen.rows == rows == max(20, (room - states) // (V * 4))
 
 
+GIB = 1 << 30
+
+
+@given(memory=st.integers(GIB, 200 * GIB), vocab_size=st.integers(2, 300_000), extra=st.integers(0, 20 * GIB))
+def test_a_larger_cuda_device_has_larger_chunks_that_take_a_small_share_of_it(memory, vocab_size, extra):
+    def rows(size):
+        return chunked_unembedding.chunk_rows(vocab_size, 2, extra_bytes=extra, memory=size)
+
+    assert 192 <= rows(memory) <= rows(2 * memory) <= 4096
+    assert rows(memory) % 64 == 0
+    assert rows(memory) * vocab_size * 8 <= memory / 64 or rows(memory) == 192
+
+
+def test_rows_of_usual_devices():
+    def rows(vocab_size, memory):
+        return chunked_unembedding.chunk_rows(vocab_size, 2, extra_bytes=0, memory=memory)
+
+    assert [rows(v, 24 * GIB) for v in (32_000, 49_152, 128_256)] == [1536, 1024, 384]
+    assert [rows(v, 80 * GIB) for v in (32_000, 49_152, 128_256)] == [4096, 3392, 1280]
+    assert rows(49_152, None) == 192
+
+
 # ------------------------------------------------------------------ known answers
 
 

@@ -16,12 +16,36 @@ from torch import Tensor, nn
 
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.unembedding import Unembedding
+from weighted_mtp_core.runtime.device import memory_of
 
 CHUNK = 192
-"""Maximum number of rows of logits in memory: 192 x 49152 logits in fp32 take 36 MiB."""
+"""Maximum number of rows of logits in memory on a CPU: 192 x 49152 logits in fp32 take 36 MiB."""
 
 _BUDGET = 36 << 20  # bytes for the logits and the states' gradients together, if CHUNK rows need no more
 _FEWEST = 64  # rows; fewer rows save little memory but slow down the matrix products
+_LARGEST = 4096  # rows on a CUDA device; more rows do not make the matrix products faster
+_SHARE = 64  # logits take at most 1/64 of a CUDA device's memory if CHUNK rows need no more
+_BYTES_PER_LOGIT = 8  # on a CUDA device: a bfloat16 logit, the float32 copy of it, and its gradient
+
+
+def chunk_rows(vocab_size: int, itemsize: int, *, extra_bytes: int, memory: int | None) -> int:
+    """Return the number of rows of logits that are in memory at once.
+
+    A CUDA device has hundreds of arithmetic units that a chunk of 192 rows leaves idle, and memory for more.
+
+    Args:
+        vocab_size: Logits of a row.
+        itemsize: Bytes of a logit.
+        extra_bytes: Other memory in use at the same time as the logits, which grows with the batch. On a CPU,
+            chunks are made smaller by this amount, so that the total does not grow with the batch.
+        memory: Memory of the CUDA device in bytes; None for other devices.
+    """
+    if memory is None:
+        row_bytes = vocab_size * itemsize
+        rows = (max(_BUDGET, CHUNK * row_bytes) - extra_bytes) // row_bytes
+        return min(CHUNK, max(_FEWEST, rows))
+    rows = memory // _SHARE // (vocab_size * _BYTES_PER_LOGIT)
+    return min(_LARGEST, max(CHUNK, rows // _FEWEST * _FEWEST))
 
 
 @frozen(kw_only=True, eq=False)
@@ -74,17 +98,20 @@ class ChunkedUnembedding:
         Args:
             policy: The policy.
             hidden_BTH: Trunk states, of which only the device is used.
-            extra_bytes: Other memory in use at the same time as the logits, which grows with the batch.
-                Chunks are made smaller by this amount, so that the total does not grow with the batch.
+            extra_bytes: See `chunk_rows`.
             teaches: Whether `learn` is called with a teacher.
         """
         unembedding, device = policy.unembedding, hidden_BTH.device.type
         casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if casts else unembedding.dtype
         matrix_VH = unembedding.weight.detach().to(dtype)
-        row_bytes = len(matrix_VH) * matrix_VH.element_size()
-        rows = (max(_BUDGET, CHUNK * row_bytes) - extra_bytes) // row_bytes
-        logits_NV = matrix_VH.new_empty(min(CHUNK, max(_FEWEST, rows)), len(matrix_VH))
+        rows = chunk_rows(
+            len(matrix_VH),
+            matrix_VH.element_size(),
+            extra_bytes=extra_bytes,
+            memory=memory_of(hidden_BTH.device),
+        )
+        logits_NV = matrix_VH.new_empty(rows, len(matrix_VH))
         return cls(
             unembedding=unembedding,
             matrix_VH=matrix_VH,

@@ -28,6 +28,7 @@ from weighted_mtp_core.recipe.train_table import TrainTable
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
 from weighted_mtp_core.runtime.interrupts import StopRequest
 from weighted_mtp_core.storage.atomic import atomic_write
+from weighted_mtp_core.training.batches_ahead import BatchesAhead
 from weighted_mtp_core.training.nonfinite_steps import NonfiniteSteps
 from weighted_mtp_core.training.optimisers import Part, clip_gradients, make_optimisers, set_learning_rate
 from weighted_mtp_core.training.stage_cost import StageCost
@@ -191,7 +192,9 @@ def train(
             score, or a checkpoint failed.
         KeyboardInterrupt: A signal requested a stop.
     """
-    training = _Training(learner, table, batch_of, reporter, checkpoints, distributed)
+    device = next(iter(learner.parameters())).device
+    batches = BatchesAhead(batch_of, table.steps, device)
+    training = _Training(learner, table, batches, reporter, checkpoints, distributed)
     first = training.validate(0) if resume is None else training.restore(resume)
     training.cost.begin()  # the first validation is not part of the cost
     with StopRequest() as signals:
@@ -225,7 +228,7 @@ class _Training:
 
     learner: Learner
     table: TrainTable
-    batch_of: Callable[[int], Batch]
+    batches: BatchesAhead
     reporter: Reporter
     checkpoints: Checkpoints
     distributed: Distributed
@@ -264,7 +267,7 @@ class _Training:
     def step(self, step: int) -> None:
         """Execute one step; log and validate if due."""
         self.rates = set_learning_rate(self.optimisers, self.table, step)
-        batch = self.batch_of(step)
+        batch = self.batches(step)
         self.cost.add(tokens=batch.ids_BT.numel(), flops=self.learner.flops(batch))
         result = self.learner.learn(batch, step=step)
         norm = clip_gradients(self.parameters, self.table.max_grad_norm, size=result.size)
@@ -273,6 +276,7 @@ class _Training:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         done = step + 1
+        self.batches.prepare(done)
         if self.nonfinite.too_many(done):
             self._give_up(done)
         logged = done % self.table.log_every == 0 or done == self.table.steps
@@ -354,7 +358,7 @@ class _Training:
         """Write the examples of the skipped steps to a file, and raise an error that ends the run."""
         steps = range(done - self.table.max_bad_steps, done)
         file = self.checkpoints.folder / "bad_steps.json"
-        examples = {str(step + 1): self.batch_of(step).example_ids for step in steps}
+        examples = {str(step + 1): self.batches(step).example_ids for step in steps}
         atomic_write(file, json.dumps(examples, indent=1, ensure_ascii=False) + "\n")
         raise RunFailedError(
             f"{len(steps)} steps in a row, up to step {done} of stage `{self.learner.stage}`, had no finite "
