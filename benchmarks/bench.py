@@ -25,7 +25,18 @@ import torch
 from harness import GPU, table
 
 HERE = Path(__file__).parent
-GROUPS = ("loss", "advantages", "step", "heads", "padding", "corpus", "checkpointing", "decoding", "trainers")
+GROUPS = (
+    "loss",
+    "advantages",
+    "step",
+    "heads",
+    "padding",
+    "corpus",
+    "checkpointing",
+    "decoding",
+    "trainers",
+    "reduction",
+)
 ON_GPU = ("mfu", "loss", "liger", "trainers")
 RESULTS = HERE / "results.json"
 Group = dict[str, Any]

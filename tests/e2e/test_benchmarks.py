@@ -31,7 +31,8 @@ def benchmark(environment, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "group", ["loss", "advantages", "step", "heads", "padding", "corpus", "checkpointing", "mfu"]
+    "group",
+    ["loss", "advantages", "step", "heads", "padding", "corpus", "checkpointing", "reduction", "mfu"],
 )
 def test_a_group_measures_every_row(benchmark, group):
     rows = benchmark(group)

@@ -15,8 +15,8 @@ class BatchesAhead:
     """The batches of a stage, requested in any order; on a CPU nothing is made ahead.
 
     The host only queues the work of a step and is soon done, so it needs no thread to be ahead: `prepare`
-    makes the next batch and queues its copy from pinned memory, see `to_device`. There is nothing to stop when
-    a signal ends the run, and batches are a function of the step, so a resumed run gets the same ones.
+    makes the next batch and queues its copy from pinned memory, see `to_device`. Batches are a function of
+    the step, so a resumed run gets the same ones.
 
     Attributes:
         batch_of: Returns the batch of a step.
