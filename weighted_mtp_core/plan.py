@@ -17,6 +17,7 @@ from attrs import frozen
 
 from weighted_mtp_core import run_tags
 from weighted_mtp_core.api import SAME_RESULT, BuildContext, Signal
+from weighted_mtp_core.api.tensors import CRITIC_SIGNALS, VALUES
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.identifiers import check_path, flat
 from weighted_mtp_core.plugins.loading import Kind, PluginRegistry
@@ -31,7 +32,7 @@ from weighted_mtp_core.recipe.structure import Fault, plain
 from weighted_mtp_core.recipe.train_table import TrainTable
 
 _DEFAULT_EXPERIMENT_PREFIX = "weighted_mtp"
-_CRITIC_SIGNALS = (Signal.VALUE, Signal.REFERENCE_LOSS)  # core computes the other signals
+_SOURCES = {Signal.LOG_VALUE: VALUES}  # core computes the logarithm of a critic's values
 _ADDRESS_TAGS = {"weighting": run_tags.WEIGHTING, "critic": run_tags.CRITIC, "data": run_tags.DATA}
 SelectionT = TypeVar("SelectionT", bound=Selection)
 
@@ -221,11 +222,12 @@ def _critic_faults(weighting: SelectedComponent, critic: SelectedComponent | Non
 def _check_signals(plan: Plan, registry: PluginRegistry) -> None:
     """Refuse a weighting that needs a signal of a critic if the recipe's critic does not provide it."""
     provided = plan.critic.component.provides if plan.critic else frozenset()
-    for signal in _CRITIC_SIGNALS:
-        if signal in provided or signal not in plan.weighting.needs:
+    for signal in CRITIC_SIGNALS:
+        sources = _SOURCES.get(signal, (signal,))
+        if signal not in plan.weighting.needs or provided & {*sources}:
             continue
         lacking = f"critic `{plan.critic.address}` does not provide" if plan.critic else "no critic provides"
-        use = next(iter(registry.providers(signal)), "<plugin>.<critic>")
+        use = next((found for each in sources for found in registry.providers(each)), "<plugin>.<critic>")
         raise WmtpError(
             f"weighting `{plan.weighting.address}` needs the signal `{signal.value}`, which {lacking}",
             hint=f'in table `[critic]`: use = "{use}"',

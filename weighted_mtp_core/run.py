@@ -12,6 +12,7 @@ from torch import nn
 
 from weighted_mtp_core import run_tags
 from weighted_mtp_core.api import Batch, Critic, Signal
+from weighted_mtp_core.api.tensors import VALUES
 from weighted_mtp_core.checkpointing.best_model import load_component
 from weighted_mtp_core.checkpointing.manager import Checkpoints
 from weighted_mtp_core.checkpointing.resume import (
@@ -46,6 +47,7 @@ from weighted_mtp_core.training.loop import Learner, Trained, train
 from weighted_mtp_core.training.optimisers import check_optimisers
 from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.prepare import Prepared, prepare
+from weighted_mtp_core.training.reference_models import VOCABULARY, vocabulary_sha256
 
 
 def run_plan(plan: Plan, *, resume: str | None = None, allow_change: Sequence[str] = ()) -> None:
@@ -160,6 +162,8 @@ class _Run:
         if self.distributed.is_rank_zero and refuse_other_data(folder, version, allowed=allow_change):
             self.recorder.datasets([version])
         self.recorder.tags({run_tags.MODEL_VERSION: prepared.base_name})
+        if self.distributed.is_rank_zero:
+            folder.record(**{VOCABULARY: vocabulary_sha256(prepared.codec.tokenizer)})
         if prepared.source.oracle_weights and Signal.GIVEN in self.plan.weighting.needs:
             self.recorder.tags({run_tags.ORACLE: "true"})
         return prepared
@@ -179,7 +183,7 @@ class _Run:
             self.recorder.log(f"critic loaded from `{table.checkpoint}`")
         trains, judged = (
             table.checkpoint is None and critic.trainable,
-            Signal.VALUE in selected.component.provides,
+            bool(selected.component.provides & {*VALUES}),
         )
         if trains or judged:
             learner.check_problems(table, log=self.recorder.log)

@@ -93,6 +93,26 @@ def test_without_known_slips_nothing_is_said_about_them():
 
 
 @given(RESPONSES)
+def test_values_above_1_count_as_1_but_keep_their_order(responses):
+    """A critic that knows values up to a factor gives such values."""
+    large = [
+        (problem, reward, 4 * before, [4 * v for v in values])
+        for problem, reward, before, values in responses
+    ]
+    cut = [
+        (problem, reward, min(before, 1), [min(v, 1) for v in values])
+        for problem, reward, before, values in large
+    ]
+
+    found, of_cut = CriticMeasures.of(judge(large)), CriticMeasures.of(judge(cut))
+
+    of_order = CriticMeasures.of(judge(responses))
+    ordered = ("auc", "auc_half", "auc_quarter", "pairwise_accuracy")
+    for name, value in attrs.asdict(found).items():
+        assert value == pytest.approx(getattr(of_order if name in ordered else of_cut, name)), name
+
+
+@given(RESPONSES)
 def test_pairwise_accuracy_is_that_of_a_loop_over_pairs_within_problems(responses):
     scores = []
     for (problem, reward, _, values), (other, rival, _, others) in itertools.permutations(responses, 2):

@@ -20,7 +20,7 @@ from weighted_mtp_core.data import samplers
 from weighted_mtp_core.data.batches import collate_packed, split_rows
 from weighted_mtp_core.data.samplers import PackedSampler, first_fit
 from weighted_mtp_core.data.tokens import TokenSet
-from weighted_mtp_core.model.frozen_losses import frozen_losses
+from weighted_mtp_core.model.language_model import LanguageModel, frozen_losses
 from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.model.loss import weighted_mtp_loss
 from weighted_mtp_core.model.packing_probe import check_packing
@@ -127,7 +127,7 @@ def test_a_packed_document_has_the_same_losses_as_alone(name, head, alone):
 @torch.no_grad()
 def test_frozen_copies_keep_documents_apart(name, head, alone):
     model, rows = policy(name, head), documents()
-    states, reference = frozen_trunk(model), frozen_losses(model, None, load=None)
+    states, reference = frozen_trunk(model), frozen_losses(LanguageModel.copy_of(model))
     for function in (states, reference):
         for one, other in zip(alone, cut(function(batch(rows)), rows), strict=True):
             torch.testing.assert_close(other, function(one)[0], rtol=1e-4, atol=1e-5)

@@ -146,6 +146,54 @@ def test_a_weighting_that_needs_values_gets_them_from_a_critic(plan):
     assert made.critic.address == "example.judge"
 
 
+LOGARITHMS = """
+    from attrs import frozen
+    from weighted_mtp_core.api import Component, Signal, hookimpl
+
+    @frozen(kw_only=True)
+    class NoOptions:
+        pass
+
+    def build(options, context):
+        return options
+
+    def component(name, **signals):
+        return Component(name=name, summary="", options=NoOptions, build=build, **signals)
+
+    @hookimpl
+    def wmtp_weighting_strategies():
+        yield component("ratio", needs=frozenset({Signal.LOG_VALUE}))
+        yield component("error", needs=frozenset({Signal.VALUE}))
+
+    @hookimpl
+    def wmtp_critics():
+        yield component("contrast", provides=frozenset({Signal.LOG_VALUE}))
+        yield component("judge", provides=frozenset({Signal.VALUE}))
+"""
+
+
+@pytest.mark.parametrize("critic", ["logs.contrast", "logs.judge"])
+def test_a_critic_of_values_provides_their_logarithms(plan, install_plugin, critic):
+    install_plugin("logs", LOGARITHMS)
+
+    made = plan(RECIPE.replace("example.flat", "logs.ratio"), f"critic.use={critic}")
+
+    assert made.critic.address == critic
+
+
+def test_values_that_are_known_up_to_a_factor_are_no_values(plan, install_plugin):
+    install_plugin("logs", LOGARITHMS)
+
+    with pytest.raises(WmtpError) as caught:
+        plan(RECIPE.replace("example.flat", "logs.error"), "critic.use=logs.contrast")
+
+    expected = (
+        "weighting `logs.error` needs the signal `value`, which critic `logs.contrast` does not provide"
+    )
+    assert str(caught.value) == expected
+    assert caught.value.hint == 'in table `[critic]`: use = "example.judge"'
+
+
 def test_a_critic_that_no_weighting_needs_is_allowed(plan):
     assert plan(RECIPE, "critic.use=example.judge").critic.address == "example.judge"
 

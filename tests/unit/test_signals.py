@@ -1,9 +1,11 @@
 """A weighting gets the policy signals that it declares, for the whole batch, and no others."""
 
+import math
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from weighted_mtp_core.api import Batch, Signal, WeightingStrategy, Weights
+from weighted_mtp_core.api import Batch, Critic, Scores, Signal, WeightingStrategy, Weights
 from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.model.pair_predictions import PairPredictions
 from weighted_mtp_core.model.targets import align_labels
@@ -54,10 +56,10 @@ def batch():
     )
 
 
-def learner_of(policy, weighting, needs, *, accumulation):
+def learner_of(policy, weighting, needs, *, accumulation, critic=None):
     return PolicyLearner(
         policy=policy,
-        weighting=Weighting(strategy=weighting, needs=frozenset(needs), critic=None, label="`remembering`"),
+        weighting=Weighting(strategy=weighting, needs=frozenset(needs), critic=critic, label="`remembering`"),
         loss=LossTable(),
         steps=21,
         pairs_per_step=(16.0,) * policy.n_future,
@@ -68,9 +70,9 @@ def learner_of(policy, weighting, needs, *, accumulation):
     )
 
 
-def seen(policy, batch, needs, *, accumulation):
+def seen(policy, batch, needs, *, accumulation, critic=None):
     weighting = Remembering()
-    learner_of(policy, weighting, needs, accumulation=accumulation).learn(batch, step=0)
+    learner_of(policy, weighting, needs, accumulation=accumulation, critic=critic).learn(batch, step=0)
     return weighting.view
 
 
@@ -101,3 +103,34 @@ def test_weights_for_the_report_use_the_same_signals_without_training(policy, ba
     assert (weighting.view.step, weighting.view.training) == (7, False)
     learnt_from = seen(policy, batch, FIELDS, accumulation=accumulation)
     torch.testing.assert_close(weighting.view.token_loss_BTK, learnt_from.token_loss_BTK)
+
+
+class Scoring(Critic):
+    """Gives the same number to every token, as the signals that it provides."""
+
+    reads_policy = False
+
+    def __init__(self, **scores):
+        self.scores = scores
+
+    def score(self, batch, hidden_BTH):
+        return Scores(**{name: torch.full(batch.ids_BT.shape, value) for name, value in self.scores.items()})
+
+
+@pytest.mark.parametrize(
+    ("critic", "expected"),
+    [
+        (Scoring(value_BT=0.25), math.log(0.25)),
+        (Scoring(value_BT=0.0), -math.inf),
+        (Scoring(log_value_BT=-200.0), -200.0),
+        (Scoring(value_BT=0.25, log_value_BT=-200.0), -200.0),
+    ],
+)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_logarithm_of_a_value_comes_from_the_critic_or_from_its_value(
+    policy, batch, critic, expected, accumulation
+):
+    view = seen(policy, batch, {Signal.LOG_VALUE}, accumulation=accumulation, critic=critic)
+
+    torch.testing.assert_close(view.log_value_BT, torch.full(batch.ids_BT.shape, expected))
+    assert view.value_BT is None

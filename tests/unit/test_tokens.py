@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from weighted_mtp_core.api import DatasetVersion, Example, WmtpError
 from weighted_mtp_core.data.array_files import array_appender, drop_pages, mapped
-from weighted_mtp_core.data.batches import collate_packed
+from weighted_mtp_core.data.batches import collate, collate_packed
 from weighted_mtp_core.data.texts import TextCodec
 from weighted_mtp_core.data.token_cache import TokenCache, tokenizer_fingerprint
 from weighted_mtp_core.data.tokens import open_tokens, tokenise
@@ -118,6 +118,21 @@ def test_responses_to_one_problem_share_its_number(make):
     tokens = make([example(i, problem=each) for i, each in enumerate(names)])
 
     assert tokens.problem_D.tolist() == [0, 1, 0, 2, 1]
+
+
+def test_batches_know_a_problem_by_the_same_number_in_every_set_of_examples(make):
+    """The numbers of a token set count from its first example."""
+    first = make([example(0, problem="p"), example(1, problem="q")])
+    second = make([example(2, problem="q", prompt="longer"), example(3, problem="p")])
+
+    one, other = (
+        collate(tokens, [0, 1], device=torch.device("cpu")).problem_BT for tokens in (first, second)
+    )
+
+    assert one[0, 0] == other[1, 0]
+    assert one[1, 0] == other[0, 0]
+    assert one[0, 0] != one[1, 0]
+    assert other[1, -1] == 0  # padding
 
 
 def test_nothing_short_enough_is_an_error(make):

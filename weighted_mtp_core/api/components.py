@@ -40,6 +40,10 @@ def _no_frozen_losses(_: Path | None) -> Callable[[Batch], Tensor]:
     raise WmtpError("this context has no policy, so `frozen_losses` is not available")
 
 
+def _no_trainable_losses() -> torch.nn.Module:
+    raise WmtpError("this context has no policy, so `trainable_losses` is not available")
+
+
 def _no_trainable_trunk(_: str | None) -> torch.nn.Module:
     raise WmtpError("this context has no policy, so `trainable_trunk` is not available")
 
@@ -59,10 +63,15 @@ class ModelContext:
         device: The component's tensors must be on this device.
         frozen_trunk: `frozen_trunk()` copies the current trunk and returns a function that maps a `Batch` to
             float32 states `[B, T, H]` without gradient, computed in the precision of the policy.
-        frozen_losses: `frozen_losses(None)` copies the current policy; `frozen_losses(path)` loads a
-            `best_model.pt`. Both return a function that maps a `Batch` to float32 next-token losses `[B, T]`
-            in nats, indexed by the predicted token; 0 except on response tokens that follow another token.
-            Losses have the precision of the policy's own losses.
+        frozen_losses: `frozen_losses(None)` copies the current policy; `frozen_losses(path)` loads another
+            model with the policy's tokenizer: the `best_model.pt` or the folder of a run with the same
+            `[model]`, or a transformers directory, such as an exported model. Both return a function that
+            maps a `Batch` to float32 next-token losses `[B, T]` in nats, indexed by the predicted token; 0
+            except on response tokens that follow another token. Losses have the precision of the policy's
+            own losses.
+        trainable_losses: `trainable_losses()` copies the current policy; returns a module that maps a `Batch`
+            to next-token losses like `frozen_losses`, with gradients and without dropout. The component
+            trains and saves its parameters.
         trainable_trunk: `trainable_trunk(None)` copies the current trunk; `trainable_trunk(base)` loads the
             trunk of another model with the policy's tokenizer, named like a recipe's `model.base`. Both
             return a module that maps a `Batch` to float32 states `[B, T, H]`, with gradients and without
@@ -79,6 +88,7 @@ class ModelContext:
     device: torch.device
     frozen_trunk: Callable[[], Callable[[Batch], Tensor]]
     frozen_losses: Callable[[Path | None], Callable[[Batch], Tensor]] = field(default=_no_frozen_losses)
+    trainable_losses: Callable[[], torch.nn.Module] = field(default=_no_trainable_losses)
     trainable_trunk: Callable[[str | None], torch.nn.Module] = field(default=_no_trainable_trunk)
     encode: Callable[[str], list[int]] = field(default=_no_tokenizer)
     decode: Callable[[Sequence[int]], str] = field(default=_no_tokenizer)

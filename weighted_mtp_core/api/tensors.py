@@ -22,17 +22,26 @@ if TYPE_CHECKING:
 class Signal(enum.Enum):
     """A quantity known for each token of a batch. A weighting receives those that its component `needs`.
 
-    A critic `provides` the signals `VALUE` and `REFERENCE_LOSS`, and `GIVEN` is part of the data; core
-    computes all other signals. `StepView` describes the tensor of each signal.
+    A critic `provides` the signals `VALUE`, `LOG_VALUE` and `REFERENCE_LOSS`, and `GIVEN` is part of the
+    data; core computes all other signals, and `LOG_VALUE` from `VALUE`. `StepView` describes the tensor of
+    each signal.
     """
 
     REWARD = "reward"
     GIVEN = "given"
     VALUE = "value"
+    LOG_VALUE = "log_value"
     GROUP = "group"
     TOKEN_LOSS = "token_loss"  # noqa: S105 - the name of a signal, not a secret
     TOKEN_ENTROPY = "token_entropy"  # noqa: S105
     REFERENCE_LOSS = "reference_loss"
+
+
+VALUES = (Signal.VALUE, Signal.LOG_VALUE)
+"""Signals that tell how likely a response is to be correct; a critic that provides one of them is judged."""
+
+CRITIC_SIGNALS = (*VALUES, Signal.REFERENCE_LOSS)
+"""Signals that come from a critic."""
 
 
 @frozen(kw_only=True, eq=False)
@@ -51,6 +60,8 @@ class Batch:
             document, with positions 0, 1, ...
         given_BT: float32 weight that the data give each response token, negative only if the recipe allows
             negative weights; 0 on prompts and padding. None if the data have no weights.
+        problem_BT: int64 hash of the problem's id, which is the same in every batch, split and run; 0 on
+            padding. None if the batch was not made by core.
     """
 
     ids_BT: Tensor
@@ -61,6 +72,7 @@ class Batch:
     example_ids: tuple[str, ...] = ()
     position_BT: Tensor | None = None
     given_BT: Tensor | None = None
+    problem_BT: Tensor | None = None
 
     def target_positions(self) -> tuple[Tensor, Tensor]:
         """Return the row and column indices, int64 `[N]` each, of the N targets of head 1, ordered by row.
@@ -95,6 +107,9 @@ class StepView:
         given_BT: float32, `Signal.GIVEN`: the weight that the data give the token, 1 if the data give none; 0
             where `response_BT` is False.
         value_BT: float32, `Signal.VALUE`: V_t, the critic's value of the prefix that ends at token t.
+        log_value_BT: float32, `Signal.LOG_VALUE`: log V_t, or log(V_t / V_0) if the critic does not know V_0,
+            the value of the document's prompt. So only differences within a document have a meaning. -inf
+            if V_t is 0.
         token_loss_BTK: float32, `Signal.TOKEN_LOSS`: the policy's current cross-entropy of the pair, in nats;
             0 where `target_BTK` is False.
         token_entropy_BTK: float32, `Signal.TOKEN_ENTROPY`: entropy of the distribution that the head predicts
@@ -117,6 +132,7 @@ class StepView:
     group_BT: Tensor | None = None
     given_BT: Tensor | None = None
     value_BT: Tensor | None = None
+    log_value_BT: Tensor | None = None
     token_loss_BTK: Tensor | None = None
     token_entropy_BTK: Tensor | None = None
     reference_loss_BT: Tensor | None = None
@@ -154,11 +170,13 @@ class Weights:
 class Scores:
     """A critic's scores of every token, float32 `[B, T]`. `StepView` describes fields of the same names.
 
-    A field is None unless the component `provides` its signal.
+    A field is None unless the component `provides` its signal. A critic that provides `Signal.VALUE` need not
+    provide `Signal.LOG_VALUE`.
     """
 
     value_BT: Tensor | None = None
     reference_loss_BT: Tensor | None = None
+    log_value_BT: Tensor | None = None
 
 
 @frozen(kw_only=True, eq=False)

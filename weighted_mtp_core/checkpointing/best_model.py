@@ -79,11 +79,14 @@ def save_component(component: Stateful, folder: Path, *, distributed: Distribute
     All processes must call this; the first one writes.
     """
     state = component.state_dict()
-    tensors = {
-        name: whole(value.detach()).cpu().contiguous()
-        for name, value in state.items()
-        if isinstance(value, Tensor)
-    }
+    tensors: dict[str, Tensor] = {}
+    stored: set[int] = set()
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            tensor = whole(value.detach()).cpu().contiguous()
+            # safetensors refuses tensors that share memory, such as tied embeddings.
+            tensors[name] = tensor.clone() if tensor.data_ptr() in stored else tensor
+            stored.add(tensor.data_ptr())
     values = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
     if not distributed.is_rank_zero:
         return

@@ -102,7 +102,9 @@ def _lay_out(
         return to_device(padded(value_N, dtype, padding=padding), device)
 
     names = tuple(tuple(token_set.example_ids[int(d)] for d in row) for row in rows)
-    given_BT = None
+    given_BT = problem_BT = None
+    if token_set.problem_hash_D is not None:
+        problem_BT = tensor(np.repeat(token_set.problem_hash_D[documents], length_D), np.int64)
     if token_set.given_N is not None:
         given_BT = tensor(token_set.given_N[token_N], np.float32)
         drop_pages(token_set.given_N)
@@ -113,6 +115,7 @@ def _lay_out(
         reward_BT=tensor(np.repeat(token_set.reward_D[documents], length_D) * response_N, np.float32),
         group_BT=tensor(np.repeat(group_D, length_D), np.int64, padding=-1),
         given_BT=given_BT,
+        problem_BT=problem_BT,
         example_ids=tuple(map(" + ".join, names)),
         names=names,
         metadata=tuple(tuple(_metadata(token_set, int(d)) for d in row) for row in rows),

@@ -36,6 +36,7 @@ _DTYPES = {
     "prompt": np.int32,
     "reward": np.float32,
     "problem": np.int64,
+    "problem_hash": np.int64,
     "name": np.uint8,
     "name_start": np.int64,
     "metadata": np.uint8,
@@ -59,6 +60,7 @@ class TokenSet:
         metadata: The metadata of each document as JSON; empty if it has none.
         target_N: bool, whether each token is learned; None if all tokens after the prompt are.
         given_N: float32 weight that the data give each token, 0 on prompts; None if they give none.
+        problem_hash_D: int64 hash of each document's problem id; None for a set that was not tokenised.
         examples: Number of examples, including those that were left out.
         left_out: Number of examples longer than `max_tokens`.
         sha256: SHA-256 of the folder that contains the arrays.
@@ -73,6 +75,7 @@ class TokenSet:
     metadata: Sequence[str] = ()
     target_N: NDArray[np.bool_] | None = None
     given_N: NDArray[np.float32] | None = None
+    problem_hash_D: NDArray[np.int64] | None = None
     examples: int = 0
     left_out: int = 0
     sha256: str = ""
@@ -159,6 +162,7 @@ def open_tokens(folder: Path, *, sha256: str) -> TokenSet:
         prompt_D=arrays["prompt"],
         reward_D=arrays["reward"],
         problem_D=arrays["problem"],
+        problem_hash_D=arrays["problem_hash"],
         example_ids=MappedStrings(arrays["name"], arrays["name_start"]),
         metadata=MappedStrings(arrays["metadata"], arrays["metadata_start"]),
         target_N=arrays["target"],
@@ -172,6 +176,7 @@ def open_tokens(folder: Path, *, sha256: str) -> TokenSet:
 def _columns(documents: Sequence[Document]) -> dict[str, ArrayLike]:
     """Return the arrays of documents; `start` contains lengths."""
     examples = [each.example for each in documents]
+    problems = [_hash(example.problem_id) for example in examples]
     names = [example.example_id.encode() for example in examples]
     metadata = [json.dumps(dict(each.metadata)).encode() if each.metadata else b"" for each in examples]
     return {
@@ -180,7 +185,8 @@ def _columns(documents: Sequence[Document]) -> dict[str, ArrayLike]:
         "start": [len(each.ids) for each in documents],
         "prompt": [each.prompt for each in documents],
         "reward": [example.reward for example in examples],
-        "problem": [_digest(example.problem_id) for example in examples],
+        "problem": problems,
+        "problem_hash": problems,
         "name": np.frombuffer(b"".join(names), dtype=np.uint8),
         "name_start": [len(name) for name in names],
         "metadata": np.frombuffer(b"".join(metadata), dtype=np.uint8),
@@ -200,14 +206,14 @@ def _repeat_one(append: Callable[[ArrayLike], None], count: int) -> None:
         append(np.ones(min(_CHUNK * _CHUNK, count - start), dtype=np.float32))
 
 
-def _digest(problem_id: str) -> int:
+def _hash(problem_id: str) -> int:
     """Return a 64-bit hash of a problem id; a table of all ids would grow with the corpus."""
     return int.from_bytes(hashlib.blake2b(problem_id.encode(), digest_size=8).digest(), signed=True)
 
 
-def _numbered(digest_D: Ints) -> Ints:
+def _numbered(hash_D: Ints) -> Ints:
     """Number the distinct hashes in order of first appearance and return the number of each element."""
-    _, first, inverse_D = np.unique(digest_D, return_index=True, return_inverse=True)
+    _, first, inverse_D = np.unique(hash_D, return_index=True, return_inverse=True)
     number = np.empty(len(first), dtype=np.int64)
     number[np.argsort(first)] = np.arange(len(first))
     return number[inverse_D]

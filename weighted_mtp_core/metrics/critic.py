@@ -26,7 +26,8 @@ class ScoredResponses:
     """Values of every prefix of some responses, and the rewards of the responses.
 
     Attributes:
-        value_N: Value of the prefix that ends with each response token; responses are concatenated.
+        value_N: Value of the prefix that ends with each response token; responses are concatenated. Values
+            above 1 come from a critic that knows values only up to a factor.
         before_D: Value of the prompt or, for a response without a prompt, of its first token.
         length_D: Number of tokens of each response, at least 1.
         reward_D: Reward of each response, in [0, 1].
@@ -57,6 +58,13 @@ class ScoredResponses:
         tokens_D = np.ceil(share * self.length_D).astype(np.int64)
         values: Floats = self.value_N[self.start_D + np.maximum(tokens_D, 1) - 1]
         return values
+
+    @property
+    def as_probabilities(self) -> ScoredResponses:
+        """These responses with values of at most 1."""
+        return attrs.evolve(
+            self, value_N=np.minimum(self.value_N, 1.0), before_D=np.minimum(self.before_D, 1.0)
+        )
 
     @property
     def correct_D(self) -> NDArray[np.bool_]:
@@ -113,6 +121,8 @@ class LengthOnly:
 class CriticMeasures:
     """Measures of values. Pairs with equal values count as half correct; equal values share their mean rank.
 
+    Values above 1 count as 1, except in the AUC and in `pairwise_accuracy`, which compare values.
+
     Attributes:
         auc: Share of all pairs of a correct and an incorrect response in which the correct one has the higher
             final value; 0.5 for a constant.
@@ -154,10 +164,12 @@ class CriticMeasures:
     @classmethod
     def of(cls, scored: ScoredResponses) -> CriticMeasures:
         """Compute the measures of responses, which must contain correct and incorrect ones."""
-        final_D, reward_D, correct_D = scored.final_D, scored.reward_D, scored.correct_D
+        reward_D, correct_D = scored.reward_D, scored.correct_D
+        ranked, scored = scored, scored.as_probabilities
+        final_D = scored.final_D
         return cls(
-            **aucs(scored),
-            pairwise_accuracy=_pairwise_accuracy(final_D, correct_D, scored.problem_D),
+            **aucs(ranked),
+            pairwise_accuracy=_pairwise_accuracy(ranked.final_D, correct_D, scored.problem_D),
             bce=_cross_entropy(final_D, reward_D),
             brier=float(np.square(final_D - reward_D).mean()),
             ece=_calibration_error(final_D, reward_D),

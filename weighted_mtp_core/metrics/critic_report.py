@@ -131,7 +131,7 @@ def report_critic(scored: ScoredResponses, length_only: LengthOnly) -> CriticRep
         auc_high=high,
         p_value=chance_p_value(scored.final_D, correct_D, scored.problem_D),
         fewest_problems=min(problems_by_outcome(correct_D, scored.problem_D)),
-        reliability=tuple(_reliability(scored.final_D, scored.reward_D)),
+        reliability=tuple(_reliability(scored.as_probabilities.final_D, scored.reward_D)),
     )
 
 

@@ -14,8 +14,8 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from weighted_mtp_core.api import SPLITS, Critic, Signal, Split
-from weighted_mtp_core.api.tensors import align_weights, gather_by_target
+from weighted_mtp_core.api import SPLITS, Critic, Split
+from weighted_mtp_core.api.tensors import CRITIC_SIGNALS, align_weights, gather_by_target
 from weighted_mtp_core.checkpointing.best_model import load_component
 from weighted_mtp_core.data.batches import CollatedBatch
 from weighted_mtp_core.data.token_texts import token_texts
@@ -127,7 +127,7 @@ def _left_out(prepared: Prepared, split: Split) -> str:
 def _weights(prepared: Prepared, batch: CollatedBatch, target_BTK: Tensor) -> tuple[Tensor | None, str]:
     """Return the weights of step 0, `[B, T, K]` by source and head, or None and the reason."""
     weighting, critic = prepared.plan.weighting, prepared.build_critic()
-    if weighting.needs & {Signal.VALUE, Signal.REFERENCE_LOSS} and not _is_ready(prepared, critic):
+    if weighting.needs & {*CRITIC_SIGNALS} and not _is_ready(prepared, critic):
         return None, f"unknown, because `{weighting.address}` needs a critic that is trained in stage 1"
     learner = PolicyLearner.make(prepared, critic, best=Path(), distributed=SINGLE_PROCESS)
     weights = learner.weigh(batch, step=0, training=True)

@@ -132,10 +132,11 @@ class _MeasuredRow:
             loss_BTK = PairPredictions(
                 policy, hidden_BTH, labels_BTK, ids_BT=batch.ids_BT, position_BT=batch.position_BT
             ).losses()
-        value_BT = None
+        values_BT = None
         if critic is not None:
             states_BTH = hidden_BTH if critic.reads_policy else None
-            value_BT = critic_scores(critic, batch, states_BTH, autocast=prepared.compute.autocast).value_BT
+            scores = critic_scores(critic, batch, states_BTH, autocast=prepared.compute.autocast)
+            values_BT = prepared.values(scores)
         return cls(
             batch=batch,
             weight_TK=(
@@ -145,7 +146,9 @@ class _MeasuredRow:
             ),
             per_head=weight is not None and weight.ndim == 3,
             loss_TK=_by_target(loss_BTK, target_BTK),
-            value_T=np.full(batch.ids_BT.shape[1], np.nan) if value_BT is None else array(value_BT[0]),
+            value_T=(
+                np.full(batch.ids_BT.shape[1], np.nan) if values_BT is None else np.minimum(values_BT[0], 1.0)
+            ),
         )
 
     def prompt(self, codec: TextCodec) -> str:

@@ -61,9 +61,10 @@ def table_of_values(
 @torch.no_grad()
 def _values(prepared: Prepared, critic: Critic, batch: Batch) -> Floats:
     states_BTH = prepared.trunk(batch) if critic.reads_policy else None
-    value_BT = critic_scores(critic, batch, states_BTH, autocast=prepared.compute.autocast).value_BT
-    assert value_BT is not None
-    return array(value_BT)
+    scores = critic_scores(critic, batch, states_BTH, autocast=prepared.compute.autocast)
+    values_BT = prepared.values(scores)
+    assert values_BT is not None
+    return np.minimum(values_BT, 1.0)
 
 
 def _weights(learner: PolicyLearner, batch: Batch) -> Floats:

@@ -14,13 +14,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from weighted_mtp_core.api import Batch, Critic, CriticLoss, Scores, Signal
+from weighted_mtp_core.api import Batch, Critic, CriticLoss, Scores
+from weighted_mtp_core.api.tensors import CRITIC_SIGNALS
 from weighted_mtp_core.plugins.loading import AnyComponent, Kind
 from weighted_mtp_core.testing import component as checks
 from weighted_mtp_core.testing.documents import APART, EMPTY, PACKED, PAIRS, VOCAB_SIZE, Layout, trunk_states
 
 Build = Callable[[], Critic]
-_FIELDS = {Signal.VALUE: "value_BT", Signal.REFERENCE_LOSS: "reference_loss_BT"}
+_FIELDS = {signal: f"{signal.value}_BT" for signal in CRITIC_SIGNALS}
 _STEPS = 40
 
 

@@ -21,7 +21,7 @@ EOS_ID = 1
 _TEXTS = ("", "", *"0123456789 abcdefghijklmnopqrs")
 """The text of each id of a stand-in for a tokenizer, one character per token; 0 and EOS have none."""
 HIDDEN_SIZE = 16
-
+_VALUES = ("value_BT", "log_value_BT")
 
 Document = Mapping[str, Tensor]
 """One prompt with its response: tensors `[L, ...]`, keyed by the field names of `Batch` and `StepView`."""
@@ -48,6 +48,8 @@ def make_document(number: int, *, prompt: int, response: int, reward: float, pro
         "reward_BT": reward * response_L.float(),
         "group_BT": torch.full_like(ids_L, problem),
         "value_BT": value_L,
+        "log_value_BT": value_L.log(),
+        "problem_BT": torch.full_like(ids_L, 7 * problem + 1),
         "target_BTK": target_LK,
         "token_loss_BTK": 3 * torch.rand(length, N_FUTURE, generator=generator) * target_LK,
         "token_entropy_BTK": 3 * torch.rand(length, N_FUTURE, generator=generator) * target_LK,
@@ -95,17 +97,18 @@ class Layout:
             group_BT=self._lay("group_BT", torch.full_like(ids_BT, -1)),
             example_ids=tuple(f"row {b}" for b in range(len(self.rows))),
             given_BT=self._lay("given_BT"),
+            problem_BT=self._lay("problem_BT"),
         )
 
     def view(self, signals: Collection[Signal], *, step: int = 0, training: bool = True) -> StepView:
         """Return the view that a weighting receives if it needs `signals`."""
         batch = self.batch()
         known = {"reward_BT": batch.reward_BT, "group_BT": batch.group_BT, "given_BT": batch.given_BT}
-        for name in ("value_BT", "token_loss_BTK", "token_entropy_BTK", "reference_loss_BT"):
+        for name in (*_VALUES, "token_loss_BTK", "token_entropy_BTK", "reference_loss_BT"):
             known[name] = self._lay(name)
         if self.filler is not None:
             noise_BT = 50 * torch.randn(batch.ids_BT.shape, generator=_seeded(self.filler))
-            known["value_BT"] = self._lay("value_BT", noise_BT)
+            known |= {name: self._lay(name, noise_BT.clone()) for name in _VALUES}
         needed = {signal.value for signal in signals}
         return StepView(
             ids_BT=batch.ids_BT,
@@ -205,14 +208,25 @@ class TrainableTrunk(nn.Module):
 
 def next_token_losses(batch: Batch) -> Tensor:
     """Return losses `[B, T]` of a stand-in for a frozen language model, 0 except on response tokens."""
-    state_BTH = trunk_states(batch)
+    return _losses(batch, trunk_states(batch))
+
+
+class TrainableLosses(TrainableTrunk):
+    """A stand-in for a trainable language model; before training it returns the `next_token_losses`."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return losses `[B, T]`, with gradients."""
+        return _losses(batch, super().forward(batch))
+
+
+def _losses(batch: Batch, state_BTH: Tensor) -> Tensor:
     generator = _seeded(1)
     logits_BTV = state_BTH @ torch.randn(HIDDEN_SIZE, VOCAB_SIZE, generator=generator)
     log_p_BTV = torch.log_softmax(logits_BTV.float(), dim=-1)
     loss_BT = torch.zeros_like(batch.reward_BT)
     row_N, column_N = batch.target_positions()
-    loss_BT[row_N, column_N] = -log_p_BTV[row_N, column_N - 1, batch.ids_BT[row_N, column_N]]
-    return loss_BT
+    loss_N = -log_p_BTV[row_N, column_N - 1, batch.ids_BT[row_N, column_N]]
+    return loss_BT.index_put((row_N, column_N), loss_N)
 
 
 def model_context() -> ModelContext:
@@ -224,6 +238,7 @@ def model_context() -> ModelContext:
         device=torch.device("cpu"),
         frozen_trunk=lambda: trunk_states,
         frozen_losses=lambda _: next_token_losses,
+        trainable_losses=TrainableLosses,
         trainable_trunk=lambda _: TrainableTrunk(),
         encode=encode,
         decode=decode,

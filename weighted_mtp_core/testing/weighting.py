@@ -114,11 +114,16 @@ class WeightingStrategySuite(checks.ComponentSuite):
     def test_values_inside_the_prompt_change_no_weight(self, build: Build, needs: Needs) -> None:
         """The first value that may affect a weight is the value V_t of the last prompt token."""
         view = PACKED.view(needs)
-        if view.value_BT is None:
+        if view.value_BT is None and view.log_value_BT is None:
             return
         next_is_response_BT = torch.roll(view.response_BT, -1, dims=1)
         counts_BT = view.response_BT | next_is_response_BT | (view.document_BT < 0)
-        other = attrs.evolve(view, value_BT=view.value_BT.where(counts_BT, 40.0))
+        changed = {
+            name: value_BT.where(counts_BT, 40.0)
+            for name in ("value_BT", "log_value_BT")
+            if (value_BT := getattr(view, name)) is not None
+        }
+        other = attrs.evolve(view, **changed)
 
         self._assert_close([build().weigh(view).weight], [build().weigh(other).weight])
 

@@ -129,11 +129,12 @@ class CriticLearner(Learner):
             batch = self.prepared.batch(tokens, rows)
             autocast = self.prepared.compute.autocast
             scores = critic_scores(self.critic, batch, self._states(batch), autocast=autocast)
-            if scores.value_BT is None:
+            values_BT = self.prepared.values(scores)
+            if values_BT is None:
                 name = type(self.critic).__name__
                 raise RunFailedError(f"critic `{name}` was trained, but returns no values")
             slip_BT = slips_of(batch) if self.prepared.source.oracle_weights else None
-            parts.append(_scored_responses(batch, scores.value_BT, slip_BT, tokens.problem_D[rows]))
+            parts.append(_scored_responses(batch, values_BT, slip_BT, tokens.problem_D[rows]))
         return _concatenate(parts)
 
     def state_dict(self) -> Mapping[str, Any]:
@@ -214,11 +215,11 @@ def check_informative(
 
 
 def _scored_responses(
-    batch: Batch, value_BT: Tensor, slip_BT: Tensor | None, problem_B: NDArray[np.int64]
+    batch: Batch, values_BT: NDArray[np.float64], slip_BT: Tensor | None, problem_B: NDArray[np.int64]
 ) -> ScoredResponses:
     """Return the values of a batch with one document per row; rows without a response are left out."""
     response_BT = batch.response_BT.cpu().numpy()
-    values_BT, rewards_BT = value_BT.cpu().double().numpy(), batch.reward_BT.cpu().double().numpy()
+    rewards_BT = batch.reward_BT.cpu().double().numpy()
     length_B = response_BT.sum(axis=1)
     row_B = np.flatnonzero(length_B)
     first_B = response_BT.argmax(axis=1)[row_B]

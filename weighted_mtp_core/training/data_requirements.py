@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from weighted_mtp_core.api import DataSource, Signal, Split, is_correct
+from weighted_mtp_core.api.tensors import VALUES
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.plan import Plan
@@ -63,7 +64,7 @@ def check_verdicts(plan: Plan, tokens: TokenSet, *, split: Split) -> None:
     if table is None or critic is None or table.allow_uninformative_critic:
         return
     correct = np.unique(is_correct(np.asarray(tokens.reward_D)))
-    if Signal.VALUE in critic.component.provides and len(correct) == 1:
+    if critic.component.provides & {*VALUES} and len(correct) == 1:
         kind = "correct" if correct[0] else "incorrect"
         raise WmtpError(
             f"critic `{critic.address}` learns from correct and incorrect responses, but all {len(tokens)} "

@@ -20,11 +20,11 @@ from weighted_mtp_core.api import (
     DataSource,
     Example,
     ModelContext,
+    Scores,
     Split,
     WeightingStrategy,
     is_correct,
 )
-from weighted_mtp_core.checkpointing.best_model import load_model
 from weighted_mtp_core.data.batches import StepBatches, collate
 from weighted_mtp_core.data.checks import check_examples, checked_version
 from weighted_mtp_core.data.halves import Half, documents_of
@@ -36,7 +36,7 @@ from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.generation.decoding_probe import manner_of
 from weighted_mtp_core.metrics.critic import LengthOnly
-from weighted_mtp_core.model.frozen_losses import frozen_losses
+from weighted_mtp_core.model.language_model import LanguageModel, frozen_losses, trainable_losses
 from weighted_mtp_core.model.load import load_policy
 from weighted_mtp_core.model.packing_probe import check_packing
 from weighted_mtp_core.model.policy import Policy
@@ -47,14 +47,15 @@ from weighted_mtp_core.recipe.schema import CriticTable, ModelTable
 from weighted_mtp_core.recipe.train_table import PolicyTrainTable
 from weighted_mtp_core.runtime.device import Compute
 from weighted_mtp_core.runtime.state_digest import state_sha256
-from weighted_mtp_core.storage.manifest import sha256_of
 from weighted_mtp_core.training.data_requirements import (
     check_given_weights,
     check_second_temperature,
     check_verdicts,
 )
+from weighted_mtp_core.training.reference_models import load_reference
 from weighted_mtp_core.training.score_cache import CachedCritic, scores_key
 
+_LARGEST_LOG = 700.0  # exp(710) is not a finite float64
 _MISSING = {
     "policy": "the policy learns from correct responses: each split needs some",
     "critic": "the critic learns from all responses: each split needs some",
@@ -136,6 +137,19 @@ class Prepared:
         """The baseline critic that uses only lengths, fitted on the training responses."""
         tokens = self.critic_tokens("train")
         return LengthOnly.fit(tokens.length_D - tokens.prompt_D, np.asarray(tokens.reward_D, np.float64))
+
+    def values(self, scores: Scores) -> NDArray[np.float64] | None:
+        """Return V_t of scores, `[B, T]`; None if the critic provides neither V_t nor log V_t.
+
+        A critic that provides only log V_t may not know the value V_0 of the prompt. V_0 is then assumed to
+        be the mean reward of the training responses, so values may exceed 1.
+        """
+        if scores.value_BT is not None or scores.log_value_BT is None:
+            return None if scores.value_BT is None else scores.value_BT.cpu().double().numpy()
+        log_value_BT = scores.log_value_BT.cpu().double().numpy()
+        mean = float(np.mean(self.critic_tokens("train").reward_D, dtype=np.float64))
+        values_BT: NDArray[np.float64] = mean * np.exp(log_value_BT.clip(-_LARGEST_LOG, _LARGEST_LOG))
+        return values_BT
 
     @property
     def knows_slips(self) -> bool:
@@ -223,6 +237,7 @@ class Prepared:
                 device=self.compute.device,
                 frozen_trunk=self._frozen_trunk,
                 frozen_losses=self._frozen_losses,
+                trainable_losses=partial(trainable_losses, self.policy),
                 encode=self.codec.encode_part,
                 decode=self.codec.decode_part,
                 eos_id=self.codec.eos_id,
@@ -233,13 +248,16 @@ class Prepared:
         )
 
     def _frozen_trunk(self) -> Callable[[Batch], Tensor]:
-        self._add_critic_input(None)
+        self._add_critic_input(self.policy)
         return self._in_autocast(frozen_trunk(self.policy))
 
-    def _frozen_losses(self, checkpoint: Path | None) -> Callable[[Batch], Tensor]:
-        losses = frozen_losses(self.policy, checkpoint, load=load_model)
-        self._add_critic_input(checkpoint)
-        return self._in_autocast(losses)
+    def _frozen_losses(self, path: Path | None) -> Callable[[Batch], Tensor]:
+        if path is None:
+            model = LanguageModel.copy_of(self.policy)
+        else:
+            model = load_reference(path, self.policy, tokenizer=self.codec.tokenizer)
+        self._add_critic_input(model.policy)
+        return self._in_autocast(frozen_losses(model))
 
     def _in_autocast(self, compute: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
         """Return a frozen model's function that computes in the same precision as the policy."""
@@ -250,14 +268,10 @@ class Prepared:
 
         return within
 
-    def _add_critic_input(self, checkpoint: Path | None) -> None:
-        """Record the weights that a component reads, for the key of the score cache.
-
-        The weights are read from the file `checkpoint` or, if it is None, from the current policy.
-        """
+    def _add_critic_input(self, model: Policy) -> None:
+        """Record the weights of a model that a component reads, for the key of the score cache."""
         if self.plan.recipe.critic is not None and self.plan.recipe.critic.cache:
-            weights = state_sha256(self.policy.state_dict()) if checkpoint is None else sha256_of(checkpoint)
-            self._critic_inputs += [weights, self.policy.config.to_json_string()]
+            self._critic_inputs += [state_sha256(model.state_dict()), model.config.to_json_string()]
 
     def build_critic(self) -> Critic | None:
         """Build the recipe's critic; None if the recipe has no critic."""

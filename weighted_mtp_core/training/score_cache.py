@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 
+import attrs
 import numpy as np
 import torch
 from numpy.lib.format import open_memmap
@@ -39,7 +40,7 @@ from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder
 from weighted_mtp_core.storage.verify_once import verify_once
 
 _FORMAT = 2  # increase it when the scores stored for the same key would change
-_FIELDS = ("value_BT", "reference_loss_BT")
+_FIELDS = tuple(each.name for each in attrs.fields(Scores))
 Floats = NDArray[np.float32]
 
 

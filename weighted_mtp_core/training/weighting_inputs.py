@@ -13,7 +13,8 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
-from weighted_mtp_core.api import Batch, Critic, Signal, StepView, WeightingStrategy, Weights
+from weighted_mtp_core.api import Batch, Critic, Scores, Signal, StepView, WeightingStrategy, Weights
+from weighted_mtp_core.api.tensors import CRITIC_SIGNALS
 from weighted_mtp_core.data.batches import CollatedBatch, preceding
 from weighted_mtp_core.errors import RunFailedError, WmtpError
 from weighted_mtp_core.messages import reason
@@ -97,6 +98,12 @@ def _names(batch: Batch) -> tuple[tuple[str, ...], ...]:
     return batch.names if isinstance(batch, CollatedBatch) else tuple((each,) for each in batch.example_ids)
 
 
+def _log_value(scores: Scores) -> Tensor | None:
+    if scores.log_value_BT is None and scores.value_BT is not None:
+        return scores.value_BT.log()
+    return scores.log_value_BT
+
+
 def _given(batch: Batch) -> Tensor:
     """Return the weights that come with the data; 1 on responses if there are none."""
     return batch.response_BT.to(torch.float32) if batch.given_BT is None else batch.given_BT
@@ -172,6 +179,7 @@ class Signals:
             group_BT=batch.group_BT if Signal.GROUP in needs else None,
             given_BT=_given(batch) if Signal.GIVEN in needs else None,
             value_BT=signals.get(Signal.VALUE),
+            log_value_BT=signals.get(Signal.LOG_VALUE),
             token_loss_BTK=signals.get(Signal.TOKEN_LOSS),
             token_entropy_BTK=signals.get(Signal.TOKEN_ENTROPY),
             reference_loss_BT=signals.get(Signal.REFERENCE_LOSS),
@@ -181,7 +189,7 @@ class Signals:
         """Return the needed signals of one micro-batch, in the same order in every process."""
         needs = self.weighting.needs
         from_heads = {signal: read for signal, read in _FROM_HEADS.items() if signal in needs}
-        critic = self.weighting.critic if needs & {Signal.VALUE, Signal.REFERENCE_LOSS} else None
+        critic = self.weighting.critic if needs & {*CRITIC_SIGNALS} else None
         reads_trunk = critic is not None and critic.reads_policy
         if hidden_BTH is None and (reads_trunk or from_heads):
             hidden_BTH = self.trunk(batch)
@@ -189,7 +197,11 @@ class Signals:
         if critic is not None:
             states = hidden_BTH if reads_trunk else None
             scores = critic_scores(critic, batch, states, autocast=self.autocast)
-            found = {Signal.VALUE: scores.value_BT, Signal.REFERENCE_LOSS: scores.reference_loss_BT}
+            found = {
+                Signal.VALUE: scores.value_BT,
+                Signal.LOG_VALUE: _log_value(scores),
+                Signal.REFERENCE_LOSS: scores.reference_loss_BT,
+            }
         if from_heads and hidden_BTH is not None:
             predictions = PairPredictions(
                 self.policy,

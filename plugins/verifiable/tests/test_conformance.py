@@ -57,3 +57,14 @@ class TestValueHead(CriticSuite):
     )
     def options(self, request):
         return {"hidden_size": 16, "heads": 2, "layers": 2, **request.param}
+
+
+class TestLanguageModels(CriticSuite):
+    address = "verifiable.language_models"
+
+    @pytest.fixture(
+        params=[{}, {"folds": 2}, {"right_model": "one", "all_model": "another"}],
+        ids=["trained", "folds", "finished"],
+    )
+    def options(self, request):
+        return request.param

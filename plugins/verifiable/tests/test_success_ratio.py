@@ -48,6 +48,7 @@ def batch(document_BT, response_BT, value_BT, reward_BT, *, n_future=3, ids_BT=N
         training=True,
         reward_BT=reward_BT * response_BT,
         value_BT=value_BT,
+        log_value_BT=value_BT.log(),
     )
 
 
@@ -320,7 +321,7 @@ def test_the_optimum_of_a_tabular_policy_is_the_distribution_given_success(head)
 def test_if_every_response_succeeds_exact_values_give_weights_of_one():
     view = all_responses(chain())
     everything = attrs.evolve(
-        view, value_BT=torch.ones_like(view.value_BT), reward_BT=view.response_BT.float()
+        view, log_value_BT=torch.zeros_like(view.log_value_BT), reward_BT=view.response_BT.float()
     )
 
     for heads in ("target", "path"):

@@ -57,8 +57,9 @@ class ReferenceOptions:
     """`[critic.options]` of `rho1.reference`.
 
     Attributes:
-        checkpoint: `checkpoints/best_model.pt` of an earlier run with the same `[model]` table, trained on
-            high-quality data; by default the reference model is the policy before training.
+        checkpoint: A model trained on high-quality data: the folder or the `best_model.pt` of an earlier run
+            with the same `[model]` table, or a transformers directory with the policy's tokenizer. By default
+            the reference model is the policy before training.
     """
 
     checkpoint: str | None = None

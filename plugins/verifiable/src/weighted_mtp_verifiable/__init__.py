@@ -1,7 +1,8 @@
 """Weights from verifiable rewards: a critic learns which tokens make a response correct.
 
-Offers the critic `verifiable.value_head` and the weightings `verifiable.td_error`, `verifiable.success_ratio`
-and `verifiable.group_advantage`. This module only declares them; the build functions import the algorithms.
+Offers the critics `verifiable.value_head` and `verifiable.language_models` and the weightings
+`verifiable.td_error`, `verifiable.success_ratio` and `verifiable.group_advantage`. This module only declares
+them; the build functions import the algorithms.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
         summary="The probability of success after a token, divided by the probability before it.",
         options=SuccessRatioOptions,
         build=build_success_ratio,
-        needs=frozenset({Signal.REWARD, Signal.VALUE}),
+        needs=frozenset({Signal.REWARD, Signal.LOG_VALUE}),
         refuse_critic=refuse_ranks,
     )
     yield Component(
@@ -222,13 +223,56 @@ def build_value_head(options: ValueHeadOptions, context: BuildContext) -> Critic
     return ValueHead(options, context)
 
 
+@frozen(kw_only=True)
+class LanguageModelsOptions:
+    """`[critic.options]` of `verifiable.language_models`.
+
+    Attributes:
+        right_model: A finished model of correct responses: the folder or the `best_model.pt` of a run with
+            the same `[model]` table, or a transformers directory with the policy's tokenizer. Without this
+            option, stage 1 trains both models, which begin as copies of the policy.
+        all_model: A finished model of all responses, for `right_model`.
+        folds: With 2 or more, problems are divided into so many folds, and each fold has two models of its
+            own, which are trained on the other folds: no model scores a response to a problem that it has
+            learned from.
+    """
+
+    right_model: str | None = None
+    all_model: str | None = field(default=None)
+    folds: int = field(default=1, validator=v.ge(1))
+
+    @all_model.validator
+    def _check_both(self, _: object, value: str | None) -> None:
+        if (value is None) != (self.right_model is None):
+            raise ValueError(f"`right_model` and `all_model` must be given together: {value}")
+
+    @folds.validator
+    def _check_folds(self, _: object, value: int) -> None:
+        if value > 1 and self.right_model is not None:
+            raise ValueError(f"must be 1 for models that are not trained in this run: {value}")
+
+
+def build_language_models(options: LanguageModelsOptions, context: BuildContext) -> Critic:
+    """Build the critic."""
+    from weighted_mtp_verifiable._language_models import LanguageModels
+
+    return LanguageModels(options, context)
+
+
 @hookimpl
 def wmtp_critics() -> Iterable[Component[Any, Critic]]:
-    """Offer `verifiable.value_head`."""
+    """Offer `verifiable.value_head` and `verifiable.language_models`."""
     yield Component(
         name="value_head",
         summary="Predicts at every token whether the response will be verified as correct.",
         options=ValueHeadOptions,
         build=build_value_head,
         provides=frozenset({Signal.VALUE}),
+    )
+    yield Component(
+        name="language_models",
+        summary="Values from the ratio of two language models: of correct responses, and of all responses.",
+        options=LanguageModelsOptions,
+        build=build_language_models,
+        provides=frozenset({Signal.LOG_VALUE}),
     )

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class SuccessRatio(WeightingStrategy):
-    """Computes weights of response tokens, or of pairs, from a critic's values alone.
+    """Computes weights of response tokens, or of pairs, from the logarithms of a critic's values.
 
     Args:
         options: See `SuccessRatioOptions`.
@@ -42,22 +42,22 @@ class SuccessRatio(WeightingStrategy):
 
     def weigh(self, view: StepView) -> Weights:
         """Return weights `[B, T]` for `heads = "target"` and `[B, T, K]` for `heads = "path"`."""
-        assert view.value_BT is not None
+        assert view.log_value_BT is not None
         assert view.reward_BT is not None
-        options = self._options
-        value_BT = view.value_BT.float()
+        options, log_value_BT = self._options, view.log_value_BT
         first_BT, last_BT = self._span_bounds(view)
-        # 0 stands for an unknown value: the first token of a document has no prefix.
-        previous_BT = F.pad(value_BT[:, :-1], (1, 0)).where(same_as_previous(view.document_BT), 0.0)
-        before, after = previous_BT.gather(1, first_BT), value_BT.gather(1, last_BT)
+        # -inf stands for an unknown value: the first token of a document has no prefix.
+        previous_BT = F.pad(log_value_BT[:, :-1], (1, 0)).where(
+            same_as_previous(view.document_BT), -torch.inf
+        )
+        before, after = previous_BT.gather(1, first_BT), log_value_BT.gather(1, last_BT)
         reward, mask = view.reward_BT, view.response_BT
         if options.heads == "path":
             before = before.gather(1, _next_response_token(view.response_BT))[..., None]
             after, reward, mask = view.to_pairs(after), view.to_pairs(reward), view.target_BTK
-        smallest = torch.finfo(torch.float32).tiny
         # 0 / 0 counts as 1: if success is impossible after a prefix, no token changes the probability of
         # success.
-        ratio = (after / before.clamp(min=smallest)).where(before > 0, 1.0)
+        ratio = (after - before).exp().where(before > -torch.inf, 1.0)
         weight = ratio.clamp(0.0, options.cap).pow(options.power)
         if options.where == "wrong":
             weight = weight.where(~is_correct(reward), 1.0)
@@ -66,7 +66,6 @@ class SuccessRatio(WeightingStrategy):
             metrics={
                 "success_ratio_mean": masked_mean(ratio.clamp(0.0, options.cap), mask),
                 "capped_fraction": masked_mean((ratio > options.cap).float(), mask),
-                "value_mean": masked_mean(value_BT, view.response_BT),
             },
         )
 

@@ -1,0 +1,153 @@
+"""A critic of two language models: one of correct responses, one of all responses.
+
+Let V_t be the probability of success after token t, and x_t this token. By Bayes' rule,
+
+    V_t / V_{t-1} = p(x_t | prefix, success) / p(x_t | prefix),
+
+and two language models estimate the two probabilities. So log(V_t / V_0), where V_0 is the value of the
+prompt, is the sum of log p_right(x_s | prefix) - log p_all(x_s | prefix) over the response tokens s <= t. The
+same ratio is the contrastive estimate of Lin et al. 2024 (https://arxiv.org/abs/2411.19943) and the implicit
+reward of Yuan et al. 2024 (https://arxiv.org/abs/2412.01981).
+
+Shape letters: B batch rows, T positions, H hidden, R selected rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import fields, frozen
+from torch import Tensor, nn
+from weighted_mtp_core.api import Batch, BuildContext, Critic, CriticLoss, Scores, WmtpError, is_correct
+
+from weighted_mtp_verifiable._reductions import document_cumsum, masked_mean
+
+if TYPE_CHECKING:
+    from weighted_mtp_verifiable import LanguageModelsOptions
+
+Losses = Callable[[Batch], Tensor]
+
+_TOKENS = 32
+"""Divides the summed loss of a response, so that the gradient's norm is about that of a mean over tokens.
+
+The number of tokens itself would give tokens of short responses more weight.
+"""
+
+
+@frozen(kw_only=True, eq=False)
+class _Pair:
+    """The two models of one fold; each maps a batch to next-token losses `[B, T]` in nats."""
+
+    right: Losses
+    everything: Losses
+
+    def log_ratio(self, batch: Batch) -> Tensor:
+        """Return log p_right - log p_all of each response token, `[B, T]`, 0 elsewhere."""
+        return self.everything(batch) - self.right(batch)
+
+
+class LanguageModels(Critic):
+    """Values from the ratio of the probabilities that two language models give to a response.
+
+    Args:
+        options: See `LanguageModelsOptions`.
+        context: The policy, of which trained models are copies, or the loader of two finished models.
+    """
+
+    reads_policy = False
+    cacheable = True
+
+    def __init__(self, options: LanguageModelsOptions, context: BuildContext) -> None:
+        model = context.model
+        self._models = nn.ModuleList()
+        self.trainable = options.right_model is None
+        self._pairs: Sequence[_Pair]
+        if options.right_model is not None and options.all_model is not None:
+            right, everything = Path(options.right_model), Path(options.all_model)
+            self._pairs = [
+                _Pair(right=model.frozen_losses(right), everything=model.frozen_losses(everything))
+            ]
+            return
+        self._models.extend(model.trainable_losses() for _ in range(2 * options.folds))
+        self._pairs = [
+            _Pair(right=right, everything=everything)
+            for right, everything in zip(self._models[::2], self._models[1::2], strict=True)
+        ]
+
+    @torch.no_grad()
+    def score(self, batch: Batch, hidden_BTH: Tensor | None) -> Scores:
+        """Return log(V_t / V_0), float32 `[B, T]`; 0 on the prompt."""
+        del hidden_BTH
+        ratio_BT = self._pairs[0].log_ratio(batch)
+        for fold, pair in enumerate(self._pairs[1:], start=1):
+            ratio_BT = pair.log_ratio(batch).where(self._fold(batch) == fold, ratio_BT)
+        # Sums of several thousand nats are exact to 1e-4 in float32; MPS has no float64.
+        exact_BT = ratio_BT if ratio_BT.device.type == "mps" else ratio_BT.double()
+        return Scores(log_value_BT=document_cumsum(exact_BT, batch.document_BT).float())
+
+    def loss(self, batch: Batch, hidden_BTH: Tensor | None) -> CriticLoss:
+        """Return the sum of the models' losses; each token that a model learns counts alike."""
+        del hidden_BTH
+        right_BT = batch.response_BT & is_correct(batch.reward_BT)
+        total = torch.zeros((), device=batch.ids_BT.device)
+        means: dict[str, list[Tensor]] = {"language_model_loss_right": [], "language_model_loss_all": []}
+        for fold, pair in enumerate(self._pairs):
+            sees_BT = batch.response_BT if len(self._pairs) == 1 else self._fold(batch) != fold
+            for mean, model, learns_BT in zip(
+                means.values(), (pair.right, pair.everything), (right_BT, batch.response_BT), strict=True
+            ):
+                part, mask_BT = _rows_with(batch, learns_BT & sees_BT)
+                loss_BT = model(part)
+                total = total + loss_BT.where(mask_BT, 0.0).sum() / (_TOKENS * len(batch.ids_BT))
+                mean.append(masked_mean(loss_BT.detach(), mask_BT))
+        metrics = {name: torch.stack(found).mean() for name, found in means.items()}
+        return CriticLoss(loss=total, metrics=metrics)
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Return the parameters of all models that are trained."""
+        return (each for each in self._models.parameters() if each.requires_grad)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the tensors of the models that are trained; models of earlier runs are not part of it."""
+        return dict(self._models.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the tensors.
+
+        Raises:
+            WmtpError: They belong to other models, or to another number of folds.
+        """
+        try:
+            self._models.load_state_dict(state)
+        except RuntimeError as error:
+            raise WmtpError(
+                "the state is not that of these `language_models`: " + str(error).splitlines()[-1].strip(),
+                hint="use the `[critic.options]` and the `[model]` table of the run that wrote it",
+            ) from error
+
+    def _fold(self, batch: Batch) -> Tensor:
+        """Return the number of the fold of each token's problem, int64 `[B, T]`."""
+        if batch.problem_BT is None:
+            raise WmtpError("`folds` needs batches that contain the hash of each problem's id")
+        return batch.problem_BT.remainder(len(self._pairs))
+
+
+def _rows_with(batch: Batch, mask_BT: Tensor) -> tuple[Batch, Tensor]:
+    """Return the rows of the batch with a token of the mask, and their mask `[R, T]`.
+
+    If there is no such row, it is the first row, so that the loss has a gradient, of 0, for all parameters.
+    """
+    row_R = mask_BT.any(dim=1).nonzero().flatten()
+    if len(row_R) == len(mask_BT):
+        return batch, mask_BT
+    if not len(row_R):
+        row_R = row_R.new_zeros(1)
+    tensors = {
+        each.name: value[row_R]
+        for each in fields(Batch)
+        if isinstance(value := getattr(batch, each.name), Tensor)
+    }
+    return Batch(**tensors), mask_BT[row_R]

@@ -1,0 +1,87 @@
+"""A language model for components: a copy of the policy's trunk and head 1, or of another model.
+
+Shape letters: B rows, T positions, H hidden, V vocabulary, N targets.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from weighted_mtp_core.api import Batch
+from weighted_mtp_core.api.tensors import gather_by_target
+from weighted_mtp_core.model.adapters import merged_copy
+from weighted_mtp_core.model.pair_predictions import PairPredictions
+from weighted_mtp_core.model.policy import Policy
+from weighted_mtp_core.model.targets import batch_labels, target_mask
+
+_BUDGET = 64 << 20  # bytes of logits in memory at once; if they need more, the backward pass repeats chunks
+
+
+class LanguageModel(nn.Module):
+    """Maps a batch to next-token losses, without dropout.
+
+    Args:
+        policy: A policy, of which only head 1 is kept; it is not copied.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        policy.heads = type(policy.heads)(policy.heads[:1])
+        policy.n_future = 1
+        self.policy = policy.eval()
+
+    @classmethod
+    def copy_of(cls, policy: Policy) -> LanguageModel:
+        """Return a language model that shares no parameters with the policy."""
+        return cls(copy.deepcopy(policy))
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return float32 next-token losses `[B, T]` in nats, indexed by the predicted token.
+
+        They are 0 except on response tokens that follow another token of their document.
+        """
+        hidden_BTH = self.policy.trunk_states(batch.ids_BT, position_BT=batch.position_BT)
+        if torch.is_grad_enabled():
+            return self._losses_with_gradient(hidden_BTH, batch)
+        labels_BTK = batch_labels(batch, n_future=1)
+        predictions = PairPredictions(self.policy, hidden_BTH, labels_BTK, position_BT=batch.position_BT)
+        return gather_by_target(predictions.losses(), target_mask(labels_BTK)).squeeze(-1)
+
+    def _losses_with_gradient(self, hidden_BTH: Tensor, batch: Batch) -> Tensor:
+        states_BTH = self.policy.head_states(
+            1, hidden_BTH, ids_BT=batch.ids_BT, position_BT=batch.position_BT
+        )
+        row_N, column_N = batch.target_positions()
+        label_N, state_NH = batch.ids_BT[row_N, column_N], states_BTH[row_N, column_N - 1]
+        size = max(_BUDGET // (4 * self.policy.vocab_size), 1)
+        chunks = list(zip(state_NH.split(size), label_N.split(size), strict=True))
+        losses = [
+            self._chunk(*chunk)
+            if len(chunks) == 1
+            else checkpoint(self._chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
+            for chunk in chunks
+        ]
+        zero_BT = torch.zeros(batch.ids_BT.shape, device=hidden_BTH.device)
+        return zero_BT.index_put((row_N, column_N), torch.cat(losses))
+
+    def _chunk(self, state_NH: Tensor, label_N: Tensor) -> Tensor:
+        logits_NV = self.policy.unembedding(state_NH).float()
+        return nn.functional.cross_entropy(logits_NV, label_N, reduction="none")
+
+
+def frozen_losses(model: LanguageModel) -> Callable[[Batch], Tensor]:
+    """Return a function that computes a model's next-token losses without gradient, see `LanguageModel`."""
+    return torch.no_grad()(model.requires_grad_(requires_grad=False).forward)
+
+
+def trainable_losses(policy: Policy) -> LanguageModel:
+    """Return a copy of the policy's language model, all parameters of which are trained.
+
+    Adapters of the policy are merged in the copy.
+    """
+    return LanguageModel(merged_copy(policy)).requires_grad_(requires_grad=True)
