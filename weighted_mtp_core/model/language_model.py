@@ -59,7 +59,7 @@ class LanguageModel(nn.Module):
         row_N, column_N = batch.target_positions()
         label_N, state_NH = batch.ids_BT[row_N, column_N], states_BTH[row_N, column_N - 1]
         size = max(_BUDGET // (4 * self.policy.vocab_size), 1)
-        chunks = list(zip(state_NH.split(size), label_N.split(size), strict=True))
+        chunks = list(zip(torch.split(state_NH, size), torch.split(label_N, size), strict=True))
         losses = [
             self._chunk(*chunk)
             if len(chunks) == 1

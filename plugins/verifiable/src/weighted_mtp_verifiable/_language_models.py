@@ -145,7 +145,7 @@ def _rows_with(batch: Batch, mask_BT: Tensor) -> tuple[Batch, Tensor]:
         return batch, mask_BT
     if not len(row_R):
         row_R = row_R.new_zeros(1)
-    tensors = {
+    tensors: dict[str, Any] = {
         each.name: value[row_R]
         for each in fields(Batch)
         if isinstance(value := getattr(batch, each.name), Tensor)
