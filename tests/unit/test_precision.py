@@ -8,13 +8,12 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.api import Scores
-from weighted_mtp_core.checkpointing.best_model import load_model
 from weighted_mtp_core.errors import RunFailedError, WmtpError
 from weighted_mtp_core.generation.generate import generate
 from weighted_mtp_core.generation.samplers import token_logprobs
 from weighted_mtp_core.generation.sampling import whole_cumulative
 from weighted_mtp_core.model import packing_probe, probe
-from weighted_mtp_core.model.frozen_losses import frozen_losses
+from weighted_mtp_core.model.language_model import LanguageModel, frozen_losses
 from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.runtime.device import Compute, full_precision
 from weighted_mtp_core.testing.documents import APART
@@ -146,7 +145,7 @@ def test_a_policy_that_is_its_reference_has_no_excess_loss(wmtp_tiny_run):
 
 def test_the_same_reference_in_another_precision_has_an_excess_loss():
     learning = policy(n_future=1)
-    losses = frozen_losses(learning, None, load=load_model)
+    losses = frozen_losses(LanguageModel.copy_of(learning))
     with BFLOAT16.autocast():
         rounded = losses(APART.batch())
 
