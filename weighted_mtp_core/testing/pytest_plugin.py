@@ -55,8 +55,8 @@ class TinyRun:
 def wmtp_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, Any]], TinyRun]:
     """Run every stage of a recipe in a few seconds, with a tiny model, two steps and an empty working folder.
 
-    The recipe is a table, for example `{"weighting": {"use": "my_plugin"}}`, and extends `TINY`. A critic may
-    be uninformative, because two steps do not make a good one.
+    The recipe is a table, for example `{"weighting": {"use": "my_plugin"}}`, and extends `TINY`. An
+    uninformative critic does not stop the run, because no critic learns anything in two steps.
     """
 
     def run(recipe: Mapping[str, Any]) -> TinyRun:

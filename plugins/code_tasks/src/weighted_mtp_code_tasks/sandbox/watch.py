@@ -66,10 +66,10 @@ class Candidate:
 
     Attributes:
         channel: This end of the channel to the candidate.
-        pid: The candidate's process id, valid until the end of the context.
+        pid: The candidate's process id, valid until the `with` block ends.
         output: The candidate's stdout (and stderr, unless it has a separate descriptor), if output is kept.
         stopped: The verdict if the candidate was stopped because it exceeded a limit.
-        status: The wait status of the process, available after the context.
+        status: The wait status of the process, which is set when the `with` block ends.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class Candidate:
         return scratch.is_too_full(folder)
 
     def ending(self) -> Outcome:
-        """Return the verdict on a process that ended without being stopped; call it after the context."""
+        """Return the verdict on a process that ended by itself; call it after the `with` block."""
         code = os.waitstatus_to_exitcode(self.status)
         if code >= 0:
             return "error", f"the program ended its process with status {code}"
