@@ -24,6 +24,7 @@ from weighted_mtp_core.generation.generate import generate
 from weighted_mtp_core.model.policy import Policy
 
 REPOSITORY = Path(__file__).parents[2]
+BASELINE = str(REPOSITORY / "configs" / "baseline.toml")
 VLLM = Path(os.environ.get("VLLM_PYTHON", REPOSITORY / ".venv" / "vllm" / "bin" / "python"))
 PROMPTS, NEW_TOKENS = 50, 64
 ENVIRONMENT = {
@@ -90,18 +91,17 @@ def wmtp(*words: str, cwd: Path) -> str:
 
 
 def trained_and_exported(
-    recipe: str, folder: Path, *, server: str, settings: Sequence[str] = ()
+    recipe: str, folder: Path, *, storage: Path, server: str, settings: Sequence[str] = ()
 ) -> ServedModel:
     """Train a recipe of `configs/` with changes `key=value`, and export it for a server."""
-    every = ("tracker=[]", "evaluate.problems=4", *settings)
+    folders = (f'run.storage="{storage}"', f'run.output_dir="{folder / "runs"}"')
+    every = ("tracker=[]", "evaluate.problems=4", *folders, *settings)
     overrides = [word for each in every for word in ("--set", each)]
     wmtp("run", str(REPOSITORY / "configs" / recipe), *overrides, cwd=folder)
-    (run,) = (file.parent for file in (folder / "storage" / "runs").rglob("run.json"))
+    (run,) = (file.parent for file in (folder / "runs").rglob("run.json"))
     path, command = wmtp("export", str(run), "--to", "model", "--serve", server, cwd=folder).splitlines()
     policy, codec = policy_loader(folder / path, overrides=['model.device="cpu"']).load(print)
-    (problems,) = (folder / "storage" / "datasets_v2").glob("micro_code/*/problems.jsonl")
-    rows = map(json.loads, problems.read_text().splitlines())
-    texts = [row["problem"]["prompt"] for row in rows if row["split"] == "test"]
+    texts = [row["problem"]["prompt"] for row in problems_of(storage) if row["split"] == "test"]
     return ServedModel(
         path=folder / path,
         command=command,
@@ -109,6 +109,12 @@ def trained_and_exported(
         prompts=codec.encode_prompts(texts[:PROMPTS]),
         eos_id=codec.eos_id,
     )
+
+
+def problems_of(storage: Path) -> list[dict[str, Any]]:
+    """Return the rows of the problems of micro_code."""
+    (file,) = (storage / "datasets_v2").glob("micro_code/*/problems.jsonl")
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def with_random_tensors(model: ServedModel, path: Path, prefix: str) -> ServedModel:

@@ -10,11 +10,11 @@ import time
 
 import pytest
 import requests
-from served_model import ENVIRONMENT, REPOSITORY, VLLM, wmtp
+from served_model import BASELINE, ENVIRONMENT, VLLM, wmtp
 from weighted_mtp_core.evaluation.finished_run import policy_loader
 from weighted_mtp_core.generation.samplers import token_logprobs
 
-RECIPE = [str(REPOSITORY / "configs" / "baseline.toml"), "--set", "data.options.problems=60"]
+RECIPE = [BASELINE, "--set", "data.options.problems=60"]
 START_S = 900
 
 pytestmark = [

@@ -12,11 +12,12 @@ pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture(scope="module")
-def sequential(tmp_path_factory):
+def sequential(tmp_path_factory, storage):
     """The micro model of configs/baseline.toml with `sequential` heads, exported for transformers."""
     return trained_and_exported(
         "baseline.toml",
         tmp_path_factory.mktemp("sequential"),
+        storage=storage,
         server="transformers",
         settings=['model.heads={kind="sequential"}'],
     )
@@ -38,7 +39,8 @@ def decoded_by_transformers(model, path):
             use_mtp=True,
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
-            eos_token_id=None,
+            eos_token_id=model.eos_id,
+            pad_token_id=model.eos_id,
         )
         texts.append(ids[0, len(prompt) : starts[-1] + 1].tolist())
         for start, end in itertools.pairwise(starts[1:]):

@@ -23,9 +23,10 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def medusa(tmp_path_factory):
+def medusa(tmp_path_factory, storage):
     """The micro model of configs/serve_medusa.toml, exported for vLLM."""
-    return trained_and_exported("serve_medusa.toml", tmp_path_factory.mktemp("medusa"), server="vllm")
+    folder = tmp_path_factory.mktemp("medusa")
+    return trained_and_exported("serve_medusa.toml", folder, storage=storage, server="vllm")
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,18 @@
 Shape letters: B rows, T positions, V vocabulary.
 """
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from served_model import VLLM, decoded_by_vllm, own_count, trained_and_exported, with_random_tensors, wmtp
+from served_model import (
+    VLLM,
+    decoded_by_vllm,
+    own_count,
+    problems_of,
+    trained_and_exported,
+    with_random_tensors,
+)
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 V, DRAFTS = 512, 3
@@ -44,18 +50,16 @@ def qwen2_base(path: Path, texts: list[str], *, tied: bool) -> None:
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def sequential(request, tmp_path_factory):
+def sequential(request, tmp_path_factory, storage):
     """A Qwen2 model that was trained with heads 2..4 from one layer, exported for vLLM."""
     folder = tmp_path_factory.mktemp("sequential")
-    recipe = str(Path(__file__).parents[2] / "configs" / "baseline.toml")
-    wmtp("data", "prepare", recipe, cwd=folder)
-    (file,) = folder.glob("storage/datasets_v2/micro_code/*/problems.jsonl")
-    problems = [json.loads(line)["problem"] for line in file.read_text().splitlines()]
+    problems = [row["problem"] for row in problems_of(storage)]
     texts = [problem["prompt"] + problem["solution"] for problem in problems]
     qwen2_base(folder / "base", texts, tied=request.param)
     return trained_and_exported(
         "baseline.toml",
         folder,
+        storage=storage,
         server="vllm",
         settings=[
             f'model.base="{folder / "base"}"',
