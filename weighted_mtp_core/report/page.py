@@ -138,6 +138,9 @@ def _facts(history: RunHistory) -> list[tuple[str, str]]:
     """Return the rows of the table `The run`, without rows whose value is unknown."""
     tags, params = history.tags, history.params
     data = [tags.get(run_tags.DATA), params.get("data.name"), params.get("data.version")]
+    steps = f"{params.get('train.steps', '?')} x {params.get('train.batch_size', '?')}"
+    if (last := tags.get(f"{run_tags.STOPPED_EARLY_PREFIX}policy", "no")) != "no":
+        steps += f", stopped early after step {last}"
     plugins = [tags[name] for name in sorted(tags) if name.startswith(run_tags.PLUGIN_PREFIX)]
     facts = [
         ("weighting", tags.get(run_tags.WEIGHTING, "")),
@@ -146,7 +149,7 @@ def _facts(history: RunHistory) -> list[tuple[str, str]]:
         ("SHA-256 of the data", params.get("data.sha256", "")),
         ("base model", tags.get(run_tags.MODEL_VERSION, params.get("model.base", ""))),
         ("heads", params.get("model.n_future", "")),
-        ("steps, batch size", f"{params.get('train.steps', '?')} x {params.get('train.batch_size', '?')}"),
+        ("steps, batch size", steps),
         ("seed", params.get("run.seed", "")),
         ("plugins", ", ".join(filter(None, plugins))),
         *_cost(history),
