@@ -29,7 +29,6 @@ from weighted_mtp_core.recipe.line_numbers import KeyPath
 from weighted_mtp_core.recipe.load import recipe_to_toml, structure_recipe
 from weighted_mtp_core.recipe.schema import Recipe, Selection
 from weighted_mtp_core.recipe.structure import Fault, plain
-from weighted_mtp_core.recipe.train_table import TrainTable
 
 _DEFAULT_EXPERIMENT_PREFIX = "weighted_mtp"
 _SOURCES = {Signal.LOG_VALUE: VALUES}  # core computes the logarithm of a critic's values
@@ -186,13 +185,6 @@ def _optimiser_faults(recipe: Recipe) -> list[Fault]:
     if recipe.critic is not None and recipe.critic.train.optimiser.name == "muon":
         text = "`muon` is for the policy: a critic does not say which parameters are embeddings"
         found.append(Fault(("critic", "train", "optimiser", "name"), text))
-    stages: dict[KeyPath, TrainTable] = {("train",): recipe.train}
-    if recipe.critic is not None:
-        stages["critic", "train"] = recipe.critic.train
-    for at, table in stages.items():
-        if table.optimiser.name == "adamw_8bit" and recipe.model.shard:
-            text = "`adamw_8bit` needs `model.shard = false`: shards would cut its blocks"
-            found.append(Fault((*at, "optimiser", "name"), text))
     return found
 
 

@@ -513,10 +513,6 @@ def test_keys_that_do_not_fit_each_other(plan_error, override, text):
             'train.embedding_learning_rate: the embeddings are not trained with `model.train = "heads"`',
         ),
         (
-            ("train.optimiser.name=adamw_8bit", "model.shard=true"),
-            "train.optimiser.name: `adamw_8bit` needs `model.shard = false`: shards would cut its blocks",
-        ),
-        (
             ("critic.use=example.judge", "critic.train.optimiser.name=muon"),
             (
                 "critic.train.optimiser.name: `muon` is for the policy: a critic does not say which "

@@ -26,7 +26,8 @@ from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.model.targets import align_labels, pair_index, source_index, target_mask
-from weighted_mtp_core.recipe.schema import LossTable, TrainTable
+from weighted_mtp_core.recipe.schema import LossTable
+from weighted_mtp_core.recipe.train_table import OptimiserTable, TrainTable
 from weighted_mtp_core.training.nonfinite_steps import NonfiniteSteps
 from weighted_mtp_core.training.optimisers import clip_gradients, make_optimisers
 from weighted_mtp_core.training.policy_learner import PolicyLearner
@@ -155,6 +156,23 @@ def test_a_step_never_waits_except_to_read_the_weights(name, head, weighting, he
 
     assert watched.reads == 1
     assert not torch.equal(parameters[0], before)
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "muon"])
+def test_other_optimisers_do_not_wait_either(name):
+    matrix = torch.nn.Parameter(torch.zeros(64, 64))
+    optimisers = make_optimisers([matrix], TrainTable(optimiser=OptimiserTable(name=name)))
+    bad = NonfiniteSteps(limit=5, device=CPU)
+
+    for norm in (1.0, float("nan"), 1.0):
+        matrix.grad = torch.randn(64, 64)
+        with NoWaiting():
+            bad.skip_if_not_finite(optimisers, torch.zeros(()), torch.tensor(norm))
+            for each in optimisers:
+                each.step()
+
+    assert bad.total == 1
+    assert matrix.detach().any()
 
 
 def without_host_facts(one):

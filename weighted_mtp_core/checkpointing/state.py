@@ -109,8 +109,8 @@ def load_optimiser_state(
 ) -> None:
     """Restore the result of `optimiser_state` in new optimisers; a parameter without a state keeps none.
 
-    Each tensor, including Adam's `step`, is copied to the device of its parameter. Tensors with the shape of
-    the parameter are sharded like the parameter.
+    Each tensor, including Adam's `step`, is copied to the device of its parameter. Tensors other than scalars
+    are sharded like the parameter.
     """
     owner = {
         parameter: optimiser
@@ -118,13 +118,13 @@ def load_optimiser_state(
         for group in optimiser.param_groups
         for parameter in group["params"]
     }
-    for name in state:
-        index, _, key = name.partition(".")
-        parameter, value = parameters[int(index)], state[name]
-        copy = value.to(parameter.device, copy=True)
-        owner[parameter].state[parameter][key] = (
-            like(parameter, copy) if copy.shape == parameter.shape else copy
-        )
+    for index in dict.fromkeys(name.partition(".")[0] for name in state):
+        parameter = parameters[int(index)]
+        optimiser, held = owner[parameter], WithPrefix(state, index)
+        adopt = getattr(optimiser, "adopt", lambda _, same: same)
+        for name, tensor in adopt(parameter, held).items():
+            copy = tensor.to(parameter.device, copy=True)
+            optimiser.state[parameter][name] = like(parameter, copy) if copy.ndim else copy
 
 
 def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:

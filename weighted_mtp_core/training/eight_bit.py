@@ -8,17 +8,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from weighted_mtp_core.training.one_by_one import OneByOne
 
+_BLOCK, _FEWEST = 256, 4096
+_NO_BLOCK = 1 << 62  # torchao then uses 32 bits
 _SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 
 
 class EightBitAdamW(OneByOne):
     """torchao's AdamW with moments quantised in blocks of 256 values (Dettmers et al. 2022).
 
-    Tensors of fewer than 4096 values, or of a size that is not a multiple of 256, keep moments of 32 bits.
-    On a CPU, torchao's update runs operation by operation instead of compiled, so that no compiler is needed.
+    Parameters of fewer than 4096 values keep moments of 32 bits, and so do those that cannot be divided into
+    whole blocks, or that are not sharded into equal shards of whole blocks. On a CPU, torchao's update runs
+    operation by operation instead of compiled, so that no compiler is needed.
 
     Args:
         groups: Groups of parameters, with `weight_decay`.
@@ -27,6 +31,8 @@ class EightBitAdamW(OneByOne):
         eps: Added to the denominator.
     """
 
+    needs_whole = False
+
     def __init__(
         self, groups: list[dict[str, object]], *, lr: float, betas: tuple[float, float], eps: float
     ) -> None:
@@ -34,7 +40,12 @@ class EightBitAdamW(OneByOne):
         self._maps: dict[tuple[bool, torch.device], Tensor] = {}
 
     def update(
-        self, parameter: nn.Parameter, state: Mapping[str, Tensor], group: Mapping[str, Any]
+        self,
+        parameter: nn.Parameter,
+        state: Mapping[str, Tensor],
+        group: Mapping[str, Any],
+        *,
+        original: nn.Parameter,
     ) -> Mapping[str, Tensor]:
         """Update a parameter by its gradient.
 
@@ -44,12 +55,22 @@ class EightBitAdamW(OneByOne):
         from torchao.optim import AdamW8bit
 
         options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
-        adamw = AdamW8bit([parameter], **options)
+        block = _BLOCK if _has_blocks(original) else _NO_BLOCK
+        adamw = AdamW8bit([parameter], **options, block_size=block)
         if state:
             adamw.state[parameter] = self._packed(state, parameter)
         with _eager() if parameter.device.type == "cpu" else nullcontext():
             adamw.step()
         return _plain(adamw.state[parameter])
+
+    def adopt(self, parameter: nn.Parameter, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Convert moments of 8 bits to 32 bits if the parameter is now sharded without regard to blocks."""
+        if _has_blocks(parameter) or "exp_avg_codes" not in state:
+            return state
+        return {
+            name: tensor.dequantize() if name in _SIGNED else tensor
+            for name, tensor in self._packed(state, parameter).items()
+        }
 
     def _packed(self, state: Mapping[str, Tensor], parameter: nn.Parameter) -> dict[str, Any]:
         """Return the result of `_plain` as torchao's state."""
@@ -60,12 +81,19 @@ class EightBitAdamW(OneByOne):
             if name in state:
                 found[name] = state[name]
                 continue
-            at = signed, parameter.device
-            if at not in self._maps:  # made once, because copying it to the device would wait for the device
-                self._maps[at] = OptimState8bit.zeros((256,), signed, device=parameter.device).qmap
             codes, scale = state[f"{name}_codes"], state[f"{name}_scale"]
+            at = signed, codes.device
+            if at not in self._maps:  # made once, because copying it to the device would wait for the device
+                self._maps[at] = OptimState8bit.zeros((_BLOCK,), signed, device=codes.device).qmap
             found[name] = OptimState8bit(codes, scale, self._maps[at], signed, parameter.dtype)
         return found
+
+
+def _has_blocks(parameter: nn.Parameter) -> bool:
+    """Return whether every process has equally many whole blocks of a parameter."""
+    shards = parameter.device_mesh.size() if isinstance(parameter, DTensor) else 1
+    size = parameter.numel() // shards
+    return parameter.shape[:1].numel() % shards == 0 and size >= _FEWEST and size % _BLOCK == 0
 
 
 def _eager() -> AbstractContextManager[None]:

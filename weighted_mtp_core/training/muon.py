@@ -23,11 +23,18 @@ class Muon(OneByOne):
         lr: Learning rate.
     """
 
+    needs_whole = True
+
     def __init__(self, groups: list[dict[str, object]], *, lr: float) -> None:
         super().__init__(groups, {"lr": lr})
 
     def update(
-        self, parameter: nn.Parameter, state: Mapping[str, Tensor], group: Mapping[str, Any]
+        self,
+        parameter: nn.Parameter,
+        state: Mapping[str, Tensor],
+        group: Mapping[str, Any],
+        *,
+        original: nn.Parameter,  # noqa: ARG002
     ) -> Mapping[str, Tensor]:
         """Update a matrix by its gradient; the state is `momentum_buffer`, with the shape of the matrix."""
         muon = torch.optim.Muon(
