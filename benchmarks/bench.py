@@ -33,6 +33,7 @@ GROUPS = (
     "padding",
     "corpus",
     "checkpointing",
+    "busy",
     "decoding",
     "trainers",
     "reduction",

@@ -16,15 +16,17 @@ from transformers import (
 from weighted_mtp_core.api import WeightingStrategy, Weights
 from weighted_mtp_core.data.batches import collate, collate_packed
 from weighted_mtp_core.data.tokens import TokenSet
+from weighted_mtp_core.model.adapters import adapt
 from weighted_mtp_core.model.flops import StepFlops
 from weighted_mtp_core.model.load import make_policy
-from weighted_mtp_core.recipe.schema import LossTable
+from weighted_mtp_core.recipe.schema import AdaptersTable, LossTable, ModelTable
 from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.weighting_inputs import Weighting
 
 V, H = 61, 16
 SMALL = {"vocab_size": V, "hidden_size": H, "num_hidden_layers": 3, "num_attention_heads": 2}
 EAGER = {"attn_implementation": "eager"}  # torch's counter does not count fused attention on a CPU
+WIDE = {**SMALL, "hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 2}
 BASES = {
     "llama": lambda: LlamaForCausalLM(
         LlamaConfig(**SMALL, **EAGER, intermediate_size=24, num_key_value_heads=1, tie_word_embeddings=True)
@@ -146,6 +148,28 @@ def test_adapters_pass_gradients_through_frozen_matrices():
     assert frozen.per_token == 2 * matrices
     assert adapted.per_token == 4 * matrices + 6 * adapter.weight.numel()
     assert (frozen.per_pair_K, adapted.per_pair_K) == ((2 * V * H,), (4 * V * H,))
+
+
+@pytest.mark.parametrize("heads", ["whole", "adapted"])
+def test_a_step_with_adapters_needs_what_torch_counts_apart_from_the_first_layer(heads):
+    policy = make_policy(BASES["llama"](), n_future=3, head_kind="parallel")
+    adapt(policy, ModelTable(train="adapters", adapters=AdaptersTable(rank=2, heads=heads)))
+    training = learner(policy)
+    found = training.flops(unpadded())
+
+    own = counted(training)
+    unused = 2 * 24 * H * (H + 2 * 8) + 3 * 2 * 24 * H * 2  # the gradient of its input, which is frozen
+    assert own <= found <= own + unused
+
+
+def test_a_base_of_four_bits_needs_the_same_operations():
+    def adapted(base_dtype):
+        torch.manual_seed(0)
+        policy = make_policy(LlamaForCausalLM(LlamaConfig(**WIDE)), n_future=2, head_kind="parallel")
+        adapt(policy, ModelTable(train="adapters", base_dtype=base_dtype))
+        return StepFlops.of(policy)
+
+    assert adapted("nf4") == adapted("float32")
 
 
 def test_a_sliding_window_bounds_what_a_token_attends_to():
