@@ -4,8 +4,8 @@
 
 The micro model of the default recipes trains with a thread for each core (8 rows of about 200 tokens per
 step). It trains in a process of its own that imports `weighted_mtp_core` before torch, as a run does, because
-torch reads the number of spins of waiting threads (`GOMP_SPINCOUNT`) when it is loaded. Five steps on the idle
-machine and five steps beside the busy process alternate. Times are wall times, because threads wait.
+torch reads the number of spins of waiting threads (`GOMP_SPINCOUNT`) when it is loaded. Five idle steps and
+five steps beside the busy process alternate. Times are wall times, because threads wait.
 """
 
 from __future__ import annotations
