@@ -27,8 +27,9 @@ from harness import Row, main, row
 from humaneval_lengths import humaneval_tokens
 from step import TINY
 from weighted_mtp_core.data.batches import StepBatches
-from weighted_mtp_core.recipe.schema import DataTable, TrainTable
-from weighted_mtp_core.training.optimisers import clip_gradients, make_optimiser
+from weighted_mtp_core.recipe.schema import DataTable
+from weighted_mtp_core.recipe.train_table import TrainTable
+from weighted_mtp_core.training.optimisers import clip_gradients, make_optimisers
 
 STEPS = 5
 
@@ -54,7 +55,7 @@ def seconds_per_step(*, quick: bool) -> list[tuple[float, float]]:
     with tempfile.TemporaryDirectory() as folder:
         learner = learner_of(shape, Path(folder), steps=1000, pairs_per_step=batches.pairs_per_step(4))
     parameters = list(learner.parameters())
-    optimiser = make_optimiser(parameters, TrainTable())
+    (optimiser,) = make_optimisers(parameters, TrainTable())
     batch = batches(0)
 
     def measure() -> float:
