@@ -148,6 +148,23 @@ def test_a_comparison_with_a_killed_worker_gives_the_table_of_one_machine(
     assert f"continuing run {unfinished.name} from step" in log
 
 
+def test_an_interrupt_cancels_what_waits_and_stops_what_runs_with_a_checkpoint(
+    start, python, cluster, folders
+):
+    address, (_, worker) = cluster
+    more = ("--set", "train.steps=5000", "--seeds", "3", "--executor", address)
+    process = start("compare", "recipe.toml", *more, cwd=folders[1], python=python)
+    unfinished = wait_until(lambda: half_way(worker, folders[1]) or process.poll(), "a checkpoint")
+
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+
+    assert process.returncode == 130
+    assert "0 of 3 runs are finished\nstopping 3 runs; the same command resumes them\n" in stderr
+    wait_until(lambda: runs(folders[1])[unfinished]["status"] == "KILLED", "the end of the run")
+    assert [path.parent.name for path in runs(folders[1])].count("tiny") == 1
+
+
 def test_no_secret_of_the_environment_is_sent_to_a_scheduler(wmtp, python, cluster, folders):
     secret = {"MLFLOW_TRACKING_PASSWORD": "swordfish"}
     more = ("--set", 'run.tags=["password:swordfish"]', "--seeds", "1", "--executor", cluster[0])
@@ -162,11 +179,12 @@ def test_no_secret_of_the_environment_is_sent_to_a_scheduler(wmtp, python, clust
 def runs(folder):
     """The contents of `run.json` by run folder."""
     return {
-        file.parent: json.loads(file.read_text()) for file in (folder / "storage" / "runs").rglob("run.json")
+        file.parent: json.loads(file.read_text())
+        for file in (folder / "storage" / "runs").glob("*/*/*/[!.]*/run.json")
     }
 
 
-def half_way(worker, folder, *, finished):
+def half_way(worker, folder, *, finished=0):
     """The run that a worker executes, if it has a checkpoint and so many others have finished."""
     found = runs(folder)
     if sum(facts["status"] == "FINISHED" for facts in found.values()) < finished:
@@ -175,11 +193,10 @@ def half_way(worker, folder, *, finished):
     commands = [Path(f"/proc/{child}/cmdline") for child in children.split()]
     texts = [command.read_text() for command in commands if command.exists()]
     for path, facts in found.items():
-        params = facts.get("params", {})
-        own = any(
-            f'"{params.get("run.name")}"' in t and f"run.seed={params.get('run.seed')}" in t for t in texts
-        )
-        if own and facts["status"] == "RUNNING" and any((path / "checkpoints").glob("[!.]*")):
+        name, seed = (facts.get("params", {}).get(f"run.{key}") for key in ("name", "seed"))
+        named = [text for text in texts if f'run.name="{name}"' in text or "run.name=" not in text]
+        own = any(f"run.seed={seed}" in text for text in named)
+        if own and facts["status"] == "RUNNING" and any((path / "checkpoints").glob("policy-*")):
             return path
     return None
 

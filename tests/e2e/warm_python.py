@@ -3,8 +3,8 @@
     python warm_python.py serve SOCKET PYTHON     wait for requests; PYTHON is the script that sends them
     python warm_python.py run SOCKET ARGUMENTS    what PYTHON calls; ARGUMENTS are those of `python`
 
-Each request becomes a fork of the server with the caller's folder, environment and output. SIGTERM for the
-caller goes to its fork, whose exit code becomes that of the caller.
+Each request becomes a fork of the server with the caller's folder, environment and output. SIGINT and
+SIGTERM for the caller go to its fork, whose exit code becomes that of the caller.
 """
 
 import array
@@ -91,7 +91,8 @@ def run(address: str, arguments: list[str]) -> int:
         socket.send_fds(server, [json.dumps(request).encode()], array.array("i", [0, 1, 2]))
         answers = server.makefile()
         child = int(answers.readline())
-        signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGTERM))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: os.kill(child, number))
         code = int(answers.readline())
     return code if code >= 0 else 128 - code
 

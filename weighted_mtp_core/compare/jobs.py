@@ -36,8 +36,8 @@ class WantedRun:
         return next((path for path in self._runs() if self.is_finished(path)), None)
 
     def is_running(self) -> bool:
-        """Return whether a process of another comparison, or of a lost worker, executes the run now."""
-        return any(read_run(path).get("status") == "RUNNING" and is_held(path) for path in self._runs())
+        """Return whether a process of another comparison, or of a lost worker, executes or closes the run."""
+        return any(read_run(path).get("status") != "FINISHED" and is_held(path) for path in self._runs())
 
     def is_finished(self, path: Path) -> bool:
         """Return whether a run folder contains a finished run with this recipe, source code and seed."""

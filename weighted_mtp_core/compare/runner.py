@@ -19,7 +19,6 @@ from weighted_mtp_core.compare.jobs import Job
 from weighted_mtp_core.compare.task import KILL, POLL_S, STOP_LIMIT_S, Ended, RunTask, execute
 from weighted_mtp_core.errors import RunFailedError, WmtpError
 from weighted_mtp_core.exit_codes import EXIT_RUN_FAILED
-from weighted_mtp_core.messages import reason
 from weighted_mtp_core.runtime.interrupts import raise_on_termination
 
 MOST_SEEDS = 20
@@ -183,7 +182,7 @@ class Runner:
             if isinstance(error, WmtpError):
                 raise error
             if error is not None:  # Dask gives up on a task that has lost several workers
-                self._fail(job, EXIT_RUN_FAILED, reason(error).partition(". ")[0])
+                self._fail(job, EXIT_RUN_FAILED, f"{type(error).__name__}: {error}".partition(". ")[0])
                 continue
             ended = future.result()
             if ended.folder is None:

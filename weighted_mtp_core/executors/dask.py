@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
@@ -39,6 +40,7 @@ class DaskExecutor(Executor):
                 f"`--executor dask://{address}` needs the package `distributed`",
                 hint="pip install 'weighted-mtp-core[dask]'",
             ) from error
+        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # the caller reports what goes wrong
         try:
             self._client = Client(address, timeout=_CONNECT_S, set_as_default=False)
         except (OSError, ValueError) as error:

@@ -1,6 +1,7 @@
 """Labels come from running programs, whatever was known of how they were made."""
 
 import json
+from concurrent.futures import Executor, Future
 
 import pytest
 from weighted_mtp_core.api import Problem, WmtpError
@@ -19,12 +20,13 @@ PROBLEM = Problem(
 )
 
 
-def source(tmp_path, *candidates, **settings):
+def source(tmp_path, *candidates, executor=None, **settings):
     return LabelledSource(
         name="planted",
         recipe={},
         draw=lambda: [LabelledProblem(problem=PROBLEM, split="train", candidates=candidates)],
         storage=tmp_path,
+        executor=executor,
         judge=FunctionJudge(sandbox=SandboxSettings(**{"workers": 1, "cpu_seconds": 1} | settings)),
     )
 
@@ -119,3 +121,20 @@ def test_line_separators_inside_a_response_do_not_break_a_line(tmp_path):
     text = '    return 2 * n  # "\u2028"\n'
 
     assert source(tmp_path, RIGHT, mutant(text)).examples("train")[1].response == text
+
+
+class Interrupted(Executor):
+    """Ctrl-C is pressed while the first task runs."""
+
+    def submit(self, *_, **__):
+        future = Future()
+        future.set_exception(KeyboardInterrupt())
+        return future
+
+
+def test_an_interrupt_says_that_nothing_is_stored(tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        source(tmp_path, RIGHT, executor=Interrupted())
+
+    assert "labelling planted: 0 responses were judged; nothing is stored\n" in capsys.readouterr().err
+    assert not list((tmp_path / "datasets_v2" / "planted").glob("*/manifest.json"))
