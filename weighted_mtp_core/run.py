@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from attrs import frozen
-from torch import nn
 
 from weighted_mtp_core import run_tags
 from weighted_mtp_core.api import Batch, Critic, Signal
@@ -36,7 +35,8 @@ from weighted_mtp_core.report.token_measures import measure_tokens
 from weighted_mtp_core.report.token_report import save_token_report
 from weighted_mtp_core.report.token_values import VALUES_FILE, table_of_values
 from weighted_mtp_core.runtime.distributed import Distributed
-from weighted_mtp_core.runtime.sharding import decoder_layers, shard
+from weighted_mtp_core.runtime.fsdp import shard
+from weighted_mtp_core.runtime.sharding import mesh_of_parameters
 from weighted_mtp_core.storage.atomic import atomic_write
 from weighted_mtp_core.tracking.display import Display
 from weighted_mtp_core.tracking.rank_log import RankLog
@@ -152,8 +152,8 @@ class _Run:
     def prepare(self, allow_change: Sequence[str]) -> Prepared:
         """Stage 0: load data and policy."""
         torch.manual_seed(self.plan.recipe.run.seed)
+        prepared = prepare(self.plan, log=self.recorder.log, distributed=self.distributed)
         with self.distributed.rank_zero_first():
-            prepared = prepare(self.plan, log=self.recorder.log)
             prepared.tokenise()
         if self.plan.recipe.train.epochs is not None:
             per_epoch = prepared.policy_batches().batches_per_epoch
@@ -173,7 +173,9 @@ class _Run:
         table, selected, critic = self.plan.recipe.critic, self.plan.critic, prepared.build_critic()
         if table is None or selected is None or critic is None:
             return None, None
-        self._shard(critic.blocks)
+        mesh = mesh_of_parameters(prepared.policy)
+        if mesh is not None:
+            shard(critic.blocks, mesh)
         folder = self.recorder.folder.checkpoints / "critic"
         learner = CriticLearner(
             critic=critic, prepared=prepared, table=table.train, distributed=self.distributed, best=folder
@@ -218,7 +220,6 @@ class _Run:
             critic = prepared.with_score_cache(critic, batches)
         best = self.recorder.folder.checkpoints / "best_model.pt"
         learner = PolicyLearner.make(prepared, critic, best=best, distributed=self.distributed)
-        self._shard(decoder_layers(prepared.policy))  # after critic and weighting have made their copies
         trained = self._train(learner, prepared.train_table, batches)
         self.recorder.artifact(best, "checkpoints")
         return learner, trained
@@ -265,10 +266,6 @@ class _Run:
     def _takes_part(self) -> bool:
         """Whether this process is needed after stage 2: always the first one, others if they have shards."""
         return self.distributed.is_rank_zero or self.plan.recipe.model.shard
-
-    def _shard(self, blocks: Sequence[nn.Module]) -> None:
-        if self.plan.recipe.model.shard and not self.distributed.is_single_process:
-            shard(blocks, self.distributed)
 
     def _train(self, learner: Learner, table: TrainTable, batch_of: Callable[[int], Batch]) -> Trained:
         self.display.stage(learner.stage, table.steps)

@@ -23,7 +23,8 @@ from weighted_mtp_core.recipe.train_table import OptimiserTable, TrainTable
 from weighted_mtp_core.runtime.cost import forget_peak, matrix_rate, peak_memory
 from weighted_mtp_core.runtime.device import Compute
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
-from weighted_mtp_core.runtime.sharding import decoder_layers, shard
+from weighted_mtp_core.runtime.fsdp import callable_
+from weighted_mtp_core.runtime.sharding import mesh_of, shard_matrices
 from weighted_mtp_core.training.loop import train
 from weighted_mtp_core.training.nonfinite_steps import NonfiniteSteps
 from weighted_mtp_core.training.optimisers import clip_gradients, make_optimisers
@@ -240,7 +241,8 @@ def trained(device, folder, *, distributed=SINGLE_PROCESS, resume=None, sharded=
     folder.mkdir(exist_ok=True)
     policy, reporter = new_policy(device), Losses()
     if sharded:
-        shard(decoder_layers(policy), distributed)
+        shard_matrices([policy], mesh_of(distributed, device))
+        callable_(policy)
     table = TrainTable(steps=STEPS, learning_rate=0.02, warmup_steps=0, validate_every=STEPS, log_every=1)
     checkpoint = CheckpointTable(every=CHECKPOINT, keep=5)
     with Checkpoints(folder=folder, table=checkpoint, log=print, distributed=distributed) as checkpoints:

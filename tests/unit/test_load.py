@@ -18,7 +18,8 @@ from weighted_mtp_core.model.load import load_policy
 from weighted_mtp_core.recipe.schema import MicroTable, ModelTable
 from weighted_mtp_core.runtime.device import device_type, resolve_device, resolve_dtype
 from weighted_mtp_core.runtime.distributed import Distributed
-from weighted_mtp_core.runtime.sharding import shard
+from weighted_mtp_core.runtime.fsdp import shard
+from weighted_mtp_core.runtime.sharding import mesh_of
 
 MICRO = ModelTable(micro=MicroTable(vocab_size=300, hidden_size=16, layers=2, attention_heads=2), n_future=2)
 TEXTS = ("def f(xs):\n    return sorted(xs)\n", "Sum 12 and 345. Héllo wörld ☃")
@@ -330,7 +331,7 @@ def test_sharded_modules_lie_where_they_are_whatever_else_the_machine_has(tmp_pa
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     layer = torch.nn.Linear(2, 2)
     try:
-        shard([layer], Distributed(rank=0, size=1))
+        shard([layer], mesh_of(Distributed(rank=0, size=1), layer.weight.device))
 
         assert layer.weight.device_mesh.device_type == "cpu"
     finally:

@@ -18,7 +18,8 @@ from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.recipe.schema import AdaptersTable, CheckpointTable, LossTable, ModelTable
 from weighted_mtp_core.recipe.train_table import OptimiserTable, TrainTable
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
-from weighted_mtp_core.runtime.sharding import decoder_layers, shard
+from weighted_mtp_core.runtime.fsdp import callable_
+from weighted_mtp_core.runtime.sharding import decoder_layers, mesh_of, shard_matrices
 from weighted_mtp_core.training.loop import train
 from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.weighting_inputs import Weighting
@@ -66,7 +67,7 @@ def batch_of(step):
     )
 
 
-def new_policy(heads, what):
+def new_policy(heads, what, distributed=SINGLE_PROCESS):
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=V,
@@ -75,13 +76,18 @@ def new_policy(heads, what):
         num_hidden_layers=3,
         num_attention_heads=2,
         num_key_value_heads=1,
+        tie_word_embeddings=heads == "parallel",
     )
-    policy = make_policy(Qwen2ForCausalLM(config), n_future=K, **HEADS[heads])
+    base = Qwen2ForCausalLM(config)
+    if distributed is not SINGLE_PROCESS:
+        ends = base.get_input_embeddings(), base.get_output_embeddings()
+        shard_matrices([*decoder_layers(base), *ends], mesh_of(distributed, torch.device("cpu")))
+    policy = make_policy(base, n_future=K, **HEADS[heads])
     if what == "heads":
         policy.freeze_base()
     elif what != "all":
         adapt(policy, ModelTable(train="adapters", adapters=AdaptersTable(rank=2), base_dtype=what))
-    return policy
+    return callable_(policy)
 
 
 def changed(heads, what, snapshot):
@@ -99,9 +105,7 @@ def changed(heads, what, snapshot):
 
 def trained(heads, what, optimiser, folder, *, distributed=SINGLE_PROCESS, resume=None):
     """Train; return the loss of each step."""
-    policy = new_policy(heads, what)
-    if distributed is not SINGLE_PROCESS:
-        shard(decoder_layers(policy), distributed)
+    policy = new_policy(heads, what, distributed)
     learner = PolicyLearner(
         policy=policy,
         weighting=Weighting(strategy=Uneven(), needs=frozenset(), critic=None, label="uneven"),

@@ -5,26 +5,26 @@ from __future__ import annotations
 import io
 import json
 import pickle  # only for the name of its error: nothing is unpickled here
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 
 from weighted_mtp_core.api import Stateful
 from weighted_mtp_core.checkpointing.state import load_module_state, module_state
+from weighted_mtp_core.checkpointing.whole_files import write_safetensors, write_torch
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
-from weighted_mtp_core.runtime.sharding import all_like, whole
+from weighted_mtp_core.runtime.sharding import all_like
 from weighted_mtp_core.runtime.state_digest import BASE_SHA256
 from weighted_mtp_core.storage.atomic import atomic_write
 from weighted_mtp_core.storage.manifest import verify_manifest, write_manifest
 
 _TENSORS, _VALUES = "state.safetensors", "state.json"
-_WHOLE_IN_RANK_ZERO = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def save_model(model: nn.Module, path: Path, *, distributed: Distributed = SINGLE_PROCESS) -> None:
@@ -34,15 +34,14 @@ def save_model(model: nn.Module, path: Path, *, distributed: Distributed = SINGL
 
     All processes must call this; the first one writes.
     """
-    if BASE_SHA256 in model.state_dict():
-        tensors: dict[str, Any] = {
-            name: whole(value.detach()).cpu() for name, value in module_state(model).items()
-        }
-    else:
-        tensors = dict(get_model_state_dict(model, options=_WHOLE_IN_RANK_ZERO))
-    if distributed.is_rank_zero:
+    tensors = model.state_dict(keep_vars=True)
+    if BASE_SHA256 in tensors:
+        tensors = module_state(model)
+    if _is_sharded(tensors):
+        write_torch(tensors, path, distributed)
+    elif distributed.is_rank_zero:
         buffer = io.BytesIO()
-        torch.save(tensors, buffer)
+        torch.save({name: tensor.detach().cpu() for name, tensor in tensors.items()}, buffer)
         atomic_write(path, buffer.getvalue())
 
 
@@ -55,7 +54,8 @@ def load_model(model: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise WmtpError(f"there is no checkpoint `{path}`")
     try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
+        # Mapped, so that a process reads only its shards of the tensors.
+        state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise WmtpError(
             f"`{path}` is not a checkpoint of tensors: {str(error).splitlines()[0]}",
@@ -79,21 +79,32 @@ def save_component(component: Stateful, folder: Path, *, distributed: Distribute
     All processes must call this; the first one writes.
     """
     state = component.state_dict()
-    tensors: dict[str, Tensor] = {}
-    stored: set[int] = set()
-    for name, value in state.items():
-        if isinstance(value, Tensor):
-            tensor = whole(value.detach()).cpu().contiguous()
-            # safetensors refuses tensors that share memory, such as tied embeddings.
-            tensors[name] = tensor.clone() if tensor.data_ptr() in stored else tensor
-            stored.add(tensor.data_ptr())
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     values = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+    if _is_sharded(tensors):
+        write_safetensors(tensors, folder / _TENSORS, distributed)
     if not distributed.is_rank_zero:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(folder / _TENSORS, save_safetensors(tensors))
+    if not _is_sharded(tensors):
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(folder / _TENSORS, save_safetensors(_apart(tensors)))
     atomic_write(folder / _VALUES, json.dumps(values, indent=1, sort_keys=True))
     write_manifest(folder)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors in main memory that do not share memory: safetensors refuses tied embeddings."""
+    found: dict[str, Tensor] = {}
+    stored: set[int] = set()
+    for name, value in tensors.items():
+        tensor = value.detach().cpu().contiguous()
+        found[name] = tensor.clone() if tensor.data_ptr() in stored else tensor
+        stored.add(tensor.data_ptr())
+    return found
+
+
+def _is_sharded(tensors: Mapping[str, Tensor]) -> bool:
+    return any(isinstance(tensor, DTensor) for tensor in tensors.values())
 
 
 def load_component(component: Stateful, folder: Path) -> None:

@@ -45,8 +45,13 @@ class Manner:
     no_cache: str | None = None
 
 
-def manner_of(policy: Policy) -> Manner:
-    """Return how a policy can be decoded; determined only once, because it does not depend on the weights."""
+def manner_of(policy: Policy, *, also_of: Policy | None = None) -> Manner:
+    """Return how a policy can be decoded; determined only once, because it does not depend on the weights.
+
+    Args:
+        policy: The policy.
+        also_of: Another policy with the same parameters, for which the result is remembered, too.
+    """
     known = _MANNERS.get(policy)
     if known is None:
         was_training = policy.training
@@ -54,6 +59,8 @@ def manner_of(policy: Policy) -> Manner:
         with full_precision(policy.unembedding.weight.device):
             known = _MANNERS[policy] = _find(policy)
         policy.train(was_training)
+    if also_of is not None:
+        _MANNERS[also_of] = known
     return known
 
 

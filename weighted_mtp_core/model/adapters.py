@@ -7,7 +7,6 @@ the base.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -15,9 +14,12 @@ import torch
 from torch import nn
 
 from weighted_mtp_core.api.adapters import add_adapters
+from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.stored_base import restore_base, store_base
 from weighted_mtp_core.recipe.schema import ModelTable
+from weighted_mtp_core.runtime.fsdp import copy_of
+from weighted_mtp_core.runtime.sharding import mesh_of_parameters
 from weighted_mtp_core.runtime.state_digest import BASE_SHA256, state_sha256
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -29,9 +31,15 @@ def adapt(policy: Policy, table: ModelTable) -> None:
     The outputs of the policy do not change, except by the rounding of `base_dtype`.
 
     Raises:
-        WmtpError: There is no linear layer to adapt, or the base cannot be stored in `base_dtype`.
+        WmtpError: There is no linear layer to adapt, the base cannot be stored in `base_dtype`, or a sharded
+            policy shall have adapters with `dora`.
     """
     options, heads = table.adapters, policy.heads
+    if options.dora and mesh_of_parameters(policy) is not None:
+        raise WmtpError(
+            "the adapters of a sharded policy cannot have `dora`, which needs the norms of whole matrices",
+            hint="set `model.adapters.dora = false`, or `model.shard = false`",
+        )
     later = [heads.layer(k) for k in range(2, policy.n_future + 1)] if options.heads == "adapted" else []
     frozen = {id(parameter) for layer in later for parameter in layer.parameters()}
     whole = [parameter for parameter in policy.later_parameters() if id(parameter) not in frozen]
@@ -64,8 +72,17 @@ def merge_adapters(module: nn.Module) -> None:
 
 
 def merged_copy(module: AnyModule) -> AnyModule:
-    """Return a copy of a module with merged adapters."""
-    twin = copy.deepcopy(module)
+    """Return a copy of a module with merged adapters.
+
+    Raises:
+        WmtpError: The module is sharded and has adapters.
+    """
+    if mesh_of_parameters(module) is not None and any(True for _ in adapted_layers(module)):
+        raise WmtpError(
+            "a trainable copy of the trunk cannot be made from a sharded policy with adapters",
+            hint="set `model.shard = false`, or give the critic another model (`critic.options.base`)",
+        )
+    twin = copy_of(module)
     merge_adapters(twin)
     return twin
 

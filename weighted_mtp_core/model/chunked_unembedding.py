@@ -15,7 +15,7 @@ from attrs import evolve, frozen
 from torch import Tensor, nn
 
 from weighted_mtp_core.model.policy import Policy
-from weighted_mtp_core.model.unembedding import Unembedding
+from weighted_mtp_core.model.unembedding import Unembedding, gradient_of
 from weighted_mtp_core.runtime.device import memory_of
 
 CHUNK = 192
@@ -104,7 +104,7 @@ class ChunkedUnembedding:
         unembedding, device = policy.unembedding, hidden_BTH.device.type
         casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if casts else unembedding.dtype
-        matrix_VH = unembedding.weight.detach().to(dtype)
+        matrix_VH = unembedding.matrix(dtype).detach()
         rows = chunk_rows(
             len(matrix_VH),
             matrix_VH.element_size(),
@@ -179,10 +179,10 @@ class ChunkedUnembedding:
         gradient_of_state = gradient @ self.matrix_VH
         if not self.learns:
             return loss, ce, gradient_of_state
-        gradient_V = _gradient_of(self.unembedding.bias)
+        gradient_V = gradient_of(self.unembedding.bias)
         if gradient_V is not None:
             gradient_V += gradient.sum(dim=0, dtype=gradient_V.dtype)
-        gradient_VH = _gradient_of(self.unembedding.weight)
+        gradient_VH = self.unembedding.matrix_gradient()
         if gradient_VH is not None and gradient_VH.dtype == gradient.dtype:
             gradient_VH.addmm_(gradient.T, state)
         elif gradient_VH is not None:
@@ -228,12 +228,3 @@ class ChunkedUnembedding:
         """Yield slices that cover `count` rows."""
         for first in range(0, count, len(self.logits_NV)):
             yield slice(first, first + len(self.logits_NV))
-
-
-def _gradient_of(parameter: nn.Parameter | None) -> Tensor | None:
-    """Return a parameter's gradient, allocated if necessary; None for a frozen or missing parameter."""
-    if parameter is None or not parameter.requires_grad:
-        return None
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad

@@ -20,6 +20,7 @@ import weighted_mtp_core
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.recipe.schema import HeadKind, HeadsTable, MtpServer
+from weighted_mtp_core.runtime.sharding import all_like
 from weighted_mtp_core.storage.manifest import MANIFEST
 
 FORMAT = 3
@@ -143,7 +144,7 @@ def load_extra_heads(policy: Policy, folder: Path) -> None:
         start = f"head_{k}."
         own = {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
         try:
-            head.load_state_dict(own)
+            head.load_state_dict(all_like(head.state_dict(), own))
         except RuntimeError as error:
             raise WmtpError(
                 f"head {k} in `{folder / EXTRA_HEADS}` does not fit its trunk: {str(error).splitlines()[0]}",

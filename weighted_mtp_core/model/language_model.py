@@ -5,7 +5,6 @@ Shape letters: B rows, T positions, H hidden, V vocabulary, N targets.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
@@ -18,6 +17,7 @@ from weighted_mtp_core.model.adapters import merged_copy
 from weighted_mtp_core.model.pair_predictions import PairPredictions
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.targets import batch_labels, target_mask
+from weighted_mtp_core.runtime.fsdp import callable_, copy_of
 
 _BUDGET = 64 << 20  # bytes of logits in memory at once; if they need more, the backward pass repeats chunks
 
@@ -26,19 +26,19 @@ class LanguageModel(nn.Module):
     """Maps a batch to next-token losses, without dropout.
 
     Args:
-        policy: A policy, of which only head 1 is kept; it is not copied.
+        policy: A policy, sharded or not, of which only head 1 is kept; it is not copied.
     """
 
     def __init__(self, policy: Policy) -> None:
         super().__init__()
         policy.heads = type(policy.heads)(policy.heads[:1])
         policy.n_future = 1
-        self.policy = policy.eval()
+        self.policy = callable_(policy.eval())
 
     @classmethod
     def copy_of(cls, policy: Policy) -> LanguageModel:
         """Return a language model that shares no parameters with the policy."""
-        return cls(copy.deepcopy(policy))
+        return cls(copy_of(policy))
 
     def forward(self, batch: Batch) -> Tensor:
         """Return float32 next-token losses `[B, T]` in nats, indexed by the predicted token.
@@ -60,17 +60,21 @@ class LanguageModel(nn.Module):
         label_N, state_NH = batch.ids_BT[row_N, column_N], states_BTH[row_N, column_N - 1]
         size = max(_BUDGET // (4 * self.policy.vocab_size), 1)
         chunks = list(zip(torch.split(state_NH, size), torch.split(label_N, size), strict=True))
+        unembedding = self.policy.unembedding
+        matrix_VH = unembedding.matrix(
+            unembedding.dtype
+        )  # once, as the number of chunks differs between processes
         losses = [
-            self._chunk(*chunk)
+            self._chunk(matrix_VH, *chunk)
             if len(chunks) == 1
-            else checkpoint(self._chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
+            else checkpoint(self._chunk, matrix_VH, *chunk, use_reentrant=False, preserve_rng_state=False)
             for chunk in chunks
         ]
         zero_BT = torch.zeros(batch.ids_BT.shape, device=hidden_BTH.device)
         return zero_BT.index_put((row_N, column_N), torch.cat(losses))
 
-    def _chunk(self, state_NH: Tensor, label_N: Tensor) -> Tensor:
-        logits_NV = self.policy.unembedding(state_NH).float()
+    def _chunk(self, matrix_VH: Tensor, state_NH: Tensor, label_N: Tensor) -> Tensor:
+        logits_NV = self.policy.unembedding.logits(state_NH, matrix_VH).float()
         return nn.functional.cross_entropy(logits_NV, label_N, reduction="none")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from attrs import frozen
+from torch.distributed.device_mesh import DeviceMesh
 
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import quoted, reason
@@ -20,6 +21,9 @@ from weighted_mtp_core.model.probe import compare, observe
 from weighted_mtp_core.model.shipped_heads import ShippedHeads, find_shipped_heads
 from weighted_mtp_core.model.shipped_layers import MIMO, shipped_layers
 from weighted_mtp_core.recipe.schema import HeadKind, HeadsTable, ModelTable, MtpServer
+from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
+from weighted_mtp_core.runtime.fsdp import view_of
+from weighted_mtp_core.runtime.sharding import decoder_layers, mesh_of_parameters, shard_matrices
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder, sha256_of, verify_manifest
 
 
@@ -42,7 +46,13 @@ class LoadedPolicy:
 
 
 def load_policy(
-    table: ModelTable, *, storage: Path, texts: Callable[[], Iterable[str]], seed: int
+    table: ModelTable,
+    *,
+    storage: Path,
+    texts: Callable[[], Iterable[str]],
+    seed: int,
+    distributed: Distributed = SINGLE_PROCESS,
+    mesh: DeviceMesh | None = None,
 ) -> LoadedPolicy:
     """Load or create the base model and make a policy from it.
 
@@ -51,6 +61,9 @@ def load_policy(
         storage: The storage root; created and converted models are stored in its folder `models_v2/`.
         texts: Returns the training texts, on which the tokenizer of `micro` is trained.
         seed: Seed of the initial weights.
+        distributed: The processes, of which the first one creates and converts models.
+        mesh: The processes over which the policy is sharded; `fsdp.callable_` must then make the policy
+            callable. None loads the whole policy on the CPU.
 
     Raises:
         WmtpError: The model does not exist, its files have been changed, or it cannot become a policy.
@@ -60,11 +73,12 @@ def load_policy(
 
     logging.disable_progress_bar()  # progress bars break the lines of logs and of the display
     folder: Path | str
-    if table.base == "micro":
-        folder = micro_folder(table.micro, storage / "models_v2", texts=texts, seed=seed)
-        verify_manifest(folder)
-    else:
-        folder = find_base(table.base, storage=storage)
+    with distributed.rank_zero_first():
+        if table.base == "micro":
+            folder = micro_folder(table.micro, storage / "models_v2", texts=texts, seed=seed)
+            verify_manifest(folder)
+        else:
+            folder = find_base(table.base, storage=storage)
     saved = folder if isinstance(folder, Path) and is_exported_model(folder) else None
     if saved is not None:
         refuse_other_heads(saved, n_future=table.n_future, heads=table.heads)
@@ -72,7 +86,7 @@ def load_policy(
     if table.heads.init == "base":
         config = read_config(folder, kind=kind)
         shipped = find_shipped_heads(folder, config, n_future=table.n_future, shared=table.heads.shared)
-    tokenizer, base = load_pretrained(folder, AutoModelForCausalLM, kind=kind, shipped=shipped)
+    tokenizer, base = load_pretrained(folder, AutoModelForCausalLM, kind=kind, shipped=shipped, mesh=mesh)
     if table.heads.serve == "vllm" and base.config.model_type not in MIMO.families:
         raise WmtpError(
             f"vLLM drafts with `sequential` heads of {quoted(MIMO.families)} models only, "
@@ -124,14 +138,15 @@ def make_policy(
 ) -> Policy:
     """Make a policy from a causal LM and check that head 1 computes the LM's logits; see `probe`.
 
-    The arguments have the same meaning as in the recipe's `[model]` and `[model.heads]`. `shipped` contains
-    the MTP layers that were loaded with the model and become heads 2..K.
+    If the model is sharded, the policy is, too: layers are copied shard by shard, and all processes run the
+    probe together. The arguments have the same meaning as in the recipe's `[model]` and `[model.heads]`.
+    `shipped` contains the MTP layers that were loaded with the model and become heads 2..K.
 
     Raises:
         WmtpError: The model cannot be a trunk or does not work with this kind of head.
     """
     blocks = () if shipped is None else shipped.take_blocks(base)
-    answers = observe(base)
+    answers = observe(view_of(base))
     heads = HeadsTable(
         kind=head_kind, shared=shared, serve=serve if shipped is None else shipped.layout.serve
     )
@@ -147,7 +162,11 @@ def make_policy(
     if shipped is not None:
         shipped.load_into(policy, blocks)
         policy.shipped = shipped
-    compare(policy, answers)
+    mesh = mesh_of_parameters(base)
+    if mesh is not None:
+        policy.to(mesh.device_type)
+        shard_matrices([*decoder_layers(policy), *policy.heads.projections], mesh)
+    compare(view_of(policy), answers)
     return policy
 
 

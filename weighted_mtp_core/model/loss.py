@@ -136,6 +136,7 @@ def weighted_mtp_loss(
         losses.append(loss)
         ce_sums.append(ce_sum)
         del state_BTH, gradient_BTH
+    policy.unembedding.reduce_gradient()
     if source_BTH.grad is not None:
         _backward([(hidden_BTH, source_BTH.grad)])
     return MtpLoss(

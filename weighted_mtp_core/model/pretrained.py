@@ -15,12 +15,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import quoted, reason
 from weighted_mtp_core.model.exported_model import ADAPTER_CONFIG
+from weighted_mtp_core.model.sharded_loading import finish_loading, sharded_class
 from weighted_mtp_core.model.shipped_heads import ShippedHeads
 from weighted_mtp_core.model.shipped_layers import later_layers, names_of_shipped_layers
+from weighted_mtp_core.runtime.sharding import all_processes_agree, local
 
 _OF_A_LAYER = re.compile(r"(^|\.)(layers?|h|blocks?)\.\d+\.")
 _NOT_LEARNED = re.compile(r"inv_freq$|rotary_emb|masked_bias$|attn\.bias$|rope")
@@ -30,7 +33,12 @@ _SHOWN = 4
 
 
 def load_pretrained(
-    source: Path | str, model_class: Any, *, kind: str, shipped: ShippedHeads | None = None
+    source: Path | str,
+    model_class: Any,
+    *,
+    kind: str,
+    shipped: ShippedHeads | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> tuple[Any, Any]:
     """Load a tokenizer and a model, in float32.
 
@@ -39,6 +47,8 @@ def load_pretrained(
         model_class: One of transformers' `Auto...` classes.
         kind: What messages call the model.
         shipped: The MTP layers to load as the last decoder layers of the model, if any.
+        mesh: The processes over which the matrices of layers, embedding and unembedding are sharded: each
+            process reads only its rows from the files. None loads the whole model on the CPU.
 
     Raises:
         WmtpError: Model or tokenizer cannot be loaded, is incomplete, or does not fit the other.
@@ -55,7 +65,8 @@ def load_pretrained(
         ) from error
     try:
         with without_report():
-            model, info = _class_of(source, model_class).from_pretrained(
+            own = _class_of(source, model_class)
+            model, info = (own if mesh is None else sharded_class(own, source, mesh)).from_pretrained(
                 source,
                 dtype=torch.float32,
                 output_loading_info=True,
@@ -64,6 +75,8 @@ def load_pretrained(
             )
     except Exception as error:  # an unknown model can raise any exception
         raise _unreadable(source, kind, error) from error
+    if mesh is not None:
+        finish_loading(model, info, mesh)
     refuse_bad_weights(source, model, info, shipped=shipped)
     _refuse_other_ids(source, model, tokenizer)
     return tokenizer, model
@@ -241,16 +254,19 @@ def _mend(missing: Sequence[str], unexpected: Sequence[str]) -> str:
 
 def _refuse_damaged(source: Path | str, model: nn.Module) -> None:
     """Refuse weights that are not finite."""
-    bad = [
-        name
-        for name, tensor in model.named_parameters()
-        if tensor.numel() and not all(bool(end.isfinite()) for end in torch.aminmax(tensor.detach()))
-    ]
+    named = dict(model.named_parameters())
+    own = torch.tensor([_is_finite(local(tensor)) for tensor in named.values()])
+    finite = all_processes_agree(model, own).tolist()
+    bad = [name for name, ok in zip(named, finite, strict=True) if not ok]
     if bad:
         raise WmtpError(
             f"{_named_files(source)}: {len(bad)} tensors contain NaN or infinity: {_some(bad)}",
             hint="the run that wrote them diverged, or the file is damaged: use an earlier checkpoint",
         )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return not tensor.numel() or all(bool(end.isfinite()) for end in torch.aminmax(tensor))
 
 
 def _refuse_other_ids(source: Path | str, model: Any, tokenizer: Any) -> None:

@@ -30,6 +30,7 @@ from weighted_mtp_core.model.shipped_layers import (
     names_of_shipped_layers,
     tensor_files,
 )
+from weighted_mtp_core.runtime.sharding import equal
 
 _NEW = 'set `model.heads.init = "new"`, which ignores these layers'
 
@@ -111,7 +112,7 @@ class ShippedHeads:
         """
         shared, heads = _shared(policy), policy.heads
         for name, kind in self.copies.items():
-            if not torch.equal(self._read(name).to(shared[kind]), shared[kind]):
+            if not equal(shared[kind], self._read(name)):
                 raise self.unfit(f"`{name}` is not a copy of the model's {kind}, which all heads share")
         for depth, block in enumerate(blocks):
             module = heads[depth + 1]

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from weighted_mtp_core.api.adapters import is_linear
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.model.unembedding import Unembedding
 from weighted_mtp_core.recipe.schema import BaseDtype
+from weighted_mtp_core.runtime.sharding import shard_like, whole
 
 _BLOCK = 64
 _HALF_GAP = 0.153  # of the two values of nf4 that are farthest apart, -1 and -0.696
@@ -105,7 +107,7 @@ def store_base(model: nn.Module, dtype: BaseDtype) -> None:
     kept = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)}
     for module in model.modules():
         if isinstance(module, Unembedding) and id(module.weight) not in kept:
-            module.weight.data = module.weight.data.bfloat16()
+            _shorten_in_place(module.weight)
         if isinstance(module, Unembedding):
             module.stored = module.weight.dtype == torch.bfloat16
 
@@ -133,9 +135,16 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _shorten(module: nn.Module, kind: type[nn.Module]) -> None:
-    weight = module.get_parameter("weight")  # the same object may also be the unembedding's
-    weight.data = weight.data.bfloat16()
+    _shorten_in_place(module.get_parameter("weight"))  # the same object may also be the unembedding's
     _become(module, kind)
+
+
+def _shorten_in_place(weight: nn.Parameter) -> None:
+    if isinstance(weight, DTensor):  # to assign its `data` would not change the shard
+        shorter = nn.Parameter(weight.detach().bfloat16(), requires_grad=False)
+        torch.utils.swap_tensors(weight, shorter)  # type: ignore[no-untyped-call]
+    else:
+        weight.data = weight.data.bfloat16()
 
 
 def _become(module: nn.Module, kind: type[nn.Module]) -> None:
@@ -151,7 +160,8 @@ def _pack(module: nn.Linear) -> None:
             f'`model.base_dtype = "nf4"` needs the package `bitsandbytes`, which is not installed ({error})',
             hint="pip install 'weighted-mtp-core[nf4]'",
         ) from error
-    exact_RB = module.weight.data.reshape(_rows_of_blocks(module.weight.numel()))
+    sharded, exact = module.weight, whole(module.weight.detach())
+    exact_RB = exact.reshape(_rows_of_blocks(exact.numel()))
     packed, state = quantize_4bit(exact_RB, blocksize=_BLOCK, quant_type="nf4")
     module.weight = nn.Parameter(packed, requires_grad=False)
     module.register_buffer("scale", state.absmax, persistent=False)
@@ -163,6 +173,7 @@ def _pack(module: nn.Linear) -> None:
             "`bitsandbytes` does not read its own 4-bit matrices correctly on this machine",
             hint='install another version of it, or set `model.base_dtype = "bfloat16"`',
         )
+    module.weight = nn.Parameter(shard_like(sharded, packed), requires_grad=False)
 
 
 def _rows_of_blocks(count: int) -> torch.Size:

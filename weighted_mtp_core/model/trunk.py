@@ -5,7 +5,6 @@ Shape letters: B rows, T positions, H hidden.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from weighted_mtp_core.model.adapters import merged_copy
 from weighted_mtp_core.model.load import find_base
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.pretrained import load_pretrained
+from weighted_mtp_core.runtime.fsdp import callable_, copy_of
+from weighted_mtp_core.runtime.sharding import mesh_of_parameters
 
 
 class Trunk(nn.Module):
@@ -27,12 +28,12 @@ class Trunk(nn.Module):
     Dropout is disabled even if the config has it, so that a text always gets the same score.
 
     Args:
-        body: A transformers model without its unembedding; it is not copied.
+        body: A transformers model without its unembedding, sharded or not; it is not copied.
     """
 
     def __init__(self, body: Any) -> None:
         super().__init__()
-        self.body = body.eval()
+        self.body = callable_(body.eval())
         self.hidden_size = int(body.config.hidden_size)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -45,7 +46,7 @@ class Trunk(nn.Module):
 
 def frozen_trunk(policy: Policy) -> Callable[[Batch], Tensor]:
     """Copy the trunk; return a function that maps a batch to float32 states `[B, T, H]` without gradient."""
-    trunk = Trunk(copy.deepcopy(policy.trunk)).requires_grad_(requires_grad=False)
+    trunk = Trunk(copy_of(policy.trunk)).requires_grad_(requires_grad=False)
     return torch.no_grad()(trunk.forward)
 
 
@@ -67,7 +68,8 @@ def trainable_trunk(policy: Policy, base: str | None, *, storage: Path, tokenize
     from transformers import AutoModel
 
     folder = find_base(base, storage=storage)
-    own_tokenizer, body = load_pretrained(folder, AutoModel, kind="transformer")
+    mesh = mesh_of_parameters(policy)
+    own_tokenizer, body = load_pretrained(folder, AutoModel, kind="transformer", mesh=mesh)
     if own_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise WmtpError(
             f"the tokenizer of `{folder}` differs from the policy's",

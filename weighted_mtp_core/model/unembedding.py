@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from weighted_mtp_core.runtime.sharding import sum_into_shard, whole
 
 
 class Unembedding(nn.Module):
@@ -24,8 +27,14 @@ class Unembedding(nn.Module):
         soft_cap: c; None if logits are not capped.
 
     Attributes:
+        weight: W, which may be sharded: each use then gathers it.
+        bias: b, if any.
+        scale: The scale.
+        soft_cap: The soft-cap.
         stored: Whether the matrix is stored in bfloat16, although states are float32; see `stored_base`.
     """
+
+    gathers_itself = True
 
     def __init__(self, linear: nn.Module, *, scale: float = 1.0, soft_cap: float | None = None) -> None:
         super().__init__()
@@ -35,11 +44,39 @@ class Unembedding(nn.Module):
         self.scale = scale
         self.soft_cap = soft_cap
         self.stored = False
+        self._gradient_VH: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the states that the unembedding reads without autocast."""
         return torch.float32 if self.stored else self.weight.dtype
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """Return W, which is gathered if it is sharded (a collective operation)."""
+        # A shard is sent in the smaller of the two dtypes.
+        smaller = min(self.weight.dtype, dtype, key=lambda each: each.itemsize)
+        return whole(self.weight, smaller).to(dtype)
+
+    def matrix_gradient(self) -> Tensor | None:
+        """Return the tensor `[V, H]` to which this process adds its gradient of W; None if W is frozen.
+
+        It is W's gradient or, for a sharded W, a tensor that `reduce_gradient` adds to W's gradient.
+        """
+        if not isinstance(self.weight, DTensor):
+            return gradient_of(self.weight)
+        if self._gradient_VH is None and self.weight.requires_grad:
+            self._gradient_VH = torch.zeros(self.weight.shape, device=self.weight.device)
+        return self._gradient_VH
+
+    def reduce_gradient(self) -> None:
+        """Sum the gradients of a sharded W over the processes, which all must call this."""
+        if not isinstance(self.weight, DTensor) or not self.weight.requires_grad:
+            return
+        own_VH = self.matrix_gradient()
+        assert own_VH is not None
+        self._gradient_VH = None
+        found = sum_into_shard(self.weight, own_VH)
+        self.weight.grad = found if self.weight.grad is None else self.weight.grad.add_(found)
 
     @property
     def is_plain(self) -> bool:
@@ -48,8 +85,11 @@ class Unembedding(nn.Module):
 
     def forward(self, state: Tensor) -> Tensor:
         """Return logits `[..., V]` of states `[..., H]`."""
-        weight = self.weight.to(state.dtype) if self.stored else self.weight
-        return self._shaped(nn.functional.linear(state, weight, self.bias))
+        return self.logits(state, self.matrix(state.dtype if self.stored else self.weight.dtype))
+
+    def logits(self, state: Tensor, matrix_VH: Tensor) -> Tensor:
+        """Return logits `[..., V]` of states `[..., H]`, computed with a result of `matrix`."""
+        return self._shaped(nn.functional.linear(state, matrix_VH, self.bias))
 
     def shape_(self, product_NV: Tensor) -> Tensor:
         """Convert the products `W h` to logits, in place."""
@@ -83,3 +123,12 @@ class Unembedding(nn.Module):
         if self.soft_cap is not None:
             product = self.soft_cap * torch.tanh(product / self.soft_cap)
         return product
+
+
+def gradient_of(parameter: nn.Parameter | None) -> Tensor | None:
+    """Return a parameter's gradient, allocated if necessary; None for a frozen or missing parameter."""
+    if parameter is None or not parameter.requires_grad:
+        return None
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad

@@ -117,7 +117,7 @@ class ModelTable:
     """`[model]`: the policy's base model and its heads.
 
     `base` is `micro`, a folder under `storage/models_v2`, a transformers directory, a `.gguf` file or a hub
-    id. `shard` splits the layers' parameters over the processes of `torchrun` (FSDP2).
+    id. `shard` splits the matrices over the processes of `torchrun` (FSDP2).
     `activation_checkpointing` stores only the input of each layer and recomputes all other activations in the
     backward pass. `train = "heads"` trains heads 2..K on a base model that stays as it is; `"adapters"` also
     trains low-rank adapters of this base model, whose matrices are stored in `base_dtype`. `tf32` and

@@ -1,35 +1,54 @@
-"""Shards parameters over processes (FSDP2), and converts between shards and whole tensors."""
+"""Shards parameters over processes: which part of a tensor a process has, and conversions to whole tensors.
+
+A sharded parameter is a `DTensor` that is cut along its first dimension. A module with sharded parameters can
+be copied and loaded, but not called: `fsdp` makes it callable.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from weighted_mtp_core.runtime.distributed import Distributed
 
 
-def shard(blocks: Iterable[nn.Module], distributed: Distributed) -> None:
-    """Shard the parameters of each module over the processes.
+def mesh_of(distributed: Distributed, device: torch.device) -> DeviceMesh:
+    """Return the processes as a mesh of devices (a collective operation)."""
+    return init_device_mesh(device.type, (distributed.size,))
 
-    Gradients are summed over the processes, like the gradients of unsharded parameters. Copies of a
-    module must be made before the module is sharded.
+
+def mesh_of_parameters(module: nn.Module) -> DeviceMesh | None:
+    """Return the mesh over which a module's parameters are sharded; None if they are not sharded."""
+    sharded = (each for each in module.parameters() if isinstance(each, DTensor))
+    return next((each.device_mesh for each in sharded), None)
+
+
+def shard_matrices(modules: Iterable[nn.Module], mesh: DeviceMesh) -> None:
+    """Replace the matrices of modules with sharded copies; norms and biases remain whole in each process.
+
+    A parameter that modules share remains shared. On the device `meta`, shards are on `meta`, too.
     """
-    mesh: DeviceMesh | None = None
-    for block in blocks:
-        mesh = mesh or init_device_mesh(next(block.parameters()).device.type, (distributed.size,))
-        sharded = fully_shard(block, mesh=mesh)
-        sharded.set_gradient_divide_factor(1.0)
-        sharded.set_force_sum_reduction_for_comms(enable=True)
+    done: dict[int, nn.Parameter] = {}
+    for owner in (each for module in modules for each in module.modules()):
+        for name, parameter in owner.named_parameters(recurse=False):
+            if parameter.ndim < 2 or isinstance(parameter, DTensor):
+                continue
+            if id(parameter) not in done:
+                shard = _shard_of(parameter.detach(), mesh, copy=True)
+                done[id(parameter)] = nn.Parameter(shard, requires_grad=parameter.requires_grad)
+            setattr(owner, name, done[id(parameter)])
 
 
-def decoder_layers(policy: nn.Module) -> list[nn.Module]:
-    """Return the layers of a policy's trunk and heads: the innermost modules in its lists of modules."""
-    listed = [each for module in policy.modules() if isinstance(module, nn.ModuleList) for each in module]
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the layers of a model or a policy: the innermost modules in its lists of modules."""
+    listed = [each for module in model.modules() if isinstance(module, nn.ModuleList) for each in module]
     return [
         block
         for block in listed
@@ -38,16 +57,63 @@ def decoder_layers(policy: nn.Module) -> list[nn.Module]:
     ]
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Gather a sharded tensor in every process (a collective operation); return other tensors unchanged."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def whole(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Gather a sharded tensor in every process (a collective operation); return other tensors as they are.
+
+    With a dtype, the result has this dtype; shards are converted before they are sent.
+    """
+    tensor = tensor if dtype is None else tensor.to(dtype)
+    # Each process computes a part of the gradient of the gathered tensor, so the parts must be summed.
+    return tensor.full_tensor(grad_placements=[Partial()]) if isinstance(tensor, DTensor) else tensor
+
+
+def in_rank_zero(tensor: Tensor) -> Tensor | None:
+    """Gather a sharded tensor in the first process (a collective operation); the others return None.
+
+    A tensor that is not sharded is returned as it is.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    group, size = tensor.device_mesh.get_group(), tensor.device_mesh.size()
+    rows = -(-tensor.shape[0] // size)
+    own = local(tensor)
+    padded = own if len(own) == rows else torch.cat([own, own.new_zeros(rows - len(own), *own.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in range(size)] if dist.get_rank() == 0 else None
+    dist.gather(padded.contiguous(), parts, group=group, group_dst=0)
+    return None if parts is None else torch.cat(parts)[: tensor.shape[0]]
+
+
+def sum_into_shard(own: DTensor, value: Tensor) -> Tensor:
+    """Sum whole tensors over the processes (a collective operation); return the sum, sharded like `own`."""
+    return DTensor.from_local(value, own.device_mesh, [Partial()], run_check=False).redistribute(
+        placements=own.placements
+    )
+
+
+def all_processes_agree(module: nn.Module, flags: Tensor) -> Tensor:
+    """Return elementwise whether flags are true in every process that has shards of a module, bool `[N]`.
+
+    This is a collective operation; the flags of a module that is not sharded are returned as they are.
+    """
+    mesh = mesh_of_parameters(module)
+    if mesh is None:
+        return flags
+    found = flags.to(mesh.device_type, torch.int32)
+    dist.all_reduce(found, op=dist.ReduceOp.MIN, group=mesh.get_group())
+    return found.bool()
+
+
+def shard_like(own: Tensor, value: Tensor) -> Tensor:
+    """Return this process's rows of a whole tensor if `own` is sharded, in memory of their own."""
+    return _shard_of(value, own.device_mesh, copy=True) if isinstance(own, DTensor) else value
 
 
 def like(own: Tensor, value: Tensor) -> Tensor:
-    """Shard the whole tensor `value`, equal in every process, like `own`; this needs no communication."""
-    if not isinstance(own, DTensor):
-        return value
-    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+    """Shard the whole tensor `value`, equal in every process, like `own`; this needs no communication.
+
+    The result may share memory with `value`.
+    """
+    return _shard_of(value, own.device_mesh) if isinstance(own, DTensor) else value
 
 
 def all_like(own: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,6 +122,13 @@ def all_like(own: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]
         name: like(own[name], value) if isinstance(own.get(name), DTensor) else value
         for name, value in state.items()
     }
+
+
+def equal(own: Tensor, value: Tensor) -> bool:
+    """Return whether a tensor, which may be sharded, equals a whole one (a collective operation)."""
+    if own.shape != value.shape:
+        return False
+    return bool(whole((own == like(own, value.to(own))).all()))
 
 
 def copy_to_host(tensor: Tensor, into: Tensor | None = None) -> Tensor:
@@ -76,3 +149,17 @@ def local(tensor: Tensor) -> Tensor:
     """Return this process's part of a tensor, detached."""
     held = tensor.detach()
     return held.to_local() if isinstance(held, DTensor) else held
+
+
+def _shard_of(tensor: Tensor, mesh: DeviceMesh, *, copy: bool = False) -> DTensor:
+    """Return this process's shard of a whole tensor, which is a view of it unless `copy` is true."""
+    (rows, *_), (first, *_) = compute_local_shape_and_global_offset(tensor.shape, mesh, [Shard(0)])
+    own = tensor.narrow(0, min(first, len(tensor)), rows)
+    return DTensor.from_local(
+        own.clone() if copy else own,
+        mesh,
+        [Shard(0)],
+        run_check=False,
+        shape=tensor.shape,
+        stride=torch.empty(tensor.shape, device="meta").stride(),
+    )

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weighted_mtp_core.runtime.sharding import whole
+
 BASE_SHA256 = "base_sha256"
 """Name of a module's buffer, uint8 `[32]`, with the SHA-256 of its frozen parameters.
 
@@ -23,7 +25,8 @@ def state_sha256(state: Mapping[str, Any]) -> str:
     for name, value in sorted(state.items()):
         if isinstance(value, Tensor):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            plain = whole(value.detach()).cpu().contiguous()
+            digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
         else:
             digest.update(f"{name} {json.dumps(value, sort_keys=True)}\n".encode())
     return digest.hexdigest()

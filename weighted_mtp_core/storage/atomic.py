@@ -13,18 +13,24 @@ from pathlib import Path
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
-    """Write a file so that readers always get the complete old or new contents, even after a crash.
+    """Write a file with `atomic_file`."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
-    If the process is killed, the next call for `path` deletes the unfinished file `.<name>.<random>`.
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield an empty file that replaces `path` after the block, unless the block fails.
+
+    So readers always get the complete old or new contents, even after a crash. If the process is killed, the
+    next call for `path` deletes the unfinished file `.<name>.<random>`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     delete_abandoned(path)
     temporary, lock = _new_locked(path, Path.touch)
     try:
-        with temporary.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        sync_to_disk(temporary)
         temporary.chmod(0o644)
         temporary.replace(path)
     finally:

@@ -46,6 +46,9 @@ from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.recipe.schema import CriticTable, ModelTable
 from weighted_mtp_core.recipe.train_table import PolicyTrainTable
 from weighted_mtp_core.runtime.device import Compute
+from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
+from weighted_mtp_core.runtime.fsdp import callable_, view_of
+from weighted_mtp_core.runtime.sharding import mesh_of
 from weighted_mtp_core.runtime.state_digest import state_sha256
 from weighted_mtp_core.training.data_requirements import (
     check_given_weights,
@@ -295,8 +298,8 @@ def compute_of(table: ModelTable) -> Compute:
     )
 
 
-def prepare(plan: Plan, *, log: Callable[[str], None]) -> Prepared:
-    """Load the data and the policy.
+def prepare(plan: Plan, *, log: Callable[[str], None], distributed: Distributed = SINGLE_PROCESS) -> Prepared:
+    """Load the data and the policy; with several processes and `model.shard`, the policy is sharded.
 
     Raises:
         WmtpError: Data, base model or device is missing or broken.
@@ -305,21 +308,32 @@ def prepare(plan: Plan, *, log: Callable[[str], None]) -> Prepared:
     storage, seed = Path(recipe.run.storage), recipe.run.seed
     compute = compute_of(recipe.model)
     compute.apply()
-    source: DataSource = plan.data.build(plan.data_context)
-    version = checked_version(source, plan.data)
-    log(f"data {version.name} {version.version} (sha256 {version.sha256[:12]})")
-    for warning in check_examples(source, version, plan.data, storage=storage):
-        log(warning)
-    loaded = load_policy(recipe.model, storage=storage, texts=partial(_training_texts, source), seed=seed)
-    check_positions(loaded.policy, recipe.data.max_tokens)
+    with distributed.rank_zero_first():
+        source: DataSource = plan.data.build(plan.data_context)
+        version = checked_version(source, plan.data)
+        log(f"data {version.name} {version.version} (sha256 {version.sha256[:12]})")
+        for warning in check_examples(source, version, plan.data, storage=storage):
+            log(warning)
+    sharded = recipe.model.shard and not distributed.is_single_process
+    loaded = load_policy(
+        recipe.model,
+        storage=storage,
+        texts=partial(_training_texts, source),
+        seed=seed,
+        distributed=distributed,
+        mesh=mesh_of(distributed, compute.device) if sharded else None,
+    )
+    check_positions(view_of(loaded.policy), recipe.data.max_tokens)
     policy = loaded.policy.to(compute.device)
     if recipe.model.train == "heads":
         policy.freeze_base()
     if recipe.model.activation_checkpointing:
         policy.recompute_activations()
+    checked = view_of(policy)  # in float32, in which the tolerances of the checks hold
     if recipe.data.packing == "documents":
-        check_packing(policy)
-    manner = manner_of(policy)
+        check_packing(checked)
+    manner = manner_of(checked, also_of=policy)
+    callable_(policy, dtype=compute.dtype)
     if recipe.evaluate.decoding == "self_speculative" and manner.no_drafts is not None:
         log(f"evaluation decodes plainly: {manner.no_drafts}")
     if manner.no_cache is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from pathlib import Path
@@ -14,6 +13,8 @@ from weighted_mtp_core.model.language_model import LanguageModel
 from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.pretrained import load_pretrained
+from weighted_mtp_core.runtime.fsdp import copy_of
+from weighted_mtp_core.runtime.sharding import mesh_of_parameters
 from weighted_mtp_core.tracking.run_folder import read_run
 
 VOCABULARY = "vocabulary_sha256"
@@ -34,7 +35,8 @@ def load_reference(path: Path, policy: Policy, *, tokenizer: Any) -> LanguageMod
     if (path / "config.json").is_file():
         from transformers import AutoModelForCausalLM
 
-        own_tokenizer, base = load_pretrained(path, AutoModelForCausalLM, kind="causal language model")
+        kind, mesh = "causal language model", mesh_of_parameters(policy)
+        own_tokenizer, base = load_pretrained(path, AutoModelForCausalLM, kind=kind, mesh=mesh)
         if vocabulary_sha256(own_tokenizer) != vocabulary_sha256(tokenizer):
             raise _other_tokenizer(path)
         other = make_policy(base, n_future=1, head_kind="medusa")  # works for models of one layer, too
@@ -42,7 +44,7 @@ def load_reference(path: Path, policy: Policy, *, tokenizer: Any) -> LanguageMod
     file = path / "checkpoints" / "best_model.pt" if (path / "run.json").is_file() else path
     if read_run(file.parent.parent).get(VOCABULARY, own := vocabulary_sha256(tokenizer)) != own:
         raise _other_tokenizer(path)
-    twin = copy.deepcopy(policy)
+    twin = copy_of(policy)
     load_model(twin, file)
     return LanguageModel(twin)
 

@@ -145,6 +145,11 @@ class Heads(nn.ModuleList, ABC):
         """The transformers models (bodies) that the heads contain."""
         return ()
 
+    @property
+    def projections(self) -> Sequence[nn.Module]:
+        """The matrices of heads 2..K outside decoder layers."""
+        return ()
+
     def caches(self, n_future: int) -> int:
         """Return the number of key-value caches that K heads need."""
         del n_future

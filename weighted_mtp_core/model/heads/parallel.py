@@ -7,7 +7,6 @@ Shape letters: B rows, T positions, S cached and new tokens, H hidden.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from weighted_mtp_core.model.families import anatomy, body_states, layers_of, wi
 from weighted_mtp_core.model.heads import Heads, SplitModel
 from weighted_mtp_core.model.heads.one_layer_body import one_layer_body
 from weighted_mtp_core.recipe.schema import HeadsTable
+from weighted_mtp_core.runtime.fsdp import copy_of
 
 
 class ParallelHeads(Heads):
@@ -45,7 +45,7 @@ class ParallelHeads(Heads):
         heads = cls(
             one_layer_body(
                 body,
-                last if k == 0 else copy.deepcopy(last),
+                last if k == 0 else copy_of(last),
                 config=config,
                 layers_name=layers_name,
                 norm_name=norm_name,

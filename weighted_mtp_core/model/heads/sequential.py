@@ -32,6 +32,7 @@ from weighted_mtp_core.model.heads import Heads, SplitModel, Text
 from weighted_mtp_core.model.heads.one_layer_body import one_layer_body
 from weighted_mtp_core.model.sparse_feed_forward import sparse_rows
 from weighted_mtp_core.recipe.schema import HeadsTable, MtpServer
+from weighted_mtp_core.runtime.fsdp import copy_of
 
 
 @frozen(kw_only=True)
@@ -95,7 +96,7 @@ class SequentialHeads(Heads):
             SequentialModule(
                 one_layer_body(
                     body,
-                    copy.deepcopy(getattr(body, layers_name)[-1]),
+                    copy_of(getattr(body, layers_name)[-1]),
                     config=copy.deepcopy(config),
                     layers_name=layers_name,
                     norm_name=norm_name,
@@ -122,6 +123,11 @@ class SequentialHeads(Heads):
     def bodies(self) -> Sequence[nn.Module]:
         """The modules' layers."""
         return [module.body for module in self if isinstance(module, SequentialModule)]
+
+    @property
+    def projections(self) -> Sequence[nn.Module]:
+        """W of each module."""
+        return [module.projection for module in self if isinstance(module, SequentialModule)]
 
     def caches(self, n_future: int) -> int:
         """Return 1 if the modules share a cache, otherwise K - 1."""

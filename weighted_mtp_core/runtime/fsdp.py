@@ -1,0 +1,153 @@
+"""Makes modules with sharded parameters callable (FSDP2), and copies such modules.
+
+A layer has its whole parameters only while it is computed. Embeddings are gathered at each call.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from weighted_mtp_core.runtime.sharding import decoder_layers, mesh_of_parameters, shard_matrices, whole
+
+Module = TypeVar("Module", bound=nn.Module)
+
+GATHERS_ITSELF = "gathers_itself"
+"""Attribute of modules that gather their own sharded parameters."""
+
+
+def callable_(module: Module, *, dtype: torch.dtype = torch.float32) -> Module:
+    """Make a module callable, in place, and return it; a module without sharded parameters stays as it is.
+
+    Set before the first call whether parameters require a gradient. Gradients are summed over the processes.
+
+    Args:
+        module: A model or a part of it.
+        dtype: The dtype in which the matrices of layers are sent and computed. With another dtype than
+            float32, layers run under autocast.
+    """
+    if mesh_of_parameters(module) is None:
+        return module
+    twin = _twin(module)
+    for own, other in zip(module.modules(), twin.modules(), strict=True):
+        _TWINS[own] = other
+    layers = decoder_layers(module)
+    inside = {id(each) for layer in layers for each in layer.modules()}
+    for layer in layers:
+        _call_with_fsdp(layer, dtype)
+    for part in list(module.modules()):
+        held = any(isinstance(each, DTensor) for each in part.parameters(recurse=False))
+        if id(part) in inside or not held or hasattr(part, GATHERS_ITSELF):
+            continue
+        if isinstance(part, nn.Embedding):
+            _gather_at_each_call(part)
+        else:
+            _call_with_fsdp(part, dtype)
+    return module
+
+
+def shard(blocks: Iterable[nn.Module], mesh: DeviceMesh) -> None:
+    """Shard the matrices of some modules and make these modules callable, unless they are callable."""
+    for block in blocks:
+        if not isinstance(block, FSDPModule):
+            shard_matrices([block], mesh)
+            _call_with_fsdp(block, torch.float32)
+
+
+def view_of(module: Module) -> Module:
+    """Return a callable module with the same parameters as a module that is not callable yet.
+
+    A module without sharded parameters is returned itself.
+    """
+    return module if mesh_of_parameters(module) is None else callable_(_twin(module))
+
+
+def copy_of(module: Module) -> Module:
+    """Return a copy with parameters of its own; shards are copied without communication.
+
+    The copy of a module with sharded parameters is not callable.
+    """
+    found: Any = _TWINS.get(module, module)
+    # A deep copy of a shard would copy its whole storage, which may be that of a file.
+    shards = [each for each in found.parameters() if isinstance(each, DTensor)]
+    memo: dict[int, Any] = {
+        id(each): nn.Parameter(each.detach().clone(), requires_grad=each.requires_grad) for each in shards
+    }
+    copied: Module = copy.deepcopy(found, memo)
+    return copied
+
+
+_TWINS: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+"""For each callable module a module that is not, with the same parameters: FSDP2's cannot be copied."""
+
+
+def _twin(module: Module) -> Module:
+    """Return a copy of a module that has the same parameters and buffers."""
+    return copy.deepcopy(module, {id(each): each for each in (*module.parameters(), *module.buffers())})
+
+
+def _call_with_fsdp(block: nn.Module, dtype: torch.dtype) -> None:
+    """Let FSDP2 gather the sharded parameters of a module for each call."""
+    sharded = [
+        (owner, name, parameter)
+        for owner in block.modules()
+        for name, parameter in owner.named_parameters(recurse=False)
+        if isinstance(parameter, DTensor)
+    ]
+    if not sharded:
+        return
+    # FSDP2 shards parameters itself. So it gets empty ones, which are replaced with the shards that exist.
+    empty = {
+        id(own): nn.Parameter(
+            torch.empty(own.shape, dtype=own.dtype, device="meta"), requires_grad=own.requires_grad
+        )
+        for *_, own in sharded
+    }
+    for owner, name, parameter in sharded:
+        setattr(owner, name, empty[id(parameter)])
+    packed = any(not each.is_floating_point() for *_, each in sharded)  # these bytes must not be converted
+    lower = None if packed or dtype == torch.float32 else dtype
+    wrapped = fully_shard(
+        block,
+        mesh=sharded[0][2].device_mesh,
+        # Else FSDP2 keeps the whole parameters until the backward pass, because no module contains this one.
+        reshard_after_forward=True,
+        # The states between layers keep their dtype, as they do under autocast.
+        mp_policy=MixedPrecisionPolicy(
+            param_dtype=lower, reduce_dtype=torch.float32, cast_forward_inputs=False
+        ),
+        ignored_params={each for each in block.parameters() if not each.is_meta},
+    )
+    wrapped.set_gradient_divide_factor(1.0)
+    wrapped.set_force_sum_reduction_for_comms(enable=True)
+    for owner, name, parameter in sharded:
+        setattr(owner, name, parameter)
+    if lower is not None:
+        block.forward = torch.autocast(sharded[0][2].device.type, dtype=lower)(block.forward)
+
+
+def _gather_at_each_call(module: nn.Module) -> None:
+    """Let a module gather its own sharded parameters, and free them after the call.
+
+    FSDP2 would gather them a second time in the backward pass, which an embedding does not need.
+    """
+    compute = module.forward
+
+    def forward(*given: Any, **named: Any) -> Any:
+        own: dict[str, Tensor | None] = dict(module._parameters)  # noqa: SLF001 - `setattr` takes no tensors
+        gathered = {name: each if each is None else whole(each) for name, each in own.items()}
+        module._parameters.update(gathered)  # type: ignore[arg-type] # noqa: SLF001
+        try:
+            return compute(*given, **named)
+        finally:
+            module._parameters.update(own)  # type: ignore[arg-type] # noqa: SLF001
+
+    module.forward = forward
