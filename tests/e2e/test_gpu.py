@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.gpu
-BASELINE = str(Path(__file__).parents[2] / "configs" / "baseline.toml")
+CONFIGS = Path(__file__).parents[2] / "configs"
+BASELINE, VERIFIABLE = str(CONFIGS / "baseline.toml"), str(CONFIGS / "verifiable.toml")
 ON_GPU = (
     *("--preset", "ci", "--set", "tracker=[]", "--set", "checkpoint.every=2", "--set", "train.log_every=1"),
     *("--set", "model.device=cuda", "--set", "model.dtype=float32"),
@@ -81,6 +82,27 @@ def test_a_run_in_bfloat16_learns_as_one_in_float32(wmtp, cwd, whole):
     assert run.returncode == 0, run.stderr
     assert losses(cwd, "bf16") == pytest.approx(whole, rel=0.02)
     assert all(map(math.isfinite, losses(cwd, "bf16").values()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_deterministic_runs_give_the_same_bits_from_the_critic_to_samples(wmtp, cwd, dtype):
+    deterministic = ("model.deterministic=true", f"model.dtype={dtype}", "evaluate.temperature=0.8")
+    settings = [each for key in deterministic for each in ("--set", key)]
+    found = []
+    for number in (1, 2):
+        name = f"deterministic-{dtype}-{number}"
+        run = wmtp("run", VERIFIABLE, *ON_GPU, *settings, "--run-name", name, cwd=cwd)
+        assert run.returncode == 0, run.stderr
+        found.append(lines(cwd, name, "metrics"))
+
+    assert found[0] == found[1]
+
+
+def test_a_run_in_tf32_learns_as_one_in_float32(wmtp, cwd, whole):
+    run = wmtp("run", BASELINE, *ON_GPU, "--set", "model.tf32=true", "--run-name", "tf32", cwd=cwd)
+
+    assert run.returncode == 0, run.stderr
+    assert losses(cwd, "tf32") == pytest.approx(whole, rel=0.01)
 
 
 @pytest.mark.parametrize("shard", ["false", "true"])

@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 from weighted_mtp_core.api import Batch, BuildContext, ModelContext, WmtpError
 
 from weighted_mtp_verifiable import ValueHeadOptions, build_value_head
-from weighted_mtp_verifiable._reductions import document_cumsum
+from weighted_mtp_verifiable._reductions import document_cumsum, sums_so_far
 from weighted_mtp_verifiable._transformer import AttentionContext, positions
 
 LETTERS = 12
@@ -237,3 +237,27 @@ def test_document_cumsum_equals_a_loop(lengths, seed):
 def test_options_that_make_no_sense_are_refused(options, expected):
     with pytest.raises(ValueError, match=re.escape(expected)):
         ValueHeadOptions(**options)
+
+
+def test_values_in_bfloat16_are_as_fine_as_in_float32():
+    critic, batch = build(), copies(32, seed=0)
+    train(critic, steps=3)
+
+    value_BT = critic.score(batch, None).value_BT
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded_BT = critic.score(batch, None).value_BT
+
+    kinds = len(value_BT[batch.response_BT].unique())
+    assert len(rounded_BT[batch.response_BT].unique()) == kinds > 100
+    torch.testing.assert_close(rounded_BT, value_BT, rtol=0, atol=0.01)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    seed=st.integers(0, 9),
+)
+def test_both_ways_to_sum_up_a_document_agree(lengths, seed):
+    document_BT = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+    x_BT = torch.randn(document_BT.shape, generator=torch.Generator().manual_seed(seed))
+
+    torch.testing.assert_close(sums_so_far(x_BT, document_BT), document_cumsum(x_BT, document_BT))
