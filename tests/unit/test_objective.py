@@ -1,6 +1,7 @@
 """The normaliser of stage 2: every step has its part of one objective, the data set's."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.model.targets import batch_labels, target_mask
 from weighted_mtp_core.recipe.schema import DataTable, LossTable, TrainTable
+from weighted_mtp_core.runtime.device import Compute
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS
 from weighted_mtp_core.training.critic_learner import CriticLearner
 from weighted_mtp_core.training.objective import Normaliser
@@ -310,7 +312,10 @@ class Fit(Critic):
 def test_each_response_counts_alike_for_a_critic_also_in_a_batch_with_fewer_rows(accumulation):
     batches, critic = batches_of("none"), Fit()
     table = TrainTable(batch_size=4, accumulation=accumulation)
-    training = CriticLearner(critic=critic, prepared=None, table=table, distributed=SINGLE_PROCESS, best=None)
+    prepared = SimpleNamespace(compute=Compute.resolve(device="cpu", dtype="float32"))
+    training = CriticLearner(
+        critic=critic, prepared=prepared, table=table, distributed=SINGLE_PROCESS, best=None
+    )
     steps = 1 + int(batches.first_steps().max())
     response_D = torch.tensor(TOKENS.length_D - TOKENS.prompt_D)
     rows = [len(batches(step).ids_BT) for step in range(steps)]
