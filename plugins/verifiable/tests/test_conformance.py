@@ -63,7 +63,7 @@ class TestLanguageModels(CriticSuite):
     address = "verifiable.language_models"
 
     @pytest.fixture(
-        params=[{}, {"folds": 2}, {"right_model": "one", "all_model": "another"}],
+        params=[{}, {"folds": 2, "lora_rank": 2}, {"right_model": "one", "all_model": "another"}],
         ids=["trained", "folds", "finished"],
     )
     def options(self, request):

@@ -272,6 +272,40 @@ def test_out_of_fold_models_have_not_learned_from_the_problem_that_they_score():
         assert torch.equal(critic.score(batch, None).log_value_BT, before)
 
 
+def test_adapters_share_the_parameters_of_one_base():
+    critic = critic_of({"lora_rank": 2})
+    first, second = critic._models
+    bases = [{n: p for n, p in each.named_parameters() if not p.requires_grad} for each in (first, second)]
+    trained = [p for each in (first, second) for p in each.parameters() if p.requires_grad]
+
+    assert bases[0].keys() == bases[1].keys()
+    assert all(bases[0][name] is bases[1][name] for name in bases[0])
+    assert list(map(id, critic.parameters())) == list(map(id, trained))
+    assert len({id(parameter) for parameter in trained}) == len(trained)
+    stored = [name for name in critic.state_dict() if "lora_" not in name]
+    assert len(stored) == len(bases[0])  # the base is stored once
+
+
+def test_adapters_begin_as_the_policy_and_the_base_stays_as_it_is():
+    batch, critic = documents.PACKED.batch(), critic_of({"lora_rank": 2})
+    before = {name: tensor.clone() for name, tensor in critic.state_dict().items()}
+    for model in critic._models:
+        torch.testing.assert_close(model(batch).detach(), documents.next_token_losses(batch))
+    optimiser = torch.optim.SGD(critic.parameters(), lr=0.1)
+
+    for _ in range(2):  # one matrix of an adapter is 0 at first, so the other one has no gradient
+        critic.loss(batch, None).loss.backward()
+        optimiser.step()
+
+    changed = {name for name, tensor in critic.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if "lora_" in name}
+
+
+def test_the_state_of_other_models_is_refused():
+    with pytest.raises(WmtpError, match="the state is not that of these `language_models`"):
+        critic_of({"folds": 2}).load_state_dict(critic_of({}).state_dict())
+
+
 def test_folds_need_to_know_the_problems():
     batch = attrs.evolve(documents.PACKED.batch(), problem_BT=None)
 
@@ -285,6 +319,7 @@ def test_folds_need_to_know_the_problems():
         ({"right_model": "a"}, "`right_model` and `all_model` must be given together: None"),
         ({"all_model": "a"}, "`right_model` and `all_model` must be given together: a"),
         ({"right_model": "a", "all_model": "b", "folds": 2}, "must be 1 for models that are not trained"),
+        ({"right_model": "a", "all_model": "b", "lora_rank": 2}, "must be 0 for models that are not trained"),
         ({"folds": 0}, "'folds' must be >= 1: 0"),
     ],
 )

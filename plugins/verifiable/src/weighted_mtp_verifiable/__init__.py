@@ -235,11 +235,14 @@ class LanguageModelsOptions:
         folds: With 2 or more, problems are divided into so many folds, and each fold has two models of its
             own, which are trained on the other folds: no model scores a response to a problem that it has
             learned from.
+        lora_rank: Rank of adapters to train instead of whole models. All models then share the parameters of
+            one copy of the policy. 0 trains whole models.
     """
 
     right_model: str | None = None
     all_model: str | None = field(default=None)
     folds: int = field(default=1, validator=v.ge(1))
+    lora_rank: int = field(default=0, validator=v.ge(0))
 
     @all_model.validator
     def _check_both(self, _: object, value: str | None) -> None:
@@ -250,6 +253,11 @@ class LanguageModelsOptions:
     def _check_folds(self, _: object, value: int) -> None:
         if value > 1 and self.right_model is not None:
             raise ValueError(f"must be 1 for models that are not trained in this run: {value}")
+
+    @lora_rank.validator
+    def _check_rank(self, _: object, value: int) -> None:
+        if value and self.right_model is not None:
+            raise ValueError(f"must be 0 for models that are not trained in this run: {value}")
 
 
 def build_language_models(options: LanguageModelsOptions, context: BuildContext) -> Critic:

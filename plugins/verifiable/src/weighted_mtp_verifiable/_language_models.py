@@ -21,7 +21,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from attrs import fields, frozen
 from torch import Tensor, nn
-from weighted_mtp_core.api import Batch, BuildContext, Critic, CriticLoss, Scores, WmtpError, is_correct
+from weighted_mtp_core.api import (
+    Batch,
+    BuildContext,
+    Critic,
+    CriticLoss,
+    Scores,
+    WmtpError,
+    add_adapters,
+    is_correct,
+)
 
 from weighted_mtp_verifiable._reductions import document_cumsum, masked_mean
 
@@ -71,7 +80,13 @@ class LanguageModels(Critic):
                 _Pair(right=model.frozen_losses(right), everything=model.frozen_losses(everything))
             ]
             return
-        self._models.extend(model.trainable_losses() for _ in range(2 * options.folds))
+        with torch.random.fork_rng(devices=[]):  # adapters are initialised from the global generator
+            torch.default_generator.manual_seed(context.seed)
+            for _ in range(2 * options.folds):
+                self._models.append(model.trainable_losses())
+                if options.lora_rank:
+                    add_adapters(self._models[-1], rank=options.lora_rank)
+                    _share_frozen(self._models[-1], of=self._models[0])
         self._pairs = [
             _Pair(right=right, everything=everything)
             for right, everything in zip(self._models[::2], self._models[1::2], strict=True)
@@ -111,8 +126,10 @@ class LanguageModels(Critic):
         return (each for each in self._models.parameters() if each.requires_grad)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the tensors of the models that are trained; models of earlier runs are not part of it."""
-        return dict(self._models.state_dict())
+        """Return the tensors of the models, each once; models of earlier runs are not part of it."""
+        kept = self._models.state_dict(keep_vars=True)
+        names = {id(tensor): name for name, tensor in reversed(kept.items())}
+        return {name: kept[name] for name in reversed(names.values())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the tensors.
@@ -120,19 +137,30 @@ class LanguageModels(Critic):
         Raises:
             WmtpError: They belong to other models, or to another number of folds.
         """
-        try:
-            self._models.load_state_dict(state)
-        except RuntimeError as error:
+        own = self.state_dict()
+        shapes = {name: getattr(each, "shape", None) for name, each in state.items()}
+        if shapes != {name: each.shape for name, each in own.items()}:
             raise WmtpError(
-                "the state is not that of these `language_models`: " + str(error).splitlines()[-1].strip(),
+                "the state is not that of these `language_models`",
                 hint="use the `[critic.options]` and the `[model]` table of the run that wrote it",
-            ) from error
+            )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
 
     def _fold(self, batch: Batch) -> Tensor:
         """Return the number of the fold of each token's problem, int64 `[B, T]`."""
         if batch.problem_BT is None:
             raise WmtpError("`folds` needs batches that contain the hash of each problem's id")
         return batch.problem_BT.remainder(len(self._pairs))
+
+
+def _share_frozen(model: nn.Module, *, of: nn.Module) -> None:
+    """Replace the frozen parameters of a model with those of another model, which have the same values."""
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if not parameter.requires_grad:
+            path, _, last = name.rpartition(".")
+            model.get_submodule(path).register_parameter(last, of.get_parameter(name))
 
 
 def _rows_with(batch: Batch, mask_BT: Tensor) -> tuple[Batch, Tensor]:
