@@ -264,12 +264,18 @@ def test_out_of_fold_models_have_not_learned_from_the_problem_that_they_score():
         before = critic.score(batch, None).log_value_BT
 
         assert learned == [fold == 1, fold == 1, fold == 0, fold == 0]
-        with torch.no_grad():
-            for model, learns in zip(critic._models, learned, strict=True):
-                if learns:
-                    for parameter in model.parameters():
-                        parameter.add_(1.0)
+        change([model for model, learns in zip(critic._models, learned, strict=True) if learns])
         assert torch.equal(critic.score(batch, None).log_value_BT, before)
+        change([model for model, learns in zip(critic._models, learned, strict=True) if not learns])
+        assert not torch.equal(critic.score(batch, None).log_value_BT, before)
+
+
+@torch.no_grad()
+def change(models):
+    """Change each model in another way, because the ratio of equal models is always 1."""
+    for number, model in enumerate(models, start=1):
+        for parameter in model.parameters():
+            parameter.mul_(1 + 0.5 * number)
 
 
 def test_adapters_share_the_parameters_of_one_base():
