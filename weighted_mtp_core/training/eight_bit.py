@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from weighted_mtp_core.training.one_by_one import OneByOne
 
 _BLOCK, _FEWEST = 256, 4096
-_NO_BLOCK = 1 << 62  # torchao then uses 32 bits
+_PIECE = 1 << 16  # values that a CPU updates at once: the caches hold them, and temporary tensors stay small
 _SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 
 
@@ -55,38 +55,66 @@ class EightBitAdamW(OneByOne):
         from torchao.optim import AdamW8bit
 
         options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
-        block = _BLOCK if _has_blocks(original) else _NO_BLOCK
-        adamw = AdamW8bit([parameter], **options, block_size=block)
-        if state:
-            adamw.state[parameter] = self._packed(state, parameter)
-        with _eager() if parameter.device.type == "cpu" else nullcontext():
-            adamw.step()
-        return _plain(adamw.state[parameter])
+        held = dict(state) or _start(parameter, blocks=_has_blocks(original))
+        on_cpu, gradient = parameter.device.type == "cpu", parameter.grad
+        assert gradient is not None
+        size = _PIECE if on_cpu else max(1, parameter.numel())
+        for first in range(0, parameter.numel(), size):
+            piece = nn.Parameter(_span(parameter.detach(), first, size))
+            piece.grad = _span(gradient.contiguous(), first, size)
+            adamw = AdamW8bit([piece], **options)
+            adamw.state[piece] = self._packed(held, parameter.dtype, first=first, size=size)
+            with _eager() if on_cpu else nullcontext():
+                adamw.step()  # writes into `held`
+        held["step"] += 1
+        return held
 
     def adopt(self, parameter: nn.Parameter, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Convert moments of 8 bits to 32 bits if the parameter is now sharded without regard to blocks."""
         if _has_blocks(parameter) or "exp_avg_codes" not in state:
             return state
+        codes = state["exp_avg_codes"]
+        packed = self._packed(state, parameter.dtype, first=0, size=codes.numel())
         return {
-            name: tensor.dequantize() if name in _SIGNED else tensor
-            for name, tensor in self._packed(state, parameter).items()
+            name: tensor.dequantize().view(codes.shape) if name in _SIGNED else tensor
+            for name, tensor in packed.items()
         }
 
-    def _packed(self, state: Mapping[str, Tensor], parameter: nn.Parameter) -> dict[str, Any]:
-        """Return the result of `_plain` as torchao's state."""
+    def _packed(
+        self, state: Mapping[str, Tensor], dtype: torch.dtype, *, first: int, size: int
+    ) -> dict[str, Any]:
+        """Return a piece of a state as torchao's state, which shares its memory, except for `step`."""
         from torchao.optim.subclass_8bit import OptimState8bit
 
-        found: dict[str, Any] = {"step": state["step"]}
+        found: dict[str, Any] = {"step": state["step"].clone()}
         for name, signed in _SIGNED.items():
             if name in state:
-                found[name] = state[name]
+                found[name] = _span(state[name], first, size)
                 continue
-            codes, scale = state[f"{name}_codes"], state[f"{name}_scale"]
+            codes = _span(state[f"{name}_codes"], first, size)
+            scale = _span(state[f"{name}_scale"], first // _BLOCK, size // _BLOCK)
             at = signed, codes.device
             if at not in self._maps:  # made once, because copying it to the device would wait for the device
                 self._maps[at] = OptimState8bit.zeros((_BLOCK,), signed, device=codes.device).qmap
-            found[name] = OptimState8bit(codes, scale, self._maps[at], signed, parameter.dtype)
+            found[name] = OptimState8bit(codes, scale, self._maps[at], signed, dtype)
         return found
+
+
+def _span(tensor: Tensor, first: int, size: int) -> Tensor:
+    """Return some values of a tensor, counted in its flattened form, which must be contiguous."""
+    return tensor.view(-1)[first : first + size]
+
+
+def _start(parameter: nn.Parameter, *, blocks: bool) -> dict[str, Tensor]:
+    """Return the state before the first step."""
+    found = {"step": torch.zeros((), device=parameter.device)}
+    for name in _SIGNED:
+        if blocks:
+            found[f"{name}_codes"] = torch.zeros_like(parameter, dtype=torch.uint8, requires_grad=False)
+            found[f"{name}_scale"] = parameter.new_zeros(parameter.numel() // _BLOCK, dtype=torch.float32)
+        else:
+            found[name] = torch.zeros_like(parameter, requires_grad=False)
+    return found
 
 
 def _has_blocks(parameter: nn.Parameter) -> bool:
@@ -99,15 +127,3 @@ def _has_blocks(parameter: nn.Parameter) -> bool:
 def _eager() -> AbstractContextManager[None]:
     stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
     return stance
-
-
-def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return torchao's state as tensors of ordinary classes."""
-    found = {"step": state["step"]}
-    for name in _SIGNED:
-        moment: Any = state[name]
-        if hasattr(moment, "codes"):
-            found |= {f"{name}_codes": moment.codes, f"{name}_scale": moment.scale}
-        else:
-            found[name] = moment
-    return found

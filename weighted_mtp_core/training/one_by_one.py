@@ -62,7 +62,7 @@ class OneByOne(torch.optim.Optimizer, ABC):
 
     def _step(self, parameter: nn.Parameter, gradient: Tensor, group: Mapping[str, Any]) -> None:
         part, known = whole if self.needs_whole else local, self.state[parameter]
-        copy = nn.Parameter(part(parameter).clone())
+        copy = nn.Parameter(part(parameter).clone(memory_format=torch.contiguous_format))
         copy.grad = part(gradient)
         before = {name: part(tensor).clone() for name, tensor in known.items()}
         state = self.update(copy, before, group, original=parameter)
