@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.runtime.sharding import copy_to_host, like
+from weighted_mtp_core.runtime.sharding import copy_to_host, like, shard_like
 from weighted_mtp_core.runtime.state_digest import BASE_SHA256
 
 
@@ -123,8 +124,9 @@ def load_optimiser_state(
         optimiser, held = owner[parameter], WithPrefix(state, index)
         adopt = getattr(optimiser, "adopt", lambda _, same: same)
         for name, tensor in adopt(parameter, held).items():
-            copy = tensor.to(parameter.device, copy=True)
-            optimiser.state[parameter][name] = like(parameter, copy) if copy.ndim else copy
+            is_shard = isinstance(parameter, DTensor) and tensor.ndim > 0
+            copy = tensor.to(parameter.device, copy=not is_shard)
+            optimiser.state[parameter][name] = shard_like(parameter, copy) if is_shard else copy
 
 
 def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:

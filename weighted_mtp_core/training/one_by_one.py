@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from weighted_mtp_core.runtime.sharding import like, local, whole
+from weighted_mtp_core.runtime.sharding import like, local, shard_like, whole
 
 
 class OneByOne(torch.optim.Optimizer, ABC):
@@ -78,7 +78,7 @@ class OneByOne(torch.optim.Optimizer, ABC):
         if not isinstance(parameter, DTensor) or not value.ndim:
             return value
         if self.needs_whole:
-            return like(parameter, value)
+            return shard_like(parameter, value)
         shape = parameter.shape if value.shape == local(parameter).shape else None
         stride = parameter.stride() if shape is not None else None
         return DTensor.from_local(
