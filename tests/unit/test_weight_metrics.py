@@ -201,6 +201,7 @@ def test_a_negative_weight_is_worse_than_weights_of_zero():
         *("weight_mean", "weight_p05", "effective_sample_share", "policy_learning_rate", "critic_auc"),
         *("critic_gradient_norm", "policy_tokens_per_second", "pass_at_1", "tokens_per_forward"),
         *("validation_acceptance_head_2", "test_acceptance_length", "acceptance_position_2"),
+        *("system/policy_flops_per_second", "generated_tokens_per_second"),
     ],
 )
 def test_a_metric_of_a_plugin_cannot_replace_one_of_core(name):
