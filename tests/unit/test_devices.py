@@ -1,5 +1,6 @@
 """Stage 2 on each device: what holds on the CPU also holds on a GPU. `make gpu` runs those marked `gpu`."""
 
+import copy
 import math
 from contextlib import nullcontext
 from datetime import timedelta
@@ -17,8 +18,10 @@ from weighted_mtp_core.checkpointing.snapshot import Snapshot
 from weighted_mtp_core.data.batches import collate
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.generation.generate import generate
+from weighted_mtp_core.model.adapters import adapt
 from weighted_mtp_core.model.load import make_policy
-from weighted_mtp_core.recipe.schema import CheckpointTable, LossTable
+from weighted_mtp_core.model.stored_base import restore_base
+from weighted_mtp_core.recipe.schema import CheckpointTable, LossTable, ModelTable
 from weighted_mtp_core.recipe.train_table import OptimiserTable, TrainTable
 from weighted_mtp_core.runtime.cost import forget_peak, matrix_rate, peak_memory
 from weighted_mtp_core.runtime.device import Compute
@@ -178,6 +181,25 @@ def test_an_optimiser_changes_nothing_in_a_step_that_is_skipped(device, name):
     assert bad.total == 1
     assert len(after) == len(before)
     assert all(map(torch.equal, after, before))
+
+
+@pytest.mark.parametrize("base_dtype", ["bfloat16", "nf4"])
+def test_a_stored_base_computes_on_its_device_as_its_float32_values_on_the_cpu(device, base_dtype):
+    cpu = torch.device("cpu")
+    stored = new_policy(cpu)
+    adapt(stored, ModelTable(train="adapters", base_dtype=base_dtype))
+    whole = copy.deepcopy(stored)
+    restore_base(whole)
+    policies = stored.to(device), whole
+    losses = [
+        float(learner(each, place).learn(batch_of(0, place), step=0).loss)
+        for each, place in zip(policies, (device, cpu), strict=True)
+    ]
+
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for own, other in zip(*(each.parameters() for each in policies), strict=True):
+        if other.grad is not None:
+            torch.testing.assert_close(own.grad.cpu(), other.grad, rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.gpu
