@@ -8,7 +8,7 @@ version = release = installed_version("weighted-mtp-core")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinxcontrib.mermaid"]
 myst_enable_extensions = ["dollarmath"]
 myst_fence_as_directive = ["mermaid"]  # the fence that GitHub renders
-myst_heading_anchors = 3
+myst_heading_anchors = 4
 default_role = "code"  # docstrings write `code` as Markdown does
 
 autodoc_member_order = "bysource"
