@@ -17,7 +17,7 @@ from weighted_mtp_core.compare.arms import read_arms
 from weighted_mtp_core.compare.gap import Gap
 from weighted_mtp_core.compare.grid import parse_grids
 from weighted_mtp_core.compare.jobs import Job, plan_jobs
-from weighted_mtp_core.compare.measures import RunMeasures, default_metrics, read_measures
+from weighted_mtp_core.compare.measures import RunMeasures, default_metrics, kinds_of_machines, read_measures
 from weighted_mtp_core.compare.runner import Runner, share_machine
 from weighted_mtp_core.compare.table import Comparison
 from weighted_mtp_core.compare.task import RunTask, execute, use_gpu
@@ -127,11 +127,12 @@ def test_all_arms_come_equally_far(arms):
     assert [job.label for job in jobs] == ["one-seed42", "two-seed42", "one-seed43", "two-seed43"]
 
 
-def finish(job, *, status="FINISHED", seed=None, distributions=None, **params):
+def finish(job, *, status="FINISHED", seed=None, distributions=None, instructions="AVX2", **params):
     plan = job.arm.plan
     folder = RunFolder.create(plan.runs_folder, experiment=plan.experiment, name=job.arm.name)
     identity = job.arm.identity(job.seed if seed is None else seed)
     identity["params"] |= {key.replace("__", "."): value for key, value in params.items()}
+    identity["fingerprint"] = {"instructions": instructions, "device": "cpu"}
     folder.record(status=status, **identity | ({"distributions": distributions} if distributions else {}))
     folder.close()
     return folder.path
@@ -415,6 +416,26 @@ def test_the_metrics_of_a_comparison_are_those_that_all_runs_have(write_run):
         *("pass_at_1", "test_ce_head_2", "test_ce_head_10", "validation_ce_head_1"),
         *("policy_seconds", "critic_seconds"),
     ]
+
+
+def test_runs_on_machines_of_several_kinds_are_listed(arms, write_run):
+    jobs = plan_jobs(arms(("one", "")), [1, 2, 3])
+    runs = [
+        finish(job, instructions=kind) for job, kind in zip(jobs, ("AVX2", "AVX512", "AVX2"), strict=True)
+    ]
+    assert kinds_of_machines(runs[::2]) == []
+
+    machines = kinds_of_machines(runs)
+    page = Comparison.make(
+        {"one": {1: write_run("a", (6, 4, 3))}},
+        metrics=["validation_ce_head_1"],
+        seeds=[1],
+        machines=machines,
+    ).markdown()
+
+    assert machines == ["2 runs: instructions AVX2, device cpu", "1 run: instructions AVX512, device cpu"]
+    assert "**Several kinds of machines**: rows at equal wall clock compare their speeds" in page
+    assert "- 1 run: instructions AVX512, device cpu\n" in page
 
 
 # --------------------------------------------------------------------------- the table

@@ -135,12 +135,14 @@ def _compare_recipes(args: argparse.Namespace) -> int:
             f"every run failed, the first with: {outcome.failures[0].reason}",
             hint=f"see {outcome.failures[0].log}",
         )
+    from weighted_mtp_core.compare.measures import kinds_of_machines
     from weighted_mtp_core.compare.mlflow_record import track
 
     comparison, files = _write(
         _measure(arms, outcome),
         seeds,
         missing=[f"{each.job.label}: {each.reason} (`{each.log}`)" for each in outcome.failures],
+        machines=kinds_of_machines(outcome.finished.values()),
         metrics=args.metrics,
         out=out,
         gap=gap,
@@ -163,7 +165,7 @@ def _compare_stored(args: argparse.Namespace) -> int:
     of_ids = hashlib.sha256(" ".join(ids).encode()).hexdigest()[:8]
     out: Path = args.out or storage / "comparisons" / f"{next(iter(stored.runs))}-{of_ids}"
     comparison, files = _write(
-        stored.measures, stored.seeds, missing=(), metrics=args.metrics, out=out, gap=gap
+        stored.measures, stored.seeds, missing=(), machines=(), metrics=args.metrics, out=out, gap=gap
     )
     if record_comparison(stored.tracker, stored.describe(out), comparison, files=files, log=print):
         stored.adopt(stored.tracker.run_id)
@@ -228,6 +230,7 @@ def _write(
     seeds: Sequence[int],
     *,
     missing: Sequence[str],
+    machines: Sequence[str],
     metrics: Sequence[str] | None,
     out: Path,
     gap: Gap | None,
@@ -244,7 +247,9 @@ def _write(
             hint = did_you_mean(name, sorted(known)) or f"they have {quoted(sorted(known))}"
             raise WmtpError(f"no run has the metric `{name}`", hint=hint)
     shown = metrics or default_metrics(everything)
-    comparison = Comparison.make(runs, metrics=shown, seeds=seeds, missing=missing, gap=gap)
+    comparison = Comparison.make(
+        runs, metrics=shown, seeds=seeds, missing=missing, machines=machines, gap=gap
+    )
     tables = {
         "compare.md": comparison.markdown(),
         "compare.json": comparison.json(),

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from attrs import frozen
 
+from weighted_mtp_core.tracking.run_folder import read_run
 from weighted_mtp_core.tracking.run_history import Point, read_history
 from weighted_mtp_core.training.stage_cost import cost_of
 
@@ -91,6 +93,17 @@ def read_measures(run: Path) -> RunMeasures:
         for name, points in metrics.items():
             series.setdefault(name, []).extend(points)
     return RunMeasures.make(series)
+
+
+def kinds_of_machines(runs: Iterable[Path]) -> list[str]:
+    """Return a line for each kind of machine that executed some of the runs; none if all are of one kind."""
+    kinds = Counter(
+        ", ".join(f"{key} {value}" for key, value in read_run(run).get("fingerprint", {}).items())
+        for run in runs
+    )
+    if len(kinds) < 2:
+        return []
+    return [f"{count} run{'s' * (count > 1)}: {kind or 'unknown'}" for kind, count in kinds.most_common()]
 
 
 def _step_seconds(points: Sequence[Point]) -> float:

@@ -56,6 +56,7 @@ class Comparison:
         missing: One sentence for each run that did not finish.
         diverged: One sentence for each value that is not finite.
         uneven: The numbers of steps of each arm in words, if they are not all equal.
+        machines: A line for each kind of machine that executed runs, if there are several kinds.
         few: One sentence for each arm with a run of fewer than three validations up to `seconds`.
         gap: The arms that are the floor and the ceiling; None if the user names no such arms.
         closed: The share of the gap that each other arm closes, by metric.
@@ -70,6 +71,7 @@ class Comparison:
     missing: Sequence[str] = ()
     diverged: Sequence[str] = ()
     uneven: Sequence[str] = ()
+    machines: Sequence[str] = ()
     few: Sequence[str] = ()
     gap: Gap | None = None
     closed: Sequence[ClosedGap] = ()
@@ -83,6 +85,7 @@ class Comparison:
         metrics: Sequence[str],
         seeds: Sequence[int],
         missing: Sequence[str] = (),
+        machines: Sequence[str] = (),
         gap: Gap | None = None,
     ) -> Comparison:
         """Compare runs, keyed by arm and seed, in some metrics, at equal steps and at equal wall clock."""
@@ -108,6 +111,7 @@ class Comparison:
             count=len(everything),
             rows=rows,
             missing=missing,
+            machines=machines,
             diverged=_diverged(rows),
             uneven=_uneven(runs),
             few=tuple(few),
@@ -187,6 +191,10 @@ class Comparison:
         if self.uneven:
             lines += ["", "**Unequal steps**: rows at equal steps compare the ends of these runs:", ""]
             lines += [f"- {each}" for each in self.uneven]
+        if self.machines:
+            why = "rows at equal wall clock compare their speeds, and all values also differ by rounding:"
+            lines += ["", f"**Several kinds of machines**: {why}", ""]
+            lines += [f"- {each}" for each in self.machines]
         if self.diverged:
             lines += ["", "**Diverged**: these values are not finite, so their arms have no mean:", ""]
             lines += [f"- {each}" for each in self.diverged]

@@ -64,7 +64,9 @@ class DaskExecutor(Executor):
             WmtpError: An argument contains a secret of the environment, which a scheduler must not receive.
         """
         assert not kwargs  # `concurrent.futures` allows them, nothing here uses them
-        if any(secret.encode() in pickle.dumps(args) for secret in secrets()):
+        found = secrets()
+        sent = pickle.dumps(args) if found else b""
+        if any(secret.encode() in sent for secret in found):
             raise WmtpError(
                 "a task for other machines contains a secret of the environment",
                 hint="set the secret in the environment of the workers instead",
