@@ -14,7 +14,7 @@ from weighted_mtp_core.generation.draft_heads import DecodingHeads
 from weighted_mtp_core.generation.generate import generate
 from weighted_mtp_core.model import chunked_unembedding
 from weighted_mtp_core.model.load import make_policy
-from weighted_mtp_core.recipe.schema import default_selection
+from weighted_mtp_core.recipe.train_table import default_selection
 from weighted_mtp_core.training.head_quality import head_quality, selection_score
 
 V = 4  # few tokens, so that heads often agree

@@ -2,10 +2,12 @@
 
 import os
 import sys
+from collections import Counter
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.api import Scores
 from weighted_mtp_core.errors import RunFailedError, WmtpError
@@ -221,6 +223,36 @@ def test_texts_are_generated_in_the_dtype_of_the_policy(head_kind, decoding, tem
 
     assert [len(text) for text in found.tokens] == [9, 9]
     assert seen == {torch.bfloat16}
+
+
+class Conversions(TorchDispatchMode):
+    """Counts for each tensor how often it is converted to bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.of = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and kwargs.get("dtype") is torch.bfloat16:
+            self.of[args[0].data_ptr()] += 1
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("decoding", ["plain", "self_speculative"])
+def test_a_parameter_is_converted_once_for_a_text_also_if_it_is_frozen(decoding):
+    writing = policy()
+    writing.freeze_base()
+    frozen = [each.requires_grad for each in writing.parameters()]
+
+    with Conversions() as seen:
+        generate(
+            writing, [[5, 6]], max_new_tokens=9, eos_id=-1, decoding=decoding, autocast=BFLOAT16.autocast
+        )
+
+    matrices = [each for layer in writing.trunk.layers for each in layer.parameters() if each.ndim == 2]
+    assert {seen.of[each.data_ptr()] for each in matrices} == {1}
+    assert [each.requires_grad for each in writing.parameters()] == frozen
+    assert all(each.grad is None for each in writing.parameters())
 
 
 def test_log_probabilities_are_those_of_the_precision():

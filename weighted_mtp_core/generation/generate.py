@@ -23,7 +23,7 @@ from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.generation.decoding_probe import batches, decoder_of, manner_of
 from weighted_mtp_core.generation.draft_heads import DecodingHeads
 from weighted_mtp_core.model.policy import Policy
-from weighted_mtp_core.runtime.device import Autocast
+from weighted_mtp_core.runtime.device import Autocast, many_passes
 
 Decoding = Literal["plain", "self_speculative"]
 
@@ -114,7 +114,6 @@ class _Row:
         return self.finished or len(self.tokens) >= self.limit
 
 
-@torch.inference_mode()
 def generate(
     policy: Policy,
     prompts: Sequence[Sequence[int]],
@@ -155,11 +154,11 @@ def generate(
     names = list(streams) if streams is not None else [str(i) for i in range(len(prompts))]
     manner = manner_of(policy)
     drafts = _drafts(policy, decoding, longest=max(map(len, prompts), default=0), new=max_new_tokens)
-    heads = DecodingHeads.of(policy, drafts=drafts)
     rows = [_Row(index=i, limit=_limit(policy, len(ids), max_new_tokens)) for i, ids in enumerate(prompts)]
     done = 0
     lengths = [len(ids) for ids in prompts]
-    with autocast():
+    with many_passes(policy, autocast):
+        heads = DecodingHeads.of(policy, drafts=drafts)
         for batch in batches(rows, lengths, size=batch_size, padding=manner.no_padding is None):
             live = batch
             decoder = decoder_of(policy)(

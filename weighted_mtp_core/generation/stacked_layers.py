@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from weighted_mtp_core.runtime.device import product_dtype
+
 
 def stack(layers: Sequence[nn.Module]) -> nn.Module | None:
     """Return a layer of `[L R, T, H]` states, or None if these layers cannot be stacked.
@@ -52,7 +54,8 @@ class _Linears(nn.Module):
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__()
         # A transposed view instead of a contiguous copy, because products with few rows are faster with it.
-        self.weight_LIO = torch.stack([each.get_parameter("weight") for each in modules]).mT
+        weight_LOI = torch.stack([each.get_parameter("weight") for each in modules])
+        self.weight_LIO = weight_LOI.to(product_dtype(weight_LOI)).mT
         biases: list[Tensor] = [each.get_parameter("bias") for each in modules if each.bias is not None]
         self.bias_L1O = torch.stack(biases)[:, None] if biases else None
 

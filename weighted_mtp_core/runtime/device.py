@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from attrs import frozen
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.runtime.environment import require_reproducible_cublas
@@ -90,6 +91,40 @@ def full_precision(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype in which a tensor is multiplied: autocast's if autocast is on, otherwise its own."""
+    return torch.get_autocast_dtype(tensor.device.type) if _casts(tensor) else tensor.dtype
+
+
+def _casts(tensor: Tensor) -> bool:
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+@contextmanager
+def many_passes(model: nn.Module, autocast: Autocast) -> Iterator[None]:
+    """Run many forward passes in the block without gradients; each parameter is converted only once.
+
+    Autocast keeps converted parameters only outside of inference mode, and only if they require a gradient.
+    Sharded parameters are not kept, because together they are the whole model.
+    """
+    parameters = list(model.parameters())
+    with autocast():
+        if not _casts(parameters[0]) or any(isinstance(each, DTensor) for each in parameters):
+            with torch.inference_mode():
+                yield
+            return
+        frozen = [each for each in parameters if not each.requires_grad and each.is_floating_point()]
+        try:
+            for parameter in frozen:
+                parameter.requires_grad = True
+            with torch.no_grad():
+                yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad = False
 
 
 def memory_of(device: torch.device) -> int | None:
