@@ -29,6 +29,7 @@ GROUPS = (
     "loss",
     "advantages",
     "step",
+    "optimisers",
     "heads",
     "padding",
     "corpus",
@@ -38,7 +39,7 @@ GROUPS = (
     "trainers",
     "reduction",
 )
-ON_GPU = ("mfu", "loss", "liger", "trainers")
+ON_GPU = ("mfu", "optimisers", "loss", "liger", "trainers")
 RESULTS = HERE / "results.json"
 Group = dict[str, Any]
 

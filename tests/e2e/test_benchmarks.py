@@ -32,7 +32,10 @@ def benchmark(environment, tmp_path):
 
 @pytest.mark.parametrize(
     "group",
-    ["loss", "advantages", "step", "heads", "padding", "corpus", "checkpointing", "busy", "reduction", "mfu"],
+    [
+        *("loss", "advantages", "step", "optimisers", "heads", "padding", "corpus", "checkpointing", "busy"),
+        *("reduction", "mfu"),
+    ],
 )
 def test_a_group_measures_every_row(benchmark, group):
     rows = benchmark(group)
