@@ -17,6 +17,7 @@ from weighted_mtp_core.plan import make_plan
 from weighted_mtp_core.plugins import source_identity as module
 from weighted_mtp_core.plugins.discovery import find
 from weighted_mtp_core.plugins.source_identity import source_identity
+from weighted_mtp_core.runtime.device import Compute
 from weighted_mtp_core.tracking.run_folder import RunFolder
 from weighted_mtp_core.training.score_cache import scores_key
 
@@ -253,7 +254,8 @@ def test_scores_are_computed_again_after_an_edit_of_the_critic(example_plugin, w
 
     def key():
         chosen = make_plan(path, overrides=overrides).critic
-        return scores_key(NoCritic(), chosen, inputs=(), batches=NoBatches(), accumulation=1)
+        compute = Compute.resolve(device="cpu", dtype="float32")
+        return scores_key(NoCritic(), chosen, inputs=(), batches=NoBatches(), accumulation=1, compute=compute)
 
     before = key()
 

@@ -74,6 +74,20 @@ def stored(tmp_path):
     return stored
 
 
+@pytest.fixture
+def wait_for(stored, tmp_path, wait_until):
+    """Wait until the store `one` has these steps; a file that is just being written can be empty."""
+
+    def has(steps):
+        try:
+            return any((tmp_path / "one").rglob("policy_loss")) and stored("one")[1] == steps
+        except ValueError as error:
+            assert "No data found" in str(error)
+            return False
+
+    return lambda *steps: wait_until(lambda: has(list(steps)))
+
+
 def test_another_store_gets_the_whole_run_once(record, use, stored, tmp_path, capsys):
     path = record(1, 2, 3)
     use("two")
@@ -136,9 +150,9 @@ def test_a_run_that_was_deleted_is_sent_anew(record, stored, command, tmp_path, 
     assert run.info.run_id != deleted
 
 
-def test_a_restored_database_gets_what_it_lost(record, stored, tmp_path, wait_until, capsys):
+def test_a_restored_database_gets_what_it_lost(record, stored, tmp_path, wait_for, capsys):
     def back_up(_):
-        wait_until(lambda: len(list((tmp_path / "one").rglob("policy_loss"))) == 1)
+        wait_for(1, 2)
         shutil.copytree(tmp_path / "one", tmp_path / "copy")
 
     path = record(1, 2, during=back_up)
@@ -153,13 +167,13 @@ def test_a_restored_database_gets_what_it_lost(record, stored, tmp_path, wait_un
     assert stored("one")[:3] == ("FINISHED", [1, 2, 3, 4], ARTIFACTS)
 
 
-def test_a_run_that_is_deleted_while_it_goes_on_is_sent_anew(record, stored, tmp_path, wait_until):
+def test_a_run_that_is_deleted_while_it_goes_on_is_sent_anew(record, stored, tmp_path, wait_for):
     from mlflow import MlflowClient
 
     deleted = []
 
     def delete(_):
-        wait_until(lambda: len(list((tmp_path / "one").rglob("policy_loss"))) == 1)
+        wait_for(1, 2)
         deleted.append(stored("one")[3].info.run_id)
         MlflowClient(f"file://{tmp_path}/one").delete_run(deleted[0])
 
@@ -171,14 +185,12 @@ def test_a_run_that_is_deleted_while_it_goes_on_is_sent_anew(record, stored, tmp
     assert "the whole run is sent again to" in (path / "logs" / "training.log").read_text()
 
 
-def test_a_store_that_is_restored_while_the_run_goes_on_gets_what_it_lost(
-    record, stored, tmp_path, wait_until
-):
+def test_a_store_that_is_restored_while_the_run_goes_on_gets_what_it_lost(record, stored, tmp_path, wait_for):
     def restore(run):
-        wait_until(lambda: stored("one")[1] == [1])
+        wait_for(1)
         shutil.copytree(tmp_path / "one", tmp_path / "copy")
         run.metrics("policy", 2, {"policy_loss": 1.0 / 2})
-        wait_until(lambda: stored("one")[1] == [1, 2])
+        wait_for(1, 2)
         shutil.rmtree(tmp_path / "one")
         shutil.copytree(tmp_path / "copy", tmp_path / "one")
         run.metrics("policy", 3, {"policy_loss": 1.0 / 3})
