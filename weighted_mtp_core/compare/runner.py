@@ -16,7 +16,7 @@ from attrs import define, field, frozen
 
 from weighted_mtp_core.compare.arms import Arm
 from weighted_mtp_core.compare.jobs import Job
-from weighted_mtp_core.compare.task import KILL, POLL_S, STOP_LIMIT_S, Ended, RunTask, execute
+from weighted_mtp_core.compare.task import KILL, STOP_LIMIT_S, Ended, RunTask, execute
 from weighted_mtp_core.errors import RunFailedError, WmtpError
 from weighted_mtp_core.exit_codes import EXIT_RUN_FAILED
 from weighted_mtp_core.runtime.interrupts import raise_on_termination
@@ -24,6 +24,7 @@ from weighted_mtp_core.runtime.interrupts import raise_on_termination
 MOST_SEEDS = 20
 """Maximum number N of seeds: the exact test computes all 2^N choices of signs, a million for 20 seeds."""
 
+_POLL_S = 0.2
 _SHARED_S = 60.0
 """Seconds after which a network file system shows a file that another machine has written."""
 
@@ -131,7 +132,7 @@ class Runner:
                 while waiting or self._futures:
                     self._begin(waiting, elsewhere)
                     self._collect()
-                    time.sleep(POLL_S)
+                    time.sleep(_POLL_S)
             except BaseException:
                 self._stop(len(jobs))
                 raise
@@ -197,7 +198,7 @@ class Runner:
     def _sees(self, job: Job, folder: Path) -> bool:
         until, wanted = time.monotonic() + _SHARED_S, job.wanted
         while not (found := wanted.is_finished(folder)) and time.monotonic() < until:
-            time.sleep(POLL_S)
+            time.sleep(_POLL_S)
         return found
 
     def _end(self, job: Job, folder: Path) -> None:

@@ -22,7 +22,9 @@ from weighted_mtp_core.exit_codes import EXIT_TERMINATED
 KILL = "kill"
 """Content of the file `RunTask.order` that ends runs at once."""
 
-POLL_S = 0.2
+ORDER_S = 1.0
+"""Interval in seconds at which a task reads the file of its client, which may be on a network file system."""
+
 STOP_LIMIT_S = 60.0
 """After SIGTERM a run needs time to end its step and write a checkpoint."""
 
@@ -90,7 +92,7 @@ def execute(task: RunTask) -> Ended:
             hint="share the storage with the worker, and start the worker in the client's working folder",
         )
     while task.wanted.is_running() and _order(task) == "":
-        time.sleep(POLL_S)  # left by a lost worker: it ends by itself, and what it has done is kept
+        time.sleep(ORDER_S)  # left by a lost worker: it ends by itself, and what it has done is kept
     found, code = task.wanted.finished(), 0
     if found is None:
         code = _run(task) if _order(task) == "" else EXIT_TERMINATED
@@ -117,7 +119,7 @@ def _run(task: RunTask) -> int:
     stop_by = None
     while True:
         with suppress(subprocess.TimeoutExpired):
-            return child.wait(timeout=POLL_S)
+            return child.wait(timeout=ORDER_S)
         order = _order(task)
         if order and stop_by is None:
             child.terminate()  # SIGTERM, because a child of a background job ignores SIGINT

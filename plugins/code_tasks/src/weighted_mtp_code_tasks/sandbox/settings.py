@@ -21,7 +21,7 @@ class SandboxSettings:
         wall_seconds: Time within which a program must answer, which also ends programs that sleep.
         memory_mb: Address space of a program, in MiB.
         workers: Number of programs that run at the same time; 0 means OMP_NUM_THREADS if it is set, otherwise
-            one per core.
+            one per core. The tasks of `data prepare --executor` judge one program at a time.
     """
 
     backend: Literal["auto", "bubblewrap", "landlock", "trusted"] = "auto"
