@@ -198,3 +198,18 @@ def test_experts_whose_share_is_unknown_are_not_counted():
 
     assert StepFlops.of(policy) is None
     assert learner(policy).flops(unpadded()) == 0
+
+
+@pytest.mark.parametrize(
+    "experts",
+    [
+        lambda: nn.ModuleList([nn.Linear(H, H)] * 4),
+        lambda: nn.ParameterDict({"all_in_one": nn.Parameter(torch.ones(4 * H, H))}),
+    ],
+    ids=["list", "one_matrix"],
+)
+def test_experts_in_another_form_than_one_parameter_are_not_counted(experts):
+    policy = make_policy(BASES["llama"](), n_future=1, head_kind="medusa")
+    policy.trunk.layers[0].mlp.experts = experts()
+
+    assert StepFlops.of(policy) is None

@@ -115,32 +115,42 @@ def _matrices(part: nn.Module, share: float) -> Iterator[tuple[float, bool]]:
         if isinstance(module, nn.Linear):  # by its attributes, because a 4-bit matrix is stored packed
             yield module.in_features * module.out_features, module.weight.requires_grad
         elif not isinstance(module, nn.Embedding):
-            for parameter in module.parameters(recurse=False):
-                if parameter.ndim >= 2:
-                    active = share if _holds_experts(module, parameter) else 1.0
-                    yield parameter.numel() * active, parameter.requires_grad
+            for parameter in _own_matrices(module):
+                active = share if _stacks_experts(module, parameter) else 1.0
+                yield parameter.numel() * active, parameter.requires_grad
 
 
-def _holds_experts(module: nn.Module, parameter: nn.Parameter) -> bool:
+def _own_matrices(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield a module's own parameters with two dimensions or more, without the biases of experts."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.ndim >= 2 and not name.endswith("bias"):
+            yield parameter
+
+
+def _stacks_experts(module: nn.Module, parameter: nn.Parameter) -> bool:
     return parameter.ndim == 3 and not isinstance(module, _ConvNd)
 
 
 def _active_share(policy: Policy) -> float | None:
     """Return the share of experts that compute a token, 1 without experts; None if it is not known."""
-    stacked = any(_holds_experts(module, each) for module in policy.modules() for each in _own(module))
-    listed = any(
-        name.endswith("experts") and isinstance(module, nn.ModuleList)
-        for name, module in policy.named_modules()
+    stacked = any(
+        _stacks_experts(module, each) for module in policy.modules() for each in _own_matrices(module)
     )
-    if not stacked and not listed:
+    other = any(_has_other_experts(*each) for each in policy.named_modules())
+    if not stacked and not other:
         return 1.0
     config = text_config(policy.config)
     count, active = (_number(config, names) for names in (_EXPERTS, _ACTIVE_EXPERTS))
-    return active / count if count and active and not listed else None
+    return active / count if count and active and not other else None
 
 
-def _own(module: nn.Module) -> Iterator[nn.Parameter]:
-    return module.parameters(recurse=False)
+def _has_other_experts(name: str, module: nn.Module) -> bool:
+    """Return whether a module contains experts in another form than a parameter `[experts, ...]`."""
+    if "experts" not in name.split("."):
+        return False
+    if isinstance(module, nn.Linear):  # a router, or a child of a list of experts
+        return False
+    return isinstance(module, nn.ModuleList) or any(each.ndim == 2 for each in _own_matrices(module))
 
 
 def _number(config: Any, names: Sequence[str]) -> int | None:
