@@ -38,6 +38,7 @@ GROUPS = (
     "decoding",
     "trainers",
     "reduction",
+    "sharding",
 )
 ON_GPU = ("mfu", "optimisers", "loss", "liger", "trainers")
 RESULTS = HERE / "results.json"

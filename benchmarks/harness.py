@@ -179,9 +179,9 @@ def _grown(prepare: Callable[..., Callable[[], object]], arguments: Sequence[obj
     torch.set_num_threads(1)
     measured = prepare(*arguments)
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = status_kib("VmRSS")
     measured()
-    return (_status("VmHWM") - before) / 1024
+    return (status_kib("VmHWM") - before) / 1024
 
 
 def _grown_on_device(prepare: Callable[..., Callable[[], object]], arguments: Sequence[object]) -> float:
@@ -193,7 +193,7 @@ def _grown_on_device(prepare: Callable[..., Callable[[], object]], arguments: Se
     return (torch.cuda.max_memory_allocated() - before) / MIB
 
 
-def _status(name: str) -> int:
+def status_kib(name: str) -> int:
     """Return a value of /proc/self/status in KiB; `ru_maxrss` would start with the parent's peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))

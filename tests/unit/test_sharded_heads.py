@@ -67,7 +67,7 @@ def batch_of(step):
     )
 
 
-def new_policy(heads, what, distributed=SINGLE_PROCESS):
+def new_policy(heads, what, *, distributed=SINGLE_PROCESS, dtype=torch.float32):
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=V,
@@ -87,7 +87,7 @@ def new_policy(heads, what, distributed=SINGLE_PROCESS):
         policy.freeze_base()
     elif what != "all":
         adapt(policy, ModelTable(train="adapters", adapters=AdaptersTable(rank=2), base_dtype=what))
-    return callable_(policy)
+    return callable_(policy, dtype=dtype)
 
 
 def changed(heads, what, snapshot):
@@ -103,9 +103,9 @@ def changed(heads, what, snapshot):
     return found[False], found[True]
 
 
-def trained(heads, what, optimiser, folder, *, distributed=SINGLE_PROCESS, resume=None):
+def trained(heads, what, optimiser, dtype, folder, *, distributed=SINGLE_PROCESS, resume=None):
     """Train; return the loss of each step."""
-    policy = new_policy(heads, what, distributed)
+    policy = new_policy(heads, what, distributed=distributed, dtype=dtype)
     learner = PolicyLearner(
         policy=policy,
         weighting=Weighting(strategy=Uneven(), needs=frozenset(), critic=None, label="uneven"),
@@ -114,7 +114,7 @@ def trained(heads, what, optimiser, folder, *, distributed=SINGLE_PROCESS, resum
         pairs_per_step=(36.0,) * K,
         accumulation=1,
         distributed=distributed,
-        autocast=lambda: torch.autocast("cpu", enabled=False),
+        autocast=lambda: torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32),
         validation=lambda: [batch_of(100)],
         best=folder / "best.pt",
     )
@@ -154,24 +154,27 @@ def train_as(rank, folder, results, *trains):
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize(
-    ("heads", "what", "optimiser"),
+    ("heads", "what", "optimiser", "dtype"),
     [
-        *((heads, what, "adamw") for what in ("all", "heads") for heads in HEADS),
-        ("parallel", "all", "muon"),
-        ("parallel", "float32", "adamw"),  # adapters, with this dtype of the base
-        ("medusa", "bfloat16", "adamw"),
-        ("sequential", "nf4", "adamw"),
+        *((heads, what, "adamw", torch.float32) for what in ("all", "heads") for heads in HEADS),
+        ("parallel", "all", "muon", torch.float32),
+        ("parallel", "all", "adamw", torch.bfloat16),
+        ("parallel", "float32", "adamw", torch.float32),  # adapters, with this dtype of the base
+        ("medusa", "bfloat16", "adamw", torch.float32),
+        ("sequential", "nf4", "adamw", torch.float32),
     ],
 )
 def test_two_sharded_processes_train_as_one_does_and_one_goes_on_with_their_checkpoint(
-    heads, what, optimiser, tmp_path
+    heads, what, optimiser, dtype, tmp_path
 ):
     (tmp_path / "two").mkdir()
     (tmp_path / "one").mkdir()
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     processes = [
-        context.Process(target=train_as, args=(rank, tmp_path / "two", results, heads, what, optimiser))
+        context.Process(
+            target=train_as, args=(rank, tmp_path / "two", results, heads, what, optimiser, dtype)
+        )
         for rank in (0, 1)
     ]
     for process in processes:
@@ -180,13 +183,15 @@ def test_two_sharded_processes_train_as_one_does_and_one_goes_on_with_their_chec
     for process in processes:
         process.join(60)
 
-    alone = trained(heads, what, optimiser, tmp_path / "one")
+    alone = trained(heads, what, optimiser, dtype, tmp_path / "one")
     snapshot = Snapshot.read(tmp_path / "two" / f"policy-{CHECKPOINT:08d}")
-    later = trained(heads, what, optimiser, tmp_path / "one", resume=snapshot)
+    later = trained(heads, what, optimiser, dtype, tmp_path / "one", resume=snapshot)
 
     assert set(losses) == set(alone)
-    assert losses == pytest.approx(alone, rel=1e-4 if what in {"all", "heads"} else 1e-5)
-    assert later == pytest.approx({step: alone[step] for step in later}, rel=1e-4)
+    # In bfloat16, each process rounds its part of the gradient; the largest difference measured is 2.4e-4.
+    exact = 1e-3 if dtype == torch.bfloat16 else 1e-4
+    assert losses == pytest.approx(alone, rel=exact if what in {"all", "heads"} else 1e-5)
+    assert later == pytest.approx({step: alone[step] for step in later}, rel=exact)
     assert STEPS in later
     assert len(later) == STEPS - CHECKPOINT
     for folder in ("two", "one"):

@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -12,6 +13,7 @@ from weighted_mtp_core.api import WmtpError
 from weighted_mtp_core.checkpointing.shards import Shards, write_shards
 from weighted_mtp_core.checkpointing.snapshot import Snapshot
 from weighted_mtp_core.checkpointing.state import load_optimiser_state, optimiser_state
+from weighted_mtp_core.checkpointing.whole_files import write_safetensors, write_torch
 from weighted_mtp_core.runtime.distributed import Distributed
 from weighted_mtp_core.storage.manifest import write_manifest
 
@@ -104,3 +106,19 @@ def test_a_payload_in_place_of_a_part_never_runs(snapshot, tmp_path):
         Snapshot.read(snapshot)
 
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("write", "read"),
+    [(write_torch, lambda path: torch.load(path, weights_only=True)), (write_safetensors, load_file)],
+)
+def test_one_file_has_each_tensor_whole_under_all_its_names(write, read, distributed, tensors, tmp_path):
+    given = {**tensors, "tied": tensors["learner.matrix"], "empty": torch.zeros(0, 3)}
+
+    write(given, tmp_path / "file", distributed)
+
+    found = read(tmp_path / "file")
+    assert found.keys() == given.keys()
+    for name, tensor in {**WHOLE, "tied": WHOLE["learner.matrix"], "empty": torch.zeros(0, 3)}.items():
+        assert torch.equal(found[name], tensor)
+        assert found[name].dtype == tensor.dtype

@@ -6,22 +6,38 @@ needs memory for all tensors.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint._hf_utils import (
+    CUSTOM_METADATA_KEY,
+    DCP_VERSION_KEY,
+    FORMAT_KEY,
+    FORMAT_VALUE,
+    HF_DCP_VERSION,
+    SAVED_OFFSETS_KEY,
+    _gen_file_name,
+)
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from weighted_mtp_core.runtime.distributed import Distributed
+from weighted_mtp_core.storage.atomic import sync_to_disk
 
 
 def write_shards(tensors: Mapping[str, Tensor], folder: Path | None, distributed: Distributed) -> None:
@@ -41,13 +57,39 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path | None, distributed
     try:
         save(
             dict(tensors),
-            storage_writer=HuggingFaceStorageWriter(folders[0], save_distributed=True),
+            storage_writer=_Writer(folders[0], save_distributed=True),
             planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
             process_group=distributed.control_group,
         )
     except CheckpointException as error:  # a BaseException with the error of each process
         first = next(iter(error.failures.values()))[0]
         raise OSError(f"a process could not write its part: {first}") from error
+
+
+class _Writer(HuggingFaceStorageWriter):
+    """Writes the tensors from where they are; torch's own writer first copies all of them twice."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        tensors: dict[str, Tensor] = {}
+        places: dict[str, Any] = {}
+        for item in plan.items:
+            assert item.tensor_data is not None
+            data = planner.resolve_data(item)
+            assert isinstance(data, Tensor)
+            tensors[item.index.fqn] = data.contiguous()
+            places[item.index.fqn] = {SAVED_OFFSETS_KEY: list(item.tensor_data.chunk.offsets)}
+        if tensors:
+            file = Path(self.path) / _gen_file_name(1, 1, plan.storage_data["shard_index"])
+            metadata = {
+                CUSTOM_METADATA_KEY: json.dumps(places),
+                DCP_VERSION_KEY: str(HF_DCP_VERSION),
+                FORMAT_KEY: FORMAT_VALUE,
+            }
+            save_file(tensors, file, metadata=metadata)
+            sync_to_disk(file)
+        written: Future[list[WriteResult]] = Future()
+        written.set_result([])  # only needed to join the files of all processes
+        return written
 
 
 class Shards(Mapping[str, Tensor]):

@@ -31,6 +31,7 @@ _TOLERANCE = 1e-4  # difference of fp32 logits, relative to the largest logit
 _LENGTH = 24
 _WINDOW = 8
 _WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size")
+_SPARE_ROWS = 8  # of a table of positions: OPT's has two rows that are not positions
 _CAPPED = 60.0  # logits are scaled up to this size, because the usual soft-caps are 15 to 50
 _OTHER_MODEL = "use another base model, for example one of the Llama, Qwen or Gemma families"
 
@@ -249,7 +250,7 @@ def _unfit(policy: Policy, what: str) -> WmtpError:
 
 @torch.no_grad()
 def check_positions(policy: Policy, tokens: int) -> None:
-    """Check that a policy on the CPU has enough positions for a document of `tokens` tokens.
+    """Check that a policy has enough positions for a document of `tokens` tokens.
 
     Raises:
         WmtpError: The model has too few positions, for example a learned table that is too short.
@@ -260,7 +261,11 @@ def check_positions(policy: Policy, tokens: int) -> None:
         return
     token = probe_ids(policy.config)[:1, :1]
     fails = config.model_type in LIMITED_LENGTH
-    if not fails:
+    if not fails and policy.unembedding.weight.device.type == "cuda":
+        # A look-up past the end of a table would end the process, so look for a table that is too short.
+        tables = [each for each in policy.trunk.modules() if isinstance(each, nn.Embedding)]
+        fails = any(limit <= each.num_embeddings < tokens + _SPARE_ROWS for each in tables)
+    elif not fails:
         try:
             policy.trunk_states(token, position_BT=torch.tensor([[tokens - 1]]))
         except (IndexError, RuntimeError):
