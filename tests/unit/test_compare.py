@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import time
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from textwrap import dedent
 
@@ -20,8 +21,8 @@ from weighted_mtp_core.compare.jobs import Job, plan_jobs
 from weighted_mtp_core.compare.measures import RunMeasures, default_metrics, kinds_of_machines, read_measures
 from weighted_mtp_core.compare.runner import Runner, share_machine
 from weighted_mtp_core.compare.table import Comparison
-from weighted_mtp_core.compare.task import RunTask, execute, use_gpu
-from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.compare.task import Ended, RunTask, execute, use_gpu
+from weighted_mtp_core.errors import RunFailedError, WmtpError
 from weighted_mtp_core.executors.address import open_executor
 from weighted_mtp_core.tracking.journal import Journal
 from weighted_mtp_core.tracking.run_folder import RunFolder
@@ -232,6 +233,83 @@ def test_a_run_that_fails_is_named_with_its_log_and_stops_no_other(arms, run_job
         ("one-seed1", 1, "no luck")
     ]
     assert said[-1] == f"one-seed1: FAILED (exit code 1), no luck; log {tmp_path / 'one-seed1.log'}"
+
+
+class Scheduler(Executor):
+    """Ends each task as a scheduler reports it."""
+
+    def __init__(self, *ends):
+        self._ends = iter(ends)
+
+    def submit(self, *_):
+        future = Future()
+        end = next(self._ends)
+        if isinstance(end, Ended):
+            future.set_result(end)
+        elif end is not None:
+            future.set_exception(end)
+        else:
+            future.cancel()
+        return future
+
+
+@pytest.fixture
+def run_at(tmp_path):
+    """Complete jobs with a scheduler; return the outcome and what was logged."""
+
+    def run(scheduler, jobs):
+        said = []
+        runner = Runner(
+            executor=scheduler,
+            at_once=None,
+            threads=1,
+            logs=tmp_path,
+            log=said.append,
+            on_done=lambda _: None,
+        )
+        try:
+            return runner.run(jobs), said
+        finally:
+            assert not list(tmp_path.glob(".order*"))  # so that all tasks stop
+
+    return run
+
+
+def test_a_run_that_has_lost_too_many_workers_is_a_run_that_failed(arms, run_at):
+    class KilledWorker(Exception):  # noqa: N818 - Dask's name
+        pass
+
+    ends = [KilledWorker("Attempted to run it on 4 different workers. See logs."), KilledWorker("Again.")]
+
+    outcome, said = run_at(Scheduler(*ends), plan_jobs(arms(("one", "")), [1, 2]))
+
+    assert [(each.job.label, each.code) for each in outcome.failures] == [("one-seed1", 1), ("one-seed2", 1)]
+    assert outcome.failures[0].reason == "KilledWorker: Attempted to run it on 4 different workers"
+    assert said[0].startswith("one-seed1: FAILED (exit code 1), KilledWorker: ")
+
+
+def test_a_run_whose_folder_cannot_be_seen_here_is_a_run_that_failed(arms, run_at, monkeypatch):
+    monkeypatch.setattr("weighted_mtp_core.compare.runner._SHARED_S", 0.1)
+    elsewhere = Ended(code=0, folder=Path("runs/elsewhere"), reason="", host="node-3")
+
+    outcome, _ = run_at(Scheduler(elsewhere), plan_jobs(arms(("one", "")), [1]))
+
+    (failure,) = outcome.failures
+    assert failure.reason == "`runs/elsewhere`, written on node-3, is not in the storage here"
+
+
+def test_a_lost_scheduler_ends_the_comparison(arms, run_at):
+    with pytest.raises(RunFailedError, match="the connection to the scheduler was lost") as error:
+        run_at(Scheduler(None, None), plan_jobs(arms(("one", "")), [1, 2]))
+
+    assert error.value.hint == "the same command resumes all runs"
+
+
+def test_a_worker_that_refuses_a_run_ends_the_comparison(arms, run_at):
+    refusal = WmtpError("the worker does not run the code of the client", hint="restart the worker")
+
+    with pytest.raises(WmtpError, match="does not run the code of the client"):
+        run_at(Scheduler(refusal, None), plan_jobs(arms(("one", "")), [1, 2]))
 
 
 def test_a_run_ends_with_the_process_that_started_it(arms, tmp_path):
