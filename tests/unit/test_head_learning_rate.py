@@ -70,7 +70,7 @@ class Latest(PolicyLearner):
         return Validation(metrics={}, score=float(step))
 
 
-def learner(folder, *, head_rate):
+def learner(folder, *, head_rate, embedding_rate=1.0):
     return Latest(
         policy=copy.deepcopy(base()),
         weighting=Weighting(strategy=Flat(), needs=frozenset(), critic=None, label="flat"),
@@ -82,6 +82,7 @@ def learner(folder, *, head_rate):
         validation=list,
         best=folder / "best_model.pt",
         head_rate=head_rate,
+        embedding_rate=embedding_rate,
     )
 
 
@@ -109,9 +110,9 @@ def trained(folder, **changes):
     return parameters
 
 
-def parameters_and_metrics(folder, *, head_rate, at=None, resume=False, only_heads=False):
+def parameters_and_metrics(folder, *, head_rate, embedding_rate=1.0, at=None, resume=False, only_heads=False):
     """Return the parameters after all steps, and the metrics of each step."""
-    made = learner(folder, head_rate=head_rate)
+    made = learner(folder, head_rate=head_rate, embedding_rate=embedding_rate)
     for name, parameter in made.policy.named_parameters():
         parameter.requires_grad_(name.startswith(LATER) or not only_heads)
     reports = Reports(at or {})
@@ -183,6 +184,16 @@ def test_the_recorded_rates_are_those_that_parameters_learn_at(tmp_path, head_ra
 
     found = metrics[TABLE.warmup_steps]
     assert {name: found[name] for name in found if name.endswith("learning_rate")} == pytest.approx(recorded)
+
+
+def test_embeddings_and_unembedding_have_a_rate_of_their_own(tmp_path):
+    found, metrics = parameters_and_metrics(tmp_path, head_rate=5.0, embedding_rate=1e-30)
+
+    start = dict(learner(tmp_path, head_rate=1.0).policy.named_parameters())
+    still = {name for name, parameter in found.items() if torch.equal(parameter, start[name])}
+    assert still == {"trunk.embed_tokens.weight", "unembedding.weight"}
+    recorded = {name: value for name, value in metrics[TABLE.warmup_steps].items() if "learning_rate" in name}
+    assert recorded == pytest.approx({RATE: 0.01, HEAD_RATE: 0.05, "policy_embedding_learning_rate": 1e-32})
 
 
 def test_equal_rates_are_one_rate(tmp_path):

@@ -3,7 +3,8 @@
 import copy
 import math
 import sys
-from types import SimpleNamespace
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -300,11 +301,37 @@ def test_betas_out_of_range_are_refused(betas):
     ]
 
 
+def recipe_with(name, *, device="cpu"):
+    return SimpleNamespace(critic=None, train=table(name), model=SimpleNamespace(device=device))
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        ((), "needs Triton on CUDA"),
+        (("triton",), "needs a C compiler on CUDA, which Triton calls"),
+    ],
+)
+def test_what_compiles_the_update_of_moments_of_8_bits_on_cuda_is_needed_there(monkeypatch, found, text):
+    for name in ("torchao", "triton"):
+        known = name in found or name == "torchao"
+        monkeypatch.setitem(sys.modules, name, ModuleType(name) if known else None)
+        if known:
+            sys.modules[name].__spec__ = ModuleSpec(name, None)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+
+    check_optimisers(recipe_with("adamw_8bit"))
+    check_optimisers(recipe_with("muon", device="cuda"))
+    with pytest.raises(WmtpError, match=text):
+        check_optimisers(recipe_with("adamw_8bit", device="cuda"))
+
+
 def test_a_missing_package_is_named_with_the_line_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)  # Python then finds no such package
 
     with pytest.raises(WmtpError) as caught:
-        check_optimisers(SimpleNamespace(critic=None, train=table("adamw_8bit")))
+        check_optimisers(recipe_with("adamw_8bit"))
 
     assert str(caught.value) == '`train.optimiser.name = "adamw_8bit"` needs the package torchao'
     assert caught.value.hint == "pip install 'weighted-mtp-core[eightbit]'"

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from weighted_mtp_core.training.one_by_one import OneByOne
 
 _BLOCK, _FEWEST = 256, 4096
-_PIECE = 1 << 16  # values that a CPU updates at once: the caches hold them, and temporary tensors stay small
+_PIECE = 1 << 16  # values that are updated at once if the update is not compiled, for small temporary tensors
 _SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 
 
@@ -21,8 +21,8 @@ class EightBitAdamW(OneByOne):
     """torchao's AdamW with moments quantised in blocks of 256 values (Dettmers et al. 2022).
 
     Parameters of fewer than 4096 values keep moments of 32 bits, and so do those that cannot be divided into
-    whole blocks, or that are not sharded into equal shards of whole blocks. On a CPU, torchao's update runs
-    operation by operation instead of compiled, so that no compiler is needed.
+    whole blocks, or that are not sharded into equal shards of whole blocks. Only on CUDA, torchao's update is
+    compiled; on other devices it runs operation by operation, so that no compiler is needed.
 
     Args:
         groups: Groups of parameters, with `weight_decay`.
@@ -56,15 +56,15 @@ class EightBitAdamW(OneByOne):
 
         options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
         held = dict(state) or _start(parameter, blocks=_has_blocks(original))
-        on_cpu, gradient = parameter.device.type == "cpu", parameter.grad
+        compiled, gradient = parameter.device.type == "cuda", parameter.grad
         assert gradient is not None
-        size = _PIECE if on_cpu else max(1, parameter.numel())
+        size = max(1, parameter.numel()) if compiled else _PIECE
         for first in range(0, parameter.numel(), size):
             piece = nn.Parameter(_span(parameter.detach(), first, size))
             piece.grad = _span(gradient.contiguous(), first, size)
             adamw = AdamW8bit([piece], **options)
             adamw.state[piece] = self._packed(held, parameter.dtype, first=first, size=size)
-            with _eager() if on_cpu else nullcontext():
+            with nullcontext() if compiled else _eager():
                 adamw.step()  # writes into `held`
         held["step"] += 1
         return held

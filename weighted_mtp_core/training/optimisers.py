@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from types import MappingProxyType
@@ -14,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.recipe.schema import Recipe
 from weighted_mtp_core.recipe.train_table import TrainTable
+from weighted_mtp_core.runtime.device import device_type
 from weighted_mtp_core.runtime.sharding import whole
 from weighted_mtp_core.training.eight_bit import EightBitAdamW
 from weighted_mtp_core.training.muon import Muon
@@ -37,20 +40,30 @@ def check_optimisers(recipe: Recipe) -> None:
     """Refuse optimisers that the installed packages do not have.
 
     Raises:
-        WmtpError: The package or the release of torch that has an optimiser is not installed.
+        WmtpError: The package or the release of torch that has an optimiser is not installed, or Triton or a
+            C compiler, with which a CUDA device needs to compile the update, is missing.
     """
+    device = device_type(recipe.model.device)
     if recipe.critic is not None:
-        _check_optimiser(recipe.critic.train, key="critic.train.optimiser.name")
-    _check_optimiser(recipe.train, key="train.optimiser.name")
+        _check_optimiser(recipe.critic.train, device, key="critic.train.optimiser.name")
+    _check_optimiser(recipe.train, device, key="train.optimiser.name")
 
 
-def _check_optimiser(table: TrainTable, *, key: str) -> None:
+def _check_optimiser(table: TrainTable, device: str, *, key: str) -> None:
     name = table.optimiser.name
     if name == "adamw_8bit" and find_spec("torchao") is None:
         raise WmtpError(
             f'`{key} = "adamw_8bit"` needs the package torchao',
             hint="pip install 'weighted-mtp-core[eightbit]'",
         )
+    if name == "adamw_8bit" and device == "cuda":
+        if find_spec("triton") is None:
+            raise WmtpError(f'`{key} = "adamw_8bit"` needs Triton on CUDA', hint="pip install triton")
+        if not os.environ.get("CC") and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+            raise WmtpError(
+                f'`{key} = "adamw_8bit"` needs a C compiler on CUDA, which Triton calls',
+                hint="install gcc, or set the variable CC",
+            )
     if name == "muon" and not hasattr(torch.optim, "Muon"):
         raise WmtpError(
             f'`{key} = "muon"` needs torch 2.9 or newer; torch {torch.__version__} is installed',
