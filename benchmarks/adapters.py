@@ -1,0 +1,165 @@
+"""Peak memory of training with adapters, on the shape of SmolLM2-135M, and whether the held-out loss falls.
+
+    python benchmarks/adapters.py
+
+B = 1, T = 256, 40 % of the tokens supervised, AdamW, random weights, `parallel` heads, K = 4. The peak
+contains the parameters, and activations, gradients and AdamW's moments of two steps. The held-out loss is the
+loss on documents whose tokens follow the same skewed distribution as the tokens of the training documents.
+Needs the plugin `baseline_mtp` and 4 GB of memory.
+
+Shape letters: B rows, T positions, K heads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from harness import MIB, Row, main, peak_mib, row
+from step import SMOLLM2, SUPERVISED, TINY
+from transformers import LlamaConfig, LlamaForCausalLM
+from weighted_mtp_core.api import Batch, BuildContext, ModelContext
+from weighted_mtp_core.data.batches import collate
+from weighted_mtp_core.data.tokens import TokenSet
+from weighted_mtp_core.model.adapters import adapt
+from weighted_mtp_core.model.load import make_policy
+from weighted_mtp_core.model.policy import Policy
+from weighted_mtp_core.model.trunk import frozen_trunk
+from weighted_mtp_core.recipe.schema import BaseDtype, LossTable, ModelTable, TrainTable
+from weighted_mtp_core.training.optimisers import clip_gradients, make_optimiser
+from weighted_mtp_core.training.policy_learner import PolicyLearner
+from weighted_mtp_core.training.weighting_inputs import Weighting
+
+from weighted_mtp_baseline_mtp import UniformOptions, build_uniform
+
+K, STEPS, HELD_OUT = 4, 20, 4
+
+
+def new_policy(shape: Mapping[str, int], base_dtype: BaseDtype | None) -> Policy:
+    """Return a policy with random weights; without `base_dtype`, everything is trained."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**shape, tie_word_embeddings=True, max_position_embeddings=2048)
+    policy = make_policy(LlamaForCausalLM(config), n_future=K, head_kind="parallel")
+    if base_dtype is not None:
+        adapt(policy, ModelTable(train="adapters", base_dtype=base_dtype))
+    return policy
+
+
+def documents(shape: Mapping[str, int], positions: int, *, count: int) -> TokenSet:
+    """Return documents whose tokens follow Zipf's law; the last 40 % of each document are the response."""
+    share_V = 1 / np.arange(1, shape["vocab_size"] + 1)
+    ids_N = np.random.default_rng(0).choice(
+        shape["vocab_size"], size=count * positions, p=share_V / share_V.sum()
+    )
+    return TokenSet(
+        ids_N=ids_N.astype(np.int32),
+        start_D1=np.arange(count + 1) * positions,
+        prompt_D=np.full(count, round(positions * (1 - SUPERVISED)), dtype=np.int32),
+        reward_D=np.ones(count, dtype=np.float32),
+        problem_D=np.arange(count),
+        example_ids=[str(d) for d in range(count)],
+    )
+
+
+def training(
+    policy: Policy, shape: Mapping[str, int], positions: int
+) -> tuple[PolicyLearner, Callable[[int], None]]:
+    """Return a learner that validates on held-out documents, and a function that takes a training step."""
+    tokens = documents(shape, positions, count=STEPS + HELD_OUT)
+
+    def batch(number: int) -> Batch:
+        return collate(tokens, np.array([number]), device=torch.device("cpu"))
+
+    def held_out() -> Iterator[Batch]:
+        return (batch(number) for number in range(STEPS, STEPS + HELD_OUT))
+
+    model = ModelContext(
+        n_future=K,
+        hidden_size=policy.hidden_size,
+        vocab_size=policy.vocab_size,
+        device=torch.device("cpu"),
+        frozen_trunk=partial(frozen_trunk, policy),
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        context = BuildContext(seed=0, storage=Path(scratch), model=model)
+        uniform = build_uniform(UniformOptions(), context)
+    learner = PolicyLearner(
+        policy=policy,
+        weighting=Weighting(strategy=uniform, needs=frozenset(), critic=None, label="benchmark"),
+        loss=LossTable(),
+        steps=STEPS,
+        pairs_per_step=(positions * SUPERVISED,) * K,
+        accumulation=1,
+        autocast=lambda: torch.autocast("cpu", enabled=False),
+        validation=held_out,
+        best=Path("unused"),
+    )
+    parameters = [each for each in policy.parameters() if each.requires_grad]
+    optimiser = make_optimiser(parameters, TrainTable(learning_rate=1e-3))
+
+    def step(number: int) -> None:
+        learner.learn(batch(number), step=number)
+        clip_gradients(parameters, 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+    return learner, step
+
+
+def prepare_two_steps(
+    shape: Mapping[str, int], positions: int, base_dtype: BaseDtype | None
+) -> Callable[[], object]:
+    """Return two steps of a new model, for `peak_mib`: the second one starts with AdamW's moments."""
+    for number in range(2):  # a tiny model loads everything that is loaded lazily
+        training(new_policy(TINY, base_dtype), TINY, 16)[1](number)
+    _, step = training(new_policy(shape, base_dtype), shape, positions)
+    return lambda: [step(0), step(1)]
+
+
+def peak(shape: Mapping[str, int], positions: int, base_dtype: BaseDtype | None) -> float:
+    """Return the peak in MiB: parameters, and what two steps need in addition."""
+    stored = sum(each.nbytes for each in new_policy(shape, base_dtype).parameters())
+    return stored / MIB + peak_mib(prepare_two_steps, shape, positions, base_dtype)
+
+
+def held_out_loss(shape: Mapping[str, int], positions: int) -> Row:
+    """Return the row of the held-out loss of head 1 after 20 steps, over this loss before them."""
+    learner, step = training(new_policy(shape, "float32"), shape, positions)
+    found = []
+    for number in range(STEPS + 1):
+        if number in (0, STEPS):
+            learner.policy.eval()
+            found.append(learner.validate(step=number).metrics["validation_ce_head_1"])
+            learner.policy.train()
+        if number < STEPS:
+            step(number)
+    return row(
+        f"adapters: held-out loss after {STEPS} steps over before",
+        [found[1] / found[0]],
+        limit="<= 0.95",
+        unit="x",
+        note=f"{found[0]:.2f} and {found[1]:.2f} nats",
+    )
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """Measure the group."""
+    shape, positions = (TINY, 32) if args.quick else (SMOLLM2, 256)
+    everything = peak(shape, positions, None)
+    rows = []
+    dtypes: dict[BaseDtype, str] = {"float32": "<= 0.45", "bfloat16": "", "nf4": ""}
+    for dtype, limit in dtypes.items():
+        own = peak(shape, positions, dtype)
+        name = f"adapters: peak memory of rank 16 on a base in {dtype}, over training everything"
+        note = f"{own:.0f} and {everything:.0f} MiB"
+        rows.append(row(name, [own / everything], limit=limit, unit="x", note=note))
+    return [*rows, held_out_loss(shape, positions)]
+
+
+if __name__ == "__main__":
+    main(measure, __doc__)
