@@ -30,8 +30,9 @@ from weighted_mtp_core.model.adapters import adapt
 from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.trunk import frozen_trunk
-from weighted_mtp_core.recipe.schema import BaseDtype, LossTable, ModelTable, TrainTable
-from weighted_mtp_core.training.optimisers import clip_gradients, make_optimiser
+from weighted_mtp_core.recipe.schema import BaseDtype, LossTable, ModelTable
+from weighted_mtp_core.recipe.train_table import TrainTable
+from weighted_mtp_core.training.optimisers import clip_gradients, make_optimisers
 from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.weighting_inputs import Weighting
 
@@ -100,7 +101,7 @@ def training(
         best=Path("unused"),
     )
     parameters = [each for each in policy.parameters() if each.requires_grad]
-    optimiser = make_optimiser(parameters, TrainTable(learning_rate=1e-3))
+    (optimiser,) = make_optimisers(parameters, TrainTable(learning_rate=1e-3))
 
     def step(number: int) -> None:
         learner.learn(batch(number), step=number)
