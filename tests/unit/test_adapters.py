@@ -17,16 +17,20 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
-from weighted_mtp_core.api import Batch, Signal, WeightingStrategy, Weights, WmtpError
+from weighted_mtp_core.api import Batch, Signal, WeightingStrategy, Weights, WmtpError, add_adapters
 from weighted_mtp_core.api.tensors import align_weights
 from weighted_mtp_core.checkpointing.best_model import load_model, save_model
 from weighted_mtp_core.checkpointing.manager import Checkpoints
@@ -468,7 +472,7 @@ def test_a_stored_base_computes_in_the_dtype_of_autocast(base_dtype):
 
 def test_a_model_with_other_layers_than_linear_ones_cannot_be_stored_in_fewer_bits():
     with pytest.raises(
-        WmtpError, match="in layers of the class `Conv1D`, which cannot be stored in bfloat16"
+        WmtpError, match="cannot be stored in bfloat16: they are in layers of the class `Conv1D`"
     ):
         adapted("gpt2", base_dtype="bfloat16")
 
@@ -560,3 +564,63 @@ def test_an_exported_adapter_names_its_base_and_the_last_parts_of_its_layers(tmp
     assert len(tensors) == 3 * 2 * 2
     assert {each.dtype for each in tensors.values()} == {torch.bfloat16}
     assert (tmp_path / "adapter" / "recipe.toml").read_bytes() == b"x = 1\n"
+
+
+def test_an_adapter_that_peft_would_load_as_another_one_is_refused(tmp_path):
+    shape = SMALL | {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32}
+    small = {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2}
+    latent = {
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    }
+    config = DeepseekV3Config(**shape, **small, **latent, first_k_dense_replace=1, topk_group=1)
+    policy = make_policy(DeepseekV3ForCausalLM(config), n_future=2, head_kind="medusa")
+    adapt(policy, ModelTable(train="adapters", adapters=PLAIN))
+
+    with pytest.raises(WmtpError, match="peft would load the adapter of this `deepseek_v3` model as another"):
+        write_adapter(policy, tmp_path / "adapter", dtype=torch.float32, recipe=b"")
+    assert not (tmp_path / "adapter").exists()
+
+
+# ------------------------------------------------------------------ layers that cannot be adapted
+
+
+class Fused(torch.nn.Module):
+    """Reads the matrix of one of its layers, as fused kernels do."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = torch.nn.Linear(4, 4)
+        self.bypassed = torch.nn.Linear(4, 4)
+
+    def forward(self, input_NI):
+        return self.called(input_NI) @ self.bypassed.weight.to(self.called.weight.dtype)
+
+
+def test_a_layer_whose_matrix_is_read_without_a_call_is_refused():
+    with pytest.raises(WmtpError, match="an adapter of `bypassed` would have no effect") as caught:
+        add_adapters(torch.nn.Sequential(Fused()), rank=2)
+
+    assert caught.value.hint == "set the targets to `called`, or to some of them"
+    add_adapters(torch.nn.Sequential(Fused()), rank=2, targets=("called",))
+
+
+def test_layers_directly_in_the_module_are_adapted():
+    module = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+
+    add_adapters(module, rank=2)
+
+    trained = {name for name, each in module.named_parameters() if each.requires_grad}
+    assert trained == {f"{layer}.lora_{kind}.default.weight" for layer in (0, 2) for kind in "AB"}
+
+
+@pytest.mark.parametrize("base_dtype", ["bfloat16", "nf4"])
+def test_experts_that_would_stay_float32_are_refused(base_dtype):
+    config = MixtralConfig(**SMALL, intermediate_size=32, num_key_value_heads=1, num_local_experts=4)
+    policy = make_policy(MixtralForCausalLM(config), n_future=2, head_kind="parallel")
+
+    with pytest.raises(WmtpError, match="they are in layers of the class `MixtralExperts`"):
+        adapt(policy, ModelTable(train="adapters", adapters=PLAIN, base_dtype=base_dtype))

@@ -6,6 +6,9 @@ matrix of `rank` columns, s the scale. B starts at 0, so the output does not cha
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -41,9 +44,11 @@ def add_adapters(
         layers: The submodules that contain the linear layers to adapt; None for the whole module.
 
     Raises:
-        WmtpError: `peft` is not installed, or there is no linear layer to adapt, or no linear layer of a name
-            in `targets`.
+        WmtpError: `peft` is not installed, there is no linear layer to adapt or no linear layer of a name in
+            `targets`, or an adapter would have no effect.
     """
+    from torch import nn
+
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ModuleNotFoundError as error:
@@ -63,25 +68,75 @@ def add_adapters(
                 f"there is no linear layer `{target}` to adapt", hint=f"the layers are {quoted(short)}"
             )
     scale: Any = 2 * rank if alpha is None else alpha  # LoraConfig's type is int, but it divides only
+    chosen = [name for name in names if not targets or name.rpartition(".")[2] in targets]
+    read = read_directly(module, chosen)
+    if read:
+        own_name = read[0].rpartition(".")[2]
+        others = [name for name in short if name not in {each.rpartition(".")[2] for each in read}]
+        raise WmtpError(
+            f"an adapter of `{own_name}` would have no effect, because the model reads the matrix of this "
+            "layer without calling the layer",
+            hint=f"set the targets to {quoted(others)}, or to some of them" if others else None,
+        )
     config = LoraConfig(
         r=rank,
         lora_alpha=scale,
         lora_dropout=dropout,
         use_rslora=rslora,
         use_dora=dora,
-        target_modules=[name for name in names if not targets or name.rpartition(".")[2] in targets],
+        target_modules=chosen,
     )
+    # peft changes the targets of some families, whose config it finds in the module, to the names of other
+    # releases of transformers. This holder of the same children has no config.
+    holder = nn.Module()
+    for name, child in module.named_children():
+        holder.add_module(name, child)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set")  # peft sets it itself
-        inject_adapter_in_model(config, module)
+        inject_adapter_in_model(config, holder)
+    for name, child in holder.named_children():
+        module.add_module(name, child)
+    vars(module)["peft_config"] = {"default": config}
     base = {id(parameter) for parameter in own}
     for parameter in module.parameters():
         parameter.requires_grad_(id(parameter) not in base)
 
 
+def read_directly(module: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return the names of the layers whose matrix their parent's code reads, without a call of the layer.
+
+    Fused kernels of Mamba layers do so, for example.
+    """
+    found = []
+    for name in names:
+        parent, _, own = name.rpartition(".")
+        code = _code_of(type(module.get_submodule(parent)))
+        if re.search(rf"\bself\.{re.escape(own)}\.weight\b(?!\.(dtype|device|shape))", code):
+            found.append(name)
+    return found
+
+
+@functools.cache
+def _code_of(kind: type) -> str:
+    """Return the source of a class; empty if there is none."""
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return ""
+
+
 def is_linear(module: Any) -> bool:
-    """Return whether a module is a linear layer; GPT-2 has its own class of linear layers."""
+    """Return whether a module is a linear layer; GPT-2 has its own class of linear layers.
+
+    A subclass may compute something else, as the routers of some mixtures of experts do.
+    """
+    import torch
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    return isinstance(module, nn.Linear | Conv1D)
+    if type(module) in {nn.Linear, Conv1D} or not isinstance(module, nn.Linear):
+        return isinstance(module, nn.Linear | Conv1D)
+    probe = torch.ones(1, module.in_features).to(module.weight)
+    with torch.no_grad():
+        found, expected = module(probe), nn.functional.linear(probe, module.weight, module.bias)
+    return isinstance(found, torch.Tensor) and torch.allclose(found, expected)

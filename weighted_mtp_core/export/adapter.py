@@ -7,6 +7,7 @@ the logits of head 1. Heads 2..K are not part of the folder.
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def write_adapter(policy: Policy, path: Path, *, dtype: torch.dtype, recipe: byt
         recipe: Contents of the run's `recipe.toml`.
 
     Raises:
+        WmtpError: peft would load the folder as another adapter.
         RunFailedError: The disk is full, or permission is missing.
     """
     from peft import get_peft_model_state_dict
@@ -69,8 +71,28 @@ def write_adapter(policy: Policy, path: Path, *, dtype: torch.dtype, recipe: byt
             config.save_pretrained(str(folder))
             save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
             (folder / RECIPE).write_bytes(recipe)
+            _read_back(base, folder, names=set(tensors))
     except (OSError, SafetensorError) as error:
         raise RunFailedError(f"cannot write the exported adapter `{path}`: {error}") from error
+
+
+def _read_back(base: Any, folder: Path, *, names: set[str]) -> None:
+    """Refuse an adapter that peft loads onto the base model with other tensors than those in the file.
+
+    For mixtures of experts, peft replaces names in a config that earlier releases of transformers used.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    with torch.device("meta"):
+        twin = type(base)(base.config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about tensors that are missing or not used
+        loaded = PeftModel.from_pretrained(twin, folder, low_cpu_mem_usage=True, torch_device="cpu")
+    if set(get_peft_model_state_dict(loaded, save_embedding_layers=False)) != names:
+        raise WmtpError(
+            f"peft would load the adapter of this `{base.config.model_type}` model as another one",
+            hint="export without `--adapter`, which merges the adapter",
+        )
 
 
 def _targets(base: nn.Module) -> list[str]:
@@ -81,6 +103,6 @@ def _targets(base: nn.Module) -> list[str]:
     others = {
         name.rpartition(".")[2]
         for name, each in base.named_modules()
-        if is_linear(each) and name not in inside and ".lora_" not in name
+        if (isinstance(each, nn.Linear) or is_linear(each)) and name not in inside and ".lora_" not in name
     }
     return sorted(full if short & others else short)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from weighted_mtp_core.api.adapters import is_linear
+from weighted_mtp_core.api.adapters import read_directly
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.model.unembedding import Unembedding
 from weighted_mtp_core.recipe.schema import BaseDtype
@@ -92,13 +92,7 @@ def store_base(model: nn.Module, dtype: BaseDtype) -> None:
     """
     if dtype == "float32":
         return
-    others = {type(each).__name__ for each in model.modules() if is_linear(each) and not _is_plain(each)}
-    if others:
-        raise WmtpError(
-            f"the matrices of this model are in layers of the class `{others.pop()}`, which cannot be stored "
-            f"in {dtype}",
-            hint='set `model.base_dtype = "float32"`',
-        )
+    _refuse_other_matrices(model, dtype)
     for module in model.modules():
         if type(module) is nn.Linear and not module.weight.requires_grad:
             _pack(module) if dtype == "nf4" else _shorten(module, _Bfloat16Linear)
@@ -130,8 +124,26 @@ def restore_base(model: nn.Module) -> None:
         module.weight.data = module.weight.data.float()
 
 
-def _is_plain(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
+def _refuse_other_matrices(model: nn.Module, dtype: BaseDtype) -> None:
+    """Refuse a model of which a tenth, embeddings aside, would stay float32, or with uncalled layers."""
+    frozen = {id(each): each.numel() for each in model.parameters() if not each.requires_grad}
+    linear, others = [], dict[str, int]()
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and not module.weight.requires_grad:
+            linear.append(name)
+        elif not isinstance(module, nn.Embedding | Unembedding):
+            matrices = [each for each in module.parameters(recurse=False) if each.ndim > 1]
+            kind = type(module).__name__
+            others[kind] = others.get(kind, 0) + sum(frozen.get(id(each), 0) for each in matrices)
+    largest = max(others, key=lambda kind: others[kind])
+    what = f"in layers of the class `{largest}`" if sum(others.values()) > sum(frozen.values()) / 10 else None
+    if read := read_directly(model, linear):
+        what = f"read without a call of their layers (`{read[0]}`)"
+    if what is not None:
+        raise WmtpError(
+            f"the matrices of this model cannot be stored in {dtype}: they are {what}",
+            hint='set `model.base_dtype = "float32"`',
+        )
 
 
 def _shorten(module: nn.Module, kind: type[nn.Module]) -> None:
