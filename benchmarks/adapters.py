@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import MIB, Row, main, peak_mib, row
+from harness import MIB, Row, main, peak_mib, return_freed_memory, row
 from step import SMOLLM2, SUPERVISED, TINY
 from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.api import Batch, BuildContext, ModelContext
@@ -115,7 +115,12 @@ def training(
 def prepare_two_steps(
     shape: Mapping[str, int], positions: int, base_dtype: BaseDtype | None
 ) -> Callable[[], object]:
-    """Return two steps of a new model, for `peak_mib`: the second one starts with AdamW's moments."""
+    """Return two steps of a new model, for `peak_mib`: the second one starts with AdamW's moments.
+
+    Freed memory is not counted: how large the gaps between the many small gradients of adapters are depends on
+    glibc only.
+    """
+    return_freed_memory()
     for number in range(2):  # a tiny model loads everything that is loaded lazily
         training(new_policy(TINY, base_dtype), TINY, 16)[1](number)
     _, step = training(new_policy(shape, base_dtype), shape, positions)

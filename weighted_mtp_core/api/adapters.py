@@ -110,7 +110,8 @@ def read_directly(module: nn.Module, names: Iterable[str]) -> list[str]:
     found = []
     for name in names:
         parent, _, own = name.rpartition(".")
-        code = _code_of(type(module.get_submodule(parent)))
+        kind: Any = type(module.get_submodule(parent))
+        code = _code_of(kind)
         if re.search(rf"\bself\.{re.escape(own)}\.weight\b(?!\.(dtype|device|shape))", code):
             found.append(name)
     return found
