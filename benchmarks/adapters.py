@@ -117,8 +117,7 @@ def prepare_two_steps(
 ) -> Callable[[], object]:
     """Return two steps of a new model, for `peak_mib`: the second one starts with AdamW's moments.
 
-    Freed memory is not counted: how large the gaps between the many small gradients of adapters are depends on
-    glibc only.
+    Freed memory is not counted: only glibc decides how large the gaps between the many small gradients are.
     """
     return_freed_memory()
     for number in range(2):  # a tiny model loads everything that is loaded lazily
@@ -161,7 +160,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
     dtypes: dict[BaseDtype, str] = {"float32": "<= 0.45", "bfloat16": "", "nf4": ""}
     for dtype, limit in dtypes.items():
         own = peak(shape, positions, dtype)
-        name = f"adapters: peak memory of rank 16 on a base in {dtype}, over training everything"
+        name = f"adapters: peak memory of rank 8 on a base in {dtype}, over training everything"
         note = f"{own:.0f} and {everything:.0f} MiB"
         rows.append(row(name, [own / everything], limit=limit, unit="x", note=note))
     return [*rows, held_out_loss(shape, positions)]

@@ -31,6 +31,7 @@ GROUPS = (
     "step",
     "optimisers",
     "heads",
+    "adapters",
     "padding",
     "corpus",
     "checkpointing",

@@ -34,7 +34,7 @@ def benchmark(environment, tmp_path):
     "group",
     [
         *("loss", "advantages", "step", "optimisers", "heads", "padding", "corpus", "checkpointing", "busy"),
-        *("reduction", "mfu"),
+        *("adapters", "reduction", "mfu"),
     ],
 )
 def test_a_group_measures_every_row(benchmark, group):

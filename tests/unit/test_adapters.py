@@ -558,7 +558,7 @@ def test_an_exported_adapter_names_its_base_and_the_last_parts_of_its_layers(tmp
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "base")
     assert sorted(config["target_modules"]) == ["q_proj", "up_proj"]
-    assert (config["r"], config["lora_alpha"], config["task_type"]) == (16, 32, "CAUSAL_LM")
+    assert (config["r"], config["lora_alpha"], config["task_type"]) == (8, 16, "CAUSAL_LM")
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(tensors) == 3 * 2 * 2
     assert {each.dtype for each in tensors.values()} == {torch.bfloat16}

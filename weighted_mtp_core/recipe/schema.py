@@ -100,7 +100,7 @@ class AdaptersTable:
     decoder layers.
     """
 
-    rank: int = field(default=16, validator=v.ge(1))
+    rank: int = field(default=8, validator=v.ge(1))
     alpha: float | None = field(default=None, validator=v.optional(v.gt(0)))
     dropout: float = field(default=0.0, validator=[v.ge(0), v.lt(1)])
     targets: tuple[str, ...] = field(default=())
