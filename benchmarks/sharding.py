@@ -4,8 +4,8 @@
 
 Whole runs of a model with 200 million parameters: loading, the checks before training, steps with AdamW, a
 validation, checkpoints, the best state, and generation. The peak is the resident memory of the whole process,
-with Python and its libraries. Needs 8 GB of memory, and as much in the temporary folder (TMPDIR selects its
-disk).
+with Python and its libraries, but without freed memory that glibc would keep. Needs 8 GB of memory, and as
+much in the temporary folder (TMPDIR selects its disk).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from harness import Row, main, row, status_kib
+from harness import Row, main, return_freed_memory, row, status_kib
 from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.model.load import load_policy
 from weighted_mtp_core.recipe.schema import MicroTable, ModelTable
@@ -98,6 +98,7 @@ def run_measured() -> None:
     from weighted_mtp_core.cli import main as program
 
     torch.set_num_threads(1)
+    return_freed_memory()
     code = program(sys.argv[1:])
     peak = status_kib("VmHWM") / 1024
     Path(os.environ[PEAKS], f"peak-{os.environ.get('RANK', '0')}").write_text(f"{peak}\n")

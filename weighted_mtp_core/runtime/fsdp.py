@@ -51,6 +51,8 @@ def callable_(module: Module, *, dtype: torch.dtype = torch.float32) -> Module:
             _gather_at_each_call(part)
         else:
             _call_with_fsdp(part, dtype)
+    for body in list(module.modules()):
+        _share_buffers(body)
     return module
 
 
@@ -132,6 +134,17 @@ def _call_with_fsdp(block: nn.Module, dtype: torch.dtype) -> None:
         setattr(owner, name, parameter)
     if lower is not None:
         block.forward = torch.autocast(sharded[0][2].device.type, dtype=lower)(block.forward)
+
+
+def _share_buffers(body: nn.Module) -> None:
+    """Let the layers of a model's body share the buffers of FSDP2, which keeps the last one that it used."""
+    lists = [each for each in body.children() if isinstance(each, nn.ModuleList)]
+    layers = [each for listed in lists for each in listed if isinstance(each, FSDPModule)]
+    is_called = type(body).forward is not nn.Module.forward
+    # The only layer of a head is also called without its body.
+    if is_called and len(layers) > 1 and not isinstance(body, FSDPModule):
+        mesh = mesh_of_parameters(body)
+        fully_shard(body, mesh=mesh, reshard_after_forward=True, ignored_params=set(body.parameters()))
 
 
 def _gather_at_each_call(module: nn.Module) -> None:
