@@ -138,6 +138,9 @@ def is_linear(module: Any) -> bool:
     if type(module) in {nn.Linear, Conv1D} or not isinstance(module, nn.Linear):
         return isinstance(module, nn.Linear | Conv1D)
     probe = torch.ones(1, module.in_features).to(module.weight)
-    with torch.no_grad():
-        found, expected = module(probe), nn.functional.linear(probe, module.weight, module.bias)
+    try:
+        with torch.no_grad():
+            found, expected = module(probe), nn.functional.linear(probe, module.weight, module.bias)
+    except RuntimeError:  # it cannot be called alone, for example because it is sharded
+        return False
     return isinstance(found, torch.Tensor) and torch.allclose(found, expected)
