@@ -32,6 +32,7 @@ GROUPS = (
     "optimisers",
     "heads",
     "adapters",
+    "memory",
     "padding",
     "corpus",
     "checkpointing",

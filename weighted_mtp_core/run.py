@@ -27,6 +27,7 @@ from weighted_mtp_core.checkpointing.snapshot import Snapshot
 from weighted_mtp_core.data.halves import HALVES
 from weighted_mtp_core.evaluation.evaluate import Evaluation, evaluate
 from weighted_mtp_core.export.serving import serving_hints
+from weighted_mtp_core.memory.fit import refuse_too_large
 from weighted_mtp_core.metrics.critic_report import CriticReport
 from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.recipe.train_table import TrainTable
@@ -67,6 +68,7 @@ def run_plan(plan: Plan, *, resume: str | None = None, allow_change: Sequence[st
     previous = run_to_resume(plan, resume) if distributed.is_rank_zero else None
     if previous is not None:
         refuse_changes(previous, plan, allowed=allow_change)
+    warning = refuse_too_large(plan, distributed) if distributed.is_rank_zero else None
     with (
         Display() as display,
         _open_recorder(plan, display, previous, distributed) as recorder,
@@ -85,6 +87,8 @@ def run_plan(plan: Plan, *, resume: str | None = None, allow_change: Sequence[st
             snapshot=_start_or_resume(plan, recorder, checkpoints, previous, distributed),
             distributed=distributed,
         )
+        if warning is not None:
+            recorder.log(warning)
         prepared = run.prepare(allow_change)
         critic, report = run.train_critic(prepared)
         learner, trained = run.train_policy(prepared, critic)

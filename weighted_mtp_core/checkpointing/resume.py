@@ -27,6 +27,7 @@ SAFE = (
     "critic.train.steps",
     "evaluate",
     "model.activation_checkpointing",
+    "run.over_memory",
     "run.resume",
     "run.tags",
     "tracker",

@@ -3,10 +3,15 @@
 The plan: the components with their options, the experiment and the tags. Every mistake is listed with its
 file, line and key. Trains nothing and takes less than a second.
 
+With --memory, it prints how much memory the run takes and which keys lower it. For this forecast, the run is
+executed on tensors without values, which takes seconds; no weights are read.
+
 examples:
   check configs/baseline.toml
   check configs/baseline.toml --preset ci --set train.learning_rate=1e-3
   check configs/baseline.toml --resolved > resolved.toml       the recipe with every default filled in
+  check configs/baseline.toml --memory                         its memory on this machine
+  check configs/baseline.toml --memory --device-memory 80GB --processes 8     on eight such GPUs
 """
 
 from __future__ import annotations
@@ -27,11 +32,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resolved", action="store_true", help="print the resolved recipe as TOML instead of the plan"
     )
+    parser.add_argument("--memory", action="store_true", help="print the forecast of the run's memory")
+    parser.add_argument(
+        "--device-memory",
+        metavar="SIZE",
+        help="with --memory: of a GPU, for example 80GB; default: this machine's",
+    )
+    parser.add_argument(
+        "--processes", metavar="N", type=int, default=1, help="with --memory: processes that train together"
+    )
 
 
 def main(args: argparse.Namespace) -> None:
     plan = plan_from(args)
-    if args.resolved:
+    if args.memory:
+        _print_memory(plan, device_memory=args.device_memory, processes=args.processes)
+    elif args.resolved:
         print(plan.recipe_toml, end="")
     else:
         print_rows(_rows(plan))
@@ -67,3 +83,27 @@ def _describe(chosen: SelectedComponent) -> tuple[str, str]:
     options = ", ".join(f"{key} = {value}" for key, value in flat(plain(chosen.options)))
     origin = f"{chosen.plugin.distribution} {chosen.plugin.version}"
     return chosen.address, f"{origin}; {options}" if options else origin
+
+
+def _print_memory(plan: Plan, *, device_memory: str | None, processes: int) -> None:
+    """Print the forecast of a run's memory for this machine, or for a GPU of the given memory."""
+    from weighted_mtp_core.memory import table  # imports torch
+    from weighted_mtp_core.memory.fit import find_target
+    from weighted_mtp_core.memory.forecast import forecast, parse_size
+    from weighted_mtp_core.memory.longest import longest_documents
+    from weighted_mtp_core.memory.savings import savings
+
+    given = None if device_memory is None else parse_size(device_memory)
+    target, device, host = find_target(plan, processes=processes, device_memory=given)
+    documents = longest_documents(plan, tokenise=False)
+    found = forecast(plan, documents, target)
+    print(table.headline(found), "\n")
+    print_rows(table.phase_rows(found.device))
+    print()
+    if found.host:
+        print(table.verdict(f"`{target.device}`", found.peak, device, complete=not found.uncounted))
+    print(table.verdict("main memory", found.host_peak, host, complete=not found.uncounted))
+    for line in found.uncounted:
+        print(f"not counted: {line}")
+    print("\nkeys that lower the largest total, each alone")
+    print_rows(table.saving_rows(savings(plan, documents, found), found.peak), indent="  ")

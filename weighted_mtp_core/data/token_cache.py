@@ -71,7 +71,7 @@ class TokenCache:
         Raises:
             WmtpError: There are no examples, or the stored arrays were changed.
         """
-        folder = self._folder / f"tokens-{self.fingerprint[:12]}-{self.max_tokens}-{purpose}-{split}"
+        folder = self._folder_of(purpose, split)
         if not (folder / MANIFEST).is_file():
             with atomic_folder(folder) as temporary:
                 tokenise(
@@ -82,6 +82,13 @@ class TokenCache:
                     train_on=self._train_on,
                 )
         return open_tokens(folder, sha256=verify_once(folder))
+
+    def has(self, purpose: str, split: Split) -> bool:
+        """Return whether the tokens of a split are stored."""
+        return (self._folder_of(purpose, split) / MANIFEST).is_file()
+
+    def _folder_of(self, purpose: str, split: Split) -> Path:
+        return self._folder / f"tokens-{self.fingerprint[:12]}-{self.max_tokens}-{purpose}-{split}"
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -34,6 +34,19 @@ def adapt(policy: Policy, table: ModelTable) -> None:
         WmtpError: There is no linear layer to adapt, the base cannot be stored in `base_dtype`, or a sharded
             policy shall have adapters with `dora`.
     """
+    attach(policy, table)
+    base = {name: each for name, each in policy.named_parameters() if not each.requires_grad}
+    digest = bytes.fromhex(state_sha256(base))
+    policy.register_buffer(BASE_SHA256, torch.tensor(list(digest), dtype=torch.uint8))
+    store_base(policy, table.base_dtype)
+
+
+def attach(policy: Policy, table: ModelTable) -> None:
+    """Add adapters, and choose the parameters that are trained; no value of the base is read or converted.
+
+    Raises:
+        WmtpError: There is no linear layer to adapt.
+    """
     options, heads = table.adapters, policy.heads
     if options.dora and mesh_of_parameters(policy) is not None:
         raise WmtpError(
@@ -55,10 +68,6 @@ def adapt(policy: Policy, table: ModelTable) -> None:
     )
     for parameter in whole:
         parameter.requires_grad = True
-    base = {name: each for name, each in policy.named_parameters() if not each.requires_grad}
-    digest = bytes.fromhex(state_sha256(base))
-    policy.register_buffer(BASE_SHA256, torch.tensor(list(digest), dtype=torch.uint8))
-    store_base(policy, table.base_dtype)
 
 
 def merge_adapters(module: nn.Module) -> None:

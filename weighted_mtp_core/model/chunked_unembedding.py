@@ -21,9 +21,11 @@ from weighted_mtp_core.runtime.device import memory_of
 CHUNK = 192
 """Maximum number of rows of logits in memory on a CPU: 192 x 49152 logits in fp32 take 36 MiB."""
 
+MOST_ROWS = 4096
+"""The same on a CUDA device, where more rows do not make the matrix products faster."""
+
 _BUDGET = 36 << 20  # bytes for the logits and the states' gradients together, if CHUNK rows need no more
 _FEWEST = 64  # rows; fewer rows save little memory but slow down the matrix products
-_LARGEST = 4096  # rows on a CUDA device; more rows do not make the matrix products faster
 _SHARE = 64  # logits take at most 1/64 of a CUDA device's memory if CHUNK rows need no more
 _BYTES_PER_LOGIT = 8  # on a CUDA device: a bfloat16 logit, the float32 copy of it, and its gradient
 
@@ -45,7 +47,7 @@ def chunk_rows(vocab_size: int, itemsize: int, *, extra_bytes: int, memory: int 
         rows = (max(_BUDGET, CHUNK * row_bytes) - extra_bytes) // row_bytes
         return min(CHUNK, max(_FEWEST, rows))
     rows = memory // _SHARE // (vocab_size * _BYTES_PER_LOGIT)
-    return min(_LARGEST, max(CHUNK, rows // _FEWEST * _FEWEST))
+    return min(MOST_ROWS, max(CHUNK, rows // _FEWEST * _FEWEST))
 
 
 @frozen(kw_only=True, eq=False)
@@ -142,7 +144,7 @@ class ChunkedUnembedding:
         """
         state_SH, gradient_SH = state_BTH.flatten(0, 1), gradient_BTH.flatten(0, 1)
         loss_N, ce_N = torch.empty(2, len(label_N), dtype=torch.float32, device=label_N.device)
-        for rows in self._chunks(len(label_N)):
+        for rows in self.chunks(len(label_N)):
             index, scale = index_N[rows], scale_N[rows, None]
             state = state_SH.index_select(0, index).to(self.matrix_VH.dtype)
             loss_N[rows], ce_N[rows], gradient = self._learn_chunk(
@@ -215,7 +217,7 @@ class ChunkedUnembedding:
     def _all_logits(self, state_BTH: Tensor, index_N: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Yield each chunk and its logits, which the next chunk overwrites."""
         state_SH = state_BTH.flatten(0, 1)
-        for rows in self._chunks(len(index_N)):
+        for rows in self.chunks(len(index_N)):
             yield rows, self._logits(state_SH.index_select(0, index_N[rows]), self.logits_NV)
 
     def _logits(self, state_NH: Tensor, buffer_NV: Tensor) -> Tensor:
@@ -224,7 +226,7 @@ class ChunkedUnembedding:
         product_NV = torch.mm(state_NH, self.matrix_VH.T, out=out_NV).float()
         return product_NV if self.unembedding.is_plain else self.unembedding.shape_(product_NV)
 
-    def _chunks(self, count: int) -> Iterator[slice]:
+    def chunks(self, count: int) -> Iterator[slice]:
         """Yield slices that cover `count` rows."""
         for first in range(0, count, len(self.logits_NV)):
             yield slice(first, first + len(self.logits_NV))

@@ -188,6 +188,11 @@ def find_base(base: str, *, storage: Path) -> Path | str:
     return folder
 
 
+def base_folder(base: str, *, storage: Path) -> Path | str:
+    """Return the directory of a transformers model without reading its weights; see `find_base`."""
+    return _transformers_folder(base, storage / "models_v2")
+
+
 def _transformers_folder(base: str, models: Path) -> Path | str:
     """Return the directory that `base` names, or `base` itself if it can only be a hub id."""
     stored = models / base

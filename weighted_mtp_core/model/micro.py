@@ -61,11 +61,11 @@ def _train_tokenizer(corpus: list[str], *, vocab_size: int) -> Any:
     )
 
 
-def _new_llama(shape: MicroTable, tokenizer: Any, *, seed: int) -> Any:
-    """Return a Llama with random weights, which depend only on the shape and the seed."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def micro_config(shape: MicroTable, tokenizer: Any = None) -> Any:
+    """Return the config of the model of this shape; without its tokenizer, special tokens have no ids."""
+    from transformers import LlamaConfig
 
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
         intermediate_size=4 * shape.hidden_size,
@@ -77,10 +77,17 @@ def _new_llama(shape: MicroTable, tokenizer: Any, *, seed: int) -> Any:
         # copying.
         initializer_range=shape.hidden_size**-0.5,
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=getattr(tokenizer, "pad_token_id", None),
+        eos_token_id=getattr(tokenizer, "eos_token_id", None),
         bos_token_id=None,
     )
+
+
+def _new_llama(shape: MicroTable, tokenizer: Any, *, seed: int) -> Any:
+    """Return a Llama with random weights, which depend only on the shape and the seed."""
+    from transformers import LlamaForCausalLM
+
+    config = micro_config(shape, tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)

@@ -220,7 +220,9 @@ class Policy(nn.Module):
             WmtpError: The layers of the model do not support activation checkpointing.
         """
         # Chained heads always store only their inputs.
+        # A frozen body stores nothing, but would with this option.
         bodies: list[Any] = [self.trunk, *(() if self.heads.chained else self.heads.bodies)]
+        bodies = [body for body in bodies if any(each.requires_grad for each in body.parameters())]
         try:
             for body in bodies:
                 body.activation_checkpointing_enable()

@@ -53,19 +53,13 @@ def load_pretrained(
     Raises:
         WmtpError: Model or tokenizer cannot be loaded, is incomplete, or does not fit the other.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig
 
     read_config(source, kind=kind)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # an unknown tokenizer can raise any exception
-        raise WmtpError(
-            f"the tokenizer of `{source}` cannot be loaded: {_first_line(error)}",
-            hint="put the model's `tokenizer.json` and `tokenizer_config.json` in the folder of its weights",
-        ) from error
+    tokenizer = load_tokenizer(source)
     try:
         with without_report():
-            own = _class_of(source, model_class)
+            own = _class_of(AutoConfig.from_pretrained(source), model_class)
             model, info = (own if mesh is None else sharded_class(own, source, mesh)).from_pretrained(
                 source,
                 dtype=torch.float32,
@@ -80,6 +74,23 @@ def load_pretrained(
     refuse_bad_weights(source, model, info, shipped=shipped)
     _refuse_other_ids(source, model, tokenizer)
     return tokenizer, model
+
+
+def load_tokenizer(source: Path | str) -> Any:
+    """Return the tokenizer in a transformers directory or of a hub id.
+
+    Raises:
+        WmtpError: The tokenizer cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # an unknown tokenizer can raise any exception
+        raise WmtpError(
+            f"the tokenizer of `{source}` cannot be loaded: {_first_line(error)}",
+            hint="put the model's `tokenizer.json` and `tokenizer_config.json` in the folder of its weights",
+        ) from error
 
 
 @contextmanager
@@ -97,11 +108,27 @@ def _is_no_report(record: logging.LogRecord) -> bool:
     return "LOAD REPORT" not in record.getMessage()
 
 
-def _class_of(source: Path | str, model_class: Any) -> Any:
+def empty_model(config: Any, model_class: Any) -> Any:
+    """Return a model with this config and new float32 parameters, which are computed, not read.
+
+    Args:
+        config: A transformers config.
+        model_class: One of transformers' `Auto...` classes.
+
+    Raises:
+        WmtpError: transformers cannot make the model.
+    """
+    made = _class_of(config, model_class)
+    try:
+        return made.from_config(config, dtype=torch.float32) if made is model_class else made(config)
+    except Exception as error:  # an unknown model can raise any exception
+        raise WmtpError(f"a `{config.model_type}` model cannot be made: {_first_line(error)}") from error
+
+
+def _class_of(config: Any, model_class: Any) -> Any:
     """Return the class that reads a model; no `Auto...` class lists the configs of some text models."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(source)
     own = (config.architectures or [""])[0]
     is_listed = type(config) in model_class._model_mapping  # noqa: SLF001 - the only place that lists them
     return model_class if is_listed else getattr(transformers, own, model_class)

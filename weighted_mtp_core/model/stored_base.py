@@ -180,7 +180,8 @@ def _pack(module: nn.Linear) -> None:
     _become(module, _Nf4Linear)
     assert isinstance(module, _Nf4Linear)
     error_RB = (module.matrix(torch.float32).view(exact_RB.shape) - exact_RB).abs()
-    if not bool((error_RB <= _HALF_GAP * exact_RB.abs().amax(dim=1, keepdim=True)).all()):
+    right_RB = error_RB <= _HALF_GAP * exact_RB.abs().amax(dim=1, keepdim=True)
+    if bool((~right_RB).any()):
         raise WmtpError(
             "`bitsandbytes` does not read its own 4-bit matrices correctly on this machine",
             hint='install another version of it, or set `model.base_dtype = "bfloat16"`',

@@ -20,6 +20,7 @@ class RunTable:
 
     `output_dir` is `<storage>/runs` by default; `experiment` is `<experiment_prefix>/<weighting plugin>`.
     `resume = "auto"` resumes the latest unfinished run of the same recipe, if there is one.
+    `over_memory = "warn"` starts a run although the forecast of its memory exceeds the free memory.
     """
 
     name: str = field(validator=v.matches_re(NAME))
@@ -29,6 +30,7 @@ class RunTable:
     output_dir: str | None = field(default=None, converter=optional(expand_home))
     experiment: str | None = field(default=None)
     resume: Literal["never", "auto"] = "never"
+    over_memory: Literal["refuse", "warn"] = field(default="refuse")
 
     @experiment.validator
     def _check_experiment(self, _: object, value: str | None) -> None:

@@ -125,7 +125,8 @@ class CriticLearner(Learner):
     def _score(self, split: Split, documents: NDArray[np.int64]) -> ScoredResponses:
         """Return the values of some labelled responses of a split."""
         parts, tokens = [], self.prepared.critic_tokens(split)
-        for rows in in_order(tokens, documents, batch_size=self.table.batch_size):
+        size = self.table.batch_size // self.table.accumulation  # what fits into memory in training
+        for rows in in_order(tokens, documents, batch_size=size):
             batch = self.prepared.batch(tokens, rows)
             autocast = self.prepared.compute.autocast
             scores = critic_scores(self.critic, batch, self._states(batch), autocast=autocast)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -59,7 +59,7 @@ class EightBitAdamW(OneByOne):
         compiled, gradient = parameter.device.type == "cuda", parameter.grad
         assert gradient is not None
         size = max(1, parameter.numel()) if compiled else _PIECE
-        for first in range(0, parameter.numel(), size):
+        for first in pieces(parameter.numel(), size):
             piece = nn.Parameter(_span(parameter.detach(), first, size))
             piece.grad = _span(gradient.contiguous(), first, size)
             adamw = AdamW8bit([piece], **options)
@@ -98,6 +98,11 @@ class EightBitAdamW(OneByOne):
                 self._maps[at] = OptimState8bit.zeros((_BLOCK,), signed, device=codes.device).qmap
             found[name] = OptimState8bit(codes, scale, self._maps[at], signed, dtype)
         return found
+
+
+def pieces(count: int, size: int) -> Sequence[int]:
+    """Return where the pieces of `count` values begin; each has `size` values, the last one maybe fewer."""
+    return range(0, count, size)
 
 
 def _span(tensor: Tensor, first: int, size: int) -> Tensor:

@@ -196,7 +196,8 @@ class Prepared:
         """Yield the held-out examples on which the policy is validated."""
         table, tokens = self.plan.recipe.train, self.policy_tokens("validation")
         documents = evenly_spread(np.arange(len(tokens)), limit=table.validation_examples)
-        return self.batches_in_order(tokens, documents, batch_size=table.batch_size)
+        rows = table.batch_size // table.accumulation  # what fits into memory in training
+        return self.batches_in_order(tokens, documents, batch_size=rows)
 
     def critic_validation(self, half: Half) -> NDArray[np.int64]:
         """Return the documents of the labelled responses on which the critic is measured, int64.

@@ -1,0 +1,55 @@
+"""How much memory this machine has free, on a device and in main memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the free bytes of a device; of main memory for a CPU; None for other devices."""
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    return free_main_memory() if device.type == "cpu" else None
+
+
+def free_main_memory() -> int | None:
+    """Return the bytes that processes can still take: of the machine, or less if a container limits them."""
+    known = [each for each in (_of_machine(), *map(left_in_group, _CGROUPS)) if each is not None]
+    return min(known, default=None)
+
+
+def _of_machine() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        names = os.sysconf_names
+        if "SC_PHYS_PAGES" not in names:
+            return None
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def left_in_group(files: tuple[str, str]) -> int | None:
+    """Return what a control group leaves; page cache is not counted as used, as the kernel can drop it."""
+    limit_file, used_file = map(Path, files)
+    try:
+        limit = limit_file.read_text(encoding="ascii").strip()
+        if not limit.isdigit():
+            return None
+        used = int(used_file.read_text(encoding="ascii"))
+        statistics = (used_file.parent / "memory.stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    cached = sum(
+        int(line.split()[1]) for line in statistics if line.startswith(("inactive_file ", "active_file "))
+    )
+    return max(0, int(limit) - used + cached)

@@ -1,0 +1,154 @@
+"""Refuses a run that needs more memory than there is, before any weights are loaded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import frozen
+
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.memory.available import free_main_memory, free_memory
+from weighted_mtp_core.memory.documents import Documents
+from weighted_mtp_core.memory.empty_policy import config_of
+from weighted_mtp_core.memory.forecast import Forecast, forecast, size
+from weighted_mtp_core.memory.longest import longest_documents
+from weighted_mtp_core.memory.parts import Target
+from weighted_mtp_core.memory.savings import savings
+from weighted_mtp_core.model.families import text_config
+from weighted_mtp_core.plan import Plan
+from weighted_mtp_core.runtime.device import memory_of
+from weighted_mtp_core.runtime.distributed import Distributed
+from weighted_mtp_core.training.prepare import compute_of
+
+TOLERANCE = 0.15
+"""The forecast is within this share of the measured peak (docs/performance.md)."""
+
+_SHOWN = 3  # keys in the hint of a refusal
+
+
+@frozen(kw_only=True)
+class Lack:
+    """Memory that a run needs and that is not there.
+
+    Attributes:
+        where: The device, or `main memory`.
+        needed: Bytes, according to the forecast.
+        free: Bytes.
+    """
+
+    where: str
+    needed: int
+    free: int
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether the run cannot fit even if it needs less than the forecast by the tolerance."""
+        return self.needed * (1 - TOLERANCE) > self.free
+
+
+def lacks(found: Forecast, *, device: int | None, host: int | None) -> list[Lack]:
+    """Compare a forecast with free memory in bytes; None stands for memory of an unknown size."""
+    kind = found.target.device
+    pairs = [("main memory", found.host_peak, host)]
+    if kind != "cpu":
+        pairs = [(f"`{kind}`", found.peak, device), *pairs]
+    return [
+        Lack(where=where, needed=needed, free=free)
+        for where, needed, free in pairs
+        if free is not None and needed > free
+    ]
+
+
+def find_target(
+    plan: Plan, *, processes: int, device_memory: int | None = None
+) -> tuple[Target, int | None, int | None]:
+    """Return what a run is planned for, with the free bytes of the device and of main memory.
+
+    Args:
+        plan: The plan.
+        processes: Number of processes that train together.
+        device_memory: Bytes of a GPU on another machine; None stands for this machine and its free memory.
+            Main memory of another machine is unknown.
+
+    Raises:
+        WmtpError: The recipe's device does not exist here, or does not compute in the recipe's dtype.
+    """
+    table = plan.recipe.model
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    if device_memory is not None and table.device != "cpu":
+        dtype = torch.float32 if table.dtype == "float32" else torch.bfloat16
+        target = Target(device="cuda", dtype=dtype, memory=device_memory, processes=processes, local=local)
+        return target, device_memory, None
+    compute = compute_of(table)
+    target = Target(
+        device=compute.device.type,
+        dtype=compute.dtype,
+        memory=memory_of(compute.device),
+        processes=processes,
+        local=local,
+    )
+    free = free_main_memory() if device_memory is None else device_memory
+    return target, free_memory(compute.device), free
+
+
+def refuse_too_large(plan: Plan, distributed: Distributed) -> str | None:
+    """Refuse a run that cannot fit into the free memory; return a warning if it may not fit.
+
+    A model that is small compared with the free memory is accepted at once. The recipe's
+    `run.over_memory = "warn"` replaces the refusal with a warning.
+
+    Raises:
+        WmtpError: The run does not fit.
+    """
+    target, device, host = find_target(plan, processes=distributed.size)
+    try:
+        config = config_of(plan.recipe.model, storage=Path(plan.recipe.run.storage))
+        if _is_small(config, plan, least=min(each for each in (device, host, 1 << 62) if each is not None)):
+            return None
+        documents = longest_documents(plan, tokenise=True)
+        found = forecast(plan, documents, target)
+    except WmtpError:  # the run itself reports it, with what else is wrong
+        return None
+    missing = lacks(found, device=device, host=host)
+    if not missing:
+        return None
+    worst = max(missing, key=lambda each: each.needed / each.free)
+    rows, tokens = found.rows
+    text = (
+        f"the run needs {size(worst.needed)} of {worst.where} for {rows} x {tokens} tokens at a time, and "
+        f"{size(worst.free)} are free"
+    )
+    if plan.recipe.run.over_memory == "warn" or not any(each.is_certain for each in missing):
+        return f"WARNING: {text}, according to `check --memory`"
+    raise WmtpError(text, hint=_hint(plan, documents, found))
+
+
+def _hint(plan: Plan, documents: Documents, found: Forecast) -> str:
+    keys = [f"`{each.change}` saves {size(each.saved)}" for each in savings(plan, documents, found)[:_SHOWN]]
+    go_on = '`run.over_memory = "warn"` starts the run nevertheless'
+    return "; ".join([*keys, "`check RECIPE --memory` shows what takes memory", go_on])
+
+
+def _is_small(config: Any, plan: Plan, *, least: int) -> bool:
+    """Return whether a run surely fits: a bound that is several times too large fits into `least` bytes."""
+    recipe, text = plan.recipe, text_config(config)
+    names = " ".join(vars(text))
+    if (
+        "expert" in names or any("base" in str(name) for name in vars(plan.critic.options))
+        if plan.critic
+        else False
+    ):
+        return False
+    width, layers = int(text.hidden_size), int(text.num_hidden_layers) + recipe.model.n_future
+    inner = int(getattr(text, "intermediate_size", None) or 4 * width)
+    parameters = layers * (8 * width * width + 4 * width * inner) + 4 * int(text.vocab_size) * width
+    rows = max(recipe.train.batch_size, recipe.evaluate.batch_size)
+    tokens = recipe.data.max_tokens + recipe.evaluate.max_new_tokens
+    if recipe.data.packing == "documents":
+        tokens = max(tokens, recipe.data.pack_tokens)
+    heads = int(getattr(text, "num_attention_heads", 1))
+    activations = rows * tokens * layers * (100 * width + 20 * inner + 2 * heads * tokens) * 4
+    return (2 if plan.critic else 1) * (40 * parameters + activations) < least
