@@ -270,7 +270,9 @@ class _Simulation:
                 if critic.reads_policy:
                     with torch.no_grad(), self._autocast():
                         states = self.policy.trunk_states(part.ids_BT, position_BT=part.position_BT).float()
-                critic.loss(part, states).loss.backward()  # type: ignore[no-untyped-call]
+                with self._autocast():
+                    loss = critic.loss(part, states).loss
+                loss.backward()  # type: ignore[no-untyped-call]
 
         critic.begin_step(0, steps=table.given_steps or 1)
         return self._train(self._optimisers(table, critic.parameters()), table, learn)
