@@ -19,6 +19,7 @@ from weighted_mtp_core.memory.live_tensors import without_values
 from weighted_mtp_core.memory.parts import Target
 from weighted_mtp_core.memory.savings import savings
 from weighted_mtp_core.model.load import make_policy
+from weighted_mtp_core.model.stored_base import store_base
 from weighted_mtp_core.plan import make_plan
 from weighted_mtp_core.recipe.schema import DataTable, LossTable
 from weighted_mtp_core.recipe.train_table import PolicyTrainTable
@@ -251,6 +252,42 @@ def test_adapters_hold_moments_of_what_they_train_only(plan):
 
     moments = [_part(each, "policy training", "optimiser") for each in (adapted, whole)]
     assert moments[0] < 0.7 * moments[1]  # heads 2..K are trained whole
+
+
+def test_a_forecast_does_not_change_what_is_computed_after_it(plan):
+    """torchao and bitsandbytes keep the first tables of codes that they make."""
+    from bitsandbytes.backends import utils as bitsandbytes
+    from bitsandbytes.backends.default import ops
+    from torchao.optim import subclass_8bit as torchao
+
+    def computed():
+        torchao.get_qmap_signed.cache_clear()
+        torchao.get_qmap_unsigned.cache_clear()
+        bitsandbytes._code_4bit_cache.clear()
+        ops._get_4bit_quantize_bounds.cache_clear()
+        yield
+        parameter = torch.nn.Parameter(torch.linspace(-1, 1, 64 * 64).view(64, 64))
+        (optimiser,) = make_optimisers([parameter], made.recipe.train)
+        for step in range(2):
+            parameter.grad = (parameter * (3 + step)).sin().detach()
+            optimiser.step()
+        layer = torch.nn.Linear(64, 64, bias=False).requires_grad_(False)
+        layer.weight.copy_(torch.linspace(-1, 1, 64 * 64).view(64, 64))
+        base = torch.nn.Sequential(layer)
+        store_base(base, "nf4")
+        yield parameter.detach(), base(torch.eye(64))
+
+    adapters = ('model.train="adapters"', 'model.base_dtype="nf4"')
+    made = plan(*adapters, "train.optimiser={name='adamw_8bit'}")
+    alone = computed()
+    next(alone)
+    expected = next(alone)
+    after = computed()
+    next(after)
+    forecast(made, Documents.longest(made.recipe.data), CPU)
+
+    for actual, value in zip(next(after), expected, strict=True):
+        assert torch.equal(actual, value)
 
 
 def test_each_process_holds_its_share_of_the_matrices(plan):

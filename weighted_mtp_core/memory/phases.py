@@ -51,7 +51,9 @@ from weighted_mtp_core.memory.shards import Shards
 from weighted_mtp_core.model import chunked_unembedding
 from weighted_mtp_core.model.chunked_unembedding import MOST_ROWS, ChunkedUnembedding
 from weighted_mtp_core.model.policy import Policy
+from weighted_mtp_core.model.stored_base import restore_base, store_base
 from weighted_mtp_core.plan import Plan
+from weighted_mtp_core.recipe.schema import Recipe
 from weighted_mtp_core.recipe.train_table import TrainTable
 from weighted_mtp_core.runtime.device import LEAST_BUCKET, many_passes
 from weighted_mtp_core.training import eight_bit
@@ -75,6 +77,7 @@ def find_phases(plan: Plan, documents: Documents, target: Target, *, only: str |
     """
     recipe = plan.recipe
     config = config_of(recipe.model, storage=Path(recipe.run.storage))
+    _make_tables(recipe)
     with _two_chunks(target.memory), without_values() as live:
         with live.labelled(PARAMETERS):
             policy = empty_policy(config, recipe.model)
@@ -90,6 +93,23 @@ def find_phases(plan: Plan, documents: Documents, target: Target, *, only: str |
             only=only,
             shards=Shards.of(policy, target, wanted=recipe.model.shard),
         ).run()
+
+
+def _make_tables(recipe: Recipe) -> None:
+    """Let torchao and bitsandbytes make their tables of codes, here where tensors have values.
+
+    Both keep the first tables that they make. A run that trains in this process after the forecast would
+    otherwise compute with tables without values.
+    """
+    stages = [recipe.train, *([] if recipe.critic is None else [recipe.critic.train])]
+    for table in (each for each in stages if each.optimiser.name == "adamw_8bit"):
+        parameter = nn.Parameter(torch.zeros(64, 64))
+        parameter.grad = torch.zeros_like(parameter)
+        _update(make_optimisers([parameter], table))
+    if recipe.model.base_dtype == "nf4":
+        layer = nn.Sequential(nn.Linear(64, 64)).requires_grad_(False)
+        store_base(layer, "nf4")
+        restore_base(layer)
 
 
 @contextmanager
