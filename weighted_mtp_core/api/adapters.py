@@ -11,6 +11,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from weighted_mtp_core.errors import WmtpError
@@ -119,11 +120,14 @@ def read_directly(module: nn.Module, names: Iterable[str]) -> list[str]:
 
 @functools.cache
 def _code_of(kind: type) -> str:
-    """Return the source of a class; empty if there is none."""
-    try:
-        return inspect.getsource(kind)
-    except (OSError, TypeError):
-        return ""
+    """Return the source of a class's methods, without those that initialise weights."""
+    found = []
+    for name, method in inspect.getmembers(kind, inspect.isfunction):
+        starts = "init" in name or "reset" in name
+        if not starts and not method.__module__.startswith("torch."):
+            with suppress(OSError, TypeError):
+                found.append(inspect.getsource(method))
+    return "".join(found)
 
 
 def is_linear(module: Any) -> bool:

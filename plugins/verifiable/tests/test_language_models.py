@@ -405,7 +405,7 @@ def test_a_contrast_of_two_models_of_the_same_data_stops_the_run(tmp_path, wmtp_
     table = {
         "data": recipe(tmp_path)["data"],
         "train": {"steps": 15, "learning_rate": 1e-2},
-        "weighting": {"use": "baseline_mtp.uniform"},
+        "weighting": {"use": "verifiable.group_advantage"},
     }
     first = wmtp_tiny_run(table).folder
 
