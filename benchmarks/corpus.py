@@ -49,6 +49,7 @@ def write_corpus(folder: Path, *, mib: int) -> None:
         "prompt": np.full(documents, LONGEST // 16, dtype=np.int32),
         "reward": np.ones(documents, dtype=np.float32),
         "problem": np.arange(documents),
+        "problem_hash": np.arange(documents),
         "name": np.frombuffer(b"".join(names), dtype=np.uint8),
         "name_start": 8 * np.arange(documents + 1),
         "metadata": np.empty(0, dtype=np.uint8),
