@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
 from weighted_mtp_core.cli import main
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.memory.available import free_main_memory, left_in_group
@@ -378,6 +378,15 @@ def test_the_recipe_can_start_a_run_against_the_forecast(plan, huge):
 
 def test_a_small_run_starts_without_a_forecast(plan):
     assert refuse_too_large(plan(), SINGLE_PROCESS) is None
+
+
+def test_a_run_with_experts_does_not_start_without_a_forecast(plan):
+    """The bound for small models does not count experts."""
+    from weighted_mtp_core.memory import fit
+
+    made = plan()
+    assert fit._is_small(LlamaConfig(**SHAPE), made, least=1 << 40)
+    assert not fit._is_small(MixtralConfig(**SHAPE, num_local_experts=4), made, least=1 << 40)
 
 
 def test_check_prints_the_forecast_and_the_keys(plan, capsys):
