@@ -389,6 +389,13 @@ def test_a_run_with_experts_does_not_start_without_a_forecast(plan):
     assert not fit._is_small(MixtralConfig(**SHAPE, num_local_experts=4), made, least=1 << 40)
 
 
+def test_a_small_run_with_a_critic_starts_without_a_forecast(plan, example_plugin):
+    from weighted_mtp_core.memory import fit
+
+    made = plan("weighting.use=example.valued", "critic.use=example.judge")
+    assert fit._is_small(LlamaConfig(**SHAPE), made, least=1 << 40)
+
+
 def test_check_prints_the_forecast_and_the_keys(plan, capsys):
     plan()
 

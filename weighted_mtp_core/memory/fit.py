@@ -136,8 +136,8 @@ def _is_small(config: Any, plan: Plan, *, least: int) -> bool:
     """Return whether a run surely fits: a bound that is several times too large fits into `least` bytes."""
     recipe, text = plan.recipe, text_config(config)
     experts = any("expert" in name and not name.startswith("_") for name in vars(text))
-    critic_loads = plan.critic is not None and any("base" in name for name in vars(plan.critic.options))
-    if experts or critic_loads:
+    other_model = plan.critic is not None and getattr(plan.critic.options, "base", None) is not None
+    if experts or other_model:
         return False
     width, layers = int(text.hidden_size), int(text.num_hidden_layers) + recipe.model.n_future
     inner = int(getattr(text, "intermediate_size", None) or 4 * width)
