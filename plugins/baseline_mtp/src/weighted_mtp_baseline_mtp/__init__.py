@@ -1,7 +1,7 @@
 """The baseline of weighted multi-token prediction: all response tokens have the same weight.
 
-This is the smallest complete plugin. This module declares its component and does not import torch; the
-algorithm is in `_uniform.py`.
+This is the smallest complete plugin. This module declares the weighting and does not import torch;
+`_uniform.py` contains the algorithm.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from weighted_mtp_core.api import BuildContext, Component, WeightingStrategy, ho
 
 @frozen(kw_only=True)
 class UniformOptions:
-    """`[weighting.options]` of `baseline_mtp.uniform`: there are none."""
+    """`[weighting.options]` of `baseline_mtp.uniform`, which has no options."""
 
 
 def build_uniform(options: UniformOptions, context: BuildContext) -> WeightingStrategy:
-    """Build the weighting. torch is imported here, so that `plugins list` and `check` stay fast."""
+    """Build the weighting; torch is imported only here, so that `plugins list` and `check` stay fast."""
     del options, context
     from weighted_mtp_baseline_mtp._uniform import Uniform
 
@@ -28,7 +28,7 @@ def build_uniform(options: UniformOptions, context: BuildContext) -> WeightingSt
 
 @hookimpl
 def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
-    """Offer `baseline_mtp.uniform`."""
+    """Offer the weighting `baseline_mtp.uniform`."""
     yield Component(
         name="uniform",
         summary="The same weight for every response token: unweighted multi-token prediction.",

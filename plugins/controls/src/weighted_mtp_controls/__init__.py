@@ -1,10 +1,11 @@
 """Controls for any weighting, and combinators of weightings.
 
-A control answers: *would any weights like these have done as well?* Wrap the weighting under test in
-`controls.shuffled` (the same weights on other tokens of the same responses) or in `controls.random_matched`
-(random weights with the same mean and standard deviation). For an exact ablation, `controls.record` saves the
-weights of every step and `controls.replay` loads them in another run. The combinators `product`, `clip` and
-`anneal` build a weighting from others.
+A control tests whether arbitrary weights with a similar distribution would have given the same result. Wrap
+the weighting under test in `controls.shuffled`, which moves its weights to other tokens of the same response,
+or in `controls.random_matched`, which replaces its weights with random weights of the same mean and standard
+deviation. For an exact ablation, `controls.record` saves the weights of every step, and `controls.replay`
+loads the saved weights in another run. The combinators `product`, `clip` and `anneal` build a weighting from
+other weightings.
 
 The option `of` names the wrapped weighting, in the form of a recipe's table `[weighting]`:
 
@@ -58,7 +59,7 @@ def build_random_matched(options: RandomMatchedOptions, context: BuildContext) -
 
 @frozen(kw_only=True)
 class ProductOptions:
-    """`[weighting.options]` of `controls.product`: `of` lists the weightings to multiply."""
+    """`[weighting.options]` of `controls.product`: `of` is a list of weightings to multiply."""
 
     of: tuple[WeightingChoice, ...] = field(validator=v.min_len(1))
 
@@ -76,8 +77,8 @@ class ClipOptions:
 
     Attributes:
         of: The weighting to clip.
-        low: Smallest weight of a target; may be below 0 if `of` has negative weights.
-        high: Largest weight of a target.
+        low: Lower limit of the weights; may be negative if the weighting `of` has negative weights.
+        high: Upper limit of the weights.
     """
 
     of: WeightingChoice
@@ -107,9 +108,9 @@ class AnnealOptions:
     """`[weighting.options]` of `controls.anneal`.
 
     Attributes:
-        of: The weighting to anneal to.
+        of: The weighting whose weights are used at the end.
         start: Step of stage 2 up to which all weights are 1.
-        end: Step of stage 2 from which all weights are the weights of `of`.
+        end: Step of stage 2 from which only the weights of `of` are used.
     """
 
     of: WeightingChoice
@@ -135,7 +136,7 @@ class RecordOptions:
 
     Attributes:
         of: The weighting to record.
-        name: The weights go to the folder `<storage>/weights/<name>/`.
+        name: The weights are saved in the folder `<storage>/weights/<name>/`.
     """
 
     of: WeightingChoice
@@ -152,7 +153,7 @@ def build_record(options: RecordOptions, context: BuildContext) -> WeightingStra
 
 @frozen(kw_only=True)
 class ReplayOptions:
-    """`[weighting.options]` of `controls.replay`: `name` is the name that was given to `controls.record`."""
+    """`[weighting.options]` of `controls.replay`: `name` is the name that `controls.record` had."""
 
     name: str = field(validator=v.matches_re(_FOLDER))
 
@@ -161,7 +162,7 @@ def build_replay(options: ReplayOptions, context: BuildContext) -> WeightingStra
     """Build the replay.
 
     Raises:
-        WmtpError: There are no weights recorded under that name.
+        WmtpError: No weights were recorded under the name `options.name`.
     """
     from weighted_mtp_controls._recorded import Replay
 
@@ -170,7 +171,7 @@ def build_replay(options: ReplayOptions, context: BuildContext) -> WeightingStra
 
 @hookimpl
 def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
-    """Offer two controls, three combinators, and recording and replaying of weights."""
+    """Offer two controls, three combinators, and two weightings that record and replay weights."""
     yield Component(
         name="shuffled",
         summary="Control: another weighting's weights, shuffled within each response.",

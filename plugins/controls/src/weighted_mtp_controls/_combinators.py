@@ -1,4 +1,4 @@
-"""Combinators: a weighting built from others.
+"""Combinators: weightings that are built from other weightings.
 
 Shape letters: B batch rows, T positions, K heads.
 """
@@ -15,10 +15,10 @@ from weighted_mtp_controls._wrapper import Wrapper, target_mask
 
 
 class Product(Wrapper):
-    """Multiplies weights. Weights `[B, T]` are expanded to pairs if another factor is `[B, T, K]`."""
+    """Multiplies weights; a factor `[B, T]` is expanded to `[B, T, K]` if another factor has this shape."""
 
     def weigh(self, view: StepView) -> Weights:
-        """Return the product; the metrics of factor i (from 1) get the suffix `_i`."""
+        """Return the product; the names of the metrics of factor i (counted from 1) get the suffix `_i`."""
         each = [weighting.weigh(view) for weighting in self._wrapped]
         factors: list[Tensor] = [weights.weight for weights in each]
         if any(factor.ndim == 3 for factor in factors):
@@ -41,7 +41,7 @@ class Clip(Wrapper):
         self._low, self._high = low, high
 
     def weigh(self, view: StepView) -> Weights:
-        """Return the clipped weights and, as a metric, the share that was outside the range."""
+        """Return the clipped weights and, as a metric, the share of weights outside the range."""
         weights = self._wrapped[0].weigh(view)
         mask = target_mask(view, weights.weight)
         outside = (weights.weight < self._low) | (weights.weight > self._high)
@@ -55,14 +55,17 @@ class Clip(Wrapper):
 
 
 class Anneal(Wrapper):
-    """Mixes weights of 1 with the wrapped weights, whose share grows linearly from step `start` to `end`."""
+    """Mixes uniform weights of 1 with the wrapped weights.
+
+    The share of the wrapped weights grows linearly from 0 at step `start` to 1 at step `end`.
+    """
 
     def __init__(self, of: WeightingStrategy, *, start: int, end: int) -> None:
         super().__init__([of])
         self._start, self._end = start, end
 
     def weigh(self, view: StepView) -> Weights:
-        """Return the mixture and, as a metric, the share of the wrapped weights."""
+        """Return the mixed weights and, as a metric, the share of the wrapped weights."""
         weights = self._wrapped[0].weigh(view)
         share = min(max((view.step - self._start) / (self._end - self._start), 0.0), 1.0)
         ones = target_mask(view, weights.weight).to(torch.float32)

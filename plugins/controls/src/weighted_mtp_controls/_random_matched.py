@@ -1,6 +1,6 @@
 """Random-matched control: random weights with the mean, standard deviation and range of the wrapped weights.
 
-Shape letters: B batch rows, T positions, C columns: K heads, or 1 for weights by token.
+Shape letters: B batch rows, T positions, C columns (the K heads, or 1 for weights by token).
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from weighted_mtp_controls._random_numbers import uniform
 from weighted_mtp_controls._wrapper import Wrapper, target_mask
 
 _HALVINGS = 24
-# log2 of the ratio of the standard deviations before and after clipping; at 14, almost all numbers are on a
-# bound.
+# The exponents are log2 of the ratio of the standard deviations before and after clipping. At 14, clipping
+# moves almost all numbers to a bound.
 _SMALLEST_EXPONENT, _LARGEST_EXPONENT = -1.0, 14.0
 
 
 class RandomMatched(Wrapper):
-    """Draws weights `clip(m + s z)`, z normal, that have the wrapped weights' moments *after* clipping.
+    """Draws random weights with the mean, standard deviation and range of the wrapped weights in the batch.
 
-    The mean, the standard deviation and the bounds of the wrapped weights are computed over the whole batch.
-    Moments that are matched before clipping would change by clipping: E[clip(exp z, 0.1, 3)] is 1.296, but
-    E[exp z] is 1.649.
+    The weights are `clip(m + s z)`, where z is standard normal. The numbers m and s are chosen such that the
+    mean and the standard deviation match *after* clipping, because clipping changes them: for example,
+    E[exp z] is 1.649, but E[clip(exp z, 0.1, 3)] is 1.296.
     """
 
     def __init__(self, of: WeightingStrategy, *, seed: int) -> None:
@@ -44,11 +44,11 @@ class RandomMatched(Wrapper):
 
 
 def match(normal: Tensor, *, like: Tensor, mask: Tensor) -> Tensor:
-    """Return `clip(m + s * normal)` with the mean, standard deviation and range of `like`, both masked.
+    """Return `clip(m + s * normal)` with the mean, standard deviation and range of `like`.
 
-    The result is 0 where the mask is False. For each s exactly one m gives the mean, and the standard
-    deviation grows with s. So two nested bisections find s and m, even if almost all weights are on a bound,
-    such as 0 or 1.
+    Only entries where the mask is True count; the others are 0 in the result. For each s, exactly one m gives
+    the right mean, and the standard deviation grows with s. So two nested bisections find s and m, even if
+    almost all weights of `like` are equal to one of two bounds, such as 0 and 1.
     """
     mean, std = _moments(like, mask)
     low = like.where(mask, torch.inf).amin()
@@ -74,7 +74,10 @@ def match(normal: Tensor, *, like: Tensor, mask: Tensor) -> Tensor:
 
 
 def _bisect(too_low: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:
-    """Find by bisection where `too_low` becomes False between two bounds; never waits for the device."""
+    """Return by bisection the number between `low` and `high` at which `too_low` changes to False.
+
+    The computation never waits for the device.
+    """
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         below = too_low(middle)

@@ -1,4 +1,4 @@
-"""Records the weights of each step in a file, and replays the weights in another run.
+"""Two weightings: `Record` saves the weights of each step in a file, and `Replay` reads them in another run.
 
 Shape letters: B batch rows, T positions, K heads.
 """
@@ -30,7 +30,7 @@ class Record(Wrapper):
         if view.training:
             self._folder.mkdir(parents=True, exist_ok=True)
             file = _file(self._folder, view.step)
-            # The rename is atomic; several processes may write the same file.
+            # Several processes may write this file; the rename is atomic, so the file is never incomplete.
             temporary = file.with_suffix(f".{os.getpid()}")
             save_file({"weight": weights.weight.cpu().contiguous(), "ids": _masked_ids(view)}, temporary)
             temporary.replace(file)
@@ -38,7 +38,7 @@ class Record(Wrapper):
 
 
 class Replay(WeightingStrategy):
-    """Returns, at each step, the weights that `Record` saved."""
+    """Returns at each step the weights that `Record` saved at this step."""
 
     def __init__(self, *, folder: Path) -> None:
         if not folder.is_dir():
@@ -52,7 +52,8 @@ class Replay(WeightingStrategy):
         """Return the recorded weights of this step.
 
         Raises:
-            WmtpError: The step was not recorded, or it was recorded with another batch.
+            WmtpError: The weights of this step were not recorded or belong to another batch, or the file is
+                malformed.
         """
         file = _file(self._folder, view.step)
         try:
@@ -78,5 +79,5 @@ def _file(folder: Path, step: int) -> Path:
 
 
 def _masked_ids(view: StepView) -> Tensor:
-    """Return the token ids of the batch, int32 `[B, T]`, with -1 on padding."""
+    """Return the token ids of the batch on the CPU, int32 `[B, T]`; -1 on padding."""
     return view.ids_BT.where(view.document_BT >= 0, -1).to("cpu", torch.int32).contiguous()

@@ -1,6 +1,6 @@
-"""Shuffled control: the wrapped weights, moved to other tokens of the same response.
+"""Shuffled control: the weights of another weighting, moved to other tokens of the same response.
 
-Shape letters: B batch rows, T positions, C columns: K heads, or 1 for weights by token.
+Shape letters: B batch rows, T positions, C columns (the K heads, or 1 for weights by token).
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from weighted_mtp_controls._wrapper import Wrapper, target_mask
 
 
 class Shuffled(Wrapper):
-    """Permutes weights `[B, T]` over the response tokens of each document, so that their sum is the same.
+    """Permutes the wrapped weights within each document, so that the sum over the document is unchanged.
 
-    Weights `[B, T, K]` are permuted over each head's own targets in the document.
+    Weights `[B, T]` are permuted over the response tokens of a document. Weights `[B, T, K]` are permuted for
+    each head separately, over the document's pairs that count.
     """
 
     def __init__(self, of: WeightingStrategy, *, seed: int) -> None:
@@ -23,7 +24,7 @@ class Shuffled(Wrapper):
         self._seed = seed
 
     def weigh(self, view: StepView) -> Weights:
-        """Return the shuffled weights, and the metrics of the wrapped weighting."""
+        """Return the shuffled weights and the metrics of the wrapped weighting."""
         weights = self._wrapped[0].weigh(view)
         weight_BTC = weights.weight.view(*view.ids_BT.shape, -1)
         target_BTC = target_mask(view, weights.weight).view(weight_BTC.shape)
@@ -33,8 +34,8 @@ class Shuffled(Wrapper):
 
 
 def _permute(x_BTC: Tensor, key_BTC: Tensor, *, document_BT: Tensor, target_BTC: Tensor) -> Tensor:
-    """Permute within the targets of each document and column, in the order of the keys."""
-    # Entries that are not targets form a group after all documents and keep their positions.
+    """Permute x over the targets of each document and column, in the order of the random keys."""
+    # Entries that are not targets form an extra group after all documents and keep their positions.
     group_BTC = document_BT[..., None].where(target_BTC, x_BTC.shape[1])
     old_order_BTC = group_BTC.argsort(dim=1, stable=True)
     by_key_BTC = key_BTC.where(target_BTC, 0).argsort(dim=1, stable=True)

@@ -1,4 +1,4 @@
-"""Base class of weightings that wrap others.
+"""Base class of weightings that wrap other weightings.
 
 Shape letters: B batch rows, T positions, K heads.
 """
@@ -13,7 +13,10 @@ from weighted_mtp_core.api import StepView, WeightingStrategy, WmtpError
 
 
 class Wrapper(WeightingStrategy):
-    """Saves and restores the states of the wrapped weightings; their number is a prefix of each key."""
+    """Saves and restores the states of the wrapped weightings.
+
+    In the saved state, each key begins with the number of its weighting, counted from 0, and a dot.
+    """
 
     def __init__(self, wrapped: Sequence[WeightingStrategy]) -> None:
         self._wrapped = tuple(wrapped)
@@ -30,7 +33,7 @@ class Wrapper(WeightingStrategy):
         """Restore the states of the wrapped weightings.
 
         Raises:
-            WmtpError: A weighting refuses its state, or a key does not belong to any weighting.
+            WmtpError: A wrapped weighting refuses its state, or a key belongs to none of the weightings.
         """
         states: list[dict[str, Any]] = [{} for _ in self._wrapped]
         for name, value in state.items():
@@ -43,5 +46,5 @@ class Wrapper(WeightingStrategy):
 
 
 def target_mask(view: StepView, weight: Tensor) -> Tensor:
-    """Return the mask of targets in the shape of `weight`, `[B, T]` or `[B, T, K]`."""
+    """Return the mask of targets, bool, in the shape of `weight`: `[B, T]` or `[B, T, K]`."""
     return view.response_BT if weight.ndim == 2 else view.target_BTK

@@ -1,7 +1,7 @@
 """Weights from the policy's current predictions.
 
-The weighting `dft.probability` (dynamic fine-tuning, Wu et al. 2025) uses the probability of the target, and
-`dft.entropy` (Wang et al. 2025) uses the entropy of the prediction.
+The weighting `dft.probability` (dynamic fine-tuning, Wu et al. 2025) uses the policy's probability of the
+target token. The weighting `dft.entropy` (Wang et al. 2025) uses the entropy of the policy's prediction.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class ProbabilityOptions:
     """`[weighting.options]` of `dft.probability`.
 
     Attributes:
-        floor: Smallest weight; 0 is the paper's choice, 1 is unweighted training.
+        floor: Smallest weight; 0 gives the weights of Wu et al. 2025, and 1 gives unweighted training.
     """
 
     floor: float = field(default=0.0, validator=[v.ge(0), v.le(1)])
@@ -38,7 +38,7 @@ class EntropyOptions:
     """`[weighting.options]` of `dft.entropy`.
 
     Attributes:
-        keep: Share of each head's targets to train on; 1 is unweighted training.
+        keep: Share of each head's targets to train on; 1 gives unweighted training.
     """
 
     keep: float = field(default=0.2, validator=[v.gt(0), v.le(1)])
@@ -54,7 +54,7 @@ def build_entropy(options: EntropyOptions, context: BuildContext) -> WeightingSt
 
 @hookimpl
 def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
-    """Offer `dft.probability` and `dft.entropy`."""
+    """Offer the weightings `dft.probability` and `dft.entropy`."""
     yield Component(
         name="probability",
         summary="The policy's probability of the target, with a floor (dynamic fine-tuning).",

@@ -1,9 +1,9 @@
-"""Weights by entropy: 1 for the targets with the largest entropy of the policy's prediction, otherwise 0.
+"""Weights by entropy: 1 for the targets where the policy's prediction has the largest entropy, otherwise 0.
 
-Wang et al. 2025, "Beyond the 80/20 Rule: High-Entropy Minority Tokens Drive Effective Reinforcement Learning
-for LLM Reasoning" (https://arxiv.org/abs/2506.01939): training on the fifth of the tokens with the largest
-entropy is enough, because a text branches at these tokens. The paper uses reinforcement learning; here each
-head selects the same kind of tokens for imitation.
+The method comes from Wang et al. 2025, "Beyond the 80/20 Rule: High-Entropy Minority Tokens Drive Effective
+Reinforcement Learning for LLM Reasoning" (https://arxiv.org/abs/2506.01939). In the paper, training on the
+20 % of tokens with the largest entropy is enough, because a text branches at these tokens. The paper uses
+reinforcement learning; here each head imitates the high-entropy tokens.
 
 Shape letters: B batch rows, T positions, K heads, N pairs of the batch.
 """
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 class Entropy(WeightingStrategy):
-    """Keeps, for each head, the share of the batch's targets with the largest entropy."""
+    """Selects for each head the targets of the batch with the largest entropy of the head's prediction."""
 
     def __init__(self, options: EntropyOptions) -> None:
         self._keep = options.keep
 
     def weigh(self, view: StepView) -> Weights:
-        """Return weights `[B, T, K]`, 1 or 0. All targets whose entropy equals the threshold are kept."""
+        """Return weights `[B, T, K]`: 1 if the entropy reaches the head's threshold, otherwise 0."""
         assert view.token_entropy_BTK is not None
         target_BTK, entropy_BTK = view.target_BTK, view.token_entropy_BTK
         kept_K = (self._keep * target_BTK.sum(dim=(0, 1))).round().clamp(min=1).long()

@@ -1,8 +1,9 @@
-"""Weights by probability: `w = max(p(target), floor)`, with the policy's own p.
+"""Weights by probability: `w = max(p(target), floor)`, where p is the policy's current prediction.
 
-Wu et al. 2025, "On the Generalization of SFT: A Reinforcement Learning Perspective with Reward Rectification"
-(https://arxiv.org/abs/2508.05629), eq. 9: the gradient of plain fine-tuning weighs a token by the inverse of
-its probability; weighting with the probability cancels that. Each head uses its own probability.
+This is eq. 9 of Wu et al. 2025, "On the Generalization of SFT: A Reinforcement Learning Perspective with
+Reward Rectification" (https://arxiv.org/abs/2508.05629). In the gradient of plain fine-tuning, a token has a
+factor of 1 / p(token); the weight p(token) cancels this factor. The weights of each head are the
+probabilities that this head predicts.
 
 Shape letters: B batch rows, T positions, K heads.
 """
@@ -19,13 +20,13 @@ if TYPE_CHECKING:
 
 
 class Probability(WeightingStrategy):
-    """Weighs each pair of source and head by the probability that the head assigns to its target."""
+    """Gives each pair of a source position and a head the head's probability of the target as its weight."""
 
     def __init__(self, options: ProbabilityOptions) -> None:
         self._floor = options.floor
 
     def weigh(self, view: StepView) -> Weights:
-        """Return weights `[B, T, K]` in `[floor, 1]`."""
+        """Return weights `[B, T, K]` between `floor` and 1; 0 for pairs that do not count."""
         assert view.token_loss_BTK is not None
         target_BTK = view.target_BTK
         probability_BTK = torch.exp(-view.token_loss_BTK)

@@ -1,4 +1,4 @@
-"""Weights that come with the data: from annotators, another model, or a script of your own."""
+"""Plugin `given`: the data contain the weights, for example from annotators or from another model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from weighted_mtp_core.api import BuildContext, Component, Signal, WeightingStra
 
 @frozen(kw_only=True)
 class WeightsOptions:
-    """`[weighting.options]` of `given.weights`: there are none."""
+    """`[weighting.options]` of `given.weights`, which has no options."""
 
 
 def build_weights(options: WeightsOptions, context: BuildContext) -> WeightingStrategy:
@@ -24,7 +24,7 @@ def build_weights(options: WeightsOptions, context: BuildContext) -> WeightingSt
 
 @hookimpl
 def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
-    """Offer `given.weights`."""
+    """Offer the weighting `given.weights`."""
     yield Component(
         name="weights",
         summary="The weights that come with the data, for whole responses or spans of characters.",

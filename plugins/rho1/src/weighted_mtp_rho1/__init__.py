@@ -1,7 +1,8 @@
 """Selective language modelling (Rho-1, Lin et al. 2024): train on tokens with a large excess loss.
 
-The excess loss is the policy's loss minus the loss of a reference model. The critic `rho1.reference` computes
-the losses of a frozen reference model; the weighting is `rho1.excess_loss`.
+The excess loss of a token is the policy's loss minus the loss of a frozen reference model. The critic
+`rho1.reference` computes the losses of the reference model, and the weighting `rho1.excess_loss` selects the
+tokens.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ class ExcessLossOptions:
 
     Attributes:
         keep: Share of the batch's targets to train on.
-        per: `"head"`: each head keeps its own share of targets; `"target"`: all heads keep the targets with
-            head 1's largest excess loss.
-        selection: `"top"`: weights 1 and 0; `"soft"`: a sigmoid around the same threshold.
-        temperature: Width of the sigmoid, in nats.
+        per: `"head"` selects targets for each head separately; `"target"` selects the targets with the
+            largest excess loss of head 1, for all heads.
+        selection: `"top"` gives selected targets the weight 1 and all other targets the weight 0. `"soft"`
+            gives each target the weight sigmoid((e - e_0) / temperature), where e is its excess loss and e_0
+            the smallest excess loss that `"top"` selects.
+        temperature: Scale of the sigmoid for `"soft"`, in nats.
     """
 
     keep: float = field(default=0.6, validator=[v.gt(0), v.le(1)])
@@ -42,7 +45,7 @@ def build_excess_loss(options: ExcessLossOptions, context: BuildContext) -> Weig
 
 @hookimpl
 def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
-    """Offer `rho1.excess_loss`."""
+    """Offer the weighting `rho1.excess_loss`."""
     yield Component(
         name="excess_loss",
         summary="Keeps the targets where the policy's loss exceeds a reference model's the most.",
@@ -57,9 +60,9 @@ class ReferenceOptions:
     """`[critic.options]` of `rho1.reference`.
 
     Attributes:
-        checkpoint: A model trained on high-quality data: the folder or the `best_model.pt` of an earlier run
-            with the same `[model]` table, or a transformers directory with the policy's tokenizer. By default
-            the reference model is the policy before training.
+        checkpoint: The reference model, trained on high-quality data: the folder or the `best_model.pt` of an
+            earlier run with the same `[model]` table, or a transformers directory with the policy's
+            tokenizer. By default, the reference model is the policy before training.
     """
 
     checkpoint: str | None = None
@@ -74,7 +77,7 @@ def build_reference(options: ReferenceOptions, context: BuildContext) -> Critic:
 
 @hookimpl
 def wmtp_critics() -> Iterable[Component[Any, Critic]]:
-    """Offer `rho1.reference`."""
+    """Offer the critic `rho1.reference`."""
     yield Component(
         name="reference",
         summary="Next-token losses of a frozen model: an earlier run's, or the base model.",

@@ -1,8 +1,9 @@
-"""Weights by excess loss: the policy's loss minus a reference model's, which shows what can be learnt.
+"""Weights by excess loss, which is the policy's loss minus a reference model's loss of the same token.
 
-Lin et al. 2024, "Rho-1: Not All Tokens Are What You Need" (https://arxiv.org/abs/2404.07965), eq. 3 and 4:
-train on the share of targets with the largest excess loss. The reference model has one head, so each head's
-loss is compared with the reference model's loss of the same target.
+A large excess loss shows that a token can still be learnt. Training uses the share of targets with the
+largest excess loss, as in Lin et al. 2024, "Rho-1: Not All Tokens Are What You Need"
+(https://arxiv.org/abs/2404.07965), eq. 3 and 4. The reference model has one head, so the loss of every head
+is compared with the reference model's next-token loss of the target.
 
 Shape letters: B batch rows, T positions, K heads, N candidates of one selection, C selections.
 """
@@ -26,7 +27,7 @@ class ExcessLoss(WeightingStrategy):
         self._options = options
 
     def weigh(self, view: StepView) -> Weights:
-        """Return weights `[B, T, K]` for a selection per head, `[B, T]` for a selection per target."""
+        """Return weights, float32: `[B, T, K]` for `per = "head"`, `[B, T]` for `per = "target"`."""
         assert view.token_loss_BTK is not None
         assert view.reference_loss_BT is not None
         if self._options.per == "head":
@@ -48,7 +49,7 @@ class ExcessLoss(WeightingStrategy):
         )
 
     def _select(self, excess_NC: Tensor, target_NC: Tensor) -> Tensor:
-        """Return weights in [0, 1], large for the largest excess losses of each column; 0 if not a target."""
+        """Return weights `[N, C]` in [0, 1] that grow with the excess loss; 0 if there is no target."""
         kept_C = (self._options.keep * target_NC.sum(dim=0)).round().clamp(min=1)
         ranked_NC = excess_NC.where(target_NC, -torch.inf)
         order_NC = ranked_NC.argsort(dim=0, descending=True, stable=True)

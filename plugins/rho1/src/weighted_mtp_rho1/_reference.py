@@ -1,4 +1,4 @@
-"""Next-token losses of a frozen reference model.
+"""The critic `rho1.reference`: next-token losses of a frozen reference model.
 
 Shape letters: B batch rows, T positions, H hidden.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Reference(Critic):
-    """A frozen copy of a policy: the policy of an earlier run, or the current policy before training."""
+    """Computes the losses of a frozen model: `options.checkpoint`, or the policy before training."""
 
     reads_policy = False
     cacheable = True
@@ -26,6 +26,6 @@ class Reference(Critic):
         self._losses = context.model.frozen_losses(checkpoint)
 
     def score(self, batch: Batch, hidden_BTH: Tensor | None) -> Scores:
-        """Return the loss of each response token, float32 `[B, T]`, 0 elsewhere."""
+        """Return the reference loss of each response token in nats, float32 `[B, T]`; 0 for other tokens."""
         del hidden_BTH
         return Scores(reference_loss_BT=self._losses(batch))

@@ -1,8 +1,8 @@
 """Weights from verifiable rewards: a critic learns which tokens make a response correct.
 
-Offers the critics `verifiable.value_head` and `verifiable.language_models` and the weightings
+The critics are `verifiable.value_head` and `verifiable.language_models`. The weightings are
 `verifiable.td_error`, `verifiable.success_ratio` and `verifiable.group_advantage`. This module only declares
-them; the build functions import the algorithms.
+the components; the build functions import the algorithms.
 """
 
 from __future__ import annotations
@@ -34,24 +34,26 @@ class TdErrorOptions:
     """`[weighting.options]` of `verifiable.td_error`.
 
     Attributes:
-        estimator: `"gae"` sums TD errors with `lam`; `"td"` uses each TD error alone (like `lam = 0`).
+        estimator: `"gae"` uses generalised advantage estimation (GAE), a sum of TD errors. `"td"` uses the TD
+            error of the token alone, as `"gae"` does with `lam = 0`.
         gamma: Discount per token.
-        lam: Lambda of GAE. With 0, advantages rely on the critic alone; with 1, on the reward and the value
-            before the token. In a response of about 1 / (1 - lam) tokens or fewer, most of each advantage is
-            the reward, which is the same for all tokens of the response. Weights then differ more between
-            responses than between tokens.
-        beta: Temperature: a smaller one spreads the weights further apart.
-        clip: Smallest and largest weight.
+        lam: Decay λ of GAE. With 0, the advantage compares the critic's values after and before the token;
+            with 1, it compares the reward and the value before the token. In a response of about
+            1 / (1 - lam) tokens or fewer, most of each advantage is the reward, which is the same for all
+            tokens of the response. Weights then differ more between responses than between tokens.
+        beta: Temperature; a smaller temperature spreads the weights further apart.
+        clip: Smallest and largest weight of the exponential of the advantage.
         whiten: Whether advantages are whitened to mean 0 and standard deviation 1: with the statistics of the
             batch, with moving statistics, or not at all.
-        ema_decay: Weight of the old moving statistics in each training step.
+        ema_decay: Weight of the old moving statistics in each training step, for `whiten = "ema"`.
         sign: `"advantage"` uses the whitened advantage A. `"reward"` uses max(A, 0) in a correct response, so
             that no token of the response weighs less than 1, and min(A, 0) in an incorrect response, so that
             no token of the response weighs more than 1.
-        positives_only: Whether incorrect responses get weight 0. They still count in the statistics.
+        positives_only: Whether incorrect responses get weight 0; the statistics of whitening still include
+            these responses.
         per_response: Whether the clipped weights of each response are scaled to mean 1, so that weights
-            differ only between the tokens of a response, not between responses. Responses with weight 0 keep
-            it.
+            differ only between the tokens of a response, not between responses. A response whose weights are
+            all 0 is not scaled.
     """
 
     estimator: Literal["gae", "td"] = "gae"
@@ -78,15 +80,16 @@ class SuccessRatioOptions:
     """`[weighting.options]` of `verifiable.success_ratio`.
 
     Attributes:
-        where: With `"all"`, ratios are the weights in all responses. With `"wrong"`, they are the weights in
-            incorrect responses, and the tokens of correct responses have the weight 1.
+        where: With `"all"`, the ratios are the weights in all responses. With `"wrong"`, the ratios are the
+            weights in incorrect responses only, and the tokens of correct responses have the weight 1.
         cap: Upper limit of the ratio, before the exponent is applied.
-        power: Exponent of the capped ratio; 0 makes all weights 1, and numbers above 1 increase differences.
+        power: Exponent of the capped ratio; 0 makes all weights 1, and a number above 1 increases the
+            differences between weights.
         span: `"token"` compares the values after and before the token. `"line"` compares the values after and
             before the token's line, so that all tokens of a line have the same weight.
-        heads: `"target"` gives a token the same weight for every head. `"path"` gives head k, which predicts
-            token t + k from token t, the weight V_{t+k} / V_t, where V_t is the value after token t: the
-            product of the ratios of the tokens t + 1 to t + k.
+        heads: `"target"` gives a token the same weight for every head. With `"path"`, the weight of head k,
+            which predicts token t + k from token t, is V_{t+k} / V_t, where V_t is the value after token t.
+            This is the product of the ratios of the tokens t + 1 to t + k.
     """
 
     where: Literal["all", "wrong"] = "all"
@@ -104,7 +107,7 @@ def build_success_ratio(options: SuccessRatioOptions, context: BuildContext) -> 
 
 
 def refuse_ranks(critic: object) -> str | None:
-    """Return why values of this critic have no meaningful ratio; None if they are probabilities."""
+    """Return why ratios of this critic's values have no meaning; None if the values are probabilities."""
     if isinstance(critic, ValueHeadOptions) and critic.objective == "bradley_terry":
         return (
             'needs probabilities of success, but `objective = "bradley_terry"` only ranks responses: '
@@ -118,9 +121,10 @@ class GroupAdvantageOptions:
     """`[weighting.options]` of `verifiable.group_advantage`.
 
     Attributes:
-        beta: Temperature: a smaller one spreads the weights further apart.
+        beta: Temperature; a smaller temperature spreads the weights further apart.
         clip: Smallest and largest weight.
-        positives_only: Whether incorrect responses get weight 0. They still count in the means.
+        positives_only: Whether incorrect responses get weight 0; the mean rewards still include these
+            responses.
     """
 
     beta: float = field(default=1.0, validator=v.gt(0))
@@ -138,7 +142,7 @@ def build_group_advantage(options: GroupAdvantageOptions, context: BuildContext)
 
 @hookimpl
 def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
-    """Declare `verifiable.td_error`, `verifiable.success_ratio` and `verifiable.group_advantage`."""
+    """Offer `verifiable.td_error`, `verifiable.success_ratio` and `verifiable.group_advantage`."""
     yield Component(
         name="td_error",
         summary="exp(advantage / beta), clipped; advantages from a critic's values and the reward.",
@@ -168,23 +172,30 @@ class ValueHeadOptions:
     """`[critic.options]` of `verifiable.value_head`.
 
     Attributes:
-        objective: `"monte_carlo"` predicts the reward from every prefix; `"lambda_return"` predicts a mixture
-            of the reward and the critic's own later values; `"bradley_terry"` only ranks a correct response
-            above an incorrect one to the same problem.
-        lam: For `"lambda_return"`: with 0 the target is the next value, with 1 the reward (Monte Carlo).
-        lam_schedule: `"constant"`, or `"linear"`: from `lam_start` at the first step to `lam` at the last.
-            The critic's later values are useful targets only after training on the reward.
-        lam_start: Lambda of the first step for `"linear"`.
-        body: Input of the head: `"own"`, a small transformer trained with it; `"policy"`, the current states
-            of the policy's trunk; `"frozen"`, the states of the trunk as it was at the start; `"trunk"`, a
-            copy of that trunk, trained with the head.
-        base: For `"trunk"`, another model to copy, named like `model.base`; it must use the same tokenizer.
-        lora_rank: For `"trunk"`, the rank of adapters to train instead of the trunk; 0 trains all of it.
-        layers: Number of own transformer layers, also on top of a trunk's states; 0 is the head alone.
-        hidden_size: Width of the own layers.
-        heads: Attention heads of the own layers.
-        lm_loss_weight: Weight of a language-model loss on correct responses. The head then also reads each
-            token's negative log-likelihood, its best feature after a short training; 0 disables both.
+        objective: `"monte_carlo"` trains the value of every prefix to predict the reward. `"lambda_return"`
+            trains it to predict a mixture of the reward and the critic's own later values. `"bradley_terry"`
+            only ranks a correct response above an incorrect response to the same problem.
+        lam: Decay λ for `objective = "lambda_return"`: with 0, the target is the critic's next value alone;
+            with 1, it is the reward alone.
+        lam_schedule: `"constant"` keeps λ at `lam`. `"linear"` changes λ from `lam_start` at the first step
+            to `lam` at the last step, because the critic's later values are useful targets only after some
+            training on the reward.
+        lam_start: Decay λ of the first step for `lam_schedule = "linear"`.
+        body: What the head reads. `"own"`: a small transformer that is trained with the head. `"policy"`: the
+            current states of the policy's trunk. `"frozen"`: the states of a copy of the policy's trunk that
+            is never trained. `"trunk"`: the states of a copy of the policy's trunk that is trained with the
+            head.
+        base: For `body = "trunk"`: another model to copy, named like `model.base`. The model must use the
+            policy's tokenizer.
+        lora_rank: For `body = "trunk"`: the rank of adapters to train instead of the trunk; 0 trains the
+            whole trunk.
+        layers: Number of the critic's own transformer layers, which may be on top of a trunk's states; 0 is
+            the head alone.
+        hidden_size: Width of the critic's own layers.
+        heads: Number of attention heads in each of the critic's own layers.
+        lm_loss_weight: Weight of a language-model loss on correct responses. If the weight is above 0, the
+            head also reads each token's negative log-likelihood under this language model, which is its best
+            feature after a short training; 0 disables the language model.
     """
 
     objective: Literal["monte_carlo", "lambda_return", "bradley_terry"] = "monte_carlo"
@@ -228,14 +239,15 @@ class LanguageModelsOptions:
     """`[critic.options]` of `verifiable.language_models`.
 
     Attributes:
-        right_model: A finished model of correct responses: the folder or the `best_model.pt` of a run with
-            the same `[model]` table, or a transformers directory with the policy's tokenizer. Without this
-            option, stage 1 trains both models, which begin as copies of the policy.
-        all_model: A finished model of all responses, for `right_model`.
-        folds: With 2 or more, problems are divided into so many folds, and each fold has two models of its
-            own, which are trained on the other folds: no model scores a response to a problem that it has
-            learned from.
-        lora_rank: Rank of adapters to train instead of whole models. All models then share the parameters of
+        right_model: A trained model of correct responses: the folder or the `best_model.pt` of a run with the
+            same `[model]` table, or a transformers directory with the policy's tokenizer. Without this
+            option, stage 1 trains the model of correct responses and the model of all responses, which both
+            begin as copies of the policy.
+        all_model: A trained model of all responses; required if `right_model` is given.
+        folds: Number of folds into which problems are divided. If it is 2 or more, each fold has two models,
+            which are trained on all other folds, so that no model scores a response to a problem on which it
+            was trained.
+        lora_rank: Rank of adapters to train instead of whole models; all models then share the parameters of
             one copy of the policy. 0 trains whole models.
     """
 
@@ -269,7 +281,7 @@ def build_language_models(options: LanguageModelsOptions, context: BuildContext)
 
 @hookimpl
 def wmtp_critics() -> Iterable[Component[Any, Critic]]:
-    """Offer `verifiable.value_head` and `verifiable.language_models`."""
+    """Offer the critics `verifiable.value_head` and `verifiable.language_models`."""
     yield Component(
         name="value_head",
         summary="Predicts at every token whether the response will be verified as correct.",

@@ -1,7 +1,7 @@
 """TD errors and generalised advantage estimation, for whole batches at once.
 
-A response is an episode: the state before token t is the prefix that ends at t - 1, the action is token t,
-and the only reward R comes with the last response token, after which the value is 0.
+A response is an episode. The state before token t is the prefix that ends at token t - 1, and the action is
+token t. The only reward R comes with the last response token; the value after this token is 0.
 
 Shape letters: B batch rows, T positions.
 """
@@ -17,7 +17,9 @@ from weighted_mtp_verifiable._reductions import discounted_sums, remaining_respo
 def td_errors(
     value_BT: Tensor, reward_BT: Tensor, *, document_BT: Tensor, response_BT: Tensor, gamma: float
 ) -> Tensor:
-    """Return `delta_t = r_t + gamma * V_t - V_{t-1}`, the TD error of each token (Sutton 1988).
+    """Return the TD error `delta_t = r_t + gamma * V_t - V_{t-1}` of each token (Sutton 1988).
+
+    The reward r_t of token t is R at the last response token and 0 elsewhere; gamma is the discount.
 
     Args:
         value_BT: V_t, the value of the prefix that ends at token t; finite.
@@ -27,9 +29,9 @@ def td_errors(
         gamma: Discount per token.
 
     Returns:
-        `[B, T]`, 0 after a document's last response token and on padding. Prompt tokens, and tokens between
-        two stretches of a response, have TD errors too, so that sums over a document telescope. The first
-        token of a document has no previous value; 0 is used.
+        TD errors `[B, T]`; 0 after a document's last response token and on padding. Prompt tokens, and tokens
+        between two stretches of a response, have TD errors too, so that intermediate values cancel in a sum
+        over a document. For the first token of a document, the previous value V_{t-1} is taken as 0.
     """
     remaining_BT = remaining_response_tokens(response_BT, document_BT)
     last_BT = response_BT & (remaining_BT == 1)
@@ -39,9 +41,10 @@ def td_errors(
 
 
 def advantages(delta_BT: Tensor, *, document_BT: Tensor, gamma: float, lam: float) -> Tensor:
-    """Return `A_t = sum_l (gamma * lam)^l * delta_{t+l}` within each document.
+    """Return the advantage `A_t = sum_l (gamma * lam)^l * delta_{t+l}` of each token t in its document.
 
-    This is generalised advantage estimation (Schulman et al. 2016, https://arxiv.org/abs/1506.02438, eq. 16).
-    With `gamma = lam = 1` it telescopes to `R - V_{t-1}`.
+    Here delta_t is the TD error of token t. The formula is generalised advantage estimation (Schulman et al.
+    2016, https://arxiv.org/abs/1506.02438, eq. 16). With `gamma = lam = 1`, the advantage is `R - V_{t-1}`,
+    the reward R of the response minus the value V_{t-1} before token t.
     """
     return discounted_sums(delta_BT, document_BT=document_BT, discount=gamma * lam)

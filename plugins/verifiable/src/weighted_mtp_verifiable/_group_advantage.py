@@ -1,9 +1,9 @@
-"""One weight for each response: how much better it did than the other responses to the same problem.
+"""One weight for each response, from its reward minus the mean reward of responses to the same problem.
 
-This is the advantage of group-relative methods (Shao et al. 2024, https://arxiv.org/abs/2402.03300, 4.1.1),
-without the division by the group's standard deviation (Liu et al. 2025, https://arxiv.org/abs/2503.20783,
-3.2). All tokens of a response weigh the same, which makes it the baseline that the weights of a critic must
-beat.
+This difference is the advantage of group-relative methods (Shao et al. 2024,
+https://arxiv.org/abs/2402.03300, section 4.1.1), without the division by the standard deviation of the group
+(Liu et al. 2025, https://arxiv.org/abs/2503.20783, section 3.2). All tokens of a response have the same
+weight, so this weighting is the baseline that a critic's weights must beat.
 
 Shape letters: B batch rows, T positions, N all tokens of the batch.
 """
@@ -24,27 +24,28 @@ if TYPE_CHECKING:
 
 
 class GroupAdvantage(WeightingStrategy):
-    """Weighs every token of a response with `w = clip(exp((R - baseline) / beta))`.
+    """Gives every token of a response with reward R the weight `w = clip(exp((R - baseline) / beta))`.
 
-    Weights cannot be negative, so the signed advantage becomes an exponential one, as in advantage-weighted
-    regression: 1 for a response that did as well as its group, less than 1 for a worse one.
+    The exponential makes the weight positive, as in advantage-weighted regression: it is 1 if R equals the
+    baseline, and less than 1 if R is lower.
 
     The baseline is the mean reward of the batch's responses to the same problem. If the batch contains only
-    one response to a problem, this mean would equal its own reward and every weight would be 1. The baseline
-    of such a response is the mean reward of all responses in the batch. Such responses are usual in batches
-    that are drawn at random from many problems; the metric `lone_fraction` is their share.
+    one response to a problem, its baseline is the mean reward of all responses in the batch; with its own
+    reward as the baseline, its weight would always be 1. Most responses are the only response to their
+    problem in batches that are drawn at random from many problems. The metric `lone_fraction` is the share of
+    these responses.
     """
 
     def __init__(self, options: GroupAdvantageOptions) -> None:
         self._options = options
 
     def weigh(self, view: StepView) -> Weights:
-        """Return weights `[B, T]`, equal within each response."""
+        """Return weights, float32 `[B, T]`; all tokens of a response have the same weight."""
         assert view.reward_BT is not None
         assert view.group_BT is not None
         options = self._options
         reward_BT, response_BT = view.reward_BT.float(), view.response_BT
-        # The last token represents its response, so that each response counts once regardless of its length.
+        # Means are over the last tokens of responses, so that each response counts once, whatever its length.
         last_BT = response_BT & (remaining_response_tokens(response_BT, view.document_BT) == 1)
         total_BT, count_BT = group_sums(reward_BT.where(last_BT, 0.0), last_BT.float(), view.group_BT)
         lone_BT = count_BT == 1
@@ -64,10 +65,9 @@ class GroupAdvantage(WeightingStrategy):
 
 
 def group_sums(x_BT: Tensor, y_BT: Tensor, group_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Return, at each token, the sums of x and of y over all tokens of its group in the batch.
+    """Return for each token the sums of x and of y over all tokens of its group in the batch.
 
-    Group numbers are arbitrary. Sorting converts them to consecutive indices without synchronising the
-    device.
+    Group numbers are arbitrary; sorting converts them to consecutive indices without waiting for the device.
     """
     sorted_N, order_N = group_BT.reshape(-1).sort()
     new_N = F.pad((sorted_N[1:] != sorted_N[:-1]).long(), (1, 0))

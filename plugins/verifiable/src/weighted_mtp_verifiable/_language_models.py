@@ -1,13 +1,14 @@
-"""A critic of two language models: one of correct responses, one of all responses.
+"""A critic made of two language models: one of correct responses, and one of all responses.
 
 Let V_t be the probability of success after token t, and x_t this token. By Bayes' rule,
 
-    V_t / V_{t-1} = p(x_t | prefix, success) / p(x_t | prefix),
+    V_t / V_{t-1} = p(x_t | prefix, success) / p(x_t | prefix).
 
-and two language models estimate the two probabilities. So log(V_t / V_0), where V_0 is the value of the
-prompt, is the sum of log p_right(x_s | prefix) - log p_all(x_s | prefix) over the response tokens s <= t. The
-same ratio is the contrastive estimate of Lin et al. 2024 (https://arxiv.org/abs/2411.19943) and the implicit
-reward of Yuan et al. 2024 (https://arxiv.org/abs/2412.01981).
+The model p_right, trained on correct responses, estimates the numerator; the model p_all, trained on all
+responses, estimates the denominator. Let V_0 be the value of the prompt. Then log(V_t / V_0) is the sum of
+log p_right(x_s | prefix) - log p_all(x_s | prefix) over the response tokens s <= t. The ratio p_right / p_all
+is also the contrastive estimate of Lin et al. 2024 (https://arxiv.org/abs/2411.19943) and the implicit reward
+of Yuan et al. 2024 (https://arxiv.org/abs/2412.01981).
 
 Shape letters: B batch rows, T positions, H hidden, R selected rows.
 """
@@ -40,30 +41,31 @@ if TYPE_CHECKING:
 Losses = Callable[[Batch], Tensor]
 
 _TOKENS = 32
-"""Divides the summed loss of a response, so that the gradient's norm is about that of a mean over tokens.
+"""Divisor of the summed loss of a response, so that the gradient is about as large as for a mean over tokens.
 
-The number of tokens itself would give tokens of short responses more weight.
+It is a constant because division by the actual number of tokens would give tokens of short responses more
+weight.
 """
 
 
 @frozen(kw_only=True, eq=False)
 class _Pair:
-    """The two models of one fold; each maps a batch to next-token losses `[B, T]` in nats."""
+    """The two models of a fold, as functions that map a batch to next-token losses `[B, T]` in nats."""
 
     right: Losses
     everything: Losses
 
     def log_ratio(self, batch: Batch) -> Tensor:
-        """Return log p_right - log p_all of each response token, `[B, T]`, 0 elsewhere."""
+        """Return log p_right - log p_all for each response token, `[B, T]`; 0 for other tokens."""
         return self.everything(batch) - self.right(batch)
 
 
 class LanguageModels(Critic):
-    """Values from the ratio of the probabilities that two language models give to a response.
+    """Computes values from the ratio of the probabilities that two language models assign to a response.
 
     Args:
-        options: See `LanguageModelsOptions`.
-        context: The policy, of which trained models are copies, or the loader of two finished models.
+        options: The options of the component.
+        context: Copies the policy, or loads the models of earlier runs.
     """
 
     reads_policy = False
@@ -80,7 +82,7 @@ class LanguageModels(Critic):
                 _Pair(right=model.frozen_losses(right), everything=model.frozen_losses(everything))
             ]
             return
-        with torch.random.fork_rng(devices=[]):  # adapters are initialised from the global generator
+        with torch.random.fork_rng(devices=[]):  # adapters use the global generator
             torch.default_generator.manual_seed(context.seed)
             for _ in range(2 * options.folds):
                 self._models.append(model.trainable_losses())
@@ -94,17 +96,17 @@ class LanguageModels(Critic):
 
     @torch.no_grad()
     def score(self, batch: Batch, hidden_BTH: Tensor | None) -> Scores:
-        """Return log(V_t / V_0), float32 `[B, T]`; 0 on the prompt."""
+        """Return log(V_t / V_0), where V_0 is the value of the prompt, float32 `[B, T]`; 0 on the prompt."""
         del hidden_BTH
         ratio_BT = self._pairs[0].log_ratio(batch)
         for fold, pair in enumerate(self._pairs[1:], start=1):
             ratio_BT = pair.log_ratio(batch).where(self._fold(batch) == fold, ratio_BT)
-        # Sums of several thousand nats are exact to 1e-4 in float32; MPS has no float64.
+        # MPS does not support float64; in float32, sums of several thousand nats are exact to 1e-4.
         exact_BT = ratio_BT if ratio_BT.device.type == "mps" else ratio_BT.double()
         return Scores(log_value_BT=document_cumsum(exact_BT, batch.document_BT).float())
 
     def loss(self, batch: Batch, hidden_BTH: Tensor | None) -> CriticLoss:
-        """Return the sum of the models' losses; each token that a model learns counts alike."""
+        """Return the sum of the losses of all models; all tokens have the same weight."""
         del hidden_BTH
         right_BT = batch.response_BT & is_correct(batch.reward_BT)
         total = torch.zeros((), device=batch.ids_BT.device)
@@ -126,7 +128,7 @@ class LanguageModels(Critic):
         return (each for each in self._models.parameters() if each.requires_grad)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the tensors of the models, each once; models of earlier runs are not part of it."""
+        """Return the tensors of the models that this run trains; a tensor that models share occurs once."""
         kept = self._models.state_dict(keep_vars=True)
         names = {id(tensor): name for name, tensor in reversed(kept.items())}
         return {name: kept[name] for name in reversed(names.values())}
@@ -135,7 +137,7 @@ class LanguageModels(Critic):
         """Restore the tensors.
 
         Raises:
-            WmtpError: They belong to other models, or to another number of folds.
+            WmtpError: The tensors belong to other models or to another number of folds.
         """
         own = self.state_dict()
         shapes = {name: getattr(each, "shape", None) for name, each in state.items()}
@@ -156,7 +158,7 @@ class LanguageModels(Critic):
 
 
 def _share_frozen(model: nn.Module, *, of: nn.Module) -> None:
-    """Replace the frozen parameters of a model with those of another model, which have the same values."""
+    """Replace the frozen parameters of `model` with the equal parameters of `of`, to save memory."""
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if not parameter.requires_grad:
             path, _, last = name.rpartition(".")
@@ -164,9 +166,9 @@ def _share_frozen(model: nn.Module, *, of: nn.Module) -> None:
 
 
 def _rows_with(batch: Batch, mask_BT: Tensor) -> tuple[Batch, Tensor]:
-    """Return the rows of the batch with a token of the mask, and their mask `[R, T]`.
+    """Return the rows of the batch in which the mask is True anywhere, and the mask of these rows, `[R, T]`.
 
-    If there is no such row, it is the first row, so that the loss has a gradient, of 0, for all parameters.
+    If there is no such row, the first row is returned, so that all parameters get a gradient (of 0).
     """
     row_R = mask_BT.any(dim=1).nonzero().flatten()
     if len(row_R) == len(mask_BT):

@@ -1,6 +1,6 @@
-"""Training objectives of the value head: three losses on the log-odds of every prefix.
+"""Training objectives of the value head: three losses on its log-odds.
 
-Shape letters: B batch rows (P pairs of them), T positions.
+Shape letters: B batch rows, P pairs of rows, T positions.
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ from weighted_mtp_verifiable._reductions import (
 
 
 def monte_carlo(logit_BT: Tensor, batch: Batch, *, lam: float) -> Tensor:
-    """Return the binary cross-entropy of each prefix's value with the reward R (Cobbe et al. 2021, 4.2)."""
+    """Return the binary cross-entropy between the value of every prefix and the reward of the response.
+
+    This is the loss of the verifiers of Cobbe et al. 2021, section 4.2.
+    """
     del lam
     return _cross_entropy(logit_BT, outcome(batch), batch)
 
 
 def lambda_return(logit_BT: Tensor, batch: Batch, *, lam: float) -> Tensor:
-    """Return the binary cross-entropy of each prefix's value with its lambda-return.
+    """Return the binary cross-entropy between the value of every prefix and the prefix's lambda-return.
 
-    The lambda-return (Sutton and Barto 2018, eq. 12.2) of the prefix that ends at token t is `V_t + A_{t+1}`,
-    where V is the critic's value without gradient and A the advantage. The lambda-return of the whole
-    response is the reward R.
+    The lambda-return (Sutton and Barto 2018, eq. 12.2) of the prefix that ends at token t is `V_t + A_{t+1}`.
+    Here V_t is the critic's value of the prefix, without gradient, and A_{t+1} the advantage of the next
+    token. The lambda-return of the whole response is its reward.
     """
     value_BT = torch.sigmoid(logit_BT.detach())
     delta_BT = td_errors(
@@ -47,10 +50,11 @@ def lambda_return(logit_BT: Tensor, batch: Batch, *, lam: float) -> Tensor:
 
 
 def bradley_terry(logit_BT: Tensor, batch: Batch, *, lam: float) -> Tensor:
-    """Return `-log sigmoid(s_correct - s_incorrect)`, where s are the log-odds after the last token.
+    """Return the mean of `-log sigmoid(s_correct - s_incorrect)` over pairs of responses to one problem.
 
-    This is the loss of reward models (Bradley and Terry 1952; Ouyang et al. 2022, eq. 1). It ranks responses
-    to one problem, so values of different problems have no common scale.
+    Here s_correct and s_incorrect are the log-odds after the last token of the correct and of the incorrect
+    response. This is the loss of reward models (Bradley and Terry 1952; Ouyang et al. 2022, eq. 1). The loss
+    only ranks responses to the same problem, so the values of different problems have no common scale.
     """
     del lam
     position_T = torch.arange(logit_BT.shape[1], device=logit_BT.device)
@@ -62,7 +66,7 @@ def bradley_terry(logit_BT: Tensor, batch: Batch, *, lam: float) -> Tensor:
 
 
 def outcome(batch: Batch) -> Tensor:
-    """Return, at each token, the reward of its document, also on the prompt; 0 after the response."""
+    """Return for each token of a prompt or response the reward of the response; 0 after the response."""
     rewards_BT = batch.reward_BT.where(batch.response_BT, 0.0)
     total_BT = discounted_sums(rewards_BT, document_BT=batch.document_BT, discount=1.0)
     return total_BT / remaining_response_tokens(batch.response_BT, batch.document_BT).clamp(min=1)
@@ -77,7 +81,7 @@ def trained_prefixes(batch: Batch) -> Tensor:
 
 
 def final_accuracy(logit_BT: Tensor, batch: Batch) -> Tensor:
-    """Return the share of responses that the value of the last token classifies correctly, at 1/2."""
+    """Return the share of responses that are correct if and only if their last value is above 1/2."""
     last_BT = batch.response_BT & (remaining_response_tokens(batch.response_BT, batch.document_BT) == 1)
     return masked_mean(((logit_BT > 0) == is_correct(batch.reward_BT)).float(), last_BT)
 

@@ -1,14 +1,14 @@
-"""Weights from ratios of values: `w_t = clip(V_t / V_{t-1}, 0, cap)^power`.
+"""Weights `w_t = clip(V_t / V_{t-1}, 0, cap)^power`, where V_t is the probability of success after token t.
 
-V_t is the probability of success after token t. Let p be the policy that wrote the data, and V(s) the
-probability of success after a prefix s. By Bayes' rule, a policy that imitates only the successes of p
-predicts token x after s with the probability
+Let p be the policy that wrote the data, and V(s) the probability of success after a prefix s. By Bayes' rule,
+a policy that imitates only the successful responses of p predicts token x after s with the probability
 
     p(x | s, success) = p(x | s) V(s, x) / V(s).
 
-So if token t has the weight V_t / V_{t-1}, this policy has the smallest weighted cross-entropy, whatever the
-mix of right and wrong responses in the data. A loss without wrong responses has the same minimum. However, it
-weighs each token by the outcome of the whole response, which varies more than the ratio.
+So if token t has the weight V_t / V_{t-1}, the policy p(x | s, success) has the smallest weighted
+cross-entropy, whatever the mix of right and wrong responses in the data. A loss over right responses only has
+the same minimum. However, that loss weighs each token by the outcome of the whole response, which varies more
+than the ratio.
 
 Shape letters: B batch rows, T positions, K heads, V vocabulary.
 """
@@ -32,8 +32,8 @@ class SuccessRatio(WeightingStrategy):
     """Computes weights of response tokens, or of pairs, from the logarithms of a critic's values.
 
     Args:
-        options: See `SuccessRatioOptions`.
-        model: The tokenizer of the policy, which `span = "line"` reads.
+        options: The options of the component.
+        model: Context whose tokenizer shows where lines end, for `span = "line"`.
     """
 
     def __init__(self, options: SuccessRatioOptions, model: ModelContext) -> None:
@@ -41,12 +41,12 @@ class SuccessRatio(WeightingStrategy):
         self._has_break_V = _has_line_break(model) if options.span == "line" else None
 
     def weigh(self, view: StepView) -> Weights:
-        """Return weights `[B, T]` for `heads = "target"` and `[B, T, K]` for `heads = "path"`."""
+        """Return weights, float32: `[B, T]` for `heads = "target"`, `[B, T, K]` for `heads = "path"`."""
         assert view.log_value_BT is not None
         assert view.reward_BT is not None
         options, log_value_BT = self._options, view.log_value_BT
         first_BT, last_BT = self._span_bounds(view)
-        # -inf stands for an unknown value: the first token of a document has no prefix.
+        # The first token of a document has no prefix, so the value before it is unknown: -inf.
         previous_BT = F.pad(log_value_BT[:, :-1], (1, 0)).where(
             same_as_previous(view.document_BT), -torch.inf
         )
@@ -55,8 +55,7 @@ class SuccessRatio(WeightingStrategy):
         if options.heads == "path":
             before = before.gather(1, _next_response_token(view.response_BT))[..., None]
             after, reward, mask = view.to_pairs(after), view.to_pairs(reward), view.target_BTK
-        # 0 / 0 counts as 1: if success is impossible after a prefix, no token changes the probability of
-        # success.
+        # The ratio is 1 if the value before the token is 0: success is then impossible, whatever the token.
         ratio = (after - before).exp().where(before > -torch.inf, 1.0)
         weight = ratio.clamp(0.0, options.cap).pow(options.power)
         if options.where == "wrong":
@@ -70,9 +69,10 @@ class SuccessRatio(WeightingStrategy):
         )
 
     def _span_bounds(self, view: StepView) -> tuple[Tensor, Tensor]:
-        """Return the first and the last token of each response token's span, int64 `[B, T]` indices.
+        """Return the indices of the first and the last token of each response token's span, int64 `[B, T]`.
 
-        A token with a line break ends its line. A line also ends where a sequence of response tokens ends.
+        A token that contains a line break ends its line. A line also ends where a sequence of response tokens
+        ends.
         """
         index_BT = torch.arange(view.ids_BT.shape[1], device=view.ids_BT.device).expand_as(view.ids_BT)
         if self._has_break_V is None:
@@ -86,19 +86,19 @@ class SuccessRatio(WeightingStrategy):
 
 
 def _next_response_token(response_BT: Tensor) -> Tensor:
-    """Return the index of the next response token after each token; the row's last index if there is none."""
+    """Return for each token the index of the next response token; the row's last index if there is none."""
     index_BT = torch.arange(response_BT.shape[1], device=response_BT.device).expand_as(response_BT)
     last = response_BT.shape[1] - 1
     return F.pad(_next_marked(index_BT, response_BT)[:, 1:], (0, 1), value=last)
 
 
 def _next_marked(index_BT: Tensor, marked_BT: Tensor) -> Tensor:
-    """Return the first marked index at or after each token; the row's last index if there is none."""
+    """Return for each token the first marked index at or after it; the row's last index if there is none."""
     last = index_BT.shape[1] - 1
     return index_BT.where(marked_BT, last).flip(1).cummin(dim=1).values.flip(1)
 
 
 def _has_line_break(model: ModelContext) -> Tensor:
-    """Return whether the text of each token id contains a line break, bool `[V]`."""
+    """Return for each token id whether its text contains a line break, bool `[V]`."""
     breaks = ["\n" in model.decode([token]) for token in range(model.vocab_size)]
     return torch.tensor(breaks, device=model.device)

@@ -1,8 +1,8 @@
-"""Weights from advantages: `w = clip(exp(A / beta))`.
+"""Weights `w = clip(exp(A / beta))`, where A is the advantage of the token.
 
 This is advantage-weighted regression (Peng et al. 2019, https://arxiv.org/abs/1910.00177, eq. 10) on the
-tokens of multi-token prediction (Gloeckle et al. 2024, https://arxiv.org/abs/2404.19737): tokens that did
-better than the critic expected are imitated more than tokens that did worse.
+tokens of multi-token prediction (Gloeckle et al. 2024, https://arxiv.org/abs/2404.19737). Tokens after which
+the result is better than the critic expected are imitated more than tokens after which it is worse.
 
 Shape letters: B batch rows, T positions.
 """
@@ -29,7 +29,7 @@ class TdError(WeightingStrategy):
     """Computes weights of response tokens from values and rewards.
 
     Args:
-        options: See `TdErrorOptions`.
+        options: The options of the component.
         device: Device of the moving statistics.
     """
 
@@ -38,7 +38,7 @@ class TdError(WeightingStrategy):
         self._moving = MovingStatistics(options.ema_decay, device=device)
 
     def weigh(self, view: StepView) -> Weights:
-        """Return weights `[B, T]`; `advantages` defines A."""
+        """Return weights, float32 `[B, T]`; 0 for tokens outside responses."""
         assert view.value_BT is not None
         assert view.reward_BT is not None
         options = self._options
@@ -86,7 +86,7 @@ class TdError(WeightingStrategy):
         return whiten(advantage_BT, mean, std)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the moving statistics, if they are used."""
+        """Return the moving statistics; empty unless `whiten = "ema"`."""
         return self._moving.state_dict() if self._options.whiten == "ema" else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -98,12 +98,12 @@ class TdError(WeightingStrategy):
 
 
 def _signed_by_reward(advantage_BT: Tensor, reward_BT: Tensor) -> Tensor:
-    """Return max(A, 0) in correct responses and min(A, 0) in incorrect ones."""
+    """Return max(A, 0) in correct responses and min(A, 0) in incorrect responses; A is the advantage."""
     return torch.where(is_correct(reward_BT), advantage_BT.clamp(min=0), advantage_BT.clamp(max=0))
 
 
 def _scaled_per_response(weight_BT: Tensor, response_BT: Tensor, document_BT: Tensor) -> Tensor:
-    """Return weights with a mean of 1 over each response; a response whose weights are 0 keeps them."""
+    """Scale the weights of each response to mean 1; if all weights of a response are 0, they stay 0."""
     total_BT = document_sums(weight_BT, document_BT)
     count_BT = document_sums(response_BT.float(), document_BT)
     return weight_BT / total_BT.clamp(min=torch.finfo(torch.float32).tiny) * count_BT
@@ -111,10 +111,10 @@ def _scaled_per_response(weight_BT: Tensor, response_BT: Tensor, document_BT: Te
 
 @frozen(eq=False)
 class _ResponseMean:
-    """Means over the response tokens of a batch.
+    """Computes means over the response tokens of a batch.
 
     Attributes:
-        mask_BT: 1.0 on response tokens, 0.0 elsewhere.
+        mask_BT: 1.0 for response tokens, 0.0 for other tokens.
         count: Number of response tokens, at least 1.
     """
 
@@ -127,10 +127,10 @@ class _ResponseMean:
         return cls(mask_BT, mask_BT.sum().clamp(min=1))
 
     def mean(self, x_BT: Tensor) -> Tensor:
-        """Return the mean of x, which must be finite; 0 if there are no response tokens."""
+        """Return the mean of x, whose entries must be finite; 0 if there are no response tokens."""
         return (x_BT * self.mask_BT).sum() / self.count
 
     def mean_and_std(self, x_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean and the population standard deviation."""
+        """Return the mean and the population standard deviation of x."""
         mean = self.mean(x_BT)
         return mean, self.mean((x_BT - mean).square()).sqrt()

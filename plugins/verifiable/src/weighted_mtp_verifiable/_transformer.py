@@ -1,4 +1,6 @@
-"""A small causal transformer for a critic: pre-norm, rotary position embeddings, documents kept apart.
+"""A small causal transformer for a critic, with pre-norm layers and rotary position embeddings.
+
+A token attends only to tokens of its own document.
 
 Shape letters: B batch rows, T positions, A attention heads, E size of one head, D width.
 """
@@ -12,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
 from weighted_mtp_verifiable._reductions import same_as_previous
 
-_ROTARY_BASE = 10000.0  # longest wavelength of the rotary embedding, as in the paper
+_ROTARY_BASE = 10000.0  # base of the frequencies of the rotary embedding, as in its paper
 
 
 @frozen(kw_only=True, eq=False)
@@ -20,9 +22,10 @@ class AttentionContext:
     """Attention mask and rotary position embedding of a batch, shared by all layers.
 
     Attributes:
-        mask_B1TT: True where a token (row) may attend to another (column): not later, and of its document.
-        cos_B1TE: Cosines of the rotary embedding; positions count from the start of the document.
-        sin_B1TE: Sines.
+        mask_B1TT: True where the token of the row may attend to the token of the column, which must belong to
+            the same document and must not be later.
+        cos_B1TE: Cosines of the rotary embedding; positions are counted from the start of the document.
+        sin_B1TE: Sines of the rotary embedding.
     """
 
     mask_B1TT: Tensor
@@ -31,7 +34,7 @@ class AttentionContext:
 
     @classmethod
     def of_documents(cls, document_BT: Tensor, *, head_size: int) -> AttentionContext:
-        """Return the context of attention heads of size E (Su et al. 2021, arXiv:2104.09864, eq. 34)."""
+        """Return mask and rotary embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864, eq. 34)."""
         position_BT = positions(document_BT)
         same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
         frequency_E = _ROTARY_BASE ** -(torch.arange(0, head_size, 2, device=document_BT.device) / head_size)
@@ -43,19 +46,19 @@ class AttentionContext:
         )
 
     def apply_rotary(self, x_BATE: Tensor) -> Tensor:
-        """Rotate pairs of dimensions of queries or keys by their position."""
+        """Rotate pairs of dimensions of queries or keys, by angles that grow with the token's position."""
         first, second = x_BATE.chunk(2, dim=-1)
         return x_BATE * self.cos_B1TE + torch.cat([-second, first], dim=-1) * self.sin_B1TE
 
 
 def positions(document_BT: Tensor) -> Tensor:
-    """Return each token's int64 position in its document, from 0."""
+    """Return the position of each token in its document, counted from 0, int64 `[B, T]`."""
     index_T = torch.arange(document_BT.shape[1], device=document_BT.device)
     return index_T - (~same_as_previous(document_BT) * index_T).cummax(dim=1).values
 
 
 class Layer(nn.Module):
-    """Self-attention and a feed-forward network, each after a norm and added to the residual stream."""
+    """Adds self-attention and then a feed-forward network, each after a norm, to the residual stream."""
 
     def __init__(self, *, width: int, heads: int) -> None:
         super().__init__()

@@ -1,6 +1,4 @@
-"""A critic that predicts, at every token, whether the response will be verified as correct.
-
-`verifiable.td_error` turns these values of prefixes into advantages.
+"""A critic that predicts at every token the probability that the response will be verified as correct.
 
 Shape letters: B batch rows, T positions, H hidden.
 """
@@ -38,11 +36,11 @@ _OBJECTIVES = {
 
 
 class ValueHead(Critic):
-    """Values `V_t = sigmoid(logit_t)` from a `ValueNet` on token ids or on the states of a trunk.
+    """Returns the value `V_t = sigmoid(logit_t)` of each prefix, where `ValueNet` computes logit_t.
 
     Args:
-        options: See `ValueHeadOptions`.
-        context: Seed, sizes, device, and the policy's trunk if the options use it.
+        options: The options of the component.
+        context: Provides seed, sizes, device, and the policy's trunk if the options use it.
     """
 
     trainable = True
@@ -57,7 +55,7 @@ class ValueHead(Critic):
         self.reads_policy = options.body == "policy"
         self._frozen_trunk = model.frozen_trunk() if options.body == "frozen" else None
         with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would reseed every accelerator's global generator as well.
+            # `torch.manual_seed` would also reseed the global generators of all accelerators.
             torch.default_generator.manual_seed(context.seed)
             self._trunk = _trunk(options, context) if options.body == "trunk" else None
             net = ValueNet(
@@ -69,17 +67,17 @@ class ValueHead(Critic):
 
     @torch.no_grad()
     def score(self, batch: Batch, hidden_BTH: Tensor | None) -> Scores:
-        """Return V_t, float32 `[B, T]`, in (0, 1)."""
+        """Return the value V_t of the prefix that ends at each token t, float32 `[B, T]`, in (0, 1)."""
         return Scores(value_BT=torch.sigmoid(self._forward(batch, hidden_BTH).logit_BT.float()))
 
     def begin_step(self, step: int, *, steps: int) -> None:
-        """Set lambda to its value in this step of the schedule."""
+        """Set the decay λ of the lambda-return to its scheduled value for this step."""
         if self._options.lam_schedule == "linear":
             share = step / max(steps - 1, 1)
             self._lam = (1 - share) * self._options.lam_start + share * self._options.lam
 
     def loss(self, batch: Batch, hidden_BTH: Tensor | None) -> CriticLoss:
-        """Return the objective's loss plus the weighted language-model loss on correct responses."""
+        """Return the loss of the objective plus the weighted language-model loss on correct responses."""
         output = self._forward(batch, hidden_BTH)
         objective = _OBJECTIVES[self._options.objective](output.logit_BT, batch, lam=self._lam)
         correct_BT = batch.response_BT & is_correct(batch.reward_BT)
@@ -94,19 +92,19 @@ class ValueHead(Critic):
         )
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        """Return the trained parameters of the network and of its own trunk or the trunk's adapters."""
+        """Return the trained parameters of the network and of its trunk or the adapters of the trunk."""
         trunk = () if self._trunk is None else self._trunk.parameters()
         return (each for each in (*self._net.parameters(), *trunk) if each.requires_grad)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all tensors of the network and of its own trunk, trained or not."""
+        """Return all tensors of the network and of its own copy of the trunk, including frozen tensors."""
         return dict(self._modules.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the tensors.
 
         Raises:
-            WmtpError: They belong to a network of another shape.
+            WmtpError: The tensors belong to a network of another shape.
         """
         try:
             self._modules.load_state_dict(state)
@@ -121,7 +119,7 @@ class ValueHead(Critic):
         return self._net if self._trunk is None else nn.ModuleDict({"net": self._net, "trunk": self._trunk})
 
     def _state_size(self, policy_hidden_size: int) -> int | None:
-        """Return H of the states that the network reads; None for token ids."""
+        """Return the size of the states that the network reads; None if it reads token ids."""
         if self._trunk is not None:
             size: int = getattr(self._trunk, "hidden_size")  # noqa: B009 - nn.Module is typed as tensors
             return size
@@ -132,7 +130,7 @@ class ValueHead(Critic):
         return output
 
     def _inputs(self, batch: Batch, hidden_BTH: Tensor | None) -> Tensor:
-        """Return what the network reads: token ids `[B, T]` or states `[B, T, H]`."""
+        """Return the input of the network: token ids `[B, T]` or states of a trunk `[B, T, H]`."""
         if self._frozen_trunk is not None:
             return self._frozen_trunk(batch)
         if self._trunk is not None:
@@ -153,6 +151,6 @@ def _trunk(options: ValueHeadOptions, context: BuildContext) -> nn.Module:
 
 
 def _layers(trunk: nn.Module | None) -> Sequence[nn.Module]:
-    """Return the trunk's list of layers; empty if it has none."""
+    """Return the layers of the trunk; empty if there is no trunk or it has no list of layers."""
     modules = () if trunk is None else trunk.modules()
     return next((tuple(each) for each in modules if isinstance(each, nn.ModuleList)), ())

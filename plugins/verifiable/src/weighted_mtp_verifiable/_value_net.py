@@ -1,15 +1,15 @@
-"""The network of the value head: states, a value for each state, and log-odds summed along the response.
+"""The network of the value head, which computes log-odds of success after every token.
 
-A head on the state alone is slow to learn how a program differs from its description: on 1,280 labelled
-programs, 200 steps left it at AUC 0.53. So the network also learns a language-model head on correct responses
-(next-token cross-entropy) and reads each token's negative log-likelihood (NLL). The log-odds of success are
+A head that reads only the state is slow to learn how a program differs from its description: on 1,280
+labelled programs, its AUC was 0.53 after 200 steps. So the network also trains a language-model head on
+correct responses (next-token cross-entropy) and uses each token's negative log-likelihood (NLL). The log-odds
+of success after token t are
 
     logit V_t = value(state_t) + sum of log_odds_delta(state_s, NLL_s) over response tokens s <= t,
 
-as Bayes' rule adds up log-odds token by token. The same 200 steps then reach AUC 0.95.
+because Bayes' rule adds log-odds token by token. With this sum, the AUC after 200 steps was 0.95.
 
-Shape letters: B batch rows, T positions, H hidden, D width, V vocabulary, N targets, S token
-statistics.
+Shape letters: B batch rows, T positions, H hidden, D width, V vocabulary, N targets, S token statistics.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class ValueNetOutput:
     """The network's output for a batch.
 
     Attributes:
-        logit_BT: Log-odds, at each token, that the response is correct.
-        token_nll_BT: The language-model head's NLL of each response token, with gradient; 0 elsewhere, and
-            everywhere without that head.
+        logit_BT: Log-odds after each token that the response is correct.
+        token_nll_BT: Negative log-likelihood of each response token under the language-model head, in nats,
+            with gradient; 0 for other tokens, and for all tokens if there is no language-model head.
     """
 
     logit_BT: Tensor
@@ -46,12 +46,12 @@ class ValueNetOutput:
 
 
 class ValueNet(nn.Module):
-    """Maps token ids, or the states of another model, to log-odds.
+    """Maps token ids, or the states of another model, to log-odds of success.
 
     Args:
-        options: Width, number of layers, and whether there is a language-model head.
-        vocab_size: V.
-        state_size: H of the states that are the input; None for token ids.
+        options: Options of the critic, such as the width and the number of layers.
+        vocab_size: Size of the vocabulary.
+        state_size: Size of the states that are the input; None if the input is token ids.
     """
 
     def __init__(self, options: ValueHeadOptions, *, vocab_size: int, state_size: int | None) -> None:
@@ -72,7 +72,7 @@ class ValueNet(nn.Module):
         self.log_odds_delta = _mlp(width + _TOKEN_STATISTICS, width) if has_lm_head else None
 
     def forward(self, inputs: Tensor, batch: Batch) -> ValueNetOutput:
-        """Return log-odds and NLLs; `inputs` are token ids `[B, T]` or states `[B, T, H]`."""
+        """Return the output for `inputs`, which are token ids `[B, T]` or states `[B, T, H]`."""
         x_BTD = self.input(inputs).float()
         context = AttentionContext.of_documents(batch.document_BT, head_size=self.head_size)
         for layer in self.layers:
@@ -94,10 +94,11 @@ class ValueNet(nn.Module):
     def _token_nll(
         self, state_BTD: Tensor, ids_BT: Tensor, *, at: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Return the NLLs `[N]` of the tokens at `at` and detached statistics of their predictions `[N, S]`.
+        """Return negative log-likelihoods `[N]` of the tokens at `at`, and detached statistics `[N, S]`.
 
-        The statistics are the token's log-probability, its difference from the most likely token's, and the
-        entropy: an unlikely token need not be a mistake where many tokens are plausible.
+        The statistics are the token's log-probability, its difference from the largest log-probability of any
+        token, and the entropy of the prediction. The entropy is included because an unlikely token need not
+        be a mistake if many tokens are plausible.
         """
         assert self.lm_head is not None
         row_N, column_N = at
@@ -111,9 +112,10 @@ class ValueNet(nn.Module):
 
 
 def _in_float32(mlp: nn.Module, input_ND: Tensor) -> Tensor:
-    """Return the one output `[N]` for inputs `[N, D]`.
+    """Return the output `[N]` of an MLP for inputs `[N, D]`, computed in float32.
 
-    bfloat16 log-odds would round V near 1/2 to multiples of 0.002, which is as much as one token changes V.
+    With log-odds in bfloat16, values near 1/2 would be rounded to multiples of 0.002, which is about as much
+    as one token changes the value.
     """
     with torch.autocast(input_ND.device.type, enabled=False):
         output_N: Tensor = mlp(input_ND).squeeze(-1)
@@ -121,7 +123,7 @@ def _in_float32(mlp: nn.Module, input_ND: Tensor) -> Tensor:
 
 
 def _mlp(inputs: int, width: int) -> nn.Sequential:
-    """Return a network with one output that starts at 0: every value then starts at 1/2."""
+    """Return an MLP with one output, which is 0 before training, so that every value starts at 1/2."""
     last = nn.Linear(width, 1)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)

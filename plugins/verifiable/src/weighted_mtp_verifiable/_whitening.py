@@ -1,4 +1,4 @@
-"""Whitening of advantages: mean 0 and standard deviation 1, by statistics of the batch or moving ones."""
+"""Whitening of advantages to mean 0 and standard deviation 1, with batch statistics or moving statistics."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from weighted_mtp_core.api import WmtpError
 
-_SMALLEST_STD = 1e-6  # below this, advantages differ by rounding only and are left unscaled
+_SMALLEST_STD = 1e-6  # below this, advantages differ only by rounding and are not scaled
 
 
 def whiten(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Return `(x - mean) / std`."""
+    """Return `(x - mean) / std`; a standard deviation of almost 0 is replaced with 1."""
     return (x - mean) / std.where(std > _SMALLEST_STD, 1.0)
 
 
 class MovingStatistics:
-    """Exponential moving averages of the mean and the mean square of batches.
+    """Keeps exponential moving averages of the mean and the mean square of batches.
 
     Args:
         decay: Weight of the old averages in an update.
@@ -27,12 +27,12 @@ class MovingStatistics:
 
     def __init__(self, decay: float, *, device: torch.device) -> None:
         self._decay = decay
-        # Decayed sums of 1, the mean and the mean square. Dividing by the first removes the bias of the zero
-        # start (as in Adam, Kingma and Ba 2015, section 3).
+        # Decayed sums of 1, of the mean and of the mean square, which start at 0. Division by the first sum
+        # removes the bias towards 0, as in Adam (Kingma and Ba 2015, section 3).
         self._moments = torch.zeros(3, device=device)
 
     def update(self, mean: Tensor, std: Tensor, *, where: Tensor) -> None:
-        """Add a batch's mean and standard deviation if the 0-dim bool tensor `where` is True."""
+        """Include a batch's mean and standard deviation if `where`, a 0-dim bool tensor, is True."""
         now = torch.stack([torch.ones_like(mean), mean, std.square() + mean.square()])
         moved = self._decay * self._moments + (1 - self._decay) * now
         self._moments = torch.where(where, moved, self._moments)
@@ -45,14 +45,14 @@ class MovingStatistics:
         return mean, (square_sum / total - mean.square()).clamp(min=0).sqrt()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the averages."""
+        """Return the moving averages."""
         return {"moments": self._moments.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the averages.
+        """Restore the moving averages.
 
         Raises:
-            WmtpError: The state is that of something else.
+            WmtpError: The state does not consist of `moments` alone.
         """
         if set(state) != {"moments"}:
             raise WmtpError(f"state of `td_error` must hold `moments`, got {sorted(state)}")
