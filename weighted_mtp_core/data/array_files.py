@@ -19,7 +19,7 @@ def array_appender(path: Path, dtype: DTypeLike) -> Iterator[Callable[[ArrayLike
     """Open a new one-dimensional `.npy` file and yield a function that appends values to it.
 
     Raises:
-        OverflowError: An integer does not fit into `dtype`.
+        OverflowError: An appended integer does not fit into `dtype`.
     """
     element = np.dtype(dtype)
     count = 0
@@ -39,7 +39,7 @@ def array_appender(path: Path, dtype: DTypeLike) -> Iterator[Callable[[ArrayLike
         begin = write_header()
         yield append
         file.seek(0)
-        assert write_header() == begin  # numpy pads the header, so that a longer length fits
+        assert write_header() == begin  # numpy pads the header, so that a larger count fits into it
 
 
 def mapped(path: Path) -> NDArray[Any]:
@@ -49,7 +49,7 @@ def mapped(path: Path) -> NDArray[Any]:
 
 
 def drop_pages(array: NDArray[Any]) -> None:
-    """Release the pages of a mapped array that have been read; has no effect on other arrays.
+    """Release the pages of a mapped array that have been read; does nothing for an array that is not mapped.
 
     The pages stay in the operating system's cache but no longer count as this process's memory, which would
     otherwise grow to the size of the file.
@@ -60,7 +60,7 @@ def drop_pages(array: NDArray[Any]) -> None:
 
 @frozen(eq=False)
 class MappedStrings(Sequence[str]):
-    """Strings in two mapped arrays: the bytes of all strings, and the offset of each string, `[D + 1]`."""
+    """D strings in two mapped arrays: the bytes of all strings, and the offset of each string, `[D + 1]`."""
 
     text: NDArray[np.uint8]
     start: NDArray[np.int64]

@@ -32,12 +32,12 @@ class CollatedBatch(Batch):
     """A batch made from a token set, with data that the host would otherwise have to read from the device.
 
     Attributes:
-    token_BT: int64 index of each token in `TokenSet.ids_N`; -1 on padding.
-    preceding_BT: int64 number of tokens that precede a response token in its document, 0 for all other
-        tokens. A token is a target of head k if this number is at least k.
-    length_BD: int64 number of tokens of each document, row by row.
-    names: The example id of each document, row by row.
-    metadata: The metadata of each document, row by row.
+        token_BT: int64 index of each token in `TokenSet.ids_N`; -1 on padding.
+        preceding_BT: int64 number of tokens that precede a response token in its document; 0 for tokens that
+            are not response tokens. A token is a target of head k if this number is at least k.
+        length_BD: int64 number of tokens of each document, row by row.
+        names: The example id of each document, row by row.
+        metadata: The metadata of each document, row by row.
     """
 
     token_BT: Rows
@@ -47,7 +47,7 @@ class CollatedBatch(Batch):
     metadata: tuple[tuple[Mapping[str, str | float], ...], ...]
 
     def target_positions(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return rows and columns of the targets of head 1; see `Batch`."""
+        """Return rows and columns of the targets of head 1; see `Batch.target_positions`."""
         row_N, column_N = (self.preceding_BT >= 1).nonzero()
         return to_device(row_N, self.ids_BT.device), to_device(column_N, self.ids_BT.device)
 
@@ -58,13 +58,13 @@ def preceding(batch: Batch) -> Rows | None:
 
 
 def collate(token_set: TokenSet, rows: Sequence[int] | Rows, *, device: torch.device) -> CollatedBatch:
-    """Return the documents as a right-padded batch with one document per row."""
+    """Return the documents with the numbers `rows` as a right-padded batch with one document per row."""
     batch, _ = _lay_out(token_set, np.asarray(rows)[:, None], device=device)
     return batch
 
 
 def collate_packed(token_set: TokenSet, rows: Sequence[Rows], *, device: torch.device) -> CollatedBatch:
-    """Return the documents as a right-padded batch in which the documents of a row follow each other."""
+    """Return a right-padded batch whose rows hold several documents; `rows` lists their numbers by row."""
     batch, position_BT = _lay_out(token_set, rows, device=device)
     return attrs.evolve(batch, position_BT=position_BT)
 
@@ -72,10 +72,16 @@ def collate_packed(token_set: TokenSet, rows: Sequence[Rows], *, device: torch.d
 def _lay_out(
     token_set: TokenSet, rows: Sequence[Rows] | Rows, *, device: torch.device
 ) -> tuple[CollatedBatch, torch.Tensor]:
-    """Return the batch and each token's position in its document, int64 `[B, T]`; `rows` lists documents."""
+    """Return a batch, and each token's position in its document, int64 `[B, T]`.
+
+    Args:
+        token_set: The documents.
+        rows: The numbers of the documents in each row.
+        device: The device of the tensors.
+    """
     documents = np.concatenate(rows)
     count_B = np.asarray([len(row) for row in rows])
-    first_D = np.repeat(np.cumsum(count_B) - count_B, count_B)  # the first document of the same row
+    first_D = np.repeat(np.cumsum(count_B) - count_B, count_B)  # index of the first document in the same row
     number_D = np.arange(len(documents)) - first_D
     length_D = token_set.lengths(documents)
     start_D = np.cumsum(length_D) - length_D
@@ -154,7 +160,7 @@ class StepBatches:
 
     Attributes:
         tokens: The documents.
-        order: All settings that the batches depend on besides the documents, as plain values.
+        order: The settings that determine the batches together with the documents, as plain values.
 
     Raises:
         WmtpError: There are no documents.
@@ -183,7 +189,7 @@ class StepBatches:
 
     @property
     def batches_per_epoch(self) -> float:
-        """The number of batches of an epoch; with packing it is estimated."""
+        """The number of batches in an epoch; an estimate if documents are packed."""
         return self._sampler.batches_per_epoch
 
     def __call__(self, step: int) -> CollatedBatch:
@@ -191,11 +197,11 @@ class StepBatches:
         return self._collate(self._sampler.rows(step))
 
     def pairs_per_step(self, n_future: int) -> tuple[float, ...]:
-        """Return the number of counted pairs of each head in a step, on average over an epoch."""
+        """Return the number of counted pairs of each head in a step, averaged over an epoch."""
         length_D, prompt_D = self.tokens.length_D, self.tokens.prompt_D
         pairs = [(length_D - np.maximum(prompt_D, k)).clip(min=0).sum() for k in range(1, n_future + 1)]
         return tuple(float(count) / self.batches_per_epoch for count in pairs)
 
     def first_steps(self) -> Rows:
-        """Return for each document the step that draws it in the first epoch, int64 `[D]`."""
+        """Return for each document the step of the first epoch whose batch contains it, int64 `[D]`."""
         return self._sampler.first_steps()

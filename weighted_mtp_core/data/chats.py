@@ -1,9 +1,9 @@
-"""Renders chats as texts with the tokenizer's template, and marks the turns that the policy learns.
+"""Renders chats as texts with the tokenizer's chat template, and finds the turns that the policy learns.
 
-A template with `{% generation %}` marks the assistant's turns itself. Without these marks, a turn is the text
-that is added when the chat up to this turn is rendered instead of the previous messages with the generation
-prompt. This is correct only if the template neither drops nor reorders text, which is checked against the
-whole rendering.
+A template with `{% generation %}` marks the assistant's turns itself. With other templates, two texts are
+rendered for each turn: the messages before the turn with the generation prompt, and the messages up to the
+turn. The turn is the text that only the second rendering has. This is correct only if the template neither
+drops nor reorders text, so both renderings are compared with the rendering of the whole chat.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from weighted_mtp_core.errors import WmtpError
 
 TrainOn = Literal["all", "last"]
 Message = Mapping[str, Any]
-_MARK = 0x100000  # a private character of plane 16; texts with icons use lower planes
+_MARK = 0x100000  # first private-use character of Unicode's plane 16; icons in texts use lower planes
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -30,10 +30,10 @@ class RenderedChat:
     """A chat as text.
 
     Attributes:
-        text: The text of the chat, including the spelling of control tokens.
-        spans: (start, end) of each learned turn, in characters.
+        text: The text of the chat, including the names of control tokens.
+        spans: (start, end) of each learned turn, in characters of `text`.
         weights: Weight of each learned turn.
-        marks: The weighted spans of messages, in characters of the text.
+        marks: The weighted spans inside messages, in characters of `text`.
     """
 
     text: str
@@ -65,13 +65,14 @@ def render_chat(
 
     Args:
         tokenizer: A tokenizer with a chat template.
-        messages: The messages as the template reads them; the last one is the assistant's. The `weight` and
-            the `weights` of a message are not passed to the template.
+        messages: The messages in the form that the template needs; the last message is the assistant's. The
+            keys `weight` and `weights` of a message are not passed to the template.
         tools: Descriptions of tools for the template.
-        train_on: Whether all turns of the assistant are learned, or the last one.
+        train_on: Whether all turns of the assistant are learned, or only the last turn.
 
     Raises:
-        WmtpError: There is no template, or turns or weighted spans cannot be found in the rendered text.
+        WmtpError: The tokenizer has no chat template, a message contains a control token, or turns or
+            weighted spans cannot be found in the rendered text.
     """
     if tokenizer.chat_template is None:
         raise WmtpError(
@@ -120,10 +121,10 @@ def _find_spans(
 ) -> list[Span]:
     """Return the spans of message `number` (from 0) in characters of the rendered text.
 
-    The edges of the spans are marked with private characters in the message, and the chat is rendered again.
+    A private-use character is inserted at each edge of a span in the message, and the chat is rendered again.
     If the result without these characters equals the first rendering, the template does not change the
-    message, and the positions of the marks are the edges. If the template strips blanks at the ends of a
-    message, edges in these blanks are moved to the first or last character that is not a blank.
+    message, and the positions of the inserted characters are the edges. If the template strips blanks at the
+    ends of a message, edges in these blanks are moved to the first or last character that is not a blank.
     """
     content = messages[number]["content"]
     edges = [edge for start, end, _ in spans for edge in (start, end)]
@@ -161,7 +162,7 @@ def _render(
 def _by_marks(
     tokenizer: Any, messages: Sequence[Message], tools: Sequence[Message], train_on: TrainOn
 ) -> tuple[str, list[tuple[int, int]]]:
-    del train_on  # all turns are marked
+    del train_on  # the template marks all turns; the caller selects the last one if needed
     from transformers.utils.chat_template_utils import render_jinja_template
 
     (text,), (spans,) = render_jinja_template(

@@ -1,6 +1,7 @@
 """Checks of a data source before anything is trained, and warnings about its examples.
 
-The checks read every example once. Their result is stored with the data and reused as long as tokens are.
+The checks read every example once. The result is stored with the data, and later runs reuse it as long as
+version, options and source code of the data source stay the same.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def checked_version(source: DataSource, data: SelectedComponent) -> DatasetVersi
     """Return the version of the data.
 
     Raises:
-        WmtpError: The source returned something else, its name or version is not a valid folder name, or
-            `sha256` is not a SHA-256.
+        WmtpError: The source did not return a `DatasetVersion`, its `name` or `version` is not a valid folder
+            name, or its `sha256` is not a SHA-256.
     """
     with data.blamed("`version`"):
         version = source.version()
@@ -69,13 +70,14 @@ def check_examples(
 
     Args:
         source: The data source.
-        version: Version of the data; if this version has been checked before, no example is read.
-        data: The component of the data source, which messages name.
+        version: Version of the data; if it was checked before, the stored warnings are returned.
+        data: The component of the data source, for messages.
         storage: The storage root.
 
     Raises:
         WmtpError: Two examples or two problems have the same id, a problem is in two splits or has two
-            prompts, or an item is not an `Example` or `Problem`. The message names the plugin.
+            different prompts, or the source yields an object that is not an `Example` or `Problem`. The
+            message names the plugin.
     """
     folder = derived_folder(storage, version) / f"checks-{data_key(version, data)[:12]}"
     if not (folder / MANIFEST).is_file():
@@ -91,7 +93,7 @@ def check_examples(
 
 @define
 class _Examples:
-    """What has been learnt from the examples read so far; texts are stored as hashes."""
+    """Ids, prompts and labels of the examples that have been read so far; texts are stored as hashes."""
 
     ids: set[str] = field(factory=set)
     splits: dict[str, Split] = field(factory=dict)
@@ -101,7 +103,7 @@ class _Examples:
     contradicting: list[str] = field(factory=list)
 
     def read(self, source: DataSource, split: Split) -> None:
-        """Check a split."""
+        """Check the examples and problems of a split."""
         for example in _all(source.examples(split), Example):
             if example.example_id in self.ids:
                 raise WmtpError(f"two examples have the id `{example.example_id}`")

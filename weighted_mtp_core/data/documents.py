@@ -1,4 +1,4 @@
-"""Converts examples, which are a prompt with a response or a chat, to token ids."""
+"""Converts examples to token ids; an example is a prompt with a response, or a chat."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Document:
         ids: Token ids of the example, including EOS.
         prompt: Number of tokens before the first target.
         targets: Whether each token is a target; None if all tokens from index `prompt` on are targets.
-        weights: In a chat, the weight of each target from its message's `weight` and spans, and 0 for other
-            tokens; None if this is not a chat.
+        weights: For a chat, the weight that each target gets from the `weight` and the spans of its message,
+            and 0 for tokens that are not targets; None for an example that is not a chat.
     """
 
     example: Example
@@ -82,7 +82,7 @@ def _chat(example: Example, codec: TextCodec, train_on: TrainOn) -> Document:
         ]
     if tuple(ids[: len(codec.prefix)]) != codec.prefix:
         ids, weights = [*codec.prefix, *ids], [*([None] * len(codec.prefix)), *weights]
-    # What follows the end of the last turn is never generated.
+    # Tokens after the end of the last turn are left out, because the policy never has to generate them.
     count = max(i for i, weight in enumerate(weights) if weight is not None) + 1
     ids, weights = ids[:count], weights[:count]
     if ids[-1] != codec.eos_id:

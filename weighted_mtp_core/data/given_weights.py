@@ -1,4 +1,4 @@
-"""Weights that the data give to the tokens of documents, per example, message and span of characters."""
+"""Computes weights of tokens from the weights of examples, messages and spans of characters in the data."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from weighted_mtp_core.data.texts import TextCodec
 
 
 def given_weights(documents: Sequence[Document], codec: TextCodec) -> NDArray[np.float32]:
-    """Return the weights of all tokens of documents, one after the other, float32; 0 on prompts.
+    """Return the weights of all tokens of the documents, concatenated, float32; 0 for prompt tokens.
 
     Args:
         documents: The documents.
-        codec: The codec that made the ids.
+        codec: The codec that encoded the documents.
 
     Raises:
-        WmtpError: The codec does not report which characters the tokens of a response with spans cover.
+        WmtpError: A response has weighted spans, but the codec does not report which characters its tokens
+            cover, or no token covers some of its characters.
     """
     weights = []
     for document in documents:

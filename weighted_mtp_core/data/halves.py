@@ -1,7 +1,7 @@
-"""The two halves of the critic's validation split: one chooses the checkpoint, the other judges it.
+"""The two halves of the critic's validation split: one half chooses the checkpoint, the other judges it.
 
-On the responses that choose the best of several checkpoints, the result of this checkpoint is biased upwards.
-So these responses cannot show whether the critic is better than a constant.
+If the same responses choose the best of several checkpoints and then judge the chosen one, the result is too
+high. So other responses must show whether the critic is better than a constant.
 
 Shape letters: D documents, P problems.
 """
@@ -26,7 +26,7 @@ def documents_of(half: Half, token_set: TokenSet) -> NDArray[np.int64]:
     """Return the numbers of the documents in one half of a split, ascending, int64.
 
     All responses to one problem are in the same half. Problems are assigned to the two halves alternately, in
-    a random order that is the same in each run with these data: first the problems with correct and incorrect
+    a random order that depends only on the data: first the problems with both correct and incorrect
     responses, then the problems with only incorrect responses, then the problems with only correct responses.
     """
     _, problem_D = np.unique(token_set.problem_D, return_inverse=True)

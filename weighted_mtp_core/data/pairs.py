@@ -1,4 +1,4 @@
-"""Pairs of a correct and an incorrect response to one problem, balanced by length.
+"""Makes pairs of a correct and an incorrect response to the same problem, balanced by length.
 
 The pairs depend only on the data and the recipe, so every process gets the same pairs in the same order.
 
@@ -25,12 +25,13 @@ Pair = tuple[int, int]
 
 
 def make_pairs(token_set: TokenSet, table: PairsTable) -> Rows:
-    """Return unique pairs (correct, incorrect) of responses to one problem, `[P, 2]`.
+    """Return unique pairs (correct, incorrect) of document numbers, int64 `[P, 2]`.
 
-    Both responses come from the same length bin, so their lengths differ by less than the factor
-    `length_ratio`. Within a bin, each response of the more frequent label gets a partner with the other
-    label; these partners are used in turn. Then pairs are dropped until the correct response is the longer
-    one as often as the shorter one.
+    The responses of a pair answer the same problem and come from the same length bin, so their lengths differ
+    by less than the factor `length_ratio`. In each bin, every response gets a partner; responses of the rarer
+    label are used several times, in turn. Then pairs are dropped to satisfy `max_pairs_per_problem` and
+    `difficulty_weights`, and until the correct response is longer in as many pairs as it is shorter. With
+    `length_ratio = 0`, lengths are ignored.
 
     Args:
         token_set: Responses with rewards.
@@ -44,7 +45,7 @@ def make_pairs(token_set: TokenSet, table: PairsTable) -> Rows:
     bin_D = length_bins(length_D, ratio=table.length_ratio)
     order_D = np.argsort(token_set.problem_D, kind="stable")
     problems = np.split(order_D, np.flatnonzero(np.diff(token_set.problem_D[order_D])) + 1)
-    problems.sort(key=lambda members: int(members[0]))  # by first document; problem numbers are arbitrary
+    problems.sort(key=lambda members: int(members[0]))  # by first document, as problem numbers are arbitrary
     found: list[list[Pair]] = [[] for _ in DIFFICULTIES]
     for members in problems:
         chosen = list(_of_problem(members, correct_D, bin_D))
@@ -70,7 +71,10 @@ def make_pairs(token_set: TokenSet, table: PairsTable) -> Rows:
 
 
 def length_bins(length_D: NDArray[np.integer[Any]], *, ratio: float) -> Rows:
-    """Return the bin of each length. Bounds grow by `ratio`; 1: one bin per length, 0: one bin for all."""
+    """Return the number of each length's bin; the bounds of the bins grow by the factor `ratio`.
+
+    With `ratio` 1, each length has a bin of its own. With `ratio` 0, there is one bin for all lengths.
+    """
     if ratio == 0:
         return np.zeros(len(length_D), dtype=np.int64)
     if ratio == 1:
@@ -95,7 +99,7 @@ def _evenly(pairs: Sequence[Pair], count: int) -> list[Pair]:
 
 
 def _balanced(pairs: Sequence[Pair], length_D: NDArray[np.integer[Any]]) -> list[Pair]:
-    """Drop pairs so that the correct response is the longer one as often as the shorter one."""
+    """Drop pairs until the correct response is longer in as many pairs as it is shorter."""
     ways: dict[int, list[Pair]] = {-1: [], 0: [], 1: []}
     for right, wrong in pairs:
         ways[int(np.sign(length_D[right] - length_D[wrong]))].append((right, wrong))

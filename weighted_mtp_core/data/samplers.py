@@ -1,7 +1,7 @@
-"""Assigns documents to batches: one document per row, grouped by length, or several packed into a row.
+"""Assigns documents to batches, with one document per row or with several documents packed into each row.
 
-The order depends only on seed, epoch and position. A checkpoint therefore saves only the step, and the
-order of the documents is the same for any number of processes.
+The order of the documents depends only on the seed and the step. So a checkpoint has to save only the step,
+and the order is the same for any number of processes.
 
 Shape letters: D documents, U units (documents that stay together), R rows, N batches.
 """
@@ -19,12 +19,13 @@ from weighted_mtp_core.errors import WmtpError
 
 Rows = NDArray[np.int64]
 
-# Documents are sorted by length within this many batches. With the lengths of HumanEval, 1.05 tokens are #
-# computed per real token, and batches are still random.
+# Number of consecutive batches whose documents are sorted by length together. With documents as long as those
+# of HumanEval, 1.05 tokens are computed per real token, padding included, and batches are still random.
 _SORTED_BATCHES = 50
 
-# Number of documents that are packed together. With ten documents per row they fill some 800 rows, so a few #
-# half-empty rows do not matter, and an epoch starts as fast with a large corpus as with a small one.
+# Number of documents in a block, whose documents are packed together. With ten documents per row, a block has
+# some 800 rows, so a few half-empty rows do not matter. Blocks are packed one by one, so an epoch starts as
+# fast with a large corpus as with a small one.
 _PACKED_DOCUMENTS = 8192
 
 
@@ -32,10 +33,10 @@ _GOLDEN = (5**0.5 - 1) / 2
 
 
 class Sampler:
-    """Endless batches of document numbers, grouped by length; short and long batches take turns.
+    """Endless batches of document numbers; the documents of a batch have similar lengths.
 
-    If the documents of an epoch do not fill all batches, the batches that are sorted together at the end of
-    the epoch share the missing rows in the way that needs least padding.
+    Batches of short and of long documents take turns. If the documents of an epoch do not fill all batches,
+    some of the last batches that are sorted together get fewer rows, in the way that needs least padding.
 
     Args:
         units: `[U, r]` document numbers; the r documents of a unit stay in one batch (r = 2 for pairs).
@@ -44,7 +45,7 @@ class Sampler:
         seed: Seed of the order.
 
     Raises:
-        WmtpError: There is no unit, or a unit does not fit into a batch.
+        WmtpError: There are no units, or a unit does not fit into a batch.
     """
 
     def __init__(self, units: Rows, length_D: Rows, *, batch_size: int, seed: int) -> None:
@@ -64,7 +65,7 @@ class Sampler:
 
     @property
     def batches_per_epoch(self) -> int:
-        """Return the number of batches in which each unit appears once."""
+        """Number of batches of an epoch, in which each unit appears once."""
         return -(-len(self._units) // self._per_batch)
 
     def rows(self, step: int) -> Rows:
@@ -77,7 +78,10 @@ class Sampler:
         return self._units[self._sorted(shuffled_U, block)[first:last]].reshape(-1)
 
     def first_steps(self) -> Rows:
-        """Return for each document the step that draws it in the first epoch, int64 `[D]`; only for r = 1."""
+        """Return for each document the step of the first epoch whose batch contains it, int64 `[D]`.
+
+        This works only if each unit is a single document.
+        """
         shuffled_U, order, start_N1 = self._shuffles(0)
         index_U = np.arange(len(shuffled_U))
         block_U = index_U // (_SORTED_BATCHES * self._per_batch)
@@ -88,12 +92,15 @@ class Sampler:
         return step_D
 
     def _sorted(self, shuffled_U: Rows, first: int) -> Rows:
-        """Return the units that are sorted together, starting at index `first`, in order of length."""
+        """Return the units that are sorted together from index `first` on, in order of length."""
         members = shuffled_U[first : first + _SORTED_BATCHES * self._per_batch]
         return members[np.argsort(self._length_U[members], kind="stable")]
 
     def _shuffles(self, epoch: int) -> tuple[Rows, Rows, Rows]:
-        """Return an epoch's order of units, its order of N batches and each batch's first unit, `[N + 1]`."""
+        """Return the order of an epoch's units, the order of its N batches, and the bounds of the batches.
+
+        The bounds, `[N + 1]`, are indices into the order of the units.
+        """
         if self._epoch[0] != epoch:
             generator = np.random.default_rng((self._seed, epoch))
             shuffled_U = generator.permutation(len(self._units))
@@ -107,15 +114,15 @@ class Sampler:
 
 
 def taking_turns(batches: int, generator: np.random.Generator) -> Rows:
-    """Return a random order of an epoch's batches in which every few consecutive ones hold all lengths.
+    """Return a random order of an epoch's batches in which any few consecutive batches cover all lengths.
 
-    In a purely random order a dozen steps can be mostly short or mostly long, and an optimiser that averages
-    over about as many follows them. Multiples of the golden ratio, modulo 1, spread evenly over [0, 1) from
-    any first to any last one; they choose the rank in length of each step's batch.
+    In a purely random order, a dozen consecutive batches can be mostly short or mostly long, and an optimiser
+    that averages over about a dozen steps would follow their documents. Consecutive multiples of the golden
+    ratio, modulo 1, are spread evenly over [0, 1), so they choose the rank by length of each step's batch.
 
     Args:
-        batches: N.
-        generator: Draws the first rank, and which of the batches of equal rank comes first.
+        batches: N, the number of batches.
+        generator: Draws the rank of the first batch, and the order of batches of equal rank.
     """
     order = generator.permutation(batches)
     block_N = order // _SORTED_BATCHES * _SORTED_BATCHES
@@ -128,16 +135,16 @@ def taking_turns(batches: int, generator: np.random.Generator) -> Rows:
 def least_padding(length_U: Rows, *, size: int) -> Rows:
     """Divide units into the fewest batches that can contain them, with as little padding as possible.
 
-    The simplest division leaves only the last batch short. But if a few units are much longer than the
-    others, a short batch with only these units needs less padding. Dynamic programming over the batches and
-    the number of missing rows finds the optimum.
+    The simplest division fills all batches except the last. But if a few units are much longer than the
+    others, a small batch with only these units needs less padding. Dynamic programming over the batches and
+    the number of missing units finds the optimum.
 
     Args:
         length_U: Number of tokens of each unit, ascending.
-        size: Units of a full batch.
+        size: Number of units in a full batch.
 
     Returns:
-        The index of the first unit of each of the N batches, and the number of units, int64 `[N + 1]`.
+        int64 `[N + 1]`: the index of the first unit of each of the N batches, then the number of units.
     """
     batches = -(-len(length_U) // size)
     missing_S = np.arange(batches * size - len(length_U) + 1)  # units missing in the batches so far
@@ -161,8 +168,9 @@ def least_padding(length_U: Rows, *, size: int) -> Rows:
 class PackedSampler:
     """Endless batches of rows with several documents in each row.
 
-    The shuffled documents of an epoch are packed in blocks. The rows of a block are sorted by the number of
-    their tokens and divided into batches, which are then shuffled; the last batch of a block may be smaller.
+    The documents of an epoch are shuffled and packed block by block. The rows of a block are sorted by their
+    number of tokens and divided into batches, and the batches are shuffled. One batch of a block may be
+    smaller than the others.
 
     Args:
         length_D: Number of tokens of each document.
@@ -188,14 +196,14 @@ class PackedSampler:
 
     @property
     def batches_per_epoch(self) -> float:
-        """Return the number of batches of an epoch, estimated from the first block if there are several."""
+        """Number of batches of an epoch, estimated from the first block if there are several blocks."""
         return len(self._batches(0)) * len(self._length_D) / min(len(self._length_D), _PACKED_DOCUMENTS)
 
     def rows(self, step: int) -> list[Rows]:
         """Return the document numbers of each row in the batch of a step, counted from 0.
 
-        The number of batches in a block is known only after packing. The first call therefore packs all
-        earlier blocks, which takes 0.05 s per block.
+        The number of batches in a block is known only after packing. So a resumed run packs all earlier
+        blocks at its first call, which takes 0.05 s per block.
         """
         while self._end[-1] <= step:
             self._end.append(self._end[-1] + len(self._batches(len(self._end) - 1)))
@@ -203,7 +211,7 @@ class PackedSampler:
         return self._batches(block)[step - self._end[block]]
 
     def first_steps(self) -> Rows:
-        """Return the step of the first epoch that draws each document, int64 `[D]`."""
+        """Return for each document the step of the first epoch whose batch contains it, int64 `[D]`."""
         step_D = np.empty(len(self._length_D), dtype=np.int64)
         batches = [batch for block in range(self._blocks_per_epoch) for batch in self._batches(block)]
         for step, batch in enumerate(batches):
@@ -218,8 +226,8 @@ class PackedSampler:
             rows = [
                 members_U[row] for row in first_fit(self._length_D[members_U], row_tokens=self._row_tokens)
             ]
-            # Fullest rows first, so that the emptiest rows are in the last batch, which may be smaller
-            # anyway.
+            # The fullest rows come first, so that the emptiest rows are in the last batch, which may be
+            # smaller than the others anyway.
             rows.sort(key=lambda row: -int(self._length_D[row].sum()))
             batches = [rows[i : i + self._batch_size] for i in range(0, len(rows), self._batch_size)]
             order = np.random.default_rng((self._seed, epoch, block)).permutation(len(batches))
@@ -244,7 +252,7 @@ def first_fit(length_U: Rows, *, row_tokens: int) -> list[NDArray[np.int64]]:
     left_R = np.full(len(length_U), row_tokens)
     row_U = np.empty(len(length_U), dtype=np.int64)
     used = 0
-    for document, length in enumerate(length_U):  # each choice depends on the earlier ones
+    for document, length in enumerate(length_U):  # each choice depends on the earlier choices
         row = int(np.argmax(left_R[: used + 1] >= length))
         left_R[row] -= length
         row_U[document] = row

@@ -1,10 +1,10 @@
 """Converts weights of spans of characters into weights of tokens.
 
-The positions of a span count the characters (code points) of a text, and each token covers some characters. A
-token that contains only a part of a character, as with byte-level tokenizers, covers the whole character. The
-blank before a word is usually part of the word's token but not of the span, so blanks count only in tokens
-that consist of blanks. The weight of a token is the mean of the weights of its characters: the weight of the
-span for a token inside a span, and a value in between for a token at the edge of a span.
+Spans and tokens both cover characters (Unicode code points) of a text. A token that contains only a part of a
+character, as in byte-level tokenizers, covers the whole character. The weight of a token is the mean of the
+weights of its characters. So a token inside a span has the span's weight, and the weight of a token that
+crosses the edge of a span is between the weights on both sides. Blanks count only in tokens that consist of
+blanks, because the blank before a word usually belongs to the word's token but not to the span.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def span_weights(
         name: The example's id, for messages.
 
     Raises:
-        WmtpError: The offsets are unknown, or they leave out characters that are not blank.
+        WmtpError: The offsets are unknown, or no token covers some character that is not a blank.
     """
     if offsets is None or len(offsets) != count:
         raise WmtpError(
@@ -55,7 +55,7 @@ def span_weights(
         covered = max(covered, end)
         own = slice(first, max(end, first + 1)) if first < len(text) else slice(len(text) - 1, len(text))
         chosen_C = char_C[own][inked_C[own]] if inked_C[own].any() else char_C[own]
-        # Clipped, so that rounding does not change the mean of equal numbers.
+        # The mean is clipped, so that rounding does not change the mean of equal numbers.
         weight_L[i] = np.clip(chosen_C.mean(), chosen_C.min(), chosen_C.max())
     if inked_C[covered:].any():
         raise _not_covered(name, text[covered:])

@@ -1,16 +1,16 @@
 """Encodes texts as token ids and decodes token ids to exactly the same bytes of text.
 
 The prompt and the response of a document are encoded separately, so that no token spans the end of the prompt
-and the ids of the prompt are the same in generation. Tokenizers are made for whole texts, which causes two
+and the ids of the prompt are the same in generation. Tokenizers expect whole texts instead, which causes two
 problems:
 
-- Tokenizers like SentencePiece add a blank before a text and drop it when they decode. Here only the
-  beginning of a document gets this blank; a response is encoded without it.
-- Tokenizers read the name of a control token in a text, such as `<eos>`, as the control token. Here such a
-  name is encoded as ordinary text.
+- Tokenizers like SentencePiece add a blank before a text and drop the blank when they decode. This module
+  adds such a blank only at the beginning of a document, not before a response.
+- Tokenizers convert the name of a control token in a text, such as `<eos>`, to the control token. This module
+  encodes the names of control tokens as ordinary text.
 
-Both are done by changing the settings of a copy of the tokenizer. Every document is decoded once to check
-that the text is unchanged.
+Both problems are solved by changing the settings of a copy of the tokenizer. Every document is decoded once
+to check that the text is unchanged.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ class TextCodec:
         tokenizer: The tokenizer.
         eos_id: Id of the EOS token, which ends each response.
         prefix: The ids before each prompt, such as BOS.
-        size: V; every id is less than V.
+        size: V, the size of the vocabulary; every id is less than V.
 
     Raises:
         WmtpError: `bos` is `always`, but the tokenizer has no BOS token.
     """
 
     def __init__(self, tokenizer: Any, *, bos: Bos = "auto") -> None:
-        # Set before the first use; otherwise the library warns and disables parallelism in forked processes.
+        # If this is set only after the first use, the library warns and disables parallelism in forks.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         self.tokenizer = tokenizer
         self.eos_id = int(tokenizer.eos_token_id)
@@ -88,10 +88,11 @@ class TextCodec:
         return list(zip(prompts, responses, strict=True))
 
     def encode_chat(self, parts: Sequence[tuple[str, float | None]]) -> tuple[list[int], list[float | None]]:
-        """Return the ids of a rendered chat, in which control tokens are spelt, and the weight of each.
+        """Return the ids of a rendered chat, and the weight of each id; None for ids that are not learned.
 
         Args:
-            parts: Text and its weight, None if it is not learned; no token spans two parts.
+            parts: Texts with their weights; the weight is None if the text is not learned. The name of a
+                control token becomes the control token, and no token spans two parts.
         """
         ids: list[int] = []
         weights: list[float | None] = []
@@ -104,7 +105,7 @@ class TextCodec:
     def chat_offsets(self, parts: Sequence[tuple[str, float | None]]) -> Offsets | None:
         """Return start and end of each token of `encode_chat`, in characters of the whole chat.
 
-        None if the tokenizer does not report offsets.
+        The result is None if the tokenizer does not report offsets.
         """
         offsets: Offsets = []
         at = 0
@@ -127,24 +128,25 @@ class TextCodec:
                 encoder = self._encode_rest
 
     def decode_marked(self, ids: Sequence[int]) -> str:
-        """Return the text of ids in which control tokens are spelt."""
+        """Decode ids to a text in which control tokens appear by name."""
         text: str = self.tokenizer.decode(
             list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         return text
 
     def encode_part(self, text: str) -> list[int]:
-        """Return the ids of a text inside a response."""
+        """Return the ids of a text that continues a response."""
         return self._encode_rest([text])[0]
 
     def decode_part(self, ids: Sequence[int]) -> str:
-        """Return the text that ids add to a response."""
+        """Return the text that these ids add to a response."""
         return self.decode_completions([(self._encode_rest(["a"])[0], ids)])[0]
 
     def response_offsets(self, prompt: str, response: str) -> Offsets | None:
         """Return start and end of each token of a response, in characters of the response.
 
-        The tokens are those of `encode_documents`. None if the tokenizer does not report offsets.
+        The tokens are the tokens that `encode_documents` returns for the response. The result is None if the
+        tokenizer does not report offsets.
         """
         return (self._encode_rest if prompt else self._encode_start).offsets(response)
 
@@ -163,7 +165,7 @@ def make_codec(tokenizer: Any, table: DataTable) -> TextCodec:
     """Return the codec of a recipe; the tokenizer gets the recipe's chat template.
 
     Raises:
-        WmtpError: See `TextCodec`.
+        WmtpError: `data.bos` is `always`, but the tokenizer has no BOS token.
     """
     if table.chat_template is not None:
         tokenizer.chat_template = table.chat_template
@@ -190,10 +192,11 @@ def round_trip_error(name: str, text: str, decoded: str) -> WmtpError:
 
 
 def differing_ids(one: Any, other: Any, texts: Sequence[str] = PROBES) -> str | None:
-    """Compare two tokenizers by the ids of texts and of control tokens.
+    """Compare two tokenizers by the ids of texts, of BOS and of EOS.
 
     Args:
-        one: A tokenizer of transformers, or a callable that returns the ids of a list of texts like one.
+        one: A transformers tokenizer, or an object that can be called like one and has the attributes
+            `bos_token_id` and `eos_token_id`.
         other: The tokenizer to compare with.
         texts: Texts that both tokenizers encode.
 
@@ -224,7 +227,7 @@ def _some(ids: Sequence[int]) -> str:
 
 
 def _prefix(tokenizer: Any, bos: Bos) -> tuple[int, ...]:
-    """Return the ids before a document."""
+    """Return the ids with which every document begins, such as BOS."""
     if bos == "never":
         return ()
     if bos == "always":
@@ -237,7 +240,7 @@ def _prefix(tokenizer: Any, bos: Bos) -> tuple[int, ...]:
 
 
 class _Encoder(Protocol):
-    """Encodes texts without BOS and EOS; spelt control tokens are text."""
+    """Encodes texts without BOS and EOS; names of control tokens are encoded as ordinary text."""
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text."""
@@ -248,7 +251,7 @@ class _Encoder(Protocol):
 
 @frozen
 class _Plain:
-    """The tokenizer of transformers."""
+    """Encodes with the transformers tokenizer itself."""
 
     tokenizer: Any
 
@@ -266,7 +269,7 @@ class _Plain:
 
 
 class _Backend:
-    """A copy of the tokenizer's backend with other settings."""
+    """Encodes with a copy of the tokenizer's backend that has other settings."""
 
     def __init__(self, table: dict[str, Any]) -> None:
         from tokenizers import Tokenizer
@@ -283,7 +286,7 @@ class _Backend:
 
 @frozen
 class _WithBlank:
-    """Adds the blank that the decoder drops also to texts that begin with one: Metaspace does not."""
+    """Adds a blank, which the decoder drops, also to texts that begin with a blank; Metaspace does not."""
 
     start: _Encoder
     rest: _Encoder
@@ -303,7 +306,7 @@ class _WithBlank:
 
 
 def _encoders(tokenizer: Any) -> tuple[_Encoder, _Encoder]:
-    """Return two encoders: one for the beginning of a document and one for text that continues it."""
+    """Return two encoders: one for the beginning of a document, one for text that continues a document."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     plain = _Plain(tokenizer)
     if backend is None:
@@ -348,7 +351,7 @@ def _without_control_tokens(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_blank(part: Any) -> Any:
-    """Return a normaliser or pre-tokenizer that does not add a blank before a text."""
+    """Return a normaliser or pre-tokenizer without the steps that add a blank before a text."""
     if not isinstance(part, dict) or part["type"] == "Prepend":
         return None
     part = dict(part)

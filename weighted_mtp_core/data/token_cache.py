@@ -1,4 +1,4 @@
-"""Token sets on disk, which are written once and mapped into memory by every later run.
+"""Token sets on disk; a token set is written once and mapped into memory by every later run.
 
 Each token set is stored with the data in a folder of `datasets_v2/<name>/<version>/derived/`. The name of the
 folder contains a hash of the data, the options and the tokenizer, so the contents of a folder never change.
@@ -26,7 +26,7 @@ from weighted_mtp_core.storage.verify_once import verify_once
 
 _FORMAT = 6  # raise it when the same examples and tokenizer would give other arrays
 
-# Saved settings of a tokenizer that do not affect ids without special tokens: padding and truncation of the #
+# Saved settings of a tokenizer that do not affect ids without special tokens: padding and truncation of the
 # last call, and the folder that the tokenizer was loaded from.
 _IRRELEVANT = frozenset({"padding", "truncation", "is_local", "local_files_only", "name_or_path"})
 
@@ -37,10 +37,10 @@ class TokenCache:
     Args:
         storage: The storage root.
         version: Version of the data.
-        data: The data source; examples depend on its options and on the plugin's source.
+        data: The component of the data source; its options and its plugin's source code affect the examples.
         codec: Encodes the texts.
         max_tokens: Documents with more tokens are left out.
-        train_on: Which turns of the assistant are learned in chats, all or the last.
+        train_on: Whether all turns of the assistant in a chat are learned, or only the last turn.
 
     Attributes:
         fingerprint: SHA-256 of everything that affects the tokens.
@@ -69,7 +69,7 @@ class TokenCache:
         """Return the tokens of a split; `examples` is called only if the tokens are not stored yet.
 
         Raises:
-            WmtpError: There are no examples, or the stored arrays were changed.
+            WmtpError: No example is short enough, or the stored arrays were changed after they were written.
         """
         folder = self._folder_of(purpose, split)
         if not (folder / MANIFEST).is_file():

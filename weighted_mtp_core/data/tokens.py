@@ -1,4 +1,4 @@
-"""Examples as token ids: one flat array for a whole split; each document is a slice of it.
+"""Examples as token ids: one flat array for a whole split; each document is a slice of the array.
 
 The arrays are written in chunks and mapped into memory for reading, so a split may be larger than the memory.
 
@@ -29,7 +29,7 @@ from weighted_mtp_core.errors import WmtpError
 
 _CHUNK = 1024  # documents per tokenizer call, which is 1.5x faster than one call per text
 _META = "meta.json"
-_GIVEN = "given"  # an array that is written only if the data give weights
+_GIVEN = "given"  # an array that is written only if the data contain weights
 _DTYPES = {
     "target": np.bool_,
     "start": np.int64,
@@ -42,7 +42,7 @@ _DTYPES = {
     "metadata": np.uint8,
     "metadata_start": np.int64,
 }
-"""The arrays other than the ids, keyed by file name."""
+"""The dtypes of the arrays other than the ids, keyed by file name."""
 Ints = NDArray[np.int64]
 
 
@@ -51,15 +51,15 @@ class TokenSet:
     """The documents of one split; each document consists of prompt, response and EOS.
 
     Attributes:
-        ids_N: Token ids of all documents: uint16 if V allows it, otherwise int32.
+        ids_N: Token ids of all documents: uint16 if the vocabulary is small enough, otherwise int32.
         start_D1: int64 `[D + 1]`; document d is `ids_N[start_D1[d] : start_D1[d + 1]]`.
         prompt_D: int32 number of tokens before the first target of each document.
         reward_D: float32 reward of each response.
         problem_D: int64 number of each document's problem; the numbers are in order of first appearance.
         example_ids: The example id of each document.
-        metadata: The metadata of each document as JSON; empty if it has none.
-        target_N: bool, whether each token is learned; None if all tokens after the prompt are.
-        given_N: float32 weight that the data give each token, 0 on prompts; None if they give none.
+        metadata: The metadata of each document as JSON; empty if the document has no metadata.
+        target_N: bool, whether each token is learned; None if all tokens after the prompt are learned.
+        given_N: float32 weight that the data contain for each token, 0 on prompts; None if there are none.
         problem_hash_D: int64 hash of each document's problem id; None for a set that was not tokenised.
         examples: Number of examples, including those that were left out.
         left_out: Number of examples longer than `max_tokens`.
@@ -81,12 +81,12 @@ class TokenSet:
     sha256: str = ""
 
     def __len__(self) -> int:
-        """Return D."""
+        """Return D, the number of documents."""
         return len(self.prompt_D)
 
     @property
     def length_D(self) -> NDArray[np.int64]:
-        """Number of tokens of each document, int64; computed at each call."""
+        """Number of tokens of each document, int64; computed at each access."""
         return np.diff(self.start_D1)
 
     def lengths(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
@@ -106,19 +106,19 @@ def tokenise(
 ) -> None:
     """Write examples as arrays of ids for `open_tokens`.
 
-    The response ends with EOS. Documents longer than `max_tokens` are counted and left out, because a
+    Each response ends with EOS. Documents longer than `max_tokens` are counted and left out, because a
     truncated response would have a wrong label.
 
     Args:
-        examples: Iterated once.
-        codec: Encodes batches on all cores, unless `TOKENIZERS_PARALLELISM` is set to `false`.
+        examples: The examples, which are iterated once.
+        codec: Encodes chunks on all cores, unless `TOKENIZERS_PARALLELISM` is set to `false`.
         max_tokens: Maximum number of tokens of a document, EOS included.
         folder: An existing folder.
-        train_on: Whether all turns of the assistant in a chat are learned, or the last one.
+        train_on: Whether all turns of the assistant in a chat are learned, or only the last turn.
 
     Raises:
-        WmtpError: No example is short enough, or the ids of one are another text than its own, or the tokens
-            of a weighted span are unknown.
+        WmtpError: No example is short enough, the ids of an example decode to a different text, or the
+            tokenizer does not report which tokens a weighted span contains.
     """
     count = kept = tokens = 0
     dtypes = {"ids": np.int32 if codec.size > 2**16 else np.uint16, **_DTYPES}
@@ -174,7 +174,7 @@ def open_tokens(folder: Path, *, sha256: str) -> TokenSet:
 
 
 def _columns(documents: Sequence[Document]) -> dict[str, ArrayLike]:
-    """Return the arrays of documents; `start` contains lengths."""
+    """Return the arrays of some documents; `start` contains their lengths instead of their offsets."""
     examples = [each.example for each in documents]
     problems = [_hash(example.problem_id) for example in examples]
     names = [example.example_id.encode() for example in examples]
@@ -201,7 +201,7 @@ def _targets(document: Document) -> list[bool]:
 
 
 def _repeat_one(append: Callable[[ArrayLike], None], count: int) -> None:
-    """Append weights of 1 in chunks, because many tokens may have been read before the first weight."""
+    """Append weights of 1 in chunks, because many tokens may precede the first weight in the data."""
     for start in range(0, count, _CHUNK * _CHUNK):
         append(np.ones(min(_CHUNK * _CHUNK, count - start), dtype=np.float32))
 

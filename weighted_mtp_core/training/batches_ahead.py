@@ -12,11 +12,11 @@ from weighted_mtp_core.api import Batch
 
 @define(eq=False)
 class BatchesAhead:
-    """The batches of a stage, requested in any order; on a CPU nothing is made ahead.
+    """The batches of a stage by step; `prepare` makes a batch before the step that needs it.
 
-    The host only queues the work of a step and is soon done, so it needs no thread to be ahead: `prepare`
-    makes the next batch and queues its copy from pinned memory, see `to_device`. Batches are a function of
-    the step, so a resumed run gets the same ones.
+    An accelerator computes a step while the host is already free again. So `prepare` needs no thread to make
+    the next batch in this time and to queue its copy from pinned memory, see `to_device`. A batch depends
+    only on the number of its step, so a resumed run gets the same batches.
 
     Attributes:
         batch_of: Returns the batch of a step.
@@ -35,6 +35,6 @@ class BatchesAhead:
         return ahead[1] if ahead is not None and ahead[0] == step else self.batch_of(step)
 
     def prepare(self, step: int) -> None:
-        """Make the batch of a step if the stage has it; call this before the host waits for the device."""
+        """Make the batch of a step, but not on a CPU; call this before the host waits for the device."""
         if self.device.type != "cpu" and step < self.steps:
             self._ahead = step, self.batch_of(step)

@@ -1,4 +1,4 @@
-"""Stage 1: training of the critic, and its judgement on validation responses that did not choose it.
+"""Stage 1: trains the critic, and judges it on validation responses that did not choose its checkpoint.
 
 Shape letters: B rows, T positions, H hidden.
 """
@@ -43,7 +43,7 @@ class CriticLearner(Learner):
 
     Attributes:
         critic: The critic to train.
-        prepared: Trunk states, for a critic that reads them, and the validation split.
+        prepared: Provides the validation split, and trunk states for a critic that reads them.
         table: The recipe's `[critic.train]`.
         distributed: The processes that train together.
         best: The folder of the best critic.
@@ -62,9 +62,10 @@ class CriticLearner(Learner):
         return self.critic.parameters()
 
     def learn(self, batch: Batch, *, step: int) -> StepResult:
-        """Accumulate the gradient of the critic's own loss, in which every row of the data set counts alike.
+        """Accumulate the gradient of the critic's own loss, so that all rows of the data set count the same.
 
-        So a batch with fewer rows than others counts less; the loss in the result is the batch's own mean.
+        For this, the gradient of a batch is proportional to its number of rows. The loss in the result is the
+        mean over the rows of this batch.
         """
         self.critic.begin_step(step, steps=self.table.steps)
         totals: dict[str, Tensor | float] = {}
@@ -94,7 +95,7 @@ class CriticLearner(Learner):
         )
 
     def validate(self, *, step: int) -> Validation:
-        """Report on the half that chooses; the AUC of the final values selects the checkpoint."""
+        """Measure the critic on the half for choosing; the AUC of the final values selects the checkpoint."""
         del step
         report = self.measure("choosing")
         return Validation(metrics=report.metrics(), score=report.critic.auc)
@@ -112,9 +113,9 @@ class CriticLearner(Learner):
 
     @torch.no_grad()
     def training_metrics(self) -> dict[str, float]:
-        """Return the AUC on training responses as metrics; empty if all outcomes are equal.
+        """Return AUCs on training responses as metrics; empty if all are correct or all are incorrect.
 
-        If it exceeds the held-out AUC, the critic memorises.
+        If the AUC on training responses is clearly higher than on held-out responses, the critic memorises.
         """
         tokens = self.prepared.critic_tokens("train")
         documents = evenly_spread(np.arange(len(tokens)), limit=self.table.validation_examples)
@@ -125,7 +126,7 @@ class CriticLearner(Learner):
     def _score(self, split: Split, documents: NDArray[np.int64]) -> ScoredResponses:
         """Return the values of some labelled responses of a split."""
         parts, tokens = [], self.prepared.critic_tokens(split)
-        size = self.table.batch_size // self.table.accumulation  # what fits into memory in training
+        size = self.table.batch_size // self.table.accumulation  # as in training, so it fits into memory
         for rows in in_order(tokens, documents, batch_size=size):
             batch = self.prepared.batch(tokens, rows)
             autocast = self.prepared.compute.autocast
@@ -158,8 +159,8 @@ class CriticLearner(Learner):
         """Check that the validation split suffices to choose a checkpoint and to judge the critic.
 
         Raises:
-            WmtpError: One half of the validation responses has no correct or no incorrect response; or
-                the half that judges has too few problems, and `table.allow_uninformative_critic` is false.
+            WmtpError: One half of the validation responses has no correct or no incorrect response; or the
+                half for judging has too few problems, and `table.allow_uninformative_critic` is false.
         """
         tokens = self.prepared.critic_tokens("validation")
         halves = {half: self.prepared.critic_validation(half) for half in HALVES}
@@ -192,10 +193,11 @@ class CriticLearner(Learner):
 def check_informative(
     report: CriticReport, critic: str, table: CriticTable, *, log: Callable[[str], None]
 ) -> bool:
-    """Return whether the critic is better than a constant, and log its measures.
+    """Return whether the critic is significantly better than a constant value, and log its measures.
 
     Raises:
-        RunFailedError: The critic is not better than a constant, and `allow_uninformative_critic` is false.
+        RunFailedError: The critic is not significantly better than a constant value, and
+            `table.allow_uninformative_critic` is false.
     """
     if report.informative:
         losses = f"loss {report.critic.bce:.3f}, of a constant {report.constant.bce:.3f}"
@@ -218,7 +220,7 @@ def check_informative(
 def _scored_responses(
     batch: Batch, values_BT: NDArray[np.float64], slip_BT: Tensor | None, problem_B: NDArray[np.int64]
 ) -> ScoredResponses:
-    """Return the values of a batch with one document per row; rows without a response are left out."""
+    """Collect the values of a batch with one document per row; rows without a response are left out."""
     response_BT = batch.response_BT.cpu().numpy()
     rewards_BT = batch.reward_BT.cpu().double().numpy()
     length_B = response_BT.sum(axis=1)

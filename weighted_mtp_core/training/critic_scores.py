@@ -1,4 +1,4 @@
-"""The one place where core asks a critic for scores: in the precision of the policy, and checked."""
+"""Computes the scores of a critic in the precision of the policy, and checks their dtype."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def critic_scores(critic: Critic, batch: Batch, hidden_BTH: Tensor | None, *, au
         critic: The critic.
         batch: The batch.
         hidden_BTH: The policy's trunk states, for a critic that reads them.
-        autocast: Returns the context of a forward pass.
+        autocast: Returns a context manager that sets the precision of a forward pass.
 
     Raises:
         RunFailedError: The critic returns a tensor that is not float32.

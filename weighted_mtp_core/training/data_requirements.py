@@ -1,4 +1,4 @@
-"""What a recipe's weighting and critic need of the data, checked in stage 0."""
+"""Checks that the data contain what the recipe's weighting, critic and evaluation need, in stage 0."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from weighted_mtp_core.plan import Plan
 
 
 def check_given_weights(plan: Plan, tokens: TokenSet, *, log: Callable[[str], None]) -> None:
-    """Refuse a weighting of given weights if the data have none; log if the weighting does not read them.
+    """Refuse a weighting that reads weights from the data if the data contain no such weights.
+
+    If the data contain weights but the weighting does not read them, a message is logged.
 
     Raises:
-        WmtpError: No training example has a weight, or a weight is negative although the recipe does not
-            allow it.
+        WmtpError: The weighting reads weights from the data, but no training example has a weight, or a
+            weight is negative although the recipe does not allow negative weights.
     """
     reads = Signal.GIVEN in plan.weighting.needs
     if reads and tokens.given_N is None:
@@ -41,10 +43,10 @@ def check_given_weights(plan: Plan, tokens: TokenSet, *, log: Callable[[str], No
 
 
 def check_second_temperature(plan: Plan, source: DataSource) -> None:
-    """Refuse a second temperature of pass@k if the data source has no problems.
+    """Refuse a second temperature for pass@k if the data source has no test problems.
 
     Raises:
-        WmtpError: The recipe has `evaluate.second_temperature`, but the source has no test problems.
+        WmtpError: The recipe sets `evaluate.second_temperature`, but the source has no test problems.
     """
     if plan.recipe.evaluate.second_temperature is not None and not source.problems("test"):
         raise WmtpError(
@@ -55,10 +57,11 @@ def check_second_temperature(plan: Plan, source: DataSource) -> None:
 
 
 def check_verdicts(plan: Plan, tokens: TokenSet, *, split: Split) -> None:
-    """Refuse data in which all responses are correct, or all incorrect, for a critic of values.
+    """Refuse to train a critic of values on responses that are all correct or all incorrect.
 
     Raises:
-        WmtpError: The rewards of the split cannot teach the recipe's critic anything.
+        WmtpError: The critic provides values, all responses of the split are correct or all are incorrect,
+            and the recipe does not allow an uninformative critic.
     """
     table, critic = plan.recipe.critic, plan.critic
     if table is None or critic is None or table.allow_uninformative_critic:

@@ -1,4 +1,4 @@
-"""AdamW whose two moments have 8 bits per value."""
+"""AdamW that stores its two moments with 8 bits per value."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch.distributed.tensor import DTensor
 from weighted_mtp_core.training.one_by_one import OneByOne
 
 _BLOCK, _FEWEST = 256, 4096
-_PIECE = 1 << 16  # values that are updated at once if the update is not compiled, for small temporary tensors
+_PIECE = 1 << 16  # values per uncompiled update, because each of its operations makes a temporary tensor
 _SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 
 
 class EightBitAdamW(OneByOne):
     """torchao's AdamW with moments quantised in blocks of 256 values (Dettmers et al. 2022).
 
-    Parameters of fewer than 4096 values keep moments of 32 bits, and so do those that cannot be divided into
-    whole blocks, or that are not sharded into equal shards of whole blocks. Only on CUDA, torchao's update is
-    compiled; on other devices it runs operation by operation, so that no compiler is needed.
+    The moments of a parameter have 32 bits if a process holds fewer than 4096 of its values, if these values
+    do not fill whole blocks, or if the parameter is not sharded into equal shards. On CUDA, torchao's update
+    is compiled. On other devices it runs operation by operation, so that no compiler is needed.
 
     Args:
-        groups: Groups of parameters, with `weight_decay`.
+        groups: Groups of parameters; each group is a dict with `params` and `weight_decay`.
         lr: Learning rate.
         betas: Decay rates of the two moments.
-        eps: Added to the denominator.
+        eps: Constant that is added to the denominator of the update.
     """
 
     needs_whole = False
@@ -47,10 +47,11 @@ class EightBitAdamW(OneByOne):
         *,
         original: nn.Parameter,
     ) -> Mapping[str, Tensor]:
-        """Update a parameter by its gradient.
+        """Update a parameter with its gradient.
 
-        The state is `step` and the two moments: each as `codes`, uint8 with the shape of the parameter, and
-        `scale`, one float32 per block; or as one tensor of 32 bits.
+        The state contains `step` and the moments `exp_avg` and `exp_avg_sq`. A moment of 8 bits is stored as
+        `<moment>_codes`, uint8 with the shape of the parameter, and `<moment>_scale`, one float32 per block.
+        A moment of 32 bits is one tensor, `<moment>`.
         """
         from torchao.optim import AdamW8bit
 
@@ -65,12 +66,12 @@ class EightBitAdamW(OneByOne):
             adamw = AdamW8bit([piece], **options)
             adamw.state[piece] = self._packed(held, parameter.dtype, first=first, size=size)
             with nullcontext() if compiled else _eager():
-                adamw.step()  # writes into `held`
+                adamw.step()  # changes the moments in `held`
         held["step"] += 1
         return held
 
     def adopt(self, parameter: nn.Parameter, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Convert moments of 8 bits to 32 bits if the parameter is now sharded without regard to blocks."""
+        """Convert 8-bit moments to 32 bits if the parameter's shards no longer consist of whole blocks."""
         if _has_blocks(parameter) or "exp_avg_codes" not in state:
             return state
         codes = state["exp_avg_codes"]
@@ -83,7 +84,7 @@ class EightBitAdamW(OneByOne):
     def _packed(
         self, state: Mapping[str, Tensor], dtype: torch.dtype, *, first: int, size: int
     ) -> dict[str, Any]:
-        """Return a piece of a state as torchao's state, which shares its memory, except for `step`."""
+        """Return a piece of a state in torchao's format; tensors except `step` share the state's memory."""
         from torchao.optim.subclass_8bit import OptimState8bit
 
         found: dict[str, Any] = {"step": state["step"].clone()}
@@ -94,24 +95,24 @@ class EightBitAdamW(OneByOne):
             codes = _span(state[f"{name}_codes"], first, size)
             scale = _span(state[f"{name}_scale"], first // _BLOCK, size // _BLOCK)
             at = signed, codes.device
-            if at not in self._maps:  # made once, because copying it to the device would wait for the device
+            if at not in self._maps:  # made once, because the host waits while a table is copied to a device
                 self._maps[at] = OptimState8bit.zeros((_BLOCK,), signed, device=codes.device).qmap
             found[name] = OptimState8bit(codes, scale, self._maps[at], signed, dtype)
         return found
 
 
 def pieces(count: int, size: int) -> Sequence[int]:
-    """Return where the pieces of `count` values begin; each has `size` values, the last one maybe fewer."""
+    """Return the first index of each piece of `size` values; the last piece may have fewer values."""
     return range(0, count, size)
 
 
 def _span(tensor: Tensor, first: int, size: int) -> Tensor:
-    """Return some values of a tensor, counted in its flattened form, which must be contiguous."""
+    """Return a view of `size` values, from index `first`, of a contiguous tensor that is flattened."""
     return tensor.view(-1)[first : first + size]
 
 
 def _start(parameter: nn.Parameter, *, blocks: bool) -> dict[str, Tensor]:
-    """Return the state before the first step."""
+    """Return the state of a parameter before its first step."""
     found = {"step": torch.zeros((), device=parameter.device)}
     for name in _SIGNED:
         if blocks:
@@ -123,7 +124,7 @@ def _start(parameter: nn.Parameter, *, blocks: bool) -> dict[str, Tensor]:
 
 
 def _has_blocks(parameter: nn.Parameter) -> bool:
-    """Return whether every process has equally many whole blocks of a parameter."""
+    """Return whether all processes hold equally many values of a parameter: whole blocks, at least 4096."""
     shards = parameter.device_mesh.size() if isinstance(parameter, DTensor) else 1
     size = parameter.numel() // shards
     return parameter.shape[:1].numel() % shards == 0 and size >= _FEWEST and size % _BLOCK == 0

@@ -24,7 +24,7 @@ MEASURES: Mapping[SelectBy, str] = {
     "later_heads": "held-out loss of heads 2..K",
     "acceptance": "held-out tokens per pass",
 }
-"""What the score measures for each value of `train.select_by`."""
+"""Description of the validation score for each value of `train.select_by`."""
 
 
 @torch.no_grad()
@@ -34,12 +34,12 @@ def head_quality(
     """Return the measures of each head over all targets of the batches; NaN for a head without targets.
 
     Returns:
-        For each head k: `<split>_ce_head_<k>`, the unweighted cross-entropy in nats per target, and
-            `<split>_accuracy_head_<k>`, the share of the targets that are the head's most likely token. For k
-            >= 2 also `<split>_acceptance_head_<k>`, the share of the head's most likely tokens that head 1
-            confirms. And `<split>_acceptance_length`, the expected tokens per pass of greedy self-speculative
-            decoding: 1 + the mean number of accepted drafts. Nothing is generated: heads read the text
-            itself, see `HeadSums`.
+        Metrics by name. For each head k, `<split>_ce_head_<k>` is the unweighted cross-entropy in nats per
+            target, and `<split>_accuracy_head_<k>` is the share of the targets that are the head's most
+            likely token. For k >= 2, `<split>_acceptance_head_<k>` is the share of the head's most likely
+            tokens that head 1 confirms. For K >= 2, `<split>_acceptance_length` is the expected number of
+            tokens per forward pass of greedy self-speculative decoding: 1 + the mean number of accepted
+            drafts. These metrics need no generated text: the heads read the batches, see `HeadSums`.
     """
     policy.eval()
     found: list[HeadSums] = []
@@ -71,14 +71,14 @@ def head_quality(
 
 
 def selection_score(metrics: Mapping[str, float], select_by: SelectBy) -> float:
-    """Compute the number that selects the state to keep (higher is better) from a result of `head_quality`.
+    """Compute the score that selects the state to keep, from a result of `head_quality`; higher is better.
 
-    For `acceptance`, it is the expected tokens per pass; otherwise the negated mean cross-entropy of the
-    heads that `select_by` names. Heads without targets do not count.
+    For `acceptance`, the score is the expected number of tokens per forward pass. Otherwise it is the negated
+    mean cross-entropy of the heads that `select_by` selects, without heads that have no targets.
     """
     if select_by == "acceptance":
         return metrics.get("validation_acceptance_length", math.nan)
-    # Skip heads without targets, whose accuracy is NaN; a NaN loss of other heads must not be skipped.
+    # The accuracy of a head without targets is NaN. A head with targets counts even if its loss is NaN.
     losses = [
         loss
         for name, loss in metrics.items()

@@ -1,4 +1,4 @@
-"""The training loop, with which stage 1 trains the critic and stage 2 the policy."""
+"""The training loop of both stages: stage 1 trains the critic, stage 2 trains the policy."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class StepResult:
     Attributes:
         loss: The loss, a scalar on the device.
         metrics: Computes the other scalars of the step; called only if the step is logged.
-        size: How much data the step has, relative to an average step; positive.
+        size: The amount of data in the step, divided by the amount in an average step; positive.
     """
 
     loss: Tensor | float
@@ -57,8 +57,8 @@ class Validation:
 
     Attributes:
         metrics: Scalars to log.
-        score: The number that selects the checkpoint; higher is better, and a loss is negated.
-        measure: Description of the score without its sign, for printed texts.
+        score: The number that selects the checkpoint. Higher is better, so a loss is negated.
+        measure: Description of the absolute value of the score, for printed texts.
     """
 
     metrics: Mapping[str, float]
@@ -71,7 +71,7 @@ class Learner(ABC):
 
     Attributes:
         stage: `critic` or `policy`, the stage's name in the journal.
-        loss_name: The metric name of the loss, which the progress display shows.
+        loss_name: Name of the metric that contains the loss; the progress display shows this metric.
         matrix_rate: Operations per second of a large matrix product, see `runtime/cost.py`; None if it was
             not measured.
         best: The file or folder that `save_best` writes.
@@ -84,10 +84,10 @@ class Learner(ABC):
 
     @abstractmethod
     def parameters(self) -> Iterable[nn.Parameter]:
-        """Return the parameters; the parameters that require a gradient are optimised."""
+        """Return all parameters of the model; only those that require a gradient are optimised."""
 
     def parts(self) -> Mapping[nn.Parameter, Part]:
-        """Return the parts of the model with a learning rate other than the stage's, by parameter."""
+        """Return the part of each parameter that has a learning rate other than the stage's."""
         return {}
 
     def embeddings(self) -> Collection[nn.Parameter]:
@@ -95,7 +95,7 @@ class Learner(ABC):
         return ()
 
     def flops(self, batch: Batch) -> float:
-        """Return the floating-point operations that the step of a global batch needs; 0 if not known."""
+        """Return the number of floating-point operations of a step with this global batch; 0 if unknown."""
         del batch
         return 0.0
 
@@ -105,7 +105,7 @@ class Learner(ABC):
 
     @abstractmethod
     def validate(self, *, step: int) -> Validation:
-        """Measure on the validation split, without changing any state."""
+        """Measure the model on the validation split, without changing any state."""
 
     @abstractmethod
     def state_dict(self) -> Mapping[str, Any]:
@@ -134,14 +134,19 @@ class Reporter(Protocol):
         """Record wall-clock measurements."""
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
-        """Update the display."""
+        """Update the progress display."""
 
 
 @frozen(kw_only=True)
 class Trained:
-    """The validation results of a stage before the first step and of the best state, which was kept.
+    """The result of training a stage.
 
-    `last_step` is the number of completed steps, of `steps` planned ones.
+    Attributes:
+        start: The validation before the first step.
+        best_step: Number of steps after which the state was best; the best state is kept.
+        best: The validation of the best state.
+        last_step: Number of completed steps.
+        steps: Number of planned steps.
     """
 
     start: Validation
@@ -151,7 +156,7 @@ class Trained:
     steps: int = 0
 
     def summary(self) -> list[tuple[str, str]]:
-        """Return the summary's line: the measure that selects the best state, before and after training."""
+        """Return a line for the run's summary: the selecting measure before training and at its best."""
         before, after = abs(self.start.score), abs(self.best.score)
         text = f"{self.best.measure} {before:.3f} -> {after:.3f} at step {self.best_step}"
         if self.last_step < self.steps:
@@ -169,10 +174,10 @@ def train(
     resume: Snapshot | None = None,
     distributed: Distributed = SINGLE_PROCESS,
 ) -> Trained:
-    """Optimise for `table.steps` steps and leave the learner in its best validated state.
+    """Train for `table.steps` steps, then restore the learner's state with the best validation score.
 
-    With `table.patience`, training ends after this many validations in a row without a better state (early
-    stopping, Prechelt 1998).
+    If `table.patience` is set, training ends early after this number of consecutive validations without a
+    better score (early stopping, Prechelt 1998).
 
     After SIGINT, SIGTERM or SIGHUP, training stops after the current step with a checkpoint. After SIGUSR1,
     it writes a checkpoint and continues; if SIGUSR1 arrived before training, the checkpoint follows the first
@@ -188,8 +193,8 @@ def train(
         distributed: The processes that train together.
 
     Raises:
-        RunFailedError: Too many consecutive steps had no finite loss or gradient, no validation had a finite
-            score, or a checkpoint failed.
+        RunFailedError: Too many consecutive steps had a non-finite loss or gradient, no validation had a
+            finite score, or a checkpoint could not be written.
         KeyboardInterrupt: A signal requested a stop.
     """
     device = next(iter(learner.parameters())).device
@@ -258,14 +263,14 @@ class _Training:
         )
 
     def ends(self, done: int) -> bool:
-        """Return whether training ends after `done` steps: all are done, or the patience is exhausted."""
+        """Return whether training ends after `done` steps, as planned or because `patience` is exhausted."""
         if done >= self.table.steps or self.table.patience is None:
             return done >= self.table.steps
         every = self.table.validate_every
         return done // every - self.trained.best_step // every >= self.table.patience
 
     def step(self, step: int) -> None:
-        """Execute one step; log and validate if due."""
+        """Execute one training step; log metrics and validate if they are due."""
         self.rates = set_learning_rate(self.optimisers, self.table, step)
         batch = self.batches(step)
         self.cost.add(tokens=batch.ids_BT.numel(), flops=self.learner.flops(batch))
@@ -294,8 +299,8 @@ class _Training:
         self.reporter.metrics(self.learner.stage, step, found.metrics)
         first = step == 0
         better = first or _beats(found.score, self.trained.best.score)
-        # The first process decides, because scores may differ by rounding and saving is a collective
-        # operation.
+        # The first process decides for all: scores may differ by rounding errors between processes, but all
+        # processes must save together, because saving is a collective operation.
         if self.distributed.any_rank(flag=better and self.distributed.is_rank_zero):
             self.checkpoints.wait()  # a snapshot that is being written links to the previous best state
             self.learner.save_best()
@@ -305,7 +310,7 @@ class _Training:
 
     def take_snapshot(self, step: int) -> None:
         """Copy everything that the next step depends on; the copy is written while training continues."""
-        self.checkpoints.wait()  # because the new copy overwrites the previous one
+        self.checkpoints.wait()  # because the new copy overwrites the previous copy in memory
         learner, learner_values = copy_state(self.learner.state_dict(), "learner", over=self.copies)
         state = optimiser_state(self.optimisers, self.parameters)
         optimiser, _ = copy_state(state, "optimiser", over=self.copies)
@@ -344,7 +349,7 @@ class _Training:
         stage, loss_name = self.learner.stage, self.learner.loss_name
         scalars = {loss_name: result.loss, **result.metrics(), f"{stage}_gradient_norm": norm}
         values = {name: float(value) for name, value in scalars.items()}
-        first, *others = sorted(self.rates)  # the part without a name, if it is trained, is the first
+        first, *others = sorted(self.rates)  # parameters without a part have the name "", which sorts first
         values[f"{stage}_learning_rate"] = self.rates[first]
         values |= {f"{stage}_{part}_learning_rate": self.rates[part] for part in others}
         values[f"{stage}_skipped_steps"] = float(self.nonfinite.total)
@@ -368,5 +373,5 @@ class _Training:
 
 
 def _beats(score: float, best: float) -> bool:
-    """Return whether a score is better; one that is not finite loses against any finite one."""
+    """Return whether `score` is better than `best`; any finite score is better than a non-finite score."""
     return math.isfinite(score) and not (math.isfinite(best) and score <= best)

@@ -25,8 +25,8 @@ class MicroBatch:
     Attributes:
         batch: The rows.
         rows: Indices of the rows in the global batch.
-        share: Number of the rows divided by the rows of the global batch; 0 for a spare micro-batch, which
-            does not contribute to the gradient.
+        share: Share of the global batch's rows that this micro-batch contains; 0 for a spare micro-batch,
+            which does not contribute to the gradient.
     """
 
     batch: Batch
@@ -35,16 +35,16 @@ class MicroBatch:
 
     @property
     def is_spare(self) -> bool:
-        """Whether the micro-batch only serves to let this process take part in collective operations."""
+        """Whether the micro-batch exists only so that this process takes part in collective operations."""
         return self.share == 0
 
     def select(self, tensor: Tensor, *, spare: float) -> Tensor:
-        """Return these rows of a tensor of the global batch; a spare micro-batch gets the value `spare`."""
+        """Return this micro-batch's rows of a global tensor; a spare micro-batch gets the value `spare`."""
         return torch.full_like(tensor[self.rows], spare) if self.is_spare else tensor[self.rows]
 
     @property
     def preceding_BT(self) -> NDArray[np.int64] | None:
-        """`CollatedBatch.preceding_BT` of these rows; zeros for a spare micro-batch, which has no targets."""
+        """`CollatedBatch.preceding_BT` of this micro-batch; all 0 if it is spare and so has no targets."""
         preceding_BT = preceding(self.batch)
         return np.zeros_like(preceding_BT) if self.is_spare and preceding_BT is not None else preceding_BT
 
@@ -57,7 +57,7 @@ def micro_batches(
     Args:
         batch: The global batch.
         accumulation: Number of micro-batches per process.
-        distributed: The processes.
+        distributed: The processes that train together.
         together: Number of consecutive rows that must stay in the same micro-batch.
     """
     split, first = [], 0
@@ -72,13 +72,13 @@ def micro_batches(
 def gather_rows(
     parts: Sequence[MicroBatch], values: Sequence[Tensor], *, rows: int, distributed: Distributed
 ) -> Tensor:
-    """Combine the values of all processes' micro-batches into the values `[B, ...]` of the global batch.
+    """Combine values of the micro-batches of all processes into one tensor `[B, ...]` for the global batch.
 
     Args:
         parts: This process's micro-batches.
-        values: The values of these micro-batches, in the same order.
+        values: One tensor for each micro-batch in `parts`, with a row for each row of the micro-batch.
         rows: B, the number of rows of the global batch.
-        distributed: The processes.
+        distributed: The processes that train together.
     """
     gathered = values[0].new_zeros((rows, *values[0].shape[1:]))
     for part, value in zip(parts, values, strict=True):

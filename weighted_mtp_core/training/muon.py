@@ -1,4 +1,4 @@
-"""Muon for the matrices of hidden layers: a momentum whose singular values are set to about 1."""
+"""Muon for the matrices of hidden layers: an update is the momentum with singular values set to about 1."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from weighted_mtp_core.training.one_by_one import OneByOne
 class Muon(OneByOne):
     """torch's Muon (Jordan et al. 2024), with the update scaled as in Liu et al. 2025, eq. 4.
 
-    With that scale, 0.2 sqrt(max(rows, columns)), an update has the size of an update of AdamW, so learning
-    rate and weight decay mean the same for both. The momentum is 0.95 (Nesterov), and five Newton-Schulz
-    iterations in bfloat16 replace the singular values.
+    With the scale 0.2 sqrt(max(rows, columns)), updates of Muon are as large as updates of AdamW, so the same
+    learning rate and weight decay suit both optimisers. The momentum is 0.95 (Nesterov). Five Newton-Schulz
+    iterations in bfloat16 set the singular values to about 1.
 
     Args:
-        groups: Groups of matrices, with `weight_decay`.
+        groups: Groups of matrices; each group is a dict with `params` and `weight_decay`.
         lr: Learning rate.
     """
 
@@ -36,7 +36,7 @@ class Muon(OneByOne):
         *,
         original: nn.Parameter,  # noqa: ARG002
     ) -> Mapping[str, Tensor]:
-        """Update a matrix by its gradient; the state is `momentum_buffer`, with the shape of the matrix."""
+        """Update a matrix with its gradient; the state is `momentum_buffer`, with the shape of the matrix."""
         muon = torch.optim.Muon(
             [parameter],
             lr=group["lr"],

@@ -1,4 +1,4 @@
-"""Skips steps with a non-finite loss or gradient, and counts them on the device up to a limit."""
+"""Skips training steps with a non-finite loss or gradient, and counts the skipped steps."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from weighted_mtp_core.runtime.device import READ_EVERY
 
 @define(kw_only=True, eq=False)
 class NonfiniteSteps:
-    """Counts skipped steps on the device, so that counting never synchronises with it.
+    """Counts skipped steps on the device, so that the host need not wait for the device at each step.
 
     Attributes:
-        limit: Number of consecutive skipped steps that ends the run.
+        limit: Number of consecutive skipped steps after which the run ends.
         device: The device that trains.
     """
 
@@ -38,16 +38,16 @@ class NonfiniteSteps:
     def skip_if_not_finite(
         self, optimisers: Iterable[torch.optim.Optimizer], loss: Tensor | float, gradient_norm: Tensor
     ) -> None:
-        """Let the next step of all optimisers change nothing if loss or gradient is not finite."""
+        """Make the next step of all optimisers change nothing if the loss or the gradient is not finite."""
         finite = torch.isfinite(gradient_norm) & torch.isfinite(torch.as_tensor(loss, device=self.device))
         skipped = (~finite).float()
-        for optimiser in optimisers:  # `OneByOne` reads this attribute, and so does the fused AdamW,
-            optimiser.found_inf = skipped  # type: ignore[attr-defined] # for gradient scalers
+        for optimiser in optimisers:  # `OneByOne` and torch's fused AdamW read this attribute
+            optimiser.found_inf = skipped  # type: ignore[attr-defined] # made for torch's gradient scalers
         self._total += skipped
         self._in_a_row = (self._in_a_row + skipped) * skipped
 
     def too_many(self, done: int) -> bool:
-        """Return whether the limit is reached; an accelerator's counter is read only every few steps."""
+        """Return whether the limit is reached; on an accelerator the counter is read only every few steps."""
         every = 1 if self.device.type == "cpu" else min(READ_EVERY, self.limit)
         return done % every == 0 and int(self._in_a_row) >= self.limit
 

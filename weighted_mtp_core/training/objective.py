@@ -1,7 +1,7 @@
-"""The normaliser of stage 2: that of the data set, not of a batch, so that all targets count alike.
+"""The divisor of the loss in stage 2, chosen so that all targets of the data set count the same.
 
-Batches hold documents of similar length. Divided by its own Z, each batch would count as much as any other,
-and a token of a short document more than a token of a long one.
+A batch holds documents of similar length. If the loss of each batch were divided by the batch's own sum of
+weights, all batches would count the same, and a token of a short document more than a token of a long one.
 
 Shape letters: B rows, T positions, K heads.
 """
@@ -18,16 +18,16 @@ from torch import Tensor
 
 @define(eq=False)
 class Normaliser:
-    """Divides each step's loss by the sum of the weights' absolute values that a step has on average.
+    """Computes the divisor of each step's loss: the sum of |weight| that a step has on average.
 
-    That is the number of pairs of an average step, which is known before training, times the mean |weight| of
-    all pairs so far, the step's own included. So the first step's weights, and a few tiny ones, cannot make
-    a later step huge, as they could if they alone were the mean.
+    The divisor is the number of pairs of an average step, which is known before training, times the mean
+    |weight| of all pairs up to and including the current step. If the mean |weight| were taken from the first
+    step alone, a few tiny weights in that step could make the gradients of all later steps huge.
 
     Attributes:
         pairs_K: Number of (position, target) pairs of each head in a step, averaged over the steps of an
             epoch; float32, on the device.
-        normalise: With `"tokens"`, the mean |weight| is left out.
+        normalise: With `"tokens"`, the divisor is only the number of pairs.
     """
 
     pairs_K: Tensor
@@ -48,7 +48,10 @@ class Normaliser:
         self._weights_K, self._counts_K = torch.zeros(2, *self.pairs_K.shape, device=self.pairs_K.device)
 
     def add(self, weight_BTK: Tensor, target_BTK: Tensor) -> Tensor:
-        """Add a global batch to the mean |weight|; return `Z_K`, float32; Z is 1 while all weights are 0."""
+        """Add a global batch to the mean |weight| and return the divisors, float32 `[K]`.
+
+        With `normalise = "weights"`, the divisor of a head is 1 if all its weights so far are 0.
+        """
         self._counts_K += target_BTK.sum(dim=(0, 1), dtype=torch.float32)
         if self.normalise == "tokens":
             return self.pairs_K
@@ -57,14 +60,14 @@ class Normaliser:
         return torch.where(self._weights_K > 0, total_K, 1.0)
 
     def size(self, count_K: Tensor) -> Tensor:
-        """Return `StepResult.size` of a step with this number of pairs of each head."""
+        """Return the size of a step with `count_K` pairs of each head, see `StepResult.size`."""
         return (count_K / self.pairs_K).mean().clamp(min=1e-3)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the sums."""
+        """Return the sums of |weight| and of pairs so far."""
         return {"weights": self._weights_K, "counts": self._counts_K}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the sums."""
+        """Restore the result of `state_dict`."""
         self._weights_K.copy_(state["weights"])
         self._counts_K.copy_(state["counts"])

@@ -1,4 +1,4 @@
-"""Steps an optimiser one parameter at a time on copies, which are discarded if the step is to be skipped."""
+"""Optimisers that update one parameter at a time, on a copy that is discarded if the step is skipped."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from weighted_mtp_core.runtime.sharding import like, local, shard_like, whole
 
 
 class OneByOne(torch.optim.Optimizer, ABC):
-    """An optimiser of parameters that are updated one after the other, each by torch's or a package's code.
+    """An optimiser that updates parameters one after the other, with code of torch or of another package.
 
-    That code supports neither skipped steps nor sharded parameters. So it gets a copy of each parameter, and
-    the result is written back, unless `found_inf` is 1, without a wait for the device. The copies take the
-    memory of one parameter.
+    The code of torch or of the package supports neither skipped steps nor sharded parameters. So it updates a
+    copy of each parameter, and the copy is written back unless `found_inf` is 1; the host does not wait for
+    the device. Only one copy exists at a time, so the copies need the memory of one parameter.
 
     Attributes:
-        needs_whole: Whether the update of an element depends on all elements. Each process then computes the
-            update of the whole parameter; otherwise it computes the update of its own shard.
+        needs_whole: Whether the update of an element depends on all elements of the parameter. If so, each
+            process computes the update of the whole parameter; otherwise, the update of its own shard.
         found_inf: A tensor on the device, 1 if the next step is to be skipped and 0 otherwise; None for 0.
     """
 
@@ -38,23 +38,23 @@ class OneByOne(torch.optim.Optimizer, ABC):
         *,
         original: nn.Parameter,
     ) -> Mapping[str, Tensor]:
-        """Update a parameter, which is not sharded, by its gradient, and return its new state.
+        """Update an unsharded parameter with its gradient, and return the parameter's new state.
 
         Args:
-            parameter: A copy of the parameter or of its shard, changed in place.
+            parameter: A copy of the model's parameter or of this process's shard; it is changed in place.
             state: The parameter's state, which may be changed in place; empty before its first step.
             group: The parameter's group, with `lr` and `weight_decay`.
-            original: The parameter of the model, which may be sharded.
+            original: The model's parameter itself, which may be sharded.
         """
 
     def adopt(self, parameter: nn.Parameter, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return the whole state of a checkpoint as this optimiser would hold it for the parameter."""
+        """Convert a parameter's unsharded state from a checkpoint into the form that this optimiser uses."""
         del parameter
         return state
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override] # no closure
-        """Take one step, or none if `found_inf` is 1."""
+        """Update all parameters that have a gradient, unless `found_inf` is 1."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -74,7 +74,7 @@ class OneByOne(torch.optim.Optimizer, ABC):
             self._write(known[name], value)
 
     def _sharded(self, value: Tensor, parameter: nn.Parameter) -> Tensor:
-        """Return a new tensor of the state, computed by `update`, as sharded as the parameter."""
+        """Return a tensor of a parameter's state, sharded like the parameter; scalars are not sharded."""
         if not isinstance(parameter, DTensor) or not value.ndim:
             return value
         if self.needs_whole:

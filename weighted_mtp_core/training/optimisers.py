@@ -28,7 +28,7 @@ class Part:
     """A part of the model that has a learning rate of its own.
 
     Attributes:
-        name: Name in metrics, such as `head`; empty for all parameters without such a part.
+        name: Name in metrics, such as `head`; empty for parameters that use the learning rate of the stage.
         rate: The learning rate of the part, relative to the learning rate of the stage.
     """
 
@@ -37,11 +37,11 @@ class Part:
 
 
 def check_optimisers(recipe: Recipe) -> None:
-    """Refuse optimisers that the installed packages do not have.
+    """Refuse optimisers that the installed software does not support.
 
     Raises:
-        WmtpError: The package or the release of torch that has an optimiser is not installed, or Triton or a
-            C compiler, with which a CUDA device needs to compile the update, is missing.
+        WmtpError: The package or the torch release that an optimiser needs is not installed; or `adamw_8bit`
+            is used on CUDA without Triton or without a C compiler, which compile its update.
     """
     device = device_type(recipe.model.device)
     if recipe.critic is not None:
@@ -80,13 +80,13 @@ def make_optimisers(
 ) -> list[torch.optim.Optimizer]:
     """Return the optimisers of all parameters that require a gradient; weight decay applies only to matrices.
 
-    Norms and biases are not decayed, because their scale needs no bound. Each optimiser skips a step if its
-    attribute `found_inf`, a tensor on the device, is 1; see `NonfiniteSteps`.
+    Norms and biases have no weight decay, because their scale needs no bound. Each optimiser skips a step if
+    its attribute `found_inf`, a tensor on the device, is 1; see `NonfiniteSteps`.
 
     Args:
-        parameters: The parameters.
-        table: The options.
-        parts: The parts of the model that some parameters belong to; `set_learning_rate` applies their rates.
+        parameters: The parameters of the model; frozen parameters are ignored.
+        table: The recipe's training options for this stage.
+        parts: The part of each parameter that has one; `set_learning_rate` applies the rates of the parts.
         embeddings: The parameters of embeddings and unembeddings, which `muon` leaves to AdamW.
     """
     groups: dict[tuple[bool, bool, bool, Part], list[nn.Parameter]] = {}
@@ -134,17 +134,17 @@ def set_learning_rate(
 def clip_gradients(
     parameters: Sequence[nn.Parameter], max_norm: float, *, size: Tensor | float = 1.0
 ) -> Tensor:
-    """Scale gradients down to a total norm of at most `max_norm * sqrt(size)`; return the norm before that.
+    """Scale gradients down to a total norm of at most `max_norm * sqrt(size)`; return the original norm.
 
-    With the same limit for all steps, steps with many tokens would be clipped most, so that tokens of short
-    documents would again count more. Most of a gradient is noise, and the norm of a sum of n noisy terms
-    grows as sqrt(n). The norms of sharded and of whole parameters are computed apart, because the two cannot
-    be stacked.
+    If all steps had the same limit, steps with many tokens would be clipped most, so their tokens would count
+    less than the tokens of other steps. Most of a gradient is noise, and the norm of a sum of n noisy terms
+    grows as sqrt(n). The norms of sharded and of unsharded parameters are computed separately, because
+    sharded and unsharded tensors cannot be stacked.
 
     Args:
-        parameters: Their gradients are scaled.
+        parameters: The parameters whose gradients are scaled.
         max_norm: The limit for a step of average size.
-        size: `StepResult.size`.
+        size: The amount of data in the step, divided by the amount in an average step.
     """
     sharded = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
     others = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]

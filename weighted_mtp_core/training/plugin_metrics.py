@@ -1,4 +1,4 @@
-"""Checks of the metrics that weightings and critics return: names of their own, and scalars."""
+"""Checks that metrics of weightings and critics are scalars and do not have the names of core's metrics."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _CORE = re.compile(
     r"|(train|validation|test)_(loss|ce|accuracy|acceptance)(_head_\d+|_length)?"
     r"|value_loss|weight_(mean|entropy|p\d+|between_responses|(before|at|behind)_slip)|effective_sample_share|tokens_per_forward"
 )
-"""Names of core's metrics, in all stages."""
+"""Matches the name of every metric that core computes."""
 
 
 def is_core_metric(name: str) -> bool:
-    """Return whether core computes the metric of this name; plugins compute all other metrics."""
+    """Return whether core computes the metric with this name; plugins compute all other metrics."""
     return _CORE.fullmatch(name) is not None
 
 
@@ -30,7 +30,8 @@ def check_metrics(metrics: Mapping[str, object], *, label: str) -> None:
         label: The component's address, plugin, distribution and version, for messages.
 
     Raises:
-        RunFailedError: A metric has the name of a metric of core, or is not a number or a 0-dim tensor.
+        RunFailedError: A metric has the name of one of core's metrics, or is neither a number nor a 0-dim
+            tensor.
     """
     for name, value in metrics.items():
         if is_core_metric(name):

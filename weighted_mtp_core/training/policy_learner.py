@@ -44,26 +44,26 @@ from weighted_mtp_core.training.weighting_inputs import Signals, Weighting
 
 @define(kw_only=True, eq=False)
 class PolicyLearner(Learner):
-    """Trains trunk, heads and unembedding on weighted multi-token losses.
+    """Trains the trunk, the heads and the unembedding with the weighted multi-token loss.
 
     Attributes:
         policy: The model to train.
         weighting: Computes the weights.
         loss: The recipe's `[loss]`: normalisation, shares of the heads, and whether heads 2..K train the
             trunk.
-        steps: The number of steps of stage 2, on which head schedules depend.
-        pairs_per_step: Counted pairs of each head in a step, on average over an epoch.
+        steps: The number of steps of stage 2; schedules of the heads' shares in the loss depend on it.
+        pairs_per_step: Number of counted pairs of each head in a step, averaged over an epoch.
         accumulation: Micro-batches per process and step.
         distributed: The processes that train together.
-        autocast: Returns the context of a forward pass.
+        autocast: Returns a context manager that sets the precision of a forward pass.
         validation: Returns the batches of the validation split.
         best: The file of the best policy.
         log: Receives messages for the user.
         knows_slips: Whether the data mark the mistakes of incorrect responses; see `Prepared.knows_slips`.
         head_rate: Learning rate of heads 2..K, relative to the learning rate of the stage.
-        embedding_rate: The same for the embeddings and the unembedding.
+        embedding_rate: Learning rate of embeddings and unembedding, relative to the stage's learning rate.
         select_by: The measure that selects the best policy, see `selection_score`.
-        matrix_rate: See `Learner`.
+        matrix_rate: See `Learner.matrix_rate`.
     """
 
     policy: Policy
@@ -93,7 +93,7 @@ class PolicyLearner(Learner):
     def make(
         cls, prepared: Prepared, critic: Critic | None, *, best: Path, distributed: Distributed
     ) -> PolicyLearner:
-        """Return the learner of a run."""
+        """Make the learner of a run from its plan, data and policy."""
         recipe, selected = prepared.plan.recipe, prepared.plan.weighting
         rate = recipe.train.learning_rate
         return cls(
@@ -153,7 +153,7 @@ class PolicyLearner(Learner):
         return list(self.policy.embedding_parameters())
 
     def flops(self, batch: Batch) -> float:
-        """Return the operations of a step, see `StepFlops`; 0 if they cannot be counted."""
+        """Return the floating-point operations of a step, see `StepFlops`; 0 if they cannot be counted."""
         if self._flops is None or not isinstance(batch, CollatedBatch):
             return 0.0
         heads = range(1, self.policy.n_future + 1)
@@ -161,11 +161,13 @@ class PolicyLearner(Learner):
         return self._flops.of_batch(np.concatenate(batch.length_BD), pairs_K)
 
     def learn(self, batch: Batch, *, step: int) -> StepResult:
-        """Weigh the global batch, then send its micro-batches through the fused loss.
+        """Compute the weights of the global batch, then the gradients of its micro-batches.
 
-        The gradient is the batch's part of the data set's objective, see `Normaliser`; the loss in the result
-        is the batch's own weighted mean. Weights depend on the global batch (whitening, for example). So
-        micro-batches with signals of the trunk run twice, except that a batch in one micro-batch runs once.
+        The gradient is the batch's part of the gradient for the whole data set, see `Normaliser`; the loss in
+        the result is the weighted mean of this batch. Weights can depend on the whole global batch, for
+        example if they are whitened. So if the weighting reads signals of the policy, the trunk computes each
+        micro-batch twice: for the signals of all micro-batches, then for the loss. If the batch is a single
+        micro-batch and the policy has no dropout, the trunk computes it once.
         """
         self.policy.train()
         parts = micro_batches(batch, self.accumulation, self.distributed)
@@ -215,7 +217,11 @@ class PolicyLearner(Learner):
         weight_BTK: Tensor,
         progress: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return loss, `ce_sum_K` and `count_K` of the global batch; add its gradient to the parameters."""
+        """Add the gradient of the global batch to the parameters.
+
+        Returns:
+            The loss; for each head the sum of the cross-entropies, and the number of pairs.
+        """
         target_BTK = target_mask(labels_BTK)
         normaliser_K = self._normaliser.add(weight_BTK, target_BTK)
         own_K = normalisers(weight_BTK, target_BTK, normalise=self.loss.normalise)
@@ -227,7 +233,7 @@ class PolicyLearner(Learner):
                 with self.autocast():
                     hidden_BTH = self._signals.trunk(part.batch) if known_BTH is None else known_BTH
                     if part is parts[-1]:
-                        reduction.begin_at(hidden_BTH)  # where all heads have been propagated backward
+                        reduction.begin_at(hidden_BTH)  # there the backward pass of all heads is complete
                     result = weighted_mtp_loss(
                         self.policy,
                         hidden_BTH,
@@ -257,7 +263,7 @@ class PolicyLearner(Learner):
 
     @torch.no_grad()
     def validate(self, *, step: int) -> Validation:
-        """Measure each head on the validation split, and compute the score that `select_by` names."""
+        """Measure each head on the validation split, and compute the score that `select_by` selects."""
         del step
         metrics = head_quality(self.policy, self.validation(), split="validation", autocast=self.autocast)
         return Validation(
@@ -268,9 +274,10 @@ class PolicyLearner(Learner):
 
     @torch.no_grad()
     def weigh(self, batch: Batch, *, step: int, training: bool = False) -> Weights:
-        """Return the weights of a global batch that is only measured, not trained on.
+        """Return the weights of a global batch without training on it.
 
-        With `training`, these are the weights of that training step; moving statistics then change.
+        If `training` is true, the result is as in training step `step`, and the weighting's moving statistics
+        change as in training.
         """
         self.policy.eval()
         parts = micro_batches(batch, self.accumulation, self.distributed)
@@ -294,7 +301,7 @@ class PolicyLearner(Learner):
         """Return the policy's parameters, the normaliser's sums and the weighting's state.
 
         Raises:
-            RunFailedError: Weights since the last check were invalid, so the state must not be saved.
+            RunFailedError: A weight since the last check was invalid, so the state must not be saved.
         """
         self._values.raise_if_bad()
         policy = {f"policy.{name}": tensor for name, tensor in module_state(self.policy).items()}

@@ -1,4 +1,4 @@
-"""Stage 0: loads the data and the policy of a plan, from which critic and weighting are built later."""
+"""Stage 0: loads the data and the policy, with which the critic and the weighting are built later."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ from weighted_mtp_core.training.data_requirements import (
 from weighted_mtp_core.training.reference_models import load_reference
 from weighted_mtp_core.training.score_cache import CachedCritic, scores_key
 
-_LARGEST_LOG = 700.0  # exp(710) is not a finite float64
+_LARGEST_LOG = 700.0  # exp(710) overflows a float64
 _MISSING = {
     "policy": "the policy learns from correct responses: each split needs some",
     "critic": "the critic learns from all responses: each split needs some",
@@ -73,11 +73,11 @@ class Prepared:
         plan: The plan of the run.
         storage: The storage root.
         source: The data source.
-        compute: How everything is computed.
+        compute: The device and the precision of all computations.
         policy: The model, on the device.
         codec: Converts texts to the policy's token ids and back.
         base_name: Name and version of the base model, for the tag `model_version`.
-        cache: The data as tokens.
+        cache: The tokens of the data, stored on disk.
         log: Receives messages for the user.
     """
 
@@ -124,8 +124,9 @@ class Prepared:
         """Make the token sets of all stages, so that data missing for a later stage are noticed at the start.
 
         Raises:
-            WmtpError: A split has no examples, or none is short enough, or the data lack the weights or the
-                rewards that the recipe's weighting or critic needs, or the problems of a second temperature.
+            WmtpError: A split has no examples, or all its examples are too long; or data that the recipe
+                needs are missing: weights for its weighting, correct and incorrect responses for its critic,
+                or test problems for a second temperature.
         """
         check_second_temperature(self.plan, self.source)
         for split in SPLITS:
@@ -142,10 +143,10 @@ class Prepared:
         return LengthOnly.fit(tokens.length_D - tokens.prompt_D, np.asarray(tokens.reward_D, np.float64))
 
     def values(self, scores: Scores) -> NDArray[np.float64] | None:
-        """Return V_t of scores, `[B, T]`; None if the critic provides neither V_t nor log V_t.
+        """Return a critic's values V_t, float64 `[B, T]`; None if the scores have neither V_t nor log V_t.
 
-        A critic that provides only log V_t may not know the value V_0 of the prompt. V_0 is then assumed to
-        be the mean reward of the training responses, so values may exceed 1.
+        Scores that have only log V_t may lack the constant log V_0, where V_0 is the value of the prompt. In
+        place of V_0, the mean reward of the training responses is used, so a value V_t may exceed 1.
         """
         if scores.value_BT is not None or scores.log_value_BT is None:
             return None if scores.value_BT is None else scores.value_BT.cpu().double().numpy()
@@ -169,7 +170,7 @@ class Prepared:
     def batches_in_order(
         self, tokens: TokenSet, documents: NDArray[np.int64], *, batch_size: int
     ) -> Iterator[Batch]:
-        """Yield some documents, each once, in batches of similar lengths on the device."""
+        """Yield the given documents, each once, in batches of documents of similar length, on the device."""
         return (self.batch(tokens, rows) for rows in in_order(tokens, documents, batch_size=batch_size))
 
     def policy_batches(self) -> StepBatches:
@@ -180,12 +181,12 @@ class Prepared:
 
     @cached_property
     def train_table(self) -> PolicyTrainTable:
-        """The recipe's `[train]`, with the number of steps of its epochs."""
+        """The recipe's `[train]`, with `epochs` converted to a number of steps."""
         table = self.plan.recipe.train
         return table if table.epochs is None else table.for_epochs(self.policy_batches().batches_per_epoch)
 
     def critic_batches(self, critic: Critic, table: CriticTable) -> tuple[Callable[[int], Batch], float]:
-        """Return a function that returns the global batch of a step of stage 1, and the batches per epoch."""
+        """Return a function from a step of stage 1 to its global batch, and the batches per epoch."""
         tokens = self.critic_tokens("train")
         units = make_pairs(tokens, table.pairs) if critic.batching == "pairs" else pointwise(tokens)
         seed = self.plan.recipe.run.seed
@@ -196,20 +197,20 @@ class Prepared:
         """Yield the held-out examples on which the policy is validated."""
         table, tokens = self.plan.recipe.train, self.policy_tokens("validation")
         documents = evenly_spread(np.arange(len(tokens)), limit=table.validation_examples)
-        rows = table.batch_size // table.accumulation  # what fits into memory in training
+        rows = table.batch_size // table.accumulation  # as in training, so they fit into memory
         return self.batches_in_order(tokens, documents, batch_size=rows)
 
     def critic_validation(self, half: Half) -> NDArray[np.int64]:
-        """Return the documents of the labelled responses on which the critic is measured, int64.
+        """Return the numbers of the validation documents on which the critic is measured, int64.
 
-        A validation that chooses the checkpoint and the final judgement each have responses of their own.
+        The half that chooses the checkpoint and the half that judges the critic have no problem in common.
         """
         table = self.plan.recipe.critic
         limit = 0 if table is None else table.train.validation_examples
         return evenly_spread(documents_of(half, self.critic_tokens("validation")), limit=limit)
 
     def with_score_cache(self, critic: Critic | None, batches: StepBatches) -> Critic | None:
-        """Return the critic, with a cache of its scores if recipe and critic allow caching."""
+        """Return the critic, with a cache of its scores if the recipe and the critic allow caching."""
         recipe, chosen = self.plan.recipe, self.plan.critic
         if critic is None or chosen is None or recipe.critic is None:
             return critic
@@ -264,7 +265,7 @@ class Prepared:
         return self._in_autocast(frozen_losses(model))
 
     def _in_autocast(self, compute: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
-        """Return a frozen model's function that computes in the same precision as the policy."""
+        """Return a frozen model's function, changed to compute in the precision of the policy."""
 
         def within(batch: Batch) -> Tensor:
             with self.compute.autocast():
@@ -273,7 +274,7 @@ class Prepared:
         return within
 
     def _add_critic_input(self, model: Policy) -> None:
-        """Record the weights of a model that a component reads, for the key of the score cache."""
+        """Record the weights of a model that a component reads, because cached scores depend on them."""
         if self.plan.recipe.critic is not None and self.plan.recipe.critic.cache:
             self._critic_inputs += [state_sha256(model.state_dict()), model.config.to_json_string()]
 
@@ -289,10 +290,10 @@ class Prepared:
 
 
 def compute_of(table: ModelTable) -> Compute:
-    """Return how a recipe's `[model]` computes.
+    """Return the device and the precision that a recipe's `[model]` selects.
 
     Raises:
-        WmtpError: There is no such device here, or it does not compute in this dtype.
+        WmtpError: This machine does not have the device, or the device does not support the dtype.
     """
     return Compute.resolve(
         device=table.device, dtype=table.dtype, tf32=table.tf32, deterministic=table.deterministic
@@ -303,7 +304,7 @@ def prepare(plan: Plan, *, log: Callable[[str], None], distributed: Distributed 
     """Load the data and the policy; with several processes and `model.shard`, the policy is sharded.
 
     Raises:
-        WmtpError: Data, base model or device is missing or broken.
+        WmtpError: The data, the base model or the device is missing or invalid.
     """
     recipe = plan.recipe
     storage, seed = Path(recipe.run.storage), recipe.run.seed
@@ -330,7 +331,7 @@ def prepare(plan: Plan, *, log: Callable[[str], None], distributed: Distributed 
         policy.freeze_base()
     if recipe.model.activation_checkpointing:
         policy.recompute_activations()
-    checked = view_of(policy)  # in float32, in which the tolerances of the checks hold
+    checked = view_of(policy)  # computes in float32, for which the tolerances of the checks were chosen
     if recipe.data.packing == "documents":
         check_packing(checked)
     manner = manner_of(checked, also_of=policy)

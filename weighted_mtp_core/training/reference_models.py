@@ -1,4 +1,4 @@
-"""Loads the language model of an earlier run, or another model of the policy's tokenizer, for a component."""
+"""Loads a language model for a component, from an earlier run or from a transformers directory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from weighted_mtp_core.runtime.sharding import mesh_of_parameters
 from weighted_mtp_core.tracking.run_folder import read_run
 
 VOCABULARY = "vocabulary_sha256"
-"""The entry of `run.json` with the `vocabulary_sha256` of the run's tokenizer."""
+"""The key in `run.json` for the hash of the tokenizer's vocabulary, see `vocabulary_sha256`."""
 
 
 def load_reference(path: Path, policy: Policy, *, tokenizer: Any) -> LanguageModel:
@@ -26,8 +26,8 @@ def load_reference(path: Path, policy: Policy, *, tokenizer: Any) -> LanguageMod
 
     Args:
         path: A run folder, the `best_model.pt` of a run, or a transformers directory.
-        policy: The policy; a run must have the same `[model]` table.
-        tokenizer: The policy's tokenizer, which must also be the model's.
+        policy: The policy; if `path` belongs to a run, that run must have the same `[model]` table.
+        tokenizer: The policy's tokenizer; the model at `path` must have the same vocabulary.
 
     Raises:
         WmtpError: There is no such model, or its shape or its tokenizer differs from the policy's.
@@ -50,7 +50,7 @@ def load_reference(path: Path, policy: Policy, *, tokenizer: Any) -> LanguageMod
 
 
 def vocabulary_sha256(tokenizer: Any) -> str:
-    """Return the SHA-256 of a tokenizer's tokens and their ids."""
+    """Return the SHA-256 of a tokenizer's vocabulary: its tokens and their ids."""
     vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return hashlib.sha256(vocabulary.encode()).hexdigest()
 

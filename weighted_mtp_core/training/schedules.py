@@ -1,6 +1,7 @@
 """Learning rates by step: a linear warm-up, then one of four schedules.
 
-Letters: s step (0-based), w warm-up steps, n steps, f final share of the learning rate.
+Letters: s step (0-based), w number of warm-up steps, n number of all steps, f final share of the learning
+rate.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from weighted_mtp_core.recipe.train_table import Schedule, TrainTable
 def learning_rate(table: TrainTable, step: int) -> float:
     """Return the learning rate of a step (0-based): linear warm-up, then the schedule of the table.
 
-    After the warm-up it is `learning_rate * (f + (1 - f) * share)`, where `share` falls from 1 to 0:
+    After the warm-up, the learning rate is `learning_rate * (f + (1 - f) * share)`. With the progress
+    p = (s - w) / (n - w), which rises from 0 to 1, the schedules define `share` as follows:
 
-    - `cosine`: (1 + cos(pi p)) / 2 with p = (s - w) / (n - w), SGDR with one period (Loshchilov and Hutter
-      2017, eq. 5);
-    - `linear`: 1 - p;
-    - `constant`: 1;
-    - `wsd`, warm-up, stable, decay (Hu et al. 2024, MiniCPM, section 4): 1 until the last `decay_share` of
-      the n steps, then 1 - sqrt(q), where q rises from 0 to 1 (Haegele et al. 2024, eq. 2). If the warm-up
-      ends later than the decay would begin, the decay begins at the end of the warm-up.
+    - `cosine`: `share` = (1 + cos(pi p)) / 2, SGDR with one period (Loshchilov and Hutter 2017, eq. 5);
+    - `linear`: `share` = 1 - p;
+    - `constant`: `share` = 1;
+    - `wsd`, warm-up, stable, decay (Hu et al. 2024, MiniCPM, section 4): `share` is 1 until the last
+      `decay_share` of the n steps, then 1 - sqrt(q), where q rises from 0 to 1 during these last steps
+      (Haegele et al. 2024, eq. 2). If the warm-up ends later than the decay would begin, the decay begins at
+      the end of the warm-up.
     """
     if step < table.warmup_steps:
         return table.learning_rate * (step + 1) / table.warmup_steps
@@ -31,7 +33,7 @@ def learning_rate(table: TrainTable, step: int) -> float:
 
 
 def _progress(table: TrainTable, step: int, *, first: float) -> float:
-    """Return how far a step is on the way from step `first` to the end, from 0 to 1."""
+    """Return the progress of a step between step `first` (0) and the end of training (1)."""
     return max(0.0, step - first) / max(1, table.steps - first)
 
 

@@ -3,8 +3,8 @@
 In stage 2 a critic that does not read the policy returns the same score for a token at every step, because
 its parameters are frozen. So each document is scored in the first batch that contains it, with exactly the
 same result as without the cache. Later epochs, and later runs with the same critic, data and batches, read
-the table. (In another batch, the scores of a document could differ by 1e-6, because sums are computed in
-another order.)
+the scores from the table. If a document were scored in another batch instead, its scores could differ by
+1e-6, because sums would be computed in another order.
 
 Shape letters: B rows, T positions, N tokens of the token set, D documents.
 """
@@ -45,7 +45,7 @@ Floats = NDArray[np.float32]
 
 
 class CachedCritic(Critic):
-    """A critic that does not read the policy, with a cache of its scores; the score of padding is 0.
+    """Wraps a critic that does not read the policy, and caches its scores; the score of padding is 0.
 
     Args:
         critic: The critic, which must no longer be trained.
@@ -76,7 +76,7 @@ class CachedCritic(Critic):
         """Return each token's scores from the table; missing scores are computed first.
 
         Raises:
-            WmtpError: The batch was not made from the token set.
+            WmtpError: The batch is not a `CollatedBatch`, so it was not made from the token set of stage 2.
         """
         del hidden_BTH
         if not isinstance(batch, CollatedBatch):
@@ -119,7 +119,7 @@ class CachedCritic(Critic):
                 with ExitStack() as opened:
                     self._unfinished = opened.enter_context(unfinished_folder(self._folder))
                     weakref.finalize(self, opened.pop_all().close)
-            # On disk from the start, because a corpus may be larger than memory.
+            # The table is on disk from the start, because the scores of a corpus may be larger than memory.
             file, shape = self._unfinished / f"{name}.npy", (len(self._batches.tokens.ids_N),)
             self._table[name] = open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
         return self._table[name]
@@ -154,10 +154,10 @@ def scores_key(
     Args:
         critic: The critic, in the state in which it scores.
         chosen: The critic's component, with its address, source and options.
-        inputs: SHA-256 sums and configuration of the weights that core gave the critic.
+        inputs: The SHA-256 of the weights, and the configuration, of each model that core gave the critic.
         batches: The batches of stage 2.
         accumulation: Number of parts in which a batch is scored.
-        compute: How the scores are computed.
+        compute: The device and the precision with which the scores are computed.
     """
     depends = {
         "format": _FORMAT,

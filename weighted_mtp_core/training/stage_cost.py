@@ -1,7 +1,7 @@
-"""What the steps of a stage cost: tokens and operations per second, and peak memory.
+"""Measures what the steps of a stage cost: tokens and operations per second, and peak memory.
 
-These numbers differ from machine to machine, so they are recorded as `timings`, apart from the metrics that
-two runs of one recipe have in common. MLflow shows names that begin with `system/` in its tab for system
+The cost differs between machines, so it is recorded as `timings`. Metrics are recorded separately, because
+they are equal in all runs of a recipe. MLflow shows names that begin with `system/` in its tab for system
 metrics, in which a megabyte is 10^6 bytes.
 """
 
@@ -56,21 +56,22 @@ class StageCost:
         self._clock = time.perf_counter()
 
     def add(self, *, tokens: int, flops: float) -> None:
-        """Count the tokens of a step, with padding, and the operations that the step needs; 0 if unknown."""
+        """Add a step's tokens, with padding, and its floating-point operations, which are 0 if unknown."""
         self._tokens += tokens
         self._flops += flops
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Leave the time of the block out."""
+        """Exclude the time that the `with` block takes."""
         began = time.perf_counter()
         yield
         self._clock += time.perf_counter() - began
 
     def read(self) -> dict[str, float]:
-        """Return the cost since the last call, by name; every process must call this.
+        """Return rates since the last call and peaks of memory, by metric name; every process must call this.
 
-        Rates are those of all processes together; peaks are the largest of all processes.
+        The rates cover all processes together, and a peak is the maximum over the processes. The call does
+        not reset the peaks.
         """
         seconds = max(time.perf_counter() - self._clock, 1e-9)
         found = {"tokens_per_second": self._tokens / seconds}
@@ -89,8 +90,8 @@ class StageCost:
 def cost_of(stage: str, series: Mapping[str, Sequence[Point]]) -> dict[str, float]:
     """Return the cost of a whole stage from its records: medians of rates, and the last peaks in megabytes.
 
-    Keys are `tokens_per_second`, `flops_per_second`, `matrix_rate_share`, `peak_host_memory` and
-    `peak_device_memory`, without those that were not recorded.
+    The possible keys are `tokens_per_second`, `flops_per_second`, `matrix_rate_share`, `peak_host_memory` and
+    `peak_device_memory`; a key is missing if its value was not recorded.
     """
     points = {name: series.get(key.format(stage), ()) for name, key in (_RATES | _PEAKS).items()}
     return {

@@ -12,16 +12,16 @@ from weighted_mtp_core.api import Weights
 from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.runtime.device import READ_EVERY
 
-_ALL_ZERO, _NEGATIVE, _NOT_FINITE = 1, 2, 3  # by severity: the worst since the last reading is kept
+_ALL_ZERO, _NEGATIVE, _NOT_FINITE = 1, 2, 3  # ordered by severity: the worst fault since a reading is kept
 
 
 def check_weights(weights: object, response_BT: Tensor, *, n_future: int, label: str) -> None:
-    """Refuse results that are not `Weights` with a tensor for this batch; reads no values from the device.
+    """Refuse a weighting's result with a wrong type, shape or dtype; reads no values from the device.
 
     Args:
         weights: The weighting's result; its tensor is float32 `[B, T]` or `[B, T, K]`.
         response_BT: bool mask of the batch's response tokens.
-        n_future: K.
+        n_future: K, the number of heads.
         label: The weighting's address, plugin, distribution and version, for messages.
 
     Raises:
@@ -46,11 +46,11 @@ def check_weights(weights: object, response_BT: Tensor, *, n_future: int, label:
 
 @define(kw_only=True, eq=False)
 class ValueCheck:
-    """Refuses weights that are not finite, and negative weights without permission.
+    """Refuses weights that are not finite, and negative weights that the recipe does not allow.
 
-    It warns once if all weights of a step are 0.
-    On an accelerator the result of the check is read only every few steps. Until then, steps with non-finite
-    weights are skipped, and negative weights end the run a few steps late.
+    A warning is logged once if all weights of a step are 0. On an accelerator, the results of the checks are
+    read only every few steps, so invalid weights end the run a few steps late; until then, steps with
+    non-finite weights are skipped.
 
     Attributes:
         label: The weighting's address, plugin, distribution and version, for messages.
@@ -65,11 +65,11 @@ class ValueCheck:
     _warned: bool = field(init=False, default=False)
 
     def note(self, weight: Tensor, *, all_zero: Tensor | None = None) -> None:
-        """Check a step's weights on the device, and keep the result there.
+        """Check a step's weights on the device; the result stays on the device until `raise_if_bad`.
 
         Args:
             weight: The weights, `[B, T]` or `[B, T, K]`.
-            all_zero: Whether the weight of each target is 0, a bool scalar.
+            all_zero: Whether all targets of the step have weight 0, a bool scalar; None if not to be checked.
         """
         harmless = (
             torch.zeros((), dtype=torch.long, device=weight.device) if all_zero is None else all_zero.long()
@@ -79,15 +79,15 @@ class ValueCheck:
         self._worst = found if self._worst is None else torch.maximum(self._worst, found)
 
     def due(self, step: int, steps: int) -> bool:
-        """Return whether `raise_if_bad` is due after this step; always on a CPU, where it costs nothing."""
+        """Return whether to call `raise_if_bad` after this step; on a CPU, where it costs nothing, always."""
         on_host = self._worst is None or self._worst.device.type == "cpu"
         return on_host or (step + 1) % READ_EVERY == 0 or step + 1 >= steps
 
     def raise_if_bad(self) -> None:
-        """Read the results of all checks since the last call; this synchronises with the device.
+        """Read the results of all checks since the last call; this waits for the device.
 
         Raises:
-            RunFailedError: A weight was not finite, or was negative without permission.
+            RunFailedError: A weight was not finite, or was negative although that is not allowed.
         """
         worst = 0 if self._worst is None else int(self._worst)
         self._worst = None

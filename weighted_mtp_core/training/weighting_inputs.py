@@ -1,4 +1,4 @@
-"""The weighting of a run and its input: a view of the global batch with the signals that it needs.
+"""The weighting of a run, and its input: a view of the global batch with the signals that it declares.
 
 Shape letters: B rows, T positions, K heads, H hidden.
 """
@@ -30,7 +30,7 @@ from weighted_mtp_core.training.weight_checks import check_weights
 # Signals that the heads compute in a separate forward pass before the pass with the weighted loss.
 _FROM_HEADS = {Signal.TOKEN_LOSS: PairPredictions.losses, Signal.TOKEN_ENTROPY: PairPredictions.entropies}
 
-# The signals by the names of their fields in `StepView`: without the shape, a name is that of the signal.
+# The signals by field of `StepView`; the name of a field is the name of its signal, followed by the shape.
 _SIGNALS = {
     each.name: Signal(name)
     for each in attrs.fields(StepView)
@@ -40,13 +40,13 @@ _SIGNALS = {
 
 @frozen(kw_only=True, eq=False)
 class Weighting:
-    """A weighting strategy with the source of its signals.
+    """A weighting strategy with the signals that it declares, and the critic that computes some of them.
 
     Attributes:
         strategy: The strategy, which is called once per step with the whole global batch.
-        needs: The signals that it declares.
-        critic: Computes the signals that core cannot compute.
-        label: Address, plugin, distribution and version, for messages.
+        needs: The signals that the strategy declares.
+        critic: Computes the signals that core cannot compute; None if the recipe has no critic.
+        label: The weighting's address, plugin, distribution and version, for messages.
     """
 
     strategy: WeightingStrategy
@@ -55,10 +55,10 @@ class Weighting:
     label: str
 
     def weigh(self, view: StepView) -> Weights:
-        """Return the strategy's weights, whose type, shape and dtype are checked, but not their values.
+        """Return the strategy's weights after checking their type, shape and dtype, but not their values.
 
         Raises:
-            RunFailedError: The strategy failed or did not return valid weights; the message names its plugin.
+            RunFailedError: The strategy failed or returned invalid weights; the message names the plugin.
         """
         try:
             weights = self.strategy.weigh(view)
@@ -74,7 +74,7 @@ class Weighting:
 
 @frozen(kw_only=True, eq=False)
 class _View(StepView):
-    """A view that notes the signals that are read although they are not there."""
+    """A view that records which signals are read although the view does not contain them."""
 
     missing: dict[str, None] = field(factory=dict)
 
@@ -86,7 +86,7 @@ class _View(StepView):
 
 
 def _undeclared(view: StepView) -> str | None:
-    """Return which signals to declare, if the weighting has read some that it does not declare."""
+    """Return a hint on which signals to declare; None if the view contained all signals that were read."""
     if not isinstance(view, _View) or not view.missing:
         return None
     names = ", ".join(f"`view.{name}`" for name in view.missing)
@@ -115,9 +115,9 @@ class Signals:
 
     Attributes:
         policy: The policy, whose trunk states and heads are used.
-        weighting: Declares the signals; its critic scores tokens.
-        autocast: Returns the context of a forward pass.
-        distributed: The processes, each of which computes the signals of its own micro-batches.
+        weighting: The weighting, with the signals that it declares and its critic.
+        autocast: Returns a context manager that sets the precision of a forward pass.
+        distributed: The processes; each process computes the signals of its own micro-batches.
     """
 
     policy: Policy
@@ -146,7 +146,7 @@ class Signals:
 
         Args:
             batch: The global batch.
-            target_BTK: The pairs that count.
+            target_BTK: bool, True for the pairs that count.
             parts: This process's micro-batches.
             hidden: Trunk states of the micro-batches; None for states that have not been computed yet.
             step: Number of completed optimiser steps.
