@@ -1,1 +1,1 @@
-"""The policy model, the base model it is made from, and its loss."""
+"""The policy, the base model from which the policy is made, and the loss of the policy."""

@@ -1,8 +1,8 @@
-"""Training of low-rank adapters on a frozen base model: `model.train = "adapters"`.
+"""Trains low-rank adapters on a frozen base model, if `model.train = "adapters"`.
 
 The frozen base consists of the trunk, head 1 and the unembedding. `api.adapters` adds the adapters, and
-`stored_base` stores the matrices of the base. Checkpoints contain only what is trained, and the SHA-256 of
-the base.
+`stored_base` stores the matrices of the base in `model.base_dtype`. Checkpoints contain only the trained
+parameters and the SHA-256 of the base.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 def adapt(policy: Policy, table: ModelTable) -> None:
-    """From now on, train adapters of the base model, and heads 2..K whole or through adapters.
+    """Freeze the base model of a policy, add adapters to it, and store its matrices in `base_dtype`.
 
-    The outputs of the policy do not change, except by the rounding of `base_dtype`.
+    If `adapters.heads` is `"adapted"`, the decoder layers of heads 2..K also get adapters; otherwise all
+    parameters of heads 2..K are trained. The outputs of the policy change only by the rounding to
+    `base_dtype`.
 
     Raises:
-        WmtpError: There is no linear layer to adapt, the base cannot be stored in `base_dtype`, or a sharded
-            policy shall have adapters with `dora`.
+        WmtpError: There is no linear layer to adapt, the base cannot be stored in `base_dtype`, or the policy
+            is sharded and `adapters.dora` is set.
     """
     attach(policy, table)
     base = {name: each for name, each in policy.named_parameters() if not each.requires_grad}
@@ -42,10 +44,10 @@ def adapt(policy: Policy, table: ModelTable) -> None:
 
 
 def attach(policy: Policy, table: ModelTable) -> None:
-    """Add adapters, and choose the parameters that are trained; no value of the base is read or converted.
+    """Add adapters and select the trained parameters, without reading or converting values of the base.
 
     Raises:
-        WmtpError: There is no linear layer to adapt.
+        WmtpError: There is no linear layer to adapt, or the policy is sharded and `adapters.dora` is set.
     """
     options, heads = table.adapters, policy.heads
     if options.dora and mesh_of_parameters(policy) is not None:
@@ -71,7 +73,7 @@ def attach(policy: Policy, table: ModelTable) -> None:
 
 
 def merge_adapters(module: nn.Module) -> None:
-    """Add adapters to the float32 matrices of their layers, and remove them; this reverses `adapt`."""
+    """Merge each adapter into the float32 matrix of its layer, and make the layer an ordinary layer again."""
     restore_base(module)
     for name, layer in list(adapted_layers(module)):
         layer.merge()
@@ -81,7 +83,7 @@ def merge_adapters(module: nn.Module) -> None:
 
 
 def merged_copy(module: AnyModule) -> AnyModule:
-    """Return a copy of a module with merged adapters.
+    """Return a copy of a module in which all adapters are merged into their layers.
 
     Raises:
         WmtpError: The module is sharded and has adapters.
@@ -97,7 +99,7 @@ def merged_copy(module: AnyModule) -> AnyModule:
 
 
 def adapted_layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the layers with adapters, layers of `peft`, with their names."""
+    """Yield the name and the module of each layer with an adapter; the modules are layers of `peft`."""
     for name, each in module.named_modules():
         if hasattr(each, "base_layer") and hasattr(each, "lora_A"):
             yield name, each

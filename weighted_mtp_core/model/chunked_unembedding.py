@@ -3,7 +3,8 @@
 The gradient of a chunk's logits is computed while these logits are in memory, so no logits are stored for the
 backward pass or computed a second time.
 
-Shape letters: B rows, T positions, N selected positions in the flattened [B, T], H hidden, V vocabulary.
+Shape letters: B rows, T positions, S = B T positions of the flattened [B, T], N selected positions of these,
+K heads, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,24 +23,26 @@ CHUNK = 192
 """Maximum number of rows of logits in memory on a CPU: 192 x 49152 logits in fp32 take 36 MiB."""
 
 MOST_ROWS = 4096
-"""The same on a CUDA device, where more rows do not make the matrix products faster."""
+"""Maximum number of rows of logits on a CUDA device; more rows do not make the matrix products faster."""
 
-_BUDGET = 36 << 20  # bytes for the logits and the states' gradients together, if CHUNK rows need no more
+_BUDGET = 36 << 20  # bytes for logits and `extra_bytes` together, unless CHUNK rows of logits need more
 _FEWEST = 64  # rows; fewer rows save little memory but slow down the matrix products
-_SHARE = 64  # logits take at most 1/64 of a CUDA device's memory if CHUNK rows need no more
-_BYTES_PER_LOGIT = 8  # on a CUDA device: a bfloat16 logit, the float32 copy of it, and its gradient
+_SHARE = 64  # logits take at most 1/64 of a CUDA device's memory, unless CHUNK rows need more
+_BYTES_PER_LOGIT = 8  # on a CUDA device: a bfloat16 logit, its float32 copy, and its bfloat16 gradient
 
 
 def chunk_rows(vocab_size: int, itemsize: int, *, extra_bytes: int, memory: int | None) -> int:
     """Return the number of rows of logits that are in memory at once.
 
-    A CUDA device has hundreds of arithmetic units that a chunk of 192 rows leaves idle, and memory for more.
+    On a CUDA device, chunks are larger than on a CPU, because a chunk of 192 rows would leave hundreds of
+    arithmetic units idle, and there is more memory.
 
     Args:
-        vocab_size: Logits of a row.
-        itemsize: Bytes of a logit.
-        extra_bytes: Other memory in use at the same time as the logits, which grows with the batch. On a CPU,
-            chunks are made smaller by this amount, so that the total does not grow with the batch.
+        vocab_size: Number of logits in a row.
+        itemsize: Number of bytes of a logit.
+        extra_bytes: Bytes of other memory that is in use at the same time as the logits. This memory grows
+            with the batch; on a CPU, the chunk is made smaller by the same amount, so that the total does not
+            grow with the batch.
         memory: Memory of the CUDA device in bytes; None for other devices.
     """
     if memory is None:
@@ -56,8 +59,8 @@ class Teacher:
 
     Attributes:
         state_BTH: The states that the unembedding reads for head 1, without a gradient.
-        ahead: Number of positions by which head 1 predicts the same token later than the other head: k - 1
-            for head k.
+        ahead: Number of positions from the source of head k to the source from which head 1 predicts the same
+            token: k - 1.
         label_share: Share of the label in the target distribution, 0 to 1; the rest is head 1's distribution.
     """
 
@@ -68,17 +71,18 @@ class Teacher:
 
 @frozen(kw_only=True, eq=False)
 class ChunkedUnembedding:
-    """The unembedding for one pass over all heads.
+    """The unembedding of a policy, prepared for one pass over all heads.
 
     Methods receive the states of all positions, `[B, T, H]`, and the int64 indices `[N]` of the selected
-    positions; each chunk gathers the states it needs.
+    positions; each chunk gathers only the states that it needs.
 
     Attributes:
-        unembedding: The unembedding that is trained.
+        unembedding: The unembedding of the policy.
         matrix_VH: The matrix of the unembedding in the dtype of the matrix products.
-        logits_NV: Buffer for one chunk of logits, reused: allocating one per chunk costs page faults.
-        teacher_NV: Buffer for one chunk of a teacher's logits; empty if there is no teacher.
-        learns: Whether `learn` adds to the gradients of matrix and bias.
+        logits_NV: Buffer for the logits of one chunk. All chunks use this buffer, because allocating a buffer
+            for each chunk costs page faults.
+        teacher_NV: Buffer for the teacher's logits of one chunk; empty if there is no teacher.
+        learns: Whether `learn` adds to the gradients of the matrix and of the bias.
     """
 
     unembedding: Unembedding
@@ -88,20 +92,20 @@ class ChunkedUnembedding:
     learns: bool
 
     def frozen(self) -> ChunkedUnembedding:
-        """Return this unembedding, whose matrix and bias get no gradient; the buffer is the same."""
+        """Return a copy whose matrix and bias get no gradient; the copy uses the same buffers."""
         return evolve(self, learns=False)
 
     @classmethod
     def of(
         cls, policy: Policy, hidden_BTH: Tensor, *, extra_bytes: int = 0, teaches: bool = False
     ) -> ChunkedUnembedding:
-        """Prepare the unembedding; its matrix is cast to autocast's dtype if autocast is on.
+        """Prepare a policy's unembedding; if autocast is enabled, the matrix is cast to autocast's dtype.
 
         Args:
             policy: The policy.
             hidden_BTH: Trunk states, of which only the device is used.
             extra_bytes: See `chunk_rows`.
-            teaches: Whether `learn` is called with a teacher.
+            teaches: Whether `learn` will be called with a teacher.
         """
         unembedding, device = policy.unembedding, hidden_BTH.device.type
         casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -133,13 +137,14 @@ class ChunkedUnembedding:
         gradient_BTH: Tensor,
         teacher: Teacher | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return each loss and cross-entropy, float32 `[N]`, and compute the gradients of `scale @ loss`.
+        """Return losses and cross-entropies, float32 `[N]`, and compute the gradients of `scale_N @ loss_N`.
 
-        The loss is the cross-entropy CE or, with a teacher, `s CE + (1 - s) KL(p || q)`. Here s is
-        `label_share`, q is the prediction, and p is head 1's prediction of the same token.
+        Without a teacher, a loss is the cross-entropy CE. With a teacher, a loss is
+        `s CE + (1 - s) KL(p || q)`, where s is `label_share`, q is the prediction of the head, and p is head
+        1's prediction of the same token.
 
-        The gradient of the states is written to `gradient_BTH`. If the unembedding `learns`, the gradient of
-        the matrix is added to the matrix's `grad` directly, because a separate buffer per head would cost two
+        The gradient of the states is written to `gradient_BTH`. If `learns` is true, the gradient of the
+        matrix is added to the matrix's `grad` directly, because a separate buffer per head would cost two
         more passes over memory.
         """
         state_SH, gradient_SH = state_BTH.flatten(0, 1), gradient_BTH.flatten(0, 1)
@@ -156,7 +161,7 @@ class ChunkedUnembedding:
     def _learn_chunk(
         self, state: Tensor, label: Tensor, *, scale: Tensor, index: Tensor, teacher: Teacher | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Do the work of `learn` for one chunk, in place on its logits to avoid passes over memory."""
+        """Do the work of `learn` for one chunk, and change the logits in place to save passes over memory."""
         logits = self._logits(state, self.logits_NV)
         slope = None if self.unembedding.is_plain else self.unembedding.slope(logits)
         target = logits.sub_(logits.amax(dim=-1, keepdim=True)).gather(1, label)
@@ -169,7 +174,7 @@ class ChunkedUnembedding:
             p = self._logits(state_SH.index_select(0, index + teacher.ahead), self.teacher_NV)
             p = p.sub_(p.amax(dim=-1, keepdim=True)).exp_()
             p /= p.sum(dim=-1, keepdim=True)
-            expected = torch.special.entr(p).addcmul_(p, logits).sum(dim=-1)  # the mean of z - log p under p
+            expected = torch.special.entr(p).addcmul_(p, logits).sum(dim=-1)  # p's mean of logits - log p
             total = logits.exp_().sum(dim=-1, keepdim=True)
             ce = (total.log() - target)[:, 0]
             loss = share * ce + (1 - share) * (total.log()[:, 0] - expected)
@@ -192,7 +197,7 @@ class ChunkedUnembedding:
         return loss, ce, gradient_of_state
 
     def losses(self, state_BTH: Tensor, index_N: Tensor, label_N: Tensor) -> Tensor:
-        """Return each cross-entropy, float32 `[N]`."""
+        """Return the cross-entropy of each prediction in nats, float32 `[N]`."""
         ce_N = torch.zeros(len(index_N), device=index_N.device)
         for rows, logits in self._all_logits(state_BTH, index_N):
             ce_N[rows] = nn.functional.cross_entropy(logits, label_N[rows], reduction="none")
@@ -207,7 +212,7 @@ class ChunkedUnembedding:
         return entropy_N
 
     def choices(self, state_BTH: Tensor, index_N: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the summed cross-entropy, and the most likely token of each prediction, int64 `[N]`."""
+        """Return the sum of the cross-entropies in nats, and the likeliest tokens, int64 `[N]`."""
         ce, choice_N = torch.zeros((), device=index_N.device), torch.empty_like(label_N)
         for rows, logits in self._all_logits(state_BTH, index_N):
             ce = ce + nn.functional.cross_entropy(logits, label_N[rows], reduction="sum")
@@ -215,18 +220,18 @@ class ChunkedUnembedding:
         return ce, choice_N
 
     def _all_logits(self, state_BTH: Tensor, index_N: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Yield each chunk and its logits, which the next chunk overwrites."""
+        """Yield the slice and the logits of each chunk; the next chunk may overwrite these logits."""
         state_SH = state_BTH.flatten(0, 1)
         for rows in self.chunks(len(index_N)):
             yield rows, self._logits(state_SH.index_select(0, index_N[rows]), self.logits_NV)
 
     def _logits(self, state_NH: Tensor, buffer_NV: Tensor) -> Tensor:
-        """Return the rows' logits, float32 `[N, V]`; the next call with this buffer overwrites the logits."""
+        """Return logits of states, float32 `[N, V]`; the next call with this buffer may overwrite them."""
         state_NH, out_NV = state_NH.to(self.matrix_VH.dtype), buffer_NV[: len(state_NH)]
         product_NV = torch.mm(state_NH, self.matrix_VH.T, out=out_NV).float()
         return product_NV if self.unembedding.is_plain else self.unembedding.shape_(product_NV)
 
     def chunks(self, count: int) -> Iterator[slice]:
-        """Yield slices that cover `count` rows."""
+        """Yield the slices of the chunks into which `count` rows are divided."""
         for first in range(0, count, len(self.logits_NV)):
             yield slice(first, first + len(self.logits_NV))

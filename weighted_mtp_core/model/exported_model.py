@@ -1,9 +1,10 @@
-"""Read an exported model: head 1 as an ordinary transformers model, the other heads in a folder of their own.
+"""Read an exported model: an ordinary transformers model with head 1, and a folder with heads 2..K.
 
-`export.transformers` writes such directories. `weighted_mtp.json` describes the heads and their origin,
-`heads/model.safetensors` holds heads 2..K as `head_<k>.<name>`, and `recipe.toml` is the recipe that trained
-them. Servers read every `*.safetensors` file of the top folder and refuse tensors that the model does not
-have, so heads 2..K cannot be stored there.
+An exported model is a directory that `export.transformers` writes. In this directory, `weighted_mtp.json`
+describes the heads and their origin, `heads/model.safetensors` contains the tensors of heads 2..K with the
+names `head_<k>.<name>`, and `recipe.toml` is the recipe of the training run. Heads 2..K have a folder of
+their own because servers read every `*.safetensors` file of the top folder and refuse tensors that the model
+does not have.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from weighted_mtp_core.runtime.sharding import all_like
 from weighted_mtp_core.storage.manifest import MANIFEST
 
 FORMAT = 3
-"""Format of the directory; increase it when this release can no longer read older directories."""
+"""Format number of exported models; increase it when the code can no longer read the previous format."""
 
 FACTS, EXTRA_HEADS, RECIPE = "weighted_mtp.json", "heads/model.safetensors", "recipe.toml"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -42,7 +43,7 @@ class ExportFacts:
         base: Name and version of the base model.
         data_sha256: SHA-256 of the training data; None if the run did not record it.
         shared: Whether `sequential` heads share one module.
-        serve: The server for which `sequential` heads were trained, which determines what they compute.
+        serve: The server for which `sequential` heads were trained; it determines what the heads compute.
         init: `"base"` if `sequential` heads are the base model's MTP layers, which are stored under the base
             model's names; otherwise `"new"`.
     """
@@ -64,7 +65,7 @@ def is_exported_model(folder: Path) -> bool:
 
 
 def is_exported_adapter(folder: Path) -> bool:
-    """Return whether `export --adapter` wrote a folder."""
+    """Return whether a folder was written by `export --adapter`."""
     return all((folder / name).is_file() for name in (ADAPTER_CONFIG, RECIPE, MANIFEST))
 
 
@@ -72,7 +73,7 @@ def read_facts(folder: Path) -> ExportFacts:
     """Read `weighted_mtp.json`.
 
     Raises:
-        WmtpError: The file cannot be read, or a newer or an older release wrote it in another format.
+        WmtpError: `weighted_mtp.json` cannot be read, or a newer or older release wrote it in another format.
     """
     path = folder / FACTS
     try:
@@ -96,16 +97,17 @@ def read_facts(folder: Path) -> ExportFacts:
 
 
 def refuse_other_heads(folder: Path, *, n_future: int, heads: HeadsTable) -> None:
-    """Refuse an exported model that lacks heads which the recipe needs, unless it has head 1 alone.
+    """Refuse an exported model whose heads do not fit the recipe, unless the model has only head 1.
 
-    Additional heads are allowed.
+    The exported model may have more heads than the recipe.
 
     Raises:
-        WmtpError: The model has heads of another kind, or too few heads.
+        WmtpError: The exported model has fewer heads than the recipe, heads of another kind, or heads with
+            other options.
     """
     facts = read_facts(folder)
     if facts.n_future == 1:
-        return  # its heads 2..K are all new
+        return  # the policy gets new heads 2..K
     afresh = f"to begin with fresh heads, copy the directory without `{FACTS}` and `manifest.json`"
     if n_future > facts.n_future:
         raise WmtpError(
@@ -132,10 +134,10 @@ def refuse_other_heads(folder: Path, *, n_future: int, heads: HeadsTable) -> Non
 
 
 def load_extra_heads(policy: Policy, folder: Path) -> None:
-    """Load the weights of heads 2..K, where the exported model has such heads.
+    """Load the weights of heads 2..K from an exported model; do nothing if the model has only head 1.
 
     Raises:
-        WmtpError: The tensors in the file do not fit the policy's heads.
+        WmtpError: The tensors in `heads/model.safetensors` do not fit the heads of the policy.
     """
     if policy.n_future == 1 or read_facts(folder).n_future == 1:
         return

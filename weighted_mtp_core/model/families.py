@@ -1,7 +1,7 @@
-"""What this package relies on in transformers' families of models, Llama or GPT-2 for example.
+"""Properties of transformers' model families (such as Llama and GPT-2) on which this package relies.
 
-A causal LM is a body (embeddings, decoder layers, a final norm) and an unembedding. The trunk is a body, and
-so is each `parallel` head, a body of one layer.
+A causal LM consists of a body (embeddings, decoder layers, a final norm) and an unembedding. The trunk is a
+body, and each `parallel` head is a body of one layer.
 
 Shape letters: B rows, T positions, S cached and new tokens, H hidden.
 """
@@ -21,11 +21,14 @@ from torch import Tensor, nn
 from weighted_mtp_core.errors import WmtpError
 
 READS_MASK = frozenset({"bloom", "falcon", "mpt"})
-"""`model_type` of families with ALiBi, which compute distances from the attention mask itself."""
+"""`model_type` of families with ALiBi, which compute the distances between tokens from the attention mask."""
 
 
 COUNTS_SLOTS = frozenset({"gpt_neo", "mpt"})
-"""`model_type` of families that measure distances in cache slots, which rejected drafts make too large."""
+"""`model_type` of families that measure the distance between tokens in cache slots.
+
+Rejected drafts keep their cache slots, so these families cannot decode with drafts.
+"""
 
 LIMITED_LENGTH = frozenset({"gpt_neo", "mpt"})
 """`model_type` of families whose causal mask or biases end after `max_position_embeddings` tokens."""
@@ -33,10 +36,10 @@ LIMITED_LENGTH = frozenset({"gpt_neo", "mpt"})
 REFUSED = {
     "rwkv": "it rescales its own weights whenever it changes from training to evaluation mode",
 }
-"""`model_type` of families that cannot be a trunk although their forward pass works, with the reasons."""
+"""By `model_type`: the reason why a family cannot be a trunk although its forward pass works."""
 
 SCALES_OF_EMBEDDINGS = ("embedding_multiplier", "embed_scale")
-"""Attributes with a factor of the embeddings, which a head's body would wrongly apply to the trunk states."""
+"""Attributes of a body with a factor for embeddings; a head would wrongly apply it to the trunk's states."""
 
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
 _DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
@@ -44,15 +47,15 @@ _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_c
 
 
 def text_config(config: Any) -> Any:
-    """Return the config of a model's text decoder, which for a text-only model is the config itself."""
+    """Return the config of a model's text decoder; for a text-only model, this is `config` itself."""
     return config.get_text_config(decoder=True)
 
 
 def logit_forms(config: Any) -> Iterator[tuple[float, float | None]]:
-    """Yield the possible readings of a config as pairs (logit scale, soft-cap), the likeliest first.
+    """Yield the pairs (logit scale, soft-cap) that a config can mean, the likeliest pair first.
 
-    Some families have an option in their config that they do not use, so each pair must be compared with the
-    logits of the model itself.
+    Some families ignore an option of their own config, so the caller must compare each pair with the logits
+    of the model.
     """
     config = text_config(config)
 
@@ -72,7 +75,7 @@ def logit_forms(config: Any) -> Iterator[tuple[float, float | None]]:
 def body_of(base: Any) -> Any:
     """Return the body of a causal LM; the unembedding reads the last hidden states of the body."""
     body = base.base_model
-    if body is base:  # the attribute with Llama 4's body differs from the name in its class
+    if body is base:  # Llama 4's class names an attribute that does not exist; its body is in `model`
         body = getattr(base, "model", base)
     children = dict(body.named_children())
     if "decoder" in children and not any(isinstance(child, nn.ModuleList) for child in children.values()):
@@ -81,7 +84,7 @@ def body_of(base: Any) -> Any:
 
 
 def anatomy(base: Any) -> tuple[Any, str, str]:
-    """Return the body of a causal LM and the names of its layers and of its final norm.
+    """Return the body of a causal LM, and the names of the body's list of layers and of its final norm.
 
     Raises:
         WmtpError: The body does not consist of layers and a final norm.
@@ -112,10 +115,10 @@ def layers_of(body: nn.Module) -> nn.ModuleList:
 
 
 def with_layers(config: Any, layers: slice) -> Any:
-    """Return a copy of a model's config that describes only some of its layers.
+    """Return a copy of a model's config that describes only some of the model's layers.
 
     Raises:
-        WmtpError: The config derives the kind of each layer from the layer's number.
+        WmtpError: The config derives the kind of each layer from the number of the layer.
     """
     count = config.num_hidden_layers
     numbers = range(count)[layers]
@@ -135,7 +138,7 @@ def with_layers(config: Any, layers: slice) -> Any:
 
 
 def more_layers(config: Any, count: int) -> dict[str, Any]:
-    """Return the keys of a model's config that add `count` MTP layers after its decoder layers.
+    """Return the config keys, with values, that add `count` MTP layers after a model's decoder layers.
 
     An MTP layer attends to all earlier tokens unless `mtp_layer_types` specifies another kind of layer.
 
@@ -172,13 +175,14 @@ def body_states(
 
     Args:
         body: The body.
-        position_BT: int64 positions; None for 0, 1, ... or, with a cache, for the positions after its tokens.
+        position_BT: int64 positions; None means 0, 1, ... or, with a cache, the positions after the cached
+            tokens.
         cache: A cache from `new_cache`, which is extended in place; None computes without a cache.
-        seen_BS: bool, the tokens that may be attended to; None means all.
-        inputs: `input_ids` or `inputs_embeds`.
+        seen_BS: bool, True for tokens that may be attended to; None means all tokens.
+        inputs: Either `input_ids`, int64 `[B, T]`, or `inputs_embeds`, `[B, T, H]`.
     """
-    # Without cache and positions, transformers creates positions and searches them for packed documents,
-    # which synchronises with the accelerator once per forward pass and body.
+    # Without a cache and positions, transformers would create positions and search them for packed documents,
+    # which synchronises with the accelerator in each forward pass of each body.
     if cache is None and position_BT is None and cache_kinds(body) <= KEYS_AND_VALUES:
         cache_or_none = _empty_cache()
     else:
@@ -218,7 +222,7 @@ def one_layer_cache(config: Any) -> Any:
 
 
 def cache_kinds(body: Any) -> frozenset[str]:
-    """Return the names of the transformers classes that cache a body's layers; found once for each body."""
+    """Return the names of the transformers classes that cache a body's layers, computed once per body."""
     known = _CACHE_KINDS.get(body)
     if known is None:
         try:
@@ -227,14 +231,14 @@ def cache_kinds(body: Any) -> frozenset[str]:
             KeyError,
             ValueError,
             AttributeError,
-        ):  # only the model itself can create caches of its layers
+        ):  # only the model itself can create the caches of its layers
             known = frozenset({"unknown"})
         _CACHE_KINDS[body] = known
     return known
 
 
 KEYS_AND_VALUES = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer"})
-"""The `cache_kinds` of bodies with attention layers only."""
+"""The values of `cache_kinds` for bodies in which every layer is an attention layer."""
 
 _CACHE_KINDS: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 
@@ -253,10 +257,11 @@ def _empty_cache() -> Any:
 
 
 def recording_cache(past: Sequence[Tensor]) -> Any:
-    """Return a cache for one call of a body of one layer; the cache records the keys and values of this call.
+    """Return a cache that records the keys and values of one call of a body of one layer.
 
     Args:
-        past: Earlier keys and values `[B, heads, S, width]`, alternating.
+        past: Keys and values of earlier calls in the order key, value, key, value, ...; each tensor is
+            `[B, heads, S, width]`.
 
     Returns:
         A transformers cache. After the call, its attribute `new` is the pair of new keys and values.

@@ -1,16 +1,17 @@
 """Counts the operations (FLOPs) that a step of stage 2 needs, from the shapes of the policy's matrices.
 
-Multiplying the state of one token with a matrix of P numbers takes 2 P operations. The backward pass takes
-2 P operations for the gradient of the state and 2 P for the gradient of the matrix; the sum is the "6 N per
-token" of Kaplan et al. 2020 (section 2.1). A frozen matrix gets no gradient, and a frozen part whose input
-needs no gradient has no backward pass. Attention takes 4 W operations per pair of tokens in the forward pass
-and 8 W in the backward pass, where W is the width of all query heads together (Chowdhery et al. 2022,
-appendix B). As in that paper, both halves of the causal square count.
+Multiplying the state of one token by a matrix of P numbers takes 2 P operations. The backward pass takes 2 P
+operations for the gradient of the state and 2 P for the gradient of the matrix, so both passes take 6 P
+operations per token (Kaplan et al. 2020, section 2.1). A frozen matrix gets no gradient, and a frozen part
+whose input needs no gradient has no backward pass. Attention takes 4 W operations per pair of tokens in the
+forward pass and 8 W in the backward pass, where W is the width of all query heads together (Chowdhery et al.
+2022, appendix B). As in Chowdhery et al., all pairs of tokens of a document count, although causal attention
+masks half of them.
 
-Trunk and heads are counted at the tokens of documents. The unembedding, and feed-forward networks that skip
-other positions (`sparse_feed_forward.py`), are counted at the supervised pairs. Not counted are padding,
-activations and logits that are computed a second time, norms, recurrences of state-space layers, and the work
-of weighting and critic.
+The operations of trunk and heads are counted for every token of a document. The unembedding, and feed-forward
+networks that `sparse_feed_forward.py` computes only where their outputs are read, are counted for supervised
+pairs. The count leaves out padding, recomputed activations and logits, norms, recurrences of state-space
+layers, the weighting and the critic.
 
 Shape letters: D documents, K heads.
 """
@@ -35,13 +36,13 @@ _ACTIVE_EXPERTS = ("num_experts_per_tok", "top_k_experts", "num_experts_per_toke
 
 @frozen(kw_only=True)
 class StepFlops:
-    """The operations of a step, as factors of numbers that differ from batch to batch.
+    """The operations of a step per token, per supervised pair and per pair of tokens that attend.
 
     Attributes:
         per_token: Operations for each token of a document.
-        per_pair_K: Operations for each supervised pair of head k.
-        attention: For each layer with attention, the operations for each pair of tokens, and the number of
-            tokens to which a token attends at most; None for all tokens of its document.
+        per_pair_K: For each head, the operations for a supervised pair of the head.
+        attention: For each attention layer, the operations for a pair of tokens, and the maximum number of
+            tokens to which a token attends; None means all tokens of the document.
     """
 
     per_token: float
@@ -50,14 +51,14 @@ class StepFlops:
 
     @classmethod
     def of(cls, policy: Policy, *, detach_trunk: bool = False) -> StepFlops | None:
-        """Count the operations of a policy whose parameters that train require a gradient.
+        """Count the operations of a policy, in which exactly the trained parameters require a gradient.
 
         Args:
             policy: The policy.
             detach_trunk: `loss.detach_trunk` of the recipe.
 
         Returns:
-            The operations; None if the policy has experts whose active share is not known.
+            The operations; None if it is unknown which share of the policy's experts computes a token.
         """
         share = _active_share(policy)
         if share is None:
@@ -81,7 +82,7 @@ class StepFlops:
         return cls(per_token=per_token, per_pair_K=tuple(per_pair_K), attention=tuple(attention))
 
     def of_batch(self, length_D: NDArray[np.int64], pairs_K: Sequence[int]) -> float:
-        """Return the operations of a batch.
+        """Return the number of operations for a batch.
 
         Args:
             length_D: The number of tokens of each document.
@@ -96,7 +97,10 @@ class StepFlops:
 
 
 def _factor(*, trained: bool, passes: bool) -> int:
-    """Return the operations for each number of a matrix; `passes`: whether its input gets a gradient."""
+    """Return the operations per token and number of a matrix.
+
+    `trained` means that the matrix gets a gradient, and `passes` that the input of the matrix gets one.
+    """
     return 2 + 2 * trained + 2 * passes
 
 
@@ -105,14 +109,14 @@ def _learns(part: nn.Module) -> bool:
 
 
 def _operations(part: nn.Module, share: float, *, passes: bool) -> float:
-    """Return the operations of all matrices of a part for one token; `share` is that of active experts."""
+    """Return the operations of a module's matrices per token; `share` of the experts compute a token."""
     return sum(size * _factor(trained=trained, passes=passes) for size, trained in _matrices(part, share))
 
 
 def _matrices(part: nn.Module, share: float) -> Iterator[tuple[float, bool]]:
-    """Yield for each matrix how many of its numbers a token is multiplied with, and whether it is trained."""
+    """Yield for each matrix how many of its numbers are used per token, and whether the matrix is trained."""
     for module in part.modules():
-        if isinstance(module, nn.Linear):  # by its attributes, because a 4-bit matrix is stored packed
+        if isinstance(module, nn.Linear):  # not from the shape, which for a 4-bit matrix is that of its bytes
             yield module.in_features * module.out_features, module.weight.requires_grad
         elif not isinstance(module, nn.Embedding):
             for parameter in _own_matrices(module):
@@ -121,7 +125,7 @@ def _matrices(part: nn.Module, share: float) -> Iterator[tuple[float, bool]]:
 
 
 def _own_matrices(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield a module's own parameters with two dimensions or more, without the biases of experts."""
+    """Yield a module's own parameters with at least two dimensions, except the biases of experts."""
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.ndim >= 2 and not name.endswith("bias"):
             yield parameter
@@ -132,7 +136,7 @@ def _stacks_experts(module: nn.Module, parameter: nn.Parameter) -> bool:
 
 
 def _active_share(policy: Policy) -> float | None:
-    """Return the share of experts that compute a token, 1 without experts; None if it is not known."""
+    """Return the share of the experts that compute a token: 1 without experts, None if it is unknown."""
     stacked = any(
         _stacks_experts(module, each) for module in policy.modules() for each in _own_matrices(module)
     )
@@ -145,7 +149,7 @@ def _active_share(policy: Policy) -> float | None:
 
 
 def _has_other_experts(name: str, module: nn.Module) -> bool:
-    """Return whether a module contains experts in another form than a parameter `[experts, ...]`."""
+    """Return whether a module stores experts in another form than as a parameter `[experts, ...]`."""
     if "experts" not in name.split("."):
         return False
     if isinstance(module, nn.Linear):  # a router, or a child of a list of experts

@@ -1,4 +1,4 @@
-"""A language model for components: a copy of the policy's trunk and head 1, or of another model.
+"""A language model for components of plugins: a copy of the policy's trunk and head 1, or another model.
 
 Shape letters: B rows, T positions, H hidden, V vocabulary, N targets.
 """
@@ -19,14 +19,14 @@ from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.targets import batch_labels, target_mask
 from weighted_mtp_core.runtime.fsdp import callable_, copy_of
 
-_BUDGET = 64 << 20  # bytes of logits in memory at once; if they need more, the backward pass repeats chunks
+_BUDGET = 64 << 20  # bytes of logits in memory at once; more logits are recomputed chunk by chunk in backward
 
 
 class LanguageModel(nn.Module):
     """Maps a batch to next-token losses, without dropout.
 
     Args:
-        policy: A policy, sharded or not, of which only head 1 is kept; it is not copied.
+        policy: A policy, sharded or not. The policy is not copied, but its heads 2..K are removed.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -43,7 +43,7 @@ class LanguageModel(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Return float32 next-token losses `[B, T]` in nats, indexed by the predicted token.
 
-        They are 0 except on response tokens that follow another token of their document.
+        A loss is 0 unless its token is a response token that follows another token of the same document.
         """
         hidden_BTH = self.policy.trunk_states(batch.ids_BT, position_BT=batch.position_BT)
         if torch.is_grad_enabled():
@@ -61,9 +61,8 @@ class LanguageModel(nn.Module):
         size = max(_BUDGET // (4 * self.policy.vocab_size), 1)
         chunks = list(zip(torch.split(state_NH, size), torch.split(label_N, size), strict=True))
         unembedding = self.policy.unembedding
-        matrix_VH = unembedding.matrix(
-            unembedding.dtype
-        )  # once, as the number of chunks differs between processes
+        # Once for all chunks: gathering it is collective, and the number of chunks differs between processes.
+        matrix_VH = unembedding.matrix(unembedding.dtype)
         losses = [
             self._chunk(matrix_VH, *chunk)
             if len(chunks) == 1
@@ -79,13 +78,13 @@ class LanguageModel(nn.Module):
 
 
 def frozen_losses(model: LanguageModel) -> Callable[[Batch], Tensor]:
-    """Return a function that computes a model's next-token losses without gradient, see `LanguageModel`."""
+    """Return a function that computes the losses of `LanguageModel.forward` without gradient."""
     return torch.no_grad()(model.requires_grad_(requires_grad=False).forward)
 
 
 def trainable_losses(policy: Policy) -> LanguageModel:
-    """Return a copy of the policy's language model, all parameters of which are trained.
+    """Return a copy of the policy's language model with all parameters trainable.
 
-    Adapters of the policy are merged in the copy.
+    If the policy has adapters, they are merged in the copy.
     """
     return LanguageModel(merged_copy(policy)).requires_grad_(requires_grad=True)

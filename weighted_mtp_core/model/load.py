@@ -1,4 +1,4 @@
-"""Load the model that the table `[model]` names: `micro`, a directory, a `.gguf` file or a hub id."""
+"""Load the model that `model.base` names: `micro`, a transformers directory, a `.gguf` file or a hub id."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class LoadedPolicy:
         policy: The policy.
         tokenizer: The tokenizer of the base model.
         base_name: Name and version of the base model, for the run's tags.
-        unused: A line for the user about tensors in the files of the base model that the policy does not use;
-            None if there are no such tensors.
+        unused: A message to the user about MTP layers in the files of the base model that the policy does not
+            use; None if there are no such layers.
     """
 
     policy: Policy
@@ -57,13 +57,13 @@ def load_policy(
     """Load or create the base model and make a policy from it.
 
     Args:
-        table: The recipe's `[model]`.
+        table: The table `[model]` of the recipe.
         storage: The storage root; created and converted models are stored in its folder `models_v2/`.
         texts: Returns the training texts, on which the tokenizer of `micro` is trained.
         seed: Seed of the initial weights.
-        distributed: The processes, of which the first one creates and converts models.
-        mesh: The processes over which the policy is sharded; `fsdp.callable_` must then make the policy
-            callable. None loads the whole policy on the CPU.
+        distributed: The processes of the run; only the first process creates and converts models.
+        mesh: The processes over which the policy is sharded. A sharded policy must be passed to
+            `fsdp.callable_` before it is called. None loads the whole policy on the CPU.
 
     Raises:
         WmtpError: The model does not exist, its files have been changed, or it cannot become a policy.
@@ -117,7 +117,7 @@ def load_policy(
 
 
 def _unused(shipped: Sequence[str]) -> str | None:
-    """Return a line about the tensors of MTP layers in a base model, which the policy does not contain."""
+    """Return a message about tensors of MTP layers that the policy does not use, or None without tensors."""
     if not shipped:
         return None
     others = f" and {len(shipped) - 1} other tensors" if shipped[1:] else ""
@@ -138,9 +138,10 @@ def make_policy(
 ) -> Policy:
     """Make a policy from a causal LM and check that head 1 computes the LM's logits; see `probe`.
 
-    If the model is sharded, the policy is, too: layers are copied shard by shard, and all processes run the
-    probe together. The arguments have the same meaning as in the recipe's `[model]` and `[model.heads]`.
-    `shipped` contains the MTP layers that were loaded with the model and become heads 2..K.
+    A sharded model gives a sharded policy: layers are copied shard by shard, and all processes run the probe
+    together. The arguments have the same meaning as the keys of the recipe's `[model]` and `[model.heads]`.
+    `shipped` contains the MTP layers that were loaded with the model and become heads 2..K; without
+    `shipped`, these heads are new.
 
     Raises:
         WmtpError: The model cannot be a trunk or does not work with this kind of head.
@@ -154,7 +155,7 @@ def make_policy(
         policy = Policy(base, unembedding=answers.unembedding, n_future=n_future, heads=heads)
     except WmtpError:
         raise
-    except Exception as error:  # of any model at all, so of any kind
+    except Exception as error:  # an unknown model can raise any exception
         raise WmtpError(
             f"a `{base.config.model_type}` model cannot have `{head_kind}` heads ({reason(error)})",
             hint="use another kind of heads, or another base model",
@@ -171,14 +172,14 @@ def make_policy(
 
 
 def find_base(base: str, *, storage: Path) -> Path | str:
-    """Verify and return the directory of a transformers model; a hub id is returned unchanged.
+    """Return the directory of a transformers model after verifying its files; return a hub id unchanged.
 
     Args:
         base: A folder under `models_v2/`, a directory, a `.gguf` file (converted once) or a hub id.
         storage: The storage root.
 
     Raises:
-        WmtpError: There is no such model, or its files have been changed.
+        WmtpError: `base` does not name a model, or the files of the model have been changed.
     """
     models = storage / "models_v2"
     gguf = base.endswith(".gguf")
@@ -216,7 +217,7 @@ def _transformers_folder(base: str, models: Path) -> Path | str:
 
 
 def _gguf_folder(file: Path, models: Path) -> Path:
-    """Return the folder with a GGUF file's weights as safetensors; the conversion takes a minute, once."""
+    """Return the folder with a GGUF file's weights as safetensors; the first call converts for a minute."""
     if not file.is_file():
         raise WmtpError(
             f"there is no file `{file}`",
@@ -239,7 +240,7 @@ def _gguf_folder(file: Path, models: Path) -> Path:
                     "download it again, or name the model's transformers directory",
                 ) from error
             refuse_bad_weights(file, base, info)
-            # transformers refuses to save a quantised model; the weights are plain fp32 by now.
+            # transformers refuses to save a model with a quantiser, although its weights are float32 by now.
             if hasattr(base.config, "quantization_config"):
                 del base.config.quantization_config
             base.hf_quantizer = None

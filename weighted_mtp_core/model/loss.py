@@ -1,15 +1,15 @@
 """The weighted multi-token loss and its gradients; the `[B, T, K, V]` logits never exist in memory at once.
 
 `L = sum_k alpha_k * sum_t w[t, k] * CE(head_k(h_t), x[t + k]) / Z_k`, after Gloeckle et al. 2024 (eq. 2) with
-weights: alpha_k is the loss share of head k, w[t, k] the weight of the pair (t, k), h_t the trunk state and
-Z_k the normaliser. Heads 2..K can learn from head 1 instead of labels: their CE is then replaced with
-KL(head_1(h_{t+k-1}) || head_k(h_t)), from which head 1 gets no gradient.
+weights: CE is the cross-entropy, alpha_k the loss share of head k, w[t, k] the weight of the pair (t, k), h_t
+the trunk's state, x[t + k] the target token and Z_k the normaliser. Heads 2..K can learn from head 1 instead
+of labels: their CE is then replaced with KL(head_1(h_{t+k-1}) || head_k(h_t)), from which head 1 gets no
+gradient.
 
 Heads run forward and backward one after the other (Gloeckle et al., section 2.2). The gradients of the
 trunk's states are summed in one `[B, T, H]` buffer and propagated through the trunk once, so memory does not
-grow with K. Heads that read each other's states run backward together, after the forward pass of the last
-head; each of these heads stores two `[B, T, H]` buffers. Positions without a target are skipped before the
-unembedding.
+grow with K. Chained (`sequential`) heads instead run backward together, after the forward pass of the last
+head, and store two `[B, T, H]` buffers per head. The unembedding skips positions without a target.
 
 Shape letters: B rows, T positions, K heads, N counted pairs of one head, H hidden.
 """
@@ -37,8 +37,8 @@ class MtpLoss:
     """The loss of a batch and sums for each head, all float32 and without gradient.
 
     Attributes:
-        loss_K: The summands of the loss.
-        ce_sum_K: Sum of the unweighted cross-entropies, in nats.
+        loss_K: The part of the loss that each head adds.
+        ce_sum_K: Sum of the unweighted cross-entropies of each head, in nats.
         count_K: Number of counted pairs of each head.
     """
 
@@ -53,9 +53,9 @@ class MtpLoss:
 
 
 def normalisers(weight_BTK: Tensor, target_BTK: Tensor, *, normalise: Literal["weights", "tokens"]) -> Tensor:
-    """Return `Z_K`, float32: for each head the sum of |weight| or the number of pairs in the global batch.
+    """Return the normaliser Z of each head, float32 `[K]`: the sum of |weight| or number of counted pairs.
 
-    If Z is 0 for a head, 1 is returned instead, so that the head's loss and gradient are 0.
+    For a head whose Z would be 0, 1 is returned instead, so that the loss and the gradient of the head are 0.
     """
     counted = weight_BTK.abs() if normalise == "weights" else target_BTK
     total_K = counted.sum(dim=(0, 1), dtype=torch.float32)
@@ -82,25 +82,26 @@ def weighted_mtp_loss(
     trunk, and the trunk's graph has been freed.
 
     Args:
-        policy: Heads and unembedding.
+        policy: The policy, whose heads and unembedding are used.
         hidden_BTH: Trunk states with their autograd graph; without a graph, the trunk gets no gradient.
         labels_BTK: The result of `align_labels`.
-        weight_BTK: float32, 0 for pairs that do not count; None means 1 for all pairs.
-        normaliser_K: Z by head, of the whole step, so that losses of micro-batches add up exactly.
-        head_share_K: alpha of each head.
+        weight_BTK: float32 weights, 0 for pairs that do not count; None means weight 1 for all pairs.
+        normaliser_K: Z of each head for the whole step, so that the losses of micro-batches add up exactly.
+        head_share_K: alpha, the loss share of each head.
         heads: What heads 2..K learn: the labels, head 1's distribution of the token that they draft, or both
             in equal shares.
-        detach_trunk: Whether heads 2..K send a gradient to the parameters of heads 2..K only.
-        ids_BT: `Batch.ids_BT`; `sequential` heads read it.
-        position_BT: `Batch.position_BT`.
-        preceding_BT: `CollatedBatch.preceding_BT`; if None, each head synchronises with the device.
+        detach_trunk: Whether the losses of heads 2..K give a gradient only to the parameters of heads 2..K.
+        ids_BT: Token ids, `Batch.ids_BT`; only `sequential` heads read them.
+        position_BT: Positions, `Batch.position_BT`.
+        preceding_BT: `CollatedBatch.preceding_BT`; if None, finding the pairs of each head synchronises with
+            the device.
     """
     scale_K = head_share_K / normaliser_K
     source_BTH = hidden_BTH.detach().requires_grad_(hidden_BTH.requires_grad)
     share = _LABEL_SHARES[heads]
     chained = policy.heads.chained
-    # Three tensors exist at the same time: a head's gradient, the sum over heads and, with a teacher, its
-    # states. Each chained head also keeps a gradient and states of its own.
+    # These tensors exist at the same time: the gradient of one head, the sum of the heads' gradients and,
+    # with a teacher, the teacher's states. Each chained head keeps a gradient and states of its own.
     buffers = (2 * policy.n_future if chained else 2) + (share < 1)
     unembedding = ChunkedUnembedding.of(
         policy, hidden_BTH, extra_bytes=buffers * hidden_BTH.nbytes, teaches=share < 1
@@ -155,7 +156,7 @@ def _learn_head(
     scale_BT: Tensor,
     teacher: Teacher | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return a head's loss, the sum of its cross-entropies, and the gradient of its states if needed."""
+    """Return a head's loss, the sum of its cross-entropies, and the gradient of its states or None."""
     scale_N = take(scale_BT, index_N)
     label_N = take(label_BT, index_N)
     if teacher is None and not state_BTH.requires_grad and not unembedding.learns:
@@ -174,7 +175,7 @@ def _learn_head(
 
 
 def _backward(gradients: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Propagate gradients outside of autocast, because autocast is meant only for forward passes."""
+    """Propagate gradients with autocast disabled, because autocast is meant only for forward passes."""
     tensors, gradients_of_tensors = zip(*gradients, strict=True)
     device = tensors[0].device.type
     casts = torch.amp.is_autocast_available(device)

@@ -1,4 +1,4 @@
-"""Each head's share of the loss (alpha), which may follow a schedule. K is the number of heads."""
+"""Computes each head's share of the loss (alpha), which may follow a schedule; K is the number of heads."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def loss_shares(table: LossTable, n_future: int, *, progress: float) -> Tensor:
 
     The share of head k is proportional to `head_weights[k - 1] * head_decay^(k - 1)` times the factor of the
     schedule. The schedules `forward` and `reverse` are the curricula of Aynetdinov and Akbik 2025 with K
-    phases of equal length: with `forward`, heads 1, 2, ... are added one by one; with `reverse`, heads K, K -
-    1, ... are removed one by one.
+    phases of equal length. The schedule `forward` begins with head 1 and adds heads 2, 3, ... one by one; the
+    schedule `reverse` begins with all heads and removes heads K, K - 1, ... one by one until head 1 is left.
 
     Args:
         table: The recipe's `[loss]`.
@@ -28,7 +28,7 @@ def loss_shares(table: LossTable, n_future: int, *, progress: float) -> Tensor:
 
 
 def _presence(table: LossTable, n_future: int, *, progress: float) -> Tensor:
-    """Return the schedule's factor of each head, float64 `[K]` in [0, 1]; the factor of head 1 is 1."""
+    """Return the schedule's factor for each head, float64 `[K]` in [0, 1]; the factor for head 1 is 1."""
     done = min(1.0, progress / table.head_schedule_end)
     phase = min(n_future, int(done * n_future) + 1)  # 1 to K
     number_K = torch.arange(1, n_future + 1)

@@ -15,12 +15,12 @@ from weighted_mtp_core.recipe.schema import MicroTable
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder
 
 PAD, EOS = "<pad>", "<eos>"
-_FORMAT = 2  # increase it when the same texts and shape would give different weights or tokens
+_FORMAT = 2  # increase it when a code change gives other weights or tokens for the same texts and shape
 _MAX_POSITIONS = 2048
 
 
 def micro_folder(shape: MicroTable, models: Path, *, texts: Callable[[], Iterable[str]], seed: int) -> Path:
-    """Return the folder of the model for this shape, seed and texts; create the model if necessary."""
+    """Return the folder of the model `micro` for this shape, seed and texts; create it if necessary."""
     corpus = list(texts())
     digest = hashlib.sha256(json.dumps([_FORMAT, attrs.asdict(shape), seed, corpus], sort_keys=True).encode())
     folder = models / "micro" / digest.hexdigest()[:12]
@@ -33,7 +33,7 @@ def micro_folder(shape: MicroTable, models: Path, *, texts: Callable[[], Iterabl
 
 
 def _train_tokenizer(corpus: list[str], *, vocab_size: int) -> Any:
-    """Train a byte-level BPE. Each digit is a token, so every number has only one tokenisation."""
+    """Train a byte-level BPE tokenizer. Each digit is a token, so every number has only one tokenisation."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -62,7 +62,7 @@ def _train_tokenizer(corpus: list[str], *, vocab_size: int) -> Any:
 
 
 def micro_config(shape: MicroTable, tokenizer: Any = None) -> Any:
-    """Return the config of the model of this shape; without its tokenizer, special tokens have no ids."""
+    """Return the config of a model of this shape; without a tokenizer, it has no ids of special tokens."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -73,8 +73,8 @@ def micro_config(shape: MicroTable, tokenizer: Any = None) -> Any:
         num_attention_heads=shape.attention_heads,
         num_key_value_heads=shape.attention_heads,
         max_position_embeddings=_MAX_POSITIONS,
-        # The default 0.02 suits widths of thousands; at width 128, attention starts too flat to learn
-        # copying.
+        # The default of 0.02 suits widths of thousands; with 0.02 at width 128, attention starts too flat to
+        # learn copying.
         initializer_range=shape.hidden_size**-0.5,
         tie_word_embeddings=True,
         pad_token_id=getattr(tokenizer, "pad_token_id", None),

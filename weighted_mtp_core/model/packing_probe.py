@@ -13,17 +13,18 @@ from weighted_mtp_core.messages import reason
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.runtime.device import full_precision
 
-_TOLERANCE = 1e-4  # relative difference of a document's fp32 states in a shared row and alone
+_TOLERANCE = 1e-4  # relative difference between a document's fp32 states in a shared row and in its own row
 _LENGTH = 8
 _MEND = 'set `data.packing = "none"`: documents are then grouped by length'
 
 
 @torch.no_grad()
 def check_packing(policy: Policy) -> None:
-    """Compare the states of a document that follows another document with its states in a row of its own.
+    """Compare a document's states in a row of its own with its states after another document in one row.
 
     Raises:
-        WmtpError: The model attends to the previous document or continues its positions.
+        WmtpError: The model cannot be run on packed rows, or the states of a document depend on the document
+            before it.
     """
     device = policy.unembedding.weight.device
     ids_BT = torch.arange(2, 2 + 2 * _LENGTH, device=device).remainder(policy.vocab_size)[None]
@@ -50,7 +51,7 @@ def check_packing(policy: Policy) -> None:
 
 
 def _states(policy: Policy, ids_BT: Tensor, *, position_BT: Tensor | None) -> Tensor:
-    """Return the states of all heads, concatenated."""
+    """Return the states of all heads, concatenated along H."""
     hidden_BTH = policy.trunk_states(ids_BT, position_BT=position_BT)
     heads = policy.each_head_states(hidden_BTH, ids_BT=ids_BT, position_BT=position_BT)
     return torch.cat(list(heads), dim=-1)

@@ -1,4 +1,4 @@
-"""Measures what the heads predict for each pair: losses and entropies (two signals), and sums per head.
+"""Measures the heads' predictions: the loss and the entropy of each (position, head) pair, and sums by head.
 
 Shape letters: B rows, T positions, K heads, N counted pairs of one head, H hidden.
 """
@@ -30,19 +30,19 @@ Measured = TypeVar("Measured")
 class HeadSums:
     """Float32 sums over the counted pairs of each head, and over the passes of self-speculative decoding.
 
-    A head's choice is its most likely token. Head 1 confirms head k's choice for a pair (t, k) if head 1
-    makes the same choice for the pair (t + k - 1, 1), which has the same target. A pass drafts at each
-    position t for which the pairs (t, 1) and (t, 2) count: head 1 has chosen token t + 1, and the text
-    continues after this token.
+    The choice of a head is the token that the head predicts as the likeliest. Head 1 confirms head k's choice
+    for a pair (t, k) if head 1 makes the same choice for the pair (t + k - 1, 1), which has the same target.
+    A pass drafts at each position t for which the pairs (t, 1) and (t, 2) count: head 1 chooses token t + 1,
+    and the text continues after this token.
 
     Attributes:
         ce_sum_K: Sum of the unweighted cross-entropies, in nats.
-        correct_K: Number of pairs for which the target is the head's choice.
-        confirmed_K: Number of pairs for which head 1 confirms the head's choice.
-        count_K: Number of pairs.
+        correct_K: Number of counted pairs for which the target is the head's choice.
+        confirmed_K: Number of counted pairs for which head 1 confirms the head's choice.
+        count_K: Number of counted pairs.
         passes: Number of positions at which a pass drafts, a scalar.
-        accepted: Number of accepted drafts, summed over these positions, a scalar. A pass accepts the choices
-            of heads 2, 3, ... until the first choice that does not count or is not confirmed.
+        accepted: Number of accepted drafts of all passes, a scalar. A pass accepts the choices of heads 2, 3,
+            ... before the first choice whose pair does not count or that head 1 does not confirm.
     """
 
     ce_sum_K: Tensor
@@ -58,12 +58,13 @@ class PairPredictions:
     """The heads' predictions for trunk states, without weights or gradients.
 
     Attributes:
-        policy: Heads and unembedding.
+        policy: The policy, whose heads and unembedding are used.
         hidden_BTH: Trunk states.
         labels_BTK: The result of `align_labels`.
-        ids_BT: `Batch.ids_BT`; `sequential` heads read it.
-        position_BT: `Batch.position_BT`.
-        preceding_BT: `CollatedBatch.preceding_BT`; if None, each head synchronises with the device.
+        ids_BT: Token ids, `Batch.ids_BT`; only `sequential` heads read them.
+        position_BT: Positions, `Batch.position_BT`.
+        preceding_BT: `CollatedBatch.preceding_BT`; if None, finding the pairs of each head synchronises with
+            the device.
     """
 
     policy: Policy
@@ -74,11 +75,11 @@ class PairPredictions:
     preceding_BT: Counts | None = field(default=None, kw_only=True)
 
     def losses(self) -> Tensor:
-        """Return each pair's cross-entropy in nats, float32 `[B, T, K]`, 0 where the pair does not count."""
+        """Return each pair's cross-entropy in nats, float32 `[B, T, K]`, 0 for pairs that do not count."""
         return self._by_pair(ChunkedUnembedding.losses)
 
     def entropies(self) -> Tensor:
-        """Return each prediction's entropy in nats, float32 `[B, T, K]`, 0 where the pair does not count."""
+        """Return each prediction's entropy in nats, float32 `[B, T, K]`, 0 for pairs that do not count."""
         return self._by_pair(ChunkedUnembedding.entropies)
 
     @torch.no_grad()
@@ -111,7 +112,7 @@ class PairPredictions:
     def _measure(
         self, measure: Callable[[ChunkedUnembedding, Tensor, Tensor, Tensor], Measured]
     ) -> Iterator[tuple[Tensor, Measured]]:
-        """Yield for each head the sources of its counted pairs and what `measure` returns for these pairs."""
+        """Yield, for each head, the sources of its counted pairs and the result of `measure` for the pairs."""
         unembedding = ChunkedUnembedding.of(self.policy, self.hidden_BTH)
         labels = self.labels_BTK.unbind(dim=-1)
         rows = [

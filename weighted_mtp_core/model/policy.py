@@ -3,8 +3,9 @@
 Head 1 is the ordinary language model. The kind of head determines which layers form the trunk and the heads;
 see `heads/`.
 
-Rows are right-padded. If each row contains one document, causal attention needs no mask. If rows contain
-several documents, positions restart at 0 with each document, by which transformers separates the documents.
+Rows are padded on the right. If each row contains one document, causal attention needs no mask. If rows
+contain several documents, transformers separates the documents by their positions, which restart at 0 with
+each document.
 
 Shape letters: B rows, T positions, S cached and new tokens, K heads, H hidden, V vocabulary.
 """
@@ -43,7 +44,7 @@ class PolicyCache:
 
 
 class Policy(nn.Module):
-    """Trunk, heads and unembedding.
+    """A trunk, K heads and an unembedding that all heads share.
 
     Args:
         base: A transformers causal LM; its modules are used, not copied.
@@ -58,11 +59,12 @@ class Policy(nn.Module):
         config: The config of the base model.
         hidden_size: H.
         vocab_size: V.
-        trunk: The shared body.
+        trunk: The body, whose states all heads share.
         heads: Heads 1..K.
-        norm: Module between heads and unembedding.
-        unembedding: Shared by all heads.
-        shipped: The MTP layers of the base model that became heads 2..K; None if heads 2..K were new.
+        norm: The module between heads and unembedding: the final norm for `parallel` heads, otherwise the
+            identity.
+        unembedding: The unembedding, which all heads share.
+        shipped: The MTP layers of the base model that became heads 2..K; None if heads 2..K were newly made.
 
     Raises:
         WmtpError: The model does not consist of layers and a final norm, or does not work with this kind of
@@ -96,7 +98,7 @@ class Policy(nn.Module):
         yield from dict.fromkeys(parameter for each in modules for parameter in each.parameters())
 
     def freeze_base(self) -> None:
-        """From now on, train heads 2..K only: the base model gets no gradient and no dropout."""
+        """Freeze the base model, which then gets no gradient and no dropout; only heads 2..K are trained."""
         self.requires_grad_(requires_grad=False)
         for parameter in self.later_parameters():
             parameter.requires_grad = True
@@ -113,12 +115,12 @@ class Policy(nn.Module):
 
     @property
     def head_kind(self) -> HeadKind:
-        """`parallel`, `medusa` or `sequential`."""
+        """The kind of the heads: `parallel`, `medusa` or `sequential`."""
         return self.heads.kind
 
     @cached_property
     def has_dropout(self) -> bool:
-        """Whether the states of the policy differ between two calls in training mode."""
+        """Whether two calls on the same tokens can give different states in training mode."""
         return any(
             isinstance(value, float) and value > 0 and ("drop" in name or "jitter" in name or name == "p")
             for module in self.modules()
@@ -133,15 +135,15 @@ class Policy(nn.Module):
         cache: Any = None,
         seen_BS: Tensor | None = None,
     ) -> Tensor:
-        """Return the trunk's states `[B, T, H]` of token ids.
+        """Return the trunk's states `[B, T, H]` for token ids.
 
         Args:
             ids_BT: int64 token ids.
-            position_BT: int64 positions; None for 0, 1, ... or, with a cache, for the positions after its
-                tokens. In training, a token begins a new document if its position is not the previous token's
-                position plus 1.
+            position_BT: int64 positions; None means 0, 1, ... or, with a cache, the positions after the
+                cached tokens. In training, a token begins a new document if its position is not the previous
+                token's position plus 1.
             cache: The trunk's cache, which is extended in place.
-            seen_BS: bool, the cached and new tokens that may be attended to; None means all.
+            seen_BS: bool, True for cached and new tokens that may be attended to; None means all tokens.
         """
         return body_states(
             self.trunk, input_ids=ids_BT, position_BT=position_BT, cache=cache, seen_BS=seen_BS
@@ -156,7 +158,7 @@ class Policy(nn.Module):
         position_BT: Tensor | None = None,
         cache: Any = None,
     ) -> Tensor:
-        """Return the states `[B, T, H]` that the unembedding reads for head k; see `trunk_states`.
+        """Return the states `[B, T, H]` that the unembedding reads for head k.
 
         For several `sequential` heads, `each_head_states` is faster, because each head needs the states of
         the previous head.
@@ -166,7 +168,7 @@ class Policy(nn.Module):
             hidden_BTH: The trunk's states.
             ids_BT: The token ids of these states; `sequential` heads read them.
             position_BT: See `trunk_states`.
-            cache: A cache of the head, which is extended in place; not for `sequential` heads.
+            cache: A cache of the head, which is extended in place; `sequential` heads do not use it.
         """
         if self.heads.chained:
             states = self.each_head_states(hidden_BTH, ids_BT=ids_BT, position_BT=position_BT)
@@ -190,9 +192,9 @@ class Policy(nn.Module):
             ids_BT: See `head_states`.
             position_BT: See `trunk_states`.
             rows: For each head, the positions at which the caller reads states, as int64 indices `[N]` into
-                the flattened `[B, T]`; None for all positions. States at other positions may be wrong. Unless
-                heads are chained, compute the gradient of a head before you request the next head's states.
-            detach: Whether the gradients of heads 2..K reach only heads 2..K.
+                the flattened `[B, T]`; None means all positions. States at other positions may be wrong.
+                Unless heads are chained, compute a head's gradient before you request the next head's states.
+            detach: Whether heads 2..K give a gradient only to the parameters of heads 2..K.
         """
         fixed = {name: parameter.detach() for name, parameter in self.norm.named_parameters()}
         text = Text(ids_BT=ids_BT, position_BT=position_BT, trunk=self.trunk)
@@ -204,7 +206,7 @@ class Policy(nn.Module):
                 yield self.norm(states_BTH)
 
     def logits(self, k: int, hidden_BTH: Tensor, *, ids_BT: Tensor | None = None) -> Tensor:
-        """Return head k's logits `[B, T, V]`; training computes them only in chunks."""
+        """Return head k's logits `[B, T, V]` in one tensor; training computes logits only in chunks."""
         logits: Tensor = self.unembedding(self.head_states(k, hidden_BTH, ids_BT=ids_BT))
         return logits
 
@@ -214,13 +216,13 @@ class Policy(nn.Module):
         return PolicyCache(trunk=new_cache(self.trunk.config), heads=heads)
 
     def recompute_activations(self) -> None:
-        """Enable activation checkpointing: store only the inputs of decoder layers and recompute the rest.
+        """Enable activation checkpointing: the backward pass recomputes layers from their stored inputs.
 
         Raises:
             WmtpError: The layers of the model do not support activation checkpointing.
         """
-        # Chained heads always store only their inputs.
-        # A frozen body stores nothing, but would with this option.
+        # Chained heads always store only their inputs. A frozen body stores no activations, but with
+        # activation checkpointing it would store the inputs of its layers.
         bodies: list[Any] = [self.trunk, *(() if self.heads.chained else self.heads.bodies)]
         bodies = [body for body in bodies if any(each.requires_grad for each in body.parameters())]
         try:
@@ -233,5 +235,5 @@ class Policy(nn.Module):
             ) from error
         for module in self.modules():
             if hasattr(module, "_can_checkpoint_with_cache"):
-                # Otherwise layers drop the cache, which stores nothing here, and log a warning.
+                # Otherwise transformers' layers drop the cache, which is empty here, and log a warning.
                 setattr(module, "_can_checkpoint_with_cache", True)  # noqa: B010 - nn.Module's type lacks it
