@@ -117,7 +117,7 @@ def load_policy(
 
 
 def _unused(shipped: Sequence[str]) -> str | None:
-    """Return a message about tensors of MTP layers that the policy does not use, or None without tensors."""
+    """Return a message about the unused MTP tensors `shipped`; None if there are no such tensors."""
     if not shipped:
         return None
     others = f" and {len(shipped) - 1} other tensors" if shipped[1:] else ""

@@ -112,7 +112,7 @@ class PairPredictions:
     def _measure(
         self, measure: Callable[[ChunkedUnembedding, Tensor, Tensor, Tensor], Measured]
     ) -> Iterator[tuple[Tensor, Measured]]:
-        """Yield, for each head, the sources of its counted pairs and the result of `measure` for the pairs."""
+        """Yield, for each head, the sources of its counted pairs and what `measure` returns for the pairs."""
         unembedding = ChunkedUnembedding.of(self.policy, self.hidden_BTH)
         labels = self.labels_BTK.unbind(dim=-1)
         rows = [

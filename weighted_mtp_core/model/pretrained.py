@@ -1,7 +1,8 @@
-"""Read a model and its tokenizer from files, and refuse files from which transformers makes another model.
+"""Read a model and its tokenizer, and refuse files from which transformers would load a different model.
 
 transformers creates random weights for missing tensors, drops tensors that the config does not describe, and
-applies an adapter in the same folder. In each case a different model than the recipe names would be trained.
+applies an adapter in the same folder. Without these checks, a run could therefore train a different model
+than the one that its recipe names.
 """
 
 from __future__ import annotations
@@ -45,13 +46,14 @@ def load_pretrained(
     Args:
         source: A transformers directory or a hub id.
         model_class: One of transformers' `Auto...` classes.
-        kind: What messages call the model.
-        shipped: The MTP layers to load as the last decoder layers of the model, if any.
+        kind: A name for this kind of model in error messages.
+        shipped: MTP layers to load as additional decoder layers of the model; None loads no MTP layers.
         mesh: The processes over which the matrices of layers, embedding and unembedding are sharded: each
             process reads only its rows from the files. None loads the whole model on the CPU.
 
     Raises:
-        WmtpError: Model or tokenizer cannot be loaded, is incomplete, or does not fit the other.
+        WmtpError: The model or the tokenizer cannot be loaded, the weights are incomplete or damaged, or the
+            model has no embedding for some tokens of the tokenizer.
     """
     from transformers import AutoConfig
 
@@ -77,7 +79,7 @@ def load_pretrained(
 
 
 def load_tokenizer(source: Path | str) -> Any:
-    """Return the tokenizer in a transformers directory or of a hub id.
+    """Return the tokenizer of a transformers directory or of a hub id.
 
     Raises:
         WmtpError: The tokenizer cannot be loaded.
@@ -97,7 +99,8 @@ def load_tokenizer(source: Path | str) -> Any:
 def without_report() -> Iterator[None]:
     """Suppress transformers' table of missing and unexpected tensors inside this context."""
     logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(_is_no_report)  # another level of the logger would make transformers report other things
+    # Not by a higher level of the logger, which would also suppress transformers' other warnings.
+    logger.addFilter(_is_no_report)
     try:
         yield
     finally:
@@ -109,7 +112,7 @@ def _is_no_report(record: logging.LogRecord) -> bool:
 
 
 def empty_model(config: Any, model_class: Any) -> Any:
-    """Return a model with this config and new float32 parameters, which are computed, not read.
+    """Return a model with this config and new float32 parameters; no weights are read from files.
 
     Args:
         config: A transformers config.
@@ -126,7 +129,10 @@ def empty_model(config: Any, model_class: Any) -> Any:
 
 
 def _class_of(config: Any, model_class: Any) -> Any:
-    """Return the class that reads a model; no `Auto...` class lists the configs of some text models."""
+    """Return `model_class`, or the class that the config names if `model_class` does not list the config.
+
+    No `Auto...` class lists the configs of some text models.
+    """
     import transformers
 
     own = (config.architectures or [""])[0]
@@ -142,8 +148,8 @@ def refuse_bad_weights(
     Args:
         source: A transformers directory, a file of weights or a hub id.
         model: The model that transformers loaded from `source`.
-        info: The report of transformers about loading, `output_loading_info`.
-        shipped: The MTP layers that were loaded with the model, if any.
+        info: transformers' report about the loading, which `output_loading_info` requests.
+        shipped: The MTP layers that were loaded with the model; None if no MTP layers were loaded.
 
     Raises:
         WmtpError: Tensors are missing, unexpected or of the wrong shape, or contain NaN.
@@ -187,7 +193,7 @@ def read_config(source: Path | str, *, kind: str) -> Any:
 
 
 def _unreadable(source: Path | str, kind: str, error: Exception) -> WmtpError:
-    """Return the error for weights that cannot be read; it names a truncated or damaged file."""
+    """Return the error for weights that cannot be read; if a file is damaged, the error names this file."""
     for file in _weight_files(source):
         fault = _fault_of(file)
         if fault is not None:
@@ -299,7 +305,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 def _refuse_other_ids(source: Path | str, model: Any, tokenizer: Any) -> None:
     """Refuse a tokenizer with token ids for which the model has no embedding."""
     rows = int(model.get_input_embeddings().weight.shape[0])
-    # Tokenizer classes add special tokens of their own, for example for padding, which texts never contain.
+    # Tokenizer classes add special tokens that never occur in texts, for example for padding.
     special = set(tokenizer.all_special_ids)
     ids = {
         token: number
@@ -320,7 +326,7 @@ def _refuse_other_ids(source: Path | str, model: Any, tokenizer: Any) -> None:
 
 
 def _weight_files(source: Path | str) -> list[Path]:
-    """Return the files of weights in a directory; empty for a hub id."""
+    """Return the files with the weights of a model; the list is empty for a hub id."""
     if not isinstance(source, Path):
         return []
     if source.is_file():

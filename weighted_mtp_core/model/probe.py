@@ -1,11 +1,12 @@
 """Compare a policy with the model from which it is made, before anything is trained.
 
-Model families differ in ways that no config records: scaled or capped logits, dropout between layers,
-attention windows, layers that depend on their own index. So the model is run on a few tokens first, and the
-policy must give the same logits in evaluation mode, in training mode, with scaled states, and if only some
-positions are read. For the test, attention windows are made shorter than the text.
-`generation.decoding_probe` determines how a policy can be decoded, and `packing_probe` whether rows may
-contain several documents.
+Model families differ in ways that configs do not record reliably: scaled or capped logits, dropout between
+layers, attention windows, and layers that depend on their own index. So the model and the policy are first
+run on a few tokens. Head 1 must give the logits of the model in evaluation mode and in training mode, and the
+states of a head must be the same if only some positions are read. The unembedding is also compared on
+scaled-up states, because a soft-cap hardly changes small logits. During the test, attention windows are made
+shorter than the text. Two other tests are in `generation.decoding_probe`, which determines how a policy can
+be decoded, and in `packing_probe`, which determines whether rows may contain several documents.
 
 Shape letters: B rows, T positions, H hidden, V vocabulary.
 """
@@ -27,23 +28,23 @@ from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.sparse_feed_forward import one_position_per_row, sparse_rows
 from weighted_mtp_core.model.unembedding import Unembedding
 
-_TOLERANCE = 1e-4  # difference of fp32 logits, relative to the largest logit
+_TOLERANCE = 1e-4  # largest difference of fp32 logits, relative to the largest logit
 _LENGTH = 24
 _WINDOW = 8
 _WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size")
-_SPARE_ROWS = 8  # of a table of positions: OPT's has two rows that are not positions
+_SPARE_ROWS = 8  # rows of a position table that may not be positions; OPT's table has two such rows
 _CAPPED = 60.0  # logits are scaled up to this size, because the usual soft-caps are 15 to 50
 _OTHER_MODEL = "use another base model, for example one of the Llama, Qwen or Gemma families"
 
 
 @frozen(kw_only=True, eq=False)
 class Answers:
-    """The model's own logits for the probe's text, float32 `[B, T, V]`, and its unembedding.
+    """The logits of a causal LM for the text of the probe, float32 `[B, T, V]`, and the LM's unembedding.
 
     Attributes:
-        ids_BT: The probe's text; the first halves of its rows are equal.
+        ids_BT: Token ids of the probe's text; the first halves of its rows are equal.
         logits_BTV: The logits in evaluation mode.
-        training_BTV: The logits in training mode, with dropout from `seed`.
+        training_BTV: The logits in training mode, with the dropout that `seed` gives.
         seed: Seed of the dropout.
         unembedding: Computes `logits_BTV` from the states of the model's body.
     """
@@ -75,8 +76,8 @@ def observe(base: Any) -> Answers:
     """Run a causal LM on the probe's text.
 
     Raises:
-        WmtpError: The model fails, attends to later tokens, or computes its logits differently from an
-            `Unembedding` of its body's states.
+        WmtpError: The model fails, attends to later tokens, or computes logits that no `Unembedding` can
+            compute from the states of the model's body.
     """
     name = base.config.model_type
     why = REFUSED.get(name)
@@ -98,7 +99,7 @@ def observe(base: Any) -> Answers:
             base.train()
             with seeded():
                 _, training_BTV = _run(base, ids_BT)
-    except Exception as error:  # of any model at all, so of any kind
+    except Exception as error:  # an unknown model can raise any exception
         raise WmtpError(
             f"a `{name}` model cannot be a trunk: it cannot be run with token ids only ({reason(error)})",
             hint=_OTHER_MODEL,
@@ -136,7 +137,7 @@ def observe(base: Any) -> Answers:
 
 @torch.no_grad()
 def compare(policy: Policy, answers: Answers) -> None:
-    """Check that head 1 of a policy gives the model's own logits.
+    """Check that head 1 of a policy gives the logits of the model from which the policy was made.
 
     Raises:
         WmtpError: Head 1 fails or gives other logits.
@@ -155,18 +156,18 @@ def compare(policy: Policy, answers: Answers) -> None:
             with seeded():
                 training_BTV = policy.logits(1, policy.trunk_states(answers.ids_BT))
             found[" in training"] = _gap(training_BTV, answers.training_BTV)
-    except Exception as error:  # of any model at all, so of any kind
+    except Exception as error:  # an unknown model can raise any exception
         raise _unfit(policy, f"cannot be run ({reason(error)})") from error
     finally:
         policy.train(was_training)
     for where, gap in found.items():
-        if not gap <= _TOLERANCE:  # NaN, too
+        if not gap <= _TOLERANCE:  # also True for NaN
             raise _unfit(policy, f"is not the model itself{where} (logits differ by {gap:.2g})")
 
 
 @contextmanager
 def windows_of(model: nn.Module, size: int) -> Iterator[None]:
-    """Inside this context, attention windows have `size` tokens, if the model has such a setting."""
+    """Inside this context, the attention windows of a model have `size` tokens, if it has windows."""
     configs = {id(each): each for module in model.modules() for each in _configs(module)}
     holders: list[Any] = [*model.modules(), *configs.values()]
     changed = [
@@ -186,7 +187,7 @@ def windows_of(model: nn.Module, size: int) -> Iterator[None]:
 
 @contextmanager
 def seeded() -> Iterator[None]:
-    """Inside this context, random numbers are always the same; afterwards the previous state is restored."""
+    """Inside this context, use random numbers from a fixed seed; afterwards, restore the previous state."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
@@ -262,7 +263,8 @@ def check_positions(policy: Policy, tokens: int) -> None:
     token = probe_ids(policy.config)[:1, :1]
     fails = config.model_type in LIMITED_LENGTH
     if not fails and policy.unembedding.weight.device.type == "cuda":
-        # A look-up past the end of a table would end the process, so look for a table that is too short.
+        # On a CUDA device, a look-up past the end of a table would end the process, so the sizes of the
+        # tables are compared instead.
         tables = [each for each in policy.trunk.modules() if isinstance(each, nn.Embedding)]
         fails = any(limit <= each.num_embeddings < tokens + _SPARE_ROWS for each in tables)
     elif not fails:

@@ -1,7 +1,7 @@
 """Let transformers read a model in shards: each process reads only its rows of the matrices from the files.
 
-transformers reads a tensor in shards if the parameter is a `DTensor` when the files are opened, which is the
-case here: the matrices of a model are sharded while the model is still on the device `meta`.
+transformers reads only a shard of a tensor if the parameter is a `DTensor` when the files are opened. So the
+matrices of a model are sharded while the model is still on the device `meta`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from weighted_mtp_core.runtime.sharding import decoder_layers, shard_matrices
 
 
 def sharded_class(model_class: Any, source: Path | str, mesh: DeviceMesh) -> Any:
-    """Return a subclass of a model's class that shards its matrices as soon as a model has been made.
+    """Return a subclass of a model's class with a constructor that shards the matrices of the model.
 
     Args:
         model_class: One of transformers' `Auto...` classes, or the class of the model itself.
         source: A transformers directory or a hub id.
-        mesh: The processes.
+        mesh: The processes over which the matrices are sharded.
     """
     from transformers import AutoConfig
     from transformers.models.auto.auto_factory import _get_model_class
@@ -34,7 +34,7 @@ def sharded_class(model_class: Any, source: Path | str, mesh: DeviceMesh) -> Any
 
     def make(model: Any, *given: Any, **named: Any) -> None:
         own.__init__(model, *given, **named)
-        with torch.device("cpu"):  # transformers makes models inside the context of `meta`
+        with torch.device("cpu"):  # transformers makes models inside a context of the device `meta`
             shard_matrices([*decoder_layers(model), *_outside_layers(model)], mesh)
 
     # transformers looks up the source code of a class by the name of its module.
@@ -42,7 +42,7 @@ def sharded_class(model_class: Any, source: Path | str, mesh: DeviceMesh) -> Any
 
 
 def finish_loading(model: Any, info: Any, mesh: DeviceMesh) -> None:
-    """Give a model its own class again, move it to the device, and collect the faults of all processes."""
+    """Restore a model's class, move the model to its device, and merge the reports of all processes."""
     (model.__class__,) = type(model).__bases__
     model.to(mesh.device_type)
     found: list[Any] = [None] * mesh.size()

@@ -1,4 +1,4 @@
-"""Use the multi-token prediction (MTP) layers of a base model as `sequential` heads, and write them back.
+"""Use a base model's layers for multi-token prediction (MTP) as `sequential` heads, and export these heads.
 
 An MTP layer consists of a decoder layer, norms and a projection. The decoder layer is loaded as an additional
 layer of the model, so that transformers renames and joins its tensors like the tensors of the other layers.
@@ -44,7 +44,7 @@ class ShippedHeads:
         layout: How the layers are stored.
         layers: Number of the model's decoder layers.
         depth: Number of MTP layers.
-        copies: The entries of `Layout.copies` that exist in the files, by the names in the files.
+        copies: The entries of `Layout.copies` that exist in the files, by tensor name.
         config: The config of the model.
     """
 
@@ -56,7 +56,7 @@ class ShippedHeads:
     config: Any
 
     def names(self, depth: int) -> dict[str, str]:
-        """Return the tensor's name for each parameter of `SequentialModule` outside the decoder layer."""
+        """Return the tensor name of each parameter of `SequentialModule` outside its decoder layer."""
         return {own: self._named(name, depth) for own, name in self.layout.names.items()}
 
     def block(self, depth: int) -> str:
@@ -68,7 +68,7 @@ class ShippedHeads:
 
     @property
     def beside(self) -> re.Pattern[str]:
-        """A pattern for the names of tensors outside the decoder layers, as transformers renames them."""
+        """A pattern for tensors of MTP layers outside of decoder layers, before and after renaming."""
         names = {name for depth in range(self.depth) for name in self.names(depth).values()} | set(
             self.copies
         )
@@ -78,7 +78,7 @@ class ShippedHeads:
         return re.compile("|".join(f"^{re.escape(name)}$" for name in sorted(names)))
 
     def options(self) -> dict[str, Any]:
-        """Return arguments with which `from_pretrained` loads MTP layers as additional decoder layers."""
+        """Return the arguments with which `from_pretrained` loads MTP layers as additional decoder layers."""
         config = copy.deepcopy(self.config)
         for name, value in more_layers(text_config(config), self.depth).items():
             setattr(text_config(config), name, value)
@@ -89,7 +89,7 @@ class ShippedHeads:
         return {"config": config, "key_mapping": renamed}
 
     def take_blocks(self, base: Any) -> Sequence[nn.Module]:
-        """Remove the additional layers from a model that was loaded with `options`, and return them."""
+        """Remove the additional layers from a model that was loaded with `options`; return these layers."""
         body, name, _ = anatomy(base)
         layers = getattr(body, name)
         setattr(body, name, layers[: self.layers])
@@ -100,11 +100,11 @@ class ShippedHeads:
 
     @torch.no_grad()
     def load_into(self, policy: Policy, blocks: Sequence[nn.Module]) -> None:
-        """Load the weights of the MTP layers into heads 2..K, and make these heads compute the same.
+        """Load the weights of the MTP layers into heads 2..K, which then compute the same as these layers.
 
         Args:
             policy: A policy with `sequential` heads.
-            blocks: The result of `take_blocks`.
+            blocks: The decoder layers from `take_blocks`.
 
         Raises:
             WmtpError: The MTP layers are not of the same kind as the model's last decoder layer, contain NaN
@@ -131,7 +131,7 @@ class ShippedHeads:
         heads.wiring = evolve(heads.wiring, recurrent=policy.n_future > self.depth + 1)
 
     def tensors(self, policy: Policy) -> dict[str, Tensor]:
-        """Return the tensors of heads 2..K with the base model's names, for `save_pretrained`."""
+        """Return the tensors of heads 2..K under the names in the base model's files."""
         shared = _shared(policy)
         found = {name: shared[kind].detach().clone() for name, kind in self.copies.items()}
         for depth in range(self.depth):
@@ -163,7 +163,8 @@ def find_shipped_heads(source: Path | str, config: Any, *, n_future: int, shared
         shared: Whether all heads 2..K use one MTP layer.
 
     Raises:
-        WmtpError: There are no MTP layers, they cannot become heads, or their number differs from K - 1.
+        WmtpError: The files contain no MTP layers, the MTP layers cannot become heads, or the number of MTP
+            layers does not suit K.
     """
     text = text_config(config)
     pattern = names_of_shipped_layers(source)
@@ -192,7 +193,7 @@ def find_shipped_heads(source: Path | str, config: Any, *, n_future: int, shared
     found = evolve(found, copies=copies)
     _refuse_other_names(found, names)
     _refuse_other_count(found, n_future=n_future, shared=shared)
-    more_layers(text, found.depth)  # raises for MTP layers of another kind
+    more_layers(text, found.depth)  # raises if the MTP layers are of another kind than the last layer
     return found
 
 

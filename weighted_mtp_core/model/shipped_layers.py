@@ -1,7 +1,7 @@
-"""The multi-token prediction (MTP) layers in the files of base models: names and computation.
+"""Describes the layers for multi-token prediction (MTP) in the files of base models.
 
-transformers does not load these tensors with a causal LM. For a model with N decoder layers and MTP layer d,
-their names begin with `model.layers.<N + d>.` (DeepSeek-V3, GLM-4.5), `mtp.` (Qwen3-Next, Qwen3.5),
+transformers does not load MTP layers with a causal LM. In a model with N decoder layers, the tensor names of
+MTP layer d begin with `model.layers.<N + d>.` (DeepSeek-V3, GLM-4.5), `mtp.` (Qwen3-Next, Qwen3.5),
 `model.mtp_layers.<d>.` (MiMo), or a similar prefix.
 """
 
@@ -26,19 +26,19 @@ Shared = Literal["embedding", "unembedding"]
 
 @frozen(kw_only=True)
 class Layout:
-    """How families store MTP layers, and what the layers compute.
+    """How some model families store MTP layers, and what these layers compute.
 
     In names, `{depth}` is the index of an MTP layer among the MTP layers, from 0, and `{layer}` is `{depth}`
     plus the number of the model's decoder layers.
 
     Attributes:
         families: `model_type` of the text models.
-        block: Common prefix of the names of the decoder layer's tensors.
-        names: The name of the tensor for each parameter of `SequentialModule` outside the decoder layer.
+        block: Common prefix of the tensor names of an MTP layer's decoder layer.
+        names: The tensor name of each parameter of `SequentialModule` outside its decoder layer.
         copies: Names of tensors that may exist as copies of the model's embedding or unembedding.
-        serve: The value of `model.heads.serve` with which `sequential` heads compute the same.
-        repeats: Whether all servers that run the layer several times use its state after the final norm as
-            the next input.
+        serve: The value of `model.heads.serve` with which `sequential` heads compute the same as the layers.
+        repeats: Whether all servers that apply one MTP layer repeatedly pass the layer's state after the
+            final norm to the next application.
     """
 
     families: tuple[str, ...]
@@ -93,8 +93,8 @@ MIMO = Layout(
     repeats=True,
 )
 LAYOUTS = (_DEEPSEEK, _GLM, _QWEN, MIMO)
-"""Read in transformers 5.23.0 (`MtpLayer`) and vLLM 0.32.0 (`deepseek_mtp`, `glm4_moe_mtp`, `qwen3_next_mtp`,
-`qwen3_5_mtp`, `mimo_mtp`)."""
+"""All layouts, taken from the code of transformers 5.23.0 (`MtpLayer`) and vLLM 0.32.0 (`deepseek_mtp`,
+`glm4_moe_mtp`, `qwen3_next_mtp`, `qwen3_5_mtp`, `mimo_mtp`)."""
 
 _NAMED_MTP = r"(^|\.)mtp(_\w+)?\."
 _NUMBERED = re.compile(r"^(?P<layer>(?P<start>(?:.*?\.)?layers\.)(?P<number>\d+)\.)(?P<rest>.+)")
@@ -105,7 +105,8 @@ def tensor_files(source: Path | str) -> dict[str, Path]:
     """Return the file of each tensor of a model; empty if the model is not in safetensors files.
 
     Args:
-        source: A transformers directory or a hub id, of which only the list of tensors must be downloaded.
+        source: A transformers directory or a hub id. For a hub id with several files of weights, only the
+            list of tensors is downloaded.
     """
     from safetensors import safe_open
     from transformers.utils.hub import cached_file
@@ -127,7 +128,7 @@ def tensor_files(source: Path | str) -> dict[str, Path]:
 
 
 def names_of_shipped_layers(source: Path | str) -> re.Pattern[str]:
-    """Return a pattern that occurs in the tensor names of MTP layers, before and after renaming.
+    """Return a pattern for the tensor names of MTP layers, before and after transformers renames them.
 
     Args:
         source: See `tensor_files`.
@@ -149,10 +150,10 @@ def shipped_layers(source: Path | str, model: nn.Module) -> tuple[str, ...]:
 
 
 def later_layers(source: Path | str, model: nn.Module) -> tuple[str, ...]:
-    """Return the names of tensors of decoder layers after the last layer of a model, sorted.
+    """Return, sorted, the tensor names of decoder layers with higher numbers than the model's last layer.
 
-    transformers usually reports such tensors as unexpected. In some families, however, it ignores layers with
-    the numbers that MTP layers have in published models.
+    transformers usually reports such tensors as unexpected. For some families, however, transformers ignores
+    layers that have the numbers of MTP layers in published models.
     """
     pattern = names_of_shipped_layers(source)
     own = filter(None, map(_NUMBERED.match, model.state_dict()))
@@ -165,8 +166,8 @@ def later_layers(source: Path | str, model: nn.Module) -> tuple[str, ...]:
 def promise_no_layers(config: Any) -> None:
     """Remove from a config, in place, each key that describes MTP layers.
 
-    A key with a number is not removed but set to 0 if the class of the config has a default for this key,
-    because transformers would use the default for a missing key.
+    For a missing key, transformers would use the default of the config's class. So a key with a default is
+    not removed: it is set to 0 if the default is an int, otherwise to the default.
     """
     for part in {id(each): each for each in (config, text_config(config))}.values():
         kind = type(part)

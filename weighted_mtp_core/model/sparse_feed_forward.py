@@ -1,9 +1,9 @@
 """Compute a layer's feed-forward network only at the positions whose states are read.
 
-Attention needs every position. But the feed-forward network, three quarters of a Llama layer, is computed
-independently at each position, so it and its gradient can be skipped at positions whose state is not read.
-This uses hooks on the layer's module `mlp`; layers in which this module has another name are computed in
-full.
+Attention needs every position. But the feed-forward network, which has about three quarters of the parameters
+of a Llama layer, is computed independently at each position. So the network and its gradient can be skipped
+at positions whose state is not read. The code hooks the module `mlp` of the layer; a layer whose feed-forward
+network has another name is computed in full.
 
 Shape letters: B rows, T positions, H hidden, N selected positions of the flattened [B, T].
 """
@@ -20,7 +20,12 @@ from torch import Tensor, nn
 
 @contextmanager
 def sparse_rows(layer: nn.Module, index_N: Tensor) -> Iterator[None]:
-    """Inside this context, compute the network only at the positions `index_N` of the flattened `[B, T]`."""
+    """Inside this context, compute a layer's feed-forward network only at the positions `index_N`.
+
+    Args:
+        layer: A decoder layer.
+        index_N: int64 positions in the flattened `[B, T]`.
+    """
     network = getattr(layer, "mlp", None)
     if network is None:
         yield
@@ -43,14 +48,14 @@ def sparse_rows(layer: nn.Module, index_N: Tensor) -> Iterator[None]:
 
 @contextmanager
 def one_position_per_row(layer: nn.Module, index_B: Tensor) -> Iterator[None]:
-    """Inside this context, compute the network only at one position of each row.
+    """Inside this context, compute a layer's feed-forward network only at one position of each row.
 
-    The output is added to all positions of the row, so only the state at the chosen position is correct. This
-    costs less than copying the output into a row of zeros.
+    The layer adds the network's output to all positions of the row, so only the state at the chosen position
+    is correct. Adding to all positions costs less than copying the output into a row of zeros.
 
     Args:
         layer: A decoder layer.
-        index_B: int64 position of each row in the flattened `[B, T]`.
+        index_B: int64 index of each row's chosen position in the flattened `[B, T]`.
     """
 
     def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -1,9 +1,12 @@
-"""Stores the matrices of a frozen base model in fewer bits than it computes with: `model.base_dtype`.
+"""Stores the matrices of a frozen base model in the dtype `model.base_dtype`, which saves memory.
 
 A matrix is converted to the dtype of its input whenever it is used, in the forward and in the backward pass,
-and the converted matrix is not kept. `nf4` is 4-bit NormalFloat in blocks of 64 numbers, one float32 scale
-per block (QLoRA, Dettmers et al. 2023, section 3), for linear layers only; the embedding and the unembedding
-are then bfloat16. Norms and biases stay float32.
+and the converted matrix is not kept. `nf4` is 4-bit NormalFloat with one float32 scale per block of 64
+numbers (QLoRA, Dettmers et al. 2023, section 3). Only linear layers are stored in nf4; the embedding and the
+unembedding are then bfloat16. Norms and biases stay float32.
+
+Shape letters: I inputs and O outputs of a linear layer, X other dimensions, H hidden, R blocks, B numbers of
+a block.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from weighted_mtp_core.recipe.schema import BaseDtype
 from weighted_mtp_core.runtime.sharding import shard_like, whole
 
 _BLOCK = 64
-_HALF_GAP = 0.153  # of the two values of nf4 that are farthest apart, -1 and -0.696
+_HALF_GAP = 0.153  # half the largest distance between neighbouring values of nf4, which are -1 and -0.696
 
 
 class _Product(torch.autograd.Function):
@@ -47,7 +50,7 @@ class _Bfloat16Linear(nn.Linear):
         return self.weight.to(dtype)
 
     def forward(self, input_XI: Tensor) -> Tensor:
-        """Return `[..., O]`, in autocast's dtype or in the dtype of the input."""
+        """Return the output `[..., O]` in autocast's dtype if autocast is on, otherwise the input's dtype."""
         device = input_XI.device.type
         dtype = input_XI.dtype
         if torch.is_autocast_enabled(device):
@@ -57,7 +60,7 @@ class _Bfloat16Linear(nn.Linear):
 
 
 class _Nf4Linear(_Bfloat16Linear):
-    """A linear layer with a frozen matrix in nf4: two numbers per byte, and `scale` with one per block."""
+    """A linear layer with a frozen matrix in nf4: two numbers per byte, and one scale per block."""
 
     scale: Tensor
 
@@ -77,18 +80,18 @@ class _Bfloat16Embedding(nn.Embedding):
     """An embedding with a frozen table in bfloat16 and float32 outputs."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Return `[..., H]`."""
+        """Return the embeddings of token ids, float32 `[..., H]`."""
         return super().forward(ids).float()
 
 
 def store_base(model: nn.Module, dtype: BaseDtype) -> None:
-    """Store the frozen matrices of a float32 model, in place.
+    """Convert the frozen matrices of a float32 model to `dtype`, in place.
 
-    Embeddings that compute something else besides the lookup stay float32.
+    An embedding of another class than `nn.Embedding`, which may compute more than a lookup, stays float32.
 
     Raises:
-        WmtpError: `bitsandbytes` is not installed or does not run here, or the model has its matrices in
-            other modules than linear layers.
+        WmtpError: `bitsandbytes` is not installed or computes wrong values on this machine, or the model has
+            many matrices outside of linear layers or reads a matrix without calling its layer.
     """
     if dtype == "float32":
         return
@@ -125,7 +128,10 @@ def restore_base(model: nn.Module) -> None:
 
 
 def _refuse_other_matrices(model: nn.Module, dtype: BaseDtype) -> None:
-    """Refuse a model of which a tenth, embeddings aside, would stay float32, or with uncalled layers."""
+    """Refuse a model in which too many matrices would stay float32, or that bypasses its linear layers.
+
+    At most a tenth of all frozen parameters may be in matrices outside of linear layers and embeddings.
+    """
     frozen = {id(each): each.numel() for each in model.parameters() if not each.requires_grad}
     linear, others = [], dict[str, int]()
     for name, module in model.named_modules():
@@ -152,7 +158,7 @@ def _shorten(module: nn.Module, kind: type[nn.Module]) -> None:
 
 
 def _shorten_in_place(weight: nn.Parameter) -> None:
-    if isinstance(weight, DTensor):  # to assign its `data` would not change the shard
+    if isinstance(weight, DTensor):  # assigning to its `data` would not change the shard
         shorter = nn.Parameter(weight.detach().bfloat16(), requires_grad=False)
         torch.utils.swap_tensors(weight, shorter)  # type: ignore[no-untyped-call]
     else:
@@ -160,7 +166,7 @@ def _shorten_in_place(weight: nn.Parameter) -> None:
 
 
 def _become(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Change a module's class, so that every reference to the module refers to the new one."""
+    """Change the class of a module in place, so that all references to the module stay valid."""
     module.__class__ = kind
 
 
@@ -190,7 +196,7 @@ def _pack(module: nn.Linear) -> None:
 
 
 def _rows_of_blocks(count: int) -> torch.Size:
-    """Return the shape with one block per row, or one row if the last block is shorter.
+    """Return a shape for `count` numbers: one block per row, or a single row if the last block is shorter.
 
     On CPUs, bitsandbytes 0.50 mixes up the blocks of matrices whose rows are not whole blocks.
     """

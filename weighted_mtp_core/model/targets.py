@@ -22,7 +22,7 @@ IGNORED = -100
 
 
 def align_labels(ids_BT: Tensor, *, document_BT: Tensor, response_BT: Tensor, n_future: int) -> Tensor:
-    """Return int64 labels: `labels_BTK[b, t, k - 1] = x[b, t + k]` if the pair counts, otherwise -100.
+    """Return int64 labels: `labels_BTK[b, t, k - 1] = ids_BT[b, t + k]` if the pair counts, otherwise -100.
 
     A pair counts if its target is a response token and belongs to the same document as its source. The source
     may be a prompt token. Pairs with padding (document -1) or with a target in another document do not count.
@@ -48,7 +48,7 @@ def batch_labels(batch: Batch, n_future: int) -> Tensor:
 
 
 def target_mask(labels_BTK: Tensor) -> Tensor:
-    """Return bool `[B, T, K]`, True where the pair counts."""
+    """Return bool `[B, T, K]`, True for pairs that count."""
     return labels_BTK != IGNORED
 
 
@@ -67,7 +67,7 @@ def source_index(label_BT: Tensor, *, k: int, preceding_BT: Counts | None) -> Te
 
 
 def pair_index(target_BTK: Tensor, *, preceding_BT: Counts | None) -> Tensor:
-    """Return the counted pairs, int64 indices `[N]` into the flattened `[B, T, K]`; see `source_index`."""
+    """Return the counted pairs as int64 indices `[N]` into the flattened `[B, T, K]`; see `source_index`."""
     if preceding_BT is None:
         return target_BTK.flatten().nonzero()[:, 0]
     heads = target_BTK.shape[2]
@@ -76,7 +76,7 @@ def pair_index(target_BTK: Tensor, *, preceding_BT: Counts | None) -> Tensor:
 
 
 def choices_of_head_1(choice_BTK: Tensor) -> Tensor:
-    """Return, for each (position, head) pair, head 1's prediction of the same target, `[B, T, K]`.
+    """Return, for each (position, head) pair, head 1's prediction of the pair's target, `[B, T, K]`.
 
     Args:
         choice_BTK: int64 predicted token ids, by source and head; -100 for a pair that does not count.
@@ -87,5 +87,5 @@ def choices_of_head_1(choice_BTK: Tensor) -> Tensor:
 
 
 def take(x_BT: Tensor, index_N: Tensor) -> Tensor:
-    """Return the values `[N, ...]` at positions of the flattened `[B, T]`."""
+    """Return the values `[N, ...]` at the positions `index_N` of the flattened `[B, T]`."""
     return x_BT.flatten(0, 1).index_select(0, index_N)

@@ -25,7 +25,7 @@ from weighted_mtp_core.runtime.sharding import mesh_of_parameters
 class Trunk(nn.Module):
     """Maps a batch to float32 states `[B, T, H]`, with gradients.
 
-    Dropout is disabled even if the config has it, so that a text always gets the same score.
+    Dropout is disabled even if the model's config enables it, so that a text always gets the same score.
 
     Args:
         body: A transformers model without its unembedding, sharded or not; it is not copied.
@@ -54,14 +54,16 @@ def trainable_trunk(policy: Policy, base: str | None, *, storage: Path, tokenize
     """Return a trainable trunk that shares no parameters with the policy.
 
     Args:
-        policy: The policy, whose current trunk is copied unless `base` names another model.
-        base: Name of a model as in `model.base`, or None; all layers and the final norm of the model are
-            used. Adapters of the policy are merged in the copy.
+        policy: The policy, whose current trunk is copied unless `base` names another model. Adapters in the
+            trunk are merged in the copy.
+        base: Name of a model as in `model.base`, of which all layers and the final norm are used; None
+            copies the policy's trunk.
         storage: The storage root, where models are looked up.
         tokenizer: The policy's tokenizer.
 
     Raises:
-        WmtpError: There is no such model, or its tokenizer differs from the policy's.
+        WmtpError: `base` does not name a model, the model cannot be loaded, or its tokenizer differs from the
+            policy's tokenizer.
     """
     if base is None:
         return Trunk(merged_copy(policy.trunk)).requires_grad_(requires_grad=True)

@@ -27,10 +27,10 @@ class Unembedding(nn.Module):
         soft_cap: c; None if logits are not capped.
 
     Attributes:
-        weight: W, which may be sharded: each use then gathers it.
-        bias: b, if any.
-        scale: The scale.
-        soft_cap: The soft-cap.
+        weight: W; if W is sharded, each use gathers it.
+        bias: b; None if the base model's unembedding has no bias.
+        scale: Factor of `W h + b`.
+        soft_cap: c; None if logits are not capped.
         stored: Whether the matrix is stored in bfloat16, although states are float32; see `stored_base`.
     """
 
@@ -52,15 +52,15 @@ class Unembedding(nn.Module):
         return torch.float32 if self.stored else self.weight.dtype
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """Return W, which is gathered if it is sharded (a collective operation)."""
-        # A shard is sent in the smaller of the two dtypes.
+        """Return W in this dtype; gathering a sharded W is a collective operation."""
+        # Shards are sent in W's own dtype or in the requested dtype, whichever is smaller.
         smaller = min(self.weight.dtype, dtype, key=lambda each: each.itemsize)
         return whole(self.weight, smaller).to(dtype)
 
     def matrix_gradient(self) -> Tensor | None:
         """Return the tensor `[V, H]` to which this process adds its gradient of W; None if W is frozen.
 
-        It is W's gradient or, for a sharded W, a tensor that `reduce_gradient` adds to W's gradient.
+        The tensor is W's gradient or, for a sharded W, a buffer that `reduce_gradient` adds to W's gradient.
         """
         if not isinstance(self.weight, DTensor):
             return gradient_of(self.weight)
@@ -69,7 +69,7 @@ class Unembedding(nn.Module):
         return self._gradient_VH
 
     def reduce_gradient(self) -> None:
-        """Sum the gradients of a sharded W over the processes, which all must call this."""
+        """Sum the gradients of a sharded W over all processes; every process must call this method."""
         if not isinstance(self.weight, DTensor) or not self.weight.requires_grad:
             return
         own_VH = self.matrix_gradient()

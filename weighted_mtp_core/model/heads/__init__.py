@@ -1,8 +1,8 @@
-"""The kinds of heads, one file each.
+"""The kinds of heads, each in a file of its own.
 
 A kind defines which part of the base model becomes the trunk, what head 1 is and how heads 2..K are
-initialised. Another kind is a subclass of `Heads`, listed in `model.policy.HEADS` and in the recipe's
-`model.heads.kind`.
+initialised. To add a kind, write a subclass of `Heads`, and list it in `model.policy.HEADS` and its name
+among the values of the recipe's `model.heads.kind`.
 
 Shape letters: B rows, T positions, S cached and new tokens, H hidden.
 """
@@ -39,7 +39,7 @@ class Text:
     Attributes:
         ids_BT: int64 token ids; None if the heads do not read tokens.
         position_BT: See `Policy.trunk_states`.
-        trunk: Embeds the tokens.
+        trunk: The trunk, which embeds the tokens.
     """
 
     ids_BT: Tensor | None
@@ -54,7 +54,7 @@ class Text:
         return torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
 
     def embedded(self, ahead: int) -> Tensor:
-        """Return the embedding `[B, T, H]` of the token `ahead` positions later, 0 past the document."""
+        """Return the embeddings `[B, T, H]` of the tokens `ahead` positions later, 0 after the document."""
         position_BT = self.positions()
         # Positions restart at 0 with each document, so no token after the end of a document has the expected
         # position.
@@ -70,7 +70,7 @@ class Text:
 
 
 class Heads(nn.ModuleList, ABC):
-    """Heads 1..K: one module for each head, unless heads share a module. Head 1 is part of the base model.
+    """Heads 1..K: one module for each head, unless heads 2..K share a module. Head 1 is from the base model.
 
     Attributes:
         kind: The value of the recipe's `model.heads.kind`.
@@ -84,7 +84,7 @@ class Heads(nn.ModuleList, ABC):
     @classmethod
     @abstractmethod
     def split(cls, base: Any, *, n_future: int, table: HeadsTable) -> SplitModel:
-        """Split a causal LM into its parts and make K heads; the modules of the model are not copied.
+        """Split a causal LM into trunk, head 1 and norm without copying its modules, and make heads 2..K.
 
         Raises:
             WmtpError: The model cannot be split for this kind of head.
@@ -101,7 +101,7 @@ class Heads(nn.ModuleList, ABC):
         cache: Any = None,
         seen_BS: Tensor | None = None,
     ) -> Tensor:
-        """Return the states `[B, T, H]` of head k before the policy's norm; see `Policy.trunk_states`.
+        """Return the states `[B, T, H]` of head k before the policy's norm.
 
         Args:
             k: Number of the head, from 1.
@@ -128,7 +128,7 @@ class Heads(nn.ModuleList, ABC):
             n_future: K.
             text: The text of these states.
             rows: For each head, the positions at which the caller reads states, as int64 indices `[N]` into
-                the flattened `[B, T]`; None for all positions. States at other positions may be wrong.
+                the flattened `[B, T]`; None means all positions. States at other positions may be wrong.
             detach: Whether the trunk's states are detached before heads 2..K read them.
         """
         for k in range(1, n_future + 1):
@@ -138,7 +138,7 @@ class Heads(nn.ModuleList, ABC):
 
     @abstractmethod
     def layer(self, k: int) -> nn.Module:
-        """Return the module that computes head k (from 1); for a body, its only layer."""
+        """Return the module that computes head k (from 1); if the head is a body, its only decoder layer."""
 
     @property
     def bodies(self) -> Sequence[nn.Module]:
@@ -151,7 +151,7 @@ class Heads(nn.ModuleList, ABC):
         return ()
 
     def caches(self, n_future: int) -> int:
-        """Return the number of key-value caches that K heads need."""
+        """Return the number of key-value caches that `n_future` heads need."""
         del n_future
         return len(self.bodies)
 

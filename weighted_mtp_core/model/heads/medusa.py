@@ -1,7 +1,7 @@
-"""`medusa` heads: the trunk is the whole body, head 1 the identity, heads 2..K residual blocks.
+"""`medusa` heads: the trunk is the whole body, head 1 is the identity, and heads 2..K are residual blocks.
 
-A block computes `h + silu(W h)` from the state h that the unembedding reads (Medusa, Cai et al. 2024, section
-3.1, with the model's own unembedding). vLLM serves this form.
+A block computes `h + silu(W h)` from the trunk's state h with a matrix W (Medusa, Cai et al. 2024, section
+3.1). All heads share the model's unembedding. vLLM can draft with `medusa` heads.
 
 Shape letters: B rows, T positions, S cached and new tokens, H hidden.
 """
@@ -18,13 +18,13 @@ from weighted_mtp_core.recipe.schema import HeadsTable
 
 
 class MedusaHeads(Heads):
-    """Residual blocks that start as the identity."""
+    """The identity as head 1, and residual blocks that start as the identity as heads 2..K."""
 
     kind = "medusa"
 
     @classmethod
     def split(cls, base: Any, *, n_future: int, table: HeadsTable) -> SplitModel:
-        """Take the body as it is, its final norm included."""
+        """Use the whole body, including its final norm, as the trunk."""
         del table
         body = body_of(base)
         width = int(base.get_output_embeddings().weight.shape[1])
@@ -41,7 +41,7 @@ class MedusaHeads(Heads):
         cache: Any = None,
         seen_BS: Tensor | None = None,
     ) -> Tensor:
-        """Return head k's states `[B, T, H]`; each depends on the trunk's state at its own position only."""
+        """Return head k's states `[B, T, H]`; a state depends only on the trunk's state at its position."""
         del embedded_BTH, position_BT, cache, seen_BS
         states: Tensor = self[k - 1](hidden_BTH)
         return states
@@ -52,7 +52,7 @@ class MedusaHeads(Heads):
 
 
 class MedusaHead(nn.Module):
-    """`h + silu(W h)`, the identity at first because W starts at 0."""
+    """Computes `h + silu(W h)`, which is the identity before training because W starts at 0."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Make a decoder layer of any family of models a model of its own: a body of one layer that reads states.
+"""Wrap a decoder layer of any model family in a body of its own, which reads states instead of token ids.
 
 Shape letters: H hidden.
 """
@@ -17,14 +17,14 @@ from weighted_mtp_core.model.families import SCALES_OF_EMBEDDINGS
 def one_layer_body(
     body: Any, layer: nn.Module, *, config: Any, layers_name: str, norm_name: str
 ) -> nn.Module:
-    """Return a body of the same family that consists of this layer, without embeddings, norm and dropout."""
+    """Return a body that consists only of `layer`, without embeddings, final norm and dropout."""
     instead: dict[int, Any] = {id(body.config): config}  # replacements of modules in the copy of the body
     for name, child in body.named_children():
         if name == layers_name:
             instead[id(child)] = nn.ModuleList([layer])
         elif isinstance(child, nn.Embedding) and child.num_embeddings != body.config.vocab_size:
-            # The trunk's states already contain learned embeddings of positions; the body would add them
-            # again.
+            # The trunk's states already contain the learned embeddings of positions, which a copy of this
+            # module would add again.
             instead[id(child)] = _ZeroEmbedding(child.embedding_dim)
         elif name == norm_name or isinstance(child, nn.Dropout) or any(True for _ in child.parameters()):
             instead[id(child)] = nn.Identity()
@@ -38,7 +38,7 @@ def one_layer_body(
 
 
 def _renumber(module: nn.Module, config: Any) -> None:
-    """Give a module of the last layer the layer index 0."""
+    """Set the layer index of a module to 0, because its layer is the only layer of the new body."""
     for name in ("layer_idx", "layer_id"):
         if hasattr(module, name):
             setattr(module, name, 0)
@@ -47,7 +47,7 @@ def _renumber(module: nn.Module, config: Any) -> None:
 
 
 class _ZeroEmbedding(nn.Module):
-    """Replaces the learned embedding of positions."""
+    """Replaces a learned embedding of positions with zeros."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

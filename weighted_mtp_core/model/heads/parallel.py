@@ -1,6 +1,7 @@
-"""`parallel` heads: each is one decoder layer on the trunk, the base model without its last layer.
+"""`parallel` heads: each head is one decoder layer that reads the states of the trunk.
 
-Head 1 is the pretrained last layer, heads 2..K start as copies of it (Gloeckle et al. 2024, section 2).
+The trunk is the base model without its last layer. Head 1 is the pretrained last layer, and heads 2..K start
+as copies of this layer (Gloeckle et al. 2024, section 2).
 
 Shape letters: B rows, T positions, S cached and new tokens, H hidden.
 """
@@ -21,16 +22,17 @@ from weighted_mtp_core.runtime.fsdp import copy_of
 
 
 class ParallelHeads(Heads):
-    """Bodies of one layer, fed with the trunk's states in place of embeddings."""
+    """Heads that are bodies of one layer and read the trunk's states instead of embeddings."""
 
     kind = "parallel"
 
     @classmethod
     def split(cls, base: Any, *, n_future: int, table: HeadsTable) -> SplitModel:
-        """Take the last layer and the final norm off the body.
+        """Remove the last layer and the final norm from the body, which becomes the trunk.
 
         Raises:
-            WmtpError: The model has one layer only, or is not built of layers and a final norm.
+            WmtpError: The model has only one layer, does not consist of layers and a final norm, or has a
+                last layer that cannot be run without the other layers.
         """
         del table
         body, layers_name, norm_name = anatomy(base)
@@ -79,11 +81,11 @@ class ParallelHeads(Heads):
 
     @property
     def bodies(self) -> Sequence[nn.Module]:
-        """All heads."""
+        """All heads, because each head is a transformers model of one layer."""
         return tuple(self)
 
     def rejoin(self, base: Any, *, trunk: nn.Module, norm: nn.Module) -> None:
-        """Put the trunk's layers, head 1's and the norm into a causal LM."""
+        """Put the trunk's layers, the layer of head 1 and the norm into a causal LM."""
         body, layers_name, norm_name = anatomy(base)
         super().rejoin(base, trunk=trunk, norm=norm)
         setattr(body, layers_name, nn.ModuleList([*layers_of(trunk), self.layer(1)]))

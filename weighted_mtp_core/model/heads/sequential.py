@@ -1,12 +1,12 @@
-"""`sequential` heads: a chain of modules; each reads the state of the previous module and one more token.
+"""`sequential` heads: a chain of modules that each read the previous module's state and one more token.
 
 Module d (head d + 1) combines the state of module d - 1 at position t with the embedding of token x[t + d]:
 
     h_d[t] = norm(block(W [norm(h_(d-1)[t]); norm(E(x[t + d]))]))
 
-h_d[t] is the state of module d, h_0 is the trunk's state, W is a matrix, E is the trunk's embedding, and
-`block` is a decoder layer, which attends to earlier positions (DeepSeek-V3, eq. 21-24). The shared
-unembedding predicts x[t + d + 1] from h_d[t].
+h_d[t] is the state of module d, h_0 is the trunk's state, [a; b] is the concatenation of a and b, W is a
+matrix, E is the trunk's embedding, and `block` is a decoder layer, which attends to earlier positions
+(DeepSeek-V3, eq. 21-24). The shared unembedding predicts token x[t + d + 1] from h_d[t].
 
 To save memory, a module does not store its activations but runs a second time in the backward pass. Only the
 inputs of the modules are stored.
@@ -37,16 +37,16 @@ from weighted_mtp_core.runtime.fsdp import copy_of
 
 @frozen(kw_only=True)
 class Wiring:
-    """What a server computes differently from other servers.
+    """The points in which servers compute a chain of modules differently.
 
     Attributes:
         normed_trunk: Whether module 1 reads the trunk's states after the final norm.
         hidden_first: Whether the input of W is `[state; embedding]` instead of `[embedding; state]`.
         blind_start: Whether module 1 reads 0 instead of the token's embedding at the first position of a
             document.
-        recurrent: Whether later modules continue the sequence of module 1. If so, for source t, module d has
-            the position t + d - 1 and attends to the keys and values of module 1 up to t, and to the keys and
-            values of modules 2..d at t. Otherwise each module attends only to its own keys and values.
+        recurrent: Whether later modules continue the sequence of module 1. If true, module d has the position
+            t + d - 1 for source t, and attends to the keys and values of module 1 up to t and to the keys and
+            values of modules 2..d at t. If false, each module attends only to its own keys and values.
     """
 
     normed_trunk: bool
@@ -67,7 +67,7 @@ class SequentialHeads(Heads):
     Head 1 is the final norm if the modules read the states before this norm, otherwise the identity.
 
     Attributes:
-        wiring: How the modules are connected.
+        wiring: What the modules read, and to which keys and values they attend.
     """
 
     kind = "sequential"
@@ -76,7 +76,9 @@ class SequentialHeads(Heads):
 
     @classmethod
     def split(cls, base: Any, *, n_future: int, table: HeadsTable) -> SplitModel:
-        """Use the body, without its final norm unless `normed_trunk`; modules copy its last layer.
+        """Use the body as the trunk; each module gets a copy of the body's last layer.
+
+        Unless `Wiring.normed_trunk` is true, the final norm is removed from the body and becomes head 1.
 
         Raises:
             WmtpError: The model does not consist of layers and a final norm, its last layer cannot be run
@@ -121,20 +123,20 @@ class SequentialHeads(Heads):
 
     @property
     def bodies(self) -> Sequence[nn.Module]:
-        """The modules' layers."""
+        """The decoder layer of each module, as a body of one layer."""
         return [module.body for module in self if isinstance(module, SequentialModule)]
 
     @property
     def projections(self) -> Sequence[nn.Module]:
-        """W of each module."""
+        """The matrix W of each module."""
         return [module.projection for module in self if isinstance(module, SequentialModule)]
 
     def caches(self, n_future: int) -> int:
-        """Return 1 if the modules share a cache, otherwise K - 1."""
+        """Return the number of caches: 1 if the modules share a cache, otherwise K - 1."""
         return min(n_future - 1, 1) if self.wiring.recurrent else n_future - 1
 
     def layer(self, k: int) -> nn.Module:
-        """Return the decoder layer of head k's module."""
+        """Return the decoder layer of head k's module; for head 1, return head 1 itself."""
         return self[0] if k == 1 else layers_of(self.module(k).body)[0]
 
     def run(
@@ -173,10 +175,10 @@ class SequentialHeads(Heads):
         rows: Sequence[Tensor] | None = None,
         detach: bool = False,
     ) -> Iterator[Tensor]:
-        """Yield the states `[B, T, H]` of heads 1..K; only the last head is computed at `rows` alone.
+        """Yield the states `[B, T, H]` of heads 1..K; only for the last head, `rows` saves computation.
 
-        If `detach` is true, neither the trunk nor its embedding gets a gradient from heads 2..K. In any case,
-        a module gets the gradients of its own head and of all later heads.
+        If `detach` is true, neither the trunk nor its embedding gets a gradient from heads 2..K. Whatever the
+        value of `detach`, a module gets the gradients of its own head and of all later heads.
         """
         yield self.run(1, hidden_BTH)
         source_BTH = hidden_BTH.detach() if detach else hidden_BTH
@@ -204,9 +206,9 @@ class SequentialHeads(Heads):
         Args:
             k: Number of the head, from 2.
             source_BTH: The states that the module reads.
-            past: Keys and values of the previous modules, alternating.
-            text: The text.
-            detach: Whether the embedding gets no gradient.
+            past: The previous modules' keys and values, in the order key, value, key, value, ...
+            text: The text of these states.
+            detach: Whether the embedding is detached, so that it gets no gradient.
             more: Whether another head follows.
         """
         embedded_BTH = self._blind(text.embedded(k - 1), text.positions(), k=k)
@@ -227,7 +229,7 @@ class SequentialHeads(Heads):
         return (states_BTH, *past, *cache.new)
 
     def embedded(self, trunk: Any, ids_BT: Tensor, position_BT: Tensor, *, k: int) -> Tensor:
-        """Return the embeddings of these tokens as head k reads them at sources at these positions."""
+        """Return the embeddings that head k reads for these tokens from sources at `position_BT`."""
         return self._blind(trunk.get_input_embeddings()(ids_BT), position_BT, k=k)
 
     def _blind(self, embedded_BTH: Tensor, position_BT: Tensor, *, k: int) -> Tensor:
@@ -245,7 +247,7 @@ class SequentialHeads(Heads):
 
 
 class SequentialModule(nn.Module):
-    """The parts of one module.
+    """One module of the chain: norms, a projection and a decoder layer.
 
     At the start of training, W is the identity for the state and 0 for the embedding, and the norms of state
     and embedding multiply by 1. So the input of the copied layer has the direction of the states for which
@@ -255,12 +257,12 @@ class SequentialModule(nn.Module):
         body: A body of one layer.
         norm: The model's final norm, which is copied.
         width: H.
-        hidden_first: See `Wiring`.
+        hidden_first: `Wiring.hidden_first`.
 
     Attributes:
         token_norm: Norm of the embedding.
         hidden_norm: Norm of the state.
-        projection: W, without bias, `[H, 2 H]`.
+        projection: The matrix W, `[H, 2 H]`, without a bias.
         body: The decoder layer, as a body of one layer.
         final_norm: Norm before the unembedding and the next module.
     """
