@@ -2,53 +2,63 @@
 
 Importing this package imports neither torch nor transformers nor mlflow.
 
-The words of this API. Model:
+This API uses the terms below. Shapes use the letters B (rows of a batch), T (positions in a row), H (size of
+a hidden state) and V (size of the vocabulary).
 
-- *trunk*: a causal language model without its output layer; it maps token ids to states `[B, T, H]`.
-- *head k*, k from 1 to K: predicts the token k positions ahead from the trunk's state. Head 1 is the ordinary
-  language model.
-- *unembedding*: the matrix `[V, H]` that turns a head's output into logits; all heads share it.
-- *policy*: the model that is trained with weighted tokens: trunk, heads and unembedding.
-- *critic*: gives every token of a batch a score: a value, or the loss of a *reference model*.
+Terms for the model:
 
-Data:
+- *trunk*: a causal language model without its output layer; the trunk maps token ids `[B, T]` to hidden
+  states `[B, T, H]`.
+- *head k* (k from 1 to K): predicts the token k positions ahead from the trunk's hidden state. Head 1
+  predicts the next token, like an ordinary language model.
+- *unembedding*: the matrix `[V, H]` that turns a head's output into logits; all heads share one unembedding.
+- *policy*: the model that is trained with weighted tokens; it consists of trunk, heads and unembedding.
+- *critic*: a component that gives every token of a batch a score. The score is a value, defined below, or the
+  loss of a *reference model*.
 
-- *problem*, *example*: a problem is one task. An example is one *prompt* with one *response* to a problem,
-  and the *reward* of the response, in [0, 1]: 1 if it was verified to be correct (`is_correct`).
-- *document*: an example as tokens: prompt, response and EOS. *Packing* puts several documents into one row of
-  a batch; no document is predicted from another. *Padding* fills the rest of the row.
+Terms for the data:
+
+- *problem*: one task, to which there may be several responses.
+- *example*: one *prompt* with one *response* to a problem, and the *reward* of the response. A reward is
+  in [0, 1]; it is 1 if the response was verified to be correct (`is_correct`).
+- *document*: the tokens of one example, that is, prompt, response and EOS (the end-of-sequence token).
+- *packing*: puts several documents into one row of a batch. A token is never predicted from another document.
+- *padding*: tokens without meaning that fill a row after its last document.
 - *target token*: a token that the policy learns to predict, that is, a token of a response or its EOS.
-- *pair (t, k)*: the prediction of token t + k by head k from source position t. The pair *counts*
-  if its target is a target token of the document that contains token t.
+- *pair (t, k)*: the prediction of token t + k by head k from source position t. A pair (t, k) *counts*
+  if token t + k is a target token of the document that contains token t.
 - *split*: `train`, `validation` or `test`; each problem is in one split only.
 - *verdict*: the result of checking one completion of a problem, for example by running tests.
 
-Weighting:
+Terms for the weighting:
 
 - *signal*: a quantity known for each token of a batch, such as the reward or the policy's loss. A weighting
-  declares the signals that it `needs`; core computes most signals, and a critic `provides` the others.
-- *weighting*: computes a weight for each target token, or for each pair, from the signals.
+  declares the signals that it `needs`, and a critic declares the signals that it `provides`; core computes
+  all other signals or reads them from the data.
+- *weighting*: a component that computes from the signals a weight for each target token, or for each pair.
 - *value* V_t: the expected reward of a response, estimated from the prefix that ends at token t.
-- *TD error* of token t: `r_t + gamma V_t - V_{t-1}`, the change of the expected reward at token t. gamma is
-  the discount, and r_t is the reward of the response at its last token and 0 at the other tokens. V_t is 0 at
-  the last token.
-- *advantage* of token t: the sum of the TD errors of token t and all later tokens, discounted by gamma times
-  lambda per token (GAE); with gamma = lambda = 1 it is `reward - V_{t-1}`.
+- *TD error* of token t: `r_t + gamma V_t - V_{t-1}`, the change of the expected reward at token t. Here gamma
+  is the discount; r_t is the reward of the response if t is its last token, otherwise 0; V_t is the value,
+  which is set to 0 at the last token.
+- *advantage* of token t: the sum of the TD errors of token t and all later tokens, where each step to a later
+  token multiplies the TD error by gamma times lambda (generalised advantage estimation, GAE). With
+  gamma = lambda = 1, the advantage of token t is `reward - V_{t-1}`.
 - *global batch*: all rows of one optimiser step, over all processes and all *micro-batches* of gradient
-  accumulation. `batch_size` is the number of its rows, and a weighting receives all of them at once.
+  accumulation. The option `batch_size` is the number of rows of the global batch, and a weighting receives
+  all rows of the global batch at once.
 
-Running:
+Terms for a run:
 
 - *plugin*: a distribution that declares components by implementing *hooks* (`weighted_mtp_core.hookspecs`).
-- *component*: a data source, critic, weighting or tracker, with its *options*. A *recipe*, the TOML file that
-  describes a run, names a component by its *address*: `<plugin>.<component>`, or `<plugin>` if the plugin has
-  only one component of that kind.
-- *stage*: a run prepares data and model (stage 0), trains the critic (1), trains the policy (2) and evaluates
-  it (3).
+- *component*: a data source, critic, weighting or tracker. A component may have *options*.
+- *recipe*: the TOML file that describes a run. A recipe names a component by its *address*:
+  `<plugin>.<component>`, or `<plugin>` if the plugin has only one component of that kind.
+- *stage*: a part of a run. Stage 0 prepares data and model, stage 1 trains the critic, stage 2 trains the
+  policy and stage 3 evaluates the policy.
 - *step*: one update of the parameters by the optimiser.
 - *checkpoint*: the state of a run on disk. A run that resumes from a checkpoint gives the same result as an
   uninterrupted run, so a component must save everything that affects its later results (`Stateful`).
-- *tracker*: sends metrics, tags and files of a run to another system, such as MLflow.
+- *tracker*: a component that sends metrics, tags and files of a run to another system, such as MLflow.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685) of linear layers, through `peft`.
 
-An adapter adds `s B A x` to the output of a linear layer with input x. A is a matrix of `rank` rows, B a
-matrix of `rank` columns, s the scale. B starts at 0, so the output does not change before training.
+An adapter adds `s B A x` to the output of a linear layer with input x. Here A is a matrix with `rank` rows,
+B is a matrix with `rank` columns, and s is a constant scale. The matrix B of each adapter starts at 0, so
+adapters do not change the output of a model before training.
 """
 
 from __future__ import annotations
@@ -32,21 +33,22 @@ def add_adapters(
     targets: Sequence[str] = (),
     layers: Iterable[nn.Module] | None = None,
 ) -> None:
-    """Add an adapter to linear layers of a module in place, and freeze all other parameters of the module.
+    """Add adapters to linear layers of a module in place, and freeze all other parameters of the module.
 
     Args:
-        module: The module. Its linear layers are replaced with layers of `peft` that contain them.
-        rank: Number of rows of A.
-        alpha: The scale s is `alpha / rank`; None means twice the rank.
-        dropout: Probability with which, in training, a component of the adapter's input is set to 0.
-        rslora: Whether s is `alpha / sqrt(rank)` (Kalajdzievski 2023).
-        dora: Whether the norm of each row of the adapted matrix is trained as well (Liu et al. 2024).
-        targets: The last parts of the names of the linear layers, for example `q_proj`; empty for all layers.
+        module: The module. Each adapted linear layer is replaced with a layer of `peft` that contains it.
+        rank: Rank of the adapters, which is the number of rows of A and of columns of B.
+        alpha: The output of an adapter is scaled by `alpha / rank`; `alpha = None` means `2 * rank`.
+        dropout: Probability that an entry of an adapter's input is set to 0 during training.
+        rslora: Whether to scale by `alpha / sqrt(rank)` instead of `alpha / rank` (Kalajdzievski 2023).
+        dora: Whether to train also the norm of each row of the adapted matrix (DoRA, Liu et al. 2024).
+        targets: The last parts of the names of the linear layers to adapt, for example `q_proj`; if empty,
+            all linear layers are adapted.
         layers: The submodules that contain the linear layers to adapt; None for the whole module.
 
     Raises:
-        WmtpError: `peft` is not installed, there is no linear layer to adapt or no linear layer of a name in
-            `targets`, or an adapter would have no effect.
+        WmtpError: `peft` is not installed, the module has no linear layer to adapt, a name in `targets`
+            matches no linear layer, or an adapter would have no effect.
     """
     from torch import nn
 
@@ -68,7 +70,7 @@ def add_adapters(
             raise WmtpError(
                 f"there is no linear layer `{target}` to adapt", hint=f"the layers are {quoted(short)}"
             )
-    scale: Any = 2 * rank if alpha is None else alpha  # LoraConfig's type is int, but it divides only
+    scale: Any = 2 * rank if alpha is None else alpha  # LoraConfig declares an int, but only divides it
     chosen = [name for name in names if not targets or name.rpartition(".")[2] in targets]
     read = read_directly(module, chosen)
     if read:
@@ -87,8 +89,8 @@ def add_adapters(
         use_dora=dora,
         target_modules=chosen,
     )
-    # peft changes the targets of some families, whose config it finds in the module, to the names of other
-    # releases of transformers. This holder of the same children has no config.
+    # For some model families, peft reads the config of the module and renames the targets as in other
+    # releases of transformers. This holder has the same children but no config, so peft keeps the names.
     holder = nn.Module()
     for name, child in module.named_children():
         holder.add_module(name, child)
@@ -104,9 +106,10 @@ def add_adapters(
 
 
 def read_directly(module: nn.Module, names: Iterable[str]) -> list[str]:
-    """Return the names of the layers whose matrix their parent's code reads, without a call of the layer.
+    """Return the names of the linear layers that their parent module does not call.
 
-    Fused kernels of Mamba layers do so, for example.
+    The code of such a parent reads the weight matrix of the layer directly, so an adapter of the layer would
+    have no effect. For example, Mamba layers pass weight matrices to fused kernels.
     """
     found = []
     for name in names:
@@ -131,9 +134,10 @@ def _code_of(kind: type) -> str:
 
 
 def is_linear(module: Any) -> bool:
-    """Return whether a module is a linear layer; GPT-2 has its own class of linear layers.
+    """Return whether a module is a linear layer; transformers' `Conv1D`, which GPT-2 uses, also counts.
 
-    A subclass may compute something else, as the routers of some mixtures of experts do.
+    A subclass of `nn.Linear` counts only if it computes a linear map, because the routers of some mixtures of
+    experts are subclasses that compute something else.
     """
     import torch
     from torch import nn
@@ -145,6 +149,6 @@ def is_linear(module: Any) -> bool:
     try:
         with torch.no_grad():
             found, expected = module(probe), nn.functional.linear(probe, module.weight, module.bias)
-    except RuntimeError:  # it cannot be called alone, for example because it is sharded
+    except RuntimeError:  # the module cannot be called alone, for example because it is sharded
         return False
     return isinstance(found, torch.Tensor) and torch.allclose(found, expected)

@@ -29,7 +29,8 @@ hookimpl = pluggy.HookimplMarker("weighted_mtp_core")
 SAME_RESULT: Mapping[str, bool] = MappingProxyType({"weighted_mtp_core.same_result": True})
 """Marks an option that does not change the result of a run: `field(default=0, metadata=SAME_RESULT)`.
 
-A run can resume with a changed value of such an option, and `compare` accepts runs whose values differ.
+A run can resume with another value of a marked option, and `compare` accepts runs in which the values of
+a marked option differ.
 """
 
 OptionsT = TypeVar("OptionsT")
@@ -54,32 +55,33 @@ def _no_tokenizer(_: object) -> Any:
 
 @frozen(kw_only=True, eq=False)
 class ModelContext:
-    """What a component gets of the policy when it is built: sizes, device, tokenizer and copies of the model.
+    """What a component receives from the policy: sizes, device, tokenizer and copies of the model.
 
     Attributes:
         n_future: K, the number of heads.
-        hidden_size: H, the size of the trunk's states.
+        hidden_size: H, the size of the trunk's hidden states.
         vocab_size: V, the number of token ids.
-        device: The component's tensors must be on this device.
+        device: The device on which the component must keep its tensors.
         frozen_trunk: `frozen_trunk()` copies the current trunk and returns a function that maps a `Batch` to
-            float32 states `[B, T, H]` without gradient, computed in the precision of the policy.
+            float32 hidden states `[B, T, H]` without gradient, computed in the precision of the policy.
         frozen_losses: `frozen_losses(None)` copies the current policy; `frozen_losses(path)` loads another
-            model with the policy's tokenizer: the `best_model.pt` or the folder of a run with the same
-            `[model]`, or a transformers directory, such as an exported model. Both return a function that
-            maps a `Batch` to float32 next-token losses `[B, T]` in nats, indexed by the predicted token; 0
-            except on response tokens that follow another token. Losses have the precision of the policy's
-            own losses.
-        trainable_losses: `trainable_losses()` copies the current policy; returns a module that maps a `Batch`
-            to next-token losses like `frozen_losses`, with gradients and without dropout. The component
-            trains and saves its parameters.
+            model that uses the policy's tokenizer. The path is the `best_model.pt` or the folder of a run
+            with the same `[model]` table, or a transformers directory, such as an exported model.
+            `frozen_losses` returns a function that maps a `Batch` to float32 next-token losses `[B, T]` in
+            nats, indexed by the predicted token. The losses are 0 except on response tokens that follow
+            another token. They are computed in the precision in which the policy computes its losses.
+        trainable_losses: `trainable_losses()` copies the current policy and returns a module that maps a
+            `Batch` to next-token losses like the function from `frozen_losses`, but with gradients and
+            without dropout. The component must train and save the parameters of this module.
         trainable_trunk: `trainable_trunk(None)` copies the current trunk; `trainable_trunk(base)` loads the
-            trunk of another model with the policy's tokenizer, named like a recipe's `model.base`. Both
-            return a module that maps a `Batch` to float32 states `[B, T, H]`, with gradients and without
-            dropout. Its attribute `hidden_size` is H. The component trains and saves its parameters.
+            trunk of another model that uses the policy's tokenizer, where `base` has the form of a recipe's
+            `model.base`. `trainable_trunk` returns a module that maps a `Batch` to float32 hidden states
+            `[B, T, H]`, with gradients and without dropout; its attribute `hidden_size` is H. The component
+            must train and save the parameters of this module.
         encode: `encode(text)` returns the ids of a text inside a response, without BOS and EOS. The name of a
-            control token in the text, such as `<eos>`, is encoded as text.
-        decode: `decode(ids)` returns the text that ids add to a response, including the blank before a word;
-            control tokens add no text. Use `decode([id])` for the text of one token.
+            control token in the text, such as `<eos>`, is encoded as ordinary text.
+        decode: `decode(ids)` returns the text that these token ids add to a response, including the space
+            before a word; control tokens add no text. Use `decode([id])` for the text of one token.
     """
 
     n_future: int
@@ -96,10 +98,10 @@ class ModelContext:
 
     @property
     def eos_id(self) -> int:
-        """The id of EOS, which ends each response.
+        """The token id of EOS, the end-of-sequence token that ends each response.
 
         Raises:
-            WmtpError: The context was made without a tokenizer.
+            WmtpError: The context was created without a tokenizer.
         """
         if self._eos_id is None:
             raise WmtpError("this context has no tokenizer, so `eos_id` is not available")
@@ -108,14 +110,15 @@ class ModelContext:
 
 @frozen(kw_only=True)
 class WeightingChoice:
-    """The type of an option that selects another weighting, with the keys of a recipe's table `[weighting]`.
+    """The type of an option that selects another weighting; its keys are those of the table `[weighting]`.
 
-    An option may also be a tuple of choices. Before anything is built, core loads the plugin of each chosen
-    weighting, checks its options and adds its `needs` to the component's `needs`. The component builds the
-    chosen weighting with `BuildContext.build_weighting`.
+    The type of an option may also be a tuple of `WeightingChoice`. Before anything is built, core loads the
+    plugin of each chosen weighting, checks the options of the chosen weighting, and adds its `needs` to the
+    `needs` of the component. The component builds the chosen weighting with `BuildContext.build_weighting`.
 
     Attributes:
-        use: `<plugin>.<component>`, or `<plugin>` if the plugin has only one weighting.
+        use: Address of the chosen weighting: `<plugin>.<component>`, or `<plugin>` if the plugin has only one
+            weighting.
         options: Options of the chosen weighting.
     """
 
@@ -125,15 +128,16 @@ class WeightingChoice:
 
 @frozen(kw_only=True, eq=False)
 class BuildContext:
-    """What `Component.build` receives besides the options.
+    """What `Component.build` receives in addition to the options.
 
     Attributes:
         seed: Seed for the component's own random generator.
         storage: The storage root, by default `storage/`, for files and caches.
-        negative_weights: Whether the weights of examples may be negative. If not, a data source refuses
-            negative weights and names the file and the row.
-        executor: Executes the expensive parts of the preparation of data, which may happen on other machines:
-            its tasks are functions of installed modules. None: a data source uses the cores of this machine.
+        negative_weights: Whether the weights of examples may be negative. If they may not, a data source must
+            refuse a negative weight with an error that contains the file and the row.
+        executor: Runs expensive parts of the preparation of data, possibly on other machines, so its tasks
+            must be functions of installed modules. If it is None, a data source uses the CPU cores of this
+            machine.
     """
 
     seed: int
@@ -147,7 +151,7 @@ class BuildContext:
 
     @property
     def model(self) -> ModelContext:
-        """Sizes, device and copies of the policy; available to weightings and critics.
+        """Sizes, device, tokenizer and copies of the policy, for weightings and critics.
 
         Raises:
             WmtpError: The component is a data source or a tracker, which are built before the policy.
@@ -157,7 +161,7 @@ class BuildContext:
         return self._model
 
     def build_weighting(self, choice: WeightingChoice) -> WeightingStrategy:
-        """Build a weighting that one of the component's options selects; each call returns a new object.
+        """Build the weighting that an option of the component selects; each call returns a new object.
 
         Raises:
             WmtpError: The weighting cannot be built, or no option of the component selects it.
@@ -175,8 +179,8 @@ class Finding:
         mark: `FAILED` if a run that uses the component would fail on this machine; `doctor` then exits with
             code 1.
         name: What was checked, in one or two words.
-        text: The result; must not contain secrets.
-        hint: What the user can do about a failure.
+        text: The result of the check; it must not contain secrets.
+        hint: What the user can do about a failed check.
     """
 
     mark: Literal["ok", "warning", "FAILED"]
@@ -187,24 +191,25 @@ class Finding:
 
 @frozen(kw_only=True)
 class Component(Generic[OptionsT, BuiltT_co]):
-    """The declaration of a component. It must not import torch or any other slow package.
+    """The declaration of a component. A declaration must not import torch or any other slow package.
 
     Attributes:
         name: Must match `[a-z][a-z0-9_]*`; the address of the component is `<plugin>.<name>`.
-        summary: One line that `plugins show` prints.
-        options: A frozen, keyword-only attrs class. The recipe's table `options` becomes an instance of it;
-            unknown keys and values of a wrong type are errors.
-        build: Called with the options and the context; returns the component. Import torch inside this
-            function.
+        summary: One line about the component, which `plugins show` prints.
+        options: A frozen, keyword-only attrs class. The recipe's table `options` becomes an instance of this
+            class; unknown keys and values of a wrong type are errors.
+        build: Called with the options and the context; returns the component. Slow packages such as torch are
+            imported inside this function.
         needs: Signals that a weighting reads.
         provides: Signals that a critic provides.
-        negative_weights: Whether a weighting may return negative weights, which a recipe must allow. A
-            weighting that wraps other weightings sets it if it can handle their negative weights.
-        refuse_critic: Called with the options of the recipe's critic before anything is built; returns why a
-            weighting cannot use this critic, for example "needs probabilities", or None if it can.
-        examine: Checks for `doctor` what the component needs on this machine, such as a server or a sandbox.
-            Called with the options and the storage root; builds nothing and yields one finding for each
-            check.
+        negative_weights: Whether a weighting may return negative weights; the recipe must allow them too. A
+            weighting that wraps other weightings sets this to True if it can handle their negative weights.
+        refuse_critic: Called with the options of the recipe's critic before anything is built; returns why
+            the weighting cannot use this critic, for example "needs probabilities", or None if the weighting
+            can use it.
+        examine: Checks for the command `doctor` what the component needs on this machine, such as a server or
+            a sandbox. Called with the options and the storage root; builds nothing and yields one finding for
+            each check.
     """
 
     name: str = field(validator=v.matches_re(r"[a-z][a-z0-9_]*"))
@@ -219,7 +224,7 @@ class Component(Generic[OptionsT, BuiltT_co]):
 
 
 class Stateful(ABC):  # noqa: B024 - both methods have a default: most components keep no state
-    """A component with state that checkpoints save. By default a component has no state."""
+    """A component with state that checkpoints save. By default, a component has no state."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as tensors and plain values; `load_state_dict` restores it exactly."""
@@ -243,28 +248,33 @@ class WeightingStrategy(Stateful):
 
     @abstractmethod
     def weigh(self, view: StepView) -> Weights:
-        """Return the weights of the global batch. Called once per step of stage 2, without gradients."""
+        """Return the weights of the global batch.
+
+        Core calls this without gradients: once per step of stage 2, and with `view.training` False for
+        batches that are only measured.
+        """
 
 
 class Critic(Stateful):
     """Scores every token of a batch, for example with a value head, a value model or a reference model.
 
-    Core calls `score` and `loss` in autocast with the policy's dtype, in which matrix products may return
-    bfloat16. Scores and loss must be float32: compute sums, softmax and the last steps of a score on
-    `.float()`.
+    Core calls `score` and `loss` under autocast with the policy's dtype, so matrix products may return
+    bfloat16. Scores and losses must be float32: convert tensors with `.float()` before sums, softmax and the
+    last steps of a score.
 
     Attributes:
-        trainable: Whether stage 1 trains the critic, which then needs `loss` and `parameters`.
-        reads_policy: Whether `score` and `loss` use the policy's trunk states. If not, `hidden_BTH` is None.
-        batching: Composition of the batches of stage 1: `"pointwise"` for any responses, or `"pairs"` if rows
-            2i and 2i + 1 must be a correct and an incorrect response to the same problem.
+        trainable: Whether stage 1 trains the critic; a trainable critic must define `loss` and `parameters`.
+        reads_policy: Whether `score` and `loss` use the hidden states of the policy's trunk. If False, their
+            argument `hidden_BTH` is None.
+        batching: Composition of the batches of stage 1. With `"pointwise"`, the rows are any responses; with
+            `"pairs"`, rows 2i and 2i + 1 are a correct and an incorrect response to the same problem.
         cacheable: Whether scores depend only on the batch, the options, `state_dict()` and the copies that
-            `ModelContext` returned; False, for example, if the critic loads a model from a file and does not
-            include it in its state. If True and `reads_policy` is False, core computes the scores of each
-            document once and reuses them in later runs.
+            `ModelContext` returned. This must be False, for example, if the critic loads a model from a file
+            and does not include this model in its state. If `cacheable` is True and `reads_policy` is False,
+            core computes the scores of each document once and reuses them in later runs.
         blocks: Modules, such as decoder layers, that core may shard over several processes (FSDP2) before
-            stage 1. `state_dict()` then contains sharded tensors for their parameters, and `load_state_dict`
-            receives tensors with the same sharding.
+            stage 1. After sharding, `state_dict()` contains sharded tensors for the parameters of these
+            modules, and `load_state_dict` receives tensors with the same sharding.
     """
 
     trainable: bool = False
@@ -279,14 +289,14 @@ class Critic(Stateful):
 
         Args:
             batch: Some rows of the global batch, on the policy's device.
-            hidden_BTH: The policy's trunk states, float32 and detached, if `reads_policy`; otherwise None.
+            hidden_BTH: float32 hidden states of the policy's trunk, detached; None unless `reads_policy`.
         """
 
     def begin_step(self, step: int, *, steps: int) -> None:
         """Prepare for a stage-1 step, for example by updating a schedule; called before each step.
 
         The effect must depend only on the arguments, so that a resumed run continues the schedule. If core
-        never calls this method, the critic must behave as in the last step.
+        never calls `begin_step`, the critic must behave as in the last step of stage 1.
 
         Args:
             step: 0-based index of the step.
@@ -297,8 +307,8 @@ class Critic(Stateful):
         """Return the training loss of a batch, with a gradient for all `parameters()` and for nothing else.
 
         Args:
-            batch: See `score`.
-            hidden_BTH: See `score`.
+            batch: Some rows of the global batch, on the policy's device.
+            hidden_BTH: float32 hidden states of the policy's trunk, detached; None unless `reads_policy`.
 
         Raises:
             WmtpError: The critic is not trainable.

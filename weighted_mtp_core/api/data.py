@@ -1,4 +1,4 @@
-"""Data sources, the components that supply examples to learn from and problems to be evaluated on."""
+"""Data sources: components that supply examples for training and problems for evaluation."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ def is_correct(reward: Any) -> Any:
 
 
 Span = tuple[int, int, float]
-"""Characters of a response and their weight: start, end (exclusive) and weight."""
+"""Characters of a response and their weight, as (start, end, weight); `end` is exclusive."""
 
 
 def check_weight(value: object, name: str) -> None:
-    """Raise ValueError unless a weight is a finite number; the message calls the weight `name`."""
+    """Raise ValueError unless `value` is a finite number; the message calls the value `name`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
 
 
 def check_spans(spans: Sequence[Span], *, length: int) -> None:
-    """Raise ValueError if spans overlap, reach beyond `length` characters or have an invalid weight."""
+    """Raise ValueError if spans of a text overlap, end beyond its `length` or have an invalid weight."""
     end = 0
     for span in sorted(spans):
         start, end_before, end = span[0], end, span[1]
@@ -64,7 +64,7 @@ def check_spans(spans: Sequence[Span], *, length: int) -> None:
 
 
 def check_message_weights(message: Mapping[str, Any], number: int) -> None:
-    """Raise ValueError if the weights of a chat's message are invalid; `number` counts from 1."""
+    """Raise ValueError if the weights of a message are invalid; `number` is its 1-based index in the chat."""
     for key in {"weight", "weights"} & set(message):
         if message["role"] != "assistant":
             raise ValueError(f"message {number} has `{key}`, but only the assistant's are learned")
@@ -97,19 +97,20 @@ class Example:
         prompt: Text before the response; the policy is never trained to predict its tokens.
         response: Text that the policy learns to write. Core appends EOS.
         reward: Verified outcome of the whole response, in [0, 1]; 1 if the outcome is unknown.
-        weight: Weight that the data give to each token of the response, including EOS, for `Signal.GIVEN`. It
-            is finite, and >= 0 unless `BuildContext.negative_weights` is true. None counts as 1.
+        weight: Weight that the data give to each token of the response, including EOS, for `Signal.GIVEN`.
+            The weight is finite, and >= 0 unless `BuildContext.negative_weights` is true. If `weight` is
+            None, the weight is 1.
         spans: Weights of parts of the response. A span (start, end, weight) covers the characters
             `response[start:end]`; spans do not overlap. The weight of a token in a span is the span's weight
             times `weight`; the weight of EOS and of tokens outside all spans is `weight`.
         messages: A chat instead of a prompt and a response, in the layout that chat templates read: objects
-            with `role` and `content`. The last message is the assistant's. A message of the assistant may
-            have a `weight`, which is multiplied by the example's `weight`, and `weights`, which are spans of
-            the message's `content` in the form of `spans`. `prompt` and `response` then only identify the
-            problem, and train the tokenizer of a `micro` model.
+            with `role` and `content`, of which the last has the role `assistant`. A message of the assistant
+            may have a `weight`, which is multiplied by the example's `weight`, and `weights`, which are spans
+            of the message's `content` in the form of `spans`. If an example has messages, its `prompt` and
+            `response` only identify the problem and train the tokenizer of a `micro` model.
         tools: Descriptions of tools for the template of a chat.
-        metadata: Other data about the response: texts or numbers by key. A weighting receives them as
-            `StepView.metadata`.
+        metadata: Other data about the response, as strings or numbers by key. A weighting receives this
+            mapping in `StepView.metadata`.
     """
 
     example_id: str
@@ -164,9 +165,10 @@ class Problem:
 class VerdictKind(enum.Enum):
     """The kinds of verdict on one completion. Only PASSED, WRONG and ERROR judge the completion itself.
 
-    PASSED: every test passed. WRONG: a test failed. ERROR: the program raised an exception. With every other
-    kind, the program exceeded a limit of CPU time, wall-clock time, memory or output, attempted something
-    forbidden or returned a value that is not plain data, or verification itself failed.
+    PASSED: every test passed. WRONG: a test failed. ERROR: the program raised an exception. CPU_LIMIT,
+    WALL_LIMIT, MEMORY, OUTPUT: the program exceeded a limit of CPU time, wall-clock time, memory or output.
+    VIOLATION: the program attempted something forbidden. UNENCODABLE: the program returned a value that is
+    not plain data. JUDGE_ERROR: verification itself failed.
     """
 
     PASSED = "passed"
@@ -209,15 +211,15 @@ class DatasetVersion:
 
 
 class DataSource(Stateful):
-    """Supplies the examples of each split to learn from and the problems of each split to be evaluated on.
+    """Supplies, for each split, examples for training and problems for evaluation.
 
-    The returned sequences support random access and have the same order in every process. No problem is in
-    two splits.
+    All returned sequences must support random access and have the same order in every process. A problem
+    must not be in two splits.
 
     Attributes:
-        oracle_weights: Whether the weights in the data mark known mistakes, knowledge that real data do not
-            have: the weights are below 1 on mistakes and 1 elsewhere. A run whose weighting reads these
-            weights is marked, because its result is an upper bound. Every run on such data measures its
+        oracle_weights: Whether the weights in the data mark known mistakes, which real data cannot do: such
+            weights are below 1 on mistakes and 1 elsewhere. A run whose weighting reads oracle weights gets a
+            tag, because its result is an upper bound. Every run on data with oracle weights measures its own
             weights and values at the mistakes.
     """
 
@@ -235,24 +237,28 @@ class DataSource(Stateful):
     def version(self) -> DatasetVersion:
         """Return the name, version and checksum of the data.
 
-        Core caches the tokens of the data and reads the examples again only if this version, the source code
-        of the plugin or the options change. If the data can change for any other reason, `sha256` must change
-        with the data.
+        Core caches the tokens of the data. Core reads the examples again only if the returned version, the
+        source code of the plugin or the options change. If the data can change for any other reason, `sha256`
+        must change with the data.
         """
 
     def problems(self, split: Split) -> Sequence[Problem]:  # noqa: ARG002 - the default has none
-        """Return the problems of the split; by default none, for a source that cannot verify completions."""
+        """Return the problems of the split; by default none, as for a source that verifies no completions."""
         return ()
 
     def completion(self, problem: Problem, text: str) -> str:  # noqa: ARG002 - the default takes all
-        """Return the completion in a text that the policy wrote after the prompt; by default the whole text.
+        """Extract the completion from the text that the policy wrote; by default, return the whole text.
 
-        Core saves the result and passes it unchanged to `verify`.
+        Core saves the extracted completion and passes it unchanged to `verify`.
+
+        Args:
+            problem: The problem whose prompt the policy continued.
+            text: The text that the policy wrote after the prompt.
         """
         return text
 
     def verify(self, attempts: Sequence[tuple[Problem, str]]) -> list[Verdict]:
-        """Return one verdict for each pair (problem, completion), in the same order.
+        """Return one verdict for each pair (problem, completion), in the order of the pairs.
 
         Raises:
             WmtpError: The source cannot verify completions.

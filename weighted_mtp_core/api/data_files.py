@@ -1,4 +1,4 @@
-"""Find the files that an option of a data source names: a path, a pattern, a folder or a split on the hub."""
+"""Find the files that an option of a data source selects by path, pattern, folder or address on the hub."""
 
 from __future__ import annotations
 
@@ -17,17 +17,23 @@ _HUB = re.compile(
 
 
 def data_files(text: str, *, downloads: Path) -> list[Path]:
-    """Return the files that an option names, in the order in which they are read.
+    """Return the files that an option selects, in the order in which they are read.
+
+    The option has one of these forms:
+
+    - the path of a file;
+    - a pattern such as `data/train-*.parquet`; the matching files are read in the order of their names;
+    - a folder that the method `Dataset.save_to_disk` of the package `datasets` wrote;
+    - a split of a data set on the Hugging Face hub: `hub:OWNER/NAME:SPLIT`, or
+      `hub:OWNER/NAME@REVISION:CONFIGURATION:SPLIT`, where revision and configuration are optional.
 
     Args:
-        text: The path of a file; a pattern such as `data/train-*.parquet`, whose files are read in the order
-            of their names; a folder that `Dataset.save_to_disk` of the package `datasets` wrote; or a split
-            of a data set on the hub, `hub:OWNER/NAME:SPLIT` or `hub:OWNER/NAME:CONFIGURATION:SPLIT`, where
-            `@REVISION` may follow NAME.
-        downloads: The folder of copies from the hub.
+        text: The value of the option.
+        downloads: The folder for copies of data sets from the hub.
 
     Raises:
-        WmtpError: The file does not exist, the folder is not a saved data set, or the hub cannot be reached.
+        WmtpError: No file matches, the folder is not one saved data set, or the address on the hub is
+            malformed or cannot be fetched.
     """
     if text.startswith("hub:"):
         if not (address := _HUB.fullmatch(text)):
@@ -69,17 +75,18 @@ def from_hub(
 ) -> Path:
     """Return a local copy of a split of a data set; a missing copy is fetched from the Hugging Face hub.
 
-    An existing copy is used unchanged, without the network and without the package `datasets`.
+    If a copy exists, it is used unchanged, and neither the network nor the package `datasets` is needed.
 
     Args:
         repository: Id of the data set on the hub.
         configuration: Name of a configuration of the data set; None if the data set has only one.
-        split: Name of the split, or several joined by `+`.
-        folder: The folder of the copies, which are `.parquet` files.
-        revision: Branch, tag or commit; by default the main branch.
+        split: Name of the split, or several names joined by `+`.
+        folder: The folder for the copies, which are `.parquet` files.
+        revision: Branch, tag or commit of the data set; by default the main branch.
 
     Raises:
-        WmtpError: The package `datasets` is not installed, or the hub does not provide the data.
+        WmtpError: No copy exists, and the package `datasets` is not installed or the hub does not provide
+            the data.
     """
     parts = (repository, revision, configuration, split)
     name = "--".join(re.sub(r"[^A-Za-z0-9._-]", "-", part.replace("/", "--")) for part in parts if part)

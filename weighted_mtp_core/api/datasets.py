@@ -1,4 +1,4 @@
-"""Data sets that a data source generates: written once under the storage root and verified at each use."""
+"""Data sets that a data source generates, writes once under the storage root, and verifies at each use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder, sha256_o
 from weighted_mtp_core.storage.versions import dataset_folder
 
 DIFFICULTIES = ("0-20 %", "20-40 %", "40-60 %", "60-80 %", "80-100 %")
-"""Bins of a problem's share of correct responses, from hard to easy problems; the last bin includes 100 %."""
+"""Bins of a problem's mean reward, from hard to easy problems; the last bin includes 100 %.
+
+If rewards are 0 or 1, the mean reward of a problem is its share of correct responses.
+"""
 
 
 @frozen(kw_only=True)
@@ -25,8 +28,8 @@ class StoredDataset:
 
     Attributes:
         folder: The folder that contains the files.
-        version: Name, version and the SHA-256 of the folder's manifest, which changes with every byte of the
-            files.
+        version: Name and version of the data set, and the SHA-256 of the folder's manifest. This SHA-256
+            changes if any byte of the files changes.
     """
 
     folder: Path
@@ -34,20 +37,22 @@ class StoredDataset:
 
 
 def store_dataset(storage: Path, *, name: str, version: str, write: Callable[[Path], None]) -> StoredDataset:
-    """Return the data set in `<storage>/datasets_v2/<name>/<version>/`, which is written first if missing.
+    """Return the data set in `<storage>/datasets_v2/<name>/<version>/`; if it is missing, write it first.
 
-    A version never changes. While one process writes a version, other processes that need it wait. The folder
-    gets a manifest with the SHA-256 of each file, and each call verifies every file against the manifest. If
-    `write` raises, nothing remains on disk.
+    A version never changes. While one process writes a version, other processes that need this version wait.
+    The folder gets a manifest with the SHA-256 of each file, and each call verifies every file against the
+    manifest. If `write` raises an exception, no file remains on disk.
 
-    `data show` prints two JSON objects from the folder, if the files exist: `provenance.json`, and
-    `statistics.json` with the key `splits` (`example_statistics` of each split) and any other counts.
+    The command `data show` prints two JSON files of the folder if they exist: `provenance.json`, and
+    `statistics.json`. The latter has the key `splits`, with the result of `example_statistics` for each
+    split, and may contain other counts.
 
     Args:
         storage: The storage root, `BuildContext.storage`.
-        name: Name of the data set, a valid folder name.
-        version: A valid folder name; make it a hash of everything that the files depend on.
-        write: Called with an empty folder; writes the files into this folder.
+        name: Name of the data set; it must be a valid folder name.
+        version: Name of the version; it must be a valid folder name, and should be a hash of everything that
+            the files depend on.
+        write: Called with an empty folder; must write the files into this folder.
 
     Raises:
         WmtpError: A file of the folder was changed, removed or added after it was written.
@@ -65,7 +70,7 @@ def store_dataset(storage: Path, *, name: str, version: str, write: Callable[[Pa
 
 
 def sha256_of_file(path: str | Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal digits, for a file whose path is an option.
+    """Return the SHA-256, in hexadecimal digits, of a file that an option of a recipe selects.
 
     Raises:
         WmtpError: The file cannot be read.
@@ -79,7 +84,7 @@ def sha256_of_file(path: str | Path) -> str:
 
 
 def difficulty_bin(correct_share: float) -> int:
-    """Return the index of the bin in `DIFFICULTIES` that contains this share of correct responses."""
+    """Return the index of the bin in `DIFFICULTIES` that contains `correct_share`, in [0, 1]."""
     return min(int(correct_share * len(DIFFICULTIES)), len(DIFFICULTIES) - 1)
 
 
@@ -87,9 +92,9 @@ def example_statistics(examples: Iterable[Example]) -> dict[str, Any]:
     """Describe the labelled responses of a split.
 
     Returns:
-        The counts `problems` and `responses`. For a split that is not empty also `reward_rate` (mean reward),
-        `prompt_characters` and `response_characters` (lengths: `least`, `median`, `p95`, `most`), and
-        `difficulty` (number of problems in each bin of `DIFFICULTIES`).
+        The counts `problems` and `responses`. If the split is not empty, the result also contains
+        `reward_rate` (mean reward), `prompt_characters` and `response_characters` (`least`, `median`, `p95`
+        and `most` of the lengths), and `difficulty` (number of problems in each bin of `DIFFICULTIES`).
     """
     rewards: defaultdict[str, list[float]] = defaultdict(list)
     prompts: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""A data source for a team's own files; each row contains a prompt with one response, or a chat."""
+"""A data source for a user's own files; each row contains a prompt with one response, or a chat."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def _check_template(_: object, __: object, template: str | None) -> None:
 
 @frozen(kw_only=True)
 class RowFiles:
-    """The files of a data source: either `path`, or an option for each split.
+    """The files of a data source: either `path` for all splits, or separate files for each split.
 
-    The value of each option is the name of a file of JSON lines or of a `.parquet` file, a pattern such as
-    `data/train-*.parquet`, a folder that `Dataset.save_to_disk` wrote, or a split on the hub,
-    `hub:OWNER/NAME:SPLIT`; see `data_files`.
+    Each of the options `path`, `train`, `validation` and `test` selects files of JSON lines or parquet. An
+    option can be the path of a file, a pattern such as `data/train-*.parquet`, a folder that
+    `Dataset.save_to_disk` wrote, or a split on the Hugging Face hub, such as `hub:OWNER/NAME:SPLIT`.
 
     Attributes:
-        path: Rows whose problems are divided among the splits.
-        train: Rows of the split `train`.
-        validation: Rows of the split `validation`.
-        test: Rows of the split `test`.
-        validation_share: Share of the problems in `path` that go to the split `validation`.
-        test_share: Share of the problems in `path` that go to the split `test`.
-        seed: Seed of the division of `path` into splits.
+        path: Files with the rows of all splits. Each problem is assigned to one split.
+        train: Files with the rows of the split `train`.
+        validation: Files with the rows of the split `validation`.
+        test: Files with the rows of the split `test`.
+        validation_share: Share of the problems in `path` that are assigned to the split `validation`.
+        test_share: Share of the problems in `path` that are assigned to the split `test`.
+        seed: Seed for assigning the problems in `path` to splits.
     """
 
     path: str | None = None
@@ -63,29 +63,30 @@ class RowFiles:
 
 @frozen(kw_only=True)
 class JsonlOptions(RowFiles):
-    """`[data.options]` of a data source over rows with a prompt and a response.
+    """The table `[data.options]` of a data source that reads rows with a prompt and a response.
 
     Attributes:
-        template: Layout of the prompt, with keys of the rows in braces: `"Question: {question}"`. By default
-            the prompt is the row's `prompt` as it is, or `instruction` and `input` in the Alpaca layout.
+        template: Layout of the prompt, with keys of the rows in braces: `"Question: {question}"`. By default,
+            the prompt is the row's unchanged `prompt`, or its `instruction` and `input` in the Alpaca layout.
     """
 
     template: str | None = field(default=None, validator=_check_template)
 
 
 class JsonlSource(DataSource):
-    """Supplies the rows of files as examples, in file order. It does not run the `tests` of the rows.
+    """Supplies the rows of files as examples, in the order of the files. The `tests` of rows are not run.
 
     Args:
         options: The files.
         context: The context in which the source is built.
-        parse: Converts a record to a row, see `read_records`. By default, a row has a prompt and a response.
+        parse: Converts a record to a row, as in `read_records`. By default, a record must contain a prompt
+            and a response.
 
     Raises:
-        WmtpError: The options contain neither `path` nor files of splits, or both; a file cannot be read or
-            has invalid lines, which the message lists; rows of one `problem_id` have different prompts or
-            tests or are in different files; only some of the rows have a verdict; or a weight is negative,
-            which the context does not allow.
+        WmtpError: The options contain neither `path` nor files of splits, or contain both. A file cannot be
+            read or has invalid lines, which the message lists. Rows with the same `problem_id` have different
+            prompts or tests, or are in files of different splits. Only some rows have a verdict. A weight is
+            negative although the context does not allow negative weights.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class JsonlSource(DataSource):
         return self._rows.get(split, ())
 
     def examples(self, split: Split) -> Sequence[Example]:
-        """Return every response of the split; the reward of a response without a verdict is 1."""
+        """Return all responses of the split as examples; a response without a verdict has the reward 1."""
         return [
             Example(
                 example_id=f"{split}/{number}",
@@ -145,7 +146,11 @@ class JsonlSource(DataSource):
         ]
 
     def version(self) -> DatasetVersion:
-        """Return the SHA-256 of the bytes of all files; its first digits serve as the version."""
+        """Return the version of the data.
+
+        Its name is the name of the first file, its `sha256` changes with every byte of all files, and its
+        `version` consists of the first 12 digits of `sha256`.
+        """
         digest = hashlib.sha256("".join(map(sha256_of_file, self.files)).encode()).hexdigest()
         first = self.files[0]
         name = first.parent.name if first.suffix == ".arrow" else first.stem
@@ -153,7 +158,7 @@ class JsonlSource(DataSource):
 
 
 def _split_by_problem(rows: Sequence[JsonlRow], options: RowFiles) -> dict[Split, list[JsonlRow]]:
-    """Assign each problem to a split by a hash of its id, so that added problems do not move the others."""
+    """Assign each problem to a split by a hash of its id, so that new problems do not move existing ones."""
     found: dict[Split, list[JsonlRow]] = {"train": [], "validation": [], "test": []}
     for row in rows:
         digest = hashlib.sha256(f"{options.seed}/{row.problem_id}".encode()).digest()

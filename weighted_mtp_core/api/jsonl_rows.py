@@ -1,4 +1,4 @@
-"""One row of a team's own JSONL files: its keys and their meaning."""
+"""The keys of a row in a user's own JSONL or parquet files, and their meaning."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _WITHOUT_INPUT = (
 _RESPONSE_KEYS = ("response", "output")
 _VERDICT_KEYS = ("is_correct", "reward")
 ANSWERS = frozenset({*_RESPONSE_KEYS, *_VERDICT_KEYS})
-"""Keys that a prompt must not contain."""
+"""Keys of a row whose values must not be part of a prompt, because they give the answer away."""
 _SPELLINGS = {
     "iscorrect": "is_correct",
     "correct": "is_correct",
@@ -39,7 +39,7 @@ _SPELLINGS = {
 
 @frozen(kw_only=True)
 class JsonlRow:
-    """One row of a file, checked.
+    """One row of a file, after all checks.
 
     Attributes:
         prompt: The whole prompt, exactly as the policy reads it.
@@ -48,11 +48,11 @@ class JsonlRow:
         reward: Verified outcome of the response, in [0, 1]; None if the row has no verdict.
         tests: Python source that defines `check(candidate)`; empty if completions cannot be verified.
         entry_point: Name of the function that the tests call.
-        weight: See `Example.weight`.
-        spans: See `Example.spans`; the key of the row is `weights`.
-        messages: See `Example.messages`.
-        tools: See `Example.tools`.
-        metadata: See `Example.metadata`; values that are not strings or numbers are left out.
+        weight: Weight of each token of the response, as in `Example.weight`.
+        spans: Weights of parts of the response, as in `Example.spans`; in a file, their key is `weights`.
+        messages: A chat instead of a prompt and a response, as in `Example.messages`.
+        tools: Descriptions of tools for the template of a chat.
+        metadata: Other data about the response by key; only strings and numbers are kept.
     """
 
     prompt: str
@@ -89,7 +89,7 @@ class JsonlRow:
 
 @define
 class EarlierRows:
-    """Compares each row with the rows before it, in all files of a source."""
+    """Compares each row of a data source with all earlier rows of its files."""
 
     _ids: ProblemIds = field(factory=ProblemIds, init=False)
     _first: tuple[bool, str] | None = field(default=None, init=False)
@@ -109,7 +109,7 @@ class EarlierRows:
 
 
 def template_names(template: str) -> list[str]:
-    """Return the names in braces in a template; raises ValueError if the braces do not match."""
+    """Return the names that a template contains in braces; raises ValueError if braces do not match."""
     parts = string.Formatter().parse(template)
     return [
         f"{name}{'!' + conversion if conversion else ''}{':' + spec if spec else ''}"
@@ -133,7 +133,19 @@ def checked_row(
     messages: tuple[Mapping[str, Any], ...] = (),
     tools: tuple[Mapping[str, Any], ...] = (),
 ) -> JsonlRow:
-    """Check the keys that all kinds of rows have in common; raises ValueError for the first fault."""
+    """Check the keys that rows with a prompt and rows with a chat have in common, and return the row.
+
+    Args:
+        record: The row as read from a file.
+        prompt: The whole prompt.
+        response: The response.
+        spans: Weights of parts of the response, as in `Example.spans`.
+        messages: A chat, as in `Example.messages`.
+        tools: Descriptions of tools for the template of a chat.
+
+    Raises:
+        ValueError: A key is misspelt, or a value is invalid; only the first fault is reported.
+    """
     refuse_misspelt(record, _SPELLINGS)
     for key in ("tests", "entry_point"):
         if not isinstance(record.get(key, ""), str | None):
@@ -190,14 +202,14 @@ def _response(record: Record) -> str:
 
 
 def refuse_misspelt(record: Record, keys: Mapping[str, str]) -> None:
-    """Refuse misspelt optional keys: without them, a wrong response would count as correct, a weight as 1.
+    """Refuse misspelt optional keys, because a row without these keys counts as correct and has weight 1.
 
     Args:
         record: A row or a message.
-        keys: The optional keys, indexed by their letters without other characters.
+        keys: The optional keys; each is indexed by its letters, without `_` and `-`.
 
     Raises:
-        ValueError: A key is similar to one of the optional keys.
+        ValueError: A key of the record is similar, but not equal, to one of the optional keys.
     """
     for name in record:
         spelt = name.lower().replace("_", "").replace("-", "")
@@ -252,14 +264,17 @@ def parse_spans(record: Record, *, text: str) -> tuple[Span, ...] | None:
 
 
 def _is_span(row: object) -> bool:
-    """Return whether a row is [start, end, weight]; in parquet files, start and end may be whole floats."""
+    """Return whether `row` is [start, end, weight]; in parquet files, start and end may be whole floats."""
     if not isinstance(row, list) or len(row) != 3 or any(type(each) not in {int, float} for each in row):
         return False
     return all(isinstance(edge, int) or edge.is_integer() for edge in row[:2])
 
 
 def _problem_id(record: Record, text: str) -> str:
-    """Return the row's problem id or, if it has none, a hash of `text`, so equal prompts are one problem."""
+    """Return the problem id of a row, or a hash of `text` if the row has no id.
+
+    With the prompt as `text`, rows without ids and with equal prompts are responses to one problem.
+    """
     key = next((key for key in ("problem_id", "task_id") if key in record), None)
     if key is None:
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Read files of records for a data source, and report every bad record of a file at once."""
+"""Read files of records for a data source, and report all invalid records of a file in one error."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def json_lines(path: Path) -> Iterator[tuple[int, object]]:
     """Yield the line number, counted from 1, and the text of each non-empty line of a UTF-8 file.
 
     A file named `*.gz` is decompressed, and a byte order mark is dropped. Only a line feed ends a line,
-    because texts contain other separators. A byte that is not valid UTF-8 becomes a lone surrogate;
-    `read_records` reports it with the line number.
+    because strings may contain other line separators, such as U+2028. A byte that is not valid UTF-8 becomes
+    a lone surrogate, which `read_records` reports with the line number.
 
     Raises:
         WmtpError: The file is UTF-16, or contains one JSON value that spans several lines.
@@ -48,7 +48,8 @@ def json_lines(path: Path) -> Iterator[tuple[int, object]]:
 def table_rows(path: Path) -> Iterator[tuple[int, object]]:
     """Yield the number, counted from 1, and the record of each row of a parquet file or an Arrow stream.
 
-    In a table, each row has all keys. A key without a value (null) is left out of the record, at any depth.
+    Each row of a table has all keys. A key without a value (null) is left out of the record, also in nested
+    objects.
 
     Raises:
         WmtpError: The file is damaged, or has another format.
@@ -83,11 +84,11 @@ def read_records(
         path: The file; a relative path starts at the current folder.
         parse: Converts a record to a row; raises ValueError with the fault of an invalid record.
         check: Called with each row and its place, such as "`rows.jsonl` line 3", for example to compare the
-            row with earlier rows (`ProblemIds`). It raises ValueError for an invalid row, like `parse`.
+            row with earlier rows (`ProblemIds`). Like `parse`, it must raise ValueError for an invalid row.
 
     Raises:
-        WmtpError: The file cannot be read, has no record or has invalid records; the message lists the first
-            20 of them.
+        WmtpError: The file cannot be read, has no records or has invalid records; the message lists the first
+            20 invalid records.
     """
     path = Path(path)
     read, what = (table_rows, "row") if path.suffix in _TABLES else (json_lines, "line")
@@ -116,9 +117,9 @@ def read_records(
 
 @define
 class ProblemIds:
-    """The problems seen so far under each problem id, to refuse one id for two different problems.
+    """Remembers the problem of each problem id, and refuses an id that two different problems use.
 
-    Use one object for all files of a data source.
+    Use one `ProblemIds` object for all files of a data source.
     """
 
     _first: dict[tuple[str, str], tuple[Hashable, str]] = field(factory=dict, init=False)
@@ -129,11 +130,12 @@ class ProblemIds:
         Args:
             problem_id: Id of the problem.
             place: Place of the record, as `read_records` passes it to `check`.
-            facts: What all records of a problem must have in common, such as `prompt`, `tests` or `split`;
-                None stands for unknown.
+            facts: Properties that all records of a problem must have in common, such as `prompt`, `tests` or
+                `split`; the value None means unknown.
 
         Raises:
-            ValueError: A fact differs from an earlier record; the message contains the place of that record.
+            ValueError: A fact differs from an earlier record of the problem; the message contains the place
+                of that record.
         """
         for name, value in facts.items():
             first, where = self._first.setdefault((problem_id, name), (value, place))
@@ -166,7 +168,7 @@ def _object(record: object) -> Record:
 
 
 def _parsed(line: str) -> object:
-    """Parse a line; raises ValueError if it is not UTF-8 or JSON or if Python cannot represent a value."""
+    """Parse a line; raises ValueError if it is not UTF-8 or JSON or has a value that Python cannot parse."""
     if not line.isascii():
         try:
             line.encode()
@@ -206,7 +208,7 @@ def _refuse_surrogates(value: object, key: str = "") -> None:
 
 
 def text_field(record: Record, key: str) -> str:
-    """Return a string with normalised line ends; raises ValueError if `key` is missing or not a string."""
+    """Return the string `record[key]`, with line feeds as line ends; raises ValueError if it is no string."""
     value = record.get(key)
     if not isinstance(value, str):
         raise ValueError(f"`{key}` must be a string" if key in record else f"needs `{key}`, a string")  # noqa: TRY004
@@ -214,7 +216,7 @@ def text_field(record: Record, key: str) -> str:
 
 
 def int_field(record: Record, key: str) -> int:
-    """Return a whole number; raises ValueError if `key` is missing or not a whole number."""
+    """Return the whole number `record[key]`; raises ValueError if it is missing or not a whole number."""
     value = record.get(key)
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"needs `{key}`, a whole number")  # noqa: TRY004
@@ -222,7 +224,7 @@ def int_field(record: Record, key: str) -> int:
 
 
 def text_list_field(record: Record, key: str) -> list[str]:
-    """Return a list of strings with normalised line ends; raises ValueError for anything else."""
+    """Return the list of strings `record[key]`, with line feeds as line ends; else raises ValueError."""
     value = record.get(key)
     if not isinstance(value, list) or any(not isinstance(each, str) for each in value):
         raise ValueError(f"needs `{key}`, a list of strings")

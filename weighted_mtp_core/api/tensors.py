@@ -1,10 +1,10 @@
-"""Tensors that core and plugins exchange: batches, what a weighting sees of them, weights, scores, losses.
+"""Tensors that core and plugins exchange: batches, the views of weightings, weights, scores and losses.
 
 Shape letters: B batch rows, T positions, K heads (`n_future`), H hidden, V vocabulary.
 
-Index convention: entry (b, t) of a `[B, T]` tensor belongs to the token `x[b, t]` itself. Entry (b, t, k - 1)
-of a `[B, T, K]` tensor belongs to the pair of source t and head k, which predicts `x[b, t + k]`. Only core
-shifts tensors along T.
+Index convention, where x are the token ids `[B, T]`: entry (b, t) of a `[B, T]` tensor belongs to the token
+`x[b, t]` itself. Entry (b, t, k - 1) of a `[B, T, K]` tensor belongs to the pair (source t, head k), that is,
+to the prediction of `x[b, t + k]` by head k. Only core shifts tensors along T.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 class Signal(enum.Enum):
-    """A quantity known for each token of a batch. A weighting receives those that its component `needs`.
+    """A quantity known for each token of a batch. A weighting gets the signals that its component `needs`.
 
-    A critic `provides` the signals `VALUE`, `LOG_VALUE` and `REFERENCE_LOSS`, and `GIVEN` is part of the
-    data; core computes all other signals, and `LOG_VALUE` from `VALUE`. `StepView` describes the tensor of
-    each signal.
+    A critic `provides` the signals `VALUE`, `LOG_VALUE` and `REFERENCE_LOSS`, and the data contain `GIVEN`.
+    Core computes all other signals, and computes `LOG_VALUE` if the critic provides only `VALUE`. `StepView`
+    describes the tensor of each signal.
     """
 
     REWARD = "reward"
@@ -38,10 +38,10 @@ class Signal(enum.Enum):
 
 
 VALUES = (Signal.VALUE, Signal.LOG_VALUE)
-"""Signals that tell how likely a response is to be correct; a critic that provides one of them is judged."""
+"""Signals that estimate the reward of a response; core measures a critic that provides one of them."""
 
 CRITIC_SIGNALS = (*VALUES, Signal.REFERENCE_LOSS)
-"""Signals that come from a critic."""
+"""Signals that a critic provides."""
 
 
 @frozen(kw_only=True, eq=False)
@@ -51,17 +51,17 @@ class Batch:
     Attributes:
         ids_BT: int64 token ids; padding is on the right.
         document_BT: int64 index of the document within its row, from 0; -1 on padding.
-        response_BT: bool, True on response tokens, EOS included. These are the target tokens.
-        reward_BT: float32 reward of the response, on each of its tokens; 0 on prompts and padding.
-        group_BT: int64 number of the problem: tokens of this batch have equal numbers if and only if they
+        response_BT: bool, True on the target tokens, that is, on response tokens including EOS.
+        reward_BT: float32 reward of the response, on each token of the response; 0 on prompts and padding.
+        group_BT: int64 number of the problem: two tokens of a batch have equal numbers if and only if they
             belong to the same problem; -1 on padding.
         example_ids: Ids of the examples of the batch, row by row, for use in messages.
-        position_BT: int64 index of each token within its document, 0 on padding. None if each row holds one
-            document, with positions 0, 1, ...
+        position_BT: int64 index of each token within its document, 0 on padding. None if each row contains
+            one document, with positions 0, 1, ...
         given_BT: float32 weight that the data give each response token, negative only if the recipe allows
             negative weights; 0 on prompts and padding. None if the data have no weights.
         problem_BT: int64 hash of the problem's id, which is the same in every batch, split and run; 0 on
-            padding. None if the batch was not made by core.
+            padding. None if the batch was not created by core.
     """
 
     ids_BT: Tensor
@@ -75,11 +75,11 @@ class Batch:
     problem_BT: Tensor | None = None
 
     def target_positions(self) -> tuple[Tensor, Tensor]:
-        """Return the row and column indices, int64 `[N]` each, of the N targets of head 1, ordered by row.
+        """Return the row indices and column indices, each int64 `[N]`, of the N targets of head 1.
 
-        The targets of head 1 are the response tokens that follow another token of their document. On an
-        accelerator, prefer this method to a boolean mask: for batches made by core it does not synchronise
-        with the device.
+        The targets of head 1 are the response tokens that follow another token of their document; they are
+        ordered by row. On an accelerator, prefer this method to a boolean mask, because for batches created
+        by core it does not synchronise with the device.
         """
         follows_BT = self.document_BT[:, 1:] == self.document_BT[:, :-1]
         row_N, column_N = (self.response_BT[:, 1:] & follows_BT).nonzero(as_tuple=True)
@@ -88,7 +88,7 @@ class Batch:
 
 @frozen(kw_only=True, eq=False)
 class StepView:
-    """The global batch of one step, as a weighting receives it. Signals that it does not need are None.
+    """The global batch of one step, as a weighting receives it; a signal that it does not need is None.
 
     Attributes:
         ids_BT: int64 token ids.
@@ -98,22 +98,26 @@ class StepView:
             document of `x[t]`.
         n_future: K, the number of heads.
         step: Optimiser steps completed in this stage.
-        training: False during validation, when moving statistics must not be updated.
+        training: False if the batch is only measured, for example for the report of the run; a weighting must
+            then not update moving statistics.
         steps: Number of optimiser steps of this stage, for schedules.
-        example_ids: `example_ids[b][n]` is the id of the example of document n (see `document_BT`) in row b.
-        metadata: `metadata[b][n]` is the `Example.metadata` of that example.
-        reward_BT: float32, `Signal.REWARD`: see `Batch.reward_BT`.
-        group_BT: int64, `Signal.GROUP`: see `Batch.group_BT`.
+        example_ids: `example_ids[b][n]` is the id of the example whose document has index n in row b, where n
+            is the index in `document_BT`.
+        metadata: `metadata[b][n]` is the `Example.metadata` of the example `example_ids[b][n]`.
+        reward_BT: float32, `Signal.REWARD`: reward of the response, on each token of the response; 0 on
+            prompts and padding.
+        group_BT: int64, `Signal.GROUP`: two tokens have equal numbers if and only if they belong to the same
+            problem; -1 on padding.
         given_BT: float32, `Signal.GIVEN`: the weight that the data give the token, 1 if the data give none; 0
             where `response_BT` is False.
         value_BT: float32, `Signal.VALUE`: V_t, the critic's value of the prefix that ends at token t.
-        log_value_BT: float32, `Signal.LOG_VALUE`: log V_t, or log(V_t / V_0) if the critic does not know V_0,
-            the value of the document's prompt. So only differences within a document have a meaning. -inf
-            if V_t is 0.
+        log_value_BT: float32, `Signal.LOG_VALUE`: log V_t, where V_t is the critic's value of the prefix that
+            ends at token t; -inf if V_t is 0. A critic that cannot determine the value V_0 of the prompt
+            gives log(V_t / V_0) instead, so only differences within a document have a meaning.
         token_loss_BTK: float32, `Signal.TOKEN_LOSS`: the policy's current cross-entropy of the pair, in nats;
             0 where `target_BTK` is False.
-        token_entropy_BTK: float32, `Signal.TOKEN_ENTROPY`: entropy of the distribution that the head predicts
-            for the pair, in nats, which does not depend on the target; 0 where `target_BTK` is False.
+        token_entropy_BTK: float32, `Signal.TOKEN_ENTROPY`: entropy, in nats, of the distribution that the
+            head predicts for the pair, whatever the target is; 0 where `target_BTK` is False.
         reference_loss_BT: float32, `Signal.REFERENCE_LOSS`: a reference model's next-token cross-entropy of
             token t, in nats; 0 where `response_BT` is False.
     """
@@ -138,14 +142,17 @@ class StepView:
     reference_loss_BT: Tensor | None = None
 
     def to_pairs(self, x_BT: Tensor) -> Tensor:
-        """Return `[B, T, K]`: for each pair, the number of its target token; 0 if the pair does not count."""
+        """Return `[B, T, K]`: for each pair, the entry of `x_BT` at the pair's target token.
+
+        Entries of pairs that do not count are 0.
+        """
         return align_weights(x_BT, self.target_BTK)
 
     def to_targets(self, x_BTK: Tensor) -> Tensor:
-        """Index the numbers of pairs, `[B, T, K]`, by target token and head instead of source and head.
+        """Return the entries of `x_BTK`, `[B, T, K]`, indexed by target and head instead of source and head.
 
-        Entry (t, k) is the number of head k for target token t, or 0 if head k does not predict that token,
-        for example because the token is too near the start of its document.
+        In the result, the entry of token t and head k belongs to the pair of head k whose target is token t.
+        The entry is 0 if there is no such pair, for example because t is too near the start of its document.
         """
         return gather_by_target(x_BTK, self.target_BTK)
 
@@ -156,10 +163,11 @@ class Weights:
 
     Attributes:
         weight: float32, finite, without gradient; >= 0 unless the component declares `negative_weights` and
-            the recipe allows them. Either `[B, T]`, indexed by target token, 0 where
-            `response_BT` is False; or `[B, T, K]`, indexed by source and head, 0 where `target_BTK` is False.
-        metrics: Scalars to log, as floats or 0-dim tensors, with names that core's metrics do not have.
-            Tensors are read after the step, so they may stay on the device.
+            the recipe allows negative weights. The shape is either `[B, T]`, indexed by target token, with 0
+            where `response_BT` is False, or `[B, T, K]`, indexed by source and head, with 0 where
+            `target_BTK` is False.
+        metrics: Scalars to log, as floats or 0-dim tensors. Their names must differ from the names of core's
+            metrics. Tensors are read after the step, so they may stay on the device.
     """
 
     weight: Tensor
@@ -168,10 +176,10 @@ class Weights:
 
 @frozen(kw_only=True, eq=False)
 class Scores:
-    """A critic's scores of every token, float32 `[B, T]`. `StepView` describes fields of the same names.
+    """A critic's scores of every token, float32 `[B, T]`; `StepView` describes fields of the same names.
 
-    A field is None unless the component `provides` its signal. A critic that provides `Signal.VALUE` need not
-    provide `Signal.LOG_VALUE`.
+    A field is None unless the critic's component `provides` the signal of the field. A critic that provides
+    `Signal.VALUE` need not provide `Signal.LOG_VALUE`.
     """
 
     value_BT: Tensor | None = None
@@ -185,8 +193,8 @@ class CriticLoss:
 
     Attributes:
         loss: float32 scalar, with gradient.
-        metrics: Scalars to log, as floats or 0-dim tensors without gradient, with names that core's metrics
-            do not have.
+        metrics: Scalars to log, as floats or 0-dim tensors without gradient. Their names must differ from the
+            names of core's metrics.
     """
 
     loss: Tensor
@@ -194,10 +202,10 @@ class CriticLoss:
 
 
 def align_weights(weight: Tensor, target_BTK: Tensor) -> Tensor:
-    """Return weights `[B, T, K]`, indexed by source and head, 0 for pairs that do not count.
+    """Return weights `[B, T, K]`, indexed by source and head, with 0 for pairs that do not count.
 
     Args:
-        weight: `[B, T]`, indexed by target token, or `[B, T, K]`, already indexed by source and head.
+        weight: Weights `[B, T]`, indexed by target token, or `[B, T, K]`, indexed by source and head.
         target_BTK: bool, True for the pairs that count.
     """
     if weight.ndim == 3:
@@ -209,10 +217,10 @@ def align_weights(weight: Tensor, target_BTK: Tensor) -> Tensor:
 
 
 def gather_by_target(x_BTK: Tensor, target_BTK: Tensor) -> Tensor:
-    """Return the numbers of pairs, `[B, T, K]`, indexed by target and head, 0 for pairs that do not count.
+    """Return the entries of `x_BTK`, `[B, T, K]`, indexed by target and head; 0 if a pair does not count.
 
     Args:
-        x_BTK: Numbers indexed by source and head.
+        x_BTK: One number per pair, indexed by source and head.
         target_BTK: bool, True for the pairs that count.
     """
     counted_BTK = x_BTK.where(target_BTK, 0.0)

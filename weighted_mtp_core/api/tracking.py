@@ -1,4 +1,4 @@
-"""Trackers, the components that send a run to another system, and the data that they receive."""
+"""Trackers, which are components that send a run to another system, and the data that trackers receive."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from weighted_mtp_core.api.data import DatasetVersion
 
 
 class RunOutcome(enum.Enum):
-    """How a run ended; the values are the names of MLflow's run states."""
+    """How a run ended; the values are also the names of MLflow's run states."""
 
     FINISHED = "FINISHED"
     FAILED = "FAILED"
@@ -27,14 +27,14 @@ class RunInfo:
     """The description of a run that trackers receive.
 
     Attributes:
-        run_id: Unique id, also the name of the run folder.
+        run_id: Unique id of the run, which is also the name of the run folder.
         name: The recipe's `run.name`.
-        experiment: `<experiment_prefix>/<weighting plugin>`, or the recipe's `run.experiment`.
-        params: The resolved recipe as dotted keys, and the version and checksum of the data.
-        tags: The tags that docs/commands.md lists.
-        datasets: The data that the run uses.
+        experiment: `<experiment_prefix>/<weighting plugin>`, or the recipe's `run.experiment` if it is set.
+        params: The resolved recipe as dotted keys, and the name, version and checksum of the data.
+        tags: The tags of the run, which docs/commands.md lists.
+        datasets: Names, versions and checksums of the data that the run uses.
         folder: The run folder.
-        started_ms: Time of the start, in milliseconds since 1970.
+        started_ms: Time of the run's start, in milliseconds since 1970.
     """
 
     run_id: str
@@ -66,11 +66,11 @@ class MetricPoint:
 
 @frozen(kw_only=True)
 class KeptRun:
-    """What the tracker's store contains of a run.
+    """The part of a run that the tracker's store contains.
 
     Attributes:
         run: Id that the store has given the run.
-        last_step: The last step of each metric in the store.
+        last_step: The last step that the store contains, for each metric.
     """
 
     run: str
@@ -78,50 +78,62 @@ class KeptRun:
 
 
 class Tracker(Stateful):
-    """Sends a run to another system. Its methods are called from one thread at a time.
+    """Sends a run to another system. Core calls the methods of a tracker from one thread at a time.
 
-    Core writes all data to a journal on disk first. If a method raises, core calls it again later with the
-    same arguments, possibly in another process, so every method must tolerate repeated calls. Raise a
-    `WmtpError` if a later call would fail too: before training this error stops the run; during training core
-    skips the data and logs a warning. A tracker that groups runs should have the option `experiment_prefix`.
+    Core writes all data to a journal on disk first. If a method raises an exception, core calls the method
+    again later with the same arguments, possibly in another process, so every method must tolerate repeated
+    calls. Raise a `WmtpError` if a later call would fail too: before training, this error stops the run;
+    during training, core skips the data and logs a warning. A tracker that groups runs by experiment should
+    have the option `experiment_prefix`.
     """
 
     @abstractmethod
     def start(self, run: RunInfo) -> None:
-        """Open the run, or reopen it if `run.run_id` exists. Core calls this again for new tags or data."""
+        """Open the run, or reopen it if the store already contains `run.run_id`.
+
+        Core calls `start` again if the params, tags or data of the run change.
+        """
 
     @abstractmethod
     def log_metrics(self, points: Sequence[MetricPoint]) -> None:
-        """Record up to 1000 points in the given order."""
+        """Record up to 1000 metric points, in the given order."""
 
     @abstractmethod
     def log_artifact(self, path: Path, subdir: str) -> None:
-        """Store a file in the run's folder `subdir`, which may be empty. A retry may come after `finish`."""
+        """Store a file in the folder `subdir` of the run's files; an empty `subdir` means the top folder.
+
+        Core may repeat a failed call after `finish`.
+        """
 
     @abstractmethod
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags; existing tags with the same names are overwritten."""
+        """Set tags of the run; existing tags with the same names are overwritten."""
 
     @abstractmethod
     def finish(self, outcome: RunOutcome, *, time_ms: int | None = None) -> None:
-        """Close the run, which ended at `time_ms` (milliseconds since 1970) or, if that is None, now."""
+        """Close the run.
+
+        Args:
+            outcome: How the run ended.
+            time_ms: Time at which the run ended, in milliseconds since 1970; None means now.
+        """
 
     def store(self) -> str:
-        """Return the address of the store without secrets, or an empty string. Must not contact the store.
+        """Return the address of the store without secrets, or an empty string.
 
-        If the address has changed since the last delivery, core sends the whole run again. Core may call this
-        method before `start`.
+        This method must not contact the store, and core may call it before `start`. If the address has
+        changed since the last delivery, core sends the whole run again.
         """
         return ""
 
     def kept(self) -> KeptRun | None:
-        """Return what the store contains of the run, or None if the tracker cannot determine it.
+        """Return the part of the run that the store contains, or None if the tracker cannot determine it.
 
-        Core calls this after `start`. If the store has another run, or lacks steps that were sent, core sends
-        the whole run again; the tracker must then leave out the points that the store already has.
+        Core calls `kept` after `start`. If the store has another run, or lacks steps that were sent, core
+        sends the whole run again; the tracker must then leave out the points that the store already has.
         """
         return None
 
     def where(self) -> str:
-        """Return one line for the user about where to find the run, such as a URL; may be empty."""
+        """Return one line that tells the user where to find the run, such as a URL; the line may be empty."""
         return ""
