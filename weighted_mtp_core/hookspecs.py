@@ -1,10 +1,10 @@
-"""The four hooks, functions without arguments that a plugin implements to declare its components.
+"""The four hooks: functions without arguments that a plugin implements to declare its components.
 
-Core calls a hook once, right after it has imported the plugin. A hook only declares components; core builds
-the ones that the recipe selects with `Component.build`. The training loop never calls a hook. Importing a
-plugin must be quick, so import torch inside the build function.
+Core calls a hook once, right after it has imported the plugin. A hook only declares components; core then
+calls `Component.build` of the components that the recipe selects. The training loop never calls a hook.
+Importing a plugin must be quick, so import torch inside the build function.
 
-Each example below is a complete plugin module, which a test runs.
+The example of each hook is a complete plugin module, which a test runs.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
     """Declare weightings, which compute the weights of a batch's target tokens from the batch's signals.
 
     Called once, when a recipe or a `plugins` command names the plugin. The weighting that `[weighting] use`
-    names is built after the policy. Its method `weigh` is called once per step of stage 2, without gradients
-    and with the signals that the component `needs`.
+    selects is built after the policy. In stage 2, core calls its method `weigh` once per step, without
+    gradients and with the signals that the component `needs`.
 
     Example:
         from attrs import field, frozen
@@ -57,11 +57,11 @@ def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
 
 @hookspec
 def wmtp_critics() -> Iterable[Component[Any, Critic]]:
-    """Declare critics, which score every token of a batch: value heads, reference models.
+    """Declare critics, such as value heads and reference models, which score every token of a batch.
 
-    Called once, when a recipe or a `plugins` command names the plugin. The critic that `[critic] use` names
-    is built after the policy and, if it is `trainable`, trained in stage 1. In stage 2 its method `score` is
-    called if the weighting needs a signal that the component `provides`.
+    Called once, when a recipe or a `plugins` command names the plugin. The critic that `[critic] use` selects
+    is built after the policy and, if it is `trainable`, trained in stage 1. In stage 2, core calls the
+    critic's method `score` if the weighting needs a signal that the critic `provides`.
 
     Example:
         from attrs import frozen
@@ -93,10 +93,11 @@ def wmtp_critics() -> Iterable[Component[Any, Critic]]:
 
 @hookspec
 def wmtp_data_sources() -> Iterable[Component[Any, DataSource]]:
-    """Declare data sources, which supply labelled responses to learn from and problems to be evaluated on.
+    """Declare data sources, which supply labelled responses for training and problems for evaluation.
 
-    Called once, when a recipe or a `plugins` command names the plugin. The source that `[data] use` names is
-    built before the model. Core reads the examples of each split once, and records the version with the run.
+    Called once, when a recipe or a `plugins` command names the plugin. The data source that `[data] use`
+    selects is built before the model. Core reads the examples of each split once, and records the version of
+    the data with the run.
 
     Example:
         import hashlib
@@ -140,9 +141,9 @@ def wmtp_data_sources() -> Iterable[Component[Any, DataSource]]:
 def wmtp_trackers() -> Iterable[Component[Any, Tracker]]:
     """Declare trackers, which send the metrics, tags and files of a run to other systems.
 
-    Called once, when a recipe or a `plugins` command names the plugin. Each `[[tracker]]` of the recipe is
-    built before training. One background thread calls its methods; if a method raises, it is called again
-    later with the same arguments.
+    Called once, when a recipe or a `plugins` command names the plugin. Each tracker that a recipe selects in
+    `[[tracker]]` is built before training. A background thread calls the methods of the tracker; if a method
+    raises an exception, the thread calls it again later with the same arguments.
 
     Example:
         import json
@@ -175,7 +176,7 @@ def wmtp_trackers() -> Iterable[Component[Any, Tracker]]:
             def set_tags(self, tags):
                 self._write("tags", dict(tags))
 
-            def finish(self, outcome):
+            def finish(self, outcome, *, time_ms=None):
                 self._write("finish", outcome.value)
 
         @hookimpl

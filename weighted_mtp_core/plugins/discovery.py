@@ -1,4 +1,4 @@
-"""Find installed plugins by reading package metadata; nothing is imported.
+"""Find installed plugins by reading package metadata, without importing any plugin.
 
 A plugin is a distribution with an entry point in the group `weighted_mtp_core`:
 
@@ -43,8 +43,9 @@ class FoundPlugin:
         version: Version of the distribution.
         module: What the entry point refers to: a module, or `module:object`.
         requires: The distribution's `Requires-Dist` lines.
-        folders: The metadata folder, then the metadata folders of other versions in the same parent folder.
-        conflicts: Other distributions that declare a plugin of the same name.
+        folders: The plugin's metadata folder, followed by the metadata folders of other versions of its
+            distribution in the same parent folder.
+        conflicts: Other distributions that declare a plugin with the same name.
     """
 
     name: str
@@ -60,7 +61,7 @@ class FoundPlugin:
 
     @property
     def core_range(self) -> str:
-        """The range of core versions that the plugin requires, lower bound first; empty if it requires none.
+        """The range of core versions that the plugin requires, lower bound first; empty for any version.
 
         Raises:
             WmtpError: A `Requires-Dist` line cannot be parsed.
@@ -79,7 +80,7 @@ class FoundPlugin:
 
 
 def find(path: Sequence[str] | None = None) -> Mapping[str, FoundPlugin]:
-    """Return every installed plugin, sorted by name. Damaged metadata is not an error: see `metadata_faults`.
+    """Return every installed plugin, keyed and sorted by name; `metadata_faults` reports damaged metadata.
 
     Args:
         path: Folders to search; `sys.path` by default.
@@ -96,7 +97,7 @@ def find(path: Sequence[str] | None = None) -> Mapping[str, FoundPlugin]:
 
 
 def metadata_faults(path: Sequence[str] | None = None) -> list[str]:
-    """Return a line for every damaged metadata folder, and for plugins that are hidden by another folder."""
+    """Return one line for every damaged metadata folder and for every hidden folder that declares plugins."""
     used, hidden = _used_and_hidden(_installed(path))
     faults = [fault for metadata in used for fault in metadata.faults(used)]
     faults += [
@@ -109,14 +110,15 @@ def metadata_faults(path: Sequence[str] | None = None) -> list[str]:
 
 def _installed(path: Sequence[str] | None) -> list[_Metadata]:
     found = (_Metadata(each) for each in distributions(path=list(sys.path if path is None else path)))
-    return [each for each in found if not each.stem.startswith("~")]  # pip: "invalid distribution", left over
+    return [each for each in found if not each.stem.startswith("~")]  # pip leaves `~...` behind
 
 
 def _used_and_hidden(installed: Iterable[_Metadata]) -> tuple[list[_Metadata], list[_Metadata]]:
-    """Separate the distributions that Python imports from those that it cannot reach.
+    """Separate the distributions that Python imports from the distributions that Python cannot reach.
 
-    Python imports the first module of a name on the path, so the first folder hides a distribution of the
-    same name in a later folder. A virtual environment can list one folder twice (lib64 links).
+    Python imports the first module with a given name on the path, so a distribution hides distributions with
+    the same name in later folders. A folder that the path contains twice counts once, because `lib64` in a
+    virtual environment can be a link to `lib`.
     """
     real = cache(os.path.realpath)
     first: dict[str, str] = {}
@@ -134,7 +136,10 @@ def _used_and_hidden(installed: Iterable[_Metadata]) -> tuple[list[_Metadata], l
 
 @cache
 def _replace_undecodable() -> None:
-    """Replace bytes that are not UTF-8 for all packages, because torch and mlflow read all entry points."""
+    """Make `importlib.metadata` replace bytes that are not UTF-8 in the metadata of all packages.
+
+    Otherwise torch and mlflow, which read the entry points of all packages, would fail.
+    """
     for name in ("importlib.metadata", "importlib_metadata"):
         if importlib.util.find_spec(name):
             finder: Any = importlib.import_module(name).PathDistribution
@@ -181,7 +186,7 @@ class _Metadata(Distribution):
 
     @property
     def is_described(self) -> bool:
-        """Whether METADATA exists; a folder without this file is left over from an uninstalled package."""
+        """Whether METADATA or PKG-INFO exists; without them, the folder remains from a removed package."""
         return (self.folder / "METADATA").is_file() or (self.folder / "PKG-INFO").is_file()
 
     @property
@@ -191,12 +196,12 @@ class _Metadata(Distribution):
 
     @property
     def key(self) -> str:
-        """The canonical name in `stem`."""
+        """The canonical name of the distribution, taken from the name of the folder."""
         return canonicalize_name(self.stem.partition("-")[0])
 
     @property
     def title(self) -> tuple[str, str]:
-        """Canonical name and version, taken from the folder's name if METADATA lacks them."""
+        """Canonical name and version of the distribution, from the folder's name if METADATA lacks them."""
         name, _, version = self.stem.partition("-")
         return canonicalize_name(self._field("Name") or name), self._field("Version") or version or "?"
 
@@ -238,7 +243,7 @@ class _Metadata(Distribution):
 
 
 def _entries(text: str) -> list[tuple[str, str]]:
-    """Read the group `weighted_mtp_core` of an `entry_points.txt`; lines that are not entries are skipped."""
+    """Return (name, module) of each entry point in the group `weighted_mtp_core`; other lines are skipped."""
     entries = []
     group = ""
     for line in text.splitlines():
@@ -252,11 +257,11 @@ def _entries(text: str) -> list[tuple[str, str]]:
 
 
 def check_metadata(plugin: FoundPlugin) -> None:
-    """Raise an error if the metadata show that the plugin cannot be used.
+    """Check by its metadata whether a plugin can be used.
 
     Raises:
-        WmtpError: Several distributions or versions claim its name, the name is not valid in an address, or
-            the plugin does not work with this version of core.
+        WmtpError: Several distributions or versions claim the plugin's name, the name is not valid in an
+            address, or the plugin does not work with this version of core.
     """
     _check_name(plugin)
     _check_core_range(plugin)

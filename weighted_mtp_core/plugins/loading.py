@@ -1,9 +1,9 @@
 """Import plugins, register them with pluggy and check what they declare.
 
 Core imports only the plugins that it loads by name, so an installed plugin that no recipe names cannot break
-anything. A plugin that a recipe names is loaded without errors or stops the run before it starts. Core does
-not use `pluggy.PluginManager.load_setuptools_entrypoints`, which imports every installed plugin and silently
-drops one of two plugins with the same name.
+a run. If a plugin that a recipe names cannot be loaded, the run stops before it starts. Core does not use
+`pluggy.PluginManager.load_setuptools_entrypoints`, which imports every installed plugin and silently drops
+one of two plugins with the same name.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ AnyComponent = Component[Any, Any]
 
 
 class Kind(enum.Enum):
-    """The kinds of component; the value of each member is the name of its table in a recipe.
+    """The kinds of component; the value of each member is the name of the kind's table in a recipe.
 
     To add a kind, add its class to `weighted_mtp_core.api`, its hook to `weighted_mtp_core.hookspecs` and a
-    member here. Discovery, loading, addresses, error messages, `plugins show` and `plugins check` then work
-    without changes. Write separately: the kind's table in the recipe's schema, the code that runs its
-    components, and templates for `plugins new`.
+    member to `Kind`. Discovery, loading, addresses, error messages, `plugins show` and `plugins check` then
+    work for the new kind without changes. A new kind also needs a table in the recipe's schema, code that
+    runs its components, and templates for `plugins new`.
 
     Attributes:
         label: The name of the kind in messages.
         hook: Name of the hook that declares components of this kind.
-        interface: The class that `Component.build` returns an instance of.
+        interface: The base class of the objects that `Component.build` returns.
     """
 
     _value_: str
@@ -52,7 +52,7 @@ class Kind(enum.Enum):
     TRACKER = "tracker", "tracker", "wmtp_trackers", Tracker
 
     def __new__(cls, table: str, label: str, hook: str, interface: type[Stateful]) -> Self:
-        """Use the table's name as the value of the member."""
+        """Create a member whose value is the name of the kind's table."""
         kind = object.__new__(cls)
         kind._value_, kind.label, kind.hook, kind.interface = table, label, hook, interface
         return kind
@@ -63,7 +63,7 @@ _HOOKS = [kind.hook for kind in Kind]
 
 @frozen(kw_only=True)
 class LoadedPlugin:
-    """An imported plugin and the components that it declares, by kind and name, sorted."""
+    """An imported plugin and the components that it declares, keyed by kind and name and sorted by name."""
 
     found: FoundPlugin
     components: Mapping[Kind, Mapping[str, AnyComponent]] = field(eq=False)
@@ -75,9 +75,9 @@ class LoadedPlugin:
 
 @define(kw_only=True)
 class PluginRegistry:
-    """Loads plugins by name, each once, into one `pluggy.PluginManager`.
+    """Loads plugins by name into one `pluggy.PluginManager`; each plugin is loaded at most once.
 
-    A plugin that cannot be loaded is unregistered, so that it affects no other plugin.
+    A plugin that cannot be loaded is unregistered, so that it does not affect other plugins.
 
     Attributes:
         found: The installed plugins by name.
@@ -135,7 +135,7 @@ class PluginRegistry:
             raise
 
     def _check_pending(self, plugin: FoundPlugin) -> None:
-        """Refuse hooks that core does not have; the message suggests the hook with the nearest name."""
+        """Refuse hooks that core does not have; the error suggests the hook with the nearest name."""
         try:
             self._manager.check_pending()
         except pluggy.PluginValidationError as error:
@@ -162,8 +162,8 @@ class PluginRegistry:
     def _results(self, plugin: FoundPlugin, kind: Kind) -> list[Any]:
         """Call the plugin's implementations of a kind's hook.
 
-        Implementations are called directly, because `manager.hook` drops a result of None, which would hide a
-        forgotten `return`.
+        Implementations are called directly, not through `manager.hook`, which ignores a result of None and
+        would therefore hide a forgotten `return`.
         """
         results = []
         for impl in getattr(self._manager.hook, kind.hook).get_hookimpls():
@@ -176,12 +176,12 @@ class PluginRegistry:
 
 
 def not_installed(name: str, found: Iterable[str], *, alternatives: Iterable[str] = ()) -> WmtpError:
-    """Return the error for a plugin name that is not installed.
+    """Return the error for a plugin that is not installed.
 
     Args:
-        name: The name that the user gave.
-        found: Names of the installed plugins; the hint suggests the nearest.
-        alternatives: Addresses that the hint also suggests.
+        name: The name of the plugin that the user gave.
+        found: Names of the installed plugins; the hint of the error suggests the nearest name.
+        alternatives: Addresses of components that the hint of the error also suggests.
     """
     near = nearest(name, found)
     others = [address for address in alternatives if address.partition(".")[0] not in near]

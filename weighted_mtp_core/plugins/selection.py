@@ -1,4 +1,4 @@
-"""The components that a recipe selects, with their options and the weightings that they wrap.
+"""The components that a recipe selects, with their options and with the weightings that they wrap.
 
 A component wraps another weighting if one of its options is a `WeightingChoice`. The wrapped weighting is
 selected and checked together with the component, before anything is built.
@@ -28,10 +28,10 @@ class SelectedComponent:
 
     Attributes:
         address: `<plugin>.<component>`.
-        plugin: The plugin that declares it.
+        plugin: The plugin that declares the component.
         component: The declaration of the component.
         options: An instance of `component.options`.
-        wrapped: The weightings that the options select, keyed by the path of the option.
+        wrapped: The weightings that the options select, keyed by the path of the selecting option.
     """
 
     address: str
@@ -47,7 +47,10 @@ class SelectedComponent:
 
     @property
     def negative_weights(self) -> bool:
-        """Whether weights may be negative; for a wrapper, only if weights of a wrapped weighting may be."""
+        """Whether the component may return negative weights.
+
+        A component that wraps weightings may do so only if one of the wrapped weightings may.
+        """
         inner = [each.negative_weights for each in self.wrapped.values()]
         return self.component.negative_weights and (any(inner) or not inner)
 
@@ -64,7 +67,7 @@ class SelectedComponent:
         return (each.plugin for each in self.nested)
 
     def plain_options(self) -> dict[str, Any]:
-        """Return the options as a TOML table, including addresses and options of wrapped weightings."""
+        """Return the options as a TOML table, including the addresses and options of wrapped weightings."""
         options: dict[str, Any] = plain(self.options)
         for path, weighting in self.wrapped.items():
             table: Any = options
@@ -77,7 +80,7 @@ class SelectedComponent:
         """Build the component.
 
         Raises:
-            WmtpError: The component cannot be built; the message names plugin, distribution and version.
+            WmtpError: The component cannot be built; the message contains plugin, distribution and version.
         """
 
         def build_wrapped(choice: WeightingChoice) -> Any:
@@ -114,7 +117,7 @@ class ComponentSelector:
 
     Attributes:
         registry: Loads the plugins that addresses name.
-        document: The recipe, to add the file and line of a key to an error.
+        document: The recipe, used to add file and line of a key to an error; None if there is no recipe.
         faults: The errors found so far in the options of all components.
     """
 
@@ -129,9 +132,10 @@ class ComponentSelector:
 
         Args:
             kind: Kind of the component, which is also the table of the recipe that contains `use`.
-            use: `<plugin>.<component>`, or `<plugin>`.
-            options: The table `options` of the same recipe table.
-            at: Path of the table that contains `use` and `options`.
+            use: Address of the component: `<plugin>.<component>`, or `<plugin>` if the plugin has only one
+                component of this kind.
+            options: The table `options` next to `use` in the recipe.
+            at: Path of the recipe's table that contains `use` and `options`.
 
         Raises:
             WmtpError: There is no such component, or its plugin cannot be loaded.
@@ -159,7 +163,7 @@ class ComponentSelector:
 
 
 def weighting_choices(value: Any) -> Iterator[tuple[KeyPath, WeightingChoice]]:
-    """Yield every `WeightingChoice` inside structured options, with its path."""
+    """Yield the path and the value of every `WeightingChoice` inside structured options."""
     if isinstance(value, WeightingChoice):
         yield (), value
     elif attrs.has(type(value)):
@@ -173,11 +177,13 @@ def weighting_choices(value: Any) -> Iterator[tuple[KeyPath, WeightingChoice]]:
 
 
 def resolve(registry: PluginRegistry, kind: Kind, use: str) -> tuple[FoundPlugin, AnyComponent]:
-    """Return the component that `use` names: `<plugin>.<component>`, or `<plugin>` if there is only one.
+    """Return the component whose address is `use`, and its plugin.
+
+    An address is `<plugin>.<component>`, or `<plugin>` if the plugin has only one component of the kind.
 
     Raises:
-        WmtpError: The plugin cannot be loaded or has no such component, or `use` names only a plugin that has
-            several components of the kind.
+        WmtpError: The plugin cannot be loaded, the plugin has no such component, or `use` contains no
+            component although the plugin has several components of the kind.
     """
     plugin_name, dot, name = use.partition(".")
     if plugin_name not in registry.found:
@@ -202,7 +208,7 @@ def resolve(registry: PluginRegistry, kind: Kind, use: str) -> tuple[FoundPlugin
 
 
 def _hint(registry: PluginRegistry, plugin: LoadedPlugin, kind: Kind, name: str) -> str | None:
-    """Return a hint at the component that a recipe with a wrong address may have meant."""
+    """Return a hint that suggests the component that a wrong address may have meant."""
     plugin_name, offered = plugin.found.name, plugin.components[kind]
     near = [f"{plugin_name}.{each}" for each in nearest(name, offered)]
     for other in Kind:
@@ -215,9 +221,10 @@ def _hint(registry: PluginRegistry, plugin: LoadedPlugin, kind: Kind, name: str)
 
 
 def same_name(registry: PluginRegistry, kind: Kind, name: str) -> list[str]:
-    """Return the addresses of the components of this kind and name in all installed plugins.
+    """Return the addresses of the components with this kind and name in all installed plugins.
 
-    This loads every installed plugin and skips plugins that fail, so use it only for the hint of an error.
+    This function loads every installed plugin and skips plugins that fail to load, so use it only for the
+    hint of an error.
     """
     addresses = []
     for plugin in registry.found:

@@ -1,7 +1,7 @@
 """SHA-256 sums of the source code that a result depends on. This module imports no plugin.
 
-The author of a plugin in editable mode changes the code without changing the version. Two results with the
-same version can therefore come from different code, which the SHA-256 sums reveal.
+If a plugin is installed in editable mode, its code can change while its version stays the same. Two results
+with the same version can therefore come from different code, which the SHA-256 sums reveal.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from packaging.utils import canonicalize_name
 from weighted_mtp_core.plugins.discovery import CORE_DISTRIBUTION, FoundPlugin
 
 LIBRARIES = ("torch", "transformers")
-"""Distributions identified by version without the build: 2.9.0+cpu and 2.9.0+cu130 are the same here."""
+"""Distributions identified by their version without the build, so that 2.9.0+cpu equals 2.9.0+cu130."""
 
 _NO_RESULT = ("cli", "compare", "executors", "export", "report", "scaffold", "testing", "tracking")
 """Packages of core that do not affect the results of a run."""
 
 _NOT_INSTALLED = frozenset({"conftest", "docs", "setup", "test", "tests"})
-"""Modules in the same folder as the packages of an editable distribution, which are not part of it."""
+"""Names of modules that may lie next to the packages of an editable distribution but do not belong to it."""
 
 
 def source_identity(plugins: Iterable[FoundPlugin]) -> dict[str, str]:
-    """Return, for each distribution whose code these plugins run, its version and a SHA-256 of its source.
+    """Return version and SHA-256 of the source for each distribution whose code these plugins run.
 
-    The value is `<version>, source <SHA-256>`, or only the version for `LIBRARIES`. Core is always
-    included, and so are requirements of a plugin that are installed in editable mode.
+    The keys are names of distributions, and the values are `<version>, source <SHA-256>`, or only the version
+    for `LIBRARIES`. The result always contains core; it also contains those requirements of the plugins that
+    are installed in editable mode.
     """
     found = {name: distribution(name).version.partition("+")[0] for name in LIBRARIES}
     sources = {CORE_DISTRIBUTION: {"weighted_mtp_core"}}
@@ -60,7 +61,7 @@ def _editable_requirements(plugin: FoundPlugin) -> Iterator[str]:
 
 
 def _modules(installed: Distribution) -> Iterator[str]:
-    """Yield the names of the top-level modules of a distribution that its metadata list."""
+    """Yield the names of the top-level modules that the metadata of a distribution list."""
     yield from (installed.read_text("top_level.txt") or "").split()
     for file in installed.files or ():
         name = file.parts[0].removesuffix(".py")
@@ -86,7 +87,7 @@ def _paths(modules: Iterable[str]) -> tuple[Path, ...]:
 
 @cache
 def _sha256(paths: tuple[Path, ...]) -> str:
-    """Return the SHA-256 of modules and package folders; cached per process because core takes 15 ms."""
+    """Return one SHA-256 of modules and package folders, cached because the files of core take 15 ms."""
     digest = hashlib.sha256()
     for path in paths:
         for file in [path] if path.is_file() else sorted(filter(Path.is_file, path.rglob("*"))):

@@ -1,12 +1,15 @@
-"""Conformance suites: classes of tests that every component must pass, which a plugin's tests subclass.
+"""Conformance suites: test classes with the checks that every component must pass.
+
+The tests of a plugin subclass the suite for the kind of its component:
 
     from weighted_mtp_core.testing import WeightingStrategySuite
 
     class TestMyWeighting(WeightingStrategySuite):
         address = "my_plugin.my_weighting"
 
-A component with required options overrides the fixture `options`, which returns a recipe's `[<kind>.options]`
-table. The suites need the extra `testing` (`pip install weighted-mtp-core[testing]`).
+If a component has required options, its test class overrides the fixture `options`, which returns the table
+`[<kind>.options]` of a recipe. The suites need the extra `testing`, which
+`pip install weighted-mtp-core[testing]` installs.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def select(kind: Kind, address: str, options: Mapping[str, Any]) -> SelectedComp
 
 @functools.cache
 def heavy_imports(plugin: str) -> tuple[str, ...]:
-    """Load a plugin in a new interpreter and return the heavy packages that this imports."""
+    """Return the heavy packages, such as torch, that are imported when a new interpreter loads a plugin."""
     command = [sys.executable, "-c", _LOAD, plugin, *_HEAVY]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -61,13 +61,13 @@ def heavy_imports(plugin: str) -> tuple[str, ...]:
 
 @contextmanager
 def random_numbers_untouched() -> Iterator[None]:
-    """Fail if the block draws from or seeds a global random generator."""
+    """Fail the test if code in the `with` block draws numbers from a global random generator or seeds it."""
 
     def states() -> list[Any]:
         legacy = repr(np.random.get_state(legacy=True))  # noqa: NPY002 - the global state is compared
         return [random.getstate(), legacy, torch.get_rng_state().tolist()]
 
-    # Draw once from each generator; otherwise a block that sets the same seed as an earlier one goes
+    # Draw once from each generator; otherwise, a block that sets the same seed as an earlier block would go
     # unnoticed.
     random.random(), np.random.random(), torch.rand(1)  # noqa: NPY002, S311
     before = states()
@@ -94,7 +94,7 @@ class ComponentSuite:
 
     Attributes:
         address: `<plugin>.<component>` of an installed plugin.
-        kind: The kind of component, set by the suite for that kind.
+        kind: The kind of the component, which the suite of each kind sets.
     """
 
     address: ClassVar[str]
@@ -102,19 +102,19 @@ class ComponentSuite:
 
     @pytest.fixture
     def options(self) -> Mapping[str, Any]:
-        """The component's `options` table in a recipe; override it to test other options."""
+        """The component's table `options` in a recipe; override this fixture to test other options."""
         return {}
 
     @pytest.fixture
     def context(self, tmp_path: Path) -> BuildContext:
-        """The context for `Component.build`; it gives weightings and critics a stand-in for the policy."""
+        """The context for `Component.build`; weightings and critics get a stand-in for the policy."""
         has_policy = self.kind in {Kind.WEIGHTING, Kind.CRITIC}
         model = documents.model_context() if has_policy else None
         return BuildContext(seed=7, storage=tmp_path / "storage", model=model)
 
     @pytest.fixture
     def selected(self, options: Mapping[str, Any]) -> SelectedComponent:
-        """The component together with its options, as a plan of a run contains it."""
+        """The component together with its options, as in the plan of a run."""
         return select(self.kind, self.address, options)
 
     @pytest.fixture
@@ -128,27 +128,27 @@ class ComponentSuite:
         return lambda: selected.build(context)
 
     def test_summary_is_one_line(self, component: AnyComponent) -> None:
-        """`plugins show` prints the summary."""
+        """The summary of a component must be one line, because `plugins show` prints it as one line."""
         assert component.summary.strip()
         assert "\n" not in component.summary
 
     def test_importing_the_plugin_imports_nothing_heavy(self) -> None:
-        """`plugins list`, `check` and `--help` must be quick: import torch in the build function."""
+        """Commands such as `check` must be quick, so only build functions may import torch."""
         assert heavy_imports(self.address.partition(".")[0]) == ()
 
     def test_options_are_frozen(self, selected: SelectedComponent) -> None:
-        """The resolved recipe records the options that a run used, so nothing may change them later."""
+        """The resolved recipe records the options that a run used, so the options must not change later."""
         fields = attrs.fields(type(selected.options))
         name = fields[0].name if fields else "anything"
         with pytest.raises((attrs.exceptions.FrozenInstanceError, AttributeError)):
             setattr(selected.options, name, getattr(selected.options, name, None))
 
     def test_options_are_keyword_only(self, component: AnyComponent) -> None:
-        """With positional options, a new option could only be added at the end."""
+        """If options were positional, a new option could be added only after all others."""
         assert [each.name for each in attrs.fields(component.options) if each.init and not each.kw_only] == []
 
     def test_options_are_typed(self, component: AnyComponent) -> None:
-        """A recipe's values are checked against the types."""
+        """Every option must have a type, because core checks the values in a recipe against these types."""
         types = typing.get_type_hints(component.options)
         fields = [each.name for each in attrs.fields(component.options)]
 
@@ -163,16 +163,16 @@ class ComponentSuite:
         assert again == selected.options
 
     def test_builds_its_kind(self, build: Callable[[], Any]) -> None:
-        """Core calls the methods of the kind's class."""
+        """The built object must be an instance of the base class of its kind, such as `Critic`."""
         assert isinstance(build(), self.kind.interface)
 
     def test_building_leaves_global_random_numbers_alone(self, build: Callable[[], Any]) -> None:
-        """The random numbers of a run do not depend on which other components are built."""
+        """The random numbers of a run must not depend on which other components are built."""
         with random_numbers_untouched():
             build()
 
     def test_builds_a_new_object_each_time(self, build: Callable[[], Any]) -> None:
-        """Two runs in one process share no state."""
+        """Each call of `build` must return a new object, so that two runs in one process share no state."""
         assert build() is not build()
 
     def test_refuses_state_that_it_does_not_keep(self, build: Callable[[], Any]) -> None:

@@ -26,7 +26,7 @@ _STEPS = 40
 
 
 def _filled(scores: Scores) -> dict[str, Tensor]:
-    """Return the fields that are not None."""
+    """Return the fields of `scores` that are not None, keyed by name."""
     return {name: value for name, value in attrs.asdict(scores, recurse=False).items() if value is not None}
 
 
@@ -49,7 +49,7 @@ def _training_batch(critic: Critic) -> Batch:
 
 
 def _train(critic: Critic, *, steps: int) -> list[float]:
-    """Train on one batch and return the losses."""
+    """Train a critic on one batch and return the loss of each step."""
     optimiser = torch.optim.AdamW(critic.parameters(), lr=1e-2)
     losses = []
     for _ in range(steps):
@@ -82,7 +82,7 @@ class CriticSuite(checks.ComponentSuite):
 
     @pytest.fixture
     def critic(self, build: Build) -> Critic:
-        """A critic, trained for a few steps if it is trainable, because untrained scores may all be equal."""
+        """A critic; it is trained for a few steps if possible, because untrained scores may all be equal."""
         critic = build()
         if critic.trainable:
             _train(critic, steps=3)
@@ -97,11 +97,11 @@ class CriticSuite(checks.ComponentSuite):
         return critic
 
     def test_fills_exactly_what_it_provides(self, component: AnyComponent, critic: Critic) -> None:
-        """Core relies on the declared signals when it checks a recipe before building anything."""
+        """A critic must fill exactly the declared signals, because core checks recipes against them."""
         assert set(_score(critic, PACKED.batch())) == {_FIELDS[signal] for signal in component.provides}
 
     def test_scores_are_one_finite_float32_a_token(self, critic: Critic) -> None:
-        """Tokens of prompts and padding also get a score."""
+        """Each token must get one finite float32 score, also in prompts and padding."""
         batch = PACKED.batch()
         for name, tensor in _score(critic, batch).items():
             assert tensor.shape == batch.ids_BT.shape, name
@@ -109,20 +109,20 @@ class CriticSuite(checks.ComponentSuite):
             assert tensor.isfinite().all(), name
 
     def test_autocast_changes_neither_dtypes_nor_what_is_trained(self, critic: Critic) -> None:
-        """Scores in bfloat16 would often be equal for successive tokens."""
+        """Scores must stay float32 under autocast: in bfloat16, successive tokens often get equal scores."""
         plain = self._dtypes(critic)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert self._dtypes(critic) == plain
 
     def test_scores_carry_no_gradient(self, critic: Critic) -> None:
-        """Scores have no gradient even if the caller has enabled gradients."""
+        """Scores must have no gradient, even if the caller has enabled gradients."""
         batch = PACKED.batch()
         scores = _filled(critic.score(batch, _states(critic, batch)))
 
         assert [name for name, tensor in scores.items() if tensor.requires_grad] == []
 
     def test_a_score_depends_only_on_the_tokens_up_to_its_own(self, critic: Critic) -> None:
-        """V_t is the value of the prefix that ends at token t; the loss of token t depends on that prefix."""
+        """The score of a token t, a value or a loss, must depend only on the prefix that ends at t."""
         batch = APART.batch()
         for cut in (3, 5, 8):
             later_BT = (torch.arange(batch.ids_BT.shape[1]) > cut) & (batch.document_BT >= 0)
@@ -132,28 +132,28 @@ class CriticSuite(checks.ComponentSuite):
                 self._assert_close(tensor[:, : cut + 1], changed[name][:, : cut + 1])
 
     def test_scores_do_not_depend_on_the_reward(self, critic: Critic) -> None:
-        """A value predicts the reward."""
+        """A value predicts the reward, so a critic must not read the reward when it scores."""
         batch = PACKED.batch()
         no_reward = attrs.evolve(batch, reward_BT=torch.zeros_like(batch.reward_BT))
 
         _assert_equal(_score(critic, batch), _score(critic, no_reward))
 
     def test_padding_changes_no_score(self, critic: Critic) -> None:
-        """Neither the length of the padding nor the ids in it affect the scores."""
+        """Neither the length of the padding nor the token ids on padding may affect the scores."""
         self._assert_same_documents(
             critic, PACKED, attrs.evolve(PACKED, padding=PACKED.padding + 5, filler=3)
         )
 
     def test_packing_changes_no_score(self, critic: Critic) -> None:
-        """Documents that share a row get the same scores as in separate rows."""
+        """Documents that share a row must get the same scores as in separate rows."""
         self._assert_same_documents(critic, PACKED, APART)
 
     def test_scoring_again_gives_the_same_scores(self, critic: Critic) -> None:
-        """A critic has no dropout and no hidden counter, because core may take scores from a cache."""
+        """Scoring must use neither dropout nor a hidden counter, because core may cache the scores."""
         _assert_equal(_score(critic, PACKED.batch()), _score(critic, PACKED.batch()))
 
     def test_leaves_the_batch_as_it_is(self, critic: Critic) -> None:
-        """The policy uses the same tensors."""
+        """A critic must not change the tensors of a batch, because the policy uses the same tensors."""
         batch = _training_batch(critic)
         _score(critic, batch)
         if critic.trainable:
@@ -162,31 +162,31 @@ class CriticSuite(checks.ComponentSuite):
         checks.assert_unchanged(batch, _training_batch(critic))
 
     def test_equal_seeds_build_equal_critics(self, build: Build) -> None:
-        """Global random generators do not affect how a critic is initialised."""
+        """Global random generators must not affect how a critic is initialised."""
         first = _score(build(), PACKED.batch())
         torch.rand(3)
 
         _assert_equal(first, _score(build(), PACKED.batch()))
 
     def test_state_survives_a_checkpoint(self, build: Build, critic: Critic, tmp_path: Path) -> None:
-        """A critic that is loaded from a checkpoint gives bitwise the same scores as the saved critic."""
+        """A critic loaded from a checkpoint must give bitwise the same scores as the saved critic."""
         loaded = build()
         checks.copy_state(critic, loaded, tmp_path / "checkpoint")
 
         _assert_equal(_score(critic, PACKED.batch()), _score(loaded, PACKED.batch()))
 
     def test_batching_is_a_known_one(self, build: Build) -> None:
-        """`"pointwise"` or `"pairs"`."""
+        """The attribute `batching` of a critic must be `"pointwise"` or `"pairs"`."""
         assert build().batching in {"pointwise", "pairs"}
 
     def test_only_a_trainable_critic_has_parameters(self, build: Build) -> None:
-        """Stage 1 trains exactly these parameters, and is skipped if there are none."""
+        """A critic must have parameters if and only if it is trainable."""
         critic = build()
 
         assert bool(list(critic.parameters())) == critic.trainable
 
     def test_the_loss_is_a_finite_float32_scalar(self, trainable: Critic) -> None:
-        """The loss has a gradient; the metrics are scalars without gradient."""
+        """The loss must have a gradient, and the metrics must be scalars without gradient."""
         result = _loss(trainable)
 
         assert result.loss.shape == ()
@@ -199,7 +199,7 @@ class CriticSuite(checks.ComponentSuite):
             assert not torch.as_tensor(value).requires_grad, name
 
     def test_gradients_do_not_reach_the_trunk(self, trainable: Critic) -> None:
-        """The critic must not train the policy."""
+        """The loss must have no gradient for the trunk's states, because a critic cannot train the policy."""
         if not trainable.reads_policy:
             return
         batch = _training_batch(trainable)
@@ -209,7 +209,7 @@ class CriticSuite(checks.ComponentSuite):
         assert hidden_BTH.grad is None
 
     def test_gradients_reach_every_listed_parameter_and_no_other(self, trainable: Critic) -> None:
-        """Stage 1 trains exactly the parameters that `parameters` returns."""
+        """The loss must have a gradient for exactly the parameters that `parameters` returns."""
         _loss(trainable).loss.backward()  # type: ignore[no-untyped-call]
         listed = list(trainable.parameters())
         others = [each for each in _own_parameters(trainable) if all(each is not one for one in listed)]
@@ -218,23 +218,23 @@ class CriticSuite(checks.ComponentSuite):
         assert all(each.grad is None for each in others)
 
     def test_training_on_one_batch_lowers_its_loss(self, trainable: Critic) -> None:
-        """Forty steps of AdamW are enough to memorise four responses."""
+        """Forty steps of AdamW on one batch of four responses must lower the loss of this batch."""
         losses = _train(trainable, steps=_STEPS)
 
         assert losses[-1] < losses[0]
 
     def test_a_batch_without_responses_gives_a_finite_loss(self, trainable: Critic) -> None:
-        """It has no target tokens."""
+        """A batch without target tokens must have a finite loss."""
         assert _loss(trainable, EMPTY.batch()).loss.isfinite()
 
     def test_training_leaves_global_random_numbers_alone(self, trainable: Critic) -> None:
-        """Random numbers come from a generator seeded by `context.seed`."""
+        """A critic must draw random numbers from a generator of its own, seeded by `context.seed`."""
         with checks.random_numbers_untouched():
             _train(trainable, steps=1)
 
     @staticmethod
     def _dtypes(critic: Critic) -> list[torch.dtype | None]:
-        """Return the dtypes of scores, loss and gradients; None for a parameter without a gradient."""
+        """Return the dtypes of the scores, the loss and the gradients; None stands for a missing gradient."""
         found: list[torch.dtype | None] = [each.dtype for each in _score(critic, PACKED.batch()).values()]
         if critic.trainable:
             loss = _loss(critic).loss

@@ -18,8 +18,8 @@ from weighted_mtp_core.plugins.loading import Kind
 from weighted_mtp_core.testing.component import ComponentSuite, select
 
 Build = Callable[[], DataSource]
-_JUDGED = 3  # problems per split; each needs a sandboxed program
-# Builds the source in a new process and prints a digest of all its examples, in order.
+_JUDGED = 3  # problems per split, because judging each problem starts a sandboxed program
+# Builds the data source in a new process and prints a digest of all its examples, in order.
 _DIGEST = """
 import hashlib, json, sys
 from pathlib import Path
@@ -36,36 +36,36 @@ print(hashlib.sha256(repr(examples).encode()).hexdigest())
 
 
 class DataSourceSuite(ComponentSuite):
-    """Checks the examples, splits and version of a data source, and its verdicts if it gives any.
+    """Checks the examples, splits and version of a data source, and its verdicts if it judges completions.
 
-    Override `changed_options` to also check that the version changes when the data change.
+    Override the fixture `changed_options` to check also that the version changes when the data change.
     """
 
     kind: ClassVar[Kind] = Kind.DATA
 
     @pytest.fixture
     def changed_options(self) -> Mapping[str, Any] | None:
-        """Options that select different data, for example a copy of the file with one byte changed."""
+        """Options that select other data, for example a copy of a file in which one byte was changed."""
         return None
 
     @pytest.fixture
     def source(self, build: Build) -> DataSource:
-        """The data source, built as a run builds it."""
+        """The data source, built in the same way as in a run."""
         return build()
 
     @pytest.fixture(params=SPLITS)
     def split(self, request: pytest.FixtureRequest) -> Split:
-        """Each split in turn."""
+        """The name of a split; pytest runs the test once for each split."""
         split: Split = request.param
         return split
 
     def test_there_is_something_to_train_on(self, source: DataSource) -> None:
-        """The split `train` has examples both for the critic and for the policy."""
+        """The split `train` must have examples both for the critic and for the policy."""
         assert len(source.examples("train")) > 0
         assert len(source.policy_examples("train")) > 0
 
     def test_examples_are_random_access(self, source: DataSource, split: Split) -> None:
-        """Examples can be accessed by index, because batches are drawn by index."""
+        """The sequence of examples must support access by index, because batches are drawn by index."""
         examples = source.examples(split)
         in_order = list(examples)
 
@@ -74,13 +74,13 @@ class DataSourceSuite(ComponentSuite):
         assert all(isinstance(example, Example) for example in in_order)
 
     def test_prompts_and_responses_hold_text(self, source: DataSource, split: Split) -> None:
-        """Prompts and responses are not empty."""
+        """Prompts and responses must not be empty."""
         empty = [e.example_id for e in source.examples(split) if not e.prompt or not e.response]
 
         assert empty == []
 
     def test_the_same_examples_come_twice_in_the_same_order(self, build: Build, split: Split) -> None:
-        """The order is the same in repeated calls and in another source with the same options."""
+        """Repeated calls and other sources with the same options must return the same order."""
         source = build()
         first = list(source.examples(split))
 
@@ -90,7 +90,7 @@ class DataSourceSuite(ComponentSuite):
     def test_examples_do_not_depend_on_the_hash_seed(
         self, options: Mapping[str, Any], tmp_path: Path
     ) -> None:
-        """Examples must not follow the order of a set of strings, which differs between processes."""
+        """The examples must not have the order of a set of strings, which differs between processes."""
         found = set()
         for seed in ("0", "1"):
             command = [sys.executable, "-c", _DIGEST, self.address, json.dumps(dict(options))]
@@ -107,13 +107,13 @@ class DataSourceSuite(ComponentSuite):
         assert len(found) == 1
 
     def test_example_ids_are_unique(self, source: DataSource) -> None:
-        """Ids are unique over all splits, because caches and reports use them."""
+        """Ids of examples must be unique over all splits, because caches and reports use these ids."""
         ids = [example.example_id for split in SPLITS for example in source.examples(split)]
 
         assert len(ids) == len(set(ids))
 
     def test_splits_share_no_problem(self, source: DataSource) -> None:
-        """A result on held-out problems is meaningless if the model was trained on these problems."""
+        """No problem may be in two splits, because results on problems seen in training are meaningless."""
         owners: dict[str, set[Split]] = {}
         for split in SPLITS:
             for example in [*source.examples(split), *source.policy_examples(split)]:
@@ -124,7 +124,7 @@ class DataSourceSuite(ComponentSuite):
         assert {problem: splits for problem, splits in owners.items() if len(splits) > 1} == {}
 
     def test_the_version_names_the_data(self, build: Build) -> None:
-        """The version has a name, a version and a SHA-256, and is the same on each call."""
+        """`version` must return a name, a version and a SHA-256, which are the same for each call."""
         version = build().version()
 
         assert version.name.strip()
@@ -138,7 +138,7 @@ class DataSourceSuite(ComponentSuite):
         changed_options: Mapping[str, Any] | None,
         context: BuildContext,
     ) -> None:
-        """The SHA-256 changes even if only one byte of the data changes."""
+        """The SHA-256 must change even if only one byte of the data changes."""
         if changed_options is None:
             pytest.skip("override the fixture `changed_options` to have this checked")
         changed = select(self.kind, self.address, changed_options).build(context)
@@ -146,7 +146,7 @@ class DataSourceSuite(ComponentSuite):
         assert changed.version().sha256 != build().version().sha256
 
     def test_verdicts_tell_right_from_wrong_in_order(self, source: DataSource, split: Split) -> None:
-        """A known solution passes and an empty completion fails; verdicts have the order of the attempts."""
+        """A known solution must pass, an empty completion must fail, and verdicts must be in order."""
         problems = [each for each in source.problems(split) if each.solution is not None][:_JUDGED]
         if not problems:
             pytest.skip("no problem of this split has a known solution")
@@ -156,7 +156,7 @@ class DataSourceSuite(ComponentSuite):
         assert [verdict.passed for verdict in verdicts] == [True, False] * len(problems)
 
     def test_a_source_without_problems_says_so(self, source: DataSource) -> None:
-        """A source without problems raises an error in `verify` instead of returning an empty result."""
+        """If a source has no problems, its `verify` must raise an error instead of returning verdicts."""
         if any(source.problems(split) for split in SPLITS):
             return
         problem = Problem(problem_id="none", prompt="", entry_point="f", tests="")

@@ -1,4 +1,4 @@
-"""Documents with known signals, in batches like the ones of core: packed or one per row, with any padding.
+"""Documents with known signals, in batches like those of core: packed or one per row, with any padding.
 
 The content of a document does not depend on its position, so a test can move documents and compare results.
 
@@ -19,7 +19,7 @@ N_FUTURE = 3
 VOCAB_SIZE = 32
 EOS_ID = 1
 _TEXTS = ("", "", *"0123456789 abcdefghijklmnopqrs")
-"""The text of each id of a stand-in for a tokenizer, one character per token; 0 and EOS have none."""
+"""The text of each token id of a stand-in for a tokenizer: one character, or none for 0 and EOS."""
 HIDDEN_SIZE = 16
 _VALUES = ("value_BT", "log_value_BT")
 
@@ -74,7 +74,7 @@ class Layout:
     Attributes:
         rows: The documents of each row, left to right.
         padding: Number of padding positions to the right of the longest row.
-        filler: Seed of the ids and values of padding, where any content is allowed; None for zeros.
+        filler: Seed of random token ids and values on padding; None fills padding with zeros.
     """
 
     rows: Sequence[Sequence[Document]]
@@ -82,7 +82,7 @@ class Layout:
     filler: int | None = None
 
     def batch(self) -> Batch:
-        """Return the batch that core would make of these documents."""
+        """Return the batch that core would create from the documents."""
         ids_BT = self._lay("ids_BT")
         if self.filler is not None:
             ids_BT = torch.randint(2, VOCAB_SIZE, ids_BT.shape, generator=_seeded(self.filler))
@@ -130,7 +130,7 @@ class Layout:
             yield tensor[b, position]
 
     def _positions(self) -> Iterator[tuple[int, int, slice, Document]]:
-        """Yield (row, index in the row, positions, document) for each document."""
+        """Yield (row, index of the document in the row, its positions, document) for each document."""
         for b, row in enumerate(self.rows):
             start = 0
             for n, document in enumerate(row):
@@ -139,7 +139,7 @@ class Layout:
                 start = end
 
     def _lay(self, name: str, tensor: Tensor | None = None) -> Tensor:
-        """Write the tensor `name` of every document into `tensor` `[B, T, ...]`, by default zeros."""
+        """Write the tensor `name` of every document into `tensor`, `[B, T, ...]`; the default is zeros."""
         if tensor is None:
             content = self.rows[0][0][name]
             width = max(sum(len(document["ids_BT"]) for document in row) for row in self.rows) + self.padding
@@ -154,12 +154,12 @@ def _number(document: Document) -> int:
 
 
 def encode(text: str) -> list[int]:
-    """Return the ids of a text of digits, blanks and the letters a to s."""
+    """Return the token ids of a text that consists of digits, spaces and letters from a to s."""
     return [_TEXTS.index(letter, EOS_ID + 1) for letter in text]
 
 
 def decode(ids: Sequence[int]) -> str:
-    """Return the text of ids."""
+    """Return the text of a sequence of token ids."""
     return "".join(_TEXTS[int(each)] for each in ids)
 
 
@@ -188,14 +188,14 @@ def trunk_states(batch: Batch) -> Tensor:
 
 
 class TrainableTrunk(nn.Module):
-    """A stand-in for a trainable trunk; before training it returns the same states as `trunk_states`."""
+    """A stand-in for a trainable trunk, which returns the same states as `trunk_states` before training."""
 
     hidden_size = HIDDEN_SIZE
 
     def __init__(self) -> None:
         super().__init__()
         self.token = nn.Parameter(torch.eye(HIDDEN_SIZE))
-        with torch.random.fork_rng(devices=[]):  # layers are initialised from the global generator
+        with torch.random.fork_rng(devices=[]):  # because layers are initialised from the global generator
             self.mean = nn.Linear(HIDDEN_SIZE, HIDDEN_SIZE, bias=False)
         nn.init.eye_(self.mean.weight)
 
@@ -212,7 +212,7 @@ def next_token_losses(batch: Batch) -> Tensor:
 
 
 class TrainableLosses(TrainableTrunk):
-    """A stand-in for a trainable language model; before training it returns the `next_token_losses`."""
+    """A stand-in for a trainable language model, equal to `next_token_losses` before training."""
 
     def forward(self, batch: Batch) -> Tensor:
         """Return losses `[B, T]`, with gradients."""

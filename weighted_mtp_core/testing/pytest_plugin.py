@@ -1,7 +1,7 @@
 """Pytest fixtures for tests of plugins.
 
 Every pytest run imports this module if core is installed, so this module imports neither torch nor numpy
-before a test needs them. The import takes 12 ms, mostly for attrs; pytest itself takes 140 ms.
+before a test needs them. Importing this module takes 12 ms, mostly for attrs; pytest itself takes 140 ms.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TINY: Mapping[str, Any] = {
     "evaluate": {"problems": 1, "max_new_tokens": 4},
     "tracker": [],
 }
-"""The recipe that every tiny run extends. The fixture writes `tiny.jsonl` to the working folder."""
+"""The recipe that every run of the fixture `wmtp_tiny_run` extends; the fixture also writes `tiny.jsonl`."""
 
 
 @frozen(kw_only=True)
@@ -53,9 +53,9 @@ class TinyRun:
 
 @pytest.fixture
 def wmtp_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, Any]], TinyRun]:
-    """Run every stage of a recipe in a few seconds, with a tiny model, two steps and an empty working folder.
+    """Run all stages of a recipe in a few seconds, with a tiny model, two steps and an empty working folder.
 
-    The recipe is a table, for example `{"weighting": {"use": "my_plugin"}}`, and extends `TINY`. An
+    The recipe is given as a table, for example `{"weighting": {"use": "my_plugin"}}`, and extends `TINY`. An
     uninformative critic does not stop the run, because no critic learns anything in two steps.
     """
 
@@ -72,7 +72,7 @@ def wmtp_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[
         if "critic" in recipe:
             lowest["critic"] = {"allow_uninformative_critic": True, "train": TINY["train"]}
         if "use" in recipe.get("data", {}):
-            del lowest["data"]  # otherwise its options would also apply to the recipe's `core.jsonl`
+            del lowest["data"]  # otherwise the options in TINY would also apply to a recipe with `core.jsonl`
         Path("lowest.toml").write_text(tomli_w.dumps(lowest), encoding="utf-8")
         Path("recipe.toml").write_text(
             tomli_w.dumps({"extends": ["lowest.toml"], **recipe}), encoding="utf-8"
@@ -113,7 +113,7 @@ def wmtp_cli() -> Callable[..., int]:
 
 @pytest.fixture
 def wmtp_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of installed packages, on `sys.path` for this test only."""
+    """A folder for installed packages that is on `sys.path` during one test only."""
     folder = tmp_path / "site-packages"
     folder.mkdir()
     monkeypatch.syspath_prepend(str(folder))
@@ -128,7 +128,8 @@ def wmtp_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 def wmtp_install_plugin(wmtp_site: Path) -> Callable[..., Path]:
     """Install a plugin from the source text of its module, for one test; return its `dist-info` folder.
 
-    The fixture writes the module and its metadata to `wmtp_site`, as an installer would, and builds nothing.
+    The fixture writes the module and its metadata to the folder `wmtp_site`, as an installer would, without
+    building a package.
     """
 
     def install(
@@ -159,7 +160,7 @@ def wmtp_install_plugin(wmtp_site: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def wmtp_no_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail the test if it searches for installed plugins, because its result would then depend on them."""
+    """Fail a test that searches for installed plugins, because its result would depend on these plugins."""
 
     def refuse(**_: object) -> None:
         pytest.fail("this test must not look for installed plugins")

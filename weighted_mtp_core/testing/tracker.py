@@ -20,26 +20,26 @@ Stored = Mapping[str, list[tuple[int, float]]]
 
 
 def point(name: str, value: float, *, step: int = 1) -> MetricPoint:
-    """Return a metric with a fixed time."""
+    """Return a metric point whose time depends only on `step`."""
     return MetricPoint(name=name, value=value, step=step, time_ms=1_700_000_000_000 + step)
 
 
 class TrackerSuite(ComponentSuite):
     """Checks that a tracker tolerates repeated calls, any order of calls and unusual values.
 
-    Override `read_back` to check that the store contains everything that was sent.
+    Override the fixture `read_back` to check also that the store contains everything that was sent.
     """
 
     kind: ClassVar[Kind] = Kind.TRACKER
 
     @pytest.fixture
     def read_back(self) -> Callable[[RunInfo], Stored] | None:
-        """A function that reads the history of each metric of a run, pairs (step, value), from the store."""
+        """A function that reads the points (step, value) of each metric of a run from the store."""
         return None
 
     @pytest.fixture
     def run(self, tmp_path: Path) -> RunInfo:
-        """The description of a run that core sends."""
+        """The description of a run, in the form in which core sends it to trackers."""
         folder = tmp_path / "runs" / "run-1"
         folder.mkdir(parents=True)
         return RunInfo(
@@ -55,29 +55,29 @@ class TrackerSuite(ComponentSuite):
 
     @pytest.fixture
     def artifact(self, run: RunInfo) -> Path:
-        """A file of the run."""
+        """A file in the run folder."""
         path = run.folder / "training.log"
         path.write_text("step 1\n")
         return path
 
     @pytest.fixture
     def started(self, build: Build, run: RunInfo) -> Tracker:
-        """A tracker with an open run."""
+        """A tracker for which `start` was called."""
         tracker = build()
         tracker.start(run)
         return tracker
 
     @pytest.mark.parametrize("outcome", RunOutcome)
     def test_a_run_ends_in_every_outcome(self, started: Tracker, outcome: RunOutcome) -> None:
-        """FINISHED, FAILED or KILLED."""
+        """A run may end as FINISHED, FAILED or KILLED."""
         started.finish(outcome)
 
     def test_a_run_ends_at_a_given_time(self, started: Tracker) -> None:
-        """Core may report the end of a run much later."""
+        """`finish` must accept a time in the past, because core may report the end of a run much later."""
         started.finish(RunOutcome.FINISHED, time_ms=1_700_000_060_000)
 
     def test_starting_again_reopens_the_run(self, started: Tracker, run: RunInfo) -> None:
-        """Core calls `start` again for new tags or data and after every resume."""
+        """Core calls `start` again if tags or data of a run change, and after every resume."""
         started.start(attrs.evolve(run, tags={**run.tags, "model_version": "micro-1"}))
         started.log_metrics([point("loss", 1.0)])
         started.finish(RunOutcome.FINISHED)
@@ -86,7 +86,7 @@ class TrackerSuite(ComponentSuite):
         started.finish(RunOutcome.FINISHED)
 
     def test_another_object_reopens_the_run(self, build: Build, started: Tracker, run: RunInfo) -> None:
-        """A resumed run continues in another process."""
+        """A new tracker object must be able to reopen a run, because a run may resume in another process."""
         started.log_metrics([point("loss", 1.0)])
         again = build()
         again.start(run)
@@ -94,7 +94,7 @@ class TrackerSuite(ComponentSuite):
         again.finish(RunOutcome.FINISHED)
 
     def test_everything_may_be_sent_twice(self, started: Tracker, artifact: Path) -> None:
-        """Core sends data again if it does not know whether they were delivered."""
+        """All calls may be repeated, because core sends data again if their delivery was not confirmed."""
         for _ in range(2):
             started.log_metrics([point("loss", 1.0)])
             started.set_tags({"state": "going on"})
@@ -103,7 +103,7 @@ class TrackerSuite(ComponentSuite):
             started.finish(RunOutcome.FINISHED)
 
     def test_artifacts_may_come_after_the_end(self, started: Tracker, artifact: Path) -> None:
-        """Core may retry a failed upload after the end of the run; `subdir` may be empty."""
+        """Core may retry a failed upload after `finish`, and the folder `subdir` may be empty."""
         started.finish(RunOutcome.FINISHED)
         started.log_artifact(artifact, "")
         started.log_artifact(artifact, "logs")
@@ -118,23 +118,23 @@ class TrackerSuite(ComponentSuite):
         tracker.finish(RunOutcome.FINISHED)
 
     def test_a_thousand_points_come_at_once(self, started: Tracker) -> None:
-        """Core sends at most a thousand points in one call, and possibly none."""
+        """`log_metrics` must accept any number of points from zero to a thousand in one call."""
         started.log_metrics([point("loss", float(i), step=i) for i in range(1000)])
         started.log_metrics([])
 
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
     def test_a_value_that_is_not_finite_breaks_nothing(self, started: Tracker, value: float) -> None:
-        """The other metrics must still be stored; they matter most when a loss has diverged."""
+        """If one value is not finite, for example a diverged loss, all other metrics must still be stored."""
         started.log_metrics([point("loss", value), point("accuracy", 0.5)])
         started.finish(RunOutcome.FAILED)
 
     def test_tags_may_be_overwritten(self, started: Tracker) -> None:
-        """The state of a run changes when it is resumed."""
+        """`set_tags` must overwrite existing tags, because tags of a run can change later."""
         started.set_tags({"state": "one"})
         started.set_tags({"state": "two", "note": ""})
 
     def test_where_is_one_line(self, started: Tracker) -> None:
-        """Core prints the line at the end of a run."""
+        """The result of `where` must be one line, which core prints at the end of a run."""
         where: Any = started.where()
 
         assert isinstance(where, str)
@@ -143,7 +143,7 @@ class TrackerSuite(ComponentSuite):
     def test_what_was_sent_is_stored_under_its_name(
         self, started: Tracker, run: RunInfo, read_back: Callable[[RunInfo], Stored] | None
     ) -> None:
-        """Names may contain letters, digits, `_`, `-`, `.`, `/` and spaces."""
+        """Names of metrics may contain letters, digits, `_`, `-`, `.`, `/` and spaces."""
         if read_back is None:
             pytest.skip("override the fixture `read_back` to run this check")
         sent = {"value_loss": 0.25, "head.1/ce": 1.5, "a b-c": -3.0}

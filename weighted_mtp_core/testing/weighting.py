@@ -26,28 +26,28 @@ Needs = frozenset[Signal]
 
 
 class WeightingStrategySuite(checks.ComponentSuite):
-    """Checks the weights that a weighting returns, and its state."""
+    """Checks the weights that a weighting returns, and the state that it saves."""
 
     kind: ClassVar[Kind] = Kind.WEIGHTING
 
     @pytest.fixture
     def needs(self, selected: SelectedComponent) -> Needs:
-        """The signals that the component and the weightings inside it need."""
+        """The signals that the weighting and the weightings that it wraps need."""
         return selected.needs
 
     @pytest.fixture
     def weights(self, build: Build, needs: Needs) -> Weights:
-        """The weights of two rows with two documents each."""
+        """The weights of a batch of two rows with two documents each."""
         return build().weigh(PACKED.view(needs))
 
     def test_weights_have_a_shape_that_core_aligns(self, weights: Weights) -> None:
-        """The shape is `[B, T]`, indexed by target token, or `[B, T, K]`, indexed by source and head."""
+        """Weights must have shape `[B, T]`, indexed by target, or `[B, T, K]`, indexed by source and head."""
         target_BTK = PACKED.view(()).target_BTK
 
         assert tuple(weights.weight.shape) in {tuple(target_BTK.shape[:2]), tuple(target_BTK.shape)}
 
     def test_weights_are_float32(self, weights: Weights) -> None:
-        """Losses, weights and sums are float32 for every dtype of the model."""
+        """Weights must be float32 whatever the dtype of the model is."""
         assert weights.weight.dtype == torch.float32
 
     def test_weights_are_finite(self, weights: Weights) -> None:
@@ -56,13 +56,13 @@ class WeightingStrategySuite(checks.ComponentSuite):
         assert not weights.weight.isinf().any()
 
     def test_weights_are_not_negative(self, selected: SelectedComponent, weights: Weights) -> None:
-        """The component declares negative weights, because they increase cross-entropies without bound."""
+        """Only a component that declares `negative_weights` may return negative weights."""
         if selected.negative_weights:
             pytest.skip("the component declares negative weights")
         assert not (weights.weight < 0).any()
 
     def test_weights_are_zero_where_nothing_is_predicted(self, weights: Weights) -> None:
-        """Prompts and padding have no target tokens."""
+        """Weights must be 0 on prompts and padding, which contain no target tokens."""
         view = PACKED.view(())
         mask = view.response_BT if weights.weight.ndim == 2 else view.target_BTK
         if weights.weight.shape != mask.shape:
@@ -71,11 +71,11 @@ class WeightingStrategySuite(checks.ComponentSuite):
         assert not weights.weight[~mask].nan_to_num(nan=1.0).any()
 
     def test_weights_carry_no_gradient(self, weights: Weights) -> None:
-        """The loss of the policy must not train the critic."""
+        """Weights must have no gradient, because the loss of the policy must not train the critic."""
         assert not weights.weight.requires_grad
 
     def test_metrics_are_finite_scalars(self, weights: Weights) -> None:
-        """Each is a float or a 0-dim tensor, without gradient."""
+        """Each metric must be a finite float or 0-dim tensor, without gradient."""
         metrics = {name: torch.as_tensor(value) for name, value in weights.metrics.items()}
 
         assert [name for name, value in metrics.items() if value.ndim] == []
@@ -83,20 +83,20 @@ class WeightingStrategySuite(checks.ComponentSuite):
         assert _not_finite(weights) == []
 
     def test_leaves_the_view_as_it_is(self, build: Build, needs: Needs) -> None:
-        """The loss uses the same tensors."""
+        """A weighting must not change the tensors of its view, because the loss uses the same tensors."""
         view = PACKED.view(needs)
         build().weigh(view)
 
         checks.assert_unchanged(view, PACKED.view(needs))
 
     def test_weighing_leaves_global_random_numbers_alone(self, build: Build, needs: Needs) -> None:
-        """Random numbers come from a generator seeded by `context.seed`."""
+        """A weighting must draw random numbers from a generator of its own, seeded by `context.seed`."""
         strategy, view = build(), PACKED.view(needs)
         with checks.random_numbers_untouched():
             strategy.weigh(view)
 
     def test_padding_changes_no_weight(self, build: Build, needs: Needs) -> None:
-        """Neither the length of the padding nor the ids and values in it affect the weights."""
+        """Neither the length of the padding nor the ids and values on padding may affect the weights."""
         wide = attrs.evolve(PACKED, padding=PACKED.padding + 5, filler=3)
 
         self._assert_close(
@@ -105,14 +105,14 @@ class WeightingStrategySuite(checks.ComponentSuite):
         )
 
     def test_packing_changes_no_weight(self, build: Build, needs: Needs) -> None:
-        """Documents that share a row get the same weights as in separate rows."""
+        """Documents that share a row must get the same weights as in separate rows."""
         self._assert_close(
             PACKED.cut(build().weigh(PACKED.view(needs)).weight),
             APART.cut(build().weigh(APART.view(needs)).weight),
         )
 
     def test_values_inside_the_prompt_change_no_weight(self, build: Build, needs: Needs) -> None:
-        """The first value that may affect a weight is the value V_t of the last prompt token."""
+        """Values of prompt tokens must not affect the weights, except the value of the last prompt token."""
         view = PACKED.view(needs)
         if view.value_BT is None and view.log_value_BT is None:
             return
@@ -128,13 +128,13 @@ class WeightingStrategySuite(checks.ComponentSuite):
         self._assert_close([build().weigh(view).weight], [build().weigh(other).weight])
 
     def test_undeclared_signals_change_no_weight(self, build: Build, needs: Needs) -> None:
-        """In a run, undeclared signals are None, because core computes only the signals that are needed."""
+        """Signals that the component does not declare must not affect the weights; in a run they are None."""
         everything = build().weigh(PACKED.view(tuple(Signal)))
 
         self._assert_close([everything.weight], [build().weigh(PACKED.view(needs)).weight])
 
     def test_a_batch_without_responses_has_no_weights(self, build: Build, needs: Needs) -> None:
-        """All weights are 0, and the next batch gets weights as usual."""
+        """All weights of a batch without responses must be 0; it must not affect the next batch."""
         strategy = build()
         weights = strategy.weigh(EMPTY.view(needs))
         after, as_usual = strategy.weigh(PACKED.view(needs)), build().weigh(PACKED.view(needs))
@@ -144,18 +144,18 @@ class WeightingStrategySuite(checks.ComponentSuite):
         assert torch.equal(after.weight.isfinite(), as_usual.weight.isfinite())
 
     def test_a_single_token_gets_a_weight(self, build: Build, needs: Needs) -> None:
-        """A single response token without a prompt gets a weight, although its signals have no variance."""
+        """A single response token without a prompt must get a finite weight: its signals have no variance."""
         weights = build().weigh(SINGLE.view(needs))
 
         assert weights.weight.isfinite().all()
         assert _not_finite(weights) == []
 
     def test_equal_state_and_view_give_equal_weights(self, build: Build, needs: Needs) -> None:
-        """Two new weightings give a sequence of batches bitwise the same weights."""
+        """Two new weighting objects must give bitwise the same weights for the same sequence of batches."""
         assert self._steps(build(), needs) == self._steps(build(), needs)
 
     def test_state_survives_a_checkpoint(self, build: Build, needs: Needs, tmp_path: Path) -> None:
-        """A resumed run computes the same weights as an uninterrupted run."""
+        """A weighting restored from a checkpoint must give the same weights as the original weighting."""
         uninterrupted, resumed = build(), build()
         self._steps(uninterrupted, needs)
         checks.copy_state(uninterrupted, resumed, tmp_path / "checkpoint")
@@ -163,7 +163,7 @@ class WeightingStrategySuite(checks.ComponentSuite):
         assert self._steps(resumed, needs, first=2) == self._steps(uninterrupted, needs, first=2)
 
     def test_validation_changes_no_state(self, build: Build, needs: Needs) -> None:
-        """Weighing with `training = False` does not affect later weights."""
+        """A call of `weigh` with `training = False` must not affect later weights."""
         strategy, never_validated = build(), build()
         for each in (strategy, never_validated):
             each.weigh(PACKED.view(needs))
