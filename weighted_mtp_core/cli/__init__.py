@@ -1,9 +1,10 @@
 """The command line: one module per command; `main` turns errors into messages and exit codes.
 
-A command is a module in `COMMANDS`. Its docstring is its help, `add_arguments(parser)` adds its arguments,
-and `main(args)` carries it out and returns an exit code, or None for 0. A command with actions has no `main`;
-it passes one function per action to `add_actions`. `--help` imports all commands, so none may import torch,
-transformers or mlflow at its top.
+A command is a module in `COMMANDS`. The docstring of the module is the help of the command. The module's
+function `add_arguments(parser)` adds the arguments of the command, and its function `main(args)` executes the
+command and returns an exit code, or None for 0. A command with actions has no `main`; instead, it passes one
+function per action to `add_actions`. `--help` imports the modules of all commands, so no module may import
+torch, transformers or mlflow at its top.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ exit codes:
 
 def main(argv: Sequence[str]) -> int:
     """Run one command and return its exit code; errors go to stderr as an `error:` and a `hint:` line."""
-    # Removed before parsing, so that it may precede or follow the command.
+    # `--traceback` is removed before parsing, so that it may precede or follow the command.
     arguments = [each for each in argv if each != "--traceback"]
     want_traceback = len(arguments) < len(argv)
     try:
@@ -106,7 +107,7 @@ def _main(arguments: Sequence[str], *, want_traceback: bool) -> int:
 
 
 def _describe(error: BaseException) -> tuple[str, str | None, int]:
-    """Return message, hint and exit code."""
+    """Return the message, the hint and the exit code of an error."""
     if isinstance(error, WmtpError):
         return str(error), error.hint, error.exit_code
     if isinstance(error, KeyboardInterrupt):
@@ -131,10 +132,11 @@ def _command(arguments: Sequence[str]) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises wrong usage as a `WmtpError`, and keeps the line breaks of descriptions and examples.
+    """Raises a `WmtpError` for wrong usage, and keeps the line breaks of descriptions and examples.
 
     Attributes:
-        intermixed: Whether positional arguments may follow options; argparse's default refuses some of them.
+        intermixed: Whether positional arguments may follow options in any order; argparse by default refuses
+            some orders.
     """
 
     intermixed = False
@@ -143,11 +145,11 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)  # type: ignore[arg-type] # passed through
-        # a shell expands `--out ~/x` but not `--out=~/x`
+        # because a shell expands `--out ~/x` but not `--out=~/x`
         self.register("type", Path, lambda text: Path(expand_home(text)))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse the arguments of this parser, intermixed if `intermixed` is set."""
+        """Parse arguments; if `intermixed` is set, positional arguments and options may have any order."""
         if not self.intermixed:
             return super().parse_known_args(args, namespace)
         self.intermixed = False  # parse_known_intermixed_args calls this method
@@ -177,15 +179,15 @@ def _parser() -> tuple[Parser, list[str]]:
             epilog=f"examples:\n{examples}",
         )
         module.add_arguments(command)
-        command.set_defaults(main=getattr(module, "main", None))  # an action sets its own
+        command.set_defaults(main=getattr(module, "main", None))  # an action sets its own `main`
     return parser, list(subparsers.choices)
 
 
 def _discard_unread_output() -> bool:
-    """Return whether the reader has closed the output, as `head` does; if so, discard the rest."""
+    """Return whether the reader has closed the output, as `head` does; if so, discard all further output."""
     closed = False
     for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError, OSError):  # no stream, or one in memory
+        with suppress(AttributeError, OSError):  # there is no stream, or the stream is in memory
             events = select.poll()
             events.register(stream.fileno(), 0)
             with suppress(BrokenPipeError):

@@ -15,7 +15,9 @@ ItemT = TypeVar("ItemT", str, int, float)
 def add_actions(
     parser: argparse.ArgumentParser, *functions: Callable[[argparse.Namespace], int | None]
 ) -> list[Any]:
-    """Add an action for each function; `_add_model` becomes `add-model`, its docstring the help.
+    """Add an action for each function; the docstring of a function is the help of its action.
+
+    The name of an action is the name of the function with dashes: `_add_model` becomes `add-model`.
 
     Returns:
         The parser of each action.
@@ -68,25 +70,25 @@ def add_repeatable(parser: argparse.ArgumentParser, name: str, **details: str) -
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, *, also: str = "") -> None:
-    """Add RUN and `--runs`; see `add_run`."""
+    """Add RUN and `--runs`; `also` names what RUN may be besides a run."""
     add_run(parser, also=also)
     add_folder(parser, "--runs", default="storage/runs")
 
 
 def add_run(parser: argparse.ArgumentParser, *, also: str = "") -> None:
-    """Add RUN; the help text appends `also`, which names what else RUN may be."""
+    """Add RUN; `also` is appended to its help text and names what RUN may be besides a run."""
     parser.add_argument("run", metavar="RUN", help=f"a run folder, a run id, or a part of one{also}")
 
 
 def add_executor(parser: argparse.ArgumentParser, *, default: str) -> None:
-    """Add `--executor`; the help text contains `default`."""
+    """Add `--executor`; its help text contains `default`, the executor that is used without this option."""
     parser.add_argument(
         "--executor", metavar="WHERE", help=f"local:N, or dask://HOST:PORT of a scheduler ({default})"
     )
 
 
 def add_folder(parser: argparse.ArgumentParser, name: str, *, default: str) -> None:
-    """Add an option that names a folder: `--storage`, or the folder of the runs, `--runs`."""
+    """Add an option whose value is a folder, such as `--storage` or `--runs`."""
     parser.add_argument(name, metavar="FOLDER", type=Path, default=Path(default), help=f"default: {default}")
 
 
@@ -101,13 +103,13 @@ def list_of(kind: Callable[[str], ItemT]) -> Callable[[str], list[ItemT]]:
 
 
 def plan_from(args: argparse.Namespace, *more: str) -> Plan:
-    """Make the plan of the recipe that the arguments name, with `more` overrides after those of the user."""
+    """Make the plan of the recipe in the arguments; the overrides in `more` follow the user's overrides."""
     overrides = [*(["model.base=micro"] if args.micro else []), *args.overrides, *more]
     return make_plan(args.recipe, preset=args.preset, overrides=overrides, run_name=args.run_name)
 
 
 def evaluate_overrides(args: argparse.Namespace, *keys: str) -> list[str]:
-    """Return the arguments that were given as overrides of the recipe's table `[evaluate]`."""
+    """Return the given arguments among `keys` as overrides of the recipe's table `[evaluate]`."""
     given = {key: getattr(args, key) for key in keys}
     return [f"evaluate.{key}={_toml(value)}" for key, value in given.items() if value is not None]
 

@@ -1,10 +1,10 @@
 """Check a recipe and print its plan.
 
-The plan: the components with their options, the experiment and the tags. Every mistake is listed with its
-file, line and key. Trains nothing and takes less than a second.
+The plan contains the components with their options, the experiment and the tags. If the recipe has mistakes,
+each mistake is listed with its file, line and key. The command trains nothing and takes less than a second.
 
-With --memory, it prints how much memory the run takes and which keys lower it. For this forecast, the run is
-executed on tensors without values, which takes seconds; no weights are read.
+With --memory, the command prints how much memory the run takes, and which keys lower this amount. For this
+forecast, the run is executed on tensors without values, which takes seconds; no weights are read.
 
 examples:
   check configs/baseline.toml

@@ -1,9 +1,10 @@
 """Run recipes side by side and compare them.
 
-All recipes run with the same seeds, data and budget and are compared to the first one: means over seeds, 95 %
-intervals, paired differences with an exact permutation test, at equal steps and at equal wall clock, and
-learning curves. Finished runs are not repeated, and the same command continues a comparison that was stopped.
-Writes compare.md, compare.json, compare.csv and the curves.
+All recipes run with the same seeds, data and budget, and each recipe is compared to the first one. The
+comparison shows means over seeds with 95 % intervals, paired differences with an exact permutation test, at
+equal steps and at equal wall-clock time, and learning curves. Finished runs are not repeated, so the same
+command continues a comparison that was stopped. The command writes compare.md, compare.json, compare.csv and
+the curves.
 
 examples:
   compare configs/baseline.toml configs/my_recipe.toml --seeds 5
@@ -14,10 +15,10 @@ examples:
   compare mine/*.toml --floor right_only --ceiling oracle --allow-difference data.options.imitate
   compare --experiment my_group/my_study
 
-`--preset` and `--set` apply to every arm. `--grid` makes an arm of each combination of values; it does not
-apply to recipes without its key. `--executor` names where the runs are executed; the machines of a Dask
-cluster must share the storage. Seeds count up from the `run.seed` of the first recipe. If a run fails, the
-others are compared and the exit code is 1.
+Each recipe is an arm of the comparison. `--preset` and `--set` apply to every arm. `--grid` makes an arm of
+each combination of values, except for recipes that do not have its key. `--executor` selects where the runs
+are executed; the machines of a Dask cluster must share the storage. The seeds of the runs count up from the
+`run.seed` of the first recipe. If a run fails, the other runs are compared and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ def _compare_stored(args: argparse.Namespace) -> int:
 
 
 def _execute(arms: Sequence[Arm], seeds: Sequence[int], *, address: str | None, out: Path) -> Outcome:
-    """Execute the runs that are not finished, and show the progress."""
+    """Execute the runs that have not finished yet, and show the progress."""
     from rich.console import Console
 
     from weighted_mtp_core.tracking.display import Display
@@ -235,7 +236,11 @@ def _write(
     out: Path,
     gap: Gap | None,
 ) -> tuple[Comparison, list[Path]]:
-    """Compare the runs, print the table, write table and plots; return the comparison and the files."""
+    """Compare the runs, print the table, and write the table and the plots.
+
+    Returns:
+        The comparison, and the files that were written.
+    """
     from weighted_mtp_core.compare.measures import default_metrics
     from weighted_mtp_core.compare.plots import plot_curves
     from weighted_mtp_core.compare.table import Comparison

@@ -1,11 +1,12 @@
-"""Make data ready, and show what is there.
+"""Prepare, preview, sample and show data.
 
-A data source may make its data once, for example label responses by running them, and keep them under
-datasets_v2/<name>/<version>/ with a manifest, statistics and what they depend on. A run does this by itself;
-`prepare` does it alone, for example on a machine without an accelerator. `preview` shows what the first step
-of a run trains on: each token with its id, whether it is a target, and its weight. `sample` lets a run, an
-exported model or a server write texts for the problems of a recipe, judges the texts, and stores them as a
-new data set, whose samples.jsonl `core.jsonl` reads. If it was stopped, the same command continues.
+A data source may create its data once, for example by running responses to label them, and store the data
+under datasets_v2/<name>/<version>/ with a manifest, statistics and provenance. A run prepares its data by
+itself; `data prepare` only prepares the data, for example on a machine without an accelerator.
+`data preview` shows what the first step of a run trains on: each token with its id, whether it is a target,
+and its weight. `data sample` generates texts for the problems of a recipe with a run, an exported model or a
+server, judges the texts, and stores them as a new data set. The data source `core.jsonl` reads the file
+samples.jsonl of such a data set. If `data sample` was stopped, the same command continues.
 
 examples:
   data preview configs/baseline.toml
@@ -91,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> None:
-    """Make the data of a recipe ready."""
+    """Prepare the data of a recipe."""
     plan = plan_from(args)
     recipe = plan.recipe
     storage = Path(recipe.run.storage)
@@ -114,7 +115,7 @@ def _prepare(args: argparse.Namespace) -> None:
 
 
 def _preview(args: argparse.Namespace) -> None:
-    """Show texts, targets and weights of the first step of a run."""
+    """Show texts, targets and weights in the first step of a run."""
     from weighted_mtp_core.report.preview import preview
     from weighted_mtp_core.report.preview_views import print_preview, write_page
 
@@ -129,7 +130,7 @@ def _preview(args: argparse.Namespace) -> None:
 
 
 def _sample(args: argparse.Namespace) -> None:
-    """Write texts of a run, a model or a server as data that the recipe's data source judges."""
+    """Generate texts with a run, a model or a server, judge them, and store them as a data set."""
     from rich.console import Console
 
     from weighted_mtp_core.evaluation.sampled_data import SAMPLES, SampledData, describe_counts
@@ -180,7 +181,7 @@ def _check_sample(args: argparse.Namespace) -> None:
 def _sampler(
     args: argparse.Namespace, plan: Plan, *, log: Callable[[str], None]
 ) -> tuple[dict[str, Any], Callable[[], Sampler]]:
-    """Return what identifies the model, and a function that makes its sampler."""
+    """Return facts that identify the model, and a function that creates the sampler of this model."""
     from weighted_mtp_core.evaluation.finished_run import find_finished, policy_loader, policy_sha256
     from weighted_mtp_core.generation.endpoint import EndpointSampler
     from weighted_mtp_core.generation.samplers import PolicySampler
@@ -248,7 +249,7 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _print_splits(splits: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print one line per split; the last column counts problems by their share of correct responses."""
+    """Print one line per split; the last column counts the problems in each bin of mean reward."""
     rows: list[tuple[str, ...]] = [
         ("split", "problems", "responses", "right", "prompt", "response", "difficulty")
     ]

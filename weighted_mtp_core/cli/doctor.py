@@ -1,8 +1,9 @@
-"""Try what a run needs on this machine.
+"""Check what a run needs on this machine.
 
-Checks .env, plugins, disk, device, and what the components in use need, such as a sandbox, the tracking
-server and its login, the artifact store, the clock. Without a recipe, it checks the components of all
-installed plugins with their default options. Shows no secret. Exit code 1 if something is missing.
+The command checks .env, plugins, disk and device. It also checks what components need, such as a sandbox, or
+a tracking server with its login, its artifact store and a correct clock. With a recipe, the components of the
+recipe are checked; without a recipe, the components of all installed plugins with their default options. The
+command shows no secret. Its exit code is 1 if something is missing.
 
 examples:
   doctor                               everything that is installed
@@ -60,7 +61,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _examine(plan: Plan | None) -> Iterator[Finding]:
-    """Yield the findings for a plan, or for all installed components if there is no plan."""
+    """Yield the findings for the components of a plan, or for all installed components without a plan."""
     storage = Path("storage" if plan is None else plan.recipe.run.storage)
     try:
         yield from _environment(load_dotenv())
@@ -151,7 +152,7 @@ def _of_plan(plan: Plan) -> Iterator[tuple[AnyComponent, Any]]:
 
 
 def _of_installed(loaded: list[LoadedPlugin]) -> Iterator[tuple[AnyComponent, Any]]:
-    """Yield the components whose options all have defaults, with these defaults."""
+    """Yield the components whose options all have defaults, each with its default options."""
     for plugin in loaded:
         for component in (each for by_name in plugin.components.values() for each in by_name.values()):
             if all(each.default is not attrs.NOTHING for each in attrs.fields(component.options)):

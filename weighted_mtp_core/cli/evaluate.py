@@ -1,8 +1,9 @@
 """Measure a finished run again.
 
-Measures the best policy: the loss of each head, pass@k by running completions, and decoding. Options default
-to the run's recipe. Writes samples.jsonl (HumanEval's format), verdicts.jsonl and metrics.json. RUN may also
-be an exported model; its own files never change.
+The command measures the best policy of the run: the loss of each head, pass@k of completions that are
+executed, and decoding. Options that are not given are taken from the run's recipe. The command writes
+samples.jsonl (in HumanEval's format), verdicts.jsonl and metrics.json. RUN may also be an exported model,
+whose files never change.
 
 examples:
   evaluate 20261123-140924 --split validation
@@ -10,8 +11,9 @@ examples:
   evaluate 20261123-140924 --samples 10 --pass-at-k 1,10 --choose-temperature 0.2,0.6,0.8
   evaluate models/sorter                                   an exported model, on the run's data
 
-A temperature must not be chosen on the problems that are reported: --choose-temperature solves the
-validation problems at each temperature, and the test problems at the one with the best pass@k (largest k).
+A temperature must not be chosen on the problems whose results are reported. Therefore, --choose-temperature
+solves the validation problems at each temperature, and the test problems only at the temperature with the
+best pass@k on the validation problems, for the largest k.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _plans(run: Path, args: argparse.Namespace) -> list[Plan]:
-    """Return the run's plan with the options applied, once for each temperature."""
+    """Return the run's plan with the command-line options applied, once for each temperature to try."""
     from weighted_mtp_core.evaluation.finished_run import plan_of
 
     changes = evaluate_overrides(args, "samples", "temperature", "pass_at_k", "problems")
@@ -81,7 +83,7 @@ def _plans(run: Path, args: argparse.Namespace) -> list[Plan]:
 
 
 def _evaluations(run: Path, plan: Plan) -> Path:
-    """Return the folder for evaluations, which is outside of an exported model."""
+    """Return the folder for evaluations; it is in the run folder, but outside of an exported model."""
     from weighted_mtp_core.model.exported_model import is_exported_model
 
     if is_exported_model(run):
@@ -90,7 +92,7 @@ def _evaluations(run: Path, plan: Plan) -> Path:
 
 
 def _measure(run: Path, plans: Sequence[Plan], *, split: Split, out: Path) -> dict[str, Any]:
-    """Choose the plan that is best on the validation split, measure it, and write all files."""
+    """Measure the policy with the plan that is best on the validation split, and write all files."""
     from rich.console import Console
 
     from weighted_mtp_core.evaluation.evaluate import best_trial, evaluate, try_temperatures

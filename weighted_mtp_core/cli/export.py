@@ -1,8 +1,9 @@
 """Write a finished run as a model.
 
-The best policy becomes a transformers directory: head 1 as an ordinary language model that loads without this
-package, the other heads in a folder of their own, and the SHA-256 of every file. A recipe
-(`model.base = "DIR"`), `evaluate DIR` and `generate DIR` load all heads.
+The best policy of the run is written as a transformers directory. The directory contains head 1 as an
+ordinary language model that loads without this package, the other heads in a folder of their own, and a
+manifest with the SHA-256 of every file. A recipe with `model.base = "DIR"`, `evaluate DIR` and `generate DIR`
+load all heads.
 
 examples:
   export 20261123-140924 --to models/sorter

@@ -1,7 +1,8 @@
 """Continue a prompt with a finished run.
 
-Uses the best policy of the run. Options default to the run's recipe. RUN may also be an exported model, which
-needs neither data nor plugins. The text goes to stdout, all else to stderr.
+The best policy of the run generates the text. Options that are not given are taken from the run's recipe. RUN
+may also be an exported model, which needs neither data nor plugins. The text goes to stdout, and all other
+output goes to stderr.
 
 examples:
   generate 20261123-140924 --prompt 'def add(a, b):'

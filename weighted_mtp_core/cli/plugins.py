@@ -1,7 +1,7 @@
-"""List, show and check installed plugins; write a new one.
+"""List, show and check installed plugins; write a new plugin.
 
-Installed is not active: a recipe names the components it uses, and only the plugins that declare them are
-imported.
+An installed plugin has no effect by itself: a recipe names the components that it uses, and only the plugins
+that declare these components are imported.
 
 examples:
   plugins list                           names, distributions and versions; imports nothing

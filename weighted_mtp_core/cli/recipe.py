@@ -1,6 +1,7 @@
 """Write a new recipe for installed components.
 
-The options of the components are in the recipe as comments, with their defaults. `check` accepts the recipe.
+The recipe contains the options of the components as comments, with their defaults. The command `check`
+accepts the new recipe.
 
 examples:
   recipe new --list                                              the components to choose from

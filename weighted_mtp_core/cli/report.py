@@ -1,8 +1,8 @@
 """Write the page that shows a run.
 
-Writes `report.html` into the run folder and prints its path: curves, heads, critic and tokens of a run on one
-page that needs no network. Every run writes it at its end; this command writes it again, or for a run that
-ended early.
+The command writes `report.html` into the run folder and prints the path of this file. The page shows curves,
+heads, critic and tokens of the run, and needs no network. Every run writes its page at its end; the command
+writes the page again, or writes the page of a run that ended early.
 
 examples:
   report 20261123-140924

@@ -1,11 +1,11 @@
 """Train, evaluate and record a recipe.
 
-The four stages:
+A run has four stages:
   0 prepare    load the data and the base model
   1 critic     train the critic, if the recipe has one
   2 policy     train the policy with weighted multi-token prediction
   3 evaluate   measure held-out losses, pass@k and decoding speed
-A wrong recipe is refused within a second, before torch is imported.
+A recipe with mistakes is refused within a second, before torch is imported.
 
 examples:
   run configs/baseline.toml                                   the whole recipe
@@ -16,8 +16,8 @@ examples:
 
 signals:
   SIGINT (Ctrl-C)   finish the step, write a checkpoint, then exit with 130; a second signal exits at once
-  SIGTERM, SIGHUP   the same with 143; under `nohup`, SIGHUP is ignored
-  SIGUSR1           write a checkpoint and continue; outside training it is remembered
+  SIGTERM, SIGHUP   as SIGINT, but exit with 143; under `nohup`, SIGHUP is ignored
+  SIGUSR1           write a checkpoint and continue; outside training, after the next training step
 """
 
 from __future__ import annotations

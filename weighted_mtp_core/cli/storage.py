@@ -1,7 +1,7 @@
 """Verify, add and upload models and data sets.
 
-Models are in models_v2/<name>/<version>/ and data sets in datasets_v2/<name>/<version>/, each with a
-manifest of SHA-256 checksums. A version never changes: a changed byte is an error before training.
+Models are stored in models_v2/<name>/<version>/ and data sets in datasets_v2/<name>/<version>/. Each version
+has a manifest of SHA-256 checksums and never changes: if a byte has changed, a run stops before training.
 
 examples:
   storage verify
@@ -91,7 +91,7 @@ def _sync(args: argparse.Namespace) -> None:
     try:
         _upload(args)
     except BaseException:
-        # an alarm on FAILED runs must fire, whatever the exception is
+        # the run becomes FAILED whatever the exception is, so that an alarm on FAILED runs is triggered
         amend_run(run, tags={"storage_sync": "False"}, outcome=RunOutcome.FAILED, log=print)
         raise
     amend_run(run, tags={"storage_sync": "True"}, outcome=None, log=print)

@@ -1,9 +1,10 @@
 """Show and send what trackers have not received.
 
-A run writes everything into its run folder first and sends it from there. `track status` shows what
-trackers have not received, and which stores have the run; `track sync` sends it, and closes runs that
-died as KILLED. To another store than before (MLFLOW_TRACKING_URI), it sends the whole run.
-RUN is a run folder, a run id, or a substring of one.
+A run writes all data into its run folder first, and sends the data to trackers from there. `track status`
+shows the data that trackers have not received, and the stores that contain each run. `track sync` sends the
+data that trackers have not received, and closes a run whose process died as KILLED. If a tracker uses another
+store than before, for example because MLFLOW_TRACKING_URI has changed, `track sync` sends the whole run.
+RUN is a run folder, a run id, or a part of a run id.
 
 examples:
   track status
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _status(args: argparse.Namespace) -> None:
-    """Show runs and what their trackers have not received."""
+    """Show runs and the data that their trackers have not received."""
     from weighted_mtp_core.tracking.sync import run_status
 
     paths = [find_run(args.runs, args.run)] if args.run else list(find_runs(args.runs))
@@ -60,7 +61,7 @@ def _status(args: argparse.Namespace) -> None:
 
 
 def _sync(args: argparse.Namespace) -> int:
-    """Send what the trackers of a run have not received."""
+    """Send the data that the trackers of a run have not received."""
     from weighted_mtp_core.tracking.sync import run_status, sync_run
 
     paths = [find_run(args.runs, args.run)] if args.run else list(find_runs(args.runs))

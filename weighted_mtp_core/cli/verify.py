@@ -1,17 +1,17 @@
 """Judge completions against problems.
 
-The data source of the recipe judges samples of its problems. Samples: JSON lines with task_id (or problem_id)
-and completion, gzipped (.gz) or not, for example the samples.jsonl of a run. Writes per sample task_id,
-passed, verdict and detail, in the order of the samples.
+The data source of the recipe judges samples, that is, completions of its problems. A file of samples consists
+of JSON lines with task_id (or problem_id) and completion, gzipped (.gz) or not, such as the samples.jsonl of
+a run. For each sample, in the same order, the command writes task_id, passed, verdict and detail.
 
 examples:
   verify configs/baseline.toml --samples samples.jsonl --out results.jsonl
   verify configs/baseline.toml --samples samples.jsonl --out results.jsonl --split validation
 
-Only the data source of the recipe is used; name another one with --set data.use=PLUGIN.SOURCE.
-verdicts: passed, wrong and error describe the program; cpu_limit, wall_limit, memory, output, violation,
-unencodable and judge_error leave it undecided. A sample without a problem, a malformed line or a missing
-sandbox is an error, not a failed sample.
+Only the data source of the recipe is used; --set data.use=PLUGIN.SOURCE selects another data source.
+The verdicts passed, wrong and error describe the program itself; with cpu_limit, wall_limit, memory, output,
+violation, unencodable and judge_error, it is undecided whether the program is correct. A sample without a
+problem, a malformed line or a missing sandbox is an error of the command, not a failed sample.
 """
 
 from __future__ import annotations
@@ -76,14 +76,14 @@ def read_samples(
     """Return each sample's problem and completion, in the order of the file.
 
     Args:
-        path: The file.
-        problems: The problems of the chosen split, by id.
-        source: The data source. If a sample has no problem in the chosen split, the hint of the error names
-            the split in which the source has the problem.
+        path: The file of samples.
+        problems: The problems of the chosen split, keyed by id.
+        source: The data source. If the problem of a sample is in another split, the hint of the error names
+            this split.
 
     Raises:
-        WmtpError: The file cannot be read, or has malformed lines or samples without a problem, which are
-            listed.
+        WmtpError: The file cannot be read, has malformed lines, or has samples without a problem; the message
+            lists these lines.
     """
     unknown: list[str] = []
 
@@ -106,7 +106,10 @@ def read_samples(
 
 
 def _split_hint(source: DataSource, names: Collection[str] | None) -> str | None:
-    """Return a hint at the splits that have problems with these ids (None: any problems), or None."""
+    """Return a hint that names the splits with problems of these ids, or None if there is no such split.
+
+    If `names` is None, all splits that have any problems are named.
+    """
     found = [
         f"`--split {split}`"
         for split in SPLITS
