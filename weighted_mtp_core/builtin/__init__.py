@@ -30,7 +30,7 @@ def wmtp_data_sources() -> Iterable[Component[Any, DataSource]]:
 
 @hookimpl
 def wmtp_trackers() -> Iterable[Component[Any, Tracker]]:
-    """Offer MLflow."""
+    """Declare the tracker for MLflow."""
     yield Component(
         name="mlflow",
         summary="An MLflow server, or a store of its own below the storage root.",

@@ -1,4 +1,4 @@
-"""Store files in the artifact store of a run, and verify them."""
+"""Store files in the artifact store of a run, and verify that the stored files are complete."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _SLOWEST_BYTES_A_SECOND = 1_000_000
 
 
 class NotStoredError(Exception):
-    """The stored file differs from the file that was sent."""
+    """A stored file differs from the file that was sent."""
 
 
 def check_store(client: MlflowClient, run_id: str) -> None:
-    """Check before training that files can be stored.
+    """Check before training that the artifact store of a run accepts files.
 
     Raises:
-        WmtpError: The bucket does not exist or refuses the credentials.
+        WmtpError: The S3 bucket does not exist or refuses the credentials.
     """
     uri = client.get_run(run_id).info.artifact_uri
     if uri.startswith("s3://"):
@@ -39,10 +39,10 @@ def check_store(client: MlflowClient, run_id: str) -> None:
 
 
 def store(client: MlflowClient, run_id: str, path: Path, subdir: str, *, uri: str) -> None:
-    """Upload a file and verify it by its ETag if S3 is accessed directly, otherwise by its size.
+    """Upload a file, then verify it by its ETag if S3 is accessed directly, otherwise by its size.
 
     Raises:
-        NotStoredError: The stored file differs from the file that was sent, which must be sent again.
+        NotStoredError: The stored file differs from the local file, which must be sent again.
     """
     root = client.get_run(run_id).info.artifact_uri
     name = f"{subdir}/{path.name}" if subdir else path.name
@@ -63,10 +63,12 @@ def store(client: MlflowClient, run_id: str, path: Path, subdir: str, *, uri: st
 
 
 def drop_local_checkpoint(client: MlflowClient, run_id: str, path: Path, subdir: str, *, uri: str) -> None:
-    """Delete the local best checkpoint after `store`, if a remote store has an identical copy.
+    """Delete the local file `best_model.pt` after `store`, if a remote store has an identical copy.
+
+    If the artifact store is local, or the file has another name, the local file is kept.
 
     Raises:
-        NotStoredError: The stored file differs.
+        NotStoredError: The stored file differs from the local file, which is kept.
     """
     root = client.get_run(run_id).info.artifact_uri
     if path.name != CHECKPOINT or not root.startswith((_PROXIED, "s3://")):
@@ -80,9 +82,9 @@ def drop_local_checkpoint(client: MlflowClient, run_id: str, path: Path, subdir:
 
 
 def _request(uri: str, address: str, method: str, *, size: int, **body: Any) -> requests.Response:
-    """Send a request for a file that the tracking server stores, with a timeout that fits its size.
+    """Send a request for a file that the tracking server stores, with a timeout that fits the file's size.
 
-    The server answers only after S3 has the file. For a large file this takes longer than the timeout of
+    The server answers only after S3 has the file. For a large file, this takes longer than the timeout of
     MLflow's own requests, which is set by an environment variable and therefore the same for all threads.
     """
     folder, _, name = address.rpartition("/")

@@ -1,4 +1,4 @@
-"""Check a tracking server and its artifact store: login, database, clock, and one small file in and out."""
+"""Check login, database and clock of a tracking server, and write and read a file in its artifact store."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.storage import s3
 
 _TIMEOUT_S = 5
-_WORST_SKEW_S = 300.0  # S3 refuses requests that are 15 minutes off
+_WORST_SKEW_S = 300.0  # S3 refuses a request whose time is wrong by 15 minutes
 _PROBE = b"written by `doctor`"
 
 
 def examine_server(uri: str) -> list[Finding]:
-    """Check `/health` with the login, then the database and the server's clock."""
+    """Check the server's `/health` with the login, its database and its clock; or check a local database."""
     try:
         if not uri.startswith("http"):
             MlflowClient(uri).search_experiments(max_results=1)
@@ -47,7 +47,7 @@ def examine_server(uri: str) -> list[Finding]:
 
 
 def examine_artifacts(uri: str, artifact_root: str | None) -> Iterator[Finding]:
-    """Create, write, read and delete a small file where a new experiment would keep its files."""
+    """Write, read and delete a small file in the place where a new experiment would store its files."""
     root = artifact_root or MlflowClient(uri).get_experiment("0").artifact_location
     name = f"wmtp-doctor/{uuid.uuid4().hex}.txt"
     try:

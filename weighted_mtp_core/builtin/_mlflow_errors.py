@@ -1,7 +1,7 @@
 """Explain an exception of MLflow's client in one line, and decide whether a retry can help.
 
-MLflow raises the same class for all errors; the cause is in the status code, the text or a chained exception.
-Response bodies (nginx answers in HTML) and URLs with secrets are left out of the explanation.
+MLflow raises the same class for all errors; the cause is in the status code, in the text or in a chained
+exception. The explanation leaves out URLs with secrets and the bodies of responses, such as nginx's HTML.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _STATUS = re.compile(
     r"error code (\d{3}) != |\b(\d{3}) (?:Client|Server) Error|too many (\d{3}) error responses"
 )
 _MALFORMED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
-# MLflow's server reports these as bad requests too, but a retry finds the row that another client wrote, or a
-# free connection
+# MLflow's server reports these errors as bad requests too, but a retry finds the row that another client
+# wrote, or a free connection
 _CROWDED = re.compile(r"UniqueViolation|UNIQUE constraint failed|Duplicate entry|QueuePool limit")
 _LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 
@@ -32,11 +32,11 @@ class NotDeliveredError(Exception):
 
 @frozen(kw_only=True)
 class Diagnosis:
-    """The cause of a failure.
+    """The cause of a failed request.
 
     Attributes:
         text: The cause in one line.
-        hint: What the user can do about it; None if the failure may be temporary.
+        hint: What the user can do about the failure; None if the failure may be temporary.
         hopeless: Whether the same request will never succeed.
     """
 
@@ -46,11 +46,11 @@ class Diagnosis:
 
     @property
     def lasting(self) -> bool:
-        """Whether the failure is probably permanent; it then stops a run at its start, but not later."""
+        """Whether the failure is probably permanent, so that it stops a run at its start (but not later)."""
         return self.hint is not None
 
     def as_error(self) -> WmtpError:
-        """Return the error that stops a run."""
+        """Return the error that stops a run because of this failure."""
         return WmtpError(self.text, hint=self.hint)
 
 
@@ -60,7 +60,7 @@ def diagnose(error: BaseException, uri: str, *, what: str = "") -> Diagnosis:
     Args:
         error: The exception.
         uri: The tracking URI.
-        what: Which function of the server failed, such as "the artifact store of ".
+        what: The part of the server that failed, such as "the artifact store of "; empty for the server.
     """
     found = _diagnose(error)
     server = "the tracking server" if uri.startswith("http") else "the MLflow store"
@@ -152,7 +152,7 @@ def _diagnose_status(status: int, text: str) -> Diagnosis:
 
 
 def is_crowded(error: BaseException) -> bool:
-    """Return whether another client caused the error by writing the same row or using the last connection."""
+    """Return whether other clients caused the error by writing the same row or using all connections."""
     return any(_CROWDED.search(str(each)) for each in causes(error))
 
 
@@ -170,7 +170,7 @@ def http_status(error: BaseException) -> int | None:
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an exception and its causes."""
+    """Yield an exception and then the exceptions that caused it, from the last to the first."""
     each: BaseException | None = error
     while each is not None:
         yield each

@@ -1,4 +1,4 @@
-"""Adapts params and tags to the limits of all MLflow stores. Truncated values are marked."""
+"""Adapts params and tags to the limits of all MLflow stores; a value that is truncated gets a mark."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ import re
 from collections.abc import Iterator, Mapping
 
 PARAM_VALUE, TAG_VALUE, KEY = 6000, 5000, 250
-_BATCH, _BATCH_BYTES = 100, 400_000  # MLflow's limit is 100 of a kind and a megabyte of JSON a request
+_BATCH, _BATCH_BYTES = 100, 400_000  # MLflow's limits per request are 100 of a kind and a megabyte of JSON
 _ILLEGAL_KEY = re.compile(r"[^A-Za-z0-9_\-. :/]")
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")  # PostgreSQL refuses NUL with a 500
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")  # PostgreSQL refuses NUL: status 500
 
 
 def legal(values: Mapping[str, str], *, longest: int) -> dict[str, str]:
-    """Return keys and values that every store accepts, in order."""
+    """Return params or tags with keys and values that every store accepts, in the same order.
+
+    Args:
+        values: The params or tags.
+        longest: The maximum length of a value.
+    """
     fitted: dict[str, str] = {}
     for key, value in values.items():
         name = legal_key(key)
@@ -24,7 +29,7 @@ def legal(values: Mapping[str, str], *, longest: int) -> dict[str, str]:
 
 
 def legal_key(key: str) -> str:
-    """Replace characters that MLflow refuses in a key; a key that is too long is cut and ends in a hash."""
+    """Replace the characters that MLflow refuses in a key; a key that is too long is cut and gets a hash."""
     name = _ILLEGAL_KEY.sub("_", key).strip("/ ") or "_"
     parts = [part if part.strip(".") else "_" for part in name.split("/")]
     name = "/".join(parts)
@@ -32,7 +37,7 @@ def legal_key(key: str) -> str:
 
 
 def legal_value(value: str, *, longest: int) -> str:
-    """Replace characters that PostgreSQL refuses; a value that is too long is cut and marked."""
+    """Replace the characters that PostgreSQL refuses; a value longer than `longest` is cut and marked."""
     value = _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", value)
     if len(value) <= longest:
         return value
@@ -41,7 +46,7 @@ def legal_value(value: str, *, longest: int) -> str:
 
 
 def batches(values: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """Split into requests of a size that MLflow accepts."""
+    """Split params or tags into batches that MLflow accepts in one request each."""
     batch: dict[str, str] = {}
     size = 0
     for key, value in values.items():

@@ -1,8 +1,8 @@
 """The tracker behind `core.mlflow`. Importing this module imports mlflow, which takes 2 s and 160 MB.
 
-It uses `MlflowClient` with an explicit run id, because the fluent API prints, ends runs and adds other tags.
-Core retries failed calls (`tracking/retrying_uploader.py`); the client's own retries, which would block a
-call for up to 247 s, are disabled.
+The tracker uses `MlflowClient` with an explicit run id, because MLflow's fluent API prints text, ends runs
+and adds other tags. Core retries failed calls (`tracking/retrying_uploader.py`), so the client's own retries,
+which would block a call for up to 247 s, are disabled.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ from weighted_mtp_core.messages import python_command
 from weighted_mtp_core.redaction import redact
 from weighted_mtp_core.tracking.names import check_path_name
 
-_DIGEST = 36  # the most characters that MLflow accepts; the param `data.sha256` has all
+_DIGEST = 36  # MLflow accepts no longer digest; the param `data.sha256` has all digits
 
 
 class MlflowTracker(Tracker):
     """Records a run in an MLflow store.
 
-    The tag `wmtp.run_id` identifies a run. Points of a metric up to the highest step in the store are not
-    sent again, so a lost answer or a resumed run does not duplicate points.
+    The tag `wmtp.run_id` identifies a run. The tracker skips points of a metric up to the highest step in the
+    store, so neither a lost answer nor a resumed run duplicates points.
 
     Args:
         uri: The tracking URI.
-        artifact_root: Where a new experiment stores its files; None leaves it to MLflow.
-        keep_local: False deletes the best checkpoint once a remote store has it.
+        artifact_root: URI under which a new experiment stores its files; None for MLflow's own choice.
+        keep_local: If False, the local best checkpoint is deleted as soon as a remote store has it.
 
     Attributes:
         uri: The tracking URI.
@@ -73,7 +73,7 @@ class MlflowTracker(Tracker):
         self._experiment_id = ""
         self.run_id = ""
         self._last_step: dict[str, int] | None = None
-        warnings.filterwarnings("ignore", message="The ``noload`` loader")  # MLflow's own
+        warnings.filterwarnings("ignore", message="The ``noload`` loader")  # caused by MLflow
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -81,8 +81,9 @@ class MlflowTracker(Tracker):
         """Create the run in its experiment, or reopen it, and bring its description up to date.
 
         Raises:
-            WmtpError: A retry will not help: wrong login, unknown host, deleted experiment.
-            NotDeliveredError: A retry may help.
+            WmtpError: The call failed and a retry will not help, for example because of a wrong login, an
+                unknown host or a deleted experiment.
+            NotDeliveredError: The call failed, but a retry may help.
         """
         check_path_name(run.experiment, what="an experiment")
         with self._diagnosed(starting=not self.run_id), self._local_store_lock():
@@ -123,18 +124,18 @@ class MlflowTracker(Tracker):
             self._open.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in batch.items()])
 
     def finish(self, outcome: RunOutcome, *, time_ms: int | None = None) -> None:
-        """Set status and end time."""
+        """Set the status and the end time of the run."""
         with self._diagnosed():
             self._open.set_terminated(self.run_id, outcome.value, end_time=time_ms)
 
     def store(self) -> str:
-        """Return the URI, with the real path of a local store and without secrets."""
+        """Return the tracking URI without secrets; the URI of a local store contains its real path."""
         if self._path is None:
             return redact(self.uri.rstrip("/"))
         return f"{self.uri.partition(':')[0]}:///{self._path.resolve()}"
 
     def kept(self) -> KeptRun:
-        """Return the id of the run in MLflow and the last step of each metric; no id if it was deleted."""
+        """Return the run's id in MLflow and the last step of each metric; an empty id if it was deleted."""
         self._last_step = None
         with self._diagnosed():
             try:
@@ -172,7 +173,7 @@ class MlflowTracker(Tracker):
 
     @contextmanager
     def _diagnosed(self, *, starting: bool = False, what: str = "") -> Iterator[None]:
-        """Convert an exception of MLflow to an error of one line; its class decides whether core retries."""
+        """Convert an exception of MLflow to a one-line error, whose class decides whether core retries."""
         try:
             yield
         except WmtpError:
@@ -185,7 +186,7 @@ class MlflowTracker(Tracker):
 
     @contextmanager
     def _local_store_lock(self) -> Iterator[None]:
-        """Let only one process at a time open a local store; concurrent migrations of a new file crash."""
+        """Let only one process at a time open a local store, because concurrent migrations of it crash."""
         if self._path is None:
             yield
             return
@@ -198,7 +199,7 @@ class MlflowTracker(Tracker):
             yield
 
     def _find_experiment(self, name: str) -> str:
-        """Return the id of an experiment, which is created if it does not exist."""
+        """Return the id of an experiment; if there is no such experiment, create it."""
         client = self._open
         experiment: Experiment | None = client.get_experiment_by_name(name)
         if experiment is None:
@@ -243,7 +244,7 @@ class MlflowTracker(Tracker):
         )
 
     def _describe(self, run: RunInfo) -> None:
-        """Add missing params and data, and then the tags, which must override tags of MLflow itself."""
+        """Add missing params and datasets, then set the tags, which must override tags of MLflow itself."""
         client = self._open
         kept = client.get_run(self.run_id)
         if kept.info.status != "RUNNING":
@@ -257,7 +258,7 @@ class MlflowTracker(Tracker):
         self._send_tags(run.tags)
 
     def _describe_data(self, versions: Sequence[DatasetVersion]) -> None:
-        """Log the data of the run; retry once, because runs that start together may insert the same row."""
+        """Log the run's datasets; retry once, because runs that start together may insert the same row."""
         datasets = [_dataset_input(version) for version in versions]
         try:
             self._open.log_inputs(self.run_id, datasets=datasets)
@@ -278,7 +279,7 @@ class MlflowTracker(Tracker):
 
 
 def _create_database(uri: str, path: Path) -> None:
-    """Create a store in another file and rename it: MLflow cannot open one that is created in part."""
+    """Create a store under another name and rename it, because MLflow cannot open an incomplete store."""
     new = path.with_name(f"{path.name}.new")
     new.unlink(missing_ok=True)
     address, query, options = uri.partition("?")

@@ -14,16 +14,16 @@ _SCHEME = re.compile(r"(https?://|file:/|sqlite://|postgresql(\+\w+)?://)")
 
 
 def resolve_uri(option: str | None, storage: Path) -> str:
-    """Return the URI from the option, otherwise from MLFLOW_TRACKING_URI, otherwise `<storage>/mlflow.db`.
+    """Return the tracking URI: the option if set, otherwise MLFLOW_TRACKING_URI or `<storage>/mlflow.db`.
 
     Raises:
-        WmtpError: The path `<storage>/mlflow.db` has characters that are not possible in a URI.
+        WmtpError: The path `<storage>/mlflow.db` is used, but contains a character that a URI cannot contain.
     """
     return option or os.environ.get("MLFLOW_TRACKING_URI") or _store_in(storage)
 
 
 def _store_in(storage: Path) -> str:
-    """Return the URI of the store in a folder, relative if the absolute path has special characters."""
+    """Return the URI of the store in a folder; the path is relative if the absolute path is not possible."""
     path = str(storage.absolute() / "mlflow.db")
     if set("?#%") & set(path):
         path = os.path.relpath(path)
@@ -36,10 +36,11 @@ def _store_in(storage: Path) -> str:
 
 
 def check_uri(uri: str) -> None:
-    """Refuse a tracking URI that MLflow would misinterpret, or that contains a password.
+    """Refuse a tracking URI that MLflow would misinterpret or that contains a login.
 
     Raises:
-        WmtpError: The URI has an unknown scheme, contains a user or a password, or does not name a file.
+        WmtpError: The URI has an unknown scheme, contains a password or (for a web server) a user name, or
+            belongs to a local store but does not name a file.
     """
     if not _SCHEME.match(uri):
         raise WmtpError(

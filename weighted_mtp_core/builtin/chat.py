@@ -1,4 +1,4 @@
-"""`core.chat`: your own chats, rows with the key `messages`."""
+"""The data source `core.chat`, which reads a user's own chats: rows with the key `messages`."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _ROLES = ("system", "user", "assistant", "tool")
 
 
 def build_chat(options: RowFiles, context: BuildContext) -> DataSource:
-    """Build the data source; every line is read and checked.
+    """Build the data source `core.chat`, which reads and checks every row of its files.
 
     Raises:
-        WmtpError: A file cannot be read or has invalid rows; see `JsonlSource`.
+        WmtpError: A file cannot be read or has invalid rows, as in `JsonlSource`.
     """
     return JsonlSource(options, context, parse=_row)
 
@@ -54,7 +54,7 @@ def _row(record: Record) -> JsonlRow:
 
 
 def _message(message: object, number: int) -> Mapping[str, Any]:
-    """Check a message, and join its parts if it has several; raises ValueError for the first fault."""
+    """Return a message after all checks, with its parts of text joined; raises ValueError for a fault."""
     if not isinstance(message, dict):
         raise ValueError(f"message {number} must be an object, got {type(message).__name__}")  # noqa: TRY004
     if message.get("role") not in _ROLES:
@@ -91,6 +91,6 @@ def _part(part: object, number: int) -> str:
 
 
 def _described(message: Mapping[str, Any]) -> str:
-    """Return a message as text; for the assistant's, without the role."""
+    """Return a message as text: its role and its content, or for the assistant only the content."""
     text = message["content"] + (json.dumps(message["tool_calls"]) if message.get("tool_calls") else "")
     return text if message["role"] == "assistant" else f"{message['role']}: {text}"

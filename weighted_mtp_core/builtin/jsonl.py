@@ -1,4 +1,4 @@
-"""`core.jsonl`: your own examples, rows with a prompt and a response."""
+"""The data source `core.jsonl`, which reads a user's own examples: rows with a prompt and a response."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from weighted_mtp_core.api import SPLITS, BuildContext, DataSource, JsonlOptions
 
 
 def build_jsonl(options: JsonlOptions, context: BuildContext) -> DataSource:
-    """Build the data source; every line is read and checked.
+    """Build the data source `core.jsonl`, which reads and checks every row of its files.
 
     Raises:
-        WmtpError: A file cannot be read or has invalid rows (see `JsonlSource`), or a row has `tests`, which
-            this source would ignore.
+        WmtpError: A file cannot be read or has invalid rows, as in `JsonlSource`; or a row has `tests`, which
+            this data source would ignore.
     """
     source = JsonlSource(options, context)
     for split in SPLITS:

@@ -1,4 +1,4 @@
-"""Declares the tracker `core.mlflow`: its options, its builder and its checks. Does not import mlflow."""
+"""The options, the build function and the checks of the tracker `core.mlflow`, without importing mlflow."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def _is_uri(instance: object, attribute: Attribute[str | None], value: str | Non
 
 @frozen(kw_only=True)
 class MlflowOptions:
-    """`[tracker.options]` of `core.mlflow`.
+    """The options of the tracker `core.mlflow`, from the table `[tracker.options]` of a recipe.
 
     Attributes:
-        tracking_uri: The server or store; by default MLFLOW_TRACKING_URI from the environment or `.env`,
-            otherwise `<storage>/mlflow.db`.
-        experiment_prefix: The experiment is `<experiment_prefix>/<weighting plugin>`.
-        artifact_root: Where a new experiment stores files; by default a place that the server chooses or, for
-            a local store, the folder `mlartifacts` next to it.
-        keep_local: False deletes `checkpoints/best_model.pt` from the run folder once a remote artifact store
-            has an identical copy.
-        enabled: If False, the run is recorded only in its run folder.
+        tracking_uri: URI of the tracking server or store. By default, this is MLFLOW_TRACKING_URI from the
+            environment or `.env`; if that variable is not set, `<storage>/mlflow.db`.
+        experiment_prefix: The run belongs to the experiment `<experiment_prefix>/<weighting plugin>`.
+        artifact_root: URI under which a new experiment stores files. By default, a server chooses the place;
+            for a local store, it is the folder `mlartifacts` next to the store.
+        keep_local: If false, `checkpoints/best_model.pt` is deleted from the run folder as soon as a remote
+            artifact store has an identical copy.
+        enabled: If false, the tracker sends nothing, and the run is recorded only in its run folder.
     """
 
     tracking_uri: str | None = field(default=None, validator=_is_uri)
@@ -71,13 +71,13 @@ def build_mlflow(options: MlflowOptions, context: BuildContext) -> Tracker:
     check_uri(uri)
     for name, value in _CLIENT_SETTINGS.items():
         os.environ.setdefault(name, value)
-    from weighted_mtp_core.builtin._mlflow_tracker import MlflowTracker  # mlflow reads settings when imported
+    from weighted_mtp_core.builtin._mlflow_tracker import MlflowTracker  # mlflow reads them when imported
 
     return MlflowTracker(uri=uri, artifact_root=options.artifact_root, keep_local=options.keep_local)
 
 
 def examine_mlflow(options: MlflowOptions, storage: Path) -> Iterator[Finding]:
-    """Try the store or server that a run would use: login, database, clock, and a file in and out."""
+    """Check the store or server that a run would use: login, database, clock and artifact store."""
     if not options.enabled:
         yield Finding(mark="warning", name="tracking", text="is switched off (`enabled = false`)")
         return

@@ -1,4 +1,4 @@
-"""Open the `concurrent.futures` executor that `--executor` names."""
+"""Open the executor (`concurrent.futures.Executor`) that the option `--executor` selects."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _DASK = "dask://"
 
 
 def local_slots(address: str) -> int | None:
-    """Return N of `local:N`, or None for `dask://HOST:PORT`.
+    """Return N for an address `local:N`, or None for an address `dask://HOST:PORT`.
 
     Raises:
-        WmtpError: The address has neither form.
+        WmtpError: The address has neither of the two forms.
     """
     if local := re.fullmatch(r"local:([1-9][0-9]*)", address):
         return int(local[1])
@@ -31,18 +31,18 @@ def local_slots(address: str) -> int | None:
 def open_executor(
     address: str, plans: Sequence[Plan], *, in_each_thread: Callable[[], None] | None = None
 ) -> Iterator[Executor]:
-    """Open the executor that `address` names; tasks that wait at the end of the block are cancelled.
+    """Open an executor; tasks that have not started at the end of the `with` block are cancelled.
 
     Args:
-        address: `local:N`, a pool of N threads of this process whose tasks start processes; or
-            `dask://HOST:PORT`, the workers of a Dask scheduler.
-        plans: The plans of the recipes that the tasks execute. A Dask worker refuses a task unless the worker
-            runs the same code.
-        in_each_thread: Called at the start of each thread of `local:N`.
+        address: `local:N` for a pool of N threads in this process, whose tasks may start other processes, or
+            `dask://HOST:PORT` for the workers of a Dask scheduler.
+        plans: The plans of the recipes that the tasks execute. A Dask worker refuses a task if the worker
+            does not run the code on which the plans depend.
+        in_each_thread: Called at the start of each thread of `local:N`; Dask workers do not call it.
 
     Raises:
-        WmtpError: The package `distributed` is not installed.
-        RunFailedError: No scheduler answers at the address.
+        WmtpError: The address is malformed, or the package `distributed` is not installed.
+        RunFailedError: No Dask scheduler answers at the address.
     """
     slots = local_slots(address)
     if slots is None:

@@ -1,4 +1,4 @@
-"""The workers of a Dask scheduler as an executor. Needs the extra `dask` of core."""
+"""An executor that runs tasks on the workers of a Dask scheduler; it needs the extra `dask` of core."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _CONNECT_S = 20
 
 
 class DaskExecutor(Executor):
-    """Submits functions of installed modules to the workers of a scheduler.
+    """Submits functions of installed modules to the workers of a Dask scheduler.
 
-    Dask repeats the task of a lost worker on another worker, at most `distributed.scheduler.allowed-failures`
-    times (3 by default).
+    If a worker is lost, Dask repeats its tasks on other workers, each task at most
+    `distributed.scheduler.allowed-failures` times (3 by default).
 
     Args:
         address: `HOST:PORT` of the scheduler.
@@ -29,7 +29,7 @@ class DaskExecutor(Executor):
 
     Raises:
         WmtpError: The package `distributed` is not installed.
-        RunFailedError: No scheduler answers.
+        RunFailedError: No scheduler answers at the address.
     """
 
     def __init__(self, address: str, code: SameCode) -> None:
@@ -40,7 +40,7 @@ class DaskExecutor(Executor):
                 f"`--executor dask://{address}` needs the package `distributed`",
                 hint="pip install 'weighted-mtp-core[dask]'",
             ) from error
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # the caller reports what goes wrong
+        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # because the caller reports errors
         try:
             self._client = Client(address, timeout=_CONNECT_S, set_as_default=False)
         except (OSError, ValueError) as error:
@@ -58,12 +58,12 @@ class DaskExecutor(Executor):
         *args: ArgumentsT.args,
         **kwargs: ArgumentsT.kwargs,
     ) -> Future[ResultT]:
-        """Submit a call; a worker with other code than the client raises `WmtpError` instead.
+        """Submit a call; if the worker runs other code than the client, the future raises `WmtpError`.
 
         Raises:
             WmtpError: An argument contains a secret of the environment, which a scheduler must not receive.
         """
-        assert not kwargs  # `concurrent.futures` allows them, nothing here uses them
+        assert not kwargs  # `concurrent.futures` allows keyword arguments, but no caller uses them
         found = secrets()
         sent = pickle.dumps(args) if found else b""
         if any(secret.encode() in sent for secret in found):
@@ -75,6 +75,6 @@ class DaskExecutor(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: ARG002, FBT001, FBT002
-        """Disconnect; the scheduler then cancels every task that has not ended."""
+        """Disconnect from the scheduler, which then cancels every task that has not ended."""
         self._executor.shutdown(wait=False)
         self._client.close()

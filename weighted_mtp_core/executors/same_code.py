@@ -1,4 +1,4 @@
-"""A worker on another machine must run the same code as the client. This module imports no plugin."""
+"""Check that a worker on another machine runs the same code as the client, without importing a plugin."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ class SameCode:
     """The code that a client expects on its workers.
 
     Attributes:
-        plugins: Names of the plugins.
-        distributions: Version and source of each distribution, as (name, identity); see `source_identity`.
+        plugins: Names of the plugins that the worker needs.
+        distributions: Version and source of each distribution, as pairs (name, identity). An identity has
+            the form that `source_identity` returns.
     """
 
     plugins: tuple[str, ...]
@@ -32,7 +33,7 @@ class SameCode:
 
     @classmethod
     def of(cls, plans: Sequence[Plan]) -> SameCode:
-        """Return the code that the results of some plans depend on."""
+        """Return the code that the results of the plans depend on."""
         components = (each for plan in plans for each in (plan.weighting, plan.data, plan.critic) if each)
         names = {plugin.name for component in components for plugin in component.plugins}
         identities = {pair for plan in plans for pair in plan.distributions.items()}
@@ -40,10 +41,11 @@ class SameCode:
 
 
 def run_checked(code: SameCode, function: Callable[..., ResultT], arguments: Sequence[Any]) -> ResultT:
-    """Call a function on a worker, after a check of the worker's code.
+    """Check the code of this worker, then call a function and return its result.
 
     Raises:
-        WmtpError: The worker lacks a plugin, or a version or source code differs; the message lists them.
+        WmtpError: The worker lacks a plugin, or has another version or source code; the message lists all
+            differences.
     """
     if differing := _differences(code):
         raise WmtpError(
@@ -53,7 +55,7 @@ def run_checked(code: SameCode, function: Callable[..., ResultT], arguments: Seq
     return function(*arguments)
 
 
-@cache  # the modules that a worker has imported stay as they are, even if their files change
+@cache  # a worker does not import a module again, even if its file changes
 def _differences(code: SameCode) -> tuple[str, ...]:
     installed = find()
     missing = [name for name in code.plugins if name not in installed]
@@ -69,11 +71,11 @@ def _differences(code: SameCode) -> tuple[str, ...]:
 
 
 def place() -> str:
-    """Return host and working folder of this process, for messages."""
+    """Return the host and the working folder of this process, for messages."""
     return f"`{socket.gethostname()}` in `{Path.cwd()}`"
 
 
 def _short(identity: str) -> str:
-    """Shorten the SHA-256 in `<version>, source <SHA-256>`."""
+    """Return an identity `<version>, source <SHA-256>` with a shortened SHA-256."""
     version, _, sha256 = identity.partition(", source ")
     return f"{version} (source {sha256[:12]})" if sha256 else version

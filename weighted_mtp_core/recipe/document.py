@@ -1,8 +1,8 @@
 """The table that results from merging the layers of a recipe, with the origin of each key.
 
-Later layers override earlier ones. Tables are merged key by key; arrays and values are replaced. If a layer
-selects another component with `use`, the options of the previous component are discarded. If a layer gives
-the length of a stage in epochs, the number of steps of earlier layers is discarded, and vice versa.
+Later layers override earlier layers. Tables are merged key by key; arrays and other values are replaced. If a
+layer selects another component with `use`, the options of the previous component are discarded. If a layer
+gives the length of a stage in epochs, a number of steps from earlier layers is discarded, and vice versa.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from weighted_mtp_core.recipe.structure import Fault, shown
 
 Table = dict[str, Any]
 _LENGTHS = {"steps", "epochs"}
-"""Keys of the tables `train`, of which a recipe gives one."""
+"""Two keys of a table `train`; a recipe gives only one of them."""
 
 
 @define
 class Document:
-    """The merged table of a recipe, before it is checked.
+    """The merged table of a recipe, before its keys and values are checked.
 
     Attributes:
-        name: The recipe's path as the user gave it.
-        table: The merged layers.
-        texts: The text of every file that was read, lowest layer first.
+        name: The path of the recipe, as the user gave it.
+        table: The table that results from merging all layers.
+        texts: The text of every file that was read, keyed by path, lowest layer first.
     """
 
     name: str
@@ -43,7 +43,13 @@ class Document:
         return list(self.texts)
 
     def add(self, table: Table, *, file: str, text: str) -> None:
-        """Merge a file as the highest layer; `table` contains the keys of `text` that apply."""
+        """Merge a file as the highest layer.
+
+        Args:
+            table: The keys of the file that apply.
+            file: The path of the file.
+            text: The text of the file, in which the lines of the keys are found.
+        """
         self._merge(self.table, table, file, at=())
         self.texts[file] = text
 
@@ -51,8 +57,8 @@ class Document:
         """Set one value in the highest layer; missing tables on the path to the key are created.
 
         Raises:
-            WmtpError: The path of keys contains a value that is not a table, or an index past the end of an
-                array.
+            WmtpError: A key on the path belongs to a value that is not a table, or is an index past the end
+                of an array.
         """
         parent: Any = self.table
         at: KeyPath = ()
@@ -71,14 +77,17 @@ class Document:
             self._sources[*at, step] = source
 
     def locate(self, path: KeyPath) -> str:
-        """Return where a key, or else its table, was set: "file, line 3, a.key" or "--set, a.key"."""
+        """Return where a key was set: "file, line 3, a.key" or "--set, a.key".
+
+        If the key was not set, this is the place where its table was set.
+        """
         source, line = self._origin(path)
         return ", ".join([source, *([f"line {line}"] if line else []), dotted(path)])
 
     def error(self, faults: Sequence[Fault]) -> WmtpError:
         """Return one error that lists every fault with its file and line, in the order of the files."""
         ordered = sorted(dict.fromkeys(faults), key=self._order)
-        # the first line names the recipe's own file
+        # the first line of the error already names the recipe's own file
         lines = [
             f"  {self.locate(each.path).removeprefix(self.name + ', ')}: {each.text}" for each in ordered
         ]
@@ -87,7 +96,7 @@ class Document:
         return WmtpError("\n".join([f"{self.name}: {count}", *lines]), hint=next(iter(hints), None))
 
     def _quoting_hint(self, fault: Fault) -> str | None:
-        """Return how to quote a string that TOML reads as another type, as in `--set run.name=123`."""
+        """Return a hint that shows how to quote a string that TOML reads as a number, a bool or a date."""
         if self._origin(fault.path)[0] != "--set" or not fault.text.startswith("expected str, got"):
             return None
         return f"a text that looks like another value needs quotes: --set '{dotted(fault.path)}=\"...\"'"
@@ -115,21 +124,24 @@ class Document:
             del self._sources[below]
 
     def _origin(self, path: KeyPath) -> tuple[str, int]:
-        """Return where a key or its nearest enclosing table was set: (file, line) or (option, 0)."""
+        """Return where a key was set, as (file, line) or (command-line option, 0).
+
+        If the key was not set, this is the place where the nearest enclosing table was set.
+        """
         while path and path not in self._sources:
             path = path[:-1]
         source = self._sources.get(path, self.name)
         return source, find_lines(self.texts.get(source, "")).get(path, 0)
 
     def _order(self, fault: Fault) -> tuple[int, int, str]:
-        """Return a sort key: faults of the recipe come first, then of lower layers, then of options."""
+        """Return a sort key: faults in the recipe come first, then in other files, then in options."""
         source, line = self._origin(fault.path)
         layer = self.files.index(source) if source in self.texts else len(self.texts)
         return -1 if source == self.name else layer, line, dotted(fault.path)
 
 
 def dotted(path: Sequence[str | int]) -> str:
-    """Return `a.0.b`."""
+    """Return a path of keys and indices as text, such as `a.0.b`."""
     return ".".join(str(each) for each in path)
 
 

@@ -18,16 +18,16 @@ from weighted_mtp_core.recipe.structure import shown
 from weighted_mtp_core.text_files import read_utf8
 
 FOLDER = Path(__file__).parent
-"""The folder of core's own files: `core:presets/ci.toml` is the file `presets/ci.toml` in this folder."""
+"""The folder of core's TOML files: `core:presets/ci.toml` is the file `presets/ci.toml` in this folder."""
 
 
 def core_files() -> dict[str, Path]:
-    """Return the files that are installed with core, by name in `extends`, such as `core:defaults.toml`."""
+    """Return the TOML files of core, keyed by their names in `extends`, such as `core:defaults.toml`."""
     return {f"core:{file.relative_to(FOLDER).as_posix()}": file for file in sorted(FOLDER.rglob("*.toml"))}
 
 
 def defaults(*, name: str) -> Document:
-    """Return a document that contains only `core:defaults.toml`; messages call the document `name`."""
+    """Return a document that contains only `core:defaults.toml`; error messages call the document `name`."""
     document = Document(name=name)
     _add_file(document, "core:defaults.toml")
     return document
@@ -39,7 +39,8 @@ def read_document(
     """Read a recipe and merge its layers.
 
     Raises:
-        WmtpError: A file is missing, is not TOML or extends itself; the preset or an override is unknown.
+        WmtpError: A file is missing, is not TOML or extends itself; the preset does not exist; or an override
+            is malformed.
     """
     document = Document(name=str(path))
     _add_file(document, str(path))
@@ -68,10 +69,10 @@ def _add_file(
         line = find_lines(text)["extends",]
         raise WmtpError(f"{name}: line {line}, extends: expected array of str, got {shown(bases)}")
     for each in bases:
-        # normpath shortens `a/../b`, so that messages show the path that a person would write
+        # normpath shortens `a/../b` to `b`, so that messages show the path that a person would write
         base = each if each.startswith("core:") else os.path.normpath(Path(name).parent / each)
         if _path(base).resolve() in [_path(file).resolve() for file in document.files]:
-            continue  # an earlier file already extends this base, which must not override that file
+            continue  # an earlier file already extends this base, so the base must not override that file
         _add_file(document, base, extended_by=(*extended_by, name), is_preset=is_preset)
     if is_preset:
         table = {key: value for key, value in table.items() if _preset_applies(document, key, value)}
@@ -79,12 +80,12 @@ def _add_file(
 
 
 def _path(name: str) -> Path:
-    """Return the path of the file `name`, which is `core:NAME` or a path."""
+    """Return the path of a file whose name is `core:NAME` or a path."""
     return core_files().get(name, Path(name))
 
 
 def _preset_applies(document: Document, key: str, table: Any) -> bool:
-    """Return whether a preset's table changes a table of the recipe instead of adding another component."""
+    """Return whether a preset's table applies: it changes the recipe's table and adds no other component."""
     recipe = document.table.get(key)
     if key == "critic" and recipe is None:
         return False

@@ -19,16 +19,16 @@ _BRACKETS = ["".join(each) for depth in range(4) for each in itertools.product("
 def find_lines(text: str) -> Mapping[KeyPath, int]:
     """Return the line number, from 1, of every table, key and array element of a valid TOML text.
 
-    Parses the first line alone, then the first two lines, and so on; a key belongs to the line with which it
-    first appears. Arrays and inline tables that continue on later lines are closed by added brackets. A
-    string that continues on later lines begins after the last valid text.
+    The function parses the first line, then the first two lines, and so on, and skips texts that are not
+    valid TOML. The line of a key is the line after the longest valid text that does not contain the key.
+    Brackets are added to close arrays and inline tables that continue on later lines.
     """
     rows = text.split("\n")
     lines: dict[KeyPath, int] = {}
     first = 1
     for last, brackets in itertools.product(range(1, len(rows) + 1), _BRACKETS):
         if last < first:
-            continue  # read with fewer brackets
+            continue  # already parsed with fewer brackets
         try:
             table = tomli.loads("\n".join([*rows[:last], brackets]))
         except tomli.TOMLDecodeError:

@@ -25,7 +25,7 @@ _HINT = (
 def load_recipe(path: Path, *, preset: str | None = None, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, merged with the files that it extends, the preset and the `--set` overrides.
 
-    The options of components are not checked here; `make_plan` loads the plugins and checks the options.
+    This function does not check the options of components; `make_plan` loads the plugins and checks them.
 
     Raises:
         WmtpError: The recipe is not valid; the message lists every fault with file, line, key and expected
@@ -46,7 +46,7 @@ def structure_recipe(document: Document) -> tuple[Recipe | None, list[Fault]]:
 
 
 def credential_faults(value: Any, *, at: KeyPath = ()) -> list[Fault]:
-    """Find every `scheme://user:password@host` below `value`; the faults do not show the password."""
+    """Return a fault for every `scheme://user:password@host` below `value`, without showing the password."""
     if isinstance(value, str) and _USER_AND_PASSWORD.search(value):
         return [Fault(at, f"contains a user name and password: {shown(value)}", hint=_HINT)]
     if isinstance(value, list):

@@ -14,8 +14,8 @@ from weighted_mtp_core.errors import WmtpError
 def parse_overrides(texts: Sequence[str]) -> list[tuple[list[str], Any]]:
     """Return the keys and the value of each override; overrides of `use` come first.
 
-    A new `use` discards the options of the previous component. Because it comes first, it does not discard
-    options that the same command line sets.
+    A new `use` discards the options of the previous component. Because overrides of `use` are applied first,
+    they do not discard options that the same command line sets.
 
     Raises:
         WmtpError: An override does not have the form KEY=VALUE.
@@ -24,7 +24,11 @@ def parse_overrides(texts: Sequence[str]) -> list[tuple[list[str], Any]]:
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
-    """Return the key and the value of one override; see `parse_overrides`."""
+    """Return the key and the value of one override of the form KEY=VALUE.
+
+    Raises:
+        WmtpError: The override does not have this form, or its value is malformed.
+    """
     key, equals, value = text.partition("=")
     keys = key.strip().split(".")
     if not equals or not all(re.fullmatch(r"[A-Za-z0-9_-]+", each) for each in keys):
@@ -34,7 +38,7 @@ def parse_override(text: str) -> tuple[list[str], Any]:
 
 
 def _parse_value(value: str, *, text: str) -> Any:
-    """Parse a TOML value. Other text becomes a string, so `--set model.base=micro` needs no quotes."""
+    """Parse a TOML value; any other text becomes a string, so `--set model.base=micro` needs no quotes."""
     try:
         table = tomli.loads(f"value = {value}")
     except tomli.TOMLDecodeError as error:

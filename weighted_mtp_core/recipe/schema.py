@@ -1,4 +1,4 @@
-"""The tables of a recipe as classes: every key with its type, default and range."""
+"""The tables of a recipe as classes, which define the type, default and range of every key."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from weighted_mtp_core.run_tags import check_tags
 class RunTable:
     """`[run]`: the run's name, seed and folders.
 
-    `output_dir` is `<storage>/runs` by default; `experiment` is `<experiment_prefix>/<weighting plugin>`.
-    `resume = "auto"` resumes the latest unfinished run of the same recipe, if there is one.
-    `over_memory = "warn"` starts a run although the forecast of its memory exceeds the free memory.
+    The default of `output_dir` is `<storage>/runs`, and the default of `experiment` is
+    `<experiment_prefix>/<weighting plugin>`. `resume = "auto"` resumes the latest unfinished run of the same
+    recipe, if there is one. `over_memory = "warn"` starts a run even if the forecast of its memory exceeds
+    the free memory.
     """
 
     name: str = field(validator=v.matches_re(NAME))
@@ -40,7 +41,7 @@ class RunTable:
 
 @frozen(kw_only=True)
 class MicroTable:
-    """`[model.micro]`: the shape of `base = "micro"`, a small Llama with its own byte-level BPE."""
+    """`[model.micro]`: the size of the model `base = "micro"`, a small Llama with its own byte-level BPE."""
 
     vocab_size: int = field(default=512, validator=v.ge(300))
     hidden_size: int = field(default=128, validator=v.ge(8))
@@ -61,10 +62,10 @@ MtpServer = Literal["transformers", "vllm"]
 class HeadsTable:
     """`[model.heads]`: kind and options of heads 2..K.
 
-    `sequential` heads share one module (`shared`) or have one module each; `serve` names the program that
-    will draft with these heads, which determines what a module computes. With `init = "base"`, the modules
-    are the layers for multi-token prediction that the base model ships, and the base model determines what a
-    module computes.
+    If `shared` is true, all `sequential` heads use one module; otherwise, each head has its own module.
+    `serve` selects the program that will draft with `sequential` heads; this program determines what a module
+    computes. With `init = "base"`, the modules are the layers for multi-token prediction that the base model
+    ships, and the base model determines what a module computes.
     """
 
     kind: HeadKind = "parallel"
@@ -94,11 +95,12 @@ class HeadsTable:
 class AdaptersTable:
     """`[model.adapters]`: low-rank adapters (LoRA) of the base model, for `model.train = "adapters"`.
 
-    An adapter adds `s B A x` to the output of a linear layer with input x; A and B have `rank` rows and
-    columns. The scale s is `alpha / rank`, or `alpha / sqrt(rank)` with `rslora`; without a value, `alpha` is
-    twice the rank. `dropout` is applied to x in training. `dora` also trains the norm of each row of the
-    adapted matrix. `targets` are the names of the layers, for example `q_proj`; empty means all linear layers
-    of the decoder layers. `heads` decides whether heads 2..K are trained whole, or through adapters of their
+    An adapter adds `s B A x` to the output of a linear layer with input x, where the matrix A has `rank` rows
+    and the matrix B has `rank` columns. The scale s of an adapter is `alpha / rank`, or with `rslora`
+    `alpha / sqrt(rank)`; the default of `alpha` is `2 * rank`. `dropout` is applied to the input of an
+    adapter in training. `dora` also trains the norm of each row of the adapted matrix. `targets` are the
+    names of the adapted layers, for example `q_proj`; if `targets` is empty, all linear layers of the decoder
+    layers are adapted. `heads` decides whether heads 2..K are trained whole, or through adapters of their
     decoder layers.
     """
 
@@ -119,11 +121,11 @@ class ModelTable:
     """`[model]`: the policy's base model and its heads.
 
     `base` is `micro`, a folder under `storage/models_v2`, a transformers directory, a `.gguf` file or a hub
-    id. `shard` splits the matrices over the processes of `torchrun` (FSDP2).
+    id. `shard` splits the matrices of the model over the processes of `torchrun` (FSDP2).
     `activation_checkpointing` stores only the input of each layer and recomputes all other activations in the
-    backward pass. `train = "heads"` trains heads 2..K on a base model that stays as it is; `"adapters"` also
-    trains low-rank adapters of this base model, whose matrices are stored in `base_dtype`. `tf32` and
-    `deterministic` determine how CUDA devices compute.
+    backward pass. `train = "heads"` trains only heads 2..K and does not change the base model;
+    `train = "adapters"` also trains low-rank adapters of the base model, whose own matrices are stored in
+    `base_dtype`. `tf32` and `deterministic` determine how CUDA devices compute.
     """
 
     base: str = "micro"
@@ -162,7 +164,11 @@ class ModelTable:
 
 @frozen(kw_only=True)
 class Selection:
-    """`use` selects a component: `<plugin>.<component>`, or `<plugin>` if it has only one of the kind."""
+    """A table of a recipe that selects a component.
+
+    `use` is the address of the component: `<plugin>.<component>`, or `<plugin>` if the plugin has only one
+    component of the kind. `options` are the options of the component.
+    """
 
     use: str
     options: Mapping[str, Any] = field(factory=dict)
@@ -170,12 +176,13 @@ class Selection:
 
 @frozen(kw_only=True)
 class DataTable(Selection):
-    """`[data]`: the data source. Documents longer than `max_tokens` are counted and left out.
+    """`[data]`: the data source, and how its examples become documents.
 
-    Documents begin with BOS always, never, or (`bos = "auto"`) if the tokenizer adds BOS to texts.
-    `packing = "documents"` puts several documents into each row of stage 2, up to `pack_tokens` tokens.
-    Chats are rendered with the tokenizer's template, or with `chat_template`, a template in Jinja; `train_on`
-    chooses the assistant's turns that are learned.
+    Documents longer than `max_tokens` are left out and counted. `bos` determines whether documents begin with
+    the token BOS; with `bos = "auto"`, they do if the tokenizer adds BOS to texts. `packing = "documents"`
+    puts several documents into each row of stage 2, up to `pack_tokens` tokens. Chats are rendered with the
+    tokenizer's template, or with `chat_template`, which is a Jinja template. `train_on` selects the
+    assistant's messages that the policy learns.
     """
 
     max_tokens: int = field(default=512, validator=v.ge(8))
@@ -196,13 +203,14 @@ HeadTargets = Literal["labels", "kl", "both"]
 
 @frozen(kw_only=True)
 class LossTable:
-    """`[loss]`: the normalisation of the weighted cross-entropies, and each head's share of the loss (alpha).
+    """`[loss]`: the normalisation of the weighted cross-entropies, and the share of each head in the loss.
 
-    The share of head k is `head_weights[k - 1] * head_decay^(k - 1)`, normalised to sum 1; an empty
-    `head_weights` means 1 for each head. `head_schedule` adds or removes heads 2..K during the first
-    `head_schedule_end` (a fraction) of the steps. `heads` is what heads 2..K learn: the labels, head 1's
-    distribution of the same token (`kl`), or both in equal shares. `detach_trunk` lets heads 2..K train only
-    their own parameters. `negative_weights` allows weights below 0 if the weighting declares them.
+    The share of head k is `head_weights[k - 1] * head_decay^(k - 1)`, divided by the sum over all heads; if
+    `head_weights` is empty, each head has the weight 1. `head_schedule` adds or removes heads 2..K during the
+    first steps of stage 2; `head_schedule_end` is the fraction of the steps after which the schedule ends.
+    `heads` determines what heads 2..K learn: the labels, head 1's distribution of the same token (`kl`), or
+    both in equal shares. With `detach_trunk`, heads 2..K train only their own parameters.
+    `negative_weights` allows weights below 0 if the weighting declares negative weights.
     """
 
     normalise: Literal["weights", "tokens"] = "weights"
@@ -241,10 +249,11 @@ class LossTable:
 class PairsTable:
     """`[critic.pairs]`: pairs of a correct and an incorrect response, for a critic that learns from pairs.
 
-    The lengths of the two responses differ by less than the factor `length_ratio` (with 1 they are equal),
-    and the correct response is the longer one as often as the shorter one; with 0 lengths are ignored.
-    `difficulty_weights` has one number for each of five bins of a problem's share of correct responses,
-    hardest first. Divided by the largest number, it is the fraction of the bin's pairs to keep.
+    The lengths of the two responses of a pair differ by less than the factor `length_ratio`, and the correct
+    response is the longer one in as many pairs as the shorter one. With `length_ratio = 1`, the lengths are
+    equal; with `length_ratio = 0`, lengths are ignored. `difficulty_weights` has one number for each of five
+    bins of a problem's share of correct responses, from hard to easy. The fraction of a bin's pairs that is
+    kept is the number of the bin divided by the largest of the five numbers.
     """
 
     length_ratio: float = field(default=1.25)
@@ -266,9 +275,10 @@ class PairsTable:
 class CriticTable(Selection):
     """`[critic]`: the critic and its training (stage 1).
 
-    `checkpoint` is the folder `checkpoints/critic` of an earlier run; if it is given, stage 1 is skipped. A
-    critic that is not shown to be better than a constant stops the run, unless `allow_uninformative_critic`.
-    `cache` stores the scores of a critic that does not read the policy in `<storage>/signals`.
+    `checkpoint` is the folder `checkpoints/critic` of an earlier run; if it is given, stage 1 loads this
+    critic instead of training one. If the critic is not shown to be better than a constant, the run stops,
+    unless `allow_uninformative_critic` is true. With `cache`, the scores of a critic that does not read the
+    policy are stored in `<storage>/signals`.
     """
 
     cache: bool = True
@@ -282,8 +292,8 @@ class CriticTable(Selection):
 class CheckpointTable:
     """`[checkpoint]`: the checkpoints of stages 1 and 2, from which `run --resume` continues.
 
-    A checkpoint is written after every `every` steps and at the end of each stage, or with 0 only at the end.
-    Core keeps the last `keep` checkpoints and the checkpoints at multiples of `keep_every` steps.
+    A checkpoint is written every `every` steps and at the end of each stage; with `every = 0`, only at the
+    end. Core keeps the last `keep` checkpoints, and the checkpoints at multiples of `keep_every` steps.
     """
 
     every: int = field(default=100, validator=v.ge(0))
@@ -293,9 +303,10 @@ class CheckpointTable:
 
 @frozen(kw_only=True)
 class EvaluateTable:
-    """`[evaluate]`: stage 3. `problems = 0` means the whole split.
+    """`[evaluate]`: how stage 3 generates and judges completions.
 
-    With `second_temperature`, pass@k is also measured at that temperature.
+    `problems = 0` means all problems of the split. With `second_temperature`, pass@k is also measured at this
+    temperature.
     """
 
     pass_at_k: tuple[int, ...] = field(default=(1,))
@@ -324,7 +335,8 @@ class EvaluateTable:
 class TrackerTable(Selection):
     """`[[tracker]]`: one destination of metrics and artifacts; a recipe can have any number of trackers.
 
-    At its end a run waits `close_seconds` for an unreachable tracker; `track sync` sends the rest later.
+    At its end, a run waits up to `close_seconds` for an unreachable tracker; the command `track sync` sends
+    the remaining data later.
     """
 
     close_seconds: float = field(default=30.0, validator=v.ge(0))
@@ -332,7 +344,7 @@ class TrackerTable(Selection):
 
 @frozen(kw_only=True)
 class Recipe:
-    """A whole recipe, after `extends`, preset and `--set` have been merged."""
+    """A whole recipe, which results from merging the files in `extends`, the preset and the overrides."""
 
     run: RunTable
     model: ModelTable = ModelTable()

@@ -1,4 +1,4 @@
-"""Convert TOML tables to attrs classes strictly: every fault is reported and none is corrected silently.
+"""Convert TOML tables strictly to attrs classes: every fault is reported, and no fault is corrected silently.
 
 The fields of a class are the keys of a table; their types and validators define the allowed values. The
 function `structure` converts both the recipe's own tables and the `options` of every component.
@@ -49,7 +49,7 @@ def structure(cls: type[T], table: Mapping[str, Any], *, at: KeyPath = ()) -> tu
 
 
 def plain(value: Any) -> Any:
-    """Return a structured value as TOML tables, arrays and scalars; keys whose value is None are left out."""
+    """Return a structured value as TOML tables, arrays and scalars; keys with the value None are left out."""
     if attrs.has(type(value)):
         fields = [a for a in attrs.fields(type(value)) if a.init]
         return plain({a.alias: getattr(value, a.name) for a in fields})
@@ -65,7 +65,7 @@ def plain(value: Any) -> Any:
 
 
 def default_of(attribute: Any) -> Any:
-    """Return the default of an attrs field, or `attrs.NOTHING`."""
+    """Return the default of an attrs field; `attrs.NOTHING` if there is none or it needs the instance."""
     default: Any = attribute.default
     if hasattr(default, "takes_self"):  # an attrs Factory
         return attrs.NOTHING if default.takes_self else default.factory()
@@ -196,7 +196,7 @@ def _table(table: Any, cls: Any, at: KeyPath, faults: list[Fault]) -> Any:
     for key, attribute in fields.items():
         is_required = attribute.default is attrs.NOTHING
         if key in table or (is_required and attrs.has(attribute.type)):
-            # A missing table is read as an empty one, because the list of its missing keys is more helpful.
+            # A missing table is read as an empty table, because a list of its missing keys is more helpful.
             wrong: list[Fault] = []
             converted = _convert(table.get(key, {}), attribute.type, (*at, key), wrong)
             found += wrong

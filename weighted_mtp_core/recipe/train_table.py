@@ -1,4 +1,4 @@
-"""`[train]` and `[critic.train]` of a recipe as classes: length, optimiser and validation of a stage."""
+"""The tables `[train]` and `[critic.train]` as classes: length, optimiser and validation of a stage."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _STEPS, _DECAY_SHARE, _FINAL_SHARE = 300, 0.2, 0.1
 class OptimiserTable:
     """`[train.optimiser]` and `[critic.train.optimiser]`: how gradients change the parameters.
 
-    `adamw_8bit` is AdamW whose moments have 8 bits. `muon` is Muon for the matrices of hidden layers and
-    AdamW for all other parameters; `betas` and `epsilon` are AdamW's.
+    `adamw_8bit` is AdamW with 8-bit moments. `muon` trains the matrices of hidden layers with Muon and all
+    other parameters with AdamW. `betas` and `epsilon` are options of AdamW.
     """
 
     name: OptimiserName = "adamw"
@@ -37,12 +37,12 @@ def _default_steps(table: TrainTable) -> int | None:
 
 @frozen(kw_only=True)
 class TrainTable:
-    """`[critic.train]` (stage 1), and with further keys `[train]` (stage 2).
+    """`[critic.train]`, the training of the critic (stage 1); `[train]` (stage 2) has the same keys and more.
 
-    The length of the stage is either a number of steps or a number of epochs, from which the number of steps
-    is computed once the data are known. `batch_size` is the global batch size in rows. With `patience`, the
-    stage ends after this many validations in a row without a better state. A step with a non-finite loss or
-    gradient is skipped; `max_bad_steps` consecutive such steps stop the run.
+    The length of the stage is either a number of steps or a number of epochs; a number of epochs is converted
+    to steps when the data are known. `batch_size` is the global batch size in rows. The stage ends early
+    after `patience` consecutive validations without a better state. A step with a non-finite loss or gradient
+    is skipped; after `max_bad_steps` consecutive skipped steps, the run stops.
     """
 
     epochs: float | None = field(default=None, validator=v.optional(v.gt(0)))
@@ -67,7 +67,7 @@ class TrainTable:
 
     @property
     def steps(self) -> int:
-        """The number of steps, which a table with `epochs` has only after `for_epochs`."""
+        """The number of steps; if the length is given in epochs, it is known only after `for_epochs`."""
         if self.given_steps is None:
             raise RuntimeError("the number of steps is not known before stage 0")
         return self.given_steps
@@ -78,7 +78,7 @@ class TrainTable:
         return f"{self.steps} steps" if self.epochs is None else f"{self.epochs:g} epochs"
 
     def for_epochs(self, batches_per_epoch: float) -> Self:
-        """Return the table with the number of steps of its epochs, rounded up, if it has epochs."""
+        """Return the table with its epochs converted to a number of steps, rounded up."""
         if self.epochs is None:
             return self
         return evolve(self, epochs=None, steps=max(1, ceil(self.epochs * batches_per_epoch - 1e-9)))
@@ -109,12 +109,14 @@ SelectBy = Literal["head_1", "later_heads", "acceptance"]
 
 @frozen(kw_only=True)
 class PolicyTrainTable(TrainTable):
-    """`[train]`: the training of the policy. `select_by` chooses the best state by its validation.
+    """`[train]`: the training of the policy (stage 2).
 
-    With `head_1`, the best state has the lowest cross-entropy of head 1; with `later_heads`, the lowest mean
-    cross-entropy of heads 2..K; with `acceptance`, the most tokens per pass of self-speculative decoding.
-    `default_selection` returns the default. `head_learning_rate` is the learning rate of heads 2..K, and
-    `embedding_learning_rate` that of the embeddings and the unembedding, by default `learning_rate`.
+    `select_by` determines which state is the best in validation. With `head_1`, the best state has the lowest
+    cross-entropy of head 1; with `later_heads`, the lowest mean cross-entropy of heads 2..K; with
+    `acceptance`, the most tokens per pass of self-speculative decoding. The function `default_selection`
+    returns the default of `select_by`. `head_learning_rate` is the learning rate of heads 2..K, and
+    `embedding_learning_rate` is the learning rate of the embeddings and the unembedding; the default of each
+    is `learning_rate`.
     """
 
     select_by: SelectBy | None = None
@@ -125,8 +127,8 @@ class PolicyTrainTable(TrainTable):
 def default_selection(train: str | None, heads: str | None) -> SelectBy:
     """Return the default of `train.select_by` for the values of `model.train` and `loss.heads`.
 
-    If only heads 2..K are trained and learn only head 1's distribution, it is `acceptance`: their predictions
-    of the labels may become worse although more of their drafts are accepted.
+    If only heads 2..K are trained and learn only head 1's distribution, the default is `acceptance`, because
+    their cross-entropy with the labels may increase although more of their drafts are accepted.
     """
     if train != "heads":
         return "head_1"

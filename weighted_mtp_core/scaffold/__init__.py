@@ -1,8 +1,8 @@
-"""Write new recipes (`recipe.py`) and plugin packages (this module, from the files in `templates/`).
+"""Write recipes (in `recipe.py`) and plugin packages (in this module, from the files in `templates/`).
 
-Every package gets the files of `templates/common` and of `templates/<kind>`. In names and contents of files,
-`{{word}}` is replaced with its value. The names of templates end in `.tmpl`, so that tools do not read them
-as Python or TOML.
+Every package gets the files of `templates/common` and of `templates/<kind>`. In the names and contents of
+these files, each `{{word}}` is replaced with the value of the word. The file names of templates end in
+`.tmpl`, so that other tools do not read templates as Python or TOML.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SUMMARIES = {
 
 @frozen(kw_only=True)
 class Scaffold:
-    """A plugin package to write, with one component that has the same name as the plugin."""
+    """A plugin package to write, with one component of the given kind that has the name of the plugin."""
 
     name: str
     kind: Kind
@@ -45,7 +45,7 @@ class Scaffold:
 
     @property
     def module(self) -> str:
-        """Name of the Python module."""
+        """Name of the package's Python module."""
         return f"weighted_mtp_{self.name}"
 
     def write(self, folder: Path) -> None:
@@ -84,10 +84,11 @@ class Scaffold:
 
 
 def check_name(name: str, installed: Mapping[str, FoundPlugin]) -> None:
-    """Check that a new plugin may have this name.
+    """Check that a new plugin may have a name.
 
     Raises:
-        WmtpError: The name is not valid in addresses, modules and distributions, or a plugin already has it.
+        WmtpError: The name is not valid in addresses, modules and distributions; is a keyword of Python; is
+            too long; or is the name of an installed plugin.
     """
     if not _NAME.fullmatch(name):
         near = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")

@@ -1,7 +1,7 @@
 """Write a recipe for chosen components; options that are not set become comments.
 
-A line such as `#steps = 300` shows a default. A line that begins with `# ` is an explanation from the
-docstring of an option class or from a comment in `core:defaults.toml`.
+A line such as `#steps = 300` shows the default of an option. A line that begins with `# ` explains an option;
+the text is taken from the docstring of the class of options or from a comment in `core:defaults.toml`.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ def write_recipe(file: Path, settings: Mapping[str, tuple[str, str]], overrides:
     """Write a recipe that `check` accepts.
 
     Args:
-        file: A file that does not exist.
-        settings: Keys with the values from command-line options: for example, `data.use` from `--data`.
-        overrides: Further settings, in the form of `--set`.
+        file: The file to write, which must not exist yet.
+        settings: Keys and their values, indexed by the command-line option that set them: for example,
+            `data.use` under `--data`.
+        overrides: Further settings of the form KEY=VALUE, from `--set`.
 
     Raises:
         WmtpError: A component does not exist, a required option is missing, the recipe is not valid, or the
@@ -54,7 +55,7 @@ def write_recipe(file: Path, settings: Mapping[str, tuple[str, str]], overrides:
         document.set(keys, value, source=source)
         chosen.set(keys, value, source=source)
     plan = plan_document(document)
-    # an array replaces the whole array of `core:defaults.toml`
+    # the array `tracker` is written whole, because it replaces the array in `core:defaults.toml`
     table = {key: document.table[key] if key == "tracker" else value for key, value in chosen.table.items()}
     try:
         with file.open("x", encoding="utf-8") as stream:
@@ -89,14 +90,14 @@ def _lines(own: Mapping[str, Any], plan: Plan) -> Iterator[str]:
 
 
 def _default_lines(name: str, own: Mapping[str, Any]) -> list[str]:
-    """Return the lines of `core:defaults.toml` for those keys of a table that are shown but not set."""
+    """Return the lines of `core:defaults.toml`, as comments, for shown keys of a table that are not set."""
     (text,) = defaults(name="").texts.values()
     numbers, lines = find_lines(text), text.splitlines()
     return ["#" + lines[numbers[name, key] - 1] for key in _SHOWN[name] if key not in own]
 
 
 def _option_lines(options: type[Any], own: Mapping[str, Any], *, prefix: str = "") -> Iterator[str]:
-    """Yield an explanation and a line for each option; lines of options that are not set are comments."""
+    """Yield an explanation and a line for each option; the line is a comment if the option is not set."""
     meanings = _meanings(options)
     if not meanings and not prefix:
         yield from _comment(inspect.cleandoc(options.__doc__ or ""))
@@ -116,7 +117,7 @@ def _option_lines(options: type[Any], own: Mapping[str, Any], *, prefix: str = "
 
 
 def _meanings(options: type[Any]) -> dict[str, str]:
-    """Return the text about each option, from `Attributes:` in the docstrings of the option classes."""
+    """Return the text about each option, from the section `Attributes:` in docstrings of option classes."""
     found: dict[str, str] = {}
     for cls in reversed(options.__mro__):
         section = inspect.cleandoc(cls.__doc__ or "").partition("\nAttributes:\n")[2]
