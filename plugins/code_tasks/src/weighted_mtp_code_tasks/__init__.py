@@ -1,4 +1,4 @@
-"""Plugin `code_tasks`: data sources whose responses are judged by running programs or comparing numbers."""
+"""Plugin `code_tasks`: data sources that judge responses by running programs or by comparing numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from weighted_mtp_code_tasks.sandbox.examine import examine_sandbox
 
 @hookimpl
 def wmtp_data_sources() -> Iterable[Component[Any, DataSource]]:
-    """Offer the judged data sources."""
+    """Offer the data sources of this plugin."""
     yield Component(
         name="code_contests",
         summary="Contest programs in Python 3 that read stdin; correct and incorrect, labelled by running.",

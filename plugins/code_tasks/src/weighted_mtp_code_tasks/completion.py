@@ -1,13 +1,13 @@
-"""Find the program in a model's text, which may have code fences, a repeated signature, or prose.
+"""Find the program in a model's text, which may contain code fences, a repeated signature, or prose.
 
-This happens before a text is saved and judged, never during judging, so that every judge gets the same
-program.
+The program is cut out before a text is saved and judged, never during judging, so that every judge gets the
+same program.
 
-The last complete answer counts; text inside `<think>` does not. A text that begins with the body of the
-prompt's function is its own answer. Otherwise the answer is code that defines the function: the last closed
-fence with such code, or without one the last open fence, or without one the last such code between prose.
-Code that only imports the function counts if no other code defines it, because examples of use import it,
-too.
+Text inside `<think>` is ignored. If the text begins with the body of the prompt's function, this body is the
+answer. Otherwise, the answer is code that defines the function: the code in the last closed fence that
+defines it; if there is none, the code in the last open fence that defines it; if there is none either, the
+last code between prose that defines it. Code that only imports the function is the answer only if no other
+code defines the function, because examples of use import it, too.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _CONTROL_TOKEN = re.compile(r"(?:<\|\w+\|>|</?s>|<(?:eos|bos|pad|end_of_turn)>).
 
 
 def cut_completion(text: str, *, prompt: str, entry_point: str) -> str:
-    """Return the completion for which `prompt + completion` is the program that was meant.
+    """Return the completion such that `prompt + completion` is the program that the model means.
 
-    Indentation stays as it is. Text and fences around the code are dropped. The function is kept together
-    with the statements before it and the later statements that it uses. A repeated signature stays: the later
-    definition replaces the prompt's.
+    Text and fences around the code are dropped. The completion contains the function, the statements before
+    the function, and the later statements that the function uses. If the model repeats the signature, the
+    signature is kept, because a later definition of a function replaces an earlier definition.
 
     Args:
         text: The model's text.
-        prompt: The beginning of the program; it may end within the function or before it, or be empty.
-        entry_point: The name of the function; it may also be assigned or imported.
+        prompt: The beginning of the program. It may be empty, or end before the function or inside it.
+        entry_point: Name of the function, which the code may define, assign or import.
 
     Returns:
         The completion; `text` itself if it does not contain the function.
@@ -57,10 +57,10 @@ def cut_completion(text: str, *, prompt: str, entry_point: str) -> str:
 
 
 def cut_program(text: str) -> str:
-    """Return the program in a text: its last fenced block of code, or the text without the prose around it.
+    """Return the program in a text: the last fenced block of code, or the code between prose.
 
     Returns:
-        The program; `text` itself if it contains none.
+        The program; `text` itself if it contains no program.
     """
     lines = _lines(text)
     opened = _opened(lines)
@@ -82,14 +82,21 @@ def _first_program(lines: Sequence[str], *, starts: Sequence[int]) -> str | None
                 continue
             first = next((node for node in tree.body if not is_idle(node) or _is_text(node)), None)
             if first is None or all(is_idle(node) for node in tree.body):
-                break  # prose that happens to parse
+                break  # prose that is valid Python by chance
             return "\n".join(code.split("\n")[begin(first) - 1 :]).strip("\n") + "\n"
     return None
 
 
 @frozen
 class _Prompt:
-    """A prompt; `margin` is the indentation of the body that it begins, `is_whole` whether it parses."""
+    """A prompt.
+
+    Attributes:
+        text: The text of the prompt.
+        margin: Indentation of the function body that the prompt begins; empty if it begins no body.
+        entry_point: Name of the function.
+        is_whole: Whether the prompt is valid Python without a completion.
+    """
 
     text: str
     margin: str
@@ -102,9 +109,9 @@ class _Block:
     """Code that defines the function.
 
     Attributes:
-        code: The completion.
-        continues: Whether it is the body of the function that the prompt begins.
-        imports: Whether it only imports the function.
+        code: The code, as a completion of the prompt.
+        continues: Whether the code is the body of the function that the prompt begins.
+        imports: Whether the code only imports the function.
         fence: `closed` or `open` if the code is in a fence, otherwise empty.
     """
 
@@ -115,14 +122,17 @@ class _Block:
 
 
 def _lines(text: str) -> list[str]:
-    """Return the lines of a text without the model's thoughts."""
+    """Return the lines of a text without the text inside `<think>` or `<thinking>`."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     text = _THOUGHT.sub("", text)
     return _END_OF_THOUGHT.sub("", text).split("\n")
 
 
 def _opened(lines: Sequence[str]) -> dict[int, tuple[str, int | None]]:
-    """Return the first line of each fenced block, with its fence's indentation and its closing line."""
+    """Return a dict from the first line of each fenced block to its indentation and the line that closes it.
+
+    Lines are numbers, counted from 0; the closing line is None if the fence is open.
+    """
     found: dict[int, tuple[str, int | None]] = {}
     start = None
     for number, line in enumerate(lines):
@@ -139,7 +149,7 @@ def _opened(lines: Sequence[str]) -> dict[int, tuple[str, int | None]]:
 
 
 def _blocks(lines: Sequence[str], prompt: _Prompt) -> Iterator[_Block]:
-    """Yield the answers in a text, in order; no line is in two of them."""
+    """Yield the blocks of code that define the function, in order of the text; blocks do not overlap."""
     opened = _opened(lines)
     after_fence = {number + 1 for number, line in enumerate(lines) if _FENCE.match(line)}
     assigned = re.compile(rf"{re.escape(prompt.entry_point)}\s*[:=]")
@@ -183,7 +193,11 @@ def _fence_at(line: int, opened: dict[int, tuple[str, int | None]]) -> str:
 
 
 def _forms(code: str, prompt: _Prompt) -> Iterator[list[str]]:
-    """Yield ways to append code to the prompt, the likeliest first; the longest of each list counts."""
+    """Yield lists of texts to append to the prompt, the most likely list first.
+
+    The first list is used in which any text defines the function. If several texts of this list do, the one
+    of which the most lines are kept is used.
+    """
     yield [code]
     margin = prompt.margin
     stripped = code.lstrip("\n")
@@ -191,15 +205,15 @@ def _forms(code: str, prompt: _Prompt) -> Iterator[list[str]]:
         return
     newline = "\n" * (len(code) > len(stripped))
     if _signature(code, prompt.entry_point):
-        if not prompt.is_whole and _BEGINS_CODE.match(stripped):  # the signature still waits for its body
+        if not prompt.is_whole and _BEGINS_CODE.match(stripped):  # the prompt's signature has no body yet
             yield [f"{newline}{margin}pass\n\n\n{stripped}"]
         return
-    # A body without its margin: in the first line only, as after `str.strip`, or in all lines.
+    # The indentation of the body is missing in its first line only, as after `str.strip`, or in all lines.
     yield [newline + margin + stripped, newline + textwrap.indent(stripped, margin)]
 
 
 def _margin(prompt: str, entry_point: str) -> str:
-    """Return the indentation of the body that the prompt begins; empty if it begins none."""
+    """Return the indentation of the function body that the prompt begins; empty if it begins no body."""
     begun = _signature(prompt, entry_point)
     if begun is None:
         return ""
@@ -212,17 +226,18 @@ def _signature(code: str, entry_point: str) -> re.Match[str] | None:
 
 
 def _longest(code: str, prompt: _Prompt, *, keeps_last: bool) -> tuple[str, list[ast.stmt], int] | None:
-    """Drop as many last lines as needed for the code to parse, and prune the rest.
+    """Drop last lines until the code is valid Python, and keep only the statements that the function needs.
 
     Returns:
-        Completion, its statements and the number of dropped lines; None if it does not define the function.
+        The completion, its statements, and the number of dropped lines; None if the code does not define the
+        function.
     """
     lines = code.split("\n")
     given = prompt.text.count("\n")
     count = len(lines)
     while count > 0:
         kept, tree = _parsed_lines(lines[:count], prompt.text)
-        if isinstance(tree, int):  # shorter code with that line has the same error
+        if isinstance(tree, int):  # all code that contains the line with the error has the error
             count = min(count - 1, max(tree - given, 1))
             continue
         nodes = prune(tree, given=given, entry_point=prompt.entry_point, keeps_last=keeps_last)
@@ -235,9 +250,10 @@ def _longest(code: str, prompt: _Prompt, *, keeps_last: bool) -> tuple[str, list
 
 
 def _parsed_lines(lines: Sequence[str], before: str) -> tuple[str, ast.Module | int]:
-    """Parse lines; return them and their tree, or the number of the line with an error.
+    """Parse lines after the text `before`; return their code, and the tree or the number of a wrong line.
 
-    A control token at their end is dropped: a model may spell it, and no line of Python ends with one.
+    A control token such as `<|im_end|>` at the end of the lines is dropped if they are not valid Python with
+    it, because a model may write the token as text.
     """
     code = "\n".join(lines)
     tree = _tree_or_line(before + code)
@@ -252,7 +268,7 @@ def _is_text(node: ast.stmt) -> bool:
 
 
 def parsed(source: str) -> ast.Module | None:
-    """Return the syntax tree of a source without syntax warnings; None if Python cannot parse the source."""
+    """Return the syntax tree of a source, without syntax warnings; None if the source is not valid Python."""
     tree = _tree_or_line(source)
     return None if isinstance(tree, int) else tree
 

@@ -1,4 +1,7 @@
-"""Which statements of a module a function needs: its definition, what comes before it, what it uses."""
+"""Find the statements of a module that a function needs.
+
+These are the definition of the function, the statements before it, and the later statements that it uses.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,14 @@ _BUILTINS = frozenset(dir(builtins))
 
 
 def prune(tree: ast.Module, *, given: int, entry_point: str, keeps_last: bool) -> list[ast.stmt] | None:
-    """Return the statements that define the function, or that it uses; None if none defines it.
+    """Return the statements of the code that a function needs; None if no statement defines the function.
 
     Args:
-        tree: The prompt and the code.
-        given: Number of newlines in the prompt, which is the 0-based number of the code's first line.
-        entry_point: The function.
-        keeps_last: Whether the last of several definitions counts, as in Python, or the first: a model that
-            does not stop writes more functions.
+        tree: The prompt followed by the code.
+        given: Number of newlines in the prompt, which is the 0-based number of the first line of the code.
+        entry_point: Name of the function.
+        keeps_last: Whether the last of several definitions of the function counts, as in Python. If False,
+            the first definition counts, because a model that does not stop may write the function again.
     """
     new = [node for node in tree.body if _end(node) > given]
     places = [i for i, node in enumerate(new) if defines(node, entry_point, given=given)]
@@ -31,7 +34,7 @@ def prune(tree: ast.Module, *, given: int, entry_point: str, keeps_last: bool) -
 
 
 def begin(node: ast.stmt) -> int:
-    """Return the first line of a statement, decorators included, from 1."""
+    """Return the number of the first line of a statement, including its decorators, counted from 1."""
     decorators: list[ast.expr] = getattr(node, "decorator_list", [])
     return min([node.lineno, *(each.lineno for each in decorators)])
 
@@ -41,9 +44,10 @@ def _end(node: ast.stmt) -> int:
 
 
 def defines(node: ast.stmt, name: str, *, given: int = 0) -> bool:
-    """Return whether a statement makes `name` a function.
+    """Return whether a statement defines, assigns or imports a function called `name`.
 
-    A definition that has only the prompt's body does not. A value may be a lambda, another name, or a call.
+    A definition counts only if it has statements after the first `given` lines, which are the prompt. An
+    assignment counts if its value is a lambda, a name, an attribute, or a call.
     """
     match node:
         case ast.FunctionDef() | ast.AsyncFunctionDef():
@@ -66,12 +70,12 @@ def defines(node: ast.stmt, name: str, *, given: int = 0) -> bool:
 
 
 def is_import(nodes: Iterable[ast.stmt], name: str) -> bool:
-    """Return whether statements define `name` by imports only."""
+    """Return whether all statements that define `name` are imports."""
     return all(isinstance(node, ast.Import | ast.ImportFrom) for node in nodes if defines(node, name))
 
 
 def is_idle(node: ast.stmt) -> bool:
-    """Return whether a statement does nothing; prose may parse as one (`Solution`, `Answer: below`)."""
+    """Return whether a statement does nothing; prose such as `Answer: below` can be such a statement."""
     match node:
         case ast.Expr(value=ast.Call() | ast.Await() | ast.Yield() | ast.YieldFrom()):
             return False
@@ -97,9 +101,10 @@ def _bodies(node: ast.stmt) -> Iterator[ast.stmt]:
 
 
 def _used(later: Iterable[ast.stmt], *, by: Sequence[ast.stmt], entry_point: str) -> list[ast.stmt]:
-    """Return the statements that the statements `by` need, in order: they bind or change a name that is read.
+    """Return, in order, the `later` statements that bind or change a name that the statements `by` read.
 
-    A statement that uses the function itself tries it out and is not needed, but for other functions.
+    A statement that uses the function `entry_point` only tries it out, so it is not needed, unless it is the
+    definition of another function or class.
     """
     offered = [
         node
@@ -117,7 +122,7 @@ def _used(later: Iterable[ast.stmt], *, by: Sequence[ast.stmt], entry_point: str
 
 
 def _needs(nodes: Iterable[ast.stmt]) -> set[str]:
-    """Return the names that statements read and do not set, ignoring scopes."""
+    """Return the names that statements read but do not set; scopes are ignored."""
     reads, sets = set(), set()
     for node in (each for statement in nodes for each in ast.walk(statement)):
         match node:
@@ -129,7 +134,7 @@ def _needs(nodes: Iterable[ast.stmt]) -> set[str]:
 
 
 def _binds(node: ast.AST) -> set[str]:
-    """Return the names that a statement of the module binds or changes in place."""
+    """Return the names that a statement at module level binds, or the values of which it changes in place."""
     names = {each.id for each in _stores(node)}
     match node:
         case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
@@ -146,7 +151,7 @@ def _binds(node: ast.AST) -> set[str]:
 
 
 def _stores(node: ast.AST) -> Iterator[ast.Name]:
-    """Yield the names that are assigned, directly or through items and attributes."""
+    """Yield the names to which, or to an item or attribute of which, a value is assigned."""
     for each in ast.walk(node):
         match each:
             case ast.Name(ctx=ast.Store()):

@@ -1,4 +1,4 @@
-"""`code_tasks.jsonl`: the rows that `core.jsonl` reads, judged by the tests in them."""
+"""The data source `code_tasks.jsonl`: the rows that `core.jsonl` reads, whose tests judge completions."""
 
 from __future__ import annotations
 
@@ -27,39 +27,42 @@ class JudgedJsonlOptions(JsonlOptions):
     """`[data.options]` of `code_tasks.jsonl`: the options of `core.jsonl` and the option `sandbox`.
 
     Attributes:
-        sandbox: Back end and limits of the sandbox.
+        sandbox: Method of confinement and limits for running the programs.
     """
 
     sandbox: SandboxSettings = field(factory=SandboxSettings)
 
 
 def build_jsonl(options: JudgedJsonlOptions, context: BuildContext) -> DataSource:
-    """Build the data source; every line is read and checked, nothing is run yet."""
+    """Build the data source; all lines are read and checked, but no program is run yet."""
     return JudgedJsonlSource(options, context)
 
 
 @define(kw_only=True)
 class _ProgramJudge(FunctionJudge):
-    """Runs the completion alone, because the prompt is prose; the tests define `check(candidate)`."""
+    """Runs completions without their prompts, which are prose; the tests define `check(candidate)`."""
 
     def completion(self, problem: Problem, text: str) -> str:
-        """Return the program in the text."""
+        """Return the program in a text that the policy wrote."""
         return cut_completion(text, prompt="", entry_point=problem.entry_point)
 
     def job(self, problem: Problem, completion: str) -> AnyJob:
-        """Return what the sandbox runs."""
+        """Return the program and the tests for the sandbox."""
         return Job(program=completion, entry_point=problem.entry_point, tests=problem.tests)
 
 
 class JudgedJsonlSource(JsonlSource):
-    """Examples from rows, labelled by their verdicts; the rows with `tests` are problems."""
+    """Supplies the rows of files as examples, and the rows with `tests` also as problems.
+
+    The rewards of examples come from the rows; only the completions of the policy are run.
+    """
 
     def __init__(self, options: JudgedJsonlOptions, context: BuildContext) -> None:
         super().__init__(options, context)
         self._judge = _ProgramJudge(sandbox=options.sandbox)
 
     def problems(self, split: Split) -> Sequence[Problem]:
-        """Return the problems of the split whose rows have tests, each once."""
+        """Return each problem of the split for which any row has tests."""
         found: dict[str, Problem] = {}
         for row in self.rows(split):
             if row.tests and (row.problem_id not in found or row.is_correct):
@@ -78,5 +81,5 @@ class JudgedJsonlSource(JsonlSource):
         return self._judge.completion(problem, text)
 
     def verify(self, attempts: Sequence[tuple[Problem, str]]) -> list[Verdict]:
-        """Run each completion alone against the tests of its problem."""
+        """Run each completion, without its prompt, against the tests of its problem."""
         return self._judge.judge(attempts).verdicts

@@ -1,4 +1,4 @@
-"""Judges for each kind of problem: they cut a text to the completion, and return a verdict on it."""
+"""Judges for each kind of problem: a judge cuts a text to the completion and returns a verdict on it."""
 
 from __future__ import annotations
 
@@ -21,17 +21,22 @@ Attempts = Sequence[tuple[Problem, str]]
 
 @frozen(kw_only=True)
 class Judgement:
-    """Verdicts in the order of the attempts, and everything else that they depend on (`provenance`)."""
+    """Verdicts in the order of the attempts, and their provenance.
+
+    Attributes:
+        verdicts: One verdict for each attempt.
+        provenance: Versions, machine and limits on which verdicts can depend, by name.
+    """
 
     verdicts: list[Verdict]
     provenance: Mapping[str, str]
 
 
 class Judge(ABC):
-    """Judges completions of one kind of problem; the kind decides the format of `Problem.tests`."""
+    """Judges completions of one kind of problem; subclasses define the format of `Problem.tests`."""
 
     def completion(self, problem: Problem, text: str) -> str:
-        """Return the part of a policy's text that is judged: the code that continues the prompt."""
+        """Return the part of a policy's text that is judged; by default, the code that follows the prompt."""
         return cut_completion(text, prompt=problem.prompt, entry_point=problem.entry_point)
 
     @abstractmethod
@@ -42,25 +47,31 @@ class Judge(ABC):
         on_done: Callable[[], None] | None = None,
         executor: Executor | None = None,
     ) -> Judgement:
-        """Judge completions, with `executor` as its tasks; `on_done` is called for each completion."""
+        """Judge completions.
+
+        Args:
+            attempts: Pairs of a problem and a completion.
+            on_done: Called once for each completion that is judged.
+            executor: If given, it judges the completions in its tasks, which may run on other machines.
+        """
 
     def limits(self) -> dict[str, float]:
-        """Return the limits of this judge that differ from their defaults, by name."""
+        """Return those limits of this judge that differ from their defaults, by name."""
         return {}
 
 
 @define(kw_only=True)
 class FunctionJudge(Judge):
-    """Runs prompt and completion; the tests define `check(candidate)`."""
+    """Runs the prompt followed by the completion; the tests define `check(candidate)`."""
 
     sandbox: SandboxSettings
 
     def job(self, problem: Problem, completion: str) -> AnyJob:
-        """Return what the sandbox runs."""
+        """Return the program and the tests for the sandbox."""
         return Job(program=problem.prompt + completion, entry_point=problem.entry_point, tests=problem.tests)
 
     def limits(self) -> dict[str, float]:
-        """Return the limits of the sandbox that differ from their defaults, by name."""
+        """Return those limits of the sandbox that differ from their defaults, by name."""
         return self.sandbox.limits()
 
     def judge(
@@ -70,7 +81,7 @@ class FunctionJudge(Judge):
         on_done: Callable[[], None] | None = None,
         executor: Executor | None = None,
     ) -> Judgement:
-        """Run the completions in a sandbox; each machine tests its sandbox first."""
+        """Run the completions in a sandbox, after a test whether the sandbox confines programs."""
         jobs = [self.job(problem, text) for problem, text in attempts]
         if executor is not None:
             verdicts, provenance = judge_as_tasks(jobs, self.sandbox, executor, on_done=on_done)
@@ -81,25 +92,31 @@ class FunctionJudge(Judge):
 
 @define(kw_only=True)
 class AssertsJudge(FunctionJudge):
-    """Runs the completion alone, because the prompt is prose; the tests are asserts that use its names."""
+    """Runs completions without their prompts, which are prose; the tests are assert statements.
+
+    The asserts use the names of functions that the completion defines.
+    """
 
     def completion(self, problem: Problem, text: str) -> str:
-        """Return the program in the text."""
+        """Return the program in a text that the policy wrote."""
         return cut_completion(text, prompt="", entry_point=problem.entry_point)
 
     def job(self, problem: Problem, completion: str) -> AnyJob:
-        """Return what the sandbox runs."""
+        """Return the program and the tests for the sandbox."""
         return AssertsJob(program=completion, tests=problem.tests)
 
 
 @define(kw_only=True)
 class StdinJudge(FunctionJudge):
-    """Runs the completion alone, once per case; the tests are JSON: pairs of stdin and expected stdout."""
+    """Runs completions without their prompts, once for each case of the tests.
+
+    The tests are JSON: a list of cases, which are pairs of stdin and expected stdout.
+    """
 
     def completion(self, problem: Problem, text: str) -> str:  # noqa: ARG002 - the same for every problem
-        """Return the program in the text."""
+        """Return the program in a text that the policy wrote."""
         return cut_program(text)
 
     def job(self, problem: Problem, completion: str) -> AnyJob:
-        """Return what the sandbox runs."""
+        """Return the program and the tests for the sandbox."""
         return StdinJob(program=completion, cases=[(given, out) for given, out in json.loads(problem.tests)])

@@ -1,7 +1,7 @@
-"""Responses labelled by judging them, stored with their verdicts under `datasets_v2/`.
+"""Responses that are labelled by judging them, and stored with their verdicts under `datasets_v2/`.
 
-Correct and broken responses to a problem are judged exactly like a policy's completions. The origin of a
-response is recorded, but it is never the label.
+The responses in the data are judged exactly like a policy's completions. The origin of a response, such as a
+broken solution, is recorded, but it is never used as the label.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class LabelledSource(DataSource):
 
     Attributes:
         name: Name of the data and of its folder under `datasets_v2/`.
-        recipe: Everything on which the responses depend. The version is the hash of this and of the limits of
-            the judge that differ from their defaults.
-        draw: Makes problems and candidates; called only if the version is not in storage.
-        storage: The storage root.
+        recipe: Everything on which the responses depend. The version of the data is a hash of the recipe and
+            of those limits of the judge that differ from their defaults.
+        draw: Makes the problems and the responses; called only if this version is not in storage.
+        storage: Root folder of the storage.
         judge: Judges responses and completions.
-        executor: Judges the responses if it is given; otherwise, the cores of this machine judge them.
+        executor: If given, it judges the responses; otherwise, they are judged on the cores of this machine.
         incorrect_fraction: Share of incorrect responses among the examples that the policy imitates.
-        tolerated_failures: Share of the problems that may have no solution that passes.
+        tolerated_failures: Largest share of problems of which no solution passes; they are left out.
     """
 
     name: str
@@ -78,24 +78,25 @@ class LabelledSource(DataSource):
 
     @property
     def folder(self) -> Path:
-        """The folder of the labelled data."""
+        """The folder with the labelled data."""
         return self._stored.folder
 
     def version(self) -> DatasetVersion:
-        """Return name, version and the SHA-256 of the folder's manifest."""
+        """Return the name of the data, their version, and the SHA-256 of the manifest in their folder."""
         return self._stored.version
 
     def examples(self, split: Split) -> Sequence[Example]:
-        """Return every labelled response of the split."""
+        """Return all labelled responses of the split."""
         return self._examples[split]
 
     def policy_examples(self, split: Split) -> Sequence[Example]:
-        """Return the correct responses; in training, with a share of `incorrect_fraction` incorrect ones.
+        """Return all correct responses of the split and, for training, incorrect responses, too.
 
-        The incorrect ones are taken at even distances from all incorrect responses, in the order of the data.
+        The share of incorrect responses is `incorrect_fraction`. They are spread evenly over the list of all
+        incorrect responses.
 
         Raises:
-            WmtpError: There are too few incorrect responses for the fraction.
+            WmtpError: There are fewer incorrect responses than `incorrect_fraction` requires.
         """
         examples = self._examples[split]
         right = [example for example in examples if is_correct(example.reward)]
@@ -116,11 +117,11 @@ class LabelledSource(DataSource):
         return [Problem(**row["problem"]) for row in self._rows(PROBLEMS) if row["split"] == split]
 
     def completion(self, problem: Problem, text: str) -> str:
-        """Return the part of a text that is judged, without fences and prose."""
+        """Return the part of a policy's text that is judged."""
         return self.judge.completion(problem, text)
 
     def verify(self, attempts: Sequence[tuple[Problem, str]]) -> list[Verdict]:
-        """Judge completions exactly as the labelled responses were judged."""
+        """Judge completions by the same method as the labelled responses, on the cores of this machine."""
         return self.judge.judge(attempts).verdicts
 
     @cached_property
@@ -156,7 +157,7 @@ class LabelledSource(DataSource):
 
 
 def _example(row: Mapping[str, Any]) -> Example:
-    """Return an example from its JSON form, in which spans are lists instead of tuples."""
+    """Return an example from its JSON form, in which spans are lists and not tuples."""
     spans = row.get("spans")
     return Example(**{**row, "spans": None if spans is None else tuple(map(tuple, spans))})
 

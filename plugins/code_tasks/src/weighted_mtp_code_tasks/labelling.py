@@ -1,4 +1,4 @@
-"""Label responses by judging them, and count the results."""
+"""Label responses by judging them, and count the labelled responses."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Candidate:
     """A response before it is judged.
 
     Attributes:
-        response: The text.
-        made: Its origin: a solution, a broken solution, or a model.
-        spans: Weights of parts of the response; see `Example.spans`.
+        response: Text of the response.
+        made: Origin of the response: `solution`, `mutant` (a broken solution) or `sample` (from a model).
+        spans: Weights of spans of characters of the response, as in `Example.spans`.
         is_example: Whether the response becomes an example; if not, it is only judged.
     """
 
@@ -49,7 +49,7 @@ class Candidate:
 
 @frozen(kw_only=True)
 class LabelledProblem:
-    """A problem, its split, and the responses to judge."""
+    """A problem, its split, and its responses, which are not judged yet."""
 
     problem: Problem
     split: Split
@@ -58,7 +58,7 @@ class LabelledProblem:
 
 @frozen(kw_only=True)
 class JudgedProblem:
-    """A problem's candidates with their verdicts."""
+    """A problem, its split, and its responses with their verdicts."""
 
     problem: Problem
     split: Split
@@ -66,18 +66,18 @@ class JudgedProblem:
     verdicts: tuple[Verdict, ...]
 
     def labels(self) -> Iterator[tuple[int, Candidate, Verdict]]:
-        """Yield number, candidate and verdict of each response whose verdict is a label."""
+        """Yield the number, the response and the verdict for each verdict that is a label."""
         for number, (candidate, verdict) in enumerate(zip(self.candidates, self.verdicts, strict=True)):
             if verdict.is_label:
                 yield number, candidate, verdict
 
     def solution(self) -> str | None:
-        """Return the first solution that passes."""
+        """Return the first solution that passes the tests; None if no solution passes."""
         passed = (c.response for _, c, verdict in self.labels() if c.made == "solution" and verdict.passed)
         return next(passed, None)
 
     def examples(self) -> Iterator[tuple[Candidate, Verdict, Example]]:
-        """Yield the labelled responses that become examples."""
+        """Yield the labelled responses that become examples, with verdict and example."""
         for number, candidate, verdict in self.labels():
             if not candidate.is_example:
                 continue
@@ -92,7 +92,7 @@ class JudgedProblem:
             yield candidate, verdict, example
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield the labelled responses as rows of a file."""
+        """Yield the examples as rows of a file, with split, origin and verdict."""
         for candidate, verdict, example in self.examples():
             yield {
                 "split": self.split,
@@ -105,7 +105,7 @@ class JudgedProblem:
 def judge_all(
     drawn: Sequence[LabelledProblem], judge: Judge, *, executor: Executor | None, title: str
 ) -> tuple[list[JudgedProblem], Mapping[str, str]]:
-    """Judge every candidate; return the problems with verdicts, and the provenance of the verdicts."""
+    """Judge all responses; return the problems with verdicts, and the provenance of the verdicts."""
     attempts = [(one.problem, candidate.response) for one in drawn for candidate in one.candidates]
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -132,11 +132,11 @@ def judge_all(
 
 
 def with_a_solution(judged: Sequence[JudgedProblem], *, name: str, tolerated: float) -> list[JudgedProblem]:
-    """Return the problems with a solution that passes, which becomes `Problem.solution`.
+    """Return the problems of which a solution passes the tests; this solution becomes `Problem.solution`.
 
     Raises:
-        WmtpError: More than the share `tolerated` of the problems have none, so the tests or the sandbox are
-            wrong. Or there is no problem at all.
+        WmtpError: There are no problems, or a larger share of the problems than `tolerated` has no solution
+            that passes, so the tests or the sandbox must be wrong.
     """
     if not judged:
         raise WmtpError(
@@ -169,20 +169,21 @@ def with_a_solution(judged: Sequence[JudgedProblem], *, name: str, tolerated: fl
 
 
 def sha256_of_tests(problems: Sequence[Problem]) -> str:
-    """Return the SHA-256 of the names and tests of all problems, in order."""
+    """Return the SHA-256 of the names and tests of the problems, in the given order."""
     named = [[problem.problem_id, problem.tests] for problem in problems]
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
 def statistics(judged: Sequence[JudgedProblem], *, kept: Sequence[JudgedProblem]) -> dict[str, Any]:
-    """Count the labelled responses.
+    """Return statistics of the labelled responses.
 
     Args:
         judged: All problems.
         kept: The problems that become data.
 
     Returns:
-        `problems` by split, `splits`: `example_statistics` by split, and verdicts by origin of the response.
+        A dict with the keys `problems` (numbers of problems by split), `splits` (`example_statistics` by
+        split), and for each origin of responses a dict with the number of responses by verdict.
     """
     made: dict[str, Counter[str]] = {name: Counter() for name in get_args(Made)}
     for one in judged:

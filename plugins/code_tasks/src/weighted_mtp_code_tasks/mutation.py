@@ -1,7 +1,6 @@
-"""Makes broken variants of programs with typical human errors, by one change of the syntax tree each.
+"""Make broken variants (mutants) of programs, each by one change that resembles a typical human error.
 
-Whether a variant (mutant) is really wrong is decided by running it, because some mutants still pass every
-test.
+Some mutants still pass every test. So each mutant is run to decide whether it is wrong.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ def mutants(body: list[ast.stmt], generator: random.Random, *, count: int) -> li
         changes = [change for node in ast.walk(module) for change in _changes(node)]
         if not changes:
             break
-        # Choose the kind first: constants are many, conditions few.
+        # The kind of change is drawn first, because programs have many constants and few conditions.
         kind = generator.choice(sorted({kind for kind, _ in changes}))
         generator.choice([change for named, change in changes if named == kind])(generator)
         spelling = _spelling(ast.fix_missing_locations(module).body)
@@ -76,7 +75,7 @@ def mutants(body: list[ast.stmt], generator: random.Random, *, count: int) -> li
 
 
 def _changes(node: ast.AST) -> Iterator[tuple[str, Change]]:  # noqa: C901 - one case a kind of node
-    """Yield each possible change of this node with its kind; a change edits the tree in place."""
+    """Yield each possible change of a node, with its kind; a change is a function that edits the tree."""
     match node:
         case ast.Constant(value=bool()):
             yield "constant", lambda _: setattr(node, "value", not node.value)

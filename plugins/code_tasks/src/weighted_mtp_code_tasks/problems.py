@@ -1,4 +1,4 @@
-"""`code_tasks.problems`: the problems of a file in HumanEval's format, for verifying completions."""
+"""The data source `code_tasks.problems`: a file of problems in HumanEval's format, to verify completions."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class ProblemsOptions:
     """`[data.options]` of `code_tasks.problems`.
 
     Attributes:
-        path: JSON lines with `task_id`, `prompt`, `entry_point`, `test` (it defines `check(candidate)`) and
-            optionally `canonical_solution`. The file may be gzipped (`.gz`).
-        sandbox: Back end and limits of the sandbox.
+        path: File of JSON lines, which may be gzipped (`.gz`). The keys of a line are `task_id`, `prompt`,
+            `entry_point`, `test` (code that defines `check(candidate)`) and optionally `canonical_solution`.
+        sandbox: Method of confinement and limits for running the programs.
     """
 
     path: str
@@ -41,12 +41,12 @@ class ProblemsOptions:
 
 
 def build_problems(options: ProblemsOptions, context: BuildContext) -> DataSource:  # noqa: ARG001 - every builder gets one
-    """Build the data source; every line is read and checked, nothing is run yet."""
+    """Build the data source; all lines are read and checked, but no program is run yet."""
     return ProblemsSource(options)
 
 
 class ProblemsSource(DataSource):
-    """Problems without labelled responses, all of the split `test`: to judge with, not to train on."""
+    """Supplies problems without labelled responses, all in the split `test`; they cannot be trained on."""
 
     def __init__(self, options: ProblemsOptions) -> None:
         self._path = Path(options.path)
@@ -57,24 +57,24 @@ class ProblemsSource(DataSource):
         )
 
     def examples(self, split: Split) -> Sequence[Example]:  # noqa: ARG002 - the same for every split
-        """Return nothing: the file has no labelled responses."""
+        """Return an empty sequence, because the file contains no labelled responses."""
         return ()
 
     def problems(self, split: Split) -> Sequence[Problem]:
-        """Return the problems of the file, in its order, as those of the split `test`."""
+        """Return the problems in the order of the file; all of them are in the split `test`."""
         return self._problems if split == "test" else ()
 
     def version(self) -> DatasetVersion:
-        """Return the SHA-256 of the file; its first digits serve as the version."""
+        """Return the SHA-256 of the file, and its first 12 digits as the version of the data."""
         sha256 = sha256_of_file(self._path)
         return DatasetVersion(name=self._path.name.partition(".")[0], version=sha256[:12], sha256=sha256)
 
     def completion(self, problem: Problem, text: str) -> str:
-        """Return the code in the text that continues the prompt."""
+        """Return the code in a text that continues the prompt of the problem."""
         return self._judge.completion(problem, text)
 
     def verify(self, attempts: Sequence[tuple[Problem, str]]) -> list[Verdict]:
-        """Run prompt and completion against the tests of the problem."""
+        """Run each prompt followed by its completion against the tests of the problem."""
         return self._judge.judge(attempts).verdicts
 
 

@@ -1,6 +1,7 @@
-"""`code_tasks.code_contests`: contestants' programs that read stdin and write stdout, correct and incorrect.
+"""The data source `code_tasks.code_contests`: correct and incorrect programs from programming contests.
 
-Source: Li et al. 2022, "Competition-Level Code Generation with AlphaCode".
+The programs read stdin and write stdout. The data come from Li et al. 2022, "Competition-Level Code
+Generation with AlphaCode".
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
 
 @frozen(kw_only=True)
 class CodeContestsOptions:
-    """`[data.options]` of `code_tasks.code_contests`; only programs in Python 3 are read.
+    """`[data.options]` of `code_tasks.code_contests`; only programs in Python 3 are used.
 
     Attributes:
-        train: Public files of the split `train`: `.parquet`, or JSON lines.
-        validation: Public files of the split `valid`.
-        test: Public files of the split `test`.
-        problems: Number of problems per split, from the beginning; 0 means all.
-        cases: Tests per problem: public ones first, then private, then generated.
-        solutions: Programs per problem that the files call correct.
-        incorrect: Programs per problem that the files call incorrect.
+        train: Public files of the split `train`: `.parquet` files or JSON lines.
+        validation: Public files of the split `valid`: `.parquet` files or JSON lines.
+        test: Public files of the split `test`: `.parquet` files or JSON lines.
+        problems: Number of problems per split, from the beginning of the files; 0 means all problems.
+        cases: Maximum number of tests per problem: first public tests, then private, then generated tests.
+        solutions: Maximum number of programs per problem that are correct according to the files.
+        incorrect: Maximum number of programs per problem that are incorrect according to the files.
         incorrect_fraction: Share of incorrect responses among the examples that the policy imitates.
-        sandbox: Back end and limits of the sandbox.
+        sandbox: Method of confinement and limits for running the programs.
     """
 
     train: tuple[str, ...] = field(default=())
@@ -42,7 +43,7 @@ class CodeContestsOptions:
 
 
 def build_code_contests(options: CodeContestsOptions, context: BuildContext) -> DataSource:
-    """Build the data source; the first time, label its programs."""
+    """Build the data source; if its labels are not in storage, run and label its programs."""
     from pathlib import Path
 
     from weighted_mtp_core.api import Split

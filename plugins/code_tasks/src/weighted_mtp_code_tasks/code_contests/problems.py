@@ -1,4 +1,4 @@
-"""Read CodeContests from its public files."""
+"""Read the problems of CodeContests from the public files of the data set."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from weighted_mtp_core.api import (
 from weighted_mtp_code_tasks.labelling import Candidate, LabelledProblem, Made
 
 FORMAT = 1
-"""Part of the data's version: raise it when the same files would give other programs."""
+"""Part of the version of the data; raise it if the code makes other programs from the same files."""
 
-_PYTHON_3 = (3, "PYTHON3")  # the label's number in tables, its name in text
-_LONGEST_CASE = 100_000  # characters; generated tests may have megabytes
+_PYTHON_3 = (3, "PYTHON3")  # the number of the language in `.parquet` files, and its name in JSON
+_LONGEST_CASE = 100_000  # characters; generated tests may be megabytes long
 
 
 @frozen(kw_only=True)
 class Limits:
-    """Limits per split and per problem; see the options."""
+    """The options of `code_tasks.code_contests` that limit the numbers of problems, tests and programs."""
 
     problems: int
     cases: int
@@ -46,10 +46,10 @@ class Limits:
 
 
 def read_problems(files: Mapping[Split, Sequence[Path]], limits: Limits) -> list[LabelledProblem]:
-    """Return the problems with tests and a solution in Python 3 that read stdin.
+    """Return the problems that have tests and a solution in Python 3, and whose input comes from stdin.
 
     Raises:
-        WmtpError: A file is missing or malformed, or there is no such problem.
+        WmtpError: A file is missing or malformed, or no problem has tests and such a solution.
     """
     found: dict[str, LabelledProblem] = {}
     ids = ProblemIds()
@@ -100,7 +100,7 @@ def _docstring(description: str) -> str:
 
 
 def _cases(record: Record) -> list[tuple[str, str]]:
-    """Return (stdin, stdout) of all tests up to the length limit."""
+    """Return the pairs of stdin and stdout of all tests that are not longer than `_LONGEST_CASE`."""
     found = []
     for key in ("public_tests", "private_tests", "generated_tests"):
         tests = _table(record, key)
@@ -112,7 +112,7 @@ def _cases(record: Record) -> list[tuple[str, str]]:
 
 
 def _programs(record: Record, key: str) -> list[str]:
-    """Return the distinct programs in Python 3, ordered by hash, so that the order carries no information."""
+    """Return the distinct programs in Python 3, ordered by hash, because their order must not matter."""
     programs = _table(record, key)
     languages, sources = programs.get("language"), text_list_field(programs, "solution")
     if not isinstance(languages, list) or len(languages) != len(sources):

@@ -1,6 +1,7 @@
-"""`code_tasks.gsm8k`: school mathematics in words; a response is correct if its final number is correct.
+"""The data source `code_tasks.gsm8k`: word problems of school mathematics.
 
-Source: Cobbe et al. 2021, "Training Verifiers to Solve Math Word Problems".
+A response is correct if its final number is correct. The data come from Cobbe et al. 2021, "Training
+Verifiers to Solve Math Word Problems".
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from weighted_mtp_core.api import BuildContext, DataSource, WmtpError, from_hub,
 
 @frozen(kw_only=True)
 class Gsm8kOptions:
-    """`[data.options]` of `code_tasks.gsm8k`: `train` and `test`, or `path`, or none: both come from the hub.
+    """`[data.options]` of `code_tasks.gsm8k`.
 
-    A file contains the public records (`question`, `answer`) or records with solutions of models (`question`,
-    `ground_truth`, `solutions`); the correctness of these solutions is judged here.
+    The files are either `train` and `test`, or `path`; without these options, the public files are downloaded
+    from the hub. A file contains the public records (`question`, `answer`), or records with solutions of
+    models (`question`, `ground_truth`, `solutions`). The correctness of the solutions in a file is not taken
+    from the file but judged.
 
     Attributes:
         train: The public `train.jsonl`.
         test: The public `test.jsonl`.
-        path: One file, split by question.
+        path: A single file whose questions are divided among the splits.
         validation_share: Share of the questions of `train`, or of `path`, in the split `validation`.
         test_share: Share of the questions of `path` in the split `test`.
         incorrect_fraction: Share of incorrect responses among the examples that the policy imitates.
@@ -37,7 +40,7 @@ class Gsm8kOptions:
 
 
 def build_gsm8k(options: Gsm8kOptions, context: BuildContext) -> DataSource:
-    """Build the data source; the first time, judge its responses."""
+    """Build the data source; if its labels are not in storage, judge its responses."""
     from pathlib import Path
 
     from weighted_mtp_code_tasks.gsm8k.numbers import NumberJudge

@@ -1,4 +1,4 @@
-"""Judge a response by its final number."""
+"""Judge a response by the number that it states as its answer."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from weighted_mtp_code_tasks.judging import Attempts, Judge, Judgement
 
 MARK = "####"
 _NEXT_QUESTION = re.compile(r"\n\s*Question:")
-# LaTeX's spacing and the blanks that separate thousands; an ordinary blank separates numbers.
+# LaTeX's spacing and narrow blanks may separate thousands; an ordinary blank separates two numbers.
 _THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|\\[,;:! ]|[\u00a0\u2007\u2009\u202f])(?=\d{3}(?!\d))")
 _CURRENCY = (
     r"(?:(?:US|HK|NT|[ACRS])(?=\$)|(?:Rs|Rp|RM|Tk|kr|USD|EUR|GBP|INR|CAD|AUD|CHF|JPY|CNY)\.?)?"
     r"(?:\\?[$\u00a2-\u00a5\u20a0-\u20cf])?"
 )
-# A sign counts if no word or number precedes it: `2-3` is two numbers without a sign.
+# A sign belongs to a number only if no word or number precedes the sign: `2-3` is two numbers without a sign.
 _NUMBER = re.compile(
     rf"(?<![\w.])([-\u2212]?){_CURRENCY}\s?([-\u2212]?)((?:\d{{1,3}}(?:,\d{{3}})+|\d+)(?:\.\d+)?|\.\d+)"
 )
 _TITLE = re.compile(r"(?:(?:the )?(?:final )?answer(?: is)? ?){0,2}(?:boxed)?", re.IGNORECASE)
 _STEP = re.compile(r"[\W_]*(?:step|part|case)\s*\d", re.IGNORECASE)
 _COUNTED = re.compile(r"[\W_]*\d+[.)]\s+[^\W\d]")
-_LONGEST = 40  # digits; no answer has more, but a model may write thousands
+_LONGEST = 40  # digits; no answer has more digits, but a model may write thousands
 
 
 def final_number(text: str) -> Decimal | None:
-    r"""Return the number that a response states as its answer; None if there is none.
+    r"""Return the number that a response states as its answer; None if the response contains no number.
 
-    The answer is the number after the last `####` that marks an answer and not a heading; otherwise the first
-    number after the last `\boxed{`; otherwise the last number. A further `Question:` and the text after it
-    are ignored. Thousands may have commas, LaTeX's `{,}` or narrow blanks; a currency, `%` or full stop does
-    not matter.
+    The answer is the number after the last `####` that marks an answer and not a heading. Without this mark,
+    the answer is the first number after the last `\boxed{`; without `\boxed{`, it is the last number. If the
+    response contains a further `Question:`, the text from there on is ignored. Thousands may be separated by
+    commas, LaTeX's `{,}` or narrow blanks. A currency, a percent sign or a full stop is ignored.
     """
     text, marked = _answer(text)
     if marked is not None:
@@ -47,12 +47,12 @@ def final_number(text: str) -> Decimal | None:
 
 
 def cut_answer(text: str) -> str:
-    """Return the text up to its answer; its final number is that of the whole text."""
+    """Return the text up to and including its answer; the final number of the result is the same."""
     return _answer(text)[0]
 
 
 def _answer(text: str) -> tuple[str, Decimal | None]:
-    """Return the text up to its answer, and the number after the mark if there is one."""
+    """Return the text up to and including its answer, and the number after the mark `####` or None."""
     text = _NEXT_QUESTION.split(text, maxsplit=1)[0]
     end = text.rfind(MARK)
     while end >= 0:
@@ -67,11 +67,11 @@ def _answer(text: str) -> tuple[str, Decimal | None]:
 
 
 def _is_answer(marked: str, *, title: str) -> bool:
-    """Return whether a mark is followed by its answer: markdown's headings have the same sign.
+    """Return whether a `####` marks an answer and not a Markdown heading.
 
     Args:
-        marked: The text after the mark.
-        title: What stands before its first number.
+        marked: The text after `####`.
+        title: The beginning of this text, up to its first number.
     """
     is_last = not marked.partition("\n")[2].strip()
     if _STEP.match(marked) or (_COUNTED.match(marked) and not is_last):
@@ -94,10 +94,10 @@ def _number(match: re.Match[str]) -> Decimal:
 
 @define(kw_only=True)
 class NumberJudge(Judge):
-    """Compares the final number of a response with `Problem.tests`, which is a number; runs nothing."""
+    """Compares the final number of a response with the number in `Problem.tests`; no program is run."""
 
     def completion(self, problem: Problem, text: str) -> str:  # noqa: ARG002 - the same for every problem
-        """Return the text up to its answer, because models often continue with further questions."""
+        """Return the text up to and including its answer; models often continue with further questions."""
         return cut_answer(text)
 
     def judge(
@@ -107,7 +107,7 @@ class NumberJudge(Judge):
         on_done: Callable[[], None] | None = None,
         executor: Executor | None = None,  # noqa: ARG002 - sending a number takes longer than comparing it
     ) -> Judgement:
-        """Compare numbers exactly."""
+        """Compare the numbers exactly, in this process."""
         verdicts = []
         for problem, text in attempts:
             verdicts.append(_verdict(final_number(text), Decimal(problem.tests)))

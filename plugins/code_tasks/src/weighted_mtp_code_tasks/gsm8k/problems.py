@@ -1,4 +1,4 @@
-"""Read GSM8K from its public files, with or without answers of models."""
+"""Read GSM8K from its public files, or from files that also contain solutions of models."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from weighted_mtp_code_tasks.gsm8k.numbers import final_number
 from weighted_mtp_code_tasks.labelling import Candidate, LabelledProblem
 
 FORMAT = 2
-"""Part of the data's version: raise it when the same files would give other responses."""
+"""Part of the version of the data; raise it if the code makes other responses from the same files."""
 
 
 @frozen(kw_only=True)
 class Shares:
-    """Shares of a file's questions in two splits, by a hash of the question; the rest is for training."""
+    """Shares of the questions of a file in the splits `validation` and `test`; the others are for training.
+
+    The hash of a question decides its split.
+    """
 
     validation: float
     test: float
@@ -27,7 +30,7 @@ class Shares:
 
 @frozen(kw_only=True)
 class Row:
-    """A question, its reference answer, and answers of models that are not judged yet."""
+    """A question, its reference answer, and the answers of models (`written`), which are not judged yet."""
 
     question: str
     answer: str
@@ -35,10 +38,13 @@ class Row:
 
 
 def read_problems(files: Mapping[Path, Shares]) -> list[LabelledProblem]:
-    """Return each question once, with the answers of all its records; the first file decides the split.
+    """Return each question once, with the answers of all its records.
+
+    If a question is in several files, the shares of the first of these files decide its split.
 
     Raises:
-        WmtpError: A file is missing or malformed, or two records of a question have different answers.
+        WmtpError: A file is missing or malformed, or the reference answers of two records of a question
+            differ.
     """
     found: dict[str, Row] = {}
     splits: dict[str, Split] = {}

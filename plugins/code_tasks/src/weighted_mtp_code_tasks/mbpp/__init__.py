@@ -1,6 +1,6 @@
-"""`code_tasks.mbpp`: MBPP's 964 problems with their splits, their solutions, and wrong ones.
+"""The data source `code_tasks.mbpp`: MBPP's 964 problems, with correct and broken solutions.
 
-Source: Austin et al. 2021, "Program Synthesis with Large Language Models".
+The problems and their splits come from Austin et al. 2021, "Program Synthesis with Large Language Models".
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ class MbppOptions:
     """`[data.options]` of `code_tasks.mbpp`.
 
     Attributes:
-        path: The public `mbpp.jsonl`; fetched from the hub if it is not given.
-        samples: Programs of models: JSON lines with `task_id` and `program`. They are judged like all others.
-        mutants: Broken variants of each solution.
+        path: The public `mbpp.jsonl`. Without this option, the data are downloaded from the hub.
+        samples: File of programs that models wrote, as JSON lines with `task_id` and `program`. These
+            programs are judged like all others.
+        mutants: Maximum number of broken variants of each solution.
         incorrect_fraction: Share of incorrect responses among the examples that the policy imitates.
-        seed: Seed of the mutations.
-        sandbox: Back end and limits of the sandbox.
+        seed: Seed of the random changes that break solutions.
+        sandbox: Method of confinement and limits for running the programs.
     """
 
     path: str | None = None
@@ -36,7 +37,7 @@ class MbppOptions:
 
 
 def build_mbpp(options: MbppOptions, context: BuildContext) -> DataSource:
-    """Build the data source; the first time, label its programs."""
+    """Build the data source; if its labels are not in storage, run and label its programs."""
     from pathlib import Path
 
     from weighted_mtp_code_tasks.judging import AssertsJudge

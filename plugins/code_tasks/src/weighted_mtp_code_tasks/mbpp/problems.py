@@ -1,4 +1,4 @@
-"""Read MBPP from its public file, break its solutions, and add programs of models."""
+"""Read MBPP from its public file, make broken variants of its solutions, and add programs of models."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from weighted_mtp_code_tasks.labelling import Candidate, LabelledProblem
 from weighted_mtp_code_tasks.mutation import mutants
 
 FORMAT = 1
-"""Part of the data's version: raise it when the same files would give other programs."""
+"""Part of the version of the data; raise it if the code makes other programs from the same files."""
 
 
 @frozen(kw_only=True)
 class Row:
-    """A problem as published; `task_id` decides the split, as in the paper."""
+    """A problem as published; its `task_id` decides its split, as in Austin et al. 2021."""
 
     task_id: int
     text: str
@@ -41,7 +41,7 @@ class Row:
 
     @property
     def split(self) -> Split | None:
-        """The split of the paper; None for the ten problems that are its prompts."""
+        """The split in Austin et al. 2021; None for the ten problems that were used as prompts."""
         if self.task_id <= 10:
             return None
         if self.task_id <= 510:
@@ -50,7 +50,7 @@ class Row:
 
     @property
     def prompt(self) -> str:
-        """The task and its tests, which name the function, as a docstring."""
+        """A docstring with the task and with its tests, which contain the name of the function."""
         inside = "\n".join([self.text.strip(), *self.tests]).replace('"""', "'''")
         return f'"""\n{inside}\n"""\n'
 
@@ -58,10 +58,13 @@ class Row:
 def read_problems(
     path: Path, *, samples: Path | None, mutants_per_solution: int, seed: int
 ) -> list[LabelledProblem]:
-    """Return the problems with programs: as published, in the layout of `ast.unparse`, broken, by models.
+    """Return the problems with correct and broken solutions, and with the programs of models in `samples`.
+
+    If there are broken solutions, which have the layout of `ast.unparse`, the correct solution is included in
+    this layout, too, and as published.
 
     Raises:
-        WmtpError: A file is missing or malformed, or a sample's `task_id` matches no problem.
+        WmtpError: A file is missing or malformed, or the `task_id` of a sample belongs to no problem.
     """
     ids = ProblemIds()
     rows = read_records(path, _row, check=lambda row, place: ids.add_new(str(row.task_id), place))
@@ -86,7 +89,7 @@ def _row(record: Record) -> Row:
 
 
 def _entry_point(code: str, tests: Sequence[str]) -> str:
-    """Return the last function of the solution that the tests call."""
+    """Return the name of the last function in the solution that the tests call."""
     program, asserts = parsed(code), parsed("\n".join(tests))
     if program is None or asserts is None:
         raise ValueError(f"`{'code' if program is None else 'test_list'}` is no Python")
@@ -103,7 +106,7 @@ def _entry_point(code: str, tests: Sequence[str]) -> str:
 
 
 def _samples(path: Path | None, known: set[int]) -> defaultdict[int, list[str]]:
-    """Return programs by problem; other keys of the file, such as verdicts, are ignored."""
+    """Return the programs of models by `task_id`; other keys of the file, such as verdicts, are ignored."""
     found: defaultdict[int, list[str]] = defaultdict(list)
 
     def add(record: Record) -> None:

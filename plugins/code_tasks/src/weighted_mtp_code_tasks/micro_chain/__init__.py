@@ -1,11 +1,11 @@
-"""`code_tasks.micro_chain`: programs with typical slips at known places, for experiments on token credit.
+"""The data source `code_tasks.micro_chain`: programs with known mistakes, for experiments on token credit.
 
 A problem is a chain of steps from the grammar of `micro_code`, and a response has one line for each step.
-Each type of step, such as "add 3", has one typical mistake, called a slip: the same step with the next
-constant ("add 4"). Slips are frequent in some types of steps. A response is correct if it passes the tests
-when it is run, but the places of all slips are known: the weights in the data are 0 on the characters of a
-slip and 1 elsewhere. A run with these weights shows the largest gain that a weighting of tokens could bring
-on these data.
+Each type of step with a constant, such as "add 3", has one typical mistake, called a slip: the same step with
+the next constant ("add 4"). Slips are frequent in some types of steps and rare in all others. As usual, a
+response is correct if it passes the tests when it is run. In addition, the positions of all slips are known:
+the weights in the data are 0 for the characters of a slip and 1 for all other characters. A run with these
+weights shows the largest gain that a weighting of tokens can bring on these data.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ class MicroChainOptions:
     """`[data.options]` of `code_tasks.micro_chain`.
 
     Attributes:
-        problems: Number of distinct functions, which are split 8 : 1 : 1.
+        problems: Number of distinct functions: 80 % for training, 10 % for validation, 10 % for the test.
         length: Number of steps of each function.
-        kinds: Types of the functions' arguments; each function has one of them.
+        kinds: Types of arguments; each function has one argument of one of these types.
         responses: Number of responses per function that may contain slips.
-        twins: Number of additional responses per function without slips.
-        slip_rates: Probability of a slip in a step: for the types with frequent slips, and for all other
-            types.
+        twins: Number of additional responses per function that contain no slips.
+        slip_rates: Two probabilities of a slip in a step: the first for types of steps in which slips are
+            frequent, the second for all other types.
         slipping_types: Share of the types of steps in which slips are frequent.
-        imitate: Which training responses the policy imitates: `"all"`, or only the `"right"` ones.
-        seed: Seed of the grammar; separate from `run.seed`, so that all seeds of a study share their data.
-        sandbox: Back end and limits of the sandbox.
+        imitate: Training responses that the policy imitates: `"all"`, or only the correct ones (`"right"`).
+        seed: Seed of the problems and responses. It is separate from `run.seed`, so that runs with different
+            seeds use the same data.
+        sandbox: Method of confinement and limits for running the programs.
     """
 
     problems: int = field(default=1000, validator=v.ge(10))
@@ -53,7 +54,7 @@ class MicroChainOptions:
 
 
 def build_micro_chain(options: MicroChainOptions, context: BuildContext) -> DataSource:
-    """Build the data source; if its programs are not in storage, draw and label them."""
+    """Build the data source; if its labels are not in storage, generate, run and label its programs."""
     from weighted_mtp_code_tasks.judging import FunctionJudge
     from weighted_mtp_code_tasks.micro_chain.chains import FORMAT, draw_chains
     from weighted_mtp_code_tasks.micro_chain.source import ChainSource

@@ -1,4 +1,4 @@
-"""Draw the problems of `code_tasks.micro_chain`, and responses with typical slips at known places."""
+"""Draw the problems of `code_tasks.micro_chain`, and responses whose mistakes (slips) are known."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from weighted_mtp_code_tasks.micro_code import generate
 from weighted_mtp_code_tasks.micro_code.grammar import STEPS, Function, Kind, Step, random_function
 
 FORMAT = f"1 of {generate.FORMAT}"
-"""Part of the data's version: raise the first number when the same options would give other programs."""
+"""Part of the version of the data.
+
+Raise the first number if the code makes other programs for the same options.
+"""
 
 _CONSTANT = re.compile(r"\d+|'[a-z]'")
 _STYLES: tuple[Literal["chain", "final"], ...] = ("chain", "final")
@@ -36,11 +39,11 @@ def draw_chains(
 ) -> list[LabelledProblem]:
     """Draw functions that are distinct in text and in behaviour, each with a solution and responses.
 
-    The functions and the types with frequent slips depend only on `kinds`, `length`, `slipping_types`,
-    `seed`. See `MicroChainOptions` for the arguments.
+    The arguments are options of `MicroChainOptions`. The functions, and the types of steps with frequent
+    slips, depend only on `kinds`, `length`, `slipping_types` and `seed`.
 
     Raises:
-        WmtpError: The grammar has fewer functions of this length.
+        WmtpError: The grammar has fewer distinct functions of this length than `problems`.
     """
     slips = {step.words: slip for kind in dict.fromkeys(kinds) for step, slip in typical_slips(kind)}
     types = random.Random(f"types {seed}")  # noqa: S311 - data, not secrets
@@ -71,9 +74,10 @@ def draw_chains(
 
 
 def typical_slips(kind: Kind) -> Iterator[tuple[Step, Step]]:
-    """Yield each step that has a constant, with its slip: the same step with the next constant.
+    """Yield each step that has a constant, together with its slip, which is the step with the next constant.
 
-    The last constant of a template is followed by its first constant. A step without a constant has no slip.
+    For example, the slip of "add 3" is "add 4". The slip of the step with the last constant is the step with
+    the first constant.
     """
     templates: dict[str, list[Step]] = {}
     for step in STEPS[kind]:
@@ -86,7 +90,7 @@ def typical_slips(kind: Kind) -> Iterator[tuple[Step, Step]]:
 def _response(
     function: Function, generator: random.Random, *, slips: Mapping[str, Step], rates: Mapping[str, float]
 ) -> Candidate:
-    """Return a body in a random form; each step contains a slip with the probability `rates[step.words]`."""
+    """Return a body in a random form, in which each step is a slip with probability `rates[step.words]`."""
     steps = tuple(
         slips[step.words] if generator.random() < rates.get(step.words, 0.0) else step
         for step in function.steps
@@ -101,7 +105,7 @@ def _response(
 
 
 def slip_spans(right: str, written: str) -> Iterator[Span]:
-    """Yield the span of different characters in each line of `written` that differs, with weight 0."""
+    """Yield, for each line that differs from `right`, the span of its different characters, with weight 0."""
     start = 0
     for ours, theirs in zip(right.splitlines(keepends=True), written.splitlines(keepends=True), strict=True):
         if ours != theirs:
@@ -112,5 +116,5 @@ def slip_spans(right: str, written: str) -> Iterator[Span]:
 
 
 def _common(one: str, other: str) -> int:
-    """Return the number of equal characters at the start."""
+    """Return the length of the common beginning of two texts."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

@@ -13,20 +13,21 @@ from weighted_mtp_code_tasks.labelled import LabelledSource
 
 @define(kw_only=True, eq=False, slots=False)
 class ChainSource(LabelledSource):
-    """Judged chains whose examples have weights: 0 on the characters of a slip, 1 elsewhere.
+    """Supplies judged responses whose weights are 0 for the characters of a slip, otherwise 1.
 
     Attributes:
-        imitate: Which training responses the policy imitates: all, or only the correct ones.
+        imitate: Training responses that the policy imitates: `all`, or only the correct ones (`right`).
     """
 
     oracle_weights = True  # without an annotation, so that attrs does not make it an argument
     imitate: Literal["all", "right"] = "all"
 
     def policy_examples(self, split: Split) -> Sequence[Example]:
-        """Return the responses that the policy imitates; outside training, the solution of each problem.
+        """Return the responses that the policy imitates; for validation and test, the problems' solutions.
 
-        Few drawn responses to held-out problems are correct, and the correct ones contain few steps in which
-        slips are frequent. Solutions contain all types of steps with their usual frequency.
+        The held-out responses are not used, because few of them are correct, and the correct ones contain few
+        steps of the types in which slips are frequent. Solutions contain all types of steps with their usual
+        frequency.
         """
         if split == "train":
             return [each for each in self.examples(split) if self.imitate == "all" or is_correct(each.reward)]

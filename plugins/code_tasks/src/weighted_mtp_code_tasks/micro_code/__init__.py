@@ -1,6 +1,7 @@
-"""`code_tasks.micro_code`: generated problems, for experiments that take minutes.
+"""The data source `code_tasks.micro_code`: generated problems for experiments that take minutes.
 
-`level` is the number of steps of a function. Every model learns level 1; more steps are harder.
+The option `level` is the number of steps of each function. Every model learns functions of one step; more
+steps are harder.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ class MicroCodeOptions:
     """`[data.options]` of `code_tasks.micro_code`.
 
     Attributes:
-        problems: Distinct functions, split 8 : 1 : 1 by function.
+        problems: Number of distinct functions: 80 % for training, 10 % for validation, 10 % for the test.
         level: Number of steps of each function.
-        solutions: Correct bodies per function, in different forms.
-        mutants: Broken variants of each correct body.
+        solutions: Maximum number of different correct bodies per function.
+        mutants: Maximum number of broken variants of each correct body.
         incorrect_fraction: Share of incorrect responses among the examples that the policy imitates.
-        seed: Seed of the grammar; separate from `run.seed`, so that all seeds of a study share their data.
-        sandbox: Back end and limits of the sandbox.
+        seed: Seed of the problems and responses. It is separate from `run.seed`, so that runs with different
+            seeds use the same data.
+        sandbox: Method of confinement and limits for running the programs.
     """
 
     problems: int = field(default=2000, validator=v.ge(10))
@@ -38,7 +40,7 @@ class MicroCodeOptions:
 
 
 def build_micro_code(options: MicroCodeOptions, context: BuildContext) -> DataSource:
-    """Build the data source; the first time, draw and label its programs."""
+    """Build the data source; if its labels are not in storage, generate, run and label its programs."""
     from weighted_mtp_code_tasks.judging import FunctionJudge
     from weighted_mtp_code_tasks.labelled import LabelledSource
     from weighted_mtp_code_tasks.micro_code.generate import FORMAT, draw_problems

@@ -1,4 +1,4 @@
-"""Draw the problems of `code_tasks.micro_code`: distinct functions with tests, right and broken bodies."""
+"""Draw the problems of `code_tasks.micro_code`: functions with tests and with correct and broken bodies."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from weighted_mtp_code_tasks.micro_code.grammar import Function, indented, rando
 from weighted_mtp_code_tasks.mutation import mutants
 
 FORMAT = 1
-"""Part of the data's version: raise it when the same options would give other programs."""
+"""Part of the version of the data; raise it if the code makes other programs for the same options."""
 
 _TESTS = 10
-_PROBES = 24  # arguments that distinguish functions; the first ones are the tests
-_PATIENCE = 3000  # draws in a row without a new function before the grammar counts as exhausted
+_PROBES = 24  # number of arguments by which functions are compared; the first ones are the tests
+_PATIENCE = 3000  # the grammar counts as exhausted after so many draws in a row without a new function
 
 
 def draw_problems(
@@ -28,7 +28,7 @@ def draw_problems(
     """Draw functions that are distinct in text and in behaviour, each with correct and broken bodies.
 
     Raises:
-        WmtpError: The grammar has fewer functions of this level.
+        WmtpError: The grammar has fewer distinct functions of this level than `problems`.
     """
     generator = random.Random(seed)  # noqa: S311 - data, not secrets
     functions = distinct_functions(
@@ -45,16 +45,18 @@ def draw_problems(
 def distinct_functions(
     draw: Callable[[], Function], *, count: int, level: int, raise_instead: str
 ) -> Iterator[tuple[Function, list[tuple[Any, Any]]]]:
-    """Yield functions that are distinct in text and in behaviour, each with arguments and values to test it.
+    """Yield functions that are distinct in text and in behaviour, each with its tests.
+
+    The tests of a function are pairs of an argument and the value of the function.
 
     Args:
         draw: Draws a function.
         count: Number of functions.
-        level: Number of steps of a function, for the message.
-        raise_instead: The option that should be raised according to the message.
+        level: Number of steps of a function, for the error message.
+        raise_instead: Name of the option that the error message recommends to raise.
 
     Raises:
-        WmtpError: The grammar has fewer functions of this level.
+        WmtpError: The grammar has fewer distinct functions than `count`.
     """
     found: set[tuple[str, str]] = set()
     unlucky = 0
@@ -78,12 +80,12 @@ def distinct_functions(
 
 
 def _is_dull(values: list[Any]) -> bool:
-    """Return whether there are too few distinct values to tell the function from a constant."""
+    """Return whether fewer than a third of the values are distinct; the function is then almost constant."""
     return len({repr(value) for value in values}) < len(values) // 3
 
 
 def split_of(number: int) -> Split:
-    """Return the split: of ten functions, eight train, one validation, one test."""
+    """Return the split of a function: of every ten, eight train, one is for validation, one for the test."""
     return {8: "validation", 9: "test"}.get(number % 10, "train")  # type: ignore[return-value]
 
 
@@ -106,7 +108,7 @@ def _candidates(
 def as_problem(
     function: Function, problem_id: str, *, cases: Sequence[tuple[Any, Any]], solution: str
 ) -> Problem:
-    """Return the problem of completing a function, with one test for each pair of an argument and a value."""
+    """Return the problem of completing a function; each case, an argument and its value, becomes a test."""
     tests = "def check(candidate):\n" + "".join(
         f"    assert candidate({argument!r}) == {value!r}\n" for argument, value in cases
     )

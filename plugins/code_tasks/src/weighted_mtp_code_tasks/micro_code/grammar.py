@@ -1,7 +1,7 @@
-"""A grammar of small Python functions: each is a chain of steps, described in words and written in code.
+"""A grammar of small Python functions; each is a chain of steps, described in words and written in code.
 
-The docstring of a function names its steps in order; the body has one line per step. Held-out functions are
-new chains of known steps, so solving them takes composition, not recall.
+The docstring of a function describes its steps in order; the body has one line per step. Held-out functions
+are new chains of known steps, so a model cannot solve them by recalling functions of the training data.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _LETTERS = "abcdeo"
 
 @frozen(kw_only=True)
 class Step:
-    """One operation.
+    """A step of a function.
 
     Attributes:
-        words: The words for it in a docstring.
-        forms: Equivalent expressions that apply it to `{v}`; the first is the reference.
-        result: The kind of its value.
+        words: Description of the step in a docstring.
+        forms: Equivalent expressions that apply the step to `{v}`; the first expression is the reference.
+        result: Type of the result.
     """
 
     words: str
@@ -35,14 +35,14 @@ class Step:
 
 @frozen(kw_only=True)
 class Function:
-    """A chain of steps on one argument."""
+    """A function with one argument of type `kind`, to which it applies a chain of steps."""
 
     kind: Kind
     steps: tuple[Step, ...]
 
     @property
     def prompt(self) -> str:
-        """The signature and the docstring."""
+        """The signature and the docstring of the function."""
         words = ", then ".join(step.words for step in self.steps)
         return f'def f({_VARIABLE[self.kind]}):\n    """{words[0].upper()}{words[1:]}."""\n'
 
@@ -50,8 +50,9 @@ class Function:
         """Return a body with each step in one of its forms.
 
         Args:
-            forms: Index of the form of each step.
-            style: `chain` assigns every step and returns the variable; `final` returns the last expression.
+            forms: For each step, the index of its form.
+            style: `chain` assigns the result of every step to the variable and returns the variable; `final`
+                returns the expression of the last step.
         """
         variable = _VARIABLE[self.kind]
         expressions = [
@@ -76,7 +77,7 @@ class Function:
         return list(found)
 
     def reference(self) -> Callable[[Any], Any]:
-        """Return the function, compiled from the reference forms."""
+        """Return the function, compiled from the reference forms of its steps."""
         scope: dict[str, Any] = {}
         source = self.prompt + self.body((0,) * len(self.steps), style="final")
         exec(compile(source, "<grammar>", "exec"), scope)  # noqa: S102 - only the grammar's text
@@ -186,7 +187,10 @@ STEPS: dict[Kind, tuple[Step, ...]] = {
 def random_function(
     generator: random.Random, *, level: int, kinds: Sequence[Kind] = ("list", "list", "text", "int")
 ) -> Function:
-    """Draw a chain of `level` steps; by default on a list (half of the chains), a text or a number."""
+    """Draw a chain of `level` steps whose argument has one of the types `kinds`.
+
+    By default, the argument is a list for half of the functions, otherwise a text or a number.
+    """
     kind = generator.choice(kinds)
     steps: list[Step] = []
     while len(steps) < level:
@@ -198,7 +202,7 @@ def random_function(
 
 
 def random_argument(kind: Kind, generator: random.Random) -> Any:
-    """Draw an argument that is usually long enough for every step to matter."""
+    """Draw an argument; lists and texts are usually long enough for every step to have an effect."""
     if kind == "int":
         return generator.randrange(-30, 60)
     if kind == "text":

@@ -1,7 +1,8 @@
 """Judge untrusted programs.
 
-The program runs alone in a sandbox; tests never enter its process. A trusted process runs the tests, and only
-bounded plain data crosses between the two, so no program can forge a verdict: it can only answer.
+Each program runs alone in a sandbox, in a process that never contains tests. A trusted process runs the
+tests. The two processes exchange only plain data of limited size, so a program cannot forge a verdict; it can
+only return values.
 
     with Sandbox(settings) as sandbox:
         verdicts = sandbox.judge([Job(program, "add", "def check(candidate): assert candidate(1, 2) == 3")])

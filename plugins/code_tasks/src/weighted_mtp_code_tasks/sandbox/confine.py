@@ -1,6 +1,6 @@
-"""Confinement by the kernel: namespaces, Landlock, capabilities and limits, through ctypes.
+"""Confine processes by means of the kernel: namespaces, Landlock, capabilities and resource limits.
 
-Uses only the standard library: this module runs in the bare interpreter of the zygote.
+System calls go through ctypes, because this module runs in an interpreter that has only the standard library.
 """
 
 from __future__ import annotations
@@ -36,15 +36,16 @@ _SYS_MOUNT_SETATTR = 442
 
 _SYS_LANDLOCK_CREATE, _SYS_LANDLOCK_ADD, _SYS_LANDLOCK_RESTRICT = 444, 445, 446
 _READ_FILE, _READ_DIR = 1 << 2, 1 << 3
-# ABI 1 knows 13 rights of the file system, 2 adds REFER, 3 TRUNCATE, 5 IOCTL_DEV.
+# Number of file-system rights by Landlock ABI: ABI 1 has 13, ABI 2 adds REFER, 3 TRUNCATE, 5 IOCTL_DEV.
 _RIGHTS_BY_ABI = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
-# write, read, list, remove folder and file, make folder, file and symbolic link, move, truncate
+# The bits permit to write, read, list, remove folders and files, make folders, files and symbolic links, move
+# and truncate.
 _SCRATCH_RIGHTS = sum(1 << bit for bit in (1, 2, 3, 4, 5, 7, 8, 12, 13, 14))
 _FILE_RIGHTS = sum(1 << bit for bit in (1, 2, 14))
 
 
 class ConfinementError(Exception):
-    """The kernel refused to confine the process."""
+    """Raised if the kernel refuses to confine the process."""
 
 
 def _checked(result: int, what: str) -> int:
@@ -63,7 +64,7 @@ def _bytes(content: bytes) -> ctypes.Array[ctypes.c_char]:
 
 
 def die_with_parent() -> None:
-    """Make the kernel kill this process when its parent process ends for any reason."""
+    """Make the kernel kill this process when its parent process ends, for whatever reason."""
     _checked(_libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0), "PR_SET_PDEATHSIG")
 
 
@@ -75,9 +76,9 @@ _NO_CAPABILITIES = _bytes(bytes(24))
 
 
 def enter_namespaces() -> None:
-    """Move this process into new namespaces, with all mounts private and read-only.
+    """Move this process into new namespaces, and make all mounts private and read-only there.
 
-    Children that it forks afterwards are in the new PID namespace; the process itself is not.
+    The new PID namespace applies only to processes that this process forks afterwards.
 
     Raises:
         ConfinementError: The kernel forbids user namespaces, as in containers and some distributions.
@@ -97,14 +98,14 @@ def enter_namespaces() -> None:
 
 
 def mount_scratch(path: str) -> None:
-    """Mount an empty, small tmpfs on `path`."""
+    """Mount an empty tmpfs of at most `scratch.MAX_BYTES` bytes on `path`."""
     options = f"size={scratch.MAX_BYTES},nr_inodes={scratch.MAX_FILES},mode=700".encode()
     flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
     _checked(_libc.mount(b"tmpfs", os.fsencode(path), b"tmpfs", flags, options), f"tmpfs on {path}")
 
 
 def unmount_scratch(path: str) -> None:
-    """Unmount the tmpfs, which deletes everything in it."""
+    """Unmount the tmpfs from `path`, which deletes everything in it."""
     _checked(_libc.umount2(os.fsencode(path), _MNT_DETACH), f"umount {path}")
 
 
@@ -112,22 +113,23 @@ def unmount_scratch(path: str) -> None:
 
 
 def landlock_abi() -> int:
-    """Return the kernel's Landlock ABI; 0 if it has none."""
+    """Return the kernel's Landlock ABI; 0 if the kernel does not support Landlock."""
     return max(0, _syscall(_SYS_LANDLOCK_CREATE, None, 0, 1))
 
 
 def make_ruleset(readable: Sequence[int], writable: Sequence[int], *, folder: str) -> int:
-    """Return a ruleset: read below `readable`, read and write the files `writable` and all below `folder`.
+    """Return the descriptor of a Landlock ruleset that permits access only to the given files and folders.
 
-    It also forbids TCP, abstract Unix sockets and signals to the outside if the ABI supports that.
+    If the ABI supports it, the ruleset also forbids TCP, abstract Unix sockets and signals to processes
+    outside.
 
     Args:
-        readable: Open `O_PATH` descriptors of files and folders.
-        writable: Open `O_PATH` descriptors of files (`/dev/null`).
-        folder: The candidate's scratch folder.
+        readable: Open `O_PATH` descriptors of files and folders that may be read, with all their content.
+        writable: Open `O_PATH` descriptors of files that may be read and written (`/dev/null`).
+        folder: The scratch folder, in which everything may be read and written.
 
     Raises:
-        ConfinementError: The kernel has no Landlock, or rejects the rules.
+        ConfinementError: The kernel does not support Landlock or rejects the rules.
     """
     abi = landlock_abi()
     if abi < 1:
@@ -148,16 +150,16 @@ def make_ruleset(readable: Sequence[int], writable: Sequence[int], *, folder: st
 
 
 def restrict_files(ruleset: int) -> None:
-    """Apply a ruleset to this process irrevocably; call `forbid_new_privileges` first.
+    """Apply a Landlock ruleset to this process, irrevocably; call `forbid_new_privileges` first.
 
     Raises:
-        ConfinementError: The kernel refuses.
+        ConfinementError: The kernel refuses the ruleset.
     """
     _checked(_syscall(_SYS_LANDLOCK_RESTRICT, ruleset, 0), "landlock_restrict_self")
 
 
 def _allow(ruleset: int, descriptor: int, rights: int) -> None:
-    rule = _bytes(struct.pack("<Qi", rights, descriptor))  # struct landlock_path_beneath_attr, packed
+    rule = _bytes(struct.pack("<Qi", rights, descriptor))  # packed struct landlock_path_beneath_attr
     _checked(_syscall(_SYS_LANDLOCK_ADD, ruleset, 1, rule, 0), "landlock_add_rule")
 
 
@@ -165,7 +167,10 @@ def _allow(ruleset: int, descriptor: int, rights: int) -> None:
 
 
 def limit(*, cpu_seconds: float, memory_bytes: int) -> None:
-    """Set resource limits on this process; the CPU limit is a backstop for the limit of the worker."""
+    """Set the resource limits of this process.
+
+    The CPU limit takes effect only if the worker, which enforces a lower limit, fails to.
+    """
     cpu = int(cpu_seconds) + 2
     for kind, wanted in (
         (resource.RLIMIT_CPU, cpu),
@@ -182,17 +187,17 @@ def limit(*, cpu_seconds: float, memory_bytes: int) -> None:
 
 
 def forbid_new_privileges() -> None:
-    """Disable setuid programs for this process and its children, as Landlock and seccomp require."""
+    """Disable setuid programs for this process and its children; Landlock and seccomp require this."""
     _checked(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
 
 
 def drop_capabilities() -> None:
-    """Give up every capability; root keeps its user id, but no privileges."""
+    """Give up all capabilities of this process; root keeps its user id but loses its privileges."""
     _checked(_libc.capset(_CAPABILITY_HEADER, _NO_CAPABILITIES), "capset")
 
 
 class SystemCallFilter:
-    """The seccomp filter, built once; each candidate inserts its own process id."""
+    """The seccomp filter of untrusted programs; it is built once, and each process inserts its own id."""
 
     _ANY_PID = 0x7EADBEEF
 
@@ -200,13 +205,13 @@ class SystemCallFilter:
         self._code = seccomp.build_filter(self._ANY_PID, platform.machine())
 
     def install(self) -> None:
-        """Apply the filter to this process irrevocably; call `forbid_new_privileges` first.
+        """Apply the filter to this process, irrevocably; call `forbid_new_privileges` first.
 
         Raises:
-            ConfinementError: The kernel refuses.
+            ConfinementError: The kernel refuses the filter.
         """
         code = self._code.replace(struct.pack("<I", self._ANY_PID), struct.pack("<I", os.getpid()))
         buffer = _bytes(code)
-        # struct sock_fprog: unsigned short length, then a pointer
+        # The bytes are a `struct sock_fprog`: the length as an unsigned short, then a pointer.
         program = _bytes(struct.pack("<HxxxxxxQ", len(code) // 8, ctypes.addressof(buffer)))
         _checked(_libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, program, 0, 0), "PR_SET_SECCOMP")

@@ -1,4 +1,4 @@
-"""What `doctor` tries for a data source that runs programs."""
+"""The checks of the command `doctor` for data sources that run programs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class _RunsPrograms(Protocol):
 
 
 def examine_sandbox(options: _RunsPrograms, storage: Path) -> Iterator[Finding]:  # noqa: ARG001 - see `Component`
-    """Start a process in each sandbox that the options allow."""
+    """Try to start a process in each sandbox that the options allow."""
     wanted = options.sandbox.backend
     if wanted == "trusted":
         yield Finding(mark="warning", name="sandbox", text="none: programs run as trusted ones")

@@ -1,4 +1,4 @@
-"""The unit of judging: a program and its tests."""
+"""Jobs of the sandbox: a job is a program with its tests."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from attrs import validators as v
 
 @frozen
 class Job:
-    """A program and trusted tests that call it.
+    """A program, and trusted tests that call a function of the program.
 
     Attributes:
-        program: The whole source (prompt and completion).
+        program: The whole source code, which is the prompt and the completion.
         entry_point: Name of the function that the tests get as `candidate`.
-        tests: Trusted source that defines `check(candidate)` and raises AssertionError on a wrong answer. It
-            runs outside the program's process and has no access to other names of the program.
+        tests: Trusted source code that defines `check(candidate)`, which raises AssertionError if an answer
+            is wrong. The tests run outside the program's process and cannot use other names of the program.
     """
 
     program: str
@@ -24,16 +24,16 @@ class Job:
     tests: str
 
     def message(self) -> dict[str, object]:
-        """Return the message to a worker."""
+        """Return the job as a message to a worker."""
         return {"program": self.program, "entry_point": self.entry_point, "tests": self.tests}
 
 
 @frozen
 class AssertsJob:
-    """A program and trusted asserts whose free names are the program's functions.
+    """A program, and trusted assert statements that call the program's functions by name.
 
     Attributes:
-        program: The whole source.
+        program: The whole source code.
         tests: Trusted statements such as `assert add(1, 2) == 3`.
     """
 
@@ -41,7 +41,7 @@ class AssertsJob:
     tests: str
 
     def message(self) -> dict[str, object]:
-        """Return the message to a worker."""
+        """Return the job as a message to a worker."""
         return {"program": self.program, "entry_point": "", "tests": self.tests}
 
 
@@ -50,15 +50,15 @@ class StdinJob:
     """A program that reads stdin and writes stdout.
 
     Attributes:
-        program: The whole source, run as `__main__` once for each case.
-        cases: (stdin, expected stdout) pairs; white space at the ends of lines does not matter.
+        program: The whole source code, which is run as `__main__` once for each case.
+        cases: Pairs of stdin and expected stdout; white space at the ends of lines is ignored.
     """
 
     program: str
     cases: Sequence[tuple[str, str]] = field(validator=v.min_len(1))
 
     def message(self) -> dict[str, object]:
-        """Return the message to a worker."""
+        """Return the job as a message to a worker."""
         return {"program": self.program, "cases": [list(case) for case in self.cases]}
 
 
@@ -68,8 +68,8 @@ AnyJob = Job | AssertsJob | StdinJob
 def humaneval_tests(*, prompt: str, entry_point: str, test: str) -> str:
     """Return trusted tests for a problem in HumanEval's format.
 
-    `check` may call helpers that the prompt defines (`poly`, `encode_cyclic`). The tests contain the prompt,
-    so these helpers are the prompt's own: a program could define others that make it pass.
+    The function `check` may call helper functions that the prompt defines, such as `poly`. So the tests
+    contain the prompt: helpers from the program could be changed such that a wrong program passes.
     """
     for ending in ("\n    pass\n", "\n\tpass\n", "\n  pass\n", "\n"):
         source = f"{prompt.rstrip()}{ending}"

@@ -1,7 +1,7 @@
-"""Run trusted tests against a candidate in another process, and return the outcome.
+"""Run trusted tests against an untrusted program in another process, and return the outcome.
 
-Each job has a separate, forked process, so a test that loops or changes the state of the interpreter affects
-nothing else.
+The tests of each job run in a separate, forked process. So a test that never ends, or that changes the state
+of the interpreter, does not affect other jobs.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from typing import Any
 from .remote import Outcome, Remote, RemoteFunction, Stop, exception_outcome, one_line
 
 TESTS_FILE = "<tests>"
-# Tests that end with one of these are broken, whatever value the program returned.
+# Tests that end with one of these exceptions are broken, whatever values the program returned.
 _NOT_ABOUT_VALUES = (NameError, ImportError, SyntaxError, MemoryError, RecursionError)
 
 
 def run_check(
     job: Mapping[str, Any], channel: socket.socket, *, deadline: float, reading: memoryview
 ) -> Outcome:
-    """Load the program, then run `check(candidate)` or the module-level asserts of the tests.
+    """Load the program, then run `check(candidate)` or the assert statements of the tests.
 
     Args:
-        job: `program`, `tests`, and `entry_point`, which is empty if the tests are asserts that use names of
-            the program.
-        channel: Channel to the candidate's process.
-        deadline: `time.monotonic()` by which the candidate must have answered.
-        reading: See `Remote`.
+        job: The keys `program`, `tests` and `entry_point`; `entry_point` is empty if the tests are assert
+            statements that use names of the program.
+        channel: Channel to the process of the program.
+        deadline: Time, as of `time.monotonic()`, by which the program must have answered.
+        reading: Shared memory for `Remote`.
 
     Returns:
-        The kind of verdict and its detail; kind `gone` if the candidate's process ended.
+        The kind of the verdict and its detail; the kind is `gone` if the process of the program ended.
     """
     remote = Remote(channel, deadline=deadline, reading=reading)
     random.seed(0)
@@ -50,9 +50,9 @@ def run_check(
         outcome = _run_tests(code, names, entry_point=job["entry_point"], remote=remote)
     except Stop:
         outcome = "judge_error", "the tests stopped"
-    except BaseException as error:  # noqa: BLE001 - every way in which tests can end is a verdict
+    except BaseException as error:  # noqa: BLE001 - each way in which tests can end is a verdict
         outcome = _judged(error, remote, job["tests"])
-    return remote.stopped or outcome  # a bare `except:` in the tests may have swallowed the Stop
+    return remote.stopped or outcome  # a bare `except:` in the tests may have caught `Stop`
 
 
 def _run_tests(code: CodeType, names: dict[str, object], *, entry_point: str, remote: Remote) -> Outcome:
@@ -69,11 +69,11 @@ def _run_tests(code: CodeType, names: dict[str, object], *, entry_point: str, re
 
 
 def _program_names(tests: str, remote: Remote) -> dict[str, object]:
-    """Bind the names that asserts use to a module of the standard library or to a function of the program.
+    """Bind each name that asserts use to a module of the standard library or to a function of the program.
 
-    Names of built-in functions mean the interpreter's functions, because a program could define a `set` or an
-    `all` with which it passes. But if asserts use no other names, they mean the program's function (MBPP 126
-    tests its own `sum`).
+    The name of a built-in function is bound to the interpreter's function, because a program could pass by
+    defining its own `set` or `all`. But if the asserts use only such names, the name of a called function is
+    bound to the program's function (MBPP 126 tests a function `sum` of the program).
     """
     nodes = list(ast.walk(ast.parse(tests)))
     used = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
@@ -88,7 +88,10 @@ def _bound(name: str, remote: Remote) -> object:
 
 
 def _judged(error: BaseException, remote: Remote, tests: str) -> Outcome:
-    """Return the verdict for an exception that ended the tests: the program's fault, or that of the tests."""
+    """Return the verdict for an exception that ended the tests.
+
+    The exception may be the program's fault or the tests' fault.
+    """
     if remote.raised is not None and remote.raised in _chain(error):
         return remote.raised_as
     where = _where(error.__traceback__, tests)
@@ -101,7 +104,7 @@ def _judged(error: BaseException, remote: Remote, tests: str) -> Outcome:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an exception and the one that Python converted to it (StopIteration in a generator)."""
+    """Yield an exception and, if Python converted a StopIteration to it, this StopIteration."""
     yield error
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, StopIteration):
         yield error.__cause__
@@ -118,7 +121,7 @@ def _where(traceback: TracebackType | None, tests: str) -> str:
 
 
 def main_outcome(answer: object) -> Outcome:
-    """Return the outcome of a whole program's run, as the program reported it."""
+    """Return the outcome of running a whole program, from the answer that its process sent."""
     match answer:
         case ("raise", ["SystemExit", *_], "" | "0" | "None", int(), int()):
             return "passed", ""
@@ -128,7 +131,7 @@ def main_outcome(answer: object) -> Outcome:
 
 
 def compare_output(output: bytes, expected: str) -> Outcome:
-    """Compare the output of a program with the expected one, ignoring white space at the ends of lines."""
+    """Compare the output of a program with the expected output, except white space at the ends of lines."""
     written = [line.rstrip() for line in output.decode("utf-8", "replace").rstrip().splitlines()]
     wanted = [line.rstrip() for line in expected.rstrip().splitlines()]
     if written == wanted:

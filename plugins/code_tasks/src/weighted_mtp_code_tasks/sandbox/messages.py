@@ -1,4 +1,4 @@
-"""Messages between the caller and a worker, both trusted: a length and a JSON object over a pipe."""
+"""Messages between a worker and its caller, both trusted: JSON objects, preceded by their length."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ _LENGTH = struct.Struct(">I")
 
 
 class RawReader(Protocol):
-    """An unbuffered binary file open for reading."""
+    """An unbuffered binary file that is open for reading."""
 
     def read(self, size: int, /) -> bytes | None:
-        """Return up to `size` bytes, empty at the end."""
+        """Return up to `size` bytes; no bytes at the end of the file."""
 
 
 class RawWriter(Protocol):
-    """An unbuffered binary file open for writing."""
+    """An unbuffered binary file that is open for writing."""
 
     def write(self, data: memoryview, /) -> int | None:
-        """Write as many bytes as fit and return their number."""
+        """Write the beginning of `data`, and return the number of written bytes."""
 
 
 def read_message(stream: RawReader) -> dict[str, Any] | None:
-    """Read one message; None at the end of the stream."""
+    """Read and return one message; None at the end of the stream."""
     header = _read_exactly(stream, _LENGTH.size)
     if header is None:
         return None

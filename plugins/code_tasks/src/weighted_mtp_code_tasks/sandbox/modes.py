@@ -19,7 +19,7 @@ from .remote import Outcome
 from .watch import OUTPUT_BYTES, Candidate, Candidates, Limits
 from .wire import FrameError, decode, encode, receive_frame, send_frame
 
-_GRACE_SECONDS = 1.0  # after the candidate's wall limit, for tests that are not waiting for an answer
+_GRACE_SECONDS = 1.0  # tests may run this much longer than the time limit of the program
 
 
 def run_check(job: Mapping[str, Any], candidates: Candidates, limits: Limits) -> Outcome:
@@ -30,7 +30,7 @@ def run_check(job: Mapping[str, Any], candidates: Candidates, limits: Limits) ->
         Candidate(candidates, limits, stdin=nothing) as candidate,
         JudgeProcess(job, candidate.channel, deadline=deadline, limits=limits) as process,
     ):
-        candidate.channel.close()  # the judge's copy must be the last one
+        candidate.channel.close()  # only the judge keeps a copy of this end
         finished = candidate.watch(process.results, deadline=deadline + _GRACE_SECONDS)
         outcome = process.outcome() if finished else ("judge_error", "the tests did not end in time")
         if outcome[0] == "gone" and not candidate.wait(_GRACE_SECONDS):
@@ -41,7 +41,7 @@ def run_check(job: Mapping[str, Any], candidates: Candidates, limits: Limits) ->
 
 
 def run_cases(job: Mapping[str, Any], candidates: Candidates, limits: Limits) -> Outcome:
-    """Judge a program by its stdout; it runs once for each (stdin, stdout) of `cases`."""
+    """Judge a program by its stdout; the program runs once for each pair of stdin and expected stdout."""
     for number, (given, expected) in enumerate(job["cases"], start=1):
         kind, detail = _run_case(job["program"], given, expected, candidates=candidates, limits=limits)
         if kind != "passed":
@@ -90,7 +90,7 @@ def _file_in_memory(content: str) -> int:
 
 
 def _final_answer(channel: socket.socket) -> Outcome | None:
-    """Return the outcome that the program reported; None if it ended without a report."""
+    """Return the outcome that the program's process reported; None if it ended without a report."""
     channel.setblocking(False)
     try:
         answer = decode(receive_frame(channel))
@@ -100,17 +100,18 @@ def _final_answer(channel: socket.socket) -> Outcome | None:
 
 
 class JudgeProcess:
-    """A forked process that runs the trusted tests under its own limits; a context manager.
+    """A forked process that runs trusted tests under limits of its own; a context manager.
 
     Attributes:
-        results: Descriptor on which its outcome arrives; it closes without one if the process dies.
+        results: Descriptor from which the outcome is read; it is closed without an outcome if the process
+            ends early.
     """
 
     def __init__(
         self, job: Mapping[str, Any], channel: socket.socket, *, deadline: float, limits: Limits
     ) -> None:
         self.results, writer = os.pipe()
-        self._reading = memoryview(mmap.mmap(-1, 1))  # shared with the process
+        self._reading = memoryview(mmap.mmap(-1, 1))  # shared with the forked process
         self._status: int | None = None
         self._pid = os.fork()
         if self._pid == 0:
@@ -137,7 +138,7 @@ class JudgeProcess:
         return self._status
 
     def outcome(self) -> Outcome:
-        """Read the outcome; call it when `results` is readable or closed."""
+        """Return the outcome; call this method when `results` is readable or closed."""
         content = b""
         while part := os.read(self.results, 1 << 16):
             content += part

@@ -1,4 +1,4 @@
-"""The candidate's process for trusted tests: functions that exchange only plain data with it."""
+"""Functions by which trusted tests exchange plain data with the process of an untrusted program."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _NO_ANSWER = "the program answered with something that is no answer"
 
 
 class Stop(BaseException):
-    """Ends the tests with a verdict. Derived from BaseException: `except Exception` does not catch it."""
+    """Ends the tests with a verdict; `except Exception` does not catch it, because it is a BaseException."""
 
 
 def one_line(text: str) -> str:
-    """Return a text as one short printable line."""
+    """Return a text as one line of at most 300 printable characters."""
     flat = " ".join(text[: 10 * _DETAIL_CHARACTERS].split())
     return "".join(each if each.isprintable() else "?" for each in flat)[:_DETAIL_CHARACTERS]
 
@@ -32,10 +32,10 @@ def exception_outcome(names: Sequence[str], message: str, *, line: int, number: 
     """Return the verdict on a program that ended with an exception.
 
     Args:
-        names: Names of the exception's class and its bases, most derived first.
+        names: Names of the class of the exception and of its base classes, most derived first.
         message: Text of the exception.
-        line: Line of the program at which it was raised, or 0.
-        number: The errno of an OSError, or 0.
+        line: Line of the program at which the exception was raised; 0 if it is unknown.
+        number: The errno of an OSError; 0 for other exceptions.
     """
     kind = "error"
     if "MemoryError" in names:
@@ -49,19 +49,20 @@ def exception_outcome(names: Sequence[str], message: str, *, line: int, number: 
 
 
 class Remote:
-    """The candidate's process; it handles one request at a time.
+    """The process of an untrusted program, to which requests are sent one at a time.
 
     Args:
-        channel: Channel to the candidate's process.
-        deadline: `time.monotonic()` by which the candidate must have answered.
-        reading: Shared memory; element 0 is 1 while an answer is decoded. If this process dies during that
-            time, the answer caused it (a set of a million colliding numbers takes hours to build).
+        channel: Channel to the process of the program.
+        deadline: Time, as of `time.monotonic()`, by which the program must have answered.
+        reading: Shared memory, whose element 0 is 1 while an answer is decoded. If the judging process is
+            killed during that time, the answer is to blame: for example, a set of a million numbers with
+            equal hashes takes hours to build.
 
     Attributes:
         answered: Whether a function of the program has answered.
-        raised: The latest exception of the program that was raised here.
-        raised_as: The verdict if nothing catches it.
-        stopped: The verdict with which the tests must end; None while they may continue.
+        raised: The latest exception of the program that was raised in the judging process.
+        raised_as: The verdict if the tests do not catch this exception.
+        stopped: The verdict with which the tests must end; None while the tests may continue.
     """
 
     def __init__(self, channel: socket.socket, *, deadline: float, reading: memoryview | None = None) -> None:
@@ -74,15 +75,15 @@ class Remote:
         self.stopped: Outcome | None = None
 
     def stop(self, kind: str, detail: str) -> NoReturn:
-        """End the tests with this verdict, even if they catch all exceptions."""
+        """End the tests with a verdict, which holds even if the tests catch all exceptions."""
         self.stopped = self.stopped or (kind, one_line(detail))
         raise Stop
 
     def load(self, program: str) -> None:
-        """Run the program's top level.
+        """Execute the program as a module.
 
         Raises:
-            Stop: It failed.
+            Stop: The program raised an exception or did not answer.
         """
         try:
             self.ask("load", program)
@@ -91,11 +92,11 @@ class Remote:
         self.answered = False
 
     def call(self, target: object, arguments: Sequence[object], keywords: Mapping[str, object]) -> object:
-        """Call a function and apply its changes to mutable arguments."""
+        """Call a function of the program; its changes to mutable arguments are applied to the originals."""
         return self.ask("call", target, list(arguments), dict(keywords))
 
     def ask(self, operation: str, *operands: object) -> object:
-        """Send a request; return the value of the answer, or raise the program's exception here.
+        """Send a request and return the value of the answer; an exception of the program is raised again.
 
         Raises:
             Stop: The program did not return a usable answer.
@@ -135,7 +136,7 @@ class Remote:
         return value
 
     def _apply(self, operands: Sequence[object], changes: Mapping[object, object]) -> None:
-        """Give the caller's lists, dicts and sets the content of their copies after the call."""
+        """Give the caller's lists, dicts and sets the content that the program gave to their copies."""
         arguments = operands[1] if len(operands) == 3 and isinstance(operands[1], list) else []
         for position, changed in changes.items():
             if type(position) is not int or not 0 <= position < len(arguments):
@@ -153,7 +154,7 @@ class Remote:
                     self.stop("unencodable", _NO_ANSWER)
 
     def _raise(self, names: list[str], message: str, *, line: int, number: int) -> NoReturn:
-        """Raise the nearest built-in base class of the exception that the program raised."""
+        """Raise an exception of the nearest built-in base class of the program's exception."""
         self.raised_as = exception_outcome(names, message, line=line, number=number)
         for name in names:
             kind = getattr(builtins, name, None)
@@ -161,14 +162,14 @@ class Remote:
                 continue
             try:
                 self.raised = kind(message)
-            except TypeError:  # UnicodeDecodeError and others need more arguments: take the base
+            except TypeError:  # some, like UnicodeDecodeError, need more arguments: use the base class
                 continue
             raise self.raised
-        self.stop(*self.raised_as)  # SystemExit, KeyboardInterrupt
+        self.stop(*self.raised_as)  # for SystemExit and KeyboardInterrupt
 
 
 class RemoteFunction:
-    """A function of the program, by name; a call is a request to the program."""
+    """A function of the program, identified by its name; calling it sends a request to the program."""
 
     __slots__ = ("_name", "_remote")
 
@@ -181,7 +182,11 @@ class RemoteFunction:
 
 
 class Opaque:
-    """An object of the program other than plain data; it can be passed back, but inspecting it ends tests."""
+    """An object of the program that is not plain data.
+
+    Tests can pass it back to the program, call it, and get or set its attributes. Operators and built-in
+    functions such as `len` end the tests, because they would inspect the object outside the program.
+    """
 
     __slots__ = ("_number", "_remote")
     _number: int
@@ -202,14 +207,14 @@ class Opaque:
 
 
 def _number_of_opaque(value: object) -> int | None:
-    return value._number if type(value) is Opaque else None  # noqa: SLF001 - of this module
+    return value._number if type(value) is Opaque else None  # noqa: SLF001 - the class is in this module
 
 
 def _looked_at(opaque: Opaque, *_: object) -> NoReturn:
     opaque._remote.stop("unencodable", "the tests look at a value that is not bounded plain data")  # noqa: SLF001
 
 
-# Python looks up the methods of operators and built-in functions in the class, not through `__getattr__`.
+# The methods of operators and built-in functions, which Python looks up in the class, not by `__getattr__`.
 _SPECIAL = """
     abs add and bool bytes ceil complex contains delitem divmod enter eq exit float floor floordiv format ge
     getitem gt hash index int invert iter le len lshift lt matmul mod mul ne neg next or pos pow radd rand

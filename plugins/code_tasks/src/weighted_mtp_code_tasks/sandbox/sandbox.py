@@ -1,4 +1,4 @@
-"""Judge many programs in parallel: worker processes, each with a warm zygote in a sandbox."""
+"""Judge many programs in parallel, with worker processes that each run one program at a time in a sandbox."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from weighted_mtp_code_tasks.sandbox.messages import read_message, write_message
 from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
 
 _CHECK_NOTHING = "def check(candidate):\n    candidate()\n"
-# Programs that must fail: the confinement is tried before anything relies on it.
+# Programs that must fail; they are run first to test whether the sandbox confines programs.
 _CANARIES = (
     ("reads a file outside", "def f():\n    open('/etc/passwd').read()\n"),
     ("opens a socket", "import socket\ndef f():\n    socket.socket()\n"),
@@ -32,11 +32,12 @@ _TOLERATED_SHARE = 0.05
 
 
 class Sandbox:
-    """Judges untrusted programs; a context manager that ends every process it started.
+    """Judges untrusted programs; a context manager that ends all processes that it started.
 
     Args:
-        settings: Back end and limits.
-        judge_errors_tolerated: Number of programs that may be left unjudged, or 5 % of all if that is more.
+        settings: Method of confinement (back end) and limits.
+        judge_errors_tolerated: Number of programs that may be left without a verdict. If 5 % of all programs
+            are more than this number, 5 % may be left without a verdict.
 
     Attributes:
         provenance: Back end, versions and limits, to be recorded with each label.
@@ -46,7 +47,7 @@ class Sandbox:
         """Choose the back end.
 
         Raises:
-            WmtpError: This machine has no sandbox and the back end is not `trusted`.
+            WmtpError: No sandbox that the settings allow works on this machine.
         """
         self._settings = settings
         self._backend = backends.choose_backend(settings.backend)
@@ -75,7 +76,7 @@ class Sandbox:
         self.close()
 
     def close(self) -> None:
-        """End all processes."""
+        """End all processes that were started for judging."""
         for worker in self._workers:
             worker.hang_up()
         for worker in self._workers:
@@ -86,21 +87,21 @@ class Sandbox:
         """Judge programs in parallel.
 
         Args:
-            jobs: What to judge.
+            jobs: The programs with their tests.
             on_done: Called in this thread after each verdict.
 
         Returns:
-            One verdict a job, in the order of the jobs.
+            One verdict for each job, in the order of the jobs.
 
         Raises:
-            RunFailedError: More jobs could not be judged than is tolerated.
+            RunFailedError: More jobs could not be judged than `judge_errors_tolerated` allows.
         """
         if not self._workers:
             raise RuntimeError("a Sandbox judges only as a context manager, and no more once it failed")
         try:
             return self._judge(jobs, on_done)
         except BaseException:
-            self.close()  # workers may still be judging jobs whose verdicts are not read
+            self.close()  # workers may still be judging jobs whose verdicts nobody will read
             raise
 
     def _judge(self, jobs: Sequence[AnyJob], on_done: Callable[[], None] | None) -> list[Verdict]:
@@ -142,10 +143,11 @@ class Sandbox:
 
 
 def refuse_errors(errors: int, judged: int, detail: str, tolerated: int = TOLERATED_ERRORS) -> None:
-    """Refuse verdicts if too many programs could not be judged.
+    """Raise an error if too many programs could not be judged.
 
     Raises:
-        RunFailedError: `errors` exceeds both `tolerated` and 5 % of the `judged` programs.
+        RunFailedError: The number `errors` of programs that could not be judged is larger than `tolerated`
+            and larger than 5 % of the number `judged` of all programs.
     """
     if errors > max(tolerated, _TOLERATED_SHARE * judged):
         raise RunFailedError(
@@ -155,7 +157,7 @@ def refuse_errors(errors: int, judged: int, detail: str, tolerated: int = TOLERA
 
 
 class _Worker:
-    """The caller's end of one worker process, which is restarted if it dies."""
+    """Starts and controls a worker process, which is replaced if it ends unexpectedly."""
 
     def __init__(self, backend: backends.Backend, settings: SandboxSettings) -> None:
         self._backend = backend
@@ -183,32 +185,32 @@ class _Worker:
             stderr=self._errors,
             bufsize=0,
             cwd="/",
-            start_new_session=True,  # Ctrl-C is for the caller, who then closes us
+            start_new_session=True,  # Ctrl-C reaches only the caller, which then ends its workers
         )
 
     @property
     def results(self) -> int:
-        """The descriptor on which a verdict arrives."""
+        """The descriptor from which a verdict is read."""
         assert self._process.stdout is not None
         return self._process.stdout.fileno()
 
     def wait_until_ready(self) -> None:
-        """Wait until jobs can be sent.
+        """Wait until the worker accepts jobs.
 
         Raises:
-            RunFailedError: The worker ended instead.
+            RunFailedError: The worker ended before it was ready.
         """
         if self._read() is None:
             raise RunFailedError(f"a sandbox worker did not start: {self._last_words()}")
 
     def send(self, job: AnyJob) -> None:
-        """Send a job, which `receive` answers."""
+        """Send a job to the worker; `receive` returns its verdict."""
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # the worker died; `receive` notices
+        with suppress(BrokenPipeError):  # the worker has ended, which `receive` handles
             write_message(self._process.stdin, job.message())
 
     def receive(self) -> Verdict:
-        """Wait for the verdict; a worker that died is replaced."""
+        """Wait for the verdict and return it; if the worker process has ended, a new one is started."""
         message = self._read()
         if message is None:
             why = self._last_words()
@@ -229,12 +231,12 @@ class _Worker:
         return lines[-1] if lines else f"exit status {self._process.returncode}"
 
     def hang_up(self) -> None:
-        """End the worker and every process that it started."""
+        """Make the worker end, with all processes that it started; do not wait for it."""
         assert self._process.stdin is not None
         self._process.stdin.close()
 
     def close(self) -> None:
-        """Wait until the worker has ended, and remove its files."""
+        """End the worker, wait until it has ended, and remove its files."""
         assert self._process.stdout is not None
         self.hang_up()
         try:

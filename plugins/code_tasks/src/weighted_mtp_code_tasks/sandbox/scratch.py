@@ -1,4 +1,4 @@
-"""The folder that a program may write to: its limits, and how it is emptied for any content."""
+"""The scratch folder, to which programs may write: its limits, and how it is emptied."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MAX_FILES = 2048
 
 
 def is_too_full(folder: str) -> bool:
-    """Return whether the folder exceeds the limits; the program may be changing it at the same time."""
+    """Return whether the scratch folder exceeds its limits; a program may change it at the same time."""
     size = count = 0
     folders = [folder]
     while folders:
@@ -22,9 +22,9 @@ def is_too_full(folder: str) -> bool:
                     size += entry.stat(follow_symlinks=False).st_blocks * 512
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(entry.path)
-        except FileNotFoundError:  # removed meanwhile
+        except FileNotFoundError:  # removed since it was listed
             continue
-        except OSError:  # too deep for a path, or not readable
+        except OSError:  # its path is too long, or it is not readable
             return True
         if size > MAX_BYTES or count > MAX_FILES:
             return True
@@ -32,23 +32,23 @@ def is_too_full(folder: str) -> bool:
 
 
 def is_mount_too_full(folder: str) -> bool:
-    """Return whether the file system mounted on the folder exceeds the limits."""
+    """Return whether the file system that is mounted on the scratch folder exceeds the limits."""
     try:
         found = os.statvfs(folder)
-    except OSError:  # the process with this view of the file system is gone
+    except OSError:  # the process that mounted it has ended
         return False
     used = (found.f_blocks - found.f_bfree) * found.f_frsize
     return used > MAX_BYTES or found.f_files - found.f_ffree > MAX_FILES
 
 
 def empty(folder: str) -> None:
-    """Remove everything in a folder that no process uses any more.
+    """Remove all content of a folder that no process uses any more.
 
-    `shutil.rmtree` is recursive, and a program can nest folders deeper than Python's recursion limit. Here
-    each nested folder is first moved up to the top.
+    Nested folders are moved to the top before they are removed. Recursion, as in `shutil.rmtree`, would fail
+    if a program nests folders deeper than Python's recursion limit.
 
     Raises:
-        OSError: Something cannot be removed.
+        OSError: A file or folder cannot be removed.
     """
     top = Path(folder)
     names = itertools.count()
@@ -62,7 +62,7 @@ def empty(folder: str) -> None:
                 if inner.is_symlink() or not inner.is_dir():
                     inner.unlink()
                 else:
-                    inner.chmod(0o700)  # moving a folder needs write permission on it
+                    inner.chmod(0o700)  # a folder can only be moved if it is writable
                     inner.rename(_unused(top, names))
             entry.rmdir()
 

@@ -1,8 +1,8 @@
-"""The seccomp filter of a candidate: an allow-list, written as BPF by hand so that no library is needed.
+"""The seccomp filter of untrusted programs: a list of allowed system calls, as handwritten BPF instructions.
 
-A system call that no honest program needs ends the process with SIGSYS, so the verdict is `violation`
-regardless of what the program catches. A system call that libraries may try returns an error and has no
-effect.
+A system call that no honest program needs ends the process with SIGSYS. The verdict is then `violation`,
+whatever exceptions the program catches. A forbidden system call that libraries may try returns an error and
+has no effect.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _COLUMN = {"x86_64": 0, "aarch64": 1}
 
 
-# CLONE_VM | CLONE_SIGHAND | CLONE_THREAD must be set, no CLONE_NEW* may be.
+# CLONE_VM | CLONE_SIGHAND | CLONE_THREAD must be set; none of the flags CLONE_NEW* may be set.
 _THREAD_FLAGS = 0x100 | 0x800 | 0x10000
 _NAMESPACE_FLAGS = 0x7E020000
-# dup, flags, record locks, F_DUPFD_CLOEXEC, F_GETPIPE_SZ; none that sends signals (F_SETOWN, F_NOTIFY).
+# Commands for dup, flags and record locks, F_DUPFD_CLOEXEC and F_GETPIPE_SZ, but none that can send signals
+# (F_SETOWN, F_NOTIFY).
 _FCNTL_COMMANDS = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032)
 _IOCTL_COMMANDS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS, TIOCGWINSZ, FIO*
 _PRCTL_OPTIONS = (15, 16)  # PR_SET_NAME, PR_GET_NAME
@@ -42,19 +43,20 @@ _Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, o
 
 
 def supported() -> bool:
-    """Return whether there is a filter for this architecture."""
+    """Return whether there is a filter for the architecture of this machine."""
     return platform.machine() in _AUDIT_ARCH
 
 
 def build_filter(pid: int, machine: str) -> bytes:
     """Return the filter as an array of `struct sock_filter`.
 
-    A binary tree looks up the number of the system call: the kernel runs a new filter once per number, to
-    remember which are always allowed, so a linear list costs a millisecond per program.
+    The number of the system call is found in a binary tree. A linear list would cost a millisecond per
+    program, because the kernel runs each new filter once for every number, to record which calls are always
+    allowed.
 
     Args:
-        pid: The candidate's process id in its own namespace: the only process that it may signal.
-        machine: `platform.machine()`.
+        pid: Process id of the program in its own namespace; the program may send signals only to itself.
+        machine: Name of the architecture, as from `platform.machine()`.
     """
     program: list[_Instruction] = [
         (_LOAD, 0, 0, 4),
@@ -69,7 +71,7 @@ def build_filter(pid: int, machine: str) -> bytes:
 
 
 def _answers(pid: int, column: int) -> dict[int, list[_Instruction]]:
-    """Return the instructions for each known number."""
+    """Return the instructions of the filter for each known number of a system call."""
     answers: dict[int, list[_Instruction]] = {}
     for table, action in (
         (syscalls.ALLOWED, _RET_ALLOW),
@@ -83,7 +85,7 @@ def _answers(pid: int, column: int) -> dict[int, list[_Instruction]]:
 
 
 def _runs(answers: dict[int, list[_Instruction]]) -> list[tuple[int, list[_Instruction]]]:
-    """Return (first number, instructions from there on), ascending."""
+    """Return pairs (first number, instructions), one for each range of numbers with equal instructions."""
     unknown = [(_RETURN, 0, 0, _RET_ERRNO | errno.ENOSYS)]
     runs: list[tuple[int, list[_Instruction]]] = []
     for number in range(max(answers) + 2):
@@ -98,7 +100,7 @@ def _tree(runs: list[tuple[int, list[_Instruction]]]) -> list[_Instruction]:
         return runs[0][1]
     middle = len(runs) // 2
     below, above = _tree(runs[:middle]), _tree(runs[middle:])
-    # A conditional jump spans at most 255 instructions, an unconditional one any number.
+    # A conditional jump skips at most 255 instructions; an unconditional jump can skip any number.
     return [
         (_JUMP_GREATER_EQUAL, 0, 1, runs[middle][0]),
         (_JUMP, 0, 0, len(below)),
@@ -117,7 +119,8 @@ def _conditional_rules(pid: int) -> list[tuple[Numbers, list[_Instruction]]]:
         (_RETURN, 0, 0, _RET_ALLOW),
         (_RETURN, 0, 0, _RET_KILL),
     ]
-    # A stream pair (as in asyncio) cannot be addressed elsewhere; a datagram one could reach any socket file.
+    # Stream sockets of a pair, as in asyncio, can send only to each other; a datagram socket of a pair could
+    # send to any socket file.
     pair = [
         (_LOAD, 0, 0, _argument(0)),
         (_JUMP_EQUAL, 0, 4, family),
@@ -127,7 +130,7 @@ def _conditional_rules(pid: int) -> list[tuple[Numbers, list[_Instruction]]]:
         (_RETURN, 0, 0, _RET_ALLOW),
         (_RETURN, 0, 0, _RET_KILL),
     ]
-    # Reading its own limits is allowed; a new limit or the pid of another process is not.
+    # A program may read its own limits, but may not set limits or read those of another process.
     limits = [
         (_LOAD, 0, 0, _argument(2)),
         (_JUMP_EQUAL, 0, 6, 0),
@@ -152,12 +155,15 @@ def _conditional_rules(pid: int) -> list[tuple[Numbers, list[_Instruction]]]:
 
 
 def _argument(index: int) -> int:
-    """Return the offset of the low word of an argument (both architectures are little-endian)."""
+    """Return the offset of the low 32 bits of an argument; both architectures are little-endian."""
     return 16 + 8 * index
 
 
 def _one_of(index: int, values: tuple[int, ...], *, otherwise: int) -> list[_Instruction]:
-    """Allow the call if the low word of an argument, which the kernel reads as an int, is one of `values`."""
+    """Return instructions that allow the call if an argument is one of `values`.
+
+    Only the low 32 bits of the argument are compared, because the kernel reads it as an int.
+    """
     compare = [(_JUMP_EQUAL, len(values) - position, 0, value) for position, value in enumerate(values)]
     return [
         (_LOAD, 0, 0, _argument(index)),

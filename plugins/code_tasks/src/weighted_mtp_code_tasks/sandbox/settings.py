@@ -1,4 +1,4 @@
-"""The options `sandbox` of the data sources that run programs."""
+"""The table of options `sandbox` of data sources that run programs."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from weighted_mtp_core.api import SAME_RESULT
 
 @frozen(kw_only=True)
 class SandboxSettings:
-    """`[data.options.sandbox]`: where untrusted programs run, and what one program may use.
+    """`[data.options.sandbox]`: how untrusted programs are confined, and what one program may use.
 
     Attributes:
-        backend: `auto` uses bubblewrap if it works, otherwise landlock; if neither works, judging is refused.
-            `trusted` runs programs without a sandbox, for data that contain only trusted programs.
-        cpu_seconds: CPU time of a program.
-        wall_seconds: Time within which a program must answer, which also ends programs that sleep.
-        memory_mb: Address space of a program, in MiB.
-        workers: Number of programs that run at the same time; 0 means OMP_NUM_THREADS if it is set, otherwise
-            one per core. The tasks of `data prepare --executor` judge one program at a time.
+        backend: Method of confinement. `auto` uses bubblewrap if it works, otherwise Landlock; if neither
+            works, judging is refused. `trusted` runs programs without a sandbox and is meant for data that
+            contain only trusted programs.
+        cpu_seconds: Maximum CPU time of a program.
+        wall_seconds: Maximum elapsed time of a program, which also ends programs that sleep.
+        memory_mb: Maximum address space of a program, in MiB.
+        workers: Number of programs that run at the same time. With 0, the number is OMP_NUM_THREADS if that
+            variable is set, otherwise the number of cores. The tasks of `data prepare --executor` judge one
+            program at a time.
     """
 
     backend: Literal["auto", "bubblewrap", "landlock", "trusted"] = "auto"
@@ -31,7 +33,7 @@ class SandboxSettings:
     workers: int = field(default=0, validator=v.ge(0), metadata=SAME_RESULT)
 
     def limits(self) -> dict[str, float]:
-        """Return the limits that differ from their defaults, by name; verdicts can depend on these limits."""
+        """Return those limits on which verdicts can depend and that differ from their defaults, by name."""
         names = ("cpu_seconds", "wall_seconds", "memory_mb")
         default = SandboxSettings()
         return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(default, name)}
@@ -39,7 +41,8 @@ class SandboxSettings:
     def worker_count(self) -> int:
         """Return how many programs run at the same time on this machine.
 
-        OMP_NUM_THREADS limits a process that shares the machine with others, such as a run of `compare`.
+        OMP_NUM_THREADS is used because it limits a process that shares the machine with others, such as a run
+        of the command `compare`.
         """
         given = os.environ.get("OMP_NUM_THREADS", "")
         threads = int(given) if given.isdecimal() else 0

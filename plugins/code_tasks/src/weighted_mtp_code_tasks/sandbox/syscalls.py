@@ -1,7 +1,7 @@
-"""Linux system calls, grouped by whether a candidate may use them; numbers for x86_64 and aarch64.
+"""Linux system calls and their numbers, grouped by whether an untrusted program may use them.
 
-Sources of the numbers: `arch/x86/entry/syscalls/syscall_64.tbl` and `include/uapi/asm-generic/unistd.h` of
-Linux; -1 if an architecture does not have the call.
+The numbers for x86_64 and aarch64 come from the files `arch/x86/entry/syscalls/syscall_64.tbl` and
+`include/uapi/asm-generic/unistd.h` of Linux; -1 means that an architecture does not have the call.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ ALLOWED: dict[str, Numbers] = {
     "epoll_pwait2": (441, 441),
 }
 
-# Ends the process: new processes, other processes, the network, the system.
+# These calls end the process. They concern new or other processes, the network, or the whole system.
 DEADLY: dict[str, Numbers] = {
     "shmget": (29, 194),
     "shmat": (30, 196),
@@ -227,7 +227,7 @@ DEADLY: dict[str, Numbers] = {
     "mount_setattr": (442, 442),
 }
 
-# Return EPERM: they change what Landlock does not protect (modes, owners, times, limits of other processes).
+# These calls return EPERM. They change what Landlock does not protect: modes, owners, times and limits.
 REFUSED: dict[str, Numbers] = {
     "truncate": (76, 45),
     "chmod": (90, -1),
@@ -270,7 +270,7 @@ REFUSED: dict[str, Numbers] = {
     "fchmodat2": (452, 452),
 }
 
-# Allowed under conditions on their arguments.
+# These calls are allowed only with certain arguments.
 CLONE = (56, 220)
 KILL = (62, 129)
 TGKILL = (234, 131)

@@ -14,13 +14,13 @@ from weighted_mtp_code_tasks.sandbox.sandbox import Sandbox, refuse_errors
 from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
 
 _CHUNK = 200
-"""Programs of one task: judging them takes longer than starting a sandbox."""
+"""Number of programs of one task, so that judging them takes longer than starting a sandbox."""
 
 _STOPPED: set[str] = set()
-"""Names of calls of `judge_as_tasks` in this process that were interrupted: their threads end."""
+"""Names of calls of `judge_as_tasks` in this process that have ended; threads still judging for them stop."""
 
 _MAY_DIFFER = ("backend_detail", "kernel")
-"""Facts about a sandbox that may differ between machines; the labels record all of them."""
+"""Keys of the provenance that may differ between machines; all their values are recorded with the labels."""
 
 Judged = tuple[list[Verdict], Mapping[str, str]]
 """Verdicts, and the provenance of the verdicts."""
@@ -39,8 +39,10 @@ def judge_as_tasks(
         Verdicts in the order of the jobs, and the provenance of all verdicts.
 
     Raises:
-        WmtpError: A machine has no sandbox, or the sandboxes of two machines could give other verdicts.
-        RunFailedError: A sandbox does not hold, too many programs could not be judged, or machines were lost.
+        WmtpError: No sandbox works on a machine, or the sandboxes of two machines could give different
+            verdicts.
+        RunFailedError: A sandbox does not confine programs, too many programs could not be judged, or
+            machines were lost.
     """
     one_at_a_time = attrs.evolve(settings, workers=1)
     chunks = [jobs[start : start + _CHUNK] for start in range(0, len(jobs), _CHUNK)]
@@ -56,7 +58,7 @@ def judge_as_tasks(
         raise
     except CancelledError as error:
         raise RunFailedError("the connection to the scheduler was lost") from error
-    except Exception as error:  # Dask gives up on a task that has lost several workers
+    except Exception as error:  # Dask raises an error if several workers were lost with a task
         raise RunFailedError(f"programs could not be judged: {error}") from error
     finally:
         _STOPPED.add(name)
@@ -78,7 +80,7 @@ def _judge(name: str, settings: SandboxSettings, jobs: Sequence[AnyJob]) -> Judg
 
 
 def _joined(found: Sequence[Mapping[str, str]]) -> Mapping[str, str]:
-    """Join what the machines report about their sandboxes."""
+    """Return one provenance from the provenance that each machine reports."""
     joined = {}
     for key in found[0] if found else ():
         values = sorted({each[key] for each in found})

@@ -1,6 +1,7 @@
-"""Watch a candidate's process: its CPU time, threads, output and files.
+"""Watch the process of an untrusted program: its CPU time, threads, output and files.
 
-The limits are enforced from outside the candidate, out of its reach; the kernel's limits are a backstop.
+The limits are enforced by another process, which the program cannot influence. In addition, the kernel
+enforces limits, in case this process fails.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .remote import Outcome
 
 OUTPUT_BYTES = 1024 * 1024
 UNREAD_BYTES = 64 * OUTPUT_BYTES
-"""The most that a program may print where nothing reads it: a debugging line in a loop is no mistake."""
+"""Number of bytes that a program may print if its output is not judged; debugging output is harmless."""
 MAX_THREADS = 64
 _TICK_SECONDS = 0.05
 _FIRST_TICK_SECONDS = 0.02
@@ -28,19 +29,19 @@ _CPU_SIGNALS = {signal.SIGKILL, signal.SIGXCPU}
 
 
 class CallerGoneError(Exception):
-    """The caller that waits for the verdict has ended."""
+    """Raised if the process that waits for the verdict has ended."""
 
 
 class Limits(NamedTuple):
     """Limits of one program.
 
     Attributes:
-        cpu_seconds: CPU time of the candidate, over all its threads.
-        wall_seconds: Elapsed time, a backstop.
-        memory_bytes: Address space, of the candidate and of the judge.
-        scratch: The folder that the program may write to.
-        scratch_is_mount: Whether it is a mount in the namespace of the candidate and the zygote.
-        caller: Descriptor that is closed when the caller has ended.
+        cpu_seconds: CPU time of all threads of the program together.
+        wall_seconds: Elapsed time, which also limits programs that sleep.
+        memory_bytes: Address space of the program, and also of the process that runs its tests.
+        scratch: The folder to which the program may write.
+        scratch_is_mount: Whether this folder is a mount in the program's own namespace.
+        caller: Descriptor that is closed when the process that waits for the verdict has ended.
     """
 
     cpu_seconds: float
@@ -52,23 +53,24 @@ class Limits(NamedTuple):
 
 
 class Candidates(Protocol):
-    """Makes processes for candidates."""
+    """Makes confined processes for untrusted programs."""
 
     def spawn(self, channel: int, *, stdin: int, output: int, errors: int) -> int:
         """Fork a confined process and return its id."""
 
     def reap(self) -> tuple[int, float]:
-        """Return the wait status and CPU seconds of the process, which has ended, and clean up after it."""
+        """Clean up after the process, which must have ended; return its wait status and its CPU seconds."""
 
 
 class Candidate:
-    """One candidate's process from its start to its end; a context manager.
+    """The process of an untrusted program, from its start to its end; a context manager.
 
     Attributes:
-        channel: This end of the channel to the candidate.
-        pid: The candidate's process id, valid until the `with` block ends.
-        output: The candidate's stdout (and stderr, unless it has a separate descriptor), if output is kept.
-        stopped: The verdict if the candidate was stopped because it exceeded a limit.
+        channel: The judging side's end of the channel to the program.
+        pid: Id of the process, valid until the `with` block ends.
+        output: What the program wrote to stdout, if output is kept; also to stderr, unless stderr has a
+            separate descriptor.
+        stopped: The verdict if the process was stopped because it exceeded a limit; otherwise None.
         status: The wait status of the process, which is set when the `with` block ends.
     """
 
@@ -79,10 +81,11 @@ class Candidate:
 
         Args:
             candidates: Makes the process.
-            limits: Its limits.
+            limits: Limits of the process.
             stdin: Descriptor for the program's stdin.
-            errors: Descriptor for the program's stderr; None uses stdout.
-            keep: Maximum number of bytes of output to keep; with 0, up to `UNREAD_BYTES` are discarded.
+            errors: Descriptor for the program's stderr; None sends stderr to stdout.
+            keep: Maximum number of bytes of output, which are kept. With 0, output is discarded, and the
+                maximum is `UNREAD_BYTES`.
         """
         self._candidates = candidates
         self._limits = limits
@@ -126,13 +129,13 @@ class Candidate:
         os.close(self._reader)
 
     def kill(self) -> None:
-        """End the process and its threads now."""
+        """End the process with all its threads immediately."""
         for end in (os.killpg, os.kill):
             with suppress(ProcessLookupError):
                 end(self.pid, signal.SIGKILL)
 
     def stop(self, kind: str, detail: str) -> None:
-        """End the process because it exceeded a limit."""
+        """End the process because it exceeded a limit; the verdict is `(kind, detail)`."""
         self.stopped = self.stopped or (kind, detail)
         self.kill()
 
@@ -140,10 +143,10 @@ class Candidate:
         """Enforce the limits until the descriptor `until` is readable or closed, or the deadline has passed.
 
         Returns:
-            False at the deadline.
+            True if `until` is readable or closed, False if the deadline has passed.
 
         Raises:
-            CallerGoneError: The worker's caller has ended.
+            CallerGoneError: The process that waits for the verdict has ended.
         """
         poll = select.poll()
         poll.register(until, select.POLLIN)
@@ -164,7 +167,7 @@ class Candidate:
         return False
 
     def wait(self, seconds: float) -> bool:
-        """Wait until the process ends by itself; False if it does not end in time."""
+        """Wait at most `seconds` until the process ends by itself; return whether it has ended."""
         ended = os.pidfd_open(self.pid)
         try:
             return bool(select.select([ended], [], [], seconds)[0])
@@ -172,7 +175,7 @@ class Candidate:
             os.close(ended)
 
     def _read(self) -> bool:
-        """Read the program's output; False at the end."""
+        """Read some of the program's output; return False at its end."""
         part = os.read(self._reader, 1 << 16)
         self._written += len(part)
         most = self._keep or UNREAD_BYTES
@@ -183,7 +186,7 @@ class Candidate:
         return bool(part)
 
     def _look(self) -> None:
-        """Stop the process if it has used too much."""
+        """Stop the process if it has exceeded a limit."""
         try:
             with open(f"/proc/{self.pid}/stat", "rb") as file:  # noqa: PTH123 - 20 times a second
                 fields = file.read().rpartition(b")")[2].split()
@@ -204,7 +207,7 @@ class Candidate:
         return scratch.is_too_full(folder)
 
     def ending(self) -> Outcome:
-        """Return the verdict on a process that ended by itself; call it after the `with` block."""
+        """Return the verdict on a process that ended by itself; call this method after the `with` block."""
         code = os.waitstatus_to_exitcode(self.status)
         if code >= 0:
             return "error", f"the program ended its process with status {code}"

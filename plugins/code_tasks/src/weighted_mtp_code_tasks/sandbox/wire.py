@@ -1,7 +1,8 @@
-"""Plain data between the trusted side and a candidate: bounded, never pickle, exact types only.
+"""Encode and decode the plain data that an untrusted program and the judging process exchange.
 
-A value consists of a tag byte and its content. Decoding executes no code of the other side, which can only
-send values. The encoder's limits are meant for honest programs, the decoder's limits for hostile programs.
+A value is encoded as a tag byte and its content; pickle is not used. Values have limited size and only known
+types, so decoding a value never executes code of the sender. The limits of the encoder are for honest
+programs; the limits of the decoder are for hostile programs.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ MAX_NODES = 1_000_000
 MAX_INT_BYTES = 128 * 1024
 MAX_FRAME_BYTES = 8 * 1024 * 1024
 
-_FLOAT = struct.Struct("<d")  # bit for bit, NaN and -0.0 included
+_FLOAT = struct.Struct("<d")  # keeps every bit, also of NaN and -0.0
 _COMPLEX = struct.Struct("<dd")
 _SIZE = struct.Struct("<I")
 
 
 class UnencodableError(Exception):
-    """A value is not bounded plain data."""
+    """Raised if a value is not plain data or is too large to be encoded."""
 
 
 class FrameError(Exception):
-    """The received bytes are not a valid message: they are too long, truncated or malformed."""
+    """Raised if received bytes are not a valid message: they are too long, truncated or malformed."""
 
 
 # --------------------------------------------------------------------------- encoding
@@ -37,12 +38,13 @@ def encode(value: object, reference: Callable[[object], int | None] = lambda _: 
     """Return the bytes of a plain value.
 
     Args:
-        value: None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset or dict of such, or
-            one of these classes. A subclass is encoded as its plain base unless it defines its own equality.
-        reference: Returns the number of any other object, or None if it has none.
+        value: None, a bool, int, float, complex, str or bytes; a list, tuple, set, frozenset or dict of such
+            values; or one of these classes. An instance of a subclass is encoded as its built-in base class,
+            unless the subclass defines equality; Counter and OrderedDict are encoded as dict.
+        reference: Called for any other object; returns the number that stands for the object, or None.
 
     Raises:
-        UnencodableError: The value has another type, or is too deep or too large.
+        UnencodableError: The value has another type, or it is nested too deeply or too large.
     """
     encoder = _Encoder(reference)
     try:
@@ -85,7 +87,7 @@ class _Encoder:
 
 
 def _plain_base(kind: type) -> type:
-    """Return the built-in type that instances of `kind` are encoded as; without one, `kind` itself."""
+    """Return the built-in type as which instances of `kind` are encoded; `kind` itself if there is none."""
     for base in _WRITERS:
         if issubclass(kind, base) and (_equality(kind) is _equality(base) or kind in (Counter, OrderedDict)):
             return base
@@ -144,7 +146,7 @@ def _sequence_writer(kind: Any, tag: bytes) -> Callable[[_Encoder, Any, int], No
     return write
 
 
-# The methods of the built-in types are called, never those of a subclass. bool comes before int, its base.
+# Only methods of the built-in types are called, never those of a subclass. bool precedes its base class, int.
 _WRITERS: dict[type, Callable[[_Encoder, Any, int], None]] = {
     type(None): _write_none,
     bool: _write_bool,
@@ -167,11 +169,11 @@ _TYPE_NAMED = {kind.__name__.encode(): kind for kind in _TYPES}
 
 
 def decode(data: bytes, resolve: Callable[[int], object] | None = None) -> object:
-    """Return the value that `encode` encoded.
+    """Return the value that was encoded by `encode`.
 
     Args:
         data: The bytes of one value.
-        resolve: Returns the object with a given number; if None, numbers of objects are an error.
+        resolve: Returns the object for which a number stands; if it is None, such numbers are an error.
 
     Raises:
         FrameError: The bytes are not a valid value or exceed the limits.
@@ -206,7 +208,7 @@ class _Decoder:
         return int(_SIZE.unpack(self.take(4))[0])
 
     def items(self, depth: int, *, each: int = 1) -> list[object]:
-        """Read a count and `each` times as many values; the remaining bytes must suffice for them."""
+        """Read a count n and then n times `each` values, for which there must be enough bytes left."""
         count = self.size() * each
         if count > len(self._data) - self._at:
             raise FrameError("malformed value: cut off")
@@ -260,15 +262,15 @@ _READERS: dict[bytes, Callable[[_Decoder, int], object]] = {
 
 
 def send_frame(channel: socket.socket, content: bytes) -> None:
-    """Send one message, preceded by its length."""
+    """Send a message, preceded by its length."""
     channel.sendall(_SIZE.pack(len(content)) + content)
 
 
 def receive_frame(channel: socket.socket) -> bytes:
-    """Receive one message.
+    """Receive and return a message.
 
     Raises:
-        EOFError: The other end is closed.
+        EOFError: The other end of the channel is closed.
         FrameError: The message is longer than allowed.
     """
     size = int(_SIZE.unpack(_receive_exactly(channel, 4))[0])

@@ -1,6 +1,7 @@
-"""One worker: reads jobs from stdin, judges each, writes verdicts to stdout.
+"""A worker process: reads jobs from stdin, judges the program of each job, and writes verdicts to stdout.
 
-Trusted and single-threaded. For each job it forks a judge, and the zygote forks a candidate.
+The worker is trusted and has a single thread. Its zygote, an interpreter in the sandbox, forks a process for
+each program; the worker itself forks a process for the tests that call the program.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from .watch import CallerGoneError, Limits
 
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 _SECONDS_TO_LEAVE = 1.0
-# The modules that tests import most; the fork of a judge already has them.
+# The modules that tests import most; they are imported before the fork of a process for tests.
 _WARM_FOR_TESTS = ("collections", "copy", "itertools", "math", "random", "re", "string", "typing")
 
 
 def start(arguments: list[str]) -> NoReturn:
-    """Entry point of the bootstrap: the argument is a JSON configuration."""
+    """Start the worker, with a configuration in JSON as its argument."""
     main(json.loads(arguments[0]))
 
 
 def main(configuration: Mapping[str, Any]) -> NoReturn:
-    """Answer jobs until stdin closes, then end everything that was started."""
+    """Judge jobs until stdin closes; then end all processes that were started."""
     commands = os.fdopen(os.dup(0), "rb", buffering=0)
     results = os.fdopen(os.dup(1), "wb", buffering=0)
     nothing = os.open("/dev/null", os.O_RDWR)
@@ -53,14 +54,14 @@ def main(configuration: Mapping[str, Any]) -> NoReturn:
             kind, detail = _run(job, candidates, limits)
             write_message(results, {"kind": kind, "detail": one_line(detail)})
     except (BrokenPipeError, CallerGoneError):
-        pass  # the caller is gone
+        pass  # the process that waits for verdicts has ended
     finally:
         candidates.stop()
     os._exit(0)
 
 
 def _run(job: Mapping[str, Any], candidates: Zygote, limits: Limits) -> tuple[str, str]:
-    """Judge one job; restart a zygote that failed or could not clean up."""
+    """Judge one job; if the zygote has failed or could not clean up, start a new one."""
     try:
         return run_cases(job, candidates, limits) if "cases" in job else run_check(job, candidates, limits)
     except ZygoteDiedError as error:
@@ -69,14 +70,14 @@ def _run(job: Mapping[str, Any], candidates: Zygote, limits: Limits) -> tuple[st
 
 
 class ZygoteDiedError(Exception):
-    """The zygote has ended unexpectedly."""
+    """Raised if the zygote, which forks the processes of programs, has ended unexpectedly."""
 
 
 class Zygote:
-    """The worker's end of a zygote.
+    """Starts and controls a zygote, the interpreter that forks a confined process for each program.
 
     Args:
-        command: Its command line.
+        command: Command line of the zygote.
     """
 
     def __init__(self, command: list[str]) -> None:
@@ -85,19 +86,19 @@ class Zygote:
         self._control = socket.socket()
 
     def start(self) -> None:
-        """Start a new zygote that inherits only one descriptor of this process."""
+        """Start a new zygote, which inherits only one descriptor of this process."""
         self.stop()
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         with theirs:
-            # Not `subprocess`: it imports `threading`, which makes each fork of a judge slower. All other
-            # descriptors are closed on exec.
+            # `subprocess` is not used, because it imports `threading`, which makes every fork slower. All
+            # other descriptors are closed on exec.
             keep = [(os.POSIX_SPAWN_DUP2, theirs.fileno(), zygote.CONTROL)]
             self._pid = os.posix_spawn(self._command[0], self._command, os.environ, file_actions=keep)
 
     def stop(self) -> None:
-        """End the zygote and wait; the kernel ends its children with it."""
-        self._control.close()  # then it ends by itself
+        """End the zygote and wait until it has ended; the kernel also ends the processes that it forked."""
+        self._control.close()  # makes the zygote end by itself
         if self._pid:
             ended = os.pidfd_open(self._pid)
             if not select.select([ended], [], [], _SECONDS_TO_LEAVE)[0]:
@@ -107,13 +108,13 @@ class Zygote:
             self._pid = 0
 
     def spawn(self, channel: int, *, stdin: int, output: int, errors: int) -> int:
-        """Make the zygote fork and confine a candidate, which waits for its program on `channel`.
+        """Make the zygote fork and confine a process, which receives its program over `channel`.
 
         Returns:
-            The candidate's process id in the namespace of this process; the kernel translates it.
+            The id of the new process in the namespace of this process; the kernel translates it.
 
         Raises:
-            ZygoteDiedError: The zygote could not fork or confine the candidate.
+            ZygoteDiedError: The zygote could not fork or confine the process.
         """
         try:
             socket.send_fds(self._control, [zygote.SPAWN], [channel, stdin, output, errors])
@@ -126,10 +127,10 @@ class Zygote:
         return int(_CREDENTIALS.unpack(data)[0])
 
     def reap(self) -> tuple[int, float]:
-        """Return the wait status and the CPU seconds of the candidate, which has ended or was killed.
+        """Return the wait status and the CPU seconds of the forked process, which must have ended.
 
         Raises:
-            ZygoteDiedError: The zygote could not clean up after the candidate.
+            ZygoteDiedError: The zygote could not clean up after the process.
         """
         try:
             self._control.send(zygote.REAP)

@@ -1,8 +1,8 @@
-"""A warm interpreter that forks one confined process per program.
+"""The zygote: an interpreter that has imported common modules and forks a confined process for each program.
 
-The interpreter is newly started, never forked from a process that has read tests. It reads no program itself:
-each child gets its program over its own channel, so no program can find another program in memory. Only one
-program runs at a time.
+The zygote is started as a new process, never forked from a process that has read tests. It reads no program
+itself: each forked process receives its program over a channel of its own, so no program can find another
+program in memory. Only one program runs at a time.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ REAP, SPAWN = b"reap", b"spawn"
 STARTED, FAILED = b"started", b"failed: "
 EXIT_STATUS = struct.Struct("<id")
 
-# The modules that programs import most; a fork already has them. Not `threading`: its work after a fork
-# doubles the cost of the fork (0.4 ms).
+# The modules that programs import most; they are imported before the forks. `threading` is not among them,
+# because its work after a fork doubles the time of the fork (0.4 ms).
 _WARM = """
     abc array bisect calendar cmath collections contextlib copy dataclasses datetime decimal enum fractions
     functools hashlib heapq io itertools json math numbers operator re statistics string struct
@@ -34,7 +34,7 @@ _WARM = """
 
 
 def start(arguments: list[str]) -> NoReturn:
-    """Entry point of the bootstrap: gets a JSON configuration; the control descriptor is `CONTROL`."""
+    """Start the zygote; its argument is a configuration in JSON, or an option that only tries the sandbox."""
     if arguments[0] == "--try":
         os._exit(0)
     if arguments[0] == "--try-namespaces":
@@ -46,7 +46,7 @@ def start(arguments: list[str]) -> NoReturn:
 
 
 def main(configuration: Mapping[str, Any]) -> NoReturn:
-    """Serve the worker at the other end of the control descriptor until it closes."""
+    """Serve the worker at the other end of the control descriptor until the worker closes its end."""
     confine.die_with_parent()
     for name in _WARM.split():
         importlib.import_module(name)
@@ -62,7 +62,7 @@ def main(configuration: Mapping[str, Any]) -> NoReturn:
 
 
 def _become_first_process() -> None:
-    """Fork process 1 of the new PID namespace; the present process only waits for it."""
+    """Fork process 1 of the new PID namespace; the original process only waits until process 1 ends."""
     pid = os.fork()
     if pid:
         os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) & 0xFF)
@@ -70,11 +70,11 @@ def _become_first_process() -> None:
 
 
 class Zygote:
-    """Forks, confines, reaps, and leaves the scratch folder empty.
+    """Forks and confines a process for each program, and empties the scratch folder when it has ended.
 
     Args:
-        configuration: `backend`, `namespaces`, `scratch`, `cpu_seconds`, `memory_bytes`.
-        control: Messages from and to the worker, with descriptors.
+        configuration: The keys `backend`, `namespaces`, `scratch`, `cpu_seconds` and `memory_bytes`.
+        control: Socket for messages and descriptors from and to the worker.
         readable: Open `O_PATH` descriptors of the files and folders that programs may read.
     """
 
@@ -92,7 +92,7 @@ class Zygote:
         self._open_scratch()
 
     def serve(self) -> None:
-        """Answer `spawn` and `reap` until the worker closes its end."""
+        """Answer the requests `spawn` and `reap` until the worker closes its end of the socket."""
         child = 0
         while True:
             kind, descriptors, _, _ = socket.recv_fds(self._control, 64, 4)
@@ -116,7 +116,7 @@ class Zygote:
             self._ruleset = confine.make_ruleset(self._readable, self._writable, folder=self._scratch)
 
     def _empty_scratch(self) -> None:
-        """Delete all files of a program; if that fails, this process ends and the worker starts another."""
+        """Delete all files of a program; if this fails, the zygote ends and the worker starts a new one."""
         if not any(os.scandir(self._scratch)):
             return
         if not self._namespaces:
@@ -134,7 +134,7 @@ class Zygote:
         except (OSError, confine.ConfinementError) as error:
             self._control.send(FAILED + str(error).encode()[:500])
             os._exit(1)
-        random.seed(0)  # a fork reseeds from the system, and no verdict may depend on that
+        random.seed(0)  # verdicts must not depend on the random seed that a fork gets
         candidate.serve(socket.socket(fileno=channel))
 
     def _confine(self, channel: int) -> None:
