@@ -19,12 +19,12 @@ EQUAL = ("data", "evaluate", "model", "train")
 
 @frozen(kw_only=True, eq=False)
 class Arm:
-    """One recipe of a comparison.
+    """An arm of a comparison: a recipe that is run with several seeds.
 
     Attributes:
         recipe: The recipe file.
-        preset: The preset, as on the command line of `run`.
-        overrides: The overrides, as on the command line of `run`, without the seed.
+        preset: Name of the preset, as for `run --preset`; None for the recipe without a preset.
+        overrides: The overrides `key=value`, as for `run --set`, without the seed.
         plan: The plan that results from recipe, preset and overrides, with the recipe's own seed.
     """
 
@@ -55,8 +55,8 @@ def read_arms(
     """Make a plan of every recipe, and refuse arms that cannot be compared.
 
     Args:
-        recipes: One recipe for each arm, or for each group of arms that a grid makes of it; the first arm is
-            the baseline.
+        recipes: One recipe for each arm or, with grids, for each group of arms; the first arm is the
+            baseline.
         preset: Name of a preset for all arms.
         overrides: Overrides `key=value` for all arms.
         allowed: Keys that may differ between arms, although the comparison is then unfair.
@@ -120,7 +120,7 @@ def refuse_unequal(
 
 
 def digest(arms: Sequence[Arm], seeds: Sequence[int]) -> str:
-    """Return 8 characters that depend only on the arms and seeds."""
+    """Return a hash of 8 characters that depends only on the arms and the seeds."""
     identities = [arm.identity(seed) for arm in arms for seed in seeds]
     return hashlib.sha256(json.dumps(identities, sort_keys=True).encode()).hexdigest()[:8]
 

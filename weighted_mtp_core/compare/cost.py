@@ -1,4 +1,4 @@
-"""The section of a comparison about cost: speed and memory of stage 2, by arm."""
+"""The section on cost in the page of a comparison: speed and memory of stage 2 for each arm."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _EXPLANATION = (
 
 
 def median_costs(runs: Mapping[str, Mapping[int, RunMeasures]]) -> dict[str, dict[str, float]]:
-    """Return by arm the medians over its seeds of `RunMeasures.cost` and of the seconds of stage 2."""
+    """Return for each arm the medians over its seeds of `RunMeasures.cost` and of the seconds of stage 2."""
     found: dict[str, dict[str, float]] = {}
     for arm, by_seed in runs.items():
         costs = [{"seconds": run.policy_seconds, **run.cost} for run in by_seed.values()]
@@ -36,7 +36,7 @@ def median_costs(runs: Mapping[str, Mapping[int, RunMeasures]]) -> dict[str, dic
 
 
 def cost_section(costs: Mapping[str, Mapping[str, float]]) -> Sequence[str]:
-    """Return the lines of the section; only columns with a value are shown."""
+    """Return the Markdown lines of the section on cost; columns without values are left out."""
     columns = [name for name in _COLUMNS if any(name in each for each in costs.values())]
     if not columns:
         return ()

@@ -14,7 +14,7 @@ from weighted_mtp_core.metrics.statistics import Estimate, ratio
 
 @frozen(kw_only=True)
 class Gap:
-    """Two arms of a comparison.
+    """The floor and the ceiling of a comparison: two arms between which other arms are placed.
 
     Attributes:
         floor: Name of the arm that any other arm should beat.
@@ -29,7 +29,8 @@ class Gap:
         """Return the gap between two arms; None if neither arm is named.
 
         Raises:
-            WmtpError: Only one arm is named, both are the same, or a name is not the name of an arm.
+            WmtpError: Only one of the two arms is named, floor and ceiling are the same arm, or a name is not
+                the name of an arm.
         """
         if floor is None and ceiling is None:
             return None
@@ -49,8 +50,8 @@ class ClosedGap:
     Attributes:
         metric: Name of the metric.
         arm: Name of the arm.
-        share: Ratio of the mean differences, with Fieller's interval; the ends of the interval are NaN if it
-            is not bounded, because the gap does not differ significantly from 0.
+        share: Ratio of the mean differences, with Fieller's interval. If the gap does not differ
+            significantly from 0, the interval has no bounds, and its ends are NaN.
     """
 
     metric: str
@@ -59,10 +60,10 @@ class ClosedGap:
 
 
 def closed_gaps(gap: Gap, metric: str, values: Mapping[str, Mapping[int, float]]) -> Iterator[ClosedGap]:
-    """Yield each other arm's share of the gap, over the seeds that floor, ceiling and this arm have.
+    """Yield the share of the gap that each arm closes, over the seeds that arm, floor and ceiling all have.
 
     Args:
-        gap: The two arms.
+        gap: The floor and the ceiling, for which no share is computed.
         metric: Name of the metric.
         values: The values of the metric by arm and seed.
     """
@@ -77,7 +78,7 @@ def closed_gaps(gap: Gap, metric: str, values: Mapping[str, Mapping[int, float]]
 
 
 def gap_section(gap: Gap, rows: Sequence[ClosedGap]) -> list[str]:
-    """Return the lines of the page's section about the gap; an empty list if there are no rows."""
+    """Return the Markdown lines of the section on the gap; an empty list if there are no rows."""
     if not rows:
         return []
     explanation = (

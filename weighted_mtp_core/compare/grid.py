@@ -1,4 +1,4 @@
-"""`--grid KEY=VALUE,VALUE`: a recipe becomes several arms, one for each value of a key."""
+"""The option `--grid KEY=VALUE,VALUE`, which makes several arms of a recipe: one for each value of a key."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OWN_KEYS = {"run.seed": "use --seeds N", "run.name": "names follow from the val
 
 @frozen(kw_only=True)
 class Grid:
-    """A key of recipes and its values, as text in the syntax of `--set`."""
+    """A key of recipes, and the values that it gets in different arms, as text in the syntax of `--set`."""
 
     key: str
     values: tuple[str, ...]
@@ -69,7 +69,7 @@ def _parse_grid(text: str) -> Grid:
 
 
 def refuse_unknown_keys(grids: Sequence[Grid], plans: Sequence[Plan]) -> None:
-    """Refuse a grid that would change no arm.
+    """Refuse a grid whose key none of the recipes has.
 
     Raises:
         WmtpError: None of the plans has the key of a grid.
@@ -84,9 +84,10 @@ def refuse_unknown_keys(grids: Sequence[Grid], plans: Sequence[Plan]) -> None:
 
 
 def arms_of_grids(plan: Plan, grids: Sequence[Grid]) -> Iterator[tuple[str, ...]]:
-    """Yield the overrides of each arm that the grids make of a recipe; no overrides if they do not apply.
+    """Yield the overrides of each arm that the grids make of a recipe.
 
-    The name of an arm is the name of the recipe, with each key and value appended: `mine-power-2`.
+    The name of an arm is the name of the recipe with each key and value appended, such as `mine-power-2`. A
+    recipe that has none of the grids' keys becomes a single arm without overrides.
     """
     own = [grid for grid in grids if _has(plan, grid.key)]
     for values in itertools.product(*(grid.values for grid in own)):
@@ -105,7 +106,7 @@ def arms_of_grids(plan: Plan, grids: Sequence[Grid]) -> Iterator[tuple[str, ...]
 
 
 def _has(plan: Plan, key: str) -> bool:
-    """Return whether a plan has a key, or a table of this name, even if the key is not set."""
+    """Return whether a plan's recipe may contain a key or a table of this name, even if it is not set."""
     if any(each == key or each.startswith(f"{key}.") for each in plan.params):
         return True
     first, *rest = key.split(".")
@@ -130,5 +131,5 @@ def _short(key: str, grids: Sequence[Grid]) -> str:
 
 
 def _slug(value: str) -> str:
-    """Return a value as part of a folder name: `[0, 2]` becomes `0_2`."""
+    """Convert a value to a text that may occur in a folder name: `[0, 2]` becomes `0_2`."""
     return re.sub(r"\.{2,}|[^A-Za-z0-9.-]+", "_", value).strip("_") or "empty"

@@ -1,4 +1,4 @@
-"""The runs of a comparison, and the run folders in which their results are found."""
+"""The runs of a comparison, and how the folders with their results are found."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _SAME_RESULT = ("checkpoint", "run.resume", "run.tags", "tracker")
 
 @frozen(kw_only=True)
 class WantedRun:
-    """What identifies the run folders of a job; it can be sent to another machine.
+    """The properties by which the run folders of a job are found; they can be sent to another machine.
 
     Attributes:
         folder: The folder of all runs with the name of the job's arm.
-        params: Recipe and seed as dotted keys, without those that do not affect the results.
-        distributions: Version and source of the code; see `Plan.distributions`.
-        same_result: Keys that do not affect the results.
+        params: Recipe and seed as dotted keys, without the keys that do not affect the results.
+        distributions: Version and source code of the installed distributions; see `Plan.distributions`.
+        same_result: Keys of a recipe that do not affect the results.
     """
 
     folder: Path
@@ -36,7 +36,7 @@ class WantedRun:
         return next((path for path in self._runs() if self.is_finished(path)), None)
 
     def is_running(self) -> bool:
-        """Return whether a process of another comparison, or of a lost worker, executes or closes the run."""
+        """Return whether some process, such as one of another comparison, executes or closes the run."""
         return any(read_run(path).get("status") != "FINISHED" and is_held(path) for path in self._runs())
 
     def is_finished(self, path: Path) -> bool:
@@ -63,12 +63,12 @@ class Job:
 
     @property
     def label(self) -> str:
-        """The name of the job in messages and of its log file."""
+        """The name of the job in messages, and of its log file without `.log`."""
         return f"{self.arm.name}-seed{self.seed}"
 
     @property
     def wanted(self) -> WantedRun:
-        """What identifies the run folders of this job."""
+        """The properties by which the run folders of this job are found."""
         plan, identity = self.arm.plan, self.arm.identity(self.seed)
         same_result = (*_SAME_RESULT, *plan.same_result)
         return WantedRun(
@@ -79,7 +79,7 @@ class Job:
         )
 
     def command(self) -> list[str]:
-        """Return the arguments of Python that execute or resume the run."""
+        """Return the command-line arguments with which Python executes or resumes the run."""
         preset = ["--preset", self.arm.preset] if self.arm.preset else []
         changes = [*self.arm.overrides, f"run.seed={self.seed}"]
         sets = [part for change in changes for part in ("--set", change)]
@@ -87,7 +87,7 @@ class Job:
 
 
 def plan_jobs(arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:
-    """Return all jobs ordered by seed, so that all arms progress equally."""
+    """Return all jobs in order of seeds, so that all arms progress equally."""
     return [Job(arm=arm, seed=seed) for seed in seeds for arm in arms]
 
 

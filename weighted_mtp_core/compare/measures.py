@@ -31,9 +31,9 @@ class RunMeasures:
     Attributes:
         last: The last value of every metric and wall-clock measurement, and `policy_seconds` and
             `critic_seconds`; NaN for a validation metric without a value at the end of stage 2.
-        curves: The (step, value) of each validation metric of stage 2, in order.
-        step_seconds: Duration of a step of stage 2.
-        cost: What stage 2 cost, see `cost_of`.
+        curves: The points (step, value) of each validation metric of stage 2, in order of steps.
+        step_seconds: Median duration of a step of stage 2, in seconds.
+        cost: The cost of stage 2, see `cost_of`.
         steps: Number of steps of stage 2.
     """
 
@@ -55,7 +55,8 @@ class RunMeasures:
             for name, points in series.items()
             if _CURVE.fullmatch(name)
         }
-        # Stage 2 ends with a validation. MLflow has only its finite values.
+        # Stage 2 ends with a validation, and MLflow contains only finite values. So if a curve has no value
+        # at the last step, the last value was not finite.
         logged = series.get(f"policy{_EACH_LOGGED_STEP}", ())
         for name, curve in curves.items():
             if logged and curve[-1][0] < logged[-1].step:
@@ -71,11 +72,11 @@ class RunMeasures:
 
     @property
     def policy_seconds(self) -> float:
-        """Duration of stage 2."""
+        """Duration of the steps of stage 2, in seconds."""
         return self.last["policy_seconds"]
 
     def validations_until(self, metric: str, seconds: float) -> int:
-        """Return how many values a curve has in some seconds of stage 2, without the one before training."""
+        """Return how many values of a curve were measured during the first `seconds` of stage 2."""
         return sum(0 < step * self.step_seconds <= seconds * (1 + 1e-9) for step, _ in self.curves[metric])
 
     def at_seconds(self, metric: str, seconds: float) -> float:
@@ -96,7 +97,7 @@ def read_measures(run: Path) -> RunMeasures:
 
 
 def kinds_of_machines(runs: Iterable[Path]) -> list[str]:
-    """Return a line for each kind of machine that executed some of the runs; none if all are of one kind."""
+    """Return a line for each kind of machine that executed runs; empty if all machines are of one kind."""
     kinds = Counter(
         ", ".join(f"{key} {value}" for key, value in read_run(run).get("fingerprint", {}).items())
         for run in runs
@@ -107,7 +108,7 @@ def kinds_of_machines(runs: Iterable[Path]) -> list[str]:
 
 
 def _step_seconds(points: Sequence[Point]) -> float:
-    """Return the median of the seconds per step; unlike the mean, validations and pauses do not affect it."""
+    """Return the median of the seconds per step, because validations and pauses would affect the mean."""
     rates = [
         (later.time_ms - earlier.time_ms) / 1000 / (later.step - earlier.step)
         for earlier, later in pairwise(points)
@@ -117,7 +118,7 @@ def _step_seconds(points: Sequence[Point]) -> float:
 
 
 def default_metrics(runs: Sequence[RunMeasures]) -> list[str]:
-    """Return the metrics to compare by default that every run has, pass@k first."""
+    """Return the metrics that are compared by default, as far as every run has them; pass@k comes first."""
     common = set.intersection(*(set(run.last) for run in runs))
     order = ("pass_at", "test_ce", "validation_ce", "tokens_per", "policy_s", "critic_s")
     found = sorted(filter(_DEFAULT.fullmatch, common), key=lambda name: (_number(name), name))

@@ -30,17 +30,17 @@ def track(
     folder: Path,
     log: Callable[[str], None],
 ) -> None:
-    """Record a comparison in the MLflow store of the first arm, and make the runs its children.
+    """Record a comparison in the MLflow store of the first arm, and make the compared runs its children.
 
     Comparisons of the same arms and seeds are recorded in the same MLflow run. If the server is down, a
-    warning is logged; the next call records the comparison.
+    warning is logged, and the comparison is recorded when `compare` is called again.
 
     Args:
         arms: The arms.
         comparison: The comparison.
-        runs: The run folders.
+        runs: The run folder of each job.
         files: Files with tables and plots.
-        folder: Folder of the files.
+        folder: The folder that contains the files; its name becomes the name of the MLflow run.
         log: Called with messages for the user.
     """
     plan = arms[0].plan
@@ -57,7 +57,7 @@ def track(
             folder=folder,
         )
         if record_comparison(tracker, info, comparison, files=files, log=log):
-            for run in runs.values():  # through the journals, so that an outage only delays the tag
+            for run in runs.values():  # tags are written to the journals, so an outage only delays them
                 if read_history(run).tags.get(run_tags.PARENT_RUN) != tracker.run_id:
                     amend_run(run, tags={run_tags.PARENT_RUN: tracker.run_id}, outcome=None, log=log)
             log(f"look at it: {tracker.where()}")
@@ -73,7 +73,11 @@ def describe_comparison(
     params: Iterable[tuple[str, str]] = (),
     folder: Path,
 ) -> RunInfo:
-    """Describe a comparison as a run in the experiment of its runs, or otherwise in `<prefix>/compare`."""
+    """Describe a comparison as an MLflow run.
+
+    The comparison belongs to the experiment of the compared runs, or to `<prefix>/compare` if the compared
+    runs are from several experiments.
+    """
     names = " ".join(arms)
     own_params = {"compare.arms": names, "compare.seeds": " ".join(map(str, seeds))}
     return RunInfo(
@@ -95,7 +99,7 @@ def record_comparison(
     files: Sequence[Path],
     log: Callable[[str], None],
 ) -> bool:
-    """Record a comparison as a run; return whether the store accepted the run."""
+    """Record a comparison as an MLflow run; return whether the store accepted the run."""
     try:
         tracker.start(info)
         tracker.log_metrics(_points(comparison))
@@ -109,9 +113,10 @@ def record_comparison(
 
 
 def _points(comparison: Comparison) -> list[MetricPoint]:
-    """Return means, differences and p-values as `<metric>/<arm>`, `<metric>_difference/<arm>` and so on.
+    """Return means, differences and p-values as points of MLflow metrics.
 
-    The step of each point is the number of compared runs, so a later call with more runs continues the curve.
+    The metrics are called `<metric>/<arm>`, `<metric>_difference/<arm>` and `<metric>_p/<arm>`. The step of a
+    point is the number of compared runs, so a later call with more runs continues the curve.
     """
     values: dict[str, float] = {}
     for row in comparison.rows:

@@ -30,7 +30,7 @@ class StoredRuns:
     """Runs from an MLflow store that can be compared.
 
     Attributes:
-        tracker: The tracker of the store; no run is open.
+        tracker: The tracker of the store, in which no run has been started.
         runs: The runs, keyed by arm and seed; the name of a run is the name of its arm.
         measures: The measures of the runs, keyed by arm and seed.
     """
@@ -50,7 +50,7 @@ class StoredRuns:
         return [run for by_seed in self.runs.values() for run in by_seed.values()]
 
     def describe(self, folder: Path) -> RunInfo:
-        """Describe the comparison as a run."""
+        """Describe the comparison as an MLflow run."""
         with _client(self.tracker.uri) as client:
             ids = {run.info.experiment_id for run in self.all}
             experiments = {client.get_experiment(each).name for each in ids}
@@ -64,7 +64,7 @@ class StoredRuns:
         )
 
     def adopt(self, parent: str) -> None:
-        """Tag the runs as children of a run."""
+        """Tag the compared runs as children of the run with the id `parent`."""
         with _client(self.tracker.uri) as client:
             for run in self.all:
                 client.set_tag(run.info.run_id, run_tags.PARENT_RUN, parent)
@@ -73,7 +73,7 @@ class StoredRuns:
 def read_stored(
     *, experiments: Sequence[str], run_ids: Sequence[str], allowed: Sequence[str], storage: Path
 ) -> StoredRuns:
-    """Read the finished runs of experiments, and runs by their id in MLflow or the id of their run folder.
+    """Read all finished runs of some experiments, and single runs by the id in MLflow or of the run folder.
 
     Args:
         experiments: Names of experiments, of which all finished runs with a seed are read.
@@ -168,7 +168,7 @@ def _measure(client: MlflowClient, run: Run) -> RunMeasures:
 
 @contextmanager
 def _client(uri: str) -> Iterator[MlflowClient]:
-    """Yield a client; an exception of MLflow in the block becomes a `WmtpError` of one line."""
+    """Yield a client; an exception of MLflow in the block becomes a `WmtpError` with a one-line message."""
     try:
         yield MlflowClient(tracking_uri=uri)
     except WmtpError:

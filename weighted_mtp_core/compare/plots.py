@@ -23,7 +23,7 @@ _MARKERS = "osD^vX*"
 def plot_curves(
     runs: Mapping[str, Mapping[int, RunMeasures]], metrics: Sequence[str], folder: Path
 ) -> list[Path]:
-    """Draw each metric that is a curve of stage 2: each arm's mean and 95 % interval, in full and enlarged.
+    """Draw each metric as one curve per arm, the mean with its 95 % interval; enlarge the second half.
 
     Args:
         runs: Measures by arm and seed.
@@ -40,7 +40,7 @@ def plot_curves(
             continue
         bands = {arm: _band(metric, by_seed.values()) for arm, by_seed in runs.items()}
         files.append(folder / f"{metric}.svg")
-        # fixed names and no date, so that the same numbers give the same file
+        # Element names are fixed and the date is left out, so that the same numbers give the same file.
         with rc_context({"svg.hashsalt": metric}):
             _figure(metric, bands).savefig(files[-1], metadata={"Date": None})
     return files

@@ -26,7 +26,7 @@ MOST_SEEDS = 20
 
 _POLL_S = 0.2
 _SHARED_S = 60.0
-"""Seconds after which a network file system shows a file that another machine has written."""
+"""Maximum seconds until a network file system shows a file that another machine has written."""
 
 
 @frozen(kw_only=True)
@@ -48,7 +48,7 @@ class Failure:
 
 @frozen(kw_only=True)
 class Outcome:
-    """The result of the jobs: the run folders of finished jobs, and the failures of the others."""
+    """The result of a runner: the run folders of finished jobs, and the failures of the other jobs."""
 
     finished: Mapping[Job, Path]
     failures: Sequence[Failure]
@@ -68,9 +68,9 @@ def visible_gpus(arms: Sequence[Arm]) -> list[str]:
 def share_machine(slots: int | None, runs: int, *, gpus: int = 0) -> tuple[int, int]:
     """Return how many runs are executed at once, and the number of threads of each run.
 
-    Without `slots`, there is one run per GPU or, without GPUs, one per core. OMP_NUM_THREADS takes
-    precedence. Neither number depends on the runs that are already finished, because the number of threads
-    affects the last digits of a run's results.
+    Without `slots`, one run is executed per GPU or, without GPUs, per core. If OMP_NUM_THREADS is set, it is
+    the number of threads of each run, and each run takes this number of cores. Runs that are already finished
+    change neither result, because the number of threads affects the last digits of a run's results.
     """
     cores = len(os.sched_getaffinity(0))
     threads = given_threads() or 0
@@ -90,11 +90,12 @@ class Runner:
 
     Attributes:
         executor: Executes the tasks.
-        at_once: How many tasks the executor gets at once; None if it gets all and distributes them itself.
+        at_once: Maximum number of tasks that the executor holds; None for an executor that gets all tasks and
+            distributes them itself.
         threads: Number of threads of each job.
         logs: Folder for the output of the jobs.
         log: Called with a line when a job begins or fails.
-        on_done: Called with the number of completed jobs after each job.
+        on_done: Called after each job with the number of jobs that have finished or failed.
     """
 
     executor: Executor
@@ -113,7 +114,7 @@ class Runner:
 
         Raises:
             WmtpError: A worker cannot execute runs of this comparison.
-            RunFailedError: The scheduler was lost.
+            RunFailedError: The connection to the scheduler was lost.
             KeyboardInterrupt: SIGINT or SIGTERM was received; jobs that had begun stop with a checkpoint.
         """
         waiting = []
@@ -159,7 +160,7 @@ class Runner:
                 self._end(job, found)
 
     def _start(self, job: Job) -> None:
-        if self.at_once is not None:  # otherwise the scheduler decides when it begins
+        if self.at_once is not None:  # otherwise the scheduler decides when the job begins
             self.log(f"{job.label}: begins, log {self._log(job)}")
         task = RunTask(
             wanted=job.wanted,
@@ -211,7 +212,7 @@ class Runner:
         self.on_done(len(self._finished) + len(self._failures))
 
     def _stop(self, total: int) -> None:
-        """Stop all runs and wait for the processes of this machine; a second interrupt kills them."""
+        """Stop all runs and wait until their processes end; a second interrupt kills the processes."""
         self._order.write_text("stop", encoding="utf-8")
         for future in self._futures.values():
             future.cancel()

@@ -1,4 +1,4 @@
-"""The tables of a comparison: all arms and metrics, then, by metric, differences from the first arm."""
+"""The tables of a comparison: an overview, then for each metric the differences from the first arm."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ class Comparison:
     Attributes:
         arms: Names of the arms; the first is the baseline.
         seeds: Seeds of the runs.
-        seconds: Duration of the shortest stage 2 of all runs, at which runs are compared at equal wall clock.
+        seconds: Duration of stage 2 in the fastest run; at equal wall clock, runs are compared at this time.
         count: Number of runs.
         rows: The rows of the table, in order.
         missing: One sentence for each run that did not finish.
         diverged: One sentence for each value that is not finite.
-        uneven: The numbers of steps of each arm in words, if they are not all equal.
+        uneven: A line with the numbers of steps of each arm; empty if all runs have the same number.
         machines: A line for each kind of machine that executed runs, if there are several kinds.
-        few: One sentence for each arm with a run of fewer than three validations up to `seconds`.
+        few: One sentence for each arm with a run that has fewer than three validations up to `seconds`.
         gap: The arms that are the floor and the ceiling; None if the user names no such arms.
         closed: The share of the gap that each other arm closes, by metric.
-        cost: What stage 2 of each arm cost, as medians over the seeds, see `median_costs`.
+        cost: The cost of stage 2 for each arm, as medians over the seeds, see `median_costs`.
     """
 
     arms: Sequence[str]
@@ -88,7 +88,7 @@ class Comparison:
         machines: Sequence[str] = (),
         gap: Gap | None = None,
     ) -> Comparison:
-        """Compare runs, keyed by arm and seed, in some metrics, at equal steps and at equal wall clock."""
+        """Compare metrics of `runs`, keyed by arm and seed, at equal steps and at equal wall clock."""
         everything = [run for by_seed in runs.values() for run in by_seed.values()]
         seconds = min(run.policy_seconds for run in everything)
         rows: list[Row] = []
@@ -157,7 +157,7 @@ class Comparison:
         return text.getvalue()
 
     def _overview(self) -> list[str]:
-        """Return a table of arms and metrics at equal steps; its columns are also aligned in a terminal."""
+        """Return a Markdown table of arms and metrics at equal steps, with columns aligned by blanks."""
         rows = [row for row in self.rows if row.at == EQUAL_STEPS]
         metrics = list(dict.fromkeys(row.metric for row in rows))
         table = [["arm", "seeds", *metrics]]
@@ -247,7 +247,7 @@ def _closed(gap: Gap, rows: Sequence[Row]) -> tuple[ClosedGap, ...]:
 
 
 def _uneven(runs: Mapping[str, Mapping[int, RunMeasures]]) -> tuple[str, ...]:
-    """Return the numbers of steps of each arm; empty if all runs have equally many steps."""
+    """Return a line with the numbers of steps of each arm; empty if all runs have the same number."""
     by_arm = {arm: sorted({run.steps for run in by_seed.values()}) for arm, by_seed in runs.items()}
     if len({steps for found in by_arm.values() for steps in found}) == 1:
         return ()
@@ -294,7 +294,7 @@ def _line(row: Row) -> str:
 
 
 def _plus_minus(found: Estimate) -> str:
-    """Return a mean ± half the width of its interval, rounded to two digits of the half width."""
+    """Return mean ± half width of the interval, both rounded to two significant digits of the half width."""
     if math.isnan(found.mean):
         return "diverged"
     half = (found.high - found.low) / 2

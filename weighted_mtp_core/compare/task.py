@@ -1,4 +1,4 @@
-"""A run of a comparison as the task of an executor: a function and arguments that another machine can get."""
+"""A run of a comparison as a task, whose function and arguments an executor can send to another machine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ORDER_S = 1.0
 """Interval in seconds at which a task reads the file of its client, which may be on a network file system."""
 
 STOP_LIMIT_S = 60.0
-"""After SIGTERM a run needs time to end its step and write a checkpoint."""
+"""Maximum seconds that a run may take after SIGTERM to end its step and write a checkpoint."""
 
 # The kernel sends SIGTERM to the run if this process dies, so that a lost worker leaves no run behind.
 _END_WITH_PARENT = (
@@ -40,15 +40,15 @@ _THREAD = threading.local()
 
 @frozen(kw_only=True)
 class RunTask:
-    """A run to execute or to resume. Relative paths are resolved by the worker, in its working folder.
+    """A run to execute or to resume; its relative paths are relative to the worker's working folder.
 
     Attributes:
-        wanted: What identifies the run.
-        command: The arguments of Python.
+        wanted: The properties by which the folder of the run is found.
+        command: The command-line arguments with which Python executes the run.
         log: File for the output of the process.
         threads: Number of threads of the run.
-        order: A file of the client. While it is empty, the run continues; if it has other content or is
-            missing, the run stops with a checkpoint.
+        order: A file of the client. While the file is empty, the run continues. If it contains `KILL`, the
+            run is killed. If it has other content or is missing, the run stops with a checkpoint.
     """
 
     wanted: WantedRun
@@ -60,12 +60,12 @@ class RunTask:
 
 @frozen(kw_only=True)
 class Ended:
-    """What became of a task.
+    """The result of a task.
 
     Attributes:
         code: Exit code of the run's process.
-        folder: Folder of the finished run.
-        reason: Last `error:` line of the output, if there is no finished run.
+        folder: Folder of the finished run; None if the run did not finish.
+        reason: Why the run did not finish: usually the last `error:` line of its output.
         host: Name of the machine.
     """
 
@@ -76,7 +76,7 @@ class Ended:
 
 
 def use_gpu(name: str) -> None:
-    """Let all later tasks of this thread use one GPU."""
+    """Make all later tasks of this thread use the GPU with this name, as in CUDA_VISIBLE_DEVICES."""
     _THREAD.environment = {"CUDA_VISIBLE_DEVICES": name}
 
 
@@ -92,12 +92,12 @@ def execute(task: RunTask) -> Ended:
             hint="share the storage with the worker, and start the worker in the client's working folder",
         )
     while task.wanted.is_running() and _order(task) == "":
-        time.sleep(ORDER_S)  # left by a lost worker: it ends by itself, and what it has done is kept
+        time.sleep(ORDER_S)  # the process of a lost worker ends by itself and leaves a checkpoint
     found, code = task.wanted.finished(), 0
     if found is None:
         code = _run(task) if _order(task) == "" else EXIT_TERMINATED
         found = task.wanted.finished() if code == 0 else None
-    # exit code 0: the recorded run differs from the job that the client planned
+    # An exit code of 0 without the wanted run: the recorded run differs from the job that the client planned.
     reason = _last_error(task.log) if code else "its recipe or the source of a plugin was edited"
     return Ended(code=code, folder=found, reason=reason, host=socket.gethostname())
 
@@ -114,7 +114,7 @@ def _run(task: RunTask) -> int:
                 "OMP_NUM_THREADS": str(task.threads),
                 **getattr(_THREAD, "environment", {}),
             },
-            start_new_session=True,  # so that a child receives Ctrl-C only from this process
+            start_new_session=True,  # so that Ctrl-C in a terminal does not reach the child directly
         )
     stop_by = None
     while True:
@@ -129,12 +129,12 @@ def _run(task: RunTask) -> int:
 
 
 def _order(task: RunTask) -> str:
-    """Return the content of the client's file, which is opened anew because NFS then shows the latest one."""
+    """Return the content of the client's file; opening the file anew makes NFS show its latest content."""
     try:
         return task.order.read_text(encoding="utf-8")
     except FileNotFoundError:
         return "stop"
-    except OSError:  # a fault of the network
+    except OSError:  # the network has failed
         return ""
 
 

@@ -29,7 +29,7 @@ class _Group(NamedTuple):
 
 
 def _baselines(measure: str, title: str, note: str) -> _Group:
-    """Return the group of one measure of the critic and of the baselines that it must beat."""
+    """Group a measure of the critic with the same measure of the two baselines that the critic must beat."""
     members = {"critic": "critic", "critic_constant": "constant", "critic_length_only": "length"}
     return _Group(
         title=title, note=note, members={f"{who}_{measure}": label for who, label in members.items()}
@@ -121,7 +121,10 @@ _FIRST = (
 
 
 def charts_of(metrics: Mapping[str, Sequence[Point]]) -> tuple[list[Chart], list[Chart]]:
-    """Draw all metrics of a stage: first plugins' metrics and the most important ones, then the others."""
+    """Draw charts of all metrics of a stage, and return (first charts, other charts).
+
+    The first charts show the metrics of plugins and the most important metrics of core.
+    """
     groups = [*_head_groups(metrics), *_GROUPS]
     known = {name for group in groups for name in group.members}
     groups += [
@@ -137,7 +140,7 @@ def charts_of(metrics: Mapping[str, Sequence[Point]]) -> tuple[list[Chart], list
 
 
 def _head_groups(metrics: Mapping[str, Sequence[Point]]) -> list[_Group]:
-    """Return a group for each metric that exists once per head."""
+    """Return a group for each metric that is computed per head; it has a line for each head."""
     heads: dict[str, dict[str, str]] = {}
     for name in metrics:
         if match := re.fullmatch(r"(.+)_head_(\d+)", name):

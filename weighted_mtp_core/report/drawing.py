@@ -1,6 +1,6 @@
 """Draws small charts as inline SVG with colours from the page's style sheet, for light and dark mode.
 
-Besides colours, lines have different dashes and a label at their end. matplotlib is not used, because it
+Lines differ in colours and dashes, and each line has a label at its end. matplotlib is not used, because it
 cannot use a style sheet and takes 2.4 s of CPU time for the 32 charts of a run; this module takes 0.05 s.
 """
 
@@ -16,12 +16,12 @@ from weighted_mtp_core.metrics.critic_report import ReliabilityBin
 from weighted_mtp_core.report.rendering import render
 
 _MOST_POINTS = 200
-_TINY = 1e-300  # a smaller range has no power of ten to divide by
+_TINY = 1e-300  # a smaller range of values counts as 0, because powers of ten would underflow
 
 
 @frozen(kw_only=True)
 class Series:
-    """One line of a chart; points (x, y) in order of x."""
+    """One line of a chart; its points (x, y) are in order of x."""
 
     label: str
     points: Sequence[tuple[float, float]]
@@ -42,7 +42,7 @@ class _Frame:
     ticks: Sequence[float] = field(factory=tuple)
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        """Return the position of a value."""
+        """Return the position of the values (x, y), in SVG units from the top left corner."""
         across = (x - self.x[0]) / (self.x[1] - self.x[0])
         up = (y - self.y[0]) / (self.y[1] - self.y[0])
         return (
@@ -52,7 +52,7 @@ class _Frame:
 
 
 def line_chart(series: Sequence[Series], *, title: str, x_label: str = "step") -> Markup:
-    """Draw lines over a common axis; return nothing if no value is finite."""
+    """Draw lines in one chart; the result is empty if no value is finite."""
     drawn = [(each.label, _thin(each.points)) for each in series]
     finite = [(x, y) for _, points in drawn for x, y in points if math.isfinite(y)]
     if not finite:
@@ -78,7 +78,7 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str = "step") -
 
 
 def reliability_chart(bins: Sequence[ReliabilityBin]) -> Markup:
-    """Plot each bin's mean reward, with its interval, over its mean value; a dot's area shows the count."""
+    """Plot each bin's mean reward and interval over the bin's mean value; larger dots are larger bins."""
     frame = _Frame(x=(0, 1), y=(0, 1), ticks=(0, 0.25, 0.5, 0.75, 1), right=24.0, height=230.0)
     largest = max(each.count for each in bins)
     points = []

@@ -1,4 +1,4 @@
-"""Writes the report of a run: one HTML file with a light and a dark mode that needs no network or colours."""
+"""Writes the report of a run: one HTML file that is readable without a network and without colours."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write_report(run: Path) -> Path:
 
 
 def _contents(history: RunHistory) -> dict[str, Any]:
-    """Return the values of the template that come from the journal."""
+    """Return the variables of the template that are computed from the journal."""
     return {
         **history.run,
         "status": _status(history),
@@ -73,7 +73,7 @@ def _status(history: RunHistory) -> str:
 
 
 def _figures(history: RunHistory) -> list[tuple[str, str, str]]:
-    """Return the most important numbers as (name, value, what to compare the value with)."""
+    """Return the most important results as (name, value, reference value for comparison)."""
     figures = []
     if history.tags.get(run_tags.UNINFORMATIVE_CRITIC) == "true":
         figures.append(("critic", "⚠ uninformative", "not shown to be better than a constant"))
@@ -95,7 +95,7 @@ def _figures(history: RunHistory) -> list[tuple[str, str, str]]:
 
 
 def _validated(history: RunHistory) -> list[tuple[str, str, str]]:
-    """Return the validation results of the policy that was kept, without a frozen head 1."""
+    """Return the validation results of the kept policy; the loss of a frozen head 1 is left out."""
     validations, kept = _validations(history), _kept_step(history)
     if kept is None:
         return []
@@ -158,7 +158,7 @@ def _facts(history: RunHistory) -> list[tuple[str, str]]:
 
 
 def _cost(history: RunHistory) -> list[tuple[str, str]]:
-    """Return what stage 2 cost: its rates, as medians over the logged steps, and its peak memory."""
+    """Return the cost of stage 2: its rates, as medians over the logged steps, and its peak memory."""
     cost = cost_of("policy", history.timings)
     formats = {
         "tokens_per_second": ("{:,.0f} tokens/s", 1.0),
@@ -184,7 +184,7 @@ def _stages(history: RunHistory) -> list[tuple[str, Sequence[Chart], Sequence[Ch
 
 
 def _heads(history: RunHistory) -> list[dict[str, float | None]]:
-    """Return the measures of each head; `best` is the loss at the step of the policy that was kept."""
+    """Return the measures of each head; `best` is the validation loss of the policy that was kept."""
     validated, kept = history.numbered("policy", "validation_ce_head_"), _kept_step(history)
     return [
         {
@@ -206,7 +206,7 @@ def _acceptance(history: RunHistory) -> list[tuple[str, float]]:
 
 
 def _verdicts(history: RunHistory) -> list[tuple[str, float]]:
-    """Return the shares of the verdicts on the policy's responses."""
+    """Return the share of each verdict among the verdicts on the policy's responses."""
     return [
         (name.removeprefix("verdict_").replace("_", " "), points[-1].value)
         for name, points in history.metrics.get("evaluate", {}).items()

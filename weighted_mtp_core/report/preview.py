@@ -1,6 +1,6 @@
-"""What stage 2 trains on at its first step: texts token by token, targets, weights, pairs of each head.
+"""Shows what stage 2 trains on in its first step: tokens, targets, weights, and the pairs of each head.
 
-Nothing is trained. Policy, batch and weighting are those of step 0 of a run of the same recipe.
+Nothing is trained. The policy, the batch and the weighting are the same as in step 0 of a run of the recipe.
 
 Shape letters: B rows, T positions, K heads, L tokens of one document.
 """
@@ -32,11 +32,11 @@ class PreviewToken:
     """A token of a document.
 
     Attributes:
-        id: Its id.
-        text: What it adds to the text; empty inside a character that takes several tokens.
-        is_target: Whether a head learns to predict it.
-        weight_K: Its weight as the target of each head; None where the head does not predict it. Empty if the
-            weights are unknown.
+        id: Id of the token.
+        text: The text that the token adds; empty if the token ends inside a character of several tokens.
+        is_target: Whether a head learns to predict the token.
+        weight_K: Weight of the token as a target of each head; None for a head that does not predict the
+            token. The tuple is empty if the weights are unknown.
     """
 
     id: int
@@ -46,12 +46,12 @@ class PreviewToken:
 
     @property
     def weight(self) -> float | None:
-        """Mean weight over the heads that predict the token; None if there is none."""
+        """Mean weight over the heads that predict the token; None if no head does or weights are unknown."""
         known = [weight for weight in self.weight_K if weight is not None]
         return sum(known) / len(known) if known else None
 
     def as_reported(self) -> Token:
-        """Return the token in the form that the report shades."""
+        """Convert the token to the class of tokens that the report shades."""
         return Token(text=self.text, weight=self.weight, loss_K=(), is_target=self.is_target)
 
 
@@ -66,12 +66,12 @@ class PreviewDocument:
 
 @frozen(kw_only=True)
 class Preview:
-    """What the first step trains on.
+    """What the first step of stage 2 trains on.
 
     Attributes:
-        facts: Label and text of the lines about the data and the batch.
+        facts: Lines about the data and the batch, as pairs (label, text).
         documents: The first documents of the batch.
-        unweighed: Why there are no weights; empty if there are.
+        unweighed: The reason why there are no weights; empty if there are weights.
     """
 
     facts: tuple[tuple[str, str], ...]
@@ -81,7 +81,7 @@ class Preview:
 
 @torch.no_grad()
 def preview(plan: Plan, *, count: int, log: Callable[[str], None]) -> Preview:
-    """Prepare a run and look at the global batch of step 0 of stage 2.
+    """Prepare a run, and describe the global batch of step 0 of stage 2.
 
     Args:
         plan: The plan of the run.
@@ -89,7 +89,7 @@ def preview(plan: Plan, *, count: int, log: Callable[[str], None]) -> Preview:
         log: Receives the messages of stage 0.
 
     Raises:
-        WmtpError: A run of the plan would stop before stage 2.
+        WmtpError: A run of this plan would fail before stage 2.
         RunFailedError: The weighting failed.
     """
     torch.manual_seed(plan.recipe.run.seed)
@@ -113,7 +113,7 @@ def preview(plan: Plan, *, count: int, log: Callable[[str], None]) -> Preview:
 
 
 def _left_out(prepared: Prepared, split: Split) -> str:
-    """Return how many responses of a split are used, and why the others are not."""
+    """Return a text on how many responses of a split are used, and why other responses are left out."""
     tokens = prepared.policy_tokens(split)
     responses = len(prepared.source.examples(split))
     reasons = [
@@ -125,7 +125,7 @@ def _left_out(prepared: Prepared, split: Split) -> str:
 
 
 def _weights(prepared: Prepared, batch: CollatedBatch, target_BTK: Tensor) -> tuple[Tensor | None, str]:
-    """Return the weights of step 0, `[B, T, K]` by source and head, or None and the reason."""
+    """Return the weights of step 0, `[B, T, K]` by source and head; or None, and the reason as text."""
     weighting, critic = prepared.plan.weighting, prepared.build_critic()
     if weighting.needs & {*CRITIC_SIGNALS} and not _is_ready(prepared, critic):
         return None, f"unknown, because `{weighting.address}` needs a critic that is trained in stage 1"
@@ -135,7 +135,7 @@ def _weights(prepared: Prepared, batch: CollatedBatch, target_BTK: Tensor) -> tu
 
 
 def _is_ready(prepared: Prepared, critic: Critic | None) -> bool:
-    """Return whether the critic scores without training; load it if the recipe names a checkpoint."""
+    """Return whether the critic can score without training; if the recipe names a checkpoint, load it."""
     table = prepared.plan.recipe.critic
     if critic is None or table is None:
         return False

@@ -1,4 +1,4 @@
-"""A preview as lines of text, with colours on a terminal, and as a page with the report's shading."""
+"""Shows a preview as lines of text, with colours in a terminal, or as a page with the report's shading."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _style(token: PreviewToken, *, top: float) -> str:
 
 
 def weight_text(token: PreviewToken) -> str:
-    """Return a token's weight as text: one number, or one per head if heads differ; `?` if it is unknown."""
+    """Return a token's weight as text: one number, or one per head if they differ; `?` if it is unknown."""
     if not token.is_target:
         return "-"
     if not token.weight_K:
@@ -59,7 +59,7 @@ def weight_text(token: PreviewToken) -> str:
 
 
 def write_page(preview: Preview, path: Path) -> None:
-    """Write the page; it needs no network."""
+    """Write the preview as an HTML page that needs no network."""
     tokens = [[token.as_reported() for token in each.tokens] for each in preview.documents]
     report = TokenReport(
         step=0,
@@ -87,7 +87,7 @@ def write_page(preview: Preview, path: Path) -> None:
 
 
 def _numbers(token: PreviewToken) -> str:
-    """Return the lines that the page shows over a token."""
+    """Return the lines of text that the page shows when the pointer is over a token."""
     return "\n".join(_facts(token))
 
 

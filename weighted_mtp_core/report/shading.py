@@ -1,4 +1,4 @@
-"""Computes how strongly the report shades each token by each quantity, and the numbers shown for a token."""
+"""Computes how strongly each quantity shades a token in the report, and the numbers shown for a token."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from attrs import frozen
 
 from weighted_mtp_core.report.token_report import Token, TokenReport
 
-_CLEAR = 0.2  # relative to the TD error with full shade; smaller TD errors are not marked as up or down
+_CLEAR = 0.2  # share of the TD error with full shade; smaller TD errors are not marked as up or down
 
 
 @frozen(kw_only=True)
@@ -23,9 +23,9 @@ class Scale:
         high: Label of the deepest shade.
         signed: Whether some values are negative. If so, the shade shows the absolute value, and hue and
             underline show the sign.
-        read: Returns the value of the quantity for a token, or None.
-        bottom: The value, or absolute value, that is shown without shade.
-        top: The value, or absolute value, that is shown with full shade.
+        read: Returns the value of the quantity for a token; None if the token has no value.
+        bottom: The value (if `signed`, the absolute value) that is shown without shade.
+        top: The value (if `signed`, the absolute value) that is shown with full shade.
     """
 
     key: str
@@ -39,7 +39,7 @@ class Scale:
     top: float
 
     def shade(self, token: Token) -> float | None:
-        """Return the shade from 0 to 1."""
+        """Return the shade of a token, from 0 to 1; None if the token has no value."""
         value = self.read(token)
         if value is None:
             return None
@@ -65,7 +65,7 @@ class Shading:
         return ";".join(f"--{key}:{value:.2f}" for key, value in shades if value)
 
     def mark(self, token: Token) -> str:
-        """Return style classes: `negative` for a weight below 0, `up` or `down` for a large TD error."""
+        """Return CSS classes: `negative` for a weight below 0, `up` or `down` for a large TD error."""
         shade = next((scale.shade(token) or 0.0 for scale in self.scales if scale.key == "change"), 0.0)
         marks = ["negative"] if token.weight is not None and token.weight < 0 else []
         if token.change is not None and shade > _CLEAR:
@@ -102,8 +102,8 @@ def _scales(tokens: Sequence[Token]) -> Iterator[Scale]:
         )
     moves = sorted(abs(token.change) for token in tokens if token.change is not None)
     if moves:
-        # the last token, where the reward becomes known, has a far larger TD error, which would hide the
-        # others
+        # 10 % of the tokens have full shade. Otherwise the last token of a response, where the reward becomes
+        # known, would hide the other TD errors with its far larger TD error.
         top = moves[int(0.9 * (len(moves) - 1))] or moves[-1] or 1.0
         yield Scale(
             key="change",

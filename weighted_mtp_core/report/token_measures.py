@@ -30,9 +30,9 @@ from weighted_mtp_core.training.critic_scores import critic_scores
 from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.prepare import Prepared
 
-_WEIGHED = 16  # problems in the batch, because some weightings compare responses within a batch
-_SHOWN = 6  # problems in the report
-_LONGEST = 800  # tokens of a response in the report
+_WEIGHED = 16  # maximum problems in the batch; several, as some weightings compare responses within a batch
+_SHOWN = 6  # maximum problems in the report
+_LONGEST = 800  # maximum tokens of a response in the report
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ def measure_tokens(
 
 
 def _weigh(learner: PolicyLearner, batch: Batch) -> tuple[Sequence[Tensor | None], str]:
-    """Return the weights of each row and an empty text, or None for each row and the reason.
+    """Return the weights of each row and an empty text; without weights, None for each row and the reason.
 
     Some weightings can only compute weights for training batches. The run is already complete when the report
     is written, so missing weights must not make it fail.
@@ -93,9 +93,9 @@ def _weigh(learner: PolicyLearner, batch: Batch) -> tuple[Sequence[Tensor | None
 
 
 def choose_problems(tokens: TokenSet, *, at_most: int) -> list[tuple[int, ...]]:
-    """Return the rows of the first correct and the first incorrect response of each problem.
+    """Return for each problem the numbers of its first correct and its first incorrect response.
 
-    Problems with both come first.
+    Problems that have both a correct and an incorrect response come first.
     """
     correct_D = is_correct(tokens.reward_D)
     firsts: dict[int, list[int]] = {}
@@ -210,5 +210,5 @@ def array(x: Tensor) -> NDArray[np.float64]:
 
 
 def plain(value: float) -> float | None:
-    """Round a number to the five digits that the file stores; None for NaN."""
+    """Round a number to five significant digits, as it is stored in files; return None for NaN."""
     return None if np.isnan(value) else float(f"{value:.5g}")

@@ -24,8 +24,8 @@ class Token:
         weight_K: Weight for each head if the weighting returns a weight per head, otherwise empty. The weight
             is None for a head that cannot predict the token, because the token is too near the start.
         loss_K: Unweighted cross-entropy of each head, in nats; None for a head that cannot predict the token.
-        value: The critic's value of the prefix that ends with the token; None if the run has no critic that
-            computes values.
+        value: The critic's value of the prefix that ends with the token, at most 1; None if the run has no
+            critic that computes values.
         change: TD error r_t + V_t - V_{t-1} of the token. V_t is the value of the prefix that ends at token
             t, and r_t is 0; at the last token, V_t is 0 and r_t the reward of the response.
         is_target: Whether the token is learned; False for a message between two turns of the assistant.
@@ -60,7 +60,7 @@ class ProblemTokens:
 
 @frozen(kw_only=True)
 class TokenReport:
-    """The contents of the file.
+    """The contents of `report_tokens.json`.
 
     Attributes:
         step: Step of stage 2 for which the weighting computed the weights.
@@ -78,20 +78,20 @@ class TokenReport:
 
     @property
     def has_messages(self) -> bool:
-        """Whether some tokens are not targets."""
+        """Whether some tokens are not targets, because they belong to messages between two turns."""
         solutions = [solution for problem in self.problems for solution in problem.solutions]
         return not all(token.is_target for solution in solutions for token in solution.tokens)
 
 
 def save_token_report(report: TokenReport, run: Path) -> Path:
-    """Write the file into a run folder and return its path."""
+    """Write `report_tokens.json` into a run folder, and return the path of the file."""
     path = run / FILE
     atomic_write(path, json.dumps(cattrs.unstructure(report), ensure_ascii=False, separators=(",", ":")))
     return path
 
 
 def load_token_report(run: Path) -> TokenReport | None:
-    """Read the file of a run folder; None if the run ended before the file was written."""
+    """Read `report_tokens.json` from a run folder; None if the run ended before the file was written."""
     path = run / FILE
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""Makes the table `token_values.jsonl` with value, TD error and weight of each validation response token.
+"""Makes the table `token_values.jsonl`: value, TD error and weight of each token of validation responses.
 
 Shape letters: B rows, T positions, K heads.
 """
@@ -37,9 +37,9 @@ def table_of_values(
     """Return the text of the file, with one line for each response token.
 
     A line contains `example` (its id), `reward` (of the whole response), `position` (of the token in the
-    response, from 0), `token` (its text), `value` (of the prefix that ends with the token), `change` (the TD
-    error of the token with discount gamma = 1) and `weight` (mean over the heads; null if no head predicts
-    the token or if the weighting can only compute weights for training batches).
+    response, from 0), `token` (its text), `value` (of the prefix that ends with the token, at most 1),
+    `change` (the TD error of the token with discount gamma = 1) and `weight` (mean over the heads; null if no
+    head predicts the token or if the weighting can only compute weights for training batches).
 
     Args:
         prepared: Tokenizer and policy.
@@ -72,7 +72,7 @@ def _weights(learner: PolicyLearner, batch: Batch) -> Floats:
     labels_BTK = batch_labels(batch, learner.policy.n_future)
     try:
         weight = learner.weigh(batch, step=learner.steps).weight
-    except RunFailedError:  # weightings that only support training batches; the report contains the reason
+    except RunFailedError:  # some weightings support only training batches; the report contains the reason
         return np.full(tuple(batch.ids_BT.shape), np.nan)
     return array(mean_over_heads(weight, target_mask(labels_BTK)))
 
