@@ -1,1 +1,1 @@
-"""How much memory a run will take, found by running its code on tensors without values."""
+"""Forecasts how much memory a run takes, by running its code on tensors without values."""

@@ -1,4 +1,4 @@
-"""How much memory this machine has free, on a device and in main memory."""
+"""Measures how much memory is free on this machine, on a device and in main memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CGROUPS = (
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Return the free bytes of a device; of main memory for a CPU; None for other devices."""
+    """Return the free bytes of a CUDA device, or of main memory for a CPU; None for other devices."""
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
@@ -22,7 +22,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def free_main_memory() -> int | None:
-    """Return the bytes that processes can still take: of the machine, or less if a container limits them."""
+    """Return the free bytes of main memory, within the limits of a container; None if they are unknown."""
     known = [each for each in (_of_machine(), *map(left_in_group, _CGROUPS)) if each is not None]
     return min(known, default=None)
 
@@ -39,7 +39,10 @@ def _of_machine() -> int | None:
 
 
 def left_in_group(files: tuple[str, str]) -> int | None:
-    """Return what a control group leaves; page cache is not counted as used, as the kernel can drop it."""
+    """Return the bytes that a control group may still use, or None if it has no limit.
+
+    Page cache counts as free, because the kernel can drop it.
+    """
     limit_file, used_file = map(Path, files)
     try:
         limit = limit_file.read_text(encoding="ascii").strip()

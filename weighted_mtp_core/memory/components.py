@@ -38,9 +38,10 @@ class UniformWeights(WeightingStrategy):
 
 
 def build_critic(plan: Plan, policy: Policy) -> Critic | None:
-    """Build the critic of a plan; None if it has none.
+    """Build the critic of a plan; None if the plan has no critic.
 
-    Models and checkpoints that the critic names are made from their configs or copied from the policy.
+    The models that the critic uses are made from their configs or copied from the policy; no weights are
+    read.
     """
     if plan.critic is None:
         return None

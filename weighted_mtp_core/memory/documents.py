@@ -1,4 +1,6 @@
-"""The batch with the most tokens: the longest documents of the data, or documents of the recipe's length.
+"""The batch with the most tokens, which consists of the longest documents.
+
+If the documents of the data are not known, they are assumed to be as long as the recipe allows.
 
 Shape letters: B rows, D documents.
 """
@@ -25,9 +27,9 @@ class Documents:
     """Lengths of documents.
 
     Attributes:
-        length_D: Tokens of each document, longest first, int64.
-        prompt_D: Tokens of its prompt, int64.
-        measured: Whether these are documents of the data instead of the longest that the recipe allows.
+        length_D: Number of tokens of each document, longest first, int64.
+        prompt_D: Number of tokens of each document's prompt, in the same order, int64.
+        measured: True for documents of the data, False for the longest document that the recipe allows.
     """
 
     length_D: NDArray[np.int64]
@@ -50,7 +52,7 @@ class Documents:
         return cls(length_D=table.max_tokens * one, prompt_D=one, measured=False)
 
     def within(self, max_tokens: int) -> Documents:
-        """Return the documents that are not longer than `max_tokens`, or cut if all are longer."""
+        """Return the documents of at most `max_tokens` tokens; if all are longer, cut the longest one."""
         kept = self.length_D <= max_tokens
         if not kept.any():
             kept = np.arange(len(kept)) == 0
@@ -59,15 +61,15 @@ class Documents:
 
     @property
     def longest_prompt(self) -> int:
-        """Tokens of the longest prompt; of the longest document if the documents are not of the data."""
+        """Number of tokens of the longest prompt; if prompts are unknown, of the longest document."""
         return int(max(self.prompt_D if self.measured else self.length_D))
 
     def batch(self, table: DataTable, *, rows: int, packed: bool) -> CollatedBatch:
-        """Return the batch of the longest documents, each repeated if there are too few.
+        """Return a batch of the longest documents; documents are repeated if there are too few.
 
         Args:
             table: The recipe's `[data]`.
-            rows: B.
+            rows: B, the number of rows.
             packed: Whether rows hold several documents, as in stage 2 of a recipe with packing.
         """
         per_row = self._fitting(table.pack_tokens) if packed and table.packing == "documents" else 1

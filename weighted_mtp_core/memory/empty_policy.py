@@ -35,13 +35,13 @@ def config_of(table: ModelTable, *, storage: Path) -> Any:
 
 
 def empty_policy(config: Any, table: ModelTable) -> Policy:
-    """Return the policy of a base model with this config, ready for training; call it in `without_values`.
+    """Return the policy of a base model with this config, ready for training.
 
-    The layers for multi-token prediction that a base model ships have the shape of its decoder layers, so
-    they are made like new `sequential` heads.
+    Call this function inside `without_values`. If a base model has layers for multi-token prediction, they
+    have the shape of its decoder layers, so they are made like new `sequential` heads.
 
     Raises:
-        WmtpError: The model cannot be a policy.
+        WmtpError: The base model is not supported as a policy.
     """
     from transformers import AutoModelForCausalLM
 

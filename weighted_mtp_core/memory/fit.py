@@ -1,4 +1,4 @@
-"""Refuses a run that needs more memory than there is, before any weights are loaded."""
+"""Refuses a run that needs more memory than is free, before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from weighted_mtp_core.runtime.distributed import Distributed
 from weighted_mtp_core.training.prepare import compute_of
 
 TOLERANCE = 0.15
-"""The forecast is within this share of the measured peak (docs/performance.md)."""
+"""Largest relative difference between a forecast and the measured peak (docs/performance.md)."""
 
-_SHOWN = 3  # keys in the hint of a refusal
+_SHOWN = 3  # maximum number of keys in the hint of a refusal
 
 
 @frozen(kw_only=True)
 class Lack:
-    """Memory that a run needs and that is not there.
+    """A kind of memory of which a run needs more than is free.
 
     Attributes:
         where: The device, or `main memory`.
-        needed: Bytes, according to the forecast.
-        free: Bytes.
+        needed: Bytes that the run needs, according to the forecast.
+        free: Bytes that are free.
     """
 
     where: str
@@ -45,12 +45,12 @@ class Lack:
 
     @property
     def is_certain(self) -> bool:
-        """Whether the run cannot fit even if it needs less than the forecast by the tolerance."""
+        """Whether the run does not fit even if it needs less than the forecast by the share `TOLERANCE`."""
         return self.needed * (1 - TOLERANCE) > self.free
 
 
 def lacks(found: Forecast, *, device: int | None, host: int | None) -> list[Lack]:
-    """Compare a forecast with free memory in bytes; None stands for memory of an unknown size."""
+    """Return each kind of memory that a forecast exceeds; free memory is in bytes, None if it is unknown."""
     kind = found.target.device
     pairs = [("main memory", found.host_peak, host)]
     if kind != "cpu":
@@ -65,16 +65,18 @@ def lacks(found: Forecast, *, device: int | None, host: int | None) -> list[Lack
 def find_target(
     plan: Plan, *, processes: int, device_memory: int | None = None
 ) -> tuple[Target, int | None, int | None]:
-    """Return what a run is planned for, with the free bytes of the device and of main memory.
+    """Return the target of a run, the free bytes of the device, and the free bytes of main memory.
 
     Args:
         plan: The plan.
         processes: Number of processes that train together.
-        device_memory: Bytes of a GPU on another machine; None stands for this machine and its free memory.
-            Main memory of another machine is unknown.
+        device_memory: Memory in bytes of a GPU on another machine, whose main memory is then unknown. If the
+            recipe's device is `cpu`, it is the main memory of the other machine. None stands for this machine
+            and its free memory.
 
     Raises:
-        WmtpError: The recipe's device does not exist here, or does not compute in the recipe's dtype.
+        WmtpError: This machine does not have the recipe's device, or the device does not support the recipe's
+            dtype.
     """
     table = plan.recipe.model
     local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
@@ -101,7 +103,7 @@ def refuse_too_large(plan: Plan, distributed: Distributed) -> str | None:
     `run.over_memory = "warn"` replaces the refusal with a warning.
 
     Raises:
-        WmtpError: The run does not fit.
+        WmtpError: The run needs more than the free memory, even if the forecast is too high by its tolerance.
     """
     target, device, host = find_target(plan, processes=distributed.size)
     try:
@@ -110,7 +112,7 @@ def refuse_too_large(plan: Plan, distributed: Distributed) -> str | None:
             return None
         documents = longest_documents(plan, tokenise=True)
         found = forecast(plan, documents, target)
-    except WmtpError:  # the run itself reports it, with what else is wrong
+    except WmtpError:  # the run itself reports this error, together with other errors
         return None
     missing = lacks(found, device=device, host=host)
     if not missing:
@@ -133,7 +135,7 @@ def _hint(plan: Plan, documents: Documents, found: Forecast) -> str:
 
 
 def _is_small(config: Any, plan: Plan, *, least: int) -> bool:
-    """Return whether a run surely fits: a bound that is several times too large fits into `least` bytes."""
+    """Return whether a run certainly fits: `least` bytes are enough for several times its real need."""
     recipe, text = plan.recipe, text_config(config)
     experts = any("expert" in name and not name.startswith("_") for name in vars(text))
     other_model = plan.critic is not None and getattr(plan.critic.options, "base", None) is not None

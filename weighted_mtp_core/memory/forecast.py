@@ -1,4 +1,4 @@
-"""The memory that a run will take: its largest use on the device and in main memory, per process."""
+"""Forecasts the memory that a run takes: the largest use of the device and of main memory."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 1 <
 
 @frozen(kw_only=True)
 class Forecast:
-    """The use of memory of one process.
+    """A forecast of the largest use of memory in each phase of a run.
 
     Attributes:
-        target: What the run is planned for.
+        target: The device and the processes of the run.
         parameters: Number of parameters of the policy.
-        rows: Rows and tokens of the largest micro-batch.
-        device: The phases of the run on the device; on a CPU, main memory is the device.
-        host: The phases that need main memory besides the device, for all processes of a machine; empty on a
-            CPU.
+        rows: Number of rows, and of tokens per row, of the largest micro-batch.
+        device: The use of the device by one process, by phase; on a CPU, the device is main memory.
+        host: The use of main memory by all processes of a machine with another device than a CPU, by phase;
+            empty on a CPU.
         uncounted: What the forecast leaves out, with the reasons.
     """
 
@@ -48,7 +48,7 @@ class Forecast:
 
     @property
     def peak(self) -> int:
-        """The largest use of the device's memory, in bytes."""
+        """The largest use of the device's memory by one process, in bytes."""
         return max((phase.total for phase in self.device), default=0)
 
     @property
@@ -60,16 +60,16 @@ class Forecast:
 
 
 def forecast(plan: Plan, documents: Documents, target: Target, *, only: str | None = None) -> Forecast:
-    """Find how much memory a run of this plan takes.
+    """Forecast how much memory a run of this plan takes.
 
     Args:
         plan: The plan.
         documents: The documents of the largest batch.
-        target: What the run is planned for.
-        only: Name of the only phase to find on the device; None finds all.
+        target: The device and the processes of the run.
+        only: Name of the only phase to simulate on the device; None stands for all phases.
 
     Raises:
-        WmtpError: The config of the base model cannot be read, or the model cannot be a policy.
+        WmtpError: The config of the base model cannot be read, or the model is not supported as a policy.
     """
     found = find_phases(plan, documents, target, only=only)
     table = plan.recipe.checkpoint
@@ -77,7 +77,8 @@ def forecast(plan: Plan, documents: Documents, target: Target, *, only: str | No
     sharded = found.held < found.model
     state = min(found.saved, found.held) + found.optimiser
     copies = state if 0 < table.every < steps else 0
-    # Shards are written tensor by tensor; otherwise the file is made in memory, and copied there once.
+    # Sharded parameters are written tensor by tensor. Otherwise the whole file is made in memory and copied
+    # once.
     best = 0 if sharded else 2 * found.saved
     host: tuple[Phase, ...] = ()
     if target.device == "cpu":
@@ -100,7 +101,7 @@ def forecast(plan: Plan, documents: Documents, target: Target, *, only: str | No
 
 
 def _with_copies(found: Phases, copies: int, best: int) -> tuple[Phase, ...]:
-    """Add the copies in main memory from which files are written to the phases of a run on a CPU."""
+    """Add to the phases of a run on a CPU the copies in main memory from which files are written."""
     held = {TRAINING: copies, VALIDATION: copies}
     phases = [
         evolve(phase, parts={**phase.parts, COPIES: held[phase.name]}) if held.get(phase.name) else phase

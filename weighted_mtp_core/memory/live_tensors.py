@@ -1,8 +1,8 @@
 """Runs torch code on tensors without values, and counts the bytes of the tensors that exist at each moment.
 
 Torch's fake tensors have a shape, a dtype and a storage of a known size, but no memory. So a training step of
-a model of any size takes seconds, and its peak follows from the code itself instead of a formula. Buffers
-inside a kernel are not counted.
+a model of any size can be simulated in seconds, and the peak of its memory follows from the code itself
+instead of a formula. Buffers inside a kernel are not counted.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ BACKWARD, GRADIENTS, LOGITS, CAST = "backward pass", "gradients", "logits of a c
 _READ, _EQUAL, _NONZERO = (
     getattr(torch.ops.aten, name).default for name in ("_local_scalar_dense", "equal", "nonzero")
 )
-_TO = torch.ops.aten._to_copy.default  # noqa: SLF001 - the operation's name
-_Mode: Any = TorchDispatchMode  # torch does not type it
+_TO = torch.ops.aten._to_copy.default  # noqa: SLF001 - torch's name of the operation
+_Mode: Any = TorchDispatchMode  # torch has no types for this class
 _FakeMode: Any = FakeTensorMode
 
 
@@ -40,10 +40,10 @@ class LiveTensors(_Mode):  # type: ignore[misc]
 
     Attributes:
         part: The part to which new tensors belong, except logits and tensors of the backward pass.
-        chunk: Maximum rows and exact columns of the matrices that are counted as logits.
-        live: Bytes that exist now.
-        peak: The largest value of `live` since `restart`.
-        at_peak: Bytes by part at that moment.
+        chunk: Maximum number of rows and exact number of columns of a matrix that is counted as logits.
+        live: Bytes of the tensors that exist now.
+        peak: The largest value of `live` since the last call of `restart`.
+        at_peak: Bytes by part at the moment of the peak.
     """
 
     def __init__(self, mode: FakeTensorMode) -> None:
@@ -71,7 +71,7 @@ class LiveTensors(_Mode):  # type: ignore[misc]
             self.part = before
 
     def assign(self, part: str, tensors: Iterable[Tensor]) -> None:
-        """Let existing tensors belong to `part` from now on."""
+        """Make existing tensors belong to `part` from now on."""
         for tensor in tensors:
             key = _identity(tensor.untyped_storage())
             if key in self._storages:
@@ -81,11 +81,11 @@ class LiveTensors(_Mode):  # type: ignore[misc]
                 self._by_part[part] = self._by_part.get(part, 0) + size
 
     def watch(self, parameters: Iterable[nn.Parameter], *, written: Iterable[nn.Parameter]) -> None:
-        """Count the gradients of these parameters as gradients as soon as they exist.
+        """Make the gradients of parameters belong to the part `GRADIENTS` as soon as they exist.
 
         Args:
-            parameters: Parameters whose gradients autograd writes.
-            written: Parameters whose gradients other code may write first.
+            parameters: Parameters whose gradients are written by autograd.
+            written: Parameters whose gradients may be written first by other code than autograd.
         """
         for parameter in parameters:
             if parameter.requires_grad:
@@ -100,7 +100,10 @@ class LiveTensors(_Mode):  # type: ignore[misc]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run an operation and count its result. A value that is read is 0; `nonzero` finds everything."""
+        """Run an operation and count the bytes of its result.
+
+        Because tensors have no values, a value that is read is 0, and `nonzero` returns all elements.
+        """
         del types
         if func is _READ:
             return 0.0 if args[0].dtype.is_floating_point else False if args[0].dtype == torch.bool else 0
@@ -109,9 +112,9 @@ class LiveTensors(_Mode):  # type: ignore[misc]
         if func is _NONZERO:
             return args[0].new_zeros((args[0].numel(), args[0].ndim), dtype=torch.long)
         result = func(*args, **(kwargs or {}))
-        if func is _TO and isinstance(args[0], nn.Parameter):  # autocast keeps these until its context ends
+        if func is _TO and isinstance(args[0], nn.Parameter):  # autocast keeps them until its context ends
             self._count(result, CAST)
-        self._mode.fake_tensor_converter.tensor_memo.clear()  # its references forbid `module.to(device)`
+        self._mode.fake_tensor_converter.tensor_memo.clear()  # with its references, `module.to` would fail
         for each in tree_leaves(result):
             if isinstance(each, Tensor):
                 self._count(each)
@@ -155,7 +158,7 @@ def _in_backward() -> bool:
 
 @contextmanager
 def without_values() -> Iterator[LiveTensors]:
-    """Inside this context, all new tensors lack values; yields the counter of their bytes."""
+    """Make all new tensors inside this context tensors without values; yield the counter of their bytes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         mode = _WithoutValues(allow_non_fake_inputs=True)

@@ -23,8 +23,8 @@ def longest_documents(plan: Plan, *, tokenise: bool) -> Documents:
         tokenise: Whether to tokenise data that no run has tokenised yet, and store the tokens for the run.
 
     Returns:
-        A document of the recipe's length if the data are not tokenised or cannot be read, or if the tokenizer
-        is made in the run.
+        The documents of the training split; or one document of `data.max_tokens` tokens if the data are not
+        tokenised or cannot be read, or if the tokenizer is only made during the run.
     """
     recipe, storage = plan.recipe, Path(plan.recipe.run.storage)
     if recipe.model.base == "micro" or recipe.model.base.endswith(".gguf"):

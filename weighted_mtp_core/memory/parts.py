@@ -1,4 +1,4 @@
-"""What a forecast of memory is made of: the target of a run, the phases of a run and the parts of memory."""
+"""The classes of a forecast of memory: the target of a run, its phases, and the parts of memory."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ COPIES = "copies for files"
 
 @frozen(kw_only=True)
 class Target:
-    """What a run is planned for.
+    """The device and the processes of a run whose memory is forecast.
 
     Attributes:
         device: `cpu`, `cuda` or another type of device.
         dtype: The dtype of forward passes.
-        memory: All memory of a CUDA device in bytes; None for other devices.
+        memory: Total memory of a CUDA device in bytes; None for other devices.
         processes: Number of processes that train together.
-        local: Number of these processes on one machine.
+        local: Number of processes on one machine.
     """
 
     device: str
@@ -54,8 +54,8 @@ class Phase:
     """The largest use of memory in one phase of a run.
 
     Attributes:
-        name: The phase.
-        parts: Bytes of one process at that moment, by part; the keys are in `PARTS`.
+        name: Name of the phase.
+        parts: Bytes at the moment of the largest use, by part; the keys are in `PARTS`, or are `COPIES`.
     """
 
     name: str
@@ -63,24 +63,24 @@ class Phase:
 
     @property
     def total(self) -> int:
-        """Bytes of one process."""
+        """Sum of the bytes of all parts."""
         return sum(self.parts.values())
 
 
 @frozen(kw_only=True)
 class Phases:
-    """The phases of a run.
+    """The simulated phases of a run, and the sizes of its models.
 
     Attributes:
         found: The phases in order.
         parameters: Number of parameters of the policy.
-        model: Bytes of these parameters.
-        held: Bytes of these parameters that one process holds.
-        saved: Bytes of the parameters that a file of the whole policy holds.
-        optimiser: Bytes of the policy's optimiser that one process holds.
+        model: Bytes of the policy's parameters.
+        held: Bytes of the policy's parameters that one process holds.
+        saved: Bytes of the parameters in a file of the policy.
+        optimiser: Bytes of the state of the policy's optimisers that one process holds.
         critic: Bytes of the critic.
-        rows: Rows and tokens of a micro-batch of the policy.
-        uncounted: What could not be run without values, with the reasons.
+        rows: Number of rows, and of tokens per row, of a micro-batch of the policy.
+        uncounted: The phases and components that could not be simulated, with the reasons.
     """
 
     found: tuple[Phase, ...]

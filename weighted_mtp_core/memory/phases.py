@@ -1,8 +1,6 @@
-"""Runs the phases of a run on tensors without values and finds the peak of each phase.
+"""Simulates the phases of a run on tensors without values, and finds the peak of memory in each phase.
 
-The phases are the training of the critic, a step of the policy, its validation, and the generation of text.
-
-Shape letters: R rows of a batch of prompts.
+The phases are the training of the critic, the training of the policy, its validation and its evaluation.
 """
 
 from __future__ import annotations
@@ -64,16 +62,16 @@ from weighted_mtp_core.training.weighting_inputs import Weighting
 
 
 def find_phases(plan: Plan, documents: Documents, target: Target, *, only: str | None = None) -> Phases:
-    """Run the phases of a plan without values.
+    """Simulate the phases of a plan on tensors without values.
 
     Args:
         plan: The plan.
         documents: The documents of the largest batch.
-        target: What the run is planned for.
-        only: Name of the only phase to run; None runs all.
+        target: The device and the processes of the run.
+        only: Name of the only phase to simulate; None stands for all phases.
 
     Raises:
-        WmtpError: The config of the base model cannot be read, or the model cannot be a policy.
+        WmtpError: The config of the base model cannot be read, or the model is not supported as a policy.
     """
     recipe = plan.recipe
     config = config_of(recipe.model, storage=Path(recipe.run.storage))
@@ -96,10 +94,10 @@ def find_phases(plan: Plan, documents: Documents, target: Target, *, only: str |
 
 
 def _make_tables(recipe: Recipe) -> None:
-    """Let torchao and bitsandbytes make their tables of codes, here where tensors have values.
+    """Make torchao and bitsandbytes create their tables of codes before the simulation.
 
-    Both keep the first tables that they make. A run that trains in this process after the forecast would
-    otherwise compute with tables without values.
+    Both packages keep the first tables that they create. If they created them during the simulation, a run in
+    the same process after the forecast would compute with tables that have no values.
     """
     stages = [recipe.train, *([] if recipe.critic is None else [recipe.critic.train])]
     for table in (each for each in stages if each.optimiser.name == "adamw_8bit"):
@@ -114,10 +112,10 @@ def _make_tables(recipe: Recipe) -> None:
 
 @contextmanager
 def _two_chunks(memory: int | None) -> Iterator[None]:
-    """Inside this context, chunks of logits have the size for a device with `memory` bytes.
+    """Inside this context, compute only two chunks of logits, and two pieces of a parameter's update.
 
-    A pass over logits ends after two chunks, and the update of a parameter after two pieces, because all of
-    them take equal memory.
+    More chunks or pieces would not change the peak, because all of them take equal memory. The chunks have
+    the size for a device with `memory` bytes.
     """
     every = ChunkedUnembedding.chunks
 
@@ -177,11 +175,11 @@ class _Simulation:
         )
 
     def _phase(self, name: str, simulate: Callable[[], Iterable[nn.Parameter]]) -> Iterator[Phase]:
-        """Yield the phase, or nothing if it cannot be run without values.
+        """Simulate a phase and yield it; yield nothing if the phase cannot be simulated.
 
         Args:
             name: The name of the phase.
-            simulate: Runs the phase and returns the parameters that it trains.
+            simulate: Runs the phase on tensors without values and returns the parameters that it trains.
         """
         if self.only not in (None, name):
             return
@@ -190,7 +188,7 @@ class _Simulation:
             trained = self.shards.kept(simulate())
         except WmtpError:
             raise
-        except Exception as error:  # noqa: BLE001 - of a plugin or an unknown model, so of any kind
+        except Exception as error:  # noqa: BLE001 - code of a plugin or a model may raise any error
             self._note(name, error)
             return
         shares = {
@@ -210,7 +208,7 @@ class _Simulation:
         yield Phase(name=name, parts=parts)
 
     def _saved(self) -> int:
-        """Return the bytes of the parameters in a file of the policy; adapters leave out their base."""
+        """Return the bytes of the parameters in a file of the policy, which contains no base of adapters."""
         is_adapted = self.plan.recipe.model.train == "adapters"
         return _bytes(each for each in self.policy.parameters() if each.requires_grad or not is_adapted)
 
@@ -221,7 +219,7 @@ class _Simulation:
     def _batch(self, table: TrainTable, *, packed: bool) -> Batch:
         """Return the rows of at most two micro-batches of one process.
 
-        A third micro-batch would need no more memory: the gradients exist from the second one on.
+        A third micro-batch would need no more memory: the gradients exist from the second micro-batch on.
         """
         rows = max(1, -(-table.batch_size // (table.accumulation * self.processes)))
         return self.documents.batch(
@@ -249,14 +247,14 @@ class _Simulation:
         with self.live.labelled(CRITIC):
             try:
                 return build_critic(self.plan, self.policy)
-            except Exception as error:  # noqa: BLE001 - of a plugin, so of any kind
+            except Exception as error:  # noqa: BLE001 - code of a plugin may raise any error
                 self._note("critic", error)
                 return None
 
     def _optimisers(
         self, table: TrainTable, parameters: Iterable[nn.Parameter], embeddings: Collection[nn.Parameter] = ()
     ) -> list[torch.optim.Optimizer]:
-        """Return optimisers that have their state, as after the first step of a stage."""
+        """Return optimisers whose state exists, as after the first step of a stage."""
         trained = [each for each in parameters if each.requires_grad]
         optimisers = make_optimisers(trained, table, embeddings=embeddings)
         for parameter in trained:
@@ -271,7 +269,7 @@ class _Simulation:
     def _train(
         self, optimisers: Sequence[torch.optim.Optimizer], table: TrainTable, learn: Callable[[], object]
     ) -> list[nn.Parameter]:
-        """Run one step; return the trained parameters."""
+        """Simulate one training step; return the trained parameters."""
         groups = [group for each in optimisers for group in each.param_groups]
         trained: list[nn.Parameter] = [each for group in groups for each in group["params"]]
         self.live.watch(trained, written=self.policy.unembedding.parameters())
@@ -330,7 +328,7 @@ class _Simulation:
             head_quality(self.policy, [batch], split="validation", autocast=self._autocast)
 
     def _evaluate(self) -> list[nn.Parameter]:
-        """Measure losses, and generate text after the longest prompts: the first token and the last one."""
+        """Simulate test losses, and the first and the last token that are generated after long prompts."""
         table = self.plan.recipe.evaluate
         self._measure(table.batch_size)
         self.policy.eval()

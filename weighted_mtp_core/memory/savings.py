@@ -1,4 +1,4 @@
-"""Keys of a recipe that lower the memory of a run, each with the size that it saves."""
+"""Finds changes of a recipe that lower the memory of a run, and how many bytes each change saves."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from weighted_mtp_core.memory.parts import Target
 from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.recipe.schema import Recipe
 
-_LEAST = 0.02  # of the peak; smaller savings are not worth a line
+_LEAST = 0.02  # share of the peak; smaller savings are not reported
 
 
 @frozen(kw_only=True)
 class Saving:
-    """A change of one key.
+    """A change of one key that lowers the memory of a run.
 
     Attributes:
-        change: The key and its value, as in `--set`.
-        saved: By how many bytes the change lowers the peak of the device's memory.
-        same_result: Whether the run computes the same as before, except for rounding.
+        change: The key and its new value, as in `--set`.
+        saved: Number of bytes by which the change lowers the peak of the device's memory.
+        same_result: Whether the results of the run stay the same, except for rounding.
     """
 
     change: str
@@ -32,9 +32,10 @@ class Saving:
 
 
 def savings(plan: Plan, documents: Documents, before: Forecast) -> list[Saving]:
-    """Return the changes that lower the peak by at least 2 %, the largest saving first.
+    """Return the changes that lower the peak by at least 2 %; each change is tried alone.
 
-    Changes with the same result come before the others. Each change is tried alone.
+    Changes that keep the results of the run come first. Among changes of the same kind, the change that saves
+    most comes first.
     """
     found = []
     for change, same_result in _changes(plan.recipe, before.target):
@@ -42,7 +43,7 @@ def savings(plan: Plan, documents: Documents, before: Forecast) -> list[Saving]:
             recipe = change.of(plan.recipe)
             changed = evolve(plan, recipe=recipe)
             saved = before.peak - _peak(changed, documents.within(recipe.data.max_tokens), before)
-        except (WmtpError, ValueError):  # the recipe or the model does not allow it, or a package is missing
+        except (WmtpError, ValueError):  # recipe or model do not allow the change, or a package is missing
             continue
         if saved >= _LEAST * before.peak:
             found.append(Saving(change=str(change), saved=saved, same_result=same_result))
@@ -50,7 +51,7 @@ def savings(plan: Plan, documents: Documents, before: Forecast) -> list[Saving]:
 
 
 def _peak(changed: Plan, documents: Documents, before: Forecast) -> int:
-    """Return the peak after a change; only the phases that can have it are found anew."""
+    """Return the peak after a change; only phases that can contain the peak are simulated again."""
     totals = {phase.name: phase.total for phase in before.device}
     anew: set[str] = set()
     while (name := max(totals, key=lambda each: totals[each])) not in anew:
@@ -68,7 +69,7 @@ class _Change:
     value: bool | int | str
 
     def of(self, recipe: Recipe) -> Recipe:
-        """Return the changed recipe; ValueError if another key forbids the value."""
+        """Return the changed recipe; raise a ValueError if another key forbids the value."""
         *tables, name = self.key.split(".")
         owners: list[Any] = [recipe]
         for table in tables:
@@ -85,14 +86,14 @@ class _Change:
 
 
 def _changes(recipe: Recipe, target: Target) -> list[tuple[_Change, bool]]:
-    """Return the changes that can lower the memory, and whether the result stays the same."""
+    """Return the changes that can lower the memory, each with whether it keeps the results of the run."""
     same = [_Change(key, value) for key, value, is_open in _same_result(recipe, target) if is_open]
     other = [_Change(key, value) for key, value, is_open in _other_result(recipe, target) if is_open]
     return [*((each, True) for each in same), *((each, False) for each in other)]
 
 
 def _same_result(recipe: Recipe, target: Target) -> list[tuple[str, bool | int | str, bool]]:
-    """Return keys and values that do not change the result, and whether the recipe leaves them open."""
+    """Return changes that keep the results, as (key, new value, whether the recipe allows the change)."""
     model, train, evaluate = recipe.model, recipe.train, recipe.evaluate
     most = max(1, train.batch_size // target.processes)
     fits = train.accumulation < most and train.batch_size % most == 0
@@ -107,7 +108,7 @@ def _same_result(recipe: Recipe, target: Target) -> list[tuple[str, bool | int |
 
 
 def _other_result(recipe: Recipe, target: Target) -> list[tuple[str, bool | int | str, bool]]:
-    """Return keys and values that change the result, and whether the recipe leaves them open."""
+    """Return changes that change the results, as (key, new value, whether the recipe allows the change)."""
     model, heads = recipe.model, recipe.loss.head_weights
     trains_heads = model.n_future > 1 and (not heads or any(heads[1:]))
     whole = model.train == "all"

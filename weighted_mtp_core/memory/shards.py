@@ -1,4 +1,4 @@
-"""Which part of a policy's parameters a process holds with `model.shard`, and what it gathers for a step."""
+"""The share of the policy's parameters that a process holds with `model.shard`, and what it gathers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Shards:
 
     Attributes:
         policy: The policy, with whole parameters.
-        target: The processes and the dtype of forward passes.
+        target: Contains the number of processes and the dtype of forward passes.
         exist: Whether parameters are sharded at all.
         adapters: The ids of the parameters of adapters, which are whole in each process.
     """
@@ -30,7 +30,7 @@ class Shards:
 
     @classmethod
     def of(cls, policy: Policy, target: Target, *, wanted: bool) -> Shards:
-        """Return the division; `wanted` is `model.shard`."""
+        """Return the division of a policy; `wanted` is the recipe's `model.shard`."""
         adapters = frozenset(id(each) for name, each in policy.named_parameters() if "lora_" in name)
         return cls(policy=policy, target=target, exist=wanted and target.processes > 1, adapters=adapters)
 
@@ -43,10 +43,10 @@ class Shards:
         return 1 - (1 - 1 / self.target.processes) * split / sum(each.nbytes for each in wanted)
 
     def gathered(self, *, trains: bool) -> int:
-        """Return the bytes of whole matrices: of the unembedding and its gradient, and of two layers.
+        """Return the bytes of gathered matrices: the unembedding with its gradient, and two layers.
 
-        A layer is computed while the next one is received. With `trains`, the gradient of a layer is whole,
-        too, in float32, until it is summed over the processes.
+        Two layers are gathered at a time, because the next layer is received while a layer is computed. With
+        `trains`, the gradient of a layer is whole, too, in float32, until it is summed over the processes.
         """
         if not self.exist:
             return 0
@@ -58,5 +58,5 @@ class Shards:
         return 2 * 4 * self.policy.unembedding.weight.numel() + per_number * max(layers, default=0)
 
     def _is_split(self, parameter: nn.Parameter) -> bool:
-        """Return whether processes share a parameter: a matrix, but not of an adapter."""
+        """Return whether a parameter is sharded: all matrices are, except the matrices of adapters."""
         return parameter.ndim >= 2 and id(parameter) not in self.adapters

@@ -13,7 +13,7 @@ Row = tuple[str, ...]
 
 
 def headline(found: Forecast) -> str:
-    """Return what the forecast is for."""
+    """Return a line with the device, the processes, the dtype, the parameters and the rows of a forecast."""
     rows, tokens = found.rows
     target = found.target
     processes = "1 process" if target.processes == 1 else f"{target.processes} processes"
@@ -25,7 +25,7 @@ def headline(found: Forecast) -> str:
 
 
 def phase_rows(phases: Sequence[Phase]) -> list[Row]:
-    """Return a row for each part of the memory, with the phases as columns, and their totals."""
+    """Return a row for each part of the memory, with the phases as columns, and a row with the totals."""
     if not phases:
         return []
     rows: list[Row] = [("", *(phase.name for phase in phases))]
@@ -38,9 +38,9 @@ def phase_rows(phases: Sequence[Phase]) -> list[Row]:
 
 
 def verdict(name: str, needed: int, free: int | None, *, complete: bool = True) -> str:
-    """Return whether `needed` bytes fit into `free` bytes of the memory `name`.
+    """Return a line on whether `needed` bytes fit into `free` bytes of the memory `name`.
 
-    If the forecast is not complete, the run needs more than that.
+    If the forecast is not complete, the run needs more than `needed` bytes.
     """
     if not complete:
         return f"{name}: more than {size(needed)}" + ("" if free is None else f" of {size(free)}")

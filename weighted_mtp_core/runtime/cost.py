@@ -1,4 +1,4 @@
-"""What this machine gives to a process: its peak memory, and the rate of a large matrix product."""
+"""Measures the peak memory of a process, and the rate at which it computes a large matrix product."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 from weighted_mtp_core.runtime.device import Compute
 
 _SECONDS, _REPETITIONS = 0.03, 3
-"""The product is repeated at least this long and this often; on two cores, that takes 0.1 s in total."""
+"""The product is repeated for at least this many seconds and times, which takes 0.1 s on two cores."""
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
     """Return the peak memory of this process in bytes: `host`, and `device` if the device is a CUDA device.
 
-    The host's peak is counted since the start of the process, the device's since `forget_peak`.
+    The host's peak is counted since the start of the process, the device's peak since `forget_peak`.
     """
     peaks = {"host": _peak_of_host()}
     if device.type == "cuda":
@@ -28,7 +28,7 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Count the peak memory of a CUDA device from now on; the peak of the host stays."""
+    """Count the peak memory of a CUDA device from now on; the peak of the host is not reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -48,9 +48,9 @@ def _peak_of_host() -> int:
 def matrix_rate(compute: Compute) -> float:
     """Return the rate of the product of two large square matrices, in operations per second.
 
-    The product is measured once per process, with the threads and the precision that the process uses, and
-    the fastest of its repetitions counts. No global random generator is used, so a run gives the same numbers
-    with and without the measurement.
+    The product is measured once per process, with the threads and the precision that the process uses; the
+    fastest repetition counts. The measurement uses no global random generator, so it does not change the
+    results of a run.
     """
     device = compute.device
     size = 1024 if device.type == "cpu" else 8192 if compute.dtype is torch.bfloat16 else 4096

@@ -1,6 +1,6 @@
 """Chooses how a run computes (device, dtype, TF32, determinism), and copies tensors to the device.
 
-Policy, critic, reference models and generation all compute as one `Compute` says, so they have one precision.
+The policy, the critic, reference models and generation share one `Compute`, so they have the same precision.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.runtime.environment import require_reproducible_cublas
 
 Autocast = Callable[[], AbstractContextManager[Any]]
-"""Returns the context of a forward pass, see `Compute.autocast`."""
+"""Returns a context manager that sets the precision of a forward pass, as `Compute.autocast` does."""
 
 LEAST_BUCKET = 25 << 20
-"""Bytes of gradients that processes send at once, at least; as in torch's DistributedDataParallel."""
+"""Minimum bytes of gradients that processes send at once, as in torch's DistributedDataParallel."""
 
 READ_EVERY = 10
-"""Steps between two reads of a value on an accelerator, because each read synchronises with the device."""
+"""Steps between two reads of a value on an accelerator, because the host waits for each read."""
 
 
 @frozen(kw_only=True)
 class Compute:
-    """How a run computes; parameters and sums stay float32.
+    """The device and the precision of a run; parameters and sums are float32 in any case.
 
     Attributes:
         device: The device.
@@ -50,7 +50,7 @@ class Compute:
         """Choose device and dtype for the values of the recipe's keys `model.device` and `model.dtype`.
 
         Raises:
-            WmtpError: There is no such device here, or it does not compute in this dtype.
+            WmtpError: This machine does not have the device, or the device does not support the dtype.
         """
         resolved = resolve_device(device)
         return cls(
@@ -64,7 +64,7 @@ class Compute:
         """Set torch's switches for TF32 and determinism in this process, before anything is computed.
 
         Raises:
-            WmtpError: The user's own setting of cuBLAS prevents deterministic results.
+            WmtpError: The user's value of CUBLAS_WORKSPACE_CONFIG prevents deterministic results.
         """
         if self.deterministic:
             require_reproducible_cublas()
@@ -77,13 +77,13 @@ class Compute:
 
     @property
     def precision(self) -> dict[str, str | bool]:
-        """Everything here that affects the exact result on a given device, as plain values."""
+        """The settings that affect exact results on a given device, as plain values."""
         return {"dtype": str(self.dtype), "tf32": self.tf32, "deterministic": self.deterministic}
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Compute in float32 within the block: for probes that compare two ways to the same result."""
+    """Compute in float32 within the block, for probes that compute the same result in two ways."""
     tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -108,7 +108,7 @@ def many_passes(model: nn.Module, autocast: Autocast) -> Iterator[None]:
     """Run many forward passes in the block without gradients; each parameter is converted only once.
 
     Autocast keeps converted parameters only outside of inference mode, and only if they require a gradient.
-    Sharded parameters are not kept, because together they are the whole model.
+    Converted copies of sharded parameters are not kept, because together they would be the whole model.
     """
     parameters = list(model.parameters())
     with autocast():
@@ -135,14 +135,18 @@ def memory_of(device: torch.device) -> int | None:
 
 
 def bucket_bytes(device: torch.device) -> int:
-    """Return how many bytes of gradients processes send at once: 1/1024 of a CUDA device's memory."""
+    """Return how many bytes of gradients to send at once: `LEAST_BUCKET` or 1/1024 of a CUDA device's memory.
+
+    The larger of the two numbers is returned.
+    """
     return max(LEAST_BUCKET, (memory_of(device) or 0) >> 10)
 
 
 def to_device(value: Tensor | NDArray[Any], device: torch.device) -> Tensor:
     """Copy a tensor or an array to the device as a tensor; the host does not wait for the copy.
 
-    From ordinary memory, a host would wait until all earlier work of a CUDA device is done.
+    For a CUDA device, the value is first copied to pinned memory. Without pinned memory, the host would wait
+    until the device has done all earlier work.
     """
     tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
     if device.type == "cuda" and tensor.device.type == "cpu":
@@ -151,13 +155,13 @@ def to_device(value: Tensor | NDArray[Any], device: torch.device) -> Tensor:
 
 
 def device_type(name: str) -> str:
-    """Return the type of the named device, such as `cuda`, without touching it; `auto` is CUDA or the CPU.
+    """Return the type of the named device, such as `cuda`, without using it; `auto` is CUDA or the CPU.
 
-    Apple's GPUs (`mps`) must be named, because the tests have never run on one. Operations that they lack run
-    on the CPU: `runtime/environment.py` sets that option of torch.
+    Apple's GPUs (`mps`) are used only if they are named, because the tests have never run on one. Operations
+    that these GPUs do not support run on the CPU, see `runtime/environment.py`.
 
     Raises:
-        WmtpError: torch has no device with such a name.
+        WmtpError: torch has no type of device with this name.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -171,7 +175,7 @@ def resolve_device(name: str) -> torch.device:
     """Return the named device; see `device_type`.
 
     Raises:
-        WmtpError: There is no such device here.
+        WmtpError: This machine does not have the device.
     """
     kind = device_type(name)
     device = torch.device(kind if name == "auto" else name)
@@ -190,13 +194,15 @@ def _no_device(name: str, error: Exception) -> WmtpError:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of forward passes; `auto` is bfloat16 on CUDA devices that have it, else float32.
+    """Return the dtype of forward passes; `auto` is bfloat16 if a CUDA device supports it, otherwise float32.
 
-    A CPU without bf16 arithmetic is 18 to 50 times slower in it than in fp32. A CPU with it is faster, but
-    then a recipe would no longer give the same numbers on every CPU, so bf16 on a CPU must be requested.
+    A CPU without bfloat16 arithmetic is 18 to 50 times slower in bfloat16 than in float32. A CPU with
+    bfloat16 arithmetic is faster in bfloat16. But if `auto` depended on the CPU, a recipe would give
+    different results on different CPUs, so bfloat16 on a CPU must be requested.
 
     Raises:
-        WmtpError: The device does not compute in bfloat16, or nobody has tried whether it does.
+        WmtpError: bfloat16 is requested, but the device does not support it or is neither a CPU nor a CUDA
+            device.
     """
     computes = device.type == "cpu" or (device.type == "cuda" and _has_bfloat16(device))
     if name == "bfloat16" and not computes:
@@ -210,6 +216,6 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _has_bfloat16(device: torch.device) -> bool:
-    """Return whether a CUDA device computes in bfloat16 itself; torch emulates it slowly on older ones."""
+    """Return whether a CUDA device supports bfloat16; on older devices, torch emulates it slowly."""
     with torch.cuda.device(device):
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))

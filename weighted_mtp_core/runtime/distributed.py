@@ -1,8 +1,8 @@
 """The processes that train together, started by `torchrun`; a single process does not communicate.
 
 Every process has the token ids of the whole global batch, which take little memory, and computes its share of
-the rows. The weighting's input, statistics, normalisers and state are therefore the same in every process,
-and equal to the values in a run with a single process up to the order of sums.
+the rows. The weighting's input, statistics, normalisers and state are therefore the same in every process. In
+a run with a single process, they differ only because sums are computed in another order.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.runtime.device import device_type
 
 Item = TypeVar("Item")
-_TIMEOUT = timedelta(minutes=30)  # maximum time for which processes wait while one prepares or evaluates
+_TIMEOUT = timedelta(minutes=30)  # processes wait at most this long while one process prepares or evaluates
 
 
 @frozen(kw_only=True)
 class Distributed:
-    """One of `size` processes.
+    """One of the processes that train together.
 
     Attributes:
         rank: Number of this process, from 0.
@@ -42,13 +42,13 @@ class Distributed:
 
     @classmethod
     def init(cls, device: str) -> Distributed:
-        """Join the processes that `torchrun` started; without it, return a single process.
+        """Join the processes that `torchrun` started; without `torchrun`, return a single process.
 
         Args:
-            device: `model.device` of the recipe; each process gets the GPU of its own number for `cuda`.
+            device: `model.device` of the recipe; with `cuda`, each process uses the GPU of its local rank.
 
         Raises:
-            WmtpError: The device can serve one process only.
+            WmtpError: There are several processes, but `device` names a single device.
         """
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
@@ -69,7 +69,7 @@ class Distributed:
 
     @property
     def is_single_process(self) -> bool:
-        """Whether there is one process."""
+        """Whether there is only one process."""
         return self.size == 1
 
     @property
@@ -83,14 +83,15 @@ class Distributed:
             dist.destroy_process_group()
 
     def shard_rows(self, items: Sequence[Item]) -> Sequence[Item]:
-        """Return this process's consecutive share; shares differ by at most one item."""
+        """Return this process's share, which is consecutive; shares differ by at most one item."""
         bounds = [round(len(items) * rank / self.size) for rank in (self.rank, self.rank + 1)]
         return items[bounds[0] : bounds[1]]
 
     def shard_evenly(self, items: Sequence[Item], *, spare: Item) -> list[Item]:
         """Return this process's share, padded with a spare item to the length of the longest share.
 
-        If parameters are sharded, each item needs a collective operation, so all processes need equally many.
+        If parameters are sharded, each item needs collective operations, so all processes need the same
+        number of items.
         """
         mine = list(self.shard_rows(items))
         return mine + [spare] * (-(-len(items) // self.size) - len(mine))
@@ -110,7 +111,7 @@ class Distributed:
         return dict(zip(scalars, values.unbind(), strict=True))
 
     def largest(self, *values: float) -> list[float]:
-        """Return the largest of each value over all processes; this is a collective operation."""
+        """Return the maximum of each value over all processes; this is a collective operation."""
         if self.is_single_process:
             return list(values)
         found = torch.tensor(values, dtype=torch.float64)
@@ -140,7 +141,7 @@ class Distributed:
 
     @contextmanager
     def rank_zero_first(self) -> Iterator[None]:
-        """Let the first process run the block before the others, which then find the files it wrote."""
+        """Run the block in the first process, then in all others, which find the files that it wrote."""
         if not self.is_rank_zero:
             self.barrier()
         yield

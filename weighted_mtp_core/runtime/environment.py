@@ -16,7 +16,7 @@ _REPRODUCIBLE = (":4096:8", ":16:8")  # values for which cuBLAS is deterministic
 def prepare_environment_for_torch() -> None:
     """Set the variables that torch reads when it is imported, unless the user has set them.
 
-    Call it before the first import of torch.
+    Call this function before the first import of torch.
 
     - `PYTORCH_ENABLE_MPS_FALLBACK`: an operator that Apple's GPUs lack runs on the CPU.
     - `GOMP_SPINCOUNT`: threads that wait at a barrier sleep sooner. By default they spin for milliseconds; if
@@ -24,8 +24,9 @@ def prepare_environment_for_torch() -> None:
       docs/performance.md). The number of threads does not change, so results are bitwise equal. The variable
       is not set if the user has set `OMP_WAIT_POLICY`, which controls the same behaviour.
 
-    It also silences torchao, which transformers imports if it is installed: on each import it warns about
-    CUDA kernels that it cannot load, and torch warns about classes of torchao. Core uses neither.
+    The function also silences warnings about torchao, which transformers imports if it is installed. On
+    import, torchao warns about CUDA kernels that it cannot load, and torch warns about classes of torchao.
+    Core uses neither the kernels nor the classes.
     """
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -35,9 +36,10 @@ def prepare_environment_for_torch() -> None:
 
 
 def require_reproducible_cublas() -> None:
-    """Let cuBLAS choose the same algorithm for equal matrix products in every run, as NVIDIA prescribes.
+    """Make cuBLAS choose the same algorithm for equal matrix products in every run, as NVIDIA prescribes.
 
-    Call it before the first product on a CUDA device; a value that the user has set is kept.
+    This sets CUBLAS_WORKSPACE_CONFIG, unless the user has set the variable. Call this function before the
+    first matrix product on a CUDA device.
 
     Raises:
         WmtpError: The user has set a value with which results may differ between runs.

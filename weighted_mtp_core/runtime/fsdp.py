@@ -1,6 +1,6 @@
 """Makes modules with sharded parameters callable (FSDP2), and copies such modules.
 
-A layer has its whole parameters only while it is computed. Embeddings are gathered at each call.
+The parameters of a layer are gathered only while the layer is computed. Embeddings are gathered at each call.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from weighted_mtp_core.runtime.sharding import decoder_layers, mesh_of_parameter
 Module = TypeVar("Module", bound=nn.Module)
 
 GATHERS_ITSELF = "gathers_itself"
-"""Attribute of modules that gather their own sharded parameters."""
+"""Name of the attribute that marks a module as gathering its own sharded parameters."""
 
 
 def callable_(module: Module, *, dtype: torch.dtype = torch.float32) -> Module:
     """Make a module callable, in place, and return it; a module without sharded parameters stays as it is.
 
-    Set before the first call whether parameters require a gradient. Gradients are summed over the processes.
+    Set `requires_grad` of the parameters before the first call. Gradients are summed over the processes.
 
     Args:
-        module: A model or a part of it.
-        dtype: The dtype in which the matrices of layers are sent and computed. With another dtype than
-            float32, layers run under autocast.
+        module: A model or a part of a model.
+        dtype: The dtype in which the matrices of layers are sent and computed. If it is not float32, layers
+            run under autocast.
     """
     if mesh_of_parameters(module) is None:
         return module
@@ -57,7 +57,7 @@ def callable_(module: Module, *, dtype: torch.dtype = torch.float32) -> Module:
 
 
 def shard(blocks: Iterable[nn.Module], mesh: DeviceMesh) -> None:
-    """Shard the matrices of some modules and make these modules callable, unless they are callable."""
+    """Shard the matrices of modules and make the modules callable; skip modules that are callable already."""
     for block in blocks:
         if not isinstance(block, FSDPModule):
             shard_matrices([block], mesh)
@@ -65,9 +65,9 @@ def shard(blocks: Iterable[nn.Module], mesh: DeviceMesh) -> None:
 
 
 def view_of(module: Module) -> Module:
-    """Return a callable module with the same parameters as a module that is not callable yet.
+    """Return a callable module that shares the parameters of `module`, which is not callable yet.
 
-    A module without sharded parameters is returned itself.
+    If `module` has no sharded parameters, it is returned itself.
     """
     return module if mesh_of_parameters(module) is None else callable_(_twin(module))
 
@@ -78,7 +78,7 @@ def copy_of(module: Module) -> Module:
     The copy of a module with sharded parameters is not callable.
     """
     found: Any = _TWINS.get(module, module)
-    # A deep copy of a shard would copy its whole storage, which may be that of a file.
+    # A deep copy of a shard would copy its whole storage, which may be the storage of a whole file.
     shards = [each for each in found.parameters() if isinstance(each, DTensor)]
     memo: dict[int, Any] = {
         id(each): nn.Parameter(each.detach().clone(), requires_grad=each.requires_grad) for each in shards
@@ -88,7 +88,7 @@ def copy_of(module: Module) -> Module:
 
 
 _TWINS: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
-"""For each callable module a module that is not, with the same parameters: FSDP2's cannot be copied."""
+"""Maps a callable module, which cannot be copied because of FSDP2, to a copyable one with its parameters."""
 
 
 def _twin(module: Module) -> Module:
@@ -97,7 +97,7 @@ def _twin(module: Module) -> Module:
 
 
 def _call_with_fsdp(block: nn.Module, dtype: torch.dtype) -> None:
-    """Let FSDP2 gather the sharded parameters of a module for each call."""
+    """Make FSDP2 gather the sharded parameters of a module for each call."""
     sharded = [
         (owner, name, parameter)
         for owner in block.modules()
@@ -106,7 +106,7 @@ def _call_with_fsdp(block: nn.Module, dtype: torch.dtype) -> None:
     ]
     if not sharded:
         return
-    # FSDP2 shards parameters itself. So it gets empty ones, which are replaced with the shards that exist.
+    # FSDP2 shards parameters itself. So it gets empty parameters, which are replaced with existing shards.
     empty = {
         id(own): nn.Parameter(
             torch.empty(own.shape, dtype=own.dtype, device="meta"), requires_grad=own.requires_grad
@@ -115,14 +115,15 @@ def _call_with_fsdp(block: nn.Module, dtype: torch.dtype) -> None:
     }
     for owner, name, parameter in sharded:
         setattr(owner, name, empty[id(parameter)])
-    packed = any(not each.is_floating_point() for *_, each in sharded)  # these bytes must not be converted
+    packed = any(not each.is_floating_point() for *_, each in sharded)  # packed bytes must not be converted
     lower = None if packed or dtype == torch.float32 else dtype
     wrapped = fully_shard(
         block,
         mesh=sharded[0][2].device_mesh,
-        # Else FSDP2 keeps the whole parameters until the backward pass, because no module contains this one.
+        # Otherwise FSDP2 keeps the gathered parameters until the backward pass, because no other module of
+        # FSDP2 contains this module.
         reshard_after_forward=True,
-        # The states between layers keep their dtype, as they do under autocast.
+        # The states between layers keep their dtype, as under autocast.
         mp_policy=MixedPrecisionPolicy(
             param_dtype=lower, reduce_dtype=torch.float32, cast_forward_inputs=False
         ),
@@ -137,25 +138,25 @@ def _call_with_fsdp(block: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _share_buffers(body: nn.Module) -> None:
-    """Let the layers of a model's body share the buffers of FSDP2, which keeps the last one that it used."""
+    """Make the layers of a model's body share FSDP2's buffers; otherwise each layer keeps its last buffer."""
     lists = [each for each in body.children() if isinstance(each, nn.ModuleList)]
     layers = [each for listed in lists for each in listed if isinstance(each, FSDPModule)]
     is_called = type(body).forward is not nn.Module.forward
-    # The only layer of a head is also called without its body.
+    # A head has a single layer, which is also called without its body.
     if is_called and len(layers) > 1 and not isinstance(body, FSDPModule):
         mesh = mesh_of_parameters(body)
         fully_shard(body, mesh=mesh, reshard_after_forward=True, ignored_params=set(body.parameters()))
 
 
 def _gather_at_each_call(module: nn.Module) -> None:
-    """Let a module gather its own sharded parameters, and free them after the call.
+    """Make a module gather its own sharded parameters at each call, and free them after the call.
 
-    FSDP2 would gather them a second time in the backward pass, which an embedding does not need.
+    FSDP2 would gather the parameters again in the backward pass, which is not needed for an embedding.
     """
     compute = module.forward
 
     def forward(*given: Any, **named: Any) -> Any:
-        own: dict[str, Tensor | None] = dict(module._parameters)  # noqa: SLF001 - `setattr` takes no tensors
+        own: dict[str, Tensor | None] = dict(module._parameters)  # noqa: SLF001 - `setattr` refuses tensors
         gathered = {name: each if each is None else whole(each) for name, each in own.items()}
         module._parameters.update(gathered)  # type: ignore[arg-type] # noqa: SLF001
         try:

@@ -1,8 +1,8 @@
 """Sums the gradients of several processes in buckets, while the last backward pass of a step still runs.
 
-torch's DistributedDataParallel does not fit: it expects one backward pass through one module, and a gradient
-from autograd for each parameter. Here each head has a backward pass of its own, and the loss writes the
-gradient of the unembedding without autograd.
+torch's DistributedDataParallel cannot be used, because it expects one backward pass through one module, and a
+gradient from autograd for each parameter. In stage 2, each head has a backward pass of its own, and the loss
+writes the gradient of the unembedding without autograd.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from weighted_mtp_core.runtime.distributed import Distributed
 
 @define(eq=False)
 class _Bucket:
-    """Some parameters whose gradients are sent together; `waiting` are those without a final gradient."""
+    """Parameters whose gradients are sent together; `waiting` holds parameters without a final gradient."""
 
     parameters: list[nn.Parameter]
     waiting: set[nn.Parameter] = field(init=False)
@@ -33,7 +33,7 @@ class _Bucket:
         self.waiting = set(self.parameters)
 
     def launch(self) -> dist.Work:
-        """Start the sum; the gradients become views of the bucket, so they are copied once and not back."""
+        """Start the sum; the gradients become views of the bucket, so the sums need not be copied back."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         flat = gradients[0].reshape(-1)
         if len(gradients) > 1:
@@ -48,16 +48,17 @@ class _Bucket:
 class GradientReduction:
     """The sum of one step's gradients over the processes; use it as a context around all backward passes.
 
-    At the end of the block, every gradient is the sum. After a call of `begin`, a bucket is sent as soon as
-    its gradients are final. All processes send the same buckets in the same order, even if a parameter gets
-    no gradient in some of them. FSDP2 sums the gradients of sharded parameters itself; if there are any, the
-    other sums start at the end of the block, so that all processes keep one order of calls.
+    At the end of the block, every gradient is the sum over the processes. After a call of `begin`, a bucket
+    is sent as soon as its gradients are final. All processes send the same buckets in the same order, even if
+    a parameter gets no gradient in some processes. FSDP2 sums the gradients of sharded parameters itself. If
+    there are sharded parameters, all other sums start at the end of the block, so that all processes execute
+    collective operations in the same order.
 
     Args:
         parameters: The parameters; frozen and sharded parameters are left out.
         last: The parameters that get a gradient after `begin`, in the order of the forward pass.
-        distributed: The processes; a single process does nothing.
-        bucket_bytes: Size at which a bucket is full.
+        distributed: The processes that train together; a single process sums nothing.
+        bucket_bytes: Maximum size of a bucket in bytes.
     """
 
     def __init__(
@@ -80,12 +81,15 @@ class GradientReduction:
         self._hooks: list[RemovableHandle] = []
 
     def begin_at(self, tensor: Tensor) -> None:
-        """Call `begin` when a backward pass reaches this tensor, which depends on all of `last`."""
+        """Call `begin` when a backward pass reaches `tensor`, which depends on all parameters in `last`."""
         if tensor.requires_grad and self._buckets:
             tensor.register_hook(lambda _: self.begin())  # type: ignore[no-untyped-call]
 
     def begin(self) -> None:
-        """Note that the last backward pass begins, which adds one gradient to each of `last`."""
+        """Start to send buckets; call this when the last backward pass begins.
+
+        The last backward pass adds one gradient to each parameter in `last`.
+        """
         if not self._overlaps:
             return
         for parameter in self._last:
@@ -111,7 +115,7 @@ class GradientReduction:
                 work.wait()
 
     def _note(self, parameter: Tensor) -> None:
-        """Note that a parameter's gradient is final."""
+        """Record that a parameter's gradient is final."""
         assert isinstance(parameter, nn.Parameter)
         waiting = self._bucket_of[parameter].waiting
         if parameter not in waiting:
@@ -124,7 +128,7 @@ class GradientReduction:
         self._launch_ready()
 
     def _launch_ready(self) -> None:
-        """Send the next buckets, in order, up to the first one that waits for a gradient."""
+        """Send the next buckets, in order, up to the first bucket that waits for a gradient."""
         while len(self._works) < len(self._buckets) and not self._buckets[len(self._works)].waiting:
             self._works.append(self._buckets[len(self._works)].launch())
 
@@ -132,7 +136,7 @@ class GradientReduction:
 def _filled(parameters: Iterable[nn.Parameter], bucket_bytes: int) -> list[_Bucket]:
     """Return consecutive parameters of one dtype and device in buckets of at most `bucket_bytes`.
 
-    A larger parameter has a bucket of its own.
+    A parameter of more than `bucket_bytes` has a bucket of its own.
     """
     groups: list[list[nn.Parameter]] = []
     size = 0

@@ -4,7 +4,7 @@ SIGINT, SIGTERM and SIGHUP end a command. During training the first such signal 
 current step, and a second signal stops at once; while a run is opened or closed, signals are delayed. SIGUSR1
 requests a checkpoint; outside training the request is remembered. Under `nohup`, SIGHUP remains ignored.
 
-The exit codes that follow, 130 and 143, are in `exit_codes.py`.
+The exit codes of a command that a signal ends, 130 and 143, are defined in `exit_codes.py`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def remember_checkpoint_requests() -> None:
 
 @contextmanager
 def raise_on_termination() -> Iterator[None]:
-    """Within the block, let SIGTERM and SIGHUP raise `Terminated`, and remember SIGUSR1."""
+    """Within the block, make SIGTERM and SIGHUP raise `Terminated`, and remember SIGUSR1."""
     with _handling({signal.SIGTERM: _raise, signal.SIGHUP: _raise, signal.SIGUSR1: _remember}):
         yield
 
@@ -72,7 +72,7 @@ class StopRequest:
 
     @property
     def checkpoint_requested(self) -> bool:
-        """Whether SIGUSR1 has arrived, even if before the block."""
+        """Whether SIGUSR1 has arrived, in the `with` block or before it."""
         return _checkpoint_requested.is_set()
 
     def forget_checkpoint_request(self) -> None:

@@ -1,7 +1,7 @@
-"""Shards parameters over processes: which part of a tensor a process has, and conversions to whole tensors.
+"""Shards parameters over processes, and converts between sharded and whole tensors.
 
 A sharded parameter is a `DTensor` that is cut along its first dimension. A module with sharded parameters can
-be copied and loaded, but not called: `fsdp` makes it callable.
+be copied and loaded, but it cannot be called before `fsdp` makes it callable.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def mesh_of_parameters(module: nn.Module) -> DeviceMesh | None:
 def shard_matrices(modules: Iterable[nn.Module], mesh: DeviceMesh) -> None:
     """Replace the matrices of modules with sharded copies; norms and biases remain whole in each process.
 
-    A parameter that modules share remains shared. On the device `meta`, shards are on `meta`, too.
+    A parameter that several modules share remains shared. If a parameter is on the device `meta`, its shards
+    are on `meta`, too.
     """
     done: dict[int, nn.Parameter] = {}
     for owner in (each for module in modules for each in module.modules()):
@@ -47,7 +48,7 @@ def shard_matrices(modules: Iterable[nn.Module], mesh: DeviceMesh) -> None:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the layers of a model or a policy: the innermost modules in its lists of modules."""
+    """Return the layers of a model or a policy: the members of its innermost lists of modules."""
     listed = [each for module in model.modules() if isinstance(module, nn.ModuleList) for each in module]
     return [
         block
@@ -60,15 +61,15 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 def whole(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Gather a sharded tensor in every process (a collective operation); return other tensors as they are.
 
-    With a dtype, the result has this dtype; shards are converted before they are sent.
+    If `dtype` is given, the result has this dtype, and shards are converted before they are sent.
     """
     tensor = tensor if dtype is None else tensor.to(dtype)
-    # Each process computes a part of the gradient of the gathered tensor, so the parts must be summed.
+    # Each process computes a part of the gathered tensor's gradient; the gradient is the sum of these parts.
     return tensor.full_tensor(grad_placements=[Partial()]) if isinstance(tensor, DTensor) else tensor
 
 
 def in_rank_zero(tensor: Tensor) -> Tensor | None:
-    """Gather a sharded tensor in the first process (a collective operation); the others return None.
+    """Gather a sharded tensor in the first process (a collective operation); other processes return None.
 
     A tensor that is not sharded is returned as it is.
     """
@@ -104,7 +105,7 @@ def all_processes_agree(module: nn.Module, flags: Tensor) -> Tensor:
 
 
 def shard_like(own: Tensor, value: Tensor) -> Tensor:
-    """Return this process's rows of a whole tensor if `own` is sharded, in memory of their own."""
+    """Shard the whole tensor `value` like `own`, in memory of its own; an unsharded result is not copied."""
     return _shard_of(value, own.device_mesh, copy=True) if isinstance(own, DTensor) else value
 
 
@@ -125,7 +126,7 @@ def all_like(own: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]
 
 
 def equal(own: Tensor, value: Tensor) -> bool:
-    """Return whether a tensor, which may be sharded, equals a whole one (a collective operation)."""
+    """Return whether a tensor, which may be sharded, equals a whole tensor (a collective operation)."""
     if own.shape != value.shape:
         return False
     return bool(whole((own == like(own, value.to(own))).all()))
@@ -146,13 +147,13 @@ def copy_to_host(tensor: Tensor, into: Tensor | None = None) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this process's part of a tensor, detached."""
+    """Return this process's shard of a tensor, or the whole tensor if it is not sharded, detached."""
     held = tensor.detach()
     return held.to_local() if isinstance(held, DTensor) else held
 
 
 def _shard_of(tensor: Tensor, mesh: DeviceMesh, *, copy: bool = False) -> DTensor:
-    """Return this process's shard of a whole tensor, which is a view of it unless `copy` is true."""
+    """Return this process's shard of a whole tensor; the shard is a view unless `copy` is true."""
     (rows, *_), (first, *_) = compute_local_shape_and_global_offset(tensor.shape, mesh, [Shard(0)])
     own = tensor.narrow(0, min(first, len(tensor)), rows)
     return DTensor.from_local(
