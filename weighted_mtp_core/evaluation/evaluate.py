@@ -77,8 +77,8 @@ def evaluate(
         prepared: Data and policy.
         table: The options of the evaluation.
         display: Shows the progress.
-        folder: Folder for samples and verdicts; None in a process that only computes its shards of the
-            policy, because only the first process verifies completions.
+        folder: Folder for samples and verdicts. None in all processes except the first: only the first
+            process verifies completions, the others only compute their shards of the policy.
         split: The split to evaluate on.
     """
     tokens = prepared.policy_tokens(split)
@@ -149,7 +149,7 @@ def try_temperatures(
 
 
 def best_trial(trials: Sequence[Trial]) -> Trial:
-    """Return the trial with the best pass rate; among equal trials, the one with the lowest temperature."""
+    """Return the trial with the best pass rate; among equal rates, the trial with the lowest temperature."""
     return max(trials, key=lambda trial: (trial.pass_rate, -trial.table.temperature))
 
 
@@ -193,7 +193,7 @@ def _continue_prompts(
         The texts with the statistics of decoding; None if no head drafts or if every prompt is too long.
     """
     policy = prepared.policy
-    prompt_D = np.maximum(tokens.prompt_D, 1)  # if there is no prompt, the first token replaces it
+    prompt_D = np.maximum(tokens.prompt_D, 1)  # if there is no prompt, the first token is used as the prompt
     fits = np.flatnonzero(prompt_D < most_tokens(policy))
     if table.decoding == "plain" or manner_of(policy).no_drafts is not None or not len(fits):
         return None
@@ -220,7 +220,7 @@ def _continue_prompts(
 def _judge_samples(
     prepared: Prepared, problems: Sequence[Problem], sampled: Sampled, *, whole_split: bool
 ) -> JudgedCompletions:
-    """Let the data source cut each sample to a completion, and verify the completions."""
+    """Cut the samples to completions, as the data source defines it, and verify the completions."""
     completions = [
         [prepared.source.completion(problem, text) for text in texts]
         for problem, texts in zip(problems, sampled.completions, strict=True)
@@ -229,7 +229,7 @@ def _judge_samples(
 
 
 def _speeds(prepared: Prepared, problems: Sequence[Problem], table: EvaluateTable) -> dict[str, float]:
-    """Time both decoding methods on the same few problems, one greedy completion each."""
+    """Return the tokens per second of both decoding methods for greedy completions of a few problems."""
     decodings: tuple[Decoding, ...] = ("plain", "self_speculative")
     speeds = {}
     for decoding in decodings:

@@ -95,12 +95,14 @@ class PolicyLoader:
 
     @property
     def compute(self) -> Compute:
-        """How the policy computes."""
+        """The device and the precision with which the policy computes."""
         return compute_of(self.recipe.model)
 
 
 def policy_loader(folder: Path, *, overrides: Sequence[str]) -> PolicyLoader:
-    """Return a loader for the policy of a run or of an exported model; it needs neither data nor plugins.
+    """Return a loader for the policy of a run or of an exported model.
+
+    Unlike the policy of a run, an exported model needs neither data nor plugins.
 
     Raises:
         WmtpError: The run has no checkpoint of its best policy, or an override is invalid.
@@ -118,7 +120,7 @@ def policy_loader(folder: Path, *, overrides: Sequence[str]) -> PolicyLoader:
 
 
 def policy_sha256(folder: Path) -> str:
-    """Return the SHA-256 of the policy of a run, or of all files of an exported model."""
+    """Return the SHA-256 of a run's policy file, or of the manifest of all files of an exported model."""
     return sha256_of(folder / MANIFEST if is_exported_model(folder) else _checkpoint(folder))
 
 
@@ -131,18 +133,18 @@ def export_run(
     adapter: bool = False,
     log: Callable[[str], None],
 ) -> str | None:
-    """Write the best policy of a run as a transformers directory; replaces an exported model in `to`.
+    """Write the best policy of a run as a transformers directory; an exported model in `to` is replaced.
 
     Args:
         run: The run folder.
         to: The directory.
-        dtype: Of the parameters in the files.
-        serve: The server that shall draft with heads 2..K, if any.
+        dtype: The dtype of the parameters in the files.
+        serve: The server that will draft with heads 2..K; None if no server needs these heads.
         adapter: Whether to write only the adapter of the base model instead, in the format of peft.
         log: Receives messages for the user.
 
     Returns:
-        The command that serves the model with `serve`.
+        The command that serves the exported model with the server `serve`; None without a server.
 
     Raises:
         WmtpError: The run has no policy or no adapter, its data or base model is missing, or the server does
@@ -190,7 +192,7 @@ def _load_export(folder: Path, recipe: Recipe, log: Callable[[str], None]) -> tu
 
 
 def _export_overrides(folder: Path) -> list[str]:
-    """Return the changes to the run's recipe: the exported model, merged, and the device of this machine."""
+    """Return the overrides with which a run's recipe loads the exported model on this machine."""
     base = f"model.base={json.dumps(str(folder), ensure_ascii=False)}"
     return [base, 'model.device="auto"', 'model.train="all"', 'model.base_dtype="float32"']
 

@@ -16,7 +16,14 @@ from weighted_mtp_core.storage.atomic import atomic_write
 
 @frozen(kw_only=True)
 class JudgedCompletions:
-    """Completions of problems with their verdicts, `samples` per problem, in problem order."""
+    """Completions of problems with their verdicts, in the order of the problems.
+
+    Attributes:
+        problems: The problems.
+        completions: The completions of each problem.
+        verdicts: The verdict on each completion.
+        whole_split: Whether the problems are all problems of their split.
+    """
 
     problems: tuple[Problem, ...]
     completions: tuple[tuple[str, ...], ...]
@@ -24,7 +31,7 @@ class JudgedCompletions:
     whole_split: bool
 
     def pass_rate(self, k: int) -> float:
-        """Return mean pass@k over the problems."""
+        """Return the mean of pass@k over the problems."""
         rates = [pass_at_k(len(row), sum(verdict.passed for verdict in row), k) for row in self.verdicts]
         return sum(rates) / len(rates)
 
@@ -32,7 +39,7 @@ class JudgedCompletions:
         """Return the mean pass@k over the problems as metrics.
 
         If only some problems of the split were used, their number is part of the metric's name
-        (`pass_at_1_of_20_problems`), because pass@k on a part of a benchmark is not comparable.
+        (`pass_at_1_of_20_problems`), because this value cannot be compared with pass@k on the whole split.
         """
         suffix = "" if self.whole_split else f"_of_{len(self.problems)}_problems"
         return {f"pass_at_{k}{suffix}": self.pass_rate(k) for k in ks}

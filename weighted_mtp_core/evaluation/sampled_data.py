@@ -1,4 +1,4 @@
-"""`data sample`: store a model's texts, judged by a recipe's data source, as a version of a data set."""
+"""The command `data sample` stores a model's texts, judged by a data source, as a version of a data set."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class SampledData:
 
     @property
     def depends_on(self) -> dict[str, Any]:
-        """Everything on which the samples depend; the hash of it is the version of the data set."""
+        """Everything on which the samples depend; the SHA-256 of this is the version of the data set."""
         data, table = self.source.version(), plain(self.plan.recipe.evaluate)
         options = dict(flat({"data": plain(self.plan.recipe.data)}))
         return {
@@ -91,7 +91,8 @@ class SampledData:
 
         Raises:
             WmtpError: The journal is damaged, a prompt is too long, or a server refuses the request.
-            RunFailedError: A server does not answer, or no text can become data.
+            RunFailedError: A server does not answer, a log-probability is not finite, or no text can become
+                data.
         """
         version = hashlib.sha256(json.dumps(self.depends_on, sort_keys=True).encode()).hexdigest()[:12]
         storage = Path(self.plan.recipe.run.storage)
@@ -190,7 +191,7 @@ class SampledData:
 
 
 def describe_counts(folder: Path) -> list[tuple[str, str]]:
-    """Return lines about the texts of a stored data set: how many passed, and why some are left out."""
+    """Return lines about the texts of a stored data set: how many passed, and why texts are left out."""
     counts = json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
     passed = counts["verdicts"].get(VerdictKind.PASSED.value, 0)
     rows = [
@@ -261,11 +262,11 @@ def _rounded(text: SampledText) -> dict[str, Any]:
 def _why_left_out(text: SampledText, verdict: Verdict) -> str | None:
     """Return why a text cannot become data; None if the text can become data."""
     if not text.finished:
-        return "unfinished"  # training on it would teach the policy to end where it did not end
+        return "unfinished"  # training on it would teach the policy to end where the text did not end
     if not verdict.is_label:
         return verdict.kind.value
     if "\ufffd" in text.text:
-        return "not_utf8"  # training on it would teach the policy to write U+FFFD, not the bytes
+        return "not_utf8"  # training on it would teach the policy to write U+FFFD instead of the bytes
     return None if text.text else "empty"
 
 

@@ -1,7 +1,7 @@
-"""Write the adapter of a policy's base model alone, in peft's own format.
+"""Write only the adapter of a policy's base model, in the format of peft.
 
-Plain peft loads the folder onto the base model, `PeftModel.from_pretrained(base, folder)`, and then computes
-the logits of head 1. Heads 2..K are not part of the folder.
+`PeftModel.from_pretrained(base, folder)` loads the folder onto the base model; the result computes the logits
+of head 1. Heads 2..K are not part of the folder.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def refuse_without_adapter(table: ModelTable) -> None:
 
 
 def write_adapter(policy: Policy, path: Path, *, dtype: torch.dtype, recipe: bytes) -> None:
-    """Write the folder, whole or not at all; an existing exported adapter is replaced.
+    """Write the folder of an adapter, whole or not at all; an existing exported adapter is replaced.
 
     Args:
         policy: A policy with adapters.
@@ -79,7 +79,7 @@ def write_adapter(policy: Policy, path: Path, *, dtype: torch.dtype, recipe: byt
 def _read_back(base: Any, folder: Path, *, names: set[str]) -> None:
     """Refuse an adapter that peft loads onto the base model with other tensors than those in the file.
 
-    For mixtures of experts, peft replaces names in a config that earlier releases of transformers used.
+    In configs of mixtures of experts, peft replaces names of layers from earlier releases of transformers.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -96,7 +96,7 @@ def _read_back(base: Any, folder: Path, *, names: set[str]) -> None:
 
 
 def _targets(base: nn.Module) -> list[str]:
-    """Return the names of the adapted layers; only their last parts if no other layer has the same ones."""
+    """Return the names of the adapted layers, cut to their last parts if no other layer shares them."""
     full = [name for name, _ in adapted_layers(base)]
     inside = {f"{name}.base_layer" for name in full}
     short = {name.rpartition(".")[2] for name in full}

@@ -1,4 +1,4 @@
-"""Write `sequential` heads as layers for multi-token prediction (MTP) into the files of the model itself.
+"""Write `sequential` heads as layers for multi-token prediction (MTP) into the files of an exported model.
 
 | server | layers | names |
 |---|---|---|
@@ -27,7 +27,7 @@ from weighted_mtp_core.model.shipped_layers import MIMO
 from weighted_mtp_core.recipe.schema import MtpServer
 
 TRANSFORMERS_PATTERN = r"^mtp\."
-"""Pattern of the layers' names in transformers; some model classes report such names as unexpected."""
+"""Pattern of the tensor names of MTP layers; some model classes of transformers report them as unexpected."""
 
 _TRANSFORMERS_NAMES = {
     "token_norm": "enorm",
@@ -58,7 +58,7 @@ def mtp_tensors(policy: Policy, server: MtpServer) -> dict[str, Tensor]:
 
 
 def mtp_config(policy: Policy, server: MtpServer) -> dict[str, Any]:
-    """Return the keys of `config.json` that describe the layers to a server."""
+    """Return the keys of `config.json` from which a server reads the number and kind of MTP layers."""
     if server == "vllm":
         return {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}
     count, config = policy.n_future - 1, text_config(policy.config)
@@ -71,17 +71,17 @@ def mtp_config(policy: Policy, server: MtpServer) -> dict[str, Any]:
 
 @torch.no_grad()
 def compare_with_transformers(policy: Policy, folder: Path) -> None:
-    """Check that transformers computes heads 2..K from the files of an exported model.
+    """Check that transformers computes the logits of heads 2..K from the files of an exported model.
 
     Raises:
-        WmtpError: transformers cannot run the layers, or computes other logits.
+        WmtpError: transformers cannot run the MTP layers, or computes other logits.
     """
     kind = policy.config.model_type
     mend = 'set `model.heads.kind = "medusa"` and serve with vLLM, or export without `--serve`'
     try:
         with without_report():
             gap = _gap(policy, folder)
-    except Exception as error:  # any model can be loaded, so any error can occur
+    except Exception as error:  # an unknown model can raise any exception
         raise WmtpError(
             f"transformers cannot draft with the heads of a `{kind}` model ({reason(error)})", hint=mend
         ) from error
@@ -93,7 +93,7 @@ def compare_with_transformers(policy: Policy, folder: Path) -> None:
 
 
 def _gap(policy: Policy, folder: Path) -> float:
-    """Return the largest difference of the heads' logits, relative to the largest logit."""
+    """Return the largest difference of transformers' logits from the policy's, relative to the largest."""
     from transformers import AutoModelForCausalLM
     from transformers.cache_utils import MtpCache
     from transformers.modeling_layers import MtpModel

@@ -1,4 +1,4 @@
-"""Write heads 2..K in the form that a server reads, and the command that serves them.
+"""Write heads 2..K in the form that a server reads, and make the command that serves the model.
 
 docs/serving.md describes which server supports which kind of heads, and how this was checked.
 
@@ -33,15 +33,15 @@ SERVED: Mapping[Server, tuple[HeadKind, ...]] = {
 """The kinds of heads with which each server drafts."""
 
 MEDUSA = "medusa"
-"""The subfolder with vLLM's draft model."""
+"""The subfolder of an exported model that contains vLLM's draft model."""
 
 
 def refuse_unserved(server: Server, *, heads: HeadsTable, n_future: int) -> None:
     """Refuse a policy whose heads 2..K cannot draft in a server.
 
     Raises:
-        WmtpError: The server does not support this kind of heads, the heads were trained for another server,
-            or the policy has only one head.
+        WmtpError: The server does not support this kind of heads, the heads were trained for another server
+            or come from the base model, or the policy has only one head.
     """
     kind = heads.kind
     plain = "without `--serve`, the exported directory is an ordinary model for every server"
@@ -113,8 +113,8 @@ def serving_command(path: Path, *, server: Server, kind: HeadKind, dtype: torch.
         path: The exported model.
         server: The server.
         kind: The kind of heads.
-        dtype: The dtype of the files. vLLM's command contains it, because otherwise vLLM computes in float16
-            if the files are in float32.
+        dtype: The dtype of the files. vLLM's command contains this dtype, because without it vLLM computes in
+            float16 if the files are in float32.
         n_future: K.
     """
     if server == "transformers":
@@ -128,7 +128,7 @@ def serving_command(path: Path, *, server: Server, kind: HeadKind, dtype: torch.
 
 
 def serving_hints(run: Path, to: Path, *, policy: Policy) -> list[tuple[str, str]]:
-    """Return the commands that export a finished run and serve it, each with a name.
+    """Return the commands that export a finished run and serve the exported model, as pairs (name, command).
 
     The list is empty if no server drafts with the heads of this policy.
 

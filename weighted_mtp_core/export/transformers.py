@@ -1,7 +1,7 @@
 """Write a trained policy as a transformers directory.
 
-Head 1 becomes an ordinary language model, which plain transformers loads without this package; the other
-heads have a folder of their own. `model.exported_model` reads all heads again. `manifest.json` holds the
+Head 1 becomes an ordinary language model, which plain transformers loads without this package. Heads 2..K are
+written to a folder of their own. `model.exported_model` reads all heads back. `manifest.json` contains the
 SHA-256 of every file.
 """
 
@@ -68,17 +68,17 @@ def write_export(
     """Write the directory, whole or not at all; an existing exported model is replaced.
 
     Args:
-        policy: Its parameters are written in their own dtype.
-        tokenizer: Its EOS token ends texts in transformers, too.
+        policy: The policy; its parameters are written in their own dtype.
+        tokenizer: The tokenizer; its EOS token also ends texts that transformers generates.
         path: The directory.
-        facts: Written to `weighted_mtp.json`, with the versions of format and core.
+        facts: The contents of `weighted_mtp.json`, to which the versions of format and core are added.
         recipe: Contents of the run's `recipe.toml`.
         serve: The server that will draft with heads 2..K, already checked with `refuse_unserved`; None writes
             the heads for this package only.
 
     Raises:
-        WmtpError: transformers reads the tokenizer back with other ids, or the server computes the heads
-            differently.
+        WmtpError: transformers reads the tokenizer back with other ids, or the server cannot compute the
+            heads or computes other logits.
         RunFailedError: The disk is full, or permission is missing.
     """
     model = language_model(policy)
@@ -112,10 +112,10 @@ def cast_parameters(policy: Policy, dtype: torch.dtype) -> None:
 
 
 def _read_back(tokenizer: Any, folder: Path) -> None:
-    """Refuse a tokenizer that becomes another one when transformers loads it.
+    """Refuse a tokenizer that gives other ids after transformers has loaded it from the exported model.
 
-    For some types of models, `AutoTokenizer` replaces the pre-tokenizer in `tokenizer.json` with that of the
-    type, and reports nothing.
+    For some model types, `AutoTokenizer` replaces the pre-tokenizer in `tokenizer.json` with the usual one of
+    the model type, without a warning.
     """
     from transformers import AutoTokenizer
 
@@ -147,7 +147,7 @@ def language_model(policy: Policy) -> Any:
 def _mtp_layers(policy: Policy, serve: Server | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the keys of `config.json` with which the model's own files store heads 2..K."""
     if policy.shipped is not None:
-        names = policy.config.architectures  # by which servers find the layers
+        names = policy.config.architectures  # servers find the MTP layers by these names
         return policy.shipped.tensors(policy), {"architectures": names} if names else {}
     if policy.head_kind != "sequential" or serve is None or serve == "sglang":
         return {}, {}
@@ -155,7 +155,7 @@ def _mtp_layers(policy: Policy, serve: Server | None) -> tuple[dict[str, Tensor]
 
 
 def _change_config(folder: Path, changes: Mapping[str, Any]) -> None:
-    """Set keys of `config.json`."""
+    """Set keys of `config.json` in an exported model."""
     file = folder / "config.json"
     values = json.loads(file.read_text(encoding="utf-8")) | changes
     file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -171,7 +171,7 @@ def _extra_heads(policy: Policy) -> dict[str, Tensor]:
 
 
 def _generation_config(tokenizer: Any) -> Any:
-    """Return a greedy config with which transformers' `generate` ends texts like this package does."""
+    """Return a config for greedy decoding, with which transformers ends texts like this package does."""
     from transformers import GenerationConfig
 
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id

@@ -1,10 +1,10 @@
-"""Draft tokens one after the other with `sequential` heads; their modules have their own key-value caches.
+"""Draft tokens one after the other with `sequential` heads, whose modules have key-value caches.
 
 Sources are the positions of tokens that the trunk has read and head 1 has confirmed; the newest token is not
-a source yet. At source t, module d reads the token x[t + d]. For the newest sources this token is a draft, so
+a source yet. At source t, module d reads the token x[t + d]. For the newest sources, x[t + d] is a draft, so
 the keys and values of these sources are valid for one step only. In each step, module d reads the new
-sources. Unless modules are recurrent, it also reads the d - 1 sources before the new ones again, because
-their tokens x[t + d] are now known.
+sources. Unless the modules are recurrent (`Wiring.recurrent`), module d also reads the last d - 1 earlier
+sources again, because their tokens x[t + d] are confirmed by now.
 
 Rows are aligned on the right, at their last source. Cache slots of earlier drafts are kept but masked.
 
@@ -25,24 +25,24 @@ from weighted_mtp_core.model.heads.sequential import SequentialHeads
 from weighted_mtp_core.model.policy import Policy, PolicyCache
 
 Choose = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
-"""Chooses tokens from states `[R, 1, H]`, for the draft with the given index; see `Decoder`."""
+"""Chooses tokens from states `[R, 1, H]` for the draft with the given index, from 0; see `Decoder`."""
 
 
 @define(kw_only=True, eq=False)
 class ChainedDrafts:
-    """Drafts for the rows of one batch.
+    """Drafts tokens for the rows of one batch.
 
     Attributes:
         policy: A policy with `sequential` heads.
-        drafts: D.
+        drafts: D, the number of tokens to draft in each step.
     """
 
     policy: Policy
     drafts: int
-    _seen: list[Tensor] = field(init=False, factory=list)  # bool [R, S] of each cache
-    _carried: list[Tensor] = field(
-        init=False, factory=list
-    )  # the state [R, 1, H] that each later module needs
+    # For each cache, bool [R, S], True for slots that may be attended to.
+    _seen: list[Tensor] = field(init=False, factory=list)
+    # For each module, the state [R, 1, H] that the module after it reads again in the next step.
+    _carried: list[Tensor] = field(init=False, factory=list)
 
     def draft(
         self,
@@ -55,16 +55,21 @@ class ChainedDrafts:
         cache: PolicyCache,
         choose: Choose,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the drafts after the newest token, `[R, D]`, and the probabilities of drawing them.
+        """Draft the tokens after the newest token.
 
         Args:
-            ids_RT: The tokens that the trunk has read in this step; in the first step, padded on the left.
+            ids_RT: The tokens that the trunk has read in this step; in the first step, these are the prompts,
+                padded on the left.
             hidden_RTH: The trunk's states of these tokens.
             last_R: Column of each row's last confirmed token; the columns after it are ignored.
-            newest_R: The newest token, which follows the last confirmed token.
-            position_R: Position of the newest token.
+            newest_R: Each row's newest token, which follows the last confirmed token.
+            position_R: Position of each row's newest token.
             cache: `cache.heads` contains the modules' caches, which are extended in place.
-            choose: Chooses the tokens.
+            choose: Chooses the drafts from states.
+
+        Returns:
+            The drafts, int64 `[R, D]`, and the distributions from which they were drawn, `[R, D, V]`; None
+            instead of distributions for greedy decoding.
         """
         count = ids_RT.shape[1]
         column_C = torch.arange(count, device=ids_RT.device)
@@ -96,7 +101,7 @@ class ChainedDrafts:
             token_RC = torch.cat([token_RC, token_R1], dim=1)
             drafted.append(token_R1)
             probabilities.append(probability)
-        if recurrent:  # except for module 1, the last columns have read drafts
+        if recurrent:  # the last columns belong to modules 2, 3, ..., which have read drafts
             lasting = self._seen[0].shape[1] - (self.drafts - 1)
             self._seen[0] = nn.functional.pad(self._seen[0][:, :lasting], (0, self.drafts - 1))
         self._carried = carried
@@ -104,7 +109,7 @@ class ChainedDrafts:
         return torch.cat(drafted, dim=1), torch.cat(known, dim=1) if known else None
 
     def keep(self, index_R: Tensor) -> None:
-        """Continue with these rows only."""
+        """Drop all rows except those with the indices `index_R`."""
         self._seen = [each[index_R] for each in self._seen]
         self._carried = [each[index_R] for each in self._carried]
 
@@ -115,7 +120,7 @@ class ChainedDrafts:
         return heads
 
     def _with_carried(self, state_RCH: Tensor, depth: int, *, column_R1: Tensor) -> Tensor:
-        """Return a module's input: the previous module's states, and one state of the last step."""
+        """Return a module's input: one state from the last step, then the previous module's states."""
         padded_RCH = torch.cat([state_RCH[:, :1], state_RCH], dim=1)
         if not self._carried:
             return padded_RCH  # the first source has no source before it
@@ -148,8 +153,8 @@ class _Sources:
 
     Attributes:
         position_RC: int64 positions.
-        seen_RC: bool, False where a column has no source.
-        lasting_RC: bool, True for sources that read no draft and so stay visible in later steps.
+        seen_RC: bool, False for columns without a source.
+        lasting_RC: bool, True for sources that read no draft and therefore stay visible in later steps.
     """
 
     position_RC: Tensor

@@ -26,7 +26,7 @@ class Decoder:
     """Decodes the rows of one batch together.
 
     Attributes:
-        heads: Heads of a policy in evaluation mode; with `drafts` 0 decoding is plain.
+        heads: Heads of a policy in evaluation mode; if `heads.drafts` is 0, decoding is plain.
         temperature: Sampling temperature; 0 is greedy decoding.
         generators: One random generator per row.
     """
@@ -82,7 +82,7 @@ class Decoder:
         return [[*ids[1 : count + 1], token] for count, token, *ids in rows]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Continue with these rows only."""
+        """Drop all rows except those with the indices `rows`."""
         self._draft()  # before rows are dropped, because the stored states belong to all rows
         index = torch.tensor(rows, device=self._seen_RS.device)
         self.heads.keep(self._cache, index, rows=len(self.generators))
@@ -97,12 +97,12 @@ class Decoder:
         return self.heads.read(ids_RT, position_RT=position_RT, cache=self._cache, seen=seen)
 
     def _block_mask(self) -> Tensor:
-        """Return a mask of the cache slots and earlier tokens of the block that each token may attend to.
+        """Return a mask of the cache slots and tokens of the block to which each token may attend.
 
         With drafts, the mask is a float tensor that is added to attention scores, because transformers and
-        torch would convert a boolean mask again in each layer. The mask ignores sliding windows, because
-        drafting is disabled if the text may become longer than a window. Families with ALiBi compute
-        distances from the mask and need a boolean mask.
+        torch would convert a boolean mask again in each layer. The float mask ignores sliding windows,
+        because drafting is disabled if the text may become longer than a window. Families with ALiBi need a
+        boolean mask, because they compute distances from the mask.
         """
         rows, width = self._block_RT.shape
         if not self.heads.drafts or self.heads.policy.config.model_type in READS_MASK:
@@ -131,8 +131,8 @@ class Decoder:
     def _draft(self) -> None:
         """Form the next block: the newest token and the tokens that heads 2, 3, ... predict after it.
 
-        Does nothing if the block exists. Called only when another step follows, so that nothing is drafted
-        after the last step.
+        If the block exists already, this does nothing. It is called only when another step follows, so that
+        nothing is drafted after the last step.
         """
         if self._draft_from is None:
             return
@@ -157,9 +157,10 @@ class Decoder:
         self._draft_from = None
 
     def _choose(self, state_RTH: Tensor, first: int = 0) -> tuple[Tensor, Tensor | None]:
-        """Return a token for each state, `[R, T]`, and the probabilities from which it was drawn.
+        """Return a token for each state, `[R, T]`, and the distributions from which the tokens were drawn.
 
-        For drafts, `first` is the index of the first draft, from 0.
+        With temperature 0, None is returned instead of distributions. For drafts, `first` is the index of the
+        first draft, from 0.
         """
         del first
         logits_RTV = self.heads.policy.unembedding(state_RTH)
@@ -169,6 +170,6 @@ class Decoder:
         return draw(probability, self._uniform(state_RTH.shape[1])), probability
 
     def _uniform(self, count: int) -> Tensor:
-        """Return `count` uniform numbers per row, each row from its own generator."""
+        """Return `count` uniform random numbers for each row, from the generator of the row."""
         drawn = [torch.rand(count, generator=generator) for generator in self.generators]
         return torch.stack(drawn).to(self._seen_RS.device)

@@ -3,7 +3,7 @@
 The caches and masks of model families differ. A recurrent layer cannot forget a rejected draft, some families
 measure distances in cache slots, and some keep additional states. So the real `Decoder` is run on a few known
 tokens with some drafts rejected, and its logits are compared with the logits of one pass over the whole text.
-A method that fails is not used: the generated text is still correct, but decoding is slower.
+A method of decoding that fails this test is not used: the text is still correct, but decoding is slower.
 
 Shape letters: R rows, T tokens, D drafted tokens, K heads, V vocabulary.
 """
@@ -26,18 +26,18 @@ from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.probe import probe_ids, windows_of
 from weighted_mtp_core.runtime.device import full_precision
 
-_TOLERANCE = 1e-3  # relative to the largest logit; more than the effect of the order of sums
-_NARROW, _WIDE = 8, 1 << 20  # tokens
+_TOLERANCE = 1e-3  # relative to the largest logit; the order of sums has a smaller effect
+_NARROW, _WIDE = 8, 1 << 20  # attention windows in tokens, narrower and wider than the text
 
 
 @frozen(kw_only=True)
 class Manner:
-    """How a policy can be decoded. Each `no_...` is the reason why a method fails, or None if it works.
+    """How a policy can be decoded: for each method, the reason why it fails, or None if it works.
 
     Attributes:
         no_drafts: Why heads 2..K cannot draft.
         no_padding: Why prompts of different lengths cannot be decoded together.
-        no_cache: Why a cache cannot be used, so that the whole text is read again for each token.
+        no_cache: Why no cache can be used, so that the whole text must be read again for each token.
     """
 
     no_drafts: str | None = None
@@ -46,11 +46,11 @@ class Manner:
 
 
 def manner_of(policy: Policy, *, also_of: Policy | None = None) -> Manner:
-    """Return how a policy can be decoded; determined only once, because it does not depend on the weights.
+    """Return how a policy can be decoded; the result is computed once, as it does not depend on the weights.
 
     Args:
         policy: The policy.
-        also_of: Another policy with the same parameters, for which the result is remembered, too.
+        also_of: Another policy with the same parameters, for which the result is stored, too.
     """
     known = _MANNERS.get(policy)
     if known is None:
@@ -78,7 +78,7 @@ def _find(policy: Policy) -> Manner:
         return Manner(no_drafts="there is one head", no_padding=no_padding)
     kinds = frozenset().union(*map(cache_kinds, (policy.trunk, *policy.heads.bodies)))
     if not kinds <= KEYS_AND_VALUES | {"DummyLayer"}:
-        # Recurrent states cannot be rolled back, and layers that attend to a few tokens may select drafts.
+        # Recurrent states cannot be rolled back, and layers that select a few tokens may select drafts.
         return Manner(no_drafts="some of its layers store more than keys and values", no_padding=no_padding)
     if policy.config.model_type in COUNTS_SLOTS:
         no_drafts: str | None = "distances are measured in slots of the cache"
@@ -120,7 +120,7 @@ class _Following(Decoder):
     Attributes:
         ids_RT: The text.
         whole: Logits `[R, T, V]` of each of the heads 1, 2, ... from one pass over the whole text.
-        gap: The largest difference so far, relative to the largest logit; once NaN, it remains NaN.
+        gap: The largest difference of logits so far, relative to the largest logit.
     """
 
     ids_RT: Tensor
@@ -144,7 +144,7 @@ class _Following(Decoder):
         return count_R, self._text_at(self._position_R + count_R + 1)
 
     def _choose(self, state_RTH: Tensor, first: int = 0) -> tuple[Tensor, Tensor | None]:
-        """Return tokens of the known text; drafts consist of correct tokens followed by a wrong token."""
+        """Return tokens of the known text; for drafts, correct tokens followed by wrong tokens."""
         logits_RTV = self.heads.policy.unembedding(state_RTH)
         last_R = self._position_R - 1
         row_R = torch.arange(len(last_R), device=last_R.device)
@@ -153,8 +153,7 @@ class _Following(Decoder):
             return self._text_at(self._position_R)[:, None], None
         offset_D = torch.arange(first, first + state_RTH.shape[1], device=last_R.device)
         for number, expected in enumerate(self.whole[first + 1 : first + 1 + len(offset_D)]):
-            # A chained head has the same logits as for the text only if the drafts that it reads are in the
-            # text.
+            # The logits of a chained head can be compared only if all drafts that the head reads are correct.
             same_R = self._right_drafts() >= (first if self._chain is not None else 0)
             if bool(same_R.any()):
                 self._compare(logits_RTV[same_R, number], expected[row_R, last_R][same_R])
@@ -164,7 +163,7 @@ class _Following(Decoder):
         return torch.where(wrong_RD, other, draft_RD), None
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Continue with these rows only."""
+        """Drop all rows except those with the indices `rows`."""
         Decoder.keep(self, rows)
         self._rows = [self._rows[row] for row in rows]
         self.ids_RT = self.ids_RT[rows]
@@ -187,7 +186,10 @@ class _Following(Decoder):
 
 @define(kw_only=True, eq=False)
 class UncachedDecoder(Decoder):
-    """Reads the whole text again for each token, if no cache works; all rows must have the same length."""
+    """Decodes without a cache: reads the whole text again for each token.
+
+    All rows must have the same length.
+    """
 
     _ids_RT: Tensor = field(init=False)
 
@@ -207,7 +209,7 @@ class UncachedDecoder(Decoder):
         return [[token] for token in newest_R1[:, 0].tolist()]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Continue with these rows only."""
+        """Drop all rows except those with the indices `rows`."""
         self._ids_RT = self._ids_RT[list(rows)]
         self.generators = [self.generators[row] for row in rows]
 
@@ -218,7 +220,7 @@ def decoder_of(policy: Policy) -> type[Decoder]:
 
 
 def batches(rows: Sequence[Any], lengths: Sequence[int], *, size: int, padding: bool) -> list[list[Any]]:
-    """Return rows in batches, shortest first; without padding, all rows of a batch have the same length."""
+    """Divide rows into batches, shortest first; without padding, a batch has rows of one length only."""
     order = sorted(range(len(rows)), key=lambda index: lengths[index])
     found: list[list[Any]] = []
     previous = None

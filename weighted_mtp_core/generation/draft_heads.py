@@ -1,9 +1,9 @@
 """Run all heads on one block of tokens and do their common work only once.
 
-Each head is a body of one layer. Before this layer, a body computes masks and rotary angles, which depend
-only on positions and for a few tokens take about as long as the layer itself. So these values are computed
-only once: the layers of the heads are called with the arguments of a layer of the trunk. The layers of the
-drafting heads are stacked and called as one layer.
+Each `parallel` head is a body of one layer. Before this layer, a body computes masks and rotary angles, which
+depend only on positions. For a few tokens, this takes about as long as the layer itself. So masks and angles
+are computed only once: the layers of the heads are called with the arguments of a layer of the trunk. The
+layers of heads 2, 3, ..., which draft, are stacked and called as one layer.
 
 Shape letters: R rows, T tokens of a block, S slots of the caches, D drafting heads, H hidden.
 """
@@ -31,9 +31,9 @@ class DecodingHeads:
     Attributes:
         policy: The policy.
         drafts: D, the number of heads 2, 3, ... that draft.
-        shared: A layer of the trunk with arguments that fit the heads' layers; None if there is no such
+        shared: A layer of the trunk whose arguments also fit the heads' layers; None if there is no such
             layer.
-        stacked: The layers of the drafting heads as one module; None if they are called one by one.
+        stacked: The layers of the drafting heads as one module; None if these layers are called one by one.
     """
 
     policy: Policy
@@ -55,17 +55,17 @@ class DecodingHeads:
         return caches if self.stacked is None else PolicyCache(trunk=caches.trunk, heads=caches.heads[:2])
 
     def keep(self, cache: PolicyCache, index_R: Tensor, *, rows: int) -> None:
-        """Keep the rows `index_R` of the caches, which have `rows` rows, in place."""
+        """Keep, in place, only the rows `index_R` of caches that have `rows` rows."""
         cache.trunk.reorder_cache(index_R)
         for number, head in enumerate(cache.heads):
             groups = self.drafts if self.stacked is not None and number == 1 else 1
             head.reorder_cache(_in_each_group(index_R, count=groups, size=rows))
 
     def read(self, ids_RT: Tensor, *, position_RT: Tensor, cache: PolicyCache, seen: Tensor) -> Block:
-        """Run the trunk on a block.
+        """Run the trunk on a block of tokens.
 
         Args:
-            ids_RT: The block, int64.
+            ids_RT: Token ids of the block, int64.
             position_RT: int64 positions of the block's tokens.
             cache: The caches, which are extended in place.
             seen: The slots that may be attended to: bool `[R, S]`, or a float mask `[R, 1, T, S]` that is
@@ -96,9 +96,10 @@ class DecodingHeads:
 
 @frozen(kw_only=True, eq=False)
 class Block:
-    """The heads' states for one block; compute each head's states once, before the caches change.
+    """The heads' states for one block of tokens.
 
-    Every head reads the whole block, so that its cache has no gaps. The states equal `Policy.head_states`.
+    Compute the states of each head only once, and before the caches change. Every head reads the whole block,
+    so that its cache has no gaps. The states equal the result of `Policy.head_states`.
     """
 
     heads: DecodingHeads
@@ -167,19 +168,19 @@ class Block:
 
 
 def _copies(value_RX: Tensor, count: int) -> Tensor:
-    """Return `count` equal groups of rows, `[count R, ...]`; a single row is not copied."""
+    """Return the rows `count` times, `[count R, ...]`; if there is only one row, no memory is copied."""
     return value_RX.expand(count, *value_RX.shape).flatten(0, 1)
 
 
 def _in_each_group(index_R: Tensor, *, count: int, size: int) -> Tensor:
-    """Repeat indices into `size` elements for each of `count` groups of `size` elements, `[count R]`."""
+    """Return the indices `index_R` in each of `count` consecutive groups of `size` elements, `[count R]`."""
     start_D = torch.arange(0, count * size, size, device=index_R.device)
     return (start_D[:, None] + index_R).flatten()
 
 
 @frozen(kw_only=True, eq=False)
 class _Call:
-    """The arguments of a call of a layer; the first argument is the states."""
+    """The arguments of a call of a layer; the first argument contains the states."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -207,7 +208,7 @@ class _Call:
 
 
 def _shared_layer(policy: Policy) -> nn.Module | None:
-    """Return a trunk layer with the same attention window as the heads' layers, or None."""
+    """Return a trunk layer with the same kind of attention as the heads' layers; None if no layer has it."""
     if not policy.heads.bodies or policy.heads.chained:
         return None
     layers = layers_of(policy.trunk)

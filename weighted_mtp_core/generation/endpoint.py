@@ -22,23 +22,23 @@ API_KEY = "OPENAI_API_KEY"
 
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _CONNECT_S = 10.0
-_PER_WORKER = 16  # requests of a call per request in flight, so little time is lost at its end
+_PER_WORKER = 16  # requests per call and worker thread, so that threads are idle only briefly at its end
 
 
 @frozen(kw_only=True, eq=False)
 class EndpointSampler:
     """Samples from a server; each text is a request of its own, with a seed of its own.
 
-    If the server is busy, reports an internal error or does not answer, a request is repeated, after growing
-    pauses or the pause that the server requests.
+    A request is repeated if the server is busy, reports an internal error or does not answer. The pauses
+    between the attempts grow, unless the server requests a pause.
 
     Attributes:
-        model: The server's name of the model.
-        url: The API's address, which ends in `/v1` for most servers.
+        model: The name of the model on the server.
+        url: The address of the API, which ends in `/v1` for most servers.
         table: Number, temperature and length of the samples.
         seed: Seed from which the seeds of the texts are derived.
         in_flight: Largest number of simultaneous requests.
-        retries: How often a request is repeated.
+        retries: Maximum number of times that a request is repeated.
         timeout: Seconds to wait for an answer.
     """
 
@@ -78,7 +78,7 @@ class EndpointSampler:
 
     @property
     def at_once(self) -> int:
-        """Several requests for each request in flight."""
+        """The recommended number of texts per call of `sample`: 16 for each request in flight."""
         return _PER_WORKER * self.in_flight
 
     def sample(
@@ -97,7 +97,7 @@ class EndpointSampler:
     def _sample_one(self, asked: tuple[str, str, int]) -> SampledText:
         name, prompt, number = asked
         digest = hashlib.sha256(f"{self.seed}/{name}/{number}".encode()).digest()
-        seed = int.from_bytes(digest[:4], "big") >> 1  # servers accept seeds of 31 bits
+        seed = int.from_bytes(digest[:4], "big") >> 1  # servers accept seeds of at most 31 bits
         answer = self._post(
             {
                 "model": self.model,
@@ -152,7 +152,7 @@ class EndpointSampler:
 
 @frozen
 class _Bearer(requests.auth.AuthBase):
-    """Sends a key; unlike a header of the session, this key takes precedence over `.netrc`."""
+    """Adds an API key to requests; unlike a header of the session, this key is used instead of `.netrc`."""
 
     key: str = field(repr=False)
 
@@ -162,14 +162,14 @@ class _Bearer(requests.auth.AuthBase):
 
 
 def _reason(error: requests.RequestException) -> str:
-    """Return the innermost reason of a failed request, without the address, which may contain a password."""
+    """Return why a request failed, without the address of the server, which may contain a password."""
     cause: Any = error.args[0] if error.args else error
     cause = getattr(cause, "reason", None) or cause
     return str(cause).rpartition("object at ")[2].partition(": ")[2] or str(cause) or type(error).__name__
 
 
 def _fault(answer: requests.Response) -> str:
-    """Return the status and the message of an error; OpenAI's format nests the message."""
+    """Return the status and the message of an error response; in OpenAI's format, the message is nested."""
     try:
         content = answer.json()
         message = content.get("error", content)

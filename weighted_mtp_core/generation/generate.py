@@ -1,8 +1,9 @@
 """Generate text with a policy by plain or self-speculative decoding: heads 2..K draft and head 1 verifies.
 
-Both methods give the same tokens if decoding is greedy, and samples from the same distribution otherwise
-(blockwise parallel decoding, Stern et al. 2018; Gloeckle et al. 2024, section 3.2). In bfloat16, a block of
-several tokens is rounded differently, which may change the choice between almost equally likely tokens.
+Plain and self-speculative decoding give the same tokens if decoding is greedy, and samples from the same
+distribution otherwise (blockwise parallel decoding, Stern et al. 2018; Gloeckle et al. 2024, section 3.2). In
+bfloat16, the logits of a block of several tokens are rounded differently than those of a single token, which
+may change the choice between almost equally likely tokens.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ class Generations:
     Attributes:
         tokens: New tokens of each prompt, without EOS.
         finished: Whether each text ended with EOS instead of at the limit.
-        emitted: Number of new tokens, EOS included.
+        emitted: Number of new tokens of all prompts, including EOS.
         passes: Number of forward passes, summed over rows, including the pass over each prompt.
-        verified: Number of passes that verified drafts, that is, all passes except those over prompts.
-        accepted: For the first, second, ... draft, the number of verifying passes that accepted it; drafts
-            after the end of the text do not count.
+        verified: Number of passes that verified drafts, that is, all passes except the passes over prompts.
+        accepted: For the first, second, ... draft of a pass, the number of passes that accepted this draft;
+            drafts after the end of the text do not count.
         seconds: Wall-clock time.
     """
 
@@ -58,7 +59,7 @@ class Generations:
 
     @property
     def acceptance(self) -> tuple[float, ...]:
-        """For the first, second, ... draft, the share of verifying passes that accepted it."""
+        """For the first, second, ... draft of a pass, the share of verifying passes that accepted it."""
         return tuple(count / max(self.verified, 1) for count in self.accepted)
 
     @property
@@ -131,19 +132,19 @@ def generate(
     """Generate continuations of prompts, which may have different lengths.
 
     Args:
-        policy: The policy; it is set to evaluation mode, and its mode is restored afterwards.
+        policy: The policy; it is used in evaluation mode, and its mode is restored afterwards.
         prompts: Token ids; none may be empty.
         max_new_tokens: Maximum number of new tokens per prompt. A text also ends K - 1 positions before the
-            model's last position, which leaves space for drafts, so that both methods give the same text.
-        eos_id: Id of EOS, which ends a text even inside a draft.
+            model's last position, which leaves space for drafts, so that all methods give the same text.
+        eos_id: Id of EOS, which ends a text even if it is one of the drafts.
         temperature: Sampling temperature; 0 is greedy decoding.
         seed: Seed of the samples, which depend only on the seed and the prompt's stream, not on the batch.
         streams: Names of the prompts' random streams; by default the index of each prompt.
-        decoding: `plain`, or `self_speculative` with drafts of heads 2..K. Texts that may leave a sliding
-            window are decoded plainly, because rejected drafts would take slots of the window.
+        decoding: `plain`, or `self_speculative` with drafts of heads 2..K. If a text may become longer than a
+            sliding window, nothing is drafted, because rejected drafts would take slots of the window.
         batch_size: Number of prompts that are decoded together; prompts of similar length are grouped.
         on_done: Called with the number of finished prompts.
-        autocast: Returns the context of a forward pass.
+        autocast: Returns the autocast context of a forward pass.
 
     Raises:
         WmtpError: A prompt is so long that the model has no position left for new tokens.
@@ -215,7 +216,7 @@ def _window(policy: Policy) -> int | None:
 
 
 def most_tokens(policy: Policy) -> float:
-    """Return the maximum length of a text in tokens; drafts after the text still fit the model."""
+    """Return the maximum number of tokens of prompt and text, for which drafts after the text still fit."""
     positions: int | None = getattr(policy.config, "max_position_embeddings", None)
     return math.inf if positions is None else positions - (policy.n_future - 1)
 
@@ -260,7 +261,7 @@ def sample_completions(
 ) -> Sampled:
     """Return `samples` completions of each prompt, as texts without control tokens.
 
-    A prompt is a pair (name, text); the name and `seed` determine its samples.
+    A prompt is a pair (name, text); the name and `seed` determine the samples of the prompt.
     """
     repeated = [ids for ids in codec.encode_prompts([text for _, text in prompts]) for _ in range(samples)]
     generations = generate(

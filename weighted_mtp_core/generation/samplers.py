@@ -29,10 +29,10 @@ class SampledText:
         text: The text, without control tokens.
         finished: Whether the text ended with EOS instead of at the limit.
         tokens: The text that each token adds; a control token adds its name. The last token of a finished
-            text is EOS, unless a server leaves it out.
+            text is EOS, unless a server omits EOS.
         logprobs: The log-probability of each token in nats under the model at temperature 1, whatever the
             temperature of the samples.
-        seed: Seed of the text.
+        seed: Seed of the random numbers with which the text was sampled.
     """
 
     text: str
@@ -70,7 +70,7 @@ class PolicySampler:
 
     Attributes:
         policy: The policy.
-        codec: Its codec.
+        codec: The codec between texts and the policy's tokens.
         table: Number, temperature and length of the samples, and how they are decoded.
         seed: Seed of all samples.
         autocast: Returns the context of a forward pass.
@@ -84,13 +84,13 @@ class PolicySampler:
 
     @property
     def at_once(self) -> int:
-        """One batch."""
+        """The recommended number of texts per call of `sample`: one batch."""
         return self.table.batch_size
 
     def sample(
         self, prompts: Sequence[tuple[str, str]], *, on_done: Callable[[int], None]
     ) -> list[list[SampledText]]:
-        """Return the same samples that `evaluate` would judge; see `Sampler.sample`."""
+        """Return the samples that the command `evaluate` would judge; see `Sampler.sample`."""
         table = self.table
         sampled = sample_completions(
             self.policy,

@@ -1,4 +1,4 @@
-"""Sample tokens, and accept or replace drafted tokens without changing the distribution.
+"""Sample tokens, and accept or replace drafted tokens without changing the distribution of the text.
 
 The caller passes uniform random numbers from a separate generator for each row, so a row's tokens do not
 depend on other rows.
@@ -18,7 +18,15 @@ def probabilities(logits: Tensor, *, temperature: float) -> Tensor:
 
 
 def draw(probability: Tensor, uniform: Tensor) -> Tensor:
-    """Draw tokens, int64 `[...]`, by inverting the cumulative distribution of `[..., V]` at `uniform`."""
+    """Draw tokens by inverting cumulative distributions.
+
+    Args:
+        probability: Distributions, `[..., V]`.
+        uniform: Uniform random numbers in [0, 1), `[...]`.
+
+    Returns:
+        The tokens, int64 `[...]`.
+    """
     if probability.is_cuda and torch.are_deterministic_algorithms_enabled():
         cumulative = whole_cumulative(probability)
     else:
@@ -29,10 +37,10 @@ def draw(probability: Tensor, uniform: Tensor) -> Tensor:
 
 
 def whole_cumulative(probability: Tensor) -> Tensor:
-    """Return the cumulative distribution, float64, summed as multiples of 2**-40.
+    """Return the cumulative distribution, float64; its values are rounded to multiples of 2**-40.
 
-    Sums of whole numbers are exact and so deterministic; torch refuses `cumsum` of floats on CUDA devices in
-    its deterministic mode.
+    Sums of whole multiples are exact and therefore deterministic; in its deterministic mode, torch refuses
+    `cumsum` of floats on CUDA devices.
     """
     return (probability.double() * 2.0**40).long().cumsum(dim=-1).double() * 2.0**-40
 
@@ -58,14 +66,14 @@ def accept(
 
     Draft i is accepted with probability `min(1, p_i / q_i)`, where p_i and q_i are its probabilities under
     the target distribution p and the draft distribution q. The first rejected draft is replaced with a sample
-    from the normalised `max(p - q, 0)` (Leviathan et al. 2023, algorithm 1). The result is distributed as p.
+    from the normalised `max(p - q, 0)` (Leviathan et al. 2023, algorithm 1). So tokens are distributed as p.
 
     Args:
         draft_RD: Drafted tokens, int64.
         draft_RDV: The distribution q from which each draft was drawn.
         target_RDV: The target distributions p, `[R, D + 1, V]`; the last one is for the token after all
             drafts.
-        uniform_RD: Uniform numbers in [0, 1).
+        uniform_RD: Uniform random numbers in [0, 1).
 
     Returns:
         The number of accepted drafts, int64 `[R]`, and the distribution of the next token, `[R, V]`.

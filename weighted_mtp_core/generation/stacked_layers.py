@@ -1,4 +1,4 @@
-"""Stacks several layers into one; rows are in groups, and each group uses the parameters of one layer.
+"""Stacks several layers into one layer, which applies the parameters of each layer to a group of rows.
 
 For a few tokens, kernel launches determine the time of a layer, so three layers take three times as long as
 one. If the inputs of all layers are available at once, one call is enough: the rows of the first layer are
@@ -26,8 +26,8 @@ def stack(layers: Sequence[nn.Module]) -> nn.Module | None:
     Parameters of linear modules are copied, so later updates do not affect the result. Layers with sharded
     parameters (FSDP2) cannot be stacked, because their parameters are complete only while the layer itself is
     called. Layers with lists of modules, such as experts, cannot be stacked either: each expert gets the rows
-    that are routed to it, so groups would differ in size. Adapters are in dictionaries of modules, by whose
-    names their layers look them up.
+    that are routed to it, so groups would differ in size. Layers with adapters cannot be stacked, because
+    they look up their adapters by name in a dictionary of modules.
     """
     first = layers[0]
     if any(isinstance(module, FSDPModule | nn.ModuleList | nn.ModuleDict) for module in first.modules()):
@@ -49,18 +49,18 @@ def stack(layers: Sequence[nn.Module]) -> nn.Module | None:
 
 
 class _Linears(nn.Module):
-    """Linear modules of one shape."""
+    """Linear modules of the same shape, computed in one batched product."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__()
-        # A transposed view instead of a contiguous copy, because products with few rows are faster with it.
+        # A transposed view, because products with few rows are slower with a contiguous copy.
         weight_LOI = torch.stack([each.get_parameter("weight") for each in modules])
         self.weight_LIO = weight_LOI.to(product_dtype(weight_LOI)).mT
         biases: list[Tensor] = [each.get_parameter("bias") for each in modules if each.bias is not None]
         self.bias_L1O = torch.stack(biases)[:, None] if biases else None
 
     def forward(self, input_XTI: Tensor) -> Tensor:
-        """Return `[X, T, O]`."""
+        """Return the outputs of all groups, `[X, T, O]`."""
         input_LXI = input_XTI.reshape(self.weight_LIO.shape[0], -1, input_XTI.shape[-1])
         if self.bias_L1O is None:
             output_LXO = torch.bmm(input_LXI, self.weight_LIO)
@@ -70,7 +70,11 @@ class _Linears(nn.Module):
 
 
 def _stack_norms(modules: Sequence[nn.Module]) -> nn.Module:
-    """Return norms as one module, if a probe shows that their code allows one weight per group of rows."""
+    """Return norms as one module.
+
+    The module computes all groups of rows at once if a probe shows that the norms' code supports one weight
+    per group; otherwise the module calls the norms one by one.
+    """
     stacked, one_by_one = _Norms(modules), _OneByOne(modules)
     weight = next(modules[0].parameters())
     # No random numbers, because drawing them would change the later random numbers of a training run.
@@ -93,7 +97,7 @@ class _Norms(nn.Module):
             setattr(self.norm, name, nn.Parameter(parameter_L1H, requires_grad=False))
 
     def forward(self, input_XTI: Tensor) -> Tensor:
-        """Return `[X, T, I]`."""
+        """Return the normed inputs, `[X, T, I]`."""
         normed: Tensor = self.norm(input_XTI.reshape(self.count, -1, input_XTI.shape[-1]))
         return normed.view(input_XTI.shape)
 

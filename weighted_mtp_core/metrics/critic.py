@@ -23,11 +23,11 @@ _PROBABILITY_FLOOR = 1e-6  # keeps the logarithm of a saturated value finite
 
 @frozen(kw_only=True, eq=False)
 class ScoredResponses:
-    """Values of every prefix of some responses, and the rewards of the responses.
+    """A critic's values of all prefixes of some responses, and the rewards of the responses.
 
     Attributes:
-        value_N: Value of the prefix that ends with each response token; responses are concatenated. Values
-            above 1 come from a critic that knows values only up to a factor.
+        value_N: For each response token, the value of the prefix that ends with this token; responses are
+            concatenated. Values can be above 1 if the critic determines values only up to a factor.
         before_D: Value of the prompt or, for a response without a prompt, of its first token.
         length_D: Number of tokens of each response, at least 1.
         reward_D: Reward of each response, in [0, 1].
@@ -61,7 +61,7 @@ class ScoredResponses:
 
     @property
     def as_probabilities(self) -> ScoredResponses:
-        """These responses with values of at most 1."""
+        """These responses with all values above 1 replaced with 1."""
         return attrs.evolve(
             self, value_N=np.minimum(self.value_N, 1.0), before_D=np.minimum(self.before_D, 1.0)
         )
@@ -73,7 +73,7 @@ class ScoredResponses:
         return right
 
     def by_constant(self) -> ScoredResponses:
-        """Return these responses with the best constant as all values: the mean reward of the responses."""
+        """Return these responses with all values replaced with the best constant, the mean reward."""
         mean = self.reward_D.mean()
         return attrs.evolve(
             self, value_N=np.full_like(self.value_N, mean), before_D=np.full_like(self.before_D, mean)
@@ -97,10 +97,11 @@ class LengthOnly:
     def fit(cls, length_D: Ints, reward_D: Floats) -> LengthOnly:
         """Fit a logistic regression of correctness on the number of response tokens.
 
-        Lengths are standardised. scikit-learn's L2 penalty has an effect only on a few perfectly separated
-        responses. If all lengths or all outcomes are equal, the slope is 0.
+        Lengths are standardised. scikit-learn's L2 penalty matters only if there are few responses and their
+        lengths separate correct from incorrect ones perfectly. If all lengths or all outcomes are equal, the
+        slope is 0.
         """
-        from sklearn.linear_model import LogisticRegression  # takes a second, only in runs with a critic
+        from sklearn.linear_model import LogisticRegression  # takes a second; only critics need it
 
         correct_D = is_correct(reward_D)
         mean, std = float(length_D.mean()), float(length_D.std())
@@ -119,33 +120,35 @@ class LengthOnly:
 
 @frozen(kw_only=True)
 class CriticMeasures:
-    """Measures of values. Pairs with equal values count as half correct; equal values share their mean rank.
+    """Measures of how well a critic's values fit the rewards of responses.
 
-    Values above 1 count as 1, except in the AUC and in `pairwise_accuracy`, which compare values.
+    A pair of responses with equal values counts as half correct. In rank correlations, equal values share
+    their mean rank. Values above 1 count as 1, except in the AUCs and in `pairwise_accuracy`, which compare
+    values.
 
     Attributes:
         auc: Share of all pairs of a correct and an incorrect response in which the correct one has the higher
             final value; 0.5 for a constant.
         auc_half: Like `auc`, but with the values after 50 % of the tokens of each response.
-        auc_quarter: Like `auc`, but with the values after 25 % of the tokens.
-        pairwise_accuracy: Like `auc`, but only over pairs of responses to the same problem; None if there is
-            no such pair.
+        auc_quarter: Like `auc`, but with the values after 25 % of the tokens of each response.
+        pairwise_accuracy: Like `auc`, but only over pairs of responses to the same problem; None if no
+            problem has both correct and incorrect responses.
         bce: Mean binary cross-entropy of the final values, in nats.
         brier: Mean squared difference of final value and reward (Brier 1950).
         ece: Expected calibration error (Guo et al. 2017, https://arxiv.org/abs/1706.04599, eq. 3): mean
             distance of value and reward in 15 bins of equal width.
         margin: Mean final value of correct responses minus mean final value of incorrect responses.
-        td_spikiness: Largest divided by mean |TD error| of a response, averaged over responses. It is the
-            length of the response if only one token changes the value, and 1 if all tokens change it equally
-            or not at all. The TD error is V_t - V_{t-1}, or reward - V_{t-1} at the last token; V_t is the
-            value of the prefix that ends at token t.
+        td_spikiness: The largest |TD error| of a response divided by the mean |TD error|, averaged over
+            responses. For one response, it is the length of the response if only one token changes the value,
+            and 1 if all tokens change the value equally or not at all. The TD error is V_t - V_{t-1}, or
+            reward - V_{t-1} at the last token; V_t is the value of the prefix that ends at token t.
         position_correlation: Spearman's correlation of value and position within a response, averaged over
             responses; 0 for a response with equal values.
         length_correlation: Spearman's correlation of final value and length.
         falls_at_slip: Share of the incorrect responses with a known mistake in which the largest fall of the
             value is at a mistake. If several tokens have the same largest fall, each counts as an equal part
-            of the response. For a critic with a constant value, it is the share of tokens at a mistake, which
-            is the result by chance. None if there is no such response.
+            of the response. For a constant critic, `falls_at_slip` is the mean share of tokens at a mistake,
+            which is the result by chance. None if no incorrect response has a known mistake.
     """
 
     auc: float
@@ -163,7 +166,7 @@ class CriticMeasures:
 
     @classmethod
     def of(cls, scored: ScoredResponses) -> CriticMeasures:
-        """Compute the measures of responses, which must contain correct and incorrect ones."""
+        """Compute the measures; the responses must contain both correct and incorrect ones."""
         reward_D, correct_D = scored.reward_D, scored.correct_D
         ranked, scored = scored, scored.as_probabilities
         final_D = scored.final_D
@@ -186,7 +189,7 @@ class CriticMeasures:
 
 
 def aucs(scored: ScoredResponses) -> dict[str, float]:
-    """Return `auc`, `auc_half` and `auc_quarter` of `CriticMeasures`; empty if all rewards are alike."""
+    """Return the AUCs of `CriticMeasures` by name; empty if all responses are correct or all incorrect."""
     from sklearn.metrics import roc_auc_score
 
     correct_D = scored.correct_D

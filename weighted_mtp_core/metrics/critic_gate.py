@@ -1,4 +1,4 @@
-"""Whether a critic separates correct from incorrect responses better than chance: a test over problems.
+"""Tests whether a critic separates correct from incorrect responses better than chance.
 
 Shape letters: D responses, P problems.
 """
@@ -13,12 +13,15 @@ Flags = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 
 LEVEL = 0.025
-"""Largest p-value that counts as better than chance: the share of critics without information that pass."""
+"""Largest p-value that counts as better than chance; this share of critics without information passes."""
 
 PROBLEMS_NEEDED = 6
-"""Problems with a correct response, and with an incorrect one, that the test needs: 1 / 2^6 < `LEVEL`."""
+"""Number of problems with a correct response, and of problems with an incorrect one, that the test needs.
 
-_FLIPS = 3999  # a p-value at `LEVEL` is exact to a tenth of itself
+With n problems, the smallest p-value is about 1 / 2^n, and 1 / 2^6 is less than `LEVEL`.
+"""
+
+_FLIPS = 3999  # random sign choices; the standard error of a p-value at `LEVEL` is a tenth of the p-value
 _SIGNS_AT_ONCE = 1 << 22
 
 
@@ -31,15 +34,16 @@ def chance_p_value(value_D: Floats, correct_D: Flags, problem_D: Ints) -> float:
     """Return the one-sided p-value of a sign-flip test over problems, from seeded random signs.
 
     The AUC minus 0.5 is proportional to the sum over all responses of (correct - mean) * (rank - mean rank),
-    where rank is the rank of the response's value. If the values carry no information about correctness, each
-    problem's part of the sum has either sign with equal probability, even if the responses to the problem
-    depend on each other. The observed sum is multiplied by (P - 1) / P, because the two means are estimates:
-    without this factor, 4 % of critics without information pass on 12 problems.
+    where correct is 0 or 1, mean is its mean, and rank is the rank of the response's value. If the values
+    carry no information about correctness, each problem's part of the sum has either sign with equal
+    probability, even if the responses to the problem depend on each other. The observed sum is multiplied by
+    (P - 1) / P, because the two means are estimates: without this factor, 4 % of critics without information
+    pass on 12 problems.
 
     Args:
         value_D: The value of each response.
-        correct_D: Which responses are correct.
-        problem_D: The number of the problem of each response.
+        correct_D: bool, True for correct responses.
+        problem_D: The number of each response's problem.
     """
     from scipy.stats import rankdata
 

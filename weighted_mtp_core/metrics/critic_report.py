@@ -1,4 +1,4 @@
-"""The report on a critic: its measures and those of two baselines, the interval of its AUC, its calibration.
+"""The report on a critic: the measures of critic and baselines, the interval of the AUC, the calibration.
 
 Shape letters: D responses.
 """
@@ -18,7 +18,7 @@ from weighted_mtp_core.metrics.critic_gate import LEVEL, PROBLEMS_NEEDED, chance
 
 _RESAMPLES = 1000
 _BINS = 10
-_Z = 1.96  # of a 95 % interval
+_Z = 1.96  # half the width of a 95 % interval in standard deviations
 
 
 @frozen(kw_only=True)
@@ -29,8 +29,8 @@ class ReliabilityBin:
         count: Number of responses.
         value: Mean value of the responses.
         reward: Mean reward of the responses, which equals `value` for a calibrated critic.
-        low: Lower end of the 95 % interval of `reward` (Wilson 1927), if responses are independent.
-        high: Upper end.
+        low: Lower end of the 95 % interval of `reward` (Wilson 1927), as if responses were independent.
+        high: Upper end of the 95 % interval of `reward`.
     """
 
     count: int
@@ -49,10 +49,12 @@ class CriticReport:
         constant: Measures of a constant, the mean reward of the split.
         length_only: Measures of a logistic regression on the number of tokens, fitted on the training split.
         auc_low: Lower end of the 95 % interval of the critic's AUC (bootstrap over problems).
-        auc_high: Upper end.
-        p_value: Of the test whether the AUC is better than chance; see `critic_gate.chance_p_value`.
-        fewest_problems: Problems with a correct response, or with an incorrect one, whichever are fewer.
-        reliability: Ten bins of equal width from 0 to 1, without empty ones.
+        auc_high: Upper end of the 95 % interval of the critic's AUC.
+        p_value: The p-value of `critic_gate.chance_p_value`, for the hypothesis that the critic is only as
+            good as chance.
+        fewest_problems: The number of problems with a correct response, or with an incorrect response,
+            whichever number is smaller.
+        reliability: The bins with responses among ten bins of equal width from 0 to 1.
     """
 
     critic: CriticMeasures
@@ -68,13 +70,13 @@ class CriticReport:
     def informative(self) -> bool:
         """Whether the critic separates correct from incorrect responses better than chance.
 
-        The interval of the AUC does not decide, because with few problems it is too narrow.
+        The p-value decides instead of the interval of the AUC, which is too narrow with few problems.
         """
         return self.fewest_problems >= PROBLEMS_NEEDED and self.p_value <= LEVEL
 
     @property
     def words(self) -> str:
-        """A phrase with the AUC, its interval and the AUC of the baselines."""
+        """A phrase with the AUC of the critic, the interval of the AUC and the AUCs of the baselines."""
         return (
             f"AUC {self.critic.auc:.3f}, 95 % interval [{self.auc_low:.3f}, {self.auc_high:.3f}], "
             f"on held-out responses (a constant has 0.5, length alone {self.length_only.auc:.3f})"
@@ -99,9 +101,9 @@ class CriticReport:
 
 
 def report_critic(scored: ScoredResponses, length_only: LengthOnly) -> CriticReport:
-    """Compare values with rewards.
+    """Compare the values of a critic with the rewards of held-out responses.
 
-    Responses to one problem are not independent, so the interval resamples problems, not responses.
+    Responses to one problem are not independent, so the bootstrap resamples problems, not responses.
 
     Args:
         scored: Values and rewards of held-out responses.
@@ -136,7 +138,7 @@ def report_critic(scored: ScoredResponses, length_only: LengthOnly) -> CriticRep
 
 
 def _reliability(value_D: Floats, reward_D: Floats) -> Iterator[ReliabilityBin]:
-    # By hand: scipy's binomtest takes whole numbers of successes, but rewards may be fractions.
+    # Not with scipy's binomtest, which needs whole numbers of successes, while rewards may be fractions.
     bin_D = (value_D * _BINS).astype(int).clip(0, _BINS - 1)
     for each in np.unique(bin_D):
         inside_D = bin_D == each
@@ -155,8 +157,8 @@ def _reliability(value_D: Floats, reward_D: Floats) -> Iterator[ReliabilityBin]:
 def _auc_interval(
     value_D: Floats, correct_D: NDArray[np.bool_], problem_D: NDArray[np.int64]
 ) -> tuple[float, float]:
-    # By hand: scipy.stats.bootstrap cannot leave out resamples in which all responses are correct or none
-    # is, and scikit-learn's AUC of a resample takes 2.4 ms; reweighing the sorted values takes 0.014 ms.
+    # Not with scipy.stats.bootstrap, which cannot leave out resamples in which all responses are correct or
+    # all are incorrect. scikit-learn's AUC of a resample takes 2.4 ms; reweighing sorted values, 0.014 ms.
     generator = np.random.default_rng(0)
     names, inverse_D = np.unique(problem_D, return_inverse=True)
     _, level_D = np.unique(value_D, return_inverse=True)

@@ -6,7 +6,7 @@ import math
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Return the unbiased estimate `1 - C(n - c, k) / C(n, k)` (Chen et al. 2021, eq. 1).
+    """Return the unbiased estimate `1 - C(n - c, k) / C(n, k)` with binomials C (Chen et al. 2021, eq. 1).
 
     Args:
         n: Number of samples that were drawn.
@@ -14,7 +14,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
         k: Number of samples that a user would try; at most n.
 
     Raises:
-        ValueError: `0 <= c <= n` or `1 <= k <= n` is violated.
+        ValueError: c is not between 0 and n, or k is not between 1 and n.
     """
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass@{k} of {c} passed among {n} samples is not defined")

@@ -14,14 +14,17 @@ PLACES = ("before_slip", "at_slip", "behind_slip")
 
 
 def slips_of(batch: Batch) -> Tensor:
-    """Return where the weights of an oracle (`DataSource.oracle_weights`) mark a mistake, bool `[B, T]`."""
+    """Return bool `[B, T]`, True for tokens that are mistakes according to `DataSource.oracle_weights`."""
     if batch.given_BT is None:
         return torch.zeros_like(batch.response_BT)
     return batch.response_BT & (batch.given_BT < 1)
 
 
 def numbers_of_responses(document_BT: Tensor) -> Tensor:
-    """Return each token's document number, int64 `[B, T]`, less than B * T; arbitrary on padding."""
+    """Return the number of each token's document in the batch, int64 `[B, T]` in 0..B*T - 1.
+
+    The number is arbitrary on padding.
+    """
     rows, length = document_BT.shape
     row_B1 = torch.arange(rows, device=document_BT.device)[:, None]
     return row_B1 * length + document_BT.clamp(min=0)
@@ -30,8 +33,8 @@ def numbers_of_responses(document_BT: Tensor) -> Tensor:
 def places_of(batch: Batch) -> Tensor:
     """Return the index in `PLACES` of each token of an incorrect response with a slip, int64 `[B, T]`.
 
-    A token is before the first slip, at a slip, or after the first slip but not at a slip. All tokens outside
-    such responses have -1.
+    A token is before the first slip, at a slip, or after the first slip but not at a slip. Tokens outside of
+    incorrect responses with a slip have the index -1.
     """
     wrong_BT = batch.response_BT & ~is_correct(batch.reward_BT)
     slip_BT = wrong_BT & slips_of(batch)

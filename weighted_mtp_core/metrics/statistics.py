@@ -17,13 +17,13 @@ CONFIDENCE = 0.95
 
 @frozen(kw_only=True)
 class Estimate:
-    """A mean and its interval; `low` and `high` are NaN for a single value.
+    """A mean over seeds and its 95 % interval.
 
     Attributes:
         mean: Mean over the seeds.
-        low: Lower end of the 95 % interval (Student's t).
-        high: Upper end of the interval.
-        count: Number of values.
+        low: Lower end of the 95 % interval; NaN if there is only one seed.
+        high: Upper end of the 95 % interval; NaN if there is only one seed.
+        count: Number of seeds.
     """
 
     mean: float
@@ -48,7 +48,7 @@ class Difference:
 def estimate(value_N: Sequence[float]) -> Estimate:
     """Return the mean and the 95 % interval of Student's t with N - 1 degrees of freedom.
 
-    All three are NaN if a value is not finite: the mean of the other values would hide a diverged run.
+    If a value is not finite, mean and interval are NaN: the mean of the others would hide a diverged run.
     """
     count = len(value_N)
     if not all(map(math.isfinite, value_N)):
@@ -96,9 +96,9 @@ def sign_flip_p(change_N: Sequence[float]) -> float:
     """Return the exact two-sided p-value of the paired permutation test.
 
     Under the null hypothesis, each difference has either sign with equal probability. The p-value is the
-    share of all 2^N choices of signs for which the mean is at least as far from 0 as the observed mean. It
-    cannot be below 2 / 2^N (0.0625 for five seeds). `scipy.stats.permutation_test` returns the same value,
-    but takes 4 s instead of 17 ms for 20 seeds. It is NaN if a difference is not finite.
+    share of all 2^N choices of signs for which the mean is at least as far from 0 as the observed mean, so it
+    cannot be below 2 / 2^N (0.0625 for five seeds). The p-value is NaN if a difference is not finite.
+    `scipy.stats.permutation_test` returns the same p-value, but takes 4 s instead of 17 ms for 20 seeds.
     """
     change = np.asarray(change_N, np.float64)
     if not np.isfinite(change).all():
@@ -112,5 +112,5 @@ def sign_flip_p(change_N: Sequence[float]) -> float:
 
 
 def smallest_p(count: int) -> float:
-    """Return the smallest possible p-value for N pairs."""
+    """Return the smallest p-value that `sign_flip_p` can return for `count` differences."""
     return float(min(1.0, 2.0 / 2.0**count))
