@@ -77,8 +77,8 @@ def evaluate(
         prepared: Data and policy.
         table: The options of the evaluation.
         display: Shows the progress.
-        folder: Folder for samples and verdicts. None in all processes except the first: only the first
-            process verifies completions, the others only compute their shards of the policy.
+        folder: Folder for samples and verdicts. `folder` is None in all processes except the first, because
+            only the first process verifies completions; the others only compute their shards of the policy.
         split: The split to evaluate on.
     """
     tokens = prepared.policy_tokens(split)
@@ -220,7 +220,7 @@ def _continue_prompts(
 def _judge_samples(
     prepared: Prepared, problems: Sequence[Problem], sampled: Sampled, *, whole_split: bool
 ) -> JudgedCompletions:
-    """Cut the samples to completions, as the data source defines it, and verify the completions."""
+    """Cut each sample to a completion with the data source, and verify the completions."""
     completions = [
         [prepared.source.completion(problem, text) for text in texts]
         for problem, texts in zip(problems, sampled.completions, strict=True)

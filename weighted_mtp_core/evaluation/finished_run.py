@@ -102,7 +102,7 @@ class PolicyLoader:
 def policy_loader(folder: Path, *, overrides: Sequence[str]) -> PolicyLoader:
     """Return a loader for the policy of a run or of an exported model.
 
-    Unlike the policy of a run, an exported model needs neither data nor plugins.
+    Unlike the policy of a run, an exported model is loaded without data and plugins.
 
     Raises:
         WmtpError: The run has no checkpoint of its best policy, or an override is invalid.

@@ -36,7 +36,7 @@ class JudgedCompletions:
         return sum(rates) / len(rates)
 
     def pass_rates(self, ks: Sequence[int]) -> dict[str, float]:
-        """Return the mean pass@k over the problems as metrics.
+        """Return, for each k, the mean pass@k over the problems as a metric.
 
         If only some problems of the split were used, their number is part of the metric's name
         (`pass_at_1_of_20_problems`), because this value cannot be compared with pass@k on the whole split.

@@ -69,7 +69,7 @@ class SampledData:
 
     @property
     def depends_on(self) -> dict[str, Any]:
-        """Everything on which the samples depend; the SHA-256 of this is the version of the data set."""
+        """Everything on which the samples depend; a hash of these facts is the version of the data set."""
         data, table = self.source.version(), plain(self.plan.recipe.evaluate)
         options = dict(flat({"data": plain(self.plan.recipe.data)}))
         return {
@@ -230,9 +230,9 @@ def _resume(
     Args:
         journal: The journal.
         kind: Kind of these results in the journal.
-        units: The units.
-        compute: Returns the results of some units in a form that JSON can store. Its second argument is the
-            number of results that are known.
+        units: The units of work, for example problems.
+        compute: Returns the results of some units in a form that JSON can store. The second argument of
+            `compute` is the number of known results.
         known: The results of the first units, from the journal.
         at_once: Number of units that are computed together.
     """

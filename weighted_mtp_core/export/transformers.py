@@ -65,7 +65,7 @@ def write_export(
     recipe: bytes,
     serve: Server | None = None,
 ) -> None:
-    """Write the directory, whole or not at all; an existing exported model is replaced.
+    """Write an exported model, whole or not at all; an existing exported model is replaced.
 
     Args:
         policy: The policy; its parameters are written in their own dtype.
@@ -114,8 +114,8 @@ def cast_parameters(policy: Policy, dtype: torch.dtype) -> None:
 def _read_back(tokenizer: Any, folder: Path) -> None:
     """Refuse a tokenizer that gives other ids after transformers has loaded it from the exported model.
 
-    For some model types, `AutoTokenizer` replaces the pre-tokenizer in `tokenizer.json` with the usual one of
-    the model type, without a warning.
+    For some model types, `AutoTokenizer` replaces the pre-tokenizer in `tokenizer.json` with the model type's
+    own pre-tokenizer, without a warning.
     """
     from transformers import AutoTokenizer
 
@@ -130,9 +130,9 @@ def _read_back(tokenizer: Any, folder: Path) -> None:
 def language_model(policy: Policy) -> Any:
     """Return trunk, head 1 and unembedding as the transformers model from which the policy was made.
 
-    The model shares the policy's modules, so it needs no additional memory. It can be saved but not run,
-    because head 1's layer still has the layer index 0. Its config describes MTP layers only if these layers
-    are heads of the policy.
+    The model shares the policy's modules, so it needs no additional memory. The model can be saved but not
+    run, because head 1's layer still has the layer index 0. The model's config describes MTP layers only if
+    these layers are heads of the policy.
     """
     config = copy.deepcopy(policy.config)
     if policy.shipped is None:

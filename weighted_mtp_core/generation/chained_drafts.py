@@ -25,7 +25,7 @@ from weighted_mtp_core.model.heads.sequential import SequentialHeads
 from weighted_mtp_core.model.policy import Policy, PolicyCache
 
 Choose = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
-"""Chooses tokens from states `[R, 1, H]` for the draft with the given index, from 0; see `Decoder`."""
+"""A function that chooses tokens from states `[R, 1, H]` for the draft with this index (from 0)."""
 
 
 @define(kw_only=True, eq=False)
@@ -60,7 +60,7 @@ class ChainedDrafts:
         Args:
             ids_RT: The tokens that the trunk has read in this step; in the first step, these are the prompts,
                 padded on the left.
-            hidden_RTH: The trunk's states of these tokens.
+            hidden_RTH: The trunk's states of the tokens `ids_RT`.
             last_R: Column of each row's last confirmed token; the columns after it are ignored.
             newest_R: Each row's newest token, which follows the last confirmed token.
             position_R: Position of each row's newest token.
@@ -109,7 +109,7 @@ class ChainedDrafts:
         return torch.cat(drafted, dim=1), torch.cat(known, dim=1) if known else None
 
     def keep(self, index_R: Tensor) -> None:
-        """Drop all rows except those with the indices `index_R`."""
+        """Drop all rows except the rows with the indices `index_R`."""
         self._seen = [each[index_R] for each in self._seen]
         self._carried = [each[index_R] for each in self._carried]
 

@@ -82,7 +82,7 @@ class Decoder:
         return [[*ids[1 : count + 1], token] for count, token, *ids in rows]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Drop all rows except those with the indices `rows`."""
+        """Drop all rows except the rows with the indices `rows`."""
         self._draft()  # before rows are dropped, because the stored states belong to all rows
         index = torch.tensor(rows, device=self._seen_RS.device)
         self.heads.keep(self._cache, index, rows=len(self.generators))
@@ -131,8 +131,8 @@ class Decoder:
     def _draft(self) -> None:
         """Form the next block: the newest token and the tokens that heads 2, 3, ... predict after it.
 
-        If the block exists already, this does nothing. It is called only when another step follows, so that
-        nothing is drafted after the last step.
+        If the next block exists already, this method does nothing. The method is called only when another
+        step follows, so that nothing is drafted after the last step.
         """
         if self._draft_from is None:
             return

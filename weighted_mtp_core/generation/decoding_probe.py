@@ -32,7 +32,7 @@ _NARROW, _WIDE = 8, 1 << 20  # attention windows in tokens, narrower and wider t
 
 @frozen(kw_only=True)
 class Manner:
-    """How a policy can be decoded: for each method, the reason why it fails, or None if it works.
+    """How a policy can be decoded: for each method, the reason why the method fails, or None if it works.
 
     Attributes:
         no_drafts: Why heads 2..K cannot draft.
@@ -163,7 +163,7 @@ class _Following(Decoder):
         return torch.where(wrong_RD, other, draft_RD), None
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Drop all rows except those with the indices `rows`."""
+        """Drop all rows except the rows with the indices `rows`."""
         Decoder.keep(self, rows)
         self._rows = [self._rows[row] for row in rows]
         self.ids_RT = self.ids_RT[rows]
@@ -209,7 +209,7 @@ class UncachedDecoder(Decoder):
         return [[token] for token in newest_R1[:, 0].tolist()]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Drop all rows except those with the indices `rows`."""
+        """Drop all rows except the rows with the indices `rows`."""
         self._ids_RT = self._ids_RT[list(rows)]
         self.generators = [self.generators[row] for row in rows]
 

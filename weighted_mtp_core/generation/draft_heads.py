@@ -1,9 +1,9 @@
 """Run all heads on one block of tokens and do their common work only once.
 
-Each `parallel` head is a body of one layer. Before this layer, a body computes masks and rotary angles, which
-depend only on positions. For a few tokens, this takes about as long as the layer itself. So masks and angles
-are computed only once: the layers of the heads are called with the arguments of a layer of the trunk. The
-layers of heads 2, 3, ..., which draft, are stacked and called as one layer.
+Each `parallel` head is a body of one layer. Before its layer, a body computes masks and rotary angles, which
+depend only on positions. For a few tokens, computing masks and angles takes about as long as the layer
+itself. So masks and angles are computed only once: the layers of the heads are called with the arguments of a
+layer of the trunk. The layers of heads 2, 3, ..., which draft, are stacked and called as one layer.
 
 Shape letters: R rows, T tokens of a block, S slots of the caches, D drafting heads, H hidden.
 """
@@ -208,7 +208,7 @@ class _Call:
 
 
 def _shared_layer(policy: Policy) -> nn.Module | None:
-    """Return a trunk layer with the same kind of attention as the heads' layers; None if no layer has it."""
+    """Return a trunk layer with the heads' kind of attention, or None if the trunk has no such layer."""
     if not policy.heads.bodies or policy.heads.chained:
         return None
     layers = layers_of(policy.trunk)

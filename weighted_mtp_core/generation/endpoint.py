@@ -18,7 +18,7 @@ from weighted_mtp_core.generation.samplers import SampledText
 from weighted_mtp_core.recipe.schema import EvaluateTable
 
 API_KEY = "OPENAI_API_KEY"
-"""Environment variable with the key of the server, if it needs one."""
+"""Environment variable with the key of the server, if the server needs a key."""
 
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _CONNECT_S = 10.0

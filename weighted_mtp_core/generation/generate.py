@@ -133,7 +133,7 @@ def generate(
 
     Args:
         policy: The policy; it is used in evaluation mode, and its mode is restored afterwards.
-        prompts: Token ids; none may be empty.
+        prompts: Token ids of each prompt; no prompt may be empty.
         max_new_tokens: Maximum number of new tokens per prompt. A text also ends K - 1 positions before the
             model's last position, which leaves space for drafts, so that all methods give the same text.
         eos_id: Id of EOS, which ends a text even if it is one of the drafts.
@@ -216,7 +216,7 @@ def _window(policy: Policy) -> int | None:
 
 
 def most_tokens(policy: Policy) -> float:
-    """Return the maximum number of tokens of prompt and text, for which drafts after the text still fit."""
+    """Return the maximum number of tokens of a prompt with its text, so that drafts after it still fit."""
     positions: int | None = getattr(policy.config, "max_position_embeddings", None)
     return math.inf if positions is None else positions - (policy.n_future - 1)
 

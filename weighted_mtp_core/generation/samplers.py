@@ -1,4 +1,4 @@
-"""Samples texts together with the log-probability of each token, for `data sample`.
+"""Samples texts together with the log-probability of each token, for the command `data sample`.
 
 Shape letters: R rows, T tokens, V vocabulary.
 """
@@ -73,7 +73,7 @@ class PolicySampler:
         codec: The codec between texts and the policy's tokens.
         table: Number, temperature and length of the samples, and how they are decoded.
         seed: Seed of all samples.
-        autocast: Returns the context of a forward pass.
+        autocast: Returns the autocast context of a forward pass.
     """
 
     policy: Policy
@@ -148,7 +148,7 @@ def token_logprobs(
         policy: The policy; it is set to evaluation mode.
         rows: Pairs (ids of the prompt, new ids); no prompt may be empty.
         batch_size: Number of rows in a forward pass.
-        autocast: Returns the context of a forward pass.
+        autocast: Returns the autocast context of a forward pass.
     """
     policy.eval()
     device = policy.unembedding.weight.device

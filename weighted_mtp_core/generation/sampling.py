@@ -39,14 +39,14 @@ def draw(probability: Tensor, uniform: Tensor) -> Tensor:
 def whole_cumulative(probability: Tensor) -> Tensor:
     """Return the cumulative distribution, float64; its values are rounded to multiples of 2**-40.
 
-    Sums of whole multiples are exact and therefore deterministic; in its deterministic mode, torch refuses
-    `cumsum` of floats on CUDA devices.
+    Sums of multiples of 2**-40 are exact and therefore deterministic; in its deterministic mode, torch
+    refuses `cumsum` of floats on CUDA devices.
     """
     return (probability.double() * 2.0**40).long().cumsum(dim=-1).double() * 2.0**-40
 
 
 def accept_greedy(draft_RD: Tensor, best_RT: Tensor) -> tuple[Tensor, Tensor]:
-    """Accept drafted tokens up to the first one that differs from the likeliest token.
+    """Accept the drafted tokens before the first draft that differs from the likeliest token.
 
     Args:
         draft_RD: Drafted tokens, int64.
@@ -66,7 +66,8 @@ def accept(
 
     Draft i is accepted with probability `min(1, p_i / q_i)`, where p_i and q_i are its probabilities under
     the target distribution p and the draft distribution q. The first rejected draft is replaced with a sample
-    from the normalised `max(p - q, 0)` (Leviathan et al. 2023, algorithm 1). So tokens are distributed as p.
+    from the normalised `max(p - q, 0)`, where p and q are its target and draft distributions (Leviathan et
+    al. 2023, algorithm 1). The resulting tokens have the target distribution.
 
     Args:
         draft_RD: Drafted tokens, int64.

@@ -21,7 +21,7 @@ from weighted_mtp_core.runtime.device import product_dtype
 
 
 def stack(layers: Sequence[nn.Module]) -> nn.Module | None:
-    """Return a layer of `[L R, T, H]` states, or None if these layers cannot be stacked.
+    """Return a layer that computes states `[L R, T, H]`, or None if the layers cannot be stacked.
 
     Parameters of linear modules are copied, so later updates do not affect the result. Layers with sharded
     parameters (FSDP2) cannot be stacked, because their parameters are complete only while the layer itself is

@@ -28,7 +28,7 @@ class ScoredResponses:
     Attributes:
         value_N: For each response token, the value of the prefix that ends with this token; responses are
             concatenated. Values can be above 1 if the critic determines values only up to a factor.
-        before_D: Value of the prompt or, for a response without a prompt, of its first token.
+        before_D: Value of the prompt or, for a response without a prompt, the value after its first token.
         length_D: Number of tokens of each response, at least 1.
         reward_D: Reward of each response, in [0, 1].
         problem_D: Problem number of each response.
@@ -54,14 +54,14 @@ class ScoredResponses:
         return self.values_after(1.0)
 
     def values_after(self, share: float) -> Floats:
-        """Return each response's value after this share of its tokens, rounded up to whole tokens."""
+        """Return each response's value after the given share of its tokens, rounded up to whole tokens."""
         tokens_D = np.ceil(share * self.length_D).astype(np.int64)
         values: Floats = self.value_N[self.start_D + np.maximum(tokens_D, 1) - 1]
         return values
 
     @property
     def as_probabilities(self) -> ScoredResponses:
-        """These responses with all values above 1 replaced with 1."""
+        """A copy of the responses in which all values above 1 are replaced with 1."""
         return attrs.evolve(
             self, value_N=np.minimum(self.value_N, 1.0), before_D=np.minimum(self.before_D, 1.0)
         )
@@ -73,14 +73,14 @@ class ScoredResponses:
         return right
 
     def by_constant(self) -> ScoredResponses:
-        """Return these responses with all values replaced with the best constant, the mean reward."""
+        """Return a copy of the responses in which every value is the best constant, the mean reward."""
         mean = self.reward_D.mean()
         return attrs.evolve(
             self, value_N=np.full_like(self.value_N, mean), before_D=np.full_like(self.before_D, mean)
         )
 
     def by_length(self, length_only: LengthOnly) -> ScoredResponses:
-        """Return these responses with the values of a critic that uses only the number of tokens so far."""
+        """Return a copy with the values of a critic that uses only the number of tokens so far."""
         so_far_N = np.arange(len(self.value_N)) - np.repeat(self.start_D, self.length_D) + 1
         zero_D = np.zeros_like(self.length_D)
         return attrs.evolve(self, value_N=length_only.values(so_far_N), before_D=length_only.values(zero_D))
@@ -139,9 +139,10 @@ class CriticMeasures:
             distance of value and reward in 15 bins of equal width.
         margin: Mean final value of correct responses minus mean final value of incorrect responses.
         td_spikiness: The largest |TD error| of a response divided by the mean |TD error|, averaged over
-            responses. For one response, it is the length of the response if only one token changes the value,
-            and 1 if all tokens change the value equally or not at all. The TD error is V_t - V_{t-1}, or
-            reward - V_{t-1} at the last token; V_t is the value of the prefix that ends at token t.
+            responses. For one response, the ratio is the length of the response if only one token changes the
+            value, and 1 if all tokens change the value equally or not at all. The TD error of token t is
+            V_t - V_{t-1}, or reward - V_{t-1} at the last token, where V_t is the value of the prefix that
+            ends at token t.
         position_correlation: Spearman's correlation of value and position within a response, averaged over
             responses; 0 for a response with equal values.
         length_correlation: Spearman's correlation of final value and length.
@@ -272,6 +273,6 @@ def _length_correlation(scored: ScoredResponses) -> float:
 
 
 def _correlation(x: Floats, y: Floats) -> float:
-    """Return the rank correlation; 0 if x or y is constant, for which scipy's spearmanr returns NaN."""
+    """Return the correlation of the ranks x and y; 0 if x or y is constant, while scipy returns NaN."""
     scale = x.std() * y.std()
     return 0.0 if scale == 0 else float(((x - x.mean()) * (y - y.mean())).mean() / scale)

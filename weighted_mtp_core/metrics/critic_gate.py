@@ -34,11 +34,11 @@ def chance_p_value(value_D: Floats, correct_D: Flags, problem_D: Ints) -> float:
     """Return the one-sided p-value of a sign-flip test over problems, from seeded random signs.
 
     The AUC minus 0.5 is proportional to the sum over all responses of (correct - mean) * (rank - mean rank),
-    where correct is 0 or 1, mean is its mean, and rank is the rank of the response's value. If the values
-    carry no information about correctness, each problem's part of the sum has either sign with equal
+    where correct is 0 or 1, mean is the mean of correct, and rank is the rank of the response's value. If the
+    values carry no information about correctness, each problem's part of the sum has either sign with equal
     probability, even if the responses to the problem depend on each other. The observed sum is multiplied by
-    (P - 1) / P, because the two means are estimates: without this factor, 4 % of critics without information
-    pass on 12 problems.
+    (P - 1) / P for P problems, because the means of correctness and rank are estimates: without this factor,
+    4 % of critics without information pass on 12 problems.
 
     Args:
         value_D: The value of each response.

@@ -72,8 +72,9 @@ def ratio(part_N: Sequence[float], whole_N: Sequence[float]) -> Estimate:
     """Return mean(part) / mean(whole) of paired values, with its 95 % interval (Fieller 1954).
 
     The interval contains the ratios r for which Student's t-test does not reject that the mean of
-    part - r * whole is 0. If the same test does not reject that the mean of `whole` is 0, the interval is not
-    bounded, and its ends are NaN. The ratio is NaN if a value is not finite or the mean of `whole` is 0.
+    `part - r * whole` is 0. If Student's t-test does not reject that the mean of `whole` is 0, the interval
+    is not bounded, and its ends are NaN. The ratio is NaN if a value is not finite or the mean of `whole` is
+    0.
     """
     count, part, whole = len(part_N), np.asarray(part_N, np.float64), np.asarray(whole_N, np.float64)
     if not (np.isfinite(part).all() and np.isfinite(whole).all()) or whole.mean() == 0:

@@ -38,8 +38,8 @@ def weight_metrics(weight_N: Tensor) -> dict[str, Tensor]:
 def share_between_responses(weight_N: Tensor, response_N: Tensor, *, count: int) -> Tensor:
     """Return the share of the variance of the weights that lies between responses, a float32 scalar.
 
-    The share follows from the law of total variance. It is 1 if weights differ only between responses, and 0
-    if all responses have the same mean weight, for example if all weights are equal.
+    The share follows from the law of total variance. The share is 1 if weights differ only between responses,
+    and 0 if all responses have the same mean weight, for example if all weights are equal.
 
     Args:
         weight_N: The weight of each pair.

@@ -26,7 +26,7 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 def adapt(policy: Policy, table: ModelTable) -> None:
-    """Freeze the base model of a policy, add adapters to it, and store its matrices in `base_dtype`.
+    """Freeze a policy's base model, add adapters, and store the frozen matrices in `base_dtype`.
 
     If `adapters.heads` is `"adapted"`, the decoder layers of heads 2..K also get adapters; otherwise all
     parameters of heads 2..K are trained. The outputs of the policy change only by the rounding to

@@ -3,8 +3,8 @@
 The gradient of a chunk's logits is computed while these logits are in memory, so no logits are stored for the
 backward pass or computed a second time.
 
-Shape letters: B rows, T positions, S = B T positions of the flattened [B, T], N selected positions of these,
-K heads, H hidden, V vocabulary.
+Shape letters: B rows, T positions, S = B T positions of the flattened [B, T], of which N are selected, K
+heads, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def chunk_rows(vocab_size: int, itemsize: int, *, extra_bytes: int, memory: int 
     Args:
         vocab_size: Number of logits in a row.
         itemsize: Number of bytes of a logit.
-        extra_bytes: Bytes of other memory that is in use at the same time as the logits. This memory grows
-            with the batch; on a CPU, the chunk is made smaller by the same amount, so that the total does not
-            grow with the batch.
+        extra_bytes: Bytes of other memory that is in use at the same time as the logits. On a CPU, a chunk is
+            made smaller by `extra_bytes`, which grow with the batch, so that the total memory does not grow
+            with the batch.
         memory: Memory of the CUDA device in bytes; None for other devices.
     """
     if memory is None:
@@ -59,8 +59,8 @@ class Teacher:
 
     Attributes:
         state_BTH: The states that the unembedding reads for head 1, without a gradient.
-        ahead: Number of positions from the source of head k to the source from which head 1 predicts the same
-            token: k - 1.
+        ahead: The distance k - 1 from the source of head k to the source from which head 1 predicts the same
+            token.
         label_share: Share of the label in the target distribution, 0 to 1; the rest is head 1's distribution.
     """
 
@@ -79,8 +79,8 @@ class ChunkedUnembedding:
     Attributes:
         unembedding: The unembedding of the policy.
         matrix_VH: The matrix of the unembedding in the dtype of the matrix products.
-        logits_NV: Buffer for the logits of one chunk. All chunks use this buffer, because allocating a buffer
-            for each chunk costs page faults.
+        logits_NV: Buffer for the logits of one chunk, reused by all chunks, because allocating a buffer for
+            each chunk costs page faults.
         teacher_NV: Buffer for the teacher's logits of one chunk; empty if there is no teacher.
         learns: Whether `learn` adds to the gradients of the matrix and of the bias.
     """
@@ -104,7 +104,7 @@ class ChunkedUnembedding:
         Args:
             policy: The policy.
             hidden_BTH: Trunk states, of which only the device is used.
-            extra_bytes: See `chunk_rows`.
+            extra_bytes: Bytes of other memory in use, see `chunk_rows`.
             teaches: Whether `learn` will be called with a teacher.
         """
         unembedding, device = policy.unembedding, hidden_BTH.device.type

@@ -1,10 +1,10 @@
 """Read an exported model: an ordinary transformers model with head 1, and a folder with heads 2..K.
 
-An exported model is a directory that `export.transformers` writes. In this directory, `weighted_mtp.json`
-describes the heads and their origin, `heads/model.safetensors` contains the tensors of heads 2..K with the
-names `head_<k>.<name>`, and `recipe.toml` is the recipe of the training run. Heads 2..K have a folder of
-their own because servers read every `*.safetensors` file of the top folder and refuse tensors that the model
-does not have.
+`export.transformers` writes exported models. In an exported model, `weighted_mtp.json` describes the heads
+and their origin, `heads/model.safetensors` contains the tensors of heads 2..K with the names
+`head_<k>.<name>`, and `recipe.toml` is the recipe of the training run. Heads 2..K have a folder of their own
+because servers read every `*.safetensors` file of the top folder and refuse tensors that the model does not
+have.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ExportFacts:
         base: Name and version of the base model.
         data_sha256: SHA-256 of the training data; None if the run did not record it.
         shared: Whether `sequential` heads share one module.
-        serve: The server for which `sequential` heads were trained; it determines what the heads compute.
+        serve: The server for which `sequential` heads were trained; servers differ in what heads compute.
         init: `"base"` if `sequential` heads are the base model's MTP layers, which are stored under the base
             model's names; otherwise `"new"`.
     """

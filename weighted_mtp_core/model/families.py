@@ -27,7 +27,7 @@ READS_MASK = frozenset({"bloom", "falcon", "mpt"})
 COUNTS_SLOTS = frozenset({"gpt_neo", "mpt"})
 """`model_type` of families that measure the distance between tokens in cache slots.
 
-Rejected drafts keep their cache slots, so these families cannot decode with drafts.
+Rejected drafts keep their cache slots, so a family that measures distances in slots cannot use drafts.
 """
 
 LIMITED_LENGTH = frozenset({"gpt_neo", "mpt"})
@@ -39,7 +39,7 @@ REFUSED = {
 """By `model_type`: the reason why a family cannot be a trunk although its forward pass works."""
 
 SCALES_OF_EMBEDDINGS = ("embedding_multiplier", "embed_scale")
-"""Attributes of a body with a factor for embeddings; a head would wrongly apply it to the trunk's states."""
+"""Attributes with a factor for embeddings, which the body of a head would apply to the trunk's states."""
 
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
 _DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
@@ -264,7 +264,7 @@ def recording_cache(past: Sequence[Tensor]) -> Any:
             `[B, heads, S, width]`.
 
     Returns:
-        A transformers cache. After the call, its attribute `new` is the pair of new keys and values.
+        A transformers cache. After the call, the cache's attribute `new` is the pair of new keys and values.
     """
     return _recording_cache_class()(past)
 

@@ -36,7 +36,7 @@ _ACTIVE_EXPERTS = ("num_experts_per_tok", "top_k_experts", "num_experts_per_toke
 
 @frozen(kw_only=True)
 class StepFlops:
-    """The operations of a step per token, per supervised pair and per pair of tokens that attend.
+    """The operations of a step per token, per supervised pair, and per pair of tokens in attention.
 
     Attributes:
         per_token: Operations for each token of a document.
@@ -97,9 +97,9 @@ class StepFlops:
 
 
 def _factor(*, trained: bool, passes: bool) -> int:
-    """Return the operations per token and number of a matrix.
+    """Return the operations that each number of a matrix needs per token.
 
-    `trained` means that the matrix gets a gradient, and `passes` that the input of the matrix gets one.
+    `trained` means that the matrix gets a gradient; `passes` means that the matrix's input gets a gradient.
     """
     return 2 + 2 * trained + 2 * passes
 
@@ -109,7 +109,7 @@ def _learns(part: nn.Module) -> bool:
 
 
 def _operations(part: nn.Module, share: float, *, passes: bool) -> float:
-    """Return the operations of a module's matrices per token; `share` of the experts compute a token."""
+    """Return a module's operations per token; `share` is the share of the experts that compute a token."""
     return sum(size * _factor(trained=trained, passes=passes) for size, trained in _matrices(part, share))
 
 
@@ -136,7 +136,7 @@ def _stacks_experts(module: nn.Module, parameter: nn.Parameter) -> bool:
 
 
 def _active_share(policy: Policy) -> float | None:
-    """Return the share of the experts that compute a token: 1 without experts, None if it is unknown."""
+    """Return the share of experts that compute a token: 1 without experts, None if the share is unknown."""
     stacked = any(
         _stacks_experts(module, each) for module in policy.modules() for each in _own_matrices(module)
     )

@@ -43,7 +43,7 @@ class LanguageModel(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Return float32 next-token losses `[B, T]` in nats, indexed by the predicted token.
 
-        A loss is 0 unless its token is a response token that follows another token of the same document.
+        A loss is 0 unless the predicted token is a response token after another token of its document.
         """
         hidden_BTH = self.policy.trunk_states(batch.ids_BT, position_BT=batch.position_BT)
         if torch.is_grad_enabled():
@@ -85,6 +85,6 @@ def frozen_losses(model: LanguageModel) -> Callable[[Batch], Tensor]:
 def trainable_losses(policy: Policy) -> LanguageModel:
     """Return a copy of the policy's language model with all parameters trainable.
 
-    If the policy has adapters, they are merged in the copy.
+    If the policy has adapters, the adapters are merged in the copy.
     """
     return LanguageModel(merged_copy(policy)).requires_grad_(requires_grad=True)

@@ -59,11 +59,11 @@ def load_policy(
     Args:
         table: The table `[model]` of the recipe.
         storage: The storage root; created and converted models are stored in its folder `models_v2/`.
-        texts: Returns the training texts, on which the tokenizer of `micro` is trained.
+        texts: Function that returns the training texts, on which the tokenizer of `micro` is trained.
         seed: Seed of the initial weights.
         distributed: The processes of the run; only the first process creates and converts models.
         mesh: The processes over which the policy is sharded. A sharded policy must be passed to
-            `fsdp.callable_` before it is called. None loads the whole policy on the CPU.
+            `fsdp.callable_` before it is called. If `mesh` is None, the whole policy is loaded on the CPU.
 
     Raises:
         WmtpError: The model does not exist, its files have been changed, or it cannot become a policy.
@@ -217,7 +217,7 @@ def _transformers_folder(base: str, models: Path) -> Path | str:
 
 
 def _gguf_folder(file: Path, models: Path) -> Path:
-    """Return the folder with a GGUF file's weights as safetensors; the first call converts for a minute."""
+    """Return the folder with a GGUF file's weights as safetensors; converting a new file takes a minute."""
     if not file.is_file():
         raise WmtpError(
             f"there is no file `{file}`",

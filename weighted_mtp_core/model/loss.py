@@ -1,10 +1,11 @@
 """The weighted multi-token loss and its gradients; the `[B, T, K, V]` logits never exist in memory at once.
 
-`L = sum_k alpha_k * sum_t w[t, k] * CE(head_k(h_t), x[t + k]) / Z_k`, after Gloeckle et al. 2024 (eq. 2) with
-weights: CE is the cross-entropy, alpha_k the loss share of head k, w[t, k] the weight of the pair (t, k), h_t
-the trunk's state, x[t + k] the target token and Z_k the normaliser. Heads 2..K can learn from head 1 instead
-of labels: their CE is then replaced with KL(head_1(h_{t+k-1}) || head_k(h_t)), from which head 1 gets no
-gradient.
+The loss is `L = sum_k alpha_k * sum_t w[t, k] * CE(head_k(h_t), x[t + k]) / Z_k` (Gloeckle et al. 2024,
+eq. 2, with weights), where CE is the cross-entropy, alpha_k the loss share of head k, w[t, k] the weight of
+the pair (t, k), h_t the trunk's state, x[t + k] the target token and Z_k the normaliser. Heads 2..K can learn
+from head 1 instead of labels. The cross-entropy of head k at position t is then replaced with KL(p || q),
+where q is the prediction of head k at t and p the prediction of head 1 at t + k - 1; head 1 gets no gradient
+from this term.
 
 Heads run forward and backward one after the other (Gloeckle et al., section 2.2). The gradients of the
 trunk's states are summed in one `[B, T, H]` buffer and propagated through the trunk once, so memory does not
@@ -86,7 +87,8 @@ def weighted_mtp_loss(
         hidden_BTH: Trunk states with their autograd graph; without a graph, the trunk gets no gradient.
         labels_BTK: The result of `align_labels`.
         weight_BTK: float32 weights, 0 for pairs that do not count; None means weight 1 for all pairs.
-        normaliser_K: Z of each head for the whole step, so that the losses of micro-batches add up exactly.
+        normaliser_K: Normaliser Z of each head for the whole step, so that the losses of micro-batches add up
+            exactly.
         head_share_K: alpha, the loss share of each head.
         heads: What heads 2..K learn: the labels, head 1's distribution of the token that they draft, or both
             in equal shares.
@@ -156,7 +158,7 @@ def _learn_head(
     scale_BT: Tensor,
     teacher: Teacher | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return a head's loss, the sum of its cross-entropies, and the gradient of its states or None."""
+    """Return a head's loss, the sum of its cross-entropies, and its states' gradient (None if not needed)."""
     scale_N = take(scale_BT, index_N)
     label_N = take(label_BT, index_N)
     if teacher is None and not state_BTH.requires_grad and not unembedding.learns:

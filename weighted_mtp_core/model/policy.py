@@ -59,7 +59,7 @@ class Policy(nn.Module):
         config: The config of the base model.
         hidden_size: H.
         vocab_size: V.
-        trunk: The body, whose states all heads share.
+        trunk: The body, which computes the states that the heads read.
         heads: Heads 1..K.
         norm: The module between heads and unembedding: the final norm for `parallel` heads, otherwise the
             identity.
@@ -166,8 +166,8 @@ class Policy(nn.Module):
         Args:
             k: Number of the head, from 1.
             hidden_BTH: The trunk's states.
-            ids_BT: The token ids of these states; `sequential` heads read them.
-            position_BT: See `trunk_states`.
+            ids_BT: The token ids of the trunk's states; only `sequential` heads read token ids.
+            position_BT: Positions, see `trunk_states`.
             cache: A cache of the head, which is extended in place; `sequential` heads do not use it.
         """
         if self.heads.chained:
@@ -189,11 +189,12 @@ class Policy(nn.Module):
 
         Args:
             hidden_BTH: The trunk's states.
-            ids_BT: See `head_states`.
-            position_BT: See `trunk_states`.
+            ids_BT: Token ids, see `head_states`.
+            position_BT: Positions, see `trunk_states`.
             rows: For each head, the positions at which the caller reads states, as int64 indices `[N]` into
-                the flattened `[B, T]`; None means all positions. States at other positions may be wrong.
-                Unless heads are chained, compute a head's gradient before you request the next head's states.
+                the flattened `[B, T]`; None means all positions. States at positions that are not in `rows`
+                may be wrong. Unless heads are chained, compute a head's gradient before you request the next
+                head's states.
             detach: Whether heads 2..K give a gradient only to the parameters of heads 2..K.
         """
         fixed = {name: parameter.detach() for name, parameter in self.norm.named_parameters()}

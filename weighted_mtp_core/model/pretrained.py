@@ -1,8 +1,8 @@
 """Read a model and its tokenizer, and refuse files from which transformers would load a different model.
 
 transformers creates random weights for missing tensors, drops tensors that the config does not describe, and
-applies an adapter in the same folder. Without these checks, a run could therefore train a different model
-than the one that its recipe names.
+applies an adapter in the same folder. If the files were not checked, a run could therefore train a different
+model than the one that its recipe names.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def load_pretrained(
         kind: A name for this kind of model in error messages.
         shipped: MTP layers to load as additional decoder layers of the model; None loads no MTP layers.
         mesh: The processes over which the matrices of layers, embedding and unembedding are sharded: each
-            process reads only its rows from the files. None loads the whole model on the CPU.
+            process reads only its rows from the files. If `mesh` is None, the whole model is loaded on the
+            CPU.
 
     Raises:
         WmtpError: The model or the tokenizer cannot be loaded, the weights are incomplete or damaged, or the

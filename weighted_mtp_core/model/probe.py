@@ -1,12 +1,13 @@
 """Compare a policy with the model from which it is made, before anything is trained.
 
 Model families differ in ways that configs do not record reliably: scaled or capped logits, dropout between
-layers, attention windows, and layers that depend on their own index. So the model and the policy are first
-run on a few tokens. Head 1 must give the logits of the model in evaluation mode and in training mode, and the
-states of a head must be the same if only some positions are read. The unembedding is also compared on
-scaled-up states, because a soft-cap hardly changes small logits. During the test, attention windows are made
-shorter than the text. Two other tests are in `generation.decoding_probe`, which determines how a policy can
-be decoded, and in `packing_probe`, which determines whether rows may contain several documents.
+layers, attention windows, and layers that depend on their own index. The model and the policy are therefore
+run on a few tokens before training. Head 1 must give the logits of the model in evaluation mode and in
+training mode, and the states of a head must be the same if only some positions are read. The unembedding is
+also compared on scaled-up states, because a soft-cap hardly changes small logits. During the test, attention
+windows are made shorter than the text. Two other tests are in `generation.decoding_probe`, which determines
+how a policy can be decoded, and in `packing_probe`, which determines whether rows may contain several
+documents.
 
 Shape letters: B rows, T positions, H hidden, V vocabulary.
 """

@@ -1,6 +1,6 @@
 """Let transformers read a model in shards: each process reads only its rows of the matrices from the files.
 
-transformers reads only a shard of a tensor if the parameter is a `DTensor` when the files are opened. So the
+transformers reads only a shard of a tensor if the parameter is a `DTensor` when the files are opened, so the
 matrices of a model are sharded while the model is still on the device `meta`.
 """
 
@@ -42,7 +42,7 @@ def sharded_class(model_class: Any, source: Path | str, mesh: DeviceMesh) -> Any
 
 
 def finish_loading(model: Any, info: Any, mesh: DeviceMesh) -> None:
-    """Restore a model's class, move the model to its device, and merge the reports of all processes."""
+    """Restore a model's class, move the model to its device, and merge the processes' shape mismatches."""
     (model.__class__,) = type(model).__bases__
     model.to(mesh.device_type)
     found: list[Any] = [None] * mesh.size()

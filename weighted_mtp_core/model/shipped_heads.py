@@ -41,7 +41,7 @@ class ShippedHeads:
 
     Attributes:
         source: A transformers directory or a hub id.
-        layout: How the layers are stored.
+        layout: How the MTP layers are stored.
         layers: Number of the model's decoder layers.
         depth: Number of MTP layers.
         copies: The entries of `Layout.copies` that exist in the files, by tensor name.
@@ -68,7 +68,7 @@ class ShippedHeads:
 
     @property
     def beside(self) -> re.Pattern[str]:
-        """A pattern for tensors of MTP layers outside of decoder layers, before and after renaming."""
+        """A pattern for the tensor names of MTP layers outside decoder layers, before and after renaming."""
         names = {name for depth in range(self.depth) for name in self.names(depth).values()} | set(
             self.copies
         )

@@ -36,9 +36,9 @@ class Layout:
         block: Common prefix of the tensor names of an MTP layer's decoder layer.
         names: The tensor name of each parameter of `SequentialModule` outside its decoder layer.
         copies: Names of tensors that may exist as copies of the model's embedding or unembedding.
-        serve: The value of `model.heads.serve` with which `sequential` heads compute the same as the layers.
-        repeats: Whether all servers that apply one MTP layer repeatedly pass the layer's state after the
-            final norm to the next application.
+        serve: The value of `model.heads.serve` with which `sequential` heads compute the same as MTP layers.
+        repeats: Whether a server that applies one MTP layer several times always continues with the layer's
+            state after the final norm.
     """
 
     families: tuple[str, ...]
@@ -152,8 +152,8 @@ def shipped_layers(source: Path | str, model: nn.Module) -> tuple[str, ...]:
 def later_layers(source: Path | str, model: nn.Module) -> tuple[str, ...]:
     """Return, sorted, the tensor names of decoder layers with higher numbers than the model's last layer.
 
-    transformers usually reports such tensors as unexpected. For some families, however, transformers ignores
-    layers that have the numbers of MTP layers in published models.
+    transformers usually reports tensors of additional layers as unexpected. For some families, however,
+    transformers ignores layers that have the numbers of MTP layers in published models.
     """
     pattern = names_of_shipped_layers(source)
     own = filter(None, map(_NUMBERED.match, model.state_dict()))

@@ -2,8 +2,8 @@
 
 A matrix is converted to the dtype of its input whenever it is used, in the forward and in the backward pass,
 and the converted matrix is not kept. `nf4` is 4-bit NormalFloat with one float32 scale per block of 64
-numbers (QLoRA, Dettmers et al. 2023, section 3). Only linear layers are stored in nf4; the embedding and the
-unembedding are then bfloat16. Norms and biases stay float32.
+numbers (QLoRA, Dettmers et al. 2023, section 3). With `nf4`, only linear layers are stored in 4 bits; the
+embedding and the unembedding are stored in bfloat16. Norms and biases stay float32.
 
 Shape letters: I inputs and O outputs of a linear layer, X other dimensions, H hidden, R blocks, B numbers of
 a block.
@@ -28,7 +28,7 @@ _HALF_GAP = 0.153  # half the largest distance between neighbouring values of nf
 
 
 class _Product(torch.autograd.Function):
-    """`x W^T` of an input x and a stored matrix W; the gradient of x reads W again."""
+    """Computes `x W^T` for an input x and a stored matrix W; the backward pass reads W again."""
 
     @staticmethod
     def forward(context: Any, input_XI: Tensor, layer: Any) -> Tensor:
@@ -50,7 +50,7 @@ class _Bfloat16Linear(nn.Linear):
         return self.weight.to(dtype)
 
     def forward(self, input_XI: Tensor) -> Tensor:
-        """Return the output `[..., O]` in autocast's dtype if autocast is on, otherwise the input's dtype."""
+        """Return the output `[..., O]` in autocast's dtype or, without autocast, in the input's dtype."""
         device = input_XI.device.type
         dtype = input_XI.dtype
         if torch.is_autocast_enabled(device):
@@ -128,7 +128,7 @@ def restore_base(model: nn.Module) -> None:
 
 
 def _refuse_other_matrices(model: nn.Module, dtype: BaseDtype) -> None:
-    """Refuse a model in which too many matrices would stay float32, or that bypasses its linear layers.
+    """Refuse a model in which too many matrices would stay float32, or which bypasses its linear layers.
 
     At most a tenth of all frozen parameters may be in matrices outside of linear layers and embeddings.
     """

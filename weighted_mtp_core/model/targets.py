@@ -25,7 +25,8 @@ def align_labels(ids_BT: Tensor, *, document_BT: Tensor, response_BT: Tensor, n_
     """Return int64 labels: `labels_BTK[b, t, k - 1] = ids_BT[b, t + k]` if the pair counts, otherwise -100.
 
     A pair counts if its target is a response token and belongs to the same document as its source. The source
-    may be a prompt token. Pairs with padding (document -1) or with a target in another document do not count.
+    of a pair may be a prompt token. Pairs with padding (document -1) or with a target in another document do
+    not count.
 
     Args:
         ids_BT: int64 token ids.

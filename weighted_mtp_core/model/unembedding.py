@@ -24,13 +24,13 @@ class Unembedding(nn.Module):
     Args:
         linear: The base model's unembedding; its parameters are not copied.
         scale: Factor of `W h + b`.
-        soft_cap: c; None if logits are not capped.
+        soft_cap: The soft-cap c; None if logits are not capped.
 
     Attributes:
-        weight: W; if W is sharded, each use gathers it.
-        bias: b; None if the base model's unembedding has no bias.
+        weight: The matrix W; if W is sharded, each use gathers it.
+        bias: The bias b; None if the base model's unembedding has no bias.
         scale: Factor of `W h + b`.
-        soft_cap: c; None if logits are not capped.
+        soft_cap: The soft-cap c; None if logits are not capped.
         stored: Whether the matrix is stored in bfloat16, although states are float32; see `stored_base`.
     """
 
@@ -52,7 +52,7 @@ class Unembedding(nn.Module):
         return torch.float32 if self.stored else self.weight.dtype
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """Return W in this dtype; gathering a sharded W is a collective operation."""
+        """Return the matrix W in this dtype; gathering a sharded W is a collective operation."""
         # Shards are sent in W's own dtype or in the requested dtype, whichever is smaller.
         smaller = min(self.weight.dtype, dtype, key=lambda each: each.itemsize)
         return whole(self.weight, smaller).to(dtype)

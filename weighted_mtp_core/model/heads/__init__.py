@@ -1,8 +1,8 @@
 """The kinds of heads, each in a file of its own.
 
-A kind defines which part of the base model becomes the trunk, what head 1 is and how heads 2..K are
-initialised. To add a kind, write a subclass of `Heads`, and list it in `model.policy.HEADS` and its name
-among the values of the recipe's `model.heads.kind`.
+A kind of heads defines which part of the base model becomes the trunk, what head 1 is and how heads 2..K are
+initialised. To add a kind, write a subclass of `Heads`; then list the class in `model.policy.HEADS`, and the
+name of the kind among the values of the recipe's `model.heads.kind`.
 
 Shape letters: B rows, T positions, S cached and new tokens, H hidden.
 """
@@ -38,7 +38,7 @@ class Text:
 
     Attributes:
         ids_BT: int64 token ids; None if the heads do not read tokens.
-        position_BT: See `Policy.trunk_states`.
+        position_BT: Positions, see `Policy.trunk_states`.
         trunk: The trunk, which embeds the tokens.
     """
 
@@ -54,7 +54,7 @@ class Text:
         return torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
 
     def embedded(self, ahead: int) -> Tensor:
-        """Return the embeddings `[B, T, H]` of the tokens `ahead` positions later, 0 after the document."""
+        """Return embeddings `[B, T, H]` of the tokens `ahead` positions later; 0 past the document's end."""
         position_BT = self.positions()
         # Positions restart at 0 with each document, so no token after the end of a document has the expected
         # position.
@@ -107,9 +107,9 @@ class Heads(nn.ModuleList, ABC):
             k: Number of the head, from 1.
             hidden_BTH: The states that the head reads.
             embedded_BTH: The embedding of the token x[t + k - 1]; only `sequential` heads read it.
-            position_BT: See `Policy.trunk_states`.
+            position_BT: Positions, see `Policy.trunk_states`.
             cache: The head's cache, which is extended in place.
-            seen_BS: See `Policy.trunk_states`.
+            seen_BS: Mask of cached and new tokens, see `Policy.trunk_states`.
         """
 
     def each(
@@ -126,9 +126,10 @@ class Heads(nn.ModuleList, ABC):
         Args:
             hidden_BTH: The trunk's states.
             n_future: K.
-            text: The text of these states.
+            text: The text from which the trunk computed its states.
             rows: For each head, the positions at which the caller reads states, as int64 indices `[N]` into
-                the flattened `[B, T]`; None means all positions. States at other positions may be wrong.
+                the flattened `[B, T]`; None means all positions. States at positions that are not in `rows`
+                may be wrong.
             detach: Whether the trunk's states are detached before heads 2..K read them.
         """
         for k in range(1, n_future + 1):

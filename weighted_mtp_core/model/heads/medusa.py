@@ -18,7 +18,7 @@ from weighted_mtp_core.recipe.schema import HeadsTable
 
 
 class MedusaHeads(Heads):
-    """The identity as head 1, and residual blocks that start as the identity as heads 2..K."""
+    """Head 1 is the identity; heads 2..K are residual blocks, which also start as the identity."""
 
     kind = "medusa"
 

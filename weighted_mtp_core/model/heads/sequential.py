@@ -44,9 +44,10 @@ class Wiring:
         hidden_first: Whether the input of W is `[state; embedding]` instead of `[embedding; state]`.
         blind_start: Whether module 1 reads 0 instead of the token's embedding at the first position of a
             document.
-        recurrent: Whether later modules continue the sequence of module 1. If true, module d has the position
-            t + d - 1 for source t, and attends to the keys and values of module 1 up to t and to the keys and
-            values of modules 2..d at t. If false, each module attends only to its own keys and values.
+        recurrent: Whether later modules continue the sequence of module 1. If `recurrent` is true, module d
+            has the position t + d - 1 for source t, and attends to the keys and values of module 1 up to t
+            and to the keys and values of modules 2..d at t. If `recurrent` is false, each module attends only
+            to its own keys and values.
     """
 
     normed_trunk: bool
@@ -67,7 +68,7 @@ class SequentialHeads(Heads):
     Head 1 is the final norm if the modules read the states before this norm, otherwise the identity.
 
     Attributes:
-        wiring: What the modules read, and to which keys and values they attend.
+        wiring: What a module reads, and to which keys and values the module attends.
     """
 
     kind = "sequential"
@@ -207,7 +208,7 @@ class SequentialHeads(Heads):
             k: Number of the head, from 2.
             source_BTH: The states that the module reads.
             past: The previous modules' keys and values, in the order key, value, key, value, ...
-            text: The text of these states.
+            text: The text from which the trunk computed its states.
             detach: Whether the embedding is detached, so that it gets no gradient.
             more: Whether another head follows.
         """
@@ -233,7 +234,7 @@ class SequentialHeads(Heads):
         return self._blind(trunk.get_input_embeddings()(ids_BT), position_BT, k=k)
 
     def _blind(self, embedded_BTH: Tensor, position_BT: Tensor, *, k: int) -> Tensor:
-        """Return the embedding, with 0 at positions where module 1 does not read it."""
+        """Return the embeddings, with 0 at the positions where module 1 reads no embedding."""
         if not self.wiring.blind_start or k > 2:
             return embedded_BTH
         return embedded_BTH.masked_fill((position_BT == 0)[:, :, None], 0.0)
@@ -250,8 +251,8 @@ class SequentialModule(nn.Module):
     """One module of the chain: norms, a projection and a decoder layer.
 
     At the start of training, W is the identity for the state and 0 for the embedding, and the norms of state
-    and embedding multiply by 1. So the input of the copied layer has the direction of the states for which
-    this layer was trained.
+    and embedding multiply by 1. The input of the copied layer then has the direction of the states for which
+    the layer was trained.
 
     Args:
         body: A body of one layer.
