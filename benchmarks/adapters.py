@@ -3,9 +3,9 @@
     python benchmarks/adapters.py
 
 B = 1, T = 256, 40 % of the tokens supervised, AdamW, random weights, `parallel` heads, K = 4. The peak
-contains the parameters, and activations, gradients and AdamW's moments of two steps. The held-out loss is the
-loss on documents whose tokens follow the same skewed distribution as the tokens of the training documents.
-Needs the plugin `baseline_mtp` and 4 GB of memory.
+contains the parameters and the activations, gradients and AdamW moments of two steps. Training documents and
+held-out documents have tokens from the same skewed distribution. The benchmark needs the plugin
+`baseline_mtp` and 4 GB of memory.
 
 Shape letters: B rows, T positions, K heads.
 """
@@ -42,7 +42,7 @@ K, STEPS, HELD_OUT = 4, 20, 4
 
 
 def new_policy(shape: Mapping[str, int], base_dtype: BaseDtype | None) -> Policy:
-    """Return a policy with random weights; without `base_dtype`, everything is trained."""
+    """Return a policy with random weights; if `base_dtype` is None, all parameters are trained."""
     torch.manual_seed(0)
     config = LlamaConfig(**shape, tie_word_embeddings=True, max_position_embeddings=2048)
     policy = make_policy(LlamaForCausalLM(config), n_future=K, head_kind="parallel")
@@ -70,7 +70,7 @@ def documents(shape: Mapping[str, int], positions: int, *, count: int) -> TokenS
 def training(
     policy: Policy, shape: Mapping[str, int], positions: int
 ) -> tuple[PolicyLearner, Callable[[int], None]]:
-    """Return a learner that validates on held-out documents, and a function that takes a training step."""
+    """Return a learner that validates on held-out documents, and a function that runs a training step."""
     tokens = documents(shape, positions, count=STEPS + HELD_OUT)
 
     def batch(number: int) -> Batch:
@@ -115,25 +115,26 @@ def training(
 def prepare_two_steps(
     shape: Mapping[str, int], positions: int, base_dtype: BaseDtype | None
 ) -> Callable[[], object]:
-    """Return two steps of a new model, for `peak_mib`: the second one starts with AdamW's moments.
+    """Return a function that trains a new model for two steps, for `peak_mib`.
 
-    Freed memory is not counted: only glibc decides how large the gaps between the many small gradients are.
+    There are two steps because AdamW's moments exist only from the second step on. Freed memory is not
+    counted, because the gaps between the many small gradients depend on glibc.
     """
     return_freed_memory()
-    for number in range(2):  # a tiny model loads everything that is loaded lazily
+    for number in range(2):  # training a tiny model first loads what is loaded lazily
         training(new_policy(TINY, base_dtype), TINY, 16)[1](number)
     _, step = training(new_policy(shape, base_dtype), shape, positions)
     return lambda: [step(0), step(1)]
 
 
 def peak(shape: Mapping[str, int], positions: int, base_dtype: BaseDtype | None) -> float:
-    """Return the peak in MiB: parameters, and what two steps need in addition."""
+    """Return the peak memory in MiB: the parameters, and what two steps need in addition."""
     stored = sum(each.nbytes for each in new_policy(shape, base_dtype).parameters())
     return stored / MIB + peak_mib(prepare_two_steps, shape, positions, base_dtype)
 
 
 def held_out_loss(shape: Mapping[str, int], positions: int) -> Row:
-    """Return the row of the held-out loss of head 1 after 20 steps, over this loss before them."""
+    """Return the row of the held-out loss of head 1 after 20 steps, divided by the loss before training."""
     learner, step = training(new_policy(shape, "float32"), shape, positions)
     found = []
     for number in range(STEPS + 1):

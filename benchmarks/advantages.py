@@ -2,8 +2,8 @@
 
     python benchmarks/advantages.py
 
-B = 8 rows of T = 2048 tokens, generalised advantage estimation, whitening, `clip(exp(A / beta))`. Needs the
-plugin `verifiable`.
+The batch has B = 8 rows of T = 2048 tokens. Generalised advantage estimation gives advantages A, which are
+whitened; the weights are `clip(exp(A / beta))`. The benchmark needs the plugin `verifiable`.
 
 Shape letters: B rows, T positions.
 """
@@ -25,7 +25,7 @@ ROWS, PROMPT = 8, 100
 
 
 def make_view(positions: int) -> StepView:
-    """Return rows of a prompt and a response each."""
+    """Return a batch in which each row consists of a prompt and a response."""
     generator = torch.Generator().manual_seed(0)
     shape = ROWS, positions
     response_BT = (torch.arange(positions) >= min(PROMPT, positions // 2)).expand(shape)
@@ -44,7 +44,7 @@ def make_view(positions: int) -> StepView:
 
 
 def loop_weights(view: StepView, options: TdErrorOptions) -> Tensor:
-    """Compute the weights of `verifiable.td_error` token by token, on tensors."""
+    """Compute the weights of `verifiable.td_error` in a loop over tokens, with tensor operations."""
     assert view.value_BT is not None
     assert view.reward_BT is not None
     advantage_BT = torch.zeros_like(view.value_BT)
@@ -72,7 +72,7 @@ def loop_weights(view: StepView, options: TdErrorOptions) -> Tensor:
 
 
 def strategy(options: TdErrorOptions) -> WeightingStrategy:
-    """Build `verifiable.td_error` as a run does."""
+    """Build `verifiable.td_error` in the same way as a run."""
 
     def nothing(*_: object) -> None:
         return None
@@ -91,7 +91,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
     """Measure the group.
 
     Raises:
-        RuntimeError: The two computations disagree.
+        RuntimeError: The weights of the plugin and of the loop differ.
     """
     options = TdErrorOptions(estimator="gae", whiten="batch")
     view = make_view(64 if args.quick else 2048)

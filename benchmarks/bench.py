@@ -1,12 +1,12 @@
-"""Run all benchmarks: each group in a process of its own, one after the other.
+"""Run all benchmarks, one after the other, each group in a separate process.
 
     make bench
-    python benchmarks/bench.py loss step      only these groups; the results of the others stay
+    python benchmarks/bench.py loss step      only these groups; the results of other groups are kept
     python benchmarks/bench.py --gpu          the groups for a GPU, on the CUDA device: gpu.json and gpu.md
 
-Writes results.json, results.md and results.png next to this file. Exits with 1 if a row misses its limit or a
-group fails, and with 2 if `--gpu` finds no CUDA device. Nothing else should run on the machine: results.json
-records the load of each group.
+The results are written to results.json, results.md and results.png next to this file. The exit code is 1 if a
+row misses its limit or a group fails, and 2 if `--gpu` finds no CUDA device. No other program should run on
+the machine at the same time; results.json records the load during each group.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Group = dict[str, Any]
 
 
 def measure(name: str) -> Group | None:
-    """Run one group on one thread; return its results, or None if it failed."""
+    """Run a group on one thread and return its results; None if the group failed."""
     print(f"--- {name}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
@@ -61,7 +61,7 @@ def measure(name: str) -> Group | None:
 
 
 def save(groups: Mapping[str, Group], file: Path) -> None:
-    """Write the results as JSON, as a table and, if rows have limits, as a plot."""
+    """Write the results as JSON, as a Markdown table and, if rows have limits, as a plot."""
     rows = [{"group": name, **row} for name, group in groups.items() for row in group["rows"]]
     machines = {name: {**group["machine"], "seconds": group["seconds"]} for name, group in groups.items()}
     file.write_text(json.dumps({"machines": machines, "rows": rows}, indent=1) + "\n")
@@ -71,7 +71,7 @@ def save(groups: Mapping[str, Group], file: Path) -> None:
 
 
 def saved(file: Path) -> dict[str, Group]:
-    """Return the saved results."""
+    """Return the results of earlier runs of the benchmarks."""
     if not file.is_file():
         return {}
     found = json.loads(file.read_text())
@@ -90,7 +90,7 @@ def saved(file: Path) -> dict[str, Group]:
 
 
 def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Plot each row that has a limit as a share of it: below 1 is within, in either direction."""
+    """Plot each row that has a limit as a share of its limit; for all rows, a share below 1 is good."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -122,7 +122,7 @@ def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
 
 
 def main() -> int:
-    """Measure, write the results and list what failed or missed."""
+    """Run the groups, write the results, and list the groups that failed and the rows that miss a limit."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; all by default")
     parser.add_argument("--gpu", action="store_true", help=f"measure {', '.join(ON_GPU)} on the CUDA device")

@@ -2,10 +2,10 @@
 
     python benchmarks/busy.py
 
-The micro model of the default recipes trains with a thread for each core (8 rows of about 200 tokens per
-step). It trains in a process of its own that imports `weighted_mtp_core` before torch, as a run does, because
-torch reads the number of spins of waiting threads (`GOMP_SPINCOUNT`) when it is loaded. Five idle steps and
-five steps beside the busy process alternate. Times are wall times, because threads wait.
+The micro model of the default recipes trains with one thread per core, on 8 rows of about 200 tokens per
+step. It trains in a separate process that imports `weighted_mtp_core` before torch, like a run, because torch
+reads `GOMP_SPINCOUNT` (how long waiting threads spin) when it is loaded. Five steps on the idle machine and
+five steps with the busy process alternate. Times are wall times, because threads wait for each other.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STEPS = 5
 
 @contextmanager
 def busy_process() -> Iterator[None]:
-    """Keep one core busy in the block."""
+    """Keep one core busy during the `with` block."""
     process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         time.sleep(0.2)
@@ -47,7 +47,7 @@ def busy_process() -> Iterator[None]:
 
 
 def seconds_per_step(*, quick: bool) -> list[tuple[float, float]]:
-    """Train; return for each round the seconds of a step on the idle machine and beside the busy process."""
+    """Train; return for each round the seconds per step on the idle machine and with the busy process."""
     shape, rows, rounds = (TINY, 2, 2) if quick else (micro_shape(), 8, 9)
     table = DataTable(use="benchmark")
     tokens = humaneval_tokens(shape["vocab_size"])

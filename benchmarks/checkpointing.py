@@ -1,13 +1,14 @@
-"""Cost of checkpoints during training: ten steps that start with one, against ten without.
+"""Cost of checkpoints during training: ten steps that start with a checkpoint, against ten steps without.
 
     python benchmarks/checkpointing.py
 
-Measured with AdamW on the micro model of the default recipes (8 rows of about 200 tokens per step) and on a
-model with the shape of SmolLM2-135M (1 row). Both kinds of ten steps alternate in one training on the same
-batch, so the checkpoint is the only difference. The first checkpoint is not counted, because it allocates the
-buffers for the copies. Snapshots need 6 GB in the temporary folder (TMPDIR selects its disk). Training uses
-one thread and writing another, so the CPU time of all threads is the cost on a machine without a spare core,
-and the wall time the cost on one with two cores.
+The models are the micro model of the default recipes (8 rows of about 200 tokens per step) and a model with
+the shape of SmolLM2-135M (1 row), trained with AdamW. Ten steps with and ten steps without a checkpoint
+alternate in one training run on the same batch, so the checkpoint is the only difference. The first
+checkpoint is not counted, because it allocates the buffers for the copies. The checkpoints need 6 GB in the
+temporary folder (TMPDIR selects its disk). One thread trains and another writes. So the CPU time of all
+threads is the cost on a machine without an idle core, and the wall time is the cost on a machine with two
+cores.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ class Model:
     """A model to train.
 
     Attributes:
-        name: Its name in the table.
-        rows: Rows per step.
-        pairs: Number of comparisons of ten steps with and ten without a checkpoint.
-        shape: Arguments of its LlamaConfig.
+        name: Name of the model in the table.
+        rows: Number of rows per step.
+        pairs: Number of comparisons of ten steps with and ten steps without a checkpoint.
+        shape: Arguments of the model's LlamaConfig.
     """
 
     name: str
@@ -76,20 +77,20 @@ MODELS = (
 
 
 class Quiet:
-    """A reporter that discards everything."""
+    """A reporter that discards what it receives."""
 
     def metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Discard them."""
+        """Discard the metrics."""
 
     def timings(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Discard them."""
+        """Discard the timings."""
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
-        """Discard it."""
+        """Discard the progress."""
 
 
 class Unvalidated(PolicyLearner):
-    """Stage 2 without its validations."""
+    """Stage 2 without validations."""
 
     def validate(self, *, step: int) -> Validation:
         """Return the same score for every state, so that the best model is written once."""
@@ -100,7 +101,7 @@ class Unvalidated(PolicyLearner):
 def learner_of(
     shape: Mapping[str, int], folder: Path, *, steps: int, pairs_per_step: Sequence[float]
 ) -> Learner:
-    """Return stage 2 on a new model."""
+    """Return the learner of stage 2 for a new model."""
     torch.manual_seed(0)
     config = LlamaConfig(**shape, tie_word_embeddings=True)
     policy = make_policy(LlamaForCausalLM(config), n_future=4, head_kind="parallel")
@@ -120,7 +121,7 @@ def learner_of(
 
 
 def times_of(model: Model) -> tuple[Times, Times]:
-    """Train; return the times of ten steps that follow a checkpoint, and of the ten steps after those."""
+    """Train; return the times of ten steps after a checkpoint, and of ten steps without a checkpoint."""
     steps = 2 * EVERY * (model.pairs + 2)
     table = DataTable(use="benchmark")
     tokens = humaneval_tokens(model.shape["vocab_size"])
@@ -147,7 +148,7 @@ def times_of(model: Model) -> tuple[Times, Times]:
             )
     with_checkpoint, without = Times(), Times()
     for pair in range(model.pairs):
-        # A checkpoint is written before the batch of the next step is requested.
+        # A checkpoint is written before the next step requests its batch.
         first = 2 * EVERY * (pair + 2) - 1
         for times, begin in ((with_checkpoint, first), (without, first + EVERY)):
             times.wall.append(wall[begin + EVERY] - wall[begin])

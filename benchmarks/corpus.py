@@ -2,9 +2,9 @@
 
     python benchmarks/corpus.py
 
-The corpora are tokenised before the measurement, as they are from the second run of a recipe on. Start-up is
-that of a new process, from the start of the interpreter; processes with the small and the large corpus take
-turns.
+The corpora are tokenised before the measurement, because runs of a recipe tokenise their data only once. The
+time to the first batch includes the start of a new interpreter. Processes with the small and the large corpus
+take turns.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ READ = 4000  # batches: about 32 MiB of tokens, plus pages of 4 KiB around each 
 
 
 def write_corpus(folder: Path, *, mib: int) -> None:
-    """Write the arrays of a tokenised corpus with `mib` MiB of ids, which repeat; no time depends on that."""
+    """Write the arrays of a tokenised corpus with `mib` MiB of ids; the ids repeat, which affects no time."""
     generator = np.random.default_rng(0)
     ids_N = generator.integers(2, 49152, size=MIB // 2, dtype=np.uint16)
     length_D = generator.integers(LONGEST // 8, LONGEST, size=2 * mib * ids_N.size // LONGEST)
@@ -67,7 +67,7 @@ def write_corpus(folder: Path, *, mib: int) -> None:
 
 
 def batches_of(folder: str) -> StepBatches:
-    """Open a corpus like a run."""
+    """Open a corpus in the same way as a run."""
     return StepBatches(
         open_tokens(Path(folder), sha256=verify_once(Path(folder))),
         DataTable(use="core.jsonl"),
@@ -78,7 +78,7 @@ def batches_of(folder: str) -> StepBatches:
 
 
 def time_start(folder: Path, times: Times) -> None:
-    """Time a process that makes the first batch."""
+    """Measure the time of a process that makes the first batch."""
     code = f"import corpus, time; corpus.batches_of({str(folder)!r})(0); print(time.process_time())"
     wall = time.perf_counter()
     done = subprocess.run(
@@ -89,7 +89,7 @@ def time_start(folder: Path, times: Times) -> None:
 
 
 def reading(folder: str, count: int) -> Callable[[], object]:
-    """Read some batches, then return a function that reads the `count` next ones."""
+    """Read some batches, then return a function that reads the next `count` batches."""
     batches = batches_of(folder)
 
     def read(first: int, last: int) -> None:

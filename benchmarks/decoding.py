@@ -2,10 +2,11 @@
 
     python benchmarks/decoding.py
 
-Trains the micro model of configs/baseline.toml with each kind of heads, which takes a minute or two each. The
-policies then continue held-out prompts both ways, one prompt at a time and in batches, in turns; the texts of
-both ways must be equal. A verified draft costs more in a larger batch. The newest finished run of
-configs/smollm2_humaneval.toml, if there is one, is measured as well, without limits.
+The micro model of configs/baseline.toml is trained with each kind of heads, which takes one or two minutes
+per kind. Then plain and self-speculative decoding continue held-out prompts, in turns, one prompt at a time
+and in batches; the texts of both methods must be equal. The cost of verifying a draft grows with the batch.
+If there is a finished run of configs/smollm2_humaneval.toml, the newest one is measured as well, without
+limits.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from weighted_mtp_core.training.prepare import Prepared
 PROMPTS, BATCHES = 32, (1, 8)
 PRETRAINED, PRETRAINED_PROMPTS = "smollm2_humaneval", 4
 WAYS: tuple[Decoding, ...] = ("plain", "self_speculative")
-LIMITS = {"parallel": (">= 1.5", ">= 2.5")}  # of the speed-up, and of the tokens a forward pass
+LIMITS = {"parallel": (">= 1.5", ">= 2.5")}  # of the speed-up, and of the tokens per forward pass
 BEST = ">= 1.6"
 RECIPE = Path(__file__).parents[1] / "configs" / "baseline.toml"
 
@@ -52,9 +53,9 @@ def opened(run: Path) -> Prepared:
 
 
 def newest_usable(folder: Path, name: str) -> Prepared | None:
-    """Return the newest finished run of this name that can be loaded; None if there is no such run.
+    """Return data and policy of the newest finished run called `name` that can be loaded; otherwise None.
 
-    A run whose plugin, data or base model is gone is skipped, with a message.
+    A run is skipped, with a message, if its plugin, data or base model no longer exists.
     """
     runs = {file.parent.parent for file in folder.rglob(f"{name}/*/checkpoints/best_model.pt")}
     for run in sorted(runs, key=lambda each: each.name, reverse=True):
@@ -82,10 +83,10 @@ def measure(args: argparse.Namespace) -> list[Row]:
 
 
 def rows_of(policies: Mapping[str, Prepared], size: int, *, count: int, rounds: int) -> list[Row]:
-    """Measure policies at one batch size on `count` prompts; `LIMITS` are for prompts one at a time.
+    """Measure policies with batches of `size` prompts, on `count` prompts; `LIMITS` apply to `size` 1.
 
     Raises:
-        RuntimeError: The two ways of decoding gave different texts.
+        RuntimeError: Plain and self-speculative decoding gave different texts.
     """
     found: dict[tuple[str, Decoding], Generations] = {}
 

@@ -2,10 +2,12 @@
 
 Shared machines are noisy, and most of the noise lasts longer than one repetition. So the variants of a
 comparison take turns in one process, each round gives one ratio, and a row reports the median of the ratios.
-Times are CPU times on one thread; wall times are recorded as well. Peak memory is that of a separate process.
+Times are CPU times on one thread; wall times are recorded as well. Peak memory is measured in a separate
+process.
 
-`bench.py --gpu` measures on a CUDA device instead: times are elapsed times until the device has finished, and
-peak memory is that which torch has allocated on the device. Limits are those of a CPU, so they are left out.
+`bench.py --gpu` measures on a CUDA device instead. Times are then elapsed times until the device has
+finished, and peak memory is the memory that torch has allocated on the device. There are no limits, because
+all limits are for CPUs.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ from attrs import asdict, define, evolve, field, frozen
 MIB = 1 << 20
 QUICK = "WMTP_BENCH_QUICK"  # variable that `--quick` sets
 GPU = "WMTP_BENCH_GPU"  # variable that `bench.py --gpu` sets
-IDLE_LOAD = 1.2  # load average on two cores; the benchmark itself adds 1
-_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+IDLE_LOAD = 1.2  # largest load average of a machine with two cores that counts as idle; the benchmark adds 1
+_M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
 _SMALL_BLOCK = 1 << 16  # bytes
 
 
@@ -41,13 +43,13 @@ class Row:
 
     Attributes:
         name: What was measured.
-        value: The median.
-        limit: The limit with its direction, for example `<= 1.3`; empty if there is none.
-        ok: Whether the value is within the limit; None without one.
-        spread: First and third quartile over the rounds; twice the value if it was measured once.
+        value: Median over the rounds.
+        limit: The limit with its direction, for example `<= 1.3`; empty if there is no limit.
+        ok: Whether the value is within the limit; None if there is no limit.
+        spread: First and third quartile over the rounds; both equal the value if there is only one round.
         unit: Unit of value and spread; `x` for ratios.
-        wall: The median of wall times, if `value` is of CPU times.
-        note: Context that the reader needs.
+        wall: The median from wall times, if `value` comes from CPU times.
+        note: A remark that helps to understand the row.
     """
 
     name: str
@@ -62,19 +64,19 @@ class Row:
 
 @define(kw_only=True)
 class Times:
-    """Seconds of each round of a variant."""
+    """CPU time and wall time of a variant in each round, in seconds."""
 
     cpu: list[float] = field(factory=list)
     wall: list[float] = field(factory=list)
 
 
 def device() -> torch.device:
-    """Return the device that is measured."""
+    """Return the device on which the benchmarks run."""
     return torch.device("cuda" if GPU in os.environ else "cpu")
 
 
 def autocast() -> torch.autocast:
-    """Return the context of a forward pass: bfloat16 on a GPU."""
+    """Return the autocast context of forward passes, which uses bfloat16 on a GPU only."""
     return torch.autocast(device().type, dtype=torch.bfloat16, enabled=GPU in os.environ)
 
 
@@ -107,7 +109,7 @@ def in_turns(
 def ratio_row(
     name: str, over: Times, under: Times, *, limit: str = "", scale: float = 1.0, note: str = ""
 ) -> Row:
-    """Return the row of the time of one variant over that of another, multiplied by `scale`."""
+    """Return the row of the ratio of two variants' times, `over` / `under`, multiplied by `scale`."""
     ratios = [scale * a / b for a, b in zip(over.cpu, under.cpu, strict=True)]
     walls = [scale * a / b for a, b in zip(over.wall, under.wall, strict=True)]
     return row(name, ratios, limit=limit, unit="x", wall=statistics.median(walls), note=note)
@@ -122,7 +124,7 @@ def row(
     wall: float | None = None,
     note: str = "",
 ) -> Row:
-    """Return the row of repeated measurements."""
+    """Return the row with the median and the quartiles of repeated measurements."""
     value = statistics.median(values)
     first = third = value
     if len(values) > 1:
@@ -140,19 +142,19 @@ def within(value: float, limit: str) -> bool:
 
 
 def peak_mib(prepare: Callable[..., Callable[[], object]], *arguments: object) -> float:
-    """Return the peak growth of a new process while it runs the function that `prepare(*arguments)` returns.
+    """Return the peak memory that a function needs, measured in a new process.
 
-    On a GPU, this is the growth of the memory that torch has allocated there in this process.
+    On a GPU, the memory is what torch allocates on the device, measured in this process.
 
     Args:
         prepare: A module-level function, because the new process imports it by name. It makes the inputs,
-            which are not counted, and returns the function to measure.
-        arguments: Picklable values.
+            the memory of which is not counted, and returns the function to measure.
+        arguments: Arguments of `prepare`, which must be picklable.
 
     Returns:
         MiB of resident memory on top of the inputs; with `--quick`, always 1.
     """
-    if QUICK in os.environ:  # a process takes seconds to start
+    if QUICK in os.environ:  # starting a process takes seconds
         prepare(*arguments)()
         return 1.0
     if GPU in os.environ:
@@ -162,10 +164,10 @@ def peak_mib(prepare: Callable[..., Callable[[], object]], *arguments: object) -
 
 
 def return_freed_memory() -> None:
-    """From now on, freed tensors of this process return to the kernel; call it in `prepare` of `peak_mib`.
+    """Make glibc return freed tensors to the kernel from now on; a `prepare` of `peak_mib` may call this.
 
-    By default, glibc keeps most freed memory. Its gaps between blocks that stay in use, such as gradients,
-    are counted as resident.
+    By default, glibc keeps most freed memory. Gaps between blocks that stay in use, such as gradients, then
+    count as resident memory.
 
     Raises:
         OSError: glibc refuses the setting.
@@ -175,7 +177,10 @@ def return_freed_memory() -> None:
 
 
 def _grown(prepare: Callable[..., Callable[[], object]], arguments: Sequence[object]) -> float:
-    """Measure in this process; `clear_refs` resets the kernel's peak to the current resident memory."""
+    """Return the peak growth in this process, in MiB.
+
+    Writing to `clear_refs` resets the kernel's record of the peak to the current resident memory.
+    """
     torch.set_num_threads(1)
     measured = prepare(*arguments)
     Path("/proc/self/clear_refs").write_text("5")
@@ -194,13 +199,16 @@ def _grown_on_device(prepare: Callable[..., Callable[[], object]], arguments: Se
 
 
 def status_kib(name: str) -> int:
-    """Return a value of /proc/self/status in KiB; `ru_maxrss` would start with the parent's peak."""
+    """Return a value of /proc/self/status in KiB.
+
+    `ru_maxrss` is not used, because it starts with the peak of the parent process.
+    """
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def machine() -> dict[str, Any]:
-    """Describe the machine and its load."""
+    """Return a description of the machine and its load."""
     load = os.getloadavg()[0]
     cpus = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
@@ -231,9 +239,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def run_group(measure: Callable[[argparse.Namespace], list[Row]], description: str | None) -> int:
-    """Run one group: parse its arguments, measure, print; return 1 if a row misses its limit.
+    """Run one group: parse its arguments, measure, and print the rows.
 
-    `--quick` uses tiny sizes that only show that the code runs; `--json FILE` writes the rows.
+    `--quick` uses tiny sizes, which only show that the code runs. `--json FILE` writes the rows to a file.
+
+    Returns:
+        The exit code, which is 1 if a row misses its limit.
     """
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes: only shows that the code runs")

@@ -2,9 +2,9 @@
 
     python benchmarks/heads.py
 
-The reference is transformers' next-token step. B = 1, T = 256, 40 % of the tokens supervised, AdamW, random
-weights. All variants that train everything share the base model and one optimiser. Needs the plugin
-`baseline_mtp` and 6 GB of memory.
+The reference is the next-token step of transformers. B = 1, T = 256, 40 % of the tokens supervised, AdamW,
+random weights. All variants that train all parameters share the base model and one optimiser. The benchmark
+needs the plugin `baseline_mtp` and 6 GB of memory.
 
 Shape letters: B rows, T positions, K heads.
 """
@@ -27,13 +27,13 @@ K = 4
 LIMITS: Mapping[HeadKind, str] = {"medusa": "<= 1.05", "parallel": "<= 1.15", "sequential": "<= 1.35"}
 QUICK = {**TINY, "vocab_size": 8192}
 FEW_LAYERS = {**SMOLLM2, "num_hidden_layers": 4, "vocab_size": 4096}
-"""A shape in which the activations of a head are a large share of a step's memory."""
+"""A model shape in which the activations of a head are a large share of a step's memory."""
 
 
 def prepare_step(
     heads: tuple[HeadKind, int] | None, train: str, shape: Mapping[str, int], positions: int
 ) -> Callable[[], object]:
-    """Return the first step of a new model, for `peak_mib`; without `heads`, it is transformers' step."""
+    """Return the first step of a new model, for `peak_mib`; if `heads` is None, the step of transformers."""
 
     def step(bench: Bench) -> Callable[[], object]:
         if heads is None:
@@ -46,9 +46,9 @@ def prepare_step(
 def prepare_gradients(
     heads: tuple[HeadKind, int], shape: Mapping[str, int], positions: int
 ) -> Callable[[], object]:
-    """Return a step without its optimiser, whose moments would hide how the other memory grows.
+    """Return a step without its optimiser, because AdamW's moments would hide the growth of other memory.
 
-    Freed memory is not counted: the kept gradients of more heads would leave more gaps in it.
+    Freed memory is not counted, because the gradients of more heads would leave more gaps in it.
     """
     return_freed_memory()
 
@@ -66,7 +66,7 @@ def _warm(
     shape: Mapping[str, int],
     positions: int,
 ) -> Callable[[], object]:
-    """Return the step of a model; the step of a tiny one loads everything that is loaded lazily."""
+    """Return the step of a model, after a step of a tiny model, which loads what is loaded lazily."""
     stack = ExitStack()
     tiny, own = (
         stack.enter_context(Bench.of(*each, {"own": heads}, base_is_frozen=train == "heads"))
@@ -82,7 +82,7 @@ def _learner(bench: Bench, name: str, loss: LossTable | None = None) -> PolicyLe
 
 
 def times(shape: Mapping[str, int], positions: int, rounds: int) -> list[Row]:
-    """Return the rows of the times of steps."""
+    """Return the rows with the times of steps."""
     everything: dict[str, tuple[HeadKind, int]] = {kind: (kind, K) for kind in HEADS}
     with (
         Bench.of(shape, positions, everything) as bench,
@@ -121,7 +121,7 @@ def times(shape: Mapping[str, int], positions: int, rounds: int) -> list[Row]:
 
 
 def peaks(shape: Mapping[str, int], positions: int) -> list[Row]:
-    """Return the rows of the peak memory of a step: activations, gradients and AdamW's moments."""
+    """Return the rows with the peak memory of a step: activations, gradients and AdamW's moments."""
     reference = peak_mib(prepare_step, None, "all", shape, positions)
     rows = [row("heads: peak of transformers' next-token step", [reference], unit="MiB")]
     for kind in HEADS:
@@ -139,10 +139,10 @@ def peaks(shape: Mapping[str, int], positions: int) -> list[Row]:
 
 
 def flatness(kind: HeadKind, shape: Mapping[str, int], positions: int, sizes: tuple[int, ...]) -> Row:
-    """Return the largest over the smallest peak over K.
+    """Return the row with the largest peak over all K, divided by the smallest peak.
 
-    The gradients of heads 2..K are left out, and for heads that read each other the states of each head and
-    their gradient: both grow with K by nature.
+    Memory that must grow with K is not counted: the gradients of heads 2..K and, for heads that read each
+    other, the states of each head and their gradients.
     """
     found = []
     for n_future in sizes:

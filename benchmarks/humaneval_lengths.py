@@ -1,8 +1,8 @@
-"""Documents with the lengths of HumanEval's, without downloading a tokenizer.
+"""Documents with the lengths of HumanEval's problems, without downloading a tokenizer.
 
-humaneval_lengths.json has one pair per problem: the numbers of SmolLM2 tokens of the prompt and of the
-canonical solution with its end of text. They sum to 200 on average and to 582 at most. The ids are random; no
-measured time depends on them.
+For each problem, humaneval_lengths.json contains two numbers of SmolLM2 tokens: of the prompt, and of the
+canonical solution with its end of text. Their sum is 200 on average and 582 at most. The token ids are
+random, because no measured time depends on them.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import numpy as np
 from weighted_mtp_core.data.tokens import TokenSet
 
 _LENGTHS = Path(__file__).with_suffix(".json")
-_SPECIAL = 2  # ids of padding and end of text
+_SPECIAL = 2  # number of special ids: padding and end of text
 END = 1
 
 
 def humaneval_tokens(vocabulary: int, *, limit: int | None = None) -> TokenSet:
-    """Return one document per problem, or per problem of the first `limit`."""
+    """Return one document for each problem, or only for the first `limit` problems."""
     length_D2 = np.asarray(json.loads(_LENGTHS.read_text())[:limit])
     end_D = np.cumsum(length_D2.sum(axis=1))
     ids_N = np.random.default_rng(0).integers(_SPECIAL, vocabulary, size=end_D[-1])

@@ -3,9 +3,9 @@
     python benchmarks/bench.py --gpu liger
 
 D = 2048, V = 49152, T = 8192, 40 % supervised, bfloat16. Liger's function returns the loss of each token. The
-weights are applied to these losses, and autograd computes the gradients. On Hopper, Liger has a kernel; on
-other devices, it computes the logits in chunks, and a second time for the gradient. Liger comes from
-benchmarks/requirements-gpu.txt; `make gpu` installs it. It needs Triton, so this group has no rows on a CPU.
+weights are applied to these losses, and autograd computes the gradients. On Hopper GPUs, Liger uses a kernel;
+on other devices, it computes the logits in chunks, and again for the gradient. `make gpu` installs Liger from
+benchmarks/requirements-gpu.txt. Liger needs Triton, so this group has no rows on a CPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SIZES = 8192, 1, 49152  # T, K, V
 
 
 def liger_step(case: Case) -> Callable[[], torch.Tensor]:
-    """Return Liger's loss and gradients of the supervised pairs of head 1."""
+    """Return a function that computes loss and gradients of the supervised pairs of head 1 with Liger."""
     sys.path.append(str(PACKAGES))
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
 
@@ -49,13 +49,13 @@ def liger_step(case: Case) -> Callable[[], torch.Tensor]:
 
 
 def prepare(who: str) -> Callable[[], object]:
-    """Return one variant, for `peak_mib`."""
+    """Return the function that computes one variant, for `peak_mib`."""
     case = Case.of(*SIZES)
     return case.fused if who == "ours" else liger_step(case)
 
 
 def gap(case: Case, peer: Callable[[], torch.Tensor]) -> float:
-    """Return the largest difference of the gradients of the unembedding, relative to the largest value."""
+    """Return the largest difference between two gradients of the unembedding, over the largest gradient."""
     case.fused()
     own = case.policy.unembedding.weight.grad
     assert own is not None

@@ -1,9 +1,9 @@
-"""Time and memory of the fused weighted loss, against its three unavoidable matrix products.
+"""Time and memory of the fused weighted loss, against the three matrix products that every loss needs.
 
     python benchmarks/loss.py
 
-The heads return the trunk's states unchanged, so that only the loss is measured: V = 49152, D = 576, 40 % of
-the pairs supervised, random weights. On a GPU, D = 2048 and T = 8192, in bfloat16.
+The heads return the trunk's states unchanged, so that only the loss is measured. On a CPU, V = 49152, D =
+576, and 40 % of the pairs are supervised, with random weights. On a GPU, D = 2048 and T = 8192, in bfloat16.
 
 Shape letters: B rows, T positions, K heads, N supervised pairs of all heads, D hidden, V vocabulary.
 """
@@ -29,7 +29,7 @@ D, DTYPE = (2048, torch.bfloat16) if GPU in os.environ else (576, torch.float32)
 
 
 class BareHeads(nn.Module):
-    """The parts of a policy that the loss uses: heads that do nothing, and an unembedding."""
+    """The parts of a policy that the loss uses: heads that change nothing, and an unembedding."""
 
     def __init__(self, n_future: int, vocabulary: int) -> None:
         super().__init__()
@@ -40,18 +40,18 @@ class BareHeads(nn.Module):
 
     @property
     def heads(self) -> BareHeads:
-        """Themselves."""
+        """This object, which also has the methods of a policy's heads."""
         return self
 
     def each_head_states(self, hidden_BTD: Tensor, **arguments: object) -> Iterator[Tensor]:
-        """Yield the trunk's states for each head."""
+        """Yield the trunk's states, once for each head."""
         del arguments
         yield from [hidden_BTD] * self.n_future
 
 
 @frozen(kw_only=True, eq=False)
 class Case:
-    """Inputs of one size, and the variants to measure."""
+    """Inputs of one size, and the variants to measure as methods."""
 
     policy: BareHeads
     hidden_BTD: Tensor
@@ -64,7 +64,7 @@ class Case:
         torch.manual_seed(0)
         shape = 1, positions, n_future
         with device():
-            # The same number for each head; otherwise the largest head would have more rows with more heads.
+            # All heads have equally many pairs. With random numbers, the largest would grow with K.
             counts_BTK = torch.rand(shape).argsort(dim=1) < SUPERVISED * positions
             return cls(
                 policy=BareHeads(n_future, vocabulary),
@@ -74,12 +74,12 @@ class Case:
             )
 
     def fused(self, weight_BTK: Tensor | None = None) -> None:
-        """Compute loss and gradients as training does."""
+        """Compute loss and gradients in the same way as training."""
         weight_BTK = self.weight_BTK if weight_BTK is None else weight_BTK
         target_BTK, heads = target_mask(self.labels_BTK), self.policy.n_future
         with autocast():
             weighted_mtp_loss(
-                self.policy,  # type: ignore[arg-type]  # has all of a Policy that the loss uses
+                self.policy,  # type: ignore[arg-type]  # has all parts of a Policy that the loss uses
                 self._leaf(),
                 labels_BTK=self.labels_BTK,
                 weight_BTK=weight_BTK,
@@ -88,14 +88,14 @@ class Case:
             )
 
     def losses_first(self) -> None:
-        """Compute them with weights that depend on the policy's current losses, as in Rho-1."""
+        """Compute loss and gradients with weights that depend on the policy's losses, as in Rho-1."""
         with autocast():
             predictions = PairPredictions(self.policy, self._leaf().detach(), self.labels_BTK)  # type: ignore[arg-type]
             weight_BTK = predictions.losses()
         self.fused(weight_BTK)
 
     def full(self) -> None:
-        """Compute them with all `[B, T, K, V]` logits and autograd."""
+        """Compute loss and gradients with autograd from all logits, `[B, T, K, V]`."""
         target_BTK = target_mask(self.labels_BTK)
         normaliser_K = normalisers(self.weight_BTK, target_BTK, normalise="weights")
         states_BTD = self._leaf()
@@ -112,13 +112,16 @@ class Case:
         torch.autograd.backward([loss])
 
     def _leaf(self) -> Tensor:
-        """Clear the gradients and return the states as a leaf that receives a gradient."""
+        """Clear the gradients, and return the states as a new leaf tensor that receives a gradient."""
         self.policy.zero_grad(set_to_none=True)
         return self.hidden_BTD.detach().requires_grad_()
 
 
 def three_products(pairs: int, vocabulary: int) -> Callable[[], None]:
-    """Return the products alone: logits, gradients of states and unembedding, chunk by chunk, in place."""
+    """Return a function that computes only the three matrix products, chunk by chunk and in place.
+
+    The products are the logits, the gradient of the states and the gradient of the unembedding.
+    """
     chunk = 8192 if GPU in os.environ else CHUNK
     with device():
         weight_VD, state_ND = torch.randn(vocabulary, D, dtype=DTYPE), torch.randn(pairs, D, dtype=DTYPE)
@@ -137,7 +140,7 @@ def three_products(pairs: int, vocabulary: int) -> Callable[[], None]:
 
 
 def prepare(variant: str, positions: int, n_future: int, vocabulary: int) -> Callable[[], object]:
-    """Return one variant, for `peak_mib`; a first small call loads everything that is loaded lazily."""
+    """Return one variant, for `peak_mib`, after a small call that loads what is loaded lazily."""
 
     def of(case: Case) -> Callable[[], object]:
         return {"fused": case.fused, "full": case.full}[variant]
@@ -147,10 +150,10 @@ def prepare(variant: str, positions: int, n_future: int, vocabulary: int) -> Cal
 
 
 def flatness(name: str, sizes: dict[int, tuple[int, int]], vocabulary: int) -> list[Row]:
-    """Return the peak memory of each size, and the largest over the smallest.
+    """Return the rows with the peak memory of each size, and with the largest over the smallest peak.
 
-    The unembedding's gradient, `[V, D]` for every size, is subtracted: it would make any peak look flat. Each
-    size is measured in three processes, because a peak is occasionally some MiB higher.
+    The gradient of the unembedding is subtracted, because it is `[V, D]` for every size and so would hide any
+    growth. Each size is measured in three processes, because a peak is occasionally some MiB higher.
     """
     gradient = vocabulary * D * 4 / MIB
     peaks = {

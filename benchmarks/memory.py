@@ -2,9 +2,9 @@
 
     python benchmarks/memory.py
 
-Two steps of AdamW in float32 on one document, 40 % of it supervised, in a process of its own: parameters,
-gradients, moments and activations are all counted. The forecast runs the same step on tensors without values.
-Needs the plugin `baseline_mtp` and 10 GB of memory.
+The measured process trains for two steps with AdamW in float32, on one document of which 40 % is supervised.
+Parameters, gradients, moments and activations all count. The forecast runs the same step on tensors without
+values. The benchmark needs the plugin `baseline_mtp` and 10 GB of memory.
 
 Shape letters: T positions.
 """
@@ -58,7 +58,7 @@ SHAPES: Mapping[str, tuple[Mapping[str, int], int]] = {
     "135 M": (SMOLLM2, 512),
     "400 M": (MEDIUM, 256),
 }
-"""Shapes of the base model, each with the T of its document."""
+"""Shapes of the base model, each with the length T of the training document."""
 
 _RECIPE = """
 tracker = []
@@ -81,7 +81,7 @@ batch_size = 1
 
 
 def forecast_mib(shape: Mapping[str, int], positions: int, train: str, how: str) -> float:
-    """Return the forecast of a step's peak."""
+    """Return the forecast of the peak memory of a step, in MiB."""
     with tempfile.TemporaryDirectory() as folder:
         _config(shape).save_pretrained(folder)
         recipe = Path(folder) / "recipe.toml"
@@ -103,7 +103,10 @@ def forecast_mib(shape: Mapping[str, int], positions: int, train: str, how: str)
 
 
 def prepare_training(shape: Mapping[str, int], positions: int, train: str, how: str) -> Callable[[], object]:
-    """Return a function that makes a model and trains it for two steps; a tiny one loads the code first."""
+    """Return a function that makes a model and trains it for two steps, for `peak_mib`.
+
+    A tiny model is trained first, which loads what is loaded lazily.
+    """
     return_freed_memory()
 
     def train_two_steps(own: Mapping[str, int], tokens: int) -> None:

@@ -2,10 +2,10 @@
 
     python benchmarks/bench.py --gpu mfu
 
-On a GPU: models with the shape of SmolLM2-135M and of a Llama of 1.1 billion parameters, 8 rows of 1024
-tokens, 40 % supervised, bfloat16, AdamW. The second shape needs a device with 40 GB. The share is the model
-FLOPs utilisation (MFU) with a measured rate as its denominator; `weighted_mtp_core/model/flops.py` counts the
-operations.
+On a GPU, the models have the shapes of SmolLM2-135M and of a Llama with 1.1 billion parameters; the second
+needs 40 GB of device memory. A batch has 8 rows of 1024 tokens, 40 % supervised; the steps use bfloat16 and
+AdamW. The share is the model FLOPs utilisation (MFU), relative to a measured rate and not to the rate in a
+data sheet. `weighted_mtp_core/model/flops.py` counts the operations.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BILLION = {
     "num_attention_heads": 32,
     "num_key_value_heads": 4,
 }
-NEEDED = 40e9  # bytes of device memory: parameters, gradients and moments take 20 GB
+NEEDED = 40e9  # bytes of device memory; parameters, gradients and moments take 20 GB of them
 
 
 def shapes(*, quick: bool) -> Iterator[tuple[str, Mapping[str, int]]]:
@@ -47,7 +47,7 @@ def shapes(*, quick: bool) -> Iterator[tuple[str, Mapping[str, int]]]:
 
 
 def rows_of(name: str, bench: Bench, *, rounds: int, rate: float) -> list[Row]:
-    """Return the rows of one model."""
+    """Return the rows for one model."""
     weighting = build_uniform(UniformOptions(), bench.context())
     learners = {head: bench.learner(policy, weighting) for head, policy in bench.policies.items()}
     steps: dict[str, Callable[[], object]] = {"transformers' step": numbered(bench.transformers_step())}
@@ -77,7 +77,7 @@ def rows_of(name: str, bench: Bench, *, rounds: int, rate: float) -> list[Row]:
 
 
 def _peak(step: Callable[[], object]) -> float:
-    """Return the MiB on the device during a step, parameters and moments included; of the host on a CPU."""
+    """Return the peak memory during a step in MiB, with parameters and moments; on a CPU, of the process."""
     forget_peak(device())
     step()
     peaks = peak_memory(device())

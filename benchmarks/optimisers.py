@@ -2,8 +2,8 @@
 
     python benchmarks/optimisers.py
 
-Four decoder layers of the shape of SmolLM2-135M, without embeddings; random parameters and gradients. Peak
-memory is on top of parameters and gradients, so it contains the optimiser's state.
+The parameters are four decoder layers with the shape of SmolLM2-135M, without embeddings. Parameters and
+gradients are random and do not count in the peak memory, which contains the state of the optimiser.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def prepared(name: OptimiserName, layers: int) -> tuple[list[nn.Parameter], list
 
 
 def step(optimisers: list[torch.optim.Optimizer]) -> None:
-    """Take a step that is not skipped."""
+    """Run a step of each optimiser; the value 0 of `found_inf` means that the step is not skipped."""
     for each in optimisers:
         each.found_inf = torch.zeros((), device=device())  # type: ignore[attr-defined]
         each.step()
 
 
 def two_steps(name: OptimiserName, layers: int) -> Callable[[], object]:
-    """Return a function that takes the first two steps."""
+    """Return a function that runs the first two steps of an optimiser."""
     parameters, optimisers = prepared(name, layers)
 
     def run() -> object:
@@ -73,7 +73,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
         rows.append(
             row(
                 f"{name}: step of a million parameters",
-                [1e9 * each / count for each in times[name].cpu],  # seconds to ms, times a million
+                [1e9 * each / count for each in times[name].cpu],  # milliseconds per million parameters
                 unit="ms",
             )
         )

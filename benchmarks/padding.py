@@ -2,8 +2,8 @@
 
     python benchmarks/padding.py
 
-These are counts, independent of the machine. `shuffled` stands for a shuffling loader that pads each batch to
-its longest row.
+The results do not depend on the machine, because tokens are only counted. `shuffled` stands for a data loader
+that shuffles documents and pads each batch to its longest row.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ BATCH, ROW_TOKENS, VOCABULARY, EPOCHS = 8, 2048, 49152, 20
 
 
 def share(batches: list[Batch]) -> float:
-    """Return the number of tokens with padding over the number without."""
+    """Return the number of tokens including padding over the number of tokens without padding."""
     computed = sum(batch.ids_BT.numel() for batch in batches)
     return computed / sum(int((batch.document_BT >= 0).sum()) for batch in batches)
 
 
 def shuffled(tokens: TokenSet, seed: int) -> list[Batch]:
-    """Return an epoch of random batches."""
+    """Return an epoch of batches of random documents."""
     order = np.random.default_rng(seed).permutation(len(tokens))
     return [collate(tokens, order[i : i + BATCH], device=_CPU) for i in range(0, len(order), BATCH)]
 
 
 def grouped(tokens: TokenSet, seed: int) -> list[Batch]:
-    """Return an epoch of batches of similar lengths."""
+    """Return an epoch of batches of documents with similar lengths."""
     sampler = Sampler(pointwise(tokens), tokens.length_D, batch_size=BATCH, seed=seed)
     return [collate(tokens, sampler.rows(step), device=_CPU) for step in range(sampler.batches_per_epoch)]
 
 
 def packed(tokens: TokenSet, seed: int) -> list[Batch]:
-    """Return an epoch of rows that each hold several documents."""
+    """Return an epoch of batches in which each row contains several documents."""
     sampler = PackedSampler(tokens.length_D, row_tokens=ROW_TOKENS, batch_size=BATCH, seed=seed)
     steps = int(sampler.first_steps().max()) + 1
     return [collate_packed(tokens, sampler.rows(step), device=_CPU) for step in range(steps)]

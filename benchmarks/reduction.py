@@ -1,10 +1,10 @@
-"""What eight data-parallel processes send: gradients in buckets against one call for each tensor.
+"""What eight data-parallel processes send: gradients in buckets, against one call for each tensor.
 
     python benchmarks/reduction.py
 
-The processes share two cores and communicate through gloo, so times show little. What counts is the number of
-calls, and how much is sent while the backward pass still runs. The model has the depth of SmolLM2-135M and
-half its width, K = 4. Needs 6 GB of memory.
+The processes share two cores and communicate through gloo, so times mean little. The benchmark counts the
+calls, and how many bytes are sent while the backward pass still runs. The model has the depth of
+SmolLM2-135M, half its width, and K = 4. The benchmark needs 6 GB of memory.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ TINY = {
 class Sent:
     """What one process sends in one step, and the wall time of the step in seconds.
 
-    `early` counts the bytes whose sum starts before the backward pass has computed the last gradient.
+    `early` is the number of bytes that are sent before the backward pass has computed the last gradient.
     """
 
     calls: int = 0
@@ -78,7 +78,7 @@ class Ones(WeightingStrategy):
 
 @frozen(kw_only=True, eq=False)
 class Work:
-    """The work of one process; `policy` is shared by all forked processes, since nothing updates it."""
+    """The work of one process; all forked processes share `policy`, because it is never updated."""
 
     policy: Policy
     processes: int
@@ -86,7 +86,7 @@ class Work:
     folder: Path
 
     def run(self, rank: int, results: Any) -> None:
-        """Take both variants in turns; the first process sends its measurements to the parent."""
+        """Run both variants in turns; the first process sends its measurements to the parent process."""
         dist.init_process_group(
             "gloo",
             init_method=f"file://{self.folder / 'store'}",
@@ -133,7 +133,7 @@ class Work:
 
 @contextmanager
 def counted(sent: Sent, policy: Policy) -> Iterator[None]:
-    """Count the calls that sum gradients."""
+    """Count the calls that sum gradients during the `with` block."""
     send, last = dist.all_reduce, next(policy.trunk.parameters())
 
     def all_reduce(tensor: torch.Tensor, **options: Any) -> Any:
@@ -148,7 +148,7 @@ def counted(sent: Sent, policy: Policy) -> Iterator[None]:
 
 
 def batch_of(vocabulary: int, *, rows: int) -> Batch:
-    """Return a batch whose second half of each row is supervised."""
+    """Return a batch in which the second half of each row is supervised."""
     generator = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(vocabulary, (rows, POSITIONS), generator=generator)
     zero_BT = torch.zeros_like(ids_BT)
@@ -162,7 +162,7 @@ def batch_of(vocabulary: int, *, rows: int) -> Batch:
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
-    """Start the processes; return the rows of the first one, to which all others are equal."""
+    """Start the processes and return the rows of the first process; all processes send the same."""
     processes, rounds, shape = (2, 1, TINY) if args.quick else (8, 3, HALF)
     base = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False))
     policy = make_policy(base, n_future=K, head_kind="parallel").train()

@@ -2,9 +2,10 @@
 
     python benchmarks/sandbox_mbpp.py FOLDER [--limit N] [--repeat]
 
-FOLDER contains `mbpp.jsonl` (MBPP's public release) and `mbpp_solutions.jsonl` (task_id, program and verdict:
-pass, fail or timeout, recorded by executing program and asserts in one process). Two verdicts agree if both
-or neither say that the program passed. `--repeat` judges everything again and counts changed verdicts.
+FOLDER contains `mbpp.jsonl` (MBPP's public release) and `mbpp_solutions.jsonl`. A line of the latter contains
+task_id, program and verdict (pass, fail or timeout), recorded by running the program and the asserts in one
+process. Two verdicts agree if both or neither are that the program passed. `--repeat` judges all programs
+again and counts the verdicts that change.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def tests_of(problem: dict[str, Any]) -> str:
 
 
 def report(name: str, rows: list[dict[str, Any]], verdicts: list[Verdict]) -> None:
-    """Print the agreement and every disagreement."""
+    """Print how many verdicts agree, and each program for which they differ."""
     table = Counter((row["verdict"], verdict.kind.value) for row, verdict in zip(rows, verdicts, strict=True))
     agree = sum(
         count for (recorded, kind), count in table.items() if (recorded == "pass") == (kind == "passed")

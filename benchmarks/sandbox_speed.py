@@ -2,9 +2,10 @@
 
     python benchmarks/sandbox_speed.py [--programs 1000] [--workers 0]
 
-Two kinds of program: `small` (a one-line function, three calls) and the 164 canonical solutions of HumanEval.
-Wall time is meaningful on idle cores only; CPU time per program (of all processes, including the caller) on
-busy ones as well. bubblewrap does not report the CPU time of its children, so none is shown for it.
+There are two kinds of programs: `small` (a one-line function, called three times) and the 164 canonical
+solutions of HumanEval. Wall times are meaningful only if the cores are otherwise idle. CPU times per program
+are also meaningful on busy cores; they include all processes, also the caller. No CPU time is shown for
+bubblewrap, because bubblewrap does not report the CPU time of its children.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ SMALL = Job(
 
 
 def humaneval_jobs() -> list[Job]:
-    """Return the canonical solutions."""
+    """Return the canonical solutions of HumanEval with their tests."""
     return [
         Job(
             each["prompt"] + each["canonical_solution"],
@@ -61,7 +62,7 @@ def measure(backend: Any, jobs: list[Job], *, workers: int) -> tuple[float, floa
 
 
 def main() -> None:
-    """Print one line per back end and kind of program."""
+    """Print one line for each back end and kind of program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

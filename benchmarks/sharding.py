@@ -1,11 +1,11 @@
-"""Peak memory of each process of a sharded run, over that of a run in one process.
+"""Peak memory of each process of a sharded run, over the peak memory of a run in one process.
 
     python benchmarks/sharding.py
 
-Whole runs of a model with 200 million parameters: loading, the checks before training, steps with AdamW, a
-validation, checkpoints, the best state, and generation. The peak is the resident memory of the whole process,
-with Python and its libraries, but without freed memory that glibc would keep. Needs 8 GB of memory, and as
-much in the temporary folder (TMPDIR selects its disk).
+The runs are whole runs of a model with 200 million parameters: loading, the checks before training, steps
+with AdamW, a validation, checkpoints, saving the best state, and generation. The peak is the resident memory
+of the whole process, including Python and its libraries, but without freed memory that glibc would keep. The
+benchmark needs 8 GB of memory and 8 GB in the temporary folder (TMPDIR selects its disk).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.model.load import load_policy
 from weighted_mtp_core.recipe.schema import MicroTable, ModelTable
 
-PEAKS = "WMTP_BENCH_PEAKS"  # variable with the folder for the peaks; set in a measured process
+PEAKS = "WMTP_BENCH_PEAKS"  # environment variable: the folder to which a process writes its peak
 LARGE = {"vocab_size": 32000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 20}
 TINY = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
 RECIPE = """
@@ -76,7 +76,7 @@ def peaks(folder: Path, processes: int) -> list[float]:
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
-    """Run with one process, with two and with four."""
+    """Measure runs with one, two and four processes."""
     counts = (1, 2) if args.quick else (1, 2, 4)
     with tempfile.TemporaryDirectory() as name:
         millions = write_inputs(Path(name), TINY if args.quick else LARGE) / 1e6
@@ -94,7 +94,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
 
 
 def run_measured() -> None:
-    """Run the program of the framework in this process, and write its peak memory."""
+    """Run the framework's command line in this process, and write the peak memory of the process."""
     from weighted_mtp_core.cli import main as program
 
     torch.set_num_threads(1)

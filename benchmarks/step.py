@@ -3,8 +3,8 @@
     python benchmarks/step.py
 
 B = 1, T = 256, 40 % of the tokens supervised, AdamW, random weights. All variants train the same base model
-with one optimiser, so that memory holds one model. Needs the plugins `baseline_mtp` and `verifiable` and 5 GB
-of memory.
+with the same optimiser, so that only one model is in memory. The benchmark needs the plugins `baseline_mtp`
+and `verifiable` and 5 GB of memory.
 
 Shape letters: B rows, T positions, K heads, V vocabulary.
 """
@@ -79,7 +79,7 @@ def documents(vocabulary: int, positions: int, count: int = DOCUMENTS) -> TokenS
 
 
 def sharing_parameters(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """Return a copy with the same parameter objects, because a policy takes its model apart."""
+    """Return a copy of a model with the same parameter objects, because a policy changes its model."""
     shared: LlamaForCausalLM = copy.deepcopy(model, {id(each): each for each in model.parameters()})
     return shared
 
@@ -105,7 +105,7 @@ class Bench:
         batch_size: int = 1,
         base_is_frozen: bool = False,
     ) -> Iterator[Bench]:
-        """Make everything except critics; `heads` names the policies, each with its kind of heads and K."""
+        """Make everything except critics; `heads` maps the name of each policy to its kind of heads and K."""
         config = LlamaConfig(**shape, tie_word_embeddings=True, max_position_embeddings=2048)
         with device():
             base = LlamaForCausalLM(config).train()
@@ -135,7 +135,7 @@ class Bench:
             )
 
     def context(self) -> BuildContext:
-        """Return the context that components of the first policy are built with."""
+        """Return the context with which components for the first policy are built."""
         policy = next(iter(self.policies.values()))
         model = ModelContext(
             n_future=policy.n_future,
@@ -147,7 +147,7 @@ class Bench:
         return BuildContext(seed=0, storage=self.scratch, model=model)
 
     def transformers_step(self) -> Callable[[int], None]:
-        """Return the step of a plain training loop around transformers' model and its loss (all logits)."""
+        """Return a training step with the model and the loss of transformers, which computes all logits."""
         parameters = list(self.base.parameters())
 
         def step(number: int) -> None:
@@ -169,7 +169,7 @@ class Bench:
         critic: Critic | None = None,
         loss: LossTable | None = None,
     ) -> PolicyLearner:
-        """Return stage 2, which adds gradients to the parameters of a policy."""
+        """Return the learner of stage 2, which adds gradients to the parameters of a policy."""
         return PolicyLearner(
             policy=policy,
             weighting=Weighting(strategy=weighting, needs=needs, critic=critic, label="benchmark"),
@@ -183,7 +183,7 @@ class Bench:
         )
 
     def our_step(self, learner: PolicyLearner) -> Callable[[int], None]:
-        """Return the step of stage 2."""
+        """Return a function that runs a training step of stage 2."""
         parameters = list(learner.parameters())
 
         def step(number: int) -> None:
@@ -193,7 +193,7 @@ class Bench:
         return step
 
     def cached(self, critic: Critic) -> Critic:
-        """Return the critic with all of its scores cached."""
+        """Return a critic whose scores are all in a cache."""
         table = CachedCritic(critic, self.batches, accumulation=1, folder=self.scratch / "signals")
         for number in range(DOCUMENTS):
             table.score(self.batches(number), None)
@@ -210,7 +210,7 @@ def _no_batches() -> list[Batch]:
 
 
 def flops(step: Callable[[int], None]) -> int:
-    """Return the floating-point operations of a step's matrix products, without those of attention."""
+    """Return the number of floating-point operations in a step's matrix products, except in attention."""
 
     def accumulated(_: Any, left: tuple[int, ...], right: tuple[int, ...], *_rest: Any, **_more: Any) -> int:
         return 2 * left[0] * left[1] * right[1]
@@ -221,7 +221,7 @@ def flops(step: Callable[[int], None]) -> int:
 
 
 def numbered(step: Callable[[int], None]) -> Callable[[], None]:
-    """Return a function that takes the next step at each call."""
+    """Return a function that runs the next step at each call."""
     done = 0
 
     def work() -> None:

@@ -2,10 +2,11 @@
 
     python benchmarks/tracking.py
 
-Starts the servers of tests/integration on loopback. Exits with 1 if a limit is missed: 200 us (median) and
-2 ms (p99) to record one step; 1.05 for the time of a step while the server is down over that of an untracked
-step, both in this process, in turns. Shared machines are noisy: compare with the load and with the untracked
-line, which is the lower bound on this machine.
+The benchmark starts the servers of tests/integration on the loopback interface. The exit code is 1 if a limit
+is missed. Recording one step may take 200 us (median) and 2 ms (99th percentile). While the server is down, a
+step may take 1.05 times the time of an untracked step; both kinds of steps run in this process, in turns.
+Shared machines are noisy, so compare the times with the load and with the times without tracking, which are
+the lower bound on this machine.
 """
 
 import io
@@ -37,7 +38,7 @@ ROUNDS, ROUND_STEPS = 10, 100
 
 
 def open_run(folder: Path, options: Mapping[str, Any] | None) -> Recorder:
-    """Open a run that `core.mlflow` tracks, or that no tracker does."""
+    """Open a run that `core.mlflow` tracks, or a run without a tracker if `options` is None."""
     run = RunFolder.create(folder / "runs", experiment="benchmark/tracking", name="run")
     info = RunInfo(
         run_id=run.run_id,
@@ -64,7 +65,7 @@ def open_run(folder: Path, options: Mapping[str, Any] | None) -> Recorder:
 
 
 def make_step() -> Callable[[], None]:
-    """Return a function that computes for about 20 ms on one thread, like a training step."""
+    """Return a function that computes for about 20 ms on one thread, in place of a training step."""
     torch.set_num_threads(1)
     matrix = torch.randn(512, 512)
 
@@ -77,7 +78,7 @@ def make_step() -> Callable[[], None]:
 
 
 def measure_recording(record: Recorder, work: Callable[[], None]) -> list[float]:
-    """Return the microseconds that recording took, for each of many steps."""
+    """Return for each of many steps how many microseconds recording takes."""
     values = {f"metric_{i}": i / 7 for i in range(METRICS)}
     took = []
     for step in range(1, STEPS + 1):
@@ -134,7 +135,7 @@ def main() -> int:
 
 
 def slowdown_without_server(stack: servers.Stack, folder: Path, work: Callable[[], None]) -> float:
-    """Return the median over rounds of the time of a tracked step over that of an untracked one."""
+    """Return the time of a tracked step over the time of an untracked step, as a median over rounds."""
     with open_run(folder, {}) as record:
         measure_steps(record, work)
         stack.mlflow.kill()

@@ -1,12 +1,13 @@
-"""Time of whole trainings with one head, against transformers' Trainer and TRL's SFTTrainer.
+"""Time of whole training runs with one head, against transformers' Trainer and TRL's SFTTrainer.
 
     python benchmarks/trainers.py
 
-Documents with HumanEval's lengths, batch size 8, the same model, optimiser and dtype, loss on the response
-only. The peers pad shuffled batches, which is their default; ours groups by length. The model has a third of
-SmolLM2-135M's layers and vocabulary, which keeps the unembedding's share of the work; on a GPU, it has the
-whole shape and computes in bfloat16. TRL, whose loss computes the logits in chunks, comes from
-benchmarks/requirements.txt; `make bench` installs it.
+All three train the same model on documents with HumanEval's lengths, with batch size 8, the same optimiser
+and dtype, and a loss on responses only. The other two trainers pad shuffled batches, which is their default;
+this framework groups documents by length. On a CPU, the model has a third of SmolLM2-135M's layers and
+vocabulary, so that the unembedding has the same share of the work; on a GPU, it has the whole shape and
+computes in bfloat16. The loss of TRL computes the logits in chunks. `make bench` installs TRL from
+benchmarks/requirements.txt.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def small_model(*, quick: bool) -> LlamaForCausalLM:
 
 
 def records(tokens: TokenSet) -> list[Record]:
-    """Return the documents in the peers' format: ids, and labels that are -100 on prompts."""
+    """Return the documents in the format of the other trainers: ids, and labels that are -100 on prompts."""
     found = []
     for d, prompt in enumerate(tokens.prompt_D.tolist()):
         ids = tokens.ids_N[tokens.start_D1[d] : tokens.start_D1[d + 1]].tolist()
@@ -77,7 +78,7 @@ def records(tokens: TokenSet) -> list[Record]:
 
 
 def padded(batch: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
-    """Pad to the longest document, like the collators of transformers."""
+    """Pad a batch to its longest document, like the collators of transformers."""
     width = max(len(each["input_ids"]) for each in batch)
 
     def pad(key: str, filler: int) -> Tensor:
@@ -93,7 +94,7 @@ def padded(batch: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
 
 
 def common_arguments(folder: Path) -> dict[str, Any]:
-    """Return the arguments of both peers: our optimiser, and nothing but training."""
+    """Return the arguments of the other two trainers: the framework's optimiser, and only training."""
     return {
         "output_dir": str(folder),
         "per_device_train_batch_size": BATCH,
@@ -125,7 +126,7 @@ def transformers_trainer(model: LlamaForCausalLM, data: list[Record], folder: Pa
 
 
 def sft_trainer(model: LlamaForCausalLM, data: list[Record], folder: Path) -> Trainer:
-    """Return the SFTTrainer of TRL, on tokenised data."""
+    """Return the SFTTrainer of TRL for tokenised data."""
     sys.path.append(str(PACKAGES))
     from datasets import Dataset
     from tokenizers import Tokenizer, models
@@ -152,19 +153,19 @@ PEERS: dict[str, Callable[[LlamaForCausalLM, list[Record], Path], Trainer]] = {
 
 
 class Unsaved(Unvalidated):
-    """Stage 2 without validations, and without files, as the peers are configured."""
+    """Stage 2 without validations and without files, because the other trainers have neither."""
 
     def save_best(self) -> None:
         """Write nothing."""
 
     def load_best(self) -> None:
-        """Keep the last state."""
+        """Keep the state after the last step."""
 
 
 def our_learner(
     model: LlamaForCausalLM, folder: Path, *, steps: int, pairs_per_step: Sequence[float]
 ) -> Unsaved:
-    """Return stage 2 with one head and uniform weights."""
+    """Return the learner of stage 2 with one head and uniform weights."""
     return Unsaved(
         policy=make_policy(model, n_future=1, head_kind="parallel"),
         weighting=Weighting(
@@ -203,16 +204,16 @@ def train_ours(model: LlamaForCausalLM, batches: StepBatches, *, steps: int) -> 
 
 
 class NoCheckpoints(Checkpoints):
-    """Checkpoints that are never written: the peers write none either."""
+    """Checkpoints that are never written, because the other trainers write none either."""
 
     def due(self, step: int, steps: int) -> bool:
-        """Return False."""
+        """Return False for every step."""
         del step, steps
         return False
 
 
 def train_peer(name: str, model: LlamaForCausalLM, data: list[Record]) -> None:
-    """Train for an epoch with a peer."""
+    """Train for an epoch with the trainer called `name`."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = PEERS[name](copy.deepcopy(model), data, Path(folder))
         trainer.remove_callback(PrinterCallback)
@@ -220,7 +221,7 @@ def train_peer(name: str, model: LlamaForCausalLM, data: list[Record]) -> None:
 
 
 def loss_gap(model: LlamaForCausalLM, tokens: TokenSet, data: list[Record]) -> float:
-    """Return the largest difference of the peers' losses of the first batch from ours, relative to ours."""
+    """Return the largest relative difference between the other trainers' loss of the first batch and ours."""
     batch: Batch = collate(tokens, range(BATCH), device=device())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

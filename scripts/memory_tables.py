@@ -2,9 +2,9 @@
 
     python scripts/memory_tables.py [NAME]...
 
-A model is a `config.json` of its shape, no weights. Each block of the page between the lines
-`<!-- memory: NAME -->` and `<!-- end -->` is replaced. Takes a minute or two. Needs `baseline_mtp`, `peft`
-and `torchao`.
+A model is given by a `config.json` with its shape; no weights are needed. Each block of the page between the
+lines `<!-- memory: NAME -->` and `<!-- end -->` is replaced. The script takes a minute or two and needs
+`baseline_mtp`, `peft` and `torchao`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ CASES: Mapping[str, tuple[Mapping[str, object], str, int, Sequence[str]]] = {
         (*COMMON, "train.accumulation = 2", "model.shard = true", "evaluate.batch_size = 8"),
     ),
 }
-"""Shape of the base model, memory of a GPU, number of GPUs, and the keys that differ from the defaults."""
+"""Shape of the base model, memory of a GPU, number of GPUs, and keys that differ from the defaults."""
 
 RECIPE = """
 extends = ["core:defaults.toml"]

@@ -2,8 +2,9 @@
 
     python scripts/recipe_reference.py
 
-Keys, types, defaults and ranges come from the classes, in the order of their fields. The meaning of a key is
-written by hand in the file and kept. A key without a meaning is an error; rows of removed keys are deleted.
+Keys, types, defaults and ranges come from the classes, in the order of their fields. The meanings of keys are
+written by hand in the file and are kept. A key without a meaning is an error. Rows of removed keys are
+deleted.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ HEAD = ("| key | type | default | range | meaning |", "|---|---|---|---|---|")
 
 
 def kind(field: attrs.Attribute[Any]) -> str:
-    """Return a field's type as a reader of the documentation needs it."""
+    """Return the type of a field, in the form that the documentation shows."""
     if typing.get_origin(field.type) is typing.Literal:
         return ", ".join(f'`"{choice}"`' for choice in typing.get_args(field.type))
     return expected(field.type)
 
 
 def default(field: attrs.Attribute[Any]) -> str:
-    """Return a field's default in TOML; a dash if there is none."""
+    """Return the default of a field in TOML; a dash if there is no default."""
     value = default_of(field)
     if value is attrs.NOTHING or value is None:
         return "-"
@@ -61,10 +62,10 @@ def default(field: attrs.Attribute[Any]) -> str:
 
 
 def bounds(validator: Any) -> Iterator[str]:
-    """Yield the bounds that a field's validators check."""
+    """Yield the bounds that the validators of a field check."""
     for each in getattr(validator, "_validators", ()):
         yield from bounds(each)
-    if hasattr(validator, "validator"):  # of a key that may be missing
+    if hasattr(validator, "validator"):  # the validator of a key that may be missing
         yield from bounds(validator.validator)
     if hasattr(validator, "compare_op"):
         yield f"{validator.compare_op} {validator.bound}"
@@ -74,7 +75,7 @@ def generated(text: str) -> str:
     """Return the text of the file with its tables rewritten.
 
     Raises:
-        SystemExit: The file lacks a table or the meaning of a key.
+        SystemExit: A table or the meaning of a key is missing in the file.
     """
     for title, table in TABLES.items():
         before, found, after = text.partition(f"### `{title}`\n")
