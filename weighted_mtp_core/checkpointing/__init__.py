@@ -1,7 +1,11 @@
-"""Saved state of a run.
+"""Save the state of a run, and resume a run from its saved state.
 
-`manager` decides when snapshots are written and which are kept. A `snapshot` contains everything that a stage
-needs to continue: `state` copies it from modules, optimisers and random generators and restores it, and
-`shards` reads and writes sharded tensors. `best_model` reads and writes the best weights of a run, for which
-`whole_files` writes sharded tensors as one file. `resume` finds the run to continue.
+A snapshot contains everything that a stage needs to continue. The modules of this package have these tasks:
+
+- `manager` decides when snapshots are written and which snapshots are kept.
+- `snapshot` defines the content of a snapshot, and writes and reads its files.
+- `state` copies the state of modules, optimisers and random generators, and restores it.
+- `shards` writes and reads the sharded tensors of a snapshot.
+- `best_model` writes and reads the best weights of a run; `whole_files` writes sharded weights as one file.
+- `resume` finds the run that `--resume` continues.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import pickle  # only for the name of its error: nothing is unpickled here
+import pickle  # only for its exception class: nothing is unpickled here
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,9 +30,8 @@ _TENSORS, _VALUES = "state.safetensors", "state.json"
 def save_model(model: nn.Module, path: Path, *, distributed: Distributed = SINGLE_PROCESS) -> None:
     """Write the model's tensors as a plain dict that `torch.load(path, weights_only=True)` reads.
 
-    Without the frozen tensors of a model whose base has a digest, see `module_state`.
-
-    All processes must call this; the first one writes.
+    If the model has a digest of its frozen tensors (`BASE_SHA256`), the frozen tensors are left out, as in
+    `module_state`. All processes must call `save_model`; the first process writes the file.
     """
     tensors = model.state_dict(keep_vars=True)
     if BASE_SHA256 in tensors:
@@ -46,7 +45,7 @@ def save_model(model: nn.Module, path: Path, *, distributed: Distributed = SINGL
 
 
 def load_model(model: nn.Module, path: Path) -> None:
-    """Load what `save_model` wrote.
+    """Load a file that `save_model` wrote into the model.
 
     Raises:
         WmtpError: The file is missing, contains something other than tensors, or belongs to another model.
@@ -54,7 +53,7 @@ def load_model(model: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise WmtpError(f"there is no checkpoint `{path}`")
     try:
-        # Mapped, so that a process reads only its shards of the tensors.
+        # The file is mapped into memory, so that a process reads only its own shards of the tensors.
         state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise WmtpError(
@@ -74,9 +73,9 @@ def load_model(model: nn.Module, path: Path) -> None:
 
 
 def save_component(component: Stateful, folder: Path, *, distributed: Distributed = SINGLE_PROCESS) -> None:
-    """Write a component's state: tensors as safetensors, plain values as JSON, and a manifest.
+    """Write a component's state to a folder: tensors as safetensors, plain values as JSON, and a manifest.
 
-    All processes must call this; the first one writes.
+    All processes must call `save_component`; the first process writes the files.
     """
     state = component.state_dict()
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
@@ -93,7 +92,7 @@ def save_component(component: Stateful, folder: Path, *, distributed: Distribute
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors in main memory that do not share memory: safetensors refuses tied embeddings."""
+    """Return the tensors in main memory, without shared memory, because safetensors refuses tied tensors."""
     found: dict[str, Tensor] = {}
     stored: set[int] = set()
     for name, value in tensors.items():
@@ -108,10 +107,10 @@ def _is_sharded(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def load_component(component: Stateful, folder: Path) -> None:
-    """Restore what `save_component` wrote.
+    """Restore the state of a component from a folder that `save_component` wrote.
 
     Raises:
-        WmtpError: There is no such checkpoint, its files were changed, or the component refuses it.
+        WmtpError: The folder contains no checkpoint, a file was changed, or the component refuses the state.
     """
     if not (folder / _TENSORS).is_file():
         raise WmtpError(

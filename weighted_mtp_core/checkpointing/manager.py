@@ -1,7 +1,7 @@
-"""Decides when snapshots are written, which are kept, and from which one a resumed run continues.
+"""Decides when snapshots are written, which snapshots are kept, and from which one a resumed run continues.
 
-A background thread writes snapshots, so that training continues. Each snapshot is on disk completely or not
-at all. `snapshot.py` defines the content and the files of a snapshot.
+A background thread writes snapshots, so that training continues in the meantime. Each snapshot is on disk
+either completely or not at all. `snapshot.py` defines the content and the files of a snapshot.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from weighted_mtp_core.storage.manifest import atomic_folder, files_of
 
 STAGES = ("critic", "policy")
 _NAME = re.compile(r"(critic|policy)-(\d{8})")
-_SPARE_BYTES = 16 << 20  # for values, manifest and the journal, which grows while a snapshot is written
+_SPARE_BYTES = 16 << 20  # for values, manifest and the growth of the journal while a snapshot is written
 
 
 @define(kw_only=True, eq=False)
@@ -36,10 +36,11 @@ class Checkpoints:
     """Context manager for the snapshots of a run; leaving it waits until the last snapshot is written.
 
     Attributes:
-        folder: `checkpoints/` of the run folder.
-        table: How often snapshots are taken, and how many are kept.
-        log: Receives messages for the user.
-        distributed: The processes that train together; the first one writes everything but shards.
+        folder: The folder `checkpoints/` of the run folder.
+        table: How often snapshots are taken, and how many snapshots are kept.
+        log: Called with messages for the user.
+        distributed: The processes that train together. Each process writes its shards; the first process
+            writes everything else.
     """
 
     folder: Path
@@ -52,7 +53,7 @@ class Checkpoints:
     _writing: Future[None] | None = field(init=False, default=None)
 
     def due(self, step: int, steps: int) -> bool:
-        """Return whether a snapshot is due after `step` of `steps` steps."""
+        """Return whether a snapshot is due after `step` completed steps of a stage with `steps` steps."""
         return step == steps or (self.table.every > 0 and step % self.table.every == 0)
 
     def save(self, snapshot: Snapshot) -> None:
@@ -71,17 +72,17 @@ class Checkpoints:
         """Wait until every snapshot is on disk.
 
         Raises:
-            RunFailedError: The last snapshot could not be written; earlier ones are intact.
+            RunFailedError: The last snapshot could not be written; earlier snapshots are intact.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def newest(self) -> Snapshot | None:
-        """Return the latest intact snapshot; damaged ones are reported and renamed to `*.damaged`.
+        """Return the latest intact snapshot, or None; damaged snapshots are renamed to `*.damaged`.
 
         Raises:
-            OtherFormatError: Another release wrote the latest one.
+            OtherFormatError: The latest snapshot was written by another release.
         """
         for path in reversed(self._paths()):
             try:
@@ -102,7 +103,7 @@ class Checkpoints:
         self._writer.shutdown(wait=True)
 
     def _paths(self) -> list[Path]:
-        """Return the folders of the snapshots, oldest first by stage and step, never by file time."""
+        """Return the folders of the snapshots in the order of stage and step, not of file times."""
         return [self.folder / f"{stage}-{step:08d}" for stage, step in steps_of_snapshots(self.folder)]
 
     def _write(self, snapshot: Snapshot) -> None:
@@ -127,7 +128,7 @@ class Checkpoints:
         )
 
     def _delete_old(self) -> None:
-        """Delete the snapshots that the recipe does not keep."""
+        """Delete the snapshots that need not be kept according to the recipe."""
         every = self.table.keep_every
         for path in self._paths()[: -self.table.keep]:
             if every and int(path.name.rpartition("-")[2]) % every == 0:
@@ -137,7 +138,7 @@ class Checkpoints:
 
 
 def steps_of_snapshots(folder: Path) -> list[tuple[str, int]]:
-    """Return stage and step of each snapshot in a folder, oldest first."""
+    """Return the stage and the step of each snapshot in a folder, in the order of stage and step."""
     matches = [match for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
     return sorted(
         ((match[1], int(match[2])) for match in matches), key=lambda found: (STAGES.index(found[0]), found[1])
@@ -145,7 +146,7 @@ def steps_of_snapshots(folder: Path) -> list[tuple[str, int]]:
 
 
 def _drop_file_cache(path: Path) -> None:
-    """Free the system's cache of the files, so that memory is available for the next copies."""
+    """Drop the files of a folder from the system's cache, so that memory is free for the next copies."""
     if sys.platform == "linux":
         for file in files_of(path):
             with file.open("rb") as opened:
@@ -153,7 +154,7 @@ def _drop_file_cache(path: Path) -> None:
 
 
 def _lower_priority() -> None:
-    """Give the training thread precedence, because writing may take as long as until the next checkpoint."""
+    """Lower the priority of this thread, so that the training thread has precedence over writing."""
     if sys.platform == "linux":  # other systems have no priorities for single threads
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 

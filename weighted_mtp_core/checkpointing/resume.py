@@ -36,22 +36,25 @@ SAFE = (
     "train.patience",
     "train.steps",
 )
-"""Keys besides `Plan.same_result` that may differ in a resumed run, as they do not affect completed steps."""
+"""Keys, besides those in `Plan.same_result`, that may differ in a resumed run.
+
+These keys do not affect the steps that the run has completed.
+"""
 
 LAST_STEP = {"critic": "critic.last_step", "policy": "policy.last_step"}
 STEPS = {"critic": "critic.steps", "policy": "policy.steps"}
-"""Keys in `run.json`, for each stage that has ended: its last step and its planned number of steps."""
+"""Keys in `run.json` for each stage that has ended: its last step and, in STEPS, its planned number of steps."""
 
 
 def run_to_resume(plan: Plan, named: str | None) -> Path | None:
-    """Return the folder of the run to continue; None means a new run.
+    """Return the folder of the run to continue, or None if a new run is to begin.
 
     Args:
-        plan: The plan.
-        named: A run's folder or id (`--resume`); if None, the recipe's `run.resume` decides.
+        plan: The plan of the recipe.
+        named: Folder or id of a run, from `--resume`; if None, the recipe's `run.resume` decides.
 
     Raises:
-        WmtpError: There is no such run.
+        WmtpError: `named` matches no run or several runs.
     """
     runs = plan.runs_folder
     if named is not None:
@@ -71,7 +74,7 @@ def _unfinished(path: Path, plan: Plan) -> bool:
 
 
 def _changes(was: Mapping[str, Any], plan: Plan, *, allowed: Sequence[str]) -> list[str]:
-    """Return the differences in recipe and source code between a run's `run.json` and a plan."""
+    """Return the differences in recipe and source code between the `run.json` of a run and a plan."""
     safe = (*SAFE, *plan.same_result, *allowed)
     before, now = was.get("distributions", {}), plan.distributions
     return _differences(was.get("params", {}), plan.params, allowed=safe) + _differences(
@@ -82,16 +85,16 @@ def _changes(was: Mapping[str, Any], plan: Plan, *, allowed: Sequence[str]) -> l
 
 
 def refuse_changes(path: Path, plan: Plan, *, allowed: Sequence[str]) -> None:
-    """Compare a run's recipe and the source of its code with the plan that continues it.
+    """Compare the recipe and the source code of a run with the plan that continues the run.
 
     Args:
-        path: The run's folder.
-        plan: The plan.
-        allowed: Keys that the user allows to differ (`--allow-change`).
+        path: The run folder.
+        plan: The plan that continues the run.
+        allowed: Keys that the user allows to differ, from `--allow-change`.
 
     Raises:
-        WmtpError: There are differences that are not allowed, the run is already finished, or the run's best
-            state so far was selected by another measure.
+        WmtpError: There are differences that are not allowed, or that the completed steps do not permit, such
+            as fewer steps, another optimiser or another measure of the best state; or the run is finished.
     """
     was = read_run(path)
     _refuse(path, _changes(was, plan, allowed=allowed))
@@ -121,7 +124,7 @@ def refuse_changes(path: Path, plan: Plan, *, allowed: Sequence[str]) -> None:
 
 
 def _needed_to_train_further(was: Mapping[str, Any], now: Mapping[str, str]) -> str | None:
-    """Return the key that must be raised to train a finished run further, or None if it is raised."""
+    """Return the key that must be raised to train a finished run further; None if the plan has raised it."""
     before = was.get("params", {})
     if was.get(LAST_STEP["policy"], 0) < was.get(STEPS["policy"], 0):
         old, new = (float(params.get("train.patience", inf)) for params in (before, now))
@@ -133,9 +136,9 @@ def _needed_to_train_further(was: Mapping[str, Any], now: Mapping[str, str]) -> 
 
 
 def _planned(params: Mapping[str, str], was: Mapping[str, Any], key: str) -> int | None:
-    """Return the number of steps that params plan in the table `key`; None if it is not known.
+    """Return the planned number of steps of the table `key` (`train` or `critic.train`); None if unknown.
 
-    A number of epochs is converted with the size of the data that the run has recorded in stage 0.
+    A number of epochs is converted to steps with the number of batches per epoch that the run has recorded.
     """
     if f"{key}.steps" in params:
         return int(params[f"{key}.steps"])
@@ -170,7 +173,7 @@ def _refuse_fewer_steps(path: Path, plan: Plan, done: Mapping[str, int]) -> None
 def _refuse_other_optimiser(
     path: Path, before: Mapping[str, str], now: Mapping[str, str], done: Mapping[str, int]
 ) -> None:
-    """Refuse another optimiser for a stage that has begun, even if the user allows the change."""
+    """Refuse to change the optimiser of a stage that has begun, even if the user allows the change."""
     begun = {"policy": "train", "critic": "critic.train"}
     for stage, key in begun.items():
         used, uses = (params.get(f"{key}.optimiser.name", "adamw") for params in (before, now))
@@ -182,7 +185,7 @@ def _refuse_other_optimiser(
 
 
 def _steps_done(path: Path) -> dict[str, int]:
-    """Return the last step of each stage that has begun, according to journal and checkpoints."""
+    """Return the last step of each stage that has begun, according to the journal and the snapshots."""
     folder = RunFolder(path=path)
     history = RunHistory()
     for line in read_journal(folder.journal, kinds=("metrics",)) if folder.journal.is_file() else ():
@@ -194,20 +197,20 @@ def _steps_done(path: Path) -> dict[str, int]:
     was = read_run(path)
     ended = was.get(LAST_STEP["critic"], _planned(was.get("params", {}), was, "critic.train"))
     if "critic" in done and ended is not None:
-        done["critic"] = min(done["critic"], int(ended))  # its judgement is recorded one step later
+        done["critic"] = min(done["critic"], int(ended))  # its final measures are recorded one step later
     for stage, step in steps_of_snapshots(folder.checkpoints):
         done[stage] = max(step, done.get(stage, 0))
     return done
 
 
 def refuse_other_data(folder: RunFolder, version: DatasetVersion, *, allowed: Sequence[str]) -> bool:
-    """Compare the data with the data that the run started with; a new run records its data instead.
+    """Compare the data with the data that the run has recorded, and record the data.
 
     Returns:
-        Whether the data are new to the run.
+        Whether the data differ from the recorded data, which is also the case for a new run.
 
     Raises:
-        WmtpError: The data differ.
+        WmtpError: The data of a resumed run differ, and `allowed` does not contain `data.sha256`.
     """
     key = "data.sha256"
     was = read_run(folder.path).get(key)
@@ -218,7 +221,7 @@ def refuse_other_data(folder: RunFolder, version: DatasetVersion, *, allowed: Se
 
 
 def fingerprint(distributed: Distributed = SINGLE_PROCESS) -> dict[str, str]:
-    """Return the properties of the machine and the processes that affect the exact result of training."""
+    """Return the properties of machine and processes that affect the exact result of training."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "torch": torch.__version__,
@@ -230,7 +233,7 @@ def fingerprint(distributed: Distributed = SINGLE_PROCESS) -> dict[str, str]:
 
 
 def other_machine(path: Path, distributed: Distributed) -> str | None:
-    """Return a warning if the machine or the number of processes differs from the run so far, or None."""
+    """Return a warning if machine or number of processes differ from those of the run so far, or None."""
     was, now = read_run(path).get("fingerprint", {}), fingerprint(distributed)
     differing = [f"{key} {was[key]} -> {now[key]}" for key in now if key in was and was[key] != now[key]]
     if not differing:

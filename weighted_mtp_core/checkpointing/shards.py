@@ -41,13 +41,13 @@ from weighted_mtp_core.storage.atomic import sync_to_disk
 
 
 def write_shards(tensors: Mapping[str, Tensor], folder: Path | None, distributed: Distributed) -> None:
-    """Write this process's shards; all processes must call this, each in one thread at a time.
+    """Write the shards of this process; all processes must call this, each from one thread at a time.
 
     Args:
-        tensors: Tensors in main memory, with the same names in every process; the first process writes the
-            unsharded tensors.
-        folder: The folder for the files, needed only in the first process.
-        distributed: The processes.
+        tensors: Tensors in main memory, with the same names in every process; the first process also writes
+            the unsharded tensors.
+        folder: The folder for the files; only the value in the first process is used.
+        distributed: The processes that train together.
 
     Raises:
         OSError: A process could not write its shards.
@@ -61,13 +61,13 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path | None, distributed
             planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
             process_group=distributed.control_group,
         )
-    except CheckpointException as error:  # a BaseException with the error of each process
+    except CheckpointException as error:  # a BaseException that contains the error of each process
         first = next(iter(error.failures.values()))[0]
         raise OSError(f"a process could not write its part: {first}") from error
 
 
 class _Writer(HuggingFaceStorageWriter):
-    """Writes the tensors from where they are; torch's own writer first copies all of them twice."""
+    """Writes tensors without copying them; the base class would first copy all tensors twice."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         tensors: dict[str, Tensor] = {}
@@ -88,18 +88,18 @@ class _Writer(HuggingFaceStorageWriter):
             save_file(tensors, file, metadata=metadata)
             sync_to_disk(file)
         written: Future[list[WriteResult]] = Future()
-        written.set_result([])  # only needed to join the files of all processes
+        written.set_result([])  # results are needed only to join the files of all processes
         return written
 
 
 class Shards(Mapping[str, Tensor]):
-    """The tensors that `write_shards` wrote; on access, a tensor is assembled from all files.
+    """The tensors that `write_shards` wrote, keyed by name; a tensor is assembled from all files on access.
 
     Args:
-        folder: The folder of the files.
+        folder: The folder that contains the files.
 
     Raises:
-        OSError, SafetensorError: The files cannot be read.
+        OSError, SafetensorError: A file cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -107,13 +107,13 @@ class Shards(Mapping[str, Tensor]):
         self._found = self._reader.metadata.state_dict_metadata
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return a whole tensor."""
+        """Return a whole, unsharded tensor."""
         about = self._found[name]
         if not isinstance(about, TensorStorageMetadata):
             raise KeyError(name)
         tensor = torch.empty(about.size, dtype=about.properties.dtype)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*single process.*")  # intended: no process is needed
+            warnings.filterwarnings("ignore", message=".*single process.*")  # a single process is intended
             load({name: tensor}, storage_reader=self._reader, no_dist=True)
         return tensor
 
@@ -125,7 +125,7 @@ class Shards(Mapping[str, Tensor]):
 
 
 class _Reader(HuggingFaceStorageReader):
-    """Reads the headers of the files only once instead of once per tensor."""
+    """Reads the headers of the files once; the base class would read all headers once per tensor."""
 
     @cached_property
     def metadata(self) -> Metadata:

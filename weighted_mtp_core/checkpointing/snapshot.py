@@ -1,9 +1,9 @@
-"""Files with the state of a stage after a completed step, from which a run continues without any difference.
+"""Snapshots: the state of a stage after a completed step, from which a run continues with the same result.
 
-A snapshot is a folder `<stage>-<step>` with tensors as safetensors (one file per process for sharded
-tensors), plain values as JSON, the best state so far as a hard link, which takes no space, and a manifest.
-Reading a snapshot executes no code from it. `manager.py` decides when snapshots are written and which are
-kept.
+A snapshot is a folder `<stage>-<step>`. It contains the tensors as safetensors (one file per process for
+sharded tensors), the plain values as JSON, the best state so far as a hard link, which takes no disk space,
+and a manifest. Reading a snapshot executes no code from its files. `manager.py` decides when snapshots are
+written and which snapshots are kept.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
 from weighted_mtp_core.storage.manifest import verify_manifest
 
 FORMAT = 3
-"""Format of snapshots, to be increased when their content changes; other formats are refused."""
+"""Format number of snapshots, which increases when the content changes; other formats are refused."""
 
 _TENSORS, _SHARDS, _VALUES, _BEST = "state.safetensors", "shards", "state.json", "best"
 
 
 class OtherFormatError(WmtpError):
-    """The snapshot is intact, but was written by another release."""
+    """A snapshot is intact, but was written by another release."""
 
 
 @frozen(kw_only=True, eq=False)
@@ -46,10 +46,10 @@ class Snapshot:
     Attributes:
         stage: `critic` or `policy`.
         step: Number of completed steps.
-        tensors: Tensors in main memory, keyed by dotted names `learner.*`, `optimiser.*` and `rng.*`. A
-            snapshot that was read contains unsharded tensors, which are read on access from sharded files.
+        tensors: Tensors in main memory, keyed by dotted names `learner.*`, `optimiser.*` and `rng.*`. If a
+            snapshot was read from sharded files, each tensor is read and assembled on access.
         values: All other parts of the state, as plain JSON values.
-        best: The file or folder with the best state at that step.
+        best: The file or folder with the best state of the stage so far.
     """
 
     stage: str
@@ -60,7 +60,7 @@ class Snapshot:
 
     @property
     def bytes(self) -> int:
-        """Size of the tensors."""
+        """Size of all tensors together, in bytes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
     @property
@@ -69,15 +69,15 @@ class Snapshot:
         return any(isinstance(tensor, DTensor) for tensor in self.tensors.values())
 
     def part(self, prefix: str) -> Mapping[str, Any]:
-        """Return the tensors below a prefix, named without it, and the plain values under this prefix."""
+        """Return the tensors and plain values below a prefix, such as `learner`, named without the prefix."""
         return ChainMap(dict(self.values.get(prefix, {})), WithPrefix(self.tensors, prefix))  # type: ignore[arg-type]
 
     def write_share(self, distributed: Distributed) -> None:
-        """Write this process's shards, in a process other than the first."""
+        """Write the shards of this process; called in all processes except the first."""
         write_shards(self.tensors, None, distributed)
 
     def write(self, folder: Path, distributed: Distributed = SINGLE_PROCESS) -> None:
-        """Write the snapshot into an empty folder, in the first process."""
+        """Write the snapshot into an empty folder; called in the first process only."""
         if self.sharded:
             write_shards(self.tensors, folder / _SHARDS, distributed)
         else:
@@ -94,7 +94,7 @@ class Snapshot:
 
     @classmethod
     def read(cls, folder: Path) -> Snapshot:
-        """Read a snapshot and check every byte against its manifest.
+        """Read a snapshot from its folder, and check every file against the manifest.
 
         Raises:
             OtherFormatError: Another release wrote the snapshot.
@@ -116,7 +116,7 @@ class Snapshot:
             raise WmtpError(f"checkpoint `{folder}` cannot be read: {error}") from error
 
     def restore_best(self, path: Path) -> None:
-        """Restore the best state at `path`, where training expects it."""
+        """Replace the file or folder `path` with the best state in the snapshot."""
         if path.is_dir():
             shutil.rmtree(path)
         path.unlink(missing_ok=True)
@@ -142,7 +142,7 @@ def _read_tensors(folder: Path) -> Mapping[str, Tensor]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Hard-link a file, or the files of a folder; copy them if the file system has no hard links."""
+    """Hard-link a file, or the files of a folder; copy the files if the file system has no hard links."""
     if source.is_dir():
         for file in sorted(source.iterdir()):
             _link(file, target / file.name)

@@ -1,6 +1,6 @@
 """Copies the state of modules, optimisers and random generators as tensors and plain values, and restores it.
 
-`snapshot.py` writes such states to files and reads them.
+`snapshot.py` writes these tensors and values to files, and reads them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from weighted_mtp_core.runtime.state_digest import BASE_SHA256
 
 
 class WithPrefix(Mapping[str, Any]):
-    """The entries of a state below a dotted prefix, named without the prefix; values are read on access."""
+    """The entries of a state whose names begin with a dotted prefix; their keys leave out the prefix.
+
+    Values are read from the state on access.
+    """
 
     def __init__(self, state: Mapping[str, Any], prefix: str) -> None:
         self._state, self._start = state, f"{prefix}."
@@ -38,12 +41,12 @@ class WithPrefix(Mapping[str, Any]):
 def copy_state(
     state: Mapping[str, Any], prefix: str, *, over: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return copies of a state's tensors in main memory, with the same sharding, and its plain values.
+    """Return copies of a state's tensors in main memory, with the same sharding, and the plain values.
 
     Args:
-        state: The state.
-        prefix: Prefix of each tensor's name, followed by a dot.
-        over: Earlier copies, keyed by their prefixed names; copies that fit are overwritten.
+        state: The state, whose values are tensors or plain values.
+        prefix: Text that, followed by a dot, is prepended to the name of each tensor.
+        over: Earlier copies, keyed by their prefixed names; a copy of the right shape is overwritten.
     """
     found = {f"{prefix}.{name}": value for name, value in state.items() if isinstance(value, Tensor)}
     tensors = {name: copy_to_host(value, over.get(name)) for name, value in found.items()}
@@ -53,7 +56,8 @@ def copy_state(
 def module_state(module: nn.Module) -> dict[str, Tensor]:
     """Return a module's parameters and persistent buffers; a tensor with several names is returned once.
 
-    If the module has the buffer `BASE_SHA256`, return only this buffer and the parameters that are trained.
+    If the module has the buffer `BASE_SHA256`, the result contains only this buffer and the parameters that
+    are trained.
     """
     kept = module.state_dict(keep_vars=True)
     if BASE_SHA256 in kept:
@@ -64,7 +68,7 @@ def module_state(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_module_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy the result of `module_state` into the module, one tensor in memory at a time.
+    """Copy the result of `module_state` into a module; tensors are read one at a time to save memory.
 
     Raises:
         WmtpError: The state belongs to another module.
@@ -94,7 +98,7 @@ def _another_model() -> WmtpError:
 def optimiser_state(
     optimisers: Iterable[torch.optim.Optimizer], parameters: Sequence[nn.Parameter]
 ) -> dict[str, Tensor]:
-    """Return the state of optimisers as `<index of the parameter>.<name>`; their options are not included."""
+    """Return the state of optimisers, without their options, keyed by `<index of the parameter>.<name>`."""
     return {
         f"{index}.{name}": tensor
         for optimiser in optimisers
@@ -108,10 +112,10 @@ def load_optimiser_state(
     parameters: Sequence[nn.Parameter],
     state: Mapping[str, Tensor],
 ) -> None:
-    """Restore the result of `optimiser_state` in new optimisers; a parameter without a state keeps none.
+    """Restore the result of `optimiser_state` in new optimisers.
 
-    Each tensor, including Adam's `step`, is copied to the device of its parameter. Tensors other than scalars
-    are sharded like the parameter.
+    A parameter without a saved state gets no state. Each tensor of a state, including Adam's `step`, is
+    copied to the device of its parameter. Tensors that are not scalars are sharded like the parameter.
     """
     owner = {
         parameter: optimiser
@@ -130,9 +134,9 @@ def load_optimiser_state(
 
 
 def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the state of every global random generator: tensors and plain values."""
+    """Return the states of all global random generators, as tensors and as plain values."""
     tensors = {"rng.torch": torch.get_rng_state()}
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # a run on the CPU leaves GPUs alone
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # a run on the CPU does not use GPUs
         tensors |= {f"rng.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the global one is meant
@@ -144,7 +148,7 @@ def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def restore_random_state(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-    """Restore the result of `random_state`; generators of GPUs only if the number of GPUs is the same."""
+    """Restore the result of `random_state`; the generators of GPUs only if the number of GPUs is the same."""
     torch.set_rng_state(tensors["rng.torch"])
     cuda = WithPrefix(tensors, "rng.cuda")
     if cuda and torch.cuda.device_count() == len(cuda):

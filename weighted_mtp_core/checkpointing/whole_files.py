@@ -1,6 +1,6 @@
-"""Writes sharded tensors as one file, one tensor after the other: no process has all of them in memory.
+"""Writes sharded tensors to one file, tensor by tensor, so that no process has all whole tensors in memory.
 
-All processes must call these functions; the first one writes.
+All processes must call the functions of this module; the first process writes the file.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ _SAFETENSORS_NAMES = {
 def write_torch(tensors: Mapping[str, Tensor], path: Path, distributed: Distributed) -> None:
     """Write a dict of tensors to a file that `torch.load` reads; a tensor with several names is stored once.
 
-    torch first writes the file without the tensors' bytes, which are then written to their places.
+    First, torch writes the file without the bytes of the tensors. The bytes of each tensor are then written
+    to the tensor's offset in the file.
     """
     with ExitStack() as opened:
         offsets: dict[str, int] = {}
@@ -57,7 +58,7 @@ def write_torch(tensors: Mapping[str, Tensor], path: Path, distributed: Distribu
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path, distributed: Distributed) -> None:
     """Write tensors to a safetensors file."""
-    # Large elements first, so that all are aligned.
+    # Tensors with large elements come first, so that all tensors are aligned.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     sizes = [tensors[name].numel() * tensors[name].element_size() for name in names]
     ends = list(accumulate(sizes))
@@ -86,7 +87,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path, distributed: Di
 
 
 def _write_at(tensors: Mapping[str, Tensor], file: Path | None, offsets: Mapping[str, int]) -> None:
-    """Write the bytes of each tensor at its offset into a file, which only the first process has."""
+    """Write the bytes of each tensor at its offset into a file; `file` is None except in the first process."""
     with ExitStack() as opened:
         descriptor = None
         if file is not None:

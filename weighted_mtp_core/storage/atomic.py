@@ -1,4 +1,4 @@
-"""Writes a file atomically; `manifest.atomic_folder` writes a whole folder atomically."""
+"""Write files atomically; `manifest.atomic_folder` writes whole folders atomically."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from pathlib import Path
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
-    """Write a file with `atomic_file`."""
+    """Write a file atomically, so that readers get either the complete old or the complete new contents."""
     with atomic_file(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield an empty file that replaces `path` after the block, unless the block fails.
+    """Yield an empty file that replaces `path` after the `with` block, unless the block raises an exception.
 
-    So readers always get the complete old or new contents, even after a crash. If the process is killed, the
-    next call for `path` deletes the unfinished file `.<name>.<random>`.
+    Readers of `path` therefore get either the complete old or the complete new contents, even after a crash.
+    If the process is killed, the next call for `path` deletes the unfinished file `.<name>.<random>`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     delete_abandoned(path)
@@ -41,10 +41,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def unfinished_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder `.<name>.<random>` beside `path`, which the block fills and renames.
+    """Yield a new folder `.<name>.<random>` next to `path`, which the `with` block fills and renames.
 
-    A folder that was not renamed is deleted: in the end, or, if the process is killed, by the next call for
-    `path`. A lock on the folder shows that its process is alive.
+    If the block does not rename the folder, the folder is deleted: at the end of the block, or, if the
+    process is killed, by the next call for `path`. A lock on the folder shows that its process is alive.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     delete_abandoned(path)
@@ -57,16 +57,19 @@ def unfinished_folder(path: Path) -> Iterator[Path]:
 
 
 def unfinished_name(path: Path) -> Path:
-    """Return a new name `.<name>.<random>` in the folder of `path`; `delete_abandoned` recognises it."""
+    """Return a new path `.<name>.<random>` next to `path`; `delete_abandoned` recognises such names."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
 
 
 def _new_locked(path: Path, create: Callable[[Path], None]) -> tuple[Path, int]:
-    """Create a file or folder next to `path`; return it with a descriptor that locks it, if locks exist."""
+    """Create a file or folder next to `path` and lock it; return its path and the descriptor of the lock.
+
+    On a file system without locks, the file or folder is created without a lock.
+    """
     while True:
         temporary = unfinished_name(path)
         create(temporary)
-        with suppress(FileNotFoundError):  # another process took it for abandoned before it was locked
+        with suppress(FileNotFoundError):  # another process deleted it before it was locked
             lock = os.open(temporary, os.O_RDONLY)
             with suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -76,11 +79,11 @@ def _new_locked(path: Path, create: Callable[[Path], None]) -> tuple[Path, int]:
 
 
 def delete_abandoned(path: Path) -> None:
-    """Delete the unfinished files and folders for `path` that killed processes left."""
+    """Delete the unfinished files and folders for `path` that killed processes left behind."""
     for temporary in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}"):
         with suppress(FileNotFoundError):
             lock = os.open(temporary, os.O_RDONLY)
-            with suppress(OSError):  # in use, or on a file system without locks
+            with suppress(OSError):  # it is in use, or the file system has no locks
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if temporary.is_dir():
                     shutil.rmtree(temporary)

@@ -1,4 +1,4 @@
-"""Manifests list the files of a folder with their SHA-256, so that any changed byte is detected."""
+"""Manifests, which list the files of a folder with their SHA-256, so that any changed byte is detected."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from weighted_mtp_core.storage.atomic import atomic_write, sync_to_disk, unfinis
 
 MANIFEST = "manifest.json"
 DERIVED = "derived"
-"""Subfolder for derived files, which the folder's manifest does not list; its folders have own manifests."""
+"""Name of the subfolder for derived files, such as caches, which the manifest of the folder does not list.
+
+Each folder in this subfolder has a manifest of its own.
+"""
 
 _LINKED: dict[tuple[int, ...], str] = {}
-"""Checksums of files with several hard links, keyed by device, inode, size and time of change."""
+"""SHA-256 of files with several hard links, keyed by device, inode, size and time of modification."""
 
 
 def sha256_of(path: Path) -> str:
@@ -37,17 +40,18 @@ def sha256_of_chunks(chunks: Iterable[bytes]) -> str:
 
 @contextmanager
 def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `path`, with a manifest, if the block ends without an error.
+    """Yield a temporary folder that becomes `path`, with a manifest, if the `with` block raises no exception.
 
-    If the folder already exists, or another process creates it during the block, that folder is kept. With
-    `replace`, the old folder is renamed, replaced with the new one and deleted.
+    If `path` already exists, or another process creates `path` during the block, the existing folder is kept
+    and the temporary folder is deleted. With `replace`, the existing folder is deleted instead, after the
+    temporary folder has taken its place.
     """
     with unfinished_folder(path) as temporary:
         yield temporary
         for file in files_of(temporary):
             file.chmod(
                 file.stat().st_mode | 0o444
-            )  # because safetensors makes files readable only by the owner
+            )  # because only the owner can read a file that safetensors has written
             sync_to_disk(file)
         write_manifest(temporary)
         temporary.chmod(0o755)
@@ -63,7 +67,7 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def _swap(new: Path, old: Path) -> None:
-    """Replace the folder `old` with `new`; if this fails, `old` is kept."""
+    """Replace the folder `old` with the folder `new`; if this fails, `old` is kept."""
     aside = old.rename(unfinished_name(old))
     try:
         new.rename(old)
@@ -76,7 +80,7 @@ def _swap(new: Path, old: Path) -> None:
 def write_manifest(folder: Path) -> str:
     """List the files of a folder with size and SHA-256 in `manifest.json`; return the folder's SHA-256.
 
-    The SHA-256 of the folder is the SHA-256 of its manifest, which changes with every byte of the files.
+    The SHA-256 of a folder is the SHA-256 of its manifest, so it changes if any byte of the files changes.
     """
     files = {
         file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": _sha256_of_link(file)}
@@ -125,7 +129,7 @@ def verify_manifest(folder: Path) -> str:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Return all files of a folder except its manifest and derived files, sorted."""
+    """Return all files of a folder except its manifest and its derived files, sorted."""
     return [
         file
         for file in files_below(folder)

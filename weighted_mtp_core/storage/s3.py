@@ -1,7 +1,7 @@
-"""Connects to S3 and compatible stores, checks buckets, and verifies that files were stored.
+"""Connect to S3 and compatible stores, check buckets, and verify that files were stored.
 
-AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or boto3's other sources) contain the credentials, and
-MLFLOW_S3_ENDPOINT_URL the endpoint of an S3-compatible store. boto3 is imported on first use.
+The credentials are in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or in boto3's other sources. The endpoint
+of an S3-compatible store is in MLFLOW_S3_ENDPOINT_URL. boto3 is imported on first use.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.redaction import redact
 from weighted_mtp_core.storage.manifest import sha256_of, sha256_of_chunks
 
-PART_BYTES = 8 * 1024 * 1024  # boto3's default; the ETags of larger objects depend on it
+PART_BYTES = 8 * 1024 * 1024  # boto3's default; the ETag of a larger object depends on it
 _CHUNK = 1024 * 1024
 
 
 @frozen
 class S3Location:
-    """A bucket and a prefix in it; the prefix is empty or ends in `/`."""
+    """A bucket and a prefix of keys in this bucket; the prefix is empty or ends in `/`."""
 
     bucket: str
     prefix: str
@@ -38,7 +38,7 @@ class S3Location:
         """Parse `s3://bucket/prefix`.
 
         Raises:
-            WmtpError: The URI is not of this form.
+            WmtpError: The URI does not have the form `s3://bucket/prefix`.
         """
         scheme, _, rest = uri.partition("://")
         bucket, _, prefix = rest.partition("/")  # not parsed as a URL, because keys may contain `#` and `?`
@@ -52,10 +52,10 @@ class S3Location:
 
 
 def connect() -> Any:
-    """Return a boto3 client that gives up on an unreachable server after a few seconds.
+    """Return a boto3 client that stops trying to reach a server after a few seconds.
 
     Raises:
-        WmtpError: The endpoint is not a valid URL.
+        WmtpError: The endpoint in MLFLOW_S3_ENDPOINT_URL is not a valid URL.
     """
     import boto3
     from botocore.config import Config
@@ -77,7 +77,7 @@ def open_bucket(bucket: str) -> Any:
     """Return a client, after checking that the bucket exists and can be read.
 
     Raises:
-        WmtpError: The bucket does not exist or cannot be read; the message names the variables to check.
+        WmtpError: The bucket does not exist or cannot be read; the error names the variables to check.
     """
     from botocore import exceptions
 
@@ -111,7 +111,7 @@ def open_bucket(bucket: str) -> Any:
 
 
 def head(client: Any, bucket: str, key: str) -> Mapping[str, Any] | None:
-    """Return size, ETag and metadata of an object; None if it does not exist.
+    """Return the size, ETag and metadata of an object, or None if the object does not exist.
 
     Raises:
         WmtpError: The store refuses the request.
@@ -156,11 +156,11 @@ _ADVICE = (
         "allow s3:GetObject on the objects and s3:ListBucket on the bucket; docs/tracking/bucket-policy.json",
     ),
 )
-_WORST_SKEW_S = 900  # S3 refuses requests that are 15 minutes off
+_WORST_SKEW_S = 900  # S3 refuses a request whose time is wrong by 15 minutes
 
 
 def advice(error: BaseException) -> tuple[str, str] | None:
-    """Return why a store refused a request and what the user can do, or None if the exception is unknown."""
+    """Return why a store refused a request and what the user can do; None if the exception is not known."""
     each: BaseException | None = error
     while each is not None:
         answer = getattr(each, "response", None)
@@ -189,7 +189,7 @@ def _status(error: Any) -> int | None:
 
 
 def is_stored(client: Any, bucket: str, key: str, path: Path) -> bool:
-    """Return whether an object equals a file, by comparing size and ETag or by reading the object."""
+    """Return whether a stored object equals a file, by its size and ETag or by reading the object."""
     found = head(client, bucket, key)
     if found is None or found["ContentLength"] != path.stat().st_size:
         return False
@@ -201,7 +201,7 @@ def is_stored(client: Any, bucket: str, key: str, path: Path) -> bool:
 
 
 def etag(path: Path) -> str:
-    """Return the ETag of a file that is uploaded in parts of `PART_BYTES`."""
+    """Return the ETag that an object gets if the file is uploaded in parts of `PART_BYTES`."""
     md5 = partial(hashlib.md5, usedforsecurity=False)
     with path.open("rb") as file:
         parts = [md5(chunk).digest() for chunk in iter(partial(file.read, PART_BYTES), b"")]

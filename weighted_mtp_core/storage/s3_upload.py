@@ -1,7 +1,7 @@
-"""Upload models and data sets to S3: files that S3 lacks are uploaded in parallel and verified.
+"""Upload models and data sets to S3; files that S3 does not have are uploaded in parallel and verified.
 
-Manifests are uploaded last, so a version that has a manifest is complete. Repeating the call continues an
-interrupted upload.
+Manifests are uploaded last, so a version with a manifest on S3 is complete. To continue an interrupted
+upload, repeat it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _DIGEST = "sha256"  # key of the metadata that each uploaded object gets
 
 @frozen(kw_only=True)
 class Item:
-    """One file and its key in the bucket; `is_manifest` is True for the manifest of a version."""
+    """One file, its key in the bucket and its size; `is_manifest` is True for the manifest of a version."""
 
     path: Path
     key: str
@@ -38,8 +38,8 @@ class UploadPlan:
     """What an upload will do.
 
     Attributes:
-        location: Where the files are uploaded to.
-        new: Files that S3 does not have.
+        location: The bucket and the prefix to which the files are uploaded.
+        new: The files that S3 does not have.
         stored: Number of files that S3 already has.
     """
 
@@ -49,7 +49,7 @@ class UploadPlan:
 
     @property
     def size(self) -> int:
-        """Number of bytes to upload."""
+        """Total size of the files to upload, in bytes."""
         return sum(item.size for item in self.new)
 
 
@@ -75,14 +75,15 @@ def plan_upload(storage: Path, to: str) -> UploadPlan:
 
 
 def upload(plan: UploadPlan, *, on_done: Callable[[Item], None]) -> None:
-    """Upload the new files of a plan and verify each one; manifests last.
+    """Upload the new files of a plan and verify each file; manifests are uploaded last.
 
     Args:
         plan: A plan from `plan_upload`.
-        on_done: Called after each file, from several threads.
+        on_done: Called after each uploaded file, possibly from several threads at once.
 
     Raises:
-        RunFailedError: A file could not be uploaded or is incomplete; files uploaded before remain.
+        RunFailedError: A file could not be uploaded or is incomplete on S3; files that were uploaded before
+            remain on S3.
     """
     client = s3.connect()
     manifests = [item for item in plan.new if item.is_manifest]

@@ -1,7 +1,7 @@
 """Verify a large folder once, and again only after a file has changed.
 
 Hashing takes seconds per gigabyte, which would delay each run on a large corpus. Changes are detected by the
-change time (ctime) of files: the operating system updates it at each write, and programs cannot reset it.
+change time (ctime) of files, which the operating system updates at each write and programs cannot reset.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from weighted_mtp_core.storage.manifest import MANIFEST, files_of, verify_manife
 def verify_once(folder: Path) -> str:
     """Return the SHA-256 of a folder; if a file has changed, first verify the folder against its manifest.
 
-    The result is stored next to the folder in `<folder>.verified`. Unlike this function, `verify_manifest`
-    always hashes the files.
+    The file `<folder>.verified` next to the folder records the verified state of all files. Unlike
+    `verify_once`, `verify_manifest` always hashes all files.
 
     Raises:
         WmtpError: A file was changed, removed or added, or the folder has no manifest.

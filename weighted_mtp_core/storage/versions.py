@@ -1,4 +1,4 @@
-"""Versions of models and data sets in `models_v2/<name>/<version>/` and `datasets_v2/<name>/<version>/`."""
+"""Versions of models (`models_v2/<name>/<version>/`) and of data sets (`datasets_v2/<name>/<version>/`)."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Version:
     """One version of a model or a data set.
 
     Attributes:
-        path: The folder.
-        address: `<kind>/<name>/<version>`.
+        path: The folder of the version.
+        address: The path `<kind>/<name>/<version>` below the storage root.
     """
 
     path: Path
@@ -39,12 +39,15 @@ class Version:
 
 
 def dataset_folder(storage: Path, name: str, version: str) -> Path:
-    """Return the folder of a version of a data set; the folder need not exist."""
+    """Return the folder of a version of a data set, whether or not the folder exists."""
     return storage / "datasets_v2" / name / version
 
 
 def versions(storage: Path) -> Iterator[Version]:
-    """Yield all versions below a storage root, sorted; folders without a manifest are skipped."""
+    """Yield all versions of models and data sets below a storage root, sorted.
+
+    Folders without a manifest are skipped.
+    """
     for kind in KINDS:
         for manifest in sorted((storage / kind).glob(f"*/*/{MANIFEST}")):
             path = manifest.parent
@@ -55,8 +58,8 @@ def add_version(storage: Path, source: Path, *, kind: Kind, name: str, version: 
     """Copy a file or a folder into storage as a new version, with a manifest.
 
     Raises:
-        WmtpError: Name or version is not a valid folder name, `source` does not exist, the version already
-            exists, or a file has a reserved or invalid name.
+        WmtpError: `name` or `version` is not a valid folder name, `source` does not exist or cannot be
+            copied, the version already exists, or a file of `source` has a reserved or invalid name.
     """
     try:
         check_path(name)
@@ -87,7 +90,7 @@ def add_version(storage: Path, source: Path, *, kind: Kind, name: str, version: 
 
 
 def _refuse_reserved_names(source: Path) -> None:
-    """Refuse files whose name is reserved or not UTF-8; an existing manifest is allowed and rewritten."""
+    """Refuse files whose name is reserved or not UTF-8; a valid manifest is allowed and later rewritten."""
     found = {each.name: each for each in (source.iterdir() if source.is_dir() else [source])}
     if source.is_dir() and MANIFEST in found:
         with suppress(WmtpError):
@@ -108,12 +111,12 @@ def _refuse_reserved_names(source: Path) -> None:
 
 
 def derived(version: Version) -> list[Path]:
-    """Return the folders derived from a version, such as token caches, each with its own manifest."""
+    """Return the folders with files derived from a version, such as token caches; each has a manifest."""
     return sorted(path for path in version.path.glob(f"{DERIVED}/*") if path.is_dir())
 
 
 def unlisted(storage: Path) -> dict[str, int]:
-    """Return the number of files that no manifest lists, keyed by the folder `<kind>/<name>/<version>`."""
+    """Return, for each folder `<kind>/<name>/<version>`, the number of its files that no manifest lists."""
     known = {version.path for version in versions(storage)}
     counts: dict[str, int] = {}
     for file in (each for kind in KINDS for each in files_below(storage / kind)):
