@@ -43,7 +43,7 @@ These keys do not affect the steps that the run has completed.
 
 LAST_STEP = {"critic": "critic.last_step", "policy": "policy.last_step"}
 STEPS = {"critic": "critic.steps", "policy": "policy.steps"}
-"""Keys in `run.json` for each stage that has ended: its last step and, in STEPS, its planned number of steps."""
+"""Keys in `run.json` of each ended stage: LAST_STEP for its last step, STEPS for its planned steps."""
 
 
 def run_to_resume(plan: Plan, named: str | None) -> Path | None:

@@ -87,7 +87,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path, distributed: Di
 
 
 def _write_at(tensors: Mapping[str, Tensor], file: Path | None, offsets: Mapping[str, int]) -> None:
-    """Write the bytes of each tensor at its offset into a file; `file` is None except in the first process."""
+    """Write the bytes of each tensor at its offset into `file`, which is None except in the first process."""
     with ExitStack() as opened:
         descriptor = None
         if file is not None:

@@ -1,1 +1,1 @@
-"""Records a run in its folder and its journal, uploads it to trackers, and shows its progress."""
+"""Record a run in its run folder and its journal, send the run to trackers, and show its progress."""

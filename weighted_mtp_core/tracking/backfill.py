@@ -1,6 +1,6 @@
 """Backfill: a new run sends the data that the trackers of earlier runs of its experiment did not receive.
 
-It also closes earlier runs as KILLED if their process died on this machine.
+If the process of an earlier run died on this machine, the backfill also closes this run as KILLED.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _ENDED = ("FINISHED", "FAILED", "KILLED")
 
 
 def start_backfill(experiment: Path, *, skip: Path, log: Callable[[str], None]) -> threading.Thread:
-    """Go through the runs of one experiment once, in a background thread; return the thread.
+    """Send the pending data of an experiment's earlier runs in a background thread; return the thread.
 
     Args:
-        experiment: The experiment's folder, `<runs>/<experiment>`.
-        skip: The run folder of the new run.
-        log: Called with a line before and after sending each run.
+        experiment: The folder of the experiment, `<runs>/<experiment>`.
+        skip: The run folder of the new run, which is left out.
+        log: Called with a line before and after sending the data of each run.
     """
 
     def backfill() -> None:
@@ -42,7 +42,7 @@ def _send(path: Path, log: Callable[[str], None]) -> None:
     logger = logging.getLogger(__name__)
     try:
         found = run_status(path)
-        # a run of another machine may still be running, because not all file systems share locks
+        # a run on another machine may still be running, because not all file systems share locks
         died_here = found.status == DIED and read_run(path).get("host") == socket.gethostname()
         waiting = [f"{name.partition('-')[2]}: {each}" for name, each in found.pending.items() if each]
         if not (died_here or (found.status in _ENDED and waiting)):

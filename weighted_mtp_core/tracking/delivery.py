@@ -1,5 +1,6 @@
-"""How much of a run's journal a store has received, saved in `delivery/<tracker>.json` of the run folder.
+"""How much of a run's journal a store has received.
 
+The file `delivery/<tracker>.json` in the run folder records the delivery to the current store of a tracker.
 Each delivery belongs to one store and to one run in this store. If a tracker is configured for another store,
 the delivery to the previous store is saved in a separate file.
 """
@@ -23,7 +24,10 @@ POINTS = ("metrics", "timings")
 
 @frozen(kw_only=True)
 class Pending:
-    """The amount of data that a tracker has not received, and the reason (empty if nothing failed)."""
+    """The amount of data that a tracker has not received: lines of the journal, and files.
+
+    `reason` says why the data have not been received; it is empty if no call of the tracker failed.
+    """
 
     lines: int
     files: int
@@ -42,10 +46,10 @@ class Delivery:
     """The state of the upload to one store.
 
     Attributes:
-        store: The address of the store, without secrets; empty if the tracker does not report it.
-        run: The id of the run in the store; empty if the tracker does not report it.
-        position: Byte position of the next line to send.
-        aside: Byte positions of earlier lines that must be sent again.
+        store: The address of the store, without secrets; empty if the tracker does not report its address.
+        run: The id of the run in the store; empty if the tracker does not report this id.
+        position: Byte position, in the journal, of the next line to send.
+        aside: Byte positions of earlier lines of the journal that must be sent again.
         refused: Byte ranges of lines that the tracker has refused permanently.
     """
 
@@ -57,7 +61,7 @@ class Delivery:
 
     @classmethod
     def read(cls, state: Path, journal: Path) -> Delivery:
-        """Read the file `state`; if it does not exist, nothing has been delivered."""
+        """Read a delivery from the file `state`; if there is no such file, nothing has been delivered."""
         if not state.is_file():
             return cls()
         found = cls(**json.loads(state.read_text(encoding="utf-8")))
@@ -68,14 +72,18 @@ class Delivery:
         return found
 
     def write(self, state: Path) -> None:
-        """Write the file `state`."""
+        """Write this delivery to the file `state`."""
         state.parent.mkdir(exist_ok=True)
         atomic_write(state, json.dumps(asdict(self)) + "\n")
 
     def lost_by(self, kept: KeptRun, journal: Path) -> str:
-        """Return a description of the data that a store has received but lost; empty if nothing is lost.
+        """Describe the data that a store has received but lost; the text is empty if no data are lost.
 
-        Data are lost if the run was deleted or the database was restored from an older copy.
+        A store loses data if the run is deleted or the store's database is restored from an older copy.
+
+        Args:
+            kept: The part of the run that the store contains.
+            journal: The journal of the run.
         """
         if not self.position:
             return ""
@@ -94,13 +102,16 @@ class Delivery:
 
 
 def switch_store(delivery: Delivery, store: str, *, state: Path, journal: Path) -> Delivery:
-    """Save the delivery to the current store in a separate file, and return the delivery to another store."""
+    """Save the delivery to the previous store in a separate file; return the delivery to the new store."""
     delivery.write(_state_of(delivery.store, state))
     return Delivery.read(_state_of(store, state), journal)
 
 
 def deliveries(state: Path, journal: Path) -> list[tuple[str, Pending]]:
-    """Return each store that the tracker has used, the current store first, and the data that it lacks."""
+    """Return each store that the tracker has used, with the data that the store has not received.
+
+    The current store comes first.
+    """
     known: dict[str, Pending] = {}
     for file in (state, *sorted(state.parent.glob(f"{state.stem}@*.json"))):
         if (store := Delivery.read(file, journal).store) and store not in known:
@@ -109,7 +120,7 @@ def deliveries(state: Path, journal: Path) -> list[tuple[str, Pending]]:
 
 
 def count_pending(journal: Path, state: Path) -> Pending:
-    """Count the data that a tracker has not received, using only the files of the run folder."""
+    """Count the data that a tracker has not received according to the files of the run folder."""
     delivery = Delivery.read(state, journal)
     aside = (next(read_journal(journal, start)) for start in delivery.aside)
     refused = (lines_between(journal, start, end) for start, end in delivery.refused)
@@ -122,7 +133,7 @@ def count_pending(journal: Path, state: Path) -> Pending:
 
 
 def lines_between(journal: Path, start: int, end: int) -> Iterator[Entry | Damage]:
-    """Yield the lines of the journal in a range of bytes."""
+    """Yield the lines of a journal between two byte positions."""
     return takewhile(lambda line: line.end <= end, read_journal(journal, start))
 
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 PLAIN_EVERY_S = 5.0
-"""Interval in seconds between lines if the output cannot be redrawn (a file, a pipe, CI)."""
+"""Seconds between two lines of progress if the output is not a terminal, for example a file or a pipe."""
 
 _BARS = "▁▂▃▄▅▆▇█"
 _CURVE = 32
@@ -29,7 +29,7 @@ _FRAME = 6  # characters that a panel adds to the width of its two columns
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """Draw finite values as bars, scaled from their minimum to their maximum."""
+    """Return the finite values as a row of bars, scaled from their minimum to their maximum."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return ""
@@ -38,7 +38,7 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def show(value: float | str) -> str:
-    """Return a number with four significant digits, or with thousands separators."""
+    """Return a number as text: with four significant digits or, from 1000 on, with thousands separators."""
     if isinstance(value, str):
         return value
     if abs(value) >= 1000:
@@ -47,7 +47,7 @@ def show(value: float | str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as `12 s`, `3:05` or `1:02:03`."""
+    """Return a number of seconds as text, such as `12 s`, `3:05` or `1:02:03`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -57,7 +57,7 @@ def duration(seconds: float) -> str:
 
 @define(eq=False)
 class _Stage:
-    """The current stage."""
+    """The progress of the current stage."""
 
     name: str
     total: int
@@ -85,19 +85,19 @@ def _panel(rows: Sequence[tuple[str, str]], *, title: str) -> Panel:
 
 
 class _Console(Console):
-    """A console that stops writing when its reader has closed the pipe, so that the run continues."""
+    """A console that stops writing if the reader of its output ends, so that the run continues."""
 
     def on_broken_pipe(self) -> None:
-        """Discard all further output; rich's own method would end the process."""
+        """Discard all further output; the method of the base class would end the process."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 @define(eq=False)
 class Display:
-    """Context manager that shows a run on a console; with several processes, only rank 0 shows anything.
+    """Context manager that shows the progress of a run; with several processes, only rank 0 shows it.
 
-    On a terminal it redraws one block at the bottom; otherwise it writes lines.
+    On a terminal, a block at the bottom is redrawn; for any other output, lines are written.
     """
 
     console: Console = field(factory=_Console)
@@ -138,7 +138,7 @@ class Display:
             self._live = None
 
     def stage(self, name: str, total: int) -> None:
-        """Begin a stage of `total` steps, and end the previous stage."""
+        """End the previous stage, and begin a stage of `total` steps."""
         self._end_stage(done=True)
         self._stage = _Stage(name, total, self._progress.add_task(name, total=total))
         self._last_line = time.monotonic()
@@ -146,7 +146,7 @@ class Display:
             self.note(f"{name}: {total} steps")
 
     def update(self, step: int, values: Mapping[str, float | str]) -> None:
-        """Show that `step` steps are done; the first value is also drawn as a curve."""
+        """Show that `step` steps are done, with named values; the first value is also drawn as a curve."""
         stage = self._stage
         if stage is None:
             return
@@ -163,11 +163,11 @@ class Display:
     def note(self, text: str) -> None:
         """Write a line above the progress bar."""
         if self._live is not None:
-            self._live.refresh()  # otherwise an outdated block is drawn below the line
+            self._live.refresh()  # otherwise the old block is drawn below the line
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def summary(self, rows: Sequence[tuple[str, str]], *, title: str = "summary") -> None:
-        """Show results as names and values, in a panel if they fit on a terminal, otherwise as lines."""
+        """Show results as pairs (name, value): in a panel if they fit on the terminal, otherwise as lines."""
         self._end_stage(done=True)
         if self._live is not None:
             self._live.stop()

@@ -1,4 +1,7 @@
-"""Read `.env`: only the variables listed here, without interpolation. The environment takes precedence."""
+"""Read variables from `.env`: only the variables in NAMES, without interpolation.
+
+Variables that are already set in the environment take precedence over `.env`.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +35,9 @@ class DotEnv:
 
     Attributes:
         path: The path of the file.
-        taken: Names of the variables that the file has set.
-        ignored: Names of variables in the file that this framework does not use.
-        exposed: Whether other users can read the file.
+        taken: Names of the variables that were set from the file.
+        ignored: Names of other variables in the file, which this framework does not use.
+        exposed: Whether other users of the machine can read the file.
     """
 
     path: Path
@@ -44,17 +47,17 @@ class DotEnv:
 
 
 def load_dotenv(path: Path = Path(".env")) -> DotEnv | None:
-    """Set variables from `.env` in the environment, if this module allows them and they are not set yet.
+    """Set those variables in NAMES that `.env` contains and the environment does not contain yet.
 
     Returns:
-        The result, or None if the file does not exist.
+        A description of the file, or None if the file does not exist.
 
     Raises:
         WmtpError: The file or one of its lines cannot be read.
     """
     if not path.is_file():
         return None
-    # only listed names are allowed, because a file must not be able to set PATH or LD_PRELOAD
+    # only names in NAMES are allowed, because the file must not be able to set PATH or LD_PRELOAD
     values = {name: value for name, value in _read(path).items() if value}
     taken = tuple(name for name in NAMES if name in values and not os.environ.get(name))
     for name in taken:
@@ -68,7 +71,7 @@ def load_dotenv(path: Path = Path(".env")) -> DotEnv | None:
 
 
 def _read(path: Path) -> dict[str, str]:
-    """Return all variables, without interpolation because a password may contain text such as `${HOME}`."""
+    """Return all variables, without interpolation, because a password may contain text such as `${HOME}`."""
     from dotenv.parser import parse_stream
 
     try:

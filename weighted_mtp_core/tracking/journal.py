@@ -1,7 +1,8 @@
 """The journal `metrics.jsonl` of a run: one JSON object per line, written before trackers receive the data.
 
-A line is `{"kind": ..., <fields>, "time": <seconds since 1970>, "crc": "<8 hex digits>"}`. The checksum `crc`
-covers all keys except `time`, so the `metrics` lines of two runs of the same recipe differ only in `time`.
+A line has the form `{"kind": ..., <fields>, "time": <seconds since 1970>, "crc": "<8 hex digits>"}`. The
+checksum `crc` covers all keys except `time`, so the lines of the kind `metrics` of two runs of one recipe
+differ only in `time`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Entry:
 
     Attributes:
         kind: `run`, `params`, `tags`, `datasets`, `metrics`, `timings`, `artifact` or `status`.
-        fields: The other keys of the line, without time and checksum.
+        fields: All keys of the line except kind, time and checksum.
         time_ms: Time of the event, in milliseconds since 1970.
         start: Byte position of the line in the file.
         end: Byte position of the next line.
@@ -45,21 +46,21 @@ class Entry:
 
 @frozen(kw_only=True)
 class Damage:
-    """A complete line with a wrong checksum, at the bytes from `start` to `end`."""
+    """A complete line that is malformed or has a wrong checksum, at the bytes from `start` to `end`."""
 
     start: int
     end: int
 
 
 def encode(kind: str, fields: Mapping[str, Any], *, time_ms: int) -> bytes:
-    """Return one line of the journal; numbers must be finite (see `plain_number`)."""
+    """Return one line of the journal; all numbers must be finite, or converted by `plain_number`."""
     body = orjson.dumps({"kind": kind, **fields})
     seconds, milliseconds = divmod(time_ms, 1000)
     return b'%s,"time":%d.%03d,"crc":"%08x"}\n' % (body[:-1], seconds, milliseconds, zlib.crc32(body))
 
 
 def decode(line: bytes, *, start: int) -> Entry | Damage:
-    """Parse one line of the journal and compare its checksum."""
+    """Parse one line of the journal, which begins at byte `start`, and verify its checksum."""
     end = start + len(line)
     body = line[: line.rfind(_TIME)] + b"}"
     try:
@@ -73,14 +74,17 @@ def decode(line: bytes, *, start: int) -> Entry | Damage:
 
 
 def plain_number(value: float) -> float | str:
-    """Return a number as JSON can store it: itself, or `"nan"`, `"inf"`, `"-inf"`, which are not sent."""
+    """Return a finite number unchanged, and other numbers as `"nan"`, `"inf"` or `"-inf"`.
+
+    JSON cannot store numbers that are not finite. They are kept in the journal, but not sent to trackers.
+    """
     return value if math.isfinite(value) else str(value)
 
 
 def read_journal(path: Path, start: int = 0, *, kinds: Sequence[str] = ()) -> Iterator[Entry | Damage]:
-    """Yield the complete lines from a byte position on; an incomplete last line is left out.
+    """Yield the complete lines of a journal from the byte position `start` on.
 
-    With `kinds`, only lines of these kinds are parsed and yielded.
+    An incomplete last line is left out. With `kinds`, only lines of these kinds are parsed and yielded.
     """
     wanted = tuple(f'{{"kind":"{kind}"'.encode() for kind in kinds) or (b"",)
     with path.open("rb") as file:
@@ -94,7 +98,7 @@ def read_journal(path: Path, start: int = 0, *, kinds: Sequence[str] = ()) -> It
 
 
 def last_entry(path: Path) -> Entry | None:
-    """Return the last undamaged line."""
+    """Return the last undamaged line of a journal, or None if there is no such line."""
     last = None
     for line in read_journal(path):
         if isinstance(line, Entry):
@@ -121,9 +125,10 @@ def _open_whole(path: Path) -> int:
 
 @define(eq=False)
 class Journal:
-    """Appends lines, from any thread. Once `append` returns, the line is safe even if the process is killed.
+    """Appends lines to a journal; any thread may append.
 
-    A line that was sent to a tracker is also safe from a power cut, because the outbox first syncs the file.
+    After `append` has returned, the line is not lost even if the process is killed. A line that was sent to a
+    tracker is not lost in a power cut either, because the outbox syncs the file to the disk before sending.
     """
 
     path: Path
@@ -136,7 +141,7 @@ class Journal:
         self._size = os.fstat(self._descriptor).st_size
 
     def append(self, kind: str, fields: Mapping[str, Any], *, time_ms: int | None = None) -> None:
-        """Write one line about something that happened at `time_ms` (None: now).
+        """Append one line about an event at `time_ms`, in milliseconds since 1970; None means now.
 
         Raises:
             RunFailedError: The file cannot be written, for example because the disk is full.
@@ -156,5 +161,5 @@ class Journal:
             self._size = size
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file of the journal."""
         os.close(self._descriptor)

@@ -8,14 +8,14 @@ from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.identifiers import check_path
 
 _METRIC = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_. :-]|/(?=[A-Za-z0-9_]))*")
-_LONGEST = 250  # the width of MLflow's columns
+_LONGEST = 250  # the width of the columns in MLflow's database
 
 
 def check_path_name(text: str, *, what: str) -> str:
-    """Return `text` if it can be the path of an experiment, a run or an artifact.
+    """Return `text` if it is a valid path for an experiment, a run or an artifact.
 
     Raises:
-        WmtpError: `text` has characters that are not allowed, is empty or is too long.
+        WmtpError: A part of the path between `/` is empty or is not a valid folder name.
     """
     try:
         check_path(text)

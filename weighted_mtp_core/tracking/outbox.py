@@ -1,7 +1,8 @@
-"""The data that one tracker has not received yet: lines from a position on, and lines waiting for a retry.
+"""The data that one tracker has not received yet.
 
-`step` sends the next batch and advances the position. If the tracker's answer was lost, the batch is sent
-again, so all methods of a tracker must tolerate repeated calls (`weighted_mtp_core.api.Tracker`).
+These data are all lines of the journal from a position on, and earlier lines that wait for a retry.
+`Outbox.step` sends the next batch and advances the position. If the tracker's answer was lost, the batch is
+sent again, so all methods of a tracker must tolerate repeated calls (`weighted_mtp_core.api.Tracker`).
 """
 
 from __future__ import annotations
@@ -35,17 +36,17 @@ _SLOWEST_UPLOAD = 1e6  # bytes per second
 
 @define(kw_only=True, eq=False)
 class Outbox:
-    """Sends the journal of a run to one tracker; used by one thread at a time.
+    """Sends the journal of a run to one tracker; an outbox may be used by one thread at a time.
 
     Attributes:
-        tracker: The tracker.
-        folder: The run folder; paths of artifacts are relative to it.
+        tracker: The tracker that receives the data.
+        folder: The run folder; the paths of artifacts are relative to this folder.
         journal: The journal of the run.
         state: The file that stores the position in the journal.
-        reason: Why the tracker cannot be reached, as text for the user; empty if it can be reached.
-        file_reason: Why the tracker's store of files cannot be reached; empty if it can be reached.
+        reason: Why the tracker cannot be reached, as text for the user; empty if the tracker can be reached.
+        file_reason: Why the tracker's store of files cannot be reached; empty if the store can be reached.
         full: Whether the last batch was full, so that more lines may be waiting.
-        sent: Counts of the data that this object has sent.
+        sent: The amount of data that this outbox has sent.
     """
 
     tracker: Tracker
@@ -67,7 +68,7 @@ class Outbox:
         self._delivery = Delivery.read(self.state, self.journal)
 
     def open(self) -> None:
-        """Open the run at the tracker, with the description that the journal contains so far."""
+        """Open the run at the tracker, with the description of the run that the journal contains so far."""
         history = read_history(self.folder, kinds=_DESCRIPTION)
         info = history.info(self.folder)
         self.tracker.start(info)
@@ -77,10 +78,10 @@ class Outbox:
         if end is None or end.kind != "status" or end.start in self._delivery.aside:
             return
         if end.end <= self._delivery.position:
-            self._delivery.aside.append(end.start)  # because opening has reset the run's status to running
+            self._delivery.aside.append(end.start)  # because opening has set the run's status to running
 
     def _check_store(self) -> None:
-        """Start sending the whole run again if the tracker has a new store or the store has lost data."""
+        """Begin to send the whole run again if the tracker has a new store or its store has lost data."""
         store, kept = self.tracker.store(), self.tracker.kept()
         before = self._delivery
         if before.store and store != before.store:
@@ -96,7 +97,7 @@ class Outbox:
             self._delivery.write(self.state)
 
     def _is_lost(self) -> bool:
-        """Ask the store whether it still has the run and what this object sent."""
+        """Return whether the store no longer has the run, or has lost points that this outbox has sent."""
         kept = self.tracker.kept()
         return kept is not None and (
             kept.run != self._delivery.run
@@ -110,7 +111,8 @@ class Outbox:
             Whether there was anything to send.
 
         Raises:
-            Exception: The tracker raised an exception, so the batch was not delivered and must be sent again.
+            Exception: The tracker raised this exception, so the batch was not delivered and must be sent
+                again.
         """
         if self._info is None:
             self.open()
@@ -130,7 +132,7 @@ class Outbox:
             if first.kind != "artifact":
                 raise
             self.file_reason = one_line(error)
-            self._delivery.aside.append(first.start)  # a file that fails must not delay the lines after it
+            self._delivery.aside.append(first.start)  # a file that fails must not delay later lines
             self._notes.append(
                 f"cannot store `{first.fields['path']}` now ({self.file_reason}); the file is sent later"
             )
@@ -139,14 +141,15 @@ class Outbox:
         return True
 
     def retry_aside(self) -> bool:
-        """Send the lines that were set aside again, up to the first file that fails again.
+        """Send again the lines that were set aside, up to the first file that fails again.
+
+        A file that fails raises no exception and remains set aside.
 
         Returns:
             Whether anything was delivered.
 
         Raises:
-            Exception: The tracker raised an exception for a line. Files that fail raise none and stay set
-                aside.
+            Exception: The tracker raised this exception for a line that is not about a file.
         """
         delivered = False
         lines = (next(read_journal(self.journal, start)) for start in self._delivery.aside)
@@ -176,7 +179,7 @@ class Outbox:
         self._notes.append(redact(f"refused {_what(batch)}: {error}{hint}"))
 
     def take_notes(self) -> list[str]:
-        """Return the messages since the last call; the caller prepends the name of the tracker."""
+        """Return the messages since the last call, to which the caller prepends the name of the tracker."""
         taken, self._notes = self._notes, []
         return taken
 
@@ -190,11 +193,11 @@ class Outbox:
         return self._uploading / _SLOWEST_UPLOAD
 
     def pending(self) -> Pending:
-        """Count the data that have not been delivered."""
+        """Return the amount of data that has not been delivered, and the reason."""
         return evolve(count_pending(self.journal, self.state), reason=self.reason or self.file_reason)
 
     def retry_refused(self) -> None:
-        """Set refused lines aside for a retry, for example because a limit of the tracker was raised."""
+        """Set refused lines aside for a retry, which may succeed if a limit of the tracker was raised."""
         refused, self._delivery.refused = self._delivery.refused, []
         for start, end in refused:
             self._delivery.aside += [line.start for line in lines_between(self.journal, start, end)]
@@ -266,7 +269,7 @@ def one_line(error: BaseException) -> str:
 
 
 def to_points(entry: Entry) -> list[MetricPoint]:
-    """Return the finite values of one line; `nan` and `inf`, stored as text, are not sent to trackers."""
+    """Return the finite values of one line of metrics, because other values are not sent to trackers."""
     return [
         MetricPoint(name=name, value=value, step=entry.fields["step"], time_ms=entry.time_ms)
         for name, value in entry.fields["metrics"].items()

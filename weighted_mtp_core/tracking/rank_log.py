@@ -1,4 +1,4 @@
-"""The record of a process other than rank 0, which consists of its log `logs/rank-<N>.log`."""
+"""The record of a process other than rank 0; it consists only of the log `logs/rank-<N>.log`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class RankLog:
         self._log = RunLog.open(self.path / "logs" / f"rank-{self.rank}.log")
 
     def _skip(self, *args: object) -> None:
-        """Do nothing, because rank 0 records it."""
+        """Do nothing, because rank 0 records the run."""
 
     metrics = timings = progress = tags = params = datasets = artifact = report = _skip
 
@@ -42,7 +42,7 @@ class RankLog:
         self._log.write(redact(text))
 
     def where(self) -> list[str]:
-        """Return no lines, because rank 0 shows where the run is."""
+        """Return no lines, because rank 0 shows where to find the run."""
         return []
 
     def __enter__(self) -> Self:

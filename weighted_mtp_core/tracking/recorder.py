@@ -41,18 +41,18 @@ from weighted_mtp_core.tracking.trackers import build_trackers
 
 _REPLAYED = ("run", "params", "tags", "metrics", "timings")
 _OF_DATA = re.compile(r"data\.(\d+\.)?(name|version|sha256)|(critic\.)?train\.steps")
-"""Params that `datasets` and `params` add after the start, because they depend on the data."""
+"""Params that depend on the data, so that `datasets` and `params` add them after the start of the run."""
 _SWITCH_S = 0.0005
-"""Seconds for which an upload may block the training thread; Python's default of 5 ms would slow training."""
+"""Seconds for which an upload thread may block the training thread; Python's default of 5 ms is too long."""
 
 
 @define(kw_only=True, eq=False)
 class Recorder:
-    """Records one run. The training thread never waits for a tracker.
+    """Records one run. During training, the training thread never waits for a tracker.
 
     Attributes:
-        folder: The run folder, locked.
-        display: Shows the progress to the user.
+        folder: The run folder, which this process has locked.
+        display: Shows the progress of the run to the user.
     """
 
     folder: RunFolder
@@ -83,18 +83,18 @@ class Recorder:
         display: Display,
         close_seconds: float = 30.0,
     ) -> Recorder:
-        """Begin or resume a run: record its description, then open the run at every tracker.
+        """Begin or resume a run: record the run's description, then open the run at every tracker.
 
         Args:
             folder: The run folder.
             info: Description of the run.
             trackers: Trackers, keyed by the names from `build_trackers`.
             recipe_toml: The resolved recipe.
-            display: What a person sees.
+            display: Shows the progress of the run to the user.
             close_seconds: Seconds that the run waits at its end for trackers that no longer accept data.
 
         Raises:
-            WmtpError: A tracker permanently refuses this run; the run is closed as FAILED at all other
+            WmtpError: A tracker permanently refuses this run; the run is then closed as FAILED at all other
                 trackers.
         """
         atomic_write(folder.recipe, recipe_toml)
@@ -123,7 +123,7 @@ class Recorder:
         return recorder
 
     def _describe_or_resume(self, info: RunInfo) -> None:
-        """Record the description of a new run, or read which steps a resumed run has recorded."""
+        """Record the description of a new run, or read the recorded steps and params of a resumed run."""
         history = RunHistory()
         for line in read_journal(self.folder.journal, kinds=_REPLAYED):
             history.add(line)
@@ -142,7 +142,7 @@ class Recorder:
         self.artifact(self.folder.recipe, "")
 
     def _describe_changes(self, history: RunHistory, info: RunInfo) -> None:
-        """Record as tags what has changed since the run began, because MLflow cannot change a param."""
+        """Record changed params of a resumed run also as tags, because MLflow cannot change a param."""
         params, tags = _without_secrets(info.params), _without_secrets(info.tags)
         changed = {key: value for key, value in params.items() if history.params.get(key) != value}
         gone = history.params.keys() - params.keys()
@@ -165,7 +165,7 @@ class Recorder:
             self._uploaders.append(uploader)
 
     def start_backfill(self, experiment: Path) -> None:
-        """Send, in the background, data that trackers of the experiment's earlier runs did not receive."""
+        """Send data that trackers of the experiment's earlier runs did not receive, in the background."""
         self._backfill = start_backfill(experiment, skip=self.folder.path, log=self.log)
 
     # ------------------------------------------------------------------- during the run
@@ -173,7 +173,7 @@ class Recorder:
     def metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Record scalars that are equal in every run of the same recipe.
 
-        A resumed run does not record steps again that it recorded before the interruption.
+        A resumed run does not record again the steps that it recorded before the interruption.
 
         Raises:
             RunFailedError: A metric was already recorded for this step or a later one.
@@ -185,15 +185,15 @@ class Recorder:
         self._record("timings", stage, step, values)
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
-        """Update the display."""
+        """Show that `step` steps of the current stage are done, with the given values."""
         self.display.update(step, values)
 
     def tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags on the run; `run_tags.py` has the keys."""
+        """Set tags of the run; the module `run_tags` defines the keys of the framework's own tags."""
         self._journal.append("tags", {"tags": _without_secrets(tags)})
 
     def params(self, params: Mapping[str, str]) -> None:
-        """Record params that depend on the data; changes in a resumed run are also recorded as tags."""
+        """Record params that depend on the data; if a resumed run changes them, record them also as tags."""
         self._journal.append("params", {"params": params})
         before = {key: self._params_before.get(key, value) for key, value in params.items()}
         changed = {key: value for key, value in params.items() if before[key] != value}
@@ -201,7 +201,7 @@ class Recorder:
             self.tags({f"{run_tags.CHANGED_PREFIX}{key}": value for key, value in changed.items()})
 
     def datasets(self, versions: Sequence[DatasetVersion]) -> None:
-        """Record the data that the run uses, as dataset inputs and as params (`data.version`, ...)."""
+        """Record the data that the run uses, as datasets and as params such as `data.version`."""
         self._journal.append("datasets", {"datasets": [asdict(version) for version in versions]})
         params: dict[str, str] = {}
         for number, version in enumerate(versions):
@@ -210,7 +210,7 @@ class Recorder:
         self._journal.append("params", {"params": params})
 
     def artifact(self, path: Path, subdir: str) -> None:
-        """Upload a file of the run folder to every tracker, with its contents at the time of the upload."""
+        """Upload a file of the run folder to every tracker, with the contents at the time of the upload."""
         if subdir:
             check_path_name(subdir, what="an artifact folder")
         check_path_name(path.name, what="an artifact")
@@ -218,23 +218,23 @@ class Recorder:
         self._journal.append("artifact", {"path": relative.as_posix(), "subdir": subdir})
 
     def report(self, rows: Sequence[tuple[str, str]]) -> None:
-        """Store the results, as names and values, in `report.md`."""
+        """Write the results, given as pairs (name, value), to `report.md` in the run folder."""
         path = self.folder.path / "report.md"
         atomic_write(path, "".join(f"- **{name}**: {redact(value)}\n" for name, value in rows))
         self.artifact(path, "")
 
     def log(self, text: str) -> None:
-        """Write a line to the display and to the log."""
+        """Write a line to the display and to the log of the run, without secrets."""
         text = redact(text)
         self._log.write(text)
         self.display.note(text)
 
     def where(self) -> list[str]:
-        """Return a line for each tracker about where the user can find the run."""
+        """Return, for each tracker, a line that tells the user where to find the run."""
         return [redact(line) for tracker in self._trackers.values() if (line := tracker.where())]
 
     def _record(self, kind: str, stage: str, step: int, values: Mapping[str, float]) -> None:
-        # the training thread calls this at every step, so it loops over names only if there is a new name
+        # the training thread calls this method at every step, so it loops over names only for a new name
         self._check_order(stage, step, values)
         numbers: dict[str, float | str] = dict(zip(values, map(float, values.values()), strict=True))
         if self._recorded_before:
@@ -273,7 +273,7 @@ class Recorder:
 
         Args:
             outcome: How the run ended.
-            error_class: Class of the exception that ended the run, recorded as tag `wmtp.error_class`.
+            error_class: Class of the exception that ended the run; recorded as the tag `wmtp.error_class`.
         """
         if self._closed:
             return
@@ -288,7 +288,7 @@ class Recorder:
                 self._log.write(f"run {outcome.value}")
                 self.artifact(self.folder.log, "logs")
                 self._journal.append("status", {"status": outcome.value})
-                # in the end, since `run.resume = "auto"` continues a run that is killed while it sends
+                # called last, so that `run.resume = "auto"` continues a run that is killed while it sends
                 closing.callback(self.folder.record, status=outcome.value, ended_ms=now_ms())
             self._send_the_rest()
 
@@ -315,7 +315,11 @@ class Recorder:
         self.finish(outcome, error_class=error_class)
 
     def hold_until_entered(self, held: ExitStack) -> None:
-        """Take over a `hold_signals`: signals are handled only when the `with` block can close the run."""
+        """Delay signals until the `with` block of the recorder begins, which can close the run.
+
+        Args:
+            held: A stack that contains `hold_signals`; the recorder closes this stack.
+        """
         self._held = held
 
     def __enter__(self) -> Self:
@@ -338,15 +342,20 @@ class Recorder:
 
 
 def open_recorder(plan: Plan, display: Display, *, resume: Path | None = None) -> Recorder:
-    """Create the run folder of a plan, build its trackers and begin the run; or resume the run in a folder.
+    """Build the trackers of a plan, and begin a run in a new run folder or resume a run in its folder.
+
+    Args:
+        plan: The plan of the run.
+        display: Shows the progress of the run to the user.
+        resume: The folder of the run to resume; None for a new run.
 
     Raises:
-        WmtpError: The folder cannot be created or is in use, or a tracker permanently refuses this run.
+        WmtpError: The run folder cannot be created or is in use, or a tracker permanently refuses this run.
     """
     redact_log_records()
     recipe = plan.recipe
     trackers = build_trackers(plan)
-    with ExitStack() as held:  # signals are held until the recorder's block can close the run
+    with ExitStack() as held:  # signals are delayed until the recorder's block can close the run
         held.enter_context(hold_signals())
         if resume is None:
             folder = RunFolder.create(
@@ -381,7 +390,7 @@ def open_recorder(plan: Plan, display: Display, *, resume: Path | None = None) -
 
 
 def _outcome(error: BaseException | None) -> tuple[RunOutcome, str | None]:
-    """Return the outcome of a run that ended with this exception, and the exception's class for a failure."""
+    """Return the outcome of a run that ended with `error`, and the class of the error if the run failed."""
     if error is None or (isinstance(error, SystemExit) and error.code in {None, 0}):
         return RunOutcome.FINISHED, None
     if isinstance(error, KeyboardInterrupt):

@@ -19,18 +19,18 @@ from weighted_mtp_core.tracking.delivery import Pending
 from weighted_mtp_core.tracking.outbox import Outbox, one_line
 from weighted_mtp_core.tracking.run_folder import RunFolder
 
-_PAUSE_S = 1.0  # between two batches, because a batch costs a tracker the same with 1 or 1000 metrics
-_BACK_OFF_S = (0.5, 1.0, 2.0, 3.0)  # the last one repeats, so a tracker's return is noticed within 3 s
+_PAUSE_S = 1.0  # between two batches, because 1 or 1000 metrics in a batch cost a tracker the same
+_BACK_OFF_S = (0.5, 1.0, 2.0, 3.0)  # the last pause repeats, so a tracker's return is noticed in 3 s
 
 
 @define(kw_only=True, eq=False)
 class RetryingUploader:
-    """One background thread that empties one outbox; training never waits for it.
+    """One background thread that sends the data of one outbox; training never waits for this thread.
 
     Attributes:
-        name: The tracker's address, used in messages.
+        name: The address of the tracker, used in messages.
         outbox: The data to upload.
-        log: Called with messages for the user and the log, also from the background thread.
+        log: Called with messages for the user and for the log, also from the background thread.
     """
 
     name: str
@@ -47,17 +47,17 @@ class RetryingUploader:
 
     @classmethod
     def to(cls, tracker: Tracker, name: str, folder: RunFolder, *, log: Callable[[str], None]) -> Self:
-        """Return an uploader from a run folder to a tracker; `name` has the form `<number>-<address>`."""
+        """Return an uploader of a run folder to a tracker, whose `name` has the form `<number>-<address>`."""
         outbox = Outbox(
             tracker=tracker, folder=folder.path, journal=folder.journal, state=folder.delivery(name)
         )
         return cls(name=name.partition("-")[2] or name, outbox=outbox, log=log)
 
     def start(self) -> None:
-        """Open the run at the tracker, then continue in the background.
+        """Open the run at the tracker, then start the background thread; an outage is only logged.
 
         Raises:
-            WmtpError: The tracker permanently refuses this run. An outage is only logged.
+            WmtpError: The tracker permanently refuses this run.
         """
         try:
             self.outbox.open()
@@ -69,12 +69,17 @@ class RetryingUploader:
         self._thread.start()
 
     def flush(self) -> None:
-        """Declare the journal complete: the rest is sent without pauses, within the time limit of `close`."""
+        """Declare that the journal is complete, so that the remaining data are sent without pauses."""
         self._flushed = self._flushed or time.monotonic()
         self._closing.set()
 
     def close(self, limit_s: float) -> Pending:
-        """Upload the rest, at most `limit_s` seconds after the last success; return the undelivered data."""
+        """Wait until all data are sent, and return the amount of undelivered data.
+
+        Args:
+            limit_s: Stop waiting after this number of seconds without a successful upload; a large file that
+                is being uploaded extends the limit.
+        """
         self.flush()
         if self._thread is None:
             return self.outbox.pending()
@@ -109,7 +114,7 @@ class RetryingUploader:
             (self._abandoned if closing else self._closing).wait(_PAUSE_S)
 
     def _retry_aside(self) -> None:
-        """Retry the lines that were set aside, if their back-off time is over."""
+        """Send again the lines that were set aside, if their back-off time is over."""
         if not self.outbox.waiting or time.monotonic() < self._next_file_retry:
             return
         if self.outbox.retry_aside():

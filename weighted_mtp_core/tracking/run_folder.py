@@ -1,4 +1,4 @@
-"""The folder `<runs>/<experiment>/<run name>/<run id>/`, which contains all files of a run, and its lock."""
+"""The run folder `<runs>/<experiment>/<run name>/<run id>/`, which contains all files of a run, and its lock."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ _LOCK_FILE = "lock"
 _UNFINISHED = (".*", "checkpoints/.*", "checkpoints/*/.*", "delivery/.*", "evaluation/.*")
 _ELSEWHERE = "choose another `run.output_dir`, for example: --set run.output_dir=/tmp/runs"
 _HELD: set[Path] = set()
-"""Real paths of folders locked by this process; opening and closing a lock file again would unlock it."""
+"""Real paths of the folders that this process has locked.
+
+The process must not open and close the lock file of such a folder again, because this would release the lock.
+"""
 
 
 def new_run_id() -> str:
@@ -35,7 +38,7 @@ def new_run_id() -> str:
 
 @define(kw_only=True, eq=False)
 class RunFolder:
-    """A run's folder, locked by this process until `close`.
+    """A run folder. `create` and `open` lock the folder for this process until `close`.
 
     The lock is a POSIX record lock: the kernel always releases it when the process ends, and child processes
     do not inherit it.
@@ -57,13 +60,13 @@ class RunFolder:
         facts: Mapping[str, Any] | None = None,
         recipe_toml: str = "",
     ) -> RunFolder:
-        """Create a new run folder below `runs`, which appears atomically with a lock and an empty journal.
+        """Create a new run folder below `runs`; it appears atomically, locked and with an empty journal.
 
         Args:
             runs: The folder of all runs.
             experiment: Name of the experiment.
             name: Name of the run.
-            facts: Initial contents of `run.json`.
+            facts: Initial contents of `run.json`; if None, the folder gets neither recipe nor journal.
             recipe_toml: The resolved recipe.
 
         Raises:
@@ -81,7 +84,7 @@ class RunFolder:
                     atomic_write(new.recipe, recipe_toml)
                     new.journal.touch()
                     new.record(**facts)
-                lock = _acquire(folder)  # before it is visible, because a run without a lock has died
+                lock = _acquire(folder)  # before it is visible: a run without a lock has died
                 folder.rename(path)
         except OSError as error:
             raise WmtpError(
@@ -96,7 +99,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """Lock an existing run folder, and delete what a killed process left unfinished.
+        """Lock an existing run folder, and delete unfinished files that a killed process left behind.
 
         Raises:
             WmtpError: The folder does not exist, or another process has locked it.
@@ -117,12 +120,12 @@ class RunFolder:
 
     @property
     def recipe(self) -> Path:
-        """The resolved recipe."""
+        """The file of the resolved recipe."""
         return self.path / "recipe.toml"
 
     @property
     def journal(self) -> Path:
-        """The journal."""
+        """The file of the journal."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -132,15 +135,15 @@ class RunFolder:
 
     @property
     def log(self) -> Path:
-        """The log file with messages, warnings and log records."""
+        """The log file, which contains messages, warnings and log records."""
         return self.path / "logs" / "training.log"
 
     def delivery(self, tracker: str) -> Path:
-        """The file that stores the position of a tracker in the journal."""
+        """The file that stores how much of the journal a tracker has received."""
         return self.path / "delivery" / f"{tracker}.json"
 
     def record(self, **facts: Any) -> None:
-        """Merge facts into `run.json`."""
+        """Merge facts into `run.json`, together with the id of this process and the name of the host."""
         facts = {**read_run(self.path), "pid": os.getpid(), "host": socket.gethostname(), **facts}
         atomic_write(self.path / _RUN_FILE, json.dumps(facts, indent=1) + "\n")
 
@@ -162,7 +165,7 @@ def read_run(path: Path) -> Mapping[str, Any]:
 
 
 def is_held(path: Path) -> bool:
-    """Return whether a running process, possibly this process, has locked the run folder."""
+    """Return whether a running process, possibly this process, has locked a run folder."""
     if path.resolve() in _HELD:
         return True
     descriptor = os.open(path / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -173,14 +176,14 @@ def is_held(path: Path) -> bool:
 
 
 def find_runs(runs: Path) -> Iterator[Path]:
-    """Yield every run folder below `runs` once, oldest first; folders may be symbolic links."""
+    """Yield every run folder below `runs` once, oldest first; symbolic links to folders are followed."""
     found: dict[str, Path] = {}
     seen = set()
     for folder, subfolders, files in os.walk(runs, followlinks=True):
         real = os.path.realpath(folder)
         if _RUN_FILE in files:
             found.setdefault(real, Path(folder))
-        if _RUN_FILE in files or real in seen:  # do not descend into runs, or into a circle of links
+        if _RUN_FILE in files or real in seen:  # descend neither into runs nor into a circle of links
             subfolders.clear()
         seen.add(real)
     complete = (path for path in found.values() if not path.name.startswith("."))
@@ -188,10 +191,10 @@ def find_runs(runs: Path) -> Iterator[Path]:
 
 
 def find_run(runs: Path, text: str) -> Path:
-    """Return the run folder whose path or run id is `text`, or the only one whose run id contains `text`.
+    """Return the run folder whose path is `text`, or the only run folder whose run id contains `text`.
 
     Raises:
-        WmtpError: No run or more than one run matches.
+        WmtpError: No run, or more than one run, matches `text`.
     """
     if (Path(text) / "run.json").is_file():
         return Path(text).absolute()
@@ -241,7 +244,7 @@ def _try_lock(descriptor: int, path: Path) -> bool:
 
 
 def _remove_empty(folder: Path, *, up_to: Path) -> None:
-    """Remove a folder and those of its parent folders that are empty."""
+    """Remove a folder if it is empty, and then its parent folders that are empty, below `up_to`."""
     with suppress(OSError):
         while folder != up_to.absolute():
             folder.rmdir()

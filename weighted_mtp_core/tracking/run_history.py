@@ -1,4 +1,4 @@
-"""Read the journal of a run into one object, for the report, for `compare` and for trackers."""
+"""Read the journal of a run into one object, which the report, `compare` and trackers use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from weighted_mtp_core.tracking.run_folder import RunFolder
 
 
 class Point(NamedTuple):
-    """One value of a metric; it may be NaN or infinite."""
+    """One value of a metric, which may be NaN or infinite."""
 
     step: int
     value: float
@@ -27,17 +27,17 @@ class RunHistory:
     """The contents of a run's journal.
 
     Attributes:
-        run: The run's `run_id`, `name` and `experiment`; empty if the journal does not contain them.
+        run: `run_id`, `name` and `experiment` of the run; empty if the journal contains no line about them.
         params: The resolved recipe with dotted keys, and the name, version and checksum of the data.
-        tags: The run's tags.
-        datasets: The data that the run uses, from the last line of this kind.
-        metrics: The points of each metric, in order, keyed by stage and metric.
-        timings: The points of each wall-clock measurement and of memory, in order, keyed by name.
-        last_step: The last step of each metric and of each wall-clock measurement.
+        tags: The tags of the run.
+        datasets: The data that the run uses, from the last line of the journal about datasets.
+        metrics: The points of each metric in the order of the journal, keyed by stage and metric.
+        timings: The points of each measurement of time or memory in the order of the journal, keyed by name.
+        last_step: The last step of each metric and of each measurement of time or memory.
         status: How the run ended; None if the run is still running or its process died.
-        began_ms: Time of the first line, in milliseconds since 1970.
-        ended_ms: Time of the last line, in milliseconds since 1970.
-        damaged: Number of lines that cannot be read.
+        began_ms: Time of the journal's first line, in milliseconds since 1970.
+        ended_ms: Time of the journal's last line, in milliseconds since 1970.
+        damaged: Number of damaged lines of the journal.
     """
 
     run: dict[str, str] = field(factory=dict)
@@ -84,7 +84,7 @@ class RunHistory:
             series.setdefault(name, []).append(Point(step, float(value), line.time_ms))
 
     def info(self, folder: Path) -> RunInfo:
-        """Return the `RunInfo` that trackers receive."""
+        """Return the description of the run that trackers receive."""
         return RunInfo(
             run_id=self.run["run_id"],
             name=self.run["name"],
@@ -101,22 +101,22 @@ class RunHistory:
         return self.metrics.get(stage, {}).get(metric, [])
 
     def last(self, stage: str, metric: str) -> float | None:
-        """Return the last value of a metric."""
+        """Return the last value of a metric, or None if the metric was not recorded."""
         points = self.points(stage, metric)
         return points[-1].value if points else None
 
     def numbered(self, stage: str, prefix: str) -> list[tuple[int, Sequence[Point]]]:
-        """Return (number, points) for each metric `<prefix><number>`, ordered by number."""
+        """Return (number, points) for each metric with a name `<prefix><number>`, ordered by number."""
         metrics = self.metrics.get(stage, {})
         named = ((name.removeprefix(prefix), name) for name in metrics if name.startswith(prefix))
         return sorted((int(number), metrics[name]) for number, name in named if number.isdecimal())
 
 
 def read_history(run: Path, *, kinds: Sequence[str] = ()) -> RunHistory:
-    """Read the journal of a run folder; with `kinds`, only lines of these kinds.
+    """Read the journal of a run folder; with `kinds`, read only lines of these kinds.
 
     Raises:
-        WmtpError: The folder has no journal, or the journal does not contain the run's name.
+        WmtpError: The folder has no journal, or the journal has no line with the name of the run.
     """
     journal = RunFolder(path=run).journal
     if not journal.is_file():

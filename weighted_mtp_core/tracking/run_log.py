@@ -23,14 +23,14 @@ class _Formatter(logging.Formatter):
 
 @define(eq=False)
 class RunLog:
-    """The open log file; until `close` it also receives the framework's log records and Python's warnings."""
+    """The open log file, which also receives the framework's log records and Python's warnings."""
 
     _handler: logging.FileHandler
     _level_before: int = field(init=False, default=logging.NOTSET)
 
     @classmethod
     def open(cls, path: Path) -> RunLog:
-        """Append to the file at `path`."""
+        """Open the log file at `path` for appending, and create it if it does not exist."""
         handler = logging.FileHandler(path, encoding="utf-8")
         handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
         log = cls(handler)
@@ -42,15 +42,15 @@ class RunLog:
         return log
 
     def write(self, text: str) -> None:
-        """Add one line."""
+        """Add one line to the log file."""
         self._handler.handle(logging.LogRecord(LOGGER, logging.INFO, "", 0, text, None, None))
 
     def write_failure(self, error: BaseException) -> None:
-        """Add the traceback of the exception that ended the run."""
+        """Add the traceback of the exception that ended the run to the log file."""
         self.write("".join(traceback.format_exception(error)).rstrip())
 
     def close(self) -> None:
-        """Detach from the loggers and close the file."""
+        """Close the log file, which then receives no further log records."""
         for name in _SOURCES:
             logging.getLogger(name).removeHandler(self._handler)
         logging.getLogger(LOGGER).setLevel(self._level_before)

@@ -1,4 +1,4 @@
-"""Finds the data that the trackers of an ended run have not received, and sends them (`track sync`)."""
+"""Find and send the data that the trackers of an ended run have not received, for `track sync`."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ class RunStatus:
 
     Attributes:
         path: The run folder.
-        status: RUNNING, FINISHED, FAILED, KILLED or DIED.
-        pending: The data that each tracker has not received.
-        stores: Each store that a tracker has used, the current store first, and the data that it lacks.
+        status: One of RUNNING, FINISHED, FAILED, KILLED and DIED.
+        pending: The amount of data that each tracker has not received, keyed by tracker.
+        stores: For each tracker, the stores that it has used, with the amount of data that each store has not
+            received; the current store comes first.
     """
 
     path: Path
@@ -39,7 +40,7 @@ class RunStatus:
 
 
 def run_status(path: Path) -> RunStatus:
-    """Read the state of a run from its folder, without contacting a tracker."""
+    """Read the state of a run from its folder, without contacting any tracker."""
     facts = read_run(path)
     status = facts["status"]
     if status == "RUNNING" and not is_held(path):
@@ -59,21 +60,22 @@ def sync_run(
 ) -> Mapping[str, Pending]:
     """Send the data that the trackers of a run have not received, including data that they refused before.
 
-    A run whose process died is closed as KILLED at the time of its last line. The whole run is sent again if
-    a tracker uses another store than before, or if its store has lost data of the run.
+    If the process of the run died, the run is closed as KILLED at the time of the last line in its journal.
+    The whole run is sent again if a tracker uses another store than before, or if the store of a tracker has
+    lost data of the run.
 
     Args:
         path: The run folder.
         log: Called with messages for the user.
         limit_s: Seconds to wait for a tracker that does not accept data.
-        trust: Whether to skip stores that have received all data according to the run folder.
+        trust: Whether to skip trackers whose store has received all data according to the run folder.
 
     Returns:
-        The data that each contacted tracker still has not received.
+        The amount of data that each contacted tracker still has not received.
 
     Raises:
-        WmtpError: The run is still running, its recipe is no longer valid, or a tracker permanently refuses
-            it.
+        WmtpError: The run is still running, the recipe of the run is no longer valid, or a tracker
+            permanently refuses the run.
     """
     folder = RunFolder.open(path)
     try:
@@ -99,10 +101,17 @@ def sync_run(
 def amend_run(
     path: Path, *, tags: Mapping[str, str], outcome: RunOutcome | None, log: Callable[[str], None]
 ) -> None:
-    """Add tags to a run that has ended and set its outcome, or restore its own outcome if None; send both.
+    """Add tags to a run that has ended, change its outcome, and send tags and outcome to the trackers.
+
+    Args:
+        path: The run folder.
+        tags: The tags to add.
+        outcome: The new outcome of the run; None restores the outcome with which the run itself ended.
+        log: Called with messages for the user.
 
     Raises:
-        WmtpError: The run is still running, or a tracker permanently refuses it.
+        WmtpError: The run is still running, the journal of the run is empty, or a tracker permanently refuses
+            the run.
     """
     folder = RunFolder.open(path)
     try:
@@ -125,7 +134,7 @@ def amend_run(
 
 
 def _own_outcome(journal: Path) -> RunOutcome:
-    """Return how the run itself ended, ignoring each status that `amend_run` wrote directly after tags."""
+    """Return how the run itself ended, without the outcomes that `amend_run` wrote directly after tags."""
     status, before = RunOutcome.KILLED, ""
     for line in read_journal(journal):
         if isinstance(line, Entry):
@@ -136,7 +145,7 @@ def _own_outcome(journal: Path) -> RunOutcome:
 
 
 def _close_if_died(folder: RunFolder) -> None:
-    """Write the end of the run that a killed process could not write."""
+    """Write the end of a run to its journal and its folder if the process of the run could not do so."""
     last = last_entry(folder.journal)
     status, ended_ms = RunOutcome.KILLED.value, 0 if last is None else last.time_ms
     if last is not None and last.kind == "status":
