@@ -1,4 +1,4 @@
-"""The exceptions for errors that a user can correct. Each class has an exit code (`exit_codes.py`)."""
+"""The exceptions for errors that a user can correct; `exit_codes.py` defines their exit codes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ class WmtpError(Exception):
     """An error that a user can correct; printed as an `error:` and a `hint:` line, without a traceback.
 
     Args:
-        message: What is wrong and where (file, line, key, or plugin distribution and version).
-        hint: What the user can do about it.
+        message: What is wrong and where: for example, the file, line and key, or the plugin and its version.
+        hint: What the user can do about the error.
     """
 
     exit_code = EXIT_BAD_INPUT
@@ -21,10 +21,10 @@ class WmtpError(Exception):
 
 
 class RunFailedError(WmtpError):
-    """The input was valid, but the run failed."""
+    """A run failed although its input was valid."""
 
     exit_code = EXIT_RUN_FAILED
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP ended the process (`runtime/interrupts.py`); the exit code is 143."""
+    """The process was ended by SIGTERM or SIGHUP (see `runtime/interrupts.py`); the exit code is 143."""

@@ -1,19 +1,19 @@
 """The exit codes of the commands.
 
-`runtime/interrupts.py` turns OS signals into exceptions; `main` in `cli/__init__.py` turns exceptions into
-these codes.
+`runtime/interrupts.py` converts OS signals to exceptions; `main` in `cli/__init__.py` converts exceptions to
+exit codes.
 """
 
 from __future__ import annotations
 
 EXIT_DONE = 0
 EXIT_RUN_FAILED = 1
-"""The input was valid and the run failed, for example because a loss became NaN or a server is down."""
+"""A run failed although its input was valid, for example because a loss became NaN or a server was down."""
 EXIT_BAD_INPUT = 2
-"""The input is wrong and the user can correct it: a recipe, an argument, an installed plugin."""
+"""The input (a recipe, an argument or an installed plugin) has a mistake that the user can correct."""
 EXIT_INTERRUPTED = 130
-"""The command ended after SIGINT (Ctrl-C): 128 + 2, the shell's code for a process ended by signal 2."""
+"""The command ended after SIGINT (Ctrl-C); as in shells, the code is 128 + 2, the number of the signal."""
 EXIT_PIPE_CLOSED = 141
-"""The reader closed the output, as in `plugins list | head -1`: 128 + 13 (SIGPIPE)."""
+"""The reader of the output closed the pipe, as in `plugins list | head -1`: 128 + 13, from SIGPIPE."""
 EXIT_TERMINATED = 143
-"""The command ended after SIGTERM (from a scheduler, `docker stop`) or SIGHUP (closed terminal): 128 + 15."""
+"""The command ended after SIGTERM, for example from a scheduler, or SIGHUP: 128 + 15, from SIGTERM."""

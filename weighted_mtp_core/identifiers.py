@@ -1,6 +1,6 @@
-"""Checks identifiers that a recipe passes to trackers and folders: experiment and params.
+"""Check names that become folders, expand `~` in paths, and flatten tables to dotted keys.
 
-MLflow accepts experiment names such as `../../evil` or with NUL bytes, so they are checked here.
+MLflow itself accepts experiment names such as `../../evil` and names with NUL bytes, so core checks names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
 def check_path(name: str) -> None:
-    """Check a name such as `team/a`; each of its parts becomes a folder.
+    """Check a name such as `team/a`; each part of the name becomes a folder.
 
     Raises:
         ValueError: A part of the name is not a valid folder name.
@@ -38,10 +38,10 @@ def flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def expand_home(path: str) -> str:
-    """Replace `~` or `~user` at the beginning of a path with the home folder.
+    """Replace `~` or `~user` at the beginning of a path with the home folder of the user.
 
     Raises:
-        ValueError: There is no such user.
+        ValueError: There is no user with this name.
     """
     if not path.startswith("~"):
         return path

@@ -1,4 +1,4 @@
-"""Formats text for messages: names in backticks, "did you mean" suggestions, and errors in one line."""
+"""Format text for messages: quoted names, "did you mean" suggestions, errors in one line, and commands."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from collections.abc import Iterable, Sequence
 
 
 def quoted(names: Iterable[str]) -> str:
-    """Return "`a`, `b`", in the order given."""
+    """Return names in backticks, such as "`a`, `b`", in the given order."""
     return ", ".join(f"`{name}`" for name in names)
 
 
 def nearest(word: str, names: Iterable[str], *, cutoff: float = 0.6) -> list[str]:
-    """Return the name closest to `word`; no name if none is at least `cutoff` alike, from 0 to 1 (equal)."""
+    """Return a list of the one name that is closest to `word`, or an empty list.
+
+    The list is empty if the similarity of the name is below `cutoff`; similarity is 0 to 1, and 1 for equal
+    names.
+    """
     return difflib.get_close_matches(word, list(names), n=1, cutoff=cutoff)
 
 
@@ -28,12 +32,12 @@ def suggest(names: Sequence[str]) -> str | None:
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str | None:
-    """Return "did you mean `x`?" for the name closest to `word`, or None if no name is close."""
+    """Return "did you mean `x`?" for the name that is closest to `word`, or None if no name is similar."""
     return suggest(nearest(word, names))
 
 
 def reason(error: BaseException) -> str:
-    """Return "ValueError: text" for an error of another library, without the objects that attrs adds."""
+    """Return an error as text such as "ValueError: text", without the objects that attrs adds to errors."""
     text = error.args[0] if len(error.args) > 1 and isinstance(error.args[0], str) else str(error)
     return f"{type(error).__name__}: {text}"
 

@@ -1,6 +1,6 @@
-"""Turn a recipe into a plan: select and check all components, but build nothing and do not import torch.
+"""Turn a recipe into a plan: select and check all components, without building them or importing torch.
 
-Every error that can be found before a model is loaded is reported here, within half a second.
+Every error that can be found before a model is loaded is reported in this step, within half a second.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from weighted_mtp_core.recipe.schema import Recipe, Selection
 from weighted_mtp_core.recipe.structure import Fault, plain
 
 _DEFAULT_EXPERIMENT_PREFIX = "weighted_mtp"
-_SOURCES = {Signal.LOG_VALUE: VALUES}  # core computes the logarithm of a critic's values
+_SOURCES = {Signal.LOG_VALUE: VALUES}  # core can compute the logarithm of a critic's values
 _ADDRESS_TAGS = {"weighting": run_tags.WEIGHTING, "critic": run_tags.CRITIC, "data": run_tags.DATA}
 SelectionT = TypeVar("SelectionT", bound=Selection)
 
@@ -41,14 +41,18 @@ class Plan:
     """A resolved recipe and its components, checked as far as possible without building them.
 
     Attributes:
-        recipe: The resolved recipe: full addresses, every option filled in.
-        experiment: `run.experiment`, or `<experiment_prefix>/<weighting plugin>`.
+        recipe: The resolved recipe, in which addresses are complete and every option has a value.
+        weighting: The weighting of the recipe.
+        critic: The critic of the recipe; None if the recipe has no critic.
+        data: The data source of the recipe.
+        trackers: The trackers of the recipe, in the order of the recipe.
+        experiment: `run.experiment`, or `<experiment_prefix>/<weighting plugin>` if the key is not set.
         tags: The tags that every tracker sets on the run.
         params: The resolved recipe as dotted keys.
-        recipe_toml: The resolved recipe as text; running it gives the same result.
-        recipe_sha256: SHA-256 of that text.
-        distributions: Version and source of the code that the result depends on; see `source_identity`.
-        files: Every file that the recipe was read from, lowest layer first.
+        recipe_toml: The resolved recipe as text; a run of this text gives the same result.
+        recipe_sha256: SHA-256 of `recipe_toml`.
+        distributions: Version and source of the code on which the result depends, from `source_identity`.
+        files: Every file from which the recipe was read, lowest layer first.
         same_result: Sorted dotted keys of the options that do not affect the result (`api.SAME_RESULT`).
     """
 
@@ -74,31 +78,40 @@ class Plan:
 
     @property
     def data_context(self) -> BuildContext:
-        """The context of the data source, which allows negative weights that the weighting does not read."""
+        """The context in which the data source is built.
+
+        It allows negative weights in the data if the recipe allows them or the weighting does not read them.
+        """
         run = self.recipe.run
         negative = self.recipe.loss.negative_weights or Signal.GIVEN not in self.weighting.needs
         return BuildContext(seed=run.seed, storage=Path(run.storage), negative_weights=negative)
 
     @property
     def identity(self) -> dict[str, dict[str, str]]:
-        """What identifies a run: params and source code. Two runs with the same identity are equal."""
+        """The params and the source code of a run; if both are equal, two runs give equal results."""
         return {"params": dict(self.params), "distributions": dict(self.distributions)}
 
 
 def make_plan(
     path: Path, *, preset: str | None = None, overrides: Sequence[str] = (), run_name: str | None = None
 ) -> Plan:
-    """Read a recipe, load the plugins that it names and check that everything fits together.
+    """Read a recipe, load the plugins that it names, and check that its tables and components fit together.
+
+    Args:
+        path: The path of the recipe.
+        preset: Name of a preset that changes the recipe.
+        overrides: Texts of the form KEY=VALUE, from `--set`.
+        run_name: The value of `run.name`; None leaves the value of the recipe.
 
     Raises:
-        WmtpError: The recipe or the options of components have errors, all of which are listed; a plugin
-            cannot be loaded; or no critic provides a signal that the weighting needs.
+        WmtpError: The recipe or the options of components have errors, all of which the message lists; a
+            plugin cannot be loaded; or no critic provides a signal that the weighting needs.
     """
     return plan_document(read_document(path, preset=preset, overrides=overrides, run_name=run_name))
 
 
 def plan_document(document: Document) -> Plan:
-    """Make the plan of a recipe that was already read; see `make_plan` for the errors."""
+    """Make the plan of a recipe that was already read; raises the same errors as `make_plan`."""
     recipe, faults = structure_recipe(document)
     selector = ComponentSelector(document=document)
     if recipe is None:
@@ -133,7 +146,7 @@ def _select(table: Mapping[str, Any], selector: ComponentSelector) -> dict[KeyPa
 
 
 def _head_faults(recipe: Recipe) -> list[Fault]:
-    """Check keys about heads against keys of other tables, which a table's own validators do not see."""
+    """Check keys about heads against keys of other tables, to which a table's validators have no access."""
     heads, n_future, train = recipe.loss.head_weights, recipe.model.n_future, recipe.model.train
     found = []
     if heads and len(heads) != n_future:
@@ -177,7 +190,7 @@ def _untrained_head_faults(recipe: Recipe) -> list[Fault]:
 
 
 def _optimiser_faults(recipe: Recipe) -> list[Fault]:
-    """Refuse optimisers and learning rates that the parameters to train do not fit."""
+    """Refuse optimisers and learning rates that do not fit the parameters that are trained."""
     found = []
     if recipe.train.embedding_learning_rate is not None and recipe.model.train != "all":
         text = f'the embeddings are not trained with `model.train = "{recipe.model.train}"`'
@@ -212,7 +225,7 @@ def _critic_faults(weighting: SelectedComponent, critic: SelectedComponent | Non
 
 
 def _check_signals(plan: Plan, registry: PluginRegistry) -> None:
-    """Refuse a weighting that needs a signal of a critic if the recipe's critic does not provide it."""
+    """Refuse a weighting that needs a critic's signal if the recipe's critic does not provide this signal."""
     provided = plan.critic.component.provides if plan.critic else frozenset()
     for signal in CRITIC_SIGNALS:
         sources = _SOURCES.get(signal, (signal,))
@@ -252,7 +265,7 @@ def _resolve(
     own_tags[run_tags.RECIPE_SHA256] = sha256
     components = (
         [weighting, data] if critic is None else [weighting, data, critic]
-    )  # trackers change no result
+    )  # not the trackers, which do not affect the result
     distributions = source_identity(plugin for each in components for plugin in each.plugins)
     own_tags[run_tags.SOURCE_SHA256] = hashlib.sha256(json.dumps(distributions).encode()).hexdigest()
     return Plan(
@@ -277,7 +290,7 @@ def _resolved(table: SelectionT, selected: SelectedComponent) -> SelectionT:
 
 
 def _same_result(selected: SelectedComponent, at: KeyPath) -> Iterator[str]:
-    """Yield the dotted keys of options marked `SAME_RESULT`, also of wrapped weightings."""
+    """Yield the dotted keys of options marked `SAME_RESULT`, including options of wrapped weightings."""
     at = (*at, "options")
     for path in _marked(selected.options):
         yield dotted((*at, *path))

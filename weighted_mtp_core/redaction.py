@@ -1,4 +1,4 @@
-"""Removes secrets from text before it is shown or stored. All secrets come from the environment."""
+"""Remove secrets from text before the text is shown or stored; the known secrets are in the environment."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ SECRET_VARIABLES = (
     "MLFLOW_TRACKING_PASSWORD",
     "AWS_SECRET_ACCESS_KEY",
     "AWS_ACCESS_KEY_ID",
-    # not read from `.env`, but MLflow, boto3 and PostgreSQL read them from the environment
+    # core does not read these from `.env`, but MLflow, boto3 and PostgreSQL read them from the environment
     "MLFLOW_TRACKING_TOKEN",
     "AWS_SESSION_TOKEN",
     "PGPASSWORD",
     "OPENAI_API_KEY",  # key of the server that writes the texts of `data sample --endpoint`
 )
-"""Variables with values that must never be shown."""
+"""Environment variables whose values must never be shown."""
 
-_SHORTEST = 4  # removing shorter values would also remove ordinary words
+_SHORTEST = 4  # characters; removing shorter values would also remove ordinary words
 _PATTERNS = (
     # https://user:password@host, also https://token@host and a password that contains `@` or `/`
     (re.compile(r"(?<=://)(?:[^\s/'\"`<>]*|[^\s/'\"`<>]*:[^\s'\"`<>]*)@"), "***@"),
@@ -40,7 +40,7 @@ _PATTERNS = (
 
 
 def secrets() -> list[str]:
-    """Return the secrets in the environment in all encodings, longest first."""
+    """Return the secrets in the environment, also quoted for URLs and for Python, longest first."""
     found = {value for name in SECRET_VARIABLES if len(value := os.environ.get(name, "")) >= _SHORTEST}
     user = os.environ.get("MLFLOW_TRACKING_USERNAME", "")
     password = os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
@@ -53,7 +53,7 @@ def secrets() -> list[str]:
 def redact_log_records() -> None:
     """Remove secrets from every log record of this process, for all loggers and handlers.
 
-    Debug records of botocore and urllib3 contain signatures, keys and headers.
+    This is needed because debug records of botocore and urllib3 contain signatures, keys and headers.
     """
     make = logging.getLogRecordFactory()
     if getattr(make, "func", None) is not _redacted_record:
@@ -64,13 +64,13 @@ def _redacted_record(
     make: Callable[..., logging.LogRecord], *args: object, **kwargs: object
 ) -> logging.LogRecord:
     record = make(*args, **kwargs)
-    with suppress(TypeError, ValueError):  # the arguments do not fit the format: logging reports it
+    with suppress(TypeError, ValueError):  # the arguments do not fit the format, which logging reports
         record.msg, record.args = redact(record.getMessage()), None
     return record
 
 
 def redact(text: str) -> str:
-    """Return the text with `***` instead of passwords, tokens, signatures and known secrets."""
+    """Return the text with passwords, tokens, signatures and secrets of the environment replaced by `***`."""
     for secret in secrets():
         text = text.replace(secret, "***")
     for pattern, replacement in _PATTERNS:

@@ -1,4 +1,4 @@
-"""Executes the four stages of a run: prepare, critic, policy, evaluate. Start reading the code here."""
+"""Execute the four stages of a run: prepare, critic, policy, evaluate. Start here to read the code."""
 
 from __future__ import annotations
 
@@ -52,16 +52,16 @@ from weighted_mtp_core.training.reference_models import VOCABULARY, vocabulary_s
 
 
 def run_plan(plan: Plan, *, resume: str | None = None, allow_change: Sequence[str] = ()) -> None:
-    """Execute a plan and print a summary.
+    """Execute a plan, that is, a whole run, and print a summary of the results.
 
     Args:
-        plan: The plan.
+        plan: The plan to execute.
         resume: Folder or id of the run to continue; if None, the recipe's `run.resume` decides.
-        allow_change: Keys that may differ from the recipe of the run to continue.
+        allow_change: Keys whose values may differ from the recipe of the run to continue.
 
     Raises:
-        WmtpError: The input is invalid or something is missing; nothing was trained.
-        RunFailedError: The run failed after it was opened, and was closed as FAILED.
+        WmtpError: The input is invalid, or something that the run needs is missing.
+        RunFailedError: The run failed after it was opened; the run was closed as FAILED.
     """
     check_optimisers(plan.recipe)
     distributed = Distributed.init(plan.recipe.model.device)
@@ -127,12 +127,15 @@ def _start_or_resume(
     previous: Path | None,
     distributed: Distributed,
 ) -> Snapshot | None:
-    """Record recipe and machine; return the snapshot from which a resumed run continues."""
+    """Record recipe and machine of a run, and return the snapshot from which the run resumes.
+
+    The result is None if the run is new, or if a resumed run has no snapshot.
+    """
     if previous is not None and (warning := other_machine(previous, distributed)):
         recorder.log(warning)
     if distributed.is_rank_zero:
         recorder.folder.record(**plan.identity, fingerprint=fingerprint(distributed))
-        recorder.tags({run_tags.SOURCE_SHA256: plan.tags[run_tags.SOURCE_SHA256]})  # as of now, if resumed
+        recorder.tags({run_tags.SOURCE_SHA256: plan.tags[run_tags.SOURCE_SHA256]})  # changes if resumed
     if not distributed.any_rank(flag=previous is not None):
         return None
     with distributed.rank_zero_first():
@@ -144,7 +147,7 @@ def _start_or_resume(
 
 @frozen(kw_only=True, eq=False)
 class _Run:
-    """The stages of one run."""
+    """One run; each stage is a method."""
 
     plan: Plan
     recorder: Recorder | RankLog
@@ -154,7 +157,7 @@ class _Run:
     distributed: Distributed
 
     def prepare(self, allow_change: Sequence[str]) -> Prepared:
-        """Stage 0: load data and policy."""
+        """Execute stage 0: load the data and the policy."""
         torch.manual_seed(self.plan.recipe.run.seed)
         prepared = prepare(self.plan, log=self.recorder.log, distributed=self.distributed)
         with self.distributed.rank_zero_first():
@@ -173,7 +176,7 @@ class _Run:
         return prepared
 
     def train_critic(self, prepared: Prepared) -> tuple[Critic | None, CriticReport | None]:
-        """Stage 1: train or load the critic, and measure it; skipped if the recipe has no critic."""
+        """Execute stage 1, if the recipe has a critic: train or load the critic, and measure it."""
         table, selected, critic = self.plan.recipe.critic, self.plan.critic, prepared.build_critic()
         if table is None or selected is None or critic is None:
             return None, None
@@ -208,7 +211,7 @@ class _Run:
         if not judged:
             return critic, None
         report = learner.measure("judging")
-        # One step after the last validation, so that the last value of each metric is the judgement.
+        # The step is one after the last validation, so that the final measure is the metric's last value.
         found = report.metrics() | learner.training_metrics()
         self.recorder.metrics(learner.stage, last_step + 1, found)
         if not check_informative(report, selected.address, table, log=self.recorder.log):
@@ -216,7 +219,7 @@ class _Run:
         return critic, report
 
     def train_policy(self, prepared: Prepared, critic: Critic | None) -> tuple[PolicyLearner, Trained]:
-        """Stage 2: weighted multi-token training."""
+        """Execute stage 2: train the policy with weighted multi-token prediction."""
         with self.distributed.rank_zero_first():
             batches = prepared.policy_batches()
             prepared.policy_tokens("validation")
@@ -229,7 +232,12 @@ class _Run:
         return learner, trained
 
     def evaluate(self, prepared: Prepared, *, step: int) -> Evaluation:
-        """Stage 3: measure the best policy on held-out problems; `step` is the last step of stage 2."""
+        """Execute stage 3: measure the best policy on held-out problems.
+
+        Args:
+            prepared: The data and the policy.
+            step: The last step of stage 2, for which the metrics are recorded.
+        """
         if not self._takes_part:
             return Evaluation(metrics={}, timings={}, files=())
         folder = self.recorder.folder.path / "evaluation" if self.distributed.is_rank_zero else None
@@ -243,7 +251,7 @@ class _Run:
     def write_report(
         self, prepared: Prepared, learner: PolicyLearner, critic: Critic | None, report: CriticReport | None
     ) -> None:
-        """After stage 3: write the page of the run, and the table of the critic's values."""
+        """Write the report page of the run and the table of the critic's values, after stage 3."""
         if not self._takes_part:
             return
         reliability = () if report is None else report.reliability
@@ -268,7 +276,7 @@ class _Run:
 
     @property
     def _takes_part(self) -> bool:
-        """Whether this process is needed after stage 2: always the first one, others if they have shards."""
+        """Whether this process is needed after stage 2: the first one always, others if they have shards."""
         return self.distributed.is_rank_zero or self.plan.recipe.model.shard
 
     def _train(self, learner: Learner, table: TrainTable, batch_of: Callable[[int], Batch]) -> Trained:
@@ -296,7 +304,7 @@ class _Run:
             )
             self.recorder.tags({tag: str(trained.last_step)})
         elif was.get(last, 0) < was.get(planned, 0):
-            self.recorder.tags({tag: "no"})  # the resumed run stopped early before
+            self.recorder.tags({tag: "no"})  # the run stopped early before it was resumed
         return trained
 
     def _record_steps(self, key: str, steps: int, batches_per_epoch: float) -> None:

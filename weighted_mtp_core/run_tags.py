@@ -1,6 +1,6 @@
 """The tags of a run: the keys that the framework sets and reserves, and the tags in a recipe.
 
-docs/commands.md describes the values.
+docs/commands.md describes the values of the tags.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _KEY = re.compile(r"[A-Za-z0-9_./ -]+")  # accepted by every MLflow store
 
 
 def check_tags(tags: Sequence[str]) -> None:
-    """Check a recipe's own tags.
+    """Check the tags in a recipe.
 
     Raises:
-        ValueError: A tag is not "key:value", or its key is reserved or given twice.
+        ValueError: A tag does not have the form "key:value", or its key is reserved or given twice.
     """
     seen = set()
     for tag, (key, value) in zip(tags, tag_pairs(tags), strict=True):
@@ -53,6 +53,6 @@ def check_tags(tags: Sequence[str]) -> None:
 
 
 def tag_pairs(tags: Sequence[str]) -> list[tuple[str, str]]:
-    """Split "key:value" tags at the first colon."""
+    """Return (key, value) of each tag, which is split at its first colon."""
     split = [tag.partition(":") for tag in tags]
     return [(key.strip(), value.strip()) for key, _, value in split]

@@ -1,4 +1,4 @@
-"""Reads text files that people edit, which may have various encodings."""
+"""Read text files that people edit, and explain files that are not UTF-8."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from weighted_mtp_core.errors import WmtpError
 
 _OTHER = {
-    codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, whose mark it begins with
+    codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, because its mark begins with that of UTF-16
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
@@ -17,10 +17,11 @@ _OTHER = {
 
 
 def read_utf8(path: Path) -> str:
-    """Return the contents of a file in UTF-8, without a byte order mark; a line feed ends each line.
+    """Return the contents of a UTF-8 file, without a byte order mark and with a line feed after each line.
 
     Raises:
-        WmtpError: The file has another encoding; the message names it, or the line.
+        WmtpError: The file has another encoding; the message contains this encoding, or the line that is not
+            UTF-8.
         OSError: The file cannot be read.
     """
     content = path.read_bytes()

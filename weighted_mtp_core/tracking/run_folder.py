@@ -1,4 +1,4 @@
-"""The run folder `<runs>/<experiment>/<run name>/<run id>/`, which contains all files of a run, and its lock."""
+"""Create, lock and find run folders, `<runs>/<experiment>/<run name>/<run id>/`, with all files of a run."""
 
 from __future__ import annotations
 
