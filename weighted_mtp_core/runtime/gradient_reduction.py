@@ -24,16 +24,24 @@ from weighted_mtp_core.runtime.distributed import Distributed
 
 @define(eq=False)
 class _Bucket:
-    """Parameters whose gradients are sent together; `waiting` holds parameters without a final gradient."""
+    """Parameters whose gradients are sent together.
+
+    Attributes:
+        parameters: The parameters.
+        waiting: Parameters without a final gradient.
+        unused: Parameters without a gradient in this process when the bucket was sent.
+    """
 
     parameters: list[nn.Parameter]
     waiting: set[nn.Parameter] = field(init=False)
+    unused: set[nn.Parameter] = field(init=False, factory=set)
 
     def __attrs_post_init__(self) -> None:
         self.waiting = set(self.parameters)
 
     def launch(self) -> dist.Work:
         """Start the sum; the gradients become views of the bucket, so the sums need not be copied back."""
+        self.unused = {p for p in self.parameters if p.grad is None}
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         flat = gradients[0].reshape(-1)
         if len(gradients) > 1:
@@ -48,11 +56,12 @@ class _Bucket:
 class GradientReduction:
     """The sum of one step's gradients over the processes; use it as a context around all backward passes.
 
-    At the end of the block, every gradient is the sum over the processes. After a call of `begin`, a bucket
-    is sent as soon as its gradients are final. All processes send the same buckets in the same order, even if
-    a parameter gets no gradient in some processes. FSDP2 sums the gradients of sharded parameters itself. If
-    there are sharded parameters, all other sums start at the end of the block, so that all processes execute
-    collective operations in the same order.
+    At the end of the block, every gradient is the sum over the processes. A parameter without a gradient in
+    any process has none afterwards, so that the optimiser leaves it as it is, as with one process. After a
+    call of `begin`, a bucket is sent as soon as its gradients are final. All processes send the same buckets
+    in the same order, even if a parameter gets no gradient in some processes. FSDP2 sums the gradients of
+    sharded parameters itself. If there are sharded parameters, all other sums start at the end of the block,
+    so that all processes execute collective operations in the same order.
 
     Args:
         parameters: The parameters; frozen and sharded parameters are left out.
@@ -113,6 +122,7 @@ class GradientReduction:
             self._launch_ready()
             for work in self._works:
                 work.wait()
+            self._drop_unused()
 
     def _note(self, parameter: Tensor) -> None:
         """Record that a parameter's gradient is final."""
@@ -131,6 +141,25 @@ class GradientReduction:
         """Send the next buckets, in order, up to the first bucket that waits for a gradient."""
         while len(self._works) < len(self._buckets) and not self._buckets[len(self._works)].waiting:
             self._works.append(self._buckets[len(self._works)].launch())
+
+    def _drop_unused(self) -> None:
+        """Remove the gradients of parameters that got none in any process; `launch` made them zeros.
+
+        Only a process with unused parameters reads the counts, because a GPU must finish its work first.
+        """
+        parameters = [p for bucket in self._buckets for p in bucket.parameters]
+        if not parameters:
+            return
+        unused: set[nn.Parameter] = set().union(*(bucket.unused for bucket in self._buckets))
+        users = torch.ones(len(parameters), device=parameters[0].device)
+        for index, parameter in enumerate(parameters):
+            if parameter in unused:
+                users[index] = 0
+        dist.all_reduce(users)
+        if unused:
+            for parameter, count in zip(parameters, users.tolist(), strict=True):
+                if count == 0:
+                    parameter.grad = None
 
 
 def _filled(parameters: Iterable[nn.Parameter], bucket_bytes: int) -> list[_Bucket]:
