@@ -39,7 +39,7 @@ class Arm:
         return self.plan.recipe.run.name
 
     def identity(self, seed: int) -> dict[str, dict[str, str]]:
-        """Return what identifies the run of this arm with a given seed; see `Plan.identity`."""
+        """Return params and source code that identify this arm's run with a seed; see `Plan.identity`."""
         whole = self.plan.identity
         return {**whole, "params": {**whole["params"], "run.seed": str(seed)}}
 

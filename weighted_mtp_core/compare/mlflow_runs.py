@@ -73,11 +73,11 @@ class StoredRuns:
 def read_stored(
     *, experiments: Sequence[str], run_ids: Sequence[str], allowed: Sequence[str], storage: Path
 ) -> StoredRuns:
-    """Read all finished runs of some experiments, and single runs by the id in MLflow or of the run folder.
+    """Read all finished runs of some experiments, and additional runs by their ids.
 
     Args:
         experiments: Names of experiments, of which all finished runs with a seed are read.
-        run_ids: Ids of additional runs; the arm of the first run is the baseline.
+        run_ids: Ids of additional runs, in MLflow or of their run folders.
         allowed: Keys that may differ between arms, although the comparison is then unfair.
         storage: The storage root, which contains the store that is used if no store is configured.
 

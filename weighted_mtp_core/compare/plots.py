@@ -23,7 +23,7 @@ _MARKERS = "osD^vX*"
 def plot_curves(
     runs: Mapping[str, Mapping[int, RunMeasures]], metrics: Sequence[str], folder: Path
 ) -> list[Path]:
-    """Draw each metric as one curve per arm, the mean with its 95 % interval; enlarge the second half.
+    """Draw each metric in two parts, all of stage 2 and its second half: mean and 95 % interval of each arm.
 
     Args:
         runs: Measures by arm and seed.

@@ -69,8 +69,9 @@ def share_machine(slots: int | None, runs: int, *, gpus: int = 0) -> tuple[int, 
     """Return how many runs are executed at once, and the number of threads of each run.
 
     Without `slots`, one run is executed per GPU or, without GPUs, per core. If OMP_NUM_THREADS is set, it is
-    the number of threads of each run, and each run takes this number of cores. Runs that are already finished
-    change neither result, because the number of threads affects the last digits of a run's results.
+    the number of threads of each run, and each run takes this number of cores. Both returned numbers are
+    independent of runs that are already finished, because the number of threads affects the last digits of a
+    run's results.
     """
     cores = len(os.sched_getaffinity(0))
     threads = given_threads() or 0

@@ -47,8 +47,8 @@ class RunTask:
         command: The command-line arguments with which Python executes the run.
         log: File for the output of the process.
         threads: Number of threads of the run.
-        order: A file of the client. While the file is empty, the run continues. If it contains `KILL`, the
-            run is killed. If it has other content or is missing, the run stops with a checkpoint.
+        order: A file of the client. The run continues while the file is empty, is killed if the file contains
+            `KILL`, and stops with a checkpoint if the file has other content or is missing.
     """
 
     wanted: WantedRun
@@ -97,7 +97,7 @@ def execute(task: RunTask) -> Ended:
     if found is None:
         code = _run(task) if _order(task) == "" else EXIT_TERMINATED
         found = task.wanted.finished() if code == 0 else None
-    # An exit code of 0 without the wanted run: the recorded run differs from the job that the client planned.
+    # If the exit code is 0, the recorded run differs from the job that the client planned.
     reason = _last_error(task.log) if code else "its recipe or the source of a plugin was edited"
     return Ended(code=code, folder=found, reason=reason, host=socket.gethostname())
 

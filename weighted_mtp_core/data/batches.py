@@ -34,7 +34,7 @@ class CollatedBatch(Batch):
     Attributes:
         token_BT: int64 index of each token in `TokenSet.ids_N`; -1 on padding.
         preceding_BT: int64 number of tokens that precede a response token in its document; 0 for tokens that
-            are not response tokens. A token is a target of head k if this number is at least k.
+            are not response tokens. A token is a target of head k if its `preceding_BT` is at least k.
         length_BD: int64 number of tokens of each document, row by row.
         names: The example id of each document, row by row.
         metadata: The metadata of each document, row by row.
@@ -64,7 +64,7 @@ def collate(token_set: TokenSet, rows: Sequence[int] | Rows, *, device: torch.de
 
 
 def collate_packed(token_set: TokenSet, rows: Sequence[Rows], *, device: torch.device) -> CollatedBatch:
-    """Return a right-padded batch whose rows hold several documents; `rows` lists their numbers by row."""
+    """Return a right-padded batch with several documents per row; `rows` has the numbers for each row."""
     batch, position_BT = _lay_out(token_set, rows, device=device)
     return attrs.evolve(batch, position_BT=position_BT)
 
@@ -160,7 +160,7 @@ class StepBatches:
 
     Attributes:
         tokens: The documents.
-        order: The settings that determine the batches together with the documents, as plain values.
+        order: All settings that affect the batches, without the documents, as plain values.
 
     Raises:
         WmtpError: There are no documents.

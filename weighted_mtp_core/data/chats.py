@@ -1,9 +1,10 @@
 """Renders chats as texts with the tokenizer's chat template, and finds the turns that the policy learns.
 
-A template with `{% generation %}` marks the assistant's turns itself. With other templates, two texts are
-rendered for each turn: the messages before the turn with the generation prompt, and the messages up to the
-turn. The turn is the text that only the second rendering has. This is correct only if the template neither
-drops nor reorders text, so both renderings are compared with the rendering of the whole chat.
+A template with `{% generation %}` marks the assistant's turns itself. With other templates, a turn is found
+by comparing two renderings: the messages before the turn with the generation prompt, and the messages up to
+the end of the turn. The turn is the text that only the longer rendering contains. The comparison is correct
+only if the template neither drops nor reorders text, which is checked against the rendering of the whole
+chat.
 """
 
 from __future__ import annotations
@@ -122,9 +123,10 @@ def _find_spans(
     """Return the spans of message `number` (from 0) in characters of the rendered text.
 
     A private-use character is inserted at each edge of a span in the message, and the chat is rendered again.
-    If the result without these characters equals the first rendering, the template does not change the
-    message, and the positions of the inserted characters are the edges. If the template strips blanks at the
-    ends of a message, edges in these blanks are moved to the first or last character that is not a blank.
+    If the second rendering without private-use characters equals the first rendering, the template does not
+    change the message, and the positions of the inserted characters are the edges. If the template strips
+    blanks at the ends of a message, edges in these blanks are moved to the first or last character that is
+    not a blank.
     """
     content = messages[number]["content"]
     edges = [edge for start, end, _ in spans for edge in (start, end)]

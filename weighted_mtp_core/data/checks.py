@@ -77,7 +77,7 @@ def check_examples(
     Raises:
         WmtpError: Two examples or two problems have the same id, a problem is in two splits or has two
             different prompts, or the source yields an object that is not an `Example` or `Problem`. The
-            message names the plugin.
+            error message names the plugin.
     """
     folder = derived_folder(storage, version) / f"checks-{data_key(version, data)[:12]}"
     if not (folder / MANIFEST).is_file():

@@ -1,7 +1,8 @@
-"""The two halves of the critic's validation split: one half chooses the checkpoint, the other judges it.
+"""The two halves of the critic's validation split: one chooses a checkpoint, the other judges the critic.
 
-If the same responses choose the best of several checkpoints and then judge the chosen one, the result is too
-high. So other responses must show whether the critic is better than a constant.
+If the same responses choose the best of several checkpoints and then judge the chosen checkpoint, the result
+is too high. So the test whether a critic is better than a constant uses responses that did not choose its
+checkpoint.
 
 Shape letters: D documents, P problems.
 """

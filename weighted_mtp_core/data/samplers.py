@@ -23,9 +23,9 @@ Rows = NDArray[np.int64]
 # of HumanEval, 1.05 tokens are computed per real token, padding included, and batches are still random.
 _SORTED_BATCHES = 50
 
-# Number of documents in a block, whose documents are packed together. With ten documents per row, a block has
-# some 800 rows, so a few half-empty rows do not matter. Blocks are packed one by one, so an epoch starts as
-# fast with a large corpus as with a small one.
+# Number of documents in a block; the documents of a block are packed together. With ten documents per row, a
+# block has some 800 rows, so a few half-empty rows do not matter. Blocks are packed one by one, so an epoch
+# starts as fast with a large corpus as with a small corpus.
 _PACKED_DOCUMENTS = 8192
 
 
@@ -36,7 +36,7 @@ class Sampler:
     """Endless batches of document numbers; the documents of a batch have similar lengths.
 
     Batches of short and of long documents take turns. If the documents of an epoch do not fill all batches,
-    some of the last batches that are sorted together get fewer rows, in the way that needs least padding.
+    some of the last batches get fewer rows, chosen such that the epoch needs least padding.
 
     Args:
         units: `[U, r]` document numbers; the r documents of a unit stay in one batch (r = 2 for pairs).
@@ -116,9 +116,9 @@ class Sampler:
 def taking_turns(batches: int, generator: np.random.Generator) -> Rows:
     """Return a random order of an epoch's batches in which any few consecutive batches cover all lengths.
 
-    In a purely random order, a dozen consecutive batches can be mostly short or mostly long, and an optimiser
-    that averages over about a dozen steps would follow their documents. Consecutive multiples of the golden
-    ratio, modulo 1, are spread evenly over [0, 1), so they choose the rank by length of each step's batch.
+    An optimiser averages over about a dozen steps, and in a purely random order the batches of a dozen steps
+    can be mostly short or mostly long. Consecutive multiples of the golden ratio, modulo 1, are spread evenly
+    over [0, 1), so they determine how long the batch of each step is among all batches.
 
     Args:
         batches: N, the number of batches.
@@ -170,7 +170,7 @@ class PackedSampler:
 
     The documents of an epoch are shuffled and packed block by block. The rows of a block are sorted by their
     number of tokens and divided into batches, and the batches are shuffled. One batch of a block may be
-    smaller than the others.
+    smaller than the other batches.
 
     Args:
         length_D: Number of tokens of each document.

@@ -1,16 +1,15 @@
 """Encodes texts as token ids and decodes token ids to exactly the same bytes of text.
 
 The prompt and the response of a document are encoded separately, so that no token spans the end of the prompt
-and the ids of the prompt are the same in generation. Tokenizers expect whole texts instead, which causes two
-problems:
+and the ids of the prompt are the same in generation. Tokenizers have two properties that would change texts:
 
 - Tokenizers like SentencePiece add a blank before a text and drop the blank when they decode. This module
-  adds such a blank only at the beginning of a document, not before a response.
+  adds a blank only at the beginning of a document, not before a response.
 - Tokenizers convert the name of a control token in a text, such as `<eos>`, to the control token. This module
   encodes the names of control tokens as ordinary text.
 
-Both problems are solved by changing the settings of a copy of the tokenizer. Every document is decoded once
-to check that the text is unchanged.
+Both properties are disabled by changing the settings of a copy of the tokenizer. Every document is decoded
+once to check that the text is unchanged.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ class TextCodec:
     """
 
     def __init__(self, tokenizer: Any, *, bos: Bos = "auto") -> None:
-        # If this is set only after the first use, the library warns and disables parallelism in forks.
+        # If this variable were set after the first use, the library would disable parallelism in forks.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         self.tokenizer = tokenizer
         self.eos_id = int(tokenizer.eos_token_id)
@@ -195,7 +194,7 @@ def differing_ids(one: Any, other: Any, texts: Sequence[str] = PROBES) -> str | 
     """Compare two tokenizers by the ids of texts, of BOS and of EOS.
 
     Args:
-        one: A transformers tokenizer, or an object that can be called like one and has the attributes
+        one: A transformers tokenizer, or an object that can be called like a tokenizer and has the attributes
             `bos_token_id` and `eos_token_id`.
         other: The tokenizer to compare with.
         texts: Texts that both tokenizers encode.
@@ -286,7 +285,7 @@ class _Backend:
 
 @frozen
 class _WithBlank:
-    """Adds a blank, which the decoder drops, also to texts that begin with a blank; Metaspace does not."""
+    """Adds a blank, which the decoder drops, also before texts that begin with a blank, unlike Metaspace."""
 
     start: _Encoder
     rest: _Encoder

@@ -70,8 +70,8 @@ def find_target(
     Args:
         plan: The plan.
         processes: Number of processes that train together.
-        device_memory: Memory in bytes of a GPU on another machine, whose main memory is then unknown. If the
-            recipe's device is `cpu`, it is the main memory of the other machine. None stands for this machine
+        device_memory: Memory in bytes of a GPU on another machine, whose main memory is then unknown; or, if
+            the recipe's device is `cpu`, the main memory of the other machine. None stands for this machine
             and its free memory.
 
     Raises:

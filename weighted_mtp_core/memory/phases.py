@@ -96,8 +96,8 @@ def find_phases(plan: Plan, documents: Documents, target: Target, *, only: str |
 def _make_tables(recipe: Recipe) -> None:
     """Make torchao and bitsandbytes create their tables of codes before the simulation.
 
-    Both packages keep the first tables that they create. If they created them during the simulation, a run in
-    the same process after the forecast would compute with tables that have no values.
+    Both packages keep the first tables that they create. If the tables were created during the simulation, a
+    run in the same process after the forecast would compute with tables that have no values.
     """
     stages = [recipe.train, *([] if recipe.critic is None else [recipe.critic.train])]
     for table in (each for each in stages if each.optimiser.name == "adamw_8bit"):
@@ -208,7 +208,7 @@ class _Simulation:
         yield Phase(name=name, parts=parts)
 
     def _saved(self) -> int:
-        """Return the bytes of the parameters in a file of the policy, which contains no base of adapters."""
+        """Return the bytes of the parameters in a file of the policy; with adapters, without the base."""
         is_adapted = self.plan.recipe.model.train == "adapters"
         return _bytes(each for each in self.policy.parameters() if each.requires_grad or not is_adapted)
 

@@ -108,7 +108,7 @@ def _same_result(recipe: Recipe, target: Target) -> list[tuple[str, bool | int |
 
 
 def _other_result(recipe: Recipe, target: Target) -> list[tuple[str, bool | int | str, bool]]:
-    """Return changes that change the results, as (key, new value, whether the recipe allows the change)."""
+    """Return changes that affect the results, as (key, new value, whether the recipe allows the change)."""
     model, heads = recipe.model, recipe.loss.head_weights
     trains_heads = model.n_future > 1 and (not heads or any(heads[1:]))
     whole = model.train == "all"

@@ -1,4 +1,4 @@
-"""The share of the policy's parameters that a process holds with `model.shard`, and what it gathers."""
+"""The bytes of the policy's parameters that a process holds and gathers with `model.shard`."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class Scale:
         note: Explanation of the quantity.
         low: Label of the lightest shade.
         high: Label of the deepest shade.
-        signed: Whether some values are negative. If so, the shade shows the absolute value, and hue and
+        signed: Whether some values are negative, so that the shade shows the absolute value, and hue and
             underline show the sign.
         read: Returns the value of the quantity for a token; None if the token has no value.
         bottom: The value (if `signed`, the absolute value) that is shown without shade.
@@ -123,7 +123,7 @@ def _scales(tokens: Sequence[Token]) -> Iterator[Scale]:
 def _loss_scale(tokens: Sequence[Token], k: int) -> Iterator[Scale]:
     losses = sorted(loss for token in tokens if (loss := token.loss_K[k]) is not None)
     if losses:
-        top = losses[int(0.98 * (len(losses) - 1))] or 1.0  # otherwise a few outliers would hide the others
+        top = losses[int(0.98 * (len(losses) - 1))] or 1.0  # otherwise outliers would hide other losses
         ahead = "the next token" if k == 0 else f"{k + 1} tokens ahead"
         yield Scale(
             key=f"loss{k + 1}",

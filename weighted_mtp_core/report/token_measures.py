@@ -206,7 +206,7 @@ def _by_target(x_BTK: Tensor, target_BTK: Tensor) -> NDArray[np.float64]:
 
 def array(x: Tensor) -> NDArray[np.float64]:
     """Return a tensor as a float64 array on the host."""
-    return x.cpu().double().numpy()  # in this order: MPS has no float64
+    return x.cpu().double().numpy()  # first to the CPU, because MPS has no float64
 
 
 def plain(value: float) -> float | None:

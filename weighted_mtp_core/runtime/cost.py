@@ -13,7 +13,7 @@ import torch
 from weighted_mtp_core.runtime.device import Compute
 
 _SECONDS, _REPETITIONS = 0.03, 3
-"""The product is repeated for at least this many seconds and times, which takes 0.1 s on two cores."""
+"""Minimum duration in seconds, and minimum number of products, of a measurement (0.1 s on two cores)."""
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

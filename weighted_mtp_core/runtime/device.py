@@ -94,7 +94,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def product_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype in which a tensor is multiplied: autocast's if autocast is on, otherwise its own."""
+    """Return the dtype in which a tensor is multiplied: with autocast, its dtype; otherwise the tensor's."""
     return torch.get_autocast_dtype(tensor.device.type) if _casts(tensor) else tensor.dtype
 
 
@@ -135,10 +135,7 @@ def memory_of(device: torch.device) -> int | None:
 
 
 def bucket_bytes(device: torch.device) -> int:
-    """Return how many bytes of gradients to send at once: `LEAST_BUCKET` or 1/1024 of a CUDA device's memory.
-
-    The larger of the two numbers is returned.
-    """
+    """Return the bytes of gradients to send at once: 1/1024 of a CUDA device's memory, at least 25 MiB."""
     return max(LEAST_BUCKET, (memory_of(device) or 0) >> 10)
 
 

@@ -2,7 +2,7 @@
 
 Every process has the token ids of the whole global batch, which take little memory, and computes its share of
 the rows. The weighting's input, statistics, normalisers and state are therefore the same in every process. In
-a run with a single process, they differ only because sums are computed in another order.
+a run with a single process, their values differ only because sums are computed in another order.
 """
 
 from __future__ import annotations

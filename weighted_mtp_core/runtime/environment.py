@@ -19,10 +19,10 @@ def prepare_environment_for_torch() -> None:
     Call this function before the first import of torch.
 
     - `PYTORCH_ENABLE_MPS_FALLBACK`: an operator that Apple's GPUs lack runs on the CPU.
-    - `GOMP_SPINCOUNT`: threads that wait at a barrier sleep sooner. By default they spin for milliseconds; if
-      another process is busy, they occupy the core that the awaited thread needs (figures in
-      docs/performance.md). The number of threads does not change, so results are bitwise equal. The variable
-      is not set if the user has set `OMP_WAIT_POLICY`, which controls the same behaviour.
+    - `GOMP_SPINCOUNT`: threads that wait at a barrier sleep sooner. By default, waiting threads spin for
+      milliseconds; if another process is busy, they occupy the core that the awaited thread needs (figures in
+      docs/performance.md). The number of threads does not change, so results are bitwise equal.
+      `GOMP_SPINCOUNT` is not set if the user has set `OMP_WAIT_POLICY`, which controls the same behaviour.
 
     The function also silences warnings about torchao, which transformers imports if it is installed. On
     import, torchao warns about CUDA kernels that it cannot load, and torch warns about classes of torchao.
@@ -38,8 +38,8 @@ def prepare_environment_for_torch() -> None:
 def require_reproducible_cublas() -> None:
     """Make cuBLAS choose the same algorithm for equal matrix products in every run, as NVIDIA prescribes.
 
-    This sets CUBLAS_WORKSPACE_CONFIG, unless the user has set the variable. Call this function before the
-    first matrix product on a CUDA device.
+    The function sets CUBLAS_WORKSPACE_CONFIG, unless the user has set the variable. Call the function before
+    the first matrix product on a CUDA device.
 
     Raises:
         WmtpError: The user has set a value with which results may differ between runs.

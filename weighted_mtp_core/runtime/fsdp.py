@@ -31,7 +31,7 @@ def callable_(module: Module, *, dtype: torch.dtype = torch.float32) -> Module:
 
     Args:
         module: A model or a part of a model.
-        dtype: The dtype in which the matrices of layers are sent and computed. If it is not float32, layers
+        dtype: The dtype in which the matrices of layers are sent and computed; unless it is float32, layers
             run under autocast.
     """
     if mesh_of_parameters(module) is None:
@@ -73,7 +73,7 @@ def view_of(module: Module) -> Module:
 
 
 def copy_of(module: Module) -> Module:
-    """Return a copy with parameters of its own; shards are copied without communication.
+    """Return a copy of a module with parameters of its own; shards are copied without communication.
 
     The copy of a module with sharded parameters is not callable.
     """
@@ -88,7 +88,7 @@ def copy_of(module: Module) -> Module:
 
 
 _TWINS: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
-"""Maps a callable module, which cannot be copied because of FSDP2, to a copyable one with its parameters."""
+"""Maps each callable module to a twin with the same parameters, because modules of FSDP2 cannot be copied."""
 
 
 def _twin(module: Module) -> Module:

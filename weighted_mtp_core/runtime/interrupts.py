@@ -1,8 +1,9 @@
 """Handles OS signals during the whole life of a process.
 
-SIGINT, SIGTERM and SIGHUP end a command. During training the first such signal requests a stop after the
-current step, and a second signal stops at once; while a run is opened or closed, signals are delayed. SIGUSR1
-requests a checkpoint; outside training the request is remembered. Under `nohup`, SIGHUP remains ignored.
+SIGINT, SIGTERM and SIGHUP end a command. During training, the first SIGINT, SIGTERM or SIGHUP requests a stop
+after the current step, and the second stops at once. While a run is opened or closed, signals are delayed.
+SIGUSR1 requests a checkpoint; outside training the request is remembered. Under `nohup`, SIGHUP remains
+ignored.
 
 The exit codes of a command that a signal ends, 130 and 143, are defined in `exit_codes.py`.
 """

@@ -105,7 +105,7 @@ def all_processes_agree(module: nn.Module, flags: Tensor) -> Tensor:
 
 
 def shard_like(own: Tensor, value: Tensor) -> Tensor:
-    """Shard the whole tensor `value` like `own`, in memory of its own; an unsharded result is not copied."""
+    """Return a sharded copy of the whole tensor `value`; if `own` is not sharded, return `value` itself."""
     return _shard_of(value, own.device_mesh, copy=True) if isinstance(own, DTensor) else value
 
 
@@ -137,7 +137,7 @@ def copy_to_host(tensor: Tensor, into: Tensor | None = None) -> Tensor:
 
     Args:
         tensor: The tensor to copy.
-        into: An earlier copy that is no longer needed. It is overwritten and returned if it fits, because
+        into: An earlier copy that is no longer needed; if it fits, it is overwritten and returned, because
             allocating new memory takes several times as long as the copy.
     """
     if into is not None and (into.shape, into.dtype) == (tensor.shape, tensor.dtype):

@@ -14,9 +14,9 @@ from weighted_mtp_core.api import Batch
 class BatchesAhead:
     """The batches of a stage by step; `prepare` makes a batch before the step that needs it.
 
-    An accelerator computes a step while the host is already free again. So `prepare` needs no thread to make
-    the next batch in this time and to queue its copy from pinned memory, see `to_device`. A batch depends
-    only on the number of its step, so a resumed run gets the same batches.
+    The host only queues the operations of a step. While an accelerator computes the operations, the host is
+    free, so `prepare` needs no thread to make the next batch and to queue its copy from pinned memory, see
+    `to_device`. A batch depends only on the number of its step, so a resumed run gets the same batches.
 
     Attributes:
         batch_of: Returns the batch of a step.

@@ -62,10 +62,10 @@ class CriticLearner(Learner):
         return self.critic.parameters()
 
     def learn(self, batch: Batch, *, step: int) -> StepResult:
-        """Accumulate the gradient of the critic's own loss, so that all rows of the data set count the same.
+        """Accumulate the gradient of the critic's own loss; the result contains the loss of the batch.
 
-        For this, the gradient of a batch is proportional to its number of rows. The loss in the result is the
-        mean over the rows of this batch.
+        All rows of the data set count the same, because the gradient of a batch is proportional to its number
+        of rows.
         """
         self.critic.begin_step(step, steps=self.table.steps)
         totals: dict[str, Tensor | float] = {}
@@ -95,7 +95,7 @@ class CriticLearner(Learner):
         )
 
     def validate(self, *, step: int) -> Validation:
-        """Measure the critic on the half for choosing; the AUC of the final values selects the checkpoint."""
+        """Measure the critic on the validation half for choosing; the score is the AUC of final values."""
         del step
         report = self.measure("choosing")
         return Validation(metrics=report.metrics(), score=report.critic.auc)
@@ -113,7 +113,7 @@ class CriticLearner(Learner):
 
     @torch.no_grad()
     def training_metrics(self) -> dict[str, float]:
-        """Return AUCs on training responses as metrics; empty if all are correct or all are incorrect.
+        """Return AUCs on training responses as metrics; empty if these are all correct or all incorrect.
 
         If the AUC on training responses is clearly higher than on held-out responses, the critic memorises.
         """
@@ -126,7 +126,7 @@ class CriticLearner(Learner):
     def _score(self, split: Split, documents: NDArray[np.int64]) -> ScoredResponses:
         """Return the values of some labelled responses of a split."""
         parts, tokens = [], self.prepared.critic_tokens(split)
-        size = self.table.batch_size // self.table.accumulation  # as in training, so it fits into memory
+        size = self.table.batch_size // self.table.accumulation  # a micro-batch of training fits into memory
         for rows in in_order(tokens, documents, batch_size=size):
             batch = self.prepared.batch(tokens, rows)
             autocast = self.prepared.compute.autocast

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from weighted_mtp_core.training.one_by_one import OneByOne
 
 _BLOCK, _FEWEST = 256, 4096
-_PIECE = 1 << 16  # values per uncompiled update, because each of its operations makes a temporary tensor
+_PIECE = 1 << 16  # values per uncompiled update; few, because each operation makes a temporary tensor
 _SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 
 
@@ -22,7 +22,7 @@ class EightBitAdamW(OneByOne):
 
     The moments of a parameter have 32 bits if a process holds fewer than 4096 of its values, if these values
     do not fill whole blocks, or if the parameter is not sharded into equal shards. On CUDA, torchao's update
-    is compiled. On other devices it runs operation by operation, so that no compiler is needed.
+    is compiled. On other devices, the update runs operation by operation, so that no compiler is needed.
 
     Args:
         groups: Groups of parameters; each group is a dict with `params` and `weight_decay`.
@@ -107,7 +107,7 @@ def pieces(count: int, size: int) -> Sequence[int]:
 
 
 def _span(tensor: Tensor, first: int, size: int) -> Tensor:
-    """Return a view of `size` values, from index `first`, of a contiguous tensor that is flattened."""
+    """Return `size` values of a contiguous tensor as a view, from index `first` of the flattened tensor."""
     return tensor.view(-1)[first : first + size]
 
 

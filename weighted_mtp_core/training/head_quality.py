@@ -73,8 +73,8 @@ def head_quality(
 def selection_score(metrics: Mapping[str, float], select_by: SelectBy) -> float:
     """Compute the score that selects the state to keep, from a result of `head_quality`; higher is better.
 
-    For `acceptance`, the score is the expected number of tokens per forward pass. Otherwise it is the negated
-    mean cross-entropy of the heads that `select_by` selects, without heads that have no targets.
+    For `acceptance`, the score is the expected number of tokens per forward pass. For other values of
+    `select_by`, the score is the negated mean cross-entropy of the selected heads that have targets.
     """
     if select_by == "acceptance":
         return metrics.get("validation_acceptance_length", math.nan)

@@ -156,7 +156,7 @@ class Trained:
     steps: int = 0
 
     def summary(self) -> list[tuple[str, str]]:
-        """Return a line for the run's summary: the selecting measure before training and at its best."""
+        """Return a line for the run's summary: the measure that selects states, before and after training."""
         before, after = abs(self.start.score), abs(self.best.score)
         text = f"{self.best.measure} {before:.3f} -> {after:.3f} at step {self.best_step}"
         if self.last_step < self.steps:
@@ -179,9 +179,9 @@ def train(
     If `table.patience` is set, training ends early after this number of consecutive validations without a
     better score (early stopping, Prechelt 1998).
 
-    After SIGINT, SIGTERM or SIGHUP, training stops after the current step with a checkpoint. After SIGUSR1,
-    it writes a checkpoint and continues; if SIGUSR1 arrived before training, the checkpoint follows the first
-    step.
+    After SIGINT, SIGTERM or SIGHUP, training stops after the current step with a checkpoint. After SIGUSR1, a
+    checkpoint is written and training continues; if SIGUSR1 arrived before training, the checkpoint is
+    written after the first step.
 
     Args:
         learner: The critic or the policy.

@@ -16,14 +16,14 @@ from weighted_mtp_core.runtime.sharding import like, local, shard_like, whole
 class OneByOne(torch.optim.Optimizer, ABC):
     """An optimiser that updates parameters one after the other, with code of torch or of another package.
 
-    The code of torch or of the package supports neither skipped steps nor sharded parameters. So it updates a
-    copy of each parameter, and the copy is written back unless `found_inf` is 1; the host does not wait for
-    the device. Only one copy exists at a time, so the copies need the memory of one parameter.
+    The code of torch or of the other package supports neither skipped steps nor sharded parameters. Therefore
+    each parameter is updated on a copy, which is written back unless `found_inf` is 1; the host does not wait
+    for the device. Only one copy exists at a time, so the copies need the memory of one parameter.
 
     Attributes:
-        needs_whole: Whether the update of an element depends on all elements of the parameter. If so, each
-            process computes the update of the whole parameter; otherwise, the update of its own shard.
-        found_inf: A tensor on the device, 1 if the next step is to be skipped and 0 otherwise; None for 0.
+        needs_whole: Whether each process updates whole parameters, because the update of an element depends
+            on all elements of its parameter. Otherwise, each process updates its own shards.
+        found_inf: A tensor on the device, 1 if the next step is to be skipped and 0 otherwise; None means 0.
     """
 
     needs_whole: bool

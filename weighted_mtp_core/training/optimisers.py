@@ -86,7 +86,7 @@ def make_optimisers(
     Args:
         parameters: The parameters of the model; frozen parameters are ignored.
         table: The recipe's training options for this stage.
-        parts: The part of each parameter that has one; `set_learning_rate` applies the rates of the parts.
+        parts: Parts with learning rates of their own, by parameter; `set_learning_rate` applies the rates.
         embeddings: The parameters of embeddings and unembeddings, which `muon` leaves to AdamW.
     """
     groups: dict[tuple[bool, bool, bool, Part], list[nn.Parameter]] = {}

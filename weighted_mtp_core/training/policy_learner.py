@@ -220,7 +220,8 @@ class PolicyLearner(Learner):
         """Add the gradient of the global batch to the parameters.
 
         Returns:
-            The loss; for each head the sum of the cross-entropies, and the number of pairs.
+            The loss of the batch, the sum of the cross-entropies of each head, and the number of pairs of
+            each head.
         """
         target_BTK = target_mask(labels_BTK)
         normaliser_K = self._normaliser.add(weight_BTK, target_BTK)

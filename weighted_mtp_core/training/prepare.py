@@ -186,7 +186,7 @@ class Prepared:
         return table if table.epochs is None else table.for_epochs(self.policy_batches().batches_per_epoch)
 
     def critic_batches(self, critic: Critic, table: CriticTable) -> tuple[Callable[[int], Batch], float]:
-        """Return a function from a step of stage 1 to its global batch, and the batches per epoch."""
+        """Return a function that maps a step of stage 1 to its global batch, and the batches per epoch."""
         tokens = self.critic_tokens("train")
         units = make_pairs(tokens, table.pairs) if critic.batching == "pairs" else pointwise(tokens)
         seed = self.plan.recipe.run.seed
@@ -197,7 +197,7 @@ class Prepared:
         """Yield the held-out examples on which the policy is validated."""
         table, tokens = self.plan.recipe.train, self.policy_tokens("validation")
         documents = evenly_spread(np.arange(len(tokens)), limit=table.validation_examples)
-        rows = table.batch_size // table.accumulation  # as in training, so they fit into memory
+        rows = table.batch_size // table.accumulation  # a micro-batch of training fits into memory
         return self.batches_in_order(tokens, documents, batch_size=rows)
 
     def critic_validation(self, half: Half) -> NDArray[np.int64]:
@@ -265,7 +265,7 @@ class Prepared:
         return self._in_autocast(frozen_losses(model))
 
     def _in_autocast(self, compute: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
-        """Return a frozen model's function, changed to compute in the precision of the policy."""
+        """Wrap a function of a frozen model, so that it computes in the precision of the policy."""
 
         def within(batch: Batch) -> Tensor:
             with self.compute.autocast():

@@ -3,8 +3,8 @@
 In stage 2 a critic that does not read the policy returns the same score for a token at every step, because
 its parameters are frozen. So each document is scored in the first batch that contains it, with exactly the
 same result as without the cache. Later epochs, and later runs with the same critic, data and batches, read
-the scores from the table. If a document were scored in another batch instead, its scores could differ by
-1e-6, because sums would be computed in another order.
+the scores from the table. If a document were scored in another batch, its scores could differ by 1e-6,
+because sums would be computed in another order.
 
 Shape letters: B rows, T positions, N tokens of the token set, D documents.
 """
@@ -51,8 +51,8 @@ class CachedCritic(Critic):
         critic: The critic, which must no longer be trained.
         batches: The batches of stage 2; only documents of their token set can be scored.
         accumulation: Number of parts in which a batch is scored.
-        folder: The folder of the complete table. It is read if it exists, and otherwise written as soon as
-            all documents are scored.
+        folder: The folder of the complete table, which is read if it exists; otherwise the folder is written
+            as soon as all documents are scored.
     """
 
     trainable = False

@@ -12,7 +12,7 @@ from weighted_mtp_core.api import Weights
 from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.runtime.device import READ_EVERY
 
-_ALL_ZERO, _NEGATIVE, _NOT_FINITE = 1, 2, 3  # ordered by severity: the worst fault since a reading is kept
+_ALL_ZERO, _NEGATIVE, _NOT_FINITE = 1, 2, 3  # ordered by severity: only the worst fault is kept
 
 
 def check_weights(weights: object, response_BT: Tensor, *, n_future: int, label: str) -> None:
@@ -69,7 +69,7 @@ class ValueCheck:
 
         Args:
             weight: The weights, `[B, T]` or `[B, T, K]`.
-            all_zero: Whether all targets of the step have weight 0, a bool scalar; None if not to be checked.
+            all_zero: Whether all targets of the step have weight 0, a bool scalar; None skips this check.
         """
         harmless = (
             torch.zeros((), dtype=torch.long, device=weight.device) if all_zero is None else all_zero.long()
@@ -79,7 +79,7 @@ class ValueCheck:
         self._worst = found if self._worst is None else torch.maximum(self._worst, found)
 
     def due(self, step: int, steps: int) -> bool:
-        """Return whether to call `raise_if_bad` after this step; on a CPU, where it costs nothing, always."""
+        """Return whether to call `raise_if_bad` after this step: always on a CPU, where it costs nothing."""
         on_host = self._worst is None or self._worst.device.type == "cpu"
         return on_host or (step + 1) % READ_EVERY == 0 or step + 1 >= steps
 
@@ -87,7 +87,7 @@ class ValueCheck:
         """Read the results of all checks since the last call; this waits for the device.
 
         Raises:
-            RunFailedError: A weight was not finite, or was negative although that is not allowed.
+            RunFailedError: A weight was not finite, or was negative although `negative` is false.
         """
         worst = 0 if self._worst is None else int(self._worst)
         self._worst = None
