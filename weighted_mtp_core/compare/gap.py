@@ -60,7 +60,7 @@ class ClosedGap:
 
 
 def closed_gaps(gap: Gap, metric: str, values: Mapping[str, Mapping[int, float]]) -> Iterator[ClosedGap]:
-    """Yield the share of the gap that each arm closes, over the seeds that arm, floor and ceiling all have.
+    """Yield the share of the gap that each arm closes, over the seeds that it shares with floor and ceiling.
 
     Args:
         gap: The floor and the ceiling, for which no share is computed.

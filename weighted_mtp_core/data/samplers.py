@@ -118,7 +118,7 @@ def taking_turns(batches: int, generator: np.random.Generator) -> Rows:
 
     An optimiser averages over about a dozen steps, and in a purely random order the batches of a dozen steps
     can be mostly short or mostly long. Consecutive multiples of the golden ratio, modulo 1, are spread evenly
-    over [0, 1), so they determine how long the batch of each step is among all batches.
+    over [0, 1). So the multiple for a step determines the rank of its batch by length.
 
     Args:
         batches: N, the number of batches.

@@ -17,7 +17,7 @@ class Shards:
     """The division of a policy over processes, see `runtime.fsdp`.
 
     Attributes:
-        policy: The policy, with whole parameters.
+        policy: The policy; its simulated parameters are not sharded.
         target: Contains the number of processes and the dtype of forward passes.
         exist: Whether parameters are sharded at all.
         adapters: The ids of the parameters of adapters, which are whole in each process.
@@ -45,8 +45,9 @@ class Shards:
     def gathered(self, *, trains: bool) -> int:
         """Return the bytes of gathered matrices: the unembedding with its gradient, and two layers.
 
-        Two layers are gathered at a time, because the next layer is received while a layer is computed. With
-        `trains`, the gradient of a layer is whole, too, in float32, until it is summed over the processes.
+        Two layers are gathered at a time, because the next layer is received while a layer is computed. If
+        `trains` is true, the whole gradient of one layer also exists, in float32, until it is summed over the
+        processes.
         """
         if not self.exist:
             return 0

@@ -36,10 +36,16 @@ def table_of_values(
 ) -> str:
     """Return the text of the file, with one line for each response token.
 
-    A line contains `example` (its id), `reward` (of the whole response), `position` (of the token in the
-    response, from 0), `token` (its text), `value` (of the prefix that ends with the token, at most 1),
-    `change` (the TD error of the token with discount gamma = 1) and `weight` (mean over the heads; null if no
-    head predicts the token or if the weighting can only compute weights for training batches).
+    The keys of a line are:
+
+    - `example`: the id of the example;
+    - `reward`: the reward of the whole response;
+    - `position`: position of the token in the response, from 0;
+    - `token`: the text of the token;
+    - `value`: the critic's value of the prefix that ends with the token, at most 1;
+    - `change`: the TD error of the token with discount gamma = 1;
+    - `weight`: mean weight of the token over the heads; null if no head predicts the token, or if the
+      weighting can only compute weights for training batches.
 
     Args:
         prepared: Tokenizer and policy.

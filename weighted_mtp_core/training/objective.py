@@ -1,7 +1,7 @@
 """The divisor of the loss in stage 2, chosen so that all targets of the data set count the same.
 
 A batch holds documents of similar length. If the loss of each batch were divided by the batch's own sum of
-weights, all batches would count the same, and a token of a short document more than a token of a long one.
+weights, all batches would count the same, so a token in a batch of short documents would count more.
 
 Shape letters: B rows, T positions, K heads.
 """

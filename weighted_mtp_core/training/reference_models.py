@@ -39,7 +39,7 @@ def load_reference(path: Path, policy: Policy, *, tokenizer: Any) -> LanguageMod
         own_tokenizer, base = load_pretrained(path, AutoModelForCausalLM, kind=kind, mesh=mesh)
         if vocabulary_sha256(own_tokenizer) != vocabulary_sha256(tokenizer):
             raise _other_tokenizer(path)
-        other = make_policy(base, n_future=1, head_kind="medusa")  # works with one layer, too
+        other = make_policy(base, n_future=1, head_kind="medusa")  # this kind works with one layer, too
         return LanguageModel(other.to(policy.unembedding.weight.device))
     file = path / "checkpoints" / "best_model.pt" if (path / "run.json").is_file() else path
     if read_run(file.parent.parent).get(VOCABULARY, own := vocabulary_sha256(tokenizer)) != own:
