@@ -24,8 +24,8 @@ def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
     """Declare weightings, which compute the weights of a batch's target tokens from the batch's signals.
 
     Called once, when a recipe or a `plugins` command names the plugin. The weighting that `[weighting] use`
-    selects is built after the policy. In stage 2, core calls its method `weigh` once per step, without
-    gradients and with the signals that the component `needs`.
+    selects is built after the policy. In stage 2, core calls the weighting's method `weigh` once per step,
+    without gradients and with the signals that the component `needs`.
 
     Example:
         from attrs import field, frozen
@@ -143,7 +143,7 @@ def wmtp_trackers() -> Iterable[Component[Any, Tracker]]:
 
     Called once, when a recipe or a `plugins` command names the plugin. Each tracker that a recipe selects in
     `[[tracker]]` is built before training. A background thread calls the methods of the tracker; if a method
-    raises an exception, the thread calls it again later with the same arguments.
+    raises an exception, the thread calls the method again later with the same arguments.
 
     Example:
         import json

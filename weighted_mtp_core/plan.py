@@ -80,7 +80,8 @@ class Plan:
     def data_context(self) -> BuildContext:
         """The context in which the data source is built.
 
-        It allows negative weights in the data if the recipe allows them or the weighting does not read them.
+        The context allows negative weights in the data if the recipe allows negative weights, or if the
+        weighting does not read the weights in the data.
         """
         run = self.recipe.run
         negative = self.recipe.loss.negative_weights or Signal.GIVEN not in self.weighting.needs
@@ -88,7 +89,7 @@ class Plan:
 
     @property
     def identity(self) -> dict[str, dict[str, str]]:
-        """The params and the source code of a run; if both are equal, two runs give equal results."""
+        """The params and the source code of a run, which together determine the result of the run."""
         return {"params": dict(self.params), "distributions": dict(self.distributions)}
 
 

@@ -1,4 +1,4 @@
-"""Remove secrets from text before the text is shown or stored; the known secrets are in the environment."""
+"""Remove secrets from text before the text is shown or stored; known secrets come from the environment."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def secrets() -> list[str]:
 def redact_log_records() -> None:
     """Remove secrets from every log record of this process, for all loggers and handlers.
 
-    This is needed because debug records of botocore and urllib3 contain signatures, keys and headers.
+    Debug records of botocore and urllib3, for example, contain signatures, keys and headers.
     """
     make = logging.getLogRecordFactory()
     if getattr(make, "func", None) is not _redacted_record:
@@ -70,7 +70,7 @@ def _redacted_record(
 
 
 def redact(text: str) -> str:
-    """Return the text with passwords, tokens, signatures and secrets of the environment replaced by `***`."""
+    """Return the text with `***` instead of passwords, tokens, signatures and the environment's secrets."""
     for secret in secrets():
         text = text.replace(secret, "***")
     for pattern, replacement in _PATTERNS:

@@ -112,7 +112,7 @@ def run_plan(plan: Plan, *, resume: str | None = None, allow_change: Sequence[st
 def _open_recorder(
     plan: Plan, display: Display, previous: Path | None, distributed: Distributed
 ) -> Recorder | RankLog:
-    """Open the run in the first process, and send its folder to the other processes."""
+    """Open the run in the first process, and send the path of its folder to the other processes."""
     if distributed.is_rank_zero:
         recorder = open_recorder(plan, display, resume=previous)
         distributed.broadcast(str(recorder.folder.path))
@@ -147,7 +147,7 @@ def _start_or_resume(
 
 @frozen(kw_only=True, eq=False)
 class _Run:
-    """One run; each stage is a method."""
+    """The stages of one run, each as a method."""
 
     plan: Plan
     recorder: Recorder | RankLog

@@ -2,8 +2,8 @@
 
 Importing this package imports neither torch nor transformers nor mlflow.
 
-This API uses the terms below. Shapes use the letters B (rows of a batch), T (positions in a row), H (size of
-a hidden state) and V (size of the vocabulary).
+The terms of this API are defined below. Shapes use the letters B (rows of a batch), T (positions in a row),
+H (size of a hidden state) and V (size of the vocabulary).
 
 Terms for the model:
 
@@ -13,8 +13,8 @@ Terms for the model:
   predicts the next token, like an ordinary language model.
 - *unembedding*: the matrix `[V, H]` that turns a head's output into logits; all heads share one unembedding.
 - *policy*: the model that is trained with weighted tokens; it consists of trunk, heads and unembedding.
-- *critic*: a component that gives every token of a batch a score. The score is a value, defined below, or the
-  loss of a *reference model*.
+- *critic*: a component that gives every token of a batch a score. The score of a token is its value V_t (see
+  *value*) or the loss of a *reference model*.
 
 Terms for the data:
 
@@ -22,7 +22,8 @@ Terms for the data:
 - *example*: one *prompt* with one *response* to a problem, and the *reward* of the response. A reward is
   in [0, 1]; it is 1 if the response was verified to be correct (`is_correct`).
 - *document*: the tokens of one example, that is, prompt, response and EOS (the end-of-sequence token).
-- *packing*: puts several documents into one row of a batch. A token is never predicted from another document.
+- *packing*: the arrangement of several documents in one row of a batch. A token is never predicted from
+  tokens of another document.
 - *padding*: tokens without meaning that fill a row after its last document.
 - *target token*: a token that the policy learns to predict, that is, a token of a response or its EOS.
 - *pair (t, k)*: the prediction of token t + k by head k from source position t. A pair (t, k) *counts*
@@ -37,12 +38,12 @@ Terms for the weighting:
   all other signals or reads them from the data.
 - *weighting*: a component that computes from the signals a weight for each target token, or for each pair.
 - *value* V_t: the expected reward of a response, estimated from the prefix that ends at token t.
-- *TD error* of token t: `r_t + gamma V_t - V_{t-1}`, the change of the expected reward at token t. Here gamma
-  is the discount; r_t is the reward of the response if t is its last token, otherwise 0; V_t is the value,
-  which is set to 0 at the last token.
-- *advantage* of token t: the sum of the TD errors of token t and all later tokens, where each step to a later
-  token multiplies the TD error by gamma times lambda (generalised advantage estimation, GAE). With
-  gamma = lambda = 1, the advantage of token t is `reward - V_{t-1}`.
+- *TD error* of token t: `r_t + gamma V_t - V_{t-1}`, the change of the expected reward at token t. In the TD
+  error, gamma is the discount, r_t is the reward of the response at its last token and 0 at all other
+  tokens, and the value V_t is 0 at the last token.
+- *advantage* of token t: the sum over all l >= 0 of `(gamma lambda)^l` times the TD error of token t + l,
+  with discount gamma and decay lambda (generalised advantage estimation, GAE). With gamma = lambda = 1, the
+  advantage of token t is `reward - V_{t-1}`.
 - *global batch*: all rows of one optimiser step, over all processes and all *micro-batches* of gradient
   accumulation. The option `batch_size` is the number of rows of the global batch, and a weighting receives
   all rows of the global batch at once.

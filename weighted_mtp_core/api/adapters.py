@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685) of linear layers, through `peft`.
 
-An adapter adds `s B A x` to the output of a linear layer with input x. Here A is a matrix with `rank` rows,
-B is a matrix with `rank` columns, and s is a constant scale. The matrix B of each adapter starts at 0, so
-adapters do not change the output of a model before training.
+An adapter adds `s B A x` to the output of a linear layer with input x. In `s B A x`, A is a matrix with
+`rank` rows, B is a matrix with `rank` columns, and s is a constant scale. The matrix B of each adapter starts
+at 0, so adapters do not change the output of a model before training.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def add_adapters(
     """Add adapters to linear layers of a module in place, and freeze all other parameters of the module.
 
     Args:
-        module: The module. Each adapted linear layer is replaced with a layer of `peft` that contains it.
+        module: The module to adapt. Each adapted linear layer is replaced with a layer of `peft` that
+            contains the linear layer.
         rank: Rank of the adapters, which is the number of rows of A and of columns of B.
         alpha: The output of an adapter is scaled by `alpha / rank`; `alpha = None` means `2 * rank`.
         dropout: Probability that an entry of an adapter's input is set to 0 during training.
@@ -108,8 +109,8 @@ def add_adapters(
 def read_directly(module: nn.Module, names: Iterable[str]) -> list[str]:
     """Return the names of the linear layers that their parent module does not call.
 
-    The code of such a parent reads the weight matrix of the layer directly, so an adapter of the layer would
-    have no effect. For example, Mamba layers pass weight matrices to fused kernels.
+    If a parent module reads the weight matrix of a linear layer without calling the layer, an adapter of the
+    layer would have no effect. For example, Mamba layers pass weight matrices to fused kernels.
     """
     found = []
     for name in names:

@@ -65,11 +65,11 @@ class ModelContext:
         frozen_trunk: `frozen_trunk()` copies the current trunk and returns a function that maps a `Batch` to
             float32 hidden states `[B, T, H]` without gradient, computed in the precision of the policy.
         frozen_losses: `frozen_losses(None)` copies the current policy; `frozen_losses(path)` loads another
-            model that uses the policy's tokenizer. The path is the `best_model.pt` or the folder of a run
+            model that uses the policy's tokenizer. `path` is the file `best_model.pt` or the folder of a run
             with the same `[model]` table, or a transformers directory, such as an exported model.
             `frozen_losses` returns a function that maps a `Batch` to float32 next-token losses `[B, T]` in
             nats, indexed by the predicted token. The losses are 0 except on response tokens that follow
-            another token. They are computed in the precision in which the policy computes its losses.
+            another token. The losses are computed in the precision in which the policy computes its losses.
         trainable_losses: `trainable_losses()` copies the current policy and returns a module that maps a
             `Batch` to next-token losses like the function from `frozen_losses`, but with gradients and
             without dropout. The component must train and save the parameters of this module.
@@ -133,11 +133,11 @@ class BuildContext:
     Attributes:
         seed: Seed for the component's own random generator.
         storage: The storage root, by default `storage/`, for files and caches.
-        negative_weights: Whether the weights of examples may be negative. If they may not, a data source must
-            refuse a negative weight with an error that contains the file and the row.
+        negative_weights: Whether the weights of examples may be negative. If `negative_weights` is False, a
+            data source must refuse a negative weight with an error that contains the file and the row.
         executor: Runs expensive parts of the preparation of data, possibly on other machines, so its tasks
-            must be functions of installed modules. If it is None, a data source uses the CPU cores of this
-            machine.
+            must be functions of installed modules. If `executor` is None, a data source uses the CPU cores of
+            this machine.
     """
 
     seed: int
@@ -199,7 +199,7 @@ class Component(Generic[OptionsT, BuiltT_co]):
         options: A frozen, keyword-only attrs class. The recipe's table `options` becomes an instance of this
             class; unknown keys and values of a wrong type are errors.
         build: Called with the options and the context; returns the component. Slow packages such as torch are
-            imported inside this function.
+            imported inside the build function.
         needs: Signals that a weighting reads.
         provides: Signals that a critic provides.
         negative_weights: Whether a weighting may return negative weights; the recipe must allow them too. A
@@ -208,8 +208,8 @@ class Component(Generic[OptionsT, BuiltT_co]):
             the weighting cannot use this critic, for example "needs probabilities", or None if the weighting
             can use it.
         examine: Checks for the command `doctor` what the component needs on this machine, such as a server or
-            a sandbox. Called with the options and the storage root; builds nothing and yields one finding for
-            each check.
+            a sandbox. `examine` is called with the options and the storage root; it builds nothing and yields
+            one finding for each check.
     """
 
     name: str = field(validator=v.matches_re(r"[a-z][a-z0-9_]*"))
@@ -227,7 +227,7 @@ class Stateful(ABC):  # noqa: B024 - both methods have a default: most component
     """A component with state that checkpoints save. By default, a component has no state."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as tensors and plain values; `load_state_dict` restores it exactly."""
+        """Return the state as tensors and plain values, from which `load_state_dict` restores it exactly."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -250,7 +250,7 @@ class WeightingStrategy(Stateful):
     def weigh(self, view: StepView) -> Weights:
         """Return the weights of the global batch.
 
-        Core calls this without gradients: once per step of stage 2, and with `view.training` False for
+        Core calls `weigh` without gradients: once per step of stage 2, and with `view.training` False for
         batches that are only measured.
         """
 
@@ -264,14 +264,14 @@ class Critic(Stateful):
 
     Attributes:
         trainable: Whether stage 1 trains the critic; a trainable critic must define `loss` and `parameters`.
-        reads_policy: Whether `score` and `loss` use the hidden states of the policy's trunk. If False, their
-            argument `hidden_BTH` is None.
+        reads_policy: Whether `score` and `loss` use the hidden states of the policy's trunk. If
+            `reads_policy` is False, the argument `hidden_BTH` of `score` and `loss` is None.
         batching: Composition of the batches of stage 1. With `"pointwise"`, the rows are any responses; with
             `"pairs"`, rows 2i and 2i + 1 are a correct and an incorrect response to the same problem.
         cacheable: Whether scores depend only on the batch, the options, `state_dict()` and the copies that
-            `ModelContext` returned. This must be False, for example, if the critic loads a model from a file
-            and does not include this model in its state. If `cacheable` is True and `reads_policy` is False,
-            core computes the scores of each document once and reuses them in later runs.
+            `ModelContext` returned. `cacheable` must be False, for example, if the critic loads a model from
+            a file and does not include this model in its state. If `cacheable` is True and `reads_policy` is
+            False, core computes the scores of each document once and reuses them in later runs.
         blocks: Modules, such as decoder layers, that core may shard over several processes (FSDP2) before
             stage 1. After sharding, `state_dict()` contains sharded tensors for the parameters of these
             modules, and `load_state_dict` receives tensors with the same sharding.

@@ -95,7 +95,7 @@ class Example:
         example_id: Unique within the data source and the same in every run.
         problem_id: Id of the problem, shared by all responses to it.
         prompt: Text before the response; the policy is never trained to predict its tokens.
-        response: Text that the policy learns to write. Core appends EOS.
+        response: Text that the policy learns to write. Core appends EOS to the response.
         reward: Verified outcome of the whole response, in [0, 1]; 1 if the outcome is unknown.
         weight: Weight that the data give to each token of the response, including EOS, for `Signal.GIVEN`.
             The weight is finite, and >= 0 unless `BuildContext.negative_weights` is true. If `weight` is
@@ -220,7 +220,7 @@ class DataSource(Stateful):
         oracle_weights: Whether the weights in the data mark known mistakes, which real data cannot do: such
             weights are below 1 on mistakes and 1 elsewhere. A run whose weighting reads oracle weights gets a
             tag, because its result is an upper bound. Every run on data with oracle weights measures its own
-            weights and values at the mistakes.
+            weights and values at the marked mistakes.
     """
 
     oracle_weights: bool = False
@@ -243,7 +243,11 @@ class DataSource(Stateful):
         """
 
     def problems(self, split: Split) -> Sequence[Problem]:  # noqa: ARG002 - the default has none
-        """Return the problems of the split; by default none, as for a source that verifies no completions."""
+        """Return the problems of the split.
+
+        By default, there are no problems, because a source that does not define `verify` cannot verify
+        completions.
+        """
         return ()
 
     def completion(self, problem: Problem, text: str) -> str:  # noqa: ARG002 - the default takes all

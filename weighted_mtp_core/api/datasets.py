@@ -28,8 +28,8 @@ class StoredDataset:
 
     Attributes:
         folder: The folder that contains the files.
-        version: Name and version of the data set, and the SHA-256 of the folder's manifest. This SHA-256
-            changes if any byte of the files changes.
+        version: Name and version of the data set, and the SHA-256 of the folder's manifest. The SHA-256 of
+            the manifest changes if any byte of the files changes.
     """
 
     folder: Path
@@ -44,8 +44,8 @@ def store_dataset(storage: Path, *, name: str, version: str, write: Callable[[Pa
     manifest. If `write` raises an exception, no file remains on disk.
 
     The command `data show` prints two JSON files of the folder if they exist: `provenance.json`, and
-    `statistics.json`. The latter has the key `splits`, with the result of `example_statistics` for each
-    split, and may contain other counts.
+    `statistics.json`. The file `statistics.json` has the key `splits`, with the result of
+    `example_statistics` for each split, and may contain other counts.
 
     Args:
         storage: The storage root, `BuildContext.storage`.

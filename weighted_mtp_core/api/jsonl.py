@@ -77,16 +77,17 @@ class JsonlSource(DataSource):
     """Supplies the rows of files as examples, in the order of the files. The `tests` of rows are not run.
 
     Args:
-        options: The files.
+        options: The options that select the files.
         context: The context in which the source is built.
         parse: Converts a record to a row, as in `read_records`. By default, a record must contain a prompt
             and a response.
 
     Raises:
-        WmtpError: The options contain neither `path` nor files of splits, or contain both. A file cannot be
-            read or has invalid lines, which the message lists. Rows with the same `problem_id` have different
-            prompts or tests, or are in files of different splits. Only some rows have a verdict. A weight is
-            negative although the context does not allow negative weights.
+        WmtpError: The options contain neither `path` nor files of splits, or contain both; or a file cannot
+            be read or has invalid lines, which the message lists. A line is also invalid if it contradicts
+            earlier lines: if its problem has another prompt, other tests or another split, or if only some
+            lines have a verdict. A line with a negative weight is invalid unless the context allows negative
+            weights.
     """
 
     def __init__(
@@ -148,8 +149,8 @@ class JsonlSource(DataSource):
     def version(self) -> DatasetVersion:
         """Return the version of the data.
 
-        Its name is the name of the first file, its `sha256` changes with every byte of all files, and its
-        `version` consists of the first 12 digits of `sha256`.
+        In the result, `name` is the name of the first file, `sha256` changes if any byte of the files
+        changes, and `version` consists of the first 12 digits of `sha256`.
         """
         digest = hashlib.sha256("".join(map(sha256_of_file, self.files)).encode()).hexdigest()
         first = self.files[0]

@@ -84,7 +84,7 @@ def read_records(
         path: The file; a relative path starts at the current folder.
         parse: Converts a record to a row; raises ValueError with the fault of an invalid record.
         check: Called with each row and its place, such as "`rows.jsonl` line 3", for example to compare the
-            row with earlier rows (`ProblemIds`). Like `parse`, it must raise ValueError for an invalid row.
+            row with earlier rows (`ProblemIds`). `check` must raise ValueError for an invalid row.
 
     Raises:
         WmtpError: The file cannot be read, has no records or has invalid records; the message lists the first
@@ -117,7 +117,7 @@ def read_records(
 
 @define
 class ProblemIds:
-    """Remembers the problem of each problem id, and refuses an id that two different problems use.
+    """Records facts about the problem of each problem id, and refuses an id that two problems use.
 
     Use one `ProblemIds` object for all files of a data source.
     """
@@ -208,7 +208,11 @@ def _refuse_surrogates(value: object, key: str = "") -> None:
 
 
 def text_field(record: Record, key: str) -> str:
-    """Return the string `record[key]`, with line feeds as line ends; raises ValueError if it is no string."""
+    """Return the string `record[key]`, with line feeds as line ends.
+
+    Raises:
+        ValueError: The value is missing or is not a string.
+    """
     value = record.get(key)
     if not isinstance(value, str):
         raise ValueError(f"`{key}` must be a string" if key in record else f"needs `{key}`, a string")  # noqa: TRY004
@@ -216,7 +220,11 @@ def text_field(record: Record, key: str) -> str:
 
 
 def int_field(record: Record, key: str) -> int:
-    """Return the whole number `record[key]`; raises ValueError if it is missing or not a whole number."""
+    """Return the whole number `record[key]`.
+
+    Raises:
+        ValueError: The value is missing or is not a whole number.
+    """
     value = record.get(key)
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"needs `{key}`, a whole number")  # noqa: TRY004
@@ -224,7 +232,11 @@ def int_field(record: Record, key: str) -> int:
 
 
 def text_list_field(record: Record, key: str) -> list[str]:
-    """Return the list of strings `record[key]`, with line feeds as line ends; else raises ValueError."""
+    """Return the list of strings `record[key]`, with line feeds as line ends.
+
+    Raises:
+        ValueError: The value is missing or is not a list of strings.
+    """
     value = record.get(key)
     if not isinstance(value, list) or any(not isinstance(each, str) for each in value):
         raise ValueError(f"needs `{key}`, a list of strings")

@@ -88,7 +88,7 @@ class Batch:
 
 @frozen(kw_only=True, eq=False)
 class StepView:
-    """The global batch of one step, as a weighting receives it; a signal that it does not need is None.
+    """The global batch of one step, as a weighting receives it; signals that are not needed are None.
 
     Attributes:
         ids_BT: int64 token ids.
@@ -101,8 +101,8 @@ class StepView:
         training: False if the batch is only measured, for example for the report of the run; a weighting must
             then not update moving statistics.
         steps: Number of optimiser steps of this stage, for schedules.
-        example_ids: `example_ids[b][n]` is the id of the example whose document has index n in row b, where n
-            is the index in `document_BT`.
+        example_ids: `example_ids[b][n]` is the id of the example whose document has the index n in row b, as
+            in `document_BT`.
         metadata: `metadata[b][n]` is the `Example.metadata` of the example `example_ids[b][n]`.
         reward_BT: float32, `Signal.REWARD`: reward of the response, on each token of the response; 0 on
             prompts and padding.
@@ -166,8 +166,8 @@ class Weights:
             the recipe allows negative weights. The shape is either `[B, T]`, indexed by target token, with 0
             where `response_BT` is False, or `[B, T, K]`, indexed by source and head, with 0 where
             `target_BTK` is False.
-        metrics: Scalars to log, as floats or 0-dim tensors. Their names must differ from the names of core's
-            metrics. Tensors are read after the step, so they may stay on the device.
+        metrics: Scalars to log, as floats or 0-dim tensors. The names of these metrics must differ from the
+            names of core's metrics. Tensors are read after the step, so they may stay on the device.
     """
 
     weight: Tensor
@@ -193,8 +193,8 @@ class CriticLoss:
 
     Attributes:
         loss: float32 scalar, with gradient.
-        metrics: Scalars to log, as floats or 0-dim tensors without gradient. Their names must differ from the
-            names of core's metrics.
+        metrics: Scalars to log, as floats or 0-dim tensors without gradient. The names of these metrics must
+            differ from the names of core's metrics.
     """
 
     loss: Tensor

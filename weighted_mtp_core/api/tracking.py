@@ -102,7 +102,7 @@ class Tracker(Stateful):
     def log_artifact(self, path: Path, subdir: str) -> None:
         """Store a file in the folder `subdir` of the run's files; an empty `subdir` means the top folder.
 
-        Core may repeat a failed call after `finish`.
+        If a call fails, core may call `log_artifact` again after `finish`.
         """
 
     @abstractmethod

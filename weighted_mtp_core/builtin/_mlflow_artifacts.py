@@ -84,8 +84,9 @@ def drop_local_checkpoint(client: MlflowClient, run_id: str, path: Path, subdir:
 def _request(uri: str, address: str, method: str, *, size: int, **body: Any) -> requests.Response:
     """Send a request for a file that the tracking server stores, with a timeout that fits the file's size.
 
-    The server answers only after S3 has the file. For a large file, this takes longer than the timeout of
-    MLflow's own requests, which is set by an environment variable and therefore the same for all threads.
+    The server answers only after S3 has the file. For a large file, the answer takes longer than the timeout
+    of MLflow's own requests. MLflow's timeout cannot be changed for one file, because it is an environment
+    variable and therefore the same for all threads.
     """
     folder, _, name = address.rpartition("/")
     creds = get_default_host_creds(MlflowArtifactsRepository.resolve_uri(folder, uri))

@@ -60,7 +60,7 @@ def diagnose(error: BaseException, uri: str, *, what: str = "") -> Diagnosis:
     Args:
         error: The exception.
         uri: The tracking URI.
-        what: The part of the server that failed, such as "the artifact store of "; empty for the server.
+        what: The part of the server that failed, such as "the artifact store of "; may be empty.
     """
     found = _diagnose(error)
     server = "the tracking server" if uri.startswith("http") else "the MLflow store"
@@ -170,7 +170,7 @@ def http_status(error: BaseException) -> int | None:
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an exception and then the exceptions that caused it, from the last to the first."""
+    """Yield an exception, then its cause, then the cause of its cause, and so on."""
     each: BaseException | None = error
     while each is not None:
         yield each

@@ -78,7 +78,7 @@ class MlflowTracker(Tracker):
             logging.getLogger(name).setLevel(logging.WARNING)
 
     def start(self, run: RunInfo) -> None:
-        """Create the run in its experiment, or reopen it, and bring its description up to date.
+        """Create the run in its experiment, or reopen it, and update its params, datasets and tags.
 
         Raises:
             WmtpError: The call failed and a retry will not help, for example because of a wrong login, an
@@ -155,7 +155,7 @@ class MlflowTracker(Tracker):
     # ------------------------------------------------------------------- experiment and run
 
     def _check_store(self) -> None:
-        """Stop a new run if its files can never be stored; an outage only delays their upload."""
+        """Stop a new run if its files can never be stored; an outage only delays the upload of files."""
         try:
             check_store(self._open, self.run_id)
         except WmtpError:
@@ -186,7 +186,7 @@ class MlflowTracker(Tracker):
 
     @contextmanager
     def _local_store_lock(self) -> Iterator[None]:
-        """Let only one process at a time open a local store, because concurrent migrations of it crash."""
+        """Let only one process at a time open a local store, because concurrent migrations crash."""
         if self._path is None:
             yield
             return

@@ -23,7 +23,7 @@ def resolve_uri(option: str | None, storage: Path) -> str:
 
 
 def _store_in(storage: Path) -> str:
-    """Return the URI of the store in a folder; the path is relative if the absolute path is not possible."""
+    """Return the URI of the store in a folder; its path is relative if the absolute path is not valid."""
     path = str(storage.absolute() / "mlflow.db")
     if set("?#%") & set(path):
         path = os.path.relpath(path)

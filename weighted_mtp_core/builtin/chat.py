@@ -54,7 +54,7 @@ def _row(record: Record) -> JsonlRow:
 
 
 def _message(message: object, number: int) -> Mapping[str, Any]:
-    """Return a message after all checks, with its parts of text joined; raises ValueError for a fault."""
+    """Return a message after all checks, with its text parts joined; raises ValueError for a fault."""
     if not isinstance(message, dict):
         raise ValueError(f"message {number} must be an object, got {type(message).__name__}")  # noqa: TRY004
     if message.get("role") not in _ROLES:

@@ -39,11 +39,11 @@ class MlflowOptions:
     """The options of the tracker `core.mlflow`, from the table `[tracker.options]` of a recipe.
 
     Attributes:
-        tracking_uri: URI of the tracking server or store. By default, this is MLFLOW_TRACKING_URI from the
-            environment or `.env`; if that variable is not set, `<storage>/mlflow.db`.
+        tracking_uri: URI of the tracking server or store. The default is MLFLOW_TRACKING_URI from the
+            environment or `.env`; if this variable is not set, the default is `<storage>/mlflow.db`.
         experiment_prefix: The run belongs to the experiment `<experiment_prefix>/<weighting plugin>`.
-        artifact_root: URI under which a new experiment stores files. By default, a server chooses the place;
-            for a local store, it is the folder `mlartifacts` next to the store.
+        artifact_root: URI under which a new experiment stores files. By default, a server chooses the place,
+            and a local store uses the folder `mlartifacts` next to it.
         keep_local: If false, `checkpoints/best_model.pt` is deleted from the run folder as soon as a remote
             artifact store has an identical copy.
         enabled: If false, the tracker sends nothing, and the run is recorded only in its run folder.
@@ -59,7 +59,7 @@ class MlflowOptions:
 
 
 def build_mlflow(options: MlflowOptions, context: BuildContext) -> Tracker:
-    """Build the tracker without contacting a server.
+    """Build the tracker `core.mlflow` without contacting a server.
 
     Raises:
         WmtpError: The tracking URI cannot be used.

@@ -1,4 +1,4 @@
-"""Decides when snapshots are written, which snapshots are kept, and from which one a resumed run continues.
+"""Decides when snapshots are written, which snapshots are kept, and from which snapshot a run resumes.
 
 A background thread writes snapshots, so that training continues in the meantime. Each snapshot is on disk
 either completely or not at all. `snapshot.py` defines the content and the files of a snapshot.
@@ -33,7 +33,7 @@ _SPARE_BYTES = 16 << 20  # for values, manifest and the growth of the journal wh
 
 @define(kw_only=True, eq=False)
 class Checkpoints:
-    """Context manager for the snapshots of a run; leaving it waits until the last snapshot is written.
+    """Context manager for the snapshots of a run; at its end, it waits until the last snapshot is written.
 
     Attributes:
         folder: The folder `checkpoints/` of the run folder.
@@ -57,7 +57,7 @@ class Checkpoints:
         return step == steps or (self.table.every > 0 and step % self.table.every == 0)
 
     def save(self, snapshot: Snapshot) -> None:
-        """Write a snapshot in the background, after the previous one.
+        """Wait until the previous snapshot is written, then write a snapshot in the background.
 
         Raises:
             RunFailedError: The previous snapshot could not be written.

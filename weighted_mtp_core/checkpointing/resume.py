@@ -38,7 +38,7 @@ SAFE = (
 )
 """Keys, besides those in `Plan.same_result`, that may differ in a resumed run.
 
-These keys do not affect the steps that the run has completed.
+A change of one of the keys in SAFE does not affect the steps that the run has completed.
 """
 
 LAST_STEP = {"critic": "critic.last_step", "policy": "policy.last_step"}

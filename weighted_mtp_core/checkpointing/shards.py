@@ -41,7 +41,7 @@ from weighted_mtp_core.storage.atomic import sync_to_disk
 
 
 def write_shards(tensors: Mapping[str, Tensor], folder: Path | None, distributed: Distributed) -> None:
-    """Write the shards of this process; all processes must call this, each from one thread at a time.
+    """Write the shards of this process; all processes must call `write_shards`, from one thread at a time.
 
     Args:
         tensors: Tensors in main memory, with the same names in every process; the first process also writes

@@ -1,9 +1,9 @@
 """Snapshots: the state of a stage after a completed step, from which a run continues with the same result.
 
-A snapshot is a folder `<stage>-<step>`. It contains the tensors as safetensors (one file per process for
-sharded tensors), the plain values as JSON, the best state so far as a hard link, which takes no disk space,
-and a manifest. Reading a snapshot executes no code from its files. `manager.py` decides when snapshots are
-written and which snapshots are kept.
+A snapshot is a folder `<stage>-<step>`. A snapshot contains the tensors as safetensors (one file per process
+for sharded tensors), the plain values as JSON, the best state so far as a hard link, which takes no disk
+space, and a manifest. Reading a snapshot executes no code from its files. `manager.py` decides when snapshots
+are written and which snapshots are kept.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ def load_optimiser_state(
     """Restore the result of `optimiser_state` in new optimisers.
 
     A parameter without a saved state gets no state. Each tensor of a state, including Adam's `step`, is
-    copied to the device of its parameter. Tensors that are not scalars are sharded like the parameter.
+    copied to the device of its parameter. Tensors that are not scalars are sharded like their parameter.
     """
     owner = {
         parameter: optimiser

@@ -1,6 +1,6 @@
 """Run recipes side by side and compare them.
 
-All recipes run with the same seeds, data and budget, and each recipe is compared to the first one. The
+All recipes run with the same seeds, data and budget, and each recipe is compared to the first recipe. The
 comparison shows means over seeds with 95 % intervals, paired differences with an exact permutation test, at
 equal steps and at equal wall-clock time, and learning curves. Finished runs are not repeated, so the same
 command continues a comparison that was stopped. The command writes compare.md, compare.json, compare.csv and

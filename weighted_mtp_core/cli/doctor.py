@@ -1,9 +1,9 @@
 """Check what a run needs on this machine.
 
-The command checks .env, plugins, disk and device. It also checks what components need, such as a sandbox, or
-a tracking server with its login, its artifact store and a correct clock. With a recipe, the components of the
-recipe are checked; without a recipe, the components of all installed plugins with their default options. The
-command shows no secret. Its exit code is 1 if something is missing.
+The command checks .env, plugins, disk and device. The command also checks what components need, such as a
+sandbox, or a tracking server with its login, its artifact store and a correct clock. With a recipe, the
+command checks the components of the recipe; without a recipe, it checks the components of all installed
+plugins, with their default options. The command shows no secret. The exit code is 1 if something is missing.
 
 examples:
   doctor                               everything that is installed

@@ -1,7 +1,7 @@
 """Measure a finished run again.
 
-The command measures the best policy of the run: the loss of each head, pass@k of completions that are
-executed, and decoding. Options that are not given are taken from the run's recipe. The command writes
+The command measures the best policy of the run: the loss of each head, pass@k (by executing completions), and
+the speed of decoding. Options that are not given are taken from the run's recipe. The command writes
 samples.jsonl (in HumanEval's format), verdicts.jsonl and metrics.json. RUN may also be an exported model,
 whose files never change.
 
@@ -83,7 +83,7 @@ def _plans(run: Path, args: argparse.Namespace) -> list[Plan]:
 
 
 def _evaluations(run: Path, plan: Plan) -> Path:
-    """Return the folder for evaluations; it is in the run folder, but outside of an exported model."""
+    """Return the folder for evaluations, which is inside a run folder but outside an exported model."""
     from weighted_mtp_core.model.exported_model import is_exported_model
 
     if is_exported_model(run):

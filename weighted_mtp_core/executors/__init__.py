@@ -1,1 +1,1 @@
-"""Where tasks run: `--executor local:N` in this process, `--executor dask://HOST:PORT` on other machines."""
+"""Executors, which run tasks in this process (`local:N`) or on other machines (`dask://HOST:PORT`)."""

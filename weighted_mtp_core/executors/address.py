@@ -18,7 +18,7 @@ def local_slots(address: str) -> int | None:
     """Return N for an address `local:N`, or None for an address `dask://HOST:PORT`.
 
     Raises:
-        WmtpError: The address has neither of the two forms.
+        WmtpError: The address has neither the form `local:N` nor the form `dask://HOST:PORT`.
     """
     if local := re.fullmatch(r"local:([1-9][0-9]*)", address):
         return int(local[1])
@@ -34,8 +34,8 @@ def open_executor(
     """Open an executor; tasks that have not started at the end of the `with` block are cancelled.
 
     Args:
-        address: `local:N` for a pool of N threads in this process, whose tasks may start other processes, or
-            `dask://HOST:PORT` for the workers of a Dask scheduler.
+        address: `local:N` for a pool of N threads in this process, or `dask://HOST:PORT` for the workers of a
+            Dask scheduler. The tasks of a thread pool start processes of their own.
         plans: The plans of the recipes that the tasks execute. A Dask worker refuses a task if the worker
             does not run the code on which the plans depend.
         in_each_thread: Called at the start of each thread of `local:N`; Dask workers do not call it.

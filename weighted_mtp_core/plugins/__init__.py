@@ -1,1 +1,1 @@
-"""Find installed plugins, load those that a recipe names, and select their components."""
+"""Find installed plugins, load the plugins that a recipe names, and select their components."""

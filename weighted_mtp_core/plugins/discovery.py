@@ -38,7 +38,7 @@ class FoundPlugin:
     """A plugin as its installed metadata describes it.
 
     Attributes:
-        name: Name of the entry point, which is the first part of the addresses of its components.
+        name: Name of the entry point, which is the first part of the address of each of its components.
         distribution: Canonical name of the distribution, as `pip list` shows it.
         version: Version of the distribution.
         module: What the entry point refers to: a module, or `module:object`.
@@ -161,7 +161,7 @@ class _Metadata(Distribution):
     Attributes:
         folder: The metadata folder.
         entries: Name and module of each entry point in the group `weighted_mtp_core`.
-        undecodable: The files read so far that are not UTF-8.
+        undecodable: Names of the metadata files that are not UTF-8, among the files read so far.
     """
 
     def __init__(self, distribution: Distribution) -> None:
@@ -186,7 +186,7 @@ class _Metadata(Distribution):
 
     @property
     def is_described(self) -> bool:
-        """Whether METADATA or PKG-INFO exists; without them, the folder remains from a removed package."""
+        """Whether METADATA or PKG-INFO exists; a folder without them is left from a removed package."""
         return (self.folder / "METADATA").is_file() or (self.folder / "PKG-INFO").is_file()
 
     @property
@@ -223,7 +223,7 @@ class _Metadata(Distribution):
             )
 
     def faults(self, installed: Iterable[_Metadata]) -> Iterator[str]:
-        """Yield one line for each fault of the folder."""
+        """Yield one line for each fault of the metadata folder."""
         lacking = [name for name in ("Name", "Version") if self.entries and not self._field(name)]
         for name in sorted(self.undecodable):
             yield f"`{self.folder / name}` is not UTF-8"

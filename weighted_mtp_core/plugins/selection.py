@@ -27,7 +27,7 @@ class SelectedComponent:
     """A component with the options that a recipe gives it.
 
     Attributes:
-        address: `<plugin>.<component>`.
+        address: The complete address of the component, `<plugin>.<component>`.
         plugin: The plugin that declares the component.
         component: The declaration of the component.
         options: An instance of `component.options`.
@@ -49,7 +49,7 @@ class SelectedComponent:
     def negative_weights(self) -> bool:
         """Whether the component may return negative weights.
 
-        A component that wraps weightings may do so only if one of the wrapped weightings may.
+        A component that wraps weightings may return negative weights only if a wrapped weighting may.
         """
         inner = [each.negative_weights for each in self.wrapped.values()]
         return self.component.negative_weights and (any(inner) or not inner)
@@ -138,7 +138,7 @@ class ComponentSelector:
             at: Path of the recipe's table that contains `use` and `options`.
 
         Raises:
-            WmtpError: There is no such component, or its plugin cannot be loaded.
+            WmtpError: The component does not exist, or its plugin cannot be loaded.
         """
         try:
             plugin, component = resolve(self.registry, kind, use)

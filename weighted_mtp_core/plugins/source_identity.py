@@ -1,7 +1,7 @@
 """SHA-256 sums of the source code that a result depends on. This module imports no plugin.
 
 If a plugin is installed in editable mode, its code can change while its version stays the same. Two results
-with the same version can therefore come from different code, which the SHA-256 sums reveal.
+with the same version can therefore come from different code; the SHA-256 sums of their code then differ.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _editable_requirements(plugin: FoundPlugin) -> Iterator[str]:
 
 
 def _modules(installed: Distribution) -> Iterator[str]:
-    """Yield the names of the top-level modules that the metadata of a distribution list."""
+    """Yield the names of the top-level modules of a distribution, according to its metadata."""
     yield from (installed.read_text("top_level.txt") or "").split()
     for file in installed.files or ():
         name = file.parts[0].removesuffix(".py")
@@ -87,7 +87,7 @@ def _paths(modules: Iterable[str]) -> tuple[Path, ...]:
 
 @cache
 def _sha256(paths: tuple[Path, ...]) -> str:
-    """Return one SHA-256 of modules and package folders, cached because the files of core take 15 ms."""
+    """Return one SHA-256 of modules and package folders; it is cached, because hashing core takes 15 ms."""
     digest = hashlib.sha256()
     for path in paths:
         for file in [path] if path.is_file() else sorted(filter(Path.is_file, path.rglob("*"))):

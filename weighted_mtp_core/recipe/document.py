@@ -46,9 +46,9 @@ class Document:
         """Merge a file as the highest layer.
 
         Args:
-            table: The keys of the file that apply.
+            table: The table of the file, with only the keys that apply.
             file: The path of the file.
-            text: The text of the file, in which the lines of the keys are found.
+            text: The text of the file, from which the line numbers of keys are determined.
         """
         self._merge(self.table, table, file, at=())
         self.texts[file] = text
@@ -79,7 +79,7 @@ class Document:
     def locate(self, path: KeyPath) -> str:
         """Return where a key was set: "file, line 3, a.key" or "--set, a.key".
 
-        If the key was not set, this is the place where its table was set.
+        If the key was not set, return where the table of the key was set.
         """
         source, line = self._origin(path)
         return ", ".join([source, *([f"line {line}"] if line else []), dotted(path)])
@@ -126,7 +126,7 @@ class Document:
     def _origin(self, path: KeyPath) -> tuple[str, int]:
         """Return where a key was set, as (file, line) or (command-line option, 0).
 
-        If the key was not set, this is the place where the nearest enclosing table was set.
+        If the key was not set, return where the nearest enclosing table was set.
         """
         while path and path not in self._sources:
             path = path[:-1]

@@ -14,8 +14,8 @@ from weighted_mtp_core.errors import WmtpError
 def parse_overrides(texts: Sequence[str]) -> list[tuple[list[str], Any]]:
     """Return the keys and the value of each override; overrides of `use` come first.
 
-    A new `use` discards the options of the previous component. Because overrides of `use` are applied first,
-    they do not discard options that the same command line sets.
+    An override of `use` discards the options of the previous component. Because overrides of `use` are
+    applied first, they do not discard options that the same command line sets.
 
     Raises:
         WmtpError: An override does not have the form KEY=VALUE.
@@ -27,7 +27,7 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     """Return the key and the value of one override of the form KEY=VALUE.
 
     Raises:
-        WmtpError: The override does not have this form, or its value is malformed.
+        WmtpError: The override does not have the form KEY=VALUE, or its value is malformed.
     """
     key, equals, value = text.partition("=")
     keys = key.strip().split(".")

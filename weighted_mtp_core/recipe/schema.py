@@ -96,9 +96,9 @@ class AdaptersTable:
     """`[model.adapters]`: low-rank adapters (LoRA) of the base model, for `model.train = "adapters"`.
 
     An adapter adds `s B A x` to the output of a linear layer with input x, where the matrix A has `rank` rows
-    and the matrix B has `rank` columns. The scale s of an adapter is `alpha / rank`, or with `rslora`
-    `alpha / sqrt(rank)`; the default of `alpha` is `2 * rank`. `dropout` is applied to the input of an
-    adapter in training. `dora` also trains the norm of each row of the adapted matrix. `targets` are the
+    and the matrix B has `rank` columns. The scale s of an adapter is `alpha / rank`, or `alpha / sqrt(rank)`
+    if `rslora` is true; the default of `alpha` is `2 * rank`. `dropout` is applied to the input of an adapter
+    in training. `dora` also trains the norm of each row of the adapted matrix. `targets` are the
     names of the adapted layers, for example `q_proj`; if `targets` is empty, all linear layers of the decoder
     layers are adapted. `heads` decides whether heads 2..K are trained whole, or through adapters of their
     decoder layers.

@@ -1,7 +1,7 @@
 """Convert TOML tables strictly to attrs classes: every fault is reported, and no fault is corrected silently.
 
-The fields of a class are the keys of a table; their types and validators define the allowed values. The
-function `structure` converts both the recipe's own tables and the `options` of every component.
+The fields of a class are the keys of a table; the types and validators of the fields define the allowed
+values. The function `structure` converts both the recipe's own tables and the `options` of every component.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def plain(value: Any) -> Any:
 
 
 def default_of(attribute: Any) -> Any:
-    """Return the default of an attrs field; `attrs.NOTHING` if there is none or it needs the instance."""
+    """Return the default of an attrs field; `attrs.NOTHING` if it has none or depends on the instance."""
     default: Any = attribute.default
     if hasattr(default, "takes_self"):  # an attrs Factory
         return attrs.NOTHING if default.takes_self else default.factory()

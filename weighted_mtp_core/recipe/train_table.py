@@ -37,7 +37,7 @@ def _default_steps(table: TrainTable) -> int | None:
 
 @frozen(kw_only=True)
 class TrainTable:
-    """`[critic.train]`, the training of the critic (stage 1); `[train]` (stage 2) has the same keys and more.
+    """`[critic.train]`: the training of the critic (stage 1). The table `[train]` has the same keys and more.
 
     The length of the stage is either a number of steps or a number of epochs; a number of epochs is converted
     to steps when the data are known. `batch_size` is the global batch size in rows. The stage ends early
@@ -74,7 +74,7 @@ class TrainTable:
 
     @property
     def length(self) -> str:
-        """The length of the stage in words."""
+        """The length of the stage as text, such as `300 steps` or `2 epochs`."""
         return f"{self.steps} steps" if self.epochs is None else f"{self.epochs:g} epochs"
 
     def for_epochs(self, batches_per_epoch: float) -> Self:

@@ -33,7 +33,7 @@ SUMMARIES = {
 
 @frozen(kw_only=True)
 class Scaffold:
-    """A plugin package to write, with one component of the given kind that has the name of the plugin."""
+    """A plugin package to write; its one component has the given kind and the name of the plugin."""
 
     name: str
     kind: Kind

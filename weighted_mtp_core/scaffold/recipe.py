@@ -90,7 +90,7 @@ def _lines(own: Mapping[str, Any], plan: Plan) -> Iterator[str]:
 
 
 def _default_lines(name: str, own: Mapping[str, Any]) -> list[str]:
-    """Return the lines of `core:defaults.toml`, as comments, for shown keys of a table that are not set."""
+    """Return lines of `core:defaults.toml`, as comments, for keys that the table shows but does not set."""
     (text,) = defaults(name="").texts.values()
     numbers, lines = find_lines(text), text.splitlines()
     return ["#" + lines[numbers[name, key] - 1] for key in _SHOWN[name] if key not in own]

@@ -44,7 +44,7 @@ def unfinished_folder(path: Path) -> Iterator[Path]:
     """Yield a new folder `.<name>.<random>` next to `path`, which the `with` block fills and renames.
 
     If the block does not rename the folder, the folder is deleted: at the end of the block, or, if the
-    process is killed, by the next call for `path`. A lock on the folder shows that its process is alive.
+    process is killed, by the next call for `path`. A lock on the folder shows that the process is alive.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     delete_abandoned(path)

@@ -17,7 +17,7 @@ MANIFEST = "manifest.json"
 DERIVED = "derived"
 """Name of the subfolder for derived files, such as caches, which the manifest of the folder does not list.
 
-Each folder in this subfolder has a manifest of its own.
+Each folder in the subfolder `derived` has a manifest of its own.
 """
 
 _LINKED: dict[tuple[int, ...], str] = {}
@@ -43,8 +43,8 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path`, with a manifest, if the `with` block raises no exception.
 
     If `path` already exists, or another process creates `path` during the block, the existing folder is kept
-    and the temporary folder is deleted. With `replace`, the existing folder is deleted instead, after the
-    temporary folder has taken its place.
+    and the temporary folder is deleted. With `replace`, an existing folder `path` is replaced with the
+    temporary folder and deleted.
     """
     with unfinished_folder(path) as temporary:
         yield temporary

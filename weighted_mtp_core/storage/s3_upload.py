@@ -35,7 +35,7 @@ class Item:
 
 @frozen(kw_only=True)
 class UploadPlan:
-    """What an upload will do.
+    """The files that an upload will send, and the place to which it will send them.
 
     Attributes:
         location: The bucket and the prefix to which the files are uploaded.

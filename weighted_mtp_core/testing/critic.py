@@ -82,7 +82,7 @@ class CriticSuite(checks.ComponentSuite):
 
     @pytest.fixture
     def critic(self, build: Build) -> Critic:
-        """A critic; it is trained for a few steps if possible, because untrained scores may all be equal."""
+        """A critic, trained for a few steps if it is trainable, because untrained scores may all be equal."""
         critic = build()
         if critic.trainable:
             _train(critic, steps=3)
@@ -199,7 +199,7 @@ class CriticSuite(checks.ComponentSuite):
             assert not torch.as_tensor(value).requires_grad, name
 
     def test_gradients_do_not_reach_the_trunk(self, trainable: Critic) -> None:
-        """The loss must have no gradient for the trunk's states, because a critic cannot train the policy."""
+        """The loss must have no gradient for the trunk's states, so that a critic cannot train the policy."""
         if not trainable.reads_policy:
             return
         batch = _training_batch(trainable)

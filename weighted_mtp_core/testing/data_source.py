@@ -80,7 +80,7 @@ class DataSourceSuite(ComponentSuite):
         assert empty == []
 
     def test_the_same_examples_come_twice_in_the_same_order(self, build: Build, split: Split) -> None:
-        """Repeated calls and other sources with the same options must return the same order."""
+        """Repeated calls, and other sources with the same options, must return equal lists of examples."""
         source = build()
         first = list(source.examples(split))
 
@@ -146,7 +146,7 @@ class DataSourceSuite(ComponentSuite):
         assert changed.version().sha256 != build().version().sha256
 
     def test_verdicts_tell_right_from_wrong_in_order(self, source: DataSource, split: Split) -> None:
-        """A known solution must pass, an empty completion must fail, and verdicts must be in order."""
+        """A known solution must pass and an empty completion must fail, in the order of the attempts."""
         problems = [each for each in source.problems(split) if each.solution is not None][:_JUDGED]
         if not problems:
             pytest.skip("no problem of this split has a known solution")

@@ -19,7 +19,7 @@ N_FUTURE = 3
 VOCAB_SIZE = 32
 EOS_ID = 1
 _TEXTS = ("", "", *"0123456789 abcdefghijklmnopqrs")
-"""The text of each token id of a stand-in for a tokenizer: one character, or none for 0 and EOS."""
+"""The text of each token id of a stand-in for a tokenizer: one character, or no text for 0 and EOS."""
 HIDDEN_SIZE = 16
 _VALUES = ("value_BT", "log_value_BT")
 

@@ -1,4 +1,4 @@
-"""How much of a run's journal a store has received.
+"""Record how much of a run's journal a store has received.
 
 The file `delivery/<tracker>.json` in the run folder records the delivery to the current store of a tracker.
 Each delivery belongs to one store and to one run in this store. If a tracker is configured for another store,
@@ -26,7 +26,7 @@ POINTS = ("metrics", "timings")
 class Pending:
     """The amount of data that a tracker has not received: lines of the journal, and files.
 
-    `reason` says why the data have not been received; it is empty if no call of the tracker failed.
+    `reason` is the reason why the data have not been received; it is empty if no call of the tracker failed.
     """
 
     lines: int

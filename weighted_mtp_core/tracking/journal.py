@@ -76,7 +76,8 @@ def decode(line: bytes, *, start: int) -> Entry | Damage:
 def plain_number(value: float) -> float | str:
     """Return a finite number unchanged, and other numbers as `"nan"`, `"inf"` or `"-inf"`.
 
-    JSON cannot store numbers that are not finite. They are kept in the journal, but not sent to trackers.
+    JSON cannot store numbers that are not finite. Such numbers are kept in the journal, but not sent to
+    trackers.
     """
     return value if math.isfinite(value) else str(value)
 

@@ -1,6 +1,6 @@
 """The data that one tracker has not received yet.
 
-These data are all lines of the journal from a position on, and earlier lines that wait for a retry.
+An outbox contains all lines of the journal from a position on, and earlier lines that wait for a retry.
 `Outbox.step` sends the next batch and advances the position. If the tracker's answer was lost, the batch is
 sent again, so all methods of a tracker must tolerate repeated calls (`weighted_mtp_core.api.Tracker`).
 """

@@ -3,7 +3,8 @@
     with open_recorder(plan, display) as record:
         record.metrics("policy", 10, {"policy_loss": 1.25})
 
-Leaving the block closes the run as FINISHED, after an exception as FAILED, and after a signal as KILLED.
+Leaving the `with` block closes the run: as FAILED after an exception, as KILLED after a signal, and otherwise
+as FINISHED.
 """
 
 from __future__ import annotations
@@ -315,7 +316,7 @@ class Recorder:
         self.finish(outcome, error_class=error_class)
 
     def hold_until_entered(self, held: ExitStack) -> None:
-        """Delay signals until the `with` block of the recorder begins, which can close the run.
+        """Delay signals until the recorder's `with` block begins, because only this block can close the run.
 
         Args:
             held: A stack that contains `hold_signals`; the recorder closes this stack.

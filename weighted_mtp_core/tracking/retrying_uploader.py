@@ -47,7 +47,7 @@ class RetryingUploader:
 
     @classmethod
     def to(cls, tracker: Tracker, name: str, folder: RunFolder, *, log: Callable[[str], None]) -> Self:
-        """Return an uploader of a run folder to a tracker, whose `name` has the form `<number>-<address>`."""
+        """Return an uploader from a run folder to a tracker; `name` has the form `<number>-<address>`."""
         outbox = Outbox(
             tracker=tracker, folder=folder.path, journal=folder.journal, state=folder.delivery(name)
         )

@@ -38,7 +38,7 @@ def new_run_id() -> str:
 
 @define(kw_only=True, eq=False)
 class RunFolder:
-    """A run folder. `create` and `open` lock the folder for this process until `close`.
+    """A run folder, which `create` and `open` lock for this process until `close`.
 
     The lock is a POSIX record lock: the kernel always releases it when the process ends, and child processes
     do not inherit it.

@@ -9,7 +9,7 @@ from weighted_mtp_core.plan import Plan
 
 
 def build_trackers(plan: Plan) -> dict[str, Tracker]:
-    """Build the trackers of a plan, keyed by `<number>-<address>`; files in `delivery/` have these names."""
+    """Build the trackers of a plan, keyed by the names of their delivery files, `<number>-<address>`."""
     recipe = plan.recipe
     context = BuildContext(seed=recipe.run.seed, storage=Path(recipe.run.storage))
     return {f"{i}-{chosen.address}": chosen.build(context) for i, chosen in enumerate(plan.trackers)}
