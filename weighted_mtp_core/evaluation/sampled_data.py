@@ -229,7 +229,7 @@ def _resume(
 
     Args:
         journal: The journal.
-        kind: Kind of these results in the journal.
+        kind: Kind of the results in the journal.
         units: The units of work, for example problems.
         compute: Returns the results of some units in a form that JSON can store. The second argument of
             `compute` is the number of known results.

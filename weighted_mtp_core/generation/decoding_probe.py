@@ -1,9 +1,10 @@
 """Determine whether a policy can be decoded with drafts, with rows of different lengths, and with a cache.
 
 The caches and masks of model families differ. A recurrent layer cannot forget a rejected draft, some families
-measure distances in cache slots, and some keep additional states. So the real `Decoder` is run on a few known
-tokens with some drafts rejected, and its logits are compared with the logits of one pass over the whole text.
-A method of decoding that fails this test is not used: the text is still correct, but decoding is slower.
+measure distances in cache slots, and some keep additional states. The real `Decoder` is therefore run on a
+few known tokens with some drafts rejected, and its logits are compared with the logits of one pass over the
+whole text. A method of decoding that fails this test is not used: the text is still correct, but decoding is
+slower.
 
 Shape letters: R rows, T tokens, D drafted tokens, K heads, V vocabulary.
 """

@@ -2,8 +2,9 @@
 
 Each `parallel` head is a body of one layer. Before its layer, a body computes masks and rotary angles, which
 depend only on positions. For a few tokens, computing masks and angles takes about as long as the layer
-itself. So masks and angles are computed only once: the layers of the heads are called with the arguments of a
-layer of the trunk. The layers of heads 2, 3, ..., which draft, are stacked and called as one layer.
+itself. Masks and angles are therefore computed only once: the layers of the heads are called with the
+arguments of a layer of the trunk. The layers of heads 2, 3, ..., which draft, are stacked and called as one
+layer.
 
 Shape letters: R rows, T tokens of a block, S slots of the caches, D drafting heads, H hidden.
 """
@@ -98,8 +99,8 @@ class DecodingHeads:
 class Block:
     """The heads' states for one block of tokens.
 
-    Compute the states of each head only once, and before the caches change. Every head reads the whole block,
-    so that its cache has no gaps. The states equal the result of `Policy.head_states`.
+    The states of a head must be computed only once, before the caches change. Every head reads the whole
+    block, so that its cache has no gaps. The states equal the result of `Policy.head_states`.
     """
 
     heads: DecodingHeads

@@ -216,7 +216,7 @@ def _window(policy: Policy) -> int | None:
 
 
 def most_tokens(policy: Policy) -> float:
-    """Return the maximum number of tokens of a prompt with its text, so that drafts after it still fit."""
+    """Return the maximum number of tokens of prompt and text, with space left for drafts after the text."""
     positions: int | None = getattr(policy.config, "max_position_embeddings", None)
     return math.inf if positions is None else positions - (policy.n_future - 1)
 

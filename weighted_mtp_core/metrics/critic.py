@@ -147,8 +147,8 @@ class CriticMeasures:
             responses; 0 for a response with equal values.
         length_correlation: Spearman's correlation of final value and length.
         falls_at_slip: Share of the incorrect responses with a known mistake in which the largest fall of the
-            value is at a mistake. If several tokens have the same largest fall, each counts as an equal part
-            of the response. For a constant critic, `falls_at_slip` is the mean share of tokens at a mistake,
+            value is at a mistake. If n tokens of a response have the same largest fall, each of these tokens
+            counts 1 / n. For a constant critic, `falls_at_slip` is the mean share of tokens at a mistake,
             which is the result by chance. None if no incorrect response has a known mistake.
     """
 

@@ -18,7 +18,7 @@ LEVEL = 0.025
 PROBLEMS_NEEDED = 6
 """Number of problems with a correct response, and of problems with an incorrect one, that the test needs.
 
-With n problems, the smallest p-value is about 1 / 2^n, and 1 / 2^6 is less than `LEVEL`.
+The smallest p-value with n problems is about 1 / 2^n, which is less than `LEVEL` for n >= 6.
 """
 
 _FLIPS = 3999  # random sign choices; the standard error of a p-value at `LEVEL` is a tenth of the p-value

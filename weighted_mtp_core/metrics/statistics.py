@@ -48,7 +48,7 @@ class Difference:
 def estimate(value_N: Sequence[float]) -> Estimate:
     """Return the mean and the 95 % interval of Student's t with N - 1 degrees of freedom.
 
-    If a value is not finite, mean and interval are NaN: the mean of the others would hide a diverged run.
+    If a value is not finite, mean and interval are NaN: a mean without this value would hide a diverged run.
     """
     count = len(value_N)
     if not all(map(math.isfinite, value_N)):

@@ -226,7 +226,7 @@ class ChunkedUnembedding:
             yield rows, self._logits(state_SH.index_select(0, index_N[rows]), self.logits_NV)
 
     def _logits(self, state_NH: Tensor, buffer_NV: Tensor) -> Tensor:
-        """Return logits of states, float32 `[N, V]`; the next call with this buffer may overwrite them."""
+        """Return logits of states, float32 `[N, V]`; the next call may overwrite the logits."""
         state_NH, out_NV = state_NH.to(self.matrix_VH.dtype), buffer_NV[: len(state_NH)]
         product_NV = torch.mm(state_NH, self.matrix_VH.T, out=out_NV).float()
         return product_NV if self.unembedding.is_plain else self.unembedding.shape_(product_NV)

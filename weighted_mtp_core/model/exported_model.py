@@ -43,7 +43,8 @@ class ExportFacts:
         base: Name and version of the base model.
         data_sha256: SHA-256 of the training data; None if the run did not record it.
         shared: Whether `sequential` heads share one module.
-        serve: The server for which `sequential` heads were trained; servers differ in what heads compute.
+        serve: The server for which `sequential` heads were trained. Heads that were trained for another
+            server compute other states.
         init: `"base"` if `sequential` heads are the base model's MTP layers, which are stored under the base
             model's names; otherwise `"new"`.
     """

@@ -62,7 +62,7 @@ def _train_tokenizer(corpus: list[str], *, vocab_size: int) -> Any:
 
 
 def micro_config(shape: MicroTable, tokenizer: Any = None) -> Any:
-    """Return the config of a model of this shape; without a tokenizer, it has no ids of special tokens."""
+    """Return the config for this shape; without a tokenizer, the config has no ids of special tokens."""
     from transformers import LlamaConfig
 
     return LlamaConfig(

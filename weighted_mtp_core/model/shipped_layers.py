@@ -166,8 +166,8 @@ def later_layers(source: Path | str, model: nn.Module) -> tuple[str, ...]:
 def promise_no_layers(config: Any) -> None:
     """Remove from a config, in place, each key that describes MTP layers.
 
-    For a missing key, transformers would use the default of the config's class. So a key with a default is
-    not removed: it is set to 0 if the default is an int, otherwise to the default.
+    For a missing key, transformers would use the default of the config's class. Therefore a key that has a
+    default is not removed but set: to 0 if the default is an int, otherwise to the default.
     """
     for part in {id(each): each for each in (config, text_config(config))}.values():
         kind = type(part)

@@ -1,9 +1,9 @@
 """Compute a layer's feed-forward network only at the positions whose states are read.
 
-Attention needs every position. But the feed-forward network, which has about three quarters of the parameters
-of a Llama layer, is computed independently at each position. So the feed-forward network and its gradient can
-be skipped at positions whose state is not read. Only a network with the name `mlp` is skipped; a layer whose
-feed-forward network has another name is computed in full.
+Attention needs every position. The feed-forward network, which has about three quarters of the parameters of
+a Llama layer, is computed independently at each position, so the network and its gradient can be skipped at
+positions whose state is not read. Only a network with the name `mlp` is skipped; a layer whose feed-forward
+network has another name is computed in full.
 
 Shape letters: B rows, T positions, H hidden, N selected positions of the flattened [B, T].
 """

@@ -47,7 +47,7 @@ class Text:
     trunk: Any
 
     def positions(self) -> Tensor:
-        """Return the positions, int64 `[B, T]`."""
+        """Return the positions of the tokens, int64 `[B, T]`."""
         if self.position_BT is not None:
             return self.position_BT
         ids_BT = self._ids()
