@@ -42,7 +42,7 @@ def sharded_class(model_class: Any, source: Path | str, mesh: DeviceMesh) -> Any
 
 
 def finish_loading(model: Any, info: Any, mesh: DeviceMesh) -> None:
-    """Restore a model's class, move the model to its device, and merge the mismatch lists of all processes."""
+    """Restore a model's class, move the model to its device, and merge all processes' mismatch lists."""
     (model.__class__,) = type(model).__bases__
     model.to(mesh.device_type)
     found: list[Any] = [None] * mesh.size()
