@@ -16,6 +16,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.generation.decoding_probe import manner_of
 from weighted_mtp_core.generation.generate import generate
 from weighted_mtp_core.model.load import make_policy
 
@@ -132,6 +133,20 @@ def test_nothing_is_drafted_if_rejected_drafts_would_fill_a_window(name, drafts)
     written = generate(policy, PROMPTS, max_new_tokens=11, eos_id=EOS, decoding="self_speculative")
 
     assert len(written.accepted) == drafts
+
+
+def test_logits_that_are_nan_at_the_first_step_only_are_not_decoded_with_a_cache():
+    policy = copy.deepcopy(models("llama", "parallel")[1])
+    lengths = []
+
+    def spoil(_, inputs, logits):
+        lengths.append(inputs[0].shape[1])
+        is_first_step = lengths[-1] == 1 and lengths[-2] > 1
+        return logits * float("nan") if is_first_step else None
+
+    policy.unembedding.register_forward_hook(spoil)
+
+    assert "differ with a cache (by nan)" in manner_of(policy).no_cache
 
 
 def test_a_prompt_that_leaves_no_position_is_an_error():

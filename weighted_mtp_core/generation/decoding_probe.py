@@ -11,6 +11,7 @@ Shape letters: R rows, T tokens, D drafted tokens, K heads, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -182,7 +183,7 @@ class _Following(Decoder):
 
     def _compare(self, actual: Tensor, expected: Tensor) -> None:
         gap = float((actual.float() - expected).abs().max() / expected.abs().max().clamp(min=1e-9))
-        self.gap = gap if not gap <= self.gap else self.gap
+        self.gap = gap if math.isnan(gap) or gap > self.gap else self.gap  # once NaN, it remains NaN
 
 
 @define(kw_only=True, eq=False)
