@@ -4,10 +4,9 @@ The program is cut out before a text is saved and judged, never during judging, 
 same program.
 
 Text inside `<think>` is ignored. If the text begins with the body of the prompt's function, this body is the
-answer. Otherwise, the answer is code that defines the function: the code in the last closed fence that
-defines it; if there is none, the code in the last open fence that defines it; if there is none either, the
-last code between prose that defines it. Code that only imports the function is the answer only if no other
-code defines the function, because examples of use import it, too.
+answer. Otherwise, the answer is the last code that defines the function: if possible in a closed fence,
+otherwise in an open fence, otherwise between prose. Code that only imports the function is the answer only if
+no code defines the function, because examples of use also import it.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _CONTROL_TOKEN = re.compile(r"(?:<\|\w+\|>|</?s>|<(?:eos|bos|pad|end_of_turn)>).
 
 
 def cut_completion(text: str, *, prompt: str, entry_point: str) -> str:
-    """Return the completion such that `prompt + completion` is the program that the model means.
+    """Return the part of a model's text with which `prompt + completion` is the intended program.
 
     Text and fences around the code are dropped. The completion contains the function, the statements before
     the function, and the later statements that the function uses. If the model repeats the signature, the
@@ -122,14 +121,14 @@ class _Block:
 
 
 def _lines(text: str) -> list[str]:
-    """Return the lines of a text without the text inside `<think>` or `<thinking>`."""
+    """Return the lines of a text, except what is inside `<think>` or `<thinking>`."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     text = _THOUGHT.sub("", text)
     return _END_OF_THOUGHT.sub("", text).split("\n")
 
 
 def _opened(lines: Sequence[str]) -> dict[int, tuple[str, int | None]]:
-    """Return a dict from the first line of each fenced block to its indentation and the line that closes it.
+    """Return the fenced blocks: a dict from their first line to their indentation and their closing line.
 
     Lines are numbers, counted from 0; the closing line is None if the fence is open.
     """
@@ -195,8 +194,8 @@ def _fence_at(line: int, opened: dict[int, tuple[str, int | None]]) -> str:
 def _forms(code: str, prompt: _Prompt) -> Iterator[list[str]]:
     """Yield lists of texts to append to the prompt, the most likely list first.
 
-    The first list is used in which any text defines the function. If several texts of this list do, the one
-    of which the most lines are kept is used.
+    The caller chooses the first list in which any text defines the function, and from this list the text of
+    which it can keep the most lines.
     """
     yield [code]
     margin = prompt.margin
@@ -226,7 +225,7 @@ def _signature(code: str, entry_point: str) -> re.Match[str] | None:
 
 
 def _longest(code: str, prompt: _Prompt, *, keeps_last: bool) -> tuple[str, list[ast.stmt], int] | None:
-    """Drop last lines until the code is valid Python, and keep only the statements that the function needs.
+    """Drop lines from the end until the code is valid Python; keep the statements that the function needs.
 
     Returns:
         The completion, its statements, and the number of dropped lines; None if the code does not define the
@@ -252,8 +251,8 @@ def _longest(code: str, prompt: _Prompt, *, keeps_last: bool) -> tuple[str, list
 def _parsed_lines(lines: Sequence[str], before: str) -> tuple[str, ast.Module | int]:
     """Parse lines after the text `before`; return their code, and the tree or the number of a wrong line.
 
-    A control token such as `<|im_end|>` at the end of the lines is dropped if they are not valid Python with
-    it, because a model may write the token as text.
+    If lines that end with a control token such as `<|im_end|>` are not valid Python, the token is dropped,
+    because a model may write it as text.
     """
     code = "\n".join(lines)
     tree = _tree_or_line(before + code)

@@ -1,6 +1,6 @@
 """Find the statements of a module that a function needs.
 
-These are the definition of the function, the statements before it, and the later statements that it uses.
+A function needs its own definition, the statements before it, and those later statements that it uses.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _needs(nodes: Iterable[ast.stmt]) -> set[str]:
 
 
 def _binds(node: ast.AST) -> set[str]:
-    """Return the names that a statement at module level binds, or the values of which it changes in place."""
+    """Return the names that a statement of the module binds, and the names of objects that it changes."""
     names = {each.id for each in _stores(node)}
     match node:
         case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
@@ -151,7 +151,7 @@ def _binds(node: ast.AST) -> set[str]:
 
 
 def _stores(node: ast.AST) -> Iterator[ast.Name]:
-    """Yield the names to which, or to an item or attribute of which, a value is assigned."""
+    """Yield the names to which a statement assigns, directly or through an item or attribute."""
     for each in ast.walk(node):
         match each:
             case ast.Name(ctx=ast.Store()):

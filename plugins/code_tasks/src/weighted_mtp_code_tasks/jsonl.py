@@ -1,4 +1,4 @@
-"""The data source `code_tasks.jsonl`: the rows that `core.jsonl` reads, whose tests judge completions."""
+"""The data source `code_tasks.jsonl`: rows as in `core.jsonl`, with tests that judge completions."""
 
 from __future__ import annotations
 

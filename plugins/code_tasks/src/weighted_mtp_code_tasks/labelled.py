@@ -51,12 +51,13 @@ class LabelledSource(DataSource):
         name: Name of the data and of its folder under `datasets_v2/`.
         recipe: Everything on which the responses depend. The version of the data is a hash of the recipe and
             of those limits of the judge that differ from their defaults.
-        draw: Makes the problems and the responses; called only if this version is not in storage.
+        draw: Makes the problems and the responses; called only if the labelled data are not in storage.
         storage: Root folder of the storage.
         judge: Judges responses and completions.
         executor: If given, it judges the responses; otherwise, they are judged on the cores of this machine.
         incorrect_fraction: Share of incorrect responses among the examples that the policy imitates.
-        tolerated_failures: Largest share of problems of which no solution passes; they are left out.
+        tolerated_failures: Largest share of problems that may have no solution that passes the tests; such
+            problems are left out.
     """
 
     name: str
@@ -92,8 +93,8 @@ class LabelledSource(DataSource):
     def policy_examples(self, split: Split) -> Sequence[Example]:
         """Return all correct responses of the split and, for training, incorrect responses, too.
 
-        The share of incorrect responses is `incorrect_fraction`. They are spread evenly over the list of all
-        incorrect responses.
+        The share of incorrect responses is `incorrect_fraction`. These incorrect responses are spread evenly
+        over the list of all incorrect responses.
 
         Raises:
             WmtpError: There are fewer incorrect responses than `incorrect_fraction` requires.

@@ -77,7 +77,7 @@ class JudgedProblem:
         return next(passed, None)
 
     def examples(self) -> Iterator[tuple[Candidate, Verdict, Example]]:
-        """Yield the labelled responses that become examples, with verdict and example."""
+        """Yield the response, the verdict and the example for each labelled response that is an example."""
         for number, candidate, verdict in self.labels():
             if not candidate.is_example:
                 continue
@@ -132,11 +132,11 @@ def judge_all(
 
 
 def with_a_solution(judged: Sequence[JudgedProblem], *, name: str, tolerated: float) -> list[JudgedProblem]:
-    """Return the problems of which a solution passes the tests; this solution becomes `Problem.solution`.
+    """Return the problems that have a solution that passes the tests, and set `Problem.solution` to it.
 
     Raises:
-        WmtpError: There are no problems, or a larger share of the problems than `tolerated` has no solution
-            that passes, so the tests or the sandbox must be wrong.
+        WmtpError: There are no problems, or more than the share `tolerated` of the problems have no solution
+            that passes the tests. In the latter case, the tests or the sandbox must be wrong.
     """
     if not judged:
         raise WmtpError(

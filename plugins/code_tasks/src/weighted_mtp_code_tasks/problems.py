@@ -46,7 +46,7 @@ def build_problems(options: ProblemsOptions, context: BuildContext) -> DataSourc
 
 
 class ProblemsSource(DataSource):
-    """Supplies problems without labelled responses, all in the split `test`; they cannot be trained on."""
+    """Supplies problems without labelled responses, all in the split `test`; a model cannot train on them."""
 
     def __init__(self, options: ProblemsOptions) -> None:
         self._path = Path(options.path)

@@ -45,7 +45,7 @@ def build_shuffled(options: ShuffledOptions, context: BuildContext) -> Weighting
 
 @frozen(kw_only=True)
 class RandomMatchedOptions:
-    """`[weighting.options]` of `controls.random_matched`: `of` is the weighting to match."""
+    """`[weighting.options]` of `controls.random_matched`: the weights of `of` are matched."""
 
     of: WeightingChoice
 
@@ -144,7 +144,7 @@ class RecordOptions:
 
 
 def build_record(options: RecordOptions, context: BuildContext) -> WeightingStrategy:
-    """Build the recorder."""
+    """Build the weighting that records weights."""
     from weighted_mtp_controls._recorded import Record
 
     folder = context.storage / "weights" / options.name
@@ -153,13 +153,13 @@ def build_record(options: RecordOptions, context: BuildContext) -> WeightingStra
 
 @frozen(kw_only=True)
 class ReplayOptions:
-    """`[weighting.options]` of `controls.replay`: `name` is the name that `controls.record` had."""
+    """`[weighting.options]` of `controls.replay`: `name` is the option `name` of `controls.record`."""
 
     name: str = field(validator=v.matches_re(_FOLDER))
 
 
 def build_replay(options: ReplayOptions, context: BuildContext) -> WeightingStrategy:
-    """Build the replay.
+    """Build the weighting that replays recorded weights.
 
     Raises:
         WmtpError: No weights were recorded under the name `options.name`.

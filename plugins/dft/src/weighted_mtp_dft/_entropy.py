@@ -26,7 +26,7 @@ class Entropy(WeightingStrategy):
         self._keep = options.keep
 
     def weigh(self, view: StepView) -> Weights:
-        """Return weights `[B, T, K]`: 1 if the entropy reaches the head's threshold, otherwise 0."""
+        """Return weights `[B, T, K]`: 1 if the entropy is at least the threshold of the head, otherwise 0."""
         assert view.token_entropy_BTK is not None
         target_BTK, entropy_BTK = view.target_BTK, view.token_entropy_BTK
         kept_K = (self._keep * target_BTK.sum(dim=(0, 1))).round().clamp(min=1).long()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Probability(WeightingStrategy):
-    """Gives each pair of a source position and a head the head's probability of the target as its weight."""
+    """Weighs each pair (a source position and a head) with the probability that the head gives its target."""
 
     def __init__(self, options: ProbabilityOptions) -> None:
         self._floor = options.floor

@@ -42,7 +42,7 @@ class TdErrorOptions:
             1 / (1 - lam) tokens or fewer, most of each advantage is the reward, which is the same for all
             tokens of the response. Weights then differ more between responses than between tokens.
         beta: Temperature; a smaller temperature spreads the weights further apart.
-        clip: Smallest and largest weight of the exponential of the advantage.
+        clip: Limits [low, high] to which the weight exp(A / beta) is clipped; A is the whitened advantage.
         whiten: Whether advantages are whitened to mean 0 and standard deviation 1: with the statistics of the
             batch, with moving statistics, or not at all.
         ema_decay: Weight of the old moving statistics in each training step, for `whiten = "ema"`.
@@ -89,7 +89,7 @@ class SuccessRatioOptions:
             before the token's line, so that all tokens of a line have the same weight.
         heads: `"target"` gives a token the same weight for every head. With `"path"`, the weight of head k,
             which predicts token t + k from token t, is V_{t+k} / V_t, where V_t is the value after token t.
-            This is the product of the ratios of the tokens t + 1 to t + k.
+            The weight is then the product of the ratios of the tokens t + 1 to t + k.
     """
 
     where: Literal["all", "wrong"] = "all"
@@ -107,7 +107,7 @@ def build_success_ratio(options: SuccessRatioOptions, context: BuildContext) -> 
 
 
 def refuse_ranks(critic: object) -> str | None:
-    """Return why ratios of this critic's values have no meaning; None if the values are probabilities."""
+    """Return why a critic is refused, if its values are not probabilities of success; otherwise None."""
     if isinstance(critic, ValueHeadOptions) and critic.objective == "bradley_terry":
         return (
             'needs probabilities of success, but `objective = "bradley_terry"` only ranks responses: '
@@ -172,9 +172,9 @@ class ValueHeadOptions:
     """`[critic.options]` of `verifiable.value_head`.
 
     Attributes:
-        objective: `"monte_carlo"` trains the value of every prefix to predict the reward. `"lambda_return"`
-            trains it to predict a mixture of the reward and the critic's own later values. `"bradley_terry"`
-            only ranks a correct response above an incorrect response to the same problem.
+        objective: `"monte_carlo"` trains every value to predict the reward. `"lambda_return"` trains every
+            value to predict a mixture of the reward and the critic's own later values. `"bradley_terry"` only
+            ranks a correct response above an incorrect response to the same problem.
         lam: Decay λ for `objective = "lambda_return"`: with 0, the target is the critic's next value alone;
             with 1, it is the reward alone.
         lam_schedule: `"constant"` keeps λ at `lam`. `"linear"` changes λ from `lam_start` at the first step
@@ -193,9 +193,9 @@ class ValueHeadOptions:
             the head alone.
         hidden_size: Width of the critic's own layers.
         heads: Number of attention heads in each of the critic's own layers.
-        lm_loss_weight: Weight of a language-model loss on correct responses. If the weight is above 0, the
-            head also reads each token's negative log-likelihood under this language model, which is its best
-            feature after a short training; 0 disables the language model.
+        lm_loss_weight: Weight of a language-model loss on correct responses. The head then also reads each
+            token's negative log-likelihood under this language model, its most useful input after a short
+            training run. With 0, there is no language model.
     """
 
     objective: Literal["monte_carlo", "lambda_return", "bradley_terry"] = "monte_carlo"
@@ -244,9 +244,9 @@ class LanguageModelsOptions:
             option, stage 1 trains the model of correct responses and the model of all responses, which both
             begin as copies of the policy.
         all_model: A trained model of all responses; required if `right_model` is given.
-        folds: Number of folds into which problems are divided. If it is 2 or more, each fold has two models,
-            which are trained on all other folds, so that no model scores a response to a problem on which it
-            was trained.
+        folds: Number of folds into which problems are divided. With 2 or more folds, each fold has two models
+            of its own, which are trained on all other folds. So no model scores a response to a problem on
+            which it was trained.
         lora_rank: Rank of adapters to train instead of whole models; all models then share the parameters of
             one copy of the policy. 0 trains whole models.
     """

@@ -1,8 +1,8 @@
 """One weight for each response, from its reward minus the mean reward of responses to the same problem.
 
-This difference is the advantage of group-relative methods (Shao et al. 2024,
-https://arxiv.org/abs/2402.03300, section 4.1.1), without the division by the standard deviation of the group
-(Liu et al. 2025, https://arxiv.org/abs/2503.20783, section 3.2). All tokens of a response have the same
+The reward minus the mean reward of the group is the advantage of group-relative methods (Shao et al. 2024,
+https://arxiv.org/abs/2402.03300, section 4.1.1), here without the division by the standard deviation of the
+group (Liu et al. 2025, https://arxiv.org/abs/2503.20783, section 3.2). All tokens of a response have the same
 weight, so this weighting is the baseline that a critic's weights must beat.
 
 Shape letters: B batch rows, T positions, N all tokens of the batch.
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 class GroupAdvantage(WeightingStrategy):
     """Gives every token of a response with reward R the weight `w = clip(exp((R - baseline) / beta))`.
 
-    The exponential makes the weight positive, as in advantage-weighted regression: it is 1 if R equals the
-    baseline, and less than 1 if R is lower.
+    The exponential makes the weight positive, as in advantage-weighted regression: the weight is 1 if R
+    equals the baseline, and less than 1 if R is lower.
 
     The baseline is the mean reward of the batch's responses to the same problem. If the batch contains only
-    one response to a problem, its baseline is the mean reward of all responses in the batch; with its own
-    reward as the baseline, its weight would always be 1. Most responses are the only response to their
-    problem in batches that are drawn at random from many problems. The metric `lone_fraction` is the share of
-    these responses.
+    one response to a problem, the baseline of this response is the mean reward of all responses in the batch;
+    its own reward as the baseline would always give the weight 1. In batches that are drawn at random from
+    many problems, most responses are the only response to their problem. The metric `lone_fraction` is the
+    share of responses that are the only response to their problem in the batch.
     """
 
     def __init__(self, options: GroupAdvantageOptions) -> None:

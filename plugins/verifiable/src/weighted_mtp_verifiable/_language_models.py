@@ -65,7 +65,7 @@ class LanguageModels(Critic):
 
     Args:
         options: The options of the component.
-        context: Copies the policy, or loads the models of earlier runs.
+        context: Provides copies of the policy, or the models of earlier runs.
     """
 
     reads_policy = False
@@ -96,7 +96,10 @@ class LanguageModels(Critic):
 
     @torch.no_grad()
     def score(self, batch: Batch, hidden_BTH: Tensor | None) -> Scores:
-        """Return log(V_t / V_0), where V_0 is the value of the prompt, float32 `[B, T]`; 0 on the prompt."""
+        """Return log(V_t / V_0) for each token t, float32 `[B, T]`; 0 on the prompt.
+
+        Here V_t is the probability of success after token t, and V_0 the probability after the prompt.
+        """
         del hidden_BTH
         ratio_BT = self._pairs[0].log_ratio(batch)
         for fold, pair in enumerate(self._pairs[1:], start=1):
@@ -151,7 +154,7 @@ class LanguageModels(Critic):
                 tensor.copy_(state[name])
 
     def _fold(self, batch: Batch) -> Tensor:
-        """Return the number of the fold of each token's problem, int64 `[B, T]`."""
+        """Return for each token the number of the fold to which its problem belongs, int64 `[B, T]`."""
         if batch.problem_BT is None:
             raise WmtpError("`folds` needs batches that contain the hash of each problem's id")
         return batch.problem_BT.remainder(len(self._pairs))
@@ -166,9 +169,9 @@ def _share_frozen(model: nn.Module, *, of: nn.Module) -> None:
 
 
 def _rows_with(batch: Batch, mask_BT: Tensor) -> tuple[Batch, Tensor]:
-    """Return the rows of the batch in which the mask is True anywhere, and the mask of these rows, `[R, T]`.
+    """Return the rows of the batch that have a token in the mask, and the mask of these rows, `[R, T]`.
 
-    If there is no such row, the first row is returned, so that all parameters get a gradient (of 0).
+    If no row has a token in the mask, the first row is returned, so that all parameters get a gradient, of 0.
     """
     row_R = mask_BT.any(dim=1).nonzero().flatten()
     if len(row_R) == len(mask_BT):

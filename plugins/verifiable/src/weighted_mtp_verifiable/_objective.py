@@ -1,4 +1,4 @@
-"""Training objectives of the value head: three losses on its log-odds.
+"""Training objectives of the value head: three losses that compare its log-odds with rewards.
 
 Shape letters: B batch rows, P pairs of rows, T positions.
 """
@@ -81,7 +81,7 @@ def trained_prefixes(batch: Batch) -> Tensor:
 
 
 def final_accuracy(logit_BT: Tensor, batch: Batch) -> Tensor:
-    """Return the share of responses that are correct if and only if their last value is above 1/2."""
+    """Return the share of responses whose last value is on the right side of 1/2 (above it if correct)."""
     last_BT = batch.response_BT & (remaining_response_tokens(batch.response_BT, batch.document_BT) == 1)
     return masked_mean(((logit_BT > 0) == is_correct(batch.reward_BT)).float(), last_BT)
 

@@ -18,11 +18,11 @@ def same_as_previous(document_BT: Tensor) -> Tensor:
 
 
 def discounted_sums(x_BT: Tensor, *, document_BT: Tensor, discount: float) -> Tensor:
-    """Return for each token t the sum of `discount^l * x_{t+l}` over the l-th tokens after it.
+    """Return for each token t the sum of `discount^l * x_{t+l}` over l = 0, 1, ... to the document's end.
 
-    The sum S_t ends at the end of the document. It satisfies the recurrence `S_t = x_t + c_t S_{t+1}`, where
-    c_t is 0 at the last token of a document and otherwise the discount. The number of tokens in the sums is
-    doubled log2(T) times (Hillis and Steele 1986); `benchmarks/advantages.py` measures the speed.
+    The sum S_t at token t satisfies the recurrence `S_t = x_t + c_t S_{t+1}`, where c_t is 0 at the last
+    token of a document and otherwise the discount. The recurrence is solved by doubling the number of tokens
+    in all sums log2(T) times (Hillis and Steele 1986). `benchmarks/advantages.py` measures the speed.
 
     Args:
         x_BT: The numbers x, float32 and finite everywhere.

@@ -1,8 +1,8 @@
 """Weights `w = clip(exp(A / beta))`, where A is the advantage of the token.
 
 This is advantage-weighted regression (Peng et al. 2019, https://arxiv.org/abs/1910.00177, eq. 10) on the
-tokens of multi-token prediction (Gloeckle et al. 2024, https://arxiv.org/abs/2404.19737). Tokens after which
-the result is better than the critic expected are imitated more than tokens after which it is worse.
+tokens of multi-token prediction (Gloeckle et al. 2024, https://arxiv.org/abs/2404.19737). Tokens that lead to
+a better result than the critic expected are imitated more than tokens that lead to a worse result.
 
 Shape letters: B batch rows, T positions.
 """
@@ -98,7 +98,7 @@ class TdError(WeightingStrategy):
 
 
 def _signed_by_reward(advantage_BT: Tensor, reward_BT: Tensor) -> Tensor:
-    """Return max(A, 0) in correct responses and min(A, 0) in incorrect responses; A is the advantage."""
+    """Return max(A, 0) in correct and min(A, 0) in incorrect responses, where A is the advantage."""
     return torch.where(is_correct(reward_BT), advantage_BT.clamp(min=0), advantage_BT.clamp(max=0))
 
 

@@ -7,7 +7,7 @@ of success after token t are
 
     logit V_t = value(state_t) + sum of log_odds_delta(state_s, NLL_s) over response tokens s <= t,
 
-because Bayes' rule adds log-odds token by token. With this sum, the AUC after 200 steps was 0.95.
+because Bayes' rule adds log-odds token by token. With these log-odds, the AUC after 200 steps was 0.95.
 
 Shape letters: B batch rows, T positions, H hidden, D width, V vocabulary, N targets, S token statistics.
 """

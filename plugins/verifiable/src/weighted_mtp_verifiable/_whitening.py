@@ -32,7 +32,7 @@ class MovingStatistics:
         self._moments = torch.zeros(3, device=device)
 
     def update(self, mean: Tensor, std: Tensor, *, where: Tensor) -> None:
-        """Include a batch's mean and standard deviation if `where`, a 0-dim bool tensor, is True."""
+        """Update the averages with a batch's statistics if `where`, a 0-dim bool tensor, is True."""
         now = torch.stack([torch.ones_like(mean), mean, std.square() + mean.square()])
         moved = self._decay * self._moments + (1 - self._decay) * now
         self._moments = torch.where(where, moved, self._moments)
@@ -52,7 +52,7 @@ class MovingStatistics:
         """Restore the moving averages.
 
         Raises:
-            WmtpError: The state does not consist of `moments` alone.
+            WmtpError: The state is not a dict with `moments` as its only key.
         """
         if set(state) != {"moments"}:
             raise WmtpError(f"state of `td_error` must hold `moments`, got {sorted(state)}")

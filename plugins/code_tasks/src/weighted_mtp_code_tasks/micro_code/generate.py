@@ -85,7 +85,7 @@ def _is_dull(values: list[Any]) -> bool:
 
 
 def split_of(number: int) -> Split:
-    """Return the split of a function: of every ten, eight train, one is for validation, one for the test."""
+    """Return the split: of ten functions, eight are for training, one for validation, one for the test."""
     return {8: "validation", 9: "test"}.get(number % 10, "train")  # type: ignore[return-value]
 
 

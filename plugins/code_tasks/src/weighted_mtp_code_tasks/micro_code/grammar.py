@@ -35,7 +35,7 @@ class Step:
 
 @frozen(kw_only=True)
 class Function:
-    """A function with one argument of type `kind`, to which it applies a chain of steps."""
+    """A function that applies a chain of steps to one argument, which has the type `kind`."""
 
     kind: Kind
     steps: tuple[Step, ...]
@@ -47,7 +47,7 @@ class Function:
         return f'def f({_VARIABLE[self.kind]}):\n    """{words[0].upper()}{words[1:]}."""\n'
 
     def body(self, forms: tuple[int, ...], *, style: Literal["chain", "final"]) -> str:
-        """Return a body with each step in one of its forms.
+        """Return a body of the function, with each step in a chosen form.
 
         Args:
             forms: For each step, the index of its form.

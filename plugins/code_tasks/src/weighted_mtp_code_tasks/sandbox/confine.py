@@ -169,7 +169,7 @@ def _allow(ruleset: int, descriptor: int, rights: int) -> None:
 def limit(*, cpu_seconds: float, memory_bytes: int) -> None:
     """Set the resource limits of this process.
 
-    The CPU limit takes effect only if the worker, which enforces a lower limit, fails to.
+    The worker enforces a lower CPU limit, so the CPU limit of this process matters only if the worker fails.
     """
     cpu = int(cpu_seconds) + 2
     for kind, wanted in (

@@ -32,7 +32,7 @@ def run_check(
         job: The keys `program`, `tests` and `entry_point`; `entry_point` is empty if the tests are assert
             statements that use names of the program.
         channel: Channel to the process of the program.
-        deadline: Time, as of `time.monotonic()`, by which the program must have answered.
+        deadline: Time on the clock `time.monotonic()` by which the program must have answered.
         reading: Shared memory for `Remote`.
 
     Returns:

@@ -53,7 +53,7 @@ class Remote:
 
     Args:
         channel: Channel to the process of the program.
-        deadline: Time, as of `time.monotonic()`, by which the program must have answered.
+        deadline: Time on the clock `time.monotonic()` by which the program must have answered.
         reading: Shared memory, whose element 0 is 1 while an answer is decoded. If the judging process is
             killed during that time, the answer is to blame: for example, a set of a million numbers with
             equal hashes takes hours to build.
@@ -184,8 +184,8 @@ class RemoteFunction:
 class Opaque:
     """An object of the program that is not plain data.
 
-    Tests can pass it back to the program, call it, and get or set its attributes. Operators and built-in
-    functions such as `len` end the tests, because they would inspect the object outside the program.
+    Tests can pass such an object back to the program, call it, and get or set its attributes. Operators and
+    built-in functions such as `len` end the tests, because they would inspect the object outside the program.
     """
 
     __slots__ = ("_number", "_remote")

@@ -36,8 +36,8 @@ class Sandbox:
 
     Args:
         settings: Method of confinement (back end) and limits.
-        judge_errors_tolerated: Number of programs that may be left without a verdict. If 5 % of all programs
-            are more than this number, 5 % may be left without a verdict.
+        judge_errors_tolerated: Number of programs that may be left without a verdict; 5 % of all programs if
+            this is more.
 
     Attributes:
         provenance: Back end, versions and limits, to be recorded with each label.

@@ -1,7 +1,7 @@
 """Watch the process of an untrusted program: its CPU time, threads, output and files.
 
-The limits are enforced by another process, which the program cannot influence. In addition, the kernel
-enforces limits, in case this process fails.
+The limits are enforced by another process, which the program cannot influence. The kernel enforces limits as
+well, in case the watching process fails.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class Candidate:
             limits: Limits of the process.
             stdin: Descriptor for the program's stdin.
             errors: Descriptor for the program's stderr; None sends stderr to stdout.
-            keep: Maximum number of bytes of output, which are kept. With 0, output is discarded, and the
-                maximum is `UNREAD_BYTES`.
+            keep: Number of bytes of output that the program may write and that are kept. With 0, the program
+                may write `UNREAD_BYTES` bytes, which are discarded.
         """
         self._candidates = candidates
         self._limits = limits

@@ -208,7 +208,7 @@ class _Decoder:
         return int(_SIZE.unpack(self.take(4))[0])
 
     def items(self, depth: int, *, each: int = 1) -> list[object]:
-        """Read a count n and then n times `each` values, for which there must be enough bytes left."""
+        """Read a count n, then n * `each` values; FrameError if fewer bytes than values are left."""
         count = self.size() * each
         if count > len(self._data) - self._at:
             raise FrameError("malformed value: cut off")

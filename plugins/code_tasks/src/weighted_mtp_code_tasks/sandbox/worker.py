@@ -1,7 +1,7 @@
 """A worker process: reads jobs from stdin, judges the program of each job, and writes verdicts to stdout.
 
-The worker is trusted and has a single thread. Its zygote, an interpreter in the sandbox, forks a process for
-each program; the worker itself forks a process for the tests that call the program.
+The worker is trusted and has a single thread. It starts a zygote, which is an interpreter in the sandbox that
+forks a process for each program. The worker itself forks a process for the tests that call the program.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The zygote: an interpreter that has imported common modules and forks a confined process for each program.
 
-The zygote is started as a new process, never forked from a process that has read tests. It reads no program
-itself: each forked process receives its program over a channel of its own, so no program can find another
-program in memory. Only one program runs at a time.
+The zygote is started as a new process, never forked from a process that has read tests. The zygote reads no
+program itself: each forked process receives its program over a channel of its own, so no program can find
+another program in memory. Only one program runs at a time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _WARM = """
 
 
 def start(arguments: list[str]) -> NoReturn:
-    """Start the zygote; its argument is a configuration in JSON, or an option that only tries the sandbox."""
+    """Start the zygote with a configuration in JSON, or with an option to try only whether it can start."""
     if arguments[0] == "--try":
         os._exit(0)
     if arguments[0] == "--try-namespaces":
