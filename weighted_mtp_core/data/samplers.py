@@ -80,7 +80,7 @@ class Sampler:
     def first_steps(self) -> Rows:
         """Return for each document the step of the first epoch whose batch contains it, int64 `[D]`.
 
-        This works only if each unit is a single document.
+        The units of the sampler must be single documents.
         """
         shuffled_U, order, start_N1 = self._shuffles(0)
         index_U = np.arange(len(shuffled_U))

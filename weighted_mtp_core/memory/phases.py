@@ -96,8 +96,8 @@ def find_phases(plan: Plan, documents: Documents, target: Target, *, only: str |
 def _make_tables(recipe: Recipe) -> None:
     """Make torchao and bitsandbytes create their tables of codes before the simulation.
 
-    Both packages keep the first tables that they create. If the tables were created during the simulation, a
-    run in the same process after the forecast would compute with tables that have no values.
+    torchao and bitsandbytes keep the first tables that they create. If these tables were created during the
+    simulation, a run in the same process after the forecast would compute with tables that have no values.
     """
     stages = [recipe.train, *([] if recipe.critic is None else [recipe.critic.train])]
     for table in (each for each in stages if each.optimiser.name == "adamw_8bit"):

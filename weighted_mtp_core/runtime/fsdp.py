@@ -67,7 +67,7 @@ def shard(blocks: Iterable[nn.Module], mesh: DeviceMesh) -> None:
 def view_of(module: Module) -> Module:
     """Return a callable module that shares the parameters of `module`, which is not callable yet.
 
-    If `module` has no sharded parameters, it is returned itself.
+    A module without sharded parameters is returned itself.
     """
     return module if mesh_of_parameters(module) is None else callable_(_twin(module))
 

@@ -94,7 +94,7 @@ def sum_into_shard(own: DTensor, value: Tensor) -> Tensor:
 def all_processes_agree(module: nn.Module, flags: Tensor) -> Tensor:
     """Return elementwise whether flags are true in every process that has shards of a module, bool `[N]`.
 
-    This is a collective operation; the flags of a module that is not sharded are returned as they are.
+    The function is a collective operation. If the module is not sharded, the flags are returned as they are.
     """
     mesh = mesh_of_parameters(module)
     if mesh is None:
