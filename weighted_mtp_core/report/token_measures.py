@@ -46,7 +46,7 @@ def measure_tokens(
     """Compute the weights of some validation responses as one batch, and measure the tokens of a few of them.
 
     Args:
-        prepared: Data, tokenizer and policy; the policy has its best parameters.
+        prepared: Data, tokenizer and policy; the policy has the parameters of its best state.
         learner: The learner of stage 2, whose weighting has its final state.
         critic: A critic that can score any batch, not only the batches of stage 2.
         reliability: Bins of the critic's values, with the mean reward of each bin.

@@ -113,7 +113,7 @@ class CriticLearner(Learner):
 
     @torch.no_grad()
     def training_metrics(self) -> dict[str, float]:
-        """Return AUCs on training responses as metrics; empty if these are all correct or all incorrect.
+        """Return AUCs on training responses as metrics; empty if all responses have the same outcome.
 
         If the AUC on training responses is clearly higher than on held-out responses, the critic memorises.
         """

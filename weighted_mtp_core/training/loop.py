@@ -87,7 +87,7 @@ class Learner(ABC):
         """Return all parameters of the model; only those that require a gradient are optimised."""
 
     def parts(self) -> Mapping[nn.Parameter, Part]:
-        """Return the part of each parameter that has a learning rate other than the stage's."""
+        """Return the parts whose learning rate differs from the stage's, keyed by parameter."""
         return {}
 
     def embeddings(self) -> Collection[nn.Parameter]:
