@@ -34,8 +34,8 @@ class Forecast:
         parameters: Number of parameters of the policy.
         rows: Number of rows, and of tokens per row, of the largest micro-batch.
         device: The use of the device by one process, by phase; on a CPU, the device is main memory.
-        host: The use of main memory by all processes of a machine, by phase, if the device is not a CPU; empty
-            on a CPU.
+        host: The use of main memory by all processes of a machine, by phase, if the device is not a CPU;
+            empty on a CPU.
         uncounted: What the forecast leaves out, with the reasons.
     """
 
