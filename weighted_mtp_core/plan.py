@@ -116,7 +116,7 @@ def plan_document(document: Document) -> Plan:
     recipe, faults = structure_recipe(document)
     selector = ComponentSelector(document=document)
     if recipe is None:
-        with suppress(WmtpError):  # the recipe's own faults come before those of plugins
+        with suppress(WmtpError):  # the faults of the recipe are reported before faults of plugins
             _select(document.table, selector)
         raise document.error(faults + selector.faults)
     selected = _select(document.table, selector)

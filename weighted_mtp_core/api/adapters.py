@@ -124,7 +124,7 @@ def read_directly(module: nn.Module, names: Iterable[str]) -> list[str]:
 
 @functools.cache
 def _code_of(kind: type) -> str:
-    """Return the source of a class's methods, without those that initialise weights."""
+    """Return the source code of the methods of a class, except methods that initialise weights."""
     found = []
     for name, method in inspect.getmembers(kind, inspect.isfunction):
         starts = "init" in name or "reset" in name

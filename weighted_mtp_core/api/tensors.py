@@ -151,8 +151,8 @@ class StepView:
     def to_targets(self, x_BTK: Tensor) -> Tensor:
         """Return the entries of `x_BTK`, `[B, T, K]`, indexed by target and head instead of source and head.
 
-        In the result, the entry of token t and head k belongs to the pair of head k whose target is token t.
-        The entry is 0 if there is no such pair, for example because t is too near the start of its document.
+        In the result, the entry of token t and head k belongs to the pair with head k and target t. An entry
+        is 0 if no pair has head k and target t, for example because t is too near the start of its document.
         """
         return gather_by_target(x_BTK, self.target_BTK)
 

@@ -50,7 +50,7 @@ def batches(values: Mapping[str, str]) -> Iterator[dict[str, str]]:
     batch: dict[str, str] = {}
     size = 0
     for key, value in values.items():
-        weight = 6 * (len(key) + len(value))  # a character is at most six bytes of JSON, or twelve
+        weight = 6 * (len(key) + len(value))  # a character takes at most 6 bytes of JSON, or 12 for a pair
         if batch and (len(batch) == _BATCH or size + weight > _BATCH_BYTES):
             yield batch
             batch, size = {}, 0

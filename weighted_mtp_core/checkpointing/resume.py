@@ -233,7 +233,7 @@ def fingerprint(distributed: Distributed = SINGLE_PROCESS) -> dict[str, str]:
 
 
 def other_machine(path: Path, distributed: Distributed) -> str | None:
-    """Return a warning if machine or number of processes differ from those of the run so far, or None."""
+    """Return a warning if the machine or the number of processes of a resumed run has changed, or None."""
     was, now = read_run(path).get("fingerprint", {}), fingerprint(distributed)
     differing = [f"{key} {was[key]} -> {now[key]}" for key in now if key in was and was[key] != now[key]]
     if not differing:

@@ -37,7 +37,7 @@ _TICKS = {"ok": "✓", "warning": "!", "FAILED": "✗"}
 
 _LOGIN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 _S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-_LITTLE_DISK, _LEAST_DISK = 10e9, 1e9  # bytes: a checkpoint of a small model fits into the latter
+_LITTLE_DISK, _LEAST_DISK = 10e9, 1e9  # bytes; a small model's checkpoint fits into 1e9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

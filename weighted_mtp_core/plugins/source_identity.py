@@ -33,8 +33,8 @@ def source_identity(plugins: Iterable[FoundPlugin]) -> dict[str, str]:
     """Return version and SHA-256 of the source for each distribution whose code these plugins run.
 
     The keys are names of distributions, and the values are `<version>, source <SHA-256>`, or only the version
-    for `LIBRARIES`. The result always contains core; it also contains those requirements of the plugins that
-    are installed in editable mode.
+    for `LIBRARIES`. The result always contains core, and it contains the requirements of the plugins that are
+    installed in editable mode.
     """
     found = {name: distribution(name).version.partition("+")[0] for name in LIBRARIES}
     sources = {CORE_DISTRIBUTION: {"weighted_mtp_core"}}

@@ -115,7 +115,7 @@ def _read(name: str, *, extended_by: tuple[str, ...]) -> str:
 
 def _find_preset(name: str, *, beside: Path) -> str:
     core = [each for each in core_files() if each.startswith("core:presets/")]
-    own = map(str, sorted((beside.parent / "presets").glob("*.toml")))  # these override the presets of core
+    own = map(str, sorted((beside.parent / "presets").glob("*.toml")))  # they override core's presets
     found = {Path(each).stem: each for each in (*core, *own)}
     if name in found:
         return found[name]

@@ -1,4 +1,4 @@
-"""Documents with known signals, in batches like those of core: packed or one per row, with any padding.
+"""Documents with known signals, arranged like core's batches: packed or one per row, with any padding.
 
 The content of a document does not depend on its position, so a test can move documents and compare results.
 

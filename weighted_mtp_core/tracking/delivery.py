@@ -26,7 +26,7 @@ POINTS = ("metrics", "timings")
 class Pending:
     """The amount of data that a tracker has not received: lines of the journal, and files.
 
-    `reason` is the reason why the data have not been received; it is empty if no call of the tracker failed.
+    `reason` is the error of the tracker, as text; it is empty if no call of the tracker failed.
     """
 
     lines: int

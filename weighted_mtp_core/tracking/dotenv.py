@@ -47,7 +47,7 @@ class DotEnv:
 
 
 def load_dotenv(path: Path = Path(".env")) -> DotEnv | None:
-    """Set those variables in NAMES that `.env` contains and the environment does not contain yet.
+    """Set the variables in NAMES that `.env` contains and the environment does not contain yet.
 
     Returns:
         A description of the file, or None if the file does not exist.
