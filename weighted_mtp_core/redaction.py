@@ -21,7 +21,7 @@ SECRET_VARIABLES = (
     "PGPASSWORD",
     "OPENAI_API_KEY",  # key of the server that writes the texts of `data sample --endpoint`
 )
-"""Environment variables whose values must never be shown."""
+"""Environment variables with values that must never be shown."""
 
 _SHORTEST = 4  # characters; removing shorter values would also remove ordinary words
 _PATTERNS = (

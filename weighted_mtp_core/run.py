@@ -57,7 +57,7 @@ def run_plan(plan: Plan, *, resume: str | None = None, allow_change: Sequence[st
     Args:
         plan: The plan to execute.
         resume: Folder or id of the run to continue; if None, the recipe's `run.resume` decides.
-        allow_change: Keys whose values may differ from the recipe of the run to continue.
+        allow_change: Keys with values that may differ from the recipe of the run to continue.
 
     Raises:
         WmtpError: The input is invalid, or something that the run needs is missing.
@@ -308,7 +308,7 @@ class _Run:
         return trained
 
     def _record_steps(self, key: str, steps: int, batches_per_epoch: float) -> None:
-        """Record the number of steps of a stage whose length the recipe gives in epochs."""
+        """Record the number of steps of a stage for which the recipe gives a number of epochs."""
         self.recorder.log(f"`{key}.epochs`: {steps} steps, with {batches_per_epoch:g} steps per epoch")
         self.recorder.params({f"{key}.steps": str(steps)})
         if self.distributed.is_rank_zero:

@@ -104,7 +104,7 @@ class Example:
             `response[start:end]`; spans do not overlap. The weight of a token in a span is the span's weight
             times `weight`; the weight of EOS and of tokens outside all spans is `weight`.
         messages: A chat instead of a prompt and a response, in the layout that chat templates read: objects
-            with `role` and `content`, of which the last has the role `assistant`. A message of the assistant
+            with `role` and `content`. The last message has the role `assistant`. A message of the assistant
             may have a `weight`, which is multiplied by the example's `weight`, and `weights`, which are spans
             of the message's `content` in the form of `spans`. If an example has messages, its `prompt` and
             `response` only identify the problem and train the tokenizer of a `micro` model.
@@ -218,9 +218,9 @@ class DataSource(Stateful):
 
     Attributes:
         oracle_weights: Whether the weights in the data mark known mistakes, which real data cannot do: such
-            weights are below 1 on mistakes and 1 elsewhere. A run whose weighting reads oracle weights gets a
-            tag, because its result is an upper bound. Every run on data with oracle weights measures its own
-            weights and values at the marked mistakes.
+            weights are below 1 on mistakes and 1 elsewhere. If the weighting of a run reads oracle weights,
+            the run gets a tag, because its result is an upper bound. Every run on data with oracle weights
+            measures its own weights and values at the marked mistakes.
     """
 
     oracle_weights: bool = False
@@ -256,7 +256,7 @@ class DataSource(Stateful):
         Core saves the extracted completion and passes it unchanged to `verify`.
 
         Args:
-            problem: The problem whose prompt the policy continued.
+            problem: The problem with the prompt that the policy continued.
             text: The text that the policy wrote after the prompt.
         """
         return text

@@ -27,7 +27,7 @@ _WITHOUT_INPUT = (
 _RESPONSE_KEYS = ("response", "output")
 _VERDICT_KEYS = ("is_correct", "reward")
 ANSWERS = frozenset({*_RESPONSE_KEYS, *_VERDICT_KEYS})
-"""Keys of a row whose values must not be part of a prompt, because they give the answer away."""
+"""Keys of a row with values that must not be part of a prompt, because they give the answer away."""
 _SPELLINGS = {
     "iscorrect": "is_correct",
     "correct": "is_correct",

@@ -173,7 +173,7 @@ class MlflowTracker(Tracker):
 
     @contextmanager
     def _diagnosed(self, *, starting: bool = False, what: str = "") -> Iterator[None]:
-        """Convert an exception of MLflow to a one-line error, whose class decides whether core retries."""
+        """Convert an exception of MLflow to a one-line error; its class decides whether core retries."""
         try:
             yield
         except WmtpError:

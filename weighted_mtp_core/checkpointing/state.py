@@ -20,7 +20,7 @@ from weighted_mtp_core.runtime.state_digest import BASE_SHA256
 
 
 class WithPrefix(Mapping[str, Any]):
-    """The entries of a state whose names begin with a dotted prefix; their keys leave out the prefix.
+    """The entries of a state with names that begin with a dotted prefix; the keys leave out this prefix.
 
     Values are read from the state on access.
     """
@@ -44,7 +44,7 @@ def copy_state(
     """Return copies of a state's tensors in main memory, with the same sharding, and the plain values.
 
     Args:
-        state: The state, whose values are tensors or plain values.
+        state: The state, with tensors and plain values.
         prefix: Text that, followed by a dot, is prepended to the name of each tensor.
         over: Earlier copies, keyed by their prefixed names; a copy of the right shape is overwritten.
     """

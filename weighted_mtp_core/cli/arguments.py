@@ -88,7 +88,7 @@ def add_executor(parser: argparse.ArgumentParser, *, default: str) -> None:
 
 
 def add_folder(parser: argparse.ArgumentParser, name: str, *, default: str) -> None:
-    """Add an option whose value is a folder, such as `--storage` or `--runs`."""
+    """Add an option for the path of a folder, such as `--storage` or `--runs`."""
     parser.add_argument(name, metavar="FOLDER", type=Path, default=Path(default), help=f"default: {default}")
 
 

@@ -152,7 +152,7 @@ def _of_plan(plan: Plan) -> Iterator[tuple[AnyComponent, Any]]:
 
 
 def _of_installed(loaded: list[LoadedPlugin]) -> Iterator[tuple[AnyComponent, Any]]:
-    """Yield the components whose options all have defaults, each with its default options."""
+    """Yield the components that have defaults for all options, each with its default options."""
     for plugin in loaded:
         for component in (each for by_name in plugin.components.values() for each in by_name.values()):
             if all(each.default is not attrs.NOTHING for each in attrs.fields(component.options)):

@@ -2,8 +2,8 @@
 
 The command measures the best policy of the run: the loss of each head, pass@k (by executing completions), and
 the speed of decoding. Options that are not given are taken from the run's recipe. The command writes
-samples.jsonl (in HumanEval's format), verdicts.jsonl and metrics.json. RUN may also be an exported model,
-whose files never change.
+samples.jsonl (in HumanEval's format), verdicts.jsonl and metrics.json. RUN may also be an exported model; the
+files of an exported model never change.
 
 examples:
   evaluate 20261123-140924 --split validation
@@ -11,9 +11,9 @@ examples:
   evaluate 20261123-140924 --samples 10 --pass-at-k 1,10 --choose-temperature 0.2,0.6,0.8
   evaluate models/sorter                                   an exported model, on the run's data
 
-A temperature must not be chosen on the problems whose results are reported. Therefore, --choose-temperature
-solves the validation problems at each temperature, and the test problems only at the temperature with the
-best pass@k on the validation problems, for the largest k.
+A temperature must not be chosen on the problems for which results are reported. Therefore,
+--choose-temperature solves the validation problems at each temperature, and the test problems only at the
+temperature with the best pass@k on the validation problems, for the largest k.
 """
 
 from __future__ import annotations

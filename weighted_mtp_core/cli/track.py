@@ -2,9 +2,9 @@
 
 A run writes all data into its run folder first, and sends the data to trackers from there. `track status`
 shows the data that trackers have not received, and the stores that contain each run. `track sync` sends the
-data that trackers have not received; a run whose process died gets the status KILLED. If a tracker uses
-another store than before, for example because MLFLOW_TRACKING_URI has changed, `track sync` sends the whole
-run.
+data that trackers have not received; if the process of a run died, the run gets the status KILLED. If a
+tracker uses another store than before, for example because MLFLOW_TRACKING_URI has changed, `track sync`
+sends the whole run.
 RUN is a run folder, a run id, or a part of a run id.
 
 examples:

@@ -52,7 +52,7 @@ class Kind(enum.Enum):
     TRACKER = "tracker", "tracker", "wmtp_trackers", Tracker
 
     def __new__(cls, table: str, label: str, hook: str, interface: type[Stateful]) -> Self:
-        """Create a member whose value is the name of the kind's table."""
+        """Create a member with the name of the kind's table as its value."""
         kind = object.__new__(cls)
         kind._value_, kind.label, kind.hook, kind.interface = table, label, hook, interface
         return kind

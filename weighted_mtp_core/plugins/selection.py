@@ -177,7 +177,7 @@ def weighting_choices(value: Any) -> Iterator[tuple[KeyPath, WeightingChoice]]:
 
 
 def resolve(registry: PluginRegistry, kind: Kind, use: str) -> tuple[FoundPlugin, AnyComponent]:
-    """Return the component whose address is `use`, and its plugin.
+    """Return the component with the address `use`, and its plugin.
 
     An address is `<plugin>.<component>`, or `<plugin>` if the plugin has only one component of the kind.
 

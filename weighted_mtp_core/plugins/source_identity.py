@@ -30,7 +30,7 @@ _NOT_INSTALLED = frozenset({"conftest", "docs", "setup", "test", "tests"})
 
 
 def source_identity(plugins: Iterable[FoundPlugin]) -> dict[str, str]:
-    """Return version and SHA-256 of the source for each distribution whose code these plugins run.
+    """Return version and SHA-256 of the source for each distribution with code that these plugins run.
 
     The keys are names of distributions, and the values are `<version>, source <SHA-256>`, or only the version
     for `LIBRARIES`. The result always contains core, and it contains the requirements of the plugins that are

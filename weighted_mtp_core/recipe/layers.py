@@ -80,7 +80,7 @@ def _add_file(
 
 
 def _path(name: str) -> Path:
-    """Return the path of a file whose name is `core:NAME` or a path."""
+    """Return the path of a file that is given as `core:NAME` or as a path."""
     return core_files().get(name, Path(name))
 
 

@@ -124,8 +124,8 @@ class ModelTable:
     id. `shard` splits the matrices of the model over the processes of `torchrun` (FSDP2).
     `activation_checkpointing` stores only the input of each layer and recomputes all other activations in the
     backward pass. `train = "heads"` trains only heads 2..K and does not change the base model;
-    `train = "adapters"` also trains low-rank adapters of the base model, whose own matrices are stored in
-    `base_dtype`. `tf32` and `deterministic` determine how CUDA devices compute.
+    `train = "adapters"` also trains low-rank adapters of the base model, and stores the matrices of the base
+    model in `base_dtype`. `tf32` and `deterministic` determine how CUDA devices compute.
     """
 
     base: str = "micro"

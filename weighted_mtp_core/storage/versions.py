@@ -90,7 +90,7 @@ def add_version(storage: Path, source: Path, *, kind: Kind, name: str, version: 
 
 
 def _refuse_reserved_names(source: Path) -> None:
-    """Refuse files whose name is reserved or not UTF-8; a valid manifest is allowed and later rewritten."""
+    """Refuse files with a name that is reserved or not UTF-8; a valid manifest is allowed and rewritten."""
     found = {each.name: each for each in (source.iterdir() if source.is_dir() else [source])}
     if source.is_dir() and MANIFEST in found:
         with suppress(WmtpError):

@@ -20,7 +20,7 @@ Stored = Mapping[str, list[tuple[int, float]]]
 
 
 def point(name: str, value: float, *, step: int = 1) -> MetricPoint:
-    """Return a metric point whose time depends only on `step`."""
+    """Return a metric point at a time that depends only on `step`."""
     return MetricPoint(name=name, value=value, step=step, time_ms=1_700_000_000_000 + step)
 
 

@@ -191,7 +191,7 @@ def find_runs(runs: Path) -> Iterator[Path]:
 
 
 def find_run(runs: Path, text: str) -> Path:
-    """Return the run folder whose path is `text`, or the only run folder whose run id contains `text`.
+    """Return the run folder with the path `text`, or the only run folder with `text` in its run id.
 
     Raises:
         WmtpError: No run, or more than one run, matches `text`.

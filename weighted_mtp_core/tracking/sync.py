@@ -68,7 +68,7 @@ def sync_run(
         path: The run folder.
         log: Called with messages for the user.
         limit_s: Seconds to wait for a tracker that does not accept data.
-        trust: Whether to skip trackers whose store has received all data according to the run folder.
+        trust: Whether to skip trackers that have received all data according to the run folder.
 
     Returns:
         The amount of data that each contacted tracker still has not received.
