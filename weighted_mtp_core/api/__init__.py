@@ -1,4 +1,4 @@
-"""What a plugin imports from core: the component base classes, the data they exchange and the hook marker.
+"""What a plugin imports from core: base classes of components, data that components exchange, and `hookimpl`.
 
 Importing this package imports neither torch nor transformers nor mlflow.
 
@@ -38,9 +38,9 @@ Terms for the weighting:
   all other signals or reads them from the data.
 - *weighting*: a component that computes from the signals a weight for each target token, or for each pair.
 - *value* V_t: the expected reward of a response, estimated from the prefix that ends at token t.
-- *TD error* of token t: `r_t + gamma V_t - V_{t-1}`, the change of the expected reward at token t. In the TD
-  error, gamma is the discount, r_t is the reward of the response at its last token and 0 at all other
-  tokens, and the value V_t is 0 at the last token.
+- *TD error* of token t: the change of the expected reward at token t, `r_t + gamma V_t - V_{t-1}`, with the
+  discount gamma, the value V_t, which is set to 0 at the last token, and r_t, which is the reward of the
+  response at its last token and 0 at all other tokens.
 - *advantage* of token t: the sum over all l >= 0 of `(gamma lambda)^l` times the TD error of token t + l,
   with discount gamma and decay lambda (generalised advantage estimation, GAE). With gamma = lambda = 1, the
   advantage of token t is `reward - V_{t-1}`.

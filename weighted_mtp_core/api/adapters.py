@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685) of linear layers, through `peft`.
 
-An adapter adds `s B A x` to the output of a linear layer with input x. In `s B A x`, A is a matrix with
-`rank` rows, B is a matrix with `rank` columns, and s is a constant scale. The matrix B of each adapter starts
-at 0, so adapters do not change the output of a model before training.
+An adapter adds `s B A x` to the output of a linear layer with input x, where A is a matrix with `rank` rows,
+B is a matrix with `rank` columns, and s is a constant scale. The matrix B of each adapter starts at 0, so
+adapters do not change the output of a model before training.
 """
 
 from __future__ import annotations

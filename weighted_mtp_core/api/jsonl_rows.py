@@ -1,4 +1,4 @@
-"""The keys of a row in a user's own JSONL or parquet files, and their meaning."""
+"""Convert the rows of a user's own JSONL or parquet files, and check the keys and values of each row."""
 
 from __future__ import annotations
 

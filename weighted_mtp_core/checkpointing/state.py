@@ -68,7 +68,7 @@ def module_state(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_module_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy the result of `module_state` into a module; tensors are read one at a time to save memory.
+    """Copy a state from `module_state` into a module; tensors are read one at a time to save memory.
 
     Raises:
         WmtpError: The state belongs to another module.

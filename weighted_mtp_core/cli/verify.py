@@ -2,7 +2,7 @@
 
 The data source of the recipe judges samples, that is, completions of its problems. A file of samples consists
 of JSON lines with task_id (or problem_id) and completion, gzipped (.gz) or not, such as the samples.jsonl of
-a run. For each sample, in the same order, the command writes task_id, passed, verdict and detail.
+a run. For each sample, in the order of the samples, the command writes task_id, passed, verdict and detail.
 
 examples:
   verify configs/baseline.toml --samples samples.jsonl --out results.jsonl

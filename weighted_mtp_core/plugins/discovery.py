@@ -257,7 +257,7 @@ def _entries(text: str) -> list[tuple[str, str]]:
 
 
 def check_metadata(plugin: FoundPlugin) -> None:
-    """Check by its metadata whether a plugin can be used.
+    """Check whether a plugin can be used, according to its metadata.
 
     Raises:
         WmtpError: Several distributions or versions claim the plugin's name, the name is not valid in an

@@ -24,7 +24,7 @@ from weighted_mtp_core.recipe.structure import Fault, plain, structure
 
 @frozen(kw_only=True)
 class SelectedComponent:
-    """A component with the options that a recipe gives it.
+    """A component together with its options in a recipe.
 
     Attributes:
         address: The complete address of the component, `<plugin>.<component>`.

@@ -84,7 +84,7 @@ class Scaffold:
 
 
 def check_name(name: str, installed: Mapping[str, FoundPlugin]) -> None:
-    """Check that a new plugin may have a name.
+    """Check that `name` is a possible name for a new plugin.
 
     Raises:
         WmtpError: The name is not valid in addresses, modules and distributions; is a keyword of Python; is

@@ -1,4 +1,4 @@
-"""Manifests, which list the files of a folder with their SHA-256, so that any changed byte is detected."""
+"""Write and verify manifests, which list the files of a folder with their SHA-256 to detect changed bytes."""
 
 from __future__ import annotations
 
