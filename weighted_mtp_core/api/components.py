@@ -203,7 +203,8 @@ class Component(Generic[OptionsT, BuiltT_co]):
         needs: Signals that a weighting reads.
         provides: Signals that a critic provides.
         negative_weights: Whether a weighting may return negative weights; the recipe must allow them too. A
-            weighting that wraps others sets `negative_weights` to True if it can handle their negative weights.
+            weighting that wraps other weightings sets `negative_weights` to True if it can handle negative
+            weights of the wrapped weightings.
         refuse_critic: Called with the options of the recipe's critic before anything is built; returns why
             the weighting cannot use this critic, for example "needs probabilities", or None if the weighting
             can use it.
