@@ -44,7 +44,7 @@ def check_uri(uri: str) -> None:
     """
     if not _SCHEME.match(uri):
         raise WmtpError(
-            f"`{redact(uri)}` is no tracking URI",
+            f"`{redact(uri)}` is not a tracking URI",
             hint="for example https://mlflow.example.org, sqlite:////data/mlflow.db, file:///tmp/mlflow or "
             "postgresql+psycopg2://user@host/mlflow",
         )
@@ -84,7 +84,7 @@ def _check_file(uri: str) -> None:
         scheme == "sqlite" and ("%" in path or not path.startswith("///"))
     ):
         raise WmtpError(
-            f"`{uri}` names no file",
+            f"`{uri}` does not name a file",
             hint=f"write three slashes and the path as it is: {scheme}:////data/mlflow",
         )
 

@@ -198,8 +198,8 @@ def test_a_name_that_is_no_path_is_refused_before_anything_is_created(storage, t
         ),
         ("https://token@host", "`https://***@host` holds a user or a password", "MLFLOW_TRACKING_PASSWORD"),
         ("postgresql+psycopg2://u:pw1@h/db", "holds a user or a password", "PGPASSWORD"),
-        ("./mlruns", "`./mlruns` is no tracking URI", "sqlite:///"),
-        ("databricks", "is no tracking URI", "https://"),
+        ("./mlruns", "`./mlruns` is not a tracking URI", "sqlite:///"),
+        ("databricks", "is not a tracking URI", "https://"),
     ],
 )
 def test_uris_that_leak_or_mislead_are_refused(storage, monkeypatch, uri, shown, hint):
@@ -287,9 +287,9 @@ def test_a_storage_that_no_uri_can_name_is_refused(tmp_path, monkeypatch):
         ("sqlite:////~/x.db", "begins with `~`, which is not expanded"),
         ("file:///~/x", "begins with `~`, which is not expanded"),
         ("file://~/x", "begins with `~`, which is not expanded"),
-        ("file://tmp/x", "names no file"),
-        ("sqlite://tmp/x.db", "names no file"),
-        ("sqlite:////tmp/50%41/x.db", "names no file"),
+        ("file://tmp/x", "does not name a file"),
+        ("sqlite://tmp/x.db", "does not name a file"),
+        ("sqlite:////tmp/50%41/x.db", "does not name a file"),
     ],
 )
 def test_a_uri_that_names_no_file_is_refused(storage, tmp_path, monkeypatch, uri, message):
