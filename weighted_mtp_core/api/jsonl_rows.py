@@ -273,7 +273,7 @@ def _is_span(row: object) -> bool:
 def _problem_id(record: Record, text: str) -> str:
     """Return the problem id of a row, or a hash of `text` if the row has no id.
 
-    With the prompt as `text`, rows without ids and with equal prompts are responses to one problem.
+    If `text` is the prompt, rows that have no ids but the same prompt are responses to one problem.
     """
     key = next((key for key in ("problem_id", "task_id") if key in record), None)
     if key is None:

@@ -120,7 +120,9 @@ _STATUSES = {
         text=f"{{server}} refuses the login in {_LOGIN}", hint="correct them in the environment or in `.env`"
     ),
     403: Diagnosis(text="{server} forbids this (403)", hint=f"check {_LOGIN}"),
-    404: Diagnosis(text="{server} is not an MLflow server (404)", hint="check the path in MLFLOW_TRACKING_URI"),
+    404: Diagnosis(
+        text="{server} is not an MLflow server (404)", hint="check the path in MLFLOW_TRACKING_URI"
+    ),
     413: Diagnosis(
         text="{server} refuses a request of this size (413)",
         hint="raise `client_max_body_size` in nginx (0 means no limit), then run `track sync`",

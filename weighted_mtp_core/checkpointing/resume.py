@@ -138,7 +138,7 @@ def _needed_to_train_further(was: Mapping[str, Any], now: Mapping[str, str]) -> 
 def _planned(params: Mapping[str, str], was: Mapping[str, Any], key: str) -> int | None:
     """Return the planned number of steps of the table `key` (`train` or `critic.train`); None if unknown.
 
-    A number of epochs is converted to steps with the number of batches per epoch that the run has recorded.
+    If the stage has a number of epochs, the number of batches per epoch in the run's parameters gives the steps.
     """
     if f"{key}.steps" in params:
         return int(params[f"{key}.steps"])

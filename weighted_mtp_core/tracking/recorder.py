@@ -166,7 +166,7 @@ class Recorder:
             self._uploaders.append(uploader)
 
     def start_backfill(self, experiment: Path) -> None:
-        """Send data that trackers of the experiment's earlier runs did not receive, in the background."""
+        """In the background, send the data of earlier runs of the experiment that trackers have not received."""
         self._backfill = start_backfill(experiment, skip=self.folder.path, log=self.log)
 
     # ------------------------------------------------------------------- during the run

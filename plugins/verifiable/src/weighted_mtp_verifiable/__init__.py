@@ -195,7 +195,7 @@ class ValueHeadOptions:
         heads: Number of attention heads in each of the critic's own layers.
         lm_loss_weight: Weight of a language-model loss on correct responses. The head then also reads each
             token's negative log-likelihood under this language model, its most useful input after a short
-            training run. With 0, there is no language model.
+            training run. With 0, the critic has neither this loss nor this input.
     """
 
     objective: Literal["monte_carlo", "lambda_return", "bradley_terry"] = "monte_carlo"
