@@ -17,6 +17,7 @@ from weighted_mtp_core.checkpointing.manager import Checkpoints
 from weighted_mtp_core.checkpointing.resume import (
     LAST_STEP,
     STEPS,
+    changed_keys,
     fingerprint,
     other_machine,
     refuse_changes,
@@ -42,7 +43,7 @@ from weighted_mtp_core.storage.atomic import atomic_write
 from weighted_mtp_core.tracking.display import Display
 from weighted_mtp_core.tracking.rank_log import RankLog
 from weighted_mtp_core.tracking.recorder import Recorder, open_recorder
-from weighted_mtp_core.tracking.run_folder import read_run
+from weighted_mtp_core.tracking.run_folder import CHANGED, read_run
 from weighted_mtp_core.training.critic_learner import CriticLearner, check_informative
 from weighted_mtp_core.training.loop import Learner, Trained, train
 from weighted_mtp_core.training.optimisers import check_optimisers
@@ -134,7 +135,8 @@ def _start_or_resume(
     if previous is not None and (warning := other_machine(previous, distributed)):
         recorder.log(warning)
     if distributed.is_rank_zero:
-        recorder.folder.record(**plan.identity, fingerprint=fingerprint(distributed))
+        changed = {} if previous is None else {CHANGED: changed_keys(read_run(previous), plan)}
+        recorder.folder.record(**plan.identity, **changed, fingerprint=fingerprint(distributed))
         recorder.tags({run_tags.SOURCE_SHA256: plan.tags[run_tags.SOURCE_SHA256]})  # changes if resumed
     if not distributed.any_rank(flag=previous is not None):
         return None

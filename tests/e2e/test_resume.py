@@ -144,11 +144,12 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run_with_every_step_once(stopp
     before = tracked(cwd / "storage")
 
     run = wmtp(
-        *("run", *ENDLESS, "--set", f"train.steps={done + 3}", "--set", "run.resume=auto"),
+        *("run", *ENDLESS, "--set", f"train.steps={done + 3}", "--resume", str(folder)),
         cwd=cwd,
     )
 
     assert run.returncode == 0, run.stderr
+    assert json.loads((folder / "run.json").read_text())["changed"] == ["train.steps"]
     assert f"continuing run {folder.name} from step {done} of stage `policy`" in run.stdout
     after = tracked(cwd / "storage")
     assert (before.info.status, after.info.status) == ("KILLED", "FINISHED")

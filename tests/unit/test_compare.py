@@ -17,7 +17,7 @@ from weighted_mtp_core.cli import main
 from weighted_mtp_core.compare.arms import read_arms
 from weighted_mtp_core.compare.gap import Gap
 from weighted_mtp_core.compare.grid import parse_grids
-from weighted_mtp_core.compare.jobs import Job, plan_jobs
+from weighted_mtp_core.compare.jobs import Job, plan_jobs, refuse_other_data
 from weighted_mtp_core.compare.measures import RunMeasures, default_metrics, kinds_of_machines, read_measures
 from weighted_mtp_core.compare.runner import Runner, share_machine
 from weighted_mtp_core.compare.table import Comparison
@@ -128,12 +128,23 @@ def test_all_arms_come_equally_far(arms):
     assert [job.label for job in jobs] == ["one-seed42", "two-seed42", "one-seed43", "two-seed43"]
 
 
-def finish(job, *, status="FINISHED", seed=None, distributions=None, instructions="AVX2", **params):
+def finish(
+    job,
+    *,
+    status="FINISHED",
+    seed=None,
+    distributions=None,
+    instructions="AVX2",
+    changed=(),
+    data="d1",
+    **params,
+):
     plan = job.arm.plan
     folder = RunFolder.create(plan.runs_folder, experiment=plan.experiment, name=job.arm.name)
     identity = job.arm.identity(job.seed if seed is None else seed)
     identity["params"] |= {key.replace("__", "."): value for key, value in params.items()}
     identity["fingerprint"] = {"instructions": instructions, "device": "cpu"}
+    identity |= {"changed": changed, "data.sha256": data}
     folder.record(status=status, **identity | ({"distributions": distributions} if distributions else {}))
     folder.close()
     return folder.path
@@ -154,6 +165,9 @@ def test_a_finished_run_is_found_by_its_recipe_and_seed(arms):
         {"train__steps": "7"},
         {"weighting__options__beta": "0.1"},
         {"distributions": {"x": "2"}},
+        {
+            "changed": ["train.steps"]
+        },  # resumed with more steps, so its first steps are those of a shorter run
     ],
 )
 def test_another_run_is_not_taken_for_it(arms, other):
@@ -168,6 +182,27 @@ def test_where_a_run_was_tracked_does_not_matter(arms):
     path = finish(job, run__resume="never", tracker__0__use="example.paper", run__tags='["a:b"]')
 
     assert job.wanted.finished().absolute() == path
+
+
+def test_runs_of_different_contents_of_one_data_file_are_refused(arms):
+    jobs = plan_jobs(arms(("one", ""), ("two", "")), [1, 2])
+    runs = {job: finish(job) for job in jobs[:3]}
+    refuse_other_data(runs)
+    runs[jobs[3]] = finish(jobs[3], data="d2")
+
+    with pytest.raises(WmtpError) as caught:
+        refuse_other_data(runs)
+
+    assert str(caught.value) == (
+        f"the data changed between runs: their SHA-256 is d1 in `{runs[jobs[0]]}` and d2 in `{runs[jobs[3]]}`"
+    )
+    assert caught.value.hint == "delete the folders of the runs with the old data, or restore the old data"
+
+
+def test_arms_with_other_options_of_the_data_may_have_other_data(arms):
+    every = (*arms(("one", "")), *arms(("two", ""), overrides=['data.options.folder="there"']))
+
+    refuse_other_data({job: finish(job, data=job.arm.name) for job in plan_jobs(every, [1, 2])})
 
 
 def test_cores_are_shared_out(monkeypatch):
@@ -456,6 +491,21 @@ def test_a_run_is_read_from_its_journal(write_run):
     assert run.last["validation_ce_head_1"] == 3.0
     assert run.policy_seconds == pytest.approx(40)
     assert run.last["critic_seconds"] == 0
+
+
+@pytest.mark.parametrize(("log_every", "validate_every"), [(10, 10), (20, 10), (60, 10), (10, 20), (60, 60)])
+def test_the_duration_of_a_run_excludes_validations(log_every, validate_every):
+    """A step takes 1 s and a validation 7 s, whatever the intervals of records and validations."""
+    clock, series = 0, {"policy_learning_rate": [], "validation_ce_head_1": [Point(0, 6.0, 0)]}
+    for step in range(1, 61):
+        clock += 1000
+        if step % log_every == 0:
+            series["policy_learning_rate"].append(Point(step, 1e-3, clock))
+        if step % validate_every == 0:
+            clock += 7000
+            series["validation_ce_head_1"].append(Point(step, 5.0, clock))
+
+    assert RunMeasures.make(series).policy_seconds == pytest.approx(60)
 
 
 def test_between_two_validations_a_curve_is_a_line(write_run):

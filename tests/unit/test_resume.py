@@ -7,6 +7,7 @@ from weighted_mtp_core.api import DatasetVersion, WmtpError
 from weighted_mtp_core.checkpointing.resume import (
     LAST_STEP,
     STEPS,
+    changed_keys,
     fingerprint,
     other_machine,
     refuse_changes,
@@ -16,7 +17,7 @@ from weighted_mtp_core.checkpointing.resume import (
 from weighted_mtp_core.plan import make_plan
 from weighted_mtp_core.runtime.distributed import Distributed
 from weighted_mtp_core.tracking.journal import Journal
-from weighted_mtp_core.tracking.run_folder import RunFolder
+from weighted_mtp_core.tracking.run_folder import RunFolder, read_run
 
 RECIPE = """
     [run]
@@ -81,6 +82,34 @@ def test_auto_leaves_finished_runs_and_those_of_other_recipes(plan, leave):
     leave(plan(resume="auto"), "FINISHED")
     leave(plan("run.seed=7", resume="auto"), "KILLED")
 
+    assert run_to_resume(plan(resume="auto"), None) is None
+
+
+@pytest.mark.parametrize("change", ["train.steps=900", "train.patience=3", "train.epochs=2"])
+def test_auto_leaves_a_run_with_another_length_of_training(plan, leave, change):
+    """The learning rates of the steps that are done depend on the number of steps."""
+    leave(plan(resume="auto"), "KILLED")
+
+    assert run_to_resume(plan(change, resume="auto"), None) is None
+
+
+@pytest.mark.parametrize("change", ["evaluate.samples=1", "checkpoint.every=7", "data.options.workers=2"])
+def test_auto_goes_on_with_a_run_that_trains_the_same_policy(plan, leave, change):
+    path = leave(plan(resume="auto"), "KILLED")
+
+    assert run_to_resume(plan(change, resume="auto"), None) == path
+
+
+def test_what_has_changed_since_a_run_began_is_not_forgotten(plan, leave):
+    path = leave(plan(), "KILLED")
+    assert changed_keys(read_run(path), plan("checkpoint.every=7")) == []
+    changed = changed_keys(read_run(path), plan("train.steps=900", "train.learning_rate=0.5"))
+    folder = RunFolder.open(path)
+    folder.record(changed=changed)
+    folder.close()
+
+    assert changed == ["train.learning_rate", "train.steps"]
+    assert changed_keys(read_run(path), plan()) == changed
     assert run_to_resume(plan(resume="auto"), None) is None
 
 

@@ -17,29 +17,31 @@ from weighted_mtp_core.plan import Plan
 from weighted_mtp_core.recipe.train_table import TrainTable, default_selection
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
 from weighted_mtp_core.tracking.journal import read_journal
-from weighted_mtp_core.tracking.run_folder import RunFolder, find_run, is_held, read_run
+from weighted_mtp_core.tracking.run_folder import CHANGED, RunFolder, find_run, is_held, read_run
 from weighted_mtp_core.tracking.run_history import RunHistory
 
-SAFE = (
+_NO_EFFECT = (
     "checkpoint",
-    "critic.train.epochs",
     "critic.train.max_bad_steps",
-    "critic.train.steps",
     "evaluate",
     "model.activation_checkpointing",
     "run.over_memory",
     "run.resume",
     "run.tags",
     "tracker",
-    "train.epochs",
     "train.max_bad_steps",
+)
+"""Keys, besides those in `Plan.same_result`, on which the trained policy does not depend."""
+
+SAFE = (
+    *_NO_EFFECT,
+    "critic.train.epochs",
+    "critic.train.steps",
+    "train.epochs",
     "train.patience",
     "train.steps",
 )
-"""Keys, besides those in `Plan.same_result`, that may differ in a resumed run.
-
-A change of one of the keys in SAFE does not affect the steps that the run has completed.
-"""
+"""Keys, besides those in `Plan.same_result`, that may differ in a run that `--resume` continues."""
 
 LAST_STEP = {"critic": "critic.last_step", "policy": "policy.last_step"}
 STEPS = {"critic": "critic.steps", "policy": "policy.steps"}
@@ -70,12 +72,23 @@ def _unfinished(path: Path, plan: Plan) -> bool:
     facts = read_run(path)
     if facts.get("status") == "FINISHED" or "params" not in facts or is_held(path):
         return False
-    return not _changes(facts, plan, allowed=())
+    return not changed_keys(facts, plan)
 
 
-def _changes(was: Mapping[str, Any], plan: Plan, *, allowed: Sequence[str]) -> list[str]:
+def changed_keys(was: Mapping[str, Any], plan: Plan) -> list[str]:
+    """Return the keys that affect the trained policy and that have changed since the run began.
+
+    Args:
+        was: The `run.json` of the run, which contains the changes of earlier resumes.
+        plan: The plan that continues the run.
+    """
+    now = _changes(was, plan, safe=_NO_EFFECT, allowed=())
+    return sorted({*was.get(CHANGED, ()), *(change.partition(":")[0] for change in now)})
+
+
+def _changes(was: Mapping[str, Any], plan: Plan, *, safe: Sequence[str], allowed: Sequence[str]) -> list[str]:
     """Return the differences in recipe and source code between the `run.json` of a run and a plan."""
-    safe = (*SAFE, *plan.same_result, *allowed)
+    safe = (*safe, *plan.same_result, *allowed)
     before, now = was.get("distributions", {}), plan.distributions
     return _differences(was.get("params", {}), plan.params, allowed=safe) + _differences(
         {f"distributions.{name}": source for name, source in before.items()},
@@ -97,7 +110,7 @@ def refuse_changes(path: Path, plan: Plan, *, allowed: Sequence[str]) -> None:
             as fewer steps, another optimiser or another measure of the best state; or the run is finished.
     """
     was = read_run(path)
-    _refuse(path, _changes(was, plan, allowed=allowed))
+    _refuse(path, _changes(was, plan, safe=SAFE, allowed=allowed))
     before, now = was.get("params", {}), plan.params
     done = _steps_done(path)
     lacking = _needed_to_train_further(was, now)
@@ -213,9 +226,11 @@ def refuse_other_data(folder: RunFolder, version: DatasetVersion, *, allowed: Se
         WmtpError: The data of a resumed run differ, and `allowed` does not contain `data.sha256`.
     """
     key = "data.sha256"
-    was = read_run(folder.path).get(key)
-    if was is not None:
+    facts = read_run(folder.path)
+    was = facts.get(key)
+    if was is not None and was != version.sha256:
         _refuse(folder.path, _differences({key: was}, {key: version.sha256}, allowed=allowed))
+        folder.record(**{CHANGED: sorted({*facts.get(CHANGED, ()), key})})
     folder.record(**{key: version.sha256})
     return was != version.sha256
 

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 from weighted_mtp_core.cli.arguments import add_executor, add_override_arguments, add_repeatable, list_of
 from weighted_mtp_core.compare.arms import Arm, digest, read_arms
 from weighted_mtp_core.compare.grid import parse_grids
-from weighted_mtp_core.compare.jobs import plan_jobs
+from weighted_mtp_core.compare.jobs import plan_jobs, refuse_other_data
 from weighted_mtp_core.compare.runner import (
     MOST_SEEDS,
     Outcome,
@@ -136,6 +136,7 @@ def _compare_recipes(args: argparse.Namespace) -> int:
             f"every run failed, the first with: {outcome.failures[0].reason}",
             hint=f"see {outcome.failures[0].log}",
         )
+    refuse_other_data(outcome.finished)
     from weighted_mtp_core.compare.measures import kinds_of_machines
     from weighted_mtp_core.compare.mlflow_record import track
 

@@ -16,6 +16,9 @@ from weighted_mtp_core.plan import Plan, make_plan
 EQUAL = ("data", "evaluate", "model", "train")
 """Tables of a recipe that must be equal in all arms."""
 
+ALGORITHM = ("critic", "loss", "weighting")
+"""Tables of a recipe that must be equal in all runs of one arm, in addition to `EQUAL`."""
+
 
 @frozen(kw_only=True, eq=False)
 class Arm:
@@ -98,18 +101,22 @@ def read_arms(
 
 
 def refuse_unequal(
-    first: tuple[str, Mapping[str, str]], other: tuple[str, Mapping[str, str]], *, allowed: Sequence[str]
+    first: tuple[str, Mapping[str, str]],
+    other: tuple[str, Mapping[str, str]],
+    *,
+    allowed: Sequence[str],
+    tables: Sequence[str] = EQUAL,
 ) -> None:
-    """Refuse two arms, given as (name, params), that differ in data, model, budget or evaluation.
+    """Refuse two arms, or two runs of one arm, given as (name, params), that differ in `tables`.
 
     Raises:
-        WmtpError: The arms differ in keys that are not allowed; the message lists these keys.
+        WmtpError: They differ in keys that are not allowed; the message lists these keys.
     """
     (first_name, was), (other_name, now) = first, other
     faults = [
         f"{key}: {was.get(key, 'absent')} in `{first_name}`, {now.get(key, 'absent')} in `{other_name}`"
         for key in sorted(was.keys() | now.keys())
-        if was.get(key) != now.get(key) and is_below(key, EQUAL) and not is_below(key, allowed)
+        if was.get(key) != now.get(key) and is_below(key, tables) and not is_below(key, allowed)
     ]
     if faults:
         key = faults[0].partition(":")[0]

@@ -9,7 +9,8 @@ from typing import Any
 from attrs import frozen
 
 from weighted_mtp_core.compare.arms import Arm, is_below
-from weighted_mtp_core.tracking.run_folder import is_held, read_run
+from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.tracking.run_folder import CHANGED, is_held, read_run
 
 _SAME_RESULT = ("checkpoint", "run.resume", "run.tags", "tracker")
 """Keys that do not affect the results of a run, in addition to `Plan.same_result`."""
@@ -50,6 +51,8 @@ class WantedRun:
                 yield file.parent
 
     def _matches(self, facts: Mapping[str, Any]) -> bool:
+        if facts.get(CHANGED):  # some of its steps used another recipe, other code or other data
+            return False
         params = _without(facts.get("params", {}), self.same_result)
         return params == self.params and dict(facts.get("distributions", {})) == self.distributions
 
@@ -89,6 +92,27 @@ class Job:
 def plan_jobs(arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:
     """Return all jobs in order of seeds, so that all arms progress equally."""
     return [Job(arm=arm, seed=seed) for seed in seeds for arm in arms]
+
+
+def refuse_other_data(runs: Mapping[Job, Path]) -> None:
+    """Refuse runs that have the same `[data]` table but other data, because a file has changed in between.
+
+    Args:
+        runs: The run folder of each finished job.
+
+    Raises:
+        WmtpError: The data of two runs differ.
+    """
+    first: dict[str, Path] = {}
+    for job, run in runs.items():
+        table = str(sorted(pair for pair in job.wanted.params.items() if is_below(pair[0], ["data"])))
+        other = first.setdefault(table, run)
+        was, now = (read_run(each).get("data.sha256", "unknown")[:12] for each in (other, run))
+        if was != now:
+            raise WmtpError(
+                f"the data changed between runs: their SHA-256 is {was} in `{other}` and {now} in `{run}`",
+                hint="delete the folders of the runs with the old data, or restore the old data",
+            )
 
 
 def _without(params: Mapping[str, str], tables: Sequence[str]) -> dict[str, str]:

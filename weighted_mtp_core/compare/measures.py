@@ -7,7 +7,7 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -47,14 +47,14 @@ class RunMeasures:
     def make(cls, series: Mapping[str, Sequence[Point]]) -> RunMeasures:
         """Make the measures of a run from its points, keyed by metric and in order."""
         last = {name: points[-1].value for name, points in series.items()}
-        for stage in ("policy", "critic"):
+        validated = {name: points for name, points in series.items() if _CURVE.fullmatch(name)}
+        of_stages = {"policy": [*chain(*validated.values())], "critic": series.get("critic_auc", ())}
+        step_seconds = {}
+        for stage, validations in of_stages.items():
             points = series.get(f"{stage}{_EACH_LOGGED_STEP}", ())
-            last[f"{stage}_seconds"] = _step_seconds(points) * points[-1].step if points else 0.0
-        curves = {
-            name: [(point.step, point.value) for point in points]
-            for name, points in series.items()
-            if _CURVE.fullmatch(name)
-        }
+            step_seconds[stage] = _step_seconds(points, validations)
+            last[f"{stage}_seconds"] = step_seconds[stage] * points[-1].step if points else 0.0
+        curves = {name: [(point.step, point.value) for point in points] for name, points in validated.items()}
         # Stage 2 ends with a validation, and MLflow contains only finite values. So if a curve has no value
         # at the last step, the last value was not finite.
         logged = series.get(f"policy{_EACH_LOGGED_STEP}", ())
@@ -65,7 +65,7 @@ class RunMeasures:
         return cls(
             last=last,
             curves=curves,
-            step_seconds=_step_seconds(logged),
+            step_seconds=step_seconds["policy"],
             cost=cost_of("policy", series),
             steps=logged[-1].step if logged else 0,
         )
@@ -107,12 +107,18 @@ def kinds_of_machines(runs: Iterable[Path]) -> list[str]:
     return [f"{count} run{'s' * (count > 1)}: {kind or 'unknown'}" for kind, count in kinds.most_common()]
 
 
-def _step_seconds(points: Sequence[Point]) -> float:
-    """Return the median of the seconds per step, because validations and pauses would affect the mean."""
+def _step_seconds(logged: Sequence[Point], validations: Sequence[Point]) -> float:
+    """Return the median of the seconds per step, because pauses would affect the mean.
+
+    Validations are excluded: each interval ends at a logged step, and begins at the logged step or at the end
+    of the validation before it, whichever is later. A step is logged before its validation.
+    """
+    events = [(point.time_ms, point.step, False) for point in logged]
+    events += [(point.time_ms, point.step, True) for point in validations]
     rates = [
-        (later.time_ms - earlier.time_ms) / 1000 / (later.step - earlier.step)
-        for earlier, later in pairwise(points)
-        if later.step > earlier.step
+        (later - earlier) / 1000 / (step - before)
+        for (earlier, before, _), (later, step, is_validation) in pairwise(sorted(events))
+        if step > before and not is_validation
     ]
     return statistics.median(rates) if rates else 0.0
 

@@ -15,14 +15,15 @@ from weighted_mtp_core.api import BuildContext, RunInfo
 from weighted_mtp_core.builtin._mlflow_errors import diagnose
 from weighted_mtp_core.builtin._mlflow_tracker import MlflowTracker
 from weighted_mtp_core.builtin.mlflow import MlflowOptions, build_mlflow
-from weighted_mtp_core.compare.arms import refuse_unequal
+from weighted_mtp_core.compare.arms import ALGORITHM, refuse_unequal
 from weighted_mtp_core.compare.measures import RunMeasures
 from weighted_mtp_core.compare.mlflow_record import describe_comparison
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import did_you_mean, quoted
 from weighted_mtp_core.tracking.run_history import Point
 
-_MAX_RUNS = 1000
+_PAGE = 1000
+"""Number of runs in one answer of the store."""
 
 
 @frozen(kw_only=True, eq=False)
@@ -99,9 +100,15 @@ def read_stored(
     first, by_seed = next(iter(arms.items()))
     params = next(iter(by_seed.values())).data.params
     for arm, by_seed in arms.items():
-        for run in by_seed.values():
+        seed_0 = min(by_seed)
+        for seed, run in sorted(by_seed.items()):
             refuse_unequal((first, params), (arm, run.data.params), allowed=allowed)
-    for arm, by_seed in arms.items():
+            refuse_unequal(
+                (f"{arm}, seed {seed_0}", by_seed[seed_0].data.params),
+                (f"{arm}, seed {seed}", run.data.params),
+                allowed=allowed,
+                tables=ALGORITHM,
+            )
         if run_tags.SOURCE_SHA256 not in allowed:
             _refuse_mixed_source(arm, by_seed)
     return StoredRuns(tracker=tracker, runs=arms, measures=measures)
@@ -128,7 +135,15 @@ def _of_experiment(client: MlflowClient, name: str) -> list[Run]:
         names = [each.name for each in client.search_experiments()]
         hint = did_you_mean(name, names) or f"there are {quoted(sorted(names))}"
         raise WmtpError(f"there is no experiment `{name}`", hint=hint)
-    return list(client.search_runs([experiment.experiment_id], "status = 'FINISHED'", max_results=_MAX_RUNS))
+    found: list[Run] = []
+    token: str | None = ""
+    while token is not None:
+        page = client.search_runs(
+            [experiment.experiment_id], "status = 'FINISHED'", max_results=_PAGE, page_token=token or None
+        )
+        found += page
+        token = page.token or None
+    return found
 
 
 def _by_id(client: MlflowClient, run_id: str) -> Run:
@@ -136,6 +151,8 @@ def _by_id(client: MlflowClient, run_id: str) -> Run:
     for key in ("attributes.run_id", f"tags.`{run_tags.RUN_ID}`"):
         found = client.search_runs(every, f"{key} = '{run_id}'", max_results=1)
         if found:
+            if (status := found[0].info.status) != "FINISHED":
+                raise WmtpError(f"the run `{run_id}` is not finished: its status is {status}")
             return found[0]
     raise WmtpError(f"the store has no run `{run_id}`")
 

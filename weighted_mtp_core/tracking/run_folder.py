@@ -20,6 +20,9 @@ from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.storage.atomic import atomic_write, unfinished_folder
 from weighted_mtp_core.tracking.names import check_path_name
 
+CHANGED = "changed"
+"""Key in `run.json` of a resumed run: keys that affect the trained policy and have changed since it began."""
+
 _RUN_FILE = "run.json"
 _LOCK_FILE = "lock"
 _UNFINISHED = (".*", "checkpoints/.*", "checkpoints/*/.*", "delivery/.*", "evaluation/.*")

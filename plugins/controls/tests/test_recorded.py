@@ -52,6 +52,39 @@ def test_each_step_gets_its_recorded_weights(tmp_path, view, by_pair):
         assert torch.equal(replay.weigh(steps[step]).weight, had[step])
 
 
+def test_a_mixture_of_the_weights_of_two_runs_is_refused(tmp_path, view):
+    """A second run records under the same name and ends early."""
+    first, second = Record(Drawn(), folder=tmp_path), Record(Drawn(by_pair=True), folder=tmp_path)
+    for step in range(4):
+        first.weigh(evolve(view, step=step))
+    for step in range(2):
+        second.weigh(evolve(view, step=step))
+    replay = Replay(folder=tmp_path)
+
+    for step in (0, 1):
+        replay.weigh(evolve(view, step=step))
+    for each in (replay, Replay(folder=tmp_path)):  # a replay that was resumed at step 2 refuses it as well
+        with pytest.raises(WmtpError, match="two runs recorded the weights of the steps 1 and 2 in"):
+            each.weigh(evolve(view, step=2))
+    Replay(folder=tmp_path).weigh(evolve(view, step=3))
+
+
+def test_a_resumed_run_continues_its_record(tmp_path, view):
+    first = Record(Drawn(), folder=tmp_path)
+    for step in range(3):
+        first.weigh(evolve(view, step=step))
+        if step == 1:
+            state = first.state_dict()
+    resumed = Record(Drawn(), folder=tmp_path)
+    resumed.load_state_dict(state)
+    for step in range(2, 4):
+        resumed.weigh(evolve(view, step=step))
+
+    replay = Replay(folder=tmp_path)
+    for step in range(4):
+        replay.weigh(evolve(view, step=step))
+
+
 def test_validation_is_not_recorded(tmp_path, view):
     Record(Drawn(), folder=tmp_path / "kept").weigh(evolve(view, training=False))
 

@@ -120,7 +120,8 @@ def test_at_least_one_target_is_kept():
     [
         ({"keep": 0.0}, "must be > 0: 0.0"),
         ({"keep": 1.5}, "must be <= 1"),
-        ({"temperature": 0.0}, "must be > 0"),
+        ({"selection": "soft", "temperature": 0.0}, "must be > 0"),
+        ({"temperature": 0.1}, 'has no effect with `selection = "top"`; leave it out: 0.1'),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, expected):

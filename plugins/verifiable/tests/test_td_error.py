@@ -214,6 +214,8 @@ def test_weighing_never_waits_for_the_device(whiten):
         ({"clip": (3.0, 0.1)}, "must be [low, high] with 0 <= low <= high and high > 0: [3.0, 0.1]"),
         ({"beta": 0.0}, "must be > 0: 0.0"),
         ({"lam": 1.5}, "must be <= 1: 1.5"),
+        ({"estimator": "td", "lam": 0.5}, 'has no effect with `estimator = "td"`; leave it out: 0.5'),
+        ({"ema_decay": 0.9}, 'has no effect with `whiten = "batch"`; leave it out: 0.9'),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, expected):

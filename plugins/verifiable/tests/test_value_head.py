@@ -232,6 +232,12 @@ def test_document_cumsum_equals_a_loop(lengths, seed):
         ({"base": "other/model"}, 'is for `body = "trunk"`, not for `body = "own"`: other/model'),
         ({"body": "frozen", "lora_rank": 4}, 'is for `body = "trunk"`, not for `body = "frozen"`: 4'),
         ({"lm_loss_weight": -1.0}, "must be >= 0: -1.0"),
+        ({"lam": 0.5}, 'has no effect with `objective = "monte_carlo"`; leave it out: 0.5'),
+        ({"lam_schedule": "linear"}, 'has no effect with `objective = "monte_carlo"`; leave it out: linear'),
+        (
+            {"objective": "lambda_return", "lam_start": 0.5},
+            'has no effect with `lam_schedule = "constant"`; leave it out: 0.5',
+        ),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, expected):

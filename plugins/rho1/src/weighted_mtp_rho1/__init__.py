@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from attrs import field, frozen
+from attrs import Attribute, field, frozen
 from attrs import validators as v
 from weighted_mtp_core.api import BuildContext, Component, Critic, Signal, WeightingStrategy, hookimpl
 
@@ -33,6 +33,11 @@ class ExcessLossOptions:
     per: Literal["head", "target"] = "head"
     selection: Literal["top", "soft"] = "top"
     temperature: float = field(default=0.5, validator=v.gt(0))
+
+    @temperature.validator
+    def _check_temperature(self, attribute: Attribute[float], value: float) -> None:
+        if self.selection != "soft" and value != attribute.default:
+            raise ValueError(f'has no effect with `selection = "{self.selection}"`; leave it out: {value}')
 
 
 def build_excess_loss(options: ExcessLossOptions, context: BuildContext) -> WeightingStrategy:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from attrs import field, frozen
+from attrs import Attribute, field, frozen
 from attrs import validators as v
 from weighted_mtp_core.api import (
     BuildContext,
@@ -21,6 +21,12 @@ from weighted_mtp_core.api import (
     WeightingStrategy,
     hookimpl,
 )
+
+
+def _refuse_unused(attribute: Attribute[Any], value: object, *, key: str, choice: str) -> None:
+    """Refuse a value that is not the default and has no effect, because the option `key` is `choice`."""
+    if value != attribute.default:
+        raise ValueError(f'has no effect with `{key} = "{choice}"`; leave it out: {value}')
 
 
 def _check_range(_: object, __: object, value: tuple[float, float]) -> None:
@@ -66,6 +72,16 @@ class TdErrorOptions:
     sign: Literal["advantage", "reward"] = "advantage"
     positives_only: bool = False
     per_response: bool = False
+
+    @lam.validator
+    def _check_lam(self, attribute: Attribute[float], value: float) -> None:
+        if self.estimator == "td":
+            _refuse_unused(attribute, value, key="estimator", choice="td")
+
+    @ema_decay.validator
+    def _check_decay(self, attribute: Attribute[float], value: float) -> None:
+        if self.whiten != "ema":
+            _refuse_unused(attribute, value, key="whiten", choice=self.whiten)
 
 
 def build_td_error(options: TdErrorOptions, context: BuildContext) -> WeightingStrategy:
@@ -200,7 +216,7 @@ class ValueHeadOptions:
 
     objective: Literal["monte_carlo", "lambda_return", "bradley_terry"] = "monte_carlo"
     lam: float = field(default=0.95, validator=[v.ge(0), v.le(1)])
-    lam_schedule: Literal["constant", "linear"] = "constant"
+    lam_schedule: Literal["constant", "linear"] = field(default="constant")
     lam_start: float = field(default=1.0, validator=[v.ge(0), v.le(1)])
     body: Literal["own", "policy", "frozen", "trunk"] = "own"
     base: str | None = field(default=None)
@@ -209,6 +225,21 @@ class ValueHeadOptions:
     hidden_size: int = field(default=128, validator=v.ge(8))
     heads: int = field(default=4, validator=v.ge(1))
     lm_loss_weight: float = field(default=2.0, validator=v.ge(0))
+
+    @lam.validator
+    def _check_lam(self, attribute: Attribute[float], value: float) -> None:
+        if self.objective != "lambda_return":
+            _refuse_unused(attribute, value, key="objective", choice=self.objective)
+
+    @lam_schedule.validator
+    def _check_schedule(self, attribute: Attribute[str], value: str) -> None:
+        if self.objective != "lambda_return":
+            _refuse_unused(attribute, value, key="objective", choice=self.objective)
+
+    @lam_start.validator
+    def _check_start(self, attribute: Attribute[float], value: float) -> None:
+        if self.lam_schedule != "linear":
+            _refuse_unused(attribute, value, key="lam_schedule", choice=self.lam_schedule)
 
     @base.validator
     @lora_rank.validator
