@@ -151,7 +151,7 @@ def _needed_to_train_further(was: Mapping[str, Any], now: Mapping[str, str]) -> 
 def _planned(params: Mapping[str, str], was: Mapping[str, Any], key: str) -> int | None:
     """Return the planned number of steps of the table `key` (`train` or `critic.train`); None if unknown.
 
-    If the stage has a number of epochs, the number of batches per epoch in the run's parameters gives the steps.
+    The number of steps for a number of epochs follows from the batches per epoch that the run has recorded.
     """
     if f"{key}.steps" in params:
         return int(params[f"{key}.steps"])

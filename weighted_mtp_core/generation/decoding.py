@@ -97,7 +97,7 @@ class Decoder:
         return self.heads.read(ids_RT, position_RT=position_RT, cache=self._cache, seen=seen)
 
     def _block_mask(self) -> Tensor:
-        """Return the attention mask: which cache slots and which tokens of the block each token may attend to.
+        """Return the attention mask: to which cache slots and tokens of the block each token may attend.
 
         With drafts, the mask is a float tensor that is added to attention scores, because transformers and
         torch would convert a boolean mask again in each layer. The float mask ignores sliding windows,

@@ -166,7 +166,7 @@ class Recorder:
             self._uploaders.append(uploader)
 
     def start_backfill(self, experiment: Path) -> None:
-        """In the background, send the data of earlier runs of the experiment that trackers have not received."""
+        """In the background, send what trackers have not received from earlier runs of the experiment."""
         self._backfill = start_backfill(experiment, skip=self.folder.path, log=self.log)
 
     # ------------------------------------------------------------------- during the run
