@@ -613,6 +613,14 @@ def test_the_page_begins_with_one_table_of_all_arms_by_all_metrics(write_run):
     ]
 
 
+def test_a_mean_over_fewer_seeds_than_the_arm_has_says_so(write_run):
+    runs = {"first": {0: write_run("a", (6, 4, 3), pass_at_5=0.5), 1: write_run("b", (6, 4, 3))}}
+
+    page = Comparison.make(runs, metrics=["validation_ce_head_1", "pass_at_5"], seeds=(0, 1)).markdown()
+
+    assert "| `first` | 2     | 3 ± 0                | 0.5 (1 seed) |" in page
+
+
 def test_the_page_shows_differences_and_says_what_two_seeds_cannot_show(comparison):
     text = comparison.markdown()
 

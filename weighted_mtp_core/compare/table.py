@@ -164,7 +164,7 @@ class Comparison:
         for arm in self.arms:
             found = {row.metric: row.estimate for row in rows if row.arm == arm}
             seeds = max((each.count for each in found.values()), default=0)
-            cells = (_plus_minus(found[metric]) if metric in found else _NONE for metric in metrics)
+            cells = [_plus_minus(found[metric], seeds) if metric in found else _NONE for metric in metrics]
             table.append([f"`{arm}`", str(seeds), *cells])
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         table.insert(1, ["-" * width for width in widths])
@@ -293,8 +293,14 @@ def _line(row: Row) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _plus_minus(found: Estimate) -> str:
-    """Return mean ± half width of the interval, both rounded to two significant digits of the half width."""
+def _plus_minus(found: Estimate, seeds: int) -> str:
+    """Return mean ± half width of the interval, both rounded to two significant digits of the half width.
+
+    If the mean covers fewer than `seeds` seeds, their number follows in parentheses.
+    """
+    if found.count < seeds:
+        own = _plus_minus(found, found.count)
+        return f"{own} ({found.count} seed{'s' * (found.count > 1)})"
     if math.isnan(found.mean):
         return "diverged"
     half = (found.high - found.low) / 2

@@ -109,6 +109,17 @@ def test_keeping_everything_is_unweighted_training():
     assert torch.equal(weigh(view, keep=1.0).weight, view.target_BTK.float())
 
 
+@pytest.mark.parametrize("per", ["head", "target"])
+@pytest.mark.parametrize("selection", ["top", "soft"])
+def test_a_reference_loss_that_is_nan_is_no_reason_to_select_a_target(per, selection):
+    """Core refuses weights that are NaN."""
+    reference = [*REFERENCE[:4], math.nan, *REFERENCE[5:]]
+
+    weight = weigh(one_response([POLICY], reference), per=per, selection=selection).weight
+
+    assert weight.isnan().any()
+
+
 def test_at_least_one_target_is_kept():
     view = one_response([POLICY[:2]], REFERENCE[:2])
 

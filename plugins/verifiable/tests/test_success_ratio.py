@@ -345,6 +345,17 @@ def test_weighing_never_waits_for_the_device(span, heads):
         strategy.weigh(seen)
 
 
+@pytest.mark.parametrize("heads", ["target", "path"])
+def test_values_that_are_nan_do_not_become_weights_of_1(heads):
+    """Core refuses weights that are NaN."""
+    view = one_row([math.nan] * 4)
+
+    weight = build(heads=heads).weigh(view).weight
+
+    mask = view.target_BTK if heads == "path" else view.response_BT
+    assert weight[mask].isnan().all()
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

@@ -49,13 +49,17 @@ class ExcessLoss(WeightingStrategy):
         )
 
     def _select(self, excess_NC: Tensor, target_NC: Tensor) -> Tensor:
-        """Return weights `[N, C]` in [0, 1] that grow with the excess loss; 0 if there is no target."""
+        """Return weights `[N, C]` in [0, 1] that grow with the excess loss; 0 if there is no target.
+
+        A target whose excess loss is NaN gets the weight NaN, which core refuses.
+        """
         kept_C = (self._options.keep * target_NC.sum(dim=0)).round().clamp(min=1)
         ranked_NC = excess_NC.where(target_NC, -torch.inf)
         order_NC = ranked_NC.argsort(dim=0, descending=True, stable=True)
         if self._options.selection == "top":
             rank_NC = order_NC.argsort(dim=0)
-            return ((rank_NC < kept_C) & target_NC).float()
+            selected_NC = ((rank_NC < kept_C) & target_NC).float()
+            return selected_NC.where(~(excess_NC.isnan() & target_NC), torch.nan)
         threshold_1C = ranked_NC.gather(0, order_NC.gather(0, (kept_C[None] - 1).long()))
         soft_NC = torch.sigmoid((excess_NC - threshold_1C) / self._options.temperature)
         return soft_NC.where(target_NC, 0.0)

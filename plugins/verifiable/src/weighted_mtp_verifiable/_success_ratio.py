@@ -56,7 +56,7 @@ class SuccessRatio(WeightingStrategy):
             before = before.gather(1, _next_response_token(view.response_BT))[..., None]
             after, reward, mask = view.to_pairs(after), view.to_pairs(reward), view.target_BTK
         # The ratio is 1 if the value before the token is 0: success is then impossible, whatever the token.
-        ratio = (after - before).exp().where(before > -torch.inf, 1.0)
+        ratio = (after - before).exp().where(before != -torch.inf, 1.0)
         weight = ratio.clamp(0.0, options.cap).pow(options.power)
         if options.where == "wrong":
             weight = weight.where(~is_correct(reward), 1.0)
