@@ -727,6 +727,21 @@ def test_a_curve_without_its_last_values_is_diverged_as_a_tracker_receives_finit
     assert math.isnan(run.at_seconds("validation_ce_head_1", 20))
 
 
+def test_a_metric_without_a_value_at_the_last_record_is_diverged_as_well():
+    at = [Point(step, 1e-3, 1000 * step) for step in (10, 20)]
+    run = RunMeasures.make(
+        {
+            "policy_learning_rate": at,
+            "train_loss": [Point(10, 2.0, 10_000)],
+            "value_loss": [Point(10, 0.7, 3_000)],  # of stage 1
+            "weight_mean": [Point(10, 1.0, 10_000), Point(20, 1.0, 20_000)],
+        }
+    )
+
+    assert math.isnan(run.last["train_loss"])
+    assert (run.last["value_loss"], run.last["weight_mean"]) == (0.7, 1.0)
+
+
 def test_values_at_equal_wall_clock_between_few_validations_are_called_rough(comparison):
     text = comparison.markdown()
 

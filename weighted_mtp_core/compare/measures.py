@@ -30,7 +30,7 @@ class RunMeasures:
 
     Attributes:
         last: The last value of every metric and wall-clock measurement, and `policy_seconds` and
-            `critic_seconds`; NaN for a validation metric without a value at the end of stage 2.
+            `critic_seconds`; NaN for a metric of stage 2 without a value at its last record or validation.
         curves: The points (step, value) of each validation metric of stage 2, in order of steps.
         step_seconds: Median duration of a step of stage 2, in seconds.
         cost: The cost of stage 2, see `cost_of`.
@@ -61,6 +61,11 @@ class RunMeasures:
         for name, curve in curves.items():
             if logged and curve[-1][0] < logged[-1].step:
                 curve.append((logged[-1].step, math.nan))
+                last[name] = math.nan
+        # The same is true for a metric that was recorded together with the learning rate, but not at the end.
+        records = {(point.step, point.time_ms) for point in logged[:-1]}
+        for name, points in series.items():
+            if (points[-1].step, points[-1].time_ms) in records:
                 last[name] = math.nan
         return cls(
             last=last,
