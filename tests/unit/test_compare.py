@@ -196,7 +196,11 @@ def test_runs_of_different_contents_of_one_data_file_are_refused(arms):
     assert str(caught.value) == (
         f"the data changed between runs: their SHA-256 is d1 in `{runs[jobs[0]]}` and d2 in `{runs[jobs[3]]}`"
     )
-    assert caught.value.hint == "delete the folders of the runs with the old data, or restore the old data"
+    assert caught.value.hint == (
+        "delete the folders of the runs with the old data, restore the old data, or allow the difference: "
+        "--allow-difference data.sha256"
+    )
+    refuse_other_data(runs, allowed=["data.sha256"])
 
 
 def test_arms_with_other_options_of_the_data_may_have_other_data(arms):
@@ -469,7 +473,9 @@ def test_a_grid_that_cannot_be_meant_is_refused(texts, message):
     [
         ([], "name either recipes, or runs that are in MLflow with `--experiment` and `--runs`"),
         (["a.toml", "--runs", "1"], "name either recipes, or runs that are in MLflow"),
-        (["--runs", "1", "--executor", "local:2"], "`--preset`, `--set`, `--grid` and `--executor` are for"),
+        (["--runs", "1", "--executor", "local:2"], "`--grid`, `--executor` and `--seeds` are for recipes"),
+        (["--experiment", "a", "--seeds", "3"], "`--grid`, `--executor` and `--seeds` are for recipes"),
+        (["a.toml", "--seeds", "0"], "`--seeds 0`: expected 1 to 20"),
         (["a.toml", "--seeds", "21"], "`--seeds 21`: expected 1 to 20"),
         (["a.toml", "--executor", "local:0"], "`--executor local:0`: expected `local:N` with N of 1 or more"),
         (["a.toml", "--executor", "dask://x"], "or `dask://HOST:PORT`"),

@@ -55,6 +55,10 @@ if TYPE_CHECKING:
     from weighted_mtp_core.compare.table import Comparison
 
 
+_SEEDS = 5
+"""Number of seeds without `--seeds`."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipes", metavar="RECIPE", nargs="*", type=Path, help="a recipe for each arm")
     add_repeatable(
@@ -70,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="instead of recipes, or with --experiment: runs in MLflow, by id (MLflow's or the run folder's)",
     )
-    parser.add_argument("--seeds", metavar="N", type=int, default=5, help="(5)")
+    parser.add_argument("--seeds", metavar="N", type=int, help=f"({_SEEDS})")
     add_executor(parser, default="local:N, with one run per GPU, else one per core")
     add_override_arguments(parser)
     add_repeatable(
@@ -104,11 +108,11 @@ def _check(args: argparse.Namespace) -> None:
             "name either recipes, or runs that are in MLflow with `--experiment` and `--runs`",
             hint="see: python -m weighted_mtp_core compare --help",
         )
-    if stored and (args.preset or args.overrides or args.grids or args.executor):
+    if stored and (args.preset or args.overrides or args.grids or args.executor or args.seeds):
         raise WmtpError(
-            "`--preset`, `--set`, `--grid` and `--executor` are for recipes; runs in MLflow are as they are"
+            "`--preset`, `--set`, `--grid`, `--executor` and `--seeds` are for recipes, not for stored runs"
         )
-    if not 1 <= args.seeds <= MOST_SEEDS:
+    if args.seeds is not None and not 1 <= args.seeds <= MOST_SEEDS:
         raise WmtpError(f"`--seeds {args.seeds}`: expected 1 to {MOST_SEEDS}")
     if args.executor is not None:
         local_slots(args.executor)
@@ -128,7 +132,7 @@ def _compare_recipes(args: argparse.Namespace) -> int:
 
     gap = Gap.of(args.floor, args.ceiling, arms=[arm.name for arm in arms])
     first = arms[0].plan.recipe.run
-    seeds = [first.seed + number for number in range(args.seeds)]
+    seeds = [first.seed + number for number in range(args.seeds or _SEEDS)]
     out: Path = args.out or Path(first.storage) / "comparisons" / f"{arms[0].name}-{digest(arms, seeds)}"
     outcome = _execute(arms, seeds, address=args.executor, out=out)
     if not outcome.finished:
@@ -136,7 +140,7 @@ def _compare_recipes(args: argparse.Namespace) -> int:
             f"every run failed, the first with: {outcome.failures[0].reason}",
             hint=f"see {outcome.failures[0].log}",
         )
-    refuse_other_data(outcome.finished)
+    refuse_other_data(outcome.finished, allowed=args.allow_difference)
     from weighted_mtp_core.compare.measures import kinds_of_machines
     from weighted_mtp_core.compare.mlflow_record import track
 

@@ -94,15 +94,18 @@ def plan_jobs(arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:
     return [Job(arm=arm, seed=seed) for seed in seeds for arm in arms]
 
 
-def refuse_other_data(runs: Mapping[Job, Path]) -> None:
+def refuse_other_data(runs: Mapping[Job, Path], *, allowed: Sequence[str] = ()) -> None:
     """Refuse runs that have the same `[data]` table but other data, because a file has changed in between.
 
     Args:
         runs: The run folder of each finished job.
+        allowed: Keys that may differ between runs; with `data.sha256` or `data`, no run is refused.
 
     Raises:
         WmtpError: The data of two runs differ.
     """
+    if is_below("data.sha256", allowed):
+        return
     first: dict[str, Path] = {}
     for job, run in runs.items():
         table = str(sorted(pair for pair in job.wanted.params.items() if is_below(pair[0], ["data"])))
@@ -111,7 +114,8 @@ def refuse_other_data(runs: Mapping[Job, Path]) -> None:
         if was != now:
             raise WmtpError(
                 f"the data changed between runs: their SHA-256 is {was} in `{other}` and {now} in `{run}`",
-                hint="delete the folders of the runs with the old data, or restore the old data",
+                hint="delete the folders of the runs with the old data, restore the old data, or allow the "
+                "difference: --allow-difference data.sha256",
             )
 
 

@@ -15,7 +15,7 @@ from weighted_mtp_core.api import BuildContext, RunInfo
 from weighted_mtp_core.builtin._mlflow_errors import diagnose
 from weighted_mtp_core.builtin._mlflow_tracker import MlflowTracker
 from weighted_mtp_core.builtin.mlflow import MlflowOptions, build_mlflow
-from weighted_mtp_core.compare.arms import ALGORITHM, refuse_unequal
+from weighted_mtp_core.compare.arms import ALGORITHM, EQUAL, is_below, refuse_unequal
 from weighted_mtp_core.compare.measures import RunMeasures
 from weighted_mtp_core.compare.mlflow_record import describe_comparison
 from weighted_mtp_core.errors import WmtpError
@@ -102,6 +102,7 @@ def read_stored(
     for arm, by_seed in arms.items():
         seed_0 = min(by_seed)
         for seed, run in sorted(by_seed.items()):
+            _refuse_changed(run, allowed=allowed)
             refuse_unequal((first, params), (arm, run.data.params), allowed=allowed)
             refuse_unequal(
                 (f"{arm}, seed {seed_0}", by_seed[seed_0].data.params),
@@ -112,6 +113,18 @@ def read_stored(
         if run_tags.SOURCE_SHA256 not in allowed:
             _refuse_mixed_source(arm, by_seed)
     return StoredRuns(tracker=tracker, runs=arms, measures=measures)
+
+
+def _refuse_changed(run: Run, *, allowed: Sequence[str]) -> None:
+    """Refuse a run that was resumed with another recipe; its params in MLflow are those of its first steps."""
+    prefix = run_tags.CHANGED_PREFIX
+    changed = sorted(tag.removeprefix(prefix) for tag in run.data.tags if tag.startswith(prefix))
+    for key in changed:
+        if is_below(key, (*EQUAL, *ALGORITHM)) and not is_below(key, allowed):
+            raise WmtpError(
+                f"the run `{run.info.run_id}` of `{run.info.run_name}` was resumed with another `{key}`",
+                hint=f"leave it out: name runs with `--runs`; or allow it: --allow-difference {key}",
+            )
 
 
 def _refuse_mixed_source(arm: str, by_seed: Mapping[int, Run]) -> None:

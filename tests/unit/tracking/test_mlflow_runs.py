@@ -93,6 +93,20 @@ def test_seeds_of_one_arm_with_other_code_are_refused(finish, read):
     read(allowed=["wmtp.source_sha256"])
 
 
+def test_a_run_that_was_resumed_with_another_recipe_is_refused(client, finish, read):
+    run = finish("one", 1)
+    client.set_tag(run, "wmtp.changed.checkpoint.every", "7")
+    read()
+    client.set_tag(run, "wmtp.changed.train.steps", "30")
+
+    with pytest.raises(WmtpError) as caught:
+        read()
+
+    assert str(caught.value) == f"the run `{run}` of `one` was resumed with another `train.steps`"
+    assert caught.value.hint.endswith("--allow-difference train.steps")
+    read(allowed=["train.steps"])
+
+
 @pytest.mark.parametrize("status", ["RUNNING", "KILLED", "FAILED"])
 def test_a_run_that_is_not_finished_is_refused_by_its_id_and_left_out_of_its_experiment(finish, read, status):
     finish("one", 1)
