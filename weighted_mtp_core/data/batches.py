@@ -198,9 +198,16 @@ class StepBatches:
 
     def pairs_per_step(self, n_future: int) -> tuple[float, ...]:
         """Return the number of counted pairs of each head in a step, averaged over an epoch."""
-        length_D, prompt_D = self.tokens.length_D, self.tokens.prompt_D
-        pairs = [(length_D - np.maximum(prompt_D, k)).clip(min=0).sum() for k in range(1, n_future + 1)]
-        return tuple(float(count) / self.batches_per_epoch for count in pairs)
+        tokens, target_N = self.tokens, self.tokens.target_N
+        count, pairs = int(tokens.response_D.sum()), []
+        for index in range(n_future):  # head k predicts the targets after the first k tokens of a document
+            long_D = tokens.length_D > index
+            if target_N is None:
+                count -= int((tokens.prompt_D[long_D] <= index).sum())
+            else:
+                count -= int(target_N[tokens.start_D1[:-1][long_D] + index].sum())
+            pairs.append(count / self.batches_per_epoch)
+        return tuple(pairs)
 
     def first_steps(self) -> Rows:
         """Return for each document the step of the first epoch whose batch contains it, int64 `[D]`."""

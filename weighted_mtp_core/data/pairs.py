@@ -41,7 +41,7 @@ def make_pairs(token_set: TokenSet, table: PairsTable) -> Rows:
         WmtpError: The data contain no pair of a correct and an incorrect response of similar length.
     """
     correct_D = is_correct(token_set.reward_D)
-    length_D = token_set.length_D - token_set.prompt_D
+    length_D = token_set.response_D
     bin_D = length_bins(length_D, ratio=table.length_ratio)
     order_D = np.argsort(token_set.problem_D, kind="stable")
     problems = np.split(order_D, np.flatnonzero(np.diff(token_set.problem_D[order_D])) + 1)

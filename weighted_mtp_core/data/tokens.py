@@ -89,6 +89,14 @@ class TokenSet:
         """Number of tokens of each document, int64; computed at each access."""
         return np.diff(self.start_D1)
 
+    @property
+    def response_D(self) -> NDArray[np.int64]:
+        """Number of targets of each document, int64; computed at each access."""
+        if self.target_N is None:
+            return self.length_D - self.prompt_D
+        targets: NDArray[np.int64] = np.add.reduceat(self.target_N, self.start_D1[:-1], dtype=np.int64)
+        return targets
+
     def lengths(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the number of tokens of each of the given documents, int64."""
         first = np.asarray(rows)

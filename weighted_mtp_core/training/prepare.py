@@ -140,7 +140,7 @@ class Prepared:
     def length_only(self) -> LengthOnly:
         """The baseline critic that uses only lengths, fitted on the training responses."""
         tokens = self.critic_tokens("train")
-        return LengthOnly.fit(tokens.length_D - tokens.prompt_D, np.asarray(tokens.reward_D, np.float64))
+        return LengthOnly.fit(tokens.response_D, np.asarray(tokens.reward_D, np.float64))
 
     def values(self, scores: Scores) -> NDArray[np.float64] | None:
         """Return a critic's values V_t, float64 `[B, T]`; None if the scores have neither V_t nor log V_t.
