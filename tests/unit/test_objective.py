@@ -3,6 +3,7 @@
 import copy
 from types import SimpleNamespace
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -49,9 +50,16 @@ def token_set():
 TOKENS = token_set()
 
 
-def batches_of(packing):
+def chats():
+    """The same documents with every third token after the prompt left out, as other turns of a chat are."""
+    position_N = np.concatenate([np.arange(length) for length in TOKENS.length_D])
+    after_N = position_N - np.repeat(TOKENS.prompt_D, TOKENS.length_D)
+    return attrs.evolve(TOKENS, target_N=(after_N >= 0) & (after_N % 3 != 1))
+
+
+def batches_of(packing, tokens=TOKENS):
     table = DataTable(use="documents", packing=packing, max_tokens=64, pack_tokens=64)
-    return StepBatches(TOKENS, table, batch_size=PACKINGS[packing], seed=0, device=CPU)
+    return StepBatches(tokens, table, batch_size=PACKINGS[packing], seed=0, device=CPU)
 
 
 @pytest.fixture(scope="module")
@@ -230,14 +238,33 @@ def test_steps_whose_weights_are_all_0_have_no_gradient_and_lower_the_mean_weigh
     torch.testing.assert_close(found, 3 * gradient(usual, batches(0), step=0), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("tokens", [TOKENS, chats()], ids=["responses", "chats"])
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_the_usual_number_of_pairs_is_that_of_an_epoch_over_its_steps(packing):
-    batches = batches_of(packing)
+def test_the_usual_number_of_pairs_is_that_of_an_epoch_over_its_steps(packing, tokens):
+    batches = batches_of(packing, tokens)
     steps = 1 + int(batches.first_steps().max())
     targets = [target_mask(batch_labels(batches(step), K)) for step in range(steps)]
     total_K = sum(each.sum(dim=(0, 1)) for each in targets)
 
     assert batches.pairs_per_step(K) == pytest.approx((total_K / steps).tolist())
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, chats()], ids=["responses", "chats"])
+def test_the_length_of_a_response_is_its_number_of_targets(tokens):
+    response_BT = collate(tokens, range(len(tokens)), device=CPU).response_BT
+
+    assert tokens.response_D.tolist() == response_BT.sum(dim=1).tolist()
+
+
+def test_weights_before_a_change_to_their_normaliser_are_in_its_mean():
+    before, after = (Normaliser.make([4.0], each, device=CPU) for each in ("tokens", "weights"))
+    target_BTK = torch.ones(1, 4, 1, dtype=torch.bool)
+    for _ in range(3):
+        before.add(2.0 * target_BTK, target_BTK)
+
+    after.load_state_dict(before.state_dict())
+
+    assert after.add(2.0 * target_BTK, target_BTK).tolist() == [8.0]
 
 
 def test_a_head_without_any_target_learns_nothing():

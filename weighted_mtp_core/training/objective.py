@@ -53,9 +53,9 @@ class Normaliser:
         With `normalise = "weights"`, the divisor of a head is 1 if all its weights so far are 0.
         """
         self._counts_K += target_BTK.sum(dim=(0, 1), dtype=torch.float32)
+        self._weights_K += weight_BTK.abs().sum(dim=(0, 1), dtype=torch.float32)
         if self.normalise == "tokens":
             return self.pairs_K
-        self._weights_K += weight_BTK.abs().sum(dim=(0, 1), dtype=torch.float32)
         total_K = self.pairs_K * (self._weights_K / self._counts_K)
         return torch.where(self._weights_K > 0, total_K, 1.0)
 
