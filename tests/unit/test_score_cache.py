@@ -10,6 +10,7 @@ from weighted_mtp_core.api import Batch, Critic, Scores, Signal, WeightingStrate
 from weighted_mtp_core.data.batches import StepBatches, split_rows
 from weighted_mtp_core.data.samplers import PackedSampler, Sampler, pointwise
 from weighted_mtp_core.data.tokens import TokenSet
+from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.plugins.loading import Kind
 from weighted_mtp_core.plugins.selection import ComponentSelector
@@ -210,6 +211,18 @@ def test_a_flipped_bit_stops_the_run(tokens, tmp_path):
 
     with pytest.raises(WmtpError, match=r"value_BT\.npy` changed since it was written"):
         cached(Judge(), order, tmp_path / "scores")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_scores_that_are_not_float32_are_refused_as_without_the_cache(tokens, tmp_path, dtype):
+    class Imprecise(Judge):
+        def score(self, batch, hidden_BTH):
+            return Scores(value_BT=super().score(batch, hidden_BTH).value_BT.to(dtype))
+
+    order = batches(tokens)
+
+    with pytest.raises(RunFailedError, match=f"critic `Imprecise` returned `value_BT` as {dtype}"):
+        cached(Imprecise(), order, tmp_path / "scores").score(order(0), None)
 
 
 def test_a_batch_of_unknown_origin_is_refused(tokens, tmp_path):
