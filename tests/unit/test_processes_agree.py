@@ -1,6 +1,7 @@
 """What several processes must decide alike, though their numbers differ by rounding."""
 
 import multiprocessing
+import warnings
 from datetime import timedelta
 
 import pytest
@@ -24,11 +25,13 @@ class Together(Learner):
         self.number, self.distributed = nn.Parameter(torch.zeros(1)), distributed
         self.best = folder / "best"
         self.saved = 0
+        self.drawn = []
 
     def parameters(self):
         return [self.number]
 
     def learn(self, batch, *, step):
+        self.drawn.append(float(torch.rand(1 + self.distributed.rank)[0]))  # as dropout of uneven shares
         loss = (self.number - 3).square().sum()
         loss.backward()
         return StepResult(loss=loss.detach(), metrics=dict)
@@ -79,23 +82,35 @@ def train_as(rank, folder, results):
             checkpoints=checkpoints,
             distributed=distributed,
         )
-    results.put((rank, learner.saved, trained.best_step))
+    results.put((rank, learner.saved, trained.best_step, learner.drawn))
     distributed.shutdown()
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_the_first_process_decides_for_all_which_state_is_the_best(tmp_path):
-    context = multiprocessing.get_context("fork")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What each of two processes reports after training: its rank, saves, best step and random numbers."""
+    context, folder = multiprocessing.get_context("fork"), tmp_path_factory.mktemp("together")
     results = context.Queue()
-    processes = [context.Process(target=train_as, args=(rank, tmp_path, results)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-
+    processes = [context.Process(target=train_as, args=(rank, folder, results)) for rank in (0, 1)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
+        for process in processes:
+            process.start()
     found = sorted(results.get(timeout=120) for _ in processes)
     for process in processes:
         process.join(60)
+    return found
 
-    assert found == [(0, 3, 4), (1, 3, 4)]
+
+def test_the_first_process_decides_for_all_which_state_is_the_best(trained):
+    assert [each[:3] for each in trained] == [(0, 3, 4), (1, 3, 4)]
+
+
+def test_each_step_begins_with_the_same_random_state_in_all_processes(trained):
+    first, second = (drawn for *_, drawn in trained)
+
+    assert first == second
+    assert len(set(first)) == len(first) == 4
 
 
 @given(st.integers(1, 40), st.integers(1, 9))

@@ -273,6 +273,10 @@ class _Training:
         """Execute one training step; log metrics and validate if they are due."""
         self.rates = set_learning_rate(self.optimisers, self.table, step)
         batch = self.batches(step)
+        if not self.distributed.is_single_process:
+            # The processes draw different numbers of random values for dropout, but a snapshot contains only
+            # the first process's generators. So each step begins with the same new seed in all processes.
+            torch.manual_seed(torch.initial_seed() + 1)
         self.cost.add(tokens=batch.ids_BT.numel(), flops=self.learner.flops(batch))
         result = self.learner.learn(batch, step=step)
         norm = clip_gradients(self.parameters, self.table.max_grad_norm, size=result.size)
