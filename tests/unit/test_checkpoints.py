@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from weighted_mtp_core.checkpointing.best_model import load_model, save_model
-from weighted_mtp_core.checkpointing.manager import Checkpoints
+from weighted_mtp_core.checkpointing.manager import Checkpoints, _lower_priority
 from weighted_mtp_core.checkpointing.snapshot import Snapshot
 from weighted_mtp_core.checkpointing.state import (
     copy_state,
@@ -28,8 +28,10 @@ from weighted_mtp_core.checkpointing.state import (
 )
 from weighted_mtp_core.errors import RunFailedError, WmtpError
 from weighted_mtp_core.recipe.schema import CheckpointTable
+from weighted_mtp_core.recipe.train_table import OptimiserTable, TrainTable
 from weighted_mtp_core.storage.atomic import atomic_write
 from weighted_mtp_core.storage.manifest import write_manifest
+from weighted_mtp_core.training.optimisers import make_optimisers
 
 
 @pytest.fixture
@@ -250,6 +252,25 @@ class Free:
     free = 1 << 40
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no priorities for single threads")
+@pytest.mark.parametrize(("own", "expected"), [(0, 10), (15, 15)])
+def test_a_run_may_have_a_lower_priority_than_the_writer(own, expected):
+    found = []
+
+    def lower():
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, max(own, os.getpriority(os.PRIO_PROCESS, thread)))
+        _lower_priority()
+        found.append(os.getpriority(os.PRIO_PROCESS, thread))
+
+    inherited = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    thread = threading.Thread(target=lower)
+    thread.start()
+    thread.join()
+
+    assert found == [max(expected, inherited)]
+
+
 def test_copies_go_where_the_last_ones_were_unless_they_grew():
     state = {"weight": torch.arange(4.0), "bias": torch.zeros(2), "count": 1}
     first, _ = copy_state(state, "learner", over={})
@@ -299,6 +320,24 @@ def test_an_optimiser_goes_on_as_if_it_had_not_stopped():
     resumed, _ = stepped(2, state, half)
 
     assert torch.equal(resumed.weight, whole.weight)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("shapes", [[(64, 64), (5, 3)], [(64, 64)], [(5, 3), (64, 64)]])
+def test_an_optimisers_state_of_other_parameters_is_refused(name, shapes):
+    def made(*shapes):
+        parameters = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+        return parameters, make_optimisers(parameters, TrainTable(optimiser=OptimiserTable(name=name)))
+
+    parameters, optimisers = made((64, 64), (3, 5))
+    sum(each.sum() for each in parameters).backward()
+    for optimiser in optimisers:
+        optimiser.step()
+    state = optimiser_state(optimisers, parameters)
+    others, again = made(*shapes)
+
+    with pytest.raises(WmtpError, match="another model than the recipe describes"):
+        load_optimiser_state(again, others, state)
 
 
 def test_every_tensor_of_an_optimiser_comes_back_on_its_parameters_device():
@@ -401,3 +440,10 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         load_model(nn.Linear(5, 3), tmp_path / "best_model.pt")
     with pytest.raises(WmtpError, match="there is no checkpoint"):
         load_model(nn.Linear(5, 3), tmp_path / "absent.pt")
+
+
+def test_a_file_of_something_other_than_a_dict_is_refused(tmp_path):
+    torch.save([torch.ones(2, 2)], tmp_path / "best_model.pt")
+
+    with pytest.raises(WmtpError, match="is not a checkpoint of tensors: it contains a `list`"):
+        load_model(nn.Linear(2, 2), tmp_path / "best_model.pt")

@@ -328,6 +328,21 @@ def test_another_optimiser_cannot_be_allowed_once_the_stage_has_begun(plan, leav
         refuse_changes(path, plan(critic, other), allowed=allowed)
 
 
+def test_other_trained_parameters_cannot_be_allowed_once_the_policy_is_trained(plan, leave):
+    selects = "train.select_by=acceptance"
+    path = leave(plan(selects), "KILLED")
+    other = plan(selects, "model.train=heads")
+
+    refuse_changes(path, other, allowed=["model.train"])
+    record(path, "policy", 0)
+    with pytest.raises(
+        WmtpError, match="has begun stage `policy` with `all`, whose state `heads` cannot use"
+    ) as caught:
+        refuse_changes(path, other, allowed=["model.train"])
+
+    assert caught.value.hint == "undo the change of `model.train`, or begin a new run"
+
+
 def test_other_data_are_refused(plan, leave):
     folder = RunFolder.open(leave(plan(), "KILLED"))
     first = DatasetVersion(name="lines", version="1", sha256="a" * 64)

@@ -60,6 +60,8 @@ def load_model(model: nn.Module, path: Path) -> None:
             f"`{path}` is not a checkpoint of tensors: {str(error).splitlines()[0]}",
             hint="it may be damaged: use another one, or start the run again",
         ) from error
+    if not isinstance(state, dict):
+        raise WmtpError(f"`{path}` is not a checkpoint of tensors: it contains a `{type(state).__name__}`")
     if BASE_SHA256 in model.state_dict():
         load_module_state(model, state)
         return

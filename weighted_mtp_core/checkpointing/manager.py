@@ -156,7 +156,9 @@ def _drop_file_cache(path: Path) -> None:
 def _lower_priority() -> None:
     """Lower the priority of this thread, so that the training thread has precedence over writing."""
     if sys.platform == "linux":  # other systems have no priorities for single threads
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        thread = threading.get_native_id()
+        own = os.getpriority(os.PRIO_PROCESS, thread)  # under `nice -n 15`, 10 would need privileges
+        os.setpriority(os.PRIO_PROCESS, thread, max(10, own))
 
 
 def _size(count: int) -> str:

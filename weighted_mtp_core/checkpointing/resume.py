@@ -127,13 +127,13 @@ def refuse_changes(path: Path, plan: Plan, *, allowed: Sequence[str]) -> None:
     if was.get("status") == "FINISHED" and lacking is not None:
         raise WmtpError(f"the run `{path}` is finished", hint=f"raise `{lacking}` to train it further")
     _refuse_fewer_steps(path, plan, done)
-    _refuse_other_optimiser(path, before, now, done)
     chose, chooses = _selects_by(before), _selects_by(now)
     if "policy" in done and chose != chooses:  # scores of different measures cannot be compared
         raise WmtpError(
             f"the run `{path}` chooses the state to keep by `{chose}`; `train.select_by` is now `{chooses}`",
             hint="undo the change, or begin a new run",
         )
+    _refuse_other_optimiser_state(path, before, now, done)
 
 
 def _needed_to_train_further(was: Mapping[str, Any], now: Mapping[str, str]) -> str | None:
@@ -183,17 +183,21 @@ def _refuse_fewer_steps(path: Path, plan: Plan, done: Mapping[str, int]) -> None
         )
 
 
-def _refuse_other_optimiser(
+def _refuse_other_optimiser_state(
     path: Path, before: Mapping[str, str], now: Mapping[str, str], done: Mapping[str, int]
 ) -> None:
-    """Refuse to change the optimiser of a stage that has begun, even if the user allows the change."""
-    begun = {"policy": "train", "critic": "critic.train"}
-    for stage, key in begun.items():
-        used, uses = (params.get(f"{key}.optimiser.name", "adamw") for params in (before, now))
+    """Refuse another optimiser or other trained parameters of a stage that has begun, even if allowed."""
+    keys = (
+        ("policy", "train.optimiser.name", "adamw"),
+        ("policy", "model.train", "all"),
+        ("critic", "critic.train.optimiser.name", "adamw"),
+    )
+    for stage, key, default in keys:
+        used, uses = (params.get(key, default) for params in (before, now))
         if used != uses and stage in done and not (stage == "critic" and "policy" in done):
             raise WmtpError(
                 f"the run `{path}` has begun stage `{stage}` with `{used}`, whose state `{uses}` cannot use",
-                hint=f"undo the change of `{key}.optimiser.name`, or begin a new run",
+                hint=f"undo the change of `{key}`, or begin a new run",
             )
 
 

@@ -116,6 +116,9 @@ def load_optimiser_state(
 
     A parameter without a saved state gets no state. Each tensor of a state, including Adam's `step`, is
     copied to the device of its parameter. Tensors that are not scalars are sharded like their parameter.
+
+    Raises:
+        WmtpError: The state has more parameters than `parameters`, or parameters of other shapes.
     """
     owner = {
         parameter: optimiser
@@ -124,10 +127,15 @@ def load_optimiser_state(
         for parameter in group["params"]
     }
     for index in dict.fromkeys(name.partition(".")[0] for name in state):
+        if int(index) >= len(parameters):
+            raise _another_model()
         parameter = parameters[int(index)]
         optimiser, held = owner[parameter], WithPrefix(state, index)
         adopt = getattr(optimiser, "adopt", lambda _, same: same)
         for name, tensor in adopt(parameter, held).items():
+            by_block = name.endswith("_scale")  # see `EightBitAdamW.update`
+            if tensor.ndim > 0 and not by_block and tensor.shape != parameter.shape:
+                raise _another_model()  # torch's fused AdamW would read and write beyond the tensor
             is_shard = isinstance(parameter, DTensor) and tensor.ndim > 0
             copy = tensor.to(parameter.device, copy=not is_shard)
             optimiser.state[parameter][name] = shard_like(parameter, copy) if is_shard else copy
