@@ -116,7 +116,7 @@ def read_stored(
 
 
 def _refuse_changed(run: Run, *, allowed: Sequence[str]) -> None:
-    """Refuse a run that was resumed with another recipe; its params in MLflow are those of its first steps."""
+    """Refuse a run that was resumed with another recipe; its params in MLflow describe its first steps."""
     prefix = run_tags.CHANGED_PREFIX
     changed = sorted(tag.removeprefix(prefix) for tag in run.data.tags if tag.startswith(prefix))
     for key in changed:
