@@ -479,6 +479,10 @@ def test_a_grid_that_cannot_be_meant_is_refused(texts, message):
         (["a.toml", "--seeds", "21"], "`--seeds 21`: expected 1 to 20"),
         (["a.toml", "--executor", "local:0"], "`--executor local:0`: expected `local:N` with N of 1 or more"),
         (["a.toml", "--executor", "dask://x"], "or `dask://HOST:PORT`"),
+        (
+            ["a.toml", "--set", "train.steps=9", "--grid", "train.steps=1,2"],
+            "`--set train.steps=9` has no effect, because `--grid` sets the same key",
+        ),
         (["a.toml", "--set", "run.seed=1"], "`--set run.seed` would give every run the same seed"),
     ],
 )

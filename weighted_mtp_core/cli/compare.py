@@ -116,6 +116,9 @@ def _check(args: argparse.Namespace) -> None:
         raise WmtpError(f"`--seeds {args.seeds}`: expected 1 to {MOST_SEEDS}")
     if args.executor is not None:
         local_slots(args.executor)
+    in_grids = {each.split("=")[0].strip() for each in args.grids}
+    if both := [each for each in args.overrides if each.split("=")[0].strip() in in_grids]:
+        raise WmtpError(f"`--set {both[0]}` has no effect, because `--grid` sets the same key")
     if any(each.split("=")[0].strip() == "run.seed" for each in args.overrides):
         raise WmtpError("`--set run.seed` would give every run the same seed", hint="use --seeds N")
 
