@@ -17,6 +17,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    CTRLConfig,
+    CTRLLMHeadModel,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     GPT2Config,
@@ -37,7 +39,7 @@ from weighted_mtp_core.checkpointing.manager import Checkpoints
 from weighted_mtp_core.checkpointing.snapshot import Snapshot
 from weighted_mtp_core.checkpointing.state import module_state
 from weighted_mtp_core.export.adapter import write_adapter
-from weighted_mtp_core.model.adapters import adapt, merge_adapters
+from weighted_mtp_core.model.adapters import adapt, adapted_layers, merge_adapters
 from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.model.loss import weighted_mtp_loss
 from weighted_mtp_core.model.stored_base import restore_base
@@ -547,6 +549,25 @@ def test_plain_peft_loads_an_exported_adapter_onto_the_base_with_the_same_logits
     assert torch.equal(all_logits(policy, ids_BT)[0], expected)
 
 
+def test_an_adapter_is_exported_with_whole_names_if_another_module_has_the_same_last_part(tmp_path):
+    """In CTRL, `0` is the name of a linear layer in each decoder layer, and of a decoder layer."""
+    torch.manual_seed(0)
+    config = CTRLConfig(vocab_size=V, n_embd=16, dff=32, n_layer=3, n_head=2, n_positions=32)
+    model = CTRLLMHeadModel(config).eval()
+    policy = make_policy(copy.deepcopy(model), n_future=2, head_kind="medusa")
+    adapt(policy, ModelTable(train="adapters", adapters=PLAIN))
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    ids_BT = batch_of(0).ids_BT
+
+    write_adapter(policy, tmp_path / "adapter", dtype=torch.float32, recipe=b"")
+
+    with torch.no_grad():
+        found = PeftModel.from_pretrained(model, tmp_path / "adapter").eval()(ids_BT).logits
+    torch.testing.assert_close(found, all_logits(policy, ids_BT)[0], rtol=1e-4, atol=1e-4)
+
+
 def test_an_exported_adapter_names_its_base_and_the_last_parts_of_its_layers(tmp_path):
     base("llama").save_pretrained(tmp_path / "base")
     model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
@@ -605,6 +626,40 @@ def test_a_layer_whose_matrix_is_read_without_a_call_is_refused():
 
     assert caught.value.hint == "set the targets to `called`, or to some of them"
     add_adapters(torch.nn.Sequential(Fused()), rank=2, targets=("called",))
+
+
+def test_an_attention_of_torch_that_reads_the_matrix_of_its_last_layer_is_refused():
+    module = torch.nn.ModuleDict(
+        {"attention": torch.nn.MultiheadAttention(8, 2), "out": torch.nn.Linear(8, 8)}
+    )
+
+    with pytest.raises(WmtpError, match="an adapter of `out_proj` would have no effect") as refused:
+        add_adapters(module, rank=2)
+
+    assert refused.value.hint == "set the targets to `out`, or to some of them"
+
+
+def test_only_the_given_layers_are_adapted_although_a_longer_name_ends_like_theirs():
+    layer, other = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    module = torch.nn.ModuleDict({"own": layer, "more": torch.nn.ModuleDict({"own": other})})
+
+    add_adapters(module, rank=2, layers=[layer])
+
+    assert [name for name, _ in adapted_layers(module)] == ["own"]
+
+
+def test_adapters_of_layers_that_share_a_matrix_are_refused():
+    """Merging both adapters would add each of them to both layers."""
+    made = copy.deepcopy(base("llama"))
+    first, second, _ = made.model.layers
+    second.mlp.up_proj.weight = first.mlp.up_proj.weight
+    policy = make_policy(made, n_future=K, head_kind="medusa")
+
+    with pytest.raises(
+        WmtpError,
+        match=r"`trunk\.layers\.0\.mlp\.up_proj` and `trunk\.layers\.1\.mlp\.up_proj` share a matrix",
+    ):
+        adapt(policy, ModelTable(train="adapters", adapters=PLAIN))
 
 
 def test_layers_directly_in_the_module_are_adapted():

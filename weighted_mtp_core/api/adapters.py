@@ -88,7 +88,7 @@ def add_adapters(
         lora_dropout=dropout,
         use_rslora=rslora,
         use_dora=dora,
-        target_modules=chosen,
+        target_modules="|".join(map(re.escape, chosen)),  # in a list, a name would also match longer names
     )
     # For some model families, peft reads the config of the module and renames the targets as in other
     # releases of transformers. This holder has the same children but no config, so peft keeps the names.
@@ -125,10 +125,12 @@ def read_directly(module: nn.Module, names: Iterable[str]) -> list[str]:
 @functools.cache
 def _code_of(kind: type) -> str:
     """Return the source code of the methods of a class, except methods that initialise weights."""
+    from torch import nn
+
     found = []
     for name, method in inspect.getmembers(kind, inspect.isfunction):
         starts = "init" in name or "reset" in name
-        if not starts and not method.__module__.startswith("torch."):
+        if not starts and method.__module__ != nn.Module.__module__:
             with suppress(OSError, TypeError):
                 found.append(inspect.getsource(method))
     return "".join(found)

@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from weighted_mtp_core.api.adapters import is_linear
 from weighted_mtp_core.errors import RunFailedError, WmtpError
 from weighted_mtp_core.export.transformers import language_model
 from weighted_mtp_core.model.adapters import adapted_layers
@@ -96,13 +95,8 @@ def _read_back(base: Any, folder: Path, *, names: set[str]) -> None:
 
 
 def _targets(base: nn.Module) -> list[str]:
-    """Return the names of the adapted layers, cut to their last parts if no other layer shares them."""
+    """Return the names of the adapted layers, cut to their last parts if no other module shares them."""
     full = [name for name, _ in adapted_layers(base)]
-    inside = {f"{name}.base_layer" for name in full}
     short = {name.rpartition(".")[2] for name in full}
-    others = {
-        name.rpartition(".")[2]
-        for name, each in base.named_modules()
-        if (isinstance(each, nn.Linear) or is_linear(each)) and name not in inside and ".lora_" not in name
-    }
+    others = {name.rpartition(".")[2] for name, _ in base.named_modules() if name not in full}
     return sorted(full if short & others else short)

@@ -33,8 +33,8 @@ def adapt(policy: Policy, table: ModelTable) -> None:
     `base_dtype`.
 
     Raises:
-        WmtpError: There is no linear layer to adapt, the base cannot be stored in `base_dtype`, or the policy
-            is sharded and `adapters.dora` is set.
+        WmtpError: There is no linear layer to adapt, two of these layers share a matrix, the base cannot be
+            stored in `base_dtype`, or the policy is sharded and `adapters.dora` is set.
     """
     attach(policy, table)
     base = {name: each for name, each in policy.named_parameters() if not each.requires_grad}
@@ -47,7 +47,8 @@ def attach(policy: Policy, table: ModelTable) -> None:
     """Add adapters and select the trained parameters, without reading or converting values of the base.
 
     Raises:
-        WmtpError: There is no linear layer to adapt, or the policy is sharded and `adapters.dora` is set.
+        WmtpError: There is no linear layer to adapt, two of these layers share a matrix, or the policy is
+            sharded and `adapters.dora` is set.
     """
     options, heads = table.adapters, policy.heads
     if options.dora and mesh_of_parameters(policy) is not None:
@@ -70,6 +71,20 @@ def attach(policy: Policy, table: ModelTable) -> None:
     )
     for parameter in whole:
         parameter.requires_grad = True
+    _refuse_shared_matrices(policy)
+
+
+def _refuse_shared_matrices(policy: Policy) -> None:
+    """Refuse adapters of two layers with one matrix, because a merged matrix can hold only one adapter."""
+    owners: dict[int, str] = {}
+    for name, layer in adapted_layers(policy):
+        other = owners.setdefault(id(layer.get_base_layer().weight), name)
+        if other != name:
+            raise WmtpError(
+                f"`{other}` and `{name}` share a matrix, so an export could not contain both adapters",
+                hint="set `model.adapters.targets` to layers with matrices of their own, or "
+                '`model.train = "all"`',
+            )
 
 
 def merge_adapters(module: nn.Module) -> None:
