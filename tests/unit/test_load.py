@@ -251,6 +251,20 @@ def test_a_gguf_file_is_converted_once_and_gives_its_own_model(gguf_file, tmp_pa
     assert (converted / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_an_adapter_beside_a_gguf_file_is_refused(gguf_file, tmp_path):
+    """transformers would apply the adapter to the model of the file."""
+    from peft import LoraConfig, get_peft_model
+
+    path, model = gguf_file
+    model.config.save_pretrained(tmp_path)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+
+    with pytest.raises(WmtpError, match=r"contains an adapter, `adapter_config\.json`"):
+        load(tmp_path / "storage", evolve(MICRO, base=str(path)))
+
+    assert not list((tmp_path / "storage" / "models_v2").glob("small/*"))
+
+
 def test_a_missing_gguf_file_is_an_error(storage):
     with pytest.raises(WmtpError, match=r"there is no file `absent\.gguf`"):
         load(storage, evolve(MICRO, base="absent.gguf"))

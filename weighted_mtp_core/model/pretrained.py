@@ -153,8 +153,11 @@ def refuse_bad_weights(
         shipped: The MTP layers that were loaded with the model; None if no MTP layers were loaded.
 
     Raises:
-        WmtpError: Tensors are missing, unexpected or of the wrong shape, or contain NaN.
+        WmtpError: Tensors are missing, unexpected or of the wrong shape, or contain NaN, or transformers has
+            applied an adapter.
     """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise _with_adapter(source)
     known = names_of_shipped_layers(source) if shipped is None else shipped.beside
     _refuse_other_tensors(source, model, info, known)
     _refuse_damaged(source, model)
@@ -169,11 +172,7 @@ def read_config(source: Path | str, *, kind: str) -> Any:
     from transformers import AutoConfig
 
     if isinstance(source, Path) and (source / ADAPTER_CONFIG).is_file():
-        raise WmtpError(
-            f"`{source}` contains an adapter, `{ADAPTER_CONFIG}`, which would be applied to the model there",
-            hint=f"merge it into the model (peft: `merge_and_unload`, then `save_pretrained`), or move "
-            f"`{ADAPTER_CONFIG}` and its weights away",
-        )
+        raise _with_adapter(source)
     try:
         config = AutoConfig.from_pretrained(source)
     except Exception as error:  # an unknown config can raise any exception
@@ -191,6 +190,16 @@ def read_config(source: Path | str, *, kind: str) -> Any:
             "`dequantize=True` in transformers, where the method allows it, and save them",
         )
     return config
+
+
+def _with_adapter(source: Path | str) -> WmtpError:
+    """Return the error for a model with an adapter in the same folder, which transformers applies."""
+    folder = source.parent if isinstance(source, Path) and source.is_file() else source
+    return WmtpError(
+        f"`{folder}` contains an adapter, `{ADAPTER_CONFIG}`, which would be applied to the model there",
+        hint=f"merge it into the model (peft: `merge_and_unload`, then `save_pretrained`), or move "
+        f"`{ADAPTER_CONFIG}` and its weights away",
+    )
 
 
 def _unreadable(source: Path | str, kind: str, error: Exception) -> WmtpError:
