@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
+from transformers import ApertusConfig, Gemma3nTextConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig
 from weighted_mtp_core.cli import main
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.memory.available import free_main_memory, left_in_group
@@ -284,8 +284,10 @@ def test_a_forecast_does_not_change_what_is_computed_after_it(plan):
     expected = next(alone)
     after = computed()
     next(after)
+    random_state = torch.get_rng_state()
     forecast(made, Documents.longest(made.recipe.data), CPU)
 
+    assert torch.equal(torch.get_rng_state(), random_state)
     for actual, value in zip(next(after), expected, strict=True):
         assert torch.equal(actual, value)
 
@@ -387,6 +389,42 @@ def test_a_run_with_experts_does_not_start_without_a_forecast(plan):
     made = plan()
     assert fit._is_small(LlamaConfig(**SHAPE), made, least=1 << 40)
     assert not fit._is_small(MixtralConfig(**SHAPE, num_local_experts=4), made, least=1 << 40)
+
+
+def test_a_small_model_in_many_processes_of_a_machine_is_refused(plan, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000000")
+
+    with pytest.raises(WmtpError, match="of main memory for 4 x 128 tokens at a time"):
+        refuse_too_large(plan(*FEW_KEYS), SINGLE_PROCESS)
+
+
+def test_the_bound_of_a_small_model_reads_a_width_of_each_layer(plan):
+    from weighted_mtp_core.memory import fit
+
+    made = plan()
+    config = Gemma3nTextConfig(**SHAPE | {"intermediate_size": [160] * 4}, layer_types=["full_attention"] * 4)
+
+    assert fit._is_small(config, made, least=1 << 40)
+    assert not fit._is_small(config, made, least=1 << 20)
+
+
+def test_a_model_whose_memory_cannot_be_forecast_is_an_error_that_says_so(plan):
+    """Tensors without values that are not parameters cannot be copied."""
+    made = plan("model.heads.kind=parallel")
+    ApertusConfig(**SHAPE).save_pretrained("base")
+
+    with pytest.raises(WmtpError, match="cannot be forecast for a `apertus` model"):
+        forecast(made, Documents.longest(made.recipe.data), CPU)
+
+
+def test_a_run_of_which_a_phase_cannot_be_forecast_starts_with_a_warning(plan):
+    made = plan()
+    MixtralConfig(**SHAPE, num_local_experts=4).save_pretrained("base")
+
+    warning = refuse_too_large(made, SINGLE_PROCESS)
+
+    assert warning is not None
+    assert warning.startswith("WARNING: the forecast of the run's memory does not count policy training (")
 
 
 def test_a_small_run_with_a_critic_starts_without_a_forecast(plan, example_plugin):

@@ -108,16 +108,19 @@ def refuse_too_large(plan: Plan, distributed: Distributed) -> str | None:
     target, device, host = find_target(plan, processes=distributed.size)
     try:
         config = config_of(plan.recipe.model, storage=Path(plan.recipe.run.storage))
-        if _is_small(config, plan, least=min(each for each in (device, host, 1 << 62) if each is not None)):
+        free = (device, None if host is None else host // target.local, 1 << 62)
+        if _is_small(config, plan, least=min(each for each in free if each is not None)):
             return None
         documents = longest_documents(plan, tokenise=True)
         found = forecast(plan, documents, target)
     except WmtpError:  # the run itself reports this error, together with other errors
         return None
     missing = lacks(found, device=device, host=host)
+    if not missing and found.uncounted:
+        return f"WARNING: the forecast of the run's memory does not count {'; '.join(found.uncounted)}"
     if not missing:
         return None
-    worst = max(missing, key=lambda each: each.needed / each.free)
+    worst = max(missing, key=lambda each: each.needed / max(each.free, 1))
     rows, tokens = found.rows
     text = (
         f"the run needs {size(worst.needed)} of {worst.where} for {rows} x {tokens} tokens at a time, and "
@@ -139,10 +142,11 @@ def _is_small(config: Any, plan: Plan, *, least: int) -> bool:
     recipe, text = plan.recipe, text_config(config)
     experts = any("expert" in name and not name.startswith("_") for name in vars(text))
     other_model = plan.critic is not None and getattr(plan.critic.options, "base", None) is not None
-    if experts or other_model:
+    if experts or other_model or not hasattr(text, "hidden_size"):
         return False
     width, layers = int(text.hidden_size), int(text.num_hidden_layers) + recipe.model.n_future
-    inner = int(getattr(text, "intermediate_size", None) or 4 * width)
+    given = getattr(text, "intermediate_size", None) or 4 * width
+    inner = int(max(given) if isinstance(given, list) else given)  # some families have a width for each layer
     parameters = layers * (8 * width * width + 4 * width * inner) + 4 * int(text.vocab_size) * width
     rows = max(recipe.train.batch_size, recipe.evaluate.batch_size)
     tokens = recipe.data.max_tokens + recipe.evaluate.max_new_tokens

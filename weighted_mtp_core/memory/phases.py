@@ -46,6 +46,7 @@ from weighted_mtp_core.memory.parts import (
     Target,
 )
 from weighted_mtp_core.memory.shards import Shards
+from weighted_mtp_core.messages import reason
 from weighted_mtp_core.model import chunked_unembedding
 from weighted_mtp_core.model.chunked_unembedding import MOST_ROWS, ChunkedUnembedding
 from weighted_mtp_core.model.policy import Policy
@@ -77,8 +78,15 @@ def find_phases(plan: Plan, documents: Documents, target: Target, *, only: str |
     config = config_of(recipe.model, storage=Path(recipe.run.storage))
     _make_tables(recipe)
     with _two_chunks(target.memory), without_values() as live:
-        with live.labelled(PARAMETERS):
-            policy = empty_policy(config, recipe.model)
+        try:
+            with live.labelled(PARAMETERS):
+                policy = empty_policy(config, recipe.model)
+        except WmtpError:
+            raise
+        except Exception as error:  # an unknown model can raise any exception
+            raise WmtpError(
+                f"the memory of a run cannot be forecast for a `{config.model_type}` model ({reason(error)})"
+            ) from error
         live.chunk = MOST_ROWS, policy.vocab_size
         live.part = OTHER
         return _Simulation(
@@ -105,7 +113,8 @@ def _make_tables(recipe: Recipe) -> None:
         parameter.grad = torch.zeros_like(parameter)
         _update(make_optimisers([parameter], table))
     if recipe.model.base_dtype == "nf4":
-        layer = nn.Sequential(nn.Linear(64, 64)).requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):
+            layer = nn.Sequential(nn.Linear(64, 64)).requires_grad_(False)
         store_base(layer, "nf4")
         restore_base(layer)
 
