@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.generation.generate import Generations, generate, sample_completions
 from weighted_mtp_core.model.load import make_policy
 
@@ -44,6 +45,13 @@ def write(prompts, **settings):
         prompts,
         **{"max_new_tokens": 9, "eos_id": V - 1, "decoding": "self_speculative"} | settings,
     )
+
+
+@pytest.mark.parametrize("prompts", [[[]], [[], [5, 6]]])
+def test_a_prompt_without_tokens_is_refused(prompts):
+    """A row without tokens has no state, so its text would come from padding."""
+    with pytest.raises(WmtpError, match="a prompt has no tokens"):
+        write(prompts)
 
 
 def test_accepted_drafts_give_one_token_per_head():

@@ -147,7 +147,7 @@ def generate(
         autocast: Returns the autocast context of a forward pass.
 
     Raises:
-        WmtpError: A prompt is so long that the model has no position left for new tokens.
+        WmtpError: A prompt has no tokens, or is so long that the model has no position left for new tokens.
     """
     began = time.perf_counter()
     was_training = policy.training
@@ -224,6 +224,11 @@ def most_tokens(policy: Policy) -> float:
 def _limit(policy: Policy, length: int, max_new_tokens: int) -> int:
     """Return the maximum number of new tokens for a prompt of `length` tokens."""
     longest = most_tokens(policy)
+    if length == 0:
+        raise WmtpError(
+            "a prompt has no tokens, so there is no text to continue",
+            hint='give each prompt a text, or begin prompts with BOS: `data.bos = "always"`',
+        )
     if length >= longest:
         raise WmtpError(
             f"a prompt of {length} tokens is too long: this model has {longest} positions in all",

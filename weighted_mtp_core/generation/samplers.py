@@ -59,7 +59,7 @@ class Sampler(Protocol):
             on_done: Called with the number of finished texts.
 
         Raises:
-            WmtpError: A prompt is too long, or a server refuses the request.
+            WmtpError: A prompt has no tokens or is too long, or a server refuses the request.
             RunFailedError: A server does not answer.
         """
 
