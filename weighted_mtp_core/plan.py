@@ -161,6 +161,9 @@ def _head_faults(recipe: Recipe) -> list[Fault]:
         found.append(Fault(("model", "train"), f"{text}: `heads` trains heads 2..K alone"))
     if n_future == 1 and train == "heads":
         found.append(Fault(("model", "train"), "`heads` trains heads 2..K: `model.n_future` must be >= 2"))
+    if train == "heads" and recipe.loss.head_schedule == "reverse":
+        text = 'with `model.train = "heads"`, nothing is trained after the end of `reverse`'
+        found.append(Fault(("loss", "head_schedule"), text))
     if n_future == 1 and recipe.loss.heads != "labels":
         text = f"`{recipe.loss.heads}` is for heads 2..K: `model.n_future` must be >= 2"
         found.append(Fault(("loss", "heads"), text))

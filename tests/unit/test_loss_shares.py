@@ -103,7 +103,8 @@ def test_a_schedule_may_last_the_whole_training_and_scales_the_weights():
     st.floats(0.01, 1),
 )
 def test_shares_sum_to_1_and_head_1_always_has_a_share(schedule, n_future, progress, decay, end):
-    table = LossTable(head_schedule=schedule, head_decay=decay, head_schedule_end=end)
+    length = {} if schedule == "constant" else {"head_schedule_end": end}
+    table = LossTable(head_schedule=schedule, head_decay=decay, **length)
     share_K = loss_shares(table, n_future, progress=progress)
 
     assert share_K.dtype == torch.float32

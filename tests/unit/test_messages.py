@@ -439,6 +439,10 @@ def test_an_experiment_that_is_no_path(plan_error):
             "loss.head_schedule_end: must be < 1 with the schedule `step`, or only head 1 is trained: 1.0",
         ),
         (
+            "loss.head_schedule_end=0.3",
+            'loss.head_schedule_end: has no effect with `head_schedule = "constant"`; leave it out: 0.3',
+        ),
+        (
             "loss={heads='kl', negative_weights=true}",
             "loss.heads: must be `labels` with `negative_weights`, or heads 2..K unlearn head 1: kl",
         ),
@@ -476,6 +480,10 @@ def test_keys_that_do_not_fit_each_other(plan_error, override, text):
         (
             ("model.train='heads'", "loss.head_weights=[1, 0, 0, 0]"),
             'loss.head_weights: with `model.train = "heads"`, heads 2..K need a weight above 0',
+        ),
+        (
+            ("model.train='heads'", "loss.head_schedule='reverse'"),
+            'loss.head_schedule: with `model.train = "heads"`, nothing is trained after the end of `reverse`',
         ),
         (
             ("model.train='heads'", "train.select_by='head_1'"),

@@ -199,6 +199,7 @@ class DataTable(Selection):
 
 
 HeadTargets = Literal["labels", "kl", "both"]
+_SCHEDULE_END = 0.5
 
 
 @frozen(kw_only=True)
@@ -217,7 +218,7 @@ class LossTable:
     head_weights: tuple[float, ...] = field(default=())
     head_decay: float = field(default=1.0, validator=[v.ge(0.01), v.le(100)])
     head_schedule: Literal["constant", "linear", "step", "forward", "reverse"] = field(default="constant")
-    head_schedule_end: float = field(default=0.5, validator=[v.gt(0), v.le(1)])
+    head_schedule_end: float = field(default=_SCHEDULE_END, validator=[v.gt(0), v.le(1)])
     heads: HeadTargets = field(default="labels")
     detach_trunk: bool = False
     negative_weights: bool = False
@@ -241,6 +242,8 @@ class LossTable:
 
     @head_schedule_end.validator
     def _check_step(self, _: object, value: float) -> None:
+        if value != _SCHEDULE_END and self.head_schedule == "constant":
+            raise ValueError(f'has no effect with `head_schedule = "constant"`; leave it out: {value}')
         if value == 1 and self.head_schedule == "step":
             raise ValueError(f"must be < 1 with the schedule `step`, or only head 1 is trained: {value}")
 
