@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.generation.generate import Generations, generate, sample_completions
 from weighted_mtp_core.model.load import make_policy
@@ -45,6 +45,21 @@ def write(prompts, **settings):
         prompts,
         **{"max_new_tokens": 9, "eos_id": V - 1, "decoding": "self_speculative"} | settings,
     )
+
+
+def test_a_text_ends_at_the_last_position_of_the_text_decoder_of_a_model_with_images():
+    text = {"vocab_size": V, "hidden_size": V, "intermediate_size": V, "num_hidden_layers": 2, "head_dim": 8}
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=text
+        | {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32},
+        vision_config=vision | {"image_size": 28, "patch_size": 14},
+    )
+    policy = make_policy(Gemma3ForConditionalGeneration(config), n_future=3, head_kind="medusa")
+
+    written = generate(policy, [[5] * 25], max_new_tokens=9, eos_id=-1)
+
+    assert [len(each) for each in written.tokens] == [5]  # 32 positions, of which 2 are for drafts
 
 
 @pytest.mark.parametrize("prompts", [[[]], [[], [5, 6]]])

@@ -23,6 +23,7 @@ from weighted_mtp_core.data.texts import TextCodec
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.generation.decoding_probe import batches, decoder_of, manner_of
 from weighted_mtp_core.generation.draft_heads import DecodingHeads
+from weighted_mtp_core.model.families import text_config
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.runtime.device import Autocast, many_passes
 
@@ -217,7 +218,7 @@ def _window(policy: Policy) -> int | None:
 
 def most_tokens(policy: Policy) -> float:
     """Return the maximum number of tokens of prompt and text, with space left for drafts after the text."""
-    positions: int | None = getattr(policy.config, "max_position_embeddings", None)
+    positions: int | None = getattr(text_config(policy.config), "max_position_embeddings", None)
     return math.inf if positions is None else positions - (policy.n_future - 1)
 
 
