@@ -183,7 +183,8 @@ def test_a_killed_process_ends_the_others_and_the_run_can_go_on(wmtp, cwd):
     assert process.returncode != 0
     assert time.monotonic() - killed < 30
     status = json.loads((folder_of(cwd, name) / "run.json").read_text())["status"]
-    assert status == "FAILED", stderr
+    # the other process sees either the lost connection first or torchrun's SIGTERM
+    assert status in {"FAILED", "KILLED"}, stderr
     done = max(step for stage, step, _ in metrics(cwd, name) if stage == "policy")
     again = (*endless, "--set", f"train.steps={done + 4}", "--resume", str(folder_of(cwd, name)))
     run = wmtp("run", *again, cwd=cwd)

@@ -53,7 +53,7 @@ def test_the_files_of_a_failed_run_go_with_mlflow_gc(stack, open_recorder):
     record = open_recorder()
     (record.folder.checkpoints / "best_model.pt").write_bytes(b"weights")
     record.artifact(record.folder.checkpoints / "best_model.pt", "checkpoints")
-    record.finish(RunOutcome.FAILED, error_class="ZeroDivisionError")
+    record.finish(RunOutcome.FAILED, error=ZeroDivisionError())
     failed = Stored(record.folder.path)
     prefix = failed.run.info.artifact_uri.removeprefix("mlflow-artifacts:/")
     key = f"mlflow-artifacts/{prefix}/checkpoints/best_model.pt"

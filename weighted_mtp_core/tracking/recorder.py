@@ -119,7 +119,7 @@ class Recorder:
             recorder._describe_or_resume(info)
             recorder._start_uploads()
         except BaseException as error:
-            recorder._end(error)
+            recorder.finish(_outcome(error), error=error)
             raise
         return recorder
 
@@ -269,23 +269,27 @@ class Recorder:
 
     # ------------------------------------------------------------------- the end
 
-    def finish(self, outcome: RunOutcome, *, error_class: str | None = None) -> None:
+    def finish(self, outcome: RunOutcome, *, error: BaseException | None = None) -> None:
         """Close the run at all trackers and in the run folder; a second call does nothing.
 
         Args:
             outcome: How the run ended.
-            error_class: Class of the exception that ended the run; recorded as the tag `wmtp.error_class`.
+            error: The exception that ended the run. Unless the outcome is `FINISHED`, its traceback is
+                written to the log of the run. If the outcome is `FAILED`, its class becomes the tag
+                `wmtp.error_class`.
         """
         if self._closed:
             return
-        self._closed = True
         with ExitStack() as closing:
-            for close in (self.folder.close, self._log.close, self._journal.close):
-                closing.callback(close)
-            closing.callback(sys.setswitchinterval, self._switch_interval)
             with hold_signals():
-                if error_class is not None:
-                    self.tags({run_tags.ERROR_CLASS: error_class})
+                self._closed = True
+                for close in (self.folder.close, self._log.close, self._journal.close):
+                    closing.callback(close)
+                closing.callback(sys.setswitchinterval, self._switch_interval)
+                if error is not None and outcome is not RunOutcome.FINISHED:
+                    self._log.write_failure(error)
+                if error is not None and outcome is RunOutcome.FAILED:
+                    self.tags({run_tags.ERROR_CLASS: type(error).__name__})
                 self._log.write(f"run {outcome.value}")
                 self.artifact(self.folder.log, "logs")
                 self._journal.append("status", {"status": outcome.value})
@@ -309,12 +313,6 @@ class Recorder:
         if self._backfill is not None:
             self._backfill.join(max(0.0, began + self._close_seconds - time.monotonic()))
 
-    def _end(self, error: BaseException | None) -> None:
-        outcome, error_class = _outcome(error)
-        if error is not None and outcome is not RunOutcome.FINISHED and not self._closed:
-            self._log.write_failure(error)
-        self.finish(outcome, error_class=error_class)
-
     def hold_until_entered(self, held: ExitStack) -> None:
         """Delay signals until the recorder's `with` block begins, because only this block can close the run.
 
@@ -328,7 +326,7 @@ class Recorder:
             self._held.close()
             self._signals.enter_context(raise_on_termination())
         except KeyboardInterrupt as error:
-            self._end(error)
+            self.finish(_outcome(error), error=error)
             raise
         return self
 
@@ -339,7 +337,7 @@ class Recorder:
         traceback: TracebackType | None,
     ) -> None:
         with self._signals:
-            self._end(error)
+            self.finish(_outcome(error), error=error)
 
 
 def open_recorder(plan: Plan, display: Display, *, resume: Path | None = None) -> Recorder:
@@ -390,13 +388,10 @@ def open_recorder(plan: Plan, display: Display, *, resume: Path | None = None) -
     return recorder
 
 
-def _outcome(error: BaseException | None) -> tuple[RunOutcome, str | None]:
-    """Return the outcome of a run that ended with `error`, and the class of the error if the run failed."""
+def _outcome(error: BaseException | None) -> RunOutcome:
     if error is None or (isinstance(error, SystemExit) and error.code in {None, 0}):
-        return RunOutcome.FINISHED, None
-    if isinstance(error, KeyboardInterrupt):
-        return RunOutcome.KILLED, None
-    return RunOutcome.FAILED, type(error).__name__
+        return RunOutcome.FINISHED
+    return RunOutcome.KILLED if isinstance(error, KeyboardInterrupt) else RunOutcome.FAILED
 
 
 def _without_secrets(values: Mapping[str, str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from textwrap import dedent
 
 import pytest
 from weighted_mtp_core.api import DatasetVersion, RunOutcome, WmtpError
-from weighted_mtp_core.errors import RunFailedError
+from weighted_mtp_core.errors import RunFailedError, Terminated
 from weighted_mtp_core.tracking.journal import read_journal
 from weighted_mtp_core.tracking.run_folder import RunFolder, read_run
 
@@ -140,6 +140,26 @@ def test_the_way_out_decides_the_status(open_recorder, folder, notebook, raised,
 
     assert notebook.all("finish") == [outcome]
     assert read_run(folder.path)["status"] == outcome.value
+
+
+class SigtermError(RuntimeError):
+    """Sends SIGTERM to this process while its message is formatted for the first time."""
+
+    sent = False
+
+    def __str__(self):
+        if not self.sent:
+            self.sent = True
+            os.kill(os.getpid(), signal.SIGTERM)
+        return "the connection is lost"
+
+
+def test_sigterm_while_a_failure_is_written_leaves_the_run_failed(open_recorder, folder):
+    with pytest.raises(Terminated), open_recorder():
+        raise SigtermError
+
+    assert read_run(folder.path)["status"] == "FAILED"
+    assert "the connection is lost" in folder.log.read_text()
 
 
 def test_a_failure_leaves_its_class_as_a_tag_and_its_traceback_without_secrets_in_the_log(
