@@ -10,8 +10,8 @@ import pytest
 import torch
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-VERIFIABLE, BASELINE = str(CONFIGS / "verifiable.toml"), str(CONFIGS / "baseline.toml")
-CI = ("--preset", "ci", "--set", "checkpoint.every=1")
+TD_ERROR, BASELINE = str(CONFIGS / "study" / "td_error.toml"), str(CONFIGS / "baseline.toml")
+CI = ("--preset", "ci", "--set", "data.options.problems=40", "--set", "checkpoint.every=1")
 STEPS = 20
 UNTRACKED = (
     *("--set", "tracker=[]"),
@@ -44,7 +44,7 @@ def wait_for(condition, process, *, seconds=120):
 
 
 def test_a_run_killed_ten_times_ends_with_the_bits_of_one_that_was_never_stopped(wmtp, start, tmp_path):
-    whole = wmtp("run", VERIFIABLE, *CI, *UNTRACKED, "--run-name", "whole", cwd=tmp_path)
+    whole = wmtp("run", TD_ERROR, *CI, *UNTRACKED, "--run-name", "whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     storage = whole.storage
     chance = random.Random(0)
@@ -55,7 +55,7 @@ def test_a_run_killed_ten_times_ends_with_the_bits_of_one_that_was_never_stopped
     killed = 0
     for stage, step in moments:
         going_on = ("--resume", str(folder_of(storage, "killed"))) if killed else ()
-        process = start("run", VERIFIABLE, *CI, *UNTRACKED, "--run-name", "killed", *going_on, cwd=tmp_path)
+        process = start("run", TD_ERROR, *CI, *UNTRACKED, "--run-name", "killed", *going_on, cwd=tmp_path)
         at = f"{stage}-{step:08d}"
         wait_for(lambda at=at: (checkpoints(storage, "killed") or [""])[-1] >= at, process)
         time.sleep(chance.random() * 0.1)
@@ -64,7 +64,7 @@ def test_a_run_killed_ten_times_ends_with_the_bits_of_one_that_was_never_stopped
         process.communicate()
         killed += 1
     resumed = wmtp(
-        *("run", VERIFIABLE, *CI, *UNTRACKED, "--run-name", "killed"),
+        *("run", TD_ERROR, *CI, *UNTRACKED, "--run-name", "killed"),
         *("--resume", str(folder_of(storage, "killed"))),
         cwd=tmp_path,
     )

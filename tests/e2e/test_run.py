@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 VERIFIABLE = str(Path(__file__).parents[2] / "configs" / "verifiable.toml")
-CI = ("--preset", "ci")
+FEW_PROBLEMS = ("--set", "data.options.problems=40", "--set", "data.options.twins=1")
+CI = ("--preset", "ci", *FEW_PROBLEMS)
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +64,16 @@ def test_tags_name_algorithm_components_plugins_and_recipe(mlflow_run):
     tags = mlflow_run.data.tags
 
     assert tags["algo"] == "verifiable"
-    assert tags["wmtp.weighting"] == "verifiable.td_error"
-    assert tags["wmtp.critic"] == "verifiable.value_head"
-    assert tags["wmtp.data"] == "code_tasks.micro_code"
+    assert tags["wmtp.weighting"] == "verifiable.success_ratio"
+    assert tags["wmtp.critic"] == "verifiable.language_models"
+    assert tags["wmtp.data"] == "code_tasks.micro_chain"
     assert tags["wmtp.plugin.verifiable"] == "weighted-mtp-verifiable==0.1.0"
     assert tags["wmtp.plugin.core"] == "weighted-mtp-core==0.1.0"
     assert len(tags["wmtp.recipe_sha256"]) == 64
     assert tags["model_version"]
 
 
-@pytest.mark.parametrize("name", ["value_loss", "td_error_mean", "weight_entropy"])
+@pytest.mark.parametrize("name", ["value_loss", "success_ratio_mean", "weight_entropy"])
 def test_metrics_that_dashboards_read_have_histories(verifiable, mlflow_run, client, name):
     history = client.get_metric_history(mlflow_run.info.run_id, name)
 
@@ -103,7 +104,7 @@ def test_the_data_are_named_by_version_and_checksum(mlflow_run):
 
     assert mlflow_run.data.params["data.version"]
     assert len(mlflow_run.data.params["data.sha256"]) == 64
-    assert dataset_input.dataset.name == "micro_code"
+    assert dataset_input.dataset.name == "micro_chain"
 
 
 @pytest.mark.parametrize("path", ["checkpoints/best_model.pt", "logs/training.log"])

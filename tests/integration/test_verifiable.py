@@ -14,6 +14,7 @@ pytestmark = pytest.mark.slow
 
 RECIPE = (
     *("run", Path(__file__).parents[2] / "configs" / "verifiable.toml", "--preset", "ci"),
+    *("--set", "data.options.problems=40", "--set", "data.options.twins=1"),
     *("--set", "critic.allow_uninformative_critic=true"),  # it trains for eight steps
 )
 STORES = ("proxied", "direct", "sqlite", "file")
@@ -85,7 +86,7 @@ def test_the_run_is_finished_in_its_experiment(kept, store):
 
 def test_every_metric_of_the_journal_is_there_once(kept):
     assert kept.points() == kept.journalled()
-    assert {"value_loss", "td_error_mean", "weight_entropy"} <= set(kept.run.data.metrics)
+    assert {"value_loss", "success_ratio_mean", "weight_entropy"} <= set(kept.run.data.metrics)
 
 
 def test_params_tags_and_data_are_there(kept, run):
@@ -119,7 +120,7 @@ def walk(client, run_id, folder=None):
 
 def test_the_page_of_the_run_shows_its_metrics_in_a_browser(stack, runs, stored, browser):
     info = stored(runs["proxied"].folder).run.info
-    words = ("value_loss", "td_error_mean", "weight_entropy", "Finished")
+    words = ("value_loss", "success_ratio_mean", "weight_entropy", "Finished")
 
     browser.open(
         f"{stack.uri}/#/experiments/{info.experiment_id}/runs/{info.run_id}",
@@ -132,7 +133,7 @@ def test_the_page_of_the_run_shows_its_metrics_in_a_browser(stack, runs, stored,
 
 def test_the_report_can_be_read_in_mlflows_own_viewer(stack, runs, stored, browser):
     info = stored(runs["proxied"].folder).run.info
-    words = ("The run", "verifiable.td_error", "verifiable.value_head")
+    words = ("The run", "verifiable.success_ratio", "verifiable.language_models")
 
     browser.open(
         f"{stack.uri}/#/experiments/{info.experiment_id}/runs/{info.run_id}/artifacts/report.html",
