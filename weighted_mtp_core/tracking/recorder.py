@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from attrs import asdict, define, field
 
@@ -294,8 +294,12 @@ class Recorder:
                 self.artifact(self.folder.log, "logs")
                 self._journal.append("status", {"status": outcome.value})
                 # called last, so that `run.resume = "auto"` continues a run that is killed while it sends
-                closing.callback(self.folder.record, status=outcome.value, ended_ms=now_ms())
+                closing.callback(self._record_end, status=outcome.value, ended_ms=now_ms())
             self._send_the_rest()
+
+    def _record_end(self, **facts: Any) -> None:
+        with hold_signals():
+            self.folder.record(**facts)
 
     def _send_the_rest(self) -> None:
         began = time.monotonic()

@@ -12,6 +12,8 @@ from textwrap import dedent
 import pytest
 from weighted_mtp_core.api import DatasetVersion, RunOutcome, WmtpError
 from weighted_mtp_core.errors import RunFailedError, Terminated
+from weighted_mtp_core.storage.atomic import atomic_file
+from weighted_mtp_core.tracking import run_folder
 from weighted_mtp_core.tracking.journal import read_journal
 from weighted_mtp_core.tracking.run_folder import RunFolder, read_run
 
@@ -162,6 +164,20 @@ def test_sigterm_while_a_failure_is_written_leaves_the_run_failed(open_recorder,
     assert "the connection is lost" in folder.log.read_text()
 
 
+def test_sigterm_while_the_end_is_recorded_leaves_the_run_failed(open_recorder, folder, monkeypatch):
+    def interrupted(path, data):
+        with atomic_file(path) as unfinished:
+            unfinished.write_text(data)
+            if '"FAILED"' in data:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(run_folder, "atomic_write", interrupted)
+    with pytest.raises(Terminated), open_recorder():
+        raise RuntimeError
+
+    assert read_run(folder.path)["status"] == "FAILED"
+
+
 def test_a_failure_leaves_its_class_as_a_tag_and_its_traceback_without_secrets_in_the_log(
     open_recorder, folder, notebook, monkeypatch
 ):
@@ -194,7 +210,7 @@ def test_a_tracker_that_refuses_the_run_fails_it_everywhere(open_recorder, folde
 
 
 def test_the_end_says_what_a_tracker_did_not_get(open_recorder, folder, notebook, screen):
-    record = open_recorder(close_seconds=0.2, notebook=notebook)
+    record = open_recorder(close_seconds=2, notebook=notebook)
     notebook.away = True
     record.metrics("policy", 1, {"policy_loss": 1.0})
 
