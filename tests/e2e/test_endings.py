@@ -42,7 +42,7 @@ RAISES_AT_STEP_3 = """
 def wait_for_training(process, storage, *, seconds=200):
     """Wait until the journal holds a metric of stage 2."""
     for _ in range(seconds * 5):
-        for journal in (storage / "runs").rglob("metrics.jsonl"):
+        for journal in (storage / "runs").glob("*/*/*/[!.]*/metrics.jsonl"):
             lines = [
                 json.loads(line) for line in journal.read_text().splitlines(keepends=True) if line[-1] == "\n"
             ]
@@ -80,7 +80,7 @@ def test_a_terminal_that_closes_ends_the_run_as_killed(start, tracked, tmp_path)
 
 def test_sigusr1_at_any_moment_of_a_run_does_not_end_it(start, tracked, tmp_path):
     process = start("run", BASELINE, "--preset", "ci", cwd=tmp_path)
-    while not list((tmp_path / "storage").rglob("run.json")):
+    while not list((tmp_path / "storage" / "runs").glob("*/*/*/[!.]*/run.json")):
         time.sleep(0.05)
 
     while process.poll() is None:

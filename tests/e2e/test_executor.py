@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from textwrap import dedent
 
@@ -201,13 +201,18 @@ def half_way(worker, folder, *, finished=0):
     if sum(facts["status"] == "FINISHED" for facts in found.values()) < finished:
         return None
     children = " ".join(each.read_text() for each in Path(f"/proc/{worker.pid}/task").glob("*/children"))
-    commands = [Path(f"/proc/{child}/cmdline") for child in children.split()]
-    texts = [command.read_text() for command in commands if command.exists()]
+    texts = []
+    for child in children.split():
+        with suppress(OSError):  # the process has just ended
+            texts.append(Path(f"/proc/{child}/cmdline").read_text())
     for path, facts in found.items():
         name, seed = (facts.get("params", {}).get(f"run.{key}") for key in ("name", "seed"))
         named = [text for text in texts if f'run.name="{name}"' in text or "run.name=" not in text]
         own = any(f"run.seed={seed}" in text for text in named)
-        if own and facts["status"] == "RUNNING" and any((path / "checkpoints").glob("policy-*")):
+        steps = [int(each.name[-8:]) for each in (path / "checkpoints").glob("policy-????????")]
+        last = int(facts.get("params", {}).get("train.steps", 0))
+        # After its last step, a run may end before a signal arrives.
+        if own and facts["status"] == "RUNNING" and steps and max(steps) < last:
             return path
     return None
 

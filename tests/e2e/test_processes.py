@@ -154,7 +154,8 @@ def test_a_run_goes_on_with_any_number_of_processes(wmtp, cwd):
     assert whole.returncode == 0, whole.stderr
 
     going_on = ()
-    for processes, checkpoint in ((2, 4), (4, 8), (1, 12)):
+    for processes in (2, 4, 1):
+        checkpoint = max(steps(cwd, "moved"), default=0) + 4
         stop_at(torchrun(processes, *long, "moved", *going_on, cwd=cwd), cwd, "moved", checkpoint)
         assert len(parts_of_the_newest(cwd, "moved")) == processes
         going_on = ("--resume", str(folder_of(cwd, "moved")))

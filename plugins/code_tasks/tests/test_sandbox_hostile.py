@@ -27,7 +27,7 @@ PATIENT = {"cpu_seconds": 20.0, "wall_seconds": 120.0}
 HURRIED = {
     VerdictKind.CPU_LIMIT: {"cpu_seconds": 0.6, "wall_seconds": 60.0},
     VerdictKind.WALL_LIMIT: {"cpu_seconds": 20.0, "wall_seconds": 4.0},
-    VerdictKind.UNENCODABLE: {"cpu_seconds": 1.0, "wall_seconds": 8.0},
+    VerdictKind.UNENCODABLE: {"cpu_seconds": 1.0, "wall_seconds": 60.0},
     VerdictKind.JUDGE_ERROR: {"cpu_seconds": 1.0, "wall_seconds": 8.0},
 }
 

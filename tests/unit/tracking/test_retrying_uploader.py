@@ -75,7 +75,7 @@ def test_an_outage_is_said_once_and_its_end_once_and_loses_nothing(
     wait_until(lambda: steps(notebook) == [1])
     notebook.away = True
     metrics(journal, 2, 3)
-    time.sleep(0.3)
+    wait_until(lambda: len(said) == 1)
     notebook.away = False
     metrics(journal, 4)
     wait_until(lambda: steps(notebook) == [1, 2, 3, 4] and len(said) == 2)
@@ -159,6 +159,7 @@ def test_a_file_that_cannot_be_stored_is_said_once_and_stored_when_it_can_be(
     for step in range(30):  # new lines must not delay the file
         metrics(journal, step)
         time.sleep(0.01)
+    wait_until(lambda: len(said) == 1)
     notebook.no_files = False
     wait_until(lambda: len(said) == 2)
 

@@ -29,11 +29,13 @@ def finished(open_recorder, notebook, monkeypatch):
     monkeypatch.setattr(module, "build_trackers", lambda _: {"0-notebook": notebook})
 
     def finished(*, outcome=RunOutcome.FINISHED, **state):
-        record = open_recorder(close_seconds=0.1, **{"0-notebook": notebook})
+        record = open_recorder(close_seconds=0.1 if "away" in state else 2.0, **{"0-notebook": notebook})
         for name, value in state.items():
             setattr(notebook, name, value)
         record.metrics("policy", 1, {"policy_loss": 0.5})
         record.finish(outcome)
+        for uploader in record._uploaders:
+            uploader._thread.join()  # it must not deliver after the tracker is back
         notebook.told.clear()
         notebook.away, notebook.no_files, notebook.refuses = False, False, ""
 
