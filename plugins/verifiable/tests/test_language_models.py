@@ -255,6 +255,18 @@ def test_a_token_of_a_short_response_counts_as_much_as_a_token_of_a_long_one():
 LEARNED = (documents.FIRST, documents.THIRD)
 
 
+def test_the_metrics_of_a_batch_are_the_means_of_those_of_its_rows():
+    """So they do not depend on micro-batches and processes, one of which may have no right response."""
+    critic, rows = critic_of({}), (documents.FIRST, documents.SECOND)
+    alone = [critic.loss(documents.Layout(rows=[[each]], padding=0).batch(), None).metrics for each in rows]
+
+    together = critic.loss(documents.Layout(rows=[[each] for each in rows]).batch(), None)
+
+    for name, value in together.metrics.items():
+        torch.testing.assert_close(value, torch.stack([each[name] for each in alone]).mean())
+    torch.testing.assert_close(together.loss, torch.stack(list(together.metrics.values())).sum())
+
+
 def test_out_of_fold_models_have_not_learned_from_the_problem_that_they_score():
     critic = critic_of({"folds": 2})
     for document in (documents.FIRST, documents.THIRD):

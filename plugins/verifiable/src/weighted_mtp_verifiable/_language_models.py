@@ -33,7 +33,7 @@ from weighted_mtp_core.api import (
     is_correct,
 )
 
-from weighted_mtp_verifiable._reductions import document_cumsum, masked_mean
+from weighted_mtp_verifiable._reductions import document_cumsum
 
 if TYPE_CHECKING:
     from weighted_mtp_verifiable import LanguageModelsOptions
@@ -109,22 +109,29 @@ class LanguageModels(Critic):
         return Scores(log_value_BT=document_cumsum(exact_BT, batch.document_BT).float())
 
     def loss(self, batch: Batch, hidden_BTH: Tensor | None) -> CriticLoss:
-        """Return the sum of the losses of all models; all tokens have the same weight."""
+        """Return the sum of the losses of all models; all tokens have the same weight.
+
+        The metrics are the two parts of this sum, not means over tokens: if a batch is split into parts, the
+        means of the parts' results, weighted by rows, are the results of the batch.
+        """
         del hidden_BTH
         right_BT = batch.response_BT & is_correct(batch.reward_BT)
-        total = torch.zeros((), device=batch.ids_BT.device)
-        means: dict[str, list[Tensor]] = {"language_model_loss_right": [], "language_model_loss_all": []}
+        sums = {
+            name: torch.zeros((), device=batch.ids_BT.device)
+            for name in ("language_model_loss_right", "language_model_loss_all")
+        }
         for fold, pair in enumerate(self._pairs):
             sees_BT = batch.response_BT if len(self._pairs) == 1 else self._fold(batch) != fold
-            for mean, model, learns_BT in zip(
-                means.values(), (pair.right, pair.everything), (right_BT, batch.response_BT), strict=True
+            for name, model, learns_BT in zip(
+                sums, (pair.right, pair.everything), (right_BT, batch.response_BT), strict=True
             ):
                 part, mask_BT = _rows_with(batch, learns_BT & sees_BT)
-                loss_BT = model(part)
-                total = total + loss_BT.where(mask_BT, 0.0).sum() / (_TOKENS * len(batch.ids_BT))
-                mean.append(masked_mean(loss_BT.detach(), mask_BT))
-        metrics = {name: torch.stack(found).mean() for name, found in means.items()}
-        return CriticLoss(loss=total, metrics=metrics)
+                sums[name] = sums[name] + model(part).where(mask_BT, 0.0).sum()
+        losses = {name: total / (_TOKENS * len(batch.ids_BT)) for name, total in sums.items()}
+        return CriticLoss(
+            loss=torch.stack(list(losses.values())).sum(),
+            metrics={name: loss.detach() for name, loss in losses.items()},
+        )
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """Return the parameters of all models that are trained."""
