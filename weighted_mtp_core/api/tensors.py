@@ -192,8 +192,8 @@ class CriticLoss:
     """A critic's training loss of one batch.
 
     Core computes the loss of a step in parts, one per micro-batch and process, and averages loss and metrics
-    over the parts, weighted by rows. The results do not depend on the parts if loss and metrics are means over
-    rows; means over tokens would depend on them.
+    over the parts, weighted by rows. The results do not depend on the parts if loss and metrics are means
+    over rows; means over tokens would depend on them.
 
     Attributes:
         loss: float32 scalar, with gradient.
