@@ -42,7 +42,7 @@ def test_keep_local_false_drops_the_checkpoint_that_the_store_has(open_recorder,
     assert stored(record.folder.path).file("checkpoints/best_model.pt") == b"weights" * 1000
 
 
-def test_awkward_params_do_not_delay_the_start_of_a_run(open_recorder, stored):
+def test_awkward_params_start_a_run_in_under_five_seconds(open_recorder, stored):
     params = {f"table.{i}.inner[0]": str(i) for i in range(250)}
     params |= {"long": "x" * 20_000, "nul": "a\0b", "emoji=@%": "\N{ROCKET}" * 20_000, "a[0]=@%": "1"}
     began = time.monotonic()
@@ -54,7 +54,7 @@ def test_awkward_params_do_not_delay_the_start_of_a_run(open_recorder, stored):
     run = stored(record.folder.path)
     kept = run.run.data.params
 
-    assert took < 20
+    assert took < 5
     assert len(kept) == len(params)
     assert kept["table.7.inner_0_"] == "7"
     assert kept["a_0____"] == "1"
