@@ -60,8 +60,9 @@ def wmtp_critics() -> Iterable[Component[Any, Critic]]:
     """Declare critics, such as value heads and reference models, which score every token of a batch.
 
     Called once, when a recipe or a `plugins` command names the plugin. The critic that `[critic] use` selects
-    is built after the policy and, if it is `trainable`, trained in stage 1. In stage 2, core calls the
-    critic's method `score` if the weighting needs a signal that the critic `provides`.
+    is built after the policy and, if it is `trainable`, trained before the policy is trained. While the
+    policy is trained, core calls the critic's method `score` if the weighting needs a signal that the critic
+    `provides`.
 
     Example:
         from attrs import frozen

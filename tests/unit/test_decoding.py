@@ -153,9 +153,24 @@ def test_a_prompt_that_leaves_no_position_is_an_error():
     _, policy = models("gpt2", "medusa")
 
     with pytest.raises(
-        WmtpError, match=r"a prompt of 1021 tokens is too long: this model has 1021 positions"
+        WmtpError,
+        match=r"a prompt of 1021 tokens is too long: prompt and text can have 1021 tokens with",
     ):
         generate(policy, [[1] * 1021], max_new_tokens=1, eos_id=EOS)
+
+
+def test_generation_that_fails_restores_the_mode_of_the_policy():
+    _, policy = models("gpt2", "medusa")
+    policy.train()
+
+    with pytest.raises(RuntimeError, match="interrupted"):
+        generate(policy, [[1, 2]], max_new_tokens=1, eos_id=EOS, on_done=interrupt)
+
+    assert policy.training
+
+
+def interrupt(done):
+    raise RuntimeError("interrupted")
 
 
 def sample(policy, prompts, streams, *, decoding, batch_size=32, seed=3, limit=9):

@@ -3,13 +3,17 @@
 import json
 import math
 
+import numpy as np
 import pytest
+from torch.nn.functional import cross_entropy
 from weighted_mtp_core.api import Problem, Verdict, VerdictKind
+from weighted_mtp_core.compare.measures import default_metrics, read_measures
 from weighted_mtp_core.evaluation.evaluate import Evaluation
 from weighted_mtp_core.evaluation.finished_run import plan_of, prepare_finished
 from weighted_mtp_core.evaluation.judging import JudgedCompletions
 from weighted_mtp_core.generation.generate import generate
 from weighted_mtp_core.tracking.names import check_metric_name
+from weighted_mtp_core.training.plugin_metrics import is_core_metric
 
 PASSED, WRONG, LATE = VerdictKind.PASSED, VerdictKind.WRONG, VerdictKind.CPU_LIMIT
 
@@ -101,6 +105,14 @@ def test_the_summary_names_loss_accuracy_and_accepted_drafts_of_every_head():
     ]
 
 
+def test_the_summary_names_the_number_of_examples_if_they_are_not_the_whole_split():
+    metrics = {"test_ce_head_1_of_200_examples": 0.1234, "test_accuracy_head_1_of_200_examples": 0.9876}
+
+    rows = Evaluation(metrics=metrics, timings={}, files=()).summary()
+
+    assert rows == [("head 1", "test loss 0.123 on 200 examples, accuracy 98.8%")]
+
+
 FLAT = """
     from attrs import frozen
     from weighted_mtp_core.api import Component, WeightingStrategy, Weights, hookimpl
@@ -145,6 +157,29 @@ def test_drafts_are_measured_on_prompts_of_the_split_if_the_data_have_no_problem
     assert alone.verified >= 10
     assert {name: run.metrics[name] for name in alone.metrics()} == alone.metrics()
     assert run.metrics["acceptance_length"] == 1 + run.metrics["acceptance_position_2"]
+
+
+def test_heads_are_measured_on_some_examples_of_the_split_and_the_names_say_so(
+    wmtp_install_plugin, wmtp_tiny_run
+):
+    wmtp_install_plugin("flat", FLAT)
+
+    run = wmtp_tiny_run({"weighting": {"use": "flat"}, "evaluate": {"examples": 3, "decoding": "plain"}})
+
+    prepared = prepare_finished(run.folder, plan_of(run.folder, overrides=()), log=print)
+    tokens = prepared.policy_tokens("test")
+    losses = []
+    for document in (0, round((len(tokens) - 1) / 2), len(tokens) - 1):
+        batch = prepared.batch(tokens, np.array([document]))
+        logits = prepared.policy.logits(1, prepared.policy.trunk_states(batch.ids_BT))[0, :-1]
+        is_target = batch.response_BT[0, 1:]
+        losses += cross_entropy(logits, batch.ids_BT[0, 1:], reduction="none")[is_target].tolist()
+    assert len(tokens) > 3
+    assert run.metrics["test_ce_head_1_of_3_examples"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    measured = {name for name in run.metrics if name.startswith("test_")}
+    assert {name.partition("_of_")[2] for name in measured} == {"3_examples"}
+    assert measured == set(filter(is_core_metric, measured))
+    assert [name for name in default_metrics([read_measures(run.folder)]) if name.startswith("test_ce")]
 
 
 def test_plain_decoding_of_data_without_problems_generates_nothing(wmtp_install_plugin, wmtp_tiny_run):

@@ -82,9 +82,9 @@ def read_records(
 
     Args:
         path: The file; a relative path starts at the current folder.
-        parse: Converts a record to a row; raises ValueError with the fault of an invalid record.
-        check: Called with each row and its place, such as "`rows.jsonl` line 3", for example to compare the
-            row with earlier rows (`ProblemIds`). `check` must raise ValueError for an invalid row.
+        parse: Converts a record to a row; raises ValueError with a message that says what is wrong.
+        check: Called with each row and with its place, such as "`rows.jsonl` line 3". It can compare the row
+            with earlier rows, as `ProblemIds` does, and must raise ValueError for an invalid row.
 
     Raises:
         WmtpError: The file cannot be read, has no records or has invalid records; the message lists the first

@@ -159,7 +159,7 @@ def is_crowded(error: BaseException) -> bool:
 
 
 def http_status(error: BaseException) -> int | None:
-    """Return the HTTP status of an exception, if it has one."""
+    """Return the HTTP status that an exception, one of its causes or their messages contain."""
     for each in causes(error):
         response = getattr(each, "response", None)
         if response is not None and isinstance(getattr(response, "status_code", None), int):

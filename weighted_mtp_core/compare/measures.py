@@ -18,7 +18,7 @@ from weighted_mtp_core.tracking.run_history import Point, read_history
 from weighted_mtp_core.training.stage_cost import cost_of
 
 _DEFAULT = re.compile(
-    r"pass_at_\d+.*|(test|validation)_ce_head_\d+|tokens_per_forward|(policy|critic)_seconds"
+    r"pass_at_\d+.*|(test|validation)_ce_head_\d+(_of_\d+_examples)?|tokens_per_forward|(policy|critic)_seconds"
 )
 _EACH_LOGGED_STEP = "_learning_rate"  # a metric that is logged for training steps, but not for validations
 _CURVE = re.compile(r"validation_.+")

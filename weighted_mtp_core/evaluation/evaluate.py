@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from attrs import evolve, frozen
 
-from weighted_mtp_core.api import DataSource, Problem, Split
+from weighted_mtp_core.api import Batch, DataSource, Problem, Split
 from weighted_mtp_core.data.samplers import evenly_spread
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import WmtpError
@@ -50,11 +50,16 @@ class Evaluation:
     def summary(self) -> list[tuple[str, str]]:
         """Return the lines of the summary at the end of a run: each head, pass@k and decoding."""
         rows = []
-        for head in range(1, 1 + sum("_ce_head_" in name for name in self.metrics)):
-            loss, accuracy = (self.metrics[f"{self.split}_{what}_head_{head}"] for what in ("ce", "accuracy"))
+        losses = [name for name in self.metrics if name.startswith(f"{self.split}_ce_head_")]
+        for head, name in enumerate(losses, start=1):
+            loss, accuracy = self.metrics[name], self.metrics[name.replace("_ce_", "_accuracy_")]
+            part = name.partition("_of_")[2].replace("_", " ")
+            on = f" on {part}" if part else ""
             accepted = self.metrics.get(f"acceptance_position_{head}")
             drafts = "" if accepted is None else f", {accepted:.1%} of its drafts accepted"
-            rows.append((f"head {head}", f"{self.split} loss {loss:.3f}, accuracy {accuracy:.1%}{drafts}"))
+            rows.append(
+                (f"head {head}", f"{self.split} loss {loss:.3f}{on}, accuracy {accuracy:.1%}{drafts}")
+            )
         rows += [
             (name.replace("_", " "), f"{value:.3f}")
             for name, value in self.metrics.items()
@@ -81,12 +86,10 @@ def evaluate(
             only the first process verifies completions; the others only compute their shards of the policy.
         split: The split to evaluate on.
     """
-    tokens = prepared.policy_tokens(split)
-    batches = prepared.batches_in_order(tokens, np.arange(len(tokens)), batch_size=table.batch_size)
-    metrics = head_quality(prepared.policy, batches, split=split, autocast=prepared.compute.autocast)
+    metrics = _measure_heads(prepared, table, split=split, display=display)
     problems, whole_split = _first_problems(prepared.source, split, limit=table.problems)
     if not problems:
-        continued = _continue_prompts(prepared, tokens, table, display=display)
+        continued = _continue_prompts(prepared, prepared.policy_tokens(split), table, display=display)
         timings = {} if continued is None else continued.timings()
         metrics |= {} if continued is None else continued.metrics()
         return Evaluation(split=split, metrics=metrics, timings=timings, files=())
@@ -114,6 +117,29 @@ def evaluate(
     return Evaluation(split=split, metrics=metrics, timings=timings, files=files)
 
 
+def _measure_heads(
+    prepared: Prepared, table: EvaluateTable, *, split: Split, display: Display
+) -> dict[str, float]:
+    """Return loss, accuracy and acceptance of each head on the examples of a split.
+
+    If only some examples of the split were used, their number is part of each metric's name.
+    """
+    tokens = prepared.policy_tokens(split)
+    documents = evenly_spread(np.arange(len(tokens)), limit=table.examples)
+    display.stage(f"{split} loss", len(documents))
+
+    def shown() -> Iterator[Batch]:
+        done = 0
+        for batch in prepared.batches_in_order(tokens, documents, batch_size=table.batch_size):
+            yield batch
+            done += len(batch.ids_BT)
+            display.update(done, {})
+
+    metrics = head_quality(prepared.policy, shown(), split=split, autocast=prepared.compute.autocast)
+    suffix = "" if len(documents) == len(tokens) else f"_of_{len(documents)}_examples"
+    return {f"{name}{suffix}": value for name, value in metrics.items()}
+
+
 @frozen(kw_only=True)
 class Trial:
     """The result on the validation problems at one temperature; `pass_rate` is pass@k for the largest k."""
@@ -126,7 +152,7 @@ class Trial:
 def try_temperatures(
     prepared: Prepared, tables: Sequence[EvaluateTable], *, display: Display
 ) -> tuple[Trial, ...]:
-    """Measure pass@k on the validation problems with the settings of each table.
+    """Measure pass@k on the validation problems once for each of the given `[evaluate]` tables.
 
     Raises:
         WmtpError: There are no validation problems.

@@ -45,7 +45,7 @@ class JudgedCompletions:
         return {f"pass_at_{k}{suffix}": self.pass_rate(k) for k in ks}
 
     def metrics(self, ks: Sequence[int]) -> dict[str, float]:
-        """Return the result of `pass_rates` and the share of each kind of verdict."""
+        """Return the metrics of `pass_rates` together with the share of each kind of verdict."""
         kinds = [verdict.kind for row in self.verdicts for verdict in row]
         shares = {
             f"verdict_{kind.value}": kinds.count(kind) / len(kinds) for kind in VerdictKind if kind in kinds

@@ -26,7 +26,7 @@ from weighted_mtp_core.messages import reason
 from weighted_mtp_core.model.families import COUNTS_SLOTS, KEYS_AND_VALUES, cache_kinds
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.probe import probe_ids, windows_of
-from weighted_mtp_core.runtime.device import full_precision
+from weighted_mtp_core.runtime.device import evaluation_mode, full_precision
 
 _TOLERANCE = 1e-3  # relative to the largest logit; the order of sums has a smaller effect
 _NARROW, _WIDE = 8, 1 << 20  # attention windows in tokens, narrower and wider than the text
@@ -56,11 +56,8 @@ def manner_of(policy: Policy, *, also_of: Policy | None = None) -> Manner:
     """
     known = _MANNERS.get(policy)
     if known is None:
-        was_training = policy.training
-        policy.eval()
-        with full_precision(policy.unembedding.weight.device):
+        with evaluation_mode(policy), full_precision(policy.unembedding.weight.device):
             known = _MANNERS[policy] = _find(policy)
-        policy.train(was_training)
     if also_of is not None:
         _MANNERS[also_of] = known
     return known

@@ -25,7 +25,7 @@ from weighted_mtp_core.generation.decoding_probe import batches, decoder_of, man
 from weighted_mtp_core.generation.draft_heads import DecodingHeads
 from weighted_mtp_core.model.families import text_config
 from weighted_mtp_core.model.policy import Policy
-from weighted_mtp_core.runtime.device import Autocast, many_passes
+from weighted_mtp_core.runtime.device import Autocast, evaluation_mode, many_passes
 
 Decoding = Literal["plain", "self_speculative"]
 
@@ -151,15 +151,13 @@ def generate(
         WmtpError: A prompt has no tokens, or is so long that the model has no position left for new tokens.
     """
     began = time.perf_counter()
-    was_training = policy.training
-    policy.eval()
     names = list(streams) if streams is not None else [str(i) for i in range(len(prompts))]
     manner = manner_of(policy)
     drafts = _drafts(policy, decoding, longest=max(map(len, prompts), default=0), new=max_new_tokens)
     rows = [_Row(index=i, limit=_limit(policy, len(ids), max_new_tokens)) for i, ids in enumerate(prompts)]
     done = 0
     lengths = [len(ids) for ids in prompts]
-    with many_passes(policy, autocast):
+    with evaluation_mode(policy), many_passes(policy, autocast):
         heads = DecodingHeads.of(policy, drafts=drafts)
         for batch in batches(rows, lengths, size=batch_size, padding=manner.no_padding is None):
             live = batch
@@ -182,7 +180,6 @@ def generate(
                         break
                     decoder.keep(staying)
                 gained = decoder.step()
-    policy.train(was_training)
     accepted = [count for row in rows for count in row.accepted]
     return Generations(
         tokens=tuple(tuple(row.tokens) for row in rows),
@@ -232,7 +229,8 @@ def _limit(policy: Policy, length: int, max_new_tokens: int) -> int:
         )
     if length >= longest:
         raise WmtpError(
-            f"a prompt of {length} tokens is too long: this model has {longest} positions in all",
+            f"a prompt of {length} tokens is too long: prompt and text can have "
+            f"{longest} tokens with this model and K = {policy.n_future}",
             hint="shorten the prompt, or use a base model with more positions",
         )
     return int(min(max_new_tokens, longest - length))

@@ -101,7 +101,7 @@ def forecast(plan: Plan, documents: Documents, target: Target, *, only: str | No
 
 
 def _with_copies(found: Phases, copies: int, best: int) -> tuple[Phase, ...]:
-    """Add to the phases of a run on a CPU the copies in main memory from which files are written."""
+    """Return the phases of a run on a CPU, with the copies in main memory from which files are written."""
     held = {TRAINING: copies, VALIDATION: copies}
     phases = [
         evolve(phase, parts={**phase.parts, COPIES: held[phase.name]}) if held.get(phase.name) else phase

@@ -3,9 +3,9 @@
 The loss is `L = sum_k alpha_k * sum_t w[t, k] * CE(head_k(h_t), x[t + k]) / Z_k` (Gloeckle et al. 2024,
 eq. 2, with weights), where CE is the cross-entropy, alpha_k the loss share of head k, w[t, k] the weight of
 the pair (t, k), h_t the trunk's state, x[t + k] the target token and Z_k the normaliser. Heads 2..K can learn
-from head 1 instead of labels. The cross-entropy of head k at position t is then replaced with KL(p || q),
-where q is the prediction of head k at t and p the prediction of head 1 at t + k - 1; head 1 gets no gradient
-from this term.
+from head 1 instead of labels. The cross-entropy of head k at position t is then replaced with KL(p || q), or
+with the mean of both (`loss.heads = "both"`), where q is the prediction of head k at t and p the prediction
+of head 1 at t + k - 1; head 1 gets no gradient from this term.
 
 Heads run forward and backward one after the other (Gloeckle et al., section 2.2). The gradients of the
 trunk's states are summed in one `[B, T, H]` buffer and propagated through the trunk once, so memory does not

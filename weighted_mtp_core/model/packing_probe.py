@@ -11,7 +11,7 @@ from torch import Tensor
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import reason
 from weighted_mtp_core.model.policy import Policy
-from weighted_mtp_core.runtime.device import full_precision
+from weighted_mtp_core.runtime.device import evaluation_mode, full_precision
 
 _TOLERANCE = 1e-4  # relative difference between a document's fp32 states in a shared row and in its own row
 _LENGTH = 8
@@ -29,18 +29,14 @@ def check_packing(policy: Policy) -> None:
     device = policy.unembedding.weight.device
     ids_BT = torch.arange(2, 2 + 2 * _LENGTH, device=device).remainder(policy.vocab_size)[None]
     position_BT = torch.arange(_LENGTH, device=device).repeat(2)[None]
-    was_training = policy.training
-    policy.eval()
     try:
-        with full_precision(device):
+        with evaluation_mode(policy), full_precision(device):
             packed = _states(policy, ids_BT, position_BT=position_BT)[:, _LENGTH:]
             alone = _states(policy, ids_BT[:, _LENGTH:], position_BT=None)
     except Exception as error:  # an unknown model can raise any exception
         raise WmtpError(
             f"a `{policy.config.model_type}` model cannot be run on packed rows ({reason(error)})", hint=_MEND
         ) from error
-    finally:
-        policy.train(was_training)
     gap = float((packed - alone).abs().max() / alone.abs().max().clamp(min=1e-6))
     if not gap <= _TOLERANCE:  # also True for NaN
         raise WmtpError(

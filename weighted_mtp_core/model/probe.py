@@ -28,6 +28,7 @@ from weighted_mtp_core.model.families import LIMITED_LENGTH, REFUSED, body_of, l
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.sparse_feed_forward import one_position_per_row, sparse_rows
 from weighted_mtp_core.model.unembedding import Unembedding
+from weighted_mtp_core.runtime.device import evaluation_mode
 
 _TOLERANCE = 1e-4  # largest difference of fp32 logits, relative to the largest logit
 _LENGTH = 24
@@ -90,10 +91,8 @@ def observe(base: Any) -> Answers:
     if why is not None:
         raise WmtpError(f"a `{name}` model cannot be a trunk: {why}", hint=_OTHER_MODEL)
     ids_BT = probe_ids(base.config).to(linear.weight.device)
-    was_training = base.training
     try:
-        with windows_of(base, _WINDOW):
-            base.eval()
+        with evaluation_mode(base), windows_of(base, _WINDOW):
             states_BTH, logits_BTV = _run(base, ids_BT)
             up = max(2.0, _CAPPED / float(logits_BTV.abs().max().clamp(min=1e-6)))
             _, scaled_BTV = _run(base, ids_BT, scale=up)
@@ -105,8 +104,6 @@ def observe(base: Any) -> Answers:
             f"a `{name}` model cannot be a trunk: it cannot be run with token ids only ({reason(error)})",
             hint=_OTHER_MODEL,
         ) from error
-    finally:
-        base.train(was_training)
     if not bool(logits_BTV.isfinite().all()):
         raise WmtpError(
             f"the logits of this `{name}` model are not finite: some of its weights are damaged",
@@ -143,10 +140,8 @@ def compare(policy: Policy, answers: Answers) -> None:
     Raises:
         WmtpError: Head 1 fails or gives other logits.
     """
-    was_training = policy.training
     try:
-        with windows_of(policy, _WINDOW):
-            policy.eval()
+        with evaluation_mode(policy), windows_of(policy, _WINDOW):
             hidden_BTH = policy.trunk_states(answers.ids_BT)
             logits_BTV = policy.logits(1, hidden_BTH)
             found = {"": _gap(logits_BTV, answers.logits_BTV)}
@@ -159,8 +154,6 @@ def compare(policy: Policy, answers: Answers) -> None:
             found[" in training"] = _gap(training_BTV, answers.training_BTV)
     except Exception as error:  # an unknown model can raise any exception
         raise _unfit(policy, f"cannot be run ({reason(error)})") from error
-    finally:
-        policy.train(was_training)
     for where, gap in found.items():
         if not gap <= _TOLERANCE:  # also True for NaN
             raise _unfit(policy, f"is not the model itself{where} (logits differ by {gap:.2g})")

@@ -308,8 +308,8 @@ class CheckpointTable:
 class EvaluateTable:
     """`[evaluate]`: how stage 3 generates and judges completions.
 
-    `problems = 0` means all problems of the split. With `second_temperature`, pass@k is also measured at this
-    temperature.
+    `problems = 0` means all problems of the split; `examples = 0` means that the heads are measured on all
+    examples of the split. With `second_temperature`, pass@k is also measured at this temperature.
     """
 
     pass_at_k: tuple[int, ...] = field(default=(1,))
@@ -320,6 +320,7 @@ class EvaluateTable:
     decoding: Literal["plain", "self_speculative"] = "self_speculative"
     batch_size: int = field(default=32, validator=v.ge(1))
     problems: int = field(default=0, validator=v.ge(0))
+    examples: int = field(default=0, validator=v.ge(0))
 
     @pass_at_k.validator
     def _check_samples(self, _: object, value: tuple[int, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -191,12 +192,19 @@ def _heads(history: RunHistory) -> list[dict[str, float | None]]:
             "number": number,
             "start": points[0].value,
             "best": next((point.value for point in points if point.step == kept), None),
-            "test": history.last("evaluate", f"test_ce_head_{number}"),
-            "accuracy": history.last("evaluate", f"test_accuracy_head_{number}"),
-            "confirmed": history.last("evaluate", f"test_acceptance_head_{number}"),
+            "test": _test(history, f"test_ce_head_{number}"),
+            "accuracy": _test(history, f"test_accuracy_head_{number}"),
+            "confirmed": _test(history, f"test_acceptance_head_{number}"),
         }
         for number, points in validated
     ]
+
+
+def _test(history: RunHistory, metric: str) -> float | None:
+    """Return a metric of stage 3, measured on the whole split or on some of its examples."""
+    part = re.compile(rf"{metric}(_of_\d+_examples)?")
+    names = [name for name in history.metrics.get("evaluate", {}) if part.fullmatch(name)]
+    return history.last("evaluate", names[-1]) if names else None
 
 
 def _acceptance(history: RunHistory) -> list[tuple[str, float]]:

@@ -57,7 +57,7 @@ class PreviewToken:
 
 @frozen(kw_only=True)
 class PreviewDocument:
-    """A document of the batch: example id, tokens, and the number of pairs that each head learns."""
+    """A document of the batch: example id, tokens, and how many tokens each head learns to predict."""
 
     name: str
     tokens: tuple[PreviewToken, ...]

@@ -104,6 +104,17 @@ def _casts(tensor: Tensor) -> bool:
 
 
 @contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Set a model to evaluation mode in the block; afterwards, also after an error, restore its mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
 def many_passes(model: nn.Module, autocast: Autocast) -> Iterator[None]:
     """Run many forward passes in the block without gradients; each parameter is converted only once.
 

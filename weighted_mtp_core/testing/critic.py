@@ -82,7 +82,7 @@ class CriticSuite(checks.ComponentSuite):
 
     @pytest.fixture
     def critic(self, build: Build) -> Critic:
-        """A critic, trained for a few steps if it is trainable, because untrained scores may all be equal."""
+        """A critic; a trainable one is trained for a few steps, because its scores may be equal before."""
         critic = build()
         if critic.trainable:
             _train(critic, steps=3)

@@ -62,7 +62,7 @@ class WeightingStrategySuite(checks.ComponentSuite):
         assert not (weights.weight < 0).any()
 
     def test_weights_are_zero_where_nothing_is_predicted(self, weights: Weights) -> None:
-        """Weights must be 0 on prompts and padding, which contain no target tokens."""
+        """Weights must be 0 at tokens outside responses, or at pairs (position, head) without a target."""
         view = PACKED.view(())
         mask = view.response_BT if weights.weight.ndim == 2 else view.target_BTK
         if weights.weight.shape != mask.shape:

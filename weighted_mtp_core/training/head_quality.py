@@ -18,6 +18,7 @@ from weighted_mtp_core.model.pair_predictions import HeadSums, PairPredictions
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.targets import batch_labels
 from weighted_mtp_core.recipe.train_table import SelectBy
+from weighted_mtp_core.runtime.device import evaluation_mode
 
 MEASURES: Mapping[SelectBy, str] = {
     "head_1": "held-out loss",
@@ -41,10 +42,9 @@ def head_quality(
             tokens per forward pass of greedy self-speculative decoding: 1 + the mean number of accepted
             drafts. These metrics need no generated text: the heads read the batches, see `HeadSums`.
     """
-    policy.eval()
     found: list[HeadSums] = []
     for batch in batches:
-        with autocast():
+        with evaluation_mode(policy), autocast():
             hidden_BTH = policy.trunk_states(batch.ids_BT, position_BT=batch.position_BT)
             predictions = PairPredictions(
                 policy,
@@ -55,7 +55,6 @@ def head_quality(
                 preceding_BT=preceding(batch),
             )
             found.append(predictions.sums())
-    policy.train()
     total = {
         each.name: torch.stack([getattr(sums, each.name) for sums in found]).sum(dim=0)
         for each in fields(HeadSums)

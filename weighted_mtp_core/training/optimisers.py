@@ -123,7 +123,7 @@ def _make(groups: list[dict[str, object]], table: TrainTable, *, hidden: bool) -
 def set_learning_rate(
     optimisers: Iterable[torch.optim.Optimizer], table: TrainTable, step: int
 ) -> dict[str, float]:
-    """Set the learning rates of a step (0-based); return the rate of each part, keyed by the part's name."""
+    """Set the learning rates of a step (0-based); return the rate of each part of the model by name."""
     scheduled = learning_rate(table, step)
     groups = [group for each in optimisers for group in each.param_groups]
     for group in groups:

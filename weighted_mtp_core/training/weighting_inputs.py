@@ -6,6 +6,7 @@ Shape letters: B rows, T positions, K heads, H hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import attrs
@@ -21,6 +22,7 @@ from weighted_mtp_core.messages import reason
 from weighted_mtp_core.model.pair_predictions import PairPredictions
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.targets import batch_labels
+from weighted_mtp_core.runtime.device import evaluation_mode
 from weighted_mtp_core.runtime.distributed import Distributed
 from weighted_mtp_core.training.critic_scores import critic_scores
 from weighted_mtp_core.training.micro_batches import MicroBatch, gather_rows
@@ -154,12 +156,11 @@ class Signals:
             training: False for a batch that is only measured.
         """
         needs, rows, distributed = self.weighting.needs, len(batch.ids_BT), self.distributed
-        was_training = self.policy.training
-        if self.policy.has_dropout:  # signals must not depend on dropout
-            self.policy.eval()
+        dropout = self.policy.has_dropout
+        if dropout:  # signals must not depend on dropout
             hidden = [None] * len(parts)
-        found = [self._compute(part.batch, known) for part, known in zip(parts, hidden, strict=True)]
-        self.policy.train(was_training)
+        with evaluation_mode(self.policy) if dropout else nullcontext():
+            found = [self._compute(part.batch, known) for part, known in zip(parts, hidden, strict=True)]
         signals = {
             name: gather_rows(parts, [each[name] for each in found], rows=rows, distributed=distributed)
             for name in found[0]

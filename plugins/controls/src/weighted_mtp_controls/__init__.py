@@ -109,8 +109,8 @@ class AnnealOptions:
 
     Attributes:
         of: The weighting whose weights are used at the end.
-        start: Step of stage 2 up to which all weights are 1.
-        end: Step of stage 2 from which only the weights of `of` are used.
+        start: Step of the policy's training up to which all weights are 1.
+        end: Step of the policy's training from which only the weights of `of` are used.
     """
 
     of: WeightingChoice

@@ -74,7 +74,7 @@ def match(normal: Tensor, *, like: Tensor, mask: Tensor) -> Tensor:
 
 
 def _bisect(too_low: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:
-    """Return by bisection the number between `low` and `high` at which `too_low` changes to False.
+    """Return the number between `low` and `high` at which `too_low` changes to False, found by bisection.
 
     The computation never waits for the device.
     """

@@ -49,7 +49,7 @@ class ExcessLoss(WeightingStrategy):
         )
 
     def _select(self, excess_NC: Tensor, target_NC: Tensor) -> Tensor:
-        """Return weights `[N, C]` in [0, 1] that grow with the excess loss; 0 if there is no target.
+        """Return weights `[N, C]` in [0, 1] that grow with the excess loss; 0 where there is no target.
 
         A target whose excess loss is NaN gets the weight NaN, which core refuses.
         """

@@ -12,7 +12,7 @@ from weighted_mtp_core.api import SAME_RESULT
 
 @frozen(kw_only=True)
 class SandboxSettings:
-    """`[data.options.sandbox]`: how untrusted programs are confined, and what one program may use.
+    """`[data.options.sandbox]`: how untrusted programs are confined, and which resources one program may use.
 
     Attributes:
         backend: Method of confinement. `auto` uses bubblewrap if it works, otherwise Landlock; if neither
@@ -22,8 +22,8 @@ class SandboxSettings:
         wall_seconds: Maximum elapsed time of a program, which also ends programs that sleep.
         memory_mb: Maximum address space of a program, in MiB.
         workers: Number of programs that run at the same time. With 0, the number is OMP_NUM_THREADS if that
-            variable is set, otherwise the number of cores. The tasks of `data prepare --executor` judge one
-            program at a time.
+            variable is set, otherwise the number of cores. `data prepare --executor` ignores this option,
+            because each of its tasks runs one program at a time.
     """
 
     backend: Literal["auto", "bubblewrap", "landlock", "trusted"] = "auto"

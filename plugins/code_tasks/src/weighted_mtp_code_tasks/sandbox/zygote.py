@@ -116,7 +116,7 @@ class Zygote:
             self._ruleset = confine.make_ruleset(self._readable, self._writable, folder=self._scratch)
 
     def _empty_scratch(self) -> None:
-        """Delete all files of a program; if this fails, the zygote ends and the worker starts a new one."""
+        """Delete all files of a program; if this fails, the zygote ends and the worker starts another."""
         if not any(os.scandir(self._scratch)):
             return
         if not self._namespaces:
