@@ -45,15 +45,16 @@ PAGE = """\
 
 `make test-models` builds a tiny model with random weights for each of the {types} causal-LM types of
 transformers {version}. It creates a policy from each model, compares the policy with the model itself
-(logits, loss and gradients, generated text, tensors of an export) and writes this page. A run repeats this
-comparison when it loads its base model (`model/probe.py`), so a type without a row here either works or is
-refused before training.
+(logits, loss and gradients, generated text, tensors of an export) and writes this page. When a run loads
+its base model, it also compares the policy with the model (logits in evaluation mode and in training mode;
+decoding; packed documents), so a type without a row here either works or is refused before training.
 
 {right} types work with at least one kind of head, {refused} types are refused before training, and for
 {unbuilt} types no tiny model could be built.
 
 The column *self-speculative* lists the kinds of heads with which self-speculative decoding works; with other
-heads, decoding is plain. The column *packing* refers to `data.packing = "documents"`.
+heads, decoding is plain. The column *packing* shows whether `data.packing = "documents"` works; if it does
+not, a run with this key is refused.
 
 | type | `model.heads.kind` | self-speculative | packing | why not |
 |---|---|---|---|---|
