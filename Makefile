@@ -23,7 +23,7 @@ help:  ## Show this list
 run: $(INSTALLED)  ## Train, evaluate and track the recipe RECIPE (configs/verifiable.toml); ARGS are options of `run`
 	.venv/bin/python -m weighted_mtp_core run $(RECIPE) $(ARGS)
 
-test: test-core test-plugins test-together  ## Run all tests: the next three
+test: test-core test-plugins test-together  ## Run the tests: the next three
 
 test-core: .venv/only/core/.made  ## Run the tests of core, with no plugin installed
 	.venv/only/core/$(PYTEST) $(WORKERS) tests/unit
