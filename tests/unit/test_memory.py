@@ -221,6 +221,16 @@ def test_each_key_is_listed_with_what_it_saves(plan):
     )
 
 
+@pytest.mark.parametrize(("temperature", "same"), [(0, True), (0.8, False)])
+def test_plain_decoding_keeps_the_result_only_without_random_tokens(plan, temperature, same):
+    keys = "model.train=heads", "evaluate.batch_size=64", f"evaluate.temperature={temperature}"
+    made, before = plan(*keys), _forecast(plan, CPU, *keys, only=None)
+
+    found = {each.change: each for each in savings(made, Documents.longest(made.recipe.data), before)}
+
+    assert found['evaluate.decoding = "plain"'].same_result is same
+
+
 def test_validation_reads_no_more_rows_at_a_time_than_a_micro_batch(plan):
     one, four = (_forecast(plan, CPU, f"train.accumulation={parts}", only="validation") for parts in (1, 4))
 

@@ -22,7 +22,10 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def free_main_memory() -> int | None:
-    """Return the free bytes of main memory, within the limits of a container; None if they are unknown."""
+    """Return the free bytes of main memory, within the limits of a container; None if they are unknown.
+
+    On a system without `/proc/meminfo`, such as macOS, all physical memory counts as free.
+    """
     known = [each for each in (_of_machine(), *map(left_in_group, _CGROUPS)) if each is not None]
     return min(known, default=None)
 
@@ -39,7 +42,7 @@ def _of_machine() -> int | None:
 
 
 def left_in_group(files: tuple[str, str]) -> int | None:
-    """Return the bytes that a control group may still use, or None if it has no limit.
+    """Return the bytes that a control group may still use; None if it has no limit or cannot be read.
 
     Page cache counts as free, because the kernel can drop it.
     """

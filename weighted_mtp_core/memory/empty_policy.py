@@ -21,8 +21,8 @@ def config_of(table: ModelTable, *, storage: Path) -> Any:
     """Return the config of a recipe's base model.
 
     Raises:
-        WmtpError: There is no such model, its config cannot be read, or it is a `.gguf` file that was not
-            converted yet.
+        WmtpError: There is no such model, its config cannot be read, or `base` names a `.gguf` file, which
+            has no config before it is converted.
     """
     if table.base == "micro":
         return micro_config(table.micro)

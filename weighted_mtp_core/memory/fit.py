@@ -99,6 +99,7 @@ def find_target(
 def refuse_too_large(plan: Plan, distributed: Distributed) -> str | None:
     """Refuse a run that cannot fit into the free memory; return a warning if it may not fit.
 
+    A warning is also returned if the forecast leaves out a part of the run; None is returned if the run fits.
     A model that is small compared with the free memory is accepted at once. The recipe's
     `run.over_memory = "warn"` replaces the refusal with a warning.
 

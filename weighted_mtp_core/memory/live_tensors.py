@@ -39,7 +39,8 @@ class LiveTensors(_Mode):  # type: ignore[misc]
     """Counts the bytes of live tensors by part; use it through `without_values`.
 
     Attributes:
-        part: The part to which new tensors belong, except logits and tensors of the backward pass.
+        part: The part to which new tensors belong, except logits, cast parameters and tensors of the
+            backward pass.
         chunk: Maximum number of rows and exact number of columns of a matrix that is counted as logits.
         live: Bytes of the tensors that exist now.
         peak: The largest value of `live` since the last call of `restart`.
@@ -102,7 +103,8 @@ class LiveTensors(_Mode):  # type: ignore[misc]
     ) -> Any:
         """Run an operation and count the bytes of its result.
 
-        Because tensors have no values, a value that is read is 0, and `nonzero` returns all elements.
+        Because tensors have no values, a value that is read is 0, no two tensors are equal, and `nonzero`
+        returns all elements.
         """
         del types
         if func is _READ:

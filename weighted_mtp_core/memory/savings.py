@@ -23,7 +23,8 @@ class Saving:
     Attributes:
         change: The key and its new value, as in `--set`.
         saved: Number of bytes by which the change lowers the peak of the device's memory.
-        same_result: Whether the results of the run stay the same, except for rounding.
+        same_result: Whether the results of the run stay the same, except for rounding and for the random
+            numbers of dropout.
     """
 
     change: str
@@ -97,13 +98,12 @@ def _same_result(recipe: Recipe, target: Target) -> list[tuple[str, bool | int |
     model, train, evaluate = recipe.model, recipe.train, recipe.evaluate
     most = max(1, train.batch_size // target.processes)
     fits = train.accumulation < most and train.batch_size % most == 0
-    drafts = evaluate.decoding != "plain" and model.n_future > 1
     return [
         ("model.activation_checkpointing", True, not model.activation_checkpointing),
         ("train.accumulation", most, fits),
         ("model.shard", True, target.processes > 1 and not model.shard),
         ("evaluate.batch_size", max(1, evaluate.batch_size // 4), evaluate.batch_size > 1),
-        ("evaluate.decoding", "plain", drafts),
+        ("evaluate.decoding", "plain", _drafts(recipe) and _is_greedy(recipe)),
     ]
 
 
@@ -114,6 +114,7 @@ def _other_result(recipe: Recipe, target: Target) -> list[tuple[str, bool | int 
     whole = model.train == "all"
     exact = model.train == "adapters" and model.base_dtype == "float32"
     return [
+        ("evaluate.decoding", "plain", _drafts(recipe) and not _is_greedy(recipe)),
         ("model.dtype", "bfloat16", target.device != "cpu" and model.dtype == "float32"),
         ("train.optimiser.name", "adamw_8bit", recipe.train.optimiser.name == "adamw"),
         ("model.train", "adapters", whole),
@@ -123,3 +124,12 @@ def _other_result(recipe: Recipe, target: Target) -> list[tuple[str, bool | int 
         ("model.n_future", 2, model.n_future > 2 and not heads),
         ("data.max_tokens", recipe.data.max_tokens // 2, recipe.data.max_tokens >= 16),
     ]
+
+
+def _drafts(recipe: Recipe) -> bool:
+    return recipe.evaluate.decoding == "self_speculative" and recipe.model.n_future > 1
+
+
+def _is_greedy(recipe: Recipe) -> bool:
+    """Return whether evaluation draws no random tokens, which plain decoding would draw differently."""
+    return recipe.evaluate.temperature == 0 and recipe.evaluate.second_temperature is None

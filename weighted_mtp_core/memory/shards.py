@@ -20,7 +20,7 @@ class Shards:
         policy: The policy; its simulated parameters are not sharded.
         target: Contains the number of processes and the dtype of forward passes.
         exist: Whether parameters are sharded at all.
-        adapters: The ids of the parameters of adapters, which are whole in each process.
+        adapters: The results of `id` for the parameters of adapters, which are whole in each process.
     """
 
     policy: Policy

@@ -1,8 +1,9 @@
 """Trains low-rank adapters on a frozen base model, if `model.train = "adapters"`.
 
-The frozen base consists of the trunk, head 1 and the unembedding. `api.adapters` adds the adapters, and
-`stored_base` stores the matrices of the base in `model.base_dtype`. Checkpoints contain only the trained
-parameters and the SHA-256 of the base.
+The frozen base consists of the trunk, head 1 and the unembedding; if `adapters.heads` is `"adapted"`, the
+decoder layers of heads 2..K are frozen, too. `api.adapters` adds the adapters, and `stored_base` stores the
+matrices of the base in `model.base_dtype`. Checkpoints contain only the trained parameters and the SHA-256 of
+the base.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def adapt(policy: Policy, table: ModelTable) -> None:
     `base_dtype`.
 
     Raises:
-        WmtpError: There is no linear layer to adapt, two of these layers share a matrix, the base cannot be
-            stored in `base_dtype`, or the policy is sharded and `adapters.dora` is set.
+        WmtpError: `api.adapters.add_adapters` refuses the adapters, two adapted layers share a matrix, the
+            base cannot be stored in `base_dtype`, or the policy is sharded and `adapters.dora` is set.
     """
     attach(policy, table)
     base = {name: each for name, each in policy.named_parameters() if not each.requires_grad}
@@ -47,8 +48,8 @@ def attach(policy: Policy, table: ModelTable) -> None:
     """Add adapters and select the trained parameters, without reading or converting values of the base.
 
     Raises:
-        WmtpError: There is no linear layer to adapt, two of these layers share a matrix, or the policy is
-            sharded and `adapters.dora` is set.
+        WmtpError: `api.adapters.add_adapters` refuses the adapters, two adapted layers share a matrix, or the
+            policy is sharded and `adapters.dora` is set.
     """
     options, heads = table.adapters, policy.heads
     if options.dora and mesh_of_parameters(policy) is not None:

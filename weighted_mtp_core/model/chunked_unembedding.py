@@ -20,7 +20,7 @@ from weighted_mtp_core.model.unembedding import Unembedding, gradient_of
 from weighted_mtp_core.runtime.device import memory_of
 
 CHUNK = 192
-"""Maximum number of rows of logits in memory on a CPU: 192 x 49152 logits in fp32 take 36 MiB."""
+"""Maximum number of rows of logits in memory, except on CUDA; 192 x 49152 logits in fp32 take 36 MiB."""
 
 MOST_ROWS = 4096
 """Maximum number of rows of logits on a CUDA device; more rows do not make the matrix products faster."""
@@ -34,15 +34,15 @@ _BYTES_PER_LOGIT = 8  # on a CUDA device: a bfloat16 logit, its float32 copy, an
 def chunk_rows(vocab_size: int, itemsize: int, *, extra_bytes: int, memory: int | None) -> int:
     """Return the number of rows of logits that are in memory at once.
 
-    On a CUDA device, chunks are larger than on a CPU, because a chunk of 192 rows would leave hundreds of
+    On a CUDA device, chunks may be larger than on a CPU, because a chunk of 192 rows would leave hundreds of
     arithmetic units idle, and there is more memory.
 
     Args:
         vocab_size: Number of logits in a row.
         itemsize: Number of bytes of a logit.
-        extra_bytes: Bytes of other memory that is in use at the same time as the logits. On a CPU, a chunk is
-            made smaller by `extra_bytes`, which grow with the batch, so that the total memory does not grow
-            with the batch.
+        extra_bytes: Bytes of other memory that is in use at the same time as the logits. These bytes grow
+            with the batch. Except on CUDA, chunks become smaller instead, down to 64 rows, so that the total
+            memory does not grow with the batch until then.
         memory: Memory of the CUDA device in bytes; None for other devices.
     """
     if memory is None:

@@ -4,7 +4,8 @@
 and their origin, `heads/model.safetensors` contains the tensors of heads 2..K with the names
 `head_<k>.<name>`, and `recipe.toml` is the recipe of the training run. Heads 2..K have a folder of their own
 because servers read every `*.safetensors` file of the top folder and refuse tensors that the model does not
-have.
+have. Heads that were made from MTP layers of the base model (`init = "base"`) are not in this folder but in
+the files of the model, under the names of the MTP layers.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 @frozen(kw_only=True)
 class ExportFacts:
-    """The contents of `weighted_mtp.json`.
+    """The contents of `weighted_mtp.json`, except the versions of the format and of core.
 
     Attributes:
         n_future: K, the number of heads.
         heads: Kind of heads 2..K.
         run: Id of the run that trained the policy.
         recipe_sha256: SHA-256 of `recipe.toml`.
-        base: Name and version of the base model.
+        base: The base model, see `LoadedPolicy.base_name`.
         data_sha256: SHA-256 of the training data; None if the run did not record it.
         shared: Whether `sequential` heads share one module.
         serve: The server for which `sequential` heads were trained. Heads that were trained for another
@@ -66,7 +67,7 @@ def is_exported_model(folder: Path) -> bool:
 
 
 def is_exported_adapter(folder: Path) -> bool:
-    """Return whether a folder was written by `export --adapter`."""
+    """Return whether a folder contains the files that `export --adapter` writes."""
     return all((folder / name).is_file() for name in (ADAPTER_CONFIG, RECIPE, MANIFEST))
 
 
@@ -98,7 +99,7 @@ def read_facts(folder: Path) -> ExportFacts:
 
 
 def refuse_other_heads(folder: Path, *, n_future: int, heads: HeadsTable) -> None:
-    """Refuse an exported model whose heads do not fit the recipe, unless the model has only head 1.
+    """Refuse an exported model with heads that do not fit the recipe, unless the model has only head 1.
 
     The exported model may have more heads than the recipe.
 
@@ -135,7 +136,9 @@ def refuse_other_heads(folder: Path, *, n_future: int, heads: HeadsTable) -> Non
 
 
 def load_extra_heads(policy: Policy, folder: Path) -> None:
-    """Load the weights of heads 2..K from an exported model; do nothing if the model has only head 1.
+    """Load the weights of heads 2..K from an exported model.
+
+    If the policy or the exported model has only head 1, the function does nothing.
 
     Raises:
         WmtpError: The tensors in `heads/model.safetensors` do not fit the heads of the policy.

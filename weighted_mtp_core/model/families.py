@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from weighted_mtp_core.errors import WmtpError
 
 READS_MASK = frozenset({"bloom", "falcon", "mpt"})
-"""`model_type` of families with ALiBi, which compute the distances between tokens from the attention mask."""
-
+"""`model_type` of families with ALiBi; some compute the distances between tokens from the attention mask."""
 
 COUNTS_SLOTS = frozenset({"gpt_neo", "mpt"})
 """`model_type` of families that measure the distance between tokens in cache slots.
@@ -222,7 +221,10 @@ def one_layer_cache(config: Any) -> Any:
 
 
 def cache_kinds(body: Any) -> frozenset[str]:
-    """Return the names of the transformers classes that cache a body's layers, computed once per body."""
+    """Return the names of the transformers classes that cache a body's layers, computed once per body.
+
+    If transformers cannot derive the classes from the config of the body, the only name is `unknown`.
+    """
     known = _CACHE_KINDS.get(body)
     if known is None:
         try:

@@ -1,4 +1,4 @@
-"""Load the model that `model.base` names: `micro`, a transformers directory, a `.gguf` file or a hub id."""
+"""Load the model that `model.base` names: `micro`, a directory, a stored model, a `.gguf` file or hub id."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class LoadedPolicy:
     Attributes:
         policy: The policy.
         tokenizer: The tokenizer of the base model.
-        base_name: Name and version of the base model, for the run's tags.
+        base_name: The base model, for the run's tags: a hub id, or the last two parts of the model's path,
+            which are name and version for a model under `models_v2/`.
         unused: A message to the user about MTP layers in the files of the base model that the policy does not
             use; None if there are no such layers.
     """
@@ -66,7 +67,8 @@ def load_policy(
             `fsdp.callable_` before it is called. If `mesh` is None, the whole policy is loaded on the CPU.
 
     Raises:
-        WmtpError: The model does not exist, its files have been changed, or it cannot become a policy.
+        WmtpError: The model does not exist, its files have been changed, its tokenizer has no EOS token, or
+            the model cannot become a policy.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -172,10 +174,12 @@ def make_policy(
 
 
 def find_base(base: str, *, storage: Path) -> Path | str:
-    """Return the directory of a transformers model after verifying its files; return a hub id unchanged.
+    """Return the directory of the transformers model that `base` names; return a hub id unchanged.
+
+    If the directory has a manifest, the files in the directory are verified.
 
     Args:
-        base: A folder under `models_v2/`, a directory, a `.gguf` file (converted once) or a hub id.
+        base: A directory, a folder under `models_v2/`, a `.gguf` file (converted once) or a hub id.
         storage: The storage root.
 
     Raises:
@@ -190,7 +194,7 @@ def find_base(base: str, *, storage: Path) -> Path | str:
 
 
 def base_folder(base: str, *, storage: Path) -> Path | str:
-    """Return the directory of a transformers model without reading its weights; see `find_base`."""
+    """Return the result of `find_base` without reading any weights; `base` is not a `.gguf` file."""
     return _transformers_folder(base, storage / "models_v2")
 
 

@@ -9,8 +9,9 @@ of head 1 at t + k - 1; head 1 gets no gradient from this term.
 
 Heads run forward and backward one after the other (Gloeckle et al., section 2.2). The gradients of the
 trunk's states are summed in one `[B, T, H]` buffer and propagated through the trunk once, so memory does not
-grow with K. Chained (`sequential`) heads instead run backward together, after the forward pass of the last
-head, and store two `[B, T, H]` buffers per head. The unembedding skips positions without a target.
+grow with K. If heads are chained (`sequential`), heads 2..K instead run backward together, after the forward
+pass of the last head, and store two `[B, T, H]` buffers per head. The unembedding skips positions without a
+target.
 
 Shape letters: B rows, T positions, K heads, N counted pairs of one head, H hidden.
 """

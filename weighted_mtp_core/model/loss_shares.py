@@ -12,9 +12,10 @@ def loss_shares(table: LossTable, n_future: int, *, progress: float) -> Tensor:
     """Return each head's share `alpha_K`, float32, with sum 1.
 
     The share of head k is proportional to `head_weights[k - 1] * head_decay^(k - 1)` times the factor of the
-    schedule. The schedules `forward` and `reverse` are the curricula of Aynetdinov and Akbik 2025 with K
-    phases of equal length. The schedule `forward` begins with head 1 and adds heads 2, 3, ... one by one; the
-    schedule `reverse` begins with all heads and removes heads K, K - 1, ... one by one until head 1 is left.
+    schedule. The schedules `forward` and `reverse` are the curricula of Aynetdinov and Akbik 2025: the first
+    `head_schedule_end` of the steps are divided into K phases of equal length, and the last phase continues
+    until the end of training. The schedule `forward` begins with head 1 and adds heads 2, 3, ... one by one;
+    the schedule `reverse` begins with all heads and removes heads K, K - 1, ... until only head 1 is left.
 
     Args:
         table: The recipe's `[loss]`.

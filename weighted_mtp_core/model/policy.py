@@ -120,7 +120,10 @@ class Policy(nn.Module):
 
     @cached_property
     def has_dropout(self) -> bool:
-        """Whether two calls on the same tokens can give different states in training mode."""
+        """Whether two calls on the same tokens can give different states in training mode.
+
+        The answer is derived from the names and values of module attributes, such as the `p` of `nn.Dropout`.
+        """
         return any(
             isinstance(value, float) and value > 0 and ("drop" in name or "jitter" in name or name == "p")
             for module in self.modules()

@@ -153,8 +153,8 @@ def refuse_bad_weights(
         shipped: The MTP layers that were loaded with the model; None if no MTP layers were loaded.
 
     Raises:
-        WmtpError: Tensors are missing, unexpected or of the wrong shape, or contain NaN, or transformers has
-            applied an adapter.
+        WmtpError: Tensors are missing, have wrong shapes, belong to layers that the config does not describe,
+            or contain NaN or infinity, or transformers has applied an adapter.
     """
     if getattr(model, "_hf_peft_config_loaded", False):
         raise _with_adapter(source)
@@ -233,7 +233,7 @@ def _fault_of(file: Path) -> str | None:
 def _refuse_other_tensors(source: Path | str, model: Any, info: Any, known: re.Pattern[str]) -> None:
     """Refuse files in which tensors are missing, have wrong shapes or belong to additional layers.
 
-    Additional tensors with names that match `known` are accepted.
+    Additional tensors with names that match `known` are accepted. Other unused tensors cause a warning.
     """
     where = _named_files(source)
     named = quoted(model.config.architectures or [type(model).__name__])

@@ -3,11 +3,11 @@
 Model families differ in ways that configs do not record reliably: scaled or capped logits, dropout between
 layers, attention windows, and layers that depend on their own index. The model and the policy are therefore
 run on a few tokens before training. Head 1 must give the logits of the model in evaluation mode and in
-training mode, and the states of a head must be the same if only some positions are read. The unembedding is
-also compared on scaled-up states, because a soft-cap hardly changes small logits. During the test, attention
-windows are made shorter than the text. Two other tests are in `generation.decoding_probe`, which determines
-how a policy can be decoded, and in `packing_probe`, which determines whether rows may contain several
-documents.
+training mode, and the states of heads 1 and 2 must be the same if only some positions are read. The
+unembedding is also compared on scaled-up states, because a soft-cap hardly changes small logits. During the
+test, attention windows are made shorter than the text. Two other tests are in `generation.decoding_probe`,
+which determines how a policy can be decoded, and in `packing_probe`, which determines whether rows may
+contain several documents.
 
 Shape letters: B rows, T positions, H hidden, V vocabulary.
 """
@@ -35,7 +35,7 @@ _LENGTH = 24
 _WINDOW = 8
 _WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size")
 _SPARE_ROWS = 8  # rows of a position table that may not be positions; OPT's table has two such rows
-_CAPPED = 60.0  # logits are scaled up to this size, because the usual soft-caps are 15 to 50
+_CAPPED = 60.0  # logits are scaled up at least to this size, because the usual soft-caps are 15 to 50
 _OTHER_MODEL = "use another base model, for example one of the Llama, Qwen or Gemma families"
 
 
@@ -46,15 +46,13 @@ class Answers:
     Attributes:
         ids_BT: Token ids of the probe's text; the first halves of its rows are equal.
         logits_BTV: The logits in evaluation mode.
-        training_BTV: The logits in training mode, with the dropout that `seed` gives.
-        seed: Seed of the dropout.
+        training_BTV: The logits in training mode, with the random numbers of `seeded` for dropout.
         unembedding: Computes `logits_BTV` from the states of the model's body.
     """
 
     ids_BT: Tensor
     logits_BTV: Tensor
     training_BTV: Tensor
-    seed: int
     unembedding: Unembedding
 
 
@@ -78,8 +76,9 @@ def observe(base: Any) -> Answers:
     """Run a causal LM on the probe's text.
 
     Raises:
-        WmtpError: The model fails, attends to later tokens, or computes logits that no `Unembedding` can
-            compute from the states of the model's body.
+        WmtpError: The model cannot be a trunk: it is in `REFUSED`, fails, has no separate body or no
+            unembedding matrix, attends to later tokens, or computes logits that are not finite or that no
+            `Unembedding` can compute from the states of the model's body.
     """
     name = base.config.model_type
     why = REFUSED.get(name)
@@ -123,7 +122,6 @@ def observe(base: Any) -> Answers:
                 ids_BT=ids_BT,
                 logits_BTV=logits_BTV,
                 training_BTV=training_BTV,
-                seed=0,
                 unembedding=unembedding,
             )
     raise WmtpError(
@@ -137,8 +135,10 @@ def observe(base: Any) -> Answers:
 def compare(policy: Policy, answers: Answers) -> None:
     """Check that head 1 of a policy gives the logits of the model from which the policy was made.
 
+    The function also checks that heads 1 and 2 give the same states if only some positions are read.
+
     Raises:
-        WmtpError: Head 1 fails or gives other logits.
+        WmtpError: A head fails, head 1 gives other logits, or head 1 or 2 gives other states.
     """
     try:
         with evaluation_mode(policy), windows_of(policy, _WINDOW):

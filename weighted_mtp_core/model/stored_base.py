@@ -24,7 +24,7 @@ from weighted_mtp_core.recipe.schema import BaseDtype
 from weighted_mtp_core.runtime.sharding import shard_like, whole
 
 _BLOCK = 64
-_HALF_GAP = 0.153  # half the largest distance between neighbouring values of nf4, which are -1 and -0.696
+_HALF_GAP = 0.153  # just above half the largest distance between neighbouring nf4 values, -1 and -0.696
 
 
 class _Product(torch.autograd.Function):
@@ -87,7 +87,8 @@ class _Bfloat16Embedding(nn.Embedding):
 def store_base(model: nn.Module, dtype: BaseDtype) -> None:
     """Convert the frozen matrices of a float32 model to `dtype`, in place.
 
-    An embedding of another class than `nn.Embedding`, which may compute more than a lookup, stays float32.
+    A layer of a subclass of `nn.Linear` or `nn.Embedding`, which may compute more than its base class, stays
+    float32.
 
     Raises:
         WmtpError: `bitsandbytes` is not installed or computes wrong values on this machine, or the model has

@@ -1,6 +1,6 @@
 """Aligns tokens with the heads that predict them, and masks targets in another document.
 
-In training, only the inputs of `sequential` heads are shifted along T elsewhere, in `heads/`.
+No other module shifts labels along T; `heads/` shifts the inputs of `sequential` heads.
 
 Shape letters: B rows, T positions, K heads, N selected positions or pairs.
 """

@@ -23,7 +23,7 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 """Returns a context manager that sets the precision of a forward pass, as `Compute.autocast` does."""
 
 LEAST_BUCKET = 25 << 20
-"""Minimum bytes of gradients that processes send at once, as in torch's DistributedDataParallel."""
+"""Smallest result of `bucket_bytes`: the default size of a bucket in torch's DistributedDataParallel."""
 
 READ_EVERY = 10
 """Steps between two reads of a value on an accelerator, because the host waits for each read."""
@@ -31,7 +31,9 @@ READ_EVERY = 10
 
 @frozen(kw_only=True)
 class Compute:
-    """The device and the precision of a run; parameters and sums are float32 in any case.
+    """The device and the precision of a run.
+
+    Sums and trained parameters are float32 in any case; `model.base_dtype` is the dtype of a frozen base.
 
     Attributes:
         device: The device.
@@ -94,7 +96,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def product_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype in which a tensor is multiplied: with autocast, its dtype; otherwise the tensor's."""
+    """Return the dtype in which a tensor is multiplied: autocast's or, without autocast, the tensor's."""
     return torch.get_autocast_dtype(tensor.device.type) if _casts(tensor) else tensor.dtype
 
 
@@ -146,7 +148,7 @@ def memory_of(device: torch.device) -> int | None:
 
 
 def bucket_bytes(device: torch.device) -> int:
-    """Return the bytes of gradients to send at once: 1/1024 of a CUDA device's memory, at least 25 MiB."""
+    """Return the maximum bytes of a gradient bucket: 1/1024 of a CUDA device's memory, at least 25 MiB."""
     return max(LEAST_BUCKET, (memory_of(device) or 0) >> 10)
 
 

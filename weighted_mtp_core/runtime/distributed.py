@@ -45,7 +45,8 @@ class Distributed:
         """Join the processes that `torchrun` started; without `torchrun`, return a single process.
 
         Args:
-            device: `model.device` of the recipe; with `cuda`, each process uses the GPU of its local rank.
+            device: `model.device` of the recipe. If it is `cuda`, or `auto` on a machine with a GPU, each
+                process uses the GPU of its local rank.
 
         Raises:
             WmtpError: There are several processes, but `device` names a single device.

@@ -67,7 +67,7 @@ class GradientReduction:
         parameters: The parameters; frozen and sharded parameters are left out.
         last: The parameters that get a gradient after `begin`, in the order of the forward pass.
         distributed: The processes that train together; a single process sums nothing.
-        bucket_bytes: Maximum size of a bucket in bytes.
+        bucket_bytes: Maximum size in bytes of a bucket of several parameters.
     """
 
     def __init__(

@@ -39,7 +39,7 @@ from weighted_mtp_core.training.prepare import Prepared
 
 @define(kw_only=True, eq=False)
 class CriticLearner(Learner):
-    """Trains a critic on states of the policy's trunk; no gradient flows back into the trunk.
+    """Trains a critic; if the critic reads trunk states of the policy, the trunk gets no gradient.
 
     Attributes:
         critic: The critic to train.

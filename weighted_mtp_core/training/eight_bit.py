@@ -21,8 +21,8 @@ class EightBitAdamW(OneByOne):
     """torchao's AdamW with moments quantised in blocks of 256 values (Dettmers et al. 2022).
 
     The moments of a parameter have 32 bits if a process holds fewer than 4096 of its values, if these values
-    do not fill whole blocks, or if the parameter is not sharded into equal shards. On CUDA, torchao's update
-    is compiled. On other devices, the update runs operation by operation, so that no compiler is needed.
+    do not fill whole blocks, or if the parameter has shards of different sizes. On CUDA, torchao's update is
+    compiled. On other devices, the update runs operation by operation, so that no compiler is needed.
 
     Args:
         groups: Groups of parameters; each group is a dict with `params` and `weight_decay`.

@@ -187,7 +187,7 @@ def train(
         learner: The critic or the policy.
         table: The recipe's options for this stage.
         batch_of: Returns the global batch of a step, counted from 0.
-        reporter: Receives metrics every `log_every` steps and at each validation.
+        reporter: Receives metrics every `log_every` steps, at each validation and after the last step.
         checkpoints: Writes the snapshots.
         resume: The snapshot to continue from; None starts at step 0.
         distributed: The processes that train together.

@@ -25,8 +25,8 @@ class Normaliser:
     step alone, a few tiny weights in that step could make the gradients of all later steps huge.
 
     Attributes:
-        pairs_K: Number of (position, target) pairs of each head in a step, averaged over the steps of an
-            epoch; float32, on the device.
+        pairs_K: Number of counted (position, head) pairs of each head in a step, averaged over the steps of
+            an epoch; float32, on the device.
         normalise: With `"tokens"`, the divisor is only the number of pairs.
     """
 

@@ -17,8 +17,8 @@ class OneByOne(torch.optim.Optimizer, ABC):
     """An optimiser that updates parameters one after the other, with code of torch or of another package.
 
     The code of torch or of the other package supports neither skipped steps nor sharded parameters. Therefore
-    each parameter is updated on a copy, which is written back unless `found_inf` is 1; the host does not wait
-    for the device. Only one copy exists at a time, so the copies need the memory of one parameter.
+    a parameter and its state are updated on copies, which are written back unless `found_inf` is 1; the host
+    does not wait for the device. At any time, only one parameter and its state have copies.
 
     Attributes:
         needs_whole: Whether each process updates whole parameters, because the update of an element depends

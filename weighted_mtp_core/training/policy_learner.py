@@ -44,7 +44,7 @@ from weighted_mtp_core.training.weighting_inputs import Signals, Weighting
 
 @define(kw_only=True, eq=False)
 class PolicyLearner(Learner):
-    """Trains the trunk, the heads and the unembedding with the weighted multi-token loss.
+    """Trains all parameters of the policy that require a gradient with the weighted multi-token loss.
 
     Attributes:
         policy: The model to train.

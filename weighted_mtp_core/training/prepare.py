@@ -76,7 +76,7 @@ class Prepared:
         compute: The device and the precision of all computations.
         policy: The model, on the device.
         codec: Converts texts to the policy's token ids and back.
-        base_name: Name and version of the base model, for the tag `model_version`.
+        base_name: The base model, for the tag `model_version`; see `LoadedPolicy.base_name`.
         cache: The tokens of the data, stored on disk.
         log: Receives messages for the user.
     """
@@ -194,7 +194,7 @@ class Prepared:
         return lambda step: self.batch(tokens, sampler.rows(step)), sampler.batches_per_epoch
 
     def policy_validation(self) -> Iterator[Batch]:
-        """Yield the held-out examples on which the policy is validated."""
+        """Yield batches of the held-out examples on which the policy is validated."""
         table, tokens = self.plan.recipe.train, self.policy_tokens("validation")
         documents = evenly_spread(np.arange(len(tokens)), limit=table.validation_examples)
         rows = table.batch_size // table.accumulation  # a micro-batch of training fits into memory

@@ -16,13 +16,13 @@ def learning_rate(table: TrainTable, step: int) -> float:
     """Return the learning rate of a step (0-based): linear warm-up, then the schedule of the table.
 
     After the warm-up, the learning rate is `learning_rate * (f + (1 - f) * share)`. With the progress
-    p = (s - w) / (n - w), which rises from 0 to 1, the schedules define `share` as follows:
+    p = (s - w) / (n - w), which rises from 0 towards 1, the schedules define `share` as follows:
 
     - `cosine`: `share` = (1 + cos(pi p)) / 2, SGDR with one period (Loshchilov and Hutter 2017, eq. 5);
     - `linear`: `share` = 1 - p;
     - `constant`: `share` = 1;
     - `wsd`, warm-up, stable, decay (Hu et al. 2024, MiniCPM, section 4): `share` is 1 until the last
-      `decay_share` of the n steps, then 1 - sqrt(q), where q rises from 0 to 1 during these last steps
+      `decay_share` of the n steps, then 1 - sqrt(q), where q rises from 0 towards 1 during these last steps
       (Haegele et al. 2024, eq. 2). If the warm-up ends later than the decay would begin, the decay begins at
       the end of the warm-up.
     """

@@ -70,7 +70,9 @@ class Text:
 
 
 class Heads(nn.ModuleList, ABC):
-    """Heads 1..K: one module for each head, unless heads 2..K share a module. Head 1 is from the base model.
+    """Heads 1..K: one module for each head, unless heads 2..K share a module.
+
+    Head 1 gives the logits of the base model, so it is the identity or consists of modules of the base model.
 
     Attributes:
         kind: The value of the recipe's `model.heads.kind`.
@@ -139,7 +141,7 @@ class Heads(nn.ModuleList, ABC):
 
     @abstractmethod
     def layer(self, k: int) -> nn.Module:
-        """Return the module that computes head k (from 1); if the head is a body, its only decoder layer."""
+        """Return the module of head k (from 1); if the module has a body, return the body's decoder layer."""
 
     @property
     def bodies(self) -> Sequence[nn.Module]:

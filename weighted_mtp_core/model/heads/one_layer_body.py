@@ -17,7 +17,10 @@ from weighted_mtp_core.model.families import SCALES_OF_EMBEDDINGS
 def one_layer_body(
     body: Any, layer: nn.Module, *, config: Any, layers_name: str, norm_name: str
 ) -> nn.Module:
-    """Return a body that consists only of `layer`, without embeddings, final norm and dropout."""
+    """Return a copy of `body` with the single layer `layer`, without embeddings, final norm and dropout.
+
+    The layer is not copied, and dropout inside the layer is kept.
+    """
     instead: dict[int, Any] = {id(body.config): config}  # replacements of modules in the copy of the body
     for name, child in body.named_children():
         if name == layers_name:

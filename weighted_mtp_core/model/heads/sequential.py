@@ -133,7 +133,7 @@ class SequentialHeads(Heads):
         return [module.projection for module in self if isinstance(module, SequentialModule)]
 
     def caches(self, n_future: int) -> int:
-        """Return the number of caches: 1 if the modules share a cache, otherwise K - 1."""
+        """Return the number of caches: at most 1 if the modules share a cache, otherwise K - 1."""
         return min(n_future - 1, 1) if self.wiring.recurrent else n_future - 1
 
     def layer(self, k: int) -> nn.Module:
@@ -250,9 +250,9 @@ class SequentialHeads(Heads):
 class SequentialModule(nn.Module):
     """One module of the chain: norms, a projection and a decoder layer.
 
-    At the start of training, W is the identity for the state and 0 for the embedding, and the norms of state
-    and embedding multiply by 1. The input of the copied layer then has the direction of the states for which
-    the layer was trained.
+    In a new module, W is the identity for the state and 0 for the embedding, and the norms of state and
+    embedding multiply by 1. The input of the copied layer then has the direction of the states for which the
+    layer was trained.
 
     Args:
         body: A body of one layer.
