@@ -26,7 +26,7 @@ from weighted_mtp_code_tasks.sandbox import confine, seccomp
 from weighted_mtp_code_tasks.sandbox.scratch import MAX_BYTES
 from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
 
-SANDBOX_VERSION = "1"
+SANDBOX_VERSION = "2"
 """Version of the sandbox, recorded with every label; raise it if a program may now get another verdict."""
 
 BackendName = Literal["bubblewrap", "landlock", "trusted"]
@@ -218,8 +218,9 @@ def zygote_command(backend: Backend, settings: SandboxSettings, *, scratch: str)
 def _bubblewrap_command(scratch: str) -> list[str]:
     """Return the command line with which bwrap starts a confined process.
 
-    The process is in new namespaces, has no capabilities, and can write only to a small tmpfs. bwrap must be
-    started with an empty environment, because programs can read bwrap's environment in /proc/1/environ.
+    The process is in new namespaces, has no capabilities, and can write files only to a small tmpfs. bwrap
+    must be started with an empty environment, because programs can read bwrap's environment in
+    /proc/1/environ.
     """
     shown = [*readable_paths(), interpreter(), str(Path(__file__).parent)]
     binds = [part for path in shown if not path.startswith("/dev/") for part in ("--ro-bind", path, path)]
@@ -230,7 +231,7 @@ def _bubblewrap_command(scratch: str) -> list[str]:
         *("--die-with-parent", "--new-session", "--clearenv", *variables),
         *("--dev", "/dev", *binds),
         *("--size", str(MAX_BYTES), "--tmpfs", scratch, "--chdir", scratch),
-        *("--remount-ro", "/", "--"),
+        *("--remount-ro", "/dev", "--remount-ro", "/", "--"),
     ]
 
 
