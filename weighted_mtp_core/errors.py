@@ -6,7 +6,7 @@ from weighted_mtp_core.exit_codes import EXIT_BAD_INPUT, EXIT_RUN_FAILED
 
 
 class WmtpError(Exception):
-    """An error that a user can correct; printed as an `error:` and a `hint:` line, without a traceback.
+    """An error that a user can correct; printed as `error:` and `hint:`, with a traceback if requested.
 
     Args:
         message: What is wrong and where: for example, the file, line and key, or the plugin and its version.

@@ -1,7 +1,8 @@
 """The four hooks: functions without arguments that a plugin implements to declare its components.
 
-Core calls a hook once, right after it has imported the plugin. A hook only declares components; core then
-calls `Component.build` of the components that the recipe selects. The training loop never calls a hook.
+Core calls the hooks of a plugin right after it has loaded the plugin, which may happen several times in a
+process. A hook only declares components; core then calls `Component.build` of the components that the recipe
+selects. The training loop never calls a hook.
 Importing a plugin must be quick, so import torch inside the build function.
 
 The example of each hook is a complete plugin module, which a test runs.
@@ -23,9 +24,10 @@ hookspec = pluggy.HookspecMarker("weighted_mtp_core")
 def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
     """Declare weightings, which compute the weights of a batch's target tokens from the batch's signals.
 
-    Called once, when a recipe or a `plugins` command names the plugin. The weighting that `[weighting] use`
-    selects is built after the policy. In stage 2, core calls the weighting's method `weigh` once per step,
-    without gradients and with the signals that the component `needs`.
+    Called once each time core loads the plugin for a recipe or a `plugins` command. The weighting that
+    `[weighting] use` selects is built after the policy. In stage 2, the training of the policy, core calls
+    the weighting's method `weigh` once per step, without gradients and with the signals that the component
+    `needs`.
 
     Example:
         from attrs import field, frozen
@@ -59,9 +61,10 @@ def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
 def wmtp_critics() -> Iterable[Component[Any, Critic]]:
     """Declare critics, such as value heads and reference models, which score every token of a batch.
 
-    Called once, when a recipe or a `plugins` command names the plugin. The critic that `[critic] use` selects
-    is built after the policy and, if it is `trainable`, trained before the policy is trained. While the
-    policy is trained, core calls the critic's method `score` if the weighting needs a signal that the critic
+    Called once each time core loads the plugin for a recipe or a `plugins` command. The critic that
+    `[critic] use` selects is built after the policy. If the critic is `trainable` and the recipe names no
+    trained critic in `[critic] checkpoint`, the critic is trained before the policy. While the policy is
+    trained, core calls the critic's method `score` if the weighting needs a signal that the critic
     `provides`.
 
     Example:
@@ -96,9 +99,9 @@ def wmtp_critics() -> Iterable[Component[Any, Critic]]:
 def wmtp_data_sources() -> Iterable[Component[Any, DataSource]]:
     """Declare data sources, which supply labelled responses for training and problems for evaluation.
 
-    Called once, when a recipe or a `plugins` command names the plugin. The data source that `[data] use`
-    selects is built before the model. Core reads the examples of each split once, and records the version of
-    the data with the run.
+    Called once each time core loads the plugin for a recipe or a `plugins` command. The data source that
+    `[data] use` selects is built before the model. Core may read the examples of a split several times, and
+    records the version of the data with the run.
 
     Example:
         import hashlib
@@ -142,9 +145,10 @@ def wmtp_data_sources() -> Iterable[Component[Any, DataSource]]:
 def wmtp_trackers() -> Iterable[Component[Any, Tracker]]:
     """Declare trackers, which send the metrics, tags and files of a run to other systems.
 
-    Called once, when a recipe or a `plugins` command names the plugin. Each tracker that a recipe selects in
-    `[[tracker]]` is built before training. A background thread calls the methods of the tracker; if a method
-    raises an exception, the thread calls the method again later with the same arguments.
+    Called once each time core loads the plugin for a recipe or a `plugins` command. Each tracker that a
+    recipe selects in `[[tracker]]` is built before training. Core calls `start` before training, and all
+    other methods that send data in a background thread. If a method raises an exception, core calls the
+    method again later with the same arguments, unless the exception is a `WmtpError`.
 
     Example:
         import json

@@ -1,6 +1,6 @@
 """Turn a recipe into a plan: select and check all components, without building them or importing torch.
 
-Every error that can be found before a model is loaded is reported in this step, within half a second.
+This step takes at most half a second and reports all errors that can be found without data and models.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Plan:
 
     @property
     def identity(self) -> dict[str, dict[str, str]]:
-        """The params and the source code of a run, which together determine the result of the run."""
+        """The params and the source code of a run, which, with the data, determine the result of the run."""
         return {"params": dict(self.params), "distributions": dict(self.distributions)}
 
 

@@ -178,7 +178,7 @@ class _Run:
         return prepared
 
     def train_critic(self, prepared: Prepared) -> tuple[Critic | None, CriticReport | None]:
-        """Execute stage 1, if the recipe has a critic: train or load the critic, and measure it."""
+        """Execute stage 1, if the recipe has a critic: train or load the critic, and measure its values."""
         table, selected, critic = self.plan.recipe.critic, self.plan.critic, prepared.build_critic()
         if table is None or selected is None or critic is None:
             return None, None

@@ -20,8 +20,8 @@ def read_utf8(path: Path) -> str:
     """Return the contents of a UTF-8 file, without a byte order mark and with a line feed after each line.
 
     Raises:
-        WmtpError: The file has another encoding; the message contains this encoding, or the line that is not
-            UTF-8.
+        WmtpError: The file has another encoding; the message contains this encoding, or the number of the
+            line that is not UTF-8.
         OSError: The file cannot be read.
     """
     content = path.read_bytes()

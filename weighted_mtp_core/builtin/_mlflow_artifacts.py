@@ -39,7 +39,7 @@ def check_store(client: MlflowClient, run_id: str) -> None:
 
 
 def store(client: MlflowClient, run_id: str, path: Path, subdir: str, *, uri: str) -> None:
-    """Upload a file, then verify it by its ETag if S3 is accessed directly, otherwise by its size.
+    """Upload a file, then verify its bytes if S3 is accessed directly, and otherwise only its size.
 
     Raises:
         NotStoredError: The stored file differs from the local file, which must be sent again.

@@ -17,12 +17,12 @@ from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.storage import s3
 
 _TIMEOUT_S = 5
-_WORST_SKEW_S = 300.0  # S3 refuses a request whose time is wrong by 15 minutes
+_WORST_SKEW_S = 300.0  # a third of the 15 minutes at which S3 refuses a request
 _PROBE = b"written by `doctor`"
 
 
 def examine_server(uri: str) -> list[Finding]:
-    """Check the server's `/health` with the login, its database and its clock; or check a local database."""
+    """Check a server's `/health` with the login, its database and its clock; or check only a database."""
     try:
         if not uri.startswith("http"):
             MlflowClient(uri).search_experiments(max_results=1)

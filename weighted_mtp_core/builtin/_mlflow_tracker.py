@@ -78,7 +78,7 @@ class MlflowTracker(Tracker):
             logging.getLogger(name).setLevel(logging.WARNING)
 
     def start(self, run: RunInfo) -> None:
-        """Create the run in its experiment, or reopen it, and update its params, datasets and tags.
+        """Create the run in its experiment, or reopen it; add missing params and datasets, and set the tags.
 
         Raises:
             WmtpError: The call failed and a retry will not help, for example because of a wrong login, an

@@ -43,7 +43,8 @@ class MlflowOptions:
             environment or `.env`; if this variable is not set, the default is `<storage>/mlflow.db`.
         experiment_prefix: The run belongs to the experiment `<experiment_prefix>/<weighting plugin>`.
         artifact_root: URI under which a new experiment stores files. By default, a server chooses the place,
-            and a local store uses the folder `mlartifacts` next to it.
+            files of an SQLite store are in the folder `mlartifacts` next to it, and files of a `file:` store
+            are inside the store.
         keep_local: If false, `checkpoints/best_model.pt` is deleted from the run folder as soon as a remote
             artifact store has an identical copy.
         enabled: If false, the tracker sends nothing, and the run is recorded only in its run folder.
@@ -77,7 +78,7 @@ def build_mlflow(options: MlflowOptions, context: BuildContext) -> Tracker:
 
 
 def examine_mlflow(options: MlflowOptions, storage: Path) -> Iterator[Finding]:
-    """Check the store or server that a run would use: login, database, clock and artifact store."""
+    """Check whether a local store can be written, or a server's login, database, clock and artifacts."""
     if not options.enabled:
         yield Finding(mark="warning", name="tracking", text="is switched off (`enabled = false`)")
         return

@@ -61,6 +61,7 @@ class Checkpoints:
 
         Raises:
             RunFailedError: The previous snapshot could not be written.
+            OSError: In a process other than the first, some process could not write its previous shards.
         """
         self.wait()
         if self.distributed.is_rank_zero:
@@ -73,13 +74,14 @@ class Checkpoints:
 
         Raises:
             RunFailedError: The last snapshot could not be written; earlier snapshots are intact.
+            OSError: In a process other than the first, some process could not write its shards.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def newest(self) -> Snapshot | None:
-        """Return the latest intact snapshot, or None; damaged snapshots are renamed to `*.damaged`.
+        """Return the latest intact snapshot, or None; later, damaged snapshots are renamed to `*.damaged`.
 
         Raises:
             OtherFormatError: The latest snapshot was written by another release.

@@ -106,8 +106,9 @@ def refuse_changes(path: Path, plan: Plan, *, allowed: Sequence[str]) -> None:
         allowed: Keys that the user allows to differ, from `--allow-change`.
 
     Raises:
-        WmtpError: There are differences that are not allowed, or that the completed steps do not permit, such
-            as fewer steps, another optimiser or another measure of the best state; or the run is finished.
+        WmtpError: There are differences that are not allowed, or that the completed stages do not permit,
+            such as fewer steps, another optimiser, another measure of the best state or other settings of the
+            evaluation; or the run is finished.
     """
     was = read_run(path)
     _refuse(path, _changes(was, plan, safe=SAFE, allowed=allowed))

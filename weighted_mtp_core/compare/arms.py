@@ -28,7 +28,7 @@ class Arm:
         recipe: The recipe file.
         preset: Name of the preset, as for `run --preset`; None for the recipe without a preset.
         overrides: The overrides `key=value`, as for `run --set`, without the seed.
-        plan: The plan that results from recipe, preset and overrides, with the recipe's own seed.
+        plan: The plan that results from recipe, preset and overrides, with the seed of the recipe.
     """
 
     recipe: Path

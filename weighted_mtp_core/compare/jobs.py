@@ -33,7 +33,7 @@ class WantedRun:
     same_result: Sequence[str]
 
     def finished(self) -> Path | None:
-        """Return the latest finished run with this recipe, source code and seed."""
+        """Return the latest finished run with this recipe, source code and seed; None if there is none."""
         return next((path for path in self._runs() if self.is_finished(path)), None)
 
     def is_running(self) -> bool:

@@ -29,8 +29,9 @@ class RunMeasures:
     """The measures of one run that are compared.
 
     Attributes:
-        last: The last value of every metric and wall-clock measurement, and `policy_seconds` and
-            `critic_seconds`; NaN for a metric of stage 2 without a value at its last record or validation.
+        last: The last value of every metric and wall-clock measurement, and the durations `policy_seconds`
+            and `critic_seconds`; NaN for a metric that has no value at the last record or validation of
+            stage 2, because the value was not finite.
         curves: The points (step, value) of each validation metric of stage 2, in order of steps.
         step_seconds: Median duration of a step of stage 2, in seconds.
         cost: The cost of stage 2, see `cost_of`.

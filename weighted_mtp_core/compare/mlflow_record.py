@@ -115,8 +115,9 @@ def record_comparison(
 def _points(comparison: Comparison) -> list[MetricPoint]:
     """Return means, differences and p-values as points of MLflow metrics.
 
-    The metrics are called `<metric>/<arm>`, `<metric>_difference/<arm>` and `<metric>_p/<arm>`. The step of a
-    point is the number of compared runs, so a later call with more runs continues the curve.
+    The metrics are called `<metric>/<arm>`, `<metric>_difference/<arm>` and `<metric>_p/<arm>`; at equal wall
+    clock, `_at_equal_time` is appended to `<metric>`. The step of a point is the number of compared runs, so
+    a later call with more runs continues the curve.
     """
     values: dict[str, float] = {}
     for row in comparison.rows:

@@ -31,7 +31,7 @@ class StoredRuns:
     """Runs from an MLflow store that can be compared.
 
     Attributes:
-        tracker: The tracker of the store, in which no run has been started.
+        tracker: A tracker for the store, which has not started a run.
         runs: The runs, keyed by arm and seed; the name of a run is the name of its arm.
         measures: The measures of the runs, keyed by arm and seed.
     """
@@ -76,6 +76,8 @@ def read_stored(
 ) -> StoredRuns:
     """Read all finished runs of some experiments, and additional runs by their ids.
 
+    Runs without a seed are left out; of several runs with the same name and seed, only the latest is kept.
+
     Args:
         experiments: Names of experiments, of which all finished runs with a seed are read.
         run_ids: Ids of additional runs, in MLflow or of their run folders.
@@ -83,7 +85,8 @@ def read_stored(
         storage: The storage root, which contains the store that is used if no store is configured.
 
     Raises:
-        WmtpError: There are no such runs, the store cannot be read, or the arms cannot be compared.
+        WmtpError: There are no such runs, a run named by its id is not finished, the store cannot be read, or
+            the arms cannot be compared.
     """
     tracker = build_mlflow(MlflowOptions(), BuildContext(seed=0, storage=storage))
     assert isinstance(tracker, MlflowTracker)  # because the tracker is enabled

@@ -26,7 +26,7 @@ MOST_SEEDS = 20
 
 _POLL_S = 0.2
 _SHARED_S = 60.0
-"""Maximum seconds until a network file system shows a file that another machine has written."""
+"""Seconds to wait until a network file system shows a file that another machine has written."""
 
 
 @frozen(kw_only=True)
@@ -35,8 +35,8 @@ class Failure:
 
     Attributes:
         job: The job.
-        code: Exit code of the job's process.
-        reason: Last `error:` line of the job's output.
+        code: Exit code of the job's process; 0 if the process ended well, but its run folder was not found.
+        reason: Why the run did not finish; usually the last `error:` line of the job's output.
         log: File with the job's output.
     """
 
@@ -95,7 +95,7 @@ class Runner:
             distributes them itself.
         threads: Number of threads of each job.
         logs: Folder for the output of the jobs.
-        log: Called with a line when a job begins or fails.
+        log: Called with messages for the user, for example when a job begins or fails.
         on_done: Called after each job with the number of jobs that have finished or failed.
     """
 
@@ -213,7 +213,7 @@ class Runner:
         self.on_done(len(self._finished) + len(self._failures))
 
     def _stop(self, total: int) -> None:
-        """Stop all runs and wait until their processes end; a second interrupt kills the processes."""
+        """Stop all runs and wait up to `STOP_LIMIT_S` for them; a second interrupt kills their processes."""
         self._order.write_text("stop", encoding="utf-8")
         for future in self._futures.values():
             future.cancel()

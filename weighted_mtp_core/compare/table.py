@@ -55,7 +55,7 @@ class Comparison:
         rows: The rows of the table, in order.
         missing: One sentence for each run that did not finish.
         diverged: One sentence for each value that is not finite.
-        uneven: A line with the numbers of steps of each arm; empty if all runs have the same number.
+        uneven: For each arm, a line with its numbers of steps; empty if all runs have the same number.
         machines: A line for each kind of machine that executed runs, if there are several kinds.
         few: One sentence for each arm with a run that has fewer than three validations up to `seconds`.
         gap: The arms that are the floor and the ceiling; None if the user names no such arms.
@@ -121,7 +121,7 @@ class Comparison:
         )
 
     def markdown(self) -> str:
-        """Return a Markdown page: a table of all arms and metrics, then a table for each metric."""
+        """Return a Markdown page: a table of all arms and metrics, notes, then a table for each metric."""
         parts = ["# Comparison", "", *self._overview(), "", *self._explanation()]
         parts += [] if self.gap is None else gap_section(self.gap, self.closed)
         parts += cost_section(self.cost)
@@ -247,7 +247,7 @@ def _closed(gap: Gap, rows: Sequence[Row]) -> tuple[ClosedGap, ...]:
 
 
 def _uneven(runs: Mapping[str, Mapping[int, RunMeasures]]) -> tuple[str, ...]:
-    """Return a line with the numbers of steps of each arm; empty if all runs have the same number."""
+    """Return for each arm a line with its numbers of steps; empty if all runs have the same number."""
     by_arm = {arm: sorted({run.steps for run in by_seed.values()}) for arm, by_seed in runs.items()}
     if len({steps for found in by_arm.values() for steps in found}) == 1:
         return ()

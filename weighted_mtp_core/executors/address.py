@@ -31,7 +31,9 @@ def local_slots(address: str) -> int | None:
 def open_executor(
     address: str, plans: Sequence[Plan], *, in_each_thread: Callable[[], None] | None = None
 ) -> Iterator[Executor]:
-    """Open an executor; tasks that have not started at the end of the `with` block are cancelled.
+    """Open an executor; at the end of the `with` block, tasks that have not started are cancelled.
+
+    A Dask scheduler then also cancels tasks that have started.
 
     Args:
         address: `local:N` for a pool of N threads in this process, or `dask://HOST:PORT` for the workers of a

@@ -18,7 +18,7 @@ _CONNECT_S = 20
 
 
 class DaskExecutor(Executor):
-    """Submits functions of installed modules to the workers of a Dask scheduler.
+    """Submits calls of functions in installed modules to the workers of a Dask scheduler.
 
     If a worker is lost, Dask repeats its tasks on other workers, each task at most
     `distributed.scheduler.allowed-failures` times (3 by default).

@@ -39,7 +39,7 @@ class FoundPlugin:
 
     Attributes:
         name: Name of the entry point, which is the first part of the address of each of its components.
-        distribution: Canonical name of the distribution, as `pip list` shows it.
+        distribution: Canonical name of the distribution: lower case, with `-` between words.
         version: Version of the distribution.
         module: What the entry point refers to: a module, or `module:object`.
         requires: The distribution's `Requires-Dist` lines.
@@ -97,7 +97,7 @@ def find(path: Sequence[str] | None = None) -> Mapping[str, FoundPlugin]:
 
 
 def metadata_faults(path: Sequence[str] | None = None) -> list[str]:
-    """Return one line for every damaged metadata folder and for every hidden folder that declares plugins."""
+    """Return a line for each fault of a metadata folder, and for each hidden folder that declares plugins."""
     used, hidden = _used_and_hidden(_installed(path))
     faults = [fault for metadata in used for fault in metadata.faults(used)]
     faults += [

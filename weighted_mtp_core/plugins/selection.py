@@ -30,7 +30,7 @@ class SelectedComponent:
         address: The complete address of the component, `<plugin>.<component>`.
         plugin: The plugin that declares the component.
         component: The declaration of the component.
-        options: An instance of `component.options`.
+        options: An instance of `component.options`; None if the options in the recipe have errors.
         wrapped: The weightings that the options select, keyed by the path of the selecting option.
     """
 

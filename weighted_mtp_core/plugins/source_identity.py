@@ -30,11 +30,11 @@ _NOT_INSTALLED = frozenset({"conftest", "docs", "setup", "test", "tests"})
 
 
 def source_identity(plugins: Iterable[FoundPlugin]) -> dict[str, str]:
-    """Return version and SHA-256 of the source for each distribution with code that these plugins run.
+    """Return the versions of `LIBRARIES`, and version and source of all other code that plugins depend on.
 
     The keys are names of distributions, and the values are `<version>, source <SHA-256>`, or only the version
-    for `LIBRARIES`. The result always contains core, and it contains the requirements of the plugins that are
-    installed in editable mode.
+    for `LIBRARIES`. The result contains core, the distributions of the plugins, and those requirements of the
+    plugins that are installed in editable mode.
     """
     found = {name: distribution(name).version.partition("+")[0] for name in LIBRARIES}
     sources = {CORE_DISTRIBUTION: {"weighted_mtp_core"}}

@@ -1,4 +1,4 @@
-"""Read the layers of a recipe in this order: the files in `extends`, the recipe, the preset, `--set`."""
+"""Read a recipe's layers in this order: files in `extends`, recipe, preset, `--set`, `--run-name`."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def read_document(
     """Read a recipe and merge its layers.
 
     Raises:
-        WmtpError: A file is missing, is not TOML or extends itself; the preset does not exist; or an override
-            is malformed.
+        WmtpError: A file is missing, cannot be read, is not TOML or extends itself; the preset does not
+            exist; or an override is malformed or does not fit the recipe.
     """
     document = Document(name=str(path))
     _add_file(document, str(path))

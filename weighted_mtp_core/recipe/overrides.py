@@ -18,7 +18,7 @@ def parse_overrides(texts: Sequence[str]) -> list[tuple[list[str], Any]]:
     applied first, they do not discard options that the same command line sets.
 
     Raises:
-        WmtpError: An override does not have the form KEY=VALUE.
+        WmtpError: An override does not have the form KEY=VALUE, or its value is malformed.
     """
     return sorted(map(parse_override, texts), key=lambda override: override[0][-1] != "use")
 
@@ -38,7 +38,11 @@ def parse_override(text: str) -> tuple[list[str], Any]:
 
 
 def _parse_value(value: str, *, text: str) -> Any:
-    """Parse a TOML value; any other text becomes a string, so `--set model.base=micro` needs no quotes."""
+    """Parse a TOML value; a text that is not TOML becomes a string, so `model.base=micro` needs no quotes.
+
+    Raises:
+        WmtpError: The text begins like a TOML string, array or inline table, but is malformed.
+    """
     try:
         table = tomli.loads(f"value = {value}")
     except tomli.TOMLDecodeError as error:

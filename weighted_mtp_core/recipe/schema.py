@@ -19,9 +19,9 @@ class RunTable:
     """`[run]`: the run's name, seed and folders.
 
     The default of `output_dir` is `<storage>/runs`, and the default of `experiment` is
-    `<experiment_prefix>/<weighting plugin>`. `resume = "auto"` resumes the latest unfinished run of the same
-    recipe, if there is one. `over_memory = "warn"` starts a run even if the forecast of its memory exceeds
-    the free memory.
+    `<experiment_prefix>/<weighting plugin>`. `resume = "auto"` resumes the latest unfinished run with the
+    same name, recipe and code, if there is one. `over_memory = "warn"` starts a run even if the forecast of
+    its memory exceeds the free memory.
     """
 
     name: str = field(validator=v.matches_re(NAME))
@@ -280,8 +280,8 @@ class CriticTable(Selection):
 
     `checkpoint` is the folder `checkpoints/critic` of an earlier run; if it is given, stage 1 loads this
     critic instead of training one. If the critic is not shown to be better than a constant, the run stops,
-    unless `allow_uninformative_critic` is true. With `cache`, the scores of a critic that does not read the
-    policy are stored in `<storage>/signals`.
+    unless `allow_uninformative_critic` is true. With `cache`, a run with one process stores the scores of a
+    critic in `<storage>/signals`, if the critic allows caching and does not read the policy.
     """
 
     cache: bool = True
@@ -339,8 +339,8 @@ class EvaluateTable:
 class TrackerTable(Selection):
     """`[[tracker]]`: one destination of metrics and artifacts; a recipe can have any number of trackers.
 
-    At its end, a run waits up to `close_seconds` for an unreachable tracker; the command `track sync` sends
-    the remaining data later.
+    At its end, a run waits for an unreachable tracker for the largest `close_seconds` of its trackers; the
+    command `track sync` sends the remaining data later.
     """
 
     close_seconds: float = field(default=30.0, validator=v.ge(0))

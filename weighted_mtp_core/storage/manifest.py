@@ -42,9 +42,12 @@ def sha256_of_chunks(chunks: Iterable[bytes]) -> str:
 def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path`, with a manifest, if the `with` block raises no exception.
 
-    If `path` already exists, or another process creates `path` during the block, the existing folder is kept
-    and the temporary folder is deleted. With `replace`, an existing folder `path` is replaced with the
-    temporary folder and deleted.
+    If `path` already exists with a manifest, or another process creates it during the block, the existing
+    folder is kept and the temporary folder is deleted. With `replace`, an existing folder `path` is replaced
+    with the temporary folder and deleted.
+
+    Raises:
+        OSError: A file cannot be written, or `path` is a folder that contains files but no manifest.
     """
     with unfinished_folder(path) as temporary:
         yield temporary
@@ -106,7 +109,7 @@ def verify_manifest(folder: Path) -> str:
     """Verify the files of a folder against its manifest; return the SHA-256 of the folder.
 
     Raises:
-        WmtpError: A file was changed, removed or added, or the folder has no manifest.
+        WmtpError: A file was changed, removed or added, or the folder has no manifest that can be read.
     """
     manifest = folder / MANIFEST
     fix = f"delete `{folder}` so that it is created again, or restore the file"

@@ -52,7 +52,7 @@ class S3Location:
 
 
 def connect() -> Any:
-    """Return a boto3 client that stops trying to reach a server after a few seconds.
+    """Return a boto3 client with time limits of 5 s to connect and 60 s to read, and at most two retries.
 
     Raises:
         WmtpError: The endpoint in MLFLOW_S3_ENDPOINT_URL is not a valid URL.
@@ -114,7 +114,8 @@ def head(client: Any, bucket: str, key: str) -> Mapping[str, Any] | None:
     """Return the size, ETag and metadata of an object, or None if the object does not exist.
 
     Raises:
-        WmtpError: The store refuses the request.
+        WmtpError: The store refuses the request for a reason that `advice` explains.
+        ClientError: The store refuses the request for another reason.
     """
     from botocore.exceptions import ClientError
 

@@ -57,7 +57,8 @@ def plan_upload(storage: Path, to: str) -> UploadPlan:
     """Verify all versions on this machine, then find the files that S3 does not have.
 
     Raises:
-        WmtpError: A file was changed after its manifest was written, or the bucket cannot be used.
+        WmtpError: There is no model or data set, a file was changed after its manifest was written, or the
+            bucket cannot be used.
     """
     location = s3.S3Location.parse(to)
     found = list(versions(storage))
@@ -82,8 +83,8 @@ def upload(plan: UploadPlan, *, on_done: Callable[[Item], None]) -> None:
         on_done: Called after each uploaded file, possibly from several threads at once.
 
     Raises:
-        RunFailedError: A file could not be uploaded or is incomplete on S3; files that were uploaded before
-            remain on S3.
+        RunFailedError: A file could not be uploaded, or the object on S3 differs from the file; files that
+            were uploaded before remain on S3.
     """
     client = s3.connect()
     manifests = [item for item in plan.new if item.is_manifest]
@@ -95,7 +96,7 @@ def upload(plan: UploadPlan, *, on_done: Callable[[Item], None]) -> None:
 
     with ThreadPoolExecutor(_WORKERS) as pool:
         for group in (files, manifests):
-            list(pool.map(upload_one, group))  # the first error cancels the other uploads
+            list(pool.map(upload_one, group))  # an error cancels uploads that have not begun
 
 
 def _upload(client: Any, bucket: str, item: Item) -> None:

@@ -21,7 +21,7 @@ def verify_once(folder: Path) -> str:
     `verify_once`, `verify_manifest` always hashes all files.
 
     Raises:
-        WmtpError: A file was changed, removed or added, or the folder has no manifest.
+        WmtpError: A file was changed, removed or added, or the folder has no manifest that can be read.
     """
     record = folder.with_name(f"{folder.name}.verified")
     states = _file_states(folder)

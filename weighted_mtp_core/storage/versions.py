@@ -116,7 +116,11 @@ def derived(version: Version) -> list[Path]:
 
 
 def unlisted(storage: Path) -> dict[str, int]:
-    """Return, for each folder `<kind>/<name>/<version>`, the number of its files that no manifest lists."""
+    """Return the number of files that belong to no version, keyed by their folder `<kind>/<name>/<version>`.
+
+    All files in the folder of a version count as its files, except files directly in its folder `derived`.
+    `verify_manifest` finds files that the manifest of a version does not list.
+    """
     known = {version.path for version in versions(storage)}
     counts: dict[str, int] = {}
     for file in (each for kind in KINDS for each in files_below(storage / kind)):

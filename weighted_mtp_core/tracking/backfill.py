@@ -1,6 +1,6 @@
-"""Backfill: a new run sends the data that the trackers of earlier runs of its experiment did not receive.
+"""Backfill: at its start, a run sends the data that trackers of other runs of its experiment did not receive.
 
-If the process of an earlier run died on this machine, the backfill also closes this run as KILLED.
+If the process of one of these runs died on this machine, the backfill also closes that run as KILLED.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def start_backfill(experiment: Path, *, skip: Path, log: Callable[[str], None]) 
 
     Args:
         experiment: The folder of the experiment, `<runs>/<experiment>`.
-        skip: The run folder of the new run, which is left out.
-        log: Called with a line before and after sending the data of each run.
+        skip: The folder of the run that begins or resumes, which is left out.
+        log: Called with a line before data of a run are sent, and again after all of them were delivered.
     """
 
     def backfill() -> None:

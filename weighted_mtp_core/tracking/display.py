@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 PLAIN_EVERY_S = 5.0
-"""Seconds between two lines of progress if the output is not a terminal, for example a file or a pipe."""
+"""Minimum seconds between two lines of progress if the output is not a terminal but, for example, a file."""
 
 _BARS = "▁▂▃▄▅▆▇█"
 _CURVE = 32

@@ -1,6 +1,6 @@
 """Read variables from `.env`: only the variables in NAMES, without interpolation.
 
-Variables that are already set in the environment take precedence over `.env`.
+A variable that is already set in the environment takes precedence over `.env`, unless its value is empty.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class DotEnv:
 
 
 def load_dotenv(path: Path = Path(".env")) -> DotEnv | None:
-    """Set the variables in NAMES that `.env` contains and the environment does not contain yet.
+    """Set the variables in NAMES that have a value in `.env` and have no value in the environment.
 
     Returns:
         A description of the file, or None if the file does not exist.

@@ -128,8 +128,9 @@ def _open_whole(path: Path) -> int:
 class Journal:
     """Appends lines to a journal; any thread may append.
 
-    After `append` has returned, the line is not lost even if the process is killed. A line that was sent to a
-    tracker is not lost in a power cut either, because the outbox syncs the file to the disk before sending.
+    After `append` has returned, the line is not lost even if the process is killed. A line that
+    `Outbox.step` has sent to a tracker is not lost in a power cut either, because `Outbox.step` first syncs
+    the file to the disk.
     """
 
     path: Path

@@ -143,10 +143,11 @@ class Outbox:
     def retry_aside(self) -> bool:
         """Send again the lines that were set aside, up to the first file that fails again.
 
-        A file that fails raises no exception and remains set aside.
+        A file that fails raises no exception and remains set aside. A line that the tracker permanently
+        refuses is no longer set aside.
 
         Returns:
-            Whether anything was delivered.
+            Whether any line was delivered or permanently refused.
 
         Raises:
             Exception: The tracker raised this exception for a line that is not about a file.

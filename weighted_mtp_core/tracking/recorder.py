@@ -177,7 +177,9 @@ class Recorder:
         A resumed run does not record again the steps that it recorded before the interruption.
 
         Raises:
-            RunFailedError: A metric was already recorded for this step or a later one.
+            RunFailedError: A metric was already recorded for this step or a later one, or the journal cannot
+                be written.
+            WmtpError: The name of a metric is not valid.
         """
         self._record("metrics", stage, step, values)
 

@@ -108,7 +108,9 @@ def test_bad_records_are_all_named(tmp_path):
     with pytest.raises(WmtpError) as caught:
         build(tmp_path, path=write(tmp_path / "mbpp.jsonl", rows))
 
-    assert str(caught.value).startswith(f"{tmp_path}/mbpp.jsonl: 3 bad lines\n  line 1: `code` is no Python")
+    assert str(caught.value).startswith(
+        f"{tmp_path}/mbpp.jsonl: 3 bad lines\n  line 1: `code` is not valid Python"
+    )
     assert "line 2: needs `test_list`, a list of strings" in str(caught.value)
     assert "line 3: needs `task_id`, a whole number" in str(caught.value)
 

@@ -157,7 +157,7 @@ def test_incorrect_fraction_is_the_share_of_wrong_responses_in_training_only(sto
 
 
 def test_too_few_wrong_responses_for_the_fraction_is_an_error(storage):
-    with pytest.raises(WmtpError, match=r"`incorrect_fraction = 0.9` needs \d+ wrong responses beside"):
+    with pytest.raises(WmtpError, match=r"`incorrect_fraction = 0.9` needs \d+ wrong responses for"):
         source(storage, incorrect_fraction=0.9).policy_examples("train")
 
 

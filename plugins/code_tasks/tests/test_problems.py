@@ -169,7 +169,7 @@ def test_problems_must_be_whole_and_unique(error_of) -> None:
         "P.jsonl: 3 bad lines\n"
         "  line 2: problem `T/0` is already defined in `P.jsonl` line 1\n"
         "  line 3: needs `test`, a string\n"
-        "  line 4: `entry_point`: `a b` is no function's name\n"
+        "  line 4: `entry_point`: `a b` is not the name of a function\n"
     )
 
 

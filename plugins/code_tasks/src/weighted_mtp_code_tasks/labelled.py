@@ -107,9 +107,9 @@ class LabelledSource(DataSource):
         wanted = round(len(right) * self.incorrect_fraction / (1 - self.incorrect_fraction))
         if wanted > len(wrong):
             raise WmtpError(
-                f"`incorrect_fraction = {self.incorrect_fraction}` needs {wanted} wrong responses beside "
+                f"`incorrect_fraction = {self.incorrect_fraction}` needs {wanted} wrong responses for "
                 f"{len(right)} right ones, but there are {len(wrong)}",
-                hint="lower it, or raise `data.options.mutants`",
+                hint="lower it, or raise the option `mutants` or `incorrect`, if the data source has one",
             )
         return right + [wrong[i * len(wrong) // wanted] for i in range(wanted)]
 

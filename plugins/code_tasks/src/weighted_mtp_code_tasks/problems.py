@@ -83,7 +83,7 @@ def _problem(record: Record) -> Problem:
         text_field(record, key) for key in ("task_id", "prompt", "entry_point", "test")
     )
     if not entry_point.isidentifier():
-        raise ValueError(f"`entry_point`: `{entry_point}` is no function's name")
+        raise ValueError(f"`entry_point`: `{entry_point}` is not the name of a function")
     return Problem(
         problem_id=name,
         prompt=prompt,

@@ -25,7 +25,7 @@ class RandomMatched(Wrapper):
 
     The weights are `clip(m + s z)`, where z is standard normal. The numbers m and s are chosen such that the
     mean and the standard deviation match *after* clipping, because clipping changes them: for example,
-    E[exp z] is 1.649, but E[clip(exp z, 0.1, 3)] is 1.296.
+    E[exp z] is 1.649, but E[clip(exp z, 0.1, 3)] is 1.297.
     """
 
     def __init__(self, of: WeightingStrategy, *, seed: int) -> None:

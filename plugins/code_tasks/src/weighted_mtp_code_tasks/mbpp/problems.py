@@ -60,8 +60,8 @@ def read_problems(
 ) -> list[LabelledProblem]:
     """Return the problems with correct and broken solutions, and with the programs of models in `samples`.
 
-    The correct solution is included as published. If there are broken solutions, which have the layout of
-    `ast.unparse`, the correct solution is also included in this layout.
+    The correct solution is included as published. If `mutants_per_solution` is above 0, the correct solution
+    is also included in the layout of `ast.unparse`, which broken solutions have.
 
     Raises:
         WmtpError: A file is missing or malformed, or the `task_id` of a sample belongs to no problem.
@@ -92,7 +92,7 @@ def _entry_point(code: str, tests: Sequence[str]) -> str:
     """Return the name of the last function in the solution that the tests call."""
     program, asserts = parsed(code), parsed("\n".join(tests))
     if program is None or asserts is None:
-        raise ValueError(f"`{'code' if program is None else 'test_list'}` is no Python")
+        raise ValueError(f"`{'code' if program is None else 'test_list'}` is not valid Python")
     called = {
         node.func.id
         for node in ast.walk(asserts)

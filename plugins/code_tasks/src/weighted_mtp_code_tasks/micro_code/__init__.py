@@ -1,7 +1,7 @@
 """The data source `code_tasks.micro_code`: generated problems for experiments that take minutes.
 
-The option `level` is the number of steps of each function. Every model learns functions of one step; more
-steps are harder.
+The option `level` is the number of steps of each function. Functions of one step are easy to learn; functions
+of more steps are harder.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ class _RunsPrograms(Protocol):
 
 
 def examine_sandbox(options: _RunsPrograms, storage: Path) -> Iterator[Finding]:  # noqa: ARG001 - see `Component`
-    """Try to start a process in each sandbox that the options allow."""
+    """Report which of the sandboxes that the options allow work on this machine."""
     wanted = options.sandbox.backend
     if wanted == "trusted":
         yield Finding(mark="warning", name="sandbox", text="none: programs run as trusted ones")

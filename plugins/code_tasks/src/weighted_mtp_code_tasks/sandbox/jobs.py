@@ -13,7 +13,7 @@ class Job:
     """A program, and trusted tests that call a function of the program.
 
     Attributes:
-        program: The whole source code, which is the prompt and the completion.
+        program: The whole source code, for example a prompt followed by a completion.
         entry_point: Name of the function that the tests get as `candidate`.
         tests: Trusted source code that defines `check(candidate)`, which raises AssertionError if an answer
             is wrong. The tests run outside the program's process and cannot use other names of the program.

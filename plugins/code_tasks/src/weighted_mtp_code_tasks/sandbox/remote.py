@@ -15,7 +15,7 @@ Outcome = tuple[str, str]  # kind of verdict, detail
 
 _DETAIL_CHARACTERS = 300
 _MAX_LINE = 1_000_000_000
-_NO_ANSWER = "the program answered with something that is no answer"
+_NO_ANSWER = "the program answered with something that is not a valid answer"
 
 
 class Stop(BaseException):

@@ -14,6 +14,8 @@ from weighted_mtp_core.api import SAME_RESULT
 class SandboxSettings:
     """`[data.options.sandbox]`: how untrusted programs are confined, and which resources one program may use.
 
+    The limits apply to each run of a program; a program that reads stdin is run once for each test case.
+
     Attributes:
         backend: Method of confinement. `auto` uses bubblewrap if it works, otherwise Landlock; if neither
             works, judging is refused. `trusted` runs programs without a sandbox and is meant for data that
