@@ -7,7 +7,7 @@
 # NODE_RANK   index of this node, from 0 (0)
 # FIRST_NODE  host name of node 0 (this node)
 # PORT        a free port on node 0 (29500)
-# PROCESSES   processes on this node: a number, or auto for one per GPU (auto)
+# PROCESSES   processes on this node: a number, or auto for one per GPU, without GPUs one per CPU (auto)
 #
 # run.resume=auto: a node that was lost and restarts resumes the run.
 set -euo pipefail

@@ -221,7 +221,8 @@ def test_every_fault_has_its_file_and_line(write_recipe):
         load_recipe(path, preset="quick", overrides=["loss.normalise=mean"])
 
     keys = (
-        "pass_at_k, samples, temperature, second_temperature, max_new_tokens, decoding, batch_size, problems"
+        "pass_at_k, samples, temperature, second_temperature, max_new_tokens, decoding, batch_size, "
+        "problems, examples"
     )
     unknown = f"unknown key `sampels`; known keys: {keys}"
     assert str(caught.value).splitlines() == [
@@ -362,6 +363,10 @@ def test_every_default_is_shown_in_defaults_toml(repository):
         for key in attrs.fields(table.type):
             has_default = key.default is not attrs.NOTHING and key.default is not None
             assert key.alias in written[table.name] or not has_default or key.name == "options", key.name
+            inner = attrs.fields(type(key.default)) if attrs.has(type(key.default)) else ()
+            for nested in inner:
+                shown = written[table.name][key.alias]
+                assert nested.alias in shown or nested.default is None, f"{key.alias}.{nested.alias}"
 
 
 @pytest.mark.parametrize(

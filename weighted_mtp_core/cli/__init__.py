@@ -58,8 +58,8 @@ PROGRAM = "python -m weighted_mtp_core"
 
 _DESCRIPTION = """\
 Train language models with weighted multi-token prediction. A recipe (a TOML file) names a data
-source, a weighting and, if the weighting needs one, a critic. Plugins provide them. A run trains
-the policy, evaluates it and records the results."""
+source, a weighting and, if the weighting needs one, a critic; plugins provide these components. A
+run trains the policy, evaluates the policy and records the results."""
 _EPILOG = f"""\
 examples:
   {PROGRAM} plugins list                      list the installed plugins
@@ -69,15 +69,15 @@ examples:
 
 exit codes:
   0    done
-  1    the run failed
-  2    the input is wrong: a recipe, an argument or a plugin
+  1    the command failed although its input was valid
+  2    the input is wrong: a recipe, a plugin, data or an argument
   130  interrupted by SIGINT (Ctrl-C)
-  141  nobody read the output any more (a closed pipe)
+  141  the program that reads the output has ended (a closed pipe)
   143  terminated by SIGTERM or SIGHUP"""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one command and return its exit code; errors go to stderr as an `error:` and a `hint:` line."""
+    """Run one command and return its exit code; errors go to stderr after `error:`, hints after `hint:`."""
     # `--traceback` is removed before parsing, so that it may precede or follow the command.
     arguments = [each for each in argv if each != "--traceback"]
     want_traceback = len(arguments) < len(argv)
@@ -168,7 +168,7 @@ def _parser() -> tuple[Parser, list[str]]:
     parser.add_argument(
         "--version", action="version", version=f"weighted-mtp-core {weighted_mtp_core.__version__}"
     )
-    parser.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
+    parser.add_argument("--traceback", action="store_true", help="also show the Python traceback of an error")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in COMMANDS:
         description, _, examples = str(module.__doc__).partition("examples:\n")

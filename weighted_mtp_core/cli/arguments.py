@@ -46,7 +46,7 @@ def add_override_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         metavar="NAME",
-        help="change the recipe with presets/NAME.toml, or with a preset of core: ci, local-light",
+        help="change the recipe with presets/NAME.toml in its folder or with core's preset: ci, local-light",
     )
     add_set_argument(parser)
 
@@ -70,14 +70,14 @@ def add_repeatable(parser: argparse.ArgumentParser, name: str, **details: str) -
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, *, also: str = "") -> None:
-    """Add RUN and `--runs`; `also` names what RUN may be besides a run."""
+    """Add RUN and `--runs`; `also` is appended to the help text of RUN."""
     add_run(parser, also=also)
     add_folder(parser, "--runs", default="storage/runs")
 
 
 def add_run(parser: argparse.ArgumentParser, *, also: str = "") -> None:
-    """Add RUN; `also` is appended to its help text and names what RUN may be besides a run."""
-    parser.add_argument("run", metavar="RUN", help=f"a run folder, a run id, or a part of one{also}")
+    """Add RUN; `also` is appended to the help text of RUN and names what RUN may be besides a run."""
+    parser.add_argument("run", metavar="RUN", help=f"a run folder, a run id or a part of a run id{also}")
 
 
 def add_executor(parser: argparse.ArgumentParser, *, default: str) -> None:

@@ -4,13 +4,13 @@ The plan contains the components with their options, the experiment and the tags
 each mistake is listed with its file, line and key. The command trains nothing and takes less than a second.
 
 With --memory, the command prints how much memory the run takes, and which keys lower this amount. For this
-forecast, the run is executed on tensors without values, which takes seconds; no weights are read.
+forecast, the steps of a run are executed on tensors without values, which takes seconds; no weights are read.
 
 examples:
   check configs/baseline.toml
   check configs/baseline.toml --preset ci --set train.learning_rate=1e-3
   check configs/baseline.toml --resolved > resolved.toml       the recipe with every default filled in
-  check configs/baseline.toml --memory                         its memory on this machine
+  check configs/baseline.toml --memory                         the memory of a run on this machine
   check configs/baseline.toml --memory --device-memory 80GB --processes 8     on eight such GPUs
 """
 
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device-memory",
         metavar="SIZE",
-        help="with --memory: of a GPU, for example 80GB; default: this machine's",
+        help="with --memory: memory of a GPU, for example 80GB (default: of this machine)",
     )
     parser.add_argument(
         "--processes", metavar="N", type=int, default=1, help="with --memory: processes that train together"

@@ -1,10 +1,10 @@
 """Run recipes side by side and compare them.
 
-All recipes run with the same seeds, data and budget, and each recipe is compared to the first recipe. The
-comparison shows means over seeds with 95 % intervals, paired differences with an exact permutation test, at
-equal steps and at equal wall-clock time, and learning curves. Finished runs are not repeated, so the same
-command continues a comparison that was stopped. The command writes compare.md, compare.json, compare.csv and
-the curves.
+All recipes run with the same seeds, and must have the same data, model, budget and evaluation. Each recipe is
+compared to the first recipe. The comparison shows means over seeds with 95 % intervals, paired differences
+with an exact permutation test, at equal steps and at equal wall-clock time, and learning curves. Finished
+runs are not repeated, so the same command continues a comparison that was stopped. The command writes
+compare.md, compare.json, compare.csv and the curves.
 
 examples:
   compare configs/baseline.toml configs/my_recipe.toml --seeds 5
@@ -74,14 +74,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="instead of recipes, or with --experiment: runs in MLflow, by id (MLflow's or the run folder's)",
     )
-    parser.add_argument("--seeds", metavar="N", type=int, help=f"({_SEEDS})")
-    add_executor(parser, default="local:N, with one run per GPU, else one per core")
+    parser.add_argument("--seeds", metavar="N", type=int, help=f"number of seeds (default: {_SEEDS})")
+    add_executor(parser, default="default: local:N, with one run per GPU or, without GPUs, per core")
     add_override_arguments(parser)
     add_repeatable(
         parser, "--grid", metavar="KEY=VALUE,...", dest="grids", help="an arm for each value of a key"
     )
     parser.add_argument(
-        "--metrics", metavar="NAME,NAME,...", type=list_of(str), help="(pass@k, losses per head, speed)"
+        "--metrics",
+        metavar="NAME,NAME,...",
+        type=list_of(str),
+        help="metrics to compare (default: pass@k, losses per head, speed)",
     )
     add_repeatable(
         parser,
@@ -89,10 +92,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help="compare even if this key of data, model, train or evaluate differs",
     )
-    parser.add_argument("--floor", metavar="ARM", help="with --ceiling: show how much of the gap arms close")
+    parser.add_argument(
+        "--floor",
+        metavar="ARM",
+        help="with --ceiling: show how much of the gap between floor and ceiling each arm closes",
+    )
     parser.add_argument("--ceiling", metavar="ARM", help="an arm that is an upper bound, such as an oracle")
     parser.add_argument(
-        "--out", metavar="DIR", type=Path, help="(<storage>/comparisons/<first arm>-<digest of all>)"
+        "--out", metavar="DIR", type=Path, help="(default: <storage>/comparisons/<first arm>-<digest of all>)"
     )
 
 

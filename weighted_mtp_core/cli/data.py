@@ -59,14 +59,14 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     prepare, preview, sample, show = add_actions(parser, _prepare, _preview, _sample, _show)
     add_recipe_arguments(prepare)
-    add_executor(prepare, default="the recipe's number of programs at once")
+    add_executor(prepare, default="default: this machine, with the recipe's number of programs at once")
     add_recipe_arguments(preview)
     preview.add_argument("-n", metavar="N", dest="count", type=int, default=3, help="documents (default: 3)")
     preview.add_argument("--html", metavar="FILE", type=Path, help="write a page instead of text")
-    add_run(sample, also=", an exported model or, with --endpoint, a model's name at the server")
+    add_run(sample, also=", an exported model, or with --endpoint the name of a model at the server")
     add_recipe_arguments(sample)
     sample.add_argument(
-        "--runs", metavar="FOLDER", type=Path, help="folder of the runs (default: that of RECIPE)"
+        "--runs", metavar="FOLDER", type=Path, help="folder of the runs (default: from RECIPE)"
     )
     sample.add_argument("--to", metavar="NAME", required=True, help="name of the new data set")
     sample.add_argument("--samples", metavar="N", type=int, help="texts for each problem")

@@ -3,7 +3,8 @@
 The command checks .env, plugins, disk and device. The command also checks what components need, such as a
 sandbox, or a tracking server with its login, its artifact store and a correct clock. With a recipe, the
 command checks the components of the recipe; without a recipe, it checks the components of all installed
-plugins, with their default options. The command shows no secret. The exit code is 1 if something is missing.
+plugins with default options, except components with a required option. The command shows no secret. The exit
+code is 1 if a check fails; warnings do not change the exit code.
 
 examples:
   doctor                               everything that is installed

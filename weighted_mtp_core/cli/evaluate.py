@@ -2,8 +2,8 @@
 
 The command measures the best policy of the run: the loss of each head, pass@k (by executing completions), and
 the speed of decoding. Options that are not given are taken from the run's recipe. The command writes
-samples.jsonl (in HumanEval's format), verdicts.jsonl and metrics.json. RUN may also be an exported model; the
-files of an exported model never change.
+metrics.json and, for data with problems, samples.jsonl (in HumanEval's format) and verdicts.jsonl. RUN may
+also be an exported model; the files of an exported model never change.
 
 examples:
   evaluate 20261123-140924 --split validation
@@ -41,13 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     heat = parser.add_mutually_exclusive_group()
     heat.add_argument("--temperature", metavar="T", type=float, help="0 is greedy")
     heat.add_argument(
-        "--choose-temperature", metavar="T,T,...", type=list_of(float), help="use the best on validation"
+        "--choose-temperature",
+        metavar="T,T,...",
+        type=list_of(float),
+        help="of these temperatures, use the best on the validation problems",
     )
     parser.add_argument(
         "--pass-at-k", metavar="K,K,...", type=list_of(int), help="each k needs at least k samples"
     )
     parser.add_argument(
-        "--problems", metavar="N", type=int, help="only the first N of the split; 0 means all"
+        "--problems", metavar="N", type=int, help="only the first N problems of the split; 0 means all"
     )
     parser.add_argument(
         "--out",

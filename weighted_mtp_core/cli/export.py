@@ -26,20 +26,21 @@ from weighted_mtp_core.tracking.run_folder import find_run
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser)
-    parser.add_argument("--to", metavar="DIR", type=Path, required=True)
-    parser.add_argument("--force", action="store_true", help="replace an exported model")
+    parser.add_argument("--to", metavar="DIR", type=Path, required=True, help="directory to write")
+    parser.add_argument("--force", action="store_true", help="replace an exported model in DIR")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="of the parameters in the files; default: float32",
+        help="dtype of the parameters in the files (default: float32)",
     )
     parser.add_argument(
         "--serve",
         metavar="SERVER",
         choices=("transformers", "vllm", "sglang"),
         help="also write heads 2..K in the form with which this server (transformers, vllm, sglang) drafts, "
-        "and print the command that serves them; a kind of heads that it does not take is an error",
+        "and print the command that serves the model; if the server does not support the kind of heads, the "
+        "command ends with an error",
     )
     parser.add_argument(
         "--adapter",

@@ -1,8 +1,8 @@
 """Continue a prompt with a finished run.
 
-The best policy of the run generates the text. Options that are not given are taken from the run's recipe. RUN
-may also be an exported model, which needs neither data nor plugins. The text goes to stdout, and all other
-output goes to stderr.
+The best policy of the run generates the text. Options that are not given, except --samples, are taken from
+the run's recipe. RUN may also be an exported model, which needs neither data nor plugins. The text goes to
+stdout, and all other output goes to stderr.
 
 examples:
   generate 20261123-140924 --prompt 'def add(a, b):'
@@ -23,11 +23,11 @@ from weighted_mtp_core.errors import WmtpError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser, also=", or an exported model")
     parser.add_argument("--prompt", metavar="TEXT", help="(default: stdin, without its last line break)")
-    parser.add_argument("--max-new-tokens", metavar="N", type=int)
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, help="a text is cut off after N tokens")
     parser.add_argument("--temperature", metavar="T", type=float, help="0 is greedy")
     parser.add_argument("--samples", metavar="N", type=int, default=1, help="number of texts (default: 1)")
-    parser.add_argument("--decoding", choices=("plain", "self_speculative"))
-    parser.add_argument("--seed", metavar="S", type=int, help="seed of the samples")
+    parser.add_argument("--decoding", choices=("plain", "self_speculative"), help="both give the same text")
+    parser.add_argument("--seed", metavar="S", type=int, help="seed of the samples (default: run.seed)")
 
 
 def main(args: argparse.Namespace) -> None:

@@ -32,8 +32,8 @@ from weighted_mtp_core.scaffold import SUMMARIES, Scaffold, check_name
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     _, show, check, new = add_actions(parser, _list, _show, _check, _new)
     show.add_argument("name", metavar="NAME", help="a name from `plugins list`")
-    check.add_argument("names", metavar="NAME", nargs="*")
-    new.add_argument("name", metavar="NAME", help="its name in recipes: lower-case letters, digits, `_`")
+    check.add_argument("names", metavar="NAME", nargs="*", help="names from `plugins list` (default: all)")
+    new.add_argument("name", metavar="NAME", help="name in recipes: lower-case letters, digits, `_`")
     new.add_argument("--kind", required=True, choices=[each.value for each in SUMMARIES])
     new.add_argument(
         "folder", metavar="DIR", nargs="?", help="folder of the package (default: weighted-mtp-NAME)"

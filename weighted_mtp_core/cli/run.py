@@ -17,7 +17,7 @@ examples:
 signals:
   SIGINT (Ctrl-C)   finish the step, write a checkpoint, then exit with 130; a second signal exits at once
   SIGTERM, SIGHUP   as SIGINT, but exit with 143; under `nohup`, SIGHUP is ignored
-  SIGUSR1           write a checkpoint and continue; outside training, after the next training step
+  SIGUSR1           write a checkpoint and continue; before training, do so after the first step
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from weighted_mtp_core.cli.arguments import add_recipe_arguments, add_repeatable
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
     parser.add_argument(
-        "--resume", metavar="RUN", help="continue this run: its folder, its id or the beginning of the id"
+        "--resume", metavar="RUN", help="continue this run: a run folder, a run id or a part of a run id"
     )
     add_repeatable(
         parser,

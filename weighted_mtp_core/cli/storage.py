@@ -1,7 +1,8 @@
 """Verify, add and upload models and data sets.
 
 Models are stored in models_v2/<name>/<version>/ and data sets in datasets_v2/<name>/<version>/. Each version
-has a manifest of SHA-256 checksums and never changes: if a byte has changed, a run stops before training.
+has a manifest of SHA-256 checksums and never changes: if a byte has changed, a run that uses this version
+stops before training.
 
 examples:
   storage verify
@@ -37,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sync.add_argument(
         "--run",
         metavar="RUN",
-        help="set the tag `storage_sync=True` on this run; after a failure the run becomes FAILED, "
-        "after a later success what it was before",
+        help="set the tag `storage_sync` of this run: `False` if the upload fails, and the run becomes "
+        "FAILED; `True` if the upload succeeds, and the run gets its own status again",
     )
     add_folder(sync, "--runs", default="storage/runs")
     for action in (verify, add_model, add_dataset, sync):

@@ -29,13 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     status.add_argument("run", metavar="RUN", nargs="?", help="only this run")
     which = sync.add_mutually_exclusive_group(required=True)
     which.add_argument("run", metavar="RUN", nargs="?", help="the run")
-    which.add_argument("--all", action="store_true", help="every run with something pending or another store")
+    which.add_argument("--all", action="store_true", help="every run with pending data or another store")
     sync.add_argument(
         "--limit",
         metavar="SECONDS",
         type=float,
         default=60.0,
-        help="stop sending to a tracker that accepts nothing for this time (default: 60)",
+        help="stop sending to a tracker that accepts no data for this time (default: 60)",
     )
     for action in (status, sync):
         add_folder(action, "--runs", default="storage/runs")

@@ -9,8 +9,8 @@ examples:
   verify configs/baseline.toml --samples samples.jsonl --out results.jsonl --split validation
 
 Only the data source of the recipe is used; --set data.use=PLUGIN.SOURCE selects another data source.
-The verdicts passed, wrong and error describe the program itself; with cpu_limit, wall_limit, memory, output,
-violation, unencodable and judge_error, it is undecided whether the program is correct. A sample without a
+The verdicts passed, wrong and error state whether the completion is correct; the verdicts cpu_limit,
+wall_limit, memory, output, violation, unencodable and judge_error leave this undecided. A sample without a
 problem, a malformed line or a missing sandbox is an error of the command, not a failed sample.
 """
 
@@ -31,8 +31,8 @@ from weighted_mtp_core.storage.atomic import atomic_write
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
-    parser.add_argument("--samples", metavar="S.jsonl", type=Path, required=True)
-    parser.add_argument("--out", metavar="R.jsonl", type=Path, required=True, help="written whole at the end")
+    parser.add_argument("--samples", metavar="S.jsonl", type=Path, required=True, help="file of samples")
+    parser.add_argument("--out", metavar="R.jsonl", type=Path, required=True, help="file of verdicts")
     parser.add_argument(
         "--split", choices=SPLITS, default="test", help="split of the problems (default: test)"
     )
