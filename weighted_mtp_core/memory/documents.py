@@ -1,4 +1,4 @@
-"""The batch with the most tokens, which consists of the longest documents.
+"""Makes the batch with the most tokens from the longest documents of the data.
 
 If the documents of the data are not known, they are assumed to be as long as the recipe allows.
 

@@ -1,4 +1,4 @@
-"""The longest training documents of a plan's data, found without loading the base model."""
+"""Finds the longest training documents of a plan's data without loading the base model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The classes of a forecast of memory: the target of a run, its phases, and the parts of memory."""
+"""Defines the classes of a memory forecast: the target of a run, its phases, and the parts of memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bytes of the policy's parameters that a process holds and gathers with `model.shard`."""
+"""Computes how many bytes of the policy's parameters a process holds and gathers with `model.shard`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows of `check --memory`: the forecast of a run's memory, and the keys that lower it."""
+"""Makes the rows of `check --memory`: the forecast of a run's memory, and the keys that lower the memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The probability that at least one of k samples solves a problem."""
+"""Estimates the probability that at least one of k samples solves a problem."""
 
 from __future__ import annotations
 

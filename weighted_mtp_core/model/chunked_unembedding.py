@@ -40,9 +40,9 @@ def chunk_rows(vocab_size: int, itemsize: int, *, extra_bytes: int, memory: int 
     Args:
         vocab_size: Number of logits in a row.
         itemsize: Number of bytes of a logit.
-        extra_bytes: Bytes of other memory that is in use at the same time as the logits. These bytes grow
-            with the batch. Except on CUDA, chunks become smaller instead, down to 64 rows, so that the total
-            memory does not grow with the batch until then.
+        extra_bytes: Bytes of other memory that is in use at the same time as the logits; they grow with the
+            batch. Except on CUDA, more `extra_bytes` make chunks smaller, down to 64 rows, so that the total
+            memory grows less.
         memory: Memory of the CUDA device in bytes; None for other devices.
     """
     if memory is None:

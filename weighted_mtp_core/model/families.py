@@ -21,7 +21,10 @@ from torch import Tensor, nn
 from weighted_mtp_core.errors import WmtpError
 
 READS_MASK = frozenset({"bloom", "falcon", "mpt"})
-"""`model_type` of families with ALiBi; some compute the distances between tokens from the attention mask."""
+"""`model_type` of families with ALiBi that need a boolean attention mask.
+
+BLOOM and Falcon compute the distances between tokens from the mask, and MPT converts every mask to booleans.
+"""
 
 COUNTS_SLOTS = frozenset({"gpt_neo", "mpt"})
 """`model_type` of families that measure the distance between tokens in cache slots.

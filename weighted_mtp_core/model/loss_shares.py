@@ -16,6 +16,7 @@ def loss_shares(table: LossTable, n_future: int, *, progress: float) -> Tensor:
     `head_schedule_end` of the steps are divided into K phases of equal length, and the last phase continues
     until the end of training. The schedule `forward` begins with head 1 and adds heads 2, 3, ... one by one;
     the schedule `reverse` begins with all heads and removes heads K, K - 1, ... until only head 1 is left.
+    During the same steps, the factor of heads 2..K rises linearly from 0 to 1 (`linear`) or is 0 (`step`).
 
     Args:
         table: The recipe's `[loss]`.

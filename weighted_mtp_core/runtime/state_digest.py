@@ -1,4 +1,4 @@
-"""The SHA-256 of a state: names, tensors and plain values."""
+"""Computes the SHA-256 of a state: its names, tensors and plain values."""
 
 from __future__ import annotations
 

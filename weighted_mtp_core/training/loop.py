@@ -87,7 +87,7 @@ class Learner(ABC):
         """Return all parameters of the model; only those that require a gradient are optimised."""
 
     def parts(self) -> Mapping[nn.Parameter, Part]:
-        """Return the parts whose learning rate differs from the stage's, keyed by parameter."""
+        """Return the parts of the model that have a learning rate of their own, by parameter."""
         return {}
 
     def embeddings(self) -> Collection[nn.Parameter]:
