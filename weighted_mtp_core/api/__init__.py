@@ -14,13 +14,13 @@ Terms for the model:
 - *unembedding*: the matrix `[V, H]` that turns a head's output into logits; all heads share one unembedding.
 - *policy*: the model that is trained with weighted tokens; it consists of trunk, heads and unembedding.
 - *critic*: a component that gives every token of a batch a score. The score of a token is its value V_t (see
-  *value*) or the loss of a *reference model*.
+  *value*), the logarithm of V_t, or the loss of a *reference model*, another language model.
 
 Terms for the data:
 
 - *problem*: one task, to which there may be several responses.
 - *example*: one *prompt* with one *response* to a problem, and the *reward* of the response. A reward is
-  in [0, 1]; it is 1 if the response was verified to be correct (`is_correct`).
+  in [0, 1]; a response counts as correct if its reward is at least 0.5 (`is_correct`).
 - *document*: the tokens of one example, that is, prompt, response and EOS (the end-of-sequence token).
 - *packing*: the arrangement of several documents in one row of a batch. A token is never predicted from
   tokens of another document.

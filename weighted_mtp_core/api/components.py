@@ -272,7 +272,8 @@ class Critic(Stateful):
         cacheable: Whether scores depend only on the batch, the options, `state_dict()` and the copies that
             `ModelContext` returned. `cacheable` must be False, for example, if the critic loads a model from
             a file and does not include this model in its state. If `cacheable` is True and `reads_policy` is
-            False, core computes the scores of each document once and reuses them in later runs.
+            False, a run with one process computes the scores of each document once, and later runs reuse the
+            scores, unless the recipe sets `critic.cache = false`.
         blocks: Modules, such as decoder layers, that core may shard over several processes (FSDP2) before
             stage 1. After sharding, `state_dict()` contains sharded tensors for the parameters of these
             modules, and `load_state_dict` receives tensors with the same sharding.

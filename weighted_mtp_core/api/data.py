@@ -237,9 +237,9 @@ class DataSource(Stateful):
     def version(self) -> DatasetVersion:
         """Return the name, version and checksum of the data.
 
-        Core caches the tokens of the data. Core reads the examples again only if the returned version, the
-        source code of the plugin or the options change. If the data can change for any other reason, `sha256`
-        must change with the data.
+        Core caches the tokens of the data. As long as the returned version, the source code of the plugin and
+        the options stay the same, core may use tokens that an earlier run cached. If the data can change for
+        any other reason, `sha256` must change with the data.
         """
 
     def problems(self, split: Split) -> Sequence[Problem]:  # noqa: ARG002 - the default has none
