@@ -200,7 +200,7 @@ def _optimiser_faults(recipe: Recipe) -> list[Fault]:
         text = f'the embeddings are not trained with `model.train = "{recipe.model.train}"`'
         found.append(Fault(("train", "embedding_learning_rate"), text))
     if recipe.critic is not None and recipe.critic.train.optimiser.name == "muon":
-        text = "`muon` is for the policy: a critic does not say which parameters are embeddings"
+        text = "`muon` is for the policy: a critic does not declare which parameters are embeddings"
         found.append(Fault(("critic", "train", "optimiser", "name"), text))
     return found
 

@@ -523,7 +523,7 @@ def test_keys_that_do_not_fit_each_other(plan_error, override, text):
         (
             ("critic.use=example.judge", "critic.train.optimiser.name=muon"),
             (
-                "critic.train.optimiser.name: `muon` is for the policy: a critic does not say which "
+                "critic.train.optimiser.name: `muon` is for the policy: a critic does not declare which "
                 "parameters are embeddings"
             ),
         ),

@@ -360,6 +360,6 @@ def test_another_number_of_processes_is_told(plan, leave):
 
     assert other_machine(path, Distributed()) is None
     assert other_machine(path, Distributed(rank=0, size=2)) == (
-        "WARNING: this machine differs from the one that the run started on (processes 1 -> 2): from here "
+        "WARNING: this machine differs from the one that last executed the run (processes 1 -> 2): from here "
         "on, results are equal up to rounding (about 1e-4 after some hundred steps), not bit for bit"
     )

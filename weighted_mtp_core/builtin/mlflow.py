@@ -41,7 +41,8 @@ class MlflowOptions:
     Attributes:
         tracking_uri: URI of the tracking server or store. The default is MLFLOW_TRACKING_URI from the
             environment or `.env`; if this variable is not set, the default is `<storage>/mlflow.db`.
-        experiment_prefix: The run belongs to the experiment `<experiment_prefix>/<weighting plugin>`.
+        experiment_prefix: The run belongs to the experiment `<experiment_prefix>/<weighting plugin>`, unless
+            the recipe sets `run.experiment`.
         artifact_root: URI under which a new experiment stores files. By default, a server chooses the place,
             files of an SQLite store are in the folder `mlartifacts` next to it, and files of a `file:` store
             are inside the store.

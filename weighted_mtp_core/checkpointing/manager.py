@@ -126,7 +126,7 @@ class Checkpoints:
         return RunFailedError(
             f"cannot write the checkpoint `{path}`: {reason}; it needs {_size(needed)}, {_size(free)} are "
             "free; the checkpoints before it are whole",
-            hint=f"free some space, then continue: run --resume {self.folder.parent.name}",
+            hint=f"free some space, then continue: run RECIPE --resume {self.folder.parent.name}",
         )
 
     def _delete_old(self) -> None:

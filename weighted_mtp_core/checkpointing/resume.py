@@ -259,8 +259,9 @@ def other_machine(path: Path, distributed: Distributed) -> str | None:
     if not differing:
         return None
     return (
-        f"WARNING: this machine differs from the one that the run started on ({', '.join(differing)}): from "
-        "here on, results are equal up to rounding (about 1e-4 after some hundred steps), not bit for bit"
+        f"WARNING: this machine differs from the one that last executed the run ({', '.join(differing)}): "
+        "from here on, results are equal up to rounding (about 1e-4 after some hundred steps), not bit for "
+        "bit"
     )
 
 

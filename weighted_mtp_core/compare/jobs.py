@@ -18,7 +18,7 @@ _SAME_RESULT = ("checkpoint", "run.resume", "run.tags", "tracker")
 
 @frozen(kw_only=True)
 class WantedRun:
-    """The properties by which the run folders of a job are found; they can be sent to another machine.
+    """The properties by which the run folders of a job are found; an instance can be sent to other machines.
 
     Attributes:
         folder: The folder of all runs with the name of the job's arm.

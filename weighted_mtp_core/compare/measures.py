@@ -82,7 +82,7 @@ class RunMeasures:
         return self.last["policy_seconds"]
 
     def validations_until(self, metric: str, seconds: float) -> int:
-        """Return how many values of a curve were measured during the first `seconds` of stage 2."""
+        """Return the number of a curve's values, without step 0, in the first `seconds` of stage 2."""
         return sum(0 < step * self.step_seconds <= seconds * (1 + 1e-9) for step, _ in self.curves[metric])
 
     def at_seconds(self, metric: str, seconds: float) -> float:

@@ -99,7 +99,9 @@ def read_stored(
             for arm, by_seed in arms.items()
         }
     if not arms:
-        raise WmtpError("there is no finished run with a seed", hint="see: mlflow runs list")
+        raise WmtpError(
+            "there is no finished run with a seed", hint="see: mlflow runs list --experiment-id ID"
+        )
     first, by_seed = next(iter(arms.items()))
     params = next(iter(by_seed.values())).data.params
     for arm, by_seed in arms.items():

@@ -134,7 +134,7 @@ class Document:
         return source, find_lines(self.texts.get(source, "")).get(path, 0)
 
     def _order(self, fault: Fault) -> tuple[int, int, str]:
-        """Return a sort key: faults in the recipe come first, then in other files, then in options."""
+        """Return a sort key: first faults in the recipe, then faults in other files, then in `--set`."""
         source, line = self._origin(fault.path)
         layer = self.files.index(source) if source in self.texts else len(self.texts)
         return -1 if source == self.name else layer, line, dotted(fault.path)

@@ -85,7 +85,7 @@ def _path(name: str) -> Path:
 
 
 def _preset_applies(document: Document, key: str, table: Any) -> bool:
-    """Return whether a preset's table applies: it changes the recipe's table and adds no other component."""
+    """Return whether a preset's table applies; it does not if it would add or replace a component."""
     recipe = document.table.get(key)
     if key == "critic" and recipe is None:
         return False

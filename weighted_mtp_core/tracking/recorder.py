@@ -3,8 +3,7 @@
     with open_recorder(plan, display) as record:
         record.metrics("policy", 10, {"policy_loss": 1.25})
 
-Leaving the `with` block closes the run: as FAILED after an exception, as KILLED after a signal, and otherwise
-as FINISHED.
+The end of the `with` block closes the run: as FAILED after an exception, KILLED after a signal, or FINISHED.
 """
 
 from __future__ import annotations
@@ -95,8 +94,7 @@ class Recorder:
             close_seconds: Seconds that the run waits at its end for trackers that no longer accept data.
 
         Raises:
-            WmtpError: A tracker permanently refuses this run; the run is then closed as FAILED at all other
-                trackers.
+            WmtpError: A tracker permanently refuses this run; all other trackers then close it as FAILED.
         """
         atomic_write(folder.recipe, recipe_toml)
         recorder = cls(
@@ -177,8 +175,7 @@ class Recorder:
         A resumed run does not record again the steps that it recorded before the interruption.
 
         Raises:
-            RunFailedError: A metric was already recorded for this step or a later one, or the journal cannot
-                be written.
+            RunFailedError: A metric was recorded for this or a later step, or the journal is not writable.
             WmtpError: The name of a metric is not valid.
         """
         self._record("metrics", stage, step, values)
@@ -277,8 +274,7 @@ class Recorder:
         Args:
             outcome: How the run ended.
             error: The exception that ended the run. Unless the outcome is `FINISHED`, its traceback is
-                written to the log of the run. If the outcome is `FAILED`, its class becomes the tag
-                `wmtp.error_class`.
+                logged. If the outcome is `FAILED`, its class becomes the tag `wmtp.error_class`.
         """
         if self._closed:
             return

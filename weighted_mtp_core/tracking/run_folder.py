@@ -21,7 +21,7 @@ from weighted_mtp_core.storage.atomic import atomic_write, unfinished_folder
 from weighted_mtp_core.tracking.names import check_path_name
 
 CHANGED = "changed"
-"""Key in `run.json` of a resumed run: keys that affect the trained policy and have changed since it began."""
+"""Key in `run.json` of a resumed run, for a list of changed keys that affect the trained policy."""
 
 _RUN_FILE = "run.json"
 _LOCK_FILE = "lock"

@@ -194,8 +194,8 @@ def _fence_at(line: int, opened: dict[int, tuple[str, int | None]]) -> str:
 def _forms(code: str, prompt: _Prompt) -> Iterator[list[str]]:
     """Yield lists of texts to append to the prompt, the most likely list first.
 
-    The caller chooses the first list in which any text defines the function, and from this list the text of
-    which it can keep the most lines.
+    The caller chooses the first list in which any text defines the function. From this list, the caller
+    chooses the text whose completion has the most lines.
     """
     yield [code]
     margin = prompt.margin

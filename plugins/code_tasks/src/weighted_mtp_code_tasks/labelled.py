@@ -49,8 +49,8 @@ class LabelledSource(DataSource):
 
     Attributes:
         name: Name of the data and of its folder under `datasets_v2/`.
-        recipe: Everything on which the responses depend. The version of the data is a hash of the recipe and
-            of those limits of the judge that differ from their defaults.
+        recipe: Everything on which the responses depend. The version of the data is a hash of the recipe, of
+            the format of the files, and of those limits of the judge that differ from their defaults.
         draw: Makes the problems and the responses; called only if the labelled data are not in storage.
         storage: Root folder of the storage.
         judge: Judges responses and completions.

@@ -34,7 +34,7 @@ _WARM = """
 
 
 def start(arguments: list[str]) -> NoReturn:
-    """Start the zygote with a configuration in JSON, or with an option to try only whether it can start."""
+    """Start the zygote with a configuration in JSON, or with an option that only tests whether it starts."""
     if arguments[0] == "--try":
         os._exit(0)
     if arguments[0] == "--try-namespaces":
