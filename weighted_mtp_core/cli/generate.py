@@ -8,7 +8,7 @@ examples:
   generate 20261123-140924 --prompt 'def add(a, b):'
   generate models/sorter --prompt 'def add(a, b):'                    an exported model
   generate 20261123-140924 --samples 3 --temperature 0.8 < prompt.txt
-  generate 20261123-140924 --prompt 'def f(x):' --decoding plain      the same text, a token per pass
+  generate 20261123-140924 --prompt 'def f(x):' --decoding plain      one token per forward pass
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", metavar="N", type=int, help="a text is cut off after N tokens")
     parser.add_argument("--temperature", metavar="T", type=float, help="0 is greedy")
     parser.add_argument("--samples", metavar="N", type=int, default=1, help="number of texts (default: 1)")
-    parser.add_argument("--decoding", choices=("plain", "self_speculative"), help="both give the same text")
+    parser.add_argument("--decoding", choices=("plain", "self_speculative"), help="with or without drafts")
     parser.add_argument("--seed", metavar="S", type=int, help="seed of the samples (default: run.seed)")
 
 
