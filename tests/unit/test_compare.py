@@ -788,6 +788,12 @@ def test_curves_are_drawn_the_same_each_time(write_run, tmp_path):
     assert again.read_bytes() == drawn
 
 
+def test_each_of_49_arms_is_drawn_in_another_style():
+    from weighted_mtp_core.compare.plots import style
+
+    assert len({str(style(number)) for number in range(49)}) == 49
+
+
 def test_the_recipes_of_the_study_are_fair(repository):
     """Their plugins may not be installed here, so only the files themselves are read."""
     import tomli

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -70,17 +71,20 @@ def _figure(metric: str, bands: Mapping[str, Mapping[int, Estimate]]) -> Figure:
     return figure
 
 
+def style(number: int) -> Mapping[str, Any]:
+    """Return colour, dashes and marker of an arm, counted from 0; 49 arms have different combinations."""
+    seen = number // len(_COLOURS)  # arms with the same colour differ in dashes and marker
+    return {
+        "color": _COLOURS[number % len(_COLOURS)],
+        "linestyle": _DASHES[(number + seen) % len(_DASHES)],
+        "marker": _MARKERS[(number + 2 * seen) % len(_MARKERS)],
+    }
+
+
 def _draw(axes: Axes, band: Mapping[int, Estimate], number: int, *, label: str) -> None:
-    colour = _COLOURS[number % len(_COLOURS)]
-    axes.plot(
-        list(band),
-        [each.mean for each in band.values()],
-        color=colour,
-        linestyle=_DASHES[number % len(_DASHES)],
-        marker=_MARKERS[number % len(_MARKERS)],
-        markersize=4,
-        label=label,
-    )
+    own = style(number)
+    means = [each.mean for each in band.values()]
+    axes.plot(list(band), means, **own, markersize=4, label=label)
     if not all(math.isnan(each.low) for each in band.values()):
         low, high = [each.low for each in band.values()], [each.high for each in band.values()]
-        axes.fill_between(list(band), low, high, color=colour, alpha=0.12, linewidth=0)
+        axes.fill_between(list(band), low, high, color=own["color"], alpha=0.12, linewidth=0)
