@@ -306,6 +306,18 @@ def test_a_weighting_that_explains_itself_keeps_its_hint(batch):
     assert failed.value.hint == "add a critic"
 
 
+@pytest.mark.parametrize("mode", [True, False])
+def test_weights_without_training_leave_the_policy_in_its_mode_also_after_an_error(batch, mode):
+    model = policy().train(mode)
+
+    learner(model, Fixed()).weigh(batch, step=0)
+    assert model.training is mode
+    with pytest.raises(RunFailedError):
+        learner(model, Failing(ZeroDivisionError())).weigh(batch, step=0)
+
+    assert model.training is mode
+
+
 def test_weights_that_were_bad_since_the_last_look_are_found_before_a_checkpoint():
     trained = learner(policy(), Failing(AssertionError()))
     trained._values.note(torch.tensor([1.0, -1.0]))  # as on an accelerator, which is looked at now and then

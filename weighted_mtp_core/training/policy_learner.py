@@ -29,7 +29,7 @@ from weighted_mtp_core.model.targets import IGNORED, batch_labels, pair_index, t
 from weighted_mtp_core.recipe.schema import LossTable
 from weighted_mtp_core.recipe.train_table import SelectBy, default_selection
 from weighted_mtp_core.runtime.cost import matrix_rate
-from weighted_mtp_core.runtime.device import bucket_bytes, to_device
+from weighted_mtp_core.runtime.device import bucket_bytes, evaluation_mode, to_device
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
 from weighted_mtp_core.runtime.gradient_reduction import GradientReduction
 from weighted_mtp_core.training.head_quality import MEASURES, head_quality, per_head, selection_score
@@ -275,27 +275,26 @@ class PolicyLearner(Learner):
 
     @torch.no_grad()
     def weigh(self, batch: Batch, *, step: int, training: bool = False) -> Weights:
-        """Return the weights of a global batch without training on it.
+        """Return the weights of a global batch without training on it; the policy stays in its mode.
 
         If `training` is true, the result is as in training step `step`, and the weighting's moving statistics
         change as in training.
         """
-        self.policy.eval()
         parts = micro_batches(batch, self.accumulation, self.distributed)
         target_BTK = target_mask(batch_labels(batch, self.policy.n_future))
-        view = self._signals.view(
-            batch,
-            target_BTK,
-            parts=parts,
-            hidden=[None] * len(parts),
-            step=step,
-            steps=self.steps,
-            training=training,
-        )
+        with evaluation_mode(self.policy):
+            view = self._signals.view(
+                batch,
+                target_BTK,
+                parts=parts,
+                hidden=[None] * len(parts),
+                step=step,
+                steps=self.steps,
+                training=training,
+            )
         weights = self.weighting.weigh(view)
         self._values.note(weights.weight)
         self._values.raise_if_bad()
-        self.policy.train()
         return weights
 
     def state_dict(self) -> Mapping[str, Any]:
