@@ -316,6 +316,7 @@ def test_every_command_has_a_description_and_examples(capsys):
         out = capsys.readouterr().out
         assert "examples:" in out, name
         assert out.count("\n") > 8, name
+        assert max(map(len, out.splitlines())) <= 110, name
 
 
 def test_output_has_no_colour(recipe):

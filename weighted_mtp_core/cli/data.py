@@ -1,4 +1,4 @@
-"""Prepare, preview, sample and show data.
+r"""Prepare, preview, sample and show data.
 
 A data source may create its data once, for example by running responses to label them, and store the data
 under datasets_v2/<name>/<version>/ with a manifest, statistics and provenance. A run prepares its data by
