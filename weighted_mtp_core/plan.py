@@ -1,6 +1,6 @@
 """Turn a recipe into a plan: select and check all components, without building them or importing torch.
 
-This step takes at most half a second and reports all errors that can be found without data and models.
+This step takes at most half a second, so errors in a recipe are reported before data or a model are loaded.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def test_a_flipped_bit_is_named_with_its_file(folder):
         verify_manifest(folder)
 
     assert str(caught.value) == f"`{path}` changed since it was written: its SHA-256 differs"
-    assert caught.value.hint == f"delete `{folder}` so that it is created again, or restore the file"
+    assert caught.value.hint == f"restore the file, or delete `{folder}` if it can be created again"
 
 
 def test_a_missing_file_is_named(folder):

@@ -448,7 +448,7 @@ def test_an_experiment_that_is_no_path(plan_error):
         ),
         (
             "model.micro.hidden_size=60",
-            "model.micro.attention_heads: must divide `hidden_size` = 60 into even parts: 4",
+            "model.micro.attention_heads: must divide `hidden_size` = 60 into parts of even size: 4",
         ),
         (
             "model.base_dtype='nf4'",

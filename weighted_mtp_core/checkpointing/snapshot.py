@@ -73,7 +73,7 @@ class Snapshot:
         return ChainMap(dict(self.values.get(prefix, {})), WithPrefix(self.tensors, prefix))  # type: ignore[arg-type]
 
     def write_share(self, distributed: Distributed) -> None:
-        """Write the shards of this process; called in all processes except the first, if it is `sharded`."""
+        """Write the shards of this process; called for a sharded snapshot, except in the first process."""
         write_shards(self.tensors, None, distributed)
 
     def write(self, folder: Path, distributed: Distributed = SINGLE_PROCESS) -> None:

@@ -30,7 +30,7 @@ _NOT_INSTALLED = frozenset({"conftest", "docs", "setup", "test", "tests"})
 
 
 def source_identity(plugins: Iterable[FoundPlugin]) -> dict[str, str]:
-    """Return the versions of `LIBRARIES`, and version and source of all other code that plugins depend on.
+    """Return versions of `LIBRARIES`, and version and source of core, plugins and editable requirements.
 
     The keys are names of distributions, and the values are `<version>, source <SHA-256>`, or only the version
     for `LIBRARIES`. The result contains core, the distributions of the plugins, and those requirements of the

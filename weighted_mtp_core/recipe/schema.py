@@ -51,7 +51,9 @@ class MicroTable:
     @attention_heads.validator
     def _check_heads(self, _: object, value: int) -> None:
         if self.hidden_size % (2 * value):  # rotary embeddings rotate pairs of dimensions
-            raise ValueError(f"must divide `hidden_size` = {self.hidden_size} into even parts: {value}")
+            raise ValueError(
+                f"must divide `hidden_size` = {self.hidden_size} into parts of even size: {value}"
+            )
 
 
 HeadKind = Literal["parallel", "medusa", "sequential"]

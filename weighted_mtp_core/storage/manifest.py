@@ -112,7 +112,7 @@ def verify_manifest(folder: Path) -> str:
         WmtpError: A file was changed, removed or added, or the folder has no manifest that can be read.
     """
     manifest = folder / MANIFEST
-    fix = f"delete `{folder}` so that it is created again, or restore the file"
+    fix = f"restore the file, or delete `{folder}` if it can be created again"
     try:
         text = manifest.read_text(encoding="utf-8")
         listed = json.loads(text)["files"]

@@ -22,7 +22,8 @@ def check_path_name(text: str, *, what: str) -> str:
     except ValueError as error:
         raise WmtpError(
             f"`{_shown(text)}` is not a valid name for {what}",
-            hint="use letters, digits, `.`, `_` and `-`; each part between `/` begins with a letter or digit",
+            hint="use letters, digits, `.`, `_` and `-`, but not `..`; each part between `/` begins with a "
+            "letter or digit",
         ) from error
     return text
 

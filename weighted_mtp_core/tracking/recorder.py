@@ -94,7 +94,7 @@ class Recorder:
             close_seconds: Seconds that the run waits at its end for trackers that no longer accept data.
 
         Raises:
-            WmtpError: A tracker permanently refuses this run; all other trackers then close it as FAILED.
+            WmtpError: A tracker permanently refuses this run; the trackers opened before close it as FAILED.
         """
         atomic_write(folder.recipe, recipe_toml)
         recorder = cls(

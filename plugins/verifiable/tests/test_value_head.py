@@ -227,7 +227,7 @@ def test_document_cumsum_equals_a_loop(lengths, seed):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"heads": 3}, "must divide `hidden_size` = 128 into even parts: 3"),
+        ({"heads": 3}, "must divide `hidden_size` = 128 into parts of even size: 3"),
         ({"layers": 0}, 'must be >= 1 for `body = "own"`: 0'),
         ({"base": "other/model"}, 'is for `body = "trunk"`, not for `body = "own"`: other/model'),
         ({"body": "frozen", "lora_rank": 4}, 'is for `body = "trunk"`, not for `body = "frozen"`: 4'),
