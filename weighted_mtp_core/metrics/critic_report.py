@@ -46,7 +46,7 @@ class CriticReport:
 
     Attributes:
         critic: Measures of the critic.
-        constant: Measures of a constant, the mean reward of the split.
+        constant: Measures of a constant, the mean reward of the same responses.
         length_only: Measures of a logistic regression on the number of tokens, fitted on the training split.
         auc_low: Lower end of the 95 % interval of the critic's AUC (bootstrap over problems).
         auc_high: Upper end of the 95 % interval of the critic's AUC.
