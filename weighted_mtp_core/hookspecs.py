@@ -1,9 +1,10 @@
 """The four hooks: functions without arguments that a plugin implements to declare its components.
 
 Core calls the hooks of a plugin right after it has loaded the plugin, which may happen several times in a
-process. A hook only declares components; core then calls `Component.build` of the components that the recipe
-selects. The training loop never calls a hook.
-Importing a plugin must be quick, so import torch inside the build function.
+process. Core loads the plugins that a recipe or a command names; `doctor`, and `plugins check` without names,
+load all installed plugins. A hook only declares components; core then calls `Component.build` of the
+components that the recipe selects. The training loop never calls a hook. Importing a plugin must be quick, so
+import torch inside the build function.
 
 The example of each hook is a complete plugin module, which a test runs.
 """
@@ -24,7 +25,7 @@ hookspec = pluggy.HookspecMarker("weighted_mtp_core")
 def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
     """Declare weightings, which compute the weights of a batch's target tokens from the batch's signals.
 
-    Called once each time core loads the plugin for a recipe or a `plugins` command. The weighting that
+    Called once each time core loads the plugin. The weighting that
     `[weighting] use` selects is built after the policy. In stage 2, the training of the policy, core calls
     the weighting's method `weigh` once per step, without gradients and with the signals that the component
     `needs`.
@@ -61,7 +62,7 @@ def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
 def wmtp_critics() -> Iterable[Component[Any, Critic]]:
     """Declare critics, such as value heads and reference models, which score every token of a batch.
 
-    Called once each time core loads the plugin for a recipe or a `plugins` command. The critic that
+    Called once each time core loads the plugin. The critic that
     `[critic] use` selects is built after the policy. If the critic is `trainable` and the recipe names no
     trained critic in `[critic] checkpoint`, the critic is trained before the policy. While the policy is
     trained, core calls the critic's method `score` if the weighting needs a signal that the critic
@@ -99,7 +100,7 @@ def wmtp_critics() -> Iterable[Component[Any, Critic]]:
 def wmtp_data_sources() -> Iterable[Component[Any, DataSource]]:
     """Declare data sources, which supply labelled responses for training and problems for evaluation.
 
-    Called once each time core loads the plugin for a recipe or a `plugins` command. The data source that
+    Called once each time core loads the plugin. The data source that
     `[data] use` selects is built before the model. Core may read the examples of a split several times, and
     records the version of the data with the run.
 
@@ -145,7 +146,7 @@ def wmtp_data_sources() -> Iterable[Component[Any, DataSource]]:
 def wmtp_trackers() -> Iterable[Component[Any, Tracker]]:
     """Declare trackers, which send the metrics, tags and files of a run to other systems.
 
-    Called once each time core loads the plugin for a recipe or a `plugins` command. Each tracker that a
+    Called once each time core loads the plugin. Each tracker that a
     recipe selects in `[[tracker]]` is built before training. Core calls `start` before training, and all
     other methods that send data in a background thread. If a method raises an exception, core calls the
     method again later with the same arguments, unless the exception is a `WmtpError`.

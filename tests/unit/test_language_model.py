@@ -2,7 +2,6 @@
 
 import json
 
-import attrs
 import pytest
 import torch
 from tokenizers import Tokenizer, models
@@ -122,16 +121,17 @@ def test_the_gradient_of_trainable_losses_is_that_of_the_base_model(chunks, monk
 def test_trainable_losses_of_packed_documents_are_those_of_the_documents_alone():
     model = trainable_losses(policy(0))
     packed, apart = PACKED.batch(), APART.batch()
-    packed = attrs.evolve(packed, position_BT=positions(packed))
 
     for one, other in zip(PACKED.cut(model(packed)), APART.cut(model(apart)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def positions(batch):
-    """The position of each token in its document."""
-    rows = [[(row[:t] == row[t]).sum() for t in range(len(row))] for row in batch.document_BT]
-    return torch.tensor(rows).where(batch.document_BT >= 0, 0)
+def test_packed_documents_have_the_positions_of_the_documents_alone():
+    packed = PACKED.batch()
+    rows = [[(row[:t] == row[t]).sum() for t in range(len(row))] for row in packed.document_BT]
+
+    assert torch.equal(packed.position_BT, torch.tensor(rows).where(packed.document_BT >= 0, 0))
+    assert APART.batch().position_BT is None
 
 
 @pytest.mark.parametrize("train", ["all", "heads"])

@@ -25,6 +25,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 from weighted_mtp_core.api import WmtpError
+from weighted_mtp_core.export.mtp_layers import compare_with_transformers
 from weighted_mtp_core.export.serving import serving_command
 from weighted_mtp_core.export.transformers import write_export
 from weighted_mtp_core.generation.generate import generate
@@ -233,6 +234,17 @@ def test_a_model_whose_layers_transformers_cannot_run_is_an_error(tmp_path):
 
     assert caught.value.hint.startswith('set `model.heads.kind = "medusa"`')
     assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_comparison_restores_the_mode_of_the_policy(tmp_path):
+    fewer = make_policy(base_model("llama"), n_future=K, head_kind="sequential").eval()
+    path = exported(fewer, tmp_path / "out", serve="transformers")
+    policy = make_policy(base_model("llama"), n_future=K + 1, head_kind="sequential").train()
+
+    with pytest.raises(WmtpError, match="transformers cannot draft with the heads of a `llama` model"):
+        compare_with_transformers(policy, path)
+
+    assert policy.training
 
 
 def test_heads_for_vllm_need_a_model_that_vllm_drafts_with(tmp_path):

@@ -144,6 +144,31 @@ def test_tags_name_the_plugin_of_what_is_wrapped(plan):
     assert tags["wmtp.plugin.example"] == "wmtp-example==1.2.3"
 
 
+def test_a_choice_that_is_not_in_the_options_is_not_built(plan, install_plugin, context):
+    install_plugin(
+        "other",
+        """
+        from attrs import frozen
+        from weighted_mtp_core.api import Component, WeightingChoice, hookimpl
+
+        @frozen(kw_only=True)
+        class NoOptions:
+            pass
+
+        def build(options, context):
+            return context.build_weighting(WeightingChoice(use="example.flat"))
+
+        @hookimpl
+        def wmtp_weighting_strategies():
+            yield Component(name="own", summary="Wraps what no option names.", options=NoOptions, build=build)
+        """,
+    )
+    made = plan(RECIPE.split("[weighting]", maxsplit=1)[0] + '[weighting]\n    use = "other.own"\n')
+
+    with pytest.raises(WmtpError, match=r": `example\.flat` is not named by an option of this component$"):
+        made.weighting.build(context)
+
+
 def test_an_unchecked_choice_is_not_built(context):
     with pytest.raises(WmtpError, match=r"`example\.flat` is not named by an option of this component"):
         context.build_weighting(WeightingChoice(use="example.flat"))

@@ -9,8 +9,8 @@ Terms for the model:
 
 - *trunk*: a causal language model without its output layer; the trunk maps token ids `[B, T]` to hidden
   states `[B, T, H]`.
-- *head k* (k from 1 to K): predicts the token k positions ahead from the trunk's hidden state. Head 1
-  predicts the next token, like an ordinary language model.
+- *head k* (k from 1 to K): predicts the token k positions ahead from the trunk's hidden state; `sequential`
+  heads also read the tokens in between. Head 1 predicts the next token, like an ordinary language model.
 - *unembedding*: the matrix `[V, H]` that turns a head's output into logits; all heads share one unembedding.
 - *policy*: the model that is trained with weighted tokens; it consists of trunk, heads and unembedding.
 - *critic*: a component that gives every token of a batch a score. The score of a token is its value V_t (see
@@ -45,8 +45,8 @@ Terms for the weighting:
   with discount gamma and decay lambda (generalised advantage estimation, GAE). With gamma = lambda = 1, the
   advantage of token t is `reward - V_{t-1}`.
 - *global batch*: all rows of one optimiser step, over all processes and all *micro-batches* of gradient
-  accumulation. The option `batch_size` is the number of rows of the global batch, and a weighting receives
-  all rows of the global batch at once.
+  accumulation. The option `batch_size` is the number of rows of the global batch, although some batches of
+  an epoch may have fewer rows. A weighting receives all rows of the global batch at once.
 
 Terms for a run:
 

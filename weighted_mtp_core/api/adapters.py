@@ -42,7 +42,7 @@ def add_adapters(
         alpha: The output of an adapter is scaled by `alpha / rank`; `alpha = None` means `2 * rank`.
         dropout: Probability that an entry of an adapter's input is set to 0 during training.
         rslora: Whether to scale by `alpha / sqrt(rank)` instead of `alpha / rank` (Kalajdzievski 2023).
-        dora: Whether to train also the norm of each row of the adapted matrix (DoRA, Liu et al. 2024).
+        dora: Whether to also train the norm of each row of the adapted matrix (DoRA, Liu et al. 2024).
         targets: The last parts of the names of the linear layers to adapt, for example `q_proj`; if empty,
             all linear layers are adapted.
         layers: The submodules that contain the linear layers to adapt; None for the whole module.
@@ -107,10 +107,10 @@ def add_adapters(
 
 
 def read_directly(module: nn.Module, names: Iterable[str]) -> list[str]:
-    """Return the names of the linear layers that their parent module does not call.
+    """Return the names of the linear layers with a weight matrix that the code of the parent module reads.
 
-    If a parent module reads the weight matrix of a linear layer without calling the layer, an adapter of the
-    layer would have no effect. For example, Mamba layers pass weight matrices to fused kernels.
+    If a parent module reads the weight matrix of a linear layer instead of calling the layer, an adapter of
+    the layer would have no effect. For example, Mamba layers pass weight matrices to fused kernels.
     """
     found = []
     for name in names:
@@ -124,7 +124,7 @@ def read_directly(module: nn.Module, names: Iterable[str]) -> list[str]:
 
 @functools.cache
 def _code_of(kind: type) -> str:
-    """Return the source code of the methods of a class, except methods that initialise weights."""
+    """Return the source code of a class's methods, except methods with `init` or `reset` in their name."""
     from torch import nn
 
     found = []

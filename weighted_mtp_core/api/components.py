@@ -71,15 +71,15 @@ class ModelContext:
             nats, indexed by the predicted token. The losses are 0 except on response tokens that follow
             another token. The losses are computed in the precision in which the policy computes its losses.
         trainable_losses: `trainable_losses()` copies the current policy and returns a module that maps a
-            `Batch` to next-token losses like the function from `frozen_losses`, but with gradients and
-            without dropout. The component must train and save the parameters of this module.
-        trainable_trunk: `trainable_trunk(None)` copies the current trunk; `trainable_trunk(base)` loads the
-            trunk of another model that uses the policy's tokenizer, where `base` has the form of a recipe's
-            `model.base`. `trainable_trunk` returns a module that maps a `Batch` to float32 hidden states
-            `[B, T, H]`, with gradients and without dropout; its attribute `hidden_size` is H. The component
-            must train and save the parameters of this module.
-        encode: `encode(text)` returns the ids of a text inside a response, without BOS and EOS. The name of a
-            control token in the text, such as `<eos>`, is encoded as ordinary text.
+            `Batch` to the same next-token losses as the function from `frozen_losses`, but with gradients.
+            The module uses no dropout. The component must train and save the parameters of the module.
+        trainable_trunk: `trainable_trunk(None)` copies the current trunk; `trainable_trunk(base)` loads all
+            layers and the final norm of another model that uses the policy's tokenizer, where `base` has the
+            form of a recipe's `model.base`. `trainable_trunk` returns a module that maps a `Batch` to float32
+            hidden states `[B, T, H]`, with gradients and without dropout. H is the module's attribute
+            `hidden_size`. The component must train and save the parameters of the module.
+        encode: `encode(text)` returns the ids of a text that continues a response, without BOS and EOS. The
+            name of a control token in the text, such as `<eos>`, is encoded as ordinary text.
         decode: `decode(ids)` returns the text that these token ids add to a response, including the space
             before a word; control tokens add no text. Use `decode([id])` for the text of one token.
     """
@@ -126,6 +126,11 @@ class WeightingChoice:
     options: Mapping[str, Any] = field(factory=dict)
 
 
+def not_chosen(choice: WeightingChoice) -> WmtpError:
+    """Return the error for a weighting that no option of a component selects."""
+    return WmtpError(f"`{choice.use}` is not named by an option of this component")
+
+
 @frozen(kw_only=True, eq=False)
 class BuildContext:
     """What `Component.build` receives in addition to the options.
@@ -167,7 +172,7 @@ class BuildContext:
             WmtpError: The weighting cannot be built, or no option of the component selects it.
         """
         if self._weightings is None:
-            raise WmtpError(f"`{choice.use}` is not named by an option of this component")
+            raise not_chosen(choice)
         return self._weightings(choice)
 
 
@@ -259,7 +264,7 @@ class WeightingStrategy(Stateful):
 class Critic(Stateful):
     """Scores every token of a batch, for example with a value head, a value model or a reference model.
 
-    Core calls `score` and `loss` under autocast with the policy's dtype, so matrix products may return
+    Core calls `score` and `loss` under autocast with the policy's dtype, so matrix products may be in
     bfloat16. Scores and losses must be float32: convert tensors with `.float()` before sums, softmax and the
     last steps of a score.
 

@@ -102,12 +102,14 @@ class Example:
             None, the weight is 1.
         spans: Weights of parts of the response. A span (start, end, weight) covers the characters
             `response[start:end]`; spans do not overlap. The weight of a token in a span is the span's weight
-            times `weight`; the weight of EOS and of tokens outside all spans is `weight`.
+            times `weight`; the weight of EOS and of tokens outside all spans is `weight`. For a token that
+            crosses the edge of a span, the weights of its characters are averaged.
         messages: A chat instead of a prompt and a response, in the layout that chat templates read: objects
             with `role` and `content`. The last message has the role `assistant`. A message of the assistant
             may have a `weight`, which is multiplied by the example's `weight`, and `weights`, which are spans
             of the message's `content` in the form of `spans`. If an example has messages, its `prompt` and
-            `response` only identify the problem and train the tokenizer of a `micro` model.
+            `response` are not trained on. Core uses them only to check and describe the data, and to train
+            the tokenizer of a `micro` model.
         tools: Descriptions of tools for the template of a chat.
         metadata: Other data about the response, as strings or numbers by key. A weighting receives this
             mapping in `StepView.metadata`.
@@ -219,8 +221,9 @@ class DataSource(Stateful):
     Attributes:
         oracle_weights: Whether the weights in the data mark known mistakes, which real data cannot do: such
             weights are below 1 on mistakes and 1 elsewhere. If the weighting of a run reads oracle weights,
-            the run gets a tag, because its result is an upper bound. Every run on data with oracle weights
-            measures its own weights and values at the marked mistakes.
+            the run gets the tag `wmtp.oracle`, because its result is an upper bound. A run on data with
+            oracle weights measures the critic's values at the marked mistakes. If the policy learns from
+            incorrect responses, the run also measures the weights of its weighting there.
     """
 
     oracle_weights: bool = False

@@ -41,7 +41,7 @@ def store_dataset(storage: Path, *, name: str, version: str, write: Callable[[Pa
 
     A version never changes. While one process writes a version, other processes that need this version wait.
     The folder gets a manifest with the SHA-256 of each file, and each call verifies every file against the
-    manifest. If `write` raises an exception, no file remains on disk.
+    manifest. If `write` raises an exception, its files are removed.
 
     The command `data show` prints two JSON files of the folder if they exist: `provenance.json`, and
     `statistics.json`. The file `statistics.json` has the key `splits`, with the result of

@@ -29,7 +29,8 @@ def json_lines(path: Path) -> Iterator[tuple[int, object]]:
     a lone surrogate, which `read_records` reports with the line number.
 
     Raises:
-        WmtpError: The file is UTF-16, or contains one JSON value that spans several lines.
+        WmtpError: The file is UTF-16, or it begins with a JSON array or with an object that spans several
+            lines.
     """
     content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):

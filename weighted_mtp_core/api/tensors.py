@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 class Signal(enum.Enum):
     """A quantity known for each token of a batch. A weighting gets the signals that its component `needs`.
 
-    A critic `provides` the signals `VALUE`, `LOG_VALUE` and `REFERENCE_LOSS`, and the data contain `GIVEN`.
-    Core computes all other signals, and computes `LOG_VALUE` if the critic provides only `VALUE`. `StepView`
-    describes the tensor of each signal.
+    `VALUE`, `LOG_VALUE` and `REFERENCE_LOSS` are signals that a critic `provides`; `REWARD` and `GIVEN` come
+    from the data. Core computes all other signals, and also `LOG_VALUE` if the critic provides only `VALUE`.
+    `StepView` describes the tensor of each signal.
     """
 
     REWARD = "reward"
@@ -41,7 +41,7 @@ VALUES = (Signal.VALUE, Signal.LOG_VALUE)
 """Signals that estimate the reward of a response; core measures a critic that provides one of them."""
 
 CRITIC_SIGNALS = (*VALUES, Signal.REFERENCE_LOSS)
-"""Signals that a critic provides."""
+"""All signals that a critic can provide."""
 
 
 @frozen(kw_only=True, eq=False)
@@ -58,8 +58,9 @@ class Batch:
         example_ids: Ids of the examples of the batch, row by row, for use in messages.
         position_BT: int64 index of each token within its document, 0 on padding. None if each row contains
             one document, with positions 0, 1, ...
-        given_BT: float32 weight that the data give each response token, negative only if the recipe allows
-            negative weights; 0 on prompts and padding. None if the data have no weights.
+        given_BT: float32 weight that the data give each response token; 0 on prompts and padding. A weight is
+            negative only if the recipe allows negative weights or the weighting does not need `Signal.GIVEN`.
+            None if the data have no weights.
         problem_BT: int64 hash of the problem's id, which is the same in every batch, split and run; 0 on
             padding. None if the batch was not created by core.
     """

@@ -52,7 +52,7 @@ class MetricPoint:
     """One value of one metric.
 
     Attributes:
-        name: Consists of letters, digits, `_`, `-`, `.`, `/` and spaces.
+        name: Consists of letters, digits, `_`, `-`, `.`, `:`, `/` and spaces.
         value: The value, which must be finite.
         step: Step at which the value was measured.
         time_ms: Time of the measurement, in milliseconds since 1970; core may send the point much later.
@@ -70,7 +70,7 @@ class KeptRun:
 
     Attributes:
         run: Id that the store has given the run.
-        last_step: The last step that the store contains, for each metric.
+        last_step: For each metric, the last step that the store contains.
     """
 
     run: str
@@ -78,7 +78,10 @@ class KeptRun:
 
 
 class Tracker(Stateful):
-    """Sends a run to another system. Core calls the methods of a tracker from one thread at a time.
+    """Sends a run to another system.
+
+    Core calls the methods of a tracker from one thread at a time, except `where`, which core may call while
+    another method is running.
 
     Core writes all data to a journal on disk first. If a method raises an exception, core calls the method
     again later with the same arguments, possibly in another process, so every method must tolerate repeated
@@ -91,7 +94,8 @@ class Tracker(Stateful):
     def start(self, run: RunInfo) -> None:
         """Open the run, or reopen it if the store already contains `run.run_id`.
 
-        Core calls `start` again if the params, tags or data of the run change.
+        Core calls `start` again when the run resumes, when the params or the data of the run change, and when
+        the store has lost the run.
         """
 
     @abstractmethod
@@ -122,15 +126,17 @@ class Tracker(Stateful):
         """Return the address of the store without secrets, or an empty string.
 
         This method must not contact the store, and core may call it before `start`. If the address has
-        changed since the last delivery, core sends the whole run again.
+        changed since the last delivery, core sends everything that the store at the new address has not
+        received.
         """
         return ""
 
     def kept(self) -> KeptRun | None:
         """Return the part of the run that the store contains, or None if the tracker cannot determine it.
 
-        Core calls `kept` after `start`. If the store has another run, or lacks steps that were sent, core
-        sends the whole run again; the tracker must then leave out the points that the store already has.
+        Core calls `kept` after `start` and before it sends metrics or the end of the run. If the store has
+        another run, or lacks steps that were sent, core sends the whole run again; the tracker must then
+        leave out the points that the store already has.
         """
         return None
 

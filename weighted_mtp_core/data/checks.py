@@ -70,7 +70,8 @@ def check_examples(
 
     Args:
         source: The data source.
-        version: Version of the data; if it was checked before, the stored warnings are returned.
+        version: Version of the data. If this version was checked before with the same options and source code
+            of the data source, the stored warnings are returned.
         data: The component of the data source, for messages.
         storage: The storage root.
 

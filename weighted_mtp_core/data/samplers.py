@@ -1,7 +1,7 @@
 """Assigns documents to batches, with one document per row or with several documents packed into each row.
 
-The order of the documents depends only on the seed and the step. So a checkpoint has to save only the step,
-and the order is the same for any number of processes.
+For the same documents and batch size, the batch of a step depends only on the seed and the step. So a
+checkpoint has to save only the step, and the batches are the same for any number of processes.
 
 Shape letters: D documents, U units (documents that stay together), R rows, N batches.
 """
@@ -267,7 +267,7 @@ def pointwise(token_set: TokenSet) -> Rows:
 
 
 def evenly_spread(rows: Rows, *, limit: int) -> Rows:
-    """Return `limit` of the document numbers `rows`, evenly spread, or all of them if `limit` is 0."""
+    """Return at most `limit` of the document numbers `rows`, evenly spread; all of them if `limit` is 0."""
     count = min(limit, len(rows)) if limit else len(rows)
     return rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]
 

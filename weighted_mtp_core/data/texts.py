@@ -55,7 +55,7 @@ class TextCodec:
         tokenizer: The tokenizer.
         eos_id: Id of the EOS token, which ends each response.
         prefix: The ids before each prompt, such as BOS.
-        size: V, the size of the vocabulary; every id is less than V.
+        size: Number of tokens of the tokenizer.
 
     Raises:
         WmtpError: `bos` is `always`, but the tokenizer has no BOS token.
@@ -74,11 +74,11 @@ class TextCodec:
         self._control = control_tokens(tokenizer)
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of prompts, BOS included."""
+        """Return the ids of prompts, including `prefix`."""
         return [[*self.prefix, *ids] for ids in self._encode_start(list(texts))]
 
     def encode_documents(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-        """Return the ids of each prompt, including BOS, and of each response, without EOS."""
+        """Return the ids of each prompt, including `prefix`, and of each response, without EOS."""
         prompts = self.encode_prompts([prompt for prompt, _ in pairs])
         responses = self._encode_rest([response for _, response in pairs])
         first = [i for i, (prompt, _) in enumerate(pairs) if not prompt]

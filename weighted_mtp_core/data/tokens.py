@@ -125,8 +125,9 @@ def tokenise(
         train_on: Whether all turns of the assistant in a chat are learned, or only the last turn.
 
     Raises:
-        WmtpError: No example is short enough, the ids of an example decode to a different text, or the
-            tokenizer does not report which tokens a weighted span contains.
+        WmtpError: No example is short enough, the ids of an example decode to a different text, a chat cannot
+            be rendered, or the tokenizer does not report which characters its tokens cover although the text
+            has weighted spans.
     """
     count = kept = tokens = 0
     dtypes = {"ids": np.int32 if codec.size > 2**16 else np.uint16, **_DTYPES}

@@ -25,6 +25,7 @@ from weighted_mtp_core.model.pretrained import without_report
 from weighted_mtp_core.model.probe import probe_ids
 from weighted_mtp_core.model.shipped_layers import MIMO
 from weighted_mtp_core.recipe.schema import MtpServer
+from weighted_mtp_core.runtime.device import evaluation_mode
 
 TRANSFORMERS_PATTERN = r"^mtp\."
 """Pattern of the tensor names of MTP layers; some model classes of transformers report them as unexpected."""
@@ -102,15 +103,13 @@ def _gap(policy: Policy, folder: Path) -> float:
     model._keys_to_ignore_on_load_unexpected = [TRANSFORMERS_PATTERN]  # noqa: SLF001 - there is no other way
     layers: Any = MtpModel.from_pretrained(model).eval()
     ids_BT = probe_ids(policy.config, rows=1)
-    was_training = policy.training
-    policy.eval()
-    hidden_BTH = policy.trunk_states(ids_BT)
     states_BTH = model(input_ids=ids_BT, output_hidden_states=True).hidden_states[-1]
     drafts = policy.n_future - 1
     count = ids_BT.shape[1] - drafts
     states_BTH, cache, gap = states_BTH[:, :count], MtpCache(config=model.config.get_mtp_config()), 0.0
-    expected = policy.each_head_states(hidden_BTH, ids_BT=ids_BT, position_BT=None)
-    next(expected)
+    with evaluation_mode(policy):
+        hidden_BTH = policy.trunk_states(ids_BT)
+        _, *expected = policy.each_head_states(hidden_BTH, ids_BT=ids_BT, position_BT=None)
     for depth, expected_BTH in enumerate(expected):
         place_T = torch.arange(depth + 1, depth + 1 + count)
         states_BTH = layers.forward_layer(
@@ -119,7 +118,6 @@ def _gap(policy: Policy, folder: Path) -> float:
         own_BTV = policy.unembedding(expected_BTH[:, :count]).float()
         its_BTV = layers._project_to_logits(states_BTH).float()  # noqa: SLF001 - as in its own loop
         gap = max(gap, float((own_BTV - its_BTV).abs().max() / own_BTV.abs().max().clamp(min=1e-9)))
-    policy.train(was_training)
     return gap
 
 

@@ -14,6 +14,7 @@ import attrs
 from attrs import define, field, frozen
 
 from weighted_mtp_core.api import BuildContext, RunFailedError, Signal, WeightingChoice, WmtpError
+from weighted_mtp_core.api.components import not_chosen
 from weighted_mtp_core.messages import nearest, quoted, reason, suggest
 from weighted_mtp_core.plugins.discovery import FoundPlugin
 from weighted_mtp_core.plugins.loading import AnyComponent, Kind, LoadedPlugin, PluginRegistry, not_installed
@@ -84,8 +85,10 @@ class SelectedComponent:
         """
 
         def build_wrapped(choice: WeightingChoice) -> Any:
-            path = next(path for path, own in weighting_choices(self.options) if own == choice)
-            return self.wrapped[path].build(context)
+            for path, own in weighting_choices(self.options):
+                if own == choice:
+                    return self.wrapped[path].build(context)
+            raise not_chosen(choice)
 
         with _named(f"{self.plugin} could not build `{self.address}`"):
             return self.component.build(self.options, attrs.evolve(context, weightings=build_wrapped))

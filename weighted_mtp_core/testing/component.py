@@ -93,7 +93,7 @@ class ComponentSuite:
     """Checks how a component is declared and built, and the class of its options.
 
     Attributes:
-        address: `<plugin>.<component>` of an installed plugin.
+        address: Address of the component, `<plugin>.<component>`; the plugin must be installed.
         kind: The kind of the component, which the suite of each kind sets.
     """
 

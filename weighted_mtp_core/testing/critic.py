@@ -101,7 +101,7 @@ class CriticSuite(checks.ComponentSuite):
         assert set(_score(critic, PACKED.batch())) == {_FIELDS[signal] for signal in component.provides}
 
     def test_scores_are_one_finite_float32_a_token(self, critic: Critic) -> None:
-        """Each token must get one finite float32 score, also in prompts and padding."""
+        """Each token must get one finite float32 score, even in prompts and padding."""
         batch = PACKED.batch()
         for name, tensor in _score(critic, batch).items():
             assert tensor.shape == batch.ids_BT.shape, name

@@ -38,7 +38,7 @@ print(hashlib.sha256(repr(examples).encode()).hexdigest())
 class DataSourceSuite(ComponentSuite):
     """Checks the examples, splits and version of a data source, and its verdicts if it judges completions.
 
-    Override the fixture `changed_options` to check also that the version changes when the data change.
+    Override the fixture `changed_options` to also check that the version changes when the data change.
     """
 
     kind: ClassVar[Kind] = Kind.DATA

@@ -86,9 +86,10 @@ class Layout:
         ids_BT = self._lay("ids_BT")
         if self.filler is not None:
             ids_BT = torch.randint(2, VOCAB_SIZE, ids_BT.shape, generator=_seeded(self.filler))
-        document_BT = torch.full_like(ids_BT, -1)
-        for b, n, position, _ in self._positions():
+        document_BT, position_BT = torch.full_like(ids_BT, -1), torch.zeros_like(ids_BT)
+        for b, n, position, document in self._positions():
             document_BT[b, position] = n
+            position_BT[b, position] = torch.arange(len(document["ids_BT"]))
         return Batch(
             ids_BT=self._lay("ids_BT", ids_BT),
             document_BT=document_BT,
@@ -96,6 +97,7 @@ class Layout:
             reward_BT=self._lay("reward_BT"),
             group_BT=self._lay("group_BT", torch.full_like(ids_BT, -1)),
             example_ids=tuple(f"row {b}" for b in range(len(self.rows))),
+            position_BT=position_BT if any(len(row) > 1 for row in self.rows) else None,
             given_BT=self._lay("given_BT"),
             problem_BT=self._lay("problem_BT"),
         )

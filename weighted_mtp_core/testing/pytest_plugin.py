@@ -35,7 +35,10 @@ TINY: Mapping[str, Any] = {
     "evaluate": {"problems": 1, "max_new_tokens": 4},
     "tracker": [],
 }
-"""The recipe that every run of the fixture `wmtp_tiny_run` extends; the fixture also writes `tiny.jsonl`."""
+"""The recipe that the runs of the fixture `wmtp_tiny_run` extend; the fixture also writes `tiny.jsonl`.
+
+If the recipe of a run names a data source, the table `data` of `TINY` is left out.
+"""
 
 
 @frozen(kw_only=True)

@@ -25,9 +25,9 @@ def point(name: str, value: float, *, step: int = 1) -> MetricPoint:
 
 
 class TrackerSuite(ComponentSuite):
-    """Checks that a tracker tolerates repeated calls, any order of calls and unusual values.
+    """Checks that a tracker tolerates repeated calls, calls after the end of a run, and unusual values.
 
-    Override the fixture `read_back` to check also that the store contains everything that was sent.
+    Override the fixture `read_back` to also check that the store contains the metrics that were sent.
     """
 
     kind: ClassVar[Kind] = Kind.TRACKER
@@ -77,7 +77,7 @@ class TrackerSuite(ComponentSuite):
         started.finish(RunOutcome.FINISHED, time_ms=1_700_000_060_000)
 
     def test_starting_again_reopens_the_run(self, started: Tracker, run: RunInfo) -> None:
-        """Core calls `start` again if tags or data of a run change, and after every resume."""
+        """Core calls `start` again if params or data of a run change, and after every resume."""
         started.start(attrs.evolve(run, tags={**run.tags, "model_version": "micro-1"}))
         started.log_metrics([point("loss", 1.0)])
         started.finish(RunOutcome.FINISHED)
@@ -124,7 +124,7 @@ class TrackerSuite(ComponentSuite):
 
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
     def test_a_value_that_is_not_finite_breaks_nothing(self, started: Tracker, value: float) -> None:
-        """If one value is not finite, for example a diverged loss, all other metrics must still be stored."""
+        """Core sends only finite values, but a value that is not finite must not make a call fail."""
         started.log_metrics([point("loss", value), point("accuracy", 0.5)])
         started.finish(RunOutcome.FAILED)
 
@@ -143,10 +143,10 @@ class TrackerSuite(ComponentSuite):
     def test_what_was_sent_is_stored_under_its_name(
         self, started: Tracker, run: RunInfo, read_back: Callable[[RunInfo], Stored] | None
     ) -> None:
-        """Names of metrics may contain letters, digits, `_`, `-`, `.`, `/` and spaces."""
+        """Names of metrics may contain letters, digits, `_`, `-`, `.`, `:`, `/` and spaces."""
         if read_back is None:
             pytest.skip("override the fixture `read_back` to run this check")
-        sent = {"value_loss": 0.25, "head.1/ce": 1.5, "a b-c": -3.0}
+        sent = {"value_loss": 0.25, "head.1/ce": 1.5, "a b-c:d": -3.0}
         started.log_metrics([point(name, value, step=7) for name, value in sent.items()])
         started.finish(RunOutcome.FINISHED)
 

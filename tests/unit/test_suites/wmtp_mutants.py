@@ -475,6 +475,16 @@ class SoundReader(SoundCritic):
         return super().logit(batch, None) + hidden_BTH.detach().mean(dim=-1)
 
 
+class SoundReaderOfPositions(SoundCritic):
+    """Values fall with the position in the document, which a batch contains only if rows are packed."""
+
+    def logit(self, batch: Any, hidden_BTH: Any) -> Any:
+        position_BT = batch.position_BT
+        if position_BT is None:
+            position_BT = self.torch.arange(batch.ids_BT.shape[1]).expand_as(batch.ids_BT)
+        return super().logit(batch, hidden_BTH) - 0.1 * position_BT
+
+
 class SoundReference(Critic):
     """Is never trained; every token costs what its id says."""
 
