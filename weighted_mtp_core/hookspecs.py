@@ -25,10 +25,9 @@ hookspec = pluggy.HookspecMarker("weighted_mtp_core")
 def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
     """Declare weightings, which compute the weights of a batch's target tokens from the batch's signals.
 
-    Called once each time core loads the plugin. The weighting that
-    `[weighting] use` selects is built after the policy. In stage 2, the training of the policy, core calls
-    the weighting's method `weigh` once per step, without gradients and with the signals that the component
-    `needs`.
+    Called once each time core loads the plugin. The weighting that `[weighting] use` selects is built after
+    the policy. In stage 2, the training of the policy, core calls the weighting's method `weigh` once per
+    step, without gradients and with the signals that the component `needs`.
 
     Example:
         from attrs import field, frozen
@@ -62,11 +61,10 @@ def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
 def wmtp_critics() -> Iterable[Component[Any, Critic]]:
     """Declare critics, such as value heads and reference models, which score every token of a batch.
 
-    Called once each time core loads the plugin. The critic that
-    `[critic] use` selects is built after the policy. If the critic is `trainable` and the recipe names no
-    trained critic in `[critic] checkpoint`, the critic is trained before the policy. While the policy is
-    trained, core calls the critic's method `score` if the weighting needs a signal that the critic
-    `provides`.
+    Called once each time core loads the plugin. The critic that `[critic] use` selects is built after the
+    policy. If the critic is `trainable` and the recipe names no trained critic in `[critic] checkpoint`, the
+    critic is trained before the policy. While the policy is trained, core calls the critic's method `score`
+    if the weighting needs a signal that the critic `provides`.
 
     Example:
         from attrs import frozen
@@ -100,9 +98,9 @@ def wmtp_critics() -> Iterable[Component[Any, Critic]]:
 def wmtp_data_sources() -> Iterable[Component[Any, DataSource]]:
     """Declare data sources, which supply labelled responses for training and problems for evaluation.
 
-    Called once each time core loads the plugin. The data source that
-    `[data] use` selects is built before the model. Core may read the examples of a split several times, and
-    records the version of the data with the run.
+    Called once each time core loads the plugin. The data source that `[data] use` selects is built before the
+    model. Core may read the examples of a split several times, and records the version of the data with the
+    run.
 
     Example:
         import hashlib
@@ -146,10 +144,10 @@ def wmtp_data_sources() -> Iterable[Component[Any, DataSource]]:
 def wmtp_trackers() -> Iterable[Component[Any, Tracker]]:
     """Declare trackers, which send the metrics, tags and files of a run to other systems.
 
-    Called once each time core loads the plugin. Each tracker that a
-    recipe selects in `[[tracker]]` is built before training. Core calls `start` before training, and all
-    other methods that send data in a background thread. If a method raises an exception, core calls the
-    method again later with the same arguments, unless the exception is a `WmtpError`.
+    Called once each time core loads the plugin. Each tracker that a recipe selects in `[[tracker]]` is built
+    before training. Core calls `start` before training, and all other methods that send data in a background
+    thread. If a method raises an exception, core calls the method again later with the same arguments, unless
+    the exception is a `WmtpError`.
 
     Example:
         import json
