@@ -1,7 +1,8 @@
 """A grammar of small Python functions; each is a chain of steps, described in words and written in code.
 
-The docstring of a function describes its steps in order; the body has one line per step. Held-out functions
-are new chains of known steps, so a model cannot solve them by recalling functions of the training data.
+The docstring of a function describes its steps in order; the body has one line per step and may have a
+further line that only returns the result. Held-out functions are new chains of known steps, so a model cannot
+solve them by recalling functions of the training data.
 """
 
 from __future__ import annotations
