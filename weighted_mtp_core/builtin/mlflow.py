@@ -48,7 +48,7 @@ class MlflowOptions:
             are inside the store.
         keep_local: If false, `checkpoints/best_model.pt` is deleted from the run folder as soon as a remote
             artifact store has an identical copy.
-        enabled: If false, the tracker sends nothing, and the run is recorded only in its run folder.
+        enabled: If false, the tracker sends nothing; the run folder still contains all data of the run.
     """
 
     tracking_uri: str | None = field(default=None, validator=_is_uri)

@@ -116,7 +116,8 @@ class Runner:
         Raises:
             WmtpError: A worker cannot execute runs of this comparison.
             RunFailedError: The connection to the scheduler was lost.
-            KeyboardInterrupt: SIGINT or SIGTERM was received; jobs that had begun stop with a checkpoint.
+            KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP was received; jobs that had begun stop with a
+                checkpoint.
         """
         waiting = []
         for job in jobs:

@@ -29,7 +29,7 @@ def check_path_name(text: str, *, what: str) -> str:
 
 
 def check_metric_name(name: str) -> str:
-    """Return `name` if every tracker accepts it as the name of a metric.
+    """Return `name` if it is a valid name for a metric, which every tracker must accept.
 
     Raises:
         WmtpError: The name is empty or too long, or contains a character that MLflow refuses.

@@ -1,4 +1,4 @@
-"""The tracker of a run that is recorded only in its run folder."""
+"""A tracker that sends nothing, so that a run is recorded in its run folder."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def wmtp_data_sources() -> Iterable[Component[Any, DataSource]]:
     )
     yield Component(
         name="jsonl",
-        summary="Your own examples, as core.jsonl reads them; rows with tests are judged by running them.",
+        summary="Your own examples, as core.jsonl reads them; tests in rows judge the policy's completions.",
         options=JudgedJsonlOptions,
         build=build_jsonl,
         examine=examine_sandbox,

@@ -45,8 +45,8 @@ class TdErrorOptions:
         gamma: Discount per token.
         lam: Decay λ of GAE. With 0, the advantage compares the critic's values after and before the token;
             with 1, it compares the reward and the value before the token. In a response of about
-            1 / (1 - lam) tokens or fewer, most of each advantage is the reward, which is the same for all
-            tokens of the response. Weights then differ more between responses than between tokens.
+            1 / (1 - lam) tokens or fewer, most of the average advantage is the reward, which is the same for
+            all tokens of the response. Weights then differ more between responses than between tokens.
         beta: Temperature; a smaller temperature spreads the weights further apart.
         clip: Limits [low, high] to which the weight exp(A / beta) is clipped; A is the whitened advantage.
         whiten: Whether advantages are whitened to mean 0 and standard deviation 1: with the statistics of the

@@ -73,7 +73,7 @@ def outcome(batch: Batch) -> Tensor:
 
 
 def trained_prefixes(batch: Batch) -> Tensor:
-    """Return the mask of tokens whose values are trained: response tokens and the last prompt token."""
+    """Return the mask of tokens whose values are trained: response tokens and tokens directly before one."""
     document_BT, response_BT = batch.document_BT, batch.response_BT
     before_BT = torch.zeros_like(response_BT)
     before_BT[:, :-1] = response_BT[:, 1:] & (document_BT[:, 1:] == document_BT[:, :-1])
