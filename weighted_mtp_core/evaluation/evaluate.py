@@ -28,7 +28,7 @@ from weighted_mtp_core.training.head_quality import head_quality
 from weighted_mtp_core.training.prepare import Prepared
 
 _CONTINUED = 32  # number of documents whose prompts are continued; each gives dozens of verifying passes
-_TIMED_PROBLEMS = 8  # few are enough, because the result is a ratio of speeds, not a benchmark
+_TIMED_PROBLEMS = 8  # few are enough, because two speeds are compared only with each other
 
 
 @frozen(kw_only=True)

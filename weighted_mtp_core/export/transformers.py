@@ -1,8 +1,9 @@
 """Write a trained policy as a transformers directory.
 
 Head 1 becomes an ordinary language model, which plain transformers loads without this package. Heads 2..K are
-written to a folder of their own. `model.exported_model` reads all heads back. `manifest.json` contains the
-SHA-256 of every file.
+written to a folder of their own, unless they came with the base model as layers for multi-token prediction;
+such layers keep their names in the model's own files. `model.exported_model` reads all heads back.
+`manifest.json` contains the SHA-256 of every file.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Manner:
 
 
 def manner_of(policy: Policy, *, also_of: Policy | None = None) -> Manner:
-    """Return how a policy can be decoded; the result is computed once, as it does not depend on the weights.
+    """Return how a policy can be decoded; the result does not depend on weights and is computed once.
 
     Args:
         policy: The policy.

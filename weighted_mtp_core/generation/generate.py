@@ -39,7 +39,8 @@ class Generations:
         finished: Whether each text ended with EOS instead of at the limit.
         emitted: Number of new tokens of all prompts, including EOS.
         passes: Number of forward passes, summed over rows, including the pass over each prompt.
-        verified: Number of passes that verified drafts, that is, all passes except the passes over prompts.
+        verified: Number of passes except the passes over prompts; if heads draft, each of these passes
+            verifies drafts.
         accepted: For the first, second, ... draft of a pass, the number of passes that accepted this draft;
             drafts after the end of the text do not count.
         seconds: Wall-clock time.
@@ -141,8 +142,9 @@ def generate(
         temperature: Sampling temperature; 0 is greedy decoding.
         seed: Seed of the samples, which depend only on the seed and the prompt's stream, not on the batch.
         streams: Names of the prompts' random streams; by default the index of each prompt.
-        decoding: `plain`, or `self_speculative` with drafts of heads 2..K. If a text may become longer than a
-            sliding window, nothing is drafted, because rejected drafts would take slots of the window.
+        decoding: `plain`, or `self_speculative` with drafts of heads 2..K. Nothing is drafted, and a warning
+            is logged, if heads of this policy cannot draft (see `Manner`), or if a text and its rejected
+            drafts may not fit into a sliding window, because rejected drafts take slots of the window.
         batch_size: Number of prompts that are decoded together; prompts of similar length are grouped.
         on_done: Called with the number of finished prompts.
         autocast: Returns the autocast context of a forward pass.

@@ -23,7 +23,7 @@ from weighted_mtp_core.runtime.device import product_dtype
 def stack(layers: Sequence[nn.Module]) -> nn.Module | None:
     """Return a layer that computes states `[L R, T, H]`, or None if the layers cannot be stacked.
 
-    Parameters of linear modules are copied, so later updates do not affect the result. Layers with sharded
+    Parameters may be copied, so they must not change while the result is in use. Layers with sharded
     parameters (FSDP2) cannot be stacked, because their parameters are complete only while the layer itself is
     called. Layers with lists of modules, such as experts, cannot be stacked either: each expert gets the rows
     that are routed to it, so groups would differ in size. Layers with adapters cannot be stacked, because

@@ -41,7 +41,7 @@ _GROUPS = (
     _Group(title="Critic's loss", note="on training batches", members={"value_loss": "loss"}),
     _Group(
         title="Critic's AUC on held-out responses",
-        note="with its 95 % interval; a constant has 0.5",
+        note="with the 95 % interval; a constant has 0.5",
         members={
             "critic_auc_high": "high",
             "critic_auc": "AUC",
@@ -50,19 +50,21 @@ _GROUPS = (
             "critic_constant_auc": "constant",
         },
     ),
-    _baselines("bce", "Critic's cross-entropy on held-out responses", "it should stay below the others"),
+    _baselines("bce", "Critic's cross-entropy on held-out responses", "it should stay below both baselines"),
     _baselines("pairwise_accuracy", "Correct above incorrect, within a problem", "share of held-out pairs"),
     _baselines("brier", "Critic's Brier score", "mean squared difference between value and reward"),
     _baselines("ece", "Critic's calibration error", "mean distance between value and reward, 15 bins"),
     _baselines("margin", "Critic's margin", "mean value of correct minus incorrect responses"),
-    _baselines("td_spikiness", "Spikiness of TD errors", "largest over mean absolute value in a response"),
+    _baselines("td_spikiness", "Spikiness of TD errors", "largest / mean absolute value in a response"),
     _baselines("position_correlation", "Value and position", "rank correlation within a response"),
     _Group(
         title="Critic's AUC before the end of a response",
         note="on held-out responses, with the values after a share of the tokens",
         members={"critic_auc": "100 %", "critic_auc_half": "50 %", "critic_auc_quarter": "25 %"},
     ),
-    _baselines("falls_at_slip", "Largest fall of the value at a known mistake", "the constant is chance"),
+    _baselines(
+        "falls_at_slip", "Largest fall of the value at a known mistake", "a constant is at chance level"
+    ),
     _baselines("length_correlation", "Value and length", "rank correlation over responses"),
     _Group(
         title="How even the weights are",
@@ -81,12 +83,12 @@ _GROUPS = (
     ),
     _Group(
         title="Variance of the weights between responses",
-        note="its share: 1 means one weight per response",
+        note="share of the variance; 1: all tokens of a response weigh the same",
         members={"weight_between_responses": "share"},
     ),
     _Group(
         title="Weights around known mistakes",
-        note="mean weight in incorrect responses, relative to the first mistake",
+        note="mean weight in incorrect responses: before the first mistake, at mistakes, elsewhere",
         members={f"weight_{name}": name.removesuffix("_slip") for name in PLACES},
     ),
     _Group(title="Mean TD error", note="0: outcomes are as expected", members={"td_error_mean": "TD error"}),
@@ -96,11 +98,11 @@ _HEADS = {
     "train_ce": ("Training loss of each head", "unweighted cross-entropy, nats per target"),
     "validation_accuracy": (
         "Held-out accuracy of each head",
-        "share of targets that are the top guess",
+        "share of targets that are the most likely token",
     ),
     "validation_acceptance": (
         "Held-out drafts that head 1 confirms",
-        "share of the top guesses that are also head 1's",
+        "share of most likely tokens that head 1 confirms",
     ),
 }
 _FIRST = (

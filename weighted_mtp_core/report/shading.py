@@ -102,8 +102,8 @@ def _scales(tokens: Sequence[Token]) -> Iterator[Scale]:
         )
     moves = sorted(abs(token.change) for token in tokens if token.change is not None)
     if moves:
-        # 10 % of the tokens have full shade. Otherwise the last token of a response, where the reward becomes
-        # known, would hide the other TD errors with its far larger TD error.
+        # About 10 % of the tokens have full shade. Otherwise the last token of a response, where the reward
+        # becomes known, would hide the other TD errors with its far larger TD error.
         top = moves[int(0.9 * (len(moves) - 1))] or moves[-1] or 1.0
         yield Scale(
             key="change",

@@ -93,9 +93,9 @@ def _weigh(learner: PolicyLearner, batch: Batch) -> tuple[Sequence[Tensor | None
 
 
 def choose_problems(tokens: TokenSet, *, at_most: int) -> list[tuple[int, ...]]:
-    """Return for each problem the numbers of its first correct and its first incorrect response.
+    """Return, for at most `at_most` problems, the numbers of the first correct and first incorrect response.
 
-    Problems that have both a correct and an incorrect response come first.
+    A problem may lack one of the two; problems that have both come first.
     """
     correct_D = is_correct(tokens.reward_D)
     firsts: dict[int, list[int]] = {}
