@@ -17,8 +17,8 @@ _COLUMNS = {
 }
 _EXPLANATION = (
     "Stage 2, medians over the seeds. The matrix rate is the rate of a large matrix product, measured before "
-    "the stage; the peak memory is that of the largest process. Runs that execute at once slow each other "
-    "down."
+    "the stage. The peak memory is that of the largest process: on the host since the process started, on "
+    "the device in stage 2. Runs that execute at once slow each other down."
 )
 
 
