@@ -42,7 +42,7 @@ _PATTERNS = (
 def secrets() -> list[str]:
     """Return the secrets in the environment, longest first.
 
-    A secret is also returned as it is quoted in URLs and in Python, and MLflow's login in base64.
+    The result also contains each secret as it is quoted in URLs and in Python, and MLflow's login in base64.
     """
     found = {value for name in SECRET_VARIABLES if len(value := os.environ.get(name, "")) >= _SHORTEST}
     user = os.environ.get("MLFLOW_TRACKING_USERNAME", "")

@@ -110,7 +110,7 @@ def refuse_unequal(
     """Refuse two arms, or two runs of one arm, given as (name, params), that differ in `tables`.
 
     Raises:
-        WmtpError: They differ in keys that are not allowed; the message lists these keys.
+        WmtpError: The params differ in keys that are not allowed; the message lists these keys.
     """
     (first_name, was), (other_name, now) = first, other
     faults = [

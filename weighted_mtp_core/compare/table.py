@@ -134,7 +134,7 @@ class Comparison:
         return "\n".join(parts) + "\n"
 
     def json(self) -> str:
-        """Return the comparison as JSON, including the values of each seed; unknown values are null."""
+        """Return the comparison as JSON, with each seed's values; numbers that are not finite are null."""
         table = asdict(self, value_serializer=lambda _, __, value: _plain(value))
         return json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 

@@ -119,7 +119,7 @@ class ComponentSelector:
     """Selects components by address and collects the errors in their options.
 
     Attributes:
-        registry: Loads the plugins that addresses name.
+        registry: Loads the plugins that are named in addresses.
         document: The recipe, used to add file and line of a key to an error; None if there is no recipe.
         faults: The errors found so far in the options of all components.
     """
@@ -134,7 +134,7 @@ class ComponentSelector:
         """Return the component that `use` names; errors in its options are added to `faults`, not raised.
 
         Args:
-            kind: Kind of the component, which is also the table of the recipe that contains `use`.
+            kind: Kind of the component.
             use: Address of the component: `<plugin>.<component>`, or `<plugin>` if the plugin has only one
                 component of this kind.
             options: The table `options` next to `use` in the recipe.

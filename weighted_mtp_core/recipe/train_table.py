@@ -18,7 +18,7 @@ class OptimiserTable:
     """`[train.optimiser]` and `[critic.train.optimiser]`: how gradients change the parameters.
 
     `adamw_8bit` is AdamW with 8-bit moments. `muon` trains the matrices of hidden layers with Muon and all
-    other parameters with AdamW. `betas` and `epsilon` are options of AdamW in all three.
+    other parameters with AdamW. `betas` and `epsilon` are options of AdamW, whatever `name` is.
     """
 
     name: OptimiserName = "adamw"

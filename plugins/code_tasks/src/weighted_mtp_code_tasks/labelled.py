@@ -55,7 +55,7 @@ class LabelledSource(DataSource):
         storage: Root folder of the storage.
         judge: Judges responses and completions.
         executor: If given, it judges the responses; otherwise, they are judged on the cores of this machine.
-        incorrect_fraction: Share of incorrect responses among the examples that the policy imitates.
+        incorrect_fraction: Share of incorrect responses among the training examples of the policy.
         tolerated_failures: Largest share of problems that may have no solution that passes the tests; such
             problems are left out.
     """

@@ -6,9 +6,9 @@ a policy that imitates only the successful responses of p predicts token x after
     p(x | s, success) = p(x | s) V(s, x) / V(s).
 
 So if token t has the weight V_t / V_{t-1}, the policy p(x | s, success) has the smallest weighted
-cross-entropy, whatever the mix of right and wrong responses in the data. A loss over right responses only has
-the same minimum. However, that loss weighs each token by the outcome of the whole response, which varies more
-than the ratio.
+cross-entropy, whatever the mix of right and wrong responses in the data. A loss over only the right responses
+has the same minimum. However, that loss weighs each token by the outcome of the whole response, which varies
+more than the ratio.
 
 Shape letters: B batch rows, T positions, K heads, V vocabulary.
 """

@@ -27,7 +27,7 @@ class CodeContestsOptions:
         cases: Maximum number of tests per problem: first public tests, then private, then generated tests.
         solutions: Maximum number of programs per problem that are correct according to the files.
         incorrect: Maximum number of programs per problem that are incorrect according to the files.
-        incorrect_fraction: Share of incorrect responses among the examples that the policy imitates.
+        incorrect_fraction: Share of incorrect responses among the training examples of the policy.
         sandbox: Method of confinement and limits for running the programs.
     """
 

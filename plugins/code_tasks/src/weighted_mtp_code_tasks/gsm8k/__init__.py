@@ -27,7 +27,7 @@ class Gsm8kOptions:
         path: A single file whose questions are divided among the splits.
         validation_share: Share of the questions of `train`, or of `path`, in the split `validation`.
         test_share: Share of the questions of `path` in the split `test`.
-        incorrect_fraction: Share of incorrect responses among the examples that the policy imitates.
+        incorrect_fraction: Share of incorrect responses among the training examples of the policy.
     """
 
     train: str | None = None

@@ -21,7 +21,7 @@ class HumanEvalOptions:
 
     Attributes:
         mutants: Maximum number of broken variants of each canonical solution.
-        incorrect_fraction: Share of incorrect responses among the examples that the policy imitates.
+        incorrect_fraction: Share of incorrect responses among the training examples of the policy.
         seed: Seed of the random changes that break solutions.
         sandbox: Method of confinement and limits for running the programs.
     """

@@ -23,7 +23,7 @@ class MbppOptions:
         samples: File of programs that models wrote, as JSON lines with `task_id` and `program`. These
             programs are judged like all others.
         mutants: Maximum number of broken variants of each solution.
-        incorrect_fraction: Share of incorrect responses among the examples that the policy imitates.
+        incorrect_fraction: Share of incorrect responses among the training examples of the policy.
         seed: Seed of the random changes that break solutions.
         sandbox: Method of confinement and limits for running the programs.
     """

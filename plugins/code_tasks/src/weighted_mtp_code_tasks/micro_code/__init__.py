@@ -24,7 +24,7 @@ class MicroCodeOptions:
         level: Number of steps of each function.
         solutions: Maximum number of different correct bodies per function.
         mutants: Maximum number of broken variants of each correct body.
-        incorrect_fraction: Share of incorrect responses among the examples that the policy imitates.
+        incorrect_fraction: Share of incorrect responses among the training examples of the policy.
         seed: Seed of the problems and responses. It is separate from `run.seed`, so that runs with different
             seeds use the same data.
         sandbox: Method of confinement and limits for running the programs.
