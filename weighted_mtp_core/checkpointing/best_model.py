@@ -45,7 +45,7 @@ def save_model(model: nn.Module, path: Path, *, distributed: Distributed = SINGL
 
 
 def load_model(model: nn.Module, path: Path) -> None:
-    """Load a file that `save_model` wrote into the model.
+    """Load into the model the tensors of a file that `save_model` has written.
 
     Raises:
         WmtpError: The file is missing, contains something other than tensors, or belongs to another model.

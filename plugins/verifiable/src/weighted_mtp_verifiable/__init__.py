@@ -53,8 +53,8 @@ class TdErrorOptions:
             batch, with moving statistics, or not at all.
         ema_decay: Weight of the old moving statistics in each training step, for `whiten = "ema"`.
         sign: `"advantage"` uses the whitened advantage A. `"reward"` uses max(A, 0) in a correct response, so
-            that no token of the response weighs less than 1, and min(A, 0) in an incorrect response, so that
-            no token of the response weighs more than 1.
+            that the weights of its tokens are at least 1 before clipping, and min(A, 0) in an incorrect
+            response, so that the weights of its tokens are at most 1 before clipping.
         positives_only: Whether incorrect responses get weight 0; the statistics of whitening still include
             these responses.
         per_response: Whether the clipped weights of each response are scaled to mean 1, so that weights

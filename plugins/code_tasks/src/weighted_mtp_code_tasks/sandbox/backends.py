@@ -165,7 +165,7 @@ def python_command(module: str, *arguments: str) -> list[str]:
 
 
 def environment(scratch: str) -> dict[str, str]:
-    """Return all environment variables of a worker and its programs.
+    """Return the environment variables of a worker and its programs, to which bwrap adds only PWD.
 
     The hash seed is fixed, so that verdicts do not depend on the order of sets. All threads share one arena
     of malloc, because an arena for each thread would take 64 MiB of address space per thread.
