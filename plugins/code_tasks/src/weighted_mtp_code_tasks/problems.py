@@ -31,8 +31,9 @@ class ProblemsOptions:
     """`[data.options]` of `code_tasks.problems`.
 
     Attributes:
-        path: File of JSON lines, which may be gzipped (`.gz`). The keys of a line are `task_id`, `prompt`,
-            `entry_point`, `test` (code that defines `check(candidate)`) and optionally `canonical_solution`.
+        path: File of JSON lines, which may be gzipped (`.gz`), or `.parquet` file. The keys of a record are
+            `task_id`, `prompt`, `entry_point`, `test` (code that defines `check(candidate)`) and optionally
+            `canonical_solution`.
         sandbox: Method of confinement and limits for running the programs.
     """
 

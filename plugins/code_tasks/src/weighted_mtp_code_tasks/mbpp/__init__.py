@@ -20,8 +20,8 @@ class MbppOptions:
 
     Attributes:
         path: The public `mbpp.jsonl`. Without this option, the data are downloaded from the hub.
-        samples: File of programs that models wrote, as JSON lines with `task_id` and `program`. These
-            programs are judged like all others.
+        samples: File of programs that models wrote: JSON lines, or a `.parquet` file, with the keys `task_id`
+            and `program`. These programs are judged like all others.
         mutants: Maximum number of broken variants of each solution.
         incorrect_fraction: Share of incorrect responses among the training examples of the policy.
         seed: Seed of the random changes that break solutions.
