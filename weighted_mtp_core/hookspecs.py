@@ -146,8 +146,8 @@ def wmtp_trackers() -> Iterable[Component[Any, Tracker]]:
 
     Called once each time core loads the plugin. Each tracker that a recipe selects in `[[tracker]]` is built
     before training. Core calls `start` before training, and all other methods that send data in a background
-    thread. If a method raises an exception, core calls the method again later with the same arguments, unless
-    the exception is a `WmtpError`.
+    thread. If a method raises an exception, core sends the same data again later, possibly together with
+    newer data, unless the exception is a `WmtpError`.
 
     Example:
         import json

@@ -110,11 +110,12 @@ class ModelContext:
 
 @frozen(kw_only=True)
 class WeightingChoice:
-    """The type of an option that selects another weighting; its keys are those of the table `[weighting]`.
+    """The type of an option that selects another weighting, with the keys of the table `[weighting]`.
 
     The type of an option may also be a tuple of `WeightingChoice`. Before anything is built, core loads the
-    plugin of each chosen weighting, checks the options of the chosen weighting, and adds its `needs` to the
-    `needs` of the component. The component builds the chosen weighting with `BuildContext.build_weighting`.
+    plugin of each chosen weighting, checks the options of the weighting, and adds the `needs` of the
+    weighting to the `needs` of the component. The component builds the chosen weighting with
+    `BuildContext.build_weighting`.
 
     Attributes:
         use: Address of the chosen weighting: `<plugin>.<component>`, or `<plugin>` if the plugin has only one
@@ -233,7 +234,10 @@ class Stateful(ABC):  # noqa: B024 - both methods have a default: most component
     """A component with state that checkpoints save. By default, a component has no state."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as tensors and plain values, from which `load_state_dict` restores it exactly."""
+        """Return the state, from which `load_state_dict` restores the component exactly.
+
+        Each entry is a tensor or a value that JSON can store.
+        """
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -295,7 +299,7 @@ class Critic(Stateful):
         """Return the scores of a batch, without gradient.
 
         Args:
-            batch: Some rows of the global batch, on the policy's device.
+            batch: Some rows of a batch, on the policy's device.
             hidden_BTH: float32 hidden states of the policy's trunk, detached; None unless `reads_policy`.
         """
 

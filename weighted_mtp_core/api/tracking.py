@@ -83,11 +83,11 @@ class Tracker(Stateful):
     Core calls the methods of a tracker from one thread at a time, except `where`, which core may call while
     another method is running.
 
-    Core writes all data to a journal on disk first. If a method raises an exception, core calls the method
-    again later with the same arguments, possibly in another process, so every method must tolerate repeated
-    calls. Raise a `WmtpError` if a later call would fail too: before training, this error stops the run;
-    during training, core skips the data and logs a warning. A tracker that groups runs by experiment should
-    have the option `experiment_prefix`.
+    Core writes all data to a journal on disk first. If a method raises an exception, core sends the same data
+    again later, possibly together with newer data or in another process, so every method must tolerate data
+    that it has received before. Raise a `WmtpError` if a later call would fail too: before training, this
+    error stops the run; during training, core skips the data and logs a message. A tracker that groups runs
+    by experiment should have the option `experiment_prefix`.
     """
 
     @abstractmethod

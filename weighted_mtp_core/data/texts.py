@@ -285,7 +285,10 @@ class _Backend:
 
 @frozen
 class _WithBlank:
-    """Adds a blank, which the decoder drops, also before texts that begin with a blank, unlike Metaspace."""
+    """Adds a blank, which the decoder drops, before every text.
+
+    `start` alone adds no blank before a text that begins with a blank, like the pre-tokenizer Metaspace.
+    """
 
     start: _Encoder
     rest: _Encoder

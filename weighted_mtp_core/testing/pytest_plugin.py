@@ -47,7 +47,7 @@ class TinyRun:
 
     Attributes:
         folder: The run folder.
-        metrics: The last value of each metric.
+        metrics: The last value of each metric; timings are not included.
     """
 
     folder: Path
