@@ -77,6 +77,11 @@ class Plan:
         return Path(table.output_dir) if table.output_dir else Path(table.storage) / "runs"
 
     @property
+    def critic_label(self) -> str:
+        """The critic's address, plugin, distribution and version, for messages; empty without a critic."""
+        return f"critic `{self.critic.address}` of {self.critic.plugin}" if self.critic else ""
+
+    @property
     def data_context(self) -> BuildContext:
         """The context in which the data source is built.
 

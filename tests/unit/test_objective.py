@@ -339,7 +339,9 @@ class Fit(Critic):
 def test_each_response_counts_alike_for_a_critic_also_in_a_batch_with_fewer_rows(accumulation):
     batches, critic = batches_of("none"), Fit()
     table = TrainTable(batch_size=4, accumulation=accumulation)
-    prepared = SimpleNamespace(compute=Compute.resolve(device="cpu", dtype="float32"))
+    prepared = SimpleNamespace(
+        compute=Compute.resolve(device="cpu", dtype="float32"), plan=SimpleNamespace(critic_label="critic")
+    )
     training = CriticLearner(
         critic=critic, prepared=prepared, table=table, distributed=SINGLE_PROCESS, best=None
     )

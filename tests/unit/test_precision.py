@@ -194,8 +194,10 @@ class Rounded:
 
 
 def test_a_critic_whose_scores_are_not_float32_is_refused_by_name():
-    with pytest.raises(RunFailedError, match=r"`Rounded` returned `value_BT` as torch\.bfloat16"):
-        critic_scores(Rounded(), APART.batch(), None, autocast=BFLOAT16.autocast)
+    with pytest.raises(
+        RunFailedError, match=r"critic `a\.b` failed: `score` returned `value_BT` as torch\.bfloat16"
+    ):
+        critic_scores(Rounded(), APART.batch(), None, autocast=BFLOAT16.autocast, label="critic `a.b`")
 
 
 # ------------------------------------------------------------------ generation

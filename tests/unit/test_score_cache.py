@@ -221,7 +221,7 @@ def test_scores_that_are_not_float32_are_refused_as_without_the_cache(tokens, tm
 
     order = batches(tokens)
 
-    with pytest.raises(RunFailedError, match=f"critic `Imprecise` returned `value_BT` as {dtype}"):
+    with pytest.raises(RunFailedError, match=f"`score` returned `value_BT` as {dtype}"):
         cached(Imprecise(), order, tmp_path / "scores").score(order(0), None)
 
 

@@ -26,7 +26,6 @@ from weighted_mtp_core.model.pair_predictions import PairPredictions
 from weighted_mtp_core.model.targets import batch_labels, target_mask
 from weighted_mtp_core.report.token_report import ProblemTokens, Solution, Token, TokenReport
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS
-from weighted_mtp_core.training.critic_scores import critic_scores
 from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.prepare import Prepared
 
@@ -135,7 +134,7 @@ class _MeasuredRow:
         values_BT = None
         if critic is not None:
             states_BTH = hidden_BTH if critic.reads_policy else None
-            scores = critic_scores(critic, batch, states_BTH, autocast=prepared.compute.autocast)
+            scores = prepared.scores(critic, batch, states_BTH)
             values_BT = prepared.values(scores)
         return cls(
             batch=batch,

@@ -23,7 +23,6 @@ from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.model.targets import batch_labels, target_mask
 from weighted_mtp_core.report.token_measures import array, changes, plain
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS
-from weighted_mtp_core.training.critic_scores import critic_scores
 from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.prepare import Prepared
 
@@ -67,7 +66,7 @@ def table_of_values(
 @torch.no_grad()
 def _values(prepared: Prepared, critic: Critic, batch: Batch) -> Floats:
     states_BTH = prepared.trunk(batch) if critic.reads_policy else None
-    scores = critic_scores(critic, batch, states_BTH, autocast=prepared.compute.autocast)
+    scores = prepared.scores(critic, batch, states_BTH)
     values_BT = prepared.values(scores)
     assert values_BT is not None
     return np.minimum(values_BT, 1.0)

@@ -30,7 +30,7 @@ from weighted_mtp_core.runtime.device import bucket_bytes
 from weighted_mtp_core.runtime.distributed import Distributed
 from weighted_mtp_core.runtime.gradient_reduction import GradientReduction
 from weighted_mtp_core.runtime.sharding import all_like
-from weighted_mtp_core.training.critic_scores import critic_scores
+from weighted_mtp_core.training.critic_scores import critic_errors
 from weighted_mtp_core.training.loop import Learner, StepResult, Validation
 from weighted_mtp_core.training.micro_batches import micro_batches
 from weighted_mtp_core.training.plugin_metrics import check_metrics
@@ -67,7 +67,9 @@ class CriticLearner(Learner):
         All rows of the data set count the same, because the gradient of a batch is proportional to its number
         of rows.
         """
-        self.critic.begin_step(step, steps=self.table.steps)
+        label = self.prepared.plan.critic_label
+        with critic_errors(label):
+            self.critic.begin_step(step, steps=self.table.steps)
         totals: dict[str, Tensor | float] = {}
         size = len(batch.ids_BT) / self.table.batch_size
         together = 2 if self.critic.batching == "pairs" else 1
@@ -75,9 +77,9 @@ class CriticLearner(Learner):
         with self._reduction() as reduction:
             for part in parts:
                 states_BTH = self._states(part.batch)
-                with self.prepared.compute.autocast():
+                with critic_errors(label), self.prepared.compute.autocast():
                     result = self.critic.loss(part.batch, states_BTH)
-                check_metrics(result.metrics, label=f"critic `{type(self.critic).__name__}`")
+                check_metrics(result.metrics, label=label)
                 if part is parts[-1]:
                     reduction.begin()
                 (result.loss * part.share * size).backward()  # type: ignore[no-untyped-call]
@@ -129,12 +131,10 @@ class CriticLearner(Learner):
         size = self.table.batch_size // self.table.accumulation  # a micro-batch of training fits into memory
         for rows in in_order(tokens, documents, batch_size=size):
             batch = self.prepared.batch(tokens, rows)
-            autocast = self.prepared.compute.autocast
-            scores = critic_scores(self.critic, batch, self._states(batch), autocast=autocast)
+            scores = self.prepared.scores(self.critic, batch, self._states(batch))
             values_BT = self.prepared.values(scores)
             if values_BT is None:
-                name = type(self.critic).__name__
-                raise RunFailedError(f"critic `{name}` was trained, but returns no values")
+                raise RunFailedError(f"{self.prepared.plan.critic_label} was trained, but returns no values")
             slip_BT = slips_of(batch) if self.prepared.source.oracle_weights else None
             parts.append(_scored_responses(batch, values_BT, slip_BT, tokens.problem_D[rows]))
         return _concatenate(parts)

@@ -103,6 +103,7 @@ class PolicyLearner(Learner):
                 needs=selected.needs,
                 critic=critic,
                 label=f"weighting `{selected.address}` of {selected.plugin}",
+                critic_label=prepared.plan.critic_label,
             ),
             loss=recipe.loss,
             steps=prepared.train_table.steps,

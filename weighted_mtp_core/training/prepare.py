@@ -50,6 +50,7 @@ from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
 from weighted_mtp_core.runtime.fsdp import callable_, view_of
 from weighted_mtp_core.runtime.sharding import mesh_of
 from weighted_mtp_core.runtime.state_digest import state_sha256
+from weighted_mtp_core.training.critic_scores import critic_scores
 from weighted_mtp_core.training.data_requirements import (
     check_given_weights,
     check_second_temperature,
@@ -222,6 +223,11 @@ class Prepared:
         )
         folder = self.storage / "signals" / key[:16]
         return CachedCritic(critic, batches, accumulation=parts, folder=folder)
+
+    def scores(self, critic: Critic, batch: Batch, hidden_BTH: Tensor | None) -> Scores:
+        """Return the critic's scores; `hidden_BTH` has the trunk states for a critic that reads them."""
+        label = self.plan.critic_label
+        return critic_scores(critic, batch, hidden_BTH, autocast=self.compute.autocast, label=label)
 
     @torch.no_grad()
     def trunk(self, batch: Batch) -> Tensor:

@@ -15,7 +15,7 @@ import hashlib
 import json
 import weakref
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 
@@ -38,7 +38,7 @@ from weighted_mtp_core.runtime.state_digest import state_sha256
 from weighted_mtp_core.storage.atomic import delete_abandoned, unfinished_folder
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder
 from weighted_mtp_core.storage.verify_once import verify_once
-from weighted_mtp_core.training.critic_scores import critic_scores
+from weighted_mtp_core.training.critic_scores import checked
 
 _FORMAT = 2  # increase it when the scores stored for the same key would change
 _FIELDS = tuple(each.name for each in attrs.fields(Scores))
@@ -107,7 +107,7 @@ class CachedCritic(Critic):
         batch = self._batches(step)
         for part in split_rows(batch, self._accumulation):
             real_BT = part.token_BT >= 0
-            scores = critic_scores(self._critic, part, None, autocast=nullcontext)
+            scores = checked(self._critic.score(part, None))
             for name in _FIELDS:
                 if (value_BT := getattr(scores, name)) is not None:
                     self._column(name)[part.token_BT[real_BT]] = value_BT.cpu().numpy()[real_BT]

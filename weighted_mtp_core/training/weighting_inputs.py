@@ -49,12 +49,14 @@ class Weighting:
         needs: The signals that the strategy declares.
         critic: Computes the signals that core cannot compute; None if the recipe has no critic.
         label: The weighting's address, plugin, distribution and version, for messages.
+        critic_label: The same of the critic.
     """
 
     strategy: WeightingStrategy
     needs: frozenset[Signal]
     critic: Critic | None
     label: str
+    critic_label: str = ""
 
     def weigh(self, view: StepView) -> Weights:
         """Return the strategy's weights after checking their type, shape and dtype, but not their values.
@@ -197,7 +199,8 @@ class Signals:
         found: dict[Signal, Tensor | None] = {}
         if critic is not None:
             states = hidden_BTH if reads_trunk else None
-            scores = critic_scores(critic, batch, states, autocast=self.autocast)
+            label = self.weighting.critic_label
+            scores = critic_scores(critic, batch, states, autocast=self.autocast, label=label)
             found = {
                 Signal.VALUE: scores.value_BT,
                 Signal.LOG_VALUE: _log_value(scores),
