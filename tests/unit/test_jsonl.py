@@ -357,6 +357,7 @@ def test_a_verdict_on_some_rows_only_is_refused_also_between_files(tmp_path, wri
     ("row", "fault"),
     [
         ({**PLAIN, "correct": False}, "has `correct`: did you mean `is_correct`?"),
+        ({**PLAIN, "passed": False}, "has `passed`: did you mean `is_correct`?"),
         ({**PLAIN, "isCorrect": False}, "has `isCorrect`: did you mean `is_correct`?"),
         ({**PLAIN, "rewards": 0.5}, "has `rewards`: did you mean `reward`?"),
         ({**PLAIN, "reward": 0.5, "is_correct": True}, "has both `is_correct` and `reward`: remove one"),

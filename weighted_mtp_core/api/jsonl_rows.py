@@ -31,6 +31,7 @@ ANSWERS = frozenset({*_RESPONSE_KEYS, *_VERDICT_KEYS})
 _SPELLINGS = {
     "iscorrect": "is_correct",
     "correct": "is_correct",
+    "passed": "is_correct",  # the key in the results of HumanEval's evaluation
     "reward": "reward",
     "weight": "weight",
     "weights": "weights",
