@@ -7,6 +7,7 @@ import torch
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.generation.generate import Generations, generate, sample_completions
+from weighted_mtp_core.generation.samplers import token_logprobs
 from weighted_mtp_core.model.load import make_policy
 
 V = 16
@@ -151,6 +152,10 @@ def test_the_policys_training_mode_is_restored():
     for training in (True, False):
         policy.train(training)
         write([[0]])
+
+        assert policy.training is training
+
+        token_logprobs(policy, [([0], [1])], batch_size=1)
 
         assert policy.training is training
 

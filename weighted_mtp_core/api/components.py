@@ -273,7 +273,8 @@ class Critic(Stateful):
     last steps of a score.
 
     Attributes:
-        trainable: Whether stage 1 trains the critic; a trainable critic must define `loss` and `parameters`.
+        trainable: Whether stage 1 trains the critic, unless the recipe's `critic.checkpoint` names a trained
+            critic. A trainable critic must define `loss` and `parameters`.
         reads_policy: Whether `score` and `loss` use the hidden states of the policy's trunk. If
             `reads_policy` is False, the argument `hidden_BTH` of `score` and `loss` is None.
         batching: Composition of the batches of stage 1. With `"pointwise"`, the rows are any responses; with

@@ -47,8 +47,8 @@ class RowFiles:
         train: Files with the rows of the split `train`.
         validation: Files with the rows of the split `validation`.
         test: Files with the rows of the split `test`.
-        validation_share: Share of the problems in `path` that are assigned to the split `validation`.
-        test_share: Share of the problems in `path` that are assigned to the split `test`.
+        validation_share: Approximate share of the problems in `path` that the split `validation` gets.
+        test_share: Approximate share of the problems in `path` that the split `test` gets.
         seed: Seed for assigning the problems in `path` to splits.
     """
 

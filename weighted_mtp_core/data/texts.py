@@ -8,8 +8,9 @@ and the ids of the prompt are the same in generation. Tokenizers have two proper
 - Tokenizers convert the name of a control token in a text, such as `<eos>`, to the control token. This module
   encodes the names of control tokens as ordinary text.
 
-Both properties are disabled by changing the settings of a copy of the tokenizer. Every document is decoded
-once to check that the text is unchanged.
+Both properties are disabled in a copy of the tokenizer's backend, the Rust library `tokenizers`. A tokenizer
+that does more than its backend, or has no backend, is used as it is. Every document is decoded once to check
+that the text is unchanged.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from weighted_mtp_core.generation.generate import sample_completions
 from weighted_mtp_core.model.chunked_unembedding import ChunkedUnembedding
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.recipe.schema import EvaluateTable
-from weighted_mtp_core.runtime.device import Autocast
+from weighted_mtp_core.runtime.device import Autocast, evaluation_mode
 
 
 @frozen(kw_only=True)
@@ -145,12 +145,11 @@ def token_logprobs(
     """Return the log-probability of each new token under head 1 at temperature 1, in nats.
 
     Args:
-        policy: The policy; it is set to evaluation mode.
+        policy: The policy; it is used in evaluation mode, and its mode is restored afterwards.
         rows: Pairs (ids of the prompt, new ids); no prompt may be empty.
         batch_size: Number of rows in a forward pass.
         autocast: Returns the autocast context of a forward pass.
     """
-    policy.eval()
     device = policy.unembedding.weight.device
     found: list[list[float]] = []
     for first in range(0, len(rows), batch_size):
@@ -165,7 +164,7 @@ def token_logprobs(
             for t in range(len(prompt) - 1, len(prompt) + len(new) - 1)
         ]
         index_N = torch.tensor(positions, dtype=torch.int64, device=device)
-        with autocast():
+        with evaluation_mode(policy), autocast():
             state_RTH = policy.head_states(1, policy.trunk_states(ids_RT))
             ce_N = ChunkedUnembedding.of(policy, state_RTH).losses(
                 state_RTH, index_N, ids_RT.flatten()[index_N + 1]

@@ -25,6 +25,7 @@ from weighted_mtp_core.metrics.critic_report import ReliabilityBin
 from weighted_mtp_core.model.pair_predictions import PairPredictions
 from weighted_mtp_core.model.targets import batch_labels, target_mask
 from weighted_mtp_core.report.token_report import ProblemTokens, Solution, Token, TokenReport
+from weighted_mtp_core.runtime.device import evaluation_mode
 from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS
 from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.prepare import Prepared
@@ -58,18 +59,17 @@ def measure_tokens(
     weight_D, unweighed = _weigh(learner, batch)
     if unweighed:
         prepared.log(f"WARNING: the page shows no weights: {unweighed}")
-    prepared.policy.eval()
     rows = iter(zip(split_rows(batch, len(batch.ids_BT)), weight_D, strict=True))
     shown = []
     for numbers in problems[:_SHOWN]:
-        seen = [
-            _MeasuredRow.measure(prepared, part, weight, critic)
-            for _ in numbers
-            for part, weight in [next(rows)]
-        ]
+        with evaluation_mode(prepared.policy):
+            seen = [
+                _MeasuredRow.measure(prepared, part, weight, critic)
+                for _ in numbers
+                for part, weight in [next(rows)]
+            ]
         solutions = tuple(each.solution(prepared.codec.tokenizer) for each in seen)
         shown.append(ProblemTokens(prompt=seen[0].prompt(prepared.codec), solutions=solutions))
-    prepared.policy.train()
     return TokenReport(
         step=learner.steps,
         rows=len(batch.ids_BT),
