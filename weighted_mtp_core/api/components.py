@@ -323,7 +323,7 @@ class Critic(Stateful):
             hidden_BTH: float32 hidden states of the policy's trunk, detached; None unless `reads_policy`.
 
         Raises:
-            WmtpError: The critic is not trainable.
+            WmtpError: The critic does not define `loss`.
         """
         raise WmtpError(f"critic `{type(self).__name__}` is trainable but does not define `loss`")
 

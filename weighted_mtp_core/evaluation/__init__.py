@@ -1,1 +1,1 @@
-"""Evaluates policies in stage 3, and reopens finished runs."""
+"""Evaluates policies in stage 3, reopens finished runs, and samples data sets from policies."""

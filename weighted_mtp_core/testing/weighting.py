@@ -134,7 +134,7 @@ class WeightingStrategySuite(checks.ComponentSuite):
         self._assert_close([everything.weight], [build().weigh(PACKED.view(needs)).weight])
 
     def test_a_batch_without_responses_has_no_weights(self, build: Build, needs: Needs) -> None:
-        """All weights of a batch without responses must be 0, and the next batch must not be affected."""
+        """All weights of a batch without responses must be 0, and the next weights must stay finite."""
         strategy = build()
         weights = strategy.weigh(EMPTY.view(needs))
         after, as_usual = strategy.weigh(PACKED.view(needs)), build().weigh(PACKED.view(needs))
