@@ -1,4 +1,4 @@
-"""The four hooks: functions without arguments that a plugin implements to declare its components.
+"""Define the four hooks: functions without arguments that a plugin implements to declare its components.
 
 Core calls the hooks of a plugin right after it has loaded the plugin, which may happen several times in a
 process. Core loads the plugins that a recipe or a command names; `doctor`, and `plugins check` without names,

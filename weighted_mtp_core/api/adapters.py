@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685) of linear layers, through `peft`.
+"""Add low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685) to linear layers, with `peft`.
 
 An adapter adds `s B A x` to the output of a linear layer with input x, where A is a matrix with `rank` rows,
 B is a matrix with `rank` columns, and s is a constant scale. The matrix B of each adapter starts at 0, so

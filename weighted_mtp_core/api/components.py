@@ -1,4 +1,4 @@
-"""How components are declared and built, and the base classes of weightings and critics.
+"""Define how components are declared and built, and the base classes of weightings and critics.
 
 Shape letters: B batch rows, T positions, K heads (`n_future`), H hidden, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""Data sources: components that supply examples for training and problems for evaluation."""
+"""Define data sources: components that supply examples for training and problems for evaluation."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ class VerdictKind(enum.Enum):
     PASSED: every test passed. WRONG: a test failed. ERROR: the program raised an exception. CPU_LIMIT,
     WALL_LIMIT, MEMORY, OUTPUT: the program exceeded a limit of CPU time, wall-clock time, memory or output.
     VIOLATION: the program attempted something forbidden. UNENCODABLE: the program returned a value that is
-    not plain data. JUDGE_ERROR: verification itself failed.
+    too large or not plain data. JUDGE_ERROR: verification itself failed.
     """
 
     PASSED = "passed"

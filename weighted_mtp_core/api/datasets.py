@@ -1,4 +1,4 @@
-"""Data sets that a data source generates, writes once under the storage root, and verifies at each use."""
+"""Store generated data sets: each is written once under the storage root and verified at each use."""
 
 from __future__ import annotations
 

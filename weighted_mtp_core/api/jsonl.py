@@ -1,4 +1,4 @@
-"""A data source for a user's own files; each row contains a prompt with one response, or a chat."""
+"""Provide a data source for a user's own files; a row contains a prompt with one response, or a chat."""
 
 from __future__ import annotations
 

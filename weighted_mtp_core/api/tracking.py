@@ -1,4 +1,4 @@
-"""Trackers, which are components that send a run to another system, and the data that trackers receive."""
+"""Define trackers, which send a run to another system, and the data that trackers receive."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`.npy` files that are written piece by piece and mapped into memory for reading."""
+"""Write `.npy` files piece by piece, and map `.npy` files into memory for reading."""
 
 from __future__ import annotations
 

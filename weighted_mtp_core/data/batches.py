@@ -1,4 +1,4 @@
-"""Batches of tensors from documents, with one document per row or several documents packed into a row.
+"""Make batches of tensors, with one document per row or with several documents packed into each row.
 
 Shape letters: B rows, T positions, D documents, N tokens of all documents of the batch.
 """

@@ -1,4 +1,4 @@
-"""Checks of a data source before anything is trained, and warnings about its examples.
+"""Check a data source before anything is trained, and warn about suspicious examples.
 
 The checks read every example once. The result is stored with the data, and later runs reuse it as long as
 version, options and source code of the data source stay the same.

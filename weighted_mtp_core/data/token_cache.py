@@ -1,4 +1,4 @@
-"""Token sets on disk; a token set is written once and mapped into memory by every later run.
+"""Store token sets on disk; a token set is written once and mapped into memory by every later run.
 
 Each token set is stored with the data in a folder of `datasets_v2/<name>/<version>/derived/`. The name of the
 folder contains a hash of the data, the options and the tokenizer, so the contents of a folder never change.

@@ -1,4 +1,4 @@
-"""The text of each token of a sequence."""
+"""Determine the text of each token of a sequence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Examples as token ids: one flat array for a whole split; each document is a slice of the array.
+"""Store examples as token ids: one array holds a whole split, and each document is a slice of the array.
 
 The arrays are written in chunks and mapped into memory for reading, so a split may be larger than the memory.
 

@@ -78,7 +78,7 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str = "step") -
 
 
 def reliability_chart(bins: Sequence[ReliabilityBin]) -> Markup:
-    """Plot each bin's mean reward and interval over the bin's mean value; larger dots are larger bins."""
+    """Plot each bin's mean reward and interval over its mean value; larger dots have more responses."""
     frame = _Frame(x=(0, 1), y=(0, 1), ticks=(0, 0.25, 0.5, 0.75, 1), right=24.0, height=230.0)
     largest = max(each.count for each in bins)
     points = []

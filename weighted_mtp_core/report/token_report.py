@@ -1,4 +1,4 @@
-"""The data of single tokens that the report shows, stored in the run folder as `report_tokens.json`."""
+"""Define the data of tokens that the report shows, and store the data in `report_tokens.json`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conformance suites: test classes with the checks that every component must pass.
+"""Provide conformance suites: test classes with the checks that every component must pass.
 
 The tests of a plugin subclass the suite for the kind of its component:
 

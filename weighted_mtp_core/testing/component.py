@@ -1,4 +1,4 @@
-"""The checks that components of every kind must pass."""
+"""Define the checks that components of every kind must pass."""
 
 from __future__ import annotations
 

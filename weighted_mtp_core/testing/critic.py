@@ -1,4 +1,4 @@
-"""The checks that every critic must pass.
+"""Define the checks that every critic must pass.
 
 Shape letters: B batch rows, T positions, H hidden.
 """

@@ -1,4 +1,4 @@
-"""The checks that every data source must pass."""
+"""Define the checks that every data source must pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents with known signals, arranged like core's batches: packed or one per row, with any padding.
+"""Make batches like core's from documents with known signals: packed or one per row, with any padding.
 
 The content of a document does not depend on its position, so a test can move documents and compare results.
 

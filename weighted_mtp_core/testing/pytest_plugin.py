@@ -1,4 +1,4 @@
-"""Pytest fixtures for tests of plugins.
+"""Provide pytest fixtures for tests of plugins.
 
 Every pytest run imports this module if core is installed, so this module imports neither torch nor numpy
 before a test needs them. Importing this module takes 12 ms, mostly for attrs; pytest itself takes 140 ms.

@@ -1,4 +1,4 @@
-"""The checks that every tracker must pass."""
+"""Define the checks that every tracker must pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The checks that every weighting must pass.
+"""Define the checks that every weighting must pass.
 
 Shape letters: B batch rows, T positions, K heads.
 """
