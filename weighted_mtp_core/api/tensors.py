@@ -78,9 +78,9 @@ class Batch:
     def target_positions(self) -> tuple[Tensor, Tensor]:
         """Return the row indices and column indices, each int64 `[N]`, of the N targets of head 1.
 
-        The targets of head 1 are the response tokens that follow another token of their document; they are
-        ordered by row. On an accelerator, prefer this method to a boolean mask, because for batches created
-        by core it does not synchronise with the device.
+        The targets of head 1 are the response tokens that follow another token of their document. The targets
+        are ordered by row. On an accelerator, prefer this method to a boolean mask: for batches created by
+        core, the method does not synchronise with the device.
         """
         follows_BT = self.document_BT[:, 1:] == self.document_BT[:, :-1]
         row_N, column_N = (self.response_BT[:, 1:] & follows_BT).nonzero(as_tuple=True)
@@ -194,7 +194,7 @@ class CriticLoss:
 
     Core computes the loss of a step in parts, one per micro-batch and process, and averages loss and metrics
     over the parts, weighted by rows. The results do not depend on the parts if loss and metrics are means
-    over rows; means over tokens would depend on them.
+    over rows; means over tokens would depend on the parts.
 
     Attributes:
         loss: float32 scalar, with gradient.

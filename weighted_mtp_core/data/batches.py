@@ -210,5 +210,5 @@ class StepBatches:
         return tuple(pairs)
 
     def first_steps(self) -> Rows:
-        """Return for each document the step of the first epoch whose batch contains it, int64 `[D]`."""
+        """Return, for each document, the step of the first epoch that contains the document, int64 `[D]`."""
         return self._sampler.first_steps()

@@ -1,7 +1,7 @@
 """Check a data source before anything is trained, and warn about suspicious examples.
 
-The checks read every example once. The result is stored with the data, and later runs reuse it as long as
-version, options and source code of the data source stay the same.
+The checks read all examples. The warnings are stored with the data, and later runs reuse the stored warnings
+as long as version, options and source code of the data source stay the same.
 """
 
 from __future__ import annotations

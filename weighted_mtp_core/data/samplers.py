@@ -19,8 +19,8 @@ from weighted_mtp_core.errors import WmtpError
 
 Rows = NDArray[np.int64]
 
-# Number of consecutive batches whose documents are sorted by length together. With documents as long as those
-# of HumanEval, 1.05 tokens are computed per real token, padding included, and batches are still random.
+# The documents of this number of consecutive batches are sorted by length together. With documents as long as
+# those of HumanEval, 1.05 tokens are computed per real token, padding included, and batches are still random.
 _SORTED_BATCHES = 50
 
 # Number of documents in a block; the documents of a block are packed together. With ten documents per row, a
@@ -36,7 +36,7 @@ class Sampler:
     """Endless batches of document numbers; the documents of a batch have similar lengths.
 
     Batches of short and of long documents take turns. If the documents of an epoch do not fill all batches,
-    some of the last batches get fewer rows, chosen such that the epoch needs least padding.
+    some of the last batches get fewer rows, so that the epoch needs as little padding as possible.
 
     Args:
         units: `[U, r]` document numbers; the r documents of a unit stay in one batch (r = 2 for pairs).
@@ -78,7 +78,7 @@ class Sampler:
         return self._units[self._sorted(shuffled_U, block)[first:last]].reshape(-1)
 
     def first_steps(self) -> Rows:
-        """Return for each document the step of the first epoch whose batch contains it, int64 `[D]`.
+        """Return, for each document, the step of the first epoch that contains the document, int64 `[D]`.
 
         The units of the sampler must be single documents.
         """
@@ -211,7 +211,7 @@ class PackedSampler:
         return self._batches(block)[step - self._end[block]]
 
     def first_steps(self) -> Rows:
-        """Return for each document the step of the first epoch whose batch contains it, int64 `[D]`."""
+        """Return, for each document, the step of the first epoch that contains the document, int64 `[D]`."""
         step_D = np.empty(len(self._length_D), dtype=np.int64)
         batches = [batch for block in range(self._blocks_per_epoch) for batch in self._batches(block)]
         for step, batch in enumerate(batches):

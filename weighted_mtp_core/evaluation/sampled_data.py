@@ -262,11 +262,11 @@ def _rounded(text: SampledText) -> dict[str, Any]:
 def _why_left_out(text: SampledText, verdict: Verdict) -> str | None:
     """Return why a text cannot become data; None if the text can become data."""
     if not text.finished:
-        return "unfinished"  # training on it would teach the policy to end where the text did not end
+        return "unfinished"  # training on the text would teach the policy to end there
     if not verdict.is_label:
         return verdict.kind.value
     if "\ufffd" in text.text:
-        return "not_utf8"  # training on it would teach the policy to write U+FFFD instead of the bytes
+        return "not_utf8"  # training on the text would teach the policy to write U+FFFD
     return None if text.text else "empty"
 
 

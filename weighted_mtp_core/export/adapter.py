@@ -76,7 +76,7 @@ def write_adapter(policy: Policy, path: Path, *, dtype: torch.dtype, recipe: byt
 
 
 def _read_back(base: Any, folder: Path, *, names: set[str]) -> None:
-    """Refuse an adapter that peft loads onto the base model with other tensors than those in the file.
+    """Refuse an adapter if peft would load it as tensors with other names than the file contains.
 
     In configs of mixtures of experts, peft replaces names of layers from earlier releases of transformers.
     """

@@ -41,7 +41,7 @@ class ChainedDrafts:
     drafts: int
     # For each cache, bool [R, S], True for slots that may be attended to.
     _seen: list[Tensor] = field(init=False, factory=list)
-    # For each module, the state [R, 1, H] that the module after it reads again in the next step.
+    # For each module, the state [R, 1, H] that the following module reads again in the next step.
     _carried: list[Tensor] = field(init=False, factory=list)
 
     def draft(

@@ -22,7 +22,7 @@ API_KEY = "OPENAI_API_KEY"
 
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _CONNECT_S = 10.0
-_PER_WORKER = 16  # requests per call and worker thread, so that threads are idle only briefly at its end
+_PER_WORKER = 16  # requests per call and thread, so that threads are idle only briefly at the end of a call
 
 
 @frozen(kw_only=True, eq=False)
