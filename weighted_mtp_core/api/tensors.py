@@ -55,7 +55,7 @@ class Batch:
         reward_BT: float32 reward of the response, on each token of the response; 0 on prompts and padding.
         group_BT: int64 number of the problem: two tokens of a batch have equal numbers if and only if they
             belong to the same problem; -1 on padding.
-        example_ids: For each row, the ids of its examples, joined with ` + `, for use in messages.
+        example_ids: For each row, the ids of its examples, joined with a plus sign, for use in messages.
         position_BT: int64 index of each token within its document, 0 on padding. None if each row contains
             one document, with positions 0, 1, ...
         given_BT: float32 weight that the data give each response token; 0 on prompts and padding. A weight is
