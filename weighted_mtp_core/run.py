@@ -266,7 +266,8 @@ class _Run:
                 documents,
                 batch_size=self.plan.recipe.train.batch_size,
             )
-            table = table_of_values(prepared, learner, critic=critic, batches=batches)
+            shown = self.display.counted("values", len(documents), batches)
+            table = table_of_values(prepared, learner, critic=critic, batches=shown)
         if not self.distributed.is_rank_zero:
             return
         folder = self.recorder.folder.path

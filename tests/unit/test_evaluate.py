@@ -182,6 +182,14 @@ def test_heads_are_measured_on_some_examples_of_the_split_and_the_names_say_so(
     assert [name for name in default_metrics([read_measures(run.folder)]) if name.startswith("test_ce")]
 
 
+def test_the_progress_of_measuring_the_heads_is_shown(wmtp_install_plugin, wmtp_tiny_run, capsys):
+    wmtp_install_plugin("flat", FLAT)
+
+    wmtp_tiny_run({"weighting": {"use": "flat"}, "evaluate": {"examples": 3, "decoding": "plain"}})
+
+    assert "\ntest loss: 3 steps\n" in capsys.readouterr().out
+
+
 def test_plain_decoding_of_data_without_problems_generates_nothing(wmtp_install_plugin, wmtp_tiny_run):
     wmtp_install_plugin("flat", FLAT)
 

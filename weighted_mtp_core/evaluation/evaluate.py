@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from attrs import evolve, frozen
 
-from weighted_mtp_core.api import Batch, DataSource, Problem, Split
+from weighted_mtp_core.api import DataSource, Problem, Split
 from weighted_mtp_core.data.samplers import evenly_spread
 from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.errors import WmtpError
@@ -126,16 +126,9 @@ def _measure_heads(
     """
     tokens = prepared.policy_tokens(split)
     documents = evenly_spread(np.arange(len(tokens)), limit=table.examples)
-    display.stage(f"{split} loss", len(documents))
-
-    def shown() -> Iterator[Batch]:
-        done = 0
-        for batch in prepared.batches_in_order(tokens, documents, batch_size=table.batch_size):
-            yield batch
-            done += len(batch.ids_BT)
-            display.update(done, {})
-
-    metrics = head_quality(prepared.policy, shown(), split=split, autocast=prepared.compute.autocast)
+    batches = prepared.batches_in_order(tokens, documents, batch_size=table.batch_size)
+    shown = display.counted(f"{split} loss", len(documents), batches)
+    metrics = head_quality(prepared.policy, shown, split=split, autocast=prepared.compute.autocast)
     suffix = "" if len(documents) == len(tokens) else f"_of_{len(documents)}_examples"
     return {f"{name}{suffix}": value for name, value in metrics.items()}
 

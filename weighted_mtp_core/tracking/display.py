@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -18,6 +18,8 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from weighted_mtp_core.api import Batch
 
 PLAIN_EVERY_S = 5.0
 """Minimum seconds between two lines of progress if the output is not a terminal but, for example, a file."""
@@ -159,6 +161,15 @@ class Display:
         if self._live is None and time.monotonic() - self._last_line >= PLAIN_EVERY_S:
             self._last_line = time.monotonic()
             self.note(f"{stage.name} {step}/{stage.total}  {stage.facts()}  {stage.remaining()} left")
+
+    def counted(self, name: str, total: int, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield batches, and show as a stage how many of their `total` rows have been used."""
+        self.stage(name, total)
+        done = 0
+        for batch in batches:
+            yield batch
+            done += len(batch.ids_BT)
+            self.update(done, {})
 
     def note(self, text: str) -> None:
         """Write a line above the progress bar."""
