@@ -23,7 +23,9 @@ from weighted_mtp_core.report.token_report import (
     load_token_report,
     save_token_report,
 )
-from weighted_mtp_core.report.token_values import mean_over_heads
+from weighted_mtp_core.report.token_values import mean_over_heads, table_of_values
+from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS
+from weighted_mtp_core.training.policy_learner import PolicyLearner
 
 PLUGIN = """
     from attrs import frozen
@@ -145,6 +147,20 @@ def test_a_run_with_a_critic_keeps_a_table_of_values_and_weights(run):
         assert tokens[-1]["change"] == pytest.approx(
             example.reward - tokens[-1]["value"] + 1 / 1024, abs=1e-4
         )
+
+
+def test_the_critic_scores_each_batch_of_the_table_once(run):
+    prepared = prepare_finished(run, plan_of(run), log=lambda _: None)
+    critic, scored = prepared.build_critic(), []
+    compute = critic.score
+    critic.score = lambda batch, hidden_BTH: scored.append(batch) or compute(batch, hidden_BTH)
+    learner = PolicyLearner.make(prepared, critic, best=run / "unused.pt", distributed=SINGLE_PROCESS)
+    batches = list(prepared.policy_validation())
+
+    table = table_of_values(prepared, learner, critic=critic, batches=batches)
+
+    assert table.count("\n") == sum(int(batch.response_BT.sum()) for batch in batches)
+    assert [batch.example_ids for batch in scored] == [batch.example_ids for batch in batches]
 
 
 def test_the_weight_of_a_token_is_the_mean_over_the_heads_that_predict_it():

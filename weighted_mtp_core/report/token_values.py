@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from attrs import evolve
+from attrs import define, evolve
 from numpy.typing import NDArray
 from torch import Tensor
 
-from weighted_mtp_core.api import Batch, Critic
+from weighted_mtp_core.api import Batch, Critic, Scores
 from weighted_mtp_core.api.tensors import align_weights, gather_by_target
 from weighted_mtp_core.data.batches import split_rows
 from weighted_mtp_core.data.token_texts import token_texts
@@ -52,28 +52,45 @@ def table_of_values(
         critic: A critic that computes values for any batch, not only the batches of stage 2.
         batches: Batches with one response per row; the weighting receives each batch as a whole.
     """
-    learner = evolve(learner, weighting=evolve(learner.weighting, critic=critic), distributed=SINGLE_PROCESS)
     lines: list[str] = []
     for batch in batches:
-        parts = split_rows(batch, len(batch.ids_BT))
-        rows = zip(parts, _values(prepared, critic, batch), _weights(learner, batch), strict=True)
+        scores = _scores(prepared, critic, batch)
+        values_BT, weights_BT = _values(prepared, scores), _weights(learner, batch, scores)
+        rows = zip(split_rows(batch, len(batch.ids_BT)), values_BT, weights_BT, strict=True)
         for part, value_T, weight_T in rows:
             tokens = _tokens(prepared.codec.tokenizer, part, value_T=value_T, weight_T=weight_T)
             lines += [json.dumps(token, ensure_ascii=False) + "\n" for token in tokens]
     return "".join(lines)
 
 
+@define(eq=False)
+class _Scored(Critic):
+    """Returns the scores of a batch that another critic has computed."""
+
+    scores: Scores
+    reads_policy = False
+
+    def score(self, batch: Batch, hidden_BTH: Tensor | None) -> Scores:
+        del batch, hidden_BTH
+        return self.scores
+
+
 @torch.no_grad()
-def _values(prepared: Prepared, critic: Critic, batch: Batch) -> Floats:
-    states_BTH = prepared.trunk(batch) if critic.reads_policy else None
-    scores = prepared.scores(critic, batch, states_BTH)
+def _scores(prepared: Prepared, critic: Critic, batch: Batch) -> Scores:
+    return prepared.scores(critic, batch, prepared.trunk(batch) if critic.reads_policy else None)
+
+
+def _values(prepared: Prepared, scores: Scores) -> Floats:
     values_BT = prepared.values(scores)
     assert values_BT is not None
     return np.minimum(values_BT, 1.0)
 
 
-def _weights(learner: PolicyLearner, batch: Batch) -> Floats:
+def _weights(learner: PolicyLearner, batch: Batch, scores: Scores) -> Floats:
     """Return the weight of each token, `[B, T]`; NaN for tokens without a weight."""
+    # The scores are those of the whole batch, so the weighting must not receive it in parts.
+    weighting = evolve(learner.weighting, critic=_Scored(scores))
+    learner = evolve(learner, weighting=weighting, accumulation=1, distributed=SINGLE_PROCESS)
     labels_BTK = batch_labels(batch, learner.policy.n_future)
     try:
         weight = learner.weigh(batch, step=learner.steps).weight
