@@ -248,3 +248,16 @@ def test_backward_needs_one_more_state_for_each_head_and_for_vllm_its_keys_and_v
 
     keys_and_values = 2 * W / H  # of a module with one key-value head
     assert growth <= 2 * (1 + (keys_and_values if serve == "vllm" else 0))
+
+
+@each_server
+def test_all_modules_read_one_lookup_because_each_has_a_gradient_of_the_embeddings_size(serve, base):
+    model = policy(serve, base, shared=False)
+    ids_BT, arguments = case()
+    hidden_BTH, lookups = model.trunk_states(ids_BT), []
+    hook = model.trunk.embed_tokens.register_forward_hook(lambda *_: lookups.append(1))
+
+    weighted_mtp_loss(model, hidden_BTH, ids_BT=ids_BT, **arguments)
+
+    hook.remove()
+    assert len(lookups) == 1

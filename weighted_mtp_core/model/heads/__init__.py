@@ -53,15 +53,18 @@ class Text:
         ids_BT = self._ids()
         return torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
 
-    def embedded(self, ahead: int) -> Tensor:
-        """Return embeddings `[B, T, H]` of the tokens `ahead` positions later; 0 past the document's end."""
+    def embedded(self) -> Tensor:
+        """Return the embeddings `[B, T, H]` of the tokens."""
+        embedded_BTH: Tensor = self.trunk.get_input_embeddings()(self._ids())
+        return embedded_BTH
+
+    def ahead(self, embedded_BTH: Tensor, distance: int) -> Tensor:
+        """Return embeddings `[B, T, H]` of the tokens `distance` positions later; 0 past the document's end."""
         position_BT = self.positions()
         # Positions restart at 0 with each document, so no token after the end of a document has the expected
         # position.
-        inside_BT = position_BT.roll(-ahead, dims=1) == position_BT + ahead
-        embedding = self.trunk.get_input_embeddings()
-        embedded_BTH: Tensor = embedding(self._ids().roll(-ahead, dims=1))
-        return embedded_BTH.masked_fill(~inside_BT[:, :, None], 0.0)
+        inside_BT = position_BT.roll(-distance, dims=1) == position_BT + distance
+        return embedded_BTH.roll(-distance, dims=1).masked_fill(~inside_BT[:, :, None], 0.0)
 
     def _ids(self) -> Tensor:
         if self.ids_BT is None:

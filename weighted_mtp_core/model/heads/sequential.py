@@ -182,39 +182,54 @@ class SequentialHeads(Heads):
         value of `detach`, a module gets the gradients of its own head and of all later heads.
         """
         yield self.run(1, hidden_BTH)
-        source_BTH = hidden_BTH.detach() if detach else hidden_BTH
+        if n_future == 1:
+            return
+        # All modules read one lookup, because each lookup would have a gradient of the size of the embedding.
+        source_BTH, embedded_BTH = hidden_BTH, text.embedded()
+        if detach:
+            source_BTH, embedded_BTH = source_BTH.detach(), embedded_BTH.detach()
         past: Sequence[Tensor] = ()
         for k in range(2, n_future + 1):
             read = rows[k - 1] if rows is not None and k == n_future else None
 
             def compute(
-                source_BTH: Tensor, *past: Tensor, k: int = k, read: Tensor | None = read
+                source_BTH: Tensor,
+                embedded_BTH: Tensor,
+                *past: Tensor,
+                k: int = k,
+                read: Tensor | None = read,
             ) -> tuple[Tensor, ...]:
                 with nullcontext() if read is None else sparse_rows(self.layer(k), read):
-                    return self._step(k, source_BTH, past, text=text, detach=detach, more=k < n_future)
+                    return self._step(k, source_BTH, embedded_BTH, past, text=text, more=k < n_future)
 
             if torch.is_grad_enabled():
-                source_BTH, *past = checkpoint(compute, source_BTH, *past, use_reentrant=False)
+                found = checkpoint(compute, source_BTH, embedded_BTH, *past, use_reentrant=False)
             else:
-                source_BTH, *past = compute(source_BTH, *past)
+                found = compute(source_BTH, embedded_BTH, *past)
+            source_BTH, *past = found
             yield source_BTH
 
     def _step(
-        self, k: int, source_BTH: Tensor, past: tuple[Tensor, ...], *, text: Text, detach: bool, more: bool
+        self,
+        k: int,
+        source_BTH: Tensor,
+        embedded_BTH: Tensor,
+        past: tuple[Tensor, ...],
+        *,
+        text: Text,
+        more: bool,
     ) -> tuple[Tensor, ...]:
         """Return the states of head k, and the keys and values to which later modules attend.
 
         Args:
             k: Number of the head, from 2.
             source_BTH: The states that the module reads.
+            embedded_BTH: The embeddings of the text's tokens.
             past: The previous modules' keys and values, in the order key, value, key, value, ...
             text: The text from which the trunk computed its states.
-            detach: Whether the embedding is detached, so that it gets no gradient.
             more: Whether another head follows.
         """
-        embedded_BTH = self._blind(text.embedded(k - 1), text.positions(), k=k)
-        if detach:
-            embedded_BTH = embedded_BTH.detach()
+        embedded_BTH = self._blind(text.ahead(embedded_BTH, k - 1), text.positions(), k=k)
         position_BT = text.position_BT
         if not self.wiring.recurrent or not (past or more):
             return (self.run(k, source_BTH, embedded_BTH=embedded_BTH, position_BT=position_BT),)
