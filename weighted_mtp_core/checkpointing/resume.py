@@ -241,7 +241,7 @@ def refuse_other_data(folder: RunFolder, version: DatasetVersion, *, allowed: Se
 
 
 def fingerprint(distributed: Distributed = SINGLE_PROCESS) -> dict[str, str]:
-    """Return the properties of machine and processes that affect the exact result of training."""
+    """Return the properties of torch, machine and processes that affect the exact result of training."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "torch": torch.__version__,
@@ -253,7 +253,10 @@ def fingerprint(distributed: Distributed = SINGLE_PROCESS) -> dict[str, str]:
 
 
 def other_machine(path: Path, distributed: Distributed) -> str | None:
-    """Return a warning if the machine or the number of processes of a resumed run has changed, or None."""
+    """Return a warning if a property in `fingerprint` has changed since the run was last executed.
+
+    Return None if nothing has changed.
+    """
     was, now = read_run(path).get("fingerprint", {}), fingerprint(distributed)
     differing = [f"{key} {was[key]} -> {now[key]}" for key in now if key in was and was[key] != now[key]]
     if not differing:
