@@ -31,7 +31,7 @@ _NO_EFFECT = (
     "tracker",
     "train.max_bad_steps",
 )
-"""Keys, besides those in `Plan.same_result`, on which the trained policy does not depend."""
+"""Recipe keys, besides those in `Plan.same_result`, on which the trained policy does not depend."""
 
 SAFE = (
     *_NO_EFFECT,
@@ -41,7 +41,7 @@ SAFE = (
     "train.patience",
     "train.steps",
 )
-"""Keys, besides those in `Plan.same_result`, that may differ in a run that `--resume` continues."""
+"""Recipe keys, besides those in `Plan.same_result`, that may differ in a run that `--resume` continues."""
 
 LAST_STEP = {"critic": "critic.last_step", "policy": "policy.last_step"}
 STEPS = {"critic": "critic.steps", "policy": "policy.steps"}
@@ -77,6 +77,8 @@ def _unfinished(path: Path, plan: Plan) -> bool:
 
 def changed_keys(was: Mapping[str, Any], plan: Plan) -> list[str]:
     """Return the keys that affect the trained policy and that have changed since the run began.
+
+    These are recipe keys, `distributions.<name>` for source code, and `data.sha256`.
 
     Args:
         was: The `run.json` of the run, which contains the changes of earlier resumes.

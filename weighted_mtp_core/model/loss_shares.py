@@ -16,9 +16,9 @@ def loss_shares(table: LossTable, n_future: int, *, progress: float) -> Tensor:
     `reverse` are the curricula of Aynetdinov and Akbik 2025: the first `head_schedule_end` of the steps are
     divided into K phases of equal length, and the last phase continues until the end of training. The
     schedule `forward` begins with head 1 and adds heads 2, 3, ... one by one; the schedule `reverse` begins
-    with all heads and removes heads K, K - 1, ... until only head 1 is left.
-    With `linear`, the factor of heads 2..K rises linearly from 0 to 1 during the first `head_schedule_end` of
-    the steps; with `step`, the factor is 0 during these steps. Afterwards it is 1.
+    with all heads and removes heads K, K - 1, ... until only head 1 is left. With `linear`, the factor of
+    heads 2..K rises linearly from 0 to 1 during the first `head_schedule_end` of the steps; with `step`, the
+    factor is 0 during these steps. Afterwards it is 1.
 
     Args:
         table: The recipe's `[loss]`.

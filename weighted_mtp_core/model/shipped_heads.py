@@ -76,7 +76,10 @@ class ShippedHeads:
 
     @property
     def beside(self) -> re.Pattern[str]:
-        """A pattern for the tensor names of MTP layers outside decoder layers, before and after renaming."""
+        """A pattern for the names of MTP layers' tensors that are not part of a decoder layer.
+
+        The pattern matches the names before and after transformers renames them.
+        """
         names = {name for depth in range(self.depth) for name in self.names(depth).values()} | set(
             self.copies
         )
