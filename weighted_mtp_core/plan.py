@@ -110,8 +110,9 @@ def make_plan(
         run_name: The value of `run.name`; None leaves the value of the recipe.
 
     Raises:
-        WmtpError: The recipe or the options of components have errors, all of which the message lists; a
-            plugin cannot be loaded; or no critic provides a signal that the weighting needs.
+        WmtpError: The recipe, the preset or an override cannot be read; keys of the recipe or options of
+            components have errors, all of which the message lists; a component does not exist or its plugin
+            cannot be loaded; or the recipe has no critic that provides a signal that the weighting needs.
     """
     return plan_document(read_document(path, preset=preset, overrides=overrides, run_name=run_name))
 

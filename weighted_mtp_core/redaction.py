@@ -19,7 +19,7 @@ SECRET_VARIABLES = (
     "MLFLOW_TRACKING_TOKEN",
     "AWS_SESSION_TOKEN",
     "PGPASSWORD",
-    "OPENAI_API_KEY",  # key of the server that writes the texts of `data sample --endpoint`
+    "OPENAI_API_KEY",  # key of the server from which `data sample --endpoint` samples texts
 )
 """Environment variables with values that must never be shown."""
 

@@ -63,6 +63,7 @@ def run_plan(plan: Plan, *, resume: str | None = None, allow_change: Sequence[st
     Raises:
         WmtpError: The input is invalid, or something that the run needs is missing.
         RunFailedError: The run failed after it was opened; the run was closed as FAILED.
+        KeyboardInterrupt: A signal ended the run, which was closed as KILLED.
     """
     check_optimisers(plan.recipe)
     distributed = Distributed.init(plan.recipe.model.device)
@@ -178,7 +179,12 @@ class _Run:
         return prepared
 
     def train_critic(self, prepared: Prepared) -> tuple[Critic | None, CriticReport | None]:
-        """Execute stage 1, if the recipe has a critic: train or load the critic, and measure its values."""
+        """Execute stage 1: build the critic, train or load it if necessary, and measure its values.
+
+        Returns:
+            The critic, or None if the recipe has no critic; and the report on the critic's values, or None if
+            the critic provides no values.
+        """
         table, selected, critic = self.plan.recipe.critic, self.plan.critic, prepared.build_critic()
         if table is None or selected is None or critic is None:
             return None, None
@@ -234,11 +240,14 @@ class _Run:
         return learner, trained
 
     def evaluate(self, prepared: Prepared, *, step: int) -> Evaluation:
-        """Execute stage 3: measure the best policy on held-out problems.
+        """Execute stage 3: measure the best policy on the split `test`.
 
         Args:
             prepared: The data and the policy.
             step: The last step of stage 2, for which the metrics are recorded.
+
+        Returns:
+            The evaluation; empty in a process that is not needed after stage 2.
         """
         if not self._takes_part:
             return Evaluation(metrics={}, timings={}, files=())
@@ -253,7 +262,7 @@ class _Run:
     def write_report(
         self, prepared: Prepared, learner: PolicyLearner, critic: Critic | None, report: CriticReport | None
     ) -> None:
-        """Write the report page of the run and the table of the critic's values, after stage 3."""
+        """Write the report page of the run and, if the critic provides values, a table of these values."""
         if not self._takes_part:
             return
         reliability = () if report is None else report.reliability

@@ -20,7 +20,8 @@ Terms for the data:
 
 - *problem*: one task, to which there may be several responses.
 - *example*: one *prompt* with one *response* to a problem, and the *reward* of the response. A reward is
-  in [0, 1]; a response counts as correct if its reward is at least 0.5 (`is_correct`).
+  in [0, 1]; a response counts as correct if its reward is at least 0.5 (`is_correct`). An example may also be
+  a chat; the messages of the assistant that are learned are then the response.
 - *document*: the tokens of one example, that is, prompt, response and EOS (the end-of-sequence token).
 - *packing*: the arrangement of several documents in one row of a batch. A token is never predicted from
   tokens of another document.

@@ -1,7 +1,8 @@
 """Add low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685) to linear layers, with `peft`.
 
 An adapter adds `s B A x` to the output of a linear layer with input x, where A is a matrix with `rank` rows,
-B is a matrix with `rank` columns, and s is a constant scale. The matrix B of each adapter starts at 0, so
+B is a matrix with `rank` columns, and s is a constant scale. With DoRA, each row of the sum of `s B A` and
+the layer's own matrix is also scaled to a norm that is trained. The matrix B of each adapter starts at 0, so
 adapters do not change the output of a model before training.
 """
 
@@ -39,9 +40,9 @@ def add_adapters(
         module: The module to adapt. Each adapted linear layer is replaced with a layer of `peft` that
             contains the linear layer.
         rank: Rank of the adapters, which is the number of rows of A and of columns of B.
-        alpha: The output of an adapter is scaled by `alpha / rank`; `alpha = None` means `2 * rank`.
+        alpha: The scale s is `alpha / rank`, unless `rslora` is set; `alpha = None` means `2 * rank`.
         dropout: Probability that an entry of an adapter's input is set to 0 during training.
-        rslora: Whether to scale by `alpha / sqrt(rank)` instead of `alpha / rank` (Kalajdzievski 2023).
+        rslora: Whether s is `alpha / sqrt(rank)` instead of `alpha / rank` (Kalajdzievski 2023).
         dora: Whether to also train the norm of each row of the adapted matrix (DoRA, Liu et al. 2024).
         targets: The last parts of the names of the linear layers to adapt, for example `q_proj`; if empty,
             all linear layers are adapted.

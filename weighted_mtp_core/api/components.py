@@ -214,9 +214,9 @@ class Component(Generic[OptionsT, BuiltT_co]):
         refuse_critic: Called with the options of the recipe's critic before anything is built; returns why
             the weighting cannot use this critic, for example "needs probabilities", or None if the weighting
             can use it.
-        examine: Checks for the command `doctor` what the component needs on this machine, such as a server or
-            a sandbox. `examine` is called with the options and the storage root; it builds nothing and yields
-            one finding for each check.
+        examine: Called by the command `doctor` with the options and the storage root; checks what the
+            component needs on this machine, such as a server or a sandbox. `examine` builds nothing and
+            yields one finding for each check.
     """
 
     name: str = field(validator=v.matches_re(r"[a-z][a-z0-9_]*"))

@@ -52,7 +52,7 @@ def check_weight(value: object, name: str) -> None:
 
 
 def check_spans(spans: Sequence[Span], *, length: int) -> None:
-    """Raise ValueError if spans of a text overlap, end beyond its `length` or have an invalid weight."""
+    """Raise ValueError if spans overlap, are empty, have invalid weights or exceed `length` characters."""
     end = 0
     for span in sorted(spans):
         start, end_before, end = span[0], end, span[1]
@@ -104,12 +104,12 @@ class Example:
             `response[start:end]`; spans do not overlap. The weight of a token in a span is the span's weight
             times `weight`; the weight of EOS and of tokens outside all spans is `weight`. For a token that
             crosses the edge of a span, the weights of its characters are averaged.
-        messages: A chat instead of a prompt and a response, in the layout that chat templates read: objects
-            with `role` and `content`. The last message has the role `assistant`. A message of the assistant
-            may have a `weight`, which is multiplied by the example's `weight`, and `weights`, which are spans
-            of the message's `content` in the form of `spans`. If an example has messages, its `prompt` and
-            `response` are not trained on. Core uses them only to check and describe the data, and to train
-            the tokenizer of a `micro` model.
+        messages: A chat, which the policy reads and learns instead of `prompt` and `response`, in the layout
+            that chat templates read: objects with `role` and `content`. The last message has the role
+            `assistant`. A message of the assistant may have a `weight`, which is multiplied by the example's
+            `weight`, and `weights`, which are spans of the message's `content` in the form of `spans`. If an
+            example has messages, core uses `prompt` and `response` only to check and describe the data, and
+            to train the tokenizer of a `micro` model.
         tools: Descriptions of tools for the template of a chat.
         metadata: Other data about the response, as strings or numbers by key. A weighting receives this
             mapping in `StepView.metadata`.
@@ -170,7 +170,7 @@ class VerdictKind(enum.Enum):
     PASSED: every test passed. WRONG: a test failed. ERROR: the program raised an exception. CPU_LIMIT,
     WALL_LIMIT, MEMORY, OUTPUT: the program exceeded a limit of CPU time, wall-clock time, memory or output.
     VIOLATION: the program attempted something forbidden. UNENCODABLE: the program returned a value that is
-    too large or not plain data. JUDGE_ERROR: verification itself failed.
+    too large or of a type that cannot be encoded. JUDGE_ERROR: verification itself failed.
     """
 
     PASSED = "passed"
@@ -230,7 +230,7 @@ class DataSource(Stateful):
 
     @abstractmethod
     def examples(self, split: Split) -> Sequence[Example]:
-        """Return all examples of the split, both correct and incorrect, from which the critic learns."""
+        """Return all examples of the split, correct and incorrect; the critic learns from all of them."""
 
     def policy_examples(self, split: Split) -> Sequence[Example]:
         """Return the examples that the policy learns from; by default all correct examples."""

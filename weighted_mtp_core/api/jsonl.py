@@ -83,11 +83,11 @@ class JsonlSource(DataSource):
             and a response.
 
     Raises:
-        WmtpError: The options contain neither `path` nor files of splits, or contain both; or a file cannot
-            be read or has invalid lines, which the message lists. A line is also invalid if it contradicts
-            earlier lines: if its problem has another prompt, other tests or another split, or if only some
-            lines have a verdict. A line with a negative weight is invalid unless the context allows negative
-            weights.
+        WmtpError: The options contain neither `path` nor files of splits, or contain both; or a file does not
+            exist, cannot be fetched or read, or has invalid lines (rows of a table), which the message lists.
+            A line is also invalid if it contradicts earlier lines: if its problem has another prompt, other
+            tests or another split, or if only some lines have a verdict. A line with a negative weight is
+            invalid unless the context allows negative weights.
     """
 
     def __init__(

@@ -43,15 +43,17 @@ class JsonlRow:
     """One row of a file, after all checks.
 
     Attributes:
-        prompt: The whole prompt, exactly as the policy reads it.
-        response: The response.
+        prompt: The whole prompt, exactly as the policy reads it. For a chat, of which the policy reads only
+            `messages`, all messages before the last one as lines such as `user: ...`.
+        response: The response. For a chat, the last message as text.
         problem_id: Id of the problem, shared by all responses to it.
         reward: Verified outcome of the response, in [0, 1]; None if the row has no verdict.
         tests: Python source that defines `check(candidate)`; empty if completions cannot be verified.
         entry_point: Name of the function that the tests call.
         weight: Weight of each token of the response, as in `Example.weight`.
         spans: Weights of parts of the response, as in `Example.spans`; in a file, their key is `weights`.
-        messages: A chat instead of a prompt and a response, as in `Example.messages`.
+        messages: The chat that the policy reads instead of `prompt` and `response`, as in `Example.messages`;
+            empty if the row is not a chat.
         tools: Descriptions of tools for the template of a chat.
         metadata: Other data about the response by key; only strings and numbers are kept.
     """
@@ -96,7 +98,13 @@ class EarlierRows:
     _first: tuple[bool, str] | None = field(default=None, init=False)
 
     def check(self, row: JsonlRow, place: str, *, split: Split | None = None) -> None:
-        """Raise ValueError if the row contradicts an earlier row; `split` is the split of its file."""
+        """Raise ValueError if the row contradicts an earlier row.
+
+        Args:
+            row: The row.
+            place: Place of the row, as `read_records` passes it to `check`.
+            split: The split of the row's file; None if the file contains rows of all splits.
+        """
         tests = (row.tests, row.entry_point) if row.tests else None
         self._ids.add(row.problem_id, place, prompt=row.prompt, tests=tests, split=split)
         has_verdict = row.reward is not None
@@ -138,8 +146,8 @@ def checked_row(
 
     Args:
         record: The row as read from a file.
-        prompt: The whole prompt.
-        response: The response.
+        prompt: The whole prompt, or the text of a chat in the form of `JsonlRow.prompt`.
+        response: The response, or the last message of a chat as text.
         spans: Weights of parts of the response, as in `Example.spans`.
         messages: A chat, as in `Example.messages`.
         tools: Descriptions of tools for the template of a chat.
@@ -253,7 +261,16 @@ def _metadata(record: Record) -> dict[str, str | float]:
 
 
 def parse_spans(record: Record, *, text: str) -> tuple[Span, ...] | None:
-    """Return the spans of `text` in `weights`, if any; raise ValueError for the first invalid span."""
+    """Return the spans under the record's key `weights`, or None if the record does not have this key.
+
+    Args:
+        record: A row or a message.
+        text: The text to which the spans belong.
+
+    Raises:
+        ValueError: The value is not a list of [start, end, weight], a span does not fit `text`, or spans
+            overlap.
+    """
     if "weights" not in record:
         return None
     rows = record["weights"]

@@ -31,6 +31,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, object]]:
     Raises:
         WmtpError: The file is UTF-16, or it begins with a JSON array or with an object that spans several
             lines.
+        OSError, EOFError, zlib.error: The file cannot be read or decompressed.
     """
     content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -54,6 +55,7 @@ def table_rows(path: Path) -> Iterator[tuple[int, object]]:
 
     Raises:
         WmtpError: The file is damaged, or has another format.
+        OSError: The file cannot be read.
     """
     from pyarrow import ArrowException, ipc, parquet
 
@@ -135,8 +137,8 @@ class ProblemIds:
                 `split`; the value None means unknown.
 
         Raises:
-            ValueError: A fact differs from an earlier record of the problem; the message contains the place
-                of that record.
+            ValueError: A fact differs from the same fact in an earlier record of the problem; the message
+                contains the place of that record.
         """
         for name, value in facts.items():
             first, where = self._first.setdefault((problem_id, name), (value, place))

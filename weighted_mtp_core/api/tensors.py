@@ -1,4 +1,4 @@
-"""Define what core and plugins exchange: batches, the views of weightings, weights, scores and losses.
+"""Define what core and plugins exchange: batches, the inputs of weightings, weights, scores and losses.
 
 Shape letters: B batch rows, T positions, K heads (`n_future`), H hidden, V vocabulary.
 

@@ -135,8 +135,8 @@ class Tracker(Stateful):
         """Return the part of the run that the store contains, or None if the tracker cannot determine it.
 
         Core calls `kept` after `start` and before it sends metrics or the end of the run. If the store has
-        another run, or lacks steps that were sent, core sends the whole run again; the tracker must then
-        leave out the points that the store already has.
+        another run, or does not contain all steps that were sent, core sends the whole run again; the tracker
+        must then leave out the points that the store already has.
         """
         return None
 

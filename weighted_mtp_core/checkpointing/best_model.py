@@ -48,7 +48,8 @@ def load_model(model: nn.Module, path: Path) -> None:
     """Load into the model the tensors of a file that `save_model` has written.
 
     Raises:
-        WmtpError: The file is missing, contains something other than tensors, or belongs to another model.
+        WmtpError: The file is missing, contains something other than tensors, or belongs to another model or,
+            with adapters, to another base model.
     """
     if not path.is_file():
         raise WmtpError(f"there is no checkpoint `{path}`")

@@ -84,7 +84,7 @@ class Checkpoints:
         """Return the latest intact snapshot, or None; later, damaged snapshots are renamed to `*.damaged`.
 
         Raises:
-            OtherFormatError: The latest snapshot was written by another release.
+            OtherFormatError: The latest snapshot was written by another release in another format.
         """
         for path in reversed(self._paths()):
             try:

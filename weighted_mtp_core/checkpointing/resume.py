@@ -31,7 +31,7 @@ _NO_EFFECT = (
     "tracker",
     "train.max_bad_steps",
 )
-"""Keys, besides those in `Plan.same_result`, on which the trained policy does not depend."""
+"""Recipe keys, besides those in `Plan.same_result`, on which the trained policy does not depend."""
 
 SAFE = (
     *_NO_EFFECT,
@@ -41,7 +41,7 @@ SAFE = (
     "train.patience",
     "train.steps",
 )
-"""Keys, besides those in `Plan.same_result`, that may differ in a run that `--resume` continues."""
+"""Recipe keys, besides those in `Plan.same_result`, that may differ in a run that `--resume` continues."""
 
 LAST_STEP = {"critic": "critic.last_step", "policy": "policy.last_step"}
 STEPS = {"critic": "critic.steps", "policy": "policy.steps"}
@@ -77,6 +77,8 @@ def _unfinished(path: Path, plan: Plan) -> bool:
 
 def changed_keys(was: Mapping[str, Any], plan: Plan) -> list[str]:
     """Return the keys that affect the trained policy and that have changed since the run began.
+
+    These are recipe keys, `distributions.<name>` for source code, and `data.sha256`.
 
     Args:
         was: The `run.json` of the run, which contains the changes of earlier resumes.
@@ -241,7 +243,7 @@ def refuse_other_data(folder: RunFolder, version: DatasetVersion, *, allowed: Se
 
 
 def fingerprint(distributed: Distributed = SINGLE_PROCESS) -> dict[str, str]:
-    """Return the properties of machine and processes that affect the exact result of training."""
+    """Return the properties of torch, machine and processes that affect the exact result of training."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "torch": torch.__version__,
@@ -253,7 +255,10 @@ def fingerprint(distributed: Distributed = SINGLE_PROCESS) -> dict[str, str]:
 
 
 def other_machine(path: Path, distributed: Distributed) -> str | None:
-    """Return a warning if the machine or the number of processes of a resumed run has changed, or None."""
+    """Return a warning if a property in `fingerprint` has changed since the run was last executed.
+
+    Return None if nothing has changed.
+    """
     was, now = read_run(path).get("fingerprint", {}), fingerprint(distributed)
     differing = [f"{key} {was[key]} -> {now[key]}" for key in now if key in was and was[key] != now[key]]
     if not differing:

@@ -36,7 +36,7 @@ _TENSORS, _SHARDS, _VALUES, _BEST = "state.safetensors", "shards", "state.json",
 
 
 class OtherFormatError(WmtpError):
-    """A snapshot is intact, but was written by another release."""
+    """A snapshot is intact, but was written by another release in another format."""
 
 
 @frozen(kw_only=True, eq=False)
@@ -73,11 +73,19 @@ class Snapshot:
         return ChainMap(dict(self.values.get(prefix, {})), WithPrefix(self.tensors, prefix))  # type: ignore[arg-type]
 
     def write_share(self, distributed: Distributed) -> None:
-        """Write the shards of this process; called for a sharded snapshot, except in the first process."""
+        """Write the shards of this process; called for a sharded snapshot, except in the first process.
+
+        Raises:
+            OSError: A process could not write its shards.
+        """
         write_shards(self.tensors, None, distributed)
 
     def write(self, folder: Path, distributed: Distributed = SINGLE_PROCESS) -> None:
-        """Write the snapshot into an empty folder; called in the first process only."""
+        """Write the snapshot into an empty folder; called in the first process only.
+
+        Raises:
+            OSError, SafetensorError: A file, or the shards of some process, could not be written.
+        """
         if self.sharded:
             write_shards(self.tensors, folder / _SHARDS, distributed)
         else:
@@ -97,8 +105,8 @@ class Snapshot:
         """Read a snapshot from its folder, and check every file against the manifest.
 
         Raises:
-            OtherFormatError: Another release wrote the snapshot.
-            WmtpError: A file was changed or is missing.
+            OtherFormatError: Another release wrote the snapshot in another format.
+            WmtpError: A file was changed, was added, is missing or cannot be read.
         """
         verify_manifest(folder)
         try:

@@ -71,7 +71,7 @@ def load_module_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy a state from `module_state` into a module; tensors are read one at a time to save memory.
 
     Raises:
-        WmtpError: The state belongs to another module.
+        WmtpError: The state belongs to another module, or to adapters of another base model.
     """
     own = module_state(module)
     if own.keys() != state.keys():
@@ -142,7 +142,10 @@ def load_optimiser_state(
 
 
 def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the states of all global random generators, as tensors and as plain values."""
+    """Return the states of all global random generators, as tensors and as plain values.
+
+    The generators of GPUs are left out if this process does not use CUDA.
+    """
     tensors = {"rng.torch": torch.get_rng_state()}
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # a run on the CPU does not use GPUs
         tensors |= {f"rng.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}

@@ -1,10 +1,10 @@
 """Draft tokens one after the other with `sequential` heads, whose modules have key-value caches.
 
 Sources are the positions of tokens that the trunk has read and head 1 has confirmed; the newest token is not
-a source yet. At source t, module d reads the token x[t + d]. For the newest sources, x[t + d] is a draft, so
-the keys and values of these sources are valid for one step only. In each step, module d reads the new
-sources. Unless the modules are recurrent (`Wiring.recurrent`), module d also reads the last d - 1 earlier
-sources again, because their tokens x[t + d] are confirmed by now.
+a source yet. At source t, module d, which belongs to head d + 1, reads the token x[t + d]. For the newest
+sources, x[t + d] is a draft, so the keys and values of these sources are valid for one step only. In each
+step, module d reads the new sources. Unless the modules are recurrent (`Wiring.recurrent`), module d also
+reads the last d - 1 earlier sources again, because their tokens x[t + d] are confirmed by now.
 
 Rows are aligned on the right, at their last source. Cache slots of earlier drafts are kept but masked.
 
@@ -25,7 +25,11 @@ from weighted_mtp_core.model.heads.sequential import SequentialHeads
 from weighted_mtp_core.model.policy import Policy, PolicyCache
 
 Choose = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
-"""A function that chooses tokens from states `[R, 1, H]` for the draft with this index (from 0)."""
+"""A function that chooses tokens from states `[R, 1, H]`; its second argument is the draft's index, from 0.
+
+It returns the tokens and the distributions from which they were drawn; None instead of distributions for
+greedy decoding.
+"""
 
 
 @define(kw_only=True, eq=False)

@@ -216,7 +216,10 @@ def _window(policy: Policy) -> int | None:
 
 
 def most_tokens(policy: Policy) -> float:
-    """Return the maximum number of tokens of prompt and text, with space left for drafts after the text."""
+    """Return the maximum number of tokens of prompt and text, with space left for drafts after the text.
+
+    The number is infinite if the config of the model limits no positions.
+    """
     positions: int | None = getattr(text_config(policy.config), "max_position_embeddings", None)
     return math.inf if positions is None else positions - (policy.n_future - 1)
 
@@ -268,6 +271,9 @@ def sample_completions(
     """Return `samples` completions of each prompt, as texts without control tokens.
 
     A prompt is a pair (name, text); the name and `seed` determine the samples of the prompt.
+
+    Raises:
+        WmtpError: A prompt has no tokens or is too long, as in `generate`.
     """
     repeated = [ids for ids in codec.encode_prompts([text for _, text in prompts]) for _ in range(samples)]
     generations = generate(

@@ -52,7 +52,7 @@ class Sampler(Protocol):
     def sample(
         self, prompts: Sequence[tuple[str, str]], *, on_done: Callable[[int], None]
     ) -> list[list[SampledText]]:
-        """Return `evaluate.samples` texts for each prompt.
+        """Return the texts for each prompt, as many as the sampler's `EvaluateTable.samples`.
 
         Args:
             prompts: Pairs (name, text); the name and the sampler's seed determine the samples.

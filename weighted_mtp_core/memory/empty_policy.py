@@ -41,7 +41,7 @@ def empty_policy(config: Any, table: ModelTable) -> Policy:
     have the shape of its decoder layers, so they are made like new `sequential` heads.
 
     Raises:
-        WmtpError: The base model is not supported as a policy.
+        WmtpError: The base model cannot become the policy that `table` describes, or a package is missing.
     """
     from transformers import AutoModelForCausalLM
 

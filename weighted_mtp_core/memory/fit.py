@@ -99,12 +99,13 @@ def find_target(
 def refuse_too_large(plan: Plan, distributed: Distributed) -> str | None:
     """Refuse a run that cannot fit into the free memory; return a warning if it may not fit.
 
-    A warning is also returned if the forecast leaves out a part of the run; None is returned if the run fits.
-    A model that is small compared with the free memory is accepted at once. The recipe's
-    `run.over_memory = "warn"` replaces the refusal with a warning.
+    A warning is also returned if the forecast leaves out a part of the run. None is returned if the run fits,
+    or if an error prevents the forecast. A model that is small compared with the free memory is accepted at
+    once. The recipe's `run.over_memory = "warn"` replaces the refusal with a warning.
 
     Raises:
-        WmtpError: The run needs more than the free memory, even if the forecast is too high by its tolerance.
+        WmtpError: The run needs more than the free memory, even if the forecast is too high by its tolerance;
+            or this machine does not have the recipe's device, or the device does not support the dtype.
     """
     target, device, host = find_target(plan, processes=distributed.size)
     try:

@@ -114,7 +114,7 @@ class LiveTensors(_Mode):  # type: ignore[misc]
         if func is _NONZERO:
             return args[0].new_zeros((args[0].numel(), args[0].ndim), dtype=torch.long)
         result = func(*args, **(kwargs or {}))
-        if func is _TO and isinstance(args[0], nn.Parameter):  # autocast keeps them until its context ends
+        if func is _TO and isinstance(args[0], nn.Parameter):  # autocast keeps it until the context ends
             self._count(result, CAST)
         self._mode.fake_tensor_converter.tensor_memo.clear()  # with its references, `module.to` would fail
         for each in tree_leaves(result):

@@ -184,7 +184,7 @@ class _Simulation:
         )
 
     def _phase(self, name: str, simulate: Callable[[], Iterable[nn.Parameter]]) -> Iterator[Phase]:
-        """Simulate a phase and yield it; yield nothing if the phase cannot be simulated.
+        """Simulate a phase and yield it; yield nothing if it cannot be or, according to `only`, need not be.
 
         Args:
             name: The name of the phase.

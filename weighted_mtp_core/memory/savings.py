@@ -21,7 +21,7 @@ class Saving:
     """A change of one key that lowers the memory of a run.
 
     Attributes:
-        change: The key and its new value, as in `--set`.
+        change: The key and its new value, such as `train.accumulation = 4`.
         saved: Number of bytes by which the change lowers the peak of the device's memory.
         same_result: Whether the results of the run stay the same, except for rounding and for the random
             numbers of dropout.

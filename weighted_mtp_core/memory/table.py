@@ -1,4 +1,8 @@
-"""Makes the rows of `check --memory`: the forecast of a run's memory, and the keys that lower the memory."""
+"""Formats the output of `check --memory`.
+
+The output consists of a headline, a table of the memory that each phase of a run needs, lines that say
+whether this memory is available, and a table of the recipe keys that reduce the peak.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ def headline(found: Forecast) -> str:
 
 
 def phase_rows(phases: Sequence[Phase]) -> list[Row]:
-    """Return a row for each part of the memory, with the phases as columns, and a row with the totals."""
+    """Return the table of the phases: a column for each phase, a row for each part of memory, and totals."""
     if not phases:
         return []
     rows: list[Row] = [("", *(phase.name for phase in phases))]
@@ -53,7 +57,7 @@ def verdict(name: str, needed: int, free: int | None, *, complete: bool = True) 
 
 
 def saving_rows(found: Sequence[Saving], peak: int) -> list[Row]:
-    """Return a row for each key that lowers the peak."""
+    """Return a row for each change of a key that lowers the peak; `peak` is the peak before the change."""
     return [
         (
             each.change,

@@ -1,4 +1,4 @@
-"""Means over seeds, paired differences between arms, their 95 % intervals and p-values.
+"""Means over seeds, and paired differences and ratios of arms, with 95 % intervals and p-values.
 
 Shape letters: N seeds.
 """
@@ -17,12 +17,13 @@ CONFIDENCE = 0.95
 
 @frozen(kw_only=True)
 class Estimate:
-    """A mean over seeds and its 95 % interval.
+    """A mean over seeds, or a ratio of two such means, with its 95 % interval.
 
     Attributes:
-        mean: Mean over the seeds.
-        low: Lower end of the 95 % interval; NaN if there is only one seed.
-        high: Upper end of the 95 % interval; NaN if there is only one seed.
+        mean: The mean or the ratio; NaN if it is not defined, for example because a value is not finite.
+        low: Lower end of the 95 % interval; NaN if `mean` is NaN, there is only one seed, or the interval is
+            not bounded.
+        high: Upper end of the 95 % interval; NaN in the same cases as `low`.
         count: Number of seeds.
     """
 

@@ -1,7 +1,7 @@
 """Computes the logits of selected positions in chunks, so that the `[B, T, K, V]` logits never exist at once.
 
-The gradient of a chunk's logits is computed while these logits are in memory, so no logits are stored for the
-backward pass or computed a second time.
+The gradient of the loss with respect to a chunk's logits is computed while these logits are in memory, so no
+logits are stored for the backward pass or computed a second time.
 
 Shape letters: B rows, T positions, S = B T positions of the flattened [B, T], of which N are selected, K
 heads, H hidden, V vocabulary.
@@ -143,9 +143,9 @@ class ChunkedUnembedding:
         `s CE + (1 - s) KL(p || q)`, where s is `label_share`, q is the prediction of the head, and p is head
         1's prediction of the same token.
 
-        The gradient of the states is written to `gradient_BTH`. If `learns` is true, the gradient of the
-        matrix is added to the matrix's `grad` directly, because a separate buffer per head would cost two
-        more passes over memory.
+        The gradient with respect to the states is written to `gradient_BTH`. If `learns` is true, the
+        gradients with respect to matrix and bias are added directly to the results of `matrix_gradient` and
+        `gradient_of`, because a separate buffer per head would cost two more passes over memory.
         """
         state_SH, gradient_SH = state_BTH.flatten(0, 1), gradient_BTH.flatten(0, 1)
         loss_N, ce_N = torch.empty(2, len(label_N), dtype=torch.float32, device=label_N.device)

@@ -105,7 +105,7 @@ def refuse_other_heads(folder: Path, *, n_future: int, heads: HeadsTable) -> Non
 
     Raises:
         WmtpError: The exported model has fewer heads than the recipe, heads of another kind, or heads with
-            other options.
+            other options; or its `weighted_mtp.json` cannot be used, see `read_facts`.
     """
     facts = read_facts(folder)
     if facts.n_future == 1:

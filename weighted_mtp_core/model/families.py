@@ -1,7 +1,9 @@
 """Properties of transformers' model families (such as Llama and GPT-2) on which this package relies.
 
-A causal LM consists of a body (embeddings, decoder layers, a final norm) and an unembedding. The trunk is a
-body, and each `parallel` head is a body of one layer.
+A causal LM consists of a body (embeddings, decoder layers, a final norm) and an unembedding. The trunk is the
+body; with `parallel` heads, its last layer and its final norm are removed, and with some `sequential` heads,
+its final norm is removed. Each `parallel` head is a copy of the body that has one layer and neither
+embeddings nor a final norm.
 
 Shape letters: B rows, T positions, S cached and new tokens, H hidden.
 """

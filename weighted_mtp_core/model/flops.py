@@ -1,12 +1,12 @@
 """Counts the operations (FLOPs) that a step of stage 2 needs, from the shapes of the policy's matrices.
 
 Multiplying the state of one token by a matrix of P numbers takes 2 P operations. The backward pass takes 2 P
-operations for the gradient of the state and 2 P for the gradient of the matrix, so both passes take 6 P
-operations per token (Kaplan et al. 2020, section 2.1). A frozen matrix gets no gradient, and a frozen part
-whose input needs no gradient has no backward pass. Attention takes 4 W operations per pair of tokens in the
-forward pass and 8 W in the backward pass, where W is the width of all query heads together (Chowdhery et al.
-2022, appendix B). As in Chowdhery et al., all pairs of tokens of a document count, although causal attention
-masks half of them.
+operations for the gradient with respect to the state and 2 P for the gradient with respect to the matrix, so
+both passes take 6 P operations per token (Kaplan et al. 2020, section 2.1). A frozen matrix gets no gradient,
+and a frozen part whose input needs no gradient has no backward pass. Attention takes 4 W operations per pair
+of tokens in the forward pass and 8 W in the backward pass, where W is the width of all query heads together
+(Chowdhery et al. 2022, appendix B). As in Chowdhery et al., all pairs of tokens of a document count, although
+causal attention masks half of them.
 
 The operations of trunk and heads are counted for every token of a document. The unembedding, and feed-forward
 networks that `sparse_feed_forward.py` computes only where their outputs are read, are counted for supervised

@@ -86,5 +86,8 @@ def trainable_losses(policy: Policy) -> LanguageModel:
     """Return a copy of the policy's language model with all parameters trainable.
 
     If the policy has adapters, the adapters are merged in the copy.
+
+    Raises:
+        WmtpError: The policy is sharded and has adapters.
     """
     return LanguageModel(merged_copy(policy)).requires_grad_(requires_grad=True)

@@ -1,4 +1,4 @@
-"""Load the model that `model.base` names: `micro`, a directory, a stored model, a `.gguf` file or hub id."""
+"""Load the model that `model.base` names: `micro`, a directory, a stored model, a `.gguf` file, a hub id."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LoadedPolicy:
         base_name: The base model, for the run's tags: a hub id, or the last two parts of the model's path,
             which are name and version for a model under `models_v2/`.
         unused: A message to the user about MTP layers in the files of the base model that the policy does not
-            use; None if there are no such layers.
+            use; None if there are no such layers, or if the base model is an exported model.
     """
 
     policy: Policy
@@ -67,8 +67,8 @@ def load_policy(
             `fsdp.callable_` before it is called. If `mesh` is None, the whole policy is loaded on the CPU.
 
     Raises:
-        WmtpError: The model does not exist, its files have been changed, its tokenizer has no EOS token, or
-            the model cannot become a policy.
+        WmtpError: The model does not exist or cannot be loaded, its files have been changed, its tokenizer
+            has no EOS token, or the model cannot become the policy that `table` describes.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -183,7 +183,8 @@ def find_base(base: str, *, storage: Path) -> Path | str:
         storage: The storage root.
 
     Raises:
-        WmtpError: `base` does not name a model, or the files of the model have been changed.
+        WmtpError: `base` does not name a model, the files of the model have been changed, or a `.gguf` file
+            cannot be read or has damaged weights.
     """
     models = storage / "models_v2"
     gguf = base.endswith(".gguf")
@@ -194,7 +195,11 @@ def find_base(base: str, *, storage: Path) -> Path | str:
 
 
 def base_folder(base: str, *, storage: Path) -> Path | str:
-    """Return the result of `find_base` without reading any weights; `base` is not a `.gguf` file."""
+    """Return the result of `find_base` without verifying any files; `base` is not a `.gguf` file.
+
+    Raises:
+        WmtpError: `base` does not name a model.
+    """
     return _transformers_folder(base, storage / "models_v2")
 
 

@@ -73,8 +73,8 @@ def micro_config(shape: MicroTable, tokenizer: Any = None) -> Any:
         num_attention_heads=shape.attention_heads,
         num_key_value_heads=shape.attention_heads,
         max_position_embeddings=_MAX_POSITIONS,
-        # The default of 0.02 suits widths of thousands; with 0.02 at width 128, attention starts too flat to
-        # learn copying.
+        # The default of 0.02 suits widths of thousands; with 0.02 at width 128, attention weights are at
+        # first too uniform to learn copying.
         initializer_range=shape.hidden_size**-0.5,
         tie_word_embeddings=True,
         pad_token_id=getattr(tokenizer, "pad_token_id", None),

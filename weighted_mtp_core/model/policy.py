@@ -1,4 +1,4 @@
-"""The policy: a trunk, K heads and a shared unembedding, made from any transformers causal LM.
+"""The policy: a trunk, K heads and a shared unembedding, made from a transformers causal LM.
 
 Head 1 is the ordinary language model. The kind of head determines which layers form the trunk and the heads;
 see `heads/`.

@@ -53,8 +53,9 @@ def load_pretrained(
             CPU.
 
     Raises:
-        WmtpError: The model or the tokenizer cannot be loaded, the weights are incomplete or damaged, or the
-            model has no embedding for some tokens of the tokenizer.
+        WmtpError: The model or the tokenizer cannot be loaded; the directory contains an adapter; the weights
+            are quantised, incomplete or damaged, or do not match the config; or the model has no embedding
+            for some tokens of the tokenizer.
     """
     from transformers import AutoConfig
 

@@ -42,7 +42,14 @@ def sharded_class(model_class: Any, source: Path | str, mesh: DeviceMesh) -> Any
 
 
 def finish_loading(model: Any, info: Any, mesh: DeviceMesh) -> None:
-    """Restore a model's class, move the model to its device, and merge all processes' mismatch lists."""
+    """Restore a model's class, move the model to its device, and merge the reports of all processes.
+
+    Args:
+        model: A model that was loaded with a result of `sharded_class`.
+        info: transformers' report about the loading; its list of tensors with wrong shapes is replaced with
+            the union of the lists of all processes.
+        mesh: The processes over which the model is sharded.
+    """
     (model.__class__,) = type(model).__bases__
     model.to(mesh.device_type)
     found: list[Any] = [None] * mesh.size()

@@ -56,11 +56,19 @@ class ShippedHeads:
     config: Any
 
     def names(self, depth: int) -> dict[str, str]:
-        """Return the tensor name of each parameter of `SequentialModule` outside its decoder layer."""
+        """Return the tensor name of each parameter of `SequentialModule` outside its decoder layer.
+
+        Args:
+            depth: Index of the MTP layer, from 0.
+        """
         return {own: self._named(name, depth) for own, name in self.layout.names.items()}
 
     def block(self, depth: int) -> str:
-        """Return the common prefix of the tensor names of an MTP layer's decoder layer."""
+        """Return the common prefix of the tensor names of an MTP layer's decoder layer.
+
+        Args:
+            depth: Index of the MTP layer, from 0.
+        """
         return self._named(self.layout.block, depth)
 
     def _named(self, name: str, depth: int) -> str:
@@ -68,7 +76,10 @@ class ShippedHeads:
 
     @property
     def beside(self) -> re.Pattern[str]:
-        """A pattern for the tensor names of MTP layers outside decoder layers, before and after renaming."""
+        """A pattern for the names of MTP layers' tensors that are not part of a decoder layer.
+
+        The pattern matches the names before and after transformers renames them.
+        """
         names = {name for depth in range(self.depth) for name in self.names(depth).values()} | set(
             self.copies
         )

@@ -36,7 +36,7 @@ class Layout:
         block: Common prefix of the tensor names of an MTP layer's decoder layer.
         names: The tensor name of each parameter of `SequentialModule` outside its decoder layer.
         copies: Names of tensors that may exist as copies of the model's embedding or unembedding.
-        serve: The value of `model.heads.serve` with which `sequential` heads compute the same as MTP layers.
+        serve: The `model.heads.serve` with which `sequential` heads compute the same states as MTP layers.
         repeats: Whether a server that applies one MTP layer several times always continues with the layer's
             state after the final norm.
     """

@@ -79,6 +79,8 @@ def pair_index(target_BTK: Tensor, *, preceding_BT: Counts | None) -> Tensor:
 def choices_of_head_1(choice_BTK: Tensor) -> Tensor:
     """Return, for each (position, head) pair, head 1's prediction of the pair's target, `[B, T, K]`.
 
+    The result is -100 where head 1 has no prediction that counts.
+
     Args:
         choice_BTK: int64 predicted token ids, by source and head; -100 for a pair that does not count.
     """

@@ -63,7 +63,7 @@ def trainable_trunk(policy: Policy, base: str | None, *, storage: Path, tokenize
 
     Raises:
         WmtpError: `base` does not name a model, the model cannot be loaded, or its tokenizer differs from the
-            policy's tokenizer.
+            policy's tokenizer; or `base` is None, and the policy is sharded and has adapters.
     """
     if base is None:
         return Trunk(merged_copy(policy.trunk)).requires_grad_(requires_grad=True)

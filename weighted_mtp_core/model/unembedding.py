@@ -58,9 +58,10 @@ class Unembedding(nn.Module):
         return whole(self.weight, smaller).to(dtype)
 
     def matrix_gradient(self) -> Tensor | None:
-        """Return the tensor `[V, H]` to which this process adds its gradient of W; None if W is frozen.
+        """Return the tensor `[V, H]` to which this process adds its gradient with respect to W, if any.
 
-        The tensor is W's gradient or, for a sharded W, a buffer that `reduce_gradient` adds to W's gradient.
+        The result is None if W is frozen. The tensor is the attribute `grad` of W or, for a sharded W, a
+        buffer that `reduce_gradient` adds to this attribute.
         """
         if not isinstance(self.weight, DTensor):
             return gradient_of(self.weight)

@@ -13,7 +13,10 @@ import torch
 from weighted_mtp_core.runtime.device import Compute
 
 _SECONDS, _REPETITIONS = 0.03, 3
-"""Minimum duration in seconds, and minimum number of products, of a measurement (0.1 s on two cores)."""
+"""Minimum duration in seconds, and minimum number of products, of a measurement.
+
+On two CPU cores, a measurement takes 0.1 s.
+"""
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

@@ -18,7 +18,7 @@ def prepare_environment_for_torch() -> None:
 
     Call this function before the first import of torch.
 
-    - `PYTORCH_ENABLE_MPS_FALLBACK`: an operator that Apple's GPUs lack runs on the CPU.
+    - `PYTORCH_ENABLE_MPS_FALLBACK`: an operator that Apple's GPUs do not support runs on the CPU.
     - `GOMP_SPINCOUNT`: threads that wait at a barrier sleep sooner. By default, waiting threads spin for
       milliseconds; if another process is busy, they occupy the core that the awaited thread needs (figures in
       docs/performance.md). The number of threads does not change, so results are bitwise equal.

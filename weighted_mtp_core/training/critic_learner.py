@@ -107,8 +107,8 @@ class CriticLearner(Learner):
         """Return the report on the current critic, measured on one half of the validation responses.
 
         Raises:
-            RunFailedError: The critic returns no values or non-finite values, or all responses are correct,
-                or all are incorrect.
+            RunFailedError: The critic fails, or returns no values or values that are not finite or not
+                float32; or the responses of this half are all correct or all incorrect.
         """
         scored = self._score("validation", self.prepared.critic_validation(half))
         return report_critic(scored, self.prepared.length_only)

@@ -74,6 +74,7 @@ def selection_score(metrics: Mapping[str, float], select_by: SelectBy) -> float:
 
     For `acceptance`, the score is the expected number of tokens per forward pass. For other values of
     `select_by`, the score is the negated mean cross-entropy of the selected heads that have targets.
+    The score is NaN if no selected head has targets.
     """
     if select_by == "acceptance":
         return metrics.get("validation_acceptance_length", math.nan)

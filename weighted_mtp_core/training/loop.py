@@ -194,7 +194,9 @@ def train(
 
     Raises:
         RunFailedError: Too many consecutive steps had a non-finite loss or gradient, no validation had a
-            finite score, or a checkpoint could not be written.
+            finite score, a plugin failed, or, in the first process, a checkpoint could not be written.
+        OSError: The best state could not be written; or, in a process other than the first, some process
+            could not write its shards of a checkpoint.
         KeyboardInterrupt: A signal requested a stop.
     """
     device = next(iter(learner.parameters())).device

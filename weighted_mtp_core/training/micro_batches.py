@@ -44,7 +44,10 @@ class MicroBatch:
 
     @property
     def preceding_BT(self) -> NDArray[np.int64] | None:
-        """`CollatedBatch.preceding_BT` of this micro-batch; all 0 if it is spare and so has no targets."""
+        """`CollatedBatch.preceding_BT` of the rows; None if the batch is not a `CollatedBatch`.
+
+        All entries are 0 in a spare micro-batch, which has no targets.
+        """
         preceding_BT = preceding(self.batch)
         return np.zeros_like(preceding_BT) if self.is_spare and preceding_BT is not None else preceding_BT
 

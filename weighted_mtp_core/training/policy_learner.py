@@ -166,9 +166,9 @@ class PolicyLearner(Learner):
 
         The gradient is the batch's part of the gradient for the whole data set, see `Normaliser`; the loss in
         the result is the weighted mean of this batch. Weights can depend on the whole global batch, for
-        example if they are whitened. So if the weighting reads signals of the policy, the trunk computes each
-        micro-batch twice: for the signals of all micro-batches, then for the loss. If the batch is a single
-        micro-batch and the policy has no dropout, the trunk computes it once.
+        example if they are whitened. So if signals are computed from the trunk's states, the trunk computes
+        each micro-batch twice: for the signals of all micro-batches, then for the loss. If each process has a
+        single micro-batch and the policy has no dropout, the trunk computes the micro-batch once.
         """
         self.policy.train()
         parts = micro_batches(batch, self.accumulation, self.distributed)
@@ -280,6 +280,9 @@ class PolicyLearner(Learner):
 
         If `training` is true, the result is as in training step `step`, and the weighting's moving statistics
         change as in training.
+
+        Raises:
+            RunFailedError: The weighting or the critic failed, or the weights are invalid.
         """
         parts = micro_batches(batch, self.accumulation, self.distributed)
         target_BTK = target_mask(batch_labels(batch, self.policy.n_future))

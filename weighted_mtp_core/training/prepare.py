@@ -125,9 +125,10 @@ class Prepared:
         """Make the token sets of all stages, so that data missing for a later stage are noticed at the start.
 
         Raises:
-            WmtpError: A split has no examples, or all its examples are too long; or data that the recipe
-                needs are missing: weights for its weighting, correct and incorrect responses for its critic,
-                or test problems for a second temperature.
+            WmtpError: The data source fails, a split has no examples, or all its examples are too long; a
+                weight is negative although the recipe does not allow it; or data that the recipe needs are
+                missing: weights for its weighting, correct and incorrect responses for its critic, or test
+                problems for a second temperature.
         """
         check_second_temperature(self.plan, self.source)
         for split in SPLITS:
@@ -146,8 +147,9 @@ class Prepared:
     def values(self, scores: Scores) -> NDArray[np.float64] | None:
         """Return a critic's values V_t, float64 `[B, T]`; None if the scores have neither V_t nor log V_t.
 
-        Scores that have only log V_t may lack the constant log V_0, where V_0 is the value of the prompt. In
-        place of V_0, the mean reward of the training responses is used, so a value V_t may exceed 1.
+        If the scores have only log V_t, this number is taken as log(V_t / V_0), where V_0 is the value of the
+        prompt. In place of V_0, which is unknown, the mean reward of the training responses is used, so a
+        value V_t may exceed 1.
         """
         if scores.value_BT is not None or scores.log_value_BT is None:
             return None if scores.value_BT is None else scores.value_BT.cpu().double().numpy()
@@ -310,7 +312,8 @@ def prepare(plan: Plan, *, log: Callable[[str], None], distributed: Distributed 
     """Load the data and the policy; with several processes and `model.shard`, the policy is sharded.
 
     Raises:
-        WmtpError: The data, the base model or the device is missing or invalid.
+        WmtpError: The data, the base model or the device is missing or invalid; or the policy cannot be made
+            as the recipe describes it, or cannot read its packed rows or its longest documents.
     """
     recipe = plan.recipe
     storage, seed = Path(recipe.run.storage), recipe.run.seed

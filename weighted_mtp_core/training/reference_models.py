@@ -30,7 +30,8 @@ def load_reference(path: Path, policy: Policy, *, tokenizer: Any) -> LanguageMod
         tokenizer: The policy's tokenizer; the model at `path` must have the same vocabulary.
 
     Raises:
-        WmtpError: There is no such model, or its shape or its tokenizer differs from the policy's.
+        WmtpError: There is no such model, or it cannot be loaded; its tokenizer differs from the policy's; or
+            the model is from a run and has another shape than the policy.
     """
     if (path / "config.json").is_file():
         from transformers import AutoModelForCausalLM

@@ -1,10 +1,10 @@
 """A critic's scores, computed once and then read from a memory-mapped table.
 
 In stage 2 a critic that does not read the policy returns the same score for a token at every step, because
-its parameters are frozen. So each document is scored in the first batch that contains it, with exactly the
-same result as without the cache. Later epochs, and later runs with the same critic, data and batches, read
-the scores from the table. If a document were scored in another batch, its scores could differ by 1e-6,
-because sums would be computed in another order.
+its parameters are frozen. So each document is scored once, in the first batch that contains it, with exactly
+the scores that this batch gets without the cache. Later epochs, and later runs with the same critic, data and
+batches, read the scores from the table. If a document were scored in another batch, its scores could differ
+by 1e-6, because sums would be computed in another order.
 
 Shape letters: B rows, T positions, N tokens of the token set, D documents.
 """
@@ -54,6 +54,9 @@ class CachedCritic(Critic):
         accumulation: Number of parts in which a batch is scored.
         folder: The folder of the complete table, which is read if it exists; otherwise the folder is written
             as soon as all documents are scored.
+
+    Raises:
+        WmtpError: A file in `folder` was changed, removed or added after it was written.
     """
 
     trainable = False
@@ -78,6 +81,7 @@ class CachedCritic(Critic):
 
         Raises:
             WmtpError: The batch is not a `CollatedBatch`, so it was not made from the token set of stage 2.
+            RunFailedError: The critic returned a score that is not float32.
         """
         del hidden_BTH
         if not isinstance(batch, CollatedBatch):

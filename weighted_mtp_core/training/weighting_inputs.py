@@ -49,7 +49,7 @@ class Weighting:
         needs: The signals that the strategy declares.
         critic: Computes the signals that core cannot compute; None if the recipe has no critic.
         label: The weighting's address, plugin, distribution and version, for messages.
-        critic_label: The same of the critic.
+        critic_label: The same text for the critic.
     """
 
     strategy: WeightingStrategy
@@ -62,7 +62,8 @@ class Weighting:
         """Return the strategy's weights after checking their type, shape and dtype, but not their values.
 
         Raises:
-            RunFailedError: The strategy failed or returned invalid weights; the message names the plugin.
+            RunFailedError: The strategy failed or returned invalid weights or metrics; the message names the
+                plugin.
         """
         try:
             weights = self.strategy.weigh(view)
