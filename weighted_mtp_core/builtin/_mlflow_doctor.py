@@ -22,7 +22,7 @@ _PROBE = b"written by `doctor`"
 
 
 def examine_server(uri: str) -> list[Finding]:
-    """Check `/health`, login, database and clock of a server; for the URI of a database, only the database."""
+    """Check `/health`, login, database and clock of a server; for a database URI, only the database."""
     try:
         if not uri.startswith("http"):
             MlflowClient(uri).search_experiments(max_results=1)
