@@ -5,6 +5,8 @@ character, as in byte-level tokenizers, covers the whole character. The weight o
 weights of its characters. So a token inside a span has the span's weight, and the weight of a token that
 crosses the edge of a span is between the weights on both sides. Blanks count only in tokens that consist of
 blanks, because the blank before a word usually belongs to the word's token but not to the span.
+
+Shape letters: C characters, L tokens.
 """
 
 from __future__ import annotations
