@@ -63,6 +63,8 @@ def run_plan(plan: Plan, *, resume: str | None = None, allow_change: Sequence[st
     Raises:
         WmtpError: The input is invalid, or something that the run needs is missing.
         RunFailedError: The run failed after it was opened; the run was closed as FAILED.
+        KeyboardInterrupt: A signal stopped the run, during training after a checkpoint; the run was closed as
+            KILLED.
     """
     check_optimisers(plan.recipe)
     distributed = Distributed.init(plan.recipe.model.device)

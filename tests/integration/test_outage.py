@@ -1,4 +1,4 @@
-"""The server is down for a minute. Afterwards it has all data of runs that went on, ended or died meanwhile."""
+"""The server is down for a minute. Afterwards it has all data of runs that went on, ended or died then."""
 
 import json
 import signal

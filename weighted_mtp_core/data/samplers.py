@@ -227,8 +227,8 @@ class PackedSampler:
             rows = [
                 members_U[row] for row in first_fit(self._length_D[members_U], row_tokens=self._row_tokens)
             ]
-            # The fullest rows come first, so that the emptiest rows are in the last batch, which may be
-            # smaller than the others anyway.
+            # The fullest rows come first, so that the emptiest rows are in the last batch, which may have
+            # fewer rows than the others.
             rows.sort(key=lambda row: -int(self._length_D[row].sum()))
             batches = [rows[i : i + self._batch_size] for i in range(0, len(rows), self._batch_size)]
             order = np.random.default_rng((self._seed, epoch, block)).permutation(len(batches))
