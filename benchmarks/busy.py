@@ -1,4 +1,4 @@
-"""Time of a step of stage 2 while another process keeps one core busy, over its time on an idle machine.
+"""Time of a step of stage 2 beside a process that keeps one core busy, over the time on an idle machine.
 
     python benchmarks/busy.py
 

@@ -78,7 +78,7 @@ def batches_of(folder: str) -> StepBatches:
 
 
 def time_start(folder: Path, times: Times) -> None:
-    """Measure the time of a process that makes the first batch."""
+    """Start a process that makes the first batch, and append its wall time and CPU time to `times`."""
     code = f"import corpus, time; corpus.batches_of({str(folder)!r})(0); print(time.process_time())"
     wall = time.perf_counter()
     done = subprocess.run(

@@ -64,7 +64,7 @@ class Row:
 
 @define(kw_only=True)
 class Times:
-    """CPU time and wall time of a variant in each round, in seconds."""
+    """CPU time and wall time of a variant in each round, in seconds; on a GPU, both are the wall time."""
 
     cpu: list[float] = field(factory=list)
     wall: list[float] = field(factory=list)
@@ -144,7 +144,7 @@ def within(value: float, limit: str) -> bool:
 def peak_mib(prepare: Callable[..., Callable[[], object]], *arguments: object) -> float:
     """Return the peak memory that a function needs, measured in a new process.
 
-    On a GPU, the memory is what torch allocates on the device, measured in this process.
+    On a GPU, the memory that torch allocates on the device is measured in this process.
 
     Args:
         prepare: A module-level function, because the new process imports it by name. It makes the inputs,
@@ -152,7 +152,7 @@ def peak_mib(prepare: Callable[..., Callable[[], object]], *arguments: object) -
         arguments: Arguments of `prepare`, which must be picklable.
 
     Returns:
-        MiB of resident memory on top of the inputs; with `--quick`, always 1.
+        MiB of memory in addition to the inputs; with `--quick`, always 1.
     """
     if QUICK in os.environ:  # starting a process takes seconds
         prepare(*arguments)()

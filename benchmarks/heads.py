@@ -46,9 +46,10 @@ def prepare_step(
 def prepare_gradients(
     heads: tuple[HeadKind, int], shape: Mapping[str, int], positions: int
 ) -> Callable[[], object]:
-    """Return a step without its optimiser, because AdamW's moments would hide the growth of other memory.
+    """Return a function that computes the gradients of a step, for `peak_mib`.
 
-    Freed memory is not counted, because the gradients of more heads would leave more gaps in it.
+    The optimiser is left out, because AdamW's moments would hide the growth of other memory. Freed memory is
+    not counted, because the gradients of more heads would leave more gaps in it.
     """
     return_freed_memory()
 

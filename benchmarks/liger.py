@@ -2,10 +2,13 @@
 
     python benchmarks/bench.py --gpu liger
 
-D = 2048, V = 49152, T = 8192, 40 % supervised, bfloat16. Liger's function returns the loss of each token. The
-weights are applied to these losses, and autograd computes the gradients. On Hopper GPUs, Liger uses a kernel;
-on other devices, it computes the logits in chunks, and again for the gradient. `make gpu` installs Liger from
-benchmarks/requirements-gpu.txt. Liger needs Triton, so this group has no rows on a CPU.
+D = 2048, V = 49152, T = 8192, 40 % of the tokens supervised, bfloat16. Liger's function returns the loss of
+each token. The weights are applied to these losses, and autograd computes the gradients. On Hopper GPUs,
+Liger uses a kernel; on other devices, it computes the logits in chunks, and computes them again for the
+gradient. `make gpu` installs Liger from benchmarks/requirements-gpu.txt. Liger needs Triton, so this group
+has no rows on a CPU.
+
+Shape letters: T positions, N supervised pairs of head 1, D hidden, V vocabulary.
 """
 
 from __future__ import annotations

@@ -64,7 +64,8 @@ class Case:
         torch.manual_seed(0)
         shape = 1, positions, n_future
         with device():
-            # All heads have equally many pairs. With random numbers, the largest would grow with K.
+            # All heads have equally many pairs. With random numbers of pairs, the largest number would grow
+            # with K.
             counts_BTK = torch.rand(shape).argsort(dim=1) < SUPERVISED * positions
             return cls(
                 policy=BareHeads(n_future, vocabulary),

@@ -81,7 +81,7 @@ batch_size = 1
 
 
 def forecast_mib(shape: Mapping[str, int], positions: int, train: str, how: str) -> float:
-    """Return the forecast of the peak memory of a step, in MiB."""
+    """Return the forecast of the peak memory of training, in MiB."""
     with tempfile.TemporaryDirectory() as folder:
         _config(shape).save_pretrained(folder)
         recipe = Path(folder) / "recipe.toml"

@@ -4,8 +4,8 @@
 
 FOLDER contains `mbpp.jsonl` (MBPP's public release) and `mbpp_solutions.jsonl`. A line of the latter contains
 task_id, program and verdict (pass, fail or timeout), recorded by running the program and the asserts in one
-process. Two verdicts agree if both or neither are that the program passed. `--repeat` judges all programs
-again and counts the verdicts that change.
+process. Two verdicts agree if both, or neither of them, state that the program passed. `--repeat` judges all
+programs again and counts the verdicts that change.
 """
 
 from __future__ import annotations

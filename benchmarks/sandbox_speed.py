@@ -4,7 +4,7 @@
 
 There are two kinds of programs: `small` (a one-line function, called three times) and the 164 canonical
 solutions of HumanEval. Wall times are meaningful only if the cores are otherwise idle. CPU times per program
-are also meaningful on busy cores; they include all processes, also the caller. No CPU time is shown for
+are also meaningful on busy cores; they include all processes and the caller. No CPU time is printed for
 bubblewrap, because bubblewrap does not report the CPU time of its children.
 """
 

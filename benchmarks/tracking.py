@@ -1,4 +1,4 @@
-"""Cost of tracking for the training thread: 50 metrics per step, on every kind of store and without a server.
+"""Cost of tracking for the training thread: 50 metrics per step, with each kind of store and a server down.
 
     python benchmarks/tracking.py
 

@@ -3,7 +3,7 @@
     python tests/isolate.py FOLDER weighted-mtp-core [weighted-mtp-verifiable ...]
 
 Core must work with no plugin installed, and each plugin with core alone. A plugin whose tests need another
-one names it in its extra `dev`; that one is then installed too. Installing 140 dependencies for every such
+one names it in its extra `dev`; the other plugin is then installed too. Installing 140 dependencies for each
 combination would take minutes, so the new venv's site-packages *links* to everything in that of the running
 interpreter, except this repository's own (editable) packages that are not needed. To `import` and
 `importlib.metadata`, in the venv's processes and in those that they start, the others do not exist.

@@ -12,7 +12,7 @@ EXIT_RUN_FAILED = 1
 EXIT_BAD_INPUT = 2
 """The input (a recipe, an argument or an installed plugin) has a mistake that the user can correct."""
 EXIT_INTERRUPTED = 130
-"""The command ended after SIGINT (Ctrl-C): as in shells, 128 + 2, because SIGINT is signal 2."""
+"""The command ended after SIGINT (Ctrl-C): 128 + 2, the convention of shells, because SIGINT is signal 2."""
 EXIT_PIPE_CLOSED = 141
 """The reader of the output closed the pipe, as in `plugins list | head -1`; 141 = 128 + 13 (SIGPIPE)."""
 EXIT_TERMINATED = 143

@@ -145,9 +145,9 @@ def wmtp_trackers() -> Iterable[Component[Any, Tracker]]:
     """Declare trackers, which send the metrics, tags and files of a run to other systems.
 
     Called once each time core loads the plugin. Each tracker that a recipe selects in `[[tracker]]` is built
-    before training. Core calls `start` before training, and all other methods that send data in a background
-    thread. If a method raises an exception, core sends the same data again later, possibly together with
-    newer data, unless the exception is a `WmtpError`.
+    before training. Core calls `start` before training. A background thread calls all other methods that send
+    data, and calls `start` again if the run must be opened again. If a method raises an exception, core sends
+    the same data again later, possibly together with newer data, unless the exception is a `WmtpError`.
 
     Example:
         import json

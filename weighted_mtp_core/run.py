@@ -240,7 +240,9 @@ class _Run:
         return learner, trained
 
     def evaluate(self, prepared: Prepared, *, step: int) -> Evaluation:
-        """Execute stage 3: measure the best policy on the split `test`.
+        """Execute stage 3: measure the best policy on the examples and problems of the test split.
+
+        The result is empty in a process that takes no part in stage 3.
 
         Args:
             prepared: The data and the policy.

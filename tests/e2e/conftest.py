@@ -1,4 +1,4 @@
-"""What the tests of everything together share: the program as a person starts it, and what it leaves behind.
+"""Fixtures of the end-to-end tests: the program, started as a user starts it, and the files that it writes.
 
 Every run here is a process of its own, in a folder of its own, with the preset `ci`. A run takes half a
 minute, so the tests of a file share it, and `make test` gives a whole file to one worker.

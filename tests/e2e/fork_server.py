@@ -3,8 +3,9 @@
     python fork_server.py
 
 Importing torch, transformers and MLflow takes seconds, during which a process writes nothing. Each line of
-the input is a JSON object with `cwd`, `arguments`, `output`, a file, and `kill_after_s`: the seconds after
-which the process is killed, or null. The answer is a line with its exit code and the seconds that it took.
+the input is a JSON object with `cwd`, `arguments`, `output` (a file) and `kill_after_s` (the seconds after
+which the process is killed, or null). The answer is a line with the exit code of the process and the seconds
+that the process took.
 """
 
 import json

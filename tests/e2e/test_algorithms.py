@@ -1,4 +1,4 @@
-"""Algorithms work together: an earlier run as the reference, and several weightings made into one."""
+"""Algorithms are combined: the policy of an earlier run is the reference, and one weighting wraps several."""
 
 from pathlib import Path
 

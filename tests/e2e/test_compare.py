@@ -1,4 +1,4 @@
-"""`compare` runs what is missing, puts arms side by side, and is a parent run with children at MLflow."""
+"""`compare` executes the missing runs, compares the arms, and is recorded in MLflow as the runs' parent."""
 
 import csv
 import json

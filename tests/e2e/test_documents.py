@@ -1,4 +1,4 @@
-"""What the documents say is true: links lead somewhere, commands are listed, the README's recipe is valid."""
+"""The documents are correct: links have targets, all commands are listed, the README's recipe is valid."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""However a run ends, the exit code and the tracker say how."""
+"""However a run ends, the exit code and the tracker report how it ended."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""Machines fail too: what a run says then, and that it can go on."""
+"""Faults of the machine: the run ends with a clear message, and it can be resumed afterwards."""
 
 import json
 import resource

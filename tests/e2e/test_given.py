@@ -1,4 +1,4 @@
-"""Weights that come with the data: weights of 1 change nothing, others multiply those of a weighting."""
+"""Weights in the data: weights of 1 change nothing, and other weights multiply the weights of a weighting."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Whole runs on CUDA devices, which `make gpu` runs: resumed, in bfloat16, with a process for each device."""
+"""Whole runs on CUDA devices (`make gpu`): resumed, in bfloat16, and with one process per device."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Our verdicts and pass@k are those of HumanEval's own checker, on the samples file that stage 3 leaves."""
+"""Our verdicts and pass@k equal those of HumanEval's own checker, for the file of samples from stage 3."""
 
 import gzip
 import json

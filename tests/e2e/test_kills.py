@@ -1,7 +1,8 @@
-"""A run that is killed at any moment, and its restarts with `run.resume = "auto"`, are one whole run.
+"""A run that is killed at any moment and restarted with `run.resume = "auto"` equals a run without kills.
 
 The environment variable KILLS is the number of kills; `make test-kills` sets it to 100. A process is killed
-at a random moment between its start and its usual end, and half of the processes that resume it are, too.
+at a random moment between its start and its usual end. Half of the processes that resume a run are killed,
+too.
 """
 
 import json

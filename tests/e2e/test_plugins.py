@@ -1,4 +1,4 @@
-"""Installed is not active: what is missing or broken matters only to the recipes that name it."""
+"""An installed plugin is not active: a missing or broken plugin affects only the recipes that name it."""
 
 from pathlib import Path
 

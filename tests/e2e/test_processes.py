@@ -1,4 +1,4 @@
-"""Several processes train as one does, go on with each other's checkpoints, and end together."""
+"""Several processes train like one process, resume runs of more or fewer processes, and end together."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""A run may be stopped or killed at any moment, and goes on to the result that it would have had."""
+"""A run that is stopped or killed at any moment and resumed has the result of an uninterrupted run."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""`run configs/verifiable.toml` does the whole job, and does it again to the same numbers."""
+"""`run configs/verifiable.toml` executes all stages, and a second run gives the same numbers."""
 
 import math
 from pathlib import Path

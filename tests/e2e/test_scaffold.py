@@ -1,6 +1,7 @@
-"""Packages that `plugins new` writes run from their wheels, where this repository is not seen.
+"""Packages that `plugins new` writes work from their wheels, in an environment without this repository.
 
-The venv has core and one new plugin of each kind, all installed from wheels; core's brings the templates.
+The venv has core and one new plugin of each kind, all installed from wheels; the wheel of core contains the
+templates.
 """
 
 import json

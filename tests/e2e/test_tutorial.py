@@ -1,8 +1,9 @@
-"""Following docs/tutorial.md to the letter, outside the repository, leads where it says.
+"""The commands of docs/tutorial.md, executed outside the repository, have the results that the page shows.
 
 The environment has only dependencies: the first command installs core and plugins, here from wheels. The
-blocks are carried out in order: `sh` by bash, one after the other in the folder where the last one ended; a
-block below the name of a file is that file; a line of `text` stands in what the `sh` before it printed.
+blocks are processed in order. bash executes each `sh` block in the folder in which the previous `sh` block
+ended. A block below the name of a file is the content of that file. Each line of a `text` block occurs in the
+output of the `sh` block before it.
 """
 
 import re

@@ -1,10 +1,10 @@
-"""An interpreter that has imported torch and the rest of a run already, so that a tiny run takes a second.
+"""An interpreter that has already imported torch and all modules of a run, so that a tiny run takes a second.
 
     python warm_python.py serve SOCKET PYTHON     wait for requests; PYTHON is the script that sends them
     python warm_python.py run SOCKET ARGUMENTS    what PYTHON calls; ARGUMENTS are those of `python`
 
 Each request becomes a fork of the server with the caller's folder, environment and output. SIGINT and
-SIGTERM for the caller go to its fork, whose exit code becomes that of the caller.
+SIGTERM for the caller are forwarded to its fork, and the exit code of the fork becomes that of the caller.
 """
 
 import array

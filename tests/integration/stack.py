@@ -1,7 +1,7 @@
 """PostgreSQL, SeaweedFS, an MLflow server and nginx with Basic Auth on loopback, to start, break and stop.
 
 All files are in one temporary folder, and all servers listen on free ports of 127.0.0.1 only.
-Every server is stopped by the process group that was started for it.
+Every server is stopped by stopping the process group in which it was started.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""`doctor` on the real stack: no fault, and the right line for each fault."""
+"""`doctor` with real servers: it reports no fault if all servers work, and the right line for each fault."""
 
 import pytest
 from weighted_mtp_core.cli import main

@@ -1,4 +1,4 @@
-"""MLflow has what the journal has after its store was changed, its run deleted or its database restored."""
+"""MLflow gets all data of the journal again after a change of store, a deleted run or a restored database."""
 
 import sqlite3
 from contextlib import closing

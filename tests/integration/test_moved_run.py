@@ -1,4 +1,4 @@
-"""A run that was recorded on a laptop is brought to a team's server and goes on there (docs/tracking.md)."""
+"""A run that was recorded on a laptop is sent to a team's server and continues there (docs/tracking.md)."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The server is down for a minute. Runs that continue, end, are stopped or die meanwhile arrive complete."""
+"""The server is down for a minute. Afterwards it has all data of runs that went on, ended or died then."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""The report in a real browser: it renders and switches, without requests and without errors."""
+"""The report in a real browser: the page and its switch work, without requests and without errors."""
 
 import pytest
 from weighted_mtp_core.metrics.critic_report import ReliabilityBin

@@ -1,4 +1,4 @@
-"""Planted secrets appear nowhere: screen, logs, journal, artifacts, database, process list."""
+"""The secrets of a run appear nowhere: screen, logs, journal, artifacts, database, process list."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""A run that cannot work stops before anything is loaded: in seconds, with one line, without a secret."""
+"""A run that cannot work stops in seconds, before anything is loaded, with one line that has no secret."""
 
 import time
 from pathlib import Path

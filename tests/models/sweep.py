@@ -3,8 +3,8 @@
     .venv/bin/python tests/models/sweep.py [TYPE ...]
 
 Each type runs in a process of its own with a time limit. A policy that loads is compared with the model
-itself by other means than the probe's: logits of another text, the loss and its gradients, written text, and
-the tensors of an export. A difference is *wrong* and fails the sweep, as a crash does.
+itself by other means than core's own check: logits of another text, the loss and its gradients, written
+text, and the tensors of an export. A difference is *wrong* and fails the sweep, as a crash does.
 """
 
 from __future__ import annotations

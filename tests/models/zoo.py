@@ -1,7 +1,7 @@
 """Tiny models of every causal-LM type of transformers, with random weights.
 
-A config is shrunk by the names of its attributes, which families share. `OVERRIDES` holds what some types
-need besides.
+Configs are made small through names of attributes that many families share. `OVERRIDES` contains further
+settings that some types need.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A recipe as an exported model, our own count of its accepted drafts, and vLLM's.
+"""Train and export a recipe, and count accepted drafts with our own computation and with vLLM.
 
 A text is written by head 1 alone, up to EOS or `NEW_TOKENS`. At each pass, the later heads draft the tokens
 after the newest one, and the drafts up to the first wrong one are accepted. The count includes drafts of the

@@ -1,4 +1,4 @@
-"""`model.train = "adapters"`: low-rank adapters on a base that stays bit for bit what it is.
+"""`model.train = "adapters"`: low-rank adapters of a base model that stays bitwise unchanged.
 
 Shape letters: B rows, T positions, K heads.
 """

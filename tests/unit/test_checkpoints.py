@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there, found by step, and never run what they hold."""
+"""Checkpoints are complete or absent, are found by step, and cannot execute code when they are loaded."""
 
 import copy
 import json

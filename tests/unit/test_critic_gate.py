@@ -1,4 +1,4 @@
-"""The gate that a critic must pass: a test that critics without information rarely pass, and its data."""
+"""The test that a critic must pass, which critics without information rarely do, and the data of the test."""
 
 import itertools
 

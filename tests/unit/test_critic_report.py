@@ -1,4 +1,4 @@
-"""The critic's report: AUC with an honest interval, and the constant it must beat."""
+"""The critic's report: AUC with an interval from resampled problems, and the constant that it must beat."""
 
 import math
 import re

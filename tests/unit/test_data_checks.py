@@ -1,4 +1,4 @@
-"""What is wrong with a data source is found before anything is trained, and named with its plugin."""
+"""Faults of a data source are found before anything is trained, and messages name its plugin."""
 
 import attrs
 import pytest

@@ -1,4 +1,4 @@
-"""`data prepare` makes data without a run; `data show` prints what is in storage and what it depends on."""
+"""`data prepare` makes data without a run; `data show` prints the stored data and what they depend on."""
 
 import json
 

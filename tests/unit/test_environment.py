@@ -1,4 +1,4 @@
-"""What the package sets for torch before torch is imported, and what the user's own settings keep."""
+"""The package sets environment variables before torch is imported, and keeps values that the user has set."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What stage 3 reports of judged completions, and the files it leaves."""
+"""The metrics that stage 3 computes from judged completions, and the files that it writes."""
 
 import json
 import math

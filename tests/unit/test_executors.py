@@ -1,4 +1,4 @@
-"""`--executor`: which addresses there are, what a missing package costs, and which workers are refused."""
+"""`--executor`: valid addresses, the message about a missing package, and workers that are refused."""
 
 import sys
 

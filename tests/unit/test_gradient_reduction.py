@@ -1,4 +1,4 @@
-"""Gradients that processes add up in buckets are those of one call a tensor, and those of one process."""
+"""Gradients summed over processes in buckets equal those of one call per tensor, and those of one process."""
 
 import multiprocessing
 from datetime import timedelta

@@ -2,7 +2,7 @@
 
 Documents begin with one of eight symbols. With probability 1/64, EOS follows each symbol; otherwise the next
 symbol follows with probability 0.7, and else any of the eight. So head k should predict the k-th power of the
-transition matrix, and EOS with 1/64: pairs whose target would lie behind EOS do not exist. `sequential` heads
+transition matrix, and EOS with 1/64: pairs whose target would lie after EOS do not exist. `sequential` heads
 also read the symbols between source and target, so each of them should predict the matrix itself.
 
 Shape letters: S symbols, K heads, N pairs, C classes (S symbols and EOS).

@@ -1,4 +1,4 @@
-"""Negative weights: allowed by component and recipe together, otherwise refused where they come from."""
+"""Negative weights: component and recipe must both allow them; otherwise, a message names their origin."""
 
 import json
 from pathlib import Path

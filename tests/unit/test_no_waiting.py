@@ -1,4 +1,4 @@
-"""A step of stage 2 never waits for the device: what the host needs, it knows from making the batch.
+"""A step of stage 2 never waits for the device: the host already knows all it needs when it makes the batch.
 
 A CPU never waits, so these tests forbid the operations that would make an accelerator's host wait.
 """

@@ -1,4 +1,4 @@
-"""The normaliser of stage 2: every step has its part of one objective, the data set's."""
+"""The normaliser of stage 2: the steps of an epoch add up to one objective, that of the whole data set."""
 
 import copy
 from types import SimpleNamespace

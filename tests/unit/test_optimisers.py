@@ -1,4 +1,4 @@
-"""Each optimiser against an independent computation; skipped steps; frozen parts; what it trains."""
+"""Each optimiser against an independent computation; skipped steps; frozen and trained parameters."""
 
 import copy
 import math

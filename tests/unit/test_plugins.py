@@ -1,4 +1,4 @@
-"""Finding imports nothing, loading imports what is named, and an address means one thing."""
+"""Finding plugins imports nothing, loading imports only the named plugin, and addresses are unambiguous."""
 
 import importlib.metadata
 import os

@@ -1,4 +1,4 @@
-"""Stage 2's step: parts of a batch add up to it, and plain settings give transformers' own training."""
+"""A step of stage 2: micro-batches add up to the batch; one head with equal weights equals transformers."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""A base model whose files are not whole, or not of one model, stops before anything is trained."""
+"""A run stops before training if files of the base model are incomplete or belong to different models."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Which run goes on, and what may have changed meanwhile."""
+"""Which run is resumed, and what may have changed since it was interrupted."""
 
 import json
 

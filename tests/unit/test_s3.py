@@ -1,4 +1,4 @@
-"""What an S3 store objects to becomes advice that fits; the store here answers like one that objects."""
+"""A refusal of an S3 store becomes fitting advice; the store in these tests answers like one that refuses."""
 
 import hashlib
 import threading

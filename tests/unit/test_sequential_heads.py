@@ -1,4 +1,4 @@
-"""`sequential` heads compute DeepSeek-V3's formula, in the form of the server that shall draft with them.
+"""`sequential` heads compute DeepSeek-V3's formula, in the form of the server that will draft with them.
 
 Shape letters: B rows, T positions, K heads, H hidden, N attention heads, W width of one attention head.
 """

@@ -1,4 +1,4 @@
-"""AdamW with moments of 8 bits on sharded parameters: as in one process, and from a checkpoint of two."""
+"""AdamW with 8-bit moments on sharded parameters: equal to one process, which can resume from the shards."""
 
 import multiprocessing
 from datetime import timedelta

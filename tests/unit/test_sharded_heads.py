@@ -1,4 +1,4 @@
-"""Each kind of heads trains alike in one process and sharded over two, and goes on from a checkpoint.
+"""Each kind of heads trains alike in one process and sharded over two, and resumes from a checkpoint.
 
 Shape letters: B rows, T positions, K heads.
 """

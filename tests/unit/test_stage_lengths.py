@@ -1,4 +1,4 @@
-"""Whole runs whose length is given in epochs, or that stop early: what they record, and how they go on."""
+"""Whole runs whose length is given in epochs, or that stop early: what they record, and how they resume."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A text comes back from its ids to the byte, for every kind of tokenizer that can do so."""
+"""Decoding ids gives back the text, byte for byte, with every kind of tokenizer that can represent it."""
 
 import itertools
 import json

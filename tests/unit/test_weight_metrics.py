@@ -1,4 +1,4 @@
-"""What is checked and logged of weights, against hand-computed numbers."""
+"""The checks and the logged metrics of weights, against numbers worked out by hand."""
 
 import math
 

@@ -114,7 +114,9 @@ class StepView:
         value_BT: float32, `Signal.VALUE`: V_t, the critic's value of the prefix that ends at token t.
         log_value_BT: float32, `Signal.LOG_VALUE`: log V_t, where V_t is the critic's value of the prefix that
             ends at token t; -inf if V_t is 0. A critic that cannot determine the value V_0 of the prompt
-            gives log(V_t / V_0) instead, so only differences within a document have a meaning.
+            gives log(V_t / V_0) instead, so only differences within a document have a meaning. A critic that
+            determines V_0 should also provide `Signal.VALUE`; otherwise, core measures the critic with the
+            mean reward of the training responses in place of V_0.
         token_loss_BTK: float32, `Signal.TOKEN_LOSS`: the policy's current cross-entropy of the pair, in nats;
             0 where `target_BTK` is False.
         token_entropy_BTK: float32, `Signal.TOKEN_ENTROPY`: entropy, in nats, of the distribution that the

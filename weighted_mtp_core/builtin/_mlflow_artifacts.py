@@ -1,4 +1,4 @@
-"""Store files in the artifact store of a run, and verify that the stored files are complete."""
+"""Check the artifact store of a run, store files in it, verify them, and delete a stored checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def check_store(client: MlflowClient, run_id: str) -> None:
     """Check before training that the artifact store of a run accepts files.
 
     Raises:
-        WmtpError: The S3 bucket does not exist or refuses the credentials.
+        WmtpError: The S3 bucket does not exist or cannot be used.
+        Exception: MLflow's client raised this exception, for example because the server cannot reach its
+            store.
     """
     uri = client.get_run(run_id).info.artifact_uri
     if uri.startswith("s3://"):

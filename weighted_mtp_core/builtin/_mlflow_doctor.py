@@ -22,7 +22,7 @@ _PROBE = b"written by `doctor`"
 
 
 def examine_server(uri: str) -> list[Finding]:
-    """Check a server's `/health` with the login, its database and its clock; or check only a database."""
+    """Check `/health`, login, database and clock of a server; for a database URI, only the database."""
     try:
         if not uri.startswith("http"):
             MlflowClient(uri).search_experiments(max_results=1)
@@ -47,7 +47,10 @@ def examine_server(uri: str) -> list[Finding]:
 
 
 def examine_artifacts(uri: str, artifact_root: str | None) -> Iterator[Finding]:
-    """Write, read and delete a small file in the place where a new experiment would store its files."""
+    """Write, read and delete a small file in the place where a new experiment would store its files.
+
+    A place that only the server can reach gives a warning instead.
+    """
     root = artifact_root or MlflowClient(uri).get_experiment("0").artifact_location
     name = f"wmtp-doctor/{uuid.uuid4().hex}.txt"
     try:

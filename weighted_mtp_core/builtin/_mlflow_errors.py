@@ -36,7 +36,8 @@ class Diagnosis:
 
     Attributes:
         text: The cause in one line.
-        hint: What the user can do about the failure; None if the failure may be temporary.
+        hint: What the user can do about the failure; None if nothing is known or the failure may be
+            temporary.
         hopeless: Whether the same request will never succeed.
     """
 
@@ -159,7 +160,7 @@ def is_crowded(error: BaseException) -> bool:
 
 
 def http_status(error: BaseException) -> int | None:
-    """Return the HTTP status that an exception, one of its causes or their messages contain."""
+    """Return the HTTP status that an exception, one of its causes or their messages contain; else None."""
     for each in causes(error):
         response = getattr(each, "response", None)
         if response is not None and isinstance(getattr(response, "status_code", None), int):

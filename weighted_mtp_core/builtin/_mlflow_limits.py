@@ -50,7 +50,7 @@ def batches(values: Mapping[str, str]) -> Iterator[dict[str, str]]:
     batch: dict[str, str] = {}
     size = 0
     for key, value in values.items():
-        weight = 6 * (len(key) + len(value))  # a character takes at most 6 bytes of JSON, or 12 for a pair
+        weight = 6 * (len(key) + len(value))  # bytes of JSON: at most 6 a character, or 12 for an emoji
         if batch and (len(batch) == _BATCH or size + weight > _BATCH_BYTES):
             yield batch
             batch, size = {}, 0

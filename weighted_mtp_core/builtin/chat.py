@@ -25,7 +25,8 @@ def build_chat(options: RowFiles, context: BuildContext) -> DataSource:
     """Build the data source `core.chat`, which reads and checks every row of its files.
 
     Raises:
-        WmtpError: A file cannot be read or has invalid rows, as in `JsonlSource`.
+        WmtpError: The options contradict each other, or a file cannot be read or has invalid rows (see
+            `JsonlSource`).
     """
     return JsonlSource(options, context, parse=_row)
 

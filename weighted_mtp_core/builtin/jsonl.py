@@ -9,8 +9,8 @@ def build_jsonl(options: JsonlOptions, context: BuildContext) -> DataSource:
     """Build the data source `core.jsonl`, which reads and checks every row of its files.
 
     Raises:
-        WmtpError: A file cannot be read or has invalid rows, as in `JsonlSource`; or a row has `tests`, which
-            this data source would ignore.
+        WmtpError: The options contradict each other, or a file cannot be read or has invalid rows (see
+            `JsonlSource`); or a row has `tests`, which this data source would ignore.
     """
     source = JsonlSource(options, context)
     for split in SPLITS:

@@ -44,8 +44,8 @@ class MlflowOptions:
         experiment_prefix: The run belongs to the experiment `<experiment_prefix>/<weighting plugin>`, unless
             the recipe sets `run.experiment`.
         artifact_root: URI under which a new experiment stores files. By default, a server chooses the place,
-            files of an SQLite store are in the folder `mlartifacts` next to it, and files of a `file:` store
-            are inside the store.
+            files of an SQLite store are in the folder `mlartifacts` next to it, files of a `file:` store are
+            inside the store, and files of a PostgreSQL store are in `mlruns` in the working folder.
         keep_local: If false, `checkpoints/best_model.pt` is deleted from the run folder as soon as a remote
             artifact store has an identical copy.
         enabled: If false, the tracker sends nothing; the run folder still contains all data of the run.
@@ -64,7 +64,7 @@ def build_mlflow(options: MlflowOptions, context: BuildContext) -> Tracker:
     """Build the tracker `core.mlflow` without contacting a server.
 
     Raises:
-        WmtpError: The tracking URI cannot be used.
+        WmtpError: The tracking URI cannot be used, or `.env` cannot be read.
     """
     if not options.enabled:
         return NoopTracker()
@@ -79,7 +79,11 @@ def build_mlflow(options: MlflowOptions, context: BuildContext) -> Tracker:
 
 
 def examine_mlflow(options: MlflowOptions, storage: Path) -> Iterator[Finding]:
-    """Check whether a local store can be written, or a server's login, database, clock and artifacts."""
+    """Check whether a local store can be written, or a server's login, database, clock and artifacts.
+
+    Raises:
+        WmtpError: The store would be `<storage>/mlflow.db`, but no URI can contain this path.
+    """
     if not options.enabled:
         yield Finding(mark="warning", name="tracking", text="is switched off (`enabled = false`)")
         return

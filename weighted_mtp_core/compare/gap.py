@@ -62,6 +62,8 @@ class ClosedGap:
 def closed_gaps(gap: Gap, metric: str, values: Mapping[str, Mapping[int, float]]) -> Iterator[ClosedGap]:
     """Yield the share of the gap that each arm closes, over the seeds that it shares with floor and ceiling.
 
+    An arm without such a seed is left out.
+
     Args:
         gap: The floor and the ceiling, for which no share is computed.
         metric: Name of the metric.

@@ -1,4 +1,7 @@
-"""The option `--grid KEY=VALUE,VALUE`, which makes several arms of a recipe: one for each value of a key."""
+"""The option `--grid KEY=VALUE,VALUE`, which makes an arm of a recipe for each value of a key.
+
+If the option is repeated, there is an arm for each combination of the values.
+"""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def _step_seconds(logged: Sequence[Point], validations: Sequence[Point]) -> floa
 
 
 def default_metrics(runs: Sequence[RunMeasures]) -> list[str]:
-    """Return the default metrics of a comparison, without those that some run lacks; pass@k comes first."""
+    """Return the default metrics of a comparison that every run has; pass@k comes first."""
     common = set.intersection(*(set(run.last) for run in runs))
     order = ("pass_at", "test_ce", "validation_ce", "tokens_per", "policy_s", "critic_s")
     found = sorted(filter(_DEFAULT.fullmatch, common), key=lambda name: (_number(name), name))

@@ -30,7 +30,7 @@ def track(
     folder: Path,
     log: Callable[[str], None],
 ) -> None:
-    """Record a comparison in the MLflow store of the first arm, and make the compared runs its children.
+    """Record a comparison in each MLflow store of the first arm, and make the compared runs its children.
 
     Comparisons of the same arms and seeds are recorded in the same MLflow run. If the server is down, a
     warning is logged, and the comparison is recorded when `compare` is called again.
@@ -42,6 +42,9 @@ def track(
         files: Files with tables and plots.
         folder: The folder that contains the files; its name becomes the name of the MLflow run.
         log: Called with messages for the user.
+
+    Raises:
+        WmtpError: A tracker of the first arm cannot be built, or a compared run is in use.
     """
     plan = arms[0].plan
     for tracker, chosen in zip(build_trackers(plan).values(), plan.trackers, strict=True):
@@ -99,7 +102,7 @@ def record_comparison(
     files: Sequence[Path],
     log: Callable[[str], None],
 ) -> bool:
-    """Record a comparison as an MLflow run; return whether the store accepted the run."""
+    """Record a comparison as an MLflow run; return whether the store accepted the run, or log a warning."""
     try:
         tracker.start(info)
         tracker.log_metrics(_points(comparison))

@@ -80,7 +80,7 @@ def share_machine(slots: int | None, runs: int, *, gpus: int = 0) -> tuple[int, 
 
 
 def given_threads() -> int | None:
-    """Return OMP_NUM_THREADS if it is set to a number above 0."""
+    """Return OMP_NUM_THREADS if it is set to a number above 0, otherwise None."""
     given = os.environ.get("OMP_NUM_THREADS", "")
     return int(given) if given.isdecimal() and int(given) else None
 

@@ -1,4 +1,4 @@
-"""The tables of a comparison: an overview, then for each metric the differences from the first arm."""
+"""The tables of a comparison: overview, gap, cost, and for each metric the differences from the first arm."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class Comparison:
         )
 
     def markdown(self) -> str:
-        """Return a Markdown page: a table of all arms and metrics, notes, then a table for each metric."""
+        """Return a Markdown page: an overview with notes, gap and cost, then a table for each metric."""
         parts = ["# Comparison", "", *self._overview(), "", *self._explanation()]
         parts += [] if self.gap is None else gap_section(self.gap, self.closed)
         parts += cost_section(self.cost)

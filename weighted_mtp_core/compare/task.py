@@ -23,7 +23,7 @@ KILL = "kill"
 """Content of the file `RunTask.order` that ends runs at once."""
 
 ORDER_S = 1.0
-"""Interval in seconds at which a task reads the file of its client, which may be on a network file system."""
+"""Interval in seconds at which a task reads `RunTask.order`, which may be on a network file system."""
 
 STOP_LIMIT_S = 60.0
 """Maximum seconds that a run may take after SIGTERM to end its step and write a checkpoint."""
@@ -63,7 +63,7 @@ class Ended:
     """The result of a task.
 
     Attributes:
-        code: Exit code of the run's process.
+        code: Exit code of the run's process; 0 if the run had already finished.
         folder: Folder of the finished run; None if the run did not finish.
         reason: Why the run did not finish: usually the last `error:` line of its output.
         host: Name of the machine.
@@ -76,7 +76,7 @@ class Ended:
 
 
 def use_gpu(name: str) -> None:
-    """Make all later tasks of this thread use the GPU with this name, as in CUDA_VISIBLE_DEVICES."""
+    """Make all later tasks of this thread use one GPU; `name` is a value for CUDA_VISIBLE_DEVICES."""
     _THREAD.environment = {"CUDA_VISIBLE_DEVICES": name}
 
 

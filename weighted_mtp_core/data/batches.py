@@ -64,7 +64,7 @@ def collate(token_set: TokenSet, rows: Sequence[int] | Rows, *, device: torch.de
 
 
 def collate_packed(token_set: TokenSet, rows: Sequence[Rows], *, device: torch.device) -> CollatedBatch:
-    """Return a right-padded batch with several documents per row; `rows` has the numbers for each row."""
+    """Return a right-padded batch with several documents per row; `rows` has their numbers, row by row."""
     batch, position_BT = _lay_out(token_set, rows, device=device)
     return attrs.evolve(batch, position_BT=position_BT)
 
@@ -197,7 +197,7 @@ class StepBatches:
         return self._collate(self._sampler.rows(step))
 
     def pairs_per_step(self, n_future: int) -> tuple[float, ...]:
-        """Return the number of counted pairs of each head in a step, averaged over an epoch."""
+        """Return each head's mean number of pairs per step of an epoch; `align_labels` defines the pairs."""
         tokens, target_N = self.tokens, self.tokens.target_N
         count, pairs = int(tokens.response_D.sum()), []
         for index in range(n_future):  # head k predicts the targets after the first k tokens of a document
@@ -210,5 +210,5 @@ class StepBatches:
         return tuple(pairs)
 
     def first_steps(self) -> Rows:
-        """Return, for each document, the step of the first epoch that contains the document, int64 `[D]`."""
+        """Return the step at which each document is used for the first time, int64 `[D]`."""
         return self._sampler.first_steps()

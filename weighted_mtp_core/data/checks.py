@@ -32,8 +32,8 @@ def checked_version(source: DataSource, data: SelectedComponent) -> DatasetVersi
     """Return the version of the data.
 
     Raises:
-        WmtpError: The source did not return a `DatasetVersion`, its `name` or `version` is not a valid folder
-            name, or its `sha256` is not a SHA-256.
+        WmtpError: The source raised an exception or did not return a `DatasetVersion`, the `name` or
+            `version` is not a valid folder name, or the `sha256` is not a SHA-256.
     """
     with data.blamed("`version`"):
         version = source.version()
@@ -77,8 +77,8 @@ def check_examples(
 
     Raises:
         WmtpError: Two examples or two problems have the same id, a problem is in two splits or has two
-            different prompts, or the source yields an object that is not an `Example` or `Problem`. The
-            error message names the plugin.
+            different prompts, or the source raises an exception or yields an object that is not an `Example`
+            or `Problem`. The error message names the plugin.
     """
     folder = derived_folder(storage, version) / f"checks-{data_key(version, data)[:12]}"
     if not (folder / MANIFEST).is_file():

@@ -1,4 +1,7 @@
-"""Computes weights of tokens from the weights of examples, messages and spans of characters in the data."""
+"""Computes weights of tokens from the weights of examples, messages and spans of characters in the data.
+
+Shape letters: L tokens of one document.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ def given_weights(documents: Sequence[Document], codec: TextCodec) -> NDArray[np
 
     Raises:
         WmtpError: A response has weighted spans, but the codec does not report which characters its tokens
-            cover, or no token covers some of its characters.
+            cover, or no token covers some character of the response that is not a blank.
     """
     weights = []
     for document in documents:

@@ -3,7 +3,8 @@
 For the same documents and batch size, the batch of a step depends only on the seed and the step. So a
 checkpoint has to save only the step, and the batches are the same for any number of processes.
 
-Shape letters: D documents, U units (documents that stay together), R rows, N batches.
+Shape letters: D documents, U units (documents that stay together), R rows, N batches, S possible numbers of
+units that are missing in batches.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class Sampler:
         return self._units[self._sorted(shuffled_U, block)[first:last]].reshape(-1)
 
     def first_steps(self) -> Rows:
-        """Return, for each document, the step of the first epoch that contains the document, int64 `[D]`.
+        """Return the step at which each document is used for the first time, int64 `[D]`.
 
         The units of the sampler must be single documents.
         """
@@ -211,7 +212,7 @@ class PackedSampler:
         return self._batches(block)[step - self._end[block]]
 
     def first_steps(self) -> Rows:
-        """Return, for each document, the step of the first epoch that contains the document, int64 `[D]`."""
+        """Return the step at which each document is used for the first time, int64 `[D]`."""
         step_D = np.empty(len(self._length_D), dtype=np.int64)
         batches = [batch for block in range(self._blocks_per_epoch) for batch in self._batches(block)]
         for step, batch in enumerate(batches):
@@ -226,8 +227,8 @@ class PackedSampler:
             rows = [
                 members_U[row] for row in first_fit(self._length_D[members_U], row_tokens=self._row_tokens)
             ]
-            # The fullest rows come first, so that the emptiest rows are in the last batch, which may be
-            # smaller than the others anyway.
+            # The fullest rows come first, so that the emptiest rows are in the last batch, which may have
+            # fewer rows than the others.
             rows.sort(key=lambda row: -int(self._length_D[row].sum()))
             batches = [rows[i : i + self._batch_size] for i in range(0, len(rows), self._batch_size)]
             order = np.random.default_rng((self._seed, epoch, block)).permutation(len(batches))

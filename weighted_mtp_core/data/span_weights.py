@@ -1,10 +1,12 @@
 """Converts weights of spans of characters into weights of tokens.
 
-Spans and tokens both cover characters (Unicode code points) of a text. A token that contains only a part of a
-character, as in byte-level tokenizers, covers the whole character. The weight of a token is the mean of the
+Spans and tokens both cover characters (Unicode code points) of a text. A token of a byte-level tokenizer that
+contains only a part of a character covers the whole character. The weight of a token is the mean of the
 weights of its characters. So a token inside a span has the span's weight, and the weight of a token that
 crosses the edge of a span is between the weights on both sides. Blanks count only in tokens that consist of
 blanks, because the blank before a word usually belongs to the word's token but not to the span.
+
+Shape letters: C characters, L tokens.
 """
 
 from __future__ import annotations

@@ -69,7 +69,8 @@ class TokenCache:
         """Return the tokens of a split; `examples` is called only if the tokens are not stored yet.
 
         Raises:
-            WmtpError: No example is short enough, or the stored arrays were changed after they were written.
+            WmtpError: `tokenise` refuses the examples, for example because none is short enough, or the
+                stored arrays were changed after they were written.
         """
         folder = self._folder_of(purpose, split)
         if not (folder / MANIFEST).is_file():

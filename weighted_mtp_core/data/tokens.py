@@ -48,7 +48,7 @@ Ints = NDArray[np.int64]
 
 @frozen(kw_only=True, eq=False)
 class TokenSet:
-    """The documents of one split; each document consists of prompt, response and EOS.
+    """The documents of one split; each document is a prompt with a response, or a chat, and ends with EOS.
 
     Attributes:
         ids_N: Token ids of all documents: uint16 if the vocabulary is small enough, otherwise int32.
@@ -59,7 +59,8 @@ class TokenSet:
         example_ids: The example id of each document.
         metadata: The metadata of each document as JSON; empty if the document has no metadata.
         target_N: bool, whether each token is learned; None if all tokens after the prompt are learned.
-        given_N: float32 weight that the data contain for each token, 0 on prompts; None if there are none.
+        given_N: float32 weight that the data contain for each token, 0 on prompts; None if the data contain
+            no weights.
         problem_hash_D: int64 hash of each document's problem id; None for a set that was not tokenised.
         examples: Number of examples, including those that were left out.
         left_out: Number of examples longer than `max_tokens`.

@@ -1,4 +1,4 @@
-"""Stage 3: measures the quality of each head on held-out text, and pass@k of the policy's completions."""
+"""Stage 3: measures each head on held-out text, and pass@k of completions, also at several temperatures."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Evaluation:
         split: The split that was measured.
         metrics: Scalars that are equal in every run of the same recipe.
         timings: Wall-clock measurements.
-        files: The files with samples and verdicts.
+        files: The files with samples and verdicts; empty if no completions were verified in this process.
     """
 
     split: Split = "test"
@@ -85,6 +85,9 @@ def evaluate(
         folder: Folder for samples and verdicts. `folder` is None in all processes except the first, because
             only the first process verifies completions; the others only compute their shards of the policy.
         split: The split to evaluate on.
+
+    Raises:
+        WmtpError: The prompt of a problem is too long for the policy, or has no tokens.
     """
     metrics = _measure_heads(prepared, table, split=split, display=display)
     problems, whole_split = _first_problems(prepared.source, split, limit=table.problems)
@@ -135,7 +138,10 @@ def _measure_heads(
 
 @frozen(kw_only=True)
 class Trial:
-    """The result on the validation problems at one temperature; `pass_rate` is pass@k for the largest k."""
+    """The result on the validation problems at one temperature.
+
+    `pass_rate` is pass@k for the largest k in `evaluate.pass_at_k`, or pass@1 if this key is empty.
+    """
 
     table: EvaluateTable
     pass_rate: float
@@ -148,7 +154,7 @@ def try_temperatures(
     """Measure pass@k on the validation problems once for each of the given `[evaluate]` tables.
 
     Raises:
-        WmtpError: There are no validation problems.
+        WmtpError: There are no validation problems, or the prompt of a problem is too long for the policy.
     """
     problems, whole_split = _first_problems(prepared.source, "validation", limit=tables[0].problems)
     if not problems:

@@ -1,4 +1,4 @@
-"""Reopens a finished run or an exported model: its recipe, its data and its best policy."""
+"""Reopens a finished run or an exported model (recipe, data and best policy), and exports a run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def plan_of(folder: Path, *, overrides: Sequence[str] = ()) -> Plan:
         overrides: Changes `key=value` to the recipe, checked like the values of `--set`.
 
     Raises:
-        WmtpError: The run has no checkpoint of its best policy, or an override is invalid.
+        WmtpError: The run has no checkpoint of its best policy, or `make_plan` refuses the recipe or an
+            override.
     """
     if is_exported_model(folder):
         return make_plan(folder / RECIPE, overrides=[*_export_overrides(folder), *overrides])
@@ -64,7 +65,8 @@ def prepare_finished(folder: Path, plan: Plan, *, log: Callable[[str], None]) ->
     """Load the data of a run or of an exported model, and its best policy.
 
     Raises:
-        WmtpError: The data differ from the data of the run, or the file of the policy is damaged.
+        WmtpError: The data differ from the data of the run, the file of the policy is damaged, or the data,
+            the base model or the device is missing or invalid.
     """
     exported = is_exported_model(folder)
     prepared = prepare(plan, log=log)
@@ -105,7 +107,7 @@ def policy_loader(folder: Path, *, overrides: Sequence[str]) -> PolicyLoader:
     Unlike the policy of a run, an exported model is loaded without data and plugins.
 
     Raises:
-        WmtpError: The run has no checkpoint of its best policy, or an override is invalid.
+        WmtpError: The run has no checkpoint of its best policy, or the recipe or an override is invalid.
     """
     if is_exported_model(folder):
         recipe = load_recipe(folder / RECIPE, overrides=[*_export_overrides(folder), *overrides])
@@ -133,7 +135,9 @@ def export_run(
     adapter: bool = False,
     log: Callable[[str], None],
 ) -> str | None:
-    """Write the best policy of a run as a transformers directory; an exported model in `to` is replaced.
+    """Write the best policy of a run as a transformers directory, or only its adapter in the format of peft.
+
+    An exported model or adapter in `to` is replaced.
 
     Args:
         run: The run folder.
@@ -144,11 +148,12 @@ def export_run(
         log: Receives messages for the user.
 
     Returns:
-        The command that serves the exported model with the server `serve`; None without a server.
+        The command that serves the exported model with the server `serve`; None if `serve` is None or if
+            only the adapter is written.
 
     Raises:
-        WmtpError: The run has no policy or no adapter, its data or base model is missing, or the server does
-            not support its heads.
+        WmtpError: The run has no policy or no adapter, its data or base model is missing, the server does
+            not support its heads, or transformers, peft or the server would load the files as another model.
         RunFailedError: The directory cannot be written.
     """
     plan = plan_of(run, overrides=['model.device="cpu"'])

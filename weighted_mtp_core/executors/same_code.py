@@ -44,8 +44,8 @@ def run_checked(code: SameCode, function: Callable[..., ResultT], arguments: Seq
     """Check the code of this worker, then call a function and return its result.
 
     Raises:
-        WmtpError: The worker lacks a plugin, or has another version or source code; the message lists all
-            differences.
+        WmtpError: A plugin is missing on the worker, or a distribution has another version or source code
+            there; the message lists all differences.
     """
     if differing := _differences(code):
         raise WmtpError(

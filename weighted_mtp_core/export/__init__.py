@@ -1,1 +1,1 @@
-"""Exports a trained policy as a model that other tools can load."""
+"""Export a trained policy, or only its adapter, in a format that other tools can load."""

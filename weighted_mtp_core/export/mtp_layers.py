@@ -28,7 +28,7 @@ from weighted_mtp_core.recipe.schema import MtpServer
 from weighted_mtp_core.runtime.device import evaluation_mode
 
 TRANSFORMERS_PATTERN = r"^mtp\."
-"""Pattern of the tensor names of MTP layers; some model classes of transformers report them as unexpected."""
+"""Pattern for the names of MTP tensors, which some model classes of transformers report as unexpected."""
 
 _TRANSFORMERS_NAMES = {
     "token_norm": "enorm",
@@ -94,7 +94,10 @@ def compare_with_transformers(policy: Policy, folder: Path) -> None:
 
 
 def _gap(policy: Policy, folder: Path) -> float:
-    """Return the largest difference of transformers' logits from the policy's, relative to the largest."""
+    """Return the largest difference between the logits of transformers and of the policy.
+
+    The difference of each head is relative to the head's largest logit.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.cache_utils import MtpCache
     from transformers.modeling_layers import MtpModel

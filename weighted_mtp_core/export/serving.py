@@ -115,7 +115,7 @@ def serving_command(path: Path, *, server: Server, kind: HeadKind, dtype: torch.
         kind: The kind of heads.
         dtype: The dtype of the files. vLLM's command contains this dtype, because without it vLLM computes in
             float16 if the files are in float32.
-        n_future: K.
+        n_future: K, the number of heads.
     """
     if server == "transformers":
         return shlex.join(["python", "-c", transformers_program(path)])

@@ -1,9 +1,10 @@
 """Write a trained policy as a transformers directory.
 
-Head 1 becomes an ordinary language model, which plain transformers loads without this package. Heads 2..K are
+Head 1 becomes an ordinary language model, which transformers loads without this package. Heads 2..K are
 written to a folder of their own, unless they came with the base model as layers for multi-token prediction;
-such layers keep their names in the model's own files. `model.exported_model` reads all heads back.
-`manifest.json` contains the SHA-256 of every file.
+such layers keep their names in the model's own files. `model.exported_model` reads all heads back. If a
+server will draft with heads 2..K, they are also written in the form that this server reads. `manifest.json`
+contains the SHA-256 of every file.
 """
 
 from __future__ import annotations

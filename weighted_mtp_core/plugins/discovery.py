@@ -201,7 +201,7 @@ class _Metadata(Distribution):
 
     @property
     def title(self) -> tuple[str, str]:
-        """Canonical name and version of the distribution, from the folder's name if METADATA lacks them."""
+        """Canonical name and version, from METADATA or, if METADATA has none, from the name of the folder."""
         name, _, version = self.stem.partition("-")
         return canonicalize_name(self._field("Name") or name), self._field("Version") or version or "?"
 

@@ -98,9 +98,9 @@ class PluginRegistry:
         """Import a plugin, register its hooks and collect the components that it declares.
 
         Raises:
-            WmtpError: The plugin is not installed, shares its name with another plugin, has a name that is
-                not valid, requires another version of core, cannot be imported, or has an invalid hook or
-                component.
+            WmtpError: The plugin is not installed, is installed in several versions, shares its name with
+                another plugin, has a name that is not valid, requires another version of core, cannot be
+                imported, or has an invalid hook or component.
         """
         if name not in self.loaded:
             if name not in self.found:

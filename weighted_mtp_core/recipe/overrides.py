@@ -12,7 +12,7 @@ from weighted_mtp_core.errors import WmtpError
 
 
 def parse_overrides(texts: Sequence[str]) -> list[tuple[list[str], Any]]:
-    """Return the keys and the value of each override; overrides of `use` come first.
+    """Return the key, split at its dots, and the value of each override; overrides of `use` come first.
 
     An override of `use` discards the options of the previous component. Because overrides of `use` are
     applied first, they do not discard options that the same command line sets.
@@ -24,7 +24,7 @@ def parse_overrides(texts: Sequence[str]) -> list[tuple[list[str], Any]]:
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
-    """Return the key and the value of one override of the form KEY=VALUE.
+    """Return the key, split at its dots, and the value of one override of the form KEY=VALUE.
 
     Raises:
         WmtpError: The override does not have the form KEY=VALUE, or its value is malformed.

@@ -65,7 +65,7 @@ def plain(value: Any) -> Any:
 
 
 def default_of(attribute: Any) -> Any:
-    """Return the default of an attrs field; `attrs.NOTHING` if it has none or depends on the instance."""
+    """Return the default of an attrs field; `attrs.NOTHING` if it is missing or depends on the instance."""
     default: Any = attribute.default
     if hasattr(default, "takes_self"):  # an attrs Factory
         return attrs.NOTHING if default.takes_self else default.factory()

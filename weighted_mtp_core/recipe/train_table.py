@@ -78,7 +78,7 @@ class TrainTable:
         return f"{self.steps} steps" if self.epochs is None else f"{self.epochs:g} epochs"
 
     def for_epochs(self, batches_per_epoch: float) -> Self:
-        """Return the table with its epochs converted to a number of steps, rounded up."""
+        """Return the table with its epochs converted to steps, rounded up; a length in steps is kept."""
         if self.epochs is None:
             return self
         return evolve(self, epochs=None, steps=max(1, ceil(self.epochs * batches_per_epoch - 1e-9)))
@@ -127,8 +127,9 @@ class PolicyTrainTable(TrainTable):
 def default_selection(train: str | None, heads: str | None) -> SelectBy:
     """Return the default of `train.select_by` for the values of `model.train` and `loss.heads`.
 
-    If only heads 2..K are trained and learn only head 1's distribution, the default is `acceptance`, because
-    their cross-entropy with the labels may increase although more of their drafts are accepted.
+    The default is `head_1`, or `later_heads` if only heads 2..K are trained. If these heads learn only head
+    1's distribution, the default is `acceptance`, because their cross-entropy with the labels may increase
+    although more of their drafts are accepted.
     """
     if train != "heads":
         return "head_1"

@@ -1,6 +1,6 @@
 """Measures weight, value, TD error and losses of each token of correct and incorrect validation responses.
 
-Shape letters: D documents, B rows, T positions, K heads.
+Shape letters: D documents, B rows, T positions, K heads, H hidden.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def measure_tokens(
     Args:
         prepared: Data, tokenizer and policy; the policy has the parameters of its best state.
         learner: The learner of stage 2, whose weighting has its final state.
-        critic: A critic that can score any batch, not only the batches of stage 2.
+        critic: A critic that can score any batch, not only the batches of stage 2; None without a critic.
         reliability: Bins of the critic's values, with the mean reward of each bin.
     """
     labelled = len(prepared.source.examples("validation")) > 0
@@ -94,7 +94,7 @@ def _weigh(learner: PolicyLearner, batch: Batch) -> tuple[Sequence[Tensor | None
 def choose_problems(tokens: TokenSet, *, at_most: int) -> list[tuple[int, ...]]:
     """Return, for at most `at_most` problems, the numbers of the first correct and first incorrect response.
 
-    A problem may lack one of the two; problems that have both come first.
+    Some problems have only one of the two responses; problems that have both come first.
     """
     correct_D = is_correct(tokens.reward_D)
     firsts: dict[int, list[int]] = {}

@@ -1,1 +1,1 @@
-"""Stores versions of files under `storage/`, with checksums."""
+"""Store versions of models and data sets with checksums, write files atomically, and upload to S3."""

@@ -77,7 +77,7 @@ def open_bucket(bucket: str) -> Any:
     """Return a client, after checking that the bucket exists and can be read.
 
     Raises:
-        WmtpError: The bucket does not exist or cannot be read; the error names the variables to check.
+        WmtpError: The endpoint is not a valid URL, or the bucket does not exist or cannot be read.
     """
     from botocore import exceptions
 

@@ -57,8 +57,8 @@ def plan_upload(storage: Path, to: str) -> UploadPlan:
     """Verify all versions on this machine, then find the files that S3 does not have.
 
     Raises:
-        WmtpError: There is no model or data set, a file was changed after its manifest was written, or the
-            bucket cannot be used.
+        WmtpError: `to` is not an S3 location, there is no model or data set, a file was changed after its
+            manifest was written, or the bucket cannot be used.
     """
     location = s3.S3Location.parse(to)
     found = list(versions(storage))
@@ -85,6 +85,7 @@ def upload(plan: UploadPlan, *, on_done: Callable[[Item], None]) -> None:
     Raises:
         RunFailedError: A file could not be uploaded, or the object on S3 differs from the file; files that
             were uploaded before remain on S3.
+        WmtpError: The endpoint is not a valid URL, or the store refuses a request for an uploaded object.
     """
     client = s3.connect()
     manifests = [item for item in plan.new if item.is_manifest]

@@ -82,7 +82,7 @@ class CriticSuite(checks.ComponentSuite):
 
     @pytest.fixture
     def critic(self, build: Build) -> Critic:
-        """A critic; a trainable one is trained for a few steps, because its scores may be equal before."""
+        """A critic; a trainable one has been trained for a few steps, as its initial scores may be equal."""
         critic = build()
         if critic.trainable:
             _train(critic, steps=3)
@@ -199,7 +199,7 @@ class CriticSuite(checks.ComponentSuite):
             assert not torch.as_tensor(value).requires_grad, name
 
     def test_gradients_do_not_reach_the_trunk(self, trainable: Critic) -> None:
-        """The loss must have no gradient for the trunk's states, so that a critic cannot train the policy."""
+        """The loss must have no gradient with respect to trunk states, or a critic could train the policy."""
         if not trainable.reads_policy:
             return
         batch = _training_batch(trainable)
@@ -209,7 +209,7 @@ class CriticSuite(checks.ComponentSuite):
         assert hidden_BTH.grad is None
 
     def test_gradients_reach_every_listed_parameter_and_no_other(self, trainable: Critic) -> None:
-        """The loss must have a gradient for exactly the parameters that `parameters` returns."""
+        """The loss must have a gradient with respect to exactly the parameters that `parameters` returns."""
         _loss(trainable).loss.backward()  # type: ignore[no-untyped-call]
         listed = list(trainable.parameters())
         others = [each for each in _own_parameters(trainable) if all(each is not one for one in listed)]

@@ -176,8 +176,8 @@ SINGLE = Layout(rows=[[SINGLE_TOKEN]], padding=0)
 def trunk_states(batch: Batch) -> Tensor:
     """Return float32 states `[B, T, H]` of a stand-in for the policy's trunk.
 
-    The state of a token is its embedding, plus the mean of other embeddings of the document's tokens up to
-    this token.
+    The state of a token is its embedding plus a mean. The mean is taken over the document's tokens up to and
+    including this token, with embeddings from a second table.
     """
     generator = _seeded(0)
     token_VH, mean_VH = torch.randn(2, VOCAB_SIZE, HIDDEN_SIZE, generator=generator)

@@ -26,7 +26,8 @@ POINTS = ("metrics", "timings")
 class Pending:
     """The amount of data that a tracker has not received: lines of the journal, and files.
 
-    `reason` is the error of the tracker, as text; it is empty if no call of the tracker failed.
+    `reason` is the error that stops the upload, as text. It is empty if no error stops the upload, and always
+    empty in the result of `count_pending`, which only reads files.
     """
 
     lines: int

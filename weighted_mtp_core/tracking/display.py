@@ -40,7 +40,10 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def show(value: float | str) -> str:
-    """Return a number as text: with four significant digits or, from 1000 on, with thousands separators."""
+    """Return a number as text: with four significant digits or, from 1000 on, as a rounded integer.
+
+    An integer has thousands separators. A value that is already text is returned unchanged.
+    """
     if isinstance(value, str):
         return value
     if abs(value) >= 1000:

@@ -96,7 +96,11 @@ def _read(path: Path) -> dict[str, str]:
 
 
 def use_dotenv() -> None:
-    """Load `.env`, and warn once if other users can read it."""
+    """Load `.env`, and warn once if other users can read it.
+
+    Raises:
+        WmtpError: The file or one of its lines cannot be read.
+    """
     found = load_dotenv()
     if found is not None and found.exposed:
         _warn_of(found.path.absolute())

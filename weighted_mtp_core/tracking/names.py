@@ -1,4 +1,4 @@
-"""Check the names of runs, artifacts and metrics; MLflow itself accepts `../../evil` and NUL bytes."""
+"""Check names of experiments, runs, artifacts and metrics; MLflow accepts `../../evil` and NUL bytes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def check_metric_name(name: str) -> str:
     """Return `name` if it is a valid name for a metric, which every tracker must accept.
 
     Raises:
-        WmtpError: The name is empty or too long, or contains a character that MLflow refuses.
+        WmtpError: The name is longer than 250 characters, contains a character that MLflow refuses, or has a
+            part between `/` that does not begin with a letter, a digit or `_`.
     """
     if len(name) > _LONGEST or not _METRIC.fullmatch(name):
         raise WmtpError(

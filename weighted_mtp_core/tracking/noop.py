@@ -1,4 +1,4 @@
-"""A tracker that sends nothing, so that a run is recorded in its run folder."""
+"""A tracker that sends nothing; the run is then recorded only in its run folder."""
 
 from __future__ import annotations
 

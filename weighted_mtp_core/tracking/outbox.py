@@ -68,7 +68,12 @@ class Outbox:
         self._delivery = Delivery.read(self.state, self.journal)
 
     def open(self) -> None:
-        """Open the run at the tracker, with the description of the run that the journal contains so far."""
+        """Open the run at the tracker, with the description of the run that the journal contains so far.
+
+        Raises:
+            WmtpError: The tracker permanently refuses the run.
+            Exception: The tracker raised this exception, so the run was not opened.
+        """
         history = read_history(self.folder, kinds=_DESCRIPTION)
         info = history.info(self.folder)
         self.tracker.start(info)
@@ -105,12 +110,16 @@ class Outbox:
         )
 
     def step(self) -> bool:
-        """Send the next batch of lines.
+        """Send the next batch of lines; if the run is not open at the tracker, first open it.
+
+        A file that fails raises no exception and is set aside. A batch that the tracker permanently refuses
+        is recorded as refused.
 
         Returns:
             Whether there was anything to send.
 
         Raises:
+            WmtpError: The tracker permanently refuses the run.
             Exception: The tracker raised this exception, so the batch was not delivered and must be sent
                 again.
         """

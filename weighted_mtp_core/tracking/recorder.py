@@ -95,6 +95,7 @@ class Recorder:
 
         Raises:
             WmtpError: A tracker permanently refuses this run; the trackers opened before close it as FAILED.
+            RunFailedError: The journal is not writable.
         """
         atomic_write(folder.recipe, recipe_toml)
         recorder = cls(
@@ -181,7 +182,7 @@ class Recorder:
         self._record("metrics", stage, step, values)
 
     def timings(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Record wall-clock measurements, which differ from run to run."""
+        """Record wall-clock measurements, which differ from run to run; raises the errors of `metrics`."""
         self._record("timings", stage, step, values)
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
@@ -210,7 +211,16 @@ class Recorder:
         self._journal.append("params", {"params": params})
 
     def artifact(self, path: Path, subdir: str) -> None:
-        """Upload a file of the run folder to every tracker, with the contents at the time of the upload."""
+        """Upload a file of the run folder to every tracker, with the contents at the time of the upload.
+
+        Args:
+            path: The file.
+            subdir: The folder of the run's artifacts that gets the file; empty for the top folder.
+
+        Raises:
+            WmtpError: `subdir` or the name of the file is not valid for an artifact.
+            RunFailedError: The journal is not writable.
+        """
         if subdir:
             check_path_name(subdir, what="an artifact folder")
         check_path_name(path.name, what="an artifact")
@@ -351,7 +361,8 @@ def open_recorder(plan: Plan, display: Display, *, resume: Path | None = None) -
         resume: The folder of the run to resume; None for a new run.
 
     Raises:
-        WmtpError: The run folder cannot be created or is in use, or a tracker permanently refuses this run.
+        WmtpError: The run folder cannot be created or is in use, or a tracker cannot be built or permanently
+            refuses this run.
     """
     redact_log_records()
     recipe = plan.recipe

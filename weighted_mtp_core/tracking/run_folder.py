@@ -21,7 +21,10 @@ from weighted_mtp_core.storage.atomic import atomic_write, unfinished_folder
 from weighted_mtp_core.tracking.names import check_path_name
 
 CHANGED = "changed"
-"""Key in `run.json` of a resumed run, for a list of changed keys that affect the trained policy."""
+"""Key in `run.json` of a resumed run, for a list of changed keys that affect the trained policy.
+
+The list contains keys of the recipe, `distributions.<name>` for other code, and `data.sha256` for other data.
+"""
 
 _RUN_FILE = "run.json"
 _LOCK_FILE = "lock"
@@ -63,17 +66,17 @@ class RunFolder:
         facts: Mapping[str, Any] | None = None,
         recipe_toml: str = "",
     ) -> RunFolder:
-        """Create a new run folder below `runs`; it appears atomically, locked and with an empty journal.
+        """Create a new run folder below `runs`; it appears atomically and is locked.
 
         Args:
             runs: The folder of all runs.
             experiment: Name of the experiment.
             name: Name of the run.
-            facts: Initial contents of `run.json`; if None, the folder gets neither recipe nor journal.
+            facts: Initial contents of `run.json`; if None, the folder gets no `run.json`, recipe or journal.
             recipe_toml: The resolved recipe.
 
         Raises:
-            WmtpError: A name is not a valid folder name, or the folder cannot be created.
+            WmtpError: A name is not a valid folder name, or the folder cannot be created or locked.
         """
         check_path_name(experiment, what="an experiment")
         check_path_name(name, what="a run")
@@ -105,7 +108,7 @@ class RunFolder:
         """Lock an existing run folder, and delete unfinished files that a killed process left behind.
 
         Raises:
-            WmtpError: The folder does not exist, or another process has locked it.
+            WmtpError: The folder does not exist, is locked already, or is on a file system without locks.
         """
         path = path.absolute()
         if not path.is_dir():
@@ -142,7 +145,7 @@ class RunFolder:
         return self.path / "logs" / "training.log"
 
     def delivery(self, tracker: str) -> Path:
-        """The file that stores how much of the journal a tracker has received."""
+        """Return the file that stores how much of the journal a tracker has received."""
         return self.path / "delivery" / f"{tracker}.json"
 
     def record(self, **facts: Any) -> None:
@@ -168,7 +171,11 @@ def read_run(path: Path) -> Mapping[str, Any]:
 
 
 def is_held(path: Path) -> bool:
-    """Return whether a running process, possibly this process, has locked a run folder."""
+    """Return whether a running process, possibly this process, has locked a run folder.
+
+    Raises:
+        WmtpError: The file system of the folder does not support locks.
+    """
     if path.resolve() in _HELD:
         return True
     descriptor = os.open(path / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

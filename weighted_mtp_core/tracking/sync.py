@@ -1,4 +1,8 @@
-"""Find and send the data that the trackers of an ended run have not received, for `track sync`."""
+"""Read the state of runs from their folders, and send data of ended runs that trackers have not received.
+
+`track status`, `track sync` and the backfill at the start of a run use this module. `amend_run` also changes
+the tags and the outcome of an ended run.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,7 @@ class RunStatus:
     Attributes:
         path: The run folder.
         status: One of RUNNING, FINISHED, FAILED, KILLED and DIED.
-        pending: The amount of data that each tracker has not received, keyed by tracker.
+        pending: The amount of data that each tracker has not received, keyed like `build_trackers`.
         stores: For each tracker, the stores that it has used, with the amount of data that each store has not
             received; the current store comes first.
     """
@@ -60,7 +64,8 @@ def sync_run(
 ) -> Mapping[str, Pending]:
     """Send the data that the trackers of a run have not received, including data that they refused before.
 
-    If the process of the run died, the run is closed as KILLED at the time of the last line in its journal.
+    If the process of the run died before it recorded an outcome, the run is first closed as KILLED, at the
+    time of the last line in its journal.
     The whole run is sent again if a tracker uses another store than before, or if the store of a tracker has
     lost data of the run.
 
@@ -74,8 +79,8 @@ def sync_run(
         The amount of data that each contacted tracker still has not received.
 
     Raises:
-        WmtpError: The run is still running, the recipe of the run is no longer valid, or a tracker
-            permanently refuses the run.
+        WmtpError: The folder does not exist, the run is still running, the recipe of the run is no longer
+            valid, or a tracker cannot be built or permanently refuses the run.
     """
     folder = RunFolder.open(path)
     try:
@@ -110,8 +115,7 @@ def amend_run(
         log: Called with messages for the user.
 
     Raises:
-        WmtpError: The run is still running, the journal of the run is empty, or a tracker permanently refuses
-            the run.
+        WmtpError: The journal of the run is empty, or `sync_run` would refuse the run.
     """
     folder = RunFolder.open(path)
     try:

@@ -1,4 +1,4 @@
-"""The conformance suites catch what they are meant to catch, and let pass what is sound.
+"""The conformance suites detect the faults that they should detect, and accept correct components.
 
 All mutants are checked in one pytest process of their own, as a plugin author would check them.
 """

@@ -1,7 +1,7 @@
-"""A plugin of components that each break one promise, and of sound ones that break none.
+"""A plugin with components that each violate one rule, and with correct components.
 
 Each class says in `caught_by` which checks must fail for it, and only those; `test_suites.py` runs the suites
-on all of them. The sound ones come first; mutants change one thing about them.
+on all of them. The correct ones come first; each mutant changes one property of a correct one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A delivery belongs to a store and a run: what another store lacks, or a store has lost, is sent anew."""
+"""A delivery belongs to a store and a run: data that a new store never had, or has lost, are sent again."""
 
 import io
 import shutil

@@ -1,4 +1,4 @@
-"""The display: lines where nothing can be redrawn, a live block where it can."""
+"""The display: a block that is redrawn on a terminal, lines of text for any other output."""
 
 import io
 import os

@@ -59,7 +59,7 @@ class Text:
         return embedded_BTH
 
     def ahead(self, embedded_BTH: Tensor, distance: int) -> Tensor:
-        """Return embeddings `[B, T, H]` of the tokens `distance` positions later; 0 past the document's end."""
+        """Return embeddings `[B, T, H]` of the tokens `distance` positions later; 0 after a document ends."""
         position_BT = self.positions()
         # Positions restart at 0 with each document, so no token after the end of a document has the expected
         # position.
