@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_executor(parser, default="default: local:N, with one run per GPU or, without GPUs, per core")
     add_override_arguments(parser)
     add_repeatable(
-        parser, "--grid", metavar="KEY=VALUE,...", dest="grids", help="an arm for each value of a key"
+        parser, "--grid", metavar="KEY=VALUE,...", dest="grids", help="an arm for each combination of values"
     )
     parser.add_argument(
         "--metrics",

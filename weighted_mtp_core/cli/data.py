@@ -69,8 +69,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--runs", metavar="FOLDER", type=Path, help="folder of the runs (default: from RECIPE)"
     )
     sample.add_argument("--to", metavar="NAME", required=True, help="name of the new data set")
-    sample.add_argument("--samples", metavar="N", type=int, help="texts for each problem")
-    sample.add_argument("--temperature", metavar="T", type=float, help="0 is greedy")
+    sample.add_argument(
+        "--samples",
+        metavar="N",
+        type=int,
+        help="texts for each problem (default: the recipe's `evaluate.samples`)",
+    )
+    sample.add_argument(
+        "--temperature",
+        metavar="T",
+        type=float,
+        help="0 is greedy (default: the recipe's `evaluate.temperature`)",
+    )
     sample.add_argument(
         "--split", choices=SPLITS, default="train", help="split of the problems (default: train)"
     )

@@ -78,7 +78,8 @@ def _examine(plan: Plan | None) -> Iterator[Finding]:
         try:
             yield from component.examine(options, storage)
         except Exception as error:  # noqa: BLE001 - whatever it is becomes a line of the checklist
-            yield Finding(mark="FAILED", name=component.name, text=reason(error))
+            hint = error.hint if isinstance(error, WmtpError) else None
+            yield Finding(mark="FAILED", name=component.name, text=reason(error), hint=hint)
     if plan is not None and not plan.trackers:
         yield Finding(mark="warning", name="tracking", text="the recipe names no tracker")
 

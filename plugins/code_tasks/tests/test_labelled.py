@@ -53,7 +53,7 @@ def test_a_solution_that_fails_its_own_tests_is_refused(tmp_path):
         source(tmp_path, solution("    return n\n"))
 
     assert str(caught.value).startswith(
-        "1 of 1 reference solutions of `planted` fail their own tests, for example `double`: wrong"
+        "no reference solution passes the tests for 1 of 1 problems of `planted`, for example `double`: wrong"
     )
     assert not list((tmp_path / "datasets_v2" / "planted").glob("*/manifest.json"))
 

@@ -153,7 +153,7 @@ def with_a_solution(judged: Sequence[JudgedProblem], *, name: str, tolerated: fl
     if len(failed) > tolerated * len(judged) or not kept:
         example, verdict = failed[0].problem.problem_id, failed[0].verdicts[0]
         raise WmtpError(
-            f"{len(failed)} of {len(judged)} reference solutions of `{name}` fail their own tests, "
+            f"no reference solution passes the tests for {len(failed)} of {len(judged)} problems of `{name}`, "
             f"for example `{example}`: {verdict.kind.value} {verdict.detail}",
             hint="raise the limits in `[data.options.sandbox]`, for example `cpu_seconds`",
         )
@@ -161,7 +161,7 @@ def with_a_solution(judged: Sequence[JudgedProblem], *, name: str, tolerated: fl
         names = ", ".join(f"`{one.problem.problem_id}`" for one in failed[:_NAMED])
         more = f" and {len(failed) - _NAMED} more" if len(failed) > _NAMED else ""
         Console(stderr=True).print(
-            f"WARNING: {name} leaves out {names}{more}: the reference solution fails its own tests; "
+            f"WARNING: {name} leaves out {names}{more}: no reference solution passes the tests; "
             f"{len(kept)} problems stay",
             markup=False,
         )
