@@ -105,8 +105,8 @@ class Remote:
         """Send a request and return the value of the answer; an exception of the program is raised again.
 
         Raises:
-            Stop: The program did not return a usable answer, the request contains other than plain data, or
-                an earlier request has stopped the tests.
+            Stop: The program did not return a usable answer, the request contains a value that is not
+                plain data, or an earlier request has stopped the tests.
         """
         if self.stopped:
             raise Stop

@@ -1,8 +1,8 @@
 """The seccomp filter of untrusted programs: a list of allowed system calls, as handwritten BPF instructions.
 
 A system call that no honest program needs ends the process with SIGSYS. The verdict is then `violation`,
-whatever exceptions the program catches. A forbidden system call that libraries may try, and a system call in
-none of the tables of `syscalls`, returns an error and has no effect.
+whatever exceptions the program catches. A forbidden system call that libraries may try returns an error and
+has no effect; the same holds for a system call that `syscalls` does not contain.
 """
 
 from __future__ import annotations
