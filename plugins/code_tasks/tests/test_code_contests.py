@@ -1,4 +1,4 @@
-"""CodeContests in its public format: programs that read stdin, right and wrong ones, judged here."""
+"""CodeContests in its public format: right and wrong programs that read stdin are run and labelled."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Every way in which a model writes down one solution is one program, with its indentation."""
+"""From each layout in which a model may write a solution, the same program is extracted."""
 
 import ast
 import textwrap
@@ -47,7 +47,7 @@ AFTER = [
 
 def run(program):
     scope = {}
-    exec(compile(program, "<test>", "exec"), scope)  # this file's own text
+    exec(compile(program, "<test>", "exec"), scope)  # the program is written in this file
     return scope["count"]
 
 
@@ -57,14 +57,14 @@ def variants(draw):
         st.sampled_from([BODY, SIGNATURE + BODY, SIGNATURE + DOCSTRING + BODY, textwrap.dedent(BODY)])
     )
     before = draw(st.sampled_from(BEFORE))
-    # A body without a margin is one only as long as no definition stands beside it.
+    # A body without indentation counts as a body only if the text contains no definition of the function.
     has_margin = code.startswith((" ", "def"))
     after = draw(st.sampled_from([each for each in AFTER if has_margin or "def count" not in each]))
     fence = draw(st.sampled_from([None, "```", "```python", "```py"]))
     if fence:
         text = f"{before}{fence}\n{code}```{after or draw(st.sampled_from(['', chr(10)]))}"
     else:
-        # Without a fence nothing says where a body without a margin begins behind prose.
+        # Without a fence, it is unknown where a body without a signature begins after prose.
         text = (before if code.startswith("def") else "") + code + after
     return text.replace("\n", "\r\n") if draw(st.booleans()) else text
 
@@ -259,7 +259,7 @@ WRAPPINGS = {
 
 
 def meaning(program, entry_point):
-    """What the last definition of a function comes to, its docstring left aside."""
+    """Return the statements of the last definition of a function, without its docstring."""
     *_, function = (
         node
         for node in ast.parse(program).body

@@ -1,4 +1,4 @@
-"""`data prepare` labels without a run; `data show` says what is there and what its labels depend on."""
+"""`data prepare` labels data without a run; `data show` prints statistics, and what the labels depend on."""
 
 import json
 from pathlib import Path

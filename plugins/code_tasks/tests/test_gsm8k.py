@@ -1,4 +1,4 @@
-"""GSM8K in its public formats: the final number decides, however it is written."""
+"""GSM8K in its public formats: the final number decides, in whatever form it is written."""
 
 import json
 from decimal import Decimal

@@ -1,4 +1,4 @@
-"""HumanEval: every canonical solution passes, variants are labelled by running them."""
+"""HumanEval: every canonical solution passes, and broken variants are labelled by running them."""
 
 import json
 

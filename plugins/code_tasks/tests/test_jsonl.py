@@ -1,4 +1,4 @@
-"""A team's own rows, judged by the tests that they bring."""
+"""`code_tasks.jsonl`: completions are judged by the tests in the user's own rows."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Labels come from running programs, whatever was known of how they were made."""
+"""Labels come from running programs, not from what is known about the origin of the programs."""
 
 import json
 from concurrent.futures import Executor, Future
@@ -124,7 +124,7 @@ def test_line_separators_inside_a_response_do_not_break_a_line(tmp_path):
 
 
 class Interrupted(Executor):
-    """Ctrl-C is pressed while the first task runs."""
+    """An executor whose tasks end as if Ctrl-C were pressed."""
 
     def submit(self, *_, **__):
         future = Future()

@@ -1,4 +1,4 @@
-"""MBPP in its public format: splits by task number, labels by running, whoever wrote the program."""
+"""MBPP in its public format: the task number decides the split, and running each program labels it."""
 
 import json
 from collections import Counter
@@ -133,7 +133,7 @@ def test_a_missing_file_is_said(tmp_path):
 
 
 def test_recorded_verdicts_of_models_and_mutants_hold(shared_data, tmp_path):
-    """Every 240th of the recorded programs, but for a problem whose own solution takes seconds."""
+    """The test uses every 240th recorded program, except for a problem whose own solution takes seconds."""
     recorded = [row for row in read(shared_data / "mbpp_solutions.jsonl")[::240] if row["task_id"] != 123]
     wanted = {row["task_id"] for row in recorded}
     data = build(

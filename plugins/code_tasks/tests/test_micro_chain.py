@@ -1,4 +1,4 @@
-"""Chains with typical slips: where they are, how often they happen, and labels by running."""
+"""Chains with typical slips: positions and frequencies of the slips, and labels by running the programs."""
 
 import random
 from pathlib import Path
@@ -131,7 +131,7 @@ def test_a_problem_has_as_many_responses_and_twins_as_asked_for():
         given = [each for each in one.candidates if each.is_example]
         assert len(given) == 5
         assert all(each.made == "solution" for each in given[3:])
-        assert len(one.candidates) == 6  # the last one is the solution, which is no example
+        assert len(one.candidates) == 6  # the last response is the solution, which is not an example
 
 
 def test_other_slips_leave_the_functions_as_they_are(drawn):

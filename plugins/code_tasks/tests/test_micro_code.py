@@ -23,7 +23,7 @@ def drawn():
 
 
 def behaviour(one):
-    """What a problem's own solution returns on many arguments, more than its tests have."""
+    """Return the values of a problem's own solution for many arguments, more than its tests contain."""
     scope = {}
     exec(one.problem.prompt + one.problem.solution, scope)
     kind = {"xs": "list", "s": "text", "n": "int"}[

@@ -1,4 +1,4 @@
-"""Broken programs: one change each, in ways that people break them."""
+"""Mutants: each differs from its program by one change that resembles a human error."""
 
 import ast
 import random

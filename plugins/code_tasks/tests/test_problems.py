@@ -1,4 +1,4 @@
-"""Problems in HumanEval's public format, `verify` on them, and every mistake named with its line."""
+"""Problems in HumanEval's format: the command `verify`, and messages with the line of each mistake."""
 
 from __future__ import annotations
 

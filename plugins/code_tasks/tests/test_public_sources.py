@@ -1,4 +1,4 @@
-"""What core promises of every data source, held by those that read public files."""
+"""Conformance to core of the data sources that read public files."""
 
 import gzip
 import json
@@ -54,7 +54,7 @@ def write(folder):
 class PublicFileSuite(DataSourceSuite):
     @pytest.fixture
     def context(self, folder):
-        """Labels of the module's first test serve all."""
+        """All tests share one storage, so only the first test labels the data."""
         return BuildContext(seed=7, storage=folder)
 
 

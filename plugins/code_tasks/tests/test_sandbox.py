@@ -1,4 +1,4 @@
-"""How the sandbox behaves towards its caller: order, modes, refusals, and that it leaves nothing behind."""
+"""What a caller sees of the sandbox: verdicts in order, kinds of jobs, refusals, and the back end."""
 
 from __future__ import annotations
 

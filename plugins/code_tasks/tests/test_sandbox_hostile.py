@@ -1,4 +1,4 @@
-"""Hostile, broken and honest programs, each with its right verdict, in every back end of this machine."""
+"""Hostile, broken and honest programs get their expected verdicts in every back end of this machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check(candidate):
     assert candidate(-7) == 49
     assert candidate(0) == 0
 """
-# Short limits only for programs that run into them: on a busy machine others may need many times their time.
+# Only programs that exceed a limit get short limits; on a busy machine, others may take many times as long.
 PATIENT = {"cpu_seconds": 20.0, "wall_seconds": 120.0}
 HURRIED = {
     VerdictKind.CPU_LIMIT: {"cpu_seconds": 0.6, "wall_seconds": 60.0},
@@ -79,7 +79,7 @@ STATUS = {each.name: each for each in available_backends()}
 
 
 def limit(case: Case) -> VerdictKind | None:
-    """The expected verdict for which a limit of time may have to pass."""
+    """Return the expected verdict that needs a time limit to pass; None if there is none."""
     return next((kind for kind in HURRIED if kind in case.expected), None)
 
 

@@ -1,4 +1,4 @@
-"""The sandbox leaves nothing behind, whatever ends it, and survives the end of its workers."""
+"""The sandbox leaves no processes or files behind, whatever ends it, and replaces workers that end."""
 
 from __future__ import annotations
 

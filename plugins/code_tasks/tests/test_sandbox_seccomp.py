@@ -1,4 +1,4 @@
-"""The system call filter, run by an interpreter of its own against what the tables say."""
+"""The system call filter gives the answers that the tables prescribe; the tests interpret its code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONDITIONAL = ("CLONE", "KILL", "TGKILL", "SOCKETPAIR", "FCNTL", "IOCTL", "PRCTL
 
 
 def run(code: bytes, number: int, architecture: int, *arguments: int) -> int:
-    """Interpret classic BPF over one `struct seccomp_data` and return the filter's answer."""
+    """Interpret classic BPF for one `struct seccomp_data` and return the filter's answer."""
     words = [*arguments, 0, 0, 0, 0, 0, 0][:6]
     data = struct.pack("<IIQ6Q", number, architecture, 0, *(each & (1 << 64) - 1 for each in words))
     program = list(struct.iter_unpack("<HBBI", code))

@@ -15,7 +15,7 @@ JOBS = [Job(f"def square(n):\n    return n * n + {more}\n", "square", NINE) for 
 
 
 class Answers(Executor):
-    """Machines whose verdicts and facts are given."""
+    """An executor whose tasks return given verdicts and provenances, as if from several machines."""
 
     def __init__(self, *answers: tasks.Judged) -> None:
         self._answers = iter(answers)

@@ -1,4 +1,4 @@
-"""What crosses between the trusted side and a program: exactly plain data, whatever bytes arrive."""
+"""Only plain data passes between the tests and a program, and no sequence of bytes breaks the decoder."""
 
 from __future__ import annotations
 

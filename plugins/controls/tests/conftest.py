@@ -1,4 +1,4 @@
-"""Weightings to wrap: a plugin `leaves`, installed for these tests only."""
+"""The plugin `leaves` with weightings to wrap, which is installed for these tests only."""
 
 import sys
 from textwrap import dedent

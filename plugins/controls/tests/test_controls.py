@@ -61,7 +61,7 @@ def make_view(documents, *, step=0, seed=0):
 
 
 def random_weights(view, *, seed=0):
-    """Log-normal weights, clipped, by token."""
+    """Return clipped log-normal weights, one per token."""
     generator = torch.Generator().manual_seed(seed)
     weight_BT = torch.randn(view.ids_BT.shape, generator=generator).exp().clamp(0.1, 3.0)
     return weight_BT * view.response_BT
@@ -102,7 +102,7 @@ def test_shuffling_pairs_keeps_the_weights_of_each_head():
 
 
 def test_every_position_is_equally_likely():
-    # Three weights, one of them 1: over many steps it lies on each of the three tokens a third of the time.
+    # One of three weights is 1. Over many steps, it is at each of the three tokens in a third of the steps.
     view = make_view([[(1, 3)]])
     weight_BT = torch.tensor([[0.0, 1.0, 0.0, 0.0]])
 
@@ -159,7 +159,7 @@ def test_equal_weights_are_matched_by_equal_weights():
 
 
 def test_two_valued_weights_are_matched():
-    # All mass on the bounds: the largest deviation that there is.
+    # All weights are equal to a bound, which is the largest possible standard deviation for their mean.
     weight_BT = (torch.rand(LARGE.ids_BT.shape, generator=torch.Generator().manual_seed(0)) < 0.3).float()
     weight_BT = (0.1 + 2.9 * weight_BT) * LARGE.response_BT
 
@@ -171,7 +171,7 @@ def test_two_valued_weights_are_matched():
 
 
 def test_random_numbers_of_different_seeds_share_nothing():
-    """No head of a seed has a number of any head of another seed, nor of another step."""
+    """The numbers of a head differ from those of all heads with another seed or in another step."""
     drawn = [
         set(random_integers(make_view([[(5, 40)]], step=step), seed=seed, heads=6).flatten().tolist())
         for seed in range(8)

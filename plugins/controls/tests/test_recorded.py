@@ -1,4 +1,4 @@
-"""Recorded weights are replayed bit for bit, and only for the batch that they were recorded with."""
+"""Recorded weights are replayed bit for bit, and only for the batch with which they were recorded."""
 
 import pytest
 import torch

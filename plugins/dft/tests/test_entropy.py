@@ -19,7 +19,7 @@ class TestEntropy(WeightingStrategySuite):
 
 
 def view(entropy, target):
-    """One row; entropies and targets by source and head."""
+    """Return a view of one row, with entropies and targets by source position and head."""
     entropy_BTK, target_BTK = torch.tensor([entropy]), torch.tensor([target])
     length = entropy_BTK.shape[1]
     return StepView(

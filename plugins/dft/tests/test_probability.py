@@ -19,7 +19,7 @@ class TestProbability(WeightingStrategySuite):
 
 
 def view(probability):
-    """A prompt and three response tokens; `probability[t][k - 1]` is the target's under head k at t."""
+    """Return a view of a response of three tokens; head k at t gives its target `probability[t][k - 1]`."""
     probability_BTK = torch.tensor([probability])
     target_BTK = probability_BTK > 0
     return StepView(

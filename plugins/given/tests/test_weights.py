@@ -1,4 +1,4 @@
-"""`given.weights`: conformance to core, and the weights of the data as they are."""
+"""`given.weights`: conformance to core, and the unchanged weights of the data."""
 
 import json
 
@@ -44,7 +44,7 @@ def test_a_run_with_rows_without_weights_stops_before_training(wmtp_tiny_run, ca
 
 @pytest.fixture
 def signed(tmp_path):
-    """Return a recipe over rows of which every second one has a negative weight."""
+    """Return a recipe whose data have a negative weight in every second row."""
     path = tmp_path / "signed.jsonl"
     rows = [{"prompt": f"{i}: ", "response": "yes", "weight": (-1) ** i / 2} for i in range(40)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -26,7 +26,7 @@ def weigh(view, **options):
 
 
 def one_response(loss, reference):
-    """A prompt token, then a response; `loss[k - 1]` holds head k's losses by target token."""
+    """Return a view of a prompt token and a response; `loss[k - 1]` holds head k's losses by target token."""
     length, heads = len(reference) + 1, len(loss)
     loss_BTK = torch.zeros(1, length, heads)
     target_BTK = torch.zeros(1, length, heads, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""`verifiable.value_head` on each body, for each objective: which parameters learn."""
+"""`verifiable.value_head` learns with each body and each objective, and changes only the right parameters."""
 
 import copy
 import sys
@@ -72,7 +72,7 @@ def build(trunk, *, requested=None, **options):
 
 
 def planted(rows, *, seed):
-    """Two prompt and six response tokens of noise; one of the response decides: `RIGHT` in even rows."""
+    """Return rows of random tokens; one response token decides the reward, and it is `RIGHT` in even rows."""
     generator = torch.Generator().manual_seed(seed)
     ids_BT = torch.randint(0, 14, (rows, 8), generator=generator)
     place_B = torch.randint(2, 8, (rows,), generator=generator)
@@ -119,7 +119,7 @@ def states(critic):
 
 
 def moved(critic, trunk):
-    """The parts of the state that three steps of training change."""
+    """Return the names of the parts of the state that three steps of training change."""
     before = states(critic)
     train(critic, trunk, steps=3)
     return {name for name, tensor in critic.state_dict().items() if not torch.equal(tensor, before[name])}

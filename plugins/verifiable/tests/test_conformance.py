@@ -1,4 +1,4 @@
-"""Conformance of the plugin's components to core, with each of their modes."""
+"""Conformance of the plugin's components to core, for each of their main options."""
 
 import pytest
 from weighted_mtp_core.testing import CriticSuite, WeightingStrategySuite

@@ -1,4 +1,4 @@
-"""`verifiable.group_advantage`: one weight per response, against loops over responses."""
+"""`verifiable.group_advantage`: one weight per response, compared with loops over responses."""
 
 import math
 from pathlib import Path

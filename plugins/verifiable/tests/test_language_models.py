@@ -1,4 +1,4 @@
-"""`verifiable.language_models`: a Markov chain with exact values, folds, and contrasts that say nothing."""
+"""`verifiable.language_models`: a Markov chain with exact values, folds, and ratios without information."""
 
 import itertools
 import json
@@ -81,7 +81,7 @@ def exact_losses(count, *, right):
 
 
 class Table(nn.Module):
-    """The losses of a table with the logits of the next letter after each prefix."""
+    """Computes losses from a table, which contains the logits of the next letter after each prefix."""
 
     def __init__(self):
         super().__init__()

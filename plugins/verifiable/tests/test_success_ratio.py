@@ -1,4 +1,4 @@
-"""`verifiable.success_ratio`: ratios by hand, against a loop, and on a Markov chain with exact values."""
+"""`verifiable.success_ratio`: compared with ratios by hand, a loop, and exact values of a Markov chain."""
 
 import itertools
 import math

@@ -24,7 +24,7 @@ def build(**options):
 
 
 def view(value, *, reward=1.0, training=True):
-    """One row: a prompt token, then the response; `value` holds V of every token."""
+    """Return a view of one row: a prompt token, then the response; `value` holds V of every token."""
     value_BT = torch.tensor([value])
     response_BT = torch.ones_like(value_BT, dtype=torch.bool)
     response_BT[:, 0] = False
@@ -42,7 +42,7 @@ def view(value, *, reward=1.0, training=True):
 
 
 def packed(lengths, *, seed):
-    """One row of documents, two prompt tokens before each response; every other response is correct."""
+    """Return one row of documents, each with two prompt tokens; every second response is correct."""
     generator = torch.Generator().manual_seed(seed)
     document = [number for number, length in enumerate(lengths) for _ in range(2 + length)]
     answers = [position >= 2 for length in lengths for position in range(2 + length)]
@@ -149,7 +149,7 @@ def test_td_is_gae_with_lambda_zero():
 def test_equal_advantages_give_equal_weights():
     weights = build(estimator="td").weigh(view([0.2, 0.4, 0.6, 0.8, 0.5]))
 
-    # Every TD error is .2: nothing sets one token apart from another.
+    # Every TD error is .2, so all tokens have the same weight.
     torch.testing.assert_close(weights.weight[0, 1:], torch.ones(4))
 
 

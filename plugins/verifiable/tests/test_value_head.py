@@ -31,7 +31,7 @@ def build(*, seed=0, **options):
 
 
 def copies(rows, *, seed):
-    """Prompts of four letters and their copies; every other copy has one wrong letter."""
+    """Return prompts of four letters, with copies as responses; every second copy has a wrong letter."""
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(0, LETTERS, (rows, 4), generator=generator)
     response = prompt.clone()

@@ -3,7 +3,8 @@
 The program is cut out before a text is saved and judged, never during judging, so that every judge gets the
 same program.
 
-Text inside `<think>` is ignored. If the text begins with the body of the prompt's function, this body is the
+Text inside `<think>` is ignored. `cut_program` returns a whole program. `cut_completion` returns the code of
+the function that the tests call. If the text begins with the body of the prompt's function, this body is the
 answer. Otherwise, the answer is the last code that defines the function: if possible in a closed fence,
 otherwise in an open fence, otherwise between prose. Code that only imports the function is the answer only if
 no code defines the function, because examples of use also import it.
@@ -30,7 +31,7 @@ _CONTROL_TOKEN = re.compile(r"(?:<\|\w+\|>|</?s>|<(?:eos|bos|pad|end_of_turn)>).
 
 
 def cut_completion(text: str, *, prompt: str, entry_point: str) -> str:
-    """Return the part of a model's text with which `prompt + completion` is the intended program.
+    """Return the part of a model's text that must follow the prompt to give the intended program.
 
     Text and fences around the code are dropped. The completion contains the function, the statements before
     the function, and the later statements that the function uses. If the model repeats the signature, the
@@ -249,7 +250,7 @@ def _longest(code: str, prompt: _Prompt, *, keeps_last: bool) -> tuple[str, list
 
 
 def _parsed_lines(lines: Sequence[str], before: str) -> tuple[str, ast.Module | int]:
-    """Parse lines after the text `before`; return their code, and the tree or the number of a wrong line.
+    """Parse lines after the text `before`; return their code, and the tree or the line of a syntax error.
 
     If lines that end with a control token such as `<|im_end|>` are not valid Python, the token is dropped,
     because a model may write it as text.

@@ -44,10 +44,11 @@ def _end(node: ast.stmt) -> int:
 
 
 def defines(node: ast.stmt, name: str, *, given: int = 0) -> bool:
-    """Return whether a statement defines, assigns or imports a function called `name`.
+    """Return whether a statement defines, assigns or imports a function or class called `name`.
 
-    A definition counts only if it has statements after the first `given` lines, which are the prompt. An
-    assignment counts if its value is a lambda, a name, an attribute, or a call.
+    A function definition counts only if it has statements after the first `given` lines, which are the
+    prompt. An assignment counts if its value is a lambda, a name, an attribute, or a call. A statement such
+    as `if` or `try` counts if a statement inside it counts.
     """
     match node:
         case ast.FunctionDef() | ast.AsyncFunctionDef():

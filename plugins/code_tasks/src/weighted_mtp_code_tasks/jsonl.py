@@ -34,7 +34,11 @@ class JudgedJsonlOptions(JsonlOptions):
 
 
 def build_jsonl(options: JudgedJsonlOptions, context: BuildContext) -> DataSource:
-    """Build the data source; all lines are read and checked, but no program is run yet."""
+    """Build the data source; all lines are read and checked, but no program is run yet.
+
+    Raises:
+        WmtpError: The options or the files are invalid; `JsonlSource` lists the reasons.
+    """
     return JudgedJsonlSource(options, context)
 
 

@@ -1,4 +1,4 @@
-"""Judges for each kind of problem: a judge cuts a text to the completion and returns a verdict on it."""
+"""Judges for each kind of problem: a judge extracts completions from texts and returns verdicts on them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Judge(ABC):
         Args:
             attempts: Pairs of a problem and a completion.
             on_done: Called once for each completion that is judged.
-            executor: If given, it judges the completions in its tasks, which may run on other machines.
+            executor: If given, its tasks judge the completions, possibly on other machines.
         """
 
     def limits(self) -> dict[str, float]:
@@ -81,7 +81,16 @@ class FunctionJudge(Judge):
         on_done: Callable[[], None] | None = None,
         executor: Executor | None = None,
     ) -> Judgement:
-        """Run the completions in a sandbox, after a test whether the sandbox confines programs."""
+        """Run the completions in a sandbox, after a test whether the sandbox confines programs.
+
+        The back end `trusted` confines nothing and is not tested.
+
+        Raises:
+            WmtpError: No sandbox that the settings allow works, or the sandboxes of two machines could give
+                different verdicts.
+            RunFailedError: The sandbox does not confine programs, too many programs could not be judged, or
+                machines were lost.
+        """
         jobs = [self.job(problem, text) for problem, text in attempts]
         if executor is not None:
             verdicts, provenance = judge_as_tasks(jobs, self.sandbox, executor, on_done=on_done)

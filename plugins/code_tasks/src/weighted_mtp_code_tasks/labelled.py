@@ -54,10 +54,14 @@ class LabelledSource(DataSource):
         draw: Makes the problems and the responses; called only if the labelled data are not in storage.
         storage: Root folder of the storage.
         judge: Judges responses and completions.
-        executor: If given, it judges the responses; otherwise, they are judged on the cores of this machine.
+        executor: If given, its tasks judge the responses; otherwise, the cores of this machine do.
         incorrect_fraction: Share of incorrect responses among the training examples of the policy.
         tolerated_failures: Largest share of problems that may have no solution that passes the tests; such
             problems are left out.
+
+    Raises:
+        WmtpError: There are no problems, or more problems than `tolerated_failures` have no solution that
+            passes the tests; the files in storage were changed; or `draw` or `Judge.judge` raises an error.
     """
 
     name: str

@@ -134,9 +134,12 @@ def judge_all(
 def with_a_solution(judged: Sequence[JudgedProblem], *, name: str, tolerated: float) -> list[JudgedProblem]:
     """Return the problems that have a solution that passes the tests, and set `Problem.solution` to it.
 
+    A warning on stderr names problems that are left out.
+
     Raises:
-        WmtpError: There are no problems, or more than the share `tolerated` of the problems have no solution
-            that passes the tests. In the latter case, the tests or the sandbox must be wrong.
+        WmtpError: There are no problems, or more than the share `tolerated` of the problems, or all of them,
+            have no solution that passes the tests. In the latter case, the tests or the sandbox must be
+            wrong.
     """
     if not judged:
         raise WmtpError(

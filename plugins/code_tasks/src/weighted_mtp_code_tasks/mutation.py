@@ -1,6 +1,6 @@
 """Make broken variants (mutants) of programs, each by one change that resembles a typical human error.
 
-Some mutants still pass every test. So each mutant is run to decide whether it is wrong.
+Some mutants still pass every test. So the data sources run each mutant to decide whether it is wrong.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def mutants(body: list[ast.stmt], generator: random.Random, *, count: int) -> li
     return list(found.values())
 
 
-def _changes(node: ast.AST) -> Iterator[tuple[str, Change]]:  # noqa: C901 - one case a kind of node
+def _changes(node: ast.AST) -> Iterator[tuple[str, Change]]:  # noqa: C901 - one case per kind of node
     """Yield each possible change of a node, with its kind; a change is a function that edits the tree."""
     match node:
         case ast.Constant(value=bool()):

@@ -42,7 +42,11 @@ class ProblemsOptions:
 
 
 def build_problems(options: ProblemsOptions, context: BuildContext) -> DataSource:  # noqa: ARG001 - every builder gets one
-    """Build the data source; all lines are read and checked, but no program is run yet."""
+    """Build the data source; all lines are read and checked, but no program is run yet.
+
+    Raises:
+        WmtpError: The file cannot be read, or has invalid records, which the message lists.
+    """
     return ProblemsSource(options)
 
 
@@ -66,7 +70,7 @@ class ProblemsSource(DataSource):
         return self._problems if split == "test" else ()
 
     def version(self) -> DatasetVersion:
-        """Return the SHA-256 of the file, and its first 12 digits as the version of the data."""
+        """Return the SHA-256 of the file, its first 12 digits as the version, and the file's name."""
         sha256 = sha256_of_file(self._path)
         return DatasetVersion(name=self._path.name.partition(".")[0], version=sha256[:12], sha256=sha256)
 

@@ -2,12 +2,13 @@
 
 A control tests whether arbitrary weights with a similar distribution would have given the same result. Wrap
 the weighting under test in `controls.shuffled`, which moves its weights to other tokens of the same response,
-or in `controls.random_matched`, which replaces its weights with random weights of the same mean and standard
-deviation. For an exact ablation, `controls.record` saves the weights of every step, and `controls.replay`
-loads the saved weights in another run. The combinators `product`, `clip` and `anneal` build a weighting from
-other weightings.
+or in `controls.random_matched`, which replaces its weights with random weights of the same mean, standard
+deviation and range. For an exact ablation, `controls.record` saves the weights of every training step, and
+`controls.replay` loads the saved weights in another run. The combinators `product`, `clip` and `anneal` build
+a weighting from other weightings.
 
-The option `of` names the wrapped weighting, in the form of a recipe's table `[weighting]`:
+The option `of` is a table with the keys of a recipe's table `[weighting]` and selects the wrapped weighting;
+in `product`, `of` is a list of such tables:
 
     [weighting]
     use = "controls.shuffled"
@@ -45,7 +46,7 @@ def build_shuffled(options: ShuffledOptions, context: BuildContext) -> Weighting
 
 @frozen(kw_only=True)
 class RandomMatchedOptions:
-    """`[weighting.options]` of `controls.random_matched`: the weights of `of` are matched."""
+    """`[weighting.options]` of `controls.random_matched`: `of` is the weighting whose weights are matched."""
 
     of: WeightingChoice
 

@@ -41,7 +41,7 @@ class Clip(Wrapper):
         self._low, self._high = low, high
 
     def weigh(self, view: StepView) -> Weights:
-        """Return the clipped weights and, as a metric, the share of weights outside the range."""
+        """Return the clipped weights; the metrics also contain the share of weights outside the range."""
         weights = self._wrapped[0].weigh(view)
         mask = target_mask(view, weights.weight)
         outside = (weights.weight < self._low) | (weights.weight > self._high)
@@ -65,7 +65,7 @@ class Anneal(Wrapper):
         self._start, self._end = start, end
 
     def weigh(self, view: StepView) -> Weights:
-        """Return the mixed weights and, as a metric, the share of the wrapped weights."""
+        """Return the mixed weights; the metrics also contain the share of the wrapped weights."""
         weights = self._wrapped[0].weigh(view)
         share = min(max((view.step - self._start) / (self._end - self._start), 0.0), 1.0)
         ones = target_mask(view, weights.weight).to(torch.float32)

@@ -15,7 +15,7 @@ from weighted_mtp_controls._random_numbers import uniform
 from weighted_mtp_controls._wrapper import Wrapper, target_mask
 
 _HALVINGS = 24
-# The exponents are log2 of the ratio of the standard deviations before and after clipping. At 14, clipping
+# Limits of log2(s / d), where s and d are the standard deviations before and after clipping. At 14, clipping
 # moves almost all numbers to a bound.
 _SMALLEST_EXPONENT, _LARGEST_EXPONENT = -1.0, 14.0
 
@@ -23,9 +23,10 @@ _SMALLEST_EXPONENT, _LARGEST_EXPONENT = -1.0, 14.0
 class RandomMatched(Wrapper):
     """Draws random weights with the mean, standard deviation and range of the wrapped weights in the batch.
 
-    The weights are `clip(m + s z)`, where z is standard normal. The numbers m and s are chosen such that the
-    mean and the standard deviation match *after* clipping, because clipping changes them: for example,
-    E[exp z] is 1.649, but E[clip(exp z, 0.1, 3)] is 1.297.
+    The weights are `clip(m + s z, low, high)`, where z is standard normal, and low and high are the smallest
+    and the largest wrapped weight of the batch's targets. The numbers m and s are chosen such that the mean
+    and the standard deviation match after clipping, because clipping changes them: for example, E[exp z] is
+    1.649, but E[clip(exp z, 0.1, 3)] is 1.297.
     """
 
     def __init__(self, of: WeightingStrategy, *, seed: int) -> None:
@@ -44,11 +45,12 @@ class RandomMatched(Wrapper):
 
 
 def match(normal: Tensor, *, like: Tensor, mask: Tensor) -> Tensor:
-    """Return `clip(m + s * normal)` with the mean, standard deviation and range of `like`.
+    """Return `clip(m + s * normal, low, high)` with the mean, standard deviation and range of `like`.
 
-    Only entries where the mask is True count; the others are 0 in the result. For each s, exactly one m gives
-    the right mean, and the standard deviation grows with s. So two nested bisections find s and m, even if
-    almost all weights of `like` are equal to one of two bounds, such as 0 and 1.
+    Here low and high are the smallest and the largest entry of `like`. Only entries where the mask is True
+    count; the others are 0 in the result. For each s, exactly one m gives the right mean, and the standard
+    deviation grows with s. So two nested bisections find s and m, even if almost all entries of `like` are
+    equal to low or high.
     """
     mean, std = _moments(like, mask)
     low = like.where(mask, torch.inf).amin()

@@ -36,7 +36,7 @@ def random_integers(view: StepView, *, seed: int, heads: int) -> Tensor:
     """Return random int64 numbers from 0 to 2^52 - 1, `[B, T, heads]`.
 
     Args:
-        view: The numbers depend on the view's token ids, document numbers and step.
+        view: The numbers depend on the step, on the token ids and on the boundaries of documents.
         seed: The numbers also depend on this seed.
         heads: Number of random numbers per token.
     """

@@ -1,4 +1,4 @@
-"""Two weightings: `Record` saves the weights of each step in a file, and `Replay` reads them in another run.
+"""Two weightings: `Record` saves the weights of each training step, and `Replay` reads them in another run.
 
 Shape letters: B batch rows, T positions, K heads.
 """
@@ -55,7 +55,11 @@ class Record(Wrapper):
         return {**super().state_dict(), "previous": self._previous}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the hash, and the state of the wrapped weighting."""
+        """Restore the hash, and the state of the wrapped weighting.
+
+        Raises:
+            WmtpError: The wrapped weighting refuses its state, or a key of the state is unknown.
+        """
         self._previous = state.get("previous", _NOTHING).cpu()
         super().load_state_dict({key: value for key, value in state.items() if key != "previous"})
 

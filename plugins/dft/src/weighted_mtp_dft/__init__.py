@@ -38,7 +38,8 @@ class EntropyOptions:
     """`[weighting.options]` of `dft.entropy`.
 
     Attributes:
-        keep: Share of each head's targets to train on; 1 gives unweighted training.
+        keep: Share of each head's targets in the batch to train on: those with the largest entropy; 1 gives
+            unweighted training.
     """
 
     keep: float = field(default=0.2, validator=[v.gt(0), v.le(1)])

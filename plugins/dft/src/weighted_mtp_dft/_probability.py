@@ -1,9 +1,9 @@
 """Weights by probability: `w = max(p(target), floor)`, where p is the policy's current prediction.
 
-This is eq. 9 of Wu et al. 2025, "On the Generalization of SFT: A Reinforcement Learning Perspective with
-Reward Rectification" (https://arxiv.org/abs/2508.05629). In the gradient of plain fine-tuning, a token has a
-factor of 1 / p(token); the weight p(token) cancels this factor. The weights of each head are the
-probabilities that this head predicts.
+With `floor = 0`, the loss is eq. 9 of Wu et al. 2025, "On the Generalization of SFT: A Reinforcement Learning
+Perspective with Reward Rectification" (https://arxiv.org/abs/2508.05629). In the gradient of the unweighted
+loss -log p(target), each token has the factor 1 / p(target); the weight p(target) cancels this factor. The
+weights of each head come from the probabilities that this head predicts.
 
 Shape letters: B batch rows, T positions, K heads.
 """

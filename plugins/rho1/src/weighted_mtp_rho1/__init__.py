@@ -1,4 +1,4 @@
-"""Selective language modelling (Rho-1, Lin et al. 2024): train on tokens with a large excess loss.
+"""Selective language modelling (Rho-1, Lin et al. 2024): train mainly on tokens with a large excess loss.
 
 The excess loss of a token is the policy's loss minus the loss of a frozen reference model. The critic
 `rho1.reference` computes the losses of the reference model, and the weighting `rho1.excess_loss` selects the
@@ -20,7 +20,7 @@ class ExcessLossOptions:
     """`[weighting.options]` of `rho1.excess_loss`.
 
     Attributes:
-        keep: Share of the batch's targets to train on.
+        keep: Share of the batch's targets that are selected: those with the largest excess loss.
         per: `"head"` selects targets for each head separately; `"target"` selects the targets with the
             largest excess loss of head 1, for all heads.
         selection: `"top"` gives selected targets the weight 1 and all other targets the weight 0. `"soft"`

@@ -1,9 +1,9 @@
 """Weights by excess loss, which is the policy's loss minus a reference model's loss of the same token.
 
-A large excess loss shows that a token can still be learnt. Training uses the share of targets with the
-largest excess loss, as in Lin et al. 2024, "Rho-1: Not All Tokens Are What You Need"
-(https://arxiv.org/abs/2404.07965), eq. 3 and 4. The reference model has one head, so the loss of every head
-is compared with the reference model's next-token loss of the target.
+A large excess loss shows that a token can still be learnt. With `selection = "top"`, training uses only a
+given share of the targets, those with the largest excess loss (Lin et al. 2024, "Rho-1: Not All Tokens Are
+What You Need", https://arxiv.org/abs/2404.07965, eq. 3 and 4). The reference model has one head, so the loss
+of every head is compared with the reference model's next-token loss of the target.
 
 Shape letters: B batch rows, T positions, K heads, N candidates of one selection, C selections.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class ExcessLoss(WeightingStrategy):
-    """Keeps the batch's targets with the largest excess loss."""
+    """Gives the batch's targets with the largest excess loss more weight than all other targets."""
 
     def __init__(self, options: ExcessLossOptions) -> None:
         self._options = options

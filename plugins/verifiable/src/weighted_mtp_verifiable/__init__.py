@@ -1,8 +1,8 @@
-"""Weights from verifiable rewards: a critic learns which tokens make a response correct.
+"""Weights from verifiable rewards, with or without a critic that learns which tokens make a response correct.
 
-The critics are `verifiable.value_head` and `verifiable.language_models`. The weightings are
-`verifiable.td_error`, `verifiable.success_ratio` and `verifiable.group_advantage`. This module only declares
-the components; the build functions import the algorithms.
+The critics are `verifiable.value_head` and `verifiable.language_models`. The weightings
+`verifiable.td_error` and `verifiable.success_ratio` need a critic; the weighting `verifiable.group_advantage`
+needs only the rewards. This module only declares the components; the build functions import the algorithms.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class TdErrorOptions:
             1 / (1 - lam) tokens or fewer, most of the average advantage is the reward, which is the same for
             all tokens of the response. Weights then differ more between responses than between tokens.
         beta: Temperature; a smaller temperature spreads the weights further apart.
-        clip: Limits [low, high] to which the weight exp(A / beta) is clipped; A is the whitened advantage.
+        clip: Limits [low, high] to which the weight exp(A / beta) is clipped; A is the advantage after the
+            options `whiten` and `sign` are applied.
         whiten: Whether advantages are whitened to mean 0 and standard deviation 1: with the statistics of the
             batch, with moving statistics, or not at all.
         ema_decay: Weight of the old moving statistics in each training step, for `whiten = "ema"`.
@@ -96,16 +97,17 @@ class SuccessRatioOptions:
     """`[weighting.options]` of `verifiable.success_ratio`.
 
     Attributes:
-        where: With `"all"`, the ratios are the weights in all responses. With `"wrong"`, the ratios are the
-            weights in incorrect responses only, and the tokens of correct responses have the weight 1.
+        where: `"all"` computes weights from ratios in all responses; a ratio is the probability of success
+            after a token, divided by the probability before it. `"wrong"` computes weights from ratios in
+            incorrect responses only; the tokens of correct responses have the weight 1.
         cap: Upper limit of the ratio, before the exponent is applied.
         power: Exponent of the capped ratio; 0 makes all weights 1, and a number above 1 increases the
             differences between weights.
         span: `"token"` compares the values after and before the token. `"line"` compares the values after and
             before the token's line, so that all tokens of a line have the same weight.
-        heads: `"target"` gives a token the same weight for every head. With `"path"`, the weight of head k,
+        heads: `"target"` gives a token the same weight for every head. With `"path"`, the ratio of head k,
             which predicts token t + k from token t, is V_{t+k} / V_t, where V_t is the value after token t.
-            The weight is then the product of the ratios of the tokens t + 1 to t + k.
+            This ratio is the product of the ratios of the tokens t + 1 to t + k.
     """
 
     where: Literal["all", "wrong"] = "all"
@@ -123,7 +125,7 @@ def build_success_ratio(options: SuccessRatioOptions, context: BuildContext) -> 
 
 
 def refuse_ranks(critic: object) -> str | None:
-    """Return why a critic is refused, if its values are not probabilities of success; otherwise None."""
+    """Return why a critic with these options is refused; None if its values are probabilities of success."""
     if isinstance(critic, ValueHeadOptions) and critic.objective == "bradley_terry":
         return (
             'needs probabilities of success, but `objective = "bradley_terry"` only ranks responses: '
@@ -138,9 +140,9 @@ class GroupAdvantageOptions:
 
     Attributes:
         beta: Temperature; a smaller temperature spreads the weights further apart.
-        clip: Smallest and largest weight.
-        positives_only: Whether incorrect responses get weight 0; the mean rewards still include these
-            responses.
+        clip: Limits [low, high] to which weights are clipped.
+        positives_only: Whether incorrect responses get weight 0; the mean reward of a problem still includes
+            these responses.
     """
 
     beta: float = field(default=1.0, validator=v.gt(0))
@@ -201,17 +203,18 @@ class ValueHeadOptions:
             current states of the policy's trunk. `"frozen"`: the states of a copy of the policy's trunk that
             is never trained. `"trunk"`: the states of a copy of the policy's trunk that is trained with the
             head.
-        base: For `body = "trunk"`: another model to copy, named like `model.base`. The model must use the
-            policy's tokenizer.
+        base: For `body = "trunk"`: another model to copy, in the form of the recipe's `model.base`. The model
+            must use the policy's tokenizer.
         lora_rank: For `body = "trunk"`: the rank of adapters to train instead of the trunk; 0 trains the
             whole trunk.
-        layers: Number of the critic's own transformer layers, which may be on top of a trunk's states; 0 is
-            the head alone.
+        layers: Number of the critic's own transformer layers, which read tokens or the states of a trunk. 0,
+            which `body = "own"` does not allow, is the head alone.
         hidden_size: Width of the critic's own layers.
         heads: Number of attention heads in each of the critic's own layers.
-        lm_loss_weight: Weight of a language-model loss on correct responses. The head then also reads each
-            token's negative log-likelihood under this language model, its most useful input after a short
-            training run. With 0, the critic has neither this loss nor this input.
+        lm_loss_weight: Weight of the loss of a language-model head, which is trained on correct responses.
+            The critic then also reads each token's negative log-likelihood under the language-model head,
+            which is its most useful input after a short training run. With 0, the critic has neither this
+            head nor this input.
     """
 
     objective: Literal["monte_carlo", "lambda_return", "bradley_terry"] = "monte_carlo"

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 class GroupAdvantage(WeightingStrategy):
     """Gives every token of a response with reward R the weight `w = clip(exp((R - baseline) / beta))`.
 
-    The exponential makes the weight positive, as in advantage-weighted regression: the weight is 1 if R
-    equals the baseline, and less than 1 if R is lower.
+    Before clipping, the weight is positive because of the exponential, as in advantage-weighted regression;
+    it is 1 if R equals the baseline and less than 1 if R is lower. With `positives_only`, incorrect responses
+    have weight 0.
 
     The baseline is the mean reward of the batch's responses to the same problem. If the batch contains only
     one response to a problem, the baseline of this response is the mean reward of all responses in the batch;

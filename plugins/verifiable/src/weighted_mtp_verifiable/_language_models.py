@@ -111,8 +111,9 @@ class LanguageModels(Critic):
     def loss(self, batch: Batch, hidden_BTH: Tensor | None) -> CriticLoss:
         """Return the sum of the losses of all models; all tokens have the same weight.
 
-        The metrics are the two parts of this sum, not means over tokens: if a batch is split into parts, the
-        means of the parts' results, weighted by rows, are the results of the batch.
+        The metrics are the two parts of this sum: the losses of the models of correct responses, and of the
+        models of all responses. Loss and metrics are not means over tokens. So if a batch is split into
+        parts, the means of the parts' results, weighted by rows, are the results of the batch.
         """
         del hidden_BTH
         right_BT = batch.response_BT & is_correct(batch.reward_BT)
@@ -178,7 +179,8 @@ def _share_frozen(model: nn.Module, *, of: nn.Module) -> None:
 def _rows_with(batch: Batch, mask_BT: Tensor) -> tuple[Batch, Tensor]:
     """Return the rows of the batch that have a token in the mask, and the mask of these rows, `[R, T]`.
 
-    If no row has a token in the mask, the first row is returned, so that all parameters get a gradient, of 0.
+    If no row has a token in the mask, the first row is returned, so that all parameters get a gradient, which
+    is then 0.
     """
     row_R = mask_BT.any(dim=1).nonzero().flatten()
     if len(row_R) == len(mask_BT):

@@ -1,4 +1,4 @@
-"""Training objectives of the value head: three losses that compare its log-odds with rewards.
+"""Training objectives of the value head: three losses, computed from its log-odds and the rewards.
 
 Shape letters: B batch rows, P pairs of rows, T positions.
 """
@@ -20,20 +20,22 @@ from weighted_mtp_verifiable._reductions import (
 
 
 def monte_carlo(logit_BT: Tensor, batch: Batch, *, lam: float) -> Tensor:
-    """Return the binary cross-entropy between the value of every prefix and the reward of the response.
+    """Return the mean binary cross-entropy between the values of prefixes and the rewards of their responses.
 
-    This is the loss of the verifiers of Cobbe et al. 2021, section 4.2.
+    The prefixes are those of `trained_prefixes`. This is the loss of the verifiers of Cobbe et al. 2021,
+    section 4.2.
     """
     del lam
     return _cross_entropy(logit_BT, outcome(batch), batch)
 
 
 def lambda_return(logit_BT: Tensor, batch: Batch, *, lam: float) -> Tensor:
-    """Return the binary cross-entropy between the value of every prefix and the prefix's lambda-return.
+    """Return the mean binary cross-entropy between the values of prefixes and their lambda-returns.
 
-    The lambda-return (Sutton and Barto 2018, eq. 12.2) of the prefix that ends at token t is `V_t + A_{t+1}`.
-    Here V_t is the critic's value of the prefix, without gradient, and A_{t+1} the advantage of the next
-    token. The lambda-return of the whole response is its reward.
+    The prefixes are those of `trained_prefixes`. The lambda-return (Sutton and Barto 2018, eq. 12.2) of the
+    prefix that ends at token t is `V_t + A_{t+1}`. Here V_t is the critic's value of the prefix, without
+    gradient, and A_{t+1} the advantage of the next token. The lambda-return of the whole response is its
+    reward.
     """
     value_BT = torch.sigmoid(logit_BT.detach())
     delta_BT = td_errors(
@@ -52,9 +54,10 @@ def lambda_return(logit_BT: Tensor, batch: Batch, *, lam: float) -> Tensor:
 def bradley_terry(logit_BT: Tensor, batch: Batch, *, lam: float) -> Tensor:
     """Return the mean of `-log sigmoid(s_correct - s_incorrect)` over pairs of responses to one problem.
 
-    Here s_correct and s_incorrect are the log-odds after the last token of the correct and of the incorrect
-    response. This is the loss of reward models (Bradley and Terry 1952; Ouyang et al. 2022, eq. 1). The loss
-    only ranks responses to the same problem, so the values of different problems have no common scale.
+    Here s_correct and s_incorrect are the log-odds after the last token of the correct response (row 2i) and
+    of the incorrect response (row 2i + 1). A pair with a row without response tokens adds 0. This is the loss
+    of reward models (Bradley and Terry 1952; Ouyang et al. 2022, eq. 1). The loss only ranks responses to the
+    same problem, so the values of different problems have no common scale.
     """
     del lam
     position_T = torch.arange(logit_BT.shape[1], device=logit_BT.device)

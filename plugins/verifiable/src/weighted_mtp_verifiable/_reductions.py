@@ -62,7 +62,10 @@ def document_cumsum(x_BT: Tensor, document_BT: Tensor) -> Tensor:
 
 
 def remaining_response_tokens(response_BT: Tensor, document_BT: Tensor) -> Tensor:
-    """Return the number of response tokens from each token to the end of its document, int64 `[B, T]`."""
+    """Return the number of response tokens from each token to the end of its document, int64 `[B, T]`.
+
+    The token itself is counted if it is a response token.
+    """
     from_here_BT = _backward_cumulative(torch.cumsum, response_BT.long())
     is_end_BT = ~F.pad(same_as_previous(document_BT)[:, 1:], (0, 1))
     behind_BT = (from_here_BT - response_BT.long()).where(is_end_BT, 0)

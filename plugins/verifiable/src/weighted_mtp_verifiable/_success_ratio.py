@@ -71,8 +71,9 @@ class SuccessRatio(WeightingStrategy):
     def _span_bounds(self, view: StepView) -> tuple[Tensor, Tensor]:
         """Return the indices of the first and the last token of each response token's span, int64 `[B, T]`.
 
-        A token that contains a line break ends its line. A line also ends where a sequence of response tokens
-        ends.
+        With `span = "token"`, the span of a token is the token itself. With `span = "line"`, it is the line
+        of the token. A token that contains a line break ends its line. A line also ends where a sequence of
+        response tokens ends.
         """
         index_BT = torch.arange(view.ids_BT.shape[1], device=view.ids_BT.device).expand_as(view.ids_BT)
         if self._has_break_V is None:

@@ -1,8 +1,8 @@
 """Weights `w = clip(exp(A / beta))`, where A is the advantage of the token.
 
-This is advantage-weighted regression (Peng et al. 2019, https://arxiv.org/abs/1910.00177, eq. 10) on the
-tokens of multi-token prediction (Gloeckle et al. 2024, https://arxiv.org/abs/2404.19737). Tokens that lead to
-a better result than the critic expected are imitated more than tokens that lead to a worse result.
+This is advantage-weighted regression (Peng et al. 2019, https://arxiv.org/abs/1910.00177, eq. 10), applied to
+the tokens of multi-token prediction (Gloeckle et al. 2024, https://arxiv.org/abs/2404.19737). Tokens that
+lead to a better result than the critic expected are imitated more than tokens that lead to a worse result.
 
 Shape letters: B batch rows, T positions.
 """
@@ -90,7 +90,11 @@ class TdError(WeightingStrategy):
         return self._moving.state_dict() if self._options.whiten == "ema" else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the moving statistics."""
+        """Restore the moving statistics.
+
+        Raises:
+            WmtpError: The state is not that of a `td_error` with the same option `whiten`.
+        """
         if self._options.whiten == "ema":
             self._moving.load_state_dict(state)
         else:

@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
 from weighted_mtp_verifiable._reductions import same_as_previous
 
-_ROTARY_BASE = 10000.0  # base of the frequencies of the rotary embedding, as in its paper
+_ROTARY_BASE = 10000.0  # base of the frequencies of the rotary embedding (Su et al. 2021)
 
 
 @frozen(kw_only=True, eq=False)
@@ -22,8 +22,8 @@ class AttentionContext:
     """Attention mask and rotary position embedding of a batch, shared by all layers.
 
     Attributes:
-        mask_B1TT: True where the token of the row may attend to the token of the column, which must belong to
-            the same document and must not be later.
+        mask_B1TT: True at [b, 0, i, j] if token i of row b may attend to token j. Token j must belong to the
+            same document and must not be later than token i.
         cos_B1TE: Cosines of the rotary embedding; positions are counted from the start of the document.
         sin_B1TE: Sines of the rotary embedding.
     """

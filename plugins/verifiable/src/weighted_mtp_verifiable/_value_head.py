@@ -1,5 +1,8 @@
 """A critic that predicts at every token the probability that the response will be verified as correct.
 
+With the objective `bradley_terry`, the predictions are not probabilities; they only rank the responses to the
+same problem.
+
 Shape letters: B batch rows, T positions, H hidden.
 """
 
@@ -40,7 +43,7 @@ class ValueHead(Critic):
 
     Args:
         options: The options of the component.
-        context: Provides seed, sizes, device, and the policy's trunk if the options use it.
+        context: Provides seed, sizes and device, and a trunk if the options use one.
     """
 
     trainable = True
@@ -92,12 +95,12 @@ class ValueHead(Critic):
         )
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        """Return the trained parameters of the network and of its trunk or the adapters of the trunk."""
+        """Return the trained parameters of the network, and of the critic's trunk or its adapters."""
         trunk = () if self._trunk is None else self._trunk.parameters()
         return (each for each in (*self._net.parameters(), *trunk) if each.requires_grad)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all tensors of the network and of its own copy of the trunk, including frozen tensors."""
+        """Return all tensors of the network and, with `body = "trunk"`, all tensors of the critic's trunk."""
         return dict(self._modules.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

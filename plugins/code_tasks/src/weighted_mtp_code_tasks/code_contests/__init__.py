@@ -43,7 +43,12 @@ class CodeContestsOptions:
 
 
 def build_code_contests(options: CodeContestsOptions, context: BuildContext) -> DataSource:
-    """Build the data source; if its labels are not in storage, run and label its programs."""
+    """Build the data source; if its labels are not in storage, run and label its programs.
+
+    Raises:
+        WmtpError: The options name no files, or a file or the sandbox cannot be used; see also
+            `LabelledSource`.
+    """
     from pathlib import Path
 
     from weighted_mtp_core.api import Split

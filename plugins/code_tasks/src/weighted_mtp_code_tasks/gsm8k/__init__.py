@@ -39,7 +39,12 @@ class Gsm8kOptions:
 
 
 def build_gsm8k(options: Gsm8kOptions, context: BuildContext) -> DataSource:
-    """Build the data source; if its labels are not in storage, judge its responses."""
+    """Build the data source; if its labels are not in storage, judge its responses.
+
+    Raises:
+        WmtpError: The options name one of `train` and `test`, or these files and `path`; or a file cannot be
+            used; see also `LabelledSource`.
+    """
     from pathlib import Path
 
     from weighted_mtp_code_tasks.gsm8k.numbers import NumberJudge

@@ -34,9 +34,9 @@ def final_number(text: str) -> Decimal | None:
     r"""Return the number that a response states as its answer; None if the response contains no number.
 
     The answer is the number after the last `####` that marks an answer and not a heading. Without this mark,
-    the answer is the first number after the last `\boxed{`; without `\boxed{`, it is the last number. If the
-    response contains a further `Question:`, the text from there on is ignored. Thousands may be separated by
-    commas, LaTeX's `{,}` or narrow blanks. A currency, a percent sign or a full stop is ignored.
+    the answer is the first number after the last `\boxed{`; without such a number, it is the last number. If
+    the response contains a further `Question:`, the text from there on is ignored. Thousands may be separated
+    by commas, LaTeX's `{,}` or narrow blanks. A currency, a percent sign or a full stop is ignored.
     """
     text, marked = _answer(text)
     if marked is not None:

@@ -30,7 +30,7 @@ class Shares:
 
 @frozen(kw_only=True)
 class Row:
-    """A question, its reference answer, and the answers of models (`written`), which are not judged yet."""
+    """A question, its reference answer, and further answers (`written`), which are not judged yet."""
 
     question: str
     answer: str

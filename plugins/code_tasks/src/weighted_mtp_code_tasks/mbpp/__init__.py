@@ -37,7 +37,11 @@ class MbppOptions:
 
 
 def build_mbpp(options: MbppOptions, context: BuildContext) -> DataSource:
-    """Build the data source; if its labels are not in storage, run and label its programs."""
+    """Build the data source; if its labels are not in storage, run and label its programs.
+
+    Raises:
+        WmtpError: A file or the sandbox cannot be used; see also `LabelledSource`.
+    """
     from pathlib import Path
 
     from weighted_mtp_code_tasks.judging import AssertsJudge

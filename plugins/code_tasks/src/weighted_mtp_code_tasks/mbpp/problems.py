@@ -64,7 +64,8 @@ def read_problems(
     is also included in the layout of `ast.unparse`, which broken solutions have.
 
     Raises:
-        WmtpError: A file is missing or malformed, or the `task_id` of a sample belongs to no problem.
+        WmtpError: A file is missing or malformed, two problems have the same `task_id`, or the `task_id` of a
+            sample belongs to no problem.
     """
     ids = ProblemIds()
     rows = read_records(path, _row, check=lambda row, place: ids.add_new(str(row.task_id), place))

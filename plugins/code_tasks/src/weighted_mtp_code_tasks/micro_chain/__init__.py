@@ -1,7 +1,7 @@
 """The data source `code_tasks.micro_chain`: programs with known mistakes, for experiments on token credit.
 
-A problem is a chain of steps from the grammar of `micro_code`. A response has one line for each step and, in
-some responses, a further line that only returns the result. Each type of step with a constant, such as "add
+A problem is a chain of steps from the grammar of `micro_code`. A response has one line for each step and may
+have a further line that only returns the result. Each type of step with a constant, such as "add
 3", has one typical mistake, called a slip: the same step with the next constant ("add 4"). Slips are frequent
 in some types of steps and rare in all others. As usual, a response is correct if it passes the tests when it
 is run. In addition, the positions of all slips are known: the weights in the data are 0 for the characters of

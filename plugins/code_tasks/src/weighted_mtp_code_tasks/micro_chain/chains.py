@@ -105,7 +105,10 @@ def _response(
 
 
 def slip_spans(right: str, written: str) -> Iterator[Span]:
-    """Yield, for each line that differs from `right`, the span of its different characters, with weight 0."""
+    """Yield a span with weight 0 for each line of `written` that differs from the same line of `right`.
+
+    The span covers the characters of the line that differ.
+    """
     start = 0
     for ours, theirs in zip(right.splitlines(keepends=True), written.splitlines(keepends=True), strict=True):
         if ours != theirs:

@@ -1,8 +1,8 @@
 """Judge untrusted programs.
 
-Each program runs alone in a sandbox, in a process that never contains tests. A trusted process runs the
-tests. The two processes exchange only plain data of limited size, so a program cannot forge a verdict; it can
-only return values.
+Each program runs alone in a process that never contains tests. This process is in a sandbox, unless the
+settings select the back end `trusted`. A trusted process runs the tests. The two processes exchange only
+plain data of limited size, so a program cannot forge a verdict; it can only return values.
 
     with Sandbox(settings) as sandbox:
         verdicts = sandbox.judge([Job(program, "add", "def check(candidate): assert candidate(1, 2) == 3")])

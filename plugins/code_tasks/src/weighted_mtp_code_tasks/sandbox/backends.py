@@ -1,4 +1,4 @@
-"""Find the sandboxes that work on this machine, and start interpreters in them.
+"""Find the sandboxes that work on this machine, and make the commands that start interpreters in them.
 
 A zygote is an interpreter that forks a process for each program. The back end `bubblewrap` confines the whole
 zygote from outside. With the back end `landlock`, the processes confine themselves: always with Landlock and
@@ -130,7 +130,8 @@ def choose_backend(wanted: Literal["auto", "bubblewrap", "landlock", "trusted"])
     """Return the back end to use.
 
     Raises:
-        WmtpError: The wanted back end is not available, or `wanted` is `auto` and no back end is available.
+        WmtpError: The wanted back end is not available, `wanted` is `auto` and no back end is available, or
+            no folder is suitable for a scratch folder (see `scratch_place`).
     """
     if wanted == "trusted":
         return Backend(name="trusted", detail="no sandbox", namespaces=False)
@@ -186,7 +187,11 @@ def readable_paths() -> list[str]:
 
 
 def scratch_place() -> str:
-    """Return a folder in which a private tmpfs can be mounted without hiding files that programs need."""
+    """Return a folder in which a private tmpfs can be mounted without hiding files that programs need.
+
+    Raises:
+        WmtpError: There is no such folder.
+    """
     needed = [Path(path).resolve() for path in (*readable_paths(), interpreter(), str(Path(__file__).parent))]
     for place in map(Path, _PLACES_FOR_SCRATCH):
         if place.is_dir() and not any(path.is_relative_to(place.resolve()) for path in needed):

@@ -21,7 +21,11 @@ _MESSAGE_CHARACTERS = 300
 
 
 def serve(channel: socket) -> NoReturn:
-    """Answer requests until the other end of the channel closes; then end this process and its threads."""
+    """Answer requests until there are no more; then end this process and its threads.
+
+    There are no more requests after the program was run as `__main__`, or when the other end of the channel
+    closes.
+    """
     program = Program()
     try:
         while True:

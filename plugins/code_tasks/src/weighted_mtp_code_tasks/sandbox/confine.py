@@ -1,6 +1,7 @@
-"""Confine processes by means of the kernel: namespaces, Landlock, capabilities and resource limits.
+"""Confine processes by means of the kernel: namespaces, Landlock, seccomp, capabilities and resource limits.
 
-System calls go through ctypes, because this module runs in an interpreter that has only the standard library.
+If the kernel refuses a step, the function for this step raises ConfinementError. System calls go through
+ctypes, because this module runs in an interpreter that has only the standard library.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ def enter_namespaces() -> None:
     The new PID namespace applies only to processes that this process forks afterwards.
 
     Raises:
-        ConfinementError: The kernel forbids user namespaces, as in containers and some distributions.
+        ConfinementError: The kernel forbids user namespaces, as it does in many containers and in some
+            distributions, or refuses the mounts.
     """
     uid, gid = os.getuid(), os.getgid()
     _checked(_libc.unshare(_NAMESPACES), "unshare")

@@ -51,7 +51,8 @@ class StdinJob:
 
     Attributes:
         program: The whole source code, which is run as `__main__` once for each case.
-        cases: Pairs of stdin and expected stdout; white space at the ends of lines is ignored.
+        cases: Pairs of stdin and expected stdout; white space at the ends of lines and of the output is
+            ignored.
     """
 
     program: str
@@ -69,7 +70,8 @@ def humaneval_tests(*, prompt: str, entry_point: str, test: str) -> str:
     """Return trusted tests for a problem in HumanEval's format.
 
     The function `check` may call helper functions that the prompt defines, such as `poly`. So the tests
-    contain the prompt: helpers from the program could be changed such that a wrong program passes.
+    contain the prompt, because helpers from the program could be changed such that a wrong program passes. If
+    the prompt cannot be completed to valid Python, the tests are `test` alone.
     """
     for ending in ("\n    pass\n", "\n\tpass\n", "\n  pass\n", "\n"):
         source = f"{prompt.rstrip()}{ending}"

@@ -1,4 +1,4 @@
-"""Run trusted tests against an untrusted program in another process, and return the outcome.
+"""Judge an untrusted program in another process, by trusted tests or by its output.
 
 The tests of each job run in a separate, forked process. So a test that never ends, or that changes the state
 of the interpreter, does not affect other jobs.
@@ -131,7 +131,10 @@ def main_outcome(answer: object) -> Outcome:
 
 
 def compare_output(output: bytes, expected: str) -> Outcome:
-    """Compare the output of a program with the expected output, except white space at the ends of lines."""
+    """Compare the output of a program with the expected output.
+
+    White space at the ends of lines and at the end of the output is ignored.
+    """
     written = [line.rstrip() for line in output.decode("utf-8", "replace").rstrip().splitlines()]
     wanted = [line.rstrip() for line in expected.rstrip().splitlines()]
     if written == wanted:

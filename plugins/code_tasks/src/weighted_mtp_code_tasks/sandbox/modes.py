@@ -103,8 +103,8 @@ class JudgeProcess:
     """A forked process that runs trusted tests under limits of its own; a context manager.
 
     Attributes:
-        results: Descriptor from which the outcome is read; it is closed without an outcome if the process
-            ends early.
+        results: Descriptor of a pipe from which the outcome is read; if the process ends early, the pipe is
+            closed and contains no outcome.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class JudgeProcess:
         return self._status
 
     def outcome(self) -> Outcome:
-        """Return the outcome; call this method when `results` is readable or closed."""
+        """Return the outcome; call this method when `results` is readable or its other end is closed."""
         content = b""
         while part := os.read(self.results, 1 << 16):
             content += part

@@ -1,4 +1,4 @@
-"""Functions by which trusted tests exchange plain data with the process of an untrusted program."""
+"""Objects by which trusted tests exchange plain data with the process of an untrusted program."""
 
 from __future__ import annotations
 
@@ -92,14 +92,21 @@ class Remote:
         self.answered = False
 
     def call(self, target: object, arguments: Sequence[object], keywords: Mapping[str, object]) -> object:
-        """Call a function of the program; its changes to mutable arguments are applied to the originals."""
+        """Call a function of the program; its changes to mutable arguments are applied to the originals.
+
+        An exception of the function is raised again.
+
+        Raises:
+            Stop: The tests must end (see `ask`).
+        """
         return self.ask("call", target, list(arguments), dict(keywords))
 
     def ask(self, operation: str, *operands: object) -> object:
         """Send a request and return the value of the answer; an exception of the program is raised again.
 
         Raises:
-            Stop: The program did not return a usable answer.
+            Stop: The program did not return a usable answer, the request contains a value that is not
+                plain data, or an earlier request has stopped the tests.
         """
         if self.stopped:
             raise Stop

@@ -34,10 +34,13 @@ _TOLERATED_SHARE = 0.05
 class Sandbox:
     """Judges untrusted programs; a context manager that ends all processes that it started.
 
+    Entering the context starts the workers and tests whether the sandbox confines programs, except with the
+    back end `trusted`. It raises RunFailedError if a worker does not start or the test fails.
+
     Args:
         settings: Method of confinement (back end) and limits.
-        judge_errors_tolerated: Number of programs that may be left without a verdict; 5 % of all programs if
-            this is more.
+        judge_errors_tolerated: Number of programs for which judging may fail; 5 % of all judged programs if
+            this number is larger.
 
     Attributes:
         provenance: Back end, versions and limits, to be recorded with each label.
@@ -94,7 +97,9 @@ class Sandbox:
             One verdict for each job, in the order of the jobs.
 
         Raises:
-            RunFailedError: More jobs could not be judged than `judge_errors_tolerated` allows.
+            RunFailedError: More jobs could not be judged than `judge_errors_tolerated` allows, or a new
+                worker, which replaces one that has ended, does not start.
+            RuntimeError: The context is not entered, or an earlier call has raised an error.
         """
         if not self._workers:
             raise RuntimeError("a Sandbox judges only as a context manager, and no more once it failed")
@@ -210,7 +215,11 @@ class _Worker:
             write_message(self._process.stdin, job.message())
 
     def receive(self) -> Verdict:
-        """Wait for the verdict and return it; if the worker process has ended, a new one is started."""
+        """Wait for the verdict and return it; if the worker process has ended, a new one is started.
+
+        Raises:
+            RunFailedError: The new process ended before it was ready.
+        """
         message = self._read()
         if message is None:
             why = self._last_words()

@@ -11,7 +11,10 @@ MAX_FILES = 2048
 
 
 def is_too_full(folder: str) -> bool:
-    """Return whether the scratch folder exceeds its limits; a program may change it at the same time."""
+    """Return whether the scratch folder exceeds its limits, or contains a folder that cannot be read.
+
+    A program may change the folder at the same time.
+    """
     size = count = 0
     folders = [folder]
     while folders:

@@ -2,7 +2,7 @@
 
 A system call that no honest program needs ends the process with SIGSYS. The verdict is then `violation`,
 whatever exceptions the program catches. A forbidden system call that libraries may try returns an error and
-has no effect.
+has no effect; the same holds for a system call that `syscalls` does not contain.
 """
 
 from __future__ import annotations

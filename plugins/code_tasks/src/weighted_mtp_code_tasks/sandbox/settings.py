@@ -35,7 +35,7 @@ class SandboxSettings:
     workers: int = field(default=0, validator=v.ge(0), metadata=SAME_RESULT)
 
     def limits(self) -> dict[str, float]:
-        """Return those limits on which verdicts can depend and that differ from their defaults, by name."""
+        """Return, by name, those limits that can change verdicts and are not equal to their defaults."""
         names = ("cpu_seconds", "wall_seconds", "memory_mb")
         default = SandboxSettings()
         return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(default, name)}

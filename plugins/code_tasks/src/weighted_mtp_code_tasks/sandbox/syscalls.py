@@ -227,7 +227,7 @@ DEADLY: dict[str, Numbers] = {
     "mount_setattr": (442, 442),
 }
 
-# These calls return EPERM. They change what Landlock does not protect: modes, owners, times and limits.
+# These calls return EPERM. Most change what Landlock does not protect: modes, owners, times and limits.
 REFUSED: dict[str, Numbers] = {
     "truncate": (76, 45),
     "chmod": (90, -1),

@@ -17,7 +17,7 @@ _CHUNK = 200
 """Number of programs of one task, so that judging them takes longer than starting a sandbox."""
 
 _STOPPED: set[str] = set()
-"""Names of calls of `judge_as_tasks` in this process that have ended; threads still judging for them stop."""
+"""Names of the calls of `judge_as_tasks` that have ended in this process; threads that work for them stop."""
 
 _MAY_DIFFER = ("backend_detail", "kernel")
 """Keys of the provenance that may differ between machines; all their values are recorded with the labels."""

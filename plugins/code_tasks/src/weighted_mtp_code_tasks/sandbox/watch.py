@@ -1,7 +1,8 @@
 """Watch the process of an untrusted program: its CPU time, threads, output and files.
 
-The limits are enforced by another process, which the program cannot influence. The kernel enforces limits as
-well, in case the watching process fails.
+The limits on these are enforced by another process, which the program cannot influence. In case this other
+process fails, the kernel also limits CPU time and the size of each file. Memory is limited only by the kernel
+(see `confine.limit`).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Limits(NamedTuple):
         memory_bytes: Address space of the program, and also of the process that runs its tests.
         scratch: The folder to which the program may write.
         scratch_is_mount: Whether this folder is a mount in the program's own namespace.
-        caller: Descriptor that is closed when the process that waits for the verdict has ended.
+        caller: Descriptor of a pipe; its other end closes when the process that waits for the verdict ends.
     """
 
     cpu_seconds: float
@@ -84,8 +85,8 @@ class Candidate:
             limits: Limits of the process.
             stdin: Descriptor for the program's stdin.
             errors: Descriptor for the program's stderr; None sends stderr to stdout.
-            keep: Number of bytes of output that the program may write and that are kept. With 0, the program
-                may write `UNREAD_BYTES` bytes, which are discarded.
+            keep: Maximum number of bytes of output; the output is stored in `output`. A program that writes
+                more is stopped. With 0, output is discarded, and the maximum is `UNREAD_BYTES`.
         """
         self._candidates = candidates
         self._limits = limits

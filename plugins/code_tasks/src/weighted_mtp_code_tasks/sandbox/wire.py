@@ -44,7 +44,8 @@ def encode(value: object, reference: Callable[[object], int | None] = lambda _: 
         reference: Called for any other object; returns the number that stands for the object, or None.
 
     Raises:
-        UnencodableError: The value has another type, or it is nested too deeply or too large.
+        UnencodableError: The value has another type, is nested too deeply, is too large, or changes while it
+            is encoded.
     """
     encoder = _Encoder(reference)
     try:
@@ -262,7 +263,11 @@ _READERS: dict[bytes, Callable[[_Decoder, int], object]] = {
 
 
 def send_frame(channel: socket.socket, content: bytes) -> None:
-    """Send a message, preceded by its length."""
+    """Send a message, preceded by its length.
+
+    Raises:
+        OSError: The other end of the channel is closed, or the channel's timeout has passed (TimeoutError).
+    """
     channel.sendall(_SIZE.pack(len(content)) + content)
 
 
@@ -272,6 +277,7 @@ def receive_frame(channel: socket.socket) -> bytes:
     Raises:
         EOFError: The other end of the channel is closed.
         FrameError: The message is longer than allowed.
+        OSError: The channel fails, or its timeout has passed (TimeoutError).
     """
     size = int(_SIZE.unpack(_receive_exactly(channel, 4))[0])
     if size > MAX_FRAME_BYTES + 4096:

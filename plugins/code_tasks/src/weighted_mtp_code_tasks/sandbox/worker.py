@@ -86,7 +86,7 @@ class Zygote:
         self._control = socket.socket()
 
     def start(self) -> None:
-        """Start a new zygote, which inherits only one descriptor of this process."""
+        """Start a new zygote, which inherits one end of a socket pair, stdin, stdout and stderr."""
         self.stop()
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)

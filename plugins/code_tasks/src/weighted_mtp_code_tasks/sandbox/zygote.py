@@ -34,7 +34,11 @@ _WARM = """
 
 
 def start(arguments: list[str]) -> NoReturn:
-    """Start the zygote with a configuration in JSON, or with an option that only tests whether it starts."""
+    """Start the zygote with a configuration in JSON.
+
+    The option `--try` only tests whether the interpreter starts, and `--try-namespaces` only whether the
+    kernel permits namespaces.
+    """
     if arguments[0] == "--try":
         os._exit(0)
     if arguments[0] == "--try-namespaces":
@@ -70,7 +74,7 @@ def _become_first_process() -> None:
 
 
 class Zygote:
-    """Forks and confines a process for each program, and empties the scratch folder when it has ended.
+    """Forks and confines a process for each program, and empties the scratch folder after each process.
 
     Args:
         configuration: The keys `backend`, `namespaces`, `scratch`, `cpu_seconds` and `memory_bytes`.
