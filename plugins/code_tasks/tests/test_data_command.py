@@ -70,4 +70,4 @@ def test_doctor_tries_the_sandbox_of_the_recipe(prepare, wmtp_cli, capsys):
     assert auto.startswith("✓ ok      sandbox: ")
     assert "landlock" in auto
     assert sandbox_lines("landlock") == ["✓ ok      sandbox: landlock"]
-    assert sandbox_lines("trusted") == ["! warning sandbox: none: programs run as trusted ones"]
+    assert sandbox_lines("trusted") == ["! warning sandbox: none: programs run without a sandbox"]

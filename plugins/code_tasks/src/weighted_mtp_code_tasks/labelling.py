@@ -156,8 +156,8 @@ def with_a_solution(judged: Sequence[JudgedProblem], *, name: str, tolerated: fl
     if len(failed) > tolerated * len(judged) or not kept:
         example, verdict = failed[0].problem.problem_id, failed[0].verdicts[0]
         raise WmtpError(
-            f"no reference solution passes the tests for {len(failed)} of {len(judged)} problems of `{name}`, "
-            f"for example `{example}`: {verdict.kind.value} {verdict.detail}",
+            f"no reference solution passes the tests for {len(failed)} of {len(judged)} problems of "
+            f"`{name}`, for example `{example}`: {verdict.kind.value} {verdict.detail}",
             hint="raise the limits in `[data.options.sandbox]`, for example `cpu_seconds`",
         )
     if failed:

@@ -210,7 +210,7 @@ def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
     )
     yield Component(
         name="record",
-        summary="Another weighting; saves its weights at every step.",
+        summary="Another weighting; saves its weights at every training step.",
         options=RecordOptions,
         build=build_record,
         negative_weights=True,

@@ -53,7 +53,7 @@ def wmtp_weighting_strategies() -> Iterable[Component[Any, WeightingStrategy]]:
     """Offer the weighting `rho1.excess_loss`."""
     yield Component(
         name="excess_loss",
-        summary="Keeps the targets where the policy's loss exceeds a reference model's the most.",
+        summary="Larger weights where the policy's loss exceeds a reference model's loss the most.",
         options=ExcessLossOptions,
         build=build_excess_loss,
         needs=frozenset({Signal.TOKEN_LOSS, Signal.REFERENCE_LOSS}),
@@ -85,7 +85,7 @@ def wmtp_critics() -> Iterable[Component[Any, Critic]]:
     """Offer the critic `rho1.reference`."""
     yield Component(
         name="reference",
-        summary="Next-token losses of a frozen model: an earlier run's, or the base model.",
+        summary="Next-token losses of a frozen model: of an earlier run, a directory, or the policy before training.",
         options=ReferenceOptions,
         build=build_reference,
         provides=frozenset({Signal.REFERENCE_LOSS}),

@@ -21,7 +21,7 @@ def examine_sandbox(options: _RunsPrograms, storage: Path) -> Iterator[Finding]:
     """Report which of the sandboxes that the options allow work on this machine."""
     wanted = options.sandbox.backend
     if wanted == "trusted":
-        yield Finding(mark="warning", name="sandbox", text="none: programs run as trusted ones")
+        yield Finding(mark="warning", name="sandbox", text="none: programs run without a sandbox")
         return
     states = [state for state in available_backends() if wanted in {"auto", state.name}]
     able = [state.name for state in states if state.available]

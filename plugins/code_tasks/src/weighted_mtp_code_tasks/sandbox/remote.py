@@ -126,7 +126,7 @@ class Remote:
         try:
             content = encode(request, _number_of_opaque)
         except UnencodableError as error:
-            self.stop("judge_error", f"the tests pass what cannot cross: {error}")
+            self.stop("judge_error", f"the tests pass a value that cannot be sent to the program: {error}")
         try:
             self._channel.settimeout(max(0.001, self._deadline - time.monotonic()))
             send_frame(self._channel, content)

@@ -102,7 +102,7 @@ class Sandbox:
             RuntimeError: The context is not entered, or an earlier call has raised an error.
         """
         if not self._workers:
-            raise RuntimeError("a Sandbox judges only as a context manager, and no more once it failed")
+            raise RuntimeError("use a Sandbox as a context manager, and make a new one after an error")
         try:
             return self._judge(jobs, on_done)
         except BaseException:
@@ -141,7 +141,7 @@ class Sandbox:
             verdict = self._workers[0].receive()
             if verdict.kind not in {VerdictKind.VIOLATION, VerdictKind.ERROR}:
                 raise RunFailedError(
-                    f"the sandbox `{self._backend.name}` does not hold: a program that {what} was judged "
+                    f"the sandbox `{self._backend.name}` does not confine programs: a program that {what} was judged "
                     f"`{verdict.kind.value}` ({verdict.detail})",
                     hint="choose another `data.options.sandbox.backend`",
                 )
@@ -157,7 +157,7 @@ def refuse_errors(errors: int, judged: int, detail: str, tolerated: int = TOLERA
     if errors > max(tolerated, _TOLERATED_SHARE * judged):
         raise RunFailedError(
             f"{errors} of {judged} programs could not be judged: {detail}",
-            hint="the tests are broken, or this machine is: judge a known solution first",
+            hint="the tests are wrong, or the sandbox fails on this machine: judge a known solution first",
         )
 
 

@@ -64,7 +64,9 @@ class _Encoder:
     def write(self, value: object, depth: int) -> None:
         self._nodes += 1
         if depth == 0 or self._nodes > MAX_NODES or len(self.out) > MAX_FRAME_BYTES:
-            raise UnencodableError(f"deeper than {MAX_DEPTH} or larger than {MAX_NODES} values")
+            raise UnencodableError(
+                f"deeper than {MAX_DEPTH} levels, or larger than {MAX_NODES} values or {MAX_FRAME_BYTES} bytes"
+            )
         kind = type(value)
         write = _WRITERS.get(kind) or _WRITERS.get(_plain_base(kind))
         if write is not None:
@@ -202,7 +204,9 @@ class _Decoder:
     def read(self, depth: int) -> object:
         self._nodes += 1
         if depth == 0 or self._nodes > MAX_NODES:
-            raise FrameError(f"deeper than {MAX_DEPTH} or larger than {MAX_NODES} values")
+            raise FrameError(
+                f"deeper than {MAX_DEPTH} levels, or larger than {MAX_NODES} values or {MAX_FRAME_BYTES} bytes"
+            )
         return _READERS[self.take(1)](self, depth - 1)
 
     def size(self) -> int:
@@ -280,8 +284,8 @@ def receive_frame(channel: socket.socket) -> bytes:
         OSError: The channel fails, or its timeout has passed (TimeoutError).
     """
     size = int(_SIZE.unpack(_receive_exactly(channel, 4))[0])
-    if size > MAX_FRAME_BYTES + 4096:
-        raise FrameError(f"a message of {size} bytes, more than {MAX_FRAME_BYTES}")
+    if size > (limit := MAX_FRAME_BYTES + 4096):
+        raise FrameError(f"a message of {size} bytes, more than {limit}")
     return _receive_exactly(channel, size)
 
 
