@@ -85,7 +85,7 @@ def wmtp_critics() -> Iterable[Component[Any, Critic]]:
     """Offer the critic `rho1.reference`."""
     yield Component(
         name="reference",
-        summary="Next-token losses of a frozen model: of an earlier run, a directory, or the policy before training.",
+        summary="Next-token losses of a frozen model: an earlier run, a directory, or the untrained policy.",
         options=ReferenceOptions,
         build=build_reference,
         provides=frozenset({Signal.REFERENCE_LOSS}),

@@ -141,8 +141,8 @@ class Sandbox:
             verdict = self._workers[0].receive()
             if verdict.kind not in {VerdictKind.VIOLATION, VerdictKind.ERROR}:
                 raise RunFailedError(
-                    f"the sandbox `{self._backend.name}` does not confine programs: a program that {what} was judged "
-                    f"`{verdict.kind.value}` ({verdict.detail})",
+                    f"the sandbox `{self._backend.name}` does not confine programs: a program that {what} "
+                    f"was judged `{verdict.kind.value}` ({verdict.detail})",
                     hint="choose another `data.options.sandbox.backend`",
                 )
 

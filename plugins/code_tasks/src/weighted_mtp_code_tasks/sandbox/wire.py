@@ -65,7 +65,7 @@ class _Encoder:
         self._nodes += 1
         if depth == 0 or self._nodes > MAX_NODES or len(self.out) > MAX_FRAME_BYTES:
             raise UnencodableError(
-                f"deeper than {MAX_DEPTH} levels, or larger than {MAX_NODES} values or {MAX_FRAME_BYTES} bytes"
+                f"deeper than {MAX_DEPTH} levels, or more than {MAX_NODES} values or {MAX_FRAME_BYTES} bytes"
             )
         kind = type(value)
         write = _WRITERS.get(kind) or _WRITERS.get(_plain_base(kind))
@@ -205,7 +205,7 @@ class _Decoder:
         self._nodes += 1
         if depth == 0 or self._nodes > MAX_NODES:
             raise FrameError(
-                f"deeper than {MAX_DEPTH} levels, or larger than {MAX_NODES} values or {MAX_FRAME_BYTES} bytes"
+                f"deeper than {MAX_DEPTH} levels, or more than {MAX_NODES} values or {MAX_FRAME_BYTES} bytes"
             )
         return _READERS[self.take(1)](self, depth - 1)
 
