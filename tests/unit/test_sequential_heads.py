@@ -5,6 +5,7 @@ Shape letters: B rows, T positions, K heads, H hidden, N attention heads, W widt
 
 import functools
 import weakref
+from collections import Counter
 
 import pytest
 import torch
@@ -222,24 +223,21 @@ def held_for_backward(serve, base, n_future):
     ids_BT, arguments = case(length=40)
     arguments |= {name: arguments[name][..., :n_future] for name in arguments}
     parameters = {parameter.data_ptr() for parameter in model.parameters()}
-    held = {"now": 0, "most": 0}
-
-    def release(size):
-        held["now"] -= size
+    held, most = Counter(), [0]  # how often a tensor is held, by its address and size
 
     def pack(tensor):
-        kept = tensor.detach()
-        size = 0 if tensor.data_ptr() in parameters else tensor.nbytes
-        weakref.finalize(kept, release, size)
-        held["now"] += size
-        held["most"] = max(held.values())
+        kept, key = tensor.detach(), (tensor.data_ptr(), tensor.nbytes)
+        if tensor.data_ptr() not in parameters:
+            held[key] += 1
+            weakref.finalize(kept, held.subtract, [key])
+        most.append(max(most[-1], sum(size for (_, size), times in held.items() if times)))
         return kept
 
     with torch.no_grad():
         hidden_BTH = model.trunk_states(ids_BT)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         weighted_mtp_loss(model, hidden_BTH.requires_grad_(), ids_BT=ids_BT, **arguments)
-    return held["most"] / hidden_BTH.nbytes
+    return most[-1] / hidden_BTH.nbytes
 
 
 @each_server
