@@ -29,8 +29,8 @@ QUICK = {**TINY, "vocab_size": 8192}
 FEW_LAYERS = {**SMOLLM2, "num_hidden_layers": 4, "vocab_size": 4096}
 """A model shape in which the activations of a head are a large share of a step's memory.
 
-For `sequential` heads, the whole model is measured: their backward pass always computes the activations of one
-module again, which K = 1 does not have.
+For `sequential` heads, the whole model is measured: their backward pass always computes the activations of
+one module again, which K = 1 does not have.
 """
 
 
