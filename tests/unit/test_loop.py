@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import time
 from contextlib import suppress
@@ -15,6 +16,7 @@ from weighted_mtp_core.checkpointing.manager import Checkpoints
 from weighted_mtp_core.errors import RunFailedError, Terminated
 from weighted_mtp_core.recipe.schema import CheckpointTable, TrainTable
 from weighted_mtp_core.runtime.interrupts import raise_on_termination
+from weighted_mtp_core.storage.atomic import atomic_write
 from weighted_mtp_core.training.loop import Learner, StepResult, Validation, train
 from weighted_mtp_core.training.optimisers import make_optimisers
 from weighted_mtp_core.training.schedules import learning_rate
@@ -363,3 +365,18 @@ def test_the_first_validation_is_not_part_of_the_tokens_per_second(tmp_path, che
 
     tokens = 5 * TABLE.log_every
     assert seen.timed[0][2]["policy_tokens_per_second"] > 2 * tokens / 1.0  # the steps take milliseconds
+
+
+def test_a_best_state_that_cannot_be_written_ends_the_run_with_the_way_to_continue(tmp_path, checkpoints):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    learner = Fit(tmp_path)
+    learner.save_best = lambda: atomic_write(learner.best, bytes(200_000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(RunFailedError, match=r"cannot write the checkpoint `.*best") as caught:
+            train(learner, TABLE, batch_of=Row, reporter=Seen(), checkpoints=checkpoints)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    assert f"run RECIPE --resume {tmp_path.parent.name}" in caught.value.hint
+    assert not learner.best.exists()

@@ -11,9 +11,9 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -61,20 +61,18 @@ class Checkpoints:
 
         Raises:
             RunFailedError: The previous snapshot could not be written.
-            OSError: In a process other than the first, some process could not write its previous shards.
         """
         self.wait()
         if self.distributed.is_rank_zero:
             self._writing = self._writer.submit(self._write, snapshot)
         elif snapshot.sharded:
-            self._writing = self._writer.submit(snapshot.write_share, self.distributed)
+            self._writing = self._writer.submit(self._write_share, snapshot)
 
     def wait(self) -> None:
         """Wait until every snapshot is on disk.
 
         Raises:
             RunFailedError: The last snapshot could not be written; earlier snapshots are intact.
-            OSError: In a process other than the first, some process could not write its shards.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
@@ -108,26 +106,45 @@ class Checkpoints:
         """Return the folders of the snapshots in the order of stage and step, not of file times."""
         return [self.folder / f"{stage}-{step:08d}" for stage, step in steps_of_snapshots(self.folder)]
 
-    def _write(self, snapshot: Snapshot) -> None:
-        path = self.folder / f"{snapshot.stage}-{snapshot.step:08d}"
-        needed = snapshot.bytes + _SPARE_BYTES
-        if shutil.disk_usage(self.folder).free < needed:
-            raise self._failure(path, needed, "not enough space")
+    @contextmanager
+    def writing(self, path: Path, *, needed: int | None = None) -> Iterator[None]:
+        """Convert errors of a block that writes `path` into an error that says how to continue the run.
+
+        Args:
+            path: A file or folder in `folder`.
+            needed: The number of bytes that the block will write, if known.
+
+        Raises:
+            RunFailedError: The block cannot write `path`, or `needed` bytes are not free.
+        """
+        free = shutil.disk_usage(self.folder).free
         try:
+            if needed is not None and free < needed:
+                raise OSError("not enough space")  # noqa: TRY301 - reported like errors of the block
+            yield
+        except (OSError, SafetensorError) as error:
+            needs = "" if needed is None else f"it needs {_size(needed)}, "
+            raise RunFailedError(
+                f"cannot write the checkpoint `{path}`: {error}; {needs}{_size(free)} are free; the "
+                "checkpoints before it are whole",
+                hint="free space or repair the storage, then continue: "
+                f"run RECIPE --resume {self.folder.parent.name}",
+            ) from error
+
+    def _write(self, snapshot: Snapshot) -> None:
+        path = self._path(snapshot)
+        with self.writing(path, needed=snapshot.bytes + _SPARE_BYTES):
             with atomic_folder(path) as temporary:
                 snapshot.write(temporary, self.distributed)
             _drop_file_cache(path)
-        except (OSError, SafetensorError) as error:
-            raise self._failure(path, needed, str(error)) from error
         self._delete_old()
 
-    def _failure(self, path: Path, needed: int, reason: str) -> RunFailedError:
-        free = shutil.disk_usage(self.folder).free
-        return RunFailedError(
-            f"cannot write the checkpoint `{path}`: {reason}; it needs {_size(needed)}, {_size(free)} are "
-            "free; the checkpoints before it are whole",
-            hint=f"free some space, then continue: run RECIPE --resume {self.folder.parent.name}",
-        )
+    def _write_share(self, snapshot: Snapshot) -> None:
+        with self.writing(self._path(snapshot)):
+            snapshot.write_share(self.distributed)
+
+    def _path(self, snapshot: Snapshot) -> Path:
+        return self.folder / f"{snapshot.stage}-{snapshot.step:08d}"
 
     def _delete_old(self) -> None:
         """Delete the snapshots that need not be kept according to the recipe."""

@@ -194,9 +194,7 @@ def train(
 
     Raises:
         RunFailedError: Too many consecutive steps had a non-finite loss or gradient, no validation had a
-            finite score, a plugin failed, or, in the first process, a checkpoint could not be written.
-        OSError: The best state could not be written; or, in a process other than the first, some process
-            could not write its shards of a checkpoint.
+            finite score, a plugin failed, or a checkpoint could not be written.
         KeyboardInterrupt: A signal requested a stop.
     """
     device = next(iter(learner.parameters())).device
@@ -309,7 +307,8 @@ class _Training:
         # processes must save together, because saving is a collective operation.
         if self.distributed.any_rank(flag=better and self.distributed.is_rank_zero):
             self.checkpoints.wait()  # a snapshot that is being written links to the previous best state
-            self.learner.save_best()
+            with self.checkpoints.writing(self.learner.best):
+                self.learner.save_best()
             start = found if first else self.trained.start
             self.trained = Trained(start=start, best_step=step, best=found)
         return step
