@@ -2,7 +2,7 @@
 
 The best policy of the run generates the text. Options that are not given, except --samples, are taken from
 the run's recipe. RUN may also be an exported model, which needs neither data nor plugins. The text goes to
-stdout, and all other output goes to stderr.
+stdout, and all other output goes to stderr; with --samples, a header line precedes each text.
 
 examples:
   generate 20261123-140924 --prompt 'def add(a, b):'

@@ -76,9 +76,9 @@ def observe(base: Any) -> Answers:
     """Run a causal LM on the probe's text.
 
     Raises:
-        WmtpError: The model cannot be a trunk: it is in `REFUSED`, fails, has no separate body or no
-            unembedding matrix, attends to later tokens, or computes logits that are not finite or that no
-            `Unembedding` can compute from the states of the model's body.
+        WmtpError: The model cannot be a trunk. It is in `REFUSED`; it has no body apart from its unembedding,
+            or no unembedding matrix; its forward pass raises an exception; it attends to later tokens; its
+            logits are not finite; or no `Unembedding` computes its logits from the states of its body.
     """
     name = base.config.model_type
     why = REFUSED.get(name)

@@ -46,7 +46,8 @@ class Document:
         """Merge a file as the highest layer.
 
         Args:
-            table: The table of the file, with only the keys that apply.
+            table: The table of the file; the caller leaves out tables of a preset that would add or replace a
+                component.
             file: The path of the file.
             text: The text of the file, from which the line numbers of keys are determined.
         """
