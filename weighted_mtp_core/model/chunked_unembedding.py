@@ -189,11 +189,7 @@ class ChunkedUnembedding:
         gradient_V = gradient_of(self.unembedding.bias)
         if gradient_V is not None:
             gradient_V += gradient.sum(dim=0, dtype=gradient_V.dtype)
-        gradient_VH = self.unembedding.matrix_gradient()
-        if gradient_VH is not None and gradient_VH.dtype == gradient.dtype:
-            gradient_VH.addmm_(gradient.T, state)
-        elif gradient_VH is not None:
-            gradient_VH += gradient.T @ state
+        self.unembedding.add_matrix_gradient(gradient, state)
         return loss, ce, gradient_of_state
 
     def losses(self, state_BTH: Tensor, index_N: Tensor, label_N: Tensor) -> Tensor:

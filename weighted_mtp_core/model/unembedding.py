@@ -69,6 +69,21 @@ class Unembedding(nn.Module):
             self._gradient_VH = torch.zeros(self.weight.shape, device=self.weight.device)
         return self._gradient_VH
 
+    def add_matrix_gradient(self, gradient_NV: Tensor, state_NH: Tensor) -> None:
+        """Add the gradient of W that follows from the gradient of the products `W h`; none if W is frozen."""
+        weight = self.weight
+        if not weight.requires_grad:
+            return
+        if weight.grad is None and not isinstance(weight, DTensor) and weight.dtype == gradient_NV.dtype:
+            weight.grad = gradient_NV.T @ state_NH  # without a pass that fills a new gradient with zeros
+            return
+        gradient_VH = self.matrix_gradient()
+        assert gradient_VH is not None
+        if gradient_VH.dtype == gradient_NV.dtype:
+            gradient_VH.addmm_(gradient_NV.T, state_NH)
+        else:
+            gradient_VH += gradient_NV.T @ state_NH
+
     def reduce_gradient(self) -> None:
         """Sum the gradients of a sharded W over all processes; every process must call this method."""
         if not isinstance(self.weight, DTensor) or not self.weight.requires_grad:
