@@ -144,8 +144,8 @@ class ChunkedUnembedding:
         1's prediction of the same token.
 
         The gradient with respect to the states is written to `gradient_BTH`. If `learns` is true, the
-        gradients with respect to matrix and bias are added directly to the results of `matrix_gradient` and
-        `gradient_of`, because a separate buffer per head would cost two more passes over memory.
+        gradients with respect to matrix and bias are added directly to their attribute `grad` (for a sharded
+        matrix, to a buffer), because a separate buffer per head would cost two more passes over memory.
         """
         state_SH, gradient_SH = state_BTH.flatten(0, 1), gradient_BTH.flatten(0, 1)
         loss_N, ce_N = torch.empty(2, len(label_N), dtype=torch.float32, device=label_N.device)
