@@ -5,7 +5,7 @@ from weighted_mtp_core.cli import main
 
 EXAMINED = """
     from attrs import field, frozen
-    from weighted_mtp_core.api import Component, Finding, WeightingChoice, hookimpl
+    from weighted_mtp_core.api import Component, Finding, WeightingChoice, WmtpError, hookimpl
 
     @frozen(kw_only=True)
     class Options:
@@ -22,6 +22,8 @@ EXAMINED = """
             yield Finding(mark="FAILED", name="server", text="is down", hint="start it")
         if options.level == 3:
             raise OSError("no wire")
+        if options.level == 4:
+            raise WmtpError("no such server", hint="name another")
 
     def build(options, context):
         return options
@@ -99,6 +101,13 @@ def test_a_check_that_fails_itself_is_a_line_and_stops_no_other(doctor):
     assert code == 1
     assert "✗ FAILED  flat: OSError: no wire" in lines
     assert "✓ ok      server: level 7, kept" in lines
+
+
+def test_a_check_that_raises_an_error_with_a_hint_shows_both(doctor):
+    code, lines = doctor(level=4)
+
+    assert code == 1
+    assert lines[lines.index("✗ FAILED  flat: no such server") + 1] == "          hint: name another"
 
 
 def test_a_plugin_that_cannot_be_loaded_is_a_line(doctor, install_plugin):

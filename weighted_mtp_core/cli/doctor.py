@@ -77,9 +77,10 @@ def _examine(plan: Plan | None) -> Iterator[Finding]:
             continue
         try:
             yield from component.examine(options, storage)
+        except WmtpError as error:
+            yield Finding(mark="FAILED", name=component.name, text=str(error), hint=error.hint)
         except Exception as error:  # noqa: BLE001 - whatever it is becomes a line of the checklist
-            hint = error.hint if isinstance(error, WmtpError) else None
-            yield Finding(mark="FAILED", name=component.name, text=reason(error), hint=hint)
+            yield Finding(mark="FAILED", name=component.name, text=reason(error))
     if plan is not None and not plan.trackers:
         yield Finding(mark="warning", name="tracking", text="the recipe names no tracker")
 
