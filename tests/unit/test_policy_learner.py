@@ -4,10 +4,12 @@ import copy
 import functools
 import hashlib
 import math
+from collections import defaultdict
 
 import pytest
 import torch
 from attrs import evolve
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -114,6 +116,20 @@ class Failing(WeightingStrategy):
         raise self.error
 
 
+class Operations(TorchDispatchMode):
+    """Records the sizes of the results of each operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = defaultdict(list)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        if isinstance(result, torch.Tensor):
+            self.sizes[function.overloadpacket.__name__].append(result.shape)
+        return result
+
+
 def learner(model, weighting, **changes):
     arguments = {
         "policy": model,
@@ -210,6 +226,31 @@ def test_one_head_and_equal_weights_are_transformers_own_training(batch, name, h
     found, _ = learnt(make_policy(model, n_future=1, head_kind=head), batch, Uniform())
 
     close((found, [parameter.grad for parameter in parameters]), (float(loss.detach()), gradients))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_tied_embedding_gets_its_gradient_without_a_second_tensor_of_its_size(batch, head, accumulation):
+    weight_BT = (0.1 + batch.ids_BT % 5).where(batch.response_BT, 0.0)
+    model = policy("gpt2", head=head)
+    assert model.trunk.get_input_embeddings().weight is model.unembedding.weight
+    whole = formula(policy("gpt2", head=head), batch, lambda _, mask_BTK: align_weights(weight_BT, mask_BTK))
+
+    with Operations() as operations:
+        found = learnt(model, batch, Fixed(), accumulation=accumulation)
+
+    assert model.unembedding.weight.shape not in operations.sizes["embedding_dense_backward"]
+    close(found, whole, atol=1e-5)
+
+
+def test_a_tied_embedding_has_a_gradient_of_0_without_targets(batch):
+    model = policy("gpt2")
+
+    _, gradients = learnt(model, evolve(batch, response_BT=torch.zeros_like(batch.response_BT)), Uniform())
+
+    matrix = gradients["unembedding.weight"]
+    assert torch.equal(matrix, torch.zeros_like(matrix))
+    assert matrix.layout == torch.strided
 
 
 def test_the_trunk_runs_once_where_the_batch_is_in_one_part(batch):

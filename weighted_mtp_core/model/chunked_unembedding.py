@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from attrs import evolve, frozen
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.unembedding import Unembedding, gradient_of
@@ -51,6 +52,18 @@ def chunk_rows(vocab_size: int, itemsize: int, *, extra_bytes: int, memory: int 
         return min(CHUNK, max(_FEWEST, rows))
     rows = memory // _SHARE // (vocab_size * _BYTES_PER_LOGIT)
     return min(MOST_ROWS, max(CHUNK, rows // _FEWEST * _FEWEST))
+
+
+def add_embedding_rows(policy: Policy) -> None:
+    """On a CPU, let the trunk's backward pass add only the rows of its tokens to a tied embedding's gradient.
+
+    Otherwise PyTorch makes a second gradient of the size of the matrix, mostly zeros, and adds it as a whole.
+    The tensor to which the rows are added must exist before this backward pass; `weighted_mtp_loss` makes it.
+    On a CUDA device, the order of such a sum, and so its rounding, may change from run to run.
+    """
+    embedding, matrix = policy.trunk.get_input_embeddings(), policy.unembedding.weight
+    tied = embedding.weight is matrix and not isinstance(matrix, DTensor)
+    embedding.sparse = tied and memory_of(matrix.device) is None
 
 
 @frozen(kw_only=True, eq=False)

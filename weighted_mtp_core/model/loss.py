@@ -140,7 +140,7 @@ def weighted_mtp_loss(
         losses.append(loss)
         ce_sums.append(ce_sum)
         del state_BTH, gradient_BTH
-    policy.unembedding.reduce_gradient()
+    policy.unembedding.finish_gradient()
     if source_BTH.grad is not None:
         _backward([(hidden_BTH, source_BTH.grad)])
     return MtpLoss(

@@ -61,7 +61,7 @@ class Unembedding(nn.Module):
         """Return the tensor `[V, H]` to which this process adds its gradient with respect to W, if any.
 
         The result is None if W is frozen. The tensor is the attribute `grad` of W or, for a sharded W, a
-        buffer that `reduce_gradient` adds to this attribute.
+        buffer that `finish_gradient` adds to this attribute.
         """
         if not isinstance(self.weight, DTensor):
             return gradient_of(self.weight)
@@ -84,9 +84,14 @@ class Unembedding(nn.Module):
         else:
             gradient_VH += gradient_NV.T @ state_NH
 
-    def reduce_gradient(self) -> None:
-        """Sum the gradients of a sharded W over all processes; every process must call this method."""
+    def finish_gradient(self) -> None:
+        """Complete the gradient of W; call this before the backward pass of the trunk, which may add to it.
+
+        The gradient of a sharded W is summed over all processes, which must all call this method. If no pair
+        counts, the gradient becomes 0.
+        """
         if not isinstance(self.weight, DTensor) or not self.weight.requires_grad:
+            gradient_of(self.weight)
             return
         own_VH = self.matrix_gradient()
         assert own_VH is not None
