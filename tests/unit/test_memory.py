@@ -140,6 +140,7 @@ def _allocated_peak(train):
     return int(np.cumsum(sizes).max())
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
     ("kind", "train", "checkpointing"),
     [
@@ -149,8 +150,10 @@ def _allocated_peak(train):
         ("medusa", "heads", False),
     ],
 )
-def test_the_peak_of_a_step_is_what_torch_allocates_for_it(plan, kind, train, checkpointing):
-    config, documents = LlamaConfig(**SHAPE), Documents.longest(plan().recipe.data)
+def test_the_peak_of_a_step_is_what_torch_allocates_for_it(plan, kind, train, checkpointing, tied):
+    config = LlamaConfig(**SHAPE | {"vocab_size": 4096 if tied else 640}, tie_word_embeddings=tied)
+    config.save_pretrained("base")
+    documents = Documents.longest(plan().recipe.data)
     base = LlamaForCausalLM(config)
     policy = make_policy(base, n_future=3, head_kind=kind)
     if train == "heads":
@@ -182,13 +185,12 @@ def test_the_peak_of_a_step_is_what_torch_allocates_for_it(plan, kind, train, ch
     held = sum(each.nbytes for each in policy.parameters())
     held += sum(x.nbytes for state in optimiser.state.values() for x in state.values())
 
-    found = _forecast(
-        plan,
-        CPU,
+    made = plan(
         f"model.heads.kind={kind}",
         f"model.train={train}",
         f"model.activation_checkpointing={str(checkpointing).lower()}",
     )
+    found = forecast(made, documents, CPU, only="policy training")
 
     expected = held + _allocated_peak(step)
     total = next(each.total for each in found.device if each.name == "policy training")

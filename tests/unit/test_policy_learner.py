@@ -26,6 +26,7 @@ from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.model.pair_predictions import PairPredictions
 from weighted_mtp_core.model.targets import align_labels, target_mask
 from weighted_mtp_core.recipe.schema import LossTable, TrainTable
+from weighted_mtp_core.training import policy_learner
 from weighted_mtp_core.training.optimisers import make_optimisers
 from weighted_mtp_core.training.policy_learner import PolicyLearner
 from weighted_mtp_core.training.weighting_inputs import Weighting
@@ -241,6 +242,17 @@ def test_a_tied_embedding_gets_its_gradient_without_a_second_tensor_of_its_size(
 
     assert model.unembedding.weight.shape not in operations.sizes["embedding_dense_backward"]
     close(found, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["parallel", "medusa"])
+def test_the_gradient_of_a_tied_embedding_has_the_bits_of_two_gradients_and_their_sum(
+    batch, head, monkeypatch
+):
+    _, found = learnt(policy("gpt2", head=head), batch, Fixed())
+    monkeypatch.setattr(policy_learner, "add_embedding_rows", lambda _: None)
+    _, expected = learnt(policy("gpt2", head=head), batch, Fixed())
+
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_tied_embedding_has_a_gradient_of_0_without_targets(batch):

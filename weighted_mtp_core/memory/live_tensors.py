@@ -20,9 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 BACKWARD, GRADIENTS, LOGITS, CAST = "backward pass", "gradients", "logits of a chunk", "cast parameters"
-_READ, _EQUAL, _NONZERO = (
-    getattr(torch.ops.aten, name).default for name in ("_local_scalar_dense", "equal", "nonzero")
+_READ, _EQUAL, _NONZERO, _UNIQUE = (
+    getattr(torch.ops.aten, name).default
+    for name in ("_local_scalar_dense", "equal", "nonzero", "_unique2")
 )
+_ADD = torch.ops.aten.add_.Tensor
 _TO = torch.ops.aten._to_copy.default  # noqa: SLF001 - torch's name of the operation
 _Mode: Any = TorchDispatchMode  # torch has no types for this class
 _FakeMode: Any = FakeTensorMode
@@ -104,7 +106,8 @@ class LiveTensors(_Mode):  # type: ignore[misc]
         """Run an operation and count the bytes of its result.
 
         Because tensors have no values, a value that is read is 0, no two tensors are equal, and `nonzero`
-        returns all elements.
+        and `unique` return all elements. A sparse tensor is not really added to another tensor, which fake
+        tensors do not support.
         """
         del types
         if func is _READ:
@@ -113,12 +116,16 @@ class LiveTensors(_Mode):  # type: ignore[misc]
             return False
         if func is _NONZERO:
             return args[0].new_zeros((args[0].numel(), args[0].ndim), dtype=torch.long)
+        if func is _UNIQUE:
+            return args[0].flatten().clone(), torch.zeros_like(args[0]), args[0].new_zeros(args[0].numel())
+        if func is _ADD and isinstance(args[1], Tensor) and args[1].is_sparse:
+            return args[0]
         result = func(*args, **(kwargs or {}))
         if func is _TO and isinstance(args[0], nn.Parameter):  # autocast keeps it until the context ends
             self._count(result, CAST)
         self._mode.fake_tensor_converter.tensor_memo.clear()  # with its references, `module.to` would fail
         for each in tree_leaves(result):
-            if isinstance(each, Tensor):
+            if isinstance(each, Tensor) and not each.is_sparse:  # parts of a sparse tensor have been counted
                 self._count(each)
         for parameter in [each for each in self._without_gradient if each.grad is not None]:
             self._has_gradient(parameter)

@@ -3,13 +3,14 @@
 The gradient of the loss with respect to a chunk's logits is computed while these logits are in memory, so no
 logits are stored for the backward pass or computed a second time.
 
-Shape letters: B rows, T positions, S = B T positions of the flattened [B, T], of which N are selected, K
-heads, H hidden, V vocabulary.
+Shape letters: B rows, T positions, S = B T positions of the flattened [B, T], of which N are selected, U
+distinct tokens, K heads, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from attrs import evolve, frozen
@@ -58,12 +59,29 @@ def add_embedding_rows(policy: Policy) -> None:
     """On a CPU, let the trunk's backward pass add only the rows of its tokens to a tied embedding's gradient.
 
     Otherwise PyTorch makes a second gradient of the size of the matrix, mostly zeros, and adds it as a whole.
-    The tensor to which the rows are added must exist before this backward pass; `weighted_mtp_loss` makes it.
-    On a CUDA device, the order of such a sum, and so its rounding, may change from run to run.
+    The sums are rounded in the same way. The tensor to which the rows are added must exist before this
+    backward pass; `weighted_mtp_loss` makes it. With a CUDA device, the number of rows is known only after
+    the device has finished, so nothing changes.
     """
-    embedding, matrix = policy.trunk.get_input_embeddings(), policy.unembedding.weight
+    trunk: Any = policy.trunk
+    embedding, matrix = trunk.get_input_embeddings(), policy.unembedding.weight
     tied = embedding.weight is matrix and not isinstance(matrix, DTensor)
     embedding.sparse = tied and memory_of(matrix.device) is None
+    if embedding.sparse and matrix.requires_grad:
+        matrix.register_hook(_sum_of_equal_rows)  # type: ignore[no-untyped-call]
+
+
+def _sum_of_equal_rows(gradient: Tensor) -> Tensor:
+    """Sum the rows of a sparse gradient that belong to the same token, in the order of the text."""
+    if not gradient.is_sparse:
+        return gradient
+    # The public methods are for gradients whose rows have been summed already.
+    token_N, row_NH = gradient._indices()[0], gradient._values()  # noqa: SLF001
+    token_U, place_N = torch.unique(token_N, return_inverse=True)
+    sum_UH = row_NH.new_zeros(len(token_U), row_NH.shape[1]).index_add_(0, place_N, row_NH)
+    return torch.sparse_coo_tensor(
+        token_U[None], sum_UH, gradient.shape, is_coalesced=True, check_invariants=False
+    )
 
 
 @frozen(kw_only=True, eq=False)
