@@ -123,9 +123,10 @@ def test_made_for_another_core(load_error, written):
     )
 
 
-def test_metadata_that_cannot_be_read(load_error):
-    assert load_error("", requires="weighted-mtp-core >>> 1") == (
-        "error: plugin `mine` (wmtp-mine 0.3.0) has metadata that cannot be read: `weighted-mtp-core >>> 1`"
+@pytest.mark.parametrize("before", ["", "weighted-mtp-core>=0.1\nRequires-Dist: "])
+def test_metadata_that_cannot_be_read(load_error, before):
+    assert load_error("", requires=f"{before}numpy >>> 1") == (
+        "error: plugin `mine` (wmtp-mine 0.3.0) has metadata that cannot be read: `numpy >>> 1`"
     )
 
 

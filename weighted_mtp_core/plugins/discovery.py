@@ -66,17 +66,27 @@ class FoundPlugin:
         Raises:
             WmtpError: A `Requires-Dist` line cannot be parsed.
         """
-        for line in self.requires:
-            try:
-                requirement = Requirement(line)
-            except InvalidRequirement as error:
-                raise WmtpError(f"{self} has metadata that cannot be read: `{line}`") from error
+        for requirement in self.requirements():
             optional = "extra" in str(requirement.marker)
             if canonicalize_name(requirement.name) == CORE_DISTRIBUTION and not optional:
                 # Authors write `>=0.1,<0.2`, but packaging and build back ends reverse the order.
                 floor_first = sorted(requirement.specifier, key=lambda s: (s.operator[0] in "<!", str(s)))
                 return ",".join(map(str, floor_first))
         return ""
+
+    def requirements(self) -> Sequence[Requirement]:
+        """Return the parsed `Requires-Dist` lines.
+
+        Raises:
+            WmtpError: A line cannot be parsed.
+        """
+        found = []
+        for line in self.requires:
+            try:
+                found.append(Requirement(line))
+            except InvalidRequirement as error:
+                raise WmtpError(f"{self} has metadata that cannot be read: `{line}`") from error
+        return found
 
 
 def find(path: Sequence[str] | None = None) -> Mapping[str, FoundPlugin]:

@@ -14,7 +14,6 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 
-from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from weighted_mtp_core.plugins.discovery import CORE_DISTRIBUTION, FoundPlugin
@@ -51,7 +50,7 @@ def source_identity(plugins: Iterable[FoundPlugin]) -> dict[str, str]:
 
 
 def _editable_requirements(plugin: FoundPlugin) -> Iterator[str]:
-    for requirement in map(Requirement, plugin.requires):
+    for requirement in plugin.requirements():
         try:
             installed = distribution(requirement.name)
         except PackageNotFoundError:  # a requirement of an extra or of another platform
