@@ -196,7 +196,7 @@ def test_without_weights_there_is_no_array(tokens):
     assert tokens(example("hello", spans=())).given_N.tolist() == [0.0, 1.0, 1.0]
 
 
-def test_documents_before_the_first_weight_count_as_one(tokens, monkeypatch):
+def test_targets_before_the_first_weight_count_as_one_and_prompts_as_zero(tokens, monkeypatch):
     monkeypatch.setattr("weighted_mtp_core.data.tokens._CHUNK", 2)
     examples = [example("hello", number=i) for i in range(5)]
     made = tokens(*examples, example("hello", number=5, weight=0.25))
@@ -204,7 +204,7 @@ def test_documents_before_the_first_weight_count_as_one(tokens, monkeypatch):
 
     assert len(made.given_N) == len(made.ids_N) == 18
     assert made.given_N[inside].tolist() == [0.0, 0.25, 0.25]
-    assert set(made.given_N[~inside][made.ids_N[~inside] == CODEC.eos_id].tolist()) == {1.0}
+    assert made.given_N[~inside].tolist() == [0.0, 1.0, 1.0] * 5
 
 
 def test_a_batch_lays_the_weights_beside_their_tokens_packed_or_not(tokens):

@@ -24,7 +24,7 @@ from weighted_mtp_core.plugins.selection import SelectedComponent
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder
 from weighted_mtp_core.storage.verify_once import verify_once
 
-_FORMAT = 6  # increase it when the arrays for the same examples and tokenizer would change
+_FORMAT = 7  # increase it when the arrays for the same examples and tokenizer would change
 
 # Saved settings of a tokenizer that do not affect ids without special tokens: padding and truncation of the
 # last call, and the folder that the tokenizer was loaded from.

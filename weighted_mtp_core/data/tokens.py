@@ -130,7 +130,7 @@ def tokenise(
             be rendered, or the tokenizer does not report which characters its tokens cover although the text
             has weighted spans.
     """
-    count = kept = tokens = 0
+    count = kept = tokens = unweighted = 0
     dtypes = {"ids": np.int32 if codec.size > 2**16 else np.uint16, **_DTYPES}
     left = iter(examples)
     with ExitStack() as stack:
@@ -142,7 +142,9 @@ def tokenise(
             documents = encode(chunk, codec, max_tokens=max_tokens, train_on=train_on)
             if _GIVEN not in append and any(each.example.has_weights for each in documents):
                 append[_GIVEN] = stack.enter_context(array_appender(folder / f"{_GIVEN}.npy", np.float32))
-                _repeat_one(append[_GIVEN], tokens)
+                unweighted = tokens
+                for start in range(0, unweighted, _CHUNK * _CHUNK):
+                    append[_GIVEN](np.zeros(min(_CHUNK * _CHUNK, unweighted - start), dtype=np.float32))
             if _GIVEN in append:
                 append[_GIVEN](given_weights(documents, codec))
             for name, values in _columns(documents).items():
@@ -150,6 +152,7 @@ def tokenise(
             tokens += sum(len(each.ids) for each in documents)
             count += len(chunk)
             kept += len(documents)
+    _weigh_targets(folder, unweighted)
     if not kept:
         raise WmtpError(
             f"none of the {count} examples has at most {max_tokens} tokens",
@@ -210,10 +213,15 @@ def _targets(document: Document) -> list[bool]:
     return [False] * document.prompt + [True] * (len(document.ids) - document.prompt)
 
 
-def _repeat_one(append: Callable[[ArrayLike], None], count: int) -> None:
-    """Append weights of 1 in chunks, because many tokens may precede the first weight in the data."""
+def _weigh_targets(folder: Path, count: int) -> None:
+    """Give weight 1 to the targets among the first `count` tokens, which precede the first given weight.
+
+    The tokens are read in parts, because there may be more of them than fit into memory.
+    """
     for start in range(0, count, _CHUNK * _CHUNK):
-        append(np.ones(min(_CHUNK * _CHUNK, count - start), dtype=np.float32))
+        part = slice(start, min(start + _CHUNK * _CHUNK, count))
+        weight_N = np.load(folder / f"{_GIVEN}.npy", mmap_mode="r+")
+        weight_N[part] = mapped(folder / "target.npy")[part]
 
 
 def _hash(problem_id: str) -> int:

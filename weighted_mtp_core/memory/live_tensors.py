@@ -21,8 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 BACKWARD, GRADIENTS, LOGITS, CAST = "backward pass", "gradients", "logits of a chunk", "cast parameters"
 _READ, _EQUAL, _NONZERO, _UNIQUE = (
-    getattr(torch.ops.aten, name).default
-    for name in ("_local_scalar_dense", "equal", "nonzero", "_unique2")
+    getattr(torch.ops.aten, name).default for name in ("_local_scalar_dense", "equal", "nonzero", "_unique2")
 )
 _ADD = torch.ops.aten.add_.Tensor
 _TO = torch.ops.aten._to_copy.default  # noqa: SLF001 - torch's name of the operation
