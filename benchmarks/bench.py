@@ -4,9 +4,9 @@
     python benchmarks/bench.py loss step      only these groups; the results of other groups are kept
     python benchmarks/bench.py --gpu          the groups for a GPU, on the CUDA device: gpu.json and gpu.md
 
-The results are written to results.json, results.md and results.png next to this file. The exit code is 1 if a
-row misses its limit or a group fails, and 2 if `--gpu` finds no CUDA device. No other program should run on
-the machine at the same time; results.json records the load during each group.
+Without `--gpu`, the results are written to results.json, results.md and results.png next to this file. The
+exit code is 1 if a row misses its limit or a group fails, and 2 if `--gpu` finds no CUDA device. No other
+program should run on the machine at the same time; the JSON file records the load average before each group.
 """
 
 from __future__ import annotations

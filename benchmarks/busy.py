@@ -3,9 +3,10 @@
     python benchmarks/busy.py
 
 The micro model of the default recipes trains with one thread per core, on 8 rows of about 200 tokens per
-step. It trains in a separate process that imports `weighted_mtp_core` before torch, like a run, because torch
-reads `GOMP_SPINCOUNT` (how long waiting threads spin) when it is loaded. Five steps on the idle machine and
-five steps with the busy process alternate. Times are wall times, because threads wait for each other.
+step. The model trains in a separate process that imports `weighted_mtp_core` before torch, like a run. This
+import sets `GOMP_SPINCOUNT` (how long waiting threads spin), which torch reads when it is loaded. Five steps
+on the idle machine and five steps with the busy process alternate. Times are wall times, because threads wait
+for each other.
 """
 
 from __future__ import annotations

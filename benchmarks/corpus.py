@@ -32,11 +32,11 @@ from weighted_mtp_core.storage.manifest import atomic_folder
 from weighted_mtp_core.storage.verify_once import verify_once
 
 BATCH, LONGEST, SMALL_MIB, WHOLE_MIB = 8, 1024, 2, 2048
-READ = 4000  # batches: about 32 MiB of tokens, plus pages of 4 KiB around each document
+READ = 4000  # batches: about 35 MiB of token ids, plus the rest of the 4 KiB pages that contain them
 
 
 def write_corpus(folder: Path, *, mib: int) -> None:
-    """Write the arrays of a tokenised corpus with `mib` MiB of ids; the ids repeat, which affects no time."""
+    """Write a tokenised corpus with `mib` MiB of ids; the ids repeat, which does not affect any time."""
     generator = np.random.default_rng(0)
     ids_N = generator.integers(2, 49152, size=MIB // 2, dtype=np.uint16)
     length_D = generator.integers(LONGEST // 8, LONGEST, size=2 * mib * ids_N.size // LONGEST)

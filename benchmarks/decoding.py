@@ -83,7 +83,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
 
 
 def rows_of(policies: Mapping[str, Prepared], size: int, *, count: int, rounds: int) -> list[Row]:
-    """Measure policies with batches of `size` prompts, on `count` prompts; `LIMITS` apply to `size` 1.
+    """Measure policies on `count` prompts, in batches of `size` prompts; `LIMITS` apply only if `size` is 1.
 
     Raises:
         RuntimeError: Plain and self-speculative decoding gave different texts.

@@ -6,8 +6,8 @@ Times are CPU times on one thread; wall times are recorded as well. Peak memory 
 process.
 
 `bench.py --gpu` measures on a CUDA device instead. Times are then elapsed times until the device has
-finished, and peak memory is the memory that torch has allocated on the device. There are no limits, because
-all limits are for CPUs.
+finished, and peak memory is the memory that torch has allocated on the device. Limits are not checked,
+because all limits are for CPUs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from attrs import asdict, define, evolve, field, frozen
 MIB = 1 << 20
 QUICK = "WMTP_BENCH_QUICK"  # variable that `--quick` sets
 GPU = "WMTP_BENCH_GPU"  # variable that `bench.py --gpu` sets
-IDLE_LOAD = 1.2  # largest load average of a machine with two cores that counts as idle; the benchmark adds 1
+IDLE_LOAD = 1.2  # largest load average that counts as idle; the benchmark's previous group adds up to 1
 _M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
 _SMALL_BLOCK = 1 << 16  # bytes
 
@@ -164,10 +164,10 @@ def peak_mib(prepare: Callable[..., Callable[[], object]], *arguments: object) -
 
 
 def return_freed_memory() -> None:
-    """Make glibc return freed tensors to the kernel from now on; a `prepare` of `peak_mib` may call this.
+    """Make glibc return freed tensors of 64 KiB or more to the kernel from now on.
 
-    By default, glibc keeps most freed memory. Gaps between blocks that stay in use, such as gradients, then
-    count as resident memory.
+    A function `prepare` for `peak_mib` may call this. By default, glibc keeps most freed memory. Gaps between
+    blocks that stay in use, such as gradients, then count as resident memory.
 
     Raises:
         OSError: glibc refuses the setting.

@@ -29,8 +29,8 @@ QUICK = {**TINY, "vocab_size": 8192}
 FEW_LAYERS = {**SMOLLM2, "num_hidden_layers": 4, "vocab_size": 4096}
 """A model shape in which the activations of a head are a large share of a step's memory.
 
-For `sequential` heads, the whole model is measured: their backward pass always computes the activations of
-one module again, which K = 1 does not have.
+`sequential` heads are measured on the whole model instead, because for K > 1 their backward pass computes the
+activations of one module again, and K = 1 does not need this memory.
 """
 
 
@@ -53,7 +53,7 @@ def prepare_gradients(
     """Return a function that computes the gradients of a step, for `peak_mib`.
 
     The optimiser is left out, because AdamW's moments would hide the growth of other memory. Freed memory is
-    not counted, because the gradients of more heads would leave more gaps in it.
+    not counted, because with more heads, there would be more gaps of freed memory between gradients.
     """
     return_freed_memory()
 

@@ -1,8 +1,8 @@
 """Documents with the lengths of HumanEval's problems, without downloading a tokenizer.
 
-For each problem, humaneval_lengths.json contains two numbers of SmolLM2 tokens: of the prompt, and of the
-canonical solution with its end of text. Their sum is 200 on average and 582 at most. The token ids are
-random, because no measured time depends on them.
+For each problem, humaneval_lengths.json contains two lengths, in tokens of SmolLM2's tokenizer: the length of
+the prompt, and the length of the canonical solution including the end-of-text token. The sum of both lengths
+is 200 on average and 582 at most. The token ids are random, because no measured time depends on them.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def prepare(who: str) -> Callable[[], object]:
 
 
 def gap(case: Case, peer: Callable[[], torch.Tensor]) -> float:
-    """Return the largest difference between two gradients of the unembedding, over the largest gradient."""
+    """Return the largest difference of the two gradients of the unembedding, over our largest entry."""
     case.fused()
     own = case.policy.unembedding.weight.grad
     assert own is not None

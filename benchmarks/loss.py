@@ -2,8 +2,9 @@
 
     python benchmarks/loss.py
 
-The heads return the trunk's states unchanged, so that only the loss is measured. On a CPU, V = 49152, D =
-576, and 40 % of the pairs are supervised, with random weights. On a GPU, D = 2048 and T = 8192, in bfloat16.
+The heads return the trunk's states unchanged, so that only the loss is measured. V = 49152, K = 4, and 40 %
+of the pairs are supervised, with random weights. On a CPU, D = 576 and T = 512, in float32; on a GPU,
+D = 2048 and T = 8192, in bfloat16. Some rows have other T or K.
 
 Shape letters: B rows, T positions, K heads, N supervised pairs of all heads, D hidden, V vocabulary.
 """

@@ -1,11 +1,11 @@
-"""Rate and memory of training steps with K = 1 and K = 4, as a share of the rate of a large matrix product.
+"""Memory and rate of training steps with K = 1 and K = 4, and the rate relative to a large matrix product.
 
     python benchmarks/bench.py --gpu mfu
 
 On a GPU, the models have the shapes of SmolLM2-135M and of a Llama with 1.1 billion parameters; the second
-needs 40 GB of device memory. A batch has 8 rows of 1024 tokens, 40 % supervised; the steps use bfloat16 and
-AdamW. The share is the model FLOPs utilisation (MFU), relative to a measured rate and not to the rate in a
-data sheet. `weighted_mtp_core/model/flops.py` counts the operations.
+model needs 40 GB of device memory. A batch has 8 rows of 1024 tokens, 40 % supervised; the steps use bfloat16
+and AdamW. The relative rate is the model FLOPs utilisation (MFU), here relative to a measured rate and not to
+the rate in a data sheet. `weighted_mtp_core/model/flops.py` counts the operations.
 """
 
 from __future__ import annotations
@@ -77,7 +77,10 @@ def rows_of(name: str, bench: Bench, *, rounds: int, rate: float) -> list[Row]:
 
 
 def _peak(step: Callable[[], object]) -> float:
-    """Return the peak memory during a step in MiB, with parameters and moments; on a CPU, of the process."""
+    """Return the peak memory during a step, in MiB, including parameters and moments.
+
+    On a GPU, this is the memory on the device; on a CPU, it is the memory of the process.
+    """
     forget_peak(device())
     step()
     peaks = peak_memory(device())

@@ -3,7 +3,8 @@
     python benchmarks/optimisers.py
 
 The parameters are four decoder layers with the shape of SmolLM2-135M, without embeddings. Parameters and
-gradients are random and do not count in the peak memory, which contains the state of the optimiser.
+gradients are random and do not count in the peak memory, which contains the state and the temporary tensors
+of the optimiser.
 """
 
 from __future__ import annotations

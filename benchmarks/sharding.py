@@ -2,7 +2,7 @@
 
     python benchmarks/sharding.py
 
-The runs are whole runs of a model with 200 million parameters: loading, the checks before training, steps
+The runs are whole runs of a model with 191 million parameters: loading, the checks before training, steps
 with AdamW, a validation, checkpoints, saving the best state, and generation. The peak is the resident memory
 of the whole process, including Python and its libraries, but without freed memory that glibc would keep. The
 benchmark needs 8 GB of memory and 8 GB in the temporary folder (TMPDIR selects its disk).

@@ -94,7 +94,7 @@ def padded(batch: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
 
 
 def common_arguments(folder: Path) -> dict[str, Any]:
-    """Return the arguments of the other two trainers: the framework's optimiser, and only training."""
+    """Return the arguments of the other two trainers: the framework's optimiser, no logs, no saved files."""
     return {
         "output_dir": str(folder),
         "per_device_train_batch_size": BATCH,

@@ -1,4 +1,4 @@
-"""Settings that every test shares: one thread and float32, so that results are the same on a busy machine."""
+"""Settings that every test shares: one thread, no telemetry, no Hugging Face hub, no deadlines, signals."""
 
 import os
 import signal
@@ -7,8 +7,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# What a shell starts in the background ignores SIGINT, and what `nohup` starts ignores SIGHUP; so would the
-# runs that tests interrupt.
+# A process that a shell starts in the background ignores SIGINT, and a process that `nohup` starts ignores
+# SIGHUP. The runs that tests interrupt would inherit this.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
@@ -17,12 +17,12 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 import pytest
 from hypothesis import settings
 
-settings.register_profile("shared machine", deadline=None)  # first calls are slow where others compute too
+settings.register_profile("shared machine", deadline=None)  # first calls are slow on a busy machine
 settings.load_profile("shared machine")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip the tests of a GPU on a machine without one."""
+    """Skip tests marked `gpu` on a machine without a CUDA device."""
     if item.get_closest_marker("gpu") is not None:
         import torch
 

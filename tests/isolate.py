@@ -2,11 +2,12 @@
 
     python tests/isolate.py FOLDER weighted-mtp-core [weighted-mtp-verifiable ...]
 
-Core must work with no plugin installed, and each plugin with core alone. A plugin whose tests need another
-one names it in its extra `dev`; the other plugin is then installed too. Installing 140 dependencies for each
-combination would take minutes, so the new venv's site-packages *links* to everything in that of the running
-interpreter, except this repository's own (editable) packages that are not needed. To `import` and
-`importlib.metadata`, in the venv's processes and in those that they start, the others do not exist.
+Core must work with no plugin installed, and each plugin with no other plugin. If the tests of a plugin need
+another plugin, the extra `dev` names the other plugin, which is then installed too. Installing 140
+dependencies for each combination would take minutes, so the new venv's site-packages *links* to everything in
+the site-packages of the running interpreter, except those editable packages of this repository that are not
+needed. For `import` and `importlib.metadata`, in the venv's processes and in the processes that they start,
+the unneeded packages do not exist.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from packaging.utils import canonicalize_name
 
 
 def is_editable(distribution: Distribution) -> bool:
-    """Tell whether a distribution was installed with `pip install -e`."""
+    """Return whether a distribution was installed with `pip install -e`."""
     origin = json.loads(distribution.read_text("direct_url.json") or "{}")
     return bool(origin.get("dir_info", {}).get("editable", False))
 
 
 def _extra_dev(distribution: Distribution) -> set[str]:
-    """Return the names of what a distribution's extra `dev` requires."""
+    """Return the names of the distributions that a distribution's extra `dev` requires."""
     every = [Requirement(line) for line in distribution.requires or ()]
     return {
         canonicalize_name(each.name)
@@ -39,11 +40,11 @@ def _extra_dev(distribution: Distribution) -> set[str]:
 
 
 def isolate(folder: Path, keep: set[str]) -> None:
-    """Make (or remake) the venv `folder` with all dependencies, and of the editable packages those needed.
+    """Make the venv `folder` anew, with all dependencies and with the editable packages that are needed.
 
     Args:
         folder: The venv.
-        keep: Names of editable packages; those in their extra `dev` are needed too.
+        keep: Names of editable packages; the editable packages in their extra `dev` are also needed.
     """
     site_packages = Path(sysconfig.get_path("purelib"))
     editable = {
@@ -63,7 +64,7 @@ def isolate(folder: Path, keep: set[str]) -> None:
     for entry in site_packages.iterdir():
         if entry.name not in hidden:
             (links / entry.name).symlink_to(entry)
-    # A program of its own, which `python -m ruff` looks for beside the interpreter.
+    # ruff is a separate program, which `python -m ruff` looks for beside the interpreter.
     (folder / "bin" / "ruff").symlink_to(Path(sysconfig.get_path("scripts")) / "ruff")
 
 

@@ -21,7 +21,7 @@ class WmtpError(Exception):
 
 
 class RunFailedError(WmtpError):
-    """A run failed although its input was valid."""
+    """A run or another command failed although its input was valid."""
 
     exit_code = EXIT_RUN_FAILED
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 EXIT_DONE = 0
 EXIT_RUN_FAILED = 1
-"""A run failed although its input was valid, for example because a loss became NaN or a server was down."""
+"""A command failed although its input was valid, for example because of a NaN loss or a server outage."""
 EXIT_BAD_INPUT = 2
-"""The input (a recipe, an argument or an installed plugin) has a mistake that the user can correct."""
+"""The input (a recipe, data, an argument or an installed plugin) has a mistake that the user can correct."""
 EXIT_INTERRUPTED = 130
 """The command ended after SIGINT (Ctrl-C): 128 + 2, the convention of shells, because SIGINT is signal 2."""
 EXIT_PIPE_CLOSED = 141

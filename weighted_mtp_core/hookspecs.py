@@ -1,8 +1,9 @@
 """Define the four hooks: functions without arguments that a plugin implements to declare its components.
 
 Core calls the hooks of a plugin right after it has loaded the plugin, which may happen several times in a
-process. Core loads the plugins that a recipe or a command names; `doctor`, and `plugins check` without names,
-load all installed plugins. A hook only declares components; core then calls `Component.build` of the
+process. Core loads the plugins that a recipe or a command names; `doctor`, `recipe new --list`, and
+`plugins check` without names load all installed plugins, and so does the search for the component that a
+wrong address may have meant. A hook only declares components; core then calls `Component.build` of the
 components that the recipe selects. The training loop never calls a hook. Importing a plugin must be quick, so
 import torch inside the build function.
 

@@ -1,6 +1,6 @@
 """Turn a recipe into a plan: select and check all components, without building them or importing torch.
 
-This step takes at most half a second, so errors in a recipe are reported before data or a model are loaded.
+This step takes at most half a second, and reports errors in a recipe before data or a model are loaded.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def make_plan(
 
 
 def plan_document(document: Document) -> Plan:
-    """Make the plan of a recipe that was already read; raises the same errors as `make_plan`."""
+    """Make the plan of a recipe that was already read; raises errors as `make_plan` does after reading."""
     recipe, faults = structure_recipe(document)
     selector = ComponentSelector(document=document)
     if recipe is None:

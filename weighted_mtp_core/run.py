@@ -242,11 +242,9 @@ class _Run:
     def evaluate(self, prepared: Prepared, *, step: int) -> Evaluation:
         """Execute stage 3: measure the best policy on the examples and problems of the test split.
 
-        The result is empty in a process that takes no part in stage 3.
-
         Args:
             prepared: The data and the policy.
-            step: The last step of stage 2, for which the metrics are recorded.
+            step: The last step of stage 2, under which the metrics are recorded.
 
         Returns:
             The evaluation; empty in a process that is not needed after stage 2.

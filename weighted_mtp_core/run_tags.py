@@ -27,7 +27,7 @@ ERROR_CLASS = "wmtp.error_class"
 RUN_ID = "wmtp.run_id"
 # set by compare/grid.py, as tags of the recipe
 GRID_PREFIX = "grid."
-# set by compare/mlflow_record.py, and the second one also by compare/mlflow_runs.py
+# set by compare/mlflow_record.py; PARENT_RUN is also set by compare/mlflow_runs.py
 COMPARED_ARMS = "wmtp.compare"
 PARENT_RUN = "mlflow.parentRunId"
 

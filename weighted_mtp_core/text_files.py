@@ -9,7 +9,7 @@ from pathlib import Path
 from weighted_mtp_core.errors import WmtpError
 
 _OTHER = {
-    codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, because its mark begins with that of UTF-16
+    codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, because this mark begins with the mark of UTF-16
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
@@ -17,7 +17,7 @@ _OTHER = {
 
 
 def read_utf8(path: Path) -> str:
-    """Return the contents of a UTF-8 file, without a byte order mark and with a line feed after each line.
+    """Return the contents of a UTF-8 file, without a byte order mark and with line feeds as line ends.
 
     Raises:
         WmtpError: The file has another encoding; the message contains this encoding, or the number of the

@@ -1,7 +1,7 @@
 """Fixtures of the end-to-end tests: the program, started as a user starts it, and the files that it writes.
 
-Every run here is a process of its own, in a folder of its own, with the preset `ci`. A run takes half a
-minute, so the tests of a file share it, and `make test` gives a whole file to one worker.
+Every run is a separate process, started in a folder of its own, with the preset `ci`. A run takes half a
+minute, so the tests of a file share runs, and `make test` gives a whole file to one worker.
 """
 
 import json
@@ -41,7 +41,7 @@ class Run:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """This process's environment, without what a developer's shell may say about trackers and paths."""
+    """Return this process's environment without the developer's settings for MLflow, AWS, Python, pytest."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "AWS_", "PYTHON", "PYTEST_"))}
     return {
         **kept,
@@ -54,7 +54,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 @pytest.fixture(scope="session", name="environment")
 def environment_fixture() -> Callable[..., dict[str, str]]:
-    """What a process started by a test gets as its environment, with further variables."""
+    """The function that returns the environment of a process that a test starts, with further variables."""
     return environment
 
 
@@ -109,7 +109,7 @@ OFFLINE = ("--quiet", "--no-deps", "--no-index", "--disable-pip-version-check")
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
-    """Build the wheel of the package in a folder; each is built once."""
+    """Build the wheel of the package in a folder; each wheel is built only once."""
     built: dict[Path, Path] = {}
 
     def wheel(package: Path) -> Path:
@@ -135,7 +135,7 @@ def install_wheels(wheel: Callable[[Path], Path]) -> Callable[..., None]:
 
 @pytest.fixture
 def install(tmp_path: Path) -> Iterator[Callable[..., dict[str, str]]]:
-    """Install a plugin `name` from elsewhere: its source and its metadata lie in a folder on PYTHONPATH."""
+    """Install a plugin `name` without pip: its source and its metadata are in a folder on PYTHONPATH."""
     elsewhere = tmp_path / "elsewhere"
 
     def install(name: str, source: str) -> dict[str, str]:

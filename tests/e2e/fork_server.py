@@ -24,7 +24,7 @@ import weighted_mtp_core.run  # noqa: F401
 
 
 def serve() -> list[str]:
-    """Answer requests; return the arguments of one in the child process that carries it out."""
+    """Answer requests in this process; in the child process of a request, return the request's arguments."""
     for line in sys.stdin:
         request = json.loads(line)
         began = time.monotonic()
@@ -46,7 +46,7 @@ def serve() -> list[str]:
 
 
 def begin(cwd: Path, output: Path) -> None:
-    """Give the child a working folder and output of its own."""
+    """Set the child's working folder, and redirect its input and output."""
     os.chdir(cwd)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for descriptor in (1, 2):

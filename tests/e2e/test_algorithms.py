@@ -15,7 +15,7 @@ PRODUCT = """{ use = "controls.product", options = { of = [
 
 @pytest.fixture(scope="module")
 def both(wmtp, tmp_path_factory):
-    """A run of the baseline, and one that takes its best model for a reference."""
+    """A run of the baseline, and a run that uses the best model of the baseline as its reference."""
     first = wmtp("run", BASELINE, *QUICK, cwd=tmp_path_factory.mktemp("first"))
     assert first.returncode == 0, first.stderr
     reference = first.folder / "checkpoints" / "best_model.pt"

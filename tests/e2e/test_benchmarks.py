@@ -1,4 +1,4 @@
-"""The benchmarks run on today's code; `--quick` makes them so small that their numbers mean nothing."""
+"""The benchmarks run with the current code; with `--quick`, sizes are tiny and the numbers mean nothing."""
 
 import json
 import subprocess

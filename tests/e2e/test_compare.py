@@ -91,7 +91,7 @@ def test_mlflow_has_the_comparison_as_the_parent_of_its_runs(two_seeds, folder):
 
 
 def test_runs_in_mlflow_give_the_same_table(wmtp, two_seeds, folder, tmp_path):
-    # A copy, for the runs of a comparison have the latest one as their parent.
+    # A copy, because the latest comparison becomes the parent of its runs in MLflow.
     copied = shutil.copytree(folder, tmp_path / "copied")
     experiments = ("--experiment", "weighted_mtp/baseline_mtp", "--experiment", "weighted_mtp/dft")
     stored = wmtp("compare", *experiments, "--out", "stored", cwd=copied)

@@ -61,7 +61,7 @@ def wait_until(holds, what, *, seconds=120):
 
 @pytest.fixture(scope="module")
 def python(environment, tmp_path_factory):
-    """A `python` for `-m weighted_mtp_core`, with imports that are already done."""
+    """An interpreter for `-m weighted_mtp_core` that has already imported all modules."""
     folder = tmp_path_factory.mktemp("python")
     script, address = folder / "python", folder / "socket"
     script.write_text(
@@ -88,7 +88,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cluster(python, folders, environment, tmp_path_factory):
-    """The address of a scheduler, and its two workers; they belong to this fixture."""
+    """The address of a scheduler, and its two workers; this fixture starts and ends the processes."""
     file = tmp_path_factory.mktemp("dask") / "scheduler.json"
     with ExitStack() as processes:
 
@@ -196,7 +196,7 @@ def runs(folder):
 
 
 def half_way(worker, folder, *, finished=0):
-    """The run that a worker executes, if it has a checkpoint and so many others have finished."""
+    """Return a worker's run if the run has a checkpoint and at least `finished` runs are finished."""
     found = runs(folder)
     if sum(facts["status"] == "FINISHED" for facts in found.values()) < finished:
         return None
@@ -218,6 +218,6 @@ def half_way(worker, folder, *, finished=0):
 
 
 def table(folder):
-    """The values at equal steps, without those that measure time."""
+    """Return the rows of the table at equal steps, without the metrics that measure time."""
     rows = csv.DictReader((folder / "table" / "compare.csv").read_text().splitlines())
     return [row for row in rows if row["at"] == "equal steps" and "seconds" not in row["metric"]]

@@ -40,7 +40,8 @@ def test_a_run_that_is_out_of_memory_fails_and_can_go_on(start, wmtp, tmp_path):
     folders = list_when(tmp_path / "storage" / "runs", "*/*/*/*/checkpoints/policy-*", process)
     status = (Path("/proc") / str(process.pid) / "status").read_text()
     used = int(status.split("VmData:")[1].split()[0]) * 1024
-    limit = used + 2 * 2**20  # small allocations in C++ that abort the process when they fail still succeed
+    # C++ code aborts the process if a small allocation fails, so 2 MiB are left for small allocations.
+    limit = used + 2 * 2**20
     resource.prlimit(process.pid, resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
     _, stderr = process.communicate(timeout=100)
 

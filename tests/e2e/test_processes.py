@@ -16,8 +16,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 CI = ("--preset", "ci", "--set", "checkpoint.every=2", "--set", "tracker=[]")
 LAUNCH = Path(__file__).parents[2] / "scripts" / "launch.sh"
 TOLERANCE = 1e-5
-RANKS = {"auc", "accuracy", "correlation"}  # jump where the order of two values turns on rounding
-RANK_TOLERANCE = 0.1  # of 16 responses, one swap of a right and a wrong one moves an AUC by 1/64 or more
+RANKS = {"auc", "accuracy", "correlation"}  # these jump if rounding changes the order of two values
+RANK_TOLERANCE = 0.1  # swapping a right and a wrong one of 16 responses changes an AUC by 1/64 or more
 
 
 def torchrun(processes, *arguments, cwd):
@@ -44,7 +44,7 @@ def folder_of(cwd, name):
 
 
 def metrics(cwd, name):
-    """{(stage, step, metric): value} of a run's journal."""
+    """Return {(stage, step, metric): value} of a run's journal."""
     lines = map(json.loads, (folder_of(cwd, name) / "metrics.jsonl").read_text().splitlines())
     return {
         (line["stage"], line["step"], metric): value
@@ -128,7 +128,7 @@ def test_two_nodes_that_the_launch_script_starts_are_one_run(alone, cwd, free_po
 
 
 def stop_at(process, cwd, name, checkpoint):
-    """Wait for a checkpoint of this step or a later one, then end a run as an operator would."""
+    """Wait for a checkpoint of this step or a later one, then end the run with SIGTERM."""
     end = time.monotonic() + 120
     while max(steps(cwd, name), default=-1) < checkpoint:
         assert process.poll() is None, process.communicate()

@@ -31,7 +31,7 @@ def folder_of(storage, name):
 
 
 def checkpoints(storage, name):
-    """The checkpoints of a run that has perhaps not begun, oldest first."""
+    """Return the names of a run's checkpoints, oldest first; empty if the run has not begun."""
     return sorted(path.name for path in (storage / "runs").glob(f"*/*/{name}/*/checkpoints/*-[0-9]*"))
 
 
@@ -50,7 +50,7 @@ def test_a_run_killed_ten_times_ends_with_the_bits_of_one_that_was_never_stopped
     chance = random.Random(0)
     moments = sorted(("critic", step) for step in chance.sample(range(1, STEPS), 4))
     moments += sorted(("policy", step) for step in chance.sample(range(1, STEPS), 4))
-    moments += [("policy", STEPS), ("policy", STEPS)]  # its evaluation begins
+    moments += [("policy", STEPS), ("policy", STEPS)]  # killed when its evaluation begins
 
     killed = 0
     for stage, step in moments:
@@ -93,7 +93,7 @@ ENDLESS = (BASELINE, *CI, "--set", "train.steps=100000", "--set", "train.log_eve
 
 @pytest.fixture(scope="module")
 def stopped(wmtp, start, tmp_path_factory):
-    """A run that was ended by SIGTERM, and what a second process on its folder was told meanwhile."""
+    """A run that SIGTERM ended, and the result of a second process that tried to resume it before that."""
     cwd = tmp_path_factory.mktemp("stopped")
     storage = cwd.resolve() / "storage"
     process = start("run", *ENDLESS, cwd=cwd)

@@ -32,7 +32,7 @@ def workplace(tmp_path_factory):
 
 @pytest.fixture
 def recipe(workplace, tmp_path):
-    """The recipe and the data that came with the weighting."""
+    """The recipe and the data that `plugins new` wrote with the weighting."""
     for name in ("recipe.toml", "examples.jsonl"):
         (tmp_path / name).write_bytes((workplace / "weighted-mtp-my-weighting" / name).read_bytes())
     return tmp_path / "recipe.toml"

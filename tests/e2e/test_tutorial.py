@@ -25,12 +25,12 @@ pytestmark = pytest.mark.timeout(600)
 
 @frozen(kw_only=True)
 class Followed:
-    """What following the tutorial left.
+    """The result of following the tutorial.
 
     Attributes:
-        folder: Where it ended.
-        python: The interpreter of its environment.
-        missing: Lines that the tutorial shows and nobody printed.
+        folder: The folder in which the last command ended.
+        python: The interpreter of the tutorial's environment.
+        missing: Lines that the tutorial shows but no command printed.
     """
 
     folder: Path
@@ -39,7 +39,7 @@ class Followed:
 
 
 def commands():
-    """Return the commands of all blocks, each in one line, and the two that stand in the text of step 1."""
+    """Return the two commands in the prose of step 1, and the commands of all blocks, each in one line."""
     text = TUTORIAL.read_text(encoding="utf-8")
     blocks = "".join(block["text"] for block in BLOCK.finditer(text) if block["kind"] == "sh")
     return [*VENV.findall(text), *blocks.replace("\\\n", " ").splitlines()]
@@ -50,7 +50,7 @@ def followed(isolated, environment, wheel, tmp_path_factory):
     python = isolated()
     wheels = [wheel(package) for package in PACKAGES]
     settings = environment(
-        PIP_NO_INDEX="1",  # everything that is needed is there
+        PIP_NO_INDEX="1",  # the dependencies are installed; PIP_FIND_LINKS has the rest
         PIP_FIND_LINKS=" ".join(str(each.parent) for each in wheels),
         PIP_NO_BUILD_ISOLATION="0",  # 0 turns isolation off: pip reads it as `--no-build-isolation`
         MYPY_CACHE_DIR=str(REPOSITORY / ".mypy_cache" / "scaffold"),
@@ -71,7 +71,7 @@ def followed(isolated, environment, wheel, tmp_path_factory):
 
 
 def carry_out(commands, folder, settings):
-    """Run commands as a person types them; return what they printed and the folder they ended in."""
+    """Run commands in one shell; return their output and the folder in which they ended."""
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", f"{commands}\necho; pwd"],
         cwd=folder,

@@ -23,7 +23,7 @@ _END_S = 0.02
 
 
 def serve(address: str, python: str) -> list[str]:
-    """Answer requests until stdin closes; return the arguments of one in the process that carries it out."""
+    """Answer requests until stdin closes; in the fork of a request, return the request's arguments."""
     import matplotlib.figure  # noqa: F401
     import scipy.stats  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
@@ -80,7 +80,7 @@ def begin(request: dict, descriptors: list[int]) -> None:
 def run(address: str, arguments: list[str]) -> int:
     """Carry out a request and return its exit code."""
     while arguments[0] != "-m":
-        if arguments[0] == "-c":  # here, as the program may replace this process by PYTHON
+        if arguments[0] == "-c":  # run without a fork, because the program may replace this process by PYTHON
             sys.executable = os.environ["WARM_PYTHON"]
             program, *sys.argv[1:] = arguments[1:]
             exec(program, {})

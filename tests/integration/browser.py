@@ -33,7 +33,7 @@ class Browser:
         reads, self._to = os.pipe()
         self._from, writes = os.pipe()
         flags = ("--headless", "--no-sandbox", "--no-first-run", "--disable-gpu", "--remote-debugging-pipe")
-        # about:blank: the page of a new tab has frames of its own
+        # about:blank, because the page of a new tab has frames of its own
         command = [program, *flags, f"--user-data-dir={profile}", "--window-size=1600,4000", "about:blank"]
         # Chromium expects the pipe on descriptors 3 and 4
         self._process = subprocess.Popen(
@@ -89,11 +89,11 @@ class Browser:
         path.write_bytes(b64decode(found["data"]))
 
     def shown(self, words: tuple[str, ...], *, seconds: float = 60) -> str:
-        """Wait until the page shows all words; return its text in any case."""
+        """Wait until the page shows all words; return the text of the page, also if the wait times out."""
         return self._waited(lambda: self._session, words, seconds)
 
     def shown_in_frame(self, scheme: str, words: tuple[str, ...], *, seconds: float = 60) -> str:
-        """Do the same for the frame with a URL of this scheme, such as `blob`."""
+        """Do the same as `shown` for the frame with a URL of this scheme, such as `blob`."""
         return self._waited(lambda: self._frame(scheme), words, seconds)
 
     def _frame(self, scheme: str) -> str | None:

@@ -231,7 +231,7 @@ class Stack:
     # ------------------------------------------------------------------- the servers
 
     def _as(self, user: str, command: list[str]) -> list[str]:
-        """PostgreSQL refuses to run as root."""
+        """Return the command, run as `user` if this process is root: PostgreSQL refuses to run as root."""
         return (
             ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", *command]
             if self.root

@@ -59,7 +59,7 @@ ENDINGS = {
 
 @pytest.fixture(scope="module")
 def ended(start, tmp_path_factory):
-    """The run folder for each way to end; all runs end at once."""
+    """The run folder for each way to end; all runs end at the same time."""
     cwd = tmp_path_factory.mktemp("endings")
     start("-c", dedent(ENDS), *ENDINGS, cwd=cwd).communicate(timeout=100)
     return {path.parents[1].name: path.parent for path in cwd.rglob("run.json")}

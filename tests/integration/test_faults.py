@@ -13,12 +13,12 @@ pytestmark = pytest.mark.slow
 
 
 def last_step(record):
-    """The last step at the server: the value of `m0` is its step."""
+    """Return the last step that the server has; the value of `m0` is the number of the step."""
     return Stored(record.folder.path).run.data.metrics.get("m0", 0)
 
 
 def assert_whole(record, reason):
-    """The server has every point once; the outage was logged once, with this reason, and its end once."""
+    """Check that the server has every point once, and the log has outage, reason and end of outage once."""
     run = Stored(record.folder.path)
 
     assert run.status == "FINISHED"

@@ -135,7 +135,7 @@ def test_a_run_that_is_deleted_is_sent_anew(place, record, stored, goes_on):
 
 @pytest.fixture
 def elsewhere(place, stack, tmp_path):
-    """The URI of a store that is not the place."""
+    """The URI of another store than that of `place`."""
     return stack.uri if isinstance(place, Sqlite) else f"sqlite:///{tmp_path}/other.db"
 
 

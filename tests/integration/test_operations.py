@@ -86,7 +86,7 @@ def test_the_vessl_template_takes_every_secret_from_the_store():
 
 
 def test_the_commands_of_the_vessl_template_work(start, tmp_path):
-    """Without the installation, and with `check` instead of `run`, since other tests run that recipe."""
+    """Without the installation, and with `check` instead of `run`, because other tests run this recipe."""
     (job,) = yaml.safe_load((DOCS / "vessl.yaml").read_text())["run"]
     doctor, run, sync = (
         line.split()[1:] for line in job["command"].splitlines() if line.startswith("python ")

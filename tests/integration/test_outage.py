@@ -1,4 +1,4 @@
-"""The server is down for a minute. Afterwards it has all data of runs that went on, ended or died then."""
+"""The server is down for a minute. Later, it has all data of runs that went on, ended or died meanwhile."""
 
 import json
 import signal
@@ -115,7 +115,7 @@ def test_a_run_that_ends_without_the_server_has_its_own_exit_code_and_says_what_
     found, *_ = outage
 
     assert found.codes[name] == code
-    assert found.closing_s[name] < 10  # the limit, and the exit of Python on a busy machine
+    assert found.closing_s[name] < 10  # the limit plus the exit of Python on a busy machine
     assert "`core.mlflow` has not received " in found.stdout[name]
     assert f"track sync {found.folders[name]}" in found.stdout[name]
 

@@ -61,7 +61,7 @@ REPORT = TokenReport(
 
 @pytest.fixture
 def page(tmp_path, browser):
-    """A browser with the report of a small run; at the end there was no other request and no error."""
+    """A browser with the report of a small run; checks at the end that no request or error followed."""
     run = tmp_path / "run"
     run.mkdir()
     journal = Journal(run / "metrics.jsonl")

@@ -96,7 +96,7 @@ def test_planted_secrets_are_nowhere(stack, repository):
         text=True,
     )
     lines = []
-    while not lines or (lines[-1] and "S3, please go" not in lines[-1]):  # or it ended
+    while not lines or (lines[-1] and "S3, please go" not in lines[-1]):  # or the process ended
         lines.append(process.stdout.readline())
     processes = process_list()
     stack.s3.kill()
@@ -120,7 +120,7 @@ def test_planted_secrets_are_nowhere(stack, repository):
     for secret in (stack.user, stack.password, stack.access_key, stack.secret_key):
         assert [where for where, text in texts.items() if secret in text] == []
     for secret in ("planted-remote-1", "planted-remote-2", "planted-remote-3"):
-        # the test itself put them on the command line
+        # the test itself puts these secrets on the command line
         assert [where for where, text in texts.items() if secret in text and where != "process list"] == []
 
 

@@ -14,7 +14,7 @@ BASELINE = str(Path(__file__).parents[2] / "configs" / "baseline.toml")
 
 @pytest.fixture
 def start_error(open_recorder, tmp_path):
-    """The error at the start of a run, after the checks that all of them must pass."""
+    """Return the error at the start of a run, after checks that hold for every such error."""
 
     def start_error(**options):
         began = time.monotonic()

@@ -52,7 +52,7 @@ def run(open_recorder):
 
 @pytest.fixture
 def syncing(storage, to, objects, wmtp):
-    """Start a sync; return it half done, and a function that compares S3 with the local files."""
+    """Start a sync; return its process half-way, and a function that compares S3 with the local files."""
 
     def whole():
         return {key: tag.strip('"') for key, (tag, _) in objects().items()} == {

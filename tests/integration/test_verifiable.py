@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 RECIPE = (
     *("run", Path(__file__).parents[2] / "configs" / "verifiable.toml", "--preset", "ci"),
     *("--set", "data.options.problems=40", "--set", "data.options.twins=1"),
-    *("--set", "critic.allow_uninformative_critic=true"),  # it trains for eight steps
+    *("--set", "critic.allow_uninformative_critic=true"),  # the critic trains for only eight steps
 )
 STORES = ("proxied", "direct", "sqlite", "file")
 ARTIFACTS = {"proxied": "mlflow-artifacts:/", "direct": "s3://", "sqlite": "file:///", "file": "file:///"}
@@ -23,7 +23,7 @@ ARTIFACTS = {"proxied": "mlflow-artifacts:/", "direct": "s3://", "sqlite": "file
 
 @frozen(kw_only=True)
 class Run:
-    """A run that has ended, and its store; None is the server."""
+    """A run that has ended, and its store; the store None stands for the server."""
 
     returncode: int
     stdout: str

@@ -64,7 +64,7 @@ def shipping_directory(family: str, path: Path, *, seed: int = 0, depth: int = 1
 
 
 def tokenizer(family: str) -> Any:
-    """Return a tokenizer of characters that transformers reads back as it is, for a model of this family."""
+    """Return a tokenizer of characters for a model of this family, which transformers loads unchanged."""
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
     words = {
         word: number for number, word in enumerate([*special.values(), *map(chr, range(33, 127)), "Ġ", "Ċ"])
@@ -80,7 +80,7 @@ def tokenizer(family: str) -> Any:
 
 
 def _layer(state: Mapping[str, Tensor], layout: str, depth: int) -> dict[str, Tensor]:
-    """Return an MTP layer: another last layer, the norms, and a projection of two states to one."""
+    """Return an MTP layer: a changed copy of the last layer, norms, and a projection of two states to one."""
     width = state["model.norm.weight"].shape[0]
     last = f"model.layers.{LAYERS - 1}."
     block = _BLOCKS[layout].format(layer=LAYERS + depth, depth=depth)
@@ -94,7 +94,7 @@ def _layer(state: Mapping[str, Tensor], layout: str, depth: int) -> dict[str, Te
     for name in (embedding, hidden, final):
         made[name] = state["model.norm.weight"] + 0.1 * torch.randn(width)
     made[projection] = torch.randn(width, 2 * width) / width**0.5
-    if layout == "numbered":  # copies of what the whole model shares
+    if layout == "numbered":  # such a layer has its own copies of shared tensors
         made[f"{block}embed_tokens.weight"] = state["model.embed_tokens.weight"].clone()
         made[f"{block}shared_head.head.weight"] = state["lm_head.weight"].clone()
     return made

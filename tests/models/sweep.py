@@ -3,8 +3,8 @@
     .venv/bin/python tests/models/sweep.py [TYPE ...]
 
 Each type runs in a process of its own with a time limit. A policy that loads is compared with the model
-itself by other means than core's own check: logits of another text, the loss and its gradients, written
-text, and the tensors of an export. A difference is *wrong* and fails the sweep, as a crash does.
+itself by other means than core's own check: logits of another text, the loss and its gradients, generated
+text, and the tensors of an export. A difference counts as *wrong* and makes the sweep fail, like a crash.
 """
 
 from __future__ import annotations
@@ -43,18 +43,21 @@ SECONDS = 400  # the recurrent layers of Kimi Linear take minutes on a busy mach
 PAGE = """\
 # Models that can be a base
 
-`make test-models` builds a tiny model with random weights for each of the {types} causal-LM types of
-transformers {version}. It creates a policy from each model, compares the policy with the model itself
-(logits, loss and gradients, generated text, tensors of an export) and writes this page. When a run loads
-its base model, it also compares the policy with the model (logits in evaluation mode and in training mode;
-decoding; packed documents), so a type without a row here either works or is refused before training.
+`make test-models` tries to build a tiny model with random weights for each of the {types} causal-LM types of
+transformers {version}. It creates a policy from each model for each kind of heads, compares the policy with
+the model itself (logits, loss and gradients, generated text, tensors of an export) and writes this page.
+When a run loads its base model, the run also compares the policy with the model (logits in evaluation mode
+and in training mode; decoding; packed documents), so a type without a row here either works or is refused
+before training.
 
-{right} types work with at least one kind of head, {refused} types are refused before training, and for
+{right} types work with at least one kind of heads, {refused} types are refused before training, and for
 {unbuilt} types no tiny model could be built.
 
-The column *self-speculative* lists the kinds of heads with which self-speculative decoding works; with other
-heads, decoding is plain. The column *packing* shows whether `data.packing = "documents"` works; if it does
-not, a run with this key is refused.
+The column `model.heads.kind` lists the kinds of heads that work, and the column *why not* gives the reasons
+against the other kinds. The column *self-speculative* lists the kinds of heads with which self-speculative
+decoding works; with other heads, decoding is plain. The column *packing* shows whether
+`data.packing = "documents"` works with all kinds of heads in the first list. A run with this setting is
+refused if packing does not work with its heads.
 
 | type | `model.heads.kind` | self-speculative | packing | why not |
 |---|---|---|---|---|
@@ -68,11 +71,11 @@ class Row:
     """What a type can do.
 
     Attributes:
-        heads: The kinds of heads that are right.
-        drafts: Those of them that write self-speculatively.
-        packs: Whether documents can share rows, with every kind of head that is right.
-        refusals: Why a kind of head, or every one, is refused.
-        wrong: What went wrong in silence, or crashed.
+        heads: The kinds of heads with which nothing went wrong.
+        drafts: The kinds in `heads` with which self-speculative decoding works.
+        packs: Whether documents can share rows, with every kind in `heads`.
+        refusals: Core's reasons for refusing kinds of heads.
+        wrong: Differences from the model that core did not notice, and crashes.
         unbuilt: Why no tiny model could be built.
     """
 
@@ -119,7 +122,7 @@ def examine(model_type: str) -> Row:
 
 
 def differences(base: Any, policy: Policy) -> list[str]:
-    """Return in what a policy is not the model itself."""
+    """Return the names of what differs between a policy and the model itself."""
     found = []
     ids_BT = text(2, 40)
     with torch.no_grad():
@@ -144,7 +147,7 @@ def differences(base: Any, policy: Policy) -> list[str]:
 
 
 def packed_differences(base: Any, policy: Policy) -> list[str]:
-    """Return whether a row of two documents gives other logits than each alone."""
+    """Return a fault if the logits of two documents in one row differ from those of each document alone."""
     ids_BT = text(2, 12)
     with torch.no_grad():
         expected = base(input_ids=ids_BT, use_cache=False).logits.flatten(0, 1)
@@ -155,7 +158,7 @@ def packed_differences(base: Any, policy: Policy) -> list[str]:
 
 
 def loss_differs(base: Any, policy: Policy, ids_BT: Tensor) -> bool:
-    """Return whether head 1's loss or its gradients are others than autograd's of the model's logits."""
+    """Return whether head 1's loss or gradients differ from autograd's for the logits of the model."""
     base, policy = copy.deepcopy(base), copy.deepcopy(policy)
     everything_BT = torch.ones_like(ids_BT, dtype=torch.bool)
     labels_BTK = align_labels(
@@ -190,9 +193,9 @@ def sum_of_squares(parameters: list[nn.Parameter]) -> float:
 
 
 def texts_of(base: Any, prompt: list[int]) -> list[list[int]]:
-    """Return the texts that the model itself writes: without a cache, and with its own one.
+    """Return the texts that the model itself generates: without a cache, and with its own cache.
 
-    They differ where attention is limited to the best few tokens and some are equally good.
+    The texts can differ if a model attends only to the tokens with the best scores and some scores are equal.
     """
     whole = greedy(base, prompt)
     try:
@@ -203,7 +206,7 @@ def texts_of(base: Any, prompt: list[int]) -> list[list[int]]:
             eos_token_id=None,
             pad_token_id=0,
         )
-    except Exception:  # noqa: BLE001 - some models cannot write with a cache of their own
+    except Exception:  # noqa: BLE001 - some models cannot generate with their own cache
         return [whole]
     own = found[0, len(prompt) :].tolist()
     return [whole, own] if own[: NEW_TOKENS // 2] == whole[: NEW_TOKENS // 2] else [whole]
@@ -211,7 +214,7 @@ def texts_of(base: Any, prompt: list[int]) -> list[list[int]]:
 
 @torch.no_grad()
 def greedy(base: Any, prompt: list[int]) -> list[int]:
-    """Continue a prompt by reading the whole text again for each token."""
+    """Continue a prompt greedily; the model computes the whole text again for each token."""
     ids = list(prompt)
     for _ in range(NEW_TOKENS):
         ids.append(int(base(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
@@ -220,7 +223,7 @@ def greedy(base: Any, prompt: list[int]) -> list[int]:
 
 @torch.no_grad()
 def differ_before_a_tie(base: Any, prompt: list[int], own: list[int], other: list[int]) -> bool:
-    """Return whether texts differ where the model clearly prefers one token."""
+    """Return whether the model clearly prefers the token of `other` where the texts first differ."""
     for place, (mine, theirs) in enumerate(zip(own, other, strict=True)):
         if mine != theirs:
             logits_V = base(input_ids=torch.tensor([prompt + other[:place]]), use_cache=False).logits[0, -1]
@@ -241,14 +244,14 @@ def gap(actual: Tensor, expected: Tensor) -> float:
 
 
 def one_line(error: BaseException) -> str:
-    """Return a message without numbers that machines round differently."""
+    """Return an error message in one line, without the numbers that machines round differently."""
     line = " ".join(str(error).split())
     line = re.sub(r" \((logits|states) differ by [^)]*\)", "", line)
     return line if len(line) <= 160 else line[:157] + "..."
 
 
 def in_a_process(model_type: str) -> Row:
-    """Examine a type in a process that cannot take this one down."""
+    """Examine a type in a separate process, because a crash must not end this process."""
     here, there = multiprocessing.Pipe(duplex=False)
     context = multiprocessing.get_context("fork")
     child = context.Process(target=lambda: there.send(examine(model_type)))
@@ -264,7 +267,7 @@ def in_a_process(model_type: str) -> Row:
 
 
 def table(rows: dict[str, Row]) -> str:
-    """Return the page."""
+    """Return the text of docs/models.md."""
     right = [row for row in rows.values() if row.heads]
     unbuilt = [name for name, row in rows.items() if row.unbuilt]
     lines = [
@@ -287,7 +290,7 @@ def table(rows: dict[str, Row]) -> str:
 
 
 def main(names: list[str]) -> int:
-    """Examine types, all by default; write the table if they were all."""
+    """Examine types, by default all types; write the table if all were examined."""
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     torch.set_num_threads(1)

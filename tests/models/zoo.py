@@ -132,7 +132,7 @@ def tiny_model(model_type: str, *, seed: int = 0) -> Any:
     """Return a small model of a type in evaluation mode, with weights large enough that every layer matters.
 
     Raises:
-        ValueError: It has more than `MOST_PARAMETERS` parameters.
+        ValueError: The model has more than `MOST_PARAMETERS` parameters.
     """
     from transformers import AutoModelForCausalLM
 
@@ -151,7 +151,7 @@ def tiny_model(model_type: str, *, seed: int = 0) -> Any:
 
 
 def _tiny(default: Any, overrides: Mapping[str, Any]) -> Any:
-    """Return a config of the same class with small sizes, made anew so that derived sizes follow."""
+    """Return a new config of the same class with small sizes, so that derived sizes are small, too."""
     alias = default.attribute_map or {}
     fields = {each.name for each in dataclasses.fields(default) if each.init}
     names = fields | {name for name, real in alias.items() if real in fields}
@@ -180,6 +180,6 @@ def _tiny(default: Any, overrides: Mapping[str, Any]) -> Any:
 
 
 def _first_of_each_kind(values: Any) -> list[Any]:
-    """Return `LAYERS` values that hold as many kinds as there are layers, the commonest order kept."""
+    """Return `LAYERS` values: the distinct ones in order of first occurrence, repeated if too few."""
     kinds = list(dict.fromkeys(values))[:LAYERS]
     return (kinds * LAYERS)[:LAYERS]

@@ -1,8 +1,8 @@
 """Train and export a recipe, and count accepted drafts with our own computation and with vLLM.
 
-A text is written by head 1 alone, up to EOS or `NEW_TOKENS`. At each pass, the later heads draft the tokens
-after the newest one, and the drafts up to the first wrong one are accepted. The count includes drafts of the
-last pass that lie after the end of the text, because vLLM counts them, too.
+Head 1 alone decides the text, up to EOS or `NEW_TOKENS` tokens. At each pass, the later heads draft the
+tokens after the newest token, and all drafts before the first wrong draft are accepted. The count includes
+drafts of the last pass after the end of the text, because vLLM counts them, too.
 
 Shape letters: T positions, V vocabulary.
 """
@@ -72,7 +72,7 @@ class Drafting:
 
     @property
     def accepted_per_pass(self) -> float:
-        """Accepted drafts of a pass, on average."""
+        """Mean number of accepted drafts per pass."""
         return sum(self.accepted) / self.verified
 
 
@@ -131,7 +131,7 @@ def with_random_tensors(model: ServedModel, path: Path, prefix: str) -> ServedMo
 
 
 def own_count(model: ServedModel, drafted: Callable[[list[int], int], Sequence[Sequence[int]]]) -> Drafting:
-    """Write the texts and count.
+    """Generate the texts, and count the accepted drafts.
 
     Args:
         model: The model.
@@ -162,7 +162,7 @@ def own_count(model: ServedModel, drafted: Callable[[list[int], int], Sequence[S
 
 
 def decoded_by_vllm(model: ServedModel, speculative_config: dict[str, Any]) -> Drafting:
-    """Let vLLM write the texts."""
+    """Let vLLM generate the texts."""
     request = {
         "model": str(model.path),
         "speculative_config": speculative_config,

@@ -1,6 +1,6 @@
 """`data sample --endpoint` with vLLM: the same form, greedy texts and log-probabilities as with our policy.
 
-`make test-serving` makes the environment of vLLM; without it, these tests are skipped.
+`make test-serving` makes the environment of vLLM; without this environment, these tests are skipped.
 """
 
 import json
@@ -105,7 +105,7 @@ def test_log_probabilities_of_vllm_are_those_at_temperature_1(sampled, folder):
     for row in rows:
         ((prompt, new),) = codec.encode_documents([(row["prompt"], row["response"])])
         new = [*new, codec.eos_id] if row["tokens"][-1] == "<eos>" else new
-        if len(new) == len(row["tokens"]):  # a sampled text may be cut into other tokens than the tokenizer's
+        if len(new) == len(row["tokens"]):  # the tokenizer may split a text into other tokens
             (expected,) = token_logprobs(policy, [(prompt, new)], batch_size=1)
             assert row["logprobs"] == pytest.approx(expected, abs=1e-4)
             checked += 1

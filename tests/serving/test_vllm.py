@@ -1,7 +1,7 @@
 """vLLM drafts with the heads of an exported model: as many drafts are accepted as by our own count.
 
 Equal texts alone prove little, because verification repairs every wrong draft. `make test-serving` makes the
-environment of vLLM; without it, these tests are skipped.
+environment of vLLM; without this environment, these tests are skipped.
 
 Shape letters: B rows, T positions, H hidden, V vocabulary.
 """

@@ -26,7 +26,8 @@ llm = LLM(
     speculative_config=request["speculative_config"],
 )
 settings = SamplingParams(temperature=0, max_tokens=request["new_tokens"])
-# One after the other: the size of a batch changes the order of sums, and so a choice between near equals.
+# One prompt after the other: the batch size changes the order of sums, and so can change the choice between
+# tokens with almost equal logits.
 tokens = [
     list(llm.generate({"prompt_token_ids": ids}, settings, use_tqdm=False)[0].outputs[0].token_ids)
     for ids in request["prompts"]

@@ -3,8 +3,9 @@
     python completions_server.py MODEL
 
 It prints its port. `PUT /faults` sets the faults of the next requests, in the order of arrival: a status,
-`hang`, `bare` (an answer without log-probabilities) or `ok` (no fault). `GET /seen` returns what the server
-has seen since then: the number of requests, how many there were at once and are `open`, and their keys.
+`hang`, `bare` (an answer without log-probabilities) or `ok` (no fault). `GET /seen` returns the number of
+`requests` since then, the largest number of simultaneous requests (`most`), the number of requests that are
+`open` now, and the API `keys` of the requests.
 """
 
 import json
@@ -20,9 +21,9 @@ HANG_S = 5.0
 
 
 class Server(ThreadingHTTPServer):
-    """The model, and what was seen."""
+    """The model, and a record of the requests."""
 
-    request_queue_size = 64  # more connections than clients open at once, which are reset otherwise
+    request_queue_size = 64  # more than clients open at once; further connections are reset
 
     def __init__(self, model):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -33,13 +34,13 @@ class Server(ThreadingHTTPServer):
         self.reset([])
 
     def reset(self, faults):
-        """Set the faults of the next requests, and forget what was seen."""
+        """Set the faults of the next requests, and clear the record of requests."""
         with self.lock:
             self.faults = faults
             self.seen = {"requests": 0, "most": 0, "keys": []}
 
     def begin(self, key):
-        """Note a request and return its fault."""
+        """Record a request and return its fault."""
         with self.lock:
             self.open.add(threading.get_ident())
             self.seen["requests"] += 1

@@ -40,7 +40,7 @@ def small_policy(*, n_future, head_kind="parallel", scale=0.5):
 
 
 def texts(seed, *, rows=3, length=9):
-    """Rows of random documents, some of them chats with several answers, and padding."""
+    """Return rows of random documents with padding; some documents are chats with several answers."""
     generator = torch.Generator().manual_seed(seed)
     ends_BT = torch.rand(rows, length, generator=generator) < 0.2
     document_BT = ends_BT.cumsum(dim=1)

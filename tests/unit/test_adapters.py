@@ -59,7 +59,7 @@ BASES = {
     "tied": lambda: Qwen2ForCausalLM(
         Qwen2Config(**SMALL, intermediate_size=32, num_key_value_heads=1, tie_word_embeddings=True)
     ),
-    "opt": lambda: OPTForCausalLM(  # the only one that computes everything in float64 if asked to
+    "opt": lambda: OPTForCausalLM(  # the only model type here that can compute everything in float64
         OPTConfig(
             vocab_size=V,
             hidden_size=16,
@@ -99,7 +99,7 @@ def new_policy(name="llama", *, head="parallel", n_future=K):
 
 
 def adapted(name="llama", *, head="parallel", options=PLAIN, n_future=K, base_dtype="float32", moved=False):
-    """Return a policy with adapters; if `moved`, its adapters are no longer at their start."""
+    """Return a policy with adapters; if `moved`, the adapters no longer have their initial values."""
     policy = new_policy(name, head=head, n_future=n_future)
     torch.manual_seed(1)
     adapt(policy, ModelTable(train="adapters", adapters=options, base_dtype=base_dtype))

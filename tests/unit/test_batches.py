@@ -71,7 +71,7 @@ def test_batches_hold_documents_of_similar_length():
     assert computed / lengths.sum() < 1.06
 
 
-# These lengths are estimates; with those of the tokenizer, the 164 solutions alone give 1.048.
+# The lengths are estimates; with the tokenizer's lengths, the result for the 164 problems is 1.048.
 @pytest.mark.parametrize(("variants", "reach"), [(1, 1.052), (4, 1.05), (20, 1.05)])
 def test_padding_costs_little_on_humaneval_lengths(variants, reach, humaneval_characters):
     # SmolLM2 has 3.2 characters per token on average.
@@ -167,7 +167,7 @@ def test_thirteen_batches_in_a_row_hold_short_and_long_documents(batches):
     sampler = Sampler(pointwise(token_set(lengths)), lengths, batch_size=8, seed=0)
     means = np.asarray([lengths[sampler.rows(step)].mean() for step in range(batches)])
     windows = np.lib.stride_tricks.sliding_window_view(means, 13).mean(axis=1)
-    by_chance = means.std() / 13**0.5  # the standard deviation where batches come in random order
+    by_chance = means.std() / 13**0.5  # standard deviation of the mean of 13 random batches
 
-    assert np.abs(windows - means.mean()).max() < by_chance  # by chance, the largest is 2 to 4 of these
+    assert np.abs(windows - means.mean()).max() < by_chance  # in random order, it is 2 to 4 times this
     assert windows.std() < by_chance / 2

@@ -110,7 +110,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     checkpoints = saved(open_checkpoints(), 1, 2)
     path = tmp_path / "policy-00000002" / file
     content = bytearray(path.read_bytes())
-    path.unlink()  # the best state is a hard link: the other name stays as it is
+    path.unlink()  # the best state is a hard link: the file under the other name does not change
     if harm == "flipped bit":
         content[len(content) // 2] ^= 1
     elif harm == "truncated":
@@ -168,7 +168,7 @@ def test_a_payload_in_a_checkpoint_never_runs(open_checkpoints, tmp_path, monkey
         write_manifest(tmp_path / "policy-00000001")
 
     found = checkpoints.newest()
-    if found is not None:  # only the best state is as it was written: nothing but its loader looks into it
+    if found is not None:  # the payload is in the best state, which only its own loader reads
         with pytest.raises(WmtpError, match="is not a checkpoint of tensors"):
             load_model(nn.Linear(1, 1), found.best)
 

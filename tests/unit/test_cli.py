@@ -333,7 +333,7 @@ def test_output_has_no_colour(recipe):
 
 @pytest.mark.parametrize("arguments", [["plugins", "list"], ["--help"], ["nonsense"], ["check", "RECIPE"]])
 def test_a_closed_pipe_ends_quietly(recipe, arguments, site):
-    """As in `plugins list | head -1`, after which nobody reads."""
+    """As in `plugins list | head -1`: `head` stops reading after a line."""
     reader, writer = os.pipe()
     os.close(reader)
     arguments = [recipe if each == "RECIPE" else each for each in arguments]
@@ -360,7 +360,7 @@ def test_a_broken_connection_elsewhere_is_an_error(failing, capsys):
 
 @pytest.mark.parametrize("arguments", [["--storage=~/kept"], ["--storage", "~/kept"]])
 def test_a_home_folder_is_expanded_in_options(arguments, tmp_path, monkeypatch):
-    """A shell expands the second, but not the first."""
+    """A shell expands `~` in the second form, but not in the first."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     Path("weights.bin").write_bytes(b"w")

@@ -309,7 +309,7 @@ def run_at(tmp_path):
         try:
             return runner.run(jobs), said
         finally:
-            assert not list(tmp_path.glob(".order*"))  # so that all tasks stop
+            assert not list(tmp_path.glob(".order*"))  # deleted, so that all tasks stop
 
     return run
 
@@ -352,7 +352,7 @@ def test_a_worker_that_refuses_a_run_ends_the_comparison(arms, run_at):
 
 
 def test_a_run_ends_with_the_process_that_started_it(arms, tmp_path):
-    """A process executes a task and is killed; the run gets SIGTERM and says so."""
+    """A process executes a task and is killed; the run then gets SIGTERM and reports it."""
     program = """
         import signal, sys, time
         signal.signal(signal.SIGTERM, lambda *_: (print("stopped", flush=True), sys.exit(143)))
@@ -664,7 +664,7 @@ def test_an_arm_is_compared_on_the_seeds_that_both_have(write_run):
 
 @pytest.fixture
 def four_arms(write_run):
-    """Final losses by arm and seed; the floor has a seed of its own, and one arm has seed 1 alone."""
+    """Final losses by arm and seed; the floor has a seed of its own, and one arm has only seed 1."""
     finals = {
         "plain": {0: 3.0, 1: 3.0},
         "floor": {0: 2.0, 1: 2.5, 2: 9.0},

@@ -53,7 +53,7 @@ def test_the_p_value_is_that_of_scipys_permutation_test(values):
         vectorized=False,
     )
 
-    # scipy doubles the smaller tail; the distribution is symmetric, so that is the same up to its middle
+    # scipy doubles the smaller tail. For a symmetric distribution, this is the same, but it can exceed 1.
     assert sign_flip_p(values) == pytest.approx(min(1.0, found.pvalue))
 
 
@@ -75,7 +75,7 @@ def test_a_value_that_is_not_finite_has_neither_mean_nor_p_value(value):
 
 
 def test_a_difference_is_paired():
-    found = difference([1.0, 5.0, 9.0], [0.5, 4.5, 8.5])  # far apart by seed, the same distance in each
+    found = difference([1.0, 5.0, 9.0], [0.5, 4.5, 8.5])  # far apart between seeds, equal differences
 
     assert found.estimate.mean == found.estimate.low == found.estimate.high == 0.5
     assert found.p_value == 0.25

@@ -76,7 +76,7 @@ PLUGIN = """
 
 @pytest.fixture
 def run(install_plugin, tmp_path, monkeypatch, wmtp_cli):
-    """Return a function that executes a run with a critic that fails, for its exit code."""
+    """Return a function that executes a run with a critic that fails, and returns the exit code."""
     install_plugin("mine", PLUGIN)
     monkeypatch.chdir(tmp_path)
 

@@ -1,4 +1,4 @@
-"""The test that a critic must pass, which critics without information rarely do, and the data of the test."""
+"""The test that a critic must pass (critics without information rarely pass), and the data of the test."""
 
 import itertools
 
@@ -64,7 +64,7 @@ def test_copies_of_a_response_to_the_same_problem_add_no_evidence():
     values = correct + 1.5 * generator.standard_normal(16)
     once = chance_p_value(values, correct, np.arange(16))
 
-    assert once > 2 * LEVEL  # with independent copies it would become tiny
+    assert once > 2 * LEVEL  # if copies counted as independent, the p-value would become tiny
     assert chance_p_value(
         np.repeat(values, 20), np.repeat(correct, 20), np.repeat(np.arange(16), 20)
     ) == pytest.approx(once, abs=0.01)
@@ -129,9 +129,10 @@ TRIALS, LEARNERS = 600, 11
 
 
 def noise(generator, prompt_share):
-    """Return labels of 4 responses to each of 30 problems, hard and easy, and 11 critics without information.
+    """Return labels of 4 responses to each of 30 problems, and values of 11 critics without information.
 
-    A critic gives one number to a problem and another to each response, mixed by `prompt_share`.
+    Some problems are hard and some are easy. A value is a mixture of a random number of the problem, with the
+    share `prompt_share`, and a random number of the response.
     """
     problems = np.repeat(np.arange(30), 4)
     correct = generator.random(120) < generator.beta(0.5, 0.5, size=30)[problems]
@@ -152,7 +153,7 @@ def test_the_best_of_many_critics_without_information_passes_in_at_most_2_5_perc
         choosing, judging = documents_of("choosing", tokens), documents_of("judging", tokens)
         correct = tokens.reward_D == 1
         ranks = [rankdata(each[choosing]) for each in values]
-        scores = [each[correct[choosing]].sum() for each in ranks]  # the AUC is linear in it
+        scores = [each[correct[choosing]].sum() for each in ranks]  # the AUC is linear in this sum
         for validations in passed:
             best = values[int(np.argmax(scores[:validations]))][judging]
             passed[validations] += chance_p_value(best, correct[judging], tokens.problem_D[judging]) <= LEVEL
@@ -161,4 +162,4 @@ def test_the_best_of_many_critics_without_information_passes_in_at_most_2_5_perc
     assert {
         count: number / TRIALS for count, number in passed.items() if number / TRIALS > LEVEL + 3 * error
     } == {}
-    assert sum(passed.values()) > 0  # it is a test with that level, and not one that refuses everything
+    assert sum(passed.values()) > 0  # the test does not refuse every critic

@@ -113,7 +113,7 @@ def halves(problems):
 
 @pytest.fixture
 def run(install_plugin, tmp_path, monkeypatch, wmtp_cli):
-    """Return a function that executes a run with a critic that knows some problems, for its exit code."""
+    """Return a function that runs a recipe with a critic that knows some problems; returns the exit code."""
     install_plugin("shown", PLUGIN)
     monkeypatch.chdir(tmp_path)
 

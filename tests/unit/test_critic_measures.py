@@ -16,7 +16,7 @@ from weighted_mtp_core.metrics.critic import CriticMeasures, LengthOnly, ScoredR
 
 
 def judge(responses):
-    """Responses as (problem, reward, value of the prompt, values of the tokens)."""
+    """Return scored responses from tuples (problem, reward, value of the prompt, values of the tokens)."""
     return ScoredResponses(
         value_N=np.concatenate([values for *_, values in responses]).astype(np.float64),
         before_D=np.array([before for _, _, before, _ in responses], dtype=np.float64),

@@ -20,7 +20,7 @@ def naive_auc(values, rewards):
 
 
 def report(values, rewards, problems=None):
-    """Responses of one token each, so that their values are the final ones."""
+    """Return the report on responses of one token each, so that every value is a final value."""
     count = len(values)
     judged = ScoredResponses(
         value_N=np.asarray(values, dtype=np.float64),
@@ -105,7 +105,7 @@ def test_a_bins_interval_is_wilsons():
     (found,) = report([0.55] * 10, [1.0] * 8 + [0.0] * 2).reliability
 
     assert (found.count, found.reward) == (10, 0.8)
-    for end in (found.low, found.high):  # where the observed rate is 1.96 standard errors off
+    for end in (found.low, found.high):  # 1.96 standard errors from the observed rate
         assert abs(found.reward - end) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / 10))
     assert found.low < 0.8 < found.high
 
@@ -117,7 +117,7 @@ def test_metrics_stand_beside_those_of_a_constant_and_of_length_alone():
     assert metrics["critic_constant_auc"] == metrics["critic_length_only_auc"] == 0.5
     assert metrics["critic_constant_brier"] == pytest.approx(2 / 9)
     assert all(re.fullmatch(r"[a-z_]+", name) for name in metrics)
-    assert "critic_pairwise_accuracy" not in metrics  # no problem has both
+    assert "critic_pairwise_accuracy" not in metrics  # no problem has both outcomes
 
 
 def test_its_words_give_the_interval_and_the_rivals():

@@ -57,7 +57,7 @@ def table(path, records):
 
 
 def _schema(records):
-    """Return a schema with the keys of all records, because `from_pylist` reads those of the first record."""
+    """Return a schema with the keys of all records; `from_pylist` only reads the keys of the first record."""
     keys = {key for record in records for key in record}
     return Table.from_pylist([{key: record.get(key) for key in keys} for record in records]).schema
 

@@ -182,7 +182,7 @@ def test_it_agrees_with_step_0_of_the_run(request, capsys, packing, kind):
 
 
 def _of_target(seen, b, t):
-    """Return the weight of token t as the target of each head, 0 where it is none."""
+    """Return the weight of token t as the target of each head; 0 for heads of which it is no target."""
     return [
         seen["weight"][b][t - k][k - 1]
         if t >= k and seen["document"][b][t - k] == seen["document"][b][t]

@@ -82,7 +82,7 @@ def run_id(folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, judged_plugin):
-    """A folder with `recipe.toml`, a finished run that mostly solves its sums, and the run as `model`."""
+    """A folder with `recipe.toml`, a finished run that mostly solves its sums, and its export `model`."""
     folder = tmp_path_factory.mktemp("sampling")
     metadata = folder / "site" / "wmtp_own-0.3.0.dist-info"
     metadata.mkdir(parents=True)
@@ -175,7 +175,7 @@ def test_log_probabilities_are_those_of_a_forward_pass_at_temperature_1(written,
     assert len({row["response"] for row in found}) > 10
     for row in found[:40]:
         ids = [*tokenizer(row["response"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        if len(ids) == len(row["tokens"]):  # a sampled text may be cut into other tokens than the tokenizer's
+        if len(ids) == len(row["tokens"]):  # the tokenizer may split a text into other tokens
             assert row["logprobs"] == pytest.approx(reference(folder, row, ids), abs=2e-5)
 
 
@@ -405,7 +405,8 @@ def process(folder):
 def serving(process, seen):
     """Give the next requests some faults; return the address of the API.
 
-    A command that fails leaves requests behind, which end with its process, but not with its test.
+    A command that fails leaves requests open. They would end with the process of the command, but here they
+    can outlive a test, so this fixture first waits until no request is open.
     """
 
     def serving(*faults):

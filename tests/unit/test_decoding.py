@@ -265,7 +265,7 @@ def test_sampled_texts_follow_exactly_the_models_distribution(decoding, head):
     numbers = np.array(written.tokens) @ (4 ** np.arange(length)[::-1])
     observed = np.bincount(numbers, minlength=len(expected))
 
-    assert (expected * count).min() >= 5  # the approximation of the test statistic needs it
+    assert (expected * count).min() >= 5  # the chi-squared approximation needs this
     assert chisquare(observed, expected / expected.sum() * count).pvalue > 0.01
     if decoding == "self_speculative":
         assert all(0.2 < share < 0.95 for share in written.acceptance)

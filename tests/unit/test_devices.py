@@ -1,4 +1,4 @@
-"""Stage 2 on each device: what holds on the CPU also holds on a GPU. `make gpu` runs those marked `gpu`."""
+"""Stage 2 on each device: what holds on the CPU also holds on a GPU (`make gpu` runs tests marked `gpu`)."""
 
 import copy
 import math
@@ -118,7 +118,7 @@ def take_step(training, optimisers, bad, batch):
 
 
 class OneDevice(TorchDispatchMode):
-    """Fails if an operation other than a copy has tensors of two devices; numbers on the host may join."""
+    """Fails if an operation other than a copy has tensors of two devices; 0-dim tensors are exempt."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]

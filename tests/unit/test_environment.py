@@ -11,7 +11,7 @@ OURS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS", "PYTORCH_ENABLE_
 
 
 def run(program, **own):
-    """Run a program in a process with these settings and no other of ours."""
+    """Run a program in a process; of the variables in `OURS`, its environment has only those in `own`."""
     kept = {name: value for name, value in os.environ.items() if name not in OURS}
     return subprocess.run(
         [sys.executable, "-c", program], env=kept | own, capture_output=True, text=True, check=True

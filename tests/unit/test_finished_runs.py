@@ -40,7 +40,7 @@ RECIPE = """
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, judged_plugin, flat_plugin):
-    """The folder of a finished run; its storage lies four folders up. The working folder holds `storage/`."""
+    """The folder of a finished run, in `storage/runs` of the working folder."""
     folder = tmp_path_factory.mktemp("trained")
     for plugin, module, source in (
         ("flat_weights", "wmtp_flat", flat_plugin),
@@ -461,7 +461,7 @@ def medusa(trained):
 
 
 def hints(run):
-    """What a finished run told its user to do next, as the values of report.md."""
+    """Return the next steps that a finished run recommends, as the values of report.md."""
     lines = re.findall(r"- \*\*(.+?)\*\*: (.*)", (run / "report.md").read_text())
     return {name: value for name, value in lines if name in {"export it", "serve it"}}
 

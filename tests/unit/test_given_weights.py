@@ -232,7 +232,7 @@ class Given(WeightingStrategy):
 
 
 class Uniform(WeightingStrategy):
-    """1 on every target."""
+    """Gives every target the weight 1."""
 
     def weigh(self, view):
         return Weights(weight=view.response_BT.float())
@@ -283,7 +283,7 @@ def own_gradient(model, tokens, document):
 
 
 def shares(model, tokens, **table):
-    """Return the factors a, b of `gradient = a * own(first) + b * own(second)` of the step of both."""
+    """Return a, b in `gradient = a * own(first) + b * own(second)`, for a step on both documents."""
     _, gradient = step(model, collate(tokens, [0, 1], device=CPU), Given(), **table)
     whole = torch.cat([each.flatten() for each in gradient.values()])
     own = torch.stack([own_gradient(model, tokens, document) for document in (0, 1)], dim=1)

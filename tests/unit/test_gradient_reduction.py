@@ -159,7 +159,8 @@ def test_buckets_change_no_bit_and_the_sum_is_that_of_one_process(tmp_path):
                 assert (first[key] == unbucketed[key]).all(), (name, size, key)
                 torch.testing.assert_close(torch.from_numpy(first[key]), gradient, rtol=1e-5, atol=1e-5)
             assert sum(sent) == sum(calls), (name, size)
-        # With one bucket for the heads and one for the trunk, all other tensors of a gradient are no call.
+        # With the largest buckets, the gradients of the heads are sent in one call, and those of a trained
+        # trunk in another call. With the smallest buckets, each tensor is sent in a separate call.
         buckets = 1 if case.get("train") == "heads" else 2
         assert len(calls) - len(one[name, ALL][1]) == len(trained) - buckets
         assert len(one[name, ALL][1]) < len(one[name, SOME][1]) < len(calls)

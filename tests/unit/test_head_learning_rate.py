@@ -28,7 +28,7 @@ TABLE = PolicyTrainTable(
     log_every=1,
 )
 LATER = ("heads.1.", "heads.2.")
-"""Where the names of the parameters of heads 2 and 3 start."""
+"""Prefixes of the names of the parameters of heads 2 and 3."""
 
 
 @functools.cache
@@ -57,7 +57,7 @@ def batch(step):
 
 
 class Flat(WeightingStrategy):
-    """1 on every target."""
+    """Gives every target the weight 1."""
 
     def weigh(self, view):
         return Weights(weight=view.response_BT.float())

@@ -1,4 +1,4 @@
-"""Each hook's docstring holds a whole plugin module; it is run here."""
+"""Each hook's docstring contains a whole plugin module; these tests run the module."""
 
 import inspect
 import types

@@ -1,9 +1,10 @@
 """Training on a Markov chain, whose exact predictions are known: no target counts more than it should.
 
-Documents begin with one of eight symbols. With probability 1/64, EOS follows each symbol; otherwise the next
-symbol follows with probability 0.7, and else any of the eight. So head k should predict the k-th power of the
-transition matrix, and EOS with 1/64: pairs whose target would lie after EOS do not exist. `sequential` heads
-also read the symbols between source and target, so each of them should predict the matrix itself.
+Documents begin with one of eight symbols. With probability 1/64, EOS follows a symbol s. Otherwise, the
+symbol s + 1 (modulo 8) follows with probability 0.7, and a random one of the eight symbols with probability
+0.3. So head k should predict the k-th power of the transition matrix, and EOS with probability 1/64: pairs
+with a target after EOS do not exist. `sequential` heads also read the symbols between source and target, so
+each of them should predict the matrix itself.
 
 Shape letters: S symbols, K heads, N pairs, C classes (S symbols and EOS).
 """
@@ -158,7 +159,7 @@ def test_each_sequential_head_reaches_the_exact_cross_entropy_of_one_step(tmp_pa
             ids_BT, counts_BT = batch.ids_BT.numpy(), batch.response_BT.numpy()[:, k:]
             steps_T = np.ones(counts_BT.shape[1], dtype=int)
             if options and k == 2:
-                steps_T[0] = 2  # for vLLM, head 2 does not see the token after the first one
+                steps_T[0] = 2  # in vLLM's form, head 2 does not read token 1
             before_BT = np.where(steps_T == 1, ids_BT[:, k - 1 : -1], ids_BT[:, :-k])
             steps_BT = np.broadcast_to(steps_T, counts_BT.shape)
             pairs = (each_BT[counts_BT] for each_BT in (steps_BT - 1, before_BT, ids_BT[:, k:]))

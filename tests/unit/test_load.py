@@ -210,7 +210,7 @@ def gguf_file(tmp_path):
 
 
 def gguf_tensors(model):
-    """llama.cpp's names of a Llama's tensors; it stores rotary halves interleaved."""
+    """Return a Llama's tensors under llama.cpp's names; llama.cpp stores rotary halves interleaved."""
     body = model.model
     yield "token_embd.weight", body.embed_tokens.weight
     yield "output_norm.weight", body.norm.weight

@@ -305,7 +305,7 @@ def test_uniform_logits_lose_ln_v(normalise):
 
 
 def test_weights_move_the_optimum_as_a_unigram_model_says():
-    """Counts (10, 5, 1) under weights (0.1, 1, 3) of tokens: mass 1, 5, 3, so the best is (1/9, 5/9, 3/9)."""
+    """Counts (10, 5, 1) times weights (0.1, 1, 3) are (1, 5, 3), so the optimum is (1/9, 5/9, 3/9)."""
     labels_BTK = torch.tensor([0] * 10 + [1] * 5 + [2]).reshape(1, 16, 1)
     weight_BTK = torch.tensor([0.1, 1.0, 3.0])[labels_BTK]
     logits_V = torch.full((V,), -1e4)

@@ -76,7 +76,7 @@ def plan(write_recipe):
 
 
 FOUND = {}
-"""Forecasts by target, overrides and phase, because each takes a second."""
+"""Cache of the forecasts by target, overrides and phase, because each forecast takes a second."""
 
 
 def _forecast(plan, target=CPU, *overrides, only="policy training"):
@@ -130,7 +130,7 @@ def test_adamw_holds_two_moments_of_each_trained_parameter(plan):
 
 
 def _allocated_peak(train):
-    """Return the largest sum of bytes that torch's CPU allocator holds for a function, besides its inputs."""
+    """Return the peak of the bytes that torch's CPU allocator holds during a function, without its inputs."""
     with torch.profiler.profile(
         profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
     ) as seen:
@@ -207,7 +207,7 @@ def test_activation_checkpointing_of_a_frozen_base_takes_no_more_memory(plan):
 
 
 FEW_KEYS = ("model.train=heads", "model.n_future=2", "evaluate.decoding=plain", "evaluate.batch_size=1")
-"""Overrides that leave few keys that could lower the memory, each of which is tried."""
+"""Overrides after which few keys could lower the memory: `savings` tries each such key, which takes time."""
 
 
 def test_each_key_is_listed_with_what_it_saves(plan):

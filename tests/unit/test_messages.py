@@ -116,7 +116,7 @@ def test_a_name_that_is_no_address(install_plugin, registry):
 
 @pytest.mark.parametrize("written", [">=0.4,<0.5", "<0.5,>=0.4"])
 def test_made_for_another_core(load_error, written):
-    """Build back ends sort the range; it is shown as people write it."""
+    """Build back ends sort the parts of the range; the message shows the range as people write it."""
     assert load_error("", requires=f"weighted-mtp-core{written}") == (
         "error: plugin `mine` (wmtp-mine 0.3.0) needs weighted-mtp-core>=0.4,<0.5, but 0.1.0 is installed\n"
         "hint: install a version of wmtp-mine made for weighted-mtp-core 0.1.0"

@@ -132,7 +132,7 @@ def drafted_by_transformers(path):
 
 
 def own_drafts(policy, lengths):
-    """Return the same for texts of these lengths, decoded by ourselves."""
+    """Return the same for texts of these lengths from our own decoding."""
     written = [
         generate(policy, [prompt], max_new_tokens=length, eos_id=-1, decoding="self_speculative")
         for prompt, length in zip(PROMPTS, lengths, strict=True)
@@ -155,7 +155,7 @@ def test_transformers_writes_our_texts_and_accepts_as_many_drafts(drafting):
     texts, accepted = drafted_by_transformers(path)
 
     assert (texts, accepted) == own_drafts(policy, map(len, texts))
-    assert accepted[-1] >= 5  # by chance, V ** 3 = 64,000 passes accept one
+    assert accepted[-1] >= 5  # by chance, it is one in V ** 3 = 64,000 passes
 
 
 def test_layers_that_were_not_trained_for_this_model_have_far_fewer_drafts_accepted(drafting):

@@ -51,7 +51,7 @@ TOKENS = token_set()
 
 
 def chats():
-    """The same documents with every third token after the prompt left out, as other turns of a chat are."""
+    """The same documents; every third token after the prompt is no target, like other turns of a chat."""
     position_N = np.concatenate([np.arange(length) for length in TOKENS.length_D])
     after_N = position_N - np.repeat(TOKENS.prompt_D, TOKENS.length_D)
     return attrs.evolve(TOKENS, target_N=(after_N >= 0) & (after_N % 3 != 1))
@@ -203,7 +203,8 @@ def test_weights_of_both_signs_are_divided_by_the_mean_of_their_absolute_values(
     normaliser = Normaliser.make([4.0], "weights", device=CPU)
     target_BTK = torch.ones(1, 4, 1, dtype=torch.bool)
 
-    # 4 pairs a step: mean |w| is 1 in the first step, and (4 + 2) / 8 after the second, which sums to 0.
+    # 4 pairs a step: mean |w| is 1 after the first step, and (4 + 2) / 8 after the second step, whose weights
+    # sum to 0.
     first = normaliser.add(torch.tensor([1.0, -2.0, 1.0, 0.0]).view(1, 4, 1), target_BTK)
     second = normaliser.add(torch.tensor([-1.0, 0.0, 0.0, 1.0]).view(1, 4, 1), target_BTK)
 

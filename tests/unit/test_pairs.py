@@ -17,7 +17,7 @@ ANY_LENGTH = PairsTable(length_ratio=0)
 
 
 def token_set(responses):
-    """Responses (problem, is correct, tokens after a prompt of two tokens)."""
+    """Return documents from tuples (problem, is correct, number of tokens after a prompt of two tokens)."""
     lengths = [2 + length for _, _, length in responses]
     return TokenSet(
         ids_N=np.zeros(sum(lengths), dtype=np.int64),
@@ -54,7 +54,7 @@ def test_a_pair_is_correct_and_incorrect_of_one_problem_and_one_length_bin(drawn
 
 @given(drawn=responses, ratio=st.sampled_from([0, 1]))
 def test_every_response_that_has_a_partner_is_in_a_pair(drawn, ratio):
-    """Worked out from all pairs."""
+    """The expected responses come from a loop over all pairs of responses."""
     bins = length_bins(np.asarray([length for _, _, length in drawn]), ratio=ratio)
     partnered = {
         i

@@ -1,4 +1,4 @@
-"""pass@k is the share of all k-subsets of the samples with a passed sample."""
+"""pass@k is the share of all k-subsets of the samples that contain a passed sample."""
 
 from itertools import combinations
 

@@ -159,7 +159,7 @@ def test_descriptions_that_cannot_be_read_break_nothing(install_plugin, site, te
 
 
 def test_a_stranger_that_cannot_be_decoded_is_ignored_and_named(install_plugin, site):
-    """Importing torch reads the entry points of all packages, and dies of them without our help."""
+    """Importing torch reads the entry points of all packages, and fails on such a file unless core helps."""
     (install_plugin("stranger") / "entry_points.txt").write_bytes(b"[console_scripts]\nx = gr\xfcn:main\n")
     environment = {**os.environ, "PYTHONPATH": str(site)}
 
@@ -190,7 +190,7 @@ def test_entry_points_that_make_no_sense_are_somebody_elses(install_plugin, site
     assert find([str(site)]) == {}
 
 
-# Importing the backport (mlflow's packages do) makes its finder answer for the standard library's.
+# If a package (such as MLflow) imports the backport, the backport's finder replaces the standard library's.
 @pytest.mark.parametrize("package", [importlib.metadata, importlib_metadata])
 def test_metadata_without_a_name_breaks_nothing(install_plugin, site, monkeypatch, package):
     others = [each for each in sys.meta_path if not hasattr(each, "find_distributions")]

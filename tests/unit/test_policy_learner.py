@@ -46,7 +46,7 @@ LABEL = "weighting `failing.late` of plugin `failing` (wmtp-failing 0.3.0)"
 HEADS = ("parallel", "medusa", "sequential")
 
 LATER = ("heads.1.", "heads.2.")
-"""Where the names of the parameters of heads 2 and 3 start."""
+"""Prefixes of the names of the parameters of heads 2 and 3."""
 
 
 @functools.cache
@@ -85,7 +85,7 @@ def batch():
 
 
 class Uniform(WeightingStrategy):
-    """1 on every target."""
+    """Gives every target the weight 1."""
 
     def weigh(self, view):
         return Weights(weight=view.response_BT.float())
@@ -99,7 +99,7 @@ class Fixed(WeightingStrategy):
 
 
 class ByLoss(WeightingStrategy):
-    """More where the policy is worse than the mean of the whole batch."""
+    """More weight where the policy's loss is above the mean of the whole batch."""
 
     def weigh(self, view):
         loss_BTK = view.token_loss_BTK
@@ -170,7 +170,7 @@ def pairs_of(model, batch):
 
 
 def formula(model, batch, weigh):
-    """Return the same by the formula, the whole batch at once; `weigh` maps losses `[B, T, K]` to weights."""
+    """Return the same as `learnt`, by the formula for the whole batch; `weigh` maps losses to weights."""
     labels_BTK = labels_of(model, batch)
     target_BTK = target_mask(labels_BTK)
     share_K = torch.full((model.n_future,), 1 / model.n_future)
@@ -373,7 +373,7 @@ def test_weights_without_training_leave_the_policy_in_its_mode_also_after_an_err
 
 def test_weights_that_were_bad_since_the_last_look_are_found_before_a_checkpoint():
     trained = learner(policy(), Failing(AssertionError()))
-    trained._values.note(torch.tensor([1.0, -1.0]))  # as on an accelerator, which is looked at now and then
+    trained._values.note(torch.tensor([1.0, -1.0]))  # as on an accelerator, where weights are read rarely
 
     with pytest.raises(RunFailedError, match="returned weights with a negative weight in them"):
         trained.state_dict()

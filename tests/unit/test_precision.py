@@ -208,7 +208,7 @@ def test_a_critic_whose_scores_are_not_float32_is_refused_by_name():
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_texts_are_generated_in_the_dtype_of_the_policy(head_kind, decoding, temperature):
     writing, seen = policy(head_kind=head_kind), set()
-    generate(writing, [[5]], max_new_tokens=1, eos_id=-1)  # the probe of how to decode
+    generate(writing, [[5]], max_new_tokens=1, eos_id=-1)  # runs the probe that chooses how to decode
     for module in writing.trunk.modules():
         if isinstance(module, nn.Linear):
             module.register_forward_hook(lambda _, __, output: seen.add(output.dtype))

@@ -1,4 +1,4 @@
-"""What several processes must decide alike, though their numbers differ by rounding."""
+"""Decisions that several processes must make alike, although their numbers differ by rounding."""
 
 import multiprocessing
 import warnings
@@ -31,7 +31,7 @@ class Together(Learner):
         return [self.number]
 
     def learn(self, batch, *, step):
-        self.drawn.append(float(torch.rand(1 + self.distributed.rank)[0]))  # as dropout of uneven shares
+        self.drawn.append(float(torch.rand(1 + self.distributed.rank)[0]))  # like dropout on uneven parts
         loss = (self.number - 3).square().sum()
         loss.backward()
         return StepResult(loss=loss.detach(), metrics=dict)

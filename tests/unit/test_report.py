@@ -96,7 +96,7 @@ def test_the_loss_that_counts_is_that_of_the_step_that_was_kept(write_journal):
     assert "held-out loss, head 1 1.250 2.500 at the start" in shown
     assert "held-out loss, mean of heads 2..K 2.125 3.500 at the start" in shown
     assert "1 2.500 1.250 1.375" in shown  # head 1: start, kept, test
-    assert "2 3.500 2.125 –" in shown  # noqa: RUF001 - head 2: its own best came later, nothing was tested
+    assert "2 3.500 2.125 –" in shown  # noqa: RUF001 - head 2: start, kept, no test
 
 
 def test_the_kept_step_is_that_of_the_heads_that_are_trained(write_journal):
@@ -105,7 +105,7 @@ def test_the_kept_step_is_that_of_the_heads_that_are_trained(write_journal):
     shown = text(page(write_journal(WHOLE[0], params, *WHOLE[2:])))
 
     assert "held-out loss, mean of heads 2..K 2.000 3.500 at the start" in shown
-    assert "held-out loss, head 1" not in shown  # it stays what it was
+    assert "held-out loss, head 1" not in shown  # head 1 is frozen, so its loss is constant
     assert "1 2.500 1.500 1.375" in shown
     assert "2 3.500 2.000 –" in shown  # noqa: RUF001 - nothing was tested
 

@@ -27,7 +27,7 @@ APART = DataTable(use="x")
 
 
 class Judge(Critic):
-    """A value for each kind of token; counts the documents that it was asked about."""
+    """Gives each token id a value; counts the documents that it has scored."""
 
     trainable = True
     reads_policy = False
@@ -48,14 +48,14 @@ class Judge(Critic):
 
 
 class Reference(Judge):
-    """The same, as losses."""
+    """Provides the same numbers as reference losses."""
 
     def score(self, batch, hidden_BTH):
         return Scores(reference_loss_BT=super().score(batch, hidden_BTH).value_BT)
 
 
 class Whitened(WeightingStrategy):
-    """Weights from values by the whole batch's statistics, and by moving ones."""
+    """Weights from values, whitened with the statistics of the whole batch and with moving statistics."""
 
     mean = 0.0
 

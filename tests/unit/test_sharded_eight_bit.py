@@ -17,7 +17,10 @@ from weighted_mtp_core.training.optimisers import make_optimisers
 
 TABLE = TrainTable(optimiser=OptimiserTable(name="adamw_8bit"), learning_rate=0.01, weight_decay=0.1)
 SHAPES = {"even": (64, 128), "odd": (65, 256), "small": (64, 64)}
-"""`even` has two shards of 4096 values; the shards of `odd` differ, and those of `small` are too small."""
+"""`even` has two shards of 4096 values. The shards of `odd` differ in size.
+
+The shards of `small` have fewer than the 4096 values that moments of 8 bits need.
+"""
 
 
 class Tensors(nn.Module):
@@ -94,7 +97,7 @@ def test_two_sharded_processes_train_as_one_does_and_one_goes_on_with_their_chec
     assert [process.exitcode for process in processes] == [0, 0]
     assert torch.equal(last["even"], alone.even)  # the same blocks as in one process
     assert torch.equal(resumed.even, alone.even)
-    for name in ("odd", "small"):  # moments of 32 bits instead of 8
+    for name in ("odd", "small"):  # these have moments of 32 bits
         moved = (alone.get_parameter(name) - Tensors().get_parameter(name)).norm()
         assert (last[name] - alone.get_parameter(name)).norm() < 0.05 * moved
         torch.testing.assert_close(resumed.get_parameter(name).detach(), last[name], rtol=0, atol=1e-6)

@@ -173,7 +173,7 @@ def test_heads_compute_what_transformers_own_mtp_layers_compute(base, family, de
 
 @torch.no_grad()
 def test_mimos_layer_reads_the_state_before_the_final_norm_and_no_token_at_the_start(base):
-    """vLLM 0.32.0, `mimo_mtp.py`."""
+    """As in vLLM 0.32.0, `mimo_mtp.py`."""
     path, ids_BT = base("qwen2"), ids()
     policy = load(path).policy.eval()
     found = policy.logits(2, policy.trunk_states(ids_BT), ids_BT=ids_BT)

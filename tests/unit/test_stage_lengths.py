@@ -30,7 +30,7 @@ RECIPE = """
 
 @pytest.fixture
 def run(install_plugin, flat_weights, judged_plugin, write_recipe, capsys):
-    """Run the recipe with some overrides, perhaps as a resumed run; return run folder, history and output."""
+    """Run the recipe with overrides, or resume a run; return run folder, history and output."""
     install_plugin("sums", judged_plugin)
     recipe = write_recipe(RECIPE)
 

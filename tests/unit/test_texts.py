@@ -124,7 +124,7 @@ def test_the_texts_of_single_tokens_add_up_to_the_text(name, text):
 
 
 def covered(codec, prompt, response):
-    """Return the characters of the response that each token contributes to, by decoding every beginning."""
+    """Return the characters of the response to which each token contributes, by decoding every prefix."""
     ((first, second),) = codec.encode_documents([(prompt, response)])
     text = prompt + response
     decoded = codec.decode([[*first, *second[:i]] for i in range(len(second) + 1)])
@@ -132,7 +132,7 @@ def covered(codec, prompt, response):
         next((i for i, (one, other) in enumerate(zip(each, text, strict=False)) if one != other), len(each))
         for each in decoded
     ]
-    complete = list(itertools.accumulate(shared, max))  # half a character hides the whole ones before it
+    complete = list(itertools.accumulate(shared, max))  # part of a character can hide whole ones before it
     pending = [each != text[:done] for each, done in zip(decoded, complete, strict=True)]
     return [
         set(range(before - len(prompt), after - len(prompt) + more))
@@ -151,7 +151,7 @@ def covered(codec, prompt, response):
 def test_the_offsets_of_a_response_are_the_characters_that_decoding_its_tokens_adds(name, prompt, response):
     codec = CODECS[name]
     if name.startswith("Unigram") and not response.isascii():
-        return  # these have no tokens for other characters
+        return  # Unigram tokenizers here have no tokens for other characters
     offsets = codec.response_offsets(prompt, response)
     inked = {i for i, character in enumerate(response) if not character.isspace()}
 

@@ -14,7 +14,8 @@ Terms for the model:
 - *unembedding*: the matrix `[V, H]` that turns a head's output into logits; all heads share one unembedding.
 - *policy*: the model that is trained with weighted tokens; it consists of trunk, heads and unembedding.
 - *critic*: a component that gives every token of a batch a score. The score of a token is its value V_t (see
-  *value*), the logarithm of V_t, or the loss of a *reference model*, another language model.
+  *value*), the logarithm of V_t, or the loss of the token under a *reference model*, which is another
+  language model.
 
 Terms for the data:
 
@@ -34,9 +35,9 @@ Terms for the data:
 
 Terms for the weighting:
 
-- *signal*: a quantity known for each token of a batch, such as the reward or the policy's loss. A weighting
-  declares the signals that it `needs`, and a critic declares the signals that it `provides`; core computes
-  all other signals or reads them from the data.
+- *signal*: a quantity known for each token, or for each pair, of a batch, such as the reward or the policy's
+  loss. A weighting declares the signals that it `needs`, and a critic declares the signals that it
+  `provides`; core computes all other signals or reads them from the data.
 - *weighting*: a component that computes from the signals a weight for each target token, or for each pair.
 - *value* V_t: the expected reward of a response, estimated from the prefix that ends at token t.
 - *TD error* of token t: the change of the expected reward at token t, `r_t + gamma V_t - V_{t-1}`, with the

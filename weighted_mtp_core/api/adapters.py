@@ -125,7 +125,10 @@ def read_directly(module: nn.Module, names: Iterable[str]) -> list[str]:
 
 @functools.cache
 def _code_of(kind: type) -> str:
-    """Return the source code of a class's methods, except methods with `init` or `reset` in their name."""
+    """Return the source code of a class's methods.
+
+    Methods of `nn.Module` itself, and methods with `init` or `reset` in their name, are left out.
+    """
     from torch import nn
 
     found = []

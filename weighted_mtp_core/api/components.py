@@ -160,7 +160,7 @@ class BuildContext:
         """Sizes, device, tokenizer and copies of the policy, for weightings and critics.
 
         Raises:
-            WmtpError: The component is a data source or a tracker, which are built before the policy.
+            WmtpError: The component is a data source or a tracker; core builds both before the policy.
         """
         if self._model is None:
             raise WmtpError("this component is built before the policy exists, so `context.model` is empty")
@@ -183,7 +183,7 @@ class Finding:
 
     Attributes:
         mark: `FAILED` if a run that uses the component would fail on this machine; `doctor` then exits with
-            code 1.
+            code 1. A `warning` does not change the exit code.
         name: What was checked, in one or two words.
         text: The result of the check; it must not contain secrets.
         hint: What the user can do about a failed check.
@@ -244,7 +244,7 @@ class Stateful(ABC):  # noqa: B024 - both methods have a default: most component
         """Restore a state that `state_dict` returned.
 
         Raises:
-            WmtpError: `state` was saved by a component of another kind.
+            WmtpError: `state` was saved by another component.
         """
         if state:
             raise WmtpError(
@@ -274,16 +274,19 @@ class Critic(Stateful):
 
     Attributes:
         trainable: Whether stage 1 trains the critic, unless the recipe's `critic.checkpoint` names a trained
-            critic. A trainable critic must define `loss` and `parameters`.
+            critic. A trainable critic must define `loss` and `parameters`, and must provide `Signal.VALUE` or
+            `Signal.LOG_VALUE`, because stage 1 keeps the state in which the values have the highest AUC on
+            held-out responses.
         reads_policy: Whether `score` and `loss` use the hidden states of the policy's trunk. If
             `reads_policy` is False, the argument `hidden_BTH` of `score` and `loss` is None.
         batching: Composition of the batches of stage 1. With `"pointwise"`, the rows are any responses; with
             `"pairs"`, rows 2i and 2i + 1 are a correct and an incorrect response to the same problem.
-        cacheable: Whether scores depend only on the batch, the options, `state_dict()` and the copies that
-            `ModelContext` returned. `cacheable` must be False, for example, if the critic loads a model from
-            a file and does not include this model in its state. If `cacheable` is True and `reads_policy` is
-            False, a run with one process computes the scores of each document once, and later runs reuse the
-            scores, unless the recipe sets `critic.cache = false`.
+        cacheable: Whether scores depend only on the batch, the options, `state_dict()` and the frozen models
+            that `ModelContext` returned. `cacheable` must be False, for example, if the critic itself loads a
+            model from a file and does not include this model in its state. If `cacheable` is True and
+            `reads_policy` is False, stage 2 of a run with one process computes the scores of each document
+            once, and later runs with the same critic, data and batches reuse the scores, unless the recipe
+            sets `critic.cache = false`.
         blocks: Modules, such as decoder layers, that core may shard over several processes (FSDP2) before
             stage 1. After sharding, `state_dict()` contains sharded tensors for the parameters of these
             modules, and `load_state_dict` receives tensors with the same sharding.

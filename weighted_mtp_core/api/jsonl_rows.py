@@ -215,10 +215,12 @@ def refuse_misspelt(record: Record, keys: Mapping[str, str]) -> None:
 
     Args:
         record: A row or a message.
-        keys: The optional keys; each is indexed by its letters, without `_` and `-`.
+        keys: The optional keys, each indexed by one or more spellings in lower case without `_` and `-`; a
+            spelling may also be another name for the key.
 
     Raises:
-        ValueError: A key of the record is similar, but not equal, to one of the optional keys.
+        ValueError: A key of the record is not one of the optional keys, but equals or resembles one of the
+            spellings.
     """
     for name in record:
         spelt = name.lower().replace("_", "").replace("-", "")

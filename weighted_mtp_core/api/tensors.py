@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 
 class Signal(enum.Enum):
-    """A quantity known for each token of a batch. A weighting gets the signals that its component `needs`.
+    """A quantity known for each token, or for each pair (source t, head k), of a batch.
 
-    `VALUE`, `LOG_VALUE` and `REFERENCE_LOSS` are signals that a critic `provides`; `REWARD` and `GIVEN` come
-    from the data. Core computes all other signals, and also `LOG_VALUE` if the critic provides only `VALUE`.
-    `StepView` describes the tensor of each signal.
+    A weighting gets the signals that its component `needs`. `VALUE`, `LOG_VALUE` and `REFERENCE_LOSS` are
+    signals that a critic `provides`; `REWARD` and `GIVEN` come from the data. Core computes all other
+    signals, and also `LOG_VALUE` if the critic provides only `VALUE`. `StepView` describes the tensor of each
+    signal.
     """
 
     REWARD = "reward"
@@ -155,7 +156,8 @@ class StepView:
         """Return the entries of `x_BTK`, `[B, T, K]`, indexed by target and head instead of source and head.
 
         In the result, the entry of token t and head k belongs to the pair with head k and target t. An entry
-        is 0 if no pair has head k and target t, for example because t is too near the start of its document.
+        is 0 if this pair does not count or does not exist, for example because t is a prompt token or is too
+        near the start of its document.
         """
         return gather_by_target(x_BTK, self.target_BTK)
 

@@ -135,7 +135,7 @@ class MlflowTracker(Tracker):
         return f"{self.uri.partition(':')[0]}:///{self._path.resolve()}"
 
     def kept(self) -> KeptRun:
-        """Return the run's id in MLflow and the last step of each metric; an empty id if it was deleted."""
+        """Return the run's id in MLflow, empty if the run was deleted, and the last step of each metric."""
         self._last_step = None
         with self._diagnosed():
             try:

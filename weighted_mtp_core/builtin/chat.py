@@ -92,6 +92,6 @@ def _part(part: object, number: int) -> str:
 
 
 def _described(message: Mapping[str, Any]) -> str:
-    """Return a message as text: its role and its content, or for the assistant only the content."""
+    """Return a message as text: role, content and calls of tools, without the role for the assistant."""
     text = message["content"] + (json.dumps(message["tool_calls"]) if message.get("tool_calls") else "")
     return text if message["role"] == "assistant" else f"{message['role']}: {text}"

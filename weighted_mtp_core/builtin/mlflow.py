@@ -73,13 +73,13 @@ def build_mlflow(options: MlflowOptions, context: BuildContext) -> Tracker:
     check_uri(uri)
     for name, value in _CLIENT_SETTINGS.items():
         os.environ.setdefault(name, value)
-    from weighted_mtp_core.builtin._mlflow_tracker import MlflowTracker  # mlflow reads them when imported
+    from weighted_mtp_core.builtin._mlflow_tracker import MlflowTracker  # mlflow reads the settings on import
 
     return MlflowTracker(uri=uri, artifact_root=options.artifact_root, keep_local=options.keep_local)
 
 
 def examine_mlflow(options: MlflowOptions, storage: Path) -> Iterator[Finding]:
-    """Check whether a local store can be written, or a server's login, database, clock and artifacts.
+    """Check that a local store can be written, or check a server's login, database, clock and artifact store.
 
     Raises:
         WmtpError: The store would be `<storage>/mlflow.db`, but no URI can contain this path.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import pickle  # only for its exception class: nothing is unpickled here
+import pickle  # only for its exception class, which torch's restricted unpickler raises
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -95,7 +95,7 @@ def save_component(component: Stateful, folder: Path, *, distributed: Distribute
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors in main memory, without shared memory, because safetensors refuses tied tensors."""
+    """Return the tensors in main memory; tied tensors, which safetensors refuses, are copied."""
     found: dict[str, Tensor] = {}
     stored: set[int] = set()
     for name, value in tensors.items():

@@ -33,7 +33,7 @@ _SPARE_BYTES = 16 << 20  # for values, manifest and the growth of the journal wh
 
 @define(kw_only=True, eq=False)
 class Checkpoints:
-    """Context manager for the snapshots of a run; at its end, it waits until the last snapshot is written.
+    """Context manager for the snapshots of a run; on exit, it waits until the last snapshot is written.
 
     Attributes:
         folder: The folder `checkpoints/` of the run folder.
@@ -79,10 +79,10 @@ class Checkpoints:
             writing.result()
 
     def newest(self) -> Snapshot | None:
-        """Return the latest intact snapshot, or None; later, damaged snapshots are renamed to `*.damaged`.
+        """Return the latest intact snapshot, or None; rename damaged snapshots after it to `*.damaged`.
 
         Raises:
-            OtherFormatError: The latest snapshot was written by another release in another format.
+            OtherFormatError: The latest intact snapshot was written by another release in another format.
         """
         for path in reversed(self._paths()):
             try:
@@ -108,10 +108,10 @@ class Checkpoints:
 
     @contextmanager
     def writing(self, path: Path, *, needed: int | None = None) -> Iterator[None]:
-        """Convert errors of a block that writes `path` into an error that says how to continue the run.
+        """Convert OSError and SafetensorError in the block into an error with a hint on continuing the run.
 
         Args:
-            path: A file or folder in `folder`.
+            path: The file or folder that the block writes, in `folder`.
             needed: The number of bytes that the block will write, if known.
 
         Raises:
@@ -174,7 +174,7 @@ def _drop_file_cache(path: Path) -> None:
 
 def _lower_priority() -> None:
     """Lower the priority of this thread, so that the training thread has precedence over writing."""
-    if sys.platform == "linux":  # other systems have no priorities for single threads
+    if sys.platform == "linux":  # elsewhere, `PRIO_PROCESS` cannot name a single thread
         thread = threading.get_native_id()
         own = os.getpriority(os.PRIO_PROCESS, thread)  # under `nice -n 15`, 10 would need privileges
         os.setpriority(os.PRIO_PROCESS, thread, max(10, own))

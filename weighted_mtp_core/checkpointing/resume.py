@@ -1,4 +1,4 @@
-"""Finds the run that `--resume` continues, and checks that recipe, code and data are still the same."""
+"""Finds the run to resume, and refuses changes of recipe, code and data that are not allowed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SAFE = (
 
 LAST_STEP = {"critic": "critic.last_step", "policy": "policy.last_step"}
 STEPS = {"critic": "critic.steps", "policy": "policy.steps"}
-"""Keys in `run.json` of each ended stage: LAST_STEP for its last step, STEPS for its planned steps."""
+"""Keys in `run.json` for a stage that has ended: LAST_STEP for its last step, STEPS for its planned steps."""
 
 
 def run_to_resume(plan: Plan, named: str | None) -> Path | None:
@@ -53,7 +53,8 @@ def run_to_resume(plan: Plan, named: str | None) -> Path | None:
 
     Args:
         plan: The plan of the recipe.
-        named: Folder or id of a run, from `--resume`; if None, the recipe's `run.resume` decides.
+        named: Folder or id of a run, from `--resume`; if None, the recipe's `run.resume` decides. The
+            value `auto` selects the latest unfinished run with the same name, recipe and code.
 
     Raises:
         WmtpError: `named` matches no run or several runs.
@@ -189,7 +190,10 @@ def _refuse_fewer_steps(path: Path, plan: Plan, done: Mapping[str, int]) -> None
 def _refuse_other_optimiser_state(
     path: Path, before: Mapping[str, str], now: Mapping[str, str], done: Mapping[str, int]
 ) -> None:
-    """Refuse another optimiser or other trained parameters of a stage that has begun, even if allowed."""
+    """Refuse another optimiser or other trained parameters for a stage that has begun.
+
+    `--allow-change` cannot allow these changes. After stage 2 has begun, changes for stage 1 are accepted.
+    """
     keys = (
         ("policy", "train.optimiser.name", "adamw"),
         ("policy", "model.train", "all"),

@@ -1,9 +1,9 @@
 """Snapshots: the state of a stage after a completed step, from which a run continues with the same result.
 
 A snapshot is a folder `<stage>-<step>`. A snapshot contains the tensors as safetensors (one file per process
-for sharded tensors), the plain values as JSON, the best state so far as a hard link, which takes no disk
-space, and a manifest. Reading a snapshot executes no code from its files. `manager.py` decides when snapshots
-are written and which snapshots are kept.
+for sharded tensors), the plain values as JSON, the best state so far, and a manifest. The best state is
+hard-linked, which takes no disk space, or copied if the file system has no hard links. Reading a snapshot
+executes no code from its files. `manager.py` decides when snapshots are written and which snapshots are kept.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Snapshot:
         return ChainMap(dict(self.values.get(prefix, {})), WithPrefix(self.tensors, prefix))  # type: ignore[arg-type]
 
     def write_share(self, distributed: Distributed) -> None:
-        """Write the shards of this process; called for a sharded snapshot, except in the first process.
+        """Write the shards of this process; called in all processes but the first if `sharded`.
 
         Raises:
             OSError: A process could not write its shards.

@@ -20,7 +20,7 @@ from weighted_mtp_core.runtime.state_digest import BASE_SHA256
 
 
 class WithPrefix(Mapping[str, Any]):
-    """The entries of a state with names that begin with a dotted prefix; the keys leave out this prefix.
+    """The entries `<prefix>.<name>` of a state, with the keys `<name>`.
 
     Values are read from the state on access.
     """
@@ -46,7 +46,7 @@ def copy_state(
     Args:
         state: The state, with tensors and plain values.
         prefix: Text that, followed by a dot, is prepended to the name of each tensor.
-        over: Earlier copies, keyed by their prefixed names; a copy of the right shape is overwritten.
+        over: Earlier copies, keyed by their prefixed names; a copy of equal shape and dtype is overwritten.
     """
     found = {f"{prefix}.{name}": value for name, value in state.items() if isinstance(value, Tensor)}
     tensors = {name: copy_to_host(value, over.get(name)) for name, value in found.items()}

@@ -33,7 +33,7 @@ def add_actions(
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Add RECIPE, `--preset`, `--set`, `--run-name` and `--micro`."""
-    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="a TOML file: configs/baseline.toml")
+    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="a file such as configs/baseline.toml")
     add_override_arguments(parser)
     parser.add_argument("--run-name", metavar="NAME", help="short for --set run.name=NAME")
     parser.add_argument(
@@ -46,7 +46,7 @@ def add_override_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         metavar="NAME",
-        help="change the recipe with presets/NAME.toml in its folder or with core's preset: ci, local-light",
+        help="change the recipe with presets/NAME.toml in its folder, or a preset of core: ci, local-light",
     )
     add_set_argument(parser)
 

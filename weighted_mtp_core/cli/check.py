@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device-memory",
         metavar="SIZE",
-        help="with --memory: memory of a GPU, for example 80GB (default: of this machine)",
+        help="with --memory: memory of a GPU, for example 80GB (default: memory of this machine)",
     )
     parser.add_argument(
         "--processes", metavar="N", type=int, default=1, help="with --memory: processes that train together"

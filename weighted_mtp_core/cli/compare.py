@@ -1,10 +1,10 @@
 """Run recipes side by side and compare them.
 
-All recipes run with the same seeds, and must have the same data, model, budget and evaluation. Each recipe is
-compared to the first recipe. The comparison shows means over seeds with 95 % intervals, paired differences
-with an exact permutation test, at equal steps and at equal wall-clock time, and learning curves. Finished
-runs are not repeated, so the same command continues a comparison that was stopped. The command writes
-compare.md, compare.json, compare.csv and the curves.
+All recipes run with the same seeds, and must have the same data, model, budget and evaluation, except for the
+keys in --allow-difference. Each recipe is compared to the first recipe, at equal steps and at equal wall
+clock: the tables show means over seeds with 95 % intervals, and paired differences with an exact permutation
+test. Finished runs are not repeated, so the same command continues a comparison that was stopped. The command
+writes compare.md, compare.json, compare.csv and the learning curves.
 
 examples:
   compare configs/baseline.toml configs/my_recipe.toml --seeds 5
@@ -18,7 +18,8 @@ examples:
 Each recipe is an arm of the comparison. `--preset` and `--set` apply to every arm. `--grid` makes an arm of
 each combination of values, except for recipes that do not have its key. `--executor` selects where the runs
 are executed; the machines of a Dask cluster must share the storage. The seeds of the runs count up from the
-`run.seed` of the first recipe. If a run fails, the other runs are compared and the exit code is 1.
+`run.seed` of the first recipe. If a run fails, the other runs are compared and the exit code is 1. Instead of
+recipes, `--experiment` and `--runs` compare finished runs in MLflow.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--floor",
         metavar="ARM",
-        help="with --ceiling: show how much of the gap between floor and ceiling each arm closes",
+        help="a lower bound; with --ceiling: show how much of the gap between them each other arm closes",
     )
     parser.add_argument("--ceiling", metavar="ARM", help="an arm that is an upper bound, such as an oracle")
     parser.add_argument(

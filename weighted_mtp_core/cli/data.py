@@ -4,8 +4,8 @@ A data source may create its data once, for example by running responses to labe
 under datasets_v2/<name>/<version>/ with a manifest, statistics and provenance. A run prepares its data by
 itself; `data prepare` only prepares the data, for example on a machine without an accelerator.
 `data preview` shows what the first step of a run trains on: each token with its id, whether it is a target,
-and its weight. `data sample` generates texts for the problems of a recipe with a run, an exported model or a
-server, judges the texts, and stores them as a new data set. The data source `core.jsonl` reads the file
+and its weight. `data sample` lets a run, an exported model or a server generate texts for the problems of a
+recipe, judges the texts, and stores them as a new data set. The data source `core.jsonl` reads the file
 samples.jsonl of such a data set. If `data sample` was stopped, the same command continues.
 
 examples:

@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _examine(plan: Plan | None) -> Iterator[Finding]:
-    """Yield the findings for the components of a plan, or for all installed components without a plan."""
+    """Yield all findings; without a plan, the components of all installed plugins are checked."""
     storage = Path("storage" if plan is None else plan.recipe.run.storage)
     try:
         yield from _environment(load_dotenv())

@@ -1,9 +1,9 @@
 """Measure a finished run again.
 
 The command measures the best policy of the run: the loss of each head, pass@k (by judging completions), and
-the speed of decoding. Options that are not given are taken from the run's recipe. The command writes
-metrics.json and, for data with problems, samples.jsonl (in HumanEval's format) and verdicts.jsonl. RUN may
-also be an exported model; the files of an exported model never change.
+the speed of decoding. The settings of the evaluation are those of the run's recipe unless an option changes
+them. The command writes metrics.json and, for data with problems, samples.jsonl (in HumanEval's format) and
+verdicts.jsonl. RUN may also be an exported model; the files of an exported model never change.
 
 examples:
   evaluate 20261123-140924 --split validation

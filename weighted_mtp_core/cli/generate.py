@@ -1,8 +1,9 @@
 """Continue a prompt with a finished run.
 
-The best policy of the run generates the text. Options that are not given, except --samples, are taken from
-the run's recipe. RUN may also be an exported model, which needs neither data nor plugins. The text goes to
-stdout, and all other output goes to stderr; with --samples, a header line precedes each text.
+The best policy of the run generates the text. The length limit, temperature, decoding and seed are those of
+the run's recipe unless an option sets them. RUN may also be an exported model, which needs neither data nor
+plugins. The text goes to stdout, and all other output goes to stderr; with several samples, a header line
+precedes each text.
 
 examples:
   generate 20261123-140924 --prompt 'def add(a, b):'

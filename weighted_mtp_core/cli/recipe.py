@@ -1,7 +1,7 @@
 """Write a new recipe for installed components.
 
-The recipe contains the options of the data source, the critic and the weighting as comments, with their
-defaults. The command `check` accepts the new recipe.
+The recipe contains all options of the data source, the critic and the weighting; options that are not set are
+comments with their defaults. The command `check` accepts the new recipe.
 
 examples:
   recipe new --list                                              the components to choose from

@@ -66,7 +66,7 @@ class Job:
 
     @property
     def label(self) -> str:
-        """The name of the job in messages, and of its log file without `.log`."""
+        """The name of the job in messages; the job's log file is called `<label>.log`."""
         return f"{self.arm.name}-seed{self.seed}"
 
     @property
@@ -95,7 +95,7 @@ def plan_jobs(arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:
 
 
 def refuse_other_data(runs: Mapping[Job, Path], *, allowed: Sequence[str] = ()) -> None:
-    """Refuse runs that have the same `[data]` table but other data, because a file has changed in between.
+    """Refuse runs with the same `[data]` table but different data, because a file has changed in between.
 
     Args:
         runs: The run folder of each finished job.

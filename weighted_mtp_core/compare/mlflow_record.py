@@ -30,7 +30,7 @@ def track(
     folder: Path,
     log: Callable[[str], None],
 ) -> None:
-    """Record a comparison in each MLflow store of the first arm, and make the compared runs its children.
+    """Record a comparison as a run in each MLflow store of the first arm, as parent of the compared runs.
 
     Comparisons of the same arms and seeds are recorded in the same MLflow run. If the server is down, a
     warning is logged, and the comparison is recorded when `compare` is called again.

@@ -72,7 +72,7 @@ def _figure(metric: str, bands: Mapping[str, Mapping[int, Estimate]]) -> Figure:
 
 
 def style(number: int) -> Mapping[str, Any]:
-    """Return colour, dashes and marker of an arm, counted from 0; 49 arms have different combinations."""
+    """Return colour, dashes and marker of arm `number`, from 0; the first 49 arms have different styles."""
     seen = number // len(_COLOURS)  # arms with the same colour differ in dashes and marker
     return {
         "color": _COLOURS[number % len(_COLOURS)],

@@ -26,7 +26,7 @@ MOST_SEEDS = 20
 
 _POLL_S = 0.2
 _SHARED_S = 60.0
-"""Seconds to wait until a network file system shows a file that another machine has written."""
+"""Maximum seconds until a network file system shows a file that another machine has written."""
 
 
 @frozen(kw_only=True)
@@ -68,10 +68,10 @@ def visible_gpus(arms: Sequence[Arm]) -> list[str]:
 def share_machine(slots: int | None, runs: int, *, gpus: int = 0) -> tuple[int, int]:
     """Return how many runs are executed at once, and the number of threads of each run.
 
-    Without `slots`, one run is executed per GPU or, without GPUs, per core. If OMP_NUM_THREADS is set, it is
-    the number of threads of each run, and each run takes this number of cores. Both returned numbers are
-    independent of runs that are already finished, because the number of threads affects the last digits of a
-    run's results.
+    Without `slots`, one run is executed per GPU or, without GPUs, per core, but not more than `runs`. If
+    OMP_NUM_THREADS is set, it is the number of threads of each run, and each run takes this number of cores.
+    `runs` includes finished runs, so that both numbers stay the same when a comparison is continued: the
+    number of threads affects the last digits of a run's results.
     """
     cores = len(os.sched_getaffinity(0))
     threads = given_threads() or 0
@@ -214,7 +214,7 @@ class Runner:
         self.on_done(len(self._finished) + len(self._failures))
 
     def _stop(self, total: int) -> None:
-        """Stop all runs and wait up to `STOP_LIMIT_S` for them; a second interrupt kills their processes."""
+        """Stop all runs and wait at most `STOP_LIMIT_S` seconds; a second interrupt kills their processes."""
         self._order.write_text("stop", encoding="utf-8")
         for future in self._futures.values():
             future.cancel()

@@ -53,11 +53,11 @@ class Comparison:
         seconds: Duration of stage 2 in the fastest run; at equal wall clock, runs are compared at this time.
         count: Number of runs.
         rows: The rows of the table, in order.
-        missing: One sentence for each run that did not finish.
-        diverged: One sentence for each value that is not finite.
+        missing: A line for each run that did not finish.
+        diverged: A line for each value that is not finite.
         uneven: For each arm, a line with its numbers of steps; empty if all runs have the same number.
         machines: A line for each kind of machine that executed runs, if there are several kinds.
-        few: One sentence for each arm with a run that has fewer than three validations up to `seconds`.
+        few: A line for each arm with a run that has fewer than three validations up to `seconds`.
         gap: The arms that are the floor and the ceiling; None if the user names no such arms.
         closed: The share of the gap that each other arm closes, by metric.
         cost: The cost of stage 2 for each arm, as medians over the seeds, see `median_costs`.
@@ -296,7 +296,7 @@ def _line(row: Row) -> str:
 def _plus_minus(found: Estimate, seeds: int) -> str:
     """Return mean ± half width of the interval, both rounded to two significant digits of the half width.
 
-    If the mean covers fewer than `seeds` seeds, their number follows in parentheses.
+    If the mean is over fewer than `seeds` seeds, the number of its seeds follows in parentheses.
     """
     if found.count < seeds:
         own = _plus_minus(found, found.count)

@@ -47,8 +47,9 @@ class RunTask:
         command: The command-line arguments with which Python executes the run.
         log: File for the output of the process.
         threads: Number of threads of the run.
-        order: A file of the client. The run continues while the file is empty, is killed if the file contains
-            `KILL`, and stops with a checkpoint if the file has other content or is missing.
+        order: A file of the client, the process that executes `compare`. The run continues while the file is
+            empty, is killed if the file contains `KILL`, and stops with a checkpoint if the file has other
+            content or is missing.
     """
 
     wanted: WantedRun
@@ -97,7 +98,7 @@ def execute(task: RunTask) -> Ended:
     if found is None:
         code = _run(task) if _order(task) == "" else EXIT_TERMINATED
         found = task.wanted.finished() if code == 0 else None
-    # If the exit code is 0, the recorded run differs from the job that the client planned.
+    # If the exit code is 0 but no folder was found, the recorded run differs from the job that was planned.
     reason = _last_error(task.log) if code else "its recipe or the source of a plugin was edited"
     return Ended(code=code, folder=found, reason=reason, host=socket.gethostname())
 

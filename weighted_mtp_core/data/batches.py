@@ -64,7 +64,10 @@ def collate(token_set: TokenSet, rows: Sequence[int] | Rows, *, device: torch.de
 
 
 def collate_packed(token_set: TokenSet, rows: Sequence[Rows], *, device: torch.device) -> CollatedBatch:
-    """Return a right-padded batch with several documents per row; `rows` has their numbers, row by row."""
+    """Return a right-padded batch with several documents per row.
+
+    `rows` contains, for each row, the numbers of the row's documents.
+    """
     batch, position_BT = _lay_out(token_set, rows, device=device)
     return attrs.evolve(batch, position_BT=position_BT)
 
@@ -160,7 +163,7 @@ class StepBatches:
 
     Attributes:
         tokens: The documents.
-        order: All settings that affect the batches, without the documents, as plain values.
+        order: All settings that affect the batches, except the documents, as plain values.
 
     Raises:
         WmtpError: There are no documents.

@@ -1,10 +1,10 @@
 """Renders chats as texts with the tokenizer's chat template, and finds the turns that the policy learns.
 
 A template with `{% generation %}` marks the assistant's turns itself. With other templates, a turn is found
-by comparing two renderings: the messages before the turn with the generation prompt, and the messages up to
-the end of the turn. The turn is the text that only the longer rendering contains. The comparison is correct
-only if the template neither drops nor reorders text, which is checked against the rendering of the whole
-chat.
+by comparing two renderings: the messages before the turn, followed by the generation prompt, and the messages
+up to the end of the turn. The turn is the text that only the longer rendering contains. The comparison is
+correct only if the template neither drops nor reorders text, which is checked against the rendering of the
+whole chat.
 """
 
 from __future__ import annotations
@@ -72,8 +72,9 @@ def render_chat(
         train_on: Whether all turns of the assistant are learned, or only the last turn.
 
     Raises:
-        WmtpError: The tokenizer has no chat template, a message contains a control token, or turns or
-            weighted spans cannot be found in the rendered text.
+        WmtpError: The tokenizer has no chat template, a message contains a control token, turns or weighted
+            spans cannot be found in the rendered text, or messages have weights but the template does not
+            mark one turn for each message of the assistant.
     """
     if tokenizer.chat_template is None:
         raise WmtpError(

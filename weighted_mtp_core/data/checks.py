@@ -1,7 +1,7 @@
 """Check a data source before anything is trained, and warn about suspicious examples.
 
-The checks read all examples. The warnings are stored with the data, and later runs reuse the stored warnings
-as long as version, options and source code of the data source stay the same.
+The checks read all examples and problems. The warnings are stored with the data, and later runs reuse the
+stored warnings as long as version, options and source code of the data source stay the same.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def check_examples(
         source: The data source.
         version: Version of the data. If this version was checked before with the same options and source code
             of the data source, the stored warnings are returned.
-        data: The component of the data source, for messages.
+        data: The component of the data source, with its options and source code.
         storage: The storage root.
 
     Raises:

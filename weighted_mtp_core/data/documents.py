@@ -36,10 +36,11 @@ class Document:
 def encode(
     examples: Sequence[Example], codec: TextCodec, *, max_tokens: int, train_on: TrainOn
 ) -> list[Document]:
-    """Return the examples of at most `max_tokens` tokens as documents.
+    """Return the examples of at most `max_tokens` tokens as documents; chats come last.
 
     Raises:
-        WmtpError: The ids of an example decode to a different text, or a chat cannot be rendered.
+        WmtpError: The ids of an example decode to a different text, a chat cannot be rendered, or the
+            tokenizer does not report which characters its tokens cover although a chat has weighted spans.
     """
     plain = [example for example in examples if not example.messages]
     encoded = codec.encode_documents([(each.prompt, each.response) for each in plain])

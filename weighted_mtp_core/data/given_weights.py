@@ -24,7 +24,7 @@ def given_weights(documents: Sequence[Document], codec: TextCodec) -> NDArray[np
 
     Raises:
         WmtpError: A response has weighted spans, but the codec does not report which characters its tokens
-            cover, or no token covers some character of the response that is not a blank.
+            cover, or a character of the response that is not a blank is covered by no token.
     """
     weights = []
     for document in documents:

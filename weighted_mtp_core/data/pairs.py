@@ -28,24 +28,25 @@ def make_pairs(token_set: TokenSet, table: PairsTable) -> Rows:
     """Return unique pairs (correct, incorrect) of document numbers, int64 `[P, 2]`.
 
     The responses of a pair answer the same problem and come from the same length bin, so their lengths differ
-    by less than the factor `length_ratio`. In each bin, every response gets a partner; responses of the rarer
-    label are used several times, in turn. Then pairs are dropped to satisfy `max_pairs_per_problem` and
-    `difficulty_weights`, and until the correct response is longer in as many pairs as it is shorter. With
-    `length_ratio = 0`, lengths are ignored.
+    by less than the factor `length_ratio`. If a bin has correct and incorrect responses to a problem, each of
+    these responses gets a partner; responses of the rarer label are used several times, in turn. Then pairs
+    are dropped to satisfy `max_pairs_per_problem` and `difficulty_weights`, and until the correct response is
+    longer in as many pairs as it is shorter. With `length_ratio = 0`, lengths are ignored.
 
     Args:
         token_set: Responses with rewards.
         table: The recipe's `[critic.pairs]`.
 
     Raises:
-        WmtpError: The data contain no pair of a correct and an incorrect response of similar length.
+        WmtpError: No pair is left, for example because no problem has a correct and an incorrect response of
+            similar length.
     """
     correct_D = is_correct(token_set.reward_D)
     length_D = token_set.response_D
     bin_D = length_bins(length_D, ratio=table.length_ratio)
     order_D = np.argsort(token_set.problem_D, kind="stable")
     problems = np.split(order_D, np.flatnonzero(np.diff(token_set.problem_D[order_D])) + 1)
-    problems.sort(key=lambda members: int(members[0]))  # by first document, as problem numbers are arbitrary
+    problems.sort(key=lambda members: int(members[0]))  # by first document, whatever the problem numbers
     found: list[list[Pair]] = [[] for _ in DIFFICULTIES]
     for members in problems:
         chosen = list(_of_problem(members, correct_D, bin_D))

@@ -1,10 +1,10 @@
 """Assigns documents to batches, with one document per row or with several documents packed into each row.
 
-For the same documents and batch size, the batch of a step depends only on the seed and the step. So a
-checkpoint has to save only the step, and the batches are the same for any number of processes.
+For given documents and settings, the batch of a step depends only on the seed and the step. So a checkpoint
+has to save only the step, and the batches are the same for any number of processes.
 
 Shape letters: D documents, U units (documents that stay together), R rows, N batches, S possible numbers of
-units that are missing in batches.
+missing units (units that batches lack to be full).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from weighted_mtp_core.errors import WmtpError
 
 Rows = NDArray[np.int64]
 
-# The documents of this number of consecutive batches are sorted by length together. With documents as long as
-# those of HumanEval, 1.05 tokens are computed per real token, padding included, and batches are still random.
+# Number of batches in a group; the documents of a group are sorted by length. With documents as long as those
+# of HumanEval, 1.05 tokens are computed per real token, padding included, and batches are still random.
 _SORTED_BATCHES = 50
 
 # Number of documents in a block; the documents of a block are packed together. With ten documents per row, a
@@ -37,7 +37,7 @@ class Sampler:
     """Endless batches of document numbers; the documents of a batch have similar lengths.
 
     Batches of short and of long documents take turns. If the documents of an epoch do not fill all batches,
-    some of the last batches get fewer rows, so that the epoch needs as little padding as possible.
+    some batches of the last group of sorted batches get fewer rows, see `least_padding`.
 
     Args:
         units: `[U, r]` document numbers; the r documents of a unit stay in one batch (r = 2 for pairs).
@@ -93,7 +93,7 @@ class Sampler:
         return step_D
 
     def _sorted(self, shuffled_U: Rows, first: int) -> Rows:
-        """Return the units that are sorted together from index `first` on, in order of length."""
+        """Return the units of the group that begins at index `first`, in order of length."""
         members = shuffled_U[first : first + _SORTED_BATCHES * self._per_batch]
         return members[np.argsort(self._length_U[members], kind="stable")]
 
@@ -138,7 +138,7 @@ def least_padding(length_U: Rows, *, size: int) -> Rows:
 
     The simplest division fills all batches except the last. But if a few units are much longer than the
     others, a small batch with only these units needs less padding. Dynamic programming over the batches and
-    the number of missing units finds the optimum.
+    over the number of units that the batches so far lack to be full finds the optimum.
 
     Args:
         length_U: Number of tokens of each unit, ascending.
@@ -274,7 +274,7 @@ def evenly_spread(rows: Rows, *, limit: int) -> Rows:
 
 
 def in_order(token_set: TokenSet, rows: Rows, *, batch_size: int) -> Iterator[Rows]:
-    """Yield the document numbers `rows` in batches of similar length, each document once."""
+    """Yield the document numbers `rows`, each once, in batches of documents of similar length."""
     rows = rows[np.argsort(token_set.lengths(rows), kind="stable")]
     for first in range(0, len(rows), batch_size):
         yield rows[first : first + batch_size]

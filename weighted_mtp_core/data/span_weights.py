@@ -36,7 +36,7 @@ def span_weights(
         name: The example's id, for messages.
 
     Raises:
-        WmtpError: The offsets are unknown, or no token covers some character that is not a blank.
+        WmtpError: The offsets are unknown, or a character that is not a blank is covered by no token.
     """
     if offsets is None or len(offsets) != count:
         raise WmtpError(

@@ -1,12 +1,12 @@
 """Encodes texts as token ids and decodes token ids to exactly the same bytes of text.
 
 The prompt and the response of a document are encoded separately, so that no token spans the end of the prompt
-and the ids of the prompt are the same in generation. Tokenizers have two properties that would change texts:
+and the ids of the prompt are the same in generation. Two properties of many tokenizers would change texts:
 
 - Tokenizers like SentencePiece add a blank before a text and drop the blank when they decode. This module
   adds a blank only at the beginning of a document, not before a response.
 - Tokenizers convert the name of a control token in a text, such as `<eos>`, to the control token. This module
-  encodes the names of control tokens as ordinary text.
+  encodes the names of control tokens as ordinary text, except in rendered chats.
 
 Both properties are disabled in a copy of the tokenizer's backend, the Rust library `tokenizers`. A tokenizer
 that does more than its backend, or has no backend, is used as it is. Every document is decoded once to check
@@ -63,7 +63,7 @@ class TextCodec:
     """
 
     def __init__(self, tokenizer: Any, *, bos: Bos = "auto") -> None:
-        # If this variable were set after the first use, the library would disable parallelism in forks.
+        # If this variable is unset, the library disables parallelism in processes forked after its first use.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         self.tokenizer = tokenizer
         self.eos_id = int(tokenizer.eos_token_id)
@@ -288,7 +288,7 @@ class _Backend:
 class _WithBlank:
     """Adds a blank, which the decoder drops, before every text.
 
-    `start` alone adds no blank before a text that begins with a blank, like the pre-tokenizer Metaspace.
+    Like the pre-tokenizer Metaspace, `start` alone adds no blank before a text that begins with a blank.
     """
 
     start: _Encoder

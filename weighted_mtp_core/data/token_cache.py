@@ -43,7 +43,7 @@ class TokenCache:
         train_on: Whether all turns of the assistant in a chat are learned, or only the last turn.
 
     Attributes:
-        fingerprint: SHA-256 of everything that affects the tokens.
+        fingerprint: SHA-256 of everything that affects the tokens of a document.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
             texts.append("")
             continue
         texts.append(text[len(known) :])
-        start = end - 1  # one token of context, because decoders drop a leading space
+        start = end - 1  # one token of context, because some decoders drop a leading space
         known = _decode(tokenizer, ids[start:end])
         if known.endswith("\ufffd"):  # the token ends inside a character, so it cannot serve as context
             start, known = end, ""

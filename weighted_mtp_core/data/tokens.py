@@ -42,7 +42,7 @@ _DTYPES = {
     "metadata": np.uint8,
     "metadata_start": np.int64,
 }
-"""The dtypes of the arrays other than the ids, keyed by file name."""
+"""The dtypes of the arrays except `ids` and `given`, keyed by file name without `.npy`."""
 Ints = NDArray[np.int64]
 
 
@@ -57,7 +57,7 @@ class TokenSet:
         reward_D: float32 reward of each response.
         problem_D: int64 number of each document's problem; the numbers are in order of first appearance.
         example_ids: The example id of each document.
-        metadata: The metadata of each document as JSON; empty if the document has no metadata.
+        metadata: The metadata of each document as JSON; an empty text if a document has no metadata.
         target_N: bool, whether each token is learned; None if all tokens after the prompt are learned.
         given_N: float32 weight that the data contain for each token, 0 on prompts; None if the data contain
             no weights.
@@ -113,7 +113,7 @@ def tokenise(
     folder: Path,
     train_on: TrainOn = "all",
 ) -> None:
-    """Write examples as arrays of ids for `open_tokens`.
+    """Write examples as arrays, which `open_tokens` reads.
 
     Each response ends with EOS. Documents longer than `max_tokens` are counted and left out, because a
     truncated response would have a wrong label.
@@ -187,7 +187,11 @@ def open_tokens(folder: Path, *, sha256: str) -> TokenSet:
 
 
 def _columns(documents: Sequence[Document]) -> dict[str, ArrayLike]:
-    """Return the arrays of some documents; `start` contains their lengths instead of their offsets."""
+    """Return the arrays of some documents.
+
+    `start`, `name_start` and `metadata_start` contain lengths instead of offsets, and `problem` contains
+    hashes instead of numbers.
+    """
     examples = [each.example for each in documents]
     problems = [_hash(example.problem_id) for example in examples]
     names = [example.example_id.encode() for example in examples]

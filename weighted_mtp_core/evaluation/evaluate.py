@@ -1,4 +1,4 @@
-"""Stage 3: measures each head on held-out text, and pass@k of completions, also at several temperatures."""
+"""Stage 3: measures each head on held-out text, and pass@k of completions at one or more temperatures."""
 
 from __future__ import annotations
 
@@ -73,10 +73,10 @@ class Evaluation:
 def evaluate(
     prepared: Prepared, table: EvaluateTable, *, display: Display, folder: Path | None, split: Split = "test"
 ) -> Evaluation:
-    """Measure every head on a split, and pass@k on its problems if the data source can verify completions.
+    """Measure every head on a split, and pass@k on the problems of the split if the data source has any.
 
-    The acceptance of drafts is measured while completions of the problems are generated. If the data source
-    has no problems, the policy continues the prompts of some documents of the split instead.
+    The acceptance of drafts is measured while completions of the problems are generated. If the split has no
+    problems, the policy continues the prompts of some documents of the split instead.
 
     Args:
         prepared: Data and policy.
@@ -154,7 +154,8 @@ def try_temperatures(
     """Measure pass@k on the validation problems once for each of the given `[evaluate]` tables.
 
     Raises:
-        WmtpError: There are no validation problems, or the prompt of a problem is too long for the policy.
+        WmtpError: There are no validation problems, or the prompt of a problem is too long for the policy or
+            has no tokens.
     """
     problems, whole_split = _first_problems(prepared.source, "validation", limit=tables[0].problems)
     if not problems:

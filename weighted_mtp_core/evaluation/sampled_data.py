@@ -245,7 +245,7 @@ def _resume(
 
 
 def _rounded(text: SampledText) -> dict[str, Any]:
-    """Return a text in a form that JSON can store.
+    """Return a text, with rounded log-probabilities, in a form that JSON can store.
 
     Raises:
         RunFailedError: A log-probability is not finite.

@@ -40,7 +40,10 @@ _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # relative to the lar
 
 
 def mtp_tensors(policy: Policy, server: MtpServer) -> dict[str, Tensor]:
-    """Return the tensors of heads 2..K with the names that a server reads."""
+    """Return the tensors of heads 2..K with the names that a server reads.
+
+    For vLLM, heads 2..K share one module, and its tensors are returned once.
+    """
     heads, found = policy.heads, {}
     assert isinstance(heads, SequentialHeads)
     for depth in range(policy.n_future - 1 if server == "transformers" else 1):

@@ -132,9 +132,9 @@ def _read_back(tokenizer: Any, folder: Path) -> None:
 def language_model(policy: Policy) -> Any:
     """Return trunk, head 1 and unembedding as the transformers model from which the policy was made.
 
-    The model shares the policy's modules, so it needs no additional memory. The model can be saved but not
-    run, because head 1's layer still has the layer index 0. The model's config describes MTP layers only if
-    these layers are heads of the policy.
+    The model shares the policy's modules, so it needs no additional memory. The model is only for saving:
+    with `parallel` heads, it cannot be run, because the layer of head 1 still has the layer index 0. The
+    config describes MTP layers only if these layers are heads of the policy.
     """
     config = copy.deepcopy(policy.config)
     if policy.shipped is None:
@@ -173,7 +173,7 @@ def _extra_heads(policy: Policy) -> dict[str, Tensor]:
 
 
 def _generation_config(tokenizer: Any) -> Any:
-    """Return a config for greedy decoding, with which transformers ends texts like this package does."""
+    """Return a config for greedy decoding, with which transformers ends texts as this package does."""
     from transformers import GenerationConfig
 
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id

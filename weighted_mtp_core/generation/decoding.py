@@ -101,8 +101,8 @@ class Decoder:
 
         With drafts, the mask is a float tensor that is added to attention scores, because transformers and
         torch would convert a boolean mask again in each layer. The float mask ignores sliding windows,
-        because drafting is disabled if the text and its rejected drafts may not fit into a window. Families
-        with ALiBi need a boolean mask, because they compute distances from the mask.
+        because drafting is disabled if the text and its rejected drafts might not fit into a window. The
+        families in `READS_MASK` need a boolean mask.
         """
         rows, width = self._block_RT.shape
         if not self.heads.drafts or self.heads.policy.config.model_type in READS_MASK:

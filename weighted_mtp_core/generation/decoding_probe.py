@@ -28,7 +28,7 @@ from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.probe import probe_ids, windows_of
 from weighted_mtp_core.runtime.device import evaluation_mode, full_precision
 
-_TOLERANCE = 1e-3  # relative to the largest logit; the order of sums has a smaller effect
+_TOLERANCE = 1e-3  # accepted difference relative to the largest logit; the order of sums has a smaller effect
 _NARROW, _WIDE = 8, 1 << 20  # attention windows in tokens, narrower and wider than the text
 
 

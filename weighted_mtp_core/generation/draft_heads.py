@@ -3,8 +3,8 @@
 Each `parallel` head is a body of one layer. Before its layer, a body computes masks and rotary angles, which
 depend only on positions. For a few tokens, computing masks and angles takes about as long as the layer
 itself. Masks and angles are therefore computed only once: the layers of the heads are called with the
-arguments of a layer of the trunk. The layers of heads 2, 3, ..., which draft, are stacked and called as one
-layer.
+arguments of a layer of the trunk. If possible, the layers of heads 2, 3, ..., which draft, are stacked and
+called as one layer.
 
 Shape letters: R rows, T tokens of a block, S slots of the caches, D drafting heads, H hidden.
 """

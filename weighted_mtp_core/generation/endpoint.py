@@ -152,7 +152,7 @@ class EndpointSampler:
 
 @frozen
 class _Bearer(requests.auth.AuthBase):
-    """Adds an API key to requests; unlike a header of the session, this key is used instead of `.netrc`."""
+    """Adds an API key to requests; a login in `.netrc` replaces a header of the session, but not this key."""
 
     key: str = field(repr=False)
 

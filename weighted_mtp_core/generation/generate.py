@@ -91,7 +91,7 @@ class Generations:
 
 @define(kw_only=True)
 class _Row:
-    """The new tokens of one prompt, at most `limit`, and the accepted drafts of each forward pass."""
+    """The new tokens of one prompt, at most `limit`, and each forward pass's number of accepted drafts."""
 
     index: int
     limit: int
@@ -140,11 +140,12 @@ def generate(
             model's last position, which leaves space for drafts, so that all methods give the same text.
         eos_id: Id of EOS, which ends a text even if it is one of the drafts.
         temperature: Sampling temperature; 0 is greedy decoding.
-        seed: Seed of the samples, which depend only on the seed and the prompt's stream, not on the batch.
+        seed: Seed of the random numbers. The random numbers for a prompt depend only on the seed and the
+            prompt's stream, not on the batch.
         streams: Names of the prompts' random streams; by default the index of each prompt.
         decoding: `plain`, or `self_speculative` with drafts of heads 2..K. Nothing is drafted, and a warning
             is logged, if heads of this policy cannot draft (see `Manner`), or if a text and its rejected
-            drafts may not fit into a sliding window, because rejected drafts take slots of the window.
+            drafts might not fit into a sliding window, because rejected drafts take slots of the window.
         batch_size: Number of prompts that are decoded together; prompts of similar length are grouped.
         on_done: Called with the number of finished prompts.
         autocast: Returns the autocast context of a forward pass.
@@ -216,9 +217,9 @@ def _window(policy: Policy) -> int | None:
 
 
 def most_tokens(policy: Policy) -> float:
-    """Return the maximum number of tokens of prompt and text, with space left for drafts after the text.
+    """Return the maximum number of tokens of prompt and text together, with space for drafts after the text.
 
-    The number is infinite if the config of the model limits no positions.
+    The number is infinite if the config of the model does not limit positions.
     """
     positions: int | None = getattr(text_config(policy.config), "max_position_embeddings", None)
     return math.inf if positions is None else positions - (policy.n_future - 1)
@@ -270,7 +271,7 @@ def sample_completions(
 ) -> Sampled:
     """Return `samples` completions of each prompt, as texts without control tokens.
 
-    A prompt is a pair (name, text); the name and `seed` determine the samples of the prompt.
+    A prompt is a pair (name, text); the name and `seed` determine the random numbers for the prompt.
 
     Raises:
         WmtpError: A prompt has no tokens or is too long, as in `generate`.

@@ -52,15 +52,17 @@ class Sampler(Protocol):
     def sample(
         self, prompts: Sequence[tuple[str, str]], *, on_done: Callable[[int], None]
     ) -> list[list[SampledText]]:
-        """Return the texts for each prompt, as many as the sampler's `EvaluateTable.samples`.
+        """Return texts for each prompt; the number per prompt is the sampler's `EvaluateTable.samples`.
 
         Args:
-            prompts: Pairs (name, text); the name and the sampler's seed determine the samples.
+            prompts: Pairs (name, text); the name and the sampler's seed determine the random numbers.
             on_done: Called with the number of finished texts.
 
         Raises:
-            WmtpError: A prompt has no tokens or is too long, or a server refuses the request.
-            RunFailedError: A server does not answer.
+            WmtpError: A prompt has no tokens or is too long, or a server refuses the request or answers
+                without log-probabilities.
+            RunFailedError: After all retries, a server does not answer or still reports that it is busy or
+                has an internal error.
         """
 
 

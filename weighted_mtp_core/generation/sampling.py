@@ -67,7 +67,8 @@ def accept(
     Draft i is accepted with probability `min(1, p_i / q_i)`, where p_i and q_i are its probabilities under
     the target distribution p and the draft distribution q. The first rejected draft is replaced with a sample
     from the normalised `max(p - q, 0)`, where p and q are its target and draft distributions (Leviathan et
-    al. 2023, algorithm 1). The resulting tokens have the target distribution.
+    al. 2023, algorithm 1). If all drafts are accepted, the next token has the target distribution at its
+    position. The resulting tokens have the target distribution.
 
     Args:
         draft_RD: Drafted tokens, int64.
@@ -77,7 +78,8 @@ def accept(
         uniform_RD: Uniform random numbers in [0, 1).
 
     Returns:
-        The number of accepted drafts, int64 `[R]`, and the distribution of the next token, `[R, V]`.
+        The number of accepted drafts, int64 `[R]`, and the distribution of the next token, `[R, V]`, which is
+        not normalised.
     """
     rows, drafts = draft_RD.shape
     p_RD = target_RDV[:, :drafts].gather(2, draft_RD[:, :, None])[:, :, 0]

@@ -1,4 +1,4 @@
-"""Refuses a run that needs more memory than is free, before any weights are loaded."""
+"""Refuses a run that certainly needs more memory than is free, before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from weighted_mtp_core.runtime.distributed import Distributed
 from weighted_mtp_core.training.prepare import compute_of
 
 TOLERANCE = 0.15
-"""Largest relative difference between a forecast and the measured peak (docs/performance.md)."""
+"""Largest accepted relative difference between a forecast and the measured peak (docs/performance.md)."""
 
 _SHOWN = 3  # maximum number of keys in the hint of a refusal
 
 
 @frozen(kw_only=True)
 class Lack:
-    """A kind of memory of which a run needs more than is free.
+    """A shortage of one kind of memory: a run needs more bytes of this memory than are free.
 
     Attributes:
         where: The device, or `main memory`.
@@ -97,11 +97,11 @@ def find_target(
 
 
 def refuse_too_large(plan: Plan, distributed: Distributed) -> str | None:
-    """Refuse a run that cannot fit into the free memory; return a warning if it may not fit.
+    """Refuse a run that cannot fit into the free memory; return a warning if the run might not fit.
 
-    A warning is also returned if the forecast leaves out a part of the run. None is returned if the run fits,
-    or if an error prevents the forecast. A model that is small compared with the free memory is accepted at
-    once. The recipe's `run.over_memory = "warn"` replaces the refusal with a warning.
+    A warning is also returned if the forecast fits, but leaves out a part of the run. None is returned if the
+    whole run fits, or if an error prevents the forecast. A model that is small compared with the free memory
+    is accepted at once. The recipe's `run.over_memory = "warn"` replaces the refusal with a warning.
 
     Raises:
         WmtpError: The run needs more than the free memory, even if the forecast is too high by its tolerance;
@@ -140,7 +140,7 @@ def _hint(plan: Plan, documents: Documents, found: Forecast) -> str:
 
 
 def _is_small(config: Any, plan: Plan, *, least: int) -> bool:
-    """Return whether a run certainly fits: `least` bytes are enough for several times its real need."""
+    """Return whether a run certainly fits: an estimate of several times its real need is below `least`."""
     recipe, text = plan.recipe, text_config(config)
     experts = any("expert" in name and not name.startswith("_") for name in vars(text))
     other_model = plan.critic is not None and getattr(plan.critic.options, "base", None) is not None

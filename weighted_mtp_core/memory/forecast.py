@@ -64,7 +64,7 @@ def forecast(plan: Plan, documents: Documents, target: Target, *, only: str | No
 
     Args:
         plan: The plan.
-        documents: The documents of the largest batch.
+        documents: The documents of the data, from which the largest batches are made.
         target: The device and the processes of the run.
         only: Name of the only phase to simulate on the device; None stands for all phases.
 

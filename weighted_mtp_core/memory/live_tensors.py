@@ -105,8 +105,8 @@ class LiveTensors(_Mode):  # type: ignore[misc]
         """Run an operation and count the bytes of its result.
 
         Because tensors have no values, a value that is read is 0, no two tensors are equal, and `nonzero`
-        and `unique` return all elements. A sparse tensor is not really added to another tensor, which fake
-        tensors do not support.
+        and `unique` return all elements. A sparse tensor is not really added to another tensor, because fake
+        tensors do not support this operation.
         """
         del types
         if func is _READ:
@@ -120,7 +120,7 @@ class LiveTensors(_Mode):  # type: ignore[misc]
         if func is _ADD and isinstance(args[1], Tensor) and args[1].is_sparse:
             return args[0]
         result = func(*args, **(kwargs or {}))
-        if func is _TO and isinstance(args[0], nn.Parameter):  # autocast keeps it until the context ends
+        if func is _TO and isinstance(args[0], nn.Parameter):  # autocast keeps the result
             self._count(result, CAST)
         self._mode.fake_tensor_converter.tensor_memo.clear()  # with its references, `module.to` would fail
         for each in tree_leaves(result):

@@ -1,4 +1,4 @@
-"""Defines the classes of a memory forecast: the target of a run, its phases, and the parts of memory."""
+"""Defines the target of a memory forecast, the phases of a run, and the names of the parts of memory."""
 
 from __future__ import annotations
 

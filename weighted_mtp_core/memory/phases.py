@@ -1,6 +1,6 @@
 """Simulates the phases of a run on tensors without values, and finds the peak of memory in each phase.
 
-The phases are the training of the critic, the training of the policy, its validation and its evaluation.
+The phases are the training of the critic, and the training, the validation and the evaluation of the policy.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def find_phases(plan: Plan, documents: Documents, target: Target, *, only: str |
 
     Args:
         plan: The plan.
-        documents: The documents of the largest batch.
+        documents: The documents of the data, from which the largest batches are made.
         target: The device and the processes of the run.
         only: Name of the only phase to simulate; None stands for all phases.
 
@@ -184,7 +184,7 @@ class _Simulation:
         )
 
     def _phase(self, name: str, simulate: Callable[[], Iterable[nn.Parameter]]) -> Iterator[Phase]:
-        """Simulate a phase and yield it; yield nothing if it cannot be or, according to `only`, need not be.
+        """Simulate a phase and yield it; yield nothing if the simulation fails or `only` names another phase.
 
         Args:
             name: The name of the phase.

@@ -87,7 +87,7 @@ class _Change:
 
 
 def _changes(recipe: Recipe, target: Target) -> list[tuple[_Change, bool]]:
-    """Return the changes that can lower the memory, each with whether it keeps the results of the run."""
+    """Return the changes that can lower the memory; the bool is True if a change keeps the run's results."""
     same = [_Change(key, value) for key, value, is_open in _same_result(recipe, target) if is_open]
     other = [_Change(key, value) for key, value, is_open in _other_result(recipe, target) if is_open]
     return [*((each, True) for each in same), *((each, False) for each in other)]

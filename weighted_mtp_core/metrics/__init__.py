@@ -1,1 +1,1 @@
-"""The formulas of all metrics."""
+"""Formulas of metrics: measures of critics and of token weights, pass@k, and statistics over seeds."""

@@ -97,9 +97,9 @@ class LengthOnly:
     def fit(cls, length_D: Ints, reward_D: Floats) -> LengthOnly:
         """Fit a logistic regression of correctness on the number of response tokens.
 
-        Lengths are standardised. scikit-learn's L2 penalty matters only if there are few responses and their
-        lengths separate correct from incorrect ones perfectly. If all lengths or all outcomes are equal, the
-        slope is 0.
+        Lengths are standardised. scikit-learn's L2 penalty matters only if there are few responses, or if
+        their lengths separate correct from incorrect ones perfectly. If all lengths or all outcomes are
+        equal, the slope is 0.
         """
         from sklearn.linear_model import LogisticRegression  # takes a second; only critics need it
 
@@ -135,14 +135,14 @@ class CriticMeasures:
             problem has both correct and incorrect responses.
         bce: Mean binary cross-entropy of the final values, in nats.
         brier: Mean squared difference of final value and reward (Brier 1950).
-        ece: Expected calibration error (Guo et al. 2017, https://arxiv.org/abs/1706.04599, eq. 3): mean
-            distance of value and reward in 15 bins of equal width.
+        ece: Expected calibration error (Guo et al. 2017, https://arxiv.org/abs/1706.04599, eq. 3): distance
+            between the mean final value and the mean reward of the responses in a bin, averaged over 15 bins
+            of equal width; each bin has a weight proportional to its number of responses.
         margin: Mean final value of correct responses minus mean final value of incorrect responses.
         td_spikiness: The largest |TD error| of a response divided by the mean |TD error|, averaged over
-            responses. For one response, the ratio is the length of the response if only one token changes the
-            value, and 1 if all tokens change the value equally or not at all. The TD error of token t is
-            V_t - V_{t-1}, or reward - V_{t-1} at the last token, where V_t is the value of the prefix that
-            ends at token t.
+            responses. For one response, the ratio is the length of the response if only one TD error is not
+            0, and 1 if all |TD errors| are equal. The TD error of token t is V_t - V_{t-1}, or
+            reward - V_{t-1} at the last token, where V_t is the value of the prefix that ends at token t.
         position_correlation: Spearman's correlation of value and position within a response, averaged over
             responses; 0 for a response with equal values.
         length_correlation: Spearman's correlation of final value and length.

@@ -16,7 +16,7 @@ LEVEL = 0.025
 """Largest p-value that counts as better than chance; this share of critics without information passes."""
 
 PROBLEMS_NEEDED = 6
-"""Number of problems with a correct response, and of problems with an incorrect one, that the test needs.
+"""Fewest problems with a correct response, and fewest problems with an incorrect one, that the test needs.
 
 The smallest p-value with n problems is about 1 / 2^n, which is less than `LEVEL` for n >= 6.
 """

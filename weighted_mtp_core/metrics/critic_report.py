@@ -1,4 +1,4 @@
-"""The report on a critic: the measures of critic and baselines, the interval of the AUC, the calibration.
+"""The report on a critic: measures of critic and baselines, the interval of the AUC, and the calibration.
 
 Shape letters: D responses.
 """
@@ -70,7 +70,8 @@ class CriticReport:
     def informative(self) -> bool:
         """Whether the critic separates correct from incorrect responses better than chance.
 
-        The p-value decides instead of the interval of the AUC, which is too narrow with few problems.
+        The result is False if there are too few problems for the test (`PROBLEMS_NEEDED`). The p-value
+        decides instead of the interval of the AUC, which is too narrow with few problems.
         """
         return self.fewest_problems >= PROBLEMS_NEEDED and self.p_value <= LEVEL
 
@@ -83,7 +84,7 @@ class CriticReport:
         )
 
     def metrics(self) -> dict[str, float]:
-        """Return the report as metrics."""
+        """Return the interval of the AUC, and the measures of critic and baselines, as metrics."""
         return {
             "critic_auc_low": self.auc_low,
             "critic_auc_high": self.auc_high,

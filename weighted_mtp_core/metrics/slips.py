@@ -50,7 +50,7 @@ def places_of(batch: Batch) -> Tensor:
 
 
 def slip_metrics(weight_N: Tensor, place_N: Tensor) -> dict[str, Tensor]:
-    """Return the mean weight of the pairs at each of `PLACES`; NaN if no pair is at a place.
+    """Return the mean weight of the pairs at each of `PLACES`; NaN for a place without pairs.
 
     Args:
         weight_N: The weight of each pair.

@@ -17,7 +17,8 @@ def weight_metrics(weight_N: Tensor) -> dict[str, Tensor]:
 
     `weight_entropy` is the entropy of |w| / sum |w| over the pairs, divided by ln(number of pairs): 1 if all
     |w| are equal, 0 if one pair has all the weight. `effective_sample_share` is (sum |w|)^2 / sum w^2,
-    divided by the number of pairs (Kish 1965).
+    divided by the number of pairs (Kish 1965). `weight_mean` is the mean of w, and `weight_p05`, `weight_p50`
+    and `weight_p95` are percentiles of w.
     """
     if not len(weight_N):
         return {}
@@ -57,7 +58,7 @@ def share_between_responses(weight_N: Tensor, response_N: Tensor, *, count: int)
 
 
 def _percentiles(weight_N: Tensor) -> dict[int, Tensor]:
-    """Return quantiles by linear interpolation; `torch.quantile` refuses more than 2^24 numbers."""
+    """Return interpolated percentiles without `torch.quantile`, which refuses more than 2^24 numbers."""
     sorted_N, last = weight_N.sort().values, len(weight_N) - 1
     found = {}
     for percent in _PERCENTILES:

@@ -29,9 +29,9 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 def adapt(policy: Policy, table: ModelTable) -> None:
     """Freeze a policy's base model, add adapters, and store the frozen matrices in `base_dtype`.
 
-    If `adapters.heads` is `"adapted"`, the decoder layers of heads 2..K also get adapters; otherwise all
-    parameters of heads 2..K are trained. The outputs of the policy change only by the rounding to
-    `base_dtype`.
+    If `adapters.heads` is `"adapted"`, the decoder layers of heads 2..K are also frozen and get adapters; all
+    other parameters of heads 2..K are trained in any case. The outputs of the policy change only by the
+    rounding to `base_dtype`.
 
     Raises:
         WmtpError: `api.adapters.add_adapters` refuses the adapters, two adapted layers share a matrix, the

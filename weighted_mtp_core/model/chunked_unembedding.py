@@ -41,7 +41,7 @@ def chunk_rows(vocab_size: int, itemsize: int, *, extra_bytes: int, memory: int 
 
     Args:
         vocab_size: Number of logits in a row.
-        itemsize: Number of bytes of a logit.
+        itemsize: Number of bytes of a logit; not used on CUDA, where 8 bytes per logit are assumed.
         extra_bytes: Bytes of other memory that is in use at the same time as the logits; they grow with the
             batch. Except on CUDA, more `extra_bytes` make chunks smaller, down to 64 rows, so that the total
             memory grows less.
@@ -56,12 +56,12 @@ def chunk_rows(vocab_size: int, itemsize: int, *, extra_bytes: int, memory: int 
 
 
 def add_embedding_rows(policy: Policy) -> None:
-    """On a CPU, let the trunk's backward pass add only the rows of its tokens to a tied embedding's gradient.
+    """Let the trunk's backward pass add only the rows of the batch's tokens to a tied embedding's gradient.
 
-    Otherwise PyTorch makes a second gradient of the size of the matrix, mostly zeros, and adds it as a whole.
-    The sums are rounded in the same way. The tensor to which the rows are added must exist before this
-    backward pass; `weighted_mtp_loss` makes it. With a CUDA device, the number of rows is known only after
-    the device has finished, so nothing changes.
+    Otherwise PyTorch makes a second gradient of the size of the embedding, mostly zeros, and adds this whole
+    gradient. The sums are rounded in the same way. The tensor to which the rows are added must exist before
+    this backward pass; `weighted_mtp_loss` makes it. Nothing changes for a sharded embedding, or on a CUDA
+    device, where the number of rows is known only after the device has finished.
     """
     trunk: Any = policy.trunk
     embedding, matrix = trunk.get_input_embeddings(), policy.unembedding.weight
@@ -174,9 +174,10 @@ class ChunkedUnembedding:
         `s CE + (1 - s) KL(p || q)`, where s is `label_share`, q is the prediction of the head, and p is head
         1's prediction of the same token.
 
-        The gradient with respect to the states is written to `gradient_BTH`. If `learns` is true, the
-        gradients with respect to matrix and bias are added directly to their attribute `grad` (for a sharded
-        matrix, to a buffer), because a separate buffer per head would cost two more passes over memory.
+        The gradient with respect to the states is written to the selected positions of `gradient_BTH`. If
+        `learns` is true, the gradients with respect to matrix and bias are added directly to their attribute
+        `grad` (for a sharded matrix, to a buffer), because a separate buffer per head would cost two more
+        passes over memory.
         """
         state_SH, gradient_SH = state_BTH.flatten(0, 1), gradient_BTH.flatten(0, 1)
         loss_N, ce_N = torch.empty(2, len(label_N), dtype=torch.float32, device=label_N.device)
@@ -205,7 +206,7 @@ class ChunkedUnembedding:
             p = self._logits(state_SH.index_select(0, index + teacher.ahead), self.teacher_NV)
             p = p.sub_(p.amax(dim=-1, keepdim=True)).exp_()
             p /= p.sum(dim=-1, keepdim=True)
-            expected = torch.special.entr(p).addcmul_(p, logits).sum(dim=-1)  # p's mean of logits - log p
+            expected = torch.special.entr(p).addcmul_(p, logits).sum(dim=-1)  # mean of logits - log p under p
             total = logits.exp_().sum(dim=-1, keepdim=True)
             ce = (total.log() - target)[:, 0]
             loss = share * ce + (1 - share) * (total.log()[:, 0] - expected)

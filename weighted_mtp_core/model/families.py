@@ -181,8 +181,10 @@ def body_states(
         body: The body.
         position_BT: int64 positions; None means 0, 1, ... or, with a cache, the positions after the cached
             tokens.
-        cache: A cache from `new_cache`, which is extended in place; None computes without a cache.
-        seen_BS: bool, True for tokens that may be attended to; None means all tokens.
+        cache: A cache, for example from `new_cache`, which is extended in place; None computes without a
+            cache.
+        seen_BS: bool `[B, S]`, True for cached and new tokens that may be attended to, or a float mask
+            `[B, 1, T, S]` that is added to attention scores; None means all tokens.
         inputs: Either `input_ids`, int64 `[B, T]`, or `inputs_embeds`, `[B, T, H]`.
     """
     # Without a cache and positions, transformers would create positions and search them for packed documents,
@@ -245,7 +247,7 @@ def cache_kinds(body: Any) -> frozenset[str]:
 
 
 KEYS_AND_VALUES = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer"})
-"""The values of `cache_kinds` for bodies in which every layer is an attention layer."""
+"""The names that `cache_kinds` can contain for bodies in which every layer is an attention layer."""
 
 _CACHE_KINDS: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 

@@ -10,8 +10,8 @@ causal attention masks half of them.
 
 The operations of trunk and heads are counted for every token of a document. The unembedding, and feed-forward
 networks that `sparse_feed_forward.py` computes only where their outputs are read, are counted for supervised
-pairs. The count leaves out padding, recomputed activations and logits, norms, recurrences of state-space
-layers, the weighting and the critic.
+pairs, that is, for each head and position with a target. The count leaves out padding, recomputed activations
+and logits, norms, recurrences of state-space layers, the weighting and the critic.
 
 Shape letters: D documents, K heads.
 """

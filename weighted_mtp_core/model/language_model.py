@@ -19,7 +19,7 @@ from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.targets import batch_labels, target_mask
 from weighted_mtp_core.runtime.fsdp import callable_, copy_of
 
-_BUDGET = 64 << 20  # bytes of logits in memory at once; more logits are recomputed chunk by chunk in backward
+_BUDGET = 64 << 20  # bytes of logits in a chunk; if there are several, the backward pass computes them again
 
 
 class LanguageModel(nn.Module):
@@ -61,7 +61,8 @@ class LanguageModel(nn.Module):
         size = max(_BUDGET // (4 * self.policy.vocab_size), 1)
         chunks = list(zip(torch.split(state_NH, size), torch.split(label_N, size), strict=True))
         unembedding = self.policy.unembedding
-        # Once for all chunks: gathering it is collective, and the number of chunks differs between processes.
+        # The matrix is gathered once for all chunks, because gathering is a collective operation, and the
+        # number of chunks differs between processes.
         matrix_VH = unembedding.matrix(unembedding.dtype)
         losses = [
             self._chunk(matrix_VH, *chunk)
@@ -78,7 +79,7 @@ class LanguageModel(nn.Module):
 
 
 def frozen_losses(model: LanguageModel) -> Callable[[Batch], Tensor]:
-    """Return a function that computes the losses of `LanguageModel.forward` without gradient."""
+    """Freeze a language model; return a function that computes its losses (`forward`) without gradient."""
     return torch.no_grad()(model.requires_grad_(requires_grad=False).forward)
 
 

@@ -195,7 +195,7 @@ def find_base(base: str, *, storage: Path) -> Path | str:
 
 
 def base_folder(base: str, *, storage: Path) -> Path | str:
-    """Return the result of `find_base` without verifying any files; `base` is not a `.gguf` file.
+    """Return the result of `find_base` without verifying any files; `base` must not be a `.gguf` file.
 
     Raises:
         WmtpError: `base` does not name a model.

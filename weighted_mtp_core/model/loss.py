@@ -2,10 +2,10 @@
 
 The loss is `L = sum_k alpha_k * sum_t w[t, k] * CE(head_k(h_t), x[t + k]) / Z_k` (Gloeckle et al. 2024,
 eq. 2, with weights), where CE is the cross-entropy, alpha_k the loss share of head k, w[t, k] the weight of
-the pair (t, k), h_t the trunk's state, x[t + k] the target token and Z_k the normaliser. Heads 2..K can learn
-from head 1 instead of labels. The cross-entropy of head k at position t is then replaced with KL(p || q), or
-with the mean of both (`loss.heads = "both"`), where q is the prediction of head k at t and p the prediction
-of head 1 at t + k - 1; head 1 gets no gradient from this term.
+the pair (t, k), h_t the trunk's state, x[t + k] the target token and Z_k the normaliser. Heads 2..K can also
+learn from head 1: `loss.heads = "kl"` replaces the cross-entropy of head k at position t with KL(p || q), and
+`loss.heads = "both"` replaces it with the mean of the cross-entropy and KL(p || q). Here q is the prediction
+of head k at t, and p is the prediction of head 1 at t + k - 1; head 1 gets no gradient from KL(p || q).
 
 Heads run forward and backward one after the other (Gloeckle et al., section 2.2). The gradients of the
 trunk's states are summed in one `[B, T, H]` buffer and propagated through the trunk once, so memory does not
@@ -55,9 +55,10 @@ class MtpLoss:
 
 
 def normalisers(weight_BTK: Tensor, target_BTK: Tensor, *, normalise: Literal["weights", "tokens"]) -> Tensor:
-    """Return the normaliser Z of each head, float32 `[K]`: the sum of |weight| or number of counted pairs.
+    """Return the normaliser Z of each head, float32 `[K]`.
 
-    For a head whose Z would be 0, 1 is returned instead, so that the loss and the gradient of the head are 0.
+    Z is the sum of |weight|, or the number of counted pairs if `normalise` is "tokens". If Z is 0 for a head,
+    1 is returned instead, so that the loss and the gradient of the head are 0 and not NaN.
     """
     counted = weight_BTK.abs() if normalise == "weights" else target_BTK
     total_K = counted.sum(dim=(0, 1), dtype=torch.float32)
@@ -78,7 +79,7 @@ def weighted_mtp_loss(
     position_BT: Tensor | None = None,
     preceding_BT: Counts | None = None,
 ) -> MtpLoss:
-    """Return the loss and add its gradient to every parameter's `grad`.
+    """Return the loss, and add its gradient to the `grad` of each trained parameter of the policy.
 
     Do not call `backward` on the result: the gradient has already been propagated through each head and the
     trunk, and the trunk's graph has been freed.

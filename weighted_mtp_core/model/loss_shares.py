@@ -12,13 +12,15 @@ def loss_shares(table: LossTable, n_future: int, *, progress: float) -> Tensor:
     """Return each head's share `alpha_K`, float32, with sum 1.
 
     The share of head k is proportional to `head_weights[k - 1] * head_decay^(k - 1)` times the factor of the
-    schedule, which is always 1 for head 1 and for the schedule `constant`. The schedules `forward` and
-    `reverse` are the curricula of Aynetdinov and Akbik 2025: the first `head_schedule_end` of the steps are
-    divided into K phases of equal length, and the last phase continues until the end of training. The
-    schedule `forward` begins with head 1 and adds heads 2, 3, ... one by one; the schedule `reverse` begins
-    with all heads and removes heads K, K - 1, ... until only head 1 is left. With `linear`, the factor of
-    heads 2..K rises linearly from 0 to 1 during the first `head_schedule_end` of the steps; with `step`, the
-    factor is 0 during these steps. Afterwards it is 1.
+    schedule; if `head_weights` is empty, 1 is used instead of `head_weights[k - 1]`. The factor is always 1
+    for head 1 and for the schedule `constant`. All other schedules change factors in the first part of
+    training, which consists of the fraction `head_schedule_end` of the steps. The schedules `forward` and
+    `reverse` are the curricula of Aynetdinov and Akbik 2025: the first part of training is divided into K
+    phases of equal length, and the last phase continues until the end of training. The schedule `forward`
+    begins with head 1 and adds heads 2, 3, ... one by one; the schedule `reverse` begins with all heads and
+    removes heads K, K - 1, ... until only head 1 is left. With `linear`, the factor of heads 2..K rises
+    linearly from 0 to 1 during the first part; with `step`, the factor is 0 during the first part. After the
+    first part, the factor is 1 with `linear` and with `step`.
 
     Args:
         table: The recipe's `[loss]`.

@@ -20,7 +20,7 @@ _MEND = 'set `data.packing = "none"`: documents are then grouped by length'
 
 @torch.no_grad()
 def check_packing(policy: Policy) -> None:
-    """Compare a document's states in a row of its own with its states after another document in one row.
+    """Compare a document's states in a row of its own with its states in a row after another document.
 
     Raises:
         WmtpError: The model cannot be run on packed rows, or the states of a document depend on the document

@@ -32,8 +32,8 @@ class HeadSums:
 
     The choice of a head is the token that the head predicts as the likeliest. Head 1 confirms head k's choice
     for a pair (t, k) if head 1 makes the same choice for the pair (t + k - 1, 1), which has the same target.
-    A pass drafts at each position t for which the pairs (t, 1) and (t, 2) count: head 1 chooses token t + 1,
-    and the text continues after this token.
+    A pass drafts at each position t for which the pairs (t, 1) and (t, 2) count: head 1 predicts token t + 1,
+    and heads 2, 3, ... draft the tokens that follow token t + 1.
 
     Attributes:
         ce_sum_K: Sum of the unweighted cross-entropies, in nats.

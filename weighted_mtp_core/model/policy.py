@@ -37,7 +37,7 @@ HEADS: dict[HeadKind, type[Heads]] = {
 
 @frozen(kw_only=True, eq=False)
 class PolicyCache:
-    """Key-value caches of the trunk and of the heads, transformers `DynamicCache` objects."""
+    """Key-value caches of the trunk and of the heads; each cache is a transformers `DynamicCache`."""
 
     trunk: Any
     heads: tuple[Any, ...]
@@ -59,7 +59,8 @@ class Policy(nn.Module):
         config: The config of the base model.
         hidden_size: H.
         vocab_size: V.
-        trunk: The body, which computes the states that the heads read.
+        trunk: The base model's body, which computes the states that the heads read; some kinds of heads
+            remove its last layer or its final norm.
         heads: Heads 1..K.
         norm: The module between heads and unembedding: the final norm for `parallel` heads, otherwise the
             identity.
@@ -143,10 +144,11 @@ class Policy(nn.Module):
         Args:
             ids_BT: int64 token ids.
             position_BT: int64 positions; None means 0, 1, ... or, with a cache, the positions after the
-                cached tokens. In training, a token begins a new document if its position is not the previous
-                token's position plus 1.
+                cached tokens. Without a cache and `seen_BS`, a token begins a new document if its position is
+                not the previous token's position plus 1.
             cache: The trunk's cache, which is extended in place.
-            seen_BS: bool, True for cached and new tokens that may be attended to; None means all tokens.
+            seen_BS: bool `[B, S]`, True for cached and new tokens that may be attended to, or a float mask
+                `[B, 1, T, S]` that is added to attention scores; None means all tokens.
         """
         return body_states(
             self.trunk, input_ids=ids_BT, position_BT=position_BT, cache=cache, seen_BS=seen_BS
@@ -171,7 +173,7 @@ class Policy(nn.Module):
             hidden_BTH: The trunk's states.
             ids_BT: The token ids of the trunk's states; only `sequential` heads read token ids.
             position_BT: Positions, see `trunk_states`.
-            cache: A cache of the head, which is extended in place; `sequential` heads do not use it.
+            cache: A cache of the head, which is extended in place; only `parallel` heads use this argument.
         """
         if self.heads.chained:
             states = self.each_head_states(hidden_BTH, ids_BT=ids_BT, position_BT=position_BT)

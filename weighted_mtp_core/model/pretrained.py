@@ -133,7 +133,7 @@ def empty_model(config: Any, model_class: Any) -> Any:
 def _class_of(config: Any, model_class: Any) -> Any:
     """Return `model_class`, or the class that the config names if `model_class` does not list the config.
 
-    No `Auto...` class lists the configs of some text models.
+    For some text models, no `Auto...` class lists the config.
     """
     import transformers
 
@@ -234,7 +234,8 @@ def _fault_of(file: Path) -> str | None:
 def _refuse_other_tensors(source: Path | str, model: Any, info: Any, known: re.Pattern[str]) -> None:
     """Refuse files in which tensors are missing, have wrong shapes or belong to additional layers.
 
-    Additional tensors with names that match `known` are accepted. Other unused tensors cause a warning.
+    Additional tensors are accepted if their names match `known`, or if they are not learned, such as rotary
+    frequencies. Other unused tensors cause a warning.
     """
     where = _named_files(source)
     named = quoted(model.config.architectures or [type(model).__name__])

@@ -30,12 +30,12 @@ from weighted_mtp_core.model.sparse_feed_forward import one_position_per_row, sp
 from weighted_mtp_core.model.unembedding import Unembedding
 from weighted_mtp_core.runtime.device import evaluation_mode
 
-_TOLERANCE = 1e-4  # largest difference of fp32 logits, relative to the largest logit
+_TOLERANCE = 1e-4  # largest accepted difference of fp32 logits, relative to the largest logit
 _LENGTH = 24
 _WINDOW = 8
 _WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size")
-_SPARE_ROWS = 8  # rows of a position table that may not be positions; OPT's table has two such rows
-_CAPPED = 60.0  # logits are scaled up at least to this size, because the usual soft-caps are 15 to 50
+_SPARE_ROWS = 8  # largest number of rows of a position table beyond its positions; OPT's table has two
+_CAPPED = 60.0  # the largest logit is scaled up at least to this size, because usual soft-caps are 15 to 50
 _OTHER_MODEL = "use another base model, for example one of the Llama, Qwen or Gemma families"
 
 
@@ -76,9 +76,10 @@ def observe(base: Any) -> Answers:
     """Run a causal LM on the probe's text.
 
     Raises:
-        WmtpError: The model cannot be a trunk. It is in `REFUSED`; it has no body apart from its unembedding,
-            or no unembedding matrix; its forward pass raises an exception; it attends to later tokens; its
-            logits are not finite; or no `Unembedding` computes its logits from the states of its body.
+        WmtpError: The model cannot be a trunk, for one of these reasons: the model is in `REFUSED`, has no
+            body apart from its unembedding, has no unembedding matrix, or attends to later tokens; its
+            forward pass raises an exception; its logits are not finite; or no `Unembedding` computes its
+            logits from the states of its body.
     """
     name = base.config.model_type
     why = REFUSED.get(name)
@@ -138,7 +139,8 @@ def compare(policy: Policy, answers: Answers) -> None:
     The function also checks that heads 1 and 2 give the same states if only some positions are read.
 
     Raises:
-        WmtpError: A head fails, head 1 gives other logits, or head 1 or 2 gives other states.
+        WmtpError: A head raises an exception, head 1 gives other logits than the model, or head 1 or 2 gives
+            other states if only some positions are read.
     """
     try:
         with evaluation_mode(policy), windows_of(policy, _WINDOW):

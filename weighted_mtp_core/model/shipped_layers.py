@@ -1,7 +1,7 @@
 """Describes the layers for multi-token prediction (MTP) in the files of base models.
 
 transformers does not load MTP layers with a causal LM. In a model with N decoder layers, the tensor names of
-MTP layer d begin with `model.layers.<N + d>.` (DeepSeek-V3, GLM-4.5), `mtp.` (Qwen3-Next, Qwen3.5),
+MTP layer d (from 0) begin with `model.layers.<N + d>.` (DeepSeek-V3, GLM-4.5), `mtp.` (Qwen3-Next, Qwen3.5),
 `model.mtp_layers.<d>.` (MiMo), or a similar prefix.
 """
 
@@ -139,7 +139,7 @@ def names_of_shipped_layers(source: Path | str) -> re.Pattern[str]:
 
 
 def shipped_layers(source: Path | str, model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the tensors of MTP layers in the files of a model, sorted.
+    """Return, sorted, the names of MTP layers' tensors that are in the files of a model but not in the model.
 
     Args:
         source: See `tensor_files`.
@@ -152,8 +152,9 @@ def shipped_layers(source: Path | str, model: nn.Module) -> tuple[str, ...]:
 def later_layers(source: Path | str, model: nn.Module) -> tuple[str, ...]:
     """Return, sorted, the tensor names of decoder layers with higher numbers than the model's last layer.
 
-    transformers usually reports tensors of additional layers as unexpected. For some families, however,
-    transformers ignores layers that have the numbers of MTP layers in published models.
+    The tensor names of MTP layers are left out. transformers usually reports tensors of additional layers as
+    unexpected. For some families, however, transformers ignores layers that have the numbers of MTP layers in
+    published models.
     """
     pattern = names_of_shipped_layers(source)
     own = filter(None, map(_NUMBERED.match, model.state_dict()))

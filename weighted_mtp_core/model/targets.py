@@ -1,6 +1,6 @@
 """Aligns tokens with the heads that predict them, and masks targets in another document.
 
-No other module shifts labels along T; `heads/` shifts the inputs of `sequential` heads.
+Labels of K heads are shifted along T only in this module; `heads/` shifts the inputs of `sequential` heads.
 
 Shape letters: B rows, T positions, K heads, N selected positions or pairs.
 """
@@ -59,8 +59,8 @@ def source_index(label_BT: Tensor, *, k: int, preceding_BT: Counts | None) -> Te
     Args:
         label_BT: Labels of head k.
         k: Number of the head, from 1.
-        preceding_BT: `CollatedBatch.preceding_BT`; if None, the indices are computed on the device, which
-            synchronises with it.
+        preceding_BT: `CollatedBatch.preceding_BT`; if None, the indices are computed on the device, and the
+            host waits for the device.
     """
     if preceding_BT is None:
         return target_mask(label_BT).flatten().nonzero()[:, 0]

@@ -56,8 +56,8 @@ def trainable_trunk(policy: Policy, base: str | None, *, storage: Path, tokenize
     Args:
         policy: The policy, whose current trunk is copied unless `base` names another model. Adapters in the
             trunk are merged in the copy.
-        base: Name of a model as in `model.base`, of which all layers and the final norm are used; None
-            copies the policy's trunk.
+        base: Name of a model as in `model.base`; its whole body, with all layers and the final norm, becomes
+            the trunk. None copies the policy's trunk.
         storage: The storage root, where models are looked up.
         tokenizer: The policy's tokenizer.
 

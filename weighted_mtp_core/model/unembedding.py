@@ -70,7 +70,7 @@ class Unembedding(nn.Module):
         return self._gradient_VH
 
     def add_matrix_gradient(self, gradient_NV: Tensor, state_NH: Tensor) -> None:
-        """Add the gradient of W that follows from the gradient of the products `W h`; none if W is frozen."""
+        """Add the gradient of W, computed from the gradient of the products `W h`, unless W is frozen."""
         weight = self.weight
         if not weight.requires_grad:
             return
@@ -85,10 +85,11 @@ class Unembedding(nn.Module):
             gradient_VH += gradient_NV.T @ state_NH
 
     def finish_gradient(self) -> None:
-        """Complete the gradient of W; call this before the backward pass of the trunk, which may add to it.
+        """Complete the gradient of W; call this method before the backward pass of the trunk.
 
-        The gradient of a sharded W is summed over all processes, which must all call this method. If no pair
-        counts, the gradient becomes 0.
+        With a tied embedding, the backward pass of the trunk adds to the completed gradient. The gradient of
+        a sharded W is summed over all processes, which must all call this method. If no pair counts, a
+        missing gradient of W becomes 0.
         """
         if not isinstance(self.weight, DTensor) or not self.weight.requires_grad:
             gradient_of(self.weight)

@@ -107,7 +107,10 @@ def find(path: Sequence[str] | None = None) -> Mapping[str, FoundPlugin]:
 
 
 def metadata_faults(path: Sequence[str] | None = None) -> list[str]:
-    """Return a line for each fault of a metadata folder, and for each hidden folder that declares plugins."""
+    """Return a line for each fault of a metadata folder, and for each folder with plugins that is not used.
+
+    A folder is not used if an earlier folder on the path belongs to the same distribution.
+    """
     used, hidden = _used_and_hidden(_installed(path))
     faults = [fault for metadata in used for fault in metadata.faults(used)]
     faults += [
@@ -120,7 +123,7 @@ def metadata_faults(path: Sequence[str] | None = None) -> list[str]:
 
 def _installed(path: Sequence[str] | None) -> list[_Metadata]:
     found = (_Metadata(each) for each in distributions(path=list(sys.path if path is None else path)))
-    return [each for each in found if not each.stem.startswith("~")]  # pip leaves `~...` behind
+    return [each for each in found if not each.stem.startswith("~")]  # pip leaves folders `~...` behind
 
 
 def _used_and_hidden(installed: Iterable[_Metadata]) -> tuple[list[_Metadata], list[_Metadata]]:
@@ -271,7 +274,7 @@ def check_metadata(plugin: FoundPlugin) -> None:
 
     Raises:
         WmtpError: Several distributions or versions claim the plugin's name, the name is not valid in an
-            address, or the plugin does not work with this version of core.
+            address, the plugin requires another version of core, or its requirements cannot be parsed.
     """
     _check_name(plugin)
     _check_core_range(plugin)

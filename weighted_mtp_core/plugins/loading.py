@@ -99,8 +99,9 @@ class PluginRegistry:
 
         Raises:
             WmtpError: The plugin is not installed, is installed in several versions, shares its name with
-                another plugin, has a name that is not valid, requires another version of core, cannot be
-                imported, or has an invalid hook or component.
+                another plugin, has a name that is not valid, requires another version of core, has
+                requirements that cannot be parsed, cannot be imported, is the same module as another plugin,
+                or has an invalid hook or component.
         """
         if name not in self.loaded:
             if name not in self.found:
@@ -111,7 +112,7 @@ class PluginRegistry:
         return self.loaded[name]
 
     def providers(self, signal: Signal) -> list[str]:
-        """Return the addresses of the loaded critics that provide a signal."""
+        """Return the addresses of all critics, in the plugins loaded so far, that provide a signal."""
         return [
             f"{plugin.found.name}.{name}"
             for plugin in self.loaded.values()

@@ -57,14 +57,14 @@ class SelectedComponent:
 
     @property
     def nested(self) -> Iterator[SelectedComponent]:
-        """The component and its wrapped weightings."""
+        """The component, its wrapped weightings, the weightings that these wrap, and so on."""
         yield self
         for each in self.wrapped.values():
             yield from each.nested
 
     @property
     def plugins(self) -> Iterator[FoundPlugin]:
-        """The plugins of the component and of its wrapped weightings."""
+        """The plugins of all components in `nested`."""
         return (each.plugin for each in self.nested)
 
     def plain_options(self) -> dict[str, Any]:

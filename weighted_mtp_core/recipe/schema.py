@@ -281,9 +281,10 @@ class CriticTable(Selection):
     """`[critic]`: the critic and its training (stage 1).
 
     `checkpoint` is the folder `checkpoints/critic` of an earlier run; if it is given, stage 1 loads this
-    critic instead of training one. If the critic is not shown to be better than a constant, the run stops,
-    unless `allow_uninformative_critic` is true. With `cache`, a run with one process stores the scores of a
-    critic in `<storage>/signals`, if the critic allows caching and does not read the policy.
+    critic instead of training one. If the critic provides values, and these are not shown to be better than a
+    constant, the run stops, unless `allow_uninformative_critic` is true. With `cache`, a run with one process
+    stores the scores of a critic in `<storage>/signals`, if the critic allows caching and does not read the
+    policy.
     """
 
     cache: bool = True
@@ -341,8 +342,8 @@ class EvaluateTable:
 class TrackerTable(Selection):
     """`[[tracker]]`: one destination of metrics and artifacts; a recipe can have any number of trackers.
 
-    At its end, a run waits for an unreachable tracker for the largest `close_seconds` of its trackers; the
-    command `track sync` sends the remaining data later.
+    If a tracker is unreachable at the end of a run, the run waits as long as the largest `close_seconds` of
+    its trackers; the command `track sync` sends the remaining data later.
     """
 
     close_seconds: float = field(default=30.0, validator=v.ge(0))
@@ -350,7 +351,7 @@ class TrackerTable(Selection):
 
 @frozen(kw_only=True)
 class Recipe:
-    """A whole recipe, which results from merging the files in `extends`, the preset and the overrides."""
+    """A whole recipe, after the recipe file, the files in `extends`, preset and overrides were merged."""
 
     run: RunTable
     model: ModelTable = ModelTable()

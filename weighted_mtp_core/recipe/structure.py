@@ -233,7 +233,7 @@ def _refused(
     for key, value in known.items():
         attribute = fields[key]
         if isinstance(attribute.converter, attrs.Converter):
-            continue  # the default may depend on the whole instance
+            continue  # such a converter may read the whole instance
         try:
             converted = attribute.converter(value) if attribute.converter is not None else value
             if attribute.validator is not None:

@@ -127,9 +127,9 @@ class PolicyTrainTable(TrainTable):
 def default_selection(train: str | None, heads: str | None) -> SelectBy:
     """Return the default of `train.select_by` for the values of `model.train` and `loss.heads`.
 
-    The default is `head_1`, or `later_heads` if only heads 2..K are trained. If these heads learn only head
-    1's distribution, the default is `acceptance`, because their cross-entropy with the labels may increase
-    although more of their drafts are accepted.
+    The default is `head_1`, unless only heads 2..K are trained. In that case, the default is `later_heads`,
+    or `acceptance` if heads 2..K learn only head 1's distribution: their cross-entropy with the labels may
+    then increase although more of their drafts are accepted.
     """
     if train != "heads":
         return "head_1"

@@ -142,7 +142,7 @@ def charts_of(metrics: Mapping[str, Sequence[Point]]) -> tuple[list[Chart], list
 
 
 def _head_groups(metrics: Mapping[str, Sequence[Point]]) -> list[_Group]:
-    """Return a group for each metric that is computed per head; it has a line for each head."""
+    """Return a group for each metric that is computed per head; the group has a line for each head."""
     heads: dict[str, dict[str, str]] = {}
     for name in metrics:
         if match := re.fullmatch(r"(.+)_head_(\d+)", name):

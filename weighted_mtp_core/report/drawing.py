@@ -1,7 +1,8 @@
 """Draws small charts as inline SVG with colours from the page's style sheet, for light and dark mode.
 
-Lines differ in colours and dashes, and each line has a label at its end. matplotlib is not used, because it
-cannot use a style sheet and takes 2.4 s of CPU time for the 32 charts of a run; this module takes 0.05 s.
+Lines differ in colours and dashes, and each of several lines has a label at its end. matplotlib is not used,
+because it cannot use a style sheet and takes 2.4 s of CPU time for the 32 charts of a run; this module takes
+0.05 s.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def reliability_chart(bins: Sequence[ReliabilityBin]) -> Markup:
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
-    """Return 3 to 8 evenly spaced round numbers; the first is at most `low`, the last at least `high`."""
+    """Return 4 to 7 evenly spaced round numbers; the first is at most `low`, the last at least `high`."""
     if high - low <= _TINY:
         margin = abs(low) / 10 if abs(low) > _TINY else 0.1
         low, high = low - margin, high + margin

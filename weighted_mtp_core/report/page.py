@@ -126,7 +126,7 @@ def _validations(history: RunHistory) -> dict[int, dict[str, float]]:
 
 
 def _kept_step(history: RunHistory) -> int | None:
-    """Return the step after which the kept policy was best; None if no validation has a finite score."""
+    """Return the step of the validation that selected the kept policy; None if no score is finite."""
     params = history.params
     default = default_selection(params.get("model.train"), params.get("loss.heads"))
     select_by = cast("SelectBy", params.get("train.select_by", default))

@@ -90,7 +90,7 @@ def preview(plan: Plan, *, count: int, log: Callable[[str], None]) -> Preview:
 
     Raises:
         WmtpError: A run of this plan would fail before stage 2.
-        RunFailedError: The weighting failed.
+        RunFailedError: The weighting or the critic failed, or the weights are invalid.
     """
     torch.manual_seed(plan.recipe.run.seed)
     prepared = prepare(plan, log=log)

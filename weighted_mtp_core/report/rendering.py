@@ -1,4 +1,4 @@
-"""Render the templates of the report."""
+"""Render the templates of the report and of the preview."""
 
 from __future__ import annotations
 

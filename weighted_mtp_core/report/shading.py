@@ -8,7 +8,7 @@ from attrs import frozen
 
 from weighted_mtp_core.report.token_report import Token, TokenReport
 
-_CLEAR = 0.2  # share of the TD error with full shade; smaller TD errors are not marked as up or down
+_CLEAR = 0.2  # TD errors below this share of the TD error with full shade are not marked as up or down
 
 
 @frozen(kw_only=True)
@@ -21,8 +21,8 @@ class Scale:
         note: Explanation of the quantity.
         low: Label of the lightest shade.
         high: Label of the deepest shade.
-        signed: Whether some values are negative, so that the shade shows the absolute value, and hue and
-            underline show the sign.
+        signed: Whether signs are shown: the shade then shows the absolute value, and hue and underline show
+            the sign.
         read: Returns the value of the quantity for a token; None if the token has no value.
         bottom: The value (if `signed`, the absolute value) that is shown without shade.
         top: The value (if `signed`, the absolute value) that is shown with full shade.

@@ -83,7 +83,7 @@ def _weigh(learner: PolicyLearner, batch: Batch) -> tuple[Sequence[Tensor | None
     """Return the weights of each row and an empty text; without weights, None for each row and the reason.
 
     Some weightings can only compute weights for training batches. The run is already complete when the report
-    is written, so missing weights must not make it fail.
+    is written, so missing weights must not make the run fail.
     """
     try:
         return torch.split(learner.weigh(batch, step=learner.steps).weight, 1), ""

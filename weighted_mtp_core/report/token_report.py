@@ -22,8 +22,9 @@ class Token:
         text: The text that the token adds; empty if the token ends inside a character of several tokens.
         weight: Mean weight of the pairs whose target is this token; None if there is no such pair.
         weight_K: Weight for each head if the weighting returns a weight per head, otherwise empty. The weight
-            is None for a head that cannot predict the token, because the token is too near the start.
-        loss_K: Unweighted cross-entropy of each head, in nats; None for a head that cannot predict the token.
+            is None for a head that does not predict the token, for example because the token is too near the
+            start of its document.
+        loss_K: Unweighted cross-entropy of each head, in nats; None as in `weight_K`.
         value: The critic's value of the prefix that ends with the token, at most 1; None if the run has no
             critic that computes values.
         change: TD error r_t + V_t - V_{t-1} of the token. V_t is the value of the prefix that ends at token

@@ -88,7 +88,7 @@ def _values(prepared: Prepared, scores: Scores) -> Floats:
 
 def _weights(learner: PolicyLearner, batch: Batch, scores: Scores) -> Floats:
     """Return the weight of each token, `[B, T]`; NaN for tokens without a weight."""
-    # The scores are those of the whole batch, so the weighting must not receive it in parts.
+    # The scores are those of the whole batch, so the weighting must not receive the batch in parts.
     weighting = evolve(learner.weighting, critic=_Scored(scores))
     learner = evolve(learner, weighting=weighting, accumulation=1, distributed=SINGLE_PROCESS)
     labels_BTK = batch_labels(batch, learner.policy.n_future)

@@ -141,7 +141,7 @@ def many_passes(model: nn.Module, autocast: Autocast) -> Iterator[None]:
 
 
 def memory_of(device: torch.device) -> int | None:
-    """Return the memory of a CUDA device in bytes; None for other devices, where chunks have fixed sizes."""
+    """Return the memory of a CUDA device in bytes; None for other devices, where callers use fixed sizes."""
     if device.type != "cuda":
         return None
     return int(torch.cuda.get_device_properties(device).total_memory)

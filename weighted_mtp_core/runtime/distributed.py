@@ -1,8 +1,9 @@
 """The processes that train together, started by `torchrun`; a single process does not communicate.
 
 Every process has the token ids of the whole global batch, which take little memory, and computes its share of
-the rows. The weighting's input, statistics, normalisers and state are therefore the same in every process. In
-a run with a single process, their values differ only because sums are computed in another order.
+the rows. The weighting's input, statistics, normalisers and state are therefore the same in every process.
+They differ from those of a run with a single process only by rounding, because sums are computed in another
+order.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Distributed:
             dist.destroy_process_group()
 
     def shard_rows(self, items: Sequence[Item]) -> Sequence[Item]:
-        """Return this process's share, which is consecutive; shares differ by at most one item."""
+        """Return this process's share of consecutive items; the sizes of shares differ by at most one."""
         bounds = [round(len(items) * rank / self.size) for rank in (self.rank, self.rank + 1)]
         return items[bounds[0] : bounds[1]]
 
@@ -142,7 +143,7 @@ class Distributed:
 
     @contextmanager
     def rank_zero_first(self) -> Iterator[None]:
-        """Run the block in the first process, then in all others, which find the files that it wrote."""
+        """Run the block in the first process, then in the others, which find the first process's files."""
         if not self.is_rank_zero:
             self.barrier()
         yield

@@ -32,8 +32,8 @@ def callable_(module: Module, *, dtype: torch.dtype = torch.float32) -> Module:
     Args:
         module: A model or a part of a model.
         dtype: The dtype in which the matrices of layers are sent and computed; unless it is float32, layers
-            run under autocast. Layers with packed matrices (`nf4`) are left out: their matrices are sent as
-            they are stored.
+            run under autocast. Layers with packed matrices (`nf4`) do not use `dtype`: their matrices are
+            sent as they are stored.
     """
     if mesh_of_parameters(module) is None:
         return module

@@ -97,7 +97,7 @@ class GradientReduction:
     def begin(self) -> None:
         """Start to send buckets; call this when the last backward pass begins.
 
-        The last backward pass adds one gradient to each parameter in `last`.
+        The last backward pass must add at most one gradient to each parameter in `last`.
         """
         if not self._overlaps:
             return
@@ -143,9 +143,9 @@ class GradientReduction:
             self._works.append(self._buckets[len(self._works)].launch())
 
     def _drop_unused(self) -> None:
-        """Remove the gradients of parameters that got none in any process; `launch` made them zeros.
+        """Remove the gradients of parameters that got none in any process; `launch` created them as zeros.
 
-        Only a process with unused parameters reads the counts, because a GPU must finish its work first.
+        Only a process with unused parameters reads the counts, because a read makes the host wait for a GPU.
         """
         parameters = [p for bucket in self._buckets for p in bucket.parameters]
         if not parameters:

@@ -1,9 +1,9 @@
 """Handles OS signals during the whole life of a process.
 
 SIGINT, SIGTERM and SIGHUP end a command. During training, the first SIGINT, SIGTERM or SIGHUP requests a stop
-after the current step, and the second stops at once. While a run is opened or closed, signals are delayed.
-SIGUSR1 requests a checkpoint; outside training the request is remembered. Under `nohup`, SIGHUP remains
-ignored.
+after the current step, and the second stops training at once. While a run is opened or closed, signals are
+delayed. SIGUSR1 requests a checkpoint; outside training the request is remembered. Under `nohup`, SIGHUP
+remains ignored.
 
 The exit codes of a command that a signal ends, 130 and 143, are defined in `exit_codes.py`.
 """
@@ -40,7 +40,7 @@ def raise_on_termination() -> Iterator[None]:
 
 @contextmanager
 def hold_signals() -> Iterator[None]:
-    """Delay signals that end a command until the end of the block; a second signal takes effect at once.
+    """Delay SIGINT, SIGTERM and SIGHUP until the end of the block; a second signal takes effect at once.
 
     Raises:
         KeyboardInterrupt: After SIGINT.

@@ -92,7 +92,7 @@ def sum_into_shard(own: DTensor, value: Tensor) -> Tensor:
 
 
 def all_processes_agree(module: nn.Module, flags: Tensor) -> Tensor:
-    """Return elementwise whether flags are true in every process that has shards of a module, bool `[N]`.
+    """Return, for each of N flags, whether it is true in every process with shards of a module, bool `[N]`.
 
     The function is a collective operation. If the module is not sharded, the flags are returned as they are.
     """
@@ -105,7 +105,7 @@ def all_processes_agree(module: nn.Module, flags: Tensor) -> Tensor:
 
 
 def shard_like(own: Tensor, value: Tensor) -> Tensor:
-    """Return a sharded copy of the whole tensor `value`; if `own` is not sharded, return `value` itself."""
+    """Return a copy of the whole tensor `value`, sharded like `own`; if `own` is whole, return `value`."""
     return _shard_of(value, own.device_mesh, copy=True) if isinstance(own, DTensor) else value
 
 

@@ -1,7 +1,8 @@
 """Write a recipe for chosen components; options that are not set become comments.
 
-A line such as `#steps = 300` shows the default of an option. A line that begins with `# ` explains an option;
-the text is taken from the docstring of the class of options or from a comment in `core:defaults.toml`.
+A line such as `#steps = 300` shows a default. The lines before an option of a component begin with `# ` and
+explain the option, with text from the docstring of the class of options. A key of core is explained at the
+end of its line, by the comment from `core:defaults.toml`.
 """
 
 from __future__ import annotations

@@ -15,9 +15,10 @@ from weighted_mtp_core.storage.manifest import MANIFEST, files_of, verify_manife
 
 
 def verify_once(folder: Path) -> str:
-    """Return the SHA-256 of a folder; if a file has changed, first verify the folder against its manifest.
+    """Return the SHA-256 of a folder; if it is not known to be unchanged, first verify it by its manifest.
 
-    The file `<folder>.verified` next to the folder records the verified state of all files. Unlike
+    The folder is known to be unchanged if no file has changed since the last verification. The file
+    `<folder>.verified` next to the folder records the state of all files at that time. Unlike
     `verify_once`, `verify_manifest` always hashes all files.
 
     Raises:

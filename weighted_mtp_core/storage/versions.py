@@ -119,7 +119,8 @@ def unlisted(storage: Path) -> dict[str, int]:
     """Return the number of files that belong to no version, keyed by their folder `<kind>/<name>/<version>`.
 
     All files in the folder of a version count as its files, except files directly in its folder `derived`.
-    `verify_manifest` finds files that the manifest of a version does not list.
+    The files `<folder>.lock` and `<folder>.verified` next to a folder are not counted. `verify_manifest`
+    finds files that the manifest of a version does not list.
     """
     known = {version.path for version in versions(storage)}
     counts: dict[str, int] = {}

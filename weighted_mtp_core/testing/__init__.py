@@ -35,7 +35,7 @@ _MODULES = dict(zip(__all__, ("component", "critic", "data_source", "tracker", "
 
 
 def __getattr__(name: str) -> Any:
-    """Import a suite on first use, because every pytest run imports this package for its pytest plugin."""
+    """Import a suite on first use, because every pytest run imports this package to load `pytest_plugin`."""
     if name not in _MODULES:
         raise AttributeError(f"module `{__name__}` has no attribute `{name}`")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -144,7 +144,7 @@ class ComponentSuite:
             setattr(selected.options, name, getattr(selected.options, name, None))
 
     def test_options_are_keyword_only(self, component: AnyComponent) -> None:
-        """If options were positional, a new option could be added only after all others."""
+        """If options were positional, a new option could safely be added only after all others."""
         assert [each.name for each in attrs.fields(component.options) if each.init and not each.kw_only] == []
 
     def test_options_are_typed(self, component: AnyComponent) -> None:

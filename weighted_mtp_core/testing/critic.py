@@ -82,7 +82,7 @@ class CriticSuite(checks.ComponentSuite):
 
     @pytest.fixture
     def critic(self, build: Build) -> Critic:
-        """A critic; a trainable one has been trained for a few steps, as its initial scores may be equal."""
+        """A critic; if it is trainable, it is trained for 3 steps, so that not all scores are equal."""
         critic = build()
         if critic.trainable:
             _train(critic, steps=3)
@@ -97,11 +97,11 @@ class CriticSuite(checks.ComponentSuite):
         return critic
 
     def test_fills_exactly_what_it_provides(self, component: AnyComponent, critic: Critic) -> None:
-        """A critic must fill exactly the declared signals, because core checks recipes against them."""
+        """A critic must fill the fields of its declared signals, on which weightings rely, and no others."""
         assert set(_score(critic, PACKED.batch())) == {_FIELDS[signal] for signal in component.provides}
 
     def test_scores_are_one_finite_float32_a_token(self, critic: Critic) -> None:
-        """Each token must get one finite float32 score, even in prompts and padding."""
+        """Each token, even in prompts and padding, must get one finite float32 score per declared signal."""
         batch = PACKED.batch()
         for name, tensor in _score(critic, batch).items():
             assert tensor.shape == batch.ids_BT.shape, name
@@ -109,7 +109,10 @@ class CriticSuite(checks.ComponentSuite):
             assert tensor.isfinite().all(), name
 
     def test_autocast_changes_neither_dtypes_nor_what_is_trained(self, critic: Critic) -> None:
-        """Scores must stay float32 under autocast: in bfloat16, successive tokens often get equal scores."""
+        """Autocast must change neither the dtypes of scores, loss and gradients nor which gradients exist.
+
+        For example, successive tokens would often get equal scores in bfloat16.
+        """
         plain = self._dtypes(critic)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert self._dtypes(critic) == plain
@@ -186,7 +189,7 @@ class CriticSuite(checks.ComponentSuite):
         assert bool(list(critic.parameters())) == critic.trainable
 
     def test_the_loss_is_a_finite_float32_scalar(self, trainable: Critic) -> None:
-        """The loss must have a gradient, and the metrics must be scalars without gradient."""
+        """The loss must have a gradient, and the metrics must be finite scalars without gradient."""
         result = _loss(trainable)
 
         assert result.loss.shape == ()

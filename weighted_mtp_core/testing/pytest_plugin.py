@@ -56,10 +56,10 @@ class TinyRun:
 
 @pytest.fixture
 def wmtp_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, Any]], TinyRun]:
-    """Run all stages of a recipe in a few seconds, with a tiny model, two steps and an empty working folder.
+    """Run all stages of a recipe in a few seconds, with a tiny model, two steps and a new working folder.
 
-    The recipe is given as a table, for example `{"weighting": {"use": "my_plugin"}}`, and extends `TINY`. An
-    uninformative critic does not stop the run, because no critic learns anything in two steps.
+    The recipe is given as a table, for example `{"weighting": {"use": "my_plugin"}}`, and extends `TINY`. A
+    critic that is no better than a constant does not stop the run, because two steps are too few to learn.
     """
 
     def run(recipe: Mapping[str, Any]) -> TinyRun:

@@ -34,7 +34,10 @@ class TrackerSuite(ComponentSuite):
 
     @pytest.fixture
     def read_back(self) -> Callable[[RunInfo], Stored] | None:
-        """A function that reads the points (step, value) of each metric of a run from the store."""
+        """A function that reads the points (step, value) of each metric of a run from the store.
+
+        By default, the fixture is None, and the check of the stored points is skipped.
+        """
         return None
 
     @pytest.fixture

@@ -51,7 +51,7 @@ class WeightingStrategySuite(checks.ComponentSuite):
         assert weights.weight.dtype == torch.float32
 
     def test_weights_are_finite(self, weights: Weights) -> None:
-        """A single NaN would make the loss NaN."""
+        """Weights must be finite, because a single NaN or infinity would make the loss NaN or infinite."""
         assert not weights.weight.isnan().any()
         assert not weights.weight.isinf().any()
 
@@ -62,7 +62,7 @@ class WeightingStrategySuite(checks.ComponentSuite):
         assert not (weights.weight < 0).any()
 
     def test_weights_are_zero_where_nothing_is_predicted(self, weights: Weights) -> None:
-        """Weights must be 0 at tokens outside responses, or at pairs (position, head) without a target."""
+        """Weights `[B, T]` must be 0 outside responses; weights `[B, T, K]`, at pairs that do not count."""
         view = PACKED.view(())
         mask = view.response_BT if weights.weight.ndim == 2 else view.target_BTK
         if weights.weight.shape != mask.shape:
@@ -144,7 +144,7 @@ class WeightingStrategySuite(checks.ComponentSuite):
         assert torch.equal(after.weight.isfinite(), as_usual.weight.isfinite())
 
     def test_a_single_token_gets_a_weight(self, build: Build, needs: Needs) -> None:
-        """A single response token without a prompt must get a finite weight: its signals have no variance."""
+        """A batch of one response token must get a finite weight, although its signals have no variance."""
         weights = build().weigh(SINGLE.view(needs))
 
         assert weights.weight.isfinite().all()

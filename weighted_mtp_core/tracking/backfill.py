@@ -1,4 +1,4 @@
-"""Backfill: at its start, a run sends the data that trackers of other runs of its experiment did not receive.
+"""Backfill: at its start, a run sends data that trackers of other runs of its experiment have not received.
 
 If the process of one of these runs died on this machine, the backfill also closes that run as KILLED.
 """

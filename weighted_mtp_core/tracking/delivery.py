@@ -47,7 +47,7 @@ class Delivery:
     """The state of the upload to one store.
 
     Attributes:
-        store: The address of the store, without secrets; empty if the tracker does not report its address.
+        store: The address of the store, without secrets; empty if the tracker does not report an address.
         run: The id of the run in the store; empty if the tracker does not report this id.
         position: Byte position, in the journal, of the next line to send.
         aside: Byte positions of earlier lines of the journal that must be sent again.

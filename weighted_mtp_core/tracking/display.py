@@ -40,9 +40,9 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def show(value: float | str) -> str:
-    """Return a number as text: with four significant digits or, from 1000 on, as a rounded integer.
+    """Return a number as text: with four significant digits or, from 1000 on, as an integer such as `12,346`.
 
-    An integer has thousands separators. A value that is already text is returned unchanged.
+    A value that is already text is returned unchanged.
     """
     if isinstance(value, str):
         return value
@@ -175,7 +175,7 @@ class Display:
             self.update(done, {})
 
     def note(self, text: str) -> None:
-        """Write a line above the progress bar."""
+        """Write a line, on a terminal above the progress bar."""
         if self._live is not None:
             self._live.refresh()  # otherwise the old block is drawn below the line
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -37,7 +37,7 @@ class DotEnv:
         path: The path of the file.
         taken: Names of the variables that were set from the file.
         ignored: Names of other variables in the file, which this framework does not use.
-        exposed: Whether other users of the machine can read the file.
+        exposed: Whether users other than the owner have any permission for the file.
     """
 
     path: Path
@@ -96,7 +96,7 @@ def _read(path: Path) -> dict[str, str]:
 
 
 def use_dotenv() -> None:
-    """Load `.env`, and warn once if other users can read it.
+    """Load `.env`, and warn once if users other than the owner have any permission for it.
 
     Raises:
         WmtpError: The file or one of its lines cannot be read.

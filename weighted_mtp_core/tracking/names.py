@@ -1,4 +1,4 @@
-"""Check names of experiments, runs, artifacts and metrics; MLflow accepts `../../evil` and NUL bytes."""
+"""Check names of experiments, runs, artifacts and metrics, because MLflow itself accepts `../../evil`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.identifiers import check_path
 
 _METRIC = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_. :-]|/(?=[A-Za-z0-9_]))*")
-_LONGEST = 250  # the width of the columns in MLflow's database
+_LONGEST = 250  # characters; the width of the columns in MLflow's database
 
 
 def check_path_name(text: str, *, what: str) -> str:

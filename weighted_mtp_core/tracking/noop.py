@@ -1,4 +1,4 @@
-"""A tracker that sends nothing; the run is then recorded only in its run folder."""
+"""A tracker that sends nothing; the run folder still contains all data of the run."""
 
 from __future__ import annotations
 

@@ -112,8 +112,8 @@ class Outbox:
     def step(self) -> bool:
         """Send the next batch of lines; if the run is not open at the tracker, first open it.
 
-        A file that fails raises no exception and is set aside. A batch that the tracker permanently refuses
-        is recorded as refused.
+        If the upload of a file fails, no exception is raised, and the file is set aside. A batch that the
+        tracker permanently refuses is recorded as refused.
 
         Returns:
             Whether there was anything to send.
@@ -152,14 +152,14 @@ class Outbox:
     def retry_aside(self) -> bool:
         """Send again the lines that were set aside, up to the first file that fails again.
 
-        A file that fails raises no exception and remains set aside. A line that the tracker permanently
-        refuses is no longer set aside.
+        If the upload of a file fails, no exception is raised, and the file remains set aside. A line that the
+        tracker permanently refuses is no longer set aside.
 
         Returns:
             Whether any line was delivered or permanently refused.
 
         Raises:
-            Exception: The tracker raised this exception for a line that is not about a file.
+            Exception: The tracker raised this exception for a line that does not name a file to upload.
         """
         delivered = False
         lines = (next(read_journal(self.journal, start)) for start in self._delivery.aside)
@@ -199,7 +199,7 @@ class Outbox:
         return bool(self._delivery.aside)
 
     def allowance_s(self) -> float:
-        """Return how many seconds the current upload may exceed the usual limit."""
+        """Return by how many seconds the current upload may exceed the usual limit."""
         return self._uploading / _SLOWEST_UPLOAD
 
     def pending(self) -> Pending:
@@ -279,7 +279,7 @@ def one_line(error: BaseException) -> str:
 
 
 def to_points(entry: Entry) -> list[MetricPoint]:
-    """Return the finite values of one line of metrics, because other values are not sent to trackers."""
+    """Return the finite values of a line of metrics or timings; other values are not sent to trackers."""
     return [
         MetricPoint(name=name, value=value, step=entry.fields["step"], time_ms=entry.time_ms)
         for name, value in entry.fields["metrics"].items()

@@ -15,7 +15,7 @@ from weighted_mtp_core.tracking.run_log import RunLog
 
 @define(eq=False)
 class RankLog:
-    """Has the methods of `Recorder` that stages call, but writes only messages and failures to its own log.
+    """Has the methods of `Recorder` that stages call: logs messages and failures, and ignores the rest.
 
     Args:
         path: The run folder, which is locked by rank 0.

@@ -3,7 +3,7 @@
     with open_recorder(plan, display) as record:
         record.metrics("policy", 10, {"policy_loss": 1.25})
 
-The end of the `with` block closes the run: as FAILED after an exception, KILLED after a signal, or FINISHED.
+The end of the `with` block closes the run: as KILLED after a signal, FAILED after an error, else FINISHED.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from weighted_mtp_core.tracking.trackers import build_trackers
 
 _REPLAYED = ("run", "params", "tags", "metrics", "timings")
 _OF_DATA = re.compile(r"data\.(\d+\.)?(name|version|sha256)|(critic\.)?train\.steps")
-"""Params that depend on the data, so that `datasets` and `params` add them after the start of the run."""
+"""Params that depend on the data; `datasets` and `params` add them after the start of the run."""
 _SWITCH_S = 0.0005
 """Seconds for which an upload thread may block the training thread; Python's default of 5 ms is too long."""
 
@@ -211,7 +211,9 @@ class Recorder:
         self._journal.append("params", {"params": params})
 
     def artifact(self, path: Path, subdir: str) -> None:
-        """Upload a file of the run folder to every tracker, with the contents at the time of the upload.
+        """Schedule the upload of a file of the run folder to every tracker.
+
+        Trackers receive the contents that the file has at the time of the upload.
 
         Args:
             path: The file.
@@ -228,7 +230,7 @@ class Recorder:
         self._journal.append("artifact", {"path": relative.as_posix(), "subdir": subdir})
 
     def report(self, rows: Sequence[tuple[str, str]]) -> None:
-        """Write the results, given as pairs (name, value), to `report.md` in the run folder."""
+        """Write results, given as pairs (name, value), to `report.md` in the run folder, and upload it."""
         path = self.folder.path / "report.md"
         atomic_write(path, "".join(f"- **{name}**: {redact(value)}\n" for name, value in rows))
         self.artifact(path, "")
@@ -240,11 +242,11 @@ class Recorder:
         self.display.note(text)
 
     def where(self) -> list[str]:
-        """Return, for each tracker, a line that tells the user where to find the run."""
+        """Return lines that tell the user where to find the run: one line of each tracker that has one."""
         return [redact(line) for tracker in self._trackers.values() if (line := tracker.where())]
 
     def _record(self, kind: str, stage: str, step: int, values: Mapping[str, float]) -> None:
-        # the training thread calls this method at every step, so it loops over names only for a new name
+        # called at every step by the training thread, so names are only looped over if a name is new
         self._check_order(stage, step, values)
         numbers: dict[str, float | str] = dict(zip(values, map(float, values.values()), strict=True))
         if self._recorded_before:
@@ -283,8 +285,9 @@ class Recorder:
 
         Args:
             outcome: How the run ended.
-            error: The exception that ended the run. Unless the outcome is `FINISHED`, its traceback is
-                logged. If the outcome is `FAILED`, its class becomes the tag `wmtp.error_class`.
+            error: The exception that ended the run. Unless the outcome is `FINISHED`, the traceback of
+                `error` is logged. If the outcome is `FAILED`, the class of `error` becomes the tag
+                `wmtp.error_class`.
         """
         if self._closed:
             return
@@ -301,7 +304,7 @@ class Recorder:
                 self._log.write(f"run {outcome.value}")
                 self.artifact(self.folder.log, "logs")
                 self._journal.append("status", {"status": outcome.value})
-                # called last, so that `run.resume = "auto"` continues a run that is killed while it sends
+                # called after the upload, so that `run.resume = "auto"` continues a run killed during it
                 closing.callback(self._record_end, status=outcome.value, ended_ms=now_ms())
             self._send_the_rest()
 

@@ -1,7 +1,7 @@
 """Upload a run's journal and files to one tracker in the background, and retry failed uploads with back-off.
 
 The journal file is the queue, so an outage or a killed process loses no data, and memory use does not grow.
-`outbox.py` stores the position in the journal and the files that must be sent again.
+`outbox.py` stores the position in the journal and the lines that must be sent again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from weighted_mtp_core.tracking.delivery import Pending
 from weighted_mtp_core.tracking.outbox import Outbox, one_line
 from weighted_mtp_core.tracking.run_folder import RunFolder
 
-_PAUSE_S = 1.0  # between two batches, because 1 or 1000 metrics in a batch cost a tracker the same
+_PAUSE_S = 1.0  # between two batches, because a batch costs a tracker the same with 1 or 1000 metrics
 _BACK_OFF_S = (0.5, 1.0, 2.0, 3.0)  # the last pause repeats, so a tracker's return is noticed in 3 s
 
 

@@ -1,4 +1,4 @@
-"""Read the journal of a run into one object, which the report, `compare` and trackers use."""
+"""Read the journal of a run into one object; the recorder, uploads, the report and `compare` use it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class RunHistory:
 
     Attributes:
         run: `run_id`, `name` and `experiment` of the run; empty if the journal contains no line about them.
-        params: The resolved recipe with dotted keys, and the name, version and checksum of the data.
+        params: The resolved recipe with dotted keys, and params that depend on the data, such as
+            `data.version`.
         tags: The tags of the run.
         datasets: The data that the run uses, from the last line of the journal about datasets.
         metrics: The points of each metric in the order of the journal, keyed by stage and metric.

@@ -32,7 +32,7 @@ class RunStatus:
     Attributes:
         path: The run folder.
         status: One of RUNNING, FINISHED, FAILED, KILLED and DIED.
-        pending: The amount of data that each tracker has not received, keyed like `build_trackers`.
+        pending: The amount of data that each tracker has not received, with the keys of `build_trackers`.
         stores: For each tracker, the stores that it has used, with the amount of data that each store has not
             received; the current store comes first.
     """
@@ -66,8 +66,8 @@ def sync_run(
 
     If the process of the run died before it recorded an outcome, the run is first closed as KILLED, at the
     time of the last line in its journal.
-    The whole run is sent again if a tracker uses another store than before, or if the store of a tracker has
-    lost data of the run.
+    The whole run is sent again if a tracker now uses a store that has never received the run, or if the store
+    of a tracker has lost data of the run.
 
     Args:
         path: The run folder.
@@ -138,7 +138,7 @@ def amend_run(
 
 
 def _own_outcome(journal: Path) -> RunOutcome:
-    """Return how the run itself ended, without the outcomes that `amend_run` wrote directly after tags."""
+    """Return how the run itself ended; outcomes directly after tags come from `amend_run` and are ignored."""
     status, before = RunOutcome.KILLED, ""
     for line in read_journal(journal):
         if isinstance(line, Entry):

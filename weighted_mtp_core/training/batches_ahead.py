@@ -35,6 +35,9 @@ class BatchesAhead:
         return ahead[1] if ahead is not None and ahead[0] == step else self.batch_of(step)
 
     def prepare(self, step: int) -> None:
-        """Make the batch of a step, but not on a CPU; call this before the host waits for the device."""
+        """Make the batch of a step ahead, unless the device is a CPU or the stage has no such step.
+
+        Call `prepare` before the host waits for the device.
+        """
         if self.device.type != "cpu" and step < self.steps:
             self._ahead = step, self.batch_of(step)

@@ -1,4 +1,4 @@
-"""Stage 1: trains the critic, and judges it on validation responses that did not choose its checkpoint.
+"""Stage 1: trains the critic, and judges it on validation responses not used to choose its checkpoint.
 
 Shape letters: B rows, T positions, H hidden.
 """
@@ -97,7 +97,7 @@ class CriticLearner(Learner):
         )
 
     def validate(self, *, step: int) -> Validation:
-        """Measure the critic on the validation half for choosing; the score is the AUC of final values."""
+        """Measure the critic on the half `choosing`; the score is the AUC of the final values."""
         del step
         report = self.measure("choosing")
         return Validation(metrics=report.metrics(), score=report.critic.auc)

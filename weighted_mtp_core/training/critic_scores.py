@@ -50,7 +50,7 @@ def critic_scores(
 
 
 def checked(scores: Scores) -> Scores:
-    """Return scores whose dtype is right.
+    """Return the scores unchanged if all their tensors are float32.
 
     Raises:
         RunFailedError: A tensor of the scores is not float32.

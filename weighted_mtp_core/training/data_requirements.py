@@ -1,4 +1,4 @@
-"""Checks that the data contain what the recipe's weighting, critic and evaluation need, in stage 0."""
+"""Checks in stage 0 that the data contain what the recipe's weighting, critic and evaluation need."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from weighted_mtp_core.plan import Plan
 
 def check_given_weights(plan: Plan, tokens: TokenSet, *, log: Callable[[str], None]) -> None:
     """Refuse a weighting that reads weights from the data if the data contain no such weights.
+
+    Negative weights are refused, too, unless the recipe allows them.
 
     If the data contain weights but the weighting does not read them, a message is logged.
 
@@ -57,7 +59,7 @@ def check_second_temperature(plan: Plan, source: DataSource) -> None:
 
 
 def check_verdicts(plan: Plan, tokens: TokenSet, *, split: Split) -> None:
-    """Refuse to train a critic of values on responses that are all correct or all incorrect.
+    """Refuse a critic that provides values if all responses of a split are correct or all are incorrect.
 
     Raises:
         WmtpError: The critic provides values, all responses of the split are correct or all are incorrect,

@@ -71,7 +71,7 @@ class EightBitAdamW(OneByOne):
         return held
 
     def adopt(self, parameter: nn.Parameter, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Convert 8-bit moments to 32 bits if the parameter's shards no longer consist of whole blocks."""
+        """Convert 8-bit moments to 32 bits if the parameter's present shards need 32-bit moments."""
         if _has_blocks(parameter) or "exp_avg_codes" not in state:
             return state
         codes = state["exp_avg_codes"]
@@ -124,7 +124,7 @@ def _start(parameter: nn.Parameter, *, blocks: bool) -> dict[str, Tensor]:
 
 
 def _has_blocks(parameter: nn.Parameter) -> bool:
-    """Return whether all processes hold equally many values of a parameter: whole blocks, at least 4096."""
+    """Return whether every process holds the same number of values: at least 4096, in whole blocks."""
     shards = parameter.device_mesh.size() if isinstance(parameter, DTensor) else 1
     size = parameter.numel() // shards
     return parameter.shape[:1].numel() % shards == 0 and size >= _FEWEST and size % _BLOCK == 0

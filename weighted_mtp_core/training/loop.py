@@ -58,7 +58,7 @@ class Validation:
     Attributes:
         metrics: Scalars to log.
         score: The number that selects the checkpoint. Higher is better, so a loss is negated.
-        measure: Description of the absolute value of the score, for printed texts.
+        measure: Name of the score without its sign, for the summary of stage 2; unused in stage 1.
     """
 
     metrics: Mapping[str, float]
@@ -156,7 +156,7 @@ class Trained:
     steps: int = 0
 
     def summary(self) -> list[tuple[str, str]]:
-        """Return a line for the run's summary: the measure that selects states, before and after training."""
+        """Return a line of the run's summary: the validation measure at the start and in the best state."""
         before, after = abs(self.start.score), abs(self.best.score)
         text = f"{self.best.measure} {before:.3f} -> {after:.3f} at step {self.best_step}"
         if self.last_step < self.steps:
@@ -193,6 +193,7 @@ def train(
         distributed: The processes that train together.
 
     Raises:
+        WmtpError: The snapshot `resume` does not fit the learner.
         RunFailedError: Too many consecutive steps had a non-finite loss or gradient, no validation had a
             finite score, a plugin failed, or a checkpoint could not be written.
         KeyboardInterrupt: A signal requested a stop.
@@ -270,7 +271,7 @@ class _Training:
         return done // every - self.trained.best_step // every >= self.table.patience
 
     def step(self, step: int) -> None:
-        """Execute one training step; log metrics and validate if they are due."""
+        """Execute one training step; log metrics if they are due, and validate if a validation is due."""
         self.rates = set_learning_rate(self.optimisers, self.table, step)
         batch = self.batches(step)
         if not self.distributed.is_single_process:
@@ -354,7 +355,7 @@ class _Training:
         stage, loss_name = self.learner.stage, self.learner.loss_name
         scalars = {loss_name: result.loss, **result.metrics(), f"{stage}_gradient_norm": norm}
         values = {name: float(value) for name, value in scalars.items()}
-        first, *others = sorted(self.rates)  # parameters without a part have the name "", which sorts first
+        first, *others = sorted(self.rates)  # "" stands for parameters without a part and sorts first
         values[f"{stage}_learning_rate"] = self.rates[first]
         values |= {f"{stage}_{part}_learning_rate": self.rates[part] for part in others}
         values[f"{stage}_skipped_steps"] = float(self.nonfinite.total)
@@ -365,7 +366,7 @@ class _Training:
         self.reporter.progress(done, shown)
 
     def _give_up(self, done: int) -> None:
-        """Write the examples of the skipped steps to a file, and raise an error that ends the run."""
+        """Write the example ids of the last skipped steps to a file, and raise an error that ends the run."""
         steps = range(done - self.table.max_bad_steps, done)
         file = self.checkpoints.folder / "bad_steps.json"
         examples = {str(step + 1): self.batches(step).example_ids for step in steps}

@@ -59,7 +59,7 @@ def micro_batches(
 
     Args:
         batch: The global batch.
-        accumulation: Number of micro-batches per process.
+        accumulation: Maximum number of micro-batches per process; a small batch gives fewer.
         distributed: The processes that train together.
         together: Number of consecutive rows that must stay in the same micro-batch.
     """

@@ -14,9 +14,9 @@ from weighted_mtp_core.training.one_by_one import OneByOne
 class Muon(OneByOne):
     """torch's Muon (Jordan et al. 2024), with the update scaled as in Liu et al. 2025, eq. 4.
 
-    With the scale 0.2 sqrt(max(rows, columns)), updates of Muon are as large as updates of AdamW, so the same
-    learning rate and weight decay suit both optimisers. The momentum is 0.95 (Nesterov). Five Newton-Schulz
-    iterations in bfloat16 set the singular values to about 1.
+    With the scale 0.2 sqrt(max(rows, columns)), updates of Muon are about as large as updates of AdamW, so
+    the same learning rate and weight decay suit both optimisers. The momentum is 0.95 (Nesterov). Five
+    Newton-Schulz iterations in bfloat16 set the singular values to about 1.
 
     Args:
         groups: Groups of matrices; each group is a dict with `params` and `weight_decay`.

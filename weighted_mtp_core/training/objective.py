@@ -1,4 +1,4 @@
-"""The divisor of the loss in stage 2, chosen so that all targets of the data set count the same.
+"""The divisor of the loss in stage 2, chosen so that targets of equal weight count the same in all batches.
 
 A batch holds documents of similar length. If the loss of each batch were divided by the batch's own sum of
 weights, all batches would count the same, so a token in a batch of short documents would count more.

@@ -45,22 +45,24 @@ from weighted_mtp_core.training.weighting_inputs import Signals, Weighting
 
 @define(kw_only=True, eq=False)
 class PolicyLearner(Learner):
-    """Trains all parameters of the policy that require a gradient with the weighted multi-token loss.
+    """Trains the policy's parameters that require a gradient; the loss is the weighted multi-token loss.
 
     Attributes:
         policy: The model to train.
         weighting: Computes the weights.
-        loss: The recipe's `[loss]`: normalisation, shares of the heads, and whether heads 2..K train the
-            trunk.
+        loss: The recipe's `[loss]`, such as the normalisation, the shares of the heads, and whether heads
+            2..K train the trunk.
         steps: The number of steps of stage 2; schedules of the heads' shares in the loss depend on it.
-        pairs_per_step: Number of counted pairs of each head in a step, averaged over an epoch.
-        accumulation: Micro-batches per process and step.
+        pairs_per_step: Number of counted (position, head) pairs of each head in a step, averaged over an
+            epoch; `align_labels` defines which pairs count.
+        accumulation: Maximum number of micro-batches per process and step.
         distributed: The processes that train together.
         autocast: Returns a context manager that sets the precision of a forward pass.
         validation: Returns the batches of the validation split.
         best: The file of the best policy.
         log: Receives messages for the user.
-        knows_slips: Whether the data mark the mistakes of incorrect responses; see `Prepared.knows_slips`.
+        knows_slips: Whether the policy imitates incorrect responses with known mistakes; see
+            `Prepared.knows_slips`.
         head_rate: Learning rate of heads 2..K, relative to the learning rate of the stage.
         embedding_rate: Learning rate of embeddings and unembedding, relative to the stage's learning rate.
         select_by: The measure that selects the best policy, see `selection_score`.
@@ -142,7 +144,7 @@ class PolicyLearner(Learner):
         return self.policy.parameters()
 
     def parts(self) -> Mapping[nn.Parameter, Part]:
-        """Return the parts with learning rates of their own: heads 2..K and the embeddings."""
+        """Return heads 2..K and the embeddings, unless they have the learning rate of the stage."""
         found: dict[nn.Parameter, Part] = {}
         if self.embedding_rate != 1.0:
             part = Part(name="embedding", rate=self.embedding_rate)
@@ -166,11 +168,12 @@ class PolicyLearner(Learner):
     def learn(self, batch: Batch, *, step: int) -> StepResult:
         """Compute the weights of the global batch, then the gradients of its micro-batches.
 
-        The gradient is the batch's part of the gradient for the whole data set, see `Normaliser`; the loss in
-        the result is the weighted mean of this batch. Weights can depend on the whole global batch, for
-        example if they are whitened. So if signals are computed from the trunk's states, the trunk computes
-        each micro-batch twice: for the signals of all micro-batches, then for the loss. If each process has a
-        single micro-batch and the policy has no dropout, the trunk computes the micro-batch once.
+        For the gradient, the loss of each head is divided by a value for an average step, see `Normaliser`;
+        in the result, the loss of each head is divided by the corresponding value for this batch alone.
+        Weights can depend on the whole global batch, for example if they are whitened. So if signals are
+        computed from the trunk's states, the trunk computes each micro-batch twice: first for the signals of
+        all micro-batches, then for the loss. If each process has a single micro-batch and the policy has no
+        dropout, the trunk computes the micro-batch only once.
         """
         self.policy.train()
         parts = micro_batches(batch, self.accumulation, self.distributed)
@@ -237,7 +240,7 @@ class PolicyLearner(Learner):
                 with self.autocast():
                     hidden_BTH = self._signals.trunk(part.batch) if known_BTH is None else known_BTH
                     if part is parts[-1]:
-                        reduction.begin_at(hidden_BTH)  # there the backward pass of all heads is complete
+                        reduction.begin_at(hidden_BTH)  # the backward passes of all heads end there
                     result = weighted_mtp_loss(
                         self.policy,
                         hidden_BTH,
@@ -267,7 +270,7 @@ class PolicyLearner(Learner):
 
     @torch.no_grad()
     def validate(self, *, step: int) -> Validation:
-        """Measure each head on the validation split, and compute the score that `select_by` selects."""
+        """Measure each head on the validation split, and compute the score of the measure `select_by`."""
         del step
         metrics = head_quality(self.policy, self.validation(), split="validation", autocast=self.autocast)
         return Validation(
@@ -278,7 +281,7 @@ class PolicyLearner(Learner):
 
     @torch.no_grad()
     def weigh(self, batch: Batch, *, step: int, training: bool = False) -> Weights:
-        """Return the weights of a global batch without training on it; the policy stays in its mode.
+        """Return the weights of a global batch without training on the batch; the policy keeps its mode.
 
         If `training` is true, the result is as in training step `step`, and the weighting's moving statistics
         change as in training.
@@ -304,10 +307,11 @@ class PolicyLearner(Learner):
         return weights
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Return the policy's parameters, the normaliser's sums and the weighting's state.
+        """Return the policy's state from `module_state`, the normaliser's sums and the weighting's state.
 
         Raises:
-            RunFailedError: A weight since the last check was invalid, so the state must not be saved.
+            RunFailedError: Weights were invalid in a step after the last check, so the state must not be
+                saved.
         """
         self._values.raise_if_bad()
         policy = {f"policy.{name}": tensor for name, tensor in module_state(self.policy).items()}

@@ -99,7 +99,7 @@ class Prepared:
         return self._tokens("policy", split, self.source.policy_examples)
 
     def critic_tokens(self, split: Split) -> TokenSet:
-        """Return every labelled response, as tokens."""
+        """Return the correct and incorrect responses from which the critic learns, as tokens."""
         return self._tokens("critic", split, self.source.examples)
 
     def _tokens(self, purpose: str, split: Split, read: Callable[[Split], Sequence[Example]]) -> TokenSet:
@@ -145,11 +145,11 @@ class Prepared:
         return LengthOnly.fit(tokens.response_D, np.asarray(tokens.reward_D, np.float64))
 
     def values(self, scores: Scores) -> NDArray[np.float64] | None:
-        """Return a critic's values V_t, float64 `[B, T]`; None if the scores have neither V_t nor log V_t.
+        """Return a critic's values, float64 `[B, T]`; None if the scores have neither V_t nor log V_t.
 
-        If the scores have only log V_t, this number is taken as log(V_t / V_0), where V_0 is the value of the
-        prompt. In place of V_0, which is unknown, the mean reward of the training responses is used, so a
-        value V_t may exceed 1.
+        V_t is the value of the prefix that ends at token t. If the scores have only log V_t, this number is
+        taken as log(V_t / V_0), where V_0 is the value of the prompt. In place of V_0, which is unknown, the
+        mean reward of the training responses is used, so a value V_t may exceed 1.
         """
         if scores.value_BT is not None or scores.log_value_BT is None:
             return None if scores.value_BT is None else scores.value_BT.cpu().double().numpy()
@@ -160,14 +160,14 @@ class Prepared:
 
     @property
     def knows_slips(self) -> bool:
-        """Whether the policy imitates incorrect responses whose mistakes are known.
+        """Whether the policy imitates incorrect responses with known mistakes.
 
         See `DataSource.oracle_weights`.
         """
         return self.source.oracle_weights and not is_correct(self.policy_tokens("train").reward_D).all()
 
     def batch(self, tokens: TokenSet, rows: NDArray[np.int64]) -> Batch:
-        """Return documents as a batch on the device."""
+        """Return the documents with the numbers `rows` as a batch on the device."""
         return collate(tokens, rows, device=self.compute.device)
 
     def batches_in_order(
@@ -204,7 +204,7 @@ class Prepared:
         return self.batches_in_order(tokens, documents, batch_size=rows)
 
     def critic_validation(self, half: Half) -> NDArray[np.int64]:
-        """Return the numbers of the validation documents on which the critic is measured, int64.
+        """Return the numbers of the documents in one validation half on which the critic is measured, int64.
 
         The half that chooses the checkpoint and the half that judges the critic have no problem in common.
         """
@@ -213,7 +213,10 @@ class Prepared:
         return evenly_spread(documents_of(half, self.critic_tokens("validation")), limit=limit)
 
     def with_score_cache(self, critic: Critic | None, batches: StepBatches) -> Critic | None:
-        """Return the critic, with a cache of its scores if the recipe and the critic allow caching."""
+        """Return the critic, with a cache of its scores if the recipe and the critic allow caching.
+
+        A critic that reads the policy gets no cache, because its scores change in each step.
+        """
         recipe, chosen = self.plan.recipe, self.plan.critic
         if critic is None or chosen is None or recipe.critic is None:
             return critic
@@ -233,7 +236,10 @@ class Prepared:
 
     @torch.no_grad()
     def trunk(self, batch: Batch) -> Tensor:
-        """Return the policy's trunk states, float32 `[B, T, H]`, without a gradient."""
+        """Return the policy's trunk states, float32 `[B, T, H]`, without a gradient.
+
+        The policy is in evaluation mode afterwards.
+        """
         self.policy.eval()
         with self.compute.autocast():
             return self.policy.trunk_states(batch.ids_BT, position_BT=batch.position_BT).float()
@@ -282,7 +288,7 @@ class Prepared:
         return within
 
     def _add_critic_input(self, model: Policy) -> None:
-        """Record the weights of a model that a component reads, because cached scores depend on them."""
+        """Record digest and config of a model that a component reads; cached scores depend on them."""
         if self.plan.recipe.critic is not None and self.plan.recipe.critic.cache:
             self._critic_inputs += [state_sha256(model.state_dict()), model.config.to_json_string()]
 

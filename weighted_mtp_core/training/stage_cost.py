@@ -51,7 +51,7 @@ class StageCost:
     _flops: float = field(init=False, default=0.0)
 
     def begin(self) -> None:
-        """Start to measure."""
+        """Start the clock, and reset the peak memory of a CUDA device."""
         forget_peak(self.device)
         self._clock = time.perf_counter()
 

@@ -48,9 +48,9 @@ def check_weights(weights: object, response_BT: Tensor, *, n_future: int, label:
 class ValueCheck:
     """Refuses weights that are not finite, and negative weights that the recipe does not allow.
 
-    A warning is logged once if all weights of a step are 0. On an accelerator, the results of the checks are
-    read only every few steps, so invalid weights end the run a few steps late; until then, steps with
-    non-finite weights are skipped.
+    A warning is logged once if all targets of a step have weight 0. On an accelerator, the results of the
+    checks are read only every few steps, so invalid weights end the run a few steps late; until then, steps
+    with non-finite weights are skipped.
 
     Attributes:
         label: The weighting's address, plugin, distribution and version, for messages.
@@ -79,7 +79,10 @@ class ValueCheck:
         self._worst = found if self._worst is None else torch.maximum(self._worst, found)
 
     def due(self, step: int, steps: int) -> bool:
-        """Return whether to call `raise_if_bad` after this step: always on a CPU, where it costs nothing."""
+        """Return whether to call `raise_if_bad` after this step; on a CPU always, because reading is free.
+
+        On an accelerator, the result is True every `READ_EVERY` steps and after the last step.
+        """
         on_host = self._worst is None or self._worst.device.type == "cpu"
         return on_host or (step + 1) % READ_EVERY == 0 or step + 1 >= steps
 

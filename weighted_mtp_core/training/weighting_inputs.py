@@ -1,4 +1,4 @@
-"""The weighting of a run, and its input: a view of the global batch with the signals that it declares.
+"""The weighting of a run, and its input: the global batch with the signals that the weighting declares.
 
 Shape letters: B rows, T positions, K heads, H hidden.
 """
@@ -49,7 +49,7 @@ class Weighting:
         needs: The signals that the strategy declares.
         critic: Computes the signals that core cannot compute; None if the recipe has no critic.
         label: The weighting's address, plugin, distribution and version, for messages.
-        critic_label: The same text for the critic.
+        critic_label: The critic's address, plugin, distribution and version; empty without a critic.
     """
 
     strategy: WeightingStrategy

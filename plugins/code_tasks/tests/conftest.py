@@ -32,7 +32,7 @@ use = "none"
 def write_recipe(
     tmp_path: Path, wmtp_install_plugin: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str], str]:
-    """Write a recipe with this data source, go to its folder and return its path."""
+    """Return a function that writes a recipe with a data source, goes to its folder and returns its path."""
 
     def write(use: str) -> str:
         wmtp_install_plugin("none", WEIGHTING)

@@ -17,7 +17,7 @@ ROW = {
 
 @pytest.fixture
 def prepare(write_recipe, wmtp_cli):
-    """Run `data prepare` on the one problem of a file."""
+    """Return a function that runs `data prepare` on a file with one problem."""
     recipe = write_recipe("code_tasks.mbpp")
     Path("mbpp.jsonl").write_text(json.dumps(ROW) + "\n")
     options = "data.options={path='mbpp.jsonl', mutants=0, sandbox.workers=1}"

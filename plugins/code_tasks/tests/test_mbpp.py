@@ -133,7 +133,7 @@ def test_a_missing_file_is_said(tmp_path):
 
 
 def test_recorded_verdicts_of_models_and_mutants_hold(shared_data, tmp_path):
-    """The test uses every 240th recorded program, except for a problem whose own solution takes seconds."""
+    """Use every 240th recorded program, except those of task 123, whose own solution takes seconds."""
     recorded = [row for row in read(shared_data / "mbpp_solutions.jsonl")[::240] if row["task_id"] != 123]
     wanted = {row["task_id"] for row in recorded}
     data = build(

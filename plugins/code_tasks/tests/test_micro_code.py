@@ -1,4 +1,4 @@
-"""The grammar's functions: distinct, described, tested, solved in several forms, split by function."""
+"""The grammar's functions: distinct, described, tested, solved in several forms, each in one split."""
 
 import random
 import subprocess
@@ -23,7 +23,7 @@ def drawn():
 
 
 def behaviour(one):
-    """Return the values of a problem's own solution for many arguments, more than its tests contain."""
+    """Return the type of a problem's arguments, and the solution's values for 24 arguments; tests have 10."""
     scope = {}
     exec(one.problem.prompt + one.problem.solution, scope)
     kind = {"xs": "list", "s": "text", "n": "int"}[

@@ -30,7 +30,7 @@ def write(path: Path, rows: list[object]) -> Path:
 
 @pytest.fixture
 def verify(write_recipe, wmtp_cli):
-    """Run `verify` with a file of problems and a file of samples; return the exit code."""
+    """Return a function that runs `verify` with files of problems and samples, and returns the exit code."""
     recipe = write_recipe("code_tasks.problems")
 
     def verify(problems: Path | str, samples: Path | str, *more: str) -> int:
@@ -43,7 +43,7 @@ def verify(write_recipe, wmtp_cli):
 
 @pytest.fixture
 def judge(verify, tmp_path: Path):
-    """Run `verify` on problems and samples; return the rows that it wrote."""
+    """Return a function that runs `verify` on problems and samples, and returns the rows of the results."""
 
     def judge(problems: list[object], samples: list[object], *more: str) -> list[dict[str, object]]:
         assert verify(write(tmp_path / "P.jsonl", problems), write(tmp_path / "S.jsonl", samples), *more) == 0
@@ -54,7 +54,7 @@ def judge(verify, tmp_path: Path):
 
 @pytest.fixture
 def error_of(verify, tmp_path: Path, capsys: pytest.CaptureFixture):
-    """Return the error of `verify`, without the folder of the test."""
+    """Return a function that returns the error message of `verify`, without the path of the test's folder."""
 
     def error_of(problems: list[object], samples: list[object], *more: str) -> str:
         files = write(tmp_path / "P.jsonl", problems), write(tmp_path / "S.jsonl", samples)
@@ -108,7 +108,7 @@ def test_each_sample_gets_its_verdict_in_the_order_of_the_samples(
 
 
 def test_verdicts_agree_with_human_evals_own_check(verify, tmp_path: Path) -> None:
-    problems = dict(list(read_problems().items())[::4])  # its check forks this whole process each time
+    problems = dict(list(read_problems().items())[::4])  # HumanEval's check forks this process
     samples = []
     for number, (name, problem) in enumerate(problems.items()):
         right = problem["canonical_solution"]

@@ -54,7 +54,7 @@ def write(folder):
 class PublicFileSuite(DataSourceSuite):
     @pytest.fixture
     def context(self, folder):
-        """All tests share one storage, so only the first test labels the data."""
+        """Return a context with a storage that all tests share, so each data set is labelled only once."""
         return BuildContext(seed=7, storage=folder)
 
 

@@ -22,7 +22,7 @@ def check(candidate):
     assert candidate(-7) == 49
     assert candidate(0) == 0
 """
-# Only programs that exceed a limit get short limits; on a busy machine, others may take many times as long.
+# Only programs that exceed a limit get short limits; on a busy machine, other programs may run much longer.
 PATIENT = {"cpu_seconds": 20.0, "wall_seconds": 120.0}
 HURRIED = {
     VerdictKind.CPU_LIMIT: {"cpu_seconds": 0.6, "wall_seconds": 60.0},
@@ -79,7 +79,7 @@ STATUS = {each.name: each for each in available_backends()}
 
 
 def limit(case: Case) -> VerdictKind | None:
-    """Return the expected verdict that needs a time limit to pass; None if there is none."""
+    """Return the expected verdict of a case for which `HURRIED` has limits; None if there is none."""
     return next((kind for kind in HURRIED if kind in case.expected), None)
 
 

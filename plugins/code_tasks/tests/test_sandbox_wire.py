@@ -156,7 +156,7 @@ def test_depth_count_and_size_are_bounded() -> None:
         b"l\xff\xff\xff\xff",  # four billion values in no bytes
         b"d\xff\xff\xff\xff" + bytes(100),
         b"i" + struct.pack("<I", wire.MAX_INT_BYTES + 1) + bytes(wire.MAX_INT_BYTES + 1),
-        b"S\x01\x00\x00\x00l\x00\x00\x00\x00",  # a list in a set
+        b"S\x01\x00\x00\x00l\x00\x00\x00\x00",  # a list in a set, which cannot be hashed
         b"y\x04\x00\x00\x00eval",
         b"\x80\x04K\x01.",  # a pickle
         b"NN",

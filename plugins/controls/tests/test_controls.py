@@ -102,7 +102,7 @@ def test_shuffling_pairs_keeps_the_weights_of_each_head():
 
 
 def test_every_position_is_equally_likely():
-    # One of three weights is 1. Over many steps, it is at each of the three tokens in a third of the steps.
+    # One of three weights is 1. Each of the three tokens has this weight in about a third of the steps.
     view = make_view([[(1, 3)]])
     weight_BT = torch.tensor([[0.0, 1.0, 0.0, 0.0]])
 
@@ -113,7 +113,7 @@ def test_every_position_is_equally_likely():
 
     assert all(
         abs(positions.count(position) - 300) < 60 for position in (1, 2, 3)
-    )  # four standard deviations
+    )  # more than four standard deviations of 14
     assert view.response_BT[0, 1:].all()
 
 
@@ -159,7 +159,7 @@ def test_equal_weights_are_matched_by_equal_weights():
 
 
 def test_two_valued_weights_are_matched():
-    # All weights are equal to a bound, which is the largest possible standard deviation for their mean.
+    # Each weight equals one of two bounds, which gives the largest possible standard deviation for the mean.
     weight_BT = (torch.rand(LARGE.ids_BT.shape, generator=torch.Generator().manual_seed(0)) < 0.3).float()
     weight_BT = (0.1 + 2.9 * weight_BT) * LARGE.response_BT
 

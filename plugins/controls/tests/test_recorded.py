@@ -9,7 +9,7 @@ from weighted_mtp_controls._recorded import Record, Replay
 
 
 class Drawn(WeightingStrategy):
-    """Returns other weights at every call."""
+    """Returns different weights at every call."""
 
     def __init__(self, *, by_pair=False):
         self.generator = torch.Generator().manual_seed(3)
@@ -63,7 +63,7 @@ def test_a_mixture_of_the_weights_of_two_runs_is_refused(tmp_path, view):
 
     for step in (0, 1):
         replay.weigh(evolve(view, step=step))
-    for each in (replay, Replay(folder=tmp_path)):  # a replay that was resumed at step 2 refuses it as well
+    for each in (replay, Replay(folder=tmp_path)):  # a replay that resumes at step 2 also refuses step 2
         with pytest.raises(WmtpError, match="two runs recorded the weights of the steps 1 and 2 in"):
             each.weigh(evolve(view, step=2))
     Replay(folder=tmp_path).weigh(evolve(view, step=3))

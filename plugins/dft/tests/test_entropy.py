@@ -47,7 +47,7 @@ TARGET = [[True, True], [True, True], [True, False], [True, False], [False, Fals
     ("keep", "expected"),
     [
         (0.5, [[0, 0], [1, 1], [0, 0], [1, 0], [0, 0]]),  # two of four: 2.0 and 1.5; one of two: 0.4
-        (0.01, [[0, 0], [1, 1], [0, 0], [0, 0], [0, 0]]),  # at least one each
+        (0.01, [[0, 0], [1, 1], [0, 0], [0, 0], [0, 0]]),  # at least one for each head
         (1.0, [[1, 1], [1, 1], [1, 0], [1, 0], [0, 0]]),  # unweighted training
     ],
 )

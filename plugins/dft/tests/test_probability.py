@@ -19,7 +19,10 @@ class TestProbability(WeightingStrategySuite):
 
 
 def view(probability):
-    """Return a view of a response of three tokens; head k at t gives its target `probability[t][k - 1]`."""
+    """Return a view of a prompt token and a response of three tokens.
+
+    Head k at position t gives its target the probability `probability[t][k - 1]`.
+    """
     probability_BTK = torch.tensor([probability])
     target_BTK = probability_BTK > 0
     return StepView(
@@ -61,7 +64,7 @@ def test_a_floor_of_one_is_unweighted_training():
 
 
 def test_the_weighted_gradient_is_that_of_the_probability():
-    # Wu et al. 2025: sum of sg(p) * (-log p) has the gradient of sum of -p.
+    # Wu et al. 2025: the sum of sg(p) * (-log p) has the gradient of the sum of -p; sg stops the gradient.
     logits = torch.randn(6, 11, generator=torch.Generator().manual_seed(0), requires_grad=True)
     label = torch.arange(6)
     loss_N = torch.nn.functional.cross_entropy(logits, label, reduction="none")

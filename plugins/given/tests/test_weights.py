@@ -67,4 +67,4 @@ def test_negative_weights_with_permission_are_trained_on(wmtp_tiny_run, signed):
     metrics = wmtp_tiny_run({**signed, "loss": {"negative_weights": True}}).metrics
 
     assert (metrics["weight_p05"], metrics["weight_p95"]) == (-0.5, 0.5)
-    assert metrics["effective_sample_share"] == 1.0  # all weights have the same size
+    assert metrics["effective_sample_share"] == 1.0  # all weights have the same absolute value

@@ -48,7 +48,7 @@ def one_response(loss, reference):
     )
 
 
-# Excess: 1.5, -.2, .4, .1, -.1, 1.3, .1, 1.2, -.5, -.2: six of ten are tokens 0, 2, 3, 5, 6, 7.
+# Excess losses: 1.5, -.2, .4, .1, -.1, 1.3, .1, 1.2, -.5, -.2. Tokens 0, 2, 3, 5, 6, 7 have the six largest.
 POLICY = [2.0, 1.0, 0.5, 3.0, 0.2, 1.5, 0.9, 2.2, 0.1, 1.1]
 REFERENCE = [0.5, 1.2, 0.1, 2.9, 0.3, 0.2, 0.8, 1.0, 0.6, 1.3]
 SELECTED = {0, 2, 3, 5, 6, 7}
@@ -77,7 +77,7 @@ def test_each_head_selects_its_own_share():
 
     weight_BTK = weigh(reversed_heads, keep=0.6).weight
 
-    # Head 2 reaches nine of the ten targets: five of them (5.4 rounded) with the largest of its own excess.
+    # Head 2 predicts nine of the ten targets and selects five (5.4 rounded), by its own excess losses.
     excess = [own - other for own, other in zip(POLICY[::-1], REFERENCE, strict=True)]
     best = sorted(range(1, 10), key=lambda target: -excess[target])[:5]
     assert {int(t) for t in weight_BTK[0, :, 0].nonzero()} == SELECTED

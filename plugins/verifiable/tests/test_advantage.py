@@ -23,7 +23,7 @@ def estimate(value_BT, reward_BT, document_BT, response_BT, *, gamma=1.0, lam=1.
 
 
 def loop(value_BT, reward_BT, document_BT, response_BT, *, gamma, lam):
-    """The definition, token by token, in Python floats."""
+    """Return the advantages by their definition, token by token, in Python floats."""
     advantage_BT = torch.zeros_like(value_BT)
     for b in range(len(value_BT)):
         for document in set(document_BT[b].tolist()) - {-1}:
@@ -41,7 +41,7 @@ def loop(value_BT, reward_BT, document_BT, response_BT, *, gamma, lam):
 
 @st.composite
 def batches(draw):
-    """Rows of documents of any lengths, packed, with padding, in float64."""
+    """Draw rows of packed documents of random lengths, with padding; values and rewards are float64."""
     rows = draw(
         st.lists(
             st.lists(st.tuples(st.integers(0, 3), st.integers(0, 6)), min_size=1, max_size=3),
@@ -123,7 +123,7 @@ def test_the_reward_moves_the_advantage_of_every_response_token(lam):
     wrong_BT = estimate(VALUE_BT, torch.zeros_like(REWARD_BT), DOCUMENT_BT, RESPONSE_BT, lam=lam)
     right_BT = estimate(VALUE_BT, REWARD_BT, DOCUMENT_BT, RESPONSE_BT, lam=lam)
 
-    # R enters at the last of four tokens, so lam^3 of it reaches the first.
+    # R enters at the last of four tokens, so the advantage of the first token contains lam^3 R.
     torch.testing.assert_close(
         (right_BT - wrong_BT)[0, 1:], torch.tensor([lam**3, lam**2, lam, 1.0], dtype=torch.float64)
     )

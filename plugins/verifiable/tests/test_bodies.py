@@ -72,7 +72,10 @@ def build(trunk, *, requested=None, **options):
 
 
 def planted(rows, *, seed):
-    """Return rows of random tokens; one response token decides the reward, and it is `RIGHT` in even rows."""
+    """Return rows of random tokens, in which one response token decides the reward.
+
+    This token is `RIGHT` in even rows (reward 1) and `WRONG` in odd rows (reward 0).
+    """
     generator = torch.Generator().manual_seed(seed)
     ids_BT = torch.randint(0, 14, (rows, 8), generator=generator)
     place_B = torch.randint(2, 8, (rows,), generator=generator)
@@ -110,7 +113,8 @@ def test_every_objective_learns_on_every_body(trunk, body, objective):
     train(critic, trunk, steps=80)
 
     after = float(loss(critic, trunk, held_out).detach())
-    # Nothing is known before the deciding token, and a random trunk's states carry little information on it.
+    # Before the deciding token, nothing predicts the reward, and the states of a random trunk carry little
+    # information about this token.
     assert after < 0.95 * before
 
 

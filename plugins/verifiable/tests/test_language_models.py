@@ -28,12 +28,12 @@ SEQUENCES = list(itertools.product(range(LETTERS), repeat=LENGTH))
 
 
 def succeeds(sequence):
-    """Two neighbours must be equal, and the sum of all letters must not be 3."""
+    """Return whether two neighbouring letters are equal and the sum of all letters is not 3."""
     return any(a == b for a, b in itertools.pairwise(sequence)) and sum(sequence) != 3
 
 
 def chain():
-    """Return how many of about `ROWS` responses are each sequence; each letter depends on the last one."""
+    """Return the number of copies of each sequence in about `ROWS` responses of a Markov chain."""
     generator = torch.Generator().manual_seed(3)
     next_p = torch.softmax(torch.randn(LETTERS, LETTERS, generator=generator, dtype=torch.double), dim=1)
     return [
@@ -57,7 +57,7 @@ def responses(count):
 
 
 def counted(prefix, count, *, right):
-    """Return how many (right) responses begin with a prefix."""
+    """Return how many responses begin with a prefix; if `right`, only right responses are counted."""
     return sum(
         times
         for sequence, times in zip(SEQUENCES, count, strict=True)
@@ -88,7 +88,7 @@ class Table(nn.Module):
         self.logits = nn.Parameter(torch.zeros(sum(LETTERS**n for n in range(LENGTH)), LETTERS))
 
     def forward(self, batch):
-        # The prefixes of one letter follow the empty prefix, then those of two letters, and so on.
+        # The rows of the table are the empty prefix, then the prefixes of one letter, of two letters, ...
         state_BT, prefix_B = [], torch.zeros(len(batch.ids_BT), dtype=torch.long)
         for n in range(LENGTH):
             state_BT.append(prefix_B + sum(LETTERS**shorter for shorter in range(n)))
@@ -145,7 +145,7 @@ def closed_form(sequence, start, end, count):
 
 
 def assert_closed_form(critic, count, **tolerance):
-    """Compare the weights of every token, and of every path of one and two tokens."""
+    """Compare the weights of every token, and of every path of one or two tokens, with the closed form."""
     batch = responses([min(times, 1) for times in count])
     weight_BT, path_BTK = weights(critic, batch), weights(critic, batch, heads="path")
     for row, ids in enumerate(batch.ids_BT.tolist()):
@@ -244,7 +244,7 @@ def test_the_model_of_right_responses_learns_from_no_wrong_response():
 
 
 def test_a_token_of_a_short_response_counts_as_much_as_a_token_of_a_long_one():
-    """The loss of a batch is the sum over its tokens, divided by a number that does not depend on them."""
+    """The loss of a batch is a sum over tokens, divided by numbers that do not depend on response lengths."""
     critic = critic_of({})
     alone = [critic.loss(documents.Layout(rows=[[each]], padding=0).batch(), None).loss for each in LEARNED]
     together = critic.loss(documents.Layout(rows=[[each] for each in LEARNED]).batch(), None).loss
@@ -256,7 +256,7 @@ LEARNED = (documents.FIRST, documents.THIRD)
 
 
 def test_the_metrics_of_a_batch_are_the_means_of_those_of_its_rows():
-    """So they do not depend on micro-batches and processes, one of which may have no right response."""
+    """So metrics do not depend on micro-batches and processes, even if one of them has no right response."""
     critic, rows = critic_of({}), (documents.FIRST, documents.SECOND)
     alone = [critic.loss(documents.Layout(rows=[[each]], padding=0).batch(), None).metrics for each in rows]
 
@@ -284,7 +284,7 @@ def test_out_of_fold_models_have_not_learned_from_the_problem_that_they_score():
 
 @torch.no_grad()
 def change(models):
-    """Change each model in another way, because the ratio of equal models is always 1."""
+    """Change each model differently, because the ratio of equal models is always 1."""
     for number, model in enumerate(models, start=1):
         for parameter in model.parameters():
             parameter.mul_(1 + 0.5 * number)
@@ -412,7 +412,7 @@ def test_models_of_rewards_without_a_meaning_stop_the_run(tmp_path, wmtp_tiny_ru
 
 @pytest.mark.slow
 def test_a_contrast_of_two_models_of_the_same_data_stops_the_run(tmp_path, wmtp_tiny_run, wmtp_cli, capsys):
-    """The models differ in their initial weights only, so their ratio is noise."""
+    """The two runs differ only in `run.seed`, so the ratio of their models is noise."""
     write(tmp_path, tells=True)
     table = {
         "data": recipe(tmp_path)["data"],

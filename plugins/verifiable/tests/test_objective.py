@@ -35,7 +35,8 @@ def logit(probability):
     return math.log(probability / (1 - probability))
 
 
-# One prompt token and three response tokens of a correct answer; two prompt tokens and two of a wrong one.
+# Row 0: one prompt token, then a correct response of three tokens. Row 1: two prompt tokens, then a wrong
+# response of two tokens.
 TWO = batch([[0, 1, 1, 1], [0, 0, 1, 1]], [[1.0] * 4, [0.0] * 4])
 VALUES = [[0.2, 0.5, 0.4, 0.9], [0.7, 0.3, 0.6, 0.1]]
 LOGIT_BT = torch.tensor([[logit(value) for value in row] for row in VALUES])
@@ -72,7 +73,7 @@ def test_lambda_return_by_hand():
     loss = lambda_return(LOGIT_BT, TWO, lam=0.5)
 
     # The return of a prefix mixes the next value with the next return: G_t = .5 * V_{t+1} + .5 * G_{t+1}.
-    # One token before the end the next reward is R itself; the whole response is worth R.
+    # The return of the whole response is R, and so is the return of the prefix one token before the end.
     right = {3: 1.0, 2: 1.0, 1: 0.5 * 0.4 + 0.5 * 1.0, 0: 0.5 * 0.5 + 0.5 * 0.7}
     wrong = {3: 0.0, 2: 0.0, 1: 0.5 * 0.6 + 0.5 * 0.0}
     first = [_cross_entropy(VALUES[0][t], target) for t, target in right.items()]
@@ -114,7 +115,7 @@ def test_bradley_terry_depends_on_differences_only():
 
 
 def test_final_accuracy_by_hand():
-    # The correct response ends at .9, the wrong one at .1; then with the wrong one at .6.
+    # The correct response ends at .9 and the wrong one at .1. With absolute log-odds, both end at .9.
     assert float(final_accuracy(LOGIT_BT, TWO)) == 1.0
     assert float(final_accuracy(LOGIT_BT.abs(), TWO)) == 0.5
 

@@ -15,7 +15,7 @@ def write(folder, *, decides, problems):
 
     Args:
         folder: Folder for `train.jsonl`, `validation.jsonl` and `test.jsonl`.
-        decides: Whether the mark decides if the response is correct; otherwise it is random.
+        decides: Whether the mark decides if the response is correct; otherwise, the mark is random.
         problems: Number of problems in train and validation; each has a correct and an incorrect response.
     """
     chance = random.Random(0)

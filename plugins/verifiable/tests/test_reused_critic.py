@@ -19,7 +19,7 @@ def journal(folder, *, kind="metrics"):
 
 
 def values(folder):
-    """The critic's value of each token of the table that a run keeps."""
+    """Return the critic's value of each token in a run's `token_values.jsonl`."""
     table = (folder / "evaluation" / "token_values.jsonl").read_text(encoding="utf-8")
     lines = map(json.loads, table.splitlines())
     return {(line["example"], line["position"]): line["value"] for line in lines}

@@ -1,4 +1,4 @@
-"""`verifiable.success_ratio`: compared with ratios by hand, a loop, and exact values of a Markov chain."""
+"""`verifiable.success_ratio`: weights by hand, by a loop, and from the exact values of a Markov chain."""
 
 import itertools
 import math
@@ -124,7 +124,7 @@ def test_the_first_token_of_a_response_without_a_prompt_weighs_one():
 
 @st.composite
 def packed_rows(draw):
-    """Two rows of documents, each a prompt and a response of any length, with padding at the end."""
+    """Draw two rows of 14 tokens: documents of a prompt and a response each, cut off or padded at the end."""
     length, rows = 14, []
     for _ in range(2):
         document, response, reward = [], [], []
@@ -228,7 +228,7 @@ SEQUENCES = list(itertools.product(range(LETTERS), repeat=LENGTH))
 
 
 def chain():
-    """Return the probability of each sequence: the first letter is uniform, then each follows the last."""
+    """Return the probability of each sequence; after the first, each letter depends on the previous one."""
     generator = torch.Generator().manual_seed(3)
     next_p = torch.softmax(torch.randn(LETTERS, LETTERS, generator=generator, dtype=torch.double), dim=1)
     return [
@@ -238,12 +238,12 @@ def chain():
 
 
 def succeeds(sequence):
-    """Two neighbours must be equal, and the sum of all letters must not be 3."""
+    """Return whether two neighbouring letters are equal and the sum of all letters is not 3."""
     return any(a == b for a, b in itertools.pairwise(sequence)) and sum(sequence) != 3
 
 
 def probability(prefix, *, success, share):
-    """Return the probability of all sequences that begin with a prefix (and succeed), by enumeration."""
+    """Return the probability that a sequence begins with a prefix and, if `success`, also succeeds."""
     return sum(
         p
         for sequence, p in zip(SEQUENCES, share, strict=True)

@@ -109,7 +109,7 @@ def test_sign_reward_keeps_correct_responses_at_or_above_one_and_incorrect_ones_
     right = build(**options).weigh(view(BY_HAND)).weight
     wrong = build(**options).weigh(view(BY_HAND, reward=0.0)).weight
 
-    # TD errors .3, -.1, .5, .1, and -.9 at the end of a wrong response.
+    # The TD errors are .3, -.1, .5, .1; at the end of the wrong response, -.9 replaces .1.
     torch.testing.assert_close(right, torch.tensor([[0.0, *(math.exp(a) for a in (0.3, 0.0, 0.5, 0.1))]]))
     torch.testing.assert_close(wrong, torch.tensor([[0.0, *(math.exp(a) for a in (0.0, -0.1, 0.0, -0.9))]]))
 

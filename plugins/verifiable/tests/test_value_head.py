@@ -95,7 +95,10 @@ def test_a_wrong_letter_lowers_the_value_at_its_position():
 
 
 def losses_by_step(steps, **options):
-    """The loss of one batch at each step, for a critic with distinct values that is not trained further."""
+    """Return the loss of the same batch at each step.
+
+    Training for three steps gives the critic distinct values; afterwards, only lambda changes.
+    """
     critic, trained = build(objective="lambda_return", **options), build()
     train(trained, steps=3)
     critic.load_state_dict(trained.state_dict())
@@ -161,7 +164,7 @@ def test_the_language_model_loss_is_that_of_correct_responses_only():
 
     all_of_them = critic.loss(batch, None).metrics["value_writing_loss"]
 
-    # Half of the rows are correct; the others add nothing to the mean over rows.
+    # Half of the rows are correct; the losses of the other rows in the mean over rows are 0.
     torch.testing.assert_close(2 * all_of_them, critic.loss(right, None).metrics["value_writing_loss"])
 
 

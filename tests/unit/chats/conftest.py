@@ -50,7 +50,7 @@ TEMPLATES = {
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
 }
-# What the assistant answers to a word: the chats can be learned, and their texts are awkward for templates.
+# The assistant's answer to each word. So the chats can be learned, and their texts are awkward for templates.
 REPLIES = {
     "hello": "hi there",
     "서울은": f"수도 {SMILE}",

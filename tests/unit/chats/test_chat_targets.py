@@ -24,7 +24,7 @@ def test_masks_are_those_of_transformers_token_by_token(chats, tokenizer, tokens
 
     for messages, (ids, targets) in zip(chats, made, strict=True):
         expected = used.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        count = len(ids) - (family == "headers")  # there the turn ends with another token than EOS
+        count = len(ids) - (family == "headers")  # in this family, the turn ends with another token than EOS
         assert ids[:count] == expected["input_ids"][:count]
         assert targets[:count] == [bool(each) for each in expected["assistant_masks"][:count]]
         assert ids[-1] == used.eos_token_id

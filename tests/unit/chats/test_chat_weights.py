@@ -72,7 +72,8 @@ def test_the_tokens_of_a_span_have_exactly_its_weight_also_in_korean_and_emoji(w
 
     inside = {value: sum(weight == value for _, weight in found) for value in (0.25, 3.0)}
     emoji, korean = SMILE.encode(), "서울".encode()
-    # Two emoji and the last word; the tokenizer has byte tokens, so each is at most its bytes.
+    # The spans are two emoji and the last word. The smallest tokens are bytes, so a span has at most as many
+    # tokens as bytes.
     assert 2 <= inside[0.25] <= 2 * len(emoji)
     assert 1 <= inside[3.0] <= len(korean)
     assert {weight for _, weight in found} == {2.0, 1.0, 0.25, 3.0}

@@ -95,7 +95,7 @@ def outcomes(tmp_path_factory):
     """Outcome by class and check: `passed`, `skipped` or `failed`."""
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent  # of all workers: the first to come checks the mutants for the others
+        shared = shared.parent  # shared by all workers; the first one checks the mutants for all
     results = shared / "suites" / "results.xml"
     with FileLock(shared / "suites.lock"):
         if not results.exists():
@@ -116,7 +116,7 @@ def check_mutants(results):
         tests.append(f"class Test{cls.__name__}({OWN_SUITES.get(suite, suite.__name__)}):")
         tests.append(f'    address = "mutants.{MUTANTS.name_of(cls)}"\n')
     (results.parent / "test_mutants.py").write_text("\n".join(tests))
-    # 2,400 tests: whatever pytest does around each of them counts.
+    # There are 2,400 tests, so everything that pytest does around a test takes noticeable time.
     off = ["cacheprovider", "xdist", "timeout", "hypothesispytest", "logging"]
     options = [*(f"-pno:{name}" for name in off), "--assert=plain", "--tb=no", "-qq"]
     options += ["--import-mode=importlib", "--rootdir=.", "--override-ini=tmp_path_retention_policy=none"]

@@ -1,7 +1,8 @@
 """A plugin with components that each violate one rule, and with correct components.
 
-Each class says in `caught_by` which checks must fail for it, and only those; `test_suites.py` runs the suites
-on all of them. The correct ones come first; each mutant changes one property of a correct one.
+The attribute `caught_by` of a class names the checks that must fail for it; all other checks must pass.
+`test_suites.py` runs the suites on all classes. Components with names that begin with `Sound` are correct;
+each mutant changes one property of a correct component.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class NoOptions:
 
 
 def component(cls: type[Any], **signals: Any) -> Component[Any, Any]:
-    """Declare a class under its own name, with what it says about itself."""
+    """Declare a class as a component; the class may have `summary`, `options` and `build`."""
     return Component(
         name=name_of(cls),
         summary=getattr(cls, "summary", "One mutant."),
@@ -54,7 +55,7 @@ def component(cls: type[Any], **signals: Any) -> Component[Any, Any]:
 
 
 def name_of(cls: type[Any]) -> str:
-    """Return `NaNWeights` as `nan_weights`."""
+    """Return the name in snake case: `sound_file` for the class `SoundFile`."""
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in cls.__name__).lstrip("_")
 
 
@@ -101,7 +102,7 @@ class SoundPairWeighting(WeightingStrategy):
 
 
 class SoundStateless(WeightingStrategy):
-    """What most mutants below are but for one thing."""
+    """The correct weighting from which most mutants below differ in one property."""
 
     caught_by: ClassVar[set[str]] = set()
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.VALUE})
@@ -486,7 +487,7 @@ class SoundReaderOfPositions(SoundCritic):
 
 
 class SoundReference(Critic):
-    """Is never trained; every token costs what its id says."""
+    """Is never trained; the reference loss of a token equals its id."""
 
     caught_by: ClassVar[set[str]] = set()
     provides: ClassVar[frozenset[Signal]] = frozenset({Signal.REFERENCE_LOSS})
@@ -749,7 +750,7 @@ class NothingToImitate(SoundNumbers):
 
 
 class Rotating(Sequence[Example]):
-    """Starts one further whenever it is iterated over."""
+    """Iteration begins with the second item and ends with the first, unlike access by index."""
 
     def __init__(self, items: list[Example]) -> None:
         self.items = items

@@ -32,8 +32,9 @@ HOLD = """
 class Notebook(Tracker):
     """Records its calls in order.
 
-    `away` makes every call raise, `no_files` only those that store a file; the call named by `refuses` never
-    succeeds; with `answer_lost` it records the next batch of metrics and raises.
+    With `away`, every call raises; with `no_files`, only calls that store a file raise. The call that
+    `refuses` names never succeeds. With `answer_lost`, the tracker records the next batch of metrics and then
+    raises.
     """
 
     def __init__(self) -> None:

@@ -25,7 +25,7 @@ from weighted_mtp_core.recipe.schema import HeadKind, HeadsTable
 
 @frozen(kw_only=True, eq=False)
 class SplitModel:
-    """The parts of a causal LM's body; `norm` is applied between heads and unembedding."""
+    """A causal LM's body, split into trunk, heads and norm; `norm` is between heads and unembedding."""
 
     trunk: nn.Module
     heads: Heads
@@ -59,10 +59,14 @@ class Text:
         return embedded_BTH
 
     def ahead(self, embedded_BTH: Tensor, distance: int) -> Tensor:
-        """Return embeddings `[B, T, H]` of the tokens `distance` positions later; 0 after a document ends."""
+        """Return, for each position, the embedding of the token `distance` positions later, `[B, T, H]`.
+
+        If the document ends before this token, the embedding is 0 or, without `position_BT`, the embedding of
+        padding; no pair that counts depends on this embedding.
+        """
         position_BT = self.positions()
-        # Positions restart at 0 with each document, so no token after the end of a document has the expected
-        # position.
+        # `position_BT` restarts at 0 with each document and is 0 on padding, so no token after the end of a
+        # document has the expected position.
         inside_BT = position_BT.roll(-distance, dims=1) == position_BT + distance
         return embedded_BTH.roll(-distance, dims=1).masked_fill(~inside_BT[:, :, None], 0.0)
 
@@ -111,9 +115,10 @@ class Heads(nn.ModuleList, ABC):
         Args:
             k: Number of the head, from 1.
             hidden_BTH: The states that the head reads.
-            embedded_BTH: The embedding of the token x[t + k - 1]; only `sequential` heads read it.
+            embedded_BTH: For each position t, the embedding of the token x[t + k - 1]; only `sequential`
+                heads read embeddings.
             position_BT: Positions, see `Policy.trunk_states`.
-            cache: The head's cache, which is extended in place.
+            cache: The head's cache, which is extended in place; `medusa` heads have no cache.
             seen_BS: Mask of cached and new tokens, see `Policy.trunk_states`.
         """
 
@@ -144,7 +149,7 @@ class Heads(nn.ModuleList, ABC):
 
     @abstractmethod
     def layer(self, k: int) -> nn.Module:
-        """Return the module of head k (from 1); if the module has a body, return the body's decoder layer."""
+        """Return the decoder layer of head k (from 1), or the whole module if it has no decoder layer."""
 
     @property
     def bodies(self) -> Sequence[nn.Module]:
@@ -153,7 +158,7 @@ class Heads(nn.ModuleList, ABC):
 
     @property
     def projections(self) -> Sequence[nn.Module]:
-        """The matrices of heads 2..K outside decoder layers."""
+        """The linear layers outside the decoder layers of `sequential` heads; empty for other heads."""
         return ()
 
     def caches(self, n_future: int) -> int:

@@ -19,9 +19,9 @@ def one_layer_body(
 ) -> nn.Module:
     """Return a copy of `body` with the single layer `layer`, without embeddings, final norm and dropout.
 
-    The layer is not copied, and dropout inside the layer is kept.
+    The layer is not copied, but its index is set to 0; dropout inside the layer is kept.
     """
-    instead: dict[int, Any] = {id(body.config): config}  # replacements of modules in the copy of the body
+    instead: dict[int, Any] = {id(body.config): config}  # replacements in the copy of the body
     for name, child in body.named_children():
         if name == layers_name:
             instead[id(child)] = nn.ModuleList([layer])
@@ -41,7 +41,7 @@ def one_layer_body(
 
 
 def _renumber(module: nn.Module, config: Any) -> None:
-    """Set the layer index of a module to 0, because its layer is the only layer of the new body."""
+    """Give a module of the layer the index 0 and the config of the new body, which has only this layer."""
     for name in ("layer_idx", "layer_id"):
         if hasattr(module, name):
             setattr(module, name, 0)

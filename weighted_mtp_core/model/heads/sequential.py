@@ -6,7 +6,8 @@ Module d (head d + 1) combines the state of module d - 1 at position t with the 
 
 h_d[t] is the state of module d, h_0 is the trunk's state, [a; b] is the concatenation of a and b, W is a
 matrix, E is the trunk's embedding, and `block` is a decoder layer, which attends to earlier positions
-(DeepSeek-V3, eq. 21-24). The shared unembedding predicts token x[t + d + 1] from h_d[t].
+(DeepSeek-V3, eq. 21-24). The shared unembedding predicts token x[t + d + 1] from h_d[t]. `Wiring` describes
+how servers differ from each other in this computation.
 
 To save memory, a module does not store its activations but runs a second time in the backward pass. Only the
 inputs of the modules are stored.
@@ -266,8 +267,8 @@ class SequentialModule(nn.Module):
     """One module of the chain: norms, a projection and a decoder layer.
 
     In a new module, W is the identity for the state and 0 for the embedding, and the norms of state and
-    embedding multiply by 1. The input of the copied layer then has the direction of the states for which the
-    layer was trained.
+    embedding multiply by 1. The input of the copied layer then has the direction of the state that the module
+    reads.
 
     Args:
         body: A body of one layer.
@@ -291,7 +292,7 @@ class SequentialModule(nn.Module):
         self.body = body
         self.final_norm = copy.deepcopy(norm)
         self.hidden_first = hidden_first
-        weight = next(body.parameters())  # some norms have no parameters
+        weight = next(body.parameters())  # not of the norm, because some norms have no parameters
         self.projection.to(device=weight.device, dtype=weight.dtype)
         with torch.no_grad():
             parts = torch.eye(width), torch.zeros(width, width)

@@ -19,7 +19,7 @@ class UniformOptions:
 
 
 def build_uniform(options: UniformOptions, context: BuildContext) -> WeightingStrategy:
-    """Build the weighting; torch is imported only here, so that `plugins list` and `check` stay fast."""
+    """Build the weighting; torch is imported only here, so that `plugins show` and `check` stay fast."""
     del options, context
     from weighted_mtp_baseline_mtp._uniform import Uniform
 

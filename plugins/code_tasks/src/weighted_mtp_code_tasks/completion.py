@@ -3,11 +3,11 @@
 The program is cut out before a text is saved and judged, never during judging, so that every judge gets the
 same program.
 
-Text inside `<think>` is ignored. `cut_program` returns a whole program. `cut_completion` returns the code of
-the function that the tests call. If the text begins with the body of the prompt's function, this body is the
-answer. Otherwise, the answer is the last code that defines the function: if possible in a closed fence,
-otherwise in an open fence, otherwise between prose. Code that only imports the function is the answer only if
-no code defines the function, because examples of use also import it.
+Text inside `<think>` or `<thinking>` is ignored. `cut_program` returns a whole program. `cut_completion`
+returns the code of the function that the tests call. If the text begins with the body of the prompt's
+function, this body is the answer. Otherwise, the answer is the last code that defines the function: if
+possible in a closed fence, otherwise in an open fence, otherwise outside fences. Code that only imports the
+function is the answer only if no code defines the function, because examples of use also import it.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ def cut_completion(text: str, *, prompt: str, entry_point: str) -> str:
     """Return the part of a model's text that must follow the prompt to give the intended program.
 
     Text and fences around the code are dropped. The completion contains the function, the statements before
-    the function, and the later statements that the function uses. If the model repeats the signature, the
-    signature is kept, because a later definition of a function replaces an earlier definition.
+    the function (except those that do nothing), and the later statements that the function uses. If the model
+    repeats the signature, the signature is kept, because a later definition of a function replaces an earlier
+    definition.
 
     Args:
         text: The model's text.
@@ -57,7 +58,9 @@ def cut_completion(text: str, *, prompt: str, entry_point: str) -> str:
 
 
 def cut_program(text: str) -> str:
-    """Return the program in a text: the last fenced block of code, or the code between prose.
+    """Return the program in a text: the last fenced block of code, otherwise the code between prose.
+
+    A block in a closed fence is preferred to a block in an open fence.
 
     Returns:
         The program; `text` itself if it contains no program.
@@ -89,7 +92,7 @@ def _first_program(lines: Sequence[str], *, starts: Sequence[int]) -> str | None
 
 @frozen
 class _Prompt:
-    """A prompt.
+    """A prompt, with properties that decide how it can be completed.
 
     Attributes:
         text: The text of the prompt.
@@ -122,7 +125,10 @@ class _Block:
 
 
 def _lines(text: str) -> list[str]:
-    """Return the lines of a text, except what is inside `<think>` or `<thinking>`."""
+    """Return the lines of a text, except what is inside `<think>` or `<thinking>`.
+
+    Everything before the last closing tag is also left out, because the opening tag may be in the prompt.
+    """
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     text = _THOUGHT.sub("", text)
     return _END_OF_THOUGHT.sub("", text).split("\n")

@@ -1,6 +1,7 @@
 """Find the statements of a module that a function needs.
 
-A function needs its own definition, the statements before it, and those later statements that it uses.
+A function needs its own definition, the statements before it (except those that do nothing), and those later
+statements that it uses.
 """
 
 from __future__ import annotations
@@ -46,9 +47,10 @@ def _end(node: ast.stmt) -> int:
 def defines(node: ast.stmt, name: str, *, given: int = 0) -> bool:
     """Return whether a statement defines, assigns or imports a function or class called `name`.
 
-    A function definition counts only if it has statements after the first `given` lines, which are the
-    prompt. An assignment counts if its value is a lambda, a name, an attribute, or a call. A statement such
-    as `if` or `try` counts if a statement inside it counts.
+    A function definition counts only if, after the first `given` lines, which are the prompt, its body has a
+    statement that does something and is not itself a definition of `name`. An assignment counts if its value
+    is a lambda, a name, an attribute, or a call of another function. A statement such as `if` or `try` counts
+    if a statement inside it counts.
     """
     match node:
         case ast.FunctionDef() | ast.AsyncFunctionDef():
@@ -102,10 +104,11 @@ def _bodies(node: ast.stmt) -> Iterator[ast.stmt]:
 
 
 def _used(later: Iterable[ast.stmt], *, by: Sequence[ast.stmt], entry_point: str) -> list[ast.stmt]:
-    """Return, in order, the `later` statements that bind or change a name that the statements `by` read.
+    """Return, in order, the `later` statements that bind or change a name that is read and not set.
 
-    A statement that uses the function `entry_point` only tries it out, so it is not needed, unless it is the
-    definition of another function or class.
+    The name may be read by the statements `by` or by other returned statements. A statement that uses the
+    function `entry_point` only tries it out, so it is not needed, unless it is the definition of another
+    function or class.
     """
     offered = [
         node
@@ -135,7 +138,7 @@ def _needs(nodes: Iterable[ast.stmt]) -> set[str]:
 
 
 def _binds(node: ast.AST) -> set[str]:
-    """Return the names that a statement of the module binds, and the names of objects that it changes."""
+    """Return the names that a statement of the module binds, and the names of objects that it may change."""
     names = {each.id for each in _stores(node)}
     match node:
         case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):

@@ -1,4 +1,4 @@
-"""Judges for each kind of problem: a judge extracts completions from texts and returns verdicts on them."""
+"""Judges extract completions from texts and judge them: the base class, and judges that run programs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ class Judge(ABC):
         Args:
             attempts: Pairs of a problem and a completion.
             on_done: Called once for each completion that is judged.
-            executor: If given, its tasks judge the completions, possibly on other machines.
+            executor: If given, its tasks may judge the completions, possibly on other machines; otherwise,
+                this machine judges them.
         """
 
     def limits(self) -> dict[str, float]:
@@ -101,7 +102,7 @@ class FunctionJudge(Judge):
 
 @define(kw_only=True)
 class AssertsJudge(FunctionJudge):
-    """Runs completions without their prompts, which are prose; the tests are assert statements.
+    """Runs completions without their prompts, which are only docstrings; the tests are assert statements.
 
     The asserts use the names of functions that the completion defines.
     """
@@ -117,7 +118,7 @@ class AssertsJudge(FunctionJudge):
 
 @define(kw_only=True)
 class StdinJudge(FunctionJudge):
-    """Runs completions without their prompts, once for each case of the tests.
+    """Runs completions without their prompts, which are only docstrings, once for each case of the tests.
 
     The tests are JSON: a list of cases, which are pairs of stdin and expected stdout.
     """

@@ -1,7 +1,7 @@
 """Responses that are labelled by judging them, and stored with their verdicts under `datasets_v2/`.
 
-The responses in the data are judged exactly like a policy's completions. The origin of a response, such as a
-broken solution, is recorded, but it is never used as the label.
+The responses in the data are judged exactly like a policy's completions. The origin of a response, such as
+`mutant` for a changed solution, is recorded, but the origin is never used as the label.
 """
 
 from __future__ import annotations
@@ -48,20 +48,22 @@ class LabelledSource(DataSource):
     """A data source of judged responses.
 
     Attributes:
-        name: Name of the data and of its folder under `datasets_v2/`.
-        recipe: Everything on which the responses depend. The version of the data is a hash of the recipe, of
-            the format of the files, and of those limits of the judge that differ from their defaults.
+        name: Name of the data and of their folder under `datasets_v2/`.
+        recipe: Everything on which the responses depend, as JSON values; not the recipe of a run. The version
+            of the data is a hash of `recipe`, of the format of the files, and of those limits of the judge
+            that differ from their defaults.
         draw: Makes the problems and the responses; called only if the labelled data are not in storage.
         storage: Root folder of the storage.
         judge: Judges responses and completions.
-        executor: If given, its tasks judge the responses; otherwise, the cores of this machine do.
+        executor: Passed to `Judge.judge` for the responses; None judges them on this machine.
         incorrect_fraction: Share of incorrect responses among the training examples of the policy.
         tolerated_failures: Largest share of problems that may have no solution that passes the tests; such
             problems are left out.
 
     Raises:
-        WmtpError: There are no problems, or more problems than `tolerated_failures` have no solution that
-            passes the tests; the files in storage were changed; or `draw` or `Judge.judge` raises an error.
+        WmtpError: There are no problems; the share of problems without a solution that passes the tests is
+            larger than `tolerated_failures`, or no problem has such a solution; the files in storage were
+            changed; or `draw` or `Judge.judge` raises an error.
     """
 
     name: str
@@ -95,10 +97,10 @@ class LabelledSource(DataSource):
         return self._examples[split]
 
     def policy_examples(self, split: Split) -> Sequence[Example]:
-        """Return all correct responses of the split and, for training, incorrect responses, too.
+        """Return all correct responses of the split and, for training, also incorrect responses.
 
-        The share of incorrect responses is `incorrect_fraction`. These incorrect responses are spread evenly
-        over the list of all incorrect responses.
+        The share of incorrect responses is `incorrect_fraction`. The incorrect responses are taken at equal
+        intervals from the list of all incorrect responses.
 
         Raises:
             WmtpError: There are fewer incorrect responses than `incorrect_fraction` requires.

@@ -36,7 +36,8 @@ class Candidate:
 
     Attributes:
         response: Text of the response.
-        made: Origin of the response: `solution`, `mutant` (a broken solution) or `sample` (from a model).
+        made: Origin of the response: `solution`, `mutant` (a solution with deliberate changes) or `sample` (a
+            response of unknown correctness, for example from a model).
         spans: Weights of spans of characters of the response, as in `Example.spans`.
         is_example: Whether the response becomes an example; if not, it is only judged.
     """
@@ -66,7 +67,7 @@ class JudgedProblem:
     verdicts: tuple[Verdict, ...]
 
     def labels(self) -> Iterator[tuple[int, Candidate, Verdict]]:
-        """Yield the number, the response and the verdict for each verdict that is a label."""
+        """Yield (index, response, verdict) for each response whose verdict is a label."""
         for number, (candidate, verdict) in enumerate(zip(self.candidates, self.verdicts, strict=True)):
             if verdict.is_label:
                 yield number, candidate, verdict
@@ -77,7 +78,7 @@ class JudgedProblem:
         return next(passed, None)
 
     def examples(self) -> Iterator[tuple[Candidate, Verdict, Example]]:
-        """Yield the response, the verdict and the example for each labelled response that is an example."""
+        """Yield (response, verdict, example) for each labelled response that becomes an example."""
         for number, candidate, verdict in self.labels():
             if not candidate.is_example:
                 continue
@@ -132,14 +133,15 @@ def judge_all(
 
 
 def with_a_solution(judged: Sequence[JudgedProblem], *, name: str, tolerated: float) -> list[JudgedProblem]:
-    """Return the problems that have a solution that passes the tests, and set `Problem.solution` to it.
+    """Return the problems that have a solution that passes the tests.
 
-    A warning on stderr names problems that are left out.
+    `Problem.solution` is set to the first such solution. A warning on stderr names problems that are left
+    out, but not more than ten.
 
     Raises:
-        WmtpError: There are no problems, or more than the share `tolerated` of the problems, or all of them,
-            have no solution that passes the tests. In the latter case, the tests or the sandbox must be
-            wrong.
+        WmtpError: There are no problems; or the share of problems without such a solution is larger than
+            `tolerated`, or no problem has one. So many failures mean that the tests, the limits or the
+            sandbox are wrong.
     """
     if not judged:
         raise WmtpError(
@@ -185,8 +187,9 @@ def statistics(judged: Sequence[JudgedProblem], *, kept: Sequence[JudgedProblem]
         kept: The problems that become data.
 
     Returns:
-        A dict with the keys `problems` (numbers of problems by split), `splits` (`example_statistics` by
-        split), and for each origin of responses a dict with the number of responses by verdict.
+        A dict with the keys `problems` (numbers of problems by split) and `splits` (`example_statistics` by
+        split), both for `kept`, and a key for each origin of responses: a dict with the number of responses
+        of `judged` by verdict.
     """
     made: dict[str, Counter[str]] = {name: Counter() for name in get_args(Made)}
     for one in judged:

@@ -1,6 +1,6 @@
 """Make broken variants (mutants) of programs, each by one change that resembles a typical human error.
 
-Some mutants still pass every test. So the data sources run each mutant to decide whether it is wrong.
+Some mutants still pass every test. So the data sources run each mutant to decide whether the mutant is wrong.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ Change = Callable[[random.Random], None]
 
 
 def mutants(body: list[ast.stmt], generator: random.Random, *, count: int) -> list[list[ast.stmt]]:
-    """Return up to `count` different mutants of a function's body, in random order."""
+    """Return up to `count` different mutants of a function's body or of a program, in random order."""
     original = _spelling(body)
     found: dict[str, list[ast.stmt]] = {}
     for _ in range(6 * count):

@@ -70,7 +70,7 @@ class ProblemsSource(DataSource):
         return self._problems if split == "test" else ()
 
     def version(self) -> DatasetVersion:
-        """Return the SHA-256 of the file, its first 12 digits as the version, and the file's name."""
+        """Return the SHA-256, its first 12 digits as the version, and the file name up to the first dot."""
         sha256 = sha256_of_file(self._path)
         return DatasetVersion(name=self._path.name.partition(".")[0], version=sha256[:12], sha256=sha256)
 

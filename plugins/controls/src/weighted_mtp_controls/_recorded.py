@@ -20,7 +20,7 @@ from weighted_mtp_core.api import StepView, WeightingStrategy, Weights, WmtpErro
 from weighted_mtp_controls._wrapper import Wrapper
 
 _NOTHING = torch.zeros(16, dtype=torch.uint8)
-"""In place of a hash of weights, before the first step."""
+"""The hash of the previous step's weights in the first step, which has no previous step."""
 
 
 class Record(Wrapper):

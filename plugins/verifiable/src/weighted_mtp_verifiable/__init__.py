@@ -45,13 +45,14 @@ class TdErrorOptions:
         gamma: Discount per token.
         lam: Decay λ of GAE. With 0, the advantage compares the critic's values after and before the token;
             with 1, it compares the reward and the value before the token. In a response of about
-            1 / (1 - lam) tokens or fewer, most of the average advantage is the reward, which is the same for
-            all tokens of the response. Weights then differ more between responses than between tokens.
+            1 / (1 - gamma * lam) tokens or fewer, the advantage of every token contains a large share of the
+            reward, which is the same for all tokens of the response. Weights then differ more between
+            responses than between the tokens of a response.
         beta: Temperature; a smaller temperature spreads the weights further apart.
         clip: Limits [low, high] to which the weight exp(A / beta) is clipped; A is the advantage after the
             options `whiten` and `sign` are applied.
-        whiten: Whether advantages are whitened to mean 0 and standard deviation 1: with the statistics of the
-            batch, with moving statistics, or not at all.
+        whiten: How advantages are whitened to mean 0 and standard deviation 1: `"batch"` uses the statistics
+            of the batch, `"ema"` uses moving statistics, and `"none"` does not whiten.
         ema_decay: Weight of the old moving statistics in each training step, for `whiten = "ema"`.
         sign: `"advantage"` uses the whitened advantage A. `"reward"` uses max(A, 0) in a correct response, so
             that the weights of its tokens are at least 1 before clipping, and min(A, 0) in an incorrect
@@ -125,7 +126,7 @@ def build_success_ratio(options: SuccessRatioOptions, context: BuildContext) -> 
 
 
 def refuse_ranks(critic: object) -> str | None:
-    """Return why a critic with these options is refused; None if its values are probabilities of success."""
+    """Return why a critic with these options is refused; None if it is accepted."""
     if isinstance(critic, ValueHeadOptions) and critic.objective == "bradley_terry":
         return (
             'needs probabilities of success, but `objective = "bradley_terry"` only ranks responses: '
@@ -212,8 +213,8 @@ class ValueHeadOptions:
         hidden_size: Width of the critic's own layers.
         heads: Number of attention heads in each of the critic's own layers.
         lm_loss_weight: Weight of the loss of a language-model head, which is trained on correct responses.
-            The critic then also reads each token's negative log-likelihood under the language-model head,
-            which is its most useful input after a short training run. With 0, the critic has neither this
+            The critic then also reads each token's negative log-likelihood under the language-model head.
+            This input is the most useful one after a short training run. With 0, the critic has neither this
             head nor this input.
     """
 

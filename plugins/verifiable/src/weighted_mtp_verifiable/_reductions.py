@@ -25,7 +25,7 @@ def discounted_sums(x_BT: Tensor, *, document_BT: Tensor, discount: float) -> Te
     in all sums log2(T) times (Hillis and Steele 1986). `benchmarks/advantages.py` measures the speed.
 
     Args:
-        x_BT: The numbers x, float32 and finite everywhere.
+        x_BT: The numbers x, floating-point and finite everywhere.
         document_BT: Number of the document within the row.
         discount: Factor per token.
     """
@@ -69,8 +69,8 @@ def remaining_response_tokens(response_BT: Tensor, document_BT: Tensor) -> Tenso
     from_here_BT = _backward_cumulative(torch.cumsum, response_BT.long())
     is_end_BT = ~F.pad(same_as_previous(document_BT)[:, 1:], (0, 1))
     behind_BT = (from_here_BT - response_BT.long()).where(is_end_BT, 0)
-    # Counts decrease along a row. So the largest count at all following document ends is the count at the end
-    # of the token's own document.
+    # The counts behind document ends never increase along a row. So the largest of these counts from a token
+    # on is the count behind the end of the token's own document.
     return from_here_BT - _backward_cumulative(lambda x, dim: x.cummax(dim).values, behind_BT)
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class SuccessRatio(WeightingStrategy):
-    """Computes weights of response tokens, or of pairs, from the logarithms of a critic's values.
+    """Computes weights of tokens, or of pairs (source token, head), from the logarithms of critic values.
 
     Args:
         options: The options of the component.
@@ -46,7 +46,8 @@ class SuccessRatio(WeightingStrategy):
         assert view.reward_BT is not None
         options, log_value_BT = self._options, view.log_value_BT
         first_BT, last_BT = self._span_bounds(view)
-        # The first token of a document has no prefix, so the value before it is unknown: -inf.
+        # The first token of a document has no prefix, so the value before it is unknown. Here -inf stands for
+        # this value, so that the ratio is 1.
         previous_BT = F.pad(log_value_BT[:, :-1], (1, 0)).where(
             same_as_previous(view.document_BT), -torch.inf
         )

@@ -70,7 +70,7 @@ class ValueHead(Critic):
 
     @torch.no_grad()
     def score(self, batch: Batch, hidden_BTH: Tensor | None) -> Scores:
-        """Return the value V_t of the prefix that ends at each token t, float32 `[B, T]`, in (0, 1)."""
+        """Return the value V_t of the prefix that ends at each token t, float32 `[B, T]`, in [0, 1]."""
         return Scores(value_BT=torch.sigmoid(self._forward(batch, hidden_BTH).logit_BT.float()))
 
     def begin_step(self, step: int, *, steps: int) -> None:

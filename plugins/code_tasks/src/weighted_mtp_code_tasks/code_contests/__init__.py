@@ -23,7 +23,7 @@ class CodeContestsOptions:
         train: Public files of the split `train`: `.parquet` files or JSON lines.
         validation: Public files of the split `valid`: `.parquet` files or JSON lines.
         test: Public files of the split `test`: `.parquet` files or JSON lines.
-        problems: Number of problems per split, from the beginning of the files; 0 means all problems.
+        problems: Maximum number of problems per split, from the beginning of the files; 0 means no limit.
         cases: Maximum number of tests per problem: first public tests, then private, then generated tests.
         solutions: Maximum number of programs per problem that are correct according to the files.
         incorrect: Maximum number of programs per problem that are incorrect according to the files.

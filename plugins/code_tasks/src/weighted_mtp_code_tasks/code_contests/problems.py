@@ -49,8 +49,8 @@ def read_problems(files: Mapping[Split, Sequence[Path]], limits: Limits) -> list
     """Return the problems that have tests and a solution in Python 3, and that use stdin and stdout.
 
     Raises:
-        WmtpError: A file is missing or malformed, two problems have the same name, or no problem has tests
-            and a solution in Python 3 and uses stdin and stdout.
+        WmtpError: A file is missing or malformed, two problems with the same name have different descriptions
+            or splits, or no problem has tests and a solution in Python 3 and uses stdin and stdout.
     """
     found: dict[str, LabelledProblem] = {}
     ids = ProblemIds()

@@ -18,14 +18,16 @@ class Gsm8kOptions:
     """`[data.options]` of `code_tasks.gsm8k`.
 
     The files are either `train` and `test`, or `path`; without these options, the public files are downloaded
-    from the hub. A file contains the public records (`question`, `answer`), or records with solutions of
-    models (`question`, `ground_truth`, `solutions`). All solutions are judged; verdicts in files are ignored.
+    once from the Hugging Face hub. A file contains the public records (`question`, `answer`), or records with
+    solutions of models (`question`, `ground_truth`, `solutions`). All solutions are judged; verdicts in files
+    are ignored.
 
     Attributes:
         train: The public `train.jsonl`.
         test: The public `test.jsonl`.
         path: A single file whose questions are divided among the splits.
-        validation_share: Share of the questions of `train`, or of `path`, in the split `validation`.
+        validation_share: Share of the questions of the training file, or of `path`, in the split
+            `validation`.
         test_share: Share of the questions of `path` in the split `test`.
         incorrect_fraction: Share of incorrect responses among the training examples of the policy.
     """
@@ -42,8 +44,8 @@ def build_gsm8k(options: Gsm8kOptions, context: BuildContext) -> DataSource:
     """Build the data source; if its labels are not in storage, judge its responses.
 
     Raises:
-        WmtpError: The options name one of `train` and `test`, or these files and `path`; or a file cannot be
-            used; see also `LabelledSource`.
+        WmtpError: The options name only one of `train` and `test`, or `path` in addition to these two; or a
+            file cannot be used; see also `LabelledSource`.
     """
     from pathlib import Path
 

@@ -14,20 +14,20 @@ from weighted_mtp_code_tasks.judging import Attempts, Judge, Judgement
 
 MARK = "####"
 _NEXT_QUESTION = re.compile(r"\n\s*Question:")
-# LaTeX's spacing and narrow blanks may separate thousands; an ordinary blank separates two numbers.
+# LaTeX's spacing, narrow and no-break spaces may separate thousands; ordinary spaces separate numbers.
 _THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|\\[,;:! ]|[\u00a0\u2007\u2009\u202f])(?=\d{3}(?!\d))")
 _CURRENCY = (
     r"(?:(?:US|HK|NT|[ACRS])(?=\$)|(?:Rs|Rp|RM|Tk|kr|USD|EUR|GBP|INR|CAD|AUD|CHF|JPY|CNY)\.?)?"
     r"(?:\\?[$\u00a2-\u00a5\u20a0-\u20cf])?"
 )
-# A sign belongs to a number only if no word or number precedes the sign: `2-3` is two numbers without a sign.
+# A sign directly after a letter, digit or dot belongs to no number: `2-3` is two numbers without a sign.
 _NUMBER = re.compile(
     rf"(?<![\w.])([-\u2212]?){_CURRENCY}\s?([-\u2212]?)((?:\d{{1,3}}(?:,\d{{3}})+|\d+)(?:\.\d+)?|\.\d+)"
 )
 _TITLE = re.compile(r"(?:(?:the )?(?:final )?answer(?: is)? ?){0,2}(?:boxed)?", re.IGNORECASE)
 _STEP = re.compile(r"[\W_]*(?:step|part|case)\s*\d", re.IGNORECASE)
 _COUNTED = re.compile(r"[\W_]*\d+[.)]\s+[^\W\d]")
-_LONGEST = 40  # digits; no answer has more digits, but a model may write thousands
+_LONGEST = 40  # characters of a number; no answer is longer, but a model may write thousands of digits
 
 
 def final_number(text: str) -> Decimal | None:
@@ -35,8 +35,9 @@ def final_number(text: str) -> Decimal | None:
 
     The answer is the number after the last `####` that marks an answer and not a heading. Without this mark,
     the answer is the first number after the last `\boxed{`; without such a number, it is the last number. If
-    the response contains a further `Question:`, the text from there on is ignored. Thousands may be separated
-    by commas, LaTeX's `{,}` or narrow blanks. A currency, a percent sign or a full stop is ignored.
+    a later line of the response begins with `Question:`, the text from there on is ignored. Thousands may be
+    separated by commas, LaTeX's `{,}` and `\,`, or narrow spaces. A currency, a percent sign or a full stop
+    is ignored.
     """
     text, marked = _answer(text)
     if marked is not None:
@@ -47,12 +48,18 @@ def final_number(text: str) -> Decimal | None:
 
 
 def cut_answer(text: str) -> str:
-    """Return the text up to and including its answer; the final number of the result is the same."""
+    """Return the text up to the end of its answer; the final number of the result is the same.
+
+    Without a `####` that marks an answer, return the text up to the next question.
+    """
     return _answer(text)[0]
 
 
 def _answer(text: str) -> tuple[str, Decimal | None]:
-    """Return the text up to and including its answer, and the number after `####`; None without `####`."""
+    """Return the text up to the end of its answer, and the number after the `####` that marks the answer.
+
+    Without such a mark, return the text up to the next question, and None.
+    """
     text = _NEXT_QUESTION.split(text, maxsplit=1)[0]
     end = text.rfind(MARK)
     while end >= 0:

@@ -43,8 +43,8 @@ def read_problems(files: Mapping[Path, Shares]) -> list[LabelledProblem]:
     If a question is in several files, the shares of the first of these files decide its split.
 
     Raises:
-        WmtpError: A file is missing or malformed, or the reference answers of two records of a question
-            differ.
+        WmtpError: A file is missing or malformed, or two records of a question have reference answers with
+            different final numbers.
     """
     found: dict[str, Row] = {}
     splits: dict[str, Split] = {}

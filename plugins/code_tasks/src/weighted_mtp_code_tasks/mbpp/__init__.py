@@ -19,7 +19,8 @@ class MbppOptions:
     """`[data.options]` of `code_tasks.mbpp`.
 
     Attributes:
-        path: The public `mbpp.jsonl`. Without this option, the data are downloaded from the hub.
+        path: The public `mbpp.jsonl`. Without this option, the data are downloaded once from the Hugging Face
+            hub.
         samples: File of programs that models wrote: JSON lines, or a `.parquet` file, with the keys `task_id`
             and `program`. These programs are judged like all others.
         mutants: Maximum number of broken variants of each solution.

@@ -60,8 +60,9 @@ def read_problems(
 ) -> list[LabelledProblem]:
     """Return the problems with correct and broken solutions, and with the programs of models in `samples`.
 
-    The correct solution is included as published. If `mutants_per_solution` is above 0, the correct solution
-    is also included in the layout of `ast.unparse`, which broken solutions have.
+    The ten problems without a split are left out. The correct solution is included as published. If
+    `mutants_per_solution` is above 0, the correct solution is also included in the layout of `ast.unparse`,
+    which broken solutions have.
 
     Raises:
         WmtpError: A file is missing or malformed, two problems have the same `task_id`, or the `task_id` of a

@@ -1,12 +1,12 @@
 """The data source `code_tasks.micro_chain`: programs with known mistakes, for experiments on token credit.
 
 A problem is a chain of steps from the grammar of `micro_code`. A response has one line for each step and may
-have a further line that only returns the result. Each type of step with a constant, such as "add
-3", has one typical mistake, called a slip: the same step with the next constant ("add 4"). Slips are frequent
-in some types of steps and rare in all others. As usual, a response is correct if it passes the tests when it
-is run. In addition, the positions of all slips are known: the weights in the data are 0 for the characters of
-a slip and 1 for all other characters. A run with these weights shows the largest gain that a weighting of
-tokens can bring on these data.
+have a further line that only returns the result. Each type of step with a constant, such as "add 3", has one
+typical mistake, called a slip: the same step with the next constant ("add 4"). Slips are frequent in some
+types of steps with a constant and rare in the others; steps without a constant have no slips. As usual, a
+response is correct if it passes the tests when it is run. In addition, the positions of all slips are known:
+the weights in the data are 0 for the characters of a slip and 1 for all other characters. A run with these
+weights shows the largest gain that a weighting of tokens can bring on these data.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ class MicroChainOptions:
         kinds: Types of arguments; each function has one argument of one of these types.
         responses: Number of responses per function that may contain slips.
         twins: Number of additional responses per function that contain no slips.
-        slip_rates: Two probabilities of a slip in a step: the first for types of steps in which slips are
-            frequent, the second for all other types.
-        slipping_types: Share of the types of steps in which slips are frequent.
+        slip_rates: Two probabilities of a slip in a step with a constant: the first for types of steps in
+            which slips are frequent, the second for all other types.
+        slipping_types: Share of the types in which slips are frequent, among the types of steps with a
+            constant.
         imitate: Training responses that the policy imitates: `"all"`, or only the correct ones (`"right"`).
         seed: Seed of the problems and responses. It is separate from `run.seed`, so that runs with different
             seeds use the same data.

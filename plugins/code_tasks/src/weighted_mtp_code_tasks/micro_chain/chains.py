@@ -39,8 +39,9 @@ def draw_chains(
 ) -> list[LabelledProblem]:
     """Draw functions that are distinct in text and in behaviour, each with a solution and responses.
 
-    The arguments are options of `MicroChainOptions`. The functions, and the types of steps with frequent
-    slips, depend only on `kinds`, `length`, `slipping_types` and `seed`.
+    The arguments are options of `MicroChainOptions`. The functions (apart from their number, `problems`)
+    depend only on `kinds`, `length` and `seed`; the types of steps with frequent slips depend only on
+    `kinds`, `slipping_types` and `seed`.
 
     Raises:
         WmtpError: The grammar has fewer distinct functions of this length than `problems`.

@@ -18,7 +18,7 @@ FORMAT = 1
 """Part of the version of the data; raise it if the code makes other programs for the same options."""
 
 _TESTS = 10
-_PROBES = 24  # number of arguments by which functions are compared; the first ones are the tests
+_PROBES = 24  # arguments for which functions are compared; the first `_TESTS` of them become the tests
 _PATIENCE = 3000  # the grammar counts as exhausted after so many draws in a row without a new function
 
 
@@ -47,7 +47,8 @@ def distinct_functions(
 ) -> Iterator[tuple[Function, list[tuple[Any, Any]]]]:
     """Yield functions that are distinct in text and in behaviour, each with its tests.
 
-    The tests of a function are pairs of an argument and the value of the function.
+    The tests of a function are pairs of an argument and the value of the function. Functions that are almost
+    constant are left out.
 
     Args:
         draw: Draws a function.
@@ -80,7 +81,7 @@ def distinct_functions(
 
 
 def _is_dull(values: list[Any]) -> bool:
-    """Return whether fewer than a third of the values are distinct; the function is then almost constant."""
+    """Return whether a function is almost constant: fewer than a third of its values are distinct."""
     return len({repr(value) for value in values}) < len(values) // 3
 
 

@@ -51,7 +51,7 @@ class Function:
         """Return a body of the function, with each step in a chosen form.
 
         Args:
-            forms: For each step, the index of its form.
+            forms: For each step, the index of its form, modulo the number of the step's forms.
             style: `chain` assigns the result of every step to the variable and returns the variable; `final`
                 returns the expression of the last step.
         """

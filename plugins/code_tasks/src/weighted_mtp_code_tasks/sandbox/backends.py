@@ -1,9 +1,9 @@
 """Find the sandboxes that work on this machine, and make the commands that start interpreters in them.
 
 A zygote is an interpreter that forks a process for each program. The back end `bubblewrap` confines the whole
-zygote from outside. With the back end `landlock`, the processes confine themselves: always with Landlock and
-seccomp, and with namespaces if the kernel permits them. If neither back end works, judging is refused unless
-the options select the back end `trusted`, which confines nothing.
+zygote from outside, and each forked process adds seccomp. With the back end `landlock`, the processes confine
+themselves: always with Landlock and seccomp, and with namespaces if the kernel permits them. If neither back
+end works, judging is refused unless the options select the back end `trusted`, which confines nothing.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def interpreter() -> str:
 
 
 def python_command(module: str, *arguments: str) -> list[str]:
-    """Return the command line that runs a module of this folder in an interpreter without packages."""
+    """Return the command line that runs a module of this folder in an interpreter without other packages."""
     options = ["-s", "-S", "-P", "-B", "-X", "utf8"]
     return [interpreter(), *options, "-c", _BOOTSTRAP, str(Path(__file__).parent), module, *arguments]
 
@@ -187,7 +187,7 @@ def readable_paths() -> list[str]:
 
 
 def scratch_place() -> str:
-    """Return a folder in which a private tmpfs can be mounted without hiding files that programs need.
+    """Return a folder on which a private tmpfs can be mounted without hiding files that programs need.
 
     Raises:
         WmtpError: There is no such folder.
@@ -223,9 +223,9 @@ def zygote_command(backend: Backend, settings: SandboxSettings, *, scratch: str)
 def _bubblewrap_command(scratch: str) -> list[str]:
     """Return the command line with which bwrap starts a confined process.
 
-    The process is in new namespaces, has no capabilities, and can write files only to a small tmpfs. bwrap
-    must be started with an empty environment, because programs can read bwrap's environment in
-    /proc/1/environ.
+    The process is in new namespaces, has no capabilities, and can write files only to a small tmpfs. Start
+    bwrap without the caller's environment variables, which may be secret: `--clearenv` removes variables only
+    from the confined process, not from bwrap, which is process 1 in the PID namespace of the programs.
     """
     shown = [*readable_paths(), interpreter(), str(Path(__file__).parent)]
     binds = [part for path in shown if not path.startswith("/dev/") for part in ("--ro-bind", path, path)]

@@ -1,7 +1,7 @@
 """Confine processes by means of the kernel: namespaces, Landlock, seccomp, capabilities and resource limits.
 
-If the kernel refuses a step, the function for this step raises ConfinementError. System calls go through
-ctypes, because this module runs in an interpreter that has only the standard library.
+If the kernel refuses a step, the function for this step raises ConfinementError (`limit`: OSError). System
+calls go through ctypes, because this module runs in an interpreter that has only the standard library.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _SYS_LANDLOCK_CREATE, _SYS_LANDLOCK_ADD, _SYS_LANDLOCK_RESTRICT = 444, 445, 446
 _READ_FILE, _READ_DIR = 1 << 2, 1 << 3
 # Number of file-system rights by Landlock ABI: ABI 1 has 13, ABI 2 adds REFER, 3 TRUNCATE, 5 IOCTL_DEV.
 _RIGHTS_BY_ABI = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
-# The bits permit to write, read, list, remove folders and files, make folders, files and symbolic links, move
-# and truncate.
+# The bits permit writing, reading, listing, removing folders and files, making folders, files and symbolic
+# links, moving and truncating.
 _SCRATCH_RIGHTS = sum(1 << bit for bit in (1, 2, 3, 4, 5, 7, 8, 12, 13, 14))
 _FILE_RIGHTS = sum(1 << bit for bit in (1, 2, 14))
 
@@ -100,7 +100,7 @@ def enter_namespaces() -> None:
 
 
 def mount_scratch(path: str) -> None:
-    """Mount an empty tmpfs of at most `scratch.MAX_BYTES` bytes on `path`."""
+    """Mount an empty tmpfs for at most `scratch.MAX_BYTES` bytes and `scratch.MAX_FILES` files on `path`."""
     options = f"size={scratch.MAX_BYTES},nr_inodes={scratch.MAX_FILES},mode=700".encode()
     flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
     _checked(_libc.mount(b"tmpfs", os.fsencode(path), b"tmpfs", flags, options), f"tmpfs on {path}")
@@ -122,8 +122,8 @@ def landlock_abi() -> int:
 def make_ruleset(readable: Sequence[int], writable: Sequence[int], *, folder: str) -> int:
     """Return the descriptor of a Landlock ruleset that permits access only to the given files and folders.
 
-    If the ABI supports it, the ruleset also forbids TCP, abstract Unix sockets and signals to processes
-    outside.
+    As far as the kernel's Landlock ABI allows, the ruleset also forbids TCP, connections to abstract Unix
+    sockets of processes outside, and signals to processes outside.
 
     Args:
         readable: Open `O_PATH` descriptors of files and folders that may be read, with all their content.
@@ -214,6 +214,6 @@ class SystemCallFilter:
         """
         code = self._code.replace(struct.pack("<I", self._ANY_PID), struct.pack("<I", os.getpid()))
         buffer = _bytes(code)
-        # The bytes are a `struct sock_fprog`: the length as an unsigned short, then a pointer.
+        # The bytes are a `struct sock_fprog`: number of instructions as an unsigned short, then a pointer.
         program = _bytes(struct.pack("<HxxxxxxQ", len(code) // 8, ctypes.addressof(buffer)))
         _checked(_libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, program, 0, 0), "PR_SET_SECCOMP")

@@ -34,13 +34,13 @@ _TOLERATED_SHARE = 0.05
 class Sandbox:
     """Judges untrusted programs; a context manager that ends all processes that it started.
 
-    Entering the context starts the workers and tests whether the sandbox confines programs, except with the
-    back end `trusted`. It raises RunFailedError if a worker does not start or the test fails.
+    Entering the context starts the workers and, except with the back end `trusted`, tests whether the sandbox
+    confines programs. If a worker does not start or this test fails, RunFailedError is raised.
 
     Args:
         settings: Method of confinement (back end) and limits.
-        judge_errors_tolerated: Number of programs for which judging may fail; 5 % of all judged programs if
-            this number is larger.
+        judge_errors_tolerated: Number of programs for which judging may fail. If 5 % of the programs judged
+            so far are more, judging may fail for these 5 %.
 
     Attributes:
         provenance: Back end, versions and limits, to be recorded with each label.
@@ -50,7 +50,8 @@ class Sandbox:
         """Choose the back end.
 
         Raises:
-            WmtpError: No sandbox that the settings allow works on this machine.
+            WmtpError: No sandbox that the settings allow works on this machine, or no folder is suitable for
+                a scratch folder.
         """
         self._settings = settings
         self._backend = backends.choose_backend(settings.backend)
@@ -151,8 +152,8 @@ def refuse_errors(errors: int, judged: int, detail: str, tolerated: int = TOLERA
     """Raise an error if too many programs could not be judged.
 
     Raises:
-        RunFailedError: The number `errors` of programs that could not be judged is larger than `tolerated`
-            and larger than 5 % of the number `judged` of all programs.
+        RunFailedError: `errors`, the number of programs that could not be judged, is larger than `tolerated`
+            and larger than 5 % of `judged`, the number of all judged programs.
     """
     if errors > max(tolerated, _TOLERATED_SHARE * judged):
         raise RunFailedError(
@@ -215,7 +216,9 @@ class _Worker:
             write_message(self._process.stdin, job.message())
 
     def receive(self) -> Verdict:
-        """Wait for the verdict and return it; if the worker process has ended, a new one is started.
+        """Wait for the verdict and return it.
+
+        If the worker process has ended, a new process is started and the verdict is `judge_error`.
 
         Raises:
             RunFailedError: The new process ended before it was ready.

@@ -20,8 +20,8 @@ class SandboxSettings:
         backend: Method of confinement. `auto` uses bubblewrap if it works, otherwise Landlock; if neither
             works, judging is refused. `trusted` runs programs without a sandbox and is meant for data that
             contain only trusted programs.
-        cpu_seconds: Maximum CPU time of a program.
-        wall_seconds: Maximum elapsed time of a program, which also ends programs that sleep.
+        cpu_seconds: Maximum CPU time of a program, in seconds.
+        wall_seconds: Maximum elapsed time of a program, in seconds; this limit also ends programs that sleep.
         memory_mb: Maximum address space of a program, in MiB.
         workers: Number of programs that run at the same time. With 0, the number is OMP_NUM_THREADS if that
             variable is set, otherwise the number of cores. `data prepare --executor` ignores this option,

@@ -1,8 +1,8 @@
 """Encode and decode the plain data that an untrusted program and the judging process exchange.
 
 A value is encoded as a tag byte and its content; pickle is not used. Values have limited size and only known
-types, so decoding a value never executes code of the sender. The limits of the encoder are for honest
-programs; the limits of the decoder are for hostile programs.
+types, so decoding a value never executes code of the sender. The limits of the encoder give honest programs a
+clear error; only the limits of the decoder stop hostile programs, which may bypass the encoder.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def encode(value: object, reference: Callable[[object], int | None] = lambda _: 
     Args:
         value: None, a bool, int, float, complex, str or bytes; a list, tuple, set, frozenset or dict of such
             values; or one of these classes. An instance of a subclass is encoded as its built-in base class,
-            unless the subclass defines equality; Counter and OrderedDict are encoded as dict.
+            unless the subclass defines equality; but Counter and OrderedDict are encoded as dict.
         reference: Called for any other object; returns the number that stands for the object, or None.
 
     Raises:
@@ -176,7 +176,7 @@ def decode(data: bytes, resolve: Callable[[int], object] | None = None) -> objec
 
     Args:
         data: The bytes of one value.
-        resolve: Returns the object for which a number stands; if it is None, such numbers are an error.
+        resolve: Returns the object for which a number stands; without `resolve`, such numbers are an error.
 
     Raises:
         FrameError: The bytes are not a valid value or exceed the limits.
