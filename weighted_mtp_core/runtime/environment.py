@@ -24,11 +24,12 @@ def prepare_environment_for_torch() -> None:
       docs/performance.md). The number of threads does not change, so results are bitwise equal.
       `GOMP_SPINCOUNT` is not set if the user has set `OMP_WAIT_POLICY`, which controls the same behaviour.
 
-    The function also silences warnings about torchao, which transformers imports if it is installed. On
+    The function also silences warnings of libraries. If torchao is installed, transformers imports it. On
     import, torchao warns about CUDA kernels that it cannot load, and torch warns about classes of torchao.
-    Core uses neither the kernels nor the classes.
+    Core uses neither the kernels nor the classes. On some CPUs, bitsandbytes warns that an optional package
+    with a faster kernel is not installed.
     """
-    for name in ("torchao", "torch.utils._pytree"):
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     if "OMP_WAIT_POLICY" not in os.environ:
