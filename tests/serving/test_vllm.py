@@ -1,4 +1,4 @@
-"""vLLM drafts with the heads of an exported model: as many drafts are accepted as by our own count.
+"""vLLM drafts with the heads of an exported model, and accepts as many drafts as this package predicts.
 
 Equal texts alone prove little, because verification repairs every wrong draft. `make test-serving` makes the
 environment of vLLM; without this environment, these tests are skipped.

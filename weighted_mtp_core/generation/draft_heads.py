@@ -209,7 +209,10 @@ class _Call:
 
 
 def _shared_layer(policy: Policy) -> nn.Module | None:
-    """Return a trunk layer with the heads' kind of attention, or None if the trunk has no such layer."""
+    """Return a trunk layer with the kind of attention of `parallel` heads.
+
+    The result is None for other kinds of heads, or if the trunk has no such layer.
+    """
     if not policy.heads.bodies or policy.heads.chained:
         return None
     layers = layers_of(policy.trunk)

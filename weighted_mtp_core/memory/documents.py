@@ -70,7 +70,8 @@ class Documents:
         Args:
             table: The recipe's `[data]`.
             rows: B, the number of rows.
-            packed: Whether rows hold several documents, as in stage 2 of a recipe with packing.
+            packed: Whether a row holds as many documents as fit if the recipe packs documents, as in stage 2;
+                otherwise, a row holds one document.
         """
         per_row = self._fitting(table.pack_tokens) if packed and table.packing == "documents" else 1
         index_D = np.arange(rows * per_row) % len(self.length_D)

@@ -20,7 +20,8 @@ class Token:
 
     Attributes:
         text: The text that the token adds; empty if the token ends inside a character of several tokens.
-        weight: Mean weight of the pairs whose target is this token; None if there is no such pair.
+        weight: Mean weight of the token over the heads that predict it; None if no head predicts it, or if
+            the weights could not be computed (`TokenReport.unweighed`).
         weight_K: Weight for each head if the weighting returns a weight per head, otherwise empty. The weight
             is None for a head that does not predict the token, for example because the token is too near the
             start of its document.

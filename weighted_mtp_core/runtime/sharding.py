@@ -153,7 +153,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def _shard_of(tensor: Tensor, mesh: DeviceMesh, *, copy: bool = False) -> DTensor:
-    """Return this process's shard of a whole tensor; the shard is a view unless `copy` is true."""
+    """Return a whole tensor as a sharded `DTensor`; the own shard is a view of it unless `copy` is true."""
     (rows, *_), (first, *_) = compute_local_shape_and_global_offset(tensor.shape, mesh, [Shard(0)])
     own = tensor.narrow(0, min(first, len(tensor)), rows)
     return DTensor.from_local(

@@ -43,7 +43,8 @@ class CriticLearner(Learner):
 
     Attributes:
         critic: The critic to train.
-        prepared: Provides the validation split, and trunk states for a critic that reads them.
+        prepared: The data of the run, the device and the precision of computations, and the policy, whose
+            trunk states a critic may read.
         table: The recipe's `[critic.train]`.
         distributed: The processes that train together.
         best: The folder of the best critic.

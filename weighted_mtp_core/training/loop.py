@@ -84,7 +84,7 @@ class Learner(ABC):
 
     @abstractmethod
     def parameters(self) -> Iterable[nn.Parameter]:
-        """Return all parameters of the model; only those that require a gradient are optimised."""
+        """Return the model's parameters; those without a gradient may be left out and are not optimised."""
 
     def parts(self) -> Mapping[nn.Parameter, Part]:
         """Return the parts of the model that have a learning rate of their own, by parameter."""

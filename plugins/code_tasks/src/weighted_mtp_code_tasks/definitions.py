@@ -104,11 +104,11 @@ def _bodies(node: ast.stmt) -> Iterator[ast.stmt]:
 
 
 def _used(later: Iterable[ast.stmt], *, by: Sequence[ast.stmt], entry_point: str) -> list[ast.stmt]:
-    """Return, in order, the `later` statements that bind or change a name that is read and not set.
+    """Return, in order, those of the statements `later` that the statements `by` need.
 
-    The name may be read by the statements `by` or by other returned statements. A statement that uses the
-    function `entry_point` only tries it out, so it is not needed, unless it is the definition of another
-    function or class.
+    A statement is needed if it binds or changes a name that `by`, or another needed statement, reads without
+    setting it. A statement that uses the function `entry_point` only tries it out, so it is not needed,
+    unless it is the definition of another function or class.
     """
     offered = [
         node
