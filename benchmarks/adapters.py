@@ -17,9 +17,11 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+from attrs import frozen
 from harness import MIB, Row, main, peak_mib, return_freed_memory, row
 from step import SMOLLM2, SUPERVISED, TINY
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -30,7 +32,7 @@ from weighted_mtp_core.model.adapters import adapt
 from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.trunk import frozen_trunk
-from weighted_mtp_core.recipe.schema import BaseDtype, LossTable, ModelTable
+from weighted_mtp_core.recipe.schema import AdaptersTable, BaseDtype, LossTable, ModelTable
 from weighted_mtp_core.recipe.train_table import TrainTable
 from weighted_mtp_core.training.optimisers import clip_gradients, make_optimisers
 from weighted_mtp_core.training.policy_learner import PolicyLearner
@@ -41,13 +43,22 @@ from weighted_mtp_baseline_mtp import UniformOptions, build_uniform
 K, STEPS, HELD_OUT = 4, 20, 4
 
 
-def new_policy(shape: Mapping[str, int], base_dtype: BaseDtype | None) -> Policy:
-    """Return a policy with random weights; if `base_dtype` is None, all parameters are trained."""
+@frozen
+class Adapted:
+    """A training run with adapters; `heads` decides whether heads 2..K are trained whole."""
+
+    base_dtype: BaseDtype
+    heads: Literal["whole", "adapted"]
+
+
+def new_policy(shape: Mapping[str, int], adapted: Adapted | None) -> Policy:
+    """Return a policy with random weights; if `adapted` is None, all parameters are trained."""
     torch.manual_seed(0)
     config = LlamaConfig(**shape, tie_word_embeddings=True, max_position_embeddings=2048)
     policy = make_policy(LlamaForCausalLM(config), n_future=K, head_kind="parallel")
-    if base_dtype is not None:
-        adapt(policy, ModelTable(train="adapters", base_dtype=base_dtype))
+    if adapted is not None:
+        table = AdaptersTable(heads=adapted.heads)
+        adapt(policy, ModelTable(train="adapters", base_dtype=adapted.base_dtype, adapters=table))
     return policy
 
 
@@ -113,7 +124,7 @@ def training(
 
 
 def prepare_two_steps(
-    shape: Mapping[str, int], positions: int, base_dtype: BaseDtype | None
+    shape: Mapping[str, int], positions: int, adapted: Adapted | None
 ) -> Callable[[], object]:
     """Return a function that trains a new model for two steps, for `peak_mib`.
 
@@ -122,20 +133,20 @@ def prepare_two_steps(
     """
     return_freed_memory()
     for number in range(2):  # training a tiny model first loads what is loaded lazily
-        training(new_policy(TINY, base_dtype), TINY, 16)[1](number)
-    _, step = training(new_policy(shape, base_dtype), shape, positions)
+        training(new_policy(TINY, adapted), TINY, 16)[1](number)
+    _, step = training(new_policy(shape, adapted), shape, positions)
     return lambda: [step(0), step(1)]
 
 
-def peak(shape: Mapping[str, int], positions: int, base_dtype: BaseDtype | None) -> float:
+def peak(shape: Mapping[str, int], positions: int, adapted: Adapted | None) -> float:
     """Return the peak memory in MiB: the parameters, and what two steps need in addition."""
-    stored = sum(each.nbytes for each in new_policy(shape, base_dtype).parameters())
-    return stored / MIB + peak_mib(prepare_two_steps, shape, positions, base_dtype)
+    stored = sum(each.nbytes for each in new_policy(shape, adapted).parameters())
+    return stored / MIB + peak_mib(prepare_two_steps, shape, positions, adapted)
 
 
 def held_out_loss(shape: Mapping[str, int], positions: int) -> Row:
     """Return the row of the held-out loss of head 1 after 20 steps, divided by the loss before training."""
-    learner, step = training(new_policy(shape, "float32"), shape, positions)
+    learner, step = training(new_policy(shape, Adapted("float32", "whole")), shape, positions)
     found = []
     for number in range(STEPS + 1):
         if number in (0, STEPS):
@@ -158,10 +169,16 @@ def measure(args: argparse.Namespace) -> list[Row]:
     shape, positions = (TINY, 32) if args.quick else (SMOLLM2, 256)
     everything = peak(shape, positions, None)
     rows = []
-    dtypes: dict[BaseDtype, str] = {"float32": "<= 0.45", "bfloat16": "", "nf4": ""}
-    for dtype, limit in dtypes.items():
-        own = peak(shape, positions, dtype)
-        name = f"adapters: peak memory of rank 8 on a base in {dtype}, over training everything"
+    limits = {
+        Adapted("float32", "adapted"): "<= 0.45",
+        Adapted("float32", "whole"): "",
+        Adapted("bfloat16", "whole"): "",
+        Adapted("nf4", "whole"): "",
+    }
+    for adapted, limit in limits.items():
+        own = peak(shape, positions, adapted)
+        setting = f"base in {adapted.base_dtype}, heads 2..{K} {adapted.heads}"
+        name = f"adapters: peak memory of rank 8, {setting}, over training everything"
         note = f"{own:.0f} and {everything:.0f} MiB"
         rows.append(row(name, [own / everything], limit=limit, unit="x", note=note))
     return [*rows, held_out_loss(shape, positions)]
