@@ -25,7 +25,7 @@ from weighted_mtp_core.recipe.schema import CheckpointTable, LossTable, ModelTab
 from weighted_mtp_core.recipe.train_table import OptimiserTable, TrainTable
 from weighted_mtp_core.runtime.cost import forget_peak, matrix_rate, peak_memory
 from weighted_mtp_core.runtime.device import Compute
-from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed
+from weighted_mtp_core.runtime.distributed import SINGLE_PROCESS, Distributed, on_one_device
 from weighted_mtp_core.runtime.fsdp import callable_
 from weighted_mtp_core.runtime.sharding import mesh_of, shard_matrices
 from weighted_mtp_core.training.loop import train
@@ -323,6 +323,15 @@ def test_drafts_do_not_change_a_text(device, head):
 
     assert drafted.tokens == plain.tokens
     assert len(drafted.accepted) == K - 1
+
+
+def test_scalars_are_put_on_the_device_of_the_loss():
+    loss = torch.zeros((), device="meta")
+
+    stacked = on_one_device([0.5, loss, torch.ones(())])
+
+    assert (stacked.device.type, stacked.shape) == ("meta", (3,))
+    torch.testing.assert_close(on_one_device([0.5, torch.ones(())]), torch.tensor([0.5, 1.0]))
 
 
 @pytest.mark.gpu

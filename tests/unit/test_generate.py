@@ -9,6 +9,7 @@ from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.generation.generate import Generations, generate, sample_completions
 from weighted_mtp_core.generation.samplers import token_logprobs
 from weighted_mtp_core.model.load import make_policy
+from weighted_mtp_core.training.plugin_metrics import is_core_metric
 
 V = 16
 
@@ -222,3 +223,4 @@ def test_metrics_number_positions_by_head_from_2():
         "acceptance_length": pytest.approx(1.9),
     }
     assert generations.timings() == {"generated_tokens_per_second": 15.0}
+    assert all(is_core_metric(name) for name in (*generations.metrics(), *generations.timings()))

@@ -9,7 +9,7 @@ order.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -108,7 +108,7 @@ class Distributed:
         """Sum each scalar over all processes; return the sums under the same names."""
         if self.is_single_process:
             return scalars
-        values = torch.stack([torch.as_tensor(value, dtype=torch.float32) for value in scalars.values()])
+        values = on_one_device(scalars.values())
         dist.all_reduce(values)
         return dict(zip(scalars, values.unbind(), strict=True))
 
@@ -149,6 +149,13 @@ class Distributed:
         yield
         if self.is_rank_zero:
             self.barrier()
+
+
+def on_one_device(scalars: Iterable[Tensor | float]) -> Tensor:
+    """Return scalars as one tensor, float32 `[N]`, on the device of the tensors among them."""
+    values = list(scalars)
+    device = next((each.device for each in values if isinstance(each, Tensor)), None)
+    return torch.stack([torch.as_tensor(each, dtype=torch.float32, device=device) for each in values])
 
 
 SINGLE_PROCESS = Distributed()

@@ -12,7 +12,8 @@ from weighted_mtp_core.errors import RunFailedError
 _CORE = re.compile(
     r"(policy|critic|pass_at|verdict|acceptance)_.*|system/.*|.*_tokens_per_second"
     r"|(train|validation|test)_(loss|ce|accuracy|acceptance)(_head_\d+|_length)?(_of_\d+_examples)?"
-    r"|value_loss|weight_(mean|entropy|p\d+|between_responses|(before|at|behind)_slip)|effective_sample_share|tokens_per_forward"
+    r"|value_loss|weight_(mean|entropy|p\d+|between_responses|(before|at|behind)_slip)|effective_sample_share"
+    r"|tokens_per_forward|finished_share"
 )
 """Matches the name of every metric that core computes."""
 
