@@ -42,7 +42,10 @@ K, STEPS, HELD_OUT = 4, 20, 4
 
 
 def new_policy(shape: Mapping[str, int], base_dtype: BaseDtype | None) -> Policy:
-    """Return a policy with random weights; if `base_dtype` is None, all parameters are trained."""
+    """Return a policy with random weights, and with adapters of a base model in the dtype `base_dtype`.
+
+    If `base_dtype` is None, there are no adapters and all parameters are trained.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(**shape, tie_word_embeddings=True, max_position_embeddings=2048)
     policy = make_policy(LlamaForCausalLM(config), n_future=K, head_kind="parallel")
