@@ -7,6 +7,7 @@
 Without `--gpu`, the results are written to results.json, results.md and results.png next to this file. The
 exit code is 1 if a row misses its limit or a group fails, and 2 if `--gpu` finds no CUDA device. No other
 program should run on the machine at the same time; the JSON file records the load average before each group.
+`tracking.py`, `sandbox_mbpp.py` and `sandbox_speed.py` are not groups; each is started separately.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def measure(name: str) -> Group | None:
 
 
 def save(groups: Mapping[str, Group], file: Path) -> None:
-    """Write the results as JSON, as a Markdown table and, if rows have limits, as a plot."""
+    """Write the results as JSON, as a Markdown table and, if any limit was checked, as a plot."""
     rows = [{"group": name, **row} for name, group in groups.items() for row in group["rows"]]
     machines = {name: {**group["machine"], "seconds": group["seconds"]} for name, group in groups.items()}
     file.write_text(json.dumps({"machines": machines, "rows": rows}, indent=1) + "\n")
@@ -71,7 +72,7 @@ def save(groups: Mapping[str, Group], file: Path) -> None:
 
 
 def saved(file: Path) -> dict[str, Group]:
-    """Return the results of earlier runs of the benchmarks."""
+    """Return the results of earlier runs of the benchmarks; empty if the file does not exist."""
     if not file.is_file():
         return {}
     found = json.loads(file.read_text())

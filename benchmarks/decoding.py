@@ -55,7 +55,7 @@ def opened(run: Path) -> Prepared:
 def newest_usable(folder: Path, name: str) -> Prepared | None:
     """Return data and policy of the newest finished run called `name` that can be loaded; otherwise None.
 
-    A run is skipped, with a message, if its plugin, data or base model no longer exists.
+    A run is skipped, with a message, if it cannot be loaded, for example because its plugin is not installed.
     """
     runs = {file.parent.parent for file in folder.rglob(f"{name}/*/checkpoints/best_model.pt")}
     for run in sorted(runs, key=lambda each: each.name, reverse=True):

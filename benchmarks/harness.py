@@ -2,7 +2,7 @@
 
 Shared machines are noisy, and most of the noise lasts longer than one repetition. So the variants of a
 comparison take turns in one process, each round gives one ratio, and a row reports the median of the ratios.
-Times are CPU times on one thread; wall times are recorded as well. Peak memory is measured in a separate
+Most times are CPU times on one thread; wall times are recorded as well. Peak memory is measured in a separate
 process.
 
 `bench.py --gpu` measures on a CUDA device instead. Times are then elapsed times until the device has
@@ -45,10 +45,10 @@ class Row:
         name: What was measured.
         value: Median over the rounds.
         limit: The limit with its direction, for example `<= 1.3`; empty if there is no limit.
-        ok: Whether the value is within the limit; None if there is no limit.
+        ok: Whether the value is within the limit; None if there is no limit or limits are not checked.
         spread: First and third quartile over the rounds; both equal the value if there is only one round.
         unit: Unit of value and spread; `x` for ratios.
-        wall: The median from wall times, if `value` comes from CPU times.
+        wall: The median from wall times, for some rows whose `value` comes from CPU times; otherwise None.
         note: A remark that helps to understand the row.
     """
 
@@ -89,7 +89,10 @@ def wait() -> None:
 def in_turns(
     variants: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1
 ) -> dict[str, Times]:
-    """Run each variant once per round, in an order that rotates from round to round; return their times."""
+    """Run each variant once per round, in an order that rotates from round to round; return their times.
+
+    The `warmup` rounds come first; their times are not returned.
+    """
     names = list(variants)
     times = {name: Times() for name in names}
     for turn in range(-warmup, rounds):
@@ -166,8 +169,8 @@ def peak_mib(prepare: Callable[..., Callable[[], object]], *arguments: object) -
 def return_freed_memory() -> None:
     """Make glibc return freed tensors of 64 KiB or more to the kernel from now on.
 
-    A function `prepare` for `peak_mib` may call this. By default, glibc keeps most freed memory. Gaps between
-    blocks that stay in use, such as gradients, then count as resident memory.
+    A function `prepare` for `peak_mib` may call this function. By default, glibc keeps most freed memory, so
+    gaps between blocks that stay in use, such as gradients, count as resident memory.
 
     Raises:
         OSError: glibc refuses the setting.

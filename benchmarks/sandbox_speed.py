@@ -62,7 +62,7 @@ def measure(backend: Any, jobs: list[Job], *, workers: int) -> tuple[float, floa
 
 
 def main() -> None:
-    """Print one line for each back end and kind of program."""
+    """Print one line for each available back end and kind of program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -56,7 +56,11 @@ def write_inputs(folder: Path, shape: dict[str, int]) -> float:
 
 
 def peaks(folder: Path, processes: int) -> list[float]:
-    """Run the recipe; return the peak memory of each process in MiB."""
+    """Run the recipe; return the peak memory of each process in MiB.
+
+    Raises:
+        RuntimeError: The run failed.
+    """
     own = folder / f"{processes}-processes"
     own.mkdir()
     start = [sys.executable]

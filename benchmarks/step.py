@@ -3,7 +3,7 @@
     python benchmarks/step.py
 
 B = 1, T = 256, 40 % of the tokens supervised, AdamW, random weights. All variants train the same base model
-with the same optimiser, so that only one model is in memory. The benchmark needs the plugins `baseline_mtp`
+with the same optimiser, to save memory. The benchmark needs the plugins `baseline_mtp`
 and `verifiable` and 5 GB of memory.
 
 Shape letters: B rows, T positions, K heads, V vocabulary.

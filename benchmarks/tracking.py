@@ -135,7 +135,11 @@ def main() -> int:
 
 
 def slowdown_without_server(stack: servers.Stack, folder: Path, work: Callable[[], None]) -> float:
-    """Return the time of a tracked step over the time of an untracked step, as a median over rounds."""
+    """Kill the server, then measure tracked and untracked steps.
+
+    Returns:
+        The time of a tracked step over the time of an untracked step, as a median over rounds.
+    """
     with open_run(folder, {}) as record:
         measure_steps(record, work)
         stack.mlflow.kill()

@@ -2,9 +2,9 @@
 
     python scripts/memory_tables.py [NAME]...
 
-A model is given by a `config.json` with its shape; no weights are needed. Each block of the page between the
-lines `<!-- memory: NAME -->` and `<!-- end -->` is replaced. The script takes a minute or two and needs
-`baseline_mtp`, `peft` and `torchao`.
+A model is given by a `config.json` with its shape; no weights are needed. For each NAME, by default for each
+table, the text between the lines `<!-- memory: NAME -->` and `<!-- end -->` of the page is replaced. The
+script takes a minute or two and needs `baseline_mtp`, `peft` and `torchao`.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def main() -> None:
-    """Replace every block of the page."""
+    """Replace the blocks of the page that the arguments name; without arguments, all blocks."""
     for name in sys.argv[1:] or CASES:
         marks = rf"(<!-- memory: {re.escape(name)} -->\n).*?(\n<!-- end -->)"
         text = block(name)

@@ -49,7 +49,7 @@ def kind(field: attrs.Attribute[Any]) -> str:
 
 
 def default(field: attrs.Attribute[Any]) -> str:
-    """Return the default of a field in TOML; a dash if there is no default."""
+    """Return the default of a field in TOML; a dash if there is none, and no text if it is a table."""
     value = default_of(field)
     if value is attrs.NOTHING or value is None:
         return "-"

@@ -1,4 +1,4 @@
-"""Upload storage v2 to the team's S3 storage, as the command `python -m weighted_mtp_core storage sync` does.
+"""Upload models and data sets to S3, as the command `python -m weighted_mtp_core storage sync` does.
 
 Existing jobs call this file:  python scripts/sync_to_vessl_storage.py --to s3://bucket/storage
 """

@@ -1,4 +1,4 @@
-"""Settings that every test shares: one thread, no telemetry, no Hugging Face hub, no deadlines, signals."""
+"""Settings of the tests in this folder: one thread, no telemetry, no model hub, no deadlines, signals."""
 
 import os
 import signal

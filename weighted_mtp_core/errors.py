@@ -1,4 +1,4 @@
-"""The exceptions for errors that a user can correct; `exit_codes.py` defines their exit codes."""
+"""Exceptions that end a command with an error message; `exit_codes.py` defines the exit codes."""
 
 from __future__ import annotations
 

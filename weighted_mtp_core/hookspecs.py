@@ -2,10 +2,10 @@
 
 Core calls the hooks of a plugin right after it has loaded the plugin, which may happen several times in a
 process. Core loads the plugins that a recipe or a command names; `doctor`, `recipe new --list`, and
-`plugins check` without names load all installed plugins, and so does the search for the component that a
-wrong address may have meant. A hook only declares components; core then calls `Component.build` of the
-components that the recipe selects. The training loop never calls a hook. Importing a plugin must be quick, so
-import torch inside the build function.
+`plugins check` without names load all installed plugins. If an address is wrong, core may also load all
+installed plugins to suggest a component. A hook only declares components; core then calls `Component.build`
+of the components that the recipe selects. The training loop never calls a hook. Importing a plugin must be
+quick, so import torch inside the build function.
 
 The example of each hook is a complete plugin module, which a test runs.
 """
@@ -65,7 +65,7 @@ def wmtp_critics() -> Iterable[Component[Any, Critic]]:
     Called once each time core loads the plugin. The critic that `[critic] use` selects is built after the
     policy. If the critic is `trainable` and the recipe names no trained critic in `[critic] checkpoint`, the
     critic is trained before the policy. While the policy is trained, core calls the critic's method `score`
-    if the weighting needs a signal that the critic `provides`.
+    if the weighting needs a critic's signal.
 
     Example:
         from attrs import frozen

@@ -17,7 +17,7 @@ def quoted(names: Iterable[str]) -> str:
 def nearest(word: str, names: Iterable[str], *, cutoff: float = 0.6) -> list[str]:
     """Return a list of the one name that is closest to `word`, or an empty list.
 
-    The list is empty if the similarity of the name is below `cutoff`; similarity is 0 to 1, and 1 for equal
+    The list is empty if no name has a similarity of at least `cutoff`; similarity is 0 to 1, and 1 for equal
     names.
     """
     return difflib.get_close_matches(word, list(names), n=1, cutoff=cutoff)

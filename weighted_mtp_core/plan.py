@@ -41,7 +41,7 @@ class Plan:
     """A resolved recipe and its components, checked as far as possible without building them.
 
     Attributes:
-        recipe: The resolved recipe, in which addresses are complete and every option has a value.
+        recipe: The resolved recipe, in which addresses are complete and defaults are filled in.
         weighting: The weighting of the recipe.
         critic: The critic of the recipe; None if the recipe has no critic.
         data: The data source of the recipe.
@@ -111,8 +111,8 @@ def make_plan(
 
     Raises:
         WmtpError: The recipe, the preset or an override cannot be read; keys of the recipe or options of
-            components have errors, all of which the message lists; a component does not exist or its plugin
-            cannot be loaded; or the recipe has no critic that provides a signal that the weighting needs.
+            components have errors, which the message lists; a component does not exist or its plugin cannot
+            be loaded; or the weighting needs a critic's signal that no critic supplies.
     """
     return plan_document(read_document(path, preset=preset, overrides=overrides, run_name=run_name))
 
@@ -235,7 +235,7 @@ def _critic_faults(weighting: SelectedComponent, critic: SelectedComponent | Non
 
 
 def _check_signals(plan: Plan, registry: PluginRegistry) -> None:
-    """Refuse a weighting that needs a critic's signal if the recipe's critic does not provide this signal."""
+    """Refuse a weighting that needs a critic's signal if no critic of the recipe supplies this signal."""
     provided = plan.critic.component.provides if plan.critic else frozenset()
     for signal in CRITIC_SIGNALS:
         sources = _SOURCES.get(signal, (signal,))

@@ -40,7 +40,7 @@ _PATTERNS = (
 
 
 def secrets() -> list[str]:
-    """Return the secrets in the environment, longest first.
+    """Return the secrets of at least 4 characters in the environment, longest first.
 
     The result also contains each secret as it is quoted in URLs and in Python, and MLflow's login in base64.
     """
@@ -54,7 +54,7 @@ def secrets() -> list[str]:
 
 
 def redact_log_records() -> None:
-    """Remove secrets from every log record of this process, for all loggers and handlers.
+    """Remove secrets from the messages of all later log records of this process, for all loggers.
 
     Debug records of botocore and urllib3, for example, contain signatures, keys and headers.
     """

@@ -57,11 +57,11 @@ def run_plan(plan: Plan, *, resume: str | None = None, allow_change: Sequence[st
 
     Args:
         plan: The plan to execute.
-        resume: Folder or id of the run to continue; if None, the recipe's `run.resume` decides.
+        resume: Folder, id or part of the id of the run to continue; if None, `run.resume` decides.
         allow_change: Keys with values that may differ from the recipe of the run to continue.
 
     Raises:
-        WmtpError: The input is invalid, or something that the run needs is missing.
+        WmtpError: The input is invalid, or this machine lacks something that the run needs.
         RunFailedError: The run failed after it was opened; the run was closed as FAILED.
         KeyboardInterrupt: A signal ended the run, which was closed as KILLED.
     """
@@ -131,7 +131,7 @@ def _start_or_resume(
 ) -> Snapshot | None:
     """Record recipe and machine of a run, and return the snapshot from which the run resumes.
 
-    The result is None if the run is new, or if a resumed run has no snapshot.
+    The result is None if the run is new, or if a resumed run has no intact snapshot.
     """
     if previous is not None and (warning := other_machine(previous, distributed)):
         recorder.log(warning)
@@ -183,7 +183,7 @@ class _Run:
 
         Returns:
             The critic, or None if the recipe has no critic; and the report on the critic's values, or None if
-            the critic provides no values.
+            there is no critic or the critic provides no values.
         """
         table, selected, critic = self.plan.recipe.critic, self.plan.critic, prepared.build_critic()
         if table is None or selected is None or critic is None:

@@ -1,6 +1,6 @@
 """Fixtures of the end-to-end tests: the program, started as a user starts it, and the files that it writes.
 
-Every run is a separate process, started in a folder of its own, with the preset `ci`. A run takes half a
+A run is a separate process, in most tests started in a new folder with the preset `ci`. A run takes half a
 minute, so the tests of a file share runs, and `make test` gives a whole file to one worker.
 """
 
@@ -21,7 +21,7 @@ ISOLATE = Path(__file__).parents[1] / "isolate.py"
 
 @frozen(kw_only=True)
 class Run:
-    """A `run` command that has ended."""
+    """A command of the program that has ended; `folder` and `journal` are those of its run."""
 
     returncode: int
     stdout: str

@@ -196,7 +196,10 @@ def runs(folder):
 
 
 def half_way(worker, folder, *, finished=0):
-    """Return a worker's run if the run has a checkpoint and at least `finished` runs are finished."""
+    """Return the folder of a run that a worker executes, between the first checkpoint and the last step.
+
+    The result is None if there is no such run, or if fewer than `finished` runs are finished.
+    """
     found = runs(folder)
     if sum(facts["status"] == "FINISHED" for facts in found.values()) < finished:
         return None

@@ -47,7 +47,7 @@ def cwd(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def whole(wmtp, cwd):
-    """A run that was never stopped."""
+    """The losses of a run that was never stopped."""
     run = wmtp("run", BASELINE, *ON_GPU, "--run-name", "whole", cwd=cwd)
     assert run.returncode == 0, run.stderr
     return losses(cwd, "whole")

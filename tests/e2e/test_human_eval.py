@@ -1,4 +1,4 @@
-"""Our verdicts and pass@k equal those of HumanEval's own checker, for the file of samples from stage 3."""
+"""The sandbox's verdicts and pass@k for stage 3's file of samples equal those of HumanEval's checker."""
 
 import gzip
 import json

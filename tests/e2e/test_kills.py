@@ -132,7 +132,7 @@ def metrics(folder):
 
 
 def recorded_points(folder):
-    """Every point of the journal."""
+    """Every finite point of the journal."""
     return sorted(
         (name, line["step"], value, round(line["time"] * 1000))
         for line in journal(folder)
@@ -162,7 +162,7 @@ def check(cwd, whole):
 
 
 def files(cwd):
-    """The files in the storage folder, without the names that are different in every run."""
+    """The paths in the storage folder, with `RUN` for the id of the run, and without MLflow's artifacts."""
     storage, run = cwd / "storage", run_folder(cwd).name
     found = {str(path.relative_to(storage)).replace(run, "RUN") for path in storage.rglob("*")}
     return {path for path in found if not path.startswith("mlartifacts")}

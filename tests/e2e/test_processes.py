@@ -81,7 +81,7 @@ def cwd(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["baseline", "verifiable"])
 def alone(request, wmtp, cwd):
-    """A run of one process."""
+    """Execute a run of one process; return the parameter that selects its recipe."""
     run = wmtp("run", *recipe(request.param), "--run-name", f"alone-{request.param}", cwd=cwd)
     assert run.returncode == 0, run.stderr
     return request.param

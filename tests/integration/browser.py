@@ -16,7 +16,7 @@ TEXT = "document.body.innerText"
 
 
 def find() -> str | None:
-    """Return the installed browser, if there is one."""
+    """Return the path of an installed browser; None if there is none."""
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 
@@ -97,7 +97,7 @@ class Browser:
         return self._waited(lambda: self._frame(scheme), words, seconds)
 
     def _frame(self, scheme: str) -> str | None:
-        """Return the session of the frame with a URL of this scheme, if there is one."""
+        """Return the session of the frame with a URL of this scheme; None if there is none."""
         for target in self._do("Target.getTargets")["targetInfos"]:
             if target["type"] == "iframe" and target["url"].startswith(f"{scheme}:"):
                 name = target["targetId"]
@@ -136,7 +136,7 @@ class Browser:
             self._note(answer)
 
     def _note(self, event: dict[str, Any]) -> None:
-        """Record the requests and the errors of the page."""
+        """Record the requests, errors and warnings of the page."""
         params = event.get("params", {})
         if event.get("method") == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])

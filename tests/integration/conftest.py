@@ -18,7 +18,7 @@ from weighted_mtp_core.tracking.recorder import Recorder
 
 @pytest.fixture(scope="session")
 def stack() -> Iterator[servers.Stack]:
-    """PostgreSQL, SeaweedFS, MLflow and nginx, installed if possible; skips with a reason if not."""
+    """PostgreSQL, SeaweedFS, MLflow and nginx, installed if possible; if not, skips or, in CI, fails."""
     servers.install()
     if missing := servers.missing():
         reason = (
@@ -113,7 +113,7 @@ def wmtp(start: Callable[..., "subprocess.Popen[str]"]) -> Callable[..., "subpro
 
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[browsers.Browser]:
-    """A browser, installed if possible; skips with a reason if not."""
+    """A browser, installed if possible; if not, skips or, in CI, fails."""
     if browsers.find() is None:
         servers.install("chromium")
     program = browsers.find()

@@ -1,7 +1,7 @@
 """PostgreSQL, SeaweedFS, an MLflow server and nginx with Basic Auth on loopback, to start, break and stop.
 
-All files are in one temporary folder, and all servers listen on free ports of 127.0.0.1 only.
-Every server is stopped by stopping the process group in which it was started.
+All files are in one temporary folder. The servers listen only on free ports of 127.0.0.1 and on sockets in
+this folder. Every server is stopped by stopping the process group in which it was started.
 """
 
 import os
@@ -206,7 +206,7 @@ class Stack:
         shutil.rmtree(self.state, ignore_errors=True)
 
     def repair(self) -> None:
-        """Start the servers that a test stopped."""
+        """Start the servers that a test stopped, and restore the configuration of nginx."""
         self.mlflow.send(signal.SIGCONT)
         for server in (self.postgres, self.s3, self.mlflow, self.nginx):
             if server.process is None or server.process.poll() is not None:
@@ -215,7 +215,7 @@ class Stack:
         self.nginx.wait()
 
     def configure_nginx(self, *, body: str = "0", extra: str = "") -> None:
-        """Change the body limit or add a directive such as `return 503;`, and reload."""
+        """Set the body limit and an extra directive such as `return 503;`; reload nginx if they change."""
         user = "user www-data;" if self.root else ""
         text = NGINX.read_text()
         values = {"STATE": self.state, "SOCKET": self.socket, "PORT": self.ports["nginx"], "USER": user}

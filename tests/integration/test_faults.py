@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 
 def last_step(record):
-    """Return the last step that the server has; the value of `m0` is the number of the step."""
+    """Return the last step that the server has, which is the value of `m0`; 0 if it has none."""
     return Stored(record.folder.path).run.data.metrics.get("m0", 0)
 
 

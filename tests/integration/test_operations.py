@@ -23,7 +23,7 @@ DOCS = ROOT / "docs" / "tracking"
 
 @pytest.fixture
 def bucket(stack):
-    """A new bucket, and the client of an admin."""
+    """The client of an admin, for whom the bucket `operations` was created."""
     client = stack.s3_client()
     client.create_bucket(Bucket="operations")
     yield client

@@ -40,14 +40,14 @@ def steps(folder):
 
 
 def run_folders(cwd):
-    """The run folders by the name of the run; the name of an unfinished folder begins with a dot."""
+    """The run folders by the name of the run, without incomplete ones, whose names begin with a dot."""
     files = (cwd / "storage" / "runs").glob("*/*/*/[!.]*/run.json")
     return {file.parents[1].name: file.parent for file in files}
 
 
 @pytest.fixture(scope="module")
 def outage(stack, wmtp, tmp_path_factory):
-    """Three runs of the program and one of this process during one outage; then `track sync` of each."""
+    """Three runs of the program and one of this process during one outage; then `track sync` of the three."""
     cwd = tmp_path_factory.mktemp("outage")
     processes = {
         name: wmtp(*CI, "--set", f"train.steps={count}", "--run-name", name, cwd=cwd)

@@ -76,7 +76,7 @@ class Row:
         packs: Whether documents can share rows, with every kind in `heads`.
         refusals: Core's reasons for refusing kinds of heads.
         wrong: Differences from the model that core did not notice, and crashes.
-        unbuilt: Why no tiny model could be built.
+        unbuilt: Why no tiny model could be built; empty if one was built.
     """
 
     heads: list[str] = field(factory=list)
@@ -147,7 +147,7 @@ def differences(base: Any, policy: Policy) -> list[str]:
 
 
 def packed_differences(base: Any, policy: Policy) -> list[str]:
-    """Return a fault if the logits of two documents in one row differ from those of each document alone."""
+    """Return a fault if the logits of packed documents differ from those of each alone; otherwise empty."""
     ids_BT = text(2, 12)
     with torch.no_grad():
         expected = base(input_ids=ids_BT, use_cache=False).logits.flatten(0, 1)
@@ -196,6 +196,7 @@ def texts_of(base: Any, prompt: list[int]) -> list[list[int]]:
     """Return the texts that the model itself generates: without a cache, and with its own cache.
 
     The texts can differ if a model attends only to the tokens with the best scores and some scores are equal.
+    The second text is left out if the model cannot generate with its cache, or if the first halves differ.
     """
     whole = greedy(base, prompt)
     try:
@@ -244,7 +245,7 @@ def gap(actual: Tensor, expected: Tensor) -> float:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error message in one line, without the numbers that machines round differently."""
+    """Return an error message in at most 160 characters, without numbers that machines round differently."""
     line = " ".join(str(error).split())
     line = re.sub(r" \((logits|states) differ by [^)]*\)", "", line)
     return line if len(line) <= 160 else line[:157] + "..."

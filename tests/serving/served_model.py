@@ -1,6 +1,6 @@
-"""Train and export a recipe, and count accepted drafts with our own computation and with vLLM.
+"""Train and export a recipe, and count accepted drafts with this package and with vLLM.
 
-Head 1 alone decides the text, up to EOS or `NEW_TOKENS` tokens. At each pass, the later heads draft the
+Head 1 alone decides the text, up to EOS or `NEW_TOKENS` tokens. At each pass, heads 2..K draft the
 tokens after the newest token, and all drafts before the first wrong draft are accepted. The count includes
 drafts of the last pass after the end of the text, because vLLM counts them, too.
 
@@ -135,7 +135,7 @@ def own_count(model: ServedModel, drafted: Callable[[list[int], int], Sequence[S
 
     Args:
         model: The model.
-        drafted: Returns the tokens that the later heads draft in a text, given its tokens and the number of
+        drafted: Returns the tokens that heads 2..K draft in a text, given its tokens and the number of
             drafts: `[d][t]` is the draft for position t + 2 + d of a pass whose newest token is at t + 1.
     """
     drafts = model.policy.n_future - 1

@@ -1,4 +1,4 @@
-"""transformers drafts with the `sequential` heads of an exported model as our own decoding does."""
+"""transformers drafts with the `sequential` heads of an exported model as this package does."""
 
 import itertools
 

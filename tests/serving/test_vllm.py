@@ -31,7 +31,7 @@ def medusa(tmp_path_factory, storage):
 
 @pytest.fixture(scope="module")
 def counted(medusa):
-    """Our own count: every later head drafts from the state before the newest token."""
+    """This package's count of accepted drafts; heads 2..K draft from the state before the newest token."""
 
     def drafted(text, drafts):
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""vLLM drafts with a `sequential` head of a Qwen2 model: as many drafts are accepted as by our own count.
+"""vLLM drafts with a `sequential` head of a Qwen2 model, and accepts as many drafts as this package predicts.
 
 Shape letters: B rows, T positions, V vocabulary.
 """

@@ -40,7 +40,7 @@ class Server(ThreadingHTTPServer):
             self.seen = {"requests": 0, "most": 0, "keys": []}
 
     def begin(self, key):
-        """Record a request and return its fault."""
+        """Record a request and return its fault; None if no fault is left."""
         with self.lock:
             self.open.add(threading.get_ident())
             self.seen["requests"] += 1

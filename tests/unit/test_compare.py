@@ -275,7 +275,7 @@ def test_a_run_that_fails_is_named_with_its_log_and_stops_no_other(arms, run_job
 
 
 class Scheduler(Executor):
-    """Ends each task as a scheduler reports it."""
+    """Ends each task with the next given end: a result, an error or, for None, a cancellation."""
 
     def __init__(self, *ends):
         self._ends = iter(ends)

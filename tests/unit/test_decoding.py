@@ -69,7 +69,7 @@ def models(name, head):
 
 @torch.no_grad()
 def naive(base, prompt, *, limit, eos_id=EOS):
-    """Greedy text of transformers' own model: argmax over the whole text for every token, until EOS."""
+    """Greedy text of transformers' own model, without a cache and without EOS; and whether EOS ended it."""
     ids = list(prompt)
     for _ in range(limit):
         ids.append(int(base(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))

@@ -63,7 +63,7 @@ class Lines:
 
 
 def trained(folder, scores, *, resume=False, **options):
-    """Train with a validation every two steps; also return the step of the last snapshot."""
+    """Train, validating every two steps by default; the last result is the step of the last snapshot."""
     learner, lines = Scored(folder, scores), Lines()
     table = TrainTable(**{"steps": 11, "validate_every": 2, "log_every": 3, "warmup_steps": 0} | options)
     with Checkpoints(folder=folder, table=CheckpointTable(every=0), log=print) as checkpoints:

@@ -162,7 +162,7 @@ def test_the_policys_training_mode_is_restored():
 
 
 class Characters:
-    """Letters: `a` is 0, `b` is 1, ...; the last of V is EOS."""
+    """A codec of letters: `a` is token 0, `b` is 1, ...; the last of the V tokens is EOS."""
 
     eos_id = V - 1
 

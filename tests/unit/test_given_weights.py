@@ -83,7 +83,7 @@ def laid(each):
 
 
 def by_bytes(text, char_weights):
-    """Return each token's weight from its bytes: the mean over its characters that are not blank, if any."""
+    """Return each token's weight from its bytes: the mean over its non-blank (if none, all) characters."""
     character_of = [i for i, character in enumerate(text) for _ in character.encode()]
     weights, at = [], 0
     for piece in pieces(text):

@@ -129,7 +129,7 @@ def parameters_and_metrics(folder, *, head_rate, embedding_rate=1.0, at=None, re
 
 
 def by_hand(folder, *, head_learning_rate):
-    """Return the same parameters by two of torch's optimisers."""
+    """Return the parameters after all steps with two of torch's optimisers, one for heads 2..K."""
     made = learner(folder, head_rate=1.0)
     named = dict(made.policy.named_parameters())
     later = [each for name, each in named.items() if name.startswith(LATER)]

@@ -208,7 +208,7 @@ class Fixed(WeightingStrategy):
 
 
 def learnt(model, batch, *, heads, accumulation=1, dtype=torch.float32):
-    """Return the loss of one step on a data set of this batch alone, and every gradient."""
+    """Return the loss of one step on a data set of this batch alone, every gradient, and the learner."""
     model.zero_grad()
     labels_BTK = align_labels(
         batch.ids_BT, document_BT=batch.document_BT, response_BT=batch.response_BT, n_future=model.n_future

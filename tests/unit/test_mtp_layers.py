@@ -1,4 +1,4 @@
-"""transformers drafts with exported `sequential` heads, and accepts as many drafts as our own decoding.
+"""transformers drafts with exported `sequential` heads, and accepts as many drafts as this package.
 
 Shape letters: R rows, T positions, K heads, V vocabulary.
 """
@@ -132,7 +132,7 @@ def drafted_by_transformers(path):
 
 
 def own_drafts(policy, lengths):
-    """Return the same for texts of these lengths from our own decoding."""
+    """Return the same as `drafted_by_transformers`, for this package's texts of these lengths."""
     written = [
         generate(policy, [prompt], max_new_tokens=length, eos_id=-1, decoding="self_speculative")
         for prompt, length in zip(PROMPTS, lengths, strict=True)

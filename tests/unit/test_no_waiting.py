@@ -49,7 +49,7 @@ READING_WEIGHTS = ValueCheck.raise_if_bad.__code__
 
 
 class NoWaiting(TorchDispatchMode):
-    """Fails if an operation's result must come back to the host; counts the reads of the weights."""
+    """Fails if an operation's result must come back to the host; only counts such reads of the weights."""
 
     reads = 0
 

@@ -33,7 +33,7 @@ PACKINGS = {"none": 4, "documents": 2}  # rows of a batch
 
 
 def token_set():
-    """Documents of 2 to 40 tokens: the prompts of some are longer than K, some have fewer than K targets."""
+    """Documents of different lengths: the prompts of some are longer than K, some have only K targets."""
     generator = np.random.default_rng(0)
     prompt_D, response_D = generator.integers(0, 6, size=18), 2 + generator.geometric(0.15, size=18)
     length_D = prompt_D + response_D
@@ -116,7 +116,7 @@ def flat(policy):
 
 
 def sums(model, batch, weighting):
-    """Return by head, `[K]`: the weighted sum of losses with its graph, the sum of weights, the pairs."""
+    """Return by head, `[K]`: the weighted sum of losses with its graph, the sum of weights, pair counts."""
     labels_BTK = batch_labels(batch, K)
     target_BTK = target_mask(labels_BTK)
     weight_BT = weighting.factor * (1.0 + batch.ids_BT % weighting.spread)

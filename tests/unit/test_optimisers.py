@@ -52,7 +52,7 @@ class Small(nn.Module):
 
 
 def accumulate(module, step, *, scale=1.0):
-    """Add the gradient of a step."""
+    """Add the gradient of a step; return the loss."""
     ids_N = torch.randint(0, 96, (256,), generator=torch.Generator().manual_seed(step))
     loss = nn.functional.cross_entropy(module(ids_N), (ids_N * 7 + 3) % 96)
     (scale * loss).backward()
@@ -64,7 +64,7 @@ def made(module, options):
 
 
 def step(module, optimisers, options, number, *, loss=None):
-    """Train for one step, as the training loop does."""
+    """Train for one step, as the training loop does; return the loss."""
     set_learning_rate(optimisers, options, number)
     found = accumulate(module, number)
     norm = clip_gradients(list(module.parameters()), options.max_grad_norm)

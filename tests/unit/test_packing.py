@@ -190,7 +190,7 @@ def test_models_that_keep_documents_apart_are_accepted(name, head):
 
 
 def draw(sampler, documents):
-    """Return batches until `count` documents were drawn."""
+    """Return batches that together contain at least `documents` documents."""
     batches, seen = [], 0
     while seen < documents:
         batches.append(sampler.rows(len(batches)))

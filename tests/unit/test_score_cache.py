@@ -55,7 +55,7 @@ class Reference(Judge):
 
 
 class Whitened(WeightingStrategy):
-    """Weights from values, whitened with the statistics of the whole batch and with moving statistics."""
+    """Weights from values minus their moving mean, which the mean of each whole batch updates."""
 
     mean = 0.0
 

@@ -274,7 +274,7 @@ class NoCritic:
 
 
 class NoBatches:
-    """Come from no data."""
+    """Batches of no data."""
 
     order: ClassVar = {}
     tokens = DatasetVersion(name="none", version="1", sha256="a" * 64)

@@ -19,7 +19,7 @@ def labels_of(ids_BT, document_BT, response_BT, n_future):
 
 @st.composite
 def batches(draw):
-    """Draw rows of documents, each a prompt and a response, with padding after them; and K."""
+    """Draw rows of documents with random response tokens, and padding after them; K; and a generator."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     shape = draw(st.integers(1, 3)), draw(st.integers(1, 9))
     document_BT = (torch.rand(shape, generator=generator) < 0.3).long().cumsum(dim=1)

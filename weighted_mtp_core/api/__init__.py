@@ -7,8 +7,8 @@ H (size of a hidden state) and V (size of the vocabulary).
 
 Terms for the model:
 
-- *trunk*: a causal language model without its output layer; the trunk maps token ids `[B, T]` to hidden
-  states `[B, T, H]`.
+- *trunk*: a causal language model without its output layer and, for some kinds of heads, without its last
+  layer or its final norm; the trunk maps token ids `[B, T]` to hidden states `[B, T, H]`.
 - *head k* (k from 1 to K): predicts the token k positions ahead from the trunk's hidden state; `sequential`
   heads also read the tokens in between. Head 1 predicts the next token, like an ordinary language model.
 - *unembedding*: the matrix `[V, H]` that turns a head's output into logits; all heads share one unembedding.

@@ -45,7 +45,7 @@ def add_adapters(
         rslora: Whether s is `alpha / sqrt(rank)` instead of `alpha / rank` (Kalajdzievski 2023).
         dora: Whether to also train the norm of each row of the adapted matrix (DoRA, Liu et al. 2024).
         targets: The last parts of the names of the linear layers to adapt, for example `q_proj`; if empty,
-            all linear layers are adapted.
+            all linear layers in `layers` are adapted.
         layers: The submodules that contain the linear layers to adapt; None for the whole module.
 
     Raises:

@@ -186,7 +186,7 @@ class Finding:
             code 1. A `warning` does not change the exit code.
         name: What was checked, in one or two words.
         text: The result of the check; it must not contain secrets.
-        hint: What the user can do about a failed check.
+        hint: What the user can do about a failed check or a warning.
     """
 
     mark: Literal["ok", "warning", "FAILED"]

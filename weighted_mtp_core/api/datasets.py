@@ -55,7 +55,7 @@ def store_dataset(storage: Path, *, name: str, version: str, write: Callable[[Pa
         write: Called with an empty folder; must write the files into this folder.
 
     Raises:
-        WmtpError: A file of the folder was changed, removed or added after it was written.
+        WmtpError: A file of the folder was changed, removed or added after the folder was written.
     """
     from filelock import FileLock
 

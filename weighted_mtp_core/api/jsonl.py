@@ -36,7 +36,7 @@ def _check_template(_: object, __: object, template: str | None) -> None:
 
 @frozen(kw_only=True)
 class RowFiles:
-    """The files of a data source: either `path` for all splits, or separate files for each split.
+    """The files of a data source: either `path` for all splits, or separate files for some or all splits.
 
     Each of the options `path`, `train`, `validation` and `test` selects files of JSON lines or parquet. An
     option can be the path of a file, a pattern such as `data/train-*.parquet`, a folder that
@@ -84,10 +84,10 @@ class JsonlSource(DataSource):
 
     Raises:
         WmtpError: The options contain neither `path` nor files of splits, or contain both; or a file does not
-            exist, cannot be fetched or read, or has invalid lines (rows of a table), which the message lists.
-            A line is also invalid if it contradicts earlier lines: if its problem has another prompt, other
-            tests or another split, or if only some lines have a verdict. A line with a negative weight is
-            invalid unless the context allows negative weights.
+            exist, cannot be fetched or read, has no lines, or has invalid lines (rows of a table), of which
+            the message lists up to 20. A line is also invalid if it contradicts earlier lines: if its
+            problem has another prompt, other tests or another split, or if only some lines have a verdict. A
+            line with a negative weight is invalid unless the context allows negative weights.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ _TABLES = {".parquet", ".arrow"}
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield the line number, counted from 1, and the text of each non-empty line of a UTF-8 file.
+    """Yield the line number, counted from 1, and the text of each line that is not blank in a UTF-8 file.
 
     A file named `*.gz` is decompressed, and a byte order mark is dropped. Only a line feed ends a line,
     because strings may contain other line separators, such as U+2028. A byte that is not valid UTF-8 becomes
@@ -171,7 +171,7 @@ def _object(record: object) -> Record:
 
 
 def _parsed(line: str) -> object:
-    """Parse a line; raises ValueError if it is not UTF-8 or JSON or has a value that Python cannot parse."""
+    """Parse a line; raises ValueError if the line is not UTF-8, is not JSON or has an unsupported value."""
     if not line.isascii():
         try:
             line.encode()

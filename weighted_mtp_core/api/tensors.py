@@ -39,7 +39,7 @@ class Signal(enum.Enum):
 
 
 VALUES = (Signal.VALUE, Signal.LOG_VALUE)
-"""Signals that estimate the reward of a response; core measures a critic that provides one of them."""
+"""Signals that estimate the reward of a response; core measures a critic that provides at least one."""
 
 CRITIC_SIGNALS = (*VALUES, Signal.REFERENCE_LOSS)
 """All signals that a critic can provide."""
@@ -57,13 +57,13 @@ class Batch:
         group_BT: int64 number of the problem: two tokens of a batch have equal numbers if and only if they
             belong to the same problem; -1 on padding.
         example_ids: For each row, the ids of its examples, joined with a plus sign, for use in messages.
-        position_BT: int64 index of each token within its document, 0 on padding. None if each row contains
-            one document, with positions 0, 1, ...
+        position_BT: int64 index of each token within its document, 0 on padding. None means that each row
+            contains one document, with positions 0, 1, ...
         given_BT: float32 weight that the data give each response token; 0 on prompts and padding. A weight is
             negative only if the recipe allows negative weights or the weighting does not need `Signal.GIVEN`.
             None if the data have no weights.
         problem_BT: int64 hash of the problem's id, which is the same in every batch, split and run; 0 on
-            padding. None if the batch was not created by core.
+            padding. None if the ids are unknown, for example in a test.
     """
 
     ids_BT: Tensor

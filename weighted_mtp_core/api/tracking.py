@@ -30,9 +30,10 @@ class RunInfo:
         run_id: Unique id of the run, which is also the name of the run folder.
         name: The recipe's `run.name`.
         experiment: `<experiment_prefix>/<weighting plugin>`, or the recipe's `run.experiment` if it is set.
-        params: The resolved recipe as dotted keys, and the name, version and checksum of the data.
+        params: The resolved recipe as dotted keys and, once the data are loaded, the name, version and
+            checksum of the data.
         tags: The tags of the run, which docs/commands.md lists.
-        datasets: Names, versions and checksums of the data that the run uses.
+        datasets: Names, versions and checksums of the data that the run uses; empty until they are loaded.
         folder: The run folder.
         started_ms: Time of the run's start, in milliseconds since 1970.
     """

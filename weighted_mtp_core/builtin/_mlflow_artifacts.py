@@ -1,4 +1,4 @@
-"""Check the artifact store of a run, store files in it, verify them, and delete a stored checkpoint."""
+"""Check the artifact store of a run, store files in it, verify them, and delete a local checkpoint."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _SLOWEST_BYTES_A_SECOND = 1_000_000
 
 
 class NotStoredError(Exception):
-    """A stored file differs from the file that was sent."""
+    """A stored file is missing or differs from the file that was sent."""
 
 
 def check_store(client: MlflowClient, run_id: str) -> None:
-    """Check before training that the artifact store of a run accepts files.
+    """Check before training that the artifact store of a run can be reached.
 
     Raises:
         WmtpError: The S3 bucket does not exist or cannot be used.
@@ -44,7 +44,7 @@ def store(client: MlflowClient, run_id: str, path: Path, subdir: str, *, uri: st
     """Upload a file, then verify its bytes if S3 is accessed directly, and otherwise only its size.
 
     Raises:
-        NotStoredError: The stored file differs from the local file, which must be sent again.
+        NotStoredError: The stored file is missing or differs from the local file, which must be sent again.
     """
     root = client.get_run(run_id).info.artifact_uri
     name = f"{subdir}/{path.name}" if subdir else path.name
@@ -67,7 +67,7 @@ def store(client: MlflowClient, run_id: str, path: Path, subdir: str, *, uri: st
 def drop_local_checkpoint(client: MlflowClient, run_id: str, path: Path, subdir: str, *, uri: str) -> None:
     """Delete the local file `best_model.pt` after `store`, if a remote store has an identical copy.
 
-    If the artifact store is local, or the file has another name, the local file is kept.
+    The local file is kept if it has another name, or if files go neither to S3 nor through the server.
 
     Raises:
         NotStoredError: The stored file differs from the local file, which is kept.
@@ -86,9 +86,9 @@ def drop_local_checkpoint(client: MlflowClient, run_id: str, path: Path, subdir:
 def _request(uri: str, address: str, method: str, *, size: int, **body: Any) -> requests.Response:
     """Send a request for a file that the tracking server stores, with a timeout that fits the file's size.
 
-    The server answers only after S3 has the file. For a large file, the answer takes longer than the timeout
-    of MLflow's own requests. MLflow's timeout cannot be changed for one file, because it is an environment
-    variable and therefore the same for all threads.
+    The server answers only after its store has the file. For a large file, the answer takes longer than the
+    timeout of MLflow's own requests. MLflow's timeout cannot be changed for one file, because it is an
+    environment variable and therefore the same for all threads.
     """
     folder, _, name = address.rpartition("/")
     creds = get_default_host_creds(MlflowArtifactsRepository.resolve_uri(folder, uri))

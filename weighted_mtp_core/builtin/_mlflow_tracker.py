@@ -56,7 +56,8 @@ class MlflowTracker(Tracker):
 
     Args:
         uri: The tracking URI.
-        artifact_root: URI under which a new experiment stores its files; None for MLflow's own choice.
+        artifact_root: URI under which a new experiment stores its files; None for the default
+            that `MlflowOptions` describes.
         keep_local: If False, the local best checkpoint is deleted as soon as a remote store has it.
 
     Attributes:
@@ -155,7 +156,7 @@ class MlflowTracker(Tracker):
     # ------------------------------------------------------------------- experiment and run
 
     def _check_store(self) -> None:
-        """Stop a new run if its files can never be stored; an outage only delays the upload of files."""
+        """Stop a new run if its files probably cannot be stored; other failures only delay their upload."""
         try:
             check_store(self._open, self.run_id)
         except WmtpError:

@@ -90,7 +90,7 @@ def _check_file(uri: str) -> None:
 
 
 def local_path(uri: str) -> Path | None:
-    """Return the file or folder of a `sqlite:` or `file:` URI; None for a server."""
+    """Return the file or folder of a `sqlite:` or `file:` URI; None for other URIs."""
     scheme, _, rest = uri.partition(":")
     if scheme == "sqlite":
         return Path(rest.partition("?")[0].removeprefix("///")).absolute()

@@ -42,7 +42,7 @@ class MlflowOptions:
         tracking_uri: URI of the tracking server or store. The default is MLFLOW_TRACKING_URI from the
             environment or `.env`; if this variable is not set, the default is `<storage>/mlflow.db`.
         experiment_prefix: The run belongs to the experiment `<experiment_prefix>/<weighting plugin>`, unless
-            the recipe sets `run.experiment`.
+            the recipe sets `run.experiment` or an earlier tracker has this option.
         artifact_root: URI under which a new experiment stores files. By default, a server chooses the place,
             files of an SQLite store are in the folder `mlartifacts` next to it, files of a `file:` store are
             inside the store, and files of a PostgreSQL store are in `mlruns` in the working folder.

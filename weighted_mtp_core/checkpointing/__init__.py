@@ -7,5 +7,5 @@ A snapshot contains everything that a stage needs to continue. The modules of th
 - `state` copies the state of modules, optimisers and random generators, and restores it.
 - `shards` writes and reads the sharded tensors of a snapshot.
 - `best_model` writes and reads the best weights of a run; `whole_files` writes sharded weights as one file.
-- `resume` finds the run that `--resume` continues.
+- `resume` finds the run to continue, and refuses changes that are not allowed.
 """

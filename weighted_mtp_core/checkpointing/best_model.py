@@ -48,8 +48,8 @@ def load_model(model: nn.Module, path: Path) -> None:
     """Load into the model the tensors of a file that `save_model` has written.
 
     Raises:
-        WmtpError: The file is missing, contains something other than tensors, or belongs to another model or,
-            with adapters, to another base model.
+        WmtpError: The file is missing or damaged, contains something other than tensors, or belongs to
+            another model or, with adapters, to another base model.
     """
     if not path.is_file():
         raise WmtpError(f"there is no checkpoint `{path}`")
@@ -113,7 +113,8 @@ def load_component(component: Stateful, folder: Path) -> None:
     """Restore the state of a component from a folder that `save_component` wrote.
 
     Raises:
-        WmtpError: The folder contains no checkpoint, a file was changed, or the component refuses the state.
+        WmtpError: The folder contains no checkpoint or no manifest, a file was changed, removed or added, or
+            the component refuses the state.
     """
     if not (folder / _TENSORS).is_file():
         raise WmtpError(

@@ -165,7 +165,7 @@ def steps_of_snapshots(folder: Path) -> list[tuple[str, int]]:
 
 
 def _drop_file_cache(path: Path) -> None:
-    """Drop the files of a folder from the system's cache, so that memory is free for the next copies."""
+    """On Linux, drop the files of a folder from the system's cache, to free memory for the next copies."""
     if sys.platform == "linux":
         for file in files_of(path):
             with file.open("rb") as opened:
@@ -173,7 +173,7 @@ def _drop_file_cache(path: Path) -> None:
 
 
 def _lower_priority() -> None:
-    """Lower the priority of this thread, so that the training thread has precedence over writing."""
+    """On Linux, lower the priority of this thread, so that the training thread has precedence."""
     if sys.platform == "linux":  # elsewhere, `PRIO_PROCESS` cannot name a single thread
         thread = threading.get_native_id()
         own = os.getpriority(os.PRIO_PROCESS, thread)  # under `nice -n 15`, 10 would need privileges

@@ -53,11 +53,12 @@ def run_to_resume(plan: Plan, named: str | None) -> Path | None:
 
     Args:
         plan: The plan of the recipe.
-        named: Folder or id of a run, from `--resume`; if None, the recipe's `run.resume` decides. The
-            value `auto` selects the latest unfinished run with the same name, recipe and code.
+        named: Folder or id of a run, from `--resume`; if None, the recipe's `run.resume` decides. Its value
+            `auto` selects, among the runs of the same experiment and name, the latest one that is unfinished,
+            not running, and without changes that affect the trained policy, see `changed_keys`.
 
     Raises:
-        WmtpError: `named` matches no run or several runs.
+        WmtpError: `named` matches no run or several runs, or a run is on a file system without locks.
     """
     runs = plan.runs_folder
     if named is not None:
@@ -90,7 +91,10 @@ def changed_keys(was: Mapping[str, Any], plan: Plan) -> list[str]:
 
 
 def _changes(was: Mapping[str, Any], plan: Plan, *, safe: Sequence[str], allowed: Sequence[str]) -> list[str]:
-    """Return the differences in recipe and source code between the `run.json` of a run and a plan."""
+    """Return the differences in recipe and source code between the `run.json` of a run and a plan.
+
+    Differences of keys in `allowed`, of recipe keys in `safe` and of keys in `plan.same_result` are left out.
+    """
     safe = (*safe, *plan.same_result, *allowed)
     before, now = was.get("distributions", {}), plan.distributions
     return _differences(was.get("params", {}), plan.params, allowed=safe) + _differences(
@@ -109,9 +113,9 @@ def refuse_changes(path: Path, plan: Plan, *, allowed: Sequence[str]) -> None:
         allowed: Keys that the user allows to differ, from `--allow-change`.
 
     Raises:
-        WmtpError: There are differences that are not allowed, or that the completed stages do not permit,
-            such as fewer steps, another optimiser, another measure of the best state or other settings of the
-            evaluation; or the run is finished.
+        WmtpError: There are differences that are not allowed, or that the progress of the run does not
+            permit, such as fewer steps, another optimiser, another measure of the best state or other
+            settings of the evaluation; or the run is finished, and the plan does not train it further.
     """
     was = read_run(path)
     _refuse(path, _changes(was, plan, safe=SAFE, allowed=allowed))
@@ -141,7 +145,10 @@ def refuse_changes(path: Path, plan: Plan, *, allowed: Sequence[str]) -> None:
 
 
 def _needed_to_train_further(was: Mapping[str, Any], now: Mapping[str, str]) -> str | None:
-    """Return the key that must be raised to train a finished run further; None if the plan has raised it."""
+    """Return the key that must be raised to train a finished run further.
+
+    The result is None if the plan has raised or removed this key, or if the plan's steps are unknown.
+    """
     before = was.get("params", {})
     if was.get(LAST_STEP["policy"], 0) < was.get(STEPS["policy"], 0):
         old, new = (float(params.get("train.patience", inf)) for params in (before, now))
@@ -234,7 +241,7 @@ def refuse_other_data(folder: RunFolder, version: DatasetVersion, *, allowed: Se
         Whether the data differ from the recorded data, which is also the case for a new run.
 
     Raises:
-        WmtpError: The data of a resumed run differ, and `allowed` does not contain `data.sha256`.
+        WmtpError: The data of a resumed run differ, and `allowed` contains neither `data.sha256` nor `data`.
     """
     key = "data.sha256"
     facts = read_run(folder.path)
@@ -261,7 +268,7 @@ def fingerprint(distributed: Distributed = SINGLE_PROCESS) -> dict[str, str]:
 def other_machine(path: Path, distributed: Distributed) -> str | None:
     """Return a warning if a property in `fingerprint` has changed since the run was last executed.
 
-    Return None if nothing has changed.
+    Return None if no recorded property has changed.
     """
     was, now = read_run(path).get("fingerprint", {}), fingerprint(distributed)
     differing = [f"{key} {was[key]} -> {now[key]}" for key in now if key in was and was[key] != now[key]]

@@ -61,7 +61,7 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path | None, distributed
             planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
             process_group=distributed.control_group,
         )
-    except CheckpointException as error:  # a BaseException that contains the error of each process
+    except CheckpointException as error:  # a BaseException with the errors of the processes that failed
         first = next(iter(error.failures.values()))[0]
         raise OSError(f"a process could not write its part: {first}") from error
 

@@ -142,9 +142,9 @@ def load_optimiser_state(
 
 
 def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the states of all global random generators, as tensors and as plain values.
+    """Return the states of the global random generators of torch, Python and numpy: tensors and plain values.
 
-    The generators of GPUs are left out if this process does not use CUDA.
+    The generators of CUDA devices are left out if this process does not use CUDA.
     """
     tensors = {"rng.torch": torch.get_rng_state()}
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # a run on the CPU does not use GPUs

@@ -86,7 +86,7 @@ def _describe(chosen: SelectedComponent) -> tuple[str, str]:
 
 
 def _print_memory(plan: Plan, *, device_memory: str | None, processes: int) -> None:
-    """Print the forecast of a run's memory for this machine, or for a GPU of the given memory."""
+    """Print the forecast of a run's memory for this machine, or for another machine with the given memory."""
     from weighted_mtp_core.memory import table  # imports torch
     from weighted_mtp_core.memory.fit import find_target
     from weighted_mtp_core.memory.forecast import forecast, parse_size

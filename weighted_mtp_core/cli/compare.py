@@ -228,7 +228,11 @@ def _execute(arms: Sequence[Arm], seeds: Sequence[int], *, address: str | None, 
 
 
 def _measure(arms: Sequence[Arm], outcome: Outcome) -> dict[str, dict[int, RunMeasures]]:
-    """Read the measures of finished runs, keyed by arm and seed; arms without a finished run are left out."""
+    """Read the measures of finished runs, keyed by arm and seed; arms without a finished run are left out.
+
+    Raises:
+        RunFailedError: The first arm has no finished run.
+    """
     from weighted_mtp_core.compare.measures import read_measures
 
     runs: dict[str, dict[int, RunMeasures]] = {}
@@ -256,6 +260,9 @@ def _write(
 
     Returns:
         The comparison, and the files that were written.
+
+    Raises:
+        WmtpError: `metrics` contains a name that is a metric of no run.
     """
     from weighted_mtp_core.compare.measures import default_metrics
     from weighted_mtp_core.compare.plots import plot_curves

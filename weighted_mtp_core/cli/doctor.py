@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _examine(plan: Plan | None) -> Iterator[Finding]:
-    """Yield all findings; without a plan, the components of all installed plugins are checked."""
+    """Yield all findings; without a plan, every installed component without required options is checked."""
     storage = Path("storage" if plan is None else plan.recipe.run.storage)
     try:
         yield from _environment(load_dotenv())
@@ -108,7 +108,7 @@ def _environment(found: DotEnv | None) -> Iterator[Finding]:
 
 
 def _plugins(loaded: list[LoadedPlugin]) -> Iterator[Finding]:
-    """Load every installed plugin and yield a finding for each; usable plugins are appended to `loaded`."""
+    """Yield a finding for each fault of metadata and each plugin; append usable plugins to `loaded`."""
     for fault in metadata_faults():
         yield Finding(mark="warning", name="package", text=fault, hint="install that package again")
     registry = PluginRegistry()

@@ -95,7 +95,7 @@ def _evaluations(run: Path, plan: Plan) -> Path:
 
 
 def _measure(run: Path, plans: Sequence[Plan], *, split: Split, out: Path) -> dict[str, Any]:
-    """Measure the policy with the plan that is best on the validation split, and write all files."""
+    """Measure the policy and write all files; of several plans, the best on the validation split is used."""
     from rich.console import Console
 
     from weighted_mtp_core.evaluation.evaluate import best_trial, evaluate, try_temperatures

@@ -83,7 +83,7 @@ def read_samples(
 
     Raises:
         WmtpError: The file cannot be read, has malformed lines, or has samples without a problem; the message
-            lists these lines.
+            lists up to 20 of these lines.
     """
     unknown: list[str] = []
 

@@ -60,11 +60,11 @@ def read_arms(
     Args:
         recipes: One recipe for each arm or, with grids, for each group of arms; the first arm is the
             baseline.
-        preset: Name of a preset for all arms.
+        preset: Name of a preset for all arms; None for no preset.
         overrides: Overrides `key=value` for all arms.
         allowed: Keys that may differ between arms, although the comparison is then unfair.
-        grids: Keys with several values; a recipe that has these keys becomes an arm for each combination of
-            the values.
+        grids: Keys with several values; a recipe that has some of these keys becomes an arm for each
+            combination of their values.
 
     Raises:
         WmtpError: A recipe is invalid, no recipe has the key of a grid, two arms have the same name, or data,

@@ -23,7 +23,10 @@ _EXPLANATION = (
 
 
 def median_costs(runs: Mapping[str, Mapping[int, RunMeasures]]) -> dict[str, dict[str, float]]:
-    """Return for each arm the medians over its seeds of `RunMeasures.cost` and of the seconds of stage 2."""
+    """Return for each arm the medians over its seeds of `RunMeasures.cost` and of the seconds of stage 2.
+
+    A measure that no seed of an arm has is left out.
+    """
     found: dict[str, dict[str, float]] = {}
     for arm, by_seed in runs.items():
         costs = [{"seconds": run.policy_seconds, **run.cost} for run in by_seed.values()]
@@ -36,7 +39,10 @@ def median_costs(runs: Mapping[str, Mapping[int, RunMeasures]]) -> dict[str, dic
 
 
 def cost_section(costs: Mapping[str, Mapping[str, float]]) -> Sequence[str]:
-    """Return the Markdown lines of the section on cost; columns without values are left out."""
+    """Return the Markdown lines of the section on cost; columns without values are left out.
+
+    Without any value, there are no lines.
+    """
     columns = [name for name in _COLUMNS if any(name in each for each in costs.values())]
     if not columns:
         return ()

@@ -50,8 +50,8 @@ class ClosedGap:
     Attributes:
         metric: Name of the metric.
         arm: Name of the arm.
-        share: Ratio of the mean differences, with Fieller's interval. If the gap does not differ
-            significantly from 0, the interval has no bounds, and its ends are NaN.
+        share: Ratio of the mean differences, with Fieller's interval. The ends of the interval are NaN if it
+            cannot be computed, for example because the gap does not differ significantly from 0.
     """
 
     metric: str

@@ -89,8 +89,9 @@ def refuse_unknown_keys(grids: Sequence[Grid], plans: Sequence[Plan]) -> None:
 def arms_of_grids(plan: Plan, grids: Sequence[Grid]) -> Iterator[tuple[str, ...]]:
     """Yield the overrides of each arm that the grids make of a recipe.
 
-    The name of an arm is the name of the recipe, followed by the last part of each key and the value, such as
-    `mine-power-2`. A recipe that has none of the grids' keys becomes a single arm without overrides.
+    The name of an arm is the recipe's `run.name`, followed for each key by the key's last part and the value,
+    such as `mine-power-2`. If the last parts of two keys are equal, the whole keys are used. A recipe that
+    has none of the grids' keys becomes a single arm without overrides.
     """
     own = [grid for grid in grids if _has(plan, grid.key)]
     for values in itertools.product(*(grid.values for grid in own)):

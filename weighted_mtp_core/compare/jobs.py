@@ -23,7 +23,7 @@ class WantedRun:
     Attributes:
         folder: The folder of all runs with the name of the job's arm.
         params: Recipe and seed as dotted keys, without the keys that do not affect the results.
-        distributions: Version and source code of the installed distributions; see `Plan.distributions`.
+        distributions: Version and source of the code on which the result depends; see `Plan.distributions`.
         same_result: Keys of a recipe that do not affect the results.
     """
 

@@ -1,4 +1,4 @@
-"""The measures of a finished run that are compared: last values, curves, and durations of stages."""
+"""The measures of a finished run that are compared, such as last values, curves, durations and cost."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class RunMeasures:
     """The measures of one run that are compared.
 
     Attributes:
-        last: The last value of every metric and wall-clock measurement, and the durations `policy_seconds`
-            and `critic_seconds`; NaN for a metric that has no value at the last record or validation of
-            stage 2, because the value was not finite.
+        last: The last value of every metric and of every measurement of time or memory, and the durations
+            `policy_seconds` and `critic_seconds`; NaN for a metric that has no value at the last record or
+            validation of stage 2, because the value was not finite.
         curves: The points (step, value) of each validation metric of stage 2, in order of steps.
-        step_seconds: Median duration of a step of stage 2, in seconds.
+        step_seconds: Median duration of a step of stage 2, in seconds; 0 if it is not known.
         cost: The cost of stage 2, see `cost_of`.
-        steps: Number of steps of stage 2.
+        steps: Number of steps of stage 2; 0 if it is not known.
     """
 
     last: Mapping[str, float]
@@ -78,7 +78,7 @@ class RunMeasures:
 
     @property
     def policy_seconds(self) -> float:
-        """Duration of the steps of stage 2, in seconds."""
+        """Median duration of a step of stage 2, in seconds, times the number of steps."""
         return self.last["policy_seconds"]
 
     def validations_until(self, metric: str, seconds: float) -> int:
@@ -114,7 +114,7 @@ def kinds_of_machines(runs: Iterable[Path]) -> list[str]:
 
 
 def _step_seconds(logged: Sequence[Point], validations: Sequence[Point]) -> float:
-    """Return the median of the seconds per step, because pauses would affect the mean.
+    """Return the median of the seconds per step, because pauses would affect the mean; 0 without intervals.
 
     Validations are excluded: each interval ends at a logged step, and begins at the logged step or at the end
     of the validation before it, whichever is later. A step is logged before its validation.

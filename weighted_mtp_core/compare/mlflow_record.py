@@ -44,7 +44,8 @@ def track(
         log: Called with messages for the user.
 
     Raises:
-        WmtpError: A tracker of the first arm cannot be built, or a compared run is in use.
+        WmtpError: A tracker of the first arm cannot be built, or a compared run cannot be tagged, for example
+            because it is in use.
     """
     plan = arms[0].plan
     for tracker, chosen in zip(build_trackers(plan).values(), plan.trackers, strict=True):
@@ -102,7 +103,7 @@ def record_comparison(
     files: Sequence[Path],
     log: Callable[[str], None],
 ) -> bool:
-    """Record a comparison as an MLflow run; return whether the store accepted the run, or log a warning."""
+    """Record a comparison as an MLflow run; return whether this succeeded, and log a warning if not."""
     try:
         tracker.start(info)
         tracker.log_metrics(_points(comparison))

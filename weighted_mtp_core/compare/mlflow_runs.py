@@ -31,7 +31,7 @@ class StoredRuns:
     """Runs from an MLflow store that can be compared.
 
     Attributes:
-        tracker: A tracker for the store, which has not started a run.
+        tracker: A tracker for the store; at first, its method `start` has not been called.
         runs: The runs, keyed by arm and seed; the name of a run is the name of its arm.
         measures: The measures of the runs, keyed by arm and seed.
     """

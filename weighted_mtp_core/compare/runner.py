@@ -35,7 +35,8 @@ class Failure:
 
     Attributes:
         job: The job.
-        code: Exit code of the job's process; 0 if the process ended well, but its run folder was not found.
+        code: Exit code of the job's process; 0 if the process ended well, but its run folder was not found;
+            `EXIT_RUN_FAILED` if the executor lost the task.
         reason: Why the run did not finish; usually the last `error:` line of the job's output.
         log: File with the job's output.
     """
@@ -55,7 +56,10 @@ class Outcome:
 
 
 def visible_gpus(arms: Sequence[Arm]) -> list[str]:
-    """Return the names of the available GPUs for CUDA_VISIBLE_DEVICES; empty if all arms use `cpu`."""
+    """Return the names of the available GPUs for CUDA_VISIBLE_DEVICES.
+
+    The list is empty if there is no GPU, or if all arms use `cpu`.
+    """
     if all(arm.plan.recipe.model.device == "cpu" for arm in arms):
         return []
     import torch
@@ -69,9 +73,9 @@ def share_machine(slots: int | None, runs: int, *, gpus: int = 0) -> tuple[int, 
     """Return how many runs are executed at once, and the number of threads of each run.
 
     Without `slots`, one run is executed per GPU or, without GPUs, per core, but not more than `runs`. If
-    OMP_NUM_THREADS is set, it is the number of threads of each run, and each run takes this number of cores.
-    `runs` includes finished runs, so that both numbers stay the same when a comparison is continued: the
-    number of threads affects the last digits of a run's results.
+    OMP_NUM_THREADS is set, it is the number of threads of each run; without `slots` and GPUs, each run then
+    takes this number of cores. `runs` includes finished runs, so that both numbers stay the same when a
+    comparison is continued: the number of threads affects the last digits of a run's results.
     """
     cores = len(os.sched_getaffinity(0))
     threads = given_threads() or 0
@@ -114,10 +118,11 @@ class Runner:
         """Complete every job; the failure of a job does not stop the other jobs.
 
         Raises:
-            WmtpError: A worker cannot execute runs of this comparison.
+            WmtpError: A worker cannot execute runs of this comparison, or must not receive a secret that they
+                contain.
             RunFailedError: The connection to the scheduler was lost.
-            KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP was received; jobs that had begun stop with a
-                checkpoint.
+            KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP was received; jobs that had begun are stopped, with a
+                checkpoint unless this takes too long.
         """
         waiting = []
         for job in jobs:

@@ -57,7 +57,8 @@ class Comparison:
         diverged: A line for each value that is not finite.
         uneven: For each arm, a line with its numbers of steps; empty if all runs have the same number.
         machines: A line for each kind of machine that executed runs, if there are several kinds.
-        few: A line for each arm with a run that has fewer than three validations up to `seconds`.
+        few: Lines on the arms with a run that has fewer than three validations, without step 0, up to
+            `seconds`.
         gap: The arms that are the floor and the ceiling; None if the user names no such arms.
         closed: The share of the gap that each other arm closes, by metric.
         cost: The cost of stage 2 for each arm, as medians over the seeds, see `median_costs`.
@@ -88,7 +89,7 @@ class Comparison:
         machines: Sequence[str] = (),
         gap: Gap | None = None,
     ) -> Comparison:
-        """Compare metrics of `runs`, keyed by arm and seed, at equal steps and at equal wall clock."""
+        """Compare runs, keyed by arm and seed, by metrics at equal steps and curves at equal wall clock."""
         everything = [run for by_seed in runs.values() for run in by_seed.values()]
         seconds = min(run.policy_seconds for run in everything)
         rows: list[Row] = []
@@ -121,7 +122,7 @@ class Comparison:
         )
 
     def markdown(self) -> str:
-        """Return a Markdown page: an overview with notes, gap and cost, then a table for each metric."""
+        """Return a Markdown page: an overview with notes, gap and cost, then the tables of each metric."""
         parts = ["# Comparison", "", *self._overview(), "", *self._explanation()]
         parts += [] if self.gap is None else gap_section(self.gap, self.closed)
         parts += cost_section(self.cost)
@@ -296,7 +297,9 @@ def _line(row: Row) -> str:
 def _plus_minus(found: Estimate, seeds: int) -> str:
     """Return mean ± half width of the interval, both rounded to two significant digits of the half width.
 
-    If the mean is over fewer than `seeds` seeds, the number of its seeds follows in parentheses.
+    Neither is rounded more coarsely than to an integer. A mean that is NaN gives `diverged`, and a mean
+    without an interval is returned alone. If the mean is over fewer than `seeds` seeds, the number of its
+    seeds follows in parentheses.
     """
     if found.count < seeds:
         own = _plus_minus(found, found.count)

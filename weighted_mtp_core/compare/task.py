@@ -64,9 +64,10 @@ class Ended:
     """The result of a task.
 
     Attributes:
-        code: Exit code of the run's process; 0 if the run had already finished.
-        folder: Folder of the finished run; None if the run did not finish.
-        reason: Why the run did not finish: usually the last `error:` line of its output.
+        code: Exit code of the run's process; 0 if the run had already finished, `EXIT_TERMINATED` if it was
+            stopped before it began.
+        folder: Folder of the finished run; None if no finished run with the wanted properties was found.
+        reason: If `folder` is None, why: usually the last `error:` line of the run's output.
         host: Name of the machine.
     """
 
@@ -82,10 +83,10 @@ def use_gpu(name: str) -> None:
 
 
 def execute(task: RunTask) -> Ended:
-    """Execute a run in a process of its own, unless another process completes the run first.
+    """Execute a run in a process of its own, unless another process completes it or the client stops.
 
     Raises:
-        WmtpError: This machine does not share the storage of the client.
+        WmtpError: This machine does not have the file `RunTask.order` of the client.
     """
     if not task.order.is_file():
         raise WmtpError(
@@ -130,7 +131,10 @@ def _run(task: RunTask) -> int:
 
 
 def _order(task: RunTask) -> str:
-    """Return the content of the client's file; opening the file anew makes NFS show its latest content."""
+    """Return the content of the client's file, or `stop` if the file is missing.
+
+    Opening the file anew makes NFS show its latest content.
+    """
     try:
         return task.order.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -19,7 +19,7 @@ def array_appender(path: Path, dtype: DTypeLike) -> Iterator[Callable[[ArrayLike
     """Open a new one-dimensional `.npy` file and yield a function that appends values to it.
 
     Raises:
-        OverflowError: An appended integer does not fit into `dtype`.
+        OverflowError: An appended Python integer does not fit into `dtype`.
     """
     element = np.dtype(dtype)
     count = 0
@@ -49,7 +49,7 @@ def mapped(path: Path) -> NDArray[Any]:
 
 
 def drop_pages(array: NDArray[Any]) -> None:
-    """Release the pages of a mapped array that have been read; does nothing for an array that is not mapped.
+    """Release the pages of a mapped array that have been read; do nothing where this is not possible.
 
     The pages stay in the operating system's cache but no longer count as this process's memory, which would
     otherwise grow to the size of the file.

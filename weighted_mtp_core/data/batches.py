@@ -29,7 +29,7 @@ BatchT = TypeVar("BatchT", bound=Batch)
 
 @frozen(kw_only=True, eq=False)
 class CollatedBatch(Batch):
-    """A batch made from a token set, with data that the host would otherwise have to read from the device.
+    """A batch made from a token set, with more data about its tokens and documents in main memory.
 
     Attributes:
         token_BT: int64 index of each token in `TokenSet.ids_N`; -1 on padding.
@@ -157,7 +157,7 @@ class StepBatches:
     Args:
         tokens: The documents.
         table: The recipe's `[data]`.
-        batch_size: Rows of the global batch.
+        batch_size: Maximum number of rows of a global batch.
         seed: Seed of the order.
         device: Device of the batches.
 
@@ -192,7 +192,7 @@ class StepBatches:
 
     @property
     def batches_per_epoch(self) -> float:
-        """The number of batches in an epoch; an estimate if documents are packed."""
+        """The number of batches in an epoch; it may be an estimate if documents are packed."""
         return self._sampler.batches_per_epoch
 
     def __call__(self, step: int) -> CollatedBatch:

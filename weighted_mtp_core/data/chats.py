@@ -34,7 +34,7 @@ class RenderedChat:
         text: The text of the chat, including the names of control tokens.
         spans: (start, end) of each learned turn, in characters of `text`.
         weights: Weight of each learned turn.
-        marks: The weighted spans inside messages, in characters of `text`.
+        marks: The weighted spans inside learned messages, in characters of `text`.
     """
 
     text: str
@@ -73,8 +73,8 @@ def render_chat(
 
     Raises:
         WmtpError: The tokenizer has no chat template, a message contains a control token, turns or weighted
-            spans cannot be found in the rendered text, or messages have weights but the template does not
-            mark one turn for each message of the assistant.
+            spans cannot be found in the rendered text, or a message has a `weight` but the number of learned
+            turns that the template marks differs from the number of learned messages.
     """
     if tokenizer.chat_template is None:
         raise WmtpError(
@@ -126,8 +126,8 @@ def _find_spans(
     A private-use character is inserted at each edge of a span in the message, and the chat is rendered again.
     If the second rendering without private-use characters equals the first rendering, the template does not
     change the message, and the positions of the inserted characters are the edges. If the template strips
-    blanks at the ends of a message, edges in these blanks are moved to the first or last character that is
-    not a blank.
+    blanks at the ends of a message, edges in these blanks are moved to the start or the end of the stripped
+    text.
     """
     content = messages[number]["content"]
     edges = [edge for start, end, _ in spans for edge in (start, end)]

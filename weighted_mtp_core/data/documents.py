@@ -21,7 +21,7 @@ class Document:
         example: The example.
         ids: Token ids of the example, including EOS.
         prompt: Number of tokens before the first target.
-        targets: Whether each token is a target; None if all tokens from index `prompt` on are targets.
+        targets: Whether each token is a target; None means that all tokens from index `prompt` on are.
         weights: For a chat, the weight that each target gets from the `weight` and the spans of its message,
             and 0 for tokens that are not targets; None for an example that is not a chat.
     """
@@ -39,8 +39,8 @@ def encode(
     """Return the examples of at most `max_tokens` tokens as documents; chats come last.
 
     Raises:
-        WmtpError: The ids of an example decode to a different text, a chat cannot be rendered, or the
-            tokenizer does not report which characters its tokens cover although a chat has weighted spans.
+        WmtpError: The ids of an example decode to a different text, a chat cannot be rendered, or a chat has
+            weighted spans, but the tokenizer does not report which characters its tokens cover.
     """
     plain = [example for example in examples if not example.messages]
     encoded = codec.encode_documents([(each.prompt, each.response) for each in plain])

@@ -16,7 +16,7 @@ from weighted_mtp_core.data.texts import TextCodec
 
 
 def given_weights(documents: Sequence[Document], codec: TextCodec) -> NDArray[np.float32]:
-    """Return the weights of all tokens of the documents, concatenated, float32; 0 for prompt tokens.
+    """Return the weights of all tokens of the documents, concatenated, float32; 0 unless a token is a target.
 
     Args:
         documents: The documents.

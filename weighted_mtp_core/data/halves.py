@@ -1,8 +1,8 @@
 """Halve the critic's validation split: one half chooses a checkpoint, the other half judges the critic.
 
 If the same responses choose the best of several checkpoints and then judge the chosen checkpoint, the result
-is too high. So the test whether a critic is better than a constant uses responses that were not used to
-choose its checkpoint.
+tends to be too high. So the test whether a critic is better than a constant uses responses that were not used
+to choose its checkpoint.
 
 Shape letters: D documents, P problems.
 """

@@ -1,4 +1,4 @@
-"""Makes pairs of a correct and an incorrect response to the same problem, balanced by length.
+"""Makes pairs of a correct and an incorrect response to the same problem, by default balanced by length.
 
 The pairs depend only on the data and the recipe, so every process gets the same pairs in the same order.
 
@@ -31,7 +31,8 @@ def make_pairs(token_set: TokenSet, table: PairsTable) -> Rows:
     by less than the factor `length_ratio`. If a bin has correct and incorrect responses to a problem, each of
     these responses gets a partner; responses of the rarer label are used several times, in turn. Then pairs
     are dropped to satisfy `max_pairs_per_problem` and `difficulty_weights`, and until the correct response is
-    longer in as many pairs as it is shorter. With `length_ratio = 0`, lengths are ignored.
+    longer in as many pairs as it is shorter. With `length_ratio = 1`, the two lengths of a pair are equal;
+    with `length_ratio = 0`, lengths are ignored.
 
     Args:
         token_set: Responses with rewards.

@@ -42,7 +42,7 @@ class Sampler:
     Args:
         units: `[U, r]` document numbers; the r documents of a unit stay in one batch (r = 2 for pairs).
         length_D: Number of tokens of each document.
-        batch_size: Rows of the global batch.
+        batch_size: Maximum number of rows of a global batch.
         seed: Seed of the order.
 
     Raises:
@@ -115,7 +115,7 @@ class Sampler:
 
 
 def taking_turns(batches: int, generator: np.random.Generator) -> Rows:
-    """Return a random order of an epoch's batches in which any few consecutive batches cover all lengths.
+    """Return a random order of an epoch's batches in which consecutive batches are spread over all lengths.
 
     An optimiser averages over about a dozen steps, and in a purely random order the batches of a dozen steps
     can be mostly short or mostly long. Consecutive multiples of the golden ratio, modulo 1, are spread evenly
@@ -175,8 +175,8 @@ class PackedSampler:
 
     Args:
         length_D: Number of tokens of each document.
-        row_tokens: Length of a row in tokens.
-        batch_size: Rows of the global batch.
+        row_tokens: Maximum length of a row in tokens.
+        batch_size: Maximum number of rows of a global batch.
         seed: Seed of the order.
 
     Raises:

@@ -36,7 +36,8 @@ def span_weights(
         name: The example's id, for messages.
 
     Raises:
-        WmtpError: The offsets are unknown, or a character that is not a blank is covered by no token.
+        WmtpError: The offsets are unknown or their number is not `count`, or a character that is not a blank
+            is covered by no token.
     """
     if offsets is None or len(offsets) != count:
         raise WmtpError(

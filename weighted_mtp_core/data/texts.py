@@ -162,7 +162,7 @@ class TextCodec:
 
 
 def make_codec(tokenizer: Any, table: DataTable) -> TextCodec:
-    """Return the codec of a recipe; the tokenizer gets the recipe's chat template.
+    """Return the codec of a recipe; if the recipe has a chat template, the tokenizer gets it.
 
     Raises:
         WmtpError: `data.bos` is `always`, but the tokenizer has no BOS token.
@@ -354,7 +354,10 @@ def _without_control_tokens(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_blank(part: Any) -> Any:
-    """Return a normaliser or pre-tokenizer without the steps that add a blank before a text."""
+    """Return a normaliser or pre-tokenizer without the steps that add a blank before a text.
+
+    The result is None if `part` is only such a step, or None.
+    """
     if not isinstance(part, dict) or part["type"] == "Prepend":
         return None
     part = dict(part)

@@ -1,4 +1,4 @@
-"""Store token sets on disk; a token set is written once and mapped into memory by every later run.
+"""Store token sets on disk; a token set is written once and mapped into memory by each run that needs it.
 
 Each token set is stored with the data in a folder of `datasets_v2/<name>/<version>/derived/`. The name of the
 folder contains a hash of the data, the options and the tokenizer, so the contents of a folder never change.
@@ -69,8 +69,8 @@ class TokenCache:
         """Return the tokens of a split; `examples` is called only if the tokens are not stored yet.
 
         Raises:
-            WmtpError: `tokenise` refuses the examples, for example because none is short enough, or the
-                stored arrays were changed after they were written.
+            WmtpError: `examples` fails, `tokenise` refuses the examples, for example because none is short
+                enough, or the stored arrays were changed after they were written.
         """
         folder = self._folder_of(purpose, split)
         if not (folder / MANIFEST).is_file():

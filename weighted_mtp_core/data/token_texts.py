@@ -9,8 +9,8 @@ from typing import Any
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """Return the text that each token adds; all these texts, concatenated, are the decoded sequence.
 
-    A token that ends inside a character adds an empty text, and the token that completes the character adds
-    the character.
+    A token that ends inside a character adds an empty text, unless it is the last token, and the token that
+    completes the character adds the character.
     """
     texts, start, known = [], 0, ""
     for end in range(1, len(ids) + 1):

@@ -57,10 +57,11 @@ class TokenSet:
         reward_D: float32 reward of each response.
         problem_D: int64 number of each document's problem; the numbers are in order of first appearance.
         example_ids: The example id of each document.
-        metadata: The metadata of each document as JSON; an empty text if a document has no metadata.
-        target_N: bool, whether each token is learned; None if all tokens after the prompt are learned.
-        given_N: float32 weight that the data contain for each token, 0 on prompts; None if the data contain
-            no weights.
+        metadata: The metadata of each document as JSON, or an empty text if a document has no metadata. The
+            sequence may be empty if no document has metadata.
+        target_N: bool, whether each token is learned; None means that all tokens after the prompt are.
+        given_N: float32 weight that the data give each token, by default 1; 0 on tokens that are not learned.
+            None if no document has weights.
         problem_hash_D: int64 hash of each document's problem id; None for a set that was not tokenised.
         examples: Number of examples, including those that were left out.
         left_out: Number of examples longer than `max_tokens`.
@@ -127,8 +128,8 @@ def tokenise(
 
     Raises:
         WmtpError: No example is short enough, the ids of an example decode to a different text, a chat cannot
-            be rendered, or the tokenizer does not report which characters its tokens cover although the text
-            has weighted spans.
+            be rendered, or a text has weighted spans, but the tokenizer does not report for each character
+            which tokens cover it.
     """
     count = kept = tokens = unweighted = 0
     dtypes = {"ids": np.int32 if codec.size > 2**16 else np.uint16, **_DTYPES}

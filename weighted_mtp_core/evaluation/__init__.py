@@ -1,1 +1,1 @@
-"""Evaluates policies in stage 3, reopens finished runs, and samples data sets from policies."""
+"""Evaluates policies in stage 3, reopens finished runs, and stores sampled texts as data sets."""

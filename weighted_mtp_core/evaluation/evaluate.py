@@ -76,7 +76,7 @@ def evaluate(
     """Measure every head on a split, and pass@k on the problems of the split if the data source has any.
 
     The acceptance of drafts is measured while completions of the problems are generated. If the split has no
-    problems, the policy continues the prompts of some documents of the split instead.
+    problems, the policy continues the prompts of some documents of the split instead, if its heads draft.
 
     Args:
         prepared: Data and policy.
@@ -87,7 +87,8 @@ def evaluate(
         split: The split to evaluate on.
 
     Raises:
-        WmtpError: The prompt of a problem is too long for the policy, or has no tokens.
+        WmtpError: The prompt of a problem is too long for the policy, or has no tokens; or completions cannot
+            be verified.
     """
     metrics = _measure_heads(prepared, table, split=split, display=display)
     problems, whole_split = _first_problems(prepared.source, split, limit=table.problems)
@@ -216,7 +217,8 @@ def _continue_prompts(
     """Continue the prompts of `_CONTINUED` documents at the table's temperature.
 
     Returns:
-        The texts with the statistics of decoding; None if no head drafts or if every prompt is too long.
+        The texts with the statistics of decoding; None if no head drafts or no document has a prompt that is
+            short enough.
     """
     policy = prepared.policy
     prompt_D = np.maximum(tokens.prompt_D, 1)  # if there is no prompt, the first token is used as the prompt

@@ -1,4 +1,4 @@
-"""Verifies completions with the tests of their problems, and computes the metrics of the verdicts."""
+"""Verifies completions with a data source, and computes the metrics of the verdicts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class JudgedCompletions:
         return {f"pass_at_{k}{suffix}": self.pass_rate(k) for k in ks}
 
     def metrics(self, ks: Sequence[int]) -> dict[str, float]:
-        """Return the metrics of `pass_rates` together with the share of each kind of verdict."""
+        """Return the metrics of `pass_rates`, and the share of each kind of verdict that occurs."""
         kinds = [verdict.kind for row in self.verdicts for verdict in row]
         shares = {
             f"verdict_{kind.value}": kinds.count(kind) / len(kinds) for kind in VerdictKind if kind in kinds
@@ -80,7 +80,7 @@ def judge(
     *,
     whole_split: bool,
 ) -> JudgedCompletions:
-    """Verify every completion with the tests of its problem."""
+    """Verify every completion with the data source."""
     verdicts = iter(
         source.verify(
             [(problem, text) for problem, row in zip(problems, completions, strict=True) for text in row]

@@ -90,7 +90,8 @@ class SampledData:
         last entry of the journal.
 
         Raises:
-            WmtpError: The journal is damaged, a prompt is too long, or a server refuses the request.
+            WmtpError: The journal or the stored data set is damaged, a prompt has no tokens or is too long,
+                completions cannot be verified, or a server refuses the request or gives no log-probabilities.
             RunFailedError: A server does not answer, a log-probability is not finite, or no text can become
                 data.
         """

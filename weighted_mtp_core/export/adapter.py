@@ -39,7 +39,7 @@ def refuse_without_adapter(table: ModelTable) -> None:
 
 
 def write_adapter(policy: Policy, path: Path, *, dtype: torch.dtype, recipe: bytes) -> None:
-    """Write the folder of an adapter, whole or not at all; an existing exported adapter is replaced.
+    """Write the folder of an adapter, whole or not at all; an existing folder is replaced.
 
     Args:
         policy: A policy with adapters.
@@ -49,7 +49,7 @@ def write_adapter(policy: Policy, path: Path, *, dtype: torch.dtype, recipe: byt
 
     Raises:
         WmtpError: peft would load the folder as another adapter.
-        RunFailedError: The disk is full, or permission is missing.
+        RunFailedError: The folder cannot be written, for example because the disk is full.
     """
     from peft import get_peft_model_state_dict
 

@@ -1,4 +1,4 @@
-"""Write heads 2..K in the form that a server reads, and make the command that serves the model.
+"""Write `medusa` heads 2..K as a draft model of vLLM, and make the command that serves an exported model.
 
 docs/serving.md describes which server supports which kind of heads, and how this was checked.
 
@@ -99,7 +99,7 @@ def write_medusa(policy: Policy, folder: Path) -> None:
 
 
 def _medusa_tensors(policy: Policy) -> dict[str, Tensor]:
-    """Return `blocks.<k - 2>.layers.0.weight` `[H, H]` of each head k, and the unembedding `[V, H]`."""
+    """Return `blocks.<k - 2>.layers.0.weight` `[H, H]` of each head k > 1, and the unembedding `[V, H]`."""
     found = {"lm_heads.0.weight": policy.unembedding.weight}
     for number, head in enumerate(policy.heads[1:]):
         found[f"blocks.{number}.layers.0.weight"] = head.get_parameter("linear.weight")
@@ -130,7 +130,7 @@ def serving_command(path: Path, *, server: Server, kind: HeadKind, dtype: torch.
 def serving_hints(run: Path, to: Path, *, policy: Policy) -> list[tuple[str, str]]:
     """Return the commands that export a finished run and serve the exported model, as pairs (name, command).
 
-    The list is empty if no server drafts with the heads of this policy.
+    The list is empty if `--serve` does not apply to the heads of this policy.
 
     Args:
         run: The run folder.

@@ -67,7 +67,7 @@ def write_export(
     recipe: bytes,
     serve: Server | None = None,
 ) -> None:
-    """Write an exported model, whole or not at all; an existing exported model is replaced.
+    """Write an exported model, whole or not at all; an existing directory is replaced.
 
     Args:
         policy: The policy; its parameters are written in their own dtype.
@@ -81,7 +81,7 @@ def write_export(
     Raises:
         WmtpError: transformers reads the tokenizer back with other ids, or the server cannot compute the
             heads or computes other logits.
-        RunFailedError: The disk is full, or permission is missing.
+        RunFailedError: The directory cannot be written, for example because the disk is full.
     """
     model = language_model(policy)
     tensors, config = _mtp_layers(policy, serve)
@@ -147,7 +147,10 @@ def language_model(policy: Policy) -> Any:
 
 
 def _mtp_layers(policy: Policy, serve: Server | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the keys of `config.json` with which the model's own files store heads 2..K."""
+    """Return the tensors and the keys of `config.json` with which the model's own files store heads 2..K.
+
+    Both are empty if these files do not contain the heads.
+    """
     if policy.shipped is not None:
         names = policy.config.architectures  # servers find the MTP layers by these names
         return policy.shipped.tensors(policy), {"architectures": names} if names else {}

@@ -33,8 +33,8 @@ class DecodingHeads:
         policy: The policy.
         drafts: D, the number of heads 2, 3, ... that draft.
         shared: A layer of the trunk whose arguments also fit the heads' layers; None if there is no such
-            layer.
-        stacked: The layers of the drafting heads as one module; None if these layers are called one by one.
+            layer, or if the heads are not `parallel` heads.
+        stacked: The layers of the drafting heads as one module; None if these layers are not stacked.
     """
 
     policy: Policy

@@ -144,8 +144,9 @@ def generate(
             prompt's stream, not on the batch.
         streams: Names of the prompts' random streams; by default the index of each prompt.
         decoding: `plain`, or `self_speculative` with drafts of heads 2..K. Nothing is drafted, and a warning
-            is logged, if heads of this policy cannot draft (see `Manner`), or if a text and its rejected
-            drafts might not fit into a sliding window, because rejected drafts take slots of the window.
+            is logged, if heads 2..K of this policy cannot draft (see `Manner`), or if a text and its rejected
+            drafts might not fit into a sliding window, because rejected drafts take slots of the window. With
+            K = 1, nothing is drafted either, but no warning is logged.
         batch_size: Number of prompts that are decoded together; prompts of similar length are grouped.
         on_done: Called with the number of finished prompts.
         autocast: Returns the autocast context of a forward pass.

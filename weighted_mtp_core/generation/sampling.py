@@ -37,7 +37,7 @@ def draw(probability: Tensor, uniform: Tensor) -> Tensor:
 
 
 def whole_cumulative(probability: Tensor) -> Tensor:
-    """Return the cumulative distribution, float64; its values are rounded to multiples of 2**-40.
+    """Return the cumulative distribution, float64, of probabilities rounded down to multiples of 2**-40.
 
     Sums of multiples of 2**-40 are exact and therefore deterministic; in its deterministic mode, torch
     refuses `cumsum` of floats on CUDA devices.

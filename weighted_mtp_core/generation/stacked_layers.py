@@ -5,7 +5,7 @@ one. If the inputs of all layers are available at once, one call is enough: the 
 followed by the rows of the second layer, and so on. Attention and other operations without parameters treat
 all groups alike.
 
-Shape letters: L layers, R rows of each, X = L R rows, T positions, I inputs, O outputs.
+Shape letters: L layers, R rows of each, X = L R rows, T positions, H hidden, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def stack(layers: Sequence[nn.Module]) -> nn.Module | None:
     parameters (FSDP2) cannot be stacked, because their parameters are complete only while the layer itself is
     called. Layers with lists of modules, such as experts, cannot be stacked either: each expert gets the rows
     that are routed to it, so groups would differ in size. Layers with adapters cannot be stacked, because
-    they look up their adapters by name in a dictionary of modules.
+    they look up their adapters by name in a dictionary of modules. Finally, layers cannot be stacked if they
+    have parameters that belong neither to a plain `nn.Linear` nor to a module whose parameters are vectors,
+    such as a norm.
     """
     first = layers[0]
     if any(isinstance(module, FSDPModule | nn.ModuleList | nn.ModuleDict) for module in first.modules()):

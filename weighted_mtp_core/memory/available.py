@@ -14,7 +14,7 @@ _CGROUPS = (
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Return the free bytes of a CUDA device, or of main memory for a CPU; None for other devices."""
+    """Return the free bytes of a CUDA device, or of main memory for a CPU; None if they are not known."""
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
         return free

@@ -65,7 +65,7 @@ def lacks(found: Forecast, *, device: int | None, host: int | None) -> list[Lack
 def find_target(
     plan: Plan, *, processes: int, device_memory: int | None = None
 ) -> tuple[Target, int | None, int | None]:
-    """Return the target of a run, the free bytes of the device, and the free bytes of main memory.
+    """Return the target of a run, and the free bytes of device and main memory; None for unknown bytes.
 
     Args:
         plan: The plan.

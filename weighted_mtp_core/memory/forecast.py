@@ -32,7 +32,8 @@ class Forecast:
     Attributes:
         target: The device and the processes of the run.
         parameters: Number of parameters of the policy.
-        rows: Number of rows, and of tokens per row, of the largest micro-batch.
+        rows: Number of rows, and of tokens per row, of the largest micro-batch of stage 2; both are 0 if
+            stage 2 was not simulated.
         device: The use of the device by one process, by phase; on a CPU, the device is main memory.
         host: The use of main memory by all processes of a machine, by phase, if the device is not a CPU;
             empty on a CPU.

@@ -23,9 +23,9 @@ def longest_documents(plan: Plan, *, tokenise: bool) -> Documents:
         tokenise: Whether to tokenise data that no run has tokenised yet, and store the tokens for the run.
 
     Returns:
-        The documents of the training split; or one document of `data.max_tokens` tokens if the data cannot be
-        read, if they are not tokenised and `tokenise` is false, or if the base model is `micro` or a `.gguf`
-        file, for which the run makes the tokenizer.
+        The documents from which the policy learns; or one document of `data.max_tokens` tokens if the data or
+        the tokenizer cannot be read, if the data are not tokenised and `tokenise` is false, or if the base
+        model is `micro` or a `.gguf` file, for which the run makes the tokenizer.
     """
     recipe, storage = plan.recipe, Path(plan.recipe.run.storage)
     if recipe.model.base == "micro" or recipe.model.base.endswith(".gguf"):

@@ -79,7 +79,8 @@ class Phases:
         saved: Bytes of the parameters in a file of the policy.
         optimiser: Bytes of the state of the policy's optimisers that one process holds.
         critic: Bytes of the critic.
-        rows: Number of rows, and of tokens per row, of a micro-batch of the policy.
+        rows: Number of rows, and of tokens per row, of the largest micro-batch of stage 2; both are 0 if
+            stage 2 was not simulated.
         uncounted: The phases and components that could not be simulated, with the reasons.
     """
 

@@ -189,6 +189,9 @@ class _Simulation:
         Args:
             name: The name of the phase.
             simulate: Runs the phase on tensors without values and returns the parameters that it trains.
+
+        Raises:
+            WmtpError: `simulate` raises this error; other exceptions count as a failed simulation.
         """
         if self.only not in (None, name):
             return

@@ -145,7 +145,8 @@ class CriticMeasures:
             reward - V_{t-1} at the last token, where V_t is the value of the prefix that ends at token t.
         position_correlation: Spearman's correlation of value and position within a response, averaged over
             responses; 0 for a response with equal values.
-        length_correlation: Spearman's correlation of final value and length.
+        length_correlation: Spearman's correlation of final value and length; 0 if all final values or all
+            lengths are equal.
         falls_at_slip: Share of the incorrect responses with a known mistake in which the largest fall of the
             value is at a mistake. If n tokens of a response have the same largest fall, each of these tokens
             counts 1 / n. For a constant critic, `falls_at_slip` is the mean share of tokens at a mistake,

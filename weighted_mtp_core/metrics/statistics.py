@@ -39,7 +39,7 @@ class Difference:
 
     Attributes:
         estimate: Mean difference and its interval.
-        p_value: Two-sided p-value of the exact sign-flip test.
+        p_value: Two-sided p-value of the exact sign-flip test; NaN if a difference is not finite.
     """
 
     estimate: Estimate
@@ -50,6 +50,7 @@ def estimate(value_N: Sequence[float]) -> Estimate:
     """Return the mean and the 95 % interval of Student's t with N - 1 degrees of freedom.
 
     If a value is not finite, mean and interval are NaN: a mean without this value would hide a diverged run.
+    If there is only one value, the interval is NaN.
     """
     count = len(value_N)
     if not all(map(math.isfinite, value_N)):

@@ -1,9 +1,9 @@
 """Trains low-rank adapters on a frozen base model, if `model.train = "adapters"`.
 
-The frozen base consists of the trunk, head 1 and the unembedding; if `adapters.heads` is `"adapted"`, the
-decoder layers of heads 2..K are frozen, too. `api.adapters` adds the adapters, and `stored_base` stores the
-matrices of the base in `model.base_dtype`. Checkpoints contain only the trained parameters and the SHA-256 of
-the base.
+The frozen base consists of the trunk, head 1, the final norm and the unembedding; if `adapters.heads` is
+`"adapted"`, the decoder layers of heads 2..K are frozen, too. `api.adapters` adds the adapters, and
+`stored_base` stores the matrices of the base in `model.base_dtype`. Instead of the frozen parameters,
+checkpoints contain their SHA-256.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def adapt(policy: Policy, table: ModelTable) -> None:
 
 
 def attach(policy: Policy, table: ModelTable) -> None:
-    """Add adapters and select the trained parameters, without reading or converting values of the base.
+    """Add adapters and select the trained parameters; the base is neither hashed nor converted.
 
     Raises:
         WmtpError: `api.adapters.add_adapters` refuses the adapters, two adapted layers share a matrix, or the

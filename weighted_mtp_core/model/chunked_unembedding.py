@@ -22,19 +22,19 @@ from weighted_mtp_core.model.unembedding import Unembedding, gradient_of
 from weighted_mtp_core.runtime.device import memory_of
 
 CHUNK = 192
-"""Maximum number of rows of logits in memory, except on CUDA; 192 x 49152 logits in fp32 take 36 MiB."""
+"""Maximum number of rows of logits in a chunk, except on CUDA; 192 x 49152 logits in fp32 take 36 MiB."""
 
 MOST_ROWS = 4096
-"""Maximum number of rows of logits on a CUDA device; more rows do not make the matrix products faster."""
+"""Maximum number of rows of logits in a chunk on CUDA; more rows do not make the matrix products faster."""
 
-_BUDGET = 36 << 20  # bytes for logits and `extra_bytes` together, unless CHUNK rows of logits need more
+_BUDGET = 36 << 20  # bytes for logits and `extra_bytes` together; CHUNK rows of logits may need more
 _FEWEST = 64  # rows; fewer rows save little memory but slow down the matrix products
 _SHARE = 64  # logits take at most 1/64 of a CUDA device's memory, unless CHUNK rows need more
 _BYTES_PER_LOGIT = 8  # on a CUDA device: a bfloat16 logit, its float32 copy, and its bfloat16 gradient
 
 
 def chunk_rows(vocab_size: int, itemsize: int, *, extra_bytes: int, memory: int | None) -> int:
-    """Return the number of rows of logits that are in memory at once.
+    """Return the number of rows of logits in a chunk.
 
     On a CUDA device, chunks may be larger than on a CPU, because a chunk of 192 rows would leave hundreds of
     arithmetic units idle, and there is more memory.
@@ -43,7 +43,7 @@ def chunk_rows(vocab_size: int, itemsize: int, *, extra_bytes: int, memory: int 
         vocab_size: Number of logits in a row.
         itemsize: Number of bytes of a logit; not used on CUDA, where 8 bytes per logit are assumed.
         extra_bytes: Bytes of other memory that is in use at the same time as the logits; they grow with the
-            batch. Except on CUDA, more `extra_bytes` make chunks smaller, down to 64 rows, so that the total
+            batch. Except on CUDA, many `extra_bytes` make chunks smaller, down to 64 rows, so that the total
             memory grows less.
         memory: Memory of the CUDA device in bytes; None for other devices.
     """
@@ -104,8 +104,8 @@ class Teacher:
 class ChunkedUnembedding:
     """The unembedding of a policy, prepared for one pass over all heads.
 
-    Methods receive the states of all positions, `[B, T, H]`, and the int64 indices `[N]` of the selected
-    positions; each chunk gathers only the states that it needs.
+    The methods `learn`, `losses`, `entropies` and `choices` receive the states of all positions, `[B, T, H]`,
+    and the int64 indices `[N]` of the selected positions; each chunk gathers only the states that it needs.
 
     Attributes:
         unembedding: The unembedding of the policy.
@@ -113,7 +113,7 @@ class ChunkedUnembedding:
         logits_NV: Buffer for the logits of one chunk, reused by all chunks, because allocating a buffer for
             each chunk costs page faults.
         teacher_NV: Buffer for the teacher's logits of one chunk; empty if there is no teacher.
-        learns: Whether `learn` adds to the gradients of the matrix and of the bias.
+        learns: Whether `learn` adds to the gradients of the unembedding's trained parameters.
     """
 
     unembedding: Unembedding
@@ -175,9 +175,9 @@ class ChunkedUnembedding:
         1's prediction of the same token.
 
         The gradient with respect to the states is written to the selected positions of `gradient_BTH`. If
-        `learns` is true, the gradients with respect to matrix and bias are added directly to their attribute
-        `grad` (for a sharded matrix, to a buffer), because a separate buffer per head would cost two more
-        passes over memory.
+        `learns` is true, the gradients with respect to matrix and bias, unless these are frozen, are added
+        directly to their attribute `grad` (for a sharded matrix, to a buffer), because a separate buffer per
+        head would cost two more passes over memory.
         """
         state_SH, gradient_SH = state_BTH.flatten(0, 1), gradient_BTH.flatten(0, 1)
         loss_N, ce_N = torch.empty(2, len(label_N), dtype=torch.float32, device=label_N.device)

@@ -1,8 +1,8 @@
 """Read an exported model: an ordinary transformers model with head 1, and a folder with heads 2..K.
 
 `export.transformers` writes exported models. In an exported model, `weighted_mtp.json` describes the heads
-and their origin, `heads/model.safetensors` contains the tensors of heads 2..K with the names
-`head_<k>.<name>`, and `recipe.toml` is the recipe of the training run. Heads 2..K have a folder of their own
+and their origin, `heads/model.safetensors` contains the tensors of heads 2..K, if there are any, with the
+names `head_<k>.<name>`, and `recipe.toml` is the recipe of the training run. Heads 2..K have their own folder
 because servers read every `*.safetensors` file of the top folder and refuse tensors that the model does not
 have. Heads that were made from MTP layers of the base model (`init = "base"`) are not in this folder but in
 the files of the model, under the names of the MTP layers.
@@ -44,8 +44,8 @@ class ExportFacts:
         base: The base model, see `LoadedPolicy.base_name`.
         data_sha256: SHA-256 of the training data; None if the run did not record it.
         shared: Whether `sequential` heads share one module.
-        serve: The server for which `sequential` heads were trained. Heads that were trained for another
-            server compute other states.
+        serve: The recipe's `model.heads.serve`: the server for which new `sequential` heads were trained.
+            Heads that were trained for another server compute other states.
         init: `"base"` if `sequential` heads are the base model's MTP layers, which are stored under the base
             model's names; otherwise `"new"`.
     """
@@ -141,7 +141,8 @@ def load_extra_heads(policy: Policy, folder: Path) -> None:
     If the policy or the exported model has only head 1, the function does nothing.
 
     Raises:
-        WmtpError: The tensors in `heads/model.safetensors` do not fit the heads of the policy.
+        WmtpError: The tensors in `heads/model.safetensors` do not fit the heads of the policy, or
+            `weighted_mtp.json` cannot be used, see `read_facts`.
     """
     if policy.n_future == 1 or read_facts(folder).n_future == 1:
         return

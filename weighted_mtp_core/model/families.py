@@ -56,7 +56,7 @@ def text_config(config: Any) -> Any:
 
 
 def logit_forms(config: Any) -> Iterator[tuple[float, float | None]]:
-    """Yield the pairs (logit scale, soft-cap) that a config can mean, the likeliest pair first.
+    """Yield the pairs (logit scale, soft-cap or None) that a config can mean, the likeliest pair first.
 
     Some families ignore an option of their own config, so the caller must compare each pair with the logits
     of the model.
@@ -77,7 +77,10 @@ def logit_forms(config: Any) -> Iterator[tuple[float, float | None]]:
 
 
 def body_of(base: Any) -> Any:
-    """Return the body of a causal LM; the unembedding reads the last hidden states of the body."""
+    """Return the body of a causal LM, whose last hidden states the unembedding reads.
+
+    If the LM has no separate body, the LM itself is returned.
+    """
     body = base.base_model
     if body is base:  # Llama 4's class names an attribute that does not exist; its body is in `model`
         body = getattr(base, "model", base)

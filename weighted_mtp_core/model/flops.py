@@ -6,7 +6,7 @@ both passes take 6 P operations per token (Kaplan et al. 2020, section 2.1). A f
 and a frozen part whose input needs no gradient has no backward pass. Attention takes 4 W operations per pair
 of tokens in the forward pass and 8 W in the backward pass, where W is the width of all query heads together
 (Chowdhery et al. 2022, appendix B). As in Chowdhery et al., all pairs of tokens of a document count, although
-causal attention masks half of them.
+causal attention masks half of them; in layers with an attention window, only pairs in the window count.
 
 The operations of trunk and heads are counted for every token of a document. The unembedding, and feed-forward
 networks that `sparse_feed_forward.py` computes only where their outputs are read, are counted for supervised
@@ -114,7 +114,7 @@ def _operations(part: nn.Module, share: float, *, passes: bool) -> float:
 
 
 def _matrices(part: nn.Module, share: float) -> Iterator[tuple[float, bool]]:
-    """Yield for each matrix how many of its numbers are used per token, and whether the matrix is trained."""
+    """Yield, for each matrix except embeddings, how many numbers a token uses, and whether it is trained."""
     for module in part.modules():
         if isinstance(module, nn.Linear):  # not from the shape, which for a 4-bit matrix is that of its bytes
             yield module.in_features * module.out_features, module.weight.requires_grad

@@ -19,7 +19,7 @@ from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.targets import batch_labels, target_mask
 from weighted_mtp_core.runtime.fsdp import callable_, copy_of
 
-_BUDGET = 64 << 20  # bytes of logits in a chunk; if there are several, the backward pass computes them again
+_BUDGET = 64 << 20  # bytes of logits in a chunk; with several chunks, the backward pass computes logits again
 
 
 class LanguageModel(nn.Module):

@@ -35,9 +35,9 @@ class LoadedPolicy:
         policy: The policy.
         tokenizer: The tokenizer of the base model.
         base_name: The base model, for the run's tags: a hub id, or the last two parts of the model's path,
-            which are name and version for a model under `models_v2/`.
+            for example name and version of a model under `models_v2/`.
         unused: A message to the user about MTP layers in the files of the base model that the policy does not
-            use; None if there are no such layers, or if the base model is an exported model.
+            use; None if no such layers are found, or if the base model is an exported model.
     """
 
     policy: Policy
@@ -142,11 +142,12 @@ def make_policy(
 
     A sharded model gives a sharded policy: layers are copied shard by shard, and all processes run the probe
     together. The arguments have the same meaning as the keys of the recipe's `[model]` and `[model.heads]`.
-    `shipped` contains the MTP layers that were loaded with the model and become heads 2..K; without
-    `shipped`, these heads are new.
+    `shipped` contains the MTP layers that were loaded with the model and become heads 2..K; their layout
+    replaces `serve`. Without `shipped`, these heads are new.
 
     Raises:
-        WmtpError: The model cannot be a trunk or does not work with this kind of head.
+        WmtpError: The model cannot be a trunk or does not work with this kind of head, or the MTP layers
+            cannot become heads.
     """
     blocks = () if shipped is None else shipped.take_blocks(base)
     answers = observe(view_of(base))
@@ -176,15 +177,15 @@ def make_policy(
 def find_base(base: str, *, storage: Path) -> Path | str:
     """Return the directory of the transformers model that `base` names; return a hub id unchanged.
 
-    If the directory has a manifest, the files in the directory are verified.
+    If the directory has a manifest or contains an exported model, the files in the directory are verified.
 
     Args:
         base: A directory, a folder under `models_v2/`, a `.gguf` file (converted once) or a hub id.
         storage: The storage root.
 
     Raises:
-        WmtpError: `base` does not name a model, the files of the model have been changed, or a `.gguf` file
-            cannot be read or has damaged weights.
+        WmtpError: `base` does not name a model, the files of the model have been changed, an exported model
+            has no manifest, or a `.gguf` file cannot be read or has unusable weights.
     """
     models = storage / "models_v2"
     gguf = base.endswith(".gguf")
@@ -226,7 +227,7 @@ def _transformers_folder(base: str, models: Path) -> Path | str:
 
 
 def _gguf_folder(file: Path, models: Path) -> Path:
-    """Return the folder with a GGUF file's weights as safetensors; converting a new file takes a minute."""
+    """Return the folder with a GGUF file's weights as safetensors; a new file is first converted."""
     if not file.is_file():
         raise WmtpError(
             f"there is no file `{file}`",

@@ -32,8 +32,8 @@ class HeadSums:
 
     The choice of a head is the token that the head predicts as the likeliest. Head 1 confirms head k's choice
     for a pair (t, k) if head 1 makes the same choice for the pair (t + k - 1, 1), which has the same target.
-    A pass drafts at each position t for which the pairs (t, 1) and (t, 2) count: head 1 predicts token t + 1,
-    and heads 2, 3, ... draft the tokens that follow token t + 1.
+    A pass drafts at each position t for which the pairs (t, 1) and, if K > 1, (t, 2) count: head 1 predicts
+    token t + 1, and heads 2, 3, ... draft the tokens that follow token t + 1.
 
     Attributes:
         ce_sum_K: Sum of the unweighted cross-entropies, in nats.
@@ -84,7 +84,7 @@ class PairPredictions:
 
     @torch.no_grad()
     def sums(self) -> HeadSums:
-        """Return the sums of losses, of correct predictions and of confirmed drafts."""
+        """Return the sums that `HeadSums` describes."""
         choice_BTK, ce_sums = torch.full_like(self.labels_BTK, IGNORED), []
         for head, (index_N, (ce, choice_N)) in enumerate(self._measure(ChunkedUnembedding.choices)):
             choice_BTK.flatten(0, 1)[:, head].index_copy_(0, index_N, choice_N)

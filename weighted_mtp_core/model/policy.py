@@ -50,11 +50,11 @@ class Policy(nn.Module):
         base: A transformers causal LM; its modules are used, not copied.
         unembedding: The unembedding of the base model.
         n_future: K.
-        heads: The recipe's `[model.heads]`.
+        heads: Kind and options of the heads; `init` is not used.
 
     Attributes:
         n_future: K.
-        heads_table: The recipe's `[model.heads]`.
+        heads_table: Kind and options of the heads; `init` is not used.
         base_class: The transformers class of the base model.
         config: The config of the base model.
         hidden_size: H.
@@ -65,7 +65,8 @@ class Policy(nn.Module):
         norm: The module between heads and unembedding: the final norm for `parallel` heads, otherwise the
             identity.
         unembedding: The unembedding, which all heads share.
-        shipped: The MTP layers of the base model that became heads 2..K; None if heads 2..K were newly made.
+        shipped: The MTP layers of the base model that became heads 2..K; None if heads 2..K do not come from
+            MTP layers.
 
     Raises:
         WmtpError: The model does not consist of layers and a final norm, or does not work with this kind of
@@ -107,7 +108,7 @@ class Policy(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Policy:  # noqa: FBT001, FBT002 - as nn.Module has it
-        """Set training mode; a frozen base model stays in evaluation mode."""
+        """Set training or evaluation mode; after `freeze_base`, the base stays in evaluation mode."""
         super().train(mode)
         if self._frozen:
             for part in (self.trunk, self.heads[0], self.norm):

@@ -133,7 +133,8 @@ def empty_model(config: Any, model_class: Any) -> Any:
 def _class_of(config: Any, model_class: Any) -> Any:
     """Return `model_class`, or the class that the config names if `model_class` does not list the config.
 
-    For some text models, no `Auto...` class lists the config.
+    For some text models, no `Auto...` class lists the config. If transformers does not have the named class,
+    `model_class` is returned.
     """
     import transformers
 
@@ -315,7 +316,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def _refuse_other_ids(source: Path | str, model: Any, tokenizer: Any) -> None:
-    """Refuse a tokenizer with token ids for which the model has no embedding."""
+    """Refuse a tokenizer if the model has no embedding for its EOS token or for an ordinary token."""
     rows = int(model.get_input_embeddings().weight.shape[0])
     # Tokenizer classes add special tokens that never occur in texts, for example for padding.
     special = set(tokenizer.all_special_ids)
@@ -338,7 +339,7 @@ def _refuse_other_ids(source: Path | str, model: Any, tokenizer: Any) -> None:
 
 
 def _weight_files(source: Path | str) -> list[Path]:
-    """Return the files with the weights of a model; the list is empty for a hub id."""
+    """Return the files with the weights of a model; empty for a hub id, or if no such files are found."""
     if not isinstance(source, Path):
         return []
     if source.is_file():

@@ -228,7 +228,10 @@ def _sparse_gap(policy: Policy, k: int, hidden_BTH: Tensor, *, ids_BT: Tensor) -
 
 
 def _gap(actual: Tensor, expected: Tensor) -> float:
-    """Return the largest absolute difference, relative to the largest expected value."""
+    """Return the largest absolute difference, relative to the largest expected value.
+
+    The result is infinite if the shapes differ.
+    """
     if actual.shape != expected.shape:
         return float("inf")
     return float((actual.float() - expected.float()).abs().max() / expected.abs().max().clamp(min=1e-9))

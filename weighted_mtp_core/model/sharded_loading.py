@@ -58,7 +58,7 @@ def finish_loading(model: Any, info: Any, mesh: DeviceMesh) -> None:
 
 
 def _outside_layers(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the embeddings and the unembedding of a model."""
+    """Yield the embeddings of a model and, if the model has one, the unembedding."""
     yield from (each for each in model.modules() if isinstance(each, nn.Embedding))
     unembedding: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator] # of transformers
     if unembedding is not None:

@@ -142,7 +142,7 @@ class ShippedHeads:
         heads.wiring = evolve(heads.wiring, recurrent=policy.n_future > self.depth + 1)
 
     def tensors(self, policy: Policy) -> dict[str, Tensor]:
-        """Return the tensors of heads 2..K under the names in the base model's files."""
+        """Return the tensors of heads 2..K, and `copies`, under the names in the base model's files."""
         shared = _shared(policy)
         found = {name: shared[kind].detach().clone() for name, kind in self.copies.items()}
         for depth in range(self.depth):
@@ -209,7 +209,10 @@ def find_shipped_heads(source: Path | str, config: Any, *, n_future: int, shared
 
 
 def _refuse_other_names(found: ShippedHeads, names: AbstractSet[str]) -> None:
-    """Refuse MTP layers with missing or unknown tensors outside their decoder layers."""
+    """Refuse MTP layers with missing or unknown tensors outside their decoder layers.
+
+    Several MTP layers with one common projection are refused, too.
+    """
     outside = [name for depth in range(found.depth) for name in found.names(depth).values()]
     blocks = tuple(found.block(depth) for depth in range(found.depth))
     unknown = sorted(

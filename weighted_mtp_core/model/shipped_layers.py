@@ -102,11 +102,11 @@ _PROMISE = re.compile(r"(^|_)mtp(_|$)|nextn_predict")
 
 
 def tensor_files(source: Path | str) -> dict[str, Path]:
-    """Return the file of each tensor of a model; empty if the model is not in safetensors files.
+    """Return the file of each tensor of a model; empty if no safetensors files are found.
 
     Args:
         source: A transformers directory or a hub id. For a hub id with several files of weights, only the
-            list of tensors is downloaded.
+            list of tensors is downloaded; the result is also empty if the hub cannot be reached.
     """
     from safetensors import safe_open
     from transformers.utils.hub import cached_file

@@ -1,9 +1,9 @@
 """Stores the matrices of a frozen base model in the dtype `model.base_dtype`, which saves memory.
 
-A matrix is converted to the dtype of its input whenever it is used, in the forward and in the backward pass,
-and the converted matrix is not kept. `nf4` is 4-bit NormalFloat with one float32 scale per block of 64
-numbers (QLoRA, Dettmers et al. 2023, section 3). With `nf4`, only linear layers are stored in 4 bits; the
-embedding and the unembedding are stored in bfloat16. Norms and biases stay float32.
+The matrix of a linear layer is converted to the dtype of the product whenever it is used, in the forward and
+in the backward pass, and the converted matrix is not kept. `nf4` is 4-bit NormalFloat with one float32 scale
+per block of 64 numbers (QLoRA, Dettmers et al. 2023, section 3). With `nf4`, only linear layers are stored in
+4 bits; the embedding and the unembedding are stored in bfloat16. Norms and biases stay float32.
 
 Shape letters: I inputs and O outputs of a linear layer, X other dimensions, H hidden, R blocks, B numbers of
 a block.

@@ -24,9 +24,9 @@ IGNORED = -100
 def align_labels(ids_BT: Tensor, *, document_BT: Tensor, response_BT: Tensor, n_future: int) -> Tensor:
     """Return int64 labels: `labels_BTK[b, t, k - 1] = ids_BT[b, t + k]` if the pair counts, otherwise -100.
 
-    A pair counts if its target is a response token and belongs to the same document as its source. The source
-    of a pair may be a prompt token. Pairs with padding (document -1) or with a target in another document do
-    not count.
+    A pair (t, k) consists of the source token at position t and head k, which predicts the target at t + k. A
+    pair counts if its target is a response token and belongs to the same document as its source. The source
+    of a pair may be a prompt token. Pairs with padding (document -1) do not count.
 
     Args:
         ids_BT: int64 token ids.

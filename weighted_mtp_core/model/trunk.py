@@ -23,9 +23,9 @@ from weighted_mtp_core.runtime.sharding import mesh_of_parameters
 
 
 class Trunk(nn.Module):
-    """Maps a batch to float32 states `[B, T, H]`, with gradients.
+    """Maps a batch to float32 states `[B, T, H]`.
 
-    Dropout is disabled even if the model's config enables it, so that a text always gets the same score.
+    Dropout is disabled even if the model's config enables it, so that a text always gets the same states.
 
     Args:
         body: A transformers model without its unembedding, sharded or not; it is not copied.

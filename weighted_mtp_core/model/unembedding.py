@@ -88,8 +88,8 @@ class Unembedding(nn.Module):
         """Complete the gradient of W; call this method before the backward pass of the trunk.
 
         With a tied embedding, the backward pass of the trunk adds to the completed gradient. The gradient of
-        a sharded W is summed over all processes, which must all call this method. If no pair counts, a
-        missing gradient of W becomes 0.
+        a sharded W is summed over all processes, which must all call this method. If W is trained and has
+        no gradient yet, its gradient becomes 0.
         """
         if not isinstance(self.weight, DTensor) or not self.weight.requires_grad:
             gradient_of(self.weight)

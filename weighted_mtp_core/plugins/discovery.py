@@ -45,7 +45,7 @@ class FoundPlugin:
         requires: The distribution's `Requires-Dist` lines.
         folders: The plugin's metadata folder, followed by the metadata folders of other versions of its
             distribution in the same parent folder.
-        conflicts: Other distributions that declare a plugin with the same name.
+        conflicts: Other installed plugins with the same name.
     """
 
     name: str

@@ -182,7 +182,7 @@ def not_installed(name: str, found: Iterable[str], *, alternatives: Iterable[str
 
     Args:
         name: The name of the plugin that the user gave.
-        found: Names of the installed plugins; the hint of the error suggests the nearest name.
+        found: Names of the installed plugins; the hint of the error suggests a similar name, if there is one.
         alternatives: Addresses of components that the hint of the error also suggests.
     """
     near = nearest(name, found)

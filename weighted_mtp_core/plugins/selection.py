@@ -211,7 +211,7 @@ def resolve(registry: PluginRegistry, kind: Kind, use: str) -> tuple[FoundPlugin
 
 
 def _hint(registry: PluginRegistry, plugin: LoadedPlugin, kind: Kind, name: str) -> str | None:
-    """Return a hint that suggests the component that a wrong address may have meant."""
+    """Return a hint for a wrong address, such as a similar address; None if there is nothing to suggest."""
     plugin_name, offered = plugin.found.name, plugin.components[kind]
     near = [f"{plugin_name}.{each}" for each in nearest(name, offered)]
     for other in Kind:

@@ -58,8 +58,8 @@ class Document:
         """Set one value in the highest layer; missing tables on the path to the key are created.
 
         Raises:
-            WmtpError: A key on the path belongs to a value that is not a table, or is an index past the end
-                of an array.
+            WmtpError: The path leads through a value that is neither a table nor an array, or contains a key
+                that is not an index of the array to which it belongs.
         """
         parent: Any = self.table
         at: KeyPath = ()
@@ -86,7 +86,7 @@ class Document:
         return ", ".join([source, *([f"line {line}"] if line else []), dotted(path)])
 
     def error(self, faults: Sequence[Fault]) -> WmtpError:
-        """Return one error that lists every fault with its file and line, in the order of the files."""
+        """Return one error that lists every fault with its place; faults in the recipe itself come first."""
         ordered = sorted(dict.fromkeys(faults), key=self._order)
         # the first line of the error already names the recipe's own file
         lines = [
@@ -97,7 +97,7 @@ class Document:
         return WmtpError("\n".join([f"{self.name}: {count}", *lines]), hint=next(iter(hints), None))
 
     def _quoting_hint(self, fault: Fault) -> str | None:
-        """Return a hint that shows how to quote a string that TOML reads as a number, a bool or a date."""
+        """Return a hint on how to quote a string that TOML reads as another type; None for other faults."""
         if self._origin(fault.path)[0] != "--set" or not fault.text.startswith("expected str, got"):
             return None
         return f"a text that looks like another value needs quotes: --set '{dotted(fault.path)}=\"...\"'"

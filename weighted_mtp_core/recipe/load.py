@@ -28,8 +28,8 @@ def load_recipe(path: Path, *, preset: str | None = None, overrides: Sequence[st
     This function does not check the options of components; `make_plan` loads the plugins and checks them.
 
     Raises:
-        WmtpError: The recipe is not valid; the message lists every fault with file, line, key and expected
-            value.
+        WmtpError: A file cannot be read, the preset does not exist, an override is malformed, or the recipe
+            is not valid; in the last case, the message lists every fault with its place.
     """
     document = read_document(path, preset=preset, overrides=overrides)
     recipe, faults = structure_recipe(document)
@@ -56,5 +56,5 @@ def credential_faults(value: Any, *, at: KeyPath = ()) -> list[Fault]:
 
 
 def recipe_to_toml(recipe: Recipe) -> str:
-    """Write a recipe with every default filled in; loading the text gives an equal recipe."""
+    """Return a recipe as TOML text with defaults filled in; loading the text gives an equal recipe."""
     return tomli_w.dumps(plain(recipe))

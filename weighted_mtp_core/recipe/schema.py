@@ -342,8 +342,8 @@ class EvaluateTable:
 class TrackerTable(Selection):
     """`[[tracker]]`: one destination of metrics and artifacts; a recipe can have any number of trackers.
 
-    If a tracker is unreachable at the end of a run, the run waits as long as the largest `close_seconds` of
-    its trackers; the command `track sync` sends the remaining data later.
+    If a tracker is unreachable at the end of a run, the run waits at most as long as the largest
+    `close_seconds` of its trackers; the command `track sync` sends the remaining data later.
     """
 
     close_seconds: float = field(default=30.0, validator=v.ge(0))

@@ -112,7 +112,7 @@ _Converter = Callable[[Any, Any, KeyPath, list[Fault]], Any]
 
 
 def _convert(value: Any, kind: Any, at: KeyPath, faults: list[Fault]) -> Any:
-    """Convert `value` to the type `kind`; on failure add the fault to `faults` and return None."""
+    """Convert `value` to the type `kind`; after an error, which is added to `faults`, ignore the result."""
     for applies, converter in _CONVERTERS:
         if applies(kind):
             return converter(value, kind, at, faults)
@@ -223,7 +223,7 @@ def _unknown_key(key: str, fields: Iterable[str], at: KeyPath) -> Fault:
 def _refused(
     cls: type[Any], fields: Mapping[str, Any], values: Mapping[str, Any], at: KeyPath
 ) -> list[Fault]:
-    """Run the validator of every key, because the constructor would stop at the first invalid value."""
+    """Return the faults that validators find; the constructor would stop at the first invalid value."""
     known = {key: default_of(attribute) for key, attribute in fields.items()} | dict(values)
     known = {key: value for key, value in known.items() if value is not attrs.NOTHING}
     instance = object.__new__(cls)

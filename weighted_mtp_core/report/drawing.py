@@ -1,8 +1,8 @@
 """Draws small charts as inline SVG with colours from the page's style sheet, for light and dark mode.
 
-Lines differ in colours and dashes, and each of several lines has a label at its end. matplotlib is not used,
-because it cannot use a style sheet and takes 2.4 s of CPU time for the 32 charts of a run; this module takes
-0.05 s.
+Up to six lines differ in colours and dashes, and each of several lines has a label at its end. matplotlib is
+not used, because it cannot use a style sheet and takes 2.4 s of CPU time for the 32 charts of a run; this
+module takes 0.05 s.
 """
 
 from __future__ import annotations

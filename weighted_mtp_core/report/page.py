@@ -74,7 +74,7 @@ def _status(history: RunHistory) -> str:
 
 
 def _figures(history: RunHistory) -> list[tuple[str, str, str]]:
-    """Return the most important results as (name, value, reference value for comparison)."""
+    """Return the most important results as (name, value, reference value or note)."""
     figures = []
     if history.tags.get(run_tags.UNINFORMATIVE_CRITIC) == "true":
         figures.append(("critic", "⚠ uninformative", "not shown to be better than a constant"))
@@ -176,7 +176,7 @@ def _cost(history: RunHistory) -> list[tuple[str, str]]:
 
 
 def _stages(history: RunHistory) -> list[tuple[str, Sequence[Chart], Sequence[Chart]]]:
-    """Return (title, important charts, other charts) for each stage that has metrics."""
+    """Return (title, important charts, other charts) for the policy and the critic, if they have charts."""
     stages = [
         (title, *charts_of(history.metrics.get(stage, {})))
         for stage, title in (("policy", "Policy"), ("critic", "Critic"))
@@ -201,7 +201,7 @@ def _heads(history: RunHistory) -> list[dict[str, float | None]]:
 
 
 def _test(history: RunHistory, metric: str) -> float | None:
-    """Return a metric of stage 3, measured on the whole split or on some of its examples."""
+    """Return a metric of stage 3, measured on the whole split or some of its examples; else None."""
     part = re.compile(rf"{metric}(_of_\d+_examples)?")
     names = [name for name in history.metrics.get("evaluate", {}) if part.fullmatch(name)]
     return history.last("evaluate", names[-1]) if names else None
@@ -242,7 +242,7 @@ _MEASURES = {
 
 
 def _critic(history: RunHistory) -> list[dict[str, Any]]:
-    """Return the last measures of the critic and its two baselines; empty if the run has no critic."""
+    """Return the last measures of the critic and its two baselines; empty if none were recorded."""
     interval = history.last("critic", "critic_auc_low"), history.last("critic", "critic_auc_high")
     rows = [
         {

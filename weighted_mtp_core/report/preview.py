@@ -1,4 +1,4 @@
-"""Shows what stage 2 trains on in its first step: tokens, targets, weights, and the pairs of each head.
+"""Shows what stage 2 trains on in its first step: tokens, targets, weights, and number of targets per head.
 
 Nothing is trained. The policy, the batch and the weighting are the same as in step 0 of a run of the recipe.
 
@@ -85,7 +85,7 @@ def preview(plan: Plan, *, count: int, log: Callable[[str], None]) -> Preview:
 
     Args:
         plan: The plan of the run.
-        count: Number of documents to return.
+        count: Maximum number of documents to return.
         log: Receives the messages of stage 0.
 
     Raises:
@@ -173,7 +173,7 @@ def _documents(
 
 
 def _known(weight_K: list[float] | None, target_K: list[bool]) -> tuple[float | None, ...]:
-    """Return the weights of the heads that predict a token, and None for all other heads."""
+    """Return the weight of each head that predicts a token, else None; empty if the weights are unknown."""
     if weight_K is None:
         return ()
     return tuple(weight if target else None for weight, target in zip(weight_K, target_K, strict=True))

@@ -18,7 +18,7 @@ _SHADE, _MINUS = (11, 98, 168), (196, 98, 16)  # the colours of full shade in th
 
 
 def print_preview(preview: Preview) -> None:
-    """Print each document as text, then one line per token; colours are used only in a terminal."""
+    """Print the facts, then each document as text and one line per token; only a terminal gets colours."""
     console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
     wide = max(len(label) for label, _ in preview.facts)
     for label, text in preview.facts:
@@ -48,7 +48,10 @@ def _style(token: PreviewToken, *, top: float) -> str:
 
 
 def weight_text(token: PreviewToken) -> str:
-    """Return a token's weight as text: one number, or one per head if they differ; `?` if it is unknown."""
+    """Return a token's weight as text: one number, or one per head if they differ.
+
+    The text is `-` for a token that is not a target, and `?` if the weight is unknown.
+    """
     if not token.is_target:
         return "-"
     if not token.weight_K:

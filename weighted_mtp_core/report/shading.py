@@ -8,7 +8,7 @@ from attrs import frozen
 
 from weighted_mtp_core.report.token_report import Token, TokenReport
 
-_CLEAR = 0.2  # TD errors below this share of the TD error with full shade are not marked as up or down
+_CLEAR = 0.2  # TD errors up to this share of the TD error with full shade are not marked as up or down
 
 
 @frozen(kw_only=True)
@@ -19,8 +19,8 @@ class Scale:
         key: Name of the quantity in the HTML page.
         title: Label of the quantity on the page's switch.
         note: Explanation of the quantity.
-        low: Label of the lightest shade.
-        high: Label of the deepest shade.
+        low: Label of the lightest shade or, if `signed`, of the deepest shade for negative values.
+        high: Label of the deepest shade (if `signed`, for positive values).
         signed: Whether signs are shown: the shade then shows the absolute value, and hue and underline show
             the sign.
         read: Returns the value of the quantity for a token; None if the token has no value.

@@ -158,7 +158,7 @@ class _MeasuredRow:
         return codec.decode_marked(ids[start:] if tuple(ids[:start]) == codec.prefix else ids)
 
     def solution(self, tokenizer: Any) -> Solution:
-        """Return the tokens of the response; for a chat, all tokens from the first learned turn on."""
+        """Return the response with its first tokens; for a chat, tokens from the first learned turn on."""
         is_target_T = self.batch.response_BT[0].cpu().numpy()
         learned = np.flatnonzero(is_target_T)
         reward = float(self.batch.reward_BT[0, int(learned[-1])])
@@ -198,7 +198,7 @@ def changes(value_T: NDArray[np.float64], positions: NDArray[np.int64], reward: 
 
 
 def _by_target(x_BTK: Tensor, target_BTK: Tensor) -> NDArray[np.float64]:
-    """Return the values of a row's pairs as `[T, K]`, indexed by target and head; NaN if there is no pair."""
+    """Return a row's values as `[T, K]`, indexed by target and head; NaN for a head without this target."""
     found_BTK = gather_by_target(torch.ones_like(x_BTK), target_BTK) > 0
     return np.where(array(found_BTK[0]) > 0, array(gather_by_target(x_BTK, target_BTK)[0]), np.nan)
 

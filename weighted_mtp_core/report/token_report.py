@@ -16,7 +16,7 @@ FILE = "report_tokens.json"
 
 @frozen(kw_only=True)
 class Token:
-    """A token of a response, or of a message between two turns of the assistant in a chat.
+    """A token of a response, of a message between two turns of the assistant in a chat, or of a preview.
 
     Attributes:
         text: The text that the token adds; empty if the token ends inside a character of several tokens.
@@ -25,12 +25,14 @@ class Token:
         weight_K: Weight for each head if the weighting returns a weight per head, otherwise empty. The weight
             is None for a head that does not predict the token, for example because the token is too near the
             start of its document.
-        loss_K: Unweighted cross-entropy of each head, in nats; None as in `weight_K`.
-        value: The critic's value of the prefix that ends with the token, at most 1; None if the run has no
-            critic that computes values.
+        loss_K: Unweighted cross-entropy of each head, in nats; None as in `weight_K`. Empty in a preview.
+        value: The critic's value of the prefix that ends with the token, at most 1; None if the token is not
+            learned, or if the run has no critic that computes values.
         change: TD error r_t + V_t - V_{t-1} of the token. V_t is the value of the prefix that ends at token
-            t, and r_t is 0; at the last token, V_t is 0 and r_t the reward of the response.
-        is_target: Whether the token is learned; False for a message between two turns of the assistant.
+            t, and r_t is 0; at the last token, V_t is 0 and r_t the reward of the response. None as in
+            `value`, or if V_{t-1} is unknown.
+        is_target: Whether the token is learned; False, for example, for a message between two turns of the
+            assistant.
     """
 
     text: str
@@ -54,7 +56,7 @@ class Solution:
 
 @frozen(kw_only=True)
 class ProblemTokens:
-    """A validation problem with up to two responses; a correct response comes first."""
+    """A validation problem with up to two responses, a correct one first; or all documents of a preview."""
 
     prompt: str
     solutions: tuple[Solution, ...]
@@ -69,7 +71,7 @@ class TokenReport:
         rows: Number of responses that were weighed as one batch.
         unweighed: The reason why there are no weights; empty if there are weights.
         problems: The problems on the page.
-        reliability: Bins of the critic's values; empty if the run has no critic that computes values.
+        reliability: Bins of the critic's values; empty if the values were not measured.
     """
 
     step: int
@@ -93,7 +95,7 @@ def save_token_report(report: TokenReport, run: Path) -> Path:
 
 
 def load_token_report(run: Path) -> TokenReport | None:
-    """Read `report_tokens.json` from a run folder; None if the run ended before the file was written."""
+    """Read `report_tokens.json` from a run folder; None if there is no such file."""
     path = run / FILE
     if not path.is_file():
         return None

@@ -43,8 +43,8 @@ def table_of_values(
     - `token`: the text of the token;
     - `value`: the critic's value of the prefix that ends with the token, at most 1;
     - `change`: the TD error of the token with discount gamma = 1;
-    - `weight`: mean weight of the token over the heads; null if no head predicts the token, or if the
-      weighting can only compute weights for training batches.
+    - `weight`: mean weight of the token over the heads that predict it; null if there is no such head, or if
+      the weighting fails, for example because it can only compute weights for training batches.
 
     Args:
         prepared: Tokenizer and policy.
@@ -100,11 +100,11 @@ def _weights(learner: PolicyLearner, batch: Batch, scores: Scores) -> Floats:
 
 
 def mean_over_heads(weight: Tensor, target_BTK: Tensor) -> Tensor:
-    """Return each token's mean weight over the pairs that predict it, `[B, T]`; NaN if there is no pair.
+    """Return each token's mean weight over the heads that predict it, `[B, T]`; NaN if no head does.
 
     Args:
         weight: Weights `[B, T]` or `[B, T, K]` that a weighting returned.
-        target_BTK: bool, True for the pairs that count.
+        target_BTK: bool, True where head k learns its target from source position t, see `target_mask`.
     """
     total_BT = gather_by_target(align_weights(weight, target_BTK), target_BTK).sum(dim=-1)
     return total_BT / gather_by_target(target_BTK.float(), target_BTK).sum(dim=-1)

@@ -51,9 +51,9 @@ def _peak_of_host() -> int:
 def matrix_rate(compute: Compute) -> float:
     """Return the rate of the product of two large square matrices, in operations per second.
 
-    The product is measured once per process, with the threads and the precision that the process uses; the
-    fastest repetition counts. The measurement uses no global random generator, so it does not change the
-    results of a run.
+    The rate is measured once per process for each `compute`, with the threads of the process and the dtype of
+    `compute`; the fastest repetition counts. The measurement uses no global random generator, so it does not
+    change the results of a run.
     """
     device = compute.device
     size = 1024 if device.type == "cpu" else 8192 if compute.dtype is torch.bfloat16 else 4096

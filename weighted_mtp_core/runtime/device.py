@@ -26,7 +26,7 @@ LEAST_BUCKET = 25 << 20
 """Smallest result of `bucket_bytes`: the default size of a bucket in torch's DistributedDataParallel."""
 
 READ_EVERY = 10
-"""Steps between two reads of a value on an accelerator, because the host waits for each read."""
+"""Usual number of steps between two reads of a value on an accelerator, because the host waits for a read."""
 
 
 @frozen(kw_only=True)
@@ -118,10 +118,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def many_passes(model: nn.Module, autocast: Autocast) -> Iterator[None]:
-    """Run many forward passes in the block without gradients; each parameter is converted only once.
+    """Run many forward passes in the block without gradients.
 
-    Autocast keeps converted parameters only outside of inference mode, and only if they require a gradient.
-    Converted copies of sharded parameters are not kept, because together they would be the whole model.
+    If no parameter is sharded, autocast converts each parameter at most once. Autocast keeps converted
+    parameters only outside of inference mode, and only if they require a gradient. If parameters are sharded,
+    converted copies are not kept, because together they would be the whole model.
     """
     parameters = list(model.parameters())
     with autocast():
@@ -153,10 +154,11 @@ def bucket_bytes(device: torch.device) -> int:
 
 
 def to_device(value: Tensor | NDArray[Any], device: torch.device) -> Tensor:
-    """Copy a tensor or an array to the device as a tensor; the host does not wait for the copy.
+    """Return a tensor or an array as a tensor on the device; the host does not wait for the copy.
 
-    For a CUDA device, the value is first copied to pinned memory. Without pinned memory, the host would wait
-    until the device has done all earlier work.
+    A value that is already on the device is not copied. For a CUDA device, a value in main memory is first
+    copied to pinned memory. Without pinned memory, the host would wait until the device has done all earlier
+    work.
     """
     tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
     if device.type == "cuda" and tensor.device.type == "cpu":

@@ -50,7 +50,7 @@ class Distributed:
                 process uses the GPU of its local rank.
 
         Raises:
-            WmtpError: There are several processes, but `device` names a single device.
+            WmtpError: There are several processes, but `device` names a single device or no known device.
         """
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:

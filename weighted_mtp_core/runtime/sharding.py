@@ -48,7 +48,10 @@ def shard_matrices(modules: Iterable[nn.Module], mesh: DeviceMesh) -> None:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the layers of a model or a policy: the members of its innermost lists of modules."""
+    """Return the layers of a model or a policy.
+
+    The layers are the members of its innermost lists of modules, except members without parameters.
+    """
     listed = [each for module in model.modules() if isinstance(module, nn.ModuleList) for each in module]
     return [
         block
@@ -112,7 +115,7 @@ def shard_like(own: Tensor, value: Tensor) -> Tensor:
 def like(own: Tensor, value: Tensor) -> Tensor:
     """Shard the whole tensor `value`, equal in every process, like `own`; this needs no communication.
 
-    The result may share memory with `value`.
+    The result may share memory with `value`; if `own` is whole, the result is `value` itself.
     """
     return _shard_of(value, own.device_mesh) if isinstance(own, DTensor) else value
 
@@ -153,7 +156,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def _shard_of(tensor: Tensor, mesh: DeviceMesh, *, copy: bool = False) -> DTensor:
-    """Return a whole tensor as a sharded `DTensor`; the own shard is a view of it unless `copy` is true."""
+    """Return a whole tensor as a sharded `DTensor`; the local shard is a view of it unless `copy` is true."""
     (rows, *_), (first, *_) = compute_local_shape_and_global_offset(tensor.shape, mesh, [Shard(0)])
     own = tensor.narrow(0, min(first, len(tensor)), rows)
     return DTensor.from_local(

@@ -79,7 +79,10 @@ def _new_locked(path: Path, create: Callable[[Path], None]) -> tuple[Path, int]:
 
 
 def delete_abandoned(path: Path) -> None:
-    """Delete the unfinished files and folders for `path` that killed processes left behind."""
+    """Delete the unfinished files and folders for `path` that killed processes left behind.
+
+    On a file system without locks, they are kept, because they may be in use.
+    """
     for temporary in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}"):
         with suppress(FileNotFoundError):
             lock = os.open(temporary, os.O_RDONLY)

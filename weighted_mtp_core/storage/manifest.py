@@ -47,7 +47,8 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     with the temporary folder and deleted.
 
     Raises:
-        OSError: A file cannot be written, or `path` is a folder that contains files but no manifest.
+        OSError: A file cannot be written, or `path` is a file or, without `replace`, a folder that contains
+            files but no manifest.
     """
     with unfinished_folder(path) as temporary:
         yield temporary

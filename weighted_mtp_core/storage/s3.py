@@ -77,7 +77,8 @@ def open_bucket(bucket: str) -> Any:
     """Return a client, after checking that the bucket exists and can be read.
 
     Raises:
-        WmtpError: The endpoint is not a valid URL, or the bucket does not exist or cannot be read.
+        WmtpError: The endpoint is not a valid URL, or the bucket does not exist or cannot be
+            reached or read.
     """
     from botocore import exceptions
 

@@ -111,16 +111,17 @@ def _refuse_reserved_names(source: Path) -> None:
 
 
 def derived(version: Version) -> list[Path]:
-    """Return the folders with files derived from a version, such as token caches; each has a manifest."""
+    """Return the folders with files derived from a version, such as token caches."""
     return sorted(path for path in version.path.glob(f"{DERIVED}/*") if path.is_dir())
 
 
 def unlisted(storage: Path) -> dict[str, int]:
-    """Return the number of files that belong to no version, keyed by their folder `<kind>/<name>/<version>`.
+    """Return the number of files that belong to no version, keyed by the start of their path.
 
-    All files in the folder of a version count as its files, except files directly in its folder `derived`.
-    The files `<folder>.lock` and `<folder>.verified` next to a folder are not counted. `verify_manifest`
-    finds files that the manifest of a version does not list.
+    A key has up to three parts, `<kind>/<name>/<version>`. All files in the folder of a version count as its
+    files, except files directly in its folder `derived`. The files `<folder>.lock` and `<folder>.verified`
+    next to a folder are not counted. `verify_manifest` finds files that the manifest of a version does not
+    list.
     """
     known = {version.path for version in versions(storage)}
     counts: dict[str, int] = {}

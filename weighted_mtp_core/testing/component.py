@@ -133,7 +133,7 @@ class ComponentSuite:
         assert "\n" not in component.summary
 
     def test_importing_the_plugin_imports_nothing_heavy(self) -> None:
-        """Commands such as `check` must be quick, so only build functions may import torch."""
+        """Commands such as `check` must be quick, so importing a plugin must not import torch."""
         assert heavy_imports(self.address.partition(".")[0]) == ()
 
     def test_options_are_frozen(self, selected: SelectedComponent) -> None:

@@ -212,7 +212,7 @@ class CriticSuite(checks.ComponentSuite):
         assert hidden_BTH.grad is None
 
     def test_gradients_reach_every_listed_parameter_and_no_other(self, trainable: Critic) -> None:
-        """The loss must have a gradient with respect to exactly the parameters that `parameters` returns."""
+        """Each trainable parameter that `parameters` returns must get a gradient; no other parameter may."""
         _loss(trainable).loss.backward()  # type: ignore[no-untyped-call]
         listed = list(trainable.parameters())
         others = [each for each in _own_parameters(trainable) if all(each is not one for one in listed)]

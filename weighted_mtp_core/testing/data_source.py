@@ -45,7 +45,7 @@ class DataSourceSuite(ComponentSuite):
 
     @pytest.fixture
     def changed_options(self) -> Mapping[str, Any] | None:
-        """Options that select other data, for example a copy of a file in which one byte was changed."""
+        """Options that select other data, such as a file with one changed byte; None skips the check."""
         return None
 
     @pytest.fixture

@@ -24,7 +24,10 @@ HIDDEN_SIZE = 16
 _VALUES = ("value_BT", "log_value_BT")
 
 Document = Mapping[str, Tensor]
-"""One prompt with its response: tensors `[L, ...]`, keyed by the field names of `Batch` and `StepView`."""
+"""One prompt with its response: tensors `[L, ...]`, keyed by the field names of `Batch` and `StepView`.
+
+The scalar tensor with the key `number` identifies the document.
+"""
 
 
 def _seeded(seed: int) -> torch.Generator:
@@ -32,7 +35,7 @@ def _seeded(seed: int) -> torch.Generator:
 
 
 def make_document(number: int, *, prompt: int, response: int, reward: float, problem: int) -> Document:
-    """Return a document with `prompt` and `response` tokens; `number` is the seed of its content."""
+    """Return a document of `prompt` prompt tokens and `response` response tokens; `number` is its seed."""
     generator = _seeded(number)
     length = prompt + response
     response_L = torch.arange(length) >= prompt
@@ -74,7 +77,7 @@ class Layout:
     Attributes:
         rows: The documents of each row, left to right.
         padding: Number of padding positions to the right of the longest row.
-        filler: Seed of random token ids and values on padding; None fills padding with zeros.
+        filler: Seed of random token ids and values on padding; None sets these ids and values to 0.
     """
 
     rows: Sequence[Sequence[Document]]
@@ -82,7 +85,7 @@ class Layout:
     filler: int | None = None
 
     def batch(self) -> Batch:
-        """Return the batch that core would create from the documents."""
+        """Return the documents as a batch like those that core creates."""
         ids_BT = self._lay("ids_BT")
         if self.filler is not None:
             ids_BT = torch.randint(2, VOCAB_SIZE, ids_BT.shape, generator=_seeded(self.filler))

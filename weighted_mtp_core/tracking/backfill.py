@@ -1,6 +1,7 @@
 """Backfill: at its start, a run sends data that trackers of other runs of its experiment have not received.
 
-If the process of one of these runs died on this machine, the backfill also closes that run as KILLED.
+If the process of one of these runs died on this machine before it recorded an outcome, the backfill also
+closes that run as KILLED.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def start_backfill(experiment: Path, *, skip: Path, log: Callable[[str], None]) 
     Args:
         experiment: The folder of the experiment, `<runs>/<experiment>`.
         skip: The folder of the run that begins or resumes, which is left out.
-        log: Called with a line before data of a run are sent, and again after all of them were delivered.
+        log: Called with a line before the pending data of a run are sent, and again after all of them were
+            delivered.
     """
 
     def backfill() -> None:

@@ -24,7 +24,7 @@ POINTS = ("metrics", "timings")
 
 @frozen(kw_only=True)
 class Pending:
-    """The amount of data that a tracker has not received: lines of the journal, and files.
+    """An amount of data, usually data that a tracker has not received: lines of the journal, and files.
 
     `reason` is the error that stops the upload, as text. It is empty if no error stops the upload, and always
     empty in the result of `count_pending`, which only reads files.
@@ -47,8 +47,10 @@ class Delivery:
     """The state of the upload to one store.
 
     Attributes:
-        store: The address of the store, without secrets; empty if the tracker does not report an address.
-        run: The id of the run in the store; empty if the tracker does not report this id.
+        store: The address of the store, without secrets; empty if the run was not opened at the tracker yet,
+            or if the tracker does not report an address.
+        run: The id of the run in the store; empty if the run was not opened there yet, or if the tracker does
+            not report this id.
         position: Byte position, in the journal, of the next line to send.
         aside: Byte positions of earlier lines of the journal that must be sent again.
         refused: Byte ranges of lines that the tracker has refused permanently.
@@ -78,9 +80,10 @@ class Delivery:
         atomic_write(state, json.dumps(asdict(self)) + "\n")
 
     def lost_by(self, kept: KeptRun, journal: Path) -> str:
-        """Describe the data that a store has received but lost; the text is empty if no data are lost.
+        """Describe what a store has received but lost: the run, or points of metrics.
 
-        A store loses data if the run is deleted or the store's database is restored from an older copy.
+        The text is empty if nothing is lost. Data are lost, for example, if the run is deleted or the store's
+        database is restored from an older copy.
 
         Args:
             kept: The part of the run that the store contains.
@@ -109,9 +112,9 @@ def switch_store(delivery: Delivery, store: str, *, state: Path, journal: Path) 
 
 
 def deliveries(state: Path, journal: Path) -> list[tuple[str, Pending]]:
-    """Return each store that the tracker has used, with the data that the store has not received.
+    """Return each store that the tracker has used, with the amount of data that the store has not received.
 
-    The current store comes first.
+    Stores without an address are left out. The current store comes first.
     """
     known: dict[str, Pending] = {}
     for file in (state, *sorted(state.parent.glob(f"{state.stem}@*.json"))):

@@ -31,7 +31,7 @@ _FRAME = 6  # characters that a panel adds to the width of its two columns
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """Return the finite values as a row of bars, scaled from their minimum to their maximum."""
+    """Return the finite values as a row of bars, scaled from minimum to maximum; empty if there are none."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return ""
@@ -40,9 +40,10 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def show(value: float | str) -> str:
-    """Return a number as text: with four significant digits or, from 1000 on, as an integer such as `12,346`.
+    """Return a number as text, with up to four significant digits or as an integer such as `12,346`.
 
-    A value that is already text is returned unchanged.
+    Numbers with an absolute value of 1000 or more are shown as integers. A value that is already text is
+    returned unchanged.
     """
     if isinstance(value, str):
         return value
@@ -151,7 +152,11 @@ class Display:
             self.note(f"{name}: {total} steps")
 
     def update(self, step: int, values: Mapping[str, float | str]) -> None:
-        """Show that `step` steps are done, with named values; the first value is also drawn as a curve."""
+        """Show that `step` steps of the current stage are done, with named values.
+
+        Without a stage, nothing is shown. On a terminal, the first value is also drawn as a curve if it is a
+        number.
+        """
         stage = self._stage
         if stage is None:
             return
@@ -181,7 +186,7 @@ class Display:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def summary(self, rows: Sequence[tuple[str, str]], *, title: str = "summary") -> None:
-        """Show results as pairs (name, value): in a panel if they fit on the terminal, otherwise as lines."""
+        """Show results, given as pairs (name, value), in a panel if they fit on a terminal, else as lines."""
         self._end_stage(done=True)
         if self._live is not None:
             self._live.stop()

@@ -36,7 +36,7 @@ class DotEnv:
     Attributes:
         path: The path of the file.
         taken: Names of the variables that were set from the file.
-        ignored: Names of other variables in the file, which this framework does not use.
+        ignored: Names of other variables that have a value in the file; they are not set.
         exposed: Whether users other than the owner have any permission for the file.
     """
 
@@ -50,7 +50,7 @@ def load_dotenv(path: Path = Path(".env")) -> DotEnv | None:
     """Set the variables in NAMES that have a value in `.env` and have no value in the environment.
 
     Returns:
-        A description of the file, or None if the file does not exist.
+        A description of the file, or None if there is no such file.
 
     Raises:
         WmtpError: The file or one of its lines cannot be read.

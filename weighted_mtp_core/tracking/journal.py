@@ -1,8 +1,8 @@
 """The journal `metrics.jsonl` of a run: one JSON object per line, written before trackers receive the data.
 
 A line has the form `{"kind": ..., <fields>, "time": <seconds since 1970>, "crc": "<8 hex digits>"}`. The
-checksum `crc` covers all keys except `time`, so the lines of the kind `metrics` of two runs of one recipe
-differ only in `time`.
+checksum `crc` covers all other keys except `time`, so the lines of the kind `metrics` of two runs with equal
+results differ only in `time`.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ class Outbox:
         folder: The run folder; the paths of artifacts are relative to this folder.
         journal: The journal of the run.
         state: The file that stores the position in the journal.
-        reason: Why the tracker cannot be reached, as text for the user; empty if the tracker can be reached.
-        file_reason: Why the tracker's store of files cannot be reached; empty if the store can be reached.
+        reason: Why the tracker is unavailable, as text for the user; empty if no failure is known.
+        file_reason: Why the tracker's store of files is unavailable; empty if no failure is known.
         full: Whether the last batch was full, so that more lines may be waiting.
         sent: The amount of data that this outbox has sent.
     """
@@ -71,7 +71,7 @@ class Outbox:
         """Open the run at the tracker, with the description of the run that the journal contains so far.
 
         Raises:
-            WmtpError: The tracker permanently refuses the run.
+            WmtpError: The tracker permanently refuses the run, or the journal does not name the run.
             Exception: The tracker raised this exception, so the run was not opened.
         """
         history = read_history(self.folder, kinds=_DESCRIPTION)
@@ -86,7 +86,7 @@ class Outbox:
             self._delivery.aside.append(end.start)  # because opening has set the run's status to running
 
     def _check_store(self) -> None:
-        """Begin to send the whole run again if the tracker has a new store or its store has lost data."""
+        """Use the delivery to the current store; send the whole run again if the store has lost data."""
         store, kept = self.tracker.store(), self.tracker.kept()
         before = self._delivery
         if before.store and store != before.store:
@@ -112,8 +112,9 @@ class Outbox:
     def step(self) -> bool:
         """Send the next batch of lines; if the run is not open at the tracker, first open it.
 
-        If the upload of a file fails, no exception is raised, and the file is set aside. A batch that the
-        tracker permanently refuses is recorded as refused.
+        If the store has lost the run or points, the run is opened again instead. If the upload of a file
+        fails, no exception is raised, and the file is set aside. A batch that the tracker permanently refuses
+        is recorded as refused.
 
         Returns:
             Whether there was anything to send.
@@ -199,7 +200,7 @@ class Outbox:
         return bool(self._delivery.aside)
 
     def allowance_s(self) -> float:
-        """Return by how many seconds the current upload may exceed the usual limit."""
+        """Return the seconds that the file being uploaded adds to the limit of `RetryingUploader.close`."""
         return self._uploading / _SLOWEST_UPLOAD
 
     def pending(self) -> Pending:

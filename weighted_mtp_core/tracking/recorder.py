@@ -91,10 +91,12 @@ class Recorder:
             trackers: Trackers, keyed by the names from `build_trackers`.
             recipe_toml: The resolved recipe.
             display: Shows the progress of the run to the user.
-            close_seconds: Seconds that the run waits at its end for trackers that no longer accept data.
+            close_seconds: Seconds without a successful upload after which the run, at its end, stops waiting
+                for a tracker.
 
         Raises:
-            WmtpError: A tracker permanently refuses this run; the trackers opened before close it as FAILED.
+            WmtpError: A tracker permanently refuses this run, which is then closed as FAILED at the trackers
+                that had accepted it.
             RunFailedError: The journal is not writable.
         """
         atomic_write(folder.recipe, recipe_toml)
@@ -123,7 +125,7 @@ class Recorder:
         return recorder
 
     def _describe_or_resume(self, info: RunInfo) -> None:
-        """Record the description of a new run, or read the recorded steps and params of a resumed run."""
+        """Record the description of a new run, or the changes of a resumed run after reading its journal."""
         history = RunHistory()
         for line in read_journal(self.folder.journal, kinds=_REPLAYED):
             history.add(line)
@@ -171,7 +173,7 @@ class Recorder:
     # ------------------------------------------------------------------- during the run
 
     def metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Record scalars that are equal in every run of the same recipe.
+        """Record scalars that a repetition of the run reproduces, unlike the measurements of `timings`.
 
         A resumed run does not record again the steps that it recorded before the interruption.
 
@@ -182,7 +184,10 @@ class Recorder:
         self._record("metrics", stage, step, values)
 
     def timings(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Record wall-clock measurements, which differ from run to run; raises the errors of `metrics`."""
+        """Record measurements of time or memory, which differ from run to run.
+
+        Raises the same errors as `metrics`.
+        """
         self._record("timings", stage, step, values)
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
@@ -285,8 +290,8 @@ class Recorder:
 
         Args:
             outcome: How the run ended.
-            error: The exception that ended the run. Unless the outcome is `FINISHED`, the traceback of
-                `error` is logged. If the outcome is `FAILED`, the class of `error` becomes the tag
+            error: The exception that ended the run, or None. Unless the outcome is `FINISHED`, the traceback
+                of `error` is logged. If the outcome is `FAILED`, the class of `error` becomes the tag
                 `wmtp.error_class`.
         """
         if self._closed:
@@ -364,8 +369,9 @@ def open_recorder(plan: Plan, display: Display, *, resume: Path | None = None) -
         resume: The folder of the run to resume; None for a new run.
 
     Raises:
-        WmtpError: The run folder cannot be created or is in use, or a tracker cannot be built or permanently
-            refuses this run.
+        WmtpError: The run folder cannot be created, does not exist or is in use, or a tracker cannot be built
+            or permanently refuses this run.
+        RunFailedError: The journal is not writable.
     """
     redact_log_records()
     recipe = plan.recipe

@@ -20,7 +20,7 @@ from weighted_mtp_core.tracking.outbox import Outbox, one_line
 from weighted_mtp_core.tracking.run_folder import RunFolder
 
 _PAUSE_S = 1.0  # between two batches, because a batch costs a tracker the same with 1 or 1000 metrics
-_BACK_OFF_S = (0.5, 1.0, 2.0, 3.0)  # the last pause repeats, so a tracker's return is noticed in 3 s
+_BACK_OFF_S = (0.5, 1.0, 2.0, 3.0)  # the last pause repeats, so a tracker's return is noticed soon
 
 
 @define(kw_only=True, eq=False)

@@ -50,7 +50,7 @@ class RunFolder:
     do not inherit it.
 
     Attributes:
-        path: The absolute path of the folder.
+        path: The path of the folder; absolute after `create` and `open`.
     """
 
     path: Path
@@ -186,7 +186,10 @@ def is_held(path: Path) -> bool:
 
 
 def find_runs(runs: Path) -> Iterator[Path]:
-    """Yield every run folder below `runs` once, oldest first; symbolic links to folders are followed."""
+    """Yield every run folder in `runs` once, oldest first; symbolic links are followed.
+
+    Hidden folders, such as unfinished ones, are left out.
+    """
     found: dict[str, Path] = {}
     seen = set()
     for folder, subfolders, files in os.walk(runs, followlinks=True):

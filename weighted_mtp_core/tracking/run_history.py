@@ -1,4 +1,4 @@
-"""Read the journal of a run into one object; the recorder, uploads, the report and `compare` use it."""
+"""Read the journal of a run, or some kinds of its lines, into one object."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Point(NamedTuple):
 
 @define(kw_only=True, eq=False)
 class RunHistory:
-    """The contents of a run's journal.
+    """The contents of a run's journal, or of those of its lines that were added.
 
     Attributes:
-        run: `run_id`, `name` and `experiment` of the run; empty if the journal contains no line about them.
+        run: `run_id`, `name` and `experiment` of the run; empty if no line about them was added.
         params: The resolved recipe with dotted keys, and params that depend on the data, such as
             `data.version`.
         tags: The tags of the run.
@@ -35,10 +35,11 @@ class RunHistory:
         metrics: The points of each metric in the order of the journal, keyed by stage and metric.
         timings: The points of each measurement of time or memory in the order of the journal, keyed by name.
         last_step: The last step of each metric and of each measurement of time or memory.
-        status: How the run ended; None if the run is still running or its process died.
-        began_ms: Time of the journal's first line, in milliseconds since 1970.
-        ended_ms: Time of the journal's last line, in milliseconds since 1970.
-        damaged: Number of damaged lines of the journal.
+        status: How the run ended; None if the run is still running, its process died, or the line about the
+            end was not added.
+        began_ms: Time of the first line, in milliseconds since 1970; 0 if there is no line.
+        ended_ms: Time of the last line, in milliseconds since 1970; 0 if there is no line.
+        damaged: Number of damaged lines.
     """
 
     run: dict[str, str] = field(factory=dict)
@@ -117,7 +118,8 @@ def read_history(run: Path, *, kinds: Sequence[str] = ()) -> RunHistory:
     """Read the journal of a run folder; with `kinds`, read only lines of these kinds.
 
     Raises:
-        WmtpError: The folder has no journal, or the journal has no line with the name of the run.
+        WmtpError: The folder has no journal, or the journal has no line with the name of the run, unless
+            `kinds` leaves out such lines.
     """
     journal = RunFolder(path=run).journal
     if not journal.is_file():

@@ -42,7 +42,7 @@ class RunLog:
         return log
 
     def write(self, text: str) -> None:
-        """Add one line to the log file."""
+        """Add a message to the log file."""
         self._handler.handle(logging.LogRecord(LOGGER, logging.INFO, "", 0, text, None, None))
 
     def write_failure(self, error: BaseException) -> None:

@@ -44,7 +44,11 @@ class RunStatus:
 
 
 def run_status(path: Path) -> RunStatus:
-    """Read the state of a run from its folder, without contacting any tracker."""
+    """Read the state of a run from its folder, without contacting any tracker.
+
+    Raises:
+        WmtpError: The file system of the folder does not support locks.
+    """
     facts = read_run(path)
     status = facts["status"]
     if status == "RUNNING" and not is_held(path):

@@ -59,7 +59,7 @@ class CriticLearner(Learner):
     loss_name: str = field(default="value_loss", init=False)
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        """Return the critic's parameters."""
+        """Return the critic's parameters that stage 1 trains."""
         return self.critic.parameters()
 
     def learn(self, batch: Batch, *, step: int) -> StepResult:
@@ -98,25 +98,25 @@ class CriticLearner(Learner):
         )
 
     def validate(self, *, step: int) -> Validation:
-        """Measure the critic on the half `choosing`; the score is the AUC of the final values."""
+        """Measure the critic on the validation half `choosing`; the score is the AUC of the final values."""
         del step
         report = self.measure("choosing")
         return Validation(metrics=report.metrics(), score=report.critic.auc)
 
     @torch.no_grad()
     def measure(self, half: Half) -> CriticReport:
-        """Return the report on the current critic, measured on one half of the validation responses.
+        """Return the report on the current critic, measured on responses of one half of the validation split.
 
         Raises:
-            RunFailedError: The critic fails, or returns no values or values that are not finite or not
-                float32; or the responses of this half are all correct or all incorrect.
+            RunFailedError: The critic fails, or returns no values, values that are not finite or a tensor
+                that is not float32; or the measured responses are all correct or all incorrect.
         """
         scored = self._score("validation", self.prepared.critic_validation(half))
         return report_critic(scored, self.prepared.length_only)
 
     @torch.no_grad()
     def training_metrics(self) -> dict[str, float]:
-        """Return AUCs on training responses as metrics; empty if all responses have the same outcome.
+        """Return AUCs on some training responses as metrics; empty if these are all correct or all incorrect.
 
         If the AUC on training responses is clearly higher than on held-out responses, the critic memorises.
         """
@@ -160,8 +160,9 @@ class CriticLearner(Learner):
         """Check that the validation split suffices to choose a checkpoint and to judge the critic.
 
         Raises:
-            WmtpError: One half of the validation responses has no correct or no incorrect response; or the
-                half for judging has too few problems, and `table.allow_uninformative_critic` is false.
+            WmtpError: The responses that are measured in one half of the split are all correct or all
+                incorrect; or responses to too few problems are measured in the half for judging, and
+                `table.allow_uninformative_critic` is false.
         """
         tokens = self.prepared.critic_tokens("validation")
         halves = {half: self.prepared.critic_validation(half) for half in HALVES}

@@ -38,7 +38,7 @@ def critic_scores(
     Args:
         critic: The critic.
         batch: The batch.
-        hidden_BTH: The policy's trunk states, for a critic that reads them.
+        hidden_BTH: The policy's trunk states; None for a critic that does not read them.
         autocast: Returns a context manager that sets the precision of a forward pass.
         label: The critic's address, plugin, distribution and version, for messages.
 

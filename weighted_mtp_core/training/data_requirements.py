@@ -14,15 +14,14 @@ from weighted_mtp_core.plan import Plan
 
 
 def check_given_weights(plan: Plan, tokens: TokenSet, *, log: Callable[[str], None]) -> None:
-    """Refuse a weighting that reads weights from the data if the data contain no such weights.
+    """Refuse a weighting that reads weights from the data if the training examples have no weights.
 
-    Negative weights are refused, too, unless the recipe allows them.
-
-    If the data contain weights but the weighting does not read them, a message is logged.
+    If the weighting reads weights from the data, negative weights are refused, too, unless the recipe allows
+    them. If the data contain weights but the weighting does not read them, a message is logged.
 
     Raises:
         WmtpError: The weighting reads weights from the data, but no training example has a weight, or a
-            weight is negative although the recipe does not allow negative weights.
+            training example has a negative weight although the recipe does not allow negative weights.
     """
     reads = Signal.GIVEN in plan.weighting.needs
     if reads and tokens.given_N is None:

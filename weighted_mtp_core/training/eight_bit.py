@@ -107,7 +107,7 @@ def pieces(count: int, size: int) -> Sequence[int]:
 
 
 def _span(tensor: Tensor, first: int, size: int) -> Tensor:
-    """Return `size` values of a contiguous tensor as a view, from index `first` of the flattened tensor."""
+    """Return up to `size` values of a contiguous tensor as a view, from index `first` of the flat tensor."""
     return tensor.view(-1)[first : first + size]
 
 

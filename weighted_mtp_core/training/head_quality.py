@@ -32,7 +32,7 @@ MEASURES: Mapping[SelectBy, str] = {
 def head_quality(
     policy: Policy, batches: Iterable[Batch], *, split: str, autocast: Callable[[], torch.autocast]
 ) -> dict[str, float]:
-    """Return the measures of each head over all targets of the batches; NaN for a head without targets.
+    """Return measures of the heads over all targets of the batches; a measure without targets is NaN.
 
     Returns:
         Metrics by name. For each head k, `<split>_ce_head_<k>` is the unweighted cross-entropy in nats per
@@ -70,11 +70,11 @@ def head_quality(
 
 
 def selection_score(metrics: Mapping[str, float], select_by: SelectBy) -> float:
-    """Compute the score that selects the state to keep, from a result of `head_quality`; higher is better.
+    """Compute the score that selects the state to keep, from `head_quality` on the split `validation`.
 
-    For `acceptance`, the score is the expected number of tokens per forward pass. For other values of
-    `select_by`, the score is the negated mean cross-entropy of the selected heads that have targets.
-    The score is NaN if no selected head has targets.
+    A higher score is better. For `acceptance`, the score is the expected number of tokens per forward pass.
+    For `head_1` and `later_heads`, the score is the negated mean cross-entropy of head 1 or of those heads
+    2..K that have targets. The score is NaN if no target counts for it, or if one of these losses is NaN.
     """
     if select_by == "acceptance":
         return metrics.get("validation_acceptance_length", math.nan)

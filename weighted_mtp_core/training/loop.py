@@ -41,9 +41,9 @@ class StepResult:
     """The result of one training step.
 
     Attributes:
-        loss: The loss, a scalar on the device.
-        metrics: Computes the other scalars of the step; called only if the step is logged.
-        size: The amount of data in the step, divided by the amount in an average step; positive.
+        loss: The loss, a scalar.
+        metrics: Returns scalars of the step to log; called only if the step is logged.
+        size: The amount of data in the step, divided by the amount in a typical step; positive.
     """
 
     loss: Tensor | float
@@ -87,11 +87,11 @@ class Learner(ABC):
         """Return the model's parameters; those without a gradient may be left out and are not optimised."""
 
     def parts(self) -> Mapping[nn.Parameter, Part]:
-        """Return the parts of the model that have a learning rate of their own, by parameter."""
+        """Return the parts of the model with a learning rate of their own, by parameter; by default none."""
         return {}
 
     def embeddings(self) -> Collection[nn.Parameter]:
-        """Return the parameters of embeddings and unembeddings."""
+        """Return the parameters that are known to be embeddings or unembeddings; by default none."""
         return ()
 
     def flops(self, batch: Batch) -> float:
@@ -105,11 +105,11 @@ class Learner(ABC):
 
     @abstractmethod
     def validate(self, *, step: int) -> Validation:
-        """Measure the model on the validation split, without changing any state."""
+        """Measure the model on validation examples, without changing the result of `state_dict`."""
 
     @abstractmethod
     def state_dict(self) -> Mapping[str, Any]:
-        """Return the tensors and plain values from which a resumed run continues."""
+        """Return the learner's tensors and plain values from which a resumed run continues."""
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -128,10 +128,10 @@ class Reporter(Protocol):
     """Records the loop's progress."""
 
     def metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Record scalars that are equal in every run of the same recipe."""
+        """Record scalars that do not depend on the speed of the machine."""
 
     def timings(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Record wall-clock measurements."""
+        """Record measurements of speed and memory, which differ between machines."""
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
         """Update the progress display."""
@@ -156,7 +156,7 @@ class Trained:
     steps: int = 0
 
     def summary(self) -> list[tuple[str, str]]:
-        """Return a line of the run's summary: the validation measure at the start and in the best state."""
+        """Return the line of the run's summary on stage 2, with the first and the best validation measure."""
         before, after = abs(self.start.score), abs(self.best.score)
         text = f"{self.best.measure} {before:.3f} -> {after:.3f} at step {self.best_step}"
         if self.last_step < self.steps:
@@ -355,7 +355,7 @@ class _Training:
         stage, loss_name = self.learner.stage, self.learner.loss_name
         scalars = {loss_name: result.loss, **result.metrics(), f"{stage}_gradient_norm": norm}
         values = {name: float(value) for name, value in scalars.items()}
-        first, *others = sorted(self.rates)  # "" stands for parameters without a part and sorts first
+        first, *others = sorted(self.rates)  # "" (parameters without a part) sorts first
         values[f"{stage}_learning_rate"] = self.rates[first]
         values |= {f"{stage}_{part}_learning_rate": self.rates[part] for part in others}
         values[f"{stage}_skipped_steps"] = float(self.nonfinite.total)

@@ -47,7 +47,10 @@ class NonfiniteSteps:
         self._in_a_row = (self._in_a_row + skipped) * skipped
 
     def too_many(self, done: int) -> bool:
-        """Return whether the limit is reached; on an accelerator the counter is read only every few steps."""
+        """Return whether the limit is reached.
+
+        On an accelerator, the counter is read only every few steps, and the result is False in between.
+        """
         every = 1 if self.device.type == "cpu" else min(READ_EVERY, self.limit)
         return done % every == 0 and int(self._in_a_row) >= self.limit
 

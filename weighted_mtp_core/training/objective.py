@@ -1,7 +1,8 @@
 """The divisor of the loss in stage 2, chosen so that targets of equal weight count the same in all batches.
 
-A batch holds documents of similar length. If the loss of each batch were divided by the batch's own sum of
-weights, all batches would count the same, so a token in a batch of short documents would count more.
+Unless documents are packed, a batch holds documents of similar length. If the loss of each batch were divided
+by the batch's own sum of weights, all batches would count the same, so a token in a batch of short documents
+would count more.
 
 Shape letters: B rows, T positions, K heads.
 """
@@ -18,16 +19,18 @@ from torch import Tensor
 
 @define(eq=False)
 class Normaliser:
-    """Computes the divisor of each step's loss: the sum of |weight| that a step has on average.
+    """Computes the divisor of each head's loss in a step: the sum of |weight| that a step has on average.
 
-    The divisor is the number of pairs of an average step, which is known before training, times the mean
-    |weight| of all pairs up to and including the current step. If the mean |weight| were taken from the first
-    step alone, a few tiny weights in that step could make the gradients of all later steps huge.
+    The divisor of a head is the number of its counted (position, head) pairs in an average step, which is
+    computed before training, times the mean |weight| of its pairs up to and including the current step. If
+    the mean |weight| were taken from the first step alone, a few tiny weights in that step could make the
+    gradients of all later steps huge.
 
     Attributes:
         pairs_K: Number of counted (position, head) pairs of each head in a step, averaged over the steps of
-            an epoch; float32, on the device.
-        normalise: With `"tokens"`, the divisor is only the number of pairs.
+            an epoch, or 1 for a head without pairs; float32, on the device.
+        normalise: With `"weights"`, the divisor is as described above; with `"tokens"`, it is only the number
+            of pairs.
     """
 
     pairs_K: Tensor

@@ -40,8 +40,9 @@ def check_optimisers(recipe: Recipe) -> None:
     """Refuse optimisers that the installed software does not support.
 
     Raises:
-        WmtpError: The package or the torch release that an optimiser needs is not installed; or `adamw_8bit`
-            is used on CUDA without Triton or without a C compiler, which compile its update.
+        WmtpError: The package or the torch release that an optimiser needs is not installed; `adamw_8bit` is
+            used on CUDA without Triton or without a C compiler, which compile its update; or torch has no
+            type of device with the name `model.device`.
     """
     device = device_type(recipe.model.device)
     if recipe.critic is not None:
@@ -78,10 +79,11 @@ def make_optimisers(
     parts: Mapping[nn.Parameter, Part] = MappingProxyType({}),
     embeddings: Collection[nn.Parameter] = (),
 ) -> list[torch.optim.Optimizer]:
-    """Return the optimisers of all parameters that require a gradient; weight decay applies only to matrices.
+    """Return the optimisers of all parameters that require a gradient.
 
-    Norms and biases have no weight decay, because their scale needs no bound. Each optimiser skips a step if
-    its attribute `found_inf`, a tensor on the device, is 1; see `NonfiniteSteps`.
+    Weight decay applies only to parameters with at least two dimensions. Norms and biases have none,
+    because their scale needs no bound. Each optimiser skips a step if its attribute `found_inf`, a tensor on
+    the device, is 1; see `NonfiniteSteps`.
 
     Args:
         parameters: The parameters of the model; frozen parameters are ignored.
@@ -143,8 +145,8 @@ def clip_gradients(
 
     Args:
         parameters: The parameters whose gradients are scaled.
-        max_norm: The limit for a step of average size.
-        size: The amount of data in the step, divided by the amount in an average step.
+        max_norm: The limit for a step with `size` 1.
+        size: The amount of data in the step, divided by the amount in a typical step.
     """
     sharded = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
     others = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]

@@ -15,11 +15,11 @@ _CORE = re.compile(
     r"|value_loss|weight_(mean|entropy|p\d+|between_responses|(before|at|behind)_slip)|effective_sample_share"
     r"|tokens_per_forward|finished_share"
 )
-"""Matches the name of every metric that core computes."""
+"""Matches every name that is reserved for metrics of core."""
 
 
 def is_core_metric(name: str) -> bool:
-    """Return whether core computes the metric with this name; plugins compute all other metrics."""
+    """Return whether the name is reserved for metrics of core."""
     return _CORE.fullmatch(name) is not None
 
 
@@ -31,7 +31,7 @@ def check_metrics(metrics: Mapping[str, object], *, label: str) -> None:
         label: The component's address, plugin, distribution and version, for messages.
 
     Raises:
-        RunFailedError: A metric has the name of one of core's metrics, or is neither a number nor a 0-dim
+        RunFailedError: A metric has a name that is reserved for core, or is neither a number nor a 0-dim
             tensor.
     """
     for name, value in metrics.items():

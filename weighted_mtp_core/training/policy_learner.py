@@ -58,7 +58,7 @@ class PolicyLearner(Learner):
         accumulation: Maximum number of micro-batches per process and step.
         distributed: The processes that train together.
         autocast: Returns a context manager that sets the precision of a forward pass.
-        validation: Returns the batches of the validation split.
+        validation: Returns the batches of held-out examples on which the policy is validated.
         best: The file of the best policy.
         log: Receives messages for the user.
         knows_slips: Whether the policy imitates incorrect responses with known mistakes; see
@@ -144,7 +144,7 @@ class PolicyLearner(Learner):
         return self.policy.parameters()
 
     def parts(self) -> Mapping[nn.Parameter, Part]:
-        """Return heads 2..K and the embeddings, unless they have the learning rate of the stage."""
+        """Return heads 2..K, and embeddings and unembedding, unless they have the stage's learning rate."""
         found: dict[nn.Parameter, Part] = {}
         if self.embedding_rate != 1.0:
             part = Part(name="embedding", rate=self.embedding_rate)
@@ -270,7 +270,7 @@ class PolicyLearner(Learner):
 
     @torch.no_grad()
     def validate(self, *, step: int) -> Validation:
-        """Measure each head on the validation split, and compute the score of the measure `select_by`."""
+        """Measure each head on held-out examples, and compute the score of the measure `select_by`."""
         del step
         metrics = head_quality(self.policy, self.validation(), split="validation", autocast=self.autocast)
         return Validation(
@@ -284,7 +284,7 @@ class PolicyLearner(Learner):
         """Return the weights of a global batch without training on the batch; the policy keeps its mode.
 
         If `training` is true, the result is as in training step `step`, and the weighting's moving statistics
-        change as in training.
+        change as in training. If `training` is false, the batch is only measured, see `StepView.training`.
 
         Raises:
             RunFailedError: The weighting or the critic failed, or the weights are invalid.

@@ -95,11 +95,11 @@ class Prepared:
     _critic_inputs: list[str] = field(factory=list, init=False)
 
     def policy_tokens(self, split: Split) -> TokenSet:
-        """Return the examples that the policy imitates, as tokens."""
+        """Return a split's examples that the policy imitates, as tokens, except those over `max_tokens`."""
         return self._tokens("policy", split, self.source.policy_examples)
 
     def critic_tokens(self, split: Split) -> TokenSet:
-        """Return the correct and incorrect responses from which the critic learns, as tokens."""
+        """Return a split's correct and incorrect responses, as tokens, except those over `max_tokens`."""
         return self._tokens("critic", split, self.source.examples)
 
     def _tokens(self, purpose: str, split: Split, read: Callable[[Split], Sequence[Example]]) -> TokenSet:
@@ -125,10 +125,11 @@ class Prepared:
         """Make the token sets of all stages, so that data missing for a later stage are noticed at the start.
 
         Raises:
-            WmtpError: The data source fails, a split has no examples, or all its examples are too long; a
-                weight is negative although the recipe does not allow it; or data that the recipe needs are
-                missing: weights for its weighting, correct and incorrect responses for its critic, or test
-                problems for a second temperature.
+            WmtpError: The data source fails; a split has no examples; `TokenCache.open` refuses the examples,
+                for example because all are too long; the weighting reads weights, and one is negative
+                although the recipe does not allow it; or data that the recipe needs are missing: weights for
+                its weighting, correct and incorrect responses for its critic, or test problems for a second
+                temperature.
         """
         check_second_temperature(self.plan, self.source)
         for split in SPLITS:
@@ -204,7 +205,7 @@ class Prepared:
         return self.batches_in_order(tokens, documents, batch_size=rows)
 
     def critic_validation(self, half: Half) -> NDArray[np.int64]:
-        """Return the numbers of the documents in one validation half on which the critic is measured, int64.
+        """Return the numbers of the documents on which the critic is measured in a validation half, int64.
 
         The half that chooses the checkpoint and the half that judges the critic have no problem in common.
         """
@@ -213,7 +214,7 @@ class Prepared:
         return evenly_spread(documents_of(half, self.critic_tokens("validation")), limit=limit)
 
     def with_score_cache(self, critic: Critic | None, batches: StepBatches) -> Critic | None:
-        """Return the critic, with a cache of its scores if the recipe and the critic allow caching.
+        """Return the critic (None without one), with a cache of scores if recipe and critic allow caching.
 
         A critic that reads the policy gets no cache, because its scores change in each step.
         """
@@ -230,7 +231,7 @@ class Prepared:
         return CachedCritic(critic, batches, accumulation=parts, folder=folder)
 
     def scores(self, critic: Critic, batch: Batch, hidden_BTH: Tensor | None) -> Scores:
-        """Return the critic's scores; `hidden_BTH` has the trunk states for a critic that reads them."""
+        """Return the critic's scores; `hidden_BTH` is None for a critic that does not read trunk states."""
         label = self.plan.critic_label
         return critic_scores(critic, batch, hidden_BTH, autocast=self.compute.autocast, label=label)
 
@@ -288,7 +289,7 @@ class Prepared:
         return within
 
     def _add_critic_input(self, model: Policy) -> None:
-        """Record digest and config of a model that a component reads; cached scores depend on them."""
+        """Record digest and config of a model that a component reads, if scores may be cached."""
         if self.plan.recipe.critic is not None and self.plan.recipe.critic.cache:
             self._critic_inputs += [state_sha256(model.state_dict()), model.config.to_json_string()]
 
@@ -319,7 +320,7 @@ def prepare(plan: Plan, *, log: Callable[[str], None], distributed: Distributed 
 
     Raises:
         WmtpError: The data, the base model or the device is missing or invalid; or the policy cannot be made
-            as the recipe describes it, or cannot read its packed rows or its longest documents.
+            as the recipe describes it, or cannot read packed rows or documents of `data.max_tokens` tokens.
     """
     recipe = plan.recipe
     storage, seed = Path(recipe.run.storage), recipe.run.seed

@@ -31,7 +31,7 @@ def load_reference(path: Path, policy: Policy, *, tokenizer: Any) -> LanguageMod
 
     Raises:
         WmtpError: There is no such model, or it cannot be loaded; its tokenizer differs from the policy's; or
-            the model is from a run and has another shape than the policy.
+            the model is from a run and does not fit the policy.
     """
     if (path / "config.json").is_file():
         from transformers import AutoModelForCausalLM

@@ -51,7 +51,7 @@ class CachedCritic(Critic):
     Args:
         critic: The critic, which must no longer be trained.
         batches: The batches of stage 2; only documents of their token set can be scored.
-        accumulation: Number of parts in which a batch is scored.
+        accumulation: Maximum number of parts in which a batch is scored.
         folder: The folder of the complete table, which is read if it exists; otherwise the folder is written
             as soon as all documents are scored.
 
@@ -161,7 +161,7 @@ def scores_key(
         chosen: The critic's component, with its address, source and options.
         inputs: The SHA-256 of the weights, and the configuration, of each model that core gave the critic.
         batches: The batches of stage 2.
-        accumulation: Number of parts in which a batch is scored.
+        accumulation: Maximum number of parts in which a batch is scored.
         compute: The device and the precision with which the scores are computed.
     """
     depends = {

@@ -1,8 +1,8 @@
 """Measures what the steps of a stage cost: tokens and operations per second, and peak memory.
 
 The cost differs between machines, so it is recorded as `timings`. Metrics are recorded separately, because
-they are equal in all runs of a recipe. MLflow shows names that begin with `system/` in its tab for system
-metrics, in which a megabyte is 10^6 bytes.
+they do not depend on the speed of the machine. MLflow shows names that begin with `system/` in its tab for
+system metrics, in which a megabyte is 10^6 bytes.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class StageCost:
     def read(self) -> dict[str, float]:
         """Return rates since the last call and peaks of memory, by metric name; every process must call this.
 
-        The rates cover all processes together, and a peak is the maximum over the processes. The call does
-        not reset the peaks.
+        The rates cover all processes together, and a peak is the maximum over the processes. If no operations
+        were counted, rates of operations are left out. The call does not reset the peaks.
         """
         seconds = max(time.perf_counter() - self._clock, 1e-9)
         found = {"tokens_per_second": self._tokens / seconds}

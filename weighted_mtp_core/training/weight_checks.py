@@ -50,7 +50,7 @@ class ValueCheck:
 
     A warning is logged once if all targets of a step have weight 0. On an accelerator, the results of the
     checks are read only every few steps, so invalid weights end the run a few steps late; until then, steps
-    with non-finite weights are skipped.
+    with a non-finite loss or gradient are skipped.
 
     Attributes:
         label: The weighting's address, plugin, distribution and version, for messages.
@@ -81,7 +81,8 @@ class ValueCheck:
     def due(self, step: int, steps: int) -> bool:
         """Return whether to call `raise_if_bad` after this step; on a CPU always, because reading is free.
 
-        On an accelerator, the result is True every `READ_EVERY` steps and after the last step.
+        On an accelerator, the result is True every `READ_EVERY` steps, after the last step, and if no weights
+        were checked since the last call of `raise_if_bad`.
         """
         on_host = self._worst is None or self._worst.device.type == "cpu"
         return on_host or (step + 1) % READ_EVERY == 0 or step + 1 >= steps

@@ -47,7 +47,7 @@ class Weighting:
     Attributes:
         strategy: The strategy, which is called once per step with the whole global batch.
         needs: The signals that the strategy declares.
-        critic: Computes the signals that core cannot compute; None if the recipe has no critic.
+        critic: Computes the signals in `CRITIC_SIGNALS`; None if there is no critic.
         label: The weighting's address, plugin, distribution and version, for messages.
         critic_label: The critic's address, plugin, distribution and version; empty without a critic.
     """
@@ -91,7 +91,7 @@ class _View(StepView):
 
 
 def _undeclared(view: StepView) -> str | None:
-    """Return a hint on which signals to declare; None if the view contained all signals that were read."""
+    """Return a hint on which signals to declare; None if no signal is known to have been missing."""
     if not isinstance(view, _View) or not view.missing:
         return None
     names = ", ".join(f"`view.{name}`" for name in view.missing)
@@ -156,7 +156,7 @@ class Signals:
             hidden: Trunk states of the micro-batches; None for states that have not been computed yet.
             step: Number of completed optimiser steps.
             steps: Optimiser steps of the stage.
-            training: False for a batch that is only measured.
+            training: True for a training step, False for a batch that is only measured.
         """
         needs, rows, distributed = self.weighting.needs, len(batch.ids_BT), self.distributed
         dropout = self.policy.has_dropout
@@ -190,7 +190,7 @@ class Signals:
         )
 
     def _compute(self, batch: Batch, hidden_BTH: Tensor | None) -> dict[Signal, Tensor]:
-        """Return the needed signals of one micro-batch, in the same order in every process."""
+        """Return the needed signals that critic and heads compute, in the same order in every process."""
         needs = self.weighting.needs
         from_heads = {signal: read for signal, read in _FROM_HEADS.items() if signal in needs}
         critic = self.weighting.critic if needs & {*CRITIC_SIGNALS} else None

@@ -131,7 +131,7 @@ def test_a_problem_has_as_many_responses_and_twins_as_asked_for():
         given = [each for each in one.candidates if each.is_example]
         assert len(given) == 5
         assert all(each.made == "solution" for each in given[3:])
-        assert len(one.candidates) == 6  # the sixth one is the solution, which is not an example
+        assert len(one.candidates) == 6  # one more: the solution, which is not an example
 
 
 def test_other_slips_leave_the_functions_as_they_are(drawn):

@@ -22,7 +22,7 @@ def check(candidate):
     assert candidate(-7) == 49
     assert candidate(0) == 0
 """
-# Only programs that exceed a limit get short limits; on a busy machine, other programs may run much longer.
+# Only programs whose verdict may come from a limit get short limits; others may be slow on a busy machine.
 PATIENT = {"cpu_seconds": 20.0, "wall_seconds": 120.0}
 HURRIED = {
     VerdictKind.CPU_LIMIT: {"cpu_seconds": 0.6, "wall_seconds": 60.0},

@@ -184,7 +184,7 @@ MICRO_TEMPLATE = (
 
 @pytest.fixture
 def recipe(chats, tmp_path, monkeypatch, install_plugin, flat_plugin):
-    """Write a recipe that trains a micro model on all but the last 40 chats; 20 of these are the test."""
+    """Write a recipe for a micro model: 160 chats are for training, 20 for validation, 20 for the test."""
     install_plugin("flat", flat_plugin)
     monkeypatch.chdir(tmp_path)
     for name, part in (("train", slice(-40)), ("validation", slice(-40, -20)), ("test", slice(-20, None))):

@@ -93,7 +93,7 @@ class Heads(nn.ModuleList, ABC):
     @classmethod
     @abstractmethod
     def split(cls, base: Any, *, n_future: int, table: HeadsTable) -> SplitModel:
-        """Split a causal LM into trunk, head 1 and norm without copying its modules, and make heads 2..K.
+        """Split a causal LM into trunk, head 1 and norm without copying parameters, and make heads 2..K.
 
         Raises:
             WmtpError: The model cannot be split for this kind of head.
@@ -153,7 +153,7 @@ class Heads(nn.ModuleList, ABC):
 
     @property
     def bodies(self) -> Sequence[nn.Module]:
-        """The transformers models (bodies) that the heads contain."""
+        """The transformers models (bodies) that the heads contain; empty for `medusa` heads."""
         return ()
 
     @property

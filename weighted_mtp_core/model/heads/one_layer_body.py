@@ -57,6 +57,6 @@ class _ZeroEmbedding(nn.Module):
         self.width = width
 
     def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
-        """Return zeros `[H]` to add to states; ignores the arguments, which differ between families."""
+        """Return zeros `[H]` to add to states, whatever the arguments, which differ between families."""
         first = next(iter((*given, *named.values())))
         return torch.zeros(self.width, device=first.device)

@@ -220,7 +220,7 @@ class SequentialHeads(Heads):
         text: Text,
         more: bool,
     ) -> tuple[Tensor, ...]:
-        """Return the states of head k, and the keys and values to which later modules attend.
+        """Return head k's states and, if `Wiring.recurrent` is true, keys and values for later modules.
 
         Args:
             k: Number of the head, from 2.
@@ -250,7 +250,7 @@ class SequentialHeads(Heads):
         return self._blind(trunk.get_input_embeddings()(ids_BT), position_BT, k=k)
 
     def _blind(self, embedded_BTH: Tensor, position_BT: Tensor, *, k: int) -> Tensor:
-        """Return the embeddings, with 0 at the positions where module 1 reads no embedding."""
+        """Return the embeddings; for module 1, with 0 at the positions where it reads no embedding."""
         if not self.wiring.blind_start or k > 2:
             return embedded_BTH
         return embedded_BTH.masked_fill((position_BT == 0)[:, :, None], 0.0)
@@ -267,8 +267,7 @@ class SequentialModule(nn.Module):
     """One module of the chain: norms, a projection and a decoder layer.
 
     In a new module, W is the identity for the state and 0 for the embedding, and the norms of state and
-    embedding multiply by 1. The input of the copied layer then has the direction of the state that the module
-    reads.
+    embedding multiply by 1. The input of the copied layer is then the normalised state that the module reads.
 
     Args:
         body: A body of one layer.

@@ -34,7 +34,7 @@ def cut_completion(text: str, *, prompt: str, entry_point: str) -> str:
     """Return the part of a model's text that must follow the prompt to give the intended program.
 
     Text and fences around the code are dropped. The completion contains the function, the statements before
-    the function (except those that do nothing), and the later statements that the function uses. If the model
+    the function (except those that do nothing), and the later statements that these use. If the model
     repeats the signature, the signature is kept, because a later definition of a function replaces an earlier
     definition.
 
@@ -44,7 +44,7 @@ def cut_completion(text: str, *, prompt: str, entry_point: str) -> str:
         entry_point: Name of the function, which the code may define, assign or import.
 
     Returns:
-        The completion; `text` itself if it does not contain the function.
+        The completion; `text` itself if it contains no valid code that defines the function.
     """
     lines = _lines(text)
     margin = _margin(prompt, entry_point)
@@ -58,7 +58,7 @@ def cut_completion(text: str, *, prompt: str, entry_point: str) -> str:
 
 
 def cut_program(text: str) -> str:
-    """Return the program in a text: the last fenced block of code, otherwise the code between prose.
+    """Return the program in a text: the last fenced block of Python, otherwise the code before any fence.
 
     A block in a closed fence is preferred to a block in an open fence.
 
@@ -96,7 +96,8 @@ class _Prompt:
 
     Attributes:
         text: The text of the prompt.
-        margin: Indentation of the function body that the prompt begins; empty if it begins no body.
+        margin: Indentation of the function's body; by default four spaces. Empty if the prompt does not
+            contain the signature of the function.
         entry_point: Name of the function.
         is_whole: Whether the prompt is valid Python without a completion.
     """
@@ -113,7 +114,8 @@ class _Block:
 
     Attributes:
         code: The code, as a completion of the prompt.
-        continues: Whether the code is the body of the function that the prompt begins.
+        continues: Whether the text begins with this code, and the code is the body of the function that the
+            prompt begins.
         imports: Whether the code only imports the function.
         fence: `closed` or `open` if the code is in a fence, otherwise empty.
     """
@@ -219,7 +221,7 @@ def _forms(code: str, prompt: _Prompt) -> Iterator[list[str]]:
 
 
 def _margin(prompt: str, entry_point: str) -> str:
-    """Return the indentation of the function body that the prompt begins; empty if it begins no body."""
+    """Return the indentation of the function's body; empty if the prompt does not contain its signature."""
     begun = _signature(prompt, entry_point)
     if begun is None:
         return ""
@@ -236,7 +238,7 @@ def _longest(code: str, prompt: _Prompt, *, keeps_last: bool) -> tuple[str, list
 
     Returns:
         The completion, its statements, and the number of dropped lines; None if the code does not define the
-        function.
+        function, or never becomes valid Python.
     """
     lines = code.split("\n")
     given = prompt.text.count("\n")
@@ -258,8 +260,9 @@ def _longest(code: str, prompt: _Prompt, *, keeps_last: bool) -> tuple[str, list
 def _parsed_lines(lines: Sequence[str], before: str) -> tuple[str, ast.Module | int]:
     """Parse lines after the text `before`; return their code, and the tree or the line of a syntax error.
 
-    If lines that end with a control token such as `<|im_end|>` are not valid Python, the token is dropped,
-    because a model may write it as text.
+    The line is `sys.maxsize` if it is unknown. If the lines are not valid Python, and the last line contains
+    a control token such as `<|im_end|>`, this line is cut off before the token, because a model may write
+    the token as text.
     """
     code = "\n".join(lines)
     tree = _tree_or_line(before + code)
@@ -274,7 +277,7 @@ def _is_text(node: ast.stmt) -> bool:
 
 
 def parsed(source: str) -> ast.Module | None:
-    """Return the syntax tree of a source, without syntax warnings; None if the source is not valid Python."""
+    """Return the syntax tree of a source, without syntax warnings; None if Python cannot parse the source."""
     tree = _tree_or_line(source)
     return None if isinstance(tree, int) else tree
 

@@ -1,7 +1,7 @@
 """Find the statements of a module that a function needs.
 
 A function needs its own definition, the statements before it (except those that do nothing), and those later
-statements that it uses.
+statements that these use.
 """
 
 from __future__ import annotations
@@ -106,9 +106,9 @@ def _bodies(node: ast.stmt) -> Iterator[ast.stmt]:
 def _used(later: Iterable[ast.stmt], *, by: Sequence[ast.stmt], entry_point: str) -> list[ast.stmt]:
     """Return, in order, those of the statements `later` that the statements `by` need.
 
-    A statement is needed if it binds or changes a name that `by`, or another needed statement, reads without
-    setting it. A statement that uses the function `entry_point` only tries it out, so it is not needed,
-    unless it is the definition of another function or class.
+    A statement is needed if it binds or changes a name that `by` and the needed statements found so far read
+    but do not set. Another definition of the function `entry_point` is not needed. A statement that uses this
+    function only tries it out, so it is not needed, unless it defines another function or class.
     """
     offered = [
         node
@@ -126,7 +126,7 @@ def _used(later: Iterable[ast.stmt], *, by: Sequence[ast.stmt], entry_point: str
 
 
 def _needs(nodes: Iterable[ast.stmt]) -> set[str]:
-    """Return the names that statements read but do not set; scopes are ignored."""
+    """Return the names that statements read, but do not assign or take as arguments; scopes are ignored."""
     reads, sets = set(), set()
     for node in (each for statement in nodes for each in ast.walk(statement)):
         match node:

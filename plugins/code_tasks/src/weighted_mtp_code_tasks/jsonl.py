@@ -1,4 +1,4 @@
-"""The data source `code_tasks.jsonl`: rows as in `core.jsonl`, with tests that judge completions."""
+"""The data source `code_tasks.jsonl`: rows as in `core.jsonl`, and optional tests that judge completions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class JudgedJsonlOptions(JsonlOptions):
 
 
 def build_jsonl(options: JudgedJsonlOptions, context: BuildContext) -> DataSource:
-    """Build the data source; all lines are read and checked, but no program is run yet.
+    """Build the data source; all rows are read and checked, but no program is run yet.
 
     Raises:
         WmtpError: The options or the files are invalid; `JsonlSource` lists the reasons.
@@ -44,10 +44,10 @@ def build_jsonl(options: JudgedJsonlOptions, context: BuildContext) -> DataSourc
 
 @define(kw_only=True)
 class _ProgramJudge(FunctionJudge):
-    """Runs completions without their prompts, which are prose; the tests define `check(candidate)`."""
+    """Runs completions without their prompts, which may be prose; the tests define `check(candidate)`."""
 
     def completion(self, problem: Problem, text: str) -> str:
-        """Return the program in a text that the policy wrote."""
+        """Return the program in a text that the policy wrote; the text itself if it has no program."""
         return cut_completion(text, prompt="", entry_point=problem.entry_point)
 
     def job(self, problem: Problem, completion: str) -> AnyJob:
@@ -56,9 +56,9 @@ class _ProgramJudge(FunctionJudge):
 
 
 class JudgedJsonlSource(JsonlSource):
-    """Supplies the rows of files as examples, and the rows with `tests` also as problems.
+    """Supplies the rows of files as examples, and one problem for each problem id that has rows with `tests`.
 
-    The rewards of examples come from the rows; only the completions of the policy are run.
+    The responses in the rows are not run; only the completions that `verify` receives are run.
     """
 
     def __init__(self, options: JudgedJsonlOptions, context: BuildContext) -> None:
@@ -81,7 +81,7 @@ class JudgedJsonlSource(JsonlSource):
         return list(found.values())
 
     def completion(self, problem: Problem, text: str) -> str:
-        """Return the program in a text that the policy wrote."""
+        """Return the program in a text that the policy wrote; the text itself if it has no program."""
         return self._judge.completion(problem, text)
 
     def verify(self, attempts: Sequence[tuple[Problem, str]]) -> list[Verdict]:

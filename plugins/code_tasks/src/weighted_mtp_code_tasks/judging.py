@@ -25,7 +25,7 @@ class Judgement:
 
     Attributes:
         verdicts: One verdict for each attempt.
-        provenance: Versions, machine and limits on which verdicts can depend, by name.
+        provenance: Facts on which verdicts can depend, by name, such as versions, machine and limits.
     """
 
     verdicts: list[Verdict]
@@ -36,7 +36,7 @@ class Judge(ABC):
     """Judges completions of one kind of problem; subclasses define the format of `Problem.tests`."""
 
     def completion(self, problem: Problem, text: str) -> str:
-        """Return the part of a policy's text that is judged; by default, the code that follows the prompt."""
+        """Return the part of a policy's text that is judged; by default, the result of `cut_completion`."""
         return cut_completion(text, prompt=problem.prompt, entry_point=problem.entry_point)
 
     @abstractmethod
@@ -87,10 +87,10 @@ class FunctionJudge(Judge):
         The back end `trusted` confines nothing and is not tested.
 
         Raises:
-            WmtpError: No sandbox that the settings allow works, or the sandboxes of two machines could give
-                different verdicts.
-            RunFailedError: The sandbox does not confine programs, too many programs could not be judged, or
-                machines were lost.
+            WmtpError: No sandbox that the settings allow works, no folder is suitable for a scratch folder,
+                or the sandboxes of two machines could give different verdicts.
+            RunFailedError: The sandbox does not confine programs, a worker does not start, too many programs
+                could not be judged, or a task of the executor failed.
         """
         jobs = [self.job(problem, text) for problem, text in attempts]
         if executor is not None:
@@ -104,11 +104,11 @@ class FunctionJudge(Judge):
 class AssertsJudge(FunctionJudge):
     """Runs completions without their prompts, which are only docstrings; the tests are assert statements.
 
-    The asserts use the names of functions that the completion defines.
+    The asserts, and code that prepares them, use names that the completion defines.
     """
 
     def completion(self, problem: Problem, text: str) -> str:
-        """Return the program in a text that the policy wrote."""
+        """Return the program in a text that the policy wrote; the text itself if it has no program."""
         return cut_completion(text, prompt="", entry_point=problem.entry_point)
 
     def job(self, problem: Problem, completion: str) -> AnyJob:
@@ -124,7 +124,7 @@ class StdinJudge(FunctionJudge):
     """
 
     def completion(self, problem: Problem, text: str) -> str:  # noqa: ARG002 - the same for every problem
-        """Return the program in a text that the policy wrote."""
+        """Return the program in a text that the policy wrote; the text itself if it has no program."""
         return cut_program(text)
 
     def job(self, problem: Problem, completion: str) -> AnyJob:

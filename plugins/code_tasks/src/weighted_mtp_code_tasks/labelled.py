@@ -93,17 +93,17 @@ class LabelledSource(DataSource):
         return self._stored.version
 
     def examples(self, split: Split) -> Sequence[Example]:
-        """Return all labelled responses of the split."""
+        """Return the examples of the split, which are labelled responses."""
         return self._examples[split]
 
     def policy_examples(self, split: Split) -> Sequence[Example]:
-        """Return all correct responses of the split and, for training, also incorrect responses.
+        """Return all correct examples of the split and, for training, also incorrect examples.
 
-        The share of incorrect responses is `incorrect_fraction`. The incorrect responses are taken at equal
-        intervals from the list of all incorrect responses.
+        The share of incorrect examples is `incorrect_fraction`. The incorrect examples are taken at equal
+        intervals from the list of all incorrect examples.
 
         Raises:
-            WmtpError: There are fewer incorrect responses than `incorrect_fraction` requires.
+            WmtpError: There are fewer incorrect examples than `incorrect_fraction` requires.
         """
         examples = self._examples[split]
         right = [example for example in examples if is_correct(example.reward)]

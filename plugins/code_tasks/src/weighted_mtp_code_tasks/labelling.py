@@ -39,7 +39,8 @@ class Candidate:
         made: Origin of the response: `solution`, `mutant` (a solution with deliberate changes) or `sample` (a
             response of unknown correctness, for example from a model).
         spans: Weights of spans of characters of the response, as in `Example.spans`.
-        is_example: Whether the response becomes an example; if not, it is only judged.
+        is_example: Whether the response becomes an example if its verdict is a label. If False, the response
+            is judged but never becomes an example.
     """
 
     response: str
@@ -140,8 +141,8 @@ def with_a_solution(judged: Sequence[JudgedProblem], *, name: str, tolerated: fl
 
     Raises:
         WmtpError: There are no problems; or the share of problems without such a solution is larger than
-            `tolerated`, or no problem has one. So many failures mean that the tests, the limits or the
-            sandbox are wrong.
+            `tolerated`, or no problem has one. So many failures probably mean that the tests, the limits
+            or the sandbox are wrong.
     """
     if not judged:
         raise WmtpError(

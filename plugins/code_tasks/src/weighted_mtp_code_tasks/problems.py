@@ -42,10 +42,11 @@ class ProblemsOptions:
 
 
 def build_problems(options: ProblemsOptions, context: BuildContext) -> DataSource:  # noqa: ARG001 - every builder gets one
-    """Build the data source; all lines are read and checked, but no program is run yet.
+    """Build the data source; all records are read and checked, but no program is run yet.
 
     Raises:
-        WmtpError: The file cannot be read, or has invalid records, which the message lists.
+        WmtpError: The file cannot be read, has no records, or has invalid records, of which the message lists
+            up to 20.
     """
     return ProblemsSource(options)
 
@@ -75,7 +76,7 @@ class ProblemsSource(DataSource):
         return DatasetVersion(name=self._path.name.partition(".")[0], version=sha256[:12], sha256=sha256)
 
     def completion(self, problem: Problem, text: str) -> str:
-        """Return the code in a text that continues the prompt of the problem."""
+        """Return the part of a text that completes the prompt of the problem (see `cut_completion`)."""
         return self._judge.completion(problem, text)
 
     def verify(self, attempts: Sequence[tuple[Problem, str]]) -> list[Verdict]:

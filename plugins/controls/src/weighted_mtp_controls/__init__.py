@@ -2,10 +2,10 @@
 
 A control tests whether arbitrary weights with a similar distribution would have given the same result. Wrap
 the weighting under test in `controls.shuffled`, which moves its weights to other tokens of the same response,
-or in `controls.random_matched`, which replaces its weights with random weights of the same mean, standard
-deviation and range. For an exact ablation, `controls.record` saves the weights of every training step, and
-`controls.replay` loads the saved weights in another run. The combinators `product`, `clip` and `anneal` build
-a weighting from other weightings.
+or in `controls.random_matched`, which replaces its weights with random weights of the same mean and standard
+deviation, within the same range. For an exact ablation, `controls.record` saves the weights of every training
+step, and `controls.replay` loads the saved weights in another run. The combinators `product`, `clip` and
+`anneal` build a weighting from other weightings.
 
 The option `of` is a table with the keys of a recipe's table `[weighting]` and selects the wrapped weighting;
 in `product`, `of` is a list of such tables:
@@ -78,7 +78,7 @@ class ClipOptions:
 
     Attributes:
         of: The weighting to clip.
-        low: Lower limit of the weights; may be negative if the weighting `of` has negative weights.
+        low: Lower limit of the weights; may be negative.
         high: Upper limit of the weights.
     """
 

@@ -1,4 +1,4 @@
-"""Random-matched control: random weights with the mean, standard deviation and range of the wrapped weights.
+"""Random-matched control: random weights with the mean and the standard deviation of the wrapped weights.
 
 Shape letters: B batch rows, T positions, C columns (the K heads, or 1 for weights by token).
 """
@@ -21,7 +21,7 @@ _SMALLEST_EXPONENT, _LARGEST_EXPONENT = -1.0, 14.0
 
 
 class RandomMatched(Wrapper):
-    """Draws random weights with the mean, standard deviation and range of the wrapped weights in the batch.
+    """Draws random weights with the mean and standard deviation of a batch's wrapped weights, in their range.
 
     The weights are `clip(m + s z, low, high)`, where z is standard normal, and low and high are the smallest
     and the largest wrapped weight of the batch's targets. The numbers m and s are chosen such that the mean
@@ -45,7 +45,7 @@ class RandomMatched(Wrapper):
 
 
 def match(normal: Tensor, *, like: Tensor, mask: Tensor) -> Tensor:
-    """Return `clip(m + s * normal, low, high)` with the mean, standard deviation and range of `like`.
+    """Return `clip(m + s * normal, low, high)` with the mean and the standard deviation of `like`.
 
     Here low and high are the smallest and the largest entry of `like`. Only entries where the mask is True
     count; the others are 0 in the result. For each s, exactly one m gives the right mean, and the standard

@@ -72,7 +72,7 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 
 def _key(seed: int) -> int:
-    """Return a hash of the seed, because the seed itself could equal a number that stands for a head."""
+    """Return a hash of the seed, so that heads with different seeds do not draw the same numbers."""
     return int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=8).digest(), signed=True)
 
 

@@ -51,7 +51,7 @@ class Record(Wrapper):
         return weights
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the hash of the last recorded weights, and the state of the wrapped weighting."""
+        """Return the hash of the last recorded weights (zeros if none) and the wrapped weighting's state."""
         return {**super().state_dict(), "previous": self._previous}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -80,8 +80,9 @@ class Replay(WeightingStrategy):
         """Return the recorded weights of this step.
 
         Raises:
-            WmtpError: The weights of this step were not recorded or belong to another batch; another run
-                recorded the weights of the previous step; or a file is malformed.
+            WmtpError: The weights of this step or of the previous step were not recorded; the weights of this
+                step belong to another batch; another run recorded the weights of the previous step; or a file
+                is malformed.
         """
         step, saved = view.step, self._read(view.step)
         if not torch.equal(saved["ids"], _masked_ids(view)):

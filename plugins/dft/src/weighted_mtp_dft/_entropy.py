@@ -29,8 +29,8 @@ class Entropy(WeightingStrategy):
     def weigh(self, view: StepView) -> Weights:
         """Return weights, float32 `[B, T, K]`: 1 for selected targets, otherwise 0.
 
-        Each head has a threshold, such that the share `keep` of its targets has at least this entropy. All
-        targets with an entropy equal to the threshold are selected.
+        Each head has a threshold, the entropy that the share `keep` of its targets (rounded, at least one
+        target) reaches. All targets with an entropy equal to the threshold are selected.
         """
         assert view.token_entropy_BTK is not None
         target_BTK, entropy_BTK = view.target_BTK, view.token_entropy_BTK

@@ -26,7 +26,7 @@ class Probability(WeightingStrategy):
         self._floor = options.floor
 
     def weigh(self, view: StepView) -> Weights:
-        """Return weights `[B, T, K]` between `floor` and 1; 0 for pairs that do not count."""
+        """Return weights `[B, T, K]` between `floor` and 1; 0 for pairs without a target."""
         assert view.token_loss_BTK is not None
         target_BTK = view.target_BTK
         probability_BTK = torch.exp(-view.token_loss_BTK)

@@ -26,6 +26,9 @@ class Reference(Critic):
         self._losses = context.model.frozen_losses(checkpoint)
 
     def score(self, batch: Batch, hidden_BTH: Tensor | None) -> Scores:
-        """Return the reference loss of each response token in nats, float32 `[B, T]`; 0 for other tokens."""
+        """Return the reference losses of response tokens in nats, float32 `[B, T]`; 0 for other tokens.
+
+        A response token without a preceding token also has the loss 0.
+        """
         del hidden_BTH
         return Scores(reference_loss_BT=self._losses(batch))

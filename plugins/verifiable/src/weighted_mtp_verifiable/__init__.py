@@ -2,7 +2,7 @@
 
 The critics are `verifiable.value_head` and `verifiable.language_models`. The weightings
 `verifiable.td_error` and `verifiable.success_ratio` need a critic; the weighting `verifiable.group_advantage`
-needs only the rewards. This module only declares the components; the build functions import the algorithms.
+does not. This module only declares the components; the build functions import the algorithms.
 """
 
 from __future__ import annotations
@@ -43,20 +43,21 @@ class TdErrorOptions:
         estimator: `"gae"` uses generalised advantage estimation (GAE), a sum of TD errors. `"td"` uses the TD
             error of the token alone, as `"gae"` does with `lam = 0`.
         gamma: Discount per token.
-        lam: Decay λ of GAE. With 0, the advantage compares the critic's values after and before the token;
-            with 1, it compares the reward and the value before the token. In a response of about
-            1 / (1 - gamma * lam) tokens or fewer, the advantage of every token contains a large share of the
-            reward, which is the same for all tokens of the response. Weights then differ more between
-            responses than between the tokens of a response.
+        lam: Decay λ of GAE. With 0, the advantage compares the critic's values after and before the token
+            (for the last token, the reward and the value before it); with 1, it compares the reward and the
+            value before the token. In a response of about 1 / (1 - gamma * lam) tokens or fewer, the
+            advantage of every token contains a large share of the reward, which is the same for all tokens of
+            the response. Weights then differ more between responses than between the tokens of a response.
         beta: Temperature; a smaller temperature spreads the weights further apart.
         clip: Limits [low, high] to which the weight exp(A / beta) is clipped; A is the advantage after the
             options `whiten` and `sign` are applied.
         whiten: How advantages are whitened to mean 0 and standard deviation 1: `"batch"` uses the statistics
             of the batch, `"ema"` uses moving statistics, and `"none"` does not whiten.
         ema_decay: Weight of the old moving statistics in each training step, for `whiten = "ema"`.
-        sign: `"advantage"` uses the whitened advantage A. `"reward"` uses max(A, 0) in a correct response, so
-            that the weights of its tokens are at least 1 before clipping, and min(A, 0) in an incorrect
-            response, so that the weights of its tokens are at most 1 before clipping.
+        sign: `"advantage"` uses the advantage A as it is after the option `whiten`. `"reward"` uses max(A, 0)
+            in a correct response, so that the weights of its tokens are at least 1 before clipping, and
+            min(A, 0) in an incorrect response, so that the weights of its tokens are at most 1 before
+            clipping.
         positives_only: Whether incorrect responses get weight 0; the statistics of whitening still include
             these responses.
         per_response: Whether the clipped weights of each response are scaled to mean 1, so that weights
@@ -108,7 +109,8 @@ class SuccessRatioOptions:
             before the token's line, so that all tokens of a line have the same weight.
         heads: `"target"` gives a token the same weight for every head. With `"path"`, the ratio of head k,
             which predicts token t + k from token t, is V_{t+k} / V_t, where V_t is the value after token t.
-            This ratio is the product of the ratios of the tokens t + 1 to t + k.
+            This ratio is the product of the ratios of the tokens t + 1 to t + k (with `span = "line"`, of
+            their lines). If t is a prompt token, the value at the end of the prompt replaces V_t.
     """
 
     where: Literal["all", "wrong"] = "all"
@@ -191,11 +193,11 @@ class ValueHeadOptions:
     """`[critic.options]` of `verifiable.value_head`.
 
     Attributes:
-        objective: `"monte_carlo"` trains every value to predict the reward. `"lambda_return"` trains every
-            value to predict a mixture of the reward and the critic's own later values. `"bradley_terry"` only
-            ranks a correct response above an incorrect response to the same problem.
-        lam: Decay λ for `objective = "lambda_return"`: with 0, the target is the critic's next value alone;
-            with 1, it is the reward alone.
+        objective: `"monte_carlo"` trains the values in a response to predict the reward. `"lambda_return"`
+            trains these values to predict a mixture of the reward and the critic's own later values.
+            `"bradley_terry"` only ranks a correct response above an incorrect response to the same problem.
+        lam: Decay λ for `objective = "lambda_return"`: with 0, the target of a value is the critic's next
+            value alone (after the last token, the reward); with 1, it is the reward alone.
         lam_schedule: `"constant"` keeps λ at `lam`. `"linear"` changes λ from `lam_start` at the first step
             to `lam` at the last step, because the critic's later values are useful targets only after some
             training on the reward.
@@ -280,12 +282,13 @@ class LanguageModelsOptions:
             same `[model]` table, or a transformers directory with the policy's tokenizer. Without this
             option, stage 1 trains the model of correct responses and the model of all responses, which both
             begin as copies of the policy.
-        all_model: A trained model of all responses; required if `right_model` is given.
+        all_model: A trained model of all responses, in the same form; required if `right_model` is given, and
+            refused otherwise.
         folds: Number of folds into which problems are divided. With 2 or more folds, each fold has two models
             of its own, which are trained on all other folds. So no model scores a response to a problem on
             which it was trained.
-        lora_rank: Rank of adapters to train instead of whole models; all models then share the parameters of
-            one copy of the policy. 0 trains whole models.
+        lora_rank: Rank of adapters to train instead of whole models; all models then share the frozen
+            parameters of one copy of the policy. 0 trains whole models.
     """
 
     right_model: str | None = None

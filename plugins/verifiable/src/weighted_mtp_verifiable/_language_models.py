@@ -56,7 +56,7 @@ class _Pair:
     everything: Losses
 
     def log_ratio(self, batch: Batch) -> Tensor:
-        """Return log p_right - log p_all for each response token, `[B, T]`; 0 for other tokens."""
+        """Return log p_right - log p_all of the response tokens, `[B, T]`; 0 for other tokens."""
         return self.everything(batch) - self.right(batch)
 
 
@@ -135,11 +135,11 @@ class LanguageModels(Critic):
         )
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        """Return the parameters of all models that are trained."""
+        """Return the trained parameters of all models; none if the models are finished ones."""
         return (each for each in self._models.parameters() if each.requires_grad)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the tensors of the models that this run trains; a tensor that models share occurs once."""
+        """Return the tensors of the models that stage 1 trains, each shared tensor once; otherwise empty."""
         kept = self._models.state_dict(keep_vars=True)
         names = {id(tensor): name for name, tensor in reversed(kept.items())}
         return {name: kept[name] for name in reversed(names.values())}

@@ -84,7 +84,10 @@ def trained_prefixes(batch: Batch) -> Tensor:
 
 
 def final_accuracy(logit_BT: Tensor, batch: Batch) -> Tensor:
-    """Return the share of responses whose last value is on the right side of 1/2 (above it if correct)."""
+    """Return the share of responses whose last value is on the right side of 1/2 (above it if correct).
+
+    The result is 0 if the batch has no response tokens.
+    """
     last_BT = batch.response_BT & (remaining_response_tokens(batch.response_BT, batch.document_BT) == 1)
     return masked_mean(((logit_BT > 0) == is_correct(batch.reward_BT)).float(), last_BT)
 

@@ -48,6 +48,8 @@ class Limits:
 def read_problems(files: Mapping[Split, Sequence[Path]], limits: Limits) -> list[LabelledProblem]:
     """Return the problems that have tests and a solution in Python 3, and that use stdin and stdout.
 
+    At most the first `limits.problems` of each split are returned, or all of them if this limit is 0.
+
     Raises:
         WmtpError: A file is missing or malformed, two problems with the same name have different descriptions
             or splits, or no problem has tests and a solution in Python 3 and uses stdin and stdout.

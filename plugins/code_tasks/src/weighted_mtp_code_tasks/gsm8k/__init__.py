@@ -45,7 +45,7 @@ def build_gsm8k(options: Gsm8kOptions, context: BuildContext) -> DataSource:
 
     Raises:
         WmtpError: The options name only one of `train` and `test`, or `path` in addition to these two; or a
-            file cannot be used; see also `LabelledSource`.
+            file cannot be used or downloaded; see also `LabelledSource`.
     """
     from pathlib import Path
 

@@ -36,8 +36,8 @@ def final_number(text: str) -> Decimal | None:
     The answer is the number after the last `####` that marks an answer and not a heading. Without this mark,
     the answer is the first number after the last `\boxed{`; without such a number, it is the last number. If
     a later line of the response begins with `Question:`, the text from there on is ignored. Thousands may be
-    separated by commas, LaTeX's `{,}` and `\,`, or narrow spaces. A currency, a percent sign or a full stop
-    is ignored.
+    separated by commas, LaTeX such as `{,}` and `\,`, or narrow or no-break spaces. A currency, a percent
+    sign or a full stop is ignored, and so is a number of more than 40 characters.
     """
     text, marked = _answer(text)
     if marked is not None:
@@ -50,7 +50,7 @@ def final_number(text: str) -> Decimal | None:
 def cut_answer(text: str) -> str:
     """Return the text up to the end of its answer; the final number of the result is the same.
 
-    Without a `####` that marks an answer, return the text up to the next question.
+    Without a `####` that marks an answer, return the text up to the next question or to its end.
     """
     return _answer(text)[0]
 
@@ -58,7 +58,7 @@ def cut_answer(text: str) -> str:
 def _answer(text: str) -> tuple[str, Decimal | None]:
     """Return the text up to the end of its answer, and the number after the `####` that marks the answer.
 
-    Without such a mark, return the text up to the next question, and None.
+    Without such a mark, return the text up to the next question or to its end, and None.
     """
     text = _NEXT_QUESTION.split(text, maxsplit=1)[0]
     end = text.rfind(MARK)

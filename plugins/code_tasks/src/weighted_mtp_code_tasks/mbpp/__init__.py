@@ -41,7 +41,8 @@ def build_mbpp(options: MbppOptions, context: BuildContext) -> DataSource:
     """Build the data source; if its labels are not in storage, run and label its programs.
 
     Raises:
-        WmtpError: A file or the sandbox cannot be used; see also `LabelledSource`.
+        WmtpError: The data cannot be downloaded, or a file or the sandbox cannot be used; see also
+            `LabelledSource`.
     """
     from pathlib import Path
 

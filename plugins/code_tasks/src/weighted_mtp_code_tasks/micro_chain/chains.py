@@ -44,7 +44,7 @@ def draw_chains(
     `kinds`, `slipping_types` and `seed`.
 
     Raises:
-        WmtpError: The grammar has fewer distinct functions of this length than `problems`.
+        WmtpError: Fewer than `problems` distinct functions of this length were found.
     """
     slips = {step.words: slip for kind in dict.fromkeys(kinds) for step, slip in typical_slips(kind)}
     types = random.Random(f"types {seed}")  # noqa: S311 - data, not secrets
@@ -75,7 +75,7 @@ def draw_chains(
 
 
 def typical_slips(kind: Kind) -> Iterator[tuple[Step, Step]]:
-    """Yield each step that has a constant, together with its slip, which is the step with the next constant.
+    """Yield each step that exists with several constants, and its slip: the step with the next constant.
 
     For example, the slip of "add 3" is "add 4". The slip of the step with the last constant is the step with
     the first constant.
@@ -91,7 +91,10 @@ def typical_slips(kind: Kind) -> Iterator[tuple[Step, Step]]:
 def _response(
     function: Function, generator: random.Random, *, slips: Mapping[str, Step], rates: Mapping[str, float]
 ) -> Candidate:
-    """Return a body in a random form, in which each step is a slip with probability `rates[step.words]`."""
+    """Return a body in a random form, in which each step is a slip with probability `rates[step.words]`.
+
+    A step that is not in `rates` is never a slip.
+    """
     steps = tuple(
         slips[step.words] if generator.random() < rates.get(step.words, 0.0) else step
         for step in function.steps
@@ -108,7 +111,7 @@ def _response(
 def slip_spans(right: str, written: str) -> Iterator[Span]:
     """Yield a span with weight 0 for each line of `written` that differs from the same line of `right`.
 
-    The span covers the characters of the line that differ.
+    The span extends from the first to the last character of the line that differs.
     """
     start = 0
     for ours, theirs in zip(right.splitlines(keepends=True), written.splitlines(keepends=True), strict=True):

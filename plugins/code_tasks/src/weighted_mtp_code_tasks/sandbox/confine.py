@@ -1,7 +1,7 @@
 """Confine processes by means of the kernel: namespaces, Landlock, seccomp, capabilities and resource limits.
 
 If the kernel refuses a step, the function for this step raises ConfinementError (`limit`: OSError). System
-calls go through ctypes, because this module runs in an interpreter that has only the standard library.
+calls go through ctypes, because this module also runs in an interpreter that has only the standard library.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def landlock_abi() -> int:
 
 
 def make_ruleset(readable: Sequence[int], writable: Sequence[int], *, folder: str) -> int:
-    """Return the descriptor of a Landlock ruleset that permits access only to the given files and folders.
+    """Return the descriptor of a Landlock ruleset that permits reading and writing only what is given.
 
     As far as the kernel's Landlock ABI allows, the ruleset also forbids TCP, connections to abstract Unix
     sockets of processes outside, and signals to processes outside.
@@ -128,7 +128,7 @@ def make_ruleset(readable: Sequence[int], writable: Sequence[int], *, folder: st
     Args:
         readable: Open `O_PATH` descriptors of files and folders that may be read, with all their content.
         writable: Open `O_PATH` descriptors of files that may be read and written (`/dev/null`).
-        folder: The scratch folder, in which everything may be read and written.
+        folder: The scratch folder, in which files and folders may be read, written, made and removed.
 
     Raises:
         ConfinementError: The kernel does not support Landlock or rejects the rules.

@@ -50,7 +50,7 @@ class StdinJob:
     """A program that reads stdin and writes stdout.
 
     Attributes:
-        program: The whole source code, which is run as `__main__` once for each case.
+        program: The whole source code, which is run as `__main__` once for each case until a case fails.
         cases: Pairs of stdin and expected stdout; white space at the ends of lines and at the end of the
             output is ignored.
     """
@@ -70,8 +70,9 @@ def humaneval_tests(*, prompt: str, entry_point: str, test: str) -> str:
     """Return trusted tests for a problem in HumanEval's format.
 
     The function `check` may call helper functions that the prompt defines, such as `poly`. So the tests
-    contain the prompt: a program could replace these helpers so that wrong answers pass. If the prompt is not
-    valid Python, with or without `pass` as its last line, the tests are `test` alone.
+    contain the prompt and do not use the program's helpers, which a program could replace so that wrong
+    answers pass. If the prompt is not valid Python, with or without `pass` as its last line, the tests are
+    `test` alone.
     """
     for ending in ("\n    pass\n", "\n\tpass\n", "\n  pass\n", "\n"):
         source = f"{prompt.rstrip()}{ending}"

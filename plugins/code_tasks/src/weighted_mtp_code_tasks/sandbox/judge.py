@@ -36,7 +36,8 @@ def run_check(
         reading: Shared memory for `Remote`.
 
     Returns:
-        The kind of the verdict and its detail; the kind is `gone` if the process of the program ended.
+        The kind of the verdict and its detail; the kind is `gone` if the process of the program
+        ended or closed its channel.
     """
     remote = Remote(channel, deadline=deadline, reading=reading)
     random.seed(0)
@@ -69,11 +70,11 @@ def _run_tests(code: CodeType, names: dict[str, object], *, entry_point: str, re
 
 
 def _program_names(tests: str, remote: Remote) -> dict[str, object]:
-    """Bind each name that asserts use to a module of the standard library or to a function of the program.
+    """Bind the names that asserts use to modules of the standard library or to functions of the program.
 
-    The name of a built-in function is bound to the interpreter's function, because a program could pass by
-    defining its own `set` or `all`. But if the asserts use only such names, the name of a called function is
-    bound to the program's function (MBPP 126 tests a function `sum` of the program).
+    Names of built-in functions are not bound, so they mean the interpreter's functions, because a program
+    could pass by defining its own `set` or `all`. But if the asserts use only such names, the name of a
+    called function is bound to the program's function (MBPP 126 tests a function `sum` of the program).
     """
     nodes = list(ast.walk(ast.parse(tests)))
     used = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}

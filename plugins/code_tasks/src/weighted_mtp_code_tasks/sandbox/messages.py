@@ -14,18 +14,18 @@ class RawReader(Protocol):
     """An unbuffered binary file that is open for reading."""
 
     def read(self, size: int, /) -> bytes | None:
-        """Return up to `size` bytes; no bytes at the end of the file."""
+        """Return up to `size` bytes; no bytes at the end of the file, None if no bytes are available yet."""
 
 
 class RawWriter(Protocol):
     """An unbuffered binary file that is open for writing."""
 
     def write(self, data: memoryview, /) -> int | None:
-        """Write the beginning of `data`, and return the number of written bytes."""
+        """Write the beginning of `data`; return the number of written bytes, or None if the file is busy."""
 
 
 def read_message(stream: RawReader) -> dict[str, Any] | None:
-    """Read and return one message; None at the end of the stream."""
+    """Read and return one message; None if the stream ends before or within the message."""
     header = _read_exactly(stream, _LENGTH.size)
     if header is None:
         return None

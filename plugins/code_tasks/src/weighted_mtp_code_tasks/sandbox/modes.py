@@ -41,7 +41,7 @@ def run_check(job: Mapping[str, Any], candidates: Candidates, limits: Limits) ->
 
 
 def run_cases(job: Mapping[str, Any], candidates: Candidates, limits: Limits) -> Outcome:
-    """Judge a program by its stdout; the program runs once for each pair of stdin and expected stdout."""
+    """Judge a program by its stdout; it runs with each pair of stdin and expected stdout until one fails."""
     for number, (given, expected) in enumerate(job["cases"], start=1):
         kind, detail = _run_case(job["program"], given, expected, candidates=candidates, limits=limits)
         if kind != "passed":
@@ -59,7 +59,7 @@ def _run_case(program: str, given: str, expected: str, *, candidates: Candidates
         _closing(os.pidfd_open(candidate.pid)) as ended,
     ):
         candidate.channel.settimeout(limits.wall_seconds)
-        with suppress(OSError):  # the process has already ended
+        with suppress(OSError):  # the process has ended or does not read
             send_frame(candidate.channel, encode(("main", program)))
         if not candidate.watch(ended, deadline=deadline):
             candidate.stop("wall_limit", f"more than {limits.wall_seconds:g} s")
@@ -90,7 +90,7 @@ def _file_in_memory(content: str) -> int:
 
 
 def _final_answer(channel: socket.socket) -> Outcome | None:
-    """Return the outcome that the program's process reported; None if it ended without a report."""
+    """Return the outcome that the program's process reported; None if there is no valid report."""
     channel.setblocking(False)
     try:
         answer = decode(receive_frame(channel))

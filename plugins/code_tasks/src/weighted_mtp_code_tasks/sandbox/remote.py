@@ -35,7 +35,7 @@ def exception_outcome(names: Sequence[str], message: str, *, line: int, number: 
         names: Names of the class of the exception and of its base classes, most derived first.
         message: Text of the exception.
         line: Line of the program at which the exception was raised; 0 if it is unknown.
-        number: The errno of an OSError; 0 for other exceptions.
+        number: The errno of the exception; 0 if it has none.
     """
     kind = "error"
     if "MemoryError" in names:
@@ -59,8 +59,9 @@ class Remote:
             equal hashes takes hours to build.
 
     Attributes:
-        answered: Whether a function of the program has answered.
-        raised: The latest exception of the program that was raised in the judging process.
+        answered: Whether the program has answered a request of the tests.
+        raised: The latest exception of the program that was raised in the judging process; None before the
+            first one.
         raised_as: The verdict if the tests do not catch this exception.
         stopped: The verdict with which the tests must end; None while the tests may continue.
     """
@@ -83,7 +84,7 @@ class Remote:
         """Execute the program as a module.
 
         Raises:
-            Stop: The program raised an exception or did not answer.
+            Stop: The program raised an exception or did not return a usable answer.
         """
         try:
             self.ask("load", program)
@@ -92,7 +93,10 @@ class Remote:
         self.answered = False
 
     def call(self, target: object, arguments: Sequence[object], keywords: Mapping[str, object]) -> object:
-        """Call a function of the program; its changes to mutable arguments are applied to the originals.
+        """Call a function of the program.
+
+        Changes that the function makes to lists, dicts and sets among its positional arguments are applied to
+        the originals.
 
         An exception of the function is raised again.
 
@@ -105,8 +109,8 @@ class Remote:
         """Send a request and return the value of the answer; an exception of the program is raised again.
 
         Raises:
-            Stop: The program did not return a usable answer, the request contains a value that is not
-                plain data, or an earlier request has stopped the tests.
+            Stop: The program did not return a usable answer or raised an exception such as SystemExit, the
+                request contains a value that is not plain data, or an earlier request has stopped the tests.
         """
         if self.stopped:
             raise Stop
@@ -161,7 +165,7 @@ class Remote:
                     self.stop("unencodable", _NO_ANSWER)
 
     def _raise(self, names: list[str], message: str, *, line: int, number: int) -> NoReturn:
-        """Raise an exception of the nearest built-in base class of the program's exception."""
+        """Raise the nearest built-in base class of the program's exception; `Stop` if it is no Exception."""
         self.raised_as = exception_outcome(names, message, line=line, number=number)
         for name in names:
             kind = getattr(builtins, name, None)

@@ -39,8 +39,8 @@ class Sandbox:
 
     Args:
         settings: Method of confinement (back end) and limits.
-        judge_errors_tolerated: Number of programs for which judging may fail. If 5 % of the programs judged
-            so far are more, judging may fail for these 5 %.
+        judge_errors_tolerated: Number of programs for which judging may fail, or 5 % of the programs judged
+            so far if that is more.
 
     Attributes:
         provenance: Back end, versions and limits, to be recorded with each label.

@@ -35,7 +35,10 @@ def is_too_full(folder: str) -> bool:
 
 
 def is_mount_too_full(folder: str) -> bool:
-    """Return whether the file system that is mounted on the scratch folder exceeds the limits."""
+    """Return whether the file system that is mounted on the scratch folder exceeds the limits.
+
+    If the file system cannot be examined, return False.
+    """
     try:
         found = os.statvfs(folder)
     except OSError:  # the process that mounted it has ended

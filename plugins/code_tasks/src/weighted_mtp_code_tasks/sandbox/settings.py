@@ -24,8 +24,8 @@ class SandboxSettings:
         wall_seconds: Maximum elapsed time of a program, in seconds; this limit also ends programs that sleep.
         memory_mb: Maximum address space of a program, in MiB.
         workers: Number of programs that run at the same time. With 0, the number is OMP_NUM_THREADS if that
-            variable is set, otherwise the number of cores. `data prepare --executor` ignores this option,
-            because each of its tasks runs one program at a time.
+            variable is a positive number, otherwise the number of cores. `data prepare --executor` ignores
+            this option, because each of its tasks runs one program at a time.
     """
 
     backend: Literal["auto", "bubblewrap", "landlock", "trusted"] = "auto"

@@ -158,7 +158,7 @@ ALLOWED: dict[str, Numbers] = {
     "epoll_pwait2": (441, 441),
 }
 
-# These calls end the process. They concern new or other processes, the network, or the whole system.
+# These calls end the process. Most concern new or other processes, the network, or the whole system.
 DEADLY: dict[str, Numbers] = {
     "shmget": (29, 194),
     "shmat": (30, 196),

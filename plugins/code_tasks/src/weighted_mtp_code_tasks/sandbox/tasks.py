@@ -14,7 +14,7 @@ from weighted_mtp_code_tasks.sandbox.sandbox import Sandbox, refuse_errors
 from weighted_mtp_code_tasks.sandbox.settings import SandboxSettings
 
 _CHUNK = 200
-"""Number of programs of one task, so that judging them takes longer than starting a sandbox."""
+"""Maximum number of programs of one task; judging so many takes longer than starting a sandbox."""
 
 _STOPPED: set[str] = set()
 """Names of the calls of `judge_as_tasks` that have ended in this process; threads that work for them stop."""
@@ -39,10 +39,10 @@ def judge_as_tasks(
         Verdicts in the order of the jobs, and the provenance of all verdicts.
 
     Raises:
-        WmtpError: No sandbox works on a machine, or the sandboxes of two machines could give different
-            verdicts.
-        RunFailedError: A sandbox does not confine programs, too many programs could not be judged, or
-            machines were lost.
+        WmtpError: No sandbox or no scratch folder can be used on a machine, or the sandboxes of two machines
+            could give different verdicts.
+        RunFailedError: A sandbox does not confine programs, too many programs could not be judged, machines
+            were lost, or a task failed for another reason.
     """
     one_at_a_time = attrs.evolve(settings, workers=1)
     chunks = [jobs[start : start + _CHUNK] for start in range(0, len(jobs), _CHUNK)]
@@ -80,7 +80,7 @@ def _judge(name: str, settings: SandboxSettings, jobs: Sequence[AnyJob]) -> Judg
 
 
 def _joined(found: Sequence[Mapping[str, str]]) -> Mapping[str, str]:
-    """Return one provenance from the provenance that each machine reports."""
+    """Return one provenance from those of all tasks; raise WmtpError if the machines differ too much."""
     joined = {}
     for key in found[0] if found else ():
         values = sorted({each[key] for each in found})

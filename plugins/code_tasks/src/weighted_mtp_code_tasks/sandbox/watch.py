@@ -136,7 +136,7 @@ class Candidate:
                 end(self.pid, signal.SIGKILL)
 
     def stop(self, kind: str, detail: str) -> None:
-        """End the process because it exceeded a limit; the verdict is `(kind, detail)`."""
+        """End the process for exceeding a limit; the first call decides the verdict, `(kind, detail)`."""
         self.stopped = self.stopped or (kind, detail)
         self.kill()
 

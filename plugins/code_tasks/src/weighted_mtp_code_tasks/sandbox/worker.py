@@ -70,7 +70,7 @@ def _run(job: Mapping[str, Any], candidates: Zygote, limits: Limits) -> tuple[st
 
 
 class ZygoteDiedError(Exception):
-    """Raised if the zygote, which forks the processes of programs, has ended unexpectedly."""
+    """Raised if the zygote has ended unexpectedly, or could not confine or clean up a process."""
 
 
 class Zygote:
