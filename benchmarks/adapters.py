@@ -52,7 +52,7 @@ class Adapted:
 
 
 def new_policy(shape: Mapping[str, int], adapted: Adapted | None) -> Policy:
-    """Return a policy with random weights; if `adapted` is None, it has no adapters and trains all parameters."""
+    """Return a policy with random weights; without `adapted`, it has no adapters and trains everything."""
     torch.manual_seed(0)
     config = LlamaConfig(**shape, tie_word_embeddings=True, max_position_embeddings=2048)
     policy = make_policy(LlamaForCausalLM(config), n_future=K, head_kind="parallel")

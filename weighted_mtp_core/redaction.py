@@ -54,7 +54,7 @@ def secrets() -> list[str]:
 
 
 def redact_log_records() -> None:
-    """Remove secrets from the messages of all later log records of this process, for all loggers.
+    """Remove secrets from messages and tracebacks of all later log records of this process, of all loggers.
 
     Debug records of botocore and urllib3, for example, contain signatures, keys and headers.
     """
@@ -69,6 +69,8 @@ def _redacted_record(
     record = make(*args, **kwargs)
     with suppress(TypeError, ValueError):  # the arguments do not fit the format, which logging reports
         record.msg, record.args = redact(record.getMessage()), None
+    if record.exc_info and record.exc_info[0] is not None:
+        record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
     return record
 
 

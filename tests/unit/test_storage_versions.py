@@ -9,7 +9,7 @@ from weighted_mtp_core.cli import main
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.storage.manifest import MANIFEST, atomic_folder, verify_manifest
 from weighted_mtp_core.storage.verify_once import verify_once
-from weighted_mtp_core.storage.versions import add_version, versions
+from weighted_mtp_core.storage.versions import add_version, derived, versions
 
 
 @pytest.fixture
@@ -152,6 +152,21 @@ def test_a_name_that_is_not_utf8_is_refused(storage, model):
 
     with pytest.raises(WmtpError, match=r"gr\\xfcn\.bin` cannot be kept: its name is not UTF-8"):
         add(storage, model)
+
+
+def test_a_single_file_whose_name_is_not_utf8_is_refused(storage, tmp_path):
+    file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/gr\xfcn.bin"))
+    file.write_bytes(b"1")
+
+    with pytest.raises(WmtpError, match=r"gr\\xfcn\.bin` cannot be kept: its name is not UTF-8"):
+        add(storage, file)
+
+
+def test_unfinished_derived_folders_are_not_verified(storage, model):
+    added = add(storage, model)
+    (added.path / "derived" / ".tokens.0123").mkdir(parents=True)
+
+    assert derived(added) == []
 
 
 def test_verify_speaks_of_every_file(storage, model, capsys):

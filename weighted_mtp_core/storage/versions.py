@@ -102,7 +102,7 @@ def _refuse_reserved_names(source: Path) -> None:
                 f"`{found[name]}` cannot be kept: core uses this name in every version",
                 hint="rename it, or leave it out",
             )
-    for file in files_below(source):
+    for file in files_below(source) if source.is_dir() else [source]:
         try:
             str(file).encode()
         except UnicodeEncodeError as error:
@@ -111,8 +111,9 @@ def _refuse_reserved_names(source: Path) -> None:
 
 
 def derived(version: Version) -> list[Path]:
-    """Return the folders with files derived from a version, such as token caches."""
-    return sorted(path for path in version.path.glob(f"{DERIVED}/*") if path.is_dir())
+    """Return the finished folders with files derived from a version, such as token caches."""
+    found = version.path.glob(f"{DERIVED}/*")
+    return sorted(path for path in found if path.is_dir() and not path.name.startswith("."))
 
 
 def unlisted(storage: Path) -> dict[str, int]:

@@ -155,7 +155,8 @@ def _own_outcome(journal: Path) -> RunOutcome:
 def _close_if_died(folder: RunFolder) -> None:
     """Write the end of a run to its journal and its folder if the process of the run could not do so."""
     last = last_entry(folder.journal)
-    status, ended_ms = RunOutcome.KILLED.value, 0 if last is None else last.time_ms
+    begun_ms = read_run(folder.path).get("started_ms", 0)
+    status, ended_ms = RunOutcome.KILLED.value, begun_ms if last is None else last.time_ms
     if last is not None and last.kind == "status":
         status = last.fields["status"]
     elif last is not None:

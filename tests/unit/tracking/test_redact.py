@@ -1,6 +1,7 @@
 """Secrets are removed from text, and ordinary text is unchanged."""
 
 import logging
+import sys
 
 import pytest
 from weighted_mtp_core.redaction import redact, redact_log_records
@@ -65,3 +66,20 @@ def test_log_records_of_others_are_redacted(monkeypatch):
         logging.setLogRecordFactory(before)
 
     assert record.getMessage() == "headers {'x': '***'} 5"
+
+
+def test_the_traceback_of_a_log_record_is_redacted(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "sk-planted")
+    before = logging.getLogRecordFactory()
+    redact_log_records()
+    logger = logging.getLogger("botocore.planted")
+    try:
+        int("sk-planted")
+    except ValueError:
+        record = logger.makeRecord(logger.name, 40, "f", 1, "failed", (), sys.exc_info())
+    finally:
+        logging.setLogRecordFactory(before)
+
+    text = logging.Formatter().format(record)
+    assert "ValueError: invalid literal for int() with base 10: '***'" in text
+    assert "sk-planted" not in text

@@ -199,6 +199,16 @@ def test_the_next_run_closes_one_that_died_on_this_machine(dead, host, status, s
     assert run_status(dead).status == status
 
 
+def test_a_run_that_died_before_its_first_line_ends_when_it_began(dead):
+    RunFolder(path=dead).journal.write_text("")
+
+    sync_run(dead, log=print, limit_s=5)
+
+    run = json.loads((dead / "run.json").read_text())
+    assert run["status"] == "KILLED"
+    assert run["ended_ms"] == run["started_ms"] > 0
+
+
 def test_runs_are_found_by_path_id_or_part(dead):
     runs = Path("storage/runs")
 
