@@ -194,6 +194,9 @@ def test_a_control_token_in_a_string_is_text():
         "def count(words):\n    return T[len(words)]\n\n\nT = {}\n\n\nfor i in 1, 2:\n    T[i] = i",
         "def count(words):\n    return TABLE[len(words)]\n\n\nTABLE = []\n\n\nTABLE.extend(range(9))",
         "def count(words):\n    return T[2]\n\n\nT = {}\n\n\ndef fill(x):\n    x[2] = 2\n\n\nfill(T)",
+        "T = {}\n\n\ndef count(words):\n    return T[len(words)]\n\n\nT[2] = 2",
+        "T = []\n\n\nget = lambda i: T[i]\n\n\ndef count(words):\n    return get(2)\n\n\nT.extend(range(9))",
+        "n = 0\n\n\ndef count(words):\n    global n\n    n += 1\n    return n\n\n\nn = 1",
         "def count(words):\n    return len(words) and STEP + count(words[1:])\n\n\nSTEP = 0\n\n\nSTEP += 1",
     ],
 )
@@ -205,6 +208,13 @@ def test_the_function_may_be_any_statement_and_keeps_what_it_needs(code):
         assert run(completion)(["a", "b"]) == 2
         assert completion.rstrip() == code
         assert cut_completion(completion, prompt="", entry_point="count") == completion
+
+
+def test_later_statements_that_change_only_names_of_the_function_itself_are_dropped():
+    code = "N = 2\n\n\ndef count(words):\n    total = 0\n    for n in words:\n        total += 1\n    return total"
+    later = "\n\ntotal = 5\nwords = ['a']\nfor n in words:\n    print(n)\nN = 3\n"
+
+    assert cut_completion(code + later, prompt="", entry_point="count").rstrip() == code
 
 
 @pytest.mark.parametrize("line", ["x = [", "def f(", "word", "count('", "if x:", "count(words)"])

@@ -107,8 +107,9 @@ def _used(later: Iterable[ast.stmt], *, by: Sequence[ast.stmt], entry_point: str
     """Return, in order, those of the statements `later` that the statements `by` need.
 
     A statement is needed if it binds or changes a name that `by` and the needed statements found so far read
-    but do not set. Another definition of the function `entry_point` is not needed. A statement that uses this
-    function only tries it out, so it is not needed, unless it defines another function or class.
+    but do not set, or that a function among them reads when it is called. Another definition of the function
+    `entry_point` is not needed. A statement that uses this function only tries it out, so it is not needed,
+    unless it defines another function or class.
     """
     offered = [
         node
@@ -118,7 +119,7 @@ def _used(later: Iterable[ast.stmt], *, by: Sequence[ast.stmt], entry_point: str
     ]
     kept: list[ast.stmt] = []
     while True:
-        needed = _needs([*by, *kept])
+        needed = _needs([*by, *kept]) | _needs_when_called([*by, *kept])
         more = [node for node in offered if node not in kept and _binds(node) & needed]
         if not more:
             return [node for node in offered if node in kept]
@@ -135,6 +136,23 @@ def _needs(nodes: Iterable[ast.stmt]) -> set[str]:
             case ast.Name(id=name) | ast.arg(arg=name):
                 sets.add(name)
     return reads - sets
+
+
+def _needs_when_called(nodes: Iterable[ast.stmt]) -> set[str]:
+    """Return the names that the functions in statements read from the module, which may set them before."""
+    inside = [
+        each for node in nodes for each in ast.walk(node) if isinstance(each, (*_FUNCTIONS, ast.Lambda))
+    ]
+    shared = {name for each in inside for node in ast.walk(each) for name in _declared_global(node)}
+    found = set()
+    for function in inside:
+        found |= _needs(function.body if isinstance(function.body, list) else [ast.Expr(function.body)])
+        found -= {each.arg for each in ast.walk(function.args) if isinstance(each, ast.arg)}
+    return found | shared
+
+
+def _declared_global(node: ast.AST) -> list[str]:
+    return node.names if isinstance(node, ast.Global) else []
 
 
 def _binds(node: ast.AST) -> set[str]:

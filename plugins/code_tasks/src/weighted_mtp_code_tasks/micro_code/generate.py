@@ -75,7 +75,7 @@ def distinct_functions(
         yield function, list(zip(arguments, values, strict=True))[:_TESTS]
     if len(found) < count:
         raise WmtpError(
-            f"the grammar has only {len(found)} distinct functions of level {level}, not {count}",
+            f"found only {len(found)} distinct functions of level {level}, not {count}",
             hint=f"lower `data.options.problems` or raise `data.options.{raise_instead}`",
         )
 
