@@ -211,8 +211,8 @@ def test_the_function_may_be_any_statement_and_keeps_what_it_needs(code):
 
 
 def test_later_statements_that_change_only_names_of_the_function_itself_are_dropped():
-    code = "N = 2\n\n\ndef count(words):\n    total = 0\n    for n in words:\n        total += 1\n    return total"
-    later = "\n\ntotal = 5\nwords = ['a']\nfor n in words:\n    print(n)\nN = 3\n"
+    code = "N = 2\n\n\ndef count(words):\n    sum = 0\n    for n in words:\n        sum += 1\n    return sum"
+    later = "\n\nsum = 5\nwords = ['a']\nfor n in words:\n    print(n)\nN = 3\n"
 
     assert cut_completion(code + later, prompt="", entry_point="count").rstrip() == code
 
