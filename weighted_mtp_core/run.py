@@ -41,8 +41,9 @@ from weighted_mtp_core.runtime.fsdp import shard
 from weighted_mtp_core.runtime.sharding import mesh_of_parameters
 from weighted_mtp_core.storage.atomic import atomic_write
 from weighted_mtp_core.tracking.display import Display
+from weighted_mtp_core.tracking.opening import open_recorder
 from weighted_mtp_core.tracking.rank_log import RankLog
-from weighted_mtp_core.tracking.recorder import Recorder, open_recorder
+from weighted_mtp_core.tracking.recorder import Recorder
 from weighted_mtp_core.tracking.run_folder import CHANGED, read_run
 from weighted_mtp_core.training.critic_learner import CriticLearner, check_informative
 from weighted_mtp_core.training.loop import Learner, Trained, train

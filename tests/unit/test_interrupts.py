@@ -14,7 +14,7 @@ from weighted_mtp_core.checkpointing.resume import run_to_resume
 from weighted_mtp_core.errors import Terminated
 from weighted_mtp_core.plan import make_plan
 from weighted_mtp_core.runtime.interrupts import StopRequest, hold_signals, raise_on_termination
-from weighted_mtp_core.tracking import recorder
+from weighted_mtp_core.tracking import opening
 from weighted_mtp_core.tracking.display import Display
 from weighted_mtp_core.tracking.run_folder import find_runs
 from weighted_mtp_core.tracking.sync import DIED, run_status, sync_run
@@ -131,13 +131,13 @@ class Interrupting(Tracker):
 
 @pytest.mark.parametrize(("number", "raised"), ENDING)
 def test_a_signal_while_a_run_is_opened_closes_it(number, raised, write_recipe, example_plugin, monkeypatch):
-    monkeypatch.setattr(recorder, "build_trackers", lambda _: {"0-interrupting": Interrupting(number)})
+    monkeypatch.setattr(opening, "build_trackers", lambda _: {"0-interrupting": Interrupting(number)})
     plan = make_plan(write_recipe(RECIPE))
 
     with (
         pytest.raises(raised),
         raise_on_termination(),
-        recorder.open_recorder(plan, Display(Console(quiet=True))),
+        opening.open_recorder(plan, Display(Console(quiet=True))),
     ):
         pytest.fail("the run went on")
 
@@ -149,19 +149,20 @@ KILLED_WHILE_OPENING = """
     import os, signal
     from pathlib import Path
     from weighted_mtp_core.plan import make_plan
-    from weighted_mtp_core.tracking import recorder
+    from weighted_mtp_core.tracking import opening, recorder
     from weighted_mtp_core.tracking.display import Display
-    from weighted_mtp_core.tracking.recorder import open_recorder
 
     def kill(*_, **__):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    recorder.{name} = kill
-    open_recorder(make_plan(Path("recipe.toml")), Display())
+    {name} = kill
+    opening.open_recorder(make_plan(Path("recipe.toml")), Display())
 """
 
 
-@pytest.mark.parametrize("name", ["RunInfo", "Journal", "RunHistory", "start_backfill"])
+@pytest.mark.parametrize(
+    "name", ["opening.RunInfo", "recorder.Journal", "recorder.RunHistory", "recorder.start_backfill"]
+)
 def test_a_run_that_is_killed_while_it_is_opened_goes_on(name, write_recipe, example_plugin, site):
     plan = make_plan(write_recipe(RECIPE))
     environment = {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
@@ -172,7 +173,7 @@ def test_a_run_that_is_killed_while_it_is_opened_goes_on(name, write_recipe, exa
     assert process.returncode == -signal.SIGKILL
     (killed,) = find_runs(plan.runs_folder)
     assert run_to_resume(plan, None) == killed.absolute()
-    with recorder.open_recorder(plan, Display(Console(quiet=True)), resume=killed):
+    with opening.open_recorder(plan, Display(Console(quiet=True)), resume=killed):
         pass
     assert run_status(killed).status == "FINISHED"
     assert list(find_runs(plan.runs_folder)) == [killed]
@@ -183,7 +184,8 @@ KILLED_WHILE_SENDING = """
     from pathlib import Path
     from weighted_mtp_core.plan import make_plan
     from weighted_mtp_core.tracking.display import Display
-    from weighted_mtp_core.tracking.recorder import Recorder, open_recorder
+    from weighted_mtp_core.tracking.opening import open_recorder
+    from weighted_mtp_core.tracking.recorder import Recorder
 
     with open_recorder(make_plan(Path("recipe.toml")), Display()):
         Recorder._send_the_rest = lambda _: os.kill(os.getpid(), signal.SIGKILL)

@@ -3,7 +3,8 @@
     with open_recorder(plan, display) as record:
         record.metrics("policy", 10, {"policy_loss": 1.25})
 
-The end of the `with` block closes the run: as KILLED after a signal, FAILED after an error, else FINISHED.
+`open_recorder` is in `opening.py`. The end of the `with` block closes the run: as KILLED after a signal,
+FAILED after an error, else FINISHED.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ from weighted_mtp_core import run_tags
 from weighted_mtp_core.api import DatasetVersion, RunInfo, RunOutcome, Tracker
 from weighted_mtp_core.errors import RunFailedError
 from weighted_mtp_core.messages import python_command
-from weighted_mtp_core.plan import Plan
-from weighted_mtp_core.redaction import redact, redact_log_records
+from weighted_mtp_core.redaction import redact
 from weighted_mtp_core.runtime.interrupts import hold_signals, raise_on_termination
 from weighted_mtp_core.storage.atomic import atomic_write
 from weighted_mtp_core.tracking.backfill import start_backfill
@@ -37,7 +37,6 @@ from weighted_mtp_core.tracking.retrying_uploader import RetryingUploader
 from weighted_mtp_core.tracking.run_folder import RunFolder, read_run
 from weighted_mtp_core.tracking.run_history import RunHistory
 from weighted_mtp_core.tracking.run_log import RunLog
-from weighted_mtp_core.tracking.trackers import build_trackers
 
 _REPLAYED = ("run", "params", "tags", "metrics", "timings")
 _OF_DATA = re.compile(r"data\.(\d+\.)?(name|version|sha256)|(critic\.)?train\.steps")
@@ -358,56 +357,6 @@ class Recorder:
     ) -> None:
         with self._signals:
             self.finish(_outcome(error), error=error)
-
-
-def open_recorder(plan: Plan, display: Display, *, resume: Path | None = None) -> Recorder:
-    """Build the trackers of a plan, and begin a run in a new run folder or resume a run in its folder.
-
-    Args:
-        plan: The plan of the run.
-        display: Shows the progress of the run to the user.
-        resume: The folder of the run to resume; None for a new run.
-
-    Raises:
-        WmtpError: The run folder cannot be created, does not exist or is in use, or a tracker cannot be built
-            or permanently refuses this run.
-        RunFailedError: The journal is not writable.
-    """
-    redact_log_records()
-    recipe = plan.recipe
-    trackers = build_trackers(plan)
-    with ExitStack() as held:  # signals are delayed until the recorder's block can close the run
-        held.enter_context(hold_signals())
-        if resume is None:
-            folder = RunFolder.create(
-                plan.runs_folder,
-                experiment=plan.experiment,
-                name=recipe.run.name,
-                facts={"status": "RUNNING", **plan.identity},
-                recipe_toml=plan.recipe_toml,
-            )
-        else:
-            folder = RunFolder.open(resume)
-        info = RunInfo(
-            run_id=folder.run_id,
-            name=recipe.run.name,
-            experiment=plan.experiment,
-            params=plan.params,
-            tags=plan.tags,
-            datasets=(),
-            folder=folder.path,
-        )
-        recorder = Recorder.open(
-            folder,
-            info,
-            trackers=trackers,
-            recipe_toml=plan.recipe_toml,
-            display=display,
-            close_seconds=max((table.close_seconds for table in recipe.tracker), default=0.0),
-        )
-        recorder.start_backfill(plan.runs_folder / plan.experiment)
-        recorder.hold_until_entered(held.pop_all())
-    return recorder
 
 
 def _outcome(error: BaseException | None) -> RunOutcome:

@@ -9,7 +9,7 @@ from rich.console import Console
 from weighted_mtp_core.cli import main
 from weighted_mtp_core.plan import make_plan
 from weighted_mtp_core.tracking.display import Display
-from weighted_mtp_core.tracking.recorder import open_recorder
+from weighted_mtp_core.tracking.opening import open_recorder
 from weighted_mtp_core.tracking.run_history import read_history
 
 RECIPE = """

@@ -15,7 +15,7 @@ from rich.console import Console
 from weighted_mtp_core.api import RunOutcome, WmtpError
 from weighted_mtp_core.cli import main
 from weighted_mtp_core.plan import make_plan
-from weighted_mtp_core.tracking import recorder
+from weighted_mtp_core.tracking import opening
 from weighted_mtp_core.tracking import sync as module
 from weighted_mtp_core.tracking.display import Display
 from weighted_mtp_core.tracking.run_folder import RunFolder, find_run
@@ -110,7 +110,7 @@ DIES = """
     from pathlib import Path
     from weighted_mtp_core.plan import make_plan
     from weighted_mtp_core.tracking.display import Display
-    from weighted_mtp_core.tracking.recorder import open_recorder
+    from weighted_mtp_core.tracking.opening import open_recorder
 
     plan = make_plan(Path(sys.argv[1]))
     with open_recorder(plan, Display()) as record:
@@ -169,11 +169,11 @@ def test_a_killed_run_is_shown_as_dead_then_sent_whole_and_closed_as_killed(dead
 def test_the_next_run_sends_what_an_earlier_one_could_not(write_recipe, example_plugin, monkeypatch, screen):
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "")
     recipe = write_recipe(RECIPE.replace("FOLDER", str(Path.cwd())))
-    with recorder.open_recorder(make_plan(recipe), Display(Console(file=screen, width=300))) as record:
+    with opening.open_recorder(make_plan(recipe), Display(Console(file=screen, width=300))) as record:
         earlier = record.folder
     earlier.delivery("0-core.mlflow").unlink()  # as if nothing had been delivered
 
-    with recorder.open_recorder(make_plan(recipe), Display(Console(file=screen, width=300))):
+    with opening.open_recorder(make_plan(recipe), Display(Console(file=screen, width=300))):
         pass
 
     assert not run_status(earlier.path).pending["0-core.mlflow"]
@@ -193,7 +193,7 @@ def test_the_next_run_closes_one_that_died_on_this_machine(dead, host, status, s
     facts = json.loads((dead / "run.json").read_text())
     (dead / "run.json").write_text(json.dumps({**facts, "host": host}))
 
-    with recorder.open_recorder(make_plan(Path("recipe.toml")), Display(Console(file=screen, width=300))):
+    with opening.open_recorder(make_plan(Path("recipe.toml")), Display(Console(file=screen, width=300))):
         pass
 
     assert run_status(dead).status == status
