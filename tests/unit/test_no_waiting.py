@@ -1,6 +1,7 @@
-"""A step of stage 2 never waits for the device: the host already knows all it needs when it makes the batch.
+"""A step of stage 2 waits for the device only to read the weights, which happens at every tenth step.
 
-A CPU never waits, so these tests forbid the operations that would make an accelerator's host wait.
+The host knows everything else that it needs when it makes the batch. A CPU never waits, so these tests forbid
+the operations that would make an accelerator's host wait.
 """
 
 import sys

@@ -48,7 +48,7 @@ class Judge(Critic):
 
 
 class Reference(Judge):
-    """Provides the same numbers as reference losses."""
+    """Returns the numbers that `Judge` returns as values, but as reference losses."""
 
     def score(self, batch, hidden_BTH):
         return Scores(reference_loss_BT=super().score(batch, hidden_BTH).value_BT)

@@ -1,7 +1,7 @@
 """Computes the logits of selected positions in chunks, so that the `[B, T, K, V]` logits never exist at once.
 
-The gradient of the loss with respect to a chunk's logits is computed while these logits are in memory, so no
-logits are stored for the backward pass or computed a second time.
+The gradient of the loss with respect to a chunk's logits is computed while these logits are in memory, so for
+the backward pass no logits are stored or computed again.
 
 Shape letters: B rows, T positions, S = B T positions of the flattened [B, T], of which N are selected, U
 distinct tokens, K heads, H hidden, V vocabulary.

@@ -1,6 +1,6 @@
 """The baseline of weighted multi-token prediction: all response tokens have the same weight.
 
-This is the smallest complete plugin. This module declares the weighting and does not import torch;
+This plugin is a small, complete example. This module declares the weighting and does not import torch;
 `_uniform.py` contains the algorithm.
 """
 
