@@ -112,7 +112,8 @@ class Outbox:
     def step(self) -> bool:
         """Send the next batch of lines; if the run is not open at the tracker, first open it.
 
-        If the store has lost the run or points, the run is opened again instead. If the upload of a file
+        Before metrics, timings or the end of the run are sent, the store is asked what it has received. If it
+        has lost the run or points, the run is opened again instead. If the upload of a file
         fails, no exception is raised, and the file is set aside. A batch that the tracker permanently refuses
         is recorded as refused.
 
