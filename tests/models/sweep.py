@@ -46,9 +46,10 @@ PAGE = """\
 `make test-models` tries to build a tiny model with random weights for each of the {types} causal-LM types of
 transformers {version}. It creates a policy from each model for each kind of heads, compares the policy with
 the model itself (logits, loss and gradients, generated text, tensors of an export) and writes this page.
-When a run loads its base model, the run also compares the policy with the model (logits in evaluation mode
-and in training mode; decoding; packed documents), so a type without a row here either works or is refused
-before training.
+When a run loads its base model, the run also compares the logits of the policy with those of the model, in
+evaluation mode and in training mode, and tests decoding and, if rows are packed, packed documents. So a type
+without a row here either works or is refused before training; if only a way of decoding fails, the run uses
+a slower one.
 
 {right} types work with at least one kind of heads, {refused} types are refused before training, and for
 {unbuilt} types no tiny model could be built.

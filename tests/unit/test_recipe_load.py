@@ -342,7 +342,7 @@ def test_a_written_recipe_reads_back_equal(recipe):
 
 
 def test_defaults_toml_agrees_with_the_schema(repository):
-    """A key missing in a recipe must mean the same with and without `extends`."""
+    """A missing key must have the same default, whether or not a recipe extends `core:defaults.toml`."""
     written = tomli.loads((repository / "weighted_mtp_core" / "recipe" / "defaults.toml").read_text())
     recipe = Recipe(run=RunTable(name="r"), data=DataTable(use="p"), weighting=Selection(use="p"))
 
