@@ -3,7 +3,7 @@
 The best policy of the run is written as a transformers directory. The directory contains head 1 as an
 ordinary language model that loads without this package, the other heads in a folder of their own (heads
 that came with the base model are in the files of the language model instead), and a manifest with the
-SHA-256 of every file. A recipe with `model.base = "DIR"`, `evaluate DIR` and `generate DIR` load all heads.
+SHA-256 of every file. `evaluate DIR`, `generate DIR` and recipes with `model.base = "DIR"` load all heads.
 
 examples:
   export 20261123-140924 --to models/sorter

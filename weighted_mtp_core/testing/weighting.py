@@ -62,7 +62,7 @@ class WeightingStrategySuite(checks.ComponentSuite):
         assert not (weights.weight < 0).any()
 
     def test_weights_are_zero_where_nothing_is_predicted(self, weights: Weights) -> None:
-        """Weights `[B, T]` must be 0 outside responses; weights `[B, T, K]`, at pairs that do not count."""
+        """Weights must be 0 outside responses (`[B, T]`), or where `target_BTK` is False (`[B, T, K]`)."""
         view = PACKED.view(())
         mask = view.response_BT if weights.weight.ndim == 2 else view.target_BTK
         if weights.weight.shape != mask.shape:

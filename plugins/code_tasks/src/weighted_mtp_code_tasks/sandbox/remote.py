@@ -60,8 +60,8 @@ class Remote:
 
     Attributes:
         answered: Whether the program has answered a request of the tests.
-        raised: The latest exception of the program that was raised in the judging process; None before the
-            first one.
+        raised: The exception that this process raised because the program raised one, most recently; None
+            before the first one.
         raised_as: The verdict if the tests do not catch this exception.
         stopped: The verdict with which the tests must end; None while the tests may continue.
     """
