@@ -49,6 +49,12 @@ READING_WEIGHTS = ValueCheck.raise_if_bad.__code__
 """On a CPU weights are read at every step, on an accelerator at every tenth."""
 
 
+@pytest.fixture(autouse=True)
+def as_on_a_cuda_device(monkeypatch):
+    """Make the loss do what it does on a CUDA device with 24 GiB of memory."""
+    monkeypatch.setattr("weighted_mtp_core.model.chunked_unembedding.memory_of", lambda _: 24 << 30)
+
+
 class NoWaiting(TorchDispatchMode):
     """Fails if an operation's result must come back to the host; only counts such reads of the weights."""
 
