@@ -162,6 +162,16 @@ def test_a_single_file_whose_name_is_not_utf8_is_refused(storage, tmp_path):
         add(storage, file)
 
 
+@pytest.mark.parametrize(("name", "version"), [("team/own", "1"), ("own", "1/a")])
+def test_a_name_or_a_version_of_several_folders_is_refused_because_it_would_not_be_listed(
+    storage, model, name, version
+):
+    with pytest.raises(WmtpError, match="is not a name and a version"):
+        add_version(storage, model, kind="models_v2", name=name, version=version)
+
+    assert versions(storage) == []
+
+
 def test_unfinished_derived_folders_are_not_verified(storage, model):
     added = add(storage, model)
     (added.path / "derived" / ".tokens.0123").mkdir(parents=True)

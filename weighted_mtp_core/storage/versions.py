@@ -66,6 +66,11 @@ def add_version(storage: Path, source: Path, *, kind: Kind, name: str, version: 
         check_path(version)
     except ValueError as error:
         raise WmtpError(str(error)) from error
+    if "/" in name or "/" in version:
+        raise WmtpError(
+            f"`{name}/{version}` is not a name and a version: both are the name of one folder",
+            hint="use no `/` in the name or in the version",
+        )
     if not source.exists():
         raise WmtpError(f"`{source}` does not exist")
     _refuse_reserved_names(source)
