@@ -169,7 +169,7 @@ def test_a_name_or_a_version_of_several_folders_is_refused_because_it_would_not_
     with pytest.raises(WmtpError, match="is not a name and a version"):
         add_version(storage, model, kind="models_v2", name=name, version=version)
 
-    assert versions(storage) == []
+    assert list(versions(storage)) == []
 
 
 def test_unfinished_derived_folders_are_not_verified(storage, model):
