@@ -45,7 +45,7 @@ K, STEPS, HELD_OUT = 4, 20, 4
 
 @frozen
 class Adapted:
-    """A training run with adapters; `heads` decides whether heads 2..K are trained whole."""
+    """Settings of adapters: the dtype of the base model, and whether heads 2..K are whole or adapted."""
 
     base_dtype: BaseDtype
     heads: Literal["whole", "adapted"]
@@ -165,7 +165,7 @@ def held_out_loss(shape: Mapping[str, int], positions: int) -> Row:
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
-    """Measure the group."""
+    """Run this benchmark; return the rows of its table."""
     shape, positions = (TINY, 32) if args.quick else (SMOLLM2, 256)
     everything = peak(shape, positions, None)
     rows = []

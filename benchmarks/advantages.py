@@ -25,7 +25,7 @@ ROWS, PROMPT = 8, 100
 
 
 def make_view(positions: int) -> StepView:
-    """Return a batch in which each row consists of a prompt and a response."""
+    """Return a weighting's view of a batch in which each row consists of a prompt and a response."""
     generator = torch.Generator().manual_seed(0)
     shape = ROWS, positions
     response_BT = (torch.arange(positions) >= min(PROMPT, positions // 2)).expand(shape)
@@ -88,10 +88,10 @@ def strategy(options: TdErrorOptions) -> WeightingStrategy:
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
-    """Measure the group.
+    """Run this benchmark; return the rows of its table.
 
     Raises:
-        RuntimeError: The weights of the plugin and of the loop differ.
+        RuntimeError: The weights of the plugin and of the loop differ by 0.001 or more, or are not finite.
     """
     options = TdErrorOptions(estimator="gae", whiten="batch")
     view = make_view(64 if args.quick else 2048)

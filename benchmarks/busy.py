@@ -78,7 +78,7 @@ def seconds_per_step(*, quick: bool) -> list[tuple[float, float]]:
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
-    """Measure the group."""
+    """Run this benchmark; return the rows of its table."""
     threads = os.cpu_count() or 1
     program = "import json, weighted_mtp_core, busy; print(json.dumps(busy.seconds_per_step(quick={})))"
     done = subprocess.run(

@@ -157,7 +157,7 @@ def times_of(model: Model) -> tuple[Times, Times]:
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
-    """Measure the group."""
+    """Run this benchmark; return the rows of its table."""
     if args.quick:
         return list(rows_of(Model(name="tiny", rows=2, pairs=1, shape=TINY)))
     return [each for model in MODELS for each in rows_of(model)]

@@ -101,7 +101,7 @@ def reading(folder: str, count: int) -> Callable[[], object]:
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
-    """Measure the group."""
+    """Run this benchmark; return the rows of its table."""
     small, whole, count, rounds = (1, 4, 20, 2) if args.quick else (SMALL_MIB, WHOLE_MIB, READ, 9)
     sizes = {"small": small, "large": 4 if args.quick else 100 * small, "whole": whole}
     with tempfile.TemporaryDirectory() as scratch:

@@ -5,8 +5,7 @@
 The micro model of configs/baseline.toml is trained with each kind of heads, which takes one or two minutes
 per kind. Then plain and self-speculative decoding continue held-out prompts, in turns, one prompt at a time
 and in batches; the texts of both methods must be equal. The cost of verifying a draft grows with the batch.
-If there is a finished run of configs/smollm2_humaneval.toml, the newest one is measured as well, without
-limits.
+The newest run of configs/smollm2_humaneval.toml that can be loaded is measured as well, without limits.
 """
 
 from __future__ import annotations
@@ -53,9 +52,10 @@ def opened(run: Path) -> Prepared:
 
 
 def newest_usable(folder: Path, name: str) -> Prepared | None:
-    """Return data and policy of the newest finished run called `name` that can be loaded; otherwise None.
+    """Return data and best policy of the newest run called `name` that can be loaded; None if there is none.
 
-    A run is skipped, with a message, if it cannot be loaded, for example because its plugin is not installed.
+    Runs without a best policy are left out. Another run is skipped, with a message, if it cannot be loaded,
+    for example because its plugin is not installed.
     """
     runs = {file.parent.parent for file in folder.rglob(f"{name}/*/checkpoints/best_model.pt")}
     for run in sorted(runs, key=lambda each: each.name, reverse=True):
@@ -67,7 +67,7 @@ def newest_usable(folder: Path, name: str) -> Prepared | None:
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
-    """Measure the group."""
+    """Run this benchmark; return the rows of its table."""
     with tempfile.TemporaryDirectory() as folder:
         kinds: dict[str, Prepared] = {kind: trained(kind, Path(folder), quick=args.quick) for kind in HEADS}
     count, rounds = (4, 2) if args.quick else (PROMPTS, 7)

@@ -242,9 +242,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def run_group(measure: Callable[[argparse.Namespace], list[Row]], description: str | None) -> int:
-    """Run one group: parse its arguments, measure, and print the rows.
+    """Run one benchmark: parse its arguments, measure, and print the rows.
 
-    `--quick` uses tiny sizes, which only show that the code runs. `--json FILE` writes the rows to a file.
+    `--quick` uses tiny sizes and checks no limits. `--json FILE` writes the rows to a file.
 
     Returns:
         The exit code, which is 1 if a row misses its limit.
@@ -271,5 +271,5 @@ def run_group(measure: Callable[[argparse.Namespace], list[Row]], description: s
 
 
 def main(measure: Callable[[argparse.Namespace], list[Row]], description: str | None) -> None:
-    """Run one group as a program."""
+    """Run one benchmark as a program."""
     sys.exit(run_group(measure, description))

@@ -37,7 +37,7 @@ activations of one module again, and K = 1 does not need this memory.
 def prepare_step(
     heads: tuple[HeadKind, int] | None, train: str, shape: Mapping[str, int], positions: int
 ) -> Callable[[], object]:
-    """Return the first step of a new model, for `peak_mib`; if `heads` is None, the step of transformers."""
+    """Return a function that runs the first step of a new model; if `heads` is None, transformers' step."""
 
     def step(bench: Bench) -> Callable[[], object]:
         if heads is None:
@@ -168,7 +168,7 @@ def flatness(kind: HeadKind, shape: Mapping[str, int], positions: int, sizes: tu
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
-    """Measure the group."""
+    """Run this benchmark; return the rows of its table."""
     shape, positions, rounds = (QUICK, 128, 2) if args.quick else (SMOLLM2, 256, 4)
     few, longer, sizes = (QUICK, 128, (1, 2)) if args.quick else (FEW_LAYERS, 1024, (1, 2, 4, 8))
     return [

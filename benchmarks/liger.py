@@ -58,7 +58,7 @@ def prepare(who: str) -> Callable[[], object]:
 
 
 def gap(case: Case, peer: Callable[[], torch.Tensor]) -> float:
-    """Return the largest difference of the two gradients of the unembedding, over our largest entry."""
+    """Return the largest difference of the unembedding's gradients, over the largest entry of ours."""
     case.fused()
     own = case.policy.unembedding.weight.grad
     assert own is not None
@@ -67,7 +67,7 @@ def gap(case: Case, peer: Callable[[], torch.Tensor]) -> float:
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
-    """Measure the group."""
+    """Run this benchmark; return the rows of its table."""
     if GPU not in os.environ:
         print("Liger's kernels need a GPU")
         return []

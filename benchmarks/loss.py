@@ -41,7 +41,7 @@ class BareHeads(nn.Module):
 
     @property
     def heads(self) -> BareHeads:
-        """This object, which also has the methods of a policy's heads."""
+        """This object, which also has what the loss uses of a policy's heads."""
         return self
 
     def each_head_states(self, hidden_BTD: Tensor, **arguments: object) -> Iterator[Tensor]:
@@ -155,7 +155,7 @@ def flatness(name: str, sizes: dict[int, tuple[int, int]], vocabulary: int) -> l
     """Return the rows with the peak memory of each size, and with the largest over the smallest peak.
 
     The gradient of the unembedding is subtracted, because it is `[V, D]` for every size and so would hide any
-    growth. Each size is measured in three processes, because a peak is occasionally some MiB higher.
+    growth. Each size is measured three times, because a peak is occasionally some MiB higher.
     """
     gradient = vocabulary * D * 4 / MIB
     peaks = {
@@ -169,7 +169,7 @@ def flatness(name: str, sizes: dict[int, tuple[int, int]], vocabulary: int) -> l
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
-    """Measure the group."""
+    """Run this benchmark; return the rows of its table."""
     positions, n_future, vocabulary, rounds = (64, 4, 512, 2) if args.quick else (512, 4, 49152, 4)
     positions = 8192 if GPU in os.environ and not args.quick else positions
     case = Case.of(positions, n_future, vocabulary)

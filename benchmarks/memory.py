@@ -133,7 +133,7 @@ def _config(shape: Mapping[str, int]) -> LlamaConfig:
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
-    """Measure the group."""
+    """Run this benchmark; return the rows of its table."""
     rows = []
     for name, (shape, positions) in ({"tiny": (TINY, 64)} if args.quick else SHAPES).items():
         for train, how in itertools.product(("all", "heads", "adapters"), (WITHOUT, WITH)):

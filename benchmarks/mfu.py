@@ -88,7 +88,7 @@ def _peak(step: Callable[[], object]) -> float:
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
-    """Measure the group."""
+    """Run this benchmark; return the rows of its table."""
     on_gpu = GPU in os.environ
     dtype = torch.bfloat16 if on_gpu else torch.float32
     rate = matrix_rate(Compute(device=device(), dtype=dtype))

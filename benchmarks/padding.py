@@ -30,7 +30,7 @@ def share(batches: list[Batch]) -> float:
 
 
 def shuffled(tokens: TokenSet, seed: int) -> list[Batch]:
-    """Return an epoch of batches of random documents."""
+    """Return an epoch of batches of documents in random order."""
     order = np.random.default_rng(seed).permutation(len(tokens))
     return [collate(tokens, order[i : i + BATCH], device=_CPU) for i in range(0, len(order), BATCH)]
 
@@ -42,7 +42,7 @@ def grouped(tokens: TokenSet, seed: int) -> list[Batch]:
 
 
 def packed(tokens: TokenSet, seed: int) -> list[Batch]:
-    """Return an epoch of batches in which each row contains several documents."""
+    """Return an epoch of batches in which a row may contain several documents."""
     sampler = PackedSampler(tokens.length_D, row_tokens=ROW_TOKENS, batch_size=BATCH, seed=seed)
     steps = int(sampler.first_steps().max()) + 1
     return [collate_packed(tokens, sampler.rows(step), device=_CPU) for step in range(steps)]

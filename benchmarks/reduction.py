@@ -57,7 +57,7 @@ TINY = {
 
 @define
 class Sent:
-    """What one process sends in one step, and the wall time of the step in seconds.
+    """What one process sends in one step to sum gradients, and the wall time of the step in seconds.
 
     `early` is the number of bytes that are sent before the backward pass has computed the last gradient.
     """

@@ -48,7 +48,7 @@ def report(name: str, rows: list[dict[str, Any]], verdicts: list[Verdict]) -> No
 
 
 def main() -> None:
-    """Judge canonical solutions, then all recorded programs."""
+    """Judge the canonical solutions and the recorded programs; print how many verdicts agree."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -233,7 +233,7 @@ def numbered(step: Callable[[int], None]) -> Callable[[], None]:
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
-    """Measure the group."""
+    """Run this benchmark; return the rows of its table."""
     shape, positions, rounds = (TINY, 32, 3) if args.quick else (SMOLLM2, 256, 4)
     with Bench.of(shape, positions, {"four": ("parallel", 4), "one": ("parallel", 1)}) as bench:
         context, four, one = bench.context(), bench.policies["four"], bench.policies["one"]

@@ -239,7 +239,7 @@ def loss_gap(model: LlamaForCausalLM, tokens: TokenSet, data: list[Record]) -> f
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
-    """Measure the group."""
+    """Run this benchmark; return the rows of its table."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)

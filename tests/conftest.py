@@ -1,4 +1,4 @@
-"""Settings of the tests in this folder: one thread, no telemetry, no model hub, no deadlines, signals."""
+"""Settings of the tests in this folder: one thread, no telemetry, no model hub, no deadlines."""
 
 import os
 import signal

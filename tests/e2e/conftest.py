@@ -35,13 +35,13 @@ class Run:
 
     @property
     def journal(self) -> list[dict[str, Any]]:
-        """The lines `"kind": "metrics"`, without the time that is different in every run."""
+        """The metric lines of the journal, without the time, which is different in every run."""
         lines = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
         return [{**line, "time": None} for line in lines if line["kind"] == "metrics"]
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Return this process's environment without the developer's settings for MLflow, AWS, Python, pytest."""
+    """Return this process's environment with settings for tests in place of the developer's settings."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "AWS_", "PYTHON", "PYTEST_"))}
     return {
         **kept,
@@ -94,7 +94,7 @@ def wmtp(start: Callable[..., "subprocess.Popen[str]"]) -> Callable[..., Run]:
 
 @pytest.fixture(scope="session")
 def isolated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """The interpreter of an environment where only the named packages of this repository are installed."""
+    """Make an environment with the named packages and those of their extra `dev`; return its interpreter."""
 
     def isolated(*distributions: str) -> str:
         folder = tmp_path_factory.mktemp("only")
@@ -135,7 +135,7 @@ def install_wheels(wheel: Callable[[Path], Path]) -> Callable[..., None]:
 
 @pytest.fixture
 def install(tmp_path: Path) -> Iterator[Callable[..., dict[str, str]]]:
-    """Install a plugin `name` without pip: its source and its metadata are in a folder on PYTHONPATH."""
+    """Install a plugin `name` without pip, in a folder; return the variable PYTHONPATH with this folder."""
     elsewhere = tmp_path / "elsewhere"
 
     def install(name: str, source: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture
 def benchmark(environment, tmp_path):
-    """Run one group in an empty folder; return its rows."""
+    """Run one benchmark with `--quick` in an empty folder; return its rows."""
 
     def benchmark(group):
         file = tmp_path / "rows.json"

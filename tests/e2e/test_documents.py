@@ -1,4 +1,4 @@
-"""The documents are correct: links have targets, all commands are listed, the README's recipe is valid."""
+"""The documents are correct; for example, links have targets, and all commands are listed."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Whole runs on CUDA devices (`make gpu`): resumed, in bfloat16, and with one process per device."""
+"""Whole runs on CUDA devices (`make gpu`), for example resumed, in bfloat16, or with several processes."""
 
 import json
 import math
@@ -21,7 +21,7 @@ TOLERANCE = 1e-3  # sums on a GPU may be ordered differently from run to run; di
 
 
 def lines(cwd, name, kind):
-    """Return {(stage, step, name): value} of the lines of a run's journal that are of this kind."""
+    """Return {(stage, step, metric): value} of the lines of this kind in the journal of the run `name`."""
     (journal,) = (cwd / "storage" / "runs").glob(f"*/*/{name}/*/metrics.jsonl")
     found = map(json.loads, journal.read_text().splitlines())
     return {

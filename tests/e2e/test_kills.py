@@ -103,7 +103,7 @@ def new_folder(path):
 
 @pytest.fixture(scope="module")
 def whole(program, tmp_path_factory):
-    """The folder of a run that was not killed, and the seconds that it took."""
+    """The working folder of a run that was not killed, and the seconds that it took."""
     cwd = new_folder(tmp_path_factory.mktemp("whole") / "0")
     code, seconds = program.run(cwd)
     assert code == 0, (cwd / "output").read_text()
@@ -111,7 +111,7 @@ def whole(program, tmp_path_factory):
 
 
 def run_folder(cwd):
-    """The only run folder, finished or not."""
+    """The only run folder below a working folder, finished or not."""
     (folder,) = (cwd / "storage/runs/weighted_mtp/verifiable/killed").iterdir()
     return folder
 

@@ -31,7 +31,7 @@ def folder_of(storage, name):
 
 
 def checkpoints(storage, name):
-    """Return the names of a run's checkpoints, oldest first; empty if the run has not begun."""
+    """Return the names of a run's checkpoints, oldest first; empty if there are none yet."""
     return sorted(path.name for path in (storage / "runs").glob(f"*/*/{name}/*/checkpoints/*-[0-9]*"))
 
 

@@ -75,7 +75,7 @@ def wait_for_words(record: Recorder, words: str, *, seconds: float = 30.0) -> No
 
 
 class Training:
-    """A thread that records five metrics per step, as a training loop does, and measures the slowest step."""
+    """A thread that records five metrics per step, and keeps the longest time of a recording, in seconds."""
 
     def __init__(self, record: Recorder, *, step_seconds: float = 0.05) -> None:
         self.record = record
@@ -119,7 +119,7 @@ class Stored:
         return self.run.info.status
 
     def points(self) -> list[tuple[str, int, float, int]]:
-        """Every point, as often as the server has it."""
+        """Every point, as often as it is stored."""
         return sorted(
             (name, point.step, point.value, point.timestamp)
             for name in self.run.data.metrics

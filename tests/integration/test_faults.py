@@ -18,7 +18,7 @@ def last_step(record):
 
 
 def assert_whole(record, reason):
-    """Check that the server has every point once, and the log has outage, reason and end of outage once."""
+    """Check that the server has every point once; the log has the reason once, and the end of each outage."""
     run = Stored(record.folder.path)
 
     assert run.status == "FINISHED"

@@ -22,7 +22,7 @@ STEPS = {"ends": 100, "stopped": 100_000, "dies": 100_000}
 
 @define(kw_only=True)
 class Outage:
-    """The results, by the name of the run."""
+    """The results by the name of the run, and the output of `track status`."""
 
     folders: dict[str, Path]
     codes: dict[str, int] = field(factory=dict)

@@ -1,4 +1,4 @@
-"""A run that cannot work stops in seconds, before anything is loaded, with one line that has no secret."""
+"""A run that cannot work stops in seconds, before anything is loaded, with a message that has no secret."""
 
 import time
 from pathlib import Path

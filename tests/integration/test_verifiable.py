@@ -23,7 +23,7 @@ ARTIFACTS = {"proxied": "mlflow-artifacts:/", "direct": "s3://", "sqlite": "file
 
 @frozen(kw_only=True)
 class Run:
-    """A run that has ended, and its store; the store None stands for the server."""
+    """A run that has ended, and the URI of its store, which is None for the server."""
 
     returncode: int
     stdout: str

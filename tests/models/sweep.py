@@ -72,12 +72,12 @@ class Row:
     """What a type can do.
 
     Attributes:
-        heads: The kinds of heads with which nothing went wrong.
+        heads: The kinds of heads with which nothing went wrong, except perhaps in packed rows.
         drafts: The kinds in `heads` with which self-speculative decoding works.
         packs: Whether documents can share rows, with every kind in `heads`.
         refusals: Core's reasons for refusing kinds of heads.
-        wrong: Differences from the model that core did not notice, and crashes.
-        unbuilt: Why no tiny model could be built; empty if one was built.
+        wrong: Differences from the model that core did not notice, crashes, and missing answers.
+        unbuilt: Why no tiny model could be built and run; empty if one was.
     """
 
     heads: list[str] = field(factory=list)
@@ -159,7 +159,7 @@ def packed_differences(base: Any, policy: Policy) -> list[str]:
 
 
 def loss_differs(base: Any, policy: Policy, ids_BT: Tensor) -> bool:
-    """Return whether head 1's loss or gradients differ from autograd's for the logits of the model."""
+    """Return whether head 1's loss or gradient norm differs from autograd's for the logits of the model."""
     base, policy = copy.deepcopy(base), copy.deepcopy(policy)
     everything_BT = torch.ones_like(ids_BT, dtype=torch.bool)
     labels_BTK = align_labels(

@@ -61,7 +61,7 @@ class Drafting:
     """Texts, and how many drafts were accepted while they were written.
 
     Attributes:
-        tokens: New tokens of each prompt, with EOS.
+        tokens: New tokens of each prompt, including EOS if a text has it.
         verified: Number of passes that verified drafts.
         accepted: Number of these passes that accepted the first, second, ... draft.
     """

@@ -162,7 +162,7 @@ def flat_plugin() -> str:
 
 @pytest.fixture(scope="session")
 def humaneval_characters() -> list[int]:
-    """The lengths of HumanEval's 164 prompts and solutions, in characters."""
+    """For each problem of HumanEval, the length of prompt and solution together, in characters."""
     return [int(length) for length in HUMANEVAL_CHARACTERS.split()]
 
 

@@ -333,7 +333,7 @@ class Losses:
 
 
 def trained(policy, folder, *, resume=None, steps=6):
-    """Train with a checkpoint after 3 steps; return the loss of each step."""
+    """Train with a checkpoint every 3 steps; return the loss of each step."""
     folder.mkdir(exist_ok=True)
     reporter = Losses()
     table = TrainTable(steps=steps, learning_rate=0.02, warmup_steps=0, validate_every=steps, log_every=1)

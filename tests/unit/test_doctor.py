@@ -1,4 +1,4 @@
-"""`doctor`: general checks, then the checks of a recipe's components, or of all that are installed."""
+"""`doctor`: general checks, then the checks of a recipe's components, or of all that need no option."""
 
 import pytest
 from weighted_mtp_core.cli import main

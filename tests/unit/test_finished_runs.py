@@ -461,7 +461,7 @@ def medusa(trained):
 
 
 def hints(run):
-    """Return the next steps that a finished run recommends, as the values of report.md."""
+    """Return what report.md recommends as `export it` and `serve it`, without those that it lacks."""
     lines = re.findall(r"- \*\*(.+?)\*\*: (.*)", (run / "report.md").read_text())
     return {name: value for name, value in lines if name in {"export it", "serve it"}}
 

@@ -64,7 +64,7 @@ class Flat(WeightingStrategy):
 
 
 class Latest(PolicyLearner):
-    """Keeps the last state."""
+    """Has its best state at the last validation."""
 
     def validate(self, *, step):
         return Validation(metrics={}, score=float(step))

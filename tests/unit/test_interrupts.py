@@ -1,4 +1,4 @@
-"""Signals outside training: remembered, held back or raised, from the first line of a process to the last."""
+"""Signals: remembered, held back or raised, from the first line of a process to the last."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The exact text of every message about a mistake before a run starts."""
+"""The exact texts of messages about mistakes that are found before a run starts."""
 
 import pytest
 from weighted_mtp_core import cli

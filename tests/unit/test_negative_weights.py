@@ -73,7 +73,7 @@ WORDS = ["one", "two", "red", "sky"]
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch, install_plugin):
-    """Write a recipe of a tiny run over rows; each prompt has one response to learn and one to avoid."""
+    """Write a recipe of a tiny run over rows; each problem has one response to learn and one to avoid."""
     install_plugin("signs", PLUGIN)
     monkeypatch.chdir(tmp_path)
     rows = [

@@ -1,7 +1,8 @@
-"""A step of stage 2 waits for the device only to read the weights, which happens at every tenth step.
+"""A step of stage 2 waits for the device only to read the weights.
 
-The host knows everything else that it needs when it makes the batch. A CPU never waits, so these tests forbid
-the operations that would make an accelerator's host wait.
+The weights are read at every tenth step and at the last step. The host knows everything else that it needs
+when it makes the batch. A CPU never waits, so these tests forbid the operations that would make an
+accelerator's host wait.
 """
 
 import sys
@@ -56,7 +57,7 @@ def as_on_a_cuda_device(monkeypatch):
 
 
 class NoWaiting(TorchDispatchMode):
-    """Fails if an operation's result must come back to the host; only counts such reads of the weights."""
+    """Fails at an operation for which a GPU's host would wait; reads of the weights are only counted."""
 
     reads = 0
 

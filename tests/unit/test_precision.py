@@ -1,4 +1,4 @@
-"""All that a run computes has one precision, so no difference of losses comes from rounding alone."""
+"""A run computes in one precision, except for probes, so no difference of losses is due to rounding alone."""
 
 import os
 import sys

@@ -197,7 +197,7 @@ def prepared_source(run):
 
 
 def check_solution(prepared, prompt, solution):
-    """Compare with the definition: one forward pass over the text, token by token."""
+    """Compare losses with one forward pass over the text, and values with the positions of the tokens."""
     tokenizer, policy = prepared.codec.tokenizer, prepared.policy
     before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     response = "".join(token.text for token in solution.tokens).removesuffix(tokenizer.eos_token)

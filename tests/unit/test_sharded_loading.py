@@ -111,7 +111,7 @@ def together(size, store, work):
 
 
 def measured(table, storage, best, distributed=SINGLE_PROCESS):
-    """Load a policy; return what it computes, and the bytes of parameters in this process and in all."""
+    """Load and save a policy; return what it computes, and the bytes of parameters here and in all."""
     mesh = None if distributed.is_single_process else mesh_of(distributed, torch.device("cpu"))
     policy = load(table, storage, distributed=distributed, mesh=mesh).policy.eval()
     held = {

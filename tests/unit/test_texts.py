@@ -45,7 +45,7 @@ def byte_level(*, prefix_space=False):
 
 
 def sentence_piece():
-    """Like Llama 2's: a dummy prefix, bytes for other characters, BOS."""
+    """A tokenizer like Llama 2's: a dummy prefix, bytes for other characters, BOS."""
     backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence(

@@ -179,7 +179,7 @@ def test_an_array_that_grew_reads_as_one_that_was_saved(tmp_path_factory, parts)
 
 
 def mapped_megabytes():
-    """Return how much of this process's memory is pages of files."""
+    """Return how many MiB of this process's memory are pages of files."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"RssFile:\s+(\d+)", status).group(1)) / 1024
 

@@ -287,9 +287,9 @@ class Critic(Stateful):
             `reads_policy` is False, stage 2 of a run with one process computes the scores of each document
             once, and later runs with the same critic, data and batches reuse the scores, unless the recipe
             sets `critic.cache = false`.
-        blocks: Modules, such as decoder layers, that core may shard over several processes (FSDP2) before
-            stage 1. After sharding, `state_dict()` contains sharded tensors for the parameters of these
-            modules, and `load_state_dict` receives tensors with the same sharding.
+        blocks: Modules, such as decoder layers, with matrices that core may shard over several processes
+            (FSDP2) before stage 1. After sharding, `state_dict()` contains sharded tensors for these
+            matrices, and `load_state_dict` receives tensors with the same sharding.
     """
 
     trainable: bool = False

@@ -79,7 +79,7 @@ def from_hub(
 
     Args:
         repository: Id of the data set on the hub.
-        configuration: Name of a configuration of the data set; None if the data set has only one.
+        configuration: Name of a configuration of the data set; None for the only or the default one.
         split: Name of the split, or several names joined by `+`.
         folder: The folder for the copies, which are `.parquet` files.
         revision: Branch, tag or commit of the data set; by default the main branch.

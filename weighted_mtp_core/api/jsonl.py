@@ -149,9 +149,9 @@ class JsonlSource(DataSource):
     def version(self) -> DatasetVersion:
         """Return the version of the data.
 
-        In the result, `name` is the name of the first file without its last suffix, or the name of its folder
-        if `Dataset.save_to_disk` wrote the folder. `sha256` changes if any byte of the files changes, and
-        `version` consists of the first 12 digits of `sha256`.
+        In the result, `name` is the name of the first file without its last suffix or, if this suffix is
+        `.arrow`, the name of the folder that contains the file. `sha256` changes if any byte of the files
+        changes, and `version` consists of the first 12 digits of `sha256`.
         """
         digest = hashlib.sha256("".join(map(sha256_of_file, self.files)).encode()).hexdigest()
         first = self.files[0]

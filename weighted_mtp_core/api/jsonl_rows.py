@@ -49,7 +49,7 @@ class JsonlRow:
         problem_id: Id of the problem, shared by all responses to it.
         reward: Verified outcome of the response, in [0, 1]; None if the row has no verdict.
         tests: Python source that defines `check(candidate)`; empty if completions cannot be verified.
-        entry_point: Name of the function that the tests call.
+        entry_point: Name of the function that the tests call; may be empty if there are no tests.
         weight: Weight of each token of the response, as in `Example.weight`.
         spans: Weights of parts of the response, as in `Example.spans`; in a file, their key is `weights`.
         messages: The chat that the policy reads instead of `prompt` and `response`, as in `Example.messages`;

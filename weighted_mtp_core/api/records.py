@@ -155,7 +155,8 @@ class ProblemIds:
         """Register a problem that may have only one record.
 
         Raises:
-            ValueError: The problem has an earlier record; the message contains the place of that record.
+            ValueError: Another record has registered the problem; the message contains the place of that
+                record.
         """
         _, where = self._first.setdefault((problem_id, ""), (None, place))
         if where != place:

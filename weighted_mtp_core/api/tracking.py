@@ -70,7 +70,7 @@ class KeptRun:
     """The part of a run that the tracker's store contains.
 
     Attributes:
-        run: Id that the store has given the run.
+        run: Id that the store has given the run; empty if the run was deleted there.
         last_step: For each metric, the last step that the store contains.
     """
 

@@ -45,6 +45,7 @@ def store(client: MlflowClient, run_id: str, path: Path, subdir: str, *, uri: st
 
     Raises:
         NotStoredError: The stored file is missing or differs from the local file, which must be sent again.
+        Exception: The client of MLflow or of S3 raised this exception.
     """
     root = client.get_run(run_id).info.artifact_uri
     name = f"{subdir}/{path.name}" if subdir else path.name
@@ -71,6 +72,7 @@ def drop_local_checkpoint(client: MlflowClient, run_id: str, path: Path, subdir:
 
     Raises:
         NotStoredError: The stored file differs from the local file, which is kept.
+        Exception: The client of MLflow raised this exception.
     """
     root = client.get_run(run_id).info.artifact_uri
     if path.name != CHECKPOINT or not root.startswith((_PROXIED, "s3://")):

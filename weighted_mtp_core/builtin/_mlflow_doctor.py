@@ -49,7 +49,7 @@ def examine_server(uri: str) -> list[Finding]:
 def examine_artifacts(uri: str, artifact_root: str | None) -> Iterator[Finding]:
     """Write, read and delete a small file in the place where a new experiment would store its files.
 
-    A place that only the server can reach gives a warning instead.
+    A place that is neither in S3 nor behind the tracking server gives a warning instead.
     """
     root = artifact_root or MlflowClient(uri).get_experiment("0").artifact_location
     name = f"wmtp-doctor/{uuid.uuid4().hex}.txt"

@@ -37,7 +37,7 @@ def legal_key(key: str) -> str:
 
 
 def legal_value(value: str, *, longest: int) -> str:
-    """Replace control characters and surrogates; a value longer than `longest` is cut and marked."""
+    """Replace most control characters, and surrogates; a value longer than `longest` is cut and marked."""
     value = _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", value)
     if len(value) <= longest:
         return value

@@ -82,8 +82,8 @@ class MlflowTracker(Tracker):
         """Create the run in its experiment, or reopen it; add missing params and datasets, and set the tags.
 
         Raises:
-            WmtpError: The call failed and a retry will not help, for example because of a wrong login, an
-                unknown host or a deleted experiment.
+            WmtpError: The name of the experiment is not valid, or the call failed and a retry will not help,
+                for example because of a wrong login, an unknown host or a deleted experiment.
             NotDeliveredError: The call failed, but a retry may help.
         """
         check_path_name(run.experiment, what="an experiment")

@@ -77,7 +77,10 @@ exit codes:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one command and return its exit code; errors go to stderr after `error:`, hints after `hint:`."""
+    """Run one command and return its exit code; errors go to stderr after `error:`, hints after `hint:`.
+
+    `--help` and `--version` print their text and raise SystemExit.
+    """
     # `--traceback` is removed before parsing, so that it may precede or follow the command.
     arguments = [each for each in argv if each != "--traceback"]
     want_traceback = len(arguments) < len(argv)

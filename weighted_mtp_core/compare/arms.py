@@ -14,10 +14,10 @@ from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.plan import Plan, make_plan
 
 EQUAL = ("data", "evaluate", "model", "train")
-"""Tables of a recipe that must be equal in all arms."""
+"""Tables of a recipe that must be equal in all arms, except for keys that are allowed to differ."""
 
 ALGORITHM = ("critic", "loss", "weighting")
-"""Tables of a recipe that must be equal in all runs of one arm, in addition to `EQUAL`."""
+"""Tables of a recipe that, like `EQUAL` and with the same exception, must be equal in all runs of one arm."""
 
 
 @frozen(kw_only=True, eq=False)

@@ -50,8 +50,9 @@ class ClosedGap:
     Attributes:
         metric: Name of the metric.
         arm: Name of the arm.
-        share: Ratio of the mean differences, with Fieller's interval. The ends of the interval are NaN if it
-            cannot be computed, for example because the gap does not differ significantly from 0.
+        share: Ratio of the mean differences, with Fieller's interval. The ends of the interval are NaN if the
+            interval cannot be computed, for example because the gap does not differ significantly from 0. The
+            ratio is NaN, too, if a value is not finite or the mean gap is 0.
     """
 
     metric: str

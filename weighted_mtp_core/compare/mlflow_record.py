@@ -38,7 +38,7 @@ def track(
     Args:
         arms: The arms.
         comparison: The comparison.
-        runs: The run folder of each job.
+        runs: The run folder of each finished job.
         files: Files with tables and plots.
         folder: The folder that contains the files; its name becomes the name of the MLflow run.
         log: Called with messages for the user.

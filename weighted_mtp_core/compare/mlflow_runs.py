@@ -85,8 +85,8 @@ def read_stored(
         storage: The storage root, which contains the store that is used if no store is configured.
 
     Raises:
-        WmtpError: There are no such runs, a run named by its id is not finished, the store cannot be read, or
-            the arms cannot be compared.
+        WmtpError: An experiment or a run does not exist, a run named by its id is not finished, no run is
+            left, the store cannot be read, or the arms cannot be compared.
     """
     tracker = build_mlflow(MlflowOptions(), BuildContext(seed=0, storage=storage))
     assert isinstance(tracker, MlflowTracker)  # because the tracker is enabled

@@ -66,7 +66,8 @@ class Ended:
     Attributes:
         code: Exit code of the run's process; 0 if the run had already finished, `EXIT_TERMINATED` if it was
             stopped before it began.
-        folder: Folder of the finished run; None if no finished run with the wanted properties was found.
+        folder: Folder of the finished run; None if `code` is not 0, or if no finished run with the wanted
+            properties was found.
         reason: If `folder` is None, why: usually the last `error:` line of the run's output.
         host: Name of the machine.
     """

@@ -60,7 +60,7 @@ def drop_pages(array: NDArray[Any]) -> None:
 
 @frozen(eq=False)
 class MappedStrings(Sequence[str]):
-    """D strings in two mapped arrays: the bytes of all strings, and the offset of each string, `[D + 1]`."""
+    """D strings in two mapped arrays: their bytes, and D + 1 offsets at which strings begin or end."""
 
     text: NDArray[np.uint8]
     start: NDArray[np.int64]

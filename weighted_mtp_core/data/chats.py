@@ -75,6 +75,7 @@ def render_chat(
         WmtpError: The tokenizer has no chat template, a message contains a control token, turns or weighted
             spans cannot be found in the rendered text, or a message has a `weight` but the number of learned
             turns that the template marks differs from the number of learned messages.
+        jinja2.TemplateError: The template is not valid, or refuses the messages.
     """
     if tokenizer.chat_template is None:
         raise WmtpError(

@@ -40,7 +40,7 @@ def encode(
 
     Raises:
         WmtpError: The ids of an example decode to a different text, a chat cannot be rendered, or a chat has
-            weighted spans, but the tokenizer does not report which characters its tokens cover.
+            weighted spans, but the tokenizer does not report for each character which tokens cover it.
     """
     plain = [example for example in examples if not example.messages]
     encoded = codec.encode_documents([(each.prompt, each.response) for each in plain])

@@ -155,8 +155,8 @@ def try_temperatures(
     """Measure pass@k on the validation problems once for each of the given `[evaluate]` tables.
 
     Raises:
-        WmtpError: There are no validation problems, or the prompt of a problem is too long for the policy or
-            has no tokens.
+        WmtpError: There are no validation problems, the prompt of a problem is too long for the policy or
+            has no tokens, or completions cannot be verified.
     """
     problems, whole_split = _first_problems(prepared.source, "validation", limit=tables[0].problems)
     if not problems:

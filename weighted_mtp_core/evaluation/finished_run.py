@@ -137,7 +137,7 @@ def export_run(
 ) -> str | None:
     """Write the best policy of a run as a transformers directory, or only its adapter in the format of peft.
 
-    An exported model or adapter in `to` is replaced.
+    If the directory `to` exists, it is replaced.
 
     Args:
         run: The run folder.

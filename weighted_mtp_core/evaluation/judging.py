@@ -80,7 +80,11 @@ def judge(
     *,
     whole_split: bool,
 ) -> JudgedCompletions:
-    """Verify every completion with the data source."""
+    """Verify every completion with the data source.
+
+    Raises:
+        WmtpError: The data source cannot verify the completions.
+    """
     verdicts = iter(
         source.verify(
             [(problem, text) for problem, row in zip(problems, completions, strict=True) for text in row]

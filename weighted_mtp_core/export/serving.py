@@ -130,7 +130,8 @@ def serving_command(path: Path, *, server: Server, kind: HeadKind, dtype: torch.
 def serving_hints(run: Path, to: Path, *, policy: Policy) -> list[tuple[str, str]]:
     """Return the commands that export a finished run and serve the exported model, as pairs (name, command).
 
-    The list is empty if `--serve` does not apply to the heads of this policy.
+    The list is empty if `--serve` does not apply to the heads of this policy, or if the unembedding has a
+    bias.
 
     Args:
         run: The run folder.

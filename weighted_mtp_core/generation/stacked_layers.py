@@ -28,8 +28,8 @@ def stack(layers: Sequence[nn.Module]) -> nn.Module | None:
     called. Layers with lists of modules, such as experts, cannot be stacked either: each expert gets the rows
     that are routed to it, so groups would differ in size. Layers with adapters cannot be stacked, because
     they look up their adapters by name in a dictionary of modules. Finally, layers cannot be stacked if they
-    have parameters that belong neither to a plain `nn.Linear` nor to a module whose parameters are vectors,
-    such as a norm.
+    have parameters that belong neither to a plain `nn.Linear` nor to a module without submodules whose
+    parameters are all vectors, such as a norm.
     """
     first = layers[0]
     if any(isinstance(module, FSDPModule | nn.ModuleList | nn.ModuleDict) for module in first.modules()):

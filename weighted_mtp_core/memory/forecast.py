@@ -70,7 +70,8 @@ def forecast(plan: Plan, documents: Documents, target: Target, *, only: str | No
         only: Name of the only phase to simulate on the device; None stands for all phases.
 
     Raises:
-        WmtpError: The config of the base model cannot be read, or the model is not supported as a policy.
+        WmtpError: The config of the base model cannot be read, the model is not supported as a policy, or a
+            package is missing.
     """
     found = find_phases(plan, documents, target, only=only)
     table = plan.recipe.checkpoint

@@ -72,7 +72,8 @@ def find_phases(plan: Plan, documents: Documents, target: Target, *, only: str |
         only: Name of the only phase to simulate; None stands for all phases.
 
     Raises:
-        WmtpError: The config of the base model cannot be read, or the model is not supported as a policy.
+        WmtpError: The config of the base model cannot be read, the model is not supported as a policy, or a
+            package is missing.
     """
     recipe = plan.recipe
     config = config_of(recipe.model, storage=Path(recipe.run.storage))

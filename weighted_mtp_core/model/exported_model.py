@@ -67,7 +67,7 @@ def is_exported_model(folder: Path) -> bool:
 
 
 def is_exported_adapter(folder: Path) -> bool:
-    """Return whether a folder contains the files that `export --adapter` writes."""
+    """Return whether a folder contains the config, recipe and manifest that `export --adapter` writes."""
     return all((folder / name).is_file() for name in (ADAPTER_CONFIG, RECIPE, MANIFEST))
 
 

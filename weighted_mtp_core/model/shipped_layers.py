@@ -106,7 +106,8 @@ def tensor_files(source: Path | str) -> dict[str, Path]:
 
     Args:
         source: A transformers directory or a hub id. For a hub id with several files of weights, only the
-            list of tensors is downloaded; the result is also empty if the hub cannot be reached.
+            list of tensors is downloaded; the result is also empty if there is no local copy and the hub
+            cannot be reached.
     """
     from safetensors import safe_open
     from transformers.utils.hub import cached_file

@@ -141,7 +141,8 @@ class ComponentSelector:
             at: Path of the recipe's table that contains `use` and `options`.
 
         Raises:
-            WmtpError: The component does not exist, or its plugin cannot be loaded.
+            WmtpError: `use` does not identify a component, a plugin cannot be loaded, or the same is true of
+                a weighting that the options select.
         """
         try:
             plugin, component = resolve(self.registry, kind, use)
@@ -166,7 +167,7 @@ class ComponentSelector:
 
 
 def weighting_choices(value: Any) -> Iterator[tuple[KeyPath, WeightingChoice]]:
-    """Yield the path and the value of every `WeightingChoice` inside structured options."""
+    """Yield path and value of each `WeightingChoice` in structured options; mappings are not searched."""
     if isinstance(value, WeightingChoice):
         yield (), value
     elif attrs.has(type(value)):

@@ -80,7 +80,7 @@ class Document:
     def locate(self, path: KeyPath) -> str:
         """Return where a key was set: "file, line 3, a.key" or "--set, a.key".
 
-        If the key was not set, return where the table of the key was set.
+        If the key was not set, return where the nearest enclosing table was set, or else the recipe's path.
         """
         source, line = self._origin(path)
         return ", ".join([source, *([f"line {line}"] if line else []), dotted(path)])

@@ -182,7 +182,7 @@ class DataTable(Selection):
 
     Documents longer than `max_tokens` are left out and counted. `bos` determines whether documents begin with
     the token BOS; with `bos = "auto"`, they do if the tokenizer adds BOS to texts. `packing = "documents"`
-    puts several documents into each row of stage 2, up to `pack_tokens` tokens. Chats are rendered with the
+    packs documents into rows of at most `pack_tokens` tokens in stage 2. Chats are rendered with the
     tokenizer's template, or with `chat_template`, which is a Jinja template. `train_on` selects the
     assistant's messages that the policy learns.
     """
@@ -298,8 +298,9 @@ class CriticTable(Selection):
 class CheckpointTable:
     """`[checkpoint]`: the checkpoints of stages 1 and 2, from which `run --resume` continues.
 
-    A checkpoint is written every `every` steps and at the end of each stage; with `every = 0`, only at the
-    end. Core keeps the last `keep` checkpoints, and the checkpoints at multiples of `keep_every` steps.
+    A checkpoint is written every `every` steps (unless `every` is 0), at the end of each stage, and when a
+    signal requests it. Core keeps the last `keep` checkpoints and, unless `keep_every` is 0, the checkpoints
+    at multiples of `keep_every` steps.
     """
 
     every: int = field(default=100, validator=v.ge(0))

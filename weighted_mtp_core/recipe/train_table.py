@@ -40,9 +40,9 @@ class TrainTable:
     """`[critic.train]`: the training of the critic (stage 1). The table `[train]` has the same keys and more.
 
     The length of the stage is either a number of steps or a number of epochs; a number of epochs is converted
-    to steps when the data are known. `batch_size` is the global batch size in rows. The stage ends early
-    after `patience` consecutive validations without a better state. A step with a non-finite loss or gradient
-    is skipped; after `max_bad_steps` consecutive skipped steps, the run stops.
+    to steps when the data are known. `batch_size` is the global batch size in rows. If `patience` is set, the
+    stage ends early after `patience` consecutive validations without a better state. A step with a non-finite
+    loss or gradient is skipped; after `max_bad_steps` consecutive skipped steps, the run stops.
     """
 
     epochs: float | None = field(default=None, validator=v.optional(v.gt(0)))

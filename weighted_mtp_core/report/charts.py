@@ -125,7 +125,8 @@ _FIRST = (
 def charts_of(metrics: Mapping[str, Sequence[Point]]) -> tuple[list[Chart], list[Chart]]:
     """Draw charts of all metrics of a stage, and return (first charts, other charts).
 
-    The first charts show the metrics of plugins and the most important metrics of core.
+    The first charts show the metrics of plugins and the most important metrics of core. A chart without a
+    finite value is left out.
     """
     groups = [*_head_groups(metrics), *_GROUPS]
     known = {name for group in groups for name in group.members}

@@ -136,7 +136,7 @@ def _kept_step(history: RunHistory) -> int | None:
 
 
 def _facts(history: RunHistory) -> list[tuple[str, str]]:
-    """Return the rows of the table `The run`, without rows whose value is unknown."""
+    """Return the rows of the table `The run`, without rows whose value is empty."""
     tags, params = history.tags, history.params
     data = [tags.get(run_tags.DATA), params.get("data.name"), params.get("data.version")]
     steps = f"{params.get('train.steps', '?')} x {params.get('train.batch_size', '?')}"
@@ -201,7 +201,7 @@ def _heads(history: RunHistory) -> list[dict[str, float | None]]:
 
 
 def _test(history: RunHistory, metric: str) -> float | None:
-    """Return a metric of stage 3, measured on the whole split or some of its examples; else None."""
+    """Return a metric of stage 3, from the whole split or some of its examples; None if not measured."""
     part = re.compile(rf"{metric}(_of_\d+_examples)?")
     names = [name for name in history.metrics.get("evaluate", {}) if part.fullmatch(name)]
     return history.last("evaluate", names[-1]) if names else None

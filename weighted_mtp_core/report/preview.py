@@ -33,7 +33,7 @@ class PreviewToken:
 
     Attributes:
         id: Id of the token.
-        text: The text that the token adds; empty if the token ends inside a character of several tokens.
+        text: The text that the token adds; it may be empty if the token ends inside a character.
         is_target: Whether a head learns to predict the token.
         weight_K: Weight of the token as a target of each head; None for a head that does not predict the
             token. The tuple is empty if the weights are unknown.

@@ -182,7 +182,9 @@ class _MeasuredRow:
 
 
 def changes(value_T: NDArray[np.float64], positions: NDArray[np.int64], reward: float) -> NDArray[np.float64]:
-    """Return the TD error of each response token with discount gamma = 1; NaN for all other tokens.
+    """Return the TD error of each response token with discount gamma = 1.
+
+    The result is NaN for other tokens, and where a value is unknown.
 
     Args:
         value_T: V_t, the value of the prefix that ends at token t.

@@ -19,12 +19,12 @@ class Token:
     """A token of a response, of a message between two turns of the assistant in a chat, or of a preview.
 
     Attributes:
-        text: The text that the token adds; empty if the token ends inside a character of several tokens.
+        text: The text that the token adds; it may be empty if the token ends inside a character.
         weight: Mean weight of the token over the heads that predict it; None if no head predicts it, or if
             the weights could not be computed (`TokenReport.unweighed`).
-        weight_K: Weight for each head if the weighting returns a weight per head, otherwise empty. The weight
-            is None for a head that does not predict the token, for example because the token is too near the
-            start of its document.
+        weight_K: Weight for each head if the weighting returns a weight per head; otherwise, and in a
+            preview, empty. The weight is None for a head that does not predict the token, for example because
+            the token is too near the start of its document.
         loss_K: Unweighted cross-entropy of each head, in nats; None as in `weight_K`. Empty in a preview.
         value: The critic's value of the prefix that ends with the token, at most 1; None if the token is not
             learned, or if the run has no critic that computes values.

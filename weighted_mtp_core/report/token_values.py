@@ -42,7 +42,7 @@ def table_of_values(
     - `position`: position of the token in the response, from 0;
     - `token`: the text of the token;
     - `value`: the critic's value of the prefix that ends with the token, at most 1;
-    - `change`: the TD error of the token with discount gamma = 1;
+    - `change`: the TD error of the token with discount gamma = 1; null for the first token of a document;
     - `weight`: mean weight of the token over the heads that predict it; null if there is no such head, or if
       the weighting fails, for example because it can only compute weights for training batches.
 

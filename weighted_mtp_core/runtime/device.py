@@ -85,7 +85,7 @@ class Compute:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Compute in float32 within the block, for probes that compute the same result in two ways."""
+    """Disable autocast and TF32 within the block, for probes that compute the same result in two ways."""
     tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:

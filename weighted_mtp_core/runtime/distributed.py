@@ -43,7 +43,7 @@ class Distributed:
 
     @classmethod
     def init(cls, device: str) -> Distributed:
-        """Join the processes that `torchrun` started; without `torchrun`, return a single process.
+        """Join the processes that `torchrun` started; without other processes, return a single process.
 
         Args:
             device: `model.device` of the recipe. If it is `cuda`, or `auto` on a machine with a GPU, each

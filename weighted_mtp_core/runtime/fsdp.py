@@ -89,7 +89,10 @@ def copy_of(module: Module) -> Module:
 
 
 _TWINS: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
-"""Maps each callable module to a twin with the same parameters, because modules of FSDP2 cannot be copied."""
+"""Maps each module that `callable_` has changed to a twin with the same parameters.
+
+The twin can be copied, but modules of FSDP2 cannot.
+"""
 
 
 def _twin(module: Module) -> Module:

@@ -97,8 +97,8 @@ class GradientReduction:
     def begin(self) -> None:
         """Start to send buckets; call this when the last backward pass begins.
 
-        The last backward pass must add at most one gradient to each parameter in `last`; a second gradient
-        raises `RunFailedError`.
+        With several processes and without sharded parameters, the last backward pass must add at most one
+        gradient to each parameter in `last`; a second gradient raises `RunFailedError`.
         """
         if not self._overlaps:
             return

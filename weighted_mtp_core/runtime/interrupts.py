@@ -73,7 +73,7 @@ class StopRequest:
 
     @property
     def checkpoint_requested(self) -> bool:
-        """Whether SIGUSR1 has arrived, in the `with` block or before it."""
+        """Whether SIGUSR1 has arrived since the last `forget_checkpoint_request`, even before the block."""
         return _checkpoint_requested.is_set()
 
     def forget_checkpoint_request(self) -> None:

@@ -56,6 +56,7 @@ def connect() -> Any:
 
     Raises:
         WmtpError: The endpoint in MLFLOW_S3_ENDPOINT_URL is not a valid URL.
+        PartialCredentialsError: Only one of the two credentials is set.
     """
     import boto3
     from botocore.config import Config
@@ -117,6 +118,7 @@ def head(client: Any, bucket: str, key: str) -> Mapping[str, Any] | None:
     Raises:
         WmtpError: The store refuses the request for a reason that `advice` explains.
         ClientError: The store refuses the request for another reason.
+        BotoCoreError: The store cannot be reached.
     """
     from botocore.exceptions import ClientError
 

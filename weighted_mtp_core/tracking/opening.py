@@ -24,7 +24,7 @@ def open_recorder(plan: Plan, display: Display, *, resume: Path | None = None) -
         resume: The folder of the run to resume; None for a new run.
 
     Raises:
-        WmtpError: The run folder cannot be created, does not exist or is in use, or a tracker cannot be built
+        WmtpError: The run folder cannot be created or locked, or does not exist; or a tracker cannot be built
             or permanently refuses this run.
         RunFailedError: The journal is not writable.
     """

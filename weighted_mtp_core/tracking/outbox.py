@@ -71,7 +71,8 @@ class Outbox:
         """Open the run at the tracker, with the description of the run that the journal contains so far.
 
         Raises:
-            WmtpError: The tracker permanently refuses the run, or the journal does not name the run.
+            WmtpError: The tracker permanently refuses the run, or the journal is missing or does not name the
+                run.
             Exception: The tracker raised this exception, so the run was not opened.
         """
         history = read_history(self.folder, kinds=_DESCRIPTION)
@@ -112,16 +113,16 @@ class Outbox:
     def step(self) -> bool:
         """Send the next batch of lines; if the run is not open at the tracker, first open it.
 
-        Before metrics, timings or the end of the run are sent, the store is asked what it has received. If it
-        has lost the run or points, the run is opened again instead. If the upload of a file
-        fails, no exception is raised, and the file is set aside. A batch that the tracker permanently refuses
-        is recorded as refused.
+        Before metrics, timings or the end of the run are sent, the store is asked what it has received. If
+        the store has lost the run or points, the run is opened again instead. If the upload of a file fails,
+        no exception is raised, and the file is set aside. A batch that the tracker permanently refuses is
+        recorded as refused.
 
         Returns:
             Whether there was anything to send.
 
         Raises:
-            WmtpError: The tracker permanently refuses the run.
+            WmtpError: The run had to be opened, and `open` raised this error.
             Exception: The tracker raised this exception, so the batch was not delivered and must be sent
                 again.
         """

@@ -24,7 +24,7 @@ class Point(NamedTuple):
 
 @define(kw_only=True, eq=False)
 class RunHistory:
-    """The contents of a run's journal, or of those of its lines that were added.
+    """The contents of a run's journal, or of some of its lines; `add` adds a line.
 
     Attributes:
         run: `run_id`, `name` and `experiment` of the run; empty if no line about them was added.

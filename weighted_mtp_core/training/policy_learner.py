@@ -50,8 +50,7 @@ class PolicyLearner(Learner):
     Attributes:
         policy: The model to train.
         weighting: Computes the weights.
-        loss: The recipe's `[loss]`, such as the normalisation, the shares of the heads, and whether heads
-            2..K train the trunk.
+        loss: The recipe's `[loss]`, which sets, for example, the normalisation and the shares of the heads.
         steps: The number of steps of stage 2; schedules of the heads' shares in the loss depend on it.
         pairs_per_step: Number of counted (position, head) pairs of each head in a step, averaged over an
             epoch; `align_labels` defines which pairs count.
@@ -328,7 +327,7 @@ class PolicyLearner(Learner):
         self.weighting.strategy.load_state_dict(WithPrefix(state, "weighting"))
 
     def save_best(self) -> None:
-        """Write the policy's weights."""
+        """Write the policy's weights; `save_model` may leave out frozen weights."""
         save_model(self.policy, self.best, distributed=self.distributed)
 
     def load_best(self) -> None:

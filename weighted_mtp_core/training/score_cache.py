@@ -159,7 +159,8 @@ def scores_key(
     Args:
         critic: The critic, in the state in which it scores.
         chosen: The critic's component, with its address, source and options.
-        inputs: The SHA-256 of the weights, and the configuration, of each model that core gave the critic.
+        inputs: The SHA-256 of the weights, and the configuration, of each frozen model that core gave the
+            critic.
         batches: The batches of stage 2.
         accumulation: Maximum number of parts in which a batch is scored.
         compute: The device and the precision with which the scores are computed.

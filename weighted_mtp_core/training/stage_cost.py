@@ -71,7 +71,8 @@ class StageCost:
         """Return rates since the last call and peaks of memory, by metric name; every process must call this.
 
         The rates cover all processes together, and a peak is the maximum over the processes. If no operations
-        were counted, rates of operations are left out. The call does not reset the peaks.
+        were counted, rates of operations are left out; if `matrix_rate` is None, the share of it is left out.
+        The call does not reset the peaks.
         """
         seconds = max(time.perf_counter() - self._clock, 1e-9)
         found = {"tokens_per_second": self._tokens / seconds}

@@ -1,6 +1,6 @@
 """A plugin with components that each violate one rule, and with correct components.
 
-The attribute `caught_by` of a class names the checks that must fail for it; all other checks must pass.
+The attribute `caught_by` of a class names the checks that must fail for it; no other check may fail.
 `test_suites.py` runs the suites on all classes. Components with names that begin with `Sound` are correct;
 each mutant changes one property of a correct component.
 """
@@ -487,7 +487,7 @@ class SoundReaderOfPositions(SoundCritic):
 
 
 class SoundReference(Critic):
-    """Is never trained; the reference loss of a token equals its id."""
+    """Is never trained; the reference loss of a response token equals its id."""
 
     caught_by: ClassVar[set[str]] = set()
     provides: ClassVar[frozenset[Signal]] = frozenset({Signal.REFERENCE_LOSS})
@@ -1048,6 +1048,6 @@ def wmtp_trackers() -> Any:
 
 
 def every_class() -> list[type[Any]]:
-    """Return all of them."""
+    """Return every class of this module that is offered as some kind, and the one of no kind."""
     kinds = (WeightingStrategy, Critic, DataSource, Tracker)
     return [OfNoKind, *itertools.chain.from_iterable(classes(kind) for kind in kinds)]

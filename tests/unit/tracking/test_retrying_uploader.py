@@ -1,4 +1,4 @@
-"""The uploader: a thread that never makes training wait and never gives up before the end."""
+"""The uploader: a thread that never makes training wait and, in an outage, tries until the run ends."""
 
 import threading
 import time

@@ -153,7 +153,7 @@ class Heads(nn.ModuleList, ABC):
 
     @property
     def bodies(self) -> Sequence[nn.Module]:
-        """The transformers models (bodies) that the heads contain; empty for `medusa` heads."""
+        """The transformers models (bodies) that the heads contain; `medusa` heads contain none."""
         return ()
 
     @property

@@ -212,7 +212,7 @@ class ValueHeadOptions:
             whole trunk.
         layers: Number of the critic's own transformer layers, which read tokens or the states of a trunk. 0,
             which `body = "own"` does not allow, is the head alone.
-        hidden_size: Width of the critic's own layers.
+        hidden_size: Width of the critic's own layers and of its head.
         heads: Number of attention heads in each of the critic's own layers.
         lm_loss_weight: Weight of the loss of a language-model head, which is trained on correct responses.
             The critic then also reads each token's negative log-likelihood under the language-model head.

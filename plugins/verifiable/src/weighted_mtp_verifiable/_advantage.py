@@ -29,9 +29,10 @@ def td_errors(
         gamma: Discount per token.
 
     Returns:
-        TD errors `[B, T]`; 0 after a document's last response token and on padding. Prompt tokens, and tokens
-        between two stretches of a response, have TD errors too, so that intermediate values cancel in a sum
-        over a document. For the first token of a document, the previous value V_{t-1} is taken as 0.
+        TD errors `[B, T]`; 0 if neither the token nor a later token of its document is a response token, for
+        example on padding. Prompt tokens, and tokens between two stretches of a response, have TD errors too,
+        so that intermediate values cancel in a sum over a document. For the first token of a document, the
+        previous value V_{t-1} is taken as 0.
     """
     remaining_BT = remaining_response_tokens(response_BT, document_BT)
     last_BT = response_BT & (remaining_BT == 1)

@@ -139,7 +139,7 @@ class LanguageModels(Critic):
         return (each for each in self._models.parameters() if each.requires_grad)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the tensors of the models that stage 1 trains, each shared tensor once; otherwise empty."""
+        """Return the tensors of the models, each shared tensor once; empty if stage 1 trains no models."""
         kept = self._models.state_dict(keep_vars=True)
         names = {id(tensor): name for name, tensor in reversed(kept.items())}
         return {name: kept[name] for name in reversed(names.values())}

@@ -93,7 +93,7 @@ class TdError(WeightingStrategy):
         """Restore the moving statistics.
 
         Raises:
-            WmtpError: The state is not that of a `td_error` with the same option `whiten`.
+            WmtpError: The state does not fit the option `whiten`.
         """
         if self._options.whiten == "ema":
             self._moving.load_state_dict(state)

@@ -39,8 +39,9 @@ class ValueNetOutput:
 
     Attributes:
         logit_BT: Log-odds after each token that the response is correct.
-        token_nll_BT: Negative log-likelihood of each response token under the language-model head, in nats,
-            with gradient; 0 for other tokens, and for all tokens if there is no language-model head.
+        token_nll_BT: Negative log-likelihood, under the language-model head, of each response token that
+            follows another token, in nats, with gradient; 0 for other tokens, and for all tokens if there is
+            no language-model head.
     """
 
     logit_BT: Tensor
