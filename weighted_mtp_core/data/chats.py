@@ -16,9 +16,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from attrs import frozen
+from jinja2 import TemplateError
 
 from weighted_mtp_core.api.data import Span
 from weighted_mtp_core.errors import WmtpError
+from weighted_mtp_core.messages import reason
 
 TrainOn = Literal["all", "last"]
 Message = Mapping[str, Any]
@@ -72,10 +74,10 @@ def render_chat(
         train_on: Whether all turns of the assistant are learned, or only the last turn.
 
     Raises:
-        WmtpError: The tokenizer has no chat template, a message contains a control token, turns or weighted
-            spans cannot be found in the rendered text, or a message has a `weight` but the number of learned
-            turns that the template marks differs from the number of learned messages.
-        jinja2.TemplateError: The template is not valid, or refuses the messages.
+        WmtpError: The tokenizer has no chat template, the template is not valid or refuses the messages, a
+            message contains a control token, turns or weighted spans cannot be found in the rendered text, or
+            a message has a `weight` but the number of learned turns that the template marks differs from the
+            number of learned messages.
     """
     if tokenizer.chat_template is None:
         raise WmtpError(
@@ -92,7 +94,13 @@ def render_chat(
         {key: value for key, value in each.items() if key not in {"weight", "weights"}} for each in messages
     ]
     find = _by_marks if _GENERATION.search(tokenizer.chat_template) else _by_prefixes
-    text, spans = find(tokenizer, shown, tools, train_on)
+    try:
+        text, spans = find(tokenizer, shown, tools, train_on)
+    except TemplateError as error:
+        raise WmtpError(
+            f"the chat template cannot render the messages ({reason(error)})",
+            hint="change the messages, or set another template in the recipe: `data.chat_template`",
+        ) from error
     if train_on == "last":
         spans, weights = spans[-1:], weights[-1:]
     if len(spans) != len(weights):

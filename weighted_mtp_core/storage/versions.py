@@ -58,7 +58,7 @@ def add_version(storage: Path, source: Path, *, kind: Kind, name: str, version: 
     """Copy a file or a folder into storage as a new version, with a manifest.
 
     Raises:
-        WmtpError: A part of `name` or `version` is not a valid folder name, `source` does not exist or cannot be
+        WmtpError: `name` or `version` is not a valid name of a folder, `source` does not exist or cannot be
             copied, the version already exists, or a file of `source` has a reserved or invalid name.
     """
     try:

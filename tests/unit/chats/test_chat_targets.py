@@ -198,6 +198,17 @@ def test_a_message_that_spells_a_control_token_is_refused(tokenizer, tokens):
         tokens([chat], tokenizer("chatml"))
 
 
+@pytest.mark.parametrize("template", ["{{ raise_exception('no tools') }}", "{% for %}"])
+def test_a_template_that_refuses_a_chat_or_is_not_valid_is_named_with_the_example(
+    chats, tokenizer, tokens, template
+):
+    used = tokenizer("chatml")
+    used.chat_template = template
+
+    with pytest.raises(WmtpError, match=r"example `c0`: the chat template cannot render the messages \("):
+        tokens(chats[:1], used)
+
+
 def test_without_a_template_the_recipe_must_name_one(chats, tokenizer, tokens):
     with pytest.raises(WmtpError, match="the tokenizer has no chat template") as caught:
         tokens(chats[:1], tokenizer(None))
