@@ -210,11 +210,24 @@ def test_the_function_may_be_any_statement_and_keeps_what_it_needs(code):
         assert cut_completion(completion, prompt="", entry_point="count") == completion
 
 
-def test_later_statements_that_change_only_names_of_the_function_itself_are_dropped():
-    code = "N = 2\n\n\ndef count(words):\n    sum = 0\n    for n in words:\n        sum += 1\n    return sum"
-    later = "\n\nsum = 5\nwords = ['a']\nfor n in words:\n    print(n)\nN = 3\n"
+@pytest.mark.parametrize(
+    "code",
+    [
+        "N = 2\n\n\ndef count(words):\n    sum = 0\n    for n in words:\n        sum += 1\n    return sum",
+        "N = 2\n\n\ndef count(words):\n    def item(i):\n        return words[i]\n\n    return len(item(0))",
+    ],
+)
+def test_later_statements_that_change_only_names_of_the_function_itself_are_dropped(code):
+    later = "\n\nsum = 5\nwords = input()\nfor n in words:\n    print(n)\nN = 3\n"
 
     assert cut_completion(code + later, prompt="", entry_point="count").rstrip() == code
+
+
+def test_an_argument_of_one_function_may_have_the_name_that_another_function_reads_from_the_module():
+    code = "T = {}\n\n\ndef look(i):\n    return T[i]\n\n\ndef add(T):\n    return T\n\n\n"
+    code += "def count(words):\n    return look(add(2))\n\n\nT[2] = 2"
+
+    assert cut_completion(code, prompt="", entry_point="count").rstrip() == code
 
 
 @pytest.mark.parametrize("line", ["x = [", "def f(", "word", "count('", "if x:", "count(words)"])

@@ -126,7 +126,7 @@ def _used(later: Iterable[ast.stmt], *, by: Sequence[ast.stmt], entry_point: str
         kept += more
 
 
-def _needs(nodes: Iterable[ast.stmt]) -> set[str]:
+def _needs(nodes: Iterable[ast.AST]) -> set[str]:
     """Return the names that statements read, but do not assign or take as arguments; scopes are ignored."""
     reads, sets = set(), set()
     for node in (each for statement in nodes for each in ast.walk(statement)):
@@ -138,21 +138,23 @@ def _needs(nodes: Iterable[ast.stmt]) -> set[str]:
     return reads - sets
 
 
-def _needs_when_called(nodes: Iterable[ast.stmt]) -> set[str]:
+def _needs_when_called(nodes: Iterable[ast.AST]) -> set[str]:
     """Return the names that the functions in statements read from the module, which may set them before."""
-    inside = [
-        each for node in nodes for each in ast.walk(node) if isinstance(each, (*_FUNCTIONS, ast.Lambda))
-    ]
-    shared = {name for each in inside for node in ast.walk(each) for name in _declared_global(node)}
     found = set()
-    for function in inside:
-        found |= _needs(function.body if isinstance(function.body, list) else [ast.Expr(function.body)])
-        found -= {each.arg for each in ast.walk(function.args) if isinstance(each, ast.arg)}
-    return found | shared
+    for function in (each for node in nodes for each in _functions(node)):
+        found |= _needs([function])
+        for each in ast.walk(function):
+            found |= set(each.names) if isinstance(each, ast.Global) else set()
+    return found
 
 
-def _declared_global(node: ast.AST) -> list[str]:
-    return node.names if isinstance(node, ast.Global) else []
+def _functions(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield the functions in a statement, but not those inside another function."""
+    if isinstance(node, (*_FUNCTIONS, ast.Lambda)):
+        yield node
+        return
+    for child in ast.iter_child_nodes(node):
+        yield from _functions(child)
 
 
 def _binds(node: ast.AST) -> set[str]:
