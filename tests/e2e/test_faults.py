@@ -34,18 +34,26 @@ def test_read_only_storage_is_an_error_before_anything_is_loaded(tmp_path):
     assert "hint: choose another `run.output_dir`" in ran.stderr
 
 
+# C++ code aborts the process if a small allocation fails. So all small allocations come from one heap, which
+# always has 64 MiB in reserve, and memory runs out for a tensor of more than 1 MiB.
+RESERVE = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**20),
+    "MALLOC_TOP_PAD_": str(64 * 2**20),
+    "PYTHONMALLOC": "malloc",
+}
+
+
 def test_a_run_that_is_out_of_memory_fails_and_can_go_on(start, wmtp, tmp_path):
-    endless = ("run", BASELINE, *CI, "--set", "train.steps=100000")
-    process = start(*endless, cwd=tmp_path)
+    endless = ("run", BASELINE, *CI, "--set", "train.steps=100000", "--set", "train.batch_size=64")
+    process = start(*endless, cwd=tmp_path, env=RESERVE)
     folders = list_when(tmp_path / "storage" / "runs", "*/*/*/*/checkpoints/policy-*", process)
     status = (Path("/proc") / str(process.pid) / "status").read_text()
     used = int(status.split("VmData:")[1].split()[0]) * 1024
-    # C++ code aborts the process if a small allocation fails, so 2 MiB are left for small allocations.
-    limit = used + 2 * 2**20
-    resource.prlimit(process.pid, resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
+    resource.prlimit(process.pid, resource.RLIMIT_DATA, (used, resource.RLIM_INFINITY))
     _, stderr = process.communicate(timeout=100)
 
-    assert process.returncode == 1
+    assert process.returncode == 1, stderr
     assert stderr.splitlines()[-2].startswith("error: ")
     run = folders[0].parents[1]
     facts = json.loads((run / "run.json").read_text())

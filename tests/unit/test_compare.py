@@ -788,6 +788,21 @@ def test_curves_are_drawn_the_same_each_time(write_run, tmp_path):
     assert again.read_bytes() == drawn
 
 
+def test_a_curve_without_a_step_that_all_runs_of_an_arm_have_is_not_drawn(tmp_path):
+    from weighted_mtp_core.compare.plots import plot_curves
+
+    runs = {
+        step: RunMeasures(
+            last={}, curves={"loss": [(step, 1.0)], "both": [(3, 1.0)]}, step_seconds=0.0, cost={}
+        )
+        for step in (5, 7)
+    }
+
+    files = plot_curves({"arm": runs}, ["loss", "both"], tmp_path)
+
+    assert [file.name for file in files] == ["both.svg"]
+
+
 def test_each_of_49_arms_is_drawn_in_another_style():
     from weighted_mtp_core.compare.plots import style
 

@@ -23,10 +23,12 @@ PLUGIN = """
         method: str
         trainable: bool = False
         reads_policy: bool = False
+        scores: bool = True
 
     class Fails(Critic):
         def __init__(self, options):
             self.method = options.method
+            self.scores = options.scores
             self.trainable = options.trainable
             self.reads_policy = options.reads_policy
             self.cacheable = True
@@ -37,6 +39,8 @@ PLUGIN = """
 
         def score(self, batch, hidden_BTH):
             self.fail("score")
+            if not self.scores:
+                return Scores()
             return Scores(value_BT=batch.reward_BT, reference_loss_BT=batch.reward_BT)
 
         def loss(self, batch, hidden_BTH):
@@ -121,3 +125,11 @@ def test_a_critic_that_fails_ends_the_run_with_its_name(run, capsys, signal, met
     error = capsys.readouterr().err
     cause = "LookupError: no value for token 7"
     assert f"critic `mine.{signal}` of plugin `mine` (wmtp-mine 0.3.0) failed: {cause}" in error
+
+
+@pytest.mark.parametrize("reads_policy", [False, True])
+def test_a_critic_without_scores_ends_the_run(run, capsys, reads_policy):
+    code = run("reference_loss", method="none", scores=False, reads_policy=reads_policy)
+
+    assert code == 1
+    assert "failed: `score` returned no scores: all fields are None" in capsys.readouterr().err

@@ -159,6 +159,19 @@ def test_a_folder_of_splits_asks_for_one(tmp_path, rows):
     assert caught.value.hint == f"name one of `{tmp_path}/set/train`, `{tmp_path}/set/test`"
 
 
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"_data_files": [{}]}', '{"_data_files": 3}'])
+def test_a_damaged_folder_is_refused(tmp_path, rows, content):
+    folder = Path(saved(tmp_path / "numbers", ROWS, parts=1))
+    (folder / "state.json").write_text(content)
+
+    with pytest.raises(WmtpError) as caught:
+        rows(train=str(folder))
+
+    assert (
+        str(caught.value) == f"`{folder / 'state.json'}` is damaged: it does not list the files of a data set"
+    )
+
+
 def test_another_folder_is_refused(tmp_path, rows):
     with pytest.raises(WmtpError) as caught:
         rows(train=str(tmp_path))

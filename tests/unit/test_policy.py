@@ -19,6 +19,7 @@ from transformers import (
 from weighted_mtp_core.api import Batch
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.model.load import make_policy
+from weighted_mtp_core.model.probe import compare, observe
 from weighted_mtp_core.model.sparse_feed_forward import one_position_per_row, sparse_rows
 from weighted_mtp_core.model.trunk import frozen_trunk
 
@@ -92,6 +93,18 @@ def test_sparse_states_equal_those_of_the_whole(base, tied, head):
         torch.testing.assert_close(some_BTH.flatten(0, 1)[index_N], whole_BTH.flatten(0, 1)[index_N])
         torch.testing.assert_close(one_BTH.flatten(0, 1)[index_R], whole_BTH.flatten(0, 1)[index_R])
         assert torch.equal(policy.head_states(k, hidden_BTH), whole_BTH)
+
+
+def test_a_head_whose_states_are_not_numbers_is_refused():
+    base = llama(tied=False)
+    policy = make_policy(copy.deepcopy(base), n_future=2, head_kind="parallel")
+    with torch.no_grad():
+        policy.heads.layer(2).mlp.down_proj.weight.fill_(torch.nan)
+
+    with pytest.raises(
+        WmtpError, match=r"^head 2 of a `llama` model with `parallel` heads gives other states"
+    ):
+        compare(policy, observe(base))
 
 
 @pytest.mark.parametrize("base", [llama, qwen2, gpt2])

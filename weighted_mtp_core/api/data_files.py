@@ -32,8 +32,8 @@ def data_files(text: str, *, downloads: Path) -> list[Path]:
         downloads: The folder for copies of data sets from the hub.
 
     Raises:
-        WmtpError: No file matches, the folder is not one saved data set, or the address on the hub is
-            malformed or cannot be fetched.
+        WmtpError: No file matches, the folder is not one saved data set or is damaged, or the address on the
+            hub is malformed or cannot be fetched.
     """
     if text.startswith("hub:"):
         if not (address := _HUB.fullmatch(text)):
@@ -58,8 +58,7 @@ def _saved(folder: Path) -> list[Path]:
     """Return the files of a folder that `Dataset.save_to_disk` wrote."""
     state, splits = folder / "state.json", folder / "dataset_dict.json"
     if state.is_file():
-        saved = json.loads(state.read_text(encoding="utf-8"))["_data_files"]
-        return [folder / each["filename"] for each in saved]
+        return [folder / name for name in _names(state)]
     if splits.is_file():
         names = json.loads(splits.read_text(encoding="utf-8"))["splits"]
         hint = ", ".join(f"`{folder / name}`" for name in names)
@@ -68,6 +67,18 @@ def _saved(folder: Path) -> list[Path]:
         f"`{folder}` is a folder, and not one that `Dataset.save_to_disk` wrote",
         hint=f"name its files, for example `{folder / '*.parquet'}`",
     )
+
+
+def _names(state: Path) -> list[str]:
+    """Return the names of the files that a `state.json` of `datasets` lists."""
+    try:
+        saved = json.loads(state.read_text(encoding="utf-8"))
+        return [each["filename"] for each in saved["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise WmtpError(
+            f"`{state}` is damaged: it does not list the files of a data set",
+            hint="save the data set again with `Dataset.save_to_disk`",
+        ) from error
 
 
 def from_hub(

@@ -51,9 +51,9 @@ def examine_artifacts(uri: str, artifact_root: str | None) -> Iterator[Finding]:
 
     A place that is neither in S3 nor behind the tracking server gives a warning instead.
     """
-    root = artifact_root or MlflowClient(uri).get_experiment("0").artifact_location
     name = f"wmtp-doctor/{uuid.uuid4().hex}.txt"
     try:
+        root = artifact_root or MlflowClient(uri).get_experiment("0").artifact_location
         if root.startswith("s3://"):
             _try_s3(root, name)
         elif root.startswith("mlflow-artifacts:"):

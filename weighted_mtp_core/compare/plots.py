@@ -28,7 +28,8 @@ def plot_curves(
 
     Args:
         runs: Measures by arm and seed.
-        metrics: The metrics to draw; metrics that are not a curve in every run are skipped.
+        metrics: The metrics to draw. A metric is skipped if it is not a curve in every run, or if the runs
+            of an arm have no step in common.
         folder: Folder for the files `<metric>.svg`.
 
     Returns:
@@ -40,6 +41,8 @@ def plot_curves(
         if not all(metric in run.curves for run in everything):
             continue
         bands = {arm: _band(metric, by_seed.values()) for arm, by_seed in runs.items()}
+        if not all(bands.values()):
+            continue
         files.append(folder / f"{metric}.svg")
         # Element names are fixed and the date is left out, so that the same numbers give the same file.
         with rc_context({"svg.hashsalt": metric}):

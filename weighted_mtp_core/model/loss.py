@@ -142,6 +142,7 @@ def weighted_mtp_loss(
         ce_sums.append(ce_sum)
         del state_BTH, gradient_BTH
     policy.unembedding.finish_gradient()
+    del states, unembedding  # frees the buffer of logits before the trunk's backward pass
     if source_BTH.grad is not None:
         _backward([(hidden_BTH, source_BTH.grad)])
     return MtpLoss(

@@ -146,19 +146,22 @@ def compare(policy: Policy, answers: Answers) -> None:
         with evaluation_mode(policy), windows_of(policy, _WINDOW):
             hidden_BTH = policy.trunk_states(answers.ids_BT)
             logits_BTV = policy.logits(1, hidden_BTH)
-            found = {"": _gap(logits_BTV, answers.logits_BTV)}
-            heads = range(1, min(policy.n_future, 2) + 1)
-            gaps = [_sparse_gap(policy, k, hidden_BTH, ids_BT=answers.ids_BT) for k in heads]
-            found[" where only some positions are read"] = max(gaps)
+            gap = _gap(logits_BTV, answers.logits_BTV)
+            found = [(1, f"is not the model itself (logits differ by {gap:.2g})", gap)]
+            for k in range(1, min(policy.n_future, 2) + 1):
+                for gap in _sparse_gaps(policy, k, hidden_BTH, ids_BT=answers.ids_BT):
+                    what = f"gives other states if only some are read (states differ by {gap:.2g})"
+                    found.append((k, what, gap))
             policy.train()
             with seeded():
                 training_BTV = policy.logits(1, policy.trunk_states(answers.ids_BT))
-            found[" in training"] = _gap(training_BTV, answers.training_BTV)
+            gap = _gap(training_BTV, answers.training_BTV)
+            found.append((1, f"is not the model itself in training (logits differ by {gap:.2g})", gap))
     except Exception as error:  # an unknown model can raise any exception
-        raise _unfit(policy, f"cannot be run ({reason(error)})") from error
-    for where, gap in found.items():
+        raise _unfit(policy, "", f"cannot be run ({reason(error)})") from error
+    for k, what, gap in found:
         if not gap <= _TOLERANCE:  # also True for NaN
-            raise _unfit(policy, f"is not the model itself{where} (logits differ by {gap:.2g})")
+            raise _unfit(policy, f"head {k} of ", what)
 
 
 @contextmanager
@@ -211,8 +214,8 @@ def _run(base: Any, ids_BT: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tens
     return states[-1], logits.float()
 
 
-def _sparse_gap(policy: Policy, k: int, hidden_BTH: Tensor, *, ids_BT: Tensor) -> float:
-    """Return how much head k's states differ if only a few positions are read instead of all."""
+def _sparse_gaps(policy: Policy, k: int, hidden_BTH: Tensor, *, ids_BT: Tensor) -> tuple[float, float]:
+    """Return how much head k's states differ if a few positions, or one of each row, are read."""
     rows, length = hidden_BTH.shape[:2]
     states_BTH = policy.head_states(k, hidden_BTH, ids_BT=ids_BT)
     if states_BTH.ndim != 3:
@@ -220,11 +223,11 @@ def _sparse_gap(policy: Policy, k: int, hidden_BTH: Tensor, *, ids_BT: Tensor) -
     whole = states_BTH.flatten(0, 1)
     some = torch.tensor([2, 5, rows * length - 1], device=whole.device)
     with sparse_rows(policy.heads.layer(k), some):
-        gap = _gap(policy.head_states(k, hidden_BTH, ids_BT=ids_BT).flatten(0, 1)[some], whole[some])
+        few = policy.head_states(k, hidden_BTH, ids_BT=ids_BT).flatten(0, 1)[some]
     one = torch.arange(rows, device=whole.device) * length + 3
     with one_position_per_row(policy.heads.layer(k), one):
-        actual = policy.head_states(k, hidden_BTH, ids_BT=ids_BT).flatten(0, 1)
-        return max(gap, _gap(actual[one], whole[one]))
+        single = policy.head_states(k, hidden_BTH, ids_BT=ids_BT).flatten(0, 1)[one]
+    return _gap(few, whole[some]), _gap(single, whole[one])
 
 
 def _gap(actual: Tensor, expected: Tensor) -> float:
@@ -241,9 +244,9 @@ def _near(actual: Tensor, expected: Tensor) -> bool:
     return _gap(actual, expected) <= _TOLERANCE
 
 
-def _unfit(policy: Policy, what: str) -> WmtpError:
+def _unfit(policy: Policy, which: str, what: str) -> WmtpError:
     return WmtpError(
-        f"head 1 of a `{policy.config.model_type}` model with `{policy.head_kind}` heads {what}",
+        f"{which}a `{policy.config.model_type}` model with `{policy.head_kind}` heads {what}",
         hint='set `model.heads.kind = "medusa"`' if policy.heads.bodies else _OTHER_MODEL,
     )
 

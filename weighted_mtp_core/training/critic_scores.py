@@ -50,13 +50,18 @@ def critic_scores(
 
 
 def checked(scores: Scores) -> Scores:
-    """Return the scores unchanged if all their tensors are float32.
+    """Return the scores unchanged if there are any and all their tensors are float32.
 
     Raises:
-        RunFailedError: A tensor of the scores is not float32.
+        RunFailedError: All fields of the scores are None, or a tensor of the scores is not float32.
     """
-    for name, value in attrs.asdict(scores, recurse=False).items():
-        if value is not None and value.dtype != torch.float32:
+    given = {name: each for name, each in attrs.asdict(scores, recurse=False).items() if each is not None}
+    if not given:
+        raise RunFailedError(
+            "`score` returned no scores: all fields are None", hint="return what the critic `provides`"
+        )
+    for name, value in given.items():
+        if value.dtype != torch.float32:
             raise RunFailedError(
                 f"`score` returned `{name}` as {value.dtype}, expected torch.float32",
                 hint="autocast makes matrix products bfloat16: compute the end of a score on `.float()`",

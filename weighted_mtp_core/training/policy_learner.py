@@ -26,6 +26,7 @@ from weighted_mtp_core.model.flops import StepFlops
 from weighted_mtp_core.model.loss import normalisers, weighted_mtp_loss
 from weighted_mtp_core.model.loss_shares import loss_shares
 from weighted_mtp_core.model.policy import Policy
+from weighted_mtp_core.model.recomputed_gates import recompute_gates
 from weighted_mtp_core.model.targets import IGNORED, batch_labels, pair_index, target_mask
 from weighted_mtp_core.recipe.schema import LossTable
 from weighted_mtp_core.recipe.train_table import SelectBy, default_selection
@@ -125,6 +126,7 @@ class PolicyLearner(Learner):
 
     def __attrs_post_init__(self) -> None:
         add_embedding_rows(self.policy)
+        recompute_gates(self.policy.trunk)
         device = self.policy.unembedding.weight.device
         self._normaliser = Normaliser.make(self.pairs_per_step, self.loss.normalise, device=device)
         self._signals = Signals(
