@@ -247,6 +247,17 @@ def test_a_failed_comparison_restores_the_mode_of_the_policy(tmp_path):
     assert policy.training
 
 
+@pytest.mark.parametrize("k", [2, K])
+def test_a_head_that_differs_in_numbers_that_are_not_finite_is_an_error(tmp_path, k):
+    policy = make_policy(base_model("llama"), n_future=K, head_kind="sequential").eval()
+    path = exported(policy, tmp_path / "out", serve="transformers")
+    with torch.no_grad():
+        next(policy.heads[k - 1].parameters()).fill_(torch.nan)
+
+    with pytest.raises(WmtpError, match=r"computes the heads of a `llama` model differently .*nan"):
+        compare_with_transformers(policy, path)
+
+
 def test_heads_for_vllm_need_a_model_that_vllm_drafts_with(tmp_path):
     base_model("llama").save_pretrained(tmp_path / "base")
     tokenizer("llama").save_pretrained(tmp_path / "base")

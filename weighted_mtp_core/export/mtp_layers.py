@@ -114,7 +114,7 @@ def _gap(policy: Policy, folder: Path) -> float:
     states_BTH = model(input_ids=ids_BT, output_hidden_states=True).hidden_states[-1]
     drafts = policy.n_future - 1
     count = ids_BT.shape[1] - drafts
-    states_BTH, cache, gap = states_BTH[:, :count], MtpCache(config=model.config.get_mtp_config()), 0.0
+    states_BTH, cache, gaps = states_BTH[:, :count], MtpCache(config=model.config.get_mtp_config()), []
     with evaluation_mode(policy):
         hidden_BTH = policy.trunk_states(ids_BT)
         _, *expected = policy.each_head_states(hidden_BTH, ids_BT=ids_BT, position_BT=None)
@@ -125,8 +125,8 @@ def _gap(policy: Policy, folder: Path) -> float:
         )
         own_BTV = policy.unembedding(expected_BTH[:, :count]).float()
         its_BTV = layers._project_to_logits(states_BTH).float()  # noqa: SLF001 - as in its own loop
-        gap = max(gap, float((own_BTV - its_BTV).abs().max() / own_BTV.abs().max().clamp(min=1e-9)))
-    return gap
+        gaps.append((own_BTV - its_BTV).abs().max() / own_BTV.abs().max().clamp(min=1e-9))
+    return float(torch.stack(gaps).max())  # unlike `max`, this is NaN if one of them is
 
 
 def transformers_program(path: Path) -> str:
