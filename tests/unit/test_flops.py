@@ -33,8 +33,8 @@ BASES = {
     ),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=H, n_layer=3, n_head=2, **EAGER)),
 }
-FIRST_OF_MEDUSA = 2 * (2 * 24 * H * H)
-"""The gradient of the input of two heads at 24 tokens: counted, although a frozen trunk does not need it."""
+FIRST_OF_MEDUSA = 2 * (2 * 16 * H * H)
+"""The gradient of the input of two heads at 16 targets: counted, although a frozen trunk does not need it."""
 
 
 class Flat(WeightingStrategy):

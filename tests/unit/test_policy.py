@@ -124,6 +124,16 @@ def test_a_heads_feed_forward_network_computes_only_the_sparse_rows(base):
     assert whole.get_total_flops() - some.get_total_flops() == 2 * weights * (places - 1)
 
 
+def test_the_matrix_of_a_medusa_head_is_multiplied_only_at_the_sparse_rows():
+    _, policy = made(llama, False, "medusa")
+    hidden_BTH = policy.trunk_states(ids())
+
+    with FlopCounterMode(display=False) as some, sparse_rows(policy.heads.layer(2), torch.tensor([4, 7])):
+        policy.head_states(2, hidden_BTH)
+
+    assert some.get_total_flops() == 2 * 2 * policy.hidden_size**2
+
+
 @every_kind
 def test_the_other_heads_start_like_head_1(base, tied, head):
     _, policy = made(base, tied, head)

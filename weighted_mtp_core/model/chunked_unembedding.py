@@ -28,6 +28,7 @@ MOST_ROWS = 4096
 """Maximum number of rows of logits in a chunk on CUDA; more rows do not make the matrix products faster."""
 
 _BUDGET = 36 << 20  # bytes for logits and `extra_bytes` together; CHUNK rows of logits may need more
+_COLUMNS = 1024  # columns of logits that a CPU computes at once; their part of the matrix fits into a cache
 _FEWEST = 64  # rows; fewer rows save little memory but slow down the matrix products
 _SHARE = 64  # logits take at most 1/64 of a CUDA device's memory, unless CHUNK rows need more
 _BYTES_PER_LOGIT = 8  # on a CUDA device: a bfloat16 logit, its float32 copy, and its bfloat16 gradient
@@ -256,7 +257,10 @@ class ChunkedUnembedding:
     def _logits(self, state_NH: Tensor, buffer_NV: Tensor) -> Tensor:
         """Return logits of states, float32 `[N, V]`; the next call may overwrite the logits."""
         state_NH, out_NV = state_NH.to(self.matrix_VH.dtype), buffer_NV[: len(state_NH)]
-        product_NV = torch.mm(state_NH, self.matrix_VH.T, out=out_NV).float()
+        width = _COLUMNS if memory_of(out_NV.device) is None else len(self.matrix_VH)
+        for rows, columns in zip(self.matrix_VH.split(width), out_NV.split(width, dim=1), strict=True):
+            torch.mm(state_NH, rows.T, out=columns)
+        product_NV = out_NV.float()
         return product_NV if self.unembedding.is_plain else self.unembedding.shape_(product_NV)
 
     def chunks(self, count: int) -> Iterator[slice]:

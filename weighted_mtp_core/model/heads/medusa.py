@@ -59,6 +59,11 @@ class MedusaHead(nn.Module):
         self.linear = nn.Linear(hidden_size, hidden_size, bias=False)
         nn.init.zeros_(self.linear.weight)
 
+    @property
+    def mlp(self) -> nn.Module:
+        """The module that is computed only at the positions whose states are read, see `sparse_rows`."""
+        return self.linear
+
     def forward(self, hidden_BTH: Tensor) -> Tensor:
         """Return states `[B, T, H]`."""
         return hidden_BTH + nn.functional.silu(self.linear(hidden_BTH))
