@@ -258,7 +258,8 @@ class ChunkedUnembedding:
         """Return logits of states, float32 `[N, V]`; the next call may overwrite the logits."""
         state_NH, out_NV = state_NH.to(self.matrix_VH.dtype), buffer_NV[: len(state_NH)]
         width = _COLUMNS if memory_of(out_NV.device) is None else len(self.matrix_VH)
-        for rows, columns in zip(self.matrix_VH.split(width), out_NV.split(width, dim=1), strict=True):
+        blocks = zip(torch.split(self.matrix_VH, width), torch.split(out_NV, width, dim=1), strict=True)
+        for rows, columns in blocks:
             torch.mm(state_NH, rows.T, out=columns)
         product_NV = out_NV.float()
         return product_NV if self.unembedding.is_plain else self.unembedding.shape_(product_NV)
