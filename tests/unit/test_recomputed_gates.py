@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen3Config
+from transformers.activations import ACT2FN
 from weighted_mtp_core.model.adapters import adapt
 from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.model.recomputed_gates import recompute_gates
@@ -101,3 +102,20 @@ def test_other_functions_than_silu_are_stored_as_before():
     found = gradients(policy)
 
     assert all(torch.equal(found[each], expected[each]) for each in expected)
+
+
+def test_a_sibling_of_silu_may_be_called_with_anything():
+    class Other(nn.Module):
+        def forward(self, *given, **named):
+            return given, named
+
+    class Parent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act_fn, self.other = ACT2FN["silu"], Other()
+
+    parent = Parent()
+    recompute_gates(parent)
+
+    for given in ((), (3,), ((1, 2), None), (torch.ones(2),)):
+        assert parent.other(*given, name=given) == (given, {"name": given})

@@ -10,7 +10,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 
 def recompute_gates(trunk: nn.Module) -> None:
@@ -28,9 +28,9 @@ def recompute_gates(trunk: nn.Module) -> None:
                 child.register_forward_pre_hook(_forget_gate)
 
 
-def _forget_gate(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+def _forget_gate(_: nn.Module, inputs: tuple[Any, ...]) -> None:
     """If the input is `silu(a) * b`, replace the stored `silu(a)` by a function that computes it."""
-    product: Any = inputs[0].grad_fn if inputs else None
+    product: Any = getattr(inputs[0], "grad_fn", None) if inputs else None
     if product is None or product.name() != "MulBackward0":
         return
     (gate, _), (other, _) = product.next_functions
