@@ -159,17 +159,18 @@ def test_a_folder_of_splits_asks_for_one(tmp_path, rows):
     assert caught.value.hint == f"name one of `{tmp_path}/set/train`, `{tmp_path}/set/test`"
 
 
-@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"_data_files": [{}]}', '{"_data_files": 3}'])
-def test_a_damaged_folder_is_refused(tmp_path, rows, content):
-    folder = Path(saved(tmp_path / "numbers", ROWS, parts=1))
-    (folder / "state.json").write_text(content)
+@pytest.mark.parametrize(
+    "content", ["{", "{}", "[]", '{"_data_files": [{}]}', '{"_data_files": 3, "splits": 3}']
+)
+@pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
+def test_a_damaged_folder_is_refused(tmp_path, rows, name, content):
+    file = tmp_path / name
+    file.write_text(content)
 
     with pytest.raises(WmtpError) as caught:
-        rows(train=str(folder))
+        rows(train=str(tmp_path))
 
-    assert (
-        str(caught.value) == f"`{folder / 'state.json'}` is damaged: it does not list the files of a data set"
-    )
+    assert str(caught.value) == f"`{file}` is damaged: it does not list what belongs to a data set"
 
 
 def test_another_folder_is_refused(tmp_path, rows):

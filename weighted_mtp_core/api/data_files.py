@@ -6,7 +6,10 @@ import glob
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from weighted_mtp_core.errors import WmtpError
 
@@ -58,10 +61,11 @@ def _saved(folder: Path) -> list[Path]:
     """Return the files of a folder that `Dataset.save_to_disk` wrote."""
     state, splits = folder / "state.json", folder / "dataset_dict.json"
     if state.is_file():
-        return [folder / name for name in _names(state)]
+        with _written_by_datasets(state) as saved:
+            return [folder / each["filename"] for each in saved["_data_files"]]
     if splits.is_file():
-        names = json.loads(splits.read_text(encoding="utf-8"))["splits"]
-        hint = ", ".join(f"`{folder / name}`" for name in names)
+        with _written_by_datasets(splits) as saved:
+            hint = ", ".join(f"`{folder / name}`" for name in saved["splits"])
         raise WmtpError(f"`{folder}` holds several splits", hint=f"name one of {hint}")
     raise WmtpError(
         f"`{folder}` is a folder, and not one that `Dataset.save_to_disk` wrote",
@@ -69,14 +73,14 @@ def _saved(folder: Path) -> list[Path]:
     )
 
 
-def _names(state: Path) -> list[str]:
-    """Return the names of the files that a `state.json` of `datasets` lists."""
+@contextmanager
+def _written_by_datasets(file: Path) -> Iterator[Any]:
+    """Yield the content of a JSON file of a saved data set; an error while it is used is a damaged file."""
     try:
-        saved = json.loads(state.read_text(encoding="utf-8"))
-        return [each["filename"] for each in saved["_data_files"]]
+        yield json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, KeyError, TypeError) as error:
         raise WmtpError(
-            f"`{state}` is damaged: it does not list the files of a data set",
+            f"`{file}` is damaged: it does not list what belongs to a data set",
             hint="save the data set again with `Dataset.save_to_disk`",
         ) from error
 

@@ -257,7 +257,7 @@ class ChunkedUnembedding:
     def _logits(self, state_NH: Tensor, buffer_NV: Tensor) -> Tensor:
         """Return logits of states, float32 `[N, V]`; the next call may overwrite the logits."""
         state_NH, out_NV = state_NH.to(self.matrix_VH.dtype), buffer_NV[: len(state_NH)]
-        width = _COLUMNS if memory_of(out_NV.device) is None else len(self.matrix_VH)
+        width = _COLUMNS if out_NV.device.type == "cpu" else len(self.matrix_VH)
         blocks = zip(torch.split(self.matrix_VH, width), torch.split(out_NV, width, dim=1), strict=True)
         for rows, columns in blocks:
             torch.mm(state_NH, rows.T, out=columns)
