@@ -122,7 +122,7 @@ def test_a_policy_of_one_head_needs_what_the_papers_formula_gives():
 
     kaplan = 6 * 24 * (layers + V * H)
     chowdhery = 24 * 12 * 3 * 2 * 8 * 12  # tokens x 12 L H Q T
-    assert flops.of_batch(length_D, [24]) == kaplan + chowdhery
+    assert flops.of_batch(length_D, [24], sources=24) == kaplan + chowdhery
 
 
 def test_documents_of_a_packed_row_attend_to_themselves_only():
@@ -173,9 +173,9 @@ def test_a_base_of_four_bits_needs_the_same_operations():
 
 
 def test_a_sliding_window_bounds_what_a_token_attends_to():
-    flops = StepFlops(per_token=0.0, per_pair_K=(0.0,), attention=((2.0, None), (2.0, 4)))
+    flops = StepFlops(per_token=0.0, per_source=0.0, per_pair_K=(0.0,), attention=((2.0, None), (2.0, 4)))
 
-    assert flops.of_batch(np.array([10, 3]), [0]) == 2 * (100 + 9) + 2 * (40 + 9)
+    assert flops.of_batch(np.array([10, 3]), [0], sources=0) == 2 * (100 + 9) + 2 * (40 + 9)
 
 
 def moe():

@@ -8,10 +8,11 @@ of tokens in the forward pass and 8 W in the backward pass, where W is the width
 (Chowdhery et al. 2022, appendix B). As in Chowdhery et al., all pairs of tokens of a document count, although
 causal attention masks half of them; in layers with an attention window, only pairs in the window count.
 
-The operations of trunk and heads are counted for every token of a document. The unembedding, and feed-forward
-networks that `sparse_feed_forward.py` computes only where their outputs are read, are counted for supervised
-pairs, that is, for each head and position with a target. The count leaves out padding, recomputed activations
-and logits, norms, recurrences of state-space layers, the weighting and the critic.
+The operations of trunk and heads are counted for every token of a document, except those of the feed-forward
+networks that `sparse_feed_forward.py` computes only where their outputs are read. A network of a head, like
+the unembedding, is counted for supervised pairs, that is, for each head and position with a target; a network
+of the trunk is counted for positions with a target of any head. The count leaves out padding, recomputed
+activations and logits, norms, recurrences of state-space layers, the weighting and the critic.
 
 Shape letters: D documents, K heads.
 """
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from weighted_mtp_core.model.families import text_config
+from weighted_mtp_core.model.families import layers_of, text_config
 from weighted_mtp_core.model.policy import Policy
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -36,26 +37,31 @@ _ACTIVE_EXPERTS = ("num_experts_per_tok", "top_k_experts", "num_experts_per_toke
 
 @frozen(kw_only=True)
 class StepFlops:
-    """The operations of a step per token, per supervised pair, and per pair of tokens in attention.
+    """The operations of a step per token, source, supervised pair, and pair of tokens in attention.
 
     Attributes:
         per_token: Operations for each token of a document.
+        per_source: Operations for each position that is the source of a supervised pair of any head.
         per_pair_K: For each head, the operations for a supervised pair of the head.
         attention: For each attention layer, the operations for a pair of tokens, and the maximum number of
             tokens to which a token attends; None means all tokens of the document.
     """
 
     per_token: float
+    per_source: float
     per_pair_K: tuple[float, ...]
     attention: tuple[tuple[float, int | None], ...]
 
     @classmethod
-    def of(cls, policy: Policy, *, detach_trunk: bool = False) -> StepFlops | None:
+    def of(
+        cls, policy: Policy, *, detach_trunk: bool = False, sparse_trunk: bool = False
+    ) -> StepFlops | None:
         """Count the operations of a policy, in which exactly the trained parameters require a gradient.
 
         Args:
             policy: The policy.
             detach_trunk: `loss.detach_trunk` of the recipe.
+            sparse_trunk: See `Signals.sparse_trunk`.
 
         Returns:
             The operations; None if it is unknown which share of the policy's experts computes a token.
@@ -64,7 +70,10 @@ class StepFlops:
         if share is None:
             return None
         trunk_learns = _learns(policy.trunk)
-        per_token = _operations(policy.trunk, share, passes=trunk_learns)
+        per_source = 0.0
+        if sparse_trunk:
+            per_source = _network_operations(layers_of(policy.trunk)[-1], share, passes=trunk_learns)
+        per_token = _operations(policy.trunk, share, passes=trunk_learns) - per_source
         attention = list(_attention(policy.trunk, passes=trunk_learns))
         per_pair_K = []
         for k in range(1, policy.n_future + 1):
@@ -72,28 +81,34 @@ class StepFlops:
             detached = detach_trunk and k > 1
             passes = _learns(head) or (trunk_learns and not detached)
             skips = not policy.heads.chained or k == policy.n_future
-            network = getattr(policy.heads.layer(k), "mlp", None) if skips else None
-            sparse = 0.0 if network is None else _operations(network, share, passes=passes)
+            sparse = _network_operations(policy.heads.layer(k), share, passes=passes) if skips else 0.0
             per_token += _operations(head, share, passes=passes) - sparse
             attention += [each for body in head.modules() for each in _attention(body, passes=passes)]
             matrix = policy.unembedding.weight
             trained = matrix.requires_grad and not detached
             per_pair_K.append(sparse + matrix.numel() * _factor(trained=trained, passes=passes))
-        return cls(per_token=per_token, per_pair_K=tuple(per_pair_K), attention=tuple(attention))
+        return cls(
+            per_token=per_token,
+            per_source=per_source,
+            per_pair_K=tuple(per_pair_K),
+            attention=tuple(attention),
+        )
 
-    def of_batch(self, length_D: NDArray[np.int64], pairs_K: Sequence[int]) -> float:
+    def of_batch(self, length_D: NDArray[np.int64], pairs_K: Sequence[int], *, sources: int) -> float:
         """Return the number of operations for a batch.
 
         Args:
             length_D: The number of tokens of each document.
             pairs_K: The number of supervised pairs of each head.
+            sources: The number of positions that are the source of a supervised pair of any head.
         """
         attended = (
             operations * float((length_D * np.minimum(length_D, window or length_D)).sum())
             for operations, window in self.attention
         )
         supervised = sum(each * count for each, count in zip(self.per_pair_K, pairs_K, strict=True))
-        return self.per_token * float(length_D.sum()) + supervised + sum(attended)
+        everywhere = self.per_token * float(length_D.sum())
+        return everywhere + self.per_source * sources + supervised + sum(attended)
 
 
 def _factor(*, trained: bool, passes: bool) -> int:
@@ -111,6 +126,12 @@ def _learns(part: nn.Module) -> bool:
 def _operations(part: nn.Module, share: float, *, passes: bool) -> float:
     """Return a module's operations per token; `share` is the share of the experts that compute a token."""
     return sum(size * _factor(trained=trained, passes=passes) for size, trained in _matrices(part, share))
+
+
+def _network_operations(layer: nn.Module, share: float, *, passes: bool) -> float:
+    """Return the operations per position of the network to which `sparse_rows` applies."""
+    network = getattr(layer, "mlp", None)
+    return 0.0 if network is None else _operations(network, share, passes=passes)
 
 
 def _matrices(part: nn.Module, share: float) -> Iterator[tuple[float, bool]]:

@@ -170,7 +170,7 @@ def make_policy(
     if mesh is not None:
         policy.to(mesh.device_type)
         shard_matrices([*decoder_layers(policy), *policy.heads.projections], mesh)
-    compare(view_of(policy), answers)
+    policy.sparse_trunk = compare(view_of(policy), answers)
     return policy
 
 

@@ -13,6 +13,7 @@ Shape letters: B rows, T positions, S cached and new tokens, K heads, H hidden, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -22,11 +23,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from weighted_mtp_core.errors import WmtpError
-from weighted_mtp_core.model.families import body_states, new_cache, one_layer_cache
+from weighted_mtp_core.model.families import body_states, layers_of, new_cache, one_layer_cache
 from weighted_mtp_core.model.heads import Heads, Text
 from weighted_mtp_core.model.heads.medusa import MedusaHeads
 from weighted_mtp_core.model.heads.parallel import ParallelHeads
 from weighted_mtp_core.model.heads.sequential import SequentialHeads
+from weighted_mtp_core.model.sparse_feed_forward import sparse_rows
 from weighted_mtp_core.model.unembedding import Unembedding
 from weighted_mtp_core.recipe.schema import HeadKind, HeadsTable
 
@@ -67,6 +69,8 @@ class Policy(nn.Module):
         unembedding: The unembedding, which all heads share.
         shipped: The MTP layers of the base model that became heads 2..K; None if heads 2..K do not come from
             MTP layers.
+        sparse_trunk: Whether `trunk_states` computes the feed-forward network of the trunk's last layer only
+            at the positions whose states are read.
 
     Raises:
         WmtpError: The model does not consist of layers and a final norm, or does not work with this kind of
@@ -83,6 +87,7 @@ class Policy(nn.Module):
         self.hidden_size = int(unembedding.weight.shape[1])
         self.vocab_size = int(self.unembedding.weight.shape[0])
         self.shipped: Any = None
+        self.sparse_trunk = False
         self._frozen = False
         split = HEADS[heads.kind].split(base, n_future=n_future, table=heads)
         # The order of assignment determines the order of `parameters()`, and so of sums over parameters.
@@ -139,6 +144,7 @@ class Policy(nn.Module):
         position_BT: Tensor | None = None,
         cache: Any = None,
         seen_BS: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Return the trunk's states `[B, T, H]` for token ids.
 
@@ -150,10 +156,16 @@ class Policy(nn.Module):
             cache: The trunk's cache, which is extended in place.
             seen_BS: bool `[B, S]`, True for cached and new tokens that may be attended to, or a float mask
                 `[B, 1, T, S]` that is added to attention scores; None means all tokens.
+            rows: The positions at which the caller reads states, as int64 indices `[N]` into the flattened
+                `[B, T]`; None means all positions. If `sparse_trunk` is true, other states may be wrong.
         """
-        return body_states(
-            self.trunk, input_ids=ids_BT, position_BT=position_BT, cache=cache, seen_BS=seen_BS
-        )
+        skipping: AbstractContextManager[None] = nullcontext()
+        if rows is not None and self.sparse_trunk:
+            skipping = sparse_rows(layers_of(self.trunk)[-1], rows)
+        with skipping:
+            return body_states(
+                self.trunk, input_ids=ids_BT, position_BT=position_BT, cache=cache, seen_BS=seen_BS
+            )
 
     def head_states(
         self,
@@ -232,6 +244,8 @@ class Policy(nn.Module):
         # activation checkpointing it would store the inputs of its layers.
         bodies: list[Any] = [self.trunk, *(() if self.heads.chained else self.heads.bodies)]
         bodies = [body for body in bodies if any(each.requires_grad for each in body.parameters())]
+        # The backward pass would compute the layer at all positions.
+        self.sparse_trunk = False
         try:
             for body in bodies:
                 body.activation_checkpointing_enable()

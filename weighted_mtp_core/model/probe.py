@@ -24,7 +24,14 @@ from torch import Tensor, nn
 
 from weighted_mtp_core.errors import WmtpError
 from weighted_mtp_core.messages import reason
-from weighted_mtp_core.model.families import LIMITED_LENGTH, REFUSED, body_of, logit_forms, text_config
+from weighted_mtp_core.model.families import (
+    LIMITED_LENGTH,
+    REFUSED,
+    body_of,
+    layers_of,
+    logit_forms,
+    text_config,
+)
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.sparse_feed_forward import one_position_per_row, sparse_rows
 from weighted_mtp_core.model.unembedding import Unembedding
@@ -133,10 +140,14 @@ def observe(base: Any) -> Answers:
 
 
 @torch.no_grad()
-def compare(policy: Policy, answers: Answers) -> None:
+def compare(policy: Policy, answers: Answers) -> bool:
     """Check that head 1 of a policy gives the logits of the model from which the policy was made.
 
     The function also checks that heads 1 and 2 give the same states if only some positions are read.
+
+    Returns:
+        Whether `Policy.sparse_trunk` may be true: each head reads the trunk's state at its own position only,
+        and the trunk gives the same states if only some positions are read.
 
     Raises:
         WmtpError: A head raises an exception, head 1 gives other logits than the model, or head 1 or 2 gives
@@ -152,6 +163,7 @@ def compare(policy: Policy, answers: Answers) -> None:
                 for gap in _sparse_gaps(policy, k, hidden_BTH, ids_BT=answers.ids_BT):
                     what = f"gives other states if only some are read (states differ by {gap:.2g})"
                     found.append((k, what, gap))
+            is_sparse = policy.heads.pointwise and _can_be_sparse(policy, hidden_BTH, ids_BT=answers.ids_BT)
             policy.train()
             with seeded():
                 training_BTV = policy.logits(1, policy.trunk_states(answers.ids_BT))
@@ -162,6 +174,7 @@ def compare(policy: Policy, answers: Answers) -> None:
     for k, what, gap in found:
         if not gap <= _TOLERANCE:  # also True for NaN
             raise _unfit(policy, f"head {k} of ", what)
+    return is_sparse
 
 
 @contextmanager
@@ -220,14 +233,29 @@ def _sparse_gaps(policy: Policy, k: int, hidden_BTH: Tensor, *, ids_BT: Tensor) 
     states_BTH = policy.head_states(k, hidden_BTH, ids_BT=ids_BT)
     if states_BTH.ndim != 3:
         raise ValueError(f"the states of head {k} have the shape {list(states_BTH.shape)}")
-    whole = states_BTH.flatten(0, 1)
-    some = torch.tensor([2, 5, rows * length - 1], device=whole.device)
+    whole, some = states_BTH.flatten(0, 1), _some(states_BTH)
     with sparse_rows(policy.heads.layer(k), some):
         few = policy.head_states(k, hidden_BTH, ids_BT=ids_BT).flatten(0, 1)[some]
     one = torch.arange(rows, device=whole.device) * length + 3
     with one_position_per_row(policy.heads.layer(k), one):
         single = policy.head_states(k, hidden_BTH, ids_BT=ids_BT).flatten(0, 1)[one]
     return _gap(few, whole[some]), _gap(single, whole[one])
+
+
+def _can_be_sparse(policy: Policy, hidden_BTH: Tensor, *, ids_BT: Tensor) -> bool:
+    """Return whether the trunk's states are the same if the last layer's network skips some positions."""
+    some = _some(hidden_BTH)
+    try:
+        with sparse_rows(layers_of(policy.trunk)[-1], some):
+            few_BTH = policy.trunk_states(ids_BT)
+    except Exception:  # noqa: BLE001 - a layer of another model can raise any exception
+        return False
+    return _near(few_BTH.flatten(0, 1)[some], hidden_BTH.flatten(0, 1)[some])
+
+
+def _some(state_BTH: Tensor) -> Tensor:
+    """Return a few positions, int64 indices into the flattened `[B, T]`."""
+    return torch.tensor([2, 5, state_BTH.shape[:2].numel() - 1], device=state_BTH.device)
 
 
 def _gap(actual: Tensor, expected: Tensor) -> float:

@@ -67,6 +67,19 @@ def source_index(label_BT: Tensor, *, k: int, preceding_BT: Counts | None) -> Te
     return to_device(np.flatnonzero(preceding_BT >= k) - k, label_BT.device)
 
 
+def sources(preceding_BT: Counts, n_future: int) -> Counts:
+    """Return the sources of the counted pairs of all heads, each once and in ascending order.
+
+    Args:
+        preceding_BT: `CollatedBatch.preceding_BT`.
+        n_future: K.
+
+    Returns:
+        int64 indices into the flattened `[B, T]`.
+    """
+    return np.unique(np.concatenate([np.flatnonzero(preceding_BT >= k) - k for k in range(1, n_future + 1)]))
+
+
 def pair_index(target_BTK: Tensor, *, preceding_BT: Counts | None) -> Tensor:
     """Return the counted pairs as int64 indices `[N]` into the flattened `[B, T, K]`; see `source_index`."""
     if preceding_BT is None:

@@ -21,13 +21,13 @@ from weighted_mtp_core.checkpointing.state import WithPrefix, load_module_state,
 from weighted_mtp_core.data.batches import CollatedBatch, preceding
 from weighted_mtp_core.metrics.slips import numbers_of_responses, places_of, slip_metrics
 from weighted_mtp_core.metrics.weights import share_between_responses, weight_metrics
-from weighted_mtp_core.model.chunked_unembedding import add_embedding_rows
+from weighted_mtp_core.model.chunked_unembedding import add_embedding_rows, reuse_gradient_memory
 from weighted_mtp_core.model.flops import StepFlops
 from weighted_mtp_core.model.loss import normalisers, weighted_mtp_loss
 from weighted_mtp_core.model.loss_shares import loss_shares
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.recomputed_gates import recompute_gates
-from weighted_mtp_core.model.targets import IGNORED, batch_labels, pair_index, target_mask
+from weighted_mtp_core.model.targets import IGNORED, batch_labels, pair_index, sources, target_mask
 from weighted_mtp_core.recipe.schema import LossTable
 from weighted_mtp_core.recipe.train_table import SelectBy, default_selection
 from weighted_mtp_core.runtime.cost import matrix_rate
@@ -127,6 +127,7 @@ class PolicyLearner(Learner):
     def __attrs_post_init__(self) -> None:
         add_embedding_rows(self.policy)
         recompute_gates(self.policy.trunk)
+        reuse_gradient_memory(self.policy)
         device = self.policy.unembedding.weight.device
         self._normaliser = Normaliser.make(self.pairs_per_step, self.loss.normalise, device=device)
         self._signals = Signals(
@@ -138,7 +139,9 @@ class PolicyLearner(Learner):
         self._values = ValueCheck(
             label=self.weighting.label, negative=self.loss.negative_weights, log=self.log
         )
-        self._flops = StepFlops.of(self.policy, detach_trunk=self.loss.detach_trunk)
+        self._flops = StepFlops.of(
+            self.policy, detach_trunk=self.loss.detach_trunk, sparse_trunk=self._signals.sparse_trunk
+        )
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """Return the policy's parameters."""
@@ -162,9 +165,10 @@ class PolicyLearner(Learner):
         """Return the floating-point operations of a step, see `StepFlops`; 0 if they cannot be counted."""
         if self._flops is None or not isinstance(batch, CollatedBatch):
             return 0.0
-        heads = range(1, self.policy.n_future + 1)
-        pairs_K = [int((batch.preceding_BT >= k).sum()) for k in heads]
-        return self._flops.of_batch(np.concatenate(batch.length_BD), pairs_K)
+        heads, preceding_BT = self.policy.n_future, batch.preceding_BT
+        pairs_K = [int((preceding_BT >= k).sum()) for k in range(1, heads + 1)]
+        length_D, read = np.concatenate(batch.length_BD), len(sources(preceding_BT, heads))
+        return self._flops.of_batch(length_D, pairs_K, sources=read)
 
     def learn(self, batch: Batch, *, step: int) -> StepResult:
         """Compute the weights of the global batch, then the gradients of its micro-batches.

@@ -21,8 +21,8 @@ from weighted_mtp_core.errors import RunFailedError, WmtpError
 from weighted_mtp_core.messages import reason
 from weighted_mtp_core.model.pair_predictions import PairPredictions
 from weighted_mtp_core.model.policy import Policy
-from weighted_mtp_core.model.targets import batch_labels
-from weighted_mtp_core.runtime.device import evaluation_mode
+from weighted_mtp_core.model.targets import batch_labels, sources
+from weighted_mtp_core.runtime.device import evaluation_mode, to_device
 from weighted_mtp_core.runtime.distributed import Distributed
 from weighted_mtp_core.training.critic_scores import critic_scores
 from weighted_mtp_core.training.micro_batches import MicroBatch, gather_rows
@@ -130,10 +130,19 @@ class Signals:
     autocast: Callable[[], torch.autocast]
     distributed: Distributed
 
+    @property
+    def sparse_trunk(self) -> bool:
+        """Whether `trunk` skips positions: only the sources of counted pairs are read, see `Policy`."""
+        critic = self.weighting.critic
+        return self.policy.sparse_trunk and not (critic is not None and critic.reads_policy)
+
     def trunk(self, batch: Batch) -> Tensor:
-        """Return the trunk states `[B, T, H]` of a batch."""
+        """Return the trunk states `[B, T, H]` of a batch; if `sparse_trunk` is true, others may be wrong."""
+        rows, preceding_BT = None, preceding(batch)
+        if self.sparse_trunk and preceding_BT is not None:
+            rows = to_device(sources(preceding_BT, self.policy.n_future), batch.ids_BT.device)
         with self.autocast():
-            return self.policy.trunk_states(batch.ids_BT, position_BT=batch.position_BT)
+            return self.policy.trunk_states(batch.ids_BT, position_BT=batch.position_BT, rows=rows)
 
     @torch.no_grad()
     def view(

@@ -85,10 +85,12 @@ class Heads(nn.ModuleList, ABC):
         kind: The value of the recipe's `model.heads.kind`.
         chained: Whether heads 3..K read the states of the previous head; otherwise all heads read the trunk's
             states.
+        pointwise: Whether a head's state depends only on the trunk's state at the same position.
     """
 
     kind: ClassVar[HeadKind]
     chained: ClassVar[bool] = False
+    pointwise: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod

@@ -21,6 +21,7 @@ class MedusaHeads(Heads):
     """Head 1 is the identity; heads 2..K are residual blocks, which also start as the identity."""
 
     kind = "medusa"
+    pointwise = True
 
     @classmethod
     def split(cls, base: Any, *, n_future: int, table: HeadsTable) -> SplitModel:
