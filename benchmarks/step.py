@@ -215,7 +215,14 @@ def flops(step: Callable[[int], None]) -> int:
     def accumulated(_: Any, left: tuple[int, ...], right: tuple[int, ...], *_rest: Any, **_more: Any) -> int:
         return 2 * left[0] * left[1] * right[1]
 
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: accumulated}) as counter:
+    def with_onednn(left: tuple[int, ...], right: tuple[int, ...], *_rest: Any, **_more: Any) -> int:
+        return 2 * left[0] * left[1] * right[0]
+
+    formulas = {
+        torch.ops.aten.addmm_: accumulated,
+        torch.ops.mkldnn._linear_pointwise: with_onednn,  # noqa: SLF001
+    }
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         step(0)
     return int(counter.get_total_flops())
 

@@ -77,7 +77,11 @@ def counted(training):
     def accumulated(_, left, right, *__, **___):
         return 2 * left[0] * left[1] * right[1]
 
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: accumulated}) as counter:
+    def with_onednn(left, right, *_, **__):
+        return 2 * left[0] * left[1] * right[0]
+
+    formulas = {torch.ops.aten.addmm_: accumulated, torch.ops.mkldnn._linear_pointwise: with_onednn}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         training.learn(unpadded(), step=0)
     return counter.get_total_flops()
 

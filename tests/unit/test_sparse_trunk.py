@@ -99,7 +99,11 @@ def step(policy, batch, **options):
     def accumulated(_, left, right, *__, **___):
         return 2 * left[0] * left[1] * right[1]
 
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: accumulated}) as counter:
+    def with_onednn(left, right, *_, **__):
+        return 2 * left[0] * left[1] * right[0]
+
+    formulas = {torch.ops.aten.addmm_: accumulated, torch.ops.mkldnn._linear_pointwise: with_onednn}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         found = learner(policy, **options).learn(batch, step=3)
     metrics = {name: torch.as_tensor(value) for name, value in found.metrics().items()}
     gradients = {name: each.grad for name, each in policy.named_parameters() if each.grad is not None}

@@ -5,6 +5,7 @@ All mutants are checked in one pytest process of their own, as a plugin author w
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,9 +27,9 @@ SUITES = (WeightingStrategySuite, CriticSuite, DataSourceSuite, TrackerSuite)
 
 
 def import_mutants():
-    spec = importlib.util.spec_from_file_location("wmtp_mutants", HERE / "wmtp_mutants.py")
+    spec = importlib.util.spec_from_file_location("wmtp_mutants", HERE / "wmtp_mutants" / "__init__.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules["wmtp_mutants"] = module  # dataclass-like decorators look their module up
+    sys.modules["wmtp_mutants"] = module  # the modules of the package import each other
     spec.loader.exec_module(module)
     return module
 
@@ -70,8 +71,9 @@ class TestHeavy(WeightingStrategySuite):
 """
 HEAVY = """
 import torch
-from wmtp_mutants import NoOptions, SoundStateless
 from weighted_mtp_core.api import Component, hookimpl
+from wmtp_mutants import NoOptions
+from wmtp_mutants.weightings import SoundStateless
 
 @hookimpl
 def wmtp_weighting_strategies():
@@ -106,7 +108,7 @@ def outcomes(tmp_path_factory):
 def check_mutants(results):
     site = results.parent / "site-packages"
     site.mkdir(parents=True)
-    (site / "wmtp_mutants.py").write_text((HERE / "wmtp_mutants.py").read_text())
+    shutil.copytree(HERE / "wmtp_mutants", site / "wmtp_mutants")
     (site / "wmtp_heavy.py").write_text(HEAVY)
     install(site, "mutants")
     install(site, "heavy")
