@@ -131,12 +131,15 @@ def three_products(
     chunk = 8192 if GPU in os.environ else CHUNK
     with device():
         weight_VD, state_ND = torch.randn(vocabulary, D, dtype=DTYPE), torch.randn(pairs, D, dtype=DTYPE)
+        logits_NV = torch.empty(min(chunk, pairs), vocabulary, dtype=DTYPE)
         gradient_ND, gradient_VD = torch.empty_like(state_ND), torch.zeros_like(weight_VD)
 
     def work() -> None:
         for first in range(0, pairs, chunk):
             rows = slice(first, min(first + chunk, pairs))
-            part_NV = multiply(state_ND[rows], weight_VD)
+            part_NV = logits_NV[: rows.stop - rows.start]
+            for part_MD, out_NM in zip(weight_VD.split(1024), part_NV.split(1024, dim=1), strict=True):
+                out_NM.copy_(multiply(state_ND[rows], part_MD))
             gradient_ND[rows] = multiply(part_NV, weight_VD.T)
             gradient_VD.addmm_(part_NV.T, state_ND[rows], beta=0.5, alpha=1e-6)
 

@@ -127,17 +127,19 @@ SHAPES = st.fixed_dictionaries(
     }
 )
 MODELS = st.tuples(st.sampled_from(["parallel", "medusa"]), st.booleans())
+BLOCKS = st.tuples(st.integers(1, 12), st.sampled_from([7, V]))  # rows and columns
 
 
 @settings(max_examples=40)
-@given(st.integers(0, 2**16), SHAPES, MODELS, st.integers(1, 12), st.booleans())
-def test_loss_and_every_gradient_are_those_of_the_formula(seed, shape, kind, chunk, detach_trunk):
+@given(st.integers(0, 2**16), SHAPES, MODELS, BLOCKS, st.booleans())
+def test_loss_and_every_gradient_are_those_of_the_formula(seed, shape, kind, block, detach_trunk):
     model = policy(shape["n_future"], kind[0], tied=kind[1])
     ids_BT, arguments = case(seed, **shape)
     arguments["detach_trunk"] = detach_trunk
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked_unembedding, "CHUNK", chunk)
+        patch.setattr(chunked_unembedding, "CHUNK", block[0])
+        patch.setattr(chunked_unembedding, "_COLUMNS", block[1])
         close(fused(model, ids_BT, **arguments), plain(model, ids_BT, **arguments))
 
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.unembedding import Unembedding, gradient_of
 from weighted_mtp_core.runtime.device import memory_of
-from weighted_mtp_core.runtime.products import product
+from weighted_mtp_core.runtime.products import product, write_product
 
 CHUNK = 192
 """Maximum number of rows of logits in a chunk, except on CUDA; 192 x 49152 logits in fp32 take 36 MiB."""
@@ -29,6 +29,7 @@ MOST_ROWS = 4096
 """Maximum number of rows of logits in a chunk on CUDA; more rows do not make the matrix products faster."""
 
 _BUDGET = 36 << 20  # bytes for logits and `extra_bytes` together; CHUNK rows of logits may need more
+_COLUMNS = 1024  # columns of logits that a CPU computes at once; their part of the matrix fits into a cache
 _FEWEST = 64  # rows; fewer rows save little memory but slow down the matrix products
 _SHARE = 64  # logits take at most 1/64 of a CUDA device's memory, unless CHUNK rows need more
 _BYTES_PER_LOGIT = 8  # on a CUDA device: a bfloat16 logit, its float32 copy, and its bfloat16 gradient
@@ -121,27 +122,33 @@ class ChunkedUnembedding:
     Attributes:
         unembedding: The unembedding of the policy.
         matrix_VH: The matrix of the unembedding in the dtype of the matrix products.
-        rows: Maximum number of rows of logits in a chunk.
+        logits_NV: Buffer for the logits of one chunk, reused by all chunks, because allocating a buffer for
+            each chunk costs page faults.
+        teacher_NV: Buffer for the teacher's logits of one chunk; empty if there is no teacher.
         learns: Whether `learn` adds to the gradients of the unembedding's trained parameters.
     """
 
     unembedding: Unembedding
     matrix_VH: Tensor
-    rows: int
+    logits_NV: Tensor
+    teacher_NV: Tensor
     learns: bool
 
     def frozen(self) -> ChunkedUnembedding:
-        """Return a copy whose matrix and bias get no gradient."""
+        """Return a copy whose matrix and bias get no gradient; the copy uses the same buffers."""
         return evolve(self, learns=False)
 
     @classmethod
-    def of(cls, policy: Policy, hidden_BTH: Tensor, *, extra_bytes: int = 0) -> ChunkedUnembedding:
+    def of(
+        cls, policy: Policy, hidden_BTH: Tensor, *, extra_bytes: int = 0, teaches: bool = False
+    ) -> ChunkedUnembedding:
         """Prepare a policy's unembedding; if autocast is enabled, the matrix is cast to autocast's dtype.
 
         Args:
             policy: The policy.
             hidden_BTH: Trunk states, of which only the device is used.
             extra_bytes: Bytes of other memory in use, see `chunk_rows`.
+            teaches: Whether `learn` will be called with a teacher.
         """
         unembedding, device = policy.unembedding, hidden_BTH.device.type
         casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -153,10 +160,12 @@ class ChunkedUnembedding:
             extra_bytes=extra_bytes,
             memory=memory_of(hidden_BTH.device),
         )
+        logits_NV = matrix_VH.new_empty(rows, len(matrix_VH))
         return cls(
             unembedding=unembedding,
             matrix_VH=matrix_VH,
-            rows=rows,
+            logits_NV=logits_NV,
+            teacher_NV=torch.empty_like(logits_NV) if teaches else logits_NV[:0],
             learns=any(each.requires_grad for each in policy.unembedding.parameters()),
         )
 
@@ -197,7 +206,7 @@ class ChunkedUnembedding:
         self, state: Tensor, label: Tensor, *, scale: Tensor, index: Tensor, teacher: Teacher | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Do the work of `learn` for one chunk, and change the logits in place to save passes over memory."""
-        logits = self._logits(state)
+        logits = self._logits(state, self.logits_NV)
         slope = None if self.unembedding.is_plain else self.unembedding.slope(logits)
         target = logits.sub_(logits.amax(dim=-1, keepdim=True)).gather(1, label)
         if teacher is None:
@@ -206,7 +215,7 @@ class ChunkedUnembedding:
             gradient = logits.mul_(scale / total).scatter_add_(1, label, -scale)
         else:
             share, state_SH = teacher.label_share, teacher.state_BTH.flatten(0, 1)
-            p = self._logits(state_SH.index_select(0, index + teacher.ahead))
+            p = self._logits(state_SH.index_select(0, index + teacher.ahead), self.teacher_NV)
             p = p.sub_(p.amax(dim=-1, keepdim=True)).exp_()
             p /= p.sum(dim=-1, keepdim=True)
             expected = torch.special.entr(p).addcmul_(p, logits).sum(dim=-1)  # mean of logits - log p under p
@@ -230,41 +239,43 @@ class ChunkedUnembedding:
     def losses(self, state_BTH: Tensor, index_N: Tensor, label_N: Tensor) -> Tensor:
         """Return the cross-entropy of each prediction in nats, float32 `[N]`."""
         ce_N = torch.zeros(len(index_N), device=index_N.device)
-        for rows in self.chunks(len(index_N)):
-            logits = self._logits_at(state_BTH, index_N[rows])
+        for rows, logits in self._all_logits(state_BTH, index_N):
             ce_N[rows] = nn.functional.cross_entropy(logits, label_N[rows], reduction="none")
-            del logits  # frees this chunk before the next one is computed
         return ce_N
 
     def entropies(self, state_BTH: Tensor, index_N: Tensor, _: Tensor) -> Tensor:
         """Return the entropy of each prediction in nats, float32 `[N]`; labels do not affect it."""
         entropy_N = torch.zeros(len(index_N), device=index_N.device)
-        for rows in self.chunks(len(index_N)):
-            log_p = self._logits_at(state_BTH, index_N[rows]).log_softmax(dim=-1)
+        for rows, logits in self._all_logits(state_BTH, index_N):
+            log_p = logits.log_softmax(dim=-1)
             entropy_N[rows] = -(log_p.exp() * log_p).sum(dim=-1)
-            del log_p
         return entropy_N
 
     def choices(self, state_BTH: Tensor, index_N: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sum of the cross-entropies in nats, and the likeliest tokens, int64 `[N]`."""
         ce, choice_N = torch.zeros((), device=index_N.device), torch.empty_like(label_N)
-        for rows in self.chunks(len(index_N)):
-            logits = self._logits_at(state_BTH, index_N[rows])
+        for rows, logits in self._all_logits(state_BTH, index_N):
             ce = ce + nn.functional.cross_entropy(logits, label_N[rows], reduction="sum")
             choice_N[rows] = logits.argmax(dim=-1)
-            del logits
         return ce, choice_N
 
-    def _logits_at(self, state_BTH: Tensor, index_N: Tensor) -> Tensor:
-        """Return the logits at selected positions, float32 `[N, V]`."""
-        return self._logits(state_BTH.flatten(0, 1).index_select(0, index_N))
+    def _all_logits(self, state_BTH: Tensor, index_N: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the slice and the logits of each chunk; the next chunk may overwrite these logits."""
+        state_SH = state_BTH.flatten(0, 1)
+        for rows in self.chunks(len(index_N)):
+            yield rows, self._logits(state_SH.index_select(0, index_N[rows]), self.logits_NV)
 
-    def _logits(self, state_NH: Tensor) -> Tensor:
-        """Return the logits of states, float32 `[N, V]`."""
-        product_NV = product(state_NH.to(self.matrix_VH.dtype), self.matrix_VH).float()
+    def _logits(self, state_NH: Tensor, buffer_NV: Tensor) -> Tensor:
+        """Return logits of states, float32 `[N, V]`; the next call may overwrite the logits."""
+        state_NH, out_NV = state_NH.to(self.matrix_VH.dtype), buffer_NV[: len(state_NH)]
+        width = _COLUMNS if out_NV.device.type == "cpu" else len(self.matrix_VH)
+        blocks = zip(torch.split(self.matrix_VH, width), torch.split(out_NV, width, dim=1), strict=True)
+        for rows, columns in blocks:
+            write_product(state_NH, rows, out_NM=columns)
+        product_NV = out_NV.float()
         return product_NV if self.unembedding.is_plain else self.unembedding.shape_(product_NV)
 
     def chunks(self, count: int) -> Iterator[slice]:
         """Yield the slices of the chunks into which `count` rows are divided."""
-        for first in range(0, count, self.rows):
-            yield slice(first, first + self.rows)
+        for first in range(0, count, len(self.logits_NV)):
+            yield slice(first, first + len(self.logits_NV))

@@ -107,7 +107,9 @@ def weighted_mtp_loss(
     # These tensors exist at the same time: the gradient of one head, the sum of the heads' gradients and,
     # with a teacher, the teacher's states. Each chained head keeps a gradient and states of its own.
     buffers = (2 * policy.n_future if chained else 2) + (share < 1)
-    unembedding = ChunkedUnembedding.of(policy, hidden_BTH, extra_bytes=buffers * hidden_BTH.nbytes)
+    unembedding = ChunkedUnembedding.of(
+        policy, hidden_BTH, extra_bytes=buffers * hidden_BTH.nbytes, teaches=share < 1
+    )
     labels = labels_BTK.unbind(dim=-1)
     rows = [source_index(each, k=k, preceding_BT=preceding_BT) for k, each in enumerate(labels, start=1)]
     states = policy.each_head_states(
@@ -140,6 +142,7 @@ def weighted_mtp_loss(
         ce_sums.append(ce_sum)
         del state_BTH, gradient_BTH
     policy.unembedding.finish_gradient()
+    del states, unembedding  # frees the buffer of logits before the trunk's backward pass
     if source_BTH.grad is not None:
         _backward([(hidden_BTH, source_BTH.grad)])
     return MtpLoss(

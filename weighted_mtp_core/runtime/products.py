@@ -21,6 +21,14 @@ def product(left_NI: Tensor, right_MI: Tensor) -> Tensor:
     return left_NI @ right_MI.T
 
 
+def write_product(left_NI: Tensor, right_MI: Tensor, *, out_NM: Tensor) -> None:
+    """Write `left_NI @ right_MI.T` to an existing tensor; oneDNN needs another tensor of this size."""
+    if _calls_onednn(left_NI):
+        out_NM.copy_(product(left_NI, right_MI))
+    else:
+        torch.mm(left_NI, right_MI.T, out=out_NM)
+
+
 def _calls_onednn(factor: Tensor) -> bool:
     on_cpu = factor.device.type == "cpu" and factor.dtype == torch.float32
     return on_cpu and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
