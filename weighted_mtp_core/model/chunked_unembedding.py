@@ -29,7 +29,7 @@ MOST_ROWS = 4096
 """Maximum number of rows of logits in a chunk on CUDA; more rows do not make the matrix products faster."""
 
 _BUDGET = 36 << 20  # bytes for logits and `extra_bytes` together; CHUNK rows of logits may need more
-_COLUMNS = 1024  # columns of logits that a CPU computes at once; their part of the matrix fits into a cache
+_COLUMNS = 1024  # columns of logits that a CPU computes at once, because oneDNN needs a tensor for them
 _FEWEST = 64  # rows; fewer rows save little memory but slow down the matrix products
 _SHARE = 64  # logits take at most 1/64 of a CUDA device's memory, unless CHUNK rows need more
 _BYTES_PER_LOGIT = 8  # on a CUDA device: a bfloat16 logit, its float32 copy, and its bfloat16 gradient
@@ -77,8 +77,8 @@ def reuse_gradient_memory(policy: Policy) -> None:
     """Let each step write the gradient of the unembedding's matrix to the same memory, except on CUDA.
 
     The gradient of a step is then overwritten by the next step, so copy a gradient that you need for longer.
-    On a CPU, the page faults of new memory take about as long as the first product that is written to it. On
-    a CUDA device, freed memory is reused anyway. Nothing changes for a sharded matrix.
+    On a CPU, new memory costs page faults; on a CUDA device, freed memory is reused anyway. Nothing changes
+    for a sharded matrix.
     """
     policy.unembedding.keeps_gradient = memory_of(policy.unembedding.weight.device) is None
 

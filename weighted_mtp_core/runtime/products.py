@@ -1,8 +1,8 @@
 """Products of float32 matrices on a CPU, with oneDNN.
 
-For float32 matrices on x86 CPUs, torch calls MKL, which uses only half the width of the arithmetic units of
-AMD processors with AVX-512. oneDNN uses all of it, so it can be twice as fast. torch has no public function
-for a product with oneDNN; this module calls the operation with which `torch.compile` computes linear layers.
+For float32 matrices on x86 CPUs, torch calls MKL. On processors of AMD, oneDNN can be twice as fast; see
+docs/performance.md for measurements. torch has no public function for a product with oneDNN, so this module
+calls the operation with which `torch.compile` computes linear layers.
 
 Shape letters: N, M rows of the factors, I their common number of columns.
 """
