@@ -138,7 +138,9 @@ def three_products(
         for first in range(0, pairs, chunk):
             rows = slice(first, min(first + chunk, pairs))
             part_NV = logits_NV[: rows.stop - rows.start]
-            for part_MD, out_NM in zip(weight_VD.split(1024), part_NV.split(1024, dim=1), strict=True):
+            for part_MD, out_NM in zip(
+                torch.split(weight_VD, 1024), torch.split(part_NV, 1024, dim=1), strict=True
+            ):
                 out_NM.copy_(multiply(state_ND[rows], part_MD))
             gradient_ND[rows] = multiply(part_NV, weight_VD.T)
             gradient_VD.addmm_(part_NV.T, state_ND[rows], beta=0.5, alpha=1e-6)

@@ -285,7 +285,7 @@ def rows_of(times: dict[str, Times], counts: dict[str, int]) -> list[Row]:
             times["product"],
             own,
             scale=counts["K = 4"] / (2 * SQUARE**3),
-            limit=">= 0.75",
+            limit=">= 0.78",
         ),
         ratio_row(
             "step: share of the product rate that transformers reaches",

@@ -1,8 +1,8 @@
 """Products of float32 matrices on a CPU, with oneDNN.
 
-For float32 matrices on x86 CPUs, torch calls MKL. On processors of AMD, oneDNN can be twice as fast; see
-docs/performance.md for measurements. torch has no public function for a product with oneDNN, so this module
-calls the operation with which `torch.compile` computes linear layers.
+For float32 matrices on x86 CPUs, torch calls MKL. On the processor that was measured, a Zen 5, oneDNN takes
+about half the time; see docs/performance.md. torch has no public function for a product with oneDNN, so this
+module calls the operation with which `torch.compile` computes linear layers.
 
 Shape letters: N, M rows of the factors, I their common number of columns.
 """
