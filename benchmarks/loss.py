@@ -24,7 +24,7 @@ from weighted_mtp_core.model.loss import normalisers, weighted_mtp_loss
 from weighted_mtp_core.model.pair_predictions import PairPredictions
 from weighted_mtp_core.model.targets import IGNORED, target_mask
 from weighted_mtp_core.model.unembedding import Unembedding
-from weighted_mtp_core.runtime.products import product
+from weighted_mtp_core.runtime.products import write_product
 
 SUPERVISED = 0.4
 D, DTYPE = (2048, torch.bfloat16) if GPU in os.environ else (576, torch.float32)
@@ -121,14 +121,14 @@ class Case:
 
 
 def three_products(
-    pairs: int, vocabulary: int, multiply: Callable[[Tensor, Tensor], Tensor] = product
+    pairs: int, vocabulary: int, write: Callable[..., None] = write_product
 ) -> Callable[[], None]:
-    """Return a function that computes only the three matrix products of the loss, chunk by chunk.
+    """Return a function that computes only the three products of the loss, chunk by chunk and in place.
 
     The products are the logits, the gradient of the states and the gradient of the unembedding. The first two
-    are computed with `multiply`, whose second argument is transposed.
+    are computed with `write`, which has the arguments of `write_product`.
     """
-    chunk = 8192 if GPU in os.environ else CHUNK
+    chunk, width = (8192, vocabulary) if GPU in os.environ else (CHUNK, 1024)
     with device():
         weight_VD, state_ND = torch.randn(vocabulary, D, dtype=DTYPE), torch.randn(pairs, D, dtype=DTYPE)
         logits_NV = torch.empty(min(chunk, pairs), vocabulary, dtype=DTYPE)
@@ -138,18 +138,17 @@ def three_products(
         for first in range(0, pairs, chunk):
             rows = slice(first, min(first + chunk, pairs))
             part_NV = logits_NV[: rows.stop - rows.start]
-            for part_MD, out_NM in zip(
-                torch.split(weight_VD, 1024), torch.split(part_NV, 1024, dim=1), strict=True
-            ):
-                out_NM.copy_(multiply(state_ND[rows], part_MD))
-            gradient_ND[rows] = multiply(part_NV, weight_VD.T)
+            blocks = torch.split(weight_VD, width), torch.split(part_NV, width, dim=1)
+            for block_MD, out_NM in zip(*blocks, strict=True):
+                write(state_ND[rows], block_MD, out_NM=out_NM)
+            write(part_NV, weight_VD.T, out_NM=gradient_ND[rows])
             gradient_VD.addmm_(part_NV.T, state_ND[rows], beta=0.5, alpha=1e-6)
 
     return work
 
 
-def _torch_product(left_NI: Tensor, right_MI: Tensor) -> Tensor:
-    return left_NI @ right_MI.T
+def _write_with_torch(left_NI: Tensor, right_MI: Tensor, *, out_NM: Tensor) -> None:
+    torch.mm(left_NI, right_MI.T, out=out_NM)
 
 
 def prepare(variant: str, positions: int, n_future: int, vocabulary: int) -> Callable[[], object]:
@@ -188,7 +187,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
     times = in_turns(
         {
             "products": three_products(pairs, vocabulary),
-            "torch": three_products(pairs, vocabulary, _torch_product),
+            "torch": three_products(pairs, vocabulary, _write_with_torch),
             "fused": case.fused,
             "losses first": case.losses_first,
             "full": case.full,

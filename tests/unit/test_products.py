@@ -50,5 +50,30 @@ def test_other_dtypes_have_the_bits_of_torch(dtype):
     assert torch.equal(product(left_NI, right_MI), left_NI @ right_MI.T)
 
 
+@given(st.integers(1, 40), st.integers(0, 40))
+def test_what_follows_a_factor_in_memory_does_not_change_a_product(rows, following):
+    left_NI, right_MI = factors(rows, 8, 3)
+    storage = torch.full((rows + following, 3), torch.nan)
+    storage[:rows] = left_NI
+
+    torch.testing.assert_close(product(storage[:rows], right_MI), left_NI @ right_MI.T)
+    assert storage[rows:].isnan().all()
+
+
+def test_onednn_sees_few_different_numbers_of_rows(monkeypatch):
+    seen, padded = set(), products._with_more_rows
+    monkeypatch.setattr(products, "_with_more_rows", lambda factor: note(seen, padded(factor)))
+
+    for rows in range(1, 193):
+        product(torch.ones(rows, 3), torch.ones(4, 3))
+
+    assert seen == set(range(16, 193, 16))
+
+
+def note(seen, factor):
+    seen.add(len(factor))
+    return factor
+
+
 def test_without_rows_a_product_is_empty():
     assert product(torch.zeros(0, 3), torch.ones(4, 3)).shape == (0, 4)

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from weighted_mtp_core.model.policy import Policy
 from weighted_mtp_core.model.unembedding import Unembedding, gradient_of
 from weighted_mtp_core.runtime.device import memory_of
-from weighted_mtp_core.runtime.products import product, write_product
+from weighted_mtp_core.runtime.products import ROWS, product, write_product
 
 CHUNK = 192
 """Maximum number of rows of logits in a chunk, except on CUDA; 192 x 49152 logits in fp32 take 36 MiB."""
@@ -52,7 +52,7 @@ def chunk_rows(vocab_size: int, itemsize: int, *, extra_bytes: int, memory: int 
     if memory is None:
         row_bytes = vocab_size * itemsize
         rows = (max(_BUDGET, CHUNK * row_bytes) - extra_bytes) // row_bytes
-        return min(CHUNK, max(_FEWEST, rows))
+        return min(CHUNK, max(_FEWEST, rows // ROWS * ROWS))
     rows = memory // _SHARE // (vocab_size * _BYTES_PER_LOGIT)
     return min(MOST_ROWS, max(CHUNK, rows // _FEWEST * _FEWEST))
 
@@ -71,16 +71,6 @@ def add_embedding_rows(policy: Policy) -> None:
     embedding.sparse = tied and memory_of(matrix.device) is None
     if embedding.sparse and matrix.requires_grad:
         matrix.register_hook(_sum_of_equal_rows)  # type: ignore[no-untyped-call]
-
-
-def reuse_gradient_memory(policy: Policy) -> None:
-    """Let each step write the gradient of the unembedding's matrix to the same memory, except on CUDA.
-
-    The gradient of a step is then overwritten by the next step, so copy a gradient that you need for longer.
-    On a CPU, new memory costs page faults; on a CUDA device, freed memory is reused anyway. Nothing changes
-    for a sharded matrix.
-    """
-    policy.unembedding.keeps_gradient = memory_of(policy.unembedding.weight.device) is None
 
 
 def _sum_of_equal_rows(gradient: Tensor) -> Tensor:

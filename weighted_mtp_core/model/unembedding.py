@@ -32,7 +32,6 @@ class Unembedding(nn.Module):
         scale: Factor of `W h + b`.
         soft_cap: The soft-cap c; None if logits are not capped.
         stored: Whether the matrix is stored in bfloat16, although states are float32; see `stored_base`.
-        keeps_gradient: Whether a new gradient of W overwrites the previous one, see `reuse_gradient_memory`.
     """
 
     gathers_itself = True
@@ -45,7 +44,6 @@ class Unembedding(nn.Module):
         self.scale = scale
         self.soft_cap = soft_cap
         self.stored = False
-        self.keeps_gradient = False
         self._gradient_VH: Tensor | None = None
 
     @property
@@ -77,9 +75,7 @@ class Unembedding(nn.Module):
         if not weight.requires_grad:
             return
         if weight.grad is None and not isinstance(weight, DTensor) and weight.dtype == gradient_NV.dtype:
-            # without a pass that fills a new gradient with zeros
-            weight.grad = torch.mm(gradient_NV.T, state_NH, out=self._gradient_VH)
-            self._gradient_VH = weight.grad if self.keeps_gradient else None
+            weight.grad = gradient_NV.T @ state_NH  # without a pass that fills a new gradient with zeros
             return
         gradient_VH = self.matrix_gradient()
         assert gradient_VH is not None

@@ -21,7 +21,7 @@ from weighted_mtp_core.checkpointing.state import WithPrefix, load_module_state,
 from weighted_mtp_core.data.batches import CollatedBatch, preceding
 from weighted_mtp_core.metrics.slips import numbers_of_responses, places_of, slip_metrics
 from weighted_mtp_core.metrics.weights import share_between_responses, weight_metrics
-from weighted_mtp_core.model.chunked_unembedding import add_embedding_rows, reuse_gradient_memory
+from weighted_mtp_core.model.chunked_unembedding import add_embedding_rows
 from weighted_mtp_core.model.flops import StepFlops
 from weighted_mtp_core.model.loss import normalisers, weighted_mtp_loss
 from weighted_mtp_core.model.loss_shares import loss_shares
@@ -127,7 +127,6 @@ class PolicyLearner(Learner):
     def __attrs_post_init__(self) -> None:
         add_embedding_rows(self.policy)
         recompute_gates(self.policy.trunk)
-        reuse_gradient_memory(self.policy)
         device = self.policy.unembedding.weight.device
         self._normaliser = Normaliser.make(self.pairs_per_step, self.loss.normalise, device=device)
         self._signals = Signals(
