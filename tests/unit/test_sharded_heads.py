@@ -6,13 +6,16 @@ Shape letters: B rows, T positions, K heads.
 import multiprocessing
 from datetime import timedelta
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from transformers import Qwen2Config, Qwen2ForCausalLM
-from weighted_mtp_core.api import Batch, WeightingStrategy, Weights
+from weighted_mtp_core.api import WeightingStrategy, Weights
 from weighted_mtp_core.checkpointing.manager import Checkpoints
 from weighted_mtp_core.checkpointing.snapshot import Snapshot
+from weighted_mtp_core.data.batches import collate
+from weighted_mtp_core.data.tokens import TokenSet
 from weighted_mtp_core.model.adapters import adapt
 from weighted_mtp_core.model.load import make_policy
 from weighted_mtp_core.recipe.schema import AdaptersTable, CheckpointTable, LossTable, ModelTable
@@ -57,14 +60,15 @@ class Losses:
 
 def batch_of(step):
     ids_BT = torch.randint(2, V, (4, 12), generator=torch.Generator().manual_seed(step))
-    zero_BT = torch.zeros_like(ids_BT)
-    return Batch(
-        ids_BT=ids_BT,
-        document_BT=zero_BT,
-        response_BT=(torch.arange(12) >= 3).expand(4, -1),
-        reward_BT=zero_BT.float(),
-        group_BT=zero_BT,
+    documents = TokenSet(
+        ids_N=ids_BT.flatten().numpy().astype(np.int32),
+        start_D1=np.arange(5) * 12,
+        prompt_D=np.full(4, 6),
+        reward_D=np.zeros(4, dtype=np.float32),
+        problem_D=np.arange(4),
+        example_ids=tuple("abcd"),
     )
+    return collate(documents, np.arange(4), device=torch.device("cpu"))
 
 
 def new_policy(heads, what, *, distributed=SINGLE_PROCESS, dtype=torch.float32):
